@@ -1,0 +1,78 @@
+# Everything a person types. `make` alone lists it.
+PYTHON ?= python3
+CONFIG ?= configs/quickstart.yaml
+# ARGS, RUN and PIP_ARGS are empty unless given.
+
+VENV  := .venv
+PY    := $(VENV)/bin/python
+READY := $(VENV)/.installed
+# One thread a process: tests run beside each other and start processes of their own.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup train resume sample list bench figures test test-fast test-dist lint format typecheck ci clean
+
+help:  ## this list
+	@echo "usage: make TARGET [CONFIG=$(CONFIG)] [RUN=runs/...] [ARGS=\"optim.lr=1e-3 ...\"]"; echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo; echo "Targets that need the environment make it first ($(VENV); PYTHON=python3.12 picks another Python)."
+
+setup: $(READY)  ## make .venv and install the project with its test tools, once
+	@echo "setup: $(VENV) is ready"
+
+# bin/pip is the last thing venv makes, so a broken-off start is begun anew.
+$(READY): pyproject.toml
+	@test -x $(VENV)/bin/pip || { \
+	  command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) not found; scmoe needs Python 3.11 to 3.13" >&2; exit 1; }; \
+	  $(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("setup: $(PYTHON) is Python %d.%d; scmoe needs 3.11 to 3.13 (make setup PYTHON=python3.12)" % v)' && \
+	  $(PYTHON) -m venv --clear $(VENV); }
+	@echo "setup: installing into $(VENV) (some minutes the first time: torch is large)" >&2
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e ".[dev]"
+	@touch $@
+
+train: $(READY)  ## train CONFIG, with ARGS as overrides
+	@$(PY) -m experiments.train $(CONFIG) $(ARGS)
+
+resume: $(READY)  ## go on with RUN (the newest)
+	@$(PY) -m experiments.train --resume $(or $(RUN),runs/latest) $(ARGS)
+
+sample: $(READY)  ## write text with the model of RUN (the newest)
+	@$(PY) -m experiments.sample $(or $(RUN),runs/latest) $(ARGS)
+
+list: $(READY)  ## configs, models, data sets, architectures
+	@$(PY) -m experiments.list $(ARGS)
+
+bench: $(READY)  ## time of the MoE layer over the same dense products
+	@$(PY) -m experiments.bench layer $(ARGS)
+
+figures: $(READY)  ## draw the figures of the README and docs
+	@$(PY) -m experiments.figures $(ARGS)
+
+test: $(READY)  ## all tests
+	@$(PYTEST) $(ARGS)
+
+test-fast: $(READY)  ## the tests that stay in one process and are quick
+	@$(PYTEST) -m "not dist and not slow and not smoke" $(ARGS)
+
+test-dist: $(READY)  ## the tests that start several processes
+	@$(PYTEST) -m dist $(ARGS)
+
+lint: $(READY)  ## ruff: rules and format
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+format: $(READY)  ## let ruff mend what it can
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+typecheck: $(READY)  ## mypy
+	@$(PY) -m mypy
+
+ci: lint typecheck test  ## what a change must pass
+
+clean:  ## remove caches and build leftovers (keeps .venv, runs/ and .cache/)
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './runs/*' -prune -exec rm -rf {} +
+	@echo "clean: caches and build leftovers are gone"
+	@echo "clean: kept $(VENV), runs/ and .cache/ (prepared data); rm -r them by hand"

@@ -1,0 +1,214 @@
+"""From a flat array of tokens to batches: what `TextDataModule` and `SyntheticDataModule` share.
+
+    training    {"input_ids", "labels"}: int64 [B, S], labels are the next tokens; order and resuming as in `order.py`
+    val, test   also "num_bytes": int64 [B], UTF-8 bytes of the window's targets, and "padding_mask": bool [B, S], True
+                at real tokens. Windows do not overlap and cover every target once; the last one is padded. Padding and
+                filler windows have input id 0, label -100 and no bytes.
+
+Run the Trainer with `use_distributed_sampler=False`, and call `advance()` at the end of every training batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.order import EvalBatches, SampleOrder, TrainBatches
+
+IGNORE = -100  # the label that cross_entropy leaves out
+COUNT_CHUNK = 1 << 24  # tokens counted at a time
+
+
+class Tokens(Protocol):
+    """A flat array of token ids that may live on disk or nowhere."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class TokenSplits:
+    """The data of a module: tokens of train, val and test, bytes of each id (int64 [V]), and what identifies it all."""
+
+    tokens: Mapping[str, Tokens]
+    token_bytes_V: np.ndarray
+    content: str
+
+
+class TrainSequences(Dataset):
+    """Sample i is tokens[i S : i S + S + 1], shifted by one into inputs and labels."""
+
+    def __init__(self, tokens: Tokens, seq_len: int) -> None:
+        self.tokens = tokens
+        self.seq_len = seq_len
+
+    def __len__(self) -> int:
+        return max(0, len(self.tokens) - 1) // self.seq_len
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        start = i * self.seq_len
+        sequence = self.tokens[start : start + self.seq_len + 1].astype(np.int64)
+        return {"input_ids": sequence[:-1], "labels": sequence[1:]}
+
+
+class EvalWindows(Dataset):
+    """Windows of S targets that cover the tokens once, or `limit` of them, spread evenly; filler beyond the last."""
+
+    def __init__(self, tokens: Tokens, seq_len: int, token_bytes_V: np.ndarray, limit: int | None) -> None:
+        self.tokens = tokens
+        self.seq_len = seq_len
+        self.token_bytes_V = token_bytes_V
+        self.num_windows = -(-max(0, len(tokens) - 1) // seq_len)
+        self.limit = self.num_windows if limit is None else min(limit, self.num_windows)
+
+    def __len__(self) -> int:
+        return self.limit
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        input_ids, labels = np.zeros(self.seq_len, np.int64), np.full(self.seq_len, IGNORE, np.int64)
+        window = self.window(i) if i < self.limit else np.empty(0, np.int64)
+        real = max(0, len(window) - 1)
+        input_ids[:real], labels[:real] = window[:-1], window[1:]
+        num_bytes = self.token_bytes_V[window[1:]].sum()
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "num_bytes": num_bytes,
+            "padding_mask": np.arange(self.seq_len) < real,
+        }
+
+    def window(self, i: int) -> np.ndarray:
+        """Returns the up to S + 1 tokens of window `i`, int64: the first is only input, the last only target."""
+        start = i * self.num_windows // self.limit * self.seq_len
+        return self.tokens[start : start + self.seq_len + 1].astype(np.int64)
+
+
+class SequenceDataModule(LightningDataModule):
+    """Loaders, position and checkpoint state over the `TokenSplits` that a subclass opens in `open_splits`.
+
+    `global_batch_size` sequences make one optimizer step, over all ranks and `accumulate` micro-batches; `num_batches`
+    is the training's number of micro-batches, max_steps x accumulate; `consumed_samples` the position in the order.
+    """
+
+    def __init__(
+        self,
+        *,
+        seq_len: int,
+        global_batch_size: int,
+        accumulate: int,
+        num_batches: int,
+        val_sequences: int | None,
+        workers: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        if global_batch_size < 1 or accumulate < 1 or global_batch_size % accumulate:
+            raise ValueError(
+                f"data.global_batch_size is {global_batch_size}; allowed: multiples of trainer.accumulate, {accumulate}"
+            )
+        if seq_len < 1 or (val_sequences is not None and val_sequences < 1):
+            raise ValueError(f"data.seq_len is {seq_len}, data.val_sequences {val_sequences}; allowed: 1 or more")
+        self.seq_len = seq_len
+        self.global_batch_size, self.accumulate = global_batch_size, accumulate
+        self.micro_batch = global_batch_size // accumulate
+        self.num_batches = num_batches
+        self.val_sequences = val_sequences
+        self.workers = workers
+        self.seed = seed
+        self.consumed_samples = 0
+        self.splits: TokenSplits | None = None
+
+    def open_splits(self) -> TokenSplits:
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.splits is None:
+            self.splits = self.open_splits()
+
+    def advance(self) -> None:
+        """Notes that one micro-batch has been trained on."""
+        self.consumed_samples += self.micro_batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"consumed_samples": self.consumed_samples, **self._identity()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on at the saved position. ValueError where it would mean other samples: other data, seed or length."""
+        for key, ours in self._identity().items():
+            if state_dict[key] != ours:
+                raise ValueError(
+                    f"the checkpoint's {key} is {state_dict[key]}, here it is {ours}: its position in the data means "
+                    "nothing here; resume with the data settings and seed of that run"
+                )
+        self.consumed_samples = state_dict["consumed_samples"]
+
+    def train_dataloader(self) -> DataLoader:
+        dataset = TrainSequences(self._opened.tokens["train"], self.seq_len)
+        if not len(dataset):
+            raise ValueError(f"data.seq_len is {self.seq_len}; the training split has {len(dataset.tokens)} tokens")
+        rank, world = self._rank_and_world()
+        order = SampleOrder(len(dataset), self.seed)
+        batches = TrainBatches(
+            order, self.num_batches, self.micro_batch, rank, world, start=lambda: self.consumed_samples
+        )
+        return self._loader(dataset, batches)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._eval_loader("test")
+
+    def eval_windows(self, split: str) -> EvalWindows:
+        """Returns the windows of `split` that its loader goes through; `val_sequences` limits those of val."""
+        limit = self.val_sequences if split == "val" else None
+        return EvalWindows(self._opened.tokens[split], self.seq_len, self._opened.token_bytes_V, limit)
+
+    def unigram_bits_per_byte(self, split: str = "val") -> float:
+        """Returns what a model scores that knows only how often each token is: the bar for having learnt anything.
+
+        Counts of the training tokens, each plus one, scored on the targets of `eval_windows(split)`, in bits per UTF-8
+        byte.
+        """
+        token_bytes_V = self._opened.token_bytes_V
+        train = self._opened.tokens["train"]
+        train_count_V = np.ones(len(token_bytes_V))
+        for start in range(0, len(train), COUNT_CHUNK):
+            train_count_V += np.bincount(train[start : start + COUNT_CHUNK], minlength=len(token_bytes_V))
+        windows = self.eval_windows(split)
+        target_count_V = np.zeros(len(token_bytes_V), np.int64)
+        for i in range(len(windows)):
+            np.add.at(target_count_V, windows.window(i)[1:], 1)
+        bits_V = np.log2(train_count_V.sum()) - np.log2(train_count_V)
+        return float(target_count_V @ bits_V / (target_count_V @ token_bytes_V))
+
+    @property
+    def _opened(self) -> TokenSplits:
+        assert self.splits is not None, "setup() comes first"
+        return self.splits
+
+    def _identity(self) -> dict[str, Any]:
+        return {"data": self._opened.content, "seed": self.seed, "seq_len": self.seq_len}
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        if self.micro_batch % world:
+            raise ValueError(
+                f"data.global_batch_size is {self.global_batch_size}; allowed: multiples of ranks x "
+                f"trainer.accumulate, {world} x {self.accumulate}"
+            )
+        return rank, world
+
+    def _eval_loader(self, split: str) -> DataLoader:
+        rank, world = self._rank_and_world()
+        windows = self.eval_windows(split)
+        return self._loader(windows, EvalBatches(len(windows), self.micro_batch // world, rank, world))
+
+    def _loader(self, dataset: Dataset, batches: TrainBatches | EvalBatches) -> DataLoader:
+        return DataLoader(dataset, batch_sampler=batches, num_workers=self.workers, persistent_workers=self.workers > 0)

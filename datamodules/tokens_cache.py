@@ -1,0 +1,171 @@
+"""The token cache: every split as one flat array of ids on disk, built once for a text and a tokenizer.
+
+    cache_dir/<name>-<hash>/  tokenizer.json  train.bin  val.bin  test.bin  header.json
+
+A `.bin` is raw uint16 (uint32 for more than 65,536 ids), little-endian, every document followed by the end of text. The
+hash covers the texts, the tokenizer's settings and `VERSION`, so another text or tokenizer is another folder, and a
+folder that is whole is right. It is built under a temporary name and renamed once, so readers never see half of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, track
+
+from datamodules.sources import SPLITS, Source
+from datamodules.tokenizer import Tokenizer, make_tokenizer, pieces, tokenizer_file
+
+VERSION = 1  # raise it when the same text and settings would give other tokens
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A flat array of `length` ids on disk; slices are numpy arrays. Each process maps the file when it first reads."""
+
+    path: Path
+    dtype: str
+    length: int
+
+    @cached_property
+    def _map(self) -> np.memmap:
+        return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.length,))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self._map[part]
+
+    def __reduce__(self) -> tuple:
+        return TokenFile, (self.path, self.dtype, self.length)  # a pickled map would carry the whole file along
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """An opened cache folder. `num_bytes[split]` are the UTF-8 bytes of its texts; `content` is the full hash."""
+
+    folder: Path
+    content: str
+    tokenizer: Tokenizer
+    tokens: dict[str, TokenFile]
+    num_bytes: dict[str, int]
+
+
+def content_hash(source: Source, tokenizer: str, vocab_size: int) -> str:
+    """Returns the hash that names a cache. A tokenizer's file counts by what it holds, not by where it lies."""
+    if tokenizer not in ("bpe", "gpt2"):
+        tokenizer = hashlib.sha256(tokenizer_file(tokenizer).read_bytes()).hexdigest()
+    # Only a trained tokenizer depends on the size asked for; elsewhere it is a bound that is checked on opening.
+    settings = [VERSION, source.content, tokenizer, vocab_size if tokenizer == "bpe" else None]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+
+def build_cache(cache_dir: Path, name: str, source: Source, tokenizer: str, vocab_size: int) -> Path:
+    """Returns the cache's folder, building it where it is missing or damaged."""
+    content = content_hash(source, tokenizer, vocab_size)
+    folder = cache_folder(cache_dir, name, content)
+    if is_whole(folder):
+        return folder
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    # Beside the cache, not in /tmp: a rename is atomic within one file system only.
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=cache_dir) as building:
+        fresh = Path(building) / "fresh"
+        fresh.mkdir()
+        _write(fresh, content, source, tokenizer, vocab_size)
+        if not is_whole(folder):
+            with suppress(FileNotFoundError):  # there is none, or another process has just moved it away
+                os.rename(folder, Path(building) / "damaged")
+        try:
+            os.rename(fresh, folder)
+        except OSError:
+            if not is_whole(folder):  # else another process was first, and its cache is as good as this one
+                raise
+    return folder
+
+
+def open_cache(folder: Path) -> TokenCache:
+    """Opens a whole cache. FileNotFoundError where there is none."""
+    if not is_whole(folder):
+        raise FileNotFoundError(f"{folder} is no whole token cache: call prepare_data() first")
+    header = json.loads((folder / "header.json").read_text())
+    tokens = {
+        split: TokenFile(folder / f"{split}.bin", header["dtype"], header["splits"][split]["tokens"])
+        for split in SPLITS
+    }
+    num_bytes = {split: header["splits"][split]["bytes"] for split in SPLITS}
+    return TokenCache(folder, header["content"], Tokenizer.load(folder / "tokenizer.json"), tokens, num_bytes)
+
+
+def cache_folder(cache_dir: Path, name: str, content: str) -> Path:
+    return cache_dir / f"{name}-{content[:16]}"
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file is there with the size that the header, written last, says."""
+    try:
+        files = json.loads((folder / "header.json").read_text())["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError, KeyError):
+        return False
+
+
+def _write(folder: Path, content: str, source: Source, kind: str, vocab_size: int) -> None:
+    console = Console(stderr=True)
+    train_texts = source.documents["train"]
+    if kind == "bpe":
+        train_texts = track(train_texts, "reading text for BPE", console=console, transient=True)
+    tokenizer = make_tokenizer(kind, vocab_size, train_texts)
+    tokenizer.save(folder / "tokenizer.json")
+    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    with Progress(console=console, transient=True) as progress:
+        splits = {
+            split: _write_split(folder / f"{split}.bin", source.documents[split], tokenizer, dtype, progress)
+            for split in SPLITS
+        }
+    names = ["tokenizer.json", *(f"{split}.bin" for split in SPLITS)]
+    header = {
+        "version": VERSION,
+        "content": content,
+        "tokenizer": kind if kind in ("bpe", "gpt2") else "file",
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype,
+        "splits": splits,
+        "files": {name: (folder / name).stat().st_size for name in names},
+    }
+    (folder / "header.json").write_text(json.dumps(header, indent=2) + "\n")
+
+
+def _write_split(
+    path: Path, documents: Iterable[str], tokenizer: Tokenizer, dtype: str, progress: Progress
+) -> dict[str, int]:
+    """Writes one split and returns its counts. ValueError where the tokens do not stand for the text's bytes."""
+    num_tokens = num_bytes = decoded_bytes = 0
+    token_bytes_V = tokenizer.token_bytes()
+    end = np.array([tokenizer.end_of_text], dtype)
+    with path.open("wb") as file:
+        for document in progress.track(documents, description=f"tokenizing {path.stem}"):
+            for piece in pieces(document):
+                ids = tokenizer.encode(piece)
+                ids.astype(dtype).tofile(file)
+                num_tokens += len(ids)
+                num_bytes += len(piece.encode())
+                decoded_bytes += int(token_bytes_V[ids].sum())
+            end.tofile(file)
+            num_tokens += 1
+    if decoded_bytes != num_bytes:
+        raise ValueError(
+            f"the tokenizer turns {num_bytes} bytes of {path.stem} text into {decoded_bytes}: bits per byte would be "
+            "wrong; data.tokenizer must be a byte-level BPE without normalizer and prefix space"
+        )
+    return {"tokens": num_tokens, "bytes": num_bytes}

@@ -1,0 +1,25 @@
+"""`make list`: the configurations, models, architectures and data sets that there are to choose from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from scmoe.config_help import catalogue
+
+
+def main() -> None:
+    console = Console()
+    for title, rows in catalogue(Path("configs")).items():
+        described = any(description for _, description in rows)
+        table = Table(show_header=False, box=None, padding=(0, 2))
+        table.add_column(style="cyan", no_wrap=True)
+        for choice, description in rows:
+            table.add_row(choice, description) if described else table.add_row(choice)
+        console.print(f"[bold]{title}[/bold]", table, "", sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""GPT-2's decoder (learned positions, pre-norm, tied embeddings) over any stack of blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from scmoe.blocks.sublayers import MLP, Attention
+from scmoe.moe.experts import Experts
+from scmoe.tokens import RouterStats
+
+
+class LMOutput(NamedTuple):
+    logits_BSV: Tensor
+    stats: list[RouterStats]  # one per MoE layer
+
+
+class GPT(nn.Module):
+    """blocks: called as block(x_BSD, mask_BS), each gives an MoEOutput."""
+
+    def __init__(
+        self, vocab_size: int, max_seq_len: int, dim: int, blocks: Sequence[nn.Module], dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, dim)
+        self.positions = nn.Embedding(max_seq_len, dim)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, vocab_size, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids_BS: Tensor, mask_BS: Tensor | None = None) -> LMOutput:
+        """mask_BS False: padding, at the end of a sequence. Logits of the next token."""
+        steps_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
+        x_BSD = self.dropout(self.tokens(ids_BS) + self.positions(steps_S))
+        stats = []
+        for block in self.blocks:
+            x_BSD, layer_stats = block(x_BSD, mask_BS)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        return LMOutput(self.head(self.norm(x_BSD)), stats)
+
+
+@torch.no_grad()
+def init_gpt_weights(model: GPT, seed: int, num_layers: int) -> None:
+    """GPT-2's: N(0, 0.02), products that write to the residual stream / sqrt(2 layers); experts: Experts.init_weights.
+
+    The result depends on the seed and the shapes alone, not on the rank, the EP degree or earlier random draws.
+    """
+    std, std_out = 0.02, 0.02 / math.sqrt(2 * num_layers)
+    write_to_residual = {m.out for m in model.modules() if isinstance(m, Attention)}
+    write_to_residual |= {m.w_out for m in model.modules() if isinstance(m, MLP)}
+    generator = torch.Generator().manual_seed(seed)
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            module.init_weights(f"{seed}/{name}", std, std_out)
+        elif isinstance(module, (nn.Linear, nn.Embedding)) and module is not model.head:
+            fresh = torch.randn(module.weight.shape, generator=generator)
+            module.weight.copy_(fresh * (std_out if module in write_to_residual else std))
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+
+
+@torch.no_grad()
+def generate(
+    model: GPT, ids_BS: Tensor, num_tokens: int, *, temperature: float = 0.8, top_k: int = 50, seed: int = 0
+) -> Tensor:
+    """Appends num_tokens sampled tokens to each row; the model sees the last max_seq_len. temperature 0: the likeliest.
+
+    Under expert parallelism every rank must call it alike, as every forward pass does.
+    """
+    generator = torch.Generator(ids_BS.device).manual_seed(seed)
+    for _ in range(num_tokens):
+        logits_BV = model(ids_BS[:, -model.positions.num_embeddings :]).logits_BSV[:, -1].float()
+        if temperature == 0:
+            next_B1 = logits_BV.argmax(-1, keepdim=True)
+        else:
+            kept_BK, ids_BK = logits_BV.topk(min(top_k, logits_BV.shape[-1]))
+            choice_B1 = (kept_BK / temperature).softmax(-1).multinomial(1, generator=generator)
+            next_B1 = ids_BK.gather(-1, choice_B1)
+        ids_BS = torch.cat([ids_BS, next_B1], dim=1)
+    return ids_BS

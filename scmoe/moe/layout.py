@@ -1,0 +1,147 @@
+"""Encode and decode: tokens to expert-contiguous rows, and back.
+
+`arrange` says which row each routed copy takes, `encode` fills the rows, `decode` sums a token's copies by their weights.
+Two layouts:
+
+    dropless         every copy has a row, experts hold as many as they were given; counts_PE says how many
+    fixed capacity   each expert has C slots, first choices first, early tokens first; a copy beyond them is dropped.
+                     Shapes depend on no data, so nothing waits for the host. An empty slot repeats token 0: nobody
+                     reads its result, and its gradient is zero.
+
+With P chunks the rows of chunk p lie together, in the order (chunk, expert). Dropless cuts the tokens, fixed capacity the
+slots of every expert, so that the number of chunks does not change which copies are dropped.
+Both directions are gathers, forward and backward: a scatter-add would be slower and, on CUDA, not deterministic.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+class Layout(NamedTuple):
+    """Where each routed copy lies among the rows. `none` in rows_TK is R: the copy was dropped, or is padding."""
+
+    rows_TK: Tensor  # row of each copy, 0..R
+    tokens_R: Tensor  # token of each row
+    copies_R: Tensor  # copy t K + k of each row, or T K: an empty slot
+    counts_PE: Tensor | None  # rows per chunk and expert; None: all equal
+    num_chunks: int
+
+    @property
+    def num_dropped(self) -> Tensor:
+        """Copies without a row, padding included."""
+        return (self.rows_TK == self.tokens_R.shape[0]).sum()
+
+
+def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float) -> int:
+    """Slots per expert for num_tokens tokens of one rank: capacity_factor times the fair share, rounded up."""
+    return math.ceil(capacity_factor * num_tokens * top_k / num_experts)
+
+
+def arrange(topk_ids_TK: Tensor, num_experts: int, capacity: int | None = None, num_chunks: int = 1) -> Layout:
+    """Gives every routed copy a row. Expert id num_experts means none. capacity None: dropless."""
+    if capacity is None:
+        return _arrange_dropless(topk_ids_TK, num_experts, num_chunks)
+    return _arrange_slots(topk_ids_TK, num_experts, capacity, num_chunks)
+
+
+def _arrange_dropless(topk_ids_TK: Tensor, num_experts: int, num_chunks: int) -> Layout:
+    (T, K), E, P = topk_ids_TK.shape, num_experts, num_chunks
+    chunk_T = torch.arange(T, device=topk_ids_TK.device) // math.ceil(T / P)
+    group_TK = (chunk_T[:, None] * E + topk_ids_TK).where(topk_ids_TK < E, P * E)
+    counts = torch.bincount(group_TK.flatten(), minlength=P * E + 1)[: P * E]
+    num_rows = int(counts.sum())
+    order_N = group_TK.flatten().argsort(stable=True)
+    rows_N = torch.empty_like(order_N)
+    rows_N[order_N] = torch.arange(T * K, device=order_N.device)
+    copies_R = order_N[:num_rows]
+    return Layout(rows_N.clamp(max=num_rows).view(T, K), copies_R // K, copies_R, counts.view(P, E), P)
+
+
+def _arrange_slots(topk_ids_TK: Tensor, num_experts: int, capacity: int, num_chunks: int) -> Layout:
+    (T, K), E, P, device = topk_ids_TK.shape, num_experts, num_chunks, topk_ids_TK.device
+    ids_N = topk_ids_TK.T.flatten()  # k-major: all first choices come before any second choice
+    order_N = ids_N.argsort(stable=True)
+    sorted_N = ids_N[order_N]
+    first_E = torch.searchsorted(sorted_N, torch.arange(E + 1, device=device))
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = torch.arange(T * K, device=device) - first_E[sorted_N]
+    place_TK = place_N.view(K, T).T
+
+    slots = math.ceil(capacity / P)  # of one expert in one chunk
+    num_rows = P * E * slots
+    rows_TK = place_TK // slots * (E * slots) + topk_ids_TK * slots + place_TK % slots
+    rows_TK = rows_TK.where((place_TK < capacity) & (topk_ids_TK < E), num_rows)
+    copies_R = torch.full((num_rows + 1,), T * K, device=device)
+    copies_R[rows_TK.flatten()] = torch.arange(T * K, device=device)
+    copies_R = copies_R[:num_rows]
+    tokens_R = (copies_R // K).where(copies_R < T * K, 0)
+    return Layout(rows_TK.contiguous(), tokens_R, copies_R, None, P)
+
+
+def encode(x_TD: Tensor, layout: Layout) -> list[tuple[Tensor, Tensor | None]]:
+    """The rows [R/P, D] of each chunk with the number of rows per expert [E] (None: all equal)."""
+    rows_RD = gather(x_TD, layout.tokens_R, layout.rows_TK)
+    if layout.counts_PE is None:
+        return [(rows, None) for rows in rows_RD.chunk(layout.num_chunks)]
+    sizes = layout.counts_PE.sum(1).tolist()
+    return list(zip(rows_RD.split(sizes), layout.counts_PE, strict=True))
+
+
+def decode(rows_RD: Tensor, weights_TK: Tensor, layout: Layout) -> Tensor:
+    """y_t = sum_k w_tk rows[row of copy (t, k)]; a copy without a row adds nothing. Result [T, D] in rows' dtype."""
+    return _Decode.apply(rows_RD, weights_TK.to(rows_RD.dtype), layout.rows_TK, layout.tokens_R, layout.copies_R)
+
+
+def gather(x_TD: Tensor, tokens_R: Tensor, rows_TK: Tensor) -> Tensor:
+    """x[tokens_R], for tokens_R and rows_TK that are each other's inverse: the gradient too is a gather."""
+    return _Gather.apply(x_TD, tokens_R, rows_TK)
+
+
+def _pick(rows_RD: Tensor, index: Tensor) -> Tensor:
+    """rows[index], zero where index is R."""
+    num_rows = rows_RD.shape[0]
+    if num_rows == 0:
+        return rows_RD.new_zeros(index.shape[0], rows_RD.shape[1])
+    picked = rows_RD.index_select(0, index.clamp(max=num_rows - 1))
+    return picked.masked_fill_((index == num_rows)[:, None], 0)
+
+
+class _Gather(Function):
+    @staticmethod
+    def forward(ctx, x_TD, tokens_R, rows_TK):
+        ctx.save_for_backward(rows_TK)
+        return x_TD.index_select(0, tokens_R)
+
+    @staticmethod
+    def backward(ctx, grad_RD):
+        (rows_TK,) = ctx.saved_tensors
+        grad_TD = _pick(grad_RD, rows_TK[:, 0])
+        for k in range(1, rows_TK.shape[1]):
+            grad_TD += _pick(grad_RD, rows_TK[:, k])
+        return grad_TD, None, None
+
+
+class _Decode(Function):
+    @staticmethod
+    def forward(ctx, rows_RD, weights_TK, rows_TK, tokens_R, copies_R):
+        ctx.save_for_backward(rows_RD, weights_TK, rows_TK, tokens_R, copies_R)
+        y_TD = _pick(rows_RD, rows_TK[:, 0]).mul_(weights_TK[:, :1])
+        for k in range(1, rows_TK.shape[1]):
+            y_TD.addcmul_(_pick(rows_RD, rows_TK[:, k]), weights_TK[:, k : k + 1])
+        return y_TD
+
+    @staticmethod
+    def backward(ctx, grad_TD):
+        rows_RD, weights_TK, rows_TK, tokens_R, copies_R = ctx.saved_tensors
+        grad_rows_RD = grad_TD.index_select(0, tokens_R)
+        # the row's own share of each token's gradient is the weight's gradient, one dot product per row
+        dots_R = torch.linalg.vecdot(grad_rows_RD, rows_RD)
+        grad_weights_TK = _pick(dots_R[:, None], rows_TK.flatten()).view_as(weights_TK)
+        weights_R = _pick(weights_TK.reshape(-1, 1), copies_R)
+        return grad_rows_RD.mul_(weights_R), grad_weights_TK, None, None, None

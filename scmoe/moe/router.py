@@ -1,0 +1,59 @@
+"""The gate (Eq. 2-5): which experts a token goes to, and with which weight.
+
+H(x) = x W_gate + eps,  eps = N(0, 1) softplus(x W_noise) in training;  G(x) = softmax over the kept top k of H(x).
+For k = 1 a softmax over the kept logits is identically 1 and would give the gate no gradient; see
+docs/decisions/0001-gate.md for the reading used here. Losses on the routing are in balance.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scmoe.tokens import Routing
+
+
+class Router(nn.Module):
+    """Softmax over all experts, top k kept; renormalised for k >= 2, the raw probability for k = 1.
+
+    Logits and scores are float32, or wider where the input is: bf16 logits tie and overflow the softmax.
+
+    noisy: Eq. 4's noise in training.
+    balanced: deal the copies round-robin whatever the gate says, a bound for speed measurements.
+    """
+
+    def __init__(self, dim: int, num_experts: int, top_k: int, *, noisy: bool = False, balanced: bool = False) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k is {top_k}, allowed: 1..num_experts ({num_experts})")
+        self.num_experts, self.top_k, self.balanced = num_experts, top_k, balanced
+        self.gate = nn.Linear(dim, num_experts, bias=False)
+        self.noise = nn.Linear(dim, num_experts, bias=False) if noisy else None
+
+    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None) -> Routing:
+        """Routes each token; where mask_T is False (padding) its expert id is num_experts and its weight 0."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = self.logits(x_TD)
+            scores_TE = logits_TE.softmax(-1)
+            topk_ids_TK = self.deal(x_TD) if self.balanced else scores_TE.topk(self.top_k).indices
+            weights_TK = scores_TE.gather(-1, topk_ids_TK)
+            if self.top_k > 1:
+                weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        if mask_T is not None:
+            topk_ids_TK = topk_ids_TK.where(mask_T[:, None], self.num_experts)
+            weights_TK = weights_TK.where(mask_T[:, None], 0.0)
+        return Routing(topk_ids_TK, weights_TK, scores_TE, logits_TE)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+        logits_TE = F.linear(x_TD, self.gate.weight.to(x_TD.dtype))
+        if self.noise is not None and self.training:
+            spread_TE = F.softplus(F.linear(x_TD, self.noise.weight.to(x_TD.dtype)))
+            logits_TE = logits_TE + torch.randn_like(logits_TE) * spread_TE
+        return logits_TE
+
+    def deal(self, x_TD: Tensor) -> Tensor:
+        """Expert ids 0, 1, 2, ... dealt over the T K copies."""
+        copies = torch.arange(x_TD.shape[0] * self.top_k, device=x_TD.device)
+        return (copies % self.num_experts).view(-1, self.top_k)

@@ -1,0 +1,190 @@
+"""Checkpoints that do not depend on the number of ranks: one directory of safetensors and one JSON file.
+
+Tensors are written by torch.distributed.checkpoint, every rank its own shards; DTensor exists at this boundary only, to say
+which slice of an expert weight a rank holds. All that is no tensor (loops, schedulers, callbacks, data position) is JSON.
+Nothing here can execute code when it is read. A checkpoint is written beside its place and renamed into it when complete.
+
+    <name>.ckpt/meta.json                        everything but tensors
+                shard-*.safetensors              model.<name>, optimizer_<i>.<name>.<state>, rng.<rank>
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.optim import Optimizer
+
+from scmoe.parallel.expert_parallel import expert_parameters
+from scmoe.parallel.mesh import ParallelContext
+
+META = "meta.json"
+
+
+def model_state(module: nn.Module, context: ParallelContext) -> dict[str, Tensor]:
+    """The module's tensors by name, expert shards as DTensors; all share storage with the module, so that reading into them
+    is loading. A tied weight is there once, under its first name."""
+    shards = {name for name, _ in expert_parameters(module)}
+    tied = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    tied -= {name for name, _ in module.named_parameters()}
+    state = {name: t for name, t in module.state_dict().items() if name not in tied}
+    return {name: _as_dtensor(t, context) if name in shards else t for name, t in state.items()}
+
+
+def optimizer_state(module: nn.Module, optimizer: Optimizer, context: ParallelContext) -> dict[str, Any]:
+    """{"state": {parameter name: {...}}, "param_groups": [...]}: names, where torch has positions."""
+    names = {p: name for name, p in module.named_parameters()}
+    shards = {p for _, p in expert_parameters(module)}
+    state = {
+        names[p]: {k: _as_dtensor(v, context) if p in shards and _is_like(v, p) else v for k, v in values.items()}
+        for p, values in optimizer.state.items()
+    }
+    groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
+    return {"state": state, "param_groups": groups}
+
+
+def save(path: Path, checkpoint: dict[str, Any], context: ParallelContext) -> None:
+    """Writes Lightning's checkpoint dictionary. Every rank must call it; on return the checkpoint is whole on every rank."""
+    tensors: dict[str, Tensor] = {f"rng.{context.rank}": torch.get_rng_state()}
+    meta = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
+    tensors.update({f"model.{name}": t for name, t in checkpoint["state_dict"].items()})
+    if "optimizer_states" in checkpoint:
+        meta["param_groups"] = [state["param_groups"] for state in checkpoint["optimizer_states"]]
+        for i, state in enumerate(checkpoint["optimizer_states"]):
+            for name, values in state["state"].items():
+                tensors.update({f"optimizer_{i}.{name}.{k}": torch.as_tensor(v) for k, v in values.items()})
+
+    token: list[Any] = [uuid.uuid4().hex[:8]]
+    dist.broadcast_object_list(token, group=context.checkpoint_group)
+    partial = path.parent / f".{path.name}.tmp-{token[0]}"
+    partial.mkdir(parents=True, exist_ok=True)
+    writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+    dcp.save(tensors, storage_writer=writer, process_group=context.checkpoint_group)
+    if context.rank == 0:
+        _write_durably(partial / META, json.dumps(_to_json(meta)))
+        _replace(partial, path)
+    dist.barrier(group=context.checkpoint_group)
+
+
+@torch.no_grad()
+def load(
+    path: Path, module: nn.Module, optimizers: Sequence[Optimizer], context: ParallelContext
+) -> dict[str, Any]:
+    """Reads a checkpoint into the module and the optimizers, whatever number of ranks wrote it; returns the rest.
+
+    The key "rng_state" is this rank's, where as many ranks wrote as read. ValueError: not a checkpoint, or another model's.
+    """
+    if not (path / META).is_file():
+        raise ValueError(f"{path} is not a complete checkpoint: it has no {META}")
+    meta = _from_json(json.loads((path / META).read_text()))
+    stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    wanted: dict[str, Tensor] = {f"model.{name}": t for name, t in model_state(module, context).items()}
+    _check_same_model(path, wanted, stored)
+
+    groups = meta.pop("param_groups", [])
+    for i, (optimizer, saved_groups) in enumerate(zip(optimizers, groups, strict=False)):
+        wanted.update(_allocate_state(f"optimizer_{i}", module, optimizer, stored, context))
+        for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+            group.update({k: v for k, v in saved.items() if k != "params"})
+    same_world = sum(key.startswith("rng.") for key in stored) == context.world_size
+    if same_world:
+        wanted[f"rng.{context.rank}"] = meta["rng_state"] = torch.empty_like(torch.get_rng_state())
+    dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), process_group=context.checkpoint_group)
+    return meta
+
+
+def _allocate_state(
+    prefix: str, module: nn.Module, optimizer: Optimizer, stored: dict[str, Any], context: ParallelContext
+) -> dict[str, Tensor]:
+    """Empty optimizer state of the stored names and types, put into the optimizer; dcp.load fills it in place."""
+    shards = {p for _, p in expert_parameters(module)}
+    steps_on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    wanted: dict[str, Tensor] = {}
+    for name, p in module.named_parameters():
+        start = f"{prefix}.{name}."
+        for key in [k for k in stored if k.startswith(start)]:
+            size, dtype = stored[key].size, stored[key].properties.dtype
+            sharded = p in shards and size[1:] == p.shape[1:] and len(size) == p.dim()
+            device = p.device if len(size) or steps_on_device else "cpu"
+            value = torch.empty(p.shape if sharded else size, dtype=dtype, device=device)
+            optimizer.state[p][key.removeprefix(start)] = value
+            wanted[key] = _as_dtensor(value, context) if sharded else value
+    return wanted
+
+
+def _check_same_model(path: Path, wanted: dict[str, Tensor], stored: dict[str, Any]) -> None:
+    in_file = {k: tuple(v.size) for k, v in stored.items() if k.startswith("model.")}
+    in_model = {k: tuple(t.shape) for k, t in wanted.items()}
+    differing = sorted(k for k in in_file.keys() | in_model.keys() if in_file.get(k) != in_model.get(k))
+    if differing:
+        k = differing[0]
+        raise ValueError(
+            f"{path} holds another model: {k} is {in_file.get(k, 'absent')} there and {in_model.get(k, 'absent')} here"
+            f" ({len(differing)} such tensors)"
+        )
+
+
+def _as_dtensor(shard: Tensor, context: ParallelContext) -> Tensor:
+    return DTensor.from_local(shard.detach(), context.mesh, [Replicate(), Shard(0)], run_check=False)
+
+
+def _is_like(value: Any, p: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == p.shape
+
+
+def _replace(new: Path, path: Path) -> None:
+    """Renames `new` to `path`; what was there goes only when the new one has its place."""
+    old = path.parent / f".{path.name}.old-{uuid.uuid4().hex[:8]}"
+    if path.exists():
+        os.rename(path, old)
+    os.rename(new, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _to_json(x: Any) -> Any:
+    """Containers, numbers, strings and small tensors as JSON; TypeError for anything else."""
+    if x is None or isinstance(x, (bool, int, float, str)):
+        return x
+    if isinstance(x, Tensor):
+        return {"__tensor__": x.tolist(), "dtype": str(x.dtype).removeprefix("torch.")}
+    if isinstance(x, (list, tuple)):
+        return [_to_json(v) for v in x]
+    if isinstance(x, dict):
+        if all(isinstance(k, str) for k in x):
+            return {k: _to_json(v) for k, v in x.items()}
+        return {"__items__": [[_to_json(k), _to_json(v)] for k, v in x.items()]}
+    if isinstance(x, Path):
+        return str(x)
+    raise TypeError(f"a checkpoint holds tensors and plain values, not {type(x).__name__}: {x!r:.80}")
+
+
+def _from_json(x: Any) -> Any:
+    if isinstance(x, list):
+        return [_from_json(v) for v in x]
+    if isinstance(x, dict):
+        if "__tensor__" in x:
+            dtype = getattr(torch, x["dtype"])
+            assert isinstance(dtype, torch.dtype)
+            return torch.tensor(x["__tensor__"], dtype=dtype)
+        if "__items__" in x:
+            return {_from_json(k): _from_json(v) for k, v in x["__items__"]}
+        return {k: _from_json(v) for k, v in x.items()}
+    return x

@@ -1,0 +1,74 @@
+"""Rows to the experts' ranks and back by All-to-All over an expert-parallel group.
+
+Rank r of the group holds experts r E/EP .. (r+1) E/EP - 1, so rows grouped by expert are grouped by rank. They arrive grouped
+by (sender, local expert) and are regrouped by local expert after the wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scmoe.moe.dispatcher import Pending, Receipt
+from scmoe.moe.layout import gather
+from scmoe.parallel.all_to_all import Transfer
+
+
+@dataclass(frozen=True)
+class _Arriving:
+    """A transfer in flight, and how its rows are put in order on arrival."""
+
+    transfer: Transfer
+    regroup: Callable[[Tensor], Tensor] = lambda rows: rows
+
+    def wait(self) -> Tensor:
+        return self.regroup(self.transfer.wait())
+
+
+class AllToAllDispatcher:
+    """Equal numbers per expert go without a word to the host; unequal ones (dropless) exchange their counts first."""
+
+    def __init__(self, group: Any, num_experts: int) -> None:
+        self.group, self.num_experts = group, num_experts
+        self.ep_size = dist.get_world_size(group)
+
+    def dispatch(self, rows_RD: Tensor, counts_E: Tensor | None) -> tuple[Pending, Receipt]:
+        if counts_E is None:
+            pending = _Arriving(Transfer(self.group).start(rows_RD), self.sender_to_expert_major)
+            return pending, Receipt(None)
+        counts_from_e = self.exchange_counts(counts_E)
+        sent, received = counts_E.view(self.ep_size, -1).sum(1).tolist(), counts_from_e.sum(1).tolist()
+        # the label of each received row is its local expert; a stable sort by label groups the senders' rows
+        labels = torch.arange(counts_from_e.numel(), device=counts_E.device) % counts_from_e.shape[1]
+        order_R = labels.repeat_interleave(counts_from_e.flatten()).argsort(stable=True)
+        place_R = torch.empty_like(order_R)
+        place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+        transfer = Transfer(self.group, sent, received).start(rows_RD)
+        receipt = Receipt(counts_from_e.sum(0), tuple(sent), tuple(received), order_R, place_R)
+        return _Arriving(transfer, lambda rows: gather(rows, order_R, place_R[:, None])), receipt
+
+    def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
+        if receipt.order_R is None:
+            return _Arriving(Transfer(self.group).start(self.expert_to_sender_major(rows_RD)))
+        assert receipt.place_R is not None
+        rows_RD = gather(rows_RD, receipt.place_R, receipt.order_R[:, None])
+        return _Arriving(Transfer(self.group, receipt.received, receipt.sent).start(rows_RD))
+
+    def exchange_counts(self, counts_E: Tensor) -> Tensor:
+        """[EP, e]: rows that each rank sends to each expert here. The one place that must know before it can go on."""
+        counts_from_e = torch.empty_like(counts_E)
+        dist.all_to_all_single(counts_from_e, counts_E.contiguous(), group=self.group)
+        return counts_from_e.view(self.ep_size, -1)
+
+    def sender_to_expert_major(self, rows_RD: Tensor) -> Tensor:
+        blocks = rows_RD.view(self.ep_size, self.num_experts // self.ep_size, -1, rows_RD.shape[1])
+        return blocks.transpose(0, 1).reshape_as(rows_RD)
+
+    def expert_to_sender_major(self, rows_RD: Tensor) -> Tensor:
+        blocks = rows_RD.view(self.num_experts // self.ep_size, self.ep_size, -1, rows_RD.shape[1])
+        return blocks.transpose(0, 1).reshape_as(rows_RD)

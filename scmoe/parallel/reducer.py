@@ -1,0 +1,97 @@
+"""Gradients of expert shards: the mean over all ranks' losses, where a shard has seen the tokens of its EP group.
+
+Each rank's loss is a mean over its own tokens, and dense gradients are averaged over all ranks. A shard's gradient arrives
+summed over the EP group (the All-to-All's backward brings it), so what is wanted is 1/EP of it, averaged over EDP. The 1/EP
+is applied as the gradient comes in and the mean when backward ends, so accumulating batches works as it does under DDP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from scmoe.parallel.mesh import ParallelContext
+
+
+class ExpertGradientReducer:
+    """Averages expert gradients over the expert-data-parallel group, in buckets that are sent while backward goes on.
+
+    Buckets fill in reverse order of registration, which is about the order of backward, and are launched strictly in order:
+    the same on every rank.
+    """
+
+    def __init__(self, shards: Sequence[nn.Parameter], context: ParallelContext, bucket_mb: float = 25.0) -> None:
+        self.context, self.enabled = context, True
+        self.buckets = list(_buckets([p for p in reversed(shards) if p.requires_grad], int(bucket_mb * 2**20)))
+        self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
+        self.hooks = []
+        for p in self.bucket_of:
+            self.hooks += [p.register_hook(self._scale), p.register_post_accumulate_grad_hook(self._ready)]
+        self._reset()
+
+    def _reset(self) -> None:
+        self.missing = [len(bucket) for bucket in self.buckets]
+        self.in_flight: list[tuple[dist.Work, Tensor, list[Tensor]]] = []
+        self.listening = False
+
+    def _scale(self, grad: Tensor) -> Tensor:
+        return grad / self.context.ep_size
+
+    def _ready(self, p: nn.Parameter) -> None:
+        if not self.enabled or self.context.edp_size == 1:
+            return
+        if not self.listening:
+            self.listening = True
+            Variable._execution_engine.queue_callback(self._finish)
+        self.missing[self.bucket_of[p]] -= 1
+        while len(self.in_flight) < len(self.buckets) and self.missing[len(self.in_flight)] == 0:
+            self._launch(len(self.in_flight))
+
+    def _launch(self, i: int) -> None:
+        for p in self.buckets[i]:
+            if p.grad is None:  # took no part in this loss: its mean over the group still needs every rank
+                p.grad = torch.zeros_like(p)
+        grads = [p.grad for p in self.buckets[i]]
+        flat = torch.cat([g.flatten() for g in grads])
+        self.in_flight.append((dist.all_reduce(flat, group=self.context.edp_group, async_op=True), flat, grads))
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        while len(self.in_flight) < len(self.buckets):
+            self._launch(len(self.in_flight))
+        for work, flat, grads in self.in_flight:
+            work.wait()
+            flat /= self.context.edp_size
+            for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                g.copy_(mean.view_as(g))
+        self._reset()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, gradients accumulate on this rank only."""
+        self.enabled = False
+        try:
+            yield
+        finally:
+            self.enabled = True
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def _buckets(parameters: Sequence[nn.Parameter], max_bytes: int) -> Iterator[list[nn.Parameter]]:
+    """Consecutive parameters of one dtype, at most max_bytes together (or one alone)."""
+    bucket: list[nn.Parameter] = []
+    for p in parameters:
+        if bucket and (p.dtype != bucket[0].dtype or sum(q.nbytes for q in bucket) + p.nbytes > max_bytes):
+            yield bucket
+            bucket = []
+        bucket.append(p)
+    if bucket:
+        yield bucket

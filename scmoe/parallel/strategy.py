@@ -1,0 +1,162 @@
+"""`Trainer(strategy="expert_parallel")`: DDP for dense weights, expert parallelism for `Experts` modules.
+
+A DDPStrategy: launchers, ranks, bucketed overlapped reduction of dense gradients, no_sync and precision plugins are
+Lightning's. Added: the mesh and its groups before `configure_model`, shards that DDP leaves alone and their own reducer, one
+global norm for clipping, different dropout on every rank, and checkpoints that do not depend on the number of ranks.
+
+The LightningModule finds its place in `self.parallel_context`, set before `configure_model` is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from scmoe.parallel import checkpoint
+from scmoe.parallel.expert_parallel import clip_grad_norm, expert_parameters
+from scmoe.parallel.mesh import ParallelContext, build_context, use_loopback_for_gloo
+from scmoe.parallel.reducer import ExpertGradientReducer
+
+
+class ExpertParallelStrategy(DDPStrategy):
+    """ep_size: ranks that share one set of experts; None: all ranks.
+
+    timeout_s: seconds that a collective may take before the job is ended.
+    """
+
+    def __init__(self, ep_size: int | None = None, timeout_s: float = 300.0, **ddp: Any) -> None:
+        ddp.setdefault("gradient_as_bucket_view", True)
+        super().__init__(timeout=timedelta(seconds=timeout_s), **ddp)
+        self.ep_size = ep_size
+        self.context: ParallelContext | None = None
+        self.reducer: ExpertGradientReducer | None = None
+        self.rng_state: Tensor | None = None
+
+    # ------------------------------------------------------------------ set-up
+
+    def setup_environment(self) -> None:
+        if self.num_nodes == 1:
+            use_loopback_for_gloo()
+        super().setup_environment()
+        if self.context is None:
+            ep_size = self.world_size if self.ep_size is None else self.ep_size
+            assert self._timeout is not None
+            self.context = build_context(ep_size, self.root_device, self._timeout)
+        self.module.parallel_context = self.context
+
+    @property
+    def module(self) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    def setup(self, trainer: Any) -> None:
+        self._hide_shards_from_ddp()
+        super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            assert self.context is not None
+            self.reducer = ExpertGradientReducer([p for _, p in expert_parameters(self.module)], self.context)
+            # weights were drawn alike on every rank; what is drawn from here on (dropout, gate noise) must differ
+            torch.manual_seed(torch.initial_seed() * 1_000_003 % 2**62 + self.global_rank)
+
+    def _hide_shards_from_ddp(self) -> None:
+        """DDP would overwrite every rank's experts with rank 0's, then average different experts' gradients. The names
+        replace those of an earlier call, so keep what others have set."""
+        names = set(getattr(self.module, "_ddp_params_and_buffers_to_ignore", []))
+        names.update(name for name, _ in expert_parameters(self.module))
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.module, sorted(names))
+
+    # ------------------------------------------------------------------ gradients
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        assert self.reducer is not None
+        with super().block_backward_sync(), self.reducer.no_sync():
+            yield
+
+    @property
+    def precision_plugin(self) -> Precision:
+        return DDPStrategy.precision_plugin.fget(self)  # type: ignore[attr-defined]
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        if getattr(plugin, "scaler", None) is not None:
+            raise ValueError(
+                "trainer.precision is 16-mixed, allowed with expert parallelism: 32-true, bf16-mixed, bf16-true, 64-true: "
+                "an overflow found by one rank alone would make ranks skip different steps"
+            )
+        if plugin is not None:
+            plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+        DDPStrategy.precision_plugin.fset(self, plugin)  # type: ignore[attr-defined]
+
+    def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        """Lightning's own norm differs from rank to rank, as each holds other experts."""
+        assert self.context is not None
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        shards = {p for _, p in expert_parameters(self.module)}
+        clip_grad_norm(parameters, shards, clip_val, self.context)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save_checkpoint(self, state: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if storage_options is not None:
+            raise ValueError("storage_options is not supported: a checkpoint is a local directory")
+        assert self.context is not None
+        checkpoint.save(Path(self.broadcast(filepath)), state, self.context)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.context is not None
+        return checkpoint.model_state(self.module, self.context)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        assert self.context is not None
+        return checkpoint.optimizer_state(self.module, optimizer, self.context)
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True  # shards, optimizers and groups must exist before a checkpoint can be read into them
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return False
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.context is not None
+        state = checkpoint.load(Path(self.broadcast(checkpoint_path)), self.module, self.optimizers, self.context)
+        self.rng_state = state.pop("rng_state", None)
+        return state
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        if self.rng_state is not None:  # not before: making data loaders draws from the generator
+            torch.set_rng_state(self.rng_state)
+            self.rng_state = None
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Done by load_checkpoint, in place."""
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Done by load_checkpoint, in place."""
+
+    # ------------------------------------------------------------------ the end
+
+    def teardown(self) -> None:
+        if self.reducer is not None:
+            self.reducer.remove()
+            self.reducer = None
+        super().teardown()
+
+
+StrategyRegistry.register(
+    "expert_parallel", ExpertParallelStrategy, "DDP for dense weights, expert parallelism for experts", override=True
+)

@@ -1,0 +1,41 @@
+"""The legend of dimension letters, and the values that travel between the parts of an MoE module.
+
+Dimension letters end the names of tensors: B batch, S sequence, T tokens here (B S), D model, F ffn hidden, H heads,
+V vocabulary, E experts, e experts here, K experts per token, N = T K routed copies, R rows of a buffer, C slots of an
+expert, P chunks, L MoE layers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """What the router decided. A padding token has expert id E (none) and weight 0."""
+
+    topk_ids_TK: Tensor  # int64, 0..E
+    topk_weights_TK: Tensor  # in the router's precision (float32 or wider)
+    scores_TE: Tensor  # softmax over all experts
+    logits_TE: Tensor
+
+
+class RouterStats(NamedTuple):
+    """Sums over this rank's tokens that the losses and the load metrics of one MoE layer are made from.
+
+    Sums, not means: ranks may hold different numbers of real tokens, and sums add up over ranks.
+    """
+
+    counts_E: Tensor  # routed copies per expert, before any is dropped; no gradient
+    score_sums_E: Tensor  # sum over tokens of scores; carries the gradient of the load-balance loss
+    z_sum: Tensor  # sum over tokens of logsumexp(logits)^2
+    num_tokens: Tensor  # real tokens
+    num_dropped: Tensor  # routed copies over an expert's capacity
+
+
+class MoEOutput(NamedTuple):
+    """Output of an MoE module or of a block that holds one: [B, S, D] and the router's sums (None: no MoE inside)."""
+
+    y_BSD: Tensor
+    stats: RouterStats | None

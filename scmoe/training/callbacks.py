@@ -1,0 +1,98 @@
+"""What a run shows while it goes: tokens per second, expert load, a line a while; and its position in the data."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from scmoe.moe.balance import load_metrics
+
+
+class DataPosition(Callback):
+    """Tells the datamodule that a batch is done, so that every checkpoint knows where in the data it stands."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.datamodule.advance()  # type: ignore[attr-defined]
+
+
+class Throughput(Callback):
+    """time/tokens_per_s: tokens of all ranks per second since the last log, validation and checkpoints left out.
+
+    `mean` is that of all batches but the first, which pays for allocation and warm-up.
+    """
+
+    def __init__(self, tokens_per_batch: int) -> None:
+        self.tokens_per_batch = tokens_per_batch
+        self.batches, self.seconds = 0, 0.0
+        self.window_batches, self.window_seconds = 0, 0.0
+        self.started: float | None = None
+        self.warm = False
+
+    @property
+    def mean(self) -> float:
+        return self.tokens_per_batch * self.batches / self.seconds if self.seconds else float("nan")
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.started is None:
+            self.started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self.started is not None
+        now = time.perf_counter()
+        if self.warm:
+            self.batches, self.seconds = self.batches + 1, self.seconds + now - self.started
+        self.window_batches, self.window_seconds = self.window_batches + 1, self.window_seconds + now - self.started
+        self.started, self.warm = now, True
+        if _logs_now(trainer, batch_idx):
+            rate = self.tokens_per_batch * self.window_batches / self.window_seconds
+            pl_module.log("time/tokens_per_s", rate, prog_bar=True)
+            self.window_batches, self.window_seconds = 0, 0.0
+
+    def on_validation_start(self, *_: Any) -> None:
+        self.started = None
+
+    def on_save_checkpoint(self, *_: Any) -> None:
+        self.started = None
+
+
+class ExpertLoad(Callback):
+    """moe/load_max, moe/load_entropy, moe/dead_experts, moe/drop_share over the batches since the last log."""
+
+    def __init__(self) -> None:
+        self.sums_LE2: Tensor | None = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        sums_LE2 = outputs["load_sums_LE2"]
+        if sums_LE2 is None:
+            return
+        self.sums_LE2 = sums_LE2 if self.sums_LE2 is None else self.sums_LE2 + sums_LE2
+        if _logs_now(trainer, batch_idx):
+            load = load_metrics(self.sums_LE2)
+            pl_module.log_dict({f"moe/{name}": value.float() for name, value in load.items()})
+            self.sums_LE2 = None
+
+
+class LogLines(Callback):
+    """A line per logged step on standard error, where no terminal shows the progress bar: job logs, pipes."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if _logs_now(trainer, batch_idx) and trainer.is_global_zero:
+            shown = trainer.progress_bar_metrics
+            values = "  ".join(f"{name} {float(value):,.4g}" for name, value in shown.items() if name != "v_num")
+            print(f"step {trainer.global_step}/{trainer.max_steps}  {values}", file=sys.stderr, flush=True)
+
+
+def _logs_now(trainer: Trainer, batch_idx: int) -> bool:
+    """At the last batch of every log_every_n_steps-th optimizer step."""
+    steps, rest = divmod(batch_idx + 1, trainer.accumulate_grad_batches)
+    return rest == 0 and steps % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]

