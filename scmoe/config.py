@@ -177,7 +177,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 def to_yaml(config: Config) -> str:
     """Every field; `load` makes an equal Config of it."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(asdict(config), sort_keys=False)
 
 
 def flatten(config: Config) -> dict[str, Any]:

@@ -18,7 +18,7 @@ class _Loader(yaml.BaseLoader):
         mapping = super().construct_mapping(node, deep)
         names = [key.value for key, _ in node.value]
         if len(mapping) < len(names):
-            twice = next(key for key, _ in node.value if names.count(key.value) > 1)
+            twice = next(key for key, _ in reversed(node.value) if names.count(key.value) > 1)
             raise yaml.constructor.ConstructorError(problem=f"{twice.value} comes twice", problem_mark=twice.start_mark)
         return mapping
 

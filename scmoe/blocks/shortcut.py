@@ -45,7 +45,9 @@ class ShortcutBlock(nn.Module):
         super().__init__()
         tap = len(sublayers) - (len(schedule.window) - 1)
         if tap < 0:
-            raise ValueError(f"position {schedule.position} wants {len(schedule.window) - 1} sub-layers: {len(sublayers)}")
+            raise ValueError(
+                f"position {schedule.position} wants {len(schedule.window) - 1} sub-layers: {len(sublayers)}"
+            )
         self.before_tap, self.after_tap = nn.ModuleList(sublayers[:tap]), nn.ModuleList(sublayers[tap:])
         self.tap_norm, self.norm = tap_norm, norm
         self.shared_expert, self.coefficient, self.moe = shared_expert, coefficient, moe

@@ -40,9 +40,9 @@ def load_balance_loss(stats: list[RouterStats], sums_LE2: Tensor, world_size: in
     """
     score_sums_LE = torch.stack([s.score_sums_E for s in stats])
     counts_LE, tokens_L = sums_LE2[:, :-2], sums_LE2[:, -2]
-    f_LE = counts_LE / counts_LE.sum(1, keepdim=True).clamp(min=1)
+    f_LE = counts_LE.to(score_sums_LE.dtype) / counts_LE.sum(1, keepdim=True).clamp(min=1)
     share_LE = score_sums_LE * world_size / tokens_L[:, None].clamp(min=1)
-    return counts_LE.shape[1] * (f_LE.to(share_LE.dtype) * share_LE).sum(1).mean()
+    return counts_LE.shape[1] * (f_LE * share_LE).sum(1).mean()
 
 
 def router_z_loss(stats: list[RouterStats], sums_LE2: Tensor, world_size: int = 1) -> Tensor:
@@ -69,5 +69,3 @@ def load_metrics(sums_LE2: Tensor) -> dict[str, Tensor]:
         "dead_experts": (counts_LE == 0).sum(),
         "drop_share": dropped_L.sum() / copies_L.sum(),
     }
-
-

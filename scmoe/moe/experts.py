@@ -1,6 +1,7 @@
 """The routed experts: E two-layer MLPs as stacked weights, of which a rank holds its own.
 
-E_i(x) = GELU(x W_in,i) W_out,i, without biases (docs/decisions/0004-experts.md).
+E_i(x) = GELU(x W_in,i) W_out,i, without biases (docs/decisions/0004-experts.md, with the measurements behind the two ways
+of computing it).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 
 
 class Experts(nn.Module):
@@ -31,11 +33,13 @@ class Experts(nn.Module):
         """rows_RD is grouped by local expert, counts_e rows for each; None: the same number for every expert.
 
         Computes in the dtype of the rows, which the stream has chosen."""
-        w_in_eDF, w_out_eFD = self.w_in_eDF.to(rows_RD.dtype), self.w_out_eFD.to(rows_RD.dtype)
         if counts_e is None:
-            rows_eCD = rows_RD.view(len(self.expert_ids), -1, rows_RD.shape[1])
-            return F.gelu(rows_eCD @ w_in_eDF).matmul(w_out_eFD).view_as(rows_RD)
-        return _grouped(F.gelu(_grouped(rows_RD, w_in_eDF, counts_e)), w_out_eFD, counts_e)
+            share = rows_RD.shape[0] // len(self.expert_ids)
+            counts_e = torch.full((len(self.expert_ids),), share, device=rows_RD.device)
+        w_in_eDF, w_out_eFD = self.w_in_eDF.to(rows_RD.dtype), self.w_out_eFD.to(rows_RD.dtype)
+        mlps = grouped_mlps if rows_RD.is_cuda and rows_RD.dtype != torch.float64 else mlps_in_turn
+        with torch.autocast(rows_RD.device.type, enabled=False):
+            return mlps(rows_RD, w_in_eDF, w_out_eFD, counts_e)
 
     @torch.no_grad()
     def init_weights(self, key: str, std_in: float, std_out: float) -> None:
@@ -48,9 +52,41 @@ class Experts(nn.Module):
                 w.copy_(torch.randn(w.shape, generator=generator) * std)
 
 
-def _grouped(rows_RD: Tensor, weight_eDF: Tensor, counts_e: Tensor) -> Tensor:
-    """rows of group i times weight i."""
-    if rows_RD.dtype == torch.float64:  # grouped_mm has no float64
-        groups = rows_RD.split(counts_e.tolist())
-        return torch.cat([rows @ w for rows, w in zip(groups, weight_eDF.unbind(), strict=True)])
-    return F.grouped_mm(rows_RD, weight_eDF, offs=counts_e.cumsum(0).to(torch.int32))
+def grouped_mlps(rows_RD: Tensor, w_in_eDF: Tensor, w_out_eFD: Tensor, counts_e: Tensor) -> Tensor:
+    """All experts in one kernel per product: nothing waits for the host. float32 and bfloat16."""
+    ends_e = counts_e.cumsum(0).to(torch.int32)
+    hidden_RF = F.gelu(F.grouped_mm(rows_RD, w_in_eDF, offs=ends_e))
+    return F.grouped_mm(hidden_RF, w_out_eFD, offs=ends_e)
+
+
+def mlps_in_turn(rows_RD: Tensor, w_in_eDF: Tensor, w_out_eFD: Tensor, counts_e: Tensor) -> Tensor:
+    """One expert after another: on a host its hidden rows stay in the cache between the products. Any dtype."""
+    return _MLPsInTurn.apply(rows_RD, w_in_eDF, w_out_eFD, counts_e.tolist())
+
+
+class _MLPsInTurn(Function):
+    """Backward by hand: every expert's gradient goes to its place in the stack, where autograd would make the stack anew,
+    and GELU is computed again, where autograd would keep a second [R, F]."""
+
+    @staticmethod
+    def forward(ctx, rows_RD, w_in_eDF, w_out_eFD, counts):
+        y_RD = torch.empty_like(rows_RD)
+        hidden = []
+        for x, w_in, w_out, y in zip(rows_RD.split(counts), w_in_eDF, w_out_eFD, y_RD.split(counts), strict=True):
+            hidden.append(x @ w_in)
+            torch.mm(F.gelu(hidden[-1]), w_out, out=y)
+        ctx.save_for_backward(rows_RD, w_in_eDF, w_out_eFD, *hidden)
+        ctx.counts = counts
+        return y_RD
+
+    @staticmethod
+    def backward(ctx, dy_RD):
+        rows_RD, w_in_eDF, w_out_eFD, *hidden = ctx.saved_tensors
+        dx_RD, dw_in_eDF, dw_out_eFD = map(torch.empty_like, (rows_RD, w_in_eDF, w_out_eFD))
+        xs, dys, dxs = (t.split(ctx.counts) for t in (rows_RD, dy_RD, dx_RD))
+        for i, (x, h, dy, dx) in enumerate(zip(xs, hidden, dys, dxs, strict=True)):
+            torch.mm(F.gelu(h).T, dy, out=dw_out_eFD[i])
+            dh = torch.ops.aten.gelu_backward(dy @ w_out_eFD[i].T, h)
+            torch.mm(x.T, dh, out=dw_in_eDF[i])
+            torch.mm(dh, w_in_eDF[i].T, out=dx)
+        return dx_RD, dw_in_eDF, dw_out_eFD, None

@@ -36,7 +36,7 @@ class Router(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
             scores_TE = logits_TE.softmax(-1)
-            topk_ids_TK = self.deal(x_TD) if self.balanced else scores_TE.topk(self.top_k).indices
+            topk_ids_TK = self.deal(x_TD) if self.balanced else logits_TE.topk(self.top_k).indices
             weights_TK = scores_TE.gather(-1, topk_ids_TK)
             if self.top_k > 1:
                 weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)

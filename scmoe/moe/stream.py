@@ -78,7 +78,8 @@ class MoEStream(nn.Module):
 
     def finish(self, state: Combining) -> MoEOutput:
         (shape, routing, layout, stats, _), returning = state
-        rows_RD = torch.cat([pending.wait() for pending in returning])
+        chunks = [pending.wait() for pending in returning]
+        rows_RD = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
         y_TD = decode(rows_RD, routing.topk_weights_TK, layout)
         return MoEOutput(y_TD.view(shape), stats)
 

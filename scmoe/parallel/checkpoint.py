@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,7 @@ def save(path: Path, checkpoint: dict[str, Any], context: ParallelContext) -> No
 
 
 @torch.no_grad()
-def load(
-    path: Path, module: nn.Module, optimizers: Sequence[Optimizer], context: ParallelContext
-) -> dict[str, Any]:
+def load(path: Path, module: nn.Module, optimizers: Sequence[Optimizer], context: ParallelContext) -> dict[str, Any]:
     """Reads a checkpoint into the module and the optimizers, whatever number of ranks wrote it; returns the rest.
 
     The key "rng_state" is this rank's, where as many ranks wrote as read. ValueError: not a checkpoint, or another model's.
@@ -90,7 +89,7 @@ def load(
     meta = _from_json(json.loads((path / META).read_text()))
     stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     wanted: dict[str, Tensor] = {f"model.{name}": t for name, t in model_state(module, context).items()}
-    _check_same_model(path, wanted, stored)
+    _check_same_model(path, _shapes(wanted), _stored_shapes(stored))
 
     groups = meta.pop("param_groups", [])
     for i, (optimizer, saved_groups) in enumerate(zip(optimizers, groups, strict=False)):
@@ -102,6 +101,31 @@ def load(
         wanted[f"rng.{context.rank}"] = meta["rng_state"] = torch.empty_like(torch.get_rng_state())
     dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), process_group=context.checkpoint_group)
     return meta
+
+
+@torch.no_grad()
+def load_model(path: Path, model: nn.Module, prefix: str = "") -> None:
+    """Reads the weights alone into a whole model in one process: a directory as written here, or a Lightning file.
+
+    prefix: the model's name in the LightningModule, with its dot. ValueError: another model's checkpoint.
+    """
+    own = {f"{prefix}{name}": p for name, p in model.named_parameters()}
+    if path.is_file():
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(
+            model.named_parameters()
+        ).keys()
+        stored = {name: t for name, t in state.items() if name.removeprefix(prefix) not in tied}
+        _check_same_model(path, _shapes(own), _shapes(stored))
+        for name, p in own.items():
+            p.copy_(stored[name])
+        return
+    own = {f"model.{name}": p for name, p in own.items()}
+    reader = HuggingFaceStorageReader(str(path))
+    _check_same_model(path, _shapes(own), _stored_shapes(reader.read_metadata().state_dict_metadata))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is meant
+        dcp.load({name: p.detach() for name, p in own.items()}, storage_reader=reader, no_dist=True)
 
 
 def _allocate_state(
@@ -123,14 +147,20 @@ def _allocate_state(
     return wanted
 
 
-def _check_same_model(path: Path, wanted: dict[str, Tensor], stored: dict[str, Any]) -> None:
-    in_file = {k: tuple(v.size) for k, v in stored.items() if k.startswith("model.")}
-    in_model = {k: tuple(t.shape) for k, t in wanted.items()}
-    differing = sorted(k for k in in_file.keys() | in_model.keys() if in_file.get(k) != in_model.get(k))
+def _shapes(tensors: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape) for name, t in tensors.items()}
+
+
+def _stored_shapes(stored: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(entry.size) for name, entry in stored.items() if name.startswith("model.")}
+
+
+def _check_same_model(path: Path, here: dict[str, tuple[int, ...]], there: dict[str, tuple[int, ...]]) -> None:
+    differing = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
     if differing:
         k = differing[0]
         raise ValueError(
-            f"{path} holds another model: {k} is {in_file.get(k, 'absent')} there and {in_model.get(k, 'absent')} here"
+            f"{path} holds another model: {k} is {there.get(k, 'absent')} there and {here.get(k, 'absent')} here"
             f" ({len(differing)} such tensors)"
         )
 

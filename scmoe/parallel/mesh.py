@@ -88,7 +88,9 @@ def _own_group(rows: list[list[int]], purpose: str, timeout: timedelta, high_pri
     own = None
     for ranks in rows:
         options = None
-        if high_priority:  # the transfers' kernels go before the computation's: they are short, and others wait for them
+        if (
+            high_priority
+        ):  # the transfers' kernels go before the computation's: they are short, and others wait for them
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         group = dist.new_group(ranks, timeout=timeout, pg_options=options, group_desc=purpose)
         if dist.get_rank() in ranks:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
@@ -28,7 +29,7 @@ from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.schedule.plan import Schedule
-from scmoe.training.callbacks import DataPosition, ExpertLoad, LogLines, Throughput
+from scmoe.training.callbacks import DataPosition, ExpertLoad, LogLines, StepProgressBar, Throughput
 from scmoe.training.module import LanguageModel
 
 # ---------------------------------------------------------------------- model
@@ -69,9 +70,7 @@ def build_moe_block(config: Config, context: ParallelContext, first: bool) -> nn
     coefficient = COEFFICIENT_GATES[moe.combine](model.dim)
     if moe.architecture == "shared_expert":
         schedule = Schedule("shared_expert", config.schedule.expert_slot, config.schedule.chunks)
-        return SharedExpertBlock(
-            sublayers, norm(config), shared_expert, coefficient, stream, schedule, model.dropout
-        )
+        return SharedExpertBlock(sublayers, norm(config), shared_expert, coefficient, stream, schedule, model.dropout)
     position = moe.first_position if first and moe.first_position else moe.position
     schedule = Schedule(position, config.schedule.expert_slot, config.schedule.chunks)
     following = sublayers[len(sublayers) - (len(schedule.window) - 1)]  # the sub-layer after the tap
@@ -160,12 +159,11 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
         DataPosition(),
         ExpertLoad(),
         Throughput(data.global_batch_size // trainer.accumulate * data.seq_len),
-        LogLines(),
         ModelCheckpoint(checkpoints, "{step}", every_n_train_steps=trainer.checkpoint_every, save_top_k=1),
         ModelCheckpoint(checkpoints, "best-{step}", monitor="val/bits_per_byte", save_top_k=1),
     ]
     if trainer.progress:
-        callbacks.append(RichProgressBar())
+        callbacks.append(StepProgressBar() if sys.stdout.isatty() else LogLines())
     return callbacks
 
 
@@ -191,10 +189,8 @@ def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequen
         log_every_n_steps=trainer.log_every,
         deterministic=trainer.deterministic,
         use_distributed_sampler=False,
-        enable_progress_bar=trainer.progress,
+        enable_progress_bar=trainer.progress and sys.stdout.isatty(),
         enable_model_summary=False,
         callbacks=list(callbacks),
         logger=list(loggers),
     )
-
-

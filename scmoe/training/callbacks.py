@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 
 from scmoe.moe.balance import load_metrics
@@ -80,8 +81,15 @@ class ExpertLoad(Callback):
             self.sums_LE2 = None
 
 
+class StepProgressBar(RichProgressBar):
+    """Lightning's, named for what it counts: a training is one long epoch of steps here."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"
+
+
 class LogLines(Callback):
-    """A line per logged step on standard error, where no terminal shows the progress bar: job logs, pipes."""
+    """A line per logged step on standard error, for where no terminal shows the progress bar: job logs, pipes."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

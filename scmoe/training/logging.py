@@ -23,9 +23,10 @@ from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlparse
 
+import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 
@@ -111,9 +112,11 @@ def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
     return logger
 
 
-def wandb_mode(mode: str) -> str:
+def wandb_mode(mode: Literal["auto", "online", "offline"]) -> Literal["online", "offline"]:
     """`auto` is online where a key is found and offline elsewhere; W&B itself would ask, or raise."""
-    return mode if mode != "auto" else "online" if has_wandb_key() else "offline"
+    if mode == "auto":
+        return "online" if has_wandb_key() else "offline"
+    return mode
 
 
 def has_wandb_key() -> bool:
@@ -127,7 +130,12 @@ def has_wandb_key() -> bool:
 
 
 def wandb_logger(
-    run_dir: Path, mode: str, project: str, group: str | None, tags: Sequence[str], config: dict[str, Any]
+    run_dir: Path,
+    mode: Literal["online", "offline"],
+    project: str,
+    group: str | None,
+    tags: Sequence[str],
+    config: dict[str, Any],
 ) -> WandbLogger:
     """A W&B run that a resumed training continues: its id is written before training starts."""
     record = run_dir / "wandb_run.json"
@@ -136,21 +144,19 @@ def wandb_logger(
     else:
         run_id = uuid.uuid4().hex[:8]
         record.write_text(json.dumps({"id": run_id, "project": project, "mode": mode}))
-    import wandb
-
-    logger = WandbLogger(
+    run = wandb.init(
         project=project,
         name=f"{run_dir.parent.name}/{run_dir.name}",
         id=run_id,
         group=group,
         tags=list(tags),
-        save_dir=str(run_dir),
+        dir=str(run_dir),
         resume="allow",
         mode=mode,
         config=config,
-        settings=wandb.Settings(console="off", quiet=True, silent=True, disable_git=True),
+        settings=wandb.Settings(console="off", silent=True, disable_git=True),
     )
-    return logger
+    return WandbLogger(experiment=run)
 
 
 def sync_command(run_dir: Path) -> str | None:
@@ -163,4 +169,4 @@ def close_loggers(loggers: Sequence[Logger], status: str = "success") -> None:
     for logger in loggers:
         logger.finalize(status)
         if isinstance(logger, WandbLogger):
-            logger.experiment.finish(quiet=True)
+            logger.experiment.finish(exit_code=0 if status == "success" else 1)

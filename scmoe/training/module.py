@@ -53,6 +53,7 @@ class LanguageModel(LightningModule):
         self.model: Any = None
         self.val_nats, self.val_tokens, self.val_bytes = (SumMetric().set_dtype(torch.float64) for _ in range(3))
         self.val_load_sums: Tensor | None = None
+        self.validated_step: int | None = None
 
     def configure_model(self) -> None:
         if self.model is None:
@@ -110,12 +111,15 @@ class LanguageModel(LightningModule):
             load = load_metrics(self.parallel_context.sum_over_ranks(self.val_load_sums))
             self.log_dict({f"val/{name}": value.float() for name, value in load.items()})
             self.val_load_sums = None
+        self.validated_step = self.global_step
 
     # ------------------------------------------------------------------ optimization
 
     def configure_optimizers(self) -> Any:
         """AdamW; matrices decay, norms, biases and position embeddings do not."""
-        decays = {p for m in self.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(False) if p.dim() > 1}
+        decays = {
+            p for m in self.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(False) if p.dim() > 1
+        }
         parameters = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if p in decays], "weight_decay": self.weight_decay},

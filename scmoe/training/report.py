@@ -84,8 +84,8 @@ def model_table(counts: Mapping[str, tuple[int, int, int]], title: str) -> Table
     return table
 
 
-def summary_panel(summary: Mapping[str, Any], samples: list[str], commands: Mapping[str, str]) -> Panel:
-    """The end of a run, for a person: results, samples, and what can be typed next."""
+def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
+    """The end of a run, for a person: results and samples."""
     table = Table.grid(padding=(0, 2))
     ratio = summary["bits_per_byte"] / summary["unigram_bits_per_byte"]
     rows = {
@@ -99,11 +99,10 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str], commands: Mapp
         rows["expert load"] = f"busiest expert {summary['load_max_ratio']:.2f} x the mean, worst layer"
         rows["dropped"] = f"{summary['drop_share']:.2%} of routed tokens"
     rows["run directory"] = str(summary["run_dir"])
-    rows.update(commands)
-    for i, text in enumerate(samples):
-        rows["samples" if i == 0 else " " * (i + 1)] = " ".join(text.split())
     for name, value in rows.items():
-        table.add_row(Text(name.strip(), style="bold"), Text(value))
+        table.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
+    for text in samples:
+        table.add_row(Text("sample", style="bold"), Text(" ".join(text.split()), overflow="ellipsis", no_wrap=True))
     return Panel(table, title="run finished", title_align="left")
 
 
@@ -117,5 +116,3 @@ def console(stderr: bool = False) -> Console:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
-
-

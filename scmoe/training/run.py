@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging as std_logging
 import math
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,14 +46,18 @@ def train(config: Config, overrides: Sequence[str] = (), run_dir: Path | None = 
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         summary = _summary(config, trainer, module, data)
         samples = _samples(trainer, module, data)
+        if run_dir is not None:
+            summary = {"run_dir": str(_relative(run_dir)), **summary}
+            report.write_json(run_dir / "summary.json", summary)
         status = "success"
     finally:
         logging.close_loggers(loggers, status)
     if run_dir is None or not trainer.is_global_zero:
         return None
-    summary = {"run_dir": str(_relative(run_dir)), **summary}
-    report.write_json(run_dir / "summary.json", summary)
-    report.console().print(report.summary_panel(summary, samples, _commands(run_dir)))
+    console = report.console()
+    console.print(report.summary_panel(summary, samples))
+    for purpose, command in _commands(run_dir).items():
+        console.print(f"{purpose:12} {command}", soft_wrap=True)  # whole, to be copied
     return summary
 
 
@@ -80,9 +85,11 @@ def _open_run(
 
 
 def _summary(config: Config, trainer: Trainer, module: LanguageModel, data: SequenceDataModule) -> dict[str, Any]:
-    """Validates on every rank; the numbers of the run's last line."""
+    """The numbers of the run's last line, validated after the last step; every rank takes part."""
     steps = trainer.global_step
-    metrics = trainer.validate(module, data, verbose=False)[0]
+    if module.validated_step != steps:
+        trainer.validate(module, data, verbose=False)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     total, active = report.total_and_active(report.count_parameters(module.model))
     throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
     return {
@@ -114,9 +121,10 @@ def _samples(trainer: Trainer, module: LanguageModel, data: SequenceDataModule) 
 
 
 def _commands(run_dir: Path) -> dict[str, str]:
-    commands = {"resume": f'make resume RUN={_relative(run_dir)} ARGS="trainer.max_steps=..."'}
+    run = _relative(run_dir)
+    commands = {"resume": f'make resume RUN={run} ARGS="trainer.max_steps=..."', "sample": f"make sample RUN={run}"}
     if sync := logging.sync_command(_relative(run_dir)):
-        commands["sync to W&B"] = f".venv/bin/{sync}"
+        commands["sync to W&B"] = f"{_relative(Path(sys.executable).parent)}/{sync}"
     return commands
 
 
@@ -130,7 +138,7 @@ def _step(checkpoint: Path | None) -> int | None:
 
 def _relative(path: Path) -> Path:
     """As a person in this folder would type it."""
-    path = path.resolve()
+    path = path.absolute()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
@@ -141,10 +149,10 @@ def _quiet() -> None:
     for message in (
         ".*does not have many workers.*",  # tokens come from a memory map: workers would only cost memory
         ".*dataloader is not resumable.*",  # it is: the sampler begins at the datamodule's position
+        ".*recommended to use `self.log.*sync_dist=True.*",  # these values are the same on every rank already
+        ".*isinstance.treespec, LeafSpec.*",  # Lightning's own affair with torch
         ".*is not empty.*",  # a resumed run's checkpoints
         ".*the total number of batches.*logging interval.*",
         ".*number of training batches.*is smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message)
-
-

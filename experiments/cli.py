@@ -1,0 +1,26 @@
+"""`scmoe VERB ...`: the scripts of this folder by name."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+VERBS = {
+    "train": "train a model, or resume a run",
+    "sample": "write text with a run's model",
+    "list": "configs, models, data sets, architectures",
+    "bench": "measure",
+    "figures": "draw the figures of the README",
+}
+
+
+def main() -> None:
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb not in VERBS:
+        print("usage: scmoe VERB ...\n\n" + "\n".join(f"  {name:9}{what}" for name, what in VERBS.items()))
+        sys.exit(0 if verb in ("-h", "--help") else 2)
+    sys.exit(import_module(f"experiments.{verb}").main(sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""N processes on this machine, as torchrun would start them, for a function and its N results.
+
+Processes are forked from a server that has imported torch, Lightning and this library, so that a rank starts in 0.1 s;
+they are not forked from the caller, whose autograd threads and locks would come along broken. The caller hosts the store
+at which the ranks meet, as torchrun's agent does, so no other program can take its port between choice and use.
+A rank lives as long as the caller holds the other end of its pipe: whatever happens to the caller, no process stays behind.
+Left out: the network between the ranks, which is loopback as it is; links.py shapes it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from scmoe.parallel.mesh import use_loopback_for_gloo
+
+PRELOADED = ["torch", "torch.distributed", "lightning.pytorch", "scmoe.training.build", __name__]
+GRACE_S = 0.5  # after a first failure, for others that failed at the same time to say so
+
+
+class Rank(NamedTuple):
+    rank: int
+    world_size: int
+
+
+class RankError(RuntimeError):
+    """A rank raised, ended without a result, or took too long. The message begins with what happened first."""
+
+
+class _Report(NamedTuple):
+    """What a rank sends at its end. time_s is of the machine's monotonic clock; failure is a traceback."""
+
+    time_s: float
+    result: Any
+    failure: str | None
+
+
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+    """[fn(Rank(r, world_size), *args) for each rank r], each in its own process, with one torch thread.
+
+    fn: a function of a module; it finds the variables that torchrun sets, so a Trainer or `init_process_group` joins the
+    ranks. args and results are pickled. No rank ends before all have their results, so none misses a peer at the end.
+    Raises RankError; by then, as on return, every process is gone.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes, pipes = [], []
+    try:
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_run_rank, args=(theirs, Rank(rank, world_size), store.port, fn, args), daemon=True
+            )
+            process.start()
+            theirs.close()
+            processes.append(process)
+            pipes.append(ours)
+        return _collect(pipes, timeout_s)
+    finally:
+        for pipe in pipes:
+            pipe.close()
+        for process in processes:
+            _end(process)
+
+
+def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
+    reports: dict[int, _Report] = {}
+    deadline = time.monotonic() + timeout_s
+    while len(reports) < len(pipes):
+        waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in reports}
+        ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        failed = any(report.failure for report in reports.values())
+        if not ready and not failed:
+            raise RankError(f"no result within {timeout_s:g} s from rank {', '.join(map(str, waiting.values()))}")
+        if not ready:
+            break
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            reports[waiting[pipe]] = _receive(pipe)
+        if not failed and any(report.failure for report in reports.values()):
+            deadline = time.monotonic() + GRACE_S
+    failures = {rank: report for rank, report in reports.items() if report.failure}
+    if failures:
+        first, *later = sorted(failures, key=lambda rank: failures[rank].time_s)
+        lines = [f"rank {first} of {len(pipes)} failed first:\n{failures[first].failure}"]
+        lines += [f"rank {rank}, later: {str(failures[rank].failure).splitlines()[-1]}" for rank in later]
+        raise RankError("\n".join(lines))
+    return [reports[rank].result for rank in range(len(pipes))]
+
+
+def _receive(pipe: Connection) -> _Report:
+    try:
+        return pickle.loads(pipe.recv_bytes())  # written by our own process, into a pipe that only it holds
+    except (EOFError, ConnectionError):
+        return _Report(0.0, None, "the process ended without a word: killed, or out of memory")  # peers fail after it
+
+
+def _end(process: Any) -> None:
+    """Kills the process with all that it has started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # gone already, or so young that it leads no group yet
+        process.kill()
+    process.join()
+    process.close()
+
+
+def _run_rank(pipe: Connection, rank: Rank, port: int, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.setsid()
+    threading.Thread(target=_end_with_caller, args=(pipe,), daemon=True).start()
+    r, n = map(str, rank)
+    os.environ.update(RANK=r, WORLD_SIZE=n, LOCAL_RANK=r, LOCAL_WORLD_SIZE=n, GROUP_RANK="0")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(TORCHELASTIC_RUN_ID="ranks", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+    use_loopback_for_gloo()
+    torch.set_num_threads(1)
+    try:
+        result = fn(rank, *args)
+        report = pickle.dumps(_Report(time.monotonic(), result, None))
+    except BaseException:
+        report = pickle.dumps(_Report(time.monotonic(), None, traceback.format_exc()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pipe.send_bytes(report)
+    threading.Event().wait()  # until the caller lets go of the pipe
+
+
+def _end_with_caller(pipe: Connection) -> None:
+    """The caller sends nothing, so all that can come is the end of the pipe."""
+    wait([pipe])
+    os.killpg(0, signal.SIGKILL)

@@ -1,0 +1,196 @@
+"""The suite notices when something is taken away: a scale, a list, a wait, a rank.
+
+Each control breaks one thing inside the ranks and makes the comparison of test_ep_equality.py, which must then fail: by at
+least 1e-6, a million times what it allows. Transfers that are late, or overtake each other, must change no bit.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from random import Random
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scmoe.parallel.all_to_all import Transfer
+from scmoe.parallel.reducer import ExpertGradientReducer
+from scmoe.parallel.strategy import ExpertParallelStrategy
+from scmoe.testbed.ranks import Rank, RankError, run_ranks
+from tests.distributed.test_ep_equality import (
+    EP2,
+    TOLERANCE,
+    assemble,
+    assert_same,
+    assert_same_bits,
+    difference,
+    tiny,
+    train,
+    train_cases,
+)
+
+pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+
+MODEL = "architecture=scmoe position=pos2 top_k=2 schedule.chunks=2"
+POISON = 7.0  # in a buffer until its rows arrive; not NaN, which would show however little came of it
+SHOWS = 1e-6
+
+# ---------------------------------------------------------------------- transfers that take their time
+
+
+class Late:
+    """A transfer whose rows appear at its wait, not before: the slowest that `dist.Work` allows."""
+
+    def __init__(self, work: Any, arrived: Tensor, target: Tensor, rng: Random) -> None:
+        self.work, self.arrived, self.target = work, arrived, target
+
+    @torch.no_grad()  # a new thread records: the copy would become a node of the graph, and reorder backward
+    def wait(self) -> None:
+        self.work.wait()
+        self.target.copy_(self.arrived)
+
+
+class Shuffled(Late):
+    """A transfer whose rows appear 0 to 4 ms after it was launched, so that later ones overtake it."""
+
+    def __init__(self, work: Any, arrived: Tensor, target: Tensor, rng: Random) -> None:
+        super().__init__(work, arrived, target, rng)
+        self.delivery = threading.Timer(rng.uniform(0.0, 0.004), super().wait)
+        self.delivery.start()
+
+    def wait(self) -> None:
+        self.delivery.join()
+
+
+def delayed(late: type[Late]) -> Callable[..., Tensor]:
+    """Transfer.launch, with a buffer that shows poison until `late` brings the rows."""
+    rng = Random(os.environ["RANK"])
+
+    def launch(transfer: Transfer, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        transfer.source = rows.contiguous()
+        arrived = rows.new_empty((sum(received) if received else rows.shape[0], *rows.shape[1:]))
+        target = torch.full_like(arrived, POISON)
+        work = dist.all_to_all_single(arrived, transfer.source, received, sent, group=transfer.group, async_op=True)
+        transfer.work = late(work, arrived, target, rng)
+        return target
+
+    return launch
+
+
+def finish_without_waiting(backward: bool) -> Callable[[Transfer], None]:
+    """Transfer.finish, that does not wait in one direction. A transfer has a gradient only on its way back."""
+    real = Transfer.finish
+
+    def finish(transfer: Transfer) -> None:
+        if (getattr(transfer, "grad", None) is not None) == backward:
+            transfer.work.work.wait()  # the rows are here, but nobody looks: peers must not run ahead
+            transfer.work = transfer.source = None
+        else:
+            real(transfer)
+
+    return finish
+
+
+BROKEN: dict[str, Callable[[], list[Any]]] = {
+    "nothing": lambda: [],
+    "late": lambda: [patch.object(Transfer, "launch", delayed(Late))],
+    "shuffled": lambda: [patch.object(Transfer, "launch", delayed(Shuffled))],
+    "no 1/EP scale": lambda: [patch.object(ExpertGradientReducer, "_scale", lambda self, grad: grad)],
+    "no DDP ignore list": lambda: [patch.object(ExpertParallelStrategy, "_hide_shards_from_ddp", lambda self: None)],
+    "no wait, forward": lambda: [
+        patch.object(Transfer, "launch", delayed(Late)),
+        patch.object(Transfer, "finish", finish_without_waiting(backward=False)),
+    ],
+    "no wait, backward": lambda: [
+        patch.object(Transfer, "launch", delayed(Late)),
+        patch.object(Transfer, "finish", finish_without_waiting(backward=True)),
+    ],
+}
+
+
+def train_broken(rank: Rank) -> dict[str, dict[str, Any]]:
+    """A record for each thing that is broken."""
+    records = {}
+    for name, patches in BROKEN.items():
+        with ExitStack() as stack:
+            for p in patches():
+                stack.enter_context(p)
+            records[name] = train(tiny(f"{MODEL} {EP2}", rank.world_size))
+    return records
+
+
+@pytest.fixture(scope="module")
+def one() -> dict[str, list[Tensor]]:
+    (records,) = run_ranks(train_cases, 1, {"model": MODEL})
+    return assemble([records["model"]])
+
+
+@pytest.fixture(scope="module")
+def broken() -> dict[str, list[dict[str, Any]]]:
+    ranks = run_ranks(train_broken, 2)
+    return {name: [records[name] for records in ranks] for name in BROKEN}
+
+
+def test_nothing_broken_is_equal(one, broken):
+    assert_same(broken["nothing"], one)
+
+
+@pytest.mark.parametrize("name", ["late", "shuffled"])
+def test_late_transfers_change_no_bit(name, broken):
+    assert_same_bits(broken[name], broken["nothing"])
+
+
+@pytest.mark.parametrize("name", ["no 1/EP scale", "no wait, forward", "no wait, backward"])
+def test_breakage_shows(name, one, broken):
+    error, _ = difference(assemble(broken[name]), one)
+    assert error > SHOWS > TOLERANCE
+
+
+def test_a_missing_ignore_list_shows(one, broken):
+    """DDP gives every rank the experts of rank 0 at the start: shards are equal that must differ."""
+    error, where = difference(assemble(broken["no DDP ignore list"]), one)
+    assert error > SHOWS, where
+
+
+# ---------------------------------------------------------------------- ranks that fail
+
+
+def misbehave(rank: Rank, how: str) -> int:
+    dist.init_process_group("gloo")
+    if rank.rank == 1:
+        if how == "raise":
+            raise KeyError("the reason")
+        if how == "vanish":
+            os._exit(0)
+        if how == "hang":
+            time.sleep(600)
+    dist.all_reduce(torch.ones(1))
+    return os.getpid()
+
+
+@pytest.mark.parametrize(
+    "how, says",
+    [
+        ("raise", r"^rank 1 of 3 failed first:\nTraceback[\s\S]*KeyError: 'the reason'"),
+        ("vanish", r"^rank 1 of 3 failed first:\nthe process ended without a word"),
+        ("hang", r"^no result within 2 s from rank 0, 1, 2$"),
+    ],
+)
+def test_a_failing_rank_is_named_and_all_end_soon(how, says):
+    began = time.monotonic()
+    with pytest.raises(RankError, match=says):
+        run_ranks(misbehave, 3, how, timeout_s=2 if how == "hang" else 60)
+    assert time.monotonic() - began < 30
+
+
+def test_no_process_stays_behind():
+    pids = run_ranks(misbehave, 3, "behave")
+    assert len(set(pids)) == 3
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)

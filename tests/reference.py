@@ -1,0 +1,257 @@
+"""The oracle: every architecture of the paper written flat, slow and obviously right. Imports nothing of scmoe.
+
+Functions of a dict of plain weight tensors, under the names that `model.state_dict()` gives them, and of plain tensors.
+Tokens and experts are gone through one by one; gradients come from autograd. Everything fast is compared with this.
+
+    Eq. 1        gpt(..., Spec("top_k"))            Eq. 2-5    gate
+    Eq. 6        gpt(..., Spec("shared_expert"))    Eq. 7-10   gpt(..., Spec("scmoe"))
+    Eq. 14-16    merge                              capacity   kept_copies
+
+Left out: dropout, padding, and forced balanced routing, which is no model.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+
+class Spec(NamedTuple):
+    """What is computed, in the words of the config."""
+
+    architecture: str
+    layers: int
+    heads: int
+    num_experts: int = 0
+    top_k: int = 1
+    position: str = "pos2"
+    first_position: str | None = None
+    combine: str = "cg1"
+    coefficient_input: str = "current"
+    tap_norm: str = "own"
+    every: int = 2
+    capacity_factor: float | None = None
+
+
+class Routed(NamedTuple):
+    """One MoE module's output [T, D] and what it did on the way."""
+
+    y: Tensor
+    chosen: list[list[int]]  # experts of each token, likeliest first
+    scores: Tensor  # [T, E]
+    logits: Tensor  # [T, E]
+    dropped: int
+
+
+class Answer(NamedTuple):
+    logits: Tensor  # [B, S, V]
+    token_loss: Tensor
+    load_balance_loss: Tensor | None
+    z_loss: Tensor | None
+    dropped: list[int]  # of each MoE layer
+    copies: list[list[int]]  # of each MoE layer: routed copies per expert, before any is dropped
+
+
+# ---------------------------------------------------------------------- parts of a Transformer
+
+
+def layer_norm(w: Weights, name: str, x: Tensor) -> Tensor:
+    mean = x.mean(-1, keepdim=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdim=True)
+    return (x - mean) / torch.sqrt(variance + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def linear(w: Weights, name: str, x: Tensor) -> Tensor:
+    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def mlp(w: Weights, name: str, x: Tensor) -> Tensor:
+    return linear(w, f"{name}.w_out", gelu(linear(w, f"{name}.w_in", x)))
+
+
+def attention(w: Weights, name: str, x: Tensor, heads: int) -> Tensor:
+    """Causal; x is [B, S, D], sequences and heads one by one."""
+    dim, seq_len = x.shape[2], x.shape[1]
+    size = dim // heads
+    future = torch.ones(seq_len, seq_len, dtype=torch.bool).triu(1)
+    sequences = []
+    for sequence in x:
+        qkv = linear(w, f"{name}.qkv", sequence)
+        outputs = []
+        for h in range(heads):
+            q, k, v = (qkv[:, i * dim + h * size : i * dim + (h + 1) * size] for i in range(3))
+            match = (q @ k.T / math.sqrt(size)).masked_fill(future, -math.inf)
+            outputs.append(match.softmax(-1) @ v)
+        sequences.append(linear(w, f"{name}.out", torch.cat(outputs, -1)))
+    return torch.stack(sequences)
+
+
+def add_attention(w: Weights, name: str, x: Tensor, heads: int) -> Tensor:
+    return x + attention(w, f"{name}.f", layer_norm(w, f"{name}.norm", x), heads)
+
+
+def add_mlp(w: Weights, name: str, x: Tensor) -> Tensor:
+    return x + mlp(w, f"{name}.f", layer_norm(w, f"{name}.norm", x))
+
+
+# ---------------------------------------------------------------------- mixture of experts
+
+
+def gate(logits: Tensor, top_k: int) -> tuple[list[int], list[Tensor]]:
+    """Eq. 2-5 for one token's logits [E]: experts, likeliest first, and their weights.
+
+    k >= 2: softmax over the kept logits. k = 1: that would be 1 whatever the logits, so the probability among all."""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i].item())
+    kept = order[:top_k]
+    if top_k == 1:
+        return kept, [torch.exp(logits[kept[0]] - torch.logsumexp(logits, 0))]
+    total = sum(torch.exp(logits[i] - logits[order[0]]) for i in kept)
+    return kept, [torch.exp(logits[i] - logits[order[0]]) / total for i in kept]
+
+
+def noisy_logits(x: Tensor, w_gate: Tensor, w_noise: Tensor, normal: Tensor) -> Tensor:
+    """Eq. 3-4: H(x)_i = (x W_gate)_i + N(0, 1) softplus((x W_noise)_i), the normal numbers given."""
+    return x @ w_gate.T + normal * torch.log1p(torch.exp(x @ w_noise.T))
+
+
+def kept_copies(chosen: list[list[int]], num_experts: int, capacity: int | None) -> set[tuple[int, int]]:
+    """(token, choice) pairs that find room: all first choices before any second choice, early tokens before late."""
+    room = [math.inf if capacity is None else capacity] * num_experts
+    kept = set()
+    for k in range(len(chosen[0])):
+        for t in range(len(chosen)):
+            if room[chosen[t][k]] > 0:
+                room[chosen[t][k]] -= 1
+                kept.add((t, k))
+    return kept
+
+
+def capacity_of(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float | None) -> int | None:
+    return None if capacity_factor is None else math.ceil(capacity_factor * num_tokens * top_k / num_experts)
+
+
+def routed_experts(w: Weights, name: str, x: Tensor, top_k: int, capacity_factor: float | None) -> Routed:
+    """sum_i G(x)_i E_i(x) for tokens x [T, D], one token and one expert after the other."""
+    w_gate, w_in, w_out = (w[f"{name}.{k}"] for k in ("router.gate.weight", "experts.w_in_eDF", "experts.w_out_eFD"))
+    num_tokens, num_experts = len(x), len(w_gate)
+    logits = torch.stack([token @ w_gate.T for token in x])
+    gates = [gate(token_logits, top_k) for token_logits in logits]
+    chosen = [experts for experts, _ in gates]
+    kept = kept_copies(chosen, num_experts, capacity_of(num_tokens, num_experts, top_k, capacity_factor))
+    outputs = []
+    for t in range(num_tokens):
+        y = torch.zeros_like(x[t])
+        for k, (expert, weight) in enumerate(zip(*gates[t], strict=True)):
+            if (t, k) in kept:
+                y = y + weight * (gelu(x[t] @ w_in[expert]) @ w_out[expert])
+        outputs.append(y)
+    return Routed(torch.stack(outputs), chosen, logits.softmax(-1), logits, num_tokens * top_k - len(kept))
+
+
+def merge(combine: str, w_gate: Tensor | None, x: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
+    """Eq. 14-16."""
+    if combine == "direct_add":
+        return shared + routed
+    assert w_gate is not None
+    if combine == "cg1":
+        return shared / (1 + torch.exp(-(x @ w_gate.T))) + routed
+    assert combine == "cg2"
+    e = torch.exp(x @ w_gate.T)
+    return e[..., :1] / e.sum(-1, keepdim=True) * shared + e[..., 1:] / e.sum(-1, keepdim=True) * routed
+
+
+def load_balance_loss(chosen: list[list[int]], scores: Tensor) -> Tensor:
+    """E sum_i f_i P_i: f_i the share of routed copies that expert i gets, P_i its mean score."""
+    num_tokens, num_experts = scores.shape
+    total = scores.new_zeros(())
+    for i in range(num_experts):
+        copies = sum(experts.count(i) for experts in chosen)
+        total = total + copies / (num_tokens * len(chosen[0])) * scores[:, i].sum() / num_tokens
+    return num_experts * total
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    return sum(torch.log(torch.exp(token).sum()) ** 2 for token in logits) / len(logits)
+
+
+# ---------------------------------------------------------------------- blocks and model
+
+# Names of a pair's sub-layers: attention l, MLP l, attention l+1.
+PAIR = {
+    "top_k": ("sublayers.0", "sublayers.1", "sublayers.2"),
+    "shared_expert": ("sublayers.0", "sublayers.1", "sublayers.2"),
+    "pos1": ("before_tap.0", "before_tap.1", "after_tap.0"),
+    "pos2": ("before_tap.0", "after_tap.0", "after_tap.1"),
+    "pos3": ("after_tap.0", "after_tap.1", "after_tap.2"),
+}
+# Name of the attention of a block with an MoE in every block, and of the sub-layer that follows the tap.
+SINGLE = {"top_k": "sublayers.0", "shared_expert": "sublayers.0", "pos1": "after_tap.0"}
+AFTER_TAP = "after_tap.0"
+
+
+def moe_block(w: Weights, name: str, h_in: Tensor, spec: Spec, position: str) -> tuple[Tensor, Routed]:
+    """A pair (Block-MLP, Block-MoE), or one Block-MoE. position: of the tap."""
+    wiring = position if spec.architecture == "scmoe" else spec.architecture
+    if spec.every == 2:
+        attention_l, mlp_l, attention_next = (f"{name}.{part}" for part in PAIR[wiring])
+        h_mh = add_attention(w, attention_l, h_in, spec.heads)  # H_l^MH
+        h_mlp = add_mlp(w, mlp_l, h_mh)  # H_l^MLP
+        h = add_attention(w, attention_next, h_mlp, spec.heads)  # H_{l+1}^MH
+        taps = {"pos1": h_mlp, "pos2": h_mh, "pos3": h_in}
+    else:
+        h = add_attention(w, f"{name}.{SINGLE[wiring]}", h_in, spec.heads)
+        taps = {"pos1": h_in}  # the preceding block's output is this block's input
+
+    def routed(x: Tensor) -> Routed:
+        result = routed_experts(w, f"{name}.moe", x.flatten(0, 1), spec.top_k, spec.capacity_factor)
+        return result._replace(y=result.y.view_as(x))
+
+    u = layer_norm(w, f"{name}.norm", h)
+    if spec.architecture == "top_k":  # Eq. 1
+        moe = routed(u)
+        return h + moe.y, moe
+    shared = mlp(w, f"{name}.shared_expert", u)
+    w_coefficient = w.get(f"{name}.coefficient.gate.weight")
+    if spec.architecture == "shared_expert":  # Eq. 6
+        moe = routed(u)
+        return h + merge(spec.combine, w_coefficient, u, shared, moe.y), moe
+    assert spec.architecture == "scmoe"  # Eq. 7-10
+    tap_norm = f"{name}.tap_norm" if spec.tap_norm == "own" else f"{name}.{AFTER_TAP}.norm"
+    tap = layer_norm(w, tap_norm, taps[position])
+    moe = routed(tap)
+    read = u if spec.coefficient_input == "current" else tap
+    return h + merge(spec.combine, w_coefficient, read, shared, moe.y), moe
+
+
+def gpt(w: Weights, spec: Spec, ids: Tensor, labels: Tensor) -> Answer:
+    """Learned positions, pre-norm blocks, output weights tied to the embeddings; the mean next-token loss."""
+    rows = [[w["tokens.weight"][i] + w["positions.weight"][s] for s, i in enumerate(row)] for row in ids.tolist()]
+    x = torch.stack([torch.stack(row) for row in rows])
+    modules: list[Routed] = []
+    if spec.architecture == "dense":
+        for i in range(spec.layers):
+            x = add_attention(w, f"blocks.{i}.sublayers.0", x, spec.heads)
+            x = add_mlp(w, f"blocks.{i}.sublayers.1", x)
+    else:
+        for i in range(spec.layers // spec.every):
+            position = spec.first_position if i == 0 and spec.first_position else spec.position
+            x, moe = moe_block(w, f"blocks.{i}", x, spec, position)
+            modules.append(moe)
+    logits = layer_norm(w, "norm", x) @ w["tokens.weight"].T
+    targets = [(b, s, label) for b, row in enumerate(labels.tolist()) for s, label in enumerate(row)]
+    token_loss = sum(torch.logsumexp(logits[b, s], 0) - logits[b, s, label] for b, s, label in targets) / len(targets)
+    if not modules:
+        return Answer(logits, token_loss, None, None, [], [])
+    balance = sum(load_balance_loss(m.chosen, m.scores) for m in modules) / len(modules)
+    z = sum(z_loss(m.logits) for m in modules) / len(modules)
+    copies = [[sum(e.count(i) for e in m.chosen) for i in range(m.scores.shape[1])] for m in modules]
+    return Answer(logits, token_loss, balance, z, [m.dropped for m in modules], copies)

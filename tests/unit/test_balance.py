@@ -1,0 +1,130 @@
+"""The routers' sums and losses: known values, and that they do not depend on how the tokens are split over ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from scmoe.moe.balance import integer_sums, load_balance_loss, load_metrics, router_stats, router_z_loss
+from scmoe.moe.layout import arrange
+from scmoe.tokens import RouterStats, Routing
+from tests import reference
+from tests.helpers import assert_close
+
+EXPERTS = 4
+
+
+def stats_of(
+    logits_TE: Tensor, top_k: int = 1, capacity: int | None = None, mask_T: Tensor | None = None
+) -> RouterStats:
+    scores_TE = logits_TE.softmax(-1)
+    ids_TK = logits_TE.topk(top_k).indices
+    if mask_T is not None:
+        ids_TK = ids_TK.where(mask_T[:, None], EXPERTS)
+    layout = arrange(ids_TK, EXPERTS, capacity)
+    return router_stats(Routing(ids_TK, scores_TE.gather(1, ids_TK % EXPERTS), scores_TE, logits_TE), layout, mask_T)
+
+
+def losses(stats: list[RouterStats]) -> tuple[Tensor, Tensor]:
+    sums = integer_sums(stats)
+    return load_balance_loss(stats, sums), router_z_loss(stats, sums)
+
+
+def random_logits(num_tokens: int = 12, seed: int = 0) -> Tensor:
+    return torch.randn(num_tokens, EXPERTS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("top_k", (1, 2, 3))
+def test_equal_the_oracle(top_k):
+    logits = [random_logits(seed=seed) for seed in (0, 1)]
+    balance, z = losses([stats_of(layer, top_k) for layer in logits])
+    chosen = [layer.topk(top_k).indices.tolist() for layer in logits]
+    expected = [reference.load_balance_loss(c, layer.softmax(-1)) for c, layer in zip(chosen, logits, strict=True)]
+    assert_close(balance, sum(expected) / 2)
+    assert_close(z, sum(reference.z_loss(layer) for layer in logits) / 2)
+
+
+def test_one_where_even_and_e_where_one_expert_takes_all():
+    even = torch.eye(EXPERTS, dtype=torch.float64).repeat(3, 1) * 5
+    assert_close(losses([stats_of(even)])[0], torch.tensor(1.0, dtype=torch.float64))
+    collapsed = torch.zeros(12, EXPERTS, dtype=torch.float64)
+    collapsed[:, 2] = 1e3
+    assert_close(losses([stats_of(collapsed)])[0], torch.tensor(float(EXPERTS), dtype=torch.float64))
+
+
+def test_z_loss_of_equal_logits():
+    """logsumexp of E logits x is x + log E."""
+    z = losses([stats_of(torch.full((5, EXPERTS), 2.0, dtype=torch.float64))])[1]
+    assert_close(z, (2 + torch.tensor(EXPERTS, dtype=torch.float64).log()) ** 2)
+
+
+def test_losses_pull_the_right_way():
+    """Less probability for the crowded expert, smaller logits."""
+    logits = random_logits().abs()
+    logits[:, 1] += 3
+    logits.requires_grad_()
+    stats = [stats_of(logits)]
+    balance, z = losses(stats)
+    (grad,) = torch.autograd.grad(balance, logits, retain_graph=True)
+    assert (grad[:, 1] > 0).all()
+    (grad,) = torch.autograd.grad(z, logits)
+    assert (grad > 0).all()
+    assert not stats[0].counts_E.requires_grad
+
+
+@given(st.data(), st.integers(1, 4), st.sampled_from((1, 2)), st.booleans())
+def test_mean_over_ranks_is_the_loss_of_the_global_batch(data, world_size, top_k, padded):
+    """Fault 24, without processes: each rank has its tokens, the integer sums are added up, gradients averaged.
+
+    Ranks may hold different numbers of tokens, and padding. 1e-12: the same sums in another order."""
+    num_tokens = data.draw(st.lists(st.integers(1, 5), min_size=world_size, max_size=world_size))
+    layers = [random_logits(sum(num_tokens), seed).requires_grad_() for seed in (0, 1)]
+    mask = torch.arange(sum(num_tokens)) % 3 != 1 if padded else torch.ones(sum(num_tokens), dtype=torch.bool)
+
+    whole = sum(losses([stats_of(layer, top_k, mask_T=mask) for layer in layers]))
+    whole_grads = torch.autograd.grad(whole, layers)
+
+    masks = mask.split(num_tokens)
+    split = zip(*(layer.split(num_tokens) for layer in layers), strict=True)
+    ranks = [[stats_of(t, top_k, mask_T=m) for t in tensors] for tensors, m in zip(split, masks, strict=True)]
+    sums = sum(integer_sums(stats) for stats in ranks)
+    mean = sum(load_balance_loss(s, sums, world_size) + router_z_loss(s, sums, world_size) for s in ranks) / world_size
+    assert_close(mean, whole)
+    for grad, expected in zip(torch.autograd.grad(mean, layers), whole_grads, strict=True):
+        assert_close(grad, expected)
+
+
+def test_split_without_summing_is_told_apart():
+    """Negative control: the mean of per-rank losses with per-rank f is another number."""
+    logits = random_logits()
+    parts = [losses([stats_of(part)])[0] for part in logits.split(6)]
+    assert (sum(parts) / 2 - losses([stats_of(logits)])[0]).abs() > 1e-4
+
+
+@pytest.mark.parametrize("capacity", (None, 2))
+def test_padding_is_left_out_of_every_sum(capacity):
+    logits, mask = random_logits(), torch.arange(12) % 4 > 0
+    padded, real = stats_of(logits, 2, capacity, mask), stats_of(logits[mask], 2, capacity)
+    for a, b in zip(padded, real, strict=True):
+        assert_close(a.double(), b.double())
+    assert integer_sums([padded]).dtype == torch.int64
+    assert padded.num_tokens == 9 and padded.counts_E.sum() == 18
+
+
+def test_nothing_but_padding_gives_zero_not_nan():
+    logits = random_logits().requires_grad_()
+    total = sum(losses([stats_of(logits, mask_T=torch.zeros(12, dtype=torch.bool))]))
+    total.backward()
+    assert total == 0 and torch.equal(logits.grad, torch.zeros(12, EXPERTS, dtype=torch.float64))
+
+
+def test_metrics():
+    sums = torch.tensor([[6, 2, 0, 0, 8, 3], [2, 2, 2, 2, 8, 1]])  # two layers: copies of 4 experts, tokens, dropped
+    metrics = {name: value.item() for name, value in load_metrics(sums).items()}
+    assert metrics["load_max"] == 3.0  # 6 of 8 where 2 is fair
+    assert metrics["dead_experts"] == 2
+    assert metrics["drop_share"] == 4 / 16
+    assert metrics["load_entropy"] == pytest.approx((0.8112781244591328 / 2 + 1) / 2)  # bits of (3/4, 1/4), over 2

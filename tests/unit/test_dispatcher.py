@@ -1,0 +1,59 @@
+"""One rank's dispatcher, the sequential baseline around it, and what the stream hands to either."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scmoe.moe.dispatcher import Blocking, LocalDispatcher
+from tests.helpers import DIM, Log, RecordingDispatcher, gradients, tiny_stream
+
+
+@pytest.mark.parametrize("dispatcher", (LocalDispatcher(), Blocking(LocalDispatcher())), ids=("local", "blocking"))
+@pytest.mark.parametrize("counts", (None, torch.tensor([2, 0, 4])), ids=("equal", "counted"))
+def test_one_rank_sends_nothing(dispatcher, counts):
+    rows = torch.randn(6, DIM, requires_grad=True)
+    pending, receipt = dispatcher.dispatch(rows, counts)
+    assert pending.wait() is rows
+    assert receipt.num_tokens_per_expert_e is counts
+    assert dispatcher.combine(rows, receipt).wait() is rows
+
+
+def recorded(blocking: bool) -> tuple[list[str], list[str]]:
+    log = Log()
+    dispatcher = RecordingDispatcher(log)
+    stream = tiny_stream(chunks=2, dispatcher=Blocking(dispatcher) if blocking else dispatcher)
+    x = torch.randn(1, 12, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    stream(x).y_BSD.sum().backward()
+    return log.forward, log.backward
+
+
+def test_chunks_are_all_sent_before_the_first_is_awaited():
+    forward, backward = recorded(blocking=False)
+    assert forward == [
+        *("dispatch 0 start", "dispatch 1 start"),
+        *("dispatch 0 wait", "combine 0 start"),
+        *("dispatch 1 wait", "combine 1 start"),
+        *("combine 0 wait", "combine 1 wait"),
+    ]
+    assert backward == forward[::-1]
+
+
+def test_blocking_waits_at_once_forward_and_backward():
+    forward, backward = recorded(blocking=True)
+    transfers = "dispatch 0", "dispatch 1", "combine 0", "combine 1"
+    assert forward == [f"{transfer} {event}" for transfer in transfers for event in ("start", "wait")]
+    assert backward == forward[::-1]  # the gradient's launch (wait) and its arrival (start) side by side
+
+
+@pytest.mark.parametrize("capacity_factor", (None, 1.0))
+def test_blocking_changes_no_bit(capacity_factor):
+    def outcome(dispatcher) -> list[torch.Tensor]:
+        stream = tiny_stream(2, capacity_factor, 2, dispatcher)
+        x = torch.randn(2, 12, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        y = stream(x).y_BSD
+        y.square().sum().backward()
+        return [y.detach(), x.grad, *gradients(stream).values()]
+
+    overlapped, sequential = outcome(LocalDispatcher()), outcome(Blocking(LocalDispatcher()))
+    assert all(torch.equal(a, b) for a, b in zip(overlapped, sequential, strict=True))

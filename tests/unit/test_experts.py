@@ -1,0 +1,122 @@
+"""The routed experts: both ways of computing them against a loop, weights that know no EP degree, lopsided loads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from scmoe.moe.experts import Experts, grouped_mlps, mlps_in_turn
+from tests import reference
+from tests.helpers import assert_close, gradients, randomise
+
+DIM, FFN, EXPERTS = 16, 24, 4
+# Of the largest entry. float64: sums in another order. float32: the same. bfloat16 against a loop in float32 over the
+# same numbers: hidden values, products and gradients are rounded to 8 bits, 4e-3 each, a few times over.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+LOADS = {
+    "uneven": [5, 1, 7, 3],
+    "one expert idle": [5, 0, 7, 4],
+    "all to the first": [16, 0, 0, 0],
+    "all to the last": [0, 0, 0, 16],
+    "nothing at all": [0, 0, 0, 0],
+}
+
+
+def experts(dtype: torch.dtype = torch.float64) -> Experts:
+    return randomise(Experts(DIM, FFN, EXPERTS).to(dtype))
+
+
+def rows(num_rows: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    x = torch.randn(num_rows, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return x.to(dtype).requires_grad_()
+
+
+def loop(module: Experts, x: Tensor, counts: list[int]) -> Tensor:
+    pairs = zip(x.split(counts), module.w_in_eDF, module.w_out_eFD, strict=True)
+    return torch.cat([reference.gelu(part @ w_in) @ w_out for part, w_in, w_out in pairs])
+
+
+WAYS = [(mlps_in_turn, dtype) for dtype in TOLERANCE]
+WAYS += [(grouped_mlps, dtype) for dtype in (torch.float32, torch.bfloat16)]  # grouped_mm has no float64
+
+
+@pytest.mark.parametrize(("mlps", "dtype"), WAYS, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize("load", LOADS)
+def test_equals_a_loop_over_experts(load, mlps, dtype):
+    counts = LOADS[load]
+    module, x = experts(dtype), rows(sum(counts), dtype)
+    y = mlps(x, module.w_in_eDF, module.w_out_eFD, torch.tensor(counts))
+    assert y.dtype == dtype
+    y.square().sum().backward()
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    plain, plain_x = experts(dtype).to(wide), x.detach().to(wide).requires_grad_()
+    expected = loop(plain, plain_x, counts)
+    expected.square().sum().backward()
+    assert_close(y.to(wide), expected, TOLERANCE[dtype])
+    assert_close(x.grad.to(wide), plain_x.grad, TOLERANCE[dtype])
+    for name, grad in gradients(module).items():  # no gradient is None
+        expected_grad = plain.get_parameter(name).grad
+        assert_close(grad.to(wide), expected_grad, TOLERANCE[dtype], name)
+        for expert, count in enumerate(counts):
+            assert bool((grad[expert] == 0).all()) == (count == 0), (name, expert)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_forward_is_the_loop_and_equal_numbers_need_no_counts(dtype):
+    module, x = experts(dtype), rows(4 * EXPERTS, dtype)
+    counted = module(x, torch.full((EXPERTS,), 4))
+    assert_close(counted.double(), loop(experts(dtype).double(), x.double(), [4] * EXPERTS), TOLERANCE[dtype])
+    assert_close(module(x, None).double(), counted.double(), TOLERANCE[dtype])
+
+
+def test_computes_in_the_dtype_of_the_rows():
+    module = experts(torch.float32)
+    y = module(rows(16, torch.bfloat16), torch.tensor([4, 4, 4, 4]))
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16 and module.w_in_eDF.grad.dtype == torch.float32
+
+
+def initial(expert_ids: range | None = None, key: str = "key") -> Experts:
+    module = Experts(DIM, FFN, EXPERTS, expert_ids)
+    module.init_weights(key, 0.5, 0.25)
+    return module
+
+
+@pytest.mark.parametrize("ep_size", (1, 2, 4))
+def test_weights_do_not_depend_on_the_ep_degree(ep_size):
+    share = EXPERTS // ep_size
+    shards = [initial(range(i * share, (i + 1) * share)) for i in range(ep_size)]
+    for name, whole in initial().named_parameters():
+        assert torch.equal(torch.cat([shard.get_parameter(name) for shard in shards]), whole)
+
+
+def test_weights_leave_the_global_generator_alone_and_do_not_depend_on_it():
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = initial()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(initial().w_in_eDF, first.w_in_eDF)
+
+
+def test_every_expert_tensor_and_key_differs():
+    module, other = initial(), initial(key="another key")
+    drawn = [w.flatten() for m in (module, other) for weight in m.parameters() for w in weight / weight.std()]
+    for i, a in enumerate(drawn):
+        for b in drawn[:i]:
+            assert torch.corrcoef(torch.stack([a, b]))[0, 1].abs() < 0.3  # 384 numbers: chance gives 0.05
+
+
+def test_standard_deviations():
+    module = Experts(64, 64, 8)
+    module.init_weights("key", 0.02, 0.005)
+    assert abs(module.w_in_eDF.std().item() / 0.02 - 1) < 0.02  # 32,768 numbers: chance gives 0.004
+    assert abs(module.w_out_eFD.std().item() / 0.005 - 1) < 0.02
+
+
+@pytest.mark.parametrize(("dim", "ffn_dim"), [(12, 16), (16, 12)])
+def test_widths_that_break_alignment_are_refused(dim, ffn_dim):
+    with pytest.raises(ValueError, match=f"dim is {dim} and ffn_dim is {ffn_dim}, allowed: multiples of 8"):
+        Experts(dim, ffn_dim, EXPERTS)

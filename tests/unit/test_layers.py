@@ -1,0 +1,120 @@
+"""The order of the house: a room imports rooms above it, and outer things only where they belong."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FLOORS = [
+    *(["config", "tokens"], ["schedule"], ["moe"], ["blocks"], ["models"], ["parallel", "offload", "analysis"]),
+    *(["datamodules"], ["training"], ["testbed"], ["experiments"]),
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+ONLY_IN = {
+    "torch.distributed": ("scmoe/parallel/", "scmoe/testbed/"),
+    "lightning": ("scmoe/training/", "scmoe/parallel/strategy.py", "datamodules/"),
+    "pytorch_lightning": (),  # its other name
+    "os.environ": ("scmoe/parallel/mesh.py", "scmoe/training/logging.py", "scmoe/testbed/"),
+    "os.getenv": (),
+    "os.putenv": (),
+}
+
+
+def names_used(source: str) -> set[str]:
+    """Dotted names of everything imported or reached through a plain name."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            names.add(ast.unparse(node))
+    return names
+
+
+def room_of(name: str) -> str:
+    """The room of a dotted name: schedule of scmoe.schedule.plan, config of scmoe.config_check, experiments, ..."""
+    first, *rest = name.split(".")
+    return rest[0].split("_")[0] if first == "scmoe" and rest else first
+
+
+def violations(path: str, source: str) -> list[str]:
+    """path: of the file, from the root."""
+    room, found = room_of(path.removesuffix(".py").replace("/", ".")), []
+    for name in sorted(names_used(source)):
+        other, top = room_of(name), name.split(".")[0]
+        floor, other_floor = FLOOR.get(room, 0), FLOOR.get(other, 0)
+        if name.startswith("."):
+            found.append(f"{path}: {name} is relative")
+        if top in ("scmoe", "experiments", "datamodules") and other != room:
+            if other_floor > floor or other_floor == floor > 0:
+                found.append(f"{path}: {name} is not above it")
+            if room == "datamodules":
+                found.append(f"{path}: {name}, datamodules stand alone")
+        for outer, places in ONLY_IN.items():
+            if f"{name}.".startswith(f"{outer}.") and not path.startswith(places):
+                found.append(f"{path}: {name} belongs in {places}")
+        if room == "schedule" and top == "torch":
+            found.append(f"{path}: schedule has no torch")
+    return found
+
+
+FILES = [path for top in ("scmoe", "datamodules", "experiments") for path in sorted((ROOT / top).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_file_keeps_the_order(path):
+    assert violations(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")) == []
+
+
+def test_every_room_has_a_floor():
+    rooms = {room_of(".".join(path.with_suffix("").relative_to(ROOT).parts)) for path in FILES}
+    assert rooms - {""} <= FLOOR.keys()  # "": scmoe/__init__.py
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("scmoe/moe/router.py", "from scmoe.blocks.shortcut import ShortcutBlock"),
+        ("scmoe/moe/router.py", "import scmoe.training.build"),
+        ("scmoe/moe/router.py", "def f():\n    from scmoe import parallel"),
+        ("scmoe/moe/router.py", "if TYPE_CHECKING:\n    from scmoe.models.gpt import GPT"),
+        ("scmoe/moe/router.py", "from ..blocks import shortcut"),
+        ("scmoe/moe/router.py", "import torch.distributed as dist"),
+        ("scmoe/moe/router.py", "from torch import distributed"),
+        ("scmoe/moe/router.py", "import torch\ntorch.distributed.get_rank()"),
+        ("scmoe/moe/router.py", "import os\nos.environ['A']"),
+        ("scmoe/moe/router.py", "from os import environ"),
+        ("scmoe/moe/router.py", "import os\nos.getenv('A')"),
+        ("scmoe/moe/router.py", "from datamodules.text import TextDataModule"),
+        ("scmoe/schedule/plan.py", "from torch import Tensor"),
+        ("scmoe/tokens.py", "from scmoe.schedule.plan import Schedule"),
+        ("scmoe/parallel/mesh.py", "import lightning"),
+        ("scmoe/parallel/planner.py", "from scmoe.offload.store import Store"),
+        ("scmoe/training/build.py", "from experiments.train import main"),
+        ("scmoe/training/run.py", "from scmoe.testbed.ranks import ranks"),
+        ("datamodules/text.py", "from scmoe.tokens import Routing"),
+        ("datamodules/text.py", "from experiments import train"),
+        ("experiments/train.py", "import lightning.pytorch"),
+    ],
+)
+def test_bad_source_is_reported(path, source):
+    assert len(violations(path, source)) >= 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("scmoe/training/build.py", "from datamodules.text import TextDataModule\nimport lightning"),
+        ("scmoe/parallel/strategy.py", "from lightning.pytorch import Trainer\nimport torch.distributed"),
+        ("scmoe/schedule/timeline.py", "import matplotlib.pyplot"),
+        ("scmoe/config.py", "from scmoe.config_check import validate\nimport os\nos.cpu_count()"),
+        ("experiments/train.py", "from scmoe.training.run import run\nfrom experiments.report import table"),
+    ],
+)
+def test_good_source_is_not(path, source):
+    assert violations(path, source) == []

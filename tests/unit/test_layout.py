@@ -1,0 +1,192 @@
+"""Laws of arrange, encode and decode, for random routings with padding, capacities and chunks."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from scmoe.moe.layout import Layout, arrange, decode, encode, expert_capacity, gather
+from tests import reference
+
+
+class Case(NamedTuple):
+    ids_TK: Tensor
+    num_experts: int
+    capacity: int | None
+    num_chunks: int
+
+    def layout(self) -> Layout:
+        return arrange(*self)
+
+
+@st.composite
+def cases(draw) -> Case:
+    num_experts = draw(st.integers(1, 6))
+    top_k = draw(st.integers(1, min(3, num_experts)))
+    row = st.permutations(range(num_experts)).map(lambda order: order[:top_k])
+    padding = st.just([num_experts] * top_k)
+    ids = draw(st.lists(st.one_of(row, row, padding), min_size=1, max_size=16))
+    capacity = draw(st.none() | st.integers(1, 10))
+    return Case(torch.tensor(ids), num_experts, capacity, draw(st.integers(1, 4)))
+
+
+def kept(case: Case) -> set[tuple[int, int]]:
+    """Copies that find room, by the oracle; padding, as an expert too many, finds none."""
+    ids = case.ids_TK.tolist()
+    found = reference.kept_copies(ids, case.num_experts + 1, case.capacity)
+    return {(t, k) for t, k in found if ids[t][k] < case.num_experts}
+
+
+def whole_numbers(*shape: int) -> Tensor:
+    """Sums of them are exact, so that a law can be held to the bit."""
+    return torch.randint(-9, 10, shape, generator=torch.Generator().manual_seed(0)).double()
+
+
+def experts_of_rows(case: Case, layout: Layout) -> list[int]:
+    """The expert that each row lies with, read from the layout's order (chunk, expert)."""
+    if layout.counts_PE is not None:
+        return [e for counts in layout.counts_PE.tolist() for e, n in enumerate(counts) for _ in range(n)]
+    slots = layout.tokens_R.shape[0] // (case.num_chunks * case.num_experts)
+    return [e for _ in range(case.num_chunks) for e in range(case.num_experts) for _ in range(slots)]
+
+
+@given(cases())
+def test_exactly_the_oracles_copies_are_kept(case):
+    """First choices first, then early tokens; padding takes no room; chunks change nothing."""
+    layout = case.layout()
+    num_rows = len(layout.tokens_R)
+    assert {(t, k) for t, k in (layout.rows_TK < num_rows).nonzero().tolist()} == kept(case)
+    assert layout.num_dropped == case.ids_TK.numel() - len(kept(case))
+
+
+@given(cases())
+def test_every_kept_copy_has_its_own_row_with_its_expert(case):
+    layout = case.layout()
+    (num_tokens, top_k), num_rows = case.ids_TK.shape, len(layout.tokens_R)
+    experts = experts_of_rows(case, layout)
+    assert len(experts) == num_rows
+    taken = {}
+    for t, k in kept(case):
+        row = layout.rows_TK[t, k].item()
+        assert row not in taken
+        taken[row] = t * top_k + k
+        assert layout.tokens_R[row] == t and layout.copies_R[row] == t * top_k + k
+        assert experts[row] == case.ids_TK[t, k]
+    empty = [row for row in range(num_rows) if row not in taken]
+    assert all(layout.copies_R[row] == num_tokens * top_k and layout.tokens_R[row] == 0 for row in empty)
+    assert not (empty and case.capacity is None)
+
+
+@given(cases())
+def test_nobody_is_over_capacity_and_counts_sum_to_the_copies(case):
+    layout = case.layout()
+    ids, is_kept = case.ids_TK, layout.rows_TK < len(layout.tokens_R)
+    rows_of_expert = torch.bincount(ids[is_kept], minlength=case.num_experts)
+    wanted = torch.bincount(ids.flatten(), minlength=case.num_experts + 1)[:-1]
+    if case.capacity is None:
+        assert layout.counts_PE.shape == (case.num_chunks, case.num_experts)
+        assert layout.counts_PE.sum() == len(layout.tokens_R)
+        assert torch.equal(layout.counts_PE.sum(0), wanted) and torch.equal(rows_of_expert, wanted)
+    else:
+        assert torch.equal(rows_of_expert, wanted.clamp(max=case.capacity))
+        assert len(layout.tokens_R) == case.num_chunks * case.num_experts * math.ceil(case.capacity / case.num_chunks)
+
+
+@given(cases())
+def test_encode_gives_each_row_its_token(case):
+    layout = case.layout()
+    x_TD = whole_numbers(case.ids_TK.shape[0], 8)
+    chunks = encode(x_TD, layout)
+    assert len(chunks) == case.num_chunks
+    for p, (rows, counts) in enumerate(chunks):
+        if case.capacity is None:
+            assert torch.equal(counts, layout.counts_PE[p]) and counts.sum() == len(rows)
+        else:
+            assert counts is None and len(rows) == len(layout.tokens_R) // case.num_chunks
+    assert torch.equal(torch.cat([rows for rows, _ in chunks]), x_TD[layout.tokens_R])
+
+
+@given(cases())
+def test_decode_undoes_encode(case):
+    """Each kept copy comes back with its weight, a dropped one with nothing."""
+    layout = case.layout()
+    x_TD, weights_TK = whole_numbers(case.ids_TK.shape[0], 8), whole_numbers(*case.ids_TK.shape)
+    rows = torch.cat([rows for rows, _ in encode(x_TD, layout)])
+    is_kept = layout.rows_TK < len(layout.tokens_R)
+    assert torch.equal(decode(rows, weights_TK, layout), (weights_TK * is_kept).sum(1, keepdim=True) * x_TD)
+
+
+@given(cases())
+def test_gradients_are_those_of_plain_indexing(case):
+    """The hand-written backwards against autograd through index and sum; whole numbers, so to the bit."""
+    layout = case.layout()
+    (num_tokens, top_k), num_rows = case.ids_TK.shape, len(layout.tokens_R)
+    x_TD, weights_TK = whole_numbers(num_tokens, 8), whole_numbers(num_tokens, top_k)
+    scale_RD, grad_TD = whole_numbers(num_rows, 8), whole_numbers(num_tokens, 8).flip(0)
+
+    def gradients(forward) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x_TD, weights_TK, scale_RD)]
+        forward(*leaves).backward(grad_TD)
+        return [leaf.grad for leaf in leaves]
+
+    def fast(x, weights, scale):
+        return decode(gather(x, layout.tokens_R, layout.rows_TK) * scale, weights, layout)
+
+    def plain(x, weights, scale):
+        padded = torch.cat([x[layout.tokens_R] * scale, x.new_zeros(1, 8)])  # row R: nothing
+        return (padded[layout.rows_TK] * weights[..., None]).sum(1)
+
+    for actual, expected in zip(gradients(fast), gradients(plain), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@given(cases())
+def test_padding_is_as_if_it_were_not_there(case):
+    """Fault 30: real tokens get the same rows as in a batch without the padding."""
+    real = case.ids_TK[:, 0] < case.num_experts
+    if case.num_chunks > 1 and case.capacity is None:  # dropless cuts the tokens into chunks, padding included
+        case = case._replace(num_chunks=1)
+    if real.any():
+        layout, unpadded = case.layout(), case._replace(ids_TK=case.ids_TK[real]).layout()
+        assert torch.equal(layout.rows_TK[real], unpadded.rows_TK)
+        assert len(layout.tokens_R) == len(unpadded.tokens_R)
+        assert (layout.rows_TK[~real] == len(layout.tokens_R)).all()
+
+
+@pytest.mark.parametrize("capacity", (None, 2))
+def test_padding_alone(capacity):
+    layout = arrange(torch.full((3, 2), 4), 4, capacity)
+    x_TD = torch.ones(3, 8, requires_grad=True)
+    ((rows, _),) = encode(x_TD, layout)
+    y_TD = decode(rows, torch.zeros(3, 2), layout)
+    y_TD.sum().backward()
+    assert torch.equal(y_TD, torch.zeros(3, 8)) and torch.equal(x_TD.grad, torch.zeros(3, 8))
+
+
+def test_empty_slots_send_nothing_back():
+    """A NaN that an expert makes of an empty slot reaches neither a token nor a gradient of one."""
+    layout = arrange(torch.tensor([[0], [2]]), 3, capacity=2)
+    rows = torch.ones(6, 8)
+    rows[layout.copies_R == 2] = math.nan
+    rows.requires_grad_()
+    weights = torch.ones(2, 1, requires_grad=True)
+    y_TD = decode(rows, weights, layout)
+    y_TD.sum().backward()
+    assert torch.equal(y_TD, torch.ones(2, 8))
+    assert torch.equal(weights.grad, torch.full((2, 1), 8.0))
+    assert torch.equal(rows.grad, (layout.copies_R < 2)[:, None].float().expand(6, 8))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k", "factor", "expected"),
+    [(24, 6, 1, 1.0, 4), (24, 6, 2, 1.0, 8), (25, 6, 1, 1.0, 5), (24, 6, 1, 1.25, 5), (1, 8, 1, 2.0, 1)],
+)
+def test_capacity_is_the_factor_times_the_fair_share_rounded_up(num_tokens, num_experts, top_k, factor, expected):
+    assert expert_capacity(num_tokens, num_experts, top_k, factor) == expected
+    assert reference.capacity_of(num_tokens, num_experts, top_k, factor) == expected

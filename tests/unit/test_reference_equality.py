@@ -1,0 +1,193 @@
+"""Every architecture equals the oracle in logits, losses and all gradients; slots and chunks change nothing.
+
+1e-12 of the largest entry in float64: both sides do the same sums in another order, over at most a few thousand terms
+of rounding error 1e-16 each; a wrong term shows at 1e-3 or more.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from scmoe.config import Config
+from scmoe.moe.balance import integer_sums, load_balance_loss, router_z_loss
+from tests import reference
+from tests.helpers import assert_close, gradients, tiny, tiny_batch, tiny_model
+
+ARCHITECTURES = {
+    "top-1": "architecture=top_k top_k=1",
+    "top-2": "architecture=top_k top_k=2",
+    "top-3": "architecture=top_k top_k=3",
+    "top-2-every-block": "architecture=top_k top_k=2 every=1",
+    "shared-direct_add": "architecture=shared_expert combine=direct_add",
+    "shared-cg1": "architecture=shared_expert combine=cg1",
+    "shared-cg2": "architecture=shared_expert combine=cg2",
+    "shared-top-2": "architecture=shared_expert top_k=2",
+    "shared-top-3": "architecture=shared_expert top_k=3",
+    "shared-every-block": "architecture=shared_expert every=1",
+    "pos1": "position=pos1",
+    "pos2": "position=pos2",
+    "pos3": "position=pos3",
+    "pos2-direct_add": "position=pos2 combine=direct_add",
+    "pos2-cg2": "position=pos2 combine=cg2",
+    "pos1-reads-tap": "position=pos1 coefficient_input=tap",
+    "pos2-reads-tap-cg2": "position=pos2 coefficient_input=tap combine=cg2",
+    "pos1-shared-norm": "position=pos1 tap_norm=shared",
+    "pos2-shared-norm": "position=pos2 tap_norm=shared",
+    "pos3-shared-norm-reads-tap": "position=pos3 tap_norm=shared coefficient_input=tap",
+    "scmoe-every-block": "position=pos1 every=1",
+    "scmoe-every-block-top-3": "position=pos1 every=1 top_k=3",
+    "scmoe-2-pos1": "position=pos1 top_k=2",
+    "scmoe-2-pos2": "position=pos2 top_k=2",
+    "scmoe-2-pos3": "position=pos3 top_k=2",
+    "l0-pos1": "position=pos2 first_position=pos1 layers=4",
+}
+CAPACITIES = ("null", "2.0", "1.0")
+
+
+def config_of(text: str, *overrides: str) -> Config:
+    words = text.split()
+    sections = ["model" if word.startswith("layers") else "moe" for word in words]
+    return tiny(*(f"{section}.{word}" for section, word in zip(sections, words, strict=True)), *overrides)
+
+
+def run(config: Config) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list, torch.nn.Module]:
+    """Values by name, gradients by name of the three losses' weighted sum, the routers' sums, the model."""
+    model, (ids, labels) = tiny_model(config), tiny_batch(config)
+    logits, stats = model(ids)
+    values = {"logits": logits, "token_loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+    if stats:
+        sums = integer_sums(stats)
+        values |= {"load_balance_loss": load_balance_loss(stats, sums), "z_loss": router_z_loss(stats, sums)}
+    total(values).backward()
+    return {name: value.detach() for name, value in values.items()}, gradients(model), stats, model
+
+
+def total(values: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The routers' losses weigh enough for an error in them to show."""
+    return values["token_loss"] + 0.5 * values.get("load_balance_loss", 0) + 0.3 * values.get("z_loss", 0)
+
+
+def oracle(config: Config, model: torch.nn.Module) -> tuple[dict, dict, reference.Answer]:
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    moe = config.moe
+    spec = reference.Spec(
+        moe.architecture,
+        config.model.layers,
+        config.model.heads,
+        moe.num_experts,
+        moe.top_k,
+        moe.position,
+        moe.first_position,
+        moe.combine,
+        moe.coefficient_input,
+        moe.tap_norm,
+        moe.every,
+        moe.capacity_factor,
+    )
+    answer = reference.gpt(weights, spec, *tiny_batch(config))
+    values = {name: getattr(answer, name) for name in ("logits", "token_loss", "load_balance_loss", "z_loss")}
+    values = {name: value for name, value in values.items() if value is not None}
+    total(values).backward()
+    return values, {name: weight.grad for name, weight in weights.items()}, answer
+
+
+def check_against_oracle(config: Config) -> reference.Answer:
+    values, grads, stats, model = run(config)
+    expected_values, expected_grads, answer = oracle(config, model)
+    assert values.keys() == expected_values.keys() and grads.keys() == expected_grads.keys()
+    for name, expected in (expected_values | expected_grads).items():
+        assert_close((values | grads)[name], expected.detach(), 1e-12, name)
+    assert [s.num_dropped.item() for s in stats] == answer.dropped
+    assert [s.counts_E.tolist() for s in stats] == answer.copies
+    return answer
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_architecture_equals_oracle(architecture, capacity):
+    answer = check_against_oracle(config_of(ARCHITECTURES[architecture], f"moe.capacity_factor={capacity}"))
+    if capacity == "null":
+        assert sum(answer.dropped) == 0
+    if capacity == "1.0":  # else the case would say nothing about drops
+        assert sum(answer.dropped) > 0
+
+
+def test_dense_equals_oracle():
+    check_against_oracle(tiny("moe.architecture=dense"))
+
+
+SCHEDULED = {
+    "shared_expert": ("architecture=shared_expert top_k=2", 1),
+    "pos1": ("position=pos1 top_k=2", 2),
+    "pos2": ("position=pos2 top_k=2", 3),
+    "pos3": ("position=pos3 top_k=2", 4),
+    "every-block": ("position=pos1 every=1", 2),
+}
+
+
+@pytest.mark.parametrize("capacity", ("null", "1.0"))
+@pytest.mark.parametrize("case", SCHEDULED)
+def test_schedule_changes_no_bit_over_slots_and_rounding_over_chunks(case, capacity):
+    text, last_slot = SCHEDULED[case]
+
+    def outcome(slot: int, chunks: int) -> dict[str, torch.Tensor]:
+        schedule = f"schedule.expert_slot={slot}", f"schedule.chunks={chunks}"
+        values, grads, _, _ = run(config_of(text, f"moe.capacity_factor={capacity}", *schedule))
+        return values | grads
+
+    whole = outcome(0, 1)
+    for chunks in (1, 2, 3):
+        first = outcome(0, chunks)
+        for name, value in first.items():
+            # chunks cut the sums over an expert's tokens, so they may round otherwise; slots may not
+            assert_close(value, whole[name], 1e-12, f"{name}, chunks {chunks}")
+        for slot in range(1, last_slot + 1):
+            other = outcome(slot, chunks)
+            assert all(torch.equal(other[name], value) for name, value in first.items()), (slot, chunks)
+
+
+@pytest.mark.parametrize("chunks", (2, 3))
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_chunks_equal_oracle(capacity, chunks):
+    check_against_oracle(
+        config_of(ARCHITECTURES["scmoe-2-pos2"], f"moe.capacity_factor={capacity}", f"schedule.chunks={chunks}")
+    )
+
+
+@pytest.mark.parametrize("architecture", ("top-2", "shared-cg2", "pos1", "pos2", "pos3", "scmoe-every-block"))
+def test_padding_changes_no_logit(architecture):
+    """The mask reaches every router: 8 tokens give the same with 4 of padding after them, and only 8 are counted."""
+    config = config_of(ARCHITECTURES[architecture], "moe.capacity_factor=null")
+    model, (ids, _) = tiny_model(config), tiny_batch(config, 1)
+    logits, stats = model(ids, torch.arange(12)[None] < 8)
+    short_logits, short_stats = model(ids[:, :8])
+    assert_close(logits[:, :8], short_logits, 1e-12)
+    assert torch.equal(integer_sums(stats), integer_sums(short_stats))
+
+
+# Negative control: an oracle that is off in one term is told apart.
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"position": "pos1"},
+        {"position": "pos3"},
+        {"combine": "direct_add"},
+        {"coefficient_input": "tap"},
+        {"tap_norm": "shared"},
+        {"top_k": 1},
+        {"capacity_factor": 1.0},
+    ],
+    ids=str,
+)
+def test_wrong_oracle_is_told_apart(change, monkeypatch):
+    for position in ("pos1", "pos3"):  # the names of pos2's sub-layers, for another tap
+        monkeypatch.setitem(reference.PAIR, position, reference.PAIR["pos2"])
+    honest = reference.gpt
+    monkeypatch.setattr(reference, "gpt", lambda w, spec, *batch: honest(w, spec._replace(**change), *batch))
+    config = config_of("position=pos2 top_k=2 combine=cg2", "moe.capacity_factor=null")
+    with pytest.raises(AssertionError, match="differs"):
+        check_against_oracle(config)
