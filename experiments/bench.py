@@ -1,7 +1,7 @@
 """Measure: `python -m experiments.bench layer`, the MoE layer against the dense products that it cannot do without.
 
-Variants run in turn, round after round, and the figures are medians of each round's ratios: this machine's speed drifts, and
-two runs must not be compared. The last line on standard output is JSON.
+Variants run in turn, round after round, and the figures are medians of each round's ratios: this machine's speed
+drifts, and two runs must not be compared. The last line on standard output is JSON.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
                                         |                                           ^
                                        tap -> norm -> route, dispatch, experts, combine
 
-The sub-layers of a pair are (attention, MLP, attention), of a block with an MoE in every block (attention). The position is
-the index of the sub-layer that the tap comes before:
+The sub-layers of a pair are (attention, MLP, attention), of a block with an MoE in every block (attention). The
+position is the index of the sub-layer that the tap comes before:
 
     Pos-1  before the last attention: the preceding block's output      H_l^MLP
     Pos-2  before the MLP                                                H_l^MH
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from scmoe.moe.stream import Combining, Dispatched, MoEStream
+from scmoe.moe.stream import MoEStream, StreamState
 from scmoe.schedule.plan import Schedule
 from scmoe.tokens import MoEOutput
 
@@ -70,5 +70,5 @@ class ShortcutBlock(nn.Module):
         read_BSD = tap_BSD if self.coefficient_reads_tap else u_BSD
         return MoEOutput(x_BSD + self.dropout(self.coefficient(read_BSD, shared_BSD, routed_BSD)), stats)
 
-    def experts_at(self, slot: int, state: Dispatched | Combining) -> Dispatched | Combining:
+    def experts_at(self, slot: int, state: StreamState) -> StreamState:
         return self.moe.run_experts(state) if slot == self.schedule.slot else state

@@ -46,7 +46,8 @@ class TopKBlock(nn.Module):
 class SharedExpertBlock(nn.Module):
     """h + SE(h) + sum_i G(h)_i E_i(h) (Eq. 6): the shared expert can hide one of the two transfers.
 
-    schedule slot 0: experts, then shared expert (beside combine); slot 1: shared expert (beside dispatch), then experts.
+    schedule slot 0: experts, then shared expert (beside combine); slot 1: shared expert (beside dispatch), then
+    experts.
     """
 
     def __init__(

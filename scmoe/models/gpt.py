@@ -36,6 +36,10 @@ class GPT(nn.Module):
 
     def forward(self, ids_BS: Tensor, mask_BS: Tensor | None = None) -> LMOutput:
         """mask_BS False: padding, at the end of a sequence. Logits of the next token."""
+        if ids_BS.shape[1] > self.positions.num_embeddings:
+            raise ValueError(
+                f"a sequence has {ids_BS.shape[1]} tokens, allowed: up to data.seq_len, {self.positions.num_embeddings}"
+            )
         steps_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
         x_BSD = self.dropout(self.tokens(ids_BS) + self.positions(steps_S))
         stats = []

@@ -1,12 +1,11 @@
 """Load balance: the sums a router leaves, the two losses made from them, and how even the load is.
 
-Losses do not depend on the topology. Expert fractions f are those of the global batch: every rank adds up its integer sums
-(one small all-reduce for all layers together) and takes its own share of the loss, scaled such that the mean over ranks,
-which data parallelism takes of gradients, is the loss of the global batch.
+Losses do not depend on the topology. Expert fractions f are those of the global batch: every rank adds up its integer
+sums (one small all-reduce for all layers together) and takes its own share of the loss, scaled such that the mean
+over ranks, which data parallelism takes of gradients, is the loss of the global batch.
 """
 
 from __future__ import annotations
-
 
 import torch
 from torch import Tensor
@@ -54,8 +53,8 @@ def router_z_loss(stats: list[RouterStats], sums_LE2: Tensor, world_size: int = 
 def load_metrics(sums_LE2: Tensor) -> dict[str, Tensor]:
     """How even the load is, from sums added up over ranks and, if wanted, over steps.
 
-    load_max: the busiest expert's copies over the fair share, worst layer. load_entropy: 1 where even, 0 where one expert
-    takes all, mean over layers. dead_experts: experts without a token, all layers. drop_share: of all copies.
+    load_max: the busiest expert's copies over the fair share, worst layer. load_entropy: 1 where even, 0 where one
+    expert takes all, mean over layers. dead_experts: experts without a token, all layers. drop_share: of all copies.
     """
     sums_LE2 = sums_LE2.double()
     counts_LE, dropped_L = sums_LE2[:, :-2], sums_LE2[:, -1]

@@ -1,7 +1,7 @@
 """How rows reach the experts and come back: the one object that differs between one rank and many.
 
-`dispatch` and `combine` start a transfer and return a Pending; `wait()` gives the rows. Between the two, other work runs.
-Here: the protocol, one rank, and the sequential baseline. Many ranks: scmoe/parallel/dispatcher.py.
+`dispatch` and `combine` start a transfer and return a Pending; `wait()` gives the rows. Between the two, other work
+runs. Here: the protocol, one rank, and the sequential baseline. Many ranks: scmoe/parallel/dispatcher.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Pending(Protocol):
 
 class Dispatcher(Protocol):
     def dispatch(self, rows_RD: Tensor, counts_E: Tensor | None) -> tuple[Pending, Receipt]:
-        """Starts sending rows, grouped by expert, to the experts' ranks. counts_E None: all experts get the same number.
+        """Starts sending rows, grouped by expert, to the experts' ranks. counts_E None: all experts get the same
+        number.
 
         The pending rows are grouped by local expert."""
         ...

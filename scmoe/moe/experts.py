@@ -1,7 +1,7 @@
 """The routed experts: E two-layer MLPs as stacked weights, of which a rank holds its own.
 
-E_i(x) = GELU(x W_in,i) W_out,i, without biases (docs/decisions/0004-experts.md, with the measurements behind the two ways
-of computing it).
+E_i(x) = GELU(x W_in,i) W_out,i, without biases (docs/decisions/0004-experts.md, with the measurements behind the two
+ways of computing it).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, key: str, std_in: float, std_out: float) -> None:
-        """Normal weights that depend on (key, tensor, global expert id) alone: not on the EP degree, nor on what else was
-        drawn before, and the global generator is left as it was."""
+        """Normal weights that depend on (key, tensor, global expert id) alone: not on the EP degree, nor on what else
+        was drawn before, and the global generator is left as it was."""
         for name, weight, std in (("w_in", self.w_in_eDF, std_in), ("w_out", self.w_out_eFD, std_out)):
             for expert, w in zip(self.expert_ids, weight, strict=True):
                 digest = hashlib.blake2b(f"{key}/{name}/{expert}".encode(), digest_size=8).digest()
@@ -65,8 +65,8 @@ def mlps_in_turn(rows_RD: Tensor, w_in_eDF: Tensor, w_out_eFD: Tensor, counts_e:
 
 
 class _MLPsInTurn(Function):
-    """Backward by hand: every expert's gradient goes to its place in the stack, where autograd would make the stack anew,
-    and GELU is computed again, where autograd would keep a second [R, F]."""
+    """Backward by hand: every expert's gradient goes to its place in the stack, where autograd would make the stack
+    anew, and GELU is computed again, where autograd would keep a second [R, F]."""
 
     @staticmethod
     def forward(ctx, rows_RD, w_in_eDF, w_out_eFD, counts):

@@ -1,16 +1,16 @@
 """Encode and decode: tokens to expert-contiguous rows, and back.
 
-`arrange` says which row each routed copy takes, `encode` fills the rows, `decode` sums a token's copies by their weights.
-Two layouts:
+`arrange` says which row each routed copy takes, `encode` fills the rows, `decode` sums a token's copies by their
+weights. Two layouts:
 
     dropless         every copy has a row, experts hold as many as they were given; counts_PE says how many
     fixed capacity   each expert has C slots, first choices first, early tokens first; a copy beyond them is dropped.
                      Shapes depend on no data, so nothing waits for the host. An empty slot repeats token 0: nobody
                      reads its result, and its gradient is zero.
 
-With P chunks the rows of chunk p lie together, in the order (chunk, expert). Dropless cuts the tokens, fixed capacity the
-slots of every expert, so that the number of chunks does not change which copies are dropped.
-Both directions are gathers, forward and backward: a scatter-add would be slower and, on CUDA, not deterministic.
+With P chunks the rows of chunk p lie together, in the order (chunk, expert). Dropless cuts the tokens, fixed capacity
+the slots of every expert, so that the number of chunks does not change which copies are dropped. Both directions are
+gathers, forward and backward: a scatter-add would be slower and, on CUDA, not deterministic.
 """
 
 from __future__ import annotations
@@ -43,11 +43,20 @@ def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_fact
     return math.ceil(capacity_factor * num_tokens * top_k / num_experts)
 
 
-def arrange(topk_ids_TK: Tensor, num_experts: int, capacity: int | None = None, num_chunks: int = 1) -> Layout:
-    """Gives every routed copy a row. Expert id num_experts means none. capacity None: dropless."""
+def arrange(
+    topk_ids_TK: Tensor,
+    num_experts: int,
+    capacity: int | None = None,
+    num_chunks: int = 1,
+    limit: Tensor | None = None,
+) -> Layout:
+    """Gives every routed copy a row. Expert id num_experts means none. capacity None: dropless.
+
+    limit: how many of an expert's slots may be used, where that depends on the data and `capacity` must not.
+    """
     if capacity is None:
         return _arrange_dropless(topk_ids_TK, num_experts, num_chunks)
-    return _arrange_slots(topk_ids_TK, num_experts, capacity, num_chunks)
+    return _arrange_slots(topk_ids_TK, num_experts, capacity, num_chunks, capacity if limit is None else limit)
 
 
 def _arrange_dropless(topk_ids_TK: Tensor, num_experts: int, num_chunks: int) -> Layout:
@@ -63,7 +72,9 @@ def _arrange_dropless(topk_ids_TK: Tensor, num_experts: int, num_chunks: int) ->
     return Layout(rows_N.clamp(max=num_rows).view(T, K), copies_R // K, copies_R, counts.view(P, E), P)
 
 
-def _arrange_slots(topk_ids_TK: Tensor, num_experts: int, capacity: int, num_chunks: int) -> Layout:
+def _arrange_slots(
+    topk_ids_TK: Tensor, num_experts: int, capacity: int, num_chunks: int, limit: int | Tensor
+) -> Layout:
     (T, K), E, P, device = topk_ids_TK.shape, num_experts, num_chunks, topk_ids_TK.device
     ids_N = topk_ids_TK.T.flatten()  # k-major: all first choices come before any second choice
     order_N = ids_N.argsort(stable=True)
@@ -76,7 +87,7 @@ def _arrange_slots(topk_ids_TK: Tensor, num_experts: int, capacity: int, num_chu
     slots = math.ceil(capacity / P)  # of one expert in one chunk
     num_rows = P * E * slots
     rows_TK = place_TK // slots * (E * slots) + topk_ids_TK * slots + place_TK % slots
-    rows_TK = rows_TK.where((place_TK < capacity) & (topk_ids_TK < E), num_rows)
+    rows_TK = rows_TK.where((place_TK < limit) & (topk_ids_TK < E), num_rows)
     copies_R = torch.full((num_rows + 1,), T * K, device=device)
     copies_R[rows_TK.flatten()] = torch.arange(T * K, device=device)
     copies_R = copies_R[:num_rows]

@@ -23,21 +23,15 @@ from scmoe.moe.router import Router
 from scmoe.tokens import MoEOutput, RouterStats, Routing
 
 
-class Dispatched(NamedTuple):
-    """After begin: the chunks are on their way to the experts."""
+class StreamState(NamedTuple):
+    """An open stream: its chunks are on their way to the experts (with a receipt each), then on their way back."""
 
     shape: torch.Size
     routing: Routing
     layout: Layout
     stats: RouterStats
-    arriving: list[tuple[Pending, Receipt]]
-
-
-class Combining(NamedTuple):
-    """After run_experts: the chunks are on their way back."""
-
-    dispatched: Dispatched
-    returning: list[Pending]
+    in_flight: list[Pending]
+    receipts: list[Receipt] | None  # None: the experts have run
 
 
 class MoEStream(nn.Module):
@@ -59,38 +53,44 @@ class MoEStream(nn.Module):
         self.router, self.experts, self.dispatcher = router, experts, dispatcher
         self.capacity_factor, self.num_chunks = capacity_factor, num_chunks
 
-    def begin(self, tap_BSD: Tensor, mask_BS: Tensor | None = None) -> Dispatched:
+    def begin(self, tap_BSD: Tensor, mask_BS: Tensor | None = None) -> StreamState:
         """mask_BS False: padding, which is routed nowhere and takes no capacity."""
         x_TD = tap_BSD.flatten(0, -2)
         mask_T = None if mask_BS is None else mask_BS.flatten()
         routing = self.router(x_TD, mask_T)
-        layout = arrange(routing.topk_ids_TK, self.router.num_experts, self.capacity(x_TD), self.num_chunks)
+        layout = self.arrange(routing, mask_T)
         chunks = encode(_in_wire_dtype(x_TD), layout)
-        arriving = [self.dispatcher.dispatch(rows_RD, counts_E) for rows_RD, counts_E in chunks]
-        return Dispatched(tap_BSD.shape, routing, layout, router_stats(routing, layout, mask_T), arriving)
+        sent = [self.dispatcher.dispatch(rows_RD, counts_E) for rows_RD, counts_E in chunks]
+        in_flight, receipts = [pending for pending, _ in sent], [receipt for _, receipt in sent]
+        return StreamState(tap_BSD.shape, routing, layout, router_stats(routing, layout, mask_T), in_flight, receipts)
 
-    def run_experts(self, state: Dispatched) -> Combining:
+    def run_experts(self, state: StreamState) -> StreamState:
+        assert state.receipts is not None, "the experts run once"
         returning = []
-        for pending, receipt in state.arriving:
+        for pending, receipt in zip(state.in_flight, state.receipts, strict=True):
             rows_RD = self.experts(pending.wait(), receipt.num_tokens_per_expert_e)
             returning.append(self.dispatcher.combine(rows_RD, receipt))
-        return Combining(state, returning)
+        return state._replace(in_flight=returning, receipts=None)
 
-    def finish(self, state: Combining) -> MoEOutput:
-        (shape, routing, layout, stats, _), returning = state
-        chunks = [pending.wait() for pending in returning]
+    def finish(self, state: StreamState) -> MoEOutput:
+        assert state.receipts is None, "the experts run before the end"
+        chunks = [pending.wait() for pending in state.in_flight]
         rows_RD = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
-        y_TD = decode(rows_RD, routing.topk_weights_TK, layout)
-        return MoEOutput(y_TD.view(shape), stats)
+        y_TD = decode(rows_RD, state.routing.topk_weights_TK, state.layout)
+        return MoEOutput(y_TD.view(state.shape), state.stats)
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> MoEOutput:
         """The whole module at once: sum_i G(x)_i E_i(x) (Eq. 1)."""
         return self.finish(self.run_experts(self.begin(x_BSD, mask_BS)))
 
-    def capacity(self, x_TD: Tensor) -> int | None:
-        if self.capacity_factor is None:
-            return None
-        return expert_capacity(x_TD.shape[0], self.router.num_experts, self.router.top_k, self.capacity_factor)
+    def arrange(self, routing: Routing, mask_T: Tensor | None) -> Layout:
+        num_experts, top_k, factor = self.router.num_experts, self.router.top_k, self.capacity_factor
+        if factor is None:
+            return arrange(routing.topk_ids_TK, num_experts, None, self.num_chunks)
+        capacity = expert_capacity(routing.topk_ids_TK.shape[0], num_experts, top_k, factor)
+        # padding adds no capacity: the slots that it would bring stay empty, so that shapes depend on no data
+        limit = None if mask_T is None else (factor * mask_T.sum().double() * top_k / num_experts).ceil()
+        return arrange(routing.topk_ids_TK, num_experts, capacity, self.num_chunks, limit)
 
 
 def _in_wire_dtype(x_TD: Tensor) -> Tensor:

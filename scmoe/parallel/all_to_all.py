@@ -3,8 +3,9 @@
     forward    start: launch the transfer           ...work...    wait: the rows are there
     backward   start: the gradient is there         ...work...    wait: launch the gradient's transfer
 
-The autograd engine runs, of the nodes that are ready, the one created last: written as start; work; wait, the gradient's
-transfer is launched before the work's backward and awaited after it. One node for both would launch and wait in a breath.
+The autograd engine runs, of the nodes that are ready, the one created last: written as start; work; wait, the
+gradient's transfer is launched before the work's backward and awaited after it. One node for both would launch and
+wait in a breath.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class Transfer:
     def __init__(self, group: Any, sent: Sequence[int] = (), received: Sequence[int] = ()) -> None:
         self.group, self.sent, self.received = group, list(sent), list(received)
         self.out: Tensor | None = None
+        self.source: Tensor | None = None
+        self.work: dist.Work | None = None
 
     @torch.compiler.disable
     def start(self, rows: Tensor) -> Transfer:
@@ -47,6 +50,7 @@ class Transfer:
         return target
 
     def finish(self) -> None:
+        assert self.work is not None
         self.work.wait()
         self.work = self.source = None
 

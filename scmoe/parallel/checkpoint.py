@@ -1,8 +1,9 @@
 """Checkpoints that do not depend on the number of ranks: one directory of safetensors and one JSON file.
 
-Tensors are written by torch.distributed.checkpoint, every rank its own shards; DTensor exists at this boundary only, to say
-which slice of an expert weight a rank holds. All that is no tensor (loops, schedulers, callbacks, data position) is JSON.
-Nothing here can execute code when it is read. A checkpoint is written beside its place and renamed into it when complete.
+Tensors are written by torch.distributed.checkpoint, every rank its own shards; DTensor exists at this boundary only,
+to say which slice of an expert weight a rank holds. All that is no tensor (loops, schedulers, callbacks, data
+position) is JSON. Nothing here can execute code when it is read. A checkpoint is written beside its place and renamed
+into it when complete.
 
     <name>.ckpt/meta.json                        everything but tensors
                 shard-*.safetensors              model.<name>, optimizer_<i>.<name>.<state>, rng.<rank>
@@ -34,8 +35,8 @@ META = "meta.json"
 
 
 def model_state(module: nn.Module, context: ParallelContext) -> dict[str, Tensor]:
-    """The module's tensors by name, expert shards as DTensors; all share storage with the module, so that reading into them
-    is loading. A tied weight is there once, under its first name."""
+    """The module's tensors by name, expert shards as DTensors; all share storage with the module, so that reading
+    into them is loading. A tied weight is there once, under its first name."""
     shards = {name for name, _ in expert_parameters(module)}
     tied = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     tied -= {name for name, _ in module.named_parameters()}
@@ -45,7 +46,7 @@ def model_state(module: nn.Module, context: ParallelContext) -> dict[str, Tensor
 
 def optimizer_state(module: nn.Module, optimizer: Optimizer, context: ParallelContext) -> dict[str, Any]:
     """{"state": {parameter name: {...}}, "param_groups": [...]}: names, where torch has positions."""
-    names = {p: name for name, p in module.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
     shards = {p for _, p in expert_parameters(module)}
     state = {
         names[p]: {k: _as_dtensor(v, context) if p in shards and _is_like(v, p) else v for k, v in values.items()}
@@ -56,7 +57,8 @@ def optimizer_state(module: nn.Module, optimizer: Optimizer, context: ParallelCo
 
 
 def save(path: Path, checkpoint: dict[str, Any], context: ParallelContext) -> None:
-    """Writes Lightning's checkpoint dictionary. Every rank must call it; on return the checkpoint is whole on every rank."""
+    """Writes Lightning's checkpoint dictionary. Every rank must call it; on return the checkpoint is whole on every
+    rank."""
     tensors: dict[str, Tensor] = {f"rng.{context.rank}": torch.get_rng_state()}
     meta = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
     tensors.update({f"model.{name}": t for name, t in checkpoint["state_dict"].items()})
@@ -82,7 +84,8 @@ def save(path: Path, checkpoint: dict[str, Any], context: ParallelContext) -> No
 def load(path: Path, module: nn.Module, optimizers: Sequence[Optimizer], context: ParallelContext) -> dict[str, Any]:
     """Reads a checkpoint into the module and the optimizers, whatever number of ranks wrote it; returns the rest.
 
-    The key "rng_state" is this rank's, where as many ranks wrote as read. ValueError: not a checkpoint, or another model's.
+    The key "rng_state" is this rank's, where as many ranks wrote as read. ValueError: not a checkpoint, or another
+    model's.
     """
     if not (path / META).is_file():
         raise ValueError(f"{path} is not a complete checkpoint: it has no {META}")

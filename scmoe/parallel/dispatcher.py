@@ -1,7 +1,7 @@
 """Rows to the experts' ranks and back by All-to-All over an expert-parallel group.
 
-Rank r of the group holds experts r E/EP .. (r+1) E/EP - 1, so rows grouped by expert are grouped by rank. They arrive grouped
-by (sender, local expert) and are regrouped by local expert after the wait.
+Rank r of the group holds experts r E/EP .. (r+1) E/EP - 1, so rows grouped by expert are grouped by rank. They arrive
+grouped by (sender, local expert) and are regrouped by local expert after the wait.
 """
 
 from __future__ import annotations

@@ -26,12 +26,12 @@ def clip_grad_norm(
 ) -> Tensor:
     """Scales all gradients to the global norm max_norm if it is larger (None: never); returns the norm before.
 
-    norm^2 = |dense|^2 + sum over ranks |shards|^2 / EDP. One sum over all ranks, so the norm is the same to the bit on every
-    rank: were it only close, dense replicas would drift apart.
+    norm^2 = |dense|^2 + sum over ranks |shards|^2 / EDP. One sum over all ranks, so the norm is the same to the bit
+    on every rank: were it only close, dense replicas would drift apart.
     """
-    parameters = [p for p in parameters if p.grad is not None]
-    dense = [p.grad for p in parameters if p not in shards]
-    sharded = [p.grad for p in parameters if p in shards]
+    parameters = list(parameters)
+    dense = [p.grad for p in parameters if p.grad is not None and p not in shards]
+    sharded = [p.grad for p in parameters if p.grad is not None and p in shards]
     square = torch.nn.utils.get_total_norm(sharded).square() / context.edp_size
     norm = (context.sum_over_ranks(square) + torch.nn.utils.get_total_norm(dense).square()).sqrt()
     if max_norm is not None:

@@ -1,8 +1,8 @@
 """Who is where: ranks, process groups and the device mesh of expert parallelism.
 
-Ranks form a grid ("edp", "ep"), EP innermost, rank = edp EP + ep, so that an EP group lies within a node where it fits.
-Experts are split over `ep` and replicated over `edp` (expert data parallel); dense weights are replicated over all ranks.
-One process group per purpose: collectives of two purposes never meet in one communicator.
+Ranks form a grid ("edp", "ep"), EP innermost, rank = edp EP + ep, so that an EP group lies within a node where it
+fits. Experts are split over `ep` and replicated over `edp` (expert data parallel); dense weights are replicated over
+all ranks. One process group per purpose: collectives of two purposes never meet in one communicator.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from scmoe.parallel.dispatcher import AllToAllDispatcher
 class ParallelContext:
     """A rank's place in the mesh. The default is one process that holds everything.
 
-    `ep_group` carries the All-to-All, `edp_group` the expert gradients, `checkpoint_group` (gloo) checkpoints; the default
-    group carries dense gradients, losses and metrics.
+    `ep_group` carries the All-to-All, `edp_group` the expert gradients, `checkpoint_group` (gloo) checkpoints; the
+    default group carries dense gradients, losses and metrics.
     """
 
     rank: int = 0

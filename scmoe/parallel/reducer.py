@@ -1,8 +1,9 @@
 """Gradients of expert shards: the mean over all ranks' losses, where a shard has seen the tokens of its EP group.
 
-Each rank's loss is a mean over its own tokens, and dense gradients are averaged over all ranks. A shard's gradient arrives
-summed over the EP group (the All-to-All's backward brings it), so what is wanted is 1/EP of it, averaged over EDP. The 1/EP
-is applied as the gradient comes in and the mean when backward ends, so accumulating batches works as it does under DDP.
+Each rank's loss is a mean over its own tokens, and dense gradients are averaged over all ranks. A shard's gradient
+arrives summed over the EP group (the All-to-All's backward brings it), so what is wanted is 1/EP of it, averaged over
+EDP. The 1/EP is applied as the gradient comes in and the mean when backward ends, so accumulating batches works as it
+does under DDP.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from scmoe.parallel.mesh import ParallelContext
 class ExpertGradientReducer:
     """Averages expert gradients over the expert-data-parallel group, in buckets that are sent while backward goes on.
 
-    Buckets fill in reverse order of registration, which is about the order of backward, and are launched strictly in order:
-    the same on every rank.
+    Buckets fill in reverse order of registration, which is about the order of backward, and are launched strictly in
+    order: the same on every rank.
     """
 
     def __init__(self, shards: Sequence[nn.Parameter], context: ParallelContext, bucket_mb: float = 25.0) -> None:
@@ -53,10 +54,11 @@ class ExpertGradientReducer:
             self._launch(len(self.in_flight))
 
     def _launch(self, i: int) -> None:
+        grads = []
         for p in self.buckets[i]:
             if p.grad is None:  # took no part in this loss: its mean over the group still needs every rank
                 p.grad = torch.zeros_like(p)
-        grads = [p.grad for p in self.buckets[i]]
+            grads.append(p.grad)
         flat = torch.cat([g.flatten() for g in grads])
         self.in_flight.append((dist.all_reduce(flat, group=self.context.edp_group, async_op=True), flat, grads))
 

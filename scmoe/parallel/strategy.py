@@ -1,8 +1,9 @@
 """`Trainer(strategy="expert_parallel")`: DDP for dense weights, expert parallelism for `Experts` modules.
 
 A DDPStrategy: launchers, ranks, bucketed overlapped reduction of dense gradients, no_sync and precision plugins are
-Lightning's. Added: the mesh and its groups before `configure_model`, shards that DDP leaves alone and their own reducer, one
-global norm for clipping, different dropout on every rank, and checkpoints that do not depend on the number of ranks.
+Lightning's. Added: the mesh and its groups before `configure_model`, shards that DDP leaves alone and their own
+reducer, one global norm for clipping, different dropout on every rank, and checkpoints that do not depend on the
+number of ranks.
 
 The LightningModule finds its place in `self.parallel_context`, set before `configure_model` is called.
 """
@@ -92,8 +93,8 @@ class ExpertParallelStrategy(DDPStrategy):
     def precision_plugin(self, plugin: Precision | None) -> None:
         if getattr(plugin, "scaler", None) is not None:
             raise ValueError(
-                "trainer.precision is 16-mixed, allowed with expert parallelism: 32-true, bf16-mixed, bf16-true, 64-true: "
-                "an overflow found by one rank alone would make ranks skip different steps"
+                "trainer.precision is 16-mixed, allowed under expert parallelism: 32-true, bf16-mixed, bf16-true, "
+                "64-true: an overflow found by one rank alone would make ranks skip different steps"
             )
         if plugin is not None:
             plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]

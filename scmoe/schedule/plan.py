@@ -1,4 +1,5 @@
-"""The schedule as a value (section 3.2): which backbone operators an MoE stream can hide behind, and where its experts run.
+"""The schedule as a value (section 3.2): which backbone operators an MoE stream can hide behind, and where its
+experts run.
 
 The *window* is the backbone computation between the tap and the end of the block, the shared expert last (section 3.1):
 

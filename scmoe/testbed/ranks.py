@@ -1,10 +1,10 @@
 """N processes on this machine, as torchrun would start them, for a function and its N results.
 
-Processes are forked from a server that has imported torch, Lightning and this library, so that a rank starts in 0.1 s;
-they are not forked from the caller, whose autograd threads and locks would come along broken. The caller hosts the store
-at which the ranks meet, as torchrun's agent does, so no other program can take its port between choice and use.
-A rank lives as long as the caller holds the other end of its pipe: whatever happens to the caller, no process stays behind.
-Left out: the network between the ranks, which is loopback as it is; links.py shapes it.
+Processes are forked from a server that has imported torch, Lightning and this library, so that a rank starts in 0.1
+s; they are not forked from the caller, whose autograd threads and locks would come along broken. The caller hosts the
+store at which the ranks meet, as torchrun's agent does, so no other program can take its port between choice and use.
+A rank lives as long as the caller holds the other end of its pipe: whatever happens to the caller, no process stays
+behind. Left out: the network between the ranks, which is loopback as it is; links.py shapes it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,6 @@ PRELOADED = ["torch", "torch.distributed", "lightning.pytorch", "scmoe.training.
 GRACE_S = 0.5  # after a first failure, for others that failed at the same time to say so
 
 
-class Rank(NamedTuple):
-    rank: int
-    world_size: int
-
-
 class RankError(RuntimeError):
     """A rank raised, ended without a result, or took too long. The message begins with what happened first."""
 
@@ -48,11 +43,11 @@ class _Report(NamedTuple):
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
-    """[fn(Rank(r, world_size), *args) for each rank r], each in its own process, with one torch thread.
+    """[fn(rank, world_size, *args) for each rank], each in its own process, with one torch thread.
 
-    fn: a function of a module; it finds the variables that torchrun sets, so a Trainer or `init_process_group` joins the
-    ranks. args and results are pickled. No rank ends before all have their results, so none misses a peer at the end.
-    Raises RankError; by then, as on return, every process is gone.
+    fn: a function of a module; it finds the variables that torchrun sets, so a Trainer or `init_process_group` joins
+    the ranks. args and results are pickled. No rank ends before all have their results, so none misses a peer at the
+    end. Raises RankError; by then, as on return, every process is gone.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -62,7 +57,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_run_rank, args=(theirs, Rank(rank, world_size), store.port, fn, args), daemon=True
+                target=_run_rank, args=(theirs, rank, world_size, store.port, fn, args), daemon=True
             )
             process.start()
             theirs.close()
@@ -118,17 +113,19 @@ def _end(process: Any) -> None:
     process.close()
 
 
-def _run_rank(pipe: Connection, rank: Rank, port: int, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _run_rank(
+    pipe: Connection, rank: int, world_size: int, port: int, fn: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     os.setsid()
     threading.Thread(target=_end_with_caller, args=(pipe,), daemon=True).start()
-    r, n = map(str, rank)
+    r, n = str(rank), str(world_size)
     os.environ.update(RANK=r, WORLD_SIZE=n, LOCAL_RANK=r, LOCAL_WORLD_SIZE=n, GROUP_RANK="0")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(TORCHELASTIC_RUN_ID="ranks", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     use_loopback_for_gloo()
     torch.set_num_threads(1)
     try:
-        result = fn(rank, *args)
+        result = fn(rank, world_size, *args)
         report = pickle.dumps(_Report(time.monotonic(), result, None))
     except BaseException:
         report = pickle.dumps(_Report(time.monotonic(), None, traceback.format_exc()))

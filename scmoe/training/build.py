@@ -60,7 +60,7 @@ def build_blocks(config: Config, context: ParallelContext) -> list[nn.Module]:
 
 def build_moe_block(config: Config, context: ParallelContext, first: bool) -> nn.Module:
     model, moe = config.model, config.moe
-    sublayers: list[nn.Module] = [attention(config)]
+    sublayers = [attention(config)]
     if moe.every == 2:
         sublayers += [mlp(config), attention(config)]
     stream = build_stream(config, context)
@@ -95,11 +95,11 @@ def build_stream(config: Config, context: ParallelContext) -> MoEStream:
     return MoEStream(router, experts, dispatcher, moe.capacity_factor, config.schedule.chunks)
 
 
-def attention(config: Config) -> nn.Module:
+def attention(config: Config) -> Residual:
     return Residual(norm(config), Attention(config.model.dim, config.model.heads), config.model.dropout)
 
 
-def mlp(config: Config) -> nn.Module:
+def mlp(config: Config) -> Residual:
     return Residual(norm(config), MLP(config.model.dim, ffn_dim(config)), config.model.dropout)
 
 

@@ -94,7 +94,8 @@ def newest_checkpoint(run_dir: Path) -> Path:
 
 
 def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
-    """metrics.csv; a resumed run keeps its rows up to the step it goes on from (Lightning's logger deletes the file)."""
+    """metrics.csv; a resumed run keeps its rows up to the step it goes on from (Lightning's logger deletes the
+    file)."""
     path, kept = run_dir / "metrics.csv", []
     if resumed_step is not None and path.exists():
         with path.open(newline="") as file:

@@ -1,4 +1,5 @@
-"""The LightningModule of language models: one loss, one optimizer, nothing that knows of ranks but `parallel_context`."""
+"""The LightningModule of language models: one loss, one optimizer, nothing that knows of ranks but
+`parallel_context`."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def train(config: Config, overrides: Sequence[str] = (), run_dir: Path | None = 
     loggers: list[Logger] = []
     status = "failed"
     try:
-        if rank_zero_only.rank == 0:
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             run_dir, loggers = _open_run(config, overrides, run_dir, checkpoint)
         module, data = build.build_module(config), build.build_datamodule(config)
         callbacks = build.build_callbacks(config, run_dir)

@@ -1,11 +1,11 @@
 """One process writes weights and answers; N processes must give the same (strategy, reducer, dispatcher, clipping).
 
-A tiny GPT takes three SGD steps through the real Strategy and Trainer. Compared with one process: losses, every gradient
-(expert shards put together by global expert id), gradient norms, and the parameters before and after. SGD, since AdamW
-divides a wrong scale of a gradient out again.
+A tiny GPT takes three SGD steps through the real Strategy and Trainer. Compared with one process: losses, every
+gradient (expert shards put together by global expert id), gradient norms, and the parameters before and after. SGD,
+since AdamW divides a wrong scale of a gradient out again.
 
-1e-12 in float64: N processes do the same sums in another order, over at most some thousand terms with rounding errors of
-1e-16; a missing factor or term shows at 1e-3 or more, as test_negative_controls.py proves.
+1e-12 in float64: N processes do the same sums in another order, over at most some thousand terms with rounding errors
+of 1e-16; a missing factor or term shows at 1e-3 or more, as test_negative_controls.py proves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from scmoe.config import Config, load
 from scmoe.moe.experts import Experts
 from scmoe.parallel.expert_parallel import expert_parameters
-from scmoe.testbed.ranks import Rank, run_ranks
+from scmoe.testbed.ranks import run_ranks
 from scmoe.training import build
 from scmoe.training.callbacks import DataPosition
 from scmoe.training.module import LanguageModel
@@ -141,13 +141,13 @@ def train(config: Config, starved: bool = False) -> dict[str, Any]:
     }
 
 
-def train_cases(rank: Rank, cases: dict[str, str]) -> dict[str, dict[str, Any]]:
+def train_cases(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, dict[str, Any]]:
     """One record per case, all in one start of the ranks. A case `... starved` has starved experts."""
     records = {}
     for name, text in cases.items():
         words = text.split()
         try:
-            config = tiny(" ".join(w for w in words if w != "starved"), rank.world_size)
+            config = tiny(" ".join(w for w in words if w != "starved"), world_size)
             records[name] = train(config, "starved" in words)
         except BaseException as error:
             error.add_note(f"case {name}: {text}")

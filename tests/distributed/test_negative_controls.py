@@ -1,7 +1,7 @@
 """The suite notices when something is taken away: a scale, a list, a wait, a rank.
 
-Each control breaks one thing inside the ranks and makes the comparison of test_ep_equality.py, which must then fail: by at
-least 1e-6, a million times what it allows. Transfers that are late, or overtake each other, must change no bit.
+Each control breaks one thing inside the ranks and makes the comparison of test_ep_equality.py, which must then fail:
+by at least 1e-6, a million times what it allows. Transfers that are late, or overtake each other, must change no bit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from scmoe.parallel.all_to_all import Transfer
 from scmoe.parallel.reducer import ExpertGradientReducer
 from scmoe.parallel.strategy import ExpertParallelStrategy
-from scmoe.testbed.ranks import Rank, RankError, run_ranks
+from scmoe.testbed.ranks import RankError, run_ranks
 from tests.distributed.test_ep_equality import (
     EP2,
     TOLERANCE,
@@ -115,14 +115,14 @@ BROKEN: dict[str, Callable[[], list[Any]]] = {
 }
 
 
-def train_broken(rank: Rank) -> dict[str, dict[str, Any]]:
+def train_broken(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
     """A record for each thing that is broken."""
     records = {}
     for name, patches in BROKEN.items():
         with ExitStack() as stack:
             for p in patches():
                 stack.enter_context(p)
-            records[name] = train(tiny(f"{MODEL} {EP2}", rank.world_size))
+            records[name] = train(tiny(f"{MODEL} {EP2}", world_size))
     return records
 
 
@@ -162,9 +162,9 @@ def test_a_missing_ignore_list_shows(one, broken):
 # ---------------------------------------------------------------------- ranks that fail
 
 
-def misbehave(rank: Rank, how: str) -> int:
+def misbehave(rank: int, world_size: int, how: str) -> int:
     dist.init_process_group("gloo")
-    if rank.rank == 1:
+    if rank == 1:
         if how == "raise":
             raise KeyError("the reason")
         if how == "vanish":

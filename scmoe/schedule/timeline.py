@@ -1,0 +1,101 @@
+"""Plays a list of operators on one compute and one communication row, and draws it in the manner of Fig. 7.
+
+Computation operators never run beside each other, transfers neither; a transfer runs beside computation until
+somebody waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+TRANSFERS = ("dispatch", "combine")
+COLORS = {
+    "attention": "#4e79a7",
+    "mlp": "#76b7b2",
+    "shared_expert": "#59a14f",
+    "experts": "#f28e2b",
+    "dispatch": "#e15759",
+    "combine": "#b07aa1",
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """An operator's time on its row, from start to end, in the unit of the times given."""
+
+    operator: str
+    start: float
+    end: float
+
+    @property
+    def is_transfer(self) -> bool:
+        return self.operator in TRANSFERS
+
+
+def play(operators: Sequence[str], times: Mapping[str, float], sequential: bool = False) -> list[Span]:
+    """When each operator runs. `times`: of each operator; of a chunk's, where there are several.
+
+    The i-th experts wait for the i-th dispatch, decode waits for every combine. sequential: every transfer is waited
+    for at once, as by moe.dispatcher.Blocking. An operator without a time takes none.
+    """
+    spans: list[Span] = []
+    compute = network = 0.0
+    arrivals: list[float] = []
+    for operator in operators:
+        duration = times.get(operator, 0.0)
+        if operator in TRANSFERS:
+            start = max(compute, network)
+            network = start + duration
+            spans.append(Span(operator, start, network))
+            if operator == "dispatch":
+                arrivals.append(network)
+            if sequential:
+                compute = network
+            continue
+        if operator == "experts":
+            compute = max(compute, arrivals.pop(0))
+        elif operator == "decode":
+            compute = max(compute, network)
+        spans.append(Span(operator, compute, compute + duration))
+        compute += duration
+    return spans
+
+
+def elapsed(spans: Sequence[Span]) -> float:
+    return max(span.end for span in spans)
+
+
+def draw(timelines: Mapping[str, Sequence[Span]], path: Path, title: str, unit: str = "time") -> None:
+    """One pair of rows (computation above, communication below) for each timeline, on one axis, as a PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    figure = Figure(figsize=(10, 0.9 + 1.25 * len(timelines)), layout="constrained")
+    axis = figure.subplots()
+    end = max(elapsed(spans) for spans in timelines.values())
+    ticks = []
+    for i, (name, spans) in enumerate(timelines.items()):
+        for span in spans:
+            row = -(3 * i + (1 if span.is_transfer else 0))
+            color = COLORS.get(span.operator, "#bab0ac")
+            axis.barh(row, span.end - span.start, left=span.start, height=0.85, color=color, edgecolor="white")
+            if span.end - span.start > 0.045 * end:
+                label = span.operator.replace("_", "\n")
+                axis.text((span.start + span.end) / 2, row, label, ha="center", va="center", fontsize=8, color="white")
+        axis.vlines(elapsed(spans), -3 * i - 1.5, -3 * i + 0.5, color="black", linewidth=1)
+        axis.text(elapsed(spans), -3 * i - 0.5, f" {elapsed(spans):.1f}", va="center", fontsize=9)
+        axis.text(0, -3 * i + 0.6, name, fontsize=10, fontweight="bold", va="bottom")
+        ticks += [(-3 * i, "compute"), (-3 * i - 1, "communication")]
+    axis.set_yticks([y for y, _ in ticks], [label for _, label in ticks])
+    axis.set_ylim(-3 * len(timelines) + 1.3, 1.4)
+    axis.set_xlim(0, end * 1.08)
+    axis.set_xlabel(unit)
+    axis.set_title(title, loc="left", fontsize=11)
+    axis.spines[["top", "right"]].set_visible(False)
+    others = [Patch(color="#bab0ac", label="route, encode, decode")]
+    handles = [Patch(color=c, label=o.replace("_", " ")) for o, c in COLORS.items()] + others
+    figure.legend(handles=handles, loc="outside lower center", ncols=7, frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

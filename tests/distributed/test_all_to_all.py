@@ -1,0 +1,198 @@
+"""Transfers and the dispatcher by themselves, on two and four ranks: what arrives, what comes back, and when.
+
+Every rank can make every rank's rows, so each knows what it must receive and what gradient must come back. All of it is
+moved, nothing is summed in another order: results are compared to the bit.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from scmoe.moe.dispatcher import Blocking
+from scmoe.parallel.all_to_all import Transfer
+from scmoe.parallel.dispatcher import AllToAllDispatcher
+from scmoe.testbed.ranks import run_ranks
+
+pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+
+DIM, LOCAL_EXPERTS = 3, 2
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def uneven_counts(world_size: int, num_columns: int) -> Tensor:
+    """[rank, column]: rows that a rank has for it. Some are zero, rank 0 has none at all, the last column gets none."""
+    counts = torch.randint(0, 4, (world_size, num_columns), generator=torch.Generator().manual_seed(world_size))
+    counts[0], counts[:, -1] = 0, 0
+    counts[1, 0] = 5
+    assert (counts[1:, :-1] == 0).any() or world_size == 2
+    return counts
+
+
+# ---------------------------------------------------------------------- one transfer
+
+
+def transfer_uneven_rows(rank: int, world_size: int, empty: bool) -> None:
+    dist.init_process_group("gloo")
+    counts = uneven_counts(world_size, world_size) * (not empty)
+    rows = [random(int(counts[s].sum()), DIM, seed=s) for s in range(world_size)]
+    factors = [random(int(counts[:, s].sum()), DIM, seed=100 + s) for s in range(world_size)]
+
+    mine = rows[rank].clone().requires_grad_()
+    transfer = Transfer(None, counts[rank].tolist(), counts[:, rank].tolist())
+    received = transfer.start(mine).wait()
+    blocks = [rows[s].split(counts[s].tolist())[rank] for s in range(world_size)]
+    assert torch.equal(received, torch.cat(blocks)), "rows by sender"
+
+    (received * factors[rank]).sum().backward()
+    returned = [factors[s].split(counts[:, s].tolist())[rank] for s in range(world_size)]
+    assert torch.equal(mine.grad, torch.cat(returned)), "each row's gradient is that of the rank it went to"
+    with pytest.raises(AssertionError, match="awaited once"):
+        transfer.wait()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("empty", [False, True])
+def test_rows_and_their_gradients_find_their_ranks(world_size, empty):
+    run_ranks(transfer_uneven_rows, world_size, empty)
+
+
+# ---------------------------------------------------------------------- the dispatcher
+
+
+def dispatch_and_combine(rank: int, world_size: int, equal: bool) -> None:
+    """Experts multiply by their own vector, so a row in the wrong place shows forward and backward."""
+    dist.init_process_group("gloo")
+    num_experts, C = world_size * LOCAL_EXPERTS, 3
+    counts = torch.full((world_size, num_experts), C) if equal else uneven_counts(world_size, num_experts)
+    rows = [random(int(counts[s].sum()), DIM, seed=s) for s in range(world_size)]
+    vectors_ED = random(num_experts, DIM, seed=200)
+    here = range(rank * LOCAL_EXPERTS, (rank + 1) * LOCAL_EXPERTS)
+
+    mine, local_eD = rows[rank].clone().requires_grad_(), vectors_ED[here].clone().requires_grad_()
+    dispatcher = AllToAllDispatcher(None, num_experts)
+    pending, receipt = dispatcher.dispatch(mine, None if equal else counts[rank])
+    received = pending.wait()
+    by_expert = [[rows[s].split(counts[s].tolist())[e] for s in range(world_size)] for e in here]
+    assert torch.equal(received, torch.cat([torch.cat(senders) for senders in by_expert])), "by expert, then sender"
+    if equal:
+        assert receipt.num_tokens_per_expert_e is None
+    else:
+        assert receipt.num_tokens_per_expert_e.tolist() == counts[:, here].sum(0).tolist()
+
+    per_row = local_eD.repeat_interleave(counts[:, here].sum(0), dim=0)
+    back = dispatcher.combine(received * per_row, receipt).wait()
+    mine_of_ED = vectors_ED.repeat_interleave(counts[rank], dim=0)
+    assert torch.equal(back, rows[rank] * mine_of_ED), "combine undoes dispatch"
+
+    factor = random(*mine.shape, seed=300 + rank) (back * factor).sum().backward() assert torch.equal(mine.grad,
+    factor * mine_of_ED) factors = [random(*rows[s].shape, seed=300 + s) for s in range(world_size)] products =
+    [torch.cat([(factors[s] * rows[s]).split(counts[s].tolist())[e] for s in range(world_size)]) for e in here]
+    expected = torch.stack([p.sum(0) for p in products]) assert torch.allclose(local_eD.grad, expected, rtol=1e-5,
+    atol=1e-5), "a sum of up to 12 float32 terms"
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "uneven"])
+def test_combine_undoes_dispatch(world_size, equal):
+    run_ranks(dispatch_and_combine, world_size, equal)
+
+
+def blocking_is_the_same(rank: int, world_size: int) -> None:
+    dist.init_process_group("gloo")
+    counts = uneven_counts(world_size, world_size * LOCAL_EXPERTS)[rank]
+    results = []
+    for wrap in (lambda dispatcher: dispatcher, Blocking):
+        mine = random(int(counts.sum()), DIM, seed=rank).requires_grad_()
+        dispatcher = wrap(AllToAllDispatcher(None, len(counts)))
+        pending, receipt = dispatcher.dispatch(mine, counts)
+        back = dispatcher.combine(pending.wait().square(), receipt).wait()
+        back.sum().backward()
+        results.append((back, mine.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_waiting_at_once_changes_no_bit():
+    run_ranks(blocking_is_the_same, 2)
+
+
+# ---------------------------------------------------------------------- when
+
+WORK_S = 0.02  # long, so that the order of events is not chance
+
+
+class Work(Function):
+    """Some computation beside the transfer: it takes its time forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, log: list[tuple[str, float]]) -> Tensor:
+        ctx.log = log
+        Work.toil(log)
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        Work.toil(ctx.log)
+        return 2 * grad, None
+
+    @staticmethod
+    def toil(log: list[tuple[str, float]]) -> None:
+        log.append(("work begins", time.perf_counter()))
+        time.sleep(WORK_S)
+        log.append(("work ends", time.perf_counter()))
+
+
+def logged(name: str, method: Any, log: list[tuple[str, float]]) -> Any:
+    def call(*args: Any) -> Any:
+        log.append((name, time.perf_counter()))
+        return method(*args)
+
+    return call
+
+
+def time_stamps(rank: int, world_size: int, overlap: bool) -> dict[str, list[tuple[str, float]]]:
+    """Events of a forward and a backward pass: start, work, wait, or without overlap start, wait, work."""
+    dist.init_process_group("gloo")
+    log: list[tuple[str, float]] = []
+    launch, finish = (logged(name, getattr(Transfer, name), log) for name in ("launch", "finish"))
+    rows, other = (torch.ones(4, DIM, requires_grad=True) for _ in range(2))
+    with patch.object(Transfer, "launch", launch), patch.object(Transfer, "finish", finish):
+        transfer = Transfer(None).start(rows)
+        if overlap:
+            worked = Work.apply(other, log)
+            received = transfer.wait()
+        else:
+            received = transfer.wait()
+            worked = Work.apply(other, log)
+        loss = (received * worked).sum()
+        forward, log[:] = list(log), []
+        loss.backward()
+    assert torch.equal(rows.grad, torch.full_like(rows, 2.0))
+    assert torch.equal(other.grad, torch.full_like(other, 2.0))
+    return {"forward": forward, "backward": list(log)}
+
+
+def test_a_transfer_hides_behind_the_work_forward_and_backward():
+    """Backward is the mirror: the gradient's transfer is launched before the backward of the work, awaited after it."""
+    for events in run_ranks(time_stamps, 2, True):
+        for way in ("forward", "backward"):
+            assert [name for name, _ in events[way]] == ["launch", "work begins", "work ends", "finish"], way
+            times = dict(events[way])
+            assert times["launch"] <= times["work begins"] <= times["work ends"] <= times["finish"], way
+            assert times["finish"] - times["launch"] >= WORK_S, way
+
+
+def test_without_work_in_between_nothing_hides():
+    for events in run_ranks(time_stamps, 2, False):
+        assert [name for name, _ in events["forward"]] == ["launch", "finish", "work begins", "work ends"]
+        assert [name for name, _ in events["backward"]] == ["work begins", "work ends", "launch", "finish"]

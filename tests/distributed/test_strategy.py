@@ -1,0 +1,245 @@
+"""The Strategy's life around the steps: resuming, on as many ranks or others; what it refuses; its registered name.
+
+Trainings here are those of a user: AdamW with warm-up and cosine, checkpoints by ModelCheckpoint, data position by
+DataPosition. In the same layout a resumed run is the straight run to the bit, dropout included. In another layout
+1e-12 in float64: the same sums in another order.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+from scmoe.config import Config
+from scmoe.parallel.expert_parallel import expert_parameters
+from scmoe.parallel.strategy import ExpertParallelStrategy
+from scmoe.testbed.ranks import RankError, run_ranks
+from scmoe.training import build
+from scmoe.training.callbacks import DataPosition
+from scmoe.training.module import LanguageModel
+from tests.distributed.test_ep_equality import TOLERANCE, tiny
+
+pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+
+MODEL = "position=pos2 top_k=2 optim.lr=0.01 optim.warmup_steps=2 trainer.max_steps=6"
+DROPOUT = "model.dropout=0.1"
+HALF, WHOLE = 3, 6
+
+
+def fit(
+    config: Config, folder: Path | None = None, checkpoint: Path | None = None, steps: int = WHOLE
+) -> dict[str, Any]:
+    """Trains on this rank and keeps a checkpoint of every third step; returns what must be equal."""
+    module = build.build_module(config)
+    checkpoints = ModelCheckpoint(folder, "{step}", every_n_train_steps=HALF, save_top_k=-1 if folder else 0)
+    trainer = build.build_trainer(config, [DataPosition(), checkpoints], [])
+    trainer.fit(module, build.build_datamodule(config), ckpt_path=checkpoint, weights_only=True)
+    assert trainer.global_step == steps
+    names = {p: name for name, p in module.model.named_parameters()}
+    (optimizer,) = trainer.optimizers
+    tensors = {name: p.detach().clone() for p, name in names.items()}
+    for p, state in optimizer.state.items():
+        tensors |= {f"{names[p]} {key}": value.clone() for key, value in state.items()}
+    return {
+        "tensors": tensors,
+        "experts": {names[p] for _, p in expert_parameters(module.model)},
+        "ep_size": module.parallel_context.ep_size,
+        "consumed": trainer.datamodule.consumed_samples,  # type: ignore[attr-defined]
+        "lr": trainer.optimizers[0].param_groups[0]["lr"],
+    }
+
+
+def whole(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Parameters and AdamW's state as one process has them."""
+    first = ranks[0]
+    shards = [rank["tensors"] for rank in ranks[: first["ep_size"]]]
+    return {
+        name: torch.cat([s[name] for s in shards]) if name.split()[0] in first["experts"] and t.dim() else t
+        for name, t in first["tensors"].items()
+    }
+
+
+def largest_difference(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> tuple[float, str]:
+    x, y = whole(a), whole(b)
+    assert x.keys() == y.keys()
+    return max(((x[name] - y[name]).abs().max().item(), name) for name in x)
+
+
+# ---------------------------------------------------------------------- resume
+
+
+def straight_and_resumed(rank: int, world_size: int, text: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    torch.manual_seed(1)
+    straight = fit(tiny(text, world_size), folder)
+    torch.manual_seed(2)  # what dropout draws must come from the checkpoint
+    return straight, fit(tiny(text, world_size), None, folder / f"step={HALF}.ckpt")
+
+
+@pytest.mark.parametrize("ep_size, capacity", [(2, "null"), (1, "2.0")])
+def test_in_the_same_layout_a_resumed_run_is_the_straight_run(ep_size, capacity, tmp_path):
+    text = f"{MODEL} {DROPOUT} noisy=true capacity_factor={capacity} strategy.ep_size={ep_size}"
+    for straight, resumed in run_ranks(straight_and_resumed, 2, text, tmp_path):
+        differing = [n for n, t in straight["tensors"].items() if not torch.equal(t, resumed["tensors"][n])]
+        assert not differing
+        assert straight["consumed"] == resumed["consumed"] == WHOLE * 8
+        assert straight["lr"] == resumed["lr"]
+
+
+def straight_run(rank: int, world_size: int, text: str, folder: Path) -> dict[str, Any]:
+    return fit(tiny(text, world_size), folder)
+
+
+def resumed_run(rank: int, world_size: int, texts: list[str], checkpoint: Path) -> list[dict[str, Any]]:
+    return [fit(tiny(text, world_size), None, checkpoint) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> tuple[list[dict[str, Any]], Path]:
+    """A straight run on two ranks, EP 2, and the folder of its checkpoints."""
+    folder = tmp_path_factory.mktemp("written")
+    return run_ranks(straight_run, 2, f"{MODEL} strategy.ep_size=2", folder), folder
+
+
+@pytest.mark.parametrize("world_size, ep_sizes", [(2, [1, 2]), (4, [2, 4, 1])])
+def test_in_another_layout_a_resumed_run_goes_the_same_way(world_size, ep_sizes, written):
+    straight, folder = written
+    texts = [f"{MODEL} strategy.ep_size={ep_size}" for ep_size in ep_sizes]
+    ranks = run_ranks(resumed_run, world_size, texts, folder / f"step={HALF}.ckpt")
+    for i, ep_size in enumerate(ep_sizes):
+        resumed = [records[i] for records in ranks]
+        error, name = largest_difference(resumed, straight)
+        assert error <= TOLERANCE, f"EP {ep_size} of {world_size} ranks: {name}"
+        assert resumed[0]["consumed"] == straight[0]["consumed"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_training_on_moves_every_weight(written):
+    """Else resuming nothing would look like resuming."""
+    straight, folder = written
+    reader = HuggingFaceStorageReader(str(folder / f"step={HALF}.ckpt"))
+    early = {f"model.model.{name}": torch.empty_like(t) for name, t in whole(straight).items() if " " not in name}
+    dcp.load(early, storage_reader=reader, no_dist=True)
+    late = whole(straight)
+    assert not [name for name, t in early.items() if torch.equal(t, late[name.removeprefix("model.model.")])]
+
+
+def test_a_checkpoint_holds_nothing_that_runs_when_read(written):
+    _, folder = written
+    assert {path.name for path in folder.iterdir()} == {f"step={HALF}.ckpt", f"step={WHOLE}.ckpt"}, "no leftovers"
+    suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert suffixes == {".json", ".safetensors"}
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ("model.ffn_dim=32", r"holds another model: model\.model\.blocks\.0\.\S+ is \(.*\) there and \(.*\) here"),
+        ("moe.num_experts=4", r"holds another model: model\.model\.blocks\.0\.moe\.\S+ is \(8, .*\) there and \(4, "),
+        ("model.layers=4", r"holds another model: model\.model\.blocks\.1\.\S+ is absent there"),
+    ],
+)
+def test_another_runs_checkpoint_is_refused_by_name(change, says, written):
+    _, folder = written
+    with pytest.raises(RankError, match=f"ValueError: .*{says}"):
+        run_ranks(resumed_run, 2, [f"{MODEL} strategy.ep_size=2 {change}"], folder / f"step={HALF}.ckpt")
+
+
+def resume_with_another_seed(rank: int, world_size: int, checkpoint: Path) -> None:
+    fit(replace(tiny(MODEL, world_size), seed=2), None, checkpoint)
+
+
+def test_another_order_of_the_data_is_refused(written):
+    _, folder = written
+    with pytest.raises(RankError, match=r"ValueError: the checkpoint's seed is 1, here it is 2"):
+        run_ranks(resume_with_another_seed, 2, folder / f"step={HALF}.ckpt")
+
+
+def test_half_a_checkpoint_is_refused(written, tmp_path):
+    _, folder = written
+    partial = tmp_path / "partial.ckpt"
+    shutil.copytree(folder / f"step={HALF}.ckpt", partial, ignore=lambda *_: ["meta.json"])
+    with pytest.raises(RankError, match=r"ValueError: .*partial\.ckpt is not a complete checkpoint"):
+        run_ranks(resumed_run, 2, [f"{MODEL} strategy.ep_size=2"], partial)
+
+
+def test_float16_is_refused():
+    """Lightning takes 16-mixed for bf16-mixed on a CPU, so the plugin is handed in."""
+    with pytest.raises(ValueError, match="16-mixed, allowed with expert parallelism: 32-true, bf16-mixed"):
+        Trainer(
+            accelerator="cpu",
+            devices=2,
+            strategy=ExpertParallelStrategy(),
+            plugins=[MixedPrecision("16-mixed", "cpu")],
+            logger=False,
+            enable_checkpointing=False,
+        )
+
+
+# ---------------------------------------------------------------------- a Trainer of one's own
+
+
+class ClippedByLightning(LanguageModel):
+    """Leaves clipping to Trainer(gradient_clip_val=...), as most modules do."""
+
+    configure_gradient_clipping = LightningModule.configure_gradient_clipping
+
+
+def own_trainer(
+    rank: int, world_size: int, strategy: Any, clip: tuple[float | None, float | None] = (None, None)
+) -> dict[str, Any]:
+    """A Trainer that a user has written; clip: by the Trainer, by the module."""
+    config = tiny("position=pos2 optim.lr=0.01", world_size)
+    cls = ClippedByLightning if clip[0] else LanguageModel
+    module = cls(lambda context: build.build_model(config, context), max_steps=2, lr=0.01, gradient_clip=clip[1])
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        strategy=strategy,
+        precision="64-true",
+        max_steps=2,
+        gradient_clip_val=clip[0],
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, build.build_datamodule(config))
+    weights = {name: p.detach().clone() for name, p in module.model.named_parameters()}
+    return {"ep_size": module.parallel_context.ep_size, "strategy": type(trainer.strategy).__name__, "weights": weights}
+
+
+def test_the_registered_name():
+    """Experts are spread over all ranks."""
+    for rank in run_ranks(own_trainer, 2, "expert_parallel"):
+        assert (rank["ep_size"], rank["strategy"]) == (2, "ExpertParallelStrategy")
+
+
+def test_an_ep_size_that_does_not_divide_the_ranks():
+    with pytest.raises(RankError, match=r"ValueError: ep_size is 3, allowed: divisors of the number of ranks \(2\)\n"):
+        run_ranks(own_trainer, 2, ExpertParallelStrategy(ep_size=3))
+
+
+def test_lightnings_own_clipping_takes_the_global_norm():
+    clip = 0.05
+    by_trainer, by_module, unclipped = (
+        run_ranks(own_trainer, 2, "expert_parallel", clips) for clips in ((clip, None), (None, clip), (None, None))
+    )
+    for a, b, c in zip(by_trainer, by_module, unclipped, strict=True):
+        assert all(torch.equal(t, b["weights"][name]) for name, t in a["weights"].items())
+        assert not all(torch.equal(t, c["weights"][name]) for name, t in a["weights"].items())

@@ -1,0 +1,144 @@
+"""The train command from outside: launchers, the summary's JSON, resuming, refusals, Weights & Biases offline.
+
+The runs are those of configs/debug.yaml, four steps each; every start of Python with torch costs some seconds, so a
+module's fixtures are looked at by several tests.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+
+ROOT = Path(__file__).parents[2]
+SUMMARY = (
+    "run_dir val_loss perplexity bits_per_byte unigram_bits_per_byte tokens_per_s steps params_total params_active "
+    "ep_size world_size drop_share load_max_ratio"
+)
+EXACT = ("moe.capacity_factor=null", "moe.noisy=false")  # what is dropped, and noise, depend on the number of ranks
+CANARY = "0123456789abcdef" * 2 + "canary00"  # as long as a key
+TRAIN = ("-m", "experiments.train")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *TRAIN)
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        assert self.code == 0, self.err
+        return json.loads(self.out.splitlines()[-1])
+
+
+def run(*arguments: str, **variables: str) -> Done:
+    """Python with these arguments, as from a shell in the repository, without what tests or an account have set."""
+    private = ("WANDB_", "TORCHELASTIC_", "MASTER_", "PYTEST_")
+    names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(private) and k not in names}
+    env |= {"OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def rows_of(metrics: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv, without the cells that are empty: columns come as metrics do."""
+    with metrics.open(newline="") as file:
+        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> tuple[Done, Path]:
+    """Two ranks from Lightning's own launcher, EP 2; and where its runs are."""
+    runs = tmp_path_factory.mktemp("launched")
+    return run(*TRAIN, "configs/debug.yaml", f"runs_dir={runs}", "trainer.devices=2", *EXACT), runs
+
+
+@pytest.fixture(scope="module")
+def torchrun(tmp_path_factory) -> Done:
+    runs = tmp_path_factory.mktemp("torchrun")
+    return run(*TORCHRUN, "configs/debug.yaml", f"runs_dir={runs}", "trainer.devices=2", *EXACT)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> tuple[Done, Path]:
+    """One rank, W&B offline beside a key that it must not keep; and its run directory."""
+    runs = tmp_path_factory.mktemp("alone")
+    settings = (f"runs_dir={runs}", "logger.mode=offline", "logger.tags=[smoke]", *EXACT)
+    return run(*TRAIN, "configs/debug.yaml", *settings, WANDB_API_KEY=CANARY), (runs / "latest").resolve()
+
+
+def test_the_last_line_is_the_summary(launched, torchrun, alone):
+    for done, ranks in ((launched[0], 2), (torchrun, 2), (alone[0], 1)):
+        summary = done.summary
+        assert list(summary) == SUMMARY.split()
+        assert (summary["steps"], summary["world_size"], summary["ep_size"]) == (4, ranks, ranks)
+        assert all(isinstance(value, (int, float)) for key, value in summary.items() if key != "run_dir")
+        run_dir = ROOT / summary["run_dir"]
+        assert json.loads((run_dir / "summary.json").read_text()) == summary
+        assert done.out.count('"val_loss"') == 1, "one rank speaks"
+
+
+def test_both_launchers_train_the_same(launched, torchrun):
+    times = ("run_dir", "tokens_per_s")
+    a, b = ({k: v for k, v in done.summary.items() if k not in times} for done in (launched[0], torchrun))
+    assert a == b
+
+
+def test_ranks_change_no_loss(launched, alone):
+    """Issue 2, "Shown by" 3: 1e-4; float32 leaves about 1e-6 of it."""
+    assert launched[0].summary["val_loss"] == pytest.approx(alone[0].summary["val_loss"], abs=1e-4)
+    assert launched[0].summary["params_total"] == alone[0].summary["params_total"]
+
+
+def test_resume_goes_on_where_the_run_stopped(launched):
+    done, runs = launched
+    run_dir = ROOT / done.summary["run_dir"]
+    before = rows_of(run_dir / "metrics.csv")
+    resumed = run(*TRAIN, "--resume", str(runs / "latest"), "trainer.max_steps=6")
+    assert (resumed.summary["steps"], resumed.summary["run_dir"]) == (6, str(run_dir))
+    assert list(runs.glob("debug/*")) == [run_dir], "no second run"
+    after = rows_of(run_dir / "metrics.csv")
+    assert after[: len(before)] == before
+    trained = [int(row["step"]) for row in after if "train/loss" in row]
+    assert trained == [0, 1, 2, 3, 4, 5]
+    assert "step 5/6" in resumed.err
+    assert "step 4/6" not in resumed.err
+
+
+def test_a_run_without_a_checkpoint_cannot_be_resumed(tmp_path):
+    done = run(*TRAIN, "--resume", str(tmp_path))
+    assert done.code == 2
+    assert "no checkpoint" in done.err
+
+
+def test_a_wrong_key_ends_in_one_line():
+    """Issue 2, "Shown by" 4."""
+    done = run(*TRAIN, "configs/debug.yaml", "optim.lrr=1")
+    assert (done.code, done.out) == (2, "")
+    assert len(done.err.splitlines()) == 1
+    assert "optim.lr?" in done.err
+
+
+def test_weights_and_biases_offline(alone):
+    done, run_dir = alone
+    (offline,) = (run_dir / "wandb").glob("offline-run-*")
+    assert list(offline.glob("run-*.wandb"))
+    assert f"wandb sync {offline}" in done.out.replace("\n", "")
+
+
+def test_no_key_is_kept(alone):
+    done, run_dir = alone
+    assert CANARY not in done.out + done.err
+    files = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert not [path for path in files if CANARY.encode() in path.read_bytes()]
