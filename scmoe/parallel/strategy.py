@@ -93,7 +93,7 @@ class ExpertParallelStrategy(DDPStrategy):
     def precision_plugin(self, plugin: Precision | None) -> None:
         if getattr(plugin, "scaler", None) is not None:
             raise ValueError(
-                "trainer.precision is 16-mixed, allowed under expert parallelism: 32-true, bf16-mixed, bf16-true, "
+                "trainer.precision is 16-mixed, allowed with expert parallelism: 32-true, bf16-mixed, bf16-true, "
                 "64-true: an overflow found by one rank alone would make ranks skip different steps"
             )
         if plugin is not None:

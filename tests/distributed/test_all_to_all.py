@@ -95,11 +95,13 @@ def dispatch_and_combine(rank: int, world_size: int, equal: bool) -> None:
     mine_of_ED = vectors_ED.repeat_interleave(counts[rank], dim=0)
     assert torch.equal(back, rows[rank] * mine_of_ED), "combine undoes dispatch"
 
-    factor = random(*mine.shape, seed=300 + rank) (back * factor).sum().backward() assert torch.equal(mine.grad,
-    factor * mine_of_ED) factors = [random(*rows[s].shape, seed=300 + s) for s in range(world_size)] products =
-    [torch.cat([(factors[s] * rows[s]).split(counts[s].tolist())[e] for s in range(world_size)]) for e in here]
-    expected = torch.stack([p.sum(0) for p in products]) assert torch.allclose(local_eD.grad, expected, rtol=1e-5,
-    atol=1e-5), "a sum of up to 12 float32 terms"
+    factor = random(*mine.shape, seed=300 + rank)
+    (back * factor).sum().backward()
+    assert torch.equal(mine.grad, factor * mine_of_ED)
+    products = [random(*rows[s].shape, seed=300 + s) * rows[s] for s in range(world_size)]
+    blocks = [products[s].split(counts[s].tolist()) for s in range(world_size)]
+    expected = torch.stack([torch.cat([senders[e] for senders in blocks]).sum(0) for e in here])
+    assert torch.allclose(local_eD.grad, expected, rtol=1e-5, atol=1e-5), "a sum of up to 17 float32 terms"
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -65,6 +65,18 @@ def test_exactly_the_oracles_copies_are_kept(case):
     assert layout.num_dropped == case.ids_TK.numel() - len(kept(case))
 
 
+@given(cases(), st.integers(0, 10))
+def test_a_limit_drops_like_that_capacity_in_unchanged_shapes(case, limit):
+    if case.capacity is not None:
+        limited = arrange(*case, limit=torch.tensor(min(limit, case.capacity)))
+        is_kept = limited.rows_TK < len(limited.tokens_R)
+        assert {(t, k) for t, k in is_kept.nonzero().tolist()} == kept(
+            case._replace(capacity=min(limit, case.capacity))
+        )
+        assert torch.equal(limited.rows_TK[is_kept], case.layout().rows_TK[is_kept])
+        assert len(limited.tokens_R) == len(case.layout().tokens_R)
+
+
 @given(cases())
 def test_every_kept_copy_has_its_own_row_with_its_expert(case):
     layout = case.layout()
