@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.table import Table
 from scmoe.config_help import catalogue
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
     console = Console()
     for title, rows in catalogue(Path("configs")).items():
         described = any(description for _, description in rows)
@@ -19,7 +20,8 @@ def main() -> None:
         for choice, description in rows:
             table.add_row(choice, description) if described else table.add_row(choice)
         console.print(f"[bold]{title}[/bold]", table, "", sep="\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

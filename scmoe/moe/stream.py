@@ -6,6 +6,7 @@
 
 State travels in return values, so several streams may be open at once and nothing is left on the module.
 Backward is the mirror: finish's backward starts the gradient's transfer, begin's waits for the last one.
+A compiled block is compiled up to each verb and after it: shapes in between depend on the data.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class MoEStream(nn.Module):
         self.router, self.experts, self.dispatcher = router, experts, dispatcher
         self.capacity_factor, self.num_chunks = capacity_factor, num_chunks
 
+    @torch.compiler.disable
     def begin(self, tap_BSD: Tensor, mask_BS: Tensor | None = None) -> StreamState:
         """mask_BS False: padding, which is routed nowhere and takes no capacity."""
         x_TD = tap_BSD.flatten(0, -2)
@@ -64,6 +66,7 @@ class MoEStream(nn.Module):
         in_flight, receipts = [pending for pending, _ in sent], [receipt for _, receipt in sent]
         return StreamState(tap_BSD.shape, routing, layout, router_stats(routing, layout, mask_T), in_flight, receipts)
 
+    @torch.compiler.disable
     def run_experts(self, state: StreamState) -> StreamState:
         assert state.receipts is not None, "the experts run once"
         returning = []
@@ -72,6 +75,7 @@ class MoEStream(nn.Module):
             returning.append(self.dispatcher.combine(rows_RD, receipt))
         return state._replace(in_flight=returning, receipts=None)
 
+    @torch.compiler.disable
     def finish(self, state: StreamState) -> MoEOutput:
         assert state.receipts is None, "the experts run before the end"
         chunks = [pending.wait() for pending in state.in_flight]

@@ -56,7 +56,7 @@ def train(config: Config, overrides: Sequence[str] = (), run_dir: Path | None = 
         return None
     console = report.console()
     console.print(report.summary_panel(summary, samples))
-    for purpose, command in _commands(run_dir).items():
+    for purpose, command in _commands(run_dir, is_text=bool(samples)).items():
         console.print(f"{purpose:12} {command}", soft_wrap=True)  # whole, to be copied
     return summary
 
@@ -120,10 +120,12 @@ def _samples(trainer: Trainer, module: LanguageModel, data: SequenceDataModule) 
     return [data.decode(row[1:].tolist()) for row in ids]
 
 
-def _commands(run_dir: Path) -> dict[str, str]:
+def _commands(run_dir: Path, is_text: bool) -> dict[str, str]:
     run = _relative(run_dir)
-    commands = {"resume": f'make resume RUN={run} ARGS="trainer.max_steps=..."', "sample": f"make sample RUN={run}"}
-    if sync := logging.sync_command(_relative(run_dir)):
+    commands = {"resume": f'make resume RUN={run} ARGS="trainer.max_steps=..."'}
+    if is_text:
+        commands["sample"] = f"make sample RUN={run}"
+    if sync := logging.sync_command(run):
         commands["sync to W&B"] = f"{_relative(Path(sys.executable).parent)}/{sync}"
     return commands
 

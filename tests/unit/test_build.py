@@ -1,0 +1,62 @@
+"""Every configuration builds, without memory, and the sizes are the paper's."""
+
+from pathlib import Path
+
+import pytest
+
+from scmoe.config import load
+from scmoe.training.build import build_model_on_meta
+from scmoe.training.report import count_parameters, total_and_active
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("cluster", "sweep"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_config_builds(path):
+    total, active = total_and_active(count_parameters(build_model_on_meta(load(path))))
+    assert 0 < active <= total
+
+
+def counts(*overrides):
+    return count_parameters(build_model_on_meta(load(None, overrides)))
+
+
+def test_every_parameter_is_counted_once():
+    model = build_model_on_meta(load(None, ["moe.noisy=true"]))
+    total, active = total_and_active(count_parameters(model))
+    assert total == sum(p.numel() for p in model.parameters())
+    experts = count_parameters(model)["experts"][1]
+    assert active == total - experts + experts // 8, "one of 8 experts is used"
+    assert "other" not in count_parameters(model)
+
+
+def test_gpt2_moe_small_has_the_papers_size():
+    """Table 8: 323M, which is standard top-k with 8 experts: no shared expert, embeddings tied."""
+    model = load(CONFIGS / "model/gpt2_moe_small.yaml", ["moe.architecture=top_k", "moe.top_k=2"])
+    total, _ = total_and_active(count_parameters(build_model_on_meta(model)))
+    assert round(total / 1e6) == 323
+
+
+@pytest.mark.parametrize("architecture", ("dense", "top_k", "shared_expert", "scmoe"))
+def test_ranks_hold_a_share_of_the_experts_and_count_all(architecture):
+    from scmoe.parallel.mesh import ParallelContext
+    from scmoe.training.build import build_model
+
+    words = [f"moe.architecture={architecture}", "model.dim=32", "data.vocab_size=300", "moe.noisy=false"]
+    if architecture != "dense":
+        words += ["trainer.devices=2", "strategy.ep_size=2"]
+    config = load(None, words)
+    whole = count_parameters(build_model(config, ParallelContext()))
+    if architecture == "dense":
+        assert "experts" not in whole
+        return
+
+    class TwoRanks(ParallelContext):
+        def dispatcher(self, num_experts):
+            return ParallelContext().dispatcher(num_experts)
+
+    shares = [build_model(config, TwoRanks(rank=rank, world_size=2, ep_size=2)) for rank in (0, 1)]
+    assert all(count_parameters(share) == whole for share in shares)
+    ids = [module.expert_ids for share in shares for module in share.modules() if hasattr(module, "expert_ids")]
+    assert set(ids) == {range(0, 4), range(4, 8)}
