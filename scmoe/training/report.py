@@ -16,7 +16,9 @@ from rich.tree import Tree
 from torch import nn
 
 from scmoe.blocks.sublayers import MLP, Attention
+from scmoe.moe.coefficient import CG1, CG2
 from scmoe.moe.experts import Experts
+from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 
 
@@ -31,41 +33,38 @@ def config_tree(config: Any, label: str = "config") -> Tree:
     return tree
 
 
+KINDS: dict[type[nn.Module], str] = {
+    nn.Embedding: "embedding",
+    nn.LayerNorm: "norms",
+    Attention: "attention",
+    MLP: "MLP",
+    Router: "gates",
+    CG1: "gates",
+    CG2: "gates",
+    Experts: "experts",
+}
+
+
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
     """Per kind of module: how many there are, all parameters, and those that one token uses.
 
     Experts are counted whole, wherever their shards are; a token uses top_k of num_experts of them.
     """
-    kinds: dict[str, list[int]] = {}
-    seen: set[int] = set()
-    top_k_of = {id(m.experts): m.router.top_k for m in model.modules() if isinstance(m, MoEStream)}
-
-    def add(kind: str, module: nn.Module, whole: float = 1.0, active: float = 1.0) -> None:
-        own = [p for p in module.parameters() if id(p) not in seen]
-        seen.update(id(p) for p in own)
-        if own:
-            size = sum(p.numel() for p in own)
-            row = kinds.setdefault(kind, [0, 0, 0])
-            for i, n in enumerate((1, round(size * whole), round(size * whole * active))):
-                row[i] += n
-
-    for name, module in model.named_modules():
+    counts: dict[str, tuple[int, int, int]] = {}
+    seen: set[nn.Parameter] = set()
+    used = {m.experts: m.router.top_k / m.router.num_experts for m in model.modules() if isinstance(m, MoEStream)}
+    for name, module in [*model.named_modules(), ("other", model)]:  # the model itself last: what no kind has taken
+        kind = "shared expert" if name.endswith("shared_expert") else KINDS.get(type(module), name == "other" and name)
+        own = set(module.parameters()) - seen if kind else set()
+        if not kind or not own:
+            continue
+        seen |= own
+        size = sum(p.numel() for p in own)
         if isinstance(module, Experts):
-            whole = module.num_experts / len(module.expert_ids)
-            add("experts", module, whole, top_k_of[id(module)] / module.num_experts)
-        elif isinstance(module, Attention):
-            add("attention", module)
-        elif isinstance(module, MLP):
-            add("shared expert" if name.endswith("shared_expert") else "MLP", module)
-        elif isinstance(module, nn.Embedding):
-            add("embedding", module)
-        elif isinstance(module, nn.Linear) and "." in name and not any(True for _ in module.children()):
-            if name.endswith((".router.gate", ".router.noise", ".coefficient.gate")):
-                add("gates", module)
-        elif isinstance(module, nn.LayerNorm):
-            add("norms", module)
-    add("other", model)
-    return {kind: (row[0], row[1], row[2]) for kind, row in kinds.items()}
+            size = size * module.num_experts // len(module.expert_ids)
+        modules, total, active = counts.get(kind, (0, 0, 0))
+        counts[kind] = (modules + 1, total + size, active + round(size * used.get(module, 1.0)))
+    return counts
 
 
 def total_and_active(counts: Mapping[str, tuple[int, int, int]]) -> tuple[int, int]:
@@ -93,7 +92,9 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
         "validation loss": f"{summary['val_loss']:.4f} nats per token, perplexity {summary['perplexity']:.2f}",
         "bits per byte": f"{summary['bits_per_byte']:.4f}; unigram {summary['unigram_bits_per_byte']:.4f}, "
         f"ratio {ratio:.3f}",
-        "throughput": f"{summary['tokens_per_s']:,.0f} tokens/s over all ranks",
+        "throughput": f"{summary['tokens_per_s']:,.0f} tokens/s over all ranks"
+        if summary["tokens_per_s"]
+        else "not measured: too few steps were made",
     }
     if summary["load_max_ratio"] is not None:
         rows["expert load"] = f"busiest expert {summary['load_max_ratio']:.2f} x the mean, worst layer"
