@@ -39,9 +39,9 @@ def sample(options: argparse.Namespace) -> list[str]:
     from scmoe.config import load
     from scmoe.models.gpt import generate
     from scmoe.parallel.checkpoint import load_model
+    from scmoe.parallel.durable import newest_good
     from scmoe.parallel.mesh import ParallelContext
     from scmoe.training import build
-    from scmoe.training.logging import newest_checkpoint
 
     run_dir = options.run.resolve()
     config = load(run_dir / "config.yaml")
@@ -51,7 +51,7 @@ def sample(options: argparse.Namespace) -> list[str]:
     data.prepare_data()
     data.setup()
     model = build.build_model(config, ParallelContext()).eval()
-    load_model(newest_checkpoint(run_dir), model, prefix="model.")
+    load_model(newest_good(run_dir / "checkpoints"), model, prefix="model.")
     start = [data.end_of_text, *data.encode(options.prompt).tolist()]
     ids = torch.tensor([start] * options.number)
     with torch.inference_mode():

@@ -2,21 +2,20 @@
 
 Tensors are written by torch.distributed.checkpoint, every rank its own shards; DTensor exists at this boundary only,
 to say which slice of an expert weight a rank holds. All that is no tensor (loops, schedulers, callbacks, data
-position) is JSON. Nothing here can execute code when it is read. A checkpoint is written beside its place and renamed
-into it when complete.
+position) is JSON. Nothing here can execute code when it is read. durable.py makes the directory whole or absent.
 
-    <name>.ckpt/meta.json                        everything but tensors
+    <name>.ckpt/manifest.json                    step, size and hash of every file
+                meta.json                        everything but tensors
                 shard-*.safetensors              model.<name>, optimizer_<i>.<name>.<state>, rng.<rank>
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
+from scmoe.parallel import durable
 from scmoe.parallel.expert_parallel import expert_parameters
 from scmoe.parallel.mesh import ParallelContext
 
@@ -68,16 +68,38 @@ def save(path: Path, checkpoint: dict[str, Any], context: ParallelContext) -> No
             for name, values in state["state"].items():
                 tensors.update({f"optimizer_{i}.{name}.{k}": torch.as_tensor(v) for k, v in values.items()})
 
+    group, rank = context.checkpoint_group, context.rank
     token: list[Any] = [uuid.uuid4().hex[:8]]
-    dist.broadcast_object_list(token, group=context.checkpoint_group)
-    partial = path.parent / f".{path.name}.tmp-{token[0]}"
-    partial.mkdir(parents=True, exist_ok=True)
+    dist.broadcast_object_list(token, group=group)
+    partial = durable.partial_path(path, token[0])
+    if rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        durable.sweep(path.parent)
+        partial.mkdir()
+    dist.barrier(group=group)
     writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    dcp.save(tensors, storage_writer=writer, process_group=context.checkpoint_group)
-    if context.rank == 0:
-        _write_durably(partial / META, json.dumps(_to_json(meta)))
-        _replace(partial, path)
-    dist.barrier(group=context.checkpoint_group)
+    try:
+        dcp.save(tensors, storage_writer=writer, process_group=group)
+    except dcp.CheckpointException as error:  # a BaseException, raised alike on every rank
+        raise OSError(f"{path} could not be written; the checkpoints before it are as they were: {error}") from error
+    with _alike_on_every_rank(context):
+        if rank == 0:
+            durable.write_durably(partial / META, json.dumps(_to_json(meta)))
+            files = {file.name: durable.fingerprint(file) for file in sorted(partial.iterdir())}
+            durable.commit(partial, path, checkpoint["global_step"], files)
+
+
+@contextmanager
+def _alike_on_every_rank(context: ParallelContext) -> Iterator[None]:
+    """What rank 0 raises inside, every rank raises: none waits for one that has given up."""
+    failure: list[Any] = [None]
+    try:
+        yield
+    except (OSError, ValueError, TypeError) as error:
+        failure = [error]
+    dist.broadcast_object_list(failure, group=context.checkpoint_group)
+    if failure[0] is not None:
+        raise failure[0]
 
 
 @torch.no_grad()
@@ -87,8 +109,9 @@ def load(path: Path, module: nn.Module, optimizers: Sequence[Optimizer], context
     The key "rng_state" is this rank's, where as many ranks wrote as read. ValueError: not a checkpoint, or another
     model's.
     """
-    if not (path / META).is_file():
-        raise ValueError(f"{path} is not a complete checkpoint: it has no {META}")
+    with _alike_on_every_rank(context):
+        if context.rank == 0:
+            durable.verify(path)
     meta = _from_json(json.loads((path / META).read_text()))
     stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     wanted: dict[str, Tensor] = {f"model.{name}": t for name, t in model_state(module, context).items()}
@@ -108,22 +131,12 @@ def load(path: Path, module: nn.Module, optimizers: Sequence[Optimizer], context
 
 @torch.no_grad()
 def load_model(path: Path, model: nn.Module, prefix: str = "") -> None:
-    """Reads the weights alone into a whole model in one process: a directory as written here, or a Lightning file.
+    """Reads the weights alone into a whole model in one process, whatever number of ranks wrote them.
 
-    prefix: the model's name in the LightningModule, with its dot. ValueError: another model's checkpoint.
+    prefix: the model's name in the LightningModule, with its dot. ValueError: broken, or another model's checkpoint.
     """
-    own = {f"{prefix}{name}": p for name, p in model.named_parameters()}
-    if path.is_file():
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(
-            model.named_parameters()
-        ).keys()
-        stored = {name: t for name, t in state.items() if name.removeprefix(prefix) not in tied}
-        _check_same_model(path, _shapes(own), _shapes(stored))
-        for name, p in own.items():
-            p.copy_(stored[name])
-        return
-    own = {f"model.{name}": p for name, p in own.items()}
+    own = {f"model.{prefix}{name}": p for name, p in model.named_parameters()}
+    durable.verify(path)
     reader = HuggingFaceStorageReader(str(path))
     _check_same_model(path, _shapes(own), _stored_shapes(reader.read_metadata().state_dict_metadata))
     with warnings.catch_warnings():
@@ -174,22 +187,6 @@ def _as_dtensor(shard: Tensor, context: ParallelContext) -> Tensor:
 
 def _is_like(value: Any, p: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == p.shape
-
-
-def _replace(new: Path, path: Path) -> None:
-    """Renames `new` to `path`; what was there goes only when the new one has its place."""
-    old = path.parent / f".{path.name}.old-{uuid.uuid4().hex[:8]}"
-    if path.exists():
-        os.rename(path, old)
-    os.rename(new, path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _to_json(x: Any) -> Any:

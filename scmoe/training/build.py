@@ -168,17 +168,14 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
 
 
 def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> Trainer:
-    trainer, world_size = config.trainer, config.trainer.devices * config.trainer.num_nodes
+    trainer = config.trainer
     threads = trainer.threads or max(1, len(os.sched_getaffinity(0)) // trainer.devices)
     torch.set_num_threads(threads)
-    strategy: Any = "auto"
-    if world_size > 1:
-        strategy = ExpertParallelStrategy(resolve_ep_size(config), config.strategy.timeout_s)
     return Trainer(
         accelerator=trainer.accelerator,
         devices=trainer.devices,
         num_nodes=trainer.num_nodes,
-        strategy=strategy,
+        strategy=ExpertParallelStrategy(resolve_ep_size(config), config.strategy.timeout_s),
         precision=trainer.precision,
         max_steps=trainer.max_steps,
         max_epochs=-1,

@@ -79,17 +79,6 @@ def _git(*command: str) -> str | None:
     return done.stdout.strip()
 
 
-def newest_checkpoint(run_dir: Path) -> Path:
-    """The checkpoint of the latest step. FileNotFoundError where the run has none."""
-    found = {}
-    for path in (run_dir / "checkpoints").glob("*.ckpt"):
-        if step := re.search(r"step=(\d+)", path.name):
-            found[int(step[1])] = path
-    if not found:
-        raise FileNotFoundError(f"{run_dir} has no checkpoint: start it anew with its config.yaml")
-    return found[max(found)]
-
-
 # ---------------------------------------------------------------------- loggers
 
 

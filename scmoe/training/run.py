@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging as std_logging
 import math
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from datamodules.sequences import SequenceDataModule
 from datamodules.text import TextDataModule
 from scmoe.config import Config, flatten, resolve_ep_size, to_yaml
 from scmoe.models.gpt import generate
+from scmoe.parallel.durable import newest_good, verify
 from scmoe.training import build, logging, report
 from scmoe.training.callbacks import Throughput
 from scmoe.training.module import LanguageModel
@@ -34,7 +34,7 @@ def train(config: Config, overrides: Sequence[str] = (), run_dir: Path | None = 
     """
     _quiet()
     seed_everything(config.seed, verbose=False)
-    checkpoint = logging.newest_checkpoint(run_dir) if run_dir else None
+    checkpoint = newest_good(run_dir / "checkpoints") if run_dir else None
     loggers: list[Logger] = []
     status = "failed"
     try:
@@ -74,7 +74,7 @@ def _open_run(
     console.print(report.config_tree(config, f"config of {_relative(run_dir)}"))
     counts = report.count_parameters(build.build_model_on_meta(config))
     console.print(report.model_table(counts, f"{config.model.family}, {config.moe.architecture}"))
-    loggers: list[Logger] = [logging.csv_logger(run_dir, _step(checkpoint))]
+    loggers: list[Logger] = [logging.csv_logger(run_dir, verify(checkpoint) if checkpoint else None)]
     if settings.mode != "disabled":
         mode = logging.wandb_mode(settings.mode)
         console.print(f"metrics go to metrics.csv and to Weights & Biases, {mode} (logger.mode: {settings.mode})")
@@ -128,14 +128,6 @@ def _commands(run_dir: Path, is_text: bool) -> dict[str, str]:
     if sync := logging.sync_command(run):
         commands["sync to W&B"] = f"{_relative(Path(sys.executable).parent)}/{sync}"
     return commands
-
-
-def _step(checkpoint: Path | None) -> int | None:
-    if checkpoint is None:
-        return None
-    found = re.search(r"step=(\d+)", checkpoint.name)
-    assert found
-    return int(found[1])
 
 
 def _relative(path: Path) -> Path:

@@ -1,0 +1,116 @@
+"""A directory is whole or absent: killed at every step of a commit, flipped in any byte, cut, mixed."""
+
+import os
+import random
+import shutil
+
+import pytest
+
+from scmoe.parallel import durable
+
+FILES = {"meta.json": b'{"lr": 0.1}', "shard-1.safetensors": bytes(range(200)), "shard-2.safetensors": b"\0" * 64}
+
+
+def write(path, step, files=FILES):
+    partial = durable.partial_path(path, "token")
+    partial.mkdir(parents=True)
+    for name, content in files.items():
+        (partial / name).write_bytes(content)
+    durable.commit(partial, path, step, {name: durable.fingerprint(partial / name) for name in files})
+
+
+def test_what_was_committed_is_whole(tmp_path):
+    write(tmp_path / "a.ckpt", 7)
+    assert durable.verify(tmp_path / "a.ckpt") == 7
+    assert sorted(os.listdir(tmp_path)) == ["a.ckpt"]
+
+
+def test_any_flipped_bit_is_found(tmp_path):
+    """Every file, the manifest included; 1,000 flips at random places."""
+    path = tmp_path / "a.ckpt"
+    write(path, 7)
+    files, draw = sorted(path.iterdir()), random.Random(0)
+    for _ in range(1000):
+        file = draw.choice(files)
+        content = bytearray(file.read_bytes())
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        whole = file.read_bytes()
+        file.write_bytes(content)
+        with pytest.raises(durable.BrokenCheckpoint, match=file.name):
+            durable.verify(path)
+        file.write_bytes(whole)
+    assert durable.verify(path) == 7
+
+
+@pytest.mark.parametrize("name", [*FILES, durable.MANIFEST])
+def test_a_missing_or_cut_file_is_named(tmp_path, name):
+    write(tmp_path / "a.ckpt", 7)
+    shutil.copytree(tmp_path / "a.ckpt", tmp_path / "b.ckpt")
+    (tmp_path / "a.ckpt" / name).unlink()
+    with pytest.raises(durable.BrokenCheckpoint, match=name):
+        durable.verify(tmp_path / "a.ckpt")
+    os.truncate(tmp_path / "b.ckpt" / name, 5)
+    with pytest.raises(durable.BrokenCheckpoint, match=name):
+        durable.verify(tmp_path / "b.ckpt")
+
+
+def test_a_shard_of_another_save_is_refused(tmp_path):
+    """Steps never mix: neither a shard too many nor one from elsewhere."""
+    write(tmp_path / "a.ckpt", 7)
+    write(tmp_path / "b.ckpt", 8, {**FILES, "shard-2.safetensors": b"\1" * 64})
+    shutil.copy(tmp_path / "b.ckpt" / "shard-2.safetensors", tmp_path / "a.ckpt")
+    with pytest.raises(durable.BrokenCheckpoint, match="shard-2"):
+        durable.verify(tmp_path / "a.ckpt")
+    (tmp_path / "b.ckpt" / "shard-3.safetensors").write_bytes(b"")
+    with pytest.raises(durable.BrokenCheckpoint, match="shard-3.safetensors is not of this checkpoint"):
+        durable.verify(tmp_path / "b.ckpt")
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it and go on."""
+
+
+def test_killed_at_any_call_the_old_one_or_the_new_one_is_there(tmp_path, monkeypatch):
+    """Every os call of a commit over an existing checkpoint, one after the other."""
+    calls = 0
+
+    def count(function, deadline):
+        def counted(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == deadline:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return counted
+
+    for deadline in range(1, 100):
+        folder, calls = tmp_path / str(deadline), 0
+        write(folder / "a.ckpt", 1)
+        with monkeypatch.context() as patch:
+            for name in ("rename", "fsync", "open"):
+                patch.setattr(os, name, count(getattr(os, name), deadline))
+            patch.setattr(shutil, "rmtree", count(shutil.rmtree, deadline))
+            try:
+                write(folder / "a.ckpt", 2)
+                killed = False
+            except Killed:
+                killed = True
+        durable.sweep(folder)
+        assert os.listdir(folder) == ["a.ckpt"], "nothing lost, nothing left over"
+        assert durable.verify(folder / "a.ckpt") in ((1, 2) if killed else (2,))
+        if not killed:
+            assert deadline > 5, "there were calls to be killed at"
+            return
+    raise AssertionError("a commit has no end")
+
+
+def test_the_newest_whole_one_is_found_and_broken_ones_are_named(tmp_path):
+    for step in (1, 2, 10):
+        write(tmp_path / f"step={step}.ckpt", step)
+    assert durable.newest_good(tmp_path).name == "step=10.ckpt"
+    (tmp_path / "step=10.ckpt" / "meta.json").unlink()
+    with pytest.warns(UserWarning, match=r"passed over: .*step=10.ckpt.meta.json is missing"):
+        assert durable.newest_good(tmp_path).name == "step=2.ckpt"
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
+        durable.newest_good(tmp_path / "nowhere")
