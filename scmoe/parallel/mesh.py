@@ -26,8 +26,8 @@ from scmoe.parallel.dispatcher import AllToAllDispatcher
 class ParallelContext:
     """A rank's place in the mesh. The default is one process that holds everything.
 
-    `ep_group` carries the All-to-All, `edp_group` the expert gradients, `checkpoint_group` (gloo) checkpoints; the
-    default group carries dense gradients, losses and metrics.
+    `ep_group` carries the All-to-All, `edp_group` the expert gradients, `checkpoint_group` (gloo) checkpoints,
+    `control_group` (gloo) requests to stop; the default group carries dense gradients, losses and metrics.
     """
 
     rank: int = 0
@@ -37,6 +37,7 @@ class ParallelContext:
     ep_group: Any = None
     edp_group: Any = None
     checkpoint_group: Any = None
+    control_group: Any = None
 
     @property
     def edp_size(self) -> int:
@@ -79,8 +80,9 @@ def build_context(ep_size: int, device: torch.device, timeout: timedelta) -> Par
     ep_group = _own_group(grid.tolist(), "ep", timeout, high_priority=device.type == "cuda")
     edp_group = _own_group(grid.T.tolist(), "edp", timeout)
     checkpoint_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
+    control_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
     mesh = DeviceMesh.from_group([edp_group, ep_group], device.type, mesh=grid, mesh_dim_names=("edp", "ep"))
-    return ParallelContext(rank, world_size, ep_size, mesh, ep_group, edp_group, checkpoint_group)
+    return ParallelContext(rank, world_size, ep_size, mesh, ep_group, edp_group, checkpoint_group, control_group)
 
 
 def _own_group(rows: list[list[int]], purpose: str, timeout: timedelta, high_priority: bool = False) -> Any:

@@ -28,6 +28,7 @@ from scmoe.parallel import checkpoint
 from scmoe.parallel.expert_parallel import clip_grad_norm, expert_parameters
 from scmoe.parallel.mesh import ParallelContext, build_context, use_loopback_for_gloo
 from scmoe.parallel.reducer import ExpertGradientReducer
+from scmoe.parallel.stop import EXIT_CODE, StopTogether
 
 
 class ExpertParallelStrategy(DDPStrategy):
@@ -42,6 +43,7 @@ class ExpertParallelStrategy(DDPStrategy):
         self.ep_size = ep_size
         self.context: ParallelContext | None = None
         self.reducer: ExpertGradientReducer | None = None
+        self.stop: StopTogether | None = None
         self.rng_state: Tensor | None = None
 
     # ------------------------------------------------------------------ set-up
@@ -137,8 +139,21 @@ class ExpertParallelStrategy(DDPStrategy):
         self.rng_state = state.pop("rng_state", None)
         return state
 
+    # ------------------------------------------------------------------ steps
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        assert self.context is not None
+        self.stop = StopTogether(self.context.control_group)
+        self.stop.listen()
+        # Lightning's own way asks rank 0 before every batch, blocking, and from inside its signal handler
+        self.module.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
+        at_step_boundary = batch_idx % self.module.trainer.accumulate_grad_batches == 0
+        if self.stop is not None and at_step_boundary and self.stop.agreed():
+            self._save_and_exit()
         if self.rng_state is not None:  # not before: making data loaders draws from the generator
             torch.set_rng_state(self.rng_state)
             self.rng_state = None
@@ -149,12 +164,25 @@ class ExpertParallelStrategy(DDPStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Done by load_checkpoint, in place."""
 
+    def _save_and_exit(self) -> None:
+        """Every rank, at the same step: a checkpoint beside the others, then exit. A rank that Lightning's launcher
+        has started ends with 0: any other code makes its observer kill rank 0, which may still be closing loggers."""
+        trainer = self.module.trainer
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+        trainer.save_checkpoint(Path(folder) / f"step={trainer.global_step}.ckpt")
+        assert self.cluster_environment is not None
+        launched = not self.cluster_environment.creates_processes_externally and self.local_rank > 0
+        raise SystemExit(0 if launched else EXIT_CODE)
+
     # ------------------------------------------------------------------ the end
 
     def teardown(self) -> None:
         if self.reducer is not None:
             self.reducer.remove()
             self.reducer = None
+        if self.stop is not None:
+            self.stop.close()
+            self.stop = None
         super().teardown()
 
 

@@ -50,6 +50,10 @@ def train(config: Config, overrides: Sequence[str] = (), run_dir: Path | None = 
             summary = {"run_dir": str(_relative(run_dir)), **summary}
             report.write_json(run_dir / "summary.json", summary)
         status = "success"
+    except SystemExit:  # the Strategy has been asked to stop, and has saved
+        if run_dir is not None:
+            print(f"stopped; go on with: make resume RUN={_relative(run_dir)}", flush=True)
+        raise
     finally:
         logging.close_loggers(loggers, status)
     if run_dir is None or not trainer.is_global_zero:

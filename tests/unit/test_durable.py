@@ -62,7 +62,7 @@ def test_a_shard_of_another_save_is_refused(tmp_path):
     with pytest.raises(durable.BrokenCheckpoint, match="shard-2"):
         durable.verify(tmp_path / "a.ckpt")
     (tmp_path / "b.ckpt" / "shard-3.safetensors").write_bytes(b"")
-    with pytest.raises(durable.BrokenCheckpoint, match="shard-3.safetensors is not of this checkpoint"):
+    with pytest.raises(durable.BrokenCheckpoint, match=r"shard-3\.safetensors is not of this checkpoint"):
         durable.verify(tmp_path / "b.ckpt")
 
 

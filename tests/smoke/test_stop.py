@@ -1,0 +1,42 @@
+"""SIGTERM to either rank of a real run: one whole checkpoint of one step, exit code 143, and a run that can go on."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from scmoe.parallel.durable import newest_good, verify
+
+pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+
+RUN = [sys.executable, "-m", "experiments.train", "configs/debug.yaml", "trainer.devices=2"]
+ENDLESS = ["trainer.max_steps=1000000", "trainer.val_every=1000000", "trainer.checkpoint_every=1000000"]
+
+
+def children(pid):
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return [int(child) for child in found.stdout.split()]
+
+
+@pytest.mark.parametrize("rank", (0, 1))
+def test_a_run_asked_to_stop_saves_and_exits_with_143(tmp_path, rank):
+    command = [*RUN, *ENDLESS, "trainer.log_every=1", f"runs_dir={tmp_path}"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert any(line.startswith("step 3/") for line in run.stderr), "the run does not train"
+        (other,) = children(run.pid)
+        os.kill(run.pid if rank == 0 else other, signal.SIGTERM)
+        out, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 143, out
+    assert "make resume" in out.splitlines()[-1]
+    checkpoints = tmp_path / "latest" / "checkpoints"
+    step = verify(newest_good(checkpoints))
+    assert [path.name for path in checkpoints.iterdir()] == [f"step={step}.ckpt"]
+    resume = [*RUN[:3], "--resume", str(tmp_path / "latest"), f"trainer.max_steps={step + 2}"]
+    resumed = subprocess.run(resume, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f'"steps": {step + 2}' in resumed.stdout.splitlines()[-1]
