@@ -128,7 +128,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
 
 def _gpt2() -> tokenizers.Tokenizer:
     if find_spec("tiktoken") is None:
-        raise ModuleNotFoundError("data.tokenizer gpt2 needs tiktoken: pip install tiktoken")
+        raise ModuleNotFoundError("data.tokenizer gpt2 needs tiktoken: install the extra scmoe[owt]")
     import tiktoken
 
     encoding = tiktoken.get_encoding("gpt2")

@@ -130,6 +130,12 @@ def _moe(config: Config) -> Iterator[Refusal]:
             yield "moe.first_position", f"null, as moe.architecture={moe.architecture} has no shortcut"
         if moe.tap_norm != "own":
             yield "moe.tap_norm", f"own, as moe.architecture={moe.architecture} has no tap"
+        if moe.coefficient_input != "current":
+            yield "moe.coefficient_input", f"current, as moe.architecture={moe.architecture} has no tap"
+    if moe.combine == "direct_add" and moe.coefficient_input != "current":
+        yield "moe.coefficient_input", "current, as moe.combine=direct_add has no coefficients"
+    if moe.architecture in ("dense", "top_k") and moe.combine != "cg1":
+        yield "moe.combine", f"left at cg1, as moe.architecture={moe.architecture} has no shared expert to combine"
     if moe.architecture == "dense":
         return
     if moe.top_k > moe.num_experts:

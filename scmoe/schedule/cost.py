@@ -2,7 +2,7 @@
 
 Eq. 11 chooses the slot by |T_pre - T_disp| + |T_post - T_comb|, a mismatch; what a pair really takes is all its
 computation plus the parts of the transfers that the backbone does not cover, so the slot is chosen by that
-(docs/decisions/0007-*). With one chunk the two terms are
+(docs/decisions/0007-schedule-slots.md). With one chunk the two terms are
 
     max(0, T_disp - T_pre) + max(0, T_comb - T_post)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -20,7 +21,7 @@ from datamodules.text import TextDataModule
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import DenseBlock, SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP, Attention, Residual
-from scmoe.config import Config, resolve_ep_size
+from scmoe.config import Config, flatten, resolve_ep_size, to_yaml
 from scmoe.models.gpt import GPT, init_gpt_weights
 from scmoe.moe.coefficient import COEFFICIENT_GATES
 from scmoe.moe.experts import Experts
@@ -29,6 +30,7 @@ from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.schedule.plan import Schedule
+from scmoe.training import logging
 from scmoe.training.callbacks import DataPosition, ExpertLoad, LogLines, StepProgressBar, Throughput
 from scmoe.training.module import LanguageModel
 
@@ -149,6 +151,27 @@ def build_datamodule(config: Config) -> SequenceDataModule:
     return TextDataModule(
         data.name, data.path, data.subset, tokenizer=data.tokenizer, cache_dir=data.cache_dir, **common
     )
+
+
+def seed_everything(config: Config) -> None:
+    """Global generators, alike on every rank; the strategy makes them differ once the weights are drawn."""
+    lightning.pytorch.seed_everything(config.seed, verbose=False)
+
+
+def build_run_dir(config: Config, overrides: Sequence[str]) -> Path:
+    return logging.create_run_dir(Path(config.runs_dir), config.name, overrides, to_yaml(config))
+
+
+def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> list[Logger]:
+    """metrics.csv always, W&B unless disabled. resumed_step: of the checkpoint that the run goes on from."""
+    wandb = config.logger
+    loggers: list[Logger] = [logging.csv_logger(run_dir, resumed_step)]
+    if wandb.mode != "disabled":
+        mode = logging.wandb_mode(wandb.mode)
+        loggers.append(
+            logging.wandb_logger(run_dir, mode, wandb.project, wandb.group, wandb.tags, config=flatten(config))
+        )
+    return loggers
 
 
 def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:

@@ -155,6 +155,12 @@ def sync_command(run_dir: Path) -> str | None:
     return f"wandb sync {' '.join(map(str, offline))}" if offline else None
 
 
+def describe(logger: Logger) -> str:
+    if isinstance(logger, WandbLogger):
+        return f"Weights & Biases, {'offline' if logger.experiment.offline else 'online'}"
+    return "metrics.csv"
+
+
 def close_loggers(loggers: Sequence[Logger], status: str = "success") -> None:
     for logger in loggers:
         logger.finalize(status)

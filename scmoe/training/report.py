@@ -71,8 +71,8 @@ def total_and_active(counts: Mapping[str, tuple[int, int, int]]) -> tuple[int, i
     return sum(total for _, total, _ in counts.values()), sum(active for _, _, active in counts.values())
 
 
-def model_table(counts: Mapping[str, tuple[int, int, int]], title: str) -> Table:
-    table = Table("part", title=title, title_justify="left", title_style="bold", show_footer=True)
+def model_table(counts: Mapping[str, tuple[int, int, int]]) -> Table:
+    table = Table("part", title="model", title_justify="left", title_style="bold", show_footer=True)
     total, active = total_and_active(counts)
     table.columns[0].footer = "all"
     table.add_column("modules", justify="right")

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.sequences import SequenceDataModule
 from datamodules.text import TextDataModule
-from scmoe.config import Config, flatten, resolve_ep_size, to_yaml
+from scmoe.config import Config, to_yaml
 from scmoe.models.gpt import generate
 from scmoe.parallel.durable import newest_good, verify
 from scmoe.training import build, logging, report
@@ -33,7 +33,7 @@ def train(config: Config, overrides: Sequence[str] = (), run_dir: Path | None = 
     run_dir: the run to go on with, from its newest checkpoint; None: a new run.
     """
     _quiet()
-    seed_everything(config.seed, verbose=False)
+    build.seed_everything(config)
     checkpoint = newest_good(run_dir / "checkpoints") if run_dir else None
     loggers: list[Logger] = []
     status = "failed"
@@ -44,7 +44,7 @@ def train(config: Config, overrides: Sequence[str] = (), run_dir: Path | None = 
         callbacks = build.build_callbacks(config, run_dir)
         trainer = build.build_trainer(config, callbacks, loggers)
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-        summary = _summary(config, trainer, module, data)
+        summary = _summary(trainer, module, data)
         samples = _samples(trainer, module, data)
         if run_dir is not None:
             summary = {"run_dir": str(_relative(run_dir)), **summary}
@@ -60,7 +60,7 @@ def train(config: Config, overrides: Sequence[str] = (), run_dir: Path | None = 
         return None
     console = report.console()
     console.print(report.summary_panel(summary, samples))
-    for purpose, command in _commands(run_dir, is_text=bool(samples)).items():
+    for purpose, command in _commands(run_dir, summary["steps"], is_text=bool(samples)).items():
         console.print(f"{purpose:12} {command}", soft_wrap=True)  # whole, to be copied
     return summary
 
@@ -69,26 +69,21 @@ def _open_run(
     config: Config, overrides: Sequence[str], run_dir: Path | None, checkpoint: Path | None
 ) -> tuple[Path, list[Logger]]:
     """Rank 0: the run's directory and loggers, and what a person wants to see before it starts."""
-    console, settings = report.console(), config.logger
+    console = report.console()
     if run_dir is None:
-        run_dir = logging.create_run_dir(Path(config.runs_dir), config.name, overrides, to_yaml(config))
+        run_dir = build.build_run_dir(config, overrides)
     else:
         (run_dir / "config.yaml").write_text(to_yaml(config))
-        console.print(f"resuming {_relative(run_dir)} from {checkpoint.name if checkpoint else None}")
     console.print(report.config_tree(config, f"config of {_relative(run_dir)}"))
-    counts = report.count_parameters(build.build_model_on_meta(config))
-    console.print(report.model_table(counts, f"{config.model.family}, {config.moe.architecture}"))
-    loggers: list[Logger] = [logging.csv_logger(run_dir, verify(checkpoint) if checkpoint else None)]
-    if settings.mode != "disabled":
-        mode = logging.wandb_mode(settings.mode)
-        console.print(f"metrics go to metrics.csv and to Weights & Biases, {mode} (logger.mode: {settings.mode})")
-        loggers.append(
-            logging.wandb_logger(run_dir, mode, settings.project, settings.group, settings.tags, flatten(config))
-        )
+    console.print(report.model_table(report.count_parameters(build.build_model_on_meta(config))))
+    if checkpoint is not None:
+        console.print(f"going on from {_relative(checkpoint)}", soft_wrap=True)
+    loggers = build.build_loggers(config, run_dir, resumed_step=verify(checkpoint) if checkpoint else None)
+    console.print(f"metrics go to {' and to '.join(logging.describe(logger) for logger in loggers)}")
     return run_dir, loggers
 
 
-def _summary(config: Config, trainer: Trainer, module: LanguageModel, data: SequenceDataModule) -> dict[str, Any]:
+def _summary(trainer: Trainer, module: LanguageModel, data: SequenceDataModule) -> dict[str, Any]:
     """The numbers of the run's last line, validated after the last step; every rank takes part."""
     steps = trainer.global_step
     if module.validated_step != steps:
@@ -105,7 +100,7 @@ def _summary(config: Config, trainer: Trainer, module: LanguageModel, data: Sequ
         "steps": steps,
         "params_total": total,
         "params_active": active,
-        "ep_size": resolve_ep_size(config),
+        "ep_size": module.parallel_context.ep_size,
         "world_size": trainer.world_size,
         "drop_share": metrics.get("val/drop_share"),
         "load_max_ratio": metrics.get("val/load_max"),
@@ -124,9 +119,10 @@ def _samples(trainer: Trainer, module: LanguageModel, data: SequenceDataModule) 
     return [data.decode(row[1:].tolist()) for row in ids]
 
 
-def _commands(run_dir: Path, is_text: bool) -> dict[str, str]:
+def _commands(run_dir: Path, steps: int, is_text: bool) -> dict[str, str]:
+    """What can be typed next, whole: resuming goes on to twice the steps."""
     run = _relative(run_dir)
-    commands = {"resume": f'make resume RUN={run} ARGS="trainer.max_steps=..."'}
+    commands = {"resume": f"make resume RUN={run} ARGS=trainer.max_steps={2 * steps}"}
     if is_text:
         commands["sample"] = f"make sample RUN={run}"
     if sync := logging.sync_command(run):

@@ -1,0 +1,67 @@
+"""Every command of the README runs, and its Python example does: as written, in a folder of links to this checkout.
+
+Only lengths are cut: the quickstart takes 3 of its steps, and goes on to 5.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+QUICK = "trainer.max_steps=3 trainer.val_every=3 trainer.checkpoint_every=3 data.val_sequences=8"
+SHORT = {
+    "make train": ["make", "train", f"ARGS={QUICK}"],
+    "make test": ["make", "--dry-run", "test"],  # it is what runs this test
+    'make resume ARGS="trainer.max_steps=400"': ["make", "resume", "ARGS=trainer.max_steps=5"],
+}
+SAYS = {
+    "make train": '"steps": 3',
+    "make test": "-m pytest",
+    'make resume ARGS="trainer.max_steps=400"': '"steps": 5',
+    "make list": "configs/quickstart.yaml",
+}
+
+pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    if not (ROOT / ".venv/.installed").exists():
+        pytest.skip("the README's commands want the environment that `make setup` makes")
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("Makefile", "pyproject.toml", ".venv", "configs", "datamodules", "experiments", "scmoe", ".cache"):
+        (ROOT / ".cache").mkdir(exist_ok=True)  # prepared data may be shared
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def run(command, folder):
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_quickstart_is_two_commands():
+    assert COMMANDS[:2] == ["make train", "make test"]
+    assert SHORT.keys() <= set(COMMANDS), "a shortened command has gone from the README"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_runs(command, folder):
+    """In the order of the README: resume and sample go on from the newest run."""
+    out = run(SHORT.get(command, shlex.split(command)), folder)
+    assert SAYS.get(command, "") in out
+    assert out.strip(), "it says something"
+
+
+def test_the_example_runs(folder):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    script = folder / "example.py"
+    script.write_text(example)
+    run([sys.executable, script.name], folder)
