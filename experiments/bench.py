@@ -79,7 +79,9 @@ def layer(options: argparse.Namespace) -> dict[str, object]:
         pairs = zip(times["MoE layer"][kind], times[of][kind], strict=True)
         return statistics.median(a / b for a, b in pairs)
 
-    table = Table(title=f"{vars(options)}", title_justify="left")
+    sizes = f"D={dim} F={ffn_dim} E={options.experts}, {num_tokens} tokens, top-{options.top_k}"
+    title = f"MoE layer, {sizes}, {options.threads} thread(s), medians of {options.rounds} rounds"
+    table = Table(title=title, title_justify="left")
     for column in (
         "variant",
         "forward ms",

@@ -1,4 +1,5 @@
-"""Without the strategy: the same configuration in a plain one-process Trainer, with a LocalDispatcher, trains the same."""
+"""Without the strategy: the same configuration in a plain one-process Trainer, with a LocalDispatcher, trains the
+same."""
 
 import pytest
 import torch
