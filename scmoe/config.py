@@ -121,6 +121,7 @@ class StrategyConfig:
     ep_size: int | None = option(
         None, "expert-parallel ranks; null: the most that divide both experts and devices", "above 0"
     )
+    async_checkpoint: bool = option(False, "go on training while a checkpoint is written")
     timeout_s: float = option(300.0, "seconds a collective may take before the job is ended", "above 0")
 
 

@@ -6,7 +6,8 @@ position) is JSON. Nothing here can execute code when it is read. durable.py mak
 
     <name>.ckpt/manifest.json                    step, size and hash of every file
                 meta.json                        everything but tensors
-                shard-*.safetensors              model.<name>, optimizer_<i>.<name>.<state>, rng.<rank>
+                shard-*.safetensors              model.<name>, optimizer_<i>.<name>.<state>,
+                                                 rng.<host|cuda>.<rank>
 """
 
 from __future__ import annotations
@@ -56,37 +57,79 @@ def optimizer_state(module: nn.Module, optimizer: Optimizer, context: ParallelCo
     return {"state": state, "param_groups": groups}
 
 
-def save(path: Path, checkpoint: dict[str, Any], context: ParallelContext) -> None:
-    """Writes Lightning's checkpoint dictionary. Every rank must call it; on return the checkpoint is whole on every
-    rank."""
-    tensors: dict[str, Tensor] = {f"rng.{context.rank}": torch.get_rng_state()}
-    meta = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
+def rng_states() -> dict[str, Tensor]:
+    """This rank's random generators: the host's, and the GPU's where there is one."""
+    states = {"host": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_rng_states(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["host"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+class Saving:
+    """A checkpoint on its way to disk. Its tensors are those of the moment it was started, whatever training does
+    since; it is in its place, whole, when `finish` has returned on every rank."""
+
+    def __init__(self, path: Path, checkpoint: dict[str, Any], context: ParallelContext, background: bool) -> None:
+        """Every rank must make it. background: return once the tensors are copied, and write in a thread."""
+        self.path, self.context, self.step = path, context, checkpoint["global_step"]
+        tensors, meta = _split(checkpoint, context)
+        self.meta = json.dumps(_to_json(meta))
+        token: list[Any] = [uuid.uuid4().hex[:8]]
+        dist.broadcast_object_list(token, group=context.checkpoint_group)
+        self.partial = durable.partial_path(path, token[0])
+        with _alike_on_every_rank(context):
+            if context.rank == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                durable.sweep(path.parent)
+                self.partial.mkdir()
+        writer = HuggingFaceStorageWriter(str(self.partial), save_distributed=True)
+        save = dcp.async_save if background else dcp.save
+        self.writing: Any = None
+        with self._loudly():
+            self.writing = save(tensors, storage_writer=writer, process_group=context.checkpoint_group)
+        if not background:
+            self.writing = None
+
+    def is_written(self) -> bool:
+        """Whether this rank has nothing left to write, so that `finish` will not wait for it."""
+        return self.writing is None or self.writing.done()
+
+    def finish(self) -> None:
+        """Every rank must call it. OSError, on every rank: the disk is full or the like; older ones are whole."""
+        with self._loudly():
+            if self.writing is not None:
+                self.writing.result()
+        with _alike_on_every_rank(self.context):
+            if self.context.rank == 0:
+                durable.write_durably(self.partial / META, self.meta)
+                files = {file.name: durable.fingerprint(file) for file in sorted(self.partial.iterdir())}
+                durable.commit(self.partial, self.path, self.step, files)
+
+    @contextmanager
+    def _loudly(self) -> Iterator[None]:
+        try:
+            yield
+        except dcp.CheckpointException as error:  # a BaseException, raised alike on every rank
+            raise OSError(f"{self.path} could not be written; older checkpoints are as they were: {error}") from error
+
+
+def _split(checkpoint: dict[str, Any], context: ParallelContext) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Lightning's checkpoint dictionary as named tensors and the rest."""
+    tensors = {f"rng.{name}.{context.rank}": state for name, state in rng_states().items()}
     tensors.update({f"model.{name}": t for name, t in checkpoint["state_dict"].items()})
+    meta = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
     if "optimizer_states" in checkpoint:
         meta["param_groups"] = [state["param_groups"] for state in checkpoint["optimizer_states"]]
         for i, state in enumerate(checkpoint["optimizer_states"]):
             for name, values in state["state"].items():
                 tensors.update({f"optimizer_{i}.{name}.{k}": torch.as_tensor(v) for k, v in values.items()})
-
-    group, rank = context.checkpoint_group, context.rank
-    token: list[Any] = [uuid.uuid4().hex[:8]]
-    dist.broadcast_object_list(token, group=group)
-    partial = durable.partial_path(path, token[0])
-    if rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        durable.sweep(path.parent)
-        partial.mkdir()
-    dist.barrier(group=group)
-    writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    try:
-        dcp.save(tensors, storage_writer=writer, process_group=group)
-    except dcp.CheckpointException as error:  # a BaseException, raised alike on every rank
-        raise OSError(f"{path} could not be written; the checkpoints before it are as they were: {error}") from error
-    with _alike_on_every_rank(context):
-        if rank == 0:
-            durable.write_durably(partial / META, json.dumps(_to_json(meta)))
-            files = {file.name: durable.fingerprint(file) for file in sorted(partial.iterdir())}
-            durable.commit(partial, path, checkpoint["global_step"], files)
+    return tensors, meta
 
 
 @contextmanager
@@ -106,7 +149,7 @@ def _alike_on_every_rank(context: ParallelContext) -> Iterator[None]:
 def load(path: Path, module: nn.Module, optimizers: Sequence[Optimizer], context: ParallelContext) -> dict[str, Any]:
     """Reads a checkpoint into the module and the optimizers, whatever number of ranks wrote it; returns the rest.
 
-    The key "rng_state" is this rank's, where as many ranks wrote as read. ValueError: not a checkpoint, or another
+    The key "rng_states" is this rank's, where as many ranks wrote as read. ValueError: not a checkpoint, or another
     model's.
     """
     with _alike_on_every_rank(context):
@@ -122,9 +165,10 @@ def load(path: Path, module: nn.Module, optimizers: Sequence[Optimizer], context
         wanted.update(_allocate_state(f"optimizer_{i}", module, optimizer, stored, context))
         for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
             group.update({k: v for k, v in saved.items() if k != "params"})
-    same_world = sum(key.startswith("rng.") for key in stored) == context.world_size
-    if same_world:
-        wanted[f"rng.{context.rank}"] = meta["rng_state"] = torch.empty_like(torch.get_rng_state())
+    if sum(key.startswith("rng.host.") for key in stored) == context.world_size:
+        names = [name for name in rng_states() if f"rng.{name}.{context.rank}" in stored]
+        meta["rng_states"] = {name: torch.empty_like(rng_states()[name]) for name in names}
+        wanted |= {f"rng.{name}.{context.rank}": state for name, state in meta["rng_states"].items()}
     dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), process_group=context.checkpoint_group)
     return meta
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -27,24 +27,32 @@ from torch.optim import Optimizer
 from scmoe.parallel import checkpoint
 from scmoe.parallel.expert_parallel import clip_grad_norm, expert_parameters
 from scmoe.parallel.mesh import ParallelContext, build_context, use_loopback_for_gloo
+from scmoe.parallel.poll import Poll
 from scmoe.parallel.reducer import ExpertGradientReducer
-from scmoe.parallel.stop import EXIT_CODE, StopTogether
+from scmoe.parallel.stop import EXIT_CODE, StopSignal
 
 
 class ExpertParallelStrategy(DDPStrategy):
     """ep_size: ranks that share one set of experts; None: all ranks.
 
     timeout_s: seconds that a collective may take before the job is ended.
+    async_checkpoint: training goes on while a checkpoint is written; it is in its place some steps later.
     """
 
-    def __init__(self, ep_size: int | None = None, timeout_s: float = 300.0, **ddp: Any) -> None:
+    def __init__(
+        self, ep_size: int | None = None, timeout_s: float = 300.0, async_checkpoint: bool = False, **ddp: Any
+    ) -> None:
         ddp.setdefault("gradient_as_bucket_view", True)
         super().__init__(timeout=timedelta(seconds=timeout_s), **ddp)
-        self.ep_size = ep_size
+        self.ep_size, self.async_checkpoint = ep_size, async_checkpoint
         self.context: ParallelContext | None = None
         self.reducer: ExpertGradientReducer | None = None
-        self.stop: StopTogether | None = None
-        self.rng_state: Tensor | None = None
+        self.stop: StopSignal | None = None
+        self.poll: Poll | None = None
+        self.saving: checkpoint.Saving | None = None
+        self.saving_asked_about: checkpoint.Saving | None = None
+        self.outdated: list[Any] = []  # checkpoints to remove once the one that replaces them is whole
+        self.rng_states: dict[str, Tensor] | None = None
 
     # ------------------------------------------------------------------ set-up
 
@@ -115,7 +123,27 @@ class ExpertParallelStrategy(DDPStrategy):
         if storage_options is not None:
             raise ValueError("storage_options is not supported: a checkpoint is a local directory")
         assert self.context is not None
-        checkpoint.save(Path(self.broadcast(filepath)), state, self.context)
+        self.finish_saving()
+        self.saving = checkpoint.Saving(
+            Path(self.broadcast(filepath)), state, self.context, background=self.async_checkpoint
+        )
+        if not self.async_checkpoint:
+            self.finish_saving()
+
+    def finish_saving(self) -> None:
+        """Waits for a checkpoint that is still being written, if there is one. Every rank must call it."""
+        if self.saving is not None:
+            saving, self.saving = self.saving, None
+            saving.finish()
+            for filepath in self.outdated:
+                super().remove_checkpoint(filepath)
+            self.outdated.clear()
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if self.saving is None:
+            super().remove_checkpoint(filepath)
+        else:
+            self.outdated.append(filepath)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.context is not None
@@ -136,27 +164,8 @@ class ExpertParallelStrategy(DDPStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         assert self.context is not None
         state = checkpoint.load(Path(self.broadcast(checkpoint_path)), self.module, self.optimizers, self.context)
-        self.rng_state = state.pop("rng_state", None)
+        self.rng_states = state.pop("rng_states", None)
         return state
-
-    # ------------------------------------------------------------------ steps
-
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        assert self.context is not None
-        self.stop = StopTogether(self.context.control_group)
-        self.stop.listen()
-        # Lightning's own way asks rank 0 before every batch, blocking, and from inside its signal handler
-        self.module.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_start(batch, batch_idx)
-        at_step_boundary = batch_idx % self.module.trainer.accumulate_grad_batches == 0
-        if self.stop is not None and at_step_boundary and self.stop.agreed():
-            self._save_and_exit()
-        if self.rng_state is not None:  # not before: making data loaders draws from the generator
-            torch.set_rng_state(self.rng_state)
-            self.rng_state = None
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Done by load_checkpoint, in place."""
@@ -164,12 +173,42 @@ class ExpertParallelStrategy(DDPStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Done by load_checkpoint, in place."""
 
+    # ------------------------------------------------------------------ steps
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        assert self.context is not None
+        self.stop, self.poll = StopSignal(), Poll(self.context.control_group, num_flags=2)
+        # Lightning's own way asks rank 0 before every batch, blocking, and from inside its signal handler
+        self.module.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        at_step_boundary = batch_idx % self.module.trainer.accumulate_grad_batches == 0
+        if at_step_boundary:
+            self._ask_all_ranks()
+        if self.rng_states is not None:  # not before: making data loaders draws from the generator
+            checkpoint.set_rng_states(self.rng_states)
+            self.rng_states = None
+
+    def _ask_all_ranks(self) -> None:
+        """As of the step before: is a rank still writing a checkpoint, has a rank been told to stop?"""
+        assert self.poll is not None and self.stop is not None
+        writing = self.saving is not None and not self.saving.is_written()
+        still_writing, stop = self.poll.any_rank(writing, self.stop.received)
+        if self.saving is not None and self.saving is self.saving_asked_about and not still_writing:
+            self.finish_saving()
+        self.saving_asked_about = self.saving
+        if stop:
+            self._save_and_exit()
+
     def _save_and_exit(self) -> None:
         """Every rank, at the same step: a checkpoint beside the others, then exit. A rank that Lightning's launcher
         has started ends with 0: any other code makes its observer kill rank 0, which may still be closing loggers."""
         trainer = self.module.trainer
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
         trainer.save_checkpoint(Path(folder) / f"step={trainer.global_step}.ckpt")
+        self.finish_saving()
         assert self.cluster_environment is not None
         launched = not self.cluster_environment.creates_processes_externally and self.local_rank > 0
         raise SystemExit(0 if launched else EXIT_CODE)
@@ -180,9 +219,12 @@ class ExpertParallelStrategy(DDPStrategy):
         if self.reducer is not None:
             self.reducer.remove()
             self.reducer = None
-        if self.stop is not None:
-            self.stop.close()
-            self.stop = None
+        interrupted = self.module.trainer.state.status == TrainerStatus.INTERRUPTED
+        if not interrupted:  # else other ranks may not be here, and waiting for them would hide why
+            self.finish_saving()
+            if self.poll is not None:
+                self.poll.close()
+        self.poll = None
         super().teardown()
 
 

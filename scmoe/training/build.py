@@ -198,7 +198,9 @@ def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequen
         accelerator=trainer.accelerator,
         devices=trainer.devices,
         num_nodes=trainer.num_nodes,
-        strategy=ExpertParallelStrategy(resolve_ep_size(config), config.strategy.timeout_s),
+        strategy=ExpertParallelStrategy(
+            resolve_ep_size(config), config.strategy.timeout_s, config.strategy.async_checkpoint
+        ),
         precision=trainer.precision,
         max_steps=trainer.max_steps,
         max_epochs=-1,
