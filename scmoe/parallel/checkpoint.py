@@ -119,6 +119,11 @@ class Saving:
             raise OSError(f"{self.path} could not be written; older checkpoints are as they were: {error}") from error
 
 
+def save(path: Path, checkpoint: dict[str, Any], context: ParallelContext) -> None:
+    """Writes Lightning's checkpoint dictionary; on return it is whole, on every rank. Every rank must call it."""
+    Saving(path, checkpoint, context, background=False).finish()
+
+
 def _split(checkpoint: dict[str, Any], context: ParallelContext) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Lightning's checkpoint dictionary as named tensors and the rest."""
     tensors = {f"rng.{name}.{context.rank}": state for name, state in rng_states().items()}

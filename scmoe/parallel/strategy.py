@@ -25,7 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from scmoe.parallel import checkpoint
+from scmoe.parallel.debug import CompareCollectives
 from scmoe.parallel.expert_parallel import clip_grad_norm, expert_parameters
+from scmoe.parallel.guard import Guard
 from scmoe.parallel.mesh import ParallelContext, build_context, use_loopback_for_gloo
 from scmoe.parallel.poll import Poll
 from scmoe.parallel.reducer import ExpertGradientReducer
@@ -37,16 +39,24 @@ class ExpertParallelStrategy(DDPStrategy):
 
     timeout_s: seconds that a collective may take before the job is ended.
     async_checkpoint: training goes on while a checkpoint is written; it is in its place some steps later.
+    debug_collectives: ranks compare every collective before they take part in it; slow.
     """
 
     def __init__(
-        self, ep_size: int | None = None, timeout_s: float = 300.0, async_checkpoint: bool = False, **ddp: Any
+        self,
+        ep_size: int | None = None,
+        timeout_s: float = 300.0,
+        async_checkpoint: bool = False,
+        debug_collectives: bool = False,
+        **ddp: Any,
     ) -> None:
         ddp.setdefault("gradient_as_bucket_view", True)
         super().__init__(timeout=timedelta(seconds=timeout_s), **ddp)
-        self.ep_size, self.async_checkpoint = ep_size, async_checkpoint
+        self.ep_size, self.async_checkpoint, self.debug_collectives = ep_size, async_checkpoint, debug_collectives
         self.context: ParallelContext | None = None
+        self.compare: CompareCollectives | None = None
         self.reducer: ExpertGradientReducer | None = None
+        self.guard: Guard | None = None
         self.stop: StopSignal | None = None
         self.poll: Poll | None = None
         self.saving: checkpoint.Saving | None = None
@@ -74,9 +84,14 @@ class ExpertParallelStrategy(DDPStrategy):
     def setup(self, trainer: Any) -> None:
         self._hide_shards_from_ddp()
         super().setup(trainer)
+        if self.debug_collectives:
+            assert self._timeout is not None
+            self.compare = CompareCollectives(self._timeout)
+            self.compare.install()
         if trainer.state.fn == TrainerFn.FITTING:
             assert self.context is not None
             self.reducer = ExpertGradientReducer([p for _, p in expert_parameters(self.module)], self.context)
+            self.guard = getattr(self.module, "guard", None) or Guard(self.module)
             # weights were drawn alike on every rank; what is drawn from here on (dropout, gate noise) must differ
             torch.manual_seed(torch.initial_seed() * 1_000_003 % 2**62 + self.global_rank)
 
@@ -95,6 +110,11 @@ class ExpertParallelStrategy(DDPStrategy):
         with super().block_backward_sync(), self.reducer.no_sync():
             yield
 
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        super().pre_backward(closure_loss)
+        if self.guard is not None:
+            self.guard.note_loss(closure_loss)
+
     @property
     def precision_plugin(self) -> Precision:
         return DDPStrategy.precision_plugin.fget(self)  # type: ignore[attr-defined]
@@ -112,10 +132,11 @@ class ExpertParallelStrategy(DDPStrategy):
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         """Lightning's own norm differs from rank to rank, as each holds other experts."""
-        assert self.context is not None
+        assert self.context is not None and self.guard is not None
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         shards = {p for _, p in expert_parameters(self.module)}
-        clip_grad_norm(parameters, shards, clip_val, self.context)
+        norm = clip_grad_norm(parameters, shards, clip_val, self.context, self.guard.loss_as_zero())
+        self.guard.check(norm, self.context)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -124,11 +145,11 @@ class ExpertParallelStrategy(DDPStrategy):
             raise ValueError("storage_options is not supported: a checkpoint is a local directory")
         assert self.context is not None
         self.finish_saving()
-        self.saving = checkpoint.Saving(
-            Path(self.broadcast(filepath)), state, self.context, background=self.async_checkpoint
-        )
-        if not self.async_checkpoint:
-            self.finish_saving()
+        path = Path(self.broadcast(filepath))
+        if self.async_checkpoint:
+            self.saving = checkpoint.Saving(path, state, self.context, background=True)
+        else:
+            checkpoint.save(path, state, self.context)
 
     def finish_saving(self) -> None:
         """Waits for a checkpoint that is still being written, if there is one. Every rank must call it."""
@@ -219,6 +240,12 @@ class ExpertParallelStrategy(DDPStrategy):
         if self.reducer is not None:
             self.reducer.remove()
             self.reducer = None
+        if self.guard is not None:
+            self.guard.remove()
+            self.guard = None
+        if self.compare is not None:
+            self.compare.remove()
+            self.compare = None
         interrupted = self.module.trainer.state.status == TrainerStatus.INTERRUPTED
         if not interrupted:  # else other ranks may not be here, and waiting for them would hide why
             self.finish_saving()

@@ -83,9 +83,8 @@ def snapshot(rank, world_size, folder):
 
     class Overwrite(DataPosition):
         def on_train_start(self, trainer, pl_module):
-            before = {
-                name: p.detach().clone() for name, p in pl_module.model.named_parameters() if "experts" not in name
-            }
+            dense = {name: p for name, p in pl_module.model.named_parameters() if "experts" not in name}
+            self.before = {name: p.detach().clone() for name, p in dense.items()}
             trainer.save_checkpoint(folder / "step=0.ckpt")
             with torch.no_grad():
                 for p in pl_module.parameters():
