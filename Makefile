@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train resume sample list bench figures test test-fast test-dist lint format typecheck ci clean
+.PHONY: help setup train resume sample list bench figures test test-fast test-dist test-faults mutate lint format typecheck ci clean
 
 help:  ## this list
 	@echo "usage: make TARGET [CONFIG=$(CONFIG)] [RUN=runs/...] [ARGS=\"optim.lr=1e-3 ...\"]"; echo
@@ -49,14 +49,20 @@ bench: $(READY)  ## time of the MoE layer over the same dense products
 figures: $(READY)  ## draw the figures of the README and docs
 	@$(PY) -m experiments.figures $(ARGS)
 
-test: $(READY)  ## all tests
-	@$(PYTEST) $(ARGS)
+test: $(READY)  ## all tests, of the fault suite the representative ones
+	@$(PYTEST) -m "not faults or representative" $(ARGS)
 
 test-fast: $(READY)  ## the tests that stay in one process and are quick
 	@$(PYTEST) -m "not dist and not slow and not smoke" $(ARGS)
 
 test-dist: $(READY)  ## the tests that start several processes
 	@$(PYTEST) -m dist $(ARGS)
+
+test-faults: $(READY)  ## the whole fault suite: kills, broken disks, damage, resuming, resharding
+	@$(PYTEST) -m faults $(ARGS)
+
+mutate: $(READY)  ## put known bugs back, one at a time, in a copy: do the tests catch them?
+	@$(PY) -m experiments.mutate $(ARGS)
 
 lint: $(READY)  ## ruff: rules and format
 	@$(PY) -m ruff check .

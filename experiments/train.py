@@ -30,7 +30,11 @@ def main(arguments: list[str]) -> int:
         return 2
     from scmoe.training.run import train  # here: a wrong request is answered without waiting for torch
 
-    summary = train(config, overrides, run_dir)
+    try:
+        summary = train(config, overrides, run_dir)
+    except ConfigError as error:  # what only starting could tell, such as a W&B server that does not answer
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if summary is not None:
         print(json.dumps(summary), flush=True)
     return 0
@@ -42,7 +46,8 @@ def read(arguments: list[str]) -> tuple[Config, list[str], Path | None]:
         if len(arguments) < 2:
             raise ConfigError("--resume wants the directory of a run, such as runs/latest")
         run_dir = Path(arguments[1]).resolve()
-        if not any((run_dir / "checkpoints").glob("*.ckpt")):
+        checkpoints = run_dir / "checkpoints"
+        if not any([*checkpoints.glob("*.ckpt"), *checkpoints.glob(".*.ckpt.old-*")]):  # as newest_good looks
             raise ConfigError(f"--resume is {arguments[1]!r}, which has no checkpoint to go on from")
         return load(run_dir / "config.yaml", arguments[2:]), arguments[2:], run_dir
     if not arguments or "=" in arguments[0]:

@@ -55,6 +55,9 @@ class MoEConfig:
     tap_norm: Literal["own", "shared"] = option("own", "norm of the tap; shared: that of the sub-layer after the tap")
     every: Literal[1, 2] = option(2, "MoE in every block (1) or in every second block (2)")
     capacity_factor: float | None = option(2.0, "slots per expert over its fair share; null: dropless", "above 0")
+    dropless_ceiling: float | None = option(
+        None, "dropless: rows that a rank may receive, over its fair share; null: any number", "1 or more"
+    )
     noisy: bool = option(False, "noise on the gate's logits in training (Eq. 4)")
     balanced_routing: bool = option(
         False, "ignore the gate and deal tokens round-robin: a bound for speed, not a model"
@@ -110,6 +113,7 @@ class TrainerConfig:
     val_every: int = option(100, "optimizer steps between validations", "above 0")
     log_every: int = option(10, "optimizer steps between logged metrics", "above 0")
     checkpoint_every: int = option(100, "optimizer steps between checkpoints", "above 0")
+    recompute: bool = option(False, "activation checkpointing of attention, MLPs and experts; routing is kept")
     compile: bool = option(False, "torch.compile each block")
     deterministic: bool = option(False, "deterministic algorithms only")
     threads: int | None = option(None, "CPU threads per process; null: cores / devices", "above 0")
@@ -121,8 +125,9 @@ class StrategyConfig:
     ep_size: int | None = option(
         None, "expert-parallel ranks; null: the most that divide both experts and devices", "above 0"
     )
-    async_checkpoint: bool = option(False, "go on training while a checkpoint is written")
     timeout_s: float = option(300.0, "seconds a collective may take before the job is ended", "above 0")
+    async_checkpoint: bool = option(False, "go on training while a checkpoint is written")
+    debug_collectives: bool = option(False, "compare every collective over ranks before it is done; slow")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 RANGES: dict[str, Callable[[float], bool]] = {
     "above 0": lambda x: x > 0,
     "0 or more": lambda x: x >= 0,
+    "1 or more": lambda x: x >= 1,
     "0 to 1": lambda x: 0 <= x <= 1,
     "0 or more, below 1": lambda x: 0 <= x < 1,
     "0 to 2^32 - 1": lambda x: 0 <= x < 2**32,  # what NumPy and so Lightning take as a seed
@@ -29,7 +30,7 @@ RANGES: dict[str, Callable[[float], bool]] = {
 WINDOW_LENGTHS = {"pos1": 2, "pos2": 3, "pos3": 4, "shared_expert": 1, "top_k": 0}
 
 SMALLEST_VOCABULARY = {"bpe": 257, "gpt2": 50257}  # bpe: all bytes and the end of a text
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # file systems take 255 bytes
 
 # A value that has no place, and what may stand there instead.
 Refusal = tuple[str, str]
@@ -114,7 +115,7 @@ def _ranges(config: Config) -> Iterator[Refusal]:
 
 def _names(config: Config) -> Iterator[Refusal]:
     if not NAME.fullmatch(config.name):  # it becomes a folder below runs_dir, and must stay there
-        yield "name", "letters, digits, '.', '_' and '-', a letter or digit first"
+        yield "name", "letters, digits, '.', '_' and '-', a letter or digit first, at most 100 in all"
 
 
 def _model(config: Config) -> Iterator[Refusal]:
@@ -125,6 +126,8 @@ def _model(config: Config) -> Iterator[Refusal]:
 
 def _moe(config: Config) -> Iterator[Refusal]:
     moe = config.moe
+    if moe.dropless_ceiling is not None and (moe.architecture == "dense" or moe.capacity_factor is not None):
+        yield "moe.dropless_ceiling", "null, except for experts with moe.capacity_factor=null"
     if moe.architecture != "scmoe":
         if moe.first_position is not None:
             yield "moe.first_position", f"null, as moe.architecture={moe.architecture} has no shortcut"

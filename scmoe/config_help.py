@@ -9,7 +9,7 @@ from textwrap import wrap
 from scmoe.config import Config
 from scmoe.config_check import leaves, show
 
-WIDTHS = (25, 22, 11, 56)  # key, type, default, help; 120 characters with two spaces between
+WIDTHS = (26, 22, 11, 55)  # key, type, default, help; 120 characters with two spaces between
 
 CATALOGUE = {
     "Model families": "model.family",

@@ -17,7 +17,7 @@ from scmoe.tokens import RouterStats, Routing
 def router_stats(routing: Routing, layout: Layout, mask_T: Tensor | None) -> RouterStats:
     scores_TE, z_T = routing.scores_TE, routing.logits_TE.logsumexp(-1).square()
     (T, E), K = scores_TE.shape, routing.topk_ids_TK.shape[1]
-    num_tokens = torch.tensor(T, device=scores_TE.device)
+    num_tokens = torch.full((), T, device=scores_TE.device)  # made there: nothing waits for the host
     if mask_T is not None:
         scores_TE, z_T = scores_TE * mask_T[:, None], z_T * mask_T
         num_tokens = mask_T.sum()

@@ -30,11 +30,18 @@ class _Arriving:
         return self.regroup(self.transfer.wait())
 
 
-class AllToAllDispatcher:
-    """Equal numbers per expert go without a word to the host; unequal ones (dropless) exchange their counts first."""
+class CeilingError(MemoryError):
+    """Dropless routing would send a rank more rows than it may receive."""
 
-    def __init__(self, group: Any, num_experts: int) -> None:
-        self.group, self.num_experts = group, num_experts
+
+class AllToAllDispatcher:
+    """Equal numbers per expert go without a word to the host; unequal ones (dropless) exchange their counts first.
+
+    ceiling: rows that a rank may receive, over its fair share; None: any number.
+    """
+
+    def __init__(self, group: Any, num_experts: int, ceiling: float | None = None) -> None:
+        self.group, self.num_experts, self.ceiling = group, num_experts, ceiling
         self.ep_size = dist.get_world_size(group)
 
     def dispatch(self, rows_RD: Tensor, counts_E: Tensor | None) -> tuple[Pending, Receipt]:
@@ -60,10 +67,16 @@ class AllToAllDispatcher:
         return _Arriving(Transfer(self.group, receipt.received, receipt.sent).start(rows_RD))
 
     def exchange_counts(self, counts_E: Tensor) -> Tensor:
-        """[EP, e]: rows that each rank sends to each expert here. The one place that must know before it can go on."""
-        counts_from_e = torch.empty_like(counts_E)
-        dist.all_to_all_single(counts_from_e, counts_E.contiguous(), group=self.group)
-        return counts_from_e.view(self.ep_size, -1)
+        """[EP, e]: rows that each rank sends to each expert here. The one place that must know before it can go on.
+
+        Everyone is told everyone's counts, so that all ranks see alike which would receive too many.
+        """
+        counts = counts_E.new_empty(self.ep_size, self.num_experts)
+        dist.all_gather(list(counts), counts_E.contiguous(), group=self.group)
+        counts = counts.view(self.ep_size, self.ep_size, -1)  # [sender, receiver, e]
+        if self.ceiling is not None:
+            check_ceiling(counts.sum((0, 2)).tolist(), self.ceiling)
+        return counts[:, dist.get_rank(self.group)]
 
     def sender_to_expert_major(self, rows_RD: Tensor) -> Tensor:
         blocks = rows_RD.view(self.ep_size, self.num_experts // self.ep_size, -1, rows_RD.shape[1])
@@ -72,3 +85,15 @@ class AllToAllDispatcher:
     def expert_to_sender_major(self, rows_RD: Tensor) -> Tensor:
         blocks = rows_RD.view(self.num_experts // self.ep_size, self.ep_size, -1, rows_RD.shape[1])
         return blocks.transpose(0, 1).reshape_as(rows_RD)
+
+
+def check_ceiling(received: list[int], ceiling: float) -> None:
+    """received: rows for each rank of the group. CeilingError before their memory is asked for (fault 31)."""
+    fair = sum(received) / len(received)
+    worst = max(range(len(received)), key=lambda rank: received[rank])
+    if received[worst] > ceiling * fair:
+        raise CeilingError(
+            f"rank {worst} of the expert-parallel group would receive {received[worst]} rows, allowed: "
+            f"{ceiling:g} x the fair share of {fair:g} (moe.dropless_ceiling); raise it, or moe.load_balance_coef, or "
+            "drop tokens with moe.capacity_factor"
+        )

@@ -69,12 +69,13 @@ def verify(path: Path) -> int:
 
 
 def newest_good(folder: Path) -> Path:
-    """The whole checkpoint of the latest step; a warning names each newer one that is broken.
+    """The whole checkpoint of the latest step; a warning names each one that is broken. Changes nothing, so that ranks
+    may ask at once: one that a killed writer had moved aside counts where it lies.
 
     FileNotFoundError: there is none.
     """
     found = []
-    for path in sorted(folder.glob("*.ckpt")):
+    for path in sorted([*folder.glob("*.ckpt"), *folder.glob(".*.ckpt.old-*")]):
         try:
             found.append((verify(path), path.stat().st_mtime, path))
         except BrokenCheckpoint as error:

@@ -54,9 +54,10 @@ class ParallelContext:
         share = num_experts // self.ep_size
         return range(self.ep_rank * share, (self.ep_rank + 1) * share)
 
-    def dispatcher(self, num_experts: int) -> Dispatcher:
-        """How one MoE module's rows reach its experts: by All-to-All over the EP group, or not at all."""
-        return LocalDispatcher() if self.ep_size == 1 else AllToAllDispatcher(self.ep_group, num_experts)
+    def dispatcher(self, num_experts: int, ceiling: float | None = None) -> Dispatcher:
+        """How one MoE module's rows reach its experts: by All-to-All over the EP group, or not at all (one rank
+        receives its fair share exactly, so no ceiling is passed)."""
+        return LocalDispatcher() if self.ep_size == 1 else AllToAllDispatcher(self.ep_group, num_experts, ceiling)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """The sum over all ranks, the same to the bit on each. x is left as it was."""

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from scmoe.parallel import checkpoint
+from scmoe.parallel.absent import note_absent
 from scmoe.parallel.debug import CompareCollectives
 from scmoe.parallel.expert_parallel import clip_grad_norm, expert_parameters
 from scmoe.parallel.guard import Guard
@@ -235,6 +236,11 @@ class ExpertParallelStrategy(DDPStrategy):
         raise SystemExit(0 if launched else EXIT_CODE)
 
     # ------------------------------------------------------------------ the end
+
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if self.context is not None and self.context.world_size > 1:
+            note_absent(exception, self.context)
 
     def teardown(self) -> None:
         if self.reducer is not None:

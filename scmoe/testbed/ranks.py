@@ -56,9 +56,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
     try:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_run_rank, args=(theirs, rank, world_size, store.port, fn, args), daemon=True
-            )
+            process = context.Process(target=_run_rank, args=(theirs, rank, world_size, store.port, fn, args))
             process.start()
             theirs.close()
             processes.append(process)
@@ -117,6 +115,7 @@ def _run_rank(
     pipe: Connection, rank: int, world_size: int, port: int, fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # what a rank starts, such as data workers, starts as anywhere
     threading.Thread(target=_end_with_caller, args=(pipe,), daemon=True).start()
     r, n = str(rank), str(world_size)
     os.environ.update(RANK=r, WORLD_SIZE=n, LOCAL_RANK=r, LOCAL_WORLD_SIZE=n, GROUP_RANK="0")

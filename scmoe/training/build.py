@@ -18,6 +18,7 @@ from torch import nn
 from datamodules.sequences import SequenceDataModule
 from datamodules.synthetic import SyntheticDataModule
 from datamodules.text import TextDataModule
+from scmoe.blocks.recompute import recompute_activations
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import DenseBlock, SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP, Attention, Residual
@@ -31,7 +32,7 @@ from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.schedule.plan import Schedule
 from scmoe.training import logging
-from scmoe.training.callbacks import DataPosition, ExpertLoad, LogLines, StepProgressBar, Throughput
+from scmoe.training.callbacks import DataPosition, ExpertLoad, LogLines, StepProgressBar, Threads, Throughput
 from scmoe.training.module import LanguageModel
 
 # ---------------------------------------------------------------------- model
@@ -42,6 +43,8 @@ def build_model(config: Config, context: ParallelContext) -> GPT:
     model = config.model
     gpt = GPT(config.data.vocab_size, config.data.seq_len, model.dim, build_blocks(config, context), model.dropout)
     init_gpt_weights(gpt, config.seed, model.layers)
+    if config.trainer.recompute:
+        recompute_activations(gpt)
     return gpt
 
 
@@ -93,7 +96,7 @@ def build_stream(config: Config, context: ParallelContext) -> MoEStream:
     dim, moe = config.model.dim, config.moe
     router = Router(dim, moe.num_experts, moe.top_k, noisy=moe.noisy, balanced=moe.balanced_routing)
     experts = Experts(dim, ffn_dim(config), moe.num_experts, context.local_experts(moe.num_experts))
-    dispatcher = context.dispatcher(moe.num_experts)
+    dispatcher = context.dispatcher(moe.num_experts, moe.dropless_ceiling)
     return MoEStream(router, experts, dispatcher, moe.capacity_factor, config.schedule.chunks)
 
 
@@ -169,7 +172,15 @@ def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> li
     if wandb.mode != "disabled":
         mode = logging.wandb_mode(wandb.mode)
         loggers.append(
-            logging.wandb_logger(run_dir, mode, wandb.project, wandb.group, wandb.tags, config=flatten(config))
+            logging.wandb_logger(
+                run_dir,
+                mode,
+                wandb.project,
+                wandb.group,
+                wandb.tags,
+                config=flatten(config),
+                may_go_offline=wandb.mode == "auto",
+            )
         )
     return loggers
 
@@ -193,13 +204,15 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
 def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> Trainer:
     trainer = config.trainer
     threads = trainer.threads or max(1, len(os.sched_getaffinity(0)) // trainer.devices)
-    torch.set_num_threads(threads)
     return Trainer(
         accelerator=trainer.accelerator,
         devices=trainer.devices,
         num_nodes=trainer.num_nodes,
         strategy=ExpertParallelStrategy(
-            resolve_ep_size(config), config.strategy.timeout_s, config.strategy.async_checkpoint
+            resolve_ep_size(config),
+            config.strategy.timeout_s,
+            config.strategy.async_checkpoint,
+            config.strategy.debug_collectives,
         ),
         precision=trainer.precision,
         max_steps=trainer.max_steps,
@@ -213,6 +226,6 @@ def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequen
         use_distributed_sampler=False,
         enable_progress_bar=trainer.progress and sys.stdout.isatty(),
         enable_model_summary=False,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, Threads(threads)],
         logger=list(loggers),
     )

@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
@@ -79,6 +80,16 @@ class ExpertLoad(Callback):
             load = load_metrics(self.sums_LE2)
             pl_module.log_dict({f"moe/{name}": value.float() for name, value in load.items()})
             self.sums_LE2 = None
+
+
+class Threads(Callback):
+    """CPU threads of this process. A callback, since Lightning's launcher sets a number of its own at the start."""
+
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = num_threads
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        torch.set_num_threads(self.num_threads)
 
 
 class StepProgressBar(RichProgressBar):

@@ -4,7 +4,7 @@
                                         checkpoints/  wandb/  wandb_run.json
     runs/latest                         the newest
 
-Only rank 0 writes.
+Only rank 0 writes. Weights & Biases never ends a run (fault 32): what it cannot take is left out, with one warning.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +28,8 @@ from urllib.parse import urlparse
 
 import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+from scmoe.config_check import ConfigError
 
 
 def create_run_dir(root: Path, experiment: str, overrides: Sequence[str], config_yaml: str) -> Path:
@@ -102,6 +104,10 @@ def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
     return logger
 
 
+INIT_TIMEOUT_S = 20.0  # of a server that does not answer
+WANDB_TROUBLE = (wandb.Error, OSError)  # the server refuses, does not answer, or W&B's own process is gone
+
+
 def wandb_mode(mode: Literal["auto", "online", "offline"]) -> Literal["online", "offline"]:
     """`auto` is online where a key is found and offline elsewhere; W&B itself would ask, or raise."""
     if mode == "auto":
@@ -126,15 +132,20 @@ def wandb_logger(
     group: str | None,
     tags: Sequence[str],
     config: dict[str, Any],
+    may_go_offline: bool = False,
 ) -> WandbLogger:
-    """A W&B run that a resumed training continues: its id is written before training starts."""
+    """A W&B run that a resumed training continues: its id is written before training starts.
+
+    may_go_offline: where the server cannot be reached, else ConfigError, as what was asked for cannot be had.
+    """
     record = run_dir / "wandb_run.json"
     if record.exists():
         run_id = json.loads(record.read_text())["id"]
     else:
         run_id = uuid.uuid4().hex[:8]
         record.write_text(json.dumps({"id": run_id, "project": project, "mode": mode}))
-    run = wandb.init(
+    settings = wandb.Settings(console="off", silent=True, disable_git=True, init_timeout=INIT_TIMEOUT_S)
+    common: dict[str, Any] = dict(
         project=project,
         name=f"{run_dir.parent.name}/{run_dir.name}",
         id=run_id,
@@ -142,11 +153,43 @@ def wandb_logger(
         tags=list(tags),
         dir=str(run_dir),
         resume="allow",
-        mode=mode,
         config=config,
-        settings=wandb.Settings(console="off", silent=True, disable_git=True),
+        settings=settings,
     )
-    return WandbLogger(experiment=run)
+    try:
+        run = wandb.init(mode=mode, **common)
+    except WANDB_TROUBLE as error:
+        reason = str(error).splitlines()[0]
+        if mode == "offline" or not may_go_offline:
+            raise ConfigError(f"logger.mode is {mode}, allowed here: offline | disabled: {reason}") from error
+        print(f"warning: Weights & Biases goes offline: {reason}", file=sys.stderr, flush=True)
+        wandb.teardown()  # else its process still takes the id for one in use
+        run = wandb.init(mode="offline", **common)
+    return SteadyWandbLogger(experiment=run)
+
+
+class SteadyWandbLogger(WandbLogger):
+    """Gives up with one warning where Lightning's would end the training: W&B's process may be killed."""
+
+    lost = False
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._try(lambda: super(SteadyWandbLogger, self).log_metrics(metrics, step))
+
+    def log_hyperparams(self, params: Any) -> None:
+        self._try(lambda: super(SteadyWandbLogger, self).log_hyperparams(params))
+
+    def close(self, status: str) -> None:
+        self._try(lambda: self.experiment.finish(exit_code=0 if status == "success" else 1))
+
+    def _try(self, action: Callable[[], None]) -> None:
+        if self.lost:
+            return
+        try:
+            action()
+        except WANDB_TROUBLE as error:
+            self.lost = True
+            print(f"warning: Weights & Biases gets no more of this run: {error}", file=sys.stderr, flush=True)
 
 
 def sync_command(run_dir: Path) -> str | None:
@@ -164,5 +207,5 @@ def describe(logger: Logger) -> str:
 def close_loggers(loggers: Sequence[Logger], status: str = "success") -> None:
     for logger in loggers:
         logger.finalize(status)
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish(exit_code=0 if status == "success" else 1)
+        if isinstance(logger, SteadyWandbLogger):
+            logger.close(status)

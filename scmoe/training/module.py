@@ -16,6 +16,7 @@ from torchmetrics.aggregation import SumMetric
 
 from scmoe.moe.balance import integer_sums, load_balance_loss, load_metrics, router_z_loss
 from scmoe.parallel.expert_parallel import clip_grad_norm, expert_parameters
+from scmoe.parallel.guard import Guard
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.tokens import RouterStats
 
@@ -52,6 +53,7 @@ class LanguageModel(LightningModule):
         self.load_balance_coef, self.z_loss_coef = load_balance_coef, z_loss_coef
         self.parallel_context = ParallelContext()
         self.model: Any = None
+        self.guard: Guard | None = None
         self.val_nats, self.val_tokens, self.val_bytes = (SumMetric().set_dtype(torch.float64) for _ in range(3))
         self.val_load_sums: Tensor | None = None
         self.validated_step: int | None = None
@@ -62,6 +64,7 @@ class LanguageModel(LightningModule):
             if self.compile_blocks:
                 for block in self.model.blocks:
                     block.compile()
+            self.guard = Guard(self.model)
 
     # ------------------------------------------------------------------ loss
 
@@ -139,7 +142,10 @@ class LanguageModel(LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         shards = {p for _, p in expert_parameters(self)}
-        norm = clip_grad_norm(self.parameters(), shards, self.gradient_clip, self.parallel_context)
+        assert self.guard is not None
+        context, zero = self.parallel_context, self.guard.loss_as_zero()
+        norm = clip_grad_norm(self.parameters(), shards, self.gradient_clip, context, zero)
+        self.guard.check(norm, context)
         self.log("train/grad_norm", norm)
 
 

@@ -154,10 +154,21 @@ class Work(Function):
         log.append(("work ends", time.perf_counter()))
 
 
-def logged(name: str, method: Any, log: list[tuple[str, float]]) -> Any:
-    def call(*args: Any) -> Any:
-        log.append((name, time.perf_counter()))
-        return method(*args)
+class LoggedWork:
+    """A transfer on its way, which notes when someone waits for it, whoever that is."""
+
+    def __init__(self, work: dist.Work, log: list[tuple[str, float]]) -> None:
+        self.work, self.log = work, log
+
+    def wait(self) -> None:
+        self.log.append(("finish", time.perf_counter()))
+        self.work.wait()
+
+
+def logged(all_to_all: Any, log: list[tuple[str, float]]) -> Any:
+    def call(*args: Any, **kwargs: Any) -> LoggedWork:
+        log.append(("launch", time.perf_counter()))
+        return LoggedWork(all_to_all(*args, **kwargs), log)
 
     return call
 
@@ -166,9 +177,8 @@ def time_stamps(rank: int, world_size: int, overlap: bool) -> dict[str, list[tup
     """Events of a forward and a backward pass: start, work, wait, or without overlap start, wait, work."""
     dist.init_process_group("gloo")
     log: list[tuple[str, float]] = []
-    launch, finish = (logged(name, getattr(Transfer, name), log) for name in ("launch", "finish"))
     rows, other = (torch.ones(4, DIM, requires_grad=True) for _ in range(2))
-    with patch.object(Transfer, "launch", launch), patch.object(Transfer, "finish", finish):
+    with patch.object(dist, "all_to_all_single", logged(dist.all_to_all_single, log)):
         transfer = Transfer(None).start(rows)
         if overlap:
             worked = Work.apply(other, log)

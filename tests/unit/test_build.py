@@ -53,7 +53,7 @@ def test_ranks_hold_a_share_of_the_experts_and_count_all(architecture):
         return
 
     class TwoRanks(ParallelContext):
-        def dispatcher(self, num_experts):
+        def dispatcher(self, num_experts, ceiling=None):
             return ParallelContext().dispatcher(num_experts)
 
     shares = [build_model(config, TwoRanks(rank=rank, world_size=2, ep_size=2)) for rank in (0, 1)]

@@ -1,5 +1,6 @@
 """A directory is whole or absent: killed at every step of a commit, flipped in any byte, cut, mixed."""
 
+import builtins
 import os
 import random
 import shutil
@@ -71,7 +72,7 @@ class Killed(BaseException):
 
 
 def test_killed_at_any_call_the_old_one_or_the_new_one_is_there(tmp_path, monkeypatch):
-    """Every os call of a commit over an existing checkpoint, one after the other."""
+    """Every file operation of a commit over an existing checkpoint, one after the other."""
     calls = 0
 
     def count(function, deadline):
@@ -91,6 +92,7 @@ def test_killed_at_any_call_the_old_one_or_the_new_one_is_there(tmp_path, monkey
             for name in ("rename", "fsync", "open"):
                 patch.setattr(os, name, count(getattr(os, name), deadline))
             patch.setattr(shutil, "rmtree", count(shutil.rmtree, deadline))
+            patch.setattr(builtins, "open", count(open, deadline))
             try:
                 write(folder / "a.ckpt", 2)
                 killed = False

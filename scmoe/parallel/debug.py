@@ -1,0 +1,83 @@
+"""Debug mode for collectives (fault 15): ranks compare what each is about to do, before it is done.
+
+Two ranks that swap two all-reduces of one shape add up the wrong tensors without a word; other mix-ups hang until the
+timeout. With `strategy.debug_collectives` every collective that Python starts is first described to all ranks over a
+gloo group of its own: group, operation, shape, type, and the line of code that asked for it. The first difference
+raises on every rank. All ranks then go in lockstep, so it is for finding a fault, not for training.
+
+Left out: what DDP starts from C++ (its buckets are compared by DDP itself, when it is built).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+WATCHED = ("all_reduce", "broadcast", "all_gather", "all_to_all_single")
+
+
+class OrderError(RuntimeError):
+    """Ranks were about to take part in different collectives."""
+
+
+class CompareCollectives:
+    """While installed, the functions of torch.distributed in WATCHED compare before they act.
+
+    Made by every rank, since it makes a group.
+    """
+
+    def __init__(self, timeout: timedelta) -> None:
+        self.group = dist.new_group(backend="gloo", timeout=timeout, group_desc="debug")
+        self.originals: dict[str, Callable[..., Any]] = {}
+        self.count = 0
+
+    def install(self) -> None:
+        for name in WATCHED:
+            self.originals[name] = getattr(dist, name)
+            setattr(dist, name, self._comparing(name, self.originals[name]))
+
+    def remove(self) -> None:
+        for name, original in self.originals.items():
+            setattr(dist, name, original)
+        self.originals.clear()
+
+    def _comparing(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def collective(target: Any, *args: Any, **kwargs: Any) -> Any:
+            self.compare(_describe(name, target if isinstance(target, Tensor) else target[0], kwargs.get("group")))
+            return original(target, *args, **kwargs)
+
+        return collective
+
+    def compare(self, mine: str) -> None:
+        everyones: list[Any] = [None] * dist.get_world_size()
+        try:
+            dist.all_gather_object(everyones, mine, group=self.group)
+        except RuntimeError as error:  # a peer that never came
+            error.add_note(f"rank {dist.get_rank()} waited for the others at collective {self.count}: {mine}")
+            raise
+        if len(set(everyones)) > 1:
+            lines = [f"rank {rank}: {what}" for rank, what in enumerate(everyones)]
+            raise OrderError(f"collective {self.count} is not the same on all ranks; " + "; ".join(lines))
+        self.count += 1
+
+
+def _describe(name: str, tensor: Tensor, group: Any) -> str:
+    """Rows of an All-to-All differ from rank to rank, so only their width counts."""
+    shape = tuple(tensor.shape[1:]) if name == "all_to_all_single" else tuple(tensor.shape)
+    purpose = "default" if group is None else group.group_desc
+    return f"{name} of {tensor.dtype} {shape} in group {purpose} at {_caller()}"
+
+
+def _caller() -> str:
+    """The innermost line outside of torch and this file."""
+    torch_folder, frame = str(Path(torch.__file__).parent), sys._getframe(1)
+    while frame.f_back and (frame.f_code.co_filename == __file__ or frame.f_code.co_filename.startswith(torch_folder)):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

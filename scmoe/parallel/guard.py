@@ -1,0 +1,89 @@
+"""Numbers that are not finite stop every rank before the update, with the layer and the rank where they arose (fault
+27).
+
+The global gradient norm is the same to the bit on all ranks, so if it is not finite all ranks know at once, without a
+word more between them. Where it came from is only asked then: averaging has spread it over all ranks by that time, so
+each module's output and its gradient leave their sum behind, on this rank and in the order of computation: one
+reduction each, which nothing waits for.
+
+Left out: modules inside a compiled one (the neighbours and the gradients' names remain), and a user's module that
+neither clips nor calls `check`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from scmoe.parallel.mesh import ParallelContext
+
+
+class Guard:
+    """Watches the modules of `module` that have parameters of their own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.trace: list[tuple[str, Tensor]] = []  # what was computed, and the sum of its entries
+        self.losses: list[Tensor] = []
+        compiled = [name for name, child in module.named_modules() if child._compiled_call_impl is not None]
+        self.hooks = [
+            child.register_forward_hook(self._watch(name or type(child).__name__))
+            for name, child in module.named_modules()
+            if next(child.parameters(recurse=False), None) is not None and not _is_within(name, compiled)
+        ]
+
+    def _watch(self, name: str) -> Any:
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.requires_grad and torch.is_grad_enabled():
+                self.trace.append((f"output of {name}", output.detach().sum()))
+                output.register_hook(lambda grad: self.trace.append((f"gradient into {name}", grad.sum())))
+
+        return hook
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Called once per batch, before its backward."""
+        self.trace.append(("loss", loss.detach()))
+        self.losses.append(loss.detach())
+
+    def loss_as_zero(self) -> Tensor | float:
+        """0, or NaN where a loss since the last check was not finite: added to what is summed over ranks anyway."""
+        return torch.stack(self.losses).mul(0).sum() if self.losses else 0.0
+
+    def check(self, norm: Tensor, context: ParallelContext) -> None:
+        """norm: the global gradient norm. FloatingPointError, alike on every rank, if it is not finite."""
+        if torch.isfinite(norm):
+            self.trace.clear()
+            self.losses.clear()
+            return
+        found: list[Any] = [self._first()]
+        if context.world_size > 1:
+            found = [None] * context.world_size
+            dist.all_gather_object(found, self._first(), group=context.control_group)
+        arose = {rank: name for rank, name in enumerate(found) if name is not None and not name.startswith("gradient")}
+        arose = arose or {rank: name for rank, name in enumerate(found) if name is not None}
+        where = "; ".join(f"rank {rank}: {name}" for rank, name in arose.items()) or "in the sum over ranks alone"
+        raise FloatingPointError(f"gradient norm is {norm.item()}, no update was made; first not finite: {where}")
+
+    def _first(self) -> str | None:
+        """A weight that was not finite before, else the first result on this rank, else a gradient."""
+        for name, p in self.module.named_parameters():
+            if not p.isfinite().all():
+                return f"weight {name}"
+        for name, total in self.trace:
+            if not total.isfinite():
+                return name
+        for name, p in self.module.named_parameters():
+            if p.grad is not None and not p.grad.isfinite().all():
+                return f"gradient of {name}"
+        return None
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def _is_within(name: str, parents: list[str]) -> bool:
+    return any(name == parent or name.startswith(f"{parent}.") or not parent for parent in parents)

@@ -1,0 +1,248 @@
+"""Faults 1-7 and 10 of a checkpoint's life, with real saves by two ranks (the numbers are those of docs/faults.md).
+
+`python -m experiments.faults` does the same at every point; here are fewer. Commits alone: tests/unit/test_durable.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import faults
+from experiments.faults import LAST, NEW, OLD
+from scmoe.parallel import checkpoint, durable
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.testbed.ranks import RankError, run_ranks
+from scmoe.training import build
+
+pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.xdist_group("ranks")]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """A checkpoint of step OLD by two ranks, EP 2; copy it before you change it."""
+    folder = tmp_path_factory.mktemp("written")
+    run_ranks(faults.write_old, 2, folder)
+    return folder / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def after_kills() -> dict[str, int]:
+    return faults.kill(points=6, random=6)
+
+
+def test_fault_01_sigkill_during_a_save_loses_nothing(after_kills):
+    assert after_kills["killed"] >= 12, "rank 0, the last rank and all, at some operations each"
+    assert after_kills["lost"] == 0
+
+
+def test_fault_02_sigkill_between_files_mixes_no_steps(after_kills):
+    assert after_kills["mixed"] == 0
+
+
+def test_fault_06_leftovers_of_killed_saves_are_swept(after_kills):
+    assert after_kills["leftovers"] == 0
+
+
+@pytest.mark.representative
+def test_fault_01_sigkill_between_the_two_renames_loses_nothing(tmp_path):
+    """Of all moments the only one at which no directory has the checkpoint's own name."""
+    (tmp_path / "record").mkdir()
+    operations = run_ranks(faults.save_over, 2, tmp_path / "record", "first", None, None)[0]["operations"]
+    renames = [i for i, what in enumerate(operations) if what.startswith("os.rename")]
+    assert len(renames) == 2
+    assert faults.killed(tmp_path / "killed", "all", renames[1])
+    folder = tmp_path / "killed" / "checkpoints"
+    assert not (folder / LAST).exists()
+    assert durable.verify(durable.newest_good(folder)) == OLD
+    ((found,),) = run_ranks(faults.inspect, 1, [folder])
+    assert found == {"lost": 0, "mixed": 0, "leftovers": 0}
+    assert durable.verify(folder / LAST) == OLD
+
+
+def save_new(rank: int, world_size: int, folder: Path) -> None:
+    faults.save_marked(faults.one_step(world_size, folder), folder / "checkpoints" / LAST, NEW)
+
+
+def test_fault_06_killed_saves_do_not_fill_the_disk(tmp_path):
+    """Each save sweeps for itself: five killed ones in a folder, then one that is not."""
+    folder = tmp_path / "run"
+    for operation in (3, 5, 8, 10, 14):
+        assert faults.killed(folder, "first", operation)
+    run_ranks(save_new, 2, folder)
+    assert os.listdir(folder / "checkpoints") == [LAST]
+    assert durable.verify(folder / "checkpoints" / LAST) == NEW
+
+
+# ---------------------------------------------------------------------- overwriting
+
+
+def watch_overwriting(rank: int, world_size: int, folder: Path) -> list[int | None]:
+    """Steps of the whole checkpoint under the name, seen at each operation of an overwriting save."""
+    trainer, path = faults.one_step(world_size, folder), folder / "checkpoints" / LAST
+    faults.save_marked(trainer, path, OLD)
+    seen: list[int | None] = []
+    if rank == 0:
+        faults.at_each_operation(lambda what: seen.append(durable.verify(path) if path.exists() else None))
+    faults.save_marked(trainer, path, NEW)
+    return seen
+
+
+@pytest.mark.representative
+def test_fault_03_last_is_never_overwritten_in_place(tmp_path):
+    """Under its name is the old one, then for one rename nothing, then the new one: verified by content each time."""
+    seen = run_ranks(watch_overwriting, 2, tmp_path)[0]
+    old, new = seen.count(OLD), seen.count(NEW)
+    assert seen == [OLD] * old + [None] + [NEW] * new
+    assert old > 5 and new > 1
+
+
+# ---------------------------------------------------------------------- a disk that refuses
+
+
+def save_with_trouble(rank: int, world_size: int, folder: Path, trouble: str, sick_rank: int) -> str:
+    """What a save says on this rank where one rank's disk refuses; afterwards a healthy save goes through."""
+    trainer, path = faults.one_step(world_size, folder), folder / "checkpoints" / LAST
+    faults.save_marked(trainer, path, OLD)
+    target, fsync, limit = path, os.fsync, resource.getrlimit(resource.RLIMIT_FSIZE)
+    if trouble == "not a directory":
+        (folder / "file").touch()
+        target = folder / "file" / LAST
+    if rank == sick_rank and trouble == "file too large":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    if rank == sick_rank and trouble == "no space at fsync":
+
+        def full(handle: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        os.fsync = full
+    said = "nothing"
+    try:
+        faults.save_marked(trainer, target, NEW)
+    except OSError as error:
+        said = str(error)
+    finally:
+        os.fsync = fsync
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    if rank == 0:
+        assert durable.verify(durable.newest_good(folder / "checkpoints")) == OLD
+    faults.save_marked(trainer, path, NEW)
+    return said
+
+
+@pytest.mark.parametrize(
+    "trouble, sick_rank, says",
+    [
+        pytest.param("file too large", 0, "File too large", marks=pytest.mark.representative),
+        ("file too large", 1, "File too large"),
+        ("no space at fsync", 0, "No space left on device"),
+        ("no space at fsync", 1, "No space left on device"),
+        ("not a directory", 0, "(Not a directory|File exists)"),
+    ],
+)
+def test_fault_04_a_disk_that_refuses_is_a_loud_error_on_every_rank(trouble, sick_rank, says, tmp_path):
+    """And no hang, the old checkpoint is whole, and the next save leaves nothing behind."""
+    for said in run_ranks(save_with_trouble, 2, tmp_path, trouble, sick_rank, timeout_s=30):
+        assert re.search(says, said), said
+    assert os.listdir(tmp_path / "checkpoints") == [LAST]
+    assert durable.verify(tmp_path / "checkpoints" / LAST) == NEW
+
+
+# ---------------------------------------------------------------------- damage
+
+
+@pytest.mark.representative
+def test_fault_05_every_flipped_bit_is_refused():
+    assert faults.flip(100) == {"flips": 100, "refused": 100}
+
+
+def read(rank: int, world_size: int, folder: Path, path: Path) -> None:
+    trainer = faults.one_step(world_size, folder)
+    checkpoint.load(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
+
+
+def files_of(path: Path) -> list[str]:
+    return sorted(file.name for file in path.iterdir())
+
+
+def test_fault_05_a_lost_or_cut_file_is_refused_by_name(written, tmp_path):
+    names = files_of(written / LAST)
+    assert [name.split("-")[0] for name in names] == ["manifest.json", "meta.json", "shard", "shard"]
+    model = build.build_model(faults.tiny(1), ParallelContext())
+    for name in names:
+        for damage in (os.remove, lambda file: os.truncate(file, 100)):
+            path = tmp_path / LAST
+            shutil.copytree(written / LAST, path)
+            damage(path / name)
+            with pytest.raises(durable.BrokenCheckpoint, match=name):
+                checkpoint.load_model(path, model, "model.")
+            shutil.rmtree(path)
+
+
+def test_fault_05_all_ranks_refuse_a_damaged_shard(written, tmp_path):
+    path = tmp_path / LAST
+    shutil.copytree(written / LAST, path)
+    shard = path / files_of(path)[-1]
+    os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(RankError, match=f"BrokenCheckpoint: .*{shard.name} is damaged") as error:
+        run_ranks(read, 2, tmp_path, path, timeout_s=30)
+    assert "later: " in str(error.value)
+
+
+def test_fault_05_the_newest_good_one_is_used_with_a_warning(written, tmp_path):
+    shutil.copytree(written / LAST, tmp_path / "a.ckpt")
+    shutil.copytree(written / LAST, tmp_path / "b.ckpt")
+    shard = files_of(tmp_path / "b.ckpt")[-1]
+    (tmp_path / "b.ckpt" / shard).unlink()
+    with pytest.warns(UserWarning, match=f"passed over: .*{shard} is missing"):
+        assert durable.newest_good(tmp_path).name == "a.ckpt"
+
+
+# ---------------------------------------------------------------------- what is in it
+
+
+def save_slowly_then_train_on(rank: int, world_size: int, folder: Path, background: bool) -> set[float]:
+    """Overwrites every tensor with NEW while (or after) a checkpoint of OLD is written; what is read back."""
+    trainer, path, fsync = faults.one_step(world_size, folder), folder / "checkpoints" / LAST, os.fsync
+    for t in faults.tensors(trainer).values():
+        t.fill_(OLD)
+
+    def slow(handle: int) -> None:
+        time.sleep(0.3)
+        fsync(handle)
+
+    os.fsync = slow
+    saving = checkpoint.Saving(path, faults.state(trainer, OLD), trainer.strategy.context, background)
+    for t in faults.tensors(trainer).values():
+        t.fill_(NEW)
+    saving.finish()
+    checkpoint.load(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
+    return {float(value) for t in faults.tensors(trainer).values() for value in t.unique()}
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_fault_07_a_slow_writer_saves_the_step_it_was_asked_to(background, tmp_path):
+    assert run_ranks(save_slowly_then_train_on, 2, tmp_path, background) == [{OLD}, {OLD}]
+
+
+def test_fault_10_all_experts_are_on_disk(tmp_path):
+    """One process reads all of them from what two ranks with four experts each have written; no two are the same."""
+    ranks = run_ranks(faults.write_whole, 2, tmp_path)
+    model = build.build_model(faults.tiny(1), ParallelContext())
+    checkpoint.load_model(tmp_path / "checkpoints" / LAST, model, "model.")
+    saved = faults.whole(ranks)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, saved[f"model.{name}"]), name
+    for name in ranks[0]["experts"]:
+        weights = saved[name].flatten(1)
+        assert len(weights) == faults.EXPERTS
+        if "bias" not in name:
+            assert len(weights.unique(dim=0)) == faults.EXPERTS, name

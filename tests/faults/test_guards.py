@@ -1,0 +1,390 @@
+"""Faults that stop a run (numbers of docs: 13-16, 19, 26, 27, 31): every rank ends, soon, and says why.
+
+Ranks are processes of run_ranks where one of them raises, and a real run of the train command where a process is
+killed or stopped: run_ranks would end the others itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from datamodules import sequences
+from scmoe.config import Config
+from scmoe.moe.stream import MoEStream
+from scmoe.parallel.debug import CompareCollectives
+from scmoe.parallel.dispatcher import AllToAllDispatcher, check_ceiling
+from scmoe.parallel.guard import Guard
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.testbed.ranks import RankError, run_ranks
+from scmoe.training import build
+from scmoe.training.callbacks import DataPosition
+from scmoe.training.module import LanguageModel
+from tests.distributed.test_ep_equality import tiny
+
+pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.xdist_group("ranks")]
+
+ROOT = Path(__file__).parents[2]
+SOON_S = 10.0
+MODEL = "position=pos2 strategy.ep_size=2"
+
+
+def fit(config: Config, module: LanguageModel | None = None, data: Any = None) -> LanguageModel:
+    module = module or build.build_module(config)
+    trainer = build.build_trainer(config, [DataPosition()], [])
+    trainer.fit(module, data or build.build_datamodule(config))
+    return module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def started() -> None:
+    """The server that ranks are forked from: it takes some seconds, which are not those of a fault."""
+    run_ranks(nothing, 1)
+
+
+def nothing(rank: int, world_size: int) -> None:
+    pass
+
+
+def failure(fn: Any, world_size: int, *args: Any) -> str:
+    """What run_ranks says of ranks that must fail, and must do so soon."""
+    started = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        run_ranks(fn, world_size, *args, timeout_s=60)
+    assert time.monotonic() - started < SOON_S, "it took too long"
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------- 13: one rank raises
+
+
+class Broken(RuntimeError):
+    pass
+
+
+PHASES = ("configure_model", "training_step", "on_after_backward", "validation_step", "on_save_checkpoint")
+
+
+def raise_in(rank: int, world_size: int, phase: str, folder: str) -> None:
+    config = tiny(f"{MODEL} trainer.val_every=2 strategy.timeout_s=20", world_size)
+    module = build.build_module(config)
+    if rank == 1:
+
+        def broken(*_: Any, **__: Any) -> None:
+            raise Broken(f"in {phase}")
+
+        setattr(module, phase, broken)
+    trainer = build.build_trainer(config, [DataPosition()], [])
+    trainer.fit(module, build.build_datamodule(config))
+    trainer.save_checkpoint(Path(folder) / "step=3.ckpt")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_13_a_rank_that_raises_is_named_first(phase, tmp_path):
+    message = failure(raise_in, 2, phase, str(tmp_path))
+    assert message.startswith("rank 1 of 2 failed first:\nTraceback")
+    assert f"Broken: in {phase}" in message
+
+
+# ---------------------------------------------------------------------- 13, 14: a real run, whose ranks are processes
+
+# The train command, with a rank that raises at its third step. argv: that rank, then what the command takes.
+RAISING = """
+import os, sys
+from scmoe.training.module import LanguageModel
+rank, steps, train = sys.argv[1], [], LanguageModel.training_step
+def training_step(self, batch, batch_idx):
+    if batch_idx == 3 and os.environ.get("LOCAL_RANK", "0") == rank:
+        raise RuntimeError(f"rank {rank} is broken")
+    return train(self, batch, batch_idx)
+LanguageModel.training_step = training_step
+from experiments.train import main
+sys.exit(main(sys.argv[2:]))
+"""
+ENDLESS = ("trainer.max_steps=1000000", "trainer.val_every=1000000", "trainer.checkpoint_every=1000000")
+TIMEOUT_S = 10.0
+SLACK_S = 15.0  # for the interpreter's end and Lightning's observer, which looks every 5 s
+
+
+def start(tmp_path: Path, *command: str) -> subprocess.Popen[str]:
+    arguments = ["configs/debug.yaml", "trainer.devices=2", f"runs_dir={tmp_path}", f"strategy.timeout_s={TIMEOUT_S}"]
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "TORCHELASTIC_", "MASTER_"))}
+    return subprocess.Popen(
+        [sys.executable, *command, *arguments, *ENDLESS],
+        cwd=ROOT,
+        env={**env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return [int(child) for child in found.stdout.split()]
+
+
+def end(run: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+
+
+@pytest.mark.parametrize("rank", (0, 1))
+def test_13_a_rank_of_a_real_run_that_raises_ends_it(tmp_path, rank):
+    script = tmp_path / "raising.py"
+    script.write_text(RAISING)
+    run = start(tmp_path, str(script), str(rank))
+    try:
+        lines = []
+        for line in run.stderr:
+            lines.append(line)
+            if f"RuntimeError: rank {rank} is broken" in line:
+                break
+        run.wait(timeout=SOON_S)
+        assert run.returncode != 0
+        assert not [line for line in lines if "Connection closed" in line], "its own traceback comes first"
+    finally:
+        end(run)
+
+
+@pytest.mark.parametrize("rank, how", [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)])
+def test_14_a_rank_killed_or_stopped_ends_the_run(tmp_path, rank, how):
+    run = start(tmp_path, "-m", "experiments.train")
+    try:
+        assert any(line.startswith("step 3/") for line in run.stderr), "the run does not train"
+        (other,) = children(run.pid)
+        os.kill(other if rank == 1 else run.pid, how)
+        survivor = run.pid if rank == 1 else other
+        deadline = time.monotonic() + TIMEOUT_S + SLACK_S
+        while is_running(survivor) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not is_running(survivor), "the survivor hangs"
+    finally:
+        end(run)
+    said = run.stderr.read()
+    if how == signal.SIGSTOP:
+        assert re.search(r"[Tt]imed out", said), said
+        assert re.search(rf"rank {1 - rank} waited at .*; roll call: .*[Rr]anks? {rank}", said), said
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# ---------------------------------------------------------------------- 15: collectives in another order
+
+
+def swap_two_sums(rank: int, world_size: int, compared: bool) -> list[float]:
+    dist.init_process_group("gloo")
+    from datetime import timedelta
+
+    compare = CompareCollectives(timedelta(seconds=10))
+    if compared:
+        compare.install()
+    loads, norms = torch.tensor([1.0]), torch.tensor([100.0])
+    if rank == 0:
+        dist.all_reduce(loads)
+        dist.all_reduce(norms)
+    else:
+        dist.all_reduce(norms)
+        dist.all_reduce(loads)
+    compare.remove()
+    return [loads.item(), norms.item()]
+
+
+@pytest.mark.representative
+def test_15_collectives_in_another_order_are_named():
+    assert run_ranks(swap_two_sums, 2, False) == [[101.0, 101.0]] * 2, "the fault: wrong sums, and no word"
+    message = failure(swap_two_sums, 2, True)
+    assert "OrderError: collective 0 is not the same on all ranks; rank 0: all_reduce of torch.float32 (1,)" in message
+    assert re.search(r"rank 0: \S+ .* at test_guards\.py:\d+; rank 1: \S+ .* at test_guards\.py:\d+", message)
+
+
+def trained_weights(rank: int, world_size: int, debug: bool) -> dict[str, Tensor]:
+    text = f"position=pos2 strategy.ep_size=1 strategy.debug_collectives={str(debug).lower()}"
+    config = tiny(text if rank < 0 else text.replace("ep_size=1", "ep_size=2"), world_size)
+    before = dist.all_reduce
+    weights = {name: p.detach().clone() for name, p in fit(config).named_parameters()}
+    assert dist.all_reduce is before, "taken out again"
+    return weights
+
+
+def test_15_comparing_changes_no_number():
+    for plain, compared in zip(run_ranks(trained_weights, 2, False), run_ranks(trained_weights, 2, True), strict=True):
+        assert all(torch.equal(plain[name], compared[name]) for name in plain)
+
+
+# ---------------------------------------------------------------------- 16: uneven batches
+
+
+def shorten(rank: int, world_size: int, loader: str) -> None:
+    config = tiny(f"{MODEL} strategy.timeout_s=5 trainer.val_every=2", world_size)
+    data = build.build_datamodule(config)
+    whole = getattr(data, loader)
+
+    def short() -> Any:
+        batches = list(whole())
+        return batches[: len(batches) - (rank == 1)]
+
+    setattr(data, loader, short)
+    fit(config, data=data)
+
+
+@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
+def test_16_a_rank_with_fewer_batches_does_not_hang(loader):
+    """Refused, or ended by the timeout of 5 s."""
+    failure(shorten, 2, loader)
+
+
+# ---------------------------------------------------------------------- 19: a data worker dies
+
+
+def kill_worker(rank: int, world_size: int) -> None:
+    config = tiny(f"{MODEL} data.workers=1 strategy.timeout_s=10", world_size)
+    if rank == 1:  # in a worker alone: this process never reads a sample itself
+        sequences.TrainSequences.__getitem__ = lambda self, i: os._exit(1)
+    fit(config)
+
+
+def test_19_a_data_worker_that_dies_is_named():
+    message = failure(kill_worker, 2)
+    assert message.startswith("rank 1 of 2 failed first:")
+    assert re.search(r"DataLoader worker .* exited unexpectedly", message)
+
+
+# ---------------------------------------------------------------------- 27: not a number
+
+
+class Poisoned(LanguageModel):
+    """In step 1, rank `bad` has a NaN or Inf at one place."""
+
+    place, bad = "", 1
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor | None]:
+        self.weights = [p.detach().clone() for p in self.parameters()]
+        here = batch_idx == 1 and self.parallel_context.rank == self.bad
+        block, value = self.model.blocks[0], float("inf") if "inf" in self.place else float("nan")
+        hooks = []
+        if here and self.place.startswith("output"):
+            target = block.moe.experts
+            hooks.append(target.register_forward_hook(lambda m, a, out: out * value, prepend=True))
+        if here and self.place.startswith("backward"):
+            block.tap_norm.register_full_backward_pre_hook(lambda m, g: (g[0] * value,))
+        result = super().training_step(batch, batch_idx)
+        for hook in hooks:
+            hook.remove()
+        if here and self.place.startswith("loss"):
+            result["loss"] = result["loss"] + torch.tensor(value)  # leaves all gradients as they are
+        return result
+
+
+def poison(rank: int, world_size: int, place: str) -> None:
+    config = tiny(f"position=pos2 trainer.accumulate=1 strategy.ep_size={world_size}", world_size)
+    module = Poisoned(lambda context: build.build_model(config, context), max_steps=3)
+    module.place, module.bad = place, world_size - 1
+    try:
+        fit(config, module)
+    except FloatingPointError as error:
+        same = all(torch.equal(p, old) for p, old in zip(module.parameters(), module.weights, strict=True))
+        error.add_note(f"weights as they were: {same}")
+        raise
+
+
+PLACES = {
+    "output": "output of blocks.0.moe.experts",
+    "output inf": "output of blocks.0.moe.experts",
+    "backward": "gradient into blocks.0.tap_norm",
+    "loss": "loss",
+    "loss inf": "loss",
+}
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize("place", PLACES)
+def test_27_a_number_that_is_not_finite_stops_all_ranks_before_the_update(place):
+    message = failure(poison, 2, place)
+    assert re.search(rf"first not finite: (rank 0: [^;]*; )?rank 1: {re.escape(PLACES[place])}", message), message
+    assert message.count("weights as they were: True") == 2 or message.count("later: weights as they were: True") == 1
+
+
+def test_27_one_process_too():
+    assert "first not finite: rank 0: output of blocks.0.moe.experts" in failure(poison, 1, "output")
+
+
+class Counted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_27_good_steps_leave_nothing_behind_and_ask_nobody():
+    module = Counted()
+    guard = Guard(module)
+    with patch.object(dist, "all_gather_object") as gather:
+        for _ in range(3):
+            module(torch.ones(1, 2)).sum().backward()
+            guard.note_loss(torch.tensor(1.0))
+            assert float(guard.loss_as_zero()) == 0.0
+            assert len(guard.trace) == 3
+            guard.check(torch.tensor(1.0), ParallelContext())
+            assert (guard.trace, guard.losses) == ([], [])
+    assert not gather.called
+
+
+# ---------------------------------------------------------------------- 31: all tokens to one expert
+
+
+def all_to_one(rank: int, world_size: int, ceiling: str) -> None:
+    config = tiny(f"position=pos2 moe.dropless_ceiling={ceiling} strategy.ep_size=2", world_size)
+    module = build.build_module(config)
+    configure = module.configure_model
+
+    def collapsed() -> None:
+        configure()
+        for block in module.model.blocks:
+            with torch.no_grad():
+                block.tap_norm.weight[0], block.tap_norm.bias[0] = 0.0, 20.0
+                block.moe.router.gate.weight[:, 0] = torch.tensor([5.0] + [-5.0] * 7)
+
+    module.configure_model = collapsed
+    try:
+        fit(config, module)
+    finally:
+        assert all(isinstance(m.dispatcher, AllToAllDispatcher) for m in module.modules() if isinstance(m, MoEStream))
+
+
+@pytest.mark.representative
+def test_31_a_ceiling_ends_all_ranks_before_memory_is_gone():
+    message = failure(all_to_one, 2, "1.5")
+    assert re.search(r"CeilingError: rank 0 of .* would receive \d+ rows, allowed: 1.5 x the fair share", message)
+    assert re.search(r"rank [01], later: .*CeilingError: rank 0 ", message), "alike on both ranks"
+    run_ranks(all_to_one, 2, "2")  # all rows on one of two ranks are twice the fair share, and no more
+    run_ranks(all_to_one, 2, "null")
+
+
+def test_31_the_ceiling_is_of_the_fair_share():
+    check_ceiling([15, 5], 1.5)
+    check_ceiling([0, 0], 1.0)
+    with pytest.raises(MemoryError, match=r"rank 1 .* would receive 16 rows, allowed: 1.5 x the fair share of 10 "):
+        check_ceiling([4, 16], 1.5)

@@ -1,0 +1,88 @@
+"""Faults 8, 9 and 11: going on from any step, at any EP degree, on any number of ranks, as if nothing had happened.
+
+`python -m experiments.faults resume` and `reshard` do it at every step and for every pair of EP degrees. Fault 12,
+SIGTERM, is in tests/smoke/test_stop.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from torch import Tensor
+
+from experiments import faults
+from scmoe.parallel import checkpoint
+from scmoe.testbed.ranks import run_ranks
+from scmoe.training.module import LanguageModel
+
+pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.xdist_group("ranks")]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.representative)])
+def test_fault_08_a_resumed_run_is_the_straight_run_to_the_bit(world_size, workers):
+    """Dropout, gate noise, shuffled samples, gradients accumulated over two batches; the first step, one in the middle
+    and the last but one."""
+    assert faults.resume(3, [world_size], [workers]) == {"compared": 3, "bit_equal": 3}
+
+
+def run_without_random_state(
+    rank: int, world_size: int, workers: int, folder: Path, resume_from: list[Path]
+) -> list[dict[str, Any]]:
+    with patch.object(checkpoint, "set_rng_states"):
+        return faults.run(rank, world_size, workers, folder, resume_from)
+
+
+def test_fault_08_one_thing_not_restored_shows(tmp_path):
+    """Else the comparison above would say nothing."""
+    ((straight,),) = run_ranks(faults.run, 1, 0, tmp_path / "straight", [])
+    saved = [tmp_path / "straight" / "0" / "checkpoints" / "step=3.ckpt"]
+    ((resumed,),) = run_ranks(run_without_random_state, 1, 0, tmp_path / "resumed", saved)
+    assert not faults.same(resumed, straight)
+
+
+@pytest.mark.parametrize("degrees", [pytest.param((1, 2), marks=pytest.mark.representative), (1, 2, 4, 8)])
+def test_fault_09_another_ep_degree_reads_the_same_weights_and_moments(degrees):
+    assert faults.reshard(degrees) == {"pairs": len(degrees) ** 2, "equal": len(degrees) ** 2}
+
+
+# ---------------------------------------------------------------------- the order of the samples
+
+
+def samples_seen(
+    rank: int, world_size: int, folder: Path, steps: int, resume_from: Path | None
+) -> list[list[tuple[int, ...]]]:
+    """This rank's samples, micro-batch by micro-batch."""
+    seen: list[list[tuple[int, ...]]] = []
+    training_step = LanguageModel.training_step
+
+    def noted(module: LanguageModel, batch: dict[str, Tensor], batch_idx: int) -> Any:
+        seen.append([tuple(sample) for sample in batch["input_ids"].tolist()])
+        return training_step(module, batch, batch_idx)
+
+    config = faults.tiny(
+        world_size, "trainer.accumulate=2", f"trainer.max_steps={steps}", "trainer.checkpoint_every=1", "data.workers=2"
+    )
+    with patch.object(LanguageModel, "training_step", noted):
+        faults.fit(config, folder, resume_from)
+    return seen
+
+
+def micro_batches(ranks: list[list[list[tuple[int, ...]]]]) -> list[set[tuple[int, ...]]]:
+    """Global ones; which rank has which sample of one changes no sum but in its rounding."""
+    return [{sample for share in shares for sample in share} for shares in zip(*ranks, strict=True)]
+
+
+def test_fault_11_another_number_of_ranks_sees_the_same_batches_in_the_same_order(tmp_path):
+    """Six steps on two ranks; two of them on two ranks, then the rest on one, or on four."""
+    straight = micro_batches(run_ranks(samples_seen, 2, tmp_path / "straight", 6, None))
+    assert len(straight) == 12 and all(len(batch) == 8 for batch in straight)
+    assert len(set.union(*straight)) == 12 * 8, "a sample that is there twice could hide another's absence"
+    begun = micro_batches(run_ranks(samples_seen, 2, tmp_path / "begun", 2, None))
+    for world_size in (1, 4):
+        saved = tmp_path / "begun" / "checkpoints" / "step=2.ckpt"
+        rest = micro_batches(run_ranks(samples_seen, world_size, tmp_path / str(world_size), 6, saved))
+        assert begun + rest == straight

@@ -1,0 +1,279 @@
+"""Faults 32-36: trouble with W&B ends no run, no key is kept, nothing in a YAML or a checkpoint executes, and a run's
+name stays under the root."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scmoe.config import Config, load
+from scmoe.config_check import ConfigError
+from scmoe.models.gpt import GPT
+from scmoe.parallel import checkpoint, durable
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.testbed.ranks import run_ranks
+from scmoe.training import build, logging
+from tests.distributed.test_ep_equality import tiny
+from tests.smoke.test_train import CANARY, EXACT, TRAIN, run
+
+pytestmark = [pytest.mark.faults]
+NOBODY = "http://127.0.0.1:9"  # no server listens at the port `discard`
+
+
+# ---------------------------------------------------------------------- 32: W&B
+
+
+@pytest.fixture
+def no_server(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", CANARY)
+    monkeypatch.setenv("WANDB_BASE_URL", NOBODY)
+    monkeypatch.setattr(logging, "INIT_TIMEOUT_S", 1.0)
+
+
+def wandb_loggers(run_dir: Path, mode: str) -> list[Any]:
+    config = load(None, [f"logger.mode={mode}"])
+    return build.build_loggers(config, run_dir, resumed_step=None)
+
+
+@pytest.mark.slow
+def test_32_auto_goes_offline_where_no_server_answers(no_server, tmp_path, capsys):
+    loggers = wandb_loggers(tmp_path, "auto")
+    try:
+        assert loggers[1].experiment.offline
+        loggers[1].log_metrics({"a": 1.0}, 0)
+    finally:
+        logging.close_loggers(loggers)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert "goes offline" in warnings[0]
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.slow
+def test_32_online_asked_for_and_not_to_be_had_is_an_error(no_server, tmp_path):
+    with pytest.raises(ConfigError, match=r"^logger.mode is online, allowed here: offline \| disabled: "):
+        wandb_loggers(tmp_path, "online")
+
+
+@pytest.mark.slow
+def test_32_a_killed_wandb_process_ends_nothing(tmp_path, capsys):
+    """In a process of its own, as W&B has one service for all runs of a process."""
+    done = run("-c", KILLED, str(tmp_path))
+    assert done.code == 0, done.err
+    assert "went on" in done.out
+    assert done.err.count("warning: Weights & Biases gets no more of this run") == 1
+
+
+KILLED = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from scmoe.config import load
+from scmoe.training import build, logging
+loggers = build.build_loggers(load(None, ["logger.mode=offline"]), Path(sys.argv[1]), None)
+loggers[1].log_metrics({"a": 1.0}, 0)
+for pid in subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split():
+    command = Path(f"/proc/{pid}/cmdline")
+    if command.exists() and "wandb-core" in command.read_text():
+        os.kill(int(pid), signal.SIGKILL)
+time.sleep(1)
+for step in range(1, 5):
+    for logger in loggers:
+        logger.log_metrics({"a": 1.0}, step)
+logging.close_loggers(loggers)
+print("went on")
+"""
+
+
+# ---------------------------------------------------------------------- 33: keys
+
+
+@pytest.mark.smoke
+def test_33_a_key_is_in_no_file_of_a_run(tmp_path):
+    """Neither from the environment nor from a netrc."""
+    home = tmp_path / "home"
+    home.mkdir()
+    netrc = home / ".netrc"
+    netrc.write_text(f"machine api.wandb.ai login user password {CANARY[::-1]}\n")
+    netrc.chmod(0o600)
+    runs = tmp_path / "runs"
+    settings = (f"runs_dir={runs}", "logger.mode=offline", *EXACT)
+    variables = {"WANDB_API_KEY": CANARY, "HOME": str(home), "NETRC": str(netrc)}
+    done = run(*TRAIN, "configs/debug.yaml", *settings, **variables)
+    assert done.code == 0, done.err
+    files = [path for path in runs.rglob("*") if path.is_file()]
+    assert {".ckpt", ".wandb"} <= {p.suffix for p in [*files, *(path.parent for path in files)]}
+    for key in (CANARY, CANARY[::-1]):
+        assert key not in done.out + done.err
+        assert not [path for path in files if key.encode() in path.read_bytes()]
+
+
+# ---------------------------------------------------------------------- 34: checkpoints
+
+
+class Payload:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.proof,))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """A checkpoint of a tiny model, by one rank."""
+    folder = tmp_path_factory.mktemp("written")
+    run_ranks(write_checkpoint, 1, folder)
+    return folder / "step=1.ckpt"
+
+
+def write_checkpoint(rank: int, world_size: int, folder: Path) -> None:
+    config = tiny("position=pos2 trainer.max_steps=1", world_size)
+    module = build.build_module(config)
+    trainer = build.build_trainer(config, build.build_callbacks(config, None)[:1], [])
+    trainer.fit(module, build.build_datamodule(config))
+    trainer.save_checkpoint(folder / "step=1.ckpt")
+
+
+def reseal(path: Path) -> None:
+    """As an attacker would, who knows the format: the manifest is of what lies there now."""
+    step = json.loads((path / durable.MANIFEST).read_text())["step"]
+    (path / durable.MANIFEST).unlink()
+    files = {str(file.relative_to(path)): durable.fingerprint(file) for file in path.rglob("*") if file.is_file()}
+    (path / durable.MANIFEST).write_text(durable._seal({"step": step, "files": files}))
+
+
+PLACES = ("meta.json", "manifest.json", ".metadata", "extra.pt", "data.pkl", "shard")
+
+
+@pytest.mark.dist
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.representative
+@pytest.mark.parametrize("sealed", [False, True], ids=["as found", "sealed anew"])
+@pytest.mark.parametrize("place", PLACES)
+def test_34_a_pickle_in_a_checkpoint_is_not_run(place, sealed, written, tmp_path):
+    path, proof = tmp_path / "step=1.ckpt", tmp_path / "executed"
+    shutil.copytree(written, path)
+    name = next(path.glob("*.safetensors")).name if place == "shard" else place
+    (path / name).write_bytes(pickle.dumps(Payload(proof)))
+    if sealed and place != "manifest.json":
+        reseal(path)
+    model = build.build_model(tiny("position=pos2"), ParallelContext())
+    refused = None
+    try:
+        checkpoint.load_model(path, model, "model.")
+    except Exception as error:  # whatever it is, the question is what has run
+        refused = error
+    assert not proof.exists(), "it was executed"
+    if not sealed:
+        assert isinstance(refused, durable.BrokenCheckpoint)
+        assert name in str(refused)
+
+
+@pytest.mark.representative
+def test_34_the_payload_works_where_pickles_are_read(tmp_path):
+    """Else the tests above would show nothing."""
+    pickle.loads(pickle.dumps(Payload(tmp_path / "executed")))
+    assert (tmp_path / "executed").exists()
+
+
+@pytest.mark.representative
+def test_34_resuming_reads_meta_as_json(written, tmp_path):
+    """meta.json is read for resuming alone, so `load_model` would not notice."""
+    proof = tmp_path / "executed"
+    with pytest.raises(ValueError):
+        checkpoint._from_json(json.loads(pickle.dumps(Payload(proof), protocol=0)))
+    assert not proof.exists()
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize("dtype", ["load", "os", "__builtins__", "hub", "Tensor", "nothing"])
+def test_34_a_type_in_meta_is_a_type(dtype):
+    with pytest.raises((AssertionError, ValueError, AttributeError)):
+        checkpoint._from_json({"__tensor__": [1], "dtype": dtype})
+
+
+# ---------------------------------------------------------------------- 35: YAML
+
+YAML = (
+    "model:\n  _target_: os.system\n  _args_: ['touch {proof}']\n",
+    "_target_: pathlib.Path.touch\n",
+    "name: !!python/object/apply:os.system ['touch {proof}']\n",
+    "name: !!python/object:pathlib.Path {{}}\n",
+    "name: !!python/name:os.system\n",
+    "name: !!python/module:antigravity\n",
+    "data:\n  path: !!python/object/new:os.system ['touch {proof}']\n",
+    "name: ${{oc.env:WANDB_API_KEY}}\n",
+    "name: ${{oc.env:HOME,x}}\n",
+    "data:\n  path: ${{oc.create:{{}}}}\n",
+    "data:\n  path: ${{oc.decode:x}}\n",
+    "logger:\n  tags: ['${{oc.env:HOME}}']\n",
+    "data:\n  tokenizer: ${{name}}\n",
+    "optim:\n  lr: __import__('os').system('touch {proof}')\n",
+    "seed: 1 + 1\n",
+    "name: &a [*a]\n",
+)
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize("text", YAML)
+def test_35_nothing_in_a_yaml_executes(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", CANARY)
+    proof = tmp_path / "executed"
+    (tmp_path / "bad.yaml").write_text(text.format(proof=proof))
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "bad.yaml")
+    assert len(str(caught.value).splitlines()) == 1
+    assert not proof.exists()
+    assert CANARY not in str(caught.value)
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize("text", ["${oc.env:HOME}", "!!python/name:os.system", "${oc.create:x}"])
+def test_35_nor_on_the_command_line(text):
+    with pytest.raises(ConfigError):
+        load(None, [f"data.tokenizer={text}"])
+
+
+@pytest.mark.representative
+def test_35_the_tree_names_no_class():
+    """A value is text, number or list, of a type that the field has: there is no registry to name things in."""
+    assert not [key for key in vars(Config()) if key.startswith("_")]
+    assert GPT is type(build.build_model_on_meta(load(None, ["data.name=synthetic"])))
+
+
+# ---------------------------------------------------------------------- 36: names
+
+NAMES = (
+    *("../x", "..", ".", "/tmp/x", "a/b", "a/../../b", "..\\x", "a\\b", "C:x", "~", "~/x", "~root", "$HOME", "`id`"),
+    *("a b", " a", "a\n", "a\nb", "a\tb", "a\x00b", "-rf", "--help", ".hidden", "_x", "a;b", "a|b", "a*", "a?", "é"),
+    *("\u202etxt", "\uff0e\uff0e\uff0fx", "%2e%2e%2fx", "a" * 300, "{a}", "con:"),
+)
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize("name", NAMES, ids=repr)
+def test_36_a_hostile_name_is_refused_or_stays_under_the_root(name, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"name: {json.dumps(name)}\n")
+    root, outside = tmp_path / "runs", set(tmp_path.parent.iterdir())
+    try:
+        config = load(tmp_path / "c.yaml", [f"runs_dir={root}"])
+    except ConfigError as error:
+        assert len(str(error).splitlines()) == 1
+        return
+    run_dir = logging.create_run_dir(root, config.name, ["name=../../x", f"model.dim={name}"], "")
+    assert run_dir.resolve().is_relative_to(root.resolve())
+    assert set(tmp_path.parent.iterdir()) == outside
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize("override", NAMES, ids=repr)
+def test_36_overrides_in_a_folder_s_name_stay_under_the_root(override, tmp_path):
+    run_dir = logging.create_run_dir(tmp_path / "runs", "a", [f"x={override}"], "")
+    assert run_dir.resolve().parent == (tmp_path / "runs" / "a").resolve()

@@ -1,0 +1,48 @@
+"""Activation checkpointing changes no bit, keeps less, and routes once."""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from scmoe.config import load
+from scmoe.moe.router import Router
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.training.build import build_model
+
+TINY = "model.dim=32 model.heads=2 model.layers=4 moe.num_experts=4 moe.top_k=2 moe.noisy=true model.dropout=0.1"
+SIZES = "data.name=synthetic data.vocab_size=64 data.seq_len=16"
+
+
+def step(architecture, recompute, monkeypatch):
+    """Logits, gradients, bytes kept for backward, and how often a router ran."""
+    overrides = [*TINY.split(), *SIZES.split(), f"moe.architecture={architecture}", f"trainer.recompute={recompute}"]
+    model = build_model(load(None, overrides), ParallelContext()).double()
+    routed, forward, kept = [], Router.forward, {}
+
+    def counting(self, *arguments):
+        routed.append(1)
+        return forward(self, *arguments)
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Router, "forward", counting)
+        torch.manual_seed(3)
+        ids = torch.randint(64, (4, 16))
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = model(ids).logits_BSV
+        logits.square().sum().backward()
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    activations = sum(size for pointer, size in kept.items() if pointer not in parameters)
+    return [logits, *(p.grad for p in model.parameters())], activations, len(routed)
+
+
+@pytest.mark.parametrize("architecture", ("top_k", "shared_expert", "scmoe"))
+def test_recomputing_changes_no_bit_and_keeps_less(architecture, monkeypatch):
+    plain, kept, routed = step(architecture, False, monkeypatch)
+    again, kept_again, routed_again = step(architecture, True, monkeypatch)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True)), "dropout and noise included"
+    assert kept_again < 0.6 * kept
+    assert routed == routed_again == 2, "routing is kept, not computed again"
