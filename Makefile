@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train resume sample list bench figures test test-fast test-dist test-faults mutate lint format typecheck ci clean
+.PHONY: help setup train resume sample export list bench figures test test-fast test-dist test-faults mutate lint format typecheck ci clean
 
 help:  ## this list
 	@echo "usage: make TARGET [CONFIG=$(CONFIG)] [RUN=runs/...] [ARGS=\"optim.lr=1e-3 ...\"]"; echo
@@ -39,6 +39,9 @@ resume: $(READY)  ## go on with RUN (the newest)
 
 sample: $(READY)  ## write text with the model of RUN (the newest)
 	@$(PY) -m experiments.sample $(or $(RUN),runs/latest) $(ARGS)
+
+export: $(READY)  ## write the weights of RUN (the newest) as one safetensors file
+	@$(PY) -m experiments.export $(or $(RUN),runs/latest) $(ARGS)
 
 list: $(READY)  ## configs, models, data sets, architectures
 	@$(PY) -m experiments.list $(ARGS)

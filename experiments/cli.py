@@ -8,6 +8,7 @@ from importlib import import_module
 VERBS = {
     "train": "train a model, or resume a run",
     "sample": "write text with a run's model",
+    "export": "write a run's weights as one file",
     "list": "configs, models, data sets, architectures",
     "bench": "measure",
     "figures": "draw the figures of the README",

@@ -1,0 +1,69 @@
+"""One file of whole weights out of a checkpoint, and back into a plain one-process model."""
+
+from __future__ import annotations
+
+import os
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+from scmoe.parallel import durable
+
+FORMAT_VERSION = "1"
+
+
+def consolidate(checkpoint: Path, out: Path, prefix: str = "model.") -> None:
+    """Writes the weights of a checkpoint to one safetensors file, whole or not at all, experts by global id.
+
+    prefix: the model's name in the LightningModule, with its dot; it is taken off. ValueError: a broken checkpoint.
+    """
+    step = durable.verify(checkpoint)
+    start = f"model.{prefix}"
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    weights = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if name.startswith(start)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is meant
+        dcp.load(weights, storage_reader=reader, no_dist=True)
+    header = {"format": "pt", "format_version": FORMAT_VERSION, "step": str(step)}
+    partial = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        save_file({name.removeprefix(start): t for name, t in weights.items()}, partial, metadata=header)
+        partial.chmod(0o644)  # to be handed on
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Reads an exported file into a whole model in one process. ValueError: another model's, or another format."""
+    own = dict(model.named_parameters())
+    with safe_open(path, framework="pt") as file:
+        version = (file.metadata() or {}).get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{path} has format version {version}, allowed: {FORMAT_VERSION}")
+        there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        for name in sorted(own.keys() | there.keys()):
+            here = tuple(own[name].shape) if name in own else None
+            if here != there.get(name):
+                raise ValueError(
+                    f"{path} holds another model: {name} is {there.get(name, 'absent')} there"
+                    f" and {here or 'absent'} here"
+                )
+        for name, p in own.items():
+            p.copy_(file.get_tensor(name))

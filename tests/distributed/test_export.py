@@ -1,0 +1,64 @@
+"""An exported file holds the checkpoint's weights to the bit, experts by global id, for a plain one-process model."""
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from experiments import export
+from scmoe.config import load
+from scmoe.parallel.checkpoint import load_model
+from scmoe.parallel.durable import newest_good, verify
+from scmoe.parallel.export import load_weights
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.training import build
+from tests.smoke.test_train import TRAIN, run
+
+pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    sizes = ("trainer.devices=2", "strategy.ep_size=2", "logger.mode=disabled")
+    done = run(*TRAIN, "configs/debug.yaml", *sizes, f"runs_dir={runs}")
+    assert export.main([done.summary["run_dir"]]) == 0
+    return type(runs)(done.summary["run_dir"])
+
+
+def model(run_dir, *overrides):
+    return build.build_model(load(run_dir / "config.yaml", list(overrides)), ParallelContext()).eval()
+
+
+def test_weights_and_logits_are_those_of_the_shards(run_dir):
+    expected, loaded = model(run_dir), model(run_dir)
+    load_model(newest_good(run_dir / "checkpoints"), expected, prefix="model.")
+    load_weights(run_dir / "export/model.safetensors", loaded)
+    for name, p in expected.named_parameters():
+        assert torch.equal(p, loaded.get_parameter(name)), name
+    ids = torch.randint(64, (2, 16))
+    assert torch.equal(expected(ids).logits_BSV, loaded(ids).logits_BSV)
+    fresh = model(run_dir)
+    assert any(not torch.equal(p, fresh.get_parameter(n)) for n, p in loaded.named_parameters()), "nothing was read"
+
+
+def test_experts_are_the_ranks_shards_in_their_order(run_dir):
+    """Read file by file, without torch.distributed: rank 0 holds experts 0 and 1, rank 1 experts 2 and 3."""
+    loaded = model(run_dir)
+    load_weights(run_dir / "export/model.safetensors", loaded)
+    shards = sorted(newest_good(run_dir / "checkpoints").glob("shard-*"))
+    name = "blocks.0.moe.experts.w_in_eDF"
+    halves = [load_file(shard)[f"model.model.{name}"] for shard in shards]
+    assert [len(half) for half in halves] == [2, 2]
+    assert torch.equal(torch.cat(halves), loaded.get_parameter(name))
+
+
+def test_folder_and_header(run_dir):
+    assert sorted(f.name for f in (run_dir / "export").iterdir()) == ["config.yaml", "model.safetensors"]
+    with safe_open(run_dir / "export/model.safetensors", framework="pt") as file:
+        assert int(file.metadata()["step"]) == verify(newest_good(run_dir / "checkpoints"))
+
+
+def test_another_model_is_refused_by_name(run_dir):
+    with pytest.raises(ValueError, match=r"holds another model: .*experts"):
+        load_weights(run_dir / "export/model.safetensors", model(run_dir, "moe.num_experts=16"))
