@@ -11,11 +11,11 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train resume sample export list bench figures test test-fast test-dist test-faults mutate lint format typecheck ci clean
+.PHONY: help setup train resume sample export sweep table3 runs compare list params plan bench bench-overlap timeline figures test test-fast test-dist test-faults mutate lint format typecheck ci clean
 
 help:  ## this list
 	@echo "usage: make TARGET [CONFIG=$(CONFIG)] [RUN=runs/...] [ARGS=\"optim.lr=1e-3 ...\"]"; echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo; echo "Targets that need the environment make it first ($(VENV); PYTHON=python3.12 picks another Python)."
 
 setup: $(READY)  ## make .venv and install the project with its test tools, once
@@ -43,11 +43,35 @@ sample: $(READY)  ## write text with the model of RUN (the newest)
 export: $(READY)  ## write the weights of RUN (the newest) as one safetensors file
 	@$(PY) -m experiments.export $(or $(RUN),runs/latest) $(ARGS)
 
+table3: $(READY)  ## Table 3 at SCALE (smoke, small or paper); finished runs are skipped, cut ones go on
+	@$(PY) -m experiments.table table3 --scale $(or $(SCALE),smoke) $(ARGS)
+
+runs: $(READY)  ## list runs: state, best loss, tokens/s, what differs
+	@$(PY) -m experiments.runs $(ARGS)
+
+compare: $(READY)  ## draw the curves of RUNS="a b c" and show what differs
+	@$(PY) -m experiments.compare $(RUNS) $(ARGS)
+
+sweep: $(READY)  ## search over CONFIG=configs/sweep/lr.yaml, a W&B sweep file: at W&B with a key, else here
+	@$(PY) -m experiments.sweep $(if $(filter file,$(origin CONFIG)),configs/sweep/lr.yaml,$(CONFIG)) $(ARGS)
+
 list: $(READY)  ## configs, models, data sets, architectures
 	@$(PY) -m experiments.list $(ARGS)
 
+params: $(READY)  ## parameters of every preset and architecture, beside the paper's
+	@$(PY) -m experiments.params $(ARGS)
+
+plan: $(READY)  ## what CONFIG would take on ARGS="ep=8 dp=2": FLOPs, bytes, memory; starts nothing
+	@$(PY) -m experiments.plan $(CONFIG) $(ARGS)
+
 bench: $(READY)  ## time of the MoE layer over the same dense products
 	@$(PY) -m experiments.bench layer $(ARGS)
+
+bench-overlap: $(READY)  ## how much of the All-to-All each architecture and schedule hides, on shaped links
+	@$(PY) -m experiments.bench overlap $(ARGS)
+
+timeline: $(READY)  ## one pair's operators on the clock, measured beside planned (Fig. 7), and Chrome traces
+	@$(PY) -m experiments.timeline $(ARGS)
 
 figures: $(READY)  ## draw the figures of the README and docs
 	@$(PY) -m experiments.figures $(ARGS)

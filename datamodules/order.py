@@ -44,7 +44,13 @@ class TrainBatches:
     """
 
     def __init__(
-        self, order: SampleOrder, num_batches: int, micro_batch: int, rank: int, world: int, start: Callable[[], int]
+        self,
+        order: Callable[[np.ndarray], np.ndarray],
+        num_batches: int,
+        micro_batch: int,
+        rank: int,
+        world: int,
+        start: Callable[[], int],
     ) -> None:
         self.order = order
         self.num_batches = num_batches

@@ -5,7 +5,7 @@
                 at real tokens. Windows do not overlap and cover every target once; the last one is padded. Padding and
                 filler windows have input id 0, label -100 and no bytes.
 
-Run the Trainer with `use_distributed_sampler=False`, and call `advance()` at the end of every training batch.
+Where training stands in the data is in `positioned.py`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.order import EvalBatches, SampleOrder, TrainBatches
+from datamodules.positioned import PositionedDataModule
 
 IGNORE = -100  # the label that cross_entropy leaves out
 COUNT_CHUNK = 1 << 24  # tokens counted at a time
@@ -89,39 +89,15 @@ class EvalWindows(Dataset):
         return self.tokens[start : start + self.seq_len + 1].astype(np.int64)
 
 
-class SequenceDataModule(LightningDataModule):
-    """Loaders, position and checkpoint state over the `TokenSplits` that a subclass opens in `open_splits`.
+class SequenceDataModule(PositionedDataModule):
+    """Loaders over the `TokenSplits` that a subclass opens in `open_splits`; a sample is a sequence."""
 
-    `global_batch_size` sequences make one optimizer step, over all ranks and `accumulate` micro-batches; `num_batches`
-    is the training's number of micro-batches, max_steps x accumulate; `consumed_samples` the position in the order.
-    """
-
-    def __init__(
-        self,
-        *,
-        seq_len: int,
-        global_batch_size: int,
-        accumulate: int,
-        num_batches: int,
-        val_sequences: int | None,
-        workers: int,
-        seed: int,
-    ) -> None:
-        super().__init__()
-        if global_batch_size < 1 or accumulate < 1 or global_batch_size % accumulate:
-            raise ValueError(
-                f"data.global_batch_size is {global_batch_size}; allowed: multiples of trainer.accumulate, {accumulate}"
-            )
+    def __init__(self, *, seq_len: int, val_sequences: int | None, **position: int) -> None:
+        super().__init__(**position)
         if seq_len < 1 or (val_sequences is not None and val_sequences < 1):
             raise ValueError(f"data.seq_len is {seq_len}, data.val_sequences {val_sequences}; allowed: 1 or more")
         self.seq_len = seq_len
-        self.global_batch_size, self.accumulate = global_batch_size, accumulate
-        self.micro_batch = global_batch_size // accumulate
-        self.num_batches = num_batches
         self.val_sequences = val_sequences
-        self.workers = workers
-        self.seed = seed
-        self.consumed_samples = 0
         self.splits: TokenSplits | None = None
 
     def open_splits(self) -> TokenSplits:
@@ -131,28 +107,11 @@ class SequenceDataModule(LightningDataModule):
         if self.splits is None:
             self.splits = self.open_splits()
 
-    def advance(self) -> None:
-        """Notes that one micro-batch has been trained on."""
-        self.consumed_samples += self.micro_batch
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"consumed_samples": self.consumed_samples, **self._identity()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on at the saved position. ValueError where it would mean other samples: other data, seed or length."""
-        for key, ours in self._identity().items():
-            if state_dict[key] != ours:
-                raise ValueError(
-                    f"the checkpoint's {key} is {state_dict[key]}, here it is {ours}: its position in the data means "
-                    "nothing here; resume with the data settings and seed of that run"
-                )
-        self.consumed_samples = state_dict["consumed_samples"]
-
     def train_dataloader(self) -> DataLoader:
         dataset = TrainSequences(self._opened.tokens["train"], self.seq_len)
         if not len(dataset):
             raise ValueError(f"data.seq_len is {self.seq_len}; the training split has {len(dataset.tokens)} tokens")
-        rank, world = self._rank_and_world()
+        rank, world = self.rank_and_world()
         order = SampleOrder(len(dataset), self.seed)
         batches = TrainBatches(
             order, self.num_batches, self.micro_batch, rank, world, start=lambda: self.consumed_samples
@@ -193,22 +152,14 @@ class SequenceDataModule(LightningDataModule):
         assert self.splits is not None, "setup() comes first"
         return self.splits
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         return {"data": self._opened.content, "seed": self.seed, "seq_len": self.seq_len}
 
-    def _rank_and_world(self) -> tuple[int, int]:
-        rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        if self.micro_batch % world:
-            raise ValueError(
-                f"data.global_batch_size is {self.global_batch_size}; allowed: multiples of ranks x "
-                f"trainer.accumulate, {world} x {self.accumulate}"
-            )
-        return rank, world
-
     def _eval_loader(self, split: str) -> DataLoader:
-        rank, world = self._rank_and_world()
+        rank, world = self.rank_and_world()
         windows = self.eval_windows(split)
         return self._loader(windows, EvalBatches(len(windows), self.micro_batch // world, rank, world))
 
     def _loader(self, dataset: Dataset, batches: TrainBatches | EvalBatches) -> DataLoader:
-        return DataLoader(dataset, batch_sampler=batches, num_workers=self.workers, persistent_workers=self.workers > 0)
+        data, workers = self.watched(dataset), self.workers
+        return DataLoader(data, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0)

@@ -9,8 +9,15 @@ VERBS = {
     "train": "train a model, or resume a run",
     "sample": "write text with a run's model",
     "export": "write a run's weights as one file",
+    "sweep": "search over parameters, at W&B or here",
+    "table": "a table of the paper beside ours",
+    "runs": "list runs",
+    "compare": "curves and configs of runs, side by side",
     "list": "configs, models, data sets, architectures",
+    "params": "count the parameters of presets and architectures",
+    "plan": "what a training would take, without starting it",
     "bench": "measure",
+    "timeline": "one pair's operators, measured beside planned",
     "figures": "draw the figures of the README",
 }
 

@@ -1,8 +1,9 @@
 """What checkpoints survive: `python -m experiments.faults kill | flip | resume | reshard` (faults 1-10 of our list).
 
 Real runs of a tiny model in real processes. kill: ranks are killed at every file operation of a save that overwrites
-a checkpoint. flip: a byte of a checkpoint changes. resume: a run is broken off at a step and goes on. reshard: a
-checkpoint of one EP degree is read at another. The last line on standard output is JSON.
+a checkpoint, in the foreground and beside training. flip: a byte of a checkpoint changes. resume: a run is broken off
+at a step and goes on. reshard: a checkpoint of one EP degree is read at another. The last line on standard output is
+JSON.
 
 Where to kill is told by Python's audit events, and by os.fsync, which has none. Left out: loss of power (what fsync
 has promised is taken as kept) and kills within one write, which only `kill --random` can meet.
@@ -21,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,10 @@ from torch import Tensor
 from scmoe.config import Config, load
 from scmoe.parallel import checkpoint, durable
 from scmoe.parallel.expert_parallel import expert_parameters
+from scmoe.parallel.mesh import ParallelContext
 from scmoe.testbed.ranks import RankError, run_ranks
 from scmoe.training import build
+from scmoe.training.build_model import build_model
 
 EXPERTS = 8
 NEVER = "1000000"
@@ -46,7 +50,7 @@ TINY = (
     *("strategy.timeout_s=60",),
 )
 LAST = "last.ckpt"
-OLD, NEW = 1, 2  # steps of the checkpoint that is there and of the one that is being saved over it
+OLD, NEW, NEXT = 1, 2, 3  # steps: of the checkpoint that is there, of the one saved over it, of training beside it
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -133,11 +137,19 @@ def save(trainer: Any, path: Path, step: int) -> None:
     checkpoint.Saving(path, state(trainer, step), trainer.strategy.context, background=False).finish()
 
 
-def save_marked(trainer: Any, path: Path, step: int) -> None:
-    """Saves with every number of every tensor equal to the step."""
+def mark(trainer: Any, step: int) -> None:
+    """Makes every number of every tensor equal to the step."""
     for t in tensors(trainer).values():
         t.fill_(step)
-    save(trainer, path, step)
+
+
+def save_marked(trainer: Any, path: Path, step: int, background: bool = False) -> None:
+    """background: training has gone on to NEXT while the checkpoint was being written."""
+    mark(trainer, step)
+    saving = checkpoint.Saving(path, state(trainer, step), trainer.strategy.context, background)
+    if background:
+        mark(trainer, NEXT)
+    saving.finish()
 
 
 # ---------------------------------------------------------------------- kill
@@ -162,7 +174,13 @@ def at_each_operation(act: Callable[[str], None]) -> None:
 
 
 def save_over(
-    rank: int, world_size: int, folder: Path, victim: str, operation: int | None, after_s: float | None
+    rank: int,
+    world_size: int,
+    folder: Path,
+    victim: str,
+    background: bool,
+    operation: int | None = None,
+    after_s: float | None = None,
 ) -> dict[str, Any]:
     """Saves OLD, then NEW over it. victim ("first", "last", "all") is killed at an operation of the second save, or
     some seconds after its start. Returns what it did to files and how long that took, if it lives."""
@@ -188,16 +206,18 @@ def save_over(
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel ends the process, wherever it is
         signal.setitimer(signal.ITIMER_REAL, after_s)
     start = time.monotonic()
-    save_marked(trainer, folder / "checkpoints" / LAST, NEW)
+    save_marked(trainer, folder / "checkpoints" / LAST, NEW, background)
     signal.setitimer(signal.ITIMER_REAL, 0)
     return {"operations": done, "seconds": time.monotonic() - start}
 
 
-def killed(folder: Path, victim: str, operation: int | None = None, after_s: float | None = None) -> bool:
+def killed(
+    folder: Path, victim: str, background: bool = False, operation: int | None = None, after_s: float | None = None
+) -> bool:
     """Whether a rank died of it."""
     folder.mkdir(exist_ok=True)
     try:
-        run_ranks(save_over, 2, folder, victim, operation, after_s)
+        run_ranks(save_over, 2, folder, victim, background, operation, after_s)
     except RankError as error:
         if "ended without a word" not in str(error):
             raise
@@ -233,16 +253,18 @@ def kill(points: int | None, random: int) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         plan: list[tuple[str, dict[str, Any]]] = []
-        for victim in ("first", "last"):
-            (root / victim).mkdir()
-            record = run_ranks(save_over, 2, root / victim, victim, None, None)[0 if victim == "first" else -1]
+        for background, victim in product((False, True), ("first", "last")):
+            folder = root / f"{victim}-{background}"
+            folder.mkdir()
+            record = run_ranks(save_over, 2, folder, victim, background)[0 if victim == "first" else -1]
             operations = range(len(record["operations"]))
             for who in (victim, "all") if victim == "first" else (victim,):
-                plan += [(who, {"operation": i}) for i in spread(operations, points)]
+                plan += [(who, {"background": background, "operation": i}) for i in spread(operations, points)]
         draw = torch.Generator().manual_seed(0)
         for i in range(random):
             moment = torch.rand((), generator=draw).item() * 1.2 * record["seconds"]
-            plan.append((("first", "last", "all")[i % 3], {"after_s": max(1e-4, moment)}))
+            when = {"background": i % 2 == 1, "after_s": max(1e-4, moment)}
+            plan.append((("first", "last", "all")[i % 3], when))
 
         folders, deaths = [], 0
         for i, (who, when) in enumerate(progress(plan, "killing")):
@@ -268,7 +290,7 @@ def flip(count: int) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as name:
         run_ranks(write_old, 2, Path(name))
         path, draw, refused = Path(name) / "checkpoints" / LAST, random.Random(0), 0
-        model = build.build_model(tiny(1), build.ParallelContext())
+        model = build_model(tiny(1), ParallelContext())
         checkpoint.load_model(path, model, "model.")
         files = sorted(path.iterdir())
         for _ in progress(range(count), "flipping"):

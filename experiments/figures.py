@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from scmoe.schedule.cost import best_slot
+from scmoe.schedule.cost import OperatorTimes, best_schedule, slots
 from scmoe.schedule.plan import Schedule
 from scmoe.schedule.timeline import COLORS, draw, play
 
@@ -45,7 +45,7 @@ def timelines(path: Path) -> None:
     fourth)."""
     top2 = {**TIMES, **{op: 2 * TIMES[op] for op in ("experts", "dispatch", "combine")}}
     standard = ("attention", "mlp", "attention", *Schedule("top_k").operators())
-    schedule = best_slot(Schedule("pos2"), TIMES)
+    schedule = best_schedule(slots(Schedule("pos2")), {1: OperatorTimes(TIMES)})
     shortcut = ("attention", *schedule.operators())
     draw(
         {

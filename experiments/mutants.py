@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-UNIT, DIST = "tests/unit", "tests/distributed"
+UNIT, DIST, FAULTS = "tests/unit", "tests/distributed", "tests/faults"
 EP = f"{DIST}/test_negative_controls.py::test_nothing_broken_is_equal"  # two ranks against one, all gradients
 DP = f"{DIST}/test_strategy.py::test_in_another_layout_a_resumed_run_goes_the_same_way[2-ep_sizes0]"
 ORACLE = f"{UNIT}/test_reference_equality.py"
@@ -105,7 +105,7 @@ MUTANTS = (
     Mutant(
         "data-position-forgotten",
         8,
-        f"{DATA}/sequences.py",
+        f"{DATA}/positioned.py",
         '        self.consumed_samples = state_dict["consumed_samples"]\n',
         "        self.consumed_samples = 0\n",
         (f"{UNIT}/test_text.py::test_resume_goes_on_exactly_with_another_world_size[0]",),
@@ -155,9 +155,8 @@ MUTANTS = (
         "backward-waits-where-it-sends",
         0,
         f"{PARALLEL}/all_to_all.py",
-        "        transfer.grad = transfer.launch(grad, transfer.received, transfer.sent)\n",
-        "        transfer.grad = transfer.launch(grad, transfer.received, transfer.sent)\n"
-        "        transfer.work.wait()\n",
+        "        transfer.grad = transfer.launch(grad, backward=True)\n",
+        "        transfer.grad = transfer.launch(grad, backward=True)\n        transfer.work.wait()\n",
         (f"{DIST}/test_all_to_all.py::test_a_transfer_hides_behind_the_work_forward_and_backward",),
     ),
     Mutant(
@@ -221,8 +220,8 @@ MUTANTS = (
         "router-gradient-lost",
         23,
         f"{MOE}/stream.py",
-        "decode(rows_RD, state.routing.topk_weights_TK, state.layout)",
-        "decode(rows_RD, state.routing.topk_weights_TK.detach(), state.layout)",
+        "rows_RD, state.routing.topk_weights_TK, state.layout)",
+        "rows_RD, state.routing.topk_weights_TK.detach(), state.layout)",
         (f"{ORACLE}::test_architecture_equals_oracle",),
     ),
     Mutant(
@@ -236,7 +235,7 @@ MUTANTS = (
     Mutant(
         "balance-loss-of-own-tokens",
         24,
-        "scmoe/training/module.py",
+        "scmoe/training/base.py",
         "load_balance_loss(stats, load_sums_LE2, world_size)",
         "load_balance_loss(stats, integer_sums(stats), 1)",
         (EP,),
@@ -270,8 +269,8 @@ MUTANTS = (
         "dense-weights-drawn-by-rank",
         25,
         "scmoe/models/gpt.py",
-        "torch.Generator().manual_seed(seed)",
-        "torch.Generator().manual_seed(seed + torch.distributed.get_rank())",
+        'named_generator(f"{seed}/{name}")',
+        'named_generator(f"{seed + torch.distributed.get_rank()}/{name}")',
         (EP,),
     ),
     Mutant(
@@ -303,16 +302,16 @@ MUTANTS = (
         "weights-not-renormalised",
         0,
         f"{MOE}/router.py",
-        "            if self.top_k > 1:\n",
-        "            if self.top_k > self.num_experts:\n",
+        "self.renormalise = renormalise and top_k > 1",
+        "self.renormalise = False",
         (f"{UNIT}/test_router.py::test_equals_the_oracle",),
     ),
     Mutant(
         "top-1-renormalised",
         23,
         f"{MOE}/router.py",
-        "            if self.top_k > 1:\n",
-        "            if self.top_k > 0:\n",
+        "self.renormalise = renormalise and top_k > 1",
+        "self.renormalise = renormalise",
         (f"{UNIT}/test_router.py::test_weights_and_their_gradient_for_the_gate",),
     ),
     Mutant(
@@ -382,6 +381,63 @@ MUTANTS = (
         (f"{DIST}/test_poll.py",),
     ),
     Mutant(
+        "roll-call-that-nobody-answers-is-fine",
+        14,
+        f"{PARALLEL}/absent.py",
+        "        except RuntimeError:\n            absent.append(rank)\n    return",
+        "        except RuntimeError:\n            pass\n    return",
+        (f"{FAULTS}/test_guards.py::test_14_a_roll_call_tells_who_is_missing",),
+    ),
+    Mutant(
+        "deaf-while-validating",
+        12,
+        f"{PARALLEL}/strategy.py",
+        "            self.polls_left = int(batches)\n",
+        "            self.polls_left = 0\n",
+        (f"{FAULTS}/test_stop.py::test_12_a_run_told_to_stop_while_it_validates_stops_there[1]",),
+    ),
+    Mutant(
+        "broken-off-validation-goes-on-half-way",
+        12,
+        f"{PARALLEL}/strategy.py",
+        "            progress.reset()\n            progress.increment_ready()\n"
+        "            progress.increment_started()\n",
+        "            assert progress.current.started\n",
+        (f"{FAULTS}/test_stop.py::test_12_a_run_told_to_stop_while_it_validates_stops_there[1]",),
+    ),
+    Mutant(
+        "each-rank-asks-as-often-as-it-can",
+        16,
+        f"{PARALLEL}/strategy.py",
+        "self.poll.smallest(sum(trainer.num_val_batches))",
+        "sum(trainer.num_val_batches)",
+        (f"{FAULTS}/test_stop.py::test_12_ranks_with_other_numbers_of_validation_batches_agree_too",),
+    ),
+    Mutant(
+        "a-module-that-does-not-pickle",
+        0,
+        "scmoe/training/build.py",
+        "partial(build_model_to_train, config),",
+        "lambda context: build_model_to_train(config, context),",
+        (f"{UNIT}/test_build.py::test_a_module_can_be_sent_to_a_spawned_process",),
+    ),
+    Mutant(
+        "sample-of-a-dead-worker-unknown",
+        19,
+        f"{DATA}/watched.py",
+        "            self.reading_W2[worker.id] = torch.tensor([os.getpid(), i])\n",
+        "            assert worker.id < len(self.reading_W2)\n",
+        (f"{FAULTS}/test_guards.py::test_19_a_data_worker_that_fails_is_named_with_its_sample",),
+    ),
+    Mutant(
+        "collapse-forgiven",
+        26,
+        "scmoe/training/collapse.py",
+        "self.windows.get(layer, 0) + 1 if collapsed else 0",
+        "1 if collapsed else 0",
+        (f"{UNIT}/test_collapse.py::test_a_collapsed_layer_is_named_once_with_its_expert_and_share",),
+    ),
+    Mutant(
         "run-name-leaves-its-root",
         36,
         "scmoe/config_check.py",
@@ -416,9 +472,42 @@ MUTANTS = (
     Mutant(
         "norms-decay",
         0,
-        "scmoe/training/module.py",
+        "scmoe/training/base.py",
         '"weight_decay": 0.0}',
         '"weight_decay": self.weight_decay}',
         (f"{UNIT}/test_module.py::test_matrices_decay_and_nothing_else",),
+    ),
+    # ------------------------------------------------------------------ LLaMA, checkpoints from elsewhere
+    Mutant(
+        "keys-not-turned",
+        0,
+        "scmoe/blocks/sublayers.py",
+        "self.rotary(q_BHSd), self.rotary(k_BHSd)",
+        "self.rotary(q_BHSd), k_BHSd",
+        (f"{ORACLE}::test_dense_equals_oracle[llama]",),
+    ),
+    Mutant(
+        "swiglu-backward-swapped",
+        0,
+        f"{MOE}/activation.py",
+        "dgate_RF, dup_RF = dh_RF2.chunk(2, dim=-1)",
+        "dup_RF, dgate_RF = dh_RF2.chunk(2, dim=-1)",
+        (f"{UNIT}/test_activation.py::test_formula_and_derivative[swiglu]",),
+    ),
+    Mutant(
+        "shared-expert-not-doubled",
+        0,
+        "scmoe/training/upcycle.py",
+        "return 2 * weight if",
+        "return weight if",
+        (f"{UNIT}/test_pretrained.py::test_upcycled_equals_dense[pos2]",),
+    ),
+    Mutant(
+        "written-before-all-is-checked",
+        0,
+        "scmoe/training/upcycle.py",
+        "    if problems:\n        raise",
+        "    for name, weight in found.items():\n        own[name].copy_(weight)\n    if problems:\n        raise",
+        (f"{UNIT}/test_pretrained.py::test_nothing_is_written_where_a_tensor_is_missing",),
     ),
 )

@@ -1,13 +1,16 @@
-"""Test the tests: `python -m experiments.mutate [--only NAME ...] [--list]` puts known bugs back, one at a time.
+"""Test the tests: `python -m experiments.mutate [--only NAME ...] [--resume] [--list]` puts known bugs back in turn.
 
 Each bug of mutants.py goes into a copy of the tree, never into the tree itself, and the tests named with it run there.
 Caught: they fail (pytest's exit code 1; code 2, an import that breaks, would say nothing about the tests). Before, all
 the named tests run without a bug: a test that fails anyway catches nothing. The last line on standard output is JSON.
+
+Each result is kept as it comes, so a run that was broken off goes on with --resume, where no file has changed since.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import subprocess
@@ -16,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -27,6 +30,7 @@ from experiments.mutants import MUTANTS, Mutant
 ROOT = Path(__file__).parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n0"]
 PASSED, FAILED = 0, 1  # exit codes of pytest
+KEPT = ROOT / ".cache/mutate.json"
 TIMEOUT_S = 300.0  # for the tests of one mutant; a bug that makes them hang is caught by their own watchdogs
 
 
@@ -39,6 +43,7 @@ class Outcome(NamedTuple):
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="mutate", description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants alone")
+    parser.add_argument("--resume", action="store_true", help="keep what the last run of this tree has found")
     parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
@@ -50,7 +55,7 @@ def main(arguments: list[str]) -> int:
         console.print(table(mutants, {}))
         print(json.dumps({"mutants": len(mutants)}))
         return 0
-    outcomes = run_all(mutants, console)
+    outcomes = run_all(mutants, console, options.resume)
     missed = [m.name for m in mutants if outcomes[m.name].exit_code != FAILED]
     console.print(table(mutants, outcomes))
     print(json.dumps({"mutants": len(mutants), "caught": len(mutants) - len(missed), "missed": missed}))
@@ -65,27 +70,46 @@ def chosen(names: Sequence[str] | None) -> list[Mutant]:
     return [known[name] for name in names] if names else list(MUTANTS)
 
 
-def run_all(mutants: Sequence[Mutant], console: Console) -> dict[str, Outcome]:
+def run_all(mutants: Sequence[Mutant], console: Console, resume: bool = False) -> dict[str, Outcome]:
     """Runs each mutant's tests. RuntimeError: tests fail without a bug, so that nothing could be said."""
     columns = (TextColumn("{task.description:36}"), MofNCompleteColumn(), TimeElapsedColumn())
-    outcomes = {}
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder, Progress(*columns, console=console) as progress:
         copy = Path(folder)
-        copy_tree(copy)
-        task = progress.add_task("without a bug", total=len(mutants))
-        healthy = run_tests(copy, sorted({test for m in mutants for test in m.tests}), TIMEOUT_S * 2)
+        tree = copy_tree(copy)
+        outcomes = kept(tree) if resume else {}
+        to_do = [m for m in mutants if m.name not in outcomes]
+        task = progress.add_task("without a bug", total=len(mutants), completed=len(mutants) - len(to_do))
+        tests = sorted({test for m in to_do for test in m.tests})
+        healthy = run_tests(copy, tests, TIMEOUT_S * 2) if to_do else Outcome(PASSED, 0.0, "")
         if healthy.exit_code != PASSED:
             raise RuntimeError(f"tests fail without a bug: {healthy.last_line}")
-        for mutant in mutants:
+        began = time.monotonic()
+        for done, mutant in enumerate(to_do, 1):
             progress.update(task, description=mutant.name)
             source = (copy / mutant.file).read_text()  # of the copy: someone may go on working in the tree
             (copy / mutant.file).write_text(mutated(source, mutant))
             outcomes[mutant.name] = outcome = run_tests(copy, mutant.tests, TIMEOUT_S)
             (copy / mutant.file).write_text(source)
             verdict = "caught" if outcome.exit_code == FAILED else f"MISSED (pytest: {outcome.exit_code})"
-            progress.console.print(f"{mutant.name:36} {verdict} in {outcome.seconds:.0f} s", soft_wrap=True)
+            keep(tree, outcomes)
+            left_s = (time.monotonic() - began) / done * (len(to_do) - done)
+            line = f"{mutant.name:36} {verdict} in {outcome.seconds:.0f} s; {done} of {len(to_do)}, {left_s:.0f} s left"
+            progress.console.print(line, soft_wrap=True)
             progress.advance(task)
     return outcomes
+
+
+def keep(tree: str, outcomes: dict[str, Outcome]) -> None:
+    KEPT.parent.mkdir(exist_ok=True)
+    KEPT.write_text(json.dumps({"tree": tree, "outcomes": outcomes}))
+
+
+def kept(tree: str) -> dict[str, Outcome]:
+    """What was found in this same tree, none in another."""
+    found: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {"tree": None}
+    if found["tree"] != tree:
+        return {}
+    return {name: Outcome(*outcome) for name, outcome in found["outcomes"].items()}
 
 
 def mutated(source: str, mutant: Mutant) -> str:
@@ -95,14 +119,17 @@ def mutated(source: str, mutant: Mutant) -> str:
     return source.replace(mutant.old, mutant.new)
 
 
-def copy_tree(target: Path) -> None:
-    """What git knows or would take, as it lies in the tree now."""
+def copy_tree(target: Path) -> str:
+    """What git knows or would take, as it lies in the tree now. Returns a digest of it."""
+    digest = hashlib.sha256()
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
-    for name in filter(None, names):
+    for name in sorted(filter(None, names)):
         if (ROOT / name).is_file():  # a file may have been deleted and not yet committed
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, target / name)
+            digest.update(f"{name}\0".encode() + (target / name).read_bytes())
+    return digest.hexdigest()
 
 
 def run_tests(tree: Path, tests: Sequence[str], timeout_s: float) -> Outcome:

@@ -42,6 +42,7 @@ def sample(options: argparse.Namespace) -> list[str]:
     from scmoe.parallel.durable import newest_good
     from scmoe.parallel.mesh import ParallelContext
     from scmoe.training import build
+    from scmoe.training.build_model import build_model
 
     run_dir = options.run.resolve()
     config = load(run_dir / "config.yaml")
@@ -50,7 +51,7 @@ def sample(options: argparse.Namespace) -> list[str]:
         raise ConfigError(f"{options.run} was trained on {config.data.name} data, which is no text")
     data.prepare_data()
     data.setup()
-    model = build.build_model(config, ParallelContext()).eval()
+    model = build_model(config, ParallelContext()).eval()
     load_model(newest_good(run_dir / "checkpoints"), model, prefix="model.")
     start = [data.end_of_text, *data.encode(options.prompt).tolist()]
     ids = torch.tensor([start] * options.number)

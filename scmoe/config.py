@@ -1,8 +1,8 @@
 """The configuration: one tree of frozen dataclasses, filled from YAML and the command line.
 
-Every field of an experiment stands here with its type, default, unit and allowed values; `training/build.py` is the
-only reader. A YAML may name other files of the same tree under `extends:`, relative to itself. From weak to strong:
-defaults, the extended files in their order, the file, the command line.
+Every field of an experiment stands here with its type, default, unit and allowed values; `training/build.py`
+and `training/build_model.py` are the only readers. A YAML may name other files of the same tree under `extends:`,
+relative to itself. From weak to strong: defaults, the extended files in their order, the file, the command line.
 
 A file holds texts, and the field's type decides what a text means: `1e-3` is a number in optim.lr and a text in a name.
 So no file can name an object to build, and nothing is interpolated. Which values fit together is in `config_check.py`,
@@ -33,20 +33,31 @@ def option(default: Any, help: str, range: str | None = None) -> Any:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    family: Literal["gpt"] = option("gpt", "model family")
-    layers: int = option(4, "Transformer blocks; a pair is Block-MLP + Block-MoE", "above 0")
-    dim: int = option(256, "width of the residual stream (D)", "above 0")
-    heads: int = option(4, "attention heads; must divide dim", "above 0")
+    family: Literal["gpt", "llama", "swin"] = option("gpt", "model family")
+    layers: int = option(
+        4, "Transformer blocks; a pair is Block-MLP + Block-MoE. swin: of stage 3, the other stages have 2", "above 0"
+    )
+    dim: int = option(256, "width of the residual stream (D); swin: of stage 1, it doubles with each stage", "above 0")
+    heads: int = option(4, "attention heads; must divide dim. swin: of stage 1, they double, too", "above 0")
+    kv_heads: int | None = option(None, "heads of keys and values; must divide heads; null: heads", "above 0")
     ffn_dim: int | None = option(None, "hidden width of every MLP and expert (F); null: 4 x dim", "above 0")
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] | None = option(
+        None, "inside MLPs and experts; gelu_tanh is GPT-2's own; null: swiglu for llama, else gelu"
+    )
     dropout: float = option(0.0, "dropout probability after each sub-layer and on the embeddings", "0 or more, below 1")
+    patch_size: int = option(4, "swin: width of a patch in pixels", "above 0")
+    window: int = option(12, "swin: width of an attention window in tokens; at most the whole feature map", "above 0")
+    drop_path: float = option(0.0, "swin: stochastic depth of the last block; it grows from 0", "0 or more, below 1")
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    architecture: Literal["dense", "top_k", "shared_expert", "scmoe"] = option("scmoe", "wiring of the MoE module")
+    architecture: Literal["dense", "top_k", "shared_expert", "scmoe", "dgmoe", "dgmoe_share"] = option(
+        "scmoe", "wiring of the MoE module"
+    )
     num_experts: int = option(8, "routed experts of one MoE module (E)", "above 0")
-    top_k: int = option(1, "routed experts per token (K)", "above 0")
-    position: Literal["pos1", "pos2", "pos3"] = option("pos2", "where ScMoE taps the preceding layer")
+    top_k: int = option(1, "routed experts per token (K); swin: in stage 3, stage 4 has 2", "above 0")
+    position: Literal["pos1", "pos2", "pos3"] = option("pos2", "where ScMoE and DGMoE tap the preceding layer")
     first_position: Literal["pos1", "pos2", "pos3"] | None = option(
         None, "tap of the first MoE module only (pos1: the paper's 'L0 Pos-1'); null: as position"
     )
@@ -58,6 +69,7 @@ class MoEConfig:
     dropless_ceiling: float | None = option(
         None, "dropless: rows that a rank may receive, over its fair share; null: any number", "1 or more"
     )
+    renormalise: bool = option(True, "top_k >= 2: divide the kept experts' probabilities by their sum (Eq. 2)")
     noisy: bool = option(False, "noise on the gate's logits in training (Eq. 4)")
     balanced_routing: bool = option(
         False, "ignore the gate and deal tokens round-robin: a bound for speed, not a model"
@@ -68,24 +80,41 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    expert_slot: int | None = option(
+    auto: bool = option(
+        False, "measure the operators in the first steps and choose; the same as `schedule: auto` for the section"
+    )
+    slot: int | None = option(
         None, "backbone operators before the experts; null: the middle of the window", "0 or more"
     )
-    chunks: int = option(1, "pieces that the MoE stream's rows are cut into (pipelining)", "above 0")
+    chunks: int | None = option(
+        None, "pieces that the MoE stream's rows are cut into (pipelining); null: 1, or of auto's choice", "above 0"
+    )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    name: Literal["sotu", "text", "hf", "synthetic"] = option("sotu", "data set")
-    path: str | None = option(None, "text: a file or folder; hf: name of a Hugging Face data set")
+    name: Literal["sotu", "text", "hf", "synthetic", "fashion_mnist", "digits", "image_folder"] = option(
+        "sotu", "data set"
+    )
+    path: str | None = option(
+        None,
+        "text: a file or folder; hf: name of a Hugging Face data set; fashion_mnist: a folder, null: where Debian's "
+        "package puts it; image_folder: has train/CLASS and val/CLASS",
+    )
     subset: str | None = option(None, "hf: configuration of the data set")
     tokenizer: str = option("bpe", "bpe: trained on the training split; gpt2; or the path of a tokenizer.json")
     vocab_size: int = option(4096, "vocabulary (V); gpt2 has 50257", "above 0")
     seq_len: int = option(256, "tokens per sequence (S)", "above 0")
     global_batch_size: int = option(
-        32, "sequences per optimizer step, over all ranks and accumulated batches", "above 0"
+        32, "sequences (images) per optimizer step, over all ranks and accumulated batches", "above 0"
     )
-    val_sequences: int | None = option(None, "sequences of a validation; null: all", "above 0")
+    val_sequences: int | None = option(None, "sequences (images) of a validation; null: all", "above 0")
+    image_size: int = option(192, "images: width and height in pixels that the model sees", "above 0")
+    num_classes: int = option(1000, "images: classes of the data set", "above 0")
+    augment: Literal["none", "imagenet"] = option("none", "images: imagenet: crops, flips, RandAugment, erasing")
+    mixup: float = option(0.0, "images: alpha of mixup; 0: none", "0 or more")
+    cutmix: float = option(0.0, "images: alpha of cutmix, taken half the time where mixup is on; 0: none", "0 or more")
+    label_smoothing: float = option(0.0, "images: share of a label given to all classes", "0 or more, below 1")
     workers: int = option(0, "data-loading processes per rank", "0 or more")
     cache_dir: str = option(".cache", "where token caches and tokenizers are kept")
 
@@ -127,7 +156,18 @@ class StrategyConfig:
     )
     timeout_s: float = option(300.0, "seconds a collective may take before the job is ended", "above 0")
     async_checkpoint: bool = option(False, "go on training while a checkpoint is written")
+    wire_dtype: Literal["bfloat16"] | None = option(
+        None, "type in which rows travel between ranks; null: that in which experts compute"
+    )
     debug_collectives: bool = option(False, "compare every collective over ranks before it is done; slow")
+
+
+@dataclass(frozen=True)
+class AnalysisConfig:
+    gating_every: int | None = option(None, "optimizer steps between measurements of Fig. 9; null: none", "above 0")
+    similarity_every: int | None = option(
+        None, "optimizer steps between measurements of Fig. 10; null: none", "above 0"
+    )
 
 
 @dataclass(frozen=True)
@@ -145,6 +185,9 @@ class Config:
     name: str = option("scmoe", "experiment; runs are kept in runs/<name>/")
     seed: int = option(1, "seed of weights, data order and dropout", "0 to 2^32 - 1")
     runs_dir: str = option("runs", "root of all run directories")
+    init_from: str | None = option(
+        None, "weights to begin with: hf:FOLDER (transformers) or scmoe:FILE (make export); dense into MoE: upcycled"
+    )
     model: ModelConfig = ModelConfig()
     moe: MoEConfig = MoEConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -152,6 +195,7 @@ class Config:
     optim: OptimConfig = OptimConfig()
     trainer: TrainerConfig = TrainerConfig()
     strategy: StrategyConfig = StrategyConfig()
+    analysis: AnalysisConfig = AnalysisConfig()
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 
@@ -234,6 +278,8 @@ def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
         if key in seen:  # a section written out and a dotted key beside it
             raise ConfigError(f"{source}: {key} comes twice")
         seen.add(key)
+        if (key, value) == ("schedule", "auto"):
+            key, value = "schedule.auto", "true"
         if key in _SECTIONS:
             raise ConfigError(f"{source}: {key} is {show(value)}, allowed: a mapping of keys to values")
         if key not in _LEAVES:

@@ -36,7 +36,9 @@ def catalogue(root: Path) -> dict[str, list[tuple[str, str]]]:
     if not root.is_dir():
         raise ValueError(f"the folder of configurations is {str(root)!r}, allowed: an existing folder")
     choices = {leaf.key: leaf.choices for leaf in leaves(Config())}
-    found = {"Configurations": [(str(path), _first_comment(path)) for path in sorted(root.rglob("*.yaml"))]}
+    files = [(path, _first_comment(path)) for path in sorted(root.rglob("*.yaml"))]
+    found = {"Configurations": [(str(path), text) for path, text in files if path.parent.name != "sweep"]}
+    found["Sweeps"] = [(str(path), text) for path, text in files if path.parent.name == "sweep"]
     for title, key in CATALOGUE.items():
         found[title] = [(f"{key}={choice}", "") for choice in choices[key]]
     return found

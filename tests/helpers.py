@@ -18,7 +18,7 @@ from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.schedule.plan import Schedule
-from scmoe.training.build import build_model
+from scmoe.training.build_model import build_model
 
 TINY = (
     "model.layers=2",

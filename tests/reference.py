@@ -6,6 +6,11 @@ Tokens and experts are gone through one by one; gradients come from autograd. Ev
     Eq. 1        gpt(..., Spec("top_k"))            Eq. 2-5    gate
     Eq. 6        gpt(..., Spec("shared_expert"))    Eq. 7-10   gpt(..., Spec("scmoe"))
     Eq. 14-16    merge                              capacity   kept_copies
+    Eq. 23       gpt(..., Spec("dgmoe"))            A.7        gpt(..., Spec("dgmoe_share"))
+
+The weights tell the family: GPT has position embeddings and biases; LLaMA has neither, and so RMSNorm and rotary
+positions, its own output weights, fewer heads of K and V where their rows are fewer, and SwiGLU where W_in is twice as
+wide as W_out wants it.
 
 Left out: dropout, padding, and forced balanced routing, which is no model.
 """
@@ -61,34 +66,59 @@ class Answer(NamedTuple):
 
 
 def layer_norm(w: Weights, name: str, x: Tensor) -> Tensor:
+    if f"{name}.bias" not in w:  # RMSNorm
+        return x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-5) * w[f"{name}.weight"]
     mean = x.mean(-1, keepdim=True)
     variance = ((x - mean) ** 2).mean(-1, keepdim=True)
     return (x - mean) / torch.sqrt(variance + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
 def linear(w: Weights, name: str, x: Tensor) -> Tensor:
-    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+    y = x @ w[f"{name}.weight"].T
+    return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
 
 
 def gelu(x: Tensor) -> Tensor:
     return x * (1 + torch.erf(x / math.sqrt(2))) / 2
 
 
+def activate(h: Tensor, width: int) -> Tensor:
+    """GELU of `width` features; of twice as many, gate and up: SwiGLU."""
+    if h.shape[-1] == width:
+        return gelu(h)
+    gate, up = h[..., :width], h[..., width:]
+    return gate / (1 + torch.exp(-gate)) * up
+
+
 def mlp(w: Weights, name: str, x: Tensor) -> Tensor:
-    return linear(w, f"{name}.w_out", gelu(linear(w, f"{name}.w_in", x)))
+    width = w[f"{name}.w_out.weight"].shape[1]
+    return linear(w, f"{name}.w_out", activate(linear(w, f"{name}.w_in", x), width))
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Rotary positions of x [S, d]: features i and i + d/2 as one complex number, turned by s 10000^(-2i/d)."""
+    seq_len, half = x.shape[0], x.shape[1] // 2
+    z = torch.complex(x[:, :half], x[:, half:])
+    angles = [[s * 10000 ** (-i / half) for i in range(half)] for s in range(seq_len)]
+    z = z * torch.exp(1j * torch.tensor(angles, dtype=x.dtype))
+    return torch.cat([z.real, z.imag], -1)
 
 
 def attention(w: Weights, name: str, x: Tensor, heads: int) -> Tensor:
-    """Causal; x is [B, S, D], sequences and heads one by one."""
+    """Causal; x is [B, S, D], sequences and heads one by one. Rows of qkv: the heads of Q, then those of K, of V."""
     dim, seq_len = x.shape[2], x.shape[1]
     size = dim // heads
+    kv_heads = (w[f"{name}.qkv.weight"].shape[0] // size - heads) // 2
     future = torch.ones(seq_len, seq_len, dtype=torch.bool).triu(1)
     sequences = []
     for sequence in x:
         qkv = linear(w, f"{name}.qkv", sequence)
         outputs = []
         for h in range(heads):
-            q, k, v = (qkv[:, i * dim + h * size : i * dim + (h + 1) * size] for i in range(3))
+            kv = h // (heads // kv_heads)
+            q, k, v = (qkv[:, i * size : (i + 1) * size] for i in (h, heads + kv, heads + kv_heads + kv))
+            if "positions.weight" not in w:
+                q, k = rotate(q), rotate(k)
             match = (q @ k.T / math.sqrt(size)).masked_fill(future, -math.inf)
             outputs.append(match.softmax(-1) @ v)
         sequences.append(linear(w, f"{name}.out", torch.cat(outputs, -1)))
@@ -106,11 +136,12 @@ def add_mlp(w: Weights, name: str, x: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- mixture of experts
 
 
-def gate(logits: Tensor, top_k: int) -> tuple[list[int], list[Tensor]]:
-    """Eq. 2-5 for one token's logits [E]: experts, likeliest first, and their weights.
+def gate(logits: Tensor, top_k: int, taken: int | None = None) -> tuple[list[int], list[Tensor]]:
+    """Eq. 2-5 for one token's logits [E]: experts, likeliest first, and their weights. taken: an expert left out (A.2).
 
     k >= 2: softmax over the kept logits. k = 1: that would be 1 whatever the logits, so the probability among all."""
     order = sorted(range(len(logits)), key=lambda i: -logits[i].item())
+    order = [i for i in order if i != taken]
     kept = order[:top_k]
     if top_k == 1:
         return kept, [torch.exp(logits[kept[0]] - torch.logsumexp(logits, 0))]
@@ -139,12 +170,14 @@ def capacity_of(num_tokens: int, num_experts: int, top_k: int, capacity_factor: 
     return None if capacity_factor is None else math.ceil(capacity_factor * num_tokens * top_k / num_experts)
 
 
-def routed_experts(w: Weights, name: str, x: Tensor, top_k: int, capacity_factor: float | None) -> Routed:
-    """sum_i G(x)_i E_i(x) for tokens x [T, D], one token and one expert after the other."""
+def routed_experts(
+    w: Weights, name: str, x: Tensor, top_k: int, capacity_factor: float | None, taken: list[int] | None = None
+) -> Routed:
+    """sum_i G(x)_i E_i(x) for tokens x [T, D], one token and one expert after the other. taken: by each token (A.2)."""
     w_gate, w_in, w_out = (w[f"{name}.{k}"] for k in ("router.gate.weight", "experts.w_in_eDF", "experts.w_out_eFD"))
     num_tokens, num_experts = len(x), len(w_gate)
     logits = torch.stack([token @ w_gate.T for token in x])
-    gates = [gate(token_logits, top_k) for token_logits in logits]
+    gates = [gate(logits[t], top_k, taken[t] if taken else None) for t in range(num_tokens)]
     chosen = [experts for experts, _ in gates]
     kept = kept_copies(chosen, num_experts, capacity_of(num_tokens, num_experts, top_k, capacity_factor))
     outputs = []
@@ -152,7 +185,7 @@ def routed_experts(w: Weights, name: str, x: Tensor, top_k: int, capacity_factor
         y = torch.zeros_like(x[t])
         for k, (expert, weight) in enumerate(zip(*gates[t], strict=True)):
             if (t, k) in kept:
-                y = y + weight * (gelu(x[t] @ w_in[expert]) @ w_out[expert])
+                y = y + weight * (activate(x[t] @ w_in[expert], w_out.shape[1]) @ w_out[expert])
         outputs.append(y)
     return Routed(torch.stack(outputs), chosen, logits.softmax(-1), logits, num_tokens * top_k - len(kept))
 
@@ -185,56 +218,58 @@ def z_loss(logits: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------- blocks and model
 
-# Names of a pair's sub-layers: attention l, MLP l, attention l+1.
-PAIR = {
-    "top_k": ("sublayers.0", "sublayers.1", "sublayers.2"),
-    "shared_expert": ("sublayers.0", "sublayers.1", "sublayers.2"),
-    "pos1": ("before_tap.0", "before_tap.1", "after_tap.0"),
-    "pos2": ("before_tap.0", "after_tap.0", "after_tap.1"),
-    "pos3": ("after_tap.0", "after_tap.1", "after_tap.2"),
-}
-# Name of the attention of a block with an MoE in every block, and of the sub-layer that follows the tap.
-SINGLE = {"top_k": "sublayers.0", "shared_expert": "sublayers.0", "pos1": "after_tap.0"}
-AFTER_TAP = "after_tap.0"
+PAIR = ("sublayers.0", "sublayers.1", "sublayers.2")  # names of attention l, MLP l, attention l+1
+FOLLOWING = {"pos1": -1, "pos2": -2, "pos3": -3}  # which of the sub-layers follows the tap, from the end
 
 
-def moe_block(w: Weights, name: str, h_in: Tensor, spec: Spec, position: str) -> tuple[Tensor, Routed]:
-    """A pair (Block-MLP, Block-MoE), or one Block-MoE. position: of the tap."""
-    wiring = position if spec.architecture == "scmoe" else spec.architecture
+def moe_block(w: Weights, name: str, h_in: Tensor, spec: Spec, position: str, owner: str) -> tuple[Tensor, Routed]:
+    """A pair (Block-MLP, Block-MoE), or one Block-MoE. position: of the tap. owner: block whose MoE module it uses."""
+    names = [f"{name}.{part}" for part in (PAIR if spec.every == 2 else PAIR[:1])]
     if spec.every == 2:
-        attention_l, mlp_l, attention_next = (f"{name}.{part}" for part in PAIR[wiring])
+        attention_l, mlp_l, attention_next = names
         h_mh = add_attention(w, attention_l, h_in, spec.heads)  # H_l^MH
         h_mlp = add_mlp(w, mlp_l, h_mh)  # H_l^MLP
         h = add_attention(w, attention_next, h_mlp, spec.heads)  # H_{l+1}^MH
         taps = {"pos1": h_mlp, "pos2": h_mh, "pos3": h_in}
     else:
-        h = add_attention(w, f"{name}.{SINGLE[wiring]}", h_in, spec.heads)
+        h = add_attention(w, names[0], h_in, spec.heads)
         taps = {"pos1": h_in}  # the preceding block's output is this block's input
 
-    def routed(x: Tensor) -> Routed:
-        result = routed_experts(w, f"{name}.moe", x.flatten(0, 1), spec.top_k, spec.capacity_factor)
+    def routed(x: Tensor, taken: list[int] | None = None) -> Routed:
+        result = routed_experts(w, f"{owner}.moe", x.flatten(0, 1), spec.top_k, spec.capacity_factor, taken)
         return result._replace(y=result.y.view_as(x))
 
     u = layer_norm(w, f"{name}.norm", h)
     if spec.architecture == "top_k":  # Eq. 1
         moe = routed(u)
         return h + moe.y, moe
+    tap_norm = f"{name}.tap_norm" if spec.tap_norm == "own" else f"{names[FOLLOWING[position]]}.norm"
+    if spec.architecture in ("dgmoe", "dgmoe_share"):  # Eq. 23, A.7
+        preceding = routed(layer_norm(w, tap_norm, taps[position]))
+        current = routed(u, [experts[0] for experts in preceding.chosen])
+        return h + current.y + preceding.y, both(current, preceding)
     shared = mlp(w, f"{name}.shared_expert", u)
     w_coefficient = w.get(f"{name}.coefficient.gate.weight")
     if spec.architecture == "shared_expert":  # Eq. 6
         moe = routed(u)
         return h + merge(spec.combine, w_coefficient, u, shared, moe.y), moe
     assert spec.architecture == "scmoe"  # Eq. 7-10
-    tap_norm = f"{name}.tap_norm" if spec.tap_norm == "own" else f"{name}.{AFTER_TAP}.norm"
     tap = layer_norm(w, tap_norm, taps[position])
     moe = routed(tap)
     read = u if spec.coefficient_input == "current" else tap
     return h + merge(spec.combine, w_coefficient, read, shared, moe.y), moe
 
 
+def both(a: Routed, b: Routed) -> Routed:
+    """The load of two uses of one MoE module, as if its tokens had been twice as many."""
+    joined = torch.cat([a.scores, b.scores]), torch.cat([a.logits, b.logits])
+    return Routed(a.y + b.y, a.chosen + b.chosen, *joined, a.dropped + b.dropped)
+
+
 def gpt(w: Weights, spec: Spec, ids: Tensor, labels: Tensor) -> Answer:
-    """Learned positions, pre-norm blocks, output weights tied to the embeddings; the mean next-token loss."""
-    rows = [[w["tokens.weight"][i] + w["positions.weight"][s] for s, i in enumerate(row)] for row in ids.tolist()]
+    """Pre-norm blocks; GPT: learned positions, output weights tied to the embeddings. The mean next-token loss."""
+    positions = w.get("positions.weight", torch.zeros(ids.shape[1], 1))
+    rows = [[w["tokens.weight"][i] + positions[s] for s, i in enumerate(row)] for row in ids.tolist()]
     x = torch.stack([torch.stack(row) for row in rows])
     modules: list[Routed] = []
     if spec.architecture == "dense":
@@ -244,9 +279,10 @@ def gpt(w: Weights, spec: Spec, ids: Tensor, labels: Tensor) -> Answer:
     else:
         for i in range(spec.layers // spec.every):
             position = spec.first_position if i == 0 and spec.first_position else spec.position
-            x, moe = moe_block(w, f"blocks.{i}", x, spec, position)
+            owner = i // 2 * 2 if spec.architecture == "dgmoe_share" else i
+            x, moe = moe_block(w, f"blocks.{i}", x, spec, position, f"blocks.{owner}")
             modules.append(moe)
-    logits = layer_norm(w, "norm", x) @ w["tokens.weight"].T
+    logits = layer_norm(w, "norm", x) @ w.get("head.weight", w["tokens.weight"]).T
     targets = [(b, s, label) for b, row in enumerate(labels.tolist()) for s, label in enumerate(row)]
     token_loss = sum(torch.logsumexp(logits[b, s], 0) - logits[b, s, label] for b, s, label in targets) / len(targets)
     if not modules:

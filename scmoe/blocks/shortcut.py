@@ -18,12 +18,13 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from scmoe.moe.operators import Operators
 from scmoe.moe.stream import MoEStream, StreamState
-from scmoe.schedule.plan import Schedule
+from scmoe.schedule.plan import SUBLAYERS, Schedule
 from scmoe.tokens import MoEOutput
 
 
-class ShortcutBlock(nn.Module):
+class ShortcutBlock(Operators):
     """H + SE(H) + sum_i G(tap)_i E_i(tap), where H is the output of the last sub-layer.
 
     schedule: its window is the sub-layers after the tap, then the shared expert; the experts run at its slot.
@@ -39,7 +40,7 @@ class ShortcutBlock(nn.Module):
         coefficient: nn.Module,
         moe: MoEStream,
         schedule: Schedule,
-        dropout: float = 0.0,
+        after: nn.Module | None = None,
         coefficient_reads_tap: bool = False,
     ) -> None:
         super().__init__()
@@ -48,27 +49,28 @@ class ShortcutBlock(nn.Module):
             raise ValueError(
                 f"position {schedule.position} wants {len(schedule.window) - 1} sub-layers: {len(sublayers)}"
             )
-        self.before_tap, self.after_tap = nn.ModuleList(sublayers[:tap]), nn.ModuleList(sublayers[tap:])
+        self.sublayers, self.tap = nn.ModuleList(sublayers), tap
         self.tap_norm, self.norm = tap_norm, norm
         self.shared_expert, self.coefficient, self.moe = shared_expert, coefficient, moe
-        self.schedule, self.dropout = schedule, nn.Dropout(dropout)
+        self.schedule, self.after = schedule, after or nn.Identity()
         self.coefficient_reads_tap = coefficient_reads_tap
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> MoEOutput:
-        for sublayer in self.before_tap:
-            x_BSD = sublayer(x_BSD)
+        sublayers = list(self.sublayers)
+        for name, sublayer in zip(SUBLAYERS, sublayers[: self.tap], strict=False):
+            x_BSD = self.operator(name, sublayer, x_BSD)
         tap_BSD = self.tap_norm(x_BSD)
         state = self.moe.begin(tap_BSD, mask_BS)
-        for slot, sublayer in enumerate(self.after_tap):
+        for slot, sublayer in enumerate(sublayers[self.tap :]):
             state = self.experts_at(slot, state)
-            x_BSD = sublayer(x_BSD)
-        state = self.experts_at(len(self.after_tap), state)
+            x_BSD = self.operator(self.schedule.window[slot], sublayer, x_BSD)
+        state = self.experts_at(len(sublayers) - self.tap, state)
         u_BSD = self.norm(x_BSD)
-        shared_BSD = self.shared_expert(u_BSD)
-        state = self.experts_at(len(self.after_tap) + 1, state)
+        shared_BSD = self.operator("shared_expert", self.shared_expert, u_BSD)
+        state = self.experts_at(len(sublayers) - self.tap + 1, state)
         routed_BSD, stats = self.moe.finish(state)
         read_BSD = tap_BSD if self.coefficient_reads_tap else u_BSD
-        return MoEOutput(x_BSD + self.dropout(self.coefficient(read_BSD, shared_BSD, routed_BSD)), stats)
+        return MoEOutput(x_BSD + self.after(self.coefficient(read_BSD, shared_BSD, routed_BSD)), stats)
 
     def experts_at(self, slot: int, state: StreamState) -> StreamState:
         return self.moe.run_experts(state) if slot == self.schedule.slot else state

@@ -5,42 +5,59 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scmoe.blocks.rotary import Rotary
+from scmoe.moe.activation import ACTIVATIONS
+
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention, softmax(Q K^T / sqrt(D/H)) V. Flash attention where torch has it."""
+    """Causal multi-head self-attention, softmax(Q K^T / sqrt(D/H)) V. Flash attention where torch has it.
 
-    def __init__(self, dim: int, heads: int, bias: bool = True) -> None:
+    kv_heads: heads of K and V, each read by heads / kv_heads of Q (grouped-query attention); None: as many as heads.
+    rotary: turns Q and K by their positions; None: the input knows its positions.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, bias: bool = True, kv_heads: int | None = None, rotary: Rotary | None = None
+    ) -> None:
         super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
         if dim % heads:
             raise ValueError(f"heads is {heads}, allowed: divisors of dim ({dim})")
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
+        if heads % kv_heads:
+            raise ValueError(f"kv_heads is {kv_heads}, allowed: divisors of heads ({heads})")
+        self.heads, self.kv_heads, self.rotary = heads, kv_heads, rotary
+        self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * (dim // heads), bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x_BSD).chunk(3, dim=-1))
-        y_BHSd = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        all_BHSd = self.qkv(x_BSD).unflatten(-1, (self.heads + 2 * self.kv_heads, -1)).transpose(1, 2)
+        q_BHSd, k_BHSd, v_BHSd = all_BHSd.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        if self.rotary is not None:
+            q_BHSd, k_BHSd = self.rotary(q_BHSd), self.rotary(k_BHSd)
+        grouped = self.kv_heads < self.heads
+        y_BHSd = F.scaled_dot_product_attention(q_BHSd, k_BHSd, v_BHSd, is_causal=True, enable_gqa=grouped)
         return self.out(y_BHSd.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    """GELU(x W_in) W_out: the MLP of Block-MLP, and the shared expert."""
+    """act(x W_in) W_out: the MLP of Block-MLP, and the shared expert. For SwiGLU W_in holds gate and up."""
 
-    def __init__(self, dim: int, ffn_dim: int, bias: bool = True) -> None:
+    def __init__(self, dim: int, ffn_dim: int, bias: bool = True, activation: str = "gelu") -> None:
         super().__init__()
-        self.w_in = nn.Linear(dim, ffn_dim, bias=bias)
+        self.act = ACTIVATIONS[activation]
+        self.w_in = nn.Linear(dim, self.act.widening * ffn_dim, bias=bias)
         self.w_out = nn.Linear(ffn_dim, dim, bias=bias)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.w_out(F.gelu(self.w_in(x_BSD)))
+        return self.w_out(self.act.forward(self.w_in(x_BSD)))
 
 
 class Residual(nn.Module):
-    """x + dropout(f(norm(x))), the pre-norm sub-layer."""
+    """x + after(f(norm(x))). Pre-norm: a norm, and dropout after. Post-norm: no norm before, and the norm after."""
 
-    def __init__(self, norm: nn.Module, f: nn.Module, dropout: float = 0.0) -> None:
+    def __init__(self, norm: nn.Module, f: nn.Module, after: nn.Module | None = None) -> None:
         super().__init__()
-        self.norm, self.f, self.dropout = norm, f, nn.Dropout(dropout)
+        self.norm, self.f, self.after = norm, f, after or nn.Identity()
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return x_BSD + self.dropout(self.f(self.norm(x_BSD)))
+        return x_BSD + self.after(self.f(self.norm(x_BSD)))

@@ -7,8 +7,9 @@ runs. Here: the protocol, one rank, and the sequential baseline. Many ranks: scm
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -42,8 +43,7 @@ class Dispatcher(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Ready:
+class Ready(NamedTuple):
     """A Pending that is done."""
 
     rows_RD: Tensor
@@ -74,3 +74,30 @@ class Blocking:
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
         return Ready(self.inner.combine(rows_RD, receipt).wait())
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """Sends rows, and so their gradients, in another type than they are computed in: half the bytes in bfloat16.
+
+    All rows, those that stay on their rank too: the result does not depend on where an expert is.
+    """
+
+    inner: Dispatcher
+    dtype: torch.dtype
+
+    def dispatch(self, rows_RD: Tensor, counts_E: Tensor | None) -> tuple[Pending, Receipt]:
+        pending, receipt = self.inner.dispatch(rows_RD.to(self.dtype), counts_E)
+        return _Widened(pending, rows_RD.dtype), receipt
+
+    def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
+        return _Widened(self.inner.combine(rows_RD.to(self.dtype), receipt), rows_RD.dtype)
+
+
+@dataclass(frozen=True)
+class _Widened:
+    pending: Pending
+    dtype: torch.dtype
+
+    def wait(self) -> Tensor:
+        return self.pending.wait().to(self.dtype)

@@ -1,7 +1,7 @@
 """The routed experts: E two-layer MLPs as stacked weights, of which a rank holds its own.
 
-E_i(x) = GELU(x W_in,i) W_out,i, without biases (docs/decisions/0004-experts.md, with the measurements behind the two
-ways of computing it).
+E_i(x) = act(x W_in,i) W_out,i, without biases (docs/decisions/0004-experts.md, with the measurements behind the two
+ways of computing it). act is GELU, or SwiGLU, for which W_in holds gate and up beside each other (activation.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from scmoe.moe.activation import ACTIVATIONS, Activation
+
 
 class Experts(nn.Module):
     """Experts `expert_ids` of `num_experts`. The class marks its parameters as sharded: stacked on dim 0 by expert.
@@ -20,13 +22,16 @@ class Experts(nn.Module):
     dim and ffn_dim must be multiples of 8: grouped products want rows that are aligned to 16 bytes, bf16 included.
     """
 
-    def __init__(self, dim: int, ffn_dim: int, num_experts: int, expert_ids: range | None = None) -> None:
+    def __init__(
+        self, dim: int, ffn_dim: int, num_experts: int, expert_ids: range | None = None, activation: str = "gelu"
+    ) -> None:
         super().__init__()
         if dim % 8 or ffn_dim % 8:
             raise ValueError(f"dim is {dim} and ffn_dim is {ffn_dim}, allowed: multiples of 8")
         self.num_experts = num_experts
         self.expert_ids = range(num_experts) if expert_ids is None else expert_ids
-        self.w_in_eDF = nn.Parameter(torch.empty(len(self.expert_ids), dim, ffn_dim))
+        self.act = ACTIVATIONS[activation]
+        self.w_in_eDF = nn.Parameter(torch.empty(len(self.expert_ids), dim, self.act.widening * ffn_dim))
         self.w_out_eFD = nn.Parameter(torch.empty(len(self.expert_ids), ffn_dim, dim))
 
     def forward(self, rows_RD: Tensor, counts_e: Tensor | None) -> Tensor:
@@ -39,7 +44,7 @@ class Experts(nn.Module):
         w_in_eDF, w_out_eFD = self.w_in_eDF.to(rows_RD.dtype), self.w_out_eFD.to(rows_RD.dtype)
         mlps = grouped_mlps if rows_RD.is_cuda and rows_RD.dtype != torch.float64 else mlps_in_turn
         with torch.autocast(rows_RD.device.type, enabled=False):
-            return mlps(rows_RD, w_in_eDF, w_out_eFD, counts_e)
+            return mlps(rows_RD, w_in_eDF, w_out_eFD, counts_e, self.act)
 
     @torch.no_grad()
     def init_weights(self, key: str, std_in: float, std_out: float) -> None:
@@ -47,36 +52,45 @@ class Experts(nn.Module):
         was drawn before, and the global generator is left as it was."""
         for name, weight, std in (("w_in", self.w_in_eDF, std_in), ("w_out", self.w_out_eFD, std_out)):
             for expert, w in zip(self.expert_ids, weight, strict=True):
-                digest = hashlib.blake2b(f"{key}/{name}/{expert}".encode(), digest_size=8).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+                generator = named_generator(f"{key}/{name}/{expert}")
                 w.copy_(torch.randn(w.shape, generator=generator) * std)
 
 
-def grouped_mlps(rows_RD: Tensor, w_in_eDF: Tensor, w_out_eFD: Tensor, counts_e: Tensor) -> Tensor:
+def named_generator(name: str) -> torch.Generator:
+    """A fresh generator, seeded by a text: the same wherever and whenever it is made."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def grouped_mlps(
+    rows_RD: Tensor, w_in_eDF: Tensor, w_out_eFD: Tensor, counts_e: Tensor, act: Activation = ACTIVATIONS["gelu"]
+) -> Tensor:
     """All experts in one kernel per product: nothing waits for the host. float32 and bfloat16."""
     ends_e = counts_e.cumsum(0).to(torch.int32)
-    hidden_RF = F.gelu(F.grouped_mm(rows_RD, w_in_eDF, offs=ends_e))
+    hidden_RF = act.forward(F.grouped_mm(rows_RD, w_in_eDF, offs=ends_e))
     return F.grouped_mm(hidden_RF, w_out_eFD, offs=ends_e)
 
 
-def mlps_in_turn(rows_RD: Tensor, w_in_eDF: Tensor, w_out_eFD: Tensor, counts_e: Tensor) -> Tensor:
+def mlps_in_turn(
+    rows_RD: Tensor, w_in_eDF: Tensor, w_out_eFD: Tensor, counts_e: Tensor, act: Activation = ACTIVATIONS["gelu"]
+) -> Tensor:
     """One expert after another: on a host its hidden rows stay in the cache between the products. Any dtype."""
-    return _MLPsInTurn.apply(rows_RD, w_in_eDF, w_out_eFD, counts_e.tolist())
+    return _MLPsInTurn.apply(rows_RD, w_in_eDF, w_out_eFD, counts_e.tolist(), act)
 
 
 class _MLPsInTurn(Function):
     """Backward by hand: every expert's gradient goes to its place in the stack, where autograd would make the stack
-    anew, and GELU is computed again, where autograd would keep a second [R, F]."""
+    anew, and the activation is computed again, where autograd would keep a second [R, F]."""
 
     @staticmethod
-    def forward(ctx, rows_RD, w_in_eDF, w_out_eFD, counts):
+    def forward(ctx, rows_RD, w_in_eDF, w_out_eFD, counts, act):
         y_RD = torch.empty_like(rows_RD)
         hidden = []
         for x, w_in, w_out, y in zip(rows_RD.split(counts), w_in_eDF, w_out_eFD, y_RD.split(counts), strict=True):
             hidden.append(x @ w_in)
-            torch.mm(F.gelu(hidden[-1]), w_out, out=y)
+            torch.mm(act.forward(hidden[-1]), w_out, out=y)
         ctx.save_for_backward(rows_RD, w_in_eDF, w_out_eFD, *hidden)
-        ctx.counts = counts
+        ctx.counts, ctx.act = counts, act
         return y_RD
 
     @staticmethod
@@ -85,8 +99,8 @@ class _MLPsInTurn(Function):
         dx_RD, dw_in_eDF, dw_out_eFD = map(torch.empty_like, (rows_RD, w_in_eDF, w_out_eFD))
         xs, dys, dxs = (t.split(ctx.counts) for t in (rows_RD, dy_RD, dx_RD))
         for i, (x, h, dy, dx) in enumerate(zip(xs, hidden, dys, dxs, strict=True)):
-            torch.mm(F.gelu(h).T, dy, out=dw_out_eFD[i])
-            dh = torch.ops.aten.gelu_backward(dy @ w_out_eFD[i].T, h)
+            torch.mm(ctx.act.forward(h).T, dy, out=dw_out_eFD[i])
+            dh = ctx.act.backward(dy @ w_out_eFD[i].T, h)
             torch.mm(x.T, dh, out=dw_in_eDF[i])
             torch.mm(dh, w_in_eDF[i].T, out=dx)
-        return dx_RD, dw_in_eDF, dw_out_eFD, None
+        return dx_RD, dw_in_eDF, dw_out_eFD, None, None

@@ -19,31 +19,55 @@ class Router(nn.Module):
 
     Logits and scores are float32, or wider where the input is: bf16 logits tie and overflow the softmax.
 
+    renormalise: False leaves the raw probabilities for k >= 2 too (OLMoE, Qwen2-MoE).
     noisy: Eq. 4's noise in training.
     balanced: deal the copies round-robin whatever the gate says, a bound for speed measurements.
     """
 
-    def __init__(self, dim: int, num_experts: int, top_k: int, *, noisy: bool = False, balanced: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        renormalise: bool = True,
+        noisy: bool = False,
+        balanced: bool = False,
+    ) -> None:
         super().__init__()
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k is {top_k}, allowed: 1..num_experts ({num_experts})")
         self.num_experts, self.top_k, self.balanced = num_experts, top_k, balanced
+        self.renormalise = renormalise and top_k > 1
         self.gate = nn.Linear(dim, num_experts, bias=False)
         self.noise = nn.Linear(dim, num_experts, bias=False) if noisy else None
 
-    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None) -> Routing:
-        """Routes each token; where mask_T is False (padding) its expert id is num_experts and its weight 0."""
+    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, taken_T1: Tensor | None = None) -> Routing:
+        """Routes each token; where mask_T is False (padding) its expert id is num_experts and its weight 0.
+
+        taken_T1: an expert that each token leaves alone (num_experts: none); top_k must be 1."""
+        x_TD = x_TD.view_as(x_TD)  # its gradients, of gate and noise, add up before they meet others': in one order
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
             scores_TE = logits_TE.softmax(-1)
-            topk_ids_TK = self.deal(x_TD) if self.balanced else logits_TE.topk(self.top_k).indices
+            topk_ids_TK = self.choose(x_TD, logits_TE, taken_T1)
             weights_TK = scores_TE.gather(-1, topk_ids_TK)
-            if self.top_k > 1:
+            if self.renormalise:
                 weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         if mask_T is not None:
             topk_ids_TK = topk_ids_TK.where(mask_T[:, None], self.num_experts)
             weights_TK = weights_TK.where(mask_T[:, None], 0.0)
         return Routing(topk_ids_TK, weights_TK, scores_TE, logits_TE)
+
+    def choose(self, x_TD: Tensor, logits_TE: Tensor, taken_T1: Tensor | None) -> Tensor:
+        """Expert ids, likeliest first. Where the likeliest is taken (DGMoE), the second best: compared by index."""
+        if taken_T1 is None:
+            return self.deal(x_TD) if self.balanced else logits_TE.topk(self.top_k).indices
+        assert self.top_k == 1
+        if self.balanced:
+            return (taken_T1 + 1) % self.num_experts
+        best_T1, second_T1 = logits_TE.topk(2).indices.split(1, dim=-1)
+        return best_T1.where(best_T1 != taken_T1, second_T1)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))

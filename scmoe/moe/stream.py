@@ -14,12 +14,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scmoe.moe.balance import router_stats
 from scmoe.moe.dispatcher import Dispatcher, Pending, Receipt
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Layout, arrange, decode, encode, expert_capacity
+from scmoe.moe.operators import Operators
 from scmoe.moe.router import Router
 from scmoe.tokens import MoEOutput, RouterStats, Routing
 
@@ -35,7 +36,7 @@ class StreamState(NamedTuple):
     receipts: list[Receipt] | None  # None: the experts have run
 
 
-class MoEStream(nn.Module):
+class MoEStream(Operators):
     """Router, experts and the dispatcher between them.
 
     capacity_factor: slots of an expert over its fair share of this rank's tokens; None: dropless.
@@ -59,10 +60,9 @@ class MoEStream(nn.Module):
         """mask_BS False: padding, which is routed nowhere and takes no capacity."""
         x_TD = tap_BSD.flatten(0, -2)
         mask_T = None if mask_BS is None else mask_BS.flatten()
-        routing = self.router(x_TD, mask_T)
-        layout = self.arrange(routing, mask_T)
-        chunks = encode(_in_wire_dtype(x_TD), layout)
-        sent = [self.dispatcher.dispatch(rows_RD, counts_E) for rows_RD, counts_E in chunks]
+        routing, layout = self.operator("route", self.route, x_TD, mask_T)
+        chunks = self.operator("encode", encode, _in_wire_dtype(x_TD), layout)
+        sent = [self.operator("dispatch", self.dispatcher.dispatch, *chunk) for chunk in chunks]
         in_flight, receipts = [pending for pending, _ in sent], [receipt for _, receipt in sent]
         return StreamState(tap_BSD.shape, routing, layout, router_stats(routing, layout, mask_T), in_flight, receipts)
 
@@ -71,8 +71,8 @@ class MoEStream(nn.Module):
         assert state.receipts is not None, "the experts run once"
         returning = []
         for pending, receipt in zip(state.in_flight, state.receipts, strict=True):
-            rows_RD = self.experts(pending.wait(), receipt.num_tokens_per_expert_e)
-            returning.append(self.dispatcher.combine(rows_RD, receipt))
+            rows_RD = self.operator("experts", self.experts, pending.wait(), receipt.num_tokens_per_expert_e)
+            returning.append(self.operator("combine", self.dispatcher.combine, rows_RD, receipt))
         return state._replace(in_flight=returning, receipts=None)
 
     @torch.compiler.disable
@@ -80,21 +80,23 @@ class MoEStream(nn.Module):
         assert state.receipts is None, "the experts run before the end"
         chunks = [pending.wait() for pending in state.in_flight]
         rows_RD = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
-        y_TD = decode(rows_RD, state.routing.topk_weights_TK, state.layout)
+        y_TD = self.operator("decode", decode, rows_RD, state.routing.topk_weights_TK, state.layout)
         return MoEOutput(y_TD.view(state.shape), state.stats)
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> MoEOutput:
         """The whole module at once: sum_i G(x)_i E_i(x) (Eq. 1)."""
         return self.finish(self.run_experts(self.begin(x_BSD, mask_BS)))
 
-    def arrange(self, routing: Routing, mask_T: Tensor | None) -> Layout:
+    def route(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Routing, Layout]:
+        """Where each token goes, and which row each of its copies takes."""
+        routing = self.router(x_TD, mask_T)
         num_experts, top_k, factor = self.router.num_experts, self.router.top_k, self.capacity_factor
         if factor is None:
-            return arrange(routing.topk_ids_TK, num_experts, None, self.num_chunks)
+            return routing, arrange(routing.topk_ids_TK, num_experts, None, self.num_chunks)
         capacity = expert_capacity(routing.topk_ids_TK.shape[0], num_experts, top_k, factor)
         # padding adds no capacity: the slots that it would bring stay empty, so that shapes depend on no data
         limit = None if mask_T is None else (factor * mask_T.sum().double() * top_k / num_experts).ceil()
-        return arrange(routing.topk_ids_TK, num_experts, capacity, self.num_chunks, limit)
+        return routing, arrange(routing.topk_ids_TK, num_experts, capacity, self.num_chunks, limit)
 
 
 def _in_wire_dtype(x_TD: Tensor) -> Tensor:

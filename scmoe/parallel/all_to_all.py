@@ -10,27 +10,100 @@ wait in a breath.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from scmoe.moe.operators import Recorder
+
+
+class Work(Protocol):
+    """An exchange under way."""
+
+    def wait(self) -> Any:
+        """The rows are there for whatever the caller computes next."""
+        ...
+
+
+Exchange = Callable[[Tensor, list[int], list[int]], tuple[Tensor, Work]]
+"""Starts sending rows, so many to each rank, and receiving as many from each: (the buffer to be filled, the work)."""
+
+
+def all_to_all(group: Any) -> Exchange:
+    """Of a process group; gloo's goes from point to point, others in one collective.
+
+    On CUDA it runs on the group's own stream, which starts when the rows are there; `wait` makes the current stream
+    wait, not the host. Who holds on to both buffers until then need not record them on that stream.
+    """
+    gloo = dist.get_backend(group) == "gloo"
+
+    def exchange(rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, Work]:
+        target = rows.new_empty((sum(received) if received else rows.shape[0], *rows.shape[1:]))
+        start = point_to_point if gloo else in_one_collective
+        return target, start(target, rows, received, sent, group)
+
+    return exchange
+
+
+def in_one_collective(target: Tensor, rows: Tensor, received: list[int], sent: list[int], group: Any) -> Work:
+    return dist.all_to_all_single(target, rows, received, sent, group=group, async_op=True)
+
+
+def point_to_point(target: Tensor, rows: Tensor, received: list[int], sent: list[int], group: Any) -> Work:
+    """All receives first, then the sends.
+
+    gloo sends rows once the peer has said that it awaits them. Its own All-to-All says so after it has begun to send:
+    on the rank that comes later, the word queues behind its own rows, and the two directions of a link take turns
+    (docs/benchmarks.md has the measurement).
+    """
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    targets = target.split(received) if received else target.chunk(size)
+    sources = rows.split(sent) if sent else rows.chunk(size)
+    before, after = ([(rank + step * i) % size for i in range(1, size)] for step in (-1, 1))
+    works = [dist.irecv(targets[peer], group=group, group_src=peer) for peer in before if targets[peer].numel()]
+    works += [dist.isend(sources[peer], group=group, group_dst=peer) for peer in after if sources[peer].numel()]
+    targets[rank].copy_(sources[rank])
+    return _All(works)
+
+
+class _All:
+    """Several works as one. Two threads may wait: a recorder and the one that needs the rows."""
+
+    def __init__(self, works: Sequence[Any]) -> None:
+        self.works, self.lock = list(works), threading.Lock()
+
+    def wait(self) -> None:
+        with self.lock:
+            while self.works:
+                self.works.pop(0).wait()
+
 
 class Transfer:
-    """One All-to-All of rows, and later its gradient's way back. `wait` gives what `start` sent for.
+    """One exchange of rows, and later its gradient's way back. `wait` gives what `start` sent for.
 
     sent, received: rows to and from each rank of the group; empty: all equal, and nothing need know them.
     A buffer in flight is held here until its wait, so it cannot be freed or used again before.
+    operator, recorder: who notes the transfer, and under which name.
     """
 
-    def __init__(self, group: Any, sent: Sequence[int] = (), received: Sequence[int] = ()) -> None:
-        self.group, self.sent, self.received = group, list(sent), list(received)
+    def __init__(
+        self,
+        exchange: Exchange,
+        sent: Sequence[int] = (),
+        received: Sequence[int] = (),
+        operator: str = "dispatch",
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.exchange, self.sent, self.received = exchange, list(sent), list(received)
+        self.operator, self.recorder = operator, recorder
         self.out: Tensor | None = None
         self.source: Tensor | None = None
-        self.work: dist.Work | None = None
+        self.work: Work | None = None
 
     @torch.compiler.disable
     def start(self, rows: Tensor) -> Transfer:
@@ -43,15 +116,19 @@ class Transfer:
         assert out is not None, "a transfer is started once and awaited once"
         return _Wait.apply(out, self)
 
-    def launch(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    def launch(self, rows: Tensor, backward: bool) -> Tensor:
+        sent, received = (self.received, self.sent) if backward else (self.sent, self.received)
         self.source = rows.contiguous()
-        target = rows.new_empty((sum(received) if received else rows.shape[0], *rows.shape[1:]))
-        self.work = dist.all_to_all_single(target, self.source, received, sent, group=self.group, async_op=True)
+        with torch.profiler.record_function(f"scmoe/{self.operator}"):
+            target, self.work = self.exchange(self.source, sent, received)
+        if self.recorder is not None:
+            self.recorder.watch(self.operator, "backward" if backward else "forward", self.work)
         return target
 
     def finish(self) -> None:
         assert self.work is not None
-        self.work.wait()
+        with torch.profiler.record_function(f"scmoe/{self.operator} wait"):
+            self.work.wait()
         self.work = self.source = None
 
 
@@ -59,7 +136,7 @@ class _Start(Function):
     @staticmethod
     def forward(ctx, rows: Tensor, transfer: Transfer) -> Tensor:
         ctx.transfer = transfer
-        return transfer.launch(rows, transfer.sent, transfer.received)
+        return transfer.launch(rows, backward=False)
 
     @staticmethod
     def backward(ctx, placeholder: Tensor):
@@ -79,5 +156,5 @@ class _Wait(Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         transfer = ctx.transfer
-        transfer.grad = transfer.launch(grad, transfer.received, transfer.sent)
+        transfer.grad = transfer.launch(grad, backward=True)
         return grad, None  # a placeholder of the right shape: the engine wants one, start's backward has the real one

@@ -20,7 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-WATCHED = ("all_reduce", "broadcast", "all_gather", "all_to_all_single")
+from scmoe.parallel import all_to_all
+
+WATCHED: tuple[tuple[Any, str], ...] = (
+    *((dist, name) for name in ("all_reduce", "broadcast", "all_gather", "all_to_all_single")),
+    (all_to_all, "point_to_point"),
+)
+ROWS = ("all_to_all_single", "point_to_point")  # their number differs from rank to rank, so only their width counts
 
 
 class OrderError(RuntimeError):
@@ -28,29 +34,30 @@ class OrderError(RuntimeError):
 
 
 class CompareCollectives:
-    """While installed, the functions of torch.distributed in WATCHED compare before they act.
+    """While installed, the functions in WATCHED compare before they act.
 
     Made by every rank, since it makes a group.
     """
 
     def __init__(self, timeout: timedelta) -> None:
         self.group = dist.new_group(backend="gloo", timeout=timeout, group_desc="debug")
-        self.originals: dict[str, Callable[..., Any]] = {}
+        self.originals: list[tuple[Any, str, Callable[..., Any]]] = []
         self.count = 0
 
     def install(self) -> None:
-        for name in WATCHED:
-            self.originals[name] = getattr(dist, name)
-            setattr(dist, name, self._comparing(name, self.originals[name]))
+        for module, name in WATCHED:
+            self.originals.append((module, name, getattr(module, name)))
+            setattr(module, name, self._comparing(name, getattr(module, name)))
 
     def remove(self) -> None:
-        for name, original in self.originals.items():
-            setattr(dist, name, original)
+        for module, name, original in self.originals:
+            setattr(module, name, original)
         self.originals.clear()
 
     def _comparing(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def collective(target: Any, *args: Any, **kwargs: Any) -> Any:
-            self.compare(_describe(name, target if isinstance(target, Tensor) else target[0], kwargs.get("group")))
+            group = args[-1] if name == "point_to_point" else kwargs.get("group")
+            self.compare(_describe(name, target if isinstance(target, Tensor) else target[0], group))
             return original(target, *args, **kwargs)
 
         return collective
@@ -69,8 +76,7 @@ class CompareCollectives:
 
 
 def _describe(name: str, tensor: Tensor, group: Any) -> str:
-    """Rows of an All-to-All differ from rank to rank, so only their width counts."""
-    shape = tuple(tensor.shape[1:]) if name == "all_to_all_single" else tuple(tensor.shape)
+    shape = tuple(tensor.shape[1:]) if name in ROWS else tuple(tensor.shape)
     purpose = "default" if group is None else group.group_desc
     return f"{name} of {tensor.dtype} {shape} in group {purpose} at {_caller()}"
 

@@ -6,7 +6,7 @@ grouped by (sender, local expert) and are regrouped by local expert after the wa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from scmoe.moe.dispatcher import Pending, Receipt
 from scmoe.moe.layout import gather
-from scmoe.parallel.all_to_all import Transfer
+from scmoe.moe.operators import Recorder
+from scmoe.parallel.all_to_all import Exchange, Transfer, all_to_all
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,21 @@ class AllToAllDispatcher:
     """Equal numbers per expert go without a word to the host; unequal ones (dropless) exchange their counts first.
 
     ceiling: rows that a rank may receive, over its fair share; None: any number.
+    exchange: how rows travel; None: by All-to-All over the group.
+    recorder: notes the times of the transfers.
     """
 
-    def __init__(self, group: Any, num_experts: int, ceiling: float | None = None) -> None:
+    def __init__(
+        self, group: Any, num_experts: int, ceiling: float | None = None, exchange: Exchange | None = None
+    ) -> None:
         self.group, self.num_experts, self.ceiling = group, num_experts, ceiling
+        self.exchange = exchange or all_to_all(group)
         self.ep_size = dist.get_world_size(group)
+        self.recorder: Recorder | None = None
 
     def dispatch(self, rows_RD: Tensor, counts_E: Tensor | None) -> tuple[Pending, Receipt]:
         if counts_E is None:
-            pending = _Arriving(Transfer(self.group).start(rows_RD), self.sender_to_expert_major)
-            return pending, Receipt(None)
+            return _Arriving(self.start("dispatch", rows_RD), self.sender_to_expert_major), Receipt(None)
         counts_from_e = self.exchange_counts(counts_E)
         sent, received = counts_E.view(self.ep_size, -1).sum(1).tolist(), counts_from_e.sum(1).tolist()
         # the label of each received row is its local expert; a stable sort by label groups the senders' rows
@@ -55,16 +61,19 @@ class AllToAllDispatcher:
         order_R = labels.repeat_interleave(counts_from_e.flatten()).argsort(stable=True)
         place_R = torch.empty_like(order_R)
         place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-        transfer = Transfer(self.group, sent, received).start(rows_RD)
+        transfer = self.start("dispatch", rows_RD, sent, received)
         receipt = Receipt(counts_from_e.sum(0), tuple(sent), tuple(received), order_R, place_R)
         return _Arriving(transfer, lambda rows: gather(rows, order_R, place_R[:, None])), receipt
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
         if receipt.order_R is None:
-            return _Arriving(Transfer(self.group).start(self.expert_to_sender_major(rows_RD)))
+            return _Arriving(self.start("combine", self.expert_to_sender_major(rows_RD)))
         assert receipt.place_R is not None
         rows_RD = gather(rows_RD, receipt.place_R, receipt.order_R[:, None])
-        return _Arriving(Transfer(self.group, receipt.received, receipt.sent).start(rows_RD))
+        return _Arriving(self.start("combine", rows_RD, receipt.received, receipt.sent))
+
+    def start(self, operator: str, rows_RD: Tensor, sent: Sequence[int] = (), received: Sequence[int] = ()) -> Transfer:
+        return Transfer(self.exchange, sent, received, operator, self.recorder).start(rows_RD)
 
     def exchange_counts(self, counts_E: Tensor) -> Tensor:
         """[EP, e]: rows that each rank sends to each expert here. The one place that must know before it can go on.

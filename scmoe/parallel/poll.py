@@ -26,6 +26,12 @@ class Poll:
         self.in_flight = (dist.all_reduce(sums, group=self.group, async_op=True), sums)
         return answers
 
+    def smallest(self, count: float) -> float:
+        """The smallest count of all ranks, waited for: how often all of them can ask. Every rank must call it."""
+        least = torch.tensor(count, dtype=torch.float64)
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=self.group)
+        return least.item()
+
     def close(self) -> list[bool]:
         """Waits for what is in flight, if anything."""
         if self.in_flight is None:

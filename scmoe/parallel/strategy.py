@@ -10,6 +10,7 @@ The LightningModule finds its place in `self.parallel_context`, set before `conf
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins import Precision
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
@@ -25,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from scmoe.parallel import checkpoint
-from scmoe.parallel.absent import note_absent
+from scmoe.parallel.absent import note_absent, take_along
 from scmoe.parallel.debug import CompareCollectives
 from scmoe.parallel.expert_parallel import clip_grad_norm, expert_parameters
 from scmoe.parallel.guard import Guard
@@ -41,6 +43,12 @@ class ExpertParallelStrategy(DDPStrategy):
     timeout_s: seconds that a collective may take before the job is ended.
     async_checkpoint: training goes on while a checkpoint is written; it is in its place some steps later.
     debug_collectives: ranks compare every collective before they take part in it; slow.
+
+    Who starts the ranks is found out by Lightning: torchrun or SLURM, where their variables are set, else this process.
+    It is rank 0 then and runs its own command once more for each other rank (start_method="popen", the default), or
+    it starts all ranks as children by start_method="spawn" (the module must pickle) or "fork" (for notebooks). Such
+    children end with `fit`, and their weights with them: this process has the metrics and the checkpoints. It is no
+    rank either, so a SIGTERM is for the children; it ends with an error then, where otherwise the exit code is 143.
     """
 
     def __init__(
@@ -64,6 +72,8 @@ class ExpertParallelStrategy(DDPStrategy):
         self.saving_asked_about: checkpoint.Saving | None = None
         self.outdated: list[Any] = []  # checkpoints to remove once the one that replaces them is whole
         self.rng_states: dict[str, Tensor] | None = None
+        self.parent: int | None = None  # the process of local rank 0, where that has started this one
+        self.polls_left = 0  # batches of this validation at which all ranks can ask each other
 
     # ------------------------------------------------------------------ set-up
 
@@ -71,11 +81,18 @@ class ExpertParallelStrategy(DDPStrategy):
         if self.num_nodes == 1:
             use_loopback_for_gloo()
         super().setup_environment()
+        if self._is_launched:
+            self.parent = os.getppid()
         if self.context is None:
             ep_size = self.world_size if self.ep_size is None else self.ep_size
             assert self._timeout is not None
             self.context = build_context(ep_size, self.root_device, self._timeout)
         self.module.parallel_context = self.context
+
+    @property
+    def _is_launched(self) -> bool:
+        """Whether a process of this job has started this rank, not torchrun or SLURM."""
+        return isinstance(self.cluster_environment, LightningEnvironment) and self.local_rank > 0
 
     @property
     def module(self) -> Any:
@@ -197,10 +214,15 @@ class ExpertParallelStrategy(DDPStrategy):
 
     # ------------------------------------------------------------------ steps
 
+    def _listen(self) -> None:
+        """From here on a SIGTERM is noted. After Lightning has set its handler, which would hang (stop.py)."""
+        assert self.context is not None
+        if self.poll is None:
+            self.stop, self.poll = StopSignal(), Poll(self.context.control_group, num_flags=2)
+
     def on_train_start(self) -> None:
         super().on_train_start()
-        assert self.context is not None
-        self.stop, self.poll = StopSignal(), Poll(self.context.control_group, num_flags=2)
+        self._listen()
         # Lightning's own way asks rank 0 before every batch, blocking, and from inside its signal handler
         self.module.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
@@ -209,12 +231,36 @@ class ExpertParallelStrategy(DDPStrategy):
         at_step_boundary = batch_idx % self.module.trainer.accumulate_grad_batches == 0
         if at_step_boundary:
             self._ask_all_ranks()
-        if self.rng_states is not None:  # not before: making data loaders draws from the generator
+        self._restore_rng_states()
+
+    def _restore_rng_states(self) -> None:
+        """Not before the first step, or what else needs them: making data loaders draws from the generator."""
+        if self.rng_states is not None:
             checkpoint.set_rng_states(self.rng_states)
             self.rng_states = None
 
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        trainer, self.polls_left = self.module.trainer, 0
+        if trainer.sanity_checking:
+            return
+        self._listen()
+        assert self.poll is not None
+        loop = trainer.fit_loop.epoch_loop
+        loop.val_loop.batch_progress.total.reset_on_restart()  # a validation that was stopped has not been
+        batches = self.poll.smallest(sum(trainer.num_val_batches))
+        between_steps = (loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0  # else gradients would be lost
+        if between_steps and batches != float("inf"):
+            self.polls_left = int(batches)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.polls_left > 0:
+            self.polls_left -= 1
+            self._ask_all_ranks()
+        return super().validation_step(*args, **kwargs)
+
     def _ask_all_ranks(self) -> None:
-        """As of the step before: is a rank still writing a checkpoint, has a rank been told to stop?"""
+        """As of the batch before: is a rank still writing a checkpoint, has a rank been told to stop?"""
         assert self.poll is not None and self.stop is not None
         writing = self.saving is not None and not self.saving.is_written()
         still_writing, stop = self.poll.any_rank(writing, self.stop.received)
@@ -228,19 +274,25 @@ class ExpertParallelStrategy(DDPStrategy):
         """Every rank, at the same step: a checkpoint beside the others, then exit. A rank that Lightning's launcher
         has started ends with 0: any other code makes its observer kill rank 0, which may still be closing loggers."""
         trainer = self.module.trainer
+        self._restore_rng_states()
+        if trainer.validating:  # a resumed run does all of it, as if it had just begun
+            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+            progress.reset()
+            progress.increment_ready()
+            progress.increment_started()
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
-        trainer.save_checkpoint(Path(folder) / f"step={trainer.global_step}.ckpt")
+        if self.optimizers:  # else nothing was trained: `trainer.validate` alone
+            trainer.save_checkpoint(Path(folder) / f"step={trainer.global_step}.ckpt")
         self.finish_saving()
-        assert self.cluster_environment is not None
-        launched = not self.cluster_environment.creates_processes_externally and self.local_rank > 0
-        raise SystemExit(0 if launched else EXIT_CODE)
+        raise SystemExit(0 if self._is_launched else EXIT_CODE)
 
     # ------------------------------------------------------------------ the end
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         if self.context is not None and self.context.world_size > 1:
-            note_absent(exception, self.context)
+            absent = note_absent(exception, self.context)
+            take_along(getattr(self.launcher, "procs", []), absent, self.parent)
 
     def teardown(self) -> None:
         if self.reducer is not None:

@@ -1,18 +1,18 @@
-"""What a schedule costs: elapsed time of the window, exposed communication, Eq. 11, and the best slot.
+"""What a schedule costs: elapsed time of the window, exposed communication, Eq. 11, and the best schedule.
 
 Eq. 11 chooses the slot by |T_pre - T_disp| + |T_post - T_comb|, a mismatch; what a pair really takes is all its
-computation plus the parts of the transfers that the backbone does not cover, so the slot is chosen by that
+computation plus the parts of the transfers that the backbone does not cover, so the schedule is chosen by that
 (docs/decisions/0007-schedule-slots.md). With one chunk the two terms are
 
     max(0, T_disp - T_pre) + max(0, T_comb - T_post)
 
-T_pre, T_post: backbone time before and after the experts. With more chunks the timeline is played.
+T_pre, T_post: backbone time before and after the experts. With more chunks, and for backward, the timeline is played.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from scmoe.schedule.plan import Schedule
 from scmoe.schedule.timeline import elapsed, play
@@ -20,26 +20,62 @@ from scmoe.schedule.timeline import elapsed, play
 PER_CHUNK = ("dispatch", "experts", "combine")
 
 
-def elapsed_time(schedule: Schedule, times: Mapping[str, float]) -> float:
-    """From the tap to the end of the block. times: each operator's, of all chunks together."""
-    share = {op: t / schedule.chunks if op in PER_CHUNK else t for op, t in times.items()}
-    return elapsed(play(schedule.operators(), share))
+@dataclass(frozen=True)
+class OperatorTimes:
+    """Time of each operator, forward and backward; of all chunks together. A training step is both, inference has no
+    backward."""
+
+    forward: Mapping[str, float]
+    backward: Mapping[str, float] = field(default_factory=dict)
 
 
-def exposed_time(schedule: Schedule, times: Mapping[str, float]) -> float:
+def elapsed_time(schedule: Schedule, times: OperatorTimes) -> float:
+    """From the tap to the end of the block, and back where there are backward times."""
+    return forward_time(schedule, times.forward) + backward_time(schedule, times.backward)
+
+
+def forward_time(schedule: Schedule, times: Mapping[str, float]) -> float:
+    return elapsed(play(schedule.operators(), per_chunk(schedule, times)))
+
+
+def backward_time(schedule: Schedule, times: Mapping[str, float]) -> float:
+    return elapsed(play(schedule.backward_operators(), per_chunk(schedule, times)))
+
+
+def per_chunk(schedule: Schedule, times: Mapping[str, float]) -> dict[str, float]:
+    return {op: t / schedule.chunks if op in PER_CHUNK else t for op, t in times.items()}
+
+
+def free_time(schedule: Schedule, times: OperatorTimes) -> float:
+    """All computation from the tap to the end of the block, and back: the elapsed time if communication were free."""
+    operators = ("route", "encode", *schedule.window, *schedule.after_window, "experts", "decode")
+    return sum(direction.get(op, 0.0) for direction in (times.forward, times.backward) for op in operators)
+
+
+def exposed_time(schedule: Schedule, times: OperatorTimes) -> float:
     """The part of the elapsed time in which the processor waits for a transfer."""
-    computation = ("route", "encode", *schedule.window, "experts", "decode")
-    return elapsed_time(schedule, times) - sum(times.get(op, 0.0) for op in computation)
+    return elapsed_time(schedule, times) - free_time(schedule, times)
 
 
-def mismatch(schedule: Schedule, times: Mapping[str, float]) -> float:
-    """Eq. 11's objective for the schedule's slot."""
-    before = sum(times.get(op, 0.0) for op in schedule.window[: schedule.slot])
-    after = sum(times.get(op, 0.0) for op in schedule.window[schedule.slot :])
-    return abs(before - times["dispatch"]) + abs(after - times["combine"])
+def mismatch(schedule: Schedule, times: OperatorTimes) -> float:
+    """Eq. 11's objective for the schedule's slot; it looks at forward alone."""
+    before = sum(times.forward.get(op, 0.0) for op in schedule.window[: schedule.slot])
+    after = sum(times.forward.get(op, 0.0) for op in schedule.window[schedule.slot :] + schedule.after_window)
+    return abs(before - times.forward["dispatch"]) + abs(after - times.forward["combine"])
 
 
-def best_slot(schedule: Schedule, times: Mapping[str, float]) -> Schedule:
-    """The same schedule with the slot that takes the least time; the earliest of equals."""
-    choices = [replace(schedule, expert_slot=slot) for slot in range(len(schedule.window) + 1)]
-    return min(choices, key=lambda choice: elapsed_time(choice, times))
+def slots(schedule: Schedule) -> list[Schedule]:
+    """The same schedule at every slot of its window."""
+    return [replace(schedule, expert_slot=slot) for slot in range(len(schedule.window) + 1)]
+
+
+def best_schedule(choices: Iterable[Schedule], times: Mapping[int, OperatorTimes]) -> Schedule:
+    """The one that takes the least time; the earliest of equals. times: by number of chunks, which changes them."""
+    return min(choices, key=lambda choice: elapsed_time(choice, times[choice.chunks]))
+
+
+def overlap_efficiency(overlapped: float, sequential: float, free: float) -> float:
+    """1 - (T_overlapped - T_free) / (T_sequential - T_free), as FLUX defines it: 1 where all communication is hidden,
+    0 where none is, below 0 where hiding it costs more than it saves. free: the time with communication free, so that
+    computation slowed down by a transfer counts against it."""
+    return 1 - (overlapped - free) / (sequential - free)

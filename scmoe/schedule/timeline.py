@@ -37,26 +37,30 @@ class Span:
 def play(operators: Sequence[str], times: Mapping[str, float], sequential: bool = False) -> list[Span]:
     """When each operator runs. `times`: of each operator; of a chunk's, where there are several.
 
-    The i-th experts wait for the i-th dispatch, decode waits for every combine. sequential: every transfer is waited
-    for at once, as by moe.dispatcher.Blocking. An operator without a time takes none.
+    operators: Schedule.operators() or .backward_operators(), more before and after. The i-th experts wait for the
+    i-th transfer of the first kind (backward: combine's gradients), decode for all (backward: encode).
+    sequential: every transfer is waited for at once, as by moe.dispatcher.Blocking. An operator without a time takes
+    none.
     """
     spans: list[Span] = []
     compute = network = 0.0
     arrivals: list[float] = []
+    first = next((operator for operator in operators if operator in TRANSFERS), "dispatch")
+    last = {"dispatch": "decode", "combine": "encode"}[first]
     for operator in operators:
         duration = times.get(operator, 0.0)
         if operator in TRANSFERS:
             start = max(compute, network)
             network = start + duration
             spans.append(Span(operator, start, network))
-            if operator == "dispatch":
+            if operator == first:
                 arrivals.append(network)
             if sequential:
                 compute = network
             continue
         if operator == "experts":
             compute = max(compute, arrivals.pop(0))
-        elif operator == "decode":
+        elif operator == last:
             compute = max(compute, network)
         spans.append(Span(operator, compute, compute + duration))
         compute += duration

@@ -4,7 +4,7 @@ Processes are forked from a server that has imported torch, Lightning and this l
 s; they are not forked from the caller, whose autograd threads and locks would come along broken. The caller hosts the
 store at which the ranks meet, as torchrun's agent does, so no other program can take its port between choice and use.
 A rank lives as long as the caller holds the other end of its pipe: whatever happens to the caller, no process stays
-behind. Left out: the network between the ranks, which is loopback as it is; links.py shapes it.
+behind. Between them is the loopback as it is, or links of their own (links.py).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from scmoe.parallel.mesh import use_loopback_for_gloo
+from scmoe.testbed import links
 
 PRELOADED = ["torch", "torch.distributed", "lightning.pytorch", "scmoe.training.build", __name__]
 GRACE_S = 0.5  # after a first failure, for others that failed at the same time to say so
@@ -42,13 +43,18 @@ class _Report(NamedTuple):
     failure: str | None
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0, own_links: bool = False
+) -> list[Any]:
     """[fn(rank, world_size, *args) for each rank], each in its own process, with one torch thread.
 
     fn: a function of a module; it finds the variables that torchrun sets, so a Trainer or `init_process_group` joins
     the ranks. args and results are pickled. No rank ends before all have their results, so none misses a peer at the
     end. Raises RankError; by then, as on return, every process is gone.
+
+    own_links: each rank in a network namespace of its own (links.py); `links.enter` comes first.
     """
+    assert links.inside() or not own_links
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -56,9 +62,13 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
     try:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_run_rank, args=(theirs, rank, world_size, store.port, fn, args))
+            process = context.Process(
+                target=_run_rank, args=(theirs, rank, world_size, store.port, own_links, fn, args)
+            )
             process.start()
             theirs.close()
+            if own_links:
+                _attach(ours, process.pid, rank)
             processes.append(process)
             pipes.append(ours)
         return _collect(pipes, timeout_s)
@@ -67,6 +77,16 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
             pipe.close()
         for process in processes:
             _end(process)
+
+
+def _attach(pipe: Connection, pid: int | None, rank: int) -> None:
+    try:
+        pipe.recv_bytes()  # it has left our namespace
+    except EOFError:
+        raise RankError(f"rank {rank} ended before it had a network namespace") from None
+    assert pid is not None
+    links.attach(pid, rank)
+    pipe.send_bytes(b"attached")
 
 
 def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
@@ -112,14 +132,25 @@ def _end(process: Any) -> None:
 
 
 def _run_rank(
-    pipe: Connection, rank: int, world_size: int, port: int, fn: Callable[..., Any], args: tuple[Any, ...]
+    pipe: Connection,
+    rank: int,
+    world_size: int,
+    port: int,
+    own_links: bool,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     os.setsid()
+    if own_links:
+        links.leave()
+        pipe.send_bytes(b"left")
+        pipe.recv_bytes()
+        links.bring_up(rank)
     multiprocessing.set_start_method(None, force=True)  # what a rank starts, such as data workers, starts as anywhere
     threading.Thread(target=_end_with_caller, args=(pipe,), daemon=True).start()
     r, n = str(rank), str(world_size)
     os.environ.update(RANK=r, WORLD_SIZE=n, LOCAL_RANK=r, LOCAL_WORLD_SIZE=n, GROUP_RANK="0")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR=links.BRIDGE_ADDRESS if own_links else "127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(TORCHELASTIC_RUN_ID="ranks", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     use_loopback_for_gloo()
     torch.set_num_threads(1)

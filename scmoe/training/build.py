@@ -1,128 +1,43 @@
-"""From configuration to objects: the only reader of the config tree, and the only factory."""
+"""From configuration to objects: with build_model.py the only reader of the config tree, and the only factory."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
-from torch import nn
 
-from datamodules.sequences import SequenceDataModule
+from datamodules.positioned import PositionedDataModule
 from datamodules.synthetic import SyntheticDataModule
 from datamodules.text import TextDataModule
-from scmoe.blocks.recompute import recompute_activations
-from scmoe.blocks.shortcut import ShortcutBlock
-from scmoe.blocks.standard import DenseBlock, SharedExpertBlock, TopKBlock
-from scmoe.blocks.sublayers import MLP, Attention, Residual
 from scmoe.config import Config, flatten, resolve_ep_size, to_yaml
-from scmoe.models.gpt import GPT, init_gpt_weights
-from scmoe.moe.coefficient import COEFFICIENT_GATES
-from scmoe.moe.experts import Experts
-from scmoe.moe.router import Router
-from scmoe.moe.stream import MoEStream
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.config_check import IMAGES, ConfigError
 from scmoe.parallel.strategy import ExpertParallelStrategy
-from scmoe.schedule.plan import Schedule
 from scmoe.training import logging
+from scmoe.training.analysis_callbacks import gating_over_training, similarity_over_training
+from scmoe.training.base import MoEModule
+from scmoe.training.build_model import build_model_to_train
 from scmoe.training.callbacks import DataPosition, ExpertLoad, LogLines, StepProgressBar, Threads, Throughput
+from scmoe.training.classifier import ImageClassifier
 from scmoe.training.module import LanguageModel
-
-# ---------------------------------------------------------------------- model
-
-
-def build_model(config: Config, context: ParallelContext) -> GPT:
-    """The network with this rank's experts, weights drawn from the seed."""
-    model = config.model
-    gpt = GPT(config.data.vocab_size, config.data.seq_len, model.dim, build_blocks(config, context), model.dropout)
-    init_gpt_weights(gpt, config.seed, model.layers)
-    if config.trainer.recompute:
-        recompute_activations(gpt)
-    return gpt
-
-
-def build_model_on_meta(config: Config) -> GPT:
-    """The whole network's shapes, without memory: to count parameters before anything is started."""
-    with torch.device("meta"):
-        model = config.model
-        return GPT(config.data.vocab_size, config.data.seq_len, model.dim, build_blocks(config, ParallelContext()))
-
-
-def build_blocks(config: Config, context: ParallelContext) -> list[nn.Module]:
-    """Blocks with an MoE each (every: 1), or pairs of Block-MLP and Block-MoE (every: 2), or dense blocks."""
-    model, moe = config.model, config.moe
-    if moe.architecture == "dense":
-        return [DenseBlock([attention(config), mlp(config)]) for _ in range(model.layers)]
-    return [build_moe_block(config, context, first=i == 0) for i in range(model.layers // moe.every)]
-
-
-def build_moe_block(config: Config, context: ParallelContext, first: bool) -> nn.Module:
-    model, moe = config.model, config.moe
-    sublayers = [attention(config)]
-    if moe.every == 2:
-        sublayers += [mlp(config), attention(config)]
-    stream = build_stream(config, context)
-    if moe.architecture == "top_k":
-        return TopKBlock(sublayers, norm(config), stream, model.dropout)
-    shared_expert = MLP(model.dim, ffn_dim(config))
-    coefficient = COEFFICIENT_GATES[moe.combine](model.dim)
-    if moe.architecture == "shared_expert":
-        schedule = Schedule("shared_expert", config.schedule.expert_slot, config.schedule.chunks)
-        return SharedExpertBlock(sublayers, norm(config), shared_expert, coefficient, stream, schedule, model.dropout)
-    position = moe.first_position if first and moe.first_position else moe.position
-    schedule = Schedule(position, config.schedule.expert_slot, config.schedule.chunks)
-    following = sublayers[len(sublayers) - (len(schedule.window) - 1)]  # the sub-layer after the tap
-    return ShortcutBlock(
-        sublayers,
-        tap_norm=following.norm if moe.tap_norm == "shared" else norm(config),
-        norm=norm(config),
-        shared_expert=shared_expert,
-        coefficient=coefficient,
-        moe=stream,
-        schedule=schedule,
-        dropout=model.dropout,
-        coefficient_reads_tap=moe.coefficient_input == "tap",
-    )
-
-
-def build_stream(config: Config, context: ParallelContext) -> MoEStream:
-    dim, moe = config.model.dim, config.moe
-    router = Router(dim, moe.num_experts, moe.top_k, noisy=moe.noisy, balanced=moe.balanced_routing)
-    experts = Experts(dim, ffn_dim(config), moe.num_experts, context.local_experts(moe.num_experts))
-    dispatcher = context.dispatcher(moe.num_experts, moe.dropless_ceiling)
-    return MoEStream(router, experts, dispatcher, moe.capacity_factor, config.schedule.chunks)
-
-
-def attention(config: Config) -> Residual:
-    return Residual(norm(config), Attention(config.model.dim, config.model.heads), config.model.dropout)
-
-
-def mlp(config: Config) -> Residual:
-    return Residual(norm(config), MLP(config.model.dim, ffn_dim(config)), config.model.dropout)
-
-
-def norm(config: Config) -> nn.Module:
-    return nn.LayerNorm(config.model.dim)
-
-
-def ffn_dim(config: Config) -> int:
-    return config.model.ffn_dim or 4 * config.model.dim
-
+from scmoe.training.planning import PlanSchedule
 
 # ---------------------------------------------------------------------- training
 
 
-def build_module(config: Config) -> LanguageModel:
+def build_module(config: Config) -> MoEModule:
     optim, moe = config.optim, config.moe
-    return LanguageModel(
-        lambda context: build_model(config, context),
+    images = config.data.name in IMAGES
+    task = partial(ImageClassifier, num_classes=config.data.num_classes) if images else LanguageModel
+    return task(
+        partial(build_model_to_train, config),  # a lambda could not be sent to processes that are spawned
         max_steps=config.trainer.max_steps,
         lr=optim.lr,
         min_lr_ratio=optim.min_lr_ratio,
@@ -137,23 +52,45 @@ def build_module(config: Config) -> LanguageModel:
     )
 
 
-def build_datamodule(config: Config) -> SequenceDataModule:
+def build_datamodule(config: Config) -> PositionedDataModule:
     data, trainer = config.data, config.trainer
     common: dict[str, Any] = dict(
-        vocab_size=data.vocab_size,
-        seq_len=data.seq_len,
         global_batch_size=data.global_batch_size,
         accumulate=trainer.accumulate,
         num_batches=trainer.max_steps * trainer.accumulate,
-        val_sequences=data.val_sequences,
         workers=data.workers,
         seed=config.seed,
     )
+    if data.name in IMAGES:
+        return build_images(config, common)
+    common |= dict(vocab_size=data.vocab_size, seq_len=data.seq_len, val_sequences=data.val_sequences)
     if data.name == "synthetic":
         return SyntheticDataModule(**common)
     return TextDataModule(
         data.name, data.path, data.subset, tokenizer=data.tokenizer, cache_dir=data.cache_dir, **common
     )
+
+
+def build_images(config: Config, common: dict[str, Any]) -> PositionedDataModule:
+    """Opens the images, so that what is missing is said before a process is started."""
+    from datamodules.image_sources import open_images  # here: they need the extra `vision`
+    from datamodules.images import ImageDataModule
+
+    data = config.data
+    try:
+        return ImageDataModule(
+            open_images(data.name, data.path),
+            image_size=data.image_size,
+            num_classes=data.num_classes,
+            augment=data.augment,
+            mixup=data.mixup,
+            cutmix=data.cutmix,
+            label_smoothing=data.label_smoothing,
+            val_images=data.val_sequences,
+            **common,
+        )
+    except (ValueError, ModuleNotFoundError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def seed_everything(config: Config) -> None:
@@ -189,13 +126,22 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
     """run_dir: rank 0's; the other ranks are told by ModelCheckpoint itself."""
     data, trainer = config.data, config.trainer
     checkpoints = None if run_dir is None else run_dir / "checkpoints"
+    images, micro_batch = data.name in IMAGES, data.global_batch_size // trainer.accumulate
+    best, mode = ("val/accuracy", "max") if images else ("val/bits_per_byte", "min")
     callbacks: list[Callback] = [
         DataPosition(),
         ExpertLoad(),
-        Throughput(data.global_batch_size // trainer.accumulate * data.seq_len),
+        Throughput("images_per_s", micro_batch) if images else Throughput("tokens_per_s", micro_batch * data.seq_len),
         ModelCheckpoint(checkpoints, "{step}", every_n_train_steps=trainer.checkpoint_every, save_top_k=1),
-        ModelCheckpoint(checkpoints, "best-{step}", monitor="val/bits_per_byte", save_top_k=1),
+        ModelCheckpoint(checkpoints, "best-{step}", monitor=best, mode=mode, save_top_k=1),
     ]
+    if config.moe.architecture not in ("dense", "dgmoe_share") and not trainer.compile:
+        chunks = config.schedule.chunks
+        callbacks.append(PlanSchedule(config.schedule.auto, (1, 2, 4) if chunks is None else (chunks,)))
+    if config.analysis.gating_every is not None:
+        callbacks.append(gating_over_training(config.analysis.gating_every, run_dir, config.moe.position))
+    if config.analysis.similarity_every is not None:
+        callbacks.append(similarity_over_training(config.analysis.similarity_every, run_dir))
     if trainer.progress:
         callbacks.append(StepProgressBar() if sys.stdout.isatty() else LogLines())
     return callbacks

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from scmoe.moe.balance import load_metrics
+from scmoe.training.collapse import CollapseAlarm
 
 
 class DataPosition(Callback):
@@ -22,13 +24,14 @@ class DataPosition(Callback):
 
 
 class Throughput(Callback):
-    """time/tokens_per_s: tokens of all ranks per second since the last log, validation and checkpoints left out.
+    """time/<name>, such as tokens_per_s: of all ranks together since the last log, validation and checkpoints left out.
 
-    `mean` is that of all batches but the first, which pays for allocation and warm-up.
+    count: tokens, or images, of one batch. `mean` is the rate of all batches but the first, which pays for allocation
+    and warm-up.
     """
 
-    def __init__(self, tokens_per_batch: int) -> None:
-        self.tokens_per_batch = tokens_per_batch
+    def __init__(self, name: str, count: int) -> None:
+        self.name, self.count = name, count
         self.batches, self.seconds = 0, 0.0
         self.window_batches, self.window_seconds = 0, 0.0
         self.started: float | None = None
@@ -36,7 +39,7 @@ class Throughput(Callback):
 
     @property
     def mean(self) -> float:
-        return self.tokens_per_batch * self.batches / self.seconds if self.seconds else float("nan")
+        return self.count * self.batches / self.seconds if self.seconds else float("nan")
 
     def on_train_batch_start(self, *_: Any) -> None:
         if self.started is None:
@@ -51,9 +54,9 @@ class Throughput(Callback):
             self.batches, self.seconds = self.batches + 1, self.seconds + now - self.started
         self.window_batches, self.window_seconds = self.window_batches + 1, self.window_seconds + now - self.started
         self.started, self.warm = now, True
-        if _logs_now(trainer, batch_idx):
-            rate = self.tokens_per_batch * self.window_batches / self.window_seconds
-            pl_module.log("time/tokens_per_s", rate, prog_bar=True)
+        if logs_now(trainer, batch_idx):
+            rate = self.count * self.window_batches / self.window_seconds
+            pl_module.log(f"time/{self.name}", rate, prog_bar=True)
             self.window_batches, self.window_seconds = 0, 0.0
 
     def on_validation_start(self, *_: Any) -> None:
@@ -64,10 +67,12 @@ class Throughput(Callback):
 
 
 class ExpertLoad(Callback):
-    """moe/load_max, moe/load_entropy, moe/dead_experts, moe/drop_share over the batches since the last log."""
+    """moe/load_max, moe/load_entropy, moe/dead_experts, moe/drop_share over the batches since the last log; a warning
+    where a router has collapsed."""
 
     def __init__(self) -> None:
         self.sums_LE2: Tensor | None = None
+        self.alarm = CollapseAlarm()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -76,9 +81,11 @@ class ExpertLoad(Callback):
         if sums_LE2 is None:
             return
         self.sums_LE2 = sums_LE2 if self.sums_LE2 is None else self.sums_LE2 + sums_LE2
-        if _logs_now(trainer, batch_idx):
+        if logs_now(trainer, batch_idx):
             load = load_metrics(self.sums_LE2)
             pl_module.log_dict({f"moe/{name}": value.float() for name, value in load.items()})
+            for line in self.alarm(self.sums_LE2):
+                rank_zero_warn(line)
             self.sums_LE2 = None
 
 
@@ -105,13 +112,13 @@ class LogLines(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if _logs_now(trainer, batch_idx) and trainer.is_global_zero:
+        if logs_now(trainer, batch_idx) and trainer.is_global_zero:
             shown = trainer.progress_bar_metrics
             values = "  ".join(f"{name} {float(value):,.4g}" for name, value in shown.items() if name != "v_num")
             print(f"step {trainer.global_step}/{trainer.max_steps}  {values}", file=sys.stderr, flush=True)
 
 
-def _logs_now(trainer: Trainer, batch_idx: int) -> bool:
+def logs_now(trainer: Trainer, batch_idx: int) -> bool:
     """At the last batch of every log_every_n_steps-th optimizer step."""
     steps, rest = divmod(batch_idx + 1, trainer.accumulate_grad_batches)
     return rest == 0 and steps % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]

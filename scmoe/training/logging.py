@@ -1,7 +1,7 @@
 """A run's directory, what it writes there, and its loggers.
 
     runs/<experiment>/<stamp>-<slug>/   config.yaml  overrides.txt  env.json  metrics.csv  summary.json
-                                        checkpoints/  wandb/  wandb_run.json
+                                        checkpoints/  wandb/  wandb_run.json  state.json
     runs/latest                         the newest
 
 Only rank 0 writes. Weights & Biases never ends a run (fault 32): what it cannot take is left out, with one warning.
@@ -19,22 +19,29 @@ import subprocess
 import sys
 import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
 import wandb
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from scmoe.config_check import ConfigError
+from scmoe.parallel.durable import MANIFEST
 
 
 def create_run_dir(root: Path, experiment: str, overrides: Sequence[str], config_yaml: str) -> Path:
     """A new directory for a run, with all that is needed to run it again."""
-    slug = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(o.split(".")[-1] for o in overrides))[:40].strip("-.")
+    pairs = [o.removeprefix("--").partition("=")[::2] for o in overrides]
+    told = [f"{key.rpartition('.')[2]}-{value}" for key, value in pairs if key not in ("name", "runs_dir")]
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(told))[:40].strip("-.")
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     run_dir = root / experiment / f"{stamp}-{slug or uuid.uuid4().hex[:4]}"
     while run_dir.exists():
@@ -105,6 +112,8 @@ def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
 
 
 INIT_TIMEOUT_S = 20.0  # of a server that does not answer
+FINISH_TIMEOUT_S = 60.0  # of the last uploads; what is left over is kept in the run directory
+UPLOAD_BYTES_PER_S = 1e6  # the slowest at which a checkpoint is waited for
 WANDB_TROUBLE = (wandb.Error, OSError)  # the server refuses, does not answer, or W&B's own process is gone
 
 
@@ -142,9 +151,17 @@ def wandb_logger(
     if record.exists():
         run_id = json.loads(record.read_text())["id"]
     else:
-        run_id = uuid.uuid4().hex[:8]
+        run_id = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]  # an agent of a sweep gives its trial an id
         record.write_text(json.dumps({"id": run_id, "project": project, "mode": mode}))
-    settings = wandb.Settings(console="off", silent=True, disable_git=True, init_timeout=INIT_TIMEOUT_S)
+    settings = wandb.Settings(
+        console="off",
+        silent=True,
+        disable_git=True,
+        init_timeout=INIT_TIMEOUT_S,
+        finish_timeout=FINISH_TIMEOUT_S,
+        finish_timeout_raises=True,
+    )
+    wandb.setup(settings)  # silent from here on: what matters is said below, once
     common: dict[str, Any] = dict(
         project=project,
         name=f"{run_dir.parent.name}/{run_dir.name}",
@@ -179,17 +196,53 @@ class SteadyWandbLogger(WandbLogger):
     def log_hyperparams(self, params: Any) -> None:
         self._try(lambda: super(SteadyWandbLogger, self).log_hyperparams(params))
 
-    def close(self, status: str) -> None:
-        self._try(lambda: self.experiment.finish(exit_code=0 if status == "success" else 1))
+    def log_checkpoint(self, checkpoint: Path, metric: str, value: float) -> None:
+        """An artifact of type model with the alias `best`. Online it is waited for; offline, `wandb sync` reads the
+        files where they lie."""
+        self._try(lambda: self._upload(checkpoint, metric, value), (Exception,))  # the client lets any kind through
 
-    def _try(self, action: Callable[[], None]) -> None:
+    def _upload(self, checkpoint: Path, metric: str, value: float) -> None:
+        metadata = {"step": json.loads((checkpoint / MANIFEST).read_text())["step"], metric: value}
+        artifact = wandb.Artifact(f"checkpoint-{self.experiment.id}", type="model", metadata=metadata)
+        files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+        for path in files:  # immutable: W&B makes no copy
+            artifact.add_file(str(path), str(path.relative_to(checkpoint)), policy="immutable", skip_cache=True)
+        logged = self.experiment.log_artifact(artifact, aliases=["best"])
+        if not self.experiment.offline:
+            size = sum(path.stat().st_size for path in files)
+            logged.wait(timeout=int(FINISH_TIMEOUT_S + size / UPLOAD_BYTES_PER_S))
+
+    def close(self, status: str) -> None:
+        finish = partial(self.experiment.finish, exit_code=0 if status == "success" else 1)
+        if self.lost:  # its process may still be there, and must not outlive this one
+            with suppress(*WANDB_TROUBLE):
+                finish()
+        else:
+            self._try(finish)
+
+    def _try(self, action: Callable[[], None], trouble: tuple[type[Exception], ...] = WANDB_TROUBLE) -> None:
         if self.lost:
             return
         try:
             action()
-        except WANDB_TROUBLE as error:
+        except trouble as error:
             self.lost = True
-            print(f"warning: Weights & Biases gets no more of this run: {error}", file=sys.stderr, flush=True)
+            reason, kept = f"{error} ".splitlines()[0].strip(" ."), Path(self.experiment.settings.sync_dir)
+            print(
+                f"warning: Weights & Biases gets no more of this run: {reason}; to send it later: wandb sync {kept}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def log_best_checkpoint(loggers: Sequence[Logger], callbacks: Iterable[object]) -> None:
+    """Hands the best checkpoint to W&B, with its step and metric, where there is one and W&B is on."""
+    best = [c for c in callbacks if isinstance(c, ModelCheckpoint) and c.monitor and c.best_model_path]
+    for logger, callback in product(loggers, best):
+        if isinstance(logger, SteadyWandbLogger):
+            assert callback.best_model_score is not None
+            value = callback.best_model_score.item()
+            logger.log_checkpoint(Path(callback.best_model_path), str(callback.monitor), value)
 
 
 def sync_command(run_dir: Path) -> str | None:

@@ -15,11 +15,11 @@ from rich.text import Text
 from rich.tree import Tree
 from torch import nn
 
+from scmoe.analysis.cost import routed_copies
 from scmoe.blocks.sublayers import MLP, Attention
 from scmoe.moe.coefficient import CG1, CG2
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
-from scmoe.moe.stream import MoEStream
 
 
 def config_tree(config: Any, label: str = "config") -> Tree:
@@ -36,6 +36,7 @@ def config_tree(config: Any, label: str = "config") -> Tree:
 KINDS: dict[type[nn.Module], str] = {
     nn.Embedding: "embedding",
     nn.LayerNorm: "norms",
+    nn.RMSNorm: "norms",
     Attention: "attention",
     MLP: "MLP",
     Router: "gates",
@@ -43,18 +44,27 @@ KINDS: dict[type[nn.Module], str] = {
     CG2: "gates",
     Experts: "experts",
 }
+NAMED = {  # by name, whatever the class
+    "shared_expert": "shared expert",
+    "attention": "attention",  # timm's
+    "patches": "patches",
+    "merges": "patches",
+    "head": "output",
+    "other": "other",
+}
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
     """Per kind of module: how many there are, all parameters, and those that one token uses.
 
-    Experts are counted whole, wherever their shards are; a token uses top_k of num_experts of them.
+    Experts are counted whole, wherever their shards are; a token uses top_k of num_experts of them, and others in each
+    further use of the module (DGMoE, DGMoE-Share), where it may.
     """
     counts: dict[str, tuple[int, int, int]] = {}
     seen: set[nn.Parameter] = set()
-    used = {m.experts: m.router.top_k / m.router.num_experts for m in model.modules() if isinstance(m, MoEStream)}
+    used = {experts: min(1.0, copies / experts.num_experts) for experts, copies in routed_copies(model).items()}
     for name, module in [*model.named_modules(), ("other", model)]:  # the model itself last: what no kind has taken
-        kind = "shared expert" if name.endswith("shared_expert") else KINDS.get(type(module), name == "other" and name)
+        kind = NAMED.get(name.rpartition(".")[2]) or KINDS.get(type(module))
         own = set(module.parameters()) - seen if kind else set()
         if not kind or not own:
             continue
@@ -86,16 +96,18 @@ def model_table(counts: Mapping[str, tuple[int, int, int]]) -> Table:
 def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
     """The end of a run, for a person: results and samples."""
     table = Table.grid(padding=(0, 2))
-    ratio = summary["bits_per_byte"] / summary["unigram_bits_per_byte"]
-    rows = {
-        "steps": f"{summary['steps']:,} on {summary['world_size']} ranks, EP = {summary['ep_size']}",
-        "validation loss": f"{summary['val_loss']:.4f} nats per token, perplexity {summary['perplexity']:.2f}",
-        "bits per byte": f"{summary['bits_per_byte']:.4f}; unigram {summary['unigram_bits_per_byte']:.4f}, "
-        f"ratio {ratio:.3f}",
-        "throughput": f"{summary['tokens_per_s']:,.0f} tokens/s over all ranks"
-        if summary["tokens_per_s"]
-        else "not measured: too few steps were made",
-    }
+    rows = {"steps": f"{summary['steps']:,} on {summary['world_size']} ranks, EP = {summary['ep_size']}"}
+    if "val_accuracy" in summary:
+        unit = "images"
+        rows["validation loss"] = f"{summary['val_loss']:.4f} nats per image"
+        rows["accuracy"] = f"{summary['val_accuracy']:.2%} of the validation images of {summary['data']}"
+    else:
+        unit, unigram = "tokens", summary["unigram_bits_per_byte"]
+        ratio = summary["bits_per_byte"] / unigram
+        rows["validation loss"] = f"{summary['val_loss']:.4f} nats per token, perplexity {summary['perplexity']:.2f}"
+        rows["bits per byte"] = f"{summary['bits_per_byte']:.4f}; unigram {unigram:.4f}, ratio {ratio:.3f}"
+    rate = summary[f"{unit}_per_s"]
+    rows["throughput"] = f"{rate:,.0f} {unit}/s over all ranks" if rate else "not measured: too few steps were made"
     if summary["load_max_ratio"] is not None:
         rows["expert load"] = f"busiest expert {summary['load_max_ratio']:.2f} x the mean, worst layer"
         rows["dropped"] = f"{summary['drop_share']:.2%} of routed tokens"

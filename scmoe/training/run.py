@@ -7,6 +7,7 @@ import math
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from datamodules.positioned import PositionedDataModule
 from datamodules.sequences import SequenceDataModule
 from datamodules.text import TextDataModule
 from scmoe.config import Config, to_yaml
 from scmoe.models.gpt import generate
 from scmoe.parallel.durable import newest_good, verify
 from scmoe.training import build, logging, report
+from scmoe.training.base import MoEModule
+from scmoe.training.build_model import build_model_on_meta
 from scmoe.training.callbacks import Throughput
-from scmoe.training.module import LanguageModel
+from scmoe.training.run_state import write_state
 
 SAMPLES, SAMPLE_TOKENS = 3, 40
 
@@ -36,11 +40,12 @@ def train(config: Config, overrides: Sequence[str] = (), run_dir: Path | None = 
     build.seed_everything(config)
     checkpoint = newest_good(run_dir / "checkpoints") if run_dir else None
     loggers: list[Logger] = []
-    status = "failed"
+    status = state = "failed"
     try:
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             run_dir, loggers = _open_run(config, overrides, run_dir, checkpoint)
-        module, data = build.build_module(config), build.build_datamodule(config)
+        start = config if checkpoint is None else replace(config, init_from=None)  # the checkpoint has the weights
+        module, data = build.build_module(start), build.build_datamodule(config)
         callbacks = build.build_callbacks(config, run_dir)
         trainer = build.build_trainer(config, callbacks, loggers)
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
@@ -49,13 +54,17 @@ def train(config: Config, overrides: Sequence[str] = (), run_dir: Path | None = 
         if run_dir is not None:
             summary = {"run_dir": str(_relative(run_dir)), **summary}
             report.write_json(run_dir / "summary.json", summary)
-        status = "success"
+        logging.log_best_checkpoint(loggers, trainer.checkpoint_callbacks)
+        status, state = "success", "finished"
     except SystemExit:  # the Strategy has been asked to stop, and has saved
+        state = "cut"
         if run_dir is not None:
             print(f"stopped; go on with: make resume RUN={_relative(run_dir)}", flush=True)
         raise
     finally:
         logging.close_loggers(loggers, status)
+        if loggers and run_dir is not None:  # rank 0
+            write_state(run_dir, state)
     if run_dir is None or not trainer.is_global_zero:
         return None
     console = report.console()
@@ -74,8 +83,9 @@ def _open_run(
         run_dir = build.build_run_dir(config, overrides)
     else:
         (run_dir / "config.yaml").write_text(to_yaml(config))
+    write_state(run_dir, "running")
     console.print(report.config_tree(config, f"config of {_relative(run_dir)}"))
-    console.print(report.model_table(report.count_parameters(build.build_model_on_meta(config))))
+    console.print(report.model_table(report.count_parameters(build_model_on_meta(config))))
     if checkpoint is not None:
         console.print(f"going on from {_relative(checkpoint)}", soft_wrap=True)
     loggers = build.build_loggers(config, run_dir, resumed_step=verify(checkpoint) if checkpoint else None)
@@ -83,7 +93,7 @@ def _open_run(
     return run_dir, loggers
 
 
-def _summary(trainer: Trainer, module: LanguageModel, data: SequenceDataModule) -> dict[str, Any]:
+def _summary(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -> dict[str, Any]:
     """The numbers of the run's last line, validated after the last step; every rank takes part."""
     steps = trainer.global_step
     if module.validated_step != steps:
@@ -91,12 +101,17 @@ def _summary(trainer: Trainer, module: LanguageModel, data: SequenceDataModule) 
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     total, active = report.total_and_active(report.count_parameters(module.model))
     throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
+    quality: dict[str, Any] = {"val_loss": metrics["val/loss"]}
+    if isinstance(data, SequenceDataModule):
+        quality["perplexity"] = metrics["val/perplexity"]
+        quality["bits_per_byte"] = metrics["val/bits_per_byte"]
+        quality["unigram_bits_per_byte"] = data.unigram_bits_per_byte()
+    else:
+        quality["val_accuracy"] = metrics["val/accuracy"]
+        quality["data"] = data.name  # what was asked for: nothing stands in for it
     return {
-        "val_loss": metrics["val/loss"],
-        "perplexity": metrics["val/perplexity"],
-        "bits_per_byte": metrics["val/bits_per_byte"],
-        "unigram_bits_per_byte": data.unigram_bits_per_byte(),
-        "tokens_per_s": None if math.isnan(throughput.mean) else throughput.mean,
+        **quality,
+        throughput.name: None if math.isnan(throughput.mean) else throughput.mean,
         "steps": steps,
         "params_total": total,
         "params_active": active,
@@ -107,7 +122,7 @@ def _summary(trainer: Trainer, module: LanguageModel, data: SequenceDataModule) 
     }
 
 
-def _samples(trainer: Trainer, module: LanguageModel, data: SequenceDataModule) -> list[str]:
+def _samples(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -> list[str]:
     """A few lines that the model writes; every rank takes part, since the experts are spread over them."""
     if not isinstance(data, TextDataModule):
         return []

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from scmoe.moe.dispatcher import Blocking
-from scmoe.parallel.all_to_all import Transfer
+from scmoe.parallel.all_to_all import Transfer, all_to_all, point_to_point
 from scmoe.parallel.dispatcher import AllToAllDispatcher
 from scmoe.testbed.ranks import run_ranks
 
@@ -49,7 +49,7 @@ def transfer_uneven_rows(rank: int, world_size: int, empty: bool) -> None:
     factors = [random(int(counts[:, s].sum()), DIM, seed=100 + s) for s in range(world_size)]
 
     mine = rows[rank].clone().requires_grad_()
-    transfer = Transfer(None, counts[rank].tolist(), counts[:, rank].tolist())
+    transfer = Transfer(all_to_all(None), counts[rank].tolist(), counts[:, rank].tolist())
     received = transfer.start(mine).wait()
     blocks = [rows[s].split(counts[s].tolist())[rank] for s in range(world_size)]
     assert torch.equal(received, torch.cat(blocks)), "rows by sender"
@@ -165,10 +165,10 @@ class LoggedWork:
         self.work.wait()
 
 
-def logged(all_to_all: Any, log: list[tuple[str, float]]) -> Any:
+def logged(start: Any, log: list[tuple[str, float]]) -> Any:
     def call(*args: Any, **kwargs: Any) -> LoggedWork:
         log.append(("launch", time.perf_counter()))
-        return LoggedWork(all_to_all(*args, **kwargs), log)
+        return LoggedWork(start(*args, **kwargs), log)
 
     return call
 
@@ -178,8 +178,8 @@ def time_stamps(rank: int, world_size: int, overlap: bool) -> dict[str, list[tup
     dist.init_process_group("gloo")
     log: list[tuple[str, float]] = []
     rows, other = (torch.ones(4, DIM, requires_grad=True) for _ in range(2))
-    with patch.object(dist, "all_to_all_single", logged(dist.all_to_all_single, log)):
-        transfer = Transfer(None).start(rows)
+    with patch("scmoe.parallel.all_to_all.point_to_point", logged(point_to_point, log)):
+        transfer = Transfer(all_to_all(None)).start(rows)
         if overlap:
             worked = Work.apply(other, log)
             received = transfer.wait()

@@ -14,6 +14,7 @@ from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.testbed.ranks import run_ranks
 from scmoe.training import build
+from scmoe.training.build_model import build_model
 from scmoe.training.callbacks import DataPosition
 from tests.distributed.test_ep_equality import tiny
 
@@ -59,7 +60,7 @@ def train(rank, world_size, folder, background):
 
 def weights(path):
     config = tiny("position=pos2 top_k=2 trainer.max_steps=1", 1)
-    model = build.build_model(config, ParallelContext()).double()
+    model = build_model(config, ParallelContext()).double()
     load_model(path, model, prefix="model.")
     return model.state_dict()
 

@@ -24,6 +24,8 @@ from scmoe.moe.experts import Experts
 from scmoe.parallel.expert_parallel import expert_parameters
 from scmoe.testbed.ranks import run_ranks
 from scmoe.training import build
+from scmoe.training.base import MoEModule
+from scmoe.training.build_model import build_model
 from scmoe.training.callbacks import DataPosition
 from scmoe.training.module import LanguageModel
 
@@ -49,21 +51,22 @@ def tiny(text: str, world_size: int = 1) -> Config:
 # ---------------------------------------------------------------------- one training on one rank
 
 
-class RecordingModel(LanguageModel):
+class Recording(MoEModule):
     """Weights at which every term counts, plain SGD, and a record of what training computed.
 
     starved: the gate sends every token to the first half of the experts, whatever the token.
     """
 
-    def __init__(self, config: Config, starved: bool = False) -> None:
+    def __init__(self, config: Config, starved: bool = False, **task: Any) -> None:
         optim, trainer, moe = config.optim, config.trainer, config.moe
         super().__init__(
-            lambda context: build.build_model(config, context),
+            lambda context: build_model(config, context),
             max_steps=trainer.max_steps,
             lr=optim.lr,
             gradient_clip=trainer.gradient_clip,
             load_balance_coef=moe.load_balance_coef,
             z_loss_coef=moe.z_loss_coef,
+            **task,
         )
         self.starved = starved
         self.logged: dict[str, list[Tensor]] = {"train/loss": [], "train/load_balance_loss": [], "train/grad_norm": []}
@@ -79,7 +82,8 @@ class RecordingModel(LanguageModel):
             randomise(self.model)
             if self.starved:
                 starve(self.model)
-            self.model.dropout.register_forward_hook(lambda module, args, out: self.dropped.append(out == 0))
+            if hasattr(self.model, "dropout"):
+                self.model.dropout.register_forward_hook(lambda module, args, out: self.dropped.append(out == 0))
 
     def configure_optimizers(self) -> Any:
         self.before = self.weights()
@@ -98,6 +102,10 @@ class RecordingModel(LanguageModel):
 
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+
+class RecordingModel(Recording, LanguageModel):
+    pass
 
 
 @torch.no_grad()
@@ -124,9 +132,9 @@ def starve(model: torch.nn.Module) -> None:
         block.moe.router.gate.weight[:, 0] = torch.tensor([0.2] * half + [-0.2] * half)
 
 
-def train(config: Config, starved: bool = False) -> dict[str, Any]:
+def train(config: Config, starved: bool = False, module: Recording | None = None) -> dict[str, Any]:
     """Trains on this rank; its record, expert shards as they are here."""
-    module = RecordingModel(config, starved)
+    module = module or RecordingModel(config, starved)
     trainer = build.build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
     trainer.fit(module, build.build_datamodule(config))
     return {
@@ -230,7 +238,11 @@ ARCHITECTURES = {
     "l0-pos1": "position=pos2 first_position=pos1 model.layers=4",
     "scmoe-2": "position=pos2 top_k=2",
     "scmoe-every-block": "position=pos1 every=1",
+    "dgmoe": "architecture=dgmoe position=pos2",
+    "dgmoe-share": "architecture=dgmoe_share position=pos3 model.layers=4",
 }
+LLAMA = "model.family=llama model.heads=4 model.kv_heads=2"
+ARCHITECTURES |= {f"llama, {name}": f"{text} {LLAMA}" for name, text in ARCHITECTURES.items()}
 CLIP = 0.25  # below every norm of this model
 CLIPPED = f"trainer.accumulate=2 trainer.gradient_clip={CLIP}"
 ONE = {
@@ -241,7 +253,7 @@ ONE = {
 }
 EP1, EP2, EP4 = (f"strategy.ep_size={ep_size}" for ep_size in (1, 2, 4))
 SLOTS = {
-    (slot, chunks): f"schedule.expert_slot={slot} schedule.chunks={chunks}" for chunks in (1, 2) for slot in range(4)
+    (slot, chunks): f"schedule.slot={slot} schedule.chunks={chunks}" for chunks in (1, 2) for slot in range(4)
 }
 
 # case: (what one process calls it, its words)

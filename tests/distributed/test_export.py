@@ -11,7 +11,7 @@ from scmoe.parallel.checkpoint import load_model
 from scmoe.parallel.durable import newest_good, verify
 from scmoe.parallel.export import load_weights
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training import build
+from scmoe.training.build_model import build_model
 from tests.smoke.test_train import TRAIN, run
 
 pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
@@ -27,7 +27,7 @@ def run_dir(tmp_path_factory):
 
 
 def model(run_dir, *overrides):
-    return build.build_model(load(run_dir / "config.yaml", list(overrides)), ParallelContext()).eval()
+    return build_model(load(run_dir / "config.yaml", list(overrides)), ParallelContext()).eval()
 
 
 def test_weights_and_logits_are_those_of_the_shards(run_dir):

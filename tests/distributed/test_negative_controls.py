@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scmoe.parallel import all_to_all
 from scmoe.parallel.all_to_all import Transfer
 from scmoe.parallel.reducer import ExpertGradientReducer
 from scmoe.parallel.strategy import ExpertParallelStrategy
@@ -69,19 +70,16 @@ class Shuffled(Late):
         self.delivery.join()
 
 
-def delayed(late: type[Late]) -> Callable[..., Tensor]:
-    """Transfer.launch, with a buffer that shows poison until `late` brings the rows."""
+def delayed(late: type[Late]) -> Callable[..., Late]:
+    """all_to_all.point_to_point, with a buffer that shows poison until `late` brings the rows."""
     rng = Random(os.environ["RANK"])
+    real = all_to_all.point_to_point
 
-    def launch(transfer: Transfer, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        transfer.source = rows.contiguous()
-        arrived = rows.new_empty((sum(received) if received else rows.shape[0], *rows.shape[1:]))
-        target = torch.full_like(arrived, POISON)
-        work = dist.all_to_all_single(arrived, transfer.source, received, sent, group=transfer.group, async_op=True)
-        transfer.work = late(work, arrived, target, rng)
-        return target
+    def start(target: Tensor, *args: Any) -> Late:
+        arrived = torch.empty_like(target)
+        return late(real(arrived, *args), arrived, target.fill_(POISON), rng)
 
-    return launch
+    return start
 
 
 def finish_without_waiting(backward: bool) -> Callable[[Transfer], None]:
@@ -100,16 +98,16 @@ def finish_without_waiting(backward: bool) -> Callable[[Transfer], None]:
 
 BROKEN: dict[str, Callable[[], list[Any]]] = {
     "nothing": lambda: [],
-    "late": lambda: [patch.object(Transfer, "launch", delayed(Late))],
-    "shuffled": lambda: [patch.object(Transfer, "launch", delayed(Shuffled))],
+    "late": lambda: [patch.object(all_to_all, "point_to_point", delayed(Late))],
+    "shuffled": lambda: [patch.object(all_to_all, "point_to_point", delayed(Shuffled))],
     "no 1/EP scale": lambda: [patch.object(ExpertGradientReducer, "_scale", lambda self, grad: grad)],
     "no DDP ignore list": lambda: [patch.object(ExpertParallelStrategy, "_hide_shards_from_ddp", lambda self: None)],
     "no wait, forward": lambda: [
-        patch.object(Transfer, "launch", delayed(Late)),
+        patch.object(all_to_all, "point_to_point", delayed(Late)),
         patch.object(Transfer, "finish", finish_without_waiting(backward=False)),
     ],
     "no wait, backward": lambda: [
-        patch.object(Transfer, "launch", delayed(Late)),
+        patch.object(all_to_all, "point_to_point", delayed(Late)),
         patch.object(Transfer, "finish", finish_without_waiting(backward=True)),
     ],
 }

@@ -28,6 +28,7 @@ from scmoe.parallel.reducer import ExpertGradientReducer
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.testbed.ranks import RankError, run_ranks
 from scmoe.training import build
+from scmoe.training.build_model import build_model
 from scmoe.training.callbacks import DataPosition
 from scmoe.training.module import LanguageModel
 from tests.distributed.test_ep_equality import TOLERANCE, tiny, train
@@ -223,7 +224,7 @@ def own_trainer(
     """A Trainer that a user has written; clip: by the Trainer, by the module."""
     config = tiny("position=pos2 optim.lr=0.01", world_size)
     cls = ClippedByLightning if clip[0] else LanguageModel
-    module = cls(lambda context: build.build_model(config, context), max_steps=2, lr=0.01, gradient_clip=clip[1])
+    module = cls(lambda context: build_model(config, context), max_steps=2, lr=0.01, gradient_clip=clip[1])
     trainer = Trainer(
         accelerator="cpu",
         devices=world_size,

@@ -1,8 +1,9 @@
 """A hundred steps on 2, 4 and 8 ranks against one process: SGD and AdamW, accumulated and clipped (faults 18, 21-25).
 
-    fp64         loss, gradient norm and every gradient at every step, and the weights at the end, within 1e-10
-    fp32         one step within 1e-6 of each tensor's largest entry; the drift over all steps beside what another
-                 order of the same sums drifts in one process
+    fp64         loss, gradient norms (2 and infinity) and every gradient at every step, and the weights at the end,
+                 within 1e-10; also with activations recomputed, where routing must be kept, not made again
+    fp32         one step within 1e-6: the infinity norm of each tensor's error, of its largest entry; the drift over
+                 all steps beside what another order of the same sums drifts in one process
     bf16-mixed   runs, and stays near fp64 for as long as rounding lets it
     overlap      changes no bit, however late transfers come and whichever comes first
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from scmoe.config import Config
 from scmoe.moe.dispatcher import Blocking
+from scmoe.moe.router import Router
 from scmoe.parallel.all_to_all import Transfer
 from scmoe.parallel.expert_parallel import expert_parameters
 from scmoe.parallel.mesh import ParallelContext
@@ -42,6 +44,7 @@ pytestmark = [
 STEPS, BF16_STEPS, CLIP = 100, 30, 0.5
 MODEL = "position=pos2 top_k=2 data.seq_len=8 data.global_batch_size=16 trainer.val_every=1000"
 TRAINING = f"{MODEL} trainer.accumulate=2 trainer.gradient_clip={CLIP} trainer.max_steps={STEPS}"
+RECOMPUTED = "trainer.recompute=true"
 FP64, FP32, BF16 = (f"trainer.precision={name}" for name in ("64-true", "32-true", "bf16-mixed"))
 OPTIMIZERS = {"sgd": "optim.lr=0.1", "adamw": "optim.lr=1e-3"}
 
@@ -63,6 +66,7 @@ LAYOUTS = {
     "DP 4 x EP 2": (8, 2),
 }
 FP32_LAYOUTS = ("EP 2", "DP 2 x EP 2")
+RECOMPUTED_LAYOUTS = ("EP 2", "DP 2 x EP 2")
 
 # ---------------------------------------------------------------------- one training on one rank
 
@@ -83,6 +87,7 @@ def turned(batch: dict[str, Tensor], places: int) -> dict[str, Tensor]:
 def fit(config: Config, optimizer: str, places: int = 0) -> dict[str, Any]:
     """Trains on this rank, sequences turned by `places`; its record, in the form that `assemble` takes."""
     module = (AdamWModel if optimizer == "adamw" else RecordingModel)(config)
+    routed = count_routings(module)
     if places:
         step = module.training_step
         module.training_step = lambda batch, batch_idx: step(turned(batch, places), batch_idx)  # type: ignore[method-assign]
@@ -93,7 +98,24 @@ def fit(config: Config, optimizer: str, places: int = 0) -> dict[str, Any]:
         "after": module.weights(),
         "experts": {name for name, _ in expert_parameters(module.model)},
         "ep": (module.parallel_context.ep_rank, module.parallel_context.ep_size),
+        "routed": routed,
     }
+
+
+def count_routings(module: LanguageModel) -> list[str]:
+    """A list that gets a router's name whenever it routes."""
+    routed: list[str] = []
+    configure = module.configure_model
+
+    def configure_and_count() -> None:
+        configure()
+        if not routed:
+            for name, child in module.named_modules():
+                if isinstance(child, Router):
+                    child.register_forward_hook(lambda *_, name=name: routed.append(name))
+
+    module.configure_model = configure_and_count  # type: ignore[method-assign]
+    return routed
 
 
 def fit_cases(rank: int, world_size: int, cases: dict[str, tuple[str, str, int]]) -> dict[str, dict[str, Any]]:
@@ -105,6 +127,8 @@ def cases_of(layout: str) -> dict[str, tuple[str, str, int]]:
     """What is trained in a layout: fp64 everywhere, the rest where it is cheap."""
     ep = f"strategy.ep_size={LAYOUTS[layout][1]}"
     cases = {f"{layout} fp64 {o}": (f"{TRAINING} {lr} {ep} {FP64}", o, 0) for o, lr in OPTIMIZERS.items()}
+    if layout in RECOMPUTED_LAYOUTS:
+        cases[f"{layout} fp64 recomputed"] = (f"{TRAINING} {OPTIMIZERS['sgd']} {ep} {FP64} {RECOMPUTED}", "sgd", 0)
     if layout in FP32_LAYOUTS:
         cases |= {f"{layout} fp32 {o}": (f"{TRAINING} {lr} {ep} {FP32}", o, 0) for o, lr in OPTIMIZERS.items()}
         one_step = f"{MODEL} {OPTIMIZERS['sgd']} {ep} {FP32} trainer.max_steps=1"
@@ -156,7 +180,7 @@ def errors(
     qkv bias: apart from the other weights, as a key's bias has no influence on a softmax. Its gradient is rounding
     alone, which AdamW divides by its own size: it drifts at the learning rate, in one process too.
     """
-    worst = {"loss": 0.0, "norm": 0.0, "gradient": 0.0, "weight": 0.0, "qkv bias": 0.0}
+    worst = {"loss": 0.0, "norm": 0.0, "infinity norm": 0.0, "gradient": 0.0, "weight": 0.0, "qkv bias": 0.0}
     kinds = {"train/loss": "loss", "train/load_balance_loss": "loss", "train/grad_norm": "norm"}
     assert actual.keys() == expected.keys()
     for name in expected:
@@ -168,7 +192,15 @@ def errors(
             assert error.isfinite(), name
             scale = b.double().abs().max().clamp(min=1e-30) if relative else 1.0
             worst[kind] = max(worst[kind], float(error / scale))
+    for a, b in zip(infinity_norms(actual), infinity_norms(expected), strict=True):
+        worst["infinity norm"] = max(worst["infinity norm"], abs(a - b) / (b if relative else 1.0))
     return worst
+
+
+def infinity_norms(values: dict[str, list[Tensor]]) -> list[float]:
+    """Of all gradients together, for each step: its largest entry."""
+    gradients = [steps for name, steps in values.items() if name.startswith("gradient")]
+    return [max(float(g.abs().max()) for g in step) for step in zip(*gradients, strict=True)]
 
 
 def say(what: str, **figures: Any) -> None:
@@ -185,6 +217,19 @@ def test_fp64_equals_one_process_at_every_step(layout, optimizer):
     found = errors(assemble(many(layout, f"fp64 {optimizer}")), one(f"fp64 {optimizer}"))
     say(f"{layout}, fp64, {optimizer}, {STEPS} steps", **rounded(found))
     assert max(found.values()) <= FP64_TOLERANCE
+
+
+@pytest.mark.parametrize("layout", RECOMPUTED_LAYOUTS)
+def test_fp64_equals_one_process_with_recomputed_activations(layout):
+    """Against one process that keeps all activations. Every batch is routed once in each layer: backward uses the
+    routing that forward has made."""
+    ranks = many(layout, "fp64 recomputed")
+    found = errors(assemble(ranks), one("fp64 sgd"))
+    say(f"{layout}, fp64, sgd, recomputed, {STEPS} steps", **rounded(found))
+    assert max(found.values()) <= FP64_TOLERANCE
+    for rank in ranks:
+        layers = set(rank["routed"])
+        assert layers and all(rank["routed"].count(layer) == 2 * STEPS for layer in layers)  # two batches a step
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -18,6 +18,7 @@ from scmoe.parallel import checkpoint, durable
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.testbed.ranks import run_ranks
 from scmoe.training import build, logging
+from scmoe.training.build_model import build_model, build_model_on_meta
 from tests.distributed.test_ep_equality import tiny
 from tests.smoke.test_train import CANARY, EXACT, TRAIN, run
 
@@ -164,7 +165,7 @@ def test_34_a_pickle_in_a_checkpoint_is_not_run(place, sealed, written, tmp_path
     (path / name).write_bytes(pickle.dumps(Payload(proof)))
     if sealed and place != "manifest.json":
         reseal(path)
-    model = build.build_model(tiny("position=pos2"), ParallelContext())
+    model = build_model(tiny("position=pos2"), ParallelContext())
     refused = None
     try:
         checkpoint.load_model(path, model, "model.")
@@ -245,7 +246,7 @@ def test_35_nor_on_the_command_line(text):
 def test_35_the_tree_names_no_class():
     """A value is text, number or list, of a type that the field has: there is no registry to name things in."""
     assert not [key for key in vars(Config()) if key.startswith("_")]
-    assert GPT is type(build.build_model_on_meta(load(None, ["data.name=synthetic"])))
+    assert GPT is type(build_model_on_meta(load(None, ["data.name=synthetic"])))
 
 
 # ---------------------------------------------------------------------- 36: names

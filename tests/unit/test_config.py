@@ -16,8 +16,12 @@ from scmoe.config_help import catalogue, help_text
 from scmoe.schedule.plan import WINDOWS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-# Hardware profiles and sweeps are YAML of another shape.
-YAMLS = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path.parent.name not in ("cluster", "sweep")]
+# Hardware profiles, sweeps and tables are YAML of another shape.
+YAMLS = [
+    path
+    for path in sorted(CONFIGS.rglob("*.yaml"))
+    if path.parent.name not in ("cluster", "sweep") and path.name != "table.yaml"
+]
 
 
 def refusal(path: Path | None, *overrides: str) -> str:
@@ -146,6 +150,10 @@ IMPOSSIBLE = [
     ("model.layers", "model.layers=3"),
     ("model.layers", "model.layers=0"),
     ("model.heads", "model.heads=-1"),
+    ("model.kv_heads", "model.kv_heads=3"),
+    ("model.heads", "model.family=llama model.dim=60"),
+    ("moe.renormalise", "moe.renormalise=false"),
+    ("init_from", "init_from=gpt2"),
     ("model.ffn_dim", "model.ffn_dim=0"),
     ("model.dropout", "model.dropout=1"),
     ("model.dropout", "model.dropout=nan"),
@@ -155,12 +163,21 @@ IMPOSSIBLE = [
     ("moe.first_position", "moe.every=1 moe.position=pos1 moe.first_position=pos2"),
     ("moe.first_position", "moe.architecture=top_k moe.first_position=pos1"),
     ("moe.tap_norm", "moe.architecture=shared_expert moe.tap_norm=shared"),
-    ("schedule.expert_slot", "schedule.expert_slot=4"),
-    ("schedule.expert_slot", "schedule.expert_slot=-1"),
-    ("schedule.expert_slot", "schedule.expert_slot=3 moe.first_position=pos1"),
-    ("schedule.expert_slot", "schedule.expert_slot=1 moe.architecture=top_k"),
-    ("schedule.expert_slot", "schedule.expert_slot=2 moe.architecture=shared_expert"),
-    ("schedule.expert_slot", "schedule.expert_slot=0 moe.architecture=dense"),
+    ("moe.top_k", "moe.architecture=dgmoe moe.top_k=2"),
+    ("moe.num_experts", "moe.architecture=dgmoe moe.num_experts=1"),
+    ("moe.combine", "moe.architecture=dgmoe moe.combine=cg2"),
+    ("moe.coefficient_input", "moe.architecture=dgmoe_share moe.coefficient_input=tap"),
+    ("moe.position", "moe.architecture=dgmoe moe.every=1 moe.position=pos2"),
+    ("model.layers", "moe.architecture=dgmoe_share model.layers=2"),
+    ("schedule.slot", "moe.architecture=dgmoe schedule.slot=3 moe.position=pos2"),
+    ("analysis.gating_every", "moe.architecture=dense analysis.gating_every=5"),
+    ("analysis.similarity_every", "trainer.compile=true analysis.similarity_every=5"),
+    ("schedule.slot", "schedule.slot=4"),
+    ("schedule.slot", "schedule.slot=-1"),
+    ("schedule.slot", "schedule.slot=3 moe.first_position=pos1"),
+    ("schedule.slot", "schedule.slot=1 moe.architecture=top_k"),
+    ("schedule.slot", "schedule.slot=2 moe.architecture=shared_expert"),
+    ("schedule.slot", "schedule.slot=0 moe.architecture=dense"),
     ("schedule.chunks", "schedule.chunks=2 moe.architecture=dense"),
     ("schedule.chunks", "schedule.chunks=0"),
     ("strategy.ep_size", "strategy.ep_size=2"),
@@ -197,9 +214,9 @@ def test_impossible_combination_names_its_key(key, overrides):
     "overrides",
     [
         "moe.every=1 moe.architecture=top_k",
-        "moe.every=1 moe.position=pos1 model.layers=3 schedule.expert_slot=2",
+        "moe.every=1 moe.position=pos1 model.layers=3 schedule.slot=2",
         "moe.architecture=dense model.layers=3",
-        "schedule.expert_slot=4 moe.position=pos3 moe.tap_norm=shared",
+        "schedule.slot=4 moe.position=pos3 moe.tap_norm=shared",
         "strategy.ep_size=4 trainer.devices=2 trainer.num_nodes=2",
         "data.name=text data.path=somewhere",
     ],

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scmoe.schedule.cost import best_slot, elapsed_time, exposed_time, mismatch
+from scmoe.schedule.cost import (
+    OperatorTimes,
+    best_schedule,
+    elapsed_time,
+    exposed_time,
+    mismatch,
+    overlap_efficiency,
+    slots,
+)
 from scmoe.schedule.plan import WINDOWS, Schedule
 from scmoe.schedule.timeline import draw, elapsed, play
 
@@ -21,6 +29,7 @@ OPERATORS = (
     "attention",
     "mlp",
     "shared_expert",
+    "current",
 )
 TIMES = st.fixed_dictionaries({op: st.floats(0.1, 10.0) for op in OPERATORS})
 SCHEDULES = st.builds(
@@ -34,25 +43,42 @@ SCHEDULES = st.builds(
 def test_exposed_time_is_what_the_backbone_does_not_cover(schedule, times):
     """Section 3.2's two terms. 1e-9: sums of ten numbers in another order."""
     before = sum(times[op] for op in schedule.window[: schedule.slot])
-    after = sum(times[op] for op in schedule.window[schedule.slot :])
+    after = sum(times[op] for op in schedule.window[schedule.slot :] + schedule.after_window)
     expected = max(0, times["dispatch"] - before) + max(0, times["combine"] - after)
-    assert exposed_time(schedule, times) == pytest.approx(expected, abs=1e-9)
-    assert mismatch(schedule, times) == abs(before - times["dispatch"]) + abs(after - times["combine"])
+    forward = OperatorTimes(times)
+    assert exposed_time(schedule, forward) == pytest.approx(expected, abs=1e-9)
+    assert mismatch(schedule, forward) == abs(before - times["dispatch"]) + abs(after - times["combine"])
 
 
-@given(SCHEDULES, TIMES, st.integers(1, 4))
-def test_the_best_slot_is_no_slower_than_any(schedule, times, chunks):
-    schedule = replace(schedule, chunks=chunks)
-    best = elapsed_time(best_slot(schedule, times), times)
-    for slot in range(len(schedule.window) + 1):
-        assert best <= elapsed_time(replace(schedule, expert_slot=slot), times)
+@given(SCHEDULES, TIMES)
+def test_backward_hides_what_forward_hides_by_the_mirror(schedule, times):
+    """The gradient of combine travels beside the operators after the experts, that of dispatch beside those before."""
+    before = sum(times[op] for op in schedule.window[: schedule.slot])
+    after = sum(times[op] for op in schedule.window[schedule.slot :] + schedule.after_window)
+    expected = max(0, times["dispatch"] - before) + max(0, times["combine"] - after)
+    assert exposed_time(schedule, OperatorTimes({}, times)) == pytest.approx(expected, abs=1e-9)
+
+
+@given(SCHEDULES, TIMES, TIMES, st.integers(1, 4))
+def test_the_best_schedule_is_no_slower_than_any(schedule, forward, backward, chunks):
+    times = {chunks: OperatorTimes(forward, backward), 1: OperatorTimes(backward, forward)}
+    choices = slots(replace(schedule, chunks=chunks)) + slots(schedule)
+    chosen = best_schedule(choices, times)
+    best = elapsed_time(chosen, times[chosen.chunks])
+    assert len(choices) == 2 * (len(schedule.window) + 1)
+    assert all(best <= elapsed_time(choice, times[choice.chunks]) for choice in choices)
+
+
+@pytest.mark.parametrize(("overlapped", "efficiency"), [(10, 1), (15, 0.5), (20, 0), (22, -0.2)])
+def test_overlap_efficiency(overlapped, efficiency):
+    assert overlap_efficiency(overlapped, sequential=20, free=10) == pytest.approx(efficiency)
 
 
 @given(SCHEDULES, TIMES)
 def test_sequential_time_is_the_sum_of_all(schedule, times):
-    operators = schedule.operators()
-    spans = play(operators, times, sequential=True)
-    assert elapsed(spans) == pytest.approx(sum(times[op] for op in operators), abs=1e-9)
+    for operators in (schedule.operators(), schedule.backward_operators()):
+        spans = play(operators, times, sequential=True)
+        assert elapsed(spans) == pytest.approx(sum(times[op] for op in operators), abs=1e-9)
 
 
 @given(SCHEDULES, TIMES, st.integers(1, 4))

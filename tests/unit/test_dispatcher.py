@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scmoe.moe.dispatcher import Blocking, LocalDispatcher
+from scmoe.moe.dispatcher import Blocking, LocalDispatcher, Narrowed
 from tests.helpers import DIM, Log, RecordingDispatcher, gradients, tiny_stream
 
 
@@ -57,3 +57,19 @@ def test_blocking_changes_no_bit(capacity_factor):
 
     overlapped, sequential = outcome(LocalDispatcher()), outcome(Blocking(LocalDispatcher()))
     assert all(torch.equal(a, b) for a, b in zip(overlapped, sequential, strict=True))
+
+
+def test_narrowed_rows_travel_in_their_type_and_are_rounded_once_each_way():
+    class Seen(LocalDispatcher):
+        def dispatch(self, rows_RD, counts_E):
+            assert rows_RD.dtype == torch.bfloat16
+            return super().dispatch(rows_RD, counts_E)
+
+    rows = torch.randn(6, DIM, requires_grad=True)
+    dispatcher = Narrowed(Seen(), torch.bfloat16)
+    pending, receipt = dispatcher.dispatch(rows, None)
+    arrived = pending.wait()
+    assert torch.equal(arrived, rows.bfloat16().float()) and arrived.dtype == torch.float32
+    factor = torch.randn(6, DIM)
+    (dispatcher.combine(arrived, receipt).wait() * factor).sum().backward()
+    assert torch.equal(rows.grad, factor.bfloat16().float())

@@ -23,8 +23,8 @@ LOADS = {
 }
 
 
-def experts(dtype: torch.dtype = torch.float64) -> Experts:
-    return randomise(Experts(DIM, FFN, EXPERTS).to(dtype))
+def experts(dtype: torch.dtype = torch.float64, activation: str = "gelu") -> Experts:
+    return randomise(Experts(DIM, FFN, EXPERTS, activation=activation).to(dtype))
 
 
 def rows(num_rows: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -34,7 +34,7 @@ def rows(num_rows: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def loop(module: Experts, x: Tensor, counts: list[int]) -> Tensor:
     pairs = zip(x.split(counts), module.w_in_eDF, module.w_out_eFD, strict=True)
-    return torch.cat([reference.gelu(part @ w_in) @ w_out for part, w_in, w_out in pairs])
+    return torch.cat([reference.activate(part @ w_in, FFN) @ w_out for part, w_in, w_out in pairs])
 
 
 WAYS = [(mlps_in_turn, dtype) for dtype in TOLERANCE]
@@ -42,16 +42,17 @@ WAYS += [(grouped_mlps, dtype) for dtype in (torch.float32, torch.bfloat16)]  # 
 
 
 @pytest.mark.parametrize(("mlps", "dtype"), WAYS, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize("activation", ("gelu", "swiglu"))
 @pytest.mark.parametrize("load", LOADS)
-def test_equals_a_loop_over_experts(load, mlps, dtype):
+def test_equals_a_loop_over_experts(load, activation, mlps, dtype):
     counts = LOADS[load]
-    module, x = experts(dtype), rows(sum(counts), dtype)
-    y = mlps(x, module.w_in_eDF, module.w_out_eFD, torch.tensor(counts))
+    module, x = experts(dtype, activation), rows(sum(counts), dtype)
+    y = mlps(x, module.w_in_eDF, module.w_out_eFD, torch.tensor(counts), module.act)
     assert y.dtype == dtype
     y.square().sum().backward()
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    plain, plain_x = experts(dtype).to(wide), x.detach().to(wide).requires_grad_()
+    plain, plain_x = experts(dtype, activation).to(wide), x.detach().to(wide).requires_grad_()
     expected = loop(plain, plain_x, counts)
     expected.square().sum().backward()
     assert_close(y.to(wide), expected, TOLERANCE[dtype])
@@ -63,11 +64,13 @@ def test_equals_a_loop_over_experts(load, mlps, dtype):
             assert bool((grad[expert] == 0).all()) == (count == 0), (name, expert)
 
 
+@pytest.mark.parametrize("activation", ("gelu", "swiglu"))
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_forward_is_the_loop_and_equal_numbers_need_no_counts(dtype):
-    module, x = experts(dtype), rows(4 * EXPERTS, dtype)
+def test_forward_is_the_loop_and_equal_numbers_need_no_counts(dtype, activation):
+    module, x = experts(dtype, activation), rows(4 * EXPERTS, dtype)
     counted = module(x, torch.full((EXPERTS,), 4))
-    assert_close(counted.double(), loop(experts(dtype).double(), x.double(), [4] * EXPERTS), TOLERANCE[dtype])
+    expected = loop(experts(dtype, activation).double(), x.double(), [4] * EXPERTS)
+    assert_close(counted.double(), expected, TOLERANCE[dtype])
     assert_close(module(x, None).double(), counted.double(), TOLERANCE[dtype])
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from experiments import mutate
 from experiments.mutants import MUTANTS
-from experiments.mutate import chosen, mutated
+from experiments.mutate import Outcome, chosen, mutated
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,3 +42,12 @@ def test_an_unknown_name_is_refused():
     assert [m.name for m in chosen([MUTANTS[1].name])] == [MUTANTS[1].name]
     with pytest.raises(ValueError, match="--only is nothing, allowed: "):
         chosen(["nothing"])
+
+
+def test_results_are_kept_for_the_same_tree_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(mutate, "KEPT", tmp_path / "cache" / "mutate.json")
+    outcomes = {"a": Outcome(1, 2.0, "1 failed")}
+    assert mutate.kept("tree") == {}
+    mutate.keep("tree", outcomes)
+    assert mutate.kept("tree") == outcomes
+    assert mutate.kept("changed") == {}

@@ -42,8 +42,16 @@ ARCHITECTURES = {
     "scmoe-2-pos2": "position=pos2 top_k=2",
     "scmoe-2-pos3": "position=pos3 top_k=2",
     "l0-pos1": "position=pos2 first_position=pos1 layers=4",
+    "dgmoe-pos1": "architecture=dgmoe position=pos1",
+    "dgmoe-pos2": "architecture=dgmoe position=pos2",
+    "dgmoe-pos3": "architecture=dgmoe position=pos3",
+    "dgmoe-shared-norm": "architecture=dgmoe position=pos2 tap_norm=shared",
+    "dgmoe-every-block": "architecture=dgmoe position=pos1 every=1",
+    "dgmoe-share": "architecture=dgmoe_share position=pos2 layers=4",
+    "dgmoe-share-of-three": "architecture=dgmoe_share position=pos3 layers=6",
 }
 CAPACITIES = ("null", "2.0", "1.0")
+LLAMA = ("model.family=llama", "model.heads=4", "model.kv_heads=2")
 
 
 def config_of(text: str, *overrides: str) -> Config:
@@ -114,8 +122,14 @@ def test_architecture_equals_oracle(architecture, capacity):
         assert sum(answer.dropped) > 0
 
 
-def test_dense_equals_oracle():
-    check_against_oracle(tiny("moe.architecture=dense"))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_architecture_of_llama_equals_oracle(architecture):
+    check_against_oracle(config_of(ARCHITECTURES[architecture], "moe.capacity_factor=null", *LLAMA))
+
+
+@pytest.mark.parametrize("family", [(), LLAMA, ("model.kv_heads=1",)], ids=("gpt", "llama", "gpt-one-kv-head"))
+def test_dense_equals_oracle(family):
+    check_against_oracle(tiny("moe.architecture=dense", *family))
 
 
 SCHEDULED = {
@@ -124,6 +138,8 @@ SCHEDULED = {
     "pos2": ("position=pos2 top_k=2", 3),
     "pos3": ("position=pos3 top_k=2", 4),
     "every-block": ("position=pos1 every=1", 2),
+    "dgmoe": ("architecture=dgmoe position=pos3", 3),
+    "dgmoe-share": ("architecture=dgmoe_share position=pos2 layers=4", 2),
 }
 
 
@@ -133,7 +149,7 @@ def test_schedule_changes_no_bit_over_slots_and_rounding_over_chunks(case, capac
     text, last_slot = SCHEDULED[case]
 
     def outcome(slot: int, chunks: int) -> dict[str, torch.Tensor]:
-        schedule = f"schedule.expert_slot={slot}", f"schedule.chunks={chunks}"
+        schedule = f"schedule.slot={slot}", f"schedule.chunks={chunks}"
         values, grads, _, _ = run(config_of(text, f"moe.capacity_factor={capacity}", *schedule))
         return values | grads
 
@@ -156,7 +172,9 @@ def test_chunks_equal_oracle(capacity, chunks):
     )
 
 
-@pytest.mark.parametrize("architecture", ("top-2", "shared-cg2", "pos1", "pos2", "pos3", "scmoe-every-block"))
+@pytest.mark.parametrize(
+    "architecture", ("top-2", "shared-cg2", "pos1", "pos2", "pos3", "scmoe-every-block", "dgmoe-pos2")
+)
 def test_padding_changes_no_logit(architecture):
     """The mask reaches every router: 8 tokens give the same with 4 of padding after them, and only 8 are counted."""
     config = config_of(ARCHITECTURES[architecture], "moe.capacity_factor=null")
@@ -184,10 +202,23 @@ def test_padding_changes_no_logit(architecture):
     ids=str,
 )
 def test_wrong_oracle_is_told_apart(change, monkeypatch):
-    for position in ("pos1", "pos3"):  # the names of pos2's sub-layers, for another tap
-        monkeypatch.setitem(reference.PAIR, position, reference.PAIR["pos2"])
     honest = reference.gpt
     monkeypatch.setattr(reference, "gpt", lambda w, spec, *batch: honest(w, spec._replace(**change), *batch))
     config = config_of("position=pos2 top_k=2 combine=cg2", "moe.capacity_factor=null")
     with pytest.raises(AssertionError, match="differs"):
         check_against_oracle(config)
+
+
+def test_an_oracle_without_dgmoes_rule_is_told_apart(monkeypatch):
+    honest = reference.gate
+    monkeypatch.setattr(reference, "gate", lambda logits, top_k, taken=None: honest(logits, top_k))
+    with pytest.raises(AssertionError, match="differs"):
+        check_against_oracle(config_of("architecture=dgmoe", "moe.capacity_factor=null"))
+
+
+def test_a_model_that_shares_no_module_is_told_apart():
+    config = config_of(ARCHITECTURES["dgmoe-share"], "moe.capacity_factor=null")
+    model = tiny_model(config_of("architecture=dgmoe position=pos2 layers=4", "moe.capacity_factor=null"))
+    expected, _, _ = oracle(config, model)
+    with pytest.raises(AssertionError, match="differs"):
+        assert_close(model(tiny_batch(config)[0]).logits_BSV, expected["logits"], 1e-12, "logits")

@@ -43,6 +43,13 @@ def test_weights_and_their_gradient_for_the_gate(top_k):
     assert gate.gate.weight.grad.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("top_k", (2, 3, EXPERTS))
+def test_not_renormalised_the_weights_are_probabilities_among_all(top_k):
+    routing = router(top_k, renormalise=False)(tokens())
+    assert torch.equal(routing.topk_ids_TK, router(top_k)(tokens()).topk_ids_TK)
+    assert_close(routing.topk_weights_TK, routing.logits_TE.softmax(-1).gather(-1, routing.topk_ids_TK))
+
+
 @pytest.mark.parametrize("parameters", (torch.float32, torch.bfloat16))  # bf16-mixed, bf16-true
 @pytest.mark.parametrize("top_k", (1, 2))
 def test_bf16_never_reaches_the_logits(top_k, parameters):

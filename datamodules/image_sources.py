@@ -1,0 +1,149 @@
+"""Where images come from: Fashion-MNIST's files, scikit-learn's digits, a folder of folders such as ImageNet-1K.
+
+None stands in for another: what is asked for and is not there is an error that says how to get it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+IDX_UINT8 = 8
+DIGITS_HELD_OUT = 5  # every fifth digit is for validation: the writers follow each other
+
+
+class Images(Protocol):
+    """Pictures with a class each."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> tuple[Image.Image, int]:
+        """Returns an RGB picture and its class, 0..C-1."""
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """Training and validation pictures, how many classes there are, and what identifies it all."""
+
+    name: str
+    images: Mapping[str, Images]
+    num_classes: int
+    content: str
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Grey pictures in memory: uint8 [N, H, W] and their classes [N]."""
+
+    pixels_NHW: np.ndarray
+    labels_N: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.pixels_NHW)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels_NHW[i]).convert("RGB"), int(self.labels_N[i])
+
+
+def open_images(name: str, path: str | None) -> ImageSplits:
+    """The splits train and val of `fashion_mnist`, `digits` or `image_folder`.
+
+    path: a folder; None: where the data set is by itself. ValueError or ModuleNotFoundError where it is not there.
+    """
+    if name == "digits":
+        return digits()
+    if name == "fashion_mnist":
+        return fashion_mnist(FASHION_MNIST if path is None else Path(path))
+    assert name == "image_folder" and path is not None
+    return image_folder(Path(path))
+
+
+def digits() -> ImageSplits:
+    """1,797 handwritten digits of 8 x 8 pixels, 16 shades (UCI), which scikit-learn ships."""
+    if find_spec("sklearn") is None:
+        raise ModuleNotFoundError("data.name digits needs scikit-learn: pip install 'scmoe[vision]'")
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    pixels_NHW, labels_N = (found.images * (255 / 16)).astype(np.uint8), found.target
+    held_out_N = np.arange(len(labels_N)) % DIGITS_HELD_OUT == 0
+    return _in_memory(
+        "digits",
+        ArrayImages(pixels_NHW[~held_out_N], labels_N[~held_out_N]),
+        ArrayImages(pixels_NHW[held_out_N], labels_N[held_out_N]),
+    )
+
+
+def fashion_mnist(folder: Path) -> ImageSplits:
+    """60,000 pictures of clothes, 28 x 28, and the 10,000 of its test set for validation, from four idx files."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"data.name fashion_mnist: there is no folder {folder}; apt-get install dataset-fashion-mnist, or set "
+            "data.path to a folder with the four *-ubyte.gz files, or take data.name=digits"
+        )
+    splits = []
+    for stem in ("train", "t10k"):
+        pixels_NHW = read_idx(folder / f"{stem}-images-idx3-ubyte.gz", 3)
+        labels_N = read_idx(folder / f"{stem}-labels-idx1-ubyte.gz", 1)
+        if len(pixels_NHW) != len(labels_N):
+            raise ValueError(f"{folder}: {stem} has {len(pixels_NHW)} pictures and {len(labels_N)} labels")
+        splits.append(ArrayImages(pixels_NHW, labels_N))
+    return _in_memory("fashion_mnist", *splits)
+
+
+def image_folder(folder: Path) -> ImageSplits:
+    """Folders train and val with a folder of pictures for each class, classes numbered by name: ImageNet-1K's form."""
+    if find_spec("torchvision") is None:
+        raise ModuleNotFoundError("data.name image_folder needs torchvision: pip install 'scmoe[vision]'")
+    from torchvision.datasets import ImageFolder
+
+    try:
+        train, val = (ImageFolder(str(folder / split)) for split in ("train", "val"))
+    except FileNotFoundError as error:
+        raise ValueError(f"data.path is {folder}, allowed: a folder with train/CLASS and val/CLASS: {error}") from error
+    if train.classes != val.classes:
+        raise ValueError(f"{folder}: train and val have other classes: {set(train.classes) ^ set(val.classes)}")
+    names = hashlib.sha256()  # of names, not of contents: those are some 100 GB
+    for file, _ in [*train.samples, *val.samples]:
+        names.update(f"{Path(file).relative_to(folder)}\n".encode())
+    return ImageSplits("image_folder", {"train": train, "val": val}, len(train.classes), names.hexdigest())
+
+
+def read_idx(file: Path, dims: int) -> np.ndarray:
+    """The uint8 array of `dims` dimensions in a gzipped idx file (LeCun's MNIST format).
+
+    Header: two zero bytes, the type, the number of dimensions, then each size as a big-endian uint32. ValueError for
+    any other file; no more is read than the header announces.
+    """
+    allowed = f"a gzipped idx file of {dims}-dimensional uint8"
+    try:
+        with gzip.open(file) as stream:
+            header = stream.read(4 + 4 * dims)
+            if header[:4] != bytes((0, 0, IDX_UINT8, dims)) or len(header) < 4 + 4 * dims:
+                raise ValueError(f"{file}: begins with {header[:4]!r}, allowed: {allowed}")
+            shape = struct.unpack(f">{dims}I", header[4:])
+            size = int(np.prod(shape, dtype=object))
+            data = stream.read(size)
+            if len(data) != size or stream.read(1):
+                raise ValueError(f"{file}: does not hold the {size} bytes that its header announces")
+    except (OSError, EOFError) as error:  # OSError: also what is not gzip
+        raise ValueError(f"{file}: {error}; allowed: {allowed}") from error
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _in_memory(name: str, train: ArrayImages, val: ArrayImages) -> ImageSplits:
+    content = hashlib.sha256()
+    for split in (train, val):
+        content.update(split.pixels_NHW.tobytes() + split.labels_N.astype(np.int64).tobytes())
+    num_classes = int(max(train.labels_N.max(), val.labels_N.max())) + 1
+    return ImageSplits(name, {"train": train, "val": val}, num_classes, content.hexdigest())

@@ -1,0 +1,171 @@
+"""Images for classification: sources behind timm's transforms, mixup and label smoothing.
+
+    training    {"images": float32 [B, 3, S, S], "labels": float32 [B, C]}, labels as probabilities
+    val         {"images", "labels": int64 [B]}; filler has label -100 and only zeros
+
+Order and resuming are those of text: a training sample is known by its position alone (`order.py`). What is drawn for
+it (crop, colours, erased parts) depends on the seed and the position, what is drawn for mixing on the position of the
+batch's first sample, so neither the number of workers nor an interruption changes it. Mixing pairs the pictures of one
+rank's batch: with it, and only with it, the number of ranks changes what is trained on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from timm.data import Mixup, create_transform
+from timm.data.mixup import mixup_target
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from datamodules.image_sources import Images, ImageSplits
+from datamodules.order import EvalBatches, SampleOrder, TrainBatches
+from datamodules.positioned import PositionedDataModule
+
+IGNORE = -100  # the label that cross_entropy leaves out
+Augment = Literal["none", "imagenet"]
+
+
+def train_transform(size: int, augment: Augment) -> Callable[..., Tensor]:
+    """none: the whole picture. imagenet: random crop and flip, RandAugment, erasing, as Swin is trained."""
+    if augment == "none":
+        return eval_transform(size, augment)
+    return create_transform(
+        size,
+        is_training=True,
+        color_jitter=0.4,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        re_prob=0.25,
+        re_mode="pixel",
+        interpolation="bicubic",
+    )
+
+
+def eval_transform(size: int, augment: Augment) -> Callable[..., Tensor]:
+    return create_transform(size, interpolation="bicubic", crop_pct=0.9 if augment == "imagenet" else 1.0)
+
+
+class TrainImages(Dataset):
+    """Item p is the sample at position p of the whole training, transformed by what (seed, p) draws."""
+
+    def __init__(self, images: Images, order: SampleOrder, transform: Callable[..., Tensor]) -> None:
+        self.images, self.order, self.transform = images, order, transform
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        picture, label = self.images[int(self.order(np.array([position]))[0])]
+        with drawn_from(self.order.seed, position):
+            return {"images": self.transform(picture), "labels": label, "position": position}
+
+
+class EvalImages(Dataset):
+    """The pictures in order, or `limit` of them, spread evenly; filler beyond the last."""
+
+    def __init__(self, images: Images, transform: Callable[..., Tensor], limit: int | None) -> None:
+        self.images, self.transform = images, transform
+        self.limit = len(images) if limit is None else min(limit, len(images))
+
+    def __len__(self) -> int:
+        return self.limit
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        picture, label = self.images[min(i, self.limit - 1) * len(self.images) // self.limit]
+        image = self.transform(picture)
+        return {"images": image, "labels": label} if i < self.limit else {"images": image * 0, "labels": IGNORE}
+
+
+class Batch:
+    """Puts training samples together: labels become smoothed probabilities, and pictures are mixed if asked for."""
+
+    def __init__(self, num_classes: int, smoothing: float, mixup: float, cutmix: float, seed: int) -> None:
+        self.num_classes, self.smoothing, self.seed = num_classes, smoothing, seed
+        self.mix = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=num_classes) if mixup or cutmix else None
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = default_collate(list(samples))
+        images, labels_B = batch["images"], batch["labels"]
+        if self.mix is None:
+            return {"images": images, "labels": mixup_target(labels_B, self.num_classes, smoothing=self.smoothing)}
+        with drawn_from(self.seed, samples[0]["position"]):
+            images, labels_BC = self.mix(images, labels_B)
+        return {"images": images, "labels": labels_BC}
+
+
+@contextmanager
+def drawn_from(seed: int, position: int) -> Iterator[None]:
+    """What timm draws inside depends on (seed, position) alone; the three global generators are left as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    fresh = int(np.random.SeedSequence([seed, position]).generate_state(1)[0])
+    random.seed(fresh)
+    np.random.seed(fresh)
+    torch.default_generator.manual_seed(fresh)  # torch.manual_seed would seed the devices, too
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class ImageDataModule(PositionedDataModule):
+    """Loaders over `splits`; a sample is a picture. val_images: pictures of a validation, None: all."""
+
+    def __init__(
+        self,
+        splits: ImageSplits,
+        *,
+        image_size: int,
+        num_classes: int,
+        augment: Augment = "none",
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        label_smoothing: float = 0.0,
+        val_images: int | None = None,
+        **position: int,
+    ) -> None:
+        super().__init__(**position)
+        if num_classes != splits.num_classes:
+            raise ValueError(f"data.num_classes is {num_classes}, the data has {splits.num_classes}")
+        self.name, self.splits = splits.name, splits
+        self.train_transform = train_transform(image_size, augment)
+        self.eval_transform = eval_transform(image_size, augment)
+        self.batch = Batch(num_classes, label_smoothing, mixup, cutmix, self.seed)
+        self.val_images = val_images
+
+    def identity(self) -> dict[str, Any]:
+        return {"data": self.splits.content, "seed": self.seed}
+
+    def train_dataloader(self) -> DataLoader:
+        images = self.splits.images["train"]
+        rank, world = self.rank_and_world()
+        dataset = TrainImages(images, SampleOrder(len(images), self.seed), self.train_transform)
+        batches = TrainBatches(
+            positions, self.num_batches, self.micro_batch, rank, world, start=lambda: self.consumed_samples
+        )
+        return self._loader(dataset, batches, self.batch)
+
+    def val_dataloader(self) -> DataLoader:
+        rank, world = self.rank_and_world()
+        dataset = EvalImages(self.splits.images["val"], self.eval_transform, self.val_images)
+        return self._loader(dataset, EvalBatches(len(dataset), self.micro_batch // world, rank, world), None)
+
+    def _loader(
+        self, dataset: Dataset, batches: TrainBatches | EvalBatches, collate: Callable[..., Any] | None
+    ) -> DataLoader:
+        workers = self.workers
+        return DataLoader(
+            self.watched(dataset),
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+        )
+
+
+def positions(positions_B: np.ndarray) -> np.ndarray:
+    """The order of a data set whose items are positions: `TrainImages` looks the sample up itself."""
+    return positions_B

@@ -1,0 +1,41 @@
+"""Which sample a data worker was reading when it died or raised: PyTorch names the worker alone."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sized
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")  # it was killed, or has left
+RAISED = re.compile(r"in DataLoader worker process (\d+)")
+
+
+class Watched(Dataset):
+    """`dataset`, whose workers note each sample before they read it, where the process that started them can see it."""
+
+    def __init__(self, dataset: Dataset, workers: int) -> None:
+        self.dataset = dataset
+        self.reading_W2 = torch.full((workers, 2), -1, dtype=torch.int64).share_memory_()  # process, sample
+
+    def __len__(self) -> int:
+        assert isinstance(self.dataset, Sized)
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> Any:
+        if worker := get_worker_info():
+            self.reading_W2[worker.id] = torch.tensor([os.getpid(), i])
+        return self.dataset[i]
+
+    def note(self, error: BaseException) -> None:
+        """Adds to an error that a DataLoader has raised for a worker which sample that had begun last."""
+        text = str(error)
+        pids = [int(pid) for found in DEAD.findall(text) for pid in found.split(",")]
+        raised = [int(worker) for worker in RAISED.findall(text)]
+        name = type(self.dataset).__name__
+        for worker, (pid, sample) in enumerate(self.reading_W2.tolist()):
+            if sample >= 0 and (pid in pids or worker in raised):
+                error.add_note(f"data worker {worker} (pid {pid}) was reading sample {sample} of {name}")

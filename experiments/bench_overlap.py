@@ -1,0 +1,179 @@
+"""`python -m experiments.bench overlap --share 0.52`: how much of the All-to-All every architecture and schedule hides.
+
+Two or more processes, each with a network link of its own whose rate is searched until the wanted share of a
+sequential top-2 pair's forward pass is communication (scmoe/testbed). Rows with their best schedule, found by trying
+all, and the planner's choice beside it; ratios are to sequential top-2, taken round by round, medians. Writes a chart
+and a table under --out; the last line on standard output is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from scmoe.schedule.cost import exposed_time, overlap_efficiency
+from scmoe.schedule.plan import Schedule
+from scmoe.testbed import links
+from scmoe.testbed.overlap import ROWS, Setting, Variant, measure, schedule_name
+from scmoe.testbed.ranks import run_ranks
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench overlap", description=__doc__.split("\n")[0])
+    parser.add_argument("--share", type=float, default=0.52, help="communication share of sequential top-2, forward")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--compute", choices=["real", "emulated"], default="emulated")
+    parser.add_argument("--level", choices=["block", "iteration"], default="block")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: one GPU, rows over its bus")
+    parser.add_argument("--rounds", type=int, default=9)
+    for name in ("dim", "ffn_dim", "heads", "tokens", "seq_len", "num_experts", "attention_ms", "attention_to_mlp"):
+        default = next(f.default for f in fields(Setting) if f.name == name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows to measure; all")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the chart and the table")
+    options = vars(parser.parse_args(arguments))
+    ranks, out = options.pop("ranks"), options.pop("out")
+    gpu = options["device"] == "cuda"
+    missing = "one GPU has no links" if gpu else links.why_not() if not links.inside() else None
+    if missing is None:
+        links.enter(["-m", "experiments.bench", "overlap", *arguments])
+    elif not gpu:
+        print(f"links cannot be shaped here ({missing}): loopback as it is, marked in every row", file=sys.stderr)
+    setting = Setting(**options | {"rows": tuple(options["rows"])}, shaped=missing is None)
+    result = run_ranks(measure, 1 if gpu else ranks, setting, True, timeout_s=3600, own_links=missing is None)[0]
+    report = summary(setting, 1 if gpu else ranks, result)
+    name = f"overlap-{setting.compute}-{setting.level}-{ranks}-ranks-share-{setting.share:g}"
+    show(report, setting)
+    draw(report, setting, out / f"{name}.png")
+    (out / f"{name}.json").write_text(json.dumps(report, indent=1))
+    print(f"chart and figures: {out / name}.png, .json", file=sys.stderr)
+    print(json.dumps(report))
+    return 0
+
+
+def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, Any]:
+    times = result["times"]
+    baseline = times[Variant("top2", Schedule("top_k"), "sequential")]
+    free = times[Variant("top2", Schedule("top_k"), "free")]
+    links_word = "shaped" if setting.shaped else "loopback, unshaped" if setting.device == "cpu" else "the GPU's bus"
+
+    def ratios(kind: str, variant: Variant) -> list[float]:
+        return [getattr(b, kind) / getattr(v, kind) for b, v in zip(baseline, times[variant], strict=True)]
+
+    def row(name: str) -> dict[str, Any]:
+        best, chosen, plan = result["best"][name], result["chosen"][name], result["plans"][name]
+        block = ROWS[name][0]
+        ways = [times[Variant(block, Schedule(schedule_name(block)), way)] for way in ("sequential", "free")]
+
+        def efficiency(kind: str) -> float | None:
+            rounds = zip(times[best], *ways, strict=True)
+            return median(overlap_efficiency(*(getattr(t, kind) for t in ts)) for ts in rounds)
+
+        exposed = exposed_time(best.schedule, plan.times[best.schedule.chunks])
+        predicted = median(t.train for t in ways[1]) + exposed
+        return {
+            "forward_ms": 1e3 * median(t.forward for t in times[best]),
+            "train_ms": 1e3 * median(t.train for t in times[best]),
+            "forward_speedup": median(ratios("forward", best)),
+            "train_speedup": median(ratios("train", best)),
+            "forward_quartiles": quantiles(ratios("forward", best), n=4)[::2],
+            "train_quartiles": quantiles(ratios("train", best), n=4)[::2],
+            "overlap_forward": efficiency("forward"),
+            "overlap_backward": efficiency("backward"),
+            "slot": best.schedule.slot,
+            "chunks": best.schedule.chunks,
+            "auto_slot": chosen.schedule.slot,
+            "auto_chunks": chosen.schedule.chunks,
+            "auto_over_best": median(a.train / b.train for a, b in zip(times[chosen], times[best], strict=True)),
+            "measured_over_model": median(t.train for t in times[best]) / predicted,
+            "peak_mb": result["peaks"][name],
+            "links": links_word,
+            "compute": setting.compute,
+        }
+
+    pairs = list(zip(baseline, free, strict=True))
+    limits = {kind: median(getattr(b, kind) / getattr(f, kind) for b, f in pairs) for kind in ("forward", "train")}
+    cpu = {
+        kind: median(1e3 * getattr(b, f"cpu_{kind}") - 1e3 * getattr(f, f"cpu_{kind}") for b, f in pairs)
+        for kind in ("forward", "train")
+    }
+    return {
+        "comm_share": 1 - 1 / limits["forward"],
+        "link_mbit": result["rate"],
+        "ranks": ranks,
+        "compute": setting.compute,
+        "level": setting.level,
+        "rounds": setting.rounds,
+        "limit_forward": limits["forward"],
+        "limit_train": limits["train"],
+        "transfer_cpu_ms_forward": cpu["forward"],
+        "transfer_cpu_ms_train": cpu["train"],
+        "rows": {name: row(name) for name in setting.rows},
+    }
+
+
+def show(report: dict[str, Any], setting: Setting) -> None:
+    title = (
+        f"{report['compute']} compute, {report['ranks']} ranks, {report['level']}, communication share "
+        f"{report['comm_share']:.2f}; limit {report['limit_forward']:.2f} forward, {report['limit_train']:.2f} "
+        f"training; medians of {report['rounds']} rounds, [quartiles]"
+    )
+    table = Table(title=title, title_justify="left")
+    columns = ("row", "forward", "training", "hidden fwd", "bwd", "slot x chunks", "auto", "/ best", "/ model", "peak")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "row" else "right", no_wrap=True)
+    for name, r in report["rows"].items():
+        speed = []
+        for kind in ("forward", "train"):
+            low, high = r[f"{kind}_quartiles"]
+            speed.append(f"{r[f'{kind}_speedup']:.2f} [{low:.2f} {high:.2f}]")
+        hidden = [f"{100 * r[f'overlap_{d}']:.0f} %" for d in ("forward", "backward")]
+        auto = f"{r['auto_slot']} x {r['auto_chunks']}"
+        ratios = [f"{r[k]:.3f}" for k in ("auto_over_best", "measured_over_model")]
+        table.add_row(name, *speed, *hidden, f"{r['slot']} x {r['chunks']}", auto, *ratios, f"{r['peak_mb']:.0f} MB")
+    Console(width=150).print(table)
+
+
+def draw(report: dict[str, Any], setting: Setting, path: Path) -> None:
+    """Bars of both speed-ups, quartiles as whiskers, the limits as lines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    axis = figure.subplots()
+    rows = list(report["rows"].items())
+    for i, (kind, color, word) in enumerate(
+        (("forward", "#4e79a7", "forward"), ("train", "#f28e2b", "forward + backward"))
+    ):
+        values = [r[f"{kind}_speedup"] for _, r in rows]
+        low, high = (
+            [abs(r[f"{kind}_quartiles"][q] - v) for (_, r), v in zip(rows, values, strict=True)] for q in (0, 1)
+        )
+        places = [x + (i - 0.5) * 0.38 for x in range(len(rows))]
+        bars = axis.bar(places, values, 0.36, color=color, yerr=(low, high), ecolor="#555555", label=word)
+        axis.bar_label(bars, [f"{v:.2f}" for v in values], fontsize=8, padding=2)
+        axis.axhline(report[f"limit_{kind}"], color=color, linestyle="--", linewidth=1, label=f"all hidden, {word}")
+    axis.set_xticks(
+        range(len(rows)), [name.replace("_pipelined", "\npipelined").replace("_", " ") for name, _ in rows], fontsize=8
+    )
+    axis.set_ylabel("speed-up over sequential top-2")
+    links = f"{report['link_mbit']:.0f} Mbit/s links" if report["link_mbit"] else rows[0][1]["links"]
+    what = "pair of blocks" if report["level"] == "block" else "iteration"
+    axis.set_title(
+        f"One {what}, {report['compute']} compute, {report['ranks']} ranks, "
+        f"{links}: {100 * report['comm_share']:.0f} % communication",
+        loc="left",
+        fontsize=11,
+    )
+    axis.margins(y=0.15)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,65 @@
+"""What the guard against NaN and Inf costs: `python -m experiments.guard_cost [key=value ...]` (fault 27).
+
+One process, one thread; forward, backward, clipping and AdamW of a configured model on made-up tokens, with the guard's
+hooks and its check, and without, in turn. The last line on standard output is JSON: medians, and the guard's share of a
+step. On this machine's processor: what its small reductions cost beside a GPU's kernels is not told by it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+from scmoe.config import load
+from scmoe.config_check import ConfigError
+from scmoe.parallel.expert_parallel import clip_grad_norm
+from scmoe.parallel.guard import Guard
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.training.build_model import build_model
+
+ROUNDS, WARM_UP = 15, 2
+SIZE = ("data.name=synthetic", "data.seq_len=128", "data.vocab_size=4096", "model.layers=4", "model.dim=256")
+
+
+def main(arguments: list[str]) -> int:
+    torch.set_num_threads(1)
+    try:
+        config = load(None, [*SIZE, *arguments])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    context, data = ParallelContext(), config.data
+    model = build_model(config, context)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids = torch.randint(data.vocab_size, (4, data.seq_len + 1), generator=torch.Generator().manual_seed(0))
+
+    def step(guarded: bool) -> float:
+        start = time.perf_counter()
+        guard = Guard(model) if guarded else None  # its hooks are made here too: an upper bound
+        loss = F.cross_entropy(model(ids[:, :-1])[0].flatten(0, 1), ids[:, 1:].flatten())
+        if guard is not None:
+            guard.note_loss(loss)
+        loss.backward()
+        zero = 0.0 if guard is None else guard.loss_as_zero()
+        norm = clip_grad_norm(model.parameters(), set(), 1.0, context, zero)
+        if guard is not None:
+            guard.check(norm, context)
+            guard.remove()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    pairs = [(step(True), step(False)) for _ in range(WARM_UP + ROUNDS)][WARM_UP:]
+    with_guard, without = (1e3 * statistics.median(times) for times in zip(*pairs, strict=True))
+    share = statistics.median(guarded / bare - 1 for guarded, bare in pairs)
+    print(json.dumps({"rounds": ROUNDS, "with_ms": with_guard, "without_ms": without, "share_of_a_step": share}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

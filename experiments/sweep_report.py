@@ -1,0 +1,173 @@
+"""What comes out of a sweep: results.csv, summary.md, chart.png and best.yaml in its folder."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from rich.table import Table
+from rich.text import Text
+
+from experiments.sweep_config import Sweep, words
+from experiments.sweep_search import Trial, best
+from scmoe.config import load, to_yaml
+
+NUMBERED = 12  # as many trials the chart names by their numbers
+COLORS = {"finished": "#1b6ca8", "stopped": "#8a817c", "failed": "#c1292e", "best": "#e09f3e"}
+
+
+def write_report(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
+    """The files, as far as the trials have come; and the summary, the last line on standard output."""
+    first = best(sweep, trials)
+    rows = table_rows(sweep, trials)
+    with (sweep.folder / "results.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    (sweep.folder / "summary.md").write_text(markdown(sweep, trials))
+    draw(sweep, trials, sweep.folder / "chart.png")
+    if first is not None:
+        config = load(sweep.config, [*sweep.overrides, *words(first.parameters)])
+        origin = f"# Trial {first.number} of the sweep {sweep.name}, {sweep.metric} {first.value:.6g}."
+        (sweep.folder / "best.yaml").write_text(f"{origin}\n{to_yaml(config)}")
+    return {
+        "trials": len(trials),
+        "finished": sum(trial.state in ("finished", "stopped") for trial in trials),
+        "failed": sum(trial.state == "failed" for trial in trials),
+        "best": first
+        and {
+            "trial": first.number,
+            sweep.metric: first.value,
+            "parameters": first.parameters,
+            "run_dir": first.run_dir,
+            "config": str(sweep.folder / "best.yaml"),
+        },
+    }
+
+
+def table_rows(sweep: Sweep, trials: Sequence[Trial]) -> list[list[Any]]:
+    rows: list[list[Any]] = [["trial", "state", *sweep.axes, sweep.metric, "steps", "seconds", "run_dir", "reason"]]
+    for t in trials:
+        values = (t.parameters[name] for name in sweep.axes)
+        rows.append([t.number, t.state, *values, t.value, t.steps, round(t.seconds, 1), t.run_dir, t.reason])
+    return rows
+
+
+def ranked(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
+    """The best first; those without a result last."""
+    order, sign = ("finished", "stopped"), 1 if sweep.minimize else -1
+
+    def rank(trial: Trial) -> tuple[int, float]:
+        return (order.index(trial.state) if trial.state in order else 2, sign * (trial.value or 0.0))
+
+    return sorted(trials, key=rank)
+
+
+def _cells(sweep: Sweep, trial: Trial) -> list[str]:
+    """trial, state, parameters, metric, steps, time, why."""
+    values = [_short(trial.parameters[name]) for name in sweep.axes]
+    value = "" if trial.value is None or trial.state == "failed" else f"{trial.value:.4f}"
+    return [str(trial.number), trial.state, *values, value, str(trial.steps), f"{trial.seconds:.0f} s", trial.reason]
+
+
+def _head(sweep: Sweep) -> list[str]:
+    return ["trial", "state", *sweep.axes, sweep.metric, "steps", "time", "why"]
+
+
+def markdown(sweep: Sweep, trials: Sequence[Trial]) -> str:
+    rows = [_head(sweep), ["---"] * len(_head(sweep)), *(_cells(sweep, trial) for trial in ranked(sweep, trials))]
+    lines = ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
+    return f"# Sweep {sweep.name}: {sweep.method}, {_goal(sweep)}\n\n" + "\n".join(lines) + "\n\n![](chart.png)\n"
+
+
+def rich_table(sweep: Sweep, trials: Sequence[Trial]) -> Table:
+    table = Table(title=f"sweep {sweep.name}: {_goal(sweep)}", title_justify="left", title_style="bold")
+    for name in _head(sweep):
+        table.add_column(name, no_wrap=name != "why")
+    for trial in ranked(sweep, trials):
+        style = {"failed": "red", "stopped": "dim"}.get(trial.state, "bold" if trial is best(sweep, trials) else "")
+        table.add_row(*map(Text, _cells(sweep, trial)), style=style)  # Text: a reason may hold brackets
+    return table
+
+
+def _goal(sweep: Sweep) -> str:
+    return f"{sweep.metric}, {'lowest' if sweep.minimize else 'highest'} first"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# ---------------------------------------------------------------------- chart
+
+
+def draw(sweep: Sweep, trials: Sequence[Trial], path: Path) -> None:
+    """Slices: the metric over each parameter that varies, one panel each. Failed trials stand at the upper edge."""
+    varied = [name for name in sweep.axes if len({str(trial.parameters[name]) for trial in trials}) > 1]
+    shown = varied or list(sweep.axes)[:1]
+    figure = Figure(figsize=(max(5.6, 3.4 * len(shown) + 0.8), 4.2), dpi=150)
+    figure.set_layout_engine("constrained", w_pad=0.1)
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for panel, name in zip(panels, shown, strict=True):
+        _slice(panel, sweep, trials, name)
+    panels[0].set_ylabel(sweep.metric)
+    told = {"finished": "finished", "stopped": "stopped early", "failed": "failed"}
+    counts = [f"{n} {word}" for state, word in told.items() if (n := sum(trial.state == state for trial in trials))]
+    figure.suptitle(f"Sweep {sweep.name}: {', '.join(counts) or 'no trial has ended'}", x=0.01, ha="left", fontsize=11)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
+def _slice(panel: Axes, sweep: Sweep, trials: Sequence[Trial], name: str) -> None:
+    values = [trial.parameters[name] for trial in trials]
+    numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    categories = sorted({str(value) for value in values}) if not numeric else []
+    floats = numeric and any(isinstance(value, float) for value in values)
+    if floats and min(values) > 0 and max(values) / min(values) >= 20:
+        panel.set_xscale("log")
+        panel.xaxis.set_minor_formatter(NullFormatter())
+
+    def x(trial: Trial) -> float:
+        value = trial.parameters[name]
+        return float(value) if numeric else float(categories.index(str(value)))
+
+    def dots(state: str, label: str, **style: Any) -> None:
+        if some := [t for t in trials if t.state == state and t.value is not None]:
+            y = [t.value for t in some if t.value is not None]
+            panel.scatter([x(t) for t in some], y, color=COLORS[state], label=label, alpha=0.9, **style)
+
+    dots("finished", "finished", s=42)
+    dots("stopped", "stopped early", s=42, marker="v")
+    judged = [t for t in trials if t.state in ("finished", "stopped") and t.value is not None]
+    for t in judged if len(trials) <= NUMBERED else []:
+        text: dict[str, Any] = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 7.5, "color": "#555555"}
+        panel.annotate(str(t.number), (x(t), t.value or 0.0), **text)
+    if (first := best(sweep, trials)) is not None and first.value is not None:
+        star: dict[str, Any] = {"s": 190, "marker": "*", "edgecolors": "black", "linewidths": 0.6}
+        label = f"best: trial {first.number}, {first.value:.4g}"
+        panel.scatter([x(first)], [first.value], c=COLORS["best"], label=label, **star)
+    panel.margins(0.08, 0.15)
+    low, high = panel.get_xlim() if judged else (-math.inf, math.inf)
+    edge = panel.get_xaxis_transform()  # y from 0 to 1
+    for i, t in enumerate(t for t in trials if t.state == "failed"):
+        place = min(max(x(t), low), high)
+        cross: dict[str, Any] = {"s": 48, "marker": "x", "clip_on": False, "label": None if i else "failed"}
+        panel.scatter([place], [0.97], c=COLORS["failed"], transform=edge, **cross)
+        if place != x(t):  # outside: said, and the others are not squeezed for it
+            side: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 7.5, "color": COLORS["failed"]}
+            panel.annotate(
+                f"{x(t):.3g} ", (place, 0.97), xycoords=edge, xytext=(-6, 0), textcoords="offset points", **side
+            )
+    if judged:
+        panel.set_xlim(low, high)
+    if categories:
+        panel.set_xticks(range(len(categories)), categories)
+        panel.set_xlim(-0.5, len(categories) - 0.5)
+    panel.set_xlabel(name)
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)

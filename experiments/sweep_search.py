@@ -1,0 +1,155 @@
+"""Which trial comes next, and which is not worth going on with: W&B's methods, as functions of the trials so far.
+
+So a sweep that was cut off goes on as if it had not been: nothing is kept but the trials. bayes is the tree-structured
+Parzen estimator of optuna, on each parameter's quantiles; early stopping is Hyperband's brackets as W&B reads them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice, product
+from random import Random
+from typing import Any
+
+from experiments.sweep_axis import Axis
+from experiments.sweep_config import Sweep
+
+# A place in the search space: of each parameter the index of its choice, or the quantile of its distribution.
+Point = dict[str, int | float]
+
+
+@dataclass
+class Trial:
+    """number: from 1. history: the metric's values in the order in which they were logged."""
+
+    number: int
+    point: Point
+    parameters: dict[str, Any]
+    state: str = "running"  # or finished | stopped (early) | failed | cut
+    history: list[float] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0
+    run_dir: str = ""
+    reason: str = ""
+
+    @property
+    def value(self) -> float | None:
+        """What the trial is judged by: the last value, as in W&B's summary."""
+        return self.history[-1] if self.history else None
+
+
+def best(sweep: Sweep, trials: Sequence[Trial]) -> Trial | None:
+    sign = 1 if sweep.minimize else -1
+    finished = [trial for trial in trials if trial.state == "finished"]
+    return min(finished, key=lambda trial: sign * (trial.value or 0.0), default=None)
+
+
+def target_reached(sweep: Sweep, trials: Sequence[Trial]) -> bool:
+    """metric.target: a sweep is over once a trial is as good."""
+    target, first = sweep.raw.get("metric", {}).get("target"), best(sweep, trials)
+    if target is None or first is None or first.value is None:
+        return False
+    return first.value <= target if sweep.minimize else first.value >= target
+
+
+def propose(sweep: Sweep, trials: Sequence[Trial]) -> Trial | None:
+    """The next trial; None: there is none. The same trials give the same next one."""
+    if (sweep.run_cap is not None and len(trials) >= sweep.run_cap) or target_reached(sweep, trials):
+        return None
+    point = {"grid": _grid, "random": _random, "bayes": _bayes}[sweep.method](sweep, trials)
+    if point is None:
+        return None
+    return Trial(len(trials) + 1, point, {name: _value(sweep, name, place) for name, place in point.items()})
+
+
+def total(sweep: Sweep) -> int | None:
+    """How many trials there will be at most; None: as many as one likes."""
+    sizes = [sweep.run_cap] if sweep.run_cap is not None else []
+    if sweep.method == "grid":
+        sizes.append(math.prod(len(axis.grid) for axis in sweep.axes.values()))
+    return min(sizes, default=None)
+
+
+def _value(sweep: Sweep, name: str, place: int | float) -> Any:
+    axis = sweep.axes[name]
+    if sweep.method == "grid":
+        return axis.grid[int(place)]
+    return axis.quantile(place) if axis.choices is None else axis.choices[int(place)]
+
+
+def _grid(sweep: Sweep, trials: Sequence[Trial]) -> Point | None:
+    places = product(*(range(len(axis.grid)) for axis in sweep.axes.values()))
+    place = next(islice(places, len(trials), None), None)
+    return None if place is None else dict(zip(sweep.axes, place, strict=True))
+
+
+def _random(sweep: Sweep, trials: Sequence[Trial]) -> Point:
+    draw = Random(f"{sweep.base.seed} {len(trials)}")
+    return {name: _draw(axis, draw) for name, axis in sweep.axes.items()}
+
+
+def _draw(axis: Axis, draw: Random) -> int | float:
+    if axis.choices is None:
+        return draw.random()
+    return draw.choices(range(len(axis.choices)), axis.spec.get("probabilities"))[0]
+
+
+def _bayes(sweep: Sweep, trials: Sequence[Trial]) -> Point:
+    """A trial without a result counts as metric.impute says, so that its surroundings are known to be bad."""
+    import optuna
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    distributions: dict[str, BaseDistribution] = {
+        name: FloatDistribution(0, 1) if axis.choices is None else CategoricalDistribution(range(len(axis.choices)))
+        for name, axis in sweep.axes.items()
+    }
+    sampler = optuna.samplers.TPESampler(seed=sweep.base.seed + len(trials), multivariate=True)
+    study = optuna.create_study(sampler=sampler, direction="minimize" if sweep.minimize else "maximize")
+    ended = [trial for trial in trials if trial.state in ("finished", "stopped", "failed")]
+    for trial in ended:
+        value = _imputed(sweep, trial, ended) if trial.state == "failed" else trial.value
+        if value is not None:
+            study.add_trial(optuna.create_trial(params=trial.point, distributions=distributions, value=value))
+    return study.ask(distributions).params
+
+
+def _imputed(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> float | None:
+    values = sorted(
+        (t.value for t in trials if t.state != "failed" and t.value is not None), reverse=not sweep.minimize
+    )
+    how = sweep.raw["metric"].get("impute", "worst")
+    if how == "latest" and trial.value is not None and math.isfinite(trial.value):
+        return trial.value
+    return values[0 if how == "best" else -1] if values else None
+
+
+# ---------------------------------------------------------------------- early stopping
+
+
+def bands(rule: dict[str, Any]) -> list[int]:
+    """After how many values of the metric a trial is looked at: max_iter / eta^i, i = 1..s, or min_iter * eta^i."""
+    eta = rule.get("eta", 3)
+    if "max_iter" in rule:
+        places = [int(rule["max_iter"] / eta**i) for i in range(1, rule["s"] + 1)]
+        return sorted({place for place in places if place >= 1})
+    return [int(rule["min_iter"] * eta**i) for i in range(20)]
+
+
+def hopeless(sweep: Sweep, trial: Trial, others: Sequence[Trial]) -> bool:
+    """Of n trials that have come to the last band that this one has passed, is it worse than the best n / eta, rounded
+    down, and one more?
+
+    strict judges it by the value there, else by its best value up to now.
+    """
+    rule, sign = sweep.raw.get("early_terminate"), 1 if sweep.minimize else -1
+    passed = [band for band in bands(rule) if band <= len(trial.history)] if rule else []
+    if not rule or not passed:
+        return False
+    band = passed[-1]
+    at_band = sorted(sign * t.history[band - 1] for t in [*others, trial] if len(t.history) >= band)
+    threshold = at_band[min(int(len(at_band) / rule.get("eta", 3)), len(at_band) - 1)]
+    judged = trial.history[band - 1 : band] if rule.get("strict", True) else trial.history
+    return min(sign * value for value in judged) > threshold

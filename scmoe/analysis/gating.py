@@ -1,0 +1,133 @@
+"""Fig. 9: how alike the current and the preceding layer's representations are to one gate.
+
+    a  share of tokens whose likeliest expert is the same for both            repeated_selection
+    b  L2 distance of the two, as the gate reads them                         l2_distance
+    c  mean probability of the expert that the current one goes to            score_current
+    d  mean probability of the expert that the preceding one goes to          score_preceding
+
+Noise on the logits is left out. In DGMoE the current one goes to its second best where both would choose alike, and (c)
+is that expert's. Blocks without a tap are asked at the position that their ScMoE would have, both norms being theirs.
+`GatingProbe` reads the blocks by hooks: while it is not attached, nothing is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from scmoe.blocks.double_gate import DoubleGateBlock
+
+QUANTITIES = ("repeated_selection", "l2_distance", "score_current", "score_preceding")
+TITLES = {
+    "repeated_selection": "(a) repeated selection",
+    "l2_distance": "(b) L2 distance",
+    "score_current": "(c) gating score, current",
+    "score_preceding": "(d) gating score, preceding",
+}
+FROM_THE_END = {"pos1": 1, "pos2": 2, "pos3": 3}  # the sub-layer that the tap comes before
+
+
+@torch.no_grad()
+def gating_sums(current_TD: Tensor, preceding_TD: Tensor, gate_ED: Tensor, distinct: bool = False) -> Tensor:
+    """[5] float64: the four quantities summed over tokens, and the number of tokens: sums that add up over ranks.
+
+    distinct: DGMoE's rule, the current representation does not go where the preceding one goes.
+    """
+    wide = torch.promote_types(current_TD.dtype, torch.float32)
+    with torch.autocast(current_TD.device.type, enabled=False):
+        current_TD, preceding_TD = current_TD.to(wide), preceding_TD.to(wide)
+        scores_TE, before_TE = ((x @ gate_ED.to(wide).T).softmax(-1) for x in (current_TD, preceding_TD))
+        repeated_T = scores_TE.argmax(-1) == before_TE.argmax(-1)
+        best_T2 = scores_TE.topk(2).values
+        score_T = best_T2[:, 1].where(repeated_T, best_T2[:, 0]) if distinct else best_T2[:, 0]
+        distance_T = (current_TD - preceding_TD).norm(dim=-1)
+    columns = repeated_T, distance_T, score_T, before_TE.amax(-1), torch.ones_like(distance_T)
+    return torch.stack([column.double().sum() for column in columns])
+
+
+def gating_means(sums_L5: Tensor) -> Tensor:
+    """[L, 4]: the quantities of each MoE layer, from sums over tokens and ranks."""
+    return sums_L5[:, :4] / sums_L5[:, 4:]
+
+
+class GatingProbe:
+    """Watches every MoE block of a model during one forward pass; remove it afterwards.
+
+    position: where blocks without a tap are asked.
+    """
+
+    def __init__(self, model: Any, position: str = "pos2") -> None:
+        self.position = position
+        self.sums: list[Tensor] = []
+        self.handles: list[RemovableHandle] = []
+        for block in model.blocks:
+            if hasattr(block, "moe"):
+                self._watch(block)
+
+    def _watch(self, block: Any) -> None:
+        tap = getattr(block, "tap", max(0, len(block.sublayers) - FROM_THE_END[self.position]))
+        seen: dict[str, Tensor] = {}
+
+        def note(name: str) -> Any:
+            return lambda module, args: seen.update({name: args[0].detach()})
+
+        def compare(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            current = block.norm.forward(seen.pop("current"))  # forward: past this probe's own hooks
+            preceding = getattr(block, "tap_norm", block.norm).forward(seen.pop("preceding"))
+            mask = (
+                args[1] if len(args) > 1 and args[1] is not None else torch.ones_like(current[..., 0], dtype=torch.bool)
+            )
+            gate, distinct = block.moe.router.gate.weight.detach(), isinstance(block, DoubleGateBlock)
+            self.sums.append(gating_sums(current[mask], preceding[mask], gate, distinct))
+
+        self.handles += [
+            block.sublayers[tap].register_forward_pre_hook(note("preceding")),
+            block.norm.register_forward_pre_hook(note("current")),
+            block.register_forward_hook(compare),
+        ]
+
+    def result(self) -> Tensor:
+        """[L, 5] sums over this rank's tokens."""
+        return torch.stack(self.sums)
+
+    def labels(self) -> list[str]:
+        return [f"MoE layer {i}" for i in range(len(self.sums))]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def gating_metrics(means_L4: Any) -> dict[str, float]:
+    """Each quantity's mean over layers."""
+    return {f"gating/{name}": float(value) for name, value in zip(QUANTITIES, means_L4.mean(0), strict=True)}
+
+
+def draw_gating(steps: Sequence[int], labels: Sequence[str], values: Any, path: Path) -> None:
+    """Four panels over training, a line for each MoE layer, as a PNG. values: [steps, layers, 4]."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    _, distance, *scores = values.max((0, 1)).tolist()
+    tops = (1.0, distance or 1.0, max(scores), max(scores))  # (c) and (d) are to be compared
+    shades = colormaps["viridis"].resampled(max(2, len(labels)) + 1)
+    for i, (axis, name) in enumerate(zip(figure.subplots(2, 2, sharex=True).flat, QUANTITIES, strict=True)):
+        for layer, label in enumerate(labels):
+            axis.plot(steps, values[:, layer, i], color=shades(layer), marker=".", linewidth=1.5, label=label)
+        axis.set_title(TITLES[name], loc="left", fontsize=11)
+        axis.set_ylim(0, 1.08 * tops[i])
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#e0e0e0", linewidth=0.6)
+        if name == "repeated_selection":
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        if i >= 2:
+            axis.set_xlabel("optimizer step")
+    handles, names = axis.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(6, len(labels)), frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,121 @@
+"""Fig. 10, 14, 15: cosine similarity of all intermediate representations of a model.
+
+They are the values of the residual stream: the input, then what each attention and each MLP or MoE module leaves. An
+entry of the matrix is the mean over tokens of the cosine of two of them. Where the width changes, as between the stages
+of SwinV2, there is nothing to compare, and the entry is not a number.
+`SimilarityProbe` reads them by hooks: while it is not attached, nothing is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from scmoe.blocks.sublayers import MLP
+
+
+@torch.no_grad()
+def cosine_matrix(representations: Sequence[Tensor]) -> Tensor:
+    """[N, N] float64 of N representations [T, D] of the same T tokens; NaN where D differs."""
+    matrix = torch.full((len(representations),) * 2, torch.nan, dtype=torch.float64)
+    start = 0
+    for _, group in groupby(representations, lambda x: x.shape[-1]):
+        unit_NTD = torch.stack([F.normalize(x.double(), dim=-1) for x in group])
+        size, (_, num_tokens, _) = len(unit_NTD), unit_NTD.shape
+        flat_ND = unit_NTD.flatten(1)
+        matrix[start : start + size, start : start + size] = (flat_ND @ flat_ND.T / num_tokens).cpu()
+        start += size
+    return matrix
+
+
+class SimilarityProbe:
+    """Keeps some tokens of every representation of one forward pass; remove it afterwards.
+
+    max_tokens: of the batch, evenly spaced.
+    """
+
+    def __init__(self, model: Any, max_tokens: int = 256) -> None:
+        self.max_tokens = max_tokens
+        self.kept: list[tuple[str, Tensor]] = []
+        self.handles: list[RemovableHandle] = []
+        layer = 0
+        for block in model.blocks:
+            self.handles.append(block.register_forward_pre_hook(self._keep_input))
+            for sublayer in block.sublayers:
+                is_mlp = isinstance(sublayer.f, MLP)
+                name = f"{layer} {'MLP' if is_mlp else 'attention'}"
+                self.handles.append(sublayer.register_forward_hook(self._keep_output(name)))
+                layer += is_mlp
+            if hasattr(block, "moe"):
+                self.handles.append(block.register_forward_hook(self._keep_output(f"{layer} MoE")))
+                layer += 1
+
+    def _keep(self, name: str, x: Tensor) -> None:
+        x_TD = x.detach().flatten(0, -2)
+        step = -(-len(x_TD) // self.max_tokens)
+        self.kept.append((name, x_TD[::step].clone()))
+
+    def _keep_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """The first block's, and wherever the width has changed: any other is the output of the block before."""
+        if not self.kept or self.kept[-1][1].shape[-1] != args[0].shape[-1]:
+            self._keep("input", args[0])
+
+    def _keep_output(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self._keep(name, output if isinstance(output, Tensor) else output.y_BSD)
+
+        return hook
+
+    def result(self) -> Tensor:
+        """[N, N + 1]: this rank's matrix, and a column of ones that counts the ranks when they are added up."""
+        matrix = cosine_matrix([x for _, x in self.kept])
+        return torch.cat([matrix, torch.ones(len(matrix), 1, dtype=torch.float64)], dim=1).to(self.kept[0][1].device)
+
+    def labels(self) -> list[str]:
+        return [name for name, _ in self.kept]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def similarity_mean(sums: Tensor) -> Tensor:
+    """[N, N], the mean over ranks, of results added up."""
+    return sums[:, :-1] / sums[:, -1:]
+
+
+def similarity_metrics(matrix: Any) -> dict[str, float]:
+    """The mean of neighbours: representations with one sub-layer between them."""
+    neighbours = torch.as_tensor(matrix).diagonal(1)
+    return {"similarity/neighbours": float(neighbours.nanmean())}
+
+
+def draw_similarity(steps: Sequence[int], labels: Sequence[str], values: Any, path: Path) -> None:
+    """The last matrix, one panel for each width, as a PNG. values: [steps, N, N]."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    starts = [i for i, label in enumerate(labels) if label == "input"] + [len(labels)]
+    groups = [slice(a, b) for a, b in pairwise(starts)]
+    matrix = values[-1]
+    size = [max(3.2, 0.22 * (group.stop - group.start) + 1.6) for group in groups]
+    figure = Figure(figsize=(sum(size) + 1.0, max(size) + 0.4), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+    axes = figure.subplots(1, len(groups), squeeze=False, width_ratios=size)[0]
+    lowest = min(0.0, float(torch.as_tensor(matrix).nan_to_num(1.0).min()))
+    for axis, group in zip(axes, groups, strict=True):
+        image = axis.imshow(matrix[group, group], vmin=lowest, vmax=1, cmap="magma")
+        names, places = list(labels[group]), range(group.stop - group.start)
+        axis.set_xticks(places, names, rotation=90, fontsize=7)
+        axis.set_yticks(places, names, fontsize=7)
+        axis.spines[:].set_visible(False)
+        axis.set_anchor("N")
+    axes[0].set_title(f"cosine similarity after {steps[-1]:,} steps", loc="left", fontsize=11)
+    figure.colorbar(image, ax=list(axes), shrink=0.8)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,29 @@
+"""Rotary position embedding (RoPE), as LLaMA has it: features i and i + d/2 of a head are turned as one plane.
+
+    (a, b) at position s  ->  (a cos - b sin, b cos + a sin),   angle = s theta^(-2i/d)
+
+So a query and a key match by their distance, wherever they stand. Angles are computed anew in each call, in float32 or
+wider: there is no buffer that a change of dtype could round.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Rotary(nn.Module):
+    """Turns [..., S, d] by positions 0 to S - 1; d must be even. It has no weights."""
+
+    def __init__(self, theta: float = 10000.0) -> None:
+        super().__init__()
+        self.theta = theta
+
+    def forward(self, x_Sd: Tensor) -> Tensor:
+        seq_len, size = x_Sd.shape[-2:]
+        wide = torch.promote_types(x_Sd.dtype, torch.float32)
+        powers_d = torch.arange(0, size, 2, device=x_Sd.device).to(wide) / size
+        angles_Sd = torch.arange(seq_len, device=x_Sd.device).to(wide)[:, None] * self.theta**-powers_d
+        cos_Sd, sin_Sd = angles_Sd.cos(), angles_Sd.sin()
+        a_Sd, b_Sd = x_Sd.chunk(2, dim=-1)
+        return torch.cat([a_Sd * cos_Sd - b_Sd * sin_Sd, b_Sd * cos_Sd + a_Sd * sin_Sd], dim=-1).to(x_Sd.dtype)

@@ -1,0 +1,61 @@
+"""What MLPs and experts have between their two products: GELU, GPT-2's tanh GELU, or LLaMA's SwiGLU.
+
+    gelu, gelu_tanh   act(h) = GELU(h)                      h = x W_in, F wide
+    swiglu            act(h) = SiLU(h[:F]) * h[F:]          h = x W_in, 2F wide: gate and up beside each other
+
+Each comes with its derivative, so that experts can run backward by hand (experts.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Activation(NamedTuple):
+    """backward(da, h): the gradient of h, given that of act(h)."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+    widening: int = 1  # columns of h for each column of act(h)
+
+
+def gelu(h_RF: Tensor) -> Tensor:
+    return F.gelu(h_RF)
+
+
+def gelu_backward(da_RF: Tensor, h_RF: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(da_RF, h_RF)
+
+
+def gelu_tanh(h_RF: Tensor) -> Tensor:
+    return F.gelu(h_RF, approximate="tanh")
+
+
+def gelu_tanh_backward(da_RF: Tensor, h_RF: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(da_RF, h_RF, approximate="tanh")
+
+
+def swiglu(h_RF2: Tensor) -> Tensor:
+    gate_RF, up_RF = h_RF2.chunk(2, dim=-1)
+    return F.silu(gate_RF) * up_RF
+
+
+def swiglu_backward(da_RF: Tensor, h_RF2: Tensor) -> Tensor:
+    gate_RF, up_RF = h_RF2.chunk(2, dim=-1)
+    dh_RF2 = torch.empty_like(h_RF2)
+    dgate_RF, dup_RF = dh_RF2.chunk(2, dim=-1)
+    torch.mul(da_RF, F.silu(gate_RF), out=dup_RF)
+    torch.ops.aten.silu_backward.grad_input(da_RF * up_RF, gate_RF, grad_input=dgate_RF)
+    return dh_RF2
+
+
+ACTIVATIONS = {
+    "gelu": Activation(gelu, gelu_backward),
+    "gelu_tanh": Activation(gelu_tanh, gelu_tanh_backward),
+    "swiglu": Activation(swiglu, swiglu_backward, widening=2),
+}

@@ -1,0 +1,144 @@
+"""The operators of a block under their names, and a recorder that notes when each one runs.
+
+Operators are what the schedule moves and the planner prices: route, encode, dispatch, experts, combine, decode,
+attention, mlp, shared_expert. In a profile they are called scmoe/<name>. While a recorder is set, an operator lies
+between two edges, identities for autograd that note the time: forward when they are passed, backward when all
+gradients have come back to them. Nothing waits for a device, and no bit of any result changes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.profiler import record_function
+
+from scmoe.schedule.timeline import TRANSFERS, Span
+
+Direction = Literal["forward", "backward"]
+
+
+class Mark(NamedTuple):
+    """An edge that was passed. time: seconds, or a CUDA event."""
+
+    operator: str
+    direction: Direction
+    begins: bool
+    time: Any
+
+
+class Recorder:
+    """The times of one block's operators, in the order in which they ran.
+
+    A transfer that is waited for at once (moe.dispatcher.Blocking) is an operator like any other. Others run beside
+    them, and are noted by a watcher of their own, on a host; on a CUDA device look at the profile.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks: list[Mark] = []
+        self.transfers: list[tuple[Direction, Span]] = []
+        self.watchers: list[threading.Thread] = []
+
+    def now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def around(self, name: str, f: Callable[..., Any], *inputs: Any) -> Any:
+        """f(*inputs) between its edges."""
+        inputs = _edge(self, name, True, inputs)
+        return _edge(self, name, False, f(*inputs))
+
+    def watch(self, name: str, direction: Direction, work: Any) -> None:
+        """Notes a transfer, from now until it is done, on a host. work: one that two threads may wait for."""
+        start = time.perf_counter()
+
+        def note() -> None:
+            work.wait()
+            self.transfers.append((direction, Span(name, start, time.perf_counter())))
+
+        if self.device.type != "cuda":
+            self.watchers.append(threading.Thread(target=note))
+            self.watchers[-1].start()
+
+    def spans(self, direction: Direction) -> list[Span]:
+        """Every operator that began and ended, in seconds of one clock. Waits for the device, and for the transfers."""
+        while self.watchers:
+            self.watchers.pop().join()
+        seconds = self._clock()
+        begun: dict[str, float] = {}
+        spans = []
+        for mark in self.marks:
+            if mark.direction != direction or (self.transfers and mark.operator in TRANSFERS):
+                continue
+            if mark.begins:
+                begun[mark.operator] = seconds(mark.time)
+            elif mark.operator in begun:
+                spans.append(Span(mark.operator, begun.pop(mark.operator), seconds(mark.time)))
+        return sorted(spans + [span for d, span in self.transfers if d == direction], key=lambda span: span.start)
+
+    def _clock(self) -> Callable[[Any], float]:
+        if self.device.type != "cuda" or not self.marks:
+            return float
+        torch.cuda.synchronize(self.device)
+        first = self.marks[0].time
+        return lambda event: first.elapsed_time(event) / 1e3
+
+
+class Operators(nn.Module):
+    """A module whose forward is made of named operators. recorder: notes their times, None: nobody asks."""
+
+    recorder: Recorder | None = None
+
+    def operator(self, name: str, f: Callable[..., Any], *inputs: Any) -> Any:
+        with record_function(f"scmoe/{name}"):
+            return f(*inputs) if self.recorder is None else self.recorder.around(name, f, *inputs)
+
+
+def _edge(recorder: Recorder, name: str, begins: bool, value: Any) -> Any:
+    """The same value, its tensors that carry a gradient passed through one edge."""
+    tensors: list[Tensor] = []
+
+    def collect(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    _replace_tensors(value, collect)
+    if not tensors:
+        recorder.marks.append(Mark(name, "forward", begins, recorder.now()))
+        return value
+    passed = iter(_Edge.apply(recorder, name, begins, *tensors))
+    return _replace_tensors(value, lambda _: next(passed))
+
+
+def _replace_tensors(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
+    """f of every tensor that carries a gradient, in tuples, named tuples and lists."""
+    if isinstance(value, Tensor):
+        return f(value) if value.requires_grad else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_replace_tensors(v, f) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_replace_tensors(v, f) for v in value)
+    return value
+
+
+class _Edge(Function):
+    @staticmethod
+    def forward(ctx, recorder: Recorder, name: str, begins: bool, *tensors: Tensor):
+        ctx.recorder, ctx.name, ctx.begins = recorder, name, not begins
+        ctx.set_materialize_grads(False)
+        recorder.marks.append(Mark(name, "forward", begins, recorder.now()))
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None):
+        ctx.recorder.marks.append(Mark(ctx.name, "backward", ctx.begins, ctx.recorder.now()))
+        return None, None, None, *grads

@@ -1,0 +1,350 @@
+"""What every rank does in `bench overlap`: one pair of blocks under every schedule, on links shaped to a communication
+share.
+
+    share of communication   s = 1 - T_free / T_sequential, forward, of a standard top-2 pair; hiding all of it gives
+                             1 / (1 - s) at most
+    rounds                   all variants in turn, then again; ratios are taken within a round
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
+
+from scmoe.blocks.shortcut import ShortcutBlock
+from scmoe.blocks.standard import SharedExpertBlock, TopKBlock
+from scmoe.blocks.sublayers import MLP, Attention, Residual
+from scmoe.moe.coefficient import CG1
+from scmoe.moe.dispatcher import Blocking
+from scmoe.moe.experts import Experts
+from scmoe.moe.router import Router
+from scmoe.moe.stream import MoEStream
+from scmoe.parallel.dispatcher import AllToAllDispatcher
+from scmoe.parallel.expert_parallel import expert_parameters
+from scmoe.parallel.planner import Plan, Planner
+from scmoe.schedule.cost import slots
+from scmoe.schedule.plan import Schedule
+from scmoe.testbed import exchanges, links
+from scmoe.testbed.emulated import EmulatedExperts, EmulatedOperator
+
+CHUNKS = (2, 4)
+ROWS = {  # row: (block, numbers of chunks to choose from)
+    "top2": ("top2", (1,)),
+    "top2_pipelined": ("top2", CHUNKS),
+    "top1": ("top1", (1,)),
+    "top1_pipelined": ("top1", CHUNKS),
+    "shared_expert": ("shared_expert", (1,)),
+    "shared_expert_pipelined": ("shared_expert", CHUNKS),
+    "scmoe_pos1": ("pos1", (1,)),
+    "scmoe_pos2": ("pos2", (1,)),
+    "scmoe_pos3": ("pos3", (1,)),
+    "scmoe_pos1_pipelined": ("pos1", CHUNKS),
+    "scmoe_pos2_pipelined": ("pos2", CHUNKS),
+    "scmoe_pos3_pipelined": ("pos3", CHUNKS),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """tokens: of a rank, in sequences of seq_len. attention_ms, and through attention_to_mlp an MLP's: emulated
+    compute only. pairs: blocks in a row, 1 at block level."""
+
+    share: float
+    compute: str = "emulated"
+    level: str = "block"
+    rounds: int = 9
+    dim: int = 512
+    ffn_dim: int = 2048
+    heads: int = 8
+    tokens: int = 1024
+    seq_len: int = 256
+    num_experts: int = 8
+    attention_ms: float = 45.0
+    attention_to_mlp: float = 3.0
+    shaped: bool = True
+    device: str = "cpu"
+    rows: tuple[str, ...] = tuple(ROWS)
+
+    @property
+    def pairs(self) -> int:
+        return 2 if self.level == "iteration" else 1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A block under a schedule. way: overlapped, sequential (transfers waited for at once) or free."""
+
+    block: str
+    schedule: Schedule
+    way: str = "overlapped"
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one round, this rank's until all ranks are asked for the slowest. cpu: processor time of the process."""
+
+    forward: float
+    train: float
+    train_forward: float
+    cpu_forward: float
+    cpu_train: float
+
+    @property
+    def backward(self) -> float:
+        return self.train - self.train_forward
+
+
+# ---------------------------------------------------------------------- blocks
+
+
+def make_block(name: str, setting: Setting, group: Any) -> nn.Module:
+    s = setting
+
+    def attention() -> nn.Module:
+        if s.compute == "emulated":
+            return EmulatedOperator(s.attention_ms)
+        return Residual(nn.LayerNorm(s.dim), Attention(s.dim, s.heads))
+
+    mlp_ms = s.attention_ms / s.attention_to_mlp
+
+    def mlp() -> nn.Module:
+        return EmulatedOperator(mlp_ms) if s.compute == "emulated" else MLP(s.dim, s.ffn_dim)
+
+    sublayers = [attention(), mlp() if s.compute == "emulated" else Residual(nn.LayerNorm(s.dim), mlp()), attention()]
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    own = range(rank * s.num_experts // ranks, (rank + 1) * s.num_experts // ranks)
+    experts: nn.Module
+    if s.compute == "emulated":
+        experts = EmulatedExperts(mlp_ms * 1e3 / s.tokens)
+    else:
+        experts = Experts(s.dim, s.ffn_dim, s.num_experts, own)
+        experts.init_weights(name, 0.02, 0.02)
+    # every expert gets its fair share, so that time does not depend on what an untrained gate likes
+    router = Router(s.dim, s.num_experts, 2 if name == "top2" else 1, balanced=True)
+    stream = MoEStream(router, experts, AllToAllDispatcher(group, s.num_experts), capacity_factor=1.0)  # type: ignore[arg-type]
+    if name in ("top1", "top2"):
+        return TopKBlock(sublayers, nn.LayerNorm(s.dim), stream)
+    norms = [nn.LayerNorm(s.dim) for _ in range(2)]
+    if name == "shared_expert":
+        return SharedExpertBlock(sublayers, norms[0], mlp(), CG1(s.dim), stream, Schedule("shared_expert"))
+    return ShortcutBlock(sublayers, norms[0], norms[1], mlp(), CG1(s.dim), stream, Schedule(name))
+
+
+class Bench:
+    """All blocks of one rank, and the time of any variant of them."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.device = setting, torch.device(setting.device)
+        self.group = dist.new_group()
+        torch.manual_seed(0)
+        names = dict.fromkeys(["top2", *(ROWS[row][0] for row in setting.rows)])
+        self.stacks = {
+            n: [make_block(n, setting, self.group).to(self.device) for _ in range(setting.pairs)] for n in names
+        }
+        over_the_bus = exchanges.over_the_bus(self.device) if self.device.type == "cuda" else None
+        paid = AllToAllDispatcher(self.group, setting.num_experts, exchange=over_the_bus)
+        free = AllToAllDispatcher(self.group, setting.num_experts, exchange=exchanges.free)
+        self.dispatchers = {"overlapped": paid, "sequential": Blocking(paid), "free": free}
+        self.steps = {n: Step(stack, setting, self.group) for n, stack in self.stacks.items()}
+        shape = setting.tokens // setting.seq_len, setting.seq_len, setting.dim
+        self.x = torch.randn(shape, device=self.device, requires_grad=True)
+
+    def set(self, variant: Variant) -> Step:
+        for block in self.stacks[variant.block]:
+            block.schedule, block.moe.num_chunks = variant.schedule, variant.schedule.chunks  # type: ignore[union-attr, assignment]
+            block.moe.dispatcher = self.dispatchers[variant.way]  # type: ignore[union-attr]
+        return self.steps[variant.block]
+
+    def now(self) -> tuple[float, float]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter(), time.process_time()
+
+    def seconds(self, variant: Variant) -> Seconds:
+        step = self.set(variant)
+        dist.barrier()
+        (t0, c0), _, (t1, c1) = self.now(), step.infer(self.x), self.now()
+        dist.barrier()
+        (t2, c2), y, (t3, _) = self.now(), step.forward(self.x), self.now()
+        step.backward(y)
+        t4, c4 = self.now()
+        step.clear()
+        self.x.grad = None
+        return Seconds(t1 - t0, t4 - t2, t3 - t2, c1 - c0, c4 - c2)
+
+    def forward_seconds(self, variant: Variant, rounds: int) -> float:
+        step, times = self.set(variant), []
+        for _ in range(rounds):
+            dist.barrier()
+            start, _, end = self.now(), step.infer(self.x), self.now()
+            times.append(end[0] - start[0])
+        return slowest([median(times)])[0]
+
+    def rounds(
+        self, variants: Sequence[Variant], rounds: int, show: Callable[[str], None]
+    ) -> dict[Variant, list[Seconds]]:
+        """One round more than asked, the first to warm up."""
+        times: dict[Variant, list[Seconds]] = {v: [] for v in variants}
+        for i in range(rounds + 1):
+            show(f"round {i} of {rounds}, {len(variants)} variants")
+            for v in variants:
+                times[v].append(self.seconds(v))
+        fields = [asdict(s).values() for v in variants for s in times[v][1:]]
+        worst = slowest([value for row in fields for value in row])
+        numbers = iter(worst)
+        return {v: [Seconds(*itertools.islice(numbers, 5)) for _ in range(rounds)] for v in variants}
+
+    def plan(self, block: str, chunk_counts: Sequence[int]) -> Plan:
+        """The planner's choice, made from training steps as in a run."""
+        step = self.set(Variant(block, Schedule(schedule_name(block))))
+        planner = Planner(self.stacks[block], None, self.device, chunk_counts)
+        while not planner.planned:
+            planner.begin_step()
+            step.backward(step.forward(self.x))
+            step.clear()
+            planner.end_step()
+        assert planner.plans is not None
+        return planner.plans[0]
+
+    def peak_mb(self, variant: Variant) -> float:
+        """Most memory that a training step holds over what it finds."""
+        step = self.set(variant)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            step.backward(step.forward(self.x))
+            peak = torch.cuda.max_memory_allocated(self.device) - before
+        else:
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+                step.backward(step.forward(self.x))
+            peak = max(itertools.accumulate(allocated(recorded)))
+        step.clear()
+        return peak / 2**20
+
+
+def allocated(recorded: profile) -> Iterator[int]:
+    """Bytes taken and given back, in order."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(path))
+        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    return (e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"]))
+
+
+def slowest(values: Sequence[float]) -> list[float]:
+    """Of all ranks."""
+    worst = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return worst.tolist()
+
+
+class Step:
+    """A forward and a backward pass; at iteration level with the gradients' reduction and the optimizer's step."""
+
+    def __init__(self, stack: Sequence[nn.Module], setting: Setting, group: Any) -> None:
+        self.model: nn.Module = Stack(stack)
+        self.optimizer: torch.optim.Optimizer | None = None
+        if setting.level == "iteration":
+            shards = [name for name, _ in expert_parameters(self.model)]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, shards)
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
+            self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+
+    @torch.no_grad()
+    def infer(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def backward(self, y: Tensor) -> None:
+        y.backward(torch.ones_like(y))
+        if self.optimizer is not None:
+            self.optimizer.step()
+
+    def clear(self) -> None:
+        self.model.zero_grad()
+
+
+class Stack(nn.Module):
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        for block in self.blocks:
+            x_BSD = block(x_BSD).y_BSD
+        return x_BSD
+
+
+# ---------------------------------------------------------------------- the measurement
+
+
+def measure(rank: int, world_size: int, setting: Setting, verbose: bool) -> dict[str, Any]:
+    """Runs on every rank; rank 0's result counts. Seconds of each row's best schedule, of the planner's choice, and of
+    each block sequential and free, round by round."""
+
+    def show(line: str) -> None:
+        if rank == 0 and verbose:
+            print(line, file=sys.stderr, flush=True)
+
+    dist.init_process_group("gloo")
+    bench = Bench(setting)
+    rate, share = find_rate(bench, show) if setting.shaped else (None, None)
+    plans = {}
+    rows = {row: ROWS[row] for row in setting.rows}
+    for row, (block, chunk_counts) in rows.items():
+        show(f"planning {row}")
+        plans[row] = bench.plan(block, chunk_counts)
+    candidates = {
+        row: [Variant(block, schedule) for c in counts for schedule in slots(Schedule(schedule_name(block), 0, c))]
+        for row, (block, counts) in rows.items()
+    }
+    everything = [variant for row in candidates.values() for variant in row]
+    tried = bench.rounds(everything, 3, lambda line: show(f"trying every schedule: {line}"))
+    best = {row: min(variants, key=lambda v: median(s.train for s in tried[v])) for row, variants in candidates.items()}
+    chosen = {row: Variant(rows[row][0], plan.schedule) for row, plan in plans.items()}
+    references = [Variant(b, Schedule(schedule_name(b)), way) for b in bench.stacks for way in ("sequential", "free")]
+    times = bench.rounds(list(dict.fromkeys([*references, *best.values(), *chosen.values()])), setting.rounds, show)
+    peaks = {row: bench.peak_mb(v) for row, v in best.items()}
+    return dict(rate=rate, share=share, plans=plans, best=best, chosen=chosen, times=times, peaks=peaks)
+
+
+def schedule_name(block: str) -> str:
+    return "top_k" if block in ("top1", "top2") else block
+
+
+def find_rate(bench: Bench, show: Callable[[str], None]) -> tuple[float, float]:
+    """The links' rate in Mbit/s at which the wanted share of a sequential top-2 pair is communication, and the share
+    reached."""
+    s, wanted = bench.setting, bench.setting.share
+    sequential, free = (Variant("top2", Schedule("top_k"), way) for way in ("sequential", "free"))
+    bench.forward_seconds(free, 2)
+    t_free = bench.forward_seconds(free, 5)
+    sent_bits = 2 * 2 * s.pairs * s.tokens * s.dim * 32 * (1 - 1 / dist.get_world_size())
+    rate = sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
+    for _ in range(8):
+        links.set_rate(rate)
+        bench.forward_seconds(sequential, 1)
+        t_sequential, t_free = bench.forward_seconds(sequential, 5), bench.forward_seconds(free, 3)
+        share = 1 - t_free / t_sequential
+        show(f"links at {rate:.0f} Mbit/s: communication share {share:.3f}, wanted {wanted:g}")
+        if abs(share - wanted) < 0.01:
+            break
+        factor = (t_sequential - t_free) / (t_free * wanted / (1 - wanted))
+        rate *= min(2.0, max(0.5, factor))  # a disturbed measurement must not stop the link
+    return rate, share

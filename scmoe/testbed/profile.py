@@ -1,0 +1,99 @@
+"""A pair's operators on the clock: planned and measured spans, and Chrome traces of training steps (Fig. 7)."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from scmoe.moe.operators import Direction, Recorder
+from scmoe.parallel.planner import Plan
+from scmoe.schedule.cost import per_chunk
+from scmoe.schedule.timeline import Span, play
+from scmoe.testbed.overlap import Bench, Setting, Variant, find_rate
+
+ROWS = {  # title: (block, way, numbers of chunks to choose from)
+    "Top-2, sequential": ("top2", "sequential", (1,)),
+    "Top-2, pipelined": ("top2", "overlapped", (2,)),
+    "Shared expert, pipelined": ("shared_expert", "overlapped", (2,)),
+    "ScMoE {}, overlapped": ("{}", "overlapped", (1,)),
+    "ScMoE {}, overlapped and pipelined": ("{}", "overlapped", (2,)),
+}
+
+
+def watch(rank: int, world_size: int, setting: Setting, position: str, out: str) -> tuple[float, dict[str, Any]]:
+    """The links' rate, and by direction {title: spans in ms}, planned and measured."""
+    dist.init_process_group("gloo")
+    bench = Bench(setting)
+    rate, _ = find_rate(bench, lambda line: print(line, file=sys.stderr) if rank == 0 else None)
+    timelines: dict[str, dict[str, list[Span]]] = {"forward": {}, "backward": {}}
+    for title, (block, way, chunks) in ROWS.items():
+        title, block = title.format(position.capitalize().replace("s", "s-")), block.format(position)
+        plan = bench.plan(block, chunks)
+        variant = Variant(block, plan.schedule, way)
+        for direction in ("forward", "backward"):
+            planned = plan_spans(plan, direction, sequential=way == "sequential")
+            timelines[direction][f"{title}: planned"] = planned
+            timelines[direction][f"{title}: measured"] = measured_spans(bench, variant, direction)
+        path = Path(out) / f"{block}-{way}-{plan.schedule.chunks}-chunks.json" if rank == 0 else None
+        trace(bench, variant, path)
+    return rate, timelines
+
+
+def plan_spans(plan: Plan, direction: Direction, sequential: bool) -> list[Span]:
+    """In ms, by the cost model."""
+    schedule = plan.schedule
+    known = per_chunk(schedule, getattr(plan.times[schedule.chunks], direction))
+    operators = schedule.operators() if direction == "forward" else schedule.backward_operators()
+    return play(operators, {op: 1e3 * t for op, t in known.items()}, sequential)
+
+
+def measured_spans(bench: Bench, variant: Variant, direction: Direction) -> list[Span]:
+    """The second of two training steps, in ms."""
+    step = bench.set(variant)
+    block: Any = bench.stacks[variant.block][0]
+    # a transfer that is waited for at once is an operator like any other
+    dispatchers = [] if variant.way == "sequential" else [bench.dispatchers["overlapped"]]
+    for _ in range(2):
+        recorder = Recorder(bench.device)
+        for part in (block, block.moe, *dispatchers):
+            part.recorder = recorder
+        dist.barrier()
+        step.backward(step.forward(bench.x))
+        step.clear()
+        spans = recorder.spans(direction)
+        for part in (block, block.moe, *dispatchers):
+            part.recorder = None
+    route = next(span for span in spans if span.operator == "route")
+    if direction == "forward":
+        spans = [span for span in spans if span.start >= route.start]
+    else:
+        spans = [span for span in spans if span.end <= route.end]
+    start = spans[0].start
+    return in_turn([Span(s.operator, 1e3 * (s.start - start), 1e3 * (s.end - start)) for s in spans])
+
+
+def in_turn(spans: list[Span]) -> list[Span]:
+    """Transfers are noted from their launch on; a link carries them one after another."""
+    shown, free = [], 0.0
+    for span in sorted(spans, key=lambda span: span.end):
+        if span.is_transfer:
+            span = replace(span, start=max(span.start, free))
+            free = span.end
+        shown.append(span)
+    return shown
+
+
+def trace(bench: Bench, variant: Variant, path: Path | None) -> None:
+    step = bench.set(variant)
+    dist.barrier()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (bench.device.type == "cuda")
+    with profile(activities=activities) as recorded:
+        step.backward(step.forward(bench.x))
+    step.clear()
+    if path is not None:
+        recorded.export_chrome_trace(str(path))

@@ -1,0 +1,77 @@
+"""A dense checkpoint upcycled over expert-parallel ranks trains from the dense model's loss, and resumes without it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from scmoe.config import load
+from scmoe.testbed.ranks import run_ranks
+from scmoe.training import build
+from scmoe.training.callbacks import DataPosition
+from scmoe.training.run import train
+from tests.unit.test_pretrained import dense, export
+
+pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+
+TRAINED = (
+    *("model.layers=2", "model.dim=16", "model.heads=2", "model.ffn_dim=24", "data.name=synthetic"),
+    *("data.vocab_size=64", "data.seq_len=12", "data.global_batch_size=8", "moe.num_experts=4"),
+    *("moe.capacity_factor=null", "trainer.accelerator=cpu", "trainer.max_steps=1", "trainer.progress=false"),
+    *("trainer.threads=1", "logger.mode=disabled"),
+)
+CASES = {
+    "dense": ("llama", "moe.architecture=dense"),
+    "top-2": ("llama", "moe.architecture=top_k moe.top_k=2"),
+    "pos2": ("gpt", "moe.position=pos2"),
+    "dense gpt": ("gpt", "moe.architecture=dense"),
+}
+
+
+def config_of(case: str, world_size: int, folder: Path, *overrides: str):
+    family, words = CASES[case]
+    words += f" model.family={family} trainer.devices={world_size} init_from=scmoe:{folder}/{family}.safetensors"
+    words += " model.kv_heads=1" if family == "llama" else ""
+    return load(None, [*TRAINED, *words.split(), *overrides])
+
+
+def first_losses(rank: int, world_size: int, folder: Path, cases: list[str]) -> dict[str, float]:
+    losses = {}
+    for case in cases:
+        config = config_of(case, world_size, folder, "trainer.precision=64-true")
+        trainer = build.build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
+        trainer.fit(build.build_module(config), build.build_datamodule(config))
+        losses[case] = trainer.callback_metrics["train/loss"].item()
+    return losses
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for family in ("gpt", "llama"):
+        export(dense(family), tmp_path / f"{family}.safetensors")
+    return tmp_path
+
+
+def test_two_ranks_begin_with_the_dense_models_loss(folder):
+    """1e-12 of a loss of about 6 in float64: the same sums in another order."""
+    (one,) = run_ranks(first_losses, 1, folder, list(CASES))
+    for two in run_ranks(first_losses, 2, folder, ["top-2", "pos2"]):
+        for case, expected in (("top-2", "dense"), ("pos2", "dense gpt")):
+            for losses in (one, two):
+                assert abs(losses[case] - one[expected]) < 1e-11, case
+    assert abs(one["dense"] - one["dense gpt"]) > 1e-3
+
+
+def start_and_resume(rank: int, world_size: int, folder: Path) -> tuple[int, int]:
+    config = config_of("pos2", world_size, folder, f"runs_dir={folder}/runs", "trainer.checkpoint_every=1")
+    first = train(config)
+    (folder / "gpt.safetensors").unlink()
+    last = train(replace(config, trainer=replace(config.trainer, max_steps=2)), run_dir=Path(first["run_dir"]))
+    return first["steps"], last["steps"]
+
+
+def test_a_run_resumes_without_what_it_began_with(folder):
+    assert run_ranks(start_and_resume, 1, folder) == [(1, 2)]

@@ -1,0 +1,106 @@
+"""The same training under every launcher: popen, spawn, fork, torchrun, and two tasks of a made-up SLURM job.
+
+This file is also the program that they launch: `python -m tests.distributed.test_launchers START_METHOD`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Trainer
+
+from scmoe.parallel.strategy import ExpertParallelStrategy
+from scmoe.training import build
+from scmoe.training.callbacks import DataPosition, Threads
+from tests.distributed.test_ep_equality import tiny
+
+pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.xdist_group("ranks")]
+
+ROOT = Path(__file__).parents[2]
+RANKS = 2
+PROGRAM = ("-m", "tests.distributed.test_launchers")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}")
+
+
+def main(start_method: str) -> None:
+    """Four steps on two ranks, dropout and clipping included; rank 0, or who has started it, prints how they end."""
+    config = tiny("position=pos2 model.dropout=0.1 optim.warmup_steps=1 trainer.max_steps=4", RANKS)
+    build.seed_everything(config)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=RANKS,
+        strategy=ExpertParallelStrategy(timeout_s=60, start_method=start_method),
+        precision="64-true",
+        max_steps=4,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[DataPosition(), Threads(1)],
+    )
+    trainer.fit(build.build_module(config), build.build_datamodule(config))
+    if trainer.is_global_zero:
+        names = ("train/loss", "train/grad_norm")
+        print(json.dumps({name: trainer.callback_metrics[name].item().hex() for name in names}))
+
+
+def start(*command: str, **variables: str) -> subprocess.Popen[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC_", "MASTER_", "SLURM_"))}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE)
+
+
+def slurm_task(rank: int, port: int) -> subprocess.Popen[str]:
+    """What srun sets for a task of `srun --ntasks-per-node=2`, as far as Lightning reads it."""
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1", "SLURM_NNODES": "1"}
+    tasks = {"SLURM_NTASKS": str(RANKS), "SLURM_NTASKS_PER_NODE": str(RANKS), "SLURM_NODEID": "0"}
+    place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "MASTER_PORT": str(port)}
+    return start(*PROGRAM, "popen", **job, **tasks, **place)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def end(launcher: str) -> dict[str, str]:
+    """Loss and gradient norm of the last step, to the bit."""
+    if launcher == "slurm":
+        port = free_port()
+        runs = [slurm_task(rank, port) for rank in range(RANKS)]
+    elif launcher == "torchrun":
+        runs = [start(*TORCHRUN, *PROGRAM, "popen")]
+    else:
+        runs = [start(*PROGRAM, launcher)]
+    said = [run.communicate(timeout=120)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0] * len(runs)
+    assert not "".join(said[1:]), "rank 0 alone speaks"
+    return json.loads(said[0].splitlines()[-1])
+
+
+@cache
+def popen() -> dict[str, str]:
+    return end("popen")
+
+
+@pytest.mark.parametrize(
+    "launcher", [pytest.param("spawn", marks=pytest.mark.representative), "fork", "torchrun", "slurm"]
+)
+def test_training_ends_in_the_same_bits_as_under_popen(launcher):
+    assert end(launcher) == popen()
+    assert 0 < float.fromhex(popen()["train/loss"]) < 10
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

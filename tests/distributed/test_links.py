@@ -1,0 +1,101 @@
+"""Shaped links: a rank in a namespace of its own, a rate that holds, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from scmoe.testbed import links
+from scmoe.testbed.ranks import run_ranks
+
+WHY_NOT = links.why_not()
+pytestmark = [
+    pytest.mark.dist,
+    pytest.mark.xdist_group("ranks"),
+    pytest.mark.skipif(WHY_NOT is not None, reason=f"links cannot be shaped here: {WHY_NOT}"),
+]
+MEGABYTES, MBIT = 1, 80.0
+
+
+def exchange(rank: int, world_size: int) -> dict[str, float]:
+    """Seconds of an All-to-All in which each rank sends a megabyte to the other, without and with a rate."""
+    dist.init_process_group("gloo")
+    rows = torch.full((2 * MEGABYTES * 2**20 // 4,), float(rank))
+    seconds = {}
+    for name, rate in {"unshaped": None, "shaped": MBIT}.items():
+        links.set_rate(rate)
+        received = torch.empty_like(rows)
+        dist.barrier()
+        start = time.perf_counter()
+        dist.all_to_all_single(received, rows)
+        seconds[name] = time.perf_counter() - start
+        assert received.unique().tolist() == [0.0, 1.0]
+    return seconds
+
+
+def wait_for_ever(rank: int, world_size: int) -> None:
+    print(f"up {os.getpid()}", flush=True)
+    time.sleep(600)
+
+
+def inside(function: str) -> list[str]:
+    """The command of a program that enters a network of its own and runs a function of this file on two ranks."""
+    code = (
+        "from scmoe.testbed import links; from scmoe.testbed.ranks import run_ranks; import sys, json; "
+        f"from tests.distributed.test_links import {function}; links.enter(['-c', sys.argv[1], sys.argv[1]]); "
+        f"print(json.dumps(run_ranks({function}, 2, own_links=True)))"
+    )
+    return [sys.executable, "-c", code, code]
+
+
+def interfaces() -> set[str]:
+    return set(os.listdir("/sys/class/net"))
+
+
+@pytest.mark.parametrize("user", [False, True], ids=["as we are", "through a user namespace"])
+def test_a_link_carries_no_more_than_its_rate(user, monkeypatch):
+    if user:  # root may go this way too
+        done = subprocess.run(["unshare", "--user", "--map-root-user", "--net", "true"], capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.skip(f"no user namespaces here: {done.stderr.strip()}")
+    before = interfaces()
+    command = inside("exchange")
+    if user:
+        command = ["unshare", "--user", "--map-root-user", *command]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    least = (MEGABYTES * 2**20 * 8 - 64 * 1024 * 8) / (MBIT * 1e6)  # what passes at once is the bucket's burst
+    seconds = json.loads(done.stdout.splitlines()[-1])
+    assert all(s["shaped"] >= least for s in seconds), seconds
+    assert min(s["shaped"] / s["unshaped"] for s in seconds) > 1
+    assert interfaces() == before
+
+
+def test_nothing_is_left_when_the_program_is_killed():
+    before = interfaces()
+    program = subprocess.Popen(inside("wait_for_ever"), stdout=subprocess.PIPE, text=True)
+    assert program.stdout is not None
+    pids = [int(program.stdout.readline().split()[1]) for _ in range(2)]
+    namespaces = {os.readlink(f"/proc/{pid}/ns/net") for pid in pids}
+    assert len(namespaces | {os.readlink("/proc/self/ns/net")}) == 3, "each rank has a network of its own"
+    program.send_signal(signal.SIGKILL)
+    program.wait()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, "a rank outlives the program"
+        time.sleep(0.1)
+    assert interfaces() == before
+
+
+def test_ranks_want_a_network_to_leave():
+    with pytest.raises(AssertionError):
+        run_ranks(exchange, 2, own_links=True)

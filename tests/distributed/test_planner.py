@@ -1,0 +1,139 @@
+"""The planner on two ranks: one plan for all, the cheapest of its own measurements, and never another result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from scmoe.blocks.shortcut import ShortcutBlock
+from scmoe.blocks.standard import TopKBlock
+from scmoe.moe.coefficient import CG1
+from scmoe.moe.dispatcher import Blocking
+from scmoe.moe.experts import Experts
+from scmoe.moe.router import Router
+from scmoe.moe.stream import MoEStream
+from scmoe.parallel import planner as planning
+from scmoe.parallel.dispatcher import AllToAllDispatcher
+from scmoe.parallel.planner import DRIFTED_IN_TURN, STEPS_EACH, WARMUP_STEPS, Plan, Planner
+from scmoe.schedule.cost import OperatorTimes, best_schedule, slots
+from scmoe.schedule.plan import Schedule
+from scmoe.testbed.emulated import EmulatedOperator
+from scmoe.testbed.ranks import RankError, run_ranks
+from scmoe.training.planning import plan_lines
+from tests.helpers import DIM, EXPERTS, FFN, randomise, tiny_sublayers
+
+pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+
+
+def build(rank: int, world_size: int) -> list[nn.Module]:
+    """A ScMoE pair with a slow attention, and a standard one."""
+    own = range(rank * EXPERTS // world_size, (rank + 1) * EXPERTS // world_size)
+
+    def stream() -> MoEStream:
+        dispatcher = AllToAllDispatcher(dist.group.WORLD, EXPERTS)
+        return MoEStream(Router(DIM, EXPERTS, 1), Experts(DIM, FFN, EXPERTS, own), dispatcher, 2.0)
+
+    norms = [nn.LayerNorm(DIM) for _ in range(3)]
+    slow = tiny_sublayers()
+    slow[2] = nn.Sequential(slow[2], EmulatedOperator(20.0))
+    shortcut = ShortcutBlock(slow, norms[0], norms[1], nn.Linear(DIM, DIM), CG1(DIM), stream(), Schedule("pos2", 3))
+    return [randomise(b.double()) for b in (shortcut, TopKBlock(tiny_sublayers(), norms[2], stream()))]
+
+
+def training(rank: int, world_size: int, kind: str) -> tuple[list[torch.Tensor], list[Plan] | None, int]:
+    """Weights after some SGD steps, the plans, and how many expert runs waited for their transfers at once."""
+    dist.init_process_group("gloo")
+    blocks = build(rank, world_size)
+    optimizer = torch.optim.SGD([p for b in blocks for p in b.parameters()], lr=0.1)
+    planner = Planner(blocks, None, torch.device("cpu"), chunk_counts=(1,), fixed=kind == "fixed")
+    blocking = 0
+    for step in range(WARMUP_STEPS + STEPS_EACH + 4):
+        x = torch.randn(2, 8, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * step + rank))
+        if kind != "none":
+            planner.begin_step(timed=step % 2 == 0)
+            blocking += isinstance(blocks[0].moe.dispatcher, Blocking)
+        for block in blocks:
+            x = block(x).y_BSD
+        x.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if kind != "none":
+            planner.end_step()
+    assert all(block.recorder is None and block.moe.recorder is None for block in blocks)
+    assert not any(isinstance(block.moe.dispatcher, Blocking) for block in blocks)
+    if planner.plans is not None:
+        assert [block.schedule for block in blocks] == [plan.schedule for plan in planner.plans]
+        assert planner.overlap is not None and min(planner.overlap.seconds) > 0
+    return [p.detach() for b in blocks for p in b.parameters()], planner.plans, blocking
+
+
+def test_a_plan_is_the_same_on_all_ranks_and_changes_no_bit():
+    plain = run_ranks(training, 2, "none")
+    auto = run_ranks(training, 2, "auto")
+    fixed = run_ranks(training, 2, "fixed")
+    for results in (auto, fixed):
+        for (weights, _, blocking), (expected, _, _) in zip(results, plain, strict=True):
+            assert all(torch.equal(w, e) for w, e in zip(weights, expected, strict=True))
+            assert blocking == STEPS_EACH
+    (_, plans, _), (_, others, _) = auto
+    assert plans == others and [len(plan.times) for plan in plans] == [1, 1]
+    assert plans[0].schedule == best_schedule(slots(Schedule("pos2")), plans[0].times)
+    assert plans[0].times[1].forward["attention"] >= 20e-3 and plans[0].times[1].backward["attention"] >= 40e-3
+    assert plans[1].schedule == Schedule("top_k")
+    assert fixed[0][1][0].schedule == Schedule("pos2", 3)
+
+
+def disagree(rank: int, world_size: int) -> None:
+    real = Planner.choose
+
+    def choose(self: Planner, layer: int, seconds: torch.Tensor) -> Plan:
+        plan = real(self, layer, seconds)
+        return replace(plan, schedule=Schedule("top_k", chunks=2)) if rank == 1 and layer == 1 else plan
+
+    with patch.object(planning.Planner, "choose", choose):
+        training(rank, world_size, "auto")
+
+
+def test_ranks_that_plan_differently_are_stopped():
+    with pytest.raises(RankError, match=r"rank 1 plans \(slot, chunks\) .*\[0, 2\]\], rank 0 .*\[0, 1\]\]"):
+        run_ranks(disagree, 2)
+
+
+def drift(rank: int, world_size: int) -> list[bool]:
+    """Whether each timed step is followed by measuring anew."""
+    dist.init_process_group("gloo")
+    planner = Planner(build(rank, world_size), None, torch.device("cpu"), chunk_counts=(1,))
+    planner.plans = [Plan(Schedule("pos2"), {1: OperatorTimes(dict.fromkeys(planning.OPERATORS, 1.0))}, (9.0, 9.0))] * 2
+    planner.plans = [
+        replace(p, times={1: OperatorTimes(p.times[1].forward, p.times[1].forward)}) for p in planner.plans
+    ]
+    restarted = []
+    for seconds in (1.0, 1.1, 2.0, 0.9, 2.0, 2.0, 2.0):  # one slow step is noise, three in turn are not
+        planner.steps = 1000
+        sample = torch.zeros(2, 2, len(planning.OPERATORS) + 1, dtype=torch.float64)
+        sample[..., -1] = seconds
+        planner.note_overlap(sample)
+        restarted.append(planner.steps == 0)
+    return restarted
+
+
+def test_times_that_stay_changed_are_measured_anew():
+    assert DRIFTED_IN_TURN == 3
+    for restarted in run_ranks(drift, 2):
+        assert restarted == [False] * 6 + [True]
+
+
+def test_a_plan_is_told_in_one_line_for_layers_alike():
+    times = {1: OperatorTimes({"dispatch": 0.010, "combine": 0.010, "attention": 0.012, "experts": 0.001})}
+    plan = Plan(Schedule("pos1", 1), times, (0.03, 0.0))
+    lines = plan_lines([plan, plan, replace(plan, schedule=Schedule("pos1", 2))])
+    assert len(lines) == 2
+    assert lines[0].startswith(
+        "plan: MoE layers 1 to 2: pos1, slot 1 of 0 to 2, 1 chunk(s): 23.0 ms there and back, 10.0"
+    )
+    assert "Eq. 11 would take slot" in lines[1]

@@ -1,0 +1,117 @@
+"""SwinV2-MoE on two ranks gives what one process gives: losses, gradients, weights after three steps, accuracy.
+
+As in test_ep_equality.py, and with its tolerance; the pictures are scikit-learn's digits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from scmoe.config import Config, load
+from scmoe.testbed.ranks import run_ranks
+from scmoe.training import build
+from scmoe.training.callbacks import DataPosition
+from scmoe.training.classifier import ImageClassifier
+from tests.distributed.test_ep_equality import TOLERANCE, Recording, assemble, assert_same, train
+from tests.distributed.test_strategy import HALF, fit
+
+pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+
+TINY = (
+    *("model.family=swin", "model.layers=2", "model.dim=8", "model.heads=1", "model.patch_size=1", "model.window=2"),
+    *("moe.num_experts=4", "moe.capacity_factor=null", "moe.load_balance_coef=0.1", "moe.z_loss_coef=0.01"),
+    *("data.name=digits", "data.image_size=16", "data.num_classes=10", "data.global_batch_size=8"),
+    *("data.label_smoothing=0.1", "data.val_sequences=13"),  # 13: the last batch has filler on any number of ranks
+    *("optim.lr=0.1", "trainer.accelerator=cpu", "trainer.precision=64-true", "trainer.max_steps=3"),
+    *("trainer.gradient_clip=null", "trainer.progress=false", "trainer.threads=1"),
+)
+ARCHITECTURES = {
+    "dense": "moe.architecture=dense",
+    "top-1": "moe.architecture=top_k",
+    "top-2": "moe.architecture=top_k moe.top_k=2",
+    "shared-cg2": "moe.architecture=shared_expert moe.combine=cg2",
+    "pos1": "moe.position=pos1",
+    "pos2": "moe.position=pos2",
+    "pos3": "moe.position=pos3",
+    "l0-pos1": "moe.first_position=pos1 model.layers=4",
+    "scmoe-2": "moe.top_k=2",
+    "dgmoe": "moe.architecture=dgmoe",
+    "dgmoe-share": "moe.architecture=dgmoe_share model.layers=4",
+}
+
+
+class RecordingClassifier(Recording, ImageClassifier):
+    pass
+
+
+def tiny(text: str, world_size: int = 1) -> Config:
+    return load(None, [*TINY, f"trainer.devices={world_size}", *text.split()])
+
+
+def train_all(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """One record per case, with the metrics of a validation after training."""
+    records = {}
+    for name, text in cases.items():
+        config = tiny(text, world_size)
+        module = RecordingClassifier(config, num_classes=config.data.num_classes)
+        records[name] = train(config, module=module)
+        trainer = build.build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
+        (metrics,) = trainer.validate(module, build.build_datamodule(config), verbose=False)
+        records[name]["metrics"] = metrics
+    return records
+
+
+@pytest.fixture(scope="module")
+def one() -> dict[str, dict[str, Any]]:
+    return run_ranks(train_all, 1, ARCHITECTURES)[0]
+
+
+@pytest.fixture(scope="module")
+def two() -> list[dict[str, dict[str, Any]]]:
+    cases = {name: f"{text} strategy.ep_size={1 if name == 'dense' else 2}" for name, text in ARCHITECTURES.items()}
+    return run_ranks(train_all, 2, cases | {"pos2, DP 2": "moe.position=pos2 strategy.ep_size=1"})
+
+
+@pytest.mark.parametrize("case", [*ARCHITECTURES, "pos2, DP 2"])
+def test_two_ranks_equal_one(case, one, two):
+    expected, records = one[case.partition(",")[0]], [rank[case] for rank in two]
+    assert_same(records, assemble([expected]))
+    for record in records:
+        assert record["metrics"] == pytest.approx(expected["metrics"], abs=1e-6)  # logged in float32
+
+
+def test_every_validation_image_is_seen_once(one):
+    """13 pictures: an accuracy in thirteenths, which filler would not leave."""
+    for record in one.values():
+        share = record["metrics"]["val/accuracy"] * 13
+        assert share == pytest.approx(round(share), abs=1e-4)
+
+
+RANDOM = "data.augment=imagenet data.mixup=0.8 data.cutmix=1 model.drop_path=0.2 moe.noisy=true strategy.ep_size=2"
+
+
+def straight_and_resumed(rank: int, world_size: int, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    config = tiny(f"{RANDOM} trainer.max_steps=6 optim.lr=0.01", world_size)
+    torch.manual_seed(1)
+    straight = fit(config, folder)
+    torch.manual_seed(2)  # what is drawn must come from the checkpoint, and from the position in the data
+    return straight, fit(config, None, folder / f"step={HALF}.ckpt")
+
+
+def test_a_resumed_run_is_the_straight_run(tmp_path):
+    """To the bit, with all that is random: augmentation, mixing, drop path, gate noise."""
+    for straight, resumed in run_ranks(straight_and_resumed, 2, tmp_path):
+        assert not [n for n, t in straight["tensors"].items() if not torch.equal(t, resumed["tensors"][n])]
+        assert straight["consumed"] == resumed["consumed"] == 6 * 8
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_no_gradient_is_near_the_tolerance(name, one):
+    values = assemble([one[name]])
+    sizes = {key: min(g.abs().max().item() for g in steps) for key, steps in values.items() if "gradient" in key}
+    assert min(sizes.values()) > 1e6 * TOLERANCE, min(sizes, key=lambda key: sizes[key])

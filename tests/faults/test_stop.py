@@ -1,0 +1,103 @@
+"""Fault 12, SIGTERM, while a run validates: it stops there, not at the next training step, and goes on exactly.
+
+SIGTERM while a run trains, and its exit code: tests/smoke/test_stop.py.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from experiments import faults
+from scmoe.parallel import durable
+from scmoe.parallel.stop import EXIT_CODE
+from scmoe.testbed.ranks import run_ranks
+from scmoe.training import build
+from scmoe.training.module import LanguageModel
+
+pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.xdist_group("ranks")]
+
+BATCHES, AT_BATCH = 20, 3  # of a validation; the one in which a rank is told to stop
+CONFIG = (
+    *("trainer.max_steps=4", "trainer.val_every=2", "trainer.accumulate=2", f"trainer.checkpoint_every={faults.NEVER}"),
+    f"data.val_sequences={BATCHES * 8}",  # 16 a step, 8 a batch
+)
+
+
+def run(
+    rank: int, world_size: int, folder: Path, resume_from: Path | None, victim: int | None
+) -> tuple[Any, list[int], dict[str, Tensor]]:
+    """What a run exits with, which validation batches it has done, and how its tensors end. victim: the rank that is
+    told to stop."""
+    validated: list[int] = []
+    validation_step = LanguageModel.validation_step
+
+    def noted(module: LanguageModel, batch: dict[str, Tensor], batch_idx: int) -> None:
+        validated.append(batch_idx)
+        if rank == victim and batch_idx == AT_BATCH:
+            os.kill(os.getpid(), signal.SIGTERM)
+        validation_step(module, batch, batch_idx)
+
+    with patch.object(LanguageModel, "validation_step", noted):
+        try:
+            trainer = faults.fit(faults.tiny(world_size, *CONFIG), folder, resume_from)
+        except SystemExit as end:
+            return end.code, validated, {}
+    return None, validated, {name: t.clone() for name, t in faults.tensors(trainer).items()}
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.representative)])
+def test_12_a_run_told_to_stop_while_it_validates_stops_there(victim, tmp_path):
+    ends = run_ranks(run, 2, tmp_path / "stopped", None, victim)
+    assert [code for code, _, _ in ends] == [EXIT_CODE] * 2
+    assert ends[0][1] == ends[1][1], "all ranks stop at one batch"
+    assert AT_BATCH < len(ends[0][1]) < BATCHES, "validation did not finish"
+    (saved,) = (tmp_path / "stopped" / "checkpoints").iterdir()
+    assert (saved.name, durable.verify(saved)) == ("step=2.ckpt", 2)
+
+    straight = run_ranks(run, 2, tmp_path / "straight", None, None)
+    resumed = run_ranks(run, 2, tmp_path / "resumed", saved, None)
+    whole = list(range(BATCHES))
+    for (_, validated, tensors), (_, validated_straight, expected) in zip(resumed, straight, strict=True):
+        assert validated == validated_straight == whole * 2, "the validation that was broken off is done over"
+        assert faults.same(tensors, expected)
+
+
+def uneven(rank: int, world_size: int, folder: Path) -> tuple[Any, int]:
+    """Rank 1 has a validation batch less, and is told to stop at its last one. Every rank has all experts, so that
+    nothing else keeps ranks in step."""
+    config = faults.tiny(world_size, *CONFIG, "strategy.ep_size=1")
+    data = build.build_datamodule(config)
+    loader, validated = data.val_dataloader, 0
+    data.val_dataloader = lambda: DataLoader(list(loader())[: BATCHES - rank], batch_size=None)  # type: ignore
+    validation_step = LanguageModel.validation_step
+
+    def noted(module: LanguageModel, batch: dict[str, Tensor], batch_idx: int) -> None:
+        nonlocal validated
+        validated += 1
+        if rank == 1 and batch_idx == BATCHES - 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        validation_step(module, batch, batch_idx)
+
+    build.seed_everything(config)
+    with patch.object(LanguageModel, "validation_step", noted):
+        trainer = build.build_trainer(config, build.build_callbacks(config, folder), [])
+        try:
+            trainer.fit(build.build_module(config), data)
+        except SystemExit as end:
+            return end.code, validated
+    return None, validated
+
+
+def test_12_ranks_with_other_numbers_of_validation_batches_agree_too(tmp_path):
+    """They ask each other as often as all can, then at the next training step; its answer is read one step later."""
+    assert run_ranks(uneven, 2, tmp_path) == [(EXIT_CODE, BATCHES), (EXIT_CODE, BATCHES - 1)]
+    (saved,) = (tmp_path / "checkpoints").glob("step=*")
+    assert durable.verify(saved) == 3

@@ -1,0 +1,131 @@
+"""transformers' GPT-2 and LLaMA as dense models of ours, read from the folders that transformers writes.
+
+Logits and all gradients are equal, 1e-5 of the largest entry in float32; and upcycled into an MoE they still are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from scmoe.config import Config, load
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.training.build_model import build_model_to_train
+from tests.helpers import assert_close, gradients, randomise
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")
+pytestmark = pytest.mark.peers
+
+LAYERS, DIM, HEADS, FFN, VOCABULARY, LENGTH = 4, 16, 4, 24, 50, 12
+OURS = (
+    *(f"model.layers={LAYERS}", f"model.dim={DIM}", f"model.heads={HEADS}", f"model.ffn_dim={FFN}"),
+    *("data.name=synthetic", f"data.vocab_size={VOCABULARY}", f"data.seq_len={LENGTH}", "moe.capacity_factor=null"),
+)
+FAMILY = {
+    "gpt2": ("model.family=gpt", "model.activation=gelu_tanh"),
+    "llama": ("model.family=llama", "model.kv_heads=2"),
+}
+TOLERANCE = 1e-5
+
+
+def their_model(family: str, **changes) -> nn.Module:
+    if family == "gpt2":
+        sizes = {"n_layer": LAYERS, "n_embd": DIM, "n_head": HEADS, "n_inner": FFN, "n_positions": LENGTH}
+        config = transformers.GPT2Config(vocab_size=VOCABULARY, **(sizes | changes))
+        return randomise(transformers.GPT2LMHeadModel(config)).eval()
+    sizes = {"num_hidden_layers": LAYERS, "hidden_size": DIM, "num_attention_heads": HEADS, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": FFN, "max_position_embeddings": LENGTH, "rms_norm_eps": 1e-5}
+    config = transformers.LlamaConfig(vocab_size=VOCABULARY, **(sizes | changes))
+    return randomise(transformers.LlamaForCausalLM(config)).eval()
+
+
+def config_of(family: str, folder: Path, *overrides: str) -> Config:
+    return load(None, [*OURS, *FAMILY[family], f"init_from=hf:{folder}", "moe.architecture=dense", *overrides])
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("gpt2", {}), ("llama", {}), ("llama", {"tie_word_embeddings": True})],
+    ids=("gpt2", "llama", "llama-tied"),
+)
+def test_logits_and_gradients(family, changes, tmp_path):
+    theirs = their_model(family, **changes)
+    theirs.save_pretrained(tmp_path)
+    ours = build_model_to_train(config_of(family, tmp_path), ParallelContext())
+    logits, their_logits = ours(ids()).logits_BSV, theirs(ids()).logits
+    assert_close(logits, their_logits, TOLERANCE)
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    (logits * weights).sum().backward()
+    (their_logits * weights).sum().backward()
+    grads = gradients(ours)
+    last = f"blocks.{LAYERS - 1}.sublayers"
+    if family == "gpt2":
+        block, first = theirs.transformer.h[-1], theirs.transformer.wte
+        expected = {
+            f"{last}.0.norm.bias": block.ln_1.bias,
+            f"{last}.0.f.qkv.weight": block.attn.c_attn.weight,
+            f"{last}.0.f.out.bias": block.attn.c_proj.bias,
+            f"{last}.1.f.w_in.weight": block.mlp.c_fc.weight,
+            f"{last}.1.f.w_out.weight": block.mlp.c_proj.weight,
+            "positions.weight": theirs.transformer.wpe.weight,
+            "norm.weight": theirs.transformer.ln_f.weight,
+        }
+        expected = {name: p.grad.t() if ".f." in name else p.grad for name, p in expected.items()}  # 1-D: as it is
+    else:
+        block, first = theirs.model.layers[-1], theirs.model.embed_tokens
+        attention, mlp = block.self_attn, block.mlp
+        qkv = [part.weight.grad for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        expected = {
+            f"{last}.0.f.qkv.weight": torch.cat(qkv),
+            f"{last}.0.f.out.weight": attention.o_proj.weight.grad,
+            f"{last}.1.norm.weight": block.post_attention_layernorm.weight.grad,
+            f"{last}.1.f.w_in.weight": torch.cat([mlp.gate_proj.weight.grad, mlp.up_proj.weight.grad]),
+            f"{last}.1.f.w_out.weight": mlp.down_proj.weight.grad,
+            "norm.weight": theirs.model.norm.weight.grad,
+        }
+    if not changes:  # tied, the gradient of the embeddings is the sum of two of ours
+        expected["tokens.weight"] = first.weight.grad
+    for name, grad in expected.items():
+        assert_close(grads[name], grad, TOLERANCE, name)
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("llama", "architecture=top_k top_k=2 every=1"),
+        ("llama", "architecture=top_k top_k=3 every=2"),
+        ("llama", "architecture=scmoe position=pos1 every=1"),
+        ("gpt2", "architecture=shared_expert combine=cg2 top_k=2"),
+        ("gpt2", "architecture=scmoe position=pos2"),
+        ("gpt2", "architecture=scmoe position=pos3 tap_norm=shared combine=direct_add"),
+    ],
+)
+def test_upcycled(family, words, tmp_path):
+    theirs = their_model(family)
+    theirs.save_pretrained(tmp_path)
+    overrides = [f"moe.{word}" for word in words.split()]
+    ours = build_model_to_train(config_of(family, tmp_path, *overrides), ParallelContext()).eval()
+    assert_close(ours(ids()).logits_BSV, theirs(ids()).logits, TOLERANCE)
+
+
+def test_a_bare_model_and_fewer_positions(tmp_path):
+    """Names without a prefix, as the first GPT-2 files have them; a model may use the first of the positions."""
+    theirs = their_model("gpt2")
+    theirs.transformer.save_pretrained(tmp_path)
+    ours = build_model_to_train(config_of("gpt2", tmp_path, "data.seq_len=8"), ParallelContext())
+    assert_close(ours(ids()[:, :8]).logits_BSV, theirs(ids()[:, :8]).logits, TOLERANCE)
+
+
+def test_files_in_pieces(tmp_path):
+    theirs = their_model("llama")
+    theirs.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    ours = build_model_to_train(config_of("llama", tmp_path), ParallelContext())
+    assert_close(ours(ids()).logits_BSV, theirs(ids()).logits, TOLERANCE)

@@ -1,0 +1,228 @@
+"""MoE modules of transformers and ours, with the same random weights: outputs and all gradients.
+
+Mixtral        top-2, SwiGLU: standard top-k (Eq. 1)
+OLMoE          top-k without renormalisation
+Qwen2-MoE      a shared expert weighed by a sigmoid: CG-1 (Eq. 15)
+Switch         top-1, the raw probability as weight
+LongCat-Flash  the shortcut: the MoE reads the first sub-layer's post-attention norm, its output is added at the end,
+               which is Pos-2 with a shared tap norm and Direct Add
+
+1e-5 of the largest entry in float32: the same sums in another order, with rounding errors of 6e-8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from scmoe.blocks.shortcut import ShortcutBlock
+from scmoe.blocks.standard import SharedExpertBlock
+from scmoe.blocks.sublayers import MLP, Residual
+from scmoe.moe.coefficient import CG1, DirectAdd
+from scmoe.moe.dispatcher import LocalDispatcher
+from scmoe.moe.experts import Experts
+from scmoe.moe.router import Router
+from scmoe.moe.stream import MoEStream
+from scmoe.schedule.plan import Schedule
+from tests.helpers import assert_close, gradients, randomise
+
+pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")
+pytestmark = pytest.mark.peers
+
+DIM, FFN, EXPERTS = 16, 24, 6
+TOLERANCE = 1e-5
+Take = Callable[[nn.Parameter], Tensor]  # a parameter, or its gradient
+
+
+def stream(top_k: int, renormalise: bool = True) -> MoEStream:
+    router = Router(DIM, EXPERTS, top_k, renormalise=renormalise)
+    return MoEStream(router, Experts(DIM, FFN, EXPERTS, activation="swiglu"), LocalDispatcher())
+
+
+def stacked(experts: nn.Module, take: Take) -> dict[str, Tensor]:
+    """Theirs are [E, out, in], gate and up one below the other."""
+    w_in, w_out = take(experts.gate_up_proj), take(experts.down_proj)
+    return {"experts.w_in_eDF": w_in.transpose(1, 2), "experts.w_out_eFD": w_out.transpose(1, 2)}
+
+
+def swiglu_mlp(mlp: nn.Module, take: Take) -> dict[str, Tensor]:
+    w_in = torch.cat([take(mlp.gate_proj.weight), take(mlp.up_proj.weight)])
+    return {"w_in.weight": w_in, "w_out.weight": take(mlp.down_proj.weight)}
+
+
+def under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": weight for name, weight in weights.items()}
+
+
+def check_equal(
+    ours: nn.Module,
+    theirs: nn.Module,
+    weights: Callable[[nn.Module, Take], dict[str, Tensor]],
+    run_ours: Callable[[Tensor], Tensor],
+    run_theirs: Callable[[Tensor], Tensor],
+) -> None:
+    """weights: theirs under our names and in our layout, of parameters or of their gradients."""
+    randomise(theirs.float())
+    with torch.no_grad():
+        copies = weights(theirs, lambda p: p)
+        assert copies.keys() == dict(ours.named_parameters()).keys()
+        for name, p in ours.named_parameters():
+            p.copy_(copies[name])
+    generator = torch.Generator().manual_seed(0)
+    x_BSD = torch.randn(2, 10, DIM, generator=generator)
+    x, their_x = x_BSD.clone().requires_grad_(), x_BSD.clone().requires_grad_()
+    y, their_y = run_ours(x), run_theirs(their_x)
+    assert_close(y, their_y, TOLERANCE, "output")
+    dy = torch.randn(y.shape, generator=generator)
+    (y * dy).sum().backward()
+    (their_y * dy).sum().backward()
+    assert_close(x.grad, their_x.grad, TOLERANCE, "gradient of the input")
+    expected = weights(theirs, lambda p: p.grad)
+    for name, grad in gradients(ours).items():
+        assert expected[name].abs().max() > 1e-3, name
+        assert_close(grad, expected[name], TOLERANCE, f"gradient of {name}")
+
+
+def test_mixtral():
+    from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
+
+    config = MixtralConfig(
+        hidden_size=DIM, intermediate_size=FFN, num_local_experts=EXPERTS, num_experts_per_tok=2, hidden_act="silu"
+    )
+    theirs, ours = MixtralSparseMoeBlock(config), stream(top_k=2)
+
+    def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:
+        return {"router.gate.weight": take(theirs.gate.weight), **stacked(theirs.experts, take)}
+
+    check_equal(ours, theirs, weights, lambda x: ours(x).y_BSD, theirs)
+
+
+def test_olmoe():
+    from transformers.models.olmoe.modeling_olmoe import OlmoeConfig, OlmoeSparseMoeBlock
+
+    config = OlmoeConfig(
+        hidden_size=DIM, intermediate_size=FFN, num_experts=EXPERTS, num_experts_per_tok=3, norm_topk_prob=False
+    )
+    theirs, ours = OlmoeSparseMoeBlock(config), stream(top_k=3, renormalise=False)
+
+    def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:
+        return {"router.gate.weight": take(theirs.gate.weight), **stacked(theirs.experts, take)}
+
+    check_equal(ours, theirs, weights, lambda x: ours(x).y_BSD, theirs)
+
+
+def test_qwen2_moe():
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeConfig, Qwen2MoeSparseMoeBlock
+
+    config = Qwen2MoeConfig(
+        hidden_size=DIM,
+        moe_intermediate_size=FFN,
+        shared_expert_intermediate_size=32,
+        num_experts=EXPERTS,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+    )
+    theirs = Qwen2MoeSparseMoeBlock(config)
+    shared_expert = MLP(DIM, 32, bias=False, activation="swiglu")
+    moe = stream(top_k=2, renormalise=False)
+    ours = SharedExpertBlock([], nn.Identity(), shared_expert, CG1(DIM), moe, Schedule("shared_expert", 0))
+
+    def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:
+        return {
+            **under("shared_expert", swiglu_mlp(theirs.shared_expert, take)),
+            "coefficient.gate.weight": take(theirs.shared_expert_gate.weight),
+            "moe.router.gate.weight": take(theirs.gate.weight),
+            **under("moe", stacked(theirs.experts, take)),
+        }
+
+    check_equal(ours, theirs, weights, lambda x: ours(x).y_BSD - x, theirs)
+
+
+def test_switch_router():
+    from transformers.models.switch_transformers.modeling_switch_transformers import (
+        SwitchTransformersConfig,
+        SwitchTransformersTop1Router,
+    )
+
+    config = SwitchTransformersConfig(d_model=DIM, num_experts=EXPERTS, expert_capacity=100, router_jitter_noise=0.0)
+    theirs, ours = SwitchTransformersTop1Router(config), Router(DIM, EXPERTS, 1)
+
+    def run_ours(x: Tensor) -> Tensor:
+        """The weight in the chosen expert's column, so that both count; and the logits."""
+        routing = ours(x.flatten(0, 1))
+        column_TE = torch.zeros_like(routing.logits_TE).scatter(1, routing.topk_ids_TK, routing.topk_weights_TK)
+        return torch.stack([column_TE, routing.logits_TE])
+
+    def run_theirs(x: Tensor) -> Tensor:
+        one_hot, weight, logits = theirs(x.flatten(0, 1))
+        return torch.stack([one_hot * weight, logits])
+
+    def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:
+        return {"gate.weight": take(theirs.classifier.weight)}
+
+    check_equal(ours, theirs, weights, run_ours, run_theirs)
+
+
+class Called(nn.Module):
+    """Their attention, called with the input alone, as ours is."""
+
+    def __init__(self, attention: nn.Module, angles: tuple[Tensor, Tensor]) -> None:
+        super().__init__()
+        self.attention, self.angles = attention, angles
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.attention(hidden_states=x_BSD, position_embeddings=self.angles, attention_mask=None)[0]
+
+
+def test_longcat_flash():
+    """Norms, MLPs, gate, experts and all wiring are ours; the two attention modules are theirs."""
+    from transformers.models.longcat_flash import modeling_longcat_flash as longcat
+    from transformers.models.longcat_flash.configuration_longcat_flash import LongcatFlashConfig
+
+    sizes = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    config = LongcatFlashConfig(
+        **{"hidden_size": DIM, "num_layers": 1, "num_attention_heads": 2, "head_dim": 4, **sizes},
+        **{"ffn_hidden_size": 32, "expert_ffn_hidden_size": FFN, "n_routed_experts": EXPERTS, "zero_expert_num": 0},
+        **{"moe_topk": 2, "routed_scaling_factor": 1.0, "attn_implementation": "sdpa"},
+    )
+    theirs, rotary = longcat.LongcatFlashDecoderLayer(config, 0), longcat.LongcatFlashRotaryEmbedding(config)
+    angles = rotary(torch.zeros(1, 10, DIM), torch.arange(10)[None])
+
+    def norm() -> nn.Module:
+        return nn.RMSNorm(DIM, config.rms_norm_eps)
+
+    def mlp() -> MLP:
+        return MLP(DIM, 32, bias=False, activation="swiglu")
+
+    attention = [Called(longcat.LongcatFlashMLA(config, i), angles) for i in range(2)]
+    sublayers = [Residual(norm(), attention[0]), Residual(norm(), mlp()), Residual(norm(), attention[1])]
+    ours = ShortcutBlock(
+        sublayers,
+        tap_norm=sublayers[1].norm,
+        norm=norm(),
+        shared_expert=mlp(),
+        coefficient=DirectAdd(DIM),
+        moe=stream(top_k=2, renormalise=False),
+        schedule=Schedule("pos2"),
+    )
+
+    def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:
+        attention = [dict(attention.named_parameters()) for attention in theirs.self_attn]
+        attention = [{name: take(p) for name, p in parameters.items()} for parameters in attention]
+        return {
+            "sublayers.0.norm.weight": take(theirs.input_layernorm[0].weight),
+            **under("sublayers.0.f.attention", attention[0]),
+            "sublayers.1.norm.weight": take(theirs.post_attention_layernorm[0].weight),
+            **under("sublayers.1.f", swiglu_mlp(theirs.mlps[0], take)),
+            "sublayers.2.norm.weight": take(theirs.input_layernorm[1].weight),
+            **under("sublayers.2.f.attention", attention[1]),
+            "norm.weight": take(theirs.post_attention_layernorm[1].weight),
+            **under("shared_expert", swiglu_mlp(theirs.mlps[1], take)),
+            "moe.router.gate.weight": take(theirs.mlp.router.classifier.weight),
+            **under("moe", stacked(theirs.mlp.experts, take)),
+        }
+
+    check_equal(ours, theirs, weights, lambda x: ours(x).y_BSD, lambda x: theirs(x, position_embeddings=angles))

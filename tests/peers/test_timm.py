@@ -1,0 +1,101 @@
+"""timm's SwinV2 and ours, all blocks dense, weights copied over: the same logits and gradients, drop path included.
+
+1e-12 in float64; in float32 1e-5, which is rounding over eight blocks.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from scmoe.config import Config, load
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.training.build_model import build_model
+from tests.helpers import assert_close, gradients, randomise
+
+pytest.importorskip("timm", reason="the extra `vision` is not installed: timm")
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+
+pytestmark = pytest.mark.peers
+
+OURS = {  # timm's names, and ours
+    r"patch_embed\.": "patches.",
+    r"layers\.(\d)\.downsample\.": r"merges.\1.",
+    r"layers\.(\d)\.blocks\.(\d)\.attn\.": r"stages.\1.\2.sublayers.0.f.attention.",
+    r"layers\.(\d)\.blocks\.(\d)\.norm1\.": r"stages.\1.\2.sublayers.0.after.norm.",
+    r"layers\.(\d)\.blocks\.(\d)\.mlp\.fc1\.": r"stages.\1.\2.sublayers.1.f.w_in.",
+    r"layers\.(\d)\.blocks\.(\d)\.mlp\.fc2\.": r"stages.\1.\2.sublayers.1.f.w_out.",
+    r"layers\.(\d)\.blocks\.(\d)\.norm2\.": r"stages.\1.\2.sublayers.1.after.norm.",
+    r"head\.fc\.": "head.",
+}
+
+
+def our_name(name: str) -> str:
+    for theirs, ours in OURS.items():
+        name = re.sub(f"^{theirs}", ours, name)
+    return name
+
+
+def config_of(*overrides: str) -> Config:
+    words = "model.family=swin model.layers=4 model.dim=12 model.heads=2 model.patch_size=2 model.window=4"
+    data = "moe.architecture=dense data.name=digits data.image_size=64 data.num_classes=7 model.drop_path=0.3"
+    return load(None, [*words.split(), *data.split(), *overrides])
+
+
+def both(config: Config, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """timm's model and ours, with the same random weights, in training."""
+    model, data = config.model, config.data
+    theirs = SwinTransformerV2(
+        img_size=data.image_size,
+        patch_size=model.patch_size,
+        num_classes=data.num_classes,
+        embed_dim=model.dim,
+        depths=(2, 2, model.layers, 2),
+        num_heads=tuple(model.heads * 2**stage for stage in range(4)),
+        window_size=model.window,
+        drop_path_rate=model.drop_path,
+    )
+    ours = build_model(config, ParallelContext())
+    assert [m.drop_prob for m in theirs.modules() if hasattr(m, "drop_prob")][::2] == pytest.approx(
+        [block.sublayers[0].after.drop_path.drop_prob for block in ours.blocks][1:]
+    ), "timm has none where the rate is 0"
+    randomise(ours)
+    weights = ours.state_dict()
+    theirs.load_state_dict({name: weights.pop(our_name(name)) for name in theirs.state_dict()})
+    assert not weights, "every weight is copied"
+    return theirs.to(dtype), ours.to(dtype)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize("training", (False, True), ids=("eval", "train"))
+def test_dense_model_equals_timms(dtype, tolerance, training):
+    theirs, ours = both(config_of(), dtype)
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    logits = []
+    for model in (theirs, ours):
+        torch.manual_seed(0)  # drop path drops the same pictures' blocks
+        output = model.train(training)(images)
+        logits.append(output if model is theirs else output.logits_BC)
+        logits[-1].square().mean().backward()
+    if training:
+        tolerance = max(tolerance, 1e-6)  # timm's drop rates are float32, whatever the model
+    assert_close(logits[1], logits[0], tolerance, "logits")
+    expected = {our_name(name): grad for name, grad in gradients(theirs).items()}
+    for name, grad in gradients(ours).items():
+        assert_close(grad, expected[name], tolerance, name)
+
+
+def test_initial_weights_are_spread_as_timms():
+    """Same zeros and ones, same standard deviations to sampling error."""
+    config = config_of()
+    theirs, _ = both(config, torch.float32)
+    theirs.init_weights()
+    ours = dict(build_model(config, ParallelContext()).named_parameters())
+    for name, p in theirs.named_parameters():
+        mine = ours[our_name(name)]
+        if p.unique().numel() <= 1:
+            assert torch.equal(p, mine), name
+        elif p.numel() > 1000 and "patch_embed" not in name:
+            assert mine.std().item() == pytest.approx(p.std().item(), rel=0.15), name

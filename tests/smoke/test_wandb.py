@@ -1,0 +1,244 @@
+"""Weights & Biases over the wire, against a server on 127.0.0.1: what arrives, and what a server out of order does to a
+training: nothing.
+
+One process, `scenario`, makes all trainings but the agent's, since every start of Python with torch costs seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from experiments.sweep import run_online
+from experiments.sweep_config import read
+from scmoe.config_check import ConfigError
+from tests.smoke.test_train import ROOT
+from tests.wandb_server import KEY, WandbServer, wandb_server
+
+pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.xdist_group("ranks"), pytest.mark.timeout(600)]
+
+DEBUG = ("configs/debug.yaml", "logger.project=wire", "logger.group=together", "logger.tags=[a,b]")
+
+
+@contextlib.contextmanager
+def client(server: WandbServer) -> Iterator[None]:
+    """This process as a client of that server: W&B reads its variables once."""
+    import wandb
+
+    wandb.teardown()
+    os.environ |= server.variables
+    yield
+    wandb.teardown()
+
+
+def scenario(folder: Path) -> None:
+    """Writes into the folder what the server got of each training, and what the training said."""
+    from lightning.pytorch import Callback
+
+    from scmoe.config import load
+    from scmoe.training import build, logging
+    from scmoe.training.run import train
+
+    def training(server: WandbServer, name: str, *overrides: str, run_dir: Path | None = None) -> dict[str, Any]:
+        said = io.StringIO()
+        with client(server), contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            summary = train(load(DEBUG[0], [*DEBUG[1:], f"runs_dir={folder / name}", *overrides]), (), run_dir)
+        assert summary is not None
+        runs, artifacts = [asdict(run) for run in server.runs.values()], [asdict(a) for a in server.artifacts]
+        for artifact in artifacts:
+            artifact["files"] = {file: len(content) for file, content in artifact["files"].items()}
+        report = {"summary": summary, "said": said.getvalue(), "runs": runs, "artifacts": artifacts}
+        (folder / f"{name}.json").write_text(json.dumps(report))
+        return summary
+
+    with wandb_server() as server:
+        training(server, "online", "logger.mode=auto")
+        run_dir = (folder / "online" / "latest").resolve()
+        (folder / "resumed").symlink_to("online")
+        training(server, "resumed", "logger.mode=auto", "trainer.max_steps=6", run_dir=run_dir)
+
+    with wandb_server() as server:
+        training(server, "offline", "logger.mode=offline")
+        assert not server.requests
+        command = logging.sync_command((folder / "offline" / "latest").resolve())
+        assert command is not None
+        sync = [sys.executable, "-m", *command.split()]
+        environment = {**os.environ, **server.variables}
+        done = subprocess.run(sync, env=environment, capture_output=True, text=True)
+        runs = [asdict(run) for run in server.runs.values()]
+        artifacts = [{**asdict(a), "files": sorted(a.files)} for a in server.artifacts]
+        report = {"said": done.stderr, "code": done.returncode, "runs": runs, "artifacts": artifacts}
+        (folder / "synced.json").write_text(json.dumps(report))
+
+    with wandb_server() as server:
+        training(server, "disabled", "logger.mode=disabled")
+        assert not server.requests
+
+    class Trouble(Callback):
+        """Error after the first step, silence after the second, and after the third there is no server."""
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            server.answer = {1: "error", 2: "nothing"}.get(trainer.global_step, server.answer)
+            if trainer.global_step == 3:
+                server.close()
+
+    plain, logging.FINISH_TIMEOUT_S = build.build_callbacks, 2.0
+    build.build_callbacks = lambda *arguments: [*plain(*arguments), Trouble()]
+    server = WandbServer()
+    training(server, "trouble", "logger.mode=auto")
+    build.build_callbacks = plain
+
+    logging.INIT_TIMEOUT_S = 2.0
+    for answer in ("error", "nothing"):
+        with wandb_server() as server:
+            server.answer = answer
+            training(server, f"{answer} from the start", "logger.mode=auto")
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("wire")
+    code = f"from pathlib import Path; from tests.smoke.test_wandb import scenario; scenario(Path({str(folder)!r}))"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "PYTEST_"))}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def warnings(report: dict[str, Any]) -> list[str]:
+    return [line for line in report["said"].splitlines() if "warn" in line.lower() or "error" in line.lower()]
+
+
+def column(run: dict[str, Any], metric: str) -> list[Any]:
+    return [row[metric] for row in run["history"] if metric in row]
+
+
+def best_of(report: dict[str, Any]) -> float:
+    return min(column(report["runs"][0], "val/bits_per_byte"))
+
+
+def test_a_run_arrives_whole(reports):
+    report = reports["online"]
+    (arrived,) = report["runs"]
+    assert (arrived["project"], arrived["group"], arrived["tags"]) == ("wire", "together", ["a", "b"])
+    assert (arrived["config"]["optim.lr"], arrived["config"]["moe.architecture"]) == (1e-3, "scmoe")
+    assert column(arrived, "trainer/global_step") == [0, 1, 1, 2, 3, 3], "four steps, two validations"
+    assert len(column(arrived, "train/loss")) == 4
+    assert column(arrived, "val/loss")[-1] == pytest.approx(report["summary"]["val_loss"])
+    assert arrived["summary"]["val/loss"] == pytest.approx(report["summary"]["val_loss"])
+    assert arrived["exit_code"] == 0
+    assert not warnings(report)
+
+
+def test_the_best_checkpoint_arrives_as_a_model(reports):
+    (artifact,) = reports["online"]["artifacts"]
+    assert (artifact["type"], artifact["committed"]) == ("model", True)
+    assert "best" in artifact["aliases"]
+    checkpoint = Path(
+        reports["online"]["summary"]["run_dir"], "checkpoints", f"best-step={artifact['metadata']['step']}.ckpt"
+    )
+    sizes = {str(file.relative_to(checkpoint)): file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()}
+    assert artifact["files"] == sizes
+    assert artifact["metadata"]["val/bits_per_byte"] == pytest.approx(best_of(reports["online"]))
+
+
+def test_a_resumed_run_is_the_same_run(reports):
+    (arrived,) = reports["resumed"]["runs"]
+    assert arrived["name"] == reports["online"]["runs"][0]["name"]
+    assert column(arrived, "trainer/global_step") == [0, 1, 1, 2, 3, 3, 4, 5, 5]
+    assert arrived["config"]["trainer.max_steps"] == 6
+    assert arrived["summary"]["val/loss"] == pytest.approx(reports["resumed"]["summary"]["val_loss"])
+    assert not warnings(reports["resumed"])
+
+
+def test_an_offline_run_is_synced_whole(reports):
+    assert not reports["offline"]["runs"]
+    report = reports["synced"]
+    assert report["code"] == 0, report["said"]
+    (arrived,), (online,) = report["runs"], reports["online"]["runs"]
+    for key in ("project", "group", "tags", "exit_code"):
+        assert arrived[key] == online[key]
+    assert column(arrived, "train/loss") == column(online, "train/loss")
+    assert column(arrived, "val/loss") == column(online, "val/loss")
+    (artifact,) = report["artifacts"]
+    assert (artifact["type"], artifact["committed"]) == ("model", True)
+    assert artifact["files"] == sorted(reports["online"]["artifacts"][0]["files"])
+
+
+def result(report: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in report["summary"].items() if key not in ("run_dir", "tokens_per_s")}
+
+
+@pytest.mark.parametrize("name", ["online", "offline", "trouble", "error from the start", "nothing from the start"])
+def test_logging_changes_no_result(name, reports):
+    assert result(reports[name]) == result(reports["disabled"])
+
+
+def test_disabled_is_disabled(reports):
+    assert not reports["disabled"]["runs"] + reports["disabled"]["artifacts"]
+    assert not list(Path(reports["disabled"]["summary"]["run_dir"]).glob("wandb*"))
+
+
+def test_errors_then_silence_then_no_server_are_one_warning(reports):
+    (warning,) = warnings(reports["trouble"])
+    assert warning.startswith("warning: Weights & Biases gets no more of this run: ")
+    kept = Path(warning.rpartition("wandb sync ")[2])
+    assert list(kept.glob("run-*.wandb")), "what can be sent later"
+
+
+@pytest.mark.parametrize("answer", ["error", "nothing"])
+def test_a_server_out_of_order_from_the_start_is_one_warning(answer, reports):
+    (warning,) = warnings(reports[f"{answer} from the start"])
+    assert "goes offline" in warning
+
+
+def test_a_sweep_through_an_agent(tmp_path):
+    """Four trials, one of which fails and does not end it; W&B keeps the sweep, the agent's runs have its ids."""
+    with wandb_server() as server:
+        words = ("configs/sweep/smoke.yaml", f"runs_dir={tmp_path}", "logger.mode=online")
+        environment = {
+            k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "PYTEST_"))
+        } | server.variables
+        command = [sys.executable, "-m", "experiments.sweep", *words]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {"sweep": "me/scmoe/sweep001", "exit_code": 0}
+    assert "wandb agent me/scmoe/sweep001" in done.stdout
+    sent, ours = server.sweep, yaml.safe_load((ROOT / words[0]).read_text())
+    assert sent.pop("command")[-3:] == [*words[1:], "${args_no_hyphens}"]
+    assert sent == {key: value for key, value in ours.items() if key != "command"}, "nothing of ours in it"
+    runs = list(server.runs.values())
+    assert [run.name for run in runs] == ["trial0", "trial1", "trial2", "trial3"], "the ids of the agent"
+    assert [run.config["optim.lr"] for run in runs] == [1e-4, 1e-3, 1e-2, 1e30]
+    assert [run.exit_code for run in runs] == [0, 0, 0, 1]
+    assert all(run.sweep == "sweep001" for run in runs)
+    assert all(len(run.column("train/loss")) == 4 and run.column("val/loss") for run in runs[:3])
+    assert [artifact.run for artifact in server.artifacts] == ["trial0", "trial1", "trial2"]
+    ids = {json.loads(path.read_text())["id"] for path in tmp_path.glob("debug/*/wandb_run.json")}
+    assert ids == {"trial0", "trial1", "trial2", "trial3"}, "so that a resumed trial is the same run"
+
+
+def test_a_server_that_takes_no_sweep_is_said(monkeypatch):
+    import wandb
+
+    wandb.teardown()
+    with wandb_server() as server:
+        server.close()
+        for name, value in server.variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(ROOT)
+        with pytest.raises(ConfigError, match=r"^Weights & Biases takes no sweep, allowed here: --local: "):
+            run_online(read("configs/sweep/smoke.yaml"))
+    wandb.teardown()

@@ -1,0 +1,50 @@
+"""Stands in for experiments.train where a test is about the sweep around it: starts at once, learns nothing.
+
+`python -m tests.toy_training SECONDS_PER_STEP experiments.train (CONFIG key=value ... | --resume RUN_DIR)`.
+Its val/loss is |log10 lr + 2| + 1 / step. A learning rate above 1 fails; SIGTERM saves and exits with 143.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import signal
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from scmoe.config import load, to_yaml
+
+
+def main(pause_s: float, arguments: list[str]) -> int:
+    if arguments[0] == "--resume":
+        run_dir = Path(arguments[1])
+        config = load(run_dir / "config.yaml")
+    else:
+        config = load(arguments[0], arguments[1:])
+        run_dir = Path(config.runs_dir) / config.name / uuid.uuid4().hex
+        run_dir.mkdir(parents=True)
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+    if config.optim.lr > 1:
+        print("FloatingPointError: [no] number", file=sys.stderr)
+        return 1
+    stopped: list[Any] = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+    metrics = run_dir / "metrics.csv"
+    rows = list(csv.reader(metrics.open(newline=""))) if metrics.exists() else [["step", "val/loss"]]
+    for step in range(len(rows) - 1, config.trainer.max_steps):
+        rows.append([str(step), str(abs(math.log10(config.optim.lr) + 2) + 1 / (step + 1))])
+        with metrics.with_suffix(".tmp").open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+        metrics.with_suffix(".tmp").rename(metrics)
+        time.sleep(pause_s)
+        if stopped:
+            (run_dir / "checkpoints" / f"step={step + 1}.ckpt").mkdir(parents=True)
+            return 143
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(float(sys.argv[1]), sys.argv[3:]))

@@ -1,0 +1,118 @@
+"""Fig. 9 and 10 during a training: when they measure, what they keep, and that nothing is there when they are off."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+from scmoe.config import load
+from scmoe.config_check import ConfigError
+from scmoe.training import build, logging
+from scmoe.training.analysis_callbacks import Analysis
+from tests.unit.test_gating import hooks
+
+TINY = (
+    *("model.layers=4", "model.dim=16", "model.heads=2", "moe.num_experts=4", "moe.architecture=dgmoe"),
+    *("data.name=synthetic", "data.vocab_size=64", "data.seq_len=8", "data.global_batch_size=4"),
+    *("trainer.accelerator=cpu", "trainer.progress=false", "trainer.threads=1", "trainer.log_every=100"),
+    *("trainer.val_every=100", "trainer.checkpoint_every=4", "logger.mode=disabled", "trainer.accumulate=2"),
+)
+ON = ("analysis.gating_every=2", "analysis.similarity_every=3")
+
+
+def fit(run_dir, *words, resume=False):
+    """Trains; the callbacks, and how many hooks the model has at the start of each batch's forward and at the end."""
+    config = load(None, [*TINY, *words])
+    torch.manual_seed(0)
+    callbacks = build.build_callbacks(config, run_dir)
+    module, seen = build.build_module(config), []
+    task_loss = module.training_step
+
+    def counting(batch, batch_idx):
+        seen.append(hooks(module.model))
+        return task_loss(batch, batch_idx)
+
+    module.training_step = counting
+    loggers = build.build_loggers(config, run_dir, resumed_step=4 if resume else None)
+    trainer = build.build_trainer(config, callbacks, loggers)
+    trainer.fit(
+        module,
+        build.build_datamodule(config),
+        ckpt_path=run_dir / "checkpoints" / "step=4.ckpt" if resume else None,
+        weights_only=True,
+    )
+    logging.close_loggers(loggers)
+    return [c for c in callbacks if isinstance(c, Analysis)], [*seen, hooks(module.model)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("run")
+    _, off = fit(tmp_path_factory.mktemp("off"), "trainer.max_steps=4")
+    _, on = fit(run_dir, *ON, "trainer.max_steps=6")
+    return run_dir, off, on
+
+
+def test_off_there_is_no_callback_and_no_hook(finished):
+    _, off, on = finished
+    config = load(None, TINY)
+    assert not [c for c in build.build_callbacks(config, None) if isinstance(c, Analysis)]
+    guard = off[0]  # the guard's own hooks, which are always there
+    assert set(off[:-1]) == {guard}
+    gating, similarity = 3 * 2, 2 * (1 + 3 + 1)
+    first_batches = {0: gating + similarity, 4: gating, 6: similarity, 8: gating}  # two batches a step
+    assert [count - guard for count in on[:-1]] == [first_batches.get(batch, 0) for batch in range(12)]
+    assert on[-1] == off[-1]
+
+
+def test_keeps_logs_and_draws_what_was_measured(finished):
+    run_dir, _, _ = finished
+    folder = run_dir / "analysis"
+    assert {path.name for path in folder.iterdir()} == {
+        f"{n}.{s}" for n in ("gating", "similarity") for s in ("npz", "png")
+    }
+    with np.load(folder / "gating.npz", allow_pickle=False) as stored:
+        assert stored["steps"].tolist() == [0, 2, 4]
+        assert stored["labels"].tolist() == ["MoE layer 0", "MoE layer 1"]
+        assert stored["values"].shape == (3, 2, 4) and np.isfinite(stored["values"]).all()
+        repeated = stored["values"][:, :, 0].mean(1)
+    with np.load(folder / "similarity.npz", allow_pickle=False) as stored:
+        assert stored["steps"].tolist() == [0, 3]
+        assert stored["values"].shape == (2, 9, 9) and stored["labels"][-1] == "3 MoE"
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("gating/repeated_selection")]
+    assert [int(row["step"]) for row in rows] == [0, 2, 4]
+    assert [float(row["gating/repeated_selection"]) for row in rows] == pytest.approx(repeated.tolist())
+
+
+def test_a_resumed_run_keeps_what_was_measured_before(finished):
+    run_dir, _, _ = finished
+    with np.load(run_dir / "analysis" / "gating.npz", allow_pickle=False) as stored:
+        before = stored["values"]
+    fit(run_dir, *ON, "trainer.max_steps=7", resume=True)
+    with np.load(run_dir / "analysis" / "gating.npz", allow_pickle=False) as stored:
+        assert stored["steps"].tolist() == [0, 2, 4, 6]
+        assert np.array_equal(stored["values"][:2], before[:2])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (
+            ["moe.architecture=dense", "analysis.gating_every=2"],
+            "analysis.gating_every is 2, allowed: null, as moe.arch",
+        ),
+        (
+            ["trainer.compile=true", "analysis.similarity_every=2"],
+            "analysis.similarity_every is 2, allowed: null, as tr",
+        ),
+        (["analysis.gating_every=0"], "analysis.gating_every is 0, allowed: int | null, above 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(words, message):
+    with pytest.raises(ConfigError) as error:
+        load(None, words)
+    assert message in str(error.value)

@@ -1,0 +1,152 @@
+"""DGMoE's rule of distinct experts, its schedule, and the one module that two pairs share.
+
+That the outputs and gradients are Eq. 23's is in test_reference_equality.py; several ranks and checkpoints are in
+tests/distributed/test_double_gate.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import scmoe.moe.stream
+from scmoe.blocks.double_gate import DoubleGateBlock, add_stats, share_moe
+from scmoe.moe.experts import Experts
+from scmoe.moe.router import Router
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.schedule.plan import Schedule
+from scmoe.training.build import build_module
+from scmoe.training.build_model import build_model
+from scmoe.training.report import count_parameters, total_and_active
+from tests.helpers import DIM, EXPERTS, randomise, tiny, tiny_batch, tiny_model, tiny_stream, tiny_sublayers
+
+
+def double_gate_block(schedule: Schedule, stream=None) -> DoubleGateBlock:
+    stream = stream or tiny_stream(1, chunks=schedule.chunks)
+    block = DoubleGateBlock(tiny_sublayers(), nn.LayerNorm(DIM), nn.LayerNorm(DIM), stream, schedule)
+    return randomise(block.double(), seed=1)
+
+
+# ---------------------------------------------------------------------- the rule
+
+
+def test_where_the_best_is_taken_the_second_best_is_chosen_with_its_own_probability():
+    router = Router(3, 3, 1)
+    with torch.no_grad():
+        router.gate.weight.copy_(torch.eye(3))
+    x_TD = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 0.0, 5.0]])
+    routing = router(x_TD, None, torch.tensor([[0], [1], [3], [2]]))  # 3: none
+    assert routing.topk_ids_TK[:3].tolist() == [[1], [0], [0]]
+    assert routing.topk_ids_TK[3].item() in (0, 1), "a tie, but not the expert that is taken"
+    scores = torch.tensor([3.0, 2.0, 1.0]).softmax(0)
+    assert torch.allclose(routing.topk_weights_TK[:2, 0], scores[[1, 0]])
+
+
+@pytest.mark.parametrize("value", (0.0, 1.0))
+def test_ties_do_not_bring_the_taken_expert_back(value):
+    router = Router(4, 2, 1)
+    nn.init.constant_(router.gate.weight, value)
+    x_TD = torch.ones(6, 4)
+    taken_T1 = torch.tensor([[0], [1]] * 3)
+    assert (router(x_TD, None, taken_T1).topk_ids_TK == 1 - taken_T1).all()
+
+
+def test_padding_takes_no_expert_and_a_balanced_gate_stays_balanced():
+    router, x_TD = Router(DIM, EXPERTS, 1, balanced=True), torch.randn(2 * EXPERTS, DIM)
+    first = router(x_TD)
+    second = router(x_TD, None, first.topk_ids_TK)
+    assert (first.topk_ids_TK != second.topk_ids_TK).all()
+    assert second.topk_ids_TK.flatten().bincount().tolist() == [2] * EXPERTS
+    mask_T = torch.arange(2 * EXPERTS) < 5
+    padded = router(x_TD, mask_T, router(x_TD, mask_T).topk_ids_TK)
+    assert (padded.topk_ids_TK[5:] == EXPERTS).all() and (padded.topk_weights_TK[5:] == 0).all()
+
+
+def test_the_two_halves_of_a_token_go_to_two_experts(monkeypatch):
+    """And without the rule they would not, for many tokens but not for all."""
+    routings, without_rule, forward = [], [], Router.forward
+
+    def spy(self, x_TD, mask_T=None, taken_T1=None):
+        routings.append(forward(self, x_TD, mask_T, taken_T1))
+        without_rule.append(forward(self, x_TD, mask_T))
+        return routings[-1]
+
+    monkeypatch.setattr(Router, "forward", spy)
+    config = tiny("moe.architecture=dgmoe", "data.seq_len=64")
+    tiny_model(config)(tiny_batch(config)[0])
+    preceding, current = (r.topk_ids_TK for r in routings)
+    free = without_rule[1].topk_ids_TK
+    repeated = free == preceding
+    assert 0.1 < repeated.double().mean() < 0.9
+    assert (current != preceding).all()
+    assert (current == free)[~repeated].all()
+
+
+def test_both_halves_count_as_load():
+    block, x_BSD = double_gate_block(Schedule("dgmoe_pos2")), torch.randn(2, 7, DIM, dtype=torch.float64)
+    stats = block(x_BSD, torch.arange(7).expand(2, 7) < 5).stats
+    assert stats.num_tokens == stats.counts_E.sum() == 2 * 10
+    assert stats.score_sums_E.sum().item() == pytest.approx(20)
+    assert [t.item() for t in add_stats(stats, stats)[2:]] == [2 * t.item() for t in stats[2:]]
+
+
+# ---------------------------------------------------------------------- schedule
+
+
+@pytest.mark.parametrize("chunks", (1, 2))
+@pytest.mark.parametrize("position, slot", [(p, s) for p in (1, 2, 3) for s in range(p + 1)])
+def test_executes_the_schedules_operators_then_the_current_half(position, slot, chunks, monkeypatch):
+    log: list[str] = []
+    for name in ("encode", "decode"):
+        real = getattr(scmoe.moe.stream, name)
+        monkeypatch.setattr(scmoe.moe.stream, name, lambda *a, n=name, real=real: (log.append(n), real(*a))[1])
+    schedule = Schedule(f"dgmoe_pos{position}", slot, chunks)
+    block = double_gate_block(schedule)
+    parts = (block.moe.router, block.moe.experts, *block.sublayers)
+    for name, module in zip(("route", "experts", "attention", "mlp", "attention"), parts, strict=True):
+        module.register_forward_pre_hook(lambda *_, name=name: log.append(name))
+    block(torch.randn(2, 5, DIM, dtype=torch.float64))
+    here = [o for o in schedule.operators() if o not in ("dispatch", "combine", "current")]
+    current = [o for o in Schedule("top_k", 0, chunks).operators() if o not in ("dispatch", "combine")]
+    before_tap = ["attention", "mlp", "attention"][: 3 - position]
+    assert log == before_tap + here[:-1] + current + ["decode"]
+
+
+def test_what_cannot_be_wired_is_refused():
+    norms = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
+    with pytest.raises(ValueError, match="position dgmoe_pos2 wants 2 sub-layers: 1"):
+        DoubleGateBlock(tiny_sublayers()[:1], *norms, tiny_stream(1), Schedule("dgmoe_pos2"))
+    with pytest.raises(ValueError, match="top_k is 2, allowed where an MoE module gates twice: 1"):
+        DoubleGateBlock(tiny_sublayers(), *norms, tiny_stream(2), Schedule("dgmoe_pos2"))
+
+
+# ---------------------------------------------------------------------- DGMoE-Share
+
+
+def test_each_second_pair_has_the_module_of_the_one_before():
+    blocks = [double_gate_block(Schedule("dgmoe_pos2"), tiny_stream(1, seed=i)) for i in range(5)]
+    share_moe(blocks)
+    modules = [block.moe for block in blocks]
+    assert modules[0] is modules[1] and modules[2] is modules[3]
+    assert len({id(m) for m in modules}) == 3
+
+
+def test_a_shared_module_is_drawn_counted_and_optimized_once():
+    config = tiny("moe.architecture=dgmoe_share", "model.layers=4")
+    model = build_model(config, ParallelContext())
+    assert sum(isinstance(m, Experts) for m in model.modules()) == 1
+    total, active = total_and_active(count_parameters(model))
+    assert total == sum(p.numel() for p in model.parameters())
+    experts = count_parameters(model)["experts"]
+    assert experts[1:] == (6 * 2 * 16 * 24, 4 * 2 * 16 * 24), "two experts of a token in each of two pairs"
+    assert active == total - 2 * 2 * 16 * 24
+    alone = build_model(tiny("moe.architecture=dgmoe", "model.layers=4"), ParallelContext())
+    assert torch.equal(model.blocks[1].moe.experts.w_in_eDF, alone.blocks[0].moe.experts.w_in_eDF)
+
+    module = build_module(config)
+    module.configure_model()
+    module.trainer = None
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    parameters = [p for group in groups for p in group["params"]]
+    assert len(parameters) == len({id(p) for p in parameters}) == len(list(module.parameters()))

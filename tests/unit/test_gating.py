@@ -1,0 +1,125 @@
+"""Fig. 9's quantities by hand, and that the probe reads what the gate reads, from hooks that come and go."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from scmoe.analysis.gating import GatingProbe, draw_gating, gating_means, gating_metrics, gating_sums
+from scmoe.moe.router import Router
+from tests.helpers import assert_close, tiny, tiny_batch, tiny_model
+
+
+def hooks(model: nn.Module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def test_quantities_by_hand():
+    """Two experts, whose logits are the representation itself: a logit of log 3 over 0 is a probability of 3/4."""
+    a, b = math.log(3), math.log(9)
+    current = torch.tensor([[a, 0.0], [0.0, a], [b, 0.0]])
+    preceding = torch.tensor([[b, 0.0], [a, 0.0], [b, 0.0]])
+    sums = gating_sums(current, preceding, torch.eye(2))
+    distances = [b - a, math.hypot(a, a), 0.0]
+    assert sums.tolist() == pytest.approx([2, sum(distances), 0.75 + 0.75 + 0.9, 0.9 + 0.75 + 0.9, 3])
+    assert gating_means(sums[None])[0].tolist() == pytest.approx([x / 3 for x in sums[:4].tolist()])
+    # DGMoE: where both would choose alike, the current one gets its second best: 1/4 and 1/10
+    assert gating_sums(current, preceding, torch.eye(2), distinct=True)[2].item() == pytest.approx(0.25 + 0.75 + 0.1)
+
+
+def test_sums_add_up_over_ranks_and_metrics_are_means_over_layers():
+    x, y = torch.randn(2, 10, 4, generator=torch.Generator().manual_seed(0))
+    gate = torch.eye(4)
+    parts = gating_sums(x[:3], y[:3], gate) + gating_sums(x[3:], y[3:], gate)
+    assert_close(parts, gating_sums(x, y, gate), 1e-6)  # float32 norms and softmax of other shapes
+    metrics = gating_metrics(np.array([[0.5, 1.0, 0.2, 0.4], [0.7, 3.0, 0.4, 0.4]]))
+    assert metrics == pytest.approx(
+        {
+            "gating/repeated_selection": 0.6,
+            "gating/l2_distance": 2.0,
+            "gating/score_current": 0.3,
+            "gating/score_preceding": 0.4,
+        }
+    )
+
+
+@pytest.mark.parametrize("position", ("pos1", "pos2", "pos3"))
+def test_the_probe_sees_what_dgmoes_gate_was_given(position, monkeypatch):
+    routings, forward = [], Router.forward
+
+    def spy(self, x_TD, mask_T=None, taken_T1=None):
+        routing = forward(self, x_TD, mask_T, taken_T1)
+        routings.append((x_TD.detach(), routing))
+        return routing
+
+    monkeypatch.setattr(Router, "forward", spy)
+    config = tiny("moe.architecture=dgmoe", f"moe.position={position}", "model.layers=4")
+    model = tiny_model(config)
+    probe = GatingProbe(model)
+    model(tiny_batch(config)[0])
+    probe.remove()
+    for layer, sums in enumerate(probe.result()):
+        (before_x, before), (now_x, now) = routings[2 * layer : 2 * layer + 2]
+        repeated = now.logits_TE.argmax(-1) == before.logits_TE.argmax(-1)
+        expected = [
+            repeated.sum(),
+            (now_x - before_x).norm(dim=-1).sum(),
+            now.topk_weights_TK.sum(),
+            before.topk_weights_TK.sum(),
+            torch.tensor(24),
+        ]
+        assert_close(sums, torch.stack([value.double() for value in expected]).detach(), 1e-12)
+        assert 0 < repeated.sum() < 24
+    assert probe.labels() == ["MoE layer 0", "MoE layer 1"]
+
+
+@pytest.mark.parametrize("architecture", ("top_k", "shared_expert", "scmoe", "dgmoe_share"))
+@pytest.mark.parametrize("position", ("pos1", "pos2", "pos3"))
+def test_any_block_can_be_asked_and_is_left_as_it_was(architecture, position):
+    config = tiny(f"moe.architecture={architecture}", f"moe.position={position}", "model.layers=4")
+    model, (ids, _) = tiny_model(config), tiny_batch(config)
+    plain, before = model(ids).logits_BSV, hooks(model)
+    assert before == 0
+    probe = GatingProbe(model, position)
+    assert hooks(model) == 6, "three for each MoE block"
+    assert torch.equal(model(ids).logits_BSV, plain)
+    probe.remove()
+    assert hooks(model) == 0
+    means = gating_means(probe.result())
+    assert means.shape == (2, 4) and (means[:, 1] > 0).all() and (means[:, 0] >= 0).all() and (means[:, 0] <= 1).all()
+    model(ids)
+    assert len(probe.sums) == 2, "and sees no more"
+
+
+def test_where_both_representations_are_one_all_selections_are_repeated():
+    """Pos-1 of a block whose last attention writes nothing: current and preceding are the same value."""
+    config = tiny("moe.architecture=top_k")
+    model = tiny_model(config)
+    nn.init.zeros_(model.blocks[0].sublayers[2].f.out.weight)
+    nn.init.zeros_(model.blocks[0].sublayers[2].f.out.bias)
+    probe = GatingProbe(model, "pos1")
+    model(tiny_batch(config)[0])
+    repeated, distance, current, preceding = gating_means(probe.result())[0]
+    assert repeated == 1 and distance == 0 and current == preceding
+
+
+def test_padding_is_left_out():
+    config = tiny("moe.architecture=scmoe", "moe.capacity_factor=null")
+    model, (ids, _) = tiny_model(config), tiny_batch(config, 1)
+    probe = GatingProbe(model)
+    model(ids, torch.arange(12)[None] < 8)
+    model(ids[:, :8])
+    padded, short = probe.result()
+    assert padded[4] == short[4] == 8
+    assert_close(padded, short, 1e-12)
+
+
+def test_draws_a_picture(tmp_path):
+    values = np.random.default_rng(0).random((3, 2, 4))
+    draw_gating([0, 10, 20], ["MoE layer 0", "MoE layer 1"], values, tmp_path / "gating.png")
+    assert (tmp_path / "gating.png").read_bytes().startswith(b"\x89PNG")

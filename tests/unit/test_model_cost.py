@@ -1,0 +1,170 @@
+"""FLOPs, bytes sent and parameters of a rank, against what a real tiny model does and holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from scmoe.analysis.cost import (
+    forward_flops,
+    moe_uses,
+    rank_parameters,
+    routed_copies,
+    rows_per_sample,
+    training_flops,
+    transfer_bytes,
+)
+from scmoe.config import load
+from scmoe.moe.dispatcher import LocalDispatcher
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.training.build_model import build_model
+from scmoe.training.report import count_parameters, total_and_active
+from tests.helpers import tiny, tiny_batch, tiny_model
+
+MODELS = {
+    "dense": "moe.architecture=dense",
+    "top-2": "moe.architecture=top_k moe.top_k=2",
+    "top-2-dropless": "moe.architecture=top_k moe.top_k=2 moe.capacity_factor=null",
+    "shared_expert": "moe.architecture=shared_expert moe.combine=cg2",
+    "scmoe": "moe.architecture=scmoe moe.top_k=2 moe.noisy=true",
+    "every-block": "moe.architecture=scmoe moe.position=pos1 moe.every=1",
+    "dgmoe": "moe.architecture=dgmoe",
+    "dgmoe_share": "moe.architecture=dgmoe_share model.layers=4",
+    "llama": "model.family=llama model.heads=4 model.kv_heads=2 moe.every=1 moe.position=pos1",
+}
+BATCH = 2
+
+
+def counted(model, ids, backward: bool) -> float:
+    """FLOPs of a sample as torch counts them; by matrix products, since it does not know the host's flash attention."""
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        logits = model(ids).logits_BSV
+        if backward:
+            logits.sum().backward()
+    return counter.get_total_flops() / len(ids)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_are_what_torch_counts(name):
+    config = tiny(*MODELS[name].split())
+    model, (ids, _) = tiny_model(config), tiny_batch(config, BATCH)
+    forward = forward_flops(model, config.data.seq_len)
+    assert sum(forward.values()) == counted(model, ids, backward=False)
+    assert training_flops(forward) == counted(model, ids, backward=True)
+
+
+def test_flops_by_hand():
+    """One layer, D 16, F 24, S 12, V 64."""
+    forward = forward_flops(tiny_model(tiny("moe.architecture=dense", "model.layers=1")), 12)
+    assert forward == {
+        "attention": 12 * (2 * 4 * 16 * 16 + 4 * 12 * 16),
+        "MLP": 12 * 2 * 2 * 16 * 24,
+        "head": 12 * 2 * 16 * 64,
+    }
+
+
+def test_recomputing_adds_a_forward_pass_of_what_is_recomputed_but_for_the_last_products():
+    config = tiny("moe.architecture=scmoe", "trainer.recompute=true")
+    model, (ids, _) = tiny_model(config), tiny_batch(config, BATCH)
+    forward = forward_flops(model, 12)
+    spared = 12 * 2 * (2 * 16 * 16 + 2 * 24 * 16)  # of two attentions, an MLP and the shared expert
+    assert training_flops(forward, recompute=True) - spared == counted(model, ids, backward=True)
+    assert training_flops(forward, recompute=True) > training_flops(forward)
+
+
+# ---------------------------------------------------------------------- transfers
+
+
+class Weighing(LocalDispatcher):
+    """Notes the bytes that a real dispatcher would send."""
+
+    def __init__(self) -> None:
+        self.dispatched: list[int] = []
+        self.combined: list[int] = []
+
+    def dispatch(self, rows_RD, counts_E):
+        self.dispatched.append(rows_RD.nbytes)
+        return super().dispatch(rows_RD, counts_E)
+
+    def combine(self, rows_RD, receipt):
+        self.combined.append(rows_RD.nbytes)
+        return super().combine(rows_RD, receipt)
+
+
+@pytest.mark.parametrize(
+    "precision, dtype, autocast",
+    [("32-true", torch.float32, False), ("64-true", torch.float64, False), ("bf16-mixed", torch.float32, True)],
+)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "dense"])
+def test_bytes_are_what_a_dispatcher_is_given(name, precision, dtype, autocast):
+    config = tiny(*MODELS[name].split())
+    model, (ids, _) = tiny_model(config, dtype), tiny_batch(config, BATCH)
+    weighing = Weighing()
+    for moe, _ in moe_uses(model):
+        moe.dispatcher = weighing
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(ids)
+    ours = sum(transfer_bytes(model, precision)) * ids.numel()
+    assert sum(weighing.dispatched) == sum(weighing.combined) == ours > 0
+
+
+# ---------------------------------------------------------------------- parameters
+
+
+class OneOfTwo(ParallelContext):
+    """A place among two ranks that never send anything."""
+
+    def dispatcher(self, num_experts, ceiling=None):
+        return LocalDispatcher()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_those_of_a_real_rank(name):
+    config = tiny(*MODELS[name].split())
+    whole = build_model(config, ParallelContext())
+    assert sum(rank_parameters(whole, 1)) == sum(p.numel() for p in whole.parameters())
+    assert total_and_active(count_parameters(whole))[0] == sum(p.numel() for p in whole.parameters())
+    if name != "dense":
+        share = build_model(config, OneOfTwo(rank=1, world_size=2, ep_size=2))
+        assert sum(rank_parameters(whole, 2)) == sum(p.numel() for p in share.parameters())
+        assert total_and_active(count_parameters(share)) == total_and_active(count_parameters(whole))
+
+
+def test_copies_of_a_token_over_all_uses_of_a_module():
+    def copies(text: str) -> list[int]:
+        return list(routed_copies(tiny_model(tiny(*text.split()))).values())
+
+    assert copies(MODELS["scmoe"]) == [2]
+    assert copies(MODELS["dgmoe"]) == [2]
+    assert copies(MODELS["dgmoe_share"]) == [4]
+    assert copies("moe.architecture=dgmoe_share model.layers=6") == [4, 2]
+    assert copies(MODELS["dense"]) == []
+
+
+def test_every_module_of_a_text_model_sees_every_token():
+    model = tiny_model(tiny())
+    assert set(rows_per_sample(model, 12).values()) == {12.0}
+
+
+def test_flops_of_pictures_are_what_torch_counts():
+    """Maps shrink from stage to stage; the attention's position bias is computed once a batch, and not ours."""
+    pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
+    words = (
+        "model.family=swin model.dim=16 model.heads=2 model.layers=4 model.patch_size=2 model.window=4 data.name=digits"
+    )
+    words += " data.image_size=32 data.num_classes=10 moe.num_experts=4 moe.capacity_factor=null moe.architecture=dgmoe"
+    model = build_model(load(None, words.split()), ParallelContext())
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        model(torch.randn(BATCH, 3, 32, 32))
+    bias = sum(
+        2 * attention.relative_coords_table.numel() // 2 * weight.numel()
+        for attention in model.modules()
+        if hasattr(attention, "cpb_mlp")
+        for weight in attention.cpb_mlp.parameters()
+        if weight.dim() > 1
+    )
+    assert BATCH * sum(forward_flops(model, 0).values()) + bias == counter.get_total_flops()

@@ -1,0 +1,53 @@
+"""The two language models alike: causality, the length they take, generation, mixed precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scmoe.models.gpt import generate
+from tests.helpers import assert_close, gradients, tiny, tiny_batch, tiny_model
+
+FAMILIES = {"gpt": (), "llama": ("model.family=llama", "model.kv_heads=1")}
+
+
+@pytest.fixture(params=FAMILIES)
+def config(request):
+    return tiny(*FAMILIES[request.param], "moe.capacity_factor=null", "moe.top_k=2")
+
+
+def test_a_token_changes_no_logit_before_it(config):
+    model, (ids, _) = tiny_model(config), tiny_batch(config)
+    changed = ids.clone()
+    changed[:, 8] = (ids[:, 8] + 1) % config.data.vocab_size
+    logits, other = model(ids).logits_BSV, model(changed).logits_BSV
+    assert_close(other[:, :8], logits[:, :8])
+    assert ((other - logits)[:, 8:].abs().amax(-1) > 1e-3).all()
+
+
+def test_a_longer_sequence_is_refused(config):
+    with pytest.raises(ValueError, match=r"a sequence has 13 tokens, allowed: up to data\.seq_len, 12"):
+        tiny_model(config)(torch.zeros(1, 13, dtype=torch.int64))
+
+
+def test_generation_goes_on_from_the_last_tokens_that_fit(config):
+    model, (ids, _) = tiny_model(config), tiny_batch(config)
+    with torch.inference_mode():
+        written = generate(model, ids[:, :10], 5, temperature=0)
+        assert torch.equal(written[:, :10], ids[:, :10])
+        for end in range(10, 15):
+            expected = model(written[:, max(0, end - 12) : end]).logits_BSV[:, -1].argmax(-1)
+            assert torch.equal(written[:, end], expected)
+        again = [generate(model, ids[:, :4], 5, seed=1) for _ in range(2)]
+    assert torch.equal(*again)
+
+
+def test_mixed_precision(config):
+    """bf16 rounds to 4e-3, some dozen times on the way; weights and gradients stay float32."""
+    model, (ids, _) = tiny_model(config, torch.float32), tiny_batch(config)
+    exact = model(ids).logits_BSV
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(ids).logits_BSV
+    assert (logits.float() - exact).norm() < 0.1 * exact.norm()
+    logits.float().square().mean().backward()
+    assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in gradients(model).values())

@@ -1,0 +1,93 @@
+"""The recorder: it changes no bit, and sees the operators in the order of the schedule, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from scmoe.blocks.shortcut import ShortcutBlock
+from scmoe.moe.coefficient import CG1
+from scmoe.moe.dispatcher import Blocking, LocalDispatcher
+from scmoe.moe.operators import Recorder
+from scmoe.moe.router import Router
+from scmoe.parallel.planner import OPERATORS, measured
+from scmoe.schedule.plan import Schedule
+from scmoe.testbed.emulated import EmulatedExperts, EmulatedOperator
+from tests.helpers import DIM, EXPERTS, Log, gradients, randomise, recorded_shortcut_block, tiny_stream
+
+CPU = torch.device("cpu")
+SCHEDULES = [Schedule("pos1", 2), Schedule("pos2", 1), Schedule("pos2", 2, chunks=2), Schedule("pos3", 0, chunks=3)]
+
+
+def train(block, recorder):
+    torch.manual_seed(3)
+    block.recorder = block.moe.recorder = recorder
+    generator = torch.Generator().manual_seed(5)
+    x_BSD = torch.randn(2, 6, DIM, dtype=torch.float64, generator=generator, requires_grad=True)
+    y_BSD, stats = block(x_BSD)
+    (y_BSD.square().sum() + stats.score_sums_E[0]).backward()
+    return y_BSD, {"x": x_BSD.grad, **gradients(block)}
+
+
+@pytest.mark.parametrize("noisy", [False, True], ids=["", "noisy"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_recording_changes_no_bit(schedule, noisy):
+    """noisy: the gate reads its input twice, and encode reads it too, so the order of three gradients counts."""
+    block = recorded_shortcut_block(schedule, 2.0, Log(), Blocking)
+    if noisy:
+        block.moe.router = randomise(Router(DIM, EXPERTS, 2, noisy=True).double())
+    expected, expected_gradients = train(block, None)
+    block.zero_grad()
+    actual, actual_gradients = train(block, Recorder(CPU))
+    assert torch.equal(actual, expected)
+    assert all(torch.equal(actual_gradients[name], g) for name, g in expected_gradients.items())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_operators_are_seen_in_the_order_of_the_schedule(schedule):
+    """Transfers waited for at once; before the tap the pair's other sub-layers run, after it in backward."""
+    recorder = Recorder(CPU)
+    train(recorded_shortcut_block(schedule, 2.0, Log(), Blocking), recorder)
+    forward, backward = ([s.operator for s in recorder.spans(d)] for d in ("forward", "backward"))
+    before = ("attention", "mlp", "attention")[: 4 - len(schedule.window)]
+    assert forward == [*before, *schedule.operators()]
+    assert sorted(backward) == sorted(forward)
+    place = {op: backward.index(op) for op in backward}
+    assert place["decode"] < place["combine"] < place["experts"] < place["dispatch"] < place["encode"] < place["route"]
+    assert [op for op in backward if op in ("attention", "mlp", "shared_expert")] == [
+        *schedule.window[::-1],
+        *before[::-1],
+    ]
+
+
+def test_measured_times_are_those_of_the_operators():
+    """Emulated operators sleep for at least their time, forward and twice that backward."""
+    schedule = Schedule("pos2", 1)
+    stream = tiny_stream(1, 2.0, 1, Blocking(LocalDispatcher()))
+    stream.experts = EmulatedExperts(us_per_row=1000.0)
+    parts = [EmulatedOperator(ms) for ms in (1.0, 4.0, 2.0)]
+    block = ShortcutBlock(
+        parts, nn.LayerNorm(DIM), nn.LayerNorm(DIM), EmulatedOperator(3.0), CG1(DIM), stream, schedule
+    ).double()
+    recorder = Recorder(CPU)
+    block.recorder = stream.recorder = recorder
+    x_BSD = torch.randn(1, 6, DIM, dtype=torch.float64, requires_grad=True)
+    block(x_BSD).y_BSD.sum().backward()
+    times = measured(recorder, schedule)
+    rows = 6 * 2  # slots: capacity 2 of 6 tokens for 6 experts
+    least = {"mlp": 4e-3, "attention": 2e-3, "shared_expert": 3e-3, "experts": rows * 1e-3, "dispatch": 0.0}
+    for direction, factor in ((0, 1), (1, 2)):
+        for operator, seconds in least.items():
+            assert times[direction, OPERATORS.index(operator)] >= factor * seconds, operator
+        assert times[direction, -1] >= times[direction, : len(OPERATORS)].sum() * 0.999  # all one after another
+
+
+def test_an_operator_without_a_gradient_is_timed_forward_only():
+    recorder = Recorder(CPU)
+    block = recorded_shortcut_block(Schedule("pos1", 0), None, Log(), Blocking)
+    block.recorder = block.moe.recorder = recorder
+    with torch.no_grad():
+        block(torch.randn(1, 4, DIM, dtype=torch.float64))
+    assert len(recorder.spans("forward")) == len(Schedule("pos1").operators()) + 2
+    assert recorder.spans("backward") == []

@@ -1,0 +1,98 @@
+"""Table 8's language models and their tiny twins: sizes, and every architecture of Tables 1 to 7 that fits each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from scmoe.config import load
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.training.build_model import build_model, build_model_on_meta
+from scmoe.training.report import count_parameters, total_and_active
+
+MODELS = Path(__file__).parents[2] / "configs/model"
+NAMES = ("gpt2_moe_small", "gpt2_moe_medium", "gpt3_moe_xl", "llama2_moe")
+
+EVERY_SECOND_BLOCK = {  # Tables 1 to 7
+    "top-1": "architecture=top_k top_k=1",
+    "top-2": "architecture=top_k top_k=2",
+    "top-3": "architecture=top_k top_k=3",
+    "shared-expert": "architecture=shared_expert",
+    "scmoe-pos1": "position=pos1",
+    "scmoe-pos2": "position=pos2",
+    "scmoe-pos3": "position=pos3",
+    "scmoe-pos2-l0-pos1": "position=pos2 first_position=pos1",
+    "scmoe-direct-add": "combine=direct_add",
+    "scmoe-cg2": "combine=cg2",
+    "scmoe-2": "top_k=2",
+    "dgmoe": "architecture=dgmoe",
+    "dgmoe-share": "architecture=dgmoe_share",
+}
+EVERY_BLOCK = {  # there the tap is the block's own input, Pos-1, and no other
+    name: words for name, words in EVERY_SECOND_BLOCK.items() if "position=pos" not in words or name == "scmoe-pos1"
+}
+CASES = [
+    (name, architecture, words)
+    for name in NAMES
+    for architecture, words in (EVERY_BLOCK if name == "llama2_moe" else EVERY_SECOND_BLOCK).items()
+]
+
+
+def preset(name: str, words: str):
+    return load(MODELS / f"{name}.yaml", [f"moe.{word}" for word in words.split()])
+
+
+@pytest.mark.parametrize(("name", "architecture", "words"), CASES, ids=[f"{n}-{a}" for n, a, _ in CASES])
+def test_architecture_builds_and_its_twin_learns(name, architecture, words):
+    """The twin is the same model in small: the same modules, fewer of them, and a gradient for each weight."""
+    counts = count_parameters(build_model_on_meta(preset(name, words)))
+    twin = build_model(preset(f"{name}_tiny", words), ParallelContext())
+    twin_counts = count_parameters(twin)
+    assert twin_counts.keys() == counts.keys()
+    assert all(twin_counts[kind][1] < counts[kind][1] for kind in counts)
+    ids = torch.randint(512, (1, 32), generator=torch.Generator().manual_seed(0))
+    logits, stats = twin(ids)
+    (logits.square().mean() + sum(s.score_sums_E.square().sum() for s in stats)).backward()
+    assert not [parameter for parameter, p in twin.named_parameters() if p.grad is None]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_twin_keeps_heads_experts_and_frequency(name):
+    whole, twin = preset(name, ""), preset(f"{name}_tiny", "")
+    for key in ("family", "heads", "kv_heads", "activation"):
+        assert getattr(whole.model, key) == getattr(twin.model, key), key
+    assert whole.moe == twin.moe
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "printed"),
+    [
+        ("gpt2_moe_small", 322.6, "323M"),
+        ("gpt2_moe_medium", 1866.0, "1.9B"),  # Table 8 has 1.7B: docs/decisions/0010-table-8-sizes.md
+        ("gpt3_moe_xl", 4134.4, "4.1B"),
+        ("llama2_moe", 6725.0, "6.7B"),  # with the ffn_dim of docs/decisions/0011-llama2-moe.md
+    ],
+)
+def test_size_of_standard_top_2(name, millions, printed):
+    total, _ = total_and_active(count_parameters(build_model_on_meta(preset(name, EVERY_SECOND_BLOCK["top-2"]))))
+    assert round(total / 1e6, 1) == millions
+    assert printed == (f"{total / 1e6:.0f}M" if total < 1e9 else f"{total / 1e9:.1f}B")
+
+
+def test_readings_of_the_size_of_gpt2_moe_medium():
+    """The figures of docs/decisions/0010-table-8-sizes.md."""
+
+    def billions(*overrides: str) -> dict[str, float]:
+        words = ["moe.architecture=top_k", "moe.top_k=2", *overrides]
+        counts = count_parameters(build_model_on_meta(load(MODELS / "gpt2_moe_medium.yaml", words)))
+        return {kind: size / 1e9 for kind, (_, size, _) in counts.items()}
+
+    printed = billions()
+    assert round(printed["experts"] + printed["attention"], 2) == 1.71
+    assert round(sum(printed.values()) - printed["embedding"], 2) == 1.81
+    assert round(sum(billions("model.layers=22").values()), 2) == 1.71
+    assert round(sum(billions("moe.num_experts=14").values()), 2) == 1.66
+    assert round(sum(billions("model.ffn_dim=3584").values()), 2) == 1.65
+    assert round(sum(billions("moe.num_experts=8").values()), 2) == 1.06

@@ -1,0 +1,264 @@
+"""Checkpoints from elsewhere: what is read, what is refused and how, and what upcycling makes of a dense model.
+
+Equality with transformers' own models is in tests/peers; here folders are written by hand, without that library.
+1e-12 in float64: the upcycled model adds up the same numbers in another order.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from scmoe.config import Config
+from scmoe.config_check import ConfigError
+from scmoe.parallel.export import FORMAT_VERSION
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.training.build_model import build_model, build_model_to_train
+from scmoe.training.pretrained import READERS, read_export
+from scmoe.training.upcycle import fill
+from tests.helpers import assert_close, tiny, tiny_batch, tiny_model
+
+LLAMA = {
+    **{"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 64},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "hidden_act": "silu"},
+}
+FAMILIES = {"gpt": (), "llama": ("model.family=llama", "model.kv_heads=1")}
+
+
+def dense(family: str, *overrides: str) -> Config:
+    return tiny("moe.architecture=dense", *FAMILIES[family], *overrides)
+
+
+def export(config: Config, file: Path) -> torch.nn.Module:
+    """A model of random weights, as `make export` writes it."""
+    model = tiny_model(config)
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    save_file(weights, file, metadata={"format_version": FORMAT_VERSION})
+    return model
+
+
+def llama_folder(folder: Path, **changes) -> dict[str, torch.Tensor]:
+    """A folder as transformers would write it; its tensors, under their names there."""
+    config = LLAMA | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    _, _, names = READERS["llama"](LLAMA)
+    model, tensors = tiny_model(dense("llama"), torch.float32), {}
+    for ours, theirs in names.items():
+        sizes = {3: [16, 8, 8], 2: [24, 24], 1: [len(model.get_parameter(ours))]}[len(theirs)]
+        tensors |= dict(zip(theirs, model.get_parameter(ours).detach().split(sizes), strict=True))
+    prefixed = {name if name == "lm_head.weight" else f"model.{name}": t.clone() for name, t in tensors.items()}
+    save_file(prefixed, folder / "model.safetensors")
+    return prefixed
+
+
+def start(config: Config) -> torch.nn.Module:
+    return build_model_to_train(config, ParallelContext())
+
+
+def refusal(config: Config) -> str:
+    with pytest.raises(ConfigError) as raised:
+        start(config)
+    message = str(raised.value)
+    assert message.startswith("init_from is ") and "\n" not in message
+    return message
+
+
+# ---------------------------------------------------------------------- what is read
+
+
+def test_a_folder_is_read(tmp_path):
+    llama_folder(tmp_path)
+    model = start(dense("llama", f"init_from=hf:{tmp_path}"))
+    expected = tiny_model(dense("llama"), torch.float32)
+    for name, p in expected.named_parameters():
+        assert torch.equal(model.get_parameter(name), p), name
+
+
+@pytest.mark.parametrize("words", [(), ("moe.position=pos1",)], ids=("dense", "scmoe"))
+def test_an_export_of_the_same_architecture_is_read(words, tmp_path):
+    config = tiny(*words) if words else dense("gpt")
+    expected = export(config, tmp_path / "model.safetensors")
+    model = start(tiny(*(words or ("moe.architecture=dense",)), f"init_from=scmoe:{tmp_path}/model.safetensors"))
+    for name, p in expected.named_parameters():
+        assert torch.equal(model.get_parameter(name), p.float()), name
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+def test_all_tensors_that_do_not_fit_are_named_at_once_and_nothing_is_written(tmp_path):
+    tensors = llama_folder(tmp_path)
+    del tensors["model.layers.1.self_attn.k_proj.weight"], tensors["lm_head.weight"]
+    tensors["model.layers.0.mlp.gate_proj.bias"] = torch.zeros(24)
+    tensors["model.layers.0.mlp.down_proj.weight"] = torch.zeros(16, 32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    message = refusal(dense("llama", f"init_from=hf:{tmp_path}"))
+    for part in (
+        "layers.1.self_attn.k_proj.weight is missing",
+        "lm_head.weight is missing",
+        "layers.0.mlp.gate_proj.bias is unknown",
+        "layers.0.mlp.down_proj.weight is (16, 32), "
+        "allowed: a shape that gives blocks.0.sublayers.1.f.w_out.weight (16, 24)",
+    ):
+        assert part in message
+    assert message.count(";") == 3
+
+
+def test_nothing_is_written_where_a_tensor_is_missing(tmp_path):
+    file = tmp_path / "model.safetensors"
+    export(dense("gpt", "model.layers=4"), file)
+    model = build_model(dense("gpt"), ParallelContext())
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"blocks\.2\.sublayers\.0\.f\.out\.bias is unknown"):
+        fill(model, read_export(file))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("shape", [(), (24,), (24, 16, 1)], ids=str)
+@pytest.mark.parametrize("words", ["architecture=dense", "architecture=top_k top_k=2"])
+@pytest.mark.parametrize("name", ["mlp.down_proj", "mlp.up_proj", "post_attention_layernorm"])
+def test_a_tensor_of_other_dimensions(name, words, shape, tmp_path):
+    tensors = llama_folder(tmp_path)
+    tensors[f"model.layers.1.{name}.weight"] = torch.zeros(shape)
+    save_file(tensors, tmp_path / "model.safetensors")
+    overrides = [f"moe.{word}" for word in words.split()]
+    message = refusal(tiny(*FAMILIES["llama"], *overrides, f"init_from=hf:{tmp_path}"))
+    assert f"layers.1.{name}.weight" in message and str(tuple(shape)) in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "said"),
+    [
+        ({"num_attention_heads": 4}, (), "made with model.heads=4, not 2"),
+        ({"num_key_value_heads": 2}, ("data.vocab_size=65",), "model.kv_heads=2, not 1; data.vocab_size=64, not 65"),
+        ({}, ("model.activation=gelu",), "made with model.activation=swiglu, not gelu"),
+        ({}, ("model.family=gpt",), "made with model.family=llama, not gpt"),
+        ({"rope_theta": 500000.0}, (), "rope_theta is 500000.0, allowed: 10000.0"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, (), "rope_type is 'llama3'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, (), "rope_type is 'linear', allowed: 'default'"),
+        ({"rms_norm_eps": 1e-6}, (), "rms_norm_eps is 1e-06, allowed: 1e-05"),
+        ({"attention_bias": True}, (), "attention_bias is True, allowed: False"),
+        ({"model_type": "mistral"}, (), "model_type is 'mistral', allowed: gpt2, llama"),
+        ({"num_hidden_layers": None}, (), "config.json is not that of a llama"),
+    ],
+)
+def test_settings_that_shapes_do_not_show(changes, overrides, said, tmp_path):
+    llama_folder(tmp_path, **changes)
+    assert said in refusal(dense("llama", f"init_from=hf:{tmp_path}", *overrides))
+
+
+def test_folders_that_are_none(tmp_path):
+    def says(said: str) -> None:
+        assert said in refusal(dense("llama", f"init_from=hf:{tmp_path}"))
+
+    says("config.json cannot be read")
+    (tmp_path / "config.json").write_text("{")
+    says("config.json cannot be read")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
+    says("has no *.safetensors, the only weights that are read")
+    (tmp_path / "model.safetensors").write_bytes(b"no header")
+    says("model.safetensors cannot be read")
+
+
+def test_an_export_of_another_format(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"tokens.weight": torch.zeros(1)}, file)
+    assert "has format version None, allowed: 1" in refusal(dense("gpt", f"init_from=scmoe:{file}"))
+
+
+@pytest.mark.parametrize("value", ["gpt2", "zip:file", "https://example.com/model"])
+def test_other_sources(value):
+    with pytest.raises(ConfigError, match=r"init_from is .*, allowed: null, hf:FOLDER or scmoe:FILE"):
+        tiny(f"init_from={value}")
+
+
+@pytest.mark.parametrize(
+    ("family", "words", "said"),
+    [
+        ("llama", "architecture=top_k top_k=1", "where moe.top_k is 2 or more, renormalised"),
+        ("llama", "architecture=top_k top_k=2 renormalise=false", "where moe.top_k is 2 or more, renormalised"),
+        ("gpt", "architecture=top_k top_k=2", "an MLP with biases has no place in experts"),
+        ("llama", "architecture=dgmoe", "moe.architecture top_k, shared_expert or scmoe"),
+    ],
+)
+def test_what_cannot_be_upcycled(family, words, said, tmp_path):
+    file = tmp_path / "model.safetensors"
+    export(dense(family), file)
+    overrides = [f"moe.{word}" for word in words.split()]
+    assert said in refusal(tiny(*FAMILIES[family], *overrides, f"init_from=scmoe:{file}"))
+
+
+# ---------------------------------------------------------------------- upcycling
+
+UPCYCLED = {
+    "top-2": ("llama", "architecture=top_k top_k=2"),
+    "top-2-every-block": ("llama", "architecture=top_k top_k=2 every=1"),
+    "top-3": ("llama", "architecture=top_k top_k=3"),
+    "shared-direct_add": ("gpt", "architecture=shared_expert combine=direct_add"),
+    "shared-cg1": ("gpt", "architecture=shared_expert"),
+    "shared-cg2": ("gpt", "architecture=shared_expert combine=cg2 top_k=2"),
+    "pos1": ("gpt", "position=pos1"),
+    "pos2": ("gpt", "position=pos2"),
+    "pos2-shared-norm": ("gpt", "position=pos2 tap_norm=shared"),
+    "pos3": ("llama", "position=pos3"),
+    "l0-pos1": ("llama", "position=pos2 first_position=pos1"),
+    "scmoe-2": ("gpt", "position=pos2 top_k=2"),
+    "scmoe-every-block": ("llama", "position=pos1 every=1"),
+}
+
+
+def upcycle(name: str, file: Path, context: ParallelContext | None = None, *overrides: str) -> torch.nn.Module:
+    """Into float64, so that rounding is small."""
+    family, words = UPCYCLED[name]
+    words = [f"moe.{word}" for word in words.split()]
+    config = tiny(*FAMILIES[family], *words, *overrides, "model.layers=4", "moe.capacity_factor=null")
+    model = build_model(config, context or ParallelContext()).double()
+    fill(model, read_export(file))
+    return model
+
+
+@pytest.mark.parametrize("name", UPCYCLED)
+def test_upcycled_equals_dense(name, tmp_path):
+    file = tmp_path / "model.safetensors"
+    config = dense(UPCYCLED[name][0], "model.layers=4")
+    expected, (ids, _) = export(config, file), tiny_batch(config)
+    model = upcycle(name, file)
+    assert_close(model(ids).logits_BSV, expected(ids).logits_BSV, 1e-12)
+    stats = model(ids).stats
+    assert all((s.counts_E > 0).sum() > 1 for s in stats), "one expert alone would say little"
+
+
+@pytest.mark.parametrize("name", ["shared-cg1", "pos2"])
+def test_routed_experts_of_a_shared_one_start_at_zero_and_learn(name, tmp_path):
+    file = tmp_path / "model.safetensors"
+    config = dense("gpt", "model.layers=4")
+    export(config, file)
+    model, (ids, _) = upcycle(name, file), tiny_batch(config)
+    model(ids).logits_BSV.square().sum().backward()
+    for block in model.blocks:
+        experts = block.moe.experts
+        assert not experts.w_out_eFD.any() and experts.w_out_eFD.grad.abs().max() > 0
+        assert torch.equal(experts.w_in_eDF[0], experts.w_in_eDF[1]) and experts.w_in_eDF.any()
+
+
+@pytest.mark.parametrize("name", ["top-2", "pos2"])
+def test_a_rank_takes_its_experts(name, tmp_path):
+    class TwoRanks(ParallelContext):
+        def dispatcher(self, num_experts, ceiling=None):
+            return ParallelContext().dispatcher(num_experts)
+
+    file = tmp_path / "model.safetensors"
+    export(dense(UPCYCLED[name][0], "model.layers=4"), file)
+    whole = upcycle(name, file)
+    shares = [
+        upcycle(name, file, TwoRanks(rank=rank, world_size=2, ep_size=2), "trainer.devices=2", "strategy.ep_size=2")
+        for rank in (0, 1)
+    ]
+    for path, p in whole.named_parameters():
+        parts = [share.get_parameter(path) for share in shares]
+        assert torch.equal(torch.cat(parts) if "experts" in path else parts[1], p), path

@@ -1,0 +1,48 @@
+"""Rotary positions: only distances count, nothing grows, and half precision is turned by exact angles."""
+
+from __future__ import annotations
+
+import torch
+
+from scmoe.blocks.rotary import Rotary
+from scmoe.blocks.sublayers import Attention
+from tests import reference
+from tests.helpers import assert_close, randomise
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_equals_the_oracle_and_keeps_lengths():
+    x = draw(3, 12, 8)
+    turned = Rotary()(x)
+    assert_close(turned, torch.stack([reference.rotate(head) for head in x]))
+    assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    assert (turned[:, 1:] - x[:, 1:]).abs().max() > 0.1
+
+
+def test_a_match_depends_on_the_distance_alone():
+    q, k = draw(2, 8)
+    match = Rotary()(q.expand(20, 8)) @ Rotary()(k.expand(20, 8)).T  # of q at s and k at t
+    for distance in range(20):
+        diagonal = match.diagonal(-distance)
+        assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+    assert match[0].std() > 0.1
+
+
+def test_half_precision_loses_nothing_to_the_angles():
+    """At position 1000 an angle rounded to bfloat16 would be off by 2."""
+    x = draw(1001, 8).bfloat16()
+    error = (Rotary()(x).double() - Rotary()(x.double())).abs().max()
+    assert Rotary()(x).dtype == torch.bfloat16 and error < 2**-7 * x.abs().max()
+
+
+def test_attention_knows_the_order_of_tokens_by_it():
+    """Without positions, attention of the last token is the same for any order of those before it."""
+    x = draw(1, 6, 16)
+    swapped = x[:, [2, 0, 4, 1, 3, 5]]
+    for rotary, same in ((None, True), (Rotary(), False)):
+        attention = randomise(Attention(16, 4, bias=False, kv_heads=2, rotary=rotary).double())
+        difference = (attention(x)[:, -1] - attention(swapped)[:, -1]).abs().max().item()
+        assert (difference < 1e-12) == same

@@ -1,0 +1,142 @@
+"""What is read from run directories: states, curves, differences; the list and the comparison made of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import compare, runs
+from scmoe.config import load, to_yaml
+from scmoe.training.run_state import read_state, write_state
+
+ROOT = Path(__file__).parents[2]
+METRICS = """step,train/loss,val/loss,time/tokens_per_s
+0,5.0,,
+1,4.0,,100.0
+2,,4.5,
+3,3.0,,300.0
+4,,4.25,
+"""
+
+
+def make_run(folder: Path, name: str, *overrides: str, state: str = "finished") -> Path:
+    """A run of configs/debug.yaml (batches of 4 x 16 tokens) as a training leaves it."""
+    run_dir = folder / name
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(to_yaml(load(ROOT / "configs/debug.yaml", overrides)))
+    (run_dir / "overrides.txt").write_text("".join(f"{word}\n" for word in overrides))
+    (run_dir / "metrics.csv").write_text(METRICS)
+    write_state(run_dir, state)
+    return run_dir
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_run(tmp_path, "debug/20261101-120000-a")
+    make_run(tmp_path, "debug/20261101-120001-b", "moe.position=pos3", state="failed")
+    make_run(tmp_path, "debug/20261101-120002-c", "optim.lr=0.5")
+    make_run(tmp_path, "other/20261101-120003-d", "model.dim=64")
+    (tmp_path / "latest").symlink_to("other/20261101-120003-d")
+    return tmp_path
+
+
+def test_the_state_is_what_was_written_while_the_process_lives(tmp_path):
+    for state in ("finished", "failed", "cut", "running"):
+        write_state(tmp_path, state)
+        assert read_state(tmp_path) == state
+
+
+def test_a_killed_run_is_cut(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    write_state(tmp_path, "running")
+    kept = json.loads((tmp_path / "state.json").read_text())
+    for change in ({"pid": ended.pid}, {"started": "0"}):  # no such process; another process of this id
+        ended.wait()
+        (tmp_path / "state.json").write_text(json.dumps(kept | change))
+        assert read_state(tmp_path) == "cut"
+    (tmp_path / "state.json").write_text(json.dumps(kept | {"pid": ended.pid, "host": "elsewhere"}))
+    assert read_state(tmp_path) == "running", "another machine's process cannot be seen"
+
+
+def test_a_run_from_before_there_were_states(tmp_path):
+    assert read_state(tmp_path) == "cut"
+    (tmp_path / "summary.json").write_text("{}")
+    assert read_state(tmp_path) == "finished"
+
+
+def test_curves_are_over_tokens(folder):
+    run = runs.open_run("latest", folder)
+    assert run.path.name == "20261101-120003-d"
+    assert run.curve("train/loss") == [(64.0, 5.0), (128.0, 4.0), (256.0, 3.0)]
+    assert run.curve("val/loss") == [(128.0, 4.5), (256.0, 4.25)]
+    assert (run.steps, run.best_loss, run.per_s) == (4, 4.25, 300.0)
+
+
+def test_a_run_on_images_counts_images(folder):
+    run_dir = make_run(folder, "vision/20261101-120004-v")
+    text = (run_dir / "config.yaml").read_text()
+    assert "family: gpt" in text
+    (run_dir / "config.yaml").write_text(text.replace("family: gpt", "family: swin"))
+    (run_dir / "metrics.csv").write_text(METRICS.replace("tokens_per_s", "images_per_s"))
+    run = runs.open_run(str(run_dir))
+    assert run.curve("val/loss") == [(8.0, 4.5), (16.0, 4.25)]
+    assert (run.counts, run.per_s) == ("images", 300.0)
+
+
+def test_runs_are_listed_with_what_differs_in_their_experiment(folder, capsys):
+    assert runs.main([str(folder)]) == 0
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines() if "20261101" in line]
+    assert [line[0].rpartition("-")[2] for line in lines] == ["d", "c", "b", "a"], "the newest first, latest not twice"
+    assert [line[1:5] for line in lines] == [
+        ["finished", "4/4", "4.2500", "300"],
+        ["finished", "4/4", "4.2500", "300"],
+        ["failed", "4/4", "4.2500", "300"],
+        ["finished", "4/4", "4.2500", "300"],
+    ]
+    assert [line[7:] for line in lines] == [[], ["optim.lr=0.5"], ["moe.position=pos3"], []]
+    assert "4 of 4 runs" in out
+    assert runs.main([str(folder), "--last", "1"]) == 0
+    assert "1 of 4 runs" in capsys.readouterr().out
+
+
+def test_a_run_of_an_older_version_is_compared_by_defaults(folder):
+    old = make_run(folder, "debug/20261101-110000-old")
+    text = (old / "config.yaml").read_text()
+    assert "z_loss_coef" in text
+    lines = [line for line in text.splitlines(True) if "z_loss_coef" not in line]
+    (old / "config.yaml").write_text("".join([*lines, "gone: 1\n"]))
+    both = [runs.open_run("debug/20261101-110000-old", folder), runs.open_run("debug/20261101-120000-a", folder)]
+    assert runs.differences(both) == {}
+
+
+def test_runs_are_compared(folder, capsys):
+    names = [str(folder / "debug" / name) for name in ("20261101-120000-a", "20261101-120001-b")]
+    picture = folder / "pictures/compare.png"
+    assert compare.main([*names, "--out", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == str(picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    (line,) = [line.split() for line in out.splitlines() if "moe.position" in line]
+    assert line == ["moe.position", "pos2", "pos3"]
+    seen = [runs.open_run(name) for name in names]
+    assert compare.labels_of(seen, "ab") == ["a: debug (position pos2)", "b: debug (position pos3)"]
+    assert compare.main([names[0], names[0], "--out", str(picture)]) == 0
+    assert "the configs are the same" in capsys.readouterr().out
+
+
+def test_a_run_that_has_logged_nothing_is_drawn_as_nothing(folder):
+    empty = make_run(folder, "debug/20261101-130000-empty", state="running")
+    os.remove(empty / "metrics.csv")
+    assert compare.main([str(empty), str(folder / "latest"), "--out", str(folder / "c.png")]) == 0
+
+
+@pytest.mark.parametrize("main", (runs.main, compare.main))
+def test_what_is_not_there_ends_in_one_line(main, tmp_path, capsys):
+    assert main([str(tmp_path / "no")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -1,0 +1,92 @@
+"""Fig. 10's matrix by hand, and that the probe reads every representation of the residual stream once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from scmoe.analysis.similarity import (
+    SimilarityProbe,
+    cosine_matrix,
+    draw_similarity,
+    similarity_mean,
+    similarity_metrics,
+)
+from tests.helpers import assert_close, tiny, tiny_batch, tiny_model
+from tests.unit.test_gating import hooks
+
+
+def test_cosines_by_hand():
+    """Cosines 1 and 0, 0.6 and 0.8, and their means over two tokens."""
+    a = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+    b = torch.tensor([[0.0, 1.0], [0.0, 5.0]])
+    c = torch.tensor([[3.0, 4.0], [6.0, 8.0]])
+    wider = torch.ones(2, 3)
+    matrix = cosine_matrix([a, b, c, wider])
+    expected = torch.tensor([[1.0, 0.5, 0.7], [0.5, 1.0, 0.8], [0.7, 0.8, 1.0]], dtype=torch.float64)
+    assert_close(matrix[:3, :3], expected, 1e-7)
+    assert matrix[3, 3].item() == pytest.approx(1)
+    assert matrix[3, :3].isnan().all() and matrix[:3, 3].isnan().all()
+
+
+def test_the_mean_over_ranks_and_the_metric():
+    one, other = torch.tensor([[1.0, 0.2], [0.2, 1.0]]), torch.tensor([[1.0, 0.6], [0.6, 1.0]])
+    ones = torch.ones(2, 1)
+    mean = similarity_mean(torch.cat([one, ones], 1) + torch.cat([other, ones], 1))
+    assert_close(mean, torch.tensor([[1.0, 0.4], [0.4, 1.0]]), 1e-6)
+    assert similarity_metrics(mean.numpy()) == {"similarity/neighbours": pytest.approx(0.4)}
+    across = np.array([[1.0, 0.5, np.nan], [0.5, 1.0, np.nan], [np.nan, np.nan, 1.0]])
+    assert similarity_metrics(across) == {"similarity/neighbours": pytest.approx(0.5)}
+
+
+PAIR = ["0 attention", "0 MLP", "1 attention", "1 MoE"]
+
+
+@pytest.mark.parametrize(
+    "words, labels",
+    [
+        ("moe.architecture=scmoe", ["input", *PAIR]),
+        ("moe.architecture=dgmoe", ["input", *PAIR]),
+        ("moe.architecture=top_k", ["input", *PAIR]),
+        ("moe.architecture=dense", ["input", "0 attention", "0 MLP", "1 attention", "1 MLP"]),
+        (
+            "moe.architecture=scmoe moe.every=1 moe.position=pos1",
+            ["input", "0 attention", "0 MoE", "1 attention", "1 MoE"],
+        ),
+    ],
+)
+def test_every_representation_is_read_once_in_order(words, labels):
+    config = tiny(*words.split())
+    model, (ids, _) = tiny_model(config), tiny_batch(config)
+    plain = model(ids).logits_BSV
+    probe = SimilarityProbe(model)
+    assert torch.equal(model(ids).logits_BSV, plain)
+    probe.remove()
+    assert probe.labels() == labels and hooks(model) == 0
+    first, last = probe.kept[0][1], probe.kept[-1][1]
+    embedded = model.tokens(ids) + model.positions.weight[: ids.shape[1]]
+    assert torch.equal(first, embedded.flatten(0, 1))
+    assert torch.equal(model.head(model.norm(last)), plain.flatten(0, 1))
+    matrix = similarity_mean(probe.result())
+    assert_close(matrix, matrix.T, 1e-12)
+    assert_close(matrix.diagonal(), torch.ones(len(labels), dtype=torch.float64), 1e-12)
+    model(ids)
+    assert probe.labels() == labels, "it sees no more"
+
+
+def test_keeps_few_tokens_evenly_spaced():
+    config = tiny()
+    model, (ids, _) = tiny_model(config), tiny_batch(config)
+    whole, some = SimilarityProbe(model), SimilarityProbe(model, max_tokens=10)
+    model(ids)
+    for (_, every), (_, kept) in zip(whole.kept, some.kept, strict=True):
+        assert torch.equal(kept, every[::3])
+
+
+def test_draws_a_panel_for_each_width(tmp_path):
+    values = np.full((2, 5, 5), np.nan)
+    values[:, :2, :2], values[:, 2:, 2:] = 0.9, -0.2
+    labels = ["input", "0 attention", "input", "1 attention", "1 MoE"]
+    draw_similarity([0, 10], labels, values, tmp_path / "similarity.png")
+    assert (tmp_path / "similarity.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,211 @@
+"""A sweep file: what W&B would refuse and what no configuration has is refused by its name; values lie where they
+belong."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments.sweep_axis import DISTRIBUTIONS, read_axis
+from experiments.sweep_config import read
+from scmoe.config_check import ConfigError
+
+ROOT = Path(__file__).parents[2]
+GOOD = {
+    "program": "experiments/train.py",
+    "command": [
+        *("${env}", "${interpreter}", "-m", "experiments.train"),
+        *(str(ROOT / "configs/debug.yaml"), "trainer.max_steps=3", "${args_no_hyphens}"),
+    ],
+    "method": "random",
+    "metric": {"name": "val/loss", "goal": "minimize"},
+    "parameters": {"optim.lr": {"min": 1e-4, "max": 1e-2}, "moe.combine": {"values": ["cg1", "cg2"]}},
+    "early_terminate": {"type": "hyperband", "min_iter": 2},
+    "run_cap": 3,
+}
+NO_CONFIG = ["${env}", "${interpreter}", "-m", "experiments.train", "${args_no_hyphens}"]
+ENVIRONMENT = [*GOOD["command"][:5], "name=${envvar:HOME}", "${args_no_hyphens}"]
+
+# path of what is changed, its new value (None: taken out), and what the refusal must say
+BAD = [
+    ("method", "genetic", "method is 'genetic', allowed: grid | random | bayes"),
+    ("method", None, "method is missing"),
+    ("program", None, "program is missing"),
+    ("parameters", None, "parameters is missing"),
+    ("parameters", {}, "parameters is {}"),
+    ("run_cap", 0, "run_cap is 0"),
+    ("run_cap", "3", "run_cap is '3'"),
+    ("runcap", 3, "unknown key 'runcap' in a sweep, did you mean run_cap?"),
+    ("scheduler", {"engine": "optuna"}, "unknown key 'scheduler'"),
+    ("name", "../x", "name is '../x'"),
+    ("metric/goal", "lowest", "metric.goal is 'lowest', allowed: minimize | maximize"),
+    ("metric/name", None, "metric.name"),
+    ("metric/gaol", "minimize", "unknown key 'gaol' in metric, did you mean goal?"),
+    ("metric", None, "metric is missing"),
+    ("early_terminate/type", "envelope", "early_terminate.type is 'envelope'"),
+    ("early_terminate/min_iter", None, "early_terminate is incomplete"),
+    ("early_terminate/eta", 1, "early_terminate.eta is 1"),
+    ("early_terminate/strict", 1, "early_terminate.strict is 1"),
+    ("command", "python train.py", "command is 'python train.py'"),
+    ("command", NO_CONFIG, "command is ["),
+    ("command", GOOD["command"][:-1], "command is ["),
+    ("command", ENVIRONMENT, "command has 'name=${envvar:HOME}'"),
+    ("command", None, "command is ["),
+    ("parameters/optim.lr", 1e-3, "parameters.optim.lr is 0.001"),
+    ("parameters/optim.lr", {"values": []}, "parameters.optim.lr.values is []"),
+    ("parameters/optim.lr", {"values": [1e-3], "value": 1}, "unknown key 'values' in parameters.optim.lr"),
+    ("parameters/optim.lr", {"distribution": "gamma"}, "parameters.optim.lr.distribution is 'gamma'"),
+    ("parameters/optim.lr", {"distribution": "uniform", "min": 0.1}, "parameters.optim.lr.max is missing"),
+    (
+        "parameters/optim.lr",
+        {"min": "1e-4", "max": 1e-2},
+        "min is '1e-4', allowed: a number; YAML reads 1e-3 as a text",
+    ),
+    ("parameters/optim.lr", {"min": 1e-2, "max": 1e-4}, "parameters.optim.lr.min is 0.01, allowed: less than max"),
+    ("parameters/optim.lr", {"distribution": "log_uniform_values", "min": 0.0, "max": 1.0}, "above 0"),
+    ("parameters/optim.lr", {"values": [1e-3, 1e-2], "probabilities": [1]}, "probabilities is [1]"),
+    ("parameters/optim", {"parameters": {"lr": {"value": 1}}}, "parameters.optim is nested"),
+    ("parameters/optim.lrr", {"value": 1e-3}, "unknown key 'optim.lrr', did you mean optim.lr?"),
+    ("parameters/optim.lr", {"values": [1e-3, -1.0]}, "parameters.optim.lr cannot be -1.0"),
+    ("parameters/moe.combine", {"values": ["cg1", "cg3"]}, "parameters.moe.combine cannot be 'cg3'"),
+    ("parameters/model.layers", {"value": 3}, "model.layers is 3, allowed: a multiple of moe.every"),
+    ("parameters/trainer.max_steps", {"value": 5}, "parameters.trainer.max_steps is in the command too"),
+]
+
+
+def changed(path: str, value: object) -> dict:
+    config = copy.deepcopy(GOOD)
+    *folders, key = path.split("/")
+    place = config
+    for folder in folders:
+        place = place[folder]
+    place.pop(key, None)
+    if value is not None:
+        place[key] = value
+    return config
+
+
+def write(folder: Path, config: object) -> str:
+    path = folder / "s.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return str(path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/sweep").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_sweeps_of_this_project_can_be_run(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert read(str(path)).name == path.stem
+    assert path.read_text().startswith("# ")
+
+
+def test_a_good_file_is_read(tmp_path):
+    sweep = read(write(tmp_path, GOOD), ["seed=3"])
+    assert (sweep.name, sweep.metric, sweep.minimize, sweep.run_cap) == ("s", "val/loss", True, 3)
+    assert sweep.overrides == ["trainer.max_steps=3", "seed=3"]
+    assert sweep.launcher[-2:] == ["-m", "experiments.train"]
+    assert sweep.raw["command"] == [*GOOD["command"][:-1], "seed=3", "${args_no_hyphens}"], "as W&B's agent gets it"
+    assert {**sweep.raw, "command": None} == {**GOOD, "command": None}, "nothing of ours in it"
+
+
+@pytest.mark.parametrize(("path", "value", "said"), BAD, ids=[f"{path} {value}"[:60] for path, value, _ in BAD])
+def test_what_is_wrong_is_refused_by_its_name(path, value, said, tmp_path):
+    file = write(tmp_path, changed(path, value))
+    with pytest.raises(ConfigError) as caught:
+        read(file)
+    assert said in str(caught.value)
+    assert str(caught.value).startswith(file)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "method: [\n", "!!python/object/apply:os.getcwd []\n"])
+def test_what_is_no_sweep_file_is_refused(text, tmp_path):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(ConfigError):
+        read(str(tmp_path / "s.yaml"))
+    with pytest.raises(ConfigError, match="can be read"):
+        read(str(tmp_path / "nothing.yaml"))
+
+
+def test_values_that_only_fit_together_are_taken(tmp_path):
+    config = changed("parameters", {"model.dim": {"values": [32, 33]}, "model.heads": {"values": [2, 3]}})
+    assert read(write(tmp_path, {**config, "method": "grid"})).axes["model.dim"].grid == [32, 33]
+
+
+def test_a_grid_takes_no_continuous_distribution(tmp_path):
+    with pytest.raises(ConfigError, match=r"parameters\.optim\.lr\.distribution is 'uniform', .* for method grid"):
+        read(write(tmp_path, changed("method", "grid")))
+
+
+SPECS = {
+    "int_uniform": {"min": -2, "max": 5},
+    "uniform": {"min": -2.0, "max": 5.0},
+    "q_uniform": {"min": -2, "max": 5, "q": 0.5},
+    "log_uniform": {"min": -3, "max": 1},
+    "log_uniform_values": {"min": 1e-4, "max": 10.0},
+    "inv_log_uniform": {"min": -3, "max": 1},
+    "inv_log_uniform_values": {"min": 1e-4, "max": 10.0},
+    "q_log_uniform": {"min": 0, "max": 4, "q": 2},
+    "q_log_uniform_values": {"min": 2, "max": 64, "q": 2},
+    "normal": {"mu": 3, "sigma": 2},
+    "log_normal": {"mu": 0, "sigma": 0.5},
+    "q_normal": {"mu": 3, "sigma": 2, "q": 0.5},
+    "q_log_normal": {},
+    "categorical": {"values": ["a", "b", "c"]},
+    "categorical_w_probabilities": {"values": ["a", "b"], "probabilities": [1, 3]},
+    "constant": {"value": 7},
+}
+# the values at u = 0, 1/2, 1 of those that have ends
+ENDS = {
+    "int_uniform": (-2, 2, 5),
+    "uniform": (-2, 1.5, 5),
+    "q_uniform": (-2, 1.5, 5),
+    "log_uniform": (math.exp(-3), math.exp(-1), math.exp(1)),
+    "log_uniform_values": (1e-4, math.sqrt(1e-3), 10),
+    "inv_log_uniform": (math.exp(3), math.exp(1), math.exp(-1)),
+    "inv_log_uniform_values": (1e-4, math.sqrt(1e-3), 10),
+    "q_log_uniform_values": (2, 12, 64),
+    "categorical": ("a", "b", "c"),
+    "categorical_w_probabilities": ("a", "b", "b"),
+    "constant": (7, 7, 7),
+}
+
+
+def axis(kind: str):
+    return read_axis("x", {"distribution": kind, **SPECS[kind]}, "random")
+
+
+def test_every_distribution_is_tried():
+    assert SPECS.keys() == DISTRIBUTIONS.keys()
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_quantiles_end_where_the_distribution_does(kind):
+    values = [axis(kind).quantile(u) for u in (0.0, 0.5, 1.0)]
+    assert values == [pytest.approx(end) if isinstance(end, (int, float)) else end for end in ENDS[kind]]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SPECS if kind != "constant" and not kind.startswith("categorical")])
+@settings(max_examples=40)
+@given(u=st.floats(0, 1), v=st.floats(0, 1))
+def test_quantiles_keep_the_order_and_steps(kind, u, v):
+    a, b = (axis(kind).quantile(x) for x in sorted((u, v)))
+    assert a >= b if kind == "inv_log_uniform" else a <= b
+    if q := SPECS[kind].get("q", 1 if kind.startswith("q_") else 0):
+        assert a / q == pytest.approx(round(a / q))
+
+
+def test_a_distribution_may_go_without_its_name():
+    for spec, kind in (
+        ({"value": 1}, "constant"),
+        ({"values": [1, 2]}, "categorical"),
+        ({"values": [1, 2], "probabilities": [0.1, 0.9]}, "categorical_w_probabilities"),
+        ({"min": 1, "max": 3}, "int_uniform"),
+        ({"min": 1, "max": 3.0}, "uniform"),
+    ):
+        assert read_axis("x", spec, "random").distribution == kind

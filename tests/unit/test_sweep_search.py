@@ -1,0 +1,150 @@
+"""Search methods and early stopping as functions of the trials so far."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments.sweep_config import Sweep, read
+from experiments.sweep_report import draw, markdown, ranked, write_report
+from experiments.sweep_search import Trial, bands, best, hopeless, propose, total
+from scmoe.config import load
+from tests.unit.test_sweep_config import GOOD
+
+LR = {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-1}
+COMBINE = {"values": ["cg1", "cg2", "direct_add"]}
+
+
+@pytest.fixture
+def sweep_of(tmp_path):
+    def sweep_of(**changes: object) -> Sweep:
+        config = {key: value for key, value in {**GOOD, **changes}.items() if value is not None}
+        (tmp_path / "s.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        return read(str(tmp_path / "s.yaml"), [f"runs_dir={tmp_path}"])
+
+    return sweep_of
+
+
+def loss(trial: Trial) -> float:
+    """Least for lr = 1e-3 and cg1."""
+    return abs(math.log10(trial.parameters["optim.lr"]) + 3) + (trial.parameters["moe.combine"] != "cg1")
+
+
+def search(sweep: Sweep, trials: list[Trial] | None = None, last: int | None = None) -> list[Trial]:
+    trials = list(trials or [])
+    while (trial := propose(sweep, trials)) and trial.number <= (last or 10**6):
+        trial.state, trial.history = "finished", [loss(trial)]
+        trials.append(trial)
+    return trials
+
+
+def test_grid_is_every_combination_once_and_run_cap_cuts_it(sweep_of):
+    space = {"optim.lr": {"values": [1e-3, 1e-2]}, "moe.combine": COMBINE, "seed": {"min": 1, "max": 2}}
+    sweep = sweep_of(method="grid", parameters=space, run_cap=None)
+    trials = search(sweep)
+    assert total(sweep) == len(trials) == 12
+    assert len({tuple(trial.parameters.values()) for trial in trials}) == 12
+    assert [trial.number for trial in trials] == list(range(1, 13))
+    cut = sweep_of(method="grid", parameters=space, run_cap=5)
+    assert total(cut) == 5
+    assert search(cut) == trials[:5]
+
+
+@pytest.mark.parametrize("method", ["random", "bayes"])
+def test_a_search_goes_on_as_if_it_had_not_been_cut(method, sweep_of):
+    sweep = sweep_of(method=method, parameters={"optim.lr": LR, "moe.combine": COMBINE}, run_cap=14)
+    whole = search(sweep)
+    assert search(sweep, search(sweep, last=5)) == whole
+    assert len(whole) == total(sweep) == 14
+    assert all(1e-5 <= trial.parameters["optim.lr"] <= 1e-1 for trial in whole)
+    assert len({trial.parameters["optim.lr"] for trial in whole}) == 14
+    assert total(sweep_of(method=method, run_cap=None)) is None
+
+
+def test_random_takes_choices_as_often_as_told(sweep_of):
+    space = {"moe.combine": {"values": ["cg1", "cg2"], "probabilities": [0.9, 0.1]}, "optim.lr": LR}
+    counts = Counter(trial.parameters["moe.combine"] for trial in search(sweep_of(parameters=space, run_cap=300)))
+    assert counts["cg1"] == pytest.approx(270, abs=20)  # four standard deviations
+
+
+def test_bayes_finds_what_random_does_not_look_for(sweep_of):
+    """After 10 trials by chance, the next 20 gather where the loss is least."""
+    space = {"optim.lr": LR, "moe.combine": COMBINE}
+    late = {m: search(sweep_of(method=m, parameters=space, run_cap=30))[10:] for m in ("bayes", "random")}
+    mean = {method: sum(map(loss, trials)) / len(trials) for method, trials in late.items()}
+    assert mean["bayes"] < 0.7 * mean["random"]
+
+
+@pytest.mark.parametrize("impute", ["worst", "best", "latest"])
+def test_bayes_counts_a_failed_trial_as_told(impute, sweep_of):
+    metric = {**GOOD["metric"], "impute": impute}
+    sweep = sweep_of(method="bayes", metric=metric, parameters={"optim.lr": LR, "moe.combine": COMBINE}, run_cap=40)
+    trials: list[Trial] = []
+    while trial := propose(sweep, trials):
+        trial.state = "failed" if trial.parameters["optim.lr"] > 1e-3 else "finished"
+        trial.history = [0.0] if trial.state == "failed" else [loss(trial)]
+        trials.append(trial)
+    failed = sum(trial.state == "failed" for trial in trials[20:])
+    assert failed < 10 if impute == "worst" else failed > 10
+
+
+def test_target_ends_a_sweep(sweep_of):
+    metric = {**GOOD["metric"], "target": 0.5}
+    trials = search(sweep_of(metric=metric, parameters={"optim.lr": LR, "moe.combine": COMBINE}, run_cap=500))
+    assert [loss(trial) <= 0.5 for trial in trials] == [False] * (len(trials) - 1) + [True]
+
+
+def trial(number: int, *history: float, state: str = "finished") -> Trial:
+    parameters = {"optim.lr": 10.0**-number, "moe.combine": "cg1"}
+    return Trial(number, {"optim.lr": 0.5, "moe.combine": 0}, parameters, state, list(history), len(history))
+
+
+def test_bands_are_hyperbands():
+    assert bands({"max_iter": 27, "s": 2, "eta": 3}) == [3, 9]
+    assert bands({"max_iter": 5, "s": 4, "eta": 2}) == [1, 2]
+    assert bands({"min_iter": 3, "eta": 2})[:4] == [3, 6, 12, 24]
+
+
+def test_hyperband_stops_all_but_the_best_share_at_a_band(sweep_of):
+    rule = {"type": "hyperband", "min_iter": 2, "eta": 2}
+    sweep = sweep_of(early_terminate=rule)
+    others = [trial(1, 9, 1), trial(2, 9, 2), trial(3, 9, 3)]
+    assert not hopeless(sweep, trial(4, 9), others), "before the band"
+    assert not hopeless(sweep, trial(4, 9, 2.5), others), "the third of four"
+    assert hopeless(sweep, trial(4, 9, 3.5), others)
+    assert hopeless(sweep, trial(4, 0, 3.5, 0), others), "strict: as it stood at the band"
+    assert not hopeless(sweep_of(early_terminate={**rule, "strict": False}), trial(4, 0, 3.5), others)
+    assert not hopeless(sweep_of(early_terminate=None), trial(4, 9, 3.5), others)
+    highest = sweep_of(early_terminate=rule, metric={"name": "val/loss", "goal": "maximize"})
+    assert not hopeless(highest, trial(4, 9, 3.5), others)
+    assert hopeless(highest, trial(4, 9, 0.5), others)
+
+
+def test_the_report_says_which_was_best(sweep_of, tmp_path):
+    sweep = sweep_of()
+    failed = trial(4, state="failed")
+    failed.reason = "FloatingPointError: [no] | number"
+    trials = [trial(1, 3), trial(2, 9, 1), trial(3, 9, 2, state="stopped"), failed]
+    assert best(sweep, trials) is trials[1]
+    assert [t.number for t in ranked(sweep, trials)] == [2, 1, 3, 4]
+    sweep.folder.mkdir(parents=True)
+    summary = write_report(sweep, trials)
+    assert {key: summary[key] for key in ("trials", "finished", "failed")} == {"trials": 4, "finished": 3, "failed": 1}
+    assert (summary["best"]["trial"], summary["best"]["val/loss"]) == (2, 1)
+    lines = (sweep.folder / "results.csv").read_text().splitlines()
+    assert lines[0] == "trial,state,optim.lr,moe.combine,val/loss,steps,seconds,run_dir,reason"
+    assert lines[2].startswith("2,finished,0.01,cg1,1,2,")
+    assert "FloatingPointError: [no] / number |" in markdown(sweep, trials)
+    config = load(summary["best"]["config"])
+    assert (config.optim.lr, config.name) == (0.01, "debug")
+    assert (sweep.folder / "chart.png").stat().st_size > 10_000
+
+
+def test_a_chart_of_nothing_is_one(sweep_of, tmp_path):
+    draw(sweep_of(), [], tmp_path / "chart.png")
+    draw(sweep_of(), [trial(1, state="failed")], tmp_path / "chart.png")
+    assert Path(tmp_path / "chart.png").exists()

@@ -1,0 +1,172 @@
+"""Trials on this machine: failures are marked, cut ones go on, finished ones are skipped, nothing is left behind.
+
+Around a toy training, which starts at once; tests/smoke/test_sweep.py has real ones.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.smoke.test_train import Done, run
+
+ROOT = Path(__file__).parents[2]
+SWEEP: dict[str, Any] = {
+    "program": "experiments/train.py",
+    "command": [
+        *("${interpreter}", "-m", "tests.toy_training", "0.01", "experiments.train"),
+        *("configs/debug.yaml", "trainer.max_steps=6", "${args_no_hyphens}"),
+    ],
+    "method": "grid",
+    "metric": {"name": "val/loss", "goal": "minimize"},
+    "parameters": {"optim.lr": {"values": [1e-1, 1e-2, 10.0, 1e-3]}},
+}
+
+
+@pytest.fixture
+def start(tmp_path):
+    """What starts the sweep of a file with these changes: its process."""
+
+    def start(name: str = "s", pause_s: float = 0.01, **changes: Any) -> subprocess.Popen[str]:
+        config = {**SWEEP, **changes}
+        config["command"] = [str(pause_s) if word == "0.01" else word for word in config["command"]]
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        words = [str(tmp_path / f"{name}.yaml"), "--local", f"runs_dir={tmp_path}"]
+        pipe = subprocess.PIPE
+        command = [sys.executable, "-m", "experiments.sweep", *words]
+        return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+
+    return start
+
+
+def end(process: subprocess.Popen[str]) -> Done:
+    out, err = process.communicate()
+    return Done(process.returncode, out, err)
+
+
+def rows(tmp_path: Path, name: str = "s") -> list[dict[str, str]]:
+    with (tmp_path / "sweeps" / name / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def until(there: Any) -> None:
+    while not there():
+        time.sleep(0.02)
+
+
+def alive(folder: Path) -> list[str]:
+    """Processes that have this folder in their command line."""
+    found = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True).stdout.split()
+    return [pid for pid in found if int(pid) != os.getpid()]
+
+
+def test_a_failed_trial_is_marked_and_the_best_is_named(start, tmp_path):
+    done = end(start())
+    best = done.summary.pop("best")
+    assert done.summary | {"best": None} == {"trials": 4, "finished": 3, "failed": 1, "best": None}
+    assert (best["trial"], best["val/loss"]) == (2, pytest.approx(1 / 6))
+    assert [row["state"] for row in rows(tmp_path)] == ["finished", "finished", "failed", "finished"]
+    assert rows(tmp_path)[2]["reason"] == "FloatingPointError: [no] number"
+    lines = done.err.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        f"trial {i} of 4 {row['state']}" for i, row in enumerate(rows(tmp_path), 1)
+    ]
+    assert all("left" in line for line in lines[:-1]), "the time left"
+    again = end(start())
+    assert again.out.splitlines()[-1] == done.out.splitlines()[-1]
+    assert again.err.splitlines() == ["4 trials have ended already"]
+    assert len(list((tmp_path / "sweeps/s").glob("trial-*/*/config.yaml"))) == 4, "nothing was run twice"
+    config = yaml.safe_load((tmp_path / "sweeps/s/best.yaml").read_text())
+    assert (config["optim"]["lr"], config["name"]) == (0.01, "debug")
+    assert "optim.lr" in (tmp_path / "sweeps/s/summary.md").read_text()
+
+
+def test_trials_are_ordinary_runs_in_one_group(start, tmp_path):
+    assert end(start(project="mine", run_cap=1)).code == 0
+    (path,) = (tmp_path / "sweeps/s").glob("trial-001/*/config.yaml")
+    config = yaml.safe_load(path.read_text())
+    assert config["logger"]["group"] == "s"
+    assert config["logger"]["project"] == "mine"
+    assert config["optim"]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_cut_sweep_goes_on(signum, start, tmp_path):
+    process = start(pause_s=0.1)
+    first, second = (tmp_path / "sweeps/s" / name for name in ("trial-001", "trial-002"))
+    until(lambda: any(second.glob("*/metrics.csv")))
+    process.send_signal(signum)
+    done = end(process)
+    assert done.code == 128 + signum, done.err
+    assert not alive(tmp_path)
+    assert "go on " in done.out
+    assert [row["state"] for row in rows(tmp_path)] == ["finished", "cut"]
+    before = list(first.glob("*/config.yaml")) + list(second.glob("*/config.yaml"))
+    assert any(second.glob("*/checkpoints/*.ckpt"))
+    again = end(start(pause_s=0.1))
+    assert again.summary["finished"] == 3, "with the failed one all of the four"
+    assert before == list(first.glob("*/config.yaml")) + list(second.glob("*/config.yaml")), "in the same directories"
+    assert [row["steps"] for row in rows(tmp_path)] == ["6", "6", "0", "6"]
+
+
+def test_a_killed_sweep_leaves_a_state_and_a_lock_as_long_as_its_trial_runs(start, tmp_path):
+    process = start(pause_s=0.3)
+    until(lambda: any((tmp_path / "sweeps/s/trial-001").glob("*/metrics.csv")))
+    process.kill()
+    process.wait()
+    (left,) = map(int, alive(tmp_path))
+    os.kill(left, signal.SIGSTOP)  # for as long as the next needs to start
+    try:
+        refused = end(start(pause_s=0.3))
+    finally:
+        os.kill(left, signal.SIGCONT)
+    assert refused.code == 2
+    assert "is being run already" in refused.err
+    until(lambda: not alive(tmp_path))
+    assert end(start(pause_s=0.3)).summary["finished"] == 3
+
+
+def test_hyperband_stops_trials_early(start, tmp_path):
+    rule = {"type": "hyperband", "min_iter": 2, "eta": 4}
+    space = {"optim.lr": {"values": [1e-2, 1e-5]}}
+    done = end(start(pause_s=0.2, early_terminate=rule, parameters=space))
+    assert [row["state"] for row in rows(tmp_path)] == ["finished", "stopped"]
+    assert int(rows(tmp_path)[1]["steps"]) < 6
+    assert (done.summary["finished"], done.summary["best"]["trial"]) == (2, 1)
+
+
+def test_a_changed_file_is_refused_and_a_higher_run_cap_is_not(start, tmp_path):
+    assert end(start(run_cap=1)).code == 0
+    changed = end(start(run_cap=1, parameters={"optim.lr": {"value": 0.5}}))
+    assert changed.code == 2
+    assert "parameters is not as it was" in changed.err
+    assert end(start(run_cap=2)).summary["trials"] == 2
+
+
+def test_a_metric_that_nobody_logs_ends_the_sweep_with_its_name(start):
+    done = end(start(metric={"name": "val/los"}))
+    assert done.code == 2
+    assert "metric.name is 'val/los', which trial 1 has not logged, allowed: val/loss" in done.err
+
+
+def test_all_failed_is_an_error(start):
+    done = end(start(parameters={"optim.lr": {"values": [2.0, 3.0]}}))
+    assert done.code == 1
+    assert json.loads(done.out.splitlines()[-1]) == {"trials": 2, "finished": 0, "failed": 2, "best": None}
+
+
+def test_a_wrong_request_is_answered_in_one_line(tmp_path):
+    for words in (["configs/sweep/smoke.yaml", "--locla"], ["configs/sweep/nothing.yaml"], ["configs/debug.yaml"]):
+        done = run("-m", "experiments.sweep", *words)
+        assert (done.code, done.out) == (2, "")
+        assert len(done.err.splitlines()) == 1

@@ -1,0 +1,179 @@
+"""SwinV2-MoE equals the oracle in logits, load-balance loss and all gradients, for every architecture; and its parts.
+
+1e-12 of the largest entry in float64, for the reasons told in test_reference_equality.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from scmoe.config import Config, load
+from scmoe.moe.balance import integer_sums, load_balance_loss
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.training.build_model import build_model, build_model_on_meta
+from scmoe.training.report import count_parameters, total_and_active
+from tests.helpers import assert_close, gradients, randomise
+from tests.reference_swin import SwinSpec, swin
+
+TINY = (
+    *("model.family=swin", "model.layers=2", "model.dim=8", "model.heads=1", "model.patch_size=2", "model.window=2"),
+    *("moe.num_experts=4", "data.name=digits", "data.image_size=32", "data.num_classes=5"),
+)
+ARCHITECTURES = {
+    "dense": "architecture=dense",
+    "top-1": "architecture=top_k",
+    "top-2": "architecture=top_k top_k=2",
+    "top-2-every-block": "architecture=top_k top_k=2 every=1",
+    "shared-cg1": "architecture=shared_expert",
+    "shared-cg2": "architecture=shared_expert combine=cg2 top_k=2",
+    "pos1": "position=pos1",
+    "pos2": "position=pos2",
+    "pos3": "position=pos3",
+    "pos2-direct_add": "position=pos2 combine=direct_add",
+    "pos2-cg2-reads-tap": "position=pos2 combine=cg2 coefficient_input=tap",
+    "scmoe-2": "position=pos2 top_k=2",
+    "l0-pos1": "position=pos2 first_position=pos1 layers=4",
+    "scmoe-every-block": "position=pos1 every=1",
+    "dgmoe": "architecture=dgmoe",
+    "dgmoe-share": "architecture=dgmoe_share layers=4",
+}
+
+
+def tiny(text: str, *overrides: str) -> Config:
+    words = text.split()
+    sections = ["model" if word.startswith("layers") else "moe" for word in words]
+    return load(None, [*TINY, *(f"{s}.{word}" for s, word in zip(sections, words, strict=True)), *overrides])
+
+
+def images(size: int = 32) -> torch.Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def spec_of(config: Config) -> SwinSpec:
+    model, moe = config.model, config.moe
+    return SwinSpec(
+        moe.architecture,
+        model.layers,
+        model.heads,
+        model.patch_size,
+        model.window,
+        moe.top_k,
+        moe.position,
+        moe.first_position,
+        moe.combine,
+        moe.coefficient_input,
+        moe.every,
+        moe.capacity_factor,
+    )
+
+
+def total(logits: torch.Tensor, balance: torch.Tensor | None) -> torch.Tensor:
+    loss = F.cross_entropy(logits, torch.tensor([1, 3]))
+    return loss if balance is None else loss + 0.5 * balance
+
+
+TIGHT = ("top-2", "shared-cg2", "pos2", "scmoe-2", "dgmoe")
+
+
+@pytest.mark.parametrize(
+    "architecture, capacity", [(name, "null") for name in ARCHITECTURES] + [(name, "1.0") for name in TIGHT]
+)
+def test_architecture_equals_oracle(architecture, capacity):
+    config = tiny(ARCHITECTURES[architecture], f"moe.capacity_factor={capacity}")
+    model = randomise(build_model(config, ParallelContext()).double())
+    logits, stats = model(images())
+    balance = load_balance_loss(stats, integer_sums(stats)) if stats else None
+    total(logits, balance).backward()
+    grads = gradients(model)
+
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    answer = swin(weights, spec_of(config), images())
+    total(answer.logits, answer.load_balance_loss).backward()
+
+    assert_close(logits, answer.logits, 1e-12, "logits")
+    if balance is not None:
+        assert_close(balance, answer.load_balance_loss, 1e-12, "load_balance_loss")
+    for name, weight in weights.items():
+        assert_close(grads[name], weight.grad, 1e-12, name)
+    assert [s.num_dropped.item() for s in stats] == answer.dropped
+    if capacity == "1.0" and stats:  # else the case would say nothing about drops
+        assert sum(answer.dropped) > 0
+
+
+@pytest.mark.parametrize("change", [{"position": "pos1"}, {"combine": "direct_add"}, {"window": 4}], ids=str)
+def test_wrong_oracle_is_told_apart(change):
+    config = tiny("position=pos2 combine=cg2", "moe.capacity_factor=null")
+    model = randomise(build_model(config, ParallelContext()).double())
+    wrong = swin(dict(model.named_parameters()), spec_of(config)._replace(**change), images())
+    assert (model(images()).logits_BC - wrong.logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("architecture", ("shared_expert", "scmoe", "dgmoe"))
+def test_slots_change_no_bit(architecture):
+    def outcome(slot: int) -> list[torch.Tensor]:
+        config = tiny(f"architecture={architecture}", f"schedule.slot={slot}")
+        model = randomise(build_model(config, ParallelContext()).double())
+        logits, _ = model(images())
+        logits.square().sum().backward()
+        return [logits, *gradients(model).values()]
+
+    first = outcome(0)
+    for slot in range(1, {"shared_expert": 2, "scmoe": 4, "dgmoe": 3}[architecture]):
+        assert all(torch.equal(a, b) for a, b in zip(outcome(slot), first, strict=True)), slot
+
+
+def test_filler_is_routed_nowhere():
+    """A picture beside filler gives what it gives alone, under a capacity, too; and only its tokens are counted."""
+    model = randomise(build_model(tiny("architecture=scmoe", "moe.capacity_factor=1"), ParallelContext()).double())
+    logits, stats = model(images(), torch.tensor([True, False]))
+    alone, alone_stats = model(images()[:1])
+    assert_close(logits[:1], alone, 1e-12)
+    assert torch.equal(integer_sums(stats), integer_sums(alone_stats))
+
+
+def test_the_model_begins_as_patches_and_head():
+    """SwinV2's norms after the sub-layers are 0 at first, and so is what every block adds."""
+    model = build_model(tiny("architecture=scmoe"), ParallelContext()).double()
+    x_BHWD = model.patches(images())
+    for block in model.stages[0]:
+        assert torch.equal(block(x_BHWD, None).y_BSD, x_BHWD)
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_drop_path_grows_from_zero_to_the_last_block():
+    model = build_model(tiny("architecture=dense", "model.drop_path=0.7"), ParallelContext())
+    rates = [block.sublayers[0].after.drop_path.drop_prob for block in model.blocks]
+    assert rates == pytest.approx([0.1 * i for i in range(8)])
+
+
+@pytest.mark.parametrize("size, dim, heads, million", [("s", 96, 3, 157), ("b", 128, 4, 279)])
+def test_presets_have_table_9s_shape(size, dim, heads, million):
+    """157M is the paper's number for SwinV2-MoE-S without shared experts (A.7); of B it prints none: 279M is ours."""
+    config = load(f"configs/model/swinv2_moe_{size}.yaml", ["moe.architecture=top_k", "moe.top_k=2"])
+    assert (config.data.image_size, config.model.window, config.moe.capacity_factor) == (192, 12, 1.25)
+    model = build_model_on_meta(config)
+    counts = count_parameters(model)
+    assert round(total_and_active(counts)[0] / 1e6) == million
+    assert counts["experts"][0] == 10, "nine MoE modules in stage 3, one in stage 4"
+    attentions = [m for name, m in model.named_modules() if name.endswith("f.attention")]
+    assert [m.num_heads for m in attentions] == [heads] * 2 + [2 * heads] * 2 + [4 * heads] * 18 + [8 * heads] * 2
+    assert [m.dim for m in attentions[::2]] == [dim, 2 * dim, *[4 * dim] * 9, 8 * dim]
+    assert [m.window_size[0] for m in attentions] == [12] * 22 + [6] * 2, "stage 4's map is 6 x 6"
+
+
+def test_a_model_wants_its_own_kind_of_data():
+    for words in (["data.name=digits"], ["model.family=swin"]):
+        with pytest.raises(ValueError, match=r"data\.name is"):
+            load(None, words)
+    for key, value in (("model.ffn_dim", "8"), ("moe.tap_norm", "shared"), ("data.seq_len", "9")):
+        with pytest.raises(ValueError, match=f"{key} is .* left at"):
+            tiny("", f"{key}={value}")
+    for words, key in (("data.image_size=40", "image_size"), ("model.window=3", "model.window")):
+        with pytest.raises(ValueError, match=key):
+            tiny("", words)
+    with pytest.raises(ValueError, match=r"data\.mixup is .* left at"):
+        load(None, ["data.mixup=0.5"])
+    with pytest.raises(ValueError, match=r"global_batch_size is 30, allowed: a multiple of 4"):
+        tiny("", "data.mixup=0.5", "data.global_batch_size=30", "trainer.devices=2")
