@@ -75,7 +75,7 @@ def scenario(folder: Path) -> None:
         assert command is not None
         sync = [sys.executable, "-m", *command.split()]
         environment = {**os.environ, **server.variables}
-        done = subprocess.run(sync, env=environment, capture_output=True, text=True)
+        done = subprocess.run(sync, cwd=folder, env=environment, capture_output=True, text=True)  # it logs where it is
         runs = [asdict(run) for run in server.runs.values()]
         artifacts = [{**asdict(a), "files": sorted(a.files)} for a in server.artifacts]
         report = {"said": done.stderr, "code": done.returncode, "runs": runs, "artifacts": artifacts}
