@@ -135,16 +135,22 @@ def swin(w: Weights, spec: SwinSpec, images: Tensor) -> SwinAnswer:
         if architecture == "top_k":  # Eq. 1
             modules.append(routed(h))
             return add(name, h, modules[-1].y)
+        w_coefficient = w.get(f"{name}.coefficient.gate.weight")
+        if architecture == "shared_expert":  # Eq. 6
+            modules.append(routed(h))
+            shared = mlp(w, f"{name}.shared_expert", h)
+            return add(name, h, merge(spec.combine, w_coefficient, h, shared, modules[-1].y))
         tap = taps[position]
-        if architecture in ("dgmoe", "dgmoe_share"):  # Eq. 23
+        if architecture in ("dgmoe", "dgmoe_share"):  # Eq. 23, A.7
             preceding = routed(tap)
             current = routed(h, [experts[0] for experts in preceding.chosen])
             modules.append(both(current, preceding))
             return add(name, h, modules[-1].y)
+        assert architecture == "scmoe"  # Eq. 7-10
+        modules.append(routed(tap))
         shared = mlp(w, f"{name}.shared_expert", h)
-        modules.append(routed(tap if architecture == "scmoe" else h))  # Eq. 7-10, Eq. 6
         read = tap if spec.coefficient_input == "tap" else h
-        return add(name, h, merge(spec.combine, w.get(f"{name}.coefficient.gate.weight"), read, shared, modules[-1].y))
+        return add(name, h, merge(spec.combine, w_coefficient, read, shared, modules[-1].y))
 
     x = patches(w, images, spec.patch_size)
     for stage, depth in enumerate((2, 2, spec.layers, 2)):

@@ -17,6 +17,7 @@ from scmoe.testbed.ranks import run_ranks
 from scmoe.training import build
 from scmoe.training.callbacks import DataPosition
 from scmoe.training.classifier import ImageClassifier
+from tests.architectures import EVERY_BLOCK, TABLES, overrides
 from tests.distributed.test_ep_equality import TOLERANCE, Recording, assemble, assert_same, train
 from tests.distributed.test_strategy import HALF, fit
 
@@ -30,27 +31,15 @@ TINY = (
     *("optim.lr=0.1", "trainer.accelerator=cpu", "trainer.precision=64-true", "trainer.max_steps=3"),
     *("trainer.gradient_clip=null", "trainer.progress=false", "trainer.threads=1"),
 )
-ARCHITECTURES = {
-    "dense": "moe.architecture=dense",
-    "top-1": "moe.architecture=top_k",
-    "top-2": "moe.architecture=top_k moe.top_k=2",
-    "shared-cg2": "moe.architecture=shared_expert moe.combine=cg2",
-    "pos1": "moe.position=pos1",
-    "pos2": "moe.position=pos2",
-    "pos3": "moe.position=pos3",
-    "l0-pos1": "moe.first_position=pos1 model.layers=4",
-    "scmoe-2": "moe.top_k=2",
-    "dgmoe": "moe.architecture=dgmoe",
-    "dgmoe-share": "moe.architecture=dgmoe_share model.layers=4",
-}
+ARCHITECTURES = {"dense": "architecture=dense", **TABLES, **EVERY_BLOCK}
 
 
 class RecordingClassifier(Recording, ImageClassifier):
     pass
 
 
-def tiny(text: str, world_size: int = 1) -> Config:
-    return load(None, [*TINY, f"trainer.devices={world_size}", *text.split()])
+def tiny(words: str, world_size: int = 1) -> Config:
+    return load(None, [*TINY, f"trainer.devices={world_size}", *overrides(words)])
 
 
 def train_all(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, dict[str, Any]]:
@@ -74,7 +63,7 @@ def one() -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def two() -> list[dict[str, dict[str, Any]]]:
     cases = {name: f"{text} strategy.ep_size={1 if name == 'dense' else 2}" for name, text in ARCHITECTURES.items()}
-    return run_ranks(train_all, 2, cases | {"pos2, DP 2": "moe.position=pos2 strategy.ep_size=1"})
+    return run_ranks(train_all, 2, cases | {"pos2, DP 2": "position=pos2 strategy.ep_size=1"})
 
 
 @pytest.mark.parametrize("case", [*ARCHITECTURES, "pos2, DP 2"])

@@ -1,4 +1,4 @@
-"""Table 8's language models and their tiny twins: sizes, and every architecture of Tables 1 to 7 that fits each."""
+"""The models of Tables 8 and 9 and their tiny twins: sizes, and every architecture of Tables 1 to 7 that fits each."""
 
 from __future__ import annotations
 
@@ -11,37 +11,29 @@ from scmoe.config import load
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build_model import build_model, build_model_on_meta
 from scmoe.training.report import count_parameters, total_and_active
+from tests.architectures import TABLES, overrides
+from tests.helpers import randomise
 
 MODELS = Path(__file__).parents[2] / "configs/model"
-NAMES = ("gpt2_moe_small", "gpt2_moe_medium", "gpt3_moe_xl", "llama2_moe")
-
-EVERY_SECOND_BLOCK = {  # Tables 1 to 7
-    "top-1": "architecture=top_k top_k=1",
-    "top-2": "architecture=top_k top_k=2",
-    "top-3": "architecture=top_k top_k=3",
-    "shared-expert": "architecture=shared_expert",
-    "scmoe-pos1": "position=pos1",
-    "scmoe-pos2": "position=pos2",
-    "scmoe-pos3": "position=pos3",
-    "scmoe-pos2-l0-pos1": "position=pos2 first_position=pos1",
-    "scmoe-direct-add": "combine=direct_add",
-    "scmoe-cg2": "combine=cg2",
-    "scmoe-2": "top_k=2",
-    "dgmoe": "architecture=dgmoe",
-    "dgmoe-share": "architecture=dgmoe_share",
-}
-EVERY_BLOCK = {  # there the tap is the block's own input, Pos-1, and no other
-    name: words for name, words in EVERY_SECOND_BLOCK.items() if "position=pos" not in words or name == "scmoe-pos1"
+LANGUAGE = ("gpt2_moe_small", "gpt2_moe_medium", "gpt3_moe_xl", "llama2_moe")
+NAMES = (*LANGUAGE, "swinv2_moe_s", "swinv2_moe_b")
+AT_POS1 = {  # with an MoE in every block there is no other position
+    name.replace("pos2", "pos1"): words.replace("pos2", "pos1")
+    for name, words in TABLES.items()
+    if "pos1" not in name and "pos3" not in name
 }
 CASES = [
     (name, architecture, words)
     for name in NAMES
-    for architecture, words in (EVERY_BLOCK if name == "llama2_moe" else EVERY_SECOND_BLOCK).items()
+    for architecture, words in (AT_POS1 if name == "llama2_moe" else TABLES).items()
 ]
 
 
 def preset(name: str, words: str):
-    return load(MODELS / f"{name}.yaml", [f"moe.{word}" for word in words.split()])
+    """words: those of the section moe, since a preset has its own layers."""
+    if name.startswith("swin"):
+        pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
+    return load(MODELS / f"{name}.yaml", [word for word in overrides(words) if word.startswith("moe.")])
 
 
 @pytest.mark.parametrize(("name", "architecture", "words"), CASES, ids=[f"{n}-{a}" for n, a, _ in CASES])
@@ -52,8 +44,13 @@ def test_architecture_builds_and_its_twin_learns(name, architecture, words):
     twin_counts = count_parameters(twin)
     assert twin_counts.keys() == counts.keys()
     assert all(twin_counts[kind][1] < counts[kind][1] for kind in counts)
-    ids = torch.randint(512, (1, 32), generator=torch.Generator().manual_seed(0))
-    logits, stats = twin(ids)
+    generator = torch.Generator().manual_seed(0)
+    if name.startswith("swin"):
+        randomise(twin)  # its norms begin with weight 0, and a weight behind 0 would prove little
+        inputs = torch.randn(2, 3, 16, 16, generator=generator)
+    else:
+        inputs = torch.randint(512, (1, 32), generator=generator)
+    logits, stats = twin(inputs)
     (logits.square().mean() + sum(s.score_sums_E.square().sum() for s in stats)).backward()
     assert not [parameter for parameter, p in twin.named_parameters() if p.grad is None]
 
@@ -76,7 +73,7 @@ def test_a_twin_keeps_heads_experts_and_frequency(name):
     ],
 )
 def test_size_of_standard_top_2(name, millions, printed):
-    total, _ = total_and_active(count_parameters(build_model_on_meta(preset(name, EVERY_SECOND_BLOCK["top-2"]))))
+    total, _ = total_and_active(count_parameters(build_model_on_meta(preset(name, TABLES["top-2"]))))
     assert round(total / 1e6, 1) == millions
     assert printed == (f"{total / 1e6:.0f}M" if total < 1e9 else f"{total / 1e9:.1f}B")
 
@@ -84,8 +81,8 @@ def test_size_of_standard_top_2(name, millions, printed):
 def test_readings_of_the_size_of_gpt2_moe_medium():
     """The figures of docs/decisions/0010-table-8-sizes.md."""
 
-    def billions(*overrides: str) -> dict[str, float]:
-        words = ["moe.architecture=top_k", "moe.top_k=2", *overrides]
+    def billions(*further: str) -> dict[str, float]:
+        words = ["moe.architecture=top_k", "moe.top_k=2", *further]
         counts = count_parameters(build_model_on_meta(load(MODELS / "gpt2_moe_medium.yaml", words)))
         return {kind: size / 1e9 for kind, (_, size, _) in counts.items()}
 

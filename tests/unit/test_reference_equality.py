@@ -13,51 +13,36 @@ import torch.nn.functional as F
 from scmoe.config import Config
 from scmoe.moe.balance import integer_sums, load_balance_loss, router_z_loss
 from tests import reference
+from tests.architectures import EVERY_BLOCK, TABLES, overrides
 from tests.helpers import assert_close, gradients, tiny, tiny_batch, tiny_model
 
 ARCHITECTURES = {
-    "top-1": "architecture=top_k top_k=1",
-    "top-2": "architecture=top_k top_k=2",
-    "top-3": "architecture=top_k top_k=3",
-    "top-2-every-block": "architecture=top_k top_k=2 every=1",
-    "shared-direct_add": "architecture=shared_expert combine=direct_add",
-    "shared-cg1": "architecture=shared_expert combine=cg1",
-    "shared-cg2": "architecture=shared_expert combine=cg2",
+    **TABLES,
+    **EVERY_BLOCK,
     "shared-top-2": "architecture=shared_expert top_k=2",
     "shared-top-3": "architecture=shared_expert top_k=3",
-    "shared-every-block": "architecture=shared_expert every=1",
-    "pos1": "position=pos1",
-    "pos2": "position=pos2",
-    "pos3": "position=pos3",
-    "pos2-direct_add": "position=pos2 combine=direct_add",
-    "pos2-cg2": "position=pos2 combine=cg2",
+    "pos1-cg2": "position=pos1 combine=cg2",
+    "pos3-cg2": "position=pos3 combine=cg2",
     "pos1-reads-tap": "position=pos1 coefficient_input=tap",
     "pos2-reads-tap-cg2": "position=pos2 coefficient_input=tap combine=cg2",
     "pos1-shared-norm": "position=pos1 tap_norm=shared",
     "pos2-shared-norm": "position=pos2 tap_norm=shared",
     "pos3-shared-norm-reads-tap": "position=pos3 tap_norm=shared coefficient_input=tap",
-    "scmoe-every-block": "position=pos1 every=1",
     "scmoe-every-block-top-3": "position=pos1 every=1 top_k=3",
     "scmoe-2-pos1": "position=pos1 top_k=2",
-    "scmoe-2-pos2": "position=pos2 top_k=2",
     "scmoe-2-pos3": "position=pos3 top_k=2",
-    "l0-pos1": "position=pos2 first_position=pos1 layers=4",
     "dgmoe-pos1": "architecture=dgmoe position=pos1",
-    "dgmoe-pos2": "architecture=dgmoe position=pos2",
     "dgmoe-pos3": "architecture=dgmoe position=pos3",
     "dgmoe-shared-norm": "architecture=dgmoe position=pos2 tap_norm=shared",
     "dgmoe-every-block": "architecture=dgmoe position=pos1 every=1",
-    "dgmoe-share": "architecture=dgmoe_share position=pos2 layers=4",
-    "dgmoe-share-of-three": "architecture=dgmoe_share position=pos3 layers=6",
+    "dgmoe-share-of-three": "architecture=dgmoe_share position=pos3 model.layers=6",
 }
 CAPACITIES = ("null", "2.0", "1.0")
 LLAMA = ("model.family=llama", "model.heads=4", "model.kv_heads=2")
 
 
-def config_of(text: str, *overrides: str) -> Config:
-    words = text.split()
-    sections = ["model" if word.startswith("layers") else "moe" for word in words]
-    return tiny(*(f"{section}.{word}" for section, word in zip(sections, words, strict=True)), *overrides)
+def config_of(words: str, *further: str) -> Config:
+    return tiny(*overrides(words), *further)
 
 
 def run(config: Config) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list, torch.nn.Module]:
@@ -139,7 +124,7 @@ SCHEDULED = {
     "pos3": ("position=pos3 top_k=2", 4),
     "every-block": ("position=pos1 every=1", 2),
     "dgmoe": ("architecture=dgmoe position=pos3", 3),
-    "dgmoe-share": ("architecture=dgmoe_share position=pos2 layers=4", 2),
+    "dgmoe-share": ("architecture=dgmoe_share position=pos2 model.layers=4", 2),
 }
 
 
@@ -168,13 +153,11 @@ def test_schedule_changes_no_bit_over_slots_and_rounding_over_chunks(case, capac
 @pytest.mark.parametrize("capacity", CAPACITIES)
 def test_chunks_equal_oracle(capacity, chunks):
     check_against_oracle(
-        config_of(ARCHITECTURES["scmoe-2-pos2"], f"moe.capacity_factor={capacity}", f"schedule.chunks={chunks}")
+        config_of(ARCHITECTURES["scmoe-2"], f"moe.capacity_factor={capacity}", f"schedule.chunks={chunks}")
     )
 
 
-@pytest.mark.parametrize(
-    "architecture", ("top-2", "shared-cg2", "pos1", "pos2", "pos3", "scmoe-every-block", "dgmoe-pos2")
-)
+@pytest.mark.parametrize("architecture", ("top-2", "shared-cg2", "pos1", "pos2", "pos3", "scmoe-every-block", "dgmoe"))
 def test_padding_changes_no_logit(architecture):
     """The mask reaches every router: 8 tokens give the same with 4 of padding after them, and only 8 are counted."""
     config = config_of(ARCHITECTURES[architecture], "moe.capacity_factor=null")
@@ -218,7 +201,7 @@ def test_an_oracle_without_dgmoes_rule_is_told_apart(monkeypatch):
 
 def test_a_model_that_shares_no_module_is_told_apart():
     config = config_of(ARCHITECTURES["dgmoe-share"], "moe.capacity_factor=null")
-    model = tiny_model(config_of("architecture=dgmoe position=pos2 layers=4", "moe.capacity_factor=null"))
+    model = tiny_model(config_of("architecture=dgmoe position=pos2 model.layers=4", "moe.capacity_factor=null"))
     expected, _, _ = oracle(config, model)
     with pytest.raises(AssertionError, match="differs"):
         assert_close(model(tiny_batch(config)[0]).logits_BSV, expected["logits"], 1e-12, "logits")

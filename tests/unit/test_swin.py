@@ -14,6 +14,7 @@ from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build_model import build_model, build_model_on_meta
 from scmoe.training.report import count_parameters, total_and_active
+from tests.architectures import EVERY_BLOCK, TABLES, overrides
 from tests.helpers import assert_close, gradients, randomise
 from tests.reference_swin import SwinSpec, swin
 
@@ -23,28 +24,18 @@ TINY = (
 )
 ARCHITECTURES = {
     "dense": "architecture=dense",
-    "top-1": "architecture=top_k",
-    "top-2": "architecture=top_k top_k=2",
-    "top-2-every-block": "architecture=top_k top_k=2 every=1",
-    "shared-cg1": "architecture=shared_expert",
-    "shared-cg2": "architecture=shared_expert combine=cg2 top_k=2",
-    "pos1": "position=pos1",
-    "pos2": "position=pos2",
-    "pos3": "position=pos3",
-    "pos2-direct_add": "position=pos2 combine=direct_add",
+    **TABLES,
+    **EVERY_BLOCK,
+    "shared-cg2-top-2": "architecture=shared_expert combine=cg2 top_k=2",
     "pos2-cg2-reads-tap": "position=pos2 combine=cg2 coefficient_input=tap",
-    "scmoe-2": "position=pos2 top_k=2",
-    "l0-pos1": "position=pos2 first_position=pos1 layers=4",
-    "scmoe-every-block": "position=pos1 every=1",
-    "dgmoe": "architecture=dgmoe",
-    "dgmoe-share": "architecture=dgmoe_share layers=4",
+    "scmoe-2-pos1": "position=pos1 top_k=2",
+    "dgmoe-pos1": "architecture=dgmoe position=pos1",
+    "dgmoe-pos3": "architecture=dgmoe position=pos3",
 }
 
 
-def tiny(text: str, *overrides: str) -> Config:
-    words = text.split()
-    sections = ["model" if word.startswith("layers") else "moe" for word in words]
-    return load(None, [*TINY, *(f"{s}.{word}" for s, word in zip(sections, words, strict=True)), *overrides])
+def tiny(words: str, *further: str) -> Config:
+    return load(None, [*TINY, *overrides(words), *further])
 
 
 def images(size: int = 32) -> torch.Tensor:
@@ -74,7 +65,7 @@ def total(logits: torch.Tensor, balance: torch.Tensor | None) -> torch.Tensor:
     return loss if balance is None else loss + 0.5 * balance
 
 
-TIGHT = ("top-2", "shared-cg2", "pos2", "scmoe-2", "dgmoe")
+TIGHT = ("top-2", "shared-cg2-top-2", "pos2", "scmoe-2", "dgmoe")
 
 
 @pytest.mark.parametrize(
