@@ -99,6 +99,13 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
             "compute": setting.compute,
         }
 
+    rows = {name: row(name) for name in setting.rows}
+    fastest = max(rows, key=lambda name: rows[name]["forward_speedup"])
+
+    def fastest_over(name: str) -> float:
+        ours, theirs = times[result["best"][fastest]], times[result["best"][name]]
+        return median(t.forward / o.forward for o, t in zip(ours, theirs, strict=True))
+
     pairs = list(zip(baseline, free, strict=True))
     limits = {kind: median(getattr(b, kind) / getattr(f, kind) for b, f in pairs) for kind in ("forward", "train")}
     cpu = {
@@ -116,7 +123,8 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
         "limit_train": limits["train"],
         "transfer_cpu_ms_forward": cpu["forward"],
         "transfer_cpu_ms_train": cpu["train"],
-        "rows": {name: row(name) for name in setting.rows},
+        "fastest_forward": {"row": fastest, "over": {name: fastest_over(name) for name in rows}},
+        "rows": rows,
     }
 
 
@@ -160,9 +168,7 @@ def draw(report: dict[str, Any], setting: Setting, path: Path) -> None:
         bars = axis.bar(places, values, 0.36, color=color, yerr=(low, high), ecolor="#555555", label=word)
         axis.bar_label(bars, [f"{v:.2f}" for v in values], fontsize=8, padding=2)
         axis.axhline(report[f"limit_{kind}"], color=color, linestyle="--", linewidth=1, label=f"all hidden, {word}")
-    axis.set_xticks(
-        range(len(rows)), [name.replace("_pipelined", "\npipelined").replace("_", " ") for name, _ in rows], fontsize=8
-    )
+    axis.set_xticks(range(len(rows)), [name.replace("_", "\n") for name, _ in rows], fontsize=8)
     axis.set_ylabel("speed-up over sequential top-2")
     links = f"{report['link_mbit']:.0f} Mbit/s links" if report["link_mbit"] else rows[0][1]["links"]
     what = "pair of blocks" if report["level"] == "block" else "iteration"

@@ -315,7 +315,7 @@ def measure(rank: int, world_size: int, setting: Setting, verbose: bool) -> dict
         for row, (block, counts) in rows.items()
     }
     everything = [variant for row in candidates.values() for variant in row]
-    tried = bench.rounds(everything, 3, lambda line: show(f"trying every schedule: {line}"))
+    tried = bench.rounds(everything, 2, lambda line: show(f"trying every schedule: {line}"))
     best = {row: min(variants, key=lambda v: median(s.train for s in tried[v])) for row, variants in candidates.items()}
     chosen = {row: Variant(rows[row][0], plan.schedule) for row, plan in plans.items()}
     references = [Variant(b, Schedule(schedule_name(b)), way) for b in bench.stacks for way in ("sequential", "free")]

@@ -252,15 +252,18 @@ ONE = {
     "starved": "position=pos2 starved",
 }
 EP1, EP2, EP4 = (f"strategy.ep_size={ep_size}" for ep_size in (1, 2, 4))
-SLOTS = {
-    (slot, chunks): f"schedule.slot={slot} schedule.chunks={chunks}" for chunks in (1, 2) for slot in range(4)
+SLOTS = {  # (position, slot, chunks): its words
+    (position, slot, chunks): f"position={position} schedule.slot={slot} schedule.chunks={chunks}"
+    for chunks in (1, 2)
+    for position, slots in (("pos1", 3), ("pos2", 4), ("pos3", 5))
+    for slot in range(slots)
 }
 
 # case: (what one process calls it, its words)
 TWO = {
     **{f"{name}, EP 2": (name, f"{text} {EP2}") for name, text in ONE.items()},
     **{f"{name}, DP 2": (name, f"{ONE[name]} {EP1}") for name in ("pos2", "top-2", "clipped", "starved")},
-    **{f"slot {s}, chunks {c}": ("pos2", f"position=pos2 {EP2} {text}") for (s, c), text in SLOTS.items()},
+    **{f"{p}, slot {s}, chunks {c}": (p, f"{EP2} {text}") for (p, s, c), text in SLOTS.items()},
     # as many slots as tokens: nothing can be dropped
     "roomy": ("pos2", f"position=pos2 {EP2} capacity_factor=8"),
     "roomy, chunks 2": ("pos2", f"position=pos2 {EP2} capacity_factor=8 schedule.chunks=2"),
@@ -270,6 +273,7 @@ FOUR = {
     **{f"{name}, EP 4": (name, f"{ONE[name]} {EP4}") for name in ("pos2", "top-2", "clipped", "starved")},
     **{f"{name}, DP 2 x EP 2": (name, f"{ONE[name]} {EP2}") for name in ("pos2", "top-2", "clipped", "clipped top-2")},
     "pos2, DP 4": ("pos2", f"position=pos2 {EP1}"),
+    **{f"{p}, slot {s}, chunks {c}": (p, f"{EP4} {text}") for (p, s, c), text in SLOTS.items() if p == "pos2"},
 }
 OTHERS = {  # of two ranks
     "tight, EP 2": f"position=pos2 {EP2} capacity_factor=1 schedule.chunks=2",
@@ -319,9 +323,14 @@ def test_no_gradient_is_near_the_tolerance(name, one):
     assert min(sizes.values()) > 1e6 * TOLERANCE, min(sizes, key=lambda key: sizes[key])
 
 
-@pytest.mark.parametrize("slot, chunks", SLOTS)
-def test_a_slot_changes_no_bit(slot, chunks, two):
-    assert_same_bits(two[f"slot {slot}, chunks {chunks}"], two[f"slot 0, chunks {chunks}"])
+@pytest.mark.parametrize("position, slot, chunks", SLOTS)
+def test_a_slot_changes_no_bit(position, slot, chunks, two):
+    assert_same_bits(two[f"{position}, slot {slot}, chunks {chunks}"], two[f"{position}, slot 0, chunks {chunks}"])
+
+
+@pytest.mark.parametrize("position, slot, chunks", [key for key in SLOTS if key[0] == "pos2"])
+def test_a_slot_changes_no_bit_on_four_ranks(position, slot, chunks, four):
+    assert_same_bits(four[f"{position}, slot {slot}, chunks {chunks}"], four[f"{position}, slot 0, chunks {chunks}"])
 
 
 def test_what_is_dropped_depends_on_the_data_parallel_ranks_alone(two):

@@ -26,7 +26,7 @@ from torch import Tensor
 from scmoe.config import Config
 from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.router import Router
-from scmoe.parallel.all_to_all import Transfer
+from scmoe.parallel import all_to_all
 from scmoe.parallel.expert_parallel import expert_parameters
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.testbed.ranks import run_ranks
@@ -286,11 +286,11 @@ def test_bf16_mixed_runs_and_learns(layout):
 # ---------------------------------------------------------------------- overlap
 
 ALL_TO_ALL = ParallelContext.dispatcher
-WAYS: dict[str, list[tuple[type, str, Any]]] = {
+WAYS: dict[str, list[tuple[Any, str, Any]]] = {
     "overlapped": [],
     "sequential": [(ParallelContext, "dispatcher", lambda self, *args: Blocking(ALL_TO_ALL(self, *args)))],
-    "overlapped, late": [(Transfer, "launch", Late)],
-    "overlapped, overtaking": [(Transfer, "launch", Shuffled)],
+    "overlapped, late": [(all_to_all, "point_to_point", Late)],
+    "overlapped, overtaking": [(all_to_all, "point_to_point", Shuffled)],
 }
 
 
@@ -300,7 +300,8 @@ def fit_ways(rank: int, world_size: int, words: str) -> dict[str, dict[str, Any]
     for name, patches in WAYS.items():
         with ExitStack() as stack:
             for owner, attribute, new in patches:
-                stack.enter_context(patch.object(owner, attribute, delayed(new) if attribute == "launch" else new))
+                new = delayed(new) if owner is all_to_all else new
+                stack.enter_context(patch.object(owner, attribute, new))
             records[name] = fit(tiny(words, world_size), "adamw")
     return records
 

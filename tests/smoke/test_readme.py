@@ -19,6 +19,10 @@ SHORT = {
     "make train": ["make", "train", f"ARGS={QUICK}"],
     "make test": ["make", "--dry-run", "test"],  # it is what runs this test
     'make resume ARGS="trainer.max_steps=400"': ["make", "resume", "ARGS=trainer.max_steps=5"],
+    "make train CONFIG=configs/quickstart_vision.yaml": [
+        *("make", "train", "CONFIG=configs/quickstart_vision.yaml"),
+        f"ARGS={QUICK}",
+    ],
 }
 SAYS = {
     "make train": '"steps": 3',
