@@ -1,7 +1,7 @@
 """Every architecture of the paper's tables, as words of the config, for the tests that go through all of them.
 
-A word without a dot is a key of the section `moe`. Rows of Tables 1 to 7 and of A.7; the baselines of CG-1 are called by
-their position alone.
+A word without a dot is a key of the section `moe`. Rows of Tables 1 to 7 and of A.7; those of CG-1 are called by their
+position alone.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from scmoe.training.base import MoEModule
 from scmoe.training.build_model import build_model
 from scmoe.training.callbacks import DataPosition
 from scmoe.training.module import LanguageModel
+from tests.architectures import EVERY_BLOCK, TABLES, overrides
 
 pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
 
@@ -44,8 +45,7 @@ MOMENTS = ("drawn", "before", "after")  # weights from the seed, weights made fo
 
 def tiny(text: str, world_size: int = 1) -> Config:
     """The config of words like `moe.top_k=2`, of which `moe.` may be left out."""
-    words = [word if "." in word.partition("=")[0] else f"moe.{word}" for word in text.split()]
-    return load(None, [*TINY, f"trainer.devices={world_size}", *words])
+    return load(None, [*TINY, f"trainer.devices={world_size}", *overrides(text)])
 
 
 # ---------------------------------------------------------------------- one training on one rank
@@ -226,21 +226,7 @@ def assert_same_bits(records: list[dict[str, Any]], others: list[dict[str, Any]]
 
 # ---------------------------------------------------------------------- cases
 
-ARCHITECTURES = {
-    "top-1": "architecture=top_k",
-    "top-2": "architecture=top_k top_k=2",
-    "top-3": "architecture=top_k top_k=3",
-    "top-2-every-block": "architecture=top_k top_k=2 every=1",
-    "shared-cg2": "architecture=shared_expert combine=cg2",
-    "pos1": "position=pos1",
-    "pos2": "position=pos2",
-    "pos3": "position=pos3",
-    "l0-pos1": "position=pos2 first_position=pos1 model.layers=4",
-    "scmoe-2": "position=pos2 top_k=2",
-    "scmoe-every-block": "position=pos1 every=1",
-    "dgmoe": "architecture=dgmoe position=pos2",
-    "dgmoe-share": "architecture=dgmoe_share position=pos3 model.layers=4",
-}
+ARCHITECTURES = TABLES | EVERY_BLOCK
 LLAMA = "model.family=llama model.heads=4 model.kv_heads=2"
 ARCHITECTURES |= {f"llama, {name}": f"{text} {LLAMA}" for name, text in ARCHITECTURES.items()}
 CLIP = 0.25  # below every norm of this model
