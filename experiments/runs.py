@@ -3,7 +3,7 @@
     python -m experiments.runs [FOLDER] [--last N]
 
 Best loss is the lowest val/loss; tokens/s that of the summary, or the last logged. A run differs in what is not as in
-most of the runs shown of its experiment, the first folder of its path.
+more than half of the runs shown of its experiment: those of one name, one sweep or one table.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from scmoe.config_check import ConfigError
 from scmoe.config_yaml import parse_yaml
 from scmoe.training.run_state import read_state
 
-WIDTH = 160  # where there is no terminal
+WIDTH = 1000  # where there is no terminal: a line a run, however long, so that it can be searched and copied
 COLORS = {"finished": "green", "running": "cyan", "failed": "red", "cut": "yellow"}
 NOT_COMPARED = ("name", "runs_dir", "logger.")  # where a run is kept, not what it is
 
@@ -86,7 +86,7 @@ class SeenRun:
     @property
     def steps(self) -> int:
         """Steps made, as far as they are logged."""
-        return max((int(row["step"]) + _after(row) for row in self.metrics), default=0)
+        return max((int(row["step"]) + 1 for row in self.metrics), default=0)
 
     @property
     def best_loss(self) -> float | None:
@@ -113,15 +113,10 @@ class SeenRun:
             return (self.path / "config.yaml").stat().st_mtime
 
     def curve(self, metric: str) -> list[tuple[float, float]]:
-        """Points (tokens or images, value) of a metric."""
+        """Points (tokens or images, value) of a metric. A row's step is the last one made before it, counted from 0."""
         per_step = int(self.config["data.global_batch_size"])
         per_step *= int(self.config["data.seq_len"]) if self.counts == "tokens" else 1
-        return [((row["step"] + _after(row)) * per_step, row[metric]) for row in self.metrics if metric in row]
-
-
-def _after(row: dict[str, float]) -> int:
-    """A row of training has the step that it is of, counted from 0; a row of validation the steps made before it."""
-    return 0 if "val/loss" in row else 1
+        return [((row["step"] + 1) * per_step, row[metric]) for row in self.metrics if metric in row]
 
 
 def flat(text: str) -> dict[str, str]:
@@ -156,28 +151,34 @@ def differences(runs: Sequence[SeenRun]) -> dict[str, list[str]]:
     return {key: values for key, values in columns.items() if len(set(values)) > 1}
 
 
-def own_words(runs: Sequence[SeenRun], folder: Path) -> dict[SeenRun, str]:
+def experiment_of(run: SeenRun) -> Path:
+    """The folder of the runs that belong together: of a sweep, of a table, else of one name."""
+    folders = run.path.absolute().parents[:3]
+    return next((folder for folder in folders if folder.parent.name in ("sweeps", "tables")), folders[0])
+
+
+def own_words(runs: Sequence[SeenRun]) -> dict[SeenRun, str]:
     """For each run what is not as in most of its experiment: `moe.position=pos1 optim.lr=0.01`."""
-    experiments: dict[str, list[SeenRun]] = {}
+    experiments: dict[Path, list[SeenRun]] = {}
     for run in runs:
-        experiments.setdefault(run.path.relative_to(folder).parts[0], []).append(run)
+        experiments.setdefault(experiment_of(run), []).append(run)
     words: dict[SeenRun, list[str]] = {run: [] for run in runs}
     for together in experiments.values():
         for key, values in differences(together).items():
-            usual = Counter(values).most_common(1)[0][0]
+            usual, times = Counter(values).most_common(1)[0]
             for run, value in zip(together, values, strict=True):
-                words[run] += [f"{key}={value}"] * (value != usual)
+                words[run] += [f"{key}={value}"] * (value != usual or times <= len(values) / 2)
     return {run: " ".join(own) for run, own in words.items()}
 
 
 def table_of(runs: Sequence[SeenRun], folder: Path) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run", overflow="fold", ratio=5)
+    table.add_column("run", overflow="fold")
     table.add_column("state", no_wrap=True)
     for name in ("steps", "best val loss", "tokens/s", "age"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("differs in", overflow="fold", ratio=6)
-    words = own_words(runs, folder)
+    table.add_column("differs in", overflow="fold")
+    words = own_words(runs)
     for run in runs:
         best, speed = run.best_loss, run.per_s
         table.add_row(

@@ -207,7 +207,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     left.hlines(places, 0, paper, color=PAPER, linewidth=1.5)
     left.plot(paper, places, "D", color=PAPER, markersize=7)
     for place, value in zip(places, paper, strict=True):
-        _label(left, f"{value:+.3f}", value, place)
+        _label(left, f"{value:+.4f}", value, place)
     left.margins(x=0.15)
     for row, place in zip(rows, places, strict=True):
         difference = row["difference"]
@@ -218,7 +218,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         if interval := difference["interval_95"]:
             right.hlines(place, *interval, color=OURS, linewidth=2, label="95 % interval of the mean")
         right.plot(difference["mean"], place, "D", color=OURS, markersize=7, label="mean")
-        _label(right, f"{difference['mean']:+.3f}", difference["mean"], place)
+        _label(right, f"{difference['mean']:+.4f}", difference["mean"], place)
     left.set_yticks(list(places), [row["name"] for row in rows])
     left.set_ylim(0.3, len(rows) + 0.9)
     ours = f"Ours, {found['scale']}: {found['model']},\n{found['seen']}"

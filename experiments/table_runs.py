@@ -149,7 +149,7 @@ def fraction(run: Run) -> float:
 
 def _last_line(log: Path) -> str:
     lines = [line.strip() for line in _tail(log).splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "it said nothing"
+    return lines[-1].removeprefix("[rank0]: ")[:200] if lines else "it said nothing"
 
 
 def _tail(log: Path) -> str:

@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[2]
 METRICS = """step,train/loss,val/loss,time/tokens_per_s
 0,5.0,,
 1,4.0,,100.0
-2,,4.5,
+1,,4.5,
 3,3.0,,300.0
-4,,4.25,
+3,,4.25,
 """
 
 
@@ -40,6 +40,8 @@ def folder(tmp_path):
     make_run(tmp_path, "debug/20261101-120000-a")
     make_run(tmp_path, "debug/20261101-120001-b", "moe.position=pos3", state="failed")
     make_run(tmp_path, "debug/20261101-120002-c", "optim.lr=0.5")
+    for i, lr in enumerate(("0.1", "0.2")):
+        make_run(tmp_path, f"sweeps/lr/trial-00{i}/20261101-1100{i}0-e", f"optim.lr={lr}")
     make_run(tmp_path, "other/20261101-120003-d", "model.dim=64")
     (tmp_path / "latest").symlink_to("other/20261101-120003-d")
     return tmp_path
@@ -92,17 +94,21 @@ def test_runs_are_listed_with_what_differs_in_their_experiment(folder, capsys):
     assert runs.main([str(folder)]) == 0
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines() if "20261101" in line]
-    assert [line[0].rpartition("-")[2] for line in lines] == ["d", "c", "b", "a"], "the newest first, latest not twice"
-    assert [line[1:5] for line in lines] == [
+    names = [line[0].rpartition("-")[2] for line in lines]
+    assert names == ["d", "c", "b", "a", "e", "e"], "the newest first, latest not twice"
+    assert [line[1:5] for line in lines[:4]] == [
         ["finished", "4/4", "4.2500", "300"],
         ["finished", "4/4", "4.2500", "300"],
         ["failed", "4/4", "4.2500", "300"],
         ["finished", "4/4", "4.2500", "300"],
     ]
-    assert [line[7:] for line in lines] == [[], ["optim.lr=0.5"], ["moe.position=pos3"], []]
-    assert "4 of 4 runs" in out
+    words = [[], ["optim.lr=0.5"], ["moe.position=pos3"], [], ["optim.lr=0.2"], ["optim.lr=0.1"]]
+    assert [line[7:] for line in lines] == words, "of two that differ neither is the usual one"
+    assert "6 of 6 runs" in out
     assert runs.main([str(folder), "--last", "1"]) == 0
-    assert "1 of 4 runs" in capsys.readouterr().out
+    assert "1 of 6 runs" in capsys.readouterr().out
+    assert runs.main([str(folder / "sweeps/lr")]) == 0
+    assert "optim.lr=0.1" in capsys.readouterr().out, "also where the list begins below the sweep"
 
 
 def test_a_run_of_an_older_version_is_compared_by_defaults(folder):
