@@ -19,10 +19,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.harness import clock
+from experiments.runs import WIDTH
 from experiments.sweep_config import Sweep, read
 from experiments.sweep_report import rich_table, write_report
 from experiments.sweep_search import Trial, best, total
@@ -75,6 +77,8 @@ def run_here(sweep: Sweep, request: str) -> int:
             stopped = 128 + interrupted.signum
     summary = write_report(sweep, trials)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
     console.print(rich_table(sweep, trials))
     console.print(f"results      {sweep.folder}", soft_wrap=True)
     if summary["best"]:
@@ -152,10 +156,12 @@ def run_online(sweep: Sweep) -> int:
             sweep_path = f"{entity}/{project}/{wandb.sweep(sweep.raw, entity, project)}"
     except (wandb.Error, OSError, ValueError) as error:  # ValueError: an answer that is none
         raise ConfigError(f"Weights & Biases takes no sweep, allowed here: --local: {error}") from error
-    print("agents may join from other machines, each in its copy of this folder, with:")
-    print(f"    PATH=$PWD/.venv/bin:$PATH wandb agent {sweep_path}", flush=True)
-    agent = [sys.executable, "-m", "wandb", "agent", "--forward-signals", sweep_path]
     sweep.folder.mkdir(parents=True, exist_ok=True)
+    given, join = sweep.folder / "sweep.yaml", f"PATH=$PWD/.venv/bin:$PATH wandb agent {sweep_path}"
+    given.write_text(yaml.safe_dump(sweep.raw, sort_keys=False))
+    print(f"the sweep was made at W&B as by:\n    wandb sweep --entity {entity} --project {project} {given}")
+    print(f"agents may join from other machines, each in its copy of this folder, with:\n    {join}", flush=True)
+    agent = [sys.executable, "-m", "wandb", "agent", "--forward-signals", sweep_path]
     places = [str(Path(sys.executable).parent), str(sweep.folder.absolute())]
     process = subprocess.Popen(["/bin/sh", "-c", SETTINGS, *places, *agent], start_new_session=True)
     stopped: list[int] = []
@@ -167,7 +173,9 @@ def run_online(sweep: Sweep) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     code = process.wait()
-    code = 128 + stopped[0] if stopped else code
+    if stopped:
+        code = 128 + stopped[0]
+        print(f"go on        {join}")
     print(json.dumps({"sweep": sweep_path, "exit_code": code}), flush=True)
     return code if code >= 0 else 128 - code
 

@@ -150,7 +150,7 @@ def _columns(trial: Trial) -> list[str]:
 
 def _last_line(output: Path) -> str:
     lines = [line.strip() for line in output.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "it said nothing"
+    return lines[-1].removeprefix("[rank0]: ")[:200] if lines else "it said nothing"
 
 
 # ---------------------------------------------------------------------- state

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.runs import find_runs, open_run
 from scmoe.config import load
 from tests.smoke.test_train import run
 
@@ -33,5 +34,7 @@ def test_a_sweep_of_trainings(tmp_path):
     with (tmp_path / "sweeps" / "two" / "results.csv").open(newline="") as file:
         failed, finished = csv.DictReader(file)
     assert (failed["state"], finished["state"]) == ("failed", "finished")
-    assert "FloatingPointError" in failed["reason"]
+    assert failed["reason"].startswith("FloatingPointError: ")
+    assert open_run(best["run_dir"]).curve("val/loss")[-1] == (4 * 4 * 16, pytest.approx(trained["val_loss"]))
+    assert [(run.state, run.steps) for run in find_runs(tmp_path)] == [("finished", 4), ("failed", 1)]
     assert "\ntrial 2 of 2 finished" in done.err

@@ -10,8 +10,10 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -215,7 +217,10 @@ def test_a_sweep_through_an_agent(tmp_path):
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {"sweep": "me/scmoe/sweep001", "exit_code": 0}
-    assert "wandb agent me/scmoe/sweep001" in done.stdout
+    made, joined = (line.split() for line in done.stdout.splitlines() if line.startswith("    "))
+    assert joined[1:] == ["wandb", "agent", "me/scmoe/sweep001"]
+    assert made[:-1] == ["wandb", "sweep", "--entity", "me", "--project", "scmoe"]
+    assert yaml.safe_load(Path(made[-1]).read_text()) == server.sweep
     sent, ours = server.sweep, yaml.safe_load((ROOT / words[0]).read_text())
     assert sent.pop("command")[-3:] == [*words[1:], "${args_no_hyphens}"]
     assert sent == {key: value for key, value in ours.items() if key != "command"}, "nothing of ours in it"
@@ -228,6 +233,48 @@ def test_a_sweep_through_an_agent(tmp_path):
     assert [artifact.run for artifact in server.artifacts] == ["trial0", "trial1", "trial2"]
     ids = {json.loads(path.read_text())["id"] for path in tmp_path.glob("debug/*/wandb_run.json")}
     assert ids == {"trial0", "trial1", "trial2", "trial3"}, "so that a resumed trial is the same run"
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Processes whose environment has this folder, W&B's own among them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # ended, or another's
+            found += [path.parent.name] * (str(folder).encode() in path.read_bytes())
+    return found
+
+
+def test_a_trial_that_w_and_b_stops_and_one_that_is_interrupted_are_saved(tmp_path):
+    """The server stops the first trial, as Hyperband does there, and Ctrl-C comes in the second."""
+    long = ("trainer.max_steps=100000", "trainer.val_every=100000", "trainer.checkpoint_every=100000")
+    words = ("configs/sweep/smoke.yaml", f"runs_dir={tmp_path}", "logger.mode=online", *long)
+    private = ("WANDB_", "PYTEST_")
+
+    def until_it_trains(trial: str) -> None:
+        while trial not in server.runs or not server.runs[trial].history:
+            assert process.poll() is None
+            time.sleep(0.1)
+
+    with wandb_server() as server, (tmp_path / "said").open("w") as said:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(private)} | server.variables
+        process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.sweep", *words],
+            cwd=ROOT,
+            env=environment,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
+        until_it_trains("trial0")
+        server.stopped.add("trial0")
+        until_it_trains("trial1")
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        code = process.wait(120)
+    assert code == 130
+    assert not left_behind(tmp_path)
+    assert {name: run.exit_code for name, run in server.runs.items()} == {"trial0": 1, "trial1": 1}
+    assert len(list(tmp_path.glob("debug/*/checkpoints/step=*.ckpt"))) == 2
+    assert "go on        PATH=$PWD/.venv/bin:$PATH wandb agent me/scmoe/sweep001" in (tmp_path / "said").read_text()
 
 
 def test_a_server_that_takes_no_sweep_is_said(monkeypatch):

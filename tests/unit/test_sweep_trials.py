@@ -44,7 +44,7 @@ def start(tmp_path):
         words = [str(tmp_path / f"{name}.yaml"), "--local", f"runs_dir={tmp_path}"]
         pipe = subprocess.PIPE
         command = [sys.executable, "-m", "experiments.sweep", *words]
-        return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+        return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
     return start
 
@@ -105,7 +105,7 @@ def test_a_cut_sweep_goes_on(signum, start, tmp_path):
     process = start(pause_s=0.1)
     first, second = (tmp_path / "sweeps/s" / name for name in ("trial-001", "trial-002"))
     until(lambda: any(second.glob("*/metrics.csv")))
-    process.send_signal(signum)
+    os.killpg(process.pid, signum)  # as a terminal does
     done = end(process)
     assert done.code == 128 + signum, done.err
     assert not alive(tmp_path)
