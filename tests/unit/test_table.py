@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,13 +18,14 @@ from experiments import harness
 from experiments.table_config import Row, Scale, load_table
 from experiments.table_launch import write_launch_files
 from experiments.table_runs import Run, State, keep, plan, same_config, state_of
-from scmoe.config import load, to_yaml
+from scmoe.config import Config, load, to_yaml
 from scmoe.config_check import ConfigError
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build_model import build_model, build_model_on_meta
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs/experiment"
+EXPERIMENTS = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("*/table.yaml")])
 TABLES = sorted(path.parent.name for path in CONFIGS.glob("*/table.yaml"))
 
 # A training that only leaves behind what a real one does. What it is to do stands in a file `orders/<name>`.
@@ -272,6 +274,30 @@ def test_launch_files_hold_every_run(tmp_path):
     for command in write_launch_files(runs, tmp_path):
         path = Path(command.removeprefix("bash "))
         subprocess.run(["bash", "-n", path], check=True)
-        text = path.read_text()
-        assert all(f"name={run.name} " in text for run in runs)
-        assert all(word in text for word in ("moe.architecture=top_k", "moe.first_position=pos1"))
+        assert started(path, tmp_path) == [run.config for run in runs]
+
+
+def started(script: Path, folder: Path) -> list[Config]:
+    """The configs of what a launch file starts; stand-ins for torchrun and sbatch note how they are called."""
+    calls = folder / "launched"
+    calls.write_text("")
+    for name in (".venv/bin/torchrun", "sbatch"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f'#!/bin/bash\nprintf "%s\\n" "$CONFIG $*" >> {calls}\n')
+        (folder / name).chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    subprocess.run(["bash", script.absolute()], cwd=folder, env=environment, check=True)
+    configs = []
+    for call in calls.read_text().splitlines():
+        (config,) = (word for word in call.split() if word.endswith(".yaml"))
+        configs.append(load(config, [word for word in call.split() if "=" in word and not word.startswith("--")]))
+    return configs
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_an_experiment_opens_with_the_papers_values_its_command_and_its_cost(path):
+    head = re.match(r"(#.*\n)+", path.read_text())
+    assert head is not None
+    told = re.findall(r"^#   (paper|command|cost)  +\S", head[0], re.MULTILINE)
+    assert told == ["paper", "command", "cost"]
+    assert re.search(r"\d\.\d|\d{2}\.\d", head[0])
