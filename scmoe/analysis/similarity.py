@@ -8,17 +8,21 @@ of SwinV2, there is nothing to compare, and the entry is not a number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from scmoe.blocks.sublayers import MLP
+
+NUMBERED = 12  # representations of a panel whose entries are written out
 
 
 @torch.no_grad()
@@ -98,7 +102,10 @@ def similarity_metrics(matrix: Any) -> dict[str, float]:
 
 
 def draw_similarity(steps: Sequence[int], labels: Sequence[str], values: Any, path: Path) -> None:
-    """The last matrix, one panel for each width, as a PNG. values: [steps, N, N]."""
+    """The last matrix, one panel for each width, as a PNG. values: [steps, N, N].
+
+    Colours begin at the lowest value: neighbours are near 1, and on a scale from 0 all would look alike.
+    """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -108,14 +115,19 @@ def draw_similarity(steps: Sequence[int], labels: Sequence[str], values: Any, pa
     size = [max(3.2, 0.22 * (group.stop - group.start) + 1.6) for group in groups]
     figure = Figure(figsize=(sum(size) + 1.0, max(size) + 0.4), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     axes = figure.subplots(1, len(groups), squeeze=False, width_ratios=size)[0]
-    lowest = min(0.0, float(torch.as_tensor(matrix).nan_to_num(1.0).min()))
+    lowest = math.floor(20 * min(0.95, float(torch.as_tensor(matrix).nan_to_num(1.0).min()))) / 20
     for axis, group in zip(axes, groups, strict=True):
         image = axis.imshow(matrix[group, group], vmin=lowest, vmax=1, cmap="magma")
         names, places = list(labels[group]), range(group.stop - group.start)
         axis.set_xticks(places, names, rotation=90, fontsize=7)
         axis.set_yticks(places, names, fontsize=7)
         axis.spines[:].set_visible(False)
-        axis.set_anchor("N")
+        if group.stop - group.start <= NUMBERED:
+            for (i, j), value in np.ndenumerate(matrix[group, group]):
+                dark = value < (1 + lowest) / 2
+                axis.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=6, color="w" if dark else "k")
     axes[0].set_title(f"cosine similarity after {steps[-1]:,} steps", loc="left", fontsize=11)
     figure.colorbar(image, ax=list(axes), shrink=0.8)
+    for axis in axes:  # after the colour bar, which sets anchors of its own
+        axis.set_anchor("N")
     figure.savefig(path, dpi=150)

@@ -101,17 +101,29 @@ def _summary(trainer: Trainer, module: MoEModule, data: PositionedDataModule) ->
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     total, active = report.total_and_active(report.count_parameters(module.model))
     throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
-    quality: dict[str, Any] = {"val_loss": metrics["val/loss"]}
+    rate = None if math.isnan(throughput.mean) else throughput.mean
+    val_loss = metrics["val/loss"]
     if isinstance(data, SequenceDataModule):
-        quality["perplexity"] = metrics["val/perplexity"]
-        quality["bits_per_byte"] = metrics["val/bits_per_byte"]
-        quality["unigram_bits_per_byte"] = data.unigram_bits_per_byte()
-    else:
-        quality["val_accuracy"] = metrics["val/accuracy"]
-        quality["data"] = data.name  # what was asked for: nothing stands in for it
+        quality: dict[str, Any] = {
+            "perplexity": metrics["val/perplexity"],
+            "bits_per_byte": metrics["val/bits_per_byte"],
+            "unigram_bits_per_byte": data.unigram_bits_per_byte(),
+            "tokens_per_s": rate,
+        }
+        of_images: dict[str, Any] = {}
+    else:  # the same keys: a class stands for a token, a picture has no bytes of text, and its tokens are its patches
+        patches = module.model.patches.num_patches
+        quality = {
+            "perplexity": torch.tensor(val_loss).exp().item(),  # inf, not an error, where the loss is huge
+            "bits_per_byte": None,
+            "unigram_bits_per_byte": None,
+            "tokens_per_s": None if rate is None else rate * patches,
+        }
+        # data: what was asked for, since nothing stands in for it
+        of_images = {"val_accuracy": metrics["val/accuracy"], "data": data.name, "images_per_s": rate}
     return {
+        "val_loss": val_loss,
         **quality,
-        throughput.name: None if math.isnan(throughput.mean) else throughput.mean,
         "steps": steps,
         "params_total": total,
         "params_active": active,
@@ -119,6 +131,7 @@ def _summary(trainer: Trainer, module: MoEModule, data: PositionedDataModule) ->
         "world_size": trainer.world_size,
         "drop_share": metrics.get("val/drop_share"),
         "load_max_ratio": metrics.get("val/load_max"),
+        **of_images,
     }
 
 

@@ -17,7 +17,7 @@ from scmoe.testbed.ranks import run_ranks
 from scmoe.training import build
 from scmoe.training.callbacks import DataPosition
 from scmoe.training.classifier import ImageClassifier
-from tests.architectures import EVERY_BLOCK, TABLES, overrides
+from tests.architectures import TABLES, overrides
 from tests.distributed.test_ep_equality import TOLERANCE, Recording, assemble, assert_same, train
 from tests.distributed.test_strategy import HALF, fit
 
@@ -31,7 +31,7 @@ TINY = (
     *("optim.lr=0.1", "trainer.accelerator=cpu", "trainer.precision=64-true", "trainer.max_steps=3"),
     *("trainer.gradient_clip=null", "trainer.progress=false", "trainer.threads=1"),
 )
-ARCHITECTURES = {"dense": "architecture=dense", **TABLES, **EVERY_BLOCK}
+ARCHITECTURES = {"dense": "architecture=dense", **TABLES}
 
 
 class RecordingClassifier(Recording, ImageClassifier):

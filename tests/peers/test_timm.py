@@ -12,10 +12,11 @@ import torch
 
 from scmoe.config import Config, load
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build_model import build_model
+from scmoe.training.build_model import build_model, build_model_on_meta
 from tests.helpers import assert_close, gradients, randomise
 
 pytest.importorskip("timm", reason="the extra `vision` is not installed: timm")
+import timm
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 
 pytestmark = pytest.mark.peers
@@ -23,11 +24,11 @@ pytestmark = pytest.mark.peers
 OURS = {  # timm's names, and ours
     r"patch_embed\.": "patches.",
     r"layers\.(\d)\.downsample\.": r"merges.\1.",
-    r"layers\.(\d)\.blocks\.(\d)\.attn\.": r"stages.\1.\2.sublayers.0.f.attention.",
-    r"layers\.(\d)\.blocks\.(\d)\.norm1\.": r"stages.\1.\2.sublayers.0.after.norm.",
-    r"layers\.(\d)\.blocks\.(\d)\.mlp\.fc1\.": r"stages.\1.\2.sublayers.1.f.w_in.",
-    r"layers\.(\d)\.blocks\.(\d)\.mlp\.fc2\.": r"stages.\1.\2.sublayers.1.f.w_out.",
-    r"layers\.(\d)\.blocks\.(\d)\.norm2\.": r"stages.\1.\2.sublayers.1.after.norm.",
+    r"layers\.(\d)\.blocks\.(\d+)\.attn\.": r"stages.\1.\2.sublayers.0.f.attention.",
+    r"layers\.(\d)\.blocks\.(\d+)\.norm1\.": r"stages.\1.\2.sublayers.0.after.norm.",
+    r"layers\.(\d)\.blocks\.(\d+)\.mlp\.fc1\.": r"stages.\1.\2.sublayers.1.f.w_in.",
+    r"layers\.(\d)\.blocks\.(\d+)\.mlp\.fc2\.": r"stages.\1.\2.sublayers.1.f.w_out.",
+    r"layers\.(\d)\.blocks\.(\d+)\.norm2\.": r"stages.\1.\2.sublayers.1.after.norm.",
     r"head\.fc\.": "head.",
 }
 
@@ -99,3 +100,15 @@ def test_initial_weights_are_spread_as_timms():
             assert torch.equal(p, mine), name
         elif p.numel() > 1000 and "patch_embed" not in name:
             assert mine.std().item() == pytest.approx(p.std().item(), rel=0.15), name
+
+
+@pytest.mark.parametrize(
+    ("preset", "name"), [("s", "swinv2_small_window8_256"), ("b", "swinv2_base_window12_192")], ids=("s", "b")
+)
+def test_dense_presets_are_timms_models(preset, name):
+    """Table 9's shape at its size: the same weights, name by name and shape by shape. No memory is taken."""
+    with torch.device("meta"):
+        theirs = timm.create_model(name, img_size=192, window_size=12, num_classes=1000)
+    ours = build_model_on_meta(load(f"configs/model/swinv2_moe_{preset}.yaml", ["moe.architecture=dense"]))
+    shapes = {our_name(key): p.shape for key, p in theirs.named_parameters()}
+    assert shapes == {key: p.shape for key, p in ours.named_parameters()}

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
-from tests.smoke.test_train import ROOT, TRAIN, Done, rows_of, run
+from tests.smoke.test_train import ROOT, SUMMARY, TRAIN, Done, rows_of, run
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.xdist_group("ranks")]
 
-SUMMARY = (
-    "run_dir val_loss val_accuracy data images_per_s steps params_total params_active ep_size world_size drop_share "
-    "load_max_ratio"
-)
 SHORT = ("trainer.max_steps=4", "trainer.val_every=2", "trainer.checkpoint_every=2", "data.val_sequences=21")
 
 
@@ -26,7 +23,10 @@ def trained(tmp_path_factory) -> tuple[Done, Path]:
 
 def test_the_last_line_is_the_summary(trained):
     summary = trained[0].summary
-    assert list(summary) == SUMMARY.split()
+    assert list(summary) == [*SUMMARY.split(), "val_accuracy", "data", "images_per_s"]
+    assert summary["bits_per_byte"] is None and summary["unigram_bits_per_byte"] is None, "pictures have no bytes"
+    assert summary["perplexity"] == pytest.approx(math.exp(summary["val_loss"]), rel=1e-6)  # float32
+    assert summary["tokens_per_s"] == pytest.approx(64 * summary["images_per_s"]), "patches of 2 x 2 in 16 x 16"
     assert (summary["data"], summary["steps"], summary["ep_size"], summary["world_size"]) == ("digits", 4, 2, 2)
     share = summary["val_accuracy"] * 21
     assert share == pytest.approx(round(share), abs=1e-4), "21 pictures on two ranks, filler left out"

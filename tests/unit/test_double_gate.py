@@ -19,7 +19,20 @@ from scmoe.schedule.plan import Schedule
 from scmoe.training.build import build_module
 from scmoe.training.build_model import build_model
 from scmoe.training.report import count_parameters, total_and_active
-from tests.helpers import DIM, EXPERTS, randomise, tiny, tiny_batch, tiny_model, tiny_stream, tiny_sublayers
+from tests.helpers import (
+    DIM,
+    EXPERTS,
+    Log,
+    Recorded,
+    RecordingDispatcher,
+    randomise,
+    tiny,
+    tiny_batch,
+    tiny_model,
+    tiny_stream,
+    tiny_sublayers,
+)
+from tests.unit.test_backward_order import between
 
 
 def double_gate_block(schedule: Schedule, stream=None) -> DoubleGateBlock:
@@ -111,6 +124,26 @@ def test_executes_the_schedules_operators_then_the_current_half(position, slot, 
     current = [o for o in Schedule("top_k", 0, chunks).operators() if o not in ("dispatch", "combine")]
     before_tap = ["attention", "mlp", "attention"][: 3 - position]
     assert log == before_tap + here[:-1] + current + ["decode"]
+
+
+@pytest.mark.parametrize("position, slot", [(p, s) for p in (1, 2, 3) for s in range(p + 1)])
+def test_the_preceding_halfs_transfers_hide_behind_the_backbone_and_backward_is_the_mirror(position, slot):
+    """Combine hides behind the current half's experts, too; the current half's own transfers hide behind nothing."""
+    log, schedule = Log(), Schedule(f"dgmoe_pos{position}", slot)
+    stream = tiny_stream(1, dispatcher=RecordingDispatcher(log))
+    stream.experts = Recorded("experts", stream.experts, log)
+    block = double_gate_block(schedule, stream)
+    names = ("attention", "mlp", "attention")
+    block.sublayers = nn.ModuleList(Recorded(*part, log) for part in zip(names, block.sublayers, strict=True))
+    x_BSD = torch.randn(2, 6, DIM, dtype=torch.float64)
+    block(x_BSD.requires_grad_()).y_BSD.square().sum().backward()
+
+    # transfers are numbered as they start: the preceding half's are the first
+    before, after = list(schedule.window[:slot]), list(schedule.window[slot:])
+    assert between(log.forward, "dispatch 0 start", "dispatch 0 wait") == before
+    assert between(log.forward, "combine 0 start", "combine 0 wait") == [*after, "experts"]
+    assert between(log.forward, "dispatch 1 start", "combine 1 wait") == ["experts"]
+    assert log.backward == log.forward[::-1]
 
 
 def test_what_cannot_be_wired_is_refused():

@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 from scmoe.analysis.gating import GatingProbe, draw_gating, gating_means, gating_metrics, gating_sums
+from scmoe.config import load
 from scmoe.moe.router import Router
-from tests.helpers import assert_close, tiny, tiny_batch, tiny_model
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.training.build_model import build_model
+from tests.helpers import assert_close, randomise, tiny, tiny_batch, tiny_model
 
 
 def hooks(model: nn.Module) -> int:
@@ -106,6 +109,34 @@ def test_where_both_representations_are_one_all_selections_are_repeated():
     model(tiny_batch(config)[0])
     repeated, distance, current, preceding = gating_means(probe.result())[0]
     assert repeated == 1 and distance == 0 and current == preceding
+
+
+@pytest.mark.parametrize("architecture", ("top_k", "scmoe", "dgmoe"))
+def test_pictures_are_asked_layer_by_layer(architecture):
+    """Fig. 9 is of SwinV2-MoE: two pairs of stage 3 with 4 x 4 places, and stage 4's baseline with 2 x 2."""
+    pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
+    words = (
+        *("model.family=swin", "model.layers=4", "model.dim=8", "model.heads=1", "model.patch_size=2"),
+        *("model.window=2", "data.name=digits", "data.image_size=32", "data.num_classes=5"),
+    )
+    config = load(None, [*words, f"moe.architecture={architecture}"])
+    model = randomise(build_model(config, ParallelContext()).double())
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    plain, read = model(images).logits_BC, []
+    routers = [block.moe.router for block in model.blocks if hasattr(block, "moe")]
+    watched = [r.register_forward_pre_hook(lambda _, args: read.append(args[0].detach())) for r in routers]
+    probe = GatingProbe(model)
+    assert torch.equal(model(images).logits_BC, plain)
+    probe.remove()
+    for handle in watched:
+        handle.remove()
+    assert hooks(model) == 0
+    sums = probe.result()
+    assert sums[:, 4].tolist() == [3 * 16, 3 * 16, 3 * 4]
+    assert (sums[:, 1] > 0).all(), "the two representations differ"
+    if architecture == "dgmoe":  # its gate reads both, one after the other
+        before, now = read[0], read[1]
+        assert_close(sums[0, 1], (now - before).norm(dim=-1).sum(), 1e-12)
 
 
 def test_padding_is_left_out():

@@ -13,7 +13,10 @@ from scmoe.analysis.similarity import (
     similarity_mean,
     similarity_metrics,
 )
-from tests.helpers import assert_close, tiny, tiny_batch, tiny_model
+from scmoe.config import load
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.training.build_model import build_model
+from tests.helpers import assert_close, randomise, tiny, tiny_batch, tiny_model
 from tests.unit.test_gating import hooks
 
 
@@ -73,6 +76,26 @@ def test_every_representation_is_read_once_in_order(words, labels):
     assert_close(matrix.diagonal(), torch.ones(len(labels), dtype=torch.float64), 1e-12)
     model(ids)
     assert probe.labels() == labels, "it sees no more"
+
+
+def test_a_picture_models_stages_stand_beside_each_other():
+    """The width doubles from stage to stage: each begins with an input of its own, and nothing is compared across."""
+    pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
+    words = "model.family=swin model.layers=2 model.dim=8 model.heads=1 model.patch_size=2 model.window=2"
+    words += " data.name=digits data.image_size=32 data.num_classes=5"
+    model = randomise(build_model(load(None, words.split()), ParallelContext()))
+    probe = SimilarityProbe(model)
+    model(torch.randn(2, 3, 32, 32))
+    probe.remove()
+    parts = "0 attention", "0 MLP", "1 attention", "1 MLP", "2 attention", "2 MLP", "3 attention", "3 MLP"
+    parts += "4 attention", "4 MLP", "5 attention", "5 MoE", "6 attention", "6 MLP", "7 attention", "7 MoE"
+    assert [label for label in probe.labels() if label != "input"] == list(parts)
+    assert [i for i, label in enumerate(probe.labels()) if label == "input"] == [0, 5, 10, 15]
+    matrix = similarity_mean(probe.result())
+    blocks = matrix.isfinite().double()
+    assert torch.equal(blocks, torch.block_diag(*[torch.ones(5, 5, dtype=torch.float64)] * 4))
+    assert_close(matrix.diagonal(), torch.ones(20, dtype=torch.float64), 1e-12)
+    assert hooks(model) == 0
 
 
 def test_keeps_few_tokens_evenly_spaced():
