@@ -156,6 +156,7 @@ class StrategyConfig:
     )
     timeout_s: float = option(300.0, "seconds a collective may take before the job is ended", "above 0")
     async_checkpoint: bool = option(False, "go on training while a checkpoint is written")
+    full_checkpoint: bool = option(False, "one file for the tensors of all ranks, put together by rank 0")
     wire_dtype: Literal["bfloat16"] | None = option(
         None, "type in which rows travel between ranks; null: that in which experts compute"
     )

@@ -6,8 +6,8 @@ position) is JSON. Nothing here can execute code when it is read. durable.py mak
 
     <name>.ckpt/manifest.json                    step, size and hash of every file
                 meta.json                        everything but tensors
-                shard-*.safetensors              model.<name>, optimizer_<i>.<name>.<state>,
-                                                 rng.<host|cuda>.<rank>
+                shard-*.safetensors              (or all.safetensors) model.<name>, optimizer_<i>.<name>.<state>,
+                                                 rng.<generator>.<rank>
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -31,8 +32,10 @@ from torch.optim import Optimizer
 from scmoe.parallel import durable
 from scmoe.parallel.expert_parallel import expert_parameters
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.random_state import rng_states
 
 META = "meta.json"
+FULL = "all.safetensors"
 
 
 def model_state(module: nn.Module, context: ParallelContext) -> dict[str, Tensor]:
@@ -57,27 +60,16 @@ def optimizer_state(module: nn.Module, optimizer: Optimizer, context: ParallelCo
     return {"state": state, "param_groups": groups}
 
 
-def rng_states() -> dict[str, Tensor]:
-    """This rank's random generators: the host's, and the GPU's where there is one."""
-    states = {"host": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def set_rng_states(states: dict[str, Tensor]) -> None:
-    torch.set_rng_state(states["host"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
-
-
 class Saving:
     """A checkpoint on its way to disk. Its tensors are those of the moment it was started, whatever training does
     since; it is in its place, whole, when `finish` has returned on every rank."""
 
-    def __init__(self, path: Path, checkpoint: dict[str, Any], context: ParallelContext, background: bool) -> None:
-        """Every rank must make it. background: return once the tensors are copied, and write in a thread."""
-        self.path, self.context, self.step = path, context, checkpoint["global_step"]
+    def __init__(
+        self, path: Path, checkpoint: dict[str, Any], context: ParallelContext, background: bool, full: bool = False
+    ) -> None:
+        """Every rank must make it. background: return once the tensors are copied, and write in a thread. full: in the
+        end rank 0 puts all shards together in one file, in its memory."""
+        self.path, self.context, self.step, self.full = path, context, checkpoint["global_step"], full
         tensors, meta = _split(checkpoint, context)
         self.meta = json.dumps(_to_json(meta))
         token: list[Any] = [uuid.uuid4().hex[:8]]
@@ -107,6 +99,8 @@ class Saving:
                 self.writing.result()
         with _alike_on_every_rank(self.context):
             if self.context.rank == 0:
+                if self.full:
+                    _put_together(self.partial)
                 durable.write_durably(self.partial / META, self.meta)
                 files = {file.name: durable.fingerprint(file) for file in sorted(self.partial.iterdir())}
                 durable.commit(self.partial, self.path, self.step, files)
@@ -119,9 +113,28 @@ class Saving:
             raise OSError(f"{self.path} could not be written; older checkpoints are as they were: {error}") from error
 
 
-def save(path: Path, checkpoint: dict[str, Any], context: ParallelContext) -> None:
-    """Writes Lightning's checkpoint dictionary; on return it is whole, on every rank. Every rank must call it."""
-    Saving(path, checkpoint, context, background=False).finish()
+def read_whole(path: Path, start: str = "") -> dict[str, Tensor]:
+    """The tensors whose names begin so, experts of all ranks together, in one process and on the host."""
+    reader = HuggingFaceStorageReader(str(path))
+    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    whole = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if name.startswith(start)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is meant
+        dcp.load(whole, storage_reader=reader, no_dist=True)
+    return whole
+
+
+def _put_together(folder: Path) -> None:
+    """DCP's own way (`enable_consolidation`) takes floating-point tensors alone: no random states."""
+    shards = list(folder.glob("*.safetensors"))
+    save_file(read_whole(folder), folder / FULL)
+    durable.sync(folder / FULL)
+    for shard in shards:
+        shard.unlink()
 
 
 def _split(checkpoint: dict[str, Any], context: ParallelContext) -> tuple[dict[str, Tensor], dict[str, Any]]:

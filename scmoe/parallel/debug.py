@@ -5,11 +5,13 @@ timeout. With `strategy.debug_collectives` every collective that Python starts i
 gloo group of its own: group, operation, shape, type, and the line of code that asked for it. The first difference
 raises on every rank. All ranks then go in lockstep, so it is for finding a fault, not for training.
 
-Left out: what DDP starts from C++ (its buckets are compared by DDP itself, when it is built).
+Left out: what DDP starts from C++ (its buckets are compared by DDP itself, when it is built), and checkpoints, which
+may be written beside training and have a group of their own.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,10 +24,11 @@ from torch import Tensor
 
 from scmoe.parallel import all_to_all
 
-WATCHED: tuple[tuple[Any, str], ...] = (
-    *((dist, name) for name in ("all_reduce", "broadcast", "all_gather", "all_to_all_single")),
-    (all_to_all, "point_to_point"),
+COLLECTIVES = (
+    *("all_reduce", "broadcast", "reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor"),
+    *("all_to_all_single", "barrier"),
 )
+WATCHED: tuple[tuple[Any, str], ...] = (*((dist, name) for name in COLLECTIVES), (all_to_all, "point_to_point"))
 ROWS = ("all_to_all_single", "point_to_point")  # their number differs from rank to rank, so only their width counts
 
 
@@ -55,10 +58,16 @@ class CompareCollectives:
         self.originals.clear()
 
     def _comparing(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def collective(target: Any, *args: Any, **kwargs: Any) -> Any:
-            group = args[-1] if name == "point_to_point" else kwargs.get("group")
-            self.compare(_describe(name, target if isinstance(target, Tensor) else target[0], group))
-            return original(target, *args, **kwargs)
+        signature = inspect.signature(original)
+
+        def collective(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            group = given.get("group")
+            if group is None or group.group_desc != "checkpoint":
+                target = next(iter(given.values()), None)  # of a barrier: a group, or nothing
+                target = target[0] if isinstance(target, (list, tuple)) else target
+                self.compare(_describe(name, target if isinstance(target, Tensor) else None, group))
+            return original(*args, **kwargs)
 
         return collective
 
@@ -75,10 +84,11 @@ class CompareCollectives:
         self.count += 1
 
 
-def _describe(name: str, tensor: Tensor, group: Any) -> str:
-    shape = tuple(tensor.shape[1:]) if name in ROWS else tuple(tensor.shape)
-    purpose = "default" if group is None else group.group_desc
-    return f"{name} of {tensor.dtype} {shape} in group {purpose} at {_caller()}"
+def _describe(name: str, tensor: Tensor | None, group: Any) -> str:
+    what = name
+    if tensor is not None:
+        what += f" of {tensor.dtype} {tuple(tensor.shape[1:]) if name in ROWS else tuple(tensor.shape)}"
+    return f"{what} in group {'default' if group is None else group.group_desc} at {_caller()}"
 
 
 def _caller() -> str:

@@ -38,12 +38,12 @@ def fingerprint(path: Path) -> dict[str, Any]:
 def commit(partial: Path, path: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
     """Seals `partial` and renames it to `path`. files: name -> fingerprint, of all files there."""
     write_durably(partial / MANIFEST, _seal({"step": step, "files": files}))
-    _sync(partial)
+    sync(partial)
     old = path.parent / f".{path.name}.old-{uuid.uuid4().hex[:8]}"
     if path.exists():
         os.rename(path, old)  # killed here, `sweep` puts it back
     os.rename(partial, path)
-    _sync(path.parent)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -85,6 +85,15 @@ def newest_good(folder: Path) -> Path:
     return max(found)[2]
 
 
+def remove(path: Path) -> None:
+    """Removes a directory, if there is one. Killed meanwhile, it leaves none that lacks files; `sweep` has the rest."""
+    if not path.exists():
+        return
+    aside = partial_path(path, uuid.uuid4().hex[:8])
+    os.rename(path, aside)
+    shutil.rmtree(aside)
+
+
 def sweep(folder: Path) -> None:
     """Removes what killed writers left in `folder`, and puts back what one had moved aside."""
     for aside in folder.glob(".*.old-*"):
@@ -110,9 +119,9 @@ def _seal(manifest: dict[str, Any]) -> str:
     return json.dumps({**manifest, "seal": hashlib.sha256(body.encode()).hexdigest()}, sort_keys=True)
 
 
-def _sync(folder: Path) -> None:
-    """Makes the folder's entries durable."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Makes a file's content, or a folder's entries, durable."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 import uuid
-import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from scmoe.parallel import durable
+from scmoe.parallel.checkpoint import read_whole
 
 FORMAT_VERSION = "1"
 
@@ -27,16 +24,7 @@ def consolidate(checkpoint: Path, out: Path, prefix: str = "model.") -> None:
     """
     step = durable.verify(checkpoint)
     start = f"model.{prefix}"
-    reader = HuggingFaceStorageReader(str(checkpoint))
-    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    weights = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in stored.items()
-        if name.startswith(start)
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is meant
-        dcp.load(weights, storage_reader=reader, no_dist=True)
+    weights = read_whole(checkpoint, start)
     header = {"format": "pt", "format_version": FORMAT_VERSION, "step": str(step)}
     partial = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:

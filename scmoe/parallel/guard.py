@@ -6,8 +6,8 @@ word more between them. Where it came from is only asked then: averaging has spr
 each module's output and its gradient leave their sum behind, on this rank and in the order of computation: one
 reduction each, which nothing waits for.
 
-Left out: modules inside a compiled one (the neighbours and the gradients' names remain), and a user's module that
-neither clips nor calls `check`.
+Left out: modules inside a compiled one (the neighbours and the gradients' names remain), and a module with an optimizer
+loop or clipping of its own that calls neither `clip_gradients` nor `check`.
 """
 
 from __future__ import annotations

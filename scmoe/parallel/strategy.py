@@ -11,28 +11,33 @@ The LightningModule finds its place in `self.parallel_context`, set before `conf
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from scmoe.parallel import checkpoint
+from scmoe.parallel import checkpoint, durable
 from scmoe.parallel.absent import note_absent, take_along
 from scmoe.parallel.debug import CompareCollectives
+from scmoe.parallel.even import check_even
 from scmoe.parallel.expert_parallel import clip_grad_norm, expert_parameters
 from scmoe.parallel.guard import Guard
 from scmoe.parallel.mesh import ParallelContext, build_context, use_loopback_for_gloo
 from scmoe.parallel.poll import Poll
+from scmoe.parallel.random_state import set_rng_states
 from scmoe.parallel.reducer import ExpertGradientReducer
 from scmoe.parallel.stop import EXIT_CODE, StopSignal
 
@@ -42,6 +47,7 @@ class ExpertParallelStrategy(DDPStrategy):
 
     timeout_s: seconds that a collective may take before the job is ended.
     async_checkpoint: training goes on while a checkpoint is written; it is in its place some steps later.
+    full_checkpoint: rank 0 puts the shards that ranks have written together in one file.
     debug_collectives: ranks compare every collective before they take part in it; slow.
 
     Who starts the ranks is found out by Lightning: torchrun or SLURM, where their variables are set, else this process.
@@ -57,11 +63,13 @@ class ExpertParallelStrategy(DDPStrategy):
         timeout_s: float = 300.0,
         async_checkpoint: bool = False,
         debug_collectives: bool = False,
+        full_checkpoint: bool = False,
         **ddp: Any,
     ) -> None:
         ddp.setdefault("gradient_as_bucket_view", True)
         super().__init__(timeout=timedelta(seconds=timeout_s), **ddp)
-        self.ep_size, self.async_checkpoint, self.debug_collectives = ep_size, async_checkpoint, debug_collectives
+        self.ep_size, self.debug_collectives = ep_size, debug_collectives
+        self.async_checkpoint, self.full_checkpoint = async_checkpoint, full_checkpoint
         self.context: ParallelContext | None = None
         self.compare: CompareCollectives | None = None
         self.reducer: ExpertGradientReducer | None = None
@@ -146,9 +154,22 @@ class ExpertParallelStrategy(DDPStrategy):
             )
         if plugin is not None:
             plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+            plugin.clip_gradients = partial(self._clip_and_check, plugin)  # type: ignore[method-assign]
         DDPStrategy.precision_plugin.fset(self, plugin)  # type: ignore[attr-defined]
 
-    def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+    def _clip_and_check(
+        self,
+        plugin: Precision,
+        optimizer: Optimizer,
+        clip_val: float = 0.0,
+        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
+    ) -> None:
+        """What is not clipped by its norm is looked at all the same: no update with a number that is not finite."""
+        if clip_val <= 0 or gradient_clip_algorithm != GradClipAlgorithmType.NORM:
+            self._clip_grad_by_norm(optimizer, None)
+        type(plugin).clip_gradients(plugin, optimizer, clip_val, gradient_clip_algorithm)
+
+    def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float | None) -> None:
         """Lightning's own norm differs from rank to rank, as each holds other experts."""
         assert self.context is not None and self.guard is not None
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -162,27 +183,39 @@ class ExpertParallelStrategy(DDPStrategy):
         if storage_options is not None:
             raise ValueError("storage_options is not supported: a checkpoint is a local directory")
         assert self.context is not None
+        self._refuse_between_batches_of_a_step()
         self.finish_saving()
         path = Path(self.broadcast(filepath))
-        if self.async_checkpoint:
-            self.saving = checkpoint.Saving(path, state, self.context, background=True)
-        else:
-            checkpoint.save(path, state, self.context)
+        self.saving = checkpoint.Saving(path, state, self.context, self.async_checkpoint, self.full_checkpoint)
+        if not self.async_checkpoint:
+            self.finish_saving()
+
+    def _refuse_between_batches_of_a_step(self) -> None:
+        """Gradients are in no checkpoint: those accumulated so far would be lost, and the resumed run another one."""
+        trainer = self.module.trainer
+        done, of = trainer.fit_loop.epoch_loop.batch_progress, trainer.accumulate_grad_batches
+        stepped = done.is_last_batch and done.current.processed == done.current.ready
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting and done.current.processed % of and not stepped:
+            raise ValueError(
+                f"a checkpoint after {done.current.processed % of} of the {of} batches of a step would lose their "
+                "gradients, allowed: after a step; ModelCheckpoint(every_n_train_steps=...) saves there"
+            )
 
     def finish_saving(self) -> None:
         """Waits for a checkpoint that is still being written, if there is one. Every rank must call it."""
         if self.saving is not None:
             saving, self.saving = self.saving, None
             saving.finish()
-            for filepath in self.outdated:
-                super().remove_checkpoint(filepath)
-            self.outdated.clear()
+            outdated, self.outdated = self.outdated, []
+            for filepath in outdated:
+                self.remove_checkpoint(filepath)
 
     def remove_checkpoint(self, filepath: Any) -> None:
-        if self.saving is None:
-            super().remove_checkpoint(filepath)
-        else:
+        if self.saving is not None:
             self.outdated.append(filepath)
+        elif self.is_global_zero:
+            durable.remove(Path(filepath))
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.context is not None
@@ -222,7 +255,13 @@ class ExpertParallelStrategy(DDPStrategy):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        self._check_even("train", [self.module.trainer.num_training_batches])
         self._listen()
+        # A resumed ModelCheckpoint does not know that its step is saved: it would save anew after the next batch, which
+        # with accumulation is in the middle of a step, over the checkpoint that the run goes on from.
+        for callback in self.module.trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                callback._last_global_step_saved = self.module.trainer.global_step
         # Lightning's own way asks rank 0 before every batch, blocking, and from inside its signal handler
         self.module.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
@@ -236,22 +275,38 @@ class ExpertParallelStrategy(DDPStrategy):
     def _restore_rng_states(self) -> None:
         """Not before the first step, or what else needs them: making data loaders draws from the generator."""
         if self.rng_states is not None:
-            checkpoint.set_rng_states(self.rng_states)
+            set_rng_states(self.rng_states)
             self.rng_states = None
 
     def on_validation_start(self) -> None:
         super().on_validation_start()
         trainer, self.polls_left = self.module.trainer, 0
+        batches_of = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self._check_even("val", batches_of)
         if trainer.sanity_checking:
             return
         self._listen()
         assert self.poll is not None
         loop = trainer.fit_loop.epoch_loop
         loop.val_loop.batch_progress.total.reset_on_restart()  # a validation that was stopped has not been
-        batches = self.poll.smallest(sum(trainer.num_val_batches))
+        batches = self.poll.smallest(sum(batches_of))
         between_steps = (loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0  # else gradients would be lost
         if between_steps and batches != float("inf"):
             self.polls_left = int(batches)
+
+    def on_test_start(self) -> None:
+        super().on_test_start()
+        self._check_even("test", self.module.trainer.num_test_batches)
+
+    def on_predict_start(self) -> None:
+        super().on_predict_start()
+        self._check_even("predict", self.module.trainer.num_predict_batches)
+
+    def _check_even(self, what: str, batches: Sequence[float]) -> None:
+        """Training reduces gradients over all ranks. Else only experts keep ranks in step, where they are shared."""
+        assert self.context is not None
+        if what == "train" or self.context.ep_size > 1:
+            check_even(what, batches, self.context)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.polls_left > 0:

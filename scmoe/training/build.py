@@ -159,6 +159,7 @@ def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequen
             config.strategy.timeout_s,
             config.strategy.async_checkpoint,
             config.strategy.debug_collectives,
+            config.strategy.full_checkpoint,
         ),
         precision=trainer.precision,
         max_steps=trainer.max_steps,

@@ -12,6 +12,7 @@ import resource
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_fault_03_last_is_never_overwritten_in_place(tmp_path):
 # ---------------------------------------------------------------------- a disk that refuses
 
 
-def save_with_trouble(rank: int, world_size: int, folder: Path, trouble: str, sick_rank: int) -> str:
+def save_with_trouble(rank: int, world_size: int, folder: Path, trouble: str, sick_rank: int, background: bool) -> str:
     """What a save says on this rank where one rank's disk refuses; afterwards a healthy save goes through."""
     trainer, path = faults.one_step(world_size, folder), folder / "checkpoints" / LAST
     faults.save_marked(trainer, path, OLD)
@@ -127,7 +128,7 @@ def save_with_trouble(rank: int, world_size: int, folder: Path, trouble: str, si
         os.fsync = full
     said = "nothing"
     try:
-        faults.save_marked(trainer, target, NEW)
+        faults.save_marked(trainer, target, NEW, background)
     except OSError as error:
         said = str(error)
     finally:
@@ -139,6 +140,7 @@ def save_with_trouble(rank: int, world_size: int, folder: Path, trouble: str, si
     return said
 
 
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize(
     "trouble, sick_rank, says",
     [
@@ -149,9 +151,9 @@ def save_with_trouble(rank: int, world_size: int, folder: Path, trouble: str, si
         ("not a directory", 0, "(Not a directory|File exists)"),
     ],
 )
-def test_fault_04_a_disk_that_refuses_is_a_loud_error_on_every_rank(trouble, sick_rank, says, tmp_path):
+def test_fault_04_a_disk_that_refuses_is_a_loud_error_on_every_rank(trouble, sick_rank, says, background, tmp_path):
     """And no hang, the old checkpoint is whole, and the next save leaves nothing behind."""
-    for said in run_ranks(save_with_trouble, 2, tmp_path, trouble, sick_rank, timeout_s=30):
+    for said in run_ranks(save_with_trouble, 2, tmp_path, trouble, sick_rank, background, timeout_s=60):
         assert re.search(says, said), said
     assert os.listdir(tmp_path / "checkpoints") == [LAST]
     assert durable.verify(tmp_path / "checkpoints" / LAST) == NEW
@@ -232,6 +234,39 @@ def save_slowly_then_train_on(rank: int, world_size: int, folder: Path, backgrou
 @pytest.mark.parametrize("background", [False, True])
 def test_fault_07_a_slow_writer_saves_the_step_it_was_asked_to(background, tmp_path):
     assert run_ranks(save_slowly_then_train_on, 2, tmp_path, background) == [{OLD}, {OLD}]
+
+
+def write_full(rank: int, world_size: int, folder: Path, background: bool) -> dict[str, Any]:
+    """As faults.write_whole, in one file."""
+    trainer, path = faults.one_step(world_size, folder), folder / "checkpoints" / LAST
+    context = trainer.strategy.context
+    checkpoint.Saving(path, faults.state(trainer, OLD), context, background, full=True).finish()
+    return faults.shards(trainer)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_fault_09_one_full_file_is_read_at_any_ep_degree(background, tmp_path):
+    """Weights and moments, as from a file a rank."""
+    expected = faults.whole(run_ranks(write_full, 2, tmp_path, background))
+    path = tmp_path / "checkpoints" / LAST
+    assert files_of(path) == [checkpoint.FULL, "manifest.json", "meta.json"]
+    assert durable.verify(path) == OLD
+    for world_size in (1, 2, 4):
+        ranks = run_ranks(faults.read_all, world_size, tmp_path / str(world_size), [path])
+        assert faults.same(faults.whole([found for (found,) in ranks]), expected)
+
+
+def go_on(rank: int, world_size: int, folder: Path, resume_from: Path | None) -> dict[str, torch.Tensor]:
+    words = ("trainer.max_steps=4", "trainer.checkpoint_every=2", "strategy.full_checkpoint=true")
+    return dict(faults.tensors(faults.fit(faults.tiny(world_size, *words), folder, resume_from)))
+
+
+def test_fault_08_a_run_goes_on_from_one_full_file_to_the_bit(tmp_path):
+    straight = run_ranks(go_on, 2, tmp_path / "straight", None)
+    saved = tmp_path / "straight" / "checkpoints" / "step=2.ckpt"
+    assert checkpoint.FULL in files_of(saved)
+    resumed = run_ranks(go_on, 2, tmp_path / "resumed", saved)
+    assert all(faults.same(a, b) for a, b in zip(resumed, straight, strict=True))
 
 
 def test_fault_10_all_experts_are_on_disk(tmp_path):

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +21,8 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -29,8 +32,10 @@ from scmoe.moe.stream import MoEStream
 from scmoe.parallel.absent import roll_call
 from scmoe.parallel.debug import CompareCollectives
 from scmoe.parallel.dispatcher import AllToAllDispatcher, check_ceiling
+from scmoe.parallel.even import check_even
 from scmoe.parallel.guard import Guard
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.testbed.ranks import RankError, run_ranks
 from scmoe.training import build
 from scmoe.training.build_model import build_model
@@ -72,6 +77,21 @@ def failure(fn: Any, world_size: int, *args: Any) -> str:
 
 
 # ---------------------------------------------------------------------- 13: one rank raises
+
+
+def timeouts(rank: int, world_size: int, seconds: float) -> set[float]:
+    """Of every process group that a run has."""
+    config = tiny(f"{MODEL} strategy.timeout_s={seconds} strategy.debug_collectives=true", world_size)
+    fit(config)
+    groups = dist.distributed_c10d._world.pg_map
+    assert {group.group_desc for group in groups} >= {"ep", "edp", "checkpoint", "control", "debug"}
+    return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
+
+
+def test_14_no_group_waits_for_longer_than_it_was_told():
+    """gloo would wait half an hour, and new groups do not take the time of the first one over."""
+    assert run_ranks(timeouts, 2, 37.0) == [{37.0}, {37.0}]
+    assert ExpertParallelStrategy()._timeout == timedelta(minutes=5)
 
 
 class Broken(RuntimeError):
@@ -167,7 +187,8 @@ def test_13_a_rank_of_a_real_run_that_raises_ends_it(tmp_path, rank):
         end(run)
 
 
-@pytest.mark.parametrize("rank, how", [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)])
+@pytest.mark.parametrize("how", (signal.SIGKILL, signal.SIGSTOP))
+@pytest.mark.parametrize("rank", (0, 1))
 def test_14_a_rank_killed_or_stopped_ends_the_run(tmp_path, rank, how):
     run = start(tmp_path, "-m", "experiments.train")
     try:
@@ -230,7 +251,6 @@ def is_running(pid: int) -> bool:
 
 def swap_two_sums(rank: int, world_size: int, compared: bool) -> list[float]:
     dist.init_process_group("gloo")
-    from datetime import timedelta
 
     compare = CompareCollectives(timedelta(seconds=10))
     if compared:
@@ -254,9 +274,29 @@ def test_15_collectives_in_another_order_are_named():
     assert re.search(r"rank 0: \S+ .* at test_guards\.py:\d+; rank 1: \S+ .* at test_guards\.py:\d+", message)
 
 
+def add_a_sum(rank: int, world_size: int, what: str) -> None:
+    """Rank 1 takes part in a collective more, in its second step."""
+    config = tiny(f"{MODEL} trainer.accumulate=1 strategy.debug_collectives=true strategy.timeout_s=20", world_size)
+    module = build.build_module(config)
+
+    def one_more() -> None:
+        if module.global_step == 1:
+            dist.all_reduce(torch.zeros(3)) if what == "all_reduce" else dist.barrier()
+
+    if rank == 1:
+        module.on_after_backward = one_more
+    fit(config, module)
+
+
+@pytest.mark.parametrize("what, says", [("all_reduce", r"all_reduce of torch\.float32 \(3,\)"), ("barrier", "barrier")])
+def test_15_the_debug_mode_of_a_run_names_the_first_difference(what, says):
+    message = failure(add_a_sum, 2, what)
+    here = rf"rank 1: {says} in group default at test_guards\.py:\d+"
+    assert re.search(rf"collective \d+ is not the same on all ranks; rank 0: \S+ .*; {here}", message), message
+
+
 def trained_weights(rank: int, world_size: int, debug: bool) -> dict[str, Tensor]:
-    text = f"position=pos2 strategy.ep_size=1 strategy.debug_collectives={str(debug).lower()}"
-    config = tiny(text if rank < 0 else text.replace("ep_size=1", "ep_size=2"), world_size)
+    config = tiny(f"{MODEL} strategy.debug_collectives={str(debug).lower()}", world_size)
     before = dist.all_reduce
     weights = {name: p.detach().clone() for name, p in fit(config).named_parameters()}
     assert dist.all_reduce is before, "taken out again"
@@ -272,7 +312,7 @@ def test_15_comparing_changes_no_number():
 
 
 def shorten(rank: int, world_size: int, loader: str) -> None:
-    config = tiny(f"{MODEL} strategy.timeout_s=5 trainer.val_every=2", world_size)
+    config = tiny(f"{MODEL} trainer.val_every=2", world_size)
     data = build.build_datamodule(config)
     whole = getattr(data, loader)
 
@@ -284,13 +324,27 @@ def shorten(rank: int, world_size: int, loader: str) -> None:
     fit(config, data=data)
 
 
-def test_16_a_rank_with_fewer_validation_batches_ends_the_run():
-    """By the timeout of 5 s: the others wait for it in an All-to-All."""
-    failure(shorten, 2, "val_dataloader")
+@pytest.mark.representative
+@pytest.mark.parametrize("loader", ["train", "val"])
+def test_16_uneven_batches_are_refused_before_the_first(loader):
+    """Not at the timeout, minutes later, by a collective that knows nothing of batches."""
+    message = failure(shorten, 2, f"{loader}_dataloader")
+    counts = r"rank 0: (\d+); rank 1: (\d+)"
+    found = re.search(rf"ValueError: ranks have different numbers of {loader} batches \({counts}\)", message)
+    assert found and int(found[1]) == int(found[2]) + 1, message
+    assert re.search(r"rank [01], later: ValueError: ranks have different numbers", message), "alike on both ranks"
 
 
-def test_16_a_rank_with_fewer_training_batches_takes_its_first_ones_again():
-    run_ranks(shorten, 2, "train_dataloader")
+def count_batches(rank: int, world_size: int) -> None:
+    dist.init_process_group("gloo")
+    context = ParallelContext(rank, world_size, control_group=dist.new_group(backend="gloo"))
+    check_even("val", [3, float("inf")], context)  # the same on both, and a length that is not known
+    check_even("val", [3, 4 + rank], context)
+
+
+def test_16_each_loader_counts():
+    message = failure(count_batches, 2)
+    assert "different numbers of val batches (rank 0: 3 + 4; rank 1: 3 + 5), allowed: as many on each" in message
 
 
 # ---------------------------------------------------------------------- 19: a data worker dies
@@ -354,12 +408,22 @@ class Poisoned(LanguageModel):
         return result
 
 
-def poison(rank: int, world_size: int, place: str) -> None:
+class NotClipped(Poisoned):
+    """Leaves clipping to a Trainer that does not clip, as many modules do."""
+
+    configure_gradient_clipping = LightningModule.configure_gradient_clipping
+
+
+def poison(rank: int, world_size: int, place: str, clip: str = "by the module") -> None:
     config = tiny(f"position=pos2 trainer.accumulate=1 strategy.ep_size={world_size}", world_size)
-    module = Poisoned(lambda context: build_model(config, context), max_steps=3)
+    cls = Poisoned if clip == "by the module" else NotClipped
+    module = cls(lambda context: build_model(config, context), max_steps=3)
     module.place, module.bad = place, world_size - 1
+    trainer = build.build_trainer(config, [DataPosition()], [])
+    if clip == "by value":
+        trainer.gradient_clip_val, trainer.gradient_clip_algorithm = 0.5, GradClipAlgorithmType.VALUE
     try:
-        fit(config, module)
+        trainer.fit(module, build.build_datamodule(config))
     except FloatingPointError as error:
         same = all(torch.equal(p, old) for p, old in zip(module.parameters(), module.weights, strict=True))
         error.add_note(f"weights as they were: {same}")
@@ -381,6 +445,13 @@ def test_27_a_number_that_is_not_finite_stops_all_ranks_before_the_update(place)
     message = failure(poison, 2, place)
     assert re.search(rf"first not finite: (rank 0: [^;]*; )?rank 1: {re.escape(PLACES[place])}", message), message
     assert message.count("weights as they were: True") == 2 or message.count("later: weights as they were: True") == 1
+
+
+@pytest.mark.parametrize("clip", ["by nobody", "by value"])
+def test_27_a_module_that_does_not_clip_by_norm_is_watched_too(clip):
+    message = failure(poison, 2, "output", clip)
+    assert re.search(rf"first not finite: (rank 0: [^;]*; )?rank 1: {PLACES['output']}", message), message
+    assert "weights as they were: True" in message and "weights as they were: False" not in message
 
 
 def test_27_one_process_too():

@@ -6,16 +6,21 @@ SIGTERM, is in tests/smoke/test_stop.py.
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from experiments import faults
-from scmoe.parallel import checkpoint
+from scmoe.parallel import durable, strategy
 from scmoe.testbed.ranks import run_ranks
+from scmoe.training import build
+from scmoe.training.callbacks import DataPosition
 from scmoe.training.module import LanguageModel
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.xdist_group("ranks")]
@@ -32,7 +37,7 @@ def test_fault_08_a_resumed_run_is_the_straight_run_to_the_bit(world_size, worke
 def run_without_random_state(
     rank: int, world_size: int, workers: int, folder: Path, resume_from: list[Path]
 ) -> list[dict[str, Any]]:
-    with patch.object(checkpoint, "set_rng_states"):
+    with patch.object(strategy, "set_rng_states"):
         return faults.run(rank, world_size, workers, folder, resume_from)
 
 
@@ -42,6 +47,70 @@ def test_fault_08_one_thing_not_restored_shows(tmp_path):
     saved = [tmp_path / "straight" / "0" / "checkpoints" / "step=3.ckpt"]
     ((resumed,),) = run_ranks(run_without_random_state, 1, 0, tmp_path / "resumed", saved)
     assert not faults.same(resumed, straight)
+
+
+def run_that_draws(
+    rank: int, world_size: int, workers: int, folder: Path, resume_from: list[Path]
+) -> list[dict[str, Any]]:
+    """As a user's own transforms may, from Python and NumPy."""
+    training_step = LanguageModel.training_step
+
+    def drawing(module: LanguageModel, batch: dict[str, Tensor], batch_idx: int) -> Any:
+        result = training_step(module, batch, batch_idx)
+        result["loss"] = result["loss"] * (1 + 0.1 * random.gauss(0, 1) + 0.1 * np.random.randn())
+        return result
+
+    with patch.object(LanguageModel, "training_step", drawing):
+        return faults.run(rank, world_size, workers, folder, resume_from)
+
+
+def test_fault_08_what_python_and_numpy_draw_goes_on_too(tmp_path):
+    straight = run_ranks(run_that_draws, 2, 0, tmp_path / "straight", [])
+    saved = [tmp_path / "straight" / "0" / "checkpoints" / "step=3.ckpt"]
+    resumed = run_ranks(run_that_draws, 2, 0, tmp_path / "resumed", saved)
+    assert all(faults.same(a, b) for (a,), (b,) in zip(resumed, straight, strict=True))
+
+
+def save_at(rank: int, world_size: int, folder: Path, batches: int) -> str:
+    """What a save after so many of a step's two batches says."""
+
+    class SaveAt(Callback):
+        def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx + 1 == 2 + batches:
+                trainer.save_checkpoint(folder / "asked.ckpt")
+
+    config = faults.tiny(world_size, "trainer.accumulate=2", "trainer.max_steps=3")
+    build.seed_everything(config)
+    trainer = build.build_trainer(config, [DataPosition(), SaveAt()], [])
+    try:
+        trainer.fit(build.build_module(config), build.build_datamodule(config))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_fault_08_no_checkpoint_is_made_between_the_batches_of_a_step(tmp_path):
+    """Its gradients would be lost, and the resumed run would go another way without a word."""
+    for said in run_ranks(save_at, 2, tmp_path, 1):
+        assert said.startswith("a checkpoint after 1 of the 2 batches of a step would lose their gradients, allowed: ")
+    assert not list(tmp_path.iterdir())
+    assert run_ranks(save_at, 2, tmp_path, 2) == ["", ""]
+    assert durable.verify(tmp_path / "asked.ckpt") == 2
+
+
+def go_on(rank: int, world_size: int, folder: Path, steps: int, resume_from: Path | None) -> None:
+    words = ("trainer.accumulate=2", f"trainer.max_steps={steps}", "trainer.checkpoint_every=1")
+    faults.fit(faults.tiny(world_size, *words), folder, resume_from)
+
+
+def test_fault_08_the_checkpoint_that_a_run_goes_on_from_stays_as_it_is(tmp_path):
+    """Lightning's callback saves its step anew after the first batch, which is in the middle of the next step."""
+    run_ranks(go_on, 2, tmp_path, 2, None)
+    saved = tmp_path / "checkpoints" / "step=2.ckpt"
+    before = saved.stat().st_ino, (saved / durable.MANIFEST).read_bytes()
+    run_ranks(go_on, 2, tmp_path, 3, saved)
+    assert (saved.stat().st_ino, (saved / durable.MANIFEST).read_bytes()) == before
+    assert durable.verify(tmp_path / "checkpoints" / "step=3.ckpt") == 3
 
 
 @pytest.mark.parametrize("degrees", [pytest.param((1, 2), marks=pytest.mark.representative), (1, 2, 4, 8)])

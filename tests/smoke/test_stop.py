@@ -1,4 +1,5 @@
-"""SIGTERM to either rank of a real run: one whole checkpoint of one step, exit code 143, and a run that can go on."""
+"""Fault 12: SIGTERM to either rank of a real run, or to both: one whole checkpoint of one step, exit code 143 within
+10 s, and a run that can go on."""
 
 import os
 import signal
@@ -9,9 +10,13 @@ import pytest
 
 from scmoe.parallel.durable import newest_good, verify
 
-pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+pytestmark = [
+    *(pytest.mark.smoke, pytest.mark.dist, pytest.mark.xdist_group("ranks")),
+    *(pytest.mark.faults, pytest.mark.representative),
+]
 
 RUN = [sys.executable, "-m", "experiments.train", "configs/debug.yaml", "trainer.devices=2"]
+SOON_S = 10.0
 ENDLESS = ["trainer.max_steps=1000000", "trainer.val_every=1000000", "trainer.checkpoint_every=1000000"]
 
 
@@ -20,15 +25,16 @@ def children(pid):
     return [int(child) for child in found.stdout.split()]
 
 
-@pytest.mark.parametrize("rank", (0, 1))
-def test_a_run_asked_to_stop_saves_and_exits_with_143(tmp_path, rank):
+@pytest.mark.parametrize("ranks", ((0,), (1,), (0, 1)))
+def test_12_a_run_asked_to_stop_saves_and_exits_with_143(tmp_path, ranks):
     command = [*RUN, *ENDLESS, "trainer.log_every=1", f"runs_dir={tmp_path}"]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert any(line.startswith("step 3/") for line in run.stderr), "the run does not train"
         (other,) = children(run.pid)
-        os.kill(run.pid if rank == 0 else other, signal.SIGTERM)
-        out, _ = run.communicate(timeout=60)
+        for rank in ranks:
+            os.kill((run.pid, other)[rank], signal.SIGTERM)
+        out, _ = run.communicate(timeout=SOON_S)
     finally:
         run.kill()
     assert run.returncode == 143, out

@@ -107,6 +107,26 @@ def test_killed_at_any_call_the_old_one_or_the_new_one_is_there(tmp_path, monkey
     raise AssertionError("a commit has no end")
 
 
+def test_killed_while_one_is_removed_no_part_of_it_stays(tmp_path, monkeypatch):
+    write(tmp_path / "a.ckpt", 1)
+    write(tmp_path / "b.ckpt", 2)
+
+    def killed(path):
+        (path / "meta.json").unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            durable.remove(tmp_path / "a.ckpt")
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["b.ckpt"], "under no name that a reader would open"
+    durable.sweep(tmp_path)
+    assert os.listdir(tmp_path) == ["b.ckpt"]
+    durable.remove(tmp_path / "b.ckpt")
+    durable.remove(tmp_path / "b.ckpt")  # nothing to do
+    assert not os.listdir(tmp_path)
+
+
 def test_the_newest_whole_one_is_found_and_broken_ones_are_named(tmp_path):
     for step in (1, 2, 10):
         write(tmp_path / f"step={step}.ckpt", step)
