@@ -4,7 +4,8 @@
                                         checkpoints/  wandb/  wandb_run.json  state.json
     runs/latest                         the newest
 
-Only rank 0 writes. Weights & Biases never ends a run (fault 32): what it cannot take is left out, with one warning.
+Only rank 0 writes. Neither Weights & Biases nor a full disk ends a run while it logs (fault 32): what cannot be written
+is left out, with one warning.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
     if resumed_step is not None and path.exists():
         with path.open(newline="") as file:
             kept = [row for row in csv.DictReader(file) if int(row["step"]) < resumed_step]
-    logger = CSVLogger(run_dir, name="", version="")
+    logger = SteadyCSVLogger(run_dir, name="", version="")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Experiment logs directory")
         writer = logger.experiment
@@ -109,6 +110,27 @@ def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
             rows.writeheader()
             rows.writerows(kept)
     return logger
+
+
+class SteadyCSVLogger(CSVLogger):
+    """Keeps rows in memory, with one warning, while the disk does not take them; Lightning's would end the training,
+    and leave half a row, or half a file where a new column came."""
+
+    warned = False
+
+    def save(self) -> None:
+        writer, path = self.experiment, Path(self.experiment.metrics_file_path)
+        before, keys = path.read_bytes() if path.exists() else None, list(writer.metrics_keys)
+        try:
+            super().save()
+        except OSError as error:
+            writer.metrics_keys = keys
+            with suppress(OSError):
+                path.unlink(missing_ok=True) if before is None else path.write_bytes(before)
+            if not self.warned:
+                self.warned = True
+                said = f"warning: {path} takes no more rows for now: {error.strerror or error}"
+                print(said, file=sys.stderr, flush=True)
 
 
 INIT_TIMEOUT_S = 20.0  # of a server that does not answer

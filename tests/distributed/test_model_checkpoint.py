@@ -20,7 +20,6 @@ from tests.distributed.test_ep_equality import tiny
 pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
 
 SCORES = [3.0, 1.0, 5.0, 0.0, 4.0, 2.0]  # of steps 1 to 6
-BEST = ["step=2.ckpt", "step=4.ckpt"]
 
 
 class Score(DataPosition):
@@ -40,6 +39,7 @@ def fit(
     )
     trainer = build.build_trainer(config, [Score(), best], [])
     trainer.strategy.async_checkpoint = background
+    trainer.limit_val_batches = 0  # else Lightning leaves the last step to a validation, which there is none of
     module = build.build_module(config)
     trainer.fit(module, build.build_datamodule(config), ckpt_path=resume_from, weights_only=True)
     known = sorted(best.best_k_models, key=lambda path: best.best_k_models[path])
@@ -52,11 +52,10 @@ def fit(
 def test_the_best_two_and_the_last_are_there_and_whole(background, last, tmp_path):
     for known, _ in run_ranks(fit, 2, tmp_path, background, last, None):
         assert known == ["step=4.ckpt", "step=2.ckpt"]
-    linked = [] if last is True else ["step=6.ckpt"]  # what the link is to is kept
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", *BEST, *linked]
     steps = {path.name: durable.verify(path) for path in tmp_path.iterdir()}
-    assert [steps[name] for name in BEST] == [2, 4]
-    assert steps["last.ckpt"] == (6 if last is True else steps["last.ckpt"])
+    assert steps == {"step=2.ckpt": 2, "step=4.ckpt": 4, "last.ckpt": 6 if last is True else 4}, (
+        "a link: to the last saved"
+    )
 
 
 @pytest.mark.parametrize("background", [False, True])

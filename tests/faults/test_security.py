@@ -20,7 +20,7 @@ from scmoe.testbed.ranks import run_ranks
 from scmoe.training import build, logging
 from scmoe.training.build_model import build_model, build_model_on_meta
 from tests.distributed.test_ep_equality import tiny
-from tests.smoke.test_train import CANARY, EXACT, TRAIN, run
+from tests.smoke.test_train import CANARY, EXACT, TRAIN, rows_of, run
 
 pytestmark = [pytest.mark.faults]
 NOBODY = "http://127.0.0.1:9"  # no server listens at the port `discard`
@@ -85,6 +85,37 @@ time.sleep(1)
 for step in range(1, 5):
     for logger in loggers:
         logger.log_metrics({"a": 1.0}, step)
+logging.close_loggers(loggers)
+print("went on")
+"""
+
+
+@pytest.mark.slow
+def test_32_a_full_disk_ends_no_run_that_logs(tmp_path):
+    """No file may grow beyond some kilobytes, W&B's or ours; then there is room again."""
+    done = run("-c", FULL, str(tmp_path))
+    assert done.code == 0, done.err
+    assert "went on" in done.out
+    assert done.err.count("metrics.csv takes no more rows for now: File too large") == 1
+    rows = rows_of(tmp_path / "metrics.csv")
+    assert [int(row["step"]) for row in rows] == list(range(2000)), "rows wait for room"
+    assert all(row["a"] == "1.0" for row in rows)
+    assert [int(row["step"]) for row in rows if "late" in row] == [1500], "a new column too"
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from scmoe.config import load
+from scmoe.training import build, logging
+_, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limit))
+loggers = build.build_loggers(load(None, ["logger.mode=offline"]), Path(sys.argv[1]), None)
+for step in range(2000):
+    for logger in loggers:
+        logger.log_metrics({"a": 1.0} | ({"late": 2.0} if step == 1500 else {}), step)
+    if step == 1900:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 logging.close_loggers(loggers)
 print("went on")
 """
