@@ -159,11 +159,11 @@ MUTANTS = (
         (f"{FAULTS}/test_resume.py::test_fault_08_the_checkpoint_that_a_run_goes_on_from_stays_as_it_is",),
     ),
     Mutant(
-        "a-full-file-of-rank-0-alone",
+        "a-full-file-of-some-tensors",
         9,
         f"{PARALLEL}/checkpoint.py",
-        "    save_file(read_whole(folder), folder / FULL)\n",
-        "    save_file(load_file(min(shards)), folder / FULL)\n",
+        "    write_whole(read_whole(folder), folder / FULL)\n",
+        '    write_whole(read_whole(folder, "model."), folder / FULL)\n',
         (f"{FAULTS}/test_checkpoints.py::test_fault_09_one_full_file_is_read_at_any_ep_degree[False]",),
     ),
     # ------------------------------------------------------------------ transfers

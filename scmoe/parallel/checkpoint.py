@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -128,11 +129,19 @@ def read_whole(path: Path, start: str = "") -> dict[str, Tensor]:
     return whole
 
 
+def write_whole(tensors: dict[str, Tensor], path: Path, header: dict[str, str] | None = None) -> None:
+    """One durable file. OSError: the disk is full or the like."""
+    try:
+        save_file(tensors, path, metadata=header)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    durable.sync(path)
+
+
 def _put_together(folder: Path) -> None:
     """DCP's own way (`enable_consolidation`) takes floating-point tensors alone: no random states."""
     shards = list(folder.glob("*.safetensors"))
-    save_file(read_whole(folder), folder / FULL)
-    durable.sync(folder / FULL)
+    write_whole(read_whole(folder), folder / FULL)
     for shard in shards:
         shard.unlink()
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from scmoe.parallel import durable
-from scmoe.parallel.checkpoint import read_whole
+from scmoe.parallel.checkpoint import read_whole, write_whole
 
 FORMAT_VERSION = "1"
 
@@ -28,10 +26,8 @@ def consolidate(checkpoint: Path, out: Path, prefix: str = "model.") -> None:
     header = {"format": "pt", "format_version": FORMAT_VERSION, "step": str(step)}
     partial = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
-        save_file({name.removeprefix(start): t for name, t in weights.items()}, partial, metadata=header)
+        write_whole({name.removeprefix(start): t for name, t in weights.items()}, partial, header)
         partial.chmod(0o644)  # to be handed on
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)

@@ -114,7 +114,7 @@ def written(tmp_path_factory) -> tuple[list[dict[str, Any]], Path]:
     return run_ranks(straight_run, 2, f"{MODEL} strategy.ep_size=2", folder), folder
 
 
-@pytest.mark.parametrize("world_size, ep_sizes", [(2, [1, 2]), (4, [2, 4, 1])])
+@pytest.mark.parametrize("world_size, ep_sizes", [(2, [1, 2]), (4, [2, 4, 1]), (1, [1])])
 def test_in_another_layout_a_resumed_run_goes_the_same_way(world_size, ep_sizes, written):
     straight, folder = written
     texts = [f"{MODEL} strategy.ep_size={ep_size}" for ep_size in ep_sizes]

@@ -256,6 +256,27 @@ def test_fault_09_one_full_file_is_read_at_any_ep_degree(background, tmp_path):
         assert faults.same(faults.whole([found for (found,) in ranks]), expected)
 
 
+def put_together_without_room(rank: int, world_size: int, folder: Path) -> str:
+    """Each shard fits on the disk, all of them in one file do not."""
+    trainer, path = faults.one_step(world_size, folder), folder / "checkpoints" / LAST
+    faults.save_marked(trainer, path, OLD)
+    largest = max(file.stat().st_size for file in path.iterdir())
+    _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest + 100, limit))
+    saving = checkpoint.Saving(path, faults.state(trainer, NEW), trainer.strategy.context, background=False, full=True)
+    try:
+        saving.finish()
+    except OSError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_fault_04_no_room_for_one_full_file_is_an_error_on_every_rank(tmp_path):
+    for said in run_ranks(put_together_without_room, 2, tmp_path, timeout_s=60):
+        assert re.search("all.safetensors could not be written: .*File too large", said), said
+    assert durable.verify(durable.newest_good(tmp_path / "checkpoints")) == OLD
+
+
 def go_on(rank: int, world_size: int, folder: Path, resume_from: Path | None) -> dict[str, torch.Tensor]:
     words = ("trainer.max_steps=4", "trainer.checkpoint_every=2", "strategy.full_checkpoint=true")
     return dict(faults.tensors(faults.fit(faults.tiny(world_size, *words), folder, resume_from)))
