@@ -147,11 +147,13 @@ def wandb_mode(mode: Literal["auto", "online", "offline"]) -> Literal["online", 
 
 
 def has_wandb_key() -> bool:
+    """Where W&B would find one: in the environment, or in netrc under the server's name and port."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    server = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
     try:
-        return netrc.netrc().authenticators(host) is not None
+        return netrc.netrc(str(path)).authenticators(server) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
