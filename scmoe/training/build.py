@@ -24,7 +24,15 @@ from scmoe.training import logging
 from scmoe.training.analysis_callbacks import gating_over_training, similarity_over_training
 from scmoe.training.base import MoEModule
 from scmoe.training.build_model import build_model_to_train
-from scmoe.training.callbacks import DataPosition, ExpertLoad, LogLines, StepProgressBar, Threads, Throughput
+from scmoe.training.callbacks import (
+    DataPosition,
+    ExpertLoad,
+    LoggedStep,
+    LogLines,
+    StepProgressBar,
+    Threads,
+    Throughput,
+)
 from scmoe.training.classifier import ImageClassifier
 from scmoe.training.module import LanguageModel
 from scmoe.training.planning import PlanSchedule
@@ -130,6 +138,7 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
     best, mode = ("val/accuracy", "max") if images else ("val/bits_per_byte", "min")
     callbacks: list[Callback] = [
         DataPosition(),
+        LoggedStep(),
         ExpertLoad(),
         Throughput("images_per_s", micro_batch) if images else Throughput("tokens_per_s", micro_batch * data.seq_len),
         ModelCheckpoint(checkpoints, "{step}", every_n_train_steps=trainer.checkpoint_every, save_top_k=1),

@@ -23,6 +23,14 @@ class DataPosition(Callback):
         trainer.datamodule.advance()  # type: ignore[attr-defined]
 
 
+class LoggedStep(Callback):
+    """Rows are logged under the step that they are of, counted from 0, in a resumed run too: Lightning counts one too
+    many after a stop between two batches."""
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
 class Throughput(Callback):
     """time/<name>, such as tokens_per_s: of all ranks together since the last log, validation and checkpoints left out.
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from scmoe.parallel.durable import newest_good, verify
+from tests.smoke.test_train import rows_of
 
 pytestmark = [
     *(pytest.mark.smoke, pytest.mark.dist, pytest.mark.xdist_group("ranks")),
@@ -46,3 +47,5 @@ def test_12_a_run_asked_to_stop_saves_and_exits_with_143(tmp_path, ranks):
     resumed = subprocess.run(resume, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
     assert f'"steps": {step + 2}' in resumed.stdout.splitlines()[-1]
+    rows = rows_of(tmp_path / "latest" / "metrics.csv")
+    assert [int(row["step"]) for row in rows if "train/loss" in row] == list(range(step + 2))

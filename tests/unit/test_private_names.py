@@ -39,6 +39,7 @@ SIGNATURES = {  # name: where it is, its parameters
 }
 OTHERS = {
     *("_ddp_params_and_buffers_to_ignore", "_last_global_step_saved", "_timeout"),
+    "_batches_that_stepped",
     *("_execution_engine", "_compiled_call_impl"),
     *("_fields", "_getframe", "_replace"),  # Python's own
     "_fingerprint",  # of the Hugging Face data sets
@@ -55,6 +56,7 @@ def test_the_others_exist():
     assert DDPStrategy()._timeout is not None
     assert ModelCheckpoint()._last_global_step_saved == 0
     assert "self._last_global_step_saved == trainer.global_step" in inspect.getsource(ModelCheckpoint)
+    assert "_batches_that_stepped" in inspect.getsource(_TrainingEpochLoop.on_load_checkpoint)
     assert hasattr(nn.Module(), "_compiled_call_impl")
     assert callable(Variable._execution_engine.queue_callback)
     assert "_ddp_params_and_buffers_to_ignore" in inspect.getsource(DistributedDataParallel.__init__)
