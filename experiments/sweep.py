@@ -31,8 +31,7 @@ from experiments.sweep_search import Trial, best, total
 from experiments.sweep_trials import Interrupted, kept, run_trials
 from scmoe.config_check import ConfigError
 
-PROGRAM = "python -m experiments.sweep"
-USAGE = f"usage: {PROGRAM} FILE [--local] [key=value ...]\n"
+USAGE = "usage: python -m experiments.sweep FILE [--local] [key=value ...]\n"
 
 
 def main(arguments: list[str]) -> int:
@@ -47,7 +46,8 @@ def main(arguments: list[str]) -> int:
         sweep = read(path, overrides)
         if not local and _has_key():
             return run_online(sweep)
-        return run_here(sweep, shlex.join([path, *overrides]))
+        again = shlex.quote(shlex.join(["--local", *overrides]))
+        return run_here(sweep, f"make sweep CONFIG={shlex.quote(path)} ARGS={again}")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -62,8 +62,8 @@ def _has_key() -> bool:
 # ---------------------------------------------------------------------- here
 
 
-def run_here(sweep: Sweep, request: str) -> int:
-    """request: what was asked for, to be typed again."""
+def run_here(sweep: Sweep, again: str) -> int:
+    """again: the command that goes on where this one was stopped."""
     if sweep.method == "bayes" and find_spec("optuna") is None:
         raise ConfigError("method is bayes, allowed without optuna (pip install -e '.[sweep]'): grid | random")
     trials = kept(sweep)
@@ -80,11 +80,12 @@ def run_here(sweep: Sweep, request: str) -> int:
     if not console.is_terminal:
         console = Console(width=WIDTH)
     console.print(rich_table(sweep, trials))
-    console.print(f"results      {sweep.folder}", soft_wrap=True)
+    plain: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False}  # a path may hold brackets
+    console.print(f"results      {sweep.folder}", **plain)
     if summary["best"]:
-        console.print(f"best         make train CONFIG={summary['best']['config']}", soft_wrap=True)
+        console.print(f"best         make train CONFIG={summary['best']['config']}", **plain)
     if stopped:
-        console.print(f"go on        {PROGRAM} --local {request}", soft_wrap=True)
+        console.print(f"go on        {again}", **plain)
     print(json.dumps(summary), flush=True)
     return stopped or (0 if summary["finished"] else 1)
 
@@ -149,6 +150,9 @@ def run_online(sweep: Sweep) -> int:
     """Creates the sweep at W&B and runs an agent, which takes trials until the server has no more."""
     import wandb
 
+    if (mode := sweep.base.logger.mode) not in ("auto", "online"):
+        allowed = "with a key: auto | online; or --local"
+        raise ConfigError(f"logger.mode is {mode!r}, W&B would see no trial, allowed {allowed}")
     project = sweep.raw.get("project", sweep.base.logger.project)
     try:
         entity = sweep.raw.get("entity") or wandb.Api().default_entity

@@ -81,6 +81,7 @@ def _run(sweep: Sweep, trial: Trial, trials: list[Trial], lock: IO[str], watch: 
                 process.terminate()
             watch(trial)
     finally:  # nothing of it outlives this; an end by itself in the meantime is one
+        trial.state = "cut"  # stays so where a second Ctrl-C breaks off the waiting
         code = _end(process)
         _look(sweep, trial, home)
         trial.state = {0: "finished"}.get(code, "cut" if code in STOPPED else "failed")

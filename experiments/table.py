@@ -69,9 +69,9 @@ def report(table: Table, scale_name: str, runs: list[Run], console: Console, wen
     files = write_report(table, scale_name, states) if counts["finished"] else []
     for run, state in states.items():
         if state.status == "failed":
-            console.print(f"failed: {run.title}: {state.error}; its log: {run.log}", soft_wrap=True)
+            console.print(f"failed: {run.title}: {state.error}; its log: {run.log}", soft_wrap=True, markup=False)
     for path in files:
-        console.print(str(path), soft_wrap=True)
+        console.print(str(path), soft_wrap=True, markup=False)
     if not went_through:
         console.print("stopped; the same command goes on")
     print(json.dumps({"table": table.name, "scale": scale_name, **counts, "folder": str(runs[0].folder)}), flush=True)

@@ -209,7 +209,7 @@ def test_a_server_out_of_order_from_the_start_is_one_warning(answer, reports):
 def test_a_sweep_through_an_agent(tmp_path):
     """Four trials, one of which fails and does not end it; W&B keeps the sweep, the agent's runs have its ids."""
     with wandb_server() as server:
-        words = ("configs/sweep/smoke.yaml", f"runs_dir={tmp_path}", "logger.mode=online")
+        words = ("configs/sweep/smoke.yaml", f"runs_dir={tmp_path}")
         environment = {
             k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "PYTEST_"))
         } | server.variables
@@ -222,7 +222,7 @@ def test_a_sweep_through_an_agent(tmp_path):
     assert made[:-1] == ["wandb", "sweep", "--entity", "me", "--project", "scmoe"]
     assert yaml.safe_load(Path(made[-1]).read_text()) == server.sweep
     sent, ours = server.sweep, yaml.safe_load((ROOT / words[0]).read_text())
-    assert sent.pop("command")[-3:] == [*words[1:], "${args_no_hyphens}"]
+    assert sent.pop("command")[-2:] == [*words[1:], "${args_no_hyphens}"]
     assert sent == {key: value for key, value in ours.items() if key != "command"}, "nothing of ours in it"
     runs = list(server.runs.values())
     assert [run.name for run in runs] == ["trial0", "trial1", "trial2", "trial3"], "the ids of the agent"
@@ -247,7 +247,7 @@ def left_behind(folder: Path) -> list[str]:
 def test_a_trial_that_w_and_b_stops_and_one_that_is_interrupted_are_saved(tmp_path):
     """The server stops the first trial, as Hyperband does there, and Ctrl-C comes in the second."""
     long = ("trainer.max_steps=100000", "trainer.val_every=100000", "trainer.checkpoint_every=100000")
-    words = ("configs/sweep/smoke.yaml", f"runs_dir={tmp_path}", "logger.mode=online", *long)
+    words = ("configs/sweep/smoke.yaml", f"runs_dir={tmp_path}", *long)
     private = ("WANDB_", "PYTEST_")
 
     def until_it_trains(trial: str) -> None:
@@ -288,4 +288,6 @@ def test_a_server_that_takes_no_sweep_is_said(monkeypatch):
         monkeypatch.chdir(ROOT)
         with pytest.raises(ConfigError, match=r"^Weights & Biases takes no sweep, allowed here: --local: "):
             run_online(read("configs/sweep/smoke.yaml"))
+        with pytest.raises(ConfigError, match=r"^logger\.mode is 'disabled', W&B would see no trial, allowed "):
+            run_online(read("configs/sweep/smoke.yaml", ["logger.mode=disabled"]))
     wandb.teardown()

@@ -109,7 +109,8 @@ def test_a_cut_sweep_goes_on(signum, start, tmp_path):
     done = end(process)
     assert done.code == 128 + signum, done.err
     assert not alive(tmp_path)
-    assert "go on " in done.out
+    again = f"make sweep CONFIG={tmp_path}/s.yaml ARGS='--local runs_dir={tmp_path}'"
+    assert f"go on        {again}" in done.out.splitlines()
     assert [row["state"] for row in rows(tmp_path)] == ["finished", "cut"]
     before = list(first.glob("*/config.yaml")) + list(second.glob("*/config.yaml"))
     assert any(second.glob("*/checkpoints/*.ckpt"))
