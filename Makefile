@@ -11,11 +11,11 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train resume sample export sweep table3 runs compare list params plan bench bench-overlap timeline figures test test-fast test-dist test-faults mutate lint format typecheck ci clean
+.PHONY: help setup train resume sample export sweep table3 runs compare list params plan bench bench-overlap bench-growth timeline figures test test-fast test-dist test-faults mutate lint format typecheck ci clean
 
 help:  ## this list
 	@echo "usage: make TARGET [CONFIG=$(CONFIG)] [RUN=runs/...] [ARGS=\"optim.lr=1e-3 ...\"]"; echo
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo; echo "Targets that need the environment make it first ($(VENV); PYTHON=python3.12 picks another Python)."
 
 setup: $(READY)  ## make .venv and install the project with its test tools, once
@@ -67,8 +67,11 @@ plan: $(READY)  ## what CONFIG would take on ARGS="ep=8 dp=2": FLOPs, bytes, mem
 bench: $(READY)  ## time of the MoE layer over the same dense products
 	@$(PY) -m experiments.bench layer $(ARGS)
 
-bench-overlap: $(READY)  ## how much of the All-to-All each architecture and schedule hides, on shaped links
-	@$(PY) -m experiments.bench overlap $(ARGS)
+bench-overlap: $(READY)  ## what each architecture hides of the All-to-All at SHARES="0.52 0.35 0.15" of communication
+	@for share in $(or $(SHARES),0.52 0.35 0.15); do $(PY) -m experiments.bench overlap --share $$share $(ARGS) || exit; done
+
+bench-growth: $(READY)  ## the same as tokens, ranks and experts grow
+	@$(PY) -m experiments.bench growth $(ARGS)
 
 timeline: $(READY)  ## one pair's operators on the clock, measured beside planned (Fig. 7), and Chrome traces
 	@$(PY) -m experiments.timeline $(ARGS)

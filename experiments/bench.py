@@ -1,12 +1,12 @@
-"""Measure: `python -m experiments.bench layer` or `overlap`. The last line on standard output is JSON."""
+"""Measure: `python -m experiments.bench layer`, `overlap` or `growth`. The last line on standard output is JSON."""
 
 from __future__ import annotations
 
 import sys
 
-from experiments import bench_layer, bench_overlap
+from experiments import bench_growth, bench_layer, bench_overlap
 
-WHAT = {"layer": bench_layer.main, "overlap": bench_overlap.main}
+WHAT = {"layer": bench_layer.main, "overlap": bench_overlap.main, "growth": bench_growth.main}
 
 
 def main(arguments: list[str]) -> int:

@@ -29,6 +29,7 @@ from scmoe.testbed.ranks import run_ranks
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench overlap", description=__doc__.split("\n")[0])
     parser.add_argument("--share", type=float, default=0.52, help="communication share of sequential top-2, forward")
+    parser.add_argument("--link-mbit", type=float, help="the links' rate, in place of one searched for the share")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--compute", choices=["real", "emulated"], default="emulated")
     parser.add_argument("--level", choices=["block", "iteration"], default="block")
@@ -119,6 +120,7 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
         "compute": setting.compute,
         "level": setting.level,
         "rounds": setting.rounds,
+        "iterations": result["iterations"],
         "limit_forward": limits["forward"],
         "limit_train": limits["train"],
         "transfer_cpu_ms_forward": cpu["forward"],

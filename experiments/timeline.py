@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: links cannot be shaped here: {missing}", file=sys.stderr)
         return 2
     links.enter(["-m", "experiments.timeline", *arguments])
-    setting = Setting(options.share, options.compute)
+    setting = Setting(options.share, compute=options.compute)
     options.out.mkdir(parents=True, exist_ok=True)
     rate, timelines = run_ranks(
         watch, options.ranks, setting, options.position, str(options.out), timeout_s=900, own_links=True

@@ -48,6 +48,7 @@ def enter(command: Sequence[str]) -> None:
         return
     os.environ[ENTERED] = "1"
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d warns that the addresses here have no names
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler tells when it starts and stops
     sys.stdout.flush()
     sys.stderr.flush()
     up = [

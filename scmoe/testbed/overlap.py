@@ -60,10 +60,12 @@ ROWS = {  # row: (block, numbers of chunks to choose from)
 
 @dataclass(frozen=True)
 class Setting:
-    """tokens: of a rank, in sequences of seq_len. attention_ms, and through attention_to_mlp an MLP's: emulated
-    compute only. pairs: blocks in a row, 1 at block level."""
+    """share: of communication, to be found by the links' rate; link_mbit: that rate, where it is given instead.
+    tokens: of a rank, in sequences of seq_len. attention_ms, and through attention_to_mlp an MLP's: emulated compute
+    only. pairs: blocks in a row, 1 at block level."""
 
     share: float
+    link_mbit: float | None = None
     compute: str = "emulated"
     level: str = "block"
     rounds: int = 9
@@ -162,6 +164,7 @@ class Bench:
         self.steps = {n: Step(stack, setting, self.group) for n, stack in self.stacks.items()}
         shape = setting.tokens // setting.seq_len, setting.seq_len, setting.dim
         self.x = torch.randn(shape, device=self.device, requires_grad=True)
+        self.iterations = 0  # timed so far: an inference and a training step each
 
     def set(self, variant: Variant) -> Step:
         for block in self.stacks[variant.block]:
@@ -184,26 +187,30 @@ class Bench:
         t4, c4 = self.now()
         step.clear()
         self.x.grad = None
+        self.iterations += 1
         return Seconds(t1 - t0, t4 - t2, t3 - t2, c1 - c0, c4 - c2)
 
-    def forward_seconds(self, variant: Variant, rounds: int) -> float:
-        step, times = self.set(variant), []
-        for _ in range(rounds):
-            dist.barrier()
-            start, _, end = self.now(), step.infer(self.x), self.now()
-            times.append(end[0] - start[0])
-        return slowest([median(times)])[0]
+    def forward_seconds(self, variants: Sequence[Variant], rounds: int) -> list[float]:
+        """Of each variant, the median; in turn. One round more than asked, the first to warm up."""
+        times: list[list[float]] = [[] for _ in variants]
+        for _ in range(rounds + 1):
+            for variant, own in zip(variants, times, strict=True):
+                step = self.set(variant)
+                dist.barrier()
+                start, _, end = self.now(), step.infer(self.x), self.now()
+                own.append(end[0] - start[0])
+        return slowest([median(own[1:]) for own in times])
 
     def rounds(
         self, variants: Sequence[Variant], rounds: int, show: Callable[[str], None]
     ) -> dict[Variant, list[Seconds]]:
-        """One round more than asked, the first to warm up."""
+        """All variants in turn, then again."""
         times: dict[Variant, list[Seconds]] = {v: [] for v in variants}
-        for i in range(rounds + 1):
-            show(f"round {i} of {rounds}, {len(variants)} variants")
+        for i in range(rounds):
+            show(f"round {i + 1} of {rounds}, {len(variants)} variants")
             for v in variants:
                 times[v].append(self.seconds(v))
-        fields = [asdict(s).values() for v in variants for s in times[v][1:]]
+        fields = [asdict(s).values() for v in variants for s in times[v]]
         worst = slowest([value for row in fields for value in row])
         numbers = iter(worst)
         return {v: [Seconds(*itertools.islice(numbers, 5)) for _ in range(rounds)] for v in variants}
@@ -296,7 +303,7 @@ class Stack(nn.Module):
 
 def measure(rank: int, world_size: int, setting: Setting, verbose: bool) -> dict[str, Any]:
     """Runs on every rank; rank 0's result counts. Seconds of each row's best schedule, of the planner's choice, and of
-    each block sequential and free, round by round."""
+    each block sequential and free, round by round; planning and trying have warmed all of them up."""
 
     def show(line: str) -> None:
         if rank == 0 and verbose:
@@ -304,7 +311,7 @@ def measure(rank: int, world_size: int, setting: Setting, verbose: bool) -> dict
 
     dist.init_process_group("gloo")
     bench = Bench(setting)
-    rate, share = find_rate(bench, show) if setting.shaped else (None, None)
+    rate = find_rate(bench, show) if setting.shaped else None
     plans = {}
     rows = {row: ROWS[row] for row in setting.rows}
     for row, (block, chunk_counts) in rows.items():
@@ -321,30 +328,33 @@ def measure(rank: int, world_size: int, setting: Setting, verbose: bool) -> dict
     references = [Variant(b, Schedule(schedule_name(b)), way) for b in bench.stacks for way in ("sequential", "free")]
     times = bench.rounds(list(dict.fromkeys([*references, *best.values(), *chosen.values()])), setting.rounds, show)
     peaks = {row: bench.peak_mb(v) for row, v in best.items()}
-    return dict(rate=rate, share=share, plans=plans, best=best, chosen=chosen, times=times, peaks=peaks)
+    return dict(rate=rate, plans=plans, best=best, chosen=chosen, times=times, peaks=peaks, iterations=bench.iterations)
 
 
 def schedule_name(block: str) -> str:
     return "top_k" if block in ("top1", "top2") else block
 
 
-def find_rate(bench: Bench, show: Callable[[str], None]) -> tuple[float, float]:
-    """The links' rate in Mbit/s at which the wanted share of a sequential top-2 pair is communication, and the share
-    reached."""
+def find_rate(bench: Bench, show: Callable[[str], None]) -> float:
+    """Sets the links' rate, in Mbit/s: the one given, or that at which the wanted share of a sequential top-2 pair is
+    communication."""
     s, wanted = bench.setting, bench.setting.share
-    sequential, free = (Variant("top2", Schedule("top_k"), way) for way in ("sequential", "free"))
-    bench.forward_seconds(free, 2)
-    t_free = bench.forward_seconds(free, 5)
+    if s.link_mbit is not None:
+        links.set_rate(s.link_mbit)
+        return s.link_mbit
+    pair = [Variant("top2", Schedule("top_k"), way) for way in ("sequential", "free")]
+    t_free = bench.forward_seconds(pair[1:], 5)[0]
     sent_bits = 2 * 2 * s.pairs * s.tokens * s.dim * 32 * (1 - 1 / dist.get_world_size())
     rate = sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
     for _ in range(8):
         links.set_rate(rate)
-        bench.forward_seconds(sequential, 1)
-        t_sequential, t_free = bench.forward_seconds(sequential, 5), bench.forward_seconds(free, 3)
+        t_sequential, t_free = bench.forward_seconds(pair, 5)
         share = 1 - t_free / t_sequential
         show(f"links at {rate:.0f} Mbit/s: communication share {share:.3f}, wanted {wanted:g}")
         if abs(share - wanted) < 0.01:
             break
         factor = (t_sequential - t_free) / (t_free * wanted / (1 - wanted))
         rate *= min(2.0, max(0.5, factor))  # a disturbed measurement must not stop the link
-    return rate, share
+    else:
+        links.set_rate(rate)
+    return rate

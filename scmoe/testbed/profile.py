@@ -29,7 +29,7 @@ def watch(rank: int, world_size: int, setting: Setting, position: str, out: str)
     """The links' rate, and by direction {title: spans in ms}, planned and measured."""
     dist.init_process_group("gloo")
     bench = Bench(setting)
-    rate, _ = find_rate(bench, lambda line: print(line, file=sys.stderr) if rank == 0 else None)
+    rate = find_rate(bench, lambda line: print(line, file=sys.stderr) if rank == 0 else None)
     timelines: dict[str, dict[str, list[Span]]] = {"forward": {}, "backward": {}}
     for title, (block, way, chunks) in ROWS.items():
         title, block = title.format(position.capitalize().replace("s", "s-")), block.format(position)

@@ -26,20 +26,20 @@ pytestmark = [
 MEGABYTES, MBIT = 1, 80.0
 
 
-def exchange(rank: int, world_size: int) -> dict[str, float]:
-    """Seconds of an All-to-All in which each rank sends a megabyte to the other, without and with a rate."""
+def exchange(rank: int, world_size: int) -> float:
+    """Seconds of an All-to-All in which each rank sends a megabyte to the other, from before all have come to after all
+    are done; once without a rate, then with."""
     dist.init_process_group("gloo")
     rows = torch.full((2 * MEGABYTES * 2**20 // 4,), float(rank))
-    seconds = {}
-    for name, rate in {"unshaped": None, "shaped": MBIT}.items():
+    for rate in (None, MBIT):
         links.set_rate(rate)
         received = torch.empty_like(rows)
-        dist.barrier()
         start = time.perf_counter()
+        dist.barrier()
         dist.all_to_all_single(received, rows)
-        seconds[name] = time.perf_counter() - start
+        dist.barrier()
         assert received.unique().tolist() == [0.0, 1.0]
-    return seconds
+    return time.perf_counter() - start
 
 
 def wait_for_ever(rank: int, world_size: int) -> None:
@@ -75,8 +75,7 @@ def test_a_link_carries_no_more_than_its_rate(user, monkeypatch):
     assert done.returncode == 0, done.stderr
     least = (MEGABYTES * 2**20 * 8 - 64 * 1024 * 8) / (MBIT * 1e6)  # what passes at once is the bucket's burst
     seconds = json.loads(done.stdout.splitlines()[-1])
-    assert all(s["shaped"] >= least for s in seconds), seconds
-    assert min(s["shaped"] / s["unshaped"] for s in seconds) > 1
+    assert min(seconds) >= least, seconds
     assert interfaces() == before
 
 
