@@ -10,8 +10,11 @@ wait in a breath.
 
 from __future__ import annotations
 
+import functools
+import os
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
@@ -58,9 +61,24 @@ def point_to_point(target: Tensor, rows: Tensor, received: list[int], sent: list
     """All receives first, then the sends.
 
     gloo sends rows once the peer has said that it awaits them. Its own All-to-All says so after it has begun to send:
-    on the rank that comes later, the word queues behind its own rows, and the two directions of a link take turns
-    (docs/benchmarks.md has the measurement).
+    on the rank that comes later, the word queues behind its own rows, and the two directions of a link take turns.
+    Posting takes some milliseconds where rows are arriving at the same time, so a thread does it while the caller
+    computes (docs/decisions/0019-point-to-point.md has the measurements).
     """
+    return _Posted(_poster().submit(_post, target, rows, received, sent, group))
+
+
+@functools.cache
+def _poster() -> ThreadPoolExecutor:
+    """One thread for all layers, directions and groups: what is posted in one order on every rank stays in order."""
+    return ThreadPoolExecutor(1, "all-to-all")
+
+
+os.register_at_fork(after_in_child=_poster.cache_clear)
+
+
+@torch.inference_mode()
+def _post(target: Tensor, rows: Tensor, received: list[int], sent: list[int], group: Any) -> list[Any]:
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     targets = target.split(received) if received else target.chunk(size)
     sources = rows.split(sent) if sent else rows.chunk(size)
@@ -68,19 +86,20 @@ def point_to_point(target: Tensor, rows: Tensor, received: list[int], sent: list
     works = [dist.irecv(targets[peer], group=group, group_src=peer) for peer in before if targets[peer].numel()]
     works += [dist.isend(sources[peer], group=group, group_dst=peer) for peer in after if sources[peer].numel()]
     targets[rank].copy_(sources[rank])
-    return _All(works)
+    return works
 
 
-class _All:
-    """Several works as one. Two threads may wait: a recorder and the one that needs the rows."""
+class _Posted:
+    """Sends and receives as one work. Two threads may wait: a recorder and the one that needs the rows."""
 
-    def __init__(self, works: Sequence[Any]) -> None:
-        self.works, self.lock = list(works), threading.Lock()
+    def __init__(self, posted: Future[list[Any]]) -> None:
+        self.posted, self.lock = posted, threading.Lock()
 
     def wait(self) -> None:
         with self.lock:
-            while self.works:
-                self.works.pop(0).wait()
+            works = self.posted.result()
+            while works:
+                works.pop(0).wait()
 
 
 class Transfer:
