@@ -53,7 +53,7 @@ def run_all(
     session = Session(list(runs), jobs, left={run.name: 1 - fraction(run) for run in waiting})
     if skipped := len(runs) - len(waiting):
         say(f"{skipped} of {len(runs)} runs are finished already")
-    with _lock(runs[0].folder) as lock, _stop_request(jobs) as stop:
+    with lock_of(runs[0].folder) as lock, _stop_request(jobs) as stop:
         active: dict[str, Job] = {}
         try:
             while (waiting and not stop) or active:
@@ -158,13 +158,14 @@ def train_here(arguments: list[str], log: IO[str]) -> int:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[IO[str]]:
+def lock_of(folder: Path) -> Iterator[IO[str]]:
+    """ConfigError where another process has it, of a table or of a sweep."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(f"{folder}: runs of this table are being made already, by another process") from error
+            raise ConfigError(f"{folder}: its runs are being made already, by another process") from error
         yield lock
 
 

@@ -10,7 +10,6 @@ the last process of the first one has ended.
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import os
 import signal
@@ -22,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from experiments.harness import lock_of
 from experiments.sweep_config import Sweep, words
 from experiments.sweep_search import Trial, hopeless, propose
 from scmoe.config_check import ConfigError
@@ -45,7 +45,7 @@ def run_trials(sweep: Sweep, trials: list[Trial], watch: Callable[[Trial], None]
     watch: called now and then, and when a trial has ended. Raises Interrupted; ConfigError if another process is at it,
     or if a trial has not logged the sweep's metric.
     """
-    with _lock(sweep.folder) as lock, _signals():
+    with lock_of(sweep.folder) as lock, _signals():
         for trial in trials:
             if trial.state in ("running", "cut"):
                 _run(sweep, trial, trials, lock, watch)
@@ -182,17 +182,6 @@ def _identity(sweep: Sweep) -> dict[str, Any]:
     """What makes it this sweep: all but how long it goes on and how it is called."""
     same = {key: value for key, value in sweep.raw.items() if key not in ("run_cap", "name", "description")}
     return json.loads(json.dumps(same))
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[IO[str]]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"{folder}: this sweep is being run already, by another process") from error
-        yield lock
 
 
 @contextmanager

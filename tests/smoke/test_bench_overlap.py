@@ -49,3 +49,25 @@ def test_timeline(tmp_path):
     names = {event.get("name") for event in trace["traceEvents"]}
     operators = ("route", "encode", "dispatch", "experts", "combine", "decode", "attention", "mlp", "shared_expert")
     assert {f"scmoe/{operator}" for operator in operators} <= names
+
+
+@pytest.mark.skipif(links.why_not() is not None, reason=f"links cannot be shaped here: {links.why_not()}")
+def test_bench_growth(tmp_path):
+    out = run(
+        "experiments.bench",
+        "growth",
+        "--of",
+        "tokens",
+        "--points",
+        "256",
+        "512",
+        "--rounds",
+        "1",
+        "--out",
+        str(tmp_path),
+    )
+    points = json.loads(out.splitlines()[-1])["tokens"]
+    assert [point["tokens"] for point in points] == [256, 512]
+    assert points[0]["link_mbit"] == points[1]["link_mbit"]
+    assert all(point["compute"] == "emulated" and point.keys() >= TOP for point in points)
+    assert (tmp_path / "growth.png").exists()

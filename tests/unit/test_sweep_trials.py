@@ -132,7 +132,7 @@ def test_a_killed_sweep_leaves_a_state_and_a_lock_as_long_as_its_trial_runs(star
     finally:
         os.kill(left, signal.SIGCONT)
     assert refused.code == 2
-    assert "is being run already" in refused.err
+    assert "are being made already" in refused.err
     until(lambda: not alive(tmp_path))
     assert end(start(pause_s=0.3)).summary["finished"] == 3
 

@@ -171,7 +171,7 @@ def test_a_run_that_ended_while_nobody_waited_is_finished(table):
 
 def test_two_harnesses_cannot_make_one_table(table, tmp_path):
     runs = table.plan()
-    with harness._lock(runs[0].folder), pytest.raises(ConfigError, match="made already"):
+    with harness.lock_of(runs[0].folder), pytest.raises(ConfigError, match="made already"):
         table.make(runs)
 
 
