@@ -74,8 +74,10 @@ def plan_lines(plans: list[Plan]) -> list[str]:
 def what_ran(plans: list[Plan], overlap: Overlap, backend: str) -> str:
     ran = sorted({f"slot {p.schedule.slot} x {p.schedule.chunks}" for p in plans})
     predicted, measured = (1e3 * sum(seconds) for seconds in ((p.predicted for p in plans), overlap.seconds))
+    sequential, free = (sum(sum(getattr(p, kind)) for p in plans) for kind in ("sequential", "free"))
     hidden = [f"{100 * share:.0f} %" for share in overlap.efficiency]
     return (
         f"ran: {backend}, {', '.join(ran)} (slot x chunks): {measured:.1f} ms of all MoE windows a step, predicted "
-        f"{predicted:.1f}; communication hidden: {hidden[0]} forward, {hidden[1]} backward"
+        f"{predicted:.1f}; of their communication, {100 * (1 - free / sequential):.0f} % of the time without overlap, "
+        f"hidden: {hidden[0]} forward, {hidden[1]} backward"
     )

@@ -19,12 +19,12 @@ from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel import planner as planning
 from scmoe.parallel.dispatcher import AllToAllDispatcher
-from scmoe.parallel.planner import DRIFTED_IN_TURN, STEPS_EACH, WARMUP_STEPS, Plan, Planner
+from scmoe.parallel.planner import DRIFTED_IN_TURN, STEPS_EACH, WARMUP_STEPS, Overlap, Plan, Planner
 from scmoe.schedule.cost import OperatorTimes, best_schedule, slots
 from scmoe.schedule.plan import Schedule
 from scmoe.testbed.emulated import EmulatedOperator
 from scmoe.testbed.ranks import RankError, run_ranks
-from scmoe.training.planning import plan_lines
+from scmoe.training.planning import plan_lines, what_ran
 from tests.helpers import DIM, EXPERTS, FFN, randomise, tiny_sublayers
 
 pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
@@ -137,3 +137,12 @@ def test_a_plan_is_told_in_one_line_for_layers_alike():
         "plan: MoE layers 1 to 2: pos1, slot 1 of 0 to 2, 1 chunk(s): 23.0 ms there and back, 10.0"
     )
     assert "Eq. 11 would take slot" in lines[1]
+
+
+def test_what_ran_says_how_much_communication_there_is_to_hide():
+    times = {1: OperatorTimes({"dispatch": 0.010, "combine": 0.010, "attention": 0.012, "experts": 0.001})}
+    times[1] = OperatorTimes(times[1].forward, times[1].forward)
+    plan = Plan(Schedule("pos1", 1), times, (0.04, 0.04))
+    line = what_ran([plan, plan], Overlap((0.05, 0.05), (0.75, 0.5)), "gloo")
+    assert line.startswith("ran: gloo, slot 1 x 1 (slot x chunks): 100.0 ms of all MoE windows a step, predicted ")
+    assert line.endswith("50 % of the time without overlap, hidden: 75 % forward, 50 % backward")
