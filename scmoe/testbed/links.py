@@ -71,6 +71,8 @@ def _unshare() -> list[str]:
 
 def attach(pid: int, rank: int) -> None:
     """Ties the namespace of process `pid`, which has called `leave`, to the bridge."""
+    # the kernel takes its time to remove the link of an earlier rank that has ended
+    subprocess.run(["ip", "link", "del", f"link{rank}"], capture_output=True)
     _run(f"ip link add link{rank} type veth peer name eth0 netns {pid}")
     _run(f"ip link set link{rank} master {BRIDGE} up")
 
@@ -102,8 +104,12 @@ def set_rate(mbit: float | None) -> None:
 
 
 def _tbf(mbit: float) -> str:
-    """A token bucket: burst may pass at once, and no packet waits so long that it is dropped."""
-    return f"tbf rate {mbit * 1e3:.0f}kbit burst 64kb latency 2000ms"
+    """A token bucket: burst may pass at once, and no packet waits so long that it is dropped.
+
+    A burst below 64 kB, the largest segment, would have the processor cut segments into packets, as a network card does
+    for it: ten times the work of a transfer (docs/benchmarks.md).
+    """
+    return f"tbf rate {mbit * 1e3:.0f}kbit burst 128kb latency 2000ms"
 
 
 def _run(command: str) -> None:
