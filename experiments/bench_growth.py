@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.bench_overlap import summary
+from experiments.bench_overlap import at_least_two, summary
 from scmoe.testbed import links
 from scmoe.testbed.overlap import Setting, measure
 from scmoe.testbed.ranks import run_ranks
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench growth", description=__doc__.split("\n")[0])
     parser.add_argument("--of", nargs="+", choices=POINTS, default=list(POINTS), help="what grows; all three")
     parser.add_argument("--points", nargs="+", type=int, help="its values, with one --of")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=at_least_two, default=5)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the chart and the figures")
     options = parser.parse_args(arguments)
     if options.points and len(options.of) > 1:
@@ -47,25 +47,25 @@ def main(arguments: list[str]) -> int:
         print(f"error: links cannot be shaped here: {missing}", file=sys.stderr)
         return 2
     links.enter(["-m", "experiments.bench", "growth", *arguments])
-    report = {of: series(of, options.points or POINTS[of], options.rounds) for of in options.of}
-    show(report)
     options.out.mkdir(parents=True, exist_ok=True)
+    report: dict[str, list[dict[str, Any]]] = {of: [] for of in options.of}
+    for of, found in report.items():
+        for value in options.points or POINTS[of]:
+            found.append(point(of, value, found[0]["link_mbit"] if found else None, options.rounds))
+            (options.out / "growth.json").write_text(json.dumps(report, indent=1))
+    show(report)
     draw(report, options.out / "growth.png")
-    (options.out / "growth.json").write_text(json.dumps(report, indent=1))
     print(f"chart and figures: {options.out / 'growth'}.png, .json", file=sys.stderr)
     print(json.dumps(report))
     return 0
 
 
-def series(of: str, points: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
-    """The reports of `bench overlap` at each point, with the point under its own name."""
-    found: list[dict[str, Any]] = []
-    for value in points:
-        print(f"{of}: {value}", file=sys.stderr)
-        setting, ranks = at(of, value, found[0]["link_mbit"] if found else None, rounds)
-        result = run_ranks(measure, ranks, setting, True, timeout_s=1800, own_links=True)[0]
-        found.append({**summary(setting, ranks, result), of: value})
-    return found
+def point(of: str, value: int, link_mbit: float | None, rounds: int) -> dict[str, Any]:
+    """The report of `bench overlap`, with the value under the name of what grows."""
+    print(f"{of}: {value}", file=sys.stderr)
+    setting, ranks = at(of, value, link_mbit, rounds)
+    result = run_ranks(measure, ranks, setting, True, timeout_s=1800, own_links=True)[0]
+    return {**summary(setting, ranks, result), of: value}
 
 
 def at(of: str, value: int, link_mbit: float | None, rounds: int) -> tuple[Setting, int]:

@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--compute", choices=["real", "emulated"], default="emulated")
     parser.add_argument("--level", choices=["block", "iteration"], default="block")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: one GPU, rows over its bus")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=at_least_two, default=9)
     for name in ("dim", "ffn_dim", "heads", "tokens", "seq_len", "num_experts", "attention_ms", "attention_to_mlp"):
         default = next(f.default for f in fields(Setting) if f.name == name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
@@ -58,6 +58,13 @@ def main(arguments: list[str]) -> int:
     print(f"chart and figures: {out / name}.png, .json", file=sys.stderr)
     print(json.dumps(report))
     return 0
+
+
+def at_least_two(text: str) -> int:
+    """A number of rounds."""
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"is {text}, allowed: 2 or more (quartiles are told)")
+    return int(text)
 
 
 def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, Any]:

@@ -53,19 +53,8 @@ def test_timeline(tmp_path):
 
 @pytest.mark.skipif(links.why_not() is not None, reason=f"links cannot be shaped here: {links.why_not()}")
 def test_bench_growth(tmp_path):
-    out = run(
-        "experiments.bench",
-        "growth",
-        "--of",
-        "tokens",
-        "--points",
-        "256",
-        "512",
-        "--rounds",
-        "1",
-        "--out",
-        str(tmp_path),
-    )
+    small = ("--points", "256", "512", "--rounds", "2", "--out", str(tmp_path))
+    out = run("experiments.bench", "growth", "--of", "tokens", *small)
     points = json.loads(out.splitlines()[-1])["tokens"]
     assert [point["tokens"] for point in points] == [256, 512]
     assert points[0]["link_mbit"] == points[1]["link_mbit"]
