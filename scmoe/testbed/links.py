@@ -107,7 +107,7 @@ def _tbf(mbit: float) -> str:
     """A token bucket: burst may pass at once, and no packet waits so long that it is dropped.
 
     A burst below 64 kB, the largest segment, would have the processor cut segments into packets, as a network card does
-    for it: ten times the work of a transfer (docs/benchmarks.md).
+    for it: five times the processor time of a transfer (docs/benchmarks.md).
     """
     return f"tbf rate {mbit * 1e3:.0f}kbit burst 128kb latency 2000ms"
 
