@@ -91,7 +91,7 @@ test-dist: $(READY)  ## the tests that start several processes
 test-faults: $(READY)  ## the whole fault suite: kills, broken disks, damage, resuming, resharding
 	@$(PYTEST) -m faults $(ARGS)
 
-mutate: $(READY)  ## put known bugs back, one at a time, in a copy: do the tests catch them?
+mutate: $(READY)  ## put known bugs back, in copies: do the tests catch them?
 	@$(PY) -m experiments.mutate $(ARGS)
 
 lint: $(READY)  ## ruff: rules and format

@@ -1,6 +1,6 @@
 """Bugs that were made before, here or elsewhere, as one-line changes of the source, each with the tests that catch it.
 
-`python -m experiments.mutate` puts them back one at a time, in a copy of the tree. A change replaces text that occurs
+`python -m experiments.mutate` puts them back, each alone in a copy of the tree. A change replaces text that occurs
 exactly once in its file; tests/unit/test_mutants.py notices when it no longer does.
 """
 

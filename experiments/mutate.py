@@ -1,23 +1,29 @@
 """Test the tests: `python -m experiments.mutate [--only NAME ...] [--resume] [--list]` puts known bugs back in turn.
 
 Each bug of mutants.py goes into a copy of the tree, never into the tree itself, and the tests named with it run there.
-Caught: they fail (pytest's exit code 1; code 2, an import that breaks, would say nothing about the tests). Before, all
-the named tests run without a bug: a test that fails anyway catches nothing. The last line on standard output is JSON.
+Two copies work beside each other, each on its share of the bugs. Caught: the tests fail (pytest's exit code 1; code 2,
+an import that breaks, would say nothing about the tests). Before, each copy runs all tests of its share without a bug:
+a test that fails anyway catches nothing. The last line on standard output is JSON.
 
 Each result is kept as it comes, so a run that was broken off goes on with --resume, where no file has changed since.
+Ctrl-C and SIGTERM end the tests that run and remove the copies.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import hashlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +37,9 @@ ROOT = Path(__file__).parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n0"]
 PASSED, FAILED = 0, 1  # exit codes of pytest
 KEPT = ROOT / ".cache/mutate.json"
-TIMEOUT_S = 300.0  # for the tests of one mutant; a bug that makes them hang is caught by their own watchdogs
+COPIES = 2  # each runs one process of one thread, which starts ranks of its own
+TIMEOUT_S = 300.0  # for each test; a bug that makes them hang is caught by their own watchdogs
+GRACE_S = 10.0  # for tests that are broken off, to end what they have started
 
 
 class Outcome(NamedTuple):
@@ -55,7 +63,11 @@ def main(arguments: list[str]) -> int:
         console.print(table(mutants, {}))
         print(json.dumps({"mutants": len(mutants)}))
         return 0
-    outcomes = run_all(mutants, console, options.resume)
+    try:
+        outcomes = asyncio.run(run_all(mutants, console, options.resume))
+    except (KeyboardInterrupt, asyncio.CancelledError) as stop:
+        console.print("broken off; --resume goes on")
+        return 128 + (signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
     missed = [m.name for m in mutants if outcomes[m.name].exit_code != FAILED]
     console.print(table(mutants, outcomes))
     print(json.dumps({"mutants": len(mutants), "caught": len(mutants) - len(missed), "missed": missed}))
@@ -70,33 +82,65 @@ def chosen(names: Sequence[str] | None) -> list[Mutant]:
     return [known[name] for name in names] if names else list(MUTANTS)
 
 
-def run_all(mutants: Sequence[Mutant], console: Console, resume: bool = False) -> dict[str, Outcome]:
-    """Runs each mutant's tests. RuntimeError: tests fail without a bug, so that nothing could be said."""
+async def run_all(mutants: Sequence[Mutant], console: Console, resume: bool = False) -> dict[str, Outcome]:
+    """Runs each mutant's tests. RuntimeError: tests fail without a bug, so that nothing could be said.
+
+    A KeyboardInterrupt or, for SIGTERM, a CancelledError comes after the tests that ran are ended.
+    """
+    this = asyncio.current_task()
+    assert this is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
     columns = (TextColumn("{task.description:36}"), MofNCompleteColumn(), TimeElapsedColumn())
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder, Progress(*columns, console=console) as progress:
-        copy = Path(folder)
-        tree = copy_tree(copy)
+        copies = [Path(folder) / str(i) for i in range(COPIES)]
+        tree = copy_tree(copies[0])
+        for copy in copies[1:]:
+            shutil.copytree(copies[0], copy)
         outcomes = kept(tree) if resume else {}
         to_do = [m for m in mutants if m.name not in outcomes]
-        task = progress.add_task("without a bug", total=len(mutants), completed=len(mutants) - len(to_do))
-        tests = sorted({test for m in to_do for test in m.tests})
-        healthy = run_tests(copy, tests, TIMEOUT_S * 2) if to_do else Outcome(PASSED, 0.0, "")
-        if healthy.exit_code != PASSED:
-            raise RuntimeError(f"tests fail without a bug: {healthy.last_line}")
-        began = time.monotonic()
-        for done, mutant in enumerate(to_do, 1):
-            progress.update(task, description=mutant.name)
-            source = (copy / mutant.file).read_text()  # of the copy: someone may go on working in the tree
-            (copy / mutant.file).write_text(mutated(source, mutant))
-            outcomes[mutant.name] = outcome = run_tests(copy, mutant.tests, TIMEOUT_S)
-            (copy / mutant.file).write_text(source)
-            verdict = "caught" if outcome.exit_code == FAILED else f"MISSED (pytest: {outcome.exit_code})"
+        tried: list[Outcome] = []
+
+        def found(mutant: Mutant, outcome: Outcome) -> None:
+            outcomes[mutant.name] = outcome
+            tried.append(outcome)
             keep(tree, outcomes)
-            left_s = (time.monotonic() - began) / done * (len(to_do) - done)
-            line = f"{mutant.name:36} {verdict} in {outcome.seconds:.0f} s; {done} of {len(to_do)}, {left_s:.0f} s left"
-            progress.console.print(line, soft_wrap=True)
-            progress.advance(task)
+            verdict = "caught" if outcome.exit_code == FAILED else f"MISSED (pytest: {outcome.exit_code})"
+            left = len(to_do) - len(tried)
+            left_s = left * sum(o.seconds for o in tried) / len(tried) / COPIES
+            times = f"in {outcome.seconds:.0f} s; {len(tried)} of {len(to_do)}, {left_s:.0f} s left"
+            progress.console.print(f"{mutant.name:36} {verdict} {times}", soft_wrap=True)
+
+        shares = [
+            asyncio.create_task(run_share(copy, share, progress, found))
+            for i, copy in enumerate(copies)
+            if (share := to_do[i::COPIES])
+        ]
+        try:
+            await asyncio.gather(*shares)
+        finally:
+            for task in shares:
+                if not task.cancelling():  # once: a second time would break off its tidying up
+                    task.cancel()
+            await asyncio.gather(*shares, return_exceptions=True)
     return outcomes
+
+
+async def run_share(
+    copy: Path, mutants: Sequence[Mutant], progress: Progress, found: Callable[[Mutant, Outcome], None]
+) -> None:
+    """Runs the tests of these mutants in a copy of the tree, first without a bug, then with one after the other."""
+    task = progress.add_task("without a bug", total=len(mutants))
+    healthy = await run_tests(copy, sorted({test for m in mutants for test in m.tests}), TIMEOUT_S * 2)
+    if healthy.exit_code != PASSED:
+        raise RuntimeError(f"tests fail without a bug: {healthy.last_line}")
+    for mutant in mutants:
+        progress.update(task, description=mutant.name)
+        source = (copy / mutant.file).read_text()  # of the copy: someone may go on working in the tree
+        (copy / mutant.file).write_text(mutated(source, mutant))
+        outcome = await run_tests(copy, mutant.tests, TIMEOUT_S)
+        (copy / mutant.file).write_text(source)
+        found(mutant, outcome)
+        progress.advance(task)
 
 
 def keep(tree: str, outcomes: dict[str, Outcome]) -> None:
@@ -132,14 +176,33 @@ def copy_tree(target: Path) -> str:
     return digest.hexdigest()
 
 
-def run_tests(tree: Path, tests: Sequence[str], timeout_s: float) -> Outcome:
-    """Runs tests of a tree with its own packages, whatever is installed."""
+async def run_tests(tree: Path, tests: Sequence[str], timeout_s: float) -> Outcome:
+    """Runs tests of a tree with its own packages, whatever is installed. Nothing that they start outlives this."""
     settings = [f"PYTHONPATH={tree}", "PYTHONDONTWRITEBYTECODE=1", "OMP_NUM_THREADS=1"]
-    began = time.monotonic()
     command = ["env", *settings, *PYTEST, f"--timeout={timeout_s:g}", *tests]
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
-    lines = (done.stdout + done.stderr).strip().splitlines() or [""]
-    return Outcome(done.returncode, time.monotonic() - began, lines[-1])
+    began = time.monotonic()
+    with tempfile.TemporaryFile() as output:  # no pipe: a process that stays behind would hold it open
+        process = await asyncio.create_subprocess_exec(
+            *command, cwd=tree, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            exit_code = await process.wait()
+        finally:
+            await end(process)
+        output.seek(0)
+        lines = output.read().decode(errors="replace").strip().splitlines() or [""]
+    return Outcome(exit_code, time.monotonic() - began, lines[-1])
+
+
+async def end(process: asyncio.subprocess.Process) -> None:
+    """Ends a process and its group, first as Ctrl-C would, so that pytest tidies up."""
+    if process.returncode is None:
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), GRACE_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
 
 
 def table(mutants: Sequence[Mutant], outcomes: dict[str, Outcome]) -> Table:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from experiments import mutate
-from experiments.mutants import MUTANTS
+from experiments.mutants import MUTANTS, Mutant
 from experiments.mutate import Outcome, chosen, mutated
 
 ROOT = Path(__file__).parents[2]
@@ -51,3 +57,88 @@ def test_results_are_kept_for_the_same_tree_alone(tmp_path, monkeypatch):
     mutate.keep("tree", outcomes)
     assert mutate.kept("tree") == outcomes
     assert mutate.kept("changed") == {}
+
+
+# ---------------------------------------------------------------------- a tree of one source and its tests
+
+SLOW = """
+import os, time
+from pathlib import Path
+
+def test_slow():
+    (Path(os.environ["PIDS"]) / str(os.getpid())).touch()
+    time.sleep(600)
+"""
+RUN = """
+import os, sys
+from pathlib import Path
+from experiments import mutate
+from tests.unit.test_mutants import bugs
+mutate.ROOT, mutate.KEPT = Path.cwd(), Path.cwd() / ".cache/mutate.json"
+mutate.MUTANTS = bugs(sys.argv[1])
+raise SystemExit(mutate.main(sys.argv[2:]))
+"""
+
+
+def bugs(test: str) -> tuple[Mutant, ...]:
+    """Two that the test would catch and one that changes nothing."""
+    changes = {"minus": "a - b", "times": "a * b", "the same": "b + a"}
+    return tuple(Mutant(name, 0, "sums.py", "a + b", new, (test,)) for name, new in changes.items())
+
+
+@pytest.fixture
+def little(tmp_path):
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "sums.py").write_text("def add(a, b):\n    return a + b\n")
+    (tree / "test_sums.py").write_text("from sums import add\n\ndef test_add():\n    assert add(2, 3) == 5\n")
+    (tree / "test_slow.py").write_text(SLOW)
+    (tree / ".gitignore").write_text(".cache\n")
+    subprocess.run(["git", "init", "-q"], cwd=tree, check=True)
+    (tmp_path / "pids").mkdir()
+    (tmp_path / "temporary").mkdir()
+    return tree
+
+
+def start(tree: Path, test: str, *arguments: str) -> subprocess.Popen[str]:
+    """`python -m experiments.mutate` for that tree, its copies in a folder beside it."""
+    beside = {"PIDS": str(tree.parent / "pids"), "TMPDIR": str(tree.parent / "temporary"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", RUN, test, *arguments]
+    return subprocess.Popen(
+        command, cwd=tree, env=os.environ | beside, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.dist
+def test_every_copy_has_its_share_and_tests_run_without_a_bug_first(little):
+    process = start(little, "test_sums.py")
+    found, said = process.communicate()
+    assert json.loads(found) == {"mutants": 3, "caught": 2, "missed": ["the same"]}, said
+    assert process.returncode == 1
+    assert re.search(r"minus +caught in \d+ s; [123] of 3, \d+ s left", said)
+    assert re.search(r"the same +MISSED \(pytest: 0\) in ", said)
+    assert not list((little.parent / "temporary").iterdir())
+
+    again, said = start(little, "test_sums.py", "--resume").communicate()
+    assert again == found and " s left" not in said, "nothing runs twice"
+
+    (little / "sums.py").write_text("def add(a, b):\n    return 5 + 0 * (a + b) + 1\n")
+    found, said = start(little, "test_sums.py", "--resume").communicate()
+    assert "RuntimeError: tests fail without a bug: 1 failed" in said and not found
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("told, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_told_to_stop_leaves_nothing_behind(little, told, code):
+    process = start(little, "test_slow.py")
+    pids = little.parent / "pids"
+    while len(list(pids.iterdir())) < 2:  # both copies
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(told)
+    found, said = process.communicate()
+    assert (process.returncode, found) == (code, ""), said
+    assert "broken off; --resume goes on" in said
+    assert not list((little.parent / "temporary").iterdir())
+    for pid in pids.iterdir():
+        assert not Path("/proc", pid.name).exists(), (Path("/proc", pid.name) / "status").read_text()
