@@ -67,8 +67,9 @@ plan: $(READY)  ## what CONFIG would take on ARGS="ep=8 dp=2": FLOPs, bytes, mem
 bench: $(READY)  ## time of the MoE layer over the same dense products
 	@$(PY) -m experiments.bench layer $(ARGS)
 
-bench-overlap: $(READY)  ## what each architecture hides of the All-to-All at SHARES="0.52 0.35 0.15" of communication
-	@for share in $(or $(SHARES),0.52 0.35 0.15); do $(PY) -m experiments.bench overlap --share $$share $(ARGS) || exit; done
+bench-overlap: $(READY)  ## what each architecture hides of the All-to-All; SHARES="0.52 0.35 0.15" of communication, LEVELS="block iteration"
+	@for level in $(or $(LEVELS),block); do for share in $(or $(SHARES),0.52 0.35 0.15); do \
+	  $(PY) -m experiments.bench overlap --level $$level --share $$share $(ARGS) || exit; done; done
 
 bench-growth: $(READY)  ## the same as tokens, ranks and experts grow
 	@$(PY) -m experiments.bench growth $(ARGS)

@@ -1,9 +1,10 @@
 """`python -m experiments.bench overlap --share 0.52`: how much of the All-to-All every architecture and schedule hides.
 
 Two or more processes, each with a network link of its own whose rate is searched until the wanted share of a
-sequential top-2 pair's forward pass is communication (scmoe/testbed). Rows with their best schedule, found by trying
-all, and the planner's choice beside it; ratios are to sequential top-2, taken round by round, medians. Writes a chart
-and a table under --out; the last line on standard output is JSON.
+sequential top-2 pair's forward pass is communication (scmoe/testbed). Rows with their best schedule and the planner's
+choice beside it: all schedules are tried, and those near the best, with the planner's, go into the rounds, which
+decide. Ratios are to sequential top-2, taken round by round, medians. Writes a chart and a table under --out; the last
+line on standard output is JSON.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -25,39 +27,76 @@ from scmoe.testbed import links
 from scmoe.testbed.overlap import ROWS, Setting, Variant, measure, schedule_name
 from scmoe.testbed.ranks import run_ranks
 
+DEFAULTS = {field.name: field.default for field in fields(Setting)}
+SIZES = ("dim", "ffn_dim", "heads", "tokens", "seq_len", "num_experts", "attention_ms", "attention_to_mlp")
+OF_COMPUTE = {"ffn_dim": "real", "heads": "real", "attention_ms": "emulated", "attention_to_mlp": "emulated"}
+
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench overlap", description=__doc__.split("\n")[0])
-    parser.add_argument("--share", type=float, default=0.52, help="communication share of sequential top-2, forward")
+    parser.add_argument("--share", type=float, help="communication share of sequential top-2, forward; 0.52")
     parser.add_argument("--link-mbit", type=float, help="the links' rate, in place of one searched for the share")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--compute", choices=["real", "emulated"], default="emulated")
+    parser.add_argument("--ranks", type=int, help="2; on cuda 1")
+    parser.add_argument("--compute", choices=["real", "emulated"], help="emulated; on cuda real")
     parser.add_argument("--level", choices=["block", "iteration"], default="block")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: one GPU, rows over its bus")
     parser.add_argument("--rounds", type=at_least_two, default=9)
-    for name in ("dim", "ffn_dim", "heads", "tokens", "seq_len", "num_experts", "attention_ms", "attention_to_mlp"):
-        default = next(f.default for f in fields(Setting) if f.name == name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    for name in SIZES:
+        default = DEFAULTS[name]
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), help=f"{default}")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows to measure; all")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the chart and the table")
-    options = vars(parser.parse_args(arguments))
-    ranks, out = options.pop("ranks"), options.pop("out")
-    gpu = options["device"] == "cuda"
+    options = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    if refused := why_refused(options):
+        print(f"error: {refused}", file=sys.stderr)
+        return 2
+    gpu, out = options["device"] == "cuda", options.pop("out")
+    ranks = options.pop("ranks", 1 if gpu else 2)
     missing = "one GPU has no links" if gpu else links.why_not() if not links.inside() else None
     if missing is None:
         links.enter(["-m", "experiments.bench", "overlap", *arguments])
     elif not gpu:
         print(f"links cannot be shaped here ({missing}): loopback as it is, marked in every row", file=sys.stderr)
-    setting = Setting(**options | {"rows": tuple(options["rows"])}, shaped=missing is None)
-    result = run_ranks(measure, 1 if gpu else ranks, setting, True, timeout_s=3600, own_links=missing is None)[0]
-    report = summary(setting, 1 if gpu else ranks, result)
-    name = f"overlap-{setting.compute}-{setting.level}-{ranks}-ranks-share-{setting.share:g}"
+    defaults = {"share": 0.52, "compute": "real" if gpu else "emulated"}
+    setting = Setting(**defaults | options | {"rows": tuple(options["rows"])}, shaped=missing is None)
+    result = run_ranks(measure, ranks, setting, True, timeout_s=3600, own_links=missing is None)[0]
+    report = summary(setting, ranks, result)
+    of = "cuda" if gpu else f"{ranks}-ranks-share-{setting.share:g}"
+    name = f"overlap-{setting.compute}-{setting.level}-{of}"
     show(report, setting)
     draw(report, setting, out / f"{name}.png")
     (out / f"{name}.json").write_text(json.dumps(report, indent=1))
     print(f"chart and figures: {out / name}.png, .json", file=sys.stderr)
     print(json.dumps(report))
     return 0
+
+
+def why_refused(options: dict[str, Any]) -> str | None:
+    """Of the options that were given, the first that this measurement cannot honour; None: all are."""
+    if options["device"] == "cuda":
+        for name in ("share", "link_mbit"):
+            if name in options:
+                return f"--{name.replace('_', '-')} is of links, and one GPU has none: its rows go over its bus"
+        if options.get("ranks", 1) != 1:
+            return f"--ranks is {options['ranks']}, allowed with --device cuda: 1"
+        if options.get("compute", "real") != "real":
+            return "--compute is emulated, allowed with --device cuda: real (a host that sleeps keeps no GPU busy)"
+        if not torch.cuda.is_available():
+            return "--device is cuda, and there is no CUDA device here"
+    if "share" in options and "link_mbit" in options:
+        return "--share and --link-mbit exclude each other: the rate is searched for the share, or given"
+    compute = options.get("compute", "real" if options["device"] == "cuda" else "emulated")
+    for name, other in OF_COMPUTE.items():
+        if name in options and other != compute:
+            return f"--{name.replace('_', '-')} is of {other} compute, and --compute is {compute}"
+    if not 0 < options.get("share", 0.52) < 1:
+        return f"--share is {options['share']:g}, allowed: above 0 and below 1"
+    tokens, seq_len, num_experts = (options.get(name, DEFAULTS[name]) for name in ("tokens", "seq_len", "num_experts"))
+    if tokens % seq_len:
+        return f"--tokens is {tokens}, allowed: multiples of --seq-len ({seq_len})"
+    if num_experts % options.get("ranks", 2):
+        return f"--num-experts is {num_experts}, allowed: multiples of --ranks ({options.get('ranks', 2)})"
+    return None
 
 
 def at_least_two(text: str) -> int:
@@ -71,7 +110,8 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
     times = result["times"]
     baseline = times[Variant("top2", Schedule("top_k"), "sequential")]
     free = times[Variant("top2", Schedule("top_k"), "free")]
-    links_word = "shaped" if setting.shaped else "loopback, unshaped" if setting.device == "cpu" else "the GPU's bus"
+    links_word = "shaped" if setting.shaped else "loopback" if setting.device == "cpu" else "bus"
+    iteration = setting.level == "iteration"
 
     def ratios(kind: str, variant: Variant) -> list[float]:
         return [getattr(b, kind) / getattr(v, kind) for b, v in zip(baseline, times[variant], strict=True)]
@@ -105,6 +145,7 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
             "peak_mb": result["peaks"][name],
             "links": links_word,
             "compute": setting.compute,
+            **({"gradient_mb": result["gradients"][block]} if iteration else {}),
         }
 
     rows = {name: row(name) for name in setting.rows}
@@ -124,8 +165,10 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
         "comm_share": 1 - 1 / limits["forward"],
         "link_mbit": result["rate"],
         "ranks": ranks,
+        "device": torch.cuda.get_device_name() if setting.device == "cuda" else "cpu",
         "compute": setting.compute,
         "level": setting.level,
+        **({"gradient_mb": result["gradients"]["top2"]} if iteration else {}),
         "rounds": setting.rounds,
         "iterations": result["iterations"],
         "limit_forward": limits["forward"],
@@ -179,7 +222,8 @@ def draw(report: dict[str, Any], setting: Setting, path: Path) -> None:
         axis.axhline(report[f"limit_{kind}"], color=color, linestyle="--", linewidth=1, label=f"all hidden, {word}")
     axis.set_xticks(range(len(rows)), [name.replace("_", "\n") for name, _ in rows], fontsize=8)
     axis.set_ylabel("speed-up over sequential top-2")
-    links = f"{report['link_mbit']:.0f} Mbit/s links" if report["link_mbit"] else rows[0][1]["links"]
+    words = {"loopback": "loopback as it is", "bus": f"rows over the bus of a {report['device']}"}
+    links = f"{report['link_mbit']:.0f} Mbit/s links" if report["link_mbit"] else words[rows[0][1]["links"]]
     what = "pair of blocks" if report["level"] == "block" else "iteration"
     axis.set_title(
         f"One {what}, {report['compute']} compute, {report['ranks']} ranks, "

@@ -13,7 +13,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -42,6 +42,11 @@ from scmoe.testbed import exchanges, links
 from scmoe.testbed.emulated import EmulatedExperts, EmulatedOperator
 
 CHUNKS = (2, 4)
+TRIALS, NEAR, FINALISTS = (
+    2,
+    1.03,
+    3,
+)  # of a row, schedules this near the best by trial go into the rounds, so many at most
 ROWS = {  # row: (block, numbers of chunks to choose from)
     "top2": ("top2", (1,)),
     "top2_pipelined": ("top2", CHUNKS),
@@ -227,6 +232,12 @@ class Bench:
         assert planner.plans is not None
         return planner.plans[0]
 
+    def gradient_mb(self, block: str) -> float:
+        """Gradients that the ranks add up in an iteration: all but the experts'."""
+        stack = Stack(self.stacks[block])
+        shards = {name for name, _ in expert_parameters(stack)}
+        return sum(p.numel() * p.element_size() for name, p in stack.named_parameters() if name not in shards) / 2**20
+
     def peak_mb(self, variant: Variant) -> float:
         """Most memory that a training step holds over what it finds."""
         step = self.set(variant)
@@ -302,8 +313,9 @@ class Stack(nn.Module):
 
 
 def measure(rank: int, world_size: int, setting: Setting, verbose: bool) -> dict[str, Any]:
-    """Runs on every rank; rank 0's result counts. Seconds of each row's best schedule, of the planner's choice, and of
-    each block sequential and free, round by round; planning and trying have warmed all of them up."""
+    """Runs on every rank; rank 0's result counts. Seconds of each row's best schedules, of the planner's choice, and of
+    each block sequential and free, round by round; planning and trying have warmed all of them up. The best of a row
+    is the best by its rounds: a trial is too short to tell schedules apart that are near each other."""
 
     def show(line: str) -> None:
         if rank == 0 and verbose:
@@ -322,13 +334,26 @@ def measure(rank: int, world_size: int, setting: Setting, verbose: bool) -> dict
         for row, (block, counts) in rows.items()
     }
     everything = [variant for row in candidates.values() for variant in row]
-    tried = bench.rounds(everything, 2, lambda line: show(f"trying every schedule: {line}"))
-    best = {row: min(variants, key=lambda v: median(s.train for s in tried[v])) for row, variants in candidates.items()}
+    tried = bench.rounds(everything, TRIALS, lambda line: show(f"trying every schedule: {line}"))
     chosen = {row: Variant(rows[row][0], plan.schedule) for row, plan in plans.items()}
+    finalists = {row: [*nearest(variants, tried), chosen[row]] for row, variants in candidates.items()}
     references = [Variant(b, Schedule(schedule_name(b)), way) for b in bench.stacks for way in ("sequential", "free")]
-    times = bench.rounds(list(dict.fromkeys([*references, *best.values(), *chosen.values()])), setting.rounds, show)
+    measured = dict.fromkeys(itertools.chain(references, *finalists.values()))
+    times = bench.rounds(list(measured), setting.rounds, show)
+    best = {row: min(variants, key=lambda v: median(s.train for s in times[v])) for row, variants in finalists.items()}
     peaks = {row: bench.peak_mb(v) for row, v in best.items()}
-    return dict(rate=rate, plans=plans, best=best, chosen=chosen, times=times, peaks=peaks, iterations=bench.iterations)
+    gradients = {block: bench.gradient_mb(block) for block in bench.stacks}
+    return dict(
+        **dict(rate=rate, plans=plans, best=best, chosen=chosen, times=times),
+        **dict(peaks=peaks, gradients=gradients, iterations=bench.iterations),
+    )
+
+
+def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Sequence[Seconds]]) -> list[Variant]:
+    """The FINALISTS best by their training steps in the trial, of those that are NEAR the best."""
+    seconds = {v: min(s.train for s in tried[v]) for v in variants}  # what disturbs a trial only makes it longer
+    ranked = sorted(variants, key=lambda v: seconds[v])
+    return [v for v in ranked[:FINALISTS] if seconds[v] <= NEAR * seconds[ranked[0]]]
 
 
 def schedule_name(block: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 from scmoe.testbed import links
 
 pytestmark = [pytest.mark.dist, pytest.mark.smoke, pytest.mark.xdist_group("ranks")]
-TOP = {"comm_share", "link_mbit", "ranks", "compute", "level", "rounds", "rows"}
+TOP = {"comm_share", "link_mbit", "ranks", "device", "compute", "level", "rounds", "rows"}
 ROW = {
     *("forward_ms", "train_ms", "forward_speedup", "train_speedup", "overlap_forward", "overlap_backward"),
     *("slot", "chunks", "auto_slot", "auto_chunks", "peak_mb", "links", "compute"),
@@ -26,7 +26,8 @@ def run(*arguments: str) -> str:
 
 @pytest.mark.parametrize("compute", ["emulated", "real"])
 def test_bench_overlap(compute, tmp_path):
-    small = ("--tokens", "128", "--seq-len", "32", "--dim", "64", "--ffn-dim", "128", "--attention-ms", "4")
+    small = ("--tokens", "128", "--seq-len", "32", "--dim", "64")
+    small += ("--ffn-dim", "128") if compute == "real" else ("--attention-ms", "4")
     level = "iteration" if compute == "real" else "block"
     rows = ("--rows", "top2", "scmoe_pos2_pipelined", "--rounds", "2", "--level", level, "--out", str(tmp_path))
     out = run("experiments.bench", "overlap", "--compute", compute, "--share", "0.3", *small, *rows)
@@ -34,10 +35,16 @@ def test_bench_overlap(compute, tmp_path):
     assert report.keys() >= TOP and report["rows"].keys() == {"top2", "scmoe_pos2_pipelined"}
     for row in report["rows"].values():
         assert row.keys() >= ROW
-        assert row["links"] == ("loopback, unshaped" if links.why_not() else "shaped") and row["compute"] == compute
+        assert row["links"] == ("loopback" if links.why_not() else "shaped") and row["compute"] == compute
     pipelined = report["rows"]["scmoe_pos2_pipelined"]
     assert pipelined["chunks"] in (2, 4) and pipelined["auto_chunks"] in (2, 4) and 0 <= pipelined["auto_slot"] <= 3
     assert report["rows"]["top2"]["peak_mb"] > 0
+    assert all(row["auto_over_best"] >= 0.5 for row in report["rows"].values())
+    if level == "iteration":  # in float32: a norm, a gate, attention and MLP of two top-2 pairs
+        pair = 4 * 2 * 64 + 8 * 64 + 2 * (4 * 64 * 64 + 4 * 64) + 2 * 64 * 128 + 64 + 128
+        assert report["gradient_mb"] == report["rows"]["top2"]["gradient_mb"] == 2 * pair * 4 / 2**20
+    else:
+        assert "gradient_mb" not in report
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 
