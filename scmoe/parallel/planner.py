@@ -49,7 +49,7 @@ class Plan:
 
     schedule: Schedule
     times: dict[int, OperatorTimes]  # by number of chunks
-    sequential: tuple[float, float]  # forward, backward: from the tap to the block's end with one chunk, measured
+    sequential: tuple[float, float]  # forward, backward: from tap to end with the fewest chunks, measured
 
     @property
     def predicted(self) -> float:
@@ -68,7 +68,8 @@ class Plan:
     @property
     def free(self) -> tuple[float, float]:
         """`sequential` without its transfers."""
-        directions = self.times[1].forward, self.times[1].backward
+        fewest = self.times[min(self.times)]
+        directions = fewest.forward, fewest.backward
         seconds = [s - sum(d[t] for t in TRANSFERS) for s, d in zip(self.sequential, directions, strict=True)]
         return seconds[0], seconds[1]
 
@@ -84,9 +85,11 @@ class Overlap:
 class Planner:
     """Plans `blocks`, each with its schedule, moe and recorder.
 
-    group: the ranks that must agree. Each calls begin_step and end_step around every training step.
-    chunk_counts: numbers of chunks to choose from. fixed: measure, but keep the schedules as they are, so that a
-    run without a plan can tell its overlap too.
+    group: the ranks that must agree. Each calls begin_step and end_step around every training step, and close at the
+    end.
+    chunk_counts: numbers of chunks to choose from, and no step runs with another: a single one leaves every bit as it
+    is. fixed: measure, but keep the schedules as they are, so that a run without a plan can tell its overlap too; all
+    blocks have the same number of chunks then.
     """
 
     def __init__(
@@ -99,8 +102,8 @@ class Planner:
     ) -> None:
         self.blocks, self.group, self.device, self.fixed = list(blocks), group, device, fixed
         self.own: list[Schedule] = [block.schedule for block in blocks]
-        self.allowed = sorted(set(chunk_counts))
-        self.measured_chunks = sorted({1, *(s.chunks for s in self.own)} if fixed else {1, *chunk_counts})
+        self.chunk_counts = sorted({s.chunks for s in self.own} if fixed else set(chunk_counts))
+        assert len(self.chunk_counts) == 1 or not fixed
         self.dispatchers = [block.moe.dispatcher for block in blocks]
         self.plans: list[Plan] | None = None
         self.restart()
@@ -108,11 +111,22 @@ class Planner:
     def restart(self) -> None:
         """Measures anew from the next step on."""
         self.steps = 0
-        self.samples: dict[int, list[Tensor]] = {chunks: [] for chunks in self.measured_chunks}
+        self.samples: dict[int, list[Tensor]] = {chunks: [] for chunks in self.chunk_counts}
         self.overlap: Overlap | None = None
         self.first_seconds: float | None = None
         self.drifted = 0
         self.recorders: list[Recorder] | None = None
+
+    def close(self) -> None:
+        """Leaves the blocks as planned, or as they came where there is no plan yet: nothing notes times or waits."""
+        self.recorders = None
+        self.record(None)
+        self.run_as([plan.schedule for plan in self.plans] if self.plans else self.own, blocking=False)
+
+    @property
+    def steps_to_plan(self) -> int:
+        """Steps before the first that runs as planned."""
+        return WARMUP_STEPS + STEPS_EACH * len(self.chunk_counts)
 
     @property
     def backend(self) -> str:
@@ -122,14 +136,14 @@ class Planner:
     @property
     def measuring(self) -> int | None:
         """The number of chunks at which the coming step is measured; None: it runs as planned."""
-        step, counts = self.steps - WARMUP_STEPS, self.measured_chunks
-        return counts[step % len(counts)] if 0 <= step < STEPS_EACH * len(counts) else None
+        step, counts = self.steps - WARMUP_STEPS, self.chunk_counts
+        return counts[step % len(counts)] if step >= 0 and not self.planned else None
 
     def begin_step(self, timed: bool = False) -> None:
         """timed: time this step, if there is a plan by now."""
         if self.measuring is not None:
             self.run_as([replace(schedule, chunks=self.measuring) for schedule in self.own], blocking=True)
-        elif self.steps == WARMUP_STEPS + STEPS_EACH * len(self.measured_chunks):
+        elif self.steps == self.steps_to_plan:
             assert self.plans is not None
             self.run_as([plan.schedule for plan in self.plans], blocking=False)
         if self.measuring is not None or (timed and self.planned):
@@ -153,7 +167,7 @@ class Planner:
 
     @property
     def planned(self) -> bool:
-        return self.steps >= WARMUP_STEPS + STEPS_EACH * len(self.measured_chunks)
+        return self.steps >= self.steps_to_plan
 
     def run_as(self, schedules: Sequence[Schedule], blocking: bool) -> None:
         for block, schedule, dispatcher in zip(self.blocks, schedules, self.dispatchers, strict=True):
@@ -168,7 +182,7 @@ class Planner:
 
     def agree(self) -> list[Plan]:
         """The same plan on every rank. RuntimeError: ranks chose differently."""
-        mine = torch.stack([torch.stack(self.samples[c]).median(0).values for c in self.measured_chunks])
+        mine = torch.stack([torch.stack(self.samples[c]).median(0).values for c in self.chunk_counts])
         once = [i for i, op in enumerate(OPERATORS) if op not in PER_CHUNK]  # the number of chunks does not change it
         mine[..., once] = torch.cat([torch.stack(s) for s in self.samples.values()]).median(0).values[..., once]
         gathered = gather(mine, self.group)
@@ -186,12 +200,12 @@ class Planner:
 
     def choose(self, layer: int, seconds_C2O: Tensor) -> Plan:
         times = {}
-        for chunks, (forward, backward) in zip(self.measured_chunks, seconds_C2O.tolist(), strict=True):
+        for chunks, (forward, backward) in zip(self.chunk_counts, seconds_C2O.tolist(), strict=True):
             named = (dict(zip(OPERATORS, direction, strict=False)) for direction in (forward, backward))
             times[chunks] = OperatorTimes(*named)
         own = self.own[layer]
-        choices = [s for chunks in self.allowed for s in slots(replace(own, chunks=chunks))]
-        sequential = seconds_C2O[self.measured_chunks.index(1), :, -1].tolist()
+        choices = [s for chunks in self.chunk_counts for s in slots(replace(own, chunks=chunks))]
+        sequential = seconds_C2O[0, :, -1].tolist()  # with the fewest chunks
         return Plan(own if self.fixed else best_schedule(choices, times), times, tuple(sequential))
 
     # ------------------------------------------------------------------ watching

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from scmoe.parallel.planner import Overlap, Plan, Planner
 from scmoe.training.callbacks import logs_now
@@ -26,11 +27,25 @@ class PlanSchedule(Callback):
         self.shown: list[Plan] | None = None
         self.tell_what_ran = False
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         context: Any = pl_module.parallel_context
         blocks = [m for m in pl_module.modules() if hasattr(m, "schedule") and hasattr(m, "moe")]
-        if context.ep_size > 1 and blocks:
-            self.planner = Planner(blocks, None, pl_module.device, self.chunks, fixed=not self.auto)
+        if context.ep_size == 1 or not blocks:
+            return
+        self.planner = Planner(blocks, None, pl_module.device, self.chunks, fixed=not self.auto)
+        batches = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
+        if self.auto and batches <= self.planner.steps_to_plan:
+            rank_zero_warn(
+                f"schedule: auto plans after {self.planner.steps_to_plan} batches and {batches} are left: all run as "
+                "configured; raise trainer.max_steps, or give schedule.slot and schedule.chunks"
+            )
+
+    def on_train_end(self, *_: Any) -> None:
+        if self.planner is not None:
+            self.planner.close()
+
+    def on_exception(self, *_: Any) -> None:
+        self.on_train_end()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.planner is not None:

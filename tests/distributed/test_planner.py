@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -86,6 +87,123 @@ def test_a_plan_is_the_same_on_all_ranks_and_changes_no_bit():
     assert plans[0].times[1].forward["attention"] >= 20e-3 and plans[0].times[1].backward["attention"] >= 40e-3
     assert plans[1].schedule == Schedule("top_k")
     assert fixed[0][1][0].schedule == Schedule("pos2", 3)
+
+
+# ---------------------------------------------------------------------- chunks, and times that change
+
+QUICK = dict.fromkeys(planning.OPERATORS, 1e-4)
+SLOW_MLP = QUICK | {"mlp": 0.1, "dispatch": 0.1}  # dispatch hides behind the MLP: slot 1
+SLOW_ATTENTION = QUICK | {"attention": 0.3, "dispatch": 0.3}  # behind attention: slot 2
+
+
+def rigged(seconds: dict[str, float], rank: int, chunks: int) -> torch.Tensor:
+    """A layer's measured times: everybody's own, and with more chunks twice the time of every transfer."""
+    row = [s * (1 + 0.1 * rank) * (chunks if op in ("dispatch", "combine") else 1) for op, s in seconds.items()]
+    return torch.tensor([[*row, sum(row)]] * 2, dtype=torch.float64)
+
+
+class Log(NamedTuple):
+    weights: list[torch.Tensor]
+    ran: list[tuple[int, int]]  # slot and chunks of the shortcut block in each step
+    plans: list[list[Plan]]  # in the order in which they were made
+
+
+def planned_training(
+    rank: int, world_size: int, own: Schedule, chunk_counts: tuple[int, ...] | None, steps: int, drifts_at: int = 10**6
+) -> Log:
+    """SGD steps on times that are made up, and change at a step. chunk_counts None: no planner; (): a fixed one."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    blocks = build(rank, world_size)
+    for block in blocks:
+        block.schedule = own if isinstance(block, ShortcutBlock) else Schedule("top_k", chunks=own.chunks)
+        block.moe.num_chunks = own.chunks
+    optimizer = torch.optim.SGD([p for b in blocks for p in b.parameters()], lr=0.1)
+    planner = (
+        None if chunk_counts is None else Planner(blocks, None, torch.device("cpu"), chunk_counts, not chunk_counts)
+    )
+    log, step = Log([], [], []), 0
+
+    def times(recorder: object, schedule: Schedule) -> torch.Tensor:
+        return rigged(SLOW_MLP if step < drifts_at else SLOW_ATTENTION, rank, schedule.chunks)
+
+    with patch.object(planning, "measured", times):
+        for step in range(steps):
+            x = torch.randn(2, 8, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * step + rank))
+            if planner is not None:
+                planner.begin_step(timed=True)
+            log.ran.append((blocks[0].schedule.slot, blocks[0].moe.num_chunks))
+            for block in blocks:
+                x = block(x).y_BSD
+            x.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if planner is not None:
+                planner.end_step()
+                if planner.plans and planner.plans not in log.plans:
+                    log.plans.append(planner.plans)
+    log.weights.extend(p.detach() for b in blocks for p in b.parameters())
+    return log
+
+
+def test_of_two_chunk_counts_both_are_measured_and_the_cheaper_is_taken():
+    steps = WARMUP_STEPS + 2 * STEPS_EACH
+    for log in run_ranks(planned_training, 2, Schedule("pos2", 3), (1, 2), steps + 2):
+        assert [chunks for _, chunks in log.ran] == [1] * WARMUP_STEPS + [1, 2] * STEPS_EACH + [1, 1]
+        ((shortcut, standard),) = log.plans
+        assert list(shortcut.times) == list(standard.times) == [1, 2]
+        everything = [s for chunks in (1, 2) for s in slots(Schedule("pos2", chunks=chunks))]
+        assert shortcut.schedule == best_schedule(everything, shortcut.times) == Schedule("pos2", 1)
+        assert log.ran[steps] == (1, 1)
+
+
+def same_chunks(rank: int, world_size: int, chunks: int) -> list[Log]:
+    steps = WARMUP_STEPS + STEPS_EACH + 2
+    own = Schedule("pos2", 3, chunks)
+    return [planned_training(rank, world_size, own, counts, steps) for counts in (None, (chunks,), ())]
+
+
+@pytest.mark.parametrize("chunks", [2, 4])
+def test_a_fixed_number_of_chunks_is_kept_in_every_step_and_so_every_bit(chunks):
+    for plain, auto, fixed in run_ranks(same_chunks, 2, chunks):
+        assert {c for log in (plain, auto, fixed) for _, c in log.ran} == {chunks}
+        assert auto.plans[0][0].schedule.slot != 3 and auto.plans[0][0].schedule.chunks == chunks
+        assert fixed.plans[0][0].schedule == Schedule("pos2", 3, chunks)
+        for log in (auto, fixed):
+            assert all(torch.equal(w, e) for w, e in zip(log.weights, plain.weights, strict=True))
+
+
+def test_times_that_drift_make_another_plan_on_all_ranks():
+    first = WARMUP_STEPS + STEPS_EACH
+    drifts_at = first + 2
+    steps = drifts_at + DRIFTED_IN_TURN + first + 1
+    ours, theirs = run_ranks(planned_training, 2, Schedule("pos2", 0), (1,), steps, drifts_at)
+    (before, *_), (after, *_) = ours.plans
+    assert ours.plans == theirs.plans and ours.ran == theirs.ran
+    assert before.schedule == Schedule("pos2", 1) and ours.ran[first : drifts_at + DRIFTED_IN_TURN] == [(1, 1)] * 5
+    assert after.schedule == Schedule("pos2", 2) and ours.ran[-1] == (2, 1)
+
+
+@pytest.mark.parametrize("steps", [0, WARMUP_STEPS + 1, WARMUP_STEPS + STEPS_EACH + 1])
+def test_a_closed_planner_leaves_nothing_on_the_blocks(steps):
+    """Wherever training ends: in the warm-up, while transfers are waited for at once, or as planned."""
+    for clean, schedule in run_ranks(closed, 2, steps):
+        assert clean and schedule == Schedule("pos2", 1 if steps > WARMUP_STEPS + STEPS_EACH else 3)
+
+
+def closed(rank: int, world_size: int, steps: int) -> tuple[bool, Schedule]:
+    dist.init_process_group("gloo")
+    blocks = build(rank, world_size)
+    planner = Planner(blocks, None, torch.device("cpu"), (1,))
+    with patch.object(planning, "measured", lambda recorder, schedule: rigged(SLOW_MLP, rank, 1)):
+        for _ in range(steps):
+            planner.begin_step(timed=True)
+            planner.end_step()
+        planner.begin_step(timed=True)
+    planner.close()
+    blocking = any(isinstance(block.moe.dispatcher, Blocking) for block in blocks)
+    recording = any(m.recorder is not None for block in blocks for m in (block, block.moe))
+    return not blocking and not recording, blocks[0].schedule
 
 
 def disagree(rank: int, world_size: int) -> None:

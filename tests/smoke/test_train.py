@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -113,6 +114,34 @@ def test_resume_goes_on_where_the_run_stopped(launched):
     assert trained == [0, 1, 2, 3, 4, 5]
     assert "step 5/6" in resumed.err
     assert "step 4/6" not in resumed.err
+
+
+def test_a_run_plans_its_schedule_and_logs_its_overlap(tmp_path):
+    settings = (
+        f"runs_dir={tmp_path}",
+        "trainer.devices=2",
+        "schedule=auto",
+        "schedule.chunks=1",
+        "trainer.max_steps=9",
+    )
+    done = run(*TRAIN, "configs/debug.yaml", *settings)
+    rows = rows_of(ROOT / done.summary["run_dir"] / "metrics.csv")
+    planned = [int(row["step"]) for row in rows if {"overlap/forward", "overlap/backward"} <= row.keys()]
+    assert planned == [6, 7, 8], "of every logged step after the three of warm-up and the three that are measured"
+    shares = [float(row[f"overlap/{d}"]) for row in rows if "overlap/forward" in row for d in ("forward", "backward")]
+    assert all(math.isfinite(share) for share in shares)
+    assert len([line for line in done.err.splitlines() if line.startswith("plan: MoE layer")]) >= 1
+    (ran,) = [line for line in done.err.splitlines() if line.startswith("ran: ")]
+    assert ran.startswith("ran: gloo, slot ") and " ms of all MoE windows a step, predicted " in ran
+
+
+def test_a_run_too_short_to_plan_says_so_in_a_line(tmp_path):
+    settings = (f"runs_dir={tmp_path}", "trainer.devices=2", "schedule=auto", "trainer.max_steps=2")
+    done = run(*TRAIN, "configs/debug.yaml", *settings)
+    assert done.code == 0
+    (line,) = [line for line in done.err.splitlines() if "schedule: auto" in line]
+    assert "plans after 12 batches and 2 are left: all run as configured" in line
+    assert "plan: MoE" not in done.err
 
 
 def test_a_run_without_a_checkpoint_cannot_be_resumed(tmp_path):
