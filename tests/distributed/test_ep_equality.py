@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from scmoe.config import Config, load
+from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.experts import Experts
+from scmoe.moe.stream import MoEStream
 from scmoe.parallel.expert_parallel import expert_parameters
 from scmoe.testbed.ranks import run_ranks
 from scmoe.training import build
@@ -55,9 +57,10 @@ class Recording(MoEModule):
     """Weights at which every term counts, plain SGD, and a record of what training computed.
 
     starved: the gate sends every token to the first half of the experts, whatever the token.
+    sequential: every transfer is waited for at once.
     """
 
-    def __init__(self, config: Config, starved: bool = False, **task: Any) -> None:
+    def __init__(self, config: Config, starved: bool = False, sequential: bool = False, **task: Any) -> None:
         optim, trainer, moe = config.optim, config.trainer, config.moe
         super().__init__(
             lambda context: build_model(config, context),
@@ -68,7 +71,8 @@ class Recording(MoEModule):
             z_loss_coef=moe.z_loss_coef,
             **task,
         )
-        self.starved = starved
+        self.starved, self.sequential = starved, sequential
+        self.outputs: list[Tensor] = []
         self.logged: dict[str, list[Tensor]] = {"train/loss": [], "train/load_balance_loss": [], "train/grad_norm": []}
         self.gradients: list[dict[str, Tensor | None]] = []
         self.drawn: dict[str, Tensor] = {}
@@ -82,6 +86,9 @@ class Recording(MoEModule):
             randomise(self.model)
             if self.starved:
                 starve(self.model)
+            for stream in [m for m in self.model.modules() if isinstance(m, MoEStream) and self.sequential]:
+                stream.dispatcher = Blocking(stream.dispatcher)
+            self.model.register_forward_hook(lambda module, args, out: self.outputs.append(out[0].detach().clone()))
             if hasattr(self.model, "dropout"):
                 self.model.dropout.register_forward_hook(lambda module, args, out: self.dropped.append(out == 0))
 
@@ -132,13 +139,14 @@ def starve(model: torch.nn.Module) -> None:
         block.moe.router.gate.weight[:, 0] = torch.tensor([0.2] * half + [-0.2] * half)
 
 
-def train(config: Config, starved: bool = False, module: Recording | None = None) -> dict[str, Any]:
-    """Trains on this rank; its record, expert shards as they are here."""
-    module = module or RecordingModel(config, starved)
+def train(config: Config, module: Recording | None = None, **how: bool) -> dict[str, Any]:
+    """Trains on this rank; its record, expert shards as they are here. how: of a RecordingModel."""
+    module = module or RecordingModel(config, **how)
     trainer = build.build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
     trainer.fit(module, build.build_datamodule(config))
     return {
         "logged": module.logged,
+        "outputs": module.outputs,
         "gradients": module.gradients,
         "dropped": module.dropped,
         "drawn": module.drawn,
@@ -150,13 +158,14 @@ def train(config: Config, starved: bool = False, module: Recording | None = None
 
 
 def train_cases(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """One record per case, all in one start of the ranks. A case `... starved` has starved experts."""
+    """One record per case, all in one start of the ranks. A case `... starved` has starved experts, `... sequential`
+    waits for transfers."""
     records = {}
     for name, text in cases.items():
         words = text.split()
         try:
-            config = tiny(" ".join(w for w in words if w != "starved"), world_size)
-            records[name] = train(config, "starved" in words)
+            how = {word: word in words for word in ("starved", "sequential")}
+            records[name] = train(tiny(" ".join(w for w in words if w not in how), world_size), **how)
         except BaseException as error:
             error.add_note(f"case {name}: {text}")
             raise
@@ -221,7 +230,11 @@ def assert_same(records: list[dict[str, Any]], expected: dict[str, list[Tensor]]
 
 
 def assert_same_bits(records: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+    """Losses, gradients and parameters of all ranks together, and the outputs of each."""
     assert_same(records, assemble(others), tolerance=0.0)
+    for record, other in zip(records, others, strict=True):
+        assert len(record["outputs"]) == len(other["outputs"]) >= 3
+        assert all(torch.equal(a, b) for a, b in zip(record["outputs"], other["outputs"], strict=True))
 
 
 # ---------------------------------------------------------------------- cases
@@ -245,11 +258,19 @@ SLOTS = {  # (position, slot, chunks): its words
     for slot in range(slots)
 }
 
+SEQUENTIAL = {(p, c): f"position={p} schedule.chunks={c} sequential" for p in ("pos1", "pos2", "pos3") for c in (1, 2)}
+CHUNKED = {  # in float32; in float64 all slots and chunks are compared with one process
+    (position, chunks): f"position={position} schedule.chunks={chunks} trainer.precision=32-true {EP2}"
+    for position in ("pos1", "pos2", "pos3")
+    for chunks in (1, 2, 4)
+}
+
 # case: (what one process calls it, its words)
 TWO = {
     **{f"{name}, EP 2": (name, f"{text} {EP2}") for name, text in ONE.items()},
     **{f"{name}, DP 2": (name, f"{ONE[name]} {EP1}") for name in ("pos2", "top-2", "clipped", "starved")},
     **{f"{p}, slot {s}, chunks {c}": (p, f"{EP2} {text}") for (p, s, c), text in SLOTS.items()},
+    **{f"{p}, sequential, chunks {c}": (p, f"{EP2} {text}") for (p, c), text in SEQUENTIAL.items()},
     # as many slots as tokens: nothing can be dropped
     "roomy": ("pos2", f"position=pos2 {EP2} capacity_factor=8"),
     "roomy, chunks 2": ("pos2", f"position=pos2 {EP2} capacity_factor=8 schedule.chunks=2"),
@@ -259,9 +280,13 @@ FOUR = {
     **{f"{name}, EP 4": (name, f"{ONE[name]} {EP4}") for name in ("pos2", "top-2", "clipped", "starved")},
     **{f"{name}, DP 2 x EP 2": (name, f"{ONE[name]} {EP2}") for name in ("pos2", "top-2", "clipped", "clipped top-2")},
     "pos2, DP 4": ("pos2", f"position=pos2 {EP1}"),
-    **{f"{p}, slot {s}, chunks {c}": (p, f"{EP4} {text}") for (p, s, c), text in SLOTS.items() if p == "pos2"},
+    **{f"{p}, slot {s}, chunks {c}": (p, f"{EP4} {text}") for (p, s, c), text in SLOTS.items()},
+    **{f"{p}, sequential, chunks {c}": (p, f"{EP4} {text}") for (p, c), text in SEQUENTIAL.items()},
 }
 OTHERS = {  # of two ranks
+    **{f"{p}, fp32, chunks {c}": text for (p, c), text in CHUNKED.items()},
+    "wire": f"position=pos2 {EP2} trainer.precision=32-true strategy.wire_dtype=bfloat16",
+    "wire, sequential": f"position=pos2 {EP2} trainer.precision=32-true strategy.wire_dtype=bfloat16 sequential",
     "tight, EP 2": f"position=pos2 {EP2} capacity_factor=1 schedule.chunks=2",
     "tight, DP 2": f"position=pos2 {EP1} capacity_factor=1 schedule.chunks=2",
     "bf16": f"position=pos2 {EP2} trainer.precision=bf16-mixed trainer.max_steps=2",
@@ -281,14 +306,14 @@ def one() -> dict[str, dict[str, list[Tensor]]]:
 @pytest.fixture(scope="module")
 def two() -> dict[str, list[dict[str, Any]]]:
     cases = {name: text for name, (_, text) in TWO.items()} | OTHERS
-    ranks = run_ranks(train_cases, 2, cases)
+    ranks = run_ranks(train_cases, 2, cases, timeout_s=600)
     return {name: [records[name] for records in ranks] for name in cases}
 
 
 @pytest.fixture(scope="module")
 def four() -> dict[str, list[dict[str, Any]]]:
     cases = {name: text for name, (_, text) in FOUR.items()}
-    ranks = run_ranks(train_cases, 4, cases)
+    ranks = run_ranks(train_cases, 4, cases, timeout_s=600)
     return {name: [records[name] for records in ranks] for name in cases}
 
 
@@ -311,12 +336,34 @@ def test_no_gradient_is_near_the_tolerance(name, one):
 
 @pytest.mark.parametrize("position, slot, chunks", SLOTS)
 def test_a_slot_changes_no_bit(position, slot, chunks, two):
-    assert_same_bits(two[f"{position}, slot {slot}, chunks {chunks}"], two[f"{position}, slot 0, chunks {chunks}"])
+    assert_same_bits(two[f"{position}, slot {slot}, chunks {chunks}"], two[f"{position}, sequential, chunks {chunks}"])
 
 
-@pytest.mark.parametrize("position, slot, chunks", [key for key in SLOTS if key[0] == "pos2"])
+@pytest.mark.parametrize("position, slot, chunks", SLOTS)
 def test_a_slot_changes_no_bit_on_four_ranks(position, slot, chunks, four):
-    assert_same_bits(four[f"{position}, slot {slot}, chunks {chunks}"], four[f"{position}, slot 0, chunks {chunks}"])
+    slots, sequential = (f"{position}, {way}, chunks {chunks}" for way in (f"slot {slot}", "sequential"))
+    assert_same_bits(four[slots], four[sequential])
+
+
+@pytest.mark.parametrize("position, chunks", [key for key in CHUNKED if key[1] > 1])
+def test_chunks_change_rounding_alone(position, chunks, two):
+    """Issue's bound in float32: 1e-6. In float64 each number of chunks is within 1e-12 of one process."""
+    whole, cut = (two[f"{position}, fp32, chunks {c}"] for c in (1, chunks))
+    assert_same(cut, assemble(whole), tolerance=1e-6)
+    for record, other in zip(cut, whole, strict=True):
+        for a, b in zip(record["outputs"], other["outputs"], strict=True):
+            assert (a - b).abs().max() <= 1e-6 * b.abs().max()  # logits are up to 8
+
+
+def test_rows_in_bfloat16_on_the_wire_are_rounded_and_nothing_else(two):
+    """Off unless asked for. Rounding 4e-3, on the routed experts' share of a loss of 5; weights stay float32."""
+    assert Config().strategy.wire_dtype is None
+    assert_same_bits(two["wire"], two["wire, sequential"])
+    narrow, plain = (assemble(two[case])["train/loss"] for case in ("wire", "fp32"))
+    apart = [abs(a - b) for a, b in zip(narrow, plain, strict=True)]
+    assert 0 < max(apart) <= 1e-2
+    assert {p.dtype for p in two["wire"][0]["after"].values()} == {torch.float32}
+    assert {g.dtype for g in two["wire"][0]["gradients"][0].values()} == {torch.float32}
 
 
 def test_what_is_dropped_depends_on_the_data_parallel_ranks_alone(two):
