@@ -623,6 +623,22 @@ MUTANTS = (
         (f"{DIST}/test_planner.py::test_a_closed_planner_leaves_nothing_on_the_blocks[4]",),
     ),
     Mutant(
+        "router-statistics-ask-the-host",
+        0,
+        f"{MOE}/balance.py",
+        "ids_N.new_zeros(E + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))[:E]",
+        "torch.bincount(ids_N, minlength=E + 1)[:E]",
+        (f"{UNIT}/test_no_host_sync.py::test_forward_and_backward_ask_the_host_for_nothing",),
+    ),
+    Mutant(
+        "equal-numbers-counted-on-the-host",
+        0,
+        f"{MOE}/experts.py",
+        "        return batched_mlps\n",
+        "        return grouped_mlps\n",
+        (f"{UNIT}/test_no_host_sync.py::test_forward_and_backward_ask_the_host_for_nothing",),
+    ),
+    Mutant(
         "shared-expert-not-doubled",
         0,
         "scmoe/training/upcycle.py",

@@ -1,12 +1,14 @@
 """The routed experts: E two-layer MLPs as stacked weights, of which a rank holds its own.
 
-E_i(x) = act(x W_in,i) W_out,i, without biases (docs/decisions/0004-experts.md, with the measurements behind the two
-ways of computing it). act is GELU, or SwiGLU, for which W_in holds gate and up beside each other (activation.py).
+E_i(x) = act(x W_in,i) W_out,i, without biases (docs/decisions/0004-experts.md, with the measurements behind the ways of
+computing it). act is GELU, or SwiGLU, for which W_in holds gate and up beside each other (activation.py).
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from scmoe.moe.activation import ACTIVATIONS, Activation
+
+MLPs = Callable[[Tensor, Tensor, Tensor, Any, Activation], Tensor]
+"""A way to compute (rows_RD, w_in_eDF, w_out_eFD, counts_e, act)."""
 
 
 class Experts(nn.Module):
@@ -38,11 +43,8 @@ class Experts(nn.Module):
         """rows_RD is grouped by local expert, counts_e rows for each; None: the same number for every expert.
 
         Computes in the dtype of the rows, which the stream has chosen."""
-        if counts_e is None:
-            share = rows_RD.shape[0] // len(self.expert_ids)
-            counts_e = torch.full((len(self.expert_ids),), share, device=rows_RD.device)
         w_in_eDF, w_out_eFD = self.w_in_eDF.to(rows_RD.dtype), self.w_out_eFD.to(rows_RD.dtype)
-        mlps = grouped_mlps if rows_RD.is_cuda and rows_RD.dtype != torch.float64 else mlps_in_turn
+        mlps = best_way(rows_RD, counts_e)
         with torch.autocast(rows_RD.device.type, enabled=False):
             return mlps(rows_RD, w_in_eDF, w_out_eFD, counts_e, self.act)
 
@@ -62,20 +64,45 @@ def named_generator(name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
+def best_way(rows_RD: Tensor, counts_e: Tensor | None) -> MLPs:
+    """In turn on a host. On a device batched where the numbers are equal, which asks the host for nothing, else
+    grouped; grouped products have no float64."""
+    if rows_RD.device.type == "cpu":
+        return mlps_in_turn
+    if counts_e is None:
+        return batched_mlps
+    return mlps_in_turn if rows_RD.dtype == torch.float64 else grouped_mlps
+
+
+def batched_mlps(
+    rows_RD: Tensor, w_in_eDF: Tensor, w_out_eFD: Tensor, counts_e: None, act: Activation = ACTIVATIONS["gelu"]
+) -> Tensor:
+    """The same number of rows for every expert: one batched product over [e, C, D]. Any dtype."""
+    num_experts, dim = w_in_eDF.shape[:2]
+    rows_eCD = rows_RD.reshape(num_experts, rows_RD.shape[0] // num_experts, dim)
+    return torch.bmm(act.forward(torch.bmm(rows_eCD, w_in_eDF)), w_out_eFD).view_as(rows_RD)
+
+
 def grouped_mlps(
     rows_RD: Tensor, w_in_eDF: Tensor, w_out_eFD: Tensor, counts_e: Tensor, act: Activation = ACTIVATIONS["gelu"]
 ) -> Tensor:
-    """All experts in one kernel per product: nothing waits for the host. float32 and bfloat16."""
+    """All experts in one kernel per product. float32 and bfloat16; only some devices run it without the host."""
     ends_e = counts_e.cumsum(0).to(torch.int32)
     hidden_RF = act.forward(F.grouped_mm(rows_RD, w_in_eDF, offs=ends_e))
     return F.grouped_mm(hidden_RF, w_out_eFD, offs=ends_e)
 
 
 def mlps_in_turn(
-    rows_RD: Tensor, w_in_eDF: Tensor, w_out_eFD: Tensor, counts_e: Tensor, act: Activation = ACTIVATIONS["gelu"]
+    rows_RD: Tensor,
+    w_in_eDF: Tensor,
+    w_out_eFD: Tensor,
+    counts_e: Tensor | None,
+    act: Activation = ACTIVATIONS["gelu"],
 ) -> Tensor:
     """One expert after another: on a host its hidden rows stay in the cache between the products. Any dtype."""
-    return _MLPsInTurn.apply(rows_RD, w_in_eDF, w_out_eFD, counts_e.tolist(), act)
+    num_experts = w_in_eDF.shape[0]
+    counts = [rows_RD.shape[0] // num_experts] * num_experts if counts_e is None else counts_e.tolist()
+    return _MLPsInTurn.apply(rows_RD, w_in_eDF, w_out_eFD, counts, act)
 
 
 class _MLPsInTurn(Function):

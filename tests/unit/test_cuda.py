@@ -1,4 +1,8 @@
-"""On a GPU: transfers over its bus on a stream of their own, beside computation, change no bit."""
+"""On a GPU: transfers over its bus on a stream of their own, beside computation, change no bit; with fixed capacity
+nothing waits for the host; experts, planner and NCCL's All-to-All are those of a host.
+
+What of it needs no GPU is in test_no_host_sync.py and test_experts.py too.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from scmoe.moe.dispatcher import Blocking
+from scmoe.moe.dispatcher import Blocking, Dispatcher, LocalDispatcher
+from scmoe.moe.experts import Experts
 from scmoe.moe.operators import Recorder
+from scmoe.moe.router import Router
+from scmoe.moe.stream import MoEStream
+from scmoe.parallel.all_to_all import Transfer
+from scmoe.parallel.dispatcher import AllToAllDispatcher
+from scmoe.schedule.cost import best_schedule, slots
 from scmoe.schedule.plan import Schedule
+from scmoe.testbed import exchanges
 from scmoe.testbed.overlap import Bench, Setting, Variant
 from scmoe.testbed.ranks import run_ranks
+from tests.helpers import assert_close, gradients, randomise
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,3 +70,110 @@ def recorded(rank: int, world_size: int) -> list[str]:
 
 def test_operators_are_timed_by_events():
     assert run_ranks(recorded, 1)[0] == ["attention", *Schedule("pos2", 1).operators()]
+
+
+def without_the_host(rank: int, world_size: int, schedule: Schedule, way: str, autocast: bool) -> None:
+    """RuntimeError where anything waits for the device; the first step allocates and compiles what it needs."""
+    dist.init_process_group("gloo")
+    bench = Bench(Setting(0.5, rows=("scmoe_pos2",), **SMALL))
+    step = bench.set(Variant("pos2", schedule, way))
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            y = step.forward(bench.x)
+        step.backward(y)
+        step.clear()
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("autocast", (False, True), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("way", ("overlapped", "sequential"))
+@pytest.mark.parametrize("schedule", (Schedule("pos2", 1), Schedule("pos2", 2, 4)), ids=str)
+def test_with_fixed_capacity_nothing_waits_for_the_device(schedule, way, autocast):
+    run_ranks(without_the_host, 1, schedule, way, autocast)
+
+
+@pytest.mark.parametrize("activation", ("gelu", "swiglu"))
+@pytest.mark.parametrize("counts", (None, [5, 0, 7, 4]), ids=("equal", "counted"))
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 3e-2)]
+)
+def test_experts_equal_the_hosts(dtype, tolerance, counts, activation):
+    """float64: sums in another order. float32, bfloat16: rounded on the way, as in test_experts.py."""
+    found = []
+    for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
+        module = randomise(Experts(16, 24, 4, activation=activation)).to(device, kind)
+        x = torch.randn(16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        x = x.to(device, kind).requires_grad_()
+        y = module(x, None if counts is None else torch.tensor(counts, device=device))
+        y.square().sum().backward()
+        found.append({"y": y.detach(), "x": x.grad, **gradients(module)})
+    host, gpu = found
+    for name, expected in host.items():
+        assert_close(gpu[name].cpu().double(), expected, tolerance, name)
+
+
+def planned(rank: int, world_size: int) -> None:
+    dist.init_process_group("gloo")
+    bench = Bench(Setting(0.5, rows=("scmoe_pos2",), **SMALL))
+    plan = bench.plan("pos2", (1, 2))
+    assert list(plan.times) == [1, 2]
+    for times in plan.times.values():
+        for direction in (times.forward, times.backward):
+            assert all(direction[op] > 0 for op in ("route", "encode", "dispatch", "experts", "combine", "attention"))
+    assert plan.schedule == best_schedule([s for c in (1, 2) for s in slots(Schedule("pos2", chunks=c))], plan.times)
+
+
+def test_the_planner_measures_by_events():
+    run_ranks(planned, 1)
+
+
+def over_nccl(rank: int, world_size: int, factor: float | None, chunks: int) -> None:
+    """A module's outputs and gradients through an All-to-All of one rank are those without any, to the bit."""
+    dist.init_process_group("nccl")
+    torch.cuda.set_device(0)
+
+    def outcome(dispatcher: Dispatcher) -> list[torch.Tensor]:
+        experts = randomise(Experts(16, 24, 8))
+        stream = MoEStream(randomise(Router(16, 8, 2)), experts, dispatcher, factor, chunks).to("cuda")
+        x = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0)).to("cuda").requires_grad_()
+        y = stream(x).y_BSD
+        y.square().sum().backward()
+        return [y.detach(), x.grad, *gradients(stream).values()]
+
+    local, sent = outcome(LocalDispatcher()), outcome(AllToAllDispatcher(dist.group.WORLD, 8))
+    assert all(torch.equal(a, b) for a, b in zip(local, sent, strict=True))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("chunks", (1, 3))
+@pytest.mark.parametrize("factor", (1.5, None), ids=("fixed capacity", "dropless"))
+def test_nccl_with_one_rank_changes_no_bit(factor, chunks):
+    run_ranks(over_nccl, 1, factor, chunks)
+
+
+def test_buffers_in_flight_are_not_handed_out_again():
+    """Rows sent and rows received, forward and backward: whoever asks for memory meanwhile gets other memory."""
+    device = torch.device("cuda")
+    exchange = exchanges.over_the_bus(device)
+    rows = torch.randn(4096, 1024, device=device, requires_grad=True)
+    expected, factor = rows.detach().cpu(), torch.randn(4096, 1024)
+
+    def overwrite() -> None:
+        for _ in range(4):
+            torch.full((4096, 1024), float("nan"), device=device)
+
+    transfer = Transfer(exchange).start(rows * 1.0)  # what is sent belongs to the transfer alone
+    overwrite()
+    arrived = transfer.wait()
+    overwrite()
+    assert torch.equal(arrived.detach().cpu(), expected)
+    arrived.backward(factor.to(device))
+    overwrite()
+    assert torch.equal(rows.grad.cpu(), factor)
+
+    for _ in range(2):  # without a Transfer to hold on to them
+        target, work = exchange(rows.detach() * 1.0, [], [])
+        overwrite()
+        work.wait()
+        assert torch.equal(target.cpu(), expected)

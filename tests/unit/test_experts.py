@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scmoe.moe.experts import Experts, grouped_mlps, mlps_in_turn
+from scmoe.moe.experts import Experts, batched_mlps, best_way, grouped_mlps, mlps_in_turn
 from tests import reference
 from tests.helpers import assert_close, gradients, randomise
 
@@ -72,6 +72,34 @@ def test_forward_is_the_loop_and_equal_numbers_need_no_counts(dtype, activation)
     expected = loop(experts(dtype, activation).double(), x.double(), [4] * EXPERTS)
     assert_close(counted.double(), expected, TOLERANCE[dtype])
     assert_close(module(x, None).double(), counted.double(), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("activation", ("gelu", "swiglu"))
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("share", (0, 1, 5))
+def test_batched_products_equal_the_experts_in_turn(share, dtype, activation):
+    """A device's way where all experts have as many rows, outputs and every gradient, on a host."""
+    found = []
+    for mlps in (batched_mlps, mlps_in_turn):
+        module, x = experts(dtype, activation), rows(share * EXPERTS, dtype)
+        y = mlps(x, module.w_in_eDF, module.w_out_eFD, None, module.act)
+        y.square().sum().backward()
+        found.append({"y": y.detach(), "x": x.grad, **gradients(module)})
+    batched, in_turn = found
+    for name, expected in in_turn.items():
+        assert batched[name].dtype == dtype
+        assert_close(batched[name].double(), expected.double(), TOLERANCE[dtype], name)
+
+
+def test_a_device_takes_the_way_that_leaves_the_host_alone():
+    def chosen(device: str, dtype: torch.dtype, counts_e: Tensor | None) -> object:
+        return best_way(torch.empty(8, DIM, dtype=dtype, device=device), counts_e)
+
+    counts = torch.tensor([2, 2, 2, 2])
+    assert chosen("meta", torch.float32, None) is chosen("meta", torch.float64, None) is batched_mlps
+    assert chosen("meta", torch.bfloat16, counts) is grouped_mlps
+    assert chosen("meta", torch.float64, counts) is mlps_in_turn
+    assert chosen("cpu", torch.float32, None) is chosen("cpu", torch.bfloat16, counts) is mlps_in_turn
 
 
 def test_computes_in_the_dtype_of_the_rows():

@@ -1,0 +1,70 @@
+"""With fixed capacity nothing between a block's input and its gradients asks the host what a device has computed.
+
+Shown without a device: tensors on `meta` have shapes and no numbers, so whatever would wait for a number raises. They
+take the ways of a device (moe/experts.py). On a GPU: test_cuda.py.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from scmoe.blocks.shortcut import ShortcutBlock
+from scmoe.moe.coefficient import CG1
+from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher
+from scmoe.moe.experts import Experts
+from scmoe.moe.router import Router
+from scmoe.moe.stream import MoEStream
+from scmoe.parallel.dispatcher import AllToAllDispatcher
+from scmoe.schedule.plan import Schedule
+from scmoe.testbed.exchanges import free
+from tests.helpers import DIM, EXPERTS, FFN, tiny_sublayers
+
+
+@pytest.fixture(autouse=True)
+def no_autocast(monkeypatch):
+    """Autocast does not know the device `meta`."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+
+
+def two_ranks() -> AllToAllDispatcher:
+    """The dispatcher of a rank of two, whose rows come back to it."""
+    with patch.object(dist, "get_world_size", return_value=2):
+        return AllToAllDispatcher(None, EXPERTS, exchange=free)
+
+
+def run(dispatcher: Dispatcher, experts: range, schedule: Schedule, factor: float | None, masked: bool) -> None:
+    """A training step's forward and backward of a ScMoE pair, losses on the routing included."""
+    stream = MoEStream(
+        Router(DIM, EXPERTS, 2), Experts(DIM, FFN, EXPERTS, experts), dispatcher, factor, schedule.chunks
+    )
+    norms = [torch.nn.LayerNorm(DIM) for _ in range(2)]
+    shared = torch.nn.Linear(DIM, DIM)
+    block = ShortcutBlock(tiny_sublayers(), *norms, shared, CG1(DIM), stream, schedule).to("meta")
+    x = torch.empty(2, 12, DIM, device="meta", requires_grad=True)
+    y, stats = block(x, torch.empty(2, 12, dtype=torch.bool, device="meta") if masked else None)
+    assert stats is not None and stats.counts_E.shape == (EXPERTS,)
+    (y.square().mean() + stats.score_sums_E.sum() + stats.z_sum).backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+    assert all(p.grad is not None for p in block.parameters())
+
+
+@pytest.mark.parametrize("masked", (False, True), ids=("", "masked"))
+@pytest.mark.parametrize("schedule", [Schedule(p, chunks=c) for p in ("pos1", "pos2", "pos3") for c in (1, 3)], ids=str)
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_forward_and_backward_ask_the_host_for_nothing(ranks, schedule, masked):
+    if ranks == 1:
+        run(LocalDispatcher(), range(EXPERTS), schedule, 1.25, masked)
+    else:
+        run(two_ranks(), range(EXPERTS // 2), schedule, 1.25, masked)
+
+
+def test_who_asks_is_noticed():
+    """Dropless must know how many rows there are."""
+    with pytest.raises(NotImplementedError, match="bincount"):
+        run(LocalDispatcher(), range(EXPERTS), Schedule("pos2"), None, False)
