@@ -639,6 +639,14 @@ MUTANTS = (
         (f"{UNIT}/test_no_host_sync.py::test_forward_and_backward_ask_the_host_for_nothing",),
     ),
     Mutant(
+        "wire-dtype-one-way",
+        0,
+        f"{MOE}/dispatcher.py",
+        "_Widened(self.inner.combine(rows_RD.to(self.dtype), receipt), rows_RD.dtype)",
+        "self.inner.combine(rows_RD, receipt)",
+        (f"{UNIT}/test_dispatcher.py::test_narrowed_rows_travel_in_their_type_and_are_rounded_once_each_way",),
+    ),
+    Mutant(
         "shared-expert-not-doubled",
         0,
         "scmoe/training/upcycle.py",

@@ -65,6 +65,10 @@ def test_narrowed_rows_travel_in_their_type_and_are_rounded_once_each_way():
             assert rows_RD.dtype == torch.bfloat16
             return super().dispatch(rows_RD, counts_E)
 
+        def combine(self, rows_RD, receipt):
+            assert rows_RD.dtype == torch.bfloat16
+            return super().combine(rows_RD, receipt)
+
     rows = torch.randn(6, DIM, requires_grad=True)
     dispatcher = Narrowed(Seen(), torch.bfloat16)
     pending, receipt = dispatcher.dispatch(rows, None)
