@@ -85,8 +85,8 @@ def draw(timelines: Mapping[str, Sequence[Span]], path: Path, title: str, unit: 
             row = -(3 * i + (1 if span.is_transfer else 0))
             color = COLORS.get(span.operator, "#bab0ac")
             axis.barh(row, span.end - span.start, left=span.start, height=0.85, color=color, edgecolor="white")
-            if span.end - span.start > 0.045 * end:
-                label = span.operator.replace("_", "\n")
+            label = span.operator.replace("_", "\n")
+            if span.end - span.start > 0.01 * end * max(map(len, label.split("\n"))):  # so wide is a letter, and room
                 axis.text((span.start + span.end) / 2, row, label, ha="center", va="center", fontsize=8, color="white")
         axis.vlines(elapsed(spans), -3 * i - 1.5, -3 * i + 0.5, color="black", linewidth=1)
         axis.text(elapsed(spans), -3 * i - 0.5, f" {elapsed(spans):.1f}", va="center", fontsize=9)

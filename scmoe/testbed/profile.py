@@ -13,9 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 from scmoe.moe.operators import Direction, Recorder
 from scmoe.parallel.planner import Plan
 from scmoe.schedule.cost import per_chunk
-from scmoe.schedule.timeline import Span, play
+from scmoe.schedule.timeline import Span, elapsed, play
 from scmoe.testbed.overlap import Bench, Setting, Variant, find_rate
 
+STEPS = 5
 ROWS = {  # title: (block, way, numbers of chunks to choose from)
     "Top-2, sequential": ("top2", "sequential", (1,)),
     "Top-2, pipelined": ("top2", "overlapped", (2,)),
@@ -53,28 +54,34 @@ def plan_spans(plan: Plan, direction: Direction, sequential: bool) -> list[Span]
 
 
 def measured_spans(bench: Bench, variant: Variant, direction: Direction) -> list[Span]:
-    """The second of two training steps, in ms."""
+    """Of some training steps after a first, the one of median length, in ms."""
     step = bench.set(variant)
     block: Any = bench.stacks[variant.block][0]
     # a transfer that is waited for at once is an operator like any other
     dispatchers = [] if variant.way == "sequential" else [bench.dispatchers["overlapped"]]
-    for _ in range(2):
+    steps = []
+    for _ in range(1 + STEPS):
         recorder = Recorder(bench.device)
         for part in (block, block.moe, *dispatchers):
             part.recorder = recorder
         dist.barrier()
         step.backward(step.forward(bench.x))
         step.clear()
-        spans = recorder.spans(direction)
+        steps.append(from_tap(recorder.spans(direction), direction))
         for part in (block, block.moe, *dispatchers):
             part.recorder = None
+    return in_turn(sorted(steps[1:], key=elapsed)[STEPS // 2])
+
+
+def from_tap(spans: list[Span], direction: Direction) -> list[Span]:
+    """From the tap to the end of the block, or back, in ms from its first operator on. spans: in seconds."""
     route = next(span for span in spans if span.operator == "route")
     if direction == "forward":
         spans = [span for span in spans if span.start >= route.start]
     else:
         spans = [span for span in spans if span.end <= route.end]
     start = spans[0].start
-    return in_turn([Span(s.operator, 1e3 * (s.start - start), 1e3 * (s.end - start)) for s in spans])
+    return [Span(s.operator, 1e3 * (s.start - start), 1e3 * (s.end - start)) for s in spans]
 
 
 def in_turn(spans: list[Span]) -> list[Span]:
