@@ -67,7 +67,7 @@ plan: $(READY)  ## what CONFIG would take on ARGS="ep=8 dp=2": FLOPs, bytes, mem
 bench: $(READY)  ## time of the MoE layer over the same dense products
 	@$(PY) -m experiments.bench layer $(ARGS)
 
-bench-overlap: $(READY)  ## what each architecture hides of the All-to-All; SHARES="0.52 0.35 0.15" of communication, LEVELS="block iteration"
+bench-overlap: $(READY)  ## what each architecture hides; SHARES="0.52 0.35" of communication, LEVELS="block iteration"
 	@for level in $(or $(LEVELS),block); do for share in $(or $(SHARES),0.52 0.35 0.15); do \
 	  $(PY) -m experiments.bench overlap --level $$level --share $$share $(ARGS) || exit; done; done
 
