@@ -146,24 +146,12 @@ class ImageDataModule(PositionedDataModule):
         batches = TrainBatches(
             positions, self.num_batches, self.micro_batch, rank, world, start=lambda: self.consumed_samples
         )
-        return self._loader(dataset, batches, self.batch)
+        return self.loader(dataset, batches, self.batch)
 
     def val_dataloader(self) -> DataLoader:
         rank, world = self.rank_and_world()
         dataset = EvalImages(self.splits.images["val"], self.eval_transform, self.val_images)
-        return self._loader(dataset, EvalBatches(len(dataset), self.micro_batch // world, rank, world), None)
-
-    def _loader(
-        self, dataset: Dataset, batches: TrainBatches | EvalBatches, collate: Callable[..., Any] | None
-    ) -> DataLoader:
-        workers = self.workers
-        return DataLoader(
-            self.watched(dataset),
-            batch_sampler=batches,
-            collate_fn=collate,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-        )
+        return self.loader(dataset, EvalBatches(len(dataset), self.micro_batch // world, rank, world))
 
 
 def positions(positions_B: np.ndarray) -> np.ndarray:

@@ -6,11 +6,14 @@ resuming are told in `order.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from datamodules.order import EvalBatches, TrainBatches
 from datamodules.watched import Watched
 
 
@@ -55,6 +58,21 @@ class PositionedDataModule(LightningDataModule):
                     "nothing here; resume with the data settings and seed of that run"
                 )
         self.consumed_samples = state_dict["consumed_samples"]
+
+    def loader(
+        self, dataset: Dataset, batches: TrainBatches | EvalBatches, collate: Callable[..., Any] | None = None
+    ) -> DataLoader:
+        """Of train, val or test. It draws the seeds of its workers from a generator of its own: each time it begins, it
+        would take a number from the global one, and dropout would depend on whether there was a validation."""
+        rank, _ = self.rank_and_world()
+        return DataLoader(
+            self.watched(dataset),
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            generator=torch.Generator().manual_seed(self.seed + rank),
+        )
 
     def watched(self, dataset: Dataset) -> Dataset:
         """What a loader with `workers` is made of, so that a worker that dies takes its sample's name not along."""

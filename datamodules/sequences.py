@@ -116,7 +116,7 @@ class SequenceDataModule(PositionedDataModule):
         batches = TrainBatches(
             order, self.num_batches, self.micro_batch, rank, world, start=lambda: self.consumed_samples
         )
-        return self._loader(dataset, batches)
+        return self.loader(dataset, batches)
 
     def val_dataloader(self) -> DataLoader:
         return self._eval_loader("val")
@@ -158,8 +158,4 @@ class SequenceDataModule(PositionedDataModule):
     def _eval_loader(self, split: str) -> DataLoader:
         rank, world = self.rank_and_world()
         windows = self.eval_windows(split)
-        return self._loader(windows, EvalBatches(len(windows), self.micro_batch // world, rank, world))
-
-    def _loader(self, dataset: Dataset, batches: TrainBatches | EvalBatches) -> DataLoader:
-        data, workers = self.watched(dataset), self.workers
-        return DataLoader(data, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0)
+        return self.loader(windows, EvalBatches(len(windows), self.micro_batch // world, rank, world))

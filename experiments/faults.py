@@ -314,11 +314,15 @@ RESUME_STEPS = 6
 
 
 def run(rank: int, world_size: int, workers: int, folder: Path, resume_from: list[Path]) -> list[dict[str, Any]]:
-    """How straight runs end, or runs that go on from checkpoints: tensors, learning rate, position in the data."""
+    """How straight runs end, or runs that go on from checkpoints: tensors, learning rate, position in the data.
+
+    They validate after every step, which begins data loaders anew in between.
+    """
     config = tiny(
         world_size,
         *("trainer.accumulate=2", f"trainer.max_steps={RESUME_STEPS}", "trainer.checkpoint_every=1"),
         *(f"data.workers={workers}", f"strategy.ep_size={world_size}"),
+        *("trainer.val_every=1", "data.val_sequences=16"),
     )
     ends = []
     for i, path in enumerate(resume_from or [None]):

@@ -119,6 +119,14 @@ MUTANTS = (
         (f"{DIST}/test_strategy.py::test_in_the_same_layout_a_resumed_run_is_the_straight_run[2-null]",),
     ),
     Mutant(
+        "validating-changes-dropout",
+        8,
+        f"{DATA}/positioned.py",
+        "            generator=torch.Generator().manual_seed(self.seed + rank),\n",
+        "            generator=None if rank >= 0 else torch.Generator(),\n",
+        (f"{FAULTS}/test_resume.py::test_fault_08_validating_changes_no_dropout[0]",),
+    ),
+    Mutant(
         "ranks-read-the-same-samples",
         11,
         f"{DATA}/order.py",

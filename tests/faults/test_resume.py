@@ -29,9 +29,23 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.xdist_group("ran
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.representative)])
 def test_fault_08_a_resumed_run_is_the_straight_run_to_the_bit(world_size, workers):
-    """Dropout, gate noise, shuffled samples, gradients accumulated over two batches; the first step, one in the middle
-    and the last but one."""
+    """Dropout, gate noise, shuffled samples, gradients accumulated over two batches, a validation after every step; the
+    first step, one in the middle and the last but one."""
     assert faults.resume(3, [world_size], [workers]) == {"compared": 3, "bit_equal": 3}
+
+
+def weights_after(rank: int, world_size: int, folder: Path, workers: int, val_every: int) -> dict[str, Tensor]:
+    words = ("trainer.max_steps=3", f"trainer.checkpoint_every={faults.NEVER}", f"trainer.val_every={val_every}")
+    config = faults.tiny(world_size, *words, f"data.workers={workers}", "data.val_sequences=16")
+    return dict(faults.tensors(faults.fit(config, folder)))
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize("workers", [0, 2])
+def test_fault_08_validating_changes_no_dropout(workers, tmp_path):
+    """Each validation begins a loader, which would draw from the generator that dropout draws from."""
+    seldom, often = (run_ranks(weights_after, 1, tmp_path / str(n), workers, n)[0] for n in (1000, 1))
+    assert faults.same(seldom, often)
 
 
 def run_without_random_state(

@@ -209,3 +209,10 @@ def test_workers_change_nothing(fashion):
     splits = fashion_mnist(fashion)
     alone, together = (batches(module(splits, augment="imagenet", num_batches=3, workers=n)) for n in (0, 2))
     assert all(torch.equal(a["images"], b["images"]) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
+def test_a_loader_leaves_the_global_generator_as_it_is(fashion, loader):
+    before = torch.get_rng_state()
+    next(iter(getattr(module(fashion_mnist(fashion), augment="imagenet"), loader)()))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -239,6 +239,16 @@ def test_resume_goes_on_exactly_with_another_world_size(make, workers):
     assert all(torch.equal(a, b) for a, b in zip(whole[3:], rest, strict=True))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader", "test_dataloader"])
+def test_a_loader_leaves_the_global_generator_as_it_is(make, loader, workers):
+    """Else dropout would be another after a validation, and after a resume."""
+    before, batches = torch.get_rng_state(), getattr(make(workers=workers), loader)()
+    for _ in range(2):
+        next(iter(batches))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_resume_refuses_other_data(make):
     state = make().state_dict()
     for changes in ({"seed": 6}, {"seq_len": 8}, {"vocab_size": 310}):
