@@ -12,6 +12,7 @@ from pathlib import Path
 from scmoe.config import Config, load
 from scmoe.config_check import ConfigError
 from scmoe.config_help import help_text
+from scmoe.parallel.durable import checkpoints
 
 USAGE = """\
 usage: python -m experiments.train CONFIG [key=value ...]
@@ -46,8 +47,7 @@ def read(arguments: list[str]) -> tuple[Config, list[str], Path | None]:
         if len(arguments) < 2:
             raise ConfigError("--resume wants the directory of a run, such as runs/latest")
         run_dir = Path(arguments[1]).resolve()
-        checkpoints = run_dir / "checkpoints"
-        if not any([*checkpoints.glob("*.ckpt"), *checkpoints.glob(".*.ckpt.old-*")]):  # as newest_good looks
+        if not checkpoints(run_dir / "checkpoints"):
             raise ConfigError(f"--resume is {arguments[1]!r}, which has no checkpoint to go on from")
         return load(run_dir / "config.yaml", arguments[2:]), arguments[2:], run_dir
     if not arguments or "=" in arguments[0]:

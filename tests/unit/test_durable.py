@@ -1,9 +1,11 @@
 """A directory is whole or absent: killed at every step of a commit, flipped in any byte, cut, mixed."""
 
 import builtins
+import errno
 import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +15,7 @@ FILES = {"meta.json": b'{"lr": 0.1}', "shard-1.safetensors": bytes(range(200)), 
 
 
 def write(path, step, files=FILES):
-    partial = durable.partial_path(path, "token")
+    partial = durable.partial_path(path, "0123abcd")
     partial.mkdir(parents=True)
     for name, content in files.items():
         (partial / name).write_bytes(content)
@@ -136,3 +138,74 @@ def test_the_newest_whole_one_is_found_and_broken_ones_are_named(tmp_path):
         assert durable.newest_good(tmp_path).name == "step=2.ckpt"
     with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
         durable.newest_good(tmp_path / "nowhere")
+
+
+def test_of_whole_ones_the_newest_alone_is_read(tmp_path, monkeypatch):
+    """Not all of a folder's checkpoints for their hashes, which may be terabytes."""
+    for step in (1, 2, 10):
+        write(tmp_path / f"step={step}.ckpt", step)
+    read, fingerprint = [], durable.fingerprint
+    monkeypatch.setattr(durable, "fingerprint", lambda path: read.append(path.parent.name) or fingerprint(path))
+    assert durable.newest_good(tmp_path).name == "step=10.ckpt"
+    assert read == ["step=10.ckpt"] * len(FILES)
+
+    read.clear()
+    (tmp_path / "step=10.ckpt" / "meta.json").write_bytes(b"0" * len(FILES["meta.json"]))
+    with pytest.warns(UserWarning, match=r"passed over: .*step=10.ckpt.meta.json is damaged"):
+        assert durable.newest_good(tmp_path).name == "step=2.ckpt"
+    assert set(read) == {"step=10.ckpt", "step=2.ckpt"}
+
+
+def test_of_equal_steps_the_one_written_last_is_taken(tmp_path):
+    for i, name in enumerate(("b.ckpt", "a.ckpt")):
+        write(tmp_path / name, 7)
+        os.utime(tmp_path / name, (i, i))
+    assert durable.newest_good(tmp_path).name == "a.ckpt"
+
+
+def no_json(path):
+    path.write_bytes(b"\xff{")
+
+
+def a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage, says", [(no_json, "manifest.json is damaged"), (a_folder, "has no manifest.json")])
+def test_a_manifest_that_cannot_be_read_is_named_and_passed_over(tmp_path, damage, says):
+    for step in (1, 2):
+        write(tmp_path / f"step={step}.ckpt", step)
+    damage(tmp_path / "step=2.ckpt" / durable.MANIFEST)
+    with pytest.warns(UserWarning, match=f"passed over: .*step=2.ckpt.*{says}") as warned:
+        assert durable.newest_good(tmp_path).name == "step=1.ckpt"
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize("bad", ["manifest.json", "meta.json"])
+def test_so_is_one_whose_disk_fails(tmp_path, monkeypatch, bad):
+    def failing(path, *mode, plain=open):
+        if str(path).endswith(f"step=2.ckpt/{bad}"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return plain(path, *mode)
+
+    for step in (1, 2):
+        write(tmp_path / f"step={step}.ckpt", step)
+    monkeypatch.setattr(builtins, "open", failing)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: failing(path, "rb").read())
+    with pytest.warns(UserWarning, match=f"passed over: .*step=2.ckpt.{bad} cannot be read: Input/output error"):
+        assert durable.newest_good(tmp_path).name == "step=1.ckpt"
+
+
+def test_sweeping_leaves_what_no_writer_has_named(tmp_path):
+    mine = (".notes.tmp-2024", ".my.old-drafts", ".a.ckpt.tmp-0123ABCD", ".a.ckpt.old-0123abcd9", ".tmp-0123abcd")
+    for name in mine:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".a.txt.tmp-0123abcd").write_text("a file")
+    (tmp_path / ".c.ckpt.tmp-0123abcd").symlink_to(tmp_path / mine[0])
+    kept = sorted(os.listdir(tmp_path))
+    (tmp_path / ".a.ckpt.tmp-0123abcd").mkdir()
+    write(tmp_path / "b.ckpt", 1)
+    os.rename(tmp_path / "b.ckpt", tmp_path / ".b.ckpt.old-0123abcd")
+    durable.sweep(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "b.ckpt"])
