@@ -102,6 +102,14 @@ MUTANTS = (
         (f"{UNIT}/test_durable.py::test_of_whole_ones_the_newest_alone_is_read",),
     ),
     Mutant(
+        "all-shards-hashed-while-training-waits",
+        7,
+        f"{PARALLEL}/checkpoint.py",
+        "                files[META] = durable.fingerprint(self.partial / META)\n",
+        "                files = {file.name: durable.fingerprint(file) for file in self.partial.iterdir()}\n",
+        (f"{FAULTS}/test_checkpoints.py::test_fault_07_each_rank_hashes_its_own_shard_where_it_writes_it[True]",),
+    ),
+    Mutant(
         "experts-saved-by-rank",
         10,
         f"{PARALLEL}/checkpoint.py",

@@ -27,7 +27,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.futures import Future
 from torch.optim import Optimizer
 
 from scmoe.parallel import durable
@@ -81,11 +84,11 @@ class Saving:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 durable.sweep(path.parent)
                 self.partial.mkdir()
-        writer = HuggingFaceStorageWriter(str(self.partial), save_distributed=True)
+        self.writer = _ShardWriter(self.partial)
         save = dcp.async_save if background else dcp.save
         self.writing: Any = None
         with self._loudly():
-            self.writing = save(tensors, storage_writer=writer, process_group=context.checkpoint_group)
+            self.writing = save(tensors, storage_writer=self.writer, process_group=context.checkpoint_group)
         if not background:
             self.writing = None
 
@@ -94,16 +97,22 @@ class Saving:
         return self.writing is None or self.writing.done()
 
     def finish(self) -> None:
-        """Every rank must call it. OSError, on every rank: the disk is full or the like; older ones are whole."""
+        """Every rank must call it. Of what is written it reads nothing, unless it is put together in one file.
+        OSError, on every rank: the disk is full or the like; older ones are whole."""
         with self._loudly():
             if self.writing is not None:
                 self.writing.result()
-        with _alike_on_every_rank(self.context):
-            if self.context.rank == 0:
+        context = self.context
+        shares: list[dict[str, Any]] | None = [{}] * context.world_size if context.rank == 0 else None
+        dist.gather_object(self.writer.fingerprints, shares, group=context.checkpoint_group)
+        with _alike_on_every_rank(context):
+            if shares is not None:
+                files = {name: fingerprint for share in shares for name, fingerprint in share.items()}
                 if self.full:
                     _put_together(self.partial)
+                    files = {FULL: durable.fingerprint(self.partial / FULL)}
                 durable.write_durably(self.partial / META, self.meta)
-                files = {file.name: durable.fingerprint(file) for file in sorted(self.partial.iterdir())}
+                files[META] = durable.fingerprint(self.partial / META)
                 durable.commit(self.partial, self.path, self.step, files)
 
     @contextmanager
@@ -112,6 +121,21 @@ class Saving:
             yield
         except dcp.CheckpointException as error:  # a BaseException, raised alike on every rank
             raise OSError(f"{self.path} could not be written; older checkpoints are as they were: {error}") from error
+
+
+class _ShardWriter(HuggingFaceStorageWriter):
+    """Makes this rank's shard durable and takes its fingerprint, both in the thread that writes it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder), save_distributed=True)
+        self.folder = folder
+        self.fingerprints: dict[str, dict[str, Any]] = {}
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        written = super().write_data(plan, planner)
+        names = sorted({result.storage_data.relative_path for result in written.wait()})
+        self.fingerprints = {name: durable.fingerprint(self.folder / name) for name in names}
+        return written
 
 
 def read_whole(path: Path, start: str = "") -> dict[str, Tensor]:

@@ -10,9 +10,11 @@ import os
 import re
 import resource
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -234,6 +236,35 @@ def save_slowly_then_train_on(rank: int, world_size: int, folder: Path, backgrou
 @pytest.mark.parametrize("background", [False, True])
 def test_fault_07_a_slow_writer_saves_the_step_it_was_asked_to(background, tmp_path):
     assert run_ranks(save_slowly_then_train_on, 2, tmp_path, background) == [{OLD}, {OLD}]
+
+
+def note_what_is_hashed(rank: int, world_size: int, folder: Path, background: bool) -> dict[str, list[str]]:
+    """Files by who has read them for their hashes: a background thread, this one while saving, and while finishing."""
+    trainer, fingerprint, read = faults.one_step(world_size, folder), durable.fingerprint, {}
+    moment = "saving"
+
+    def noted(path: Path) -> dict[str, Any]:
+        who = moment if threading.current_thread() is threading.main_thread() else "a thread"
+        read.setdefault(who, []).append(path.name)
+        return fingerprint(path)
+
+    with patch.object(durable, "fingerprint", noted):
+        path = folder / "checkpoints" / LAST
+        saving = checkpoint.Saving(path, faults.state(trainer, OLD), trainer.strategy.context, background)
+        moment = "finishing"
+        saving.finish()
+    return read
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_fault_07_each_rank_hashes_its_own_shard_where_it_writes_it(background, tmp_path):
+    """Else rank 0 would read all shards at the end, while training waits."""
+    ranks = run_ranks(note_what_is_hashed, 2, tmp_path, background)
+    writer = "a thread" if background else "saving"
+    shards = [name for name in files_of(tmp_path / "checkpoints" / LAST) if name.startswith("shard")]
+    assert [name for read in ranks for name in read[writer]] == shards
+    assert [read.get("finishing") for read in ranks] == [["meta.json"], None]
+    assert durable.verify(tmp_path / "checkpoints" / LAST) == OLD
 
 
 def write_full(rank: int, world_size: int, folder: Path, background: bool) -> dict[str, Any]:
