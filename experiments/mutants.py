@@ -558,6 +558,14 @@ MUTANTS = (
         (f"{FAULTS}/test_security.py::test_32_a_full_disk_ends_no_run_that_logs",),
     ),
     Mutant(
+        "a-picture-ends-a-run",
+        32,
+        "scmoe/training/steady.py",
+        '        warn_once(f"{path} is not written: {error.strerror or error}")\n',
+        "        raise\n",
+        (f"{FAULTS}/test_security.py::test_32_a_full_disk_costs_a_run_its_figures_and_nothing_else",),
+    ),
+    Mutant(
         "environment-kept",
         33,
         "scmoe/training/logging.py",

@@ -3,13 +3,14 @@
     <run>/analysis/gating.npz       steps [n], labels [L], values [n, L, 4]       gating.png
                    similarity.npz   steps [n], labels [N], values [n, N, N]       similarity.png
 
-Values are over the tokens of all ranks. Where no probe is wanted there is no callback, and so no hook.
+Values are over the tokens of all ranks. Where no probe is wanted there is no callback, and so no hook. What a full disk
+does not take is kept in memory until the next measurement.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from scmoe.analysis.gating import GatingProbe, draw_gating, gating_means, gating_metrics
 from scmoe.analysis.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
+from scmoe.training.steady import try_to_write
 
 
 class Probe(Protocol):
@@ -86,7 +88,7 @@ class Analysis(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         picture = self._file(".png")
         if picture is not None and self.records:
-            self.draw(list(self.records), self.labels, np.stack(list(self.records.values())), picture)
+            try_to_write(picture, partial(self.draw, *self._all()))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.probe is not None:
@@ -95,13 +97,13 @@ class Analysis(Callback):
 
     def _save(self) -> None:
         file = self._file(".npz")
-        if file is None:
-            return
-        file.parent.mkdir(exist_ok=True)
-        partial = file.with_name(f".{file.name}.tmp")
-        with partial.open("wb") as out:
-            np.savez(out, steps=list(self.records), labels=self.labels, values=np.stack(list(self.records.values())))
-        os.replace(partial, file)
+        if file is not None:
+            steps, labels, values = self._all()
+            try_to_write(file, lambda path: np.savez(path, steps=steps, labels=labels, values=values))
+
+    def _all(self) -> tuple[list[int], list[str], np.ndarray]:
+        """Steps, labels and values of all measurements."""
+        return list(self.records), self.labels, np.stack(list(self.records.values()))
 
     def _file(self, suffix: str) -> Path | None:
         return None if self.folder is None else self.folder / (self.name + suffix)

@@ -5,7 +5,7 @@
     runs/latest                         the newest
 
 Only rank 0 writes. Neither Weights & Biases nor a full disk ends a run while it logs (fault 32): what cannot be written
-is left out, with one warning.
+is left out, with one warning. Without room for its config a run does not start.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from scmoe.config_check import ConfigError
 from scmoe.parallel.durable import MANIFEST
+from scmoe.training.steady import try_to_write, warn_once, write_aside
 
 
 def create_run_dir(root: Path, experiment: str, overrides: Sequence[str], config_yaml: str) -> Path:
@@ -48,11 +49,16 @@ def create_run_dir(root: Path, experiment: str, overrides: Sequence[str], config
     while run_dir.exists():
         run_dir = run_dir.with_name(f"{stamp}-{slug}-{uuid.uuid4().hex[:4]}")
     run_dir.mkdir(parents=True)
-    (run_dir / "config.yaml").write_text(config_yaml)
+    write_config(run_dir, config_yaml)
     (run_dir / "overrides.txt").write_text("".join(f"{o}\n" for o in overrides))
     (run_dir / "env.json").write_text(json.dumps(environment(), indent=2))
     point_latest(root, run_dir)
     return run_dir
+
+
+def write_config(run_dir: Path, config_yaml: str) -> None:
+    """OSError: the disk is full or the like; a config that was there is whole."""
+    write_aside(run_dir / "config.yaml", lambda path: path.write_text(config_yaml))
 
 
 def point_latest(root: Path, run_dir: Path) -> None:
@@ -104,19 +110,14 @@ def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
         warnings.filterwarnings("ignore", "Experiment logs directory")
         writer = logger.experiment
     if kept:
-        writer.metrics_keys = list(kept[0])
-        with path.open("w", newline="") as file:
-            rows = csv.DictWriter(file, fieldnames=writer.metrics_keys)
-            rows.writeheader()
-            rows.writerows(kept)
+        writer.metrics_keys, writer.metrics = list(kept[0]), kept
+        logger.save()
     return logger
 
 
 class SteadyCSVLogger(CSVLogger):
     """Keeps rows in memory, with one warning, while the disk does not take them; Lightning's would end the training,
     and leave half a row, or half a file where a new column came."""
-
-    warned = False
 
     def save(self) -> None:
         writer, path = self.experiment, Path(self.experiment.metrics_file_path)
@@ -127,10 +128,7 @@ class SteadyCSVLogger(CSVLogger):
             writer.metrics_keys = keys
             with suppress(OSError):
                 path.unlink(missing_ok=True) if before is None else path.write_bytes(before)
-            if not self.warned:
-                self.warned = True
-                said = f"warning: {path} takes no more rows for now: {error.strerror or error}"
-                print(said, file=sys.stderr, flush=True)
+            warn_once(f"{path} takes no more rows for now: {error.strerror or error}")
 
 
 INIT_TIMEOUT_S = 20.0  # of a server that does not answer
@@ -176,7 +174,8 @@ def wandb_logger(
         run_id = json.loads(record.read_text())["id"]
     else:
         run_id = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]  # an agent of a sweep gives its trial an id
-        record.write_text(json.dumps({"id": run_id, "project": project, "mode": mode}))
+        text = json.dumps({"id": run_id, "project": project, "mode": mode})
+        try_to_write(record, lambda path: path.write_text(text))
     settings = wandb.Settings(
         console="off",
         silent=True,

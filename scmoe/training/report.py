@@ -20,6 +20,7 @@ from scmoe.blocks.sublayers import MLP, Attention
 from scmoe.moe.coefficient import CG1, CG2
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
+from scmoe.training.steady import try_to_write
 
 
 def config_tree(config: Any, label: str = "config") -> Tree:
@@ -128,4 +129,5 @@ def console(stderr: bool = False) -> Console:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    text = json.dumps(values, indent=2) + "\n"
+    try_to_write(path, lambda partial: partial.write_text(text))

@@ -82,7 +82,7 @@ def _open_run(
     if run_dir is None:
         run_dir = build.build_run_dir(config, overrides)
     else:
-        (run_dir / "config.yaml").write_text(to_yaml(config))
+        logging.write_config(run_dir, to_yaml(config))
     write_state(run_dir, "running")
     console.print(report.config_tree(config, f"config of {_relative(run_dir)}"))
     console.print(report.model_table(report.count_parameters(build_model_on_meta(config))))

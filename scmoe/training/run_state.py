@@ -12,15 +12,16 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from scmoe.training.steady import try_to_write
+
 FILE = "state.json"
 
 
 def write_state(run_dir: Path, state: str) -> None:
     """Of the run that this process makes; in one step for anyone who looks."""
-    fresh = run_dir / f".{FILE}"
     process = {"pid": os.getpid(), "started": _start(os.getpid()), "host": platform.node()}
-    fresh.write_text(json.dumps({"state": state, **process}) + "\n")
-    os.replace(fresh, run_dir / FILE)
+    text = json.dumps({"state": state, **process}) + "\n"
+    try_to_write(run_dir / FILE, lambda path: path.write_text(text))
 
 
 def read_state(run_dir: Path) -> str:

@@ -121,6 +121,43 @@ print("went on")
 """
 
 
+@pytest.mark.slow
+def test_32_a_full_disk_costs_a_run_its_figures_and_nothing_else(tmp_path):
+    """From the first batch on no file may grow beyond some bytes: measurements, pictures, metrics, summary, state."""
+    done = run("-c", NO_ROOM, str(tmp_path))
+    assert done.code == 0, done.err
+    assert "went on: 4 steps" in done.out
+    lost = ("gating.npz", "gating.png", "similarity.npz", "similarity.png", "summary.json", "state.json")
+    for name in lost:
+        assert done.err.count(f"{name} is not written: File too large") == 1, done.err
+    assert done.err.count("metrics.csv takes no more rows for now: File too large") == 1
+    (run_dir,) = tmp_path.glob("scmoe/*")
+    assert not list((run_dir / "analysis").iterdir()), "no half of a file"
+    assert json.loads((run_dir / "state.json").read_text())["state"] == "running", "what was there is whole"
+
+
+NO_ROOM = """
+import resource, sys
+from lightning.pytorch import Callback
+from scmoe.config import load
+from scmoe.training import build, run
+class NoRoom(Callback):
+    def on_train_start(self, trainer, module):
+        _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limit))
+made = build.build_callbacks
+build.build_callbacks = lambda *arguments: [*made(*arguments), NoRoom()]
+config = load(None, [
+    "model.layers=4", "model.dim=16", "model.heads=2", "moe.num_experts=4", "moe.architecture=dgmoe",
+    "data.name=synthetic", "data.vocab_size=64", "data.seq_len=8", "data.global_batch_size=4",
+    "trainer.accelerator=cpu", "trainer.progress=false", "trainer.threads=1", "trainer.log_every=1",
+    "trainer.val_every=100", "trainer.checkpoint_every=100", "logger.mode=disabled", "trainer.max_steps=4",
+    "analysis.gating_every=1", "analysis.similarity_every=2", "runs_dir=" + sys.argv[1],
+])
+print(f"went on: {run.train(config)['steps']} steps")
+"""
+
+
 # ---------------------------------------------------------------------- 33: keys
 
 
