@@ -574,6 +574,22 @@ MUTANTS = (
         (f"{FAULTS}/test_security.py::test_33_a_key_is_in_no_file_of_a_run",),
     ),
     Mutant(
+        "changes-to-the-code-kept-with-their-keys",
+        33,
+        "scmoe/training/logging.py",
+        '        "git_diff": without_keys(_git("diff", "HEAD")),\n',
+        '        "git_diff": _git("diff", "HEAD"),\n',
+        (f"{FAULTS}/test_security.py::test_33_keys_in_the_command_line_and_the_code_are_starred_out",),
+    ),
+    Mutant(
+        "w-and-b-keeps-the-command-line",
+        33,
+        "scmoe/training/logging.py",
+        "x_disable_meta=without_keys(sys.argv) != sys.argv,",
+        "x_disable_meta=False,",
+        (f"{FAULTS}/test_security.py::test_33_keys_in_the_command_line_and_the_code_are_starred_out",),
+    ),
+    Mutant(
         "any-attribute-of-torch-as-a-type",
         34,
         f"{PARALLEL}/checkpoint.py",

@@ -107,7 +107,8 @@ def seed_everything(config: Config) -> None:
 
 
 def build_run_dir(config: Config, overrides: Sequence[str]) -> Path:
-    return logging.create_run_dir(Path(config.runs_dir), config.name, overrides, to_yaml(config))
+    kept = to_yaml(logging.without_keys(config))
+    return logging.create_run_dir(Path(config.runs_dir), config.name, overrides, kept)
 
 
 def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> list[Logger]:

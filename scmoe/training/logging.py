@@ -36,11 +36,13 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from scmoe.config_check import ConfigError
 from scmoe.parallel.durable import MANIFEST
+from scmoe.training import redact
 from scmoe.training.steady import try_to_write, warn_once, write_aside
 
 
 def create_run_dir(root: Path, experiment: str, overrides: Sequence[str], config_yaml: str) -> Path:
-    """A new directory for a run, with all that is needed to run it again."""
+    """A new directory for a run, with all that is needed to run it again, but for keys."""
+    overrides = without_keys(overrides)
     pairs = [o.removeprefix("--").partition("=")[::2] for o in overrides]
     told = [f"{key.rpartition('.')[2]}-{value}" for key, value in pairs if key not in ("name", "runs_dir")]
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(told))[:40].strip("-.")
@@ -69,7 +71,8 @@ def point_latest(root: Path, run_dir: Path) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Command line, versions, machine and the state of the code. No environment variables: they hold keys."""
+    """Command line, versions, machine and the state of the code. No environment variables: they hold keys, which are
+    starred out of the rest."""
     packages = {}
     for name in ("scmoe", "torch", "lightning", "omegaconf", "wandb", "numpy", "tokenizers"):
         try:
@@ -77,14 +80,19 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             packages[name] = "not installed"
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": without_keys([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "packages": packages,
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_diff": _git("diff", "HEAD"),
+        "git_diff": without_keys(_git("diff", "HEAD")),
     }
+
+
+def without_keys(value: Any) -> Any:
+    """A text, a config or the like as it may be kept; see redact.py."""
+    return redact.without_keys(value, os.environ)
 
 
 def _git(*command: str) -> str | None:
@@ -169,6 +177,7 @@ def wandb_logger(
 
     may_go_offline: where the server cannot be reached, else ConfigError, as what was asked for cannot be had.
     """
+    project, group, tags, config = without_keys((project, group, list(tags), config))
     record = run_dir / "wandb_run.json"
     if record.exists():
         run_id = json.loads(record.read_text())["id"]
@@ -183,6 +192,7 @@ def wandb_logger(
         init_timeout=INIT_TIMEOUT_S,
         finish_timeout=FINISH_TIMEOUT_S,
         finish_timeout_raises=True,
+        x_disable_meta=without_keys(sys.argv) != sys.argv,  # it has the command line as it is
     )
     wandb.setup(settings)  # silent from here on: what matters is said below, once
     common: dict[str, Any] = dict(
@@ -190,7 +200,7 @@ def wandb_logger(
         name=f"{run_dir.parent.name}/{run_dir.name}",
         id=run_id,
         group=group,
-        tags=list(tags),
+        tags=tags,
         dir=str(run_dir),
         resume="allow",
         config=config,

@@ -78,13 +78,13 @@ def _open_run(
     config: Config, overrides: Sequence[str], run_dir: Path | None, checkpoint: Path | None
 ) -> tuple[Path, list[Logger]]:
     """Rank 0: the run's directory and loggers, and what a person wants to see before it starts."""
-    console = report.console()
+    console, shown = report.console(), logging.without_keys(config)
     if run_dir is None:
         run_dir = build.build_run_dir(config, overrides)
     else:
-        logging.write_config(run_dir, to_yaml(config))
+        logging.write_config(run_dir, to_yaml(shown))
     write_state(run_dir, "running")
-    console.print(report.config_tree(config, f"config of {_relative(run_dir)}"))
+    console.print(report.config_tree(shown, f"config of {_relative(run_dir)}"))
     console.print(report.model_table(report.count_parameters(build_model_on_meta(config))))
     if checkpoint is not None:
         console.print(f"going on from {_relative(checkpoint)}", soft_wrap=True)

@@ -17,7 +17,7 @@ from scmoe.models.gpt import GPT
 from scmoe.parallel import checkpoint, durable
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.testbed.ranks import run_ranks
-from scmoe.training import build, logging
+from scmoe.training import build, logging, redact
 from scmoe.training.build_model import build_model, build_model_on_meta
 from tests.distributed.test_ep_equality import tiny
 from tests.smoke.test_train import CANARY, EXACT, TRAIN, rows_of, run
@@ -179,6 +179,66 @@ def test_33_a_key_is_in_no_file_of_a_run(tmp_path):
     for key in (CANARY, CANARY[::-1]):
         assert key not in done.out + done.err
         assert not [path for path in files if key.encode() in path.read_bytes()]
+
+
+KEYS = {
+    "a variable's": CANARY,
+    "a secret that wraps": " ".join(["correct horse battery staple"] * 4),
+    "W&B": "0123456789" * 4,
+    "W&B, new": "wandb_v1_" + "Ab0_" * 19,
+    "Hugging Face": "hf_" + "aB3" * 11,
+}
+
+
+@pytest.mark.slow
+def test_33_keys_in_the_command_line_and_the_code_are_starred_out(tmp_path):
+    """Whoever types a key, or writes it into a script, finds it in no file of the run, nor in a file's name."""
+    overrides = [f"logger.group={KEYS['a secret that wraps']}", f"logger.project={KEYS['W&B']}"]
+    overrides += [f"logger.tags=[{CANARY},{KEYS['Hugging Face']}]"]
+    variables = {"MY_TOKEN": CANARY, "db_password": KEYS["a secret that wraps"]}
+    done = run("-c", WITH_KEYS, str(tmp_path), json.dumps(list(KEYS.values())), *overrides, **variables)
+    assert done.code == 0, done.err
+    (run_dir,) = (tmp_path / "runs").glob("scmoe/*")
+    environment = json.loads((run_dir / "env.json").read_text())
+    assert environment["git_diff"].count("*****") == len(KEYS), "the changes are kept, without the keys"
+    assert len(environment["git_commit"]) == 40, "looks like a key and is none"
+    files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert {"config.yaml", "overrides.txt", "env.json"} <= {path.name for path in files}
+    assert [path for path in files if path.suffix == ".wandb"]
+    for what, key in KEYS.items():
+        part = key.split(" ")[-1]  # YAML puts spaces and line ends between words
+        assert part not in done.out + done.err, what
+        assert not [path for path in files if part.encode() in str(path).encode() + path.read_bytes()], what
+
+
+WITH_KEYS = """
+import json, os, subprocess, sys
+from scmoe.config import load
+from scmoe.training import run
+folder, keys, *overrides = sys.argv[1:]
+os.chdir(folder)
+git = ["git", "-c", "user.name=a", "-c", "user.email=a"]
+open("script.py", "w").write("# here the keys will be\\n")
+for command in (["init", "-q"], ["add", "script.py"], ["commit", "-qm", "before"]):
+    subprocess.run([*git, *command], check=True)
+open("script.py", "w").write("".join(f"key = {key!r}\\n" for key in json.loads(keys)))
+config = load(None, [
+    "model.layers=2", "model.dim=16", "model.heads=2", "moe.num_experts=4",
+    "data.name=synthetic", "data.vocab_size=64", "data.seq_len=8", "data.global_batch_size=4",
+    "trainer.accelerator=cpu", "trainer.progress=false", "trainer.threads=1", "trainer.max_steps=2",
+    "logger.mode=offline", "runs_dir=runs", *overrides,
+])
+assert run.train(config, overrides)["steps"] == 2
+"""
+
+
+def test_33_what_is_no_key_stays():
+    """A snapshot's folder, a commit's short name, a short value, a variable that holds no key."""
+    for text in ("/hub/snapshots/" + "0123456789" * 4 + "/model", "0123456789abcdef", "a short word", "hf_hub"):
+        assert redact.without_keys(text, {"A_KEY": "short", "HOME": text}) == text
+    given = {"a": ["xx 12345678", 3, None], "b": ("12345678",)}
+    assert redact.without_keys(given, {"A_KEY": "12345678"}) == {"a": ["xx *****", 3, None], "b": ("*****",)}
+    assert redact.without_keys(load(None, []), {}) == load(None, [])
 
 
 # ---------------------------------------------------------------------- 34: checkpoints
