@@ -485,6 +485,14 @@ MUTANTS = (
         (f"{FAULTS}/test_guards.py::test_15_collectives_in_another_order_are_named",),
     ),
     Mutant(
+        "collectives-of-objects-unseen",
+        15,
+        f"{PARALLEL}/debug.py",
+        "for name in (*TENSORS, *OBJECTS)),",
+        "for name in TENSORS),",
+        (f"{FAULTS}/test_guards.py::test_15_every_kind_of_collective_is_watched",),
+    ),
+    Mutant(
         "uneven-batches-let-in",
         16,
         f"{PARALLEL}/even.py",

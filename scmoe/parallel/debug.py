@@ -5,8 +5,9 @@ timeout. With `strategy.debug_collectives` every collective that Python starts i
 gloo group of its own: group, operation, shape, type, and the line of code that asked for it. The first difference
 raises on every rank. All ranks then go in lockstep, so it is for finding a fault, not for training.
 
-Left out: what DDP starts from C++ (its buckets are compared by DDP itself, when it is built), and checkpoints, which
-may be written beside training and have a group of their own.
+Left out: what DDP starts from C++ (its buckets are compared by DDP itself, when it is built); checkpoints, which may be
+written beside training and have a group of their own; and single sends and receives, since they concern two ranks
+alone, and the others would wait for nothing.
 """
 
 from __future__ import annotations
@@ -24,12 +25,17 @@ from torch import Tensor
 
 from scmoe.parallel import all_to_all
 
-COLLECTIVES = (
-    *("all_reduce", "broadcast", "reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor"),
-    *("all_to_all_single", "barrier"),
+TENSORS = (
+    *("all_reduce", "broadcast", "reduce", "gather", "scatter", "all_gather", "reduce_scatter"),
+    *("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "barrier"),
 )
-WATCHED: tuple[tuple[Any, str], ...] = (*((dist, name) for name in COLLECTIVES), (all_to_all, "point_to_point"))
-ROWS = ("all_to_all_single", "point_to_point")  # their number differs from rank to rank, so only their width counts
+OBJECTS = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list")  # of any kind each
+WATCHED: tuple[tuple[Any, str], ...] = (
+    *((dist, name) for name in (*TENSORS, *OBJECTS)),
+    (all_to_all, "point_to_point"),
+)
+# their number of rows differs from rank to rank, so only the width counts
+ROWS = ("all_to_all", "all_to_all_single", "point_to_point")
 
 
 class OrderError(RuntimeError):
@@ -44,6 +50,7 @@ class CompareCollectives:
 
     def __init__(self, timeout: timedelta) -> None:
         self.group = dist.new_group(backend="gloo", timeout=timeout, group_desc="debug")
+        self.gather = dist.all_gather_object  # as it is when it is not watched
         self.originals: list[tuple[Any, str, Callable[..., Any]]] = []
         self.count = 0
 
@@ -65,7 +72,8 @@ class CompareCollectives:
             group = given.get("group")
             if group is None or group.group_desc != "checkpoint":
                 target = next(iter(given.values()), None)  # of a barrier: a group, or nothing
-                target = target[0] if isinstance(target, (list, tuple)) else target
+                target = target[0] if isinstance(target, (list, tuple)) and target else target
+                target = None if name in OBJECTS else target
                 self.compare(_describe(name, target if isinstance(target, Tensor) else None, group))
             return original(*args, **kwargs)
 
@@ -74,7 +82,7 @@ class CompareCollectives:
     def compare(self, mine: str) -> None:
         everyones: list[Any] = [None] * dist.get_world_size()
         try:
-            dist.all_gather_object(everyones, mine, group=self.group)
+            self.gather(everyones, mine, group=self.group)
         except RuntimeError as error:  # a peer that never came
             error.add_note(f"rank {dist.get_rank()} waited for the others at collective {self.count}: {mine}")
             raise
