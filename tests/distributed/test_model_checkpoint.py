@@ -23,28 +23,58 @@ SCORES = [3.0, 1.0, 5.0, 0.0, 4.0, 2.0]  # of steps 1 to 6
 
 
 class Score(DataPosition):
+    """Logs a score after each step and keeps the weights of it. stop_after: a step to break off after."""
+
+    def __init__(self, stop_after: int | None) -> None:
+        self.stop_after = stop_after
+        self.weights_after: dict[int, dict[str, torch.Tensor]] = {}
+
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         super().on_train_batch_end(trainer, *args)
-        trainer.lightning_module.log("score", SCORES[trainer.global_step - 1])
+        step, module = trainer.global_step, trainer.lightning_module
+        module.log("score", SCORES[step - 1])
+        self.weights_after[step] = weights(module)
+        trainer.should_stop = step == self.stop_after
 
 
-def fit(
-    rank: int, world_size: int, folder: Path, background: bool, last: Any, resume_from: Path | None
-) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """The best paths that the callback knows, best first, and the weights at the end."""
+def weights(module: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(weight, b[name]) for name, weight in a.items())
+
+
+def prepared(
+    world_size: int, folder: Path, background: bool, last: Any, stop_after: int | None = None
+) -> tuple[Trainer, Any, Any]:
     config = tiny(f"position=pos2 model.dropout=0.1 strategy.ep_size=2 trainer.max_steps={len(SCORES)}", world_size)
     build.seed_everything(config)
     best = ModelCheckpoint(
         folder, "{step}", monitor="score", mode="min", save_top_k=2, save_last=last, every_n_train_steps=1
     )
-    trainer = build.build_trainer(config, [Score(), best], [])
+    trainer = build.build_trainer(config, [Score(stop_after), best], [])
     trainer.strategy.async_checkpoint = background
     trainer.limit_val_batches = 0  # else Lightning leaves the last step to a validation, which there is none of
-    module = build.build_module(config)
-    trainer.fit(module, build.build_datamodule(config), ckpt_path=resume_from, weights_only=True)
+    return trainer, build.build_module(config), build.build_datamodule(config)
+
+
+def fit(
+    rank: int,
+    world_size: int,
+    folder: Path,
+    background: bool,
+    last: Any,
+    resume_from: Any,
+    stop_after: int | None = None,
+) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """The best paths that the callback knows, best first, and the weights at the end."""
+    trainer, module, data = prepared(world_size, folder, background, last, stop_after)
+    trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
+    best: Any = trainer.checkpoint_callback
     known = sorted(best.best_k_models, key=lambda path: best.best_k_models[path])
     assert best.best_model_path == known[0]
-    return [Path(path).name for path in known], {name: p.detach().clone() for name, p in module.named_parameters()}
+    return [Path(path).name for path in known], weights(module)
 
 
 @pytest.mark.parametrize("last", [True, "link"])
@@ -62,8 +92,37 @@ def test_the_best_two_and_the_last_are_there_and_whole(background, last, tmp_pat
 def test_a_run_goes_on_from_the_last_and_keeps_the_best(background, tmp_path):
     straight = run_ranks(fit, 2, tmp_path / "straight", background, True, None)
     saved = tmp_path / "straight" / "step=4.ckpt"
-    for (known, weights), (_, expected) in zip(
+    for (known, got), (_, expected) in zip(
         run_ranks(fit, 2, tmp_path / "straight", background, True, saved), straight, strict=True
     ):
         assert known == ["step=4.ckpt", "step=2.ckpt"], "told by the checkpoint"
-        assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+        assert same(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
+@pytest.mark.parametrize("background", [False, True])
+def test_lightning_s_own_last_is_where_a_stopped_run_goes_on(background, tmp_path):
+    """The first time there is none, and training starts from its beginning."""
+    straight = run_ranks(fit, 2, tmp_path / "straight", background, True, None)
+    run_ranks(fit, 2, tmp_path / "stopped", background, True, "last", 3)
+    assert durable.verify(tmp_path / "stopped" / "last.ckpt") == 3
+    resumed = run_ranks(fit, 2, tmp_path / "stopped", background, True, "last")
+    assert all(same(got, expected) for (_, got), (_, expected) in zip(resumed, straight, strict=True))
+    assert durable.verify(tmp_path / "stopped" / "last.ckpt") == len(SCORES)
+
+
+def fit_and_test_the_best(rank: int, world_size: int, folder: Path, background: bool) -> list[bool]:
+    """Whether the weights were those of the best step, at each batch of the test."""
+    trainer, module, data = prepared(world_size, folder, background, True)
+    trainer.fit(module, data)
+    score, seen = trainer.callbacks[0], []
+    assert isinstance(score, Score) and same(weights(module), score.weights_after[6])
+    module.test_step = lambda batch, batch_idx: seen.append(same(weights(module), score.weights_after[4]))
+    trainer.test(module, data, ckpt_path="best", weights_only=True, verbose=False)
+    return seen
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_lightning_s_own_best_is_what_is_tested(background, tmp_path):
+    for seen in run_ranks(fit_and_test_the_best, 2, tmp_path, background):
+        assert seen and all(seen)
