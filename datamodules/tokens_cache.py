@@ -166,6 +166,6 @@ def _write_split(
     if decoded_bytes != num_bytes:
         raise ValueError(
             f"the tokenizer turns {num_bytes} bytes of {path.stem} text into {decoded_bytes}: bits per byte would be "
-            "wrong; data.tokenizer must be a byte-level BPE without normalizer and prefix space"
+            "wrong; data.tokenizer must be a byte-level BPE without normalizer and prefix space, or one of LLaMA's kind"
         )
     return {"tokens": num_tokens, "bytes": num_bytes}

@@ -74,9 +74,12 @@ def build_datamodule(config: Config) -> PositionedDataModule:
     common |= dict(vocab_size=data.vocab_size, seq_len=data.seq_len, val_sequences=data.val_sequences)
     if data.name == "synthetic":
         return SyntheticDataModule(**common)
-    return TextDataModule(
-        data.name, data.path, data.subset, tokenizer=data.tokenizer, cache_dir=data.cache_dir, **common
-    )
+    try:
+        return TextDataModule(
+            data.name, data.path, data.subset, tokenizer=data.tokenizer, cache_dir=data.cache_dir, **common
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def build_images(config: Config, common: dict[str, Any]) -> PositionedDataModule:

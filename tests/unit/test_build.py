@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from datamodules.tokenizer import make_tokenizer
 from scmoe.config import load
+from scmoe.config_check import ConfigError
 from scmoe.training import build
 from scmoe.training.build_model import build_model_on_meta
 from scmoe.training.report import count_parameters, total_and_active
@@ -66,6 +68,30 @@ def test_ranks_hold_a_share_of_the_experts_and_count_all(architecture):
     assert all(count_parameters(share) == whole for share in shares)
     ids = [module.expert_ids for share in shares for module in share.modules() if hasattr(module, "expert_ids")]
     assert set(ids) == {range(0, 4), range(4, 8)}
+
+
+@pytest.mark.parametrize("data", ["openwebtext", "slimpajama", "wikitext103"])
+@pytest.mark.parametrize(("model", "tokens"), [("gpt2_moe_small", ("gpt2", 50257)), ("llama2_moe", ("bpe", 32000))])
+def test_a_models_tokenizer_is_its_own_whatever_it_reads(model, tokens, data, tmp_path):
+    """LLaMA2-MoE has a vocabulary of LLaMA-2's size, which GPT-2's tokenizer would make a third larger."""
+    parts = [CONFIGS / f"model/{model}.yaml", CONFIGS / f"data/{data}.yaml"]
+    for order in (parts, parts[::-1]):
+        (tmp_path / "mine.yaml").write_text(f"extends: [{', '.join(map(str, order))}]")
+        found = load(tmp_path / "mine.yaml").data
+        assert (found.name, found.tokenizer, found.vocab_size) == ("hf", *tokens)
+
+
+def test_a_vocabulary_too_small_for_its_tokens_names_both_keys(tmp_path):
+    llama, model = CONFIGS / "model/llama2_moe.yaml", CONFIGS / "model/llama2_moe_tiny.yaml"
+    with pytest.raises(ConfigError, match=r"vocab_size is 32000, allowed: 50257 or more for data\.tokenizer=gpt2"):
+        load(llama, ["data.tokenizer=gpt2"])
+    file = tmp_path / "tokenizer.json"
+    make_tokenizer("bpe", 600, ["a text of some words, " * 100 + "".join(map(chr, range(0x400, 0x600)))]).save(file)
+    config = load(model, ["data.name=text", "data.path=.", f"data.tokenizer={file}"])
+    with pytest.raises(ConfigError, match=r"vocab_size is 512, allowed: \d+ or more, .* data\.tokenizer=.*json has"):
+        build.build_datamodule(config)
+    with pytest.raises(ConfigError, match=r"data\.tokenizer is 'none\.json'; allowed: bpe, gpt2, or the path"):
+        build.build_datamodule(load(model, ["data.tokenizer=none.json"]))
 
 
 def test_a_module_can_be_sent_to_a_spawned_process():

@@ -16,7 +16,7 @@ from datamodules.order import SampleOrder
 from datamodules.sources import hugging_face, sotu, text
 from datamodules.synthetic import SyntheticDataModule, SyntheticTokens
 from datamodules.text import TextDataModule
-from datamodules.tokenizer import END_OF_TEXT, Tokenizer, byte_letters, from_ranks, make_tokenizer, pieces
+from datamodules.tokenizer import BYTES, END_OF_TEXT, Tokenizer, byte_letters, from_ranks, make_tokenizer, pieces
 
 STRANGE = f"naïve 東京 🙂\n\n\ttabs  spaces {END_OF_TEXT}\x00 end "
 WORDS = ["the", "state", "of", "our", "union", "is", "strong", "and", "東京", "naïve"]
@@ -108,11 +108,62 @@ def test_a_tokenizer_that_loses_bytes_is_refused(make, tmp_path, trained):
         make(tokenizer=str(tmp_path / "lossy.json"))
 
 
+def llama(form: str) -> tokenizers.Tokenizer:
+    """A small vocabulary of LLaMA's kind, as its first tokenizer.json writes it, or as transformers 5 does."""
+    letters = ["▁", *map(chr, range(0x21, 0x7F)), "é"]
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "▁"), ("▁", "u")]
+    vocabulary = dict.fromkeys(["<unk>", "<s>", "</s>", *BYTES, *letters, *(a + b for a, b in merges)])
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    bpe = tokenizers.models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    inner, parts = tokenizers.Tokenizer(bpe), tokenizers.decoders
+    if form == "old":
+        prefix, spaces = tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")
+        inner.normalizer = tokenizers.normalizers.Sequence([prefix, spaces])
+    else:
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("▁", "first", split=False)
+    spaces, strip = parts.Replace("▁", " "), parts.Strip(" ", 1, 0)
+    inner.decoder = parts.Sequence([spaces, parts.ByteFallback(), parts.Fuse(), strip])
+    inner.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return inner
+
+
+@pytest.mark.parametrize("form", ["old", "new"])
+def test_llamas_own_tokenizer_loses_nothing(form, make, tmp_path):
+    """Its ids are LLaMA's but for the space that it would put before a text; "▁" itself goes by its bytes."""
+    llama(form).save(str(tmp_path / "llama.json"))
+    strange = f"  the{STRANGE}</s> <0x41> ▁the▁ "
+    data = make(tokenizer=str(tmp_path / "llama.json"), vocab_size=400)  # the cache holds what was made of the file
+    ids = data.encode(strange)
+    assert data.decode(ids) == strange
+    tokenizer = Tokenizer.load(tmp_path / "llama.json")
+    assert tokenizer.encode(strange).tolist() == ids.tolist()
+    assert tokenizer.token_bytes()[ids].sum() == len(strange.encode())
+    assert tokenizer.end_of_text == data.end_of_text == 2 and 2 not in ids and tokenizer.token_bytes()[:3].sum() == 0
+    theirs = llama(form).encode("of the union", add_special_tokens=False).ids
+    assert theirs == [llama(form).token_to_id("▁"), *data.encode("of the union")]
+
+
+def test_a_file_that_is_no_lossless_tokenizer(make, tmp_path):
+    cases = {
+        "{}": "is no tokenizer.json",
+        tokenizers.Tokenizer(tokenizers.models.BPE()).to_str(): "has none of the tokens <|endoftext|>, </s>",
+    }
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<0x0A>": 1}, [], byte_fallback=True))
+    inner.add_special_tokens(["</s>"])
+    cases[inner.to_str()] = "has 1 of the 256 tokens <0x00> to <0xFF>"
+    for text_, said in cases.items():
+        (tmp_path / "tokenizer.json").write_text(text_)
+        with pytest.raises(ValueError, match=said):
+            make(tokenizer=str(tmp_path / "tokenizer.json"))
+
+
 def test_vocabulary_must_fit(make, tmp_path, trained):
     trained.save(tmp_path / "tokenizer.json")
     assert make(tokenizer=str(tmp_path / "tokenizer.json")).decode(trained.encode("union")) == "union"
-    # The cache is whole by now: the bound is checked on opening as well.
-    with pytest.raises(ValueError, match=r"data\.vocab_size is 260; this tokenizer needs at least \d+$"):
+    # The cache is whole by now, which has nothing to say in this.
+    with pytest.raises(
+        ValueError, match=r"data\.vocab_size is 260, allowed: \d+ or more, .* data\.tokenizer=.*json has$"
+    ):
         make(tokenizer=str(tmp_path / "tokenizer.json"), vocab_size=260)
     with pytest.raises(ValueError, match="at least 257"):
         make(vocab_size=256)
