@@ -13,15 +13,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run", type=Path, help="a run's directory, such as runs/latest")
     parser.add_argument("--out", type=Path, help="default: RUN/export/model.safetensors; config.yaml goes beside it")
     options = parser.parse_args(arguments)
+    from scmoe.config import load
     from scmoe.parallel.durable import newest_good
     from scmoe.parallel.export import consolidate
+    from scmoe.training.build_model import model_settings
 
     run_dir = options.run.resolve()
     out = options.out or run_dir / "export" / "model.safetensors"
     try:
+        settings = model_settings(load(run_dir / "config.yaml"))
         checkpoint = newest_good(run_dir / "checkpoints")
         out.parent.mkdir(parents=True, exist_ok=True)
-        consolidate(checkpoint, out)
+        consolidate(checkpoint, out, settings)
         config = out.parent / "config.yaml"
         if config.resolve() != run_dir / "config.yaml":
             shutil.copyfile(run_dir / "config.yaml", config)

@@ -7,10 +7,12 @@ Left out: what only the machine can tell (are there as many GPUs, does the data 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from itertools import chain
+from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -149,6 +151,9 @@ def _model(config: Config) -> Iterator[Refusal]:
                 yield f"model.{key}", "null, as model.family=swin has its own"
     if config.init_from is not None and not INIT_FROM.fullmatch(config.init_from):
         yield "init_from", "null, hf:FOLDER or scmoe:FILE"
+    newest = os.path.abspath(Path(config.runs_dir) / "latest")
+    if os.path.abspath((config.init_from or "").partition(":")[2]).startswith(newest + os.sep):
+        yield "init_from", f"a file or folder by its own name: {config.runs_dir}/latest is this run once it has begun"
     if config.init_from is not None and model.family not in ("gpt", "llama"):
         yield "init_from", f"null, as model.family={model.family} reads no checkpoint"
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -12,18 +15,19 @@ from torch import nn
 from scmoe.parallel import durable
 from scmoe.parallel.checkpoint import read_whole, write_whole
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 
 
-def consolidate(checkpoint: Path, out: Path, prefix: str = "model.") -> None:
+def consolidate(checkpoint: Path, out: Path, settings: Mapping[str, Any], prefix: str = "model.") -> None:
     """Writes the weights of a checkpoint to one safetensors file, whole or not at all, experts by global id.
 
+    settings: what the model was made with, for the file's header: names and shapes do not tell all of it.
     prefix: the model's name in the LightningModule, with its dot; it is taken off. ValueError: a broken checkpoint.
     """
     step = durable.verify(checkpoint)
     start = f"model.{prefix}"
     weights = read_whole(checkpoint, start)
-    header = {"format": "pt", "format_version": FORMAT_VERSION, "step": str(step)}
+    header = {"format": "pt", "format_version": FORMAT_VERSION, "step": str(step), "settings": json.dumps(settings)}
     partial = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         write_whole({name.removeprefix(start): t for name, t in weights.items()}, partial, header)

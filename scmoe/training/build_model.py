@@ -6,7 +6,7 @@ function of `ARCHITECTURES`: it wires one block, whatever the family.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,7 @@ from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import DenseBlock, SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP, Attention, Residual
 from scmoe.config import Config, flatten
-from scmoe.config_check import ConfigError, show
+from scmoe.config_check import SHORTCUTS, ConfigError, show
 from scmoe.models.gpt import GPT
 from scmoe.models.llama import NORM_EPS, Llama
 from scmoe.moe.coefficient import COEFFICIENT_GATES
@@ -55,21 +55,51 @@ def build_model_to_train(config: Config, context: ParallelContext) -> Any:
     kind, _, path = config.init_from.partition(":")
     try:
         checkpoint = read_hf(Path(path)) if kind == "hf" else read_export(Path(path))
-        here = settings(config)
-        other = [f"{key}={value}, not {here[key]}" for key, value in checkpoint.settings.items() if here[key] != value]
-        if other:
-            raise ValueError(f"made with {'; '.join(other)}")
+        check_settings(settings(config), checkpoint.settings)
         fill(model, checkpoint)
     except ValueError as error:
         raise ConfigError(f"init_from is {show(config.init_from)}: {error}") from error
     return model
 
 
+def check_settings(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    """ValueError, naming every key: a checkpoint was made with other settings. A dense one may become any MoE."""
+    other = [
+        f"{key} is {show(here[key]) if key in here else 'unknown'}, allowed: {show(value)}"
+        for key, value in there.items()
+        if here.get(key, there) != value and (key, value) != ("moe.architecture", "dense")
+    ]
+    if other:
+        raise ValueError(f"its weights were made with other settings: {'; '.join(other)}")
+
+
 def settings(config: Config) -> dict[str, Any]:
     """The config's values by key, with those that follow from others."""
-    parts = PARTS[config.model.family](config)
-    resolved = {"model.ffn_dim": parts.ffn_dim, "model.activation": parts.activation}
-    return flatten(config) | resolved | {"model.kv_heads": config.model.kv_heads or config.model.heads}
+    model, moe = config.model, config.moe
+    resolved: dict[str, Any] = {"moe.first_position": moe.first_position or moe.position}
+    if model.family in PARTS:
+        parts = PARTS[model.family](config)
+        resolved |= {"model.ffn_dim": parts.ffn_dim, "model.activation": parts.activation}
+        resolved |= {"model.kv_heads": model.kv_heads or model.heads}
+    return flatten(config) | resolved
+
+
+def model_settings(config: Config) -> dict[str, Any]:
+    """Those that make the network what it is: whoever takes its weights must have the same. An export's header."""
+    architecture, keys = config.moe.architecture, ["model.family", "model.layers", "model.dim", "model.heads"]
+    if config.model.family == "swin":
+        keys += ["model.patch_size", "model.window", "data.image_size", "data.num_classes"]
+    else:
+        keys += ["model.kv_heads", "model.ffn_dim", "model.activation", "data.vocab_size"]
+    keys.append("moe.architecture")
+    if architecture != "dense":
+        keys += ["moe.num_experts", "moe.top_k", "moe.renormalise", "moe.noisy", "moe.every"]
+    if architecture in SHORTCUTS:
+        keys += ["moe.position", "moe.first_position", "moe.tap_norm"]
+    if architecture in ("shared_expert", "scmoe"):
+        keys += ["moe.combine", "moe.coefficient_input"]
+    here = settings(config)
+    return {key: here[key] for key in keys}
 
 
 def build_model_on_meta(config: Config) -> Any:

@@ -36,7 +36,11 @@ def read_export(file: Path) -> Checkpoint:
     weights, metadata = read_safetensors([file])
     if (version := metadata.get("format_version")) != FORMAT_VERSION:
         raise ValueError(f"{file} has format version {version}, allowed: {FORMAT_VERSION}")
-    return Checkpoint(weights, {name: name for name in weights}, {}, [])
+    try:
+        settings = dict(json.loads(metadata["settings"]))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: its header does not hold the model's settings: {error!r}") from error
+    return Checkpoint(weights, {name: name for name in weights}, settings, [])
 
 
 def read_hf(folder: Path) -> Checkpoint:
@@ -54,7 +58,7 @@ def read_hf(folder: Path) -> Checkpoint:
     weights, _ = read_safetensors(files)
     try:
         settings, problems, names = READERS[family](config)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{folder}: config.json is not that of a {family}: {error!r}") from error
     theirs = {name.removeprefix("transformer.").removeprefix("model."): weight for name, weight in weights.items()}
     wanted = {part for parts in names.values() for part in parts}

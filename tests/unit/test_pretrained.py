@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from scmoe.config import Config
-from scmoe.config_check import ConfigError
+from scmoe.config_check import ConfigError, show
 from scmoe.parallel.export import FORMAT_VERSION
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build_model import build_model, build_model_to_train
+from scmoe.training.build_model import build_model, build_model_to_train, model_settings, settings
 from scmoe.training.pretrained import READERS, read_export
 from scmoe.training.upcycle import fill
 from tests.helpers import assert_close, tiny, tiny_batch, tiny_model
@@ -37,7 +37,8 @@ def export(config: Config, file: Path) -> torch.nn.Module:
     """A model of random weights, as `make export` writes it."""
     model = tiny_model(config)
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    save_file(weights, file, metadata={"format_version": FORMAT_VERSION})
+    header = {"format_version": FORMAT_VERSION, "settings": json.dumps(model_settings(config))}
+    save_file(weights, file, metadata=header)
     return model
 
 
@@ -133,10 +134,14 @@ def test_a_tensor_of_other_dimensions(name, words, shape, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "overrides", "said"),
     [
-        ({"num_attention_heads": 4}, (), "made with model.heads=4, not 2"),
-        ({"num_key_value_heads": 2}, ("data.vocab_size=65",), "model.kv_heads=2, not 1; data.vocab_size=64, not 65"),
-        ({}, ("model.activation=gelu",), "made with model.activation=swiglu, not gelu"),
-        ({}, ("model.family=gpt",), "made with model.family=llama, not gpt"),
+        ({"num_attention_heads": 4}, (), "model.heads is 2, allowed: 4"),
+        (
+            {"num_key_value_heads": 2},
+            ("data.vocab_size=65",),
+            "model.kv_heads is 1, allowed: 2; data.vocab_size is 65, allowed: 64",
+        ),
+        ({}, ("model.activation=gelu",), "model.activation is 'gelu', allowed: 'swiglu'"),
+        ({}, ("model.family=gpt",), "model.family is 'gpt', allowed: 'llama'"),
         ({"rope_theta": 500000.0}, (), "rope_theta is 500000.0, allowed: 10000.0"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, (), "rope_type is 'llama3'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, (), "rope_type is 'linear', allowed: 'default'"),
@@ -144,6 +149,7 @@ def test_a_tensor_of_other_dimensions(name, words, shape, tmp_path):
         ({"attention_bias": True}, (), "attention_bias is True, allowed: False"),
         ({"model_type": "mistral"}, (), "model_type is 'mistral', allowed: gpt2, llama"),
         ({"num_hidden_layers": None}, (), "config.json is not that of a llama"),
+        ({"num_attention_heads": 0}, (), "config.json is not that of a llama"),
     ],
 )
 def test_settings_that_shapes_do_not_show(changes, overrides, said, tmp_path):
@@ -168,13 +174,66 @@ def test_folders_that_are_none(tmp_path):
 def test_an_export_of_another_format(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file({"tokens.weight": torch.zeros(1)}, file)
-    assert "has format version None, allowed: 1" in refusal(dense("gpt", f"init_from=scmoe:{file}"))
+    assert "has format version None, allowed: 2" in refusal(dense("gpt", f"init_from=scmoe:{file}"))
+    for header in ({}, {"settings": "{"}, {"settings": "3"}):
+        save_file({"tokens.weight": torch.zeros(1)}, file, metadata={"format_version": FORMAT_VERSION, **header})
+        assert "its header does not hold the model's settings" in refusal(dense("gpt", f"init_from=scmoe:{file}"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "model.dim=32",
+        "model.heads=4",
+        "model.layers=4",
+        "model.ffn_dim=48",
+        "model.activation=gelu_tanh",
+        "data.vocab_size=65",
+        "moe.num_experts=8",
+        "moe.top_k=2",
+        "moe.architecture=shared_expert",
+        "moe.position=pos1",
+        "moe.first_position=pos1",
+        "moe.combine=cg2",
+        "moe.coefficient_input=tap",
+        "moe.tap_norm=shared",
+        "moe.noisy=true",
+    ],
+)
+def test_an_export_into_another_model_is_refused_by_key(change, tmp_path):
+    """Many of them have the same tensors: with another position or number of heads all would fit, and all be wrong."""
+    file, key = tmp_path / "model.safetensors", change.partition("=")[0]
+    export(tiny(), file)
+    message = refusal(tiny(change, f"init_from=scmoe:{file}"))
+    came, allowed = (show(settings(config)[key]) for config in (tiny(change), tiny()))
+    assert came != allowed and f"{key} is {came}, allowed: {allowed}" in message
+
+
+def test_what_does_not_make_the_model_may_differ(tmp_path):
+    """Neither training nor a key that this architecture does not read."""
+    file = tmp_path / "model.safetensors"
+    top_2 = ("moe.architecture=top_k", "moe.top_k=2")
+    export(tiny(*top_2), file)
+    start(tiny(*top_2, "moe.position=pos1", "moe.capacity_factor=null", "model.dropout=0.1", f"init_from=scmoe:{file}"))
+
+
+def test_an_moe_does_not_become_dense(tmp_path):
+    export(tiny(), tmp_path / "model.safetensors")
+    message = refusal(dense("gpt", f"init_from=scmoe:{tmp_path}/model.safetensors"))
+    assert "moe.architecture is 'dense', allowed: 'scmoe'" in message
 
 
 @pytest.mark.parametrize("value", ["gpt2", "zip:file", "https://example.com/model"])
 def test_other_sources(value):
     with pytest.raises(ConfigError, match=r"init_from is .*, allowed: null, hf:FOLDER or scmoe:FILE"):
         tiny(f"init_from={value}")
+
+
+def test_the_newest_run_is_not_what_it_was_once_this_one_has_begun(tmp_path):
+    for runs in ("runs", tmp_path):
+        with pytest.raises(ConfigError, match=r"init_from is .*, allowed: a file or folder by its own name"):
+            tiny(f"runs_dir={runs}", f"init_from=scmoe:{runs}/latest/export/model.safetensors")
+    tiny(f"runs_dir={tmp_path}", "init_from=scmoe:runs/latest/export/model.safetensors")
 
 
 @pytest.mark.parametrize(
