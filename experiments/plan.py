@@ -1,8 +1,9 @@
 """What a training would take, without starting it: `python -m experiments.plan CONFIG [ep=N] [dp=N] [key=value ...]`.
 
 ep ranks share one set of experts, dp such sets are replicas of each other: ep x dp ranks, data parallel over all of
-them. Parameters, FLOPs, bytes of All-to-All and memory of a rank, read off the model on the meta device; the formulas
-are in scmoe/analysis/cost.py and memory.py. The last line on standard output is JSON.
+them. What is not given is as CONFIG has it. Parameters, FLOPs, bytes of All-to-All and memory of a rank, read off the
+model on the meta device; the formulas are in scmoe/analysis/cost.py and memory.py. The last line on standard output is
+JSON.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import Any
 
 from rich.table import Table
 
-from scmoe.config import Config, load
+from scmoe.config import Config, load, resolve_ep_size
 from scmoe.config_check import ConfigError
 
 USAGE = "usage: python -m experiments.plan CONFIG [ep=N] [dp=N] [key=value ...]"
+RANKS = ("trainer.devices", "trainer.num_nodes", "strategy.ep_size")  # what ep and dp say
 MIB = 2**20
 
 
@@ -41,16 +43,26 @@ def read(arguments: list[str]) -> tuple[Config, int, int]:
     """The config, checked for the given ranks, and the two degrees."""
     if not arguments or "=" in arguments[0]:
         raise ConfigError(f"no config given: {USAGE.removeprefix('usage: ')}")
-    sizes = {"ep": 1, "dp": 1}
+    sizes: dict[str, int] = {}
     overrides = []
     for argument in arguments[1:]:
         key, _, value = argument.partition("=")
-        if key not in sizes:
+        if key not in ("ep", "dp"):
             overrides.append(argument)
         elif not value.isdecimal() or int(value) < 1:
             raise ConfigError(f"command line: {key} is {value!r}, allowed: a number of ranks, 1 or more")
         else:
             sizes[key] = int(value)
+    for override in overrides if sizes else ():
+        if (key := override.removeprefix("--").partition("=")[0]) in RANKS:
+            raise ConfigError(f"command line: {key} beside ep or dp, allowed: one of the two ways to say it")
+    if len(sizes) < 2:
+        config = load(arguments[0], overrides)
+        own_ep = resolve_ep_size(config)
+        own = {"ep": own_ep, "dp": config.trainer.devices * config.trainer.num_nodes // own_ep}
+        if not sizes:
+            return config, own["ep"], own["dp"]
+        sizes = own | sizes
     ranks = [f"trainer.devices={sizes['ep'] * sizes['dp']}", "trainer.num_nodes=1", f"strategy.ep_size={sizes['ep']}"]
     return load(arguments[0], [*overrides, *ranks]), sizes["ep"], sizes["dp"]
 

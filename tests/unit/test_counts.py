@@ -75,6 +75,25 @@ def test_plan_by_hand(capsys):
     assert facts["flops_training"] == pytest.approx(6 * used + 12 * 24 * 2048 * 2048, rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    "arguments, degrees",
+    [
+        (["configs/quickstart.yaml"], (2, 1)),
+        (["configs/experiment/gpt2_moe_small.yaml"], (8, 1)),
+        (["configs/experiment/gpt2_moe_small.yaml", "dp=4"], (8, 4)),
+        (["configs/quickstart.yaml", "ep=4"], (4, 1)),
+        (["configs/quickstart.yaml", "trainer.num_nodes=2"], (2, 2)),
+        (["configs/quickstart.yaml", "strategy.ep_size=1"], (1, 2)),
+        (["configs/quickstart.yaml", "trainer.devices=8", "strategy.ep_size=null"], (8, 1)),
+        ([XL], (1, 1)),
+    ],
+)
+def test_a_plan_is_for_the_configs_own_ranks_where_none_are_given(arguments, degrees, capsys):
+    assert plan.main(arguments) == 0
+    facts = last_line(capsys)
+    assert (facts["ep_size"], facts["dp_size"]) == degrees
+
+
 def test_recomputing_costs_flops_and_saves_memory(capsys):
     def facts(recompute: bool) -> dict:
         assert plan.main([XL, "ep=8", f"trainer.recompute={recompute}"]) == 0
@@ -94,6 +113,15 @@ def test_recomputing_costs_flops_and_saves_memory(capsys):
         ([XL, "dp=two"], "dp is 'two', allowed: a number of ranks, 1 or more"),
         ([XL, "ep=3"], "strategy.ep_size is 3, allowed: a divisor of moe.num_experts, 8"),
         ([XL, "ep=8", "model.depth=3"], "unknown key 'model.depth'"),
+        (
+            [XL, "ep=4", "strategy.ep_size=8"],
+            "strategy.ep_size beside ep or dp, allowed: one of the two ways to say it",
+        ),
+        (
+            ["configs/model/llama2_moe.yaml", "ep=16"],
+            "strategy.ep_size is 16, allowed: a divisor of moe.num_experts, 8",
+        ),
+        ([XL, "moe.architecture=dense", "ep=2"], "strategy.ep_size is 2, allowed: 1 or null"),
     ],
 )
 def test_a_wrong_plan_ends_in_one_line(arguments, message, capsys):
