@@ -14,6 +14,8 @@ from PIL import Image
 
 from datamodules.image_sources import ImageSplits, digits, fashion_mnist, image_folder, open_images, read_idx
 from datamodules.images import IGNORE, ImageDataModule
+from scmoe.config import load
+from scmoe.training.build import build_datamodule
 
 
 def write_idx(file: Path, array: np.ndarray) -> None:
@@ -72,6 +74,14 @@ def test_fashion_mnist_from_a_folder(fashion):
     before = splits.content
     write_idx(fashion / "t10k-labels-idx1-ubyte.gz", np.array([0, 1, 2, 0, 2]))
     assert fashion_mnist(fashion).content != before
+
+
+def test_the_quickstart_reads_fashion_mnist_from_a_path(fashion):
+    words = [f"data.path={fashion}", "data.num_classes=3", "data.global_batch_size=4"]
+    data = build_datamodule(load("configs/quickstart_fashion.yaml", words))
+    assert data.name == "fashion_mnist"
+    batch = next(iter(data.train_dataloader()))
+    assert batch["images"].shape == (4, 3, 32, 32) and batch["labels"].shape == (4, 3)
 
 
 def test_image_folder(folder):
