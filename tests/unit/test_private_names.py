@@ -151,10 +151,20 @@ def test_rows_of_the_csv_logger(tmp_path):
 
 
 def test_files_of_distributed_checkpoints(tmp_path):
-    """A file a rank, and nothing else."""
-    writer = HuggingFaceStorageWriter(str(tmp_path), save_distributed=True)
+    """A file a rank, and nothing else; who overrides `write_data` is told its name when it is written."""
+    names = set()
+
+    class Writer(HuggingFaceStorageWriter):
+        def write_data(self, plan, planner):
+            written = super().write_data(plan, planner)
+            names.update(result.storage_data.relative_path for result in written.wait())
+            assert all((tmp_path / name).is_file() for name in names)
+            return written
+
+    writer = Writer(str(tmp_path), save_distributed=True)
     dcp.save({"a": torch.ones(2), "b": torch.zeros(())}, storage_writer=writer, no_dist=True)
     (shard,) = tmp_path.iterdir()
+    assert names == {shard.name}
     assert shard.match("shard-*.safetensors")
     assert issubclass(dcp.CheckpointException, BaseException) and not issubclass(dcp.CheckpointException, Exception)
     stored = HuggingFaceStorageReader(str(tmp_path)).read_metadata().state_dict_metadata
