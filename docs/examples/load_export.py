@@ -1,0 +1,37 @@
+"""Reads what `make export` wrote, without Lightning, and asks the model for a next token.
+
+.venv/bin/python docs/examples/load_export.py exported/model.safetensors
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scmoe.config import load
+from scmoe.parallel.export import load_weights
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.training.build_model import build_model
+
+
+def load_export(file: Path) -> Any:
+    """The model of an export, in this process alone."""
+    model = build_model(load(file.parent / "config.yaml"), ParallelContext())
+    load_weights(file, model)
+    return model.eval()
+
+
+def main() -> None:
+    model = load_export(Path(sys.argv[1]))
+    ids = torch.zeros(1, 8, dtype=torch.int64)  # the end of a text, eight times
+    with torch.inference_mode():
+        probabilities = model(ids).logits_BSV[0, -1].softmax(-1)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    print(f"likeliest next token: {probabilities.argmax().item()}, probability {probabilities.max().item():.3f}")
+
+
+if __name__ == "__main__":
+    main()
