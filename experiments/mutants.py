@@ -177,17 +177,17 @@ MUTANTS = (
     Mutant(
         "saved-between-the-batches-of-a-step",
         8,
-        f"{PARALLEL}/strategy.py",
-        "if fitting and done.current.processed % of and not stepped:",
-        "if fitting and done.current.processed % of and stepped:",
+        f"{PARALLEL}/progress.py",
+        "    if not is_fitting(trainer) or stepped:\n",
+        "    if not is_fitting(trainer) or not stepped:\n",
         (f"{FAULTS}/test_resume.py::test_fault_08_no_checkpoint_is_made_between_the_batches_of_a_step",),
     ),
     Mutant(
         "saved-anew-in-the-middle-of-the-next-step",
         8,
-        f"{PARALLEL}/strategy.py",
-        "                callback._last_global_step_saved = self.module.trainer.global_step\n",
-        "                assert callback._last_global_step_saved >= 0\n",
+        f"{PARALLEL}/progress.py",
+        "            callback._last_global_step_saved = trainer.global_step\n",
+        "            assert callback._last_global_step_saved >= 0\n",
         (f"{FAULTS}/test_resume.py::test_fault_08_the_checkpoint_that_a_run_goes_on_from_stays_as_it_is",),
     ),
     Mutant(
@@ -511,11 +511,37 @@ MUTANTS = (
     Mutant(
         "broken-off-validation-goes-on-half-way",
         12,
-        f"{PARALLEL}/strategy.py",
-        "            progress.reset()\n            progress.increment_ready()\n"
-        "            progress.increment_started()\n",
-        "            assert progress.current.started\n",
+        f"{PARALLEL}/progress.py",
+        "        progress.reset()\n    if is_fitting(trainer) and trainer.validating:\n",
+        "        assert progress.current.started\n    if is_fitting(trainer) and trainer.validating is None:\n",
         (f"{FAULTS}/test_stop.py::test_12_a_run_told_to_stop_while_it_validates_stops_there[1]",),
+    ),
+    Mutant(
+        "sigterm-left-to-lightning",
+        12,
+        f"{PARALLEL}/stop.py",
+        "    if number != signal.SIGTERM:\n",
+        "    if number:\n",
+        (f"{FAULTS}/test_stop_any_time.py::test_12_told_to_stop_where_nothing_is_trained[test]",),
+    ),
+    Mutant(
+        "nobody-asks-after-the-last-step",
+        12,
+        f"{PARALLEL}/strategy.py",
+        "                self._ask_and_wait()  # for",
+        "                assert self.stop  # for",
+        (
+            f"{FAULTS}/test_stop_any_time.py::"
+            "test_12_told_to_stop_before_the_first_step_or_after_the_last[after the last step]",
+        ),
+    ),
+    Mutant(
+        "noted-where-nobody-asks",
+        12,
+        f"{PARALLEL}/strategy.py",
+        "                self._ask_and_wait()\n            self.stop.give_back()\n",
+        "                self._ask_and_wait()\n",
+        (f"{FAULTS}/test_stop_any_time.py::test_12_where_ranks_cannot_ask_each_other_a_process_ends_at_once",),
     ),
     Mutant(
         "each-rank-asks-as-often-as-it-can",

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -37,6 +36,13 @@ from scmoe.parallel.expert_parallel import clip_grad_norm, expert_parameters
 from scmoe.parallel.guard import Guard
 from scmoe.parallel.mesh import ParallelContext, build_context, use_loopback_for_gloo
 from scmoe.parallel.poll import Poll
+from scmoe.parallel.progress import (
+    accumulated_batches,
+    begin_validation_anew,
+    is_fitting,
+    note_saved_step,
+    refuse_between_batches_of_a_step,
+)
 from scmoe.parallel.random_state import set_rng_states
 from scmoe.parallel.reducer import ExpertGradientReducer
 from scmoe.parallel.stop import EXIT_CODE, StopSignal
@@ -80,8 +86,9 @@ class ExpertParallelStrategy(DDPStrategy):
         self.saving_asked_about: checkpoint.Saving | None = None
         self.outdated: list[Any] = []  # checkpoints to remove once the one that replaces them is whole
         self.rng_states: dict[str, Tensor] | None = None
+        self.trained: Any = None  # the module that has the weights of its last step of training, with this optimizer
         self.parent: int | None = None  # the process of local rank 0, where that has started this one
-        self.polls_left = 0  # batches of this validation at which all ranks can ask each other
+        self.polls_left = 0  # batches of this validation, test or prediction at which all ranks can ask each other
 
     # ------------------------------------------------------------------ set-up
 
@@ -108,14 +115,16 @@ class ExpertParallelStrategy(DDPStrategy):
         return self.lightning_module
 
     def setup(self, trainer: Any) -> None:
+        assert self.context is not None
+        self.stop, self.poll = StopSignal(trainer._signal_connector), Poll(self.context.control_group, num_flags=2)
         self._hide_shards_from_ddp()
         super().setup(trainer)
         if self.debug_collectives:
             assert self._timeout is not None
             self.compare = CompareCollectives(self._timeout)
             self.compare.install()
-        if trainer.state.fn == TrainerFn.FITTING:
-            assert self.context is not None
+        if is_fitting(trainer):
+            self.trained = self.module
             self.reducer = ExpertGradientReducer([p for _, p in expert_parameters(self.module)], self.context)
             self.guard = getattr(self.module, "guard", None) or Guard(self.module)
             # weights were drawn alike on every rank; what is drawn from here on (dropout, gate noise) must differ
@@ -183,24 +192,12 @@ class ExpertParallelStrategy(DDPStrategy):
         if storage_options is not None:
             raise ValueError("storage_options is not supported: a checkpoint is a local directory")
         assert self.context is not None
-        self._refuse_between_batches_of_a_step()
+        refuse_between_batches_of_a_step(self.module.trainer)
         self.finish_saving()
         path = Path(self.broadcast(filepath))
         self.saving = checkpoint.Saving(path, state, self.context, self.async_checkpoint, self.full_checkpoint)
         if not self.async_checkpoint:
             self.finish_saving()
-
-    def _refuse_between_batches_of_a_step(self) -> None:
-        """Gradients are in no checkpoint: those accumulated so far would be lost, and the resumed run another one."""
-        trainer = self.module.trainer
-        done, of = trainer.fit_loop.epoch_loop.batch_progress, trainer.accumulate_grad_batches
-        stepped = done.is_last_batch and done.current.processed == done.current.ready
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting and done.current.processed % of and not stepped:
-            raise ValueError(
-                f"a checkpoint after {done.current.processed % of} of the {of} batches of a step would lose their "
-                "gradients, allowed: after a step; ModelCheckpoint(every_n_train_steps=...) saves there"
-            )
 
     def finish_saving(self) -> None:
         """Waits for a checkpoint that is still being written, if there is one. Every rank must call it."""
@@ -237,6 +234,8 @@ class ExpertParallelStrategy(DDPStrategy):
         assert self.context is not None
         state = checkpoint.load(Path(self.broadcast(checkpoint_path)), self.module, self.optimizers, self.context)
         self.rng_states = state.pop("rng_states", None)
+        if not is_fitting(self.module.trainer):
+            self.trained = None
         return state
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -247,21 +246,11 @@ class ExpertParallelStrategy(DDPStrategy):
 
     # ------------------------------------------------------------------ steps
 
-    def _listen(self) -> None:
-        """From here on a SIGTERM is noted. After Lightning has set its handler, which would hang (stop.py)."""
-        assert self.context is not None
-        if self.poll is None:
-            self.stop, self.poll = StopSignal(), Poll(self.context.control_group, num_flags=2)
-
     def on_train_start(self) -> None:
         super().on_train_start()
         self._check_even("train", [self.module.trainer.num_training_batches])
-        self._listen()
-        # A resumed ModelCheckpoint does not know that its step is saved: it would save anew after the next batch, which
-        # with accumulation is in the middle of a step, over the checkpoint that the run goes on from.
-        for callback in self.module.trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint):
-                callback._last_global_step_saved = self.module.trainer.global_step
+        note_saved_step(self.module.trainer)
+        self._ask_all_ranks()  # so that the first batch is not begun where a rank has been told to stop before it
         # Lightning's own way asks rank 0 before every batch, blocking, and from inside its signal handler
         self.module.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
@@ -280,27 +269,49 @@ class ExpertParallelStrategy(DDPStrategy):
 
     def on_validation_start(self) -> None:
         super().on_validation_start()
-        trainer, self.polls_left = self.module.trainer, 0
-        batches_of = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        self._check_even("val", batches_of)
-        if trainer.sanity_checking:
-            return
-        self._listen()
-        assert self.poll is not None
-        loop = trainer.fit_loop.epoch_loop
-        loop.val_loop.batch_progress.total.reset_on_restart()  # a validation that was stopped has not been
-        batches = self.poll.smallest(sum(batches_of))
-        between_steps = (loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0  # else gradients would be lost
-        if between_steps and batches != float("inf"):
-            self.polls_left = int(batches)
+        trainer = self.module.trainer
+        self._begin("val", trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
+        if not trainer.sanity_checking:  # a validation that was stopped has not been
+            trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
 
     def on_test_start(self) -> None:
         super().on_test_start()
-        self._check_even("test", self.module.trainer.num_test_batches)
+        self._begin("test", self.module.trainer.num_test_batches)
 
     def on_predict_start(self) -> None:
         super().on_predict_start()
-        self._check_even("predict", self.module.trainer.num_predict_batches)
+        self._begin("predict", self.module.trainer.num_predict_batches)
+
+    def _begin(self, what: str, batches_of: Sequence[float]) -> None:
+        """Batches without training: all ranks ask each other at as many as the one with the fewest has. Where that is
+        not known, they cannot, and a SIGTERM ends the process at once."""
+        assert self.poll is not None and self.stop is not None
+        self._check_even(what, batches_of)
+        batches = self.poll.smallest(sum(batches_of))
+        can_stop = not accumulated_batches(self.module.trainer)  # else gradients would be lost: it waits for the step
+        if batches == float("inf"):
+            if can_stop:
+                self._ask_and_wait()
+            self.stop.give_back()
+        elif can_stop:
+            self.polls_left = int(batches)
+
+    def on_validation_end(self) -> None:
+        super().on_validation_end()
+        self._end()
+
+    def on_test_end(self) -> None:
+        super().on_test_end()
+        self._end()
+
+    def on_predict_end(self) -> None:
+        super().on_predict_end()
+        self._end()
+
+    def _end(self) -> None:
+        assert self.stop is not None
+        self.polls_left = 0
+        self.stop.take()
 
     def _check_even(self, what: str, batches: Sequence[float]) -> None:
         """Training reduces gradients over all ranks. Else only experts keep ranks in step, where they are shared."""
@@ -309,10 +320,21 @@ class ExpertParallelStrategy(DDPStrategy):
             check_even(what, batches, self.context)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._ask_if_all_can()
+        return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._ask_if_all_can()
+        return super().test_step(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._ask_if_all_can()
+        return super().predict_step(*args, **kwargs)
+
+    def _ask_if_all_can(self) -> None:
         if self.polls_left > 0:
             self.polls_left -= 1
             self._ask_all_ranks()
-        return super().validation_step(*args, **kwargs)
 
     def _ask_all_ranks(self) -> None:
         """As of the batch before: is a rank still writing a checkpoint, has a rank been told to stop?"""
@@ -325,18 +347,21 @@ class ExpertParallelStrategy(DDPStrategy):
         if stop:
             self._save_and_exit()
 
+    def _ask_and_wait(self) -> None:
+        """Once all ranks are here: has one been told to stop up to now?"""
+        self.barrier()
+        self._ask_all_ranks()
+        self._ask_all_ranks()
+
     def _save_and_exit(self) -> None:
         """Every rank, at the same step: a checkpoint beside the others, then exit. A rank that Lightning's launcher
         has started ends with 0: any other code makes its observer kill rank 0, which may still be closing loggers."""
         trainer = self.module.trainer
-        self._restore_rng_states()
-        if trainer.validating:  # a resumed run does all of it, as if it had just begun
-            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-            progress.reset()
-            progress.increment_ready()
-            progress.increment_started()
-        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
-        if self.optimizers:  # else nothing was trained: `trainer.validate` alone
+        # else nothing was trained, or (where a fit was ended in the middle of a step) it is as in no checkpoint
+        if self.trained is self.module and not accumulated_batches(trainer):
+            self._restore_rng_states()
+            begin_validation_anew(trainer)
+            folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
             trainer.save_checkpoint(Path(folder) / f"step={trainer.global_step}.ckpt")
         self.finish_saving()
         raise SystemExit(0 if self._is_launched else EXIT_CODE)
@@ -350,6 +375,16 @@ class ExpertParallelStrategy(DDPStrategy):
             take_along(getattr(self.launcher, "procs", []), absent, self.parent)
 
     def teardown(self) -> None:
+        interrupted = self.module.trainer.state.status == TrainerStatus.INTERRUPTED
+        if not interrupted:  # else other ranks may not be here, and waiting for them would hide why
+            self.finish_saving()
+            if self.poll is not None:
+                self._ask_and_wait()  # for the last time: after the last step too a stop ends in 143
+                self.poll.close()
+        self.poll = None
+        if self.stop is not None:
+            self.stop.give_back()
+            self.stop = None
         if self.reducer is not None:
             self.reducer.remove()
             self.reducer = None
@@ -359,12 +394,6 @@ class ExpertParallelStrategy(DDPStrategy):
         if self.compare is not None:
             self.compare.remove()
             self.compare = None
-        interrupted = self.module.trainer.state.status == TrainerStatus.INTERRUPTED
-        if not interrupted:  # else other ranks may not be here, and waiting for them would hide why
-            self.finish_saving()
-            if self.poll is not None:
-                self.poll.close()
-        self.poll = None
         super().teardown()
 
 

@@ -19,7 +19,8 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import nn
 from torch.autograd import Variable
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -35,11 +36,13 @@ SIGNATURES = {  # name: where it is, its parameters
         ["module", "params_and_buffers_to_ignore"],
     ),
     "_broadcast_sigterm_tensor": (_TrainingEpochLoop, ["self"]),
+    "_after_closure": (Precision, ["self", "model", "optimizer"]),
+    "_register_signal": (_SignalConnector, ["signum", "handlers"]),
     "_get_train_description": (RichProgressBar, ["self", "current_epoch"]),
 }
 OTHERS = {
     *("_ddp_params_and_buffers_to_ignore", "_last_global_step_saved", "_timeout"),
-    "_batches_that_stepped",
+    *("_batches_that_stepped", "_signal_connector"),
     *("_execution_engine", "_compiled_call_impl"),
     *("_fields", "_getframe", "_replace"),  # Python's own
     "_fingerprint",  # of the Hugging Face data sets
@@ -56,6 +59,8 @@ def test_the_others_exist():
     assert DDPStrategy()._timeout is not None
     assert ModelCheckpoint()._last_global_step_saved == 0
     assert "self._last_global_step_saved == trainer.global_step" in inspect.getsource(ModelCheckpoint)
+    assert isinstance(Trainer(logger=False, accelerator="cpu")._signal_connector, _SignalConnector)
+    assert inspect.getsource(_SignalConnector).count("signal.signal(") == 1, "in _register_signal"
     assert "_batches_that_stepped" in inspect.getsource(_TrainingEpochLoop.on_load_checkpoint)
     assert hasattr(nn.Module(), "_compiled_call_impl")
     assert callable(Variable._execution_engine.queue_callback)
@@ -106,7 +111,8 @@ def test_progress_of_lightnings_loops():
         progress.reset()
         assert (progress.current.ready, progress.total.ready) == (0, 0)
     assert loop.batch_idx == -1, "ready - 1"
-    assert trainer.state.fn is None and TrainerStatus.INTERRUPTED in TrainerStatus
+    assert (trainer.validating, trainer.sanity_checking, trainer.checkpoint_callbacks) == (False, False, [])
+    assert trainer.state.fn is None and TrainerFn.FITTING == "fit" and TrainerStatus.INTERRUPTED in TrainerStatus
 
 
 def test_the_launcher_keeps_its_processes():
@@ -119,14 +125,14 @@ def test_the_launcher_keeps_its_processes():
 def test_hooks_of_a_strategy():
     """Those that are overridden are called by these names."""
     hooks = [name for name in vars(ExpertParallelStrategy) if name.startswith("on_")]
-    assert {"on_train_start", "on_train_batch_start", "on_validation_start", "on_exception"} <= set(hooks)
+    stages = {f"on_{stage}_{end}" for stage in ("validation", "test", "predict") for end in ("start", "end")}
+    assert {"on_train_start", "on_train_batch_start", "on_exception"} | stages <= set(hooks)
     others = [
         "setup_environment",
         "pre_backward",
         "block_backward_sync",
-        "validation_step",
-        "teardown",
-        "save_checkpoint",
+        *("validation_step", "test_step", "predict_step"),
+        *("barrier", "teardown", "save_checkpoint"),
     ]
     others += ["load_checkpoint", "load_model_state_dict", "load_optimizer_state_dict", "optimizer_state"]
     others += ["lightning_module_state_dict", "remove_checkpoint", "restore_checkpoint_after_setup"]
@@ -139,6 +145,7 @@ def test_a_precision_plugin_clips_by_these_names():
     for plugin in (Precision, MixedPrecision):
         assert list(inspect.signature(plugin.clip_gradients).parameters) == clip
         assert list(inspect.signature(plugin.clip_grad_by_norm).parameters) == clip[:-1]
+    assert "self._after_closure(model, optimizer)" in inspect.getsource(Precision._wrap_closure)
 
 
 def test_rows_of_the_csv_logger(tmp_path):

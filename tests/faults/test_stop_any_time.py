@@ -1,0 +1,165 @@
+"""Fault 12, SIGTERM, whenever it comes between set-up and teardown: all ranks end with 143, what was trained is saved,
+and where ranks cannot ask each other the process ends at once.
+
+SIGTERM while a run trains: tests/smoke/test_stop.py; while it validates: test_stop.py.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from experiments import faults
+from scmoe.parallel import durable
+from scmoe.parallel.stop import EXIT_CODE
+from scmoe.testbed.ranks import RankError, run_ranks
+from scmoe.training import build
+from scmoe.training.build_model import build_model
+from scmoe.training.module import LanguageModel
+
+pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.xdist_group("ranks")]
+
+STEPS, BATCHES, AT_BATCH = 3, 20, 3
+CONFIG = ("trainer.accumulate=2", f"trainer.checkpoint_every={faults.NEVER}", f"data.val_sequences={BATCHES * 8}")
+
+
+class Told(LanguageModel):
+    """Rank `victim` is told to stop in one place, `when`."""
+
+    when, victim = "", 1
+    evaluated = 0  # batches of a validation, test or prediction
+    handlers: tuple[tuple[str, Any], ...] = ()  # of SIGTERM, in each batch of training and of these
+
+    def tell(self, place: str) -> None:
+        if place == self.when and self.parallel_context.rank == self.victim:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_fit_start(self) -> None:
+        self.tell("set up")
+
+    def on_train_start(self) -> None:
+        self.tell("before the first step")
+
+    def on_train_end(self) -> None:
+        self.tell("after the last step")
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
+        self.handlers += (("train", signal.getsignal(signal.SIGTERM)),)
+        if batch_idx == STEPS * 2 - 1:
+            self.tell("in the last step")
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.evaluated += 1
+        if batch_idx == AT_BATCH:
+            self.tell("evaluated")
+        if self.trainer.sanity_checking:
+            self.tell("sanity check")
+        self.handlers += (("validate", signal.getsignal(signal.SIGTERM)),)
+        super().validation_step(batch, batch_idx)
+
+    test_step = predict_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        pass
+
+
+def made(rank: int, world_size: int, folder: Path, when: str, *overrides: str) -> tuple[Trainer, Told, Any]:
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)  # there the checkpoint goes, where no ModelCheckpoint has been told
+    config = faults.tiny(world_size, *CONFIG, *overrides)
+    build.seed_everything(config)
+    module = Told(lambda context: build_model(config, context), max_steps=2 * STEPS, lr=0.01, warmup_steps=2)
+    module.when = when
+    trainer = build.build_trainer(config, build.build_callbacks(config, folder)[:1], [])
+    trainer.num_sanity_val_steps = AT_BATCH if when == "sanity check" else 0
+    return trainer, module, build.build_datamodule(config)
+
+
+def fit(
+    rank: int, world_size: int, folder: Path, when: str, steps: int, resume_from: Path | None
+) -> tuple[Any, int, dict[str, Tensor]]:
+    """What a run exits with, at which step, and its tensors."""
+    trainer, module, data = made(rank, world_size, folder, when, f"trainer.max_steps={steps}")
+    before, code = signal.getsignal(signal.SIGTERM), None
+    try:
+        trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
+    except SystemExit as end:
+        code = end.code
+    assert signal.getsignal(signal.SIGTERM) == before, "given back"
+    return code, trainer.global_step, {name: t.clone() for name, t in faults.tensors(trainer).items()}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> list[Any]:
+    return run_ranks(fit, 2, tmp_path_factory.mktemp("straight"), "", 2 * STEPS, None)
+
+
+WHEN = {"set up": 0, "sanity check": 0, "before the first step": 0, "in the last step": STEPS}
+
+
+@pytest.mark.parametrize("when", [*WHEN, pytest.param("after the last step", marks=pytest.mark.representative)])
+def test_12_told_to_stop_before_the_first_step_or_after_the_last(when, straight, tmp_path):
+    step = WHEN.get(when, STEPS)
+    stopped = run_ranks(fit, 2, tmp_path, when, STEPS, None)
+    assert [(code, at) for code, at, _ in stopped] == [(EXIT_CODE, step)] * 2
+    (saved,) = tmp_path.rglob("*.ckpt")
+    assert (saved.name, durable.verify(saved)) == (f"step={step}.ckpt", step)
+    resumed = run_ranks(fit, 2, tmp_path / "resumed", "", 2 * STEPS, saved)
+    for (code, at, tensors), (_, _, expected) in zip(resumed, straight, strict=True):
+        assert (code, at) == (None, 2 * STEPS)
+        assert when == "sanity check" or faults.same(tensors, expected)  # from there it goes on with other dropout
+
+
+def evaluate(rank: int, world_size: int, folder: Path, verb: str) -> tuple[Any, int]:
+    trainer, module, data = made(rank, world_size, folder, "evaluated")
+    before, code = signal.getsignal(signal.SIGTERM), None
+    data.setup()
+    try:
+        getattr(trainer, verb)(module, data.val_dataloader())
+    except SystemExit as end:
+        code = end.code
+    assert signal.getsignal(signal.SIGTERM) == before, "given back"
+    return code, module.evaluated
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_12_told_to_stop_where_nothing_is_trained(verb, tmp_path):
+    (code, evaluated), other = run_ranks(evaluate, 2, tmp_path, verb)
+    assert (code, evaluated) == other
+    assert code == EXIT_CODE and AT_BATCH < evaluated < BATCHES
+    assert not [*tmp_path.rglob("*.ckpt")], "nothing was trained"
+
+
+class Endless(IterableDataset[dict[str, Tensor]]):
+    """Of a length that nobody knows."""
+
+    def __init__(self, batches: list[dict[str, Tensor]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+def of_unknown_length(rank: int, world_size: int, folder: Path, when: str) -> list[Any]:
+    trainer, module, data = made(rank, world_size, folder, when, "trainer.max_steps=3", "trainer.val_every=2")
+    data.setup()
+    loader = DataLoader(Endless(list(data.val_dataloader())), batch_size=None)
+    data.val_dataloader = lambda: loader
+    trainer.fit(module, data)
+    return [(stage, handler == signal.SIG_DFL) for stage, handler in module.handlers]
+
+
+def test_12_where_ranks_cannot_ask_each_other_a_process_ends_at_once(tmp_path):
+    for handlers in run_ranks(of_unknown_length, 2, tmp_path, ""):
+        assert set(handlers) == {("train", False), ("validate", True)}
+        assert handlers[-1] == ("train", False), "taken again"
+    with pytest.raises(RankError, match="rank 1 of 2 failed first:\nthe process ended without a word"):
+        run_ranks(of_unknown_length, 2, tmp_path, "evaluated")
