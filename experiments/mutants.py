@@ -517,6 +517,14 @@ MUTANTS = (
         (f"{FAULTS}/test_stop.py::test_12_a_run_told_to_stop_while_it_validates_stops_there[1]",),
     ),
     Mutant(
+        "best-of-a-broken-off-validation-not-saved",
+        12,
+        f"{PARALLEL}/strategy.py",
+        "        self.has_begun = False\n        self._ask",
+        "        note_saved_step(self.module.trainer)\n        self._ask",
+        (f"{FAULTS}/test_stop.py::test_12_a_stop_while_validating_loses_no_best_checkpoint[4]",),
+    ),
+    Mutant(
         "sigterm-left-to-lightning",
         12,
         f"{PARALLEL}/stop.py",

@@ -88,6 +88,7 @@ class ExpertParallelStrategy(DDPStrategy):
         self.rng_states: dict[str, Tensor] | None = None
         self.trained: Any = None  # the module that has the weights of its last step of training, with this optimizer
         self.parent: int | None = None  # the process of local rank 0, where that has started this one
+        self.has_begun = False  # the first batch of this training
         self.polls_left = 0  # batches of this validation, test or prediction at which all ranks can ask each other
 
     # ------------------------------------------------------------------ set-up
@@ -249,7 +250,7 @@ class ExpertParallelStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         self._check_even("train", [self.module.trainer.num_training_batches])
-        note_saved_step(self.module.trainer)
+        self.has_begun = False
         self._ask_all_ranks()  # so that the first batch is not begun where a rank has been told to stop before it
         # Lightning's own way asks rank 0 before every batch, blocking, and from inside its signal handler
         self.module.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
@@ -260,6 +261,9 @@ class ExpertParallelStrategy(DDPStrategy):
         if at_step_boundary:
             self._ask_all_ranks()
         self._restore_rng_states()
+        if not self.has_begun:
+            self.has_begun = True
+            note_saved_step(self.module.trainer)
 
     def _restore_rng_states(self) -> None:
         """Not before the first step, or what else needs them: making data loaders draws from the generator."""

@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -68,6 +69,57 @@ def test_12_a_run_told_to_stop_while_it_validates_stops_there(victim, tmp_path):
     for (_, validated, tensors), (_, validated_straight, expected) in zip(resumed, straight, strict=True):
         assert validated == validated_straight == whole * 2, "the validation that was broken off is done over"
         assert faults.same(tensors, expected)
+
+
+SCORES = {2: 3.0, 4: 1.0, 6: 2.0}  # of the validation after each step; less is better
+BEST = ("trainer.max_steps=6", "trainer.val_every=2", "trainer.accumulate=2", f"data.val_sequences={BATCHES * 8}")
+
+
+def keep_best(
+    rank: int, world_size: int, folder: Path, resume_from: Path | None, stop_at: int | None
+) -> tuple[Any, dict[str, float], str, str, str]:
+    """What a run exits with, and what its ModelCheckpoint knows: the best with their scores, the best of all, the last,
+    and the worst that it keeps. stop_at: the step whose validation rank 1 is told to stop in."""
+    best = ModelCheckpoint(folder, "best-{step}", monitor="score", save_top_k=2, save_last=True)
+    validation_step = LanguageModel.validation_step
+
+    def noted(module: LanguageModel, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if rank == 1 and module.global_step == stop_at and batch_idx == AT_BATCH:
+            os.kill(os.getpid(), signal.SIGTERM)
+        module.log("score", SCORES[module.global_step])
+        validation_step(module, batch, batch_idx)
+
+    config, code = faults.tiny(world_size, *BEST, f"trainer.checkpoint_every={faults.NEVER}"), None
+    build.seed_everything(config)
+    trainer = build.build_trainer(config, [*build.build_callbacks(config, folder)[:1], best], [])
+    with patch.object(LanguageModel, "validation_step", noted):
+        try:
+            module, data = build.build_module(config), build.build_datamodule(config)
+            trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
+        except SystemExit as end:
+            code = end.code
+    scores = {Path(path).name: float(score) for path, score in best.best_k_models.items()}
+    paths = best.best_model_path, best.last_model_path, best.kth_best_model_path
+    return code, scores, *(Path(path).name for path in paths)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("stop_at", [2, 4])
+def test_12_a_stop_while_validating_loses_no_best_checkpoint(stop_at, tmp_path):
+    """Not the one that was the best before, and not the one that the broken-off validation turns out to make."""
+    straight, folder = run_ranks(keep_best, 2, tmp_path / "straight", None, None), tmp_path / "stopped"
+    assert [*straight[0][1]] == ["best-step=4.ckpt", "best-step=6.ckpt"]
+
+    stopped = run_ranks(keep_best, 2, folder, None, stop_at)
+    before = {path.name: durable.verify(path) for path in folder.iterdir()}
+    done = {"best-step=2.ckpt": 2, "last.ckpt": 2} if stop_at == 4 else {}
+    assert before == {f"step={stop_at}.ckpt": stop_at, **done}
+    for code, scores, *_ in stopped:
+        assert (code, [*scores]) == (EXIT_CODE, [name for name in done if name != "last.ckpt"])
+
+    resumed = run_ranks(keep_best, 2, folder, folder / f"step={stop_at}.ckpt", None)
+    assert resumed == straight
+    after = {path.name: durable.verify(path) for path in folder.iterdir()}
+    assert after == {f"step={stop_at}.ckpt": stop_at, "best-step=4.ckpt": 4, "best-step=6.ckpt": 6, "last.ckpt": 6}
 
 
 def uneven(rank: int, world_size: int, folder: Path) -> tuple[Any, int]:
