@@ -323,10 +323,26 @@ MUTANTS = (
     Mutant(
         "only-what-is-clipped-is-watched",
         27,
-        f"{PARALLEL}/strategy.py",
+        f"{PARALLEL}/update.py",
         "if clip_val <= 0 or gradient_clip_algorithm",
         "if clip_val > 0 and gradient_clip_algorithm",
         (f"{FAULTS}/test_guards.py::test_27_a_module_that_does_not_clip_by_norm_is_watched_too[by nobody]",),
+    ),
+    Mutant(
+        "who-steps-by-hand-is-not-watched",
+        27,
+        f"{PARALLEL}/update.py",
+        "            self.clip_by_norm(optimizer, None)\n        elif",
+        "            assert optimizer is not None\n        elif",
+        (f"{FAULTS}/test_guards.py::test_27_a_module_that_steps_by_hand_is_watched_too[output]",),
+    ),
+    Mutant(
+        "clipping-past-the-strategy-let-through",
+        27,
+        f"{PARALLEL}/update.py",
+        "        elif not self.guard.has_looked:\n",
+        "        elif self.guard is None:\n",
+        (f"{FAULTS}/test_guards.py::test_27_a_module_that_clips_by_other_means_is_refused[2]",),
     ),
     # ------------------------------------------------------------------ seeding
     Mutant(
@@ -550,6 +566,25 @@ MUTANTS = (
         "                self._ask_and_wait()\n            self.stop.give_back()\n",
         "                self._ask_and_wait()\n",
         (f"{FAULTS}/test_stop_any_time.py::test_12_where_ranks_cannot_ask_each_other_a_process_ends_at_once",),
+    ),
+    Mutant(
+        "saves-alone-after-an-exception",
+        13,
+        f"{PARALLEL}/strategy.py",
+        "        return several and self.module.trainer.state.status == TrainerStatus.INTERRUPTED\n",
+        "        return several and self.module.trainer.state.status is None\n",
+        (f"{FAULTS}/test_guards.py::test_13_callbacks_that_save_after_an_exception_wait_for_nobody",),
+    ),
+    Mutant(
+        "rank-0-links-to-a-save-that-was-skipped",
+        13,
+        f"{PARALLEL}/strategy.py",
+        "super().is_global_zero and not self._is_alone",
+        "super().is_global_zero",
+        (
+            f"{FAULTS}/test_guards.py::"
+            "test_13_callbacks_that_save_after_an_exception_wait_for_nobody[0-save_on_exception]",
+        ),
     ),
     Mutant(
         "each-rank-asks-as-often-as-it-can",

@@ -6,8 +6,8 @@ word more between them. Where it came from is only asked then: averaging has spr
 each module's output and its gradient leave their sum behind, on this rank and in the order of computation: one
 reduction each, which nothing waits for.
 
-Left out: modules inside a compiled one (the neighbours and the gradients' names remain), and a module with an optimizer
-loop or clipping of its own that calls neither `clip_gradients` nor `check`.
+When it is asked is told in update.py. Left out: modules inside a compiled one (the neighbours and the gradients' names
+remain).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Guard:
         self.module = module
         self.trace: list[tuple[str, Tensor]] = []  # what was computed, and the sum of its entries
         self.losses: list[Tensor] = []
+        self.has_looked = False  # whether `check` was called since somebody put this to False
         compiled = [name for name, child in module.named_modules() if child._compiled_call_impl is not None]
         self.hooks = [
             child.register_forward_hook(self._watch(name or type(child).__name__))
@@ -54,6 +55,7 @@ class Guard:
 
     def check(self, norm: Tensor, context: ParallelContext) -> None:
         """norm: the global gradient norm. FloatingPointError, alike on every rank, if it is not finite."""
+        self.has_looked = True
         if torch.isfinite(norm):
             self.trace.clear()
             self.losses.clear()

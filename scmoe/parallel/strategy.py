@@ -11,10 +11,10 @@ The LightningModule finds its place in `self.parallel_context`, set before `conf
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -32,7 +31,7 @@ from scmoe.parallel import checkpoint, durable
 from scmoe.parallel.absent import note_absent, take_along
 from scmoe.parallel.debug import CompareCollectives
 from scmoe.parallel.even import check_even
-from scmoe.parallel.expert_parallel import clip_grad_norm, expert_parameters
+from scmoe.parallel.expert_parallel import expert_parameters
 from scmoe.parallel.guard import Guard
 from scmoe.parallel.mesh import ParallelContext, build_context, use_loopback_for_gloo
 from scmoe.parallel.poll import Poll
@@ -46,6 +45,7 @@ from scmoe.parallel.progress import (
 from scmoe.parallel.random_state import set_rng_states
 from scmoe.parallel.reducer import ExpertGradientReducer
 from scmoe.parallel.stop import EXIT_CODE, StopSignal
+from scmoe.parallel.update import GuardedUpdate
 
 
 class ExpertParallelStrategy(DDPStrategy):
@@ -73,6 +73,7 @@ class ExpertParallelStrategy(DDPStrategy):
         **ddp: Any,
     ) -> None:
         ddp.setdefault("gradient_as_bucket_view", True)
+        self.update: GuardedUpdate
         super().__init__(timeout=timedelta(seconds=timeout_s), **ddp)
         self.ep_size, self.debug_collectives = ep_size, debug_collectives
         self.async_checkpoint, self.full_checkpoint = async_checkpoint, full_checkpoint
@@ -127,7 +128,9 @@ class ExpertParallelStrategy(DDPStrategy):
         if is_fitting(trainer):
             self.trained = self.module
             self.reducer = ExpertGradientReducer([p for _, p in expert_parameters(self.module)], self.context)
-            self.guard = getattr(self.module, "guard", None) or Guard(self.module)
+            own = getattr(self.module, "guard", None)
+            self.guard = own if isinstance(own, Guard) else Guard(self.module)
+            self.update.begin(self.module, self.guard, self.context)
             # weights were drawn alike on every rank; what is drawn from here on (dropout, gate noise) must differ
             torch.manual_seed(torch.initial_seed() * 1_000_003 % 2**62 + self.global_rank)
 
@@ -163,35 +166,18 @@ class ExpertParallelStrategy(DDPStrategy):
                 "64-true: an overflow found by one rank alone would make ranks skip different steps"
             )
         if plugin is not None:
-            plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
-            plugin.clip_gradients = partial(self._clip_and_check, plugin)  # type: ignore[method-assign]
+            self.update = GuardedUpdate(plugin)
         DDPStrategy.precision_plugin.fset(self, plugin)  # type: ignore[attr-defined]
-
-    def _clip_and_check(
-        self,
-        plugin: Precision,
-        optimizer: Optimizer,
-        clip_val: float = 0.0,
-        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
-    ) -> None:
-        """What is not clipped by its norm is looked at all the same: no update with a number that is not finite."""
-        if clip_val <= 0 or gradient_clip_algorithm != GradClipAlgorithmType.NORM:
-            self._clip_grad_by_norm(optimizer, None)
-        type(plugin).clip_gradients(plugin, optimizer, clip_val, gradient_clip_algorithm)
-
-    def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float | None) -> None:
-        """Lightning's own norm differs from rank to rank, as each holds other experts."""
-        assert self.context is not None and self.guard is not None
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        shards = {p for _, p in expert_parameters(self.module)}
-        norm = clip_grad_norm(parameters, shards, clip_val, self.context, self.guard.loss_as_zero())
-        self.guard.check(norm, self.context)
 
     # ------------------------------------------------------------------ checkpoints
 
     def save_checkpoint(self, state: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if storage_options is not None:
             raise ValueError("storage_options is not supported: a checkpoint is a local directory")
+        if self._is_alone:
+            why = "it takes all ranks, and others may not be here"
+            warnings.warn(f"no checkpoint is saved after an exception: {why}", stacklevel=1)
+            return
         assert self.context is not None
         refuse_between_batches_of_a_step(self.module.trainer)
         self.finish_saving()
@@ -371,6 +357,30 @@ class ExpertParallelStrategy(DDPStrategy):
         raise SystemExit(0 if self._is_launched else EXIT_CODE)
 
     # ------------------------------------------------------------------ the end
+
+    @property
+    def _is_alone(self) -> bool:
+        """After an exception on this rank: the others may be anywhere, and waiting for them would hide why. Callbacks
+        that save then (OnExceptionCheckpoint, ModelCheckpoint(save_on_exception=True)) find every collective skipped.
+        """
+        several = self.context is not None and self.context.world_size > 1
+        return several and self.module.trainer.state.status == TrainerStatus.INTERRUPTED
+
+    @property
+    def is_global_zero(self) -> bool:
+        """No rank acts for all once it is alone: a link to a checkpoint, or removing one, would be for a save that was
+        skipped."""
+        return super().is_global_zero and not self._is_alone
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if not self._is_alone:
+            super().barrier(*args, **kwargs)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj if self._is_alone else super().broadcast(obj, src)
+
+    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        return tensor if self._is_alone else super().reduce(tensor, *args, **kwargs)
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)

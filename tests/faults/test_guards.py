@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -29,6 +31,7 @@ from torch.utils.data import DataLoader
 from datamodules import sequences
 from scmoe.config import Config
 from scmoe.moe.stream import MoEStream
+from scmoe.parallel import durable
 from scmoe.parallel.absent import roll_call
 from scmoe.parallel.debug import CompareCollectives, OrderError
 from scmoe.parallel.dispatcher import AllToAllDispatcher, check_ceiling
@@ -122,6 +125,48 @@ def test_13_a_rank_that_raises_is_named_first(phase, tmp_path):
     assert f"Broken: in {phase}" in message
 
 
+def savers(how: str, folder: Path) -> list[Callback]:
+    """A checkpoint of every second step, and another one after an exception."""
+    if how == "save_on_exception":
+        return [ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_last="link", save_on_exception=True)]
+    return [ModelCheckpoint(folder, "{step}", every_n_train_steps=2), OnExceptionCheckpoint(folder)]
+
+
+def raise_and_save(rank: int, world_size: int, bad: int, how: str, folder: Path) -> None:
+    config = tiny(f"{MODEL} trainer.accumulate=1 trainer.max_steps=6", world_size)
+    module = build.build_module(config)
+    train = module.training_step
+
+    def training_step(batch: dict[str, Tensor], batch_idx: int) -> Any:
+        if rank == bad and batch_idx == 3:
+            raise Broken("in step 3")
+        return train(batch, batch_idx)
+
+    module.training_step = training_step  # type: ignore[method-assign]
+    trainer = build.build_trainer(config, [DataPosition(), *savers(how, folder)], [])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        try:
+            trainer.fit(module, build.build_datamodule(config))
+        except Broken as error:
+            lines = [str(line.message) for line in said if "no checkpoint is saved" in str(line.message)]
+            error.add_note(f"said {len(lines)} time(s): {lines[0]}")
+            raise
+
+
+@pytest.mark.parametrize("how", ["OnExceptionCheckpoint", "save_on_exception"])
+@pytest.mark.parametrize("bad", [pytest.param(0, marks=pytest.mark.representative), 1])
+def test_13_callbacks_that_save_after_an_exception_wait_for_nobody(bad, how, tmp_path):
+    """The other rank is in a collective of training: all that saves would hang, and hide the error."""
+    message = failure(raise_and_save, 2, bad, how, tmp_path)
+    assert message.startswith(f"rank {bad} of 2 failed first:\nTraceback")
+    assert "Broken: in step 3" in message and "another exception occurred" not in message
+    assert "said 1 time(s): no checkpoint is saved after an exception: " in message
+    left = {path.name: durable.verify(path) for path in tmp_path.iterdir()}
+    last = {"last.ckpt": 2} if how == "save_on_exception" else {}
+    assert left == {"step=2.ckpt": 2, **last}, "whole, and what linked to it still does"
+
+
 # ---------------------------------------------------------------------- 13, 14: a real run, whose ranks are processes
 
 # The train command, with a rank that fails at its third step. argv: how, that rank, then what the command takes.
@@ -169,10 +214,26 @@ def end(run: subprocess.Popen[str]) -> None:
     run.wait()
 
 
+# Callbacks that save after an exception, in front of FAILING.
+SAVING = """
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from scmoe.training import build
+build_callbacks = build.build_callbacks
+def and_more(config, run_dir):
+    callbacks = build_callbacks(config, run_dir)
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            callback.save_on_exception = True
+    return [*callbacks, OnExceptionCheckpoint(config.runs_dir)]
+build.build_callbacks = and_more
+"""
+
+
+@pytest.mark.parametrize("saving", ("", SAVING), ids=("", "and saves"))
 @pytest.mark.parametrize("rank", (0, 1))
-def test_13_a_rank_of_a_real_run_that_raises_ends_it(tmp_path, rank):
+def test_13_a_rank_of_a_real_run_that_raises_ends_it(tmp_path, rank, saving):
     script = tmp_path / "failing.py"
-    script.write_text(FAILING)
+    script.write_text(saving + FAILING)
     run = start(tmp_path, str(script), "raises", str(rank))
     try:
         lines = []
@@ -182,6 +243,7 @@ def test_13_a_rank_of_a_real_run_that_raises_ends_it(tmp_path, rank):
                 break
         run.wait(timeout=SOON_S)
         assert run.returncode != 0
+        assert not [*tmp_path.rglob("*.ckpt")], "nothing of it was saved"
         assert not [line for line in lines if "Connection closed" in line], "its own traceback comes first"
     finally:
         end(run)
@@ -466,17 +528,50 @@ class NotClipped(Poisoned):
     configure_gradient_clipping = LightningModule.configure_gradient_clipping
 
 
+class ByHand(Poisoned):
+    """Steps its optimizer itself, and clips before that or does not."""
+
+    def __init__(self, *args: Any, clip: float | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.automatic_optimization, self.clip = False, clip
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor | None]:
+        result, optimizer = super().training_step(batch, batch_idx), self.optimizers()
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        self.manual_backward(result["loss"])  # type: ignore[arg-type]
+        if self.clip is not None:
+            self.clip_gradients(optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")  # type: ignore[arg-type]
+        optimizer.step()  # type: ignore[union-attr]
+        self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+        return result
+
+
+class PastTheStrategy(Poisoned):
+    """Clips by the norm of what this rank has."""
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+
+
+CLIPS = {
+    "by the module": Poisoned,
+    "by nobody": NotClipped,
+    "by value": NotClipped,
+    "by hand": ByHand,
+    "past the strategy": PastTheStrategy,
+}
+
+
 def poison(rank: int, world_size: int, place: str, clip: str = "by the module") -> None:
     config = tiny(f"position=pos2 trainer.accumulate=1 strategy.ep_size={world_size}", world_size)
-    cls = Poisoned if clip == "by the module" else NotClipped
-    module = cls(lambda context: build_model(config, context), max_steps=3)
+    module = CLIPS[clip](lambda context: build_model(config, context), max_steps=3)
     module.place, module.bad = place, world_size - 1
     trainer = build.build_trainer(config, [DataPosition()], [])
     if clip == "by value":
         trainer.gradient_clip_val, trainer.gradient_clip_algorithm = 0.5, GradClipAlgorithmType.VALUE
     try:
         trainer.fit(module, build.build_datamodule(config))
-    except FloatingPointError as error:
+    except (FloatingPointError, RuntimeError) as error:
         same = all(torch.equal(p, old) for p, old in zip(module.parameters(), module.weights, strict=True))
         error.add_note(f"weights as they were: {same}")
         raise
@@ -503,6 +598,43 @@ def test_27_a_number_that_is_not_finite_stops_all_ranks_before_the_update(place)
 def test_27_a_module_that_does_not_clip_by_norm_is_watched_too(clip):
     message = failure(poison, 2, "output", clip)
     assert re.search(rf"first not finite: (rank 0: [^;]*; )?rank 1: {PLACES['output']}", message), message
+    assert "weights as they were: True" in message and "weights as they were: False" not in message
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize("place", ["output", "loss inf"])
+def test_27_a_module_that_steps_by_hand_is_watched_too(place):
+    message = failure(poison, 2, place, "by hand")
+    assert re.search(rf"first not finite: (rank 0: [^;]*; )?rank 1: {re.escape(PLACES[place])}", message), message
+    assert "weights as they were: True" in message and "weights as they were: False" not in message
+
+
+def clipped(rank: int, world_size: int, by_hand: bool, clip: float | None) -> list[Tensor]:
+    """How the weights end, with clipping by the module's own hand or by the Trainer."""
+    config = tiny(f"position=pos2 trainer.accumulate=1 strategy.ep_size={world_size}", world_size)
+    cls, own = (ByHand, {"clip": clip}) if by_hand else (NotClipped, {})
+    module = cls(lambda context: build_model(config, context), max_steps=3, lr=0.01, **own)
+    trainer = build.build_trainer(config, [DataPosition()], [])
+    if not by_hand:
+        trainer.gradient_clip_val = clip
+    trainer.fit(module, build.build_datamodule(config))
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def test_27_what_is_clipped_by_hand_takes_the_global_norm():
+    by_hand, by_trainer, by_nobody = (
+        run_ranks(clipped, 2, *how) for how in ((True, 0.05), (False, 0.05), (True, None))
+    )
+    for a, b, c in zip(by_hand, by_trainer, by_nobody, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert not all(torch.equal(x, y) for x, y in zip(a, c, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_27_a_module_that_clips_by_other_means_is_refused(world_size):
+    message = failure(poison, world_size, "", "past the strategy")
+    assert "RuntimeError: PastTheStrategy.configure_gradient_clipping has clipped by other means" in message
+    assert "call self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm) there" in message
     assert "weights as they were: True" in message and "weights as they were: False" not in message
 
 
