@@ -138,6 +138,26 @@ def test_12_told_to_stop_where_nothing_is_trained(verb, tmp_path):
     assert not [*tmp_path.rglob("*.ckpt")], "nothing was trained"
 
 
+def evaluate_what_was_trained(rank: int, world_size: int, folder: Path, load: Path | None) -> Any:
+    """load: other weights, which must not be saved as those of the training's last step."""
+    trainer, module, data = made(rank, world_size, folder, "", f"trainer.max_steps={STEPS}")
+    trainer.fit(module, data)
+    module.when = "evaluated"
+    try:
+        trainer.validate(module, data.val_dataloader(), ckpt_path=load, weights_only=True)
+    except SystemExit as end:
+        return end.code
+    return None
+
+
+def test_12_told_to_stop_after_a_fit(tmp_path):
+    assert run_ranks(evaluate_what_was_trained, 2, tmp_path / "trained", None) == [EXIT_CODE] * 2
+    (saved,) = (tmp_path / "trained").rglob("*.ckpt")
+    assert (saved.name, durable.verify(saved)) == (f"step={STEPS}.ckpt", STEPS)
+    assert run_ranks(evaluate_what_was_trained, 2, tmp_path / "loaded", saved) == [EXIT_CODE] * 2
+    assert not [*(tmp_path / "loaded").rglob("*.ckpt")]
+
+
 class Endless(IterableDataset[dict[str, Tensor]]):
     """Of a length that nobody knows."""
 
