@@ -3,6 +3,7 @@
 Only lengths are cut: the quickstart takes 3 of its steps, and goes on to 5.
 """
 
+import os
 import re
 import shlex
 import subprocess
@@ -61,7 +62,8 @@ def folder(tmp_path_factory):
 
 
 def run(command, folder):
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=250)
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES")}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=250, env=env)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
