@@ -6,8 +6,8 @@ CONFIG ?= configs/quickstart.yaml
 VENV  := .venv
 PY    := $(VENV)/bin/python
 READY := $(VENV)/.installed
-# One thread a process: tests run beside each other and start processes of their own.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
+# One thread a process: two files of tests run beside each other, long ones first, and start processes of their own.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

@@ -21,7 +21,7 @@ from scmoe.parallel.all_to_all import Transfer, all_to_all, point_to_point
 from scmoe.parallel.dispatcher import AllToAllDispatcher
 from scmoe.testbed.ranks import run_ranks
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.dist
 
 DIM, LOCAL_EXPERTS = 3, 2
 

@@ -15,7 +15,7 @@ from scmoe.testbed.ranks import run_ranks
 from scmoe.training import build
 from tests.architectures import overrides
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.dist
 
 TINY = (
     *("model.dim=16", "model.heads=2", "moe.num_experts=4", "moe.capacity_factor=null", "data.global_batch_size=8"),

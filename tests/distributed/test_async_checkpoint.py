@@ -18,7 +18,7 @@ from scmoe.training.build_model import build_model
 from scmoe.training.callbacks import DataPosition
 from tests.distributed.test_ep_equality import tiny
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.dist
 
 STEPS, SLOW_S = 6, 0.3
 

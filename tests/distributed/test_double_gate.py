@@ -16,7 +16,7 @@ from scmoe.testbed.ranks import run_ranks
 from tests.distributed.test_ep_equality import TOLERANCE, tiny
 from tests.distributed.test_strategy import HALF, fit, largest_difference, whole
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.dist
 
 MODEL = (
     "architecture=dgmoe_share model.layers=4 model.dropout=0.1 noisy=true optim.lr=0.01 optim.warmup_steps=2 "

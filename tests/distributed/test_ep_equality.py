@@ -32,7 +32,7 @@ from scmoe.training.callbacks import DataPosition
 from scmoe.training.module import LanguageModel
 from tests.architectures import EVERY_BLOCK, TABLES, overrides
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.dist
 
 TINY = (
     *("model.layers=2", "model.dim=16", "model.heads=2", "model.ffn_dim=24"),

@@ -14,7 +14,7 @@ from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build_model import build_model
 from tests.smoke.test_train import TRAIN, run
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.dist
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from scmoe.training.callbacks import DataPosition
 from scmoe.training.run import train
 from tests.unit.test_pretrained import dense, export
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.dist
 
 TRAINED = (
     *("model.layers=2", "model.dim=16", "model.heads=2", "model.ffn_dim=24", "data.name=synthetic"),

@@ -21,7 +21,7 @@ from scmoe.training import build
 from scmoe.training.callbacks import DataPosition, Threads
 from tests.distributed.test_ep_equality import tiny
 
-pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 ROOT = Path(__file__).parents[2]
 RANKS = 2

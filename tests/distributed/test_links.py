@@ -20,7 +20,6 @@ from scmoe.testbed.ranks import run_ranks
 WHY_NOT = links.why_not()
 pytestmark = [
     pytest.mark.dist,
-    pytest.mark.xdist_group("ranks"),
     pytest.mark.skipif(WHY_NOT is not None, reason=f"links cannot be shaped here: {WHY_NOT}"),
 ]
 MEGABYTES, MBIT = 1, 80.0

@@ -17,7 +17,7 @@ from scmoe.training import build
 from scmoe.training.callbacks import DataPosition
 from tests.distributed.test_ep_equality import tiny
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.dist
 
 SCORES = [3.0, 1.0, 5.0, 0.0, 4.0, 2.0]  # of steps 1 to 6
 

@@ -37,7 +37,7 @@ from tests.distributed.test_ep_equality import (
     train_cases,
 )
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.dist
 
 MODEL = "architecture=scmoe position=pos2 top_k=2 schedule.chunks=2"
 POISON = 7.0  # in a buffer until its rows arrive; not NaN, which would show however little came of it

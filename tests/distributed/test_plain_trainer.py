@@ -12,7 +12,7 @@ from scmoe.training import build
 from scmoe.training.callbacks import DataPosition
 from tests.distributed.test_ep_equality import tiny
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.dist
 
 CONFIG = "position=pos2 top_k=2 optim.lr=0.01 trainer.max_steps=3"
 

@@ -28,7 +28,7 @@ from scmoe.testbed.ranks import RankError, run_ranks
 from scmoe.training.planning import plan_lines, what_ran
 from tests.helpers import DIM, EXPERTS, FFN, randomise, tiny_sublayers
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.dist
 
 
 def build(rank: int, world_size: int) -> list[nn.Module]:

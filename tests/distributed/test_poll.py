@@ -8,7 +8,7 @@ import torch.distributed as dist
 from scmoe.parallel.poll import Poll
 from scmoe.testbed.ranks import run_ranks
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.dist
 
 
 def ask(rank: int, world_size: int) -> list[list[bool]]:

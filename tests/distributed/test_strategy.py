@@ -33,7 +33,7 @@ from scmoe.training.callbacks import DataPosition
 from scmoe.training.module import LanguageModel
 from tests.distributed.test_ep_equality import TOLERANCE, tiny, train
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.dist
 
 MODEL = "position=pos2 top_k=2 optim.lr=0.01 optim.warmup_steps=2 trainer.max_steps=6"
 DROPOUT = "model.dropout=0.1"

@@ -21,7 +21,7 @@ from tests.architectures import TABLES, overrides
 from tests.distributed.test_ep_equality import TOLERANCE, Recording, assemble, assert_same, train
 from tests.distributed.test_strategy import HALF, fit
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.dist
 
 TINY = (
     *("model.family=swin", "model.layers=2", "model.dim=8", "model.heads=1", "model.patch_size=1", "model.window=2"),

@@ -26,7 +26,7 @@ from scmoe.parallel.mesh import ParallelContext
 from scmoe.testbed.ranks import RankError, run_ranks
 from scmoe.training.build_model import build_model
 
-pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 
 @pytest.fixture(scope="module")

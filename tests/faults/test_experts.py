@@ -28,7 +28,7 @@ from scmoe.training.collapse import PATIENCE
 from tests.distributed.test_ep_equality import RecordingModel, assemble, difference, tiny, train
 from tests.helpers import assert_close, randomise
 
-pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 TOLERANCE = 1e-12
 MODEL = "position=pos2 top_k=2"

@@ -46,7 +46,7 @@ from scmoe.training.callbacks import DataPosition
 from scmoe.training.module import LanguageModel
 from tests.distributed.test_ep_equality import tiny
 
-pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 ROOT = Path(__file__).parents[2]
 SOON_S = 10.0

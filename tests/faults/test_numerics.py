@@ -37,7 +37,7 @@ from tests.distributed.test_ep_equality import RecordingModel, assemble, assert_
 from tests.distributed.test_negative_controls import Late, Shuffled, delayed
 
 pytestmark = [
-    *(pytest.mark.dist, pytest.mark.faults, pytest.mark.xdist_group("ranks")),
+    *(pytest.mark.dist, pytest.mark.faults),
     pytest.mark.timeout(900),  # the first test of a size waits for all its trainings
 ]
 

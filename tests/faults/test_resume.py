@@ -23,7 +23,7 @@ from scmoe.training import build
 from scmoe.training.callbacks import DataPosition
 from scmoe.training.module import LanguageModel
 
-pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

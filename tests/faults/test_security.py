@@ -282,7 +282,6 @@ PLACES = ("meta.json", "manifest.json", ".metadata", "extra.pt", "data.pkl", "sh
 
 
 @pytest.mark.dist
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.representative
 @pytest.mark.parametrize("sealed", [False, True], ids=["as found", "sealed anew"])
 @pytest.mark.parametrize("place", PLACES)

@@ -23,7 +23,7 @@ from scmoe.testbed.ranks import run_ranks
 from scmoe.training import build
 from scmoe.training.module import LanguageModel
 
-pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 BATCHES, AT_BATCH = 20, 3  # of a validation; the one in which a rank is told to stop
 CONFIG = (

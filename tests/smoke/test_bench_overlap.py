@@ -10,7 +10,7 @@ import pytest
 
 from scmoe.testbed import links
 
-pytestmark = [pytest.mark.dist, pytest.mark.smoke, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.dist, pytest.mark.smoke]
 TOP = {"comm_share", "link_mbit", "ranks", "device", "compute", "level", "rounds", "rows"}
 ROW = {
     *("forward_ms", "train_ms", "forward_speedup", "train_speedup", "overlap_forward", "overlap_backward"),

@@ -37,7 +37,7 @@ SAYS = {
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': "runs/further/",
 }
 
-pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from experiments.runs import find_runs, open_run
 from scmoe.config import load
 from tests.smoke.test_train import run
 
-pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.xdist_group("ranks"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.timeout(600)]
 
 SWEEP = """\
 program: experiments/train.py

@@ -12,7 +12,7 @@ import pytest
 
 from scmoe.config import load
 
-pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 
 ROOT = Path(__file__).parents[2]
 TABLE = [sys.executable, "-m", "experiments.table", "table3", "--scale", "smoke"]

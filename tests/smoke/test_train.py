@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 
 ROOT = Path(__file__).parents[2]
 SUMMARY = (

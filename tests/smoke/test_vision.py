@@ -9,7 +9,7 @@ import pytest
 
 from tests.smoke.test_train import ROOT, SUMMARY, TRAIN, Done, rows_of, run
 
-pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 
 SHORT = ("trainer.max_steps=4", "trainer.val_every=2", "trainer.checkpoint_every=2", "data.val_sequences=21")
 

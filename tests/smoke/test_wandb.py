@@ -28,7 +28,7 @@ from scmoe.config_check import ConfigError
 from tests.smoke.test_train import ROOT
 from tests.wandb_server import KEY, WandbServer, wandb_server
 
-pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.xdist_group("ranks"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.timeout(600)]
 
 DEBUG = ("configs/debug.yaml", "logger.project=wire", "logger.group=together", "logger.tags=[a,b]")
 
