@@ -22,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -181,17 +182,21 @@ def save_over(
     background: bool,
     operation: int | None = None,
     after_s: float | None = None,
+    steps: Sequence[int] = (OLD, NEW),
 ) -> dict[str, Any]:
-    """Saves OLD, then NEW over it. victim ("first", "last", "all") is killed at an operation of the second save, or
-    some seconds after its start. Returns what it did to files and how long that took, if it lives."""
+    """Saves each of the steps over the one before. victim ("first", "last", "all") is killed at an operation of the
+    last save, or some seconds after its start. Returns what it did to files and how long that took, if it lives."""
     trainer = one_step(world_size, folder)
     pids = folder / "pids"
     pids.mkdir(exist_ok=True)
     (pids / str(rank)).write_text(str(os.getpid()))
-    save_marked(trainer, folder / "checkpoints" / LAST, OLD)
+    trainer.strategy.barrier()  # all are there, and none of an earlier call
+    *before, last = steps
+    for step in before:
+        save_marked(trainer, folder / "checkpoints" / LAST, step)
     done: list[str] = []
 
-    def step(what: str) -> None:
+    def note(what: str) -> None:
         if len(done) == operation:
             if victim == "all":
                 for other in pids.iterdir():
@@ -201,23 +206,21 @@ def save_over(
         done.append(what)
 
     if rank == (world_size - 1 if victim == "last" else 0):
-        at_each_operation(step)
+        at_each_operation(note)
     if after_s is not None and (victim == "all" or rank == (world_size - 1 if victim == "last" else 0)):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel ends the process, wherever it is
         signal.setitimer(signal.ITIMER_REAL, after_s)
     start = time.monotonic()
-    save_marked(trainer, folder / "checkpoints" / LAST, NEW, background)
+    save_marked(trainer, folder / "checkpoints" / LAST, last, background)
     signal.setitimer(signal.ITIMER_REAL, 0)
     return {"operations": done, "seconds": time.monotonic() - start}
 
 
-def killed(
-    folder: Path, victim: str, background: bool = False, operation: int | None = None, after_s: float | None = None
-) -> bool:
-    """Whether a rank died of it."""
+def killed(folder: Path, victim: str, background: bool = False, **when: Any) -> bool:
+    """Whether a rank died of it. when: as save_over has it."""
     folder.mkdir(exist_ok=True)
     try:
-        run_ranks(save_over, 2, folder, victim, background, operation, after_s)
+        run_ranks(partial(save_over, **when), 2, folder, victim, background)
     except RankError as error:
         if "ended without a word" not in str(error):
             raise

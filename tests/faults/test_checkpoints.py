@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import re
 import resource
 import shutil
@@ -76,11 +77,25 @@ def save_new(rank: int, world_size: int, folder: Path) -> None:
     faults.save_marked(faults.one_step(world_size, folder), folder / "checkpoints" / LAST, NEW)
 
 
-def test_fault_06_killed_saves_do_not_fill_the_disk(tmp_path):
-    """Each save sweeps for itself: five killed ones in a folder, then one that is not."""
-    folder = tmp_path / "run"
-    for operation in (3, 5, 8, 10, 14):
-        assert faults.killed(folder, "first", operation=operation)
+KILLS = 20
+
+
+def test_fault_06_twenty_killed_saves_in_a_row_lose_nothing_and_do_not_fill_the_disk(tmp_path):
+    """In one folder, with no whole save between them: each sweeps what the ones before it have left."""
+    folder, draw = tmp_path / "run", random.Random(0)
+    operations = len(run_ranks(faults.save_over, 2, tmp_path, "first", False)[0]["operations"])
+    run_ranks(faults.write_old, 2, folder)
+    model, newest, kills, step = build_model(faults.tiny(1), ParallelContext()), OLD, 0, NEW
+    while kills < KILLS:
+        step += 1
+        victim, background = draw.choice(["first", "last", "all"]), draw.random() < 0.5
+        kills += faults.killed(folder, victim, background, operation=draw.randrange(operations), steps=[step])
+        path = durable.newest_good(folder / "checkpoints")
+        assert durable.verify(path) in (newest, step)
+        newest = durable.verify(path)
+        checkpoint.load_model(path, model, "model.")
+        assert {float(value) for p in model.parameters() for value in p.detach().unique()} == {newest}
+    assert newest > NEW, "some were killed after the new one was whole"
     run_ranks(save_new, 2, folder)
     assert os.listdir(folder / "checkpoints") == [LAST]
     assert durable.verify(folder / "checkpoints" / LAST) == NEW

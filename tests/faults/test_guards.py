@@ -32,7 +32,7 @@ from datamodules import sequences
 from scmoe.config import Config
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel import durable
-from scmoe.parallel.absent import roll_call
+from scmoe.parallel.absent import LEFT_ALONE, roll_call
 from scmoe.parallel.debug import CompareCollectives, OrderError
 from scmoe.parallel.dispatcher import AllToAllDispatcher, check_ceiling
 from scmoe.parallel.even import check_even
@@ -49,7 +49,6 @@ from tests.distributed.test_ep_equality import tiny
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 ROOT = Path(__file__).parents[2]
-SOON_S = 10.0
 MODEL = "position=pos2 strategy.ep_size=2"
 
 
@@ -60,26 +59,14 @@ def fit(config: Config, module: LanguageModel | None = None, data: Any = None) -
     return module
 
 
-@pytest.fixture(scope="module", autouse=True)
-def started() -> None:
-    """The server that ranks are forked from: it takes some seconds, which are not those of a fault."""
-    run_ranks(nothing, 1)
-
-
-def nothing(rank: int, world_size: int) -> None:
-    pass
-
-
 def failure(fn: Any, world_size: int, *args: Any) -> str:
-    """What run_ranks says of ranks that must fail, and must do so soon."""
-    started = time.monotonic()
+    """What run_ranks says of ranks that must fail; it would say otherwise of one that hangs."""
     with pytest.raises(RankError) as caught:
         run_ranks(fn, world_size, *args, timeout_s=60)
-    assert time.monotonic() - started < SOON_S, "it took too long"
     return str(caught.value)
 
 
-# ---------------------------------------------------------------------- 13: one rank raises
+# ---------------------------------------------------------------------- 14: how long a rank waits
 
 
 def timeouts(rank: int, world_size: int, seconds: float) -> set[float]:
@@ -99,30 +86,6 @@ def test_14_no_group_waits_for_longer_than_it_was_told():
 
 class Broken(RuntimeError):
     pass
-
-
-PHASES = ("configure_model", "training_step", "on_after_backward", "validation_step", "on_save_checkpoint")
-
-
-def raise_in(rank: int, world_size: int, phase: str, folder: str) -> None:
-    config = tiny(f"{MODEL} trainer.val_every=2 strategy.timeout_s=20", world_size)
-    module = build.build_module(config)
-    if rank == 1:
-
-        def broken(*_: Any, **__: Any) -> None:
-            raise Broken(f"in {phase}")
-
-        setattr(module, phase, broken)
-    trainer = build.build_trainer(config, [DataPosition()], [])
-    trainer.fit(module, build.build_datamodule(config))
-    trainer.save_checkpoint(Path(folder) / "step=3.ckpt")
-
-
-@pytest.mark.parametrize("phase", PHASES)
-def test_13_a_rank_that_raises_is_named_first(phase, tmp_path):
-    message = failure(raise_in, 2, phase, str(tmp_path))
-    assert message.startswith("rank 1 of 2 failed first:\nTraceback")
-    assert f"Broken: in {phase}" in message
 
 
 def savers(how: str, folder: Path) -> list[Callback]:
@@ -169,31 +132,51 @@ def test_13_callbacks_that_save_after_an_exception_wait_for_nobody(bad, how, tmp
 
 # ---------------------------------------------------------------------- 13, 14: a real run, whose ranks are processes
 
-# The train command, with a rank that fails at its third step. argv: how, that rank, then what the command takes.
+# The train command, with a rank that fails. argv: how, that rank, where, in which call, then what the command takes.
 FAILING = """
-import os, sys
-from scmoe.training.module import LanguageModel
-how, rank, train = sys.argv[1], sys.argv[2], LanguageModel.training_step
-def training_step(self, batch, batch_idx):
-    if batch_idx == 3 and os.environ.get("LOCAL_RANK", "0") == rank:
+import importlib, inspect, os, sys
+how, rank, place, call = sys.argv[1:5]
+module, _, path = place.partition(":")
+owner, calls = importlib.import_module(module), 0
+*outer, name = path.split(".")
+for part in outer:
+    owner = getattr(owner, part)
+healthy, static = getattr(owner, name), isinstance(inspect.getattr_static(owner, name), staticmethod)
+def broken(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == int(call) and os.environ.get("LOCAL_RANK", "0") == rank:
         while how == "stuck":
             pass
         raise RuntimeError(f"rank {rank} is broken")
-    return train(self, batch, batch_idx)
-LanguageModel.training_step = training_step
+    return healthy(*args, **kwargs)
+setattr(owner, name, staticmethod(broken) if static else broken)
 from experiments.train import main
-sys.exit(main(sys.argv[3:]))
+sys.exit(main(sys.argv[5:]))
 """
-ENDLESS = ("trainer.max_steps=1000000", "trainer.val_every=1000000", "trainer.checkpoint_every=1000000")
-TIMEOUT_S = 30.0  # ranks must also have met by then, on a machine that does other work
-SLACK_S = 15.0  # for the interpreter's end and Lightning's observer, which looks every 5 s
+PHASES = {  # where a rank fails, and in which call of it
+    "setup": ("scmoe.training.module:LanguageModel.configure_model", 1),
+    "step": ("scmoe.training.module:LanguageModel.training_step", 4),
+    "forward": ("scmoe.moe.experts:Experts.forward", 4),  # between dispatch and combine
+    "backward": ("scmoe.moe.experts:_MLPsInTurn.backward", 3),
+    "update": ("torch.optim:AdamW.step", 3),
+    "validation": ("scmoe.training.module:LanguageModel.validation_step", 1),
+    "save": ("scmoe.parallel.checkpoint:dcp.save", 1),
+}
+TIMEOUT_S, LONG_S = 30.0, 100.0  # ranks must also have met by then, on a machine that does other work
+ENDLESS = (
+    *("trainer.max_steps=1000000", "trainer.val_every=1000000", "trainer.checkpoint_every=1000000"),
+    f"strategy.timeout_s={TIMEOUT_S}",
+)
+OFTEN = ("trainer.val_every=2", "trainer.checkpoint_every=3", f"strategy.timeout_s={LONG_S}")
+SLACK_S = 30.0  # for the interpreter's end and Lightning's observer, which looks every 5 s
 
 
-def start(tmp_path: Path, *command: str) -> subprocess.Popen[str]:
-    arguments = ["configs/debug.yaml", "trainer.devices=2", f"runs_dir={tmp_path}", f"strategy.timeout_s={TIMEOUT_S}"]
+def start(tmp_path: Path, *command: str, overrides: tuple[str, ...] = ENDLESS) -> subprocess.Popen[str]:
+    arguments = ["configs/debug.yaml", "trainer.devices=2", f"runs_dir={tmp_path}"]
     env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "TORCHELASTIC_", "MASTER_"))}
     return subprocess.Popen(
-        [sys.executable, *command, *arguments, *ENDLESS],
+        [sys.executable, *command, *arguments, *overrides],
         cwd=ROOT,
         env={**env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
@@ -201,6 +184,15 @@ def start(tmp_path: Path, *command: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+def start_failing(
+    tmp_path: Path, how: str, rank: int, phase: str, before: str = "", **settings: Any
+) -> subprocess.Popen[str]:
+    script = tmp_path / "failing.py"
+    script.write_text(before + FAILING)
+    place, call = PHASES[phase]
+    return start(tmp_path, str(script), how, str(rank), place, str(call), **settings)
 
 
 def children(pid: int) -> list[int]:
@@ -229,24 +221,32 @@ build.build_callbacks = and_more
 """
 
 
-@pytest.mark.parametrize("saving", ("", SAVING), ids=("", "and saves"))
+FAILS = [(1, phase) for phase in PHASES] + [(0, "forward")]
+
+
+@pytest.mark.parametrize(
+    "rank, phase",
+    [pytest.param(*fail, marks=[pytest.mark.representative] * (fail == (1, "forward"))) for fail in FAILS],
+)
+def test_13_a_rank_that_raises_ends_all_and_is_the_first_to_say_why(tmp_path, rank, phase):
+    says_why_first(start_failing(tmp_path, "raises", rank, phase, overrides=OFTEN), rank)
+
+
 @pytest.mark.parametrize("rank", (0, 1))
-def test_13_a_rank_of_a_real_run_that_raises_ends_it(tmp_path, rank, saving):
-    script = tmp_path / "failing.py"
-    script.write_text(saving + FAILING)
-    run = start(tmp_path, str(script), "raises", str(rank))
+def test_13_so_it_is_in_a_run_that_would_save_after_an_exception(tmp_path, rank):
+    says_why_first(start_failing(tmp_path, "raises", rank, "step", before=SAVING), rank)
+    assert not [*tmp_path.rglob("*.ckpt")], "nothing of it was saved"
+
+
+def says_why_first(run: subprocess.Popen[str], rank: int) -> None:
     try:
-        lines = []
-        for line in run.stderr:
-            lines.append(line)
-            if f"RuntimeError: rank {rank} is broken" in line:
-                break
-        run.wait(timeout=SOON_S)
-        assert run.returncode != 0
-        assert not [*tmp_path.rglob("*.ckpt")], "nothing of it was saved"
-        assert not [line for line in lines if "Connection closed" in line], "its own traceback comes first"
+        _, said = run.communicate(timeout=2 * LONG_S)  # until every rank has closed its stderr
     finally:
         end(run)
+    assert run.returncode != 0
+    before, _, after = said.partition(f"RuntimeError: rank {rank} is broken")
+    assert after, said
+    assert before.count("Traceback") == 1 and not LEFT_ALONE.search(before), said
 
 
 @pytest.mark.parametrize("how", (signal.SIGKILL, signal.SIGSTOP))
@@ -263,7 +263,7 @@ def test_14_a_rank_killed_or_stopped_ends_the_run(tmp_path, rank, how):
     said = run.stderr.read()
     if how == signal.SIGSTOP:
         assert re.search(r"[Tt]imed out", said), said
-        assert re.search(rf"rank {1 - rank} waited at .*; roll call: no answer from rank {rank}", said), said
+    assert re.search(rf"rank {1 - rank} waited at .*; roll call: no answer from rank {rank}", said), said
 
 
 def call(rank: int, world_size: int, silent: list[int]) -> list[int] | None:
@@ -283,9 +283,7 @@ def test_14_a_roll_call_tells_who_is_missing():
 @pytest.mark.parametrize("rank", (0, 1))
 def test_14_a_rank_that_is_stuck_is_taken_along(tmp_path, rank):
     """Not stopped, not waiting: it computes for ever, and no signal of this job but SIGKILL would end it."""
-    script = tmp_path / "failing.py"
-    script.write_text(FAILING)
-    run = start(tmp_path, str(script), "stuck", str(rank))
+    run = start_failing(tmp_path, "stuck", rank, "step", overrides=ENDLESS)
     try:
         assert any(line.startswith("step 3/") for line in run.stderr), "the run does not train"
         assert not left_of([run.pid, *children(run.pid)])
@@ -475,7 +473,7 @@ def break_worker(rank: int, world_size: int, how: str) -> None:
         if i == fatal and how == "dies":
             os._exit(1)
         if i == fatal:
-            raise Broken("no such file")
+            raise RuntimeError("no such file")
         return whole(self, i)
 
     if rank == 1:

@@ -2,8 +2,8 @@
 
     fp64         loss, gradient norms (2 and infinity) and every gradient at every step, and the weights at the end,
                  within 1e-10; also with activations recomputed, where routing must be kept, not made again
-    fp32         one step within 1e-6: the infinity norm of each tensor's error, of its largest entry; the drift over
-                 all steps beside what another order of the same sums drifts in one process
+    fp32         one step within 1e-6: the infinity norm of each tensor's error, of its largest entry; in all layouts;
+                 the drift over all steps beside what another order of the same sums drifts in one process
     bf16-mixed   runs, and stays near fp64 for as long as rounding lets it
     overlap      changes no bit, however late transfers come and whichever comes first
 
@@ -65,8 +65,7 @@ LAYOUTS = {
     "EP 8": (8, 8),
     "DP 4 x EP 2": (8, 2),
 }
-FP32_LAYOUTS = ("EP 2", "DP 2 x EP 2")
-RECOMPUTED_LAYOUTS = ("EP 2", "DP 2 x EP 2")
+DRIFT_LAYOUTS = RECOMPUTED_LAYOUTS = BF16_LAYOUTS = ("EP 2", "DP 2 x EP 2")
 
 # ---------------------------------------------------------------------- one training on one rank
 
@@ -95,6 +94,7 @@ def fit(config: Config, optimizer: str, places: int = 0) -> dict[str, Any]:
     trainer.fit(module, build.build_datamodule(config))
     return {
         **{moment: getattr(module, moment) for moment in ("logged", "gradients", "drawn", "before")},
+        "outputs": module.outputs[-3:],  # of the last batches: of all of them it would be a lot
         "after": module.weights(),
         "experts": {name for name, _ in expert_parameters(module.model)},
         "ep": (module.parallel_context.ep_rank, module.parallel_context.ep_size),
@@ -124,25 +124,28 @@ def fit_cases(rank: int, world_size: int, cases: dict[str, tuple[str, str, int]]
 
 
 def cases_of(layout: str) -> dict[str, tuple[str, str, int]]:
-    """What is trained in a layout: fp64 everywhere, the rest where it is cheap."""
-    ep = f"strategy.ep_size={LAYOUTS[layout][1]}"
-    cases = {f"{layout} fp64 {o}": (f"{TRAINING} {lr} {ep} {FP64}", o, 0) for o, lr in OPTIMIZERS.items()}
-    if layout in RECOMPUTED_LAYOUTS:
-        cases[f"{layout} fp64 recomputed"] = (f"{TRAINING} {OPTIMIZERS['sgd']} {ep} {FP64} {RECOMPUTED}", "sgd", 0)
-    if layout in FP32_LAYOUTS:
-        cases |= {f"{layout} fp32 {o}": (f"{TRAINING} {lr} {ep} {FP32}", o, 0) for o, lr in OPTIMIZERS.items()}
-        one_step = f"{MODEL} {OPTIMIZERS['sgd']} {ep} {FP32} trainer.max_steps=1"
-        cases[f"{layout} fp32 one step"] = (one_step, "sgd", 0)
-        fewer = f"{TRAINING} {OPTIMIZERS['sgd']} {ep} {BF16} trainer.max_steps={BF16_STEPS}"
-        cases[f"{layout} bf16"] = (fewer, "sgd", 0)
-    return cases
+    """What is trained in a layout: fp64 and one step in fp32 everywhere, the rest where it is cheap."""
+    ep, cases = f"strategy.ep_size={LAYOUTS[layout][1]}", {}
+    for optimizer, lr in OPTIMIZERS.items():
+        words = f"{TRAINING} {lr} {ep}"
+        cases[f"fp64 {optimizer}"] = f"{words} {FP64}", optimizer, 0
+        cases[f"fp32 one step {optimizer}"] = f"{words} {FP32} trainer.max_steps=1", optimizer, 0
+        if layout in RECOMPUTED_LAYOUTS:
+            cases[f"fp64 recomputed {optimizer}"] = f"{words} {FP64} {RECOMPUTED}", optimizer, 0
+        if layout in DRIFT_LAYOUTS:
+            cases[f"fp32 {optimizer}"] = f"{words} {FP32}", optimizer, 0
+        if layout in BF16_LAYOUTS:
+            cases[f"bf16 {optimizer}"] = f"{words} {BF16} trainer.max_steps={BF16_STEPS}", optimizer, 0
+    return {f"{layout} {name}": case for name, case in cases.items()}
 
 
 def one_process_cases() -> dict[str, tuple[str, str, int]]:
-    cases = {f"fp64 {o}": (f"{TRAINING} {lr} {FP64}", o, 0) for o, lr in OPTIMIZERS.items()}
-    for places in (0, 1, 3):
-        cases |= {f"fp32 {o} {places}": (f"{TRAINING} {lr} {FP32}", o, places) for o, lr in OPTIMIZERS.items()}
-    cases["fp32 one step"] = (f"{MODEL} {OPTIMIZERS['sgd']} {FP32} trainer.max_steps=1", "sgd", 0)
+    cases = {}
+    for optimizer, lr in OPTIMIZERS.items():
+        cases[f"fp64 {optimizer}"] = f"{TRAINING} {lr} {FP64}", optimizer, 0
+        for places in (0, 1, 3):
+            cases[f"fp32 {optimizer} {places}"] = f"{TRAINING} {lr} {FP32}", optimizer, places
+        cases[f"fp32 one step {optimizer}"] = f"{TRAINING} {lr} {FP32} trainer.max_steps=1", optimizer, 0
     return cases
 
 
@@ -219,13 +222,14 @@ def test_fp64_equals_one_process_at_every_step(layout, optimizer):
     assert max(found.values()) <= FP64_TOLERANCE
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("layout", RECOMPUTED_LAYOUTS)
-def test_fp64_equals_one_process_with_recomputed_activations(layout):
+def test_fp64_equals_one_process_with_recomputed_activations(layout, optimizer):
     """Against one process that keeps all activations. Every batch is routed once in each layer: backward uses the
     routing that forward has made."""
-    ranks = many(layout, "fp64 recomputed")
-    found = errors(assemble(ranks), one("fp64 sgd"))
-    say(f"{layout}, fp64, sgd, recomputed, {STEPS} steps", **rounded(found))
+    ranks = many(layout, f"fp64 recomputed {optimizer}")
+    found = errors(assemble(ranks), one(f"fp64 {optimizer}"))
+    say(f"{layout}, fp64, {optimizer}, recomputed, {STEPS} steps", **rounded(found))
     assert max(found.values()) <= FP64_TOLERANCE
     for rank in ranks:
         layers = set(rank["routed"])
@@ -253,15 +257,19 @@ def test_replicas_are_equal_to_the_bit(layout):
             assert all(torch.equal(rank["after"][name], ranks[0]["after"][name]) for name in dense)
 
 
-@pytest.mark.parametrize("layout", FP32_LAYOUTS)
-def test_fp32_one_step_from_equal_weights(layout):
-    found = errors(assemble(many(layout, "fp32 one step")), one("fp32 one step"), relative=True)
-    say(f"{layout}, fp32, one step, relative to the largest entry", **rounded(found))
-    assert max(found.values()) <= FP32_TOLERANCE
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fp32_one_step_from_equal_weights(layout, optimizer):
+    """Two batches, clipped. Under AdamW the weights that follow are left out: its first step is the learning rate
+    times the gradient's sign, where that is nothing but rounding too. SGD's show that the update is alike."""
+    found = errors(assemble(many(layout, f"fp32 one step {optimizer}")), one(f"fp32 one step {optimizer}"), True)
+    say(f"{layout}, fp32, {optimizer}, one step, relative to the largest entry", **rounded(found))
+    left_out = {"weight", "qkv bias"} if optimizer == "adamw" else set()
+    assert max(error for kind, error in found.items() if kind not in left_out) <= FP32_TOLERANCE
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("layout", FP32_LAYOUTS)
+@pytest.mark.parametrize("layout", DRIFT_LAYOUTS)
 def test_fp32_drifts_no_more_than_another_order_of_sums(layout, optimizer):
     """Nothing closer can be asked for: a sum over ranks is another order of the same sum."""
     start = one(f"fp32 {optimizer} 0")
@@ -273,11 +281,12 @@ def test_fp32_drifts_no_more_than_another_order_of_sums(layout, optimizer):
     assert all(ours[kind] <= DRIFT_FACTOR * reordered[kind] for kind in ours)
 
 
-@pytest.mark.parametrize("layout", FP32_LAYOUTS)
-def test_bf16_mixed_runs_and_learns(layout):
-    values, expected = assemble(many(layout, "bf16"))["train/loss"], one("fp64 sgd")["train/loss"]
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("layout", BF16_LAYOUTS)
+def test_bf16_mixed_runs_and_learns(layout, optimizer):
+    values, expected = assemble(many(layout, f"bf16 {optimizer}"))["train/loss"], one(f"fp64 {optimizer}")["train/loss"]
     distance = [float(abs(a - b)) for a, b in zip(values, expected, strict=False)]
-    say(f"{layout}, bf16-mixed, sgd, {BF16_STEPS} steps", loss_at_first=distance[0], loss=max(distance))
+    say(f"{layout}, bf16-mixed, {optimizer}, {BF16_STEPS} steps", loss_at_first=distance[0], loss=max(distance))
     assert len(values) == 2 * BF16_STEPS  # one a batch, two batches a step
     assert distance[0] <= 1e-2  # rounding 4e-3, averaged over 64 targets
     assert sum(values[-10:]) < sum(values[:10])

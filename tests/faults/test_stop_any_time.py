@@ -24,7 +24,7 @@ from scmoe.training import build
 from scmoe.training.build_model import build_model
 from scmoe.training.module import LanguageModel
 
-pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 STEPS, BATCHES, AT_BATCH = 3, 20, 3
 CONFIG = ("trainer.accumulate=2", f"trainer.checkpoint_every={faults.NEVER}", f"data.val_sequences={BATCHES * 8}")
