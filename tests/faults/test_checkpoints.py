@@ -64,7 +64,7 @@ def test_fault_01_sigkill_between_the_two_renames_loses_nothing(background, tmp_
     operations = run_ranks(faults.save_over, 2, tmp_path / "record", "first", background)[0]["operations"]
     renames = [i for i, what in enumerate(operations) if what.startswith("os.rename")]
     assert len(renames) == 2
-    assert faults.killed(tmp_path / "killed", "all", background, renames[1])
+    assert faults.killed(tmp_path / "killed", "all", background, operation=renames[1])
     folder = tmp_path / "killed" / "checkpoints"
     assert not (folder / LAST).exists()
     assert durable.verify(durable.newest_good(folder)) == OLD
