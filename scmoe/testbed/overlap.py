@@ -42,11 +42,8 @@ from scmoe.testbed import exchanges, links
 from scmoe.testbed.emulated import EmulatedExperts, EmulatedOperator
 
 CHUNKS = (2, 4)
-TRIALS, NEAR, FINALISTS = (
-    2,
-    1.03,
-    3,
-)  # of a row, schedules this near the best by trial go into the rounds, so many at most
+TRIALS = 2  # of each schedule
+NEAR, FINALISTS = 1.03, 3  # of a row, the schedules so near the best by trial go into the rounds, so many at most
 ROWS = {  # row: (block, numbers of chunks to choose from)
     "top2": ("top2", (1,)),
     "top2_pipelined": ("top2", CHUNKS),
