@@ -419,6 +419,14 @@ MUTANTS = (
         (f"{UNIT}/test_layout.py::test_exactly_the_oracles_copies_are_kept",),
     ),
     Mutant(
+        "empty-slots-have-gradients",
+        29,
+        f"{MOE}/layout.py",
+        "weights_R = _pick(weights_TK.reshape(-1, 1), copies_R)",
+        "weights_R = weights_TK.reshape(-1, 1)[copies_R.clamp(max=weights_TK.numel() - 1)]",
+        (f"{FAULTS}/test_experts.py::test_29_ample_room_is_dropless_to_the_bit",),
+    ),
+    Mutant(
         "padding-counted-as-dropped",
         29,
         f"{MOE}/balance.py",

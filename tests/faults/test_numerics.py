@@ -134,8 +134,8 @@ def cases_of(layout: str) -> dict[str, tuple[str, str, int]]:
             cases[f"fp64 recomputed {optimizer}"] = f"{words} {FP64} {RECOMPUTED}", optimizer, 0
         if layout in DRIFT_LAYOUTS:
             cases[f"fp32 {optimizer}"] = f"{words} {FP32}", optimizer, 0
-        if layout in BF16_LAYOUTS:
-            cases[f"bf16 {optimizer}"] = f"{words} {BF16} trainer.max_steps={BF16_STEPS}", optimizer, 0
+        if layout in BF16_LAYOUTS and optimizer == "sgd":
+            cases["bf16"] = f"{words} {BF16} trainer.max_steps={BF16_STEPS}", optimizer, 0
     return {f"{layout} {name}": case for name, case in cases.items()}
 
 
@@ -260,12 +260,12 @@ def test_replicas_are_equal_to_the_bit(layout):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fp32_one_step_from_equal_weights(layout, optimizer):
-    """Two batches, clipped. Under AdamW the weights that follow are left out: its first step is the learning rate
-    times the gradient's sign, where that is nothing but rounding too. SGD's show that the update is alike."""
+    """Two batches, clipped. Left out: qkv bias under AdamW, see `errors`."""
     found = errors(assemble(many(layout, f"fp32 one step {optimizer}")), one(f"fp32 one step {optimizer}"), True)
     say(f"{layout}, fp32, {optimizer}, one step, relative to the largest entry", **rounded(found))
-    left_out = {"weight", "qkv bias"} if optimizer == "adamw" else set()
-    assert max(error for kind, error in found.items() if kind not in left_out) <= FP32_TOLERANCE
+    if optimizer == "adamw":
+        del found["qkv bias"]
+    assert max(found.values()) <= FP32_TOLERANCE
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -281,12 +281,11 @@ def test_fp32_drifts_no_more_than_another_order_of_sums(layout, optimizer):
     assert all(ours[kind] <= DRIFT_FACTOR * reordered[kind] for kind in ours)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("layout", BF16_LAYOUTS)
-def test_bf16_mixed_runs_and_learns(layout, optimizer):
-    values, expected = assemble(many(layout, f"bf16 {optimizer}"))["train/loss"], one(f"fp64 {optimizer}")["train/loss"]
+def test_bf16_mixed_runs_and_learns(layout):
+    values, expected = assemble(many(layout, "bf16"))["train/loss"], one("fp64 sgd")["train/loss"]
     distance = [float(abs(a - b)) for a, b in zip(values, expected, strict=False)]
-    say(f"{layout}, bf16-mixed, {optimizer}, {BF16_STEPS} steps", loss_at_first=distance[0], loss=max(distance))
+    say(f"{layout}, bf16-mixed, sgd, {BF16_STEPS} steps", loss_at_first=distance[0], loss=max(distance))
     assert len(values) == 2 * BF16_STEPS  # one a batch, two batches a step
     assert distance[0] <= 1e-2  # rounding 4e-3, averaged over 64 targets
     assert sum(values[-10:]) < sum(values[:10])
