@@ -42,6 +42,7 @@ from scmoe.testbed import exchanges, links
 from scmoe.testbed.emulated import EmulatedExperts, EmulatedOperator
 
 CHUNKS = (2, 4)
+SEARCH_ROUNDS = 15  # at each rate: at a share of 0.15, fewer are as uncertain as the transfers are long
 TRIALS = 2  # of each schedule
 NEAR, FINALISTS = 1.03, 3  # of a row, the schedules so near the best by trial go into the rounds, so many at most
 ROWS = {  # row: (block, numbers of chunks to choose from)
@@ -192,8 +193,8 @@ class Bench:
         self.iterations += 1
         return Seconds(t1 - t0, t4 - t2, t3 - t2, c1 - c0, c4 - c2)
 
-    def forward_seconds(self, variants: Sequence[Variant], rounds: int) -> list[float]:
-        """Of each variant, the median; in turn. One round more than asked, the first to warm up."""
+    def forward_seconds(self, variants: Sequence[Variant], rounds: int) -> list[list[float]]:
+        """Of each variant, by round; in turn. One round more than asked is run, the first to warm up."""
         times: list[list[float]] = [[] for _ in variants]
         for _ in range(rounds + 1):
             for variant, own in zip(variants, times, strict=True):
@@ -201,7 +202,8 @@ class Bench:
                 dist.barrier()
                 start, _, end = self.now(), step.infer(self.x), self.now()
                 own.append(end[0] - start[0])
-        return slowest([median(own[1:]) for own in times])
+        worst = iter(slowest([seconds for own in times for seconds in own[1:]]))
+        return [list(itertools.islice(worst, rounds)) for _ in variants]
 
     def rounds(
         self, variants: Sequence[Variant], rounds: int, show: Callable[[str], None]
@@ -365,17 +367,17 @@ def find_rate(bench: Bench, show: Callable[[str], None]) -> float:
         links.set_rate(s.link_mbit)
         return s.link_mbit
     pair = [Variant("top2", Schedule("top_k"), way) for way in ("sequential", "free")]
-    t_free = bench.forward_seconds(pair[1:], 5)[0]
+    t_free = median(bench.forward_seconds(pair[1:], SEARCH_ROUNDS)[0])
     sent_bits = 2 * 2 * s.pairs * s.tokens * s.dim * 32 * (1 - 1 / dist.get_world_size())
     rate = sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
     for _ in range(8):
         links.set_rate(rate)
-        t_sequential, t_free = bench.forward_seconds(pair, 5)
-        share = 1 - t_free / t_sequential
+        rounds = zip(*bench.forward_seconds(pair, SEARCH_ROUNDS), strict=True)
+        share = median(1 - t_free / t_sequential for t_sequential, t_free in rounds)
         show(f"links at {rate:.0f} Mbit/s: communication share {share:.3f}, wanted {wanted:g}")
         if abs(share - wanted) < 0.01:
             break
-        factor = (t_sequential - t_free) / (t_free * wanted / (1 - wanted))
+        factor = share / (1 - share) / (wanted / (1 - wanted))
         rate *= min(2.0, max(0.5, factor))  # a disturbed measurement must not stop the link
     else:
         links.set_rate(rate)
