@@ -63,8 +63,8 @@ def main(arguments: list[str]) -> int:
     report = summary(setting, ranks, result)
     of = "cuda" if gpu else f"{ranks}-ranks-share-{setting.share:g}"
     name = f"overlap-{setting.compute}-{setting.level}-{of}"
-    show(report, setting)
-    draw(report, setting, out / f"{name}.png")
+    show(report)
+    draw(report, out / f"{name}.png")
     (out / f"{name}.json").write_text(json.dumps(report, indent=1))
     print(f"chart and figures: {out / name}.png, .json", file=sys.stderr)
     print(json.dumps(report))
@@ -180,7 +180,7 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
     }
 
 
-def show(report: dict[str, Any], setting: Setting) -> None:
+def show(report: dict[str, Any]) -> None:
     title = (
         f"{report['compute']} compute, {report['ranks']} ranks, {report['level']}, communication share "
         f"{report['comm_share']:.2f}; limit {report['limit_forward']:.2f} forward, {report['limit_train']:.2f} "
@@ -202,7 +202,7 @@ def show(report: dict[str, Any], setting: Setting) -> None:
     Console(width=150).print(table)
 
 
-def draw(report: dict[str, Any], setting: Setting, path: Path) -> None:
+def draw(report: dict[str, Any], path: Path) -> None:
     """Bars of both speed-ups, quartiles as whiskers, the limits as lines."""
     from matplotlib.figure import Figure
 
@@ -218,8 +218,10 @@ def draw(report: dict[str, Any], setting: Setting, path: Path) -> None:
         )
         places = [x + (i - 0.5) * 0.38 for x in range(len(rows))]
         bars = axis.bar(places, values, 0.36, color=color, yerr=(low, high), ecolor="#555555", label=word)
-        axis.bar_label(bars, [f"{v:.2f}" for v in values], fontsize=8, padding=2)
-        axis.axhline(report[f"limit_{kind}"], color=color, linestyle="--", linewidth=1, label=f"all hidden, {word}")
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # a limit's line may cross a figure
+        axis.bar_label(bars, [f"{v:.2f}" for v in values], fontsize=8, padding=2, bbox=behind)
+        limit = report[f"limit_{kind}"]
+        axis.axhline(limit, color=color, linestyle="--", linewidth=1, zorder=0, label=f"all hidden, {word}")
     axis.set_xticks(range(len(rows)), [name.replace("_", "\n") for name, _ in rows], fontsize=8)
     axis.set_ylabel("speed-up over sequential top-2")
     words = {"loopback": "loopback as it is", "bus": f"rows over the bus of a {report['device']}"}
