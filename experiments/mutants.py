@@ -748,6 +748,14 @@ MUTANTS = (
         (f"{DIST}/test_planner.py::test_a_fixed_number_of_chunks_is_kept_in_every_step_and_so_every_bit[2]",),
     ),
     Mutant(
+        "planner-takes-the-slower",
+        0,
+        f"{PARALLEL}/planner.py",
+        "return [min(zip(seconds",
+        "return [max(zip(seconds",
+        (f"{DIST}/test_planner.py::test_of_two_chunk_counts_both_are_measured_then_tried_and_the_faster_is_taken",),
+    ),
+    Mutant(
         "planner-lets-times-drift",
         0,
         f"{PARALLEL}/planner.py",

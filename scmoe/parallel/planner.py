@@ -5,8 +5,11 @@ Training steps are used as they come, and what they compute stays the same to th
     warm up     as configured
     measure     transfers one at a time (`Blocking`), some steps at each number of chunks in turn: the time of every
                 operator and transfer, forward and backward
-    agree       all ranks' times are gathered, every rank chooses per MoE layer by schedule/cost.py, and rank 0's choice
-                is broadcast and compared with each rank's own
+    price       all ranks' times are gathered; for every number of chunks, each MoE layer's best slot by
+                schedule/cost.py
+    try         where there are several numbers, some steps as priced with each in turn: what cutting costs beside
+                computation shows only there
+    agree       every rank chooses per MoE layer, and rank 0's choice is broadcast and compared with each rank's own
     run         as planned; now and then a step is timed, for the overlap efficiency, and where steps have drifted from
                 the first that was timed, all is measured anew
 """
@@ -39,7 +42,7 @@ from scmoe.schedule.timeline import TRANSFERS
 STREAM = ("route", "encode", "dispatch", "experts", "combine", "decode")
 OPERATORS = (*STREAM, "attention", "mlp", "shared_expert", "current")
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
-WARMUP_STEPS, STEPS_EACH = 3, 3
+WARMUP_STEPS, STEPS_EACH, TRIES_EACH = 3, 3, 3  # the last two: with each number of chunks
 DRIFT, DRIFTED_IN_TURN = 1.5, 3  # times as long or as short as the first, so many timed steps in turn
 
 
@@ -105,6 +108,10 @@ class Planner:
         self.chunk_counts = sorted({s.chunks for s in self.own} if fixed else set(chunk_counts))
         assert len(self.chunk_counts) == 1 or not fixed
         self.dispatchers = [block.moe.dispatcher for block in blocks]
+        several = len(self.chunk_counts) > 1
+        self.agenda = [("warm up", 0)] * WARMUP_STEPS  # of each step before the plan: what it is for, how many chunks
+        self.agenda += [("measure", chunks) for _ in range(STEPS_EACH) for chunks in self.chunk_counts]
+        self.agenda += [("try", chunks) for _ in range(TRIES_EACH * several) for chunks in self.chunk_counts]
         self.plans: list[Plan] | None = None
         self.restart()
 
@@ -112,6 +119,8 @@ class Planner:
         """Measures anew from the next step on."""
         self.steps = 0
         self.samples: dict[int, list[Tensor]] = {chunks: [] for chunks in self.chunk_counts}
+        self.tried: dict[int, list[Tensor]] = {chunks: [] for chunks in self.chunk_counts}
+        self.priced: dict[int, list[Plan]] | None = None
         self.overlap: Overlap | None = None
         self.first_seconds: float | None = None
         self.drifted = 0
@@ -126,7 +135,7 @@ class Planner:
     @property
     def steps_to_plan(self) -> int:
         """Steps before the first that runs as planned."""
-        return WARMUP_STEPS + STEPS_EACH * len(self.chunk_counts)
+        return len(self.agenda)
 
     @property
     def backend(self) -> str:
@@ -134,34 +143,43 @@ class Planner:
         return dist.get_backend(self.group)
 
     @property
-    def measuring(self) -> int | None:
-        """The number of chunks at which the coming step is measured; None: it runs as planned."""
-        step, counts = self.steps - WARMUP_STEPS, self.chunk_counts
-        return counts[step % len(counts)] if step >= 0 and not self.planned else None
+    def doing(self) -> tuple[str, int]:
+        """What the coming step is for, and its number of chunks where that is not as configured or planned."""
+        return ("run", 0) if self.planned else self.agenda[self.steps]
 
     def begin_step(self, timed: bool = False) -> None:
         """timed: time this step, if there is a plan by now."""
-        if self.measuring is not None:
-            self.run_as([replace(schedule, chunks=self.measuring) for schedule in self.own], blocking=True)
+        what, chunks = self.doing
+        if what == "measure":
+            self.run_as([replace(schedule, chunks=chunks) for schedule in self.own], blocking=True)
+        elif what == "try":
+            assert self.priced is not None
+            self.run_as([plan.schedule for plan in self.priced[chunks]], blocking=False)
         elif self.steps == self.steps_to_plan:
             assert self.plans is not None
             self.run_as([plan.schedule for plan in self.plans], blocking=False)
-        if self.measuring is not None or (timed and self.planned):
+        if what in ("measure", "try") or (timed and self.planned):
             self.recorders = [Recorder(self.device) for _ in self.blocks]
         self.record(self.recorders)
 
     def end_step(self) -> None:
         """After the step whose beginning was announced: makes the plan when all is measured."""
-        measuring, recorders, self.recorders = self.measuring, self.recorders, None
+        what, chunks = self.doing
+        recorders, self.recorders = self.recorders, None
         self.steps += 1
         if recorders is None:
             return
         self.record(None)
         sample = torch.stack([measured(r, b.schedule) for r, b in zip(recorders, self.blocks, strict=True)])
-        if measuring is None:
+        if what == "run":
             self.note_overlap(sample)
             return
-        self.samples[measuring].append(sample)
+        if what == "measure":
+            self.samples[chunks].append(sample)
+            if all(len(samples) == STEPS_EACH for samples in self.samples.values()):
+                self.priced = self.price()
+        else:
+            self.tried[chunks].append(sample[..., -1].sum(-1))
         if self.planned:
             self.plans = self.agree()
 
@@ -180,8 +198,8 @@ class Planner:
 
     # ------------------------------------------------------------------ choosing
 
-    def agree(self) -> list[Plan]:
-        """The same plan on every rank. RuntimeError: ranks chose differently."""
+    def price(self) -> dict[int, list[Plan]]:
+        """By number of chunks, the best plan of every layer; the same on all ranks."""
         mine = torch.stack([torch.stack(self.samples[c]).median(0).values for c in self.chunk_counts])
         once = [i for i, op in enumerate(OPERATORS) if op not in PER_CHUNK]  # the number of chunks does not change it
         mine[..., once] = torch.cat([torch.stack(s) for s in self.samples.values()]).median(0).values[..., once]
@@ -190,7 +208,27 @@ class Planner:
         for i, op in enumerate(OPERATORS):
             if op in TRANSFERS:  # who waits for a late peer measures more than the transfer
                 seconds[..., i] = gathered[..., i].amin(0)
-        plans = [self.choose(layer, seconds[:, layer]) for layer in range(len(self.blocks))]
+        layers = [self.price_layer(layer, seconds[:, layer]) for layer in range(len(self.blocks))]
+        return {chunks: [plans[chunks] for plans in layers] for chunks in self.chunk_counts}
+
+    def price_layer(self, layer: int, seconds_C2O: Tensor) -> dict[int, Plan]:
+        times = {}
+        for chunks, (forward, backward) in zip(self.chunk_counts, seconds_C2O.tolist(), strict=True):
+            named = (dict(zip(OPERATORS, direction, strict=False)) for direction in (forward, backward))
+            times[chunks] = OperatorTimes(*named)
+        own = self.own[layer]
+        sequential = tuple(seconds_C2O[0, :, -1].tolist())  # with the fewest chunks
+
+        def best(chunks: int) -> Schedule:
+            return own if self.fixed else best_schedule(slots(replace(own, chunks=chunks)), times)
+
+        return {chunks: Plan(best(chunks), times, sequential) for chunks in self.chunk_counts}
+
+    def agree(self) -> list[Plan]:
+        """The same plan on every rank. RuntimeError: ranks chose differently."""
+        assert self.priced is not None
+        fastest = self.fastest()
+        plans = [self.priced[chunks][layer] for layer, chunks in enumerate(fastest)]
         choice = torch.tensor([[p.schedule.slot, p.schedule.chunks] for p in plans], device=self.device)
         told = choice.clone()
         dist.broadcast(told, group_src=0, group=self.group)
@@ -198,15 +236,13 @@ class Planner:
             raise RuntimeError(f"rank {dist.get_rank()} plans (slot, chunks) {choice.tolist()}, rank 0 {told.tolist()}")
         return plans
 
-    def choose(self, layer: int, seconds_C2O: Tensor) -> Plan:
-        times = {}
-        for chunks, (forward, backward) in zip(self.chunk_counts, seconds_C2O.tolist(), strict=True):
-            named = (dict(zip(OPERATORS, direction, strict=False)) for direction in (forward, backward))
-            times[chunks] = OperatorTimes(*named)
-        own = self.own[layer]
-        choices = [s for chunks in self.chunk_counts for s in slots(replace(own, chunks=chunks))]
-        sequential = seconds_C2O[0, :, -1].tolist()  # with the fewest chunks
-        return Plan(own if self.fixed else best_schedule(choices, times), times, tuple(sequential))
+    def fastest(self) -> list[int]:
+        """Each layer's number of chunks: the one that took the least time when it was tried."""
+        if len(self.chunk_counts) == 1:
+            return self.chunk_counts * len(self.blocks)
+        mine = torch.stack([torch.stack(tried) for tried in self.tried.values()])
+        seconds_CL = gather(mine, self.group).mean(0).amin(1)  # what disturbs a step only makes it longer
+        return [min(zip(seconds, self.chunk_counts, strict=True))[1] for seconds in seconds_CL.T.tolist()]
 
     # ------------------------------------------------------------------ watching
 

@@ -20,7 +20,7 @@ from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel import planner as planning
 from scmoe.parallel.dispatcher import AllToAllDispatcher
-from scmoe.parallel.planner import DRIFTED_IN_TURN, STEPS_EACH, WARMUP_STEPS, Overlap, Plan, Planner
+from scmoe.parallel.planner import DRIFTED_IN_TURN, STEPS_EACH, TRIES_EACH, WARMUP_STEPS, Overlap, Plan, Planner
 from scmoe.schedule.cost import OperatorTimes, best_schedule, slots
 from scmoe.schedule.plan import Schedule
 from scmoe.testbed.emulated import EmulatedOperator
@@ -96,10 +96,12 @@ SLOW_MLP = QUICK | {"mlp": 0.1, "dispatch": 0.1}  # dispatch hides behind the ML
 SLOW_ATTENTION = QUICK | {"attention": 0.3, "dispatch": 0.3}  # behind attention: slot 2
 
 
-def rigged(seconds: dict[str, float], rank: int, chunks: int) -> torch.Tensor:
-    """A layer's measured times: everybody's own, and with more chunks twice the time of every transfer."""
+def rigged(seconds: dict[str, float], rank: int, chunks: int, window: dict[int, float] | None = None) -> torch.Tensor:
+    """A layer's measured times: everybody's own, and with more chunks twice the time of every transfer.
+
+    window: by number of chunks, the time from tap to end; the sum of the operators' where it is not told."""
     row = [s * (1 + 0.1 * rank) * (chunks if op in ("dispatch", "combine") else 1) for op, s in seconds.items()]
-    return torch.tensor([[*row, sum(row)]] * 2, dtype=torch.float64)
+    return torch.tensor([[*row, (window or {}).get(chunks, sum(row))]] * 2, dtype=torch.float64)
 
 
 class Log(NamedTuple):
@@ -109,7 +111,13 @@ class Log(NamedTuple):
 
 
 def planned_training(
-    rank: int, world_size: int, own: Schedule, chunk_counts: tuple[int, ...] | None, steps: int, drifts_at: int = 10**6
+    rank: int,
+    world_size: int,
+    own: Schedule,
+    chunk_counts: tuple[int, ...] | None,
+    steps: int,
+    drifts_at: int = 10**6,
+    window: dict[int, float] | None = None,
 ) -> Log:
     """SGD steps on times that are made up, and change at a step. chunk_counts None: no planner; (): a fixed one."""
     if not dist.is_initialized():
@@ -125,7 +133,7 @@ def planned_training(
     log, step = Log([], [], []), 0
 
     def times(recorder: object, schedule: Schedule) -> torch.Tensor:
-        return rigged(SLOW_MLP if step < drifts_at else SLOW_ATTENTION, rank, schedule.chunks)
+        return rigged(SLOW_MLP if step < drifts_at else SLOW_ATTENTION, rank, schedule.chunks, window)
 
     with patch.object(planning, "measured", times):
         for step in range(steps):
@@ -146,15 +154,21 @@ def planned_training(
     return log
 
 
-def test_of_two_chunk_counts_both_are_measured_and_the_cheaper_is_taken():
-    steps = WARMUP_STEPS + 2 * STEPS_EACH
-    for log in run_ranks(planned_training, 2, Schedule("pos2", 3), (1, 2), steps + 2):
-        assert [chunks for _, chunks in log.ran] == [1] * WARMUP_STEPS + [1, 2] * STEPS_EACH + [1, 1]
+@pytest.mark.parametrize(("window", "faster"), [({1: 0.3, 2: 0.4}, 1), ({1: 0.4, 2: 0.3}, 2)])
+def test_of_two_chunk_counts_both_are_measured_then_tried_and_the_faster_is_taken(window, faster):
+    """Each with its best slot by its measured times; which is the faster, the trial alone decides."""
+    steps = WARMUP_STEPS + 2 * (STEPS_EACH + TRIES_EACH)
+    arguments = (Schedule("pos2", 3), (1, 2), steps + 2, 10**6, window)
+    for log in run_ranks(planned_training, 2, *arguments):
+        chunks = [1] * WARMUP_STEPS + [1, 2] * (STEPS_EACH + TRIES_EACH) + [faster] * 2
+        assert [ran for _, ran in log.ran] == chunks
         ((shortcut, standard),) = log.plans
         assert list(shortcut.times) == list(standard.times) == [1, 2]
-        everything = [s for chunks in (1, 2) for s in slots(Schedule("pos2", chunks=chunks))]
-        assert shortcut.schedule == best_schedule(everything, shortcut.times) == Schedule("pos2", 1)
-        assert log.ran[steps] == (1, 1)
+        best = {c: best_schedule(slots(Schedule("pos2", chunks=c)), shortcut.times) for c in (1, 2)}
+        assert shortcut.schedule == best[faster] and standard.schedule == Schedule("top_k", chunks=faster)
+        tried = log.ran[WARMUP_STEPS + 2 * STEPS_EACH : steps]
+        assert tried == [(best[c].slot, c) for c in (1, 2)] * TRIES_EACH
+        assert log.ran[steps] == (best[faster].slot, faster)
 
 
 def same_chunks(rank: int, world_size: int, chunks: int) -> list[Log]:
@@ -207,13 +221,14 @@ def closed(rank: int, world_size: int, steps: int) -> tuple[bool, Schedule]:
 
 
 def disagree(rank: int, world_size: int) -> None:
-    real = Planner.choose
+    real = Planner.price_layer
 
-    def choose(self: Planner, layer: int, seconds: torch.Tensor) -> Plan:
-        plan = real(self, layer, seconds)
-        return replace(plan, schedule=Schedule("top_k", chunks=2)) if rank == 1 and layer == 1 else plan
+    def price(self: Planner, layer: int, seconds: torch.Tensor) -> dict[int, Plan]:
+        plans = real(self, layer, seconds)
+        other = Schedule("top_k", chunks=2)
+        return {1: replace(plans[1], schedule=other)} if rank == 1 and layer == 1 else plans
 
-    with patch.object(planning.Planner, "choose", choose):
+    with patch.object(planning.Planner, "price_layer", price):
         training(rank, world_size, "auto")
 
 
