@@ -42,7 +42,7 @@ from scmoe.schedule.timeline import TRANSFERS
 STREAM = ("route", "encode", "dispatch", "experts", "combine", "decode")
 OPERATORS = (*STREAM, "attention", "mlp", "shared_expert", "current")
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
-WARMUP_STEPS, STEPS_EACH, TRIES_EACH = 3, 3, 3  # the last two: with each number of chunks
+WARMUP_STEPS, STEPS_EACH, TRIES_EACH = 3, 3, 5  # the last two: with each number of chunks
 DRIFT, DRIFTED_IN_TURN = 1.5, 3  # times as long or as short as the first, so many timed steps in turn
 
 

@@ -140,7 +140,7 @@ def test_a_run_too_short_to_plan_says_so_in_a_line(tmp_path):
     done = run(*TRAIN, "configs/debug.yaml", *settings)
     assert done.code == 0
     (line,) = [line for line in done.err.splitlines() if "schedule: auto" in line]
-    assert "plans after 21 batches and 2 are left: all run as configured" in line
+    assert "plans after 27 batches and 2 are left: all run as configured" in line
     assert "plan: MoE" not in done.err
 
 
