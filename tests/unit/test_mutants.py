@@ -70,12 +70,13 @@ def test_slow():
     time.sleep(600)
 """
 RUN = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from experiments import mutate
 from tests.unit.test_mutants import bugs
 mutate.ROOT, mutate.KEPT = Path.cwd(), Path.cwd() / ".cache/mutate.json"
 mutate.MUTANTS = bugs(sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that a script runs in the background inherit deafness
 raise SystemExit(mutate.main(sys.argv[2:]))
 """
 
