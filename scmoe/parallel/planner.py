@@ -212,6 +212,7 @@ class Planner:
         return {chunks: [plans[chunks] for plans in layers] for chunks in self.chunk_counts}
 
     def price_layer(self, layer: int, seconds_C2O: Tensor) -> dict[int, Plan]:
+        """By number of chunks, the best plan of one layer."""
         times = {}
         for chunks, (forward, backward) in zip(self.chunk_counts, seconds_C2O.tolist(), strict=True):
             named = (dict(zip(OPERATORS, direction, strict=False)) for direction in (forward, backward))
@@ -227,8 +228,7 @@ class Planner:
     def agree(self) -> list[Plan]:
         """The same plan on every rank. RuntimeError: ranks chose differently."""
         assert self.priced is not None
-        fastest = self.fastest()
-        plans = [self.priced[chunks][layer] for layer, chunks in enumerate(fastest)]
+        plans = [self.priced[chunks][layer] for layer, chunks in enumerate(self.fastest())]
         choice = torch.tensor([[p.schedule.slot, p.schedule.chunks] for p in plans], device=self.device)
         told = choice.clone()
         dist.broadcast(told, group_src=0, group=self.group)
