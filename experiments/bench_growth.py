@@ -22,7 +22,8 @@ from rich.table import Table
 
 from experiments.bench_overlap import at_least_two, summary
 from scmoe.testbed import links
-from scmoe.testbed.overlap import Setting, measure
+from scmoe.testbed.overlap import measure
+from scmoe.testbed.pairs import Setting
 from scmoe.testbed.ranks import run_ranks
 
 POINTS = {"tokens": (512, 1024, 2048), "ranks": (2, 4, 8), "experts": (8, 32, 128)}

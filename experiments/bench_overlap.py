@@ -24,7 +24,8 @@ from rich.table import Table
 from scmoe.schedule.cost import exposed_time, overlap_efficiency
 from scmoe.schedule.plan import Schedule
 from scmoe.testbed import links
-from scmoe.testbed.overlap import ROWS, Setting, Variant, measure, schedule_name
+from scmoe.testbed.overlap import Variant, measure, schedule_name
+from scmoe.testbed.pairs import ROWS, Setting
 from scmoe.testbed.ranks import run_ranks
 
 DEFAULTS = {field.name: field.default for field in fields(Setting)}

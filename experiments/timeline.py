@@ -13,7 +13,7 @@ from pathlib import Path
 
 from scmoe.schedule.timeline import draw
 from scmoe.testbed import links
-from scmoe.testbed.overlap import Setting
+from scmoe.testbed.pairs import Setting
 from scmoe.testbed.profile import watch
 from scmoe.testbed.ranks import run_ranks
 

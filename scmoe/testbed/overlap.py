@@ -21,72 +21,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from scmoe.blocks.shortcut import ShortcutBlock
-from scmoe.blocks.standard import SharedExpertBlock, TopKBlock
-from scmoe.blocks.sublayers import MLP, Attention, Residual
-from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import Blocking
-from scmoe.moe.experts import Experts
-from scmoe.moe.router import Router
-from scmoe.moe.stream import MoEStream
 from scmoe.parallel.dispatcher import AllToAllDispatcher
 from scmoe.parallel.expert_parallel import expert_parameters
 from scmoe.parallel.planner import Plan, Planner
 from scmoe.schedule.cost import slots
 from scmoe.schedule.plan import Schedule
 from scmoe.testbed import exchanges, links
-from scmoe.testbed.emulated import EmulatedExperts, EmulatedOperator
+from scmoe.testbed.pairs import ROWS, Setting, Stack, Step, make_block
 
-CHUNKS = (2, 4)
 SEARCH_ROUNDS = 15  # at each rate: at a share of 0.15, fewer are as uncertain as the transfers are long
 TRIALS = 2  # of each schedule
 NEAR, FINALISTS = 1.03, 3  # of a row, the schedules so near the best by trial go into the rounds, so many at most
-ROWS = {  # row: (block, numbers of chunks to choose from)
-    "top2": ("top2", (1,)),
-    "top2_pipelined": ("top2", CHUNKS),
-    "top1": ("top1", (1,)),
-    "top1_pipelined": ("top1", CHUNKS),
-    "shared_expert": ("shared_expert", (1,)),
-    "shared_expert_pipelined": ("shared_expert", CHUNKS),
-    "scmoe_pos1": ("pos1", (1,)),
-    "scmoe_pos2": ("pos2", (1,)),
-    "scmoe_pos3": ("pos3", (1,)),
-    "scmoe_pos1_pipelined": ("pos1", CHUNKS),
-    "scmoe_pos2_pipelined": ("pos2", CHUNKS),
-    "scmoe_pos3_pipelined": ("pos3", CHUNKS),
-}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """share: of communication, to be found by the links' rate; link_mbit: that rate, where it is given instead.
-    tokens: of a rank, in sequences of seq_len. attention_ms, and through attention_to_mlp an MLP's: emulated compute
-    only. pairs: blocks in a row, 1 at block level."""
-
-    share: float
-    link_mbit: float | None = None
-    compute: str = "emulated"
-    level: str = "block"
-    rounds: int = 9
-    dim: int = 512
-    ffn_dim: int = 2048
-    heads: int = 8
-    tokens: int = 1024
-    seq_len: int = 256
-    num_experts: int = 8
-    attention_ms: float = 45.0
-    attention_to_mlp: float = 3.0
-    shaped: bool = True
-    device: str = "cpu"
-    rows: tuple[str, ...] = tuple(ROWS)
-
-    @property
-    def pairs(self) -> int:
-        return 2 if self.level == "iteration" else 1
 
 
 @dataclass(frozen=True)
@@ -111,42 +59,6 @@ class Seconds:
     @property
     def backward(self) -> float:
         return self.train - self.train_forward
-
-
-# ---------------------------------------------------------------------- blocks
-
-
-def make_block(name: str, setting: Setting, group: Any) -> nn.Module:
-    s = setting
-
-    def attention() -> nn.Module:
-        if s.compute == "emulated":
-            return EmulatedOperator(s.attention_ms)
-        return Residual(nn.LayerNorm(s.dim), Attention(s.dim, s.heads))
-
-    mlp_ms = s.attention_ms / s.attention_to_mlp
-
-    def mlp() -> nn.Module:
-        return EmulatedOperator(mlp_ms) if s.compute == "emulated" else MLP(s.dim, s.ffn_dim)
-
-    sublayers = [attention(), mlp() if s.compute == "emulated" else Residual(nn.LayerNorm(s.dim), mlp()), attention()]
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    own = range(rank * s.num_experts // ranks, (rank + 1) * s.num_experts // ranks)
-    experts: nn.Module
-    if s.compute == "emulated":
-        experts = EmulatedExperts(mlp_ms * 1e3 / s.tokens)
-    else:
-        experts = Experts(s.dim, s.ffn_dim, s.num_experts, own)
-        experts.init_weights(name, 0.02, 0.02)
-    # every expert gets its fair share, so that time does not depend on what an untrained gate likes
-    router = Router(s.dim, s.num_experts, 2 if name == "top2" else 1, balanced=True)
-    stream = MoEStream(router, experts, AllToAllDispatcher(group, s.num_experts), capacity_factor=1.0)  # type: ignore[arg-type]
-    if name in ("top1", "top2"):
-        return TopKBlock(sublayers, nn.LayerNorm(s.dim), stream)
-    norms = [nn.LayerNorm(s.dim) for _ in range(2)]
-    if name == "shared_expert":
-        return SharedExpertBlock(sublayers, norms[0], mlp(), CG1(s.dim), stream, Schedule("shared_expert"))
-    return ShortcutBlock(sublayers, norms[0], norms[1], mlp(), CG1(s.dim), stream, Schedule(name))
 
 
 class Bench:
@@ -267,45 +179,6 @@ def slowest(values: Sequence[float]) -> list[float]:
     worst = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return worst.tolist()
-
-
-class Step:
-    """A forward and a backward pass; at iteration level with the gradients' reduction and the optimizer's step."""
-
-    def __init__(self, stack: Sequence[nn.Module], setting: Setting, group: Any) -> None:
-        self.model: nn.Module = Stack(stack)
-        self.optimizer: torch.optim.Optimizer | None = None
-        if setting.level == "iteration":
-            shards = [name for name, _ in expert_parameters(self.model)]
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, shards)
-            self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
-            self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
-
-    @torch.no_grad()
-    def infer(self, x: Tensor) -> Tensor:
-        return self.model(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
-
-    def backward(self, y: Tensor) -> None:
-        y.backward(torch.ones_like(y))
-        if self.optimizer is not None:
-            self.optimizer.step()
-
-    def clear(self) -> None:
-        self.model.zero_grad()
-
-
-class Stack(nn.Module):
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        for block in self.blocks:
-            x_BSD = block(x_BSD).y_BSD
-        return x_BSD
 
 
 # ---------------------------------------------------------------------- the measurement

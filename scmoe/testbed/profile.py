@@ -14,7 +14,8 @@ from scmoe.moe.operators import Direction, Recorder
 from scmoe.parallel.planner import Plan
 from scmoe.schedule.cost import per_chunk
 from scmoe.schedule.timeline import Span, elapsed, play
-from scmoe.testbed.overlap import Bench, Setting, Variant, find_rate
+from scmoe.testbed.overlap import Bench, Variant, find_rate
+from scmoe.testbed.pairs import Setting
 
 STEPS = 5
 ROWS = {  # title: (block, way, numbers of chunks to choose from)

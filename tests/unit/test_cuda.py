@@ -20,7 +20,8 @@ from scmoe.parallel.dispatcher import AllToAllDispatcher
 from scmoe.schedule.cost import best_schedule, slots
 from scmoe.schedule.plan import Schedule
 from scmoe.testbed import exchanges
-from scmoe.testbed.overlap import Bench, Setting, Variant
+from scmoe.testbed.overlap import Bench, Variant
+from scmoe.testbed.pairs import Setting
 from scmoe.testbed.ranks import run_ranks
 from tests.helpers import assert_close, gradients, randomise
 
