@@ -93,7 +93,7 @@ test-faults: $(READY)  ## the whole fault suite: kills, broken disks, damage, re
 	@$(PYTEST) -m faults $(ARGS)
 
 mutate: $(READY)  ## put known bugs back, in copies: do the tests catch them?
-	@$(PY) -m experiments.mutate $(ARGS)
+	@$(PY) -m tests.mutation.mutate $(ARGS)
 
 lint: $(READY)  ## ruff: rules and format
 	@$(PY) -m ruff check .

@@ -1,10 +1,12 @@
-"""One thread per process: tests run beside each other, and sums are in the same order everywhere."""
+"""Every test process has one thread, so that tests run beside each other and sums have the same order everywhere."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import settings
 
+pytest.register_assert_rewrite("tests.support")  # a failing assert there shows its values too
 torch.set_num_threads(1)
 settings.register_profile("scmoe", deadline=None)  # the machine is shared: a slow example is no fault
 settings.load_profile("scmoe")

@@ -13,7 +13,7 @@ import pytest
 from scmoe.config import load
 from scmoe.testbed.ranks import run_ranks
 from scmoe.training import build
-from tests.architectures import overrides
+from tests.support.architectures import overrides
 
 pytestmark = pytest.mark.dist
 

@@ -16,7 +16,7 @@ from scmoe.testbed.ranks import run_ranks
 from scmoe.training import build
 from scmoe.training.build_model import build_model
 from scmoe.training.callbacks import DataPosition
-from tests.distributed.test_ep_equality import tiny
+from tests.support.trainings import tiny
 
 pytestmark = pytest.mark.dist
 

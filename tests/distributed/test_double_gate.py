@@ -13,8 +13,9 @@ import torch
 from safetensors import safe_open
 
 from scmoe.testbed.ranks import run_ranks
-from tests.distributed.test_ep_equality import TOLERANCE, tiny
-from tests.distributed.test_strategy import HALF, fit, largest_difference, whole
+from tests.support.comparison import TOLERANCE
+from tests.support.resuming import HALF, fit, largest_difference, whole
+from tests.support.trainings import tiny
 
 pytestmark = pytest.mark.dist
 

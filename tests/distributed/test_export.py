@@ -12,7 +12,7 @@ from scmoe.parallel.durable import newest_good, verify
 from scmoe.parallel.export import load_weights
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build_model import build_model
-from tests.smoke.test_train import TRAIN, run
+from tests.support.commands import TRAIN, run
 
 pytestmark = pytest.mark.dist
 

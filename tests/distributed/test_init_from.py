@@ -13,7 +13,7 @@ from scmoe.testbed.ranks import run_ranks
 from scmoe.training import build
 from scmoe.training.callbacks import DataPosition
 from scmoe.training.run import train
-from tests.unit.test_pretrained import dense, export
+from tests.support.exports import dense, export
 
 pytestmark = pytest.mark.dist
 

@@ -19,7 +19,7 @@ from lightning.pytorch import Trainer
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.training import build
 from scmoe.training.callbacks import DataPosition, Threads
-from tests.distributed.test_ep_equality import tiny
+from tests.support.trainings import tiny
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 

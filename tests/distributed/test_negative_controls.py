@@ -7,11 +7,9 @@ by at least 1e-6, a million times what it allows. Transfers that are late, or ov
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from random import Random
 from typing import Any
 from unittest.mock import patch
 
@@ -25,61 +23,17 @@ from scmoe.parallel.all_to_all import Transfer
 from scmoe.parallel.reducer import ExpertGradientReducer
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.testbed.ranks import RankError, run_ranks
-from tests.distributed.test_ep_equality import (
-    EP2,
-    TOLERANCE,
-    assemble,
-    assert_same,
-    assert_same_bits,
-    difference,
-    tiny,
-    train,
-    train_cases,
-)
+from tests.support.cases import EP2
+from tests.support.comparison import TOLERANCE, assemble, assert_same, assert_same_bits, difference
+from tests.support.trainings import tiny, train, train_cases
+from tests.support.transfers import Late, Shuffled, delayed
 
 pytestmark = pytest.mark.dist
 
 MODEL = "architecture=scmoe position=pos2 top_k=2 schedule.chunks=2"
-POISON = 7.0  # in a buffer until its rows arrive; not NaN, which would show however little came of it
 SHOWS = 1e-6
 
-# ---------------------------------------------------------------------- transfers that take their time
-
-
-class Late:
-    """A transfer whose rows appear at its wait, not before: the slowest that `dist.Work` allows."""
-
-    def __init__(self, work: Any, arrived: Tensor, target: Tensor, rng: Random) -> None:
-        self.work, self.arrived, self.target = work, arrived, target
-
-    @torch.no_grad()  # a new thread records: the copy would become a node of the graph, and reorder backward
-    def wait(self) -> None:
-        self.work.wait()
-        self.target.copy_(self.arrived)
-
-
-class Shuffled(Late):
-    """A transfer whose rows appear 0 to 4 ms after it was launched, so that later ones overtake it."""
-
-    def __init__(self, work: Any, arrived: Tensor, target: Tensor, rng: Random) -> None:
-        super().__init__(work, arrived, target, rng)
-        self.delivery = threading.Timer(rng.uniform(0.0, 0.004), super().wait)
-        self.delivery.start()
-
-    def wait(self) -> None:
-        self.delivery.join()
-
-
-def delayed(late: type[Late]) -> Callable[..., Late]:
-    """all_to_all.point_to_point, with a buffer that shows poison until `late` brings the rows."""
-    rng = Random(os.environ["RANK"])
-    real = all_to_all.point_to_point
-
-    def start(target: Tensor, *args: Any) -> Late:
-        arrived = torch.empty_like(target)
-        return late(real(arrived, *args), arrived, target.fill_(POISON), rng)
-
-    return start
+# ---------------------------------------------------------------------- trainings with one thing broken
 
 
 def finish_without_waiting(backward: bool) -> Callable[[Transfer], None]:

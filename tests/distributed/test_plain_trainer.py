@@ -10,7 +10,7 @@ from scmoe.moe.stream import MoEStream
 from scmoe.testbed.ranks import run_ranks
 from scmoe.training import build
 from scmoe.training.callbacks import DataPosition
-from tests.distributed.test_ep_equality import tiny
+from tests.support.trainings import tiny
 
 pytestmark = pytest.mark.dist
 

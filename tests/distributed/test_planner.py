@@ -26,7 +26,7 @@ from scmoe.schedule.plan import Schedule
 from scmoe.testbed.emulated import EmulatedOperator
 from scmoe.testbed.ranks import RankError, run_ranks
 from scmoe.training.planning import plan_lines, what_ran
-from tests.helpers import DIM, EXPERTS, FFN, randomise, tiny_sublayers
+from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_sublayers
 
 pytestmark = pytest.mark.dist
 

@@ -16,67 +16,24 @@ from unittest.mock import patch
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
-from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from scmoe.config import Config
-from scmoe.parallel.expert_parallel import expert_parameters
 from scmoe.parallel.reducer import ExpertGradientReducer
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.testbed.ranks import RankError, run_ranks
 from scmoe.training import build
 from scmoe.training.build_model import build_model
-from scmoe.training.callbacks import DataPosition
 from scmoe.training.module import LanguageModel
-from tests.distributed.test_ep_equality import TOLERANCE, tiny, train
+from tests.support.comparison import TOLERANCE
+from tests.support.resuming import HALF, WHOLE, fit, largest_difference, whole
+from tests.support.trainings import tiny, train
 
 pytestmark = pytest.mark.dist
 
 MODEL = "position=pos2 top_k=2 optim.lr=0.01 optim.warmup_steps=2 trainer.max_steps=6"
 DROPOUT = "model.dropout=0.1"
-HALF, WHOLE = 3, 6
-
-
-def fit(
-    config: Config, folder: Path | None = None, checkpoint: Path | None = None, steps: int = WHOLE
-) -> dict[str, Any]:
-    """Trains on this rank and keeps a checkpoint of every third step; returns what must be equal."""
-    module = build.build_module(config)
-    checkpoints = ModelCheckpoint(folder, "{step}", every_n_train_steps=HALF, save_top_k=-1 if folder else 0)
-    trainer = build.build_trainer(config, [DataPosition(), checkpoints], [])
-    trainer.fit(module, build.build_datamodule(config), ckpt_path=checkpoint, weights_only=True)
-    assert trainer.global_step == steps
-    names = {p: name for name, p in module.model.named_parameters()}
-    (optimizer,) = trainer.optimizers
-    tensors = {name: p.detach().clone() for p, name in names.items()}
-    for p, state in optimizer.state.items():
-        tensors |= {f"{names[p]} {key}": value.clone() for key, value in state.items()}
-    return {
-        "tensors": tensors,
-        "experts": {names[p] for _, p in expert_parameters(module.model)},
-        "ep_size": module.parallel_context.ep_size,
-        "consumed": trainer.datamodule.consumed_samples,  # type: ignore[attr-defined]
-        "lr": trainer.optimizers[0].param_groups[0]["lr"],
-    }
-
-
-def whole(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Parameters and AdamW's state as one process has them."""
-    first = ranks[0]
-    shards = [rank["tensors"] for rank in ranks[: first["ep_size"]]]
-    return {
-        name: torch.cat([s[name] for s in shards]) if name.split()[0] in first["experts"] and t.dim() else t
-        for name, t in first["tensors"].items()
-    }
-
-
-def largest_difference(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> tuple[float, str]:
-    x, y = whole(a), whole(b)
-    assert x.keys() == y.keys()
-    return max(((x[name] - y[name]).abs().max().item(), name) for name in x)
 
 
 # ---------------------------------------------------------------------- resume

@@ -17,9 +17,10 @@ from scmoe.testbed.ranks import run_ranks
 from scmoe.training import build
 from scmoe.training.callbacks import DataPosition
 from scmoe.training.classifier import ImageClassifier
-from tests.architectures import TABLES, overrides
-from tests.distributed.test_ep_equality import TOLERANCE, Recording, assemble, assert_same, train
-from tests.distributed.test_strategy import HALF, fit
+from tests.support.architectures import SWIN_ON_RANKS, overrides
+from tests.support.comparison import TOLERANCE, assemble, assert_same
+from tests.support.resuming import HALF, fit
+from tests.support.trainings import Recording, train
 
 pytestmark = pytest.mark.dist
 
@@ -31,7 +32,6 @@ TINY = (
     *("optim.lr=0.1", "trainer.accelerator=cpu", "trainer.precision=64-true", "trainer.max_steps=3"),
     *("trainer.gradient_clip=null", "trainer.progress=false", "trainer.threads=1"),
 )
-ARCHITECTURES = {"dense": "architecture=dense", **TABLES}
 
 
 class RecordingClassifier(Recording, ImageClassifier):
@@ -57,16 +57,16 @@ def train_all(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, di
 
 @pytest.fixture(scope="module")
 def one() -> dict[str, dict[str, Any]]:
-    return run_ranks(train_all, 1, ARCHITECTURES)[0]
+    return run_ranks(train_all, 1, SWIN_ON_RANKS)[0]
 
 
 @pytest.fixture(scope="module")
 def two() -> list[dict[str, dict[str, Any]]]:
-    cases = {name: f"{text} strategy.ep_size={1 if name == 'dense' else 2}" for name, text in ARCHITECTURES.items()}
+    cases = {name: f"{text} strategy.ep_size={1 if name == 'dense' else 2}" for name, text in SWIN_ON_RANKS.items()}
     return run_ranks(train_all, 2, cases | {"pos2, DP 2": "position=pos2 strategy.ep_size=1"})
 
 
-@pytest.mark.parametrize("case", [*ARCHITECTURES, "pos2, DP 2"])
+@pytest.mark.parametrize("case", [*SWIN_ON_RANKS, "pos2, DP 2"])
 def test_two_ranks_equal_one(case, one, two):
     expected, records = one[case.partition(",")[0]], [rank[case] for rank in two]
     assert_same(records, assemble([expected]))
@@ -99,7 +99,7 @@ def test_a_resumed_run_is_the_straight_run(tmp_path):
         assert straight["consumed"] == resumed["consumed"] == 6 * 8
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", SWIN_ON_RANKS)
 def test_no_gradient_is_near_the_tolerance(name, one):
     values = assemble([one[name]])
     sizes = {key: min(g.abs().max().item() for g in steps) for key, steps in values.items() if "gradient" in key}

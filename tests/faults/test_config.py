@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from experiments import train
 from scmoe.training import run
-from tests.unit.test_config import IMPOSSIBLE
+from tests.support.configs import IMPOSSIBLE
 
 pytestmark = [pytest.mark.faults, pytest.mark.representative]
 

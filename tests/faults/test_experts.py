@@ -27,8 +27,9 @@ from scmoe.tokens import Routing
 from scmoe.training import build
 from scmoe.training.callbacks import DataPosition, ExpertLoad
 from scmoe.training.collapse import PATIENCE
-from tests.distributed.test_ep_equality import RecordingModel, assemble, difference, tiny, train
-from tests.helpers import assert_close, randomise
+from tests.support.comparison import assemble, difference
+from tests.support.models import assert_close, randomise
+from tests.support.trainings import RecordingModel, tiny, train
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 

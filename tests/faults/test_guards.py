@@ -44,7 +44,7 @@ from scmoe.training import build
 from scmoe.training.build_model import build_model
 from scmoe.training.callbacks import DataPosition
 from scmoe.training.module import LanguageModel
-from tests.distributed.test_ep_equality import tiny
+from tests.support.trainings import tiny
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 

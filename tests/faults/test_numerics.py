@@ -33,8 +33,9 @@ from scmoe.testbed.ranks import run_ranks
 from scmoe.training import build
 from scmoe.training.callbacks import DataPosition
 from scmoe.training.module import LanguageModel
-from tests.distributed.test_ep_equality import RecordingModel, assemble, assert_same_bits, tiny
-from tests.distributed.test_negative_controls import Late, Shuffled, delayed
+from tests.support.comparison import assemble, assert_same_bits
+from tests.support.trainings import RecordingModel, tiny
+from tests.support.transfers import Late, Shuffled, delayed
 
 pytestmark = [
     *(pytest.mark.dist, pytest.mark.faults),

@@ -19,8 +19,8 @@ from scmoe.parallel.mesh import ParallelContext
 from scmoe.testbed.ranks import run_ranks
 from scmoe.training import build, logging, redact
 from scmoe.training.build_model import build_model, build_model_on_meta
-from tests.distributed.test_ep_equality import tiny
-from tests.smoke.test_train import CANARY, EXACT, TRAIN, rows_of, run
+from tests.support.commands import CANARY, EXACT, TRAIN, rows_of, run
+from tests.support.trainings import tiny
 
 pytestmark = [pytest.mark.faults]
 NOBODY = "http://127.0.0.1:9"  # no server listens at the port `discard`

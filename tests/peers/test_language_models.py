@@ -15,7 +15,7 @@ from scmoe.config import Config, load
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build_model import build_model_to_train
 from scmoe.training.pretrained import read_hf
-from tests.helpers import assert_close, gradients, randomise
+from tests.support.models import assert_close, gradients, randomise
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")
 pytestmark = pytest.mark.peers

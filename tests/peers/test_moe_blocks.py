@@ -27,7 +27,7 @@ from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.schedule.plan import Schedule
-from tests.helpers import assert_close, gradients, randomise
+from tests.support.models import assert_close, gradients, randomise
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")
 pytestmark = pytest.mark.peers

@@ -13,7 +13,7 @@ import torch
 from scmoe.config import Config, load
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build_model import build_model, build_model_on_meta
-from tests.helpers import assert_close, gradients, randomise
+from tests.support.models import assert_close, gradients, randomise
 
 pytest.importorskip("timm", reason="the extra `vision` is not installed: timm")
 import timm

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from scmoe.parallel.durable import newest_good, verify
-from tests.smoke.test_train import rows_of
+from tests.support.commands import rows_of
 
 pytestmark = [
     *(pytest.mark.smoke, pytest.mark.dist),

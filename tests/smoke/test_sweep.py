@@ -10,7 +10,7 @@ import pytest
 
 from experiments.runs import find_runs, open_run
 from scmoe.config import load
-from tests.smoke.test_train import run
+from tests.support.commands import run
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.timeout(600)]
 

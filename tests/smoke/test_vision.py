@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.smoke.test_train import ROOT, SUMMARY, TRAIN, Done, rows_of, run
+from tests.support.commands import ROOT, SUMMARY, TRAIN, Done, rows_of, run
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 

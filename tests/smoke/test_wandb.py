@@ -25,8 +25,8 @@ import yaml
 from experiments.sweep import run_online
 from experiments.sweep_config import read
 from scmoe.config_check import ConfigError
-from tests.smoke.test_train import ROOT
-from tests.wandb_server import KEY, WandbServer, wandb_server
+from tests.support.commands import ROOT
+from tests.support.wandb_server import KEY, WandbServer, wandb_server
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.timeout(600)]
 

@@ -9,7 +9,7 @@ import torch
 
 from scmoe.moe.activation import ACTIVATIONS
 from tests import reference
-from tests.helpers import assert_close
+from tests.support.models import assert_close
 
 
 def hidden() -> torch.Tensor:

@@ -12,7 +12,7 @@ from scmoe.config import load
 from scmoe.config_check import ConfigError
 from scmoe.training import build, logging
 from scmoe.training.analysis_callbacks import Analysis
-from tests.unit.test_gating import hooks
+from tests.support.models import hooks
 
 TINY = (
     *("model.layers=4", "model.dim=16", "model.heads=2", "moe.num_experts=4", "moe.architecture=dgmoe"),

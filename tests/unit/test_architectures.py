@@ -6,7 +6,15 @@ import pytest
 
 from scmoe.config import Config, load
 from scmoe.config_check import leaves
-from tests.architectures import EVERY_BLOCK, TABLES, overrides
+from tests.support import cases
+from tests.support.architectures import (
+    EVERY_BLOCK,
+    LANGUAGE_WITH_ORACLE,
+    SWIN_ON_RANKS,
+    SWIN_WITH_ORACLE,
+    TABLES,
+    overrides,
+)
 
 NAMED = (  # Tables 1 to 7 and A.7
     *("top-1", "top-2", "top-3", "shared-direct_add", "shared-cg1", "shared-cg2"),
@@ -29,18 +37,11 @@ def test_every_choice_of_the_config_is_in_a_row(field):
 
 
 def test_every_family_is_compared_for_every_row():
-    from tests.distributed import test_ep_equality
-    from tests.unit import test_reference_equality
-
     language = TABLES | EVERY_BLOCK
-    assert language.items() <= test_reference_equality.ARCHITECTURES.items(), "GPT and LLaMA with the oracle"
-    assert language.items() <= test_ep_equality.ARCHITECTURES.items(), "GPT on two ranks"
-    llama = {f"llama, {name}": f"{words} {test_ep_equality.LLAMA}" for name, words in language.items()}
-    assert llama.items() <= test_ep_equality.ARCHITECTURES.items(), "LLaMA on two ranks"
-    assert {f"{name}, EP 2" for name in (*language, *llama)} <= test_ep_equality.TWO.keys()
-    pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
-    from tests.distributed import test_swin_equality
-    from tests.unit import test_swin
-
-    assert TABLES.items() <= test_swin.ARCHITECTURES.items(), "SwinV2 with the oracle"
-    assert TABLES.items() <= test_swin_equality.ARCHITECTURES.items(), "SwinV2 on two ranks"
+    assert language.items() <= LANGUAGE_WITH_ORACLE.items(), "GPT and LLaMA with the oracle"
+    assert language.items() <= cases.ARCHITECTURES.items(), "GPT on two ranks"
+    llama = {f"llama, {name}": f"{words} {cases.LLAMA}" for name, words in language.items()}
+    assert llama.items() <= cases.ARCHITECTURES.items(), "LLaMA on two ranks"
+    assert {f"{name}, EP 2" for name in (*language, *llama)} <= cases.TWO.keys()
+    assert TABLES.items() <= SWIN_WITH_ORACLE.items(), "SwinV2 with the oracle"
+    assert TABLES.items() <= SWIN_ON_RANKS.items(), "SwinV2 on two ranks"

@@ -12,7 +12,8 @@ import torch
 
 from scmoe.moe.dispatcher import Blocking
 from scmoe.schedule.plan import WINDOWS, Schedule
-from tests.helpers import DIM, Log, recorded_shortcut_block
+from tests.support.models import DIM
+from tests.support.recording import Log, between, recorded_shortcut_block
 
 SLOTS = [(p, slot) for p in ("pos1", "pos2", "pos3") for slot in range(len(WINDOWS[p]) + 1)]
 every_slot = pytest.mark.parametrize(("position", "slot"), SLOTS)
@@ -26,12 +27,6 @@ def run(schedule: Schedule, capacity_factor: float | None, blocking=None) -> Log
     x_BSD = torch.randn(2, 6, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     block(x_BSD.requires_grad_()).y_BSD.square().sum().backward()
     return log
-
-
-def between(log: list[str], first: str, last: str) -> list[str]:
-    """Operators of the backbone and experts that begin or end between two events."""
-    part = log[log.index(first) + 1 : log.index(last)]
-    return [name.split()[0] for name in part if name.endswith(" end")]
 
 
 @every_slot

@@ -12,7 +12,7 @@ from scmoe.moe.balance import integer_sums, load_balance_loss, load_metrics, rou
 from scmoe.moe.layout import arrange
 from scmoe.tokens import RouterStats, Routing
 from tests import reference
-from tests.helpers import assert_close
+from tests.support.models import assert_close
 
 EXPERTS = 4
 

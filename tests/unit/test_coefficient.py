@@ -7,7 +7,7 @@ import torch
 
 from scmoe.moe.coefficient import COEFFICIENT_GATES
 from tests import reference
-from tests.helpers import DIM, assert_close, randomise
+from tests.support.models import DIM, assert_close, randomise
 
 
 def inputs() -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from scmoe.training import build
 from scmoe.training.callbacks import DataPosition, ExpertLoad
 from scmoe.training.collapse import PATIENCE, CollapseAlarm
-from tests.helpers import tiny
+from tests.support.models import tiny
 
 TOKENS = 100
 

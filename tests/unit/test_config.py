@@ -14,6 +14,7 @@ from scmoe.config import Config, LoggerConfig, flatten, load, resolve_ep_size, t
 from scmoe.config_check import WINDOW_LENGTHS, ConfigError, leaves
 from scmoe.config_help import catalogue, help_text
 from scmoe.schedule.plan import WINDOWS
+from tests.support.configs import IMPOSSIBLE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Hardware profiles, sweeps and tables are YAML of another shape.
@@ -143,65 +144,6 @@ def test_typo_names_key_and_nearest_key():
     assert refusal(None, "optim.lrr=1") == "command line: unknown key 'optim.lrr', did you mean optim.lr?"
     assert "did you mean optim.lr?" in refusal(None, "lr=1")
     assert "did you mean moe.top_k?" in refusal(None, "model.top_k=1")
-
-
-IMPOSSIBLE = [
-    ("model.dim", "model.dim=250"),
-    ("model.layers", "model.layers=3"),
-    ("model.layers", "model.layers=0"),
-    ("model.heads", "model.heads=-1"),
-    ("model.kv_heads", "model.kv_heads=3"),
-    ("model.heads", "model.family=llama model.dim=60"),
-    ("moe.renormalise", "moe.renormalise=false"),
-    ("init_from", "init_from=gpt2"),
-    ("model.ffn_dim", "model.ffn_dim=0"),
-    ("model.dropout", "model.dropout=1"),
-    ("model.dropout", "model.dropout=nan"),
-    ("moe.top_k", "moe.top_k=9"),
-    ("moe.capacity_factor", "moe.capacity_factor=0"),
-    ("moe.position", "moe.every=1"),
-    ("moe.first_position", "moe.every=1 moe.position=pos1 moe.first_position=pos2"),
-    ("moe.first_position", "moe.architecture=top_k moe.first_position=pos1"),
-    ("moe.tap_norm", "moe.architecture=shared_expert moe.tap_norm=shared"),
-    ("moe.top_k", "moe.architecture=dgmoe moe.top_k=2"),
-    ("moe.num_experts", "moe.architecture=dgmoe moe.num_experts=1"),
-    ("moe.combine", "moe.architecture=dgmoe moe.combine=cg2"),
-    ("moe.coefficient_input", "moe.architecture=dgmoe_share moe.coefficient_input=tap"),
-    ("moe.position", "moe.architecture=dgmoe moe.every=1 moe.position=pos2"),
-    ("model.layers", "moe.architecture=dgmoe_share model.layers=2"),
-    ("schedule.slot", "moe.architecture=dgmoe schedule.slot=3 moe.position=pos2"),
-    ("analysis.gating_every", "moe.architecture=dense analysis.gating_every=5"),
-    ("analysis.similarity_every", "trainer.compile=true analysis.similarity_every=5"),
-    ("schedule.slot", "schedule.slot=4"),
-    ("schedule.slot", "schedule.slot=-1"),
-    ("schedule.slot", "schedule.slot=3 moe.first_position=pos1"),
-    ("schedule.slot", "schedule.slot=1 moe.architecture=top_k"),
-    ("schedule.slot", "schedule.slot=2 moe.architecture=shared_expert"),
-    ("schedule.slot", "schedule.slot=0 moe.architecture=dense"),
-    ("schedule.chunks", "schedule.chunks=2 moe.architecture=dense"),
-    ("schedule.chunks", "schedule.chunks=0"),
-    ("strategy.ep_size", "strategy.ep_size=2"),
-    ("strategy.ep_size", "strategy.ep_size=3 trainer.devices=3 data.global_batch_size=3"),
-    ("strategy.ep_size", "strategy.ep_size=2 trainer.devices=2 moe.architecture=dense"),
-    ("strategy.timeout_s", "strategy.timeout_s=inf"),
-    ("data.global_batch_size", "data.global_batch_size=6 trainer.devices=2 trainer.accumulate=2"),
-    ("data.path", "data.name=text"),
-    ("data.path", "data.name=hf"),
-    ("data.path", "data.path=somewhere"),
-    ("data.subset", "data.subset=en"),
-    ("data.vocab_size", "data.tokenizer=gpt2"),
-    ("data.vocab_size", "data.vocab_size=256"),
-    ("data.seq_len", "data.seq_len=0"),
-    ("optim.lr", "optim.lr=0"),
-    ("optim.lr", "optim.lr=1e999"),
-    ("optim.beta2", "optim.beta2=1"),
-    ("optim.min_lr_ratio", "optim.min_lr_ratio=1.5"),
-    ("trainer.max_steps", "trainer.max_steps=0"),
-    ("seed", "seed=-1"),
-    ("name", "name=../x"),
-    ("name", "name=a/b"),
-    ("name", "name=.hidden"),
-]
 
 
 @pytest.mark.parametrize(("key", "overrides"), IMPOSSIBLE, ids=[overrides for _, overrides in IMPOSSIBLE])

@@ -23,7 +23,7 @@ from scmoe.testbed import exchanges
 from scmoe.testbed.overlap import Bench, Variant
 from scmoe.testbed.pairs import Setting
 from scmoe.testbed.ranks import run_ranks
-from tests.helpers import assert_close, gradients, randomise
+from tests.support.models import assert_close, gradients, randomise
 
 pytestmark = [
     pytest.mark.gpu,

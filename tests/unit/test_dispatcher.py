@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from scmoe.moe.dispatcher import Blocking, LocalDispatcher, Narrowed
-from tests.helpers import DIM, Log, RecordingDispatcher, gradients, tiny_stream
+from tests.support.models import DIM, gradients, tiny_stream
+from tests.support.recording import Log, RecordingDispatcher
 
 
 @pytest.mark.parametrize("dispatcher", (LocalDispatcher(), Blocking(LocalDispatcher())), ids=("local", "blocking"))

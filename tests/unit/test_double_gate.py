@@ -19,20 +19,8 @@ from scmoe.schedule.plan import Schedule
 from scmoe.training.build import build_module
 from scmoe.training.build_model import build_model
 from scmoe.training.report import count_parameters, total_and_active
-from tests.helpers import (
-    DIM,
-    EXPERTS,
-    Log,
-    Recorded,
-    RecordingDispatcher,
-    randomise,
-    tiny,
-    tiny_batch,
-    tiny_model,
-    tiny_stream,
-    tiny_sublayers,
-)
-from tests.unit.test_backward_order import between
+from tests.support.models import DIM, EXPERTS, randomise, tiny, tiny_batch, tiny_model, tiny_stream, tiny_sublayers
+from tests.support.recording import Log, Recorded, RecordingDispatcher, between
 
 
 def double_gate_block(schedule: Schedule, stream=None) -> DoubleGateBlock:

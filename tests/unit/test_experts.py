@@ -8,7 +8,7 @@ from torch import Tensor
 
 from scmoe.moe.experts import Experts, batched_mlps, best_way, grouped_mlps, mlps_in_turn
 from tests import reference
-from tests.helpers import assert_close, gradients, randomise
+from tests.support.models import assert_close, gradients, randomise
 
 DIM, FFN, EXPERTS = 16, 24, 4
 # Of the largest entry. float64: sums in another order. float32: the same. bfloat16 against a loop in float32 over the

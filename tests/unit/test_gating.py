@@ -14,12 +14,7 @@ from scmoe.config import load
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build_model import build_model
-from tests.helpers import assert_close, randomise, tiny, tiny_batch, tiny_model
-
-
-def hooks(model: nn.Module) -> int:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+from tests.support.models import assert_close, hooks, randomise, tiny, tiny_batch, tiny_model
 
 
 def test_quantities_by_hand():

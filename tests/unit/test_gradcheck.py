@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build_model import build_blocks
-from tests.helpers import randomise, tiny
+from tests.support.models import randomise, tiny
 
 BLOCKS = {
     "dense": "moe.architecture=dense",

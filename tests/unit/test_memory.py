@@ -13,8 +13,7 @@ from scmoe.analysis.memory import activations, narrow_copies, rank_memory
 from scmoe.config import Config, load
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build_model import build_model, build_model_on_meta
-from tests.helpers import tiny
-from tests.unit.test_model_cost import OneOfTwo
+from tests.support.models import OneOfTwo, tiny
 
 DTYPES = {"32-true": torch.float32, "64-true": torch.float64, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32}
 

@@ -21,7 +21,7 @@ from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build_model import build_model
 from scmoe.training.report import count_parameters, total_and_active
-from tests.helpers import tiny, tiny_batch, tiny_model
+from tests.support.models import OneOfTwo, tiny, tiny_batch, tiny_model
 
 MODELS = {
     "dense": "moe.architecture=dense",
@@ -112,13 +112,6 @@ def test_bytes_are_what_a_dispatcher_is_given(name, precision, dtype, autocast):
 
 
 # ---------------------------------------------------------------------- parameters
-
-
-class OneOfTwo(ParallelContext):
-    """A place among two ranks that never send anything."""
-
-    def dispatcher(self, num_experts, ceiling=None):
-        return LocalDispatcher()
 
 
 @pytest.mark.parametrize("name", MODELS)

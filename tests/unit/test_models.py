@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scmoe.models.gpt import generate
-from tests.helpers import assert_close, gradients, tiny, tiny_batch, tiny_model
+from tests.support.models import assert_close, gradients, tiny, tiny_batch, tiny_model
 
 FAMILIES = {"gpt": (), "llama": ("model.family=llama", "model.kv_heads=1")}
 

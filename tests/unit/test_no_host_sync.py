@@ -22,7 +22,7 @@ from scmoe.moe.stream import MoEStream
 from scmoe.parallel.dispatcher import AllToAllDispatcher
 from scmoe.schedule.plan import Schedule
 from scmoe.testbed.exchanges import free
-from tests.helpers import DIM, EXPERTS, FFN, tiny_sublayers
+from tests.support.models import DIM, EXPERTS, FFN, tiny_sublayers
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,8 @@ from scmoe.moe.router import Router
 from scmoe.parallel.planner import OPERATORS, measured
 from scmoe.schedule.plan import Schedule
 from scmoe.testbed.emulated import EmulatedExperts, EmulatedOperator
-from tests.helpers import DIM, EXPERTS, Log, gradients, randomise, recorded_shortcut_block, tiny_stream
+from tests.support.models import DIM, EXPERTS, gradients, randomise, tiny_stream
+from tests.support.recording import Log, recorded_shortcut_block
 
 CPU = torch.device("cpu")
 SCHEDULES = [Schedule("pos1", 2), Schedule("pos2", 1), Schedule("pos2", 2, chunks=2), Schedule("pos3", 0, chunks=3)]

@@ -11,8 +11,8 @@ from scmoe.config import load
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build_model import build_model, build_model_on_meta
 from scmoe.training.report import count_parameters, total_and_active
-from tests.architectures import TABLES, overrides
-from tests.helpers import randomise
+from tests.support.architectures import TABLES, overrides
+from tests.support.models import randomise
 
 MODELS = Path(__file__).parents[2] / "configs/model"
 LANGUAGE = ("gpt2_moe_small", "gpt2_moe_medium", "gpt3_moe_xl", "llama2_moe")

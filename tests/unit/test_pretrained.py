@@ -17,29 +17,16 @@ from scmoe.config import Config
 from scmoe.config_check import ConfigError, show
 from scmoe.parallel.export import FORMAT_VERSION
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build_model import build_model, build_model_to_train, model_settings, settings
+from scmoe.training.build_model import build_model, build_model_to_train, settings
 from scmoe.training.pretrained import READERS, read_export
 from scmoe.training.upcycle import fill
-from tests.helpers import assert_close, tiny, tiny_batch, tiny_model
+from tests.support.exports import FAMILIES, dense, export
+from tests.support.models import assert_close, tiny, tiny_batch, tiny_model
 
 LLAMA = {
     **{"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 64},
     **{"num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "hidden_act": "silu"},
 }
-FAMILIES = {"gpt": (), "llama": ("model.family=llama", "model.kv_heads=1")}
-
-
-def dense(family: str, *overrides: str) -> Config:
-    return tiny("moe.architecture=dense", *FAMILIES[family], *overrides)
-
-
-def export(config: Config, file: Path) -> torch.nn.Module:
-    """A model of random weights, as `make export` writes it."""
-    model = tiny_model(config)
-    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    header = {"format_version": FORMAT_VERSION, "settings": json.dumps(model_settings(config))}
-    save_file(weights, file, metadata=header)
-    return model
 
 
 def llama_folder(folder: Path, **changes) -> dict[str, torch.Tensor]:

@@ -13,30 +13,9 @@ import torch.nn.functional as F
 from scmoe.config import Config
 from scmoe.moe.balance import integer_sums, load_balance_loss, router_z_loss
 from tests import reference
-from tests.architectures import EVERY_BLOCK, TABLES, overrides
-from tests.helpers import assert_close, gradients, tiny, tiny_batch, tiny_model
+from tests.support.architectures import LANGUAGE_WITH_ORACLE, overrides
+from tests.support.models import assert_close, gradients, tiny, tiny_batch, tiny_model
 
-ARCHITECTURES = {
-    **TABLES,
-    **EVERY_BLOCK,
-    "shared-top-2": "architecture=shared_expert top_k=2",
-    "shared-top-3": "architecture=shared_expert top_k=3",
-    "pos1-cg2": "position=pos1 combine=cg2",
-    "pos3-cg2": "position=pos3 combine=cg2",
-    "pos1-reads-tap": "position=pos1 coefficient_input=tap",
-    "pos2-reads-tap-cg2": "position=pos2 coefficient_input=tap combine=cg2",
-    "pos1-shared-norm": "position=pos1 tap_norm=shared",
-    "pos2-shared-norm": "position=pos2 tap_norm=shared",
-    "pos3-shared-norm-reads-tap": "position=pos3 tap_norm=shared coefficient_input=tap",
-    "scmoe-every-block-top-3": "position=pos1 every=1 top_k=3",
-    "scmoe-2-pos1": "position=pos1 top_k=2",
-    "scmoe-2-pos3": "position=pos3 top_k=2",
-    "dgmoe-pos1": "architecture=dgmoe position=pos1",
-    "dgmoe-pos3": "architecture=dgmoe position=pos3",
-    "dgmoe-shared-norm": "architecture=dgmoe position=pos2 tap_norm=shared",
-    "dgmoe-every-block": "architecture=dgmoe position=pos1 every=1",
-    "dgmoe-share-of-three": "architecture=dgmoe_share position=pos3 model.layers=6",
-}
 CAPACITIES = ("null", "2.0", "1.0")
 LLAMA = ("model.family=llama", "model.heads=4", "model.kv_heads=2")
 
@@ -98,18 +77,18 @@ def check_against_oracle(config: Config) -> reference.Answer:
 
 
 @pytest.mark.parametrize("capacity", CAPACITIES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", LANGUAGE_WITH_ORACLE)
 def test_architecture_equals_oracle(architecture, capacity):
-    answer = check_against_oracle(config_of(ARCHITECTURES[architecture], f"moe.capacity_factor={capacity}"))
+    answer = check_against_oracle(config_of(LANGUAGE_WITH_ORACLE[architecture], f"moe.capacity_factor={capacity}"))
     if capacity == "null":
         assert sum(answer.dropped) == 0
     if capacity == "1.0":  # else the case would say nothing about drops
         assert sum(answer.dropped) > 0
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", LANGUAGE_WITH_ORACLE)
 def test_architecture_of_llama_equals_oracle(architecture):
-    check_against_oracle(config_of(ARCHITECTURES[architecture], "moe.capacity_factor=null", *LLAMA))
+    check_against_oracle(config_of(LANGUAGE_WITH_ORACLE[architecture], "moe.capacity_factor=null", *LLAMA))
 
 
 @pytest.mark.parametrize("family", [(), LLAMA, ("model.kv_heads=1",)], ids=("gpt", "llama", "gpt-one-kv-head"))
@@ -153,14 +132,14 @@ def test_schedule_changes_no_bit_over_slots_and_rounding_over_chunks(case, capac
 @pytest.mark.parametrize("capacity", CAPACITIES)
 def test_chunks_equal_oracle(capacity, chunks):
     check_against_oracle(
-        config_of(ARCHITECTURES["scmoe-2"], f"moe.capacity_factor={capacity}", f"schedule.chunks={chunks}")
+        config_of(LANGUAGE_WITH_ORACLE["scmoe-2"], f"moe.capacity_factor={capacity}", f"schedule.chunks={chunks}")
     )
 
 
 @pytest.mark.parametrize("architecture", ("top-2", "shared-cg2", "pos1", "pos2", "pos3", "scmoe-every-block", "dgmoe"))
 def test_padding_changes_no_logit(architecture):
     """The mask reaches every router: 8 tokens give the same with 4 of padding after them, and only 8 are counted."""
-    config = config_of(ARCHITECTURES[architecture], "moe.capacity_factor=null")
+    config = config_of(LANGUAGE_WITH_ORACLE[architecture], "moe.capacity_factor=null")
     model, (ids, _) = tiny_model(config), tiny_batch(config, 1)
     logits, stats = model(ids, torch.arange(12)[None] < 8)
     short_logits, short_stats = model(ids[:, :8])
@@ -200,7 +179,7 @@ def test_an_oracle_without_dgmoes_rule_is_told_apart(monkeypatch):
 
 
 def test_a_model_that_shares_no_module_is_told_apart():
-    config = config_of(ARCHITECTURES["dgmoe-share"], "moe.capacity_factor=null")
+    config = config_of(LANGUAGE_WITH_ORACLE["dgmoe-share"], "moe.capacity_factor=null")
     model = tiny_model(config_of("architecture=dgmoe position=pos2 model.layers=4", "moe.capacity_factor=null"))
     expected, _, _ = oracle(config, model)
     with pytest.raises(AssertionError, match="differs"):

@@ -7,7 +7,7 @@ import torch
 from scmoe.blocks.rotary import Rotary
 from scmoe.blocks.sublayers import Attention
 from tests import reference
-from tests.helpers import assert_close, randomise
+from tests.support.models import assert_close, randomise
 
 
 def draw(*shape: int) -> torch.Tensor:

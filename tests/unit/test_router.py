@@ -7,7 +7,7 @@ import torch
 
 from scmoe.moe.router import Router
 from tests import reference
-from tests.helpers import DIM, EXPERTS, assert_close, randomise
+from tests.support.models import DIM, EXPERTS, assert_close, randomise
 
 
 def router(top_k: int = 2, dtype: torch.dtype = torch.float64, **switches: bool) -> Router:

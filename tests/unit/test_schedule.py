@@ -15,7 +15,7 @@ from scmoe.blocks.sublayers import MLP
 from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.schedule.plan import WINDOWS, Schedule
-from tests.helpers import DIM, FFN, tiny_stream, tiny_sublayers
+from tests.support.models import DIM, FFN, tiny_stream, tiny_sublayers
 
 SLOTS = [(position, slot) for position, window in WINDOWS.items() for slot in range(len(window) + 1)]
 WITHOUT_DGMOE = [(p, s) for p, s in SLOTS if not p.startswith("dgmoe")]  # test_double_gate.py has its own

@@ -16,8 +16,7 @@ from scmoe.analysis.similarity import (
 from scmoe.config import load
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build_model import build_model
-from tests.helpers import assert_close, randomise, tiny, tiny_batch, tiny_model
-from tests.unit.test_gating import hooks
+from tests.support.models import assert_close, hooks, randomise, tiny, tiny_batch, tiny_model
 
 
 def test_cosines_by_hand():

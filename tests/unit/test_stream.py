@@ -11,7 +11,7 @@ from torch import Tensor
 from scmoe.moe.balance import integer_sums
 from scmoe.moe.stream import MoEStream
 from scmoe.tokens import MoEOutput
-from tests.helpers import DIM, EXPERTS, assert_close, gradients, tiny, tiny_batch, tiny_model, tiny_stream
+from tests.support.models import DIM, EXPERTS, assert_close, gradients, tiny, tiny_batch, tiny_model, tiny_stream
 
 MASK_BS = torch.tensor([[True] * 8 + [False] * 4, [True] * 3 + [False] * 9])
 

@@ -15,20 +15,9 @@ from hypothesis import strategies as st
 from experiments.sweep_axis import DISTRIBUTIONS, read_axis
 from experiments.sweep_config import read
 from scmoe.config_check import ConfigError
+from tests.support.sweeps import GOOD
 
 ROOT = Path(__file__).parents[2]
-GOOD = {
-    "program": "experiments/train.py",
-    "command": [
-        *("${env}", "${interpreter}", "-m", "experiments.train"),
-        *(str(ROOT / "configs/debug.yaml"), "trainer.max_steps=3", "${args_no_hyphens}"),
-    ],
-    "method": "random",
-    "metric": {"name": "val/loss", "goal": "minimize"},
-    "parameters": {"optim.lr": {"min": 1e-4, "max": 1e-2}, "moe.combine": {"values": ["cg1", "cg2"]}},
-    "early_terminate": {"type": "hyperband", "min_iter": 2},
-    "run_cap": 3,
-}
 NO_CONFIG = ["${env}", "${interpreter}", "-m", "experiments.train", "${args_no_hyphens}"]
 ENVIRONMENT = [*GOOD["command"][:5], "name=${envvar:HOME}", "${args_no_hyphens}"]
 

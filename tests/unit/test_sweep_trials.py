@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.smoke.test_train import Done, run
+from tests.support.commands import Done, run
 
 ROOT = Path(__file__).parents[2]
 SWEEP: dict[str, Any] = {
     "program": "experiments/train.py",
     "command": [
-        *("${interpreter}", "-m", "tests.toy_training", "0.01", "experiments.train"),
+        *("${interpreter}", "-m", "tests.support.toy_training", "0.01", "experiments.train"),
         *("configs/debug.yaml", "trainer.max_steps=6", "${args_no_hyphens}"),
     ],
     "method": "grid",

@@ -14,24 +14,14 @@ from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build_model import build_model, build_model_on_meta
 from scmoe.training.report import count_parameters, total_and_active
-from tests.architectures import EVERY_BLOCK, TABLES, overrides
-from tests.helpers import assert_close, gradients, randomise
 from tests.reference_swin import SwinSpec, swin
+from tests.support.architectures import SWIN_WITH_ORACLE, overrides
+from tests.support.models import assert_close, gradients, randomise
 
 TINY = (
     *("model.family=swin", "model.layers=2", "model.dim=8", "model.heads=1", "model.patch_size=2", "model.window=2"),
     *("moe.num_experts=4", "data.name=digits", "data.image_size=32", "data.num_classes=5"),
 )
-ARCHITECTURES = {
-    "dense": "architecture=dense",
-    **TABLES,
-    **EVERY_BLOCK,
-    "shared-cg2-top-2": "architecture=shared_expert combine=cg2 top_k=2",
-    "pos2-cg2-reads-tap": "position=pos2 combine=cg2 coefficient_input=tap",
-    "scmoe-2-pos1": "position=pos1 top_k=2",
-    "dgmoe-pos1": "architecture=dgmoe position=pos1",
-    "dgmoe-pos3": "architecture=dgmoe position=pos3",
-}
 
 
 def tiny(words: str, *further: str) -> Config:
@@ -69,10 +59,10 @@ TIGHT = ("top-2", "shared-cg2-top-2", "pos2", "scmoe-2", "dgmoe")
 
 
 @pytest.mark.parametrize(
-    "architecture, capacity", [(name, "null") for name in ARCHITECTURES] + [(name, "1.0") for name in TIGHT]
+    "architecture, capacity", [(name, "null") for name in SWIN_WITH_ORACLE] + [(name, "1.0") for name in TIGHT]
 )
 def test_architecture_equals_oracle(architecture, capacity):
-    config = tiny(ARCHITECTURES[architecture], f"moe.capacity_factor={capacity}")
+    config = tiny(SWIN_WITH_ORACLE[architecture], f"moe.capacity_factor={capacity}")
     model = randomise(build_model(config, ParallelContext()).double())
     logits, stats = model(images())
     balance = load_balance_loss(stats, integer_sums(stats)) if stats else None

@@ -1,12 +1,13 @@
-"""Test the tests: `python -m experiments.mutate [--only NAME ...] [--resume] [--list]` puts known bugs back in turn.
+"""This command tests the tests: it puts known bugs back, one after the other.
 
-Each bug of mutants.py goes into a copy of the tree, never into the tree itself, and the tests named with it run there.
-Two copies work beside each other, each on its share of the bugs. Caught: the tests fail (pytest's exit code 1; code 2,
-an import that breaks, would say nothing about the tests). Before, each copy runs all tests of its share without a bug:
-a test that fails anyway catches nothing. The last line on standard output is JSON.
+`python -m tests.mutation.mutate [--only NAME ...] [--resume] [--list]`. Each bug of tests/mutation/mutants goes into a
+copy of the tree, never into the tree itself, and the tests named with it run there. Two copies work at the same time,
+each on its share of the bugs. A bug is caught when the tests fail: pytest's exit code is 1. Code 2, an import that
+breaks, says nothing about the tests. Before, each copy runs all tests of its share without a bug, because a test that
+always fails catches nothing. The last line on standard output is JSON.
 
-Each result is kept as it comes, so a run that was broken off goes on with --resume, where no file has changed since.
-Ctrl-C and SIGTERM end the tests that run and remove the copies.
+Each result is saved at once. A run that was stopped continues with --resume if no file has changed since. Ctrl-C and
+SIGTERM end the running tests and remove the copies.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from experiments.mutants import MUTANTS, Mutant
+from tests.mutation.mutant import Mutant
+from tests.mutation.mutants import MUTANTS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n0"]
 PASSED, FAILED = 0, 1  # exit codes of pytest
 KEPT = ROOT / ".cache/mutate.json"
@@ -49,7 +51,7 @@ class Outcome(NamedTuple):
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mutate", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.mutation.mutate", description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants alone")
     parser.add_argument("--resume", action="store_true", help="keep what the last run of this tree has found")
     parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")

@@ -1,4 +1,4 @@
-"""The list of bugs that `make mutate` puts back keeps up with the source: each still applies, and names real tests."""
+"""Every mutant that `make mutate` uses still applies to the source and names tests that exist."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import mutate
-from experiments.mutants import MUTANTS, Mutant
-from experiments.mutate import Outcome, chosen, mutated
+from tests.mutation import mutate
+from tests.mutation.mutants import MUTANTS
+from tests.mutation.mutate import Outcome, chosen, mutated
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,19 +72,14 @@ def test_slow():
 RUN = """
 import os, signal, sys
 from pathlib import Path
-from experiments import mutate
-from tests.unit.test_mutants import bugs
+from tests.mutation import mutate
+from tests.mutation.mutant import Mutant
 mutate.ROOT, mutate.KEPT = Path.cwd(), Path.cwd() / ".cache/mutate.json"
-mutate.MUTANTS = bugs(sys.argv[1])
+changes = {"minus": "a - b", "times": "a * b", "the same": "b + a"}  # the tests catch two; the third changes nothing
+mutate.MUTANTS = tuple(Mutant(name, 0, "sums.py", "a + b", new, (sys.argv[1],)) for name, new in changes.items())
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that a script runs in the background inherit deafness
 raise SystemExit(mutate.main(sys.argv[2:]))
 """
-
-
-def bugs(test: str) -> tuple[Mutant, ...]:
-    """Two that the test would catch and one that changes nothing."""
-    changes = {"minus": "a - b", "times": "a * b", "the same": "b + a"}
-    return tuple(Mutant(name, 0, "sums.py", "a + b", new, (test,)) for name, new in changes.items())
 
 
 @pytest.fixture
@@ -102,7 +97,7 @@ def little(tmp_path):
 
 
 def start(tree: Path, test: str, *arguments: str) -> subprocess.Popen[str]:
-    """`python -m experiments.mutate` for that tree, its copies in a folder beside it."""
+    """Starts `python -m tests.mutation.mutate` for that tree. Its copies are in a folder beside the tree."""
     beside = {"PIDS": str(tree.parent / "pids"), "TMPDIR": str(tree.parent / "temporary"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", RUN, test, *arguments]
     return subprocess.Popen(

@@ -1,25 +1,23 @@
-"""A W&B server on 127.0.0.1 that keeps what it is sent, for tests of what really goes over the wire.
+"""This W&B server on 127.0.0.1 keeps what it receives, so that tests can see what is sent over the network.
 
-It answers the GraphQL operations, file streams and uploads of the W&B client and agent, and can be out of order:
-`answer` is "well", "error" (every request gets 500) or "nothing" (requests hang); `close` makes it gone.
+It answers the GraphQL operations, file streams and uploads of the W&B client and agent. It can also fail: `answer` is
+"well", "error" (every request gets 500) or "nothing" (requests hang). `close` stops it.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-import sys
 import threading
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from typing import Any, Literal
 
 import yaml
+
+from tests.support.wandb_http import Handler, Http
 
 KEY = "local-" + "k" * 40
 ENTITY = "me"
@@ -64,8 +62,8 @@ class WandbServer:
         self.stopped: set[str] = set()  # runs that the agent is told to stop
         self.requests: list[str] = []
         self.released = threading.Event()
-        handler = type("Handler", (_Handler,), {"server_state": self})
-        self.http = _Http(("127.0.0.1", 0), handler)
+        handler = type("BoundHandler", (Handler,), {"server_state": self})
+        self.http = Http(("127.0.0.1", 0), handler)
         self.thread = threading.Thread(target=self.http.serve_forever, daemon=True)
         self.thread.start()
 
@@ -247,66 +245,6 @@ def _bucket(run: Run) -> dict[str, Any]:
     described = {"displayName": run.name, "description": None, "notes": None, "sweepName": run.sweep}
     counts = {"historyLineCount": len(run.history)}
     return {"id": f"id-{run.name}", "name": run.name, "config": config, **described, **counts, **_project(run.project)}
-
-
-class _Http(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *_: Any) -> None:
-        """A client that breaks off is no news."""
-        if not isinstance(sys.exception(), ConnectionError):
-            traceback.print_exc()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server_state: WandbServer
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            body = b""
-            while size := int(self.rfile.readline().strip() or b"0", 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-        else:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        return gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
-
-    def _send(self, answer: dict[str, Any], code: int = 200) -> None:
-        body = json.dumps(answer).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def _handle(self) -> None:
-        state, body = self.server_state, self._body()
-        if state.answer == "error":
-            return self._send({"error": "out of order"}, 500)
-        if state.answer == "nothing":
-            state.released.wait(60)
-            self.close_connection = True
-            return None
-        if self.path.startswith("/graphql"):
-            request = json.loads(body)
-            match = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
-            operation = match[1] if match else "Viewer"
-            state.requests.append(operation)
-            return self._send({"data": state.graphql(operation, request.get("variables") or {})})
-        state.requests.append(self.path)
-        if match := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
-            state.stream(match[1], json.loads(body))
-            return self._send({"limits": {}})
-        if self.command == "PUT":
-            state.put(self.path, body)
-        return self._send({})
-
-    do_GET = do_POST = do_PUT = _handle
 
 
 @contextmanager

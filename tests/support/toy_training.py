@@ -1,6 +1,6 @@
-"""Stands in for experiments.train where a test is about the sweep around it: starts at once, learns nothing.
+"""This program replaces experiments.train in tests of the sweep around it: it starts at once and learns nothing.
 
-`python -m tests.toy_training SECONDS_PER_STEP experiments.train (CONFIG key=value ... | --resume RUN_DIR)`.
+`python -m tests.support.toy_training SECONDS_PER_STEP experiments.train (CONFIG key=value ... | --resume RUN_DIR)`.
 Its val/loss is |log10 lr + 2| + 1 / step. A learning rate above 1 fails; SIGTERM saves and exits with 143.
 """
 

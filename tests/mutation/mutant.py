@@ -1,0 +1,37 @@
+"""A mutant is a bug that was made before, here or elsewhere, with the tests that must catch it.
+
+`python -m tests.mutation.mutate` applies each mutant alone in a copy of the tree. A mutant replaces text that occurs
+exactly once in its file; tests/mutation/test_mutants.py fails when the text no longer does.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+UNIT, DIST, FAULTS = "tests/unit", "tests/distributed", "tests/faults"
+EP = f"{DIST}/test_negative_controls.py::test_nothing_broken_is_equal"  # two ranks against one, all gradients
+DP = f"{DIST}/test_strategy.py::test_in_another_layout_a_resumed_run_goes_the_same_way[2-ep_sizes0]"
+ORACLE = f"{UNIT}/test_reference_equality.py"
+KILLED = f"{UNIT}/test_durable.py::test_killed_at_any_call_the_old_one_or_the_new_one_is_there"
+MOE, PARALLEL, DATA = "scmoe/moe", "scmoe/parallel", "datamodules"
+
+
+class Mutant(NamedTuple):
+    """A mutant is one replacement in one file.
+
+    fault is its number in docs/faults.md, or 0 for a bug of the architecture. file is relative to the root. tests are
+    pytest's node ids.
+    """
+
+    name: str
+    fault: int
+    file: str
+    old: str = ""
+    new: str = ""
+    tests: tuple[str, ...] = ()
+
+    def replaces(self, old: str, new: str) -> Mutant:
+        return self._replace(old=old, new=new)
+
+    def caught_by(self, *tests: str) -> Mutant:
+        return self._replace(tests=tests)

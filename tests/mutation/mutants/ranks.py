@@ -1,0 +1,94 @@
+"""These bugs make several ranks compute something else than one process: transfers, gradients, seeds."""
+
+from __future__ import annotations
+
+from tests.mutation.mutant import DIST, DP, EP, FAULTS, MOE, ORACLE, PARALLEL, UNIT, Mutant
+
+MUTANTS = (
+    # ------------------------------------------------------------------ transfers
+    Mutant("buffer-not-held", 17, f"{PARALLEL}/all_to_all.py")
+    .replaces(
+        "            target, self.work = self.exchange(self.source, sent, received)\n",
+        "            target, self.work = self.exchange(self.source, sent, received)\n        self.source = None\n",
+    )
+    .caught_by(f"{FAULTS}/test_experts.py::test_17_buffers_are_held_until_the_wait_and_no_longer"),
+    Mutant("no-wait-forward", 18, f"{PARALLEL}/all_to_all.py")
+    .replaces("        transfer.finish()\n        return rows.view_as(rows)\n", "        return rows.view_as(rows)\n")
+    .caught_by(f"{DIST}/test_negative_controls.py::test_late_transfers_change_no_bit"),
+    Mutant("no-wait-backward", 18, f"{PARALLEL}/all_to_all.py")
+    .replaces("        transfer.finish()\n        grad, transfer.grad", "        grad, transfer.grad")
+    .caught_by(f"{DIST}/test_negative_controls.py::test_late_transfers_change_no_bit"),
+    Mutant("backward-waits-where-it-sends", 0, f"{PARALLEL}/all_to_all.py")
+    .replaces(
+        "        transfer.grad = transfer.launch(grad, backward=True)\n",
+        "        transfer.grad = transfer.launch(grad, backward=True)\n        transfer.work.wait()\n",
+    )
+    .caught_by(f"{DIST}/test_all_to_all.py::test_a_transfer_hides_behind_the_work_forward_and_backward"),
+    Mutant("rows-left-grouped-by-sender", 0, f"{PARALLEL}/dispatcher.py")
+    .replaces(
+        "labels.repeat_interleave(counts_from_e.flatten()).argsort(stable=True)",
+        "torch.arange(sum(received), device=labels.device)",
+    )
+    .caught_by(EP),
+    Mutant("ceiling-of-the-total", 31, f"{PARALLEL}/dispatcher.py")
+    .replaces("fair = sum(received) / len(received)", "fair = sum(received)")
+    .caught_by("tests/faults/test_guards.py::test_31_the_ceiling_is_of_the_fair_share"),
+    # ------------------------------------------------------------------ gradients over ranks
+    Mutant("no-1/EP", 21, f"{PARALLEL}/reducer.py")
+    .replaces("return grad / self.context.ep_size", "return grad")
+    .caught_by(EP),
+    Mutant("no-mean-over-EDP", 21, f"{PARALLEL}/reducer.py")
+    .replaces("            flat /= self.context.edp_size\n", "")
+    .caught_by(DP),
+    Mutant("no_sync-ignored", 0, f"{PARALLEL}/strategy.py")
+    .replaces("with super().block_backward_sync(), self.reducer.no_sync():", "with super().block_backward_sync():")
+    .caught_by(f"{DIST}/test_strategy.py::test_expert_gradients_are_sent_once_a_step[2]"),
+    Mutant("experts-given-to-DDP", 25, f"{PARALLEL}/strategy.py")
+    .replaces("        names.update(name for name, _ in expert_parameters(self.module))\n", "")
+    .caught_by(EP),
+    Mutant("norm-of-own-shards", 22, f"{PARALLEL}/expert_parallel.py")
+    .replaces(
+        "get_total_norm(sharded).square() / context.edp_size", "get_total_norm(sharded).square() / context.world_size"
+    )
+    .caught_by(EP),
+    Mutant("router-gradient-lost", 23, f"{MOE}/stream.py")
+    .replaces(
+        "rows_RD, state.routing.topk_weights_TK, state.layout)",
+        "rows_RD, state.routing.topk_weights_TK.detach(), state.layout)",
+    )
+    .caught_by(f"{ORACLE}::test_architecture_equals_oracle"),
+    Mutant("balance-loss-by-topology", 24, f"{MOE}/balance.py")
+    .replaces("score_sums_LE * world_size / tokens_L", "score_sums_LE / tokens_L")
+    .caught_by(f"{UNIT}/test_balance.py::test_mean_over_ranks_is_the_loss_of_the_global_batch"),
+    Mutant("balance-loss-of-own-tokens", 24, "scmoe/training/base.py")
+    .replaces("load_balance_loss(stats, load_sums_LE2, world_size)", "load_balance_loss(stats, integer_sums(stats), 1)")
+    .caught_by(EP),
+    Mutant("update-with-a-norm-that-is-not-finite", 27, f"{PARALLEL}/guard.py")
+    .replaces("        if torch.isfinite(norm):\n", "        if norm.numel() == 1:\n")
+    .caught_by("tests/faults/test_guards.py::test_27_one_process_too"),
+    Mutant("only-what-is-clipped-is-watched", 27, f"{PARALLEL}/update.py")
+    .replaces("if clip_val <= 0 or gradient_clip_algorithm", "if clip_val > 0 and gradient_clip_algorithm")
+    .caught_by(f"{FAULTS}/test_guards.py::test_27_a_module_that_does_not_clip_by_norm_is_watched_too[by nobody]"),
+    Mutant("who-steps-by-hand-is-not-watched", 27, f"{PARALLEL}/update.py")
+    .replaces(
+        "            self.clip_by_norm(optimizer, None)\n        elif",
+        "            assert optimizer is not None\n        elif",
+    )
+    .caught_by(f"{FAULTS}/test_guards.py::test_27_a_module_that_steps_by_hand_is_watched_too[output]"),
+    Mutant("clipping-past-the-strategy-let-through", 27, f"{PARALLEL}/update.py")
+    .replaces("        elif not self.guard.has_looked:\n", "        elif self.guard is None:\n")
+    .caught_by(f"{FAULTS}/test_guards.py::test_27_a_module_that_clips_by_other_means_is_refused[2]"),
+    # ------------------------------------------------------------------ seeding
+    Mutant("experts-drawn-by-local-id", 25, f"{MOE}/experts.py")
+    .replaces("in zip(self.expert_ids, weight, strict=True):", "in enumerate(weight):")
+    .caught_by(f"{UNIT}/test_experts.py::test_weights_do_not_depend_on_the_ep_degree"),
+    Mutant("experts-drawn-alike", 25, f"{MOE}/experts.py")
+    .replaces('f"{key}/{name}/{expert}"', 'f"{key}/{name}"')
+    .caught_by(f"{UNIT}/test_experts.py::test_every_expert_tensor_and_key_differs"),
+    Mutant("dense-weights-drawn-by-rank", 25, "scmoe/models/gpt.py")
+    .replaces('named_generator(f"{seed}/{name}")', 'named_generator(f"{seed + torch.distributed.get_rank()}/{name}")')
+    .caught_by(EP),
+    Mutant("ranks-drop-the-same-features", 25, f"{PARALLEL}/strategy.py")
+    .replaces(" % 2**62 + self.global_rank)", " % 2**62)")
+    .caught_by(f"{DIST}/test_ep_equality.py::test_ranks_drop_other_features"),
+)

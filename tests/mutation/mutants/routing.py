@@ -1,0 +1,85 @@
+"""These bugs route tokens wrongly, or run or plan the MoE layer wrongly."""
+
+from __future__ import annotations
+
+from tests.mutation.mutant import DIST, FAULTS, MOE, ORACLE, PARALLEL, UNIT, Mutant
+
+MUTANTS = (
+    # ------------------------------------------------------------------ routing
+    Mutant("logits-in-bf16", 28, f"{MOE}/router.py")
+    .replaces("x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))", "x_TD.to(torch.bfloat16)")
+    .caught_by(f"{UNIT}/test_router.py::test_bf16_never_reaches_the_logits"),
+    Mutant("router-under-autocast", 28, f"{MOE}/router.py")
+    .replaces("with torch.autocast(x_TD.device.type, enabled=False):", "with torch.enable_grad():")
+    .caught_by(f"{UNIT}/test_router.py::test_bf16_never_reaches_the_logits"),
+    Mutant("weights-not-renormalised", 0, f"{MOE}/router.py")
+    .replaces("self.renormalise = renormalise and top_k > 1", "self.renormalise = False")
+    .caught_by(f"{UNIT}/test_router.py::test_equals_the_oracle"),
+    Mutant("top-1-renormalised", 23, f"{MOE}/router.py")
+    .replaces("self.renormalise = renormalise and top_k > 1", "self.renormalise = renormalise")
+    .caught_by(f"{UNIT}/test_router.py::test_weights_and_their_gradient_for_the_gate"),
+    Mutant("last-come-first-served", 29, f"{MOE}/layout.py")
+    .replaces(
+        "order_N = ids_N.argsort(stable=True)", "order_N = ids_N.numel() - 1 - ids_N.flip(0).argsort(stable=True)"
+    )
+    .caught_by(f"{UNIT}/test_layout.py::test_exactly_the_oracles_copies_are_kept"),
+    Mutant("empty-slots-have-gradients", 29, f"{MOE}/layout.py")
+    .replaces(
+        "weights_R = _pick(weights_TK.reshape(-1, 1), copies_R)",
+        "weights_R = weights_TK.reshape(-1, 1)[copies_R.clamp(max=weights_TK.numel() - 1)]",
+    )
+    .caught_by(f"{FAULTS}/test_experts.py::test_29_ample_room_is_dropless_to_the_bit"),
+    Mutant("padding-counted-as-dropped", 29, f"{MOE}/balance.py")
+    .replaces("layout.num_dropped - (T - num_tokens) * K", "layout.num_dropped")
+    .caught_by(f"{UNIT}/test_balance.py::test_padding_is_left_out_of_every_sum"),
+    Mutant("padding-takes-slots", 30, f"{MOE}/router.py")
+    .replaces("topk_ids_TK = topk_ids_TK.where(mask_T[:, None], self.num_experts)", "topk_ids_TK = topk_ids_TK.clone()")
+    .caught_by(f"{UNIT}/test_stream.py::test_padding_does_not_change_which_copies_are_dropped"),
+    Mutant("padding-brings-slots", 30, f"{MOE}/stream.py")
+    .replaces("limit = None if mask_T is None else", "limit = None if factor else")
+    .caught_by(f"{UNIT}/test_stream.py::test_padding_does_not_change_which_copies_are_dropped"),
+    Mutant("no-rows-no-gradient", 20, f"{MOE}/layout.py")
+    .replaces("    if num_rows == 0:\n", "    if num_rows < 0:\n")
+    .caught_by(f"{UNIT}/test_stream.py::test_a_batch_of_padding_alone_gives_zeros"),
+    Mutant("collapse-forgiven", 26, "scmoe/training/collapse.py")
+    .replaces("self.windows.get(layer, 0) + 1 if collapsed else 0", "1 if collapsed else 0")
+    .caught_by(f"{UNIT}/test_collapse.py::test_a_collapsed_layer_is_named_once_with_its_expert_and_share"),
+    # ------------------------------------------------------------------ schedule
+    Mutant("slot-ignored", 0, "scmoe/blocks/shortcut.py")
+    .replaces("if slot == self.schedule.slot else state", "if slot == 0 else state")
+    .caught_by(f"{UNIT}/test_schedule.py::test_blocks_execute_the_operators_of_their_schedule"),
+    Mutant("chunks-put-together-backwards", 0, f"{MOE}/stream.py")
+    .replaces("torch.cat(chunks) if", "torch.cat(chunks[::-1]) if")
+    .caught_by(f"{ORACLE}::test_chunks_equal_oracle"),
+    # ------------------------------------------------------------------ planner
+    Mutant("planner-measures-other-chunks", 0, f"{PARALLEL}/planner.py")
+    .replaces("if fixed else set(chunk_counts))", "if fixed else {1, *chunk_counts})")
+    .caught_by(f"{DIST}/test_planner.py::test_a_fixed_number_of_chunks_is_kept_in_every_step_and_so_every_bit[2]"),
+    Mutant("planner-takes-the-slower", 0, f"{PARALLEL}/planner.py")
+    .replaces("return [min(zip(seconds", "return [max(zip(seconds")
+    .caught_by(
+        f"{DIST}/test_planner.py::test_of_two_chunk_counts_both_are_measured_then_tried_and_the_faster_is_taken"
+    ),
+    Mutant("planner-lets-times-drift", 0, f"{PARALLEL}/planner.py")
+    .replaces("self.drifted == DRIFTED_IN_TURN", "self.drifted < 0")
+    .caught_by(f"{DIST}/test_planner.py::test_times_that_drift_make_another_plan_on_all_ranks"),
+    Mutant("planner-leaves-transfers-waiting", 0, f"{PARALLEL}/planner.py")
+    .replaces("else self.own, blocking=False)", "else self.own, blocking=True)")
+    .caught_by(f"{DIST}/test_planner.py::test_a_closed_planner_leaves_nothing_on_the_blocks[4]"),
+    # ------------------------------------------------------------------ rows of the experts
+    Mutant("router-statistics-ask-the-host", 0, f"{MOE}/balance.py")
+    .replaces(
+        "ids_N.new_zeros(E + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))[:E]",
+        "torch.bincount(ids_N, minlength=E + 1)[:E]",
+    )
+    .caught_by(f"{UNIT}/test_no_host_sync.py::test_forward_and_backward_ask_the_host_for_nothing"),
+    Mutant("equal-numbers-counted-on-the-host", 0, f"{MOE}/experts.py")
+    .replaces("        return batched_mlps\n", "        return grouped_mlps\n")
+    .caught_by(f"{UNIT}/test_no_host_sync.py::test_forward_and_backward_ask_the_host_for_nothing"),
+    Mutant("wire-dtype-one-way", 0, f"{MOE}/dispatcher.py")
+    .replaces(
+        "_Widened(self.inner.combine(rows_RD.to(self.dtype), receipt), rows_RD.dtype)",
+        "self.inner.combine(rows_RD, receipt)",
+    )
+    .caught_by(f"{UNIT}/test_dispatcher.py::test_narrowed_rows_travel_in_their_type_and_are_rounded_once_each_way"),
+)

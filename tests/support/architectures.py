@@ -1,0 +1,71 @@
+"""This module lists every architecture of the paper's tables as words of the config.
+
+A word without a dot is a key of the section `moe`. `TABLES` has the rows of Tables 1 to 7 and of A.7; a row with CG-1
+has the name of its position alone.
+"""
+
+from __future__ import annotations
+
+TABLES = {
+    "top-1": "architecture=top_k top_k=1",
+    "top-2": "architecture=top_k top_k=2",
+    "top-3": "architecture=top_k top_k=3",
+    "shared-direct_add": "architecture=shared_expert combine=direct_add",
+    "shared-cg1": "architecture=shared_expert combine=cg1",
+    "shared-cg2": "architecture=shared_expert combine=cg2",
+    "pos1": "position=pos1",
+    "pos2": "position=pos2",
+    "pos3": "position=pos3",
+    "l0-pos1": "position=pos2 first_position=pos1 model.layers=4",
+    "pos1-direct_add": "position=pos1 combine=direct_add",
+    "pos2-direct_add": "position=pos2 combine=direct_add",
+    "pos3-direct_add": "position=pos3 combine=direct_add",
+    "pos2-cg2": "position=pos2 combine=cg2",
+    "scmoe-2": "position=pos2 top_k=2",
+    "dgmoe": "architecture=dgmoe position=pos2",
+    "dgmoe-share": "architecture=dgmoe_share position=pos2 model.layers=4",
+}
+EVERY_BLOCK = {  # LLaMA2-MoE, Table 2: the tap is always the block's own input, Pos-1
+    "top-2-every-block": "architecture=top_k top_k=2 every=1",
+    "shared-every-block": "architecture=shared_expert every=1",
+    "scmoe-every-block": "position=pos1 every=1",
+}
+
+# The architectures that each comparison goes through. Those of GPT and LLaMA on several ranks: tests/support/cases.py.
+LANGUAGE_WITH_ORACLE = {
+    **TABLES,
+    **EVERY_BLOCK,
+    "shared-top-2": "architecture=shared_expert top_k=2",
+    "shared-top-3": "architecture=shared_expert top_k=3",
+    "pos1-cg2": "position=pos1 combine=cg2",
+    "pos3-cg2": "position=pos3 combine=cg2",
+    "pos1-reads-tap": "position=pos1 coefficient_input=tap",
+    "pos2-reads-tap-cg2": "position=pos2 coefficient_input=tap combine=cg2",
+    "pos1-shared-norm": "position=pos1 tap_norm=shared",
+    "pos2-shared-norm": "position=pos2 tap_norm=shared",
+    "pos3-shared-norm-reads-tap": "position=pos3 tap_norm=shared coefficient_input=tap",
+    "scmoe-every-block-top-3": "position=pos1 every=1 top_k=3",
+    "scmoe-2-pos1": "position=pos1 top_k=2",
+    "scmoe-2-pos3": "position=pos3 top_k=2",
+    "dgmoe-pos1": "architecture=dgmoe position=pos1",
+    "dgmoe-pos3": "architecture=dgmoe position=pos3",
+    "dgmoe-shared-norm": "architecture=dgmoe position=pos2 tap_norm=shared",
+    "dgmoe-every-block": "architecture=dgmoe position=pos1 every=1",
+    "dgmoe-share-of-three": "architecture=dgmoe_share position=pos3 model.layers=6",
+}
+SWIN_WITH_ORACLE = {
+    "dense": "architecture=dense",
+    **TABLES,
+    **EVERY_BLOCK,
+    "shared-cg2-top-2": "architecture=shared_expert combine=cg2 top_k=2",
+    "pos2-cg2-reads-tap": "position=pos2 combine=cg2 coefficient_input=tap",
+    "scmoe-2-pos1": "position=pos1 top_k=2",
+    "dgmoe-pos1": "architecture=dgmoe position=pos1",
+    "dgmoe-pos3": "architecture=dgmoe position=pos3",
+}
+SWIN_ON_RANKS = {"dense": "architecture=dense", **TABLES}
+
+
+def overrides(words: str) -> list[str]:
+    """Returns words such as `top_k=2 model.layers=4` as the command line takes them."""
+    return [word if "." in word.partition("=")[0] else f"moe.{word}" for word in words.split()]

@@ -1,0 +1,60 @@
+"""These are the trainings that tests/distributed/test_ep_equality.py compares, by name, as words of the config."""
+
+from __future__ import annotations
+
+from tests.support.architectures import EVERY_BLOCK, TABLES
+
+ARCHITECTURES = TABLES | EVERY_BLOCK
+LLAMA = "model.family=llama model.heads=4 model.kv_heads=2"
+ARCHITECTURES |= {f"llama, {name}": f"{text} {LLAMA}" for name, text in ARCHITECTURES.items()}
+CLIP = 0.25  # below every norm of this model
+CLIPPED = f"trainer.accumulate=2 trainer.gradient_clip={CLIP}"
+ONE = {
+    **ARCHITECTURES,
+    "clipped": f"position=pos2 {CLIPPED}",
+    "clipped top-2": f"architecture=top_k top_k=2 {CLIPPED}",
+    "starved": "position=pos2 starved",
+}
+EP1, EP2, EP4 = (f"strategy.ep_size={ep_size}" for ep_size in (1, 2, 4))
+SLOTS = {  # (position, slot, chunks): its words
+    (position, slot, chunks): f"position={position} schedule.slot={slot} schedule.chunks={chunks}"
+    for chunks in (1, 2)
+    for position, slots in (("pos1", 3), ("pos2", 4), ("pos3", 5))
+    for slot in range(slots)
+}
+SEQUENTIAL = {(p, c): f"position={p} schedule.chunks={c} sequential" for p in ("pos1", "pos2", "pos3") for c in (1, 2)}
+CHUNKED = {  # in float32; in float64 all slots and chunks are compared with one process
+    (position, chunks): f"position={position} schedule.chunks={chunks} trainer.precision=32-true {EP2}"
+    for position in ("pos1", "pos2", "pos3")
+    for chunks in (1, 2, 4)
+}
+# case: (what one process calls it, its words)
+TWO = {
+    **{f"{name}, EP 2": (name, f"{text} {EP2}") for name, text in ONE.items()},
+    **{f"{name}, DP 2": (name, f"{ONE[name]} {EP1}") for name in ("pos2", "top-2", "clipped", "starved")},
+    **{f"{p}, slot {s}, chunks {c}": (p, f"{EP2} {text}") for (p, s, c), text in SLOTS.items()},
+    **{f"{p}, sequential, chunks {c}": (p, f"{EP2} {text}") for (p, c), text in SEQUENTIAL.items()},
+    # There are as many slots as tokens, so nothing is dropped.
+    "roomy": ("pos2", f"position=pos2 {EP2} capacity_factor=8"),
+    "roomy, chunks 2": ("pos2", f"position=pos2 {EP2} capacity_factor=8 schedule.chunks=2"),
+    "roomy top-2": ("top-2", f"architecture=top_k top_k=2 {EP2} capacity_factor=4"),
+}
+FOUR = {
+    **{f"{name}, EP 4": (name, f"{ONE[name]} {EP4}") for name in ("pos2", "top-2", "clipped", "starved")},
+    **{f"{name}, DP 2 x EP 2": (name, f"{ONE[name]} {EP2}") for name in ("pos2", "top-2", "clipped", "clipped top-2")},
+    "pos2, DP 4": ("pos2", f"position=pos2 {EP1}"),
+    **{f"{p}, slot {s}, chunks {c}": (p, f"{EP4} {text}") for (p, s, c), text in SLOTS.items()},
+    **{f"{p}, sequential, chunks {c}": (p, f"{EP4} {text}") for (p, c), text in SEQUENTIAL.items()},
+}
+OTHERS = {  # trainings of two ranks
+    **{f"{p}, fp32, chunks {c}": text for (p, c), text in CHUNKED.items()},
+    "wire": f"position=pos2 {EP2} trainer.precision=32-true strategy.wire_dtype=bfloat16",
+    "wire, sequential": f"position=pos2 {EP2} trainer.precision=32-true strategy.wire_dtype=bfloat16 sequential",
+    "tight, EP 2": f"position=pos2 {EP2} capacity_factor=1 schedule.chunks=2",
+    "tight, DP 2": f"position=pos2 {EP1} capacity_factor=1 schedule.chunks=2",
+    "bf16": f"position=pos2 {EP2} trainer.precision=bf16-mixed trainer.max_steps=2",
+    "fp32": f"position=pos2 {EP2} trainer.precision=32-true",
+    "starved fp32": f"position=pos2 starved {EP2} trainer.precision=32-true",
+    "starved bf16": f"position=pos2 starved {EP2} trainer.precision=bf16-mixed",
+    "dropout": f"position=pos2 {EP2} model.dropout=0.1",
+}

@@ -1,0 +1,106 @@
+"""This module makes tiny models, layers and batches, and compares tensors.
+
+Its weights are such that every term of the mathematics shows in the result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from scmoe.blocks.sublayers import MLP, Attention, Residual
+from scmoe.config import Config, load
+from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher
+from scmoe.moe.experts import Experts
+from scmoe.moe.router import Router
+from scmoe.moe.stream import MoEStream
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.training.build_model import build_model
+
+TINY = (
+    "model.layers=2",
+    "model.dim=16",
+    "model.heads=2",
+    "model.ffn_dim=24",
+    "moe.num_experts=6",
+    "data.name=synthetic",
+    "data.vocab_size=64",
+    "data.seq_len=12",
+)
+
+
+def tiny(*overrides: str) -> Config:
+    return load(None, [*TINY, *overrides])
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Sets weights such that every term shows: no bias is 0, no norm weight is 1, experts and gates differ."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        fresh = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        if "norm.weight" in name:
+            p.copy_(1 + 0.3 * fresh)
+        else:
+            p.copy_(fresh * (0.3 if p.dim() > 1 else 0.1))
+    return module
+
+
+def tiny_model(config: Config, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    return randomise(build_model(config, ParallelContext()).to(dtype), seed)
+
+
+def tiny_batch(config: Config, batch_size: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Returns input ids and labels [B, S]."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(config.data.vocab_size, (batch_size, config.data.seq_len + 1), generator=generator)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    """Returns a copy of every gradient. AssertionError: a parameter has none."""
+    missing = [name for name, p in module.named_parameters() if p.grad is None]
+    assert not missing, f"no gradient: {missing}"
+    return {name: p.grad.clone() for name, p in module.named_parameters()}
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12, what: str = "") -> None:
+    """Allows a difference of tolerance times the largest expected entry, or of tolerance if all entries are below 1."""
+    assert actual.shape == expected.shape, what
+    if actual.numel():
+        error = (actual - expected).abs().max().item() / max(1.0, expected.abs().max().item())
+        assert error <= tolerance, f"{what}: differs by {error:.1e}, allowed {tolerance:.0e}"
+
+
+DIM, FFN, EXPERTS = 16, 24, 6
+
+
+def tiny_stream(
+    top_k: int = 2,
+    capacity_factor: float | None = None,
+    chunks: int = 1,
+    dispatcher: Dispatcher | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> MoEStream:
+    router, experts = Router(DIM, EXPERTS, top_k), Experts(DIM, FFN, EXPERTS)
+    stream = MoEStream(router, experts, dispatcher or LocalDispatcher(), capacity_factor, chunks)
+    return randomise(stream.to(dtype), seed)
+
+
+def tiny_sublayers(dim: int = DIM) -> list[nn.Module]:
+    """Returns the sublayers of a pair: attention, MLP, attention."""
+    parts = [Attention(dim, 2), MLP(dim, FFN), Attention(dim, 2)]
+    return [Residual(nn.LayerNorm(dim), part) for part in parts]
+
+
+def hooks(model: nn.Module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+class OneOfTwo(ParallelContext):
+    """This is the context of one of two ranks; it sends nothing."""
+
+    def dispatcher(self, num_experts, ceiling=None):
+        return LocalDispatcher()

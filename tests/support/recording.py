@@ -1,0 +1,99 @@
+"""These dispatchers and modules record when they run, forward and backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from scmoe.blocks.shortcut import ShortcutBlock
+from scmoe.blocks.sublayers import MLP
+from scmoe.moe.coefficient import CG1
+from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher, Pending, Receipt
+from scmoe.schedule.plan import Schedule
+from tests.support.models import DIM, FFN, randomise, tiny_stream, tiny_sublayers
+
+
+class _Mark(Function):
+    """This identity function writes its name into a log when it runs forward and when it runs backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, name: str, log: Log) -> Tensor:
+        ctx.name, ctx.log = name, log
+        log.forward.append(name)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        ctx.log.backward.append(ctx.name)
+        return grad, None, None
+
+
+@dataclass
+class Log:
+    forward: list[str] = field(default_factory=list)
+    backward: list[str] = field(default_factory=list)
+
+    def mark(self, x: Tensor, name: str) -> Tensor:
+        return _Mark.apply(x, name, self)
+
+
+class Recorded(nn.Module):
+    """This module runs `inner`, with a mark before and after it."""
+
+    def __init__(self, name: str, inner: nn.Module, log: Log) -> None:
+        super().__init__()
+        self.name, self.inner, self.log = name, inner, log
+
+    def forward(self, x: Tensor, *rest) -> Tensor:
+        return self.log.mark(self.inner(self.log.mark(x, f"{self.name} begin"), *rest), f"{self.name} end")
+
+
+@dataclass(frozen=True)
+class RecordedPending:
+    inner: Pending
+    name: str
+    log: Log
+
+    def wait(self) -> Tensor:
+        return self.log.mark(self.inner.wait(), self.name)
+
+
+class RecordingDispatcher:
+    """This dispatcher marks where a transfer starts and where it is waited for: the two autograd nodes."""
+
+    def __init__(self, log: Log, inner: Dispatcher | None = None) -> None:
+        self.log, self.inner = log, inner or LocalDispatcher()
+        self.dispatches, self.combines = 0, 0
+
+    def dispatch(self, rows_RD: Tensor, counts_E: Tensor | None) -> tuple[Pending, Receipt]:
+        chunk, self.dispatches = self.dispatches, self.dispatches + 1
+        pending, receipt = self.inner.dispatch(self.log.mark(rows_RD, f"dispatch {chunk} start"), counts_E)
+        return RecordedPending(pending, f"dispatch {chunk} wait", self.log), receipt
+
+    def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
+        chunk, self.combines = self.combines, self.combines + 1
+        pending = self.inner.combine(self.log.mark(rows_RD, f"combine {chunk} start"), receipt)
+        return RecordedPending(pending, f"combine {chunk} wait", self.log)
+
+
+def recorded_shortcut_block(
+    schedule: Schedule, capacity_factor: float | None, log: Log, blocking=None
+) -> ShortcutBlock:
+    """Returns a ScMoE pair whose operators and transfers write into log. blocking: wraps the recording dispatcher."""
+    dispatcher = RecordingDispatcher(log)
+    stream = tiny_stream(2, capacity_factor, schedule.chunks, blocking(dispatcher) if blocking else dispatcher)
+    stream.experts = Recorded("experts", stream.experts, log)
+    names = ("attention", "mlp", "attention")
+    sublayers = [Recorded(name, sublayer, log) for name, sublayer in zip(names, tiny_sublayers(), strict=True)]
+    shared_expert = Recorded("shared_expert", MLP(DIM, FFN), log)
+    norms = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
+    block = ShortcutBlock(sublayers, *norms, shared_expert, CG1(DIM), stream, schedule)
+    return randomise(block.double(), seed=1)
+
+
+def between(log: list[str], first: str, last: str) -> list[str]:
+    """Returns the operators of the backbone and the experts that end between two events."""
+    part = log[log.index(first) + 1 : log.index(last)]
+    return [name.split()[0] for name in part if name.endswith(" end")]

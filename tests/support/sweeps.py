@@ -1,0 +1,19 @@
+"""This sweep file has every kind of key. Tests change one key at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+GOOD = {
+    "program": "experiments/train.py",
+    "command": [
+        *("${env}", "${interpreter}", "-m", "experiments.train"),
+        *(str(ROOT / "configs/debug.yaml"), "trainer.max_steps=3", "${args_no_hyphens}"),
+    ],
+    "method": "random",
+    "metric": {"name": "val/loss", "goal": "minimize"},
+    "parameters": {"optim.lr": {"min": 1e-4, "max": 1e-2}, "moe.combine": {"values": ["cg1", "cg2"]}},
+    "early_terminate": {"type": "hyperband", "min_iter": 2},
+    "run_cap": 3,
+}

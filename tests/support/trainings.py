@@ -1,0 +1,159 @@
+"""This module trains a tiny GPT on one rank of several and records what training computed.
+
+A training takes three SGD steps through the real Strategy and Trainer. AdamW would divide a wrong scale of a gradient
+out again. `run_ranks` runs `train` and `train_cases` on every rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from scmoe.config import Config, load
+from scmoe.moe.dispatcher import Blocking
+from scmoe.moe.experts import Experts
+from scmoe.moe.stream import MoEStream
+from scmoe.parallel.expert_parallel import expert_parameters
+from scmoe.training import build
+from scmoe.training.base import MoEModule
+from scmoe.training.build_model import build_model
+from scmoe.training.callbacks import DataPosition
+from scmoe.training.module import LanguageModel
+from tests.support.architectures import overrides
+
+TINY = (
+    *("model.layers=2", "model.dim=16", "model.heads=2", "model.ffn_dim=24"),
+    *("moe.num_experts=8", "moe.capacity_factor=null", "moe.load_balance_coef=0.1", "moe.z_loss_coef=0.01"),
+    *("data.name=synthetic", "data.vocab_size=64", "data.seq_len=16", "data.global_batch_size=8"),
+    *("optim.lr=0.1", "trainer.accelerator=cpu", "trainer.precision=64-true", "trainer.max_steps=3"),
+    *("trainer.gradient_clip=null", "trainer.progress=false", "trainer.threads=1"),
+)
+
+
+def tiny(text: str, world_size: int = 1) -> Config:
+    """Returns the config of words such as `moe.top_k=2`; `moe.` may be left out."""
+    return load(None, [*TINY, f"trainer.devices={world_size}", *overrides(text)])
+
+
+class Recording(MoEModule):
+    """This module trains with plain SGD, with weights such that every term shows, and records what training computed.
+
+    starved: the gate sends every token to the first half of the experts, whatever the token.
+    sequential: every transfer is waited for at once.
+    """
+
+    def __init__(self, config: Config, starved: bool = False, sequential: bool = False, **task: Any) -> None:
+        optim, trainer, moe = config.optim, config.trainer, config.moe
+        super().__init__(
+            lambda context: build_model(config, context),
+            max_steps=trainer.max_steps,
+            lr=optim.lr,
+            gradient_clip=trainer.gradient_clip,
+            load_balance_coef=moe.load_balance_coef,
+            z_loss_coef=moe.z_loss_coef,
+            **task,
+        )
+        self.starved, self.sequential = starved, sequential
+        self.outputs: list[Tensor] = []
+        self.logged: dict[str, list[Tensor]] = {"train/loss": [], "train/load_balance_loss": [], "train/grad_norm": []}
+        self.gradients: list[dict[str, Tensor | None]] = []
+        self.drawn: dict[str, Tensor] = {}
+        self.before: dict[str, Tensor] = {}
+        self.dropped: list[Tensor] = []
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            super().configure_model()
+            self.drawn = self.weights()
+            randomise(self.model)
+            if self.starved:
+                starve(self.model)
+            for stream in [m for m in self.model.modules() if isinstance(m, MoEStream) and self.sequential]:
+                stream.dispatcher = Blocking(stream.dispatcher)
+            self.model.register_forward_hook(lambda module, args, out: self.outputs.append(out[0].detach().clone()))
+            if hasattr(self.model, "dropout"):
+                self.model.dropout.register_forward_hook(lambda module, args, out: self.dropped.append(out == 0))
+
+    def configure_optimizers(self) -> Any:
+        self.before = self.weights()
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
+        return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, lambda step: 1.0)}
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        grads = {name: p.grad for name, p in self.model.named_parameters()}
+        self.gradients.append({name: None if g is None else g.clone() for name, g in grads.items()})
+        super().configure_gradient_clipping(*args, **kwargs)
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if name in self.logged:
+            self.logged[name].append(torch.as_tensor(value).clone())
+        super().log(name, value, *args, **kwargs)
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+
+class RecordingModel(Recording, LanguageModel):
+    pass
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module) -> None:
+    """Sets weights by the parameter's name alone, not its shard: no bias is 0, no norm weight is 1, experts differ."""
+    experts = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in expert_parameters(model)}
+    for name, p in model.named_parameters():
+        seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big")
+        shape, ids = p.shape, slice(None)
+        if name in experts:
+            module = experts[name]
+            assert isinstance(module, Experts)
+            shape, ids = (module.num_experts, *p.shape[1:]), slice(module.expert_ids.start, module.expert_ids.stop)
+        fresh = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)[ids]
+        p.copy_(1 + 0.3 * fresh if "norm.weight" in name else fresh * (0.3 if p.dim() > 1 else 0.1))
+
+
+@torch.no_grad()
+def starve(model: torch.nn.Module) -> None:
+    """Sends every token to the first half of the experts: feature 0 of the gates' input decides."""
+    for block in model.blocks:
+        block.tap_norm.weight[0], block.tap_norm.bias[0] = 0.0, 20.0
+        half = block.moe.router.num_experts // 2
+        block.moe.router.gate.weight[:, 0] = torch.tensor([0.2] * half + [-0.2] * half)
+
+
+def train(config: Config, module: Recording | None = None, **how: bool) -> dict[str, Any]:
+    """Trains on this rank and returns its record, with this rank's shards of the experts. how: of a RecordingModel."""
+    module = module or RecordingModel(config, **how)
+    trainer = build.build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
+    trainer.fit(module, build.build_datamodule(config))
+    return {
+        "logged": module.logged,
+        "outputs": module.outputs,
+        "gradients": module.gradients,
+        "dropped": module.dropped,
+        "drawn": module.drawn,
+        "before": module.before,
+        "after": module.weights(),
+        "experts": {name for name, _ in expert_parameters(module.model)},
+        "ep": (module.parallel_context.ep_rank, module.parallel_context.ep_size),
+    }
+
+
+def train_cases(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Returns one record per case, all in one start of the ranks. In a case `... starved` half of the experts get no
+    token; in a case `... sequential` every transfer is waited for at once."""
+    records = {}
+    for name, text in cases.items():
+        words = text.split()
+        try:
+            how = {word: word in words for word in ("starved", "sequential")}
+            records[name] = train(tiny(" ".join(w for w in words if w not in how), world_size), **how)
+        except BaseException as error:
+            error.add_note(f"case {name}: {text}")
+            raise
+    return records
