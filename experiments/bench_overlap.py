@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scmoe.schedule.cost import exposed_time, overlap_efficiency
-from scmoe.schedule.plan import Schedule
+from scmoe.schedule.schedule import Schedule
 from scmoe.testbed import links
 from scmoe.testbed.overlap import Variant, measure, schedule_name
 from scmoe.testbed.pairs import ROWS, Setting

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.runs import WIDTH, SeenRun, differences, open_run
-from scmoe.config_check import ConfigError
+from scmoe.config.fields import ConfigError
 
 PANELS = {"train/loss": "Training (single batches)", "val/loss": "Validation"}
 STYLES = ("-", "--", ":")  # for more runs than colours

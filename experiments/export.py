@@ -13,10 +13,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run", type=Path, help="a run's directory, such as runs/latest")
     parser.add_argument("--out", type=Path, help="default: RUN/export/model.safetensors; config.yaml goes beside it")
     options = parser.parse_args(arguments)
-    from scmoe.config import load
-    from scmoe.parallel.durable import newest_good
-    from scmoe.parallel.export import consolidate
-    from scmoe.training.build_model import model_settings
+    from scmoe.config.load import load
+    from scmoe.parallel.checkpoint.durable import newest_good
+    from scmoe.parallel.checkpoint.export import consolidate
+    from scmoe.training.init_from.settings import model_settings
 
     run_dir = options.run.resolve()
     out = options.out or run_dir / "export" / "model.safetensors"

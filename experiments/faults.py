@@ -32,13 +32,18 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from scmoe.config import Config, load
-from scmoe.parallel import checkpoint, durable
-from scmoe.parallel.expert_parallel import expert_parameters
+from scmoe.config.fields import Config
+from scmoe.config.load import load
+from scmoe.parallel.checkpoint import durable
+from scmoe.parallel.checkpoint.loading import load_checkpoint, load_model
+from scmoe.parallel.checkpoint.saving import Saving
+from scmoe.parallel.checkpoint.state import model_state, optimizer_state
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.shards import expert_parameters
 from scmoe.testbed.ranks import RankError, run_ranks
-from scmoe.training import build
-from scmoe.training.build_model import build_model
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_model, build_module
+from scmoe.training.build.trainer import build_callbacks, build_trainer, seed_everything
 
 EXPERTS = 8
 NEVER = "1000000"
@@ -100,13 +105,13 @@ def fit(config: Config, run_dir: Path, resume_from: Path | None = None) -> Any:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
-    build.seed_everything(config)
-    callbacks = build.build_callbacks(config, run_dir)
+    seed_everything(config)
+    callbacks = build_callbacks(config, run_dir)
     for callback in callbacks:
         if hasattr(callback, "save_top_k"):
             callback.save_top_k = -1
-    trainer = build.build_trainer(config, callbacks, [])
-    trainer.fit(build.build_module(config), build.build_datamodule(config), ckpt_path=resume_from, weights_only=True)
+    trainer = build_trainer(config, callbacks, [])
+    trainer.fit(build_module(config), build_datamodule(config), ckpt_path=resume_from, weights_only=True)
     return trainer
 
 
@@ -129,13 +134,13 @@ def state(trainer: Any, step: int) -> dict[str, Any]:
     module, context = trainer.lightning_module, trainer.strategy.context
     return {
         "global_step": step,
-        "state_dict": checkpoint.model_state(module, context),
-        "optimizer_states": [checkpoint.optimizer_state(module, trainer.optimizers[0], context)],
+        "state_dict": model_state(module, context),
+        "optimizer_states": [optimizer_state(module, trainer.optimizers[0], context)],
     }
 
 
 def save(trainer: Any, path: Path, step: int) -> None:
-    checkpoint.Saving(path, state(trainer, step), trainer.strategy.context, background=False).finish()
+    Saving(path, state(trainer, step), trainer.strategy.context, background=False).finish()
 
 
 def mark(trainer: Any, step: int) -> None:
@@ -147,7 +152,7 @@ def mark(trainer: Any, step: int) -> None:
 def save_marked(trainer: Any, path: Path, step: int, background: bool = False) -> None:
     """background: training has gone on to NEXT while the checkpoint was being written."""
     mark(trainer, step)
-    saving = checkpoint.Saving(path, state(trainer, step), trainer.strategy.context, background)
+    saving = Saving(path, state(trainer, step), trainer.strategy.context, background)
     if background:
         mark(trainer, NEXT)
     saving.finish()
@@ -237,7 +242,7 @@ def inspect(rank: int, world_size: int, folders: list[Path]) -> list[dict[str, i
             durable.newest_good(folder)  # before anybody has tidied up
             durable.sweep(folder)
             path = durable.newest_good(folder)
-            checkpoint.load(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
+            load_checkpoint(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
         except (FileNotFoundError, durable.BrokenCheckpoint):
             found.append({"lost": 1, "mixed": 0, "leftovers": len(os.listdir(folder)) - 1})
             continue
@@ -294,7 +299,7 @@ def flip(count: int) -> dict[str, int]:
         run_ranks(write_old, 2, Path(name))
         path, draw, refused = Path(name) / "checkpoints" / LAST, random.Random(0), 0
         model = build_model(tiny(1), ParallelContext())
-        checkpoint.load_model(path, model, "model.")
+        load_model(path, model, "model.")
         files = sorted(path.iterdir())
         for _ in progress(range(count), "flipping"):
             file = draw.choice(files)
@@ -303,11 +308,11 @@ def flip(count: int) -> dict[str, int]:
             content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
             file.write_bytes(content)
             try:
-                checkpoint.load_model(path, model, "model.")
+                load_model(path, model, "model.")
             except durable.BrokenCheckpoint as error:
                 refused += str(file) in str(error)
             file.write_bytes(whole)
-        checkpoint.load_model(path, model, "model.")
+        load_model(path, model, "model.")
     return {"flips": count, "refused": refused}
 
 
@@ -373,7 +378,7 @@ def read_all(rank: int, world_size: int, folder: Path, paths: list[Path]) -> lis
     for path in paths:
         for t in tensors(trainer).values():
             t.fill_(-1)
-        checkpoint.load(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
+        load_checkpoint(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
         found.append(shards(trainer))
     return found
 

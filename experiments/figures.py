@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from scmoe.schedule.cost import OperatorTimes, best_schedule, slots
-from scmoe.schedule.plan import Schedule
+from scmoe.schedule.schedule import Schedule
 from scmoe.schedule.timeline import COLORS, draw, play
 
 FOLDER = Path("docs/figures")

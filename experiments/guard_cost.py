@@ -15,12 +15,12 @@ import time
 import torch
 import torch.nn.functional as F
 
-from scmoe.config import load
-from scmoe.config_check import ConfigError
-from scmoe.parallel.expert_parallel import clip_grad_norm
-from scmoe.parallel.guard import Guard
+from scmoe.config.fields import ConfigError
+from scmoe.config.load import load
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build_model import build_model
+from scmoe.parallel.update.clipping import clip_grad_norm
+from scmoe.parallel.update.guard import Guard
+from scmoe.training.build.model import build_model
 
 ROUNDS, WARM_UP = 15, 2
 SIZE = ("data.name=synthetic", "data.seq_len=128", "data.vocab_size=4096", "model.layers=4", "model.dim=256")

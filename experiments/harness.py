@@ -20,7 +20,7 @@ from subprocess import Popen
 from typing import IO, Any
 
 from experiments.table_runs import Run, State, fraction, keep, outcome, state_of
-from scmoe.config_check import ConfigError
+from scmoe.config.fields import ConfigError
 
 TRAIN = (sys.executable, "-m", "experiments.train")
 GRACE_S = 60.0  # for a run that is asked to stop: the checkpoint it writes

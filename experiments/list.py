@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from scmoe.config_help import catalogue
+from scmoe.config.help import catalogue
 
 
 def main(arguments: list[str]) -> int:

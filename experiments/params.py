@@ -14,8 +14,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from scmoe.config import load
-from scmoe.config_check import ConfigError
+from scmoe.config.fields import ConfigError
+from scmoe.config.load import load
 
 PRESETS = Path("configs/model")
 # Positions share a row: a tap's norm has the same size everywhere. So do CG-1, CG-2 and Direct Add, to 2 D a module.
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from scmoe.training.report import console
+    from scmoe.training.run.report import console
 
     console().print(table(counts))
     print(json.dumps(counts))
@@ -57,8 +57,8 @@ def main(arguments: list[str]) -> int:
 
 
 def count(preset: str, architecture: str) -> dict[str, int]:
-    from scmoe.training.build_model import build_model_on_meta
-    from scmoe.training.report import count_parameters, total_and_active
+    from scmoe.training.build.model import build_model_on_meta
+    from scmoe.training.run.report import count_parameters, total_and_active
 
     config = load(PRESETS / f"{preset}.yaml", ARCHITECTURES[architecture].split())
     total, active = total_and_active(count_parameters(build_model_on_meta(config)))

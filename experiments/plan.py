@@ -14,8 +14,9 @@ from typing import Any
 
 from rich.table import Table
 
-from scmoe.config import Config, load, resolve_ep_size
-from scmoe.config_check import ConfigError
+from scmoe.config.fields import Config, ConfigError
+from scmoe.config.load import load
+from scmoe.config.rules import resolve_ep_size
 
 USAGE = "usage: python -m experiments.plan CONFIG [ep=N] [dp=N] [key=value ...]"
 RANKS = ("trainer.devices", "trainer.num_nodes", "strategy.ep_size")  # what ep and dp say
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from scmoe.training.report import console
+    from scmoe.training.run.report import console
 
     console().print(table(facts))
     print(json.dumps(facts))
@@ -77,8 +78,8 @@ def plan(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
         transfer_bytes,
     )
     from scmoe.analysis.memory import rank_memory
-    from scmoe.training.build_model import build_model_on_meta
-    from scmoe.training.report import count_parameters, total_and_active
+    from scmoe.training.build.model import build_model_on_meta
+    from scmoe.training.run.report import count_parameters, total_and_active
 
     trainer, data = config.trainer, config.data
     model = build_model_on_meta(config)

@@ -26,10 +26,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from scmoe.config import Config, flatten, to_yaml
-from scmoe.config_check import ConfigError
-from scmoe.config_yaml import parse_yaml
-from scmoe.training.run_state import read_state
+from scmoe.config.fields import Config, ConfigError, flatten
+from scmoe.config.load import parse_yaml, to_yaml
+from scmoe.training.run.state import read_state
 
 WIDTH = 1000  # where there is no terminal: a line a run, however long, so that it can be searched and copied
 COLORS = {"finished": "green", "running": "cyan", "failed": "red", "cut": "yellow"}

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from scmoe.config_check import ConfigError
+from scmoe.config.fields import ConfigError
 
 
 def main(arguments: list[str]) -> int:
@@ -36,17 +36,17 @@ def sample(options: argparse.Namespace) -> list[str]:
     import torch
 
     from datamodules.text import TextDataModule
-    from scmoe.config import load
-    from scmoe.models.gpt import generate
-    from scmoe.parallel.checkpoint import load_model
-    from scmoe.parallel.durable import newest_good
+    from scmoe.config.load import load
+    from scmoe.models.decoder import generate
+    from scmoe.parallel.checkpoint.durable import newest_good
+    from scmoe.parallel.checkpoint.loading import load_model
     from scmoe.parallel.mesh import ParallelContext
-    from scmoe.training import build
-    from scmoe.training.build_model import build_model
+    from scmoe.training.build.data import build_datamodule
+    from scmoe.training.build.model import build_model
 
     run_dir = options.run.resolve()
     config = load(run_dir / "config.yaml")
-    data = build.build_datamodule(config)
+    data = build_datamodule(config)
     if not isinstance(data, TextDataModule):
         raise ConfigError(f"{options.run} was trained on {config.data.name} data, which is no text")
     data.prepare_data()

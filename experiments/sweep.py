@@ -29,7 +29,7 @@ from experiments.sweep_config import Sweep, read
 from experiments.sweep_report import rich_table, write_report
 from experiments.sweep_search import Trial, best, total
 from experiments.sweep_trials import Interrupted, kept, run_trials
-from scmoe.config_check import ConfigError
+from scmoe.config.fields import ConfigError
 
 USAGE = "usage: python -m experiments.sweep FILE [--local] [key=value ...]\n"
 
@@ -54,7 +54,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _has_key() -> bool:
-    from scmoe.training.logging import has_wandb_key  # here: a wrong file is answered without waiting for torch
+    from scmoe.training.run.wandb_logger import (
+        has_wandb_key,  # here: a wrong file is answered without waiting for torch
+    )
 
     return has_wandb_key()
 

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from statistics import NormalDist
 from typing import Any
 
-from scmoe.config_check import ConfigError, show
+from scmoe.config.fields import ConfigError, show
 
 # Keys of each distribution beside its name: those that must be there, and those that have a default.
 BOUNDS, NORMAL = ("min max", ""), ("", "mu sigma")

@@ -18,8 +18,9 @@ from typing import Any
 import yaml
 
 from experiments.sweep_axis import Axis, is_int, is_number, only, read_axis, refusal
-from scmoe.config import Config, flatten, load
-from scmoe.config_check import NAME, ConfigError, show
+from scmoe.config.fields import Config, ConfigError, flatten, show
+from scmoe.config.load import load
+from scmoe.config.rules import NAME
 
 KEYS = [
     *("name", "description", "program", "command", "project", "entity", "method", "metric", "parameters"),

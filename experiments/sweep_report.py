@@ -16,7 +16,7 @@ from rich.text import Text
 
 from experiments.sweep_config import Sweep, words
 from experiments.sweep_search import Trial, best
-from scmoe.config import load, to_yaml
+from scmoe.config.load import load, to_yaml
 
 NUMBERED = 12  # as many trials the chart names by their numbers
 COLORS = {"finished": "#1b6ca8", "stopped": "#8a817c", "failed": "#c1292e", "best": "#e09f3e"}

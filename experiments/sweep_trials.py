@@ -24,8 +24,8 @@ from typing import IO, Any
 from experiments.harness import lock_of
 from experiments.sweep_config import Sweep, words
 from experiments.sweep_search import Trial, hopeless, propose
-from scmoe.config_check import ConfigError
-from scmoe.parallel.durable import write_durably
+from scmoe.config.fields import ConfigError
+from scmoe.parallel.checkpoint.durable import write_durably
 
 GRACE_S = 60.0  # for a trial that is asked to stop: the checkpoint it writes
 POLL_S = 0.2

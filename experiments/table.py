@@ -21,8 +21,8 @@ from experiments.table_config import Table, load_table
 from experiments.table_launch import write_launch_files
 from experiments.table_report import write_report
 from experiments.table_runs import Run, plan, state_of
-from scmoe.config import load
-from scmoe.config_check import ConfigError
+from scmoe.config.fields import ConfigError
+from scmoe.config.load import load
 
 SAY_EVERY_S = 60.0  # how far it is, where no terminal shows it
 

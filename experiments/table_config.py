@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scmoe.config_check import ConfigError
-from scmoe.config_yaml import parse_yaml
+from scmoe.config.fields import ConfigError
+from scmoe.config.load import parse_yaml
 
 FOLDER = Path("configs/experiment")
 

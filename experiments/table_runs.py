@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.table_config import Row, Scale, Table
-from scmoe.config import Config, flatten, load, to_yaml
-from scmoe.config_check import ConfigError
-from scmoe.config_yaml import parse_yaml
-from scmoe.parallel.durable import write_durably
+from scmoe.config.fields import Config, ConfigError, flatten
+from scmoe.config.load import load, parse_yaml, to_yaml
+from scmoe.parallel.checkpoint.durable import write_durably
 
 STOPPED = (143, -signal.SIGTERM, -signal.SIGINT)  # what a run ends with that was asked to stop
 OWN = ("model.", "moe.", "schedule.", "name")  # what a row may have for itself

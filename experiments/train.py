@@ -9,10 +9,10 @@ import json
 import sys
 from pathlib import Path
 
-from scmoe.config import Config, load
-from scmoe.config_check import ConfigError
-from scmoe.config_help import help_text
-from scmoe.parallel.durable import checkpoints
+from scmoe.config.fields import Config, ConfigError
+from scmoe.config.help import help_text
+from scmoe.config.load import load
+from scmoe.parallel.checkpoint.durable import checkpoints
 
 USAGE = """\
 usage: python -m experiments.train CONFIG [key=value ...]
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from scmoe.training.run import train  # here: a wrong request is answered without waiting for torch
+    from scmoe.training.run.train import train  # here: a wrong request is answered without waiting for torch
 
     try:
         summary = train(config, overrides, run_dir)

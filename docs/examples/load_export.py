@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from scmoe.config import load
-from scmoe.parallel.export import load_weights
+from scmoe.config.load import load
+from scmoe.parallel.checkpoint.export import load_weights
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build_model import build_model
+from scmoe.training.build.model import build_model
 
 
 def load_export(file: Path) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scmoe.moe.operators import Operators
 from scmoe.moe.stream import MoEStream
-from scmoe.schedule.plan import SUBLAYERS, Schedule
+from scmoe.schedule.schedule import SUBLAYERS, Schedule
 from scmoe.tokens import MoEOutput
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from scmoe.models.gpt import LMOutput, check_length, init_gpt_weights, run_blocks
+from scmoe.models.decoder import LMOutput, check_length, init_gpt_weights, run_blocks
 
 NORM_EPS = 1e-5  # of every RMSNorm
 

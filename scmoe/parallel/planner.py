@@ -36,7 +36,7 @@ from scmoe.schedule.cost import (
     overlap_efficiency,
     slots,
 )
-from scmoe.schedule.plan import Schedule
+from scmoe.schedule.schedule import Schedule
 from scmoe.schedule.timeline import TRANSFERS
 
 STREAM = ("route", "encode", "dispatch", "experts", "combine", "decode")

@@ -27,25 +27,27 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from scmoe.parallel import checkpoint, durable
-from scmoe.parallel.absent import note_absent, take_along
-from scmoe.parallel.debug import CompareCollectives
-from scmoe.parallel.even import check_even
-from scmoe.parallel.expert_parallel import expert_parameters
-from scmoe.parallel.guard import Guard
-from scmoe.parallel.mesh import ParallelContext, build_context, use_loopback_for_gloo
-from scmoe.parallel.poll import Poll
-from scmoe.parallel.progress import (
+from scmoe.parallel.checkpoint import durable
+from scmoe.parallel.checkpoint.loading import load_checkpoint
+from scmoe.parallel.checkpoint.random_state import set_rng_states
+from scmoe.parallel.checkpoint.saving import Saving
+from scmoe.parallel.checkpoint.state import model_state, optimizer_state
+from scmoe.parallel.job.debug import CompareCollectives
+from scmoe.parallel.job.even_batches import check_even
+from scmoe.parallel.job.roll_call import note_absent, take_along
+from scmoe.parallel.job.stopping import EXIT_CODE, Poll, StopSignal
+from scmoe.parallel.lightning_seam import (
     accumulated_batches,
     begin_validation_anew,
     is_fitting,
     note_saved_step,
     refuse_between_batches_of_a_step,
 )
-from scmoe.parallel.random_state import set_rng_states
-from scmoe.parallel.reducer import ExpertGradientReducer
-from scmoe.parallel.stop import EXIT_CODE, StopSignal
-from scmoe.parallel.update import GuardedUpdate
+from scmoe.parallel.mesh import ParallelContext, build_context, use_loopback_for_gloo
+from scmoe.parallel.shards import expert_parameters
+from scmoe.parallel.update.clipping import GuardedUpdate
+from scmoe.parallel.update.guard import Guard
+from scmoe.parallel.update.reducer import ExpertGradientReducer
 
 
 class ExpertParallelStrategy(DDPStrategy):
@@ -83,8 +85,8 @@ class ExpertParallelStrategy(DDPStrategy):
         self.guard: Guard | None = None
         self.stop: StopSignal | None = None
         self.poll: Poll | None = None
-        self.saving: checkpoint.Saving | None = None
-        self.saving_asked_about: checkpoint.Saving | None = None
+        self.saving: Saving | None = None
+        self.saving_asked_about: Saving | None = None
         self.outdated: list[Any] = []  # checkpoints to remove once the one that replaces them is whole
         self.rng_states: dict[str, Tensor] | None = None
         self.trained: Any = None  # the module that has the weights of its last step of training, with this optimizer
@@ -182,7 +184,7 @@ class ExpertParallelStrategy(DDPStrategy):
         refuse_between_batches_of_a_step(self.module.trainer)
         self.finish_saving()
         path = Path(self.broadcast(filepath))
-        self.saving = checkpoint.Saving(path, state, self.context, self.async_checkpoint, self.full_checkpoint)
+        self.saving = Saving(path, state, self.context, self.async_checkpoint, self.full_checkpoint)
         if not self.async_checkpoint:
             self.finish_saving()
 
@@ -203,11 +205,11 @@ class ExpertParallelStrategy(DDPStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.context is not None
-        return checkpoint.model_state(self.module, self.context)
+        return model_state(self.module, self.context)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         assert self.context is not None
-        return checkpoint.optimizer_state(self.module, optimizer, self.context)
+        return optimizer_state(self.module, optimizer, self.context)
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -219,7 +221,7 @@ class ExpertParallelStrategy(DDPStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         assert self.context is not None
-        state = checkpoint.load(Path(self.broadcast(checkpoint_path)), self.module, self.optimizers, self.context)
+        state = load_checkpoint(Path(self.broadcast(checkpoint_path)), self.module, self.optimizers, self.context)
         self.rng_states = state.pop("rng_states", None)
         if not is_fitting(self.module.trainer):
             self.trained = None

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from scmoe.schedule.plan import Schedule
+from scmoe.schedule.schedule import Schedule
 from scmoe.schedule.timeline import elapsed, play
 
 PER_CHUNK = ("dispatch", "experts", "combine")

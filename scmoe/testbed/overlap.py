@@ -25,10 +25,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from scmoe.moe.dispatcher import Blocking
 from scmoe.parallel.dispatcher import AllToAllDispatcher
-from scmoe.parallel.expert_parallel import expert_parameters
 from scmoe.parallel.planner import Plan, Planner
+from scmoe.parallel.shards import expert_parameters
 from scmoe.schedule.cost import slots
-from scmoe.schedule.plan import Schedule
+from scmoe.schedule.schedule import Schedule
 from scmoe.testbed import exchanges, links
 from scmoe.testbed.pairs import ROWS, Setting, Stack, Step, make_block
 

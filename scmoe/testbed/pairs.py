@@ -19,8 +19,8 @@ from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.dispatcher import AllToAllDispatcher
-from scmoe.parallel.expert_parallel import expert_parameters
-from scmoe.schedule.plan import Schedule
+from scmoe.parallel.shards import expert_parameters
+from scmoe.schedule.schedule import Schedule
 from scmoe.testbed.emulated import EmulatedExperts, EmulatedOperator
 
 CHUNKS = (2, 4)

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from scmoe.parallel.mesh import use_loopback_for_gloo
 from scmoe.testbed import links
 
-PRELOADED = ["torch", "torch.distributed", "lightning.pytorch", "scmoe.training.build", __name__]
+PRELOADED = ["torch", "torch.distributed", "lightning.pytorch", "scmoe.training.build.trainer", __name__]
 GRACE_S = 0.5  # after a first failure, for others that failed at the same time to say so
 
 

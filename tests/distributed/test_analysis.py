@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scmoe.config import load
+from scmoe.config.load import load
 from scmoe.testbed.ranks import run_ranks
-from scmoe.training import build
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_module
+from scmoe.training.build.trainer import build_callbacks, build_trainer
 from tests.support.architectures import overrides
 
 pytestmark = pytest.mark.dist
@@ -44,9 +46,9 @@ def measure(rank: int, world_size: int, folder: Path) -> None:
         run_dir = folder / str(world_size) / name
         if rank == 0:
             run_dir.mkdir(parents=True)
-        callbacks = build.build_callbacks(config, run_dir if rank == 0 else None)
-        trainer = build.build_trainer(config, callbacks, [])
-        trainer.fit(build.build_module(config), build.build_datamodule(config))
+        callbacks = build_callbacks(config, run_dir if rank == 0 else None)
+        trainer = build_trainer(config, callbacks, [])
+        trainer.fit(build_module(config), build_datamodule(config))
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,15 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from scmoe.parallel import durable
-from scmoe.parallel.checkpoint import load_model
+from scmoe.parallel.checkpoint import durable
+from scmoe.parallel.checkpoint.loading import load_model
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.testbed.ranks import run_ranks
-from scmoe.training import build
-from scmoe.training.build_model import build_model
-from scmoe.training.callbacks import DataPosition
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_model, build_module
+from scmoe.training.build.trainer import build_trainer
+from scmoe.training.callbacks.data_position import DataPosition
 from tests.support.trainings import tiny
 
 pytestmark = pytest.mark.dist
@@ -49,12 +50,12 @@ def train(rank, world_size, folder, background):
 
     slow_writer(SLOW_S if background else 0)
     config = tiny(f"position=pos2 top_k=2 trainer.max_steps={STEPS} strategy.ep_size=2", world_size)
-    module = build.build_module(config)
+    module = build_module(config)
     checkpoints = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=1)
-    trainer = build.build_trainer(config, [Watch(), checkpoints], [])
+    trainer = build_trainer(config, [Watch(), checkpoints], [])
     assert isinstance(trainer.strategy, ExpertParallelStrategy)
     trainer.strategy.async_checkpoint = background
-    trainer.fit(module, build.build_datamodule(config))
+    trainer.fit(module, build_datamodule(config))
     return overlapped, whole
 
 
@@ -80,7 +81,7 @@ def snapshot(rank, world_size, folder):
     """Weights are overwritten right after the checkpoint was started."""
     slow_writer(SLOW_S)
     config = tiny("position=pos2 top_k=2 trainer.max_steps=1 strategy.ep_size=2", world_size)
-    module = build.build_module(config)
+    module = build_module(config)
 
     class Overwrite(DataPosition):
         def on_train_start(self, trainer, pl_module):
@@ -93,9 +94,9 @@ def snapshot(rank, world_size, folder):
             trainer.strategy.finish_saving()
 
     overwrite = Overwrite()
-    trainer = build.build_trainer(config, [overwrite], [])
+    trainer = build_trainer(config, [overwrite], [])
     trainer.strategy.async_checkpoint = True
-    trainer.fit(module, build.build_datamodule(config))
+    trainer.fit(module, build_datamodule(config))
     return overwrite.before
 
 

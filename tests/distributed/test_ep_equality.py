@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scmoe.config import Config
+from scmoe.config.fields import Config
 from scmoe.testbed.ranks import run_ranks
 from tests.support.cases import ARCHITECTURES, CHUNKED, CLIP, FOUR, ONE, OTHERS, SLOTS, TWO
 from tests.support.comparison import MOMENTS, TOLERANCE, assemble, assert_same, assert_same_bits, difference

@@ -6,12 +6,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from experiments import export
-from scmoe.config import load
-from scmoe.parallel.checkpoint import load_model
-from scmoe.parallel.durable import newest_good, verify
-from scmoe.parallel.export import load_weights
+from scmoe.config.load import load
+from scmoe.parallel.checkpoint.durable import newest_good, verify
+from scmoe.parallel.checkpoint.export import load_weights
+from scmoe.parallel.checkpoint.loading import load_model
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build_model import build_model
+from scmoe.training.build.model import build_model
 from tests.support.commands import TRAIN, run
 
 pytestmark = pytest.mark.dist

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from scmoe.config import load
+from scmoe.config.load import load
 from scmoe.testbed.ranks import run_ranks
-from scmoe.training import build
-from scmoe.training.callbacks import DataPosition
-from scmoe.training.run import train
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_module
+from scmoe.training.build.trainer import build_trainer
+from scmoe.training.callbacks.data_position import DataPosition
+from scmoe.training.run.train import train
 from tests.support.exports import dense, export
 
 pytestmark = pytest.mark.dist
@@ -42,8 +44,8 @@ def first_losses(rank: int, world_size: int, folder: Path, cases: list[str]) -> 
     losses = {}
     for case in cases:
         config = config_of(case, world_size, folder, "trainer.precision=64-true")
-        trainer = build.build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
-        trainer.fit(build.build_module(config), build.build_datamodule(config))
+        trainer = build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
+        trainer.fit(build_module(config), build_datamodule(config))
         losses[case] = trainer.callback_metrics["train/loss"].item()
     return losses
 

@@ -17,8 +17,11 @@ import pytest
 from lightning.pytorch import Trainer
 
 from scmoe.parallel.strategy import ExpertParallelStrategy
-from scmoe.training import build
-from scmoe.training.callbacks import DataPosition, Threads
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_module
+from scmoe.training.build.trainer import seed_everything
+from scmoe.training.callbacks.data_position import DataPosition
+from scmoe.training.callbacks.threads import Threads
 from tests.support.trainings import tiny
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
@@ -32,7 +35,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={R
 def main(start_method: str) -> None:
     """Four steps on two ranks, dropout and clipping included; rank 0, or who has started it, prints how they end."""
     config = tiny("position=pos2 model.dropout=0.1 optim.warmup_steps=1 trainer.max_steps=4", RANKS)
-    build.seed_everything(config)
+    seed_everything(config)
     trainer = Trainer(
         accelerator="cpu",
         devices=RANKS,
@@ -48,7 +51,7 @@ def main(start_method: str) -> None:
         enable_model_summary=False,
         callbacks=[DataPosition(), Threads(1)],
     )
-    trainer.fit(build.build_module(config), build.build_datamodule(config))
+    trainer.fit(build_module(config), build_datamodule(config))
     if trainer.is_global_zero:
         names = ("train/loss", "train/grad_norm")
         print(json.dumps({name: trainer.callback_metrics[name].item().hex() for name in names}))

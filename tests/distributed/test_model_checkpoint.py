@@ -11,10 +11,12 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from scmoe.parallel import durable
+from scmoe.parallel.checkpoint import durable
 from scmoe.testbed.ranks import run_ranks
-from scmoe.training import build
-from scmoe.training.callbacks import DataPosition
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_module
+from scmoe.training.build.trainer import build_trainer, seed_everything
+from scmoe.training.callbacks.data_position import DataPosition
 from tests.support.trainings import tiny
 
 pytestmark = pytest.mark.dist
@@ -49,14 +51,14 @@ def prepared(
     world_size: int, folder: Path, background: bool, last: Any, stop_after: int | None = None
 ) -> tuple[Trainer, Any, Any]:
     config = tiny(f"position=pos2 model.dropout=0.1 strategy.ep_size=2 trainer.max_steps={len(SCORES)}", world_size)
-    build.seed_everything(config)
+    seed_everything(config)
     best = ModelCheckpoint(
         folder, "{step}", monitor="score", mode="min", save_top_k=2, save_last=last, every_n_train_steps=1
     )
-    trainer = build.build_trainer(config, [Score(stop_after), best], [])
+    trainer = build_trainer(config, [Score(stop_after), best], [])
     trainer.strategy.async_checkpoint = background
     trainer.limit_val_batches = 0  # else Lightning leaves the last step to a validation, which there is none of
-    return trainer, build.build_module(config), build.build_datamodule(config)
+    return trainer, build_module(config), build_datamodule(config)
 
 
 def fit(

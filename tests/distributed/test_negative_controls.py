@@ -20,8 +20,8 @@ from torch import Tensor
 
 from scmoe.parallel import all_to_all
 from scmoe.parallel.all_to_all import Transfer
-from scmoe.parallel.reducer import ExpertGradientReducer
 from scmoe.parallel.strategy import ExpertParallelStrategy
+from scmoe.parallel.update.reducer import ExpertGradientReducer
 from scmoe.testbed.ranks import RankError, run_ranks
 from tests.support.cases import EP2
 from tests.support.comparison import TOLERANCE, assemble, assert_same, assert_same_bits, difference

@@ -8,8 +8,10 @@ from lightning.pytorch import Trainer
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.stream import MoEStream
 from scmoe.testbed.ranks import run_ranks
-from scmoe.training import build
-from scmoe.training.callbacks import DataPosition
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_module
+from scmoe.training.build.trainer import build_trainer
+from scmoe.training.callbacks.data_position import DataPosition
 from tests.support.trainings import tiny
 
 pytestmark = pytest.mark.dist
@@ -23,14 +25,14 @@ def weights(module):
 
 def with_strategy(rank, world_size):
     config = tiny(CONFIG, world_size)
-    module = build.build_module(config)
-    build.build_trainer(config, [DataPosition()], []).fit(module, build.build_datamodule(config))
+    module = build_module(config)
+    build_trainer(config, [DataPosition()], []).fit(module, build_datamodule(config))
     return weights(module)
 
 
 def without_strategy(rank, world_size):
     config = tiny(CONFIG, world_size)
-    module = build.build_module(config)
+    module = build_module(config)
     trainer = Trainer(
         strategy="auto",
         accelerator="cpu",
@@ -44,7 +46,7 @@ def without_strategy(rank, world_size):
         enable_model_summary=False,
         callbacks=[DataPosition()],
     )
-    trainer.fit(module, build.build_datamodule(config))
+    trainer.fit(module, build_datamodule(config))
     streams = [m for m in module.modules() if isinstance(m, MoEStream)]
     assert streams and all(isinstance(stream.dispatcher, LocalDispatcher) for stream in streams)
     return weights(module)

@@ -22,10 +22,10 @@ from scmoe.parallel import planner as planning
 from scmoe.parallel.dispatcher import AllToAllDispatcher
 from scmoe.parallel.planner import DRIFTED_IN_TURN, STEPS_EACH, TRIES_EACH, WARMUP_STEPS, Overlap, Plan, Planner
 from scmoe.schedule.cost import OperatorTimes, best_schedule, slots
-from scmoe.schedule.plan import Schedule
+from scmoe.schedule.schedule import Schedule
 from scmoe.testbed.emulated import EmulatedOperator
 from scmoe.testbed.ranks import RankError, run_ranks
-from scmoe.training.planning import plan_lines, what_ran
+from scmoe.training.callbacks.adaptive_schedule import plan_lines, what_ran
 from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_sublayers
 
 pytestmark = pytest.mark.dist

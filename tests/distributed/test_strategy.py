@@ -20,12 +20,12 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from scmoe.parallel.reducer import ExpertGradientReducer
 from scmoe.parallel.strategy import ExpertParallelStrategy
+from scmoe.parallel.update.reducer import ExpertGradientReducer
 from scmoe.testbed.ranks import RankError, run_ranks
-from scmoe.training import build
-from scmoe.training.build_model import build_model
-from scmoe.training.module import LanguageModel
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_model
+from scmoe.training.language_model import LanguageModel
 from tests.support.comparison import TOLERANCE
 from tests.support.resuming import HALF, WHOLE, fit, largest_difference, whole
 from tests.support.trainings import tiny, train
@@ -196,7 +196,7 @@ def own_trainer(
         enable_model_summary=False,
         limit_val_batches=0,
     )
-    trainer.fit(module, build.build_datamodule(config))
+    trainer.fit(module, build_datamodule(config))
     weights = {name: p.detach().clone() for name, p in module.model.named_parameters()}
     return {"ep_size": module.parallel_context.ep_size, "strategy": type(trainer.strategy).__name__, "weights": weights}
 

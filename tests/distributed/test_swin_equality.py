@@ -12,11 +12,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from scmoe.config import Config, load
+from scmoe.config.fields import Config
+from scmoe.config.load import load
 from scmoe.testbed.ranks import run_ranks
-from scmoe.training import build
-from scmoe.training.callbacks import DataPosition
-from scmoe.training.classifier import ImageClassifier
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.trainer import build_trainer
+from scmoe.training.callbacks.data_position import DataPosition
+from scmoe.training.image_classifier import ImageClassifier
 from tests.support.architectures import SWIN_ON_RANKS, overrides
 from tests.support.comparison import TOLERANCE, assemble, assert_same
 from tests.support.resuming import HALF, fit
@@ -49,8 +51,8 @@ def train_all(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, di
         config = tiny(text, world_size)
         module = RecordingClassifier(config, num_classes=config.data.num_classes)
         records[name] = train(config, module=module)
-        trainer = build.build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
-        (metrics,) = trainer.validate(module, build.build_datamodule(config), verbose=False)
+        trainer = build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
+        (metrics,) = trainer.validate(module, build_datamodule(config), verbose=False)
         records[name]["metrics"] = metrics
     return records
 

@@ -22,10 +22,13 @@ import torch
 
 from experiments import faults
 from experiments.faults import LAST, NEW, OLD
-from scmoe.parallel import checkpoint, durable
+from scmoe.parallel.checkpoint import durable
+from scmoe.parallel.checkpoint.loading import load_checkpoint, load_model
+from scmoe.parallel.checkpoint.saving import Saving
+from scmoe.parallel.checkpoint.state import FULL
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.testbed.ranks import RankError, run_ranks
-from scmoe.training.build_model import build_model
+from scmoe.training.build.model import build_model
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -93,7 +96,7 @@ def test_fault_06_twenty_killed_saves_in_a_row_lose_nothing_and_do_not_fill_the_
         path = durable.newest_good(folder / "checkpoints")
         assert durable.verify(path) in (newest, step)
         newest = durable.verify(path)
-        checkpoint.load_model(path, model, "model.")
+        load_model(path, model, "model.")
         assert {float(value) for p in model.parameters() for value in p.detach().unique()} == {newest}
     assert newest > NEW, "some were killed after the new one was whole"
     run_ranks(save_new, 2, folder)
@@ -186,7 +189,7 @@ def test_fault_05_every_flipped_bit_is_refused():
 
 def read(rank: int, world_size: int, folder: Path, path: Path) -> None:
     trainer = faults.one_step(world_size, folder)
-    checkpoint.load(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
+    load_checkpoint(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
 
 
 def files_of(path: Path) -> list[str]:
@@ -203,7 +206,7 @@ def test_fault_05_a_lost_or_cut_file_is_refused_by_name(written, tmp_path):
             shutil.copytree(written / LAST, path)
             damage(path / name)
             with pytest.raises(durable.BrokenCheckpoint, match=name):
-                checkpoint.load_model(path, model, "model.")
+                load_model(path, model, "model.")
             shutil.rmtree(path)
 
 
@@ -240,11 +243,11 @@ def save_slowly_then_train_on(rank: int, world_size: int, folder: Path, backgrou
         fsync(handle)
 
     os.fsync = slow
-    saving = checkpoint.Saving(path, faults.state(trainer, OLD), trainer.strategy.context, background)
+    saving = Saving(path, faults.state(trainer, OLD), trainer.strategy.context, background)
     for t in faults.tensors(trainer).values():
         t.fill_(NEW)
     saving.finish()
-    checkpoint.load(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
+    load_checkpoint(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
     return {float(value) for t in faults.tensors(trainer).values() for value in t.unique()}
 
 
@@ -265,7 +268,7 @@ def note_what_is_hashed(rank: int, world_size: int, folder: Path, background: bo
 
     with patch.object(durable, "fingerprint", noted):
         path = folder / "checkpoints" / LAST
-        saving = checkpoint.Saving(path, faults.state(trainer, OLD), trainer.strategy.context, background)
+        saving = Saving(path, faults.state(trainer, OLD), trainer.strategy.context, background)
         moment = "finishing"
         saving.finish()
     return read
@@ -286,7 +289,7 @@ def write_full(rank: int, world_size: int, folder: Path, background: bool) -> di
     """As faults.write_whole, in one file."""
     trainer, path = faults.one_step(world_size, folder), folder / "checkpoints" / LAST
     context = trainer.strategy.context
-    checkpoint.Saving(path, faults.state(trainer, OLD), context, background, full=True).finish()
+    Saving(path, faults.state(trainer, OLD), context, background, full=True).finish()
     return faults.shards(trainer)
 
 
@@ -295,7 +298,7 @@ def test_fault_09_one_full_file_is_read_at_any_ep_degree(background, tmp_path):
     """Weights and moments, as from a file a rank."""
     expected = faults.whole(run_ranks(write_full, 2, tmp_path, background))
     path = tmp_path / "checkpoints" / LAST
-    assert files_of(path) == [checkpoint.FULL, "manifest.json", "meta.json"]
+    assert files_of(path) == [FULL, "manifest.json", "meta.json"]
     assert durable.verify(path) == OLD
     for world_size in (1, 2, 4):
         ranks = run_ranks(faults.read_all, world_size, tmp_path / str(world_size), [path])
@@ -309,7 +312,7 @@ def put_together_without_room(rank: int, world_size: int, folder: Path) -> str:
     largest = max(file.stat().st_size for file in path.iterdir())
     _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest + 100, limit))
-    saving = checkpoint.Saving(path, faults.state(trainer, NEW), trainer.strategy.context, background=False, full=True)
+    saving = Saving(path, faults.state(trainer, NEW), trainer.strategy.context, background=False, full=True)
     try:
         saving.finish()
     except OSError as error:
@@ -331,7 +334,7 @@ def go_on(rank: int, world_size: int, folder: Path, resume_from: Path | None) ->
 def test_fault_08_a_run_goes_on_from_one_full_file_to_the_bit(tmp_path):
     straight = run_ranks(go_on, 2, tmp_path / "straight", None)
     saved = tmp_path / "straight" / "checkpoints" / "step=2.ckpt"
-    assert checkpoint.FULL in files_of(saved)
+    assert FULL in files_of(saved)
     resumed = run_ranks(go_on, 2, tmp_path / "resumed", saved)
     assert all(faults.same(a, b) for a, b in zip(resumed, straight, strict=True))
 
@@ -340,7 +343,7 @@ def test_fault_10_all_experts_are_on_disk(tmp_path):
     """One process reads all of them from what two ranks with four experts each have written; no two are the same."""
     ranks = run_ranks(faults.write_whole, 2, tmp_path)
     model = build_model(faults.tiny(1), ParallelContext())
-    checkpoint.load_model(tmp_path / "checkpoints" / LAST, model, "model.")
+    load_model(tmp_path / "checkpoints" / LAST, model, "model.")
     saved = faults.whole(ranks)
     for name, p in model.named_parameters():
         assert torch.equal(p, saved[f"model.{name}"]), name

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from experiments import train
-from scmoe.training import run
+from scmoe.training.run import train as run
 from tests.support.configs import IMPOSSIBLE
 
 pytestmark = [pytest.mark.faults, pytest.mark.representative]

@@ -24,9 +24,11 @@ from scmoe.parallel.all_to_all import Transfer
 from scmoe.parallel.dispatcher import AllToAllDispatcher
 from scmoe.testbed.ranks import run_ranks
 from scmoe.tokens import Routing
-from scmoe.training import build
-from scmoe.training.callbacks import DataPosition, ExpertLoad
-from scmoe.training.collapse import PATIENCE
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.trainer import build_trainer
+from scmoe.training.callbacks.collapse import PATIENCE
+from scmoe.training.callbacks.data_position import DataPosition
+from scmoe.training.callbacks.expert_load import ExpertLoad
 from tests.support.comparison import assemble, difference
 from tests.support.models import assert_close, randomise
 from tests.support.trainings import RecordingModel, tiny, train
@@ -208,10 +210,10 @@ def collapse(rank: int, world_size: int, logit: float) -> tuple[dict[str, float]
     config = tiny(words, world_size)
     module = Rigged(config)
     module.logit = logit
-    trainer = build.build_trainer(config, [DataPosition(), ExpertLoad()], [])
+    trainer = build_trainer(config, [DataPosition(), ExpertLoad()], [])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.fit(module, build.build_datamodule(config))
+        trainer.fit(module, build_datamodule(config))
     said = [str(warning.message) for warning in caught if "collapsed" in str(warning.message)]
     return {name: float(value) for name, value in trainer.callback_metrics.items() if "moe/" in name}, said
 
@@ -267,8 +269,8 @@ def sweep(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
             shares.append(float(values["moe/drop_share"])),  # noqa: B023
             log_dict(values, *a, **k),  # noqa: B023
         )
-        trainer = build.build_trainer(config, [DataPosition(), load], [])
-        trainer.fit(module, build.build_datamodule(config))
+        trainer = build_trainer(config, [DataPosition(), load], [])
+        trainer.fit(module, build_datamodule(config))
         records[factor] = {"shares": shares, "weights": module.weights()}
     return records
 

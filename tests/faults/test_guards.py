@@ -29,21 +29,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from datamodules import sequences
-from scmoe.config import Config
+from scmoe.config.fields import Config
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel import durable
-from scmoe.parallel.absent import LEFT_ALONE, roll_call
-from scmoe.parallel.debug import CompareCollectives, OrderError
+from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.dispatcher import AllToAllDispatcher, check_ceiling
-from scmoe.parallel.even import check_even
-from scmoe.parallel.guard import Guard
+from scmoe.parallel.job.debug import CompareCollectives, OrderError
+from scmoe.parallel.job.even_batches import check_even
+from scmoe.parallel.job.roll_call import LEFT_ALONE, roll_call
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.strategy import ExpertParallelStrategy
+from scmoe.parallel.update.guard import Guard
 from scmoe.testbed.ranks import RankError, run_ranks
-from scmoe.training import build
-from scmoe.training.build_model import build_model
-from scmoe.training.callbacks import DataPosition
-from scmoe.training.module import LanguageModel
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_model, build_module
+from scmoe.training.build.trainer import build_trainer
+from scmoe.training.callbacks.data_position import DataPosition
+from scmoe.training.language_model import LanguageModel
 from tests.support.trainings import tiny
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
@@ -53,9 +54,9 @@ MODEL = "position=pos2 strategy.ep_size=2"
 
 
 def fit(config: Config, module: LanguageModel | None = None, data: Any = None) -> LanguageModel:
-    module = module or build.build_module(config)
-    trainer = build.build_trainer(config, [DataPosition()], [])
-    trainer.fit(module, data or build.build_datamodule(config))
+    module = module or build_module(config)
+    trainer = build_trainer(config, [DataPosition()], [])
+    trainer.fit(module, data or build_datamodule(config))
     return module
 
 
@@ -100,7 +101,7 @@ def savers(how: str, folder: Path) -> list[Callback]:
 
 def raise_and_save(rank: int, world_size: int, bad: int, how: str, folder: Path) -> None:
     config = tiny(f"{MODEL} trainer.accumulate=1 trainer.max_steps=6", world_size)
-    module = build.build_module(config)
+    module = build_module(config)
     train = module.training_step
 
     def training_step(batch: dict[str, Tensor], batch_idx: int) -> Any:
@@ -109,11 +110,11 @@ def raise_and_save(rank: int, world_size: int, bad: int, how: str, folder: Path)
         return train(batch, batch_idx)
 
     module.training_step = training_step  # type: ignore[method-assign]
-    trainer = build.build_trainer(config, [DataPosition(), *savers(how, folder)], [])
+    trainer = build_trainer(config, [DataPosition(), *savers(how, folder)], [])
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
         try:
-            trainer.fit(module, build.build_datamodule(config))
+            trainer.fit(module, build_datamodule(config))
         except Broken as error:
             lines = [str(line.message) for line in said if "no checkpoint is saved" in str(line.message)]
             error.add_note(f"said {len(lines)} time(s): {lines[0]}")
@@ -158,13 +159,13 @@ from experiments.train import main
 sys.exit(main(sys.argv[5:]))
 """
 PHASES = {  # where a rank fails, and in which call of it
-    "setup": ("scmoe.training.module:LanguageModel.configure_model", 1),
-    "step": ("scmoe.training.module:LanguageModel.training_step", 4),
+    "setup": ("scmoe.training.language_model:LanguageModel.configure_model", 1),
+    "step": ("scmoe.training.language_model:LanguageModel.training_step", 4),
     "forward": ("scmoe.moe.experts:Experts.forward", 4),  # between dispatch and combine
     "backward": ("scmoe.moe.experts:_MLPsInTurn.backward", 3),
     "update": ("torch.optim:AdamW.step", 3),
-    "validation": ("scmoe.training.module:LanguageModel.validation_step", 1),
-    "save": ("scmoe.parallel.checkpoint:dcp.save", 1),
+    "validation": ("scmoe.training.language_model:LanguageModel.validation_step", 1),
+    "save": ("scmoe.parallel.checkpoint.saving:dcp.save", 1),
 }
 TIMEOUT_S, LONG_S = 30.0, 100.0  # ranks must also have met by then, on a machine that does other work
 ENDLESS = ("trainer.max_steps=1000000", "trainer.val_every=1000000", "trainer.checkpoint_every=1000000")
@@ -212,15 +213,15 @@ def end(run: subprocess.Popen[str]) -> None:
 # Callbacks that save after an exception, in front of FAILING.
 SAVING = """
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from scmoe.training import build
-build_callbacks = build.build_callbacks
+from scmoe.training.run import train
+build_callbacks = train.build_callbacks
 def and_more(config, run_dir):
     callbacks = build_callbacks(config, run_dir)
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint):
             callback.save_on_exception = True
     return [*callbacks, OnExceptionCheckpoint(config.runs_dir)]
-build.build_callbacks = and_more
+train.build_callbacks = and_more
 """
 
 
@@ -393,7 +394,7 @@ def test_15_every_kind_of_collective_is_watched():
 def add_a_sum(rank: int, world_size: int, what: str) -> None:
     """Rank 1 takes part in a collective more, in its second step."""
     config = tiny(f"{MODEL} trainer.accumulate=1 strategy.debug_collectives=true strategy.timeout_s=20", world_size)
-    module = build.build_module(config)
+    module = build_module(config)
 
     def one_more() -> None:
         if module.global_step == 1:
@@ -429,7 +430,7 @@ def test_15_comparing_changes_no_number():
 
 def shorten(rank: int, world_size: int, loader: str) -> None:
     config = tiny(f"{MODEL} trainer.val_every=2", world_size)
-    data = build.build_datamodule(config)
+    data = build_datamodule(config)
     whole = getattr(data, loader)
 
     def short() -> Any:
@@ -468,7 +469,7 @@ def test_16_each_loader_counts():
 
 def break_worker(rank: int, world_size: int, how: str) -> None:
     config = tiny(f"{MODEL} trainer.max_steps=2 data.workers=1 strategy.timeout_s=10", world_size)
-    data = build.build_datamodule(config)
+    data = build_datamodule(config)
     data.setup()
     (_, second), whole = data.train_dataloader().batch_sampler, sequences.TrainSequences.__getitem__
     fatal = second[1]
@@ -568,11 +569,11 @@ def poison(rank: int, world_size: int, place: str, clip: str = "by the module") 
     config = tiny(f"position=pos2 trainer.accumulate=1 strategy.ep_size={world_size}", world_size)
     module = CLIPS[clip](lambda context: build_model(config, context), max_steps=3)
     module.place, module.bad = place, world_size - 1
-    trainer = build.build_trainer(config, [DataPosition()], [])
+    trainer = build_trainer(config, [DataPosition()], [])
     if clip == "by value":
         trainer.gradient_clip_val, trainer.gradient_clip_algorithm = 0.5, GradClipAlgorithmType.VALUE
     try:
-        trainer.fit(module, build.build_datamodule(config))
+        trainer.fit(module, build_datamodule(config))
     except (FloatingPointError, RuntimeError) as error:
         same = all(torch.equal(p, old) for p, old in zip(module.parameters(), module.weights, strict=True))
         error.add_note(f"weights as they were: {same}")
@@ -616,10 +617,10 @@ def clipped(rank: int, world_size: int, by_hand: bool, clip: float | None) -> li
     config = tiny(f"position=pos2 trainer.accumulate=1 strategy.ep_size={world_size}", world_size)
     cls, own = (ByHand, {"clip": clip}) if by_hand else (NotClipped, {})
     module = cls(lambda context: build_model(config, context), max_steps=3, lr=0.01, **own)
-    trainer = build.build_trainer(config, [DataPosition()], [])
+    trainer = build_trainer(config, [DataPosition()], [])
     if not by_hand:
         trainer.gradient_clip_val = clip
-    trainer.fit(module, build.build_datamodule(config))
+    trainer.fit(module, build_datamodule(config))
     return [p.detach().clone() for p in module.parameters()]
 
 
@@ -672,7 +673,7 @@ def test_27_good_steps_leave_nothing_behind_and_ask_nobody():
 
 def all_to_one(rank: int, world_size: int, ceiling: str) -> None:
     config = tiny(f"position=pos2 moe.dropless_ceiling={ceiling} strategy.ep_size=2", world_size)
-    module = build.build_module(config)
+    module = build_module(config)
     configure = module.configure_model
 
     def collapsed() -> None:

@@ -23,16 +23,17 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from scmoe.config import Config
+from scmoe.config.fields import Config
 from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.router import Router
 from scmoe.parallel import all_to_all
-from scmoe.parallel.expert_parallel import expert_parameters
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.shards import expert_parameters
 from scmoe.testbed.ranks import run_ranks
-from scmoe.training import build
-from scmoe.training.callbacks import DataPosition
-from scmoe.training.module import LanguageModel
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.trainer import build_trainer
+from scmoe.training.callbacks.data_position import DataPosition
+from scmoe.training.language_model import LanguageModel
 from tests.support.comparison import assemble, assert_same_bits
 from tests.support.trainings import RecordingModel, tiny
 from tests.support.transfers import Late, Shuffled, delayed
@@ -91,8 +92,8 @@ def fit(config: Config, optimizer: str, places: int = 0) -> dict[str, Any]:
     if places:
         step = module.training_step
         module.training_step = lambda batch, batch_idx: step(turned(batch, places), batch_idx)  # type: ignore[method-assign]
-    trainer = build.build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
-    trainer.fit(module, build.build_datamodule(config))
+    trainer = build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
+    trainer.fit(module, build_datamodule(config))
     return {
         **{moment: getattr(module, moment) for moment in ("logged", "gradients", "drawn", "before")},
         "outputs": module.outputs[-3:],  # of the last batches: of all of them it would be a lot

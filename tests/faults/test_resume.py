@@ -17,11 +17,14 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from experiments import faults
-from scmoe.parallel import durable, strategy
+from scmoe.parallel import strategy
+from scmoe.parallel.checkpoint import durable
 from scmoe.testbed.ranks import run_ranks
-from scmoe.training import build
-from scmoe.training.callbacks import DataPosition
-from scmoe.training.module import LanguageModel
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_module
+from scmoe.training.build.trainer import build_trainer, seed_everything
+from scmoe.training.callbacks.data_position import DataPosition
+from scmoe.training.language_model import LanguageModel
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -94,10 +97,10 @@ def save_at(rank: int, world_size: int, folder: Path, batches: int) -> str:
                 trainer.save_checkpoint(folder / "asked.ckpt")
 
     config = faults.tiny(world_size, "trainer.accumulate=2", "trainer.max_steps=3")
-    build.seed_everything(config)
-    trainer = build.build_trainer(config, [DataPosition(), SaveAt()], [])
+    seed_everything(config)
+    trainer = build_trainer(config, [DataPosition(), SaveAt()], [])
     try:
-        trainer.fit(build.build_module(config), build.build_datamodule(config))
+        trainer.fit(build_module(config), build_datamodule(config))
     except ValueError as error:
         return str(error)
     return ""

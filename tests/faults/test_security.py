@@ -11,14 +11,20 @@ from typing import Any
 
 import pytest
 
-from scmoe.config import Config, load
-from scmoe.config_check import ConfigError
+from scmoe.config.fields import Config, ConfigError
+from scmoe.config.load import load
 from scmoe.models.gpt import GPT
-from scmoe.parallel import checkpoint, durable
+from scmoe.parallel.checkpoint import durable
+from scmoe.parallel.checkpoint.loading import load_model
+from scmoe.parallel.checkpoint.state import from_json
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.testbed.ranks import run_ranks
-from scmoe.training import build, logging, redact
-from scmoe.training.build_model import build_model, build_model_on_meta
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_model, build_model_on_meta, build_module
+from scmoe.training.build.trainer import build_callbacks, build_loggers, build_trainer
+from scmoe.training.run import redact, wandb_logger
+from scmoe.training.run.directory import create_run_dir
+from scmoe.training.run.wandb_logger import close_loggers
 from tests.support.commands import CANARY, EXACT, TRAIN, rows_of, run
 from tests.support.trainings import tiny
 
@@ -33,12 +39,12 @@ NOBODY = "http://127.0.0.1:9"  # no server listens at the port `discard`
 def no_server(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", CANARY)
     monkeypatch.setenv("WANDB_BASE_URL", NOBODY)
-    monkeypatch.setattr(logging, "INIT_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(wandb_logger, "INIT_TIMEOUT_S", 1.0)
 
 
 def wandb_loggers(run_dir: Path, mode: str) -> list[Any]:
     config = load(None, [f"logger.mode={mode}"])
-    return build.build_loggers(config, run_dir, resumed_step=None)
+    return build_loggers(config, run_dir, resumed_step=None)
 
 
 @pytest.mark.slow
@@ -48,7 +54,7 @@ def test_32_auto_goes_offline_where_no_server_answers(no_server, tmp_path, capsy
         assert loggers[1].experiment.offline
         loggers[1].log_metrics({"a": 1.0}, 0)
     finally:
-        logging.close_loggers(loggers)
+        close_loggers(loggers)
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1
     assert "goes offline" in warnings[0]
@@ -73,9 +79,10 @@ def test_32_a_killed_wandb_process_ends_nothing(tmp_path, capsys):
 KILLED = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from scmoe.config import load
-from scmoe.training import build, logging
-loggers = build.build_loggers(load(None, ["logger.mode=offline"]), Path(sys.argv[1]), None)
+from scmoe.config.load import load
+from scmoe.training.build.trainer import build_loggers
+from scmoe.training.run.wandb_logger import close_loggers
+loggers = build_loggers(load(None, ["logger.mode=offline"]), Path(sys.argv[1]), None)
 loggers[1].log_metrics({"a": 1.0}, 0)
 for pid in subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split():
     command = Path(f"/proc/{pid}/cmdline")
@@ -85,7 +92,7 @@ time.sleep(1)
 for step in range(1, 5):
     for logger in loggers:
         logger.log_metrics({"a": 1.0}, step)
-logging.close_loggers(loggers)
+close_loggers(loggers)
 print("went on")
 """
 
@@ -106,17 +113,18 @@ def test_32_a_full_disk_ends_no_run_that_logs(tmp_path):
 FULL = """
 import resource, sys
 from pathlib import Path
-from scmoe.config import load
-from scmoe.training import build, logging
+from scmoe.config.load import load
+from scmoe.training.build.trainer import build_loggers
+from scmoe.training.run.wandb_logger import close_loggers
 _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limit))
-loggers = build.build_loggers(load(None, ["logger.mode=offline"]), Path(sys.argv[1]), None)
+loggers = build_loggers(load(None, ["logger.mode=offline"]), Path(sys.argv[1]), None)
 for step in range(2000):
     for logger in loggers:
         logger.log_metrics({"a": 1.0} | ({"late": 2.0} if step == 1500 else {}), step)
     if step == 1900:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-logging.close_loggers(loggers)
+close_loggers(loggers)
 print("went on")
 """
 
@@ -139,14 +147,14 @@ def test_32_a_full_disk_costs_a_run_its_figures_and_nothing_else(tmp_path):
 NO_ROOM = """
 import resource, sys
 from lightning.pytorch import Callback
-from scmoe.config import load
-from scmoe.training import build, run
+from scmoe.config.load import load
+from scmoe.training.run import train
 class NoRoom(Callback):
     def on_train_start(self, trainer, module):
         _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20, limit))
-made = build.build_callbacks
-build.build_callbacks = lambda *arguments: [*made(*arguments), NoRoom()]
+made = train.build_callbacks
+train.build_callbacks = lambda *arguments: [*made(*arguments), NoRoom()]
 config = load(None, [
     "model.layers=4", "model.dim=16", "model.heads=2", "moe.num_experts=4", "moe.architecture=dgmoe",
     "data.name=synthetic", "data.vocab_size=64", "data.seq_len=8", "data.global_batch_size=4",
@@ -154,7 +162,7 @@ config = load(None, [
     "trainer.val_every=100", "trainer.checkpoint_every=100", "logger.mode=disabled", "trainer.max_steps=4",
     "analysis.gating_every=1", "analysis.similarity_every=2", "runs_dir=" + sys.argv[1],
 ])
-print(f"went on: {run.train(config)['steps']} steps")
+print(f"went on: {train.train(config)['steps']} steps")
 """
 
 
@@ -213,8 +221,8 @@ def test_33_keys_in_the_command_line_and_the_code_are_starred_out(tmp_path):
 
 WITH_KEYS = """
 import json, os, subprocess, sys
-from scmoe.config import load
-from scmoe.training import run
+from scmoe.config.load import load
+from scmoe.training.run import train
 folder, keys, *overrides = sys.argv[1:]
 os.chdir(folder)
 git = ["git", "-c", "user.name=a", "-c", "user.email=a"]
@@ -228,7 +236,7 @@ config = load(None, [
     "trainer.accelerator=cpu", "trainer.progress=false", "trainer.threads=1", "trainer.max_steps=2",
     "logger.mode=offline", "runs_dir=runs", *overrides,
 ])
-assert run.train(config, overrides)["steps"] == 2
+assert train.train(config, overrides)["steps"] == 2
 """
 
 
@@ -264,9 +272,9 @@ def written(tmp_path_factory) -> Path:
 
 def write_checkpoint(rank: int, world_size: int, folder: Path) -> None:
     config = tiny("position=pos2 trainer.max_steps=1", world_size)
-    module = build.build_module(config)
-    trainer = build.build_trainer(config, build.build_callbacks(config, None)[:1], [])
-    trainer.fit(module, build.build_datamodule(config))
+    module = build_module(config)
+    trainer = build_trainer(config, build_callbacks(config, None)[:1], [])
+    trainer.fit(module, build_datamodule(config))
     trainer.save_checkpoint(folder / "step=1.ckpt")
 
 
@@ -295,7 +303,7 @@ def test_34_a_pickle_in_a_checkpoint_is_not_run(place, sealed, written, tmp_path
     model = build_model(tiny("position=pos2"), ParallelContext())
     refused = None
     try:
-        checkpoint.load_model(path, model, "model.")
+        load_model(path, model, "model.")
     except Exception as error:  # whatever it is, the question is what has run
         refused = error
     assert not proof.exists(), "it was executed"
@@ -316,7 +324,7 @@ def test_34_resuming_reads_meta_as_json(written, tmp_path):
     """meta.json is read for resuming alone, so `load_model` would not notice."""
     proof = tmp_path / "executed"
     with pytest.raises(ValueError):
-        checkpoint._from_json(json.loads(pickle.dumps(Payload(proof), protocol=0)))
+        from_json(json.loads(pickle.dumps(Payload(proof), protocol=0)))
     assert not proof.exists()
 
 
@@ -324,7 +332,7 @@ def test_34_resuming_reads_meta_as_json(written, tmp_path):
 @pytest.mark.parametrize("dtype", ["load", "os", "__builtins__", "hub", "Tensor", "nothing"])
 def test_34_a_type_in_meta_is_a_type(dtype):
     with pytest.raises((AssertionError, ValueError, AttributeError)):
-        checkpoint._from_json({"__tensor__": [1], "dtype": dtype})
+        from_json({"__tensor__": [1], "dtype": dtype})
 
 
 # ---------------------------------------------------------------------- 35: YAML
@@ -395,7 +403,7 @@ def test_36_a_hostile_name_is_refused_or_stays_under_the_root(name, tmp_path):
     except ConfigError as error:
         assert len(str(error).splitlines()) == 1
         return
-    run_dir = logging.create_run_dir(root, config.name, ["name=../../x", f"model.dim={name}"], "")
+    run_dir = create_run_dir(root, config.name, ["name=../../x", f"model.dim={name}"], "")
     assert run_dir.resolve().is_relative_to(root.resolve())
     assert set(tmp_path.parent.iterdir()) == outside
 
@@ -403,5 +411,5 @@ def test_36_a_hostile_name_is_refused_or_stays_under_the_root(name, tmp_path):
 @pytest.mark.representative
 @pytest.mark.parametrize("override", NAMES, ids=repr)
 def test_36_overrides_in_a_folder_s_name_stay_under_the_root(override, tmp_path):
-    run_dir = logging.create_run_dir(tmp_path / "runs", "a", [f"x={override}"], "")
+    run_dir = create_run_dir(tmp_path / "runs", "a", [f"x={override}"], "")
     assert run_dir.resolve().parent == (tmp_path / "runs" / "a").resolve()

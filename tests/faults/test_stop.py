@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from experiments import faults
-from scmoe.parallel import durable
-from scmoe.parallel.stop import EXIT_CODE
+from scmoe.parallel.checkpoint import durable
+from scmoe.parallel.job.stopping import EXIT_CODE
 from scmoe.testbed.ranks import run_ranks
-from scmoe.training import build
-from scmoe.training.module import LanguageModel
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_module
+from scmoe.training.build.trainer import build_callbacks, build_trainer, seed_everything
+from scmoe.training.language_model import LanguageModel
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -90,11 +92,11 @@ def keep_best(
         validation_step(module, batch, batch_idx)
 
     config, code = faults.tiny(world_size, *BEST, f"trainer.checkpoint_every={faults.NEVER}"), None
-    build.seed_everything(config)
-    trainer = build.build_trainer(config, [*build.build_callbacks(config, folder)[:1], best], [])
+    seed_everything(config)
+    trainer = build_trainer(config, [*build_callbacks(config, folder)[:1], best], [])
     with patch.object(LanguageModel, "validation_step", noted):
         try:
-            module, data = build.build_module(config), build.build_datamodule(config)
+            module, data = build_module(config), build_datamodule(config)
             trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
         except SystemExit as end:
             code = end.code
@@ -126,7 +128,7 @@ def uneven(rank: int, world_size: int, folder: Path) -> tuple[Any, int]:
     """Rank 1 has a validation batch less, and is told to stop at its last one. Every rank has all experts, so that
     nothing else keeps ranks in step."""
     config = faults.tiny(world_size, *CONFIG, "strategy.ep_size=1")
-    data = build.build_datamodule(config)
+    data = build_datamodule(config)
     loader, validated = data.val_dataloader, 0
     data.val_dataloader = lambda: DataLoader(list(loader())[: BATCHES - rank], batch_size=None)  # type: ignore
     validation_step = LanguageModel.validation_step
@@ -138,11 +140,11 @@ def uneven(rank: int, world_size: int, folder: Path) -> tuple[Any, int]:
             os.kill(os.getpid(), signal.SIGTERM)
         validation_step(module, batch, batch_idx)
 
-    build.seed_everything(config)
+    seed_everything(config)
     with patch.object(LanguageModel, "validation_step", noted):
-        trainer = build.build_trainer(config, build.build_callbacks(config, folder), [])
+        trainer = build_trainer(config, build_callbacks(config, folder), [])
         try:
-            trainer.fit(build.build_module(config), data)
+            trainer.fit(build_module(config), data)
         except SystemExit as end:
             return end.code, validated
     return None, validated

@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from experiments import faults
-from scmoe.parallel import durable
-from scmoe.parallel.stop import EXIT_CODE
+from scmoe.parallel.checkpoint import durable
+from scmoe.parallel.job.stopping import EXIT_CODE
 from scmoe.testbed.ranks import RankError, run_ranks
-from scmoe.training import build
-from scmoe.training.build_model import build_model
-from scmoe.training.module import LanguageModel
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_model
+from scmoe.training.build.trainer import build_callbacks, build_trainer, seed_everything
+from scmoe.training.language_model import LanguageModel
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -75,12 +76,12 @@ def made(rank: int, world_size: int, folder: Path, when: str, *overrides: str) -
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)  # there the checkpoint goes, where no ModelCheckpoint has been told
     config = faults.tiny(world_size, *CONFIG, *overrides)
-    build.seed_everything(config)
+    seed_everything(config)
     module = Told(lambda context: build_model(config, context), max_steps=2 * STEPS, lr=0.01, warmup_steps=2)
     module.when = when
-    trainer = build.build_trainer(config, build.build_callbacks(config, folder)[:1], [])
+    trainer = build_trainer(config, build_callbacks(config, folder)[:1], [])
     trainer.num_sanity_val_steps = AT_BATCH if when == "sanity check" else 0
-    return trainer, module, build.build_datamodule(config)
+    return trainer, module, build_datamodule(config)
 
 
 def fit(

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from scmoe.config import Config, load
+from scmoe.config.fields import Config
+from scmoe.config.load import load
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build_model import build_model_to_train
-from scmoe.training.pretrained import read_hf
+from scmoe.training.build.model import build_model_to_train
+from scmoe.training.init_from.pretrained import read_hf
 from tests.support.models import assert_close, gradients, randomise
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")

@@ -26,7 +26,7 @@ from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.schedule.plan import Schedule
+from scmoe.schedule.schedule import Schedule
 from tests.support.models import assert_close, gradients, randomise
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")

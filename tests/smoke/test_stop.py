@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from scmoe.parallel.durable import newest_good, verify
+from scmoe.parallel.checkpoint.durable import newest_good, verify
 from tests.support.commands import rows_of
 
 pytestmark = [

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments.runs import find_runs, open_run
-from scmoe.config import load
+from scmoe.config.load import load
 from tests.support.commands import run
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.timeout(600)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.config import load
+from scmoe.config.load import load
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 

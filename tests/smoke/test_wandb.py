@@ -24,7 +24,7 @@ import yaml
 
 from experiments.sweep import run_online
 from experiments.sweep_config import read
-from scmoe.config_check import ConfigError
+from scmoe.config.fields import ConfigError
 from tests.support.commands import ROOT
 from tests.support.wandb_server import KEY, WandbServer, wandb_server
 
@@ -48,14 +48,14 @@ def scenario(folder: Path) -> None:
     """Writes into the folder what the server got of each training, and what the training said."""
     from lightning.pytorch import Callback
 
-    from scmoe.config import load
-    from scmoe.training import build, logging
-    from scmoe.training.run import train
+    from scmoe.config.load import load
+    from scmoe.training.run import train as run
+    from scmoe.training.run import wandb_logger
 
     def training(server: WandbServer, name: str, *overrides: str, run_dir: Path | None = None) -> dict[str, Any]:
         said = io.StringIO()
         with client(server), contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            summary = train(load(DEBUG[0], [*DEBUG[1:], f"runs_dir={folder / name}", *overrides]), (), run_dir)
+            summary = run.train(load(DEBUG[0], [*DEBUG[1:], f"runs_dir={folder / name}", *overrides]), (), run_dir)
         assert summary is not None
         runs, artifacts = [asdict(run) for run in server.runs.values()], [asdict(a) for a in server.artifacts]
         for artifact in artifacts:
@@ -73,7 +73,7 @@ def scenario(folder: Path) -> None:
     with wandb_server() as server:
         training(server, "offline", "logger.mode=offline")
         assert not server.requests
-        command = logging.sync_command((folder / "offline" / "latest").resolve())
+        command = wandb_logger.sync_command((folder / "offline" / "latest").resolve())
         assert command is not None
         sync = [sys.executable, "-m", *command.split()]
         environment = {**os.environ, **server.variables}
@@ -95,13 +95,13 @@ def scenario(folder: Path) -> None:
             if trainer.global_step == 3:
                 server.close()
 
-    plain, logging.FINISH_TIMEOUT_S = build.build_callbacks, 2.0
-    build.build_callbacks = lambda *arguments: [*plain(*arguments), Trouble()]
+    plain, wandb_logger.FINISH_TIMEOUT_S = run.build_callbacks, 2.0
+    run.build_callbacks = lambda *arguments: [*plain(*arguments), Trouble()]
     server = WandbServer()
     training(server, "trouble", "logger.mode=auto")
-    build.build_callbacks = plain
+    run.build_callbacks = plain
 
-    logging.INIT_TIMEOUT_S = 2.0
+    wandb_logger.INIT_TIMEOUT_S = 2.0
     for answer in ("error", "nothing"):
         with wandb_server() as server:
             server.answer = answer

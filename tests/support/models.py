@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from scmoe.blocks.sublayers import MLP, Attention, Residual
-from scmoe.config import Config, load
+from scmoe.config.fields import Config
+from scmoe.config.load import load
 from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build_model import build_model
+from scmoe.training.build.model import build_model
 
 TINY = (
     "model.layers=2",

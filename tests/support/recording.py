@@ -11,7 +11,7 @@ from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.sublayers import MLP
 from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher, Pending, Receipt
-from scmoe.schedule.plan import Schedule
+from scmoe.schedule.schedule import Schedule
 from tests.support.models import DIM, FFN, randomise, tiny_stream, tiny_sublayers
 
 

@@ -9,10 +9,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from scmoe.config import Config
-from scmoe.parallel.expert_parallel import expert_parameters
-from scmoe.training import build
-from scmoe.training.callbacks import DataPosition
+from scmoe.config.fields import Config
+from scmoe.parallel.shards import expert_parameters
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_module
+from scmoe.training.build.trainer import build_trainer
+from scmoe.training.callbacks.data_position import DataPosition
 
 HALF, WHOLE = 3, 6
 
@@ -21,10 +23,10 @@ def fit(
     config: Config, folder: Path | None = None, checkpoint: Path | None = None, steps: int = WHOLE
 ) -> dict[str, Any]:
     """Trains on this rank, keeps a checkpoint of every third step and returns what must be equal."""
-    module = build.build_module(config)
+    module = build_module(config)
     checkpoints = ModelCheckpoint(folder, "{step}", every_n_train_steps=HALF, save_top_k=-1 if folder else 0)
-    trainer = build.build_trainer(config, [DataPosition(), checkpoints], [])
-    trainer.fit(module, build.build_datamodule(config), ckpt_path=checkpoint, weights_only=True)
+    trainer = build_trainer(config, [DataPosition(), checkpoints], [])
+    trainer.fit(module, build_datamodule(config), ckpt_path=checkpoint, weights_only=True)
     assert trainer.global_step == steps
     names = {p: name for name, p in module.model.named_parameters()}
     (optimizer,) = trainer.optimizers

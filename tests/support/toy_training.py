@@ -15,7 +15,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from scmoe.config import load, to_yaml
+from scmoe.config.load import load, to_yaml
 
 
 def main(pause_s: float, arguments: list[str]) -> int:

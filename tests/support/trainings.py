@@ -14,16 +14,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from scmoe.config import Config, load
+from scmoe.config.fields import Config
+from scmoe.config.load import load
 from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.experts import Experts
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.expert_parallel import expert_parameters
-from scmoe.training import build
-from scmoe.training.base import MoEModule
-from scmoe.training.build_model import build_model
-from scmoe.training.callbacks import DataPosition
-from scmoe.training.module import LanguageModel
+from scmoe.parallel.shards import expert_parameters
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_model
+from scmoe.training.build.trainer import build_trainer
+from scmoe.training.callbacks.data_position import DataPosition
+from scmoe.training.language_model import LanguageModel
+from scmoe.training.moe_module import MoEModule
 from tests.support.architectures import overrides
 
 TINY = (
@@ -129,8 +131,8 @@ def starve(model: torch.nn.Module) -> None:
 def train(config: Config, module: Recording | None = None, **how: bool) -> dict[str, Any]:
     """Trains on this rank and returns its record, with this rank's shards of the experts. how: of a RecordingModel."""
     module = module or RecordingModel(config, **how)
-    trainer = build.build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
-    trainer.fit(module, build.build_datamodule(config))
+    trainer = build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
+    trainer.fit(module, build_datamodule(config))
     return {
         "logged": module.logged,
         "outputs": module.outputs,

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from scmoe.config import load
-from scmoe.config_check import ConfigError
-from scmoe.training import build, logging
-from scmoe.training.analysis_callbacks import Analysis
+from scmoe.config.fields import ConfigError
+from scmoe.config.load import load
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_module
+from scmoe.training.build.trainer import build_callbacks, build_loggers, build_trainer
+from scmoe.training.callbacks.analysis import Analysis
+from scmoe.training.run.wandb_logger import close_loggers
 from tests.support.models import hooks
 
 TINY = (
@@ -27,8 +30,8 @@ def fit(run_dir, *words, resume=False):
     """Trains; the callbacks, and how many hooks the model has at the start of each batch's forward and at the end."""
     config = load(None, [*TINY, *words])
     torch.manual_seed(0)
-    callbacks = build.build_callbacks(config, run_dir)
-    module, seen = build.build_module(config), []
+    callbacks = build_callbacks(config, run_dir)
+    module, seen = build_module(config), []
     task_loss = module.training_step
 
     def counting(batch, batch_idx):
@@ -36,15 +39,15 @@ def fit(run_dir, *words, resume=False):
         return task_loss(batch, batch_idx)
 
     module.training_step = counting
-    loggers = build.build_loggers(config, run_dir, resumed_step=4 if resume else None)
-    trainer = build.build_trainer(config, callbacks, loggers)
+    loggers = build_loggers(config, run_dir, resumed_step=4 if resume else None)
+    trainer = build_trainer(config, callbacks, loggers)
     trainer.fit(
         module,
-        build.build_datamodule(config),
+        build_datamodule(config),
         ckpt_path=run_dir / "checkpoints" / "step=4.ckpt" if resume else None,
         weights_only=True,
     )
-    logging.close_loggers(loggers)
+    close_loggers(loggers)
     return [c for c in callbacks if isinstance(c, Analysis)], [*seen, hooks(module.model)]
 
 
@@ -59,7 +62,7 @@ def finished(tmp_path_factory):
 def test_off_there_is_no_callback_and_no_hook(finished):
     _, off, on = finished
     config = load(None, TINY)
-    assert not [c for c in build.build_callbacks(config, None) if isinstance(c, Analysis)]
+    assert not [c for c in build_callbacks(config, None) if isinstance(c, Analysis)]
     guard = off[0]  # the guard's own hooks, which are always there
     assert set(off[:-1]) == {guard}
     gating, similarity = 3 * 2, 2 * (1 + 3 + 1)

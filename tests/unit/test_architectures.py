@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from scmoe.config import Config, load
-from scmoe.config_check import leaves
+from scmoe.config.fields import Config, leaves
+from scmoe.config.load import load
 from tests.support import cases
 from tests.support.architectures import (
     EVERY_BLOCK,

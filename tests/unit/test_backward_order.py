@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from scmoe.moe.dispatcher import Blocking
-from scmoe.schedule.plan import WINDOWS, Schedule
+from scmoe.schedule.schedule import WINDOWS, Schedule
 from tests.support.models import DIM
 from tests.support.recording import Log, between, recorded_shortcut_block
 

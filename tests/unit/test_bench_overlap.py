@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments.bench_overlap import main
-from scmoe.schedule.plan import Schedule
+from scmoe.schedule.schedule import Schedule
 from scmoe.testbed.overlap import Seconds, Variant, nearest
 
 

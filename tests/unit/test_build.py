@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from datamodules.tokenizer import make_tokenizer
-from scmoe.config import load
-from scmoe.config_check import ConfigError
-from scmoe.training import build
-from scmoe.training.build_model import build_model_on_meta
-from scmoe.training.report import count_parameters, total_and_active
+from scmoe.config.fields import ConfigError
+from scmoe.config.load import load
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_model_on_meta, build_module
+from scmoe.training.run.report import count_parameters, total_and_active
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(
@@ -49,7 +49,7 @@ def test_gpt2_moe_small_has_the_papers_size():
 @pytest.mark.parametrize("architecture", ("dense", "top_k", "shared_expert", "scmoe"))
 def test_ranks_hold_a_share_of_the_experts_and_count_all(architecture):
     from scmoe.parallel.mesh import ParallelContext
-    from scmoe.training.build_model import build_model
+    from scmoe.training.build.model import build_model
 
     words = [f"moe.architecture={architecture}", "model.dim=32", "data.vocab_size=300", "moe.noisy=false"]
     if architecture != "dense":
@@ -89,15 +89,15 @@ def test_a_vocabulary_too_small_for_its_tokens_names_both_keys(tmp_path):
     make_tokenizer("bpe", 600, ["a text of some words, " * 100 + "".join(map(chr, range(0x400, 0x600)))]).save(file)
     config = load(model, ["data.name=text", "data.path=.", f"data.tokenizer={file}"])
     with pytest.raises(ConfigError, match=r"vocab_size is 512, allowed: \d+ or more, .* data\.tokenizer=.*json has"):
-        build.build_datamodule(config)
+        build_datamodule(config)
     with pytest.raises(ConfigError, match=r"data\.tokenizer is 'none\.json'; allowed: bpe, gpt2, or the path"):
-        build.build_datamodule(load(model, ["data.tokenizer=none.json"]))
+        build_datamodule(load(model, ["data.tokenizer=none.json"]))
 
 
 def test_a_module_can_be_sent_to_a_spawned_process():
     """Before its weights are there: `configure_model` makes them in each rank."""
     config = load(CONFIGS / "debug.yaml")
-    module = pickle.loads(pickle.dumps(build.build_module(config)))
+    module = pickle.loads(pickle.dumps(build_module(config)))
     module.configure_model()
     total, _ = total_and_active(count_parameters(build_model_on_meta(config)))
     assert sum(p.numel() for p in module.parameters()) == total

@@ -8,9 +8,11 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from scmoe.training import build
-from scmoe.training.callbacks import DataPosition, ExpertLoad
-from scmoe.training.collapse import PATIENCE, CollapseAlarm
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_module
+from scmoe.training.callbacks.collapse import PATIENCE, CollapseAlarm
+from scmoe.training.callbacks.data_position import DataPosition
+from scmoe.training.callbacks.expert_load import ExpertLoad
 from tests.support.models import tiny
 
 TOKENS = 100
@@ -61,7 +63,7 @@ def train(steps: int, rigged: bool) -> list[str]:
     """Warnings of a run; rigged: the second MoE layer's gate has room for one expert, whatever the token."""
     words = (f"trainer.max_steps={steps}", "trainer.accelerator=cpu", "trainer.log_every=1", "trainer.progress=false")
     config = tiny(*words, "model.layers=4", "moe.noisy=false", "optim.lr=1e-5", "data.global_batch_size=4")
-    module = build.build_module(config)
+    module = build_module(config)
     module.configure_model()
     if rigged:
         with torch.no_grad():
@@ -85,7 +87,7 @@ def train(steps: int, rigged: bool) -> list[str]:
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.fit(module, build.build_datamodule(config))
+        trainer.fit(module, build_datamodule(config))
     return [str(warning.message) for warning in caught if "collapsed" in str(warning.message)]
 
 

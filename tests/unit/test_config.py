@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scmoe.config import Config, LoggerConfig, flatten, load, resolve_ep_size, to_yaml
-from scmoe.config_check import WINDOW_LENGTHS, ConfigError, leaves
-from scmoe.config_help import catalogue, help_text
-from scmoe.schedule.plan import WINDOWS
+from scmoe.config.fields import Config, ConfigError, LoggerConfig, flatten, leaves
+from scmoe.config.help import catalogue, help_text
+from scmoe.config.load import load, to_yaml
+from scmoe.config.rules import resolve_ep_size
 from tests.support.configs import IMPOSSIBLE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -131,10 +131,6 @@ def test_expert_parallel_ranks_by_default():
     assert resolve_ep_size(load(None, ["moe.num_experts=12", "trainer.devices=8"])) == 4
     assert resolve_ep_size(load(None, ["moe.architecture=dense", "trainer.devices=8"])) == 1
     assert resolve_ep_size(load(None, ["strategy.ep_size=2", "trainer.devices=8"])) == 2
-
-
-def test_window_lengths_are_the_schedules():
-    assert {position: len(window) for position, window in WINDOWS.items()} == WINDOW_LENGTHS
 
 
 # What is refused

@@ -16,7 +16,7 @@ from scmoe.schedule.cost import (
     overlap_efficiency,
     slots,
 )
-from scmoe.schedule.plan import WINDOWS, Schedule
+from scmoe.schedule.schedule import WINDOWS, Schedule
 from scmoe.schedule.timeline import draw, elapsed, play
 
 OPERATORS = (

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from experiments import params, plan
-from scmoe.config import load
+from scmoe.config.load import load
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build_model import build_model
+from scmoe.training.build.model import build_model
 
 XL = "configs/model/gpt3_moe_xl.yaml"
 

@@ -18,7 +18,7 @@ from scmoe.moe.stream import MoEStream
 from scmoe.parallel.all_to_all import Transfer
 from scmoe.parallel.dispatcher import AllToAllDispatcher
 from scmoe.schedule.cost import best_schedule, slots
-from scmoe.schedule.plan import Schedule
+from scmoe.schedule.schedule import Schedule
 from scmoe.testbed import exchanges
 from scmoe.testbed.overlap import Bench, Variant
 from scmoe.testbed.pairs import Setting

@@ -15,10 +15,9 @@ from scmoe.blocks.double_gate import DoubleGateBlock, add_stats, share_moe
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.schedule.plan import Schedule
-from scmoe.training.build import build_module
-from scmoe.training.build_model import build_model
-from scmoe.training.report import count_parameters, total_and_active
+from scmoe.schedule.schedule import Schedule
+from scmoe.training.build.model import build_model, build_module
+from scmoe.training.run.report import count_parameters, total_and_active
 from tests.support.models import DIM, EXPERTS, randomise, tiny, tiny_batch, tiny_model, tiny_stream, tiny_sublayers
 from tests.support.recording import Log, Recorded, RecordingDispatcher, between
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from scmoe.analysis.gating import GatingProbe, draw_gating, gating_means, gating_metrics, gating_sums
-from scmoe.config import load
+from scmoe.config.load import load
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build_model import build_model
+from scmoe.training.build.model import build_model
 from tests.support.models import assert_close, hooks, randomise, tiny, tiny_batch, tiny_model
 
 

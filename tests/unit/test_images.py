@@ -14,8 +14,8 @@ from PIL import Image
 
 from datamodules.image_sources import ImageSplits, digits, fashion_mnist, image_folder, open_images, read_idx
 from datamodules.images import IGNORE, ImageDataModule
-from scmoe.config import load
-from scmoe.training.build import build_datamodule
+from scmoe.config.load import load
+from scmoe.training.build.data import build_datamodule
 
 
 def write_idx(file: Path, array: np.ndarray) -> None:

@@ -10,9 +10,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from scmoe.analysis.cost import rank_parameters
 from scmoe.analysis.memory import activations, narrow_copies, rank_memory
-from scmoe.config import Config, load
+from scmoe.config.fields import Config
+from scmoe.config.load import load
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build_model import build_model, build_model_on_meta
+from scmoe.training.build.model import build_model, build_model_on_meta
 from tests.support.models import OneOfTwo, tiny
 
 DTYPES = {"32-true": torch.float32, "64-true": torch.float64, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32}

@@ -16,11 +16,11 @@ from scmoe.analysis.cost import (
     training_flops,
     transfer_bytes,
 )
-from scmoe.config import load
+from scmoe.config.load import load
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build_model import build_model
-from scmoe.training.report import count_parameters, total_and_active
+from scmoe.training.build.model import build_model
+from scmoe.training.run.report import count_parameters, total_and_active
 from tests.support.models import OneOfTwo, tiny, tiny_batch, tiny_model
 
 MODELS = {

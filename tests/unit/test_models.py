@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scmoe.models.gpt import generate
+from scmoe.models.decoder import generate
 from tests.support.models import assert_close, gradients, tiny, tiny_batch, tiny_model
 
 FAMILIES = {"gpt": (), "llama": ("model.family=llama", "model.kv_heads=1")}

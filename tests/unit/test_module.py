@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from scmoe.config import load
-from scmoe.training import build
+from scmoe.config.load import load
+from scmoe.training.build.model import build_module
 
 
 def test_matrices_decay_and_nothing_else():
     """Norms, biases and position embeddings have a meaning at their size; the tied token embedding is a matrix."""
     config = load(None, ["model.layers=2", "model.dim=16", "model.heads=2", "moe.num_experts=4", "data.seq_len=8"])
-    module = build.build_module(config)
+    module = build_module(config)
     module.configure_model()
     groups = module.configure_optimizers()["optimizer"].param_groups
     decay = {p: group["weight_decay"] for group in groups for p in group["params"]}

@@ -12,7 +12,7 @@ from scmoe.moe.dispatcher import Blocking, LocalDispatcher
 from scmoe.moe.operators import Recorder
 from scmoe.moe.router import Router
 from scmoe.parallel.planner import OPERATORS, measured
-from scmoe.schedule.plan import Schedule
+from scmoe.schedule.schedule import Schedule
 from scmoe.testbed.emulated import EmulatedExperts, EmulatedOperator
 from tests.support.models import DIM, EXPERTS, gradients, randomise, tiny_stream
 from tests.support.recording import Log, recorded_shortcut_block

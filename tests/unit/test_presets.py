@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from scmoe.config import load
+from scmoe.config.load import load
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build_model import build_model, build_model_on_meta
-from scmoe.training.report import count_parameters, total_and_active
+from scmoe.training.build.model import build_model, build_model_on_meta
+from scmoe.training.run.report import count_parameters, total_and_active
 from tests.support.architectures import TABLES, overrides
 from tests.support.models import randomise
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from scmoe.config import Config
-from scmoe.config_check import ConfigError, show
-from scmoe.parallel.export import FORMAT_VERSION
+from scmoe.config.fields import Config, ConfigError, show
+from scmoe.parallel.checkpoint.export import FORMAT_VERSION
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build_model import build_model, build_model_to_train, settings
-from scmoe.training.pretrained import READERS, read_export
-from scmoe.training.upcycle import fill
+from scmoe.training.build.model import build_model, build_model_to_train
+from scmoe.training.init_from.pretrained import READERS, read_export
+from scmoe.training.init_from.settings import settings
+from scmoe.training.init_from.upcycle import fill
 from tests.support.exports import FAMILIES, dense, export
 from tests.support.models import assert_close, tiny, tiny_batch, tiny_model
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scmoe.config import Config
+from scmoe.config.fields import Config
 from scmoe.moe.balance import integer_sums, load_balance_loss, router_z_loss
 from tests import reference
 from tests.support.architectures import LANGUAGE_WITH_ORACLE, overrides

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from experiments import compare, runs
-from scmoe.config import load, to_yaml
-from scmoe.training.run_state import read_state, write_state
+from scmoe.config.load import load, to_yaml
+from scmoe.training.run.state import read_state, write_state
 
 ROOT = Path(__file__).parents[2]
 METRICS = """step,train/loss,val/loss,time/tokens_per_s

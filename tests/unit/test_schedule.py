@@ -14,7 +14,7 @@ from scmoe.blocks.standard import SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP
 from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import LocalDispatcher
-from scmoe.schedule.plan import WINDOWS, Schedule
+from scmoe.schedule.schedule import WINDOWS, Schedule
 from tests.support.models import DIM, FFN, tiny_stream, tiny_sublayers
 
 SLOTS = [(position, slot) for position, window in WINDOWS.items() for slot in range(len(window) + 1)]

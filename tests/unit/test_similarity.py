@@ -13,9 +13,9 @@ from scmoe.analysis.similarity import (
     similarity_mean,
     similarity_metrics,
 )
-from scmoe.config import load
+from scmoe.config.load import load
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build_model import build_model
+from scmoe.training.build.model import build_model
 from tests.support.models import assert_close, hooks, randomise, tiny, tiny_batch, tiny_model
 
 

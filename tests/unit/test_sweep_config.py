@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from experiments.sweep_axis import DISTRIBUTIONS, read_axis
 from experiments.sweep_config import read
-from scmoe.config_check import ConfigError
+from scmoe.config.fields import ConfigError
 from tests.support.sweeps import GOOD
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ import yaml
 from experiments.sweep_config import Sweep, read
 from experiments.sweep_report import draw, markdown, ranked, write_report
 from experiments.sweep_search import Trial, bands, best, hopeless, propose, total
-from scmoe.config import load
+from scmoe.config.load import load
 from tests.support.sweeps import GOOD
 
 LR = {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-1}

@@ -18,10 +18,10 @@ from experiments import harness
 from experiments.table_config import Row, Scale, load_table
 from experiments.table_launch import write_launch_files
 from experiments.table_runs import Run, State, keep, plan, same_config, state_of
-from scmoe.config import Config, load, to_yaml
-from scmoe.config_check import ConfigError
+from scmoe.config.fields import Config, ConfigError
+from scmoe.config.load import load, to_yaml
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build_model import build_model, build_model_on_meta
+from scmoe.training.build.model import build_model, build_model_on_meta
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs/experiment"

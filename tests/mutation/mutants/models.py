@@ -6,10 +6,10 @@ from tests.mutation.mutant import DATA, DIST, MOE, ORACLE, UNIT, Mutant
 
 MUTANTS = (
     # ------------------------------------------------------------------ training
-    Mutant("a-module-that-does-not-pickle", 0, "scmoe/training/build.py")
+    Mutant("a-module-that-does-not-pickle", 0, "scmoe/training/build/model.py")
     .replaces("partial(build_model_to_train, config),", "lambda context: build_model_to_train(config, context),")
     .caught_by(f"{UNIT}/test_build.py::test_a_module_can_be_sent_to_a_spawned_process"),
-    Mutant("norms-decay", 0, "scmoe/training/base.py")
+    Mutant("norms-decay", 0, "scmoe/training/moe_module.py")
     .replaces('"weight_decay": 0.0}', '"weight_decay": self.weight_decay}')
     .caught_by(f"{UNIT}/test_module.py::test_matrices_decay_and_nothing_else"),
     # ------------------------------------------------------------------ LLaMA
@@ -20,16 +20,16 @@ MUTANTS = (
     .replaces("dgate_RF, dup_RF = dh_RF2.chunk(2, dim=-1)", "dup_RF, dgate_RF = dh_RF2.chunk(2, dim=-1)")
     .caught_by(f"{UNIT}/test_activation.py::test_formula_and_derivative[swiglu]"),
     # ------------------------------------------------------------------ checkpoints from elsewhere
-    Mutant("shared-expert-not-doubled", 0, "scmoe/training/upcycle.py")
+    Mutant("shared-expert-not-doubled", 0, "scmoe/training/init_from/upcycle.py")
     .replaces("return 2 * weight if", "return weight if")
     .caught_by(f"{UNIT}/test_pretrained.py::test_upcycled_equals_dense[pos2]"),
-    Mutant("written-before-all-is-checked", 0, "scmoe/training/upcycle.py")
+    Mutant("written-before-all-is-checked", 0, "scmoe/training/init_from/upcycle.py")
     .replaces(
         "    if problems:\n        raise",
         "    for name, weight in found.items():\n        own[name].copy_(weight)\n    if problems:\n        raise",
     )
     .caught_by(f"{UNIT}/test_pretrained.py::test_nothing_is_written_where_a_tensor_is_missing"),
-    Mutant("exports-settings-not-compared", 0, "scmoe/training/build_model.py")
+    Mutant("exports-settings-not-compared", 0, "scmoe/training/build/model.py")
     .replaces("        check_settings(settings(config), checkpoint.settings)\n", "")
     .caught_by(f"{UNIT}/test_pretrained.py::test_an_export_into_another_model_is_refused_by_key"),
     Mutant("llamas-prefix-kept", 0, f"{DATA}/tokenizer.py")
@@ -39,7 +39,7 @@ MUTANTS = (
     Mutant("plan-forgets-the-configs-ranks", 0, "experiments/plan.py")
     .replaces("        sizes = own | sizes\n", '        sizes = {"ep": 1, "dp": 1} | sizes\n')
     .caught_by(f"{UNIT}/test_counts.py::test_a_plan_is_for_the_configs_own_ranks_where_none_are_given"),
-    Mutant("analyses-of-one-rank", 0, "scmoe/training/analysis_callbacks.py")
+    Mutant("analyses-of-one-rank", 0, "scmoe/training/callbacks/analysis.py")
     .replaces(
         "        total = context.sum_over_ranks(probe.result())\n", "        total, _ = probe.result(), context\n"
     )

@@ -34,10 +34,10 @@ MUTANTS = (
     .replaces("fair = sum(received) / len(received)", "fair = sum(received)")
     .caught_by("tests/faults/test_guards.py::test_31_the_ceiling_is_of_the_fair_share"),
     # ------------------------------------------------------------------ gradients over ranks
-    Mutant("no-1/EP", 21, f"{PARALLEL}/reducer.py")
+    Mutant("no-1/EP", 21, f"{PARALLEL}/update/reducer.py")
     .replaces("return grad / self.context.ep_size", "return grad")
     .caught_by(EP),
-    Mutant("no-mean-over-EDP", 21, f"{PARALLEL}/reducer.py")
+    Mutant("no-mean-over-EDP", 21, f"{PARALLEL}/update/reducer.py")
     .replaces("            flat /= self.context.edp_size\n", "")
     .caught_by(DP),
     Mutant("no_sync-ignored", 0, f"{PARALLEL}/strategy.py")
@@ -46,7 +46,7 @@ MUTANTS = (
     Mutant("experts-given-to-DDP", 25, f"{PARALLEL}/strategy.py")
     .replaces("        names.update(name for name, _ in expert_parameters(self.module))\n", "")
     .caught_by(EP),
-    Mutant("norm-of-own-shards", 22, f"{PARALLEL}/expert_parallel.py")
+    Mutant("norm-of-own-shards", 22, f"{PARALLEL}/update/clipping.py")
     .replaces(
         "get_total_norm(sharded).square() / context.edp_size", "get_total_norm(sharded).square() / context.world_size"
     )
@@ -60,22 +60,22 @@ MUTANTS = (
     Mutant("balance-loss-by-topology", 24, f"{MOE}/balance.py")
     .replaces("score_sums_LE * world_size / tokens_L", "score_sums_LE / tokens_L")
     .caught_by(f"{UNIT}/test_balance.py::test_mean_over_ranks_is_the_loss_of_the_global_batch"),
-    Mutant("balance-loss-of-own-tokens", 24, "scmoe/training/base.py")
+    Mutant("balance-loss-of-own-tokens", 24, "scmoe/training/moe_module.py")
     .replaces("load_balance_loss(stats, load_sums_LE2, world_size)", "load_balance_loss(stats, integer_sums(stats), 1)")
     .caught_by(EP),
-    Mutant("update-with-a-norm-that-is-not-finite", 27, f"{PARALLEL}/guard.py")
+    Mutant("update-with-a-norm-that-is-not-finite", 27, f"{PARALLEL}/update/guard.py")
     .replaces("        if torch.isfinite(norm):\n", "        if norm.numel() == 1:\n")
     .caught_by("tests/faults/test_guards.py::test_27_one_process_too"),
-    Mutant("only-what-is-clipped-is-watched", 27, f"{PARALLEL}/update.py")
+    Mutant("only-what-is-clipped-is-watched", 27, f"{PARALLEL}/update/clipping.py")
     .replaces("if clip_val <= 0 or gradient_clip_algorithm", "if clip_val > 0 and gradient_clip_algorithm")
     .caught_by(f"{FAULTS}/test_guards.py::test_27_a_module_that_does_not_clip_by_norm_is_watched_too[by nobody]"),
-    Mutant("who-steps-by-hand-is-not-watched", 27, f"{PARALLEL}/update.py")
+    Mutant("who-steps-by-hand-is-not-watched", 27, f"{PARALLEL}/update/clipping.py")
     .replaces(
         "            self.clip_by_norm(optimizer, None)\n        elif",
         "            assert optimizer is not None\n        elif",
     )
     .caught_by(f"{FAULTS}/test_guards.py::test_27_a_module_that_steps_by_hand_is_watched_too[output]"),
-    Mutant("clipping-past-the-strategy-let-through", 27, f"{PARALLEL}/update.py")
+    Mutant("clipping-past-the-strategy-let-through", 27, f"{PARALLEL}/update/clipping.py")
     .replaces("        elif not self.guard.has_looked:\n", "        elif self.guard is None:\n")
     .caught_by(f"{FAULTS}/test_guards.py::test_27_a_module_that_clips_by_other_means_is_refused[2]"),
     # ------------------------------------------------------------------ seeding
@@ -85,7 +85,7 @@ MUTANTS = (
     Mutant("experts-drawn-alike", 25, f"{MOE}/experts.py")
     .replaces('f"{key}/{name}/{expert}"', 'f"{key}/{name}"')
     .caught_by(f"{UNIT}/test_experts.py::test_every_expert_tensor_and_key_differs"),
-    Mutant("dense-weights-drawn-by-rank", 25, "scmoe/models/gpt.py")
+    Mutant("dense-weights-drawn-by-rank", 25, "scmoe/models/decoder.py")
     .replaces('named_generator(f"{seed}/{name}")', 'named_generator(f"{seed + torch.distributed.get_rank()}/{name}")')
     .caught_by(EP),
     Mutant("ranks-drop-the-same-features", 25, f"{PARALLEL}/strategy.py")

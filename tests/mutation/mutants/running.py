@@ -6,7 +6,7 @@ from tests.mutation.mutant import DATA, DIST, FAULTS, PARALLEL, UNIT, Mutant
 
 MUTANTS = (
     # ------------------------------------------------------------------ stopping
-    Mutant("asked-to-stop-alone", 12, f"{PARALLEL}/poll.py")
+    Mutant("asked-to-stop-alone", 12, f"{PARALLEL}/job/stopping.py")
     .replaces(
         "(dist.all_reduce(sums, group=self.group, async_op=True), sums)",
         "(dist.all_reduce(sums.clone(), group=self.group, async_op=True), sums)",
@@ -15,7 +15,7 @@ MUTANTS = (
     Mutant("deaf-while-validating", 12, f"{PARALLEL}/strategy.py")
     .replaces("            self.polls_left = int(batches)\n", "            self.polls_left = 0\n")
     .caught_by(f"{FAULTS}/test_stop.py::test_12_a_run_told_to_stop_while_it_validates_stops_there[1]"),
-    Mutant("broken-off-validation-goes-on-half-way", 12, f"{PARALLEL}/progress.py")
+    Mutant("broken-off-validation-goes-on-half-way", 12, f"{PARALLEL}/lightning_seam.py")
     .replaces(
         "        progress.reset()\n    if is_fitting(trainer) and trainer.validating:\n",
         "        assert progress.current.started\n    if is_fitting(trainer) and trainer.validating is None:\n",
@@ -27,7 +27,7 @@ MUTANTS = (
         "        note_saved_step(self.module.trainer)\n        self._ask",
     )
     .caught_by(f"{FAULTS}/test_stop.py::test_12_a_stop_while_validating_loses_no_best_checkpoint[4]"),
-    Mutant("sigterm-left-to-lightning", 12, f"{PARALLEL}/stop.py")
+    Mutant("sigterm-left-to-lightning", 12, f"{PARALLEL}/job/stopping.py")
     .replaces("    if number != signal.SIGTERM:\n", "    if number:\n")
     .caught_by(f"{FAULTS}/test_stop_any_time.py::test_12_told_to_stop_where_nothing_is_trained[test]"),
     Mutant("nobody-asks-after-the-last-step", 12, f"{PARALLEL}/strategy.py")
@@ -57,7 +57,7 @@ MUTANTS = (
     .replaces("self.poll.smallest(sum(batches_of))", "sum(batches_of)")
     .caught_by(f"{FAULTS}/test_stop.py::test_12_ranks_with_other_numbers_of_validation_batches_agree_too"),
     # ------------------------------------------------------------------ ranks and workers that fail
-    Mutant("roll-call-that-nobody-answers-is-fine", 14, f"{PARALLEL}/absent.py")
+    Mutant("roll-call-that-nobody-answers-is-fine", 14, f"{PARALLEL}/job/roll_call.py")
     .replaces(
         "        except RuntimeError:\n            absent.append(rank)\n    return",
         "        except RuntimeError:\n            pass\n    return",
@@ -66,13 +66,13 @@ MUTANTS = (
     Mutant("groups-wait-half-an-hour", 14, f"{PARALLEL}/mesh.py")
     .replaces("dist.new_group(ranks, timeout=timeout, pg_options", "dist.new_group(ranks, pg_options")
     .caught_by(f"{FAULTS}/test_guards.py::test_14_no_group_waits_for_longer_than_it_was_told"),
-    Mutant("difference-of-collectives-unseen", 15, f"{PARALLEL}/debug.py")
+    Mutant("difference-of-collectives-unseen", 15, f"{PARALLEL}/job/debug.py")
     .replaces("        if len(set(everyones)) > 1:\n", "        if len(set(everyones)) > 2:\n")
     .caught_by(f"{FAULTS}/test_guards.py::test_15_collectives_in_another_order_are_named"),
-    Mutant("collectives-of-objects-unseen", 15, f"{PARALLEL}/debug.py")
+    Mutant("collectives-of-objects-unseen", 15, f"{PARALLEL}/job/debug.py")
     .replaces("for name in (*TENSORS, *OBJECTS)),", "for name in TENSORS),")
     .caught_by(f"{FAULTS}/test_guards.py::test_15_every_kind_of_collective_is_watched"),
-    Mutant("uneven-batches-let-in", 16, f"{PARALLEL}/even.py")
+    Mutant("uneven-batches-let-in", 16, f"{PARALLEL}/job/even_batches.py")
     .replaces("    if context.world_size == 1:\n", "    if context.world_size > 1:\n")
     .caught_by(f"{FAULTS}/test_guards.py::test_16_each_loader_counts"),
     Mutant("sample-of-a-dead-worker-unknown", 19, f"{DATA}/watched.py")
@@ -82,42 +82,42 @@ MUTANTS = (
     )
     .caught_by(f"{FAULTS}/test_guards.py::test_19_a_data_worker_that_fails_is_named_with_its_sample"),
     # ------------------------------------------------------------------ logging and secrets
-    Mutant("w-and-b-s-death-ends-the-run", 32, "scmoe/training/logging.py")
+    Mutant("w-and-b-s-death-ends-the-run", 32, "scmoe/training/run/wandb_logger.py")
     .replaces("WANDB_TROUBLE = (wandb.Error, OSError)", "WANDB_TROUBLE = (wandb.errors.CommError,)")
     .caught_by(f"{FAULTS}/test_security.py::test_32_a_killed_wandb_process_ends_nothing"),
-    Mutant("new-column-under-the-old-header", 32, "scmoe/training/logging.py")
+    Mutant("new-column-under-the-old-header", 32, "scmoe/training/run/csv_logger.py")
     .replaces("            writer.metrics_keys = keys\n", "            assert isinstance(keys, list)\n")
     .caught_by(f"{FAULTS}/test_security.py::test_32_a_full_disk_ends_no_run_that_logs"),
-    Mutant("a-picture-ends-a-run", 32, "scmoe/training/steady.py")
+    Mutant("a-picture-ends-a-run", 32, "scmoe/training/run/steady.py")
     .replaces('        warn_once(f"{path} is not written: {error.strerror or error}")\n', "        raise\n")
     .caught_by(f"{FAULTS}/test_security.py::test_32_a_full_disk_costs_a_run_its_figures_and_nothing_else"),
-    Mutant("environment-kept", 33, "scmoe/training/logging.py")
+    Mutant("environment-kept", 33, "scmoe/training/run/directory.py")
     .replaces(
         '        "cpus": os.cpu_count(),\n', '        "cpus": os.cpu_count(),\n        "variables": dict(os.environ),\n'
     )
     .caught_by(f"{FAULTS}/test_security.py::test_33_a_key_is_in_no_file_of_a_run"),
-    Mutant("changes-to-the-code-kept-with-their-keys", 33, "scmoe/training/logging.py")
+    Mutant("changes-to-the-code-kept-with-their-keys", 33, "scmoe/training/run/directory.py")
     .replaces(
         '        "git_diff": without_keys(_git("diff", "HEAD")),\n', '        "git_diff": _git("diff", "HEAD"),\n'
     )
     .caught_by(f"{FAULTS}/test_security.py::test_33_keys_in_the_command_line_and_the_code_are_starred_out"),
-    Mutant("w-and-b-keeps-the-command-line", 33, "scmoe/training/logging.py")
+    Mutant("w-and-b-keeps-the-command-line", 33, "scmoe/training/run/wandb_logger.py")
     .replaces("x_disable_meta=without_keys(sys.argv) != sys.argv,", "x_disable_meta=False,")
     .caught_by(f"{FAULTS}/test_security.py::test_33_keys_in_the_command_line_and_the_code_are_starred_out"),
-    Mutant("any-attribute-of-torch-as-a-type", 34, f"{PARALLEL}/checkpoint.py")
+    Mutant("any-attribute-of-torch-as-a-type", 34, f"{PARALLEL}/checkpoint/state.py")
     .replaces("            assert isinstance(dtype, torch.dtype)\n", "            assert dtype is not None\n")
     .caught_by(f"{FAULTS}/test_security.py::test_34_a_type_in_meta_is_a_type"),
     # ------------------------------------------------------------------ configuration
-    Mutant("run-name-leaves-its-root", 36, "scmoe/config_check.py")
+    Mutant("run-name-leaves-its-root", 36, "scmoe/config/rules.py")
     .replaces("NAME.fullmatch(config.name)", "NAME.search(config.name)")
     .caught_by(f"{UNIT}/test_config.py::test_impossible_combination_names_its_key"),
-    Mutant("interpolation-allowed", 35, "scmoe/config.py")
+    Mutant("interpolation-allowed", 35, "scmoe/config/load.py")
     .replaces('if any("${" in text or text == "???" for text in texts):', 'if any(text == "???" for text in texts):')
     .caught_by(f"{UNIT}/test_config.py::test_bad_override"),
-    Mutant("tags-allowed", 35, "scmoe/config_yaml.py")
+    Mutant("tags-allowed", 35, "scmoe/config/load.py")
     .replaces("(yaml.TagToken, yaml.AnchorToken, yaml.AliasToken)", "(yaml.AnchorToken, yaml.AliasToken)")
     .caught_by(f"{UNIT}/test_config.py::test_bad_file_is_named"),
-    Mutant("experts-not-divisible", 37, "scmoe/config_check.py")
+    Mutant("experts-not-divisible", 37, "scmoe/config/rules.py")
     .replaces("config.moe.num_experts % ep_size:", "config.moe.num_experts < ep_size:")
     .caught_by(f"{UNIT}/test_config.py::test_impossible_combination_names_its_key"),
 )

@@ -1,0 +1,62 @@
+"""What `--help` and `make list` show, read from the dataclasses, so that no list of names is kept twice."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from pathlib import Path
+from textwrap import wrap
+
+from scmoe.config.fields import Config, leaves, show
+
+WIDTHS = (26, 22, 11, 55)  # key, type, default, help; 120 characters with two spaces between
+
+CATALOGUE = {
+    "Model families": "model.family",
+    "Architectures": "moe.architecture",
+    "Positions": "moe.position",
+    "Combining shared and routed experts": "moe.combine",
+    "Data sets": "data.name",
+}
+
+
+def help_text() -> str:
+    """Every field with its type, default and meaning, in columns for 120 characters."""
+    rows = [("key", "type", "default", "meaning")]
+    rows += [(leaf.key, leaf.allowed, _plain(leaf.value), leaf.help) for leaf in leaves(Config())]
+    return "\n".join(line for row in rows for line in _lines(row))
+
+
+def catalogue(root: Path) -> dict[str, list[tuple[str, str]]]:
+    """What there is to choose from: titles, and under each pairs (how it is chosen, what it is).
+
+    root: the folder of the configurations; each is told by the first comment of its file.
+    Raises ValueError if there is no such folder.
+    """
+    if not root.is_dir():
+        raise ValueError(f"the folder of configurations is {str(root)!r}, allowed: an existing folder")
+    choices = {leaf.key: leaf.choices for leaf in leaves(Config())}
+    files = [(path, _first_comment(path)) for path in sorted(root.rglob("*.yaml"))]
+    found = {"Configurations": [(str(path), text) for path, text in files if path.parent.name != "sweep"]}
+    found["Sweeps"] = [(str(path), text) for path, text in files if path.parent.name == "sweep"]
+    for title, key in CATALOGUE.items():
+        found[title] = [(f"{key}={choice}", "") for choice in choices[key]]
+    return found
+
+
+def _plain(value: object) -> str:
+    """A default as YAML writes it, without quotes."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) else show(value)
+
+
+def _lines(row: tuple[str, ...]) -> list[str]:
+    """A row of the table as the lines of text it needs, each cell wrapped in its column."""
+    cells = [wrap(cell, width) or [""] for cell, width in zip(row, WIDTHS, strict=True)]
+    columns = zip_longest(*cells, fillvalue="")
+    return ["  ".join(part.ljust(width) for part, width in zip(line, WIDTHS, strict=True)).rstrip() for line in columns]
+
+
+def _first_comment(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next((line.lstrip("# ").rstrip() for line in lines if line.startswith("#")), "")

@@ -1,0 +1,161 @@
+"""YAML files and overrides to a validated `Config`, and back.
+
+A YAML file may name other files of the same tree under `extends:`, relative to itself. From weak to strong: defaults,
+the extended files in their order, the file, the command line.
+
+A file holds texts, and the field's type decides what a text means: `1e-3` is a number in optim.lr and a text in a name.
+So no file can name an object to build, and nothing is interpolated. PyYAML's BaseLoader builds no other object; tags,
+anchors, aliases and a key that comes twice are errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ValidationError
+
+from scmoe.config.fields import Config, ConfigError, leaves, show
+from scmoe.config.rules import validate
+
+_LEAVES = {leaf.key: leaf for leaf in leaves(Config())}
+
+_SECTIONS = {key.rpartition(".")[0] for key in _LEAVES if "." in key}
+
+_NULL = ("", "~", "null", "None")
+
+
+def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The validated configuration of a YAML file and overrides `key=value` or `--key=value`.
+
+    path: None for the defaults alone.
+    Raises ConfigError, in one line, for whatever cannot be read, has no such key, does not fit its type or cannot run.
+    """
+    tree = OmegaConf.structured(Config)
+    for section in _SECTIONS:  # OmegaConf makes a frozen dataclass read-only
+        OmegaConf.set_readonly(OmegaConf.select(tree, section), False)
+    OmegaConf.set_readonly(tree, False)
+    if path is not None:
+        _merge_file(tree, Path(path), ())
+    for override in overrides:
+        _merge_override(tree, override)
+    config = OmegaConf.to_object(tree)
+    assert isinstance(config, Config)
+    sources = [str(path)] * (path is not None) + ["command line"] * bool(overrides)
+    validate(config, " and ".join(sources) or "defaults")
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """Every field; `load` makes an equal Config of it."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> None:
+    """Merge the files that a file extends, then the file. children: the files on whose behalf it is read."""
+    try:
+        text, identity = path.read_text(encoding="utf-8"), path.resolve()
+    except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a path with a null byte
+        asked = f", which {children[-1]} extends" if children else ""
+        raise ConfigError(f"{path}{asked}: not a file that can be read: {error}") from error
+    if identity in children:
+        raise ConfigError(f"{path}: extends itself: {' > '.join(map(str, (*children, identity)))}")
+    mapping = parse_yaml(text, str(path)) or {}  # an empty file is an empty mapping
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{path}: the file is {show(mapping)}, allowed: a mapping of keys to values")
+    extends = mapping.pop("extends", [])
+    parents = [extends] if isinstance(extends, str) else extends
+    if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
+        raise ConfigError(f"{path}: extends is {show(extends)}, allowed: a path or a list of paths")
+    for parent in parents:
+        _merge_file(tree, path.parent / parent, (*children, identity))
+    _merge(tree, mapping, str(path))
+
+
+def _merge_override(tree: DictConfig, override: str) -> None:
+    key, equals, text = override.removeprefix("--").partition("=")
+    if not equals:
+        raise ConfigError(f"command line: {override!r} has no value, allowed: key=value or --key=value")
+    _merge(tree, {key: parse_yaml(text, f"command line: {key}")}, "command line")
+
+
+def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
+    seen: set[str] = set()
+    for key, value in _pairs(mapping):
+        if key in seen:  # a section written out and a dotted key beside it
+            raise ConfigError(f"{source}: {key} comes twice")
+        seen.add(key)
+        if (key, value) == ("schedule", "auto"):
+            key, value = "schedule.auto", "true"
+        if key in _SECTIONS:
+            raise ConfigError(f"{source}: {key} is {show(value)}, allowed: a mapping of keys to values")
+        if key not in _LEAVES:
+            raise ConfigError(f"{source}: unknown key {show(key)}, {_hint(key)}")
+        leaf = _LEAVES[key]
+        refusal = f"{source}: {key} is {show(value)}, allowed: {leaf.allowed}"
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, str) for text in texts):
+            raise ConfigError(refusal)
+        if any("${" in text or text == "???" for text in texts):  # OmegaConf's own language
+            raise ConfigError(refusal + "; no interpolation")
+        if isinstance(value, str):
+            if leaf.type is bool and value.lower() not in ("true", "false"):  # OmegaConf takes any number for true
+                raise ConfigError(refusal)
+            choices = {str(choice): choice for choice in leaf.choices}
+            value = None if value in _NULL else choices.get(value, value)
+        try:
+            OmegaConf.update(tree, key, value, merge=False)
+        except ValidationError as error:
+            raise ConfigError(refusal) from error
+
+
+def _pairs(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values; an empty section has none."""
+    for key, value in mapping.items():
+        if isinstance(value, dict) and (value or prefix + key in _SECTIONS):
+            yield from _pairs(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _hint(key: str) -> str:
+    """The known key that was likely meant: the field in its right section, else one spelled alike."""
+    by_name = {known.rpartition(".")[2]: known for known in reversed(_LEAVES)}
+    name = key.rpartition(".")[2]
+    near = [by_name[name]] if name in by_name else get_close_matches(key, _LEAVES, 1)
+    near = near or [by_name[match] for match in get_close_matches(name, by_name, 1)]
+    return f"did you mean {near[0]}?" if near else "see --help for all keys"
+
+
+class _Loader(yaml.BaseLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        mapping = super().construct_mapping(node, deep)
+        names = [key.value for key, _ in node.value]
+        if len(mapping) < len(names):
+            twice = next(key for key, _ in reversed(node.value) if names.count(key.value) > 1)
+            raise yaml.constructor.ConstructorError(problem=f"{twice.value} comes twice", problem_mark=twice.start_mark)
+        return mapping
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Mappings, lists and texts of a YAML text; "" if it is empty.
+
+    source: the file or "command line", for the message.
+    Raises ConfigError.
+    """
+    try:
+        for token in yaml.scan(text):
+            if isinstance(token, (yaml.TagToken, yaml.AnchorToken, yaml.AliasToken)):
+                line = token.start_mark.line + 1
+                raise ConfigError(f"{source}: line {line}: a tag (!), anchor (&) or alias (*), allowed: plain YAML")
+        value = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{source}: line {error.problem_mark.line + 1}: bad YAML: {error.problem}") from error
+    except (yaml.YAMLError, RecursionError) as error:  # characters that YAML forbids; nesting without end
+        raise ConfigError(f"{source}: bad YAML: {error}") from error
+    return "" if value is None else value

@@ -1,0 +1,163 @@
+"""A directory that is whole or absent, whatever happens while it is written (faults 1-6 of a checkpoint's life).
+
+It is written beside its place under a hidden name, sealed with a manifest of every file's size and SHA-256, and
+renamed. Readers check the seal. What a killed writer leaves behind is swept by the next one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+ASIDE = re.compile(r"\.(.+)\.(old|tmp)-[0-9a-f]{8}")  # of `partial_path` and `commit`; nothing else is ours to touch
+
+
+class BrokenCheckpoint(ValueError):
+    """A checkpoint that is not what was written; the message names the file."""
+
+
+def partial_path(path: Path, token: str) -> Path:
+    """Where a directory is written before it is renamed to `path`. token: 8 hexadecimal digits."""
+    return path.parent / f".{path.name}.tmp-{token}"
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def commit(partial: Path, path: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+    """Seals `partial` and renames it to `path`. files: name -> fingerprint, of all files there."""
+    write_durably(partial / MANIFEST, _seal({"step": step, "files": files}))
+    sync(partial)
+    old = path.parent / f".{path.name}.old-{uuid.uuid4().hex[:8]}"
+    if path.exists():
+        os.rename(path, old)  # killed here, `sweep` puts it back
+    os.rename(partial, path)
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def verify(path: Path) -> int:
+    """The step of a whole directory. BrokenCheckpoint: a file is missing, added, cut, changed or cannot be read."""
+    manifest = read_manifest(path)
+    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
+    if odd := sorted(present ^ manifest["files"].keys()):
+        raise BrokenCheckpoint(f"{path / odd[0]} is {'not of this checkpoint' if odd[0] in present else 'missing'}")
+    for name, expected in manifest["files"].items():
+        try:
+            whole = (path / name).stat().st_size == expected["bytes"] and fingerprint(path / name) == expected
+        except OSError as error:
+            raise BrokenCheckpoint(f"{path / name} cannot be read: {error.strerror}") from error
+        if not whole:
+            raise BrokenCheckpoint(f"{path / name} is damaged: its content is not what was written")
+    return manifest["step"]
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """{"step", "files"}: what a checkpoint says it is. BrokenCheckpoint: it has no manifest, or a damaged one."""
+    if not (path / MANIFEST).is_file():
+        raise BrokenCheckpoint(f"{path} is not a complete checkpoint: it has no {MANIFEST}")
+    try:
+        text = (path / MANIFEST).read_bytes()
+        manifest = json.loads(text)
+        sealed = _seal({"step": manifest["step"], "files": manifest["files"]}).encode() == text
+    except OSError as error:
+        raise BrokenCheckpoint(f"{path / MANIFEST} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError):
+        sealed = False
+    if not sealed:
+        raise BrokenCheckpoint(f"{path / MANIFEST} is damaged")
+    return manifest
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All that are there, whole or not; one that a killed writer had moved aside counts where it lies."""
+    moved = [aside for aside, name in _asides(folder, "old") if name.endswith(".ckpt")]
+    return [*folder.glob("*.ckpt"), *moved]
+
+
+def newest_good(folder: Path) -> Path:
+    """The whole checkpoint of the latest step; a warning names each one that is found broken. Changes nothing, so that
+    ranks may ask at once.
+
+    Manifests tell which is the newest, and all files are read of that one alone; of the next, where it is broken.
+    FileNotFoundError: there is none.
+    """
+    found = []
+    for path in checkpoints(folder):
+        try:
+            found.append((read_manifest(path)["step"], path.stat().st_mtime, path))
+        except BrokenCheckpoint as error:
+            warnings.warn(f"passed over: {error}", stacklevel=2)
+    for _, _, path in sorted(found, reverse=True):
+        try:
+            verify(path)
+        except BrokenCheckpoint as error:
+            warnings.warn(f"passed over: {error}", stacklevel=2)
+        else:
+            return path
+    raise FileNotFoundError(f"{folder} has no whole checkpoint")
+
+
+def remove(path: Path) -> None:
+    """Removes a directory, if there is one. Killed meanwhile, it leaves none that lacks files; `sweep` has the rest."""
+    if not path.exists():
+        return
+    aside = partial_path(path, uuid.uuid4().hex[:8])
+    os.rename(path, aside)
+    shutil.rmtree(aside)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed writers left in `folder`, and puts back what one had moved aside."""
+    for aside, name in _asides(folder, "old"):
+        if (folder / name).exists():
+            shutil.rmtree(aside)
+        else:
+            os.rename(aside, folder / name)
+    for partial, _ in _asides(folder, "tmp"):
+        shutil.rmtree(partial)
+
+
+def _asides(folder: Path, kind: str) -> Iterator[tuple[Path, str]]:
+    """Directories that a writer has named so, "old" or "tmp", and the names that they were to have."""
+    for path in sorted(folder.glob(f".*.{kind}-*")):
+        named = ASIDE.fullmatch(path.name)
+        if named and named[2] == kind and path.is_dir() and not path.is_symlink():
+            yield path, named[1]
+
+
+def write_durably(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    """The manifest as text with its own hash: any other text is not it."""
+    body = json.dumps(manifest, sort_keys=True)
+    return json.dumps({**manifest, "seal": hashlib.sha256(body.encode()).hexdigest()}, sort_keys=True)
+
+
+def sync(path: Path) -> None:
+    """Makes a file's content, or a folder's entries, durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,118 @@
+"""Reads a checkpoint, whatever number of ranks wrote it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.optim import Optimizer
+
+from scmoe.parallel.checkpoint import durable
+from scmoe.parallel.checkpoint.random_state import rng_states
+from scmoe.parallel.checkpoint.state import META, as_dtensor, from_json, model_state, same_error_on_every_rank
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.shards import expert_parameters
+
+
+def read_whole(path: Path, start: str = "") -> dict[str, Tensor]:
+    """The tensors whose names begin so, experts of all ranks together, in one process and on the host."""
+    reader = HuggingFaceStorageReader(str(path))
+    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    whole = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if name.startswith(start)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is meant
+        dcp.load(whole, storage_reader=reader, no_dist=True)
+    return whole
+
+
+@torch.no_grad()
+def load_checkpoint(
+    path: Path, module: nn.Module, optimizers: Sequence[Optimizer], context: ParallelContext
+) -> dict[str, Any]:
+    """Reads a checkpoint into the module and the optimizers, whatever number of ranks wrote it; returns the rest.
+
+    The key "rng_states" is this rank's, where as many ranks wrote as read. ValueError: not a checkpoint, or another
+    model's.
+    """
+    with same_error_on_every_rank(context):
+        if context.rank == 0:
+            durable.verify(path)
+    meta = from_json(json.loads((path / META).read_text()))
+    stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    wanted: dict[str, Tensor] = {f"model.{name}": t for name, t in model_state(module, context).items()}
+    _check_same_model(path, _shapes(wanted), _stored_shapes(stored))
+
+    groups = meta.pop("param_groups", [])
+    for i, (optimizer, saved_groups) in enumerate(zip(optimizers, groups, strict=False)):
+        wanted.update(_allocate_state(f"optimizer_{i}", module, optimizer, stored, context))
+        for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+            group.update({k: v for k, v in saved.items() if k != "params"})
+    if sum(key.startswith("rng.host.") for key in stored) == context.world_size:
+        names = [name for name in rng_states() if f"rng.{name}.{context.rank}" in stored]
+        meta["rng_states"] = {name: torch.empty_like(rng_states()[name]) for name in names}
+        wanted |= {f"rng.{name}.{context.rank}": state for name, state in meta["rng_states"].items()}
+    dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), process_group=context.checkpoint_group)
+    return meta
+
+
+@torch.no_grad()
+def load_model(path: Path, model: nn.Module, prefix: str = "") -> None:
+    """Reads the weights alone into a whole model in one process, whatever number of ranks wrote them.
+
+    prefix: the model's name in the LightningModule, with its dot. ValueError: broken, or another model's checkpoint.
+    """
+    own = {f"model.{prefix}{name}": p for name, p in model.named_parameters()}
+    durable.verify(path)
+    reader = HuggingFaceStorageReader(str(path))
+    _check_same_model(path, _shapes(own), _stored_shapes(reader.read_metadata().state_dict_metadata))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is meant
+        dcp.load({name: p.detach() for name, p in own.items()}, storage_reader=reader, no_dist=True)
+
+
+def _allocate_state(
+    prefix: str, module: nn.Module, optimizer: Optimizer, stored: dict[str, Any], context: ParallelContext
+) -> dict[str, Tensor]:
+    """Empty optimizer state of the stored names and types, put into the optimizer; dcp.load fills it in place."""
+    shards = {p for _, p in expert_parameters(module)}
+    steps_on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    wanted: dict[str, Tensor] = {}
+    for name, p in module.named_parameters():
+        start = f"{prefix}.{name}."
+        for key in [k for k in stored if k.startswith(start)]:
+            size, dtype = stored[key].size, stored[key].properties.dtype
+            sharded = p in shards and size[1:] == p.shape[1:] and len(size) == p.dim()
+            device = p.device if len(size) or steps_on_device else "cpu"
+            value = torch.empty(p.shape if sharded else size, dtype=dtype, device=device)
+            optimizer.state[p][key.removeprefix(start)] = value
+            wanted[key] = as_dtensor(value, context) if sharded else value
+    return wanted
+
+
+def _shapes(tensors: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape) for name, t in tensors.items()}
+
+
+def _stored_shapes(stored: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(entry.size) for name, entry in stored.items() if name.startswith("model.")}
+
+
+def _check_same_model(path: Path, here: dict[str, tuple[int, ...]], there: dict[str, tuple[int, ...]]) -> None:
+    differing = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
+    if differing:
+        k = differing[0]
+        raise ValueError(
+            f"{path} holds another model: {k} is {there.get(k, 'absent')} there and {here.get(k, 'absent')} here"
+            f" ({len(differing)} such tensors)"
+        )

@@ -1,0 +1,118 @@
+"""What a checkpoint holds: named tensors, and JSON for all that is no tensor.
+
+    <name>.ckpt/manifest.json                    step, size and hash of every file
+                meta.json                        everything but tensors
+                shard-*.safetensors              (or all.safetensors) model.<name>, optimizer_<i>.<name>.<state>,
+                                                 rng.<generator>.<rank>
+
+DTensor exists at this boundary only, to say which slice of an expert weight a rank holds. Nothing here can execute code
+when it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.optim import Optimizer
+
+from scmoe.parallel.checkpoint.random_state import rng_states
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.shards import expert_parameters
+
+META = "meta.json"
+
+FULL = "all.safetensors"
+
+
+def model_state(module: nn.Module, context: ParallelContext) -> dict[str, Tensor]:
+    """The module's tensors by name, expert shards as DTensors; all share storage with the module, so that reading
+    into them is loading. A tied weight is there once, under its first name."""
+    shards = {name for name, _ in expert_parameters(module)}
+    tied = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    tied -= {name for name, _ in module.named_parameters()}
+    state = {name: t for name, t in module.state_dict().items() if name not in tied}
+    return {name: as_dtensor(t, context) if name in shards else t for name, t in state.items()}
+
+
+def optimizer_state(module: nn.Module, optimizer: Optimizer, context: ParallelContext) -> dict[str, Any]:
+    """{"state": {parameter name: {...}}, "param_groups": [...]}: names, where torch has positions."""
+    names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
+    shards = {p for _, p in expert_parameters(module)}
+    state = {
+        names[p]: {k: as_dtensor(v, context) if p in shards and _is_like(v, p) else v for k, v in values.items()}
+        for p, values in optimizer.state.items()
+    }
+    groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
+    return {"state": state, "param_groups": groups}
+
+
+def split(checkpoint: dict[str, Any], context: ParallelContext) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Lightning's checkpoint dictionary as named tensors and the rest."""
+    tensors = {f"rng.{name}.{context.rank}": state for name, state in rng_states().items()}
+    tensors.update({f"model.{name}": t for name, t in checkpoint["state_dict"].items()})
+    meta = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
+    if "optimizer_states" in checkpoint:
+        meta["param_groups"] = [state["param_groups"] for state in checkpoint["optimizer_states"]]
+        for i, state in enumerate(checkpoint["optimizer_states"]):
+            for name, values in state["state"].items():
+                tensors.update({f"optimizer_{i}.{name}.{k}": torch.as_tensor(v) for k, v in values.items()})
+    return tensors, meta
+
+
+def as_dtensor(shard: Tensor, context: ParallelContext) -> Tensor:
+    return DTensor.from_local(shard.detach(), context.mesh, [Replicate(), Shard(0)], run_check=False)
+
+
+def _is_like(value: Any, p: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == p.shape
+
+
+def to_json(x: Any) -> Any:
+    """Containers, numbers, strings and small tensors as JSON; TypeError for anything else."""
+    if x is None or isinstance(x, (bool, int, float, str)):
+        return x
+    if isinstance(x, Tensor):
+        return {"__tensor__": x.tolist(), "dtype": str(x.dtype).removeprefix("torch.")}
+    if isinstance(x, (list, tuple)):
+        return [to_json(v) for v in x]
+    if isinstance(x, dict):
+        if all(isinstance(k, str) for k in x):
+            return {k: to_json(v) for k, v in x.items()}
+        return {"__items__": [[to_json(k), to_json(v)] for k, v in x.items()]}
+    if isinstance(x, Path):
+        return str(x)
+    raise TypeError(f"a checkpoint holds tensors and plain values, not {type(x).__name__}: {x!r:.80}")
+
+
+def from_json(x: Any) -> Any:
+    if isinstance(x, list):
+        return [from_json(v) for v in x]
+    if isinstance(x, dict):
+        if "__tensor__" in x:
+            dtype = getattr(torch, x["dtype"])
+            assert isinstance(dtype, torch.dtype)
+            return torch.tensor(x["__tensor__"], dtype=dtype)
+        if "__items__" in x:
+            return {from_json(k): from_json(v) for k, v in x["__items__"]}
+        return {k: from_json(v) for k, v in x.items()}
+    return x
+
+
+@contextmanager
+def same_error_on_every_rank(context: ParallelContext) -> Iterator[None]:
+    """What rank 0 raises inside, every rank raises: none waits for one that has given up."""
+    failure: list[Any] = [None]
+    try:
+        yield
+    except (OSError, ValueError, TypeError) as error:
+        failure = [error]
+    dist.broadcast_object_list(failure, group=context.checkpoint_group)
+    if failure[0] is not None:
+        raise failure[0]

@@ -1,0 +1,18 @@
+"""What is sharded: the parameters of `Experts` modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from scmoe.moe.experts import Experts
+
+
+def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names (from `module`) and tensors of all expert shards. The module's class marks them: a class survives deepcopy,
+    to_empty and compile, an attribute on a tensor does not."""
+    for prefix, child in module.named_modules():
+        if isinstance(child, Experts):
+            for name, parameter in child.named_parameters(recurse=False):
+                yield f"{prefix}.{name}" if prefix else name, parameter

@@ -1,0 +1,181 @@
+"""The blocks of a configuration, and the parts they are made of.
+
+A family has its own `Parts`. An architecture is a function of `ARCHITECTURES`: it wires one block for any family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from scmoe.blocks.double_gate import DoubleGateBlock, share_moe
+from scmoe.blocks.rotary import Rotary
+from scmoe.blocks.shortcut import ShortcutBlock
+from scmoe.blocks.standard import DenseBlock, SharedExpertBlock, TopKBlock
+from scmoe.blocks.sublayers import MLP, Attention, Residual
+from scmoe.config.fields import Config
+from scmoe.models.llama import NORM_EPS
+from scmoe.moe.coefficient import COEFFICIENT_GATES
+from scmoe.moe.dispatcher import Narrowed
+from scmoe.moe.experts import Experts
+from scmoe.moe.router import Router
+from scmoe.moe.stream import MoEStream
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.schedule.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a family makes its blocks of, at one width."""
+
+    dim: int
+    ffn_dim: int
+    norm: Callable[[], nn.Module]
+    mlp: Callable[[], nn.Module]  # of Block-MLP, and the shared expert
+    attention: Callable[[], nn.Module]
+    after: Callable[[], nn.Module]  # what a sub-layer's output goes through before it is added: dropout
+    activation: str = "gelu"  # of the routed experts
+
+    def attention_sublayer(self) -> Residual:
+        return Residual(self.norm(), self.attention(), self.after())
+
+    def mlp_sublayer(self) -> Residual:
+        return Residual(self.norm(), self.mlp(), self.after())
+
+
+def gpt_parts(config: Config) -> Parts:
+    model = config.model
+    dim, ffn_dim, activation = model.dim, model.ffn_dim or 4 * model.dim, model.activation or "gelu"
+    return Parts(
+        dim,
+        ffn_dim,
+        norm=lambda: nn.LayerNorm(dim),
+        mlp=lambda: MLP(dim, ffn_dim, activation=activation),
+        attention=lambda: Attention(dim, model.heads, kv_heads=model.kv_heads),
+        after=lambda: nn.Dropout(model.dropout),
+        activation=activation,
+    )
+
+
+def llama_parts(config: Config) -> Parts:
+    model = config.model
+    dim, ffn_dim, activation = model.dim, model.ffn_dim or 4 * model.dim, model.activation or "swiglu"
+    return Parts(
+        dim,
+        ffn_dim,
+        norm=lambda: nn.RMSNorm(dim, NORM_EPS),
+        mlp=lambda: MLP(dim, ffn_dim, bias=False, activation=activation),
+        attention=lambda: Attention(dim, model.heads, bias=False, kv_heads=model.kv_heads, rotary=Rotary()),
+        after=lambda: nn.Dropout(model.dropout),
+        activation=activation,
+    )
+
+
+PARTS: dict[str, Callable[[Config], Parts]] = {"gpt": gpt_parts, "llama": llama_parts}
+
+
+def build_blocks(config: Config, context: ParallelContext) -> list[nn.Module]:
+    """The blocks of a model whose layers are all alike."""
+    parts = PARTS[config.model.family](config)
+    return stack(config, context, [parts] * config.model.layers)
+
+
+def stack(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    """Layers made of `parts`: blocks with an MoE each (every: 1), pairs of Block-MLP and Block-MoE (every: 2), or dense
+    blocks."""
+    architecture = config.moe.architecture
+    if architecture == "dense":
+        return [DenseBlock([layer.attention_sublayer(), layer.mlp_sublayer()]) for layer in parts]
+    every, blocks = config.moe.every, []
+    for i in range(0, len(parts), every):
+        first, last = parts[i], parts[i + every - 1]
+        sublayers = [first.attention_sublayer()]
+        if every == 2:
+            sublayers += [first.mlp_sublayer(), last.attention_sublayer()]
+        blocks.append(ARCHITECTURES[architecture](config, context, last, sublayers, i == 0))
+    if architecture == "dgmoe_share":
+        share_moe(blocks)
+    return blocks
+
+
+def top_k_block(
+    config: Config, context: ParallelContext, parts: Parts, sublayers: Sequence[nn.Module], first: bool
+) -> nn.Module:
+    return TopKBlock(sublayers, parts.norm(), build_stream(config, context, parts), parts.after())
+
+
+def shared_expert_block(
+    config: Config, context: ParallelContext, parts: Parts, sublayers: Sequence[nn.Module], first: bool
+) -> nn.Module:
+    return SharedExpertBlock(
+        sublayers,
+        parts.norm(),
+        parts.mlp(),
+        COEFFICIENT_GATES[config.moe.combine](parts.dim),
+        build_stream(config, context, parts),
+        Schedule("shared_expert", config.schedule.slot, config.schedule.chunks or 1),
+        parts.after(),
+    )
+
+
+def shortcut_block(
+    config: Config, context: ParallelContext, parts: Parts, sublayers: Sequence[nn.Module], first: bool
+) -> nn.Module:
+    """first: the model's first MoE module, whose tap may be elsewhere."""
+    moe = config.moe
+    position = moe.first_position if first and moe.first_position else moe.position
+    schedule = Schedule(position, config.schedule.slot, config.schedule.chunks or 1)
+    following: Any = sublayers[len(sublayers) - (len(schedule.window) - 1)]  # the sub-layer after the tap
+    return ShortcutBlock(
+        sublayers,
+        tap_norm=following.norm if moe.tap_norm == "shared" else parts.norm(),
+        norm=parts.norm(),
+        shared_expert=parts.mlp(),
+        coefficient=COEFFICIENT_GATES[moe.combine](parts.dim),
+        moe=build_stream(config, context, parts),
+        schedule=schedule,
+        after=parts.after(),
+        coefficient_reads_tap=moe.coefficient_input == "tap",
+    )
+
+
+def double_gate_block(
+    config: Config, context: ParallelContext, parts: Parts, sublayers: Sequence[nn.Module], first: bool
+) -> nn.Module:
+    moe = config.moe
+    position = moe.first_position if first and moe.first_position else moe.position
+    schedule = Schedule(f"dgmoe_{position}", config.schedule.slot, config.schedule.chunks or 1)
+    following: Any = sublayers[len(sublayers) - len(schedule.window)]  # the sub-layer after the tap
+    return DoubleGateBlock(
+        sublayers,
+        tap_norm=following.norm if moe.tap_norm == "shared" else parts.norm(),
+        norm=parts.norm(),
+        moe=build_stream(config, context, parts),
+        schedule=schedule,
+        after=parts.after(),
+    )
+
+
+def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoEStream:
+    moe = config.moe
+    gate = {"renormalise": moe.renormalise, "noisy": moe.noisy, "balanced": moe.balanced_routing}
+    router = Router(parts.dim, moe.num_experts, moe.top_k, **gate)
+    local = context.local_experts(moe.num_experts)
+    experts = Experts(parts.dim, parts.ffn_dim, moe.num_experts, local, parts.activation)
+    dispatcher = context.dispatcher(moe.num_experts, moe.dropless_ceiling)
+    if config.strategy.wire_dtype is not None and context.ep_size > 1:
+        dispatcher = Narrowed(dispatcher, getattr(torch, config.strategy.wire_dtype))
+    return MoEStream(router, experts, dispatcher, moe.capacity_factor, config.schedule.chunks or 1)
+
+
+ARCHITECTURES: dict[str, Callable[[Config, ParallelContext, Parts, Sequence[nn.Module], bool], nn.Module]] = {
+    "top_k": top_k_block,
+    "shared_expert": shared_expert_block,
+    "scmoe": shortcut_block,
+    "dgmoe": double_gate_block,
+    "dgmoe_share": double_gate_block,
+}

@@ -1,0 +1,55 @@
+"""The datamodule of a configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datamodules.positioned import PositionedDataModule
+from datamodules.synthetic import SyntheticDataModule
+from datamodules.text import TextDataModule
+from scmoe.config.fields import Config, ConfigError
+from scmoe.config.rules import IMAGES
+
+
+def build_datamodule(config: Config) -> PositionedDataModule:
+    data, trainer = config.data, config.trainer
+    common: dict[str, Any] = dict(
+        global_batch_size=data.global_batch_size,
+        accumulate=trainer.accumulate,
+        num_batches=trainer.max_steps * trainer.accumulate,
+        workers=data.workers,
+        seed=config.seed,
+    )
+    if data.name in IMAGES:
+        return build_images(config, common)
+    common |= dict(vocab_size=data.vocab_size, seq_len=data.seq_len, val_sequences=data.val_sequences)
+    if data.name == "synthetic":
+        return SyntheticDataModule(**common)
+    try:
+        return TextDataModule(
+            data.name, data.path, data.subset, tokenizer=data.tokenizer, cache_dir=data.cache_dir, **common
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def build_images(config: Config, common: dict[str, Any]) -> PositionedDataModule:
+    """Opens the images, so that what is missing is said before a process is started."""
+    from datamodules.image_sources import open_images  # here: they need the extra `vision`
+    from datamodules.images import ImageDataModule
+
+    data = config.data
+    try:
+        return ImageDataModule(
+            open_images(data.name, data.path),
+            image_size=data.image_size,
+            num_classes=data.num_classes,
+            augment=data.augment,
+            mixup=data.mixup,
+            cutmix=data.cutmix,
+            label_smoothing=data.label_smoothing,
+            val_images=data.val_sequences,
+            **common,
+        )
+    except (ValueError, ModuleNotFoundError) as error:
+        raise ConfigError(str(error)) from error

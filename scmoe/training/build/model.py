@@ -1,0 +1,131 @@
+"""The network and the LightningModule of a configuration.
+
+A family is a function of `FAMILIES`: it makes the parts and the sub-layers and stacks the blocks (blocks.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from scmoe.blocks.recompute import recompute_activations
+from scmoe.blocks.sublayers import MLP
+from scmoe.config.fields import Config, ConfigError, show
+from scmoe.config.rules import IMAGES
+from scmoe.models.gpt import GPT
+from scmoe.models.llama import Llama
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.training.build.blocks import Parts, build_blocks, stack
+from scmoe.training.image_classifier import ImageClassifier
+from scmoe.training.init_from.pretrained import read_export, read_hf
+from scmoe.training.init_from.settings import check_settings, settings
+from scmoe.training.init_from.upcycle import fill
+from scmoe.training.language_model import LanguageModel
+from scmoe.training.moe_module import MoEModule
+
+
+def build_model(config: Config, context: ParallelContext) -> Any:
+    """The network with this rank's experts, weights drawn from the seed."""
+    model = FAMILIES[config.model.family](config, context)
+    model.init_weights(config.seed)
+    if config.trainer.recompute:
+        recompute_activations(model)
+    return model
+
+
+def build_model_to_train(config: Config, context: ParallelContext) -> Any:
+    """The network at the start of a training: drawn from the seed, or with the weights of init_from.
+
+    Raises ConfigError: these are another model's, or cannot be read."""
+    model = build_model(config, context)
+    if config.init_from is None:
+        return model
+    kind, _, path = config.init_from.partition(":")
+    try:
+        checkpoint = read_hf(Path(path)) if kind == "hf" else read_export(Path(path))
+        check_settings(settings(config), checkpoint.settings)
+        fill(model, checkpoint)
+    except ValueError as error:
+        raise ConfigError(f"init_from is {show(config.init_from)}: {error}") from error
+    return model
+
+
+def build_model_on_meta(config: Config) -> Any:
+    """The whole network's shapes, without memory: to count parameters before anything is started."""
+    with torch.device("meta"):
+        return FAMILIES[config.model.family](config, ParallelContext())
+
+
+def build_gpt(config: Config, context: ParallelContext) -> GPT:
+    blocks = build_blocks(config, context)
+    return GPT(config.data.vocab_size, config.data.seq_len, config.model.dim, blocks, config.model.dropout)
+
+
+def build_llama(config: Config, context: ParallelContext) -> Llama:
+    blocks = build_blocks(config, context)
+    return Llama(config.data.vocab_size, config.data.seq_len, config.model.dim, blocks, config.model.dropout)
+
+
+def build_swin(config: Config, context: ParallelContext) -> Any:
+    """SwinV2-MoE (Table 9): the architecture under study in stage 3; in stage 4 standard top-2 stays."""
+    if find_spec("timm") is None:
+        raise ConfigError("model.family is 'swin', which needs timm: pip install 'scmoe[vision]'")
+    from scmoe.models.swin import PostNorm, ShiftedWindows, Swin
+
+    model, data, moe = config.model, config.data, config.moe
+    depths = (2, 2, model.layers, 2)
+
+    def parts(stage: int, i: int) -> Parts:
+        dim, heads = model.dim * 2**stage, model.heads * 2**stage
+        grid = data.image_size // model.patch_size // 2**stage
+        drop_path = model.drop_path * (sum(depths[:stage]) + i) / (sum(depths) - 1)
+        return Parts(
+            dim,
+            4 * dim,
+            norm=nn.Identity,  # it comes after
+            mlp=lambda: MLP(dim, 4 * dim),
+            attention=lambda: ShiftedWindows(dim, heads, grid, model.window, shifted=i % 2 == 1),
+            after=lambda: PostNorm(dim, drop_path),
+        )
+
+    dense = replace(config, moe=replace(moe, architecture="dense"))
+    top_2 = replace(config, moe=replace(moe, architecture="top_k", top_k=min(2, moe.num_experts)))
+    configs = (dense, dense, config, dense if moe.architecture == "dense" else top_2)
+    stages = [
+        stack(configs[stage], context, [parts(stage, i) for i in range(depth)]) for stage, depth in enumerate(depths)
+    ]
+    return Swin(data.image_size, model.patch_size, model.dim, data.num_classes, stages)
+
+
+FAMILIES: dict[str, Callable[[Config, ParallelContext], Any]] = {
+    "gpt": build_gpt,
+    "llama": build_llama,
+    "swin": build_swin,
+}
+
+
+def build_module(config: Config) -> MoEModule:
+    optim, moe = config.optim, config.moe
+    images = config.data.name in IMAGES
+    task = partial(ImageClassifier, num_classes=config.data.num_classes) if images else LanguageModel
+    return task(
+        partial(build_model_to_train, config),  # a lambda could not be sent to processes that are spawned
+        max_steps=config.trainer.max_steps,
+        lr=optim.lr,
+        min_lr_ratio=optim.min_lr_ratio,
+        warmup_steps=optim.warmup_steps,
+        weight_decay=optim.weight_decay,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        gradient_clip=config.trainer.gradient_clip,
+        load_balance_coef=moe.load_balance_coef,
+        z_loss_coef=moe.z_loss_coef,
+        compile_blocks=config.trainer.compile,
+    )

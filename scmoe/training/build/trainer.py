@@ -1,0 +1,117 @@
+"""The Trainer of a configuration, with its strategy, callbacks, loggers and run directory."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning.pytorch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+
+from scmoe.config.fields import Config, flatten
+from scmoe.config.load import to_yaml
+from scmoe.config.rules import IMAGES, resolve_ep_size
+from scmoe.parallel.strategy import ExpertParallelStrategy
+from scmoe.training.callbacks.adaptive_schedule import PlanSchedule
+from scmoe.training.callbacks.analysis import gating_over_training, similarity_over_training
+from scmoe.training.callbacks.data_position import DataPosition
+from scmoe.training.callbacks.expert_load import ExpertLoad
+from scmoe.training.callbacks.log_lines import LogLines
+from scmoe.training.callbacks.logged_step import LoggedStep
+from scmoe.training.callbacks.progress_bar import StepProgressBar
+from scmoe.training.callbacks.threads import Threads
+from scmoe.training.callbacks.throughput import Throughput
+from scmoe.training.run.csv_logger import csv_logger
+from scmoe.training.run.directory import create_run_dir, without_keys
+from scmoe.training.run.wandb_logger import wandb_logger, wandb_mode
+
+
+def seed_everything(config: Config) -> None:
+    """Global generators, alike on every rank; the strategy makes them differ once the weights are drawn."""
+    lightning.pytorch.seed_everything(config.seed, verbose=False)
+
+
+def build_run_dir(config: Config, overrides: Sequence[str]) -> Path:
+    kept = to_yaml(without_keys(config))
+    return create_run_dir(Path(config.runs_dir), config.name, overrides, kept)
+
+
+def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> list[Logger]:
+    """metrics.csv always, W&B unless disabled. resumed_step: of the checkpoint that the run goes on from."""
+    wandb = config.logger
+    loggers: list[Logger] = [csv_logger(run_dir, resumed_step)]
+    if wandb.mode != "disabled":
+        mode = wandb_mode(wandb.mode)
+        loggers.append(
+            wandb_logger(
+                run_dir,
+                mode,
+                wandb.project,
+                wandb.group,
+                wandb.tags,
+                config=flatten(config),
+                may_go_offline=wandb.mode == "auto",
+            )
+        )
+    return loggers
+
+
+def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
+    """run_dir: rank 0's; the other ranks are told by ModelCheckpoint itself."""
+    data, trainer = config.data, config.trainer
+    checkpoints = None if run_dir is None else run_dir / "checkpoints"
+    images, micro_batch = data.name in IMAGES, data.global_batch_size // trainer.accumulate
+    best, mode = ("val/accuracy", "max") if images else ("val/bits_per_byte", "min")
+    callbacks: list[Callback] = [
+        DataPosition(),
+        LoggedStep(),
+        ExpertLoad(),
+        Throughput("images_per_s", micro_batch) if images else Throughput("tokens_per_s", micro_batch * data.seq_len),
+        ModelCheckpoint(checkpoints, "{step}", every_n_train_steps=trainer.checkpoint_every, save_top_k=1),
+        ModelCheckpoint(checkpoints, "best-{step}", monitor=best, mode=mode, save_top_k=1),
+    ]
+    if config.moe.architecture not in ("dense", "dgmoe_share") and not trainer.compile:
+        chunks = config.schedule.chunks
+        callbacks.append(PlanSchedule(config.schedule.auto, (1, 2, 4) if chunks is None else (chunks,)))
+    if config.analysis.gating_every is not None:
+        callbacks.append(gating_over_training(config.analysis.gating_every, run_dir, config.moe.position))
+    if config.analysis.similarity_every is not None:
+        callbacks.append(similarity_over_training(config.analysis.similarity_every, run_dir))
+    if trainer.progress:
+        callbacks.append(StepProgressBar() if sys.stdout.isatty() else LogLines())
+    return callbacks
+
+
+def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> Trainer:
+    trainer = config.trainer
+    threads = trainer.threads or max(1, len(os.sched_getaffinity(0)) // trainer.devices)
+    return Trainer(
+        accelerator=trainer.accelerator,
+        devices=trainer.devices,
+        num_nodes=trainer.num_nodes,
+        strategy=ExpertParallelStrategy(
+            resolve_ep_size(config),
+            config.strategy.timeout_s,
+            config.strategy.async_checkpoint,
+            config.strategy.debug_collectives,
+            config.strategy.full_checkpoint,
+        ),
+        precision=trainer.precision,
+        max_steps=trainer.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=trainer.accumulate,
+        val_check_interval=trainer.val_every * trainer.accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=trainer.log_every,
+        deterministic=trainer.deterministic,
+        use_distributed_sampler=False,
+        enable_progress_bar=trainer.progress and sys.stdout.isatty(),
+        enable_model_summary=False,
+        callbacks=[*callbacks, Threads(threads)],
+        logger=list(loggers),
+    )

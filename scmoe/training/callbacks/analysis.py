@@ -1,0 +1,132 @@
+"""Fig. 9 and Fig. 10 during a training: every so many steps a probe is attached for one batch, then removed.
+
+    <run>/analysis/gating.npz       steps [n], labels [L], values [n, L, 4]       gating.png
+                   similarity.npz   steps [n], labels [N], values [n, N, N]       similarity.png
+
+Values are over the tokens of all ranks. Where no probe is wanted there is no callback, and so no hook. What a full disk
+does not take is kept in memory until the next measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from scmoe.analysis.gating import GatingProbe, draw_gating, gating_means, gating_metrics
+from scmoe.analysis.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
+from scmoe.training.run.steady import try_to_write
+
+
+class Probe(Protocol):
+    """Attached to a model when it is made."""
+
+    def result(self) -> Tensor:
+        """What was seen, such that it may be added up over ranks."""
+        ...
+
+    def labels(self) -> list[str]: ...
+
+    def remove(self) -> None: ...
+
+
+class Analysis(Callback):
+    """One quantity over training.
+
+    every: optimizer steps between two measurements; the first is before the first step.
+    folder: where rank 0 writes; None on other ranks.
+    attach: makes the probe. average, metrics, draw: what becomes of its result, added up over ranks.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        every: int,
+        folder: Path | None,
+        attach: Callable[[Any], Probe],
+        average: Callable[[Tensor], Tensor],
+        metrics: Callable[[Any], dict[str, float]],
+        draw: Callable[[Any, Any, Any, Path], None],
+    ) -> None:
+        self.name, self.every, self.folder = name, every, folder
+        self.attach, self.average, self.metrics, self.draw = attach, average, metrics, draw
+        self.probe: Probe | None = None
+        self.labels: list[str] = []
+        self.records: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run keeps what was measured before the step that it goes on from."""
+        file = self._file(".npz")
+        if file is not None and file.exists():
+            with np.load(file, allow_pickle=False) as stored:
+                self.labels = stored["labels"].tolist()
+                before = zip(stored["steps"].tolist(), stored["values"], strict=True)
+                self.records = {step: values for step, values in before if step < trainer.global_step}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step % self.every == 0 and batch_idx % trainer.accumulate_grad_batches == 0:
+            self.step, self.probe = trainer.global_step, self.attach(pl_module.model)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self.probe is None:
+            return
+        probe, self.probe = self.probe, None
+        probe.remove()
+        context: Any = pl_module.parallel_context
+        total = context.sum_over_ranks(probe.result())
+        values = self.average(total).cpu().numpy()
+        for logger in trainer.loggers:
+            logger.log_metrics(self.metrics(values), self.step)
+        self.labels, self.records[self.step] = probe.labels(), values
+        self._save()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        picture = self._file(".png")
+        if picture is not None and self.records:
+            try_to_write(picture, partial(self.draw, *self._all()))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.probe is not None:
+            self.probe.remove()
+            self.probe = None
+
+    def _save(self) -> None:
+        file = self._file(".npz")
+        if file is not None:
+            steps, labels, values = self._all()
+            try_to_write(file, lambda path: np.savez(path, steps=steps, labels=labels, values=values))
+
+    def _all(self) -> tuple[list[int], list[str], np.ndarray]:
+        """Steps, labels and values of all measurements."""
+        return list(self.records), self.labels, np.stack(list(self.records.values()))
+
+    def _file(self, suffix: str) -> Path | None:
+        return None if self.folder is None else self.folder / (self.name + suffix)
+
+
+def gating_over_training(every: int, run_dir: Path | None, position: str) -> Analysis:
+    """Fig. 9. position: where blocks without a tap are asked."""
+    attach = lambda model: GatingProbe(model, position)  # noqa: E731
+    return Analysis("gating", every, _folder(run_dir), attach, gating_means, gating_metrics, draw_gating)
+
+
+def similarity_over_training(every: int, run_dir: Path | None) -> Analysis:
+    """Fig. 10."""
+    return Analysis(
+        "similarity",
+        every,
+        _folder(run_dir),
+        SimilarityProbe,
+        similarity_mean,
+        similarity_metrics,
+        draw_similarity,
+    )
+
+
+def _folder(run_dir: Path | None) -> Path | None:
+    return None if run_dir is None else run_dir / "analysis"

@@ -1,0 +1,15 @@
+"""Logs each row under the step that it belongs to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+
+class LoggedStep(Callback):
+    """Rows are logged under the step that they are of, counted from 0, in a resumed run too: Lightning counts one too
+    many after a stop between two batches."""
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step

@@ -1,0 +1,18 @@
+"""Sets the number of CPU threads of this process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+
+
+class Threads(Callback):
+    """CPU threads of this process. A callback, since Lightning's launcher sets a number of its own at the start."""
+
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = num_threads
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        torch.set_num_threads(self.num_threads)

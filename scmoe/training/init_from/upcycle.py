@@ -1,0 +1,119 @@
+"""Weights of a checkpoint into a model: as they are, or a dense checkpoint's into an MoE ("upcycling").
+
+An upcycled model gives the dense model's output to rounding, as long as no copy is dropped (moe.capacity_factor):
+
+    standard top-k          each expert is the MLP, and the gate's weights sum to one (top_k >= 2, renormalised)
+    shared-expert, ScMoE    the shared expert is the MLP, doubled in W_out where a coefficient gate halves it (its
+                            weights are 0, and sigmoid(0) = 1/2); experts have the MLP's W_in, and 0 as W_out, so that
+                            the routed output starts at 0 and grows in training
+
+The tap's own norm is that of the MLP. The gate keeps the weights that it was drawn with. Under expert parallelism a
+rank takes the experts that it holds.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scmoe.blocks.shortcut import ShortcutBlock
+from scmoe.blocks.standard import SharedExpertBlock, TopKBlock
+from scmoe.moe.coefficient import DirectAdd
+from scmoe.moe.experts import Experts
+from scmoe.training.init_from.pretrained import Checkpoint
+
+
+@torch.no_grad()
+def fill(model: Any, checkpoint: Checkpoint) -> None:
+    """Every weight of `model` from the checkpoint. ValueError, before anything is written: all that does not fit."""
+    own = dict(model.named_parameters())
+    upcycled = any(".moe." in name for name in own) and not any(".moe." in name for name in checkpoint.weights)
+    if upcycled:
+        check_upcycling(model, checkpoint)
+    sources = {name: dense_name(name, model) if upcycled else name for name in own}
+    problems = list(checkpoint.problems)
+    found: dict[str, Tensor] = {}
+    for name, source in sources.items():
+        if source is None:  # a gate
+            continue
+        if source not in checkpoint.weights:
+            problems += [f"{source} is missing"] * (not checkpoint.problems)  # which say what that comes from
+            continue
+        weight, wanted = checkpoint.weights[source], own[name].shape
+        found[name] = upcycled_weight(name, weight, model) if upcycled else own_share(name, weight, model)
+        if found[name].shape != wanted:
+            allowed = f"a shape that gives {name} {tuple(wanted)}"
+            problems.append(f"{checkpoint.labels[source]} is {tuple(weight.shape)}, allowed: {allowed}")
+    unused = checkpoint.weights.keys() - set(sources.values())
+    problems += [f"{checkpoint.labels[name]} is unknown" for name in sorted(unused)]
+    if problems:
+        raise ValueError("; ".join(dict.fromkeys(problems)))
+    for name, weight in found.items():
+        own[name].copy_(weight)
+    if upcycled:
+        for block in model.blocks:
+            if has_halves(block):
+                block.coefficient.gate.weight.zero_()
+
+
+def check_upcycling(model: Any, checkpoint: Checkpoint) -> None:
+    """ValueError: the model cannot give the dense model's output."""
+    for block in model.blocks:
+        if isinstance(block, TopKBlock):
+            if not block.moe.router.renormalise:
+                raise ValueError("a dense checkpoint becomes a top_k MoE where moe.top_k is 2 or more, renormalised")
+            if any(name.endswith(".f.w_in.bias") for name in checkpoint.weights):
+                raise ValueError(
+                    "an MLP with biases has no place in experts, which have none; in a shared expert it has"
+                )
+        elif not isinstance(block, (SharedExpertBlock, ShortcutBlock)):
+            raise ValueError("a dense checkpoint becomes an MoE of moe.architecture top_k, shared_expert or scmoe")
+
+
+def dense_name(name: str, model: Any) -> str | None:
+    """What a parameter of an MoE model is called in the dense model; None: that has no such thing.
+
+    A pair holds attention, MLP, attention of two dense blocks, a block with an MoE of its own the attention of one;
+    what is left of the last dense block, its MLP with the norm, has become the MoE module.
+    """
+    match = re.fullmatch(
+        r"blocks\.(\d+)\.(?:sublayers\.(\d)|(norm|tap_norm|shared_expert|moe|coefficient))\.(.+)", name
+    )
+    if match is None:
+        return name
+    block, sublayer, part, rest = match.groups()
+    blocks_each = (len(model.blocks[int(block)].sublayers) + 1) // 2
+    if sublayer is not None:
+        return f"blocks.{blocks_each * int(block) + int(sublayer) // 2}.sublayers.{int(sublayer) % 2}.{rest}"
+    mlp = f"blocks.{blocks_each * (int(block) + 1) - 1}.sublayers.1"
+    if part == "moe":
+        return {"experts.w_in_eDF": f"{mlp}.f.w_in.weight", "experts.w_out_eFD": f"{mlp}.f.w_out.weight"}.get(rest)
+    return {"shared_expert": f"{mlp}.f.{rest}", "coefficient": None}.get(part, f"{mlp}.norm.{rest}")
+
+
+def upcycled_weight(name: str, weight: Tensor, model: Any) -> Tensor:
+    """The parameter `name` of an MoE model, made of the dense model's weight."""
+    if not name.startswith("blocks."):
+        return own_share(name, weight, model)
+    block, path = model.blocks[int(name.split(".")[1])], name.split(".", 2)[2]
+    if path.startswith("moe.experts.") and weight.dim() == 2:
+        copies = weight.T.expand(len(block.moe.experts.expert_ids), -1, -1)
+        grown = path.endswith("w_out_eFD") and not isinstance(block, TopKBlock)
+        return torch.zeros_like(copies) if grown else copies
+    return 2 * weight if path.startswith("shared_expert.w_out.") and has_halves(block) else weight
+
+
+def own_share(name: str, weight: Tensor, model: Any) -> Tensor:
+    """This rank's experts, and as many positions as the model has."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, Experts) and weight.dim() == 3:
+        return weight[module.expert_ids.start : module.expert_ids.stop]
+    return weight[: model.max_seq_len] if name == "positions.weight" and weight.dim() == 2 else weight
+
+
+def has_halves(block: Any) -> bool:
+    """Are shared and routed output weighed by a gate? With weights of 0 it halves the shared one."""
+    return not isinstance(block, TopKBlock) and not isinstance(block.coefficient, DirectAdd)

@@ -1,0 +1,164 @@
+"""What all LightningModules here share: the losses over routers and ranks, one optimizer, and nothing that knows of
+ranks but `parallel_context`. What a batch is and how good a prediction was is told by `module.py` (language) and
+`classifier.py` (images).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics.aggregation import SumMetric
+
+from scmoe.moe.balance import integer_sums, load_balance_loss, load_metrics, router_z_loss
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.shards import expert_parameters
+from scmoe.parallel.update.clipping import clip_grad_norm
+from scmoe.parallel.update.guard import Guard
+from scmoe.tokens import RouterStats
+
+IGNORE = -100  # label of what has no target
+
+
+class MoEModule(LightningModule):
+    """The task's loss + load-balance loss + router z-loss, AdamW, linear warm-up and cosine decay.
+
+    make_model: builds the network for a place in the mesh; called in `configure_model`, when ranks and groups exist.
+    Losses and metrics are those of the global batch, whatever the number of ranks.
+    A task defines `task_loss` and `validation_step`, and says in `on_validation_epoch_end` what it has measured.
+    """
+
+    def __init__(
+        self,
+        make_model: Callable[[ParallelContext], nn.Module],
+        *,
+        max_steps: int,
+        lr: float = 1e-3,
+        min_lr_ratio: float = 0.1,
+        warmup_steps: int = 0,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        gradient_clip: float | None = None,
+        load_balance_coef: float = 0.01,
+        z_loss_coef: float = 0.0,
+        compile_blocks: bool = False,
+    ) -> None:
+        super().__init__()
+        self.make_model, self.compile_blocks = make_model, compile_blocks
+        self.max_steps, self.lr, self.min_lr_ratio, self.warmup_steps = max_steps, lr, min_lr_ratio, warmup_steps
+        self.weight_decay, self.betas, self.eps, self.gradient_clip = weight_decay, betas, eps, gradient_clip
+        self.load_balance_coef, self.z_loss_coef = load_balance_coef, z_loss_coef
+        self.parallel_context = ParallelContext()
+        self.model: Any = None
+        self.guard: Guard | None = None
+        self.val_nats, self.val_targets = (SumMetric().set_dtype(torch.float64) for _ in range(2))
+        self.val_load_sums: Tensor | None = None
+        self.validated_step: int | None = None
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = self.make_model(self.parallel_context)
+            if self.compile_blocks:
+                for block in self.model.blocks:
+                    block.compile()
+            self.guard = Guard(self.model)
+
+    # ------------------------------------------------------------------ loss
+
+    def task_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[RouterStats]]:
+        """Nats of this rank's targets together, how many targets there are, and the routers' sums."""
+        raise NotImplementedError
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor | None]:
+        nats, num_targets, stats = self.task_loss(batch)
+        load_sums_LE2, all_targets = self.global_sums(stats, num_targets)
+        world_size = self.parallel_context.world_size
+        loss = task_loss = nats * world_size / all_targets
+        if load_sums_LE2 is not None:
+            balance = load_balance_loss(stats, load_sums_LE2, world_size)
+            z = router_z_loss(stats, load_sums_LE2, world_size)
+            loss = task_loss + self.load_balance_coef * balance + self.z_loss_coef * z
+            self.log("train/load_balance_loss", balance.detach())
+            self.log("train/router_z_loss", z.detach())
+        self.log("train/lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
+        self.log("train/loss", task_loss.detach(), prog_bar=True, sync_dist=True)
+        return {"loss": loss, "load_sums_LE2": load_sums_LE2}
+
+    def global_sums(self, stats: list[RouterStats], num_targets: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The routers' integer sums and the number of targets over all ranks, in one all-reduce for all layers."""
+        if not stats:
+            return None, self.parallel_context.sum_over_ranks(num_targets)
+        local_LE2 = integer_sums(stats)
+        flat = self.parallel_context.sum_over_ranks(torch.cat([local_LE2.flatten(), num_targets[None]]))
+        return flat[:-1].view_as(local_LE2), flat[-1]
+
+    # ------------------------------------------------------------------ validation
+
+    def note_validation(self, nats: Tensor, num_targets: Tensor, stats: list[RouterStats]) -> None:
+        """A validation step's part of val/loss and of the experts' load."""
+        self.val_nats.update(nats)
+        self.val_targets.update(num_targets)
+        if stats:
+            sums_LE2 = integer_sums(stats)
+            self.val_load_sums = sums_LE2 if self.val_load_sums is None else self.val_load_sums + sums_LE2
+
+    def finish_validation(self) -> tuple[Tensor, Tensor]:
+        """Logs val/loss and the load, over all ranks, and begins anew. Returns nats and targets."""
+        nats, targets = self.val_nats.compute(), self.val_targets.compute()
+        self.log("val/loss", nats / targets, prog_bar=True)
+        self.val_nats.reset()
+        self.val_targets.reset()
+        if self.val_load_sums is not None:
+            load = load_metrics(self.parallel_context.sum_over_ranks(self.val_load_sums))
+            self.log_dict({f"val/{name}": value.float() for name, value in load.items()})
+            self.val_load_sums = None
+        self.validated_step = self.global_step
+        return nats, targets
+
+    # ------------------------------------------------------------------ optimization
+
+    def never_decays(self) -> set[nn.Parameter]:
+        """What is kept from decaying beside norms, biases and position embeddings."""
+        return set()
+
+    def configure_optimizers(self) -> Any:
+        """AdamW; matrices decay, norms, biases and position embeddings do not."""
+        decays = {
+            p for m in self.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(False) if p.dim() > 1
+        } - self.never_decays()
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p in decays], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p not in decays], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        scheduler = LambdaLR(optimizer, self.lr_ratio)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_ratio(self, step: int) -> float:
+        """Linear from 0 to 1 in warmup_steps, then a half cosine to min_lr_ratio at max_steps."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps))
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        shards = {p for _, p in expert_parameters(self)}
+        assert self.guard is not None
+        context, zero = self.parallel_context, self.guard.loss_as_zero()
+        norm = clip_grad_norm(self.parameters(), shards, self.gradient_clip, context, zero)
+        self.guard.check(norm, context)
+        self.log("train/grad_norm", norm)
+
+
+def cross_entropy_sum(logits_NC: Tensor, labels: Tensor) -> Tensor:
+    """Nats of all targets together, in float32 or wider. labels: classes [N], or probabilities [N, C]."""
+    logits_NC = logits_NC.to(torch.promote_types(logits_NC.dtype, torch.float32))
+    return F.cross_entropy(logits_NC, labels, ignore_index=IGNORE, reduction="sum")

@@ -1,0 +1,45 @@
+"""metrics.csv: every logged row, kept in memory while a full disk does not take it (fault 32)."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+from lightning.pytorch.loggers import CSVLogger
+
+from scmoe.training.run.steady import warn_once
+
+
+def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
+    """metrics.csv; a resumed run keeps its rows up to the step it goes on from (Lightning's logger deletes the
+    file)."""
+    path, kept = run_dir / "metrics.csv", []
+    if resumed_step is not None and path.exists():
+        with path.open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if int(row["step"]) < resumed_step]
+    logger = SteadyCSVLogger(run_dir, name="", version="")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Experiment logs directory")
+        writer = logger.experiment
+    if kept:
+        writer.metrics_keys, writer.metrics = list(kept[0]), kept
+        logger.save()
+    return logger
+
+
+class SteadyCSVLogger(CSVLogger):
+    """Keeps rows in memory, with one warning, while the disk does not take them; Lightning's would end the training,
+    and leave half a row, or half a file where a new column came."""
+
+    def save(self) -> None:
+        writer, path = self.experiment, Path(self.experiment.metrics_file_path)
+        before, keys = path.read_bytes() if path.exists() else None, list(writer.metrics_keys)
+        try:
+            super().save()
+        except OSError as error:
+            writer.metrics_keys = keys
+            with suppress(OSError):
+                path.unlink(missing_ok=True) if before is None else path.write_bytes(before)
+            warn_once(f"{path} takes no more rows for now: {error.strerror or error}")

@@ -1,0 +1,40 @@
+"""Keys are starred out of what a run keeps of itself (fault 33): its config, its command line, changes to the code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+STARS = "*****"
+
+NAMES = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)  # of variables that hold keys
+
+SHORTEST = 8  # characters of a key: a shorter value would be found in innocent text
+
+SHAPES = re.compile(
+    r"(?<![\w/])[0-9a-f]{40}(?![\w/])"  # W&B's; within a path it is a snapshot's name
+    r"|wandb_v\d+_\w{20,}"
+    r"|hf_[A-Za-z0-9]{20,}"
+)
+
+
+def without_keys(value: Any, variables: Mapping[str, str]) -> Any:
+    """Texts in lists, mappings and dataclasses, without what looks like a key of W&B or Hugging Face, and without the
+    values of those environment variables whose names say that they hold keys."""
+    lines = {line.strip() for name, text in variables.items() if NAMES.search(name) for line in text.splitlines()}
+    keys = sorted((line for line in lines if len(line) >= SHORTEST), key=len, reverse=True)
+    return _starred(value, re.compile("|".join([*map(re.escape, keys), SHAPES.pattern])))
+
+
+def _starred(value: Any, keys: re.Pattern[str]) -> Any:
+    if isinstance(value, str):
+        return keys.sub(STARS, value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_starred(v, keys) for v in value)
+    if isinstance(value, dict):
+        return {k: _starred(v, keys) for k, v in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _starred(getattr(value, f.name), keys) for f in fields(value)})
+    return value

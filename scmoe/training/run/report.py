@@ -1,0 +1,134 @@
+"""What a run prints: the resolved config as a tree, the model as a table, and the summary at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+from torch import nn
+
+from scmoe.analysis.cost import routed_copies
+from scmoe.blocks.sublayers import MLP, Attention
+from scmoe.moe.coefficient import CG1, CG2
+from scmoe.moe.experts import Experts
+from scmoe.moe.router import Router
+from scmoe.training.run.steady import try_to_write
+
+
+def config_tree(config: Any, label: str = "config") -> Tree:
+    tree = Tree(Text(label, style="bold"))
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            tree.add(config_tree(value, field.name))
+        else:
+            tree.add(Text.assemble(f"{field.name}: ", (str("null" if value is None else value), "cyan")))
+    return tree
+
+
+KINDS: dict[type[nn.Module], str] = {
+    nn.Embedding: "embedding",
+    nn.LayerNorm: "norms",
+    nn.RMSNorm: "norms",
+    Attention: "attention",
+    MLP: "MLP",
+    Router: "gates",
+    CG1: "gates",
+    CG2: "gates",
+    Experts: "experts",
+}
+
+NAMED = {  # by name, whatever the class
+    "shared_expert": "shared expert",
+    "attention": "attention",  # timm's
+    "patches": "patches",
+    "merges": "patches",
+    "head": "output",
+    "other": "other",
+}
+
+
+def count_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """Per kind of module: how many there are, all parameters, and those that one token uses.
+
+    Experts are counted whole, wherever their shards are; a token uses top_k of num_experts of them, and others in each
+    further use of the module (DGMoE, DGMoE-Share), where it may.
+    """
+    counts: dict[str, tuple[int, int, int]] = {}
+    seen: set[nn.Parameter] = set()
+    used = {experts: min(1.0, copies / experts.num_experts) for experts, copies in routed_copies(model).items()}
+    for name, module in [*model.named_modules(), ("other", model)]:  # the model itself last: what no kind has taken
+        kind = NAMED.get(name.rpartition(".")[2]) or KINDS.get(type(module))
+        own = set(module.parameters()) - seen if kind else set()
+        if not kind or not own:
+            continue
+        seen |= own
+        size = sum(p.numel() for p in own)
+        if isinstance(module, Experts):
+            size = size * module.num_experts // len(module.expert_ids)
+        modules, total, active = counts.get(kind, (0, 0, 0))
+        counts[kind] = (modules + 1, total + size, active + round(size * used.get(module, 1.0)))
+    return counts
+
+
+def total_and_active(counts: Mapping[str, tuple[int, int, int]]) -> tuple[int, int]:
+    return sum(total for _, total, _ in counts.values()), sum(active for _, _, active in counts.values())
+
+
+def model_table(counts: Mapping[str, tuple[int, int, int]]) -> Table:
+    table = Table("part", title="model", title_justify="left", title_style="bold", show_footer=True)
+    total, active = total_and_active(counts)
+    table.columns[0].footer = "all"
+    table.add_column("modules", justify="right")
+    table.add_column("parameters", justify="right", footer=f"{total:,}")
+    table.add_column("active per token", justify="right", footer=f"{active:,}")
+    for kind, (modules, size, used) in counts.items():
+        table.add_row(kind, str(modules), f"{size:,}", f"{used:,}")
+    return table
+
+
+def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
+    """The end of a run, for a person: results and samples."""
+    table = Table.grid(padding=(0, 2))
+    rows = {"steps": f"{summary['steps']:,} on {summary['world_size']} ranks, EP = {summary['ep_size']}"}
+    if "val_accuracy" in summary:
+        unit = "images"
+        rows["validation loss"] = f"{summary['val_loss']:.4f} nats per image"
+        rows["accuracy"] = f"{summary['val_accuracy']:.2%} of the validation images of {summary['data']}"
+    else:
+        unit, unigram = "tokens", summary["unigram_bits_per_byte"]
+        ratio = summary["bits_per_byte"] / unigram
+        rows["validation loss"] = f"{summary['val_loss']:.4f} nats per token, perplexity {summary['perplexity']:.2f}"
+        rows["bits per byte"] = f"{summary['bits_per_byte']:.4f}; unigram {unigram:.4f}, ratio {ratio:.3f}"
+    rate = summary[f"{unit}_per_s"]
+    rows["throughput"] = f"{rate:,.0f} {unit}/s over all ranks" if rate else "not measured: too few steps were made"
+    if summary["load_max_ratio"] is not None:
+        rows["expert load"] = f"busiest expert {summary['load_max_ratio']:.2f} x the mean, worst layer"
+        rows["dropped"] = f"{summary['drop_share']:.2%} of routed tokens"
+    rows["run directory"] = str(summary["run_dir"])
+    for name, value in rows.items():
+        table.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
+    for text in samples:
+        table.add_row(Text("sample", style="bold"), Text(" ".join(text.split()), overflow="ellipsis", no_wrap=True))
+    return Panel(table, title="run finished", title_align="left")
+
+
+def console(stderr: bool = False) -> Console:
+    """Standard output of a person's terminal, or 100 columns where there is none."""
+    made = Console(stderr=stderr, highlight=False)
+    if not made.is_terminal:
+        made = Console(stderr=stderr, highlight=False, width=100)
+    return made
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    text = json.dumps(values, indent=2) + "\n"
+    try_to_write(path, lambda partial: partial.write_text(text))
