@@ -24,8 +24,8 @@ from rich.table import Table
 from scmoe.schedule.cost import exposed_time, overlap_efficiency
 from scmoe.schedule.schedule import Schedule
 from scmoe.testbed import links
-from scmoe.testbed.overlap import Variant, measure, schedule_name
-from scmoe.testbed.pairs import ROWS, Setting
+from scmoe.testbed.overlap import Variant, measure
+from scmoe.testbed.pairs import ROWS, Setting, default_schedule
 from scmoe.testbed.ranks import run_ranks
 
 DEFAULTS = {field.name: field.default for field in fields(Setting)}
@@ -118,15 +118,15 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
         return [getattr(b, kind) / getattr(v, kind) for b, v in zip(baseline, times[variant], strict=True)]
 
     def row(name: str) -> dict[str, Any]:
-        best, chosen, plan = result["best"][name], result["chosen"][name], result["plans"][name]
+        best, chosen, choice = result["best"][name], result["chosen"][name], result["choices"][name]
         block = ROWS[name][0]
-        ways = [times[Variant(block, Schedule(schedule_name(block)), way)] for way in ("sequential", "free")]
+        ways = [times[Variant(block, default_schedule(block), way)] for way in ("sequential", "free")]
 
         def efficiency(kind: str) -> float | None:
             rounds = zip(times[best], *ways, strict=True)
             return median(overlap_efficiency(*(getattr(t, kind) for t in ts)) for ts in rounds)
 
-        exposed = exposed_time(best.schedule, plan.times[best.schedule.chunks])
+        exposed = exposed_time(best.schedule, choice.times[best.schedule.chunks])
         predicted = median(t.train for t in ways[1]) + exposed
         return {
             "forward_ms": 1e3 * median(t.forward for t in times[best]),

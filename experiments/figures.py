@@ -45,7 +45,7 @@ def timelines(path: Path) -> None:
     fourth)."""
     top2 = {**TIMES, **{op: 2 * TIMES[op] for op in ("experts", "dispatch", "combine")}}
     standard = ("attention", "mlp", "attention", *Schedule("top_k").operators())
-    schedule = best_schedule(slots(Schedule("pos2")), {1: OperatorTimes(TIMES)})
+    schedule = best_schedule(slots(Schedule("scmoe", "pos2")), {1: OperatorTimes(TIMES)})
     shortcut = ("attention", *schedule.operators())
     draw(
         {

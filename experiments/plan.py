@@ -73,7 +73,6 @@ def plan(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
         forward_flops,
         moe_uses,
         rank_parameters,
-        rows_per_sample,
         training_flops,
         transfer_bytes,
     )
@@ -91,7 +90,7 @@ def plan(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
     forward = forward_flops(model, data.seq_len)
     recompute = trainer.recompute
     sent = transfer_bytes(model, trainer.precision)
-    rows = rows_per_sample(model, data.seq_len)
+    rows = model.rows_per_sample(data.seq_len)
     together = sum(size * rows[moe] for size, (moe, _) in zip(sent, moe_uses(model), strict=True)) / tokens
     memory = rank_memory(
         model,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Routing(NamedTuple):
-    """What the router decided. A padding token has expert id E (none) and weight 0."""
+    """The router's decision. A padding token has expert id E (none) and weight 0."""
 
     topk_ids_TK: Tensor  # int64, 0..E
     topk_weights_TK: Tensor  # in the router's precision (float32 or wider)
@@ -22,9 +22,9 @@ class Routing(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """Sums over this rank's tokens that the losses and the load metrics of one MoE layer are made from.
+    """Sums over this rank's tokens, from which the losses and load metrics of one MoE layer are computed.
 
-    Sums, not means: ranks may hold different numbers of real tokens, and sums add up over ranks.
+    They are sums, not means, because ranks may hold different numbers of real tokens, and sums add up over ranks.
     """
 
     counts_E: Tensor  # routed copies per expert, before any is dropped; no gradient

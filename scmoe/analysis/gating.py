@@ -1,13 +1,14 @@
-"""Fig. 9: how alike the current and the preceding layer's representations are to one gate.
+"""Fig. 9: how similar the current and the preceding layer's representations are to one gate.
 
     a  share of tokens whose likeliest expert is the same for both            repeated_selection
     b  L2 distance of the two, as the gate reads them                         l2_distance
     c  mean probability of the expert that the current one goes to            score_current
     d  mean probability of the expert that the preceding one goes to          score_preceding
 
-Noise on the logits is left out. In DGMoE the current one goes to its second best where both would choose alike, and (c)
-is that expert's. Blocks without a tap are asked at the position that their ScMoE would have, both norms being theirs.
-`GatingProbe` reads the blocks by hooks: while it is not attached, nothing is there.
+Noise on the logits is left out. In DGMoE, where both would choose one expert, the current representation goes to its
+second best, and (c) is the probability of that one. In blocks without a tap, the preceding representation is read at a
+position that the caller chooses, through the block's only norm.
+`GatingProbe` reads the blocks with hooks; without a probe there are no hooks.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from scmoe.blocks.double_gate import DoubleGateBlock
+from scmoe.blocks.moe_block import MoEBlock
+from scmoe.schedule.schedule import POSITIONS
 
 QUANTITIES = ("repeated_selection", "l2_distance", "score_current", "score_preceding")
 TITLES = {
@@ -29,14 +32,13 @@ TITLES = {
     "score_current": "(c) gating score, current",
     "score_preceding": "(d) gating score, preceding",
 }
-FROM_THE_END = {"pos1": 1, "pos2": 2, "pos3": 3}  # the sub-layer that the tap comes before
 
 
 @torch.no_grad()
 def gating_sums(current_TD: Tensor, preceding_TD: Tensor, gate_ED: Tensor, distinct: bool = False) -> Tensor:
-    """[5] float64: the four quantities summed over tokens, and the number of tokens: sums that add up over ranks.
+    """[5] float64: the four quantities summed over tokens, then the number of tokens. Add them up over ranks.
 
-    distinct: DGMoE's rule, the current representation does not go where the preceding one goes.
+    distinct: DGMoE's rule: the current representation does not go to the expert of the preceding one.
     """
     wide = torch.promote_types(current_TD.dtype, torch.float32)
     with torch.autocast(current_TD.device.type, enabled=False):
@@ -56,9 +58,9 @@ def gating_means(sums_L5: Tensor) -> Tensor:
 
 
 class GatingProbe:
-    """Watches every MoE block of a model during one forward pass; remove it afterwards.
+    """Reads every MoE block of a model during one forward pass; call `remove` afterwards.
 
-    position: where blocks without a tap are asked.
+    position: where the preceding representation is read in blocks without a tap.
     """
 
     def __init__(self, model: Any, position: str = "pos2") -> None:
@@ -66,11 +68,12 @@ class GatingProbe:
         self.sums: list[Tensor] = []
         self.handles: list[RemovableHandle] = []
         for block in model.blocks:
-            if hasattr(block, "moe"):
+            if isinstance(block, MoEBlock):
                 self._watch(block)
 
-    def _watch(self, block: Any) -> None:
-        tap = getattr(block, "tap", max(0, len(block.sublayers) - FROM_THE_END[self.position]))
+    def _watch(self, block: MoEBlock) -> None:
+        without_tap = max(0, len(block.sublayers) - POSITIONS[self.position])
+        tap, tap_norm = (without_tap, block.norm) if block.tap_norm is None else (block.tap, block.tap_norm)
         seen: dict[str, Tensor] = {}
 
         def note(name: str) -> Any:
@@ -78,10 +81,10 @@ class GatingProbe:
 
         def compare(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             current = block.norm.forward(seen.pop("current"))  # forward: past this probe's own hooks
-            preceding = getattr(block, "tap_norm", block.norm).forward(seen.pop("preceding"))
-            mask = (
-                args[1] if len(args) > 1 and args[1] is not None else torch.ones_like(current[..., 0], dtype=torch.bool)
-            )
+            preceding = tap_norm.forward(seen.pop("preceding"))
+            mask = args[1] if len(args) > 1 else None
+            if mask is None:
+                mask = torch.ones_like(current[..., 0], dtype=torch.bool)
             gate, distinct = block.moe.router.gate.weight.detach(), isinstance(block, DoubleGateBlock)
             self.sums.append(gating_sums(current[mask], preceding[mask], gate, distinct))
 
@@ -104,18 +107,18 @@ class GatingProbe:
 
 
 def gating_metrics(means_L4: Any) -> dict[str, float]:
-    """Each quantity's mean over layers."""
+    """The mean of each quantity over layers."""
     return {f"gating/{name}": float(value) for name, value in zip(QUANTITIES, means_L4.mean(0), strict=True)}
 
 
 def draw_gating(steps: Sequence[int], labels: Sequence[str], values: Any, path: Path) -> None:
-    """Four panels over training, a line for each MoE layer, as a PNG. values: [steps, layers, 4]."""
+    """Draws four panels over training steps, with a line for each MoE layer, as a PNG. values: [steps, layers, 4]."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     _, distance, *scores = values.max((0, 1)).tolist()
-    tops = (1.0, distance or 1.0, max(scores), max(scores))  # (c) and (d) are to be compared
+    tops = (1.0, distance or 1.0, max(scores), max(scores))  # (c) and (d) share a scale
     shades = colormaps["viridis"].resampled(max(2, len(labels)) + 1)
     for i, (axis, name) in enumerate(zip(figure.subplots(2, 2, sharex=True).flat, QUANTITIES, strict=True)):
         for layer, label in enumerate(labels):

@@ -1,9 +1,9 @@
 """Fig. 10, 14, 15: cosine similarity of all intermediate representations of a model.
 
-They are the values of the residual stream: the input, then what each attention and each MLP or MoE module leaves. An
-entry of the matrix is the mean over tokens of the cosine of two of them. Where the width changes, as between the stages
-of SwinV2, there is nothing to compare, and the entry is not a number.
-`SimilarityProbe` reads them by hooks: while it is not attached, nothing is there.
+A representation is a value of the residual stream: the input, and the stream after each attention, MLP or MoE module.
+An entry of the matrix is the mean over tokens of the cosine of two representations. If their widths differ, as between
+the stages of SwinV2, the entry is NaN.
+`SimilarityProbe` reads the representations with hooks; without a probe there are no hooks.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.sublayers import MLP
 
-NUMBERED = 12  # representations of a panel whose entries are written out
+NUMBERED = 12  # a panel with up to so many representations has its entries written into it
 
 
 @torch.no_grad()
@@ -40,9 +41,9 @@ def cosine_matrix(representations: Sequence[Tensor]) -> Tensor:
 
 
 class SimilarityProbe:
-    """Keeps some tokens of every representation of one forward pass; remove it afterwards.
+    """Keeps some tokens of every representation of one forward pass; call `remove` afterwards.
 
-    max_tokens: of the batch, evenly spaced.
+    max_tokens: number of tokens that are kept of the batch, evenly spaced.
     """
 
     def __init__(self, model: Any, max_tokens: int = 256) -> None:
@@ -57,7 +58,7 @@ class SimilarityProbe:
                 name = f"{layer} {'MLP' if is_mlp else 'attention'}"
                 self.handles.append(sublayer.register_forward_hook(self._keep_output(name)))
                 layer += is_mlp
-            if hasattr(block, "moe"):
+            if isinstance(block, MoEBlock):
                 self.handles.append(block.register_forward_hook(self._keep_output(f"{layer} MoE")))
                 layer += 1
 
@@ -67,7 +68,7 @@ class SimilarityProbe:
         self.kept.append((name, x_TD[::step].clone()))
 
     def _keep_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """The first block's, and wherever the width has changed: any other is the output of the block before."""
+        """Keeps the first block's input, and every input of a new width; others are the output of the block before."""
         if not self.kept or self.kept[-1][1].shape[-1] != args[0].shape[-1]:
             self._keep("input", args[0])
 
@@ -78,7 +79,7 @@ class SimilarityProbe:
         return hook
 
     def result(self) -> Tensor:
-        """[N, N + 1]: this rank's matrix, and a column of ones that counts the ranks when they are added up."""
+        """[N, N + 1]: this rank's matrix, and a column of ones that counts ranks when results are added up."""
         matrix = cosine_matrix([x for _, x in self.kept])
         return torch.cat([matrix, torch.ones(len(matrix), 1, dtype=torch.float64)], dim=1).to(self.kept[0][1].device)
 
@@ -91,20 +92,20 @@ class SimilarityProbe:
 
 
 def similarity_mean(sums: Tensor) -> Tensor:
-    """[N, N], the mean over ranks, of results added up."""
+    """[N, N]: the mean over ranks, from the sum of their results."""
     return sums[:, :-1] / sums[:, -1:]
 
 
 def similarity_metrics(matrix: Any) -> dict[str, float]:
-    """The mean of neighbours: representations with one sub-layer between them."""
+    """The mean similarity of neighbours: representations with one sub-layer between them."""
     neighbours = torch.as_tensor(matrix).diagonal(1)
     return {"similarity/neighbours": float(neighbours.nanmean())}
 
 
 def draw_similarity(steps: Sequence[int], labels: Sequence[str], values: Any, path: Path) -> None:
-    """The last matrix, one panel for each width, as a PNG. values: [steps, N, N].
+    """Draws the last matrix, one panel for each width, as a PNG. values: [steps, N, N].
 
-    Colours begin at the lowest value: neighbours are near 1, and on a scale from 0 all would look alike.
+    The colour scale starts at the lowest value: neighbours are near 1, and would look the same on a scale from 0.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -128,6 +129,6 @@ def draw_similarity(steps: Sequence[int], labels: Sequence[str], values: Any, pa
                 axis.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=6, color="w" if dark else "k")
     axes[0].set_title(f"cosine similarity after {steps[-1]:,} steps", loc="left", fontsize=11)
     figure.colorbar(image, ax=list(axes), shrink=0.8)
-    for axis in axes:  # after the colour bar, which sets anchors of its own
+    for axis in axes:  # after the colour bar, which sets its own anchors
         axis.set_anchor("N")
     figure.savefig(path, dpi=150)

@@ -4,13 +4,12 @@
                                    |                                                                       ^
                                   tap -> norm -> route, dispatch, experts, combine ------------------------+
 
-The preceding half is begun at the tap and finished at the end, so its transfers hide behind the backbone as ScMoE's
-do; those of the current half hide nothing and are hidden by nothing. Where both halves would take one expert, the
-current layer takes its second best: a comparison of indices (A.2), made by the router.
+The preceding half begins at the tap and ends at the end of the block, so its transfers hide behind the backbone as
+ScMoE's do. The transfers of the current half hide behind nothing. Where both halves would go to one expert, the current
+half goes to its second best: the router compares indices (A.2).
 DGMoE-Share (A.7): two pairs of blocks share one MoE module, `share_moe`.
 
-Both halves count as the module's load: its experts serve both, so it is their sum that has to be even
-(docs/decisions/0017-double-gate.md).
+The module's load is the sum of both halves, because its experts serve both (docs/decisions/0017-double-gate.md).
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from scmoe.moe.operators import Operators
-from scmoe.moe.router import Router
-from scmoe.moe.stream import MoEStream, StreamState
-from scmoe.schedule.schedule import SUBLAYERS, Schedule
-from scmoe.tokens import MoEOutput, RouterStats, Routing
+from scmoe.blocks.moe_block import MoEBlock
+from scmoe.moe.stream import MoEStream
+from scmoe.schedule.schedule import Schedule
+from scmoe.tokens import MoEOutput, RouterStats
 
 
-class DoubleGateBlock(Operators):
+class DoubleGateBlock(MoEBlock):
     """H + sum_i [G(H)_i E_i(H) + G(tap)_i E_i(tap)], where H is the output of the last sub-layer.
 
-    schedule: its window is the sub-layers after the tap; the experts run on the tap at its slot. The current half is
-    one operator, `current`, after the window.
+    schedule: the experts run on the tap at its slot. The current half is one operator, `current`, after the window.
     """
+
+    tap_norm: nn.Module
 
     def __init__(
         self,
@@ -43,58 +42,28 @@ class DoubleGateBlock(Operators):
         schedule: Schedule,
         after: nn.Module | None = None,
     ) -> None:
-        super().__init__()
-        tap = len(sublayers) - len(schedule.window)
-        if tap < 0:
-            raise ValueError(f"position {schedule.position} wants {len(schedule.window)} sub-layers: {len(sublayers)}")
+        assert schedule.architecture == "dgmoe"
         if moe.router.top_k != 1:
             raise ValueError(f"top_k is {moe.router.top_k}, allowed where an MoE module gates twice: 1")
-        self.sublayers, self.tap = nn.ModuleList(sublayers), tap
-        self.tap_norm, self.norm, self.moe = tap_norm, norm, moe
-        self.schedule, self.after = schedule, after or nn.Identity()
+        super().__init__(sublayers, schedule, norm, tap_norm)
+        self.moe, self.after = moe, after or nn.Identity()
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> MoEOutput:
-        sublayers = list(self.sublayers)
-        for name, sublayer in zip(SUBLAYERS, sublayers[: self.tap], strict=False):
-            x_BSD = self.operator(name, sublayer, x_BSD)
-        preceding = self.moe.begin(self.tap_norm(x_BSD), mask_BS)
-        for slot, sublayer in enumerate(sublayers[self.tap :]):
-            preceding = self.experts_at(slot, preceding)
-            x_BSD = self.operator(self.schedule.window[slot], sublayer, x_BSD)
-        preceding = self.experts_at(len(sublayers) - self.tap, preceding)
-        current_BSD, current_stats = self.route_beside(preceding, self.norm(x_BSD), mask_BS)
+        x_BSD = self.before_tap(x_BSD)
+        preceding = self.moe.begin(self.tap_norm(x_BSD), mask_BS, self.schedule.chunks)
+        x_BSD, preceding = self.after_tap(x_BSD, preceding)
+        current_BSD, current_stats = self.current(self.norm(x_BSD), mask_BS, preceding.routing.topk_ids_TK)
         preceding_BSD, preceding_stats = self.moe.finish(preceding)
         return MoEOutput(x_BSD + self.after(current_BSD + preceding_BSD), add_stats(current_stats, preceding_stats))
 
-    def experts_at(self, slot: int, state: StreamState) -> StreamState:
-        return self.moe.run_experts(state) if slot == self.schedule.slot else state
-
     @torch.compiler.disable
-    def route_beside(self, other: StreamState, x_BSD: Tensor, mask_BS: Tensor | None) -> MoEOutput:
-        """The whole module at once, its gate leaving alone the expert that `other` has taken for each token."""
-        moe = self.moe
-        gate: Router = Elsewhere(moe.router, other.routing.topk_ids_TK)  # type: ignore[assignment]
-        stream = MoEStream(gate, moe.experts, moe.dispatcher, moe.capacity_factor, moe.num_chunks)
-        return self.operator("current", stream, x_BSD, mask_BS)
-
-
-class Elsewhere(nn.Module):
-    """A router's top 1 among the experts that are not taken: a view for one forward pass, with no weights of its own.
-
-    taken_T1: an expert id of each token, or num_experts: none.
-    """
-
-    def __init__(self, router: Router, taken_T1: Tensor) -> None:
-        super().__init__()
-        self.router, self.taken_T1 = router, taken_T1
-        self.num_experts, self.top_k = router.num_experts, router.top_k
-
-    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None) -> Routing:
-        return self.router(x_TD, mask_T, self.taken_T1)
+    def current(self, x_BSD: Tensor, mask_BS: Tensor | None, taken_T1: Tensor) -> MoEOutput:
+        """The current half: the whole MoE module at once. taken_T1: the expert that the preceding half chose."""
+        return self.operator("current", self.moe, x_BSD, mask_BS, self.schedule.chunks, taken_T1)
 
 
 def add_stats(a: RouterStats, b: RouterStats) -> RouterStats:
-    """All are sums over tokens, and so is the sum over both halves: as if twice as many tokens had been routed once."""
+    """All fields are sums over tokens, so the result is that of routing twice as many tokens once."""
     return RouterStats(*(x + y for x, y in zip(a, b, strict=True)))
 
 

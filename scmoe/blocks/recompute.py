@@ -1,8 +1,8 @@
-"""Activation checkpointing that leaves the MoE stream alone.
+"""Activation checkpointing that leaves the MoE stream as it is.
 
-Attention, MLPs and experts are computed again in backward, so only their inputs are kept. What lies between them,
-routing, layout and transfers, is kept: a second routing might differ (noise, ties), and a second transfer would cost
-what the shortcut hides.
+Attention, MLPs and experts are computed again in backward, so only their inputs are kept. Routing, layout and transfers
+are not repeated: a second routing could differ (noise, ties), and a second transfer would cost the time that the
+shortcut hides.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scmoe.moe.experts import Experts
 
 
 def recompute_activations(model: nn.Module) -> None:
-    """Every sub-layer, shared expert and Experts module of `model` keeps its input instead of its activations."""
+    """Makes every sub-layer, shared expert and Experts module of `model` keep its input, not its activations."""
     inside = {child for m in model.modules() if isinstance(m, Residual) for child in m.modules() if child is not m}
     for module in model.modules():
         if isinstance(module, (Residual, MLP, Experts)) and module not in inside:

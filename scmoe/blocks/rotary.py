@@ -1,8 +1,8 @@
-"""Rotary position embedding (RoPE), as LLaMA has it: features i and i + d/2 of a head are turned as one plane.
+"""Rotary position embedding (RoPE) in LLaMA's form: features i and i + d/2 of a head are turned as one plane.
 
     (a, b) at position s  ->  (a cos - b sin, b cos + a sin),   angle = s theta^(-2i/d)
 
-So a query and a key match by their distance, wherever they stand. Angles are computed anew in each call, in float32 or
+So the product of a query and a key depends on their distance only. Each call computes the angles again, in float32 or
 wider: there is no buffer that a change of dtype could round.
 """
 

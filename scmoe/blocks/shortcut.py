@@ -5,7 +5,7 @@
                                        tap -> norm -> route, dispatch, experts, combine
 
 The sub-layers of a pair are (attention, MLP, attention), of a block with an MoE in every block (attention). The
-position is the index of the sub-layer that the tap comes before:
+position says which sub-layer the tap comes before:
 
     Pos-1  before the last attention: the preceding block's output      H_l^MLP
     Pos-2  before the MLP                                                H_l^MH
@@ -18,18 +18,19 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from scmoe.moe.operators import Operators
-from scmoe.moe.stream import MoEStream, StreamState
-from scmoe.schedule.schedule import SUBLAYERS, Schedule
+from scmoe.blocks.moe_block import MoEBlock
+from scmoe.moe.stream import MoEStream
+from scmoe.schedule.schedule import Schedule
 from scmoe.tokens import MoEOutput
 
 
-class ShortcutBlock(Operators):
+class ShortcutBlock(MoEBlock):
     """H + SE(H) + sum_i G(tap)_i E_i(tap), where H is the output of the last sub-layer.
 
-    schedule: its window is the sub-layers after the tap, then the shared expert; the experts run at its slot.
-    coefficient_reads_tap: the coefficient gate reads the (normed) tap in place of the shared expert's input.
+    coefficient_reads_tap: the coefficient gate reads the (normed) tap instead of the shared expert's input.
     """
+
+    tap_norm: nn.Module
 
     def __init__(
         self,
@@ -43,34 +44,20 @@ class ShortcutBlock(Operators):
         after: nn.Module | None = None,
         coefficient_reads_tap: bool = False,
     ) -> None:
-        super().__init__()
-        tap = len(sublayers) - (len(schedule.window) - 1)
-        if tap < 0:
-            raise ValueError(
-                f"position {schedule.position} wants {len(schedule.window) - 1} sub-layers: {len(sublayers)}"
-            )
-        self.sublayers, self.tap = nn.ModuleList(sublayers), tap
-        self.tap_norm, self.norm = tap_norm, norm
-        self.shared_expert, self.coefficient, self.moe = shared_expert, coefficient, moe
-        self.schedule, self.after = schedule, after or nn.Identity()
+        assert schedule.architecture == "scmoe"
+        super().__init__(sublayers, schedule, norm, tap_norm)
+        self.shared_expert, self.coefficient = shared_expert, coefficient
+        self.moe, self.after = moe, after or nn.Identity()
         self.coefficient_reads_tap = coefficient_reads_tap
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> MoEOutput:
-        sublayers = list(self.sublayers)
-        for name, sublayer in zip(SUBLAYERS, sublayers[: self.tap], strict=False):
-            x_BSD = self.operator(name, sublayer, x_BSD)
+        x_BSD = self.before_tap(x_BSD)
         tap_BSD = self.tap_norm(x_BSD)
-        state = self.moe.begin(tap_BSD, mask_BS)
-        for slot, sublayer in enumerate(sublayers[self.tap :]):
-            state = self.experts_at(slot, state)
-            x_BSD = self.operator(self.schedule.window[slot], sublayer, x_BSD)
-        state = self.experts_at(len(sublayers) - self.tap, state)
+        state = self.moe.begin(tap_BSD, mask_BS, self.schedule.chunks)
+        x_BSD, state = self.after_tap(x_BSD, state)
         u_BSD = self.norm(x_BSD)
         shared_BSD = self.operator("shared_expert", self.shared_expert, u_BSD)
-        state = self.experts_at(len(sublayers) - self.tap + 1, state)
+        state = self.experts_at(len(self.schedule.window), state)
         routed_BSD, stats = self.moe.finish(state)
         read_BSD = tap_BSD if self.coefficient_reads_tap else u_BSD
         return MoEOutput(x_BSD + self.after(self.coefficient(read_BSD, shared_BSD, routed_BSD)), stats)
-
-    def experts_at(self, slot: int, state: StreamState) -> StreamState:
-        return self.moe.run_experts(state) if slot == self.schedule.slot else state

@@ -1,20 +1,23 @@
 """The baselines: dense blocks, standard top-k MoE (Eq. 1), shared-expert MoE (Eq. 6).
 
-Each holds the sub-layers of one block (attention) or of a pair (attention, MLP, attention) and ends in its MoE module.
-All blocks of the library are called alike: block(x_BSD, mask_BS) gives an MoEOutput.
-`after` is what the MoE module's output goes through before it is added: dropout; in SwinV2, a norm and drop path.
+    top-k            h -> norm -> route, dispatch, experts, combine -> + h
+    shared expert    h -> norm -> route, dispatch, experts, combine -> coefficient -> + h
+                            |                                          ^
+                            +-----------------> SE --------------------+
+
+h is the output of the last sub-layer of one block (attention) or of a pair (attention, MLP, attention).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from scmoe.moe.operators import Operators
+from scmoe.blocks.moe_block import MoEBlock
 from scmoe.moe.stream import MoEStream
-from scmoe.schedule.schedule import SUBLAYERS, Schedule
-from scmoe.tokens import MoEOutput
+from scmoe.schedule.schedule import Schedule
+from scmoe.tokens import MoEOutput, RouterStats
 
 
 class DenseBlock(nn.Module):
@@ -30,29 +33,31 @@ class DenseBlock(nn.Module):
         return MoEOutput(x_BSD, None)
 
 
-class TopKBlock(Operators):
-    """h + sum_i G(h)_i E_i(h), h the output of the last sub-layer (Eq. 1): nothing to hide the transfers behind."""
+class TopKBlock(MoEBlock):
+    """h + sum_i G(h)_i E_i(h) (Eq. 1): there is nothing to hide the transfers behind."""
 
     def __init__(
-        self, sublayers: Sequence[nn.Module], norm: nn.Module, moe: MoEStream, after: nn.Module | None = None
+        self,
+        sublayers: Sequence[nn.Module],
+        norm: nn.Module,
+        moe: MoEStream,
+        schedule: Schedule,
+        after: nn.Module | None = None,
     ) -> None:
-        super().__init__()
-        self.sublayers = nn.ModuleList(sublayers)
-        self.norm, self.moe, self.after = norm, moe, after or nn.Identity()
-        self.schedule = Schedule("top_k", chunks=moe.num_chunks)
+        assert schedule.architecture == "top_k"
+        super().__init__(sublayers, schedule, norm)
+        self.moe, self.after = moe, after or nn.Identity()
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> MoEOutput:
-        for name, sublayer in zip(SUBLAYERS, self.sublayers, strict=False):
-            x_BSD = self.operator(name, sublayer, x_BSD)
-        routed_BSD, stats = self.moe(self.norm(x_BSD), mask_BS)
+        x_BSD = self.before_tap(x_BSD)
+        routed_BSD, stats = self.moe(self.norm(x_BSD), mask_BS, self.schedule.chunks)
         return MoEOutput(x_BSD + self.after(routed_BSD), stats)
 
 
-class SharedExpertBlock(Operators):
+class SharedExpertBlock(MoEBlock):
     """h + SE(h) + sum_i G(h)_i E_i(h) (Eq. 6): the shared expert can hide one of the two transfers.
 
-    schedule slot 0: experts, then shared expert (beside combine); slot 1: shared expert (beside dispatch), then
-    experts.
+    At slot 0 the experts run first and the shared expert hides combine; at slot 1 it hides dispatch and they run last.
     """
 
     def __init__(
@@ -65,21 +70,25 @@ class SharedExpertBlock(Operators):
         schedule: Schedule,
         after: nn.Module | None = None,
     ) -> None:
-        super().__init__()
-        assert schedule.position == "shared_expert"
-        self.sublayers = nn.ModuleList(sublayers)
-        self.norm, self.shared_expert, self.coefficient, self.moe = norm, shared_expert, coefficient, moe
-        self.schedule, self.after = schedule, after or nn.Identity()
+        assert schedule.architecture == "shared_expert"
+        super().__init__(sublayers, schedule, norm)
+        self.shared_expert, self.coefficient = shared_expert, coefficient
+        self.moe, self.after = moe, after or nn.Identity()
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> MoEOutput:
-        for name, sublayer in zip(SUBLAYERS, self.sublayers, strict=False):
-            x_BSD = self.operator(name, sublayer, x_BSD)
+        x_BSD = self.before_tap(x_BSD)
         u_BSD = self.norm(x_BSD)
-        state = self.moe.begin(u_BSD, mask_BS)
-        if self.schedule.slot == 0:
-            state = self.moe.run_experts(state)
+        state = self.experts_at(0, self.moe.begin(u_BSD, mask_BS, self.schedule.chunks))
         shared_BSD = self.operator("shared_expert", self.shared_expert, u_BSD)
-        if self.schedule.slot == 1:
-            state = self.moe.run_experts(state)
-        routed_BSD, stats = self.moe.finish(state)
+        routed_BSD, stats = self.moe.finish(self.experts_at(1, state))
         return MoEOutput(x_BSD + self.after(self.coefficient(u_BSD, shared_BSD, routed_BSD)), stats)
+
+
+def run_blocks(blocks: Iterable[nn.Module], x_BSD: Tensor, mask_BS: Tensor | None) -> tuple[Tensor, list[RouterStats]]:
+    """Runs one block after another. Returns the last output, and the router's sums of each block that has an MoE."""
+    all_stats = []
+    for block in blocks:
+        x_BSD, stats = block(x_BSD, mask_BS)
+        if stats is not None:
+            all_stats.append(stats)
+    return x_BSD, all_stats

@@ -1,4 +1,4 @@
-"""The parts of a Transformer block: attention, MLP, and the residual sub-layer around either."""
+"""The parts of a Transformer block: attention, MLP, and the residual sub-layer around each."""
 
 from __future__ import annotations
 
@@ -9,11 +9,26 @@ from scmoe.blocks.rotary import Rotary
 from scmoe.moe.activation import ACTIVATIONS
 
 
-class Attention(nn.Module):
+class SelfAttention(nn.Module):
+    """The base of every attention module: what it says about itself to analysis/cost.py and analysis/memory.py."""
+
+    dim: int
+
+    def context(self, seq_len: int) -> int:
+        """Number of rows that each row attends to, masked ones included."""
+        raise NotImplementedError
+
+    def kept_bytes(self, width: int) -> float:
+        """Bytes that autograd keeps of one row, without the submodules. width: bytes of a number."""
+        raise NotImplementedError
+
+
+class Attention(SelfAttention):
     """Causal multi-head self-attention, softmax(Q K^T / sqrt(D/H)) V. Flash attention where torch has it.
 
     kv_heads: heads of K and V, each read by heads / kv_heads of Q (grouped-query attention); None: as many as heads.
-    rotary: turns Q and K by their positions; None: the input knows its positions.
+    rotary: turns Q and K by their positions; None: the input contains its positions.
+    Raises ValueError where heads do not divide dim, or kv_heads do not divide heads.
     """
 
     def __init__(
@@ -25,7 +40,7 @@ class Attention(nn.Module):
             raise ValueError(f"heads is {heads}, allowed: divisors of dim ({dim})")
         if heads % kv_heads:
             raise ValueError(f"kv_heads is {kv_heads}, allowed: divisors of heads ({heads})")
-        self.heads, self.kv_heads, self.rotary = heads, kv_heads, rotary
+        self.dim, self.heads, self.kv_heads, self.rotary = dim, heads, kv_heads, rotary
         self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * (dim // heads), bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
 
@@ -38,13 +53,21 @@ class Attention(nn.Module):
         y_BHSd = F.scaled_dot_product_attention(q_BHSd, k_BHSd, v_BHSd, is_causal=True, enable_gqa=grouped)
         return self.out(y_BHSd.transpose(1, 2).flatten(2))
 
+    def context(self, seq_len: int) -> int:
+        return seq_len
+
+    def kept_bytes(self, width: int) -> float:
+        """Q, K, V and their result, K and Q again where they are turned; a number of 4 bytes for each head."""
+        share = self.kv_heads / self.heads
+        return self.dim * width * (2 + 2 * share + (0 if self.rotary is None else 1 + share)) + 4 * self.heads
+
 
 class MLP(nn.Module):
     """act(x W_in) W_out: the MLP of Block-MLP, and the shared expert. For SwiGLU W_in holds gate and up."""
 
     def __init__(self, dim: int, ffn_dim: int, bias: bool = True, activation: str = "gelu") -> None:
         super().__init__()
-        self.act = ACTIVATIONS[activation]
+        self.dim, self.act = dim, ACTIVATIONS[activation]
         self.w_in = nn.Linear(dim, self.act.widening * ffn_dim, bias=bias)
         self.w_out = nn.Linear(ffn_dim, dim, bias=bias)
 

@@ -14,10 +14,10 @@ from itertools import chain
 from pathlib import Path
 
 from scmoe.config.fields import RANGES, Config, ConfigError, leaves, show
-from scmoe.schedule.schedule import WINDOWS
+from scmoe.schedule.schedule import Schedule
 
-# Architectures with a tap, and what goes before the position in the names of their windows.
-SHORTCUTS = {"scmoe": "", "dgmoe": "dgmoe_", "dgmoe_share": "dgmoe_"}
+# Architectures with a tap, and the architecture of their schedules.
+SHORTCUTS = {"scmoe": "scmoe", "dgmoe": "dgmoe", "dgmoe_share": "dgmoe"}
 
 SMALLEST_VOCABULARY = {"bpe": 257, "gpt2": 50257}  # bpe: all bytes and the end of a text
 
@@ -153,13 +153,11 @@ def _schedule(config: Config) -> Iterator[Refusal]:
         if config.trainer.compile:
             yield "schedule.auto", "false where trainer.compile=true, as compiled operators cannot be timed one by one"
     elif schedule.slot is not None:
-        windows: tuple[str, ...] = (moe.architecture,)
-        if moe.architecture in SHORTCUTS:
-            positions = (moe.position, moe.first_position or moe.position)
-            windows = tuple(SHORTCUTS[moe.architecture] + position for position in positions)
-        for window in windows:
-            if schedule.slot > len(WINDOWS[window]):
-                yield "schedule.slot", f"0 to {len(WINDOWS[window])} for {window}"
+        positions = (moe.position, moe.first_position or moe.position) if moe.architecture in SHORTCUTS else (None,)
+        for position in positions:
+            each = Schedule(SHORTCUTS.get(moe.architecture, moe.architecture), position)
+            if schedule.slot > len(each.window):
+                yield "schedule.slot", f"0 to {len(each.window)} for {each.name}"
 
 
 def _ranks(config: Config) -> Iterator[Refusal]:

@@ -1,14 +1,15 @@
-"""What language models share: output, weight initialisation, generation."""
+"""What language models share: the decoder, weight initialisation, generation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from scmoe.blocks.standard import run_blocks
 from scmoe.blocks.sublayers import MLP, Attention
 from scmoe.moe.experts import Experts, named_generator
 from scmoe.tokens import RouterStats
@@ -19,50 +20,76 @@ class LMOutput(NamedTuple):
     stats: list[RouterStats]  # one per MoE layer
 
 
-def check_length(ids_BS: Tensor, max_seq_len: int) -> None:
-    if ids_BS.shape[1] > max_seq_len:
-        raise ValueError(f"a sequence has {ids_BS.shape[1]} tokens, allowed: up to data.seq_len, {max_seq_len}")
+class Decoder(nn.Module):
+    """Embedding, blocks, norm, output products. GPT (gpt.py) and LLaMA (llama.py) choose the parts.
 
-
-def run_blocks(blocks: Iterable[nn.Module], x_BSD: Tensor, mask_BS: Tensor | None) -> tuple[Tensor, list[RouterStats]]:
-    """One block after the other, and the router's sums of those that have one."""
-    stats = []
-    for block in blocks:
-        x_BSD, layer_stats = block(x_BSD, mask_BS)
-        if layer_stats is not None:
-            stats.append(layer_stats)
-    return x_BSD, stats
-
-
-@torch.no_grad()
-def init_gpt_weights(model: Any, seed: int) -> None:
-    """GPT-2's: N(0, 0.02), products that write to the residual stream / sqrt(2 layers); experts: Experts.init_weights.
-
-    A weight depends on the seed, its name and its shape alone: not on the rank, the EP degree or earlier draws, nor on
-    what else the model has. So architectures that share a part begin with it alike, as a comparison wants.
+    blocks: each is called as block(x_BSD, mask_BS) and returns an MoEOutput.
+    positions: learned embeddings of the positions; None: the blocks know the positions (rotary).
     """
-    num_layers = sum(isinstance(module, Attention) for module in model.modules())
-    std, std_out = 0.02, 0.02 / math.sqrt(2 * num_layers)
-    tied = model.head.weight is model.tokens.weight
-    write_to_residual = {m.out for m in model.modules() if isinstance(m, Attention)}
-    write_to_residual |= {m.w_out for m in model.modules() if isinstance(m, MLP)}
-    for name, module in model.named_modules():
-        if isinstance(module, Experts):
-            module.init_weights(f"{seed}/{name}", std, std_out)
-        elif isinstance(module, (nn.Linear, nn.Embedding)) and (module is not model.head or not tied):
-            fresh = torch.randn(module.weight.shape, generator=named_generator(f"{seed}/{name}"))
-            module.weight.copy_(fresh * (std_out if module in write_to_residual else std))
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.zero_()
+
+    def __init__(
+        self,
+        vocab_size: int,
+        max_seq_len: int,
+        dim: int,
+        blocks: Sequence[nn.Module],
+        norm: nn.Module,
+        dropout: float,
+        positions: nn.Embedding | None = None,
+    ) -> None:
+        super().__init__()
+        self.max_seq_len = max_seq_len
+        self.tokens = nn.Embedding(vocab_size, dim)
+        self.positions = positions
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.head = nn.Linear(dim, vocab_size, bias=False)
+
+    def forward(self, ids_BS: Tensor, mask_BS: Tensor | None = None) -> LMOutput:
+        """Returns the logits of each next token. mask_BS False: padding, at the end of a sequence."""
+        if ids_BS.shape[1] > self.max_seq_len:
+            raise ValueError(
+                f"a sequence has {ids_BS.shape[1]} tokens, allowed: up to data.seq_len, {self.max_seq_len}"
+            )
+        x_BSD = self.tokens(ids_BS)
+        if self.positions is not None:
+            x_BSD = x_BSD + self.positions(torch.arange(ids_BS.shape[1], device=ids_BS.device))
+        x_BSD, stats = run_blocks(self.blocks, self.dropout(x_BSD), mask_BS)
+        return LMOutput(self.head(self.norm(x_BSD)), stats)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """GPT-2's: N(0, 0.02); N(0, 0.02 / sqrt(2 layers)) for products that write to the residual stream.
+
+        A weight depends only on the seed, its name and its shape: not on the rank, the EP degree, earlier draws or the
+        rest of the model. So architectures that share a part start with equal weights there, and can be compared.
+        """
+        attentions = [module for module in self.modules() if isinstance(module, Attention)]
+        std, std_out = 0.02, 0.02 / math.sqrt(2 * len(attentions))
+        write_to_residual = {m.out for m in attentions} | {m.w_out for m in self.modules() if isinstance(m, MLP)}
+        tied = self.head.weight is self.tokens.weight
+        for name, module in self.named_modules():
+            if isinstance(module, Experts):
+                module.init_weights(f"{seed}/{name}", std, std_out)
+            elif isinstance(module, (nn.Linear, nn.Embedding)) and (module is not self.head or not tied):
+                fresh = torch.randn(module.weight.shape, generator=named_generator(f"{seed}/{name}"))
+                module.weight.copy_(fresh * (std_out if module in write_to_residual else std))
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    module.bias.zero_()
+
+    def rows_per_sample(self, seq_len: int) -> dict[nn.Module, float]:
+        """Rows that each module sees of one sample: its tokens."""
+        return dict.fromkeys(self.modules(), float(seq_len))
 
 
 @torch.no_grad()
 def generate(
-    model: Any, ids_BS: Tensor, num_tokens: int, *, temperature: float = 0.8, top_k: int = 50, seed: int = 0
+    model: Decoder, ids_BS: Tensor, num_tokens: int, *, temperature: float = 0.8, top_k: int = 50, seed: int = 0
 ) -> Tensor:
     """Appends num_tokens sampled tokens to each row; the model sees the last max_seq_len. temperature 0: the likeliest.
 
-    Under expert parallelism every rank must call it alike, as every forward pass does.
+    With expert parallelism every rank must call it with the same arguments, because every rank runs each forward pass.
     """
     generator = torch.Generator(ids_BS.device).manual_seed(seed)
     for _ in range(num_tokens):

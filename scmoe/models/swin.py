@@ -1,14 +1,15 @@
 """Swin Transformer V2 (Liu et al. 2022) over any stack of blocks: four stages, between which 2 x 2 patches are merged.
 
 Feature maps are [B, H, W, D]; a token is a place of the map, D doubles from stage to stage and H, W halve. SwinV2
-normalises after each sub-layer, x + drop_path(norm(f(x))), so its blocks are built of parts without a norm before, and
-with `PostNorm` after (docs/decisions/0014-post-norm.md). Attention, patch embedding and merging are timm's.
+normalises after each sub-layer, x + drop_path(norm(f(x))), so its blocks have parts without a norm before and with
+`PostNorm` after (docs/decisions/0014-post-norm.md). Attention, patch embedding and merging are timm's.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from timm.layers import DropPath, PatchEmbed
 from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2Block, window_partition, window_reverse
 from torch import Tensor, nn
 
+from scmoe.blocks.standard import run_blocks
+from scmoe.blocks.sublayers import SelfAttention
 from scmoe.moe.experts import Experts, named_generator
 from scmoe.tokens import RouterStats
 
@@ -27,10 +30,10 @@ class ClassifierOutput(NamedTuple):
     stats: list[RouterStats]  # one per MoE layer
 
 
-class ShiftedWindows(nn.Module):
+class ShiftedWindows(SelfAttention):
     """Self-attention within windows of the map, which every second block shifts by half a window.
 
-    grid: height and width of the map. A window that is not smaller than the map is the map, and nothing is shifted.
+    grid: height and width of the map. If the window is not smaller than the map, it is the map and is not shifted.
     """
 
     def __init__(self, dim: int, heads: int, grid: int, window: int, shifted: bool) -> None:
@@ -38,6 +41,7 @@ class ShiftedWindows(nn.Module):
         block: Any = SwinTransformerV2Block(dim, grid, heads, window, window // 2 if shifted else 0)
         self.attention, self.window, self.shift = block.attn, block.window_size, block.shift_size
         self.register_buffer("mask", block.attn_mask, persistent=False)  # no attention across the map's border
+        self.dim = dim
 
     def forward(self, x_BHWD: Tensor) -> Tensor:
         up, left = self.shift
@@ -47,9 +51,16 @@ class ShiftedWindows(nn.Module):
         y_BHWD = window_reverse(y_NSD.unflatten(1, self.window), self.window, x_BHWD.shape[1:3])
         return y_BHWD.roll((up, left), (1, 2))
 
+    def context(self, seq_len: int) -> int:
+        return math.prod(self.window)
+
+    def kept_bytes(self, width: int) -> float:
+        """Normed Q and K as well as Q, K, V; the result; scores of the window."""
+        return width * (7 * self.dim + 2 * self.attention.num_heads * math.prod(self.window))
+
 
 class PostNorm(nn.Module):
-    """drop_path(norm(y)): what SwinV2 does to a sub-layer's output before it is added."""
+    """drop_path(norm(y)): SwinV2 applies it to a sub-layer's output before it is added."""
 
     def __init__(self, dim: int, drop_path: float) -> None:
         super().__init__()
@@ -60,7 +71,9 @@ class PostNorm(nn.Module):
 
 
 class Swin(nn.Module):
-    """stages: the blocks of each, called as block(x_BHWD, mask_BHW), each gives an MoEOutput. dim: of the first."""
+    """stages: the blocks of each; a block is called as block(x_BHWD, mask_BHW) and returns an MoEOutput.
+
+    dim: width of the first stage."""
 
     stages: Any  # a list of lists of modules
 
@@ -82,21 +95,19 @@ class Swin(nn.Module):
     def forward(self, images_BCHW: Tensor, mask_B: Tensor | None = None) -> ClassifierOutput:
         """mask_B False: a filler picture, which is routed nowhere."""
         x_BHWD = self.patches(images_BCHW)
-        stats = []
+        all_stats: list[RouterStats] = []
         for merge, stage in zip(self.merges, self.stages, strict=True):
             x_BHWD = merge(x_BHWD)
             mask_BHW = None if mask_B is None else mask_B[:, None, None].expand(x_BHWD.shape[:3])
-            for block in stage:
-                x_BHWD, layer_stats = block(x_BHWD, mask_BHW)
-                if layer_stats is not None:
-                    stats.append(layer_stats)
-        return ClassifierOutput(self.head(self.norm(x_BHWD).mean((1, 2))), stats)
+            x_BHWD, stats = run_blocks(stage, x_BHWD, mask_BHW)
+            all_stats += stats
+        return ClassifierOutput(self.head(self.norm(x_BHWD).mean((1, 2))), all_stats)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """timm's: products N(0, 0.02), patches as a convolution's; a block begins as the identity, its norms being 0.
+        """timm's: products N(0, 0.02), patches as a convolution's. A block starts as the identity: its norms are 0.
 
-        The result depends on the seed, names and shapes alone, not on the rank, the EP degree or earlier draws.
+        The result depends only on the seed, names and shapes: not on the rank, the EP degree or earlier draws.
         """
         for name, module in self.named_modules():
             if isinstance(module, Experts):
@@ -113,6 +124,19 @@ class Swin(nn.Module):
             elif isinstance(module, PostNorm):
                 module.norm.weight.zero_()
 
+    def rows_per_sample(self, seq_len: int) -> dict[nn.Module, float]:
+        """Rows that each module sees of one sample: the places of the map at its stage. seq_len is not read."""
+        rows = dict.fromkeys(self.head.modules(), 1.0)
+        places = float(self.patches.num_patches)
+        rows |= dict.fromkeys(self.patches.modules(), places)
+        for merge, stage in zip(self.merges, self.stages, strict=True):
+            places /= 1 if isinstance(merge, nn.Identity) else 4
+            rows |= dict.fromkeys(chain(merge.modules(), stage.modules()), places)
+        rows |= dict.fromkeys(self.norm.modules(), places)
+        windows = (module for module in self.modules() if isinstance(module, ShiftedWindows))
+        position_biases = chain.from_iterable(w.attention.cpb_mlp.modules() for w in windows)  # once a batch
+        return rows | dict.fromkeys(position_biases, 0.0)
+
     def no_weight_decay(self) -> set[nn.Parameter]:
-        """What timm keeps from decaying, beside norms and biases: the attention's scales and position bias."""
+        """The parameters that timm does not decay, apart from norms and biases: attention scales and position bias."""
         return {p for name, p in self.named_parameters() if "cpb_mlp" in name or "logit_scale" in name}

@@ -1,9 +1,9 @@
-"""What MLPs and experts have between their two products: GELU, GPT-2's tanh GELU, or LLaMA's SwiGLU.
+"""The activation function between the two products of MLPs and experts: GELU, GPT-2's tanh GELU, or LLaMA's SwiGLU.
 
     gelu, gelu_tanh   act(h) = GELU(h)                      h = x W_in, F wide
-    swiglu            act(h) = SiLU(h[:F]) * h[F:]          h = x W_in, 2F wide: gate and up beside each other
+    swiglu            act(h) = SiLU(h[:F]) * h[F:]          h = x W_in, 2F wide: gate and up side by side
 
-Each comes with its derivative, so that experts can run backward by hand (experts.py).
+Each has its derivative, because the experts' backward is written by hand (experts.py).
 """
 
 from __future__ import annotations

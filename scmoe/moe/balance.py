@@ -1,8 +1,8 @@
-"""Load balance: the sums a router leaves, the two losses made from them, and how even the load is.
+"""Load balance: the router's sums, the two losses computed from them, and metrics of how even the load is.
 
-Losses do not depend on the topology. Expert fractions f are those of the global batch: every rank adds up its integer
-sums (one small all-reduce for all layers together) and takes its own share of the loss, scaled such that the mean
-over ranks, which data parallelism takes of gradients, is the loss of the global batch.
+Losses do not depend on the topology. The expert fractions f are those of the global batch: the ranks add up their
+integer sums (one small all-reduce for all layers together). Each rank computes its own share of the loss, scaled so
+that the mean over ranks, which data parallelism takes of gradients, is the loss of the global batch.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ from scmoe.tokens import RouterStats, Routing
 def router_stats(routing: Routing, layout: Layout, mask_T: Tensor | None) -> RouterStats:
     scores_TE, z_T = routing.scores_TE, routing.logits_TE.logsumexp(-1).square()
     (T, E), K = scores_TE.shape, routing.topk_ids_TK.shape[1]
-    num_tokens = torch.full((), T, device=scores_TE.device)  # made there: nothing waits for the host
+    num_tokens = torch.full((), T, device=scores_TE.device)  # created on the device: nothing waits for the host
     if mask_T is not None:
         scores_TE, z_T = scores_TE * mask_T[:, None], z_T * mask_T
         num_tokens = mask_T.sum()
     ids_N = routing.topk_ids_TK.flatten()
-    counts_E = ids_N.new_zeros(E + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))[:E]  # bincount would ask the host
+    counts_E = ids_N.new_zeros(E + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))[
+        :E
+    ]  # bincount would wait for the host
     num_dropped = layout.num_dropped - (T - num_tokens) * K
     return RouterStats(counts_E, scores_TE.sum(0), z_T.sum(), num_tokens, num_dropped)
 
 
 def integer_sums(stats: list[RouterStats]) -> Tensor:
-    """[L, E + 2] int64: per layer the copies of each expert, then tokens and dropped copies. Add them up over ranks."""
+    """[L, E + 2] int64: per layer the copies of each expert, then tokens, then dropped copies. Add up over ranks."""
     return torch.stack([torch.cat([s.counts_E, torch.stack([s.num_tokens, s.num_dropped])]) for s in stats])
 
 
 def load_balance_loss(stats: list[RouterStats], sums_LE2: Tensor, world_size: int = 1) -> Tensor:
-    """Mean over layers of E sum_i f_i P_i (GShard, Switch): 1 where the load is even, E where one expert takes all.
+    """Mean over layers of E sum_i f_i P_i (GShard, Switch): 1 for an even load, E where one expert takes all.
 
     f_i: share of the global batch's copies that goes to expert i. P_i: mean score of expert i over the global batch.
-    stats: this rank's. sums_LE2: integer_sums, added up over world_size ranks.
+    stats: this rank's sums. sums_LE2: integer_sums, added up over world_size ranks.
     """
     score_sums_LE = torch.stack([s.score_sums_E for s in stats])
     counts_LE, tokens_L = sums_LE2[:, :-2], sums_LE2[:, -2]
@@ -46,16 +48,17 @@ def load_balance_loss(stats: list[RouterStats], sums_LE2: Tensor, world_size: in
 
 
 def router_z_loss(stats: list[RouterStats], sums_LE2: Tensor, world_size: int = 1) -> Tensor:
-    """Mean over layers and tokens of logsumexp(logits)^2 (ST-MoE): keeps the gate's logits small."""
+    """Mean over layers and tokens of logsumexp(logits)^2 (ST-MoE); it keeps the gate's logits small."""
     z_sums_L = torch.stack([s.z_sum for s in stats])
     return (z_sums_L * world_size / sums_LE2[:, -2].clamp(min=1)).mean()
 
 
 def load_metrics(sums_LE2: Tensor) -> dict[str, Tensor]:
-    """How even the load is, from sums added up over ranks and, if wanted, over steps.
+    """Metrics of how even the load is, from sums added up over ranks, and over steps where the caller does so.
 
-    load_max: the busiest expert's copies over the fair share, worst layer. load_entropy: 1 where even, 0 where one
-    expert takes all, mean over layers. dead_experts: experts without a token, all layers. drop_share: of all copies.
+    load_max: the busiest expert's copies over the fair share, worst layer. load_entropy: mean over layers; 1 for an
+    even load, 0 where one expert takes all. dead_experts: experts without a token, summed over layers. drop_share:
+    share of all copies that was dropped.
     """
     sums_LE2 = sums_LE2.double()
     counts_LE, dropped_L = sums_LE2[:, :-2], sums_LE2[:, -1]

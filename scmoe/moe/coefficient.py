@@ -1,4 +1,4 @@
-"""How the shared expert's output and the routed experts' output become one (Eq. 14-16).
+"""Ways to combine the outputs of the shared expert and of the routed experts (Eq. 14-16).
 
     Direct Add   SE + routed
     CG-1         sigmoid(W x) SE + routed            W in R^{1 x D}

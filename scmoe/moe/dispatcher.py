@@ -1,7 +1,7 @@
-"""How rows reach the experts and come back: the one object that differs between one rank and many.
+"""The dispatcher sends rows to the experts and back. It is the one object that differs between one rank and many.
 
-`dispatch` and `combine` start a transfer and return a Pending; `wait()` gives the rows. Between the two, other work
-runs. Here: the protocol, one rank, and the sequential baseline. Many ranks: scmoe/parallel/dispatcher.py.
+`dispatch` and `combine` start a transfer and return a Pending; `wait()` returns the rows. Other work runs in between.
+This file has the protocol, the dispatcher of one rank, and two wrappers; parallel/dispatcher.py has that of many ranks.
 """
 
 from __future__ import annotations
@@ -15,36 +15,35 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Receipt:
-    """What `combine` must know of the dispatch it answers."""
+    """What `combine` needs to know about the dispatch that it reverses."""
 
     num_tokens_per_expert_e: Tensor | None  # rows for each local expert; None: all equal
     sent: tuple[int, ...] = ()  # rows sent to each rank; (): all equal
     received: tuple[int, ...] = ()  # rows received from each rank
-    order_R: Tensor | None = None  # received row of each expert-contiguous row; None: rows need no counting
+    order_R: Tensor | None = None  # received row of each expert-contiguous row; None: all numbers are equal
     place_R: Tensor | None = None  # its inverse
 
 
 class Pending(Protocol):
     def wait(self) -> Tensor:
-        """The transferred rows. Call it once, as late as possible."""
+        """Returns the transferred rows. Call it once, as late as possible."""
         ...
 
 
 class Dispatcher(Protocol):
     def dispatch(self, rows_RD: Tensor, counts_E: Tensor | None) -> tuple[Pending, Receipt]:
-        """Starts sending rows, grouped by expert, to the experts' ranks. counts_E None: all experts get the same
-        number.
+        """Starts sending rows, grouped by expert, to the experts' ranks. The pending rows are grouped by local expert.
 
-        The pending rows are grouped by local expert."""
+        counts_E: rows of each expert; None: all experts get the same number."""
         ...
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
-        """Starts sending the experts' rows back to where they came from, in the order in which they were dispatched."""
+        """Starts sending the experts' rows back to their ranks; they arrive in the order of the dispatched rows."""
         ...
 
 
 class Ready(NamedTuple):
-    """A Pending that is done."""
+    """A Pending whose transfer is finished."""
 
     rows_RD: Tensor
 
@@ -53,7 +52,7 @@ class Ready(NamedTuple):
 
 
 class LocalDispatcher:
-    """All experts are here: nothing is sent."""
+    """The dispatcher of one rank that holds all experts: nothing is sent."""
 
     def dispatch(self, rows_RD: Tensor, counts_E: Tensor | None) -> tuple[Pending, Receipt]:
         return Ready(rows_RD), Receipt(counts_E)
@@ -64,7 +63,7 @@ class LocalDispatcher:
 
 @dataclass(frozen=True)
 class Blocking:
-    """Waits for every transfer of `inner` at once, forward and so backward: the sequential baseline."""
+    """The sequential baseline: waits for every transfer of `inner` at once, in forward and therefore in backward."""
 
     inner: Dispatcher
 
@@ -78,9 +77,9 @@ class Blocking:
 
 @dataclass(frozen=True)
 class Narrowed:
-    """Sends rows, and so their gradients, in another type than they are computed in: half the bytes in bfloat16.
+    """Sends rows and their gradients in another dtype than they are computed in: bfloat16 halves the bytes.
 
-    All rows, those that stay on their rank too: the result does not depend on where an expert is.
+    Rows that stay on their rank are converted too, so the result does not depend on where an expert is.
     """
 
     inner: Dispatcher

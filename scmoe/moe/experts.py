@@ -1,7 +1,7 @@
 """The routed experts: E two-layer MLPs as stacked weights, of which a rank holds its own.
 
-E_i(x) = act(x W_in,i) W_out,i, without biases (docs/decisions/0004-experts.md, with the measurements behind the ways of
-computing it). act is GELU, or SwiGLU, for which W_in holds gate and up beside each other (activation.py).
+E_i(x) = act(x W_in,i) W_out,i, without biases. act is GELU, or SwiGLU, for which W_in holds gate and up side by side
+(activation.py). There are three ways to compute it; docs/decisions/0004-experts.md has the measurements.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ MLPs = Callable[[Tensor, Tensor, Tensor, Any, Activation], Tensor]
 
 
 class Experts(nn.Module):
-    """Experts `expert_ids` of `num_experts`. The class marks its parameters as sharded: stacked on dim 0 by expert.
+    """Experts `expert_ids` of `num_experts`. Parameters of this class are sharded: stacked on dim 0 by expert.
 
-    dim and ffn_dim must be multiples of 8: grouped products want rows that are aligned to 16 bytes, bf16 included.
+    Weights are drawn from the global generator with standard deviation 1 / sqrt(fan-in), equal for every split of the
+    experts over ranks. Raises ValueError unless dim and ffn_dim are multiples of 8: grouped products require rows that
+    are aligned to 16 bytes, in bf16 too.
     """
 
     def __init__(
@@ -38,11 +40,14 @@ class Experts(nn.Module):
         self.act = ACTIVATIONS[activation]
         self.w_in_eDF = nn.Parameter(torch.empty(len(self.expert_ids), dim, self.act.widening * ffn_dim))
         self.w_out_eFD = nn.Parameter(torch.empty(len(self.expert_ids), ffn_dim, dim))
+        if not self.w_in_eDF.is_meta:
+            key = torch.randint(2**62, (), device="cpu").item()
+            self.init_weights(str(key), dim**-0.5, ffn_dim**-0.5)
 
     def forward(self, rows_RD: Tensor, counts_e: Tensor | None) -> Tensor:
-        """rows_RD is grouped by local expert, counts_e rows for each; None: the same number for every expert.
+        """Computes in the dtype of the rows, which the stream chooses. Returns [R, D] in the same order.
 
-        Computes in the dtype of the rows, which the stream has chosen."""
+        rows_RD: grouped by local expert. counts_e: rows of each; None: the same number for every expert."""
         w_in_eDF, w_out_eFD = self.w_in_eDF.to(rows_RD.dtype), self.w_out_eFD.to(rows_RD.dtype)
         mlps = best_way(rows_RD, counts_e)
         with torch.autocast(rows_RD.device.type, enabled=False):
@@ -50,8 +55,8 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, key: str, std_in: float, std_out: float) -> None:
-        """Normal weights that depend on (key, tensor, global expert id) alone: not on the EP degree, nor on what else
-        was drawn before, and the global generator is left as it was."""
+        """Draws normal weights that depend only on (key, tensor, global expert id): not on the EP degree or on earlier
+        draws. The global generator is left as it was."""
         for name, weight, std in (("w_in", self.w_in_eDF, std_in), ("w_out", self.w_out_eFD, std_out)):
             for expert, w in zip(self.expert_ids, weight, strict=True):
                 generator = named_generator(f"{key}/{name}/{expert}")
@@ -59,14 +64,14 @@ class Experts(nn.Module):
 
 
 def named_generator(name: str) -> torch.Generator:
-    """A fresh generator, seeded by a text: the same wherever and whenever it is made."""
+    """A new generator on the host that depends only on `name`."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def best_way(rows_RD: Tensor, counts_e: Tensor | None) -> MLPs:
-    """In turn on a host. On a device batched where the numbers are equal, which asks the host for nothing, else
-    grouped; grouped products have no float64."""
+    """On a host one expert after another. On a device batched if the numbers are equal, which needs nothing from the
+    host, otherwise grouped; grouped products have no float64."""
     if rows_RD.device.type == "cpu":
         return mlps_in_turn
     if counts_e is None:
@@ -99,15 +104,15 @@ def mlps_in_turn(
     counts_e: Tensor | None,
     act: Activation = ACTIVATIONS["gelu"],
 ) -> Tensor:
-    """One expert after another: on a host its hidden rows stay in the cache between the products. Any dtype."""
+    """One expert after another: on a host the hidden rows stay in the cache between the products. Any dtype."""
     num_experts = w_in_eDF.shape[0]
     counts = [rows_RD.shape[0] // num_experts] * num_experts if counts_e is None else counts_e.tolist()
     return _MLPsInTurn.apply(rows_RD, w_in_eDF, w_out_eFD, counts, act)
 
 
 class _MLPsInTurn(Function):
-    """Backward by hand: every expert's gradient goes to its place in the stack, where autograd would make the stack
-    anew, and the activation is computed again, where autograd would keep a second [R, F]."""
+    """Backward by hand saves memory: each expert's gradient is written into its place in the stack (autograd would
+    build the stack again), and the activation is computed again (autograd would keep a second [R, F])."""
 
     @staticmethod
     def forward(ctx, rows_RD, w_in_eDF, w_out_eFD, counts, act):

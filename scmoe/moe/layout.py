@@ -1,16 +1,16 @@
 """Encode and decode: tokens to expert-contiguous rows, and back.
 
-`arrange` says which row each routed copy takes, `encode` fills the rows, `decode` sums a token's copies by their
-weights. Two layouts:
+`arrange` chooses the row of each routed copy, `encode` fills the rows, `decode` sums a token's copies with their
+weights. There are two layouts:
 
-    dropless         every copy has a row, experts hold as many as they were given; counts_PE says how many
+    dropless         every copy has a row; counts_PE holds the number of rows of each expert
     fixed capacity   each expert has C slots, first choices first, early tokens first; a copy beyond them is dropped.
-                     Shapes depend on no data, so nothing waits for the host. An empty slot repeats token 0: nobody
-                     reads its result, and its gradient is zero.
+                     Shapes depend on no data, so nothing waits for the host. An empty slot repeats token 0: its result
+                     is not used, and its gradient is zero.
 
-With P chunks the rows of chunk p lie together, in the order (chunk, expert). Dropless cuts the tokens, fixed capacity
-the slots of every expert, so that the number of chunks does not change which copies are dropped. Both directions are
-gathers, forward and backward: a scatter-add would be slower and, on CUDA, not deterministic.
+With P chunks the rows of chunk p are contiguous, in the order (chunk, expert). Dropless cuts the tokens into chunks,
+fixed capacity cuts the slots of every expert, so the number of chunks does not change which copies are dropped. Both
+directions are gathers, forward and backward: a scatter-add would be slower and, on CUDA, not deterministic.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.autograd import Function
 
 
 class Layout(NamedTuple):
-    """Where each routed copy lies among the rows. `none` in rows_TK is R: the copy was dropped, or is padding."""
+    """The place of each routed copy among the rows. A copy that was dropped, or is padding, has row R."""
 
     rows_TK: Tensor  # row of each copy, 0..R
     tokens_R: Tensor  # token of each row
@@ -39,7 +39,7 @@ class Layout(NamedTuple):
 
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float) -> int:
-    """Slots per expert for num_tokens tokens of one rank: capacity_factor times the fair share, rounded up."""
+    """Slots of an expert for num_tokens tokens of one rank: capacity_factor times the fair share, rounded up."""
     return math.ceil(capacity_factor * num_tokens * top_k / num_experts)
 
 
@@ -50,9 +50,9 @@ def arrange(
     num_chunks: int = 1,
     limit: Tensor | None = None,
 ) -> Layout:
-    """Gives every routed copy a row. Expert id num_experts means none. capacity None: dropless.
+    """Chooses a row for every routed copy. Expert id num_experts means none. capacity None: dropless.
 
-    limit: how many of an expert's slots may be used, where that depends on the data and `capacity` must not.
+    limit: number of an expert's slots that may be used; unlike `capacity` it may depend on the data.
     """
     if capacity is None:
         return _arrange_dropless(topk_ids_TK, num_experts, num_chunks)
@@ -96,7 +96,7 @@ def _arrange_slots(
 
 
 def encode(x_TD: Tensor, layout: Layout) -> list[tuple[Tensor, Tensor | None]]:
-    """The rows [R/P, D] of each chunk with the number of rows per expert [E] (None: all equal)."""
+    """Returns for each chunk its rows [R/P, D] and the number of rows per expert [E] (None: all equal)."""
     rows_RD = gather(x_TD, layout.tokens_R, layout.rows_TK)
     if layout.counts_PE is None:
         return [(rows, None) for rows in rows_RD.chunk(layout.num_chunks)]
@@ -105,12 +105,12 @@ def encode(x_TD: Tensor, layout: Layout) -> list[tuple[Tensor, Tensor | None]]:
 
 
 def decode(rows_RD: Tensor, weights_TK: Tensor, layout: Layout) -> Tensor:
-    """y_t = sum_k w_tk rows[row of copy (t, k)]; a copy without a row adds nothing. Result [T, D] in rows' dtype."""
+    """y_t = sum_k w_tk rows[row of copy (t, k)]; a copy without a row adds nothing. Returns [T, D] in rows' dtype."""
     return _Decode.apply(rows_RD, weights_TK.to(rows_RD.dtype), layout.rows_TK, layout.tokens_R, layout.copies_R)
 
 
 def gather(x_TD: Tensor, tokens_R: Tensor, rows_TK: Tensor) -> Tensor:
-    """x[tokens_R], for tokens_R and rows_TK that are each other's inverse: the gradient too is a gather."""
+    """x[tokens_R]. rows_TK must be the inverse of tokens_R, so that the gradient is a gather too."""
     return _Gather.apply(x_TD, tokens_R, rows_TK)
 
 
@@ -151,7 +151,7 @@ class _Decode(Function):
     def backward(ctx, grad_TD):
         rows_RD, weights_TK, rows_TK, tokens_R, copies_R = ctx.saved_tensors
         grad_rows_RD = grad_TD.index_select(0, tokens_R)
-        # the row's own share of each token's gradient is the weight's gradient, one dot product per row
+        # the weight's gradient is the dot product of the row and its token's gradient
         dots_R = torch.linalg.vecdot(grad_rows_RD, rows_RD)
         grad_weights_TK = _pick(dots_R[:, None], rows_TK.flatten()).view_as(weights_TK)
         weights_R = _pick(weights_TK.reshape(-1, 1), copies_R)

@@ -1,9 +1,9 @@
 """The operators of a block under their names, and a recorder that notes when each one runs.
 
 Operators are what the schedule moves and the planner prices: route, encode, dispatch, experts, combine, decode,
-attention, mlp, shared_expert. In a profile they are called scmoe/<name>. While a recorder is set, an operator lies
-between two edges, identities for autograd that note the time: forward when they are passed, backward when all
-gradients have come back to them. Nothing waits for a device, and no bit of any result changes.
+attention, mlp, shared_expert, current. In a profile they are called scmoe/<name>. With a recorder, an operator runs
+between two edges: identity functions that note the time, in forward when they are passed, in backward when all their
+gradients have arrived. Nothing waits for a device, and results stay bit-identical.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Direction = Literal["forward", "backward"]
 
 
 class Mark(NamedTuple):
-    """An edge that was passed. time: seconds, or a CUDA event."""
+    """One edge that was passed. time: seconds, or a CUDA event."""
 
     operator: str
     direction: Direction
@@ -33,10 +33,10 @@ class Mark(NamedTuple):
 
 
 class Recorder:
-    """The times of one block's operators, in the order in which they ran.
+    """Records when the operators of one block run.
 
-    A transfer that is waited for at once (moe.dispatcher.Blocking) is an operator like any other. Others run beside
-    them, and are noted by a watcher of their own, on a host; on a CUDA device look at the profile.
+    A transfer that is waited for at once (moe.dispatcher.Blocking) is an operator like any other. A transfer that runs
+    in parallel is noted by `watch`, on a host only; on a CUDA device, read the profile.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -44,6 +44,7 @@ class Recorder:
         self.marks: list[Mark] = []
         self.transfers: list[tuple[Direction, Span]] = []
         self.watchers: list[threading.Thread] = []
+        self.inside_operator = False
 
     def now(self) -> Any:
         if self.device.type != "cuda":
@@ -53,12 +54,17 @@ class Recorder:
         return event
 
     def around(self, name: str, f: Callable[..., Any], *inputs: Any) -> Any:
-        """f(*inputs) between its edges."""
+        """Returns f(*inputs), run between two edges. An operator inside another one is not noted separately."""
+        if self.inside_operator:
+            return f(*inputs)
         inputs = _edge(self, name, True, inputs)
-        return _edge(self, name, False, f(*inputs))
+        self.inside_operator = True
+        outputs = f(*inputs)
+        self.inside_operator = False
+        return _edge(self, name, False, outputs)
 
     def watch(self, name: str, direction: Direction, work: Any) -> None:
-        """Notes a transfer, from now until it is done, on a host. work: one that two threads may wait for."""
+        """Notes a transfer from now until it is done. work: two threads must be able to wait for it."""
         start = time.perf_counter()
 
         def note() -> None:
@@ -70,7 +76,7 @@ class Recorder:
             self.watchers[-1].start()
 
     def spans(self, direction: Direction) -> list[Span]:
-        """Every operator that began and ended, in seconds of one clock. Waits for the device, and for the transfers."""
+        """Every operator that began and ended, in seconds of one clock. Waits for the device and the transfers."""
         while self.watchers:
             self.watchers.pop().join()
         seconds = self._clock()
@@ -94,7 +100,7 @@ class Recorder:
 
 
 class Operators(nn.Module):
-    """A module whose forward is made of named operators. recorder: notes their times, None: nobody asks."""
+    """A module whose forward is made of named operators. recorder: notes their times; None: they are not noted."""
 
     recorder: Recorder | None = None
 
@@ -104,7 +110,7 @@ class Operators(nn.Module):
 
 
 def _edge(recorder: Recorder, name: str, begins: bool, value: Any) -> Any:
-    """The same value, its tensors that carry a gradient passed through one edge."""
+    """Passes the tensors of `value` that carry a gradient through one edge, and returns the value with the results."""
     tensors: list[Tensor] = []
 
     def collect(tensor: Tensor) -> Tensor:
@@ -120,7 +126,7 @@ def _edge(recorder: Recorder, name: str, begins: bool, value: Any) -> Any:
 
 
 def _replace_tensors(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
-    """f of every tensor that carries a gradient, in tuples, named tuples and lists."""
+    """Replaces every tensor that carries a gradient by f of it, in tuples, named tuples and lists."""
     if isinstance(value, Tensor):
         return f(value) if value.requires_grad else value
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -21,7 +21,8 @@ class Router(nn.Module):
 
     renormalise: False leaves the raw probabilities for k >= 2 too (OLMoE, Qwen2-MoE).
     noisy: Eq. 4's noise in training.
-    balanced: deal the copies round-robin whatever the gate says, a bound for speed measurements.
+    balanced: deal the copies round-robin and ignore the gate's choice, for speed measurements.
+    Raises ValueError unless top_k is in 1..num_experts.
     """
 
     def __init__(
@@ -43,10 +44,12 @@ class Router(nn.Module):
         self.noise = nn.Linear(dim, num_experts, bias=False) if noisy else None
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, taken_T1: Tensor | None = None) -> Routing:
-        """Routes each token; where mask_T is False (padding) its expert id is num_experts and its weight 0.
+        """Routes each token. mask_T False: padding, which gets expert id num_experts and weight 0.
 
-        taken_T1: an expert that each token leaves alone (num_experts: none); top_k must be 1."""
-        x_TD = x_TD.view_as(x_TD)  # its gradients, of gate and noise, add up before they meet others': in one order
+        taken_T1: an expert that each token must not go to (num_experts: none); requires top_k = 1."""
+        x_TD = x_TD.view_as(
+            x_TD
+        )  # adds up the gradients of gate and noise first, so that the order of all sums is fixed
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
             scores_TE = logits_TE.softmax(-1)
@@ -60,7 +63,7 @@ class Router(nn.Module):
         return Routing(topk_ids_TK, weights_TK, scores_TE, logits_TE)
 
     def choose(self, x_TD: Tensor, logits_TE: Tensor, taken_T1: Tensor | None) -> Tensor:
-        """Expert ids, likeliest first. Where the likeliest is taken (DGMoE), the second best: compared by index."""
+        """Expert ids, likeliest first; the second best where the likeliest is taken (DGMoE). Ids are compared."""
         if taken_T1 is None:
             return self.deal(x_TD) if self.balanced else logits_TE.topk(self.top_k).indices
         assert self.top_k == 1
@@ -78,6 +81,6 @@ class Router(nn.Module):
         return logits_TE
 
     def deal(self, x_TD: Tensor) -> Tensor:
-        """Expert ids 0, 1, 2, ... dealt over the T K copies."""
+        """Expert ids 0, 1, 2, ... in turn for the T K copies."""
         copies = torch.arange(x_TD.shape[0] * self.top_k, device=x_TD.device)
         return (copies % self.num_experts).view(-1, self.top_k)

@@ -6,7 +6,7 @@
 
 State travels in return values, so several streams may be open at once and nothing is left on the module.
 Backward is the mirror: finish's backward starts the gradient's transfer, begin's waits for the last one.
-A compiled block is compiled up to each verb and after it: shapes in between depend on the data.
+In a compiled block the verbs themselves are not compiled, because their shapes depend on the data.
 """
 
 from __future__ import annotations
@@ -40,29 +40,28 @@ class MoEStream(Operators):
     """Router, experts and the dispatcher between them.
 
     capacity_factor: slots of an expert over its fair share of this rank's tokens; None: dropless.
-    num_chunks: pieces of the rows, each with its own transfers, so that one's experts hide another's transfer.
     """
 
     def __init__(
-        self,
-        router: Router,
-        experts: Experts,
-        dispatcher: Dispatcher,
-        capacity_factor: float | None = None,
-        num_chunks: int = 1,
+        self, router: Router, experts: Experts, dispatcher: Dispatcher, capacity_factor: float | None = None
     ) -> None:
         super().__init__()
         self.router, self.experts, self.dispatcher = router, experts, dispatcher
-        self.capacity_factor, self.num_chunks = capacity_factor, num_chunks
+        self.capacity_factor = capacity_factor
 
     @torch.compiler.disable
-    def begin(self, tap_BSD: Tensor, mask_BS: Tensor | None = None) -> StreamState:
-        """mask_BS False: padding, which is routed nowhere and takes no capacity."""
+    def begin(
+        self, tap_BSD: Tensor, mask_BS: Tensor | None = None, chunks: int = 1, taken_T1: Tensor | None = None
+    ) -> StreamState:
+        """mask_BS False: padding, which is routed nowhere and takes no capacity.
+
+        chunks: pieces of the rows, each with its own transfers, so that one's experts hide another's transfer.
+        taken_T1: an expert that each token must not go to (DGMoE)."""
         x_TD = tap_BSD.flatten(0, -2)
         mask_T = None if mask_BS is None else mask_BS.flatten()
-        routing, layout = self.operator("route", self.route, x_TD, mask_T)
-        chunks = self.operator("encode", encode, _in_wire_dtype(x_TD), layout)
-        sent = [self.operator("dispatch", self.dispatcher.dispatch, *chunk) for chunk in chunks]
+        routing, layout = self.operator("route", self.route, x_TD, mask_T, chunks, taken_T1)
+        rows = self.operator("encode", encode, _in_wire_dtype(x_TD), layout)
+        sent = [self.operator("dispatch", self.dispatcher.dispatch, *chunk) for chunk in rows]
         in_flight, receipts = [pending for pending, _ in sent], [receipt for _, receipt in sent]
         return StreamState(tap_BSD.shape, routing, layout, router_stats(routing, layout, mask_T), in_flight, receipts)
 
@@ -83,23 +82,27 @@ class MoEStream(Operators):
         y_TD = self.operator("decode", decode, rows_RD, state.routing.topk_weights_TK, state.layout)
         return MoEOutput(y_TD.view(state.shape), state.stats)
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> MoEOutput:
+    def forward(
+        self, x_BSD: Tensor, mask_BS: Tensor | None = None, chunks: int = 1, taken_T1: Tensor | None = None
+    ) -> MoEOutput:
         """The whole module at once: sum_i G(x)_i E_i(x) (Eq. 1)."""
-        return self.finish(self.run_experts(self.begin(x_BSD, mask_BS)))
+        return self.finish(self.run_experts(self.begin(x_BSD, mask_BS, chunks, taken_T1)))
 
-    def route(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Routing, Layout]:
+    def route(
+        self, x_TD: Tensor, mask_T: Tensor | None, chunks: int, taken_T1: Tensor | None
+    ) -> tuple[Routing, Layout]:
         """Where each token goes, and which row each of its copies takes."""
-        routing = self.router(x_TD, mask_T)
+        routing = self.router(x_TD, mask_T, taken_T1)
         num_experts, top_k, factor = self.router.num_experts, self.router.top_k, self.capacity_factor
         if factor is None:
-            return routing, arrange(routing.topk_ids_TK, num_experts, None, self.num_chunks)
+            return routing, arrange(routing.topk_ids_TK, num_experts, None, chunks)
         capacity = expert_capacity(routing.topk_ids_TK.shape[0], num_experts, top_k, factor)
         # padding adds no capacity: the slots that it would bring stay empty, so that shapes depend on no data
         limit = None if mask_T is None else (factor * mask_T.sum().double() * top_k / num_experts).ceil()
-        return routing, arrange(routing.topk_ids_TK, num_experts, capacity, self.num_chunks, limit)
+        return routing, arrange(routing.topk_ids_TK, num_experts, capacity, chunks, limit)
 
 
 def _in_wire_dtype(x_TD: Tensor) -> Tensor:
-    """Under autocast the experts compute in its dtype: send that, not twice the bytes."""
+    """Under autocast the experts compute in its dtype, so rows are sent in it: half the bytes."""
     device = x_TD.device.type
     return x_TD.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x_TD

@@ -3,9 +3,9 @@
     forward    start: launch the transfer           ...work...    wait: the rows are there
     backward   start: the gradient is there         ...work...    wait: launch the gradient's transfer
 
-The autograd engine runs, of the nodes that are ready, the one created last: written as start; work; wait, the
-gradient's transfer is launched before the work's backward and awaited after it. One node for both would launch and
-wait in a breath.
+Of the nodes that are ready, the autograd engine runs the one created last. After `start; work; wait` in forward, it
+launches the gradient's transfer before the work's backward and waits for it afterwards. A single node would launch and
+wait at the same place.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from scmoe.moe.operators import Recorder
 
 
 class Work(Protocol):
-    """An exchange under way."""
+    """An exchange in flight."""
 
     def wait(self) -> Any:
-        """The rows are there for whatever the caller computes next."""
+        """Returns when the caller may use the rows in its next computation."""
         ...
 
 
 Exchange = Callable[[Tensor, list[int], list[int]], tuple[Tensor, Work]]
-"""Starts sending rows, so many to each rank, and receiving as many from each: (the buffer to be filled, the work)."""
+"""exchange(rows, sent, received) starts an exchange of so many rows with each rank; returns (target buffer, work)."""
 
 
 def all_to_all(group: Any) -> Exchange:
-    """Of a process group; gloo's goes from point to point, others in one collective.
+    """The exchange of a process group: point to point with gloo, one collective with other backends.
 
     On CUDA it runs on the group's own stream, which starts when the rows are there; `wait` makes the current stream
-    wait, not the host. Who holds on to both buffers until then need not record them on that stream.
+    wait, not the host. A caller that keeps both buffers until then need not record them on that stream.
     """
     gloo = dist.get_backend(group) == "gloo"
 
@@ -58,19 +58,19 @@ def in_one_collective(target: Tensor, rows: Tensor, received: list[int], sent: l
 
 
 def point_to_point(target: Tensor, rows: Tensor, received: list[int], sent: list[int], group: Any) -> Work:
-    """All receives first, then the sends.
+    """Posts all receives first, then the sends.
 
-    gloo sends rows once the peer has said that it awaits them. Its own All-to-All says so after it has begun to send:
-    on the rank that comes later, the word queues behind its own rows, and the two directions of a link take turns.
-    Posting takes some milliseconds where rows are arriving at the same time, so a thread does it while the caller
-    computes (docs/decisions/0019-point-to-point.md has the measurements).
+    gloo sends rows after the peer has announced that it expects them. gloo's own All-to-All announces this after it has
+    started to send: on the later rank the announcement queues behind its own rows, and the two directions of a link
+    take turns. Posting takes some milliseconds while other rows arrive, so a thread does it while the caller computes
+    (docs/decisions/0019-point-to-point.md has the measurements).
     """
     return _Posted(_poster().submit(_post, target, rows, received, sent, group))
 
 
 @functools.cache
 def _poster() -> ThreadPoolExecutor:
-    """One thread for all layers, directions and groups: what is posted in one order on every rank stays in order."""
+    """One thread for all layers, directions and groups, so that the order of posting stays equal on all ranks."""
     return ThreadPoolExecutor(1, "all-to-all")
 
 
@@ -90,7 +90,7 @@ def _post(target: Tensor, rows: Tensor, received: list[int], sent: list[int], gr
 
 
 class _Posted:
-    """Sends and receives as one work. Two threads may wait: a recorder and the one that needs the rows."""
+    """Sends and receives as one work. Two threads may wait for it: a recorder's and the one that needs the rows."""
 
     def __init__(self, posted: Future[list[Any]]) -> None:
         self.posted, self.lock = posted, threading.Lock()
@@ -103,11 +103,11 @@ class _Posted:
 
 
 class Transfer:
-    """One exchange of rows, and later its gradient's way back. `wait` gives what `start` sent for.
+    """One exchange of rows, and later the way back of its gradient. `start` launches it, `wait` returns the rows.
 
-    sent, received: rows to and from each rank of the group; empty: all equal, and nothing need know them.
-    A buffer in flight is held here until its wait, so it cannot be freed or used again before.
-    operator, recorder: who notes the transfer, and under which name.
+    sent, received: rows to and from each rank of the group; empty: equal numbers for all ranks.
+    operator, recorder: the recorder notes the transfer under this name.
+    A buffer in flight is kept here until its wait, so it cannot be freed or used again before.
     """
 
     def __init__(
@@ -176,4 +176,4 @@ class _Wait(Function):
     def backward(ctx, grad: Tensor):
         transfer = ctx.transfer
         transfer.grad = transfer.launch(grad, backward=True)
-        return grad, None  # a placeholder of the right shape: the engine wants one, start's backward has the real one
+        return grad, None  # a placeholder: the engine checks the shape; start's backward returns the real gradient

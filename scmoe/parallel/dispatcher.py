@@ -1,4 +1,4 @@
-"""Rows to the experts' ranks and back by All-to-All over an expert-parallel group.
+"""Sends rows to the experts' ranks and back by All-to-All over an expert-parallel group.
 
 Rank r of the group holds experts r E/EP .. (r+1) E/EP - 1, so rows grouped by expert are grouped by rank. They arrive
 grouped by (sender, local expert) and are regrouped by local expert after the wait.
@@ -22,7 +22,7 @@ from scmoe.parallel.all_to_all import Exchange, Transfer, all_to_all
 
 @dataclass(frozen=True)
 class _Arriving:
-    """A transfer in flight, and how its rows are put in order on arrival."""
+    """A transfer in flight, and the function that puts its rows in order on arrival."""
 
     transfer: Transfer
     regroup: Callable[[Tensor], Tensor] = lambda rows: rows
@@ -36,20 +36,29 @@ class CeilingError(MemoryError):
 
 
 class AllToAllDispatcher:
-    """Equal numbers per expert go without a word to the host; unequal ones (dropless) exchange their counts first.
+    """The dispatcher of many ranks. Equal numbers of rows per expert need nothing from the host; unequal numbers
+    (dropless) are exchanged before the rows.
 
     ceiling: rows that a rank may receive, over its fair share; None: any number.
     exchange: how rows travel; None: by All-to-All over the group.
-    recorder: notes the times of the transfers.
+    recorder: notes the times of transfers that run in parallel; None: they are not noted.
     """
 
     def __init__(
-        self, group: Any, num_experts: int, ceiling: float | None = None, exchange: Exchange | None = None
+        self,
+        group: Any,
+        num_experts: int,
+        ceiling: float | None = None,
+        exchange: Exchange | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
-        self.group, self.num_experts, self.ceiling = group, num_experts, ceiling
+        self.group, self.num_experts, self.ceiling, self.recorder = group, num_experts, ceiling, recorder
         self.exchange = exchange or all_to_all(group)
         self.ep_size = dist.get_world_size(group)
-        self.recorder: Recorder | None = None
+
+    def recorded_by(self, recorder: Recorder) -> AllToAllDispatcher:
+        """The same dispatcher with a recorder."""
+        return AllToAllDispatcher(self.group, self.num_experts, self.ceiling, self.exchange, recorder)
 
     def dispatch(self, rows_RD: Tensor, counts_E: Tensor | None) -> tuple[Pending, Receipt]:
         if counts_E is None:
@@ -76,9 +85,9 @@ class AllToAllDispatcher:
         return Transfer(self.exchange, sent, received, operator, self.recorder).start(rows_RD)
 
     def exchange_counts(self, counts_E: Tensor) -> Tensor:
-        """[EP, e]: rows that each rank sends to each expert here. The one place that must know before it can go on.
+        """[EP, e]: rows that each rank sends to each expert here. The host waits for these numbers.
 
-        Everyone is told everyone's counts, so that all ranks see alike which would receive too many.
+        Every rank receives the counts of all ranks, so that all of them notice if one would receive too many.
         """
         counts = counts_E.new_empty(self.ep_size, self.num_experts)
         dist.all_gather(list(counts), counts_E.contiguous(), group=self.group)
@@ -97,7 +106,7 @@ class AllToAllDispatcher:
 
 
 def check_ceiling(received: list[int], ceiling: float) -> None:
-    """received: rows for each rank of the group. CeilingError before their memory is asked for (fault 31)."""
+    """Raises CeilingError before memory for the rows is allocated (fault 31). received: rows for each rank."""
     fair = sum(received) / len(received)
     worst = max(range(len(received)), key=lambda rank: received[rank])
     if received[worst] > ceiling * fair:

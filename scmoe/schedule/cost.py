@@ -1,8 +1,8 @@
 """What a schedule costs: elapsed time of the window, exposed communication, Eq. 11, and the best schedule.
 
-Eq. 11 chooses the slot by |T_pre - T_disp| + |T_post - T_comb|, a mismatch; what a pair really takes is all its
-computation plus the parts of the transfers that the backbone does not cover, so the schedule is chosen by that
-(docs/decisions/0007-schedule-slots.md). With one chunk the two terms are
+Eq. 11 chooses the slot by |T_pre - T_disp| + |T_post - T_comb|, a mismatch. The elapsed time of a pair is all its
+computation plus the parts of the transfers that the backbone does not cover, so this module chooses by elapsed time
+(docs/decisions/0007-schedule-slots.md). With one chunk the uncovered parts are
 
     max(0, T_disp - T_pre) + max(0, T_comb - T_post)
 
@@ -22,15 +22,14 @@ PER_CHUNK = ("dispatch", "experts", "combine")
 
 @dataclass(frozen=True)
 class OperatorTimes:
-    """Time of each operator, forward and backward; of all chunks together. A training step is both, inference has no
-    backward."""
+    """Time of each operator, forward and backward, summed over chunks. Without backward times it is inference."""
 
     forward: Mapping[str, float]
     backward: Mapping[str, float] = field(default_factory=dict)
 
 
 def elapsed_time(schedule: Schedule, times: OperatorTimes) -> float:
-    """From the tap to the end of the block, and back where there are backward times."""
+    """Time from the tap to the end of the block, and back if there are backward times."""
     return forward_time(schedule, times.forward) + backward_time(schedule, times.backward)
 
 
@@ -47,18 +46,18 @@ def per_chunk(schedule: Schedule, times: Mapping[str, float]) -> dict[str, float
 
 
 def free_time(schedule: Schedule, times: OperatorTimes) -> float:
-    """All computation from the tap to the end of the block, and back: the elapsed time if communication were free."""
+    """Time of all computation from the tap to the end of the block, and back: elapsed time with free communication."""
     operators = ("route", "encode", *schedule.window, *schedule.after_window, "experts", "decode")
     return sum(direction.get(op, 0.0) for direction in (times.forward, times.backward) for op in operators)
 
 
 def exposed_time(schedule: Schedule, times: OperatorTimes) -> float:
-    """The part of the elapsed time in which the processor waits for a transfer."""
+    """Part of the elapsed time in which the processor waits for a transfer."""
     return elapsed_time(schedule, times) - free_time(schedule, times)
 
 
 def mismatch(schedule: Schedule, times: OperatorTimes) -> float:
-    """Eq. 11's objective for the schedule's slot; it looks at forward alone."""
+    """Eq. 11's objective for the schedule's slot; it depends on forward times only."""
     before = sum(times.forward.get(op, 0.0) for op in schedule.window[: schedule.slot])
     after = sum(times.forward.get(op, 0.0) for op in schedule.window[schedule.slot :] + schedule.after_window)
     return abs(before - times.forward["dispatch"]) + abs(after - times.forward["combine"])
@@ -70,12 +69,12 @@ def slots(schedule: Schedule) -> list[Schedule]:
 
 
 def best_schedule(choices: Iterable[Schedule], times: Mapping[int, OperatorTimes]) -> Schedule:
-    """The one that takes the least time; the earliest of equals. times: by number of chunks, which changes them."""
+    """The choice with the least elapsed time; of equal ones the first. times: by number of chunks."""
     return min(choices, key=lambda choice: elapsed_time(choice, times[choice.chunks]))
 
 
 def overlap_efficiency(overlapped: float, sequential: float, free: float) -> float:
-    """1 - (T_overlapped - T_free) / (T_sequential - T_free), as FLUX defines it: 1 where all communication is hidden,
-    0 where none is, below 0 where hiding it costs more than it saves. free: the time with communication free, so that
-    computation slowed down by a transfer counts against it."""
+    """1 - (T_overlapped - T_free) / (T_sequential - T_free), FLUX's definition: 1 where all communication is hidden, 0
+    where none is, below 0 where hiding it costs more than it saves. free: the time without communication, so
+    computation that a transfer slows down lowers the efficiency."""
     return 1 - (overlapped - free) / (sequential - free)

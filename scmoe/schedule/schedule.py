@@ -1,15 +1,17 @@
 """The schedule as a value (section 3.2): which backbone operators an MoE stream can hide behind, and where its
 experts run.
 
-The *window* is the backbone computation between the tap and the end of the block, the shared expert last (section 3.1):
+The *window* is the backbone computation between the tap and the end of the block. It holds the sub-layers after the
+tap, then the shared expert where the architecture has one (section 3.1):
 
-    pos1   attention, shared_expert                      slots 0..2
-    pos2   mlp, attention, shared_expert                 slots 0..3
-    pos3   attention, mlp, attention, shared_expert      slots 0..4
+    scmoe, pos1      attention, shared_expert                      slots 0..2
+    scmoe, pos2      mlp, attention, shared_expert                 slots 0..3
+    scmoe, pos3      attention, mlp, attention, shared_expert      slots 0..4
+    dgmoe            the same without the shared expert; its current half comes after the window
+    shared_expert    shared_expert                                 slots 0..1
+    top_k            nothing                                       slot 0
 
-A shared-expert MoE has the window (shared_expert), slots 0..1; a standard top-k MoE has none, slot 0. DGMoE, which has
-no shared expert, has ScMoE's windows without it; its current half comes after the window.
-Slot k means: after k operators of the window the experts run.
+At slot k the experts run after k operators of the window.
 """
 
 from __future__ import annotations
@@ -17,44 +19,47 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Architecture = Literal["top_k", "shared_expert", "scmoe", "dgmoe"]
 ShortcutPosition = Literal["pos1", "pos2", "pos3"]
 
-SUBLAYERS = ("attention", "mlp", "attention")  # of a pair, in order; of a block with an MoE in every block: the first
-
-WINDOWS: dict[str | None, tuple[str, ...]] = {
-    "pos1": ("attention", "shared_expert"),
-    "pos2": ("mlp", "attention", "shared_expert"),
-    "pos3": ("attention", "mlp", "attention", "shared_expert"),
-    "shared_expert": ("shared_expert",),
-    "top_k": (),
-    "dgmoe_pos1": ("attention",),
-    "dgmoe_pos2": ("mlp", "attention"),
-    "dgmoe_pos3": ("attention", "mlp", "attention"),
-}
+SUBLAYERS = ("attention", "mlp", "attention")  # of a pair, in order; a block with an MoE in every block has the first
+POSITIONS = {"pos1": 1, "pos2": 2, "pos3": 3}  # sub-layers between the tap and the end of the block
+ARCHITECTURES = {"top_k": (), "shared_expert": (), "scmoe": tuple(POSITIONS), "dgmoe": tuple(POSITIONS)}
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When the experts run, and in how many chunks. It changes when things run, never what comes out.
+    """When the experts run, and in how many chunks. It changes when operators run, never their results.
 
-    position: a key of WINDOWS: a shortcut position, or the architecture of a block without a shortcut.
-    expert_slot: backbone operators of the window that run before the experts; None: the middle of the window.
+    position: where the tap is; None for the architectures without a shortcut.
+    expert_slot: number of operators of the window that run before the experts; None: the middle of the window.
     chunks: pieces that the rows are cut into, so that one chunk's experts hide another's transfer.
+    Raises ValueError for a combination that does not exist.
     """
 
-    position: str
+    architecture: str
+    position: str | None = None
     expert_slot: int | None = None
     chunks: int = 1
 
     def __post_init__(self) -> None:
-        if self.position not in WINDOWS:
-            raise ValueError(f"schedule.position is {self.position!r}, allowed: {', '.join(map(str, WINDOWS))}")
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture is {self.architecture!r}, allowed: {', '.join(ARCHITECTURES)}")
+        allowed = ARCHITECTURES[self.architecture] or (None,)
+        if self.position not in allowed:
+            names = ", ".join(map(str, allowed))
+            raise ValueError(f"position is {self.position!r}, allowed for {self.architecture}: {names}")
         if self.expert_slot is None:
             object.__setattr__(self, "expert_slot", len(self.window) // 2)
         if not 0 <= self.slot <= len(self.window):
-            raise ValueError(f"schedule.slot is {self.slot}, allowed for {self.position}: 0..{len(self.window)}")
+            raise ValueError(f"schedule.slot is {self.slot}, allowed for {self.name}: 0..{len(self.window)}")
         if self.chunks < 1:
             raise ValueError(f"schedule.chunks is {self.chunks}, allowed: 1 or more")
+
+    @property
+    def name(self) -> str:
+        """Architecture and position, for messages."""
+        return self.architecture if self.position is None else f"{self.architecture} {self.position}"
 
     @property
     def slot(self) -> int:
@@ -62,30 +67,31 @@ class Schedule:
         return self.expert_slot
 
     @property
+    def sublayers_after_tap(self) -> int:
+        return 0 if self.position is None else POSITIONS[self.position]
+
+    @property
     def window(self) -> tuple[str, ...]:
-        return WINDOWS[self.position]
+        sublayers = SUBLAYERS[len(SUBLAYERS) - self.sublayers_after_tap :]
+        return (*sublayers, "shared_expert") if self.architecture in ("shared_expert", "scmoe") else sublayers
 
     @property
     def after_window(self) -> tuple[str, ...]:
-        """What else combine may hide behind, but no slot comes after: DGMoE's current half."""
-        return ("current",) if self.position.startswith("dgmoe") else ()
+        """Computation after the last slot that can still hide combine: DGMoE's current half."""
+        return ("current",) if self.architecture == "dgmoe" else ()
 
     def operators(self) -> tuple[str, ...]:
         """Names of all operators in the order a rank starts them, from the tap to the end of the block."""
-        experts: tuple[str, ...] = ()
-        for _ in range(self.chunks):
-            experts += ("experts", "combine")
         begin = ("route", "encode") + ("dispatch",) * self.chunks
+        experts = ("experts", "combine") * self.chunks
         return begin + self.window[: self.slot] + experts + self.window[self.slot :] + self.after_window + ("decode",)
 
     def backward_operators(self) -> tuple[str, ...]:
-        """The same of backward, its mirror: the gradients of combine travel first, those of dispatch second.
+        """The same for backward, the mirror of forward: the gradients of combine travel first, those of dispatch last.
 
-        A transfer stands where it is started: for the rows' gradients that is right after decode's backward, since
-        the rows were awaited right before decode.
+        A transfer is listed where it starts. The transfer of the rows' gradients starts right after decode's backward,
+        because forward waits for the rows right before decode.
         """
-        experts: tuple[str, ...] = ()
-        for _ in range(self.chunks):
-            experts += ("experts", "dispatch")
         begin = ("decode",) + ("combine",) * self.chunks + self.after_window
+        experts = ("experts", "dispatch") * self.chunks
         return begin + self.window[self.slot :][::-1] + experts + self.window[: self.slot][::-1] + ("encode", "route")

@@ -1,7 +1,7 @@
-"""Plays a list of operators on one compute and one communication row, and draws it in the manner of Fig. 7.
+"""Plays a list of operators on one compute and one communication row, and draws it like Fig. 7.
 
-Computation operators never run beside each other, transfers neither; a transfer runs beside computation until
-somebody waits.
+Computation operators run one after another, and so do transfers. A transfer runs in parallel with computation until an
+operator waits for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COLORS = {
 
 @dataclass(frozen=True)
 class Span:
-    """An operator's time on its row, from start to end, in the unit of the times given."""
+    """An operator's time on its row, from start to end, in the unit of the given times."""
 
     operator: str
     start: float
@@ -35,12 +35,12 @@ class Span:
 
 
 def play(operators: Sequence[str], times: Mapping[str, float], sequential: bool = False) -> list[Span]:
-    """When each operator runs. `times`: of each operator; of a chunk's, where there are several.
+    """Returns when each operator runs, in the order of `operators`.
 
-    operators: Schedule.operators() or .backward_operators(), more before and after. The i-th experts wait for the
-    i-th transfer of the first kind (backward: combine's gradients), decode for all (backward: encode).
-    sequential: every transfer is waited for at once, as by moe.dispatcher.Blocking. An operator without a time takes
-    none.
+    operators: Schedule.operators() or .backward_operators(); others may stand before and after. The i-th experts wait
+    for the i-th transfer of the first kind (backward: combine's gradients), decode waits for all (backward: encode).
+    times: the time of each operator, of one chunk where there are several; an operator that is missing takes none.
+    sequential: every transfer is waited for at once, as moe.dispatcher.Blocking does.
     """
     spans: list[Span] = []
     compute = network = 0.0
@@ -68,11 +68,12 @@ def play(operators: Sequence[str], times: Mapping[str, float], sequential: bool 
 
 
 def elapsed(spans: Sequence[Span]) -> float:
+    """The time at which the last span ends."""
     return max(span.end for span in spans)
 
 
 def draw(timelines: Mapping[str, Sequence[Span]], path: Path, title: str, unit: str = "time") -> None:
-    """One pair of rows (computation above, communication below) for each timeline, on one axis, as a PNG."""
+    """Draws a pair of rows (computation above, communication below) for each timeline, on one axis, as a PNG."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -86,7 +87,7 @@ def draw(timelines: Mapping[str, Sequence[Span]], path: Path, title: str, unit: 
             color = COLORS.get(span.operator, "#bab0ac")
             axis.barh(row, span.end - span.start, left=span.start, height=0.85, color=color, edgecolor="white")
             label = span.operator.replace("_", "\n")
-            if span.end - span.start > 0.01 * end * max(map(len, label.split("\n"))):  # so wide is a letter, and room
+            if span.end - span.start > 0.01 * end * max(map(len, label.split("\n"))):  # room for the letters
                 axis.text((span.start + span.end) / 2, row, label, ha="center", va="center", fontsize=8, color="white")
         axis.vlines(elapsed(spans), -3 * i - 1.5, -3 * i + 0.5, color="black", linewidth=1)
         axis.text(elapsed(spans), -3 * i - 0.5, f" {elapsed(spans):.1f}", va="center", fontsize=9)

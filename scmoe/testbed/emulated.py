@@ -1,7 +1,7 @@
 """Emulated compute: operators that sleep for a calibrated time, forward and backward, so that more ranks than cores
-can be watched beside real transfers. Shapes, rows and gradients are those of the real operators.
+can run in parallel with real transfers. Shapes, rows and gradients are those of the real operators.
 
-Backward takes twice the time of forward, as products do: one for the input's gradient, one for the weight's.
+Backward takes twice the time of forward, as for products: one for the input's gradient, one for the weight's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Sleep(Function):
 
 
 class EmulatedOperator(nn.Module):
-    """Stands for a sub-layer or a shared expert: the identity, `ms` later."""
+    """Replaces a sub-layer or a shared expert: the identity, after `ms` milliseconds."""
 
     def __init__(self, ms: float) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class EmulatedOperator(nn.Module):
 
 
 class EmulatedExperts(nn.Module):
-    """Stands for moe.experts.Experts: the identity, later by the time of so many rows."""
+    """Replaces moe.experts.Experts: the identity, after us_per_row microseconds for each row."""
 
     def __init__(self, us_per_row: float) -> None:
         super().__init__()

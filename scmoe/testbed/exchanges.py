@@ -1,6 +1,6 @@
-"""Ways for rows to travel that are not a network: for free, and over a GPU's bus to the host and back.
+"""Exchanges without a network: free, and over a GPU's bus to the host and back.
 
-Each is an Exchange for parallel/dispatcher.py, so everything around it is what runs between ranks.
+Each is an Exchange for parallel/dispatcher.py, so all code around it is the code that runs between ranks.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ class _Done:
 
 
 def free(rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, Work]:
-    """Communication free: every rank keeps its rows, as if they had come from its peers. Equal numbers only."""
+    """Free communication: every rank keeps its rows, as if they came from its peers. Equal numbers only."""
     assert not sent and not received
     return rows, _Done()
 
 
 class _Copied:
-    """Waits as NCCL does: the current stream waits, the host does not."""
+    """Waits like NCCL: the current stream waits, the host does not."""
 
     def __init__(self, event: torch.cuda.Event) -> None:
         self.event = event
@@ -33,8 +33,8 @@ class _Copied:
 
 
 def over_the_bus(device: torch.device) -> Exchange:
-    """To pinned host memory and back on a stream of its own: the way of All-to-All between GPUs on PCIe without peer
-    access, with one GPU. Both copies are in order on the stream, beside the computation of the current one."""
+    """Copies rows to pinned host memory and back on a separate stream, as an All-to-All between GPUs on PCIe without
+    peer access does; one GPU is enough. The copies run in parallel with the computation of the current stream."""
     stream = torch.cuda.Stream(device, priority=-1)
 
     def exchange(rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, Work]:

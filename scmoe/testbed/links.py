@@ -1,11 +1,11 @@
-"""Ranks of one machine on a network of their own: each in a network namespace, its link shaped to a rate.
+"""Ranks of one machine on their own network: each in a network namespace, with a link shaped to a rate.
 
     rank 0 [eth0] --- link0 [bridge 10.77.0.254] link1 --- [eth0] rank 1        each eth0: tc tbf, a rate, no delay
 
-The program itself moves into a fresh network namespace first (`enter`, as root or through a user namespace), and each
-rank makes one for itself. Namespaces without a name end with the last process in them, and links with their
-namespace: nothing is left behind, whatever kills the program. Needs util-linux's `unshare` and iproute2's `ip` and
-`tc`; `why_not` says what is missing where links cannot be shaped.
+The program first moves into a new network namespace (`enter`, as root or through a user namespace), and each rank then
+makes one for itself. A namespace without a name ends with its last process, and links end with their namespace, so
+nothing is left behind when the program is killed. Requires util-linux's `unshare` and iproute2's `ip` and `tc`;
+`why_not` says what is missing.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ CLONE_NEWNET = 0x40000000
 
 
 def inside() -> bool:
-    """Whether this program has a network of its own."""
+    """Whether this program is in its own network namespace."""
     return ENTERED in os.environ
 
 
 def why_not() -> str | None:
-    """What keeps links from being shaped here; None: nothing. Asked by trying."""
+    """Tries to shape a link. Returns why that fails here, or None."""
     for tool in ("unshare", "ip", "tc"):
         if shutil.which(tool) is None:
             return f"{tool} is not installed"
@@ -40,15 +40,15 @@ def why_not() -> str | None:
 
 
 def enter(command: Sequence[str]) -> None:
-    """Goes on as `command`, in a network namespace of its own with a bridge; returns only where it is inside already.
+    """Replaces this process by `command` in a new network namespace with a bridge. Returns if it is inside already.
 
-    command: the arguments of a Python interpreter that repeat this program.
+    command: the arguments with which a Python interpreter runs this program again.
     """
     if inside():
         return
     os.environ[ENTERED] = "1"
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d warns that the addresses here have no names
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler tells when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler logs its start and stop
     sys.stdout.flush()
     sys.stderr.flush()
     up = [
@@ -66,29 +66,29 @@ def _unshare() -> list[str]:
     return ["unshare", *user, "--net"]
 
 
-# ---------------------------------------------------------------------- the caller's end
+# ---------------------------------------------------------------------- in the caller
 
 
 def attach(pid: int, rank: int) -> None:
-    """Ties the namespace of process `pid`, which has called `leave`, to the bridge."""
-    # the kernel takes its time to remove the link of an earlier rank that has ended
+    """Connects the namespace of process `pid`, which has called `leave`, to the bridge."""
+    # the kernel may not yet have removed the link of an earlier rank
     subprocess.run(["ip", "link", "del", f"link{rank}"], capture_output=True)
     _run(f"ip link add link{rank} type veth peer name eth0 netns {pid}")
     _run(f"ip link set link{rank} master {BRIDGE} up")
 
 
-# ---------------------------------------------------------------------- the rank's end
+# ---------------------------------------------------------------------- in a rank
 
 
 def leave() -> None:
-    """Gives this process, which must have one thread, a network namespace of its own, without any link yet."""
+    """Moves this process, which must have one thread, into a new network namespace without links. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNET) != 0:
         raise OSError(ctypes.get_errno(), f"no network namespace: {os.strerror(ctypes.get_errno())}")
 
 
 def bring_up(rank: int) -> None:
-    """The rank's link gets its address, and is not shaped yet."""
+    """Gives the rank's link its address; the link has no rate yet."""
     _run("ip link set lo up")
     _run(f"ip addr add {SUBNET}.{rank + 1}/24 dev eth0")
     _run("ip link set eth0 up")
@@ -96,18 +96,18 @@ def bring_up(rank: int) -> None:
 
 
 def set_rate(mbit: float | None) -> None:
-    """Shapes what this rank sends, in Mbit/s; None: as fast as the machine goes."""
+    """Sets the rate at which this rank sends, in Mbit/s; None: no limit."""
     if mbit is None:
-        subprocess.run(["tc", "qdisc", "del", "dev", "eth0", "root"], capture_output=True)  # none there: as wanted
+        subprocess.run(["tc", "qdisc", "del", "dev", "eth0", "root"], capture_output=True)  # fails if there is none
     else:
         _run(f"tc qdisc replace dev eth0 root {_tbf(mbit)}")
 
 
 def _tbf(mbit: float) -> str:
-    """A token bucket: burst may pass at once, and no packet waits so long that it is dropped.
+    """A token bucket: a burst passes at once, and the latency is long enough that no packet is dropped.
 
-    A burst below 64 kB, the largest segment, would have the processor cut segments into packets, as a network card does
-    for it: five times the processor time of a transfer (docs/benchmarks.md).
+    With a burst below 64 kB, the largest segment, the processor must cut segments into packets, which takes five times
+    the processor time of a transfer (docs/benchmarks.md).
     """
     return f"tbf rate {mbit * 1e3:.0f}kbit burst 128kb latency 2000ms"
 

@@ -1,8 +1,8 @@
-"""What every rank does in `bench overlap`: one pair of blocks under every schedule, on links shaped to a communication
-share.
+"""The measurement of `bench overlap` on one rank: a pair of blocks under every schedule, on links whose rate gives a
+share of communication.
 
-    share of communication   s = 1 - T_free / T_sequential, forward, of a standard top-2 pair; hiding all of it gives
-                             1 / (1 - s) at most
+    share of communication   s = 1 - T_free / T_sequential, forward, of a standard top-2 pair; hiding all communication
+                             speeds the pair up by 1 / (1 - s) at most
     rounds                   all variants in turn, then again; ratios are taken within a round
 """
 
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,23 +23,25 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from scmoe.moe.dispatcher import Blocking
+from scmoe.moe.dispatcher import Blocking, Dispatcher
+from scmoe.moe.operators import Recorder
 from scmoe.parallel.dispatcher import AllToAllDispatcher
-from scmoe.parallel.planner import Plan, Planner
+from scmoe.parallel.planner import Planner
+from scmoe.parallel.pricing import LayerChoice
 from scmoe.parallel.shards import expert_parameters
 from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import Schedule
 from scmoe.testbed import exchanges, links
-from scmoe.testbed.pairs import ROWS, Setting, Stack, Step, make_block
+from scmoe.testbed.pairs import ROWS, Setting, Stack, Step, default_schedule, make_block
 
-SEARCH_ROUNDS = 15  # at each rate: at a share of 0.15, fewer are as uncertain as the transfers are long
+SEARCH_ROUNDS = 15  # at each rate; with fewer, the error at a share of 0.15 is as large as the transfers are long
 TRIALS = 2  # of each schedule
-NEAR, FINALISTS = 1.03, 3  # of a row, the schedules so near the best by trial go into the rounds, so many at most
+NEAR, FINALISTS = 1.03, 3  # up to FINALISTS schedules of a row go into the rounds: those NEAR the best in the trials
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A block under a schedule. way: overlapped, sequential (transfers waited for at once) or free."""
+    """A block with a schedule. way: overlapped, sequential (each transfer is waited for at once) or free."""
 
     block: str
     schedule: Schedule
@@ -48,7 +50,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one round, this rank's until all ranks are asked for the slowest. cpu: processor time of the process."""
+    """The times of one round: this rank's, or the slowest rank's. cpu: processor time of the process."""
 
     forward: float
     train: float
@@ -62,7 +64,7 @@ class Seconds:
 
 
 class Bench:
-    """All blocks of one rank, and the time of any variant of them."""
+    """Holds all blocks of one rank, and measures variants of them."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.device = setting, torch.device(setting.device)
@@ -73,21 +75,24 @@ class Bench:
             n: [make_block(n, setting, self.group).to(self.device) for _ in range(setting.pairs)] for n in names
         }
         over_the_bus = exchanges.over_the_bus(self.device) if self.device.type == "cuda" else None
-        paid = AllToAllDispatcher(self.group, setting.num_experts, exchange=over_the_bus)
-        free = AllToAllDispatcher(self.group, setting.num_experts, exchange=exchanges.free)
-        self.dispatchers = {"overlapped": paid, "sequential": Blocking(paid), "free": free}
+        self.paid = AllToAllDispatcher(self.group, setting.num_experts, exchange=over_the_bus)
+        self.free = AllToAllDispatcher(self.group, setting.num_experts, exchange=exchanges.free)
         self.steps = {n: Step(stack, setting, self.group) for n, stack in self.stacks.items()}
         shape = setting.tokens // setting.seq_len, setting.seq_len, setting.dim
         self.x = torch.randn(shape, device=self.device, requires_grad=True)
         self.iterations = 0  # timed so far: an inference and a training step each
 
-    def set(self, variant: Variant) -> Step:
+    def set(self, variant: Variant, recorder: Recorder | None = None) -> Step:
+        """Makes the blocks run as the variant says. recorder: notes operators, and transfers that overlap."""
+        paid = self.paid if recorder is None else self.paid.recorded_by(recorder)
+        # a transfer that is waited for at once is an operator like any other
+        ways: dict[str, Dispatcher] = {"overlapped": paid, "sequential": Blocking(self.paid), "free": self.free}
         for block in self.stacks[variant.block]:
-            block.schedule, block.moe.num_chunks = variant.schedule, variant.schedule.chunks  # type: ignore[union-attr, assignment]
-            block.moe.dispatcher = self.dispatchers[variant.way]  # type: ignore[union-attr]
+            block.run_as(variant.schedule, ways[variant.way], recorder)
         return self.steps[variant.block]
 
     def now(self) -> tuple[float, float]:
+        """Wall-clock and processor time in seconds, after the device has finished."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter(), time.process_time()
@@ -106,7 +111,7 @@ class Bench:
         return Seconds(t1 - t0, t4 - t2, t3 - t2, c1 - c0, c4 - c2)
 
     def forward_seconds(self, variants: Sequence[Variant], rounds: int) -> list[list[float]]:
-        """Of each variant, by round; in turn. One round more than asked is run, the first to warm up."""
+        """Forward times of each variant by round, of the slowest rank. A first round, to warm up, is left out."""
         times: list[list[float]] = [[] for _ in variants]
         for _ in range(rounds + 1):
             for variant, own in zip(variants, times, strict=True):
@@ -120,7 +125,7 @@ class Bench:
     def rounds(
         self, variants: Sequence[Variant], rounds: int, show: Callable[[str], None]
     ) -> dict[Variant, list[Seconds]]:
-        """All variants in turn, then again."""
+        """Runs all variants in turn, `rounds` times. Returns the times of the slowest rank. show: prints progress."""
         times: dict[Variant, list[Seconds]] = {v: [] for v in variants}
         for i in range(rounds):
             show(f"round {i + 1} of {rounds}, {len(variants)} variants")
@@ -131,20 +136,20 @@ class Bench:
         numbers = iter(worst)
         return {v: [Seconds(*itertools.islice(numbers, 5)) for _ in range(rounds)] for v in variants}
 
-    def plan(self, block: str, chunk_counts: Sequence[int]) -> Plan:
+    def choose(self, block: str, chunk_counts: Sequence[int]) -> LayerChoice:
         """The planner's choice, made from training steps as in a run."""
-        step = self.set(Variant(block, Schedule(schedule_name(block))))
+        step = self.set(Variant(block, default_schedule(block)))
         planner = Planner(self.stacks[block], None, self.device, chunk_counts)
-        while not planner.planned:
+        while not planner.has_chosen:
             planner.begin_step()
             step.backward(step.forward(self.x))
             step.clear()
             planner.end_step()
-        assert planner.plans is not None
-        return planner.plans[0]
+        assert planner.choices is not None
+        return planner.choices[0]
 
     def gradient_mb(self, block: str) -> float:
-        """Gradients that the ranks add up in an iteration: all but the experts'."""
+        """Size in MiB of the gradients that the ranks add up in an iteration: all but the experts'."""
         stack = Stack(self.stacks[block])
         shards = {name for name, _ in expert_parameters(stack)}
         return sum(p.numel() * p.element_size() for name, p in stack.named_parameters() if name not in shards) / 2**20
@@ -166,7 +171,7 @@ class Bench:
 
 
 def allocated(recorded: profile) -> Iterator[int]:
-    """Bytes taken and given back, in order."""
+    """Bytes that were allocated (positive) and freed (negative), in order."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(path))
@@ -175,7 +180,7 @@ def allocated(recorded: profile) -> Iterator[int]:
 
 
 def slowest(values: Sequence[float]) -> list[float]:
-    """Of all ranks."""
+    """The maximum of each value over all ranks."""
     worst = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return worst.tolist()
@@ -185,9 +190,11 @@ def slowest(values: Sequence[float]) -> list[float]:
 
 
 def measure(rank: int, world_size: int, setting: Setting, verbose: bool) -> dict[str, Any]:
-    """Runs on every rank; rank 0's result counts. Seconds of each row's best schedules, of the planner's choice, and of
-    each block sequential and free, round by round; planning and trying have warmed all of them up. The best of a row
-    is the best by its rounds: a trial is too short to tell schedules apart that are near each other."""
+    """Runs on every rank; the caller uses rank 0's result.
+
+    Measures, round by round, the best schedules of each row, the planner's choice, and each block sequential and free.
+    Planning and trials warm all of them up. The best of a row is the best by its rounds, because a trial is too short
+    to separate schedules with similar times."""
 
     def show(line: str) -> None:
         if rank == 0 and verbose:
@@ -196,50 +203,46 @@ def measure(rank: int, world_size: int, setting: Setting, verbose: bool) -> dict
     dist.init_process_group("gloo")
     bench = Bench(setting)
     rate = find_rate(bench, show) if setting.shaped else None
-    plans = {}
+    choices = {}
     rows = {row: ROWS[row] for row in setting.rows}
     for row, (block, chunk_counts) in rows.items():
         show(f"planning {row}")
-        plans[row] = bench.plan(block, chunk_counts)
+        choices[row] = bench.choose(block, chunk_counts)
     candidates = {
-        row: [Variant(block, schedule) for c in counts for schedule in slots(Schedule(schedule_name(block), 0, c))]
+        row: [Variant(block, s) for c in counts for s in slots(replace(default_schedule(block), chunks=c))]
         for row, (block, counts) in rows.items()
     }
     everything = [variant for row in candidates.values() for variant in row]
     tried = bench.rounds(everything, TRIALS, lambda line: show(f"trying every schedule: {line}"))
-    chosen = {row: Variant(rows[row][0], plan.schedule) for row, plan in plans.items()}
+    chosen = {row: Variant(rows[row][0], choice.schedule) for row, choice in choices.items()}
     finalists = {row: [*nearest(variants, tried), chosen[row]] for row, variants in candidates.items()}
-    references = [Variant(b, Schedule(schedule_name(b)), way) for b in bench.stacks for way in ("sequential", "free")]
+    references = [Variant(b, default_schedule(b), way) for b in bench.stacks for way in ("sequential", "free")]
     measured = dict.fromkeys(itertools.chain(references, *finalists.values()))
     times = bench.rounds(list(measured), setting.rounds, show)
     best = {row: min(variants, key=lambda v: median(s.train for s in times[v])) for row, variants in finalists.items()}
     peaks = {row: bench.peak_mb(v) for row, v in best.items()}
     gradients = {block: bench.gradient_mb(block) for block in bench.stacks}
     return dict(
-        **dict(rate=rate, plans=plans, best=best, chosen=chosen, times=times),
+        **dict(rate=rate, choices=choices, best=best, chosen=chosen, times=times),
         **dict(peaks=peaks, gradients=gradients, iterations=bench.iterations),
     )
 
 
 def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Sequence[Seconds]]) -> list[Variant]:
-    """The FINALISTS best by their training steps in the trial, of those that are NEAR the best."""
-    seconds = {v: min(s.train for s in tried[v]) for v in variants}  # what disturbs a trial only makes it longer
+    """The variants whose training steps were NEAR the best in the trials, FINALISTS at most."""
+    seconds = {v: min(s.train for s in tried[v]) for v in variants}  # a disturbance only makes a trial longer
     ranked = sorted(variants, key=lambda v: seconds[v])
     return [v for v in ranked[:FINALISTS] if seconds[v] <= NEAR * seconds[ranked[0]]]
 
 
-def schedule_name(block: str) -> str:
-    return "top_k" if block in ("top1", "top2") else block
-
-
 def find_rate(bench: Bench, show: Callable[[str], None]) -> float:
-    """Sets the links' rate, in Mbit/s: the one given, or that at which the wanted share of a sequential top-2 pair is
-    communication."""
+    """Sets the links' rate and returns it, in Mbit/s: the given one, or the one at which communication is the wanted
+    share of a sequential top-2 pair."""
     s, wanted = bench.setting, bench.setting.share
     if s.link_mbit is not None:
         links.set_rate(s.link_mbit)
         return s.link_mbit
-    pair = [Variant("top2", Schedule("top_k"), way) for way in ("sequential", "free")]
+    pair = [Variant("top2", default_schedule("top2"), way) for way in ("sequential", "free")]
     t_free = median(bench.forward_seconds(pair[1:], SEARCH_ROUNDS)[0])
     sent_bits = 2 * 2 * s.pairs * s.tokens * s.dim * 32 * (1 - 1 / dist.get_world_size())
     rate = sent_bits / (t_free * wanted / (1 - wanted)) / 1e6

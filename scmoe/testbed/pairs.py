@@ -1,4 +1,4 @@
-"""What `bench overlap` measures: pairs of blocks of every architecture, of real or of emulated operators."""
+"""The pairs of blocks that `bench overlap` measures: every architecture, of real or of emulated operators."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP, Attention, Residual
@@ -20,7 +21,7 @@ from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.dispatcher import AllToAllDispatcher
 from scmoe.parallel.shards import expert_parameters
-from scmoe.schedule.schedule import Schedule
+from scmoe.schedule.schedule import POSITIONS, Schedule
 from scmoe.testbed.emulated import EmulatedExperts, EmulatedOperator
 
 CHUNKS = (2, 4)
@@ -42,9 +43,9 @@ ROWS = {  # row: (block, numbers of chunks to choose from)
 
 @dataclass(frozen=True)
 class Setting:
-    """share: of communication, to be found by the links' rate; link_mbit: that rate, where it is given instead.
-    tokens: of a rank, in sequences of seq_len. attention_ms, and through attention_to_mlp an MLP's: emulated compute
-    only. pairs: blocks in a row, 1 at block level."""
+    """share: share of communication, reached by a search for the links' rate; link_mbit: the rate itself, without a
+    search. tokens: tokens of one rank, in sequences of seq_len. attention_ms, attention_to_mlp: time of an attention,
+    and its ratio to an MLP's; for emulated compute only. shaped: whether the links have a rate at all."""
 
     share: float
     link_mbit: float | None = None
@@ -65,11 +66,20 @@ class Setting:
 
     @property
     def pairs(self) -> int:
+        """Pairs in a row."""
         return 2 if self.level == "iteration" else 1
 
 
-def make_block(name: str, setting: Setting, group: Any) -> nn.Module:
-    s = setting
+def default_schedule(block: str) -> Schedule:
+    """The experts in the middle of the window, in one chunk. block: a block's name in ROWS."""
+    if block in POSITIONS:
+        return Schedule("scmoe", block)
+    return Schedule("shared_expert" if block == "shared_expert" else "top_k")
+
+
+def make_block(name: str, setting: Setting, group: Any) -> MoEBlock:
+    """A pair with this rank's share of the experts. name: a block's name in ROWS."""
+    s, schedule = setting, default_schedule(name)
 
     def attention() -> nn.Module:
         if s.compute == "emulated":
@@ -90,19 +100,19 @@ def make_block(name: str, setting: Setting, group: Any) -> nn.Module:
     else:
         experts = Experts(s.dim, s.ffn_dim, s.num_experts, own)
         experts.init_weights(name, 0.02, 0.02)
-    # every expert gets its fair share, so that time does not depend on what an untrained gate likes
+    # every expert gets its fair share, so that the time does not depend on the choices of an untrained gate
     router = Router(s.dim, s.num_experts, 2 if name == "top2" else 1, balanced=True)
     stream = MoEStream(router, experts, AllToAllDispatcher(group, s.num_experts), capacity_factor=1.0)  # type: ignore[arg-type]
     if name in ("top1", "top2"):
-        return TopKBlock(sublayers, nn.LayerNorm(s.dim), stream)
+        return TopKBlock(sublayers, nn.LayerNorm(s.dim), stream, schedule)
     norms = [nn.LayerNorm(s.dim) for _ in range(2)]
     if name == "shared_expert":
-        return SharedExpertBlock(sublayers, norms[0], mlp(), CG1(s.dim), stream, Schedule("shared_expert"))
-    return ShortcutBlock(sublayers, norms[0], norms[1], mlp(), CG1(s.dim), stream, Schedule(name))
+        return SharedExpertBlock(sublayers, norms[0], mlp(), CG1(s.dim), stream, schedule)
+    return ShortcutBlock(sublayers, norms[0], norms[1], mlp(), CG1(s.dim), stream, schedule)
 
 
 class Step:
-    """A forward and a backward pass; at iteration level with the gradients' reduction and the optimizer's step."""
+    """A forward and a backward pass; at iteration level also the gradients' reduction and the optimizer's step."""
 
     def __init__(self, stack: Sequence[nn.Module], setting: Setting, group: Any) -> None:
         self.model: nn.Module = Stack(stack)
@@ -130,6 +140,8 @@ class Step:
 
 
 class Stack(nn.Module):
+    """Blocks in a row."""
+
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)

@@ -1,4 +1,4 @@
-"""A pair's operators on the clock: planned and measured spans, and Chrome traces of training steps (Fig. 7)."""
+"""The operators of a pair over time: planned and measured spans, and Chrome traces of training steps (Fig. 7)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from scmoe.moe.operators import Direction, Recorder
-from scmoe.parallel.planner import Plan
+from scmoe.parallel.pricing import LayerChoice
 from scmoe.schedule.cost import per_chunk
 from scmoe.schedule.timeline import Span, elapsed, play
 from scmoe.testbed.overlap import Bench, Variant, find_rate
@@ -28,54 +28,47 @@ ROWS = {  # title: (block, way, numbers of chunks to choose from)
 
 
 def watch(rank: int, world_size: int, setting: Setting, position: str, out: str) -> tuple[float, dict[str, Any]]:
-    """The links' rate, and by direction {title: spans in ms}, planned and measured."""
+    """Runs on every rank. Returns the links' rate in Mbit/s, and by direction {title: spans in ms}."""
     dist.init_process_group("gloo")
     bench = Bench(setting)
     rate = find_rate(bench, lambda line: print(line, file=sys.stderr) if rank == 0 else None)
     timelines: dict[str, dict[str, list[Span]]] = {"forward": {}, "backward": {}}
     for title, (block, way, chunks) in ROWS.items():
         title, block = title.format(position.capitalize().replace("s", "s-")), block.format(position)
-        plan = bench.plan(block, chunks)
-        variant = Variant(block, plan.schedule, way)
+        choice = bench.choose(block, chunks)
+        variant = Variant(block, choice.schedule, way)
         for direction in ("forward", "backward"):
-            planned = plan_spans(plan, direction, sequential=way == "sequential")
+            planned = planned_spans(choice, direction, sequential=way == "sequential")
             timelines[direction][f"{title}: planned"] = planned
             timelines[direction][f"{title}: measured"] = measured_spans(bench, variant, direction)
-        path = Path(out) / f"{block}-{way}-{plan.schedule.chunks}-chunks.json" if rank == 0 else None
+        path = Path(out) / f"{block}-{way}-{choice.schedule.chunks}-chunks.json" if rank == 0 else None
         trace(bench, variant, path)
     return rate, timelines
 
 
-def plan_spans(plan: Plan, direction: Direction, sequential: bool) -> list[Span]:
-    """In ms, by the cost model."""
-    schedule = plan.schedule
-    known = per_chunk(schedule, getattr(plan.times[schedule.chunks], direction))
+def planned_spans(choice: LayerChoice, direction: Direction, sequential: bool) -> list[Span]:
+    """The spans that the cost model predicts, in ms."""
+    schedule = choice.schedule
+    known = per_chunk(schedule, getattr(choice.times[schedule.chunks], direction))
     operators = schedule.operators() if direction == "forward" else schedule.backward_operators()
     return play(operators, {op: 1e3 * t for op, t in known.items()}, sequential)
 
 
 def measured_spans(bench: Bench, variant: Variant, direction: Direction) -> list[Span]:
-    """Of some training steps after a first, the one of median length, in ms."""
-    step = bench.set(variant)
-    block: Any = bench.stacks[variant.block][0]
-    # a transfer that is waited for at once is an operator like any other
-    dispatchers = [] if variant.way == "sequential" else [bench.dispatchers["overlapped"]]
+    """The spans of the median of STEPS training steps after a first one, in ms."""
     steps = []
     for _ in range(1 + STEPS):
         recorder = Recorder(bench.device)
-        for part in (block, block.moe, *dispatchers):
-            part.recorder = recorder
+        step = bench.set(variant, recorder)
         dist.barrier()
         step.backward(step.forward(bench.x))
         step.clear()
         steps.append(from_tap(recorder.spans(direction), direction))
-        for part in (block, block.moe, *dispatchers):
-            part.recorder = None
     return in_turn(sorted(steps[1:], key=elapsed)[STEPS // 2])
 
 
 def from_tap(spans: list[Span], direction: Direction) -> list[Span]:
-    """From the tap to the end of the block, or back, in ms from its first operator on. spans: in seconds."""
+    """Cuts spans (in seconds) to those from the tap to the end of the block, or back; in ms from the first on."""
     route = next(span for span in spans if span.operator == "route")
     if direction == "forward":
         spans = [span for span in spans if span.start >= route.start]
@@ -86,7 +79,7 @@ def from_tap(spans: list[Span], direction: Direction) -> list[Span]:
 
 
 def in_turn(spans: list[Span]) -> list[Span]:
-    """Transfers are noted from their launch on; a link carries them one after another."""
+    """Shortens transfers, which are noted from their launch on, to the time on the link: it carries one at a time."""
     shown, free = [], 0.0
     for span in sorted(spans, key=lambda span: span.end):
         if span.is_transfer:
@@ -97,6 +90,7 @@ def in_turn(spans: list[Span]) -> list[Span]:
 
 
 def trace(bench: Bench, variant: Variant, path: Path | None) -> None:
+    """Profiles one training step, and writes a Chrome trace to `path`."""
     step = bench.set(variant)
     dist.barrier()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (bench.device.type == "cuda")

@@ -1,10 +1,10 @@
-"""N processes on this machine, as torchrun would start them, for a function and its N results.
+"""Runs a function in N processes on this machine, with torchrun's variables, and returns the N results.
 
-Processes are forked from a server that has imported torch, Lightning and this library, so that a rank starts in 0.1
-s; they are not forked from the caller, whose autograd threads and locks would come along broken. The caller hosts the
-store at which the ranks meet, as torchrun's agent does, so no other program can take its port between choice and use.
-A rank lives as long as the caller holds the other end of its pipe: whatever happens to the caller, no process stays
-behind. Between them is the loopback as it is, or links of their own (links.py).
+Processes are forked from a server that has imported torch, Lightning and this library, so a rank starts in 0.1 s. They
+are not forked from the caller, because its autograd threads and locks do not survive a fork. The caller hosts the store
+at which the ranks meet, as torchrun's agent does, so no other program can take its port between choice and use. A rank
+ends when the caller's end of its pipe closes, so no process outlives the caller. The ranks are connected by the
+loopback device, or by links with a rate (links.py).
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from scmoe.parallel.mesh import use_loopback_for_gloo
 from scmoe.testbed import links
 
 PRELOADED = ["torch", "torch.distributed", "lightning.pytorch", "scmoe.training.build.trainer", __name__]
-GRACE_S = 0.5  # after a first failure, for others that failed at the same time to say so
+GRACE_S = 0.5  # after a first failure, the time in which others that failed at the same time may report
 
 
 class RankError(RuntimeError):
-    """A rank raised, ended without a result, or took too long. The message begins with what happened first."""
+    """A rank raised, ended without a result, or took too long. The message starts with the first failure."""
 
 
 class _Report(NamedTuple):
-    """What a rank sends at its end. time_s is of the machine's monotonic clock; failure is a traceback."""
+    """What a rank sends at its end. time_s: on the machine's monotonic clock. failure: a traceback."""
 
     time_s: float
     result: Any
@@ -46,13 +46,12 @@ class _Report(NamedTuple):
 def run_ranks(
     fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0, own_links: bool = False
 ) -> list[Any]:
-    """[fn(rank, world_size, *args) for each rank], each in its own process, with one torch thread.
+    """Returns [fn(rank, world_size, *args) for each rank], each run in its own process with one torch thread.
 
-    fn: a function of a module; it finds the variables that torchrun sets, so a Trainer or `init_process_group` joins
-    the ranks. args and results are pickled. No rank ends before all have their results, so none misses a peer at the
-    end. Raises RankError; by then, as on return, every process is gone.
-
-    own_links: each rank in a network namespace of its own (links.py); `links.enter` comes first.
+    fn: a function of a module. The variables that torchrun sets are set, so a Trainer or `init_process_group` joins the
+    ranks. args and results are pickled. No rank ends before all have their results, so none misses a peer at the end.
+    own_links: each rank in its own network namespace (links.py); call `links.enter` first.
+    Raises RankError. Every process has ended by then, and on return.
     """
     assert links.inside() or not own_links
     context = multiprocessing.get_context("forkserver")
@@ -81,7 +80,7 @@ def run_ranks(
 
 def _attach(pipe: Connection, pid: int | None, rank: int) -> None:
     try:
-        pipe.recv_bytes()  # it has left our namespace
+        pipe.recv_bytes()  # the rank has left the caller's namespace
     except EOFError:
         raise RankError(f"rank {rank} ended before it had a network namespace") from None
     assert pid is not None
@@ -116,16 +115,16 @@ def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
 
 def _receive(pipe: Connection) -> _Report:
     try:
-        return pickle.loads(pipe.recv_bytes())  # written by our own process, into a pipe that only it holds
+        return pickle.loads(pipe.recv_bytes())  # safe: only the rank can write into its pipe
     except (EOFError, ConnectionError):
-        return _Report(0.0, None, "the process ended without a word: killed, or out of memory")  # peers fail after it
+        return _Report(0.0, None, "the process ended without a report: killed, or out of memory")  # peers fail later
 
 
 def _end(process: Any) -> None:
-    """Kills the process with all that it has started."""
+    """Kills the process and all processes that it has started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # gone already, or so young that it leads no group yet
+    except ProcessLookupError:  # it has ended, or does not lead a group yet
         process.kill()
     process.join()
     process.close()
@@ -146,7 +145,7 @@ def _run_rank(
         pipe.send_bytes(b"left")
         pipe.recv_bytes()
         links.bring_up(rank)
-    multiprocessing.set_start_method(None, force=True)  # what a rank starts, such as data workers, starts as anywhere
+    multiprocessing.set_start_method(None, force=True)  # data workers start in the usual way
     threading.Thread(target=_end_with_caller, args=(pipe,), daemon=True).start()
     r, n = str(rank), str(world_size)
     os.environ.update(RANK=r, WORLD_SIZE=n, LOCAL_RANK=r, LOCAL_WORLD_SIZE=n, GROUP_RANK="0")
@@ -162,10 +161,10 @@ def _run_rank(
     sys.stdout.flush()
     sys.stderr.flush()
     pipe.send_bytes(report)
-    threading.Event().wait()  # until the caller lets go of the pipe
+    threading.Event().wait()  # until the caller closes the pipe
 
 
 def _end_with_caller(pipe: Connection) -> None:
-    """The caller sends nothing, so all that can come is the end of the pipe."""
+    """Ends this rank when the pipe closes; the caller sends nothing through it."""
     wait([pipe])
     os.killpg(0, signal.SIGKILL)

@@ -131,7 +131,7 @@ def misbehave(rank: int, world_size: int, how: str) -> int:
     "how, says",
     [
         ("raise", r"^rank 1 of 3 failed first:\nTraceback[\s\S]*KeyError: 'the reason'"),
-        ("vanish", r"^rank 1 of 3 failed first:\nthe process ended without a word"),
+        ("vanish", r"^rank 1 of 3 failed first:\nthe process ended without a report"),
         ("hang", r"^no result within 2 s from rank 0, 1, 2$"),
     ],
 )

@@ -300,7 +300,7 @@ class Given(torch.nn.Module):
         scores_TE = torch.zeros(TOKENS, EXPERTS)
         self.routing = Routing(topk_ids_TK, topk_weights_TK, scores_TE, scores_TE)
 
-    def forward(self, x_TD: Tensor, mask_T: Tensor | None) -> Routing:
+    def forward(self, x_TD: Tensor, mask_T: Tensor | None, taken_T1: Tensor | None) -> Routing:
         return self.routing
 
 
@@ -328,8 +328,8 @@ def exactly(rank: int, world_size: int, dtype: torch.dtype) -> None:
     for factor in (None, EXPERTS / 2, float(EXPERTS)):  # a slot for each token, then for each copy
         for chunks in (1, 2):
             x, weights = x_BTD.clone().requires_grad_(), weights_TK.clone().requires_grad_()
-            stream = MoEStream(Given(ids_TK, weights), experts, AllToAllDispatcher(None, EXPERTS), factor, chunks)
-            y, stats = stream(x)
+            stream = MoEStream(Given(ids_TK, weights), experts, AllToAllDispatcher(None, EXPERTS), factor)
+            y, stats = stream(x, None, chunks)
             assert int(stats.num_dropped) == 0
             y.backward(dy_BTD)
             results[factor, chunks] = [y.detach(), *(leaf.grad for leaf in (x, weights, *experts.parameters()))]

@@ -182,5 +182,5 @@ def test_12_where_ranks_cannot_ask_each_other_a_process_ends_at_once(tmp_path):
     for handlers in run_ranks(of_unknown_length, 2, tmp_path, ""):
         assert set(handlers) == {("train", False), ("validate", True)}
         assert handlers[-1] == ("train", False), "taken again"
-    with pytest.raises(RankError, match="rank 1 of 2 failed first:\nthe process ended without a word"):
+    with pytest.raises(RankError, match="rank 1 of 2 failed first:\nthe process ended without a report"):
         run_ranks(of_unknown_length, 2, tmp_path, "evaluated")

@@ -128,7 +128,7 @@ def test_qwen2_moe():
     theirs = Qwen2MoeSparseMoeBlock(config)
     shared_expert = MLP(DIM, 32, bias=False, activation="swiglu")
     moe = stream(top_k=2, renormalise=False)
-    ours = SharedExpertBlock([], nn.Identity(), shared_expert, CG1(DIM), moe, Schedule("shared_expert", 0))
+    ours = SharedExpertBlock([], nn.Identity(), shared_expert, CG1(DIM), moe, Schedule("shared_expert", None, 0))
 
     def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:
         return {
@@ -206,7 +206,7 @@ def test_longcat_flash():
         shared_expert=mlp(),
         coefficient=DirectAdd(DIM),
         moe=stream(top_k=2, renormalise=False),
-        schedule=Schedule("pos2"),
+        schedule=Schedule("scmoe", "pos2"),
     )
 
     def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:

@@ -79,13 +79,12 @@ DIM, FFN, EXPERTS = 16, 24, 6
 def tiny_stream(
     top_k: int = 2,
     capacity_factor: float | None = None,
-    chunks: int = 1,
     dispatcher: Dispatcher | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> MoEStream:
     router, experts = Router(DIM, EXPERTS, top_k), Experts(DIM, FFN, EXPERTS)
-    stream = MoEStream(router, experts, dispatcher or LocalDispatcher(), capacity_factor, chunks)
+    stream = MoEStream(router, experts, dispatcher or LocalDispatcher(), capacity_factor)
     return randomise(stream.to(dtype), seed)
 
 

@@ -83,7 +83,7 @@ def recorded_shortcut_block(
 ) -> ShortcutBlock:
     """Returns a ScMoE pair whose operators and transfers write into log. blocking: wraps the recording dispatcher."""
     dispatcher = RecordingDispatcher(log)
-    stream = tiny_stream(2, capacity_factor, schedule.chunks, blocking(dispatcher) if blocking else dispatcher)
+    stream = tiny_stream(2, capacity_factor, blocking(dispatcher) if blocking else dispatcher)
     stream.experts = Recorded("experts", stream.experts, log)
     names = ("attention", "mlp", "attention")
     sublayers = [Recorded(name, sublayer, log) for name, sublayer in zip(names, tiny_sublayers(), strict=True)]

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from scmoe.moe.dispatcher import Blocking
-from scmoe.schedule.schedule import WINDOWS, Schedule
+from scmoe.schedule.schedule import POSITIONS, Schedule
 from tests.support.models import DIM
 from tests.support.recording import Log, between, recorded_shortcut_block
 
-SLOTS = [(p, slot) for p in ("pos1", "pos2", "pos3") for slot in range(len(WINDOWS[p]) + 1)]
+SLOTS = [(p, slot) for p, sublayers in POSITIONS.items() for slot in range(sublayers + 2)]
 every_slot = pytest.mark.parametrize(("position", "slot"), SLOTS)
 every_capacity = pytest.mark.parametrize("capacity_factor", (None, 2.0), ids=("dropless", "capacity"))
 every_chunks = pytest.mark.parametrize("chunks", (1, 2))
@@ -33,7 +33,7 @@ def run(schedule: Schedule, capacity_factor: float | None, blocking=None) -> Log
 @every_chunks
 @every_capacity
 def test_backward_runs_the_nodes_of_forward_in_reverse(position, slot, chunks, capacity_factor):
-    log = run(Schedule(position, slot, chunks), capacity_factor)
+    log = run(Schedule("scmoe", position, slot, chunks), capacity_factor)
     assert log.backward == log.forward[::-1]
     assert len(log.forward) == 4 * chunks + 2 * chunks + 2 * 4  # transfers, experts, four operators of the backbone
 
@@ -42,7 +42,8 @@ def test_backward_runs_the_nodes_of_forward_in_reverse(position, slot, chunks, c
 @every_capacity
 def test_what_each_transfer_hides_behind(position, slot, capacity_factor):
     """Backward, the combine's gradient travels beside the window after the slot, the dispatch's beside that before."""
-    log, window = run(Schedule(position, slot), capacity_factor), list(WINDOWS[position])
+    schedule = Schedule("scmoe", position, slot)
+    log, window = run(schedule, capacity_factor), list(schedule.window)
     before, after = window[:slot], window[slot:]
     assert between(log.forward, "dispatch 0 start", "dispatch 0 wait") == before
     assert between(log.forward, "combine 0 start", "combine 0 wait") == after
@@ -52,7 +53,7 @@ def test_what_each_transfer_hides_behind(position, slot, capacity_factor):
 
 @every_slot
 def test_chunks_hide_behind_each_others_experts(position, slot):
-    log = run(Schedule(position, slot, 2), None)
+    log = run(Schedule("scmoe", position, slot, 2), None)
     assert between(log.forward, "dispatch 1 start", "dispatch 1 wait")[-1] == "experts"  # of chunk 0
     assert between(log.forward, "combine 0 start", "combine 0 wait")[0] == "experts"  # of chunk 1
     assert between(log.backward, "combine 0 wait", "combine 0 start")[-1] == "experts"  # of chunk 1
@@ -63,7 +64,7 @@ def test_chunks_hide_behind_each_others_experts(position, slot):
 @every_chunks
 def test_blocking_hides_nothing_in_either_direction(position, slot, chunks):
     """Negative control, and the sequential baseline: start and wait are neighbours."""
-    log = run(Schedule(position, slot, chunks), 2.0, Blocking)
+    log = run(Schedule("scmoe", position, slot, chunks), 2.0, Blocking)
     for chunk in range(chunks):
         for transfer in (f"dispatch {chunk}", f"combine {chunk}"):
             assert log.forward.index(f"{transfer} wait") == log.forward.index(f"{transfer} start") + 1

@@ -16,7 +16,7 @@ from scmoe.schedule.cost import (
     overlap_efficiency,
     slots,
 )
-from scmoe.schedule.schedule import WINDOWS, Schedule
+from scmoe.schedule.schedule import ARCHITECTURES, Schedule
 from scmoe.schedule.timeline import draw, elapsed, play
 
 OPERATORS = (
@@ -32,10 +32,13 @@ OPERATORS = (
     "current",
 )
 TIMES = st.fixed_dictionaries({op: st.floats(0.1, 10.0) for op in OPERATORS})
-SCHEDULES = st.builds(
-    lambda position, slot: Schedule(position, slot % (len(WINDOWS[position]) + 1)),
-    st.sampled_from(sorted(WINDOWS)),
-    st.integers(0, 4),
+SCHEDULES = st.sampled_from(
+    [
+        choice
+        for name, positions in ARCHITECTURES.items()
+        for p in positions or (None,)
+        for choice in slots(Schedule(name, p))
+    ]
 )
 
 
@@ -91,5 +94,5 @@ def test_neither_row_does_two_things_at_once(schedule, times, chunks):
 
 def test_a_timeline_is_drawn(tmp_path):
     times = dict.fromkeys(OPERATORS, 1.0)
-    draw({"pos2": play(Schedule("pos2").operators(), times)}, tmp_path / "figures" / "t.png", "title")
+    draw({"pos2": play(Schedule("scmoe", "pos2").operators(), times)}, tmp_path / "figures" / "t.png", "title")
     assert (tmp_path / "figures" / "t.png").read_bytes().startswith(b"\x89PNG")

@@ -38,7 +38,7 @@ def results(rank: int, world_size: int) -> dict[str, list[torch.Tensor]]:
     bench = Bench(Setting(0.5, rows=("scmoe_pos2",), **SMALL))
     found = {}
     for way, slot in [("sequential", 1), *(("overlapped", slot) for slot in range(4))]:
-        step = bench.set(Variant("pos2", Schedule("pos2", slot), way))
+        step = bench.set(Variant("pos2", Schedule("scmoe", "pos2", slot), way))
         y = step.forward(bench.x)
         step.backward(y)
         gradients = [p.grad.cpu() for p in bench.stacks["pos2"][0].parameters() if p.grad is not None]
@@ -58,11 +58,9 @@ def test_every_slot_equals_sequential_to_the_bit():
 def recorded(rank: int, world_size: int) -> list[str]:
     dist.init_process_group("gloo")
     bench = Bench(Setting(0.5, rows=("scmoe_pos2",), **SMALL))
-    step = bench.set(Variant("pos2", Schedule("pos2", 1), "sequential"))
-    block = bench.stacks["pos2"][0]
-    assert isinstance(block.moe.dispatcher, Blocking)
     recorder = Recorder(bench.device)
-    block.recorder = block.moe.recorder = recorder
+    step = bench.set(Variant("pos2", Schedule("scmoe", "pos2", 1), "sequential"), recorder)
+    assert isinstance(bench.stacks["pos2"][0].moe.dispatcher, Blocking)
     step.backward(step.forward(bench.x))
     spans = recorder.spans("forward")
     assert all(span.end >= span.start for span in spans)
@@ -70,7 +68,7 @@ def recorded(rank: int, world_size: int) -> list[str]:
 
 
 def test_operators_are_timed_by_events():
-    assert run_ranks(recorded, 1)[0] == ["attention", *Schedule("pos2", 1).operators()]
+    assert run_ranks(recorded, 1)[0] == ["attention", *Schedule("scmoe", "pos2", 1).operators()]
 
 
 def without_the_host(rank: int, world_size: int, schedule: Schedule, way: str, autocast: bool) -> None:
@@ -89,7 +87,7 @@ def without_the_host(rank: int, world_size: int, schedule: Schedule, way: str, a
 
 @pytest.mark.parametrize("autocast", (False, True), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("way", ("overlapped", "sequential"))
-@pytest.mark.parametrize("schedule", (Schedule("pos2", 1), Schedule("pos2", 2, 4)), ids=str)
+@pytest.mark.parametrize("schedule", (Schedule("scmoe", "pos2", 1), Schedule("scmoe", "pos2", 2, 4)), ids=str)
 def test_with_fixed_capacity_nothing_waits_for_the_device(schedule, way, autocast):
     run_ranks(without_the_host, 1, schedule, way, autocast)
 
@@ -117,12 +115,13 @@ def test_experts_equal_the_hosts(dtype, tolerance, counts, activation):
 def planned(rank: int, world_size: int) -> None:
     dist.init_process_group("gloo")
     bench = Bench(Setting(0.5, rows=("scmoe_pos2",), **SMALL))
-    plan = bench.plan("pos2", (1, 2))
-    assert list(plan.times) == [1, 2]
-    for times in plan.times.values():
+    choice = bench.choose("pos2", (1, 2))
+    assert list(choice.times) == [1, 2]
+    for times in choice.times.values():
         for direction in (times.forward, times.backward):
             assert all(direction[op] > 0 for op in ("route", "encode", "dispatch", "experts", "combine", "attention"))
-    assert plan.schedule == best_schedule([s for c in (1, 2) for s in slots(Schedule("pos2", chunks=c))], plan.times)
+    every = [s for c in (1, 2) for s in slots(Schedule("scmoe", "pos2", chunks=c))]
+    assert choice.schedule == best_schedule(every, choice.times)
 
 
 def test_the_planner_measures_by_events():
@@ -136,9 +135,9 @@ def over_nccl(rank: int, world_size: int, factor: float | None, chunks: int) -> 
 
     def outcome(dispatcher: Dispatcher) -> list[torch.Tensor]:
         experts = randomise(Experts(16, 24, 8))
-        stream = MoEStream(randomise(Router(16, 8, 2)), experts, dispatcher, factor, chunks).to("cuda")
+        stream = MoEStream(randomise(Router(16, 8, 2)), experts, dispatcher, factor).to("cuda")
         x = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0)).to("cuda").requires_grad_()
-        y = stream(x).y_BSD
+        y = stream(x, None, chunks).y_BSD
         y.square().sum().backward()
         return [y.detach(), x.grad, *gradients(stream).values()]
 

@@ -23,9 +23,9 @@ def test_one_rank_sends_nothing(dispatcher, counts):
 def recorded(blocking: bool) -> tuple[list[str], list[str]]:
     log = Log()
     dispatcher = RecordingDispatcher(log)
-    stream = tiny_stream(chunks=2, dispatcher=Blocking(dispatcher) if blocking else dispatcher)
+    stream = tiny_stream(dispatcher=Blocking(dispatcher) if blocking else dispatcher)
     x = torch.randn(1, 12, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    stream(x).y_BSD.sum().backward()
+    stream(x, None, 2).y_BSD.sum().backward()
     return log.forward, log.backward
 
 
@@ -50,9 +50,9 @@ def test_blocking_waits_at_once_forward_and_backward():
 @pytest.mark.parametrize("capacity_factor", (None, 1.0))
 def test_blocking_changes_no_bit(capacity_factor):
     def outcome(dispatcher) -> list[torch.Tensor]:
-        stream = tiny_stream(2, capacity_factor, 2, dispatcher)
+        stream = tiny_stream(2, capacity_factor, dispatcher)
         x = torch.randn(2, 12, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-        y = stream(x).y_BSD
+        y = stream(x, None, 2).y_BSD
         y.square().sum().backward()
         return [y.detach(), x.grad, *gradients(stream).values()]
 

@@ -23,7 +23,7 @@ from tests.support.recording import Log, Recorded, RecordingDispatcher, between
 
 
 def double_gate_block(schedule: Schedule, stream=None) -> DoubleGateBlock:
-    stream = stream or tiny_stream(1, chunks=schedule.chunks)
+    stream = stream or tiny_stream(1)
     block = DoubleGateBlock(tiny_sublayers(), nn.LayerNorm(DIM), nn.LayerNorm(DIM), stream, schedule)
     return randomise(block.double(), seed=1)
 
@@ -84,7 +84,7 @@ def test_the_two_halves_of_a_token_go_to_two_experts(monkeypatch):
 
 
 def test_both_halves_count_as_load():
-    block, x_BSD = double_gate_block(Schedule("dgmoe_pos2")), torch.randn(2, 7, DIM, dtype=torch.float64)
+    block, x_BSD = double_gate_block(Schedule("dgmoe", "pos2")), torch.randn(2, 7, DIM, dtype=torch.float64)
     stats = block(x_BSD, torch.arange(7).expand(2, 7) < 5).stats
     assert stats.num_tokens == stats.counts_E.sum() == 2 * 10
     assert stats.score_sums_E.sum().item() == pytest.approx(20)
@@ -101,14 +101,14 @@ def test_executes_the_schedules_operators_then_the_current_half(position, slot, 
     for name in ("encode", "decode"):
         real = getattr(scmoe.moe.stream, name)
         monkeypatch.setattr(scmoe.moe.stream, name, lambda *a, n=name, real=real: (log.append(n), real(*a))[1])
-    schedule = Schedule(f"dgmoe_pos{position}", slot, chunks)
+    schedule = Schedule("dgmoe", f"pos{position}", slot, chunks)
     block = double_gate_block(schedule)
     parts = (block.moe.router, block.moe.experts, *block.sublayers)
     for name, module in zip(("route", "experts", "attention", "mlp", "attention"), parts, strict=True):
         module.register_forward_pre_hook(lambda *_, name=name: log.append(name))
     block(torch.randn(2, 5, DIM, dtype=torch.float64))
     here = [o for o in schedule.operators() if o not in ("dispatch", "combine", "current")]
-    current = [o for o in Schedule("top_k", 0, chunks).operators() if o not in ("dispatch", "combine")]
+    current = [o for o in Schedule("top_k", None, 0, chunks).operators() if o not in ("dispatch", "combine")]
     before_tap = ["attention", "mlp", "attention"][: 3 - position]
     assert log == before_tap + here[:-1] + current + ["decode"]
 
@@ -116,7 +116,7 @@ def test_executes_the_schedules_operators_then_the_current_half(position, slot, 
 @pytest.mark.parametrize("position, slot", [(p, s) for p in (1, 2, 3) for s in range(p + 1)])
 def test_the_preceding_halfs_transfers_hide_behind_the_backbone_and_backward_is_the_mirror(position, slot):
     """Combine hides behind the current half's experts, too; the current half's own transfers hide behind nothing."""
-    log, schedule = Log(), Schedule(f"dgmoe_pos{position}", slot)
+    log, schedule = Log(), Schedule("dgmoe", f"pos{position}", slot)
     stream = tiny_stream(1, dispatcher=RecordingDispatcher(log))
     stream.experts = Recorded("experts", stream.experts, log)
     block = double_gate_block(schedule, stream)
@@ -135,17 +135,17 @@ def test_the_preceding_halfs_transfers_hide_behind_the_backbone_and_backward_is_
 
 def test_what_cannot_be_wired_is_refused():
     norms = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
-    with pytest.raises(ValueError, match="position dgmoe_pos2 wants 2 sub-layers: 1"):
-        DoubleGateBlock(tiny_sublayers()[:1], *norms, tiny_stream(1), Schedule("dgmoe_pos2"))
+    with pytest.raises(ValueError, match="the block has 1 sub-layers, allowed at position pos2: 2 or more"):
+        DoubleGateBlock(tiny_sublayers()[:1], *norms, tiny_stream(1), Schedule("dgmoe", "pos2"))
     with pytest.raises(ValueError, match="top_k is 2, allowed where an MoE module gates twice: 1"):
-        DoubleGateBlock(tiny_sublayers(), *norms, tiny_stream(2), Schedule("dgmoe_pos2"))
+        DoubleGateBlock(tiny_sublayers(), *norms, tiny_stream(2), Schedule("dgmoe", "pos2"))
 
 
 # ---------------------------------------------------------------------- DGMoE-Share
 
 
 def test_each_second_pair_has_the_module_of_the_one_before():
-    blocks = [double_gate_block(Schedule("dgmoe_pos2"), tiny_stream(1, seed=i)) for i in range(5)]
+    blocks = [double_gate_block(Schedule("dgmoe", "pos2"), tiny_stream(1, seed=i)) for i in range(5)]
     share_moe(blocks)
     modules = [block.moe for block in blocks]
     assert modules[0] is modules[1] and modules[2] is modules[3]

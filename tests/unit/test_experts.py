@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -123,10 +125,37 @@ def test_weights_do_not_depend_on_the_ep_degree(ep_size):
         assert torch.equal(torch.cat([shard.get_parameter(name) for shard in shards]), whole)
 
 
-def test_weights_leave_the_global_generator_alone_and_do_not_depend_on_it():
-    torch.manual_seed(1)
+def constructed(expert_ids: range | None = None) -> tuple[Experts, Experts]:
+    """Two modules of one model."""
+    torch.manual_seed(3)
+    return Experts(DIM, FFN, EXPERTS, expert_ids), Experts(DIM, FFN, EXPERTS, expert_ids)
+
+
+@pytest.mark.parametrize("bounds", [(0, 4), (0, 2, 4), (0, 1, 2, 3, 4), (0, 3, 4)], ids=str)
+def test_a_new_module_is_initialised_for_any_split_of_the_experts(bounds):
+    """Both modules equal those of one rank, are finite, have the scale of their fan-in, and differ."""
+    shards = [constructed(range(a, b)) for a, b in pairwise(bounds)]
+    for i, whole in enumerate(constructed()):
+        for name, weight in whole.named_parameters():
+            assert torch.equal(torch.cat([shard[i].get_parameter(name) for shard in shards]), weight)
+            # 1,536 numbers: chance gives 0.02
+            assert weight.isfinite().all() and abs(weight.std().item() * weight.shape[1] ** 0.5 - 1) < 0.1
+    first, second = constructed()
+    assert not torch.equal(first.w_in_eDF, second.w_in_eDF)
+
+
+def test_on_meta_a_new_module_draws_nothing():
     state = torch.get_rng_state()
-    first = initial()
+    with torch.device("meta"):
+        assert Experts(DIM, FFN, EXPERTS).w_in_eDF.is_meta
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_init_weights_leaves_the_global_generator_alone_and_does_not_depend_on_it():
+    torch.manual_seed(1)
+    first = Experts(DIM, FFN, EXPERTS)
+    state = torch.get_rng_state()
+    first.init_weights("key", 0.5, 0.25)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
     assert torch.equal(initial().w_in_eDF, first.w_in_eDF)

@@ -12,7 +12,6 @@ from scmoe.analysis.cost import (
     moe_uses,
     rank_parameters,
     routed_copies,
-    rows_per_sample,
     training_flops,
     transfer_bytes,
 )
@@ -139,7 +138,7 @@ def test_copies_of_a_token_over_all_uses_of_a_module():
 
 def test_every_module_of_a_text_model_sees_every_token():
     model = tiny_model(tiny())
-    assert set(rows_per_sample(model, 12).values()) == {12.0}
+    assert set(model.rows_per_sample(12).values()) == {12.0}
 
 
 def test_flops_of_pictures_are_what_torch_counts():

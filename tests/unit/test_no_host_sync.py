@@ -40,9 +40,7 @@ def two_ranks() -> AllToAllDispatcher:
 
 def run(dispatcher: Dispatcher, experts: range, schedule: Schedule, factor: float | None, masked: bool) -> None:
     """A training step's forward and backward of a ScMoE pair, losses on the routing included."""
-    stream = MoEStream(
-        Router(DIM, EXPERTS, 2), Experts(DIM, FFN, EXPERTS, experts), dispatcher, factor, schedule.chunks
-    )
+    stream = MoEStream(Router(DIM, EXPERTS, 2), Experts(DIM, FFN, EXPERTS, experts), dispatcher, factor)
     norms = [torch.nn.LayerNorm(DIM) for _ in range(2)]
     shared = torch.nn.Linear(DIM, DIM)
     block = ShortcutBlock(tiny_sublayers(), *norms, shared, CG1(DIM), stream, schedule).to("meta")
@@ -55,7 +53,9 @@ def run(dispatcher: Dispatcher, experts: range, schedule: Schedule, factor: floa
 
 
 @pytest.mark.parametrize("masked", (False, True), ids=("", "masked"))
-@pytest.mark.parametrize("schedule", [Schedule(p, chunks=c) for p in ("pos1", "pos2", "pos3") for c in (1, 3)], ids=str)
+@pytest.mark.parametrize(
+    "schedule", [Schedule("scmoe", p, chunks=c) for p in ("pos1", "pos2", "pos3") for c in (1, 3)], ids=str
+)
 @pytest.mark.parametrize("ranks", (1, 2))
 def test_forward_and_backward_ask_the_host_for_nothing(ranks, schedule, masked):
     if ranks == 1:
@@ -67,4 +67,4 @@ def test_forward_and_backward_ask_the_host_for_nothing(ranks, schedule, masked):
 def test_who_asks_is_noticed():
     """Dropless must know how many rows there are."""
     with pytest.raises(NotImplementedError, match="bincount"):
-        run(LocalDispatcher(), range(EXPERTS), Schedule("pos2"), None, False)
+        run(LocalDispatcher(), range(EXPERTS), Schedule("scmoe", "pos2"), None, False)

@@ -11,19 +11,24 @@ from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import Blocking, LocalDispatcher
 from scmoe.moe.operators import Recorder
 from scmoe.moe.router import Router
-from scmoe.parallel.planner import OPERATORS, measured
+from scmoe.parallel.pricing import OPERATORS, measured
 from scmoe.schedule.schedule import Schedule
 from scmoe.testbed.emulated import EmulatedExperts, EmulatedOperator
 from tests.support.models import DIM, EXPERTS, gradients, randomise, tiny_stream
 from tests.support.recording import Log, recorded_shortcut_block
 
 CPU = torch.device("cpu")
-SCHEDULES = [Schedule("pos1", 2), Schedule("pos2", 1), Schedule("pos2", 2, chunks=2), Schedule("pos3", 0, chunks=3)]
+SCHEDULES = [
+    Schedule("scmoe", "pos1", 2),
+    Schedule("scmoe", "pos2", 1),
+    Schedule("scmoe", "pos2", 2, chunks=2),
+    Schedule("scmoe", "pos3", 0, chunks=3),
+]
 
 
 def train(block, recorder):
     torch.manual_seed(3)
-    block.recorder = block.moe.recorder = recorder
+    block.run_as(block.schedule, block.moe.dispatcher, recorder)
     generator = torch.Generator().manual_seed(5)
     x_BSD = torch.randn(2, 6, DIM, dtype=torch.float64, generator=generator, requires_grad=True)
     y_BSD, stats = block(x_BSD)
@@ -64,15 +69,15 @@ def test_operators_are_seen_in_the_order_of_the_schedule(schedule):
 
 def test_measured_times_are_those_of_the_operators():
     """Emulated operators sleep for at least their time, forward and twice that backward."""
-    schedule = Schedule("pos2", 1)
-    stream = tiny_stream(1, 2.0, 1, Blocking(LocalDispatcher()))
+    schedule = Schedule("scmoe", "pos2", 1)
+    stream = tiny_stream(1, 2.0, Blocking(LocalDispatcher()))
     stream.experts = EmulatedExperts(us_per_row=1000.0)
     parts = [EmulatedOperator(ms) for ms in (1.0, 4.0, 2.0)]
     block = ShortcutBlock(
         parts, nn.LayerNorm(DIM), nn.LayerNorm(DIM), EmulatedOperator(3.0), CG1(DIM), stream, schedule
     ).double()
     recorder = Recorder(CPU)
-    block.recorder = stream.recorder = recorder
+    block.run_as(schedule, stream.dispatcher, recorder)
     x_BSD = torch.randn(1, 6, DIM, dtype=torch.float64, requires_grad=True)
     block(x_BSD).y_BSD.sum().backward()
     times = measured(recorder, schedule)
@@ -86,9 +91,9 @@ def test_measured_times_are_those_of_the_operators():
 
 def test_an_operator_without_a_gradient_is_timed_forward_only():
     recorder = Recorder(CPU)
-    block = recorded_shortcut_block(Schedule("pos1", 0), None, Log(), Blocking)
-    block.recorder = block.moe.recorder = recorder
+    block = recorded_shortcut_block(Schedule("scmoe", "pos1", 0), None, Log(), Blocking)
+    block.run_as(block.schedule, block.moe.dispatcher, recorder)
     with torch.no_grad():
         block(torch.randn(1, 4, DIM, dtype=torch.float64))
-    assert len(recorder.spans("forward")) == len(Schedule("pos1").operators()) + 2
+    assert len(recorder.spans("forward")) == len(Schedule("scmoe", "pos1").operators()) + 2
     assert recorder.spans("backward") == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -14,29 +14,44 @@ from scmoe.blocks.standard import SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP
 from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import LocalDispatcher
-from scmoe.schedule.schedule import WINDOWS, Schedule
+from scmoe.schedule.cost import slots
+from scmoe.schedule.schedule import ARCHITECTURES, SUBLAYERS, Schedule
 from tests.support.models import DIM, FFN, tiny_stream, tiny_sublayers
 
-SLOTS = [(position, slot) for position, window in WINDOWS.items() for slot in range(len(window) + 1)]
-WITHOUT_DGMOE = [(p, s) for p, s in SLOTS if not p.startswith("dgmoe")]  # test_double_gate.py has its own
+EVERY_WINDOW = [Schedule(name, position) for name, each in ARCHITECTURES.items() for position in each or (None,)]
+EVERY_SLOT = [schedule for window in EVERY_WINDOW for schedule in slots(window)]
+WITHOUT_DGMOE = [s for s in EVERY_SLOT if s.architecture != "dgmoe"]  # test_double_gate.py has its own
 
 
 def test_windows_are_the_papers():
     """Section 3.1: Pos-1 T_attn + T_SE, Pos-2 T_attn + T_SE + T_MLP, Pos-3 2 T_attn + T_SE + T_MLP."""
-    window = {position: sorted(names) for position, names in WINDOWS.items()}
-    assert window["pos1"] == ["attention", "shared_expert"]
-    assert window["pos2"] == ["attention", "mlp", "shared_expert"]
-    assert window["pos3"] == ["attention", "attention", "mlp", "shared_expert"]
-    assert [len(WINDOWS[p]) + 1 for p in ("pos1", "pos2", "pos3")] == [3, 4, 5]  # slots, section 3.2
+    windows = {s.name: sorted(s.window) for s in EVERY_WINDOW}
+    assert windows == {
+        "top_k": [],
+        "shared_expert": ["shared_expert"],
+        "scmoe pos1": ["attention", "shared_expert"],
+        "scmoe pos2": ["attention", "mlp", "shared_expert"],
+        "scmoe pos3": ["attention", "attention", "mlp", "shared_expert"],
+        "dgmoe pos1": ["attention"],
+        "dgmoe pos2": ["attention", "mlp"],
+        "dgmoe pos3": ["attention", "attention", "mlp"],
+    }
+    assert [len(slots(Schedule("scmoe", p))) for p in ("pos1", "pos2", "pos3")] == [3, 4, 5]  # section 3.2
+
+
+@pytest.mark.parametrize("schedule", EVERY_WINDOW, ids=str)
+def test_a_window_holds_the_sublayers_after_the_tap_in_their_order(schedule):
+    before_tap = SUBLAYERS[: 3 - schedule.sublayers_after_tap]
+    assert (*before_tap, *(name for name in schedule.window if name != "shared_expert")) == SUBLAYERS
 
 
 def test_operators_by_hand():
-    assert Schedule("pos2", 1, 2).operators() == (
+    assert Schedule("scmoe", "pos2", 1, 2).operators() == (
         *("route", "encode", "dispatch", "dispatch", "mlp"),
         *("experts", "combine", "experts", "combine"),
         *("attention", "shared_expert", "decode"),
     )
-    assert Schedule("pos2", 1, 2).backward_operators() == (
+    assert Schedule("scmoe", "pos2", 1, 2).backward_operators() == (
         *("decode", "combine", "combine", "shared_expert", "attention"),
         *("experts", "dispatch", "experts", "dispatch"),
         *("mlp", "encode", "route"),
@@ -44,32 +59,37 @@ def test_operators_by_hand():
     assert Schedule("top_k").operators() == ("route", "encode", "dispatch", "experts", "combine", "decode")
 
 
-@pytest.mark.parametrize(("position", "slot"), SLOTS)
-def test_every_slot_has_the_same_operators_in_the_backbones_order(position, slot):
-    operators, first = Schedule(position, slot, 3).operators(), Schedule(position, 0, 3).operators()
+@pytest.mark.parametrize("schedule", EVERY_SLOT, ids=str)
+def test_every_slot_has_the_same_operators_in_the_backbones_order(schedule):
+    operators, first = (replace(schedule, expert_slot=s, chunks=3).operators() for s in (schedule.slot, 0))
     assert sorted(operators) == sorted(first)
-    assert tuple(o for o in operators if o in WINDOWS[position]) == WINDOWS[position]
+    assert tuple(o for o in operators if o in schedule.window) == schedule.window
 
 
 def test_default_slot_is_the_middle():
-    middle = {"pos1": 1, "pos2": 1, "pos3": 2, "shared_expert": 0, "top_k": 0}
-    assert {position: Schedule(position).slot for position in middle} == middle
+    middle = {"scmoe pos1": 1, "scmoe pos2": 1, "scmoe pos3": 2, "shared_expert": 0, "top_k": 0}
+    assert {s.name: s.slot for s in EVERY_WINDOW if s.name in middle} == middle
 
 
 def test_is_a_value():
-    assert Schedule("pos2", 1) == Schedule("pos2", None) and hash(Schedule("pos2", 1)) == hash(Schedule("pos2", None))
+    default, explicit = Schedule("scmoe", "pos2"), Schedule("scmoe", "pos2", 1)
+    assert default == explicit and hash(default) == hash(explicit)
     with pytest.raises(FrozenInstanceError):
-        Schedule("pos2").chunks = 2  # type: ignore[misc]
+        Schedule("scmoe", "pos2").chunks = 2  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("pos4",), "position is 'pos4', allowed: pos1, pos2, pos3"),
-        (("pos2", 4), r"schedule.slot is 4, allowed for pos2: 0\.\.3"),
-        (("pos1", -1), r"schedule.slot is -1, allowed for pos1: 0\.\.2"),
-        (("top_k", 1), r"schedule.slot is 1, allowed for top_k: 0\.\.0"),
-        (("pos2", 1, 0), "chunks is 0, allowed: 1 or more"),
+        (("pos2",), "architecture is 'pos2', allowed: top_k, shared_expert, scmoe, dgmoe"),
+        (("scmoe", "pos4"), "position is 'pos4', allowed for scmoe: pos1, pos2, pos3"),
+        (("scmoe",), "position is None, allowed for scmoe: pos1, pos2, pos3"),
+        (("top_k", "pos1"), "position is 'pos1', allowed for top_k: None"),
+        (("scmoe", "pos2", 4), r"schedule.slot is 4, allowed for scmoe pos2: 0\.\.3"),
+        (("scmoe", "pos1", -1), r"schedule.slot is -1, allowed for scmoe pos1: 0\.\.2"),
+        (("dgmoe", "pos3", 4), r"schedule.slot is 4, allowed for dgmoe pos3: 0\.\.3"),
+        (("top_k", None, 1), r"schedule.slot is 1, allowed for top_k: 0\.\.0"),
+        (("scmoe", "pos2", 1, 0), "chunks is 0, allowed: 1 or more"),
     ],
 )
 def test_impossible_schedules_are_refused(arguments, message):
@@ -79,8 +99,8 @@ def test_impossible_schedules_are_refused(arguments, message):
 
 def test_shortcut_block_refuses_too_few_sublayers():
     norms = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
-    with pytest.raises(ValueError, match="position pos2 wants 2 sub-layers: 1"):
-        ShortcutBlock(tiny_sublayers()[:1], *norms, MLP(DIM, FFN), CG1(DIM), tiny_stream(), Schedule("pos2"))
+    with pytest.raises(ValueError, match="the block has 1 sub-layers, allowed at position pos2: 2 or more"):
+        ShortcutBlock(tiny_sublayers()[:1], *norms, MLP(DIM, FFN), CG1(DIM), tiny_stream(), Schedule("scmoe", "pos2"))
 
 
 # What the blocks really do
@@ -108,7 +128,7 @@ def executed(schedule: Schedule, capacity_factor: float | None, monkeypatch) -> 
 
     for name in ("encode", "decode"):
         monkeypatch.setattr(scmoe.moe.stream, name, logged(getattr(scmoe.moe.stream, name), name))
-    stream = tiny_stream(2, capacity_factor, schedule.chunks, LoggingDispatcher(log))
+    stream = tiny_stream(2, capacity_factor, LoggingDispatcher(log))
     sublayers, norm, shared_expert = tiny_sublayers(), nn.LayerNorm(DIM), MLP(DIM, FFN)
     named = zip(
         ("route", "experts", "shared_expert", "attention", "mlp", "attention"),
@@ -117,9 +137,9 @@ def executed(schedule: Schedule, capacity_factor: float | None, monkeypatch) -> 
     )
     for name, module in named:
         module.register_forward_pre_hook(lambda *_, name=name: log.append(name))
-    if schedule.position == "top_k":
-        block = TopKBlock(sublayers, norm, stream)
-    elif schedule.position == "shared_expert":
+    if schedule.architecture == "top_k":
+        block = TopKBlock(sublayers, norm, stream, schedule)
+    elif schedule.architecture == "shared_expert":
         block = SharedExpertBlock(sublayers, norm, shared_expert, CG1(DIM), stream, schedule)
     else:
         block = ShortcutBlock(sublayers, nn.LayerNorm(DIM), norm, shared_expert, CG1(DIM), stream, schedule)
@@ -131,7 +151,7 @@ def executed(schedule: Schedule, capacity_factor: float | None, monkeypatch) -> 
 
 @pytest.mark.parametrize("capacity_factor", (None, 2.0), ids=("dropless", "capacity"))
 @pytest.mark.parametrize("chunks", (1, 2, 3))
-@pytest.mark.parametrize(("position", "slot"), WITHOUT_DGMOE)
-def test_blocks_execute_the_operators_of_their_schedule(position, slot, chunks, capacity_factor, monkeypatch):
-    schedule = Schedule(position, slot, chunks)
+@pytest.mark.parametrize("schedule", WITHOUT_DGMOE, ids=str)
+def test_blocks_execute_the_operators_of_their_schedule(schedule, chunks, capacity_factor, monkeypatch):
+    schedule = replace(schedule, chunks=chunks)
     assert executed(schedule, capacity_factor, monkeypatch) == schedule.operators()

@@ -22,17 +22,19 @@ def tokens(batch_size: int = 2, seq_len: int = 12) -> Tensor:
     return torch.randint(-20, 21, (batch_size, seq_len, DIM), generator=generator).double() / 8
 
 
-def exact_stream(top_k: int, capacity_factor: float | None, chunks: int = 1) -> MoEStream:
-    stream = tiny_stream(top_k, capacity_factor, chunks)
+def exact_stream(top_k: int, capacity_factor: float | None) -> MoEStream:
+    stream = tiny_stream(top_k, capacity_factor)
     with torch.no_grad():
         stream.router.gate.weight.mul_(8).round_().div_(8)
     return stream
 
 
-def outcome(stream: MoEStream, x_BSD: Tensor, mask_BS: Tensor | None = None) -> tuple[MoEOutput, dict[str, Tensor]]:
+def outcome(
+    stream: MoEStream, x_BSD: Tensor, mask_BS: Tensor | None = None, chunks: int = 1
+) -> tuple[MoEOutput, dict[str, Tensor]]:
     """Output, and gradients of the sum of squares of real tokens' outputs, the input's under 'x'."""
     x_BSD = x_BSD.clone().requires_grad_()
-    output = stream(x_BSD, mask_BS)
+    output = stream(x_BSD, mask_BS, chunks)
     output.y_BSD.square().sum().backward()
     return output, {"x": x_BSD.grad, **gradients(stream)}
 
@@ -93,7 +95,7 @@ def test_a_batch_of_padding_alone_gives_zeros(capacity_factor):
 @pytest.mark.parametrize("top_k", (1, 2, 3))
 def test_ample_capacity_is_dropless(top_k, chunks):
     """1e-12: products over rows padded with empty slots may sum in another order."""
-    ample, grads = outcome(tiny_stream(top_k, float(EXPERTS), chunks), tokens())
+    ample, grads = outcome(tiny_stream(top_k, float(EXPERTS)), tokens(), chunks=chunks)
     dropless, dropless_grads = outcome(tiny_stream(top_k, None), tokens())
     assert ample.stats.num_dropped == 0
     assert_close(ample.y_BSD, dropless.y_BSD)
@@ -116,8 +118,8 @@ def aimed_at(stream: MoEStream, expert: int) -> tuple[MoEStream, Tensor]:
 @pytest.mark.parametrize("expert", (0, EXPERTS - 1))
 def test_all_tokens_to_one_expert(expert, chunks, capacity_factor):
     """Fault 20: the idle experts' gradients are zero, not None."""
-    stream, x = aimed_at(tiny_stream(1, capacity_factor, chunks), expert)
-    output, grads = outcome(stream, x)
+    stream, x = aimed_at(tiny_stream(1, capacity_factor), expert)
+    output, grads = outcome(stream, x, chunks=chunks)
     assert output.stats.counts_E.tolist() == [24 * (i == expert) for i in range(EXPERTS)]
     assert output.stats.num_dropped == (20 if capacity_factor == 1.0 else 0)
     served = output.y_BSD.flatten(0, 1).abs().amax(1) > 0
@@ -131,10 +133,10 @@ def test_all_tokens_to_one_expert(expert, chunks, capacity_factor):
 
 
 def test_forward_leaves_no_trace_and_streams_may_be_open_at_once():
-    stream, x = tiny_stream(2, 1.0, 2), tokens()
+    stream, x = tiny_stream(2, 1.0), tokens()
     before = {name: value for name, value in vars(stream).items() if not name.startswith("_")}
-    alone = [stream(x).y_BSD, stream(-x).y_BSD]
-    states = [stream.begin(x), stream.begin(-x)]
+    alone = [stream(x, None, 2).y_BSD, stream(-x, None, 2).y_BSD]
+    states = [stream.begin(x, None, 2), stream.begin(-x, None, 2)]
     states = [stream.run_experts(state) for state in reversed(states)]
     together = [stream.finish(state).y_BSD for state in reversed(states)]
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))

@@ -105,7 +105,8 @@ def stack(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> l
 def top_k_block(
     config: Config, context: ParallelContext, parts: Parts, sublayers: Sequence[nn.Module], first: bool
 ) -> nn.Module:
-    return TopKBlock(sublayers, parts.norm(), build_stream(config, context, parts), parts.after())
+    schedule = Schedule("top_k", chunks=config.schedule.chunks or 1)
+    return TopKBlock(sublayers, parts.norm(), build_stream(config, context, parts), schedule, parts.after())
 
 
 def shared_expert_block(
@@ -117,7 +118,7 @@ def shared_expert_block(
         parts.mlp(),
         COEFFICIENT_GATES[config.moe.combine](parts.dim),
         build_stream(config, context, parts),
-        Schedule("shared_expert", config.schedule.slot, config.schedule.chunks or 1),
+        Schedule("shared_expert", None, config.schedule.slot, config.schedule.chunks or 1),
         parts.after(),
     )
 
@@ -128,8 +129,8 @@ def shortcut_block(
     """first: the model's first MoE module, whose tap may be elsewhere."""
     moe = config.moe
     position = moe.first_position if first and moe.first_position else moe.position
-    schedule = Schedule(position, config.schedule.slot, config.schedule.chunks or 1)
-    following: Any = sublayers[len(sublayers) - (len(schedule.window) - 1)]  # the sub-layer after the tap
+    schedule = Schedule("scmoe", position, config.schedule.slot, config.schedule.chunks or 1)
+    following: Any = sublayers[len(sublayers) - schedule.sublayers_after_tap]  # the sub-layer after the tap
     return ShortcutBlock(
         sublayers,
         tap_norm=following.norm if moe.tap_norm == "shared" else parts.norm(),
@@ -148,8 +149,8 @@ def double_gate_block(
 ) -> nn.Module:
     moe = config.moe
     position = moe.first_position if first and moe.first_position else moe.position
-    schedule = Schedule(f"dgmoe_{position}", config.schedule.slot, config.schedule.chunks or 1)
-    following: Any = sublayers[len(sublayers) - len(schedule.window)]  # the sub-layer after the tap
+    schedule = Schedule("dgmoe", position, config.schedule.slot, config.schedule.chunks or 1)
+    following: Any = sublayers[len(sublayers) - schedule.sublayers_after_tap]  # the sub-layer after the tap
     return DoubleGateBlock(
         sublayers,
         tap_norm=following.norm if moe.tap_norm == "shared" else parts.norm(),
@@ -169,7 +170,7 @@ def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoES
     dispatcher = context.dispatcher(moe.num_experts, moe.dropless_ceiling)
     if config.strategy.wire_dtype is not None and context.ep_size > 1:
         dispatcher = Narrowed(dispatcher, getattr(torch, config.strategy.wire_dtype))
-    return MoEStream(router, experts, dispatcher, moe.capacity_factor, config.schedule.chunks or 1)
+    return MoEStream(router, experts, dispatcher, moe.capacity_factor)
 
 
 ARCHITECTURES: dict[str, Callable[[Config, ParallelContext, Parts, Sequence[nn.Module], bool], nn.Module]] = {

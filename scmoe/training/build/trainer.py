@@ -16,7 +16,7 @@ from scmoe.config.fields import Config, flatten
 from scmoe.config.load import to_yaml
 from scmoe.config.rules import IMAGES, resolve_ep_size
 from scmoe.parallel.strategy import ExpertParallelStrategy
-from scmoe.training.callbacks.adaptive_schedule import PlanSchedule
+from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
 from scmoe.training.callbacks.analysis import gating_over_training, similarity_over_training
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.callbacks.expert_load import ExpertLoad
@@ -76,7 +76,7 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
     ]
     if config.moe.architecture not in ("dense", "dgmoe_share") and not trainer.compile:
         chunks = config.schedule.chunks
-        callbacks.append(PlanSchedule(config.schedule.auto, (1, 2, 4) if chunks is None else (chunks,)))
+        callbacks.append(AdaptiveSchedule(config.schedule.auto, (1, 2, 4) if chunks is None else (chunks,)))
     if config.analysis.gating_every is not None:
         callbacks.append(gating_over_training(config.analysis.gating_every, run_dir, config.moe.position))
     if config.analysis.similarity_every is not None:

@@ -1,4 +1,4 @@
-"""What a run says and logs of its schedule: the plan, what really ran, and how much of the communication was hidden."""
+"""What a run prints and logs of its schedule: the planner's choice, what ran, and how much communication was hidden."""
 
 from __future__ import annotations
 
@@ -9,34 +9,36 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from scmoe.parallel.planner import Overlap, Plan, Planner
+from scmoe.blocks.moe_block import MoEBlock
+from scmoe.parallel.planner import Overlap, Planner
+from scmoe.parallel.pricing import LayerChoice
 from scmoe.training.callbacks.log_lines import logs_now
 
 
-class PlanSchedule(Callback):
-    """overlap/forward, overlap/backward: shares of the communication that were hidden, in each logged step.
+class AdaptiveSchedule(Callback):
+    """Logs overlap/forward and overlap/backward: the shares of the communication that each logged step has hidden.
 
-    auto: choose slot and chunks by measurement, and anew where the times drift; else only measure, in the first steps.
+    auto: choose slot and chunks by measurement, and again where the times drift; otherwise only measure.
     chunks: the numbers of chunks to choose from.
-    Does nothing where no transfer takes place: one expert-parallel rank, or no experts.
+    Does nothing where no transfer takes place: with one expert-parallel rank, or without experts.
     """
 
     def __init__(self, auto: bool, chunks: tuple[int, ...]) -> None:
         self.auto, self.chunks = auto, chunks
         self.planner: Planner | None = None
-        self.shown: list[Plan] | None = None
-        self.tell_what_ran = False
+        self.shown: list[LayerChoice] | None = None
+        self.show_what_ran = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         context: Any = pl_module.parallel_context
-        blocks = [m for m in pl_module.modules() if hasattr(m, "schedule") and hasattr(m, "moe")]
+        blocks = [module for module in pl_module.modules() if isinstance(module, MoEBlock)]
         if context.ep_size == 1 or not blocks:
             return
         self.planner = Planner(blocks, None, pl_module.device, self.chunks, fixed=not self.auto)
         batches = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
-        if self.auto and batches <= self.planner.steps_to_plan:
+        if self.auto and batches <= self.planner.steps_to_choose:
             rank_zero_warn(
-                f"schedule: auto plans after {self.planner.steps_to_plan} batches and {batches} are left: all run as "
+                f"schedule: auto plans after {self.planner.steps_to_choose} batches and {batches} are left: all run as "
                 "configured; raise trainer.max_steps, or give schedule.slot and schedule.chunks"
             )
 
@@ -57,39 +59,38 @@ class PlanSchedule(Callback):
         if self.planner is None:
             return
         self.planner.end_step()
-        plans, overlap = self.planner.plans, self.planner.overlap
-        if plans is not None and plans is not self.shown:
-            self.shown, self.tell_what_ran = plans, True
+        choices, overlap = self.planner.choices, self.planner.overlap
+        if choices is not None and choices is not self.shown:
+            self.shown, self.show_what_ran = choices, True
             if self.auto and trainer.is_global_zero:
-                print("\n".join(plan_lines(plans)), file=sys.stderr, flush=True)
+                print("\n".join(plan_lines(choices)), file=sys.stderr, flush=True)
         if overlap is not None and logs_now(trainer, batch_idx):
             forward, backward = overlap.efficiency
             pl_module.log_dict({"overlap/forward": forward, "overlap/backward": backward})
-            if self.tell_what_ran and trainer.is_global_zero:
-                assert plans is not None
-                print(what_ran(plans, overlap, self.planner.backend), file=sys.stderr, flush=True)
-            self.tell_what_ran = False
+            if self.show_what_ran and trainer.is_global_zero:
+                assert choices is not None
+                print(what_ran(choices, overlap, self.planner.backend), file=sys.stderr, flush=True)
+            self.show_what_ran = False
 
 
-def plan_lines(plans: list[Plan]) -> list[str]:
-    """One line for each run of layers that are planned alike."""
+def plan_lines(choices: list[LayerChoice]) -> list[str]:
+    """One line for each run of neighbouring layers with the same schedule."""
     lines = []
-    numbered = enumerate(plans, 1)
-    for schedule, group in itertools.groupby(numbered, key=lambda item: item[1].schedule):
-        (first, plan), *rest = group
+    for schedule, group in itertools.groupby(enumerate(choices, 1), key=lambda item: item[1].schedule):
+        (first, choice), *rest = group
         layers = f"MoE layers {first} to {rest[-1][0]}" if rest else f"MoE layer {first}"
         lines.append(
-            f"plan: {layers}: {schedule.position}, slot {schedule.slot} of 0 to {len(schedule.window)}, "
-            f"{schedule.chunks} chunk(s): {1e3 * plan.predicted:.1f} ms there and back, {1e3 * plan.exposed:.1f} ms of "
-            f"it waiting for transfers (Eq. 11 would take slot {plan.eq11.slot})"
+            f"plan: {layers}: {schedule.name}, slot {schedule.slot} of 0 to {len(schedule.window)}, "
+            f"{schedule.chunks} chunk(s): {1e3 * choice.predicted:.1f} ms there and back, {1e3 * choice.exposed:.1f} "
+            f"ms of it waiting for transfers (Eq. 11 would take slot {choice.eq11.slot})"
         )
     return lines
 
 
-def what_ran(plans: list[Plan], overlap: Overlap, backend: str) -> str:
-    ran = sorted({f"slot {p.schedule.slot} x {p.schedule.chunks}" for p in plans})
-    predicted, measured = (1e3 * sum(seconds) for seconds in ((p.predicted for p in plans), overlap.seconds))
-    sequential, free = (sum(sum(getattr(p, kind)) for p in plans) for kind in ("sequential", "free"))
+def what_ran(choices: list[LayerChoice], overlap: Overlap, backend: str) -> str:
+    ran = sorted({f"slot {c.schedule.slot} x {c.schedule.chunks}" for c in choices})
+    predicted, measured = (1e3 * sum(seconds) for seconds in ((c.predicted for c in choices), overlap.seconds))
+    sequential, free = (sum(sum(getattr(c, kind)) for c in choices) for kind in ("sequential", "free"))
     hidden = [f"{100 * share:.0f} %" for share in overlap.efficiency]
     return (
         f"ran: {backend}, {', '.join(ran)} (slot x chunks): {measured:.1f} ms of all MoE windows a step, predicted "

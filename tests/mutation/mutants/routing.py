@@ -45,7 +45,7 @@ MUTANTS = (
     .replaces("self.windows.get(layer, 0) + 1 if collapsed else 0", "1 if collapsed else 0")
     .caught_by(f"{UNIT}/test_collapse.py::test_a_collapsed_layer_is_named_once_with_its_expert_and_share"),
     # ------------------------------------------------------------------ schedule
-    Mutant("slot-ignored", 0, "scmoe/blocks/shortcut.py")
+    Mutant("slot-ignored", 0, "scmoe/blocks/moe_block.py")
     .replaces("if slot == self.schedule.slot else state", "if slot == 0 else state")
     .caught_by(f"{UNIT}/test_schedule.py::test_blocks_execute_the_operators_of_their_schedule"),
     Mutant("chunks-put-together-backwards", 0, f"{MOE}/stream.py")
@@ -62,9 +62,9 @@ MUTANTS = (
     ),
     Mutant("planner-lets-times-drift", 0, f"{PARALLEL}/planner.py")
     .replaces("self.drifted == DRIFTED_IN_TURN", "self.drifted < 0")
-    .caught_by(f"{DIST}/test_planner.py::test_times_that_drift_make_another_plan_on_all_ranks"),
+    .caught_by(f"{DIST}/test_planner.py::test_after_drift_all_ranks_make_the_same_new_choice"),
     Mutant("planner-leaves-transfers-waiting", 0, f"{PARALLEL}/planner.py")
-    .replaces("else self.own, blocking=False)", "else self.own, blocking=True)")
+    .replaces("if self.choices else self.own)", "if self.choices else self.own, blocking=True)")
     .caught_by(f"{DIST}/test_planner.py::test_a_closed_planner_leaves_nothing_on_the_blocks[4]"),
     # ------------------------------------------------------------------ rows of the experts
     Mutant("router-statistics-ask-the-host", 0, f"{MOE}/balance.py")

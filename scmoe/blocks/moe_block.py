@@ -1,0 +1,64 @@
+"""What every block with an MoE module shares: its parts, its schedule, and the one place that sets how it runs.
+
+sub-layers before the tap -> tap -> begin        sub-layers after the tap, the experts at their slot -> finish
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from scmoe.moe.dispatcher import Dispatcher
+from scmoe.moe.operators import Operators, Recorder
+from scmoe.moe.stream import MoEStream, StreamState
+from scmoe.schedule.schedule import SUBLAYERS, Schedule
+
+
+class MoEBlock(Operators):
+    """The base of the four architectures. A block is called as block(x_BSD, mask_BS) and returns an MoEOutput.
+
+    sublayers: of one block (attention) or of a pair (attention, MLP, attention).
+    tap: index of the sub-layer that the tap comes before; without a shortcut, the number of sub-layers.
+    tap_norm: reads the tap; None without a shortcut. norm: reads the output of the last sub-layer.
+    after: the MoE module's output passes through it before it is added: dropout; in SwinV2, a norm and drop path.
+    Raises ValueError where the schedule's position requires more sub-layers than there are.
+    """
+
+    moe: MoEStream
+    after: nn.Module
+    tap_norm: nn.Module | None
+
+    def __init__(
+        self, sublayers: Sequence[nn.Module], schedule: Schedule, norm: nn.Module, tap_norm: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        after_tap = schedule.sublayers_after_tap
+        if len(sublayers) < after_tap:
+            raise ValueError(
+                f"the block has {len(sublayers)} sub-layers, allowed at position {schedule.position}: {after_tap} or "
+                "more; give a position nearer to the end"
+            )
+        self.sublayers, self.tap = nn.ModuleList(sublayers), len(sublayers) - after_tap
+        self.tap_norm, self.norm, self.schedule = tap_norm, norm, schedule
+
+    def run_as(self, schedule: Schedule, dispatcher: Dispatcher, recorder: Recorder | None = None) -> None:
+        """Sets how the block runs from now on: slot and chunks, how rows travel, and who notes the operators' times."""
+        assert schedule.name == self.schedule.name, "a block keeps its architecture and its tap"
+        self.schedule, self.recorder = schedule, recorder
+        self.moe.dispatcher, self.moe.recorder = dispatcher, recorder
+
+    def before_tap(self, x_BSD: Tensor) -> Tensor:
+        for name, sublayer in zip(SUBLAYERS, list(self.sublayers)[: self.tap], strict=False):
+            x_BSD = self.operator(name, sublayer, x_BSD)
+        return x_BSD
+
+    def after_tap(self, x_BSD: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
+        """Runs the window's sub-layers, and the experts if their slot is before, between or right after them."""
+        for slot, sublayer in enumerate(list(self.sublayers)[self.tap :]):
+            state = self.experts_at(slot, state)
+            x_BSD = self.operator(self.schedule.window[slot], sublayer, x_BSD)
+        return x_BSD, self.experts_at(len(self.sublayers) - self.tap, state)
+
+    def experts_at(self, slot: int, state: StreamState) -> StreamState:
+        return self.moe.run_experts(state) if slot == self.schedule.slot else state

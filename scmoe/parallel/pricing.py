@@ -1,0 +1,127 @@
+"""From measured seconds to a choice: the time of every operator, and the best schedule of each MoE layer by
+schedule/cost.py. planner.py decides which steps are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scmoe.moe.operators import Direction, Recorder
+from scmoe.schedule.cost import (
+    PER_CHUNK,
+    OperatorTimes,
+    best_schedule,
+    elapsed_time,
+    exposed_time,
+    mismatch,
+    slots,
+)
+from scmoe.schedule.schedule import Schedule
+from scmoe.schedule.timeline import TRANSFERS
+
+STREAM = ("route", "encode", "dispatch", "experts", "combine", "decode")
+OPERATORS = (*STREAM, "attention", "mlp", "shared_expert", "current")
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What one MoE layer runs as, and why. Times are in seconds, transfers one at a time, the mean over ranks."""
+
+    schedule: Schedule
+    times: dict[int, OperatorTimes]  # by number of chunks
+    sequential: tuple[float, float]  # forward, backward: from tap to end with the fewest chunks, measured
+
+    @property
+    def predicted(self) -> float:
+        """Seconds from the tap to the end of the block, and back."""
+        return elapsed_time(self.schedule, self.times[self.schedule.chunks])
+
+    @property
+    def exposed(self) -> float:
+        return exposed_time(self.schedule, self.times[self.schedule.chunks])
+
+    @property
+    def eq11(self) -> Schedule:
+        """The schedule at the slot that Eq. 11 would choose."""
+        return min(slots(self.schedule), key=lambda s: mismatch(s, self.times[s.chunks]))
+
+    @property
+    def free(self) -> tuple[float, float]:
+        """`sequential` without its transfers."""
+        fewest = self.times[min(self.times)]
+        directions = fewest.forward, fewest.backward
+        seconds = [s - sum(d[t] for t in TRANSFERS) for s, d in zip(self.sequential, directions, strict=True)]
+        return seconds[0], seconds[1]
+
+
+def measured(recorder: Recorder, schedule: Schedule) -> Tensor:
+    """[2, OPERATORS + 1] seconds, forward and backward: the time of each operator between the tap and the end of the
+    block, summed over chunks, then the time from the tap to the end."""
+    rows = []
+    for direction in DIRECTIONS:
+        spans = recorder.spans(direction)
+        if direction == "forward":
+            tap = next(span.start for span in spans if span.operator == "route")
+            spans = [span for span in spans if span.start >= tap]
+        else:  # from the end of the list: the mirror
+            tap = max(span.end for span in spans if span.operator == "route")
+            spans = [span for span in spans if span.end <= tap][::-1]
+        row, ends = [], []
+        for operator in OPERATORS:
+            count = schedule.operators().count(operator)
+            own = [span for span in spans if span.operator == operator][:count]
+            ends += [abs(t - tap) for span in own for t in (span.start, span.end)]
+            total = sum(span.end - span.start for span in own)
+            row.append(total if operator in PER_CHUNK else total / max(1, len(own)))
+        rows.append([*row, max(ends)])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def price(
+    samples: Mapping[int, Sequence[Tensor]], own: Sequence[Schedule], group: Any, fixed: bool
+) -> dict[int, list[LayerChoice]]:
+    """The best choice of every layer, by number of chunks; equal on all ranks.
+
+    samples: by number of chunks, ascending, what `measured` returned for each step, stacked over layers [L, 2, O + 1].
+    own: the configured schedule of each layer. fixed: it is the only choice.
+    """
+    mine = torch.stack([torch.stack(list(own_samples)).median(0).values for own_samples in samples.values()])
+    once = [i for i, op in enumerate(OPERATORS) if op not in PER_CHUNK]  # the number of chunks does not change these
+    everything = torch.cat([torch.stack(list(own_samples)) for own_samples in samples.values()])
+    mine[..., once] = everything.median(0).values[..., once]
+    gathered = gather(mine, group)
+    seconds = gathered.mean(0)
+    for i, op in enumerate(OPERATORS):
+        if op in TRANSFERS:  # a rank that waits for a late peer measures more than the transfer
+            seconds[..., i] = gathered[..., i].amin(0)
+    layers = [price_layer(list(samples), seconds[:, layer], schedule, fixed) for layer, schedule in enumerate(own)]
+    return {chunks: [choices[chunks] for choices in layers] for chunks in samples}
+
+
+def price_layer(chunk_counts: Sequence[int], seconds_C2O: Tensor, own: Schedule, fixed: bool) -> dict[int, LayerChoice]:
+    """The best choice of one layer, by number of chunks."""
+    times = {}
+    for chunks, (forward, backward) in zip(chunk_counts, seconds_C2O.tolist(), strict=True):
+        named = (dict(zip(OPERATORS, direction, strict=False)) for direction in (forward, backward))
+        times[chunks] = OperatorTimes(*named)
+    sequential = tuple(seconds_C2O[0, :, -1].tolist())  # with the fewest chunks
+
+    def best(chunks: int) -> Schedule:
+        return own if fixed else best_schedule(slots(replace(own, chunks=chunks)), times)
+
+    return {chunks: LayerChoice(best(chunks), times, sequential) for chunks in chunk_counts}
+
+
+def gather(values: Tensor, group: Any) -> Tensor:
+    """[ranks, ...] on the host: the values of all ranks."""
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else None
+    values = values.to(device) if device else values
+    all_values = values.new_empty(dist.get_world_size(group), *values.shape)
+    dist.all_gather(list(all_values), values.contiguous(), group=group)
+    return all_values.cpu()
