@@ -20,8 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from scmoe.blocks.moe_block import MoEBlock
-from scmoe.moe.stream import MoEStream
-from scmoe.schedule.schedule import Schedule
 from scmoe.tokens import MoEOutput, RouterStats
 
 
@@ -31,22 +29,8 @@ class DoubleGateBlock(MoEBlock):
     schedule: the experts run on the tap at its slot. The current half is one operator, `current`, after the window.
     """
 
+    architecture = "dgmoe"
     tap_norm: nn.Module
-
-    def __init__(
-        self,
-        sublayers: Sequence[nn.Module],
-        tap_norm: nn.Module,
-        norm: nn.Module,
-        moe: MoEStream,
-        schedule: Schedule,
-        after: nn.Module | None = None,
-    ) -> None:
-        assert schedule.architecture == "dgmoe"
-        if moe.router.top_k != 1:
-            raise ValueError(f"top_k is {moe.router.top_k}, allowed where an MoE module gates twice: 1")
-        super().__init__(sublayers, schedule, norm, tap_norm)
-        self.moe, self.after = moe, after or nn.Identity()
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> MoEOutput:
         x_BSD = self.before_tap(x_BSD)

@@ -19,28 +19,46 @@ class MoEBlock(Operators):
     """The base of the four architectures. A block is called as block(x_BSD, mask_BS) and returns an MoEOutput.
 
     sublayers: of one block (attention) or of a pair (attention, MLP, attention).
-    tap: index of the sub-layer that the tap comes before; without a shortcut, the number of sub-layers.
-    tap_norm: reads the tap; None without a shortcut. norm: reads the output of the last sub-layer.
+    norm: reads the output of the last sub-layer.
     after: the MoE module's output passes through it before it is added: dropout; in SwinV2, a norm and drop path.
-    Raises ValueError where the schedule's position requires more sub-layers than there are.
+    tap_norm: reads the tap, where the architecture has one. shared_expert, coefficient: where it has a shared expert.
+    coefficient_reads_tap: the coefficient gate reads the (normed) tap instead of the shared expert's input.
+    Raises ValueError for a position that requires more sub-layers than there are, and for a top_k that is not 1 where
+    the MoE module gates twice.
     """
 
-    moe: MoEStream
-    after: nn.Module
-    tap_norm: nn.Module | None
+    architecture: str
 
     def __init__(
-        self, sublayers: Sequence[nn.Module], schedule: Schedule, norm: nn.Module, tap_norm: nn.Module | None = None
+        self,
+        sublayers: Sequence[nn.Module],
+        norm: nn.Module,
+        moe: MoEStream,
+        schedule: Schedule,
+        after: nn.Module | None = None,
+        *,
+        tap_norm: nn.Module | None = None,
+        shared_expert: nn.Module | None = None,
+        coefficient: nn.Module | None = None,
+        coefficient_reads_tap: bool = False,
     ) -> None:
         super().__init__()
+        assert schedule.architecture == self.architecture
+        assert (tap_norm is not None) == (schedule.position is not None)
+        assert (shared_expert is not None) == (coefficient is not None) == ("shared_expert" in schedule.window)
         after_tap = schedule.sublayers_after_tap
         if len(sublayers) < after_tap:
             raise ValueError(
                 f"the block has {len(sublayers)} sub-layers, allowed at position {schedule.position}: {after_tap} or "
                 "more; give a position nearer to the end"
             )
-        self.sublayers, self.tap = nn.ModuleList(sublayers), len(sublayers) - after_tap
-        self.tap_norm, self.norm, self.schedule = tap_norm, norm, schedule
+        if self.architecture == "dgmoe" and moe.router.top_k != 1:
+            raise ValueError(f"top_k is {moe.router.top_k}, allowed where an MoE module gates twice: 1")
+        self.sublayers, self.tap_norm, self.norm = nn.ModuleList(sublayers), tap_norm, norm
+        self.shared_expert, self.coefficient = shared_expert, coefficient
+        self.moe, self.after = moe, after or nn.Identity()
+        self.schedule, self.coefficient_reads_tap = schedule, coefficient_reads_tap
+        self.tap = len(sublayers) - after_tap  # index of the sub-layer after the tap; without a tap, their number
 
     def run_as(self, schedule: Schedule, dispatcher: Dispatcher, recorder: Recorder | None = None) -> None:
         """Sets how the block runs from now on: slot and chunks, how rows travel, and who notes the operators' times."""

@@ -14,41 +14,19 @@ position says which sub-layer the tap comes before:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
 from scmoe.blocks.moe_block import MoEBlock
-from scmoe.moe.stream import MoEStream
-from scmoe.schedule.schedule import Schedule
 from scmoe.tokens import MoEOutput
 
 
 class ShortcutBlock(MoEBlock):
-    """H + SE(H) + sum_i G(tap)_i E_i(tap), where H is the output of the last sub-layer.
+    """H + SE(H) + sum_i G(tap)_i E_i(tap), where H is the output of the last sub-layer."""
 
-    coefficient_reads_tap: the coefficient gate reads the (normed) tap instead of the shared expert's input.
-    """
-
+    architecture = "scmoe"
     tap_norm: nn.Module
-
-    def __init__(
-        self,
-        sublayers: Sequence[nn.Module],
-        tap_norm: nn.Module,
-        norm: nn.Module,
-        shared_expert: nn.Module,
-        coefficient: nn.Module,
-        moe: MoEStream,
-        schedule: Schedule,
-        after: nn.Module | None = None,
-        coefficient_reads_tap: bool = False,
-    ) -> None:
-        assert schedule.architecture == "scmoe"
-        super().__init__(sublayers, schedule, norm, tap_norm)
-        self.shared_expert, self.coefficient = shared_expert, coefficient
-        self.moe, self.after = moe, after or nn.Identity()
-        self.coefficient_reads_tap = coefficient_reads_tap
+    shared_expert: nn.Module
+    coefficient: nn.Module
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> MoEOutput:
         x_BSD = self.before_tap(x_BSD)

@@ -15,8 +15,6 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from scmoe.blocks.moe_block import MoEBlock
-from scmoe.moe.stream import MoEStream
-from scmoe.schedule.schedule import Schedule
 from scmoe.tokens import MoEOutput, RouterStats
 
 
@@ -36,17 +34,7 @@ class DenseBlock(nn.Module):
 class TopKBlock(MoEBlock):
     """h + sum_i G(h)_i E_i(h) (Eq. 1): there is nothing to hide the transfers behind."""
 
-    def __init__(
-        self,
-        sublayers: Sequence[nn.Module],
-        norm: nn.Module,
-        moe: MoEStream,
-        schedule: Schedule,
-        after: nn.Module | None = None,
-    ) -> None:
-        assert schedule.architecture == "top_k"
-        super().__init__(sublayers, schedule, norm)
-        self.moe, self.after = moe, after or nn.Identity()
+    architecture = "top_k"
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> MoEOutput:
         x_BSD = self.before_tap(x_BSD)
@@ -60,20 +48,9 @@ class SharedExpertBlock(MoEBlock):
     At slot 0 the experts run first and the shared expert hides combine; at slot 1 it hides dispatch and they run last.
     """
 
-    def __init__(
-        self,
-        sublayers: Sequence[nn.Module],
-        norm: nn.Module,
-        shared_expert: nn.Module,
-        coefficient: nn.Module,
-        moe: MoEStream,
-        schedule: Schedule,
-        after: nn.Module | None = None,
-    ) -> None:
-        assert schedule.architecture == "shared_expert"
-        super().__init__(sublayers, schedule, norm)
-        self.shared_expert, self.coefficient = shared_expert, coefficient
-        self.moe, self.after = moe, after or nn.Identity()
+    architecture = "shared_expert"
+    shared_expert: nn.Module
+    coefficient: nn.Module
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> MoEOutput:
         x_BSD = self.before_tap(x_BSD)

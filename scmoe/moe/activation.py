@@ -9,6 +9,7 @@ Each has its derivative, because the experts' backward is written by hand (exper
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,20 +25,8 @@ class Activation(NamedTuple):
     widening: int = 1  # columns of h for each column of act(h)
 
 
-def gelu(h_RF: Tensor) -> Tensor:
-    return F.gelu(h_RF)
-
-
-def gelu_backward(da_RF: Tensor, h_RF: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(da_RF, h_RF)
-
-
-def gelu_tanh(h_RF: Tensor) -> Tensor:
-    return F.gelu(h_RF, approximate="tanh")
-
-
-def gelu_tanh_backward(da_RF: Tensor, h_RF: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(da_RF, h_RF, approximate="tanh")
+def gelu_backward(da_RF: Tensor, h_RF: Tensor, approximate: str = "none") -> Tensor:
+    return torch.ops.aten.gelu_backward(da_RF, h_RF, approximate=approximate)
 
 
 def swiglu(h_RF2: Tensor) -> Tensor:
@@ -55,7 +44,7 @@ def swiglu_backward(da_RF: Tensor, h_RF2: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {
-    "gelu": Activation(gelu, gelu_backward),
-    "gelu_tanh": Activation(gelu_tanh, gelu_tanh_backward),
+    "gelu": Activation(F.gelu, gelu_backward),
+    "gelu_tanh": Activation(partial(F.gelu, approximate="tanh"), partial(gelu_backward, approximate="tanh")),
     "swiglu": Activation(swiglu, swiglu_backward, widening=2),
 }

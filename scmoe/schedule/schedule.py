@@ -17,10 +17,6 @@ At slot k the experts run after k operators of the window.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-Architecture = Literal["top_k", "shared_expert", "scmoe", "dgmoe"]
-ShortcutPosition = Literal["pos1", "pos2", "pos3"]
 
 SUBLAYERS = ("attention", "mlp", "attention")  # of a pair, in order; a block with an MoE in every block has the first
 POSITIONS = {"pos1": 1, "pos2": 2, "pos3": 3}  # sub-layers between the tap and the end of the block

@@ -107,8 +107,9 @@ def make_block(name: str, setting: Setting, group: Any) -> MoEBlock:
         return TopKBlock(sublayers, nn.LayerNorm(s.dim), stream, schedule)
     norms = [nn.LayerNorm(s.dim) for _ in range(2)]
     if name == "shared_expert":
-        return SharedExpertBlock(sublayers, norms[0], mlp(), CG1(s.dim), stream, schedule)
-    return ShortcutBlock(sublayers, norms[0], norms[1], mlp(), CG1(s.dim), stream, schedule)
+        return SharedExpertBlock(sublayers, norms[0], stream, schedule, shared_expert=mlp(), coefficient=CG1(s.dim))
+    parts = {"tap_norm": norms[0], "shared_expert": mlp(), "coefficient": CG1(s.dim)}
+    return ShortcutBlock(sublayers, norms[1], stream, schedule, **parts)
 
 
 class Step:

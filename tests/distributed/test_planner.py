@@ -45,9 +45,8 @@ def build(rank: int, world_size: int) -> list[MoEBlock]:
     norms = [nn.LayerNorm(DIM) for _ in range(3)]
     slow = tiny_sublayers()
     slow[2] = nn.Sequential(slow[2], EmulatedOperator(20.0))
-    shortcut = ShortcutBlock(
-        slow, norms[0], norms[1], nn.Linear(DIM, DIM), CG1(DIM), stream(), Schedule("scmoe", "pos2", 3)
-    )
+    parts = {"tap_norm": norms[0], "shared_expert": nn.Linear(DIM, DIM), "coefficient": CG1(DIM)}
+    shortcut = ShortcutBlock(slow, norms[1], stream(), Schedule("scmoe", "pos2", 3), **parts)
     return [
         randomise(b.double()) for b in (shortcut, TopKBlock(tiny_sublayers(), norms[2], stream(), Schedule("top_k")))
     ]

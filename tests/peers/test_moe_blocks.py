@@ -128,7 +128,8 @@ def test_qwen2_moe():
     theirs = Qwen2MoeSparseMoeBlock(config)
     shared_expert = MLP(DIM, 32, bias=False, activation="swiglu")
     moe = stream(top_k=2, renormalise=False)
-    ours = SharedExpertBlock([], nn.Identity(), shared_expert, CG1(DIM), moe, Schedule("shared_expert", None, 0))
+    schedule = Schedule("shared_expert", None, 0)
+    ours = SharedExpertBlock([], nn.Identity(), moe, schedule, shared_expert=shared_expert, coefficient=CG1(DIM))
 
     def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:
         return {

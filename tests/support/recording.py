@@ -88,8 +88,8 @@ def recorded_shortcut_block(
     names = ("attention", "mlp", "attention")
     sublayers = [Recorded(name, sublayer, log) for name, sublayer in zip(names, tiny_sublayers(), strict=True)]
     shared_expert = Recorded("shared_expert", MLP(DIM, FFN), log)
-    norms = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
-    block = ShortcutBlock(sublayers, *norms, shared_expert, CG1(DIM), stream, schedule)
+    parts = {"tap_norm": nn.LayerNorm(DIM), "shared_expert": shared_expert, "coefficient": CG1(DIM)}
+    block = ShortcutBlock(sublayers, nn.LayerNorm(DIM), stream, schedule, **parts)
     return randomise(block.double(), seed=1)
 
 

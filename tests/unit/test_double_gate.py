@@ -24,7 +24,7 @@ from tests.support.recording import Log, Recorded, RecordingDispatcher, between
 
 def double_gate_block(schedule: Schedule, stream=None) -> DoubleGateBlock:
     stream = stream or tiny_stream(1)
-    block = DoubleGateBlock(tiny_sublayers(), nn.LayerNorm(DIM), nn.LayerNorm(DIM), stream, schedule)
+    block = DoubleGateBlock(tiny_sublayers(), nn.LayerNorm(DIM), stream, schedule, tap_norm=nn.LayerNorm(DIM))
     return randomise(block.double(), seed=1)
 
 
@@ -134,11 +134,11 @@ def test_the_preceding_halfs_transfers_hide_behind_the_backbone_and_backward_is_
 
 
 def test_what_cannot_be_wired_is_refused():
-    norms = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
+    norm, tap_norm, schedule = nn.LayerNorm(DIM), nn.LayerNorm(DIM), Schedule("dgmoe", "pos2")
     with pytest.raises(ValueError, match="the block has 1 sub-layers, allowed at position pos2: 2 or more"):
-        DoubleGateBlock(tiny_sublayers()[:1], *norms, tiny_stream(1), Schedule("dgmoe", "pos2"))
+        DoubleGateBlock(tiny_sublayers()[:1], norm, tiny_stream(1), schedule, tap_norm=tap_norm)
     with pytest.raises(ValueError, match="top_k is 2, allowed where an MoE module gates twice: 1"):
-        DoubleGateBlock(tiny_sublayers(), *norms, tiny_stream(2), Schedule("dgmoe", "pos2"))
+        DoubleGateBlock(tiny_sublayers(), norm, tiny_stream(2), schedule, tap_norm=tap_norm)
 
 
 # ---------------------------------------------------------------------- DGMoE-Share

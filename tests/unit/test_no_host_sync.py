@@ -41,9 +41,9 @@ def two_ranks() -> AllToAllDispatcher:
 def run(dispatcher: Dispatcher, experts: range, schedule: Schedule, factor: float | None, masked: bool) -> None:
     """A training step's forward and backward of a ScMoE pair, losses on the routing included."""
     stream = MoEStream(Router(DIM, EXPERTS, 2), Experts(DIM, FFN, EXPERTS, experts), dispatcher, factor)
-    norms = [torch.nn.LayerNorm(DIM) for _ in range(2)]
-    shared = torch.nn.Linear(DIM, DIM)
-    block = ShortcutBlock(tiny_sublayers(), *norms, shared, CG1(DIM), stream, schedule).to("meta")
+    norm, tap_norm = (torch.nn.LayerNorm(DIM) for _ in range(2))
+    parts = {"tap_norm": tap_norm, "shared_expert": torch.nn.Linear(DIM, DIM), "coefficient": CG1(DIM)}
+    block = ShortcutBlock(tiny_sublayers(), norm, stream, schedule, **parts).to("meta")
     x = torch.empty(2, 12, DIM, device="meta", requires_grad=True)
     y, stats = block(x, torch.empty(2, 12, dtype=torch.bool, device="meta") if masked else None)
     assert stats is not None and stats.counts_E.shape == (EXPERTS,)

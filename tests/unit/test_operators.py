@@ -73,9 +73,8 @@ def test_measured_times_are_those_of_the_operators():
     stream = tiny_stream(1, 2.0, Blocking(LocalDispatcher()))
     stream.experts = EmulatedExperts(us_per_row=1000.0)
     parts = [EmulatedOperator(ms) for ms in (1.0, 4.0, 2.0)]
-    block = ShortcutBlock(
-        parts, nn.LayerNorm(DIM), nn.LayerNorm(DIM), EmulatedOperator(3.0), CG1(DIM), stream, schedule
-    ).double()
+    others = {"tap_norm": nn.LayerNorm(DIM), "shared_expert": EmulatedOperator(3.0), "coefficient": CG1(DIM)}
+    block = ShortcutBlock(parts, nn.LayerNorm(DIM), stream, schedule, **others).double()
     recorder = Recorder(CPU)
     block.run_as(schedule, stream.dispatcher, recorder)
     x_BSD = torch.randn(1, 6, DIM, dtype=torch.float64, requires_grad=True)

@@ -98,9 +98,9 @@ def test_impossible_schedules_are_refused(arguments, message):
 
 
 def test_shortcut_block_refuses_too_few_sublayers():
-    norms = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
+    parts = {"tap_norm": nn.LayerNorm(DIM), "shared_expert": MLP(DIM, FFN), "coefficient": CG1(DIM)}
     with pytest.raises(ValueError, match="the block has 1 sub-layers, allowed at position pos2: 2 or more"):
-        ShortcutBlock(tiny_sublayers()[:1], *norms, MLP(DIM, FFN), CG1(DIM), tiny_stream(), Schedule("scmoe", "pos2"))
+        ShortcutBlock(tiny_sublayers()[:1], nn.LayerNorm(DIM), tiny_stream(), Schedule("scmoe", "pos2"), **parts)
 
 
 # What the blocks really do
@@ -140,9 +140,10 @@ def executed(schedule: Schedule, capacity_factor: float | None, monkeypatch) -> 
     if schedule.architecture == "top_k":
         block = TopKBlock(sublayers, norm, stream, schedule)
     elif schedule.architecture == "shared_expert":
-        block = SharedExpertBlock(sublayers, norm, shared_expert, CG1(DIM), stream, schedule)
+        block = SharedExpertBlock(sublayers, norm, stream, schedule, shared_expert=shared_expert, coefficient=CG1(DIM))
     else:
-        block = ShortcutBlock(sublayers, nn.LayerNorm(DIM), norm, shared_expert, CG1(DIM), stream, schedule)
+        parts = {"tap_norm": nn.LayerNorm(DIM), "shared_expert": shared_expert, "coefficient": CG1(DIM)}
+        block = ShortcutBlock(sublayers, norm, stream, schedule, **parts)
     block.double()(torch.randn(2, 5, DIM, dtype=torch.float64))
     before_tap = len(log) - len(schedule.operators())
     assert log[:before_tap] == ["attention", "mlp", "attention"][:before_tap]

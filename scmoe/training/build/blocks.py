@@ -115,11 +115,11 @@ def shared_expert_block(
     return SharedExpertBlock(
         sublayers,
         parts.norm(),
-        parts.mlp(),
-        COEFFICIENT_GATES[config.moe.combine](parts.dim),
         build_stream(config, context, parts),
         Schedule("shared_expert", None, config.schedule.slot, config.schedule.chunks or 1),
         parts.after(),
+        shared_expert=parts.mlp(),
+        coefficient=COEFFICIENT_GATES[config.moe.combine](parts.dim),
     )
 
 
