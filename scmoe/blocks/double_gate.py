@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from scmoe.blocks.moe_block import MoEBlock
@@ -36,14 +35,10 @@ class DoubleGateBlock(MoEBlock):
         x_BSD = self.before_tap(x_BSD)
         preceding = self.moe.begin(self.tap_norm(x_BSD), mask_BS, self.schedule.chunks)
         x_BSD, preceding = self.after_tap(x_BSD, preceding)
-        current_BSD, current_stats = self.current(self.norm(x_BSD), mask_BS, preceding.routing.topk_ids_TK)
+        arguments = self.norm(x_BSD), mask_BS, self.schedule.chunks, preceding.routing.topk_ids_TK
+        current_BSD, current_stats = self.operator("current", self.moe, *arguments)
         preceding_BSD, preceding_stats = self.moe.finish(preceding)
         return MoEOutput(x_BSD + self.after(current_BSD + preceding_BSD), add_stats(current_stats, preceding_stats))
-
-    @torch.compiler.disable
-    def current(self, x_BSD: Tensor, mask_BS: Tensor | None, taken_T1: Tensor) -> MoEOutput:
-        """The current half: the whole MoE module at once. taken_T1: the expert that the preceding half chose."""
-        return self.operator("current", self.moe, x_BSD, mask_BS, self.schedule.chunks, taken_T1)
 
 
 def add_stats(a: RouterStats, b: RouterStats) -> RouterStats:

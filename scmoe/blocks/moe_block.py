@@ -1,6 +1,8 @@
 """What every block with an MoE module shares: its parts, its schedule, and the one place that sets how it runs.
 
-sub-layers before the tap -> tap -> begin        sub-layers after the tap, the experts at their slot -> finish
+    before_tap -> begin -> after_tap, with the experts at their slot -> finish
+
+Each architecture's forward fills this line with its own terms: standard.py, shortcut.py, double_gate.py.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ class MoEBlock(Operators):
         self.tap = len(sublayers) - after_tap  # index of the sub-layer after the tap; without a tap, their number
 
     def run_as(self, schedule: Schedule, dispatcher: Dispatcher, recorder: Recorder | None = None) -> None:
-        """Sets how the block runs from now on: slot and chunks, how rows travel, and who notes the operators' times."""
+        """Sets how the block runs: slot and chunks, how rows travel, and what notes the operators' times."""
         assert schedule.name == self.schedule.name, "a block keeps its architecture and its tap"
         self.schedule, self.recorder = schedule, recorder
         self.moe.dispatcher, self.moe.recorder = dispatcher, recorder

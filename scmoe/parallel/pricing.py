@@ -91,10 +91,10 @@ def price(
     samples: by number of chunks, ascending, what `measured` returned for each step, stacked over layers [L, 2, O + 1].
     own: the configured schedule of each layer. fixed: it is the only choice.
     """
-    mine = torch.stack([torch.stack(list(own_samples)).median(0).values for own_samples in samples.values()])
+    steps = [torch.stack(list(own_samples)) for own_samples in samples.values()]
+    mine = torch.stack([own_steps.median(0).values for own_steps in steps])
     once = [i for i, op in enumerate(OPERATORS) if op not in PER_CHUNK]  # the number of chunks does not change these
-    everything = torch.cat([torch.stack(list(own_samples)) for own_samples in samples.values()])
-    mine[..., once] = everything.median(0).values[..., once]
+    mine[..., once] = torch.cat(steps).median(0).values[..., once]
     gathered = gather(mine, group)
     seconds = gathered.mean(0)
     for i, op in enumerate(OPERATORS):

@@ -14,10 +14,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -48,8 +48,7 @@ class Variant:
     way: str = "overlapped"
 
 
-@dataclass(frozen=True)
-class Seconds:
+class Seconds(NamedTuple):
     """The times of one round: this rank's, or the slowest rank's. cpu: processor time of the process."""
 
     forward: float
@@ -71,9 +70,8 @@ class Bench:
         self.group = dist.new_group()
         torch.manual_seed(0)
         names = dict.fromkeys(["top2", *(ROWS[row][0] for row in setting.rows)])
-        self.stacks = {
-            n: [make_block(n, setting, self.group).to(self.device) for _ in range(setting.pairs)] for n in names
-        }
+        pairs = range(setting.pairs)
+        self.stacks = {n: [make_block(n, setting, self.group).to(self.device) for _ in pairs] for n in names}
         over_the_bus = exchanges.over_the_bus(self.device) if self.device.type == "cuda" else None
         self.paid = AllToAllDispatcher(self.group, setting.num_experts, exchange=over_the_bus)
         self.free = AllToAllDispatcher(self.group, setting.num_experts, exchange=exchanges.free)
@@ -119,8 +117,7 @@ class Bench:
                 dist.barrier()
                 start, _, end = self.now(), step.infer(self.x), self.now()
                 own.append(end[0] - start[0])
-        worst = iter(slowest([seconds for own in times for seconds in own[1:]]))
-        return [list(itertools.islice(worst, rounds)) for _ in variants]
+        return slowest([own[1:] for own in times])
 
     def rounds(
         self, variants: Sequence[Variant], rounds: int, show: Callable[[str], None]
@@ -131,10 +128,8 @@ class Bench:
             show(f"round {i + 1} of {rounds}, {len(variants)} variants")
             for v in variants:
                 times[v].append(self.seconds(v))
-        fields = [asdict(s).values() for v in variants for s in times[v]]
-        worst = slowest([value for row in fields for value in row])
-        numbers = iter(worst)
-        return {v: [Seconds(*itertools.islice(numbers, 5)) for _ in range(rounds)] for v in variants}
+        worst = slowest(list(times.values()))
+        return {v: [Seconds(*fields) for fields in own] for v, own in zip(times, worst, strict=True)}
 
     def choose(self, block: str, chunk_counts: Sequence[int]) -> LayerChoice:
         """The planner's choice, made from training steps as in a run."""
@@ -179,8 +174,8 @@ def allocated(recorded: profile) -> Iterator[int]:
     return (e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"]))
 
 
-def slowest(values: Sequence[float]) -> list[float]:
-    """The maximum of each value over all ranks."""
+def slowest(values: list[Any]) -> list[Any]:
+    """The maximum of each number over all ranks. values: nested lists or tuples, of equal lengths."""
     worst = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return worst.tolist()
@@ -222,10 +217,8 @@ def measure(rank: int, world_size: int, setting: Setting, verbose: bool) -> dict
     best = {row: min(variants, key=lambda v: median(s.train for s in times[v])) for row, variants in finalists.items()}
     peaks = {row: bench.peak_mb(v) for row, v in best.items()}
     gradients = {block: bench.gradient_mb(block) for block in bench.stacks}
-    return dict(
-        **dict(rate=rate, choices=choices, best=best, chosen=chosen, times=times),
-        **dict(peaks=peaks, gradients=gradients, iterations=bench.iterations),
-    )
+    found = dict(rate=rate, choices=choices, best=best, chosen=chosen, times=times, peaks=peaks, gradients=gradients)
+    return {**found, "iterations": bench.iterations}
 
 
 def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Sequence[Seconds]]) -> list[Variant]:

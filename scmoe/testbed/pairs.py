@@ -79,37 +79,33 @@ def default_schedule(block: str) -> Schedule:
 
 def make_block(name: str, setting: Setting, group: Any) -> MoEBlock:
     """A pair with this rank's share of the experts. name: a block's name in ROWS."""
-    s, schedule = setting, default_schedule(name)
-
-    def attention() -> nn.Module:
-        if s.compute == "emulated":
-            return EmulatedOperator(s.attention_ms)
-        return Residual(nn.LayerNorm(s.dim), Attention(s.dim, s.heads))
-
+    s, schedule, emulated = setting, default_schedule(name), setting.compute == "emulated"
     mlp_ms = s.attention_ms / s.attention_to_mlp
 
-    def mlp() -> nn.Module:
-        return EmulatedOperator(mlp_ms) if s.compute == "emulated" else MLP(s.dim, s.ffn_dim)
+    def attention() -> nn.Module:
+        return EmulatedOperator(s.attention_ms) if emulated else Attention(s.dim, s.heads)
 
-    sublayers = [attention(), mlp() if s.compute == "emulated" else Residual(nn.LayerNorm(s.dim), mlp()), attention()]
+    def mlp() -> nn.Module:
+        return EmulatedOperator(mlp_ms) if emulated else MLP(s.dim, s.ffn_dim)
+
+    sublayers = [attention(), mlp(), attention()]
+    if not emulated:
+        sublayers = [Residual(nn.LayerNorm(s.dim), part) for part in sublayers]
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     own = range(rank * s.num_experts // ranks, (rank + 1) * s.num_experts // ranks)
-    experts: nn.Module
-    if s.compute == "emulated":
-        experts = EmulatedExperts(mlp_ms * 1e3 / s.tokens)
-    else:
+    experts: Any = EmulatedExperts(mlp_ms * 1e3 / s.tokens)
+    if not emulated:
         experts = Experts(s.dim, s.ffn_dim, s.num_experts, own)
-        experts.init_weights(name, 0.02, 0.02)
     # every expert gets its fair share, so that the time does not depend on the choices of an untrained gate
     router = Router(s.dim, s.num_experts, 2 if name == "top2" else 1, balanced=True)
-    stream = MoEStream(router, experts, AllToAllDispatcher(group, s.num_experts), capacity_factor=1.0)  # type: ignore[arg-type]
+    stream = MoEStream(router, experts, AllToAllDispatcher(group, s.num_experts), capacity_factor=1.0)
     if name in ("top1", "top2"):
         return TopKBlock(sublayers, nn.LayerNorm(s.dim), stream, schedule)
     norms = [nn.LayerNorm(s.dim) for _ in range(2)]
+    parts: dict[str, Any] = {"shared_expert": mlp(), "coefficient": CG1(s.dim)}
     if name == "shared_expert":
-        return SharedExpertBlock(sublayers, norms[0], stream, schedule, shared_expert=mlp(), coefficient=CG1(s.dim))
-    parts = {"tap_norm": norms[0], "shared_expert": mlp(), "coefficient": CG1(s.dim)}
-    return ShortcutBlock(sublayers, norms[1], stream, schedule, **parts)
+        return SharedExpertBlock(sublayers, norms[0], stream, schedule, **parts)
+    return ShortcutBlock(sublayers, norms[1], stream, schedule, tap_norm=norms[0], **parts)
 
 
 class Step:
