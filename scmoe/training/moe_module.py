@@ -18,9 +18,7 @@ from torchmetrics.aggregation import SumMetric
 
 from scmoe.moe.balance import integer_sums, load_balance_loss, load_metrics, router_z_loss
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.parallel.shards import expert_parameters
-from scmoe.parallel.update.clipping import clip_grad_norm
-from scmoe.parallel.update.guard import Guard
+from scmoe.parallel.update.clipping import guard_updates
 from scmoe.tokens import RouterStats
 
 IGNORE = -100  # label of what has no target
@@ -57,7 +55,6 @@ class MoEModule(LightningModule):
         self.load_balance_coef, self.z_loss_coef = load_balance_coef, z_loss_coef
         self.parallel_context = ParallelContext()
         self.model: Any = None
-        self.guard: Guard | None = None
         self.val_nats, self.val_targets = (SumMetric().set_dtype(torch.float64) for _ in range(2))
         self.val_load_sums: Tensor | None = None
         self.validated_step: int | None = None
@@ -68,7 +65,6 @@ class MoEModule(LightningModule):
             if self.compile_blocks:
                 for block in self.model.blocks:
                     block.compile()
-            self.guard = Guard(self.model)
 
     # ------------------------------------------------------------------ loss
 
@@ -149,12 +145,14 @@ class MoEModule(LightningModule):
         progress = min(1.0, (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps))
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
+    def on_fit_start(self) -> None:
+        """A plain Trainer clips and checks the same way as ExpertParallelStrategy, which has set this already."""
+        guard_updates(self.trainer.precision_plugin, self, self.parallel_context)
+
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        shards = {p for _, p in expert_parameters(self)}
-        assert self.guard is not None
-        context, zero = self.parallel_context, self.guard.loss_as_zero()
-        norm = clip_grad_norm(self.parameters(), shards, self.gradient_clip, context, zero)
-        self.guard.check(norm, context)
+        self.clip_gradients(optimizer, self.gradient_clip)
+        norm = guard_updates(self.trainer.precision_plugin, self, self.parallel_context).norm
+        assert norm is not None
         self.log("train/grad_norm", norm)
 
 

@@ -1,6 +1,6 @@
-"""A rank's random generators as tensors, which a checkpoint can hold: torch's, Python's and NumPy's.
+"""Turns the states of a rank's random generators into tensors, which a checkpoint can hold, and back.
 
-This library draws from torch alone; a user's own transforms may draw from the others.
+This library draws from torch alone; a user's own transforms may draw from Python's and NumPy's generators.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def rng_states() -> dict[str, Tensor]:
-    """The host's, Python's, NumPy's legacy one, and the GPU's where there is one; of the same shapes always."""
+    """Return the states of torch (CPU, and GPU if one is in use), of Python and of NumPy's legacy generator."""
     states = {"host": torch.get_rng_state(), "python": _of_python(), "numpy": _of_numpy()}
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -34,14 +34,14 @@ def set_rng_states(states: dict[str, Tensor]) -> None:
 
 
 def _of_python() -> Tensor:
-    """624 words and the position, then the second half of a drawn pair of normals: is there one, its bits."""
+    """Return 624 words and the position, then whether the second of a pair of normals is left over, and its bits."""
     version, words, gauss = random.getstate()
     assert version == 3, "Python's since 3.2"
     return torch.tensor([*words, gauss is not None, _bits(gauss or 0.0)], dtype=torch.int64)
 
 
 def _of_numpy() -> Tensor:
-    """As Python's."""
+    """Return the same of NumPy as `_of_python` of Python."""
     kind, key, position, has_gauss, gauss = np.random.get_state(legacy=True)
     assert kind == "MT19937", "np.random.seed has no other"
     return torch.tensor([*np.asarray(key).tolist(), position, has_gauss, _bits(float(gauss))], dtype=torch.int64)

@@ -79,7 +79,7 @@ MUTANTS = (
     Mutant("saved-between-the-batches-of-a-step", 8, f"{PARALLEL}/lightning_seam.py")
     .replaces("    if not is_fitting(trainer) or stepped:\n", "    if not is_fitting(trainer) or not stepped:\n")
     .caught_by(f"{FAULTS}/test_resume.py::test_fault_08_no_checkpoint_is_made_between_the_batches_of_a_step"),
-    Mutant("saved-anew-in-the-middle-of-the-next-step", 8, f"{PARALLEL}/lightning_seam.py")
+    Mutant("saved-again-in-the-middle-of-the-next-step", 8, f"{PARALLEL}/lightning_seam.py")
     .replaces(
         "            callback._last_global_step_saved = trainer.global_step\n",
         "            assert callback._last_global_step_saved >= 0\n",
