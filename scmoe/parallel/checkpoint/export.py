@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.checkpoint.loading import check_same_model, read_whole, shapes
+from scmoe.parallel.checkpoint.loading import check_same_model, read_whole
 from scmoe.parallel.checkpoint.saving import write_whole
 
 FORMAT_VERSION = "2"
@@ -47,6 +47,6 @@ def load_weights(path: Path, model: nn.Module) -> None:
         if version != FORMAT_VERSION:
             raise ValueError(f"{path} has format version {version}, allowed: {FORMAT_VERSION}")
         there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        check_same_model(path, shapes(own), there)
+        check_same_model(path, own, there)
         for name, p in own.items():
             p.copy_(file.get_tensor(name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def load_checkpoint(
     meta = from_json(json.loads((path / META).read_text()))
     stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     wanted: dict[str, Tensor] = {f"model.{name}": t for name, t in model_state(module, context).items()}
-    check_same_model(path, shapes(wanted), _stored_shapes(stored))
+    check_same_model(path, wanted, _stored_shapes(stored))
 
     groups = meta.pop("param_groups", [])
     for i, (optimizer, saved_groups) in enumerate(zip(optimizers, groups, strict=False)):
@@ -80,7 +80,7 @@ def load_model(path: Path, model: nn.Module, prefix: str = "") -> None:
     own = {f"model.{prefix}{name}": p for name, p in model.named_parameters()}
     durable.verify(path)
     reader = HuggingFaceStorageReader(str(path))
-    check_same_model(path, shapes(own), _stored_shapes(reader.read_metadata().state_dict_metadata))
+    check_same_model(path, own, _stored_shapes(reader.read_metadata().state_dict_metadata))
     _fill({name: p.detach() for name, p in own.items()}, reader)
 
 
@@ -103,15 +103,13 @@ def _allocate_state(
     return wanted
 
 
-def shapes(tensors: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(t.shape) for name, t in tensors.items()}
-
-
 def _stored_shapes(stored: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry.size) for name, entry in stored.items() if name.startswith("model.")}
 
 
-def check_same_model(path: Path, here: dict[str, tuple[int, ...]], there: dict[str, tuple[int, ...]]) -> None:
+def check_same_model(path: Path, own: Mapping[str, Tensor], there: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError if the tensors here have other names or shapes than those that the file at `path` holds."""
+    here = {name: tuple(t.shape) for name, t in own.items()}
     differing = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
     if differing:
         k = differing[0]

@@ -67,7 +67,7 @@ MUTANTS = (
     .replaces("dist.new_group(ranks, timeout=timeout, pg_options", "dist.new_group(ranks, pg_options")
     .caught_by(f"{FAULTS}/test_guards.py::test_14_no_group_waits_for_longer_than_it_was_told"),
     Mutant("difference-of-collectives-unseen", 15, f"{PARALLEL}/job/debug.py")
-    .replaces("        if len(set(everyones)) > 1:\n", "        if len(set(everyones)) > 2:\n")
+    .replaces("        if len(set(of_ranks)) > 1:\n", "        if len(set(of_ranks)) > 2:\n")
     .caught_by(f"{FAULTS}/test_guards.py::test_15_collectives_in_another_order_are_named"),
     Mutant("collectives-of-objects-unseen", 15, f"{PARALLEL}/job/debug.py")
     .replaces("for name in (*TENSORS, *OBJECTS)),", "for name in TENSORS),")
