@@ -9,7 +9,6 @@ from __future__ import annotations
 import signal
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 from lightning.pytorch.callbacks import RichProgressBar
@@ -90,12 +89,13 @@ def started_ranks(strategy: Any) -> Sequence[subprocess.Popen[bytes]]:
 def leave_sigterm_alone(trainer: Any) -> None:
     """Keep Lightning from setting its handler of SIGTERM; it sets those of other signals as before."""
     connector = trainer._signal_connector
-    connector._register_signal = partial(_register_unless_sigterm, type(connector)._register_signal)
+    register = type(connector)._register_signal
 
+    def register_others(number: int, handler: Any) -> None:
+        if number != signal.SIGTERM:
+            register(number, handler)
 
-def _register_unless_sigterm(register: Callable[..., None], number: int, handler: Any) -> None:
-    if number != signal.SIGTERM:
-        register(number, handler)
+    connector._register_signal = register_others
 
 
 def skip_sigterm_broadcast(trainer: Any) -> None:

@@ -50,6 +50,9 @@ class ExpertParallelStrategy(LockstepStrategy):
     SIGTERM must go to the children; this process then ends with an error instead of exit code 143.
     """
 
+    restore_checkpoint_after_setup = True  # shards, optimizers and groups must exist before a checkpoint can be read
+    lightning_restore_optimizer = False  # load_checkpoint does it
+
     def __init__(
         self,
         ep_size: int | None = None,
@@ -77,7 +80,8 @@ class ExpertParallelStrategy(LockstepStrategy):
         self.module.parallel_context = self.context
 
     def setup(self, trainer: Any) -> None:
-        self._hide_shards_from_ddp()
+        # else DDP would overwrite every rank's experts with rank 0's, then average gradients of different experts
+        hide_from_ddp(self.module, [name for name, _ in expert_parameters(self.module)])
         super().setup(trainer)
         if self.debug_collectives:
             compare = CompareCollectives(self.timeout)
@@ -90,10 +94,6 @@ class ExpertParallelStrategy(LockstepStrategy):
             self.at_teardown.callback(guard_updates(self.precision_plugin, self.module, self.context).remove)
             # weights were drawn equal on all ranks; what is drawn from here on (dropout, gate noise) must differ
             torch.manual_seed(torch.initial_seed() * 1_000_003 % 2**62 + self.global_rank)
-
-    def _hide_shards_from_ddp(self) -> None:
-        """DDP would overwrite every rank's experts with rank 0's, then average gradients of different experts."""
-        hide_from_ddp(self.module, [name for name, _ in expert_parameters(self.module)])
 
     def teardown(self) -> None:
         super().teardown()
@@ -141,14 +141,6 @@ class ExpertParallelStrategy(LockstepStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         return optimizer_state(self.module, optimizer, self.context)
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        return True  # shards, optimizers and groups must exist before a checkpoint can be read into them
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return False
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read weights and optimizer state in place and return the rest. Nothing in the files can execute code."""

@@ -31,11 +31,8 @@ def partial_path(path: Path, token: str) -> Path:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def commit(partial: Path, path: Path, step: int, files: dict[str, dict[str, Any]]) -> None:

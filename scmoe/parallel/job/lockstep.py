@@ -11,18 +11,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from scmoe.parallel import lightning_seam as seam
 from scmoe.parallel.checkpoint.checkpoints import Checkpoints
 from scmoe.parallel.job.fail_fast import FailFastStrategy
 from scmoe.parallel.job.stopping import EXIT_CODE, Poll, StopSignal
-from scmoe.parallel.lightning_seam import (
-    accumulated_batches,
-    forget_stopped_validation,
-    leave_sigterm_alone,
-    mark_step_as_saved,
-    restart_validation,
-    skip_sigterm_broadcast,
-    was_interrupted,
-)
 from scmoe.parallel.mesh import ParallelContext
 
 
@@ -62,7 +54,7 @@ class LockstepStrategy(FailFastStrategy):
     def setup(self, trainer: Any) -> None:
         self.stop, self.poll = StopSignal(), Poll(self.context.control_group, num_flags=2)
         self.stop.take()
-        leave_sigterm_alone(trainer)
+        seam.leave_sigterm_alone(trainer)
         super().setup(trainer)
 
     # ------------------------------------------------------------------ training
@@ -72,7 +64,7 @@ class LockstepStrategy(FailFastStrategy):
         check_even("train", [self.module.trainer.num_training_batches], self.context)
         self.has_begun = False
         self.ask()  # so that no rank begins the first batch if one was stopped before it
-        skip_sigterm_broadcast(self.module.trainer)
+        seam.skip_sigterm_broadcast(self.module.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
@@ -81,7 +73,7 @@ class LockstepStrategy(FailFastStrategy):
         self.checkpoints.restore_random_state()  # not earlier: making data loaders draws from the generator
         if not self.has_begun:  # not earlier: a validation that runs again may find this step to be the best
             self.has_begun = True
-            mark_step_as_saved(self.module.trainer)
+            seam.mark_step_as_saved(self.module.trainer)
 
     # ------------------------------------------------------------------ batches without training
 
@@ -90,7 +82,7 @@ class LockstepStrategy(FailFastStrategy):
         trainer = self.module.trainer
         self._begin("val", trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
         if not trainer.sanity_checking:
-            forget_stopped_validation(trainer)
+            seam.forget_stopped_validation(trainer)
 
     def on_test_start(self) -> None:
         super().on_test_start()
@@ -106,7 +98,7 @@ class LockstepStrategy(FailFastStrategy):
         if self.context.ep_size > 1:  # else nothing keeps these ranks in step, so they may differ
             check_even(stage, batches, self.context)
         fewest = self.poll.smallest(sum(batches))
-        can_stop = not accumulated_batches(self.module.trainer)  # else the step must end first: its gradients are lost
+        can_stop = not seam.accumulated_batches(self.module.trainer)  # else the step must end first
         if fewest == float("inf"):
             if can_stop:
                 self.ask_and_wait()
@@ -169,16 +161,16 @@ class LockstepStrategy(FailFastStrategy):
         which may still be closing loggers.
         """
         trainer = self.module.trainer
-        if self.trained is self.module and not accumulated_batches(trainer):
+        if self.trained is self.module and not seam.accumulated_batches(trainer):
             self.checkpoints.restore_random_state()
-            restart_validation(trainer)
+            seam.restart_validation(trainer)
             folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
             trainer.save_checkpoint(Path(folder) / f"step={trainer.global_step}.ckpt")
         self.checkpoints.finish()
         raise SystemExit(0 if self.is_launched else EXIT_CODE)
 
     def teardown(self) -> None:
-        if not was_interrupted(self.module.trainer):  # else other ranks may never come here
+        if not seam.was_interrupted(self.module.trainer):  # else other ranks may never come here
             self.checkpoints.finish()
             self.ask_and_wait()  # so that a stop during or after the last step still ends in 143
             self.poll.close()

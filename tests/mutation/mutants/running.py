@@ -24,11 +24,11 @@ MUTANTS = (
     Mutant("best-of-a-broken-off-validation-not-saved", 12, f"{PARALLEL}/job/lockstep.py")
     .replaces(
         "        self.has_begun = False\n        self.ask",
-        "        mark_step_as_saved(self.module.trainer)\n        self.ask",
+        "        seam.mark_step_as_saved(self.module.trainer)\n        self.ask",
     )
     .caught_by(f"{FAULTS}/test_stop.py::test_12_a_stop_while_validating_loses_no_best_checkpoint[4]"),
     Mutant("sigterm-left-to-lightning", 12, f"{PARALLEL}/lightning_seam.py")
-    .replaces("    if number != signal.SIGTERM:\n", "    if number:\n")
+    .replaces("        if number != signal.SIGTERM:\n", "        if number:\n")
     .caught_by(f"{FAULTS}/test_stop_any_time.py::test_12_told_to_stop_where_nothing_is_trained[test]"),
     Mutant("nobody-asks-after-the-last-step", 12, f"{PARALLEL}/job/lockstep.py")
     .replaces("            self.ask_and_wait()  # so that", "            assert self.stop  # so that")
