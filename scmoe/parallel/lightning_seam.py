@@ -1,19 +1,39 @@
-"""Where a training stands in its steps, as Lightning's loops have it, and what checkpoints say of that (faults 8, 12).
+"""The only file that uses undocumented names of Lightning and torch; each function says what it gives.
 
-trainer: Lightning's. All of this is of its inner life, and held by tests/unit/test_private_names.py.
+An upgrade can rename or change any of them without notice, so tests/unit/test_private_names.py checks each name and
+refuses its use elsewhere. `trainer` is always a Lightning Trainer, `plugin` a precision plugin.
 """
 
 from __future__ import annotations
 
+import signal
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+from torch.autograd import Variable
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+# ---------------------------------------------------------------------- where a run stands
 
 
 def is_fitting(trainer: Any) -> bool:
+    """Return whether the Trainer runs `fit`, its validations and sanity check included."""
     return bool(trainer.state.fn == "fit")
 
 
+def was_interrupted(trainer: Any) -> bool:
+    """Return whether the Trainer's run has ended with an exception on this rank."""
+    return bool(trainer.state.status == TrainerStatus.INTERRUPTED)
+
+
 def accumulated_batches(trainer: Any) -> int:
-    """How many batches of this training have left gradients that are not in the weights yet."""
+    """Return how many batches have left gradients that no update has used yet."""
     done = trainer.fit_loop.epoch_loop.batch_progress
     stepped = done.is_last_batch and done.current.processed == done.current.ready
     if not is_fitting(trainer) or stepped:
@@ -21,18 +41,9 @@ def accumulated_batches(trainer: Any) -> int:
     return int(done.current.processed % trainer.accumulate_grad_batches)
 
 
-def refuse_between_batches_of_a_step(trainer: Any) -> None:
-    """Gradients are in no checkpoint: those accumulated so far would be lost, and the resumed run another one."""
-    if accumulated := accumulated_batches(trainer):
-        raise ValueError(
-            f"a checkpoint after {accumulated} of the {trainer.accumulate_grad_batches} batches of a step would lose "
-            "their gradients, allowed: after a step; ModelCheckpoint(every_n_train_steps=...) saves there"
-        )
-
-
-def begin_validation_anew(trainer: Any) -> None:
-    """A checkpoint of now says of the validation that is on that it has just begun: a resumed run does all of it. Of a
-    sanity check it says nothing."""
+def restart_validation(trainer: Any) -> None:
+    """Set the validation that runs back to its start, so that a run resumed from a checkpoint of this moment does all
+    of it. A sanity check leaves no trace in a checkpoint."""
     progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
     if is_fitting(trainer) and (trainer.validating or trainer.sanity_checking):
         progress.reset()
@@ -41,10 +52,98 @@ def begin_validation_anew(trainer: Any) -> None:
         progress.increment_started()
 
 
-def note_saved_step(trainer: Any) -> None:
-    """Before the first batch. A resumed ModelCheckpoint does not know that its step is saved: it would save anew after
-    that batch, which with accumulation is in the middle of a step, over the checkpoint that the run goes on from. Not
-    earlier: a validation that is done over may find the step to be the best."""
+def forget_stopped_validation(trainer: Any) -> None:
+    """Subtract the batches of a validation that a stop has cut off from the run's total."""
+    trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
+
+
+def count_steps_from(trainer: Any, step: int) -> None:
+    """Let the next row be logged under this step; after a stop between two batches Lightning's count is one ahead."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = step
+
+
+def mark_step_as_saved(trainer: Any) -> None:
+    """Let every ModelCheckpoint know that the current step is saved already.
+
+    A resumed ModelCheckpoint does not know. It would save again after the first batch, which with accumulation lies in
+    the middle of a step, and overwrite the checkpoint that the run was resumed from.
+    """
     for callback in trainer.checkpoint_callbacks:
         if hasattr(callback, "_last_global_step_saved"):
             callback._last_global_step_saved = trainer.global_step
+
+
+# ---------------------------------------------------------------------- processes and signals
+
+
+def rank_without_trainer() -> int:
+    """Return this process's global rank as its launcher's environment variables give it."""
+    return int(rank_zero_only.rank)  # type: ignore[attr-defined]
+
+
+def started_ranks(strategy: Any) -> Sequence[subprocess.Popen[bytes]]:
+    """Return the processes of local ranks 1, 2, ... if this process has started them as subprocesses."""
+    return getattr(strategy.launcher, "procs", [])
+
+
+def leave_sigterm_alone(trainer: Any) -> None:
+    """Keep Lightning from setting its handler of SIGTERM; it sets those of other signals as before."""
+    connector = trainer._signal_connector
+    register = type(connector)._register_signal
+
+    def register_others(number: int, handler: Any) -> None:
+        if number != signal.SIGTERM:
+            register(number, handler)
+
+    connector._register_signal = register_others
+
+
+def skip_sigterm_broadcast(trainer: Any) -> None:
+    """Remove the blocking broadcast from rank 0 by which Lightning asks for SIGTERM before every batch."""
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
+# ---------------------------------------------------------------------- gradients
+
+
+def hide_from_ddp(module: nn.Module, names: Iterable[str]) -> None:
+    """Make DDP ignore these parameters (names from `module`), beside those that it ignores already."""
+    ignored = {*getattr(module, "_ddp_params_and_buffers_to_ignore", []), *names}
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sorted(ignored))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether `module.compile()` was called."""
+    return module._compiled_call_impl is not None
+
+
+def call_after_backward(callback: Callable[[], None]) -> None:
+    """Call back when the backward pass that runs now is complete. Only a hook of that pass may ask for it."""
+    Variable._execution_engine.queue_callback(callback)
+
+
+def replace_after_closure(plugin: Any, hook: Callable[[Any, Optimizer], None] | None) -> None:
+    """Call hook(module, optimizer) after backward and before the update, in place of the plugin's own function.
+
+    None puts the plugin's own function back.
+    """
+    vars(plugin).pop("_after_closure", None)
+    if hook is not None:
+        plugin._after_closure = hook
+
+
+def original_after_closure(plugin: Any, module: Any, optimizer: Optimizer) -> None:
+    """Do what a precision plugin itself does between backward and update: call hooks, then let the module clip."""
+    type(plugin)._after_closure(plugin, module, optimizer)
+
+
+# ---------------------------------------------------------------------- display
+
+
+class TitledProgressBar(RichProgressBar):
+    """Lightning's rich progress bar, with `title` in front of the training's line instead of the epoch."""
+
+    title = ""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return self.title

@@ -1,14 +1,16 @@
-"""Who is where: ranks, process groups and the device mesh of expert parallelism.
+"""The place of a rank in expert parallelism: device mesh and process groups.
 
-Ranks form a grid ("edp", "ep"), EP innermost, rank = edp EP + ep, so that an EP group lies within a node where it
-fits. Experts are split over `ep` and replicated over `edp` (expert data parallel); dense weights are replicated over
-all ranks. One process group per purpose: collectives of two purposes never meet in one communicator.
+Ranks form a grid ("edp", "ep"), EP innermost: rank = edp * EP + ep, so that an EP group lies within a node if it fits.
+Experts are split over `ep` and replicated over `edp` (expert data parallel); dense weights are replicated over all
+ranks. Each purpose has its own process group, so that collectives of two purposes never share a communicator.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -24,7 +26,7 @@ from scmoe.parallel.dispatcher import AllToAllDispatcher
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """A rank's place in the mesh. The default is one process that holds everything.
+    """A rank's place in the mesh. The default is a single process that holds everything.
 
     `ep_group` carries the All-to-All, `edp_group` the expert gradients, `checkpoint_group` (gloo) checkpoints,
     `control_group` (gloo) requests to stop; the default group carries dense gradients, losses and metrics.
@@ -48,30 +50,42 @@ class ParallelContext:
         return self.rank % self.ep_size
 
     def local_experts(self, num_experts: int) -> range:
-        """Ids of the experts that this rank holds."""
+        """Return the ids of the experts that this rank holds."""
         if num_experts % self.ep_size:
             raise ValueError(f"num_experts is {num_experts}, allowed: multiples of ep_size ({self.ep_size})")
         share = num_experts // self.ep_size
         return range(self.ep_rank * share, (self.ep_rank + 1) * share)
 
     def dispatcher(self, num_experts: int, ceiling: float | None = None) -> Dispatcher:
-        """How one MoE module's rows reach its experts: by All-to-All over the EP group, or not at all (one rank
-        receives its fair share exactly, so no ceiling is passed)."""
+        """Return the dispatcher of one MoE module: All-to-All over the EP group, or local if EP is 1, where a rank
+        receives exactly its fair share and needs no ceiling."""
         return LocalDispatcher() if self.ep_size == 1 else AllToAllDispatcher(self.ep_group, num_experts, ceiling)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
-        """The sum over all ranks, the same to the bit on each. x is left as it was."""
+        """Return the sum over all ranks, bit-identical on each; x is not changed."""
         if self.world_size == 1:
             return x
         total = x.clone()
         dist.all_reduce(total)
         return total
 
+    @contextmanager
+    def same_error_on_all_ranks(self) -> Iterator[None]:
+        """Raise on every rank what rank 0 raises inside, so that no rank waits for one that has given up."""
+        failure: list[Any] = [None]
+        try:
+            yield
+        except (OSError, ValueError, TypeError) as error:
+            failure = [error]
+        dist.broadcast_object_list(failure, group=self.checkpoint_group)
+        if failure[0] is not None:
+            raise failure[0]
+
 
 def build_context(ep_size: int, device: torch.device, timeout: timedelta) -> ParallelContext:
-    """Makes the groups; every rank of the default group must call it.
+    """Make all groups; every rank of the default group must call it. ValueError: ep_size does not divide the ranks.
 
-    The groups are made one by one: `new_group` does not inherit the default group's timeout, and a mesh built by
+    Each group is made by `new_group` with the timeout, which it does not inherit from the default group.
     `init_device_mesh` would use the default group itself for a dimension that spans all ranks.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -87,13 +101,11 @@ def build_context(ep_size: int, device: torch.device, timeout: timedelta) -> Par
 
 
 def _own_group(rows: list[list[int]], purpose: str, timeout: timedelta, high_priority: bool = False) -> Any:
-    """All ranks make all groups, in the same order; returns the one that this rank is in."""
+    """Make one group for each row of ranks, in the same order on all ranks; return the one with this rank."""
     own = None
     for ranks in rows:
         options = None
-        if (
-            high_priority
-        ):  # the transfers' kernels go before the computation's: they are short, and others wait for them
+        if high_priority:  # the transfers' kernels are short, and other ranks wait for them
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         group = dist.new_group(ranks, timeout=timeout, pg_options=options, group_desc=purpose)
         if dist.get_rank() in ranks:
@@ -102,7 +114,7 @@ def _own_group(rows: list[list[int]], purpose: str, timeout: timedelta, high_pri
 
 
 def use_loopback_for_gloo() -> None:
-    """Ranks of one machine talk over loopback, unless the user has named an interface: gloo would ask the host name's
-    address, which many laptops and containers cannot reach."""
+    """Let gloo use the loopback interface on one machine, unless the user has named another: by default it uses the
+    host name's address, which many laptops and containers cannot reach."""
     if "GLOO_SOCKET_IFNAME" not in os.environ and "lo" in (name for _, name in socket.if_nameindex()):
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"

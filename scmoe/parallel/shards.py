@@ -1,4 +1,4 @@
-"""What is sharded: the parameters of `Experts` modules."""
+"""Finds the sharded parameters: those of `Experts` modules."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from scmoe.moe.experts import Experts
 
 
 def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names (from `module`) and tensors of all expert shards. The module's class marks them: a class survives deepcopy,
-    to_empty and compile, an attribute on a tensor does not."""
+    """Yield names (from `module`) and tensors of all expert shards. The module's class marks them: unlike an attribute
+    on a tensor, it survives deepcopy, to_empty and compile."""
     for prefix, child in module.named_modules():
         if isinstance(child, Experts):
             for name, parameter in child.named_parameters(recurse=False):

@@ -20,6 +20,7 @@ from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.dispatcher import AllToAllDispatcher
+from scmoe.parallel.lightning_seam import hide_from_ddp
 from scmoe.parallel.shards import expert_parameters
 from scmoe.schedule.schedule import POSITIONS, Schedule
 from scmoe.testbed.emulated import EmulatedExperts, EmulatedOperator
@@ -116,7 +117,7 @@ class Step:
         self.optimizer: torch.optim.Optimizer | None = None
         if setting.level == "iteration":
             shards = [name for name, _ in expert_parameters(self.model)]
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, shards)
+            hide_from_ddp(self.model, shards)
             self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
             self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 

@@ -1,6 +1,7 @@
-"""What all LightningModules here share: the losses over routers and ranks, one optimizer, and nothing that knows of
-ranks but `parallel_context`. What a batch is and how good a prediction was is told by `module.py` (language) and
-`classifier.py` (images).
+"""The LightningModule that language models and image classifiers share: losses over routers and ranks, one optimizer.
+
+Only `parallel_context` knows about ranks. `language_model.py` and `image_classifier.py` add what a batch is and how
+predictions are measured.
 """
 
 from __future__ import annotations
@@ -18,20 +19,18 @@ from torchmetrics.aggregation import SumMetric
 
 from scmoe.moe.balance import integer_sums, load_balance_loss, load_metrics, router_z_loss
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.parallel.shards import expert_parameters
-from scmoe.parallel.update.clipping import clip_grad_norm
-from scmoe.parallel.update.guard import Guard
+from scmoe.parallel.update.clipping import guard_updates
 from scmoe.tokens import RouterStats
 
-IGNORE = -100  # label of what has no target
+IGNORE = -100  # the label of a position without a target
 
 
 class MoEModule(LightningModule):
-    """The task's loss + load-balance loss + router z-loss, AdamW, linear warm-up and cosine decay.
+    """Minimises task loss + load-balance loss + router z-loss with AdamW, linear warm-up and cosine decay.
 
     make_model: builds the network for a place in the mesh; called in `configure_model`, when ranks and groups exist.
-    Losses and metrics are those of the global batch, whatever the number of ranks.
-    A task defines `task_loss` and `validation_step`, and says in `on_validation_epoch_end` what it has measured.
+    Losses and metrics are those of the global batch and do not depend on the number of ranks.
+    A subclass defines `task_loss` and `validation_step`, and logs its metrics in `on_validation_epoch_end`.
     """
 
     def __init__(
@@ -57,7 +56,6 @@ class MoEModule(LightningModule):
         self.load_balance_coef, self.z_loss_coef = load_balance_coef, z_loss_coef
         self.parallel_context = ParallelContext()
         self.model: Any = None
-        self.guard: Guard | None = None
         self.val_nats, self.val_targets = (SumMetric().set_dtype(torch.float64) for _ in range(2))
         self.val_load_sums: Tensor | None = None
         self.validated_step: int | None = None
@@ -68,12 +66,11 @@ class MoEModule(LightningModule):
             if self.compile_blocks:
                 for block in self.model.blocks:
                     block.compile()
-            self.guard = Guard(self.model)
 
     # ------------------------------------------------------------------ loss
 
     def task_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[RouterStats]]:
-        """Nats of this rank's targets together, how many targets there are, and the routers' sums."""
+        """Return the summed loss of this rank's targets in nats, their number, and the routers' sums."""
         raise NotImplementedError
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor | None]:
@@ -92,7 +89,7 @@ class MoEModule(LightningModule):
         return {"loss": loss, "load_sums_LE2": load_sums_LE2}
 
     def global_sums(self, stats: list[RouterStats], num_targets: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The routers' integer sums and the number of targets over all ranks, in one all-reduce for all layers."""
+        """Sum the routers' integers and the number of targets over all ranks, in one all-reduce for all layers."""
         if not stats:
             return None, self.parallel_context.sum_over_ranks(num_targets)
         local_LE2 = integer_sums(stats)
@@ -102,7 +99,7 @@ class MoEModule(LightningModule):
     # ------------------------------------------------------------------ validation
 
     def note_validation(self, nats: Tensor, num_targets: Tensor, stats: list[RouterStats]) -> None:
-        """A validation step's part of val/loss and of the experts' load."""
+        """Add one validation step to val/loss and to the experts' load."""
         self.val_nats.update(nats)
         self.val_targets.update(num_targets)
         if stats:
@@ -110,7 +107,7 @@ class MoEModule(LightningModule):
             self.val_load_sums = sums_LE2 if self.val_load_sums is None else self.val_load_sums + sums_LE2
 
     def finish_validation(self) -> tuple[Tensor, Tensor]:
-        """Logs val/loss and the load, over all ranks, and begins anew. Returns nats and targets."""
+        """Log val/loss and the load over all ranks, reset both, and return nats and number of targets."""
         nats, targets = self.val_nats.compute(), self.val_targets.compute()
         self.log("val/loss", nats / targets, prog_bar=True)
         self.val_nats.reset()
@@ -125,11 +122,11 @@ class MoEModule(LightningModule):
     # ------------------------------------------------------------------ optimization
 
     def never_decays(self) -> set[nn.Parameter]:
-        """What is kept from decaying beside norms, biases and position embeddings."""
+        """Return parameters without weight decay, besides norms, biases and position embeddings."""
         return set()
 
     def configure_optimizers(self) -> Any:
-        """AdamW; matrices decay, norms, biases and position embeddings do not."""
+        """Weight decay applies to matrices, not to norms, biases and embeddings."""
         decays = {
             p for m in self.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(False) if p.dim() > 1
         } - self.never_decays()
@@ -143,22 +140,24 @@ class MoEModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def lr_ratio(self, step: int) -> float:
-        """Linear from 0 to 1 in warmup_steps, then a half cosine to min_lr_ratio at max_steps."""
+        """Return the learning rate over its peak: linear warm-up, then a half cosine to min_lr_ratio at max_steps."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         progress = min(1.0, (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps))
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
+    def on_fit_start(self) -> None:
+        """A plain Trainer clips and checks the same way as ExpertParallelStrategy, which has set this already."""
+        guard_updates(self.trainer.precision_plugin, self, self.parallel_context)
+
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        shards = {p for _, p in expert_parameters(self)}
-        assert self.guard is not None
-        context, zero = self.parallel_context, self.guard.loss_as_zero()
-        norm = clip_grad_norm(self.parameters(), shards, self.gradient_clip, context, zero)
-        self.guard.check(norm, context)
+        self.clip_gradients(optimizer, self.gradient_clip)
+        norm = guard_updates(self.trainer.precision_plugin, self, self.parallel_context).norm
+        assert norm is not None
         self.log("train/grad_norm", norm)
 
 
 def cross_entropy_sum(logits_NC: Tensor, labels: Tensor) -> Tensor:
-    """Nats of all targets together, in float32 or wider. labels: classes [N], or probabilities [N, C]."""
+    """Return the sum over all targets in nats, in float32 or wider. labels: classes [N] or probabilities [N, C]."""
     logits_NC = logits_NC.to(torch.promote_types(logits_NC.dtype, torch.float32))
     return F.cross_entropy(logits_NC, labels, ignore_index=IGNORE, reduction="sum")

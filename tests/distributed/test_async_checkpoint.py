@@ -43,7 +43,7 @@ def train(rank, world_size, folder, background):
     class Watch(DataPosition):
         def on_train_batch_start(self, trainer, *_):
             nonlocal overlapped
-            saving = trainer.strategy.saving
+            saving = trainer.strategy.checkpoints.saving
             overlapped += saving is not None and not saving.is_written()
             if rank == 0 and (whole or list(folder.glob("*.ckpt"))):
                 whole.append(len([path for path in folder.glob("*.ckpt") if durable.verify(path)]))
@@ -91,7 +91,7 @@ def snapshot(rank, world_size, folder):
             with torch.no_grad():
                 for p in pl_module.parameters():
                     p.fill_(7.0)
-            trainer.strategy.finish_saving()
+            trainer.strategy.checkpoints.finish()
 
     overwrite = Overwrite()
     trainer = build_trainer(config, [overwrite], [])

@@ -18,9 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scmoe.parallel import all_to_all
+from scmoe.parallel import all_to_all, strategy
 from scmoe.parallel.all_to_all import Transfer
-from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.parallel.update.reducer import ExpertGradientReducer
 from scmoe.testbed.ranks import RankError, run_ranks
 from tests.support.cases import EP2
@@ -55,7 +54,7 @@ BROKEN: dict[str, Callable[[], list[Any]]] = {
     "late": lambda: [patch.object(all_to_all, "point_to_point", delayed(Late))],
     "shuffled": lambda: [patch.object(all_to_all, "point_to_point", delayed(Shuffled))],
     "no 1/EP scale": lambda: [patch.object(ExpertGradientReducer, "_scale", lambda self, grad: grad)],
-    "no DDP ignore list": lambda: [patch.object(ExpertParallelStrategy, "_hide_shards_from_ddp", lambda self: None)],
+    "no DDP ignore list": lambda: [patch.object(strategy, "hide_from_ddp", lambda module, names: None)],
     "no wait, forward": lambda: [
         patch.object(all_to_all, "point_to_point", delayed(Late)),
         patch.object(Transfer, "finish", finish_without_waiting(backward=False)),

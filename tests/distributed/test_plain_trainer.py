@@ -7,11 +7,12 @@ from lightning.pytorch import Trainer
 
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.stream import MoEStream
-from scmoe.testbed.ranks import run_ranks
+from scmoe.testbed.ranks import RankError, run_ranks
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
+from scmoe.training.language_model import LanguageModel
 from tests.support.trainings import tiny
 
 pytestmark = pytest.mark.dist
@@ -26,13 +27,22 @@ def weights(module):
 def with_strategy(rank, world_size):
     config = tiny(CONFIG, world_size)
     module = build_module(config)
-    build_trainer(config, [DataPosition()], []).fit(module, build_datamodule(config))
-    return weights(module)
+    trainer = build_trainer(config, [DataPosition()], [])
+    trainer.fit(module, build_datamodule(config))
+    return weights(module), trainer.callback_metrics["train/grad_norm"]
 
 
-def without_strategy(rank, world_size):
+class Poisoned(LanguageModel):
+    def task_loss(self, batch):
+        nats, num_targets, stats = super().task_loss(batch)
+        return nats * float("nan"), num_targets, stats
+
+
+def without_strategy(rank, world_size, poisoned=False):
     config = tiny(CONFIG, world_size)
     module = build_module(config)
+    if poisoned:
+        module.__class__ = Poisoned
     trainer = Trainer(
         strategy="auto",
         accelerator="cpu",
@@ -49,10 +59,16 @@ def without_strategy(rank, world_size):
     trainer.fit(module, build_datamodule(config))
     streams = [m for m in module.modules() if isinstance(m, MoEStream)]
     assert streams and all(isinstance(stream.dispatcher, LocalDispatcher) for stream in streams)
-    return weights(module)
+    return weights(module), trainer.callback_metrics["train/grad_norm"]
 
 
 def test_a_plain_trainer_trains_the_same_to_the_bit():
-    (plain,), (strategy,) = run_ranks(without_strategy, 1), run_ranks(with_strategy, 1)
+    ((plain, norm),), ((strategy, expected),) = run_ranks(without_strategy, 1), run_ranks(with_strategy, 1)
+    assert norm > 0 and torch.equal(norm, expected)
     assert plain.keys() == strategy.keys()
     assert all(torch.equal(plain[name], strategy[name]) for name in plain)
+
+
+def test_a_plain_trainer_stops_at_a_nan():
+    with pytest.raises(RankError, match=r"FloatingPointError: gradient norm is nan, .* first not finite: rank 0: loss"):
+        run_ranks(without_strategy, 1, True)

@@ -15,7 +15,10 @@ FLOORS = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ONLY_IN = {
     "torch.distributed": ("scmoe/parallel/", "scmoe/testbed/"),
-    "lightning": ("scmoe/training/", "scmoe/parallel/strategy.py", "scmoe/parallel/lightning_seam.py", "datamodules/"),
+    "lightning": (
+        *("scmoe/training/", "datamodules/", "scmoe/parallel/lightning_seam.py"),
+        *("scmoe/parallel/strategy.py", "scmoe/parallel/job/fail_fast.py"),
+    ),
     "pytorch_lightning": (),  # its other name
     "os.environ": ("scmoe/parallel/mesh.py", "scmoe/training/run/", "scmoe/testbed/"),
     "os.getenv": (),

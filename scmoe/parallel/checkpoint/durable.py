@@ -1,7 +1,7 @@
-"""A directory that is whole or absent, whatever happens while it is written (faults 1-6 of a checkpoint's life).
+"""Writes a directory that is complete or absent, even if the writer is killed at any moment (faults 1-6).
 
-It is written beside its place under a hidden name, sealed with a manifest of every file's size and SHA-256, and
-renamed. Readers check the seal. What a killed writer leaves behind is swept by the next one.
+The directory is written under a hidden name in the same folder, sealed with a manifest of every file's size and
+SHA-256, and renamed. Readers check the seal. The next writer removes what a killed one has left.
 """
 
 from __future__ import annotations
@@ -18,29 +18,25 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-
-ASIDE = re.compile(r"\.(.+)\.(old|tmp)-[0-9a-f]{8}")  # of `partial_path` and `commit`; nothing else is ours to touch
+ASIDE = re.compile(r"\.(.+)\.(old|tmp)-[0-9a-f]{8}")  # names given by `partial_path` and `commit`
 
 
 class BrokenCheckpoint(ValueError):
-    """A checkpoint that is not what was written; the message names the file."""
+    """A checkpoint differs from what was written; the message names the file."""
 
 
 def partial_path(path: Path, token: str) -> Path:
-    """Where a directory is written before it is renamed to `path`. token: 8 hexadecimal digits."""
+    """Return where a directory is written before it is renamed to `path`. token: 8 hexadecimal digits."""
     return path.parent / f".{path.name}.tmp-{token}"
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def commit(partial: Path, path: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
-    """Seals `partial` and renames it to `path`. files: name -> fingerprint, of all files there."""
+    """Seal `partial` and rename it to `path`. files: name and fingerprint of all files in it."""
     write_durably(partial / MANIFEST, _seal({"step": step, "files": files}))
     sync(partial)
     old = path.parent / f".{path.name}.old-{uuid.uuid4().hex[:8]}"
@@ -52,7 +48,7 @@ def commit(partial: Path, path: Path, step: int, files: dict[str, dict[str, Any]
 
 
 def verify(path: Path) -> int:
-    """The step of a whole directory. BrokenCheckpoint: a file is missing, added, cut, changed or cannot be read."""
+    """Read all files and return the step. BrokenCheckpoint: one is missing, added, cut, changed or cannot be read."""
     manifest = read_manifest(path)
     present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
     if odd := sorted(present ^ manifest["files"].keys()):
@@ -68,7 +64,7 @@ def verify(path: Path) -> int:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """{"step", "files"}: what a checkpoint says it is. BrokenCheckpoint: it has no manifest, or a damaged one."""
+    """Return {"step", "files"} of a checkpoint. BrokenCheckpoint: it has no manifest, or a damaged one."""
     if not (path / MANIFEST).is_file():
         raise BrokenCheckpoint(f"{path} is not a complete checkpoint: it has no {MANIFEST}")
     try:
@@ -85,16 +81,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All that are there, whole or not; one that a killed writer had moved aside counts where it lies."""
+    """Return all checkpoints of a folder, complete or not, also one that a killed writer has moved aside."""
     moved = [aside for aside, name in _asides(folder, "old") if name.endswith(".ckpt")]
     return [*folder.glob("*.ckpt"), *moved]
 
 
 def newest_good(folder: Path) -> Path:
-    """The whole checkpoint of the latest step; a warning names each one that is found broken. Changes nothing, so that
-    ranks may ask at once.
+    """Return the complete checkpoint of the latest step; a warning names each broken one. Ranks may call it at once.
 
-    Manifests tell which is the newest, and all files are read of that one alone; of the next, where it is broken.
+    Manifests say which is the newest. All files are read of that one only, or of the next one if it is broken.
     FileNotFoundError: there is none.
     """
     found = []
@@ -114,7 +109,7 @@ def newest_good(folder: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Removes a directory, if there is one. Killed meanwhile, it leaves none that lacks files; `sweep` has the rest."""
+    """Remove a directory, if there is one. If killed meanwhile, it leaves no incomplete one under this name."""
     if not path.exists():
         return
     aside = partial_path(path, uuid.uuid4().hex[:8])
@@ -123,7 +118,7 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what killed writers left in `folder`, and puts back what one had moved aside."""
+    """Remove what killed writers left in `folder`, and restore what one had moved aside."""
     for aside, name in _asides(folder, "old"):
         if (folder / name).exists():
             shutil.rmtree(aside)
@@ -134,7 +129,7 @@ def sweep(folder: Path) -> None:
 
 
 def _asides(folder: Path, kind: str) -> Iterator[tuple[Path, str]]:
-    """Directories that a writer has named so, "old" or "tmp", and the names that they were to have."""
+    """Yield the directories of this kind, "old" or "tmp", that a writer has left, and their final names."""
     for path in sorted(folder.glob(f".*.{kind}-*")):
         named = ASIDE.fullmatch(path.name)
         if named and named[2] == kind and path.is_dir() and not path.is_symlink():
@@ -149,13 +144,13 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def _seal(manifest: dict[str, Any]) -> str:
-    """The manifest as text with its own hash: any other text is not it."""
+    """Return the manifest as text with its own hash; any other text is refused."""
     body = json.dumps(manifest, sort_keys=True)
     return json.dumps({**manifest, "seal": hashlib.sha256(body.encode()).hexdigest()}, sort_keys=True)
 
 
 def sync(path: Path) -> None:
-    """Makes a file's content, or a folder's entries, durable."""
+    """Make a file's content, or a folder's entries, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

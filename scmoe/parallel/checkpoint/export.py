@@ -1,4 +1,4 @@
-"""One file of whole weights out of a checkpoint, and back into a plain one-process model."""
+"""Exports whole weights from a checkpoint to one file, and loads them into a model in one process."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from safetensors import safe_open
 from torch import nn
 
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.checkpoint.loading import read_whole
+from scmoe.parallel.checkpoint.loading import check_same_model, read_whole
 from scmoe.parallel.checkpoint.saving import write_whole
 
 FORMAT_VERSION = "2"
 
 
 def consolidate(checkpoint: Path, out: Path, settings: Mapping[str, Any], prefix: str = "model.") -> None:
-    """Writes the weights of a checkpoint to one safetensors file, whole or not at all, experts by global id.
+    """Write the weights of a checkpoint to one safetensors file, experts by global id; the file is complete or absent.
 
-    settings: what the model was made with, for the file's header: names and shapes do not tell all of it.
-    prefix: the model's name in the LightningModule, with its dot; it is taken off. ValueError: a broken checkpoint.
+    settings: of the model, for the file's header, because names and shapes do not determine it.
+    prefix: the model's name in the LightningModule, with its dot; it is removed. ValueError: a broken checkpoint.
     """
     step = durable.verify(checkpoint)
     start = f"model.{prefix}"
@@ -32,7 +32,7 @@ def consolidate(checkpoint: Path, out: Path, settings: Mapping[str, Any], prefix
     partial = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         write_whole({name.removeprefix(start): t for name, t in weights.items()}, partial, header)
-        partial.chmod(0o644)  # to be handed on
+        partial.chmod(0o644)  # so that other users can read it
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
@@ -40,19 +40,13 @@ def consolidate(checkpoint: Path, out: Path, settings: Mapping[str, Any], prefix
 
 @torch.no_grad()
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Reads an exported file into a whole model in one process. ValueError: another model's, or another format."""
+    """Read an exported file into a whole model in one process. ValueError: another model's, or another format."""
     own = dict(model.named_parameters())
     with safe_open(path, framework="pt") as file:
         version = (file.metadata() or {}).get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(f"{path} has format version {version}, allowed: {FORMAT_VERSION}")
         there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        for name in sorted(own.keys() | there.keys()):
-            here = tuple(own[name].shape) if name in own else None
-            if here != there.get(name):
-                raise ValueError(
-                    f"{path} holds another model: {name} is {there.get(name, 'absent')} there"
-                    f" and {here or 'absent'} here"
-                )
+        check_same_model(path, own, there)
         for name, p in own.items():
             p.copy_(file.get_tensor(name))

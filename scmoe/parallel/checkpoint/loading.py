@@ -1,10 +1,10 @@
-"""Reads a checkpoint, whatever number of ranks wrote it."""
+"""Reads a checkpoint; any number of ranks may have written it."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from torch.optim import Optimizer
 
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.random_state import rng_states
-from scmoe.parallel.checkpoint.state import META, as_dtensor, from_json, model_state, same_error_on_every_rank
+from scmoe.parallel.checkpoint.state import META, as_dtensor, from_json, model_state
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.shards import expert_parameters
 
 
 def read_whole(path: Path, start: str = "") -> dict[str, Tensor]:
-    """The tensors whose names begin so, experts of all ranks together, in one process and on the host."""
+    """Return the tensors whose names begin with `start`, with the experts of all ranks, on the CPU of one process."""
     reader = HuggingFaceStorageReader(str(path))
     stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
     whole = {
@@ -30,28 +30,33 @@ def read_whole(path: Path, start: str = "") -> dict[str, Tensor]:
         for name, entry in stored.items()
         if name.startswith(start)
     }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is meant
-        dcp.load(whole, storage_reader=reader, no_dist=True)
+    _fill(whole, reader)
     return whole
+
+
+def _fill(tensors: dict[str, Tensor], reader: HuggingFaceStorageReader) -> None:
+    """Read into these tensors in one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
 
 
 @torch.no_grad()
 def load_checkpoint(
     path: Path, module: nn.Module, optimizers: Sequence[Optimizer], context: ParallelContext
 ) -> dict[str, Any]:
-    """Reads a checkpoint into the module and the optimizers, whatever number of ranks wrote it; returns the rest.
+    """Read a checkpoint into the module and the optimizers and return the rest.
 
-    The key "rng_states" is this rank's, where as many ranks wrote as read. ValueError: not a checkpoint, or another
-    model's.
+    The key "rng_states" holds this rank's states, if as many ranks wrote as read. ValueError: no whole checkpoint, or
+    another model's.
     """
-    with same_error_on_every_rank(context):
+    with context.same_error_on_all_ranks():
         if context.rank == 0:
             durable.verify(path)
     meta = from_json(json.loads((path / META).read_text()))
     stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     wanted: dict[str, Tensor] = {f"model.{name}": t for name, t in model_state(module, context).items()}
-    _check_same_model(path, _shapes(wanted), _stored_shapes(stored))
+    check_same_model(path, wanted, _stored_shapes(stored))
 
     groups = meta.pop("param_groups", [])
     for i, (optimizer, saved_groups) in enumerate(zip(optimizers, groups, strict=False)):
@@ -68,23 +73,21 @@ def load_checkpoint(
 
 @torch.no_grad()
 def load_model(path: Path, model: nn.Module, prefix: str = "") -> None:
-    """Reads the weights alone into a whole model in one process, whatever number of ranks wrote them.
+    """Read only the weights, into a whole model in one process.
 
     prefix: the model's name in the LightningModule, with its dot. ValueError: broken, or another model's checkpoint.
     """
     own = {f"model.{prefix}{name}": p for name, p in model.named_parameters()}
     durable.verify(path)
     reader = HuggingFaceStorageReader(str(path))
-    _check_same_model(path, _shapes(own), _stored_shapes(reader.read_metadata().state_dict_metadata))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is meant
-        dcp.load({name: p.detach() for name, p in own.items()}, storage_reader=reader, no_dist=True)
+    check_same_model(path, own, _stored_shapes(reader.read_metadata().state_dict_metadata))
+    _fill({name: p.detach() for name, p in own.items()}, reader)
 
 
 def _allocate_state(
     prefix: str, module: nn.Module, optimizer: Optimizer, stored: dict[str, Any], context: ParallelContext
 ) -> dict[str, Tensor]:
-    """Empty optimizer state of the stored names and types, put into the optimizer; dcp.load fills it in place."""
+    """Put empty state of the stored names and types into the optimizer; return it, for dcp.load to fill in place."""
     shards = {p for _, p in expert_parameters(module)}
     steps_on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     wanted: dict[str, Tensor] = {}
@@ -100,15 +103,13 @@ def _allocate_state(
     return wanted
 
 
-def _shapes(tensors: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(t.shape) for name, t in tensors.items()}
-
-
 def _stored_shapes(stored: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry.size) for name, entry in stored.items() if name.startswith("model.")}
 
 
-def _check_same_model(path: Path, here: dict[str, tuple[int, ...]], there: dict[str, tuple[int, ...]]) -> None:
+def check_same_model(path: Path, own: Mapping[str, Tensor], there: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError if the tensors here have other names or shapes than those that the file at `path` holds."""
+    here = {name: tuple(t.shape) for name, t in own.items()}
     differing = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
     if differing:
         k = differing[0]

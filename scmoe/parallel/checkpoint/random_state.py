@@ -1,12 +1,12 @@
-"""A rank's random generators as tensors, which a checkpoint can hold: torch's, Python's and NumPy's.
+"""Turns the states of a rank's random generators into tensors, which a checkpoint can hold, and back.
 
-This library draws from torch alone; a user's own transforms may draw from the others.
+This library draws from torch alone; a user's own transforms may draw from Python's and NumPy's generators.
 """
 
 from __future__ import annotations
 
 import random
-import struct
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,8 +14,15 @@ from torch import Tensor
 
 
 def rng_states() -> dict[str, Tensor]:
-    """The host's, Python's, NumPy's legacy one, and the GPU's where there is one; of the same shapes always."""
-    states = {"host": torch.get_rng_state(), "python": _of_python(), "numpy": _of_numpy()}
+    """Return the states of torch (CPU, and GPU if one is in use), of Python and of NumPy's legacy generator."""
+    version, words, gauss = random.getstate()
+    kind, key, position, has_gauss, numpy_gauss = np.random.get_state(legacy=True)
+    assert (version, kind) == (3, "MT19937"), "both generators are Mersenne twisters"
+    states = {
+        "host": torch.get_rng_state(),
+        "python": _pack(words, gauss),
+        "numpy": _pack([*np.asarray(key).tolist(), int(position)], float(numpy_gauss) if has_gauss else None),
+    }
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
@@ -24,32 +31,21 @@ def rng_states() -> dict[str, Tensor]:
 def set_rng_states(states: dict[str, Tensor]) -> None:
     torch.set_rng_state(states["host"])
     if "python" in states:
-        *words, has_gauss, gauss = states["python"].tolist()
-        random.setstate((3, tuple(words), _float(gauss) if has_gauss else None))
+        words, gauss = _unpack(states["python"])
+        random.setstate((3, tuple(words), gauss))
     if "numpy" in states:
-        *key, position, has_gauss, gauss = states["numpy"].tolist()
-        np.random.set_state(("MT19937", np.array(key, np.uint32), position, has_gauss, _float(gauss)))
+        (*key, position), gauss = _unpack(states["numpy"])
+        np.random.set_state(("MT19937", np.array(key, np.uint32), position, int(gauss is not None), gauss or 0.0))
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _of_python() -> Tensor:
-    """624 words and the position, then the second half of a drawn pair of normals: is there one, its bits."""
-    version, words, gauss = random.getstate()
-    assert version == 3, "Python's since 3.2"
-    return torch.tensor([*words, gauss is not None, _bits(gauss or 0.0)], dtype=torch.int64)
+def _pack(words: Sequence[int], gauss: float | None) -> Tensor:
+    """Return 624 words and the position, whether the second of a pair of normals is left over, and that one's bits."""
+    bits = torch.tensor(gauss or 0.0, dtype=torch.float64).view(torch.int64)
+    return torch.tensor([*words, gauss is not None, bits.item()], dtype=torch.int64)
 
 
-def _of_numpy() -> Tensor:
-    """As Python's."""
-    kind, key, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    assert kind == "MT19937", "np.random.seed has no other"
-    return torch.tensor([*np.asarray(key).tolist(), position, has_gauss, _bits(float(gauss))], dtype=torch.int64)
-
-
-def _bits(x: float) -> int:
-    return struct.unpack("<q", struct.pack("<d", x))[0]
-
-
-def _float(bits: int) -> float:
-    return struct.unpack("<d", struct.pack("<q", bits))[0]
+def _unpack(state: Tensor) -> tuple[list[int], float | None]:
+    *words, has_gauss = state[:-1].tolist()
+    return words, state[-1:].view(torch.float64).item() if has_gauss else None

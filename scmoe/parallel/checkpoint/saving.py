@@ -1,4 +1,4 @@
-"""Writes a checkpoint: every rank its own shards, in the foreground or beside training."""
+"""Writes a checkpoint: every rank its own shards, while training waits or in parallel with it."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from torch.futures import Future
 
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import read_whole
-from scmoe.parallel.checkpoint.state import FULL, META, same_error_on_every_rank, split, to_json
+from scmoe.parallel.checkpoint.state import FULL, META, split, to_json
 from scmoe.parallel.mesh import ParallelContext
 
 
 class Saving:
-    """A checkpoint on its way to disk. Its tensors are those of the moment it was started, whatever training does
-    since; it is in its place, whole, when `finish` has returned on every rank."""
+    """A checkpoint that is being written. It holds the tensors of the moment it was started, and it is complete and in
+    its place once `finish` has returned on every rank."""
 
     def __init__(
         self, path: Path, checkpoint: dict[str, Any], context: ParallelContext, background: bool, full: bool = False
     ) -> None:
-        """Every rank must make it. background: return once the tensors are copied, and write in a thread. full: in the
-        end rank 0 puts all shards together in one file, in its memory."""
+        """Every rank must construct it. background: return once the tensors are copied, and write in a thread. full: in
+        the end rank 0 merges all shards into one file, in its memory."""
         self.path, self.context, self.step, self.full = path, context, checkpoint["global_step"], full
         tensors, meta = split(checkpoint, context)
         self.meta = json.dumps(to_json(meta))
         token: list[Any] = [uuid.uuid4().hex[:8]]
         dist.broadcast_object_list(token, group=context.checkpoint_group)
         self.partial = durable.partial_path(path, token[0])
-        with same_error_on_every_rank(context):
+        with context.same_error_on_all_ranks():
             if context.rank == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 durable.sweep(path.parent)
@@ -54,23 +54,25 @@ class Saving:
             self.writing = None
 
     def is_written(self) -> bool:
-        """Whether this rank has nothing left to write, so that `finish` will not wait for it."""
+        """Return whether this rank has written its part, so that `finish` does not wait for it."""
         return self.writing is None or self.writing.done()
 
     def finish(self) -> None:
-        """Every rank must call it. Of what is written it reads nothing, unless it is put together in one file.
-        OSError, on every rank: the disk is full or the like; older ones are whole."""
+        """Move the complete checkpoint to its place; every rank must call it. It reads shards again only to merge them.
+
+        OSError, on every rank: for example, the disk is full; older checkpoints are still complete.
+        """
         with self._loudly():
             if self.writing is not None:
                 self.writing.result()
         context = self.context
         shares: list[dict[str, Any]] | None = [{}] * context.world_size if context.rank == 0 else None
         dist.gather_object(self.writer.fingerprints, shares, group=context.checkpoint_group)
-        with same_error_on_every_rank(context):
+        with context.same_error_on_all_ranks():
             if shares is not None:
                 files = {name: fingerprint for share in shares for name, fingerprint in share.items()}
                 if self.full:
-                    _put_together(self.partial)
+                    _merge(self.partial)
                     files = {FULL: durable.fingerprint(self.partial / FULL)}
                 durable.write_durably(self.partial / META, self.meta)
                 files[META] = durable.fingerprint(self.partial / META)
@@ -80,12 +82,12 @@ class Saving:
     def _loudly(self) -> Iterator[None]:
         try:
             yield
-        except dcp.CheckpointException as error:  # a BaseException, raised alike on every rank
-            raise OSError(f"{self.path} could not be written; older checkpoints are as they were: {error}") from error
+        except dcp.CheckpointException as error:  # a BaseException, raised on every rank
+            raise OSError(f"{self.path} could not be written; older checkpoints are unchanged: {error}") from error
 
 
 class _ShardWriter(HuggingFaceStorageWriter):
-    """Makes this rank's shard durable and takes its fingerprint, both in the thread that writes it."""
+    """Makes this rank's shard durable and computes its fingerprint, both in the thread that writes it."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), save_distributed=True)
@@ -100,7 +102,7 @@ class _ShardWriter(HuggingFaceStorageWriter):
 
 
 def write_whole(tensors: dict[str, Tensor], path: Path, header: dict[str, str] | None = None) -> None:
-    """One durable file. OSError: the disk is full or the like."""
+    """Write one durable file. OSError: for example, the disk is full."""
     try:
         save_file(tensors, path, metadata=header)
     except SafetensorError as error:
@@ -108,8 +110,8 @@ def write_whole(tensors: dict[str, Tensor], path: Path, header: dict[str, str] |
     durable.sync(path)
 
 
-def _put_together(folder: Path) -> None:
-    """DCP's own way (`enable_consolidation`) takes floating-point tensors alone: no random states."""
+def _merge(folder: Path) -> None:
+    """Merge the shards into one file. DCP's own `enable_consolidation` accepts no integers, such as random states."""
     shards = list(folder.glob("*.safetensors"))
     write_whole(read_whole(folder), folder / FULL)
     for shard in shards:

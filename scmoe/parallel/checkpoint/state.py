@@ -1,23 +1,20 @@
-"""What a checkpoint holds: named tensors, and JSON for all that is no tensor.
+"""Defines what a checkpoint holds: named tensors, and JSON for everything else.
 
     <name>.ckpt/manifest.json                    step, size and hash of every file
-                meta.json                        everything but tensors
+                meta.json                        everything except tensors
                 shard-*.safetensors              (or all.safetensors) model.<name>, optimizer_<i>.<name>.<state>,
                                                  rng.<generator>.<rank>
 
-DTensor exists at this boundary only, to say which slice of an expert weight a rank holds. Nothing here can execute code
+DTensor is used only here, to say which slice of an expert weight a rank holds. Nothing in these files can execute code
 when it is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
@@ -27,13 +24,12 @@ from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.shards import expert_parameters
 
 META = "meta.json"
-
 FULL = "all.safetensors"
 
 
 def model_state(module: nn.Module, context: ParallelContext) -> dict[str, Tensor]:
-    """The module's tensors by name, expert shards as DTensors; all share storage with the module, so that reading
-    into them is loading. A tied weight is there once, under its first name."""
+    """Return the module's tensors by name, expert shards as DTensors. They share storage with the module, so reading
+    into them loads the module. A tied weight occurs once, under its first name."""
     shards = {name for name, _ in expert_parameters(module)}
     tied = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     tied -= {name for name, _ in module.named_parameters()}
@@ -42,7 +38,7 @@ def model_state(module: nn.Module, context: ParallelContext) -> dict[str, Tensor
 
 
 def optimizer_state(module: nn.Module, optimizer: Optimizer, context: ParallelContext) -> dict[str, Any]:
-    """{"state": {parameter name: {...}}, "param_groups": [...]}: names, where torch has positions."""
+    """Return {"state": {parameter name: {...}}, "param_groups": [...]}, with names in place of torch's positions."""
     names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
     shards = {p for _, p in expert_parameters(module)}
     state = {
@@ -54,7 +50,7 @@ def optimizer_state(module: nn.Module, optimizer: Optimizer, context: ParallelCo
 
 
 def split(checkpoint: dict[str, Any], context: ParallelContext) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Lightning's checkpoint dictionary as named tensors and the rest."""
+    """Split Lightning's checkpoint dictionary into named tensors and the rest; add the random states."""
     tensors = {f"rng.{name}.{context.rank}": state for name, state in rng_states().items()}
     tensors.update({f"model.{name}": t for name, t in checkpoint["state_dict"].items()})
     meta = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
@@ -75,7 +71,7 @@ def _is_like(value: Any, p: Tensor) -> bool:
 
 
 def to_json(x: Any) -> Any:
-    """Containers, numbers, strings and small tensors as JSON; TypeError for anything else."""
+    """Convert containers, numbers, strings and small tensors to JSON values. TypeError: anything else."""
     if x is None or isinstance(x, (bool, int, float, str)):
         return x
     if isinstance(x, Tensor):
@@ -103,16 +99,3 @@ def from_json(x: Any) -> Any:
             return {from_json(k): from_json(v) for k, v in x["__items__"]}
         return {k: from_json(v) for k, v in x.items()}
     return x
-
-
-@contextmanager
-def same_error_on_every_rank(context: ParallelContext) -> Iterator[None]:
-    """What rank 0 raises inside, every rank raises: none waits for one that has given up."""
-    failure: list[Any] = [None]
-    try:
-        yield
-    except (OSError, ValueError, TypeError) as error:
-        failure = [error]
-    dist.broadcast_object_list(failure, group=context.checkpoint_group)
-    if failure[0] is not None:
-        raise failure[0]

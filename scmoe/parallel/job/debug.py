@@ -1,13 +1,12 @@
-"""Debug mode for collectives (fault 15): ranks compare what each is about to do, before it is done.
+"""Debug mode for collectives (fault 15): ranks compare what each is about to do before they do it.
 
-Two ranks that swap two all-reduces of one shape add up the wrong tensors without a word; other mix-ups hang until the
-timeout. With `strategy.debug_collectives` every collective that Python starts is first described to all ranks over a
-gloo group of its own: group, operation, shape, type, and the line of code that asked for it. The first difference
-raises on every rank. All ranks then go in lockstep, so it is for finding a fault, not for training.
+Two ranks that swap two all-reduces of the same shape add up the wrong tensors without an error; other mix-ups hang
+until the timeout. With `strategy.debug_collectives` every collective that Python starts is first described to all ranks
+over a separate gloo group: operation, shape, type, group, and the line of code that calls it. The first difference
+raises an error on every rank. All ranks then run in lockstep, so this mode is for finding a fault, not for training.
 
-Left out: what DDP starts from C++ (its buckets are compared by DDP itself, when it is built); checkpoints, which may be
-written beside training and have a group of their own; and single sends and receives, since they concern two ranks
-alone, and the others would wait for nothing.
+Left out: collectives that DDP starts from C++ (DDP compares its buckets itself when it builds them); checkpoints, which
+may be written in parallel with training; single sends and receives, which concern only two ranks.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ TENSORS = (
     *("all_reduce", "broadcast", "reduce", "gather", "scatter", "all_gather", "reduce_scatter"),
     *("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "barrier"),
 )
-
-OBJECTS = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list")  # of any kind each
-
+OBJECTS = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list")
 WATCHED: tuple[tuple[Any, str], ...] = (
     *((dist, name) for name in (*TENSORS, *OBJECTS)),
     (all_to_all, "point_to_point"),
 )
-
-# their number of rows differs from rank to rank, so only the width counts
-ROWS = ("all_to_all", "all_to_all_single", "point_to_point")
+ROWS = (
+    "all_to_all",
+    "all_to_all_single",
+    "point_to_point",
+)  # rows differ by rank: only the width is compared
 
 
 class OrderError(RuntimeError):
@@ -46,14 +45,11 @@ class OrderError(RuntimeError):
 
 
 class CompareCollectives:
-    """While installed, the functions in WATCHED compare before they act.
-
-    Made by every rank, since it makes a group.
-    """
+    """While installed, the functions in WATCHED compare first. Every rank must construct it: it makes a group."""
 
     def __init__(self, timeout: timedelta) -> None:
         self.group = dist.new_group(backend="gloo", timeout=timeout, group_desc="debug")
-        self.gather = dist.all_gather_object  # as it is when it is not watched
+        self.gather = dist.all_gather_object  # the original, which compares nothing
         self.originals: list[tuple[Any, str, Callable[..., Any]]] = []
         self.count = 0
 
@@ -74,7 +70,7 @@ class CompareCollectives:
             given = signature.bind(*args, **kwargs).arguments
             group = given.get("group")
             if group is None or group.group_desc != "checkpoint":
-                target = next(iter(given.values()), None)  # of a barrier: a group, or nothing
+                target = next(iter(given.values()), None)  # a tensor or a list of tensors; a barrier has none
                 target = target[0] if isinstance(target, (list, tuple)) and target else target
                 target = None if name in OBJECTS else target
                 self.compare(_describe(name, target if isinstance(target, Tensor) else None, group))
@@ -83,14 +79,14 @@ class CompareCollectives:
         return collective
 
     def compare(self, mine: str) -> None:
-        everyones: list[Any] = [None] * dist.get_world_size()
+        of_ranks: list[Any] = [None] * dist.get_world_size()
         try:
-            self.gather(everyones, mine, group=self.group)
-        except RuntimeError as error:  # a peer that never came
+            self.gather(of_ranks, mine, group=self.group)
+        except RuntimeError as error:  # another rank did not come
             error.add_note(f"rank {dist.get_rank()} waited for the others at collective {self.count}: {mine}")
             raise
-        if len(set(everyones)) > 1:
-            lines = [f"rank {rank}: {what}" for rank, what in enumerate(everyones)]
+        if len(set(of_ranks)) > 1:
+            lines = [f"rank {rank}: {what}" for rank, what in enumerate(of_ranks)]
             raise OrderError(f"collective {self.count} is not the same on all ranks; " + "; ".join(lines))
         self.count += 1
 
@@ -103,7 +99,7 @@ def _describe(name: str, tensor: Tensor | None, group: Any) -> str:
 
 
 def _caller() -> str:
-    """The innermost line outside of torch and this file."""
+    """Return file and line of the innermost call outside of torch and this file."""
     torch_folder, frame = str(Path(torch.__file__).parent), sys._getframe(1)
     while frame.f_back and (frame.f_code.co_filename == __file__ or frame.f_code.co_filename.startswith(torch_folder)):
         frame = frame.f_back

@@ -1,10 +1,8 @@
-"""Who did not come: the note that a rank adds to the error of a collective that another rank left alone (fault 14).
+"""When a collective fails because another rank left it, its error gets a note that names the missing rank (fault 14).
 
-A collective's own error says that time is up or that a connection is gone, not whose. So the survivors meet once more,
-briefly, in a group that the broken collective has not touched. `dist.monitored_barrier` would do, but where rank 0 is
-missing it takes the group's timeout, not its own.
-
-Who is missing may be stopped, or compute for ever: with rank 0 gone nobody would end it. `take_along` does.
+The collective's own error only says that it timed out or that a connection closed. So the remaining ranks contact each
+other once more, briefly, in a group that the broken collective has not used. `dist.monitored_barrier` would name the
+missing ranks too, but if rank 0 is missing it waits for the group's timeout instead of its own.
 """
 
 from __future__ import annotations
@@ -26,12 +24,14 @@ import torch.distributed as dist
 from scmoe.parallel.mesh import ParallelContext
 
 ROLL_CALL_S = 3.0
-
 LEFT_ALONE = re.compile(r"timed out|connection closed|connection reset|broken pipe", re.IGNORECASE)
 
 
 def note_absent(error: BaseException, context: ParallelContext) -> list[int]:
-    """Adds to `error`, if it is that of a collective, where this rank waited and for whom; returns the latter."""
+    """Return the ranks that do not answer; add them, and where this rank waited, to the error.
+
+    Any other error than that of a collective which was left alone stays as it is, and the list is empty.
+    """
     if not isinstance(error, RuntimeError) or not LEFT_ALONE.search(str(error)):
         return []
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
@@ -40,13 +40,13 @@ def note_absent(error: BaseException, context: ParallelContext) -> list[int]:
     if absent:
         answer = f"no answer from rank {', '.join(map(str, absent))}"
     else:
-        answer = "all ranks answer now, so one was late" if context.rank == 0 else "rank 0 answers, and knows the rest"
+        answer = "all ranks answer, so one was late" if context.rank == 0 else "rank 0 answers; its error says more"
     error.add_note(f"rank {context.rank} waited at {where}; roll call: {answer}")
     return absent
 
 
 def roll_call(context: ParallelContext) -> list[int]:
-    """The ranks that do not answer: rank 0 asks all, the others ask rank 0 alone."""
+    """Return the ranks that do not answer within ROLL_CALL_S: rank 0 asks all, the others ask rank 0 alone."""
     group, deadline, absent = context.checkpoint_group, time.monotonic() + ROLL_CALL_S, []
     words = {rank: torch.zeros(1) for rank in (range(1, context.world_size) if context.rank == 0 else [0])}
     answers = {}
@@ -55,7 +55,7 @@ def roll_call(context: ParallelContext) -> list[int]:
             answer = (dist.irecv if context.rank == 0 else dist.isend)(word, rank, group=group)
             assert answer is not None, "this rank is in the group"
             answers[rank] = answer
-        except RuntimeError:  # its connection is gone
+        except RuntimeError:  # its connection is closed
             absent.append(rank)
     for rank, answer in answers.items():
         try:
@@ -65,12 +65,12 @@ def roll_call(context: ParallelContext) -> list[int]:
     return sorted(absent)
 
 
-def take_along(children: Sequence[subprocess.Popen[bytes]], absent: Sequence[int], parent: int | None) -> None:
-    """When this process ends, after its traceback: no other of the job stays behind, stopped or stuck.
+def end_job_at_exit(children: Sequence[subprocess.Popen[bytes]], absent: Sequence[int], parent: int | None) -> None:
+    """When this process exits, end the other processes of the job on this machine, which may be stopped or stuck.
 
-    children: the processes of local ranks 1, 2, ... where this one has started them. absent: those of them, by local
-    rank, that did not answer: killed. The rest of them, and the parent (None: not of this job), are at most stopped:
-    told to go on, they find themselves alone and end with a traceback of their own.
+    children: local ranks 1, 2, ..., if this process has started them. Those in `absent` are killed. The others and the
+    parent (its process id, if it is a rank of this job) are continued in case they are stopped: they then find
+    themselves alone and end with a traceback of their own.
     """
 
     def end() -> None:

@@ -1,15 +1,13 @@
-"""SIGTERM to any rank: a flag, which the Strategy asks after at every step (fault 12).
+"""SIGTERM on any rank sets a flag; all ranks exchange their flags at every step and stop at the same one (fault 12).
 
-All ranks then stop at the same step, with one whole checkpoint, and exit with 143 (128 + 15). Lightning's own handler
-broadcasts from inside the signal, where the other ranks are in other collectives: a deadlock. So it is not let in.
+Lightning's own handler broadcasts inside the signal handler, while other ranks are in other collectives: a deadlock.
+So it is not installed.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,24 +18,19 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 
 class StopSignal:
-    """Takes the process's SIGTERM; a Trainer in another thread than the main one is stopped by its owner.
+    """The process's SIGTERM as a flag, `received`. Only the main thread can take the signal."""
 
-    connector: the Trainer's, which sets Lightning's handlers when the Strategy is set up already; all but this one.
-    """
-
-    def __init__(self, connector: Any) -> None:
+    def __init__(self) -> None:
         self.received = False
-        self.before: Any = None  # the handler that was there; None: it is there now
-        connector._register_signal = partial(_register_others, type(connector)._register_signal)
-        self.take()
+        self.before: Any = None  # the handler that was replaced; None while it is installed
 
     def take(self) -> None:
-        """From here on a SIGTERM is noted, and somebody must ask."""
+        """From here on a SIGTERM only sets the flag."""
         if self.before is None and threading.current_thread() is threading.main_thread():
             self.before = signal.signal(signal.SIGTERM, self._note) or signal.SIG_DFL
 
     def give_back(self) -> None:
-        """From here on a SIGTERM does what it did before, which is to end the process at once if nobody has had it."""
+        """From here on a SIGTERM does what it did before `take`; by default it ends the process at once."""
         if self.before is not None:
             signal.signal(signal.SIGTERM, self.before)
             self.before = None
@@ -46,15 +39,10 @@ class StopSignal:
         self.received = True
 
 
-def _register_others(register: Callable[..., None], number: int, handler: Any) -> None:
-    if number != signal.SIGTERM:
-        register(number, handler)
-
-
 class Poll:
-    """Flags of all ranks, added up: the sum is started at one batch and read at the next, so it has long been there.
+    """Sums flags over all ranks. Each sum is started in one call and read in the next, so that no call waits for it.
 
-    group: a gloo group of all ranks that carries nothing else.
+    group: a gloo group of all ranks that carries nothing else at the same time.
     """
 
     def __init__(self, group: Any, num_flags: int) -> None:
@@ -62,20 +50,20 @@ class Poll:
         self.in_flight: tuple[dist.Work, Tensor] | None = None
 
     def any_rank(self, *flags: bool) -> list[bool]:
-        """For each flag whether some rank had raised it at the call before. Every rank must call it as often."""
+        """Return for each flag whether any rank raised it in the call before. All ranks must call it equally often."""
         answers = self.close()
         sums = torch.tensor(flags, dtype=torch.int64)
         self.in_flight = (dist.all_reduce(sums, group=self.group, async_op=True), sums)
         return answers
 
     def smallest(self, count: float) -> float:
-        """The smallest count of all ranks, waited for: how often all of them can ask. Every rank must call it."""
+        """Wait for the smallest count of all ranks. Every rank must call it."""
         least = torch.tensor(count, dtype=torch.float64)
         dist.all_reduce(least, dist.ReduceOp.MIN, group=self.group)
         return least.item()
 
     def close(self) -> list[bool]:
-        """Waits for what is in flight, if anything."""
+        """Wait for the sum in flight and return it; all False if there is none."""
         if self.in_flight is None:
             return [False] * self.num_flags
         work, sums = self.in_flight

@@ -1,7 +1,8 @@
-"""Between backward and update: one global gradient norm, and no update that the guard has not seen (faults 22, 27).
+"""Between backward and update: one global gradient norm, and no update without a check by the guard (faults 22, 27).
 
-Lightning's precision plugins clip by a norm that differs from rank to rank, as each holds other experts, and look at
-nothing where nothing is clipped. Left out: a torch optimizer that is stepped past Lightning (`use_pl_optimizer=False`).
+Lightning's precision plugins clip by the norm of what a rank holds. It differs from rank to rank, because each holds
+other experts. They also check nothing if nothing is clipped. Left out: a torch optimizer that is stepped without
+Lightning (`use_pl_optimizer=False`).
 """
 
 from __future__ import annotations
@@ -13,55 +14,75 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from scmoe.parallel.lightning_seam import original_after_closure, replace_after_closure
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.shards import expert_parameters
 from scmoe.parallel.update.guard import Guard
 
 
+def guard_updates(plugin: Any, module: nn.Module, context: ParallelContext) -> GuardedUpdate:
+    """Return the GuardedUpdate of `module` in this precision plugin; the first call for a module installs it."""
+    installed = plugin.clip_gradients.__self__
+    if isinstance(installed, GuardedUpdate) and installed.module is module:
+        return installed
+    return GuardedUpdate(plugin, module, context)
+
+
 class GuardedUpdate:
-    """Puts itself in the place of what `plugin`, a precision plugin, does between backward and update."""
+    """Replaces the functions of a precision plugin that run between backward and update.
 
-    def __init__(self, plugin: Any) -> None:
-        self.plugin, self.original = plugin, type(plugin)
-        self.module: nn.Module | None = None
-        self.guard: Guard | None = None
-        self.context: ParallelContext | None = None
+    norm: the global gradient norm of the last update, before clipping; None while nothing has looked at it.
+    """
+
+    def __init__(self, plugin: Any, module: nn.Module, context: ParallelContext) -> None:
+        self.plugin, self.original, self.module, self.context = plugin, type(plugin), module, context
+        self.guard = Guard(module)
+        self.norm: Tensor | None = None
+        plugin.pre_backward, plugin.clip_gradients = self.before_backward, self.clip
         plugin.clip_grad_by_norm = self.clip_by_norm
-        plugin.clip_gradients = self.clip
-        plugin._after_closure = self.after_backward
+        replace_after_closure(plugin, self.after_backward)
 
-    def begin(self, module: nn.Module, guard: Guard, context: ParallelContext) -> None:
-        """Before training: what there is to look at."""
-        self.module, self.guard, self.context = module, guard, context
+    def before_backward(self, loss: Tensor, module: Any) -> Tensor:
+        self.guard.note_loss(loss)
+        return self.original.pre_backward(self.plugin, loss, module)
 
-    def after_backward(self, model: Any, optimizer: Optimizer) -> None:
-        """All that happens before this optimizer's update; FloatingPointError, alike on every rank, where a gradient is
-        not finite. RuntimeError: the module clips by other means."""
-        assert self.guard is not None
-        self.guard.has_looked = False
-        self.original._after_closure(self.plugin, model, optimizer)
-        if not model.automatic_optimization:  # there the module clips when and if it likes
+    def after_backward(self, module: Any, optimizer: Optimizer) -> None:
+        """Everything that happens before this optimizer's update.
+
+        FloatingPointError, on every rank: a gradient is not finite. RuntimeError: the module clips in another way.
+        """
+        self.norm = None
+        original_after_closure(self.plugin, module, optimizer)
+        if not module.automatic_optimization:  # such a module may clip whenever it likes
             self.clip_by_norm(optimizer, None)
-        elif not self.guard.has_looked:
+        elif self.norm is None:
             raise RuntimeError(
-                f"{type(model).__name__}.configure_gradient_clipping has clipped by other means than "
-                "self.clip_gradients, no update was made: each rank would take a norm of its own, and nothing would "
-                "see a NaN; call self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm) there"
+                f"{type(module).__name__}.configure_gradient_clipping did not call self.clip_gradients, so no update "
+                "was made: each rank would clip by a norm of its own, and a NaN would pass; call "
+                "self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm) there"
             )
 
     def clip(self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: str = "norm") -> None:
-        """What is not clipped by its norm is looked at all the same: no update with a number that is not finite."""
+        """Gradients that are not clipped by their norm are checked all the same."""
         if clip_val <= 0 or gradient_clip_algorithm != "norm":
             self.clip_by_norm(optimizer, None)
         self.original.clip_gradients(self.plugin, optimizer, clip_val, gradient_clip_algorithm)
 
     def clip_by_norm(self, optimizer: Optimizer, clip_val: float | None) -> None:
-        """The norm is that of all ranks together. clip_val None: look, and change nothing."""
-        assert self.module is not None and self.guard is not None and self.context is not None
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        """Compute the global norm, clip by it (clip_val None: change nothing) and check it."""
+        order = {p: i for i, p in enumerate(self.module.parameters())}  # the norm's last bits depend on the order
+        held = (p for group in optimizer.param_groups for p in group["params"])
         shards = {p for _, p in expert_parameters(self.module)}
+        parameters = sorted(held, key=lambda p: order.get(p, len(order)))
         norm = clip_grad_norm(parameters, shards, clip_val, self.context, self.guard.loss_as_zero())
         self.guard.check(norm, self.context)
+        self.norm = norm
+
+    def remove(self) -> None:
+        self.guard.remove()
+        for name in ("pre_backward", "clip_gradients", "clip_grad_by_norm"):
+            vars(self.plugin).pop(name, None)
+        replace_after_closure(self.plugin, None)
 
 
 @torch.no_grad()
@@ -72,11 +93,11 @@ def clip_grad_norm(
     context: ParallelContext,
     zero: Tensor | float = 0.0,
 ) -> Tensor:
-    """Scales all gradients to the global norm max_norm if it is larger (None: never); returns the norm before.
+    """Scale all gradients so that their global norm is at most max_norm (None: do not); return the norm before that.
 
-    norm^2 = |dense|^2 + sum over ranks |shards|^2 / EDP. One sum over all ranks, so the norm is the same to the bit
-    on every rank: were it only close, dense replicas would drift apart.
-    zero: of the guard; where it is NaN on one rank, the norm is NaN on all.
+    norm² = |dense|² + (sum over ranks of |shards|²) / EDP. One sum over all ranks makes the norm bit-identical on all
+    ranks; if it were only close, dense replicas would drift apart.
+    zero: `Guard.loss_as_zero()`; a NaN on one rank makes the norm NaN on all ranks.
     """
     parameters = list(parameters)
     dense = [p.grad for p in parameters if p.grad is not None and p not in shards]

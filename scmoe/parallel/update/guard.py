@@ -1,13 +1,10 @@
-"""Numbers that are not finite stop every rank before the update, with the layer and the rank where they arose (fault
-27).
+"""A NaN or Inf stops every rank before the update; the error names the layer and the rank where it arose (fault 27).
 
-The global gradient norm is the same to the bit on all ranks, so if it is not finite all ranks know at once, without a
-word more between them. Where it came from is only asked then: averaging has spread it over all ranks by that time, so
-each module's output and its gradient leave their sum behind, on this rank and in the order of computation: one
-reduction each, which nothing waits for.
-
-When it is asked is told in update.py. Left out: modules inside a compiled one (the neighbours and the gradients' names
-remain).
+The global gradient norm is bit-identical on all ranks, so all ranks see at the same time that it is not finite, without
+another message. Only then is the origin searched. The reduction has spread the NaN over all ranks by that time, so
+every module leaves the sum of its output and the sum of its output's gradient behind as it computes: one small
+reduction each, which nothing waits for. `clipping.py` decides when to check. Left out: modules inside a compiled one
+(the modules around it and the names of gradients remain).
 """
 
 from __future__ import annotations
@@ -18,18 +15,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from scmoe.parallel.lightning_seam import is_compiled
 from scmoe.parallel.mesh import ParallelContext
 
 
 class Guard:
-    """Watches the modules of `module` that have parameters of their own."""
+    """Watches those modules inside `module` that have parameters of their own."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.trace: list[tuple[str, Tensor]] = []  # what was computed, and the sum of its entries
         self.losses: list[Tensor] = []
-        self.has_looked = False  # whether `check` was called since somebody put this to False
-        compiled = [name for name, child in module.named_modules() if child._compiled_call_impl is not None]
+        compiled = [name for name, child in module.named_modules() if is_compiled(child)]
         self.hooks = [
             child.register_forward_hook(self._watch(name or type(child).__name__))
             for name, child in module.named_modules()
@@ -45,17 +42,16 @@ class Guard:
         return hook
 
     def note_loss(self, loss: Tensor) -> None:
-        """Called once per batch, before its backward."""
+        """Must be called for each batch, before its backward."""
         self.trace.append(("loss", loss.detach()))
         self.losses.append(loss.detach())
 
     def loss_as_zero(self) -> Tensor | float:
-        """0, or NaN where a loss since the last check was not finite: added to what is summed over ranks anyway."""
+        """Return 0, or NaN if a loss since the last check was not finite; to be added to a sum over ranks."""
         return torch.stack(self.losses).mul(0).sum() if self.losses else 0.0
 
     def check(self, norm: Tensor, context: ParallelContext) -> None:
-        """norm: the global gradient norm. FloatingPointError, alike on every rank, if it is not finite."""
-        self.has_looked = True
+        """norm: the global gradient norm. FloatingPointError, on every rank: it is not finite."""
         if torch.isfinite(norm):
             self.trace.clear()
             self.losses.clear()
@@ -66,11 +62,11 @@ class Guard:
             dist.all_gather_object(found, self._first(), group=context.control_group)
         arose = {rank: name for rank, name in enumerate(found) if name is not None and not name.startswith("gradient")}
         arose = arose or {rank: name for rank, name in enumerate(found) if name is not None}
-        where = "; ".join(f"rank {rank}: {name}" for rank, name in arose.items()) or "in the sum over ranks alone"
+        where = "; ".join(f"rank {rank}: {name}" for rank, name in arose.items()) or "only the sum over ranks"
         raise FloatingPointError(f"gradient norm is {norm.item()}, no update was made; first not finite: {where}")
 
     def _first(self) -> str | None:
-        """A weight that was not finite before, else the first result on this rank, else a gradient."""
+        """Return a weight that was not finite before, else the first result on this rank, else a gradient."""
         for name, p in self.module.named_parameters():
             if not p.isfinite().all():
                 return f"weight {name}"

@@ -1,9 +1,8 @@
-"""Gradients of expert shards: the mean over all ranks' losses, where a shard has seen the tokens of its EP group.
+"""Averages gradients of expert shards over all ranks; a shard has seen the tokens of its whole EP group.
 
 Each rank's loss is a mean over its own tokens, and dense gradients are averaged over all ranks. A shard's gradient
-arrives summed over the EP group (the All-to-All's backward brings it), so what is wanted is 1/EP of it, averaged over
-EDP. The 1/EP is applied as the gradient comes in and the mean when backward ends, so accumulating batches works as it
-does under DDP.
+arrives summed over the EP group, because the All-to-All's backward adds it up. So it is divided by EP and averaged over
+EDP: divided when it arrives, averaged when backward ends, so that accumulating batches works as it does under DDP.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Variable
 
+from scmoe.parallel.lightning_seam import call_after_backward
 from scmoe.parallel.mesh import ParallelContext
 
 
 class ExpertGradientReducer:
-    """Averages expert gradients over the expert-data-parallel group, in buckets that are sent while backward goes on.
+    """Averages expert gradients over the expert-data-parallel group, in buckets that are sent while backward runs.
 
-    Buckets fill in reverse order of registration, which is about the order of backward, and are launched strictly in
-    order: the same on every rank.
+    Buckets fill in reverse order of registration, which is roughly the order of backward. They are sent strictly in
+    order, so that all ranks send them in the same order.
     """
 
     def __init__(self, shards: Sequence[nn.Parameter], context: ParallelContext, bucket_mb: float = 25.0) -> None:
@@ -48,7 +47,7 @@ class ExpertGradientReducer:
             return
         if not self.listening:
             self.listening = True
-            Variable._execution_engine.queue_callback(self._finish)
+            call_after_backward(self._finish)
         self.missing[self.bucket_of[p]] -= 1
         while len(self.in_flight) < len(self.buckets) and self.missing[len(self.in_flight)] == 0:
             self._launch(len(self.in_flight))
@@ -56,7 +55,7 @@ class ExpertGradientReducer:
     def _launch(self, i: int) -> None:
         grads = []
         for p in self.buckets[i]:
-            if p.grad is None:  # took no part in this loss: its mean over the group still needs every rank
+            if p.grad is None:  # it took no part in this loss, but the mean over the group needs every rank
                 p.grad = torch.zeros_like(p)
             grads.append(p.grad)
         flat = torch.cat([g.flatten() for g in grads])
@@ -75,7 +74,7 @@ class ExpertGradientReducer:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside, gradients accumulate on this rank only."""
+        """While this context is open, gradients accumulate on this rank only."""
         self.enabled = False
         try:
             yield
@@ -88,7 +87,7 @@ class ExpertGradientReducer:
 
 
 def _buckets(parameters: Sequence[nn.Parameter], max_bytes: int) -> Iterator[list[nn.Parameter]]:
-    """Consecutive parameters of one dtype, at most max_bytes together (or one alone)."""
+    """Yield consecutive parameters of one dtype, at most max_bytes in total, or a single larger one."""
     bucket: list[nn.Parameter] = []
     for p in parameters:
         if bucket and (p.dtype != bucket[0].dtype or sum(q.nbytes for q in bucket) + p.nbytes > max_bytes):

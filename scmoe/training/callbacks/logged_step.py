@@ -6,10 +6,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from scmoe.parallel.lightning_seam import count_steps_from
+
 
 class LoggedStep(Callback):
     """Rows are logged under the step that they are of, counted from 0, in a resumed run too: Lightning counts one too
     many after a stop between two batches."""
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        count_steps_from(trainer, trainer.global_step)

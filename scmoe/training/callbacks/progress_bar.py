@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.callbacks import RichProgressBar
+from scmoe.parallel.lightning_seam import TitledProgressBar
 
 
-class StepProgressBar(RichProgressBar):
-    """Lightning's, named for what it counts: a training is one long epoch of steps here."""
+class StepProgressBar(TitledProgressBar):
+    """A training is one long epoch of steps here, so the bar shows no epoch."""
 
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "training"
+    title = "training"

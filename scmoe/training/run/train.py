@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
 
 from scmoe.config.fields import Config
 from scmoe.config.load import to_yaml
 from scmoe.parallel.checkpoint.durable import newest_good, verify
+from scmoe.parallel.lightning_seam import rank_without_trainer
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_model_on_meta, build_module
 from scmoe.training.build.trainer import build_callbacks, build_loggers, build_run_dir, build_trainer, seed_everything
@@ -36,7 +36,7 @@ def train(config: Config, overrides: Sequence[str] = (), run_dir: Path | None = 
     loggers: list[Logger] = []
     status = state = "failed"
     try:
-        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        if rank_without_trainer() == 0:
             run_dir, loggers = _open_run(config, overrides, run_dir, checkpoint)
         start = config if checkpoint is None else replace(config, init_from=None)  # the checkpoint has the weights
         module, data = build_module(start), build_datamodule(config)

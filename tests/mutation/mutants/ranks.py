@@ -44,7 +44,10 @@ MUTANTS = (
     .replaces("with super().block_backward_sync(), self.reducer.no_sync():", "with super().block_backward_sync():")
     .caught_by(f"{DIST}/test_strategy.py::test_expert_gradients_are_sent_once_a_step[2]"),
     Mutant("experts-given-to-DDP", 25, f"{PARALLEL}/strategy.py")
-    .replaces("        names.update(name for name, _ in expert_parameters(self.module))\n", "")
+    .replaces(
+        "hide_from_ddp(self.module, [name for name, _ in expert_parameters(self.module)])",
+        "hide_from_ddp(self.module, [])",
+    )
     .caught_by(EP),
     Mutant("norm-of-own-shards", 22, f"{PARALLEL}/update/clipping.py")
     .replaces(
@@ -76,7 +79,7 @@ MUTANTS = (
     )
     .caught_by(f"{FAULTS}/test_guards.py::test_27_a_module_that_steps_by_hand_is_watched_too[output]"),
     Mutant("clipping-past-the-strategy-let-through", 27, f"{PARALLEL}/update/clipping.py")
-    .replaces("        elif not self.guard.has_looked:\n", "        elif self.guard is None:\n")
+    .replaces("        elif self.norm is None:\n", "        elif self.guard is None:\n")
     .caught_by(f"{FAULTS}/test_guards.py::test_27_a_module_that_clips_by_other_means_is_refused[2]"),
     # ------------------------------------------------------------------ seeding
     Mutant("experts-drawn-by-local-id", 25, f"{MOE}/experts.py")

@@ -12,8 +12,8 @@ MUTANTS = (
         "(dist.all_reduce(sums.clone(), group=self.group, async_op=True), sums)",
     )
     .caught_by(f"{DIST}/test_poll.py"),
-    Mutant("deaf-while-validating", 12, f"{PARALLEL}/strategy.py")
-    .replaces("            self.polls_left = int(batches)\n", "            self.polls_left = 0\n")
+    Mutant("deaf-while-validating", 12, f"{PARALLEL}/job/lockstep.py")
+    .replaces("            self.polls_left = int(fewest)\n", "            self.polls_left = 0\n")
     .caught_by(f"{FAULTS}/test_stop.py::test_12_a_run_told_to_stop_while_it_validates_stops_there[1]"),
     Mutant("broken-off-validation-goes-on-half-way", 12, f"{PARALLEL}/lightning_seam.py")
     .replaces(
@@ -21,40 +21,40 @@ MUTANTS = (
         "        assert progress.current.started\n    if is_fitting(trainer) and trainer.validating is None:\n",
     )
     .caught_by(f"{FAULTS}/test_stop.py::test_12_a_run_told_to_stop_while_it_validates_stops_there[1]"),
-    Mutant("best-of-a-broken-off-validation-not-saved", 12, f"{PARALLEL}/strategy.py")
+    Mutant("best-of-a-broken-off-validation-not-saved", 12, f"{PARALLEL}/job/lockstep.py")
     .replaces(
-        "        self.has_begun = False\n        self._ask",
-        "        note_saved_step(self.module.trainer)\n        self._ask",
+        "        self.has_begun = False\n        self.ask",
+        "        seam.mark_step_as_saved(self.module.trainer)\n        self.ask",
     )
     .caught_by(f"{FAULTS}/test_stop.py::test_12_a_stop_while_validating_loses_no_best_checkpoint[4]"),
-    Mutant("sigterm-left-to-lightning", 12, f"{PARALLEL}/job/stopping.py")
-    .replaces("    if number != signal.SIGTERM:\n", "    if number:\n")
+    Mutant("sigterm-left-to-lightning", 12, f"{PARALLEL}/lightning_seam.py")
+    .replaces("        if number != signal.SIGTERM:\n", "        if number:\n")
     .caught_by(f"{FAULTS}/test_stop_any_time.py::test_12_told_to_stop_where_nothing_is_trained[test]"),
-    Mutant("nobody-asks-after-the-last-step", 12, f"{PARALLEL}/strategy.py")
-    .replaces("                self._ask_and_wait()  # for", "                assert self.stop  # for")
+    Mutant("nobody-asks-after-the-last-step", 12, f"{PARALLEL}/job/lockstep.py")
+    .replaces("            self.ask_and_wait()  # so that", "            assert self.stop  # so that")
     .caught_by(
         f"{FAULTS}/test_stop_any_time.py::"
         "test_12_told_to_stop_before_the_first_step_or_after_the_last[after the last step]"
     ),
-    Mutant("noted-where-nobody-asks", 12, f"{PARALLEL}/strategy.py")
+    Mutant("noted-where-nobody-asks", 12, f"{PARALLEL}/job/lockstep.py")
     .replaces(
-        "                self._ask_and_wait()\n            self.stop.give_back()\n",
-        "                self._ask_and_wait()\n",
+        "                self.ask_and_wait()\n            self.stop.give_back()\n",
+        "                self.ask_and_wait()\n",
     )
     .caught_by(f"{FAULTS}/test_stop_any_time.py::test_12_where_ranks_cannot_ask_each_other_a_process_ends_at_once"),
-    Mutant("saves-alone-after-an-exception", 13, f"{PARALLEL}/strategy.py")
+    Mutant("saves-alone-after-an-exception", 13, f"{PARALLEL}/job/fail_fast.py")
     .replaces(
-        "        return several and self.module.trainer.state.status == TrainerStatus.INTERRUPTED\n",
-        "        return several and self.module.trainer.state.status is None\n",
+        "        return self.context.world_size > 1 and was_interrupted(self.module.trainer)\n",
+        "        return self.context.world_size < 1 and was_interrupted(self.module.trainer)\n",
     )
     .caught_by(f"{FAULTS}/test_guards.py::test_13_callbacks_that_save_after_an_exception_wait_for_nobody"),
-    Mutant("rank-0-links-to-a-save-that-was-skipped", 13, f"{PARALLEL}/strategy.py")
-    .replaces("super().is_global_zero and not self._is_alone", "super().is_global_zero")
+    Mutant("rank-0-links-to-a-save-that-was-skipped", 13, f"{PARALLEL}/job/fail_fast.py")
+    .replaces("super().is_global_zero and not self.is_alone", "super().is_global_zero")
     .caught_by(
         f"{FAULTS}/test_guards.py::test_13_callbacks_that_save_after_an_exception_wait_for_nobody[0-save_on_exception]"
     ),
-    Mutant("each-rank-asks-as-often-as-it-can", 16, f"{PARALLEL}/strategy.py")
-    .replaces("self.poll.smallest(sum(batches_of))", "sum(batches_of)")
+    Mutant("each-rank-asks-as-often-as-it-can", 16, f"{PARALLEL}/job/lockstep.py")
+    .replaces("self.poll.smallest(sum(batches))", "sum(batches)")
     .caught_by(f"{FAULTS}/test_stop.py::test_12_ranks_with_other_numbers_of_validation_batches_agree_too"),
     # ------------------------------------------------------------------ ranks and workers that fail
     Mutant("roll-call-that-nobody-answers-is-fine", 14, f"{PARALLEL}/job/roll_call.py")
@@ -67,12 +67,12 @@ MUTANTS = (
     .replaces("dist.new_group(ranks, timeout=timeout, pg_options", "dist.new_group(ranks, pg_options")
     .caught_by(f"{FAULTS}/test_guards.py::test_14_no_group_waits_for_longer_than_it_was_told"),
     Mutant("difference-of-collectives-unseen", 15, f"{PARALLEL}/job/debug.py")
-    .replaces("        if len(set(everyones)) > 1:\n", "        if len(set(everyones)) > 2:\n")
+    .replaces("        if len(set(of_ranks)) > 1:\n", "        if len(set(of_ranks)) > 2:\n")
     .caught_by(f"{FAULTS}/test_guards.py::test_15_collectives_in_another_order_are_named"),
     Mutant("collectives-of-objects-unseen", 15, f"{PARALLEL}/job/debug.py")
     .replaces("for name in (*TENSORS, *OBJECTS)),", "for name in TENSORS),")
     .caught_by(f"{FAULTS}/test_guards.py::test_15_every_kind_of_collective_is_watched"),
-    Mutant("uneven-batches-let-in", 16, f"{PARALLEL}/job/even_batches.py")
+    Mutant("uneven-batches-let-in", 16, f"{PARALLEL}/job/lockstep.py")
     .replaces("    if context.world_size == 1:\n", "    if context.world_size > 1:\n")
     .caught_by(f"{FAULTS}/test_guards.py::test_16_each_loader_counts"),
     Mutant("sample-of-a-dead-worker-unknown", 19, f"{DATA}/watched.py")
