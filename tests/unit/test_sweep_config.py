@@ -12,9 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.sweep_axis import DISTRIBUTIONS, read_axis
-from experiments.sweep_config import read
 from scmoe.config.fields import ConfigError
+from scmoe.studies.sweep.axis import DISTRIBUTIONS, read_axis
+from scmoe.studies.sweep.sweep_file import read
 from tests.support.sweeps import GOOD
 
 ROOT = Path(__file__).parents[2]

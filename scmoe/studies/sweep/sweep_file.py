@@ -17,10 +17,10 @@ from typing import Any
 
 import yaml
 
-from experiments.sweep_axis import Axis, is_int, is_number, only, read_axis, refusal
 from scmoe.config.fields import Config, ConfigError, flatten, show
 from scmoe.config.load import load
 from scmoe.config.rules import NAME
+from scmoe.studies.sweep.axis import Axis, is_int, is_number, only, read_axis, refusal
 
 KEYS = [
     *("name", "description", "program", "command", "project", "entity", "method", "metric", "parameters"),

@@ -1,86 +1,33 @@
-"""What a training would take, without starting it: `python -m experiments.plan CONFIG [ep=N] [dp=N] [key=value ...]`.
+"""What a training costs, without starting it: parameters, FLOPs, bytes of All-to-All, memory of a rank.
 
-ep ranks share one set of experts, dp such sets are replicas of each other: ep x dp ranks, data parallel over all of
-them. What is not given is as CONFIG has it. Parameters, FLOPs, bytes of All-to-All and memory of a rank, read off the
-model on the meta device; the formulas are in scmoe/analysis/cost.py and memory.py. The last line on standard output is
-JSON.
+ep ranks share one set of experts, dp such sets are replicas: ep x dp ranks, data parallel over all of them. Numbers are
+read off the model on the meta device; the formulas are in scmoe/analysis/cost.py and memory.py.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 from rich.table import Table
 
-from scmoe.config.fields import Config, ConfigError
-from scmoe.config.load import load
-from scmoe.config.rules import resolve_ep_size
+from scmoe.analysis.cost import (
+    forward_flops,
+    moe_uses,
+    rank_parameters,
+    rows_per_sample,
+    training_flops,
+    transfer_bytes,
+)
+from scmoe.analysis.memory import rank_memory
+from scmoe.config.fields import Config
+from scmoe.training.build.model import build_model_on_meta
+from scmoe.training.run.report import count_parameters, total_and_active
 
-USAGE = "usage: python -m experiments.plan CONFIG [ep=N] [dp=N] [key=value ...]"
-RANKS = ("trainer.devices", "trainer.num_nodes", "strategy.ep_size")  # what ep and dp say
 MIB = 2**20
 
 
-def main(arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(f"{USAGE}\n\n{__doc__}")
-        return 0
-    try:
-        config, ep_size, dp_size = read(arguments)
-        facts = plan(config, ep_size, dp_size)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    from scmoe.training.run.report import console
-
-    console().print(table(facts))
-    print(json.dumps(facts))
-    return 0
-
-
-def read(arguments: list[str]) -> tuple[Config, int, int]:
-    """The config, checked for the given ranks, and the two degrees."""
-    if not arguments or "=" in arguments[0]:
-        raise ConfigError(f"no config given: {USAGE.removeprefix('usage: ')}")
-    sizes: dict[str, int] = {}
-    overrides = []
-    for argument in arguments[1:]:
-        key, _, value = argument.partition("=")
-        if key not in ("ep", "dp"):
-            overrides.append(argument)
-        elif not value.isdecimal() or int(value) < 1:
-            raise ConfigError(f"command line: {key} is {value!r}, allowed: a number of ranks, 1 or more")
-        else:
-            sizes[key] = int(value)
-    for override in overrides if sizes else ():
-        if (key := override.removeprefix("--").partition("=")[0]) in RANKS:
-            raise ConfigError(f"command line: {key} beside ep or dp, allowed: one of the two ways to say it")
-    if len(sizes) < 2:
-        config = load(arguments[0], overrides)
-        own_ep = resolve_ep_size(config)
-        own = {"ep": own_ep, "dp": config.trainer.devices * config.trainer.num_nodes // own_ep}
-        if not sizes:
-            return config, own["ep"], own["dp"]
-        sizes = own | sizes
-    ranks = [f"trainer.devices={sizes['ep'] * sizes['dp']}", "trainer.num_nodes=1", f"strategy.ep_size={sizes['ep']}"]
-    return load(arguments[0], [*overrides, *ranks]), sizes["ep"], sizes["dp"]
-
-
-def plan(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
-    from scmoe.analysis.cost import (
-        forward_flops,
-        moe_uses,
-        rank_parameters,
-        rows_per_sample,
-        training_flops,
-        transfer_bytes,
-    )
-    from scmoe.analysis.memory import rank_memory
-    from scmoe.training.build.model import build_model_on_meta
-    from scmoe.training.run.report import count_parameters, total_and_active
-
+def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
+    """Return the costs of a config on ep_size x dp_size ranks: per token (image), and for one rank."""
     trainer, data = config.trainer, config.data
     model = build_model_on_meta(config)
     total, active = total_and_active(count_parameters(model))
@@ -131,9 +78,11 @@ def plan(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
     }
 
 
-def table(facts: dict[str, Any]) -> Table:
+def estimate_table(facts: dict[str, Any]) -> Table:
     ep, dp, sent = facts["ep_size"], facts["dp_size"], facts["all_to_all_bytes_per_token_and_transfer"]
-    made = Table("of", "number", "how", title=f"plan for EP {ep} x DP {dp}, {facts['precision']}", title_justify="left")
+    made = Table(
+        "of", "number", "how", title=f"estimate for EP {ep} x DP {dp}, {facts['precision']}", title_justify="left"
+    )
     made.columns[1].justify = "right"
     whole, a_token, a_rank = facts["params_total"], facts["params_active"], facts["params_per_rank"]
     made.add_row("parameters", f"{whole:,}", f"{a_token:,} active per token")
@@ -166,7 +115,3 @@ def table(facts: dict[str, Any]) -> Table:
     for name, size in facts["memory_bytes"].items():
         made.add_row(f"MiB of a rank: {name}", f"{size / MIB:,.0f}", how[name])
     return made
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

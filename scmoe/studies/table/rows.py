@@ -1,4 +1,4 @@
-"""The file that tells a table: its rows, the paper's values beside them, and the sizes at which it can be run."""
+"""A table's file: its rows with the paper's values, and the scales at which it can be run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FOLDER = Path("configs/experiment")
 @dataclass(frozen=True)
 class Row:
     name: str
-    groups: tuple[str, ...]  # the parts of the table that show it
+    groups: tuple[str, ...]  # parts of the table that show it
     paper: float
     overrides: tuple[str, ...]  # key=value, on the config of the scale
 
@@ -30,7 +30,7 @@ class Scale:
     name: str
     config: Path
     seeds: int  # 1 to this
-    jobs: int | None  # runs beside each other; 0: all in one process; None: launch files only
+    jobs: int | None  # runs in parallel; 0: all in one process; None: launch files only
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Table:
 
 
 def load_table(name: str, root: Path = FOLDER) -> Table:
-    """The table of <root>/<name>/table.yaml. ConfigError, in one line, for what cannot be read."""
+    """Read the table of <root>/<name>/table.yaml. Raises ConfigError, in one line, for what cannot be read."""
     path = root / name / "table.yaml"
     if not path.is_file():
         there = ", ".join(sorted(found.parent.name for found in root.glob("*/table.yaml")))
