@@ -11,18 +11,10 @@ from typing import Any
 from experiments import command, parser
 from scmoe.config.fields import ConfigError
 
-# Sizes of `bench overlap` have the defaults of testbed.pairs.Setting.
-WIDTHS = {"dim": 512, "ffn_dim": 2048, "heads": 8, "tokens": 1024, "seq_len": 256, "num_experts": 8}
-SIZES: dict[str, float] = {**WIDTHS, "attention_ms": 45.0, "attention_to_mlp": 3.0}
-LAYER: dict[str, float] = {
-    "dim": 512,
-    "ffn_dim": 2048,
-    "experts": 8,
-    "tokens": 2048,
-    "top_k": 2,
-    "rounds": 15,
-    "threads": 1,
-}
+# Sizes of `bench overlap` and of `bench layer`. Those of overlap have the defaults of testbed.pairs.Setting.
+WIDTHS: dict[str, float] = {"dim": 512, "ffn_dim": 2048, "tokens": 1024}
+SIZES = {**WIDTHS, "heads": 8, "seq_len": 256, "num_experts": 8, "attention_ms": 45.0, "attention_to_mlp": 3.0}
+LAYER = {**WIDTHS, "tokens": 2048, "experts": 8, "top_k": 2, "rounds": 15, "threads": 1}
 OUT: dict[str, Any] = {"type": Path, "help": "folder of what is written (default: %(default)s)"}
 
 
