@@ -30,7 +30,7 @@ BAD = [
     ("parameters", {}, "parameters is {}"),
     ("run_cap", 0, "run_cap is 0"),
     ("run_cap", "3", "run_cap is '3'"),
-    ("runcap", 3, "unknown key 'runcap' in a sweep, did you mean run_cap?"),
+    ("runcap", 3, "unknown key 'runcap', did you mean run_cap?"),
     ("scheduler", {"engine": "optuna"}, "unknown key 'scheduler'"),
     ("name", "../x", "name is '../x'"),
     ("metric/goal", "lowest", "metric.goal is 'lowest', allowed: minimize | maximize"),

@@ -304,9 +304,9 @@ def test_an_unknown_table_is_refused_with_those_there_are():
     ("change", "says"),
     [
         (("baseline: top-2", "baseline: top-3"), "baseline is 'top-3', allowed: 'top-2'"),
-        (("paper: 3.270405", "paper: best"), "paper is 'best', allowed: float"),
-        (("seeds: 2", "seeds: 0"), "0 seeds"),
-        (("    paper: 3.240592\n", ""), "allowed: name, groups, paper, overrides"),
+        (("paper: 3.270405", "paper: best"), "paper is 'best', allowed: a number"),
+        (("seeds: 2", "seeds: 0"), "seeds is '0', allowed: 1 or more"),
+        (("    paper: 3.240592\n", ""), "a row.paper is missing, allowed: a number"),
         (("name: ScMoE Pos-1, CG-1", "name: ScMoE Pos 2 CG 1"), "same name"),
     ],
 )

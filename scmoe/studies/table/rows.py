@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from scmoe.config.fields import ConfigError
 from scmoe.config.load import parse_yaml
+from scmoe.studies.checks import LIST, MAPPING, TEXT, Rule, check, refusal
 
 FOLDER = Path("configs/experiment")
 
@@ -50,50 +52,50 @@ def load_table(name: str, root: Path = FOLDER) -> Table:
     if not path.is_file():
         there = ", ".join(sorted(found.parent.name for found in root.glob("*/table.yaml")))
         raise ConfigError(f"table is {name!r}, allowed: {there}")
-    source = str(path)
-    tree = _mapping(parse_yaml(path.read_text(encoding="utf-8"), source), source, "the file")
-    _keys(tree, source, "the file", "title", "metric", "unit", "baseline", "scales", "rows")
-    rows = tuple(_row(entry, source) for entry in tree["rows"])
-    if len({row.slug for row in rows}) < len(rows):
-        raise ConfigError(f"{source}: rows have the same name, allowed: names that differ in letters or digits")
-    by_name = {row.name: row for row in rows}
-    if tree["baseline"] not in by_name:
-        raise ConfigError(f"{source}: baseline is {tree['baseline']!r}, allowed: {', '.join(map(repr, by_name))}")
-    scales = _mapping(tree["scales"], source, "scales")
-    made = {scale: _scale(scale, entry, path) for scale, entry in scales.items()}
-    return Table(name, tree["title"], tree["metric"], tree["unit"], by_name[tree["baseline"]], rows, made)
-
-
-def _row(entry: Any, source: str) -> Row:
-    _keys(_mapping(entry, source, "a row"), source, "a row", "name", "groups", "paper", "overrides")
-    overrides = _mapping(entry["overrides"], source, f"overrides of {entry['name']}")
-    words = tuple(f"{key}={value}" for key, value in overrides.items())
-    return Row(entry["name"], tuple(entry["groups"]), _number(float, entry["paper"], source, "paper"), words)
-
-
-def _scale(name: str, entry: Any, path: Path) -> Scale:
-    what = f"scales.{name}"
-    _keys(_mapping(entry, str(path), what), str(path), what, "config", "seeds", "jobs")
-    jobs = None if entry["jobs"] == "launch" else _number(int, entry["jobs"], str(path), f"{what}.jobs")
-    seeds = _number(int, entry["seeds"], str(path), f"{what}.seeds")
-    if seeds < 1 or (jobs is not None and jobs < 0):
-        raise ConfigError(f"{path}: {what} has {seeds} seeds and {jobs} jobs, allowed: 1 or more, 0 or more | launch")
-    return Scale(name, path.parent / entry["config"], seeds, jobs)
-
-
-def _mapping(value: Any, source: str, what: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{source}: {what} is {value!r}, allowed: a mapping of keys to values")
-    return value
-
-
-def _keys(mapping: dict[str, Any], source: str, what: str, *wanted: str) -> None:
-    if set(mapping) != set(wanted):
-        raise ConfigError(f"{source}: {what} has the keys {', '.join(mapping)}; allowed: {', '.join(wanted)}")
-
-
-def _number(kind: type, text: Any, source: str, what: str) -> Any:
     try:
-        return kind(text)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{source}: {what} is {text!r}, allowed: {kind.__name__}") from error
+        return _table(name, path.parent, parse_yaml(path.read_text(encoding="utf-8"), "the file"))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _table(name: str, folder: Path, tree: Any) -> Table:
+    check("", tree, TABLE, TABLE)
+    rows = {}
+    for entry in tree["rows"]:
+        check("a row", entry, ROW, ROW)
+        words = tuple(f"{key}={value}" for key, value in entry["overrides"].items())
+        rows[entry["name"]] = Row(entry["name"], tuple(entry["groups"]), float(entry["paper"]), words)
+    if len({row.slug for row in rows.values()}) < len(tree["rows"]):
+        raise ConfigError("rows have the same name, allowed: names that differ in letters or digits")
+    if tree["baseline"] not in rows:
+        raise refusal("baseline", tree["baseline"], ", ".join(map(repr, rows)))
+    scales = {}
+    for scale, entry in tree["scales"].items():
+        check(f"scales.{scale}", entry, SCALE, SCALE)
+        jobs = None if entry["jobs"] == "launch" else int(entry["jobs"])
+        scales[scale] = Scale(scale, folder / entry["config"], int(entry["seeds"]), jobs)
+    return Table(
+        name, tree["title"], tree["metric"], tree["unit"], rows[tree["baseline"]], tuple(rows.values()), scales
+    )
+
+
+def _is_float(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+# parse_yaml gives texts
+TABLE = {**dict.fromkeys(("title", "metric", "unit", "baseline"), TEXT), "scales": MAPPING, "rows": LIST}
+ROW: dict[str, Rule] = {
+    "name": TEXT,
+    "groups": LIST,
+    "paper": (_is_float, "a number"),
+    "overrides": (lambda value: isinstance(value, dict), "a mapping of keys to values"),
+}
+SCALE: dict[str, Rule] = {
+    "config": TEXT,
+    "seeds": (lambda text: str(text).isdecimal() and int(text) > 0, "1 or more"),
+    "jobs": (lambda text: text == "launch" or str(text).isdecimal(), "0 or more | launch"),
+}
