@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from experiments import command, parser
@@ -20,15 +21,41 @@ def main(arguments: list[str]) -> int:
     options.add_argument("--top-k", type=int, default=50, help="choose among this many tokens (default: 50)")
     options.add_argument("--seed", type=int, default=0, help="seed of the choice (default: 0)")
     given = options.parse_args(arguments)
-    from scmoe.studies.sample import sample
-
     try:
-        texts = sample(given.run, given.prompt, given.number, given.tokens, given.temperature, given.top_k, given.seed)
+        texts = sample(given)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(str(error)) from error
     for text in texts:
         print(f"{text}\n---")
     return 0
+
+
+def sample(options: Namespace) -> list[str]:
+    """Return the texts. Raises ConfigError for a run on other data than text."""
+    import torch
+
+    from datamodules.text import TextDataModule
+    from scmoe.config.load import load
+    from scmoe.models.decoder import generate
+    from scmoe.parallel.checkpoint.durable import newest_good
+    from scmoe.parallel.checkpoint.loading import load_model
+    from scmoe.parallel.mesh import ParallelContext
+    from scmoe.training.build.data import build_datamodule
+    from scmoe.training.build.model import build_model
+
+    run_dir, how = options.run.resolve(), {key: getattr(options, key) for key in ("temperature", "top_k", "seed")}
+    config = load(run_dir / "config.yaml")
+    data = build_datamodule(config)
+    if not isinstance(data, TextDataModule):
+        raise ConfigError(f"{options.run} was trained on {config.data.name} data, allowed: a run on text")
+    data.prepare_data()
+    data.setup()
+    model = build_model(config, ParallelContext()).eval()
+    load_model(newest_good(run_dir / "checkpoints"), model, prefix="model.")
+    start = [data.end_of_text, *data.encode(options.prompt).tolist()]
+    with torch.inference_mode():
+        written = generate(model, torch.tensor([start] * options.number), options.tokens, **how)
+    return [data.decode(row[1:].tolist()) for row in written]
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from scmoe.training.build.model import build_model_on_meta
 from scmoe.training.run.report import count_parameters, total_and_active
 
 MIB = 2**20
+MEMORY = ("weights", "gradients", "optimizer", "activations", "total")
 
 
 def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
@@ -68,22 +69,15 @@ def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
         "all_to_all_bytes_forward": 2 * together,
         "all_to_all_bytes_training": 4 * together,
         "all_to_all_share_that_travels": (ep_size - 1) / ep_size,
-        "memory_bytes": {
-            "weights": memory.weights,
-            "gradients": memory.gradients,
-            "optimizer": memory.optimizer,
-            "activations": memory.activations,
-            "total": memory.total,
-        },
+        "memory_bytes": {part: getattr(memory, part) for part in MEMORY},
     }
 
 
 def estimate_table(facts: dict[str, Any]) -> Table:
     ep, dp, sent = facts["ep_size"], facts["dp_size"], facts["all_to_all_bytes_per_token_and_transfer"]
-    made = Table(
-        "of", "number", "how", title=f"estimate for EP {ep} x DP {dp}, {facts['precision']}", title_justify="left"
-    )
-    made.columns[1].justify = "right"
+    made = Table(title=f"estimate for EP {ep} x DP {dp}, {facts['precision']}", title_justify="left")
+    for column in ("of", "number", "how"):
+        made.add_column(column, justify="right" if column == "number" else "left")
     whole, a_token, a_rank = facts["params_total"], facts["params_active"], facts["params_per_rank"]
     made.add_row("parameters", f"{whole:,}", f"{a_token:,} active per token")
     made.add_row(
@@ -94,8 +88,8 @@ def estimate_table(facts: dict[str, Any]) -> Table:
     by_kind = ", ".join(f"{kind} {flops / 1e9:.3g}" for kind, flops in facts["flops_forward_by_kind"].items())
     formula = "2 x weights of every product + 4 S D of every attention: "
     made.add_row(f"GFLOPs of {unit}, forward", f"{facts['flops_forward'] / 1e9:.4g}", formula + by_kind)
-    anew = " + forward of what is recomputed" if facts["recompute"] else ""
-    made.add_row(f"GFLOPs of {unit}, training", f"{facts['flops_training'] / 1e9:.4g}", f"3 x forward{anew}")
+    again = " + forward of what is recomputed" if facts["recompute"] else ""
+    made.add_row(f"GFLOPs of {unit}, training", f"{facts['flops_training'] / 1e9:.4g}", f"3 x forward{again}")
     made.add_section()
     forward, training = (facts[f"all_to_all_bytes_{kind}"] for kind in ("forward", "training"))
     widths = " | ".join(f"{size:,.0f}" for size in sorted(set(sent))) or "no MoE module"

@@ -43,8 +43,8 @@ class State:
 
 @dataclass(eq=False)
 class Job:
-    """One training of a study. arguments: what begins it, for the train command; is_own: is this run directory of this
-    job, or of an earlier one that had another config?"""
+    """One training of a study. arguments: those with which the train command starts it. is_own: whether a run directory
+    belongs to this job, and not to an earlier one of this name with another config."""
 
     name: str
     title: str

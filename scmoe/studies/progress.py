@@ -1,4 +1,4 @@
-"""Shows on standard error how far a batch is: a bar on a terminal; elsewhere a line for each job and one a minute."""
+"""The progress of a batch on standard error: a bar on a terminal; elsewhere a line for each job and one a minute."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ SAY_EVERY_S = 60.0
 
 
 class Watch:
-    """A batch's `watch`. result: the text that an ended job has to show. note: a text that the bar ends with."""
+    """A batch's `watch`. result: returns the text of an ended job. note: returns the text at the end of the bar."""
 
     def __init__(self, result: Callable[[Job], str], note: Callable[[], str] = lambda: "") -> None:
         self.result, self.note, self.said = result, note, time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total}"))
         facts = (TimeElapsedColumn(), TextColumn("{task.fields[left]}"), TextColumn("{task.fields[note]}"))
-        self.bar = Progress(*columns, *facts, console=Console(stderr=True)) if sys.stderr.isatty() else None
+        screen = Console(file=sys.stderr)  # this one, also while a training in this process prints into its log
+        self.bar = Progress(*columns, *facts, console=screen) if screen.is_terminal else None
         self.task = self.bar.add_task("", total=None, left="", note="") if self.bar else None
 
     def __enter__(self) -> Self:

@@ -35,7 +35,7 @@ def guard_cost(overrides: Sequence[str]) -> dict[str, float]:
 
     def step(guarded: bool) -> float:
         start = time.perf_counter()
-        guard = Guard(model) if guarded else None  # its hooks are made here too: an upper bound
+        guard = Guard(model) if guarded else None  # includes making its hooks: an upper bound
         loss = F.cross_entropy(model(ids[:, :-1])[0].flatten(0, 1), ids[:, 1:].flatten())
         if guard is not None:
             guard.note_loss(loss)

@@ -29,12 +29,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 BATCHES, AT_BATCH = 20, 3  # of a validation; the one in which a rank is told to stop
 CONFIG = (
-    *(
-        "trainer.max_steps=4",
-        "trainer.val_every=2",
-        "trainer.accumulate=2",
-        f"trainer.checkpoint_every={tiny_run.NEVER}",
-    ),
+    *("trainer.max_steps=4", "trainer.val_every=2", "trainer.accumulate=2"),
+    f"trainer.checkpoint_every={tiny_run.NEVER}",
     f"data.val_sequences={BATCHES * 8}",  # 16 a step, 8 a batch
 )
 

@@ -115,8 +115,8 @@ def draw(sweep: Sweep, trials: Sequence[Trial], path: Path) -> None:
     for panel, name in zip(panels, shown, strict=True):
         _slice(panel, sweep, trials, name)
     panels[0].set_ylabel(sweep.metric)
-    told = {"finished": "finished", "stopped": "stopped early", "failed": "failed"}
-    counts = [f"{n} {word}" for state, word in told.items() if (n := sum(trial.state == state for trial in trials))]
+    words_of = {"finished": "finished", "stopped": "stopped early", "failed": "failed"}
+    counts = [f"{n} {word}" for state, word in words_of.items() if (n := sum(trial.state == state for trial in trials))]
     figure.suptitle(f"Sweep {sweep.name}: {', '.join(counts) or 'no trial has ended'}", x=0.01, ha="left", fontsize=11)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=9)

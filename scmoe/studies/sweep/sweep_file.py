@@ -117,16 +117,16 @@ def _check(raw: Any) -> None:
 def _command(raw: dict[str, Any]) -> tuple[list[str], str, list[str]]:
     """Return the three parts of `launcher config overrides... ${args_no_hyphens}`."""
     command = raw.get("command", list(DEFAULT_COMMAND))
-    wanted = "[..., experiments.train, CONFIG, key=value ..., ${args_no_hyphens}], program experiments/train.py"
+    allowed = "[..., experiments.train, CONFIG, key=value ..., ${args_no_hyphens}], program experiments/train.py"
     if not (isinstance(command, list) and all(isinstance(word, str) for word in command)):
-        raise refusal("command", command, wanted)
+        raise refusal("command", command, allowed)
     program = "${program}" if raw["program"] == "experiments/train.py" else "experiments.train"
     starts = [i for i, word in enumerate(command) if word in ("experiments.train", program)]
     if not starts or command[-1] not in ("${args}", "${args_no_hyphens}"):
-        raise refusal("command", command, wanted)
+        raise refusal("command", command, allowed)
     launcher, (*given, _) = command[: starts[0] + 1], command[starts[0] + 1 :]
     if not given or "=" in given[0] or not all("=" in word for word in given[1:]):
-        raise refusal("command", command, wanted)
+        raise refusal("command", command, allowed)
     meaning = {"${env}": "/usr/bin/env", "${interpreter}": sys.executable, "${program}": raw["program"]}
     launcher = [meaning.get(word, word) for word in launcher]
     for word in [*launcher, *given]:

@@ -64,7 +64,7 @@ def _row(table: Table, row: Row, runs: Sequence[Run], values: Mapping[Row, dict[
 
 
 def _circumstances(runs: Sequence[Run]) -> dict[str, Any]:
-    """Where, when and with what the runs were made."""
+    """Return where, when and with which versions the runs ran."""
     config, (name, _, scale) = runs[0].config, runs[0].job.study.name.partition("-")
     data, model, trainer = config.data, config.model, config.trainer
     images, sequences = model.family == "swin", trainer.max_steps * data.global_batch_size

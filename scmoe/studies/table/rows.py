@@ -74,9 +74,8 @@ def _table(name: str, folder: Path, tree: Any) -> Table:
         check(f"scales.{scale}", entry, SCALE, SCALE)
         jobs = None if entry["jobs"] == "launch" else int(entry["jobs"])
         scales[scale] = Scale(scale, folder / entry["config"], int(entry["seeds"]), jobs)
-    return Table(
-        name, tree["title"], tree["metric"], tree["unit"], rows[tree["baseline"]], tuple(rows.values()), scales
-    )
+    title, metric, unit = tree["title"], tree["metric"], tree["unit"]
+    return Table(name, title, metric, unit, rows[tree["baseline"]], tuple(rows.values()), scales)
 
 
 def _is_float(text: Any) -> bool:
@@ -91,7 +90,7 @@ TABLE = {**dict.fromkeys(("title", "metric", "unit", "baseline"), TEXT), "scales
 ROW: dict[str, Rule] = {
     "name": TEXT,
     "groups": LIST,
-    "paper": (_is_float, "a number"),
+    "paper": (_is_float, "a number, such as 3.27"),
     "overrides": (lambda value: isinstance(value, dict), "a mapping of keys to values"),
 }
 SCALE: dict[str, Rule] = {
