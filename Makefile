@@ -6,12 +6,12 @@ CONFIG ?= configs/quickstart.yaml
 VENV  := .venv
 PY    := $(VENV)/bin/python
 READY := $(VENV)/.installed
-# One thread a process: two files of tests run beside each other, long ones first, and start processes of their own.
+# One thread a process: two test files run in parallel, long ones first, and start processes of their own.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train resume sample export sweep table3 runs compare list params plan bench bench-overlap bench-growth timeline figures test test-fast test-dist test-faults mutate lint format typecheck ci clean
+.PHONY: help setup train resume sample export sweep table3 runs compare list params estimate bench bench-overlap bench-growth timeline figures test test-fast test-dist test-faults mutate lint format typecheck ci clean
 
 help:  ## this list
 	@echo "usage: make TARGET [CONFIG=$(CONFIG)] [RUN=runs/...] [ARGS=\"optim.lr=1e-3 ...\"]"; echo
@@ -21,7 +21,7 @@ help:  ## this list
 setup: $(READY)  ## make .venv and install the project with its test tools, once
 	@echo "setup: $(VENV) is ready"
 
-# bin/pip is the last thing venv makes, so a broken-off start is begun anew.
+# bin/pip is the last thing venv makes: without it, an interrupted start begins again.
 $(READY): pyproject.toml
 	@test -x $(VENV)/bin/pip || { \
 	  command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) not found; scmoe needs Python 3.11 to 3.13" >&2; exit 1; }; \
@@ -34,7 +34,7 @@ $(READY): pyproject.toml
 train: $(READY)  ## train CONFIG, with ARGS as overrides
 	@$(PY) -m experiments.train $(CONFIG) $(ARGS)
 
-resume: $(READY)  ## go on with RUN (the newest)
+resume: $(READY)  ## resume RUN (the newest)
 	@$(PY) -m experiments.train --resume $(or $(RUN),runs/latest) $(ARGS)
 
 sample: $(READY)  ## write text with the model of RUN (the newest)
@@ -43,7 +43,7 @@ sample: $(READY)  ## write text with the model of RUN (the newest)
 export: $(READY)  ## write the weights of RUN (the newest) as one safetensors file
 	@$(PY) -m experiments.export $(or $(RUN),runs/latest) $(ARGS)
 
-table3: $(READY)  ## Table 3 at SCALE (smoke, small or paper); finished runs are skipped, cut ones go on
+table3: $(READY)  ## Table 3 at SCALE (smoke, small or paper); finished runs are skipped, interrupted ones resumed
 	@$(PY) -m experiments.table table3 --scale $(or $(SCALE),smoke) $(ARGS)
 
 runs: $(READY)  ## list runs: state, best loss, tokens/s, what differs
@@ -61,21 +61,21 @@ list: $(READY)  ## configs, models, data sets, architectures
 params: $(READY)  ## parameters of every preset and architecture, beside the paper's
 	@$(PY) -m experiments.params $(ARGS)
 
-plan: $(READY)  ## what CONFIG would take on ARGS="ep=8 dp=2": FLOPs, bytes, memory; starts nothing
-	@$(PY) -m experiments.plan $(CONFIG) $(ARGS)
+estimate: $(READY)  ## what CONFIG costs on ARGS="ep=8 dp=2": FLOPs, bytes, memory; starts nothing
+	@$(PY) -m experiments.estimate $(CONFIG) $(ARGS)
 
-bench: $(READY)  ## time of the MoE layer over the same dense products
+bench: $(READY)  ## time of the MoE layer over that of its dense products
 	@$(PY) -m experiments.bench layer $(ARGS)
 
-bench-overlap: $(READY)  ## what each architecture hides; SHARES="0.52 0.35" of communication, LEVELS="block iteration"
+bench-overlap: $(READY)  ## how much each architecture hides; SHARES="0.52 0.35" of communication, LEVELS="block iteration"
 	@for level in $(or $(LEVELS),block); do for share in $(or $(SHARES),0.52 0.35 0.15); do \
 	  $(PY) -m experiments.bench overlap --level $$level --share $$share $(ARGS) || exit; done; done
 
 bench-growth: $(READY)  ## the same as tokens, ranks and experts grow
 	@$(PY) -m experiments.bench growth $(ARGS)
 
-timeline: $(READY)  ## one pair's operators on the clock, measured beside planned (Fig. 7), and Chrome traces
-	@$(PY) -m experiments.timeline $(ARGS)
+timeline: $(READY)  ## one pair's operators, measured and planned (Fig. 7), and Chrome traces
+	@$(PY) -m experiments.bench timeline $(ARGS)
 
 figures: $(READY)  ## draw the figures of the README and docs
 	@$(PY) -m experiments.figures $(ARGS)
@@ -99,7 +99,7 @@ lint: $(READY)  ## ruff: rules and format
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 
-format: $(READY)  ## let ruff mend what it can
+format: $(READY)  ## let ruff fix what it can
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 

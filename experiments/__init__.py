@@ -1,0 +1,63 @@
+"""The `scmoe` command, and what its verbs share. Each verb is a script of this folder: parse, call the library, print.
+
+Scripts import torch, Lightning and the like after parsing, so `--help` and a wrong request are answered at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
+from pathlib import Path
+
+from scmoe.config.fields import ConfigError
+
+VERBS = {
+    "train": "train a model, or resume a run",
+    "sample": "write text with a run's model",
+    "export": "write a run's weights as one file",
+    "sweep": "search over parameters, at W&B or on this machine",
+    "table": "run a table of the paper, and compare",
+    "runs": "list runs",
+    "compare": "compare curves and configs of runs",
+    "list": "list configs, models, data sets, architectures",
+    "params": "count the parameters of presets and architectures",
+    "estimate": "estimate what a training costs, without starting it",
+    "bench": "measure the layer, overlap, growth, the guard, one pair's timeline",
+    "figures": "draw the figures of the README",
+    "faults": "break checkpoints on purpose and count what survives",
+}
+
+
+def main() -> None:
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb not in VERBS:
+        print("usage: scmoe VERB ...\n\n" + "\n".join(f"  {name:9} {what}" for name, what in VERBS.items()))
+        sys.exit(0 if verb in ("-h", "--help") else 2)
+    sys.exit(import_module(f"experiments.{verb}").main(sys.argv[2:]))
+
+
+def called(verb: str) -> str:
+    """Return the command by which a verb was called."""
+    return f"scmoe {verb}" if Path(sys.argv[0]).name == "scmoe" else f"python -m experiments.{verb}"
+
+
+def parser(verb: str, description: str | None) -> ArgumentParser:
+    """Return a parser that names the verb as it was called, and shows the description (a docstring) as it is."""
+    return ArgumentParser(prog=called(verb), description=description, formatter_class=RawDescriptionHelpFormatter)
+
+
+def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """Make a wrong request one line on standard error and exit code 2."""
+
+    @wraps(main)
+    def answer(arguments: list[str]) -> int:
+        try:
+            return main(arguments)
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return answer

@@ -1,20 +1,98 @@
-"""Measure: `python -m experiments.bench layer`, `overlap` or `growth`. The last line on standard output is JSON."""
+"""Measure on this machine. The last line on standard output is JSON."""
 
 from __future__ import annotations
 
+import json
 import sys
+from argparse import ArgumentTypeError
+from pathlib import Path
+from typing import Any
 
-from experiments import bench_growth, bench_layer, bench_overlap
+from experiments import command, parser
+from scmoe.config.fields import ConfigError
 
-WHAT = {"layer": bench_layer.main, "overlap": bench_overlap.main, "growth": bench_growth.main}
+# Sizes of `bench overlap` and of `bench layer`. Those of overlap have the defaults of testbed.pairs.Setting.
+WIDTHS: dict[str, float] = {"dim": 512, "ffn_dim": 2048, "tokens": 1024}
+SIZES = {**WIDTHS, "heads": 8, "seq_len": 256, "num_experts": 8, "attention_ms": 45.0, "attention_to_mlp": 3.0}
+LAYER = {**WIDTHS, "tokens": 2048, "experts": 8, "top_k": 2, "rounds": 15, "threads": 1}
+OUT: dict[str, Any] = {"type": Path, "help": "folder of what is written (default: %(default)s)"}
 
 
+def at_least_two(text: str) -> int:
+    """Parse a number of rounds; quartiles require two."""
+    if not text.isdecimal() or int(text) < 2:
+        raise ArgumentTypeError(f"is {text}, allowed: 2 or more, of which quartiles are taken")
+    return int(text)
+
+
+def options_of(arguments: list[str]) -> dict[str, Any]:
+    options = parser("bench", __doc__)
+    verbs = options.add_subparsers(dest="what", required=True)
+
+    def add(name: str, help: str) -> Any:
+        return verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.").add_argument
+
+    option = add("layer", "time of the MoE layer over that of its dense products")
+    for name, default in LAYER.items():
+        option(f"--{name.replace('_', '-')}", type=int, metavar="N", default=default, help="(default: %(default)s)")
+    option = add("overlap", "how much of the All-to-All every architecture and schedule hides")
+    option("--share", type=float, help="communication share of sequential top-2, forward (default: 0.52)")
+    option("--link-mbit", type=float, help="rate of the links; by default it is searched for the share")
+    option("--ranks", type=int, help="(default: 2; on cuda 1)")
+    option("--compute", choices=["real", "emulated"], help="(default: emulated; on cuda real)")
+    option("--level", choices=["block", "iteration"], default="block")
+    option("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: one GPU, rows over its bus")
+    option("--rounds", type=at_least_two, default=9)
+    for name, default in SIZES.items():
+        option(f"--{name.replace('_', '-')}", type=type(default), metavar="N", help=f"(default: {default:g})")
+    option("--rows", nargs="+", help="rows to measure (default: all)")
+    option("--out", **OUT, default=Path("runs/bench"))
+    option = add("growth", "how the time of a pair of blocks, and what overlap saves of it, grow")
+    option("--of", nargs="+", choices=["tokens", "ranks", "experts"], default=["tokens", "ranks", "experts"])
+    option("--points", nargs="+", type=int, help="its values, with one --of")
+    option("--rounds", type=at_least_two, default=5)
+    option("--out", **OUT, default=Path("runs/bench"))
+    option = add("guard", "cost of the guard against NaN and Inf, as a share of a step")
+    option("overrides", metavar="key=value", nargs="*", help="of a small model's config")
+    option = add("timeline", "one pair's operators, measured and planned (Fig. 7), and Chrome traces")
+    option("--share", type=float, default=0.52, help="communication share of sequential top-2, forward")
+    option("--compute", choices=["real", "emulated"], default="emulated")
+    option("--position", choices=["pos1", "pos2", "pos3"], default="pos2")
+    option("--ranks", type=int, default=2)
+    option("--out", **OUT, default=Path("runs/timeline"))
+    given = vars(options.parse_args(arguments))
+    if len(given.get("of", ())) > 1 and given["points"]:
+        options.error("--points goes with one --of")
+    return given
+
+
+def measure(what: str, given: dict[str, Any], again: list[str]) -> dict[str, Any]:
+    """again: the arguments of a Python interpreter that repeat this program, for a network namespace of its own."""
+    if what == "layer":
+        from scmoe.testbed.layer import bench_layer
+
+        return bench_layer(**given) | given
+    if what == "guard":
+        from scmoe.testbed.guard_cost import guard_cost
+
+        return guard_cost(**given)
+    if what == "overlap":
+        from scmoe.testbed.overlap_report import bench_overlap
+
+        return bench_overlap({name: value for name, value in given.items() if value is not None}, again)
+    from scmoe.testbed import growth, links, timeline
+
+    if not links.inside() and (missing := links.why_not()):
+        raise ConfigError(f"links cannot be shaped here: {missing}")
+    links.enter(again)
+    return growth.bench_growth(**given) if what == "growth" else timeline.bench_timeline(**given)
+
+
+@command
 def main(arguments: list[str]) -> int:
-    what = arguments[0] if arguments else "--help"
-    if what not in WHAT:
-        print(f"usage: bench {{{','.join(WHAT)}}} ...   (bench WHAT --help: its options)")
-        return 0 if what in ("-h", "--help") else 2
-    return WHAT[what](arguments[1:])
+    given = options_of(arguments)
+    print(json.dumps(measure(given.pop("what"), given, ["-m", "experiments.bench", *arguments])))
+    return 0
 
 
 if __name__ == "__main__":

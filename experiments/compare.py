@@ -1,109 +1,32 @@
-"""`make compare RUNS="a b c"`: the curves of runs over the tokens (images) they saw, and how their configs differ.
+"""Compare runs: their curves over the tokens (images) they saw, and how their configs differ.
 
-    python -m experiments.compare RUN RUN ... [--out PNG]
-
-A run is named by its directory, or by its path below runs/. The last line on standard output is the picture's path.
+The last line on standard output is the path of the picture.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from experiments.runs import WIDTH, SeenRun, differences, open_run
-from scmoe.config.fields import ConfigError
-
-PANELS = {"train/loss": "Training (single batches)", "val/loss": "Validation"}
-STYLES = ("-", "--", ":")  # for more runs than colours
+from experiments import command, parser
 
 
+@command
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="compare", description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", help="directories of runs")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare.png"), help="the picture (runs/compare.png)")
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        runs = [open_run(name) for name in options.runs]
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
+    options = parser("compare", __doc__)
+    options.add_argument("runs", nargs="+", help="directories of runs, or their paths below runs/")
+    options.add_argument("--out", type=Path, default=Path("runs/compare.png"), help="picture (default: %(default)s)")
+    given = options.parse_intermixed_args(arguments)
+    from scmoe.studies.runs import console, open_run
+
+    runs = [open_run(name) for name in given.runs]
+    from scmoe.studies.compare import differences_table, draw, results_table
+
     letters = [chr(ord("a") + i) if i < 26 else str(i + 1) for i in range(len(runs))]
-    console.print(results_table(runs, letters), differences_table(runs, letters), sep="\n")
-    draw(runs, letters, options.out)
-    print(options.out)
+    console().print(results_table(runs, letters), differences_table(runs, letters), sep="\n")
+    draw(runs, letters, given.out)
+    print(given.out)
     return 0
-
-
-def results_table(runs: Sequence[SeenRun], letters: Sequence[str]) -> Table:
-    table = Table("", "run", "state", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("steps", "best val loss", "last val loss", "tokens (images)/s"):
-        table.add_column(name, justify="right")
-    for letter, run in zip(letters, runs, strict=True):
-        curve, speed = run.curve("val/loss"), run.per_s
-        losses = [f"{run.best_loss:.4f}", f"{curve[-1][1]:.4f}"] if curve else ["", ""]
-        steps = f"{run.steps}/{run.config['trainer.max_steps']}"
-        table.add_row(letter, Text(str(run.path)), run.state, steps, *losses, f"{speed:,.0f}" if speed else "")
-    return table
-
-
-def differences_table(runs: Sequence[SeenRun], letters: Sequence[str]) -> Table | str:
-    """A line for each key that is not the same in all runs."""
-    found = differences(runs)
-    if not found:
-        return "the configs are the same"
-    table = Table("differs in", *letters, box=box.SIMPLE_HEAD, pad_edge=False)
-    for key, values in found.items():
-        table.add_row(key, *map(Text, values))
-    return table
-
-
-def labels_of(runs: Sequence[SeenRun], letters: Sequence[str]) -> list[str]:
-    """Letter, experiment, and the values in which the runs differ."""
-    found = differences(runs)
-    labels = []
-    for i, (letter, run) in enumerate(zip(letters, runs, strict=True)):
-        words = [f"{key.rpartition('.')[2]} {values[i]}" for key, values in found.items() if not key.endswith("_every")]
-        labels.append(f"{letter}: {run.config['name']}" + (f" ({', '.join(words[:6])})" if words else ""))
-    return labels
-
-
-def draw(runs: Sequence[SeenRun], letters: Sequence[str], path: Path) -> None:
-    """Training loss on the left, validation loss on the right, one colour a run."""
-    figure = Figure(figsize=(11, 4.6 + 0.22 * len(runs)), layout="constrained")
-    axes = figure.subplots(1, 2, sharex=True, sharey=True)
-    colors = colormaps["tab10"].colors  # type: ignore[attr-defined]
-    for i, (run, label) in enumerate(zip(runs, labels_of(runs, letters), strict=True)):
-        style = {"color": colors[i % 10], "linestyle": STYLES[i // 10 % len(STYLES)], "label": label}
-        for axis, metric in zip(axes, PANELS, strict=True):
-            points = run.curve(metric)
-            marker = "o" if metric == "val/loss" else None
-            axis.plot(*zip(*points, strict=True) if points else ((), ()), linewidth=1.4, marker=marker, ms=4, **style)
-    for axis, title in zip(axes, PANELS.values(), strict=True):
-        axis.set_title(title, fontsize=11)
-        axis.set_xlabel(" or ".join(sorted({run.counts for run in runs})))
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.set_xlim(left=0)
-        axis.grid(color="#dddddd", linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("loss, nats")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=1, frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

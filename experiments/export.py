@@ -1,25 +1,29 @@
-"""Whole weights of a run's newest checkpoint: `python -m experiments.export RUN_DIR [--out FILE]`."""
+"""Write the weights of a run's newest checkpoint as one file, whatever number of ranks the run had."""
 
 from __future__ import annotations
 
-import argparse
-import shutil
 import sys
 from pathlib import Path
 
+from experiments import command, parser
+from scmoe.config.fields import ConfigError
 
+
+@command
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="export", description="Write the newest checkpoint's weights as one file.")
-    parser.add_argument("run", type=Path, help="a run's directory, such as runs/latest")
-    parser.add_argument("--out", type=Path, help="default: RUN/export/model.safetensors; config.yaml goes beside it")
-    options = parser.parse_args(arguments)
+    options = parser("export", __doc__)
+    options.add_argument("run", type=Path, help="a run's directory, such as runs/latest")
+    options.add_argument("--out", type=Path, help="default: RUN/export/model.safetensors; config.yaml goes beside it")
+    given = options.parse_args(arguments)
+    import shutil
+
     from scmoe.config.load import load
     from scmoe.parallel.checkpoint.durable import newest_good
     from scmoe.parallel.checkpoint.export import consolidate
     from scmoe.training.init_from.settings import model_settings
 
-    run_dir = options.run.resolve()
-    out = options.out or run_dir / "export" / "model.safetensors"
+    run_dir = given.run.resolve()
+    out = given.out or run_dir / "export" / "model.safetensors"
     try:
         settings = model_settings(load(run_dir / "config.yaml"))
         checkpoint = newest_good(run_dir / "checkpoints")
@@ -29,8 +33,7 @@ def main(arguments: list[str]) -> int:
         if config.resolve() != run_dir / "config.yaml":
             shutil.copyfile(run_dir / "config.yaml", config)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise ConfigError(str(error)) from error
     print(f"{out}, from {checkpoint.name}")
     return 0
 

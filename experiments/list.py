@@ -1,17 +1,21 @@
-"""`make list`: the configurations, models, architectures and data sets that there are to choose from."""
+"""List the configurations, models, architectures and data sets to choose from."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from scmoe.config.help import catalogue
+from experiments import command, parser
 
 
+@command
 def main(arguments: list[str]) -> int:
+    parser("list", __doc__).parse_args(arguments)
+    from rich.console import Console
+    from rich.table import Table
+
+    from scmoe.config.help import catalogue
+
     console = Console()
     for title, rows in catalogue(Path("configs")).items():
         described = any(description for _, description in rows)

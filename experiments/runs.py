@@ -1,202 +1,32 @@
-"""`make runs`: the runs that there are, the newest first: state, best loss, speed, and how their configs differ.
+"""List the runs of a folder, the newest first: state, best loss, speed, and how their configs differ.
 
-    python -m experiments.runs [FOLDER] [--last N]
-
-Best loss is the lowest val/loss; tokens/s that of the summary, or the last logged. A run differs in what is not as in
-more than half of the runs shown of its experiment: those of one name, one sweep or one table.
+Best loss is the lowest val/loss; tokens/s is the summary's value, or the last logged one. "differs in" shows what
+differs from more than half of the runs shown of the same experiment: those of one name, one sweep or one table.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
 import sys
-import time
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from scmoe.config.fields import Config, ConfigError, flatten
-from scmoe.config.load import parse_yaml, to_yaml
-from scmoe.training.run.state import read_state
-
-WIDTH = 1000  # where there is no terminal: a line a run, however long, so that it can be searched and copied
-COLORS = {"finished": "green", "running": "cyan", "failed": "red", "cut": "yellow"}
-NOT_COMPARED = ("name", "runs_dir", "logger.")  # where a run is kept, not what it is
+from experiments import command, parser
+from scmoe.config.fields import ConfigError
 
 
+@command
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="runs", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="where to look (runs)")
-    parser.add_argument("--last", type=int, default=30, help="so many of the newest (30)")
-    options = parser.parse_args(arguments)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
-    if not options.folder.is_dir():
-        print(f"error: the folder of runs is {str(options.folder)!r}, allowed: an existing folder", file=sys.stderr)
-        return 2
-    runs = find_runs(options.folder)
-    shown = runs[: options.last]
-    console.print(table_of(shown, options.folder))
-    console.print(f"{len(shown)} of {len(runs)} runs in {options.folder}")
+    options = parser("runs", __doc__)
+    options.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="where to look (default: runs)")
+    options.add_argument("--last", type=int, default=30, help="how many of the newest (default: 30)")
+    given = options.parse_args(arguments)
+    from scmoe.studies.runs import console, find_runs, table_of
+
+    if not given.folder.is_dir():
+        raise ConfigError(f"the folder of runs is {str(given.folder)!r}, allowed: an existing folder")
+    runs = find_runs(given.folder)
+    shown = runs[: given.last]
+    console().print(table_of(shown, given.folder), f"{len(shown)} of {len(runs)} runs in {given.folder}", sep="\n")
     return 0
-
-
-@dataclass(frozen=True)
-class SeenRun:
-    """A run directory, as anyone can read it."""
-
-    path: Path
-
-    @cached_property
-    def config(self) -> dict[str, str]:
-        """Dotted keys and texts; what an older run did not have yet is as the default."""
-        return {**DEFAULTS, **flat((self.path / "config.yaml").read_text(encoding="utf-8"))}
-
-    @cached_property
-    def metrics(self) -> list[dict[str, float]]:
-        """Rows of metrics.csv without empty cells."""
-        path = self.path / "metrics.csv"
-        if not path.exists():
-            return []
-        with path.open(newline="") as file:
-            return [{k: float(v) for k, v in row.items() if k and v} for row in csv.DictReader(file)]
-
-    @cached_property
-    def summary(self) -> dict[str, Any]:
-        path = self.path / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else {}
-
-    @property
-    def state(self) -> str:
-        return read_state(self.path)
-
-    @property
-    def steps(self) -> int:
-        """Steps made, as far as they are logged."""
-        return max((int(row["step"]) + 1 for row in self.metrics), default=0)
-
-    @property
-    def best_loss(self) -> float | None:
-        return min((loss for _, loss in self.curve("val/loss")), default=None)
-
-    @property
-    def counts(self) -> str:
-        """What the run sees one after the other."""
-        return "images" if self.config["model.family"] == "swin" else "tokens"
-
-    @property
-    def per_s(self) -> float | None:
-        """Tokens (images) a second: that of the summary, else the last logged."""
-        name = f"{self.counts}_per_s"
-        speeds = [row[f"time/{name}"] for row in self.metrics if f"time/{name}" in row]
-        return self.summary.get(name) or (speeds[-1] if speeds else None)
-
-    @property
-    def begun(self) -> float:
-        """By the stamp in the directory's name; else the time of its config."""
-        try:
-            return datetime.strptime(self.path.name[:15], "%Y%m%d-%H%M%S").timestamp()
-        except ValueError:
-            return (self.path / "config.yaml").stat().st_mtime
-
-    def curve(self, metric: str) -> list[tuple[float, float]]:
-        """Points (tokens or images, value) of a metric. A row's step is the last one made before it, counted from 0."""
-        per_step = int(self.config["data.global_batch_size"])
-        per_step *= int(self.config["data.seq_len"]) if self.counts == "tokens" else 1
-        return [((row["step"] + 1) * per_step, row[metric]) for row in self.metrics if metric in row]
-
-
-def flat(text: str) -> dict[str, str]:
-    """Dotted keys and texts of a config.yaml, of whatever version of this project."""
-    found: dict[str, str] = {}
-    for key, value in parse_yaml(text, "config.yaml").items():
-        found |= {f"{key}.{k}": str(v) for k, v in value.items()} if isinstance(value, dict) else {key: str(value)}
-    return found
-
-
-DEFAULTS = flat(to_yaml(Config()))
-
-
-def find_runs(folder: Path) -> list[SeenRun]:
-    """All run directories below a folder, the newest first."""
-    found = [SeenRun(path.parent) for path in folder.rglob("overrides.txt") if (path.parent / "config.yaml").exists()]
-    return sorted(found, key=lambda run: run.begun, reverse=True)
-
-
-def open_run(name: str, folder: Path = Path("runs")) -> SeenRun:
-    """A run by its directory, or by its path below the folder of runs. ConfigError if there is none."""
-    for path in (Path(name), folder / name):
-        if (path / "config.yaml").exists():
-            return SeenRun(path.resolve() if path.is_symlink() else path)
-    raise ConfigError(f"run is {name!r}, allowed: the directory of a run; make runs lists them")
-
-
-def differences(runs: Sequence[SeenRun]) -> dict[str, list[str]]:
-    """Keys that are not the same in all runs, and their values by run."""
-    keys = [key for key in flatten(Config()) if not key.startswith(NOT_COMPARED)]
-    columns = {key: [run.config[key] for run in runs] for key in keys}
-    return {key: values for key, values in columns.items() if len(set(values)) > 1}
-
-
-def experiment_of(run: SeenRun) -> Path:
-    """The folder of the runs that belong together: of a sweep, of a table, else of one name."""
-    folders = run.path.absolute().parents[:3]
-    return next((folder for folder in folders if folder.parent.name in ("sweeps", "tables")), folders[0])
-
-
-def own_words(runs: Sequence[SeenRun]) -> dict[SeenRun, str]:
-    """For each run what is not as in most of its experiment: `moe.position=pos1 optim.lr=0.01`."""
-    experiments: dict[Path, list[SeenRun]] = {}
-    for run in runs:
-        experiments.setdefault(experiment_of(run), []).append(run)
-    words: dict[SeenRun, list[str]] = {run: [] for run in runs}
-    for together in experiments.values():
-        for key, values in differences(together).items():
-            usual, times = Counter(values).most_common(1)[0]
-            for run, value in zip(together, values, strict=True):
-                words[run] += [f"{key}={value}"] * (value != usual or times <= len(values) / 2)
-    return {run: " ".join(own) for run, own in words.items()}
-
-
-def table_of(runs: Sequence[SeenRun], folder: Path) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run", overflow="fold")
-    table.add_column("state", no_wrap=True)
-    for name in ("steps", "best val loss", "tokens/s", "age"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("differs in", overflow="fold")
-    words = own_words(runs)
-    for run in runs:
-        best, speed = run.best_loss, run.per_s
-        table.add_row(
-            Text(str(run.path.relative_to(folder))),
-            Text(run.state, style=COLORS.get(run.state, "")),
-            f"{run.steps}/{run.config['trainer.max_steps']}",
-            "" if best is None else f"{best:.4f}",
-            "" if speed is None else f"{speed:,.0f}" + ("" if run.counts == "tokens" else " images/s"),
-            age(time.time() - run.begun),
-            Text(words[run]),
-        )
-    return table
-
-
-def age(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(0, seconds):.0f} s"
 
 
 if __name__ == "__main__":

@@ -1,38 +1,37 @@
-"""Write text with a run's model: `python -m experiments.sample RUN_DIR [--prompt TEXT] [--tokens N] ...`.
-
-One process, whatever number of ranks the run had: the checkpoint is read whole.
-"""
+"""Write text with the newest checkpoint of a run: one process, whatever number of ranks the run had."""
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+from experiments import command, parser
 from scmoe.config.fields import ConfigError
 
 
+@command
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="sample", description="Write text with the newest checkpoint of a run.")
-    parser.add_argument("run", type=Path, help="a run's directory, such as runs/latest")
-    parser.add_argument("--prompt", default="", help="text to go on from (default: the start of a document)")
-    parser.add_argument("--tokens", type=int, default=100, help="tokens to write (default: 100)")
-    parser.add_argument("--number", type=int, default=3, help="how many texts (default: 3)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
-    parser.add_argument("--top-k", type=int, default=50, help="choose among so many tokens (default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
-    options = parser.parse_args(arguments)
+    options = parser("sample", __doc__)
+    options.add_argument("run", type=Path, help="a run's directory, such as runs/latest")
+    options.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
+    options.add_argument("--tokens", type=int, default=100, help="tokens to write (default: 100)")
+    options.add_argument("--number", type=int, default=3, help="how many texts (default: 3)")
+    options.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
+    options.add_argument("--top-k", type=int, default=50, help="choose among this many tokens (default: 50)")
+    options.add_argument("--seed", type=int, default=0, help="seed of the choice (default: 0)")
+    given = options.parse_args(arguments)
     try:
-        texts = sample(options)
-    except (ConfigError, FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        texts = sample(given)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(str(error)) from error
     for text in texts:
         print(f"{text}\n---")
     return 0
 
 
-def sample(options: argparse.Namespace) -> list[str]:
+def sample(options: Namespace) -> list[str]:
+    """Return the texts. Raises ConfigError for a run on other data than text."""
     import torch
 
     from datamodules.text import TextDataModule
@@ -44,21 +43,18 @@ def sample(options: argparse.Namespace) -> list[str]:
     from scmoe.training.build.data import build_datamodule
     from scmoe.training.build.model import build_model
 
-    run_dir = options.run.resolve()
+    run_dir, how = options.run.resolve(), {key: getattr(options, key) for key in ("temperature", "top_k", "seed")}
     config = load(run_dir / "config.yaml")
     data = build_datamodule(config)
     if not isinstance(data, TextDataModule):
-        raise ConfigError(f"{options.run} was trained on {config.data.name} data, which is no text")
+        raise ConfigError(f"{options.run} was trained on {config.data.name} data, allowed: a run on text")
     data.prepare_data()
     data.setup()
     model = build_model(config, ParallelContext()).eval()
     load_model(newest_good(run_dir / "checkpoints"), model, prefix="model.")
     start = [data.end_of_text, *data.encode(options.prompt).tolist()]
-    ids = torch.tensor([start] * options.number)
     with torch.inference_mode():
-        written = generate(
-            model, ids, options.tokens, temperature=options.temperature, top_k=options.top_k, seed=options.seed
-        )
+        written = generate(model, torch.tensor([start] * options.number), options.tokens, **how)
     return [data.decode(row[1:].tolist()) for row in written]
 
 

@@ -20,13 +20,13 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from experiments import faults
-from experiments.faults import LAST, NEW, OLD
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_checkpoint, load_model
 from scmoe.parallel.checkpoint.saving import Saving
 from scmoe.parallel.checkpoint.state import FULL
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.testbed.faults import flip, kill, reshard, tiny_run
+from scmoe.testbed.faults.tiny_run import LAST, NEW, OLD
 from scmoe.testbed.ranks import RankError, run_ranks
 from scmoe.training.build.model import build_model
 
@@ -37,14 +37,14 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 def written(tmp_path_factory) -> Path:
     """A checkpoint of step OLD by two ranks, EP 2; copy it before you change it."""
     folder = tmp_path_factory.mktemp("written")
-    run_ranks(faults.write_old, 2, folder)
+    run_ranks(flip.write_old, 2, folder)
     return folder / "checkpoints"
 
 
 @pytest.fixture(scope="module")
 def after_kills() -> dict[str, int]:
     """Saves in the foreground and in the background."""
-    return faults.kill(points=4, random=6)
+    return kill.kill(points=4, random=6)
 
 
 def test_fault_01_sigkill_during_a_save_loses_nothing(after_kills):
@@ -64,20 +64,20 @@ def test_fault_06_leftovers_of_killed_saves_are_swept(after_kills):
 def test_fault_01_sigkill_between_the_two_renames_loses_nothing(background, tmp_path):
     """Of all moments the only one at which no directory has the checkpoint's own name."""
     (tmp_path / "record").mkdir()
-    operations = run_ranks(faults.save_over, 2, tmp_path / "record", "first", background)[0]["operations"]
+    operations = run_ranks(kill.save_over, 2, tmp_path / "record", "first", background)[0]["operations"]
     renames = [i for i, what in enumerate(operations) if what.startswith("os.rename")]
     assert len(renames) == 2
-    assert faults.killed(tmp_path / "killed", "all", background, operation=renames[1])
+    assert kill.killed(tmp_path / "killed", "all", background, operation=renames[1])
     folder = tmp_path / "killed" / "checkpoints"
     assert not (folder / LAST).exists()
     assert durable.verify(durable.newest_good(folder)) == OLD
-    ((found,),) = run_ranks(faults.inspect, 1, [folder])
+    ((found,),) = run_ranks(kill.inspect, 1, [folder])
     assert found == {"lost": 0, "mixed": 0, "leftovers": 0}
     assert durable.verify(folder / LAST) == OLD
 
 
 def save_new(rank: int, world_size: int, folder: Path) -> None:
-    faults.save_marked(faults.one_step(world_size, folder), folder / "checkpoints" / LAST, NEW)
+    tiny_run.save_marked(tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST, NEW)
 
 
 KILLS = 20
@@ -86,13 +86,13 @@ KILLS = 20
 def test_fault_06_twenty_killed_saves_in_a_row_lose_nothing_and_do_not_fill_the_disk(tmp_path):
     """In one folder, with no whole save between them: each sweeps what the ones before it have left."""
     folder, draw = tmp_path / "run", random.Random(0)
-    operations = len(run_ranks(faults.save_over, 2, tmp_path, "first", False)[0]["operations"])
-    run_ranks(faults.write_old, 2, folder)
-    model, newest, kills, step = build_model(faults.tiny(1), ParallelContext()), OLD, 0, NEW
+    operations = len(run_ranks(kill.save_over, 2, tmp_path, "first", False)[0]["operations"])
+    run_ranks(flip.write_old, 2, folder)
+    model, newest, kills, step = build_model(tiny_run.tiny(1), ParallelContext()), OLD, 0, NEW
     while kills < KILLS:
         step += 1
         victim, background = draw.choice(["first", "last", "all"]), draw.random() < 0.5
-        kills += faults.killed(folder, victim, background, operation=draw.randrange(operations), steps=[step])
+        kills += kill.killed(folder, victim, background, operation=draw.randrange(operations), steps=[step])
         path = durable.newest_good(folder / "checkpoints")
         assert durable.verify(path) in (newest, step)
         newest = durable.verify(path)
@@ -109,12 +109,12 @@ def test_fault_06_twenty_killed_saves_in_a_row_lose_nothing_and_do_not_fill_the_
 
 def watch_overwriting(rank: int, world_size: int, folder: Path) -> list[int | None]:
     """Steps of the whole checkpoint under the name, seen at each operation of an overwriting save."""
-    trainer, path = faults.one_step(world_size, folder), folder / "checkpoints" / LAST
-    faults.save_marked(trainer, path, OLD)
+    trainer, path = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST
+    tiny_run.save_marked(trainer, path, OLD)
     seen: list[int | None] = []
     if rank == 0:
-        faults.at_each_operation(lambda what: seen.append(durable.verify(path) if path.exists() else None))
-    faults.save_marked(trainer, path, NEW)
+        kill.at_each_operation(lambda what: seen.append(durable.verify(path) if path.exists() else None))
+    tiny_run.save_marked(trainer, path, NEW)
     return seen
 
 
@@ -132,8 +132,8 @@ def test_fault_03_last_is_never_overwritten_in_place(tmp_path):
 
 def save_with_trouble(rank: int, world_size: int, folder: Path, trouble: str, sick_rank: int, background: bool) -> str:
     """What a save says on this rank where one rank's disk refuses; afterwards a healthy save goes through."""
-    trainer, path = faults.one_step(world_size, folder), folder / "checkpoints" / LAST
-    faults.save_marked(trainer, path, OLD)
+    trainer, path = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST
+    tiny_run.save_marked(trainer, path, OLD)
     target, fsync, limit = path, os.fsync, resource.getrlimit(resource.RLIMIT_FSIZE)
     if trouble == "not a directory":
         (folder / "file").touch()
@@ -148,7 +148,7 @@ def save_with_trouble(rank: int, world_size: int, folder: Path, trouble: str, si
         os.fsync = full
     said = "nothing"
     try:
-        faults.save_marked(trainer, target, NEW, background)
+        tiny_run.save_marked(trainer, target, NEW, background)
     except OSError as error:
         said = str(error)
     finally:
@@ -156,7 +156,7 @@ def save_with_trouble(rank: int, world_size: int, folder: Path, trouble: str, si
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     if rank == 0:
         assert durable.verify(durable.newest_good(folder / "checkpoints")) == OLD
-    faults.save_marked(trainer, path, NEW)
+    tiny_run.save_marked(trainer, path, NEW)
     return said
 
 
@@ -184,11 +184,11 @@ def test_fault_04_a_disk_that_refuses_is_a_loud_error_on_every_rank(trouble, sic
 
 @pytest.mark.representative
 def test_fault_05_every_flipped_bit_is_refused():
-    assert faults.flip(100) == {"flips": 100, "refused": 100}
+    assert flip.flip(100) == {"flips": 100, "refused": 100}
 
 
 def read(rank: int, world_size: int, folder: Path, path: Path) -> None:
-    trainer = faults.one_step(world_size, folder)
+    trainer = tiny_run.one_step(world_size, folder)
     load_checkpoint(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
 
 
@@ -199,7 +199,7 @@ def files_of(path: Path) -> list[str]:
 def test_fault_05_a_lost_or_cut_file_is_refused_by_name(written, tmp_path):
     names = files_of(written / LAST)
     assert [name.split("-")[0] for name in names] == ["manifest.json", "meta.json", "shard", "shard"]
-    model = build_model(faults.tiny(1), ParallelContext())
+    model = build_model(tiny_run.tiny(1), ParallelContext())
     for name in names:
         for damage in (os.remove, lambda file: os.truncate(file, 100)):
             path = tmp_path / LAST
@@ -234,8 +234,8 @@ def test_fault_05_the_newest_good_one_is_used_with_a_warning(written, tmp_path):
 
 def save_slowly_then_train_on(rank: int, world_size: int, folder: Path, background: bool) -> set[float]:
     """Overwrites every tensor with NEW while (or after) a checkpoint of OLD is written; what is read back."""
-    trainer, path, fsync = faults.one_step(world_size, folder), folder / "checkpoints" / LAST, os.fsync
-    for t in faults.tensors(trainer).values():
+    trainer, path, fsync = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST, os.fsync
+    for t in tiny_run.tensors(trainer).values():
         t.fill_(OLD)
 
     def slow(handle: int) -> None:
@@ -243,12 +243,12 @@ def save_slowly_then_train_on(rank: int, world_size: int, folder: Path, backgrou
         fsync(handle)
 
     os.fsync = slow
-    saving = Saving(path, faults.state(trainer, OLD), trainer.strategy.context, background)
-    for t in faults.tensors(trainer).values():
+    saving = Saving(path, tiny_run.state(trainer, OLD), trainer.strategy.context, background)
+    for t in tiny_run.tensors(trainer).values():
         t.fill_(NEW)
     saving.finish()
     load_checkpoint(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
-    return {float(value) for t in faults.tensors(trainer).values() for value in t.unique()}
+    return {float(value) for t in tiny_run.tensors(trainer).values() for value in t.unique()}
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -258,7 +258,7 @@ def test_fault_07_a_slow_writer_saves_the_step_it_was_asked_to(background, tmp_p
 
 def note_what_is_hashed(rank: int, world_size: int, folder: Path, background: bool) -> dict[str, list[str]]:
     """Files by who has read them for their hashes: a background thread, this one while saving, and while finishing."""
-    trainer, fingerprint, read = faults.one_step(world_size, folder), durable.fingerprint, {}
+    trainer, fingerprint, read = tiny_run.one_step(world_size, folder), durable.fingerprint, {}
     moment = "saving"
 
     def noted(path: Path) -> dict[str, Any]:
@@ -268,7 +268,7 @@ def note_what_is_hashed(rank: int, world_size: int, folder: Path, background: bo
 
     with patch.object(durable, "fingerprint", noted):
         path = folder / "checkpoints" / LAST
-        saving = Saving(path, faults.state(trainer, OLD), trainer.strategy.context, background)
+        saving = Saving(path, tiny_run.state(trainer, OLD), trainer.strategy.context, background)
         moment = "finishing"
         saving.finish()
     return read
@@ -286,33 +286,33 @@ def test_fault_07_each_rank_hashes_its_own_shard_where_it_writes_it(background, 
 
 
 def write_full(rank: int, world_size: int, folder: Path, background: bool) -> dict[str, Any]:
-    """As faults.write_whole, in one file."""
-    trainer, path = faults.one_step(world_size, folder), folder / "checkpoints" / LAST
+    """As reshard.write_whole, in one file."""
+    trainer, path = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST
     context = trainer.strategy.context
-    Saving(path, faults.state(trainer, OLD), context, background, full=True).finish()
-    return faults.shards(trainer)
+    Saving(path, tiny_run.state(trainer, OLD), context, background, full=True).finish()
+    return reshard.shards(trainer)
 
 
 @pytest.mark.parametrize("background", [False, True])
 def test_fault_09_one_full_file_is_read_at_any_ep_degree(background, tmp_path):
     """Weights and moments, as from a file a rank."""
-    expected = faults.whole(run_ranks(write_full, 2, tmp_path, background))
+    expected = reshard.whole(run_ranks(write_full, 2, tmp_path, background))
     path = tmp_path / "checkpoints" / LAST
     assert files_of(path) == [FULL, "manifest.json", "meta.json"]
     assert durable.verify(path) == OLD
     for world_size in (1, 2, 4):
-        ranks = run_ranks(faults.read_all, world_size, tmp_path / str(world_size), [path])
-        assert faults.same(faults.whole([found for (found,) in ranks]), expected)
+        ranks = run_ranks(reshard.read_all, world_size, tmp_path / str(world_size), [path])
+        assert tiny_run.same(reshard.whole([found for (found,) in ranks]), expected)
 
 
 def put_together_without_room(rank: int, world_size: int, folder: Path) -> str:
     """Each shard fits on the disk, all of them in one file do not."""
-    trainer, path = faults.one_step(world_size, folder), folder / "checkpoints" / LAST
-    faults.save_marked(trainer, path, OLD)
+    trainer, path = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST
+    tiny_run.save_marked(trainer, path, OLD)
     largest = max(file.stat().st_size for file in path.iterdir())
     _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest + 100, limit))
-    saving = Saving(path, faults.state(trainer, NEW), trainer.strategy.context, background=False, full=True)
+    saving = Saving(path, tiny_run.state(trainer, NEW), trainer.strategy.context, background=False, full=True)
     try:
         saving.finish()
     except OSError as error:
@@ -328,7 +328,7 @@ def test_fault_04_no_room_for_one_full_file_is_an_error_on_every_rank(tmp_path):
 
 def go_on(rank: int, world_size: int, folder: Path, resume_from: Path | None) -> dict[str, torch.Tensor]:
     words = ("trainer.max_steps=4", "trainer.checkpoint_every=2", "strategy.full_checkpoint=true")
-    return dict(faults.tensors(faults.fit(faults.tiny(world_size, *words), folder, resume_from)))
+    return dict(tiny_run.tensors(tiny_run.fit(tiny_run.tiny(world_size, *words), folder, resume_from)))
 
 
 def test_fault_08_a_run_goes_on_from_one_full_file_to_the_bit(tmp_path):
@@ -336,19 +336,19 @@ def test_fault_08_a_run_goes_on_from_one_full_file_to_the_bit(tmp_path):
     saved = tmp_path / "straight" / "checkpoints" / "step=2.ckpt"
     assert FULL in files_of(saved)
     resumed = run_ranks(go_on, 2, tmp_path / "resumed", saved)
-    assert all(faults.same(a, b) for a, b in zip(resumed, straight, strict=True))
+    assert all(tiny_run.same(a, b) for a, b in zip(resumed, straight, strict=True))
 
 
 def test_fault_10_all_experts_are_on_disk(tmp_path):
     """One process reads all of them from what two ranks with four experts each have written; no two are the same."""
-    ranks = run_ranks(faults.write_whole, 2, tmp_path)
-    model = build_model(faults.tiny(1), ParallelContext())
+    ranks = run_ranks(reshard.write_whole, 2, tmp_path)
+    model = build_model(tiny_run.tiny(1), ParallelContext())
     load_model(tmp_path / "checkpoints" / LAST, model, "model.")
-    saved = faults.whole(ranks)
+    saved = reshard.whole(ranks)
     for name, p in model.named_parameters():
         assert torch.equal(p, saved[f"model.{name}"]), name
     for name in ranks[0]["experts"]:
         weights = saved[name].flatten(1)
-        assert len(weights) == faults.EXPERTS
+        assert len(weights) == tiny_run.EXPERTS
         if "bias" not in name:
-            assert len(weights.unique(dim=0)) == faults.EXPERTS, name
+            assert len(weights.unique(dim=0)) == tiny_run.EXPERTS, name

@@ -16,9 +16,9 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from experiments import faults
 from scmoe.parallel import strategy
 from scmoe.parallel.checkpoint import durable
+from scmoe.testbed.faults import reshard, resume, tiny_run
 from scmoe.testbed.ranks import run_ranks
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_module
@@ -34,13 +34,13 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 def test_fault_08_a_resumed_run_is_the_straight_run_to_the_bit(world_size, workers):
     """Dropout, gate noise, shuffled samples, gradients accumulated over two batches, a validation after every step; the
     first step, one in the middle and the last but one."""
-    assert faults.resume(3, [world_size], [workers]) == {"compared": 3, "bit_equal": 3}
+    assert resume.resume(3, [world_size], [workers]) == {"compared": 3, "bit_equal": 3}
 
 
 def weights_after(rank: int, world_size: int, folder: Path, workers: int, val_every: int) -> dict[str, Tensor]:
-    words = ("trainer.max_steps=3", f"trainer.checkpoint_every={faults.NEVER}", f"trainer.val_every={val_every}")
-    config = faults.tiny(world_size, *words, f"data.workers={workers}", "data.val_sequences=16")
-    return dict(faults.tensors(faults.fit(config, folder)))
+    words = ("trainer.max_steps=3", f"trainer.checkpoint_every={tiny_run.NEVER}", f"trainer.val_every={val_every}")
+    config = tiny_run.tiny(world_size, *words, f"data.workers={workers}", "data.val_sequences=16")
+    return dict(tiny_run.tensors(tiny_run.fit(config, folder)))
 
 
 @pytest.mark.representative
@@ -48,22 +48,22 @@ def weights_after(rank: int, world_size: int, folder: Path, workers: int, val_ev
 def test_fault_08_validating_changes_no_dropout(workers, tmp_path):
     """Each validation begins a loader, which would draw from the generator that dropout draws from."""
     seldom, often = (run_ranks(weights_after, 1, tmp_path / str(n), workers, n)[0] for n in (1000, 1))
-    assert faults.same(seldom, often)
+    assert tiny_run.same(seldom, often)
 
 
 def run_without_random_state(
     rank: int, world_size: int, workers: int, folder: Path, resume_from: list[Path]
 ) -> list[dict[str, Any]]:
     with patch.object(strategy, "set_rng_states"):
-        return faults.run(rank, world_size, workers, folder, resume_from)
+        return resume.run(rank, world_size, workers, folder, resume_from)
 
 
 def test_fault_08_one_thing_not_restored_shows(tmp_path):
     """Else the comparison above would say nothing."""
-    ((straight,),) = run_ranks(faults.run, 1, 0, tmp_path / "straight", [])
+    ((straight,),) = run_ranks(resume.run, 1, 0, tmp_path / "straight", [])
     saved = [tmp_path / "straight" / "0" / "checkpoints" / "step=3.ckpt"]
     ((resumed,),) = run_ranks(run_without_random_state, 1, 0, tmp_path / "resumed", saved)
-    assert not faults.same(resumed, straight)
+    assert not tiny_run.same(resumed, straight)
 
 
 def run_that_draws(
@@ -78,14 +78,14 @@ def run_that_draws(
         return result
 
     with patch.object(LanguageModel, "training_step", drawing):
-        return faults.run(rank, world_size, workers, folder, resume_from)
+        return resume.run(rank, world_size, workers, folder, resume_from)
 
 
 def test_fault_08_what_python_and_numpy_draw_goes_on_too(tmp_path):
     straight = run_ranks(run_that_draws, 2, 0, tmp_path / "straight", [])
     saved = [tmp_path / "straight" / "0" / "checkpoints" / "step=3.ckpt"]
     resumed = run_ranks(run_that_draws, 2, 0, tmp_path / "resumed", saved)
-    assert all(faults.same(a, b) for (a,), (b,) in zip(resumed, straight, strict=True))
+    assert all(tiny_run.same(a, b) for (a,), (b,) in zip(resumed, straight, strict=True))
 
 
 def save_at(rank: int, world_size: int, folder: Path, batches: int) -> str:
@@ -96,7 +96,7 @@ def save_at(rank: int, world_size: int, folder: Path, batches: int) -> str:
             if batch_idx + 1 == 2 + batches:
                 trainer.save_checkpoint(folder / "asked.ckpt")
 
-    config = faults.tiny(world_size, "trainer.accumulate=2", "trainer.max_steps=3")
+    config = tiny_run.tiny(world_size, "trainer.accumulate=2", "trainer.max_steps=3")
     seed_everything(config)
     trainer = build_trainer(config, [DataPosition(), SaveAt()], [])
     try:
@@ -117,7 +117,7 @@ def test_fault_08_no_checkpoint_is_made_between_the_batches_of_a_step(tmp_path):
 
 def go_on(rank: int, world_size: int, folder: Path, steps: int, resume_from: Path | None) -> None:
     words = ("trainer.accumulate=2", f"trainer.max_steps={steps}", "trainer.checkpoint_every=1")
-    faults.fit(faults.tiny(world_size, *words), folder, resume_from)
+    tiny_run.fit(tiny_run.tiny(world_size, *words), folder, resume_from)
 
 
 def test_fault_08_the_checkpoint_that_a_run_goes_on_from_stays_as_it_is(tmp_path):
@@ -132,7 +132,7 @@ def test_fault_08_the_checkpoint_that_a_run_goes_on_from_stays_as_it_is(tmp_path
 
 @pytest.mark.parametrize("degrees", [pytest.param((1, 2), marks=pytest.mark.representative), (1, 2, 4, 8)])
 def test_fault_09_another_ep_degree_reads_the_same_weights_and_moments(degrees):
-    assert faults.reshard(degrees) == {"pairs": len(degrees) ** 2, "equal": len(degrees) ** 2}
+    assert reshard.reshard(degrees) == {"pairs": len(degrees) ** 2, "equal": len(degrees) ** 2}
 
 
 # ---------------------------------------------------------------------- the order of the samples
@@ -149,11 +149,11 @@ def samples_seen(
         seen.append([tuple(sample) for sample in batch["input_ids"].tolist()])
         return training_step(module, batch, batch_idx)
 
-    config = faults.tiny(
+    config = tiny_run.tiny(
         world_size, "trainer.accumulate=2", f"trainer.max_steps={steps}", "trainer.checkpoint_every=1", "data.workers=2"
     )
     with patch.object(LanguageModel, "training_step", noted):
-        faults.fit(config, folder, resume_from)
+        tiny_run.fit(config, folder, resume_from)
     return seen
 
 

@@ -16,9 +16,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from experiments import faults
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.job.stopping import EXIT_CODE
+from scmoe.testbed.faults import tiny_run
 from scmoe.testbed.ranks import run_ranks
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_module
@@ -29,7 +29,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 BATCHES, AT_BATCH = 20, 3  # of a validation; the one in which a rank is told to stop
 CONFIG = (
-    *("trainer.max_steps=4", "trainer.val_every=2", "trainer.accumulate=2", f"trainer.checkpoint_every={faults.NEVER}"),
+    *("trainer.max_steps=4", "trainer.val_every=2", "trainer.accumulate=2"),
+    f"trainer.checkpoint_every={tiny_run.NEVER}",
     f"data.val_sequences={BATCHES * 8}",  # 16 a step, 8 a batch
 )
 
@@ -50,10 +51,10 @@ def run(
 
     with patch.object(LanguageModel, "validation_step", noted):
         try:
-            trainer = faults.fit(faults.tiny(world_size, *CONFIG), folder, resume_from)
+            trainer = tiny_run.fit(tiny_run.tiny(world_size, *CONFIG), folder, resume_from)
         except SystemExit as end:
             return end.code, validated, {}
-    return None, validated, {name: t.clone() for name, t in faults.tensors(trainer).items()}
+    return None, validated, {name: t.clone() for name, t in tiny_run.tensors(trainer).items()}
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.representative)])
@@ -70,7 +71,7 @@ def test_12_a_run_told_to_stop_while_it_validates_stops_there(victim, tmp_path):
     whole = list(range(BATCHES))
     for (_, validated, tensors), (_, validated_straight, expected) in zip(resumed, straight, strict=True):
         assert validated == validated_straight == whole * 2, "the validation that was broken off is done over"
-        assert faults.same(tensors, expected)
+        assert tiny_run.same(tensors, expected)
 
 
 SCORES = {2: 3.0, 4: 1.0, 6: 2.0}  # of the validation after each step; less is better
@@ -91,7 +92,7 @@ def keep_best(
         module.log("score", SCORES[module.global_step])
         validation_step(module, batch, batch_idx)
 
-    config, code = faults.tiny(world_size, *BEST, f"trainer.checkpoint_every={faults.NEVER}"), None
+    config, code = tiny_run.tiny(world_size, *BEST, f"trainer.checkpoint_every={tiny_run.NEVER}"), None
     seed_everything(config)
     trainer = build_trainer(config, [*build_callbacks(config, folder)[:1], best], [])
     with patch.object(LanguageModel, "validation_step", noted):
@@ -127,7 +128,7 @@ def test_12_a_stop_while_validating_loses_no_best_checkpoint(stop_at, tmp_path):
 def uneven(rank: int, world_size: int, folder: Path) -> tuple[Any, int]:
     """Rank 1 has a validation batch less, and is told to stop at its last one. Every rank has all experts, so that
     nothing else keeps ranks in step."""
-    config = faults.tiny(world_size, *CONFIG, "strategy.ep_size=1")
+    config = tiny_run.tiny(world_size, *CONFIG, "strategy.ep_size=1")
     data = build_datamodule(config)
     loader, validated = data.val_dataloader, 0
     data.val_dataloader = lambda: DataLoader(list(loader())[: BATCHES - rank], batch_size=None)  # type: ignore

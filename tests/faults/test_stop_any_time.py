@@ -16,9 +16,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from experiments import faults
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.job.stopping import EXIT_CODE
+from scmoe.testbed.faults import tiny_run
 from scmoe.testbed.ranks import RankError, run_ranks
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_model
@@ -28,7 +28,7 @@ from scmoe.training.language_model import LanguageModel
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 STEPS, BATCHES, AT_BATCH = 3, 20, 3
-CONFIG = ("trainer.accumulate=2", f"trainer.checkpoint_every={faults.NEVER}", f"data.val_sequences={BATCHES * 8}")
+CONFIG = ("trainer.accumulate=2", f"trainer.checkpoint_every={tiny_run.NEVER}", f"data.val_sequences={BATCHES * 8}")
 
 
 class Told(LanguageModel):
@@ -75,7 +75,7 @@ class Told(LanguageModel):
 def made(rank: int, world_size: int, folder: Path, when: str, *overrides: str) -> tuple[Trainer, Told, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)  # there the checkpoint goes, where no ModelCheckpoint has been told
-    config = faults.tiny(world_size, *CONFIG, *overrides)
+    config = tiny_run.tiny(world_size, *CONFIG, *overrides)
     seed_everything(config)
     module = Told(lambda context: build_model(config, context), max_steps=2 * STEPS, lr=0.01, warmup_steps=2)
     module.when = when
@@ -95,7 +95,7 @@ def fit(
     except SystemExit as end:
         code = end.code
     assert signal.getsignal(signal.SIGTERM) == before, "given back"
-    return code, trainer.global_step, {name: t.clone() for name, t in faults.tensors(trainer).items()}
+    return code, trainer.global_step, {name: t.clone() for name, t in tiny_run.tensors(trainer).items()}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_12_told_to_stop_before_the_first_step_or_after_the_last(when, straight,
     resumed = run_ranks(fit, 2, tmp_path / "resumed", "", 2 * STEPS, saved)
     for (code, at, tensors), (_, _, expected) in zip(resumed, straight, strict=True):
         assert (code, at) == (None, 2 * STEPS)
-        assert when == "sanity check" or faults.same(tensors, expected)  # from there it goes on with other dropout
+        assert when == "sanity check" or tiny_run.same(tensors, expected)  # from there it goes on with other dropout
 
 
 def evaluate(rank: int, world_size: int, folder: Path, verb: str) -> tuple[Any, int]:

@@ -1,4 +1,4 @@
-"""`bench overlap` and `timeline` as a user runs them, small: what they print and draw, not how fast it was."""
+"""`bench overlap`, `timeline` and `growth` as a user runs them, but small: what they print and draw."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_bench_overlap(compute, tmp_path):
 
 @pytest.mark.skipif(links.why_not() is not None, reason=f"links cannot be shaped here: {links.why_not()}")
 def test_timeline(tmp_path):
-    run("experiments.timeline", "--share", "0.3", "--out", str(tmp_path))
+    run("experiments.bench", "timeline", "--share", "0.3", "--out", str(tmp_path))
     assert {path.name for path in tmp_path.glob("*.png")} == {"forward.png", "backward.png"}
     trace = json.loads((tmp_path / "pos2-overlapped-1-chunks.json").read_text())
     names = {event.get("name") for event in trace["traceEvents"]}

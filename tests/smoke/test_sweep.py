@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.runs import find_runs, open_run
 from scmoe.config.load import load
+from scmoe.studies.runs import find_runs, open_run
 from tests.support.commands import run
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.timeout(600)]
@@ -34,7 +34,7 @@ def test_a_sweep_of_trainings(tmp_path):
     with (tmp_path / "sweeps" / "two" / "results.csv").open(newline="") as file:
         failed, finished = csv.DictReader(file)
     assert (failed["state"], finished["state"]) == ("failed", "finished")
-    assert failed["reason"].startswith("FloatingPointError: ")
+    assert failed["reason"].startswith("exit code 1: FloatingPointError: ")
     assert open_run(best["run_dir"]).curve("val/loss")[-1] == (4 * 4 * 16, pytest.approx(trained["val_loss"]))
     assert [(run.state, run.steps) for run in find_runs(tmp_path)] == [("finished", 4), ("failed", 1)]
     assert "\ntrial 2 of 2 finished" in done.err

@@ -22,9 +22,9 @@ from typing import Any
 import pytest
 import yaml
 
-from experiments.sweep import run_online
-from experiments.sweep_config import read
 from scmoe.config.fields import ConfigError
+from scmoe.studies.sweep.sweep_file import read
+from scmoe.studies.sweep.wandb_sweep import run_online
 from tests.support.commands import ROOT
 from tests.support.wandb_server import KEY, WandbServer, wandb_server
 
@@ -287,7 +287,7 @@ def test_a_server_that_takes_no_sweep_is_said(monkeypatch):
             monkeypatch.setenv(name, value)
         monkeypatch.chdir(ROOT)
         with pytest.raises(ConfigError, match=r"^Weights & Biases takes no sweep, allowed here: --local: "):
-            run_online(read("configs/sweep/smoke.yaml"))
+            run_online(read("configs/sweep/smoke.yaml"), print)
         with pytest.raises(ConfigError, match=r"^logger\.mode is 'disabled', W&B would see no trial, allowed "):
-            run_online(read("configs/sweep/smoke.yaml", ["logger.mode=disabled"]))
+            run_online(read("configs/sweep/smoke.yaml", ["logger.mode=disabled"]), print)
     wandb.teardown()

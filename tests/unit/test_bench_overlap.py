@@ -5,36 +5,42 @@ from __future__ import annotations
 import pytest
 import torch
 
-from experiments.bench_overlap import main
+from experiments.bench import SIZES, main
 from scmoe.schedule.schedule import Schedule
 from scmoe.testbed.overlap import Seconds, Variant, nearest
+from scmoe.testbed.overlap_report import DEFAULTS
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("--device cuda --share 0.5", "--share is of links, and one GPU has none"),
-        ("--device cuda --link-mbit 100", "--link-mbit is of links, and one GPU has none"),
+        ("--device cuda --share 0.5", "--share belongs to links, and one GPU has none"),
+        ("--device cuda --link-mbit 100", "--link-mbit belongs to links, and one GPU has none"),
         ("--device cuda --ranks 2", "--ranks is 2, allowed with --device cuda: 1"),
         ("--device cuda --compute emulated", "--compute is emulated, allowed with --device cuda: real"),
         ("--share 0.5 --link-mbit 100", "--share and --link-mbit exclude each other"),
-        ("--compute real --attention-ms 4", "--attention-ms is of emulated compute, and --compute is real"),
-        ("--heads 4", "--heads is of real compute, and --compute is emulated"),
+        ("--compute real --attention-ms 4", "--attention-ms belongs to emulated compute, and --compute is real"),
+        ("--heads 4", "--heads belongs to real compute, and --compute is emulated"),
         ("--share 1.5", "--share is 1.5, allowed: above 0 and below 1"),
         ("--tokens 100 --seq-len 64", "--tokens is 100, allowed: multiples of --seq-len (64)"),
+        ("--rows top3", "--rows has top3, allowed: top2 | "),
         ("--ranks 3", "--num-experts is 8, allowed: multiples of --ranks (3)"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_in_one_line(options, message, capsys):
-    assert main(options.split()) == 2
+    assert main(["overlap", *options.split()]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {message}")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_device_that_is_not_there_is_refused(capsys):
-    assert main(["--device", "cuda"]) == 2
+    assert main(["overlap", "--device", "cuda"]) == 2
     assert capsys.readouterr().err == "error: --device is cuda, and there is no CUDA device here\n"
+
+
+def test_the_help_shows_the_defaults_of_the_measurement():
+    assert {name: DEFAULTS[name] for name in SIZES} == SIZES
 
 
 def test_schedules_near_the_best_by_trial_go_into_the_rounds():

@@ -1,4 +1,4 @@
-"""`make params` and `make plan`: the paper's totals, and a dry run whose last line can be read by a program."""
+"""`make params` and `make estimate`: the paper's totals, and a dry run whose last line can be read by a program."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import params, plan
+from experiments.estimate import main as estimate
+from experiments.params import main as params_main
 from scmoe.config.load import load
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.studies import parameters
 from scmoe.training.build.model import build_model
 
 XL = "configs/model/gpt3_moe_xl.yaml"
@@ -31,35 +33,35 @@ def last_line(capsys) -> dict:
 def test_totals_of_the_paper(preset, architecture, millions):
     if preset.startswith("swin"):
         pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
-    assert round(params.count(preset, architecture)["total"] / 1e6) == millions
+    assert round(parameters.count(preset, architecture)["total"] / 1e6) == millions
 
 
 def test_dgmoe_share_differs_from_the_paper_by_one_expert_a_shared_pair():
     """docs/decisions/0016-parameter-counts.md: 124M would leave each second pair of four an expert of its own."""
     pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
-    ours, without = (params.count("swinv2_moe_s", name)["total"] for name in ("dgmoe_share", "dgmoe"))
+    ours, without = (parameters.count("swinv2_moe_s", name)["total"] for name in ("dgmoe_share", "dgmoe"))
     expert, gate = 2 * 384 * 1536, 384 * 8
     assert without - ours == 4 * (8 * expert + gate)
     assert round((ours + 4 * expert) / 1e6) == 124
 
 
 def test_params_prints_json_of_what_is_asked_for(capsys):
-    assert params.main(["gpt2_moe_small_tiny"]) == 0
+    assert params_main(["gpt2_moe_small_tiny"]) == 0
     counts = last_line(capsys)
     assert counts.keys() == {"gpt2_moe_small_tiny"}
-    assert counts["gpt2_moe_small_tiny"].keys() == params.ARCHITECTURES.keys()
-    model = build_model(load(params.PRESETS / "gpt2_moe_small_tiny.yaml", ["moe.noisy=false"]), ParallelContext())
+    assert counts["gpt2_moe_small_tiny"].keys() == parameters.ARCHITECTURES.keys()
+    model = build_model(load(parameters.PRESETS / "gpt2_moe_small_tiny.yaml", ["moe.noisy=false"]), ParallelContext())
     total = sum(p.numel() for p in model.parameters())
     idle = sum(p.numel() for p in model.parameters() if p.dim() == 3) * 7 // 8  # stacked weights: the experts'
     assert counts["gpt2_moe_small_tiny"]["scmoe"] == {"total": total, "active": total - idle}
 
 
 def test_every_preset_is_counted_by_default():
-    assert {path.stem for path in Path("configs/model").glob("*.yaml")} >= {p for p, _ in params.PAPER}
+    assert {path.stem for path in Path("configs/model").glob("*.yaml")} >= {p for p, _ in parameters.PAPER}
 
 
-def test_plan_by_hand(capsys):
-    assert plan.main([XL, "ep=8", "dp=2", "trainer.precision=bf16-mixed", "data.global_batch_size=64"]) == 0
+def test_an_estimate_by_hand(capsys):
+    assert estimate([XL, "ep=8", "dp=2", "trainer.precision=bf16-mixed", "data.global_batch_size=64"]) == 0
     facts = last_line(capsys)
     total, experts = facts["params_total"], 12 * 8 * 2 * 2048 * 8192
     assert facts["params_per_rank"] == total - experts + experts // 8
@@ -88,15 +90,15 @@ def test_plan_by_hand(capsys):
         ([XL], (1, 1)),
     ],
 )
-def test_a_plan_is_for_the_configs_own_ranks_where_none_are_given(arguments, degrees, capsys):
-    assert plan.main(arguments) == 0
+def test_an_estimate_is_for_the_configs_own_ranks_where_none_are_given(arguments, degrees, capsys):
+    assert estimate(arguments) == 0
     facts = last_line(capsys)
     assert (facts["ep_size"], facts["dp_size"]) == degrees
 
 
 def test_recomputing_costs_flops_and_saves_memory(capsys):
     def facts(recompute: bool) -> dict:
-        assert plan.main([XL, "ep=8", f"trainer.recompute={recompute}"]) == 0
+        assert estimate([XL, "ep=8", f"trainer.recompute={recompute}"]) == 0
         return last_line(capsys)
 
     kept, anew = facts(False), facts(True)
@@ -115,7 +117,7 @@ def test_recomputing_costs_flops_and_saves_memory(capsys):
         ([XL, "ep=8", "model.depth=3"], "unknown key 'model.depth'"),
         (
             [XL, "ep=4", "strategy.ep_size=8"],
-            "strategy.ep_size beside ep or dp, allowed: one of the two ways to say it",
+            "strategy.ep_size and ep or dp, allowed: one of the two ways to set the ranks",
         ),
         (
             ["configs/model/llama2_moe.yaml", "ep=16"],
@@ -124,7 +126,7 @@ def test_recomputing_costs_flops_and_saves_memory(capsys):
         ([XL, "moe.architecture=dense", "ep=2"], "strategy.ep_size is 2, allowed: 1 or null"),
     ],
 )
-def test_a_wrong_plan_ends_in_one_line(arguments, message, capsys):
-    assert plan.main(arguments) == 2
+def test_a_wrong_estimate_ends_in_one_line(arguments, message, capsys):
+    assert estimate(arguments) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1 and not printed.out

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOORS = [
     *(["schedule", "tokens"], ["config"], ["moe"], ["blocks"], ["models"], ["parallel", "offload", "analysis"]),
-    *(["datamodules"], ["training"], ["testbed"], ["experiments"]),
+    *(["datamodules"], ["training"], ["testbed"], ["studies"], ["experiments"]),
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ONLY_IN = {
@@ -103,6 +103,8 @@ def test_every_room_has_a_floor():
         ("datamodules/text.py", "from scmoe.tokens import Routing"),
         ("datamodules/text.py", "from experiments import train"),
         ("experiments/train.py", "import lightning.pytorch"),
+        ("scmoe/studies/batch.py", "from experiments.train import main"),
+        ("scmoe/testbed/layer.py", "from scmoe.studies.runs import SeenRun"),
     ],
 )
 def test_bad_source_is_reported(path, source):

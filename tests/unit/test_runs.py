@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import compare, runs
+from experiments.compare import main as compare_main
+from experiments.runs import main as runs_main
 from scmoe.config.load import load, to_yaml
+from scmoe.studies import compare, runs
 from scmoe.training.run.state import read_state, write_state
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +93,7 @@ def test_a_run_on_images_counts_images(folder):
 
 
 def test_runs_are_listed_with_what_differs_in_their_experiment(folder, capsys):
-    assert runs.main([str(folder)]) == 0
+    assert runs_main([str(folder)]) == 0
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines() if "20261101" in line]
     names = [line[0].rpartition("-")[2] for line in lines]
@@ -105,9 +107,9 @@ def test_runs_are_listed_with_what_differs_in_their_experiment(folder, capsys):
     words = [[], ["optim.lr=0.5"], ["moe.position=pos3"], [], ["optim.lr=0.2"], ["optim.lr=0.1"]]
     assert [line[7:] for line in lines] == words, "of two that differ neither is the usual one"
     assert "6 of 6 runs" in out
-    assert runs.main([str(folder), "--last", "1"]) == 0
+    assert runs_main([str(folder), "--last", "1"]) == 0
     assert "1 of 6 runs" in capsys.readouterr().out
-    assert runs.main([str(folder / "sweeps/lr")]) == 0
+    assert runs_main([str(folder / "sweeps/lr")]) == 0
     assert "optim.lr=0.1" in capsys.readouterr().out, "also where the list begins below the sweep"
 
 
@@ -124,7 +126,7 @@ def test_a_run_of_an_older_version_is_compared_by_defaults(folder):
 def test_runs_are_compared(folder, capsys):
     names = [str(folder / "debug" / name) for name in ("20261101-120000-a", "20261101-120001-b")]
     picture = folder / "pictures/compare.png"
-    assert compare.main([*names, "--out", str(picture)]) == 0
+    assert compare_main([*names, "--out", str(picture)]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == str(picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -132,17 +134,17 @@ def test_runs_are_compared(folder, capsys):
     assert line == ["moe.position", "pos2", "pos3"]
     seen = [runs.open_run(name) for name in names]
     assert compare.labels_of(seen, "ab") == ["a: debug (position pos2)", "b: debug (position pos3)"]
-    assert compare.main([names[0], names[0], "--out", str(picture)]) == 0
+    assert compare_main([names[0], names[0], "--out", str(picture)]) == 0
     assert "the configs are the same" in capsys.readouterr().out
 
 
 def test_a_run_that_has_logged_nothing_is_drawn_as_nothing(folder):
     empty = make_run(folder, "debug/20261101-130000-empty", state="running")
     os.remove(empty / "metrics.csv")
-    assert compare.main([str(empty), str(folder / "latest"), "--out", str(folder / "c.png")]) == 0
+    assert compare_main([str(empty), str(folder / "latest"), "--out", str(folder / "c.png")]) == 0
 
 
-@pytest.mark.parametrize("main", (runs.main, compare.main))
+@pytest.mark.parametrize("main", (runs_main, compare_main))
 def test_what_is_not_there_ends_in_one_line(main, tmp_path, capsys):
     assert main([str(tmp_path / "no")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

@@ -12,9 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.sweep_axis import DISTRIBUTIONS, read_axis
-from experiments.sweep_config import read
 from scmoe.config.fields import ConfigError
+from scmoe.studies.sweep.axis import DISTRIBUTIONS, read_axis
+from scmoe.studies.sweep.sweep_file import read
 from tests.support.sweeps import GOOD
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ BAD = [
     ("parameters", {}, "parameters is {}"),
     ("run_cap", 0, "run_cap is 0"),
     ("run_cap", "3", "run_cap is '3'"),
-    ("runcap", 3, "unknown key 'runcap' in a sweep, did you mean run_cap?"),
+    ("runcap", 3, "unknown key 'runcap', did you mean run_cap?"),
     ("scheduler", {"engine": "optuna"}, "unknown key 'scheduler'"),
     ("name", "../x", "name is '../x'"),
     ("metric/goal", "lowest", "metric.goal is 'lowest', allowed: minimize | maximize"),

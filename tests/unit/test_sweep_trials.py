@@ -76,7 +76,7 @@ def test_a_failed_trial_is_marked_and_the_best_is_named(start, tmp_path):
     assert done.summary | {"best": None} == {"trials": 4, "finished": 3, "failed": 1, "best": None}
     assert (best["trial"], best["val/loss"]) == (2, pytest.approx(1 / 6))
     assert [row["state"] for row in rows(tmp_path)] == ["finished", "finished", "failed", "finished"]
-    assert rows(tmp_path)[2]["reason"] == "FloatingPointError: [no] number"
+    assert rows(tmp_path)[2]["reason"] == "exit code 1: FloatingPointError: [no] number"
     lines = done.err.splitlines()
     assert [line.split(":")[0] for line in lines] == [
         f"trial {i} of 4 {row['state']}" for i, row in enumerate(rows(tmp_path), 1)
@@ -132,7 +132,7 @@ def test_a_killed_sweep_leaves_a_state_and_a_lock_as_long_as_its_trial_runs(star
     finally:
         os.kill(left, signal.SIGCONT)
     assert refused.code == 2
-    assert "are being made already" in refused.err
+    assert "another process is running this study" in refused.err
     until(lambda: not alive(tmp_path))
     assert end(start(pause_s=0.3)).summary["finished"] == 3
 

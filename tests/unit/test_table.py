@@ -1,4 +1,4 @@
-"""The harness of tables: what is skipped, marked, gone on with; and that rows are told apart by their model alone."""
+"""A batch of runs: what is skipped, marked, resumed. Tables: rows differ by their model alone."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import harness
-from experiments.table_config import Row, Scale, load_table
-from experiments.table_launch import write_launch_files
-from experiments.table_runs import Run, State, keep, plan, same_config, state_of
 from scmoe.config.fields import Config, ConfigError
 from scmoe.config.load import load, to_yaml
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.studies.batch import Batch
+from scmoe.studies.job import Job, State, lock_of
+from scmoe.studies.progress import clock
+from scmoe.studies.table.launch import write_launch_files
+from scmoe.studies.table.rows import Row, Scale, load_table
+from scmoe.studies.table.runs import Run, plan_runs, read_states, run_all, same_config
 from scmoe.training.build.model import build_model, build_model_on_meta
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +64,7 @@ if do == "wait":
 
 
 @pytest.fixture
-def table(tmp_path, monkeypatch):
+def table(tmp_path):
     """Two rows and two seeds of configs/debug.yaml, made by the fake training."""
 
     class Case:
@@ -71,57 +73,61 @@ def table(tmp_path, monkeypatch):
             Row("ScMoE", ("a", "b"), 3.1, ()),
         )
         calls = tmp_path / "calls"
-        said: list[str]
 
         def plan(self, *overrides: str) -> list[Run]:
             scale = Scale("smoke", ROOT / "configs/debug.yaml", 2, 2)
-            runs = plan(replace(load_table("table3", CONFIGS), rows=self.rows), scale, tmp_path / "t", 2, overrides)
+            runs = plan_runs(
+                replace(load_table("table3", CONFIGS), rows=self.rows), scale, tmp_path / "t", 2, overrides
+            )
             (tmp_path / "configs").mkdir(exist_ok=True)
             for run in runs:
-                (tmp_path / "configs" / run.name).write_text(to_yaml(run.config))
+                (tmp_path / "configs" / run.job.name).write_text(to_yaml(run.config))
+                run.job.launcher = (sys.executable, "-S", str(tmp_path / "fake.py"))
             return runs
 
         def order(self, name: str, what: str) -> None:
             (tmp_path / "orders").mkdir(exist_ok=True)
             (tmp_path / "orders" / name).write_text(what)
 
-        def make(self, runs: list[Run], jobs: int = 2) -> bool:
-            self.said = []
+        def make(self, runs: list[Run], metric: str = "val_loss") -> int:
             self.calls.write_text("")
-            return harness.run_all(runs, jobs, "val_loss", self.said.append, lambda session: None)
+            return run_all(runs, 2, metric, train_here=lambda arguments: 1)
 
         def called(self) -> list[str]:
             return sorted(self.calls.read_text().splitlines())
 
     (tmp_path / "fake.py").write_text(FAKE)
-    monkeypatch.setattr(harness, "TRAIN", (sys.executable, "-S", str(tmp_path / "fake.py")))
     return Case()
 
 
 def statuses(runs: list[Run]) -> dict[str, str]:
-    return {run.name: state_of(run).status for run in runs}
+    read_states(runs)
+    return {run.job.name: run.state.status for run in runs}
 
 
-def test_finished_runs_are_skipped_and_a_failed_one_is_marked_and_tried_again(table):
+def test_finished_runs_are_skipped_and_a_failed_one_is_marked_and_tried_again(table, capsys):
     runs = table.plan()
     table.order("scmoe-seed1", "fail")
-    assert table.make(runs)
+    assert table.make(runs) == 0
     assert statuses(runs) == {
         "top-2-seed1": "finished",
         "scmoe-seed1": "failed",
         "top-2-seed2": "finished",
         "scmoe-seed2": "finished",
     }
-    failed = state_of(runs[1])
+    failed = runs[1].state
     assert failed.error == "exit code 1: RuntimeError: out of memory"
-    assert [line for line in table.said if "failed" in line and "out of memory" in line]
-    assert table.make(table.plan())
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "(ScMoE, seed 1) failed: exit code 1: RuntimeError: out of memory, " in line]
+    assert any(line.endswith(" left") for line in lines)
+    assert table.make(table.plan()) == 0
+    assert "3 of 4 runs are finished already" in capsys.readouterr().err
     assert table.called() == ["scmoe-seed1 new"]
     assert set(statuses(runs).values()) == {"finished"}
-    assert state_of(runs[1]).seconds >= failed.seconds > 0
+    assert runs[1].state.seconds >= failed.seconds > 0
 
 
-def test_runs_of_another_config_are_made_anew(table):
+def test_runs_of_another_config_are_made_again(table):
     table.make(table.plan())
     changed = table.plan("optim.lr=0.5")
     assert set(statuses(changed).values()) == {"waiting"}
@@ -138,62 +144,107 @@ def test_stopping_saves_every_run_and_the_next_call_goes_on(table, number):
     table.order("scmoe-seed1", "wait")
 
     def when_both_train() -> None:
-        while not all(run.log.exists() and "step 3" in run.log.read_text() for run in runs[:2]):
+        while not all(run.job.log.exists() and "step 3" in run.job.log.read_text() for run in runs[:2]):
             threading.Event().wait(0.05)
         os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=when_both_train)
     before = signal.getsignal(number)
     thread.start()
-    assert not table.make(runs)
+    assert table.make(runs) == number
     thread.join()
     assert signal.getsignal(number) == before
     assert list(statuses(runs).values()) == ["cut", "cut", "waiting", "waiting"]
-    assert table.make(runs)
+    assert runs[0].state.done == 0.3
+    assert table.make(runs) == 0
     assert table.called() == ["scmoe-seed1 --resume", "scmoe-seed2 new", "top-2-seed1 --resume", "top-2-seed2 new"]
     assert set(statuses(runs).values()) == {"finished"}
 
 
-def test_a_harness_that_was_killed_left_cut_runs_behind(table):
+def test_a_batch_that_was_killed_left_cut_runs_behind(table):
     (run, *_) = table.plan()
-    keep(run, State("running", seconds=5.0))
-    assert state_of(run) == State("cut", seconds=5.0)
+    run.job.state = State("running", seconds=5.0)
+    run.job.keep()
+    assert run.job.read() == State("cut", seconds=5.0)
 
 
-def test_a_run_that_ended_while_nobody_waited_is_finished(table):
+def test_a_run_that_ended_after_its_batch_was_killed_is_finished(table):
     runs = table.plan()
     table.make(runs)
-    keep(runs[0], State("running"))
+    runs[0].job.state = State("running")
+    runs[0].job.keep()
     table.make(runs)
     assert table.called() == []
-    assert state_of(runs[0]).summary == {"val_loss": 3.0 + len(runs[0].name) / 100}
+    assert runs[0].state.results == {"val_loss": 3.0 + len(runs[0].job.name) / 100}
 
 
-def test_two_harnesses_cannot_make_one_table(table, tmp_path):
+def test_two_batches_cannot_run_one_table(table):
     runs = table.plan()
-    with harness.lock_of(runs[0].folder), pytest.raises(ConfigError, match="made already"):
+    with lock_of(runs[0].job.study), pytest.raises(ConfigError, match="another process is running this study"):
         table.make(runs)
 
 
 def test_a_run_that_ends_without_its_metric_has_failed(table):
     (run, *_) = table.plan()
-    harness.run_all([run], 1, "no_such", lambda line: None, lambda session: None)
-    assert state_of(run).error == "it ended without no_such in its summary"
+    table.make([run], "no_such")
+    assert run.state.error == "it ended without no_such in its summary"
 
 
-def test_time_left_is_that_of_the_runs_beside_each_other():
-    session = harness.Session([], 2, worked_s=100.0, progress=0.5, left={"a": 0.5, "b": 1.0})
-    assert session.seconds_left() == pytest.approx(1.5 * 200 / 2)
-    assert harness.Session([], 2).seconds_left() is None
-    assert [harness.clock(s) for s in (5, 65, 3700)] == ["5 s", "1 min 05 s", "1 h 01 min"]
+def test_a_training_that_does_not_stop_is_killed_at_the_second_request(tmp_path):
+    """With all that it has started; it counts as cut."""
+    script = "import signal, subprocess, time; signal.signal(15, signal.SIG_IGN); subprocess.Popen(['sleep', '60'])\n"
+    launcher = (sys.executable, "-c", f"{script}print('ready', flush=True)\ntime.sleep(60)")
+    one = Job("deaf", "deaf", tmp_path, tmp_path / "deaf", [str(tmp_path)], launcher)
+
+    def twice() -> None:
+        for _ in range(2):
+            while not (one.log.exists() and "ready" in one.log.read_text()):
+                threading.Event().wait(0.05)
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.Event().wait(0.5)
+
+    thread = threading.Thread(target=twice)
+    thread.start()
+    with lock_of(tmp_path) as lock:
+        assert Batch([one], 1, 1, lambda batch, ended: None).run(lock) == signal.SIGINT
+    thread.join()
+    assert one.state.status == "cut"
+    with lock_of(tmp_path):
+        pass  # the killed processes have let go of it
+
+
+def test_a_training_in_this_process_fails_or_stops_alone(tmp_path):
+    ends = iter([0, RuntimeError("no\nmemory"), SystemExit(143)])
+
+    def train(arguments: list[str]) -> int:
+        print("step 1/4 ")
+        if isinstance(end := next(ends), int):
+            return end
+        raise end
+
+    jobs = [Job(name, name, tmp_path, tmp_path / name, [name]) for name in "abcd"]
+    with lock_of(tmp_path) as lock:
+        assert Batch(jobs, 0, 4, lambda batch, ended: None, train_here=train).run(lock) == signal.SIGTERM
+    assert [one.state.status for one in jobs] == ["finished", "failed", "cut", "waiting"]
+    assert jobs[1].state.error == "exit code 1: RuntimeError: no memory"
+
+
+def test_time_left_is_that_of_runs_in_parallel(tmp_path):
+    states = [State("finished"), State("running", done=0.5), State()]
+    jobs = [Job("a", "a", tmp_path, tmp_path, [], state=state) for state in states]
+    batch = Batch(jobs, 2, 3, lambda batch, ended: None, worked_s=100.0, progress=0.5)
+    assert batch.seconds_left() == pytest.approx(1.5 * 200 / 2)
+    assert Batch(jobs, 2, 3, lambda batch, ended: None).seconds_left() is None
+    assert [clock(s) for s in (5, 65, 3700)] == ["5 s", "1 min 05 s", "1 h 01 min"]
 
 
 def test_a_field_that_is_newer_than_the_run_counts_unless_it_is_at_its_default(tmp_path):
     config = load(ROOT / "configs/debug.yaml")
-    stored = tmp_path / "config.yaml"
-    stored.write_text("".join(line for line in to_yaml(config).splitlines(True) if "z_loss_coef" not in line))
-    assert same_config(stored, config)
-    assert not same_config(stored, load(ROOT / "configs/debug.yaml", ["moe.z_loss_coef=0.1"]))
+    (tmp_path / "config.yaml").write_text(
+        "".join(line for line in to_yaml(config).splitlines(True) if "z_loss_coef" not in line)
+    )
+    assert same_config(tmp_path, config)
+    assert not same_config(tmp_path, load(ROOT / "configs/debug.yaml", ["moe.z_loss_coef=0.1"]))
 
 
 # ---------------------------------------------------------------------- the tables there are
@@ -204,8 +255,8 @@ def test_every_row_builds_at_every_scale(name, tmp_path):
     table = load_table(name, CONFIGS)
     assert {"smoke", "small", "paper"} <= table.scales.keys()
     for scale in table.scales.values():
-        runs = plan(table, scale, tmp_path, scale.seeds)
-        assert len({run.name for run in runs}) == len(table.rows) * scale.seeds
+        runs = plan_runs(table, scale, tmp_path, scale.seeds)
+        assert len({run.job.name for run in runs}) == len(table.rows) * scale.seeds
         for run in runs[: len(table.rows)]:
             build_model_on_meta(run.config)
 
@@ -224,9 +275,9 @@ def test_table3_is_the_papers():
 def test_rows_begin_with_the_same_weights(tmp_path):
     """Where names and shapes agree, values do; only what a row has for itself is not in the first."""
     table = load_table("table3", CONFIGS)
-    runs = plan(table, table.scales["smoke"], tmp_path, 2)
-    weights = {run.name: build_model(run.config, ParallelContext()).state_dict() for run in runs}
-    first, *others = (weights[run.name] for run in runs[: len(table.rows)])
+    runs = plan_runs(table, table.scales["smoke"], tmp_path, 2)
+    weights = {run.job.name: build_model(run.config, ParallelContext()).state_dict() for run in runs}
+    first, *others = (weights[run.job.name] for run in runs[: len(table.rows)])
     for other in others:
         assert first.keys() <= other.keys()
         assert all(torch.equal(tensor, other[name]) for name, tensor in first.items())
@@ -234,7 +285,7 @@ def test_rows_begin_with_the_same_weights(tmp_path):
             *("shared_expert", "coefficient", "tap_norm")
         }
     name = "blocks.0.moe.router.gate.weight"
-    assert not torch.equal(first[name], weights[runs[len(table.rows)].name][name]), "another seed"
+    assert not torch.equal(first[name], weights[runs[len(table.rows)].job.name][name]), "another seed"
     assert len({run.config.data for run in runs}) == 1
 
 
@@ -253,9 +304,9 @@ def test_an_unknown_table_is_refused_with_those_there_are():
     ("change", "says"),
     [
         (("baseline: top-2", "baseline: top-3"), "baseline is 'top-3', allowed: 'top-2'"),
-        (("paper: 3.270405", "paper: best"), "paper is 'best', allowed: float"),
-        (("seeds: 2", "seeds: 0"), "0 seeds"),
-        (("    paper: 3.240592\n", ""), "allowed: name, groups, paper, overrides"),
+        (("paper: 3.270405", "paper: best"), "paper is 'best', allowed: a number"),
+        (("seeds: 2", "seeds: 0"), "seeds is '0', allowed: 1 or more"),
+        (("    paper: 3.240592\n", ""), "a row.paper is missing, allowed: a number"),
         (("name: ScMoE Pos-1, CG-1", "name: ScMoE Pos 2 CG 1"), "same name"),
     ],
 )
@@ -270,8 +321,8 @@ def test_a_table_that_is_wrong_is_refused(tmp_path, change, says):
 
 def test_launch_files_hold_every_run(tmp_path):
     table = load_table("table3", CONFIGS)
-    runs = plan(table, table.scales["paper"], tmp_path, 1)
-    for command in write_launch_files(runs, tmp_path):
+    runs = plan_runs(table, table.scales["paper"], tmp_path, 1)
+    for command in write_launch_files(runs):
         path = Path(command.removeprefix("bash "))
         subprocess.run(["bash", "-n", path], check=True)
         assert started(path, tmp_path) == [run.config for run in runs]

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments.table_config import load_table
-from experiments.table_report import compare, describe, markdown, results, write_report
-from experiments.table_runs import State, plan
+from scmoe.studies.job import State
+from scmoe.studies.table.report import markdown, results, write_report
+from scmoe.studies.table.rows import load_table
+from scmoe.studies.table.runs import plan_runs
+from scmoe.studies.table.statistics import compare, describe
 
 CONFIGS = Path(__file__).parents[2] / "configs/experiment"
 
@@ -46,14 +48,13 @@ def test_no_test_where_none_can_be_made(values):
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     table = load_table("table3", CONFIGS)
-    return table, plan(table, table.scales["smoke"], tmp_path_factory.mktemp("runs") / "table3-smoke", 3)
+    return table, plan_runs(table, table.scales["smoke"], tmp_path_factory.mktemp("runs") / "table3-smoke", 3)
 
 
 @pytest.fixture
 def made(planned, tmp_path):
     """Table 3 with 3 seeds, losses made up: row i has 5 + i / 100 + a part of the seed. One failed, one cut."""
     table, runs = planned
-    states = {}
     for i, run in enumerate(runs):
         run_dir = tmp_path / f"20261125-{i:06}-made"
         run_dir.mkdir()
@@ -61,19 +62,18 @@ def made(planned, tmp_path):
         (run_dir / "env.json").write_text(json.dumps(environment))
         row, seed = i % len(table.rows), run.seed
         loss = 5 + row / 100 + seed / 10 + (row * seed % 3) / 1000
-        states[run] = State(
-            "finished", str(run_dir), 10.0, {"val_loss": loss, "params_total": 2e6, "params_active": 1e6}
-        )
-    by_name = {run.name: run for run in runs}
-    states[by_name["scmoe-pos-2-cg-1-seed2"]] = State("failed", error="exit code 1: no memory")
-    states[by_name["scmoe-pos-3-cg-1-seed3"]] = State("cut", seconds=3.0)
-    runs[0].folder.mkdir(exist_ok=True)
-    return table, states
+        summary = {"val_loss": loss, "params_total": 2e6, "params_active": 1e6}
+        run.job.state = State("finished", str(run_dir), 10.0, results=summary)
+    by_name = {run.job.name: run for run in runs}
+    by_name["scmoe-pos-2-cg-1-seed2"].job.state = State("failed", error="exit code 1: no memory")
+    by_name["scmoe-pos-3-cg-1-seed3"].job.state = State("cut", seconds=3.0)
+    runs[0].job.study.mkdir(exist_ok=True)
+    return table, runs
 
 
 def test_results(made):
-    table, states = made
-    found = results(table, "smoke", states)
+    table, runs = made
+    found = results(table, "smoke", runs)
     rows = {row["name"]: row for row in found["rows"]}
     assert list(rows) == [row.name for row in table.rows]
     top2, shared, cg1 = (rows[name] for name in ("top-2", "shared-expert, CG-2", "ScMoE Pos-2, CG-1"))
@@ -89,25 +89,25 @@ def test_results(made):
 
 
 def test_files(made):
-    table, states = made
-    paths = write_report(table, "smoke", states)
+    table, runs = made
+    paths = write_report(table, "smoke", runs)
     assert [path.name for path in paths] == ["table.md", "results.json", "chart.png"]
     text, found = paths[0].read_text(), json.loads(paths[1].read_text())
     assert text.count("| ScMoE Pos-2, CG-1 |") == 2, "in both of its groups"
     assert text.count("| top-2 |") == 1
-    assert "Not whole: ScMoE Pos-2, CG-1: 1 failed, 0 to be made; ScMoE Pos-3, CG-1: 0 failed, 1 to be made." in text
+    assert "Incomplete: ScMoE Pos-2, CG-1: 1 failed, 0 to run; ScMoE Pos-3, CG-1: 0 failed, 1 to run." in text
     assert "Spearman" in text
     assert found["rows"][0]["ours"]["n"] == 3
     assert paths[2].read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_row_without_a_run_is_empty(made):
-    table, states = made
-    for run in states:
+    table, runs = made
+    for run in runs:
         if run.row is table.rows[1] or run.seed > 1:
-            states[run] = State("waiting")
-    text = markdown(results(table, "smoke", states))
+            run.job.state = State()
+    text = markdown(results(table, "smoke", runs))
     assert "| shared-expert, CG-2 |  | 3.2406 | -0.0298 | (0) |  |  | (0) |" in text
     assert "| ScMoE Pos-2, Direct Add | 2.00M (1.00M) | 3.2368 | -0.0336 | 5.1220 (1) | +0.0220 |  | (1) |" in text
     assert "Spearman" not in text
-    write_report(table, "smoke", states)
+    write_report(table, "smoke", runs)

@@ -1,4 +1,4 @@
-"""What comes out of a sweep: results.csv, summary.md, chart.png and best.yaml in its folder."""
+"""What a sweep writes into its folder: results.csv, summary.md, chart.png and best.yaml."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from matplotlib.ticker import NullFormatter
 from rich.table import Table
 from rich.text import Text
 
-from experiments.sweep_config import Sweep, words
-from experiments.sweep_search import Trial, best
 from scmoe.config.load import load, to_yaml
+from scmoe.studies.sweep.search import Trial, best
+from scmoe.studies.sweep.sweep_file import Sweep, words
 
-NUMBERED = 12  # as many trials the chart names by their numbers
+NUMBERED = 12  # up to this many trials, the chart shows their numbers
 COLORS = {"finished": "#1b6ca8", "stopped": "#8a817c", "failed": "#c1292e", "best": "#e09f3e"}
 
 
 def write_report(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
-    """The files, as far as the trials have come; and the summary, the last line on standard output."""
+    """Write the files, as far as the trials have come. Returns the summary."""
     first = best(sweep, trials)
     rows = table_rows(sweep, trials)
     with (sweep.folder / "results.csv").open("w", newline="") as file:
@@ -58,7 +58,7 @@ def table_rows(sweep: Sweep, trials: Sequence[Trial]) -> list[list[Any]]:
 
 
 def ranked(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
-    """The best first; those without a result last."""
+    """Return the trials, the best first, those without a result last."""
     order, sign = ("finished", "stopped"), 1 if sweep.minimize else -1
 
     def rank(trial: Trial) -> tuple[int, float]:
@@ -68,7 +68,7 @@ def ranked(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
 
 
 def _cells(sweep: Sweep, trial: Trial) -> list[str]:
-    """trial, state, parameters, metric, steps, time, why."""
+    """Return the texts of `_head`'s columns."""
     values = [_short(trial.parameters[name]) for name in sweep.axes]
     value = "" if trial.value is None or trial.state == "failed" else f"{trial.value:.4f}"
     return [str(trial.number), trial.state, *values, value, str(trial.steps), f"{trial.seconds:.0f} s", trial.reason]
@@ -106,7 +106,7 @@ def _short(value: Any) -> str:
 
 
 def draw(sweep: Sweep, trials: Sequence[Trial], path: Path) -> None:
-    """Slices: the metric over each parameter that varies, one panel each. Failed trials stand at the upper edge."""
+    """Draw the metric over each parameter that varies, one panel each. Failed trials are marked at the upper edge."""
     varied = [name for name in sweep.axes if len({str(trial.parameters[name]) for trial in trials}) > 1]
     shown = varied or list(sweep.axes)[:1]
     figure = Figure(figsize=(max(5.6, 3.4 * len(shown) + 0.8), 4.2), dpi=150)
@@ -115,8 +115,8 @@ def draw(sweep: Sweep, trials: Sequence[Trial], path: Path) -> None:
     for panel, name in zip(panels, shown, strict=True):
         _slice(panel, sweep, trials, name)
     panels[0].set_ylabel(sweep.metric)
-    told = {"finished": "finished", "stopped": "stopped early", "failed": "failed"}
-    counts = [f"{n} {word}" for state, word in told.items() if (n := sum(trial.state == state for trial in trials))]
+    words_of = {"finished": "finished", "stopped": "stopped early", "failed": "failed"}
+    counts = [f"{n} {word}" for state, word in words_of.items() if (n := sum(trial.state == state for trial in trials))]
     figure.suptitle(f"Sweep {sweep.name}: {', '.join(counts) or 'no trial has ended'}", x=0.01, ha="left", fontsize=11)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=9)
@@ -158,7 +158,7 @@ def _slice(panel: Axes, sweep: Sweep, trials: Sequence[Trial], name: str) -> Non
         place = min(max(x(t), low), high)
         cross: dict[str, Any] = {"s": 48, "marker": "x", "clip_on": False, "label": None if i else "failed"}
         panel.scatter([place], [0.97], c=COLORS["failed"], transform=edge, **cross)
-        if place != x(t):  # outside: said, and the others are not squeezed for it
+        if place != x(t):  # it lies outside: its value is written, and the axis stays as wide as the others need
             side: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 7.5, "color": COLORS["failed"]}
             panel.annotate(
                 f"{x(t):.3g} ", (place, 0.97), xycoords=edge, xytext=(-6, 0), textcoords="offset points", **side

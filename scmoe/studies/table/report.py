@@ -1,124 +1,88 @@
-"""What comes out of a table: results.json, table.md and chart.png, ours beside the paper's.
-
-A difference to the baseline row is taken seed by seed, since rows with the same seed see the same tokens and begin with
-the same weights; the test is Student's t on these differences (scipy's ttest_rel), two-sided and not corrected for the
-number of rows.
-"""
+"""What a table writes into its folder: results.json, table.md and chart.png, our values beside the paper's."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy import stats
 
-from experiments.harness import clock
-from experiments.table_config import Row, Table
-from experiments.table_runs import Run, State
+from scmoe.studies.progress import clock
+from scmoe.studies.table.rows import Row, Table
+from scmoe.studies.table.runs import Run
+from scmoe.studies.table.statistics import compare, describe, rank_correlation
 
 PAPER, OURS, SEED = "#8a817c", "#1b6ca8", "#9cc4e4"
 
 
-def write_report(table: Table, scale: str, states: Mapping[Run, State]) -> list[Path]:
-    """The three files of a table with at least one finished run, as far as its runs have come."""
-    folder = next(iter(states)).folder
-    found = results(table, scale, states)
+def write_report(table: Table, scale: str, runs: Sequence[Run]) -> list[Path]:
+    """Write the three files of a table that has at least one finished run, as far as its runs have come."""
+    folder = runs[0].job.study
+    found = results(table, scale, runs)
     (folder / "results.json").write_text(json.dumps(found, indent=2) + "\n")
     (folder / "table.md").write_text(markdown(found))
     draw(found, folder / "chart.png")
     return [folder / name for name in ("table.md", "results.json", "chart.png")]
 
 
-# ---------------------------------------------------------------------- numbers
-
-
-def describe(values: Mapping[int, float]) -> dict[str, Any]:
-    """mean, std (of a sample; null for one value) and n of values by seed."""
-    n = len(values)
-    mean = math.fsum(values.values()) / n if n else None
-    std = (
-        math.sqrt(math.fsum((v - mean) ** 2 for v in values.values()) / (n - 1)) if mean is not None and n > 1 else None
-    )
-    return {"mean": mean, "std": std, "n": n}
-
-
-def compare(values: Mapping[int, float], baseline: Mapping[int, float]) -> dict[str, Any]:
-    """Differences over the seeds that both have: mean, std, n, the 95 % interval of the mean, and p of the paired test.
-
-    Interval and p are null for fewer than two pairs and for differences that are all the same.
-    """
-    seeds = sorted(values.keys() & baseline.keys())
-    by_seed = {seed: values[seed] - baseline[seed] for seed in seeds}
-    found = {**describe(by_seed), "interval_95": None, "p": None, "by_seed": by_seed}
-    if len(set(by_seed.values())) > 1:
-        test = stats.ttest_rel([values[s] for s in seeds], [baseline[s] for s in seeds])
-        found |= {"interval_95": [float(end) for end in test.confidence_interval()], "p": float(test.pvalue)}
-    return found
-
-
-def results(table: Table, scale: str, states: Mapping[Run, State]) -> dict[str, Any]:
-    metric = table.metric
+def results(table: Table, scale: str, runs: Sequence[Run]) -> dict[str, Any]:
     values: dict[Row, dict[int, float]] = {row: {} for row in table.rows}
-    for run, state in states.items():
-        if state.status == "finished" and state.summary:
-            values[run.row][run.seed] = state.summary[metric]
-    rows = []
-    for row in table.rows:
-        own = {run: state for run, state in states.items() if run.row is row}
-        summaries = [state.summary for state in own.values() if state.summary]
-        rows.append(
-            {
-                "name": row.name,
-                "groups": list(row.groups),
-                "overrides": list(row.overrides),
-                "params_total": summaries[0].get("params_total") if summaries else None,
-                "params_active": summaries[0].get("params_active") if summaries else None,
-                "paper": {metric: row.paper, "difference": round(row.paper - table.baseline.paper, 6)},
-                "ours": {**describe(values[row]), "by_seed": values[row]},
-                "difference": None if row is table.baseline else compare(values[row], values[table.baseline]),
-                "failed": {run.seed: state.error for run, state in own.items() if state.status == "failed"},
-                "unfinished": [run.seed for run, state in own.items() if state.status not in ("finished", "failed")],
-                "run_dirs": [state.run_dir for state in own.values() if state.run_dir],
-            }
-        )
+    for run in runs:
+        if run.state.status == "finished":
+            values[run.row][run.seed] = run.state.results[table.metric]
     return {
         "table": table.name,
         "title": table.title,
         "scale": scale,
-        "metric": metric,
+        "metric": table.metric,
         "unit": table.unit,
         "baseline": table.baseline.name,
-        **_circumstances(states),
-        "rows": rows,
+        **_circumstances(runs),
+        "rows": [_row(table, row, [run for run in runs if run.row is row], values) for row in table.rows],
     }
 
 
-def _circumstances(states: Mapping[Run, State]) -> dict[str, Any]:
-    """Where, when and with what the runs were made."""
-    run = next(iter(states))
-    data, model, trainer = run.config.data, run.config.model, run.config.trainer
-    images, sequences = model.family == "swin", trainer.max_steps * data.global_batch_size
-    done = [state for state in states.values() if state.status == "finished"]
-    environments = [json.loads((Path(str(s.run_dir)) / "env.json").read_text()) for s in done]
+def _row(table: Table, row: Row, runs: Sequence[Run], values: Mapping[Row, dict[int, float]]) -> dict[str, Any]:
+    summary = next((run.state.results for run in runs if run.state.results), {})
     return {
-        "command": f"make {run.folder.name.partition('-')[0]} SCALE={run.folder.name.partition('-')[2]}",
-        "config": str(run.config_file),
-        "model": f"{model.layers} layers, width {model.dim}, {run.config.moe.num_experts} experts",
+        "name": row.name,
+        "groups": list(row.groups),
+        "overrides": list(row.overrides),
+        "params_total": summary.get("params_total"),
+        "params_active": summary.get("params_active"),
+        "paper": {table.metric: row.paper, "difference": round(row.paper - table.baseline.paper, 6)},
+        "ours": {**describe(values[row]), "by_seed": values[row]},
+        "difference": None if row is table.baseline else compare(values[row], values[table.baseline]),
+        "failed": {run.seed: run.state.error for run in runs if run.state.status == "failed"},
+        "unfinished": [run.seed for run in runs if run.state.status not in ("finished", "failed")],
+        "run_dirs": [run.state.run_dir for run in runs if run.state.run_dir],
+    }
+
+
+def _circumstances(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return where, when and with which versions the runs ran."""
+    config, (name, _, scale) = runs[0].config, runs[0].job.study.name.partition("-")
+    data, model, trainer = config.data, config.model, config.trainer
+    images, sequences = model.family == "swin", trainer.max_steps * data.global_batch_size
+    done = [Path(str(run.state.run_dir)) for run in runs if run.state.status == "finished"]
+    environments = [json.loads((run_dir / "env.json").read_text()) for run_dir in done]
+    return {
+        "command": f"make {name} SCALE={scale}",
+        "config": str(runs[0].config_file),
+        "model": f"{model.layers} layers, width {model.dim}, {config.moe.num_experts} experts",
         "steps": trainer.max_steps,
         f"{'images' if images else 'tokens'}_per_run": sequences * (1 if images else data.seq_len),
         "seen": f"{sequences:,} images a run" if images else f"{sequences * data.seq_len:,} tokens a run",
-        "runs": {status: sum(s.status == status for s in states.values()) for status in ("finished", "failed")},
-        "seconds_of_all_runs": round(sum(state.seconds for state in states.values()), 1),
+        "runs": {status: sum(run.state.status == status for run in runs) for status in ("finished", "failed")},
+        "seconds_of_all_runs": round(sum(run.state.seconds for run in runs), 1),
         "machines": sorted({f"{e['cpus']} CPU cores, {e['platform'].partition('-')[0]}" for e in environments}),
         "torch": sorted({e["packages"]["torch"] for e in environments}),
         "git_commits": sorted({str(e["git_commit"]) for e in environments}),
-        "dates": sorted({Path(str(s.run_dir)).name[:8] for s in done}),
+        "dates": sorted({run_dir.name[:8] for run_dir in done}),
     }
 
 
@@ -126,13 +90,10 @@ def _circumstances(states: Mapping[Run, State]) -> dict[str, Any]:
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """A part for each group of rows; a row that belongs to two is shown in both."""
-    baseline = found["baseline"]
-    minus = f"minus {baseline}"
-    head = (
-        f"| row | parameters (active) | paper | paper: {minus} | ours: mean ± std (n) | ours: {minus} | 95 % interval "
-        "| p (n) |"
-    )
+    """Return a part for each group of rows; a row that belongs to two is shown in both."""
+    minus = f"minus {found['baseline']}"
+    columns = ["row", "parameters (active)", "paper", f"paper: {minus}", "ours: mean ± std (n)", f"ours: {minus}"]
+    head = f"| {' | '.join([*columns, '95 % interval', 'p (n)'])} |"
     lines = [
         f"# {found['title']}",
         "",
@@ -144,19 +105,22 @@ def markdown(found: Mapping[str, Any]) -> str:
     for group in dict.fromkeys(group for row in found["rows"] for group in row["groups"]):
         lines += ["", f"## {group[0].upper()}{group[1:]}", "", head, "| --- |" + " ---: |" * 7]
         lines += [_line(row) for row in found["rows"] if group in row["groups"]]
-    if order := _order(found):
-        lines += ["", order]
+    pairs = [(row["paper"][found["metric"]], row["ours"]["mean"]) for row in found["rows"]]
+    if len(pairs) > 2 and all(ours is not None for _, ours in pairs):
+        statistic, p = rank_correlation(pairs)
+        order = f"Order of the {len(pairs)} rows, ours against the paper's: Spearman's rank correlation"
+        lines += ["", f"{order} {statistic:+.2f} (p {p:.2f})."]
     lines += [
         "",
         f"`{found['command']}` ({found['config']}), {clock(found['seconds_of_all_runs'])} of runs, "
         f"{', '.join(found['machines'])}, torch {', '.join(found['torch'])}, commit {', '.join(found['git_commits'])}.",
     ]
     missing = [
-        f"{row['name']}: {len(row['failed'])} failed, {len(row['unfinished'])} to be made"
+        f"{row['name']}: {len(row['failed'])} failed, {len(row['unfinished'])} to run"
         for row in found["rows"]
         if row["failed"] or row["unfinished"]
     ]
-    return "\n".join([*lines, *(["", "Not whole: " + "; ".join(missing) + "."] if missing else [])]) + "\n"
+    return "\n".join([*lines, *(["", f"Incomplete: {'; '.join(missing)}."] if missing else [])]) + "\n"
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -182,23 +146,11 @@ def _spread(ours: Mapping[str, Any]) -> str:
     return f"{ours['mean']:.4f}" + ("" if ours["std"] is None else f" ± {ours['std']:.4f}") + f" ({ours['n']})"
 
 
-def _order(found: Mapping[str, Any]) -> str:
-    """Do the rows come in the paper's order?"""
-    pairs = [(row["paper"][found["metric"]], row["ours"]["mean"]) for row in found["rows"]]
-    if len(pairs) < 3 or any(ours is None for _, ours in pairs):
-        return ""
-    test = stats.spearmanr(*zip(*pairs, strict=True))
-    return (
-        f"Order of the {len(pairs)} rows, ours against the paper's: Spearman's rank correlation {test.statistic:+.2f} "
-        f"(p {test.pvalue:.2f})."
-    )
-
-
 # ---------------------------------------------------------------------- chart.png
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
-    """Differences to the baseline, the paper's and ours: a dot for each seed, their mean and its interval."""
+    """Draw the differences to the baseline, the paper's and ours: a dot for each seed, their mean and its interval."""
     rows = [row for row in found["rows"] if row["difference"] is not None]
     figure = Figure(figsize=(11, 1.8 + 0.42 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)

@@ -1,7 +1,8 @@
-"""Which trial comes next, and which is not worth going on with: W&B's methods, as functions of the trials so far.
+"""Which trial comes next, and which one is stopped early: W&B's methods, as functions of the trials so far.
 
-So a sweep that was cut off goes on as if it had not been: nothing is kept but the trials. bayes is the tree-structured
-Parzen estimator of optuna, on each parameter's quantiles; early stopping is Hyperband's brackets as W&B reads them.
+There is no other state, so an interrupted sweep continues as if it had not been. bayes is optuna's tree-structured
+Parzen estimator on each parameter's quantiles; early stopping is Hyperband's bands as W&B defines them
+(docs/decisions/0022-search.md says why optuna's other samplers and its pruners are not used).
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from itertools import islice, product
 from random import Random
 from typing import Any
 
-from experiments.sweep_axis import Axis
-from experiments.sweep_config import Sweep
+from scmoe.studies.sweep.axis import Axis
+from scmoe.studies.sweep.sweep_file import Sweep
 
-# A place in the search space: of each parameter the index of its choice, or the quantile of its distribution.
+# A point of the search space: for each parameter the index of its choice, or the quantile of its distribution.
 Point = dict[str, int | float]
 
 
 @dataclass
 class Trial:
-    """number: from 1. history: the metric's values in the order in which they were logged."""
+    """number: from 1. history: the metric's values, in the order of logging."""
 
     number: int
     point: Point
@@ -36,7 +37,7 @@ class Trial:
 
     @property
     def value(self) -> float | None:
-        """What the trial is judged by: the last value, as in W&B's summary."""
+        """The value that judges the trial: the last one, as in W&B's summary."""
         return self.history[-1] if self.history else None
 
 
@@ -47,7 +48,7 @@ def best(sweep: Sweep, trials: Sequence[Trial]) -> Trial | None:
 
 
 def target_reached(sweep: Sweep, trials: Sequence[Trial]) -> bool:
-    """metric.target: a sweep is over once a trial is as good."""
+    """Is a trial as good as metric.target? It ends the sweep."""
     target, first = sweep.raw.get("metric", {}).get("target"), best(sweep, trials)
     if target is None or first is None or first.value is None:
         return False
@@ -55,7 +56,7 @@ def target_reached(sweep: Sweep, trials: Sequence[Trial]) -> bool:
 
 
 def propose(sweep: Sweep, trials: Sequence[Trial]) -> Trial | None:
-    """The next trial; None: there is none. The same trials give the same next one."""
+    """Return the next trial; None: there is none. Equal trials give an equal next one."""
     if (sweep.run_cap is not None and len(trials) >= sweep.run_cap) or target_reached(sweep, trials):
         return None
     point = {"grid": _grid, "random": _random, "bayes": _bayes}[sweep.method](sweep, trials)
@@ -65,7 +66,7 @@ def propose(sweep: Sweep, trials: Sequence[Trial]) -> Trial | None:
 
 
 def total(sweep: Sweep) -> int | None:
-    """How many trials there will be at most; None: as many as one likes."""
+    """Return how many trials there will be at most; None: unlimited."""
     sizes = [sweep.run_cap] if sweep.run_cap is not None else []
     if sweep.method == "grid":
         sizes.append(math.prod(len(axis.grid) for axis in sweep.axes.values()))
@@ -97,7 +98,7 @@ def _draw(axis: Axis, draw: Random) -> int | float:
 
 
 def _bayes(sweep: Sweep, trials: Sequence[Trial]) -> Point:
-    """A trial without a result counts as metric.impute says, so that its surroundings are known to be bad."""
+    """A failed trial counts with the value that metric.impute chooses, so that the search avoids its neighbourhood."""
     import optuna
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
@@ -130,7 +131,7 @@ def _imputed(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> float | Non
 
 
 def bands(rule: dict[str, Any]) -> list[int]:
-    """After how many values of the metric a trial is looked at: max_iter / eta^i, i = 1..s, or min_iter * eta^i."""
+    """Return the numbers of values at which a trial is judged: max_iter / eta^i, i = 1..s, or min_iter * eta^i."""
     eta = rule.get("eta", 3)
     if "max_iter" in rule:
         places = [int(rule["max_iter"] / eta**i) for i in range(1, rule["s"] + 1)]
@@ -139,10 +140,10 @@ def bands(rule: dict[str, Any]) -> list[int]:
 
 
 def hopeless(sweep: Sweep, trial: Trial, others: Sequence[Trial]) -> bool:
-    """Of n trials that have come to the last band that this one has passed, is it worse than the best n / eta, rounded
-    down, and one more?
+    """Of the n trials that have reached the last band that this trial has passed: is it worse than n / eta, rounded
+    down, and one more of them?
 
-    strict judges it by the value there, else by its best value up to now.
+    strict judges it by its value at the band, otherwise by its best value so far.
     """
     rule, sign = sweep.raw.get("early_terminate"), 1 if sweep.minimize else -1
     passed = [band for band in bands(rule) if band <= len(trial.history)] if rule else []

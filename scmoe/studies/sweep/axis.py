@@ -6,15 +6,17 @@ Left out of W&B's distributions: beta and q_beta.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
+from itertools import accumulate
 from statistics import NormalDist
 from typing import Any
 
-from scmoe.config.fields import ConfigError, show
+from scmoe.config.fields import ConfigError
+from scmoe.studies.checks import LIST, NUMBER, Rule, check, is_int, is_number, refusal
 
-# Keys of each distribution beside its name: those that must be there, and those that have a default.
+# Keys of each distribution: those that are required, and those that have a default.
 BOUNDS, NORMAL = ("min max", ""), ("", "mu sigma")
 DISTRIBUTIONS = {
     "constant": ("value", ""),
@@ -25,6 +27,11 @@ DISTRIBUTIONS = {
     **dict.fromkeys(("q_uniform", "q_log_uniform", "q_log_uniform_values"), ("min max", "q")),
     **dict.fromkeys(("normal", "log_normal"), NORMAL),
     **dict.fromkeys(("q_normal", "q_log_normal"), ("", "mu sigma q")),
+}
+ANY: Rule = (lambda value: True, "a value")
+RULES = {
+    **{"value": ANY, "values": LIST, "probabilities": LIST},
+    **dict.fromkeys(("min", "max", "mu", "sigma", "q"), NUMBER),
 }
 GRID = ("constant", "categorical", "categorical_w_probabilities", "int_uniform", "q_uniform")
 
@@ -38,7 +45,7 @@ class Axis:
 
     @property
     def choices(self) -> Sequence[Any] | None:
-        """All values of a parameter that has no order."""
+        """The values to choose from; None for a distribution over numbers."""
         if self.distribution == "constant":
             return [self.spec["value"]]
         return self.spec["values"] if self.distribution.startswith("categorical") else None
@@ -51,10 +58,10 @@ class Axis:
         return [low + i * step for i in range(int((high - low) / step + 1e-9) + 1)]
 
     def quantile(self, u: float) -> Any:
-        """The value below which a share u of the distribution lies; of choices the one that u falls on."""
+        """Return the value below which a share u of the distribution lies; of choices the one at u."""
         if (choices := self.choices) is not None:
-            shares = self.spec.get("probabilities", [1] * len(choices))
-            return random_choice(choices, shares, u)
+            ends = list(accumulate(self.spec.get("probabilities", [1] * len(choices))))
+            return choices[min(bisect_right(ends, u * ends[-1]), len(choices) - 1)]
         kind, q = self.distribution.removeprefix("q_"), self.spec.get("q", 1)
         if kind.endswith("normal"):
             x = NormalDist(self.spec.get("mu", 0), self.spec.get("sigma", 1)).inv_cdf(min(max(u, 1e-9), 1 - 1e-9))
@@ -72,17 +79,8 @@ class Axis:
         return round(x / q) * q if self.distribution.startswith("q_") else x
 
 
-def random_choice(choices: Sequence[Any], shares: Sequence[float], u: float) -> Any:
-    below, total = 0.0, sum(shares)
-    for choice, share in zip(choices, shares, strict=True):
-        below += share / total
-        if u < below:
-            return choice
-    return choices[-1]
-
-
 def read_axis(name: str, spec: Any, method: str) -> Axis:
-    """A parameter's distribution, which may go without its name, as W&B fills it in."""
+    """Return a parameter's axis. A missing name of the distribution is filled in as W&B does. Raises ConfigError."""
     key = f"parameters.{name}"
     if not isinstance(spec, dict):
         raise refusal(key, spec, "a mapping with value, values, or a distribution")
@@ -97,9 +95,7 @@ def read_axis(name: str, spec: Any, method: str) -> Axis:
     if kind not in DISTRIBUTIONS:
         raise refusal(f"{key}.distribution", kind, " | ".join(DISTRIBUTIONS))
     required, optional = (keys.split() for keys in DISTRIBUTIONS[kind])
-    only(key, spec, ["distribution", *required, *optional])
-    for missing in [field for field in required if field not in spec]:
-        raise ConfigError(f"{key}.{missing} is missing for a distribution {kind}")
+    check(key, spec, {"distribution": ANY, **{field: RULES[field] for field in [*required, *optional]}}, required)
     if method == "grid" and kind not in GRID:
         raise refusal(f"{key}.distribution", kind, f"{' | '.join(GRID)} for method grid")
     _check_numbers(key, kind, spec)
@@ -107,16 +103,10 @@ def read_axis(name: str, spec: Any, method: str) -> Axis:
 
 
 def _check_numbers(key: str, kind: str, spec: dict[str, Any]) -> None:
-    for field in ("values", "probabilities"):
-        if field in spec and not (isinstance(spec[field], list) and spec[field]):
-            raise refusal(f"{key}.{field}", spec[field], "a list that is not empty")
+    """Refuse numbers that do not fit together."""
     shares = spec.get("probabilities", [1] * len(spec.get("values", [])))
     if len(shares) != len(spec.get("values", [])) or not all(is_number(share) and share >= 0 for share in shares):
         raise refusal(f"{key}.probabilities", shares, "a number for each value, 0 or more")
-    for field in ("min", "max", "mu", "sigma", "q"):
-        if field in spec and not is_number(spec[field]):
-            hint = "; YAML reads 1e-3 as a text, 1.0e-3 as a number" if isinstance(spec[field], str) else ""
-            raise refusal(f"{key}.{field}", spec[field], f"a number{hint}")
     if kind == "int_uniform" and not (is_int(spec["min"]) and is_int(spec["max"])):
         raise refusal(f"{key}.min", spec["min"], "whole numbers for min and max of int_uniform")
     if "min" in spec and spec["min"] >= spec["max"]:
@@ -126,25 +116,3 @@ def _check_numbers(key: str, kind: str, spec: dict[str, Any]) -> None:
     for field in ("q", "sigma"):
         if spec.get(field, 1) <= 0:
             raise refusal(f"{key}.{field}", spec[field], "above 0")
-
-
-def refusal(key: str, value: Any, allowed: str) -> ConfigError:
-    return ConfigError(f"{key} is {show(value)}, allowed: {allowed}")
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def only(key: str, mapping: Any, allowed: Sequence[str]) -> None:
-    if not isinstance(mapping, dict):
-        raise refusal(key, mapping, "a mapping of keys to values")
-    for name in mapping:
-        if name not in allowed:
-            near = get_close_matches(str(name), allowed, 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ConfigError(f"unknown key {show(name)} in {key}, {hint}allowed: {' | '.join(allowed)}")

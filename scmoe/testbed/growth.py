@@ -1,28 +1,26 @@
-"""`python -m experiments.bench growth`: how the time of a pair of blocks, and what overlap saves of it, grow.
+"""How the time of a pair of blocks, and what overlap saves of it, grow with tokens, ranks and experts.
 
-    tokens    of a rank, twice and four times as many; emulated compute, links as at the first
+    tokens    per rank, twice and four times as many; emulated compute, links as at the first point
     ranks     2, 4, 8 with as many tokens each; emulated compute, links for the same communication share at each
-    experts   8, 32, 128 for the same tokens; real compute, links as at the first
+    experts   8, 32, 128 for the same tokens; real compute, links as at the first point
 
-Each point is measured as by `bench overlap`: variants in turn, ratios taken within a round, medians. Points are
-measured one after another, so compare their ratios; times of a shared machine drift between them. Writes a chart
-under --out; the last line on standard output is JSON.
+Each point is measured as by `bench overlap`. Points are measured one after another, so compare their ratios: times of a
+shared machine drift between them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from experiments.bench_overlap import at_least_two, summary
-from scmoe.testbed import links
 from scmoe.testbed.overlap import measure
+from scmoe.testbed.overlap_report import summary
 from scmoe.testbed.pairs import Setting
 from scmoe.testbed.ranks import run_ranks
 
@@ -35,34 +33,25 @@ ROWS = {
 }
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench growth", description=__doc__.split("\n")[0])
-    parser.add_argument("--of", nargs="+", choices=POINTS, default=list(POINTS), help="what grows; all three")
-    parser.add_argument("--points", nargs="+", type=int, help="its values, with one --of")
-    parser.add_argument("--rounds", type=at_least_two, default=5)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the chart and the figures")
-    options = parser.parse_args(arguments)
-    if options.points and len(options.of) > 1:
-        parser.error("--points goes with one --of")
-    if not links.inside() and (missing := links.why_not()):
-        print(f"error: links cannot be shaped here: {missing}", file=sys.stderr)
-        return 2
-    links.enter(["-m", "experiments.bench", "growth", *arguments])
-    options.out.mkdir(parents=True, exist_ok=True)
-    report: dict[str, list[dict[str, Any]]] = {of: [] for of in options.of}
-    for of, found in report.items():
-        for value in options.points or POINTS[of]:
-            found.append(point(of, value, found[0]["link_mbit"] if found else None, options.rounds))
-            (options.out / "growth.json").write_text(json.dumps(report, indent=1))
+def bench_growth(of: Sequence[str], points: Sequence[int] | None, rounds: int, out: Path) -> dict[str, Any]:
+    """Measure every point, print tables, and write chart and figures into `out`. Returns the reports by what grows.
+
+    of: keys of POINTS. points: values for a single key. The caller has entered a network namespace (links.py).
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    report: dict[str, list[dict[str, Any]]] = {name: [] for name in of}
+    for name, found in report.items():
+        for value in points or POINTS[name]:
+            found.append(point(name, value, found[0]["link_mbit"] if found else None, rounds))
+            (out / "growth.json").write_text(json.dumps(report, indent=1))
     show(report)
-    draw(report, options.out / "growth.png")
-    print(f"chart and figures: {options.out / 'growth'}.png, .json", file=sys.stderr)
-    print(json.dumps(report))
-    return 0
+    draw(report, out / "growth.png")
+    print(f"chart and figures: {out / 'growth'}.png, .json", file=sys.stderr)
+    return report
 
 
 def point(of: str, value: int, link_mbit: float | None, rounds: int) -> dict[str, Any]:
-    """The report of `bench overlap`, with the value under the name of what grows."""
+    """Return the report of `bench overlap`, with the value under the name of what grows."""
     print(f"{of}: {value}", file=sys.stderr)
     setting, ranks = at(of, value, link_mbit, rounds)
     result = run_ranks(measure, ranks, setting, True, timeout_s=1800, own_links=True)[0]
@@ -70,7 +59,7 @@ def point(of: str, value: int, link_mbit: float | None, rounds: int) -> dict[str
 
 
 def at(of: str, value: int, link_mbit: float | None, rounds: int) -> tuple[Setting, int]:
-    """What is measured at a point, and on how many ranks. link_mbit: of the first point, which has none."""
+    """Return a point's setting and number of ranks. link_mbit: that of the first point; None: this is the first."""
     if of == "tokens":
         attention_ms = 45.0 * value / 1024
         return Setting(0.52, link_mbit, rounds=rounds, tokens=value, attention_ms=attention_ms, rows=tuple(ROWS)), 2
@@ -95,7 +84,7 @@ def show(report: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def draw(report: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """A panel for each thing that grows: time of a training step, both axes logarithmic, speed-up under Pos-2's."""
+    """Draw a panel for each thing that grows: time of a training step, both axes logarithmic, Pos-2's speed-up."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, NullLocator
 

@@ -1,17 +1,14 @@
-"""`python -m experiments.bench overlap --share 0.52`: how much of the All-to-All every architecture and schedule hides.
+"""The report of `bench overlap`: how much of the All-to-All every architecture and schedule hides.
 
-Two or more processes, each with a network link of its own whose rate is searched until the wanted share of a
-sequential top-2 pair's forward pass is communication (scmoe/testbed). Rows with their best schedule and the planner's
-choice beside it: all schedules are tried, and those near the best, with the planner's, go into the rounds, which
-decide. Ratios are to sequential top-2, taken round by round, medians. Writes a chart and a table under --out; the last
-line on standard output is JSON.
+All schedules of a row are tried, and those near the best, with the planner's choice, go into the rounds, which decide.
+Ratios are to sequential top-2, taken round by round, medians.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from statistics import median, quantiles
@@ -21,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from scmoe.config.fields import ConfigError
 from scmoe.schedule.cost import exposed_time, overlap_efficiency
 from scmoe.schedule.schedule import Schedule
 from scmoe.testbed import links
@@ -29,55 +27,42 @@ from scmoe.testbed.pairs import ROWS, Setting, default_schedule
 from scmoe.testbed.ranks import run_ranks
 
 DEFAULTS = {field.name: field.default for field in fields(Setting)}
-SIZES = ("dim", "ffn_dim", "heads", "tokens", "seq_len", "num_experts", "attention_ms", "attention_to_mlp")
 OF_COMPUTE = {"ffn_dim": "real", "heads": "real", "attention_ms": "emulated", "attention_to_mlp": "emulated"}
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench overlap", description=__doc__.split("\n")[0])
-    parser.add_argument("--share", type=float, help="communication share of sequential top-2, forward; 0.52")
-    parser.add_argument("--link-mbit", type=float, help="the links' rate, in place of one searched for the share")
-    parser.add_argument("--ranks", type=int, help="2; on cuda 1")
-    parser.add_argument("--compute", choices=["real", "emulated"], help="emulated; on cuda real")
-    parser.add_argument("--level", choices=["block", "iteration"], default="block")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: one GPU, rows over its bus")
-    parser.add_argument("--rounds", type=at_least_two, default=9)
-    for name in SIZES:
-        default = DEFAULTS[name]
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), help=f"{default}")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows to measure; all")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the chart and the table")
-    options = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
-    if refused := why_refused(options):
-        print(f"error: {refused}", file=sys.stderr)
-        return 2
+def bench_overlap(options: dict[str, Any], again: Sequence[str]) -> dict[str, Any]:
+    """Measure, print a table, and write chart and figures into the folder `out`. Returns the report.
+
+    options: fields of Setting, `ranks` and `out`, those that were given; ConfigError for one that cannot be honoured.
+    again: the arguments of a Python interpreter that repeat this program, which continues in a network namespace.
+    """
     gpu, out = options["device"] == "cuda", options.pop("out")
+    if refused := why_refused(options):
+        raise ConfigError(refused)
     ranks = options.pop("ranks", 1 if gpu else 2)
     missing = "one GPU has no links" if gpu else links.why_not() if not links.inside() else None
     if missing is None:
-        links.enter(["-m", "experiments.bench", "overlap", *arguments])
+        links.enter(again)
     elif not gpu:
         print(f"links cannot be shaped here ({missing}): loopback as it is, marked in every row", file=sys.stderr)
     defaults = {"share": 0.52, "compute": "real" if gpu else "emulated"}
-    setting = Setting(**defaults | options | {"rows": tuple(options["rows"])}, shaped=missing is None)
+    setting = Setting(**defaults | options | {"rows": tuple(options.get("rows", ROWS))}, shaped=missing is None)
     result = run_ranks(measure, ranks, setting, True, timeout_s=3600, own_links=missing is None)[0]
     report = summary(setting, ranks, result)
-    of = "cuda" if gpu else f"{ranks}-ranks-share-{setting.share:g}"
-    name = f"overlap-{setting.compute}-{setting.level}-{of}"
+    name = f"overlap-{setting.compute}-{setting.level}-" + ("cuda" if gpu else f"{ranks}-ranks-share-{setting.share:g}")
     show(report)
     draw(report, out / f"{name}.png")
     (out / f"{name}.json").write_text(json.dumps(report, indent=1))
     print(f"chart and figures: {out / name}.png, .json", file=sys.stderr)
-    print(json.dumps(report))
-    return 0
+    return report
 
 
 def why_refused(options: dict[str, Any]) -> str | None:
-    """Of the options that were given, the first that this measurement cannot honour; None: all are."""
+    """Return why the first option that cannot be honoured is refused; None: all can. options: those that were given."""
     if options["device"] == "cuda":
         for name in ("share", "link_mbit"):
             if name in options:
-                return f"--{name.replace('_', '-')} is of links, and one GPU has none: its rows go over its bus"
+                return f"--{name.replace('_', '-')} belongs to links, and one GPU has none: its rows go over its bus"
         if options.get("ranks", 1) != 1:
             return f"--ranks is {options['ranks']}, allowed with --device cuda: 1"
         if options.get("compute", "real") != "real":
@@ -89,10 +74,12 @@ def why_refused(options: dict[str, Any]) -> str | None:
     compute = options.get("compute", "real" if options["device"] == "cuda" else "emulated")
     for name, other in OF_COMPUTE.items():
         if name in options and other != compute:
-            return f"--{name.replace('_', '-')} is of {other} compute, and --compute is {compute}"
+            return f"--{name.replace('_', '-')} belongs to {other} compute, and --compute is {compute}"
     if not 0 < options.get("share", 0.52) < 1:
         return f"--share is {options['share']:g}, allowed: above 0 and below 1"
     tokens, seq_len, num_experts = (options.get(name, DEFAULTS[name]) for name in ("tokens", "seq_len", "num_experts"))
+    if unknown := [row for row in options.get("rows", ()) if row not in ROWS]:
+        return f"--rows has {unknown[0]}, allowed: {' | '.join(ROWS)}"
     if tokens % seq_len:
         return f"--tokens is {tokens}, allowed: multiples of --seq-len ({seq_len})"
     if num_experts % options.get("ranks", 2):
@@ -100,14 +87,8 @@ def why_refused(options: dict[str, Any]) -> str | None:
     return None
 
 
-def at_least_two(text: str) -> int:
-    """A number of rounds."""
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"is {text}, allowed: 2 or more (quartiles are told)")
-    return int(text)
-
-
 def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, Any]:
+    """Return the medians of the rounds, by row. result: what `measure` returned on rank 0."""
     times = result["times"]
     baseline = times[Variant("top2", Schedule("top_k"), "sequential")]
     free = times[Variant("top2", Schedule("top_k"), "free")]
@@ -204,7 +185,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Bars of both speed-ups, quartiles as whiskers, the limits as lines."""
+    """Draw bars of both speed-ups, quartiles as whiskers, the limits as lines."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.8), layout="constrained")

@@ -1,0 +1,39 @@
+"""Launch files for a table whose runs happen elsewhere: all its runs for torchrun, or for SLURM."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from scmoe.studies.table.runs import Run
+
+TORCHRUN = """\
+#!/bin/bash
+# {title} for one machine with {devices} GPUs, one run after the other. From the repository's folder: bash {path}
+# Resume an interrupted run with: torchrun ... -m experiments.train --resume RUN_DIR
+set -uo pipefail
+"""
+SLURM = """\
+#!/bin/bash
+# {title} for a cluster: a job for each run, of {devices} GPUs on one node. From the repository's folder: bash {path}
+# experiments/train.sbatch and docs/clusters.md say what a cluster must have.
+set -euo pipefail
+"""
+
+
+def write_launch_files(runs: Sequence[Run]) -> list[str]:
+    """Write torchrun.sh and slurm.sh into the table's folder. Returns the commands that start them."""
+    folder, config, devices = runs[0].job.study, shlex.quote(str(runs[0].config_file)), runs[0].config.trainer.devices
+    folder.mkdir(parents=True, exist_ok=True)
+    torchrun = f".venv/bin/torchrun --standalone --nproc-per-node={devices} -m experiments.train {config}"
+    sbatch = f"CONFIG={config} sbatch --nodes=1 --ntasks-per-node={devices} --gpus-per-node={devices}"
+    commands = []
+    for name, head in (("torchrun.sh", TORCHRUN), ("slurm.sh", SLURM)):
+        path = folder / name
+        lines = [head.format(title=f"{folder.name}: {len(runs)} runs", devices=devices, path=path)]
+        for run in runs:
+            start = torchrun if head is TORCHRUN else f"{sbatch} --job-name={run.job.name} experiments/train.sbatch"
+            lines.append(f"{start} {shlex.join(run.overrides)}\n")
+        path.write_text("".join(lines))
+        commands.append(f"bash {path}")
+    return commands
