@@ -1,7 +1,7 @@
 """Every command of the README and of the pages runs, and so do their Python examples.
 
-They run as written, in a folder of links to this checkout. Only lengths are cut: the quickstart takes 3 of its steps, and
-goes on to 5. A page's commands use what those before them have left: the README's `make train` leaves the newest run.
+They run as written, in a folder of links to this checkout. Only lengths are cut: the quickstart takes 3 of its steps
+and is resumed to 5. A page's commands use what earlier ones have left: the README's `make train` leaves the newest run.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What README and docs name exists: paths, links and their headings, names in files, modules, make targets, config keys."""
+"""What README and docs name exists: paths, links, names in files, modules, make targets, config keys."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 HISTORY = [ROOT / "CHANGELOG.md", ROOT / "docs/log.md"]  # may name what is gone
-LIVING = [page for page in PAGES if page not in HISTORY]
 TOP = ("scmoe", "datamodules", "experiments", "tests", "configs", "docs")
-ROOMS = sorted(path.name for path in (ROOT / "scmoe").iterdir() if (path / "__init__.py").exists())
-TESTS = sorted(path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__")
-BASES = {"scmoe": ROOMS, "tests": TESTS}  # a path may begin below these
-PLANNED = ("offload", "studies")  # rooms of the house; their paths count as soon as a page names them
-IDS = [page.relative_to(ROOT).as_posix() for page in LIVING]
+ROOMS = tuple(path.name for path in (ROOT / "scmoe").iterdir() if (path / "__init__.py").exists())
+BELOW_TESTS = tuple(path.name for path in (ROOT / "tests").iterdir() if path.is_dir())
 
-pages = pytest.mark.parametrize("page", LIVING, ids=IDS)
+
+def on(pages: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("page", pages, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+living = on([page for page in PAGES if page not in HISTORY])
 
 
 def without_fences(page: Path) -> str:
@@ -36,17 +37,20 @@ def code(page: Path) -> list[str]:
     return re.findall(r"`([^`\n]+)`", without_fences(page))
 
 
+def commands(page: Path) -> str:
+    return "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+
+
 def named_paths(page: Path) -> Iterator[str]:
     """Paths of the repository in backticks, and in the commands of fenced blocks."""
     for text in code(page):
-        name, found = text.removesuffix("/"), re.fullmatch(r"[\w.*-]+(/[\w.*-]+)*/?", text)
-        first = name.split("/")[0]
-        if found and "/" in text and first in (*TOP, *ROOMS, *PLANNED, *TESTS):
+        first, slash, _ = text.partition("/")
+        if slash and first in ROOMS + BELOW_TESTS and re.fullmatch(r"[\w.*/-]+(\.\w+|/)", text):
             yield text
-        elif found and re.fullmatch(r"[\w*]+\.(py|sbatch)", name):
+        elif re.fullmatch(r"[\w*]+\.(py|sbatch)", text):
             yield text
-    commands = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
-    yield from re.findall(rf"(?<![\w/])(?:{'|'.join(TOP)})/[\w./-]+", commands + "\n" + "\n".join(code(page)))
+    text = commands(page) + "\n" + "\n".join(code(page))
+    yield from re.findall(rf"(?<![\w/])(?:{'|'.join(TOP)})/[\w./*-]+", text)
 
 
 def exists(name: str, page: Path) -> bool:
@@ -65,12 +69,12 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-")
 
 
-@pages
+@living
 def test_every_path_exists(page):
     assert sorted({name for name in named_paths(page) if not exists(name, page)}) == []
 
 
-@pages
+@on(PAGES)
 def test_every_link_leads_somewhere(page):
     broken = []
     for target in re.findall(r"\]\(([^)\s]+)\)", without_fences(page)):
@@ -80,12 +84,13 @@ def test_every_link_leads_somewhere(page):
         other = (page.parent / path).resolve() if path else page
         if not other.exists():
             broken.append(target)
-        elif anchor and anchor not in map(slug, re.findall(r"^#+ (.*)$", other.read_text(encoding="utf-8"), re.M)):
+            continue
+        if anchor and anchor not in map(slug, re.findall(r"^#+ (.*)$", other.read_text(encoding="utf-8"), re.M)):
             broken.append(target)
     assert broken == []
 
 
-@pages
+@living
 def test_every_name_stands_in_its_file(page):
     """`moe/stream.py` `MoEStream.forward`, `begin`: the names that follow a file in backticks are words of it."""
     missing = []
@@ -97,10 +102,10 @@ def test_every_name_stands_in_its_file(page):
     assert missing == []
 
 
-@pages
+@living
 def test_every_command_exists(page):
     """`python -m MODULE` and `make TARGET`."""
-    text = "\n".join([*code(page), *re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)])
+    text = "\n".join([*code(page), commands(page)])
     modules = re.findall(r"-m ((?:experiments|tests)(?:\.\w+)+)", text)
     gone = [name for name in modules if not (ROOT / f"{name.replace('.', '/')}.py").exists()]
     targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M)
@@ -108,7 +113,7 @@ def test_every_command_exists(page):
     assert gone == []
 
 
-@pages
+@living
 def test_every_config_key_exists(page):
     keys = {leaf.key for leaf in leaves(Config())}
     sections = "|".join(sorted({key.split(".")[0] for key in keys if "." in key}))
