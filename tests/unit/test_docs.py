@@ -17,8 +17,8 @@ PAGES = [
 ]
 HISTORY = [ROOT / "CHANGELOG.md", ROOT / "docs/log.md"]  # may name what is gone
 TOP = ("scmoe", "datamodules", "experiments", "tests", "configs", "docs")
-ROOMS = tuple(path.name for path in (ROOT / "scmoe").iterdir() if (path / "__init__.py").exists())
-BELOW_TESTS = tuple(path.name for path in (ROOT / "tests").iterdir() if path.is_dir())
+ROOMS = tuple(f"{path.name}/" for path in (ROOT / "scmoe").iterdir() if (path / "__init__.py").exists())
+BELOW_TESTS = tuple(f"{path.name}/" for path in (ROOT / "tests").iterdir() if path.is_dir())
 
 
 def on(pages: list[Path]) -> pytest.MarkDecorator:
@@ -44,10 +44,8 @@ def commands(page: Path) -> str:
 def named_paths(page: Path) -> Iterator[str]:
     """Paths of the repository in backticks, and in the commands of fenced blocks."""
     for text in code(page):
-        first, slash, _ = text.partition("/")
-        if slash and first in ROOMS + BELOW_TESTS and re.fullmatch(r"[\w.*/-]+(\.\w+|/)", text):
-            yield text
-        elif re.fullmatch(r"[\w*]+\.(py|sbatch)", text):
+        in_a_room = text.startswith(ROOMS + BELOW_TESTS) and re.fullmatch(r"\w+/([\w.*/-]+\.\w+)?", text)
+        if in_a_room or re.fullmatch(r"[\w*]+\.(py|sbatch)", text):
             yield text
     text = commands(page) + "\n" + "\n".join(code(page))
     yield from re.findall(rf"(?<![\w/])(?:{'|'.join(TOP)})/[\w./*-]+", text)
@@ -128,13 +126,16 @@ def test_the_readme_is_short():
 def test_a_wrong_name_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
-        "`moe/nothing.py`, `scmoe/*.txt`, `gone.py`, [a](none.md), `python -m experiments.none`, `moe.none=1`\n"
+        "`moe/none.py`, `scmoe/*.txt`, `gone.py`, [a](none.md), `python -m experiments.none`, `moe.none=1`\n"
     )
-    assert [name for name in named_paths(page) if not exists(name, page)] == [
-        "moe/nothing.py",
-        "scmoe/*.txt",
-        "gone.py",
-    ]
-    for test in (test_every_link_leads_somewhere, test_every_command_exists, test_every_config_key_exists):
+    for test in (
+        *(test_every_path_exists, test_every_link_leads_somewhere, test_every_command_exists),
+        test_every_config_key_exists,
+    ):
         with pytest.raises(AssertionError):
             test(page)
+    assert sorted(name for name in named_paths(page) if not exists(name, page)) == [
+        "gone.py",
+        "moe/none.py",
+        "scmoe/*.txt",
+    ]
