@@ -44,7 +44,7 @@ def commands(page: Path) -> str:
 def named_paths(page: Path) -> Iterator[str]:
     """Paths of the repository in backticks, and in the commands of fenced blocks."""
     for text in code(page):
-        in_a_room = text.startswith(ROOMS + BELOW_TESTS) and re.fullmatch(r"\w+/([\w.*/-]+\.\w+)?", text)
+        in_a_room = text.startswith(ROOMS + BELOW_TESTS) and re.fullmatch(r"[\w.*/-]+(/|\.\w+)", text)
         if in_a_room or re.fullmatch(r"[\w*]+\.(py|sbatch)", text):
             yield text
     text = commands(page) + "\n" + "\n".join(code(page))
