@@ -71,7 +71,7 @@ bench-overlap: $(READY)  ## measure what each architecture hides; SHARES="0.52 0
 	@for level in $(or $(LEVELS),block); do for share in $(or $(SHARES),0.52 0.35 0.15); do \
 	  $(PY) -m experiments.bench overlap --level $$level --share $$share $(ARGS) || exit; done; done
 
-bench-growth: $(READY)  ## measure the same as tokens, ranks and experts grow
+bench-growth: $(READY)  ## measure the same while tokens, ranks or experts grow
 	@$(PY) -m experiments.bench growth $(ARGS)
 
 timeline: $(READY)  ## measure the timeline of one pair, next to the predicted one (Fig. 7); writes Chrome traces
