@@ -34,7 +34,7 @@ $(READY): pyproject.toml
 train: $(READY)  ## train CONFIG, with ARGS as overrides
 	@$(PY) -m experiments.train $(CONFIG) $(ARGS)
 
-resume: $(READY)  ## continue RUN (default: the newest)
+resume: $(READY)  ## go on with RUN (the newest)
 	@$(PY) -m experiments.train --resume $(or $(RUN),runs/latest) $(ARGS)
 
 sample: $(READY)  ## write text with the model of RUN (default: the newest)
@@ -43,7 +43,7 @@ sample: $(READY)  ## write text with the model of RUN (default: the newest)
 export: $(READY)  ## write the weights of RUN (default: the newest) as one safetensors file
 	@$(PY) -m experiments.export $(or $(RUN),runs/latest) $(ARGS)
 
-table3: $(READY)  ## run Table 3 at SCALE (smoke, small or paper); skips finished runs, resumes interrupted ones
+table3: $(READY)  ## Table 3 at SCALE (smoke, small or paper); finished runs are skipped, cut ones go on
 	@$(PY) -m experiments.table table3 --scale $(or $(SCALE),smoke) $(ARGS)
 
 runs: $(READY)  ## list runs: state, best loss, tokens/s, differences in their configs
@@ -64,17 +64,17 @@ params: $(READY)  ## count the parameters of every preset and architecture, next
 plan: $(READY)  ## what CONFIG would take on ARGS="ep=8 dp=2": FLOPs, bytes, memory; starts nothing
 	@$(PY) -m experiments.plan $(CONFIG) $(ARGS)
 
-bench: $(READY)  ## measure the MoE layer's time over the same dense products
+bench: $(READY)  ## time of the MoE layer over the same dense products
 	@$(PY) -m experiments.bench layer $(ARGS)
 
-bench-overlap: $(READY)  ## measure what each architecture hides; SHARES="0.52 0.35" of communication, LEVELS="block iteration"
+bench-overlap: $(READY)  ## what each architecture hides; SHARES="0.52 0.35" of communication, LEVELS="block iteration"
 	@for level in $(or $(LEVELS),block); do for share in $(or $(SHARES),0.52 0.35 0.15); do \
 	  $(PY) -m experiments.bench overlap --level $$level --share $$share $(ARGS) || exit; done; done
 
 bench-growth: $(READY)  ## measure the same while tokens, ranks or experts grow
 	@$(PY) -m experiments.bench growth $(ARGS)
 
-timeline: $(READY)  ## measure the timeline of one pair, next to the predicted one (Fig. 7); writes Chrome traces
+timeline: $(READY)  ## one pair's operators on the clock, measured beside planned (Fig. 7), and Chrome traces
 	@$(PY) -m experiments.timeline $(ARGS)
 
 figures: $(READY)  ## draw the figures of the README and docs
@@ -99,7 +99,7 @@ lint: $(READY)  ## check rules and format with ruff
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 
-format: $(READY)  ## let ruff correct what it can
+format: $(READY)  ## let ruff mend what it can
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
