@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-
 .NOTPARALLEL:
 .PHONY: help setup train resume sample export sweep table3 runs compare list params estimate bench bench-overlap bench-growth timeline figures test test-fast test-dist test-faults mutate lint format typecheck ci clean
 
-help:  ## this list
+help:  ## show this list
 	@echo "usage: make TARGET [CONFIG=$(CONFIG)] [RUN=runs/...] [ARGS=\"optim.lr=1e-3 ...\"]"; echo
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo; echo "Targets that need the environment make it first ($(VENV); PYTHON=python3.12 picks another Python)."
@@ -37,28 +37,28 @@ train: $(READY)  ## train CONFIG, with ARGS as overrides
 resume: $(READY)  ## resume RUN (the newest)
 	@$(PY) -m experiments.train --resume $(or $(RUN),runs/latest) $(ARGS)
 
-sample: $(READY)  ## write text with the model of RUN (the newest)
+sample: $(READY)  ## write text with the model of RUN (default: the newest)
 	@$(PY) -m experiments.sample $(or $(RUN),runs/latest) $(ARGS)
 
-export: $(READY)  ## write the weights of RUN (the newest) as one safetensors file
+export: $(READY)  ## write the weights of RUN (default: the newest) as one safetensors file
 	@$(PY) -m experiments.export $(or $(RUN),runs/latest) $(ARGS)
 
 table3: $(READY)  ## Table 3 at SCALE (smoke, small or paper); finished runs are skipped, interrupted ones resumed
 	@$(PY) -m experiments.table table3 --scale $(or $(SCALE),smoke) $(ARGS)
 
-runs: $(READY)  ## list runs: state, best loss, tokens/s, what differs
+runs: $(READY)  ## list runs: state, best loss, tokens/s, differences in their configs
 	@$(PY) -m experiments.runs $(ARGS)
 
-compare: $(READY)  ## draw the curves of RUNS="a b c" and show what differs
+compare: $(READY)  ## draw the curves of RUNS="a b c" and show the differences in their configs
 	@$(PY) -m experiments.compare $(RUNS) $(ARGS)
 
-sweep: $(READY)  ## search over CONFIG=configs/sweep/lr.yaml, a W&B sweep file: at W&B with a key, else here
+sweep: $(READY)  ## run the W&B sweep file CONFIG=configs/sweep/lr.yaml: at W&B with a key, otherwise here
 	@$(PY) -m experiments.sweep $(if $(filter file,$(origin CONFIG)),configs/sweep/lr.yaml,$(CONFIG)) $(ARGS)
 
-list: $(READY)  ## configs, models, data sets, architectures
+list: $(READY)  ## list configs, models, data sets, architectures
 	@$(PY) -m experiments.list $(ARGS)
 
-params: $(READY)  ## parameters of every preset and architecture, beside the paper's
+params: $(READY)  ## count the parameters of every preset and architecture, next to the paper's
 	@$(PY) -m experiments.params $(ARGS)
 
 estimate: $(READY)  ## what CONFIG costs on ARGS="ep=8 dp=2": FLOPs, bytes, memory; starts nothing
@@ -71,7 +71,7 @@ bench-overlap: $(READY)  ## how much each architecture hides; SHARES="0.52 0.35"
 	@for level in $(or $(LEVELS),block); do for share in $(or $(SHARES),0.52 0.35 0.15); do \
 	  $(PY) -m experiments.bench overlap --level $$level --share $$share $(ARGS) || exit; done; done
 
-bench-growth: $(READY)  ## the same as tokens, ranks and experts grow
+bench-growth: $(READY)  ## measure the same while tokens, ranks or experts grow
 	@$(PY) -m experiments.bench growth $(ARGS)
 
 timeline: $(READY)  ## one pair's operators, measured and planned (Fig. 7), and Chrome traces
@@ -80,22 +80,22 @@ timeline: $(READY)  ## one pair's operators, measured and planned (Fig. 7), and 
 figures: $(READY)  ## draw the figures of the README and docs
 	@$(PY) -m experiments.figures $(ARGS)
 
-test: $(READY)  ## all tests, of the fault suite the representative ones
+test: $(READY)  ## run all tests, of the fault suite the representative ones
 	@$(PYTEST) -m "not faults or representative" $(ARGS)
 
-test-fast: $(READY)  ## the tests that stay in one process and are quick
+test-fast: $(READY)  ## run the quick tests in one process
 	@$(PYTEST) -m "not dist and not slow and not smoke" $(ARGS)
 
-test-dist: $(READY)  ## the tests that start several processes
+test-dist: $(READY)  ## run the tests that start several processes
 	@$(PYTEST) -m dist $(ARGS)
 
-test-faults: $(READY)  ## the whole fault suite: kills, broken disks, damage, resuming, resharding
+test-faults: $(READY)  ## run the whole fault suite: kills, broken disks, damage, resuming, resharding
 	@$(PYTEST) -m faults $(ARGS)
 
-mutate: $(READY)  ## put known bugs back, in copies: do the tests catch them?
+mutate: $(READY)  ## put known bugs into copies of the tree and check that the tests catch them
 	@$(PY) -m tests.mutation.mutate $(ARGS)
 
-lint: $(READY)  ## ruff: rules and format
+lint: $(READY)  ## check rules and format with ruff
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 
@@ -103,10 +103,10 @@ format: $(READY)  ## let ruff fix what it can
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-typecheck: $(READY)  ## mypy
+typecheck: $(READY)  ## check types with mypy
 	@$(PY) -m mypy
 
-ci: lint typecheck test  ## what a change must pass
+ci: lint typecheck test  ## run lint, types and tests: what a change must pass
 
 clean:  ## remove caches and build leftovers (keeps .venv, runs/ and .cache/)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

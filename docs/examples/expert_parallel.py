@@ -16,7 +16,7 @@ from scmoe.parallel.strategy import ExpertParallelStrategy  # noqa: F401  import
 class Regression(LightningModule):
     def __init__(self):
         super().__init__()
-        self.parallel_context = ParallelContext()  # one process; the strategy puts its own in place
+        self.parallel_context = ParallelContext()  # for one process; the Strategy replaces it
 
     def configure_model(self):
         if hasattr(self, "moe"):

@@ -1,4 +1,4 @@
-"""Reads what `make export` wrote, without Lightning, and asks the model for a next token.
+"""Load what `make export` wrote, without Lightning, and predict the next token.
 
 .venv/bin/python docs/examples/load_export.py exported/model.safetensors
 """
@@ -18,7 +18,7 @@ from scmoe.training.build.model import build_model
 
 
 def load_export(file: Path) -> Any:
-    """The model of an export, in this process alone."""
+    """Return the model of an export. One process is enough."""
     model = build_model(load(file.parent / "config.yaml"), ParallelContext())
     load_weights(file, model)
     return model.eval()
@@ -26,7 +26,7 @@ def load_export(file: Path) -> Any:
 
 def main() -> None:
     model = load_export(Path(sys.argv[1]))
-    ids = torch.zeros(1, 8, dtype=torch.int64)  # the end of a text, eight times
+    ids = torch.zeros(1, 8, dtype=torch.int64)  # eight end-of-text tokens
     with torch.inference_mode():
         probabilities = model(ids).logits_BSV[0, -1].softmax(-1)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")

@@ -1,6 +1,7 @@
-"""Every command of the README runs, and its Python examples do: as written, in a folder of links to this checkout.
+"""Every command of the README and of the pages runs, and so do their Python examples.
 
-Only lengths are cut: the quickstart takes 3 of its steps, and goes on to 5.
+They run as written, in a folder of links to this checkout. Only lengths are cut: the quickstart takes 3 of its steps
+and is resumed to 5. A page's commands use what earlier ones have left: the README's `make train` leaves the newest run.
 """
 
 import os
@@ -13,8 +14,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("runs", "configuration", "studies", "strategy", "tests"))]
+NOT_RUN = {"docs/benchmarks.md": "takes hours", "docs/clusters.md": "needs eight GPUs; tests/unit/test_launch_files.py"}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def commands(page: str) -> list[str]:
+    return [line for block in blocks(page, "bash") for line in block.splitlines()]
+
+
+SMALL = [line for line in commands("docs/clusters.md") if "configs/debug.yaml" in line]  # two processes, seconds
+COMMANDS = list(dict.fromkeys([line for page in PAGES for line in commands(page)] + SMALL))
 QUICK = "trainer.max_steps=3 trainer.val_every=3 trainer.checkpoint_every=3 trainer.log_every=1 data.val_sequences=8"
 SHORT = {
     "make train": ["make", "train", f"ARGS={QUICK}"],
@@ -43,7 +56,7 @@ pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     if not (ROOT / ".venv/.installed").exists():
-        pytest.skip("the README's commands want the environment that `make setup` makes")
+        pytest.skip("the commands need the environment that `make setup` makes")
     folder = tmp_path_factory.mktemp("checkout")
     for name in (
         "Makefile",
@@ -68,32 +81,45 @@ def run(command, folder):
     return done.stdout
 
 
-def test_the_quickstart_is_two_commands():
-    assert COMMANDS[:2] == ["make train", "make test"]
-    assert SHORT.keys() <= set(COMMANDS), "a shortened command has gone from the README"
+def test_the_quickstart_is_three_commands():
+    assert commands("README.md") == ["make setup", "make train", "make sample"]
+    assert SHORT.keys() | SAYS.keys() <= set(COMMANDS), "a shortened command is on no page"
+
+
+def test_every_page_with_commands_is_run_or_says_why_not():
+    pages = [page.relative_to(ROOT).as_posix() for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]]
+    assert {page for page in pages if blocks(page, "bash")} == {page for page in PAGES if commands(page)} | set(NOT_RUN)
+    assert SMALL, "docs/clusters.md has a command that two CPU cores can run"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_runs(command, folder):
-    """In the order of the README: resume and sample go on from the newest run."""
+    """In the order of the pages: resume and sample use the newest run."""
     out = run(SHORT.get(command, shlex.split(command)), folder)
     assert SAYS.get(command, "") in out
     assert out.strip(), "it says something"
 
 
+@pytest.mark.parametrize("command", commands("docs/benchmarks.md"))
+def test_every_benchmark_has_a_target(command, folder):
+    words = shlex.split(command, comments=True)
+    assert "experiments." in run([words[0], "--dry-run", *words[1:]], folder)
+
+
 def test_every_logged_metric_is_in_the_table(folder):
-    """Those of the runs that the commands above have left."""
+    """The metrics are those of the runs that the commands above have left."""
     files = list(folder.glob("runs/*/*/metrics.csv"))
     if not files:
-        pytest.skip("no command of the README has been run beside this test")
+        pytest.skip("no command of the pages has run in this session")
     logged = {name for file in files for name in file.read_text().partition("\n")[0].split(",") if "/" in name}
     assert {"train/loss", "val/loss", "moe/load_max"} <= logged
-    assert not [name for name in logged if f"`{name}`" not in README]
+    page = (ROOT / "docs/runs.md").read_text()
+    assert not [name for name in logged if f"`{name}`" not in page]
 
 
 def test_the_examples_run(folder):
-    """The README shows a part of each; that of the export is among the commands above."""
-    load_export, expert_parallel = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    """The pages show a part of each script; that of the export is among the commands above."""
+    (load_export,), (expert_parallel,) = blocks("docs/runs.md", "python"), blocks("docs/strategy.md", "python")
     assert load_export in (ROOT / "docs/examples/load_export.py").read_text()
     script = ROOT / "docs/examples/expert_parallel.py"
     assert expert_parallel in script.read_text()

@@ -1,0 +1,141 @@
+"""What README and docs name exists: paths, links, names in files, modules, make targets, config keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from scmoe.config.fields import Config, leaves
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+HISTORY = [ROOT / "CHANGELOG.md", ROOT / "docs/log.md"]  # may name what is gone
+TOP = ("scmoe", "datamodules", "experiments", "tests", "configs", "docs")
+ROOMS = tuple(f"{path.name}/" for path in (ROOT / "scmoe").iterdir() if (path / "__init__.py").exists())
+BELOW_TESTS = tuple(f"{path.name}/" for path in (ROOT / "tests").iterdir() if path.is_dir())
+
+
+def on(pages: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("page", pages, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+living = on([page for page in PAGES if page not in HISTORY])
+
+
+def without_fences(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def code(page: Path) -> list[str]:
+    """The text between backticks, outside fenced blocks."""
+    return re.findall(r"`([^`\n]+)`", without_fences(page))
+
+
+def commands(page: Path) -> str:
+    return "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+
+
+def named_paths(page: Path) -> Iterator[str]:
+    """Paths of the repository in backticks, and in the commands of fenced blocks."""
+    for text in code(page):
+        in_a_room = text.startswith(ROOMS + BELOW_TESTS) and re.fullmatch(r"[\w.*/-]+(/|\.\w+)", text)
+        if in_a_room or re.fullmatch(r"[\w*]+\.(py|sbatch)", text):
+            yield text
+    text = commands(page) + "\n" + "\n".join(code(page))
+    yield from re.findall(rf"(?<![\w/])(?:{'|'.join(TOP)})/[\w./*-]+", text)
+
+
+def exists(name: str, page: Path) -> bool:
+    """A path from the root, from the page's folder, below scmoe/ or tests/; a bare file name anywhere; globs match."""
+    name = name.removesuffix("/")
+    folders = [ROOT, page.parent, ROOT / "scmoe", ROOT / "tests"]
+    if "/" not in name and "." in name:
+        folders += [ROOT / top for top in TOP]
+        return any(next(folder.rglob(name), None) for folder in folders[2:])
+    return any(next(folder.glob(name), None) for folder in folders)
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+    return re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-")
+
+
+@living
+def test_every_path_exists(page):
+    assert sorted({name for name in named_paths(page) if not exists(name, page)}) == []
+
+
+@on(PAGES)
+def test_every_link_leads_somewhere(page):
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_fences(page)):
+        path, _, anchor = target.partition("#")
+        if path.startswith(("http:", "https:")):
+            continue
+        other = (page.parent / path).resolve() if path else page
+        if not other.exists():
+            broken.append(target)
+            continue
+        if anchor and anchor not in map(slug, re.findall(r"^#+ (.*)$", other.read_text(encoding="utf-8"), re.M)):
+            broken.append(target)
+    assert broken == []
+
+
+@living
+def test_every_name_stands_in_its_file(page):
+    """`moe/stream.py` `MoEStream.forward`, `begin`: the names that follow a file in backticks are words of it."""
+    missing = []
+    for file, names in re.findall(r"`([\w/]+\.py)`((?:,? `[A-Za-z_][\w.]*`)+)", without_fences(page)):
+        found = [base / file for base in (ROOT, ROOT / "scmoe") if (base / file).exists()]
+        words = set(re.findall(r"\w+", found[0].read_text(encoding="utf-8"))) if found else set()
+        for name in re.findall(r"`([\w.]+)`", names):
+            missing += [f"{file} {name}"] if found and not set(name.split(".")) <= words else []
+    assert missing == []
+
+
+@living
+def test_every_command_exists(page):
+    """`python -m MODULE` and `make TARGET`."""
+    text = "\n".join([*code(page), commands(page)])
+    modules = re.findall(r"-m ((?:experiments|tests)(?:\.\w+)+)", text)
+    gone = [name for name in modules if not (ROOT / f"{name.replace('.', '/')}.py").exists()]
+    targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M)
+    gone += [name for name in re.findall(r"^make ([a-z0-9-]+)", text, re.M) if name not in targets]
+    assert gone == []
+
+
+@living
+def test_every_config_key_exists(page):
+    keys = {leaf.key for leaf in leaves(Config())}
+    sections = "|".join(sorted({key.split(".")[0] for key in keys if "." in key}))
+    named = {key for text in code(page) for key in re.findall(rf"(?<![\w./])(?:{sections})\.\w+(?=[= ]|$)", text)}
+    assert sorted(key for key in named if key not in keys and not key.endswith((".py", ".yaml"))) == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
+
+
+def test_a_wrong_name_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "`moe/none.py`, `scmoe/*.txt`, `gone.py`, [a](none.md), `python -m experiments.none`, `moe.none=1`\n"
+    )
+    for test in (
+        *(test_every_path_exists, test_every_link_leads_somewhere, test_every_command_exists),
+        test_every_config_key_exists,
+    ):
+        with pytest.raises(AssertionError):
+            test(page)
+    assert sorted(name for name in named_paths(page) if not exists(name, page)) == [
+        "gone.py",
+        "moe/none.py",
+        "scmoe/*.txt",
+    ]
