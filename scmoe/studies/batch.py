@@ -69,8 +69,9 @@ class Batch:
                         self.watch(self, None)
                         time.sleep(POLL_S)
             finally:
-                for one in running:  # after an error of this process: leave nothing behind
+                for one in running:  # after an error of this process: no training may outlive it
                     one.stop(kill=True)
+                for one in running:
                     self._close(one)
 
     def seconds_left(self) -> float | None:

@@ -25,9 +25,12 @@ COLORS = {"finished": "#1b6ca8", "stopped": "#8a817c", "failed": "#c1292e", "bes
 def write_report(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
     """Write the files, as far as the trials have come. Returns the summary."""
     first = best(sweep, trials)
-    rows = table_rows(sweep, trials)
     with (sweep.folder / "results.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
+        rows = csv.writer(file)
+        rows.writerow(["trial", "state", *sweep.axes, sweep.metric, "steps", "seconds", "run_dir", "reason"])
+        for t in trials:
+            values = (t.parameters[name] for name in sweep.axes)
+            rows.writerow([t.number, t.state, *values, t.value, t.steps, round(t.seconds, 1), t.run_dir, t.reason])
     (sweep.folder / "summary.md").write_text(markdown(sweep, trials))
     draw(sweep, trials, sweep.folder / "chart.png")
     if first is not None:
@@ -49,14 +52,6 @@ def write_report(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
     }
 
 
-def table_rows(sweep: Sweep, trials: Sequence[Trial]) -> list[list[Any]]:
-    rows: list[list[Any]] = [["trial", "state", *sweep.axes, sweep.metric, "steps", "seconds", "run_dir", "reason"]]
-    for t in trials:
-        values = (t.parameters[name] for name in sweep.axes)
-        rows.append([t.number, t.state, *values, t.value, t.steps, round(t.seconds, 1), t.run_dir, t.reason])
-    return rows
-
-
 def ranked(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
     """Return the trials, the best first, those without a result last."""
     order, sign = ("finished", "stopped"), 1 if sweep.minimize else -1
@@ -69,7 +64,8 @@ def ranked(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
 
 def _cells(sweep: Sweep, trial: Trial) -> list[str]:
     """Return the texts of `_head`'s columns."""
-    values = [_short(trial.parameters[name]) for name in sweep.axes]
+    given = [trial.parameters[name] for name in sweep.axes]
+    values = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in given]
     value = "" if trial.value is None or trial.state == "failed" else f"{trial.value:.4f}"
     return [str(trial.number), trial.state, *values, value, str(trial.steps), f"{trial.seconds:.0f} s", trial.reason]
 
@@ -96,10 +92,6 @@ def rich_table(sweep: Sweep, trials: Sequence[Trial]) -> Table:
 
 def _goal(sweep: Sweep) -> str:
     return f"{sweep.metric}, {'lowest' if sweep.minimize else 'highest'} first"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # ---------------------------------------------------------------------- chart
