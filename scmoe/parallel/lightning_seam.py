@@ -48,3 +48,8 @@ def note_saved_step(trainer: Any) -> None:
     for callback in trainer.checkpoint_callbacks:
         if hasattr(callback, "_last_global_step_saved"):
             callback._last_global_step_saved = trainer.global_step
+
+
+def log_under_step(trainer: Any, step: int) -> None:
+    """Make the loggers' next row that of `step`."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = step

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from scmoe.parallel.planner import Overlap, Plan, Planner
-from scmoe.training.callbacks.log_lines import logs_now
+from scmoe.training.callbacks.log_interval import logs_now
 
 
 class PlanSchedule(Callback):

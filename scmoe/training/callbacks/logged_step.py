@@ -1,4 +1,4 @@
-"""Logs each row under the step that it belongs to."""
+"""Logs each row under the optimizer step that it belongs to."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from scmoe.parallel.lightning_seam import log_under_step
+
 
 class LoggedStep(Callback):
-    """Rows are logged under the step that they are of, counted from 0, in a resumed run too: Lightning counts one too
-    many after a stop between two batches."""
+    """Counts from 0, in a resumed run too: after a stop between two batches Lightning's own count is one ahead."""
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        log_under_step(trainer, trainer.global_step)

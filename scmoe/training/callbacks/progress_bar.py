@@ -1,4 +1,4 @@
-"""Lightning's rich progress bar, named for what it counts."""
+"""Shows the progress of a training in the terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 
 class StepProgressBar(RichProgressBar):
-    """Lightning's, named for what it counts: a training is one long epoch of steps here."""
+    """Lightning's rich bar without "epoch 0": a training is one long epoch of steps here."""
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"
