@@ -108,17 +108,12 @@ class Analysis(Callback):
         return None if self.folder is None else self.folder / (self.name + suffix)
 
 
-def gating_over_training(every: int, run_dir: Path | None, position: str) -> Analysis:
+def gating_over_training(every: int, folder: Path | None, position: str) -> Analysis:
     """Measure Fig. 9. position: where blocks that have no tap are probed."""
     attach = lambda model: GatingProbe(model, position)  # noqa: E731
-    return Analysis("gating", every, _folder(run_dir), attach, gating_means, gating_metrics, draw_gating)
+    return Analysis("gating", every, folder, attach, gating_means, gating_metrics, draw_gating)
 
 
-def similarity_over_training(every: int, run_dir: Path | None) -> Analysis:
+def similarity_over_training(every: int, folder: Path | None) -> Analysis:
     """Measure Fig. 10."""
-    folder = _folder(run_dir)
     return Analysis("similarity", every, folder, SimilarityProbe, similarity_mean, similarity_metrics, draw_similarity)
-
-
-def _folder(run_dir: Path | None) -> Path | None:
-    return None if run_dir is None else run_dir / "analysis"

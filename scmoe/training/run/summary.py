@@ -33,27 +33,18 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
     total, active = report.total_and_active(report.count_parameters(module.model))
     throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
     rate = None if math.isnan(throughput.mean) else throughput.mean
-    val_loss = metrics["val/loss"]
     if isinstance(data, SequenceDataModule):
-        quality: dict[str, Any] = {
-            "perplexity": metrics["val/perplexity"],
-            "bits_per_byte": metrics["val/bits_per_byte"],
-            "unigram_bits_per_byte": data.unigram_bits_per_byte(),
-            "tokens_per_s": rate,
-        }
-        of_images: dict[str, Any] = {}
-    else:  # the same keys; perplexity is over classes, an image has no bytes of text, and its tokens are its patches
-        patches = module.model.patches.num_patches
-        quality = {
-            "perplexity": torch.tensor(val_loss).exp().item(),  # inf, not an error, where the loss is huge
-            "bits_per_byte": None,
-            "unigram_bits_per_byte": None,
-            "tokens_per_s": None if rate is None else rate * patches,
-        }
+        unigram, tokens, of_images = data.unigram_bits_per_byte(), 1, {}
+    else:  # a token of an image is a patch, its perplexity is over classes, and it has no bytes of text
+        unigram, tokens = None, module.model.patches.num_patches
         of_images = {"val_accuracy": metrics["val/accuracy"], "data": data.name, "images_per_s": rate}
+    exp_loss = torch.tensor(metrics["val/loss"]).exp().item()  # inf, not an error, where the loss is huge
     return {
-        "val_loss": val_loss,
-        **quality,
+        "val_loss": metrics["val/loss"],
+        "perplexity": metrics.get("val/perplexity", exp_loss),
+        "bits_per_byte": metrics.get("val/bits_per_byte"),
+        "unigram_bits_per_byte": unigram,
+        "tokens_per_s": None if rate is None else rate * tokens,
         "steps": steps,
         "params_total": total,
         "params_active": active,

@@ -31,13 +31,6 @@ UPLOAD_BYTES_PER_S = 1e6  # the slowest upload of a checkpoint that is waited fo
 WANDB_TROUBLE = (wandb.Error, OSError)  # the server refuses or does not answer, or W&B's own process is gone
 
 
-def wandb_mode(mode: Literal["auto", "online", "offline"]) -> Literal["online", "offline"]:
-    """Resolve `auto`: online where a key is found, else offline. Without a key W&B itself would ask or raise."""
-    if mode == "auto":
-        return "online" if has_wandb_key() else "offline"
-    return mode
-
-
 def has_wandb_key() -> bool:
     """Look where W&B does: in the environment, and in netrc under the server's name and port."""
     if os.environ.get("WANDB_API_KEY"):
@@ -52,24 +45,27 @@ def has_wandb_key() -> bool:
 
 def wandb_logger(
     run_dir: Path,
-    mode: Literal["online", "offline"],
+    mode: Literal["auto", "online", "offline"],
     project: str,
     group: str | None,
     tags: Sequence[str],
     config: dict[str, Any],
-    may_go_offline: bool = False,
 ) -> WandbLogger:
     """Return the logger of a W&B run, the same one when a training is resumed: its id is kept in the run directory.
 
-    Raises ConfigError where W&B cannot start; with may_go_offline, it goes offline where the server is not reached.
+    mode: `auto` is online where a key is found and the server answers, else offline. Raises ConfigError where W&B
+    cannot start as the others demand.
     """
     project, group, tags, config = without_keys((project, group, list(tags), config))
+    resolved: Literal["online", "offline"] = "online" if mode != "offline" else "offline"
+    if mode == "auto" and not has_wandb_key():  # W&B would ask for one, or raise
+        resolved = "offline"
     record = run_dir / "wandb_run.json"
     if record.exists():
         run_id = json.loads(record.read_text())["id"]
     else:
         run_id = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]  # a sweep's agent sets the id of its trial
-        text = json.dumps({"id": run_id, "project": project, "mode": mode})
+        text = json.dumps({"id": run_id, "project": project, "mode": resolved})
         try_to_write(record, lambda path: path.write_text(text))
     settings = wandb.Settings(
         console="off",
@@ -93,11 +89,11 @@ def wandb_logger(
         settings=settings,
     )
     try:
-        run = wandb.init(mode=mode, **common)
+        run = wandb.init(mode=resolved, **common)
     except WANDB_TROUBLE as error:
         reason = str(error).splitlines()[0]
-        if mode == "offline" or not may_go_offline:
-            raise ConfigError(f"logger.mode is {mode}, allowed here: offline | disabled: {reason}") from error
+        if mode != "auto" or resolved == "offline":
+            raise ConfigError(f"logger.mode is {resolved}, allowed here: offline | disabled: {reason}") from error
         print(f"warning: Weights & Biases goes offline: {reason}", file=sys.stderr, flush=True)
         wandb.teardown()  # otherwise its process would see the id as in use
         run = wandb.init(mode="offline", **common)

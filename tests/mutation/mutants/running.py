@@ -97,9 +97,7 @@ MUTANTS = (
     )
     .caught_by(f"{FAULTS}/test_security.py::test_33_a_key_is_in_no_file_of_a_run"),
     Mutant("changes-to-the-code-kept-with-their-keys", 33, "scmoe/training/run/directory.py")
-    .replaces(
-        '        "git_diff": without_keys(git("diff", "HEAD")),\n', '        "git_diff": git("diff", "HEAD"),\n'
-    )
+    .replaces('        "git_diff": without_keys(git("diff", "HEAD")),\n', '        "git_diff": git("diff", "HEAD"),\n')
     .caught_by(f"{FAULTS}/test_security.py::test_33_keys_in_the_command_line_and_the_code_are_starred_out"),
     Mutant("w-and-b-keeps-the-command-line", 33, "scmoe/training/run/wandb_logger.py")
     .replaces("x_disable_meta=without_keys(sys.argv) != sys.argv,", "x_disable_meta=False,")
