@@ -1,6 +1,6 @@
-"""Where images come from: Fashion-MNIST's files, scikit-learn's digits, a folder of folders such as ImageNet-1K.
+"""Opens images: Fashion-MNIST's files, scikit-learn's digits, a folder of folders such as ImageNet-1K.
 
-None stands in for another: what is asked for and is not there is an error that says how to get it.
+A data set that is missing is an error that says how to get it. No other is used in its place.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # from Debian's package dataset-fashion-mnist
 IDX_UINT8 = 8
-DIGITS_HELD_OUT = 5  # every fifth digit is for validation: the writers follow each other
+DIGITS_HELD_OUT = 5  # every fifth digit is for validation, as the file is ordered by writer
 
 
 class Images(Protocol):
-    """Pictures with a class each."""
+    """Images with their classes."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int, /) -> tuple[Image.Image, int]:
-        """Returns an RGB picture and its class, 0..C-1."""
+        """Returns an RGB image and its class, 0..C-1."""
 
 
 @dataclass(frozen=True)
 class ImageSplits:
-    """Training and validation pictures, how many classes there are, and what identifies it all."""
+    """Training and validation images, the number of classes, and a text that identifies the content."""
 
     name: str
     images: Mapping[str, Images]
@@ -43,7 +43,7 @@ class ImageSplits:
 
 @dataclass(frozen=True)
 class ArrayImages:
-    """Grey pictures in memory: uint8 [N, H, W] and their classes [N]."""
+    """Grey images in memory: uint8 [N, H, W] and their classes [N]."""
 
     pixels_NHW: np.ndarray
     labels_N: np.ndarray
@@ -56,9 +56,9 @@ class ArrayImages:
 
 
 def open_images(name: str, path: str | None) -> ImageSplits:
-    """The splits train and val of `fashion_mnist`, `digits` or `image_folder`.
+    """Returns the splits train and val of `fashion_mnist`, `digits` or `image_folder`.
 
-    path: a folder; None: where the data set is by itself. ValueError or ModuleNotFoundError where it is not there.
+    path: a folder; None: the usual place. Raises ValueError or ModuleNotFoundError where the data set is missing.
     """
     if name == "digits":
         return digits()
@@ -69,7 +69,7 @@ def open_images(name: str, path: str | None) -> ImageSplits:
 
 
 def digits() -> ImageSplits:
-    """1,797 handwritten digits of 8 x 8 pixels, 16 shades (UCI), which scikit-learn ships."""
+    """Returns the 1,797 handwritten digits (UCI) of scikit-learn: 8 x 8 pixels of 16 shades."""
     if find_spec("sklearn") is None:
         raise ModuleNotFoundError("data.name digits needs scikit-learn: pip install 'scmoe[vision]'")
     from sklearn.datasets import load_digits
@@ -85,24 +85,24 @@ def digits() -> ImageSplits:
 
 
 def fashion_mnist(folder: Path) -> ImageSplits:
-    """60,000 pictures of clothes, 28 x 28, and the 10,000 of its test set for validation, from four idx files."""
+    """Returns 60,000 images of clothes, 28 x 28, and 10,000 (the test set) for validation, from four idx files."""
     if not folder.is_dir():
         raise ValueError(
-            f"data.name fashion_mnist: there is no folder {folder}; apt-get install dataset-fashion-mnist, or set "
-            "data.path to a folder with the four *-ubyte.gz files, or take data.name=digits"
+            f"data.name fashion_mnist: there is no folder {folder}; run apt-get install dataset-fashion-mnist, or set "
+            "data.path to a folder with the four *-ubyte.gz files, or use data.name=digits"
         )
     splits = []
     for stem in ("train", "t10k"):
         pixels_NHW = read_idx(folder / f"{stem}-images-idx3-ubyte.gz", 3)
         labels_N = read_idx(folder / f"{stem}-labels-idx1-ubyte.gz", 1)
         if len(pixels_NHW) != len(labels_N):
-            raise ValueError(f"{folder}: {stem} has {len(pixels_NHW)} pictures and {len(labels_N)} labels")
+            raise ValueError(f"{folder}: {stem} has {len(pixels_NHW)} images and {len(labels_N)} labels")
         splits.append(ArrayImages(pixels_NHW, labels_N))
     return _in_memory("fashion_mnist", *splits)
 
 
 def image_folder(folder: Path) -> ImageSplits:
-    """Folders train and val with a folder of pictures for each class, classes numbered by name: ImageNet-1K's form."""
+    """Opens folders train and val with a folder of images for each class, numbered in order of name, as ImageNet-1K."""
     if find_spec("torchvision") is None:
         raise ModuleNotFoundError("data.name image_folder needs torchvision: pip install 'scmoe[vision]'")
     from torchvision.datasets import ImageFolder
@@ -112,18 +112,18 @@ def image_folder(folder: Path) -> ImageSplits:
     except FileNotFoundError as error:
         raise ValueError(f"data.path is {folder}, allowed: a folder with train/CLASS and val/CLASS: {error}") from error
     if train.classes != val.classes:
-        raise ValueError(f"{folder}: train and val have other classes: {set(train.classes) ^ set(val.classes)}")
-    names = hashlib.sha256()  # of names, not of contents: those are some 100 GB
+        raise ValueError(f"{folder}: train and val have different classes: {set(train.classes) ^ set(val.classes)}")
+    names = hashlib.sha256()  # of names, as the contents may be 100 GB
     for file, _ in [*train.samples, *val.samples]:
         names.update(f"{Path(file).relative_to(folder)}\n".encode())
     return ImageSplits("image_folder", {"train": train, "val": val}, len(train.classes), names.hexdigest())
 
 
 def read_idx(file: Path, dims: int) -> np.ndarray:
-    """The uint8 array of `dims` dimensions in a gzipped idx file (LeCun's MNIST format).
+    """Returns the uint8 array of `dims` dimensions in a gzipped idx file (LeCun's MNIST format).
 
-    Header: two zero bytes, the type, the number of dimensions, then each size as a big-endian uint32. ValueError for
-    any other file; no more is read than the header announces.
+    Header: two zero bytes, the type, the number of dimensions, then each size as a big-endian uint32. Raises
+    ValueError for any other file. It reads no more than the size in the header.
     """
     allowed = f"a gzipped idx file of {dims}-dimensional uint8"
     try:
@@ -135,8 +135,8 @@ def read_idx(file: Path, dims: int) -> np.ndarray:
             size = int(np.prod(shape, dtype=object))
             data = stream.read(size)
             if len(data) != size or stream.read(1):
-                raise ValueError(f"{file}: does not hold the {size} bytes that its header announces")
-    except (OSError, EOFError) as error:  # OSError: also what is not gzip
+                raise ValueError(f"{file}: does not have the {size} bytes that its header states")
+    except (OSError, EOFError) as error:  # OSError: also a file that is not gzip
         raise ValueError(f"{file}: {error}; allowed: {allowed}") from error
     return np.frombuffer(data, np.uint8).reshape(shape)
 

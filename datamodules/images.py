@@ -1,12 +1,12 @@
-"""Images for classification: sources behind timm's transforms, mixup and label smoothing.
+"""Images for classification: sources, timm's transforms, mixup and label smoothing.
 
     training    {"images": float32 [B, 3, S, S], "labels": float32 [B, C]}, labels as probabilities
     val         {"images", "labels": int64 [B]}; filler has label -100 and only zeros
 
-Order and resuming are those of text: a training sample is known by its position alone (`order.py`). What is drawn for
-it (crop, colours, erased parts) depends on the seed and the position, what is drawn for mixing on the position of the
-batch's first sample, so neither the number of workers nor an interruption changes it. Mixing pairs the pictures of one
-rank's batch: with it, and only with it, the number of ranks changes what is trained on.
+Order and resuming are those of text: the position determines the sample (`order.py`). Random crops, colours and erased
+parts depend on the seed and the position, random mixing on the position of the batch's first sample, so the number of
+workers or an interruption changes nothing. Mixing pairs the images of one rank's batch: with it, and only with it, the
+number of ranks changes what is trained on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -24,15 +25,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datamodules.image_sources import Images, ImageSplits
-from datamodules.order import EvalBatches, SampleOrder, TrainBatches
-from datamodules.positioned import PositionedDataModule
+from datamodules.order import SampleOrder
+from datamodules.positioned import IGNORE, PositionedDataModule
 
-IGNORE = -100  # the label that cross_entropy leaves out
 Augment = Literal["none", "imagenet"]
 
 
 def train_transform(size: int, augment: Augment) -> Callable[..., Tensor]:
-    """none: the whole picture. imagenet: random crop and flip, RandAugment, erasing, as Swin is trained."""
+    """Return the transform of `augment`: the whole image, or crop, flip, RandAugment and erasing as for Swin."""
     if augment == "none":
         return eval_transform(size, augment)
     return create_transform(
@@ -50,11 +50,13 @@ def eval_transform(size: int, augment: Augment) -> Callable[..., Tensor]:
     return create_transform(size, interpolation="bicubic", crop_pct=0.9 if augment == "imagenet" else 1.0)
 
 
+@dataclass(eq=False)
 class TrainImages(Dataset):
-    """Item p is the sample at position p of the whole training, transformed by what (seed, p) draws."""
+    """Gives as item p the sample at position p of the whole training, transformed at random from (seed, p)."""
 
-    def __init__(self, images: Images, order: SampleOrder, transform: Callable[..., Tensor]) -> None:
-        self.images, self.order, self.transform = images, order, transform
+    images: Images
+    order: SampleOrder
+    transform: Callable[..., Tensor]
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         picture, label = self.images[int(self.order(np.array([position]))[0])]
@@ -63,7 +65,7 @@ class TrainImages(Dataset):
 
 
 class EvalImages(Dataset):
-    """The pictures in order, or `limit` of them, spread evenly; filler beyond the last."""
+    """Gives the images in order, or `limit` of them evenly spread; then filler."""
 
     def __init__(self, images: Images, transform: Callable[..., Tensor], limit: int | None) -> None:
         self.images, self.transform = images, transform
@@ -79,7 +81,7 @@ class EvalImages(Dataset):
 
 
 class Batch:
-    """Puts training samples together: labels become smoothed probabilities, and pictures are mixed if asked for."""
+    """Collates training samples: labels become smoothed probabilities, and images are mixed where configured."""
 
     def __init__(self, num_classes: int, smoothing: float, mixup: float, cutmix: float, seed: int) -> None:
         self.num_classes, self.smoothing, self.seed = num_classes, smoothing, seed
@@ -97,12 +99,12 @@ class Batch:
 
 @contextmanager
 def drawn_from(seed: int, position: int) -> Iterator[None]:
-    """What timm draws inside depends on (seed, position) alone; the three global generators are left as they were."""
+    """Seed the three global generators from (seed, position) for timm, and restore them on exit."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     fresh = int(np.random.SeedSequence([seed, position]).generate_state(1)[0])
     random.seed(fresh)
     np.random.seed(fresh)
-    torch.default_generator.manual_seed(fresh)  # torch.manual_seed would seed the devices, too
+    torch.default_generator.manual_seed(fresh)  # torch.manual_seed would also seed the devices
     try:
         yield
     finally:
@@ -112,7 +114,7 @@ def drawn_from(seed: int, position: int) -> Iterator[None]:
 
 
 class ImageDataModule(PositionedDataModule):
-    """Loaders over `splits`; a sample is a picture. val_images: pictures of a validation, None: all."""
+    """Makes loaders over `splits`. A sample is an image. val_images: images that a validation uses; None: all."""
 
     def __init__(
         self,
@@ -129,7 +131,7 @@ class ImageDataModule(PositionedDataModule):
     ) -> None:
         super().__init__(**position)
         if num_classes != splits.num_classes:
-            raise ValueError(f"data.num_classes is {num_classes}, the data has {splits.num_classes}")
+            raise ValueError(f"data.num_classes is {num_classes}, allowed: {splits.num_classes}, as in the data")
         self.name, self.splits = splits.name, splits
         self.train_transform = train_transform(image_size, augment)
         self.eval_transform = eval_transform(image_size, augment)
@@ -141,19 +143,8 @@ class ImageDataModule(PositionedDataModule):
 
     def train_dataloader(self) -> DataLoader:
         images = self.splits.images["train"]
-        rank, world = self.rank_and_world()
         dataset = TrainImages(images, SampleOrder(len(images), self.seed), self.train_transform)
-        batches = TrainBatches(
-            positions, self.num_batches, self.micro_batch, rank, world, start=lambda: self.consumed_samples
-        )
-        return self.loader(dataset, batches, self.batch)
+        return self.train_loader(dataset, np.asarray, self.batch)  # its items are positions
 
     def val_dataloader(self) -> DataLoader:
-        rank, world = self.rank_and_world()
-        dataset = EvalImages(self.splits.images["val"], self.eval_transform, self.val_images)
-        return self.loader(dataset, EvalBatches(len(dataset), self.micro_batch // world, rank, world))
-
-
-def positions(positions_B: np.ndarray) -> np.ndarray:
-    """The order of a data set whose items are positions: `TrainImages` looks the sample up itself."""
-    return positions_B
+        return self.eval_loader(EvalImages(self.splits.images["val"], self.eval_transform, self.val_images))

@@ -1,4 +1,4 @@
-"""Which sample comes when, on which rank: a function of the global sample position alone.
+"""Which sample comes when, on which rank: a function of the global sample position only.
 
 Training sees positions p = 0, 1, 2, ...; position p is sample `permutation(p // N)[p % N]` of the N samples. A
 micro-batch takes the next M positions and deals them to the ranks in turn. Hence any number of ranks sees the same
@@ -8,20 +8,20 @@ global batches in the same order, batches run on across epochs, and one number i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 
 class SampleOrder:
-    """Position -> sample: each epoch is its own permutation of the samples, drawn when it is first asked for."""
+    """Maps positions to samples. Each epoch is another permutation of the samples, drawn at its first use."""
 
     def __init__(self, num_samples: int, seed: int) -> None:
-        self.num_samples = num_samples
-        self.seed = seed
+        self.num_samples, self.seed = num_samples, seed
         self._epoch, self._permutation_N = -1, np.empty(0, np.int64)
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Returns the samples at `positions`, both int64 of one shape; positions ascend."""
+        """Returns the samples at `positions`, both int64 of one shape. positions: ascending."""
         epochs, places = np.divmod(positions, self.num_samples)
         samples = np.empty_like(positions)
         for epoch in np.unique(epochs):
@@ -36,27 +36,20 @@ class SampleOrder:
         return self._permutation_N
 
 
+@dataclass(frozen=True)
 class TrainBatches:
-    """Batch sampler: this rank's share of every micro-batch from position `start()` on.
+    """A batch sampler that yields this rank's share of every micro-batch from position `start()` on.
 
-    `len` is the whole training's number of micro-batches, also after a resume: Lightning subtracts those it has done.
-    Iteration reads the position once, at its beginning, since workers fetch ahead of what has been trained on.
+    `len` is the number of micro-batches of the whole training, also after a resume: Lightning subtracts those that are
+    done. The position is read once, when iteration starts, as workers then fetch ahead of the training.
     """
 
-    def __init__(
-        self,
-        order: Callable[[np.ndarray], np.ndarray],
-        num_batches: int,
-        micro_batch: int,
-        rank: int,
-        world: int,
-        start: Callable[[], int],
-    ) -> None:
-        self.order = order
-        self.num_batches = num_batches
-        self.micro_batch = micro_batch
-        self.rank, self.world = rank, world
-        self.start = start
+    order: Callable[[np.ndarray], np.ndarray]
+    num_batches: int
+    micro_batch: int
+    rank: int
+    world: int
+    start: Callable[[], int]
 
     def __len__(self) -> int:
         return self.num_batches
@@ -69,15 +62,14 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """Batch sampler: samples 0 ... N-1 dealt to the ranks in turn, in batches of one shape and the same number on each.
+    """A batch sampler that deals samples 0 ... N-1 to the ranks in turn, in equally many batches of one shape.
 
-    Samples from N on are filler, which the data set has to recognise: collectives need every rank to take part.
+    Samples from N on are filler, which the data set must recognise: every rank must take part in all collectives.
     """
 
     def __init__(self, num_samples: int, batch: int, rank: int, world: int) -> None:
         self.num_batches = -(-num_samples // (batch * world))
-        self.batch = batch
-        self.rank, self.world = rank, world
+        self.batch, self.rank, self.world = batch, rank, world
 
     def __len__(self) -> int:
         return self.num_batches

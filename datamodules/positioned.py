@@ -1,12 +1,12 @@
-"""The part of a datamodule that knows where in the data training stands, whatever the samples are.
+"""A datamodule with a position in the data, which checkpoints keep. Samples may be anything.
 
-Run the Trainer with `use_distributed_sampler=False`, and call `advance()` at the end of every training batch. Order and
-resuming are told in `order.py`.
+Run the Trainer with `use_distributed_sampler=False`, and call `advance()` at the end of every training batch. The order
+of samples is explained in `order.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any
 
 import torch
@@ -16,70 +16,84 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.order import EvalBatches, TrainBatches
 from datamodules.watched import Watched
 
+IGNORE = -100  # the label that cross_entropy leaves out
+
 
 class PositionedDataModule(LightningDataModule):
-    """Position, checkpoint state and place among the ranks.
+    """Knows position, checkpoint state and place among the ranks, and makes the loaders.
 
-    `global_batch_size` samples make one optimizer step, over all ranks and `accumulate` micro-batches; `num_batches`
-    is the training's number of micro-batches, max_steps x accumulate; `consumed_samples` the position in the order.
+    global_batch_size: samples of one optimizer step, of all ranks and `accumulate` micro-batches together.
+    num_batches: micro-batches of the whole training, max_steps x accumulate.
+    `consumed_samples` is the position in the order of samples.
     """
 
-    def __init__(self, *, global_batch_size: int, accumulate: int, num_batches: int, workers: int, seed: int) -> None:
+    def __init__(
+        self, global_batch_size: int = 32, accumulate: int = 1, num_batches: int = 200, workers: int = 0, seed: int = 1
+    ) -> None:
         super().__init__()
         if global_batch_size < 1 or accumulate < 1 or global_batch_size % accumulate:
             raise ValueError(
                 f"data.global_batch_size is {global_batch_size}; allowed: multiples of trainer.accumulate, {accumulate}"
             )
         self.global_batch_size, self.accumulate = global_batch_size, accumulate
-        self.micro_batch = global_batch_size // accumulate
-        self.num_batches = num_batches
-        self.workers = workers
-        self.seed = seed
+        self.micro_batch, self.num_batches = global_batch_size // accumulate, num_batches
+        self.workers, self.seed = workers, seed
         self.consumed_samples = 0
         self.watching: list[Watched] = []
 
     def identity(self) -> dict[str, Any]:
-        """What has to be the same for a position in the data to mean the same samples."""
+        """Return all that must be equal for a position to mean the same samples."""
         raise NotImplementedError
 
     def advance(self) -> None:
-        """Notes that one micro-batch has been trained on."""
+        """Move the position past one micro-batch."""
         self.consumed_samples += self.micro_batch
 
     def state_dict(self) -> dict[str, Any]:
         return {"consumed_samples": self.consumed_samples, **self.identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on at the saved position. ValueError where it would mean other samples: other data, seed or length."""
+        """Continue at the saved position. Raises ValueError where it would mean other samples."""
         for key, ours in self.identity().items():
             if state_dict[key] != ours:
                 raise ValueError(
-                    f"the checkpoint's {key} is {state_dict[key]}, here it is {ours}: its position in the data means "
-                    "nothing here; resume with the data settings and seed of that run"
+                    f"the checkpoint's {key} is {state_dict[key]}, here it is {ours}: its position means other "
+                    "samples; resume with the data settings and seed of that run"
                 )
         self.consumed_samples = state_dict["consumed_samples"]
 
-    def loader(
-        self, dataset: Dataset, batches: TrainBatches | EvalBatches, collate: Callable[..., Any] | None = None
+    def train_loader(
+        self, dataset: Dataset, order: Callable[..., Any], collate: Callable[..., Any] | None = None
     ) -> DataLoader:
-        """Of train, val or test. It draws the seeds of its workers from a generator of its own: each time it begins, it
-        would take a number from the global one, and dropout would depend on whether there was a validation."""
+        """Return the loader of the training from the current position on. order: positions to items of `dataset`."""
+        rank, world = self.rank_and_world()
+        start = lambda: self.consumed_samples  # noqa: E731
+        return self._loader(
+            dataset, TrainBatches(order, self.num_batches, self.micro_batch, rank, world, start), collate
+        )
+
+    def eval_loader(self, dataset: Sized) -> DataLoader:
+        """Return a loader that gives all ranks equally many batches of `dataset`, with filler at the end."""
+        rank, world = self.rank_and_world()
+        return self._loader(dataset, EvalBatches(len(dataset), self.micro_batch // world, rank, world))
+
+    def _loader(
+        self, dataset: Any, batches: TrainBatches | EvalBatches, collate: Callable[..., Any] | None = None
+    ) -> DataLoader:
+        if self.workers:
+            dataset = Watched(dataset, self.workers)
+            self.watching.append(dataset)
         rank, _ = self.rank_and_world()
         return DataLoader(
-            self.watched(dataset),
+            dataset,
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
+            # For the seeds of workers. Else each start of a loader would draw from the global generator, and dropout
+            # would depend on whether there was a validation.
             generator=torch.Generator().manual_seed(self.seed + rank),
         )
-
-    def watched(self, dataset: Dataset) -> Dataset:
-        """What a loader with `workers` is made of, so that a worker that dies takes its sample's name not along."""
-        if not self.workers:
-            return dataset
-        self.watching.append(Watched(dataset, self.workers))
-        return self.watching[-1]
 
     def on_exception(self, exception: BaseException) -> None:
         for dataset in self.watching:

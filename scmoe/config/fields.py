@@ -1,7 +1,7 @@
-"""The fields of the configuration: one tree of frozen dataclasses, each field with type, default, unit and range.
+"""Defines the configuration: one tree of frozen dataclasses, each field with type, default, unit and range.
 
 `training/build/` is the only reader. `rules.py` says which values fit together, `load.py` fills the tree from YAML and
-the command line, `help.py` shows it.
+the command line, `help.py` prints it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 
 def option(default: Any, help: str, range: str | None = None) -> Any:
-    """A field with its default, the line that `--help` shows, and the name of its range in RANGES."""
+    """Return a field with its default, the line that `--help` shows, and the name of its range in RANGES."""
     return field(default=default, metadata={"help": help, "range": range})
 
 
@@ -21,19 +21,21 @@ def option(default: Any, help: str, range: str | None = None) -> Any:
 class ModelConfig:
     family: Literal["gpt", "llama", "swin"] = option("gpt", "model family")
     layers: int = option(
-        4, "Transformer blocks; a pair is Block-MLP + Block-MoE. swin: of stage 3, the other stages have 2", "above 0"
+        4, "Transformer blocks; a pair is Block-MLP + Block-MoE. swin: those of stage 3; others have 2", "above 0"
     )
-    dim: int = option(256, "width of the residual stream (D); swin: of stage 1, it doubles with each stage", "above 0")
-    heads: int = option(4, "attention heads; must divide dim. swin: of stage 1, they double, too", "above 0")
-    kv_heads: int | None = option(None, "heads of keys and values; must divide heads; null: heads", "above 0")
+    dim: int = option(256, "width of the residual stream (D). swin: that of stage 1; it doubles per stage", "above 0")
+    heads: int = option(4, "attention heads; must divide dim. swin: those of stage 1; they double per stage", "above 0")
+    kv_heads: int | None = option(None, "heads of keys and values; must divide heads; null: same as heads", "above 0")
     ffn_dim: int | None = option(None, "hidden width of every MLP and expert (F); null: 4 x dim", "above 0")
     activation: Literal["gelu", "gelu_tanh", "swiglu"] | None = option(
-        None, "inside MLPs and experts; gelu_tanh is GPT-2's own; null: swiglu for llama, else gelu"
+        None, "activation in MLPs and experts; gelu_tanh: as in GPT-2; null: swiglu for llama, else gelu"
     )
     dropout: float = option(0.0, "dropout probability after each sub-layer and on the embeddings", "0 or more, below 1")
     patch_size: int = option(4, "swin: width of a patch in pixels", "above 0")
-    window: int = option(12, "swin: width of an attention window in tokens; at most the whole feature map", "above 0")
-    drop_path: float = option(0.0, "swin: stochastic depth of the last block; it grows from 0", "0 or more, below 1")
+    window: int = option(12, "swin: width of an attention window in tokens, at most the feature map's", "above 0")
+    drop_path: float = option(
+        0.0, "swin: stochastic depth, from 0 in the first block to this in the last", "0 or more, below 1"
+    )
 
 
 @dataclass(frozen=True)
@@ -42,38 +44,36 @@ class MoEConfig:
         "scmoe", "wiring of the MoE module"
     )
     num_experts: int = option(8, "routed experts of one MoE module (E)", "above 0")
-    top_k: int = option(1, "routed experts per token (K); swin: in stage 3, stage 4 has 2", "above 0")
+    top_k: int = option(1, "routed experts per token (K); swin: those of stage 3; stage 4 uses 2", "above 0")
     position: Literal["pos1", "pos2", "pos3"] = option("pos2", "where ScMoE and DGMoE tap the preceding layer")
     first_position: Literal["pos1", "pos2", "pos3"] | None = option(
-        None, "tap of the first MoE module only (pos1: the paper's 'L0 Pos-1'); null: as position"
+        None, "position of the first MoE module only (pos1: 'L0 Pos-1' of the paper); null: as position"
     )
-    combine: Literal["direct_add", "cg1", "cg2"] = option("cg1", "how shared and routed outputs are merged (Eq. 14-16)")
+    combine: Literal["direct_add", "cg1", "cg2"] = option("cg1", "how shared and routed outputs combine (Eq. 14-16)")
     coefficient_input: Literal["current", "tap"] = option("current", "what the coefficient gate reads")
     tap_norm: Literal["own", "shared"] = option("own", "norm of the tap; shared: that of the sub-layer after the tap")
     every: Literal[1, 2] = option(2, "MoE in every block (1) or in every second block (2)")
-    capacity_factor: float | None = option(2.0, "slots per expert over its fair share; null: dropless", "above 0")
+    capacity_factor: float | None = option(2.0, "room per expert, over its fair share; null: dropless", "above 0")
     dropless_ceiling: float | None = option(
-        None, "dropless: rows that a rank may receive, over its fair share; null: any number", "1 or more"
+        None, "dropless: rows that a rank may receive, in multiples of its fair share; null: no limit", "1 or more"
     )
     renormalise: bool = option(True, "top_k >= 2: divide the kept experts' probabilities by their sum (Eq. 2)")
-    noisy: bool = option(False, "noise on the gate's logits in training (Eq. 4)")
-    balanced_routing: bool = option(
-        False, "ignore the gate and deal tokens round-robin: a bound for speed, not a model"
-    )
+    noisy: bool = option(False, "add noise to the gate's logits in training (Eq. 4)")
+    balanced_routing: bool = option(False, "deal tokens to experts in turn: a bound for speed, not a model")
     load_balance_coef: float = option(0.01, "weight of the load-balance loss", "0 or more")
     z_loss_coef: float = option(0.0, "weight of the router z-loss", "0 or more")
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    auto: bool = option(
-        False, "measure the operators in the first steps and choose; the same as `schedule: auto` for the section"
-    )
+    auto: bool = option(False, "measure operators in the first steps, then choose. Short form: schedule=auto")
     slot: int | None = option(
-        None, "backbone operators before the experts; null: the middle of the window", "0 or more"
+        None,
+        "backbone operators that run before the experts; null: the middle of the window",
+        "0 or more",
     )
     chunks: int | None = option(
-        None, "pieces that the MoE stream's rows are cut into (pipelining); null: 1, or of auto's choice", "above 0"
+        None, "chunks that the MoE stream's rows are split into (pipelining); null: 1, or what auto chooses", "above 0"
     )
 
 
@@ -84,77 +84,73 @@ class DataConfig:
     )
     path: str | None = option(
         None,
-        "text: a file or folder; hf: name of a Hugging Face data set; fashion_mnist: a folder, null: where Debian's "
-        "package puts it; image_folder: has train/CLASS and val/CLASS",
+        "text: a file or folder; hf: name of a Hugging Face data set; fashion_mnist: a folder, null: the one of "
+        "Debian's package; image_folder: a folder with train/CLASS and val/CLASS",
     )
     subset: str | None = option(None, "hf: configuration of the data set")
     tokenizer: str = option("bpe", "bpe: trained on the training split; gpt2; or the path of a tokenizer.json")
     vocab_size: int = option(4096, "vocabulary (V); gpt2 has 50257", "above 0")
     seq_len: int = option(256, "tokens per sequence (S)", "above 0")
-    global_batch_size: int = option(
-        32, "sequences (images) per optimizer step, over all ranks and accumulated batches", "above 0"
+    global_batch_size: int = option(32, "sequences (images) per optimizer step, of all ranks together", "above 0")
+    val_sequences: int | None = option(None, "sequences (images) that a validation uses; null: all", "above 0")
+    image_size: int = option(192, "images: width and height of the model's input in pixels", "above 0")
+    num_classes: int = option(1000, "images: number of classes of the data set", "above 0")
+    augment: Literal["none", "imagenet"] = option("none", "images: imagenet adds crops, flips, RandAugment, erasing")
+    mixup: float = option(0.0, "images: alpha of mixup; 0: no mixup", "0 or more")
+    cutmix: float = option(
+        0.0, "images: alpha of cutmix; with mixup, each gets half of the batches; 0: no cutmix", "0 or more"
     )
-    val_sequences: int | None = option(None, "sequences (images) of a validation; null: all", "above 0")
-    image_size: int = option(192, "images: width and height in pixels that the model sees", "above 0")
-    num_classes: int = option(1000, "images: classes of the data set", "above 0")
-    augment: Literal["none", "imagenet"] = option("none", "images: imagenet: crops, flips, RandAugment, erasing")
-    mixup: float = option(0.0, "images: alpha of mixup; 0: none", "0 or more")
-    cutmix: float = option(0.0, "images: alpha of cutmix, taken half the time where mixup is on; 0: none", "0 or more")
-    label_smoothing: float = option(0.0, "images: share of a label given to all classes", "0 or more, below 1")
+    label_smoothing: float = option(0.0, "images: probability that is spread over all classes", "0 or more, below 1")
     workers: int = option(0, "data-loading processes per rank", "0 or more")
-    cache_dir: str = option(".cache", "where token caches and tokenizers are kept")
+    cache_dir: str = option(".cache", "folder of token caches and tokenizers")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     lr: float = option(1e-3, "peak learning rate of AdamW", "above 0")
-    min_lr_ratio: float = option(0.1, "last learning rate over peak", "0 to 1")
+    min_lr_ratio: float = option(0.1, "final learning rate, as a share of the peak", "0 to 1")
     warmup_steps: int = option(50, "linear warm-up, in optimizer steps", "0 or more")
-    weight_decay: float = option(0.1, "on matrices only; never on norms, biases and embeddings' positions", "0 or more")
-    beta1: float = option(0.9, "decay of AdamW's mean of gradients", "0 or more, below 1")
-    beta2: float = option(0.95, "decay of AdamW's mean of squared gradients", "0 or more, below 1")
-    eps: float = option(1e-8, "added to the root of the latter", "above 0")
+    weight_decay: float = option(0.1, "decay of matrices; norms, biases and position embeddings have none", "0 or more")
+    beta1: float = option(0.9, "decay of AdamW's running mean of gradients", "0 or more, below 1")
+    beta2: float = option(0.95, "decay of AdamW's running mean of squared gradients", "0 or more, below 1")
+    eps: float = option(1e-8, "epsilon of AdamW, added to the root of that mean", "above 0")
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    accelerator: Literal["auto", "cpu", "gpu"] = option("auto", "where to run")
-    devices: int = option(1, "processes on this machine (one per GPU, or CPU ranks)", "above 0")
-    num_nodes: int = option(1, "machines", "above 0")
+    accelerator: Literal["auto", "cpu", "gpu"] = option("auto", "device type")
+    devices: int = option(1, "processes per machine: one per GPU, or CPU ranks", "above 0")
+    num_nodes: int = option(1, "number of machines", "above 0")
     max_steps: int = option(200, "optimizer steps", "above 0")
     accumulate: int = option(1, "batches accumulated for one optimizer step", "above 0")
-    precision: Literal["32-true", "bf16-mixed", "bf16-true", "64-true"] = option("32-true", "Lightning precision")
-    gradient_clip: float | None = option(1.0, "global gradient norm; null: no clipping", "above 0")
+    precision: Literal["32-true", "bf16-mixed", "bf16-true", "64-true"] = option("32-true", "Lightning's precision")
+    gradient_clip: float | None = option(1.0, "largest global gradient norm; null: no clipping", "above 0")
     val_every: int = option(100, "optimizer steps between validations", "above 0")
     log_every: int = option(10, "optimizer steps between logged metrics", "above 0")
     checkpoint_every: int = option(100, "optimizer steps between checkpoints", "above 0")
-    recompute: bool = option(False, "activation checkpointing of attention, MLPs and experts; routing is kept")
+    recompute: bool = option(False, "activation checkpointing of attention, MLPs and experts, not of routing")
     compile: bool = option(False, "torch.compile each block")
-    deterministic: bool = option(False, "deterministic algorithms only")
-    threads: int | None = option(None, "CPU threads per process; null: cores / devices", "above 0")
-    progress: bool = option(True, "rich progress bar")
+    deterministic: bool = option(False, "use deterministic algorithms only")
+    threads: int | None = option(None, "CPU threads per process; null: CPU cores / devices", "above 0")
+    progress: bool = option(True, "show progress: a bar in a terminal, else a line per logged step")
 
 
 @dataclass(frozen=True)
 class StrategyConfig:
     ep_size: int | None = option(
-        None, "expert-parallel ranks; null: the most that divide both experts and devices", "above 0"
+        None, "expert-parallel ranks; null: the largest number that divides both experts and devices", "above 0"
     )
-    timeout_s: float = option(300.0, "seconds a collective may take before the job is ended", "above 0")
-    async_checkpoint: bool = option(False, "go on training while a checkpoint is written")
-    full_checkpoint: bool = option(False, "one file for the tensors of all ranks, put together by rank 0")
-    wire_dtype: Literal["bfloat16"] | None = option(
-        None, "type in which rows travel between ranks; null: that in which experts compute"
-    )
-    debug_collectives: bool = option(False, "compare every collective over ranks before it is done; slow")
+    timeout_s: float = option(300.0, "seconds that a collective may take; after that the job ends", "above 0")
+    async_checkpoint: bool = option(False, "continue training while a checkpoint is written")
+    full_checkpoint: bool = option(False, "rank 0 collects the tensors of all ranks and writes one file")
+    wire_dtype: Literal["bfloat16"] | None = option(None, "type of rows between ranks; null: that of the experts")
+    debug_collectives: bool = option(False, "check before each collective that all ranks call the same one; slow")
 
 
 @dataclass(frozen=True)
 class AnalysisConfig:
-    gating_every: int | None = option(None, "optimizer steps between measurements of Fig. 9; null: none", "above 0")
-    similarity_every: int | None = option(
-        None, "optimizer steps between measurements of Fig. 10; null: none", "above 0"
-    )
+    gating_every: int | None = option(None, "optimizer steps between measurements of Fig. 9", "above 0")
+    similarity_every: int | None = option(None, "optimizer steps between measurements of Fig. 10", "above 0")
 
 
 @dataclass(frozen=True)
@@ -169,11 +165,11 @@ class LoggerConfig:
 
 @dataclass(frozen=True)
 class Config:
-    name: str = option("scmoe", "experiment; runs are kept in runs/<name>/")
+    name: str = option("scmoe", "name of the experiment; runs are kept in <runs_dir>/<name>/")
     seed: int = option(1, "seed of weights, data order and dropout", "0 to 2^32 - 1")
-    runs_dir: str = option("runs", "root of all run directories")
+    runs_dir: str = option("runs", "folder of all run directories")
     init_from: str | None = option(
-        None, "weights to begin with: hf:FOLDER (transformers) or scmoe:FILE (make export); dense into MoE: upcycled"
+        None, "initial weights: hf:FOLDER (transformers) or scmoe:FILE (make export); dense into MoE: upcycled"
     )
     model: ModelConfig = ModelConfig()
     moe: MoEConfig = MoEConfig()
@@ -187,30 +183,30 @@ class Config:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Every value under its dotted key, as a logger wants it."""
+    """Return every value under its dotted key, as loggers take it."""
     return {leaf.key: leaf.value for leaf in leaves(config)}
 
 
-# The key is what a message or --help says.
+# A range's name is what messages and --help show.
 RANGES: dict[str, Callable[[float], bool]] = {
     "above 0": lambda x: x > 0,
     "0 or more": lambda x: x >= 0,
     "1 or more": lambda x: x >= 1,
     "0 to 1": lambda x: 0 <= x <= 1,
     "0 or more, below 1": lambda x: 0 <= x < 1,
-    "0 to 2^32 - 1": lambda x: 0 <= x < 2**32,  # what NumPy and so Lightning take as a seed
+    "0 to 2^32 - 1": lambda x: 0 <= x < 2**32,  # what NumPy, and so Lightning, accepts as a seed
 }
 
 
 class ConfigError(ValueError):
-    """One line: where, which key, what came, what is allowed."""
+    """An error in one line: where, which key, what was given, what is allowed."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
 
 
 class Leaf(NamedTuple):
-    """One field of the tree, with the value it has there."""
+    """One field of the tree with its value."""
 
     key: str
     type: Any
@@ -220,17 +216,17 @@ class Leaf(NamedTuple):
 
     @property
     def types(self) -> tuple[Any, ...]:
-        """The alternatives of the type: (int, NoneType) for `int | null`."""
+        """The alternatives of the type, such as (int, NoneType) for `int | null`."""
         return get_args(self.type) if get_origin(self.type) in (Union, UnionType) else (self.type,)
 
     @property
     def choices(self) -> tuple[Any, ...]:
-        """The values of a Literal, null left out; () for any other type."""
+        """The values of a Literal without null; () for any other type."""
         return tuple(choice for kind in self.types if get_origin(kind) is Literal for choice in get_args(kind))
 
     @property
     def allowed(self) -> str:
-        """Type and range in words: `int | null, above 0`."""
+        """Type and range in words, such as `int | null, above 0`."""
         words: list[str] = []
         for kind in self.types:
             if get_origin(kind) is Literal:
@@ -243,7 +239,7 @@ class Leaf(NamedTuple):
 
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[Leaf]:
-    """All fields of a tree of dataclasses under their dotted keys, in the order in which they are written."""
+    """Yield all fields of a tree of dataclasses under their dotted keys, in order of definition."""
     types = get_type_hints(type(tree))
     for entry in fields(tree):
         key, value = prefix + entry.name, getattr(tree, entry.name)
@@ -254,6 +250,6 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[Leaf]:
 
 
 def show(value: Any) -> str:
-    """A value as it would be typed, cut where it is long."""
+    """Return a value as a user would type it, cut if it is long."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

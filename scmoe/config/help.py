@@ -1,4 +1,4 @@
-"""What `--help` and `make list` show, read from the dataclasses, so that no list of names is kept twice."""
+"""Writes what `--help` and `make list` show. All names are read from the dataclasses."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ CATALOGUE = {
 
 
 def help_text() -> str:
-    """Every field with its type, default and meaning, in columns for 120 characters."""
+    """Return every field with its type, default and meaning, in columns of together 120 characters."""
     rows = [("key", "type", "default", "meaning")]
     rows += [(leaf.key, leaf.allowed, _plain(leaf.value), leaf.help) for leaf in leaves(Config())]
     return "\n".join(line for row in rows for line in _lines(row))
 
 
 def catalogue(root: Path) -> dict[str, list[tuple[str, str]]]:
-    """What there is to choose from: titles, and under each pairs (how it is chosen, what it is).
+    """Return what can be chosen: titles, and under each title pairs (how to choose it, what it is).
 
-    root: the folder of the configurations; each is told by the first comment of its file.
+    root: the folder of the configurations. The first comment of a file says what it is.
     Raises ValueError if there is no such folder.
     """
     if not root.is_dir():
@@ -44,14 +44,14 @@ def catalogue(root: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def _plain(value: object) -> str:
-    """A default as YAML writes it, without quotes."""
+    """Return a default as YAML writes it, without quotes."""
     if isinstance(value, bool):
         return str(value).lower()
     return value if isinstance(value, str) else show(value)
 
 
 def _lines(row: tuple[str, ...]) -> list[str]:
-    """A row of the table as the lines of text it needs, each cell wrapped in its column."""
+    """Return a row of the table as lines of text, each cell wrapped in its column."""
     cells = [wrap(cell, width) or [""] for cell, width in zip(row, WIDTHS, strict=True)]
     columns = zip_longest(*cells, fillvalue="")
     return ["  ".join(part.ljust(width) for part, width in zip(line, WIDTHS, strict=True)).rstrip() for line in columns]

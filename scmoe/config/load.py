@@ -1,11 +1,11 @@
-"""YAML files and overrides to a validated `Config`, and back.
+"""Reads YAML files and overrides into a validated `Config`, and writes it back.
 
-A YAML file may name other files of the same tree under `extends:`, relative to itself. From weak to strong: defaults,
+A YAML file may name other files under `extends:`, relative to itself. Later sources override earlier ones: defaults,
 the extended files in their order, the file, the command line.
 
-A file holds texts, and the field's type decides what a text means: `1e-3` is a number in optim.lr and a text in a name.
-So no file can name an object to build, and nothing is interpolated. PyYAML's BaseLoader builds no other object; tags,
-anchors, aliases and a key that comes twice are errors.
+All values in a file are read as text, and the field's type decides what a text means: `1e-3` is a number in optim.lr
+and a text in a name. PyYAML's BaseLoader builds no objects and nothing is interpolated. Tags, anchors, aliases and
+repeated keys are errors.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ _NULL = ("", "~", "null", "None")
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The validated configuration of a YAML file and overrides `key=value` or `--key=value`.
+    """Return the validated configuration of a YAML file and overrides `key=value` or `--key=value`.
 
-    path: None for the defaults alone.
-    Raises ConfigError, in one line, for whatever cannot be read, has no such key, does not fit its type or cannot run.
+    path: None for the defaults only.
+    Raises ConfigError, in one line, for a file that cannot be read, an unknown key, a value of another type or range,
+    and a combination that cannot run.
     """
     tree = OmegaConf.structured(Config)
     for section in _SECTIONS:  # OmegaConf makes a frozen dataclass read-only
@@ -52,17 +53,17 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 
 def to_yaml(config: Config) -> str:
-    """Every field; `load` makes an equal Config of it."""
+    """Return every field as YAML; `load` reads an equal Config from it."""
     return yaml.safe_dump(asdict(config), sort_keys=False)
 
 
 def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> None:
-    """Merge the files that a file extends, then the file. children: the files on whose behalf it is read."""
+    """Merge the files that a file extends, then the file. children: the chain of files that extend it."""
     try:
         text, identity = path.read_text(encoding="utf-8"), path.resolve()
     except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a path with a null byte
-        asked = f", which {children[-1]} extends" if children else ""
-        raise ConfigError(f"{path}{asked}: not a file that can be read: {error}") from error
+        extended = f", which {children[-1]} extends" if children else ""
+        raise ConfigError(f"{path}{extended}: cannot be read: {error}") from error
     if identity in children:
         raise ConfigError(f"{path}: extends itself: {' > '.join(map(str, (*children, identity)))}")
     mapping = parse_yaml(text, str(path)) or {}  # an empty file is an empty mapping
@@ -87,7 +88,7 @@ def _merge_override(tree: DictConfig, override: str) -> None:
 def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
     seen: set[str] = set()
     for key, value in _pairs(mapping):
-        if key in seen:  # a section written out and a dotted key beside it
+        if key in seen:  # once in a section and once as a dotted key
             raise ConfigError(f"{source}: {key} comes twice")
         seen.add(key)
         if (key, value) == ("schedule", "auto"):
@@ -101,10 +102,10 @@ def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
         texts = value if isinstance(value, list) else [value]
         if not all(isinstance(text, str) for text in texts):
             raise ConfigError(refusal)
-        if any("${" in text or text == "???" for text in texts):  # OmegaConf's own language
+        if any("${" in text or text == "???" for text in texts):  # OmegaConf's interpolation and missing value
             raise ConfigError(refusal + "; no interpolation")
         if isinstance(value, str):
-            if leaf.type is bool and value.lower() not in ("true", "false"):  # OmegaConf takes any number for true
+            if leaf.type is bool and value.lower() not in ("true", "false"):  # OmegaConf reads any number as true
                 raise ConfigError(refusal)
             choices = {str(choice): choice for choice in leaf.choices}
             value = None if value in _NULL else choices.get(value, value)
@@ -115,7 +116,7 @@ def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
 
 
 def _pairs(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values; an empty section has none."""
+    """Yield dotted keys and their values; none for an empty section."""
     for key, value in mapping.items():
         if isinstance(value, dict) and (value or prefix + key in _SECTIONS):
             yield from _pairs(value, f"{prefix}{key}.")
@@ -124,7 +125,7 @@ def _pairs(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _hint(key: str) -> str:
-    """The known key that was likely meant: the field in its right section, else one spelled alike."""
+    """Suggest the known key that was likely meant: the field of this name, else one of similar spelling."""
     by_name = {known.rpartition(".")[2]: known for known in reversed(_LEAVES)}
     name = key.rpartition(".")[2]
     near = [by_name[name]] if name in by_name else get_close_matches(key, _LEAVES, 1)
@@ -143,10 +144,10 @@ class _Loader(yaml.BaseLoader):
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Mappings, lists and texts of a YAML text; "" if it is empty.
+    """Return the mappings, lists and texts of a YAML text; "" if it is empty.
 
-    source: the file or "command line", for the message.
-    Raises ConfigError.
+    source: the file or "command line", for error messages.
+    Raises ConfigError if it is not plain YAML.
     """
     try:
         for token in yaml.scan(text):
@@ -156,6 +157,6 @@ def parse_yaml(text: str, source: str) -> Any:
         value = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         raise ConfigError(f"{source}: line {error.problem_mark.line + 1}: bad YAML: {error.problem}") from error
-    except (yaml.YAMLError, RecursionError) as error:  # characters that YAML forbids; nesting without end
+    except (yaml.YAMLError, RecursionError) as error:  # forbidden characters; nesting that is too deep
         raise ConfigError(f"{source}: bad YAML: {error}") from error
     return "" if value is None else value

@@ -1,7 +1,7 @@
-"""What a configuration may be: the range of each number, and the combinations that cannot run.
+"""Checks a configuration: the range of each number, and combinations that cannot run.
 
-Everything is refused here, before a process starts or a file is written, with one line that names the key.
-Left out: what only the machine can tell (are there as many GPUs, does the data exist); that is said where it is used.
+An error is raised before a process starts or a file is written, in one line that names the key. Not checked here: what
+depends on the machine (does it have the GPUs, does the data exist); that is checked where it is used.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from scmoe.schedule.schedule import Schedule
 # Architectures with a tap, and the architecture of their schedules.
 SHORTCUTS = {"scmoe": "scmoe", "dgmoe": "dgmoe", "dgmoe_share": "dgmoe"}
 
-SMALLEST_VOCABULARY = {"bpe": 257, "gpt2": 50257}  # bpe: all bytes and the end of a text
+SMALLEST_VOCABULARY = {"bpe": 257, "gpt2": 50257}  # bpe: all bytes and the end-of-text token
 
-# Data sets of images, and the fields that say nothing where there are images, or where there are none.
+# Data sets of images, fields that have no meaning for images, and fields that have a meaning for images only.
 IMAGES = ("fashion_mnist", "digits", "image_folder")
 
 NOT_FOR_IMAGES = (
-    # swin's MLPs are 4 x dim of the stage wide, its blocks have drop_path, and no norm before a sub-layer to share
+    # swin: MLPs have 4 x the stage's dim, drop_path replaces dropout, and no norm before a sub-layer could be shared
     *("model.ffn_dim", "model.kv_heads", "model.activation", "model.dropout", "moe.tap_norm"),
     *("data.tokenizer", "data.vocab_size", "data.seq_len", "data.cache_dir"),
 )
@@ -39,15 +39,14 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # file systems take 255 b
 
 INIT_FROM = re.compile(r"(hf|scmoe):.+")
 
-# A value that has no place, and what may stand there instead.
+# The key whose value is refused, and what is allowed instead.
 Refusal = tuple[str, str]
 
 
 def validate(config: Config, source: str = "config") -> None:
-    """Refuse what cannot run.
+    """Raise ConfigError for the first value or combination that cannot run.
 
-    source: where the configuration came from, for the message.
-    Raises ConfigError for the first value or combination that is out of place.
+    source: where the configuration is from, for the message.
     """
     values = {leaf.key: leaf.value for leaf in leaves(config)}
     checks = (_ranges, _names, _model, _moe, _schedule, _ranks, _data, _images, _analysis)
@@ -56,7 +55,7 @@ def validate(config: Config, source: str = "config") -> None:
 
 
 def resolve_ep_size(config: Config) -> int:
-    """Expert-parallel ranks: as configured, else the most that share the experts evenly within one machine."""
+    """Return the number of expert-parallel ranks: as configured, else the most on a machine that divide the experts."""
     if config.strategy.ep_size is not None:
         return config.strategy.ep_size
     if config.moe.architecture == "dense":
@@ -73,7 +72,7 @@ def _ranges(config: Config) -> Iterator[Refusal]:
 
 
 def _names(config: Config) -> Iterator[Refusal]:
-    if not NAME.fullmatch(config.name):  # it becomes a folder below runs_dir, and must stay there
+    if not NAME.fullmatch(config.name):  # it becomes a folder in runs_dir and must not lead out of it
         yield "name", "letters, digits, '.', '_' and '-', a letter or digit first, at most 100 in all"
 
 
@@ -84,7 +83,7 @@ def _model(config: Config) -> Iterator[Refusal]:
     if model.kv_heads is not None and model.heads % model.kv_heads:
         yield "model.kv_heads", f"null or a divisor of model.heads, {model.heads}"
     if model.family == "llama" and model.dim // model.heads % 2:
-        yield "model.heads", f"a divisor of model.dim, {model.dim}, with an even quotient: rotary turns pairs"
+        yield "model.heads", f"a divisor of model.dim, {model.dim}, with an even quotient for rotary embedding"
     if model.family == "swin":
         for key in ("kv_heads", "activation"):
             if getattr(model, key) is not None:
@@ -93,7 +92,7 @@ def _model(config: Config) -> Iterator[Refusal]:
         yield "init_from", "null, hf:FOLDER or scmoe:FILE"
     newest = os.path.abspath(Path(config.runs_dir) / "latest")
     if os.path.abspath((config.init_from or "").partition(":")[2]).startswith(newest + os.sep):
-        yield "init_from", f"a file or folder by its own name: {config.runs_dir}/latest is this run once it has begun"
+        yield "init_from", f"another path: {config.runs_dir}/latest will be the directory of this run"
     if config.init_from is not None and model.family not in ("gpt", "llama"):
         yield "init_from", f"null, as model.family={model.family} reads no checkpoint"
 
@@ -101,20 +100,20 @@ def _model(config: Config) -> Iterator[Refusal]:
 def _moe(config: Config) -> Iterator[Refusal]:
     moe = config.moe
     if moe.dropless_ceiling is not None and (moe.architecture == "dense" or moe.capacity_factor is not None):
-        yield "moe.dropless_ceiling", "null, except for experts with moe.capacity_factor=null"
+        yield "moe.dropless_ceiling", "null, unless there are experts and moe.capacity_factor=null"
     if moe.architecture not in SHORTCUTS:
         if moe.first_position is not None:
             yield "moe.first_position", f"null, as moe.architecture={moe.architecture} has no shortcut"
         if moe.tap_norm != "own":
             yield "moe.tap_norm", f"own, as moe.architecture={moe.architecture} has no tap"
     if moe.architecture != "scmoe" and moe.coefficient_input != "current":
-        yield "moe.coefficient_input", f"current, as moe.architecture={moe.architecture} has no tap to weigh by"
+        yield "moe.coefficient_input", f"current, as moe.architecture={moe.architecture} has no tap"
     if moe.combine == "direct_add" and moe.coefficient_input != "current":
         yield "moe.coefficient_input", "current, as moe.combine=direct_add has no coefficients"
     if moe.architecture not in ("shared_expert", "scmoe") and moe.combine != "cg1":
-        yield "moe.combine", f"left at cg1, as moe.architecture={moe.architecture} has no shared expert to combine"
+        yield "moe.combine", f"cg1, as moe.architecture={moe.architecture} has no shared expert to combine with"
     if moe.top_k == 1 and not moe.renormalise:
-        yield "moe.renormalise", "true, as moe.top_k=1 keeps the raw probability anyway"
+        yield "moe.renormalise", "true, as moe.top_k=1 always keeps the raw probability"
     if moe.architecture == "dense":
         return
     if moe.top_k > moe.num_experts:
@@ -123,13 +122,13 @@ def _moe(config: Config) -> Iterator[Refusal]:
         yield "model.layers", f"a multiple of moe.every, {moe.every}"
     if moe.architecture in ("dgmoe", "dgmoe_share"):
         if moe.top_k != 1:
-            yield "moe.top_k", f"1 for each gate, as moe.architecture={moe.architecture} has two"
+            yield "moe.top_k", f"1, as each of the two gates of moe.architecture={moe.architecture} chooses one expert"
         if moe.num_experts < 2:
-            yield "moe.num_experts", f"2 or more, as moe.architecture={moe.architecture} wants two experts of a token"
+            yield "moe.num_experts", f"2 or more, as moe.architecture={moe.architecture} gives each token two experts"
     if moe.architecture == "dgmoe_share" and config.model.layers < 2 * moe.every:
-        yield "model.layers", f"{2 * moe.every} or more, as moe.architecture=dgmoe_share shares one MoE between two"
+        yield "model.layers", f"{2 * moe.every} or more, as moe.architecture=dgmoe_share shares one MoE module"
     if moe.architecture in SHORTCUTS and moe.every == 1:
-        # With MoE in every block there is no Block-MLP: the tap is the block's own input.
+        # With MoE in every block there is no Block-MLP, so the tap is the block's own input.
         if moe.position != "pos1":
             yield "moe.position", "pos1 where moe.every=1"
         if moe.first_position not in (None, "pos1"):
@@ -189,32 +188,32 @@ def _data(config: Config) -> Iterator[Refusal]:
 
 
 def _images(config: Config) -> Iterator[Refusal]:
-    """A model reads texts or images, and what is only for the others stays as it is by default."""
+    """Check that model and data fit together, and that fields without a meaning for them have their defaults."""
     model, data, images = config.model, config.data, config.data.name in IMAGES
     if (model.family == "swin") != images:
-        among = "" if model.family == "swin" else "any but "
+        among = "" if model.family == "swin" else "anything but "
         yield "data.name", f"{among}{', '.join(IMAGES)} for model.family={model.family}"
     values, defaults = ({leaf.key: leaf.value for leaf in leaves(tree)} for tree in (config, type(config)()))
     for key in NOT_FOR_IMAGES if images else ONLY_FOR_IMAGES:
         if values[key] != defaults[key]:
-            yield key, f"left at {show(defaults[key])}, as data.name={data.name} has {'' if images else 'no '}images"
+            yield key, f"{show(defaults[key])}, as data.name={data.name} has {'' if images else 'no '}images"
     if not images:
         return
     if data.image_size % (8 * model.patch_size):  # three stages halve the feature map
         yield "data.image_size", f"a multiple of 8 x model.patch_size, {8 * model.patch_size}"
     widths = [data.image_size // model.patch_size // 2**stage for stage in range(4)]
     if any(width > model.window and width % model.window for width in widths):
-        yield "model.window", f"a divisor of every larger feature map's width, of {', '.join(map(str, widths))}"
+        yield "model.window", f"a divisor of the width of each larger feature map: {', '.join(map(str, widths))}"
     pairs = 2 * config.trainer.devices * config.trainer.num_nodes * config.trainer.accumulate
     if (data.mixup or data.cutmix) and data.global_batch_size % pairs:
-        yield "data.global_batch_size", f"a multiple of {pairs}, as mixing wants pairs in every rank's batch"
+        yield "data.global_batch_size", f"a multiple of {pairs}, as mixup and cutmix need pairs in every rank's batch"
 
 
 def _analysis(config: Config) -> Iterator[Refusal]:
     analysis = config.analysis
     if config.moe.architecture == "dense" and analysis.gating_every is not None:
         yield "analysis.gating_every", "null, as moe.architecture=dense has no gate"
-    if config.trainer.compile:  # a compiled block does not see hooks that come later
+    if config.trainer.compile:  # a compiled block does not call hooks that are added later
         for key in ("gating_every", "similarity_every"):
             if getattr(analysis, key) is not None:
-                yield f"analysis.{key}", "null, as trainer.compile=true hides what it would read"
+                yield f"analysis.{key}", "null, as trainer.compile=true runs no hooks"

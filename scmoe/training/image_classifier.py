@@ -1,4 +1,4 @@
-"""The LightningModule of image models: cross entropy with soft labels, accuracy over all ranks."""
+"""The LightningModule of image models: cross entropy with soft labels, accuracy."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from scmoe.training.moe_module import IGNORE, MoEModule, cross_entropy_sum
 
 
 class ImageClassifier(MoEModule):
-    """Batches of images and labels: in training probabilities [B, C], in validation classes [B].
+    """Classifies images [B, 3, S, S]. Labels are probabilities [B, C] in training and classes [B] in validation.
 
-    Validation: val/loss, and val/accuracy, the share of images whose likeliest class is theirs.
+    Validation logs val/loss and val/accuracy, over all ranks.
     """
 
     def __init__(self, *args: Any, num_classes: int, **kwargs: Any) -> None:
@@ -29,7 +29,7 @@ class ImageClassifier(MoEModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         labels_B = batch["labels"]
-        mask_B = labels_B != IGNORE  # filler, so that all ranks have as many batches
+        mask_B = labels_B != IGNORE  # filler gives all ranks the same number of batches
         logits_BC, stats = self.model(batch["images"], mask_B)
         self.note_validation(cross_entropy_sum(logits_BC, labels_B), mask_B.sum(), stats)
         self.val_accuracy.update(logits_BC, labels_B)

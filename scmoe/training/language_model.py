@@ -14,7 +14,7 @@ from scmoe.training.moe_module import IGNORE, MoEModule, cross_entropy_sum
 
 
 class LanguageModel(MoEModule):
-    """Next-token prediction. Validation: val/loss, val/perplexity, val/bits_per_byte."""
+    """Predicts the next token. Validation logs val/loss, val/perplexity and val/bits_per_byte."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -24,7 +24,7 @@ from scmoe.training.build.model import build_model, build_model_on_meta, build_m
 from scmoe.training.build.trainer import build_callbacks, build_loggers, build_trainer
 from scmoe.training.run import redact, wandb_logger
 from scmoe.training.run.directory import create_run_dir
-from scmoe.training.run.wandb_logger import close_loggers
+from scmoe.training.run.loggers import close_loggers
 from tests.support.commands import CANARY, EXACT, TRAIN, rows_of, run
 from tests.support.trainings import tiny
 
@@ -73,7 +73,7 @@ def test_32_a_killed_wandb_process_ends_nothing(tmp_path, capsys):
     done = run("-c", KILLED, str(tmp_path))
     assert done.code == 0, done.err
     assert "went on" in done.out
-    assert done.err.count("warning: Weights & Biases gets no more of this run") == 1
+    assert done.err.count("warning: Weights & Biases receives nothing more of this run") == 1
 
 
 KILLED = """
@@ -81,7 +81,7 @@ import os, signal, subprocess, sys, time
 from pathlib import Path
 from scmoe.config.load import load
 from scmoe.training.build.trainer import build_loggers
-from scmoe.training.run.wandb_logger import close_loggers
+from scmoe.training.run.loggers import close_loggers
 loggers = build_loggers(load(None, ["logger.mode=offline"]), Path(sys.argv[1]), None)
 loggers[1].log_metrics({"a": 1.0}, 0)
 for pid in subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split():
@@ -103,7 +103,7 @@ def test_32_a_full_disk_ends_no_run_that_logs(tmp_path):
     done = run("-c", FULL, str(tmp_path))
     assert done.code == 0, done.err
     assert "went on" in done.out
-    assert done.err.count("metrics.csv takes no more rows for now: File too large") == 1
+    assert done.err.count("metrics.csv cannot be written, its rows stay in memory: File too large") == 1
     rows = rows_of(tmp_path / "metrics.csv")
     assert [int(row["step"]) for row in rows] == list(range(2000)), "rows wait for room"
     assert all(row["a"] == "1.0" for row in rows)
@@ -115,7 +115,7 @@ import resource, sys
 from pathlib import Path
 from scmoe.config.load import load
 from scmoe.training.build.trainer import build_loggers
-from scmoe.training.run.wandb_logger import close_loggers
+from scmoe.training.run.loggers import close_loggers
 _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limit))
 loggers = build_loggers(load(None, ["logger.mode=offline"]), Path(sys.argv[1]), None)
@@ -138,7 +138,7 @@ def test_32_a_full_disk_costs_a_run_its_figures_and_nothing_else(tmp_path):
     lost = ("gating.npz", "gating.png", "similarity.npz", "similarity.png", "summary.json", "state.json")
     for name in lost:
         assert done.err.count(f"{name} is not written: File too large") == 1, done.err
-    assert done.err.count("metrics.csv takes no more rows for now: File too large") == 1
+    assert done.err.count("metrics.csv cannot be written, its rows stay in memory: File too large") == 1
     (run_dir,) = tmp_path.glob("scmoe/*")
     assert not list((run_dir / "analysis").iterdir()), "no half of a file"
     assert json.loads((run_dir / "state.json").read_text())["state"] == "running", "what was there is whole"

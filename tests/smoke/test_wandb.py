@@ -195,7 +195,7 @@ def test_disabled_is_disabled(reports):
 
 def test_errors_then_silence_then_no_server_are_one_warning(reports):
     (warning,) = warnings(reports["trouble"])
-    assert warning.startswith("warning: Weights & Biases gets no more of this run: ")
+    assert warning.startswith("warning: Weights & Biases receives nothing more of this run: ")
     kept = Path(warning.rpartition("wandb sync ")[2])
     assert list(kept.glob("run-*.wandb")), "what can be sent later"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -213,8 +215,8 @@ def test_bad_override(override, said):
         ("extends: {a: b}\n", "extends is {'a': 'b'}, allowed: a path or a list of paths"),
         ("extends: [[a]]\n", "extends is [['a']]"),
         ("extends: absent.yaml\n", "absent.yaml, which "),
-        ('extends: "a\\0b"\n', "not a file that can be read"),
-        ("extends: .\n", "not a file that can be read"),
+        ('extends: "a\\0b"\n', "cannot be read"),
+        ("extends: .\n", "cannot be read"),
     ],
 )
 def test_bad_file_is_named(write, text, said):
@@ -223,9 +225,9 @@ def test_bad_file_is_named(write, text, said):
 
 
 def test_file_that_is_missing_or_no_text(tmp_path):
-    assert "absent.yaml: not a file" in refusal(tmp_path / "absent.yaml")
+    assert "absent.yaml: cannot be read" in refusal(tmp_path / "absent.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    assert "binary.yaml: not a file" in refusal(tmp_path / "binary.yaml")
+    assert "binary.yaml: cannot be read" in refusal(tmp_path / "binary.yaml")
 
 
 def test_extends_in_a_circle(write):
@@ -291,3 +293,10 @@ def test_catalogue_has_files_and_choices():
     assert ("model.family=gpt", "") in found["Model families"]
     with pytest.raises(ValueError, match="existing folder"):
         catalogue(CONFIGS / "absent")
+
+
+def test_help_and_refusals_do_not_wait_for_torch():
+    modules = ["config.help", "config.load", "parallel.checkpoint.durable", "training.run.state"]
+    code = "import sys\n" + "".join(f"import scmoe.{name}\n" for name in modules)
+    code += "assert not {'torch', 'lightning', 'numpy'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from datamodules.image_sources import ImageSplits, digits, fashion_mnist, image_folder, open_images, read_idx
-from datamodules.images import IGNORE, ImageDataModule
+from datamodules.images import ImageDataModule
+from datamodules.positioned import IGNORE
 from scmoe.config.load import load
 from scmoe.training.build.data import build_datamodule
 
@@ -98,12 +99,12 @@ def test_what_is_not_there_is_named(tmp_path, fashion, folder):
     with pytest.raises(ValueError, match=r"data\.path is .*none, allowed: a folder with train/CLASS"):
         image_folder(tmp_path / "none")
     (folder / "val/bee").rename(folder / "val/cow")
-    with pytest.raises(ValueError, match="other classes"):
+    with pytest.raises(ValueError, match="different classes"):
         image_folder(folder)
     write_idx(fashion / "train-labels-idx1-ubyte.gz", np.zeros(11))
-    with pytest.raises(ValueError, match="12 pictures and 11 labels"):
+    with pytest.raises(ValueError, match="12 images and 11 labels"):
         fashion_mnist(fashion)
-    with pytest.raises(ValueError, match=r"data\.num_classes is 7, the data has 10"):
+    with pytest.raises(ValueError, match=r"data\.num_classes is 7, allowed: 10"):
         module(digits(), num_classes=7)
 
 

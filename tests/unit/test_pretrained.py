@@ -153,7 +153,7 @@ def test_folders_that_are_none(tmp_path):
     says("config.json cannot be read")
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
-    says("has no *.safetensors, the only weights that are read")
+    says("has no weights in *.safetensors")
     (tmp_path / "model.safetensors").write_bytes(b"no header")
     says("model.safetensors cannot be read")
 
@@ -218,7 +218,7 @@ def test_other_sources(value):
 
 def test_the_newest_run_is_not_what_it_was_once_this_one_has_begun(tmp_path):
     for runs in ("runs", tmp_path):
-        with pytest.raises(ConfigError, match=r"init_from is .*, allowed: a file or folder by its own name"):
+        with pytest.raises(ConfigError, match=r"init_from is .*, allowed: another path"):
             tiny(f"runs_dir={runs}", f"init_from=scmoe:{runs}/latest/export/model.safetensors")
     tiny(f"runs_dir={tmp_path}", "init_from=scmoe:runs/latest/export/model.safetensors")
 
@@ -226,9 +226,9 @@ def test_the_newest_run_is_not_what_it_was_once_this_one_has_begun(tmp_path):
 @pytest.mark.parametrize(
     ("family", "words", "said"),
     [
-        ("llama", "architecture=top_k top_k=1", "where moe.top_k is 2 or more, renormalised"),
-        ("llama", "architecture=top_k top_k=2 renormalise=false", "where moe.top_k is 2 or more, renormalised"),
-        ("gpt", "architecture=top_k top_k=2", "an MLP with biases has no place in experts"),
+        ("llama", "architecture=top_k top_k=1", "requires moe.top_k >= 2 and moe.renormalise"),
+        ("llama", "architecture=top_k top_k=2 renormalise=false", "requires moe.top_k >= 2 and moe.renormalise"),
+        ("gpt", "architecture=top_k top_k=2", "experts have no biases, but the checkpoint's MLPs do"),
         ("llama", "architecture=dgmoe", "moe.architecture top_k, shared_expert or scmoe"),
     ],
 )

@@ -1,12 +1,13 @@
-"""The blocks of a configuration, and the parts they are made of.
+"""Builds the blocks of a configuration from the parts of its model family.
 
-A family has its own `Parts`. An architecture is a function of `ARCHITECTURES`: it wires one block for any family.
+A family has its own `Parts`. An architecture is a function in `ARCHITECTURES`: it wires one block for any family.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,14 +31,14 @@ from scmoe.schedule.schedule import Schedule
 
 @dataclass(frozen=True)
 class Parts:
-    """What a family makes its blocks of, at one width."""
+    """What the blocks of a family are made of, at one width."""
 
     dim: int
     ffn_dim: int
     norm: Callable[[], nn.Module]
-    mlp: Callable[[], nn.Module]  # of Block-MLP, and the shared expert
+    mlp: Callable[[], nn.Module]  # of Block-MLP and of the shared expert
     attention: Callable[[], nn.Module]
-    after: Callable[[], nn.Module]  # what a sub-layer's output goes through before it is added: dropout
+    after: Callable[[], nn.Module]  # applied to a sub-layer's output before it is added: dropout
     activation: str = "gelu"  # of the routed experts
 
     def attention_sublayer(self) -> Residual:
@@ -48,28 +49,28 @@ class Parts:
 
 
 def gpt_parts(config: Config) -> Parts:
-    model = config.model
-    dim, ffn_dim, activation = model.dim, model.ffn_dim or 4 * model.dim, model.activation or "gelu"
-    return Parts(
-        dim,
-        ffn_dim,
-        norm=lambda: nn.LayerNorm(dim),
-        mlp=lambda: MLP(dim, ffn_dim, activation=activation),
-        attention=lambda: Attention(dim, model.heads, kv_heads=model.kv_heads),
-        after=lambda: nn.Dropout(model.dropout),
-        activation=activation,
-    )
+    return decoder_parts(config, nn.LayerNorm, "gelu")
 
 
 def llama_parts(config: Config) -> Parts:
+    return decoder_parts(config, partial(nn.RMSNorm, eps=NORM_EPS), "swiglu", bias=False, rotary=Rotary)
+
+
+def decoder_parts(
+    config: Config,
+    norm: Callable[[int], nn.Module],
+    activation: str,
+    bias: bool = True,
+    rotary: Callable[[], Rotary | None] = lambda: None,
+) -> Parts:
     model = config.model
-    dim, ffn_dim, activation = model.dim, model.ffn_dim or 4 * model.dim, model.activation or "swiglu"
+    dim, ffn_dim, activation = model.dim, model.ffn_dim or 4 * model.dim, model.activation or activation
     return Parts(
         dim,
         ffn_dim,
-        norm=lambda: nn.RMSNorm(dim, NORM_EPS),
-        mlp=lambda: MLP(dim, ffn_dim, bias=False, activation=activation),
-        attention=lambda: Attention(dim, model.heads, bias=False, kv_heads=model.kv_heads, rotary=Rotary()),
+        norm=lambda: norm(dim),
+        mlp=lambda: MLP(dim, ffn_dim, bias=bias, activation=activation),
+        attention=lambda: Attention(dim, model.heads, bias=bias, kv_heads=model.kv_heads, rotary=rotary()),
         after=lambda: nn.Dropout(model.dropout),
         activation=activation,
     )
@@ -79,14 +80,14 @@ PARTS: dict[str, Callable[[Config], Parts]] = {"gpt": gpt_parts, "llama": llama_
 
 
 def build_blocks(config: Config, context: ParallelContext) -> list[nn.Module]:
-    """The blocks of a model whose layers are all alike."""
+    """Return the blocks of a model with equal layers."""
     parts = PARTS[config.model.family](config)
     return stack(config, context, [parts] * config.model.layers)
 
 
 def stack(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    """Layers made of `parts`: blocks with an MoE each (every: 1), pairs of Block-MLP and Block-MoE (every: 2), or dense
-    blocks."""
+    """Return the blocks of the layers `parts`: dense, each with an MoE (every=1), or pairs of Block-MLP and Block-MoE
+    (every=2)."""
     architecture = config.moe.architecture
     if architecture == "dense":
         return [DenseBlock([layer.attention_sublayer(), layer.mlp_sublayer()]) for layer in parts]

@@ -1,4 +1,4 @@
-"""The datamodule of a configuration."""
+"""Builds the datamodule of a configuration."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def build_datamodule(config: Config) -> PositionedDataModule:
 
 
 def build_images(config: Config, common: dict[str, Any]) -> PositionedDataModule:
-    """Opens the images, so that what is missing is said before a process is started."""
-    from datamodules.image_sources import open_images  # here: they need the extra `vision`
+    """Open the images here, so that missing data is an error before a process is started."""
+    from datamodules.image_sources import open_images  # here, as they need the extra `vision`
     from datamodules.images import ImageDataModule
 
     data = config.data

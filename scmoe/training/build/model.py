@@ -1,6 +1,6 @@
-"""The network and the LightningModule of a configuration.
+"""Builds the network and the LightningModule of a configuration.
 
-A family is a function of `FAMILIES`: it makes the parts and the sub-layers and stacks the blocks (blocks.py).
+A family is a function in `FAMILIES`. It stacks the blocks (blocks.py) and puts the model around them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from scmoe.training.moe_module import MoEModule
 
 
 def build_model(config: Config, context: ParallelContext) -> Any:
-    """The network with this rank's experts, weights drawn from the seed."""
+    """Return the network with this rank's experts and weights drawn from the seed."""
     model = FAMILIES[config.model.family](config, context)
     model.init_weights(config.seed)
     if config.trainer.recompute:
@@ -41,9 +41,10 @@ def build_model(config: Config, context: ParallelContext) -> Any:
 
 
 def build_model_to_train(config: Config, context: ParallelContext) -> Any:
-    """The network at the start of a training: drawn from the seed, or with the weights of init_from.
+    """Return the network at the start of a training, with weights drawn from the seed or read from init_from.
 
-    Raises ConfigError: these are another model's, or cannot be read."""
+    Raises ConfigError where init_from cannot be read or holds the weights of another model.
+    """
     model = build_model(config, context)
     if config.init_from is None:
         return model
@@ -58,23 +59,18 @@ def build_model_to_train(config: Config, context: ParallelContext) -> Any:
 
 
 def build_model_on_meta(config: Config) -> Any:
-    """The whole network's shapes, without memory: to count parameters before anything is started."""
+    """Return the whole network without memory for its weights, to count parameters."""
     with torch.device("meta"):
         return FAMILIES[config.model.family](config, ParallelContext())
 
 
-def build_gpt(config: Config, context: ParallelContext) -> GPT:
+def build_decoder(decoder: Callable[..., Any], config: Config, context: ParallelContext) -> Any:
     blocks = build_blocks(config, context)
-    return GPT(config.data.vocab_size, config.data.seq_len, config.model.dim, blocks, config.model.dropout)
-
-
-def build_llama(config: Config, context: ParallelContext) -> Llama:
-    blocks = build_blocks(config, context)
-    return Llama(config.data.vocab_size, config.data.seq_len, config.model.dim, blocks, config.model.dropout)
+    return decoder(config.data.vocab_size, config.data.seq_len, config.model.dim, blocks, config.model.dropout)
 
 
 def build_swin(config: Config, context: ParallelContext) -> Any:
-    """SwinV2-MoE (Table 9): the architecture under study in stage 3; in stage 4 standard top-2 stays."""
+    """Build SwinV2-MoE (Table 9): stage 3 has the configured architecture, stage 4 standard top-2."""
     if find_spec("timm") is None:
         raise ConfigError("model.family is 'swin', which needs timm: pip install 'scmoe[vision]'")
     from scmoe.models.swin import PostNorm, ShiftedWindows, Swin
@@ -89,7 +85,7 @@ def build_swin(config: Config, context: ParallelContext) -> Any:
         return Parts(
             dim,
             4 * dim,
-            norm=nn.Identity,  # it comes after
+            norm=nn.Identity,  # SwinV2 normalises after the sub-layer
             mlp=lambda: MLP(dim, 4 * dim),
             attention=lambda: ShiftedWindows(dim, heads, grid, model.window, shifted=i % 2 == 1),
             after=lambda: PostNorm(dim, drop_path),
@@ -105,8 +101,8 @@ def build_swin(config: Config, context: ParallelContext) -> Any:
 
 
 FAMILIES: dict[str, Callable[[Config, ParallelContext], Any]] = {
-    "gpt": build_gpt,
-    "llama": build_llama,
+    "gpt": partial(build_decoder, GPT),
+    "llama": partial(build_decoder, Llama),
     "swin": build_swin,
 }
 
@@ -116,7 +112,7 @@ def build_module(config: Config) -> MoEModule:
     images = config.data.name in IMAGES
     task = partial(ImageClassifier, num_classes=config.data.num_classes) if images else LanguageModel
     return task(
-        partial(build_model_to_train, config),  # a lambda could not be sent to processes that are spawned
+        partial(build_model_to_train, config),  # not a lambda: spawned processes get it pickled
         max_steps=config.trainer.max_steps,
         lr=optim.lr,
         min_lr_ratio=optim.min_lr_ratio,

@@ -1,4 +1,4 @@
-"""The Trainer of a configuration, with its strategy, callbacks, loggers and run directory."""
+"""Builds the Trainer of a configuration, with its strategy, callbacks, loggers and run directory."""
 
 from __future__ import annotations
 
@@ -27,43 +27,31 @@ from scmoe.training.callbacks.threads import Threads
 from scmoe.training.callbacks.throughput import Throughput
 from scmoe.training.run.csv_logger import csv_logger
 from scmoe.training.run.directory import create_run_dir, without_keys
-from scmoe.training.run.wandb_logger import wandb_logger, wandb_mode
+from scmoe.training.run.wandb_logger import wandb_logger
 
 
 def seed_everything(config: Config) -> None:
-    """Global generators, alike on every rank; the strategy makes them differ once the weights are drawn."""
+    """Seed the global generators equally on all ranks. The strategy makes them differ once the weights are drawn."""
     lightning.pytorch.seed_everything(config.seed, verbose=False)
 
 
 def build_run_dir(config: Config, overrides: Sequence[str]) -> Path:
-    kept = to_yaml(without_keys(config))
-    return create_run_dir(Path(config.runs_dir), config.name, overrides, kept)
+    return create_run_dir(Path(config.runs_dir), config.name, overrides, to_yaml(without_keys(config)))
 
 
 def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> list[Logger]:
-    """metrics.csv always, W&B unless disabled. resumed_step: of the checkpoint that the run goes on from."""
+    """Return metrics.csv's logger, and W&B's unless disabled. resumed_step: the step that the run continues from."""
     wandb = config.logger
     loggers: list[Logger] = [csv_logger(run_dir, resumed_step)]
     if wandb.mode != "disabled":
-        mode = wandb_mode(wandb.mode)
-        loggers.append(
-            wandb_logger(
-                run_dir,
-                mode,
-                wandb.project,
-                wandb.group,
-                wandb.tags,
-                config=flatten(config),
-                may_go_offline=wandb.mode == "auto",
-            )
-        )
+        loggers.append(wandb_logger(run_dir, wandb.mode, wandb.project, wandb.group, wandb.tags, flatten(config)))
     return loggers
 
 
 def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
-    """run_dir: rank 0's; the other ranks are told by ModelCheckpoint itself."""
+    """run_dir: on rank 0; None on other ranks, where ModelCheckpoint gets its folder from rank 0."""
     data, trainer = config.data, config.trainer
-    checkpoints = None if run_dir is None else run_dir / "checkpoints"
+    checkpoints, analysis = (run_dir / name if run_dir else None for name in ("checkpoints", "analysis"))
     images, micro_batch = data.name in IMAGES, data.global_batch_size // trainer.accumulate
     best, mode = ("val/accuracy", "max") if images else ("val/bits_per_byte", "min")
     callbacks: list[Callback] = [
@@ -78,16 +66,16 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
         chunks = config.schedule.chunks
         callbacks.append(AdaptiveSchedule(config.schedule.auto, (1, 2, 4) if chunks is None else (chunks,)))
     if config.analysis.gating_every is not None:
-        callbacks.append(gating_over_training(config.analysis.gating_every, run_dir, config.moe.position))
+        callbacks.append(gating_over_training(config.analysis.gating_every, analysis, config.moe.position))
     if config.analysis.similarity_every is not None:
-        callbacks.append(similarity_over_training(config.analysis.similarity_every, run_dir))
+        callbacks.append(similarity_over_training(config.analysis.similarity_every, analysis))
     if trainer.progress:
         callbacks.append(StepProgressBar() if sys.stdout.isatty() else LogLines())
     return callbacks
 
 
 def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> Trainer:
-    trainer = config.trainer
+    trainer, strategy = config.trainer, config.strategy
     threads = trainer.threads or max(1, len(os.sched_getaffinity(0)) // trainer.devices)
     return Trainer(
         accelerator=trainer.accelerator,
@@ -95,10 +83,10 @@ def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequen
         num_nodes=trainer.num_nodes,
         strategy=ExpertParallelStrategy(
             resolve_ep_size(config),
-            config.strategy.timeout_s,
-            config.strategy.async_checkpoint,
-            config.strategy.debug_collectives,
-            config.strategy.full_checkpoint,
+            strategy.timeout_s,
+            strategy.async_checkpoint,
+            strategy.debug_collectives,
+            strategy.full_checkpoint,
         ),
         precision=trainer.precision,
         max_steps=trainer.max_steps,

@@ -1,10 +1,9 @@
-"""Fig. 9 and Fig. 10 during a training: every so many steps a probe is attached for one batch, then removed.
+"""Measures Fig. 9 and Fig. 10 during training: at intervals a probe is attached for one batch, then removed.
 
     <run>/analysis/gating.npz       steps [n], labels [L], values [n, L, 4]       gating.png
                    similarity.npz   steps [n], labels [N], values [n, N, N]       similarity.png
 
-Values are over the tokens of all ranks. Where no probe is wanted there is no callback, and so no hook. What a full disk
-does not take is kept in memory until the next measurement.
+Values are over the tokens of all ranks. While the disk is full, they are kept in memory.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from torch import Tensor
 
 from scmoe.analysis.gating import GatingProbe, draw_gating, gating_means, gating_metrics
 from scmoe.analysis.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
-from scmoe.training.run.steady import try_to_write
+from scmoe.training.run.writing import try_to_write
 
 
 class Probe(Protocol):
-    """Attached to a model when it is made."""
+    """Attaches itself to the model that its constructor gets."""
 
     def result(self) -> Tensor:
-        """What was seen, such that it may be added up over ranks."""
+        """Return what was measured, in a form that can be summed over ranks."""
         ...
 
     def labels(self) -> list[str]: ...
@@ -36,11 +35,11 @@ class Probe(Protocol):
 
 
 class Analysis(Callback):
-    """One quantity over training.
+    """Measures one quantity over training.
 
-    every: optimizer steps between two measurements; the first is before the first step.
+    every: optimizer steps between two measurements; the first one is in the first step.
     folder: where rank 0 writes; None on other ranks.
-    attach: makes the probe. average, metrics, draw: what becomes of its result, added up over ranks.
+    attach: makes the probe. average: turns its result, summed over ranks, into values; metrics and draw take those.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class Analysis(Callback):
         self.records: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed run keeps what was measured before the step that it goes on from."""
+        """Keep what a resumed run measured before the step that it continues from."""
         file = self._file(".npz")
         if file is not None and file.exists():
             with np.load(file, allow_pickle=False) as stored:
@@ -102,31 +101,19 @@ class Analysis(Callback):
             try_to_write(file, lambda path: np.savez(path, steps=steps, labels=labels, values=values))
 
     def _all(self) -> tuple[list[int], list[str], np.ndarray]:
-        """Steps, labels and values of all measurements."""
+        """Return steps, labels and values of all measurements."""
         return list(self.records), self.labels, np.stack(list(self.records.values()))
 
     def _file(self, suffix: str) -> Path | None:
         return None if self.folder is None else self.folder / (self.name + suffix)
 
 
-def gating_over_training(every: int, run_dir: Path | None, position: str) -> Analysis:
-    """Fig. 9. position: where blocks without a tap are asked."""
+def gating_over_training(every: int, folder: Path | None, position: str) -> Analysis:
+    """Measure Fig. 9. position: where blocks that have no tap are probed."""
     attach = lambda model: GatingProbe(model, position)  # noqa: E731
-    return Analysis("gating", every, _folder(run_dir), attach, gating_means, gating_metrics, draw_gating)
+    return Analysis("gating", every, folder, attach, gating_means, gating_metrics, draw_gating)
 
 
-def similarity_over_training(every: int, run_dir: Path | None) -> Analysis:
-    """Fig. 10."""
-    return Analysis(
-        "similarity",
-        every,
-        _folder(run_dir),
-        SimilarityProbe,
-        similarity_mean,
-        similarity_metrics,
-        draw_similarity,
-    )
-
-
-def _folder(run_dir: Path | None) -> Path | None:
-    return None if run_dir is None else run_dir / "analysis"
+def similarity_over_training(every: int, folder: Path | None) -> Analysis:
+    """Measure Fig. 10."""
+    return Analysis("similarity", every, folder, SimilarityProbe, similarity_mean, similarity_metrics, draw_similarity)

@@ -1,10 +1,11 @@
-"""The alarm for a router that collapses (fault 26): it sends nearly everything to few experts, and stays so.
+"""Detects a collapsed router (fault 26): one that keeps sending nearly all tokens to few experts.
 
-Shazeer et al. (2017) describe it: a favoured expert learns faster, so it is favoured more. A busy expert alone is no
-fault: many times the fair share for a while is usual, above all at the start. So two things must come together.
+Shazeer et al. (2017) describe why it happens: an expert that gets more tokens learns faster, so it gets even more. A
+busy expert alone is no fault: many times the fair share is usual for a while, above all at the start. The alarm
+therefore needs two conditions at once.
 
-    how much    an expert is in the choice of more than half of the tokens that it could have beyond its fair share:
-                with K of E experts a token, of more than (K/E + 1) / 2 of all tokens
+    how much    an expert is chosen by more than (K/E + 1) / 2 of all tokens, where each token chooses K of E experts:
+                half of what lies between its fair share, K/E, and all tokens
     how long    in each of PATIENCE logged windows in a row
 """
 
@@ -16,14 +17,14 @@ PATIENCE = 5
 
 
 class CollapseAlarm:
-    """Speaks once for each layer."""
+    """Raises the alarm once for each layer."""
 
     def __init__(self) -> None:
-        self.windows: dict[int, int] = {}  # layer: for how many windows it has been collapsed, without a break
+        self.windows: dict[int, int] = {}  # layer: number of windows in a row in which it was collapsed
         self.spoken: set[int] = set()
 
     def __call__(self, sums_LE2: Tensor) -> list[str]:
-        """A line for each layer that has been collapsed for long enough. sums_LE2: `integer_sums` of a window."""
+        """Return a message for each layer that has now collapsed. sums_LE2: `integer_sums` of a window."""
         lines = []
         for layer, (*counts_E, tokens, _) in enumerate(sums_LE2.tolist()):
             busiest = max(range(len(counts_E)), key=counts_E.__getitem__)

@@ -1,4 +1,4 @@
-"""Counts the batches that are trained on, so that every checkpoint knows its position in the data."""
+"""Counts the batches that have been trained on, so that every checkpoint knows its position in the data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 
 
 class DataPosition(Callback):
-    """Tells the datamodule that a batch is done, so that every checkpoint knows where in the data it stands."""
+    """Advances the datamodule's position after each batch of training."""
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         trainer.datamodule.advance()  # type: ignore[attr-defined]

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from scmoe.moe.balance import load_metrics
 from scmoe.training.callbacks.collapse import CollapseAlarm
-from scmoe.training.callbacks.log_lines import logs_now
+from scmoe.training.callbacks.log_interval import logs_now
 
 
 class ExpertLoad(Callback):
-    """moe/load_max, moe/load_entropy, moe/dead_experts, moe/drop_share over the batches since the last log; a warning
-    where a router has collapsed."""
+    """Logs moe/load_max, moe/load_entropy, moe/dead_experts and moe/drop_share over the batches since the last log."""
 
     def __init__(self) -> None:
         self.sums_LE2: Tensor | None = None

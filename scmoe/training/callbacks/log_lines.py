@@ -1,4 +1,4 @@
-"""Prints a line per logged step where no terminal shows the progress bar."""
+"""Prints a line per logged step, for job logs and pipes, which show no progress bar."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from scmoe.training.callbacks.log_interval import logs_now
+
 
 class LogLines(Callback):
-    """A line per logged step on standard error, for where no terminal shows the progress bar: job logs, pipes."""
+    """Prints the values of the progress bar on standard error of rank 0."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -18,9 +20,3 @@ class LogLines(Callback):
             shown = trainer.progress_bar_metrics
             values = "  ".join(f"{name} {float(value):,.4g}" for name, value in shown.items() if name != "v_num")
             print(f"step {trainer.global_step}/{trainer.max_steps}  {values}", file=sys.stderr, flush=True)
-
-
-def logs_now(trainer: Trainer, batch_idx: int) -> bool:
-    """At the last batch of every log_every_n_steps-th optimizer step."""
-    steps, rest = divmod(batch_idx + 1, trainer.accumulate_grad_batches)
-    return rest == 0 and steps % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Logs each row under the step that it belongs to."""
+"""Logs each row under the optimizer step that it belongs to."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from scmoe.parallel.lightning_seam import count_steps_from
 
 
 class LoggedStep(Callback):
-    """Rows are logged under the step that they are of, counted from 0, in a resumed run too: Lightning counts one too
-    many after a stop between two batches."""
+    """Counts from 0, in a resumed run too: after a stop between two batches Lightning's own count is one ahead."""
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         count_steps_from(trainer, trainer.global_step)

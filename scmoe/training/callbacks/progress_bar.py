@@ -1,4 +1,4 @@
-"""Lightning's rich progress bar, named for what it counts."""
+"""Shows the progress of a training in the terminal."""
 
 from __future__ import annotations
 

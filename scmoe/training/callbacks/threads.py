@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 
 
 class Threads(Callback):
-    """CPU threads of this process. A callback, since Lightning's launcher sets a number of its own at the start."""
+    """Sets it when training is set up: Lightning's launcher has set its own number before."""
 
     def __init__(self, num_threads: int) -> None:
         self.num_threads = num_threads

@@ -1,4 +1,4 @@
-"""Measures tokens (images) per second."""
+"""Measures throughput: tokens, or images, per second."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from scmoe.training.callbacks.log_lines import logs_now
+from scmoe.training.callbacks.log_interval import logs_now
 
 
 class Throughput(Callback):
-    """time/<name>, such as tokens_per_s: of all ranks together since the last log, validation and checkpoints left out.
+    """Logs time/<name>, such as time/tokens_per_s: the rate of all ranks since the last log.
 
-    count: tokens, or images, of one batch. `mean` is the rate of all batches but the first, which pays for allocation
-    and warm-up.
+    count: tokens, or images, of one batch on all ranks. Time for validation and checkpoints does not count. `mean` is
+    the rate of all batches but the first, which includes allocation and warm-up.
     """
 
     def __init__(self, name: str, count: int) -> None:

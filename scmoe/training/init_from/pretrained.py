@@ -1,13 +1,12 @@
-"""Weights from elsewhere, under our names: transformers' dense GPT-2 and LLaMA, and what `make export` writes.
+"""Reads weights under our names: transformers' dense GPT-2 and LLaMA, and files of `make export`.
 
-Only safetensors and JSON on this machine are read: nothing is downloaded, and no pickle is opened.
-What becomes of the weights in a model, dense or MoE, is in upcycle.py.
+Only local safetensors and JSON files are read: no download, no pickle. upcycle.py copies the weights into a model.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,19 +19,20 @@ from scmoe.parallel.checkpoint.export import FORMAT_VERSION
 
 
 class Checkpoint(NamedTuple):
-    """settings: the config's keys that the weights were made with, as far as the files say.
+    """Weights that were read, and what is known about them.
 
-    problems: what is missing, unknown or of another kind, in words; nothing may be loaded where there is one.
+    settings: the config's keys that the weights belong to, as far as the files say.
+    problems: messages about what is missing, unknown or different; with any, no weight may be loaded.
     """
 
     weights: dict[str, Tensor]  # under our names, in the layout of our parameters
-    labels: dict[str, str]  # what each is called in the files
+    labels: dict[str, str]  # the name of each in the files
     settings: dict[str, Any]
     problems: list[str]
 
 
 def read_export(file: Path) -> Checkpoint:
-    """A file of `make export`, dense or MoE. ValueError: not one."""
+    """Read a file of `make export`, dense or MoE. Raises ValueError for any other file."""
     weights, metadata = read_safetensors([file])
     if (version := metadata.get("format_version")) != FORMAT_VERSION:
         raise ValueError(f"{file} has format version {version}, allowed: {FORMAT_VERSION}")
@@ -44,14 +44,14 @@ def read_export(file: Path) -> Checkpoint:
 
 
 def read_hf(folder: Path) -> Checkpoint:
-    """A folder with config.json and *.safetensors, as transformers' `save_pretrained` writes it. ValueError: none."""
+    """Read a folder of transformers' `save_pretrained`: config.json and *.safetensors. Raises ValueError for others."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder}: config.json cannot be read: {error}") from error
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{folder} has no *.safetensors, the only weights that are read")
+        raise ValueError(f"{folder} has no weights in *.safetensors; other formats are not read")
     family = config.get("model_type") if isinstance(config, dict) else None
     if family not in READERS:
         raise ValueError(f"{folder}: model_type is {family!r}, allowed: {', '.join(READERS)}")
@@ -62,7 +62,7 @@ def read_hf(folder: Path) -> Checkpoint:
         raise ValueError(f"{folder}: config.json is not that of a {family}: {error!r}") from error
     theirs = {name.removeprefix("transformer.").removeprefix("model."): weight for name, weight in weights.items()}
     wanted = {part for parts in names.values() for part in parts}
-    unused: tuple[str, ...] = ("attn.bias", "attn.masked_bias", "rotary_emb.inv_freq")  # old files' masks and angles
+    unused: tuple[str, ...] = ("attn.bias", "attn.masked_bias", "rotary_emb.inv_freq")  # masks and angles in old files
     if config.get("tie_word_embeddings", family == "gpt2"):
         unused += ("lm_head.weight",)
     problems += [f"{name} is missing" for name in sorted(wanted - theirs.keys())]
@@ -77,7 +77,7 @@ def read_hf(folder: Path) -> Checkpoint:
             problems.append(f"{' + '.join(parts)} have shapes {', '.join(str(tuple(w.shape)) for w in found)}")
             continue
         weight = torch.cat(found)
-        turned = family == "gpt2" and ".f." in ours and weight.dim() == 2  # its products keep theirs as [in, out]
+        turned = family == "gpt2" and ".f." in ours and weight.dim() == 2  # GPT-2 keeps matrices as [in, out]
         checkpoint.weights[ours] = weight.T if turned else weight
     return checkpoint
 
@@ -95,7 +95,17 @@ def read_safetensors(files: list[Path]) -> tuple[dict[str, Tensor], dict[str, st
     return weights, metadata
 
 
-Names = dict[str, list[str]]  # ours: theirs, which are joined along the first dim
+Names = dict[str, list[str]]  # our name: their names, which are concatenated along the first dim
+
+# The parts of a dense block: our names, GPT-2's and LLaMA's.
+BLOCK = ("0.norm", "0.f.qkv", "0.f.out", "1.norm", "1.f.w_in", "1.f.w_out")
+
+GPT2_BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+
+LLAMA_BLOCK = (
+    *("input_layernorm", "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "self_attn.o_proj"),
+    *("post_attention_layernorm", "mlp.gate_proj mlp.up_proj", "mlp.down_proj"),
+)
 
 Reading = tuple[dict[str, Any], list[str], Names]  # settings, problems, names
 
@@ -124,15 +134,7 @@ def read_gpt2(config: dict[str, Any]) -> Reading:
     }
     names = {"tokens.weight": ["wte.weight"], "positions.weight": ["wpe.weight"]}
     for part in ("weight", "bias"):
-        names[f"norm.{part}"] = [f"ln_f.{part}"]
-        for i in range(config["n_layer"]):
-            attention, mlp, theirs = f"blocks.{i}.sublayers.0", f"blocks.{i}.sublayers.1", f"h.{i}"
-            names[f"{attention}.norm.{part}"] = [f"{theirs}.ln_1.{part}"]
-            names[f"{attention}.f.qkv.{part}"] = [f"{theirs}.attn.c_attn.{part}"]
-            names[f"{attention}.f.out.{part}"] = [f"{theirs}.attn.c_proj.{part}"]
-            names[f"{mlp}.norm.{part}"] = [f"{theirs}.ln_2.{part}"]
-            names[f"{mlp}.f.w_in.{part}"] = [f"{theirs}.mlp.c_fc.{part}"]
-            names[f"{mlp}.f.w_out.{part}"] = [f"{theirs}.mlp.c_proj.{part}"]
+        names |= {f"norm.{part}": [f"ln_f.{part}"], **block_names(GPT2_BLOCK, part, "h", config["n_layer"])}
     return settings, problems, names
 
 
@@ -172,19 +174,21 @@ def read_llama(config: dict[str, Any]) -> Reading:
         "norm.weight": ["norm.weight"],
         "head.weight": ["embed_tokens.weight" if tied else "lm_head.weight"],
     }
-    for i in range(config["num_hidden_layers"]):
-        attention, mlp, theirs = f"blocks.{i}.sublayers.0", f"blocks.{i}.sublayers.1", f"layers.{i}"
-        names[f"{attention}.norm.weight"] = [f"{theirs}.input_layernorm.weight"]
-        names[f"{attention}.f.qkv.weight"] = [f"{theirs}.self_attn.{part}_proj.weight" for part in "qkv"]
-        names[f"{attention}.f.out.weight"] = [f"{theirs}.self_attn.o_proj.weight"]
-        names[f"{mlp}.norm.weight"] = [f"{theirs}.post_attention_layernorm.weight"]
-        names[f"{mlp}.f.w_in.weight"] = [f"{theirs}.mlp.{part}_proj.weight" for part in ("gate", "up")]
-        names[f"{mlp}.f.w_out.weight"] = [f"{theirs}.mlp.down_proj.weight"]
+    names |= block_names(LLAMA_BLOCK, "weight", "layers", config["num_hidden_layers"])
     return settings, problems, names
 
 
+def block_names(theirs: Sequence[str], part: str, prefix: str, layers: int) -> Names:
+    """Return the names of all dense blocks. part: weight or bias. prefix: their name of the list of blocks."""
+    return {
+        f"blocks.{i}.sublayers.{our}.{part}": [f"{prefix}.{i}.{name}.{part}" for name in their.split()]
+        for i in range(layers)
+        for our, their in zip(BLOCK, theirs, strict=True)
+    }
+
+
 def others(config: Mapping[str, Any], allowed: Mapping[str, Any]) -> list[str]:
-    """What is set otherwise than our models have it."""
+    """Return a message for each setting that our models do not support."""
     return [
         f"{key} is {config[key]!r}, allowed: {value!r}"
         for key, value in allowed.items()

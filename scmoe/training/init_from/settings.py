@@ -1,4 +1,4 @@
-"""The settings that make a model what it is, and their comparison with those of a checkpoint."""
+"""Collects the settings that determine a model, and compares them with those of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from scmoe.training.build.blocks import PARTS
 
 
 def check_settings(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
-    """ValueError, naming every key: a checkpoint was made with other settings. A dense one may become any MoE."""
+    """Raise ValueError naming all keys in which a checkpoint's settings differ. A dense one may become any MoE."""
     other = [
         f"{key} is {show(here[key]) if key in here else 'unknown'}, allowed: {show(value)}"
         for key, value in there.items()
         if here.get(key, there) != value and (key, value) != ("moe.architecture", "dense")
     ]
     if other:
-        raise ValueError(f"its weights were made with other settings: {'; '.join(other)}")
+        raise ValueError(f"its weights belong to a model with other settings: {'; '.join(other)}")
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """The config's values by key, with those that follow from others."""
+    """Return the config's values by key, with null resolved where other values determine it."""
     model, moe = config.model, config.moe
     resolved: dict[str, Any] = {"moe.first_position": moe.first_position or moe.position}
     if model.family in PARTS:
@@ -33,7 +33,7 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 def model_settings(config: Config) -> dict[str, Any]:
-    """Those that make the network what it is: whoever takes its weights must have the same. An export's header."""
+    """Return the settings that a model must share to take these weights. An export has them in its header."""
     architecture, keys = config.moe.architecture, ["model.family", "model.layers", "model.dim", "model.heads"]
     if config.model.family == "swin":
         keys += ["model.patch_size", "model.window", "data.image_size", "data.num_classes"]

@@ -1,14 +1,14 @@
-"""Weights of a checkpoint into a model: as they are, or a dense checkpoint's into an MoE ("upcycling").
+"""Copies the weights of a checkpoint into a model, unchanged, or from a dense checkpoint into an MoE ("upcycling").
 
-An upcycled model gives the dense model's output to rounding, as long as no copy is dropped (moe.capacity_factor):
+An upcycled model gives the dense model's output up to rounding, as long as no copy is dropped (moe.capacity_factor):
 
     standard top-k          each expert is the MLP, and the gate's weights sum to one (top_k >= 2, renormalised)
-    shared-expert, ScMoE    the shared expert is the MLP, doubled in W_out where a coefficient gate halves it (its
-                            weights are 0, and sigmoid(0) = 1/2); experts have the MLP's W_in, and 0 as W_out, so that
+    shared-expert, ScMoE    the shared expert is the MLP, with twice its W_out where a coefficient gate halves it (the
+                            gate's weights are 0, and sigmoid(0) = 1/2); experts have the MLP's W_in and W_out = 0, so
                             the routed output starts at 0 and grows in training
 
-The tap's own norm is that of the MLP. The gate keeps the weights that it was drawn with. Under expert parallelism a
-rank takes the experts that it holds.
+The tap's own norm is the MLP's norm. The router's gate keeps its drawn weights. Under expert parallelism a rank takes
+the experts that it holds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from scmoe.training.init_from.pretrained import Checkpoint
 
 @torch.no_grad()
 def fill(model: Any, checkpoint: Checkpoint) -> None:
-    """Every weight of `model` from the checkpoint. ValueError, before anything is written: all that does not fit."""
+    """Set every weight of `model` from the checkpoint. Raises ValueError, before any is set, naming all mismatches."""
     own = dict(model.named_parameters())
     upcycled = any(".moe." in name for name in own) and not any(".moe." in name for name in checkpoint.weights)
     if upcycled:
@@ -40,7 +40,7 @@ def fill(model: Any, checkpoint: Checkpoint) -> None:
         if source is None:  # a gate
             continue
         if source not in checkpoint.weights:
-            problems += [f"{source} is missing"] * (not checkpoint.problems)  # which say what that comes from
+            problems += [f"{source} is missing"] * (not checkpoint.problems)  # these already name the cause
             continue
         weight, wanted = checkpoint.weights[source], own[name].shape
         found[name] = upcycled_weight(name, weight, model) if upcycled else own_share(name, weight, model)
@@ -60,24 +60,22 @@ def fill(model: Any, checkpoint: Checkpoint) -> None:
 
 
 def check_upcycling(model: Any, checkpoint: Checkpoint) -> None:
-    """ValueError: the model cannot give the dense model's output."""
+    """Raise ValueError where the model cannot give the dense model's output."""
     for block in model.blocks:
         if isinstance(block, TopKBlock):
             if not block.moe.router.renormalise:
-                raise ValueError("a dense checkpoint becomes a top_k MoE where moe.top_k is 2 or more, renormalised")
+                raise ValueError("a dense checkpoint into a top_k MoE requires moe.top_k >= 2 and moe.renormalise")
             if any(name.endswith(".f.w_in.bias") for name in checkpoint.weights):
-                raise ValueError(
-                    "an MLP with biases has no place in experts, which have none; in a shared expert it has"
-                )
+                raise ValueError("experts have no biases, but the checkpoint's MLPs do; allowed: a shared expert")
         elif not isinstance(block, (SharedExpertBlock, ShortcutBlock)):
-            raise ValueError("a dense checkpoint becomes an MoE of moe.architecture top_k, shared_expert or scmoe")
+            raise ValueError("a dense checkpoint into an MoE requires moe.architecture top_k, shared_expert or scmoe")
 
 
 def dense_name(name: str, model: Any) -> str | None:
-    """What a parameter of an MoE model is called in the dense model; None: that has no such thing.
+    """Return the dense model's name of a parameter of an MoE model; None where the dense model has none.
 
-    A pair holds attention, MLP, attention of two dense blocks, a block with an MoE of its own the attention of one;
-    what is left of the last dense block, its MLP with the norm, has become the MoE module.
+    A pair holds attention, MLP and attention of two dense blocks; with moe.every=1, a block holds one attention. The
+    MLP of the last of these dense blocks, with its norm, becomes the MoE module.
     """
     match = re.fullmatch(
         r"blocks\.(\d+)\.(?:sublayers\.(\d)|(norm|tap_norm|shared_expert|moe|coefficient))\.(.+)", name
@@ -95,7 +93,7 @@ def dense_name(name: str, model: Any) -> str | None:
 
 
 def upcycled_weight(name: str, weight: Tensor, model: Any) -> Tensor:
-    """The parameter `name` of an MoE model, made of the dense model's weight."""
+    """Return the parameter `name` of an MoE model, made from the dense model's weight."""
     if not name.startswith("blocks."):
         return own_share(name, weight, model)
     block, path = model.blocks[int(name.split(".")[1])], name.split(".", 2)[2]
@@ -107,7 +105,7 @@ def upcycled_weight(name: str, weight: Tensor, model: Any) -> Tensor:
 
 
 def own_share(name: str, weight: Tensor, model: Any) -> Tensor:
-    """This rank's experts, and as many positions as the model has."""
+    """Return the part of a weight that this model holds: this rank's experts, the first max_seq_len positions."""
     module = model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, Experts) and weight.dim() == 3:
         return weight[module.expert_ids.start : module.expert_ids.stop]
@@ -115,5 +113,5 @@ def own_share(name: str, weight: Tensor, model: Any) -> Tensor:
 
 
 def has_halves(block: Any) -> bool:
-    """Are shared and routed output weighed by a gate? With weights of 0 it halves the shared one."""
+    """Return whether a gate weighs shared and routed output. With weights of 0 it halves the shared output."""
     return not isinstance(block, TopKBlock) and not isinstance(block.coefficient, DirectAdd)

@@ -1,4 +1,4 @@
-"""metrics.csv: every logged row, kept in memory while a full disk does not take it (fault 32)."""
+"""metrics.csv: every logged row. While the disk is full, rows are kept in memory (fault 32)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger
 
-from scmoe.training.run.steady import warn_once
+from scmoe.training.run.writing import warn_once
 
 
 def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
-    """metrics.csv; a resumed run keeps its rows up to the step it goes on from (Lightning's logger deletes the
-    file)."""
+    """Return the logger of metrics.csv.
+
+    resumed_step: of the checkpoint that the run continues from. Rows before it are kept (Lightning's logger deletes the
+    file), later ones will be logged again.
+    """
     path, kept = run_dir / "metrics.csv", []
     if resumed_step is not None and path.exists():
         with path.open(newline="") as file:
@@ -30,8 +33,10 @@ def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
 
 
 class SteadyCSVLogger(CSVLogger):
-    """Keeps rows in memory, with one warning, while the disk does not take them; Lightning's would end the training,
-    and leave half a row, or half a file where a new column came."""
+    """Keeps rows in memory, with one warning, while they cannot be written.
+
+    Lightning's logger would end the training and leave half a row, or, after a new column, half a file.
+    """
 
     def save(self) -> None:
         writer, path = self.experiment, Path(self.experiment.metrics_file_path)
@@ -42,4 +47,4 @@ class SteadyCSVLogger(CSVLogger):
             writer.metrics_keys = keys
             with suppress(OSError):
                 path.unlink(missing_ok=True) if before is None else path.write_bytes(before)
-            warn_once(f"{path} takes no more rows for now: {error.strerror or error}")
+            warn_once(f"{path} cannot be written, its rows stay in memory: {error.strerror or error}")

@@ -1,14 +1,15 @@
-"""The directory of a run: what it is called, and what is needed to run it again.
+"""The directory of a run: its name, and what is needed to run it again.
 
     runs/<experiment>/<stamp>-<slug>/   config.yaml  overrides.txt  env.json  metrics.csv  summary.json
                                         checkpoints/  wandb/  wandb_run.json  state.json
-    runs/latest                         the newest
+    runs/latest                         a link to the newest run
 
-Only rank 0 writes. Without room for its config a run does not start.
+Only rank 0 writes. A run whose config cannot be written does not start.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -23,16 +24,17 @@ from pathlib import Path
 from typing import Any
 
 from scmoe.training.run import redact
-from scmoe.training.run.steady import write_aside
+from scmoe.training.run.writing import write_aside
+
+SAY_NOTHING = re.compile(r"name|runs_dir|logger\..*|trainer\.progress|data\.cache_dir")  # keys that no name needs
+
+VALUE_CHARS, SLUG_CHARS = 24, 64  # of one value, and of all; with the stamp well below a file system's 255 bytes
 
 
 def create_run_dir(root: Path, experiment: str, overrides: Sequence[str], config_yaml: str) -> Path:
-    """A new directory for a run, with all that is needed to run it again, but for keys."""
+    """Create the directory of a new run and write what is needed to run it again, without keys and passwords."""
     overrides = without_keys(overrides)
-    pairs = [o.removeprefix("--").partition("=")[::2] for o in overrides]
-    told = [f"{key.rpartition('.')[2]}-{value}" for key, value in pairs if key not in ("name", "runs_dir")]
-    slug = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(told))[:40].strip("-.")
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    stamp, slug = datetime.now().strftime("%Y%m%d-%H%M%S"), slug_of(overrides)
     run_dir = root / experiment / f"{stamp}-{slug or uuid.uuid4().hex[:4]}"
     while run_dir.exists():
         run_dir = run_dir.with_name(f"{stamp}-{slug}-{uuid.uuid4().hex[:4]}")
@@ -44,21 +46,38 @@ def create_run_dir(root: Path, experiment: str, overrides: Sequence[str], config
     return run_dir
 
 
+def slug_of(overrides: Sequence[str]) -> str:
+    """Return what distinguishes the run: `ep_size-2-lr-1e-3` for strategy.ep_size=2 optim.lr=1e-3; "" for nothing.
+
+    The number of steps comes last. Where a value is long or has characters that are no good in a file name, or there
+    are too many values, the slug shows a part and ends with a digest. So different overrides have different slugs.
+    """
+    pairs = dict(o.removeprefix("--").partition("=")[::2] for o in overrides)
+    kept = [(key, value) for key, value in pairs.items() if not SAY_NOTHING.fullmatch(key)]
+    kept.sort(key=lambda pair: pair[0] == "trainer.max_steps")
+    whole = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in kept)
+    short = "-".join(f"{key.rpartition('.')[2]}-{value[:VALUE_CHARS]}" for key, value in kept)
+    slug = re.sub(r"[^A-Za-z0-9._+-]+", "-", short)[:SLUG_CHARS].strip("-")
+    return slug if slug == whole else f"{slug}-{hashlib.sha256(repr(kept).encode()).hexdigest()[:8]}"
+
+
 def write_config(run_dir: Path, config_yaml: str) -> None:
-    """OSError: the disk is full or the like; a config that was there is whole."""
+    """Write config.yaml. Raises OSError where it cannot; an earlier config is then unchanged."""
     write_aside(run_dir / "config.yaml", lambda path: path.write_text(config_yaml))
 
 
 def point_latest(root: Path, run_dir: Path) -> None:
-    """runs/latest -> run_dir, in one step for anyone who looks."""
+    """Make runs/latest a link to run_dir, in one step, so that a reader always finds a run there."""
     fresh = root / f".latest-{uuid.uuid4().hex[:8]}"
     fresh.symlink_to(run_dir.resolve().relative_to(root.resolve()))
     os.replace(fresh, root / "latest")
 
 
 def environment() -> dict[str, Any]:
-    """Command line, versions, machine and the state of the code. No environment variables: they hold keys, which are
-    starred out of the rest."""
+    """Return command line, versions, machine and the state of the code, without keys.
+
+    Environment variables are left out: they hold keys.
+    """
     packages = {}
     for name in ("scmoe", "torch", "lightning", "omegaconf", "wandb", "numpy", "tokenizers"):
         try:
@@ -71,19 +90,26 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "packages": packages,
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_diff": without_keys(_git("diff", "HEAD")),
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_diff": without_keys(git("diff", "HEAD")),
     }
 
 
-def without_keys(value: Any) -> Any:
-    """A text, a config or the like as it may be kept; see redact.py."""
-    return redact.without_keys(value, os.environ)
-
-
-def _git(*command: str) -> str | None:
+def git(*command: str) -> str | None:
+    """Return what git prints; None where there is no git or no repository."""
     try:
         done = subprocess.run(["git", *command], capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def without_keys(value: Any) -> Any:
+    """Return a text, a config or the like without keys of this process's environment; see redact.py."""
+    return redact.without_keys(value, os.environ)
+
+
+def relative(path: Path) -> Path:
+    """Return the path as a user in this working directory would type it."""
+    path = path.absolute()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,4 +1,4 @@
-"""Keys are starred out of what a run keeps of itself (fault 33): its config, its command line, changes to the code."""
+"""Removes keys from what a run keeps of itself (fault 33): its config, its command line, changes to the code."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from typing import Any
 
 STARS = "*****"
 
-NAMES = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)  # of variables that hold keys
+NAMES = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)  # of environment variables that hold keys
 
-SHORTEST = 8  # characters of a key: a shorter value would be found in innocent text
+SHORTEST = 8  # characters of a key; a shorter value would also match harmless text
 
 SHAPES = re.compile(
-    r"(?<![\w/])[0-9a-f]{40}(?![\w/])"  # W&B's; within a path it is a snapshot's name
+    r"(?<![\w/])[0-9a-f]{40}(?![\w/])"  # W&B's; within a path it is the name of a snapshot
     r"|wandb_v\d+_\w{20,}"
     r"|hf_[A-Za-z0-9]{20,}"
 )
 
 
 def without_keys(value: Any, variables: Mapping[str, str]) -> Any:
-    """Texts in lists, mappings and dataclasses, without what looks like a key of W&B or Hugging Face, and without the
-    values of those environment variables whose names say that they hold keys."""
+    """Return `value` with stars for keys, in texts, lists, mappings and dataclasses.
+
+    A key is what looks like one of W&B or Hugging Face, and each line of an environment variable whose name says that
+    it holds a key.
+    """
     lines = {line.strip() for name, text in variables.items() if NAMES.search(name) for line in text.splitlines()}
     keys = sorted((line for line in lines if len(line) >= SHORTEST), key=len, reverse=True)
     return _starred(value, re.compile("|".join([*map(re.escape, keys), SHAPES.pattern])))

@@ -1,11 +1,9 @@
-"""What a run prints: the resolved config as a tree, the model as a table, and the summary at the end."""
+"""Renders what a run prints: the resolved config as a tree, the model as a table, the summary as a panel."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,7 +18,6 @@ from scmoe.blocks.sublayers import MLP, Attention
 from scmoe.moe.coefficient import CG1, CG2
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
-from scmoe.training.run.steady import try_to_write
 
 
 def config_tree(config: Any, label: str = "config") -> Tree:
@@ -46,7 +43,7 @@ KINDS: dict[type[nn.Module], str] = {
     Experts: "experts",
 }
 
-NAMED = {  # by name, whatever the class
+NAMED = {  # kinds by name, before the class
     "shared_expert": "shared expert",
     "attention": "attention",  # timm's
     "patches": "patches",
@@ -57,15 +54,15 @@ NAMED = {  # by name, whatever the class
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """Per kind of module: how many there are, all parameters, and those that one token uses.
+    """Return per kind of module: the number of modules, all parameters, and the parameters that one token uses.
 
-    Experts are counted whole, wherever their shards are; a token uses top_k of num_experts of them, and others in each
-    further use of the module (DGMoE, DGMoE-Share), where it may.
+    Experts count whole, also where this rank holds a shard. Of num_experts a token uses top_k, and others in each
+    further use of the module (DGMoE, DGMoE-Share) as long as there are others.
     """
     counts: dict[str, tuple[int, int, int]] = {}
     seen: set[nn.Parameter] = set()
     used = {experts: min(1.0, copies / experts.num_experts) for experts, copies in routed_copies(model).items()}
-    for name, module in [*model.named_modules(), ("other", model)]:  # the model itself last: what no kind has taken
+    for name, module in [*model.named_modules(), ("other", model)]:  # the model itself last: the rest
         kind = NAMED.get(name.rpartition(".")[2]) or KINDS.get(type(module))
         own = set(module.parameters()) - seen if kind else set()
         if not kind or not own:
@@ -96,7 +93,7 @@ def model_table(counts: Mapping[str, tuple[int, int, int]]) -> Table:
 
 
 def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
-    """The end of a run, for a person: results and samples."""
+    """Return results and samples as a panel."""
     table = Table.grid(padding=(0, 2))
     rows = {"steps": f"{summary['steps']:,} on {summary['world_size']} ranks, EP = {summary['ep_size']}"}
     if "val_accuracy" in summary:
@@ -109,9 +106,9 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
         rows["validation loss"] = f"{summary['val_loss']:.4f} nats per token, perplexity {summary['perplexity']:.2f}"
         rows["bits per byte"] = f"{summary['bits_per_byte']:.4f}; unigram {unigram:.4f}, ratio {ratio:.3f}"
     rate = summary[f"{unit}_per_s"]
-    rows["throughput"] = f"{rate:,.0f} {unit}/s over all ranks" if rate else "not measured: too few steps were made"
+    rows["throughput"] = f"{rate:,.0f} {unit}/s over all ranks" if rate else "not measured: too few steps"
     if summary["load_max_ratio"] is not None:
-        rows["expert load"] = f"busiest expert {summary['load_max_ratio']:.2f} x the mean, worst layer"
+        rows["expert load"] = f"busiest expert {summary['load_max_ratio']:.2f} x the mean, in the worst layer"
         rows["dropped"] = f"{summary['drop_share']:.2%} of routed tokens"
     rows["run directory"] = str(summary["run_dir"])
     for name, value in rows.items():
@@ -122,13 +119,8 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
 
 
 def console(stderr: bool = False) -> Console:
-    """Standard output of a person's terminal, or 100 columns where there is none."""
+    """Return a console on standard output (error): as wide as the terminal, or 100 columns without one."""
     made = Console(stderr=stderr, highlight=False)
     if not made.is_terminal:
         made = Console(stderr=stderr, highlight=False, width=100)
     return made
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    text = json.dumps(values, indent=2) + "\n"
-    try_to_write(path, lambda partial: partial.write_text(text))

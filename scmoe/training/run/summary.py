@@ -1,9 +1,10 @@
-"""The end of a run: its summary, samples of its text, and the commands that can come next."""
+"""The end of a run: its summary, samples of its text, and the commands that can follow."""
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from scmoe.models.decoder import generate
 from scmoe.training.callbacks.throughput import Throughput
 from scmoe.training.moe_module import MoEModule
 from scmoe.training.run import report
+from scmoe.training.run.directory import relative
 from scmoe.training.run.wandb_logger import sync_command
 
 SAMPLES, SAMPLE_TOKENS = 3, 40
 
 
 def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -> dict[str, Any]:
-    """The numbers of the run's last line, validated after the last step; every rank takes part."""
+    """Return the numbers of the summary, validating first if the last step was not. Every rank must call it."""
     steps = trainer.global_step
     if module.validated_step != steps:
         trainer.validate(module, data, verbose=False)
@@ -31,28 +33,18 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
     total, active = report.total_and_active(report.count_parameters(module.model))
     throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
     rate = None if math.isnan(throughput.mean) else throughput.mean
-    val_loss = metrics["val/loss"]
     if isinstance(data, SequenceDataModule):
-        quality: dict[str, Any] = {
-            "perplexity": metrics["val/perplexity"],
-            "bits_per_byte": metrics["val/bits_per_byte"],
-            "unigram_bits_per_byte": data.unigram_bits_per_byte(),
-            "tokens_per_s": rate,
-        }
-        of_images: dict[str, Any] = {}
-    else:  # the same keys: a class stands for a token, a picture has no bytes of text, and its tokens are its patches
-        patches = module.model.patches.num_patches
-        quality = {
-            "perplexity": torch.tensor(val_loss).exp().item(),  # inf, not an error, where the loss is huge
-            "bits_per_byte": None,
-            "unigram_bits_per_byte": None,
-            "tokens_per_s": None if rate is None else rate * patches,
-        }
-        # data: what was asked for, since nothing stands in for it
+        unigram, tokens, of_images = data.unigram_bits_per_byte(), 1, {}
+    else:  # a token of an image is a patch, its perplexity is over classes, and it has no bytes of text
+        unigram, tokens = None, module.model.patches.num_patches
         of_images = {"val_accuracy": metrics["val/accuracy"], "data": data.name, "images_per_s": rate}
+    exp_loss = torch.tensor(metrics["val/loss"]).exp().item()  # inf, not an error, where the loss is huge
     return {
-        "val_loss": val_loss,
-        **quality,
+        "val_loss": metrics["val/loss"],
+        "perplexity": metrics.get("val/perplexity", exp_loss),
+        "bits_per_byte": metrics.get("val/bits_per_byte"),
+        "unigram_bits_per_byte": unigram,
+        "tokens_per_s": None if rate is None else rate * tokens,
         "steps": steps,
         "params_total": total,
         "params_active": active,
@@ -64,8 +56,8 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
     }
 
 
-def write_samples(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -> list[str]:
-    """A few lines that the model writes; every rank takes part, since the experts are spread over them."""
+def sample_text(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -> list[str]:
+    """Return a few short texts that the model generates; none for images. Every rank must call it: all have experts."""
     if not isinstance(data, TextDataModule):
         return []
     device = trainer.strategy.root_device
@@ -76,18 +68,14 @@ def write_samples(trainer: Trainer, module: MoEModule, data: PositionedDataModul
     return [data.decode(row[1:].tolist()) for row in ids]
 
 
-def next_commands(run_dir: Path, steps: int, is_text: bool) -> dict[str, str]:
-    """What can be typed next, whole: resuming goes on to twice the steps."""
-    run = relative(run_dir)
-    commands = {"resume": f"make resume RUN={run} ARGS=trainer.max_steps={2 * steps}"}
-    if is_text:
+def print_summary(run_dir: Path, summary: Mapping[str, Any], samples: list[str]) -> None:
+    """Print the summary's panel, and the commands that can follow, ready to copy."""
+    run, console = relative(run_dir), report.console()
+    console.print(report.summary_panel(summary, samples))
+    commands = {"resume": f"make resume RUN={run} ARGS=trainer.max_steps={2 * summary['steps']}"}
+    if samples:
         commands["sample"] = f"make sample RUN={run}"
     if sync := sync_command(run):
         commands["sync to W&B"] = f"{relative(Path(sys.executable).parent)}/{sync}"
-    return commands
-
-
-def relative(path: Path) -> Path:
-    """As a person in this folder would type it."""
-    path = path.absolute()
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    for purpose, command in commands.items():
+        console.print(f"{purpose:12} {command}", soft_wrap=True)

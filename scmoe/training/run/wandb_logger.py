@@ -1,4 +1,4 @@
-"""Weights & Biases: online or offline, and never the reason that a run ends while it logs (fault 32)."""
+"""The logger of Weights & Biases, online or offline. Once training has started, it never ends a run (fault 32)."""
 
 from __future__ import annotations
 
@@ -7,41 +7,32 @@ import netrc
 import os
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
 import wandb
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
 
 from scmoe.config.fields import ConfigError
 from scmoe.parallel.checkpoint.durable import MANIFEST
 from scmoe.training.run.directory import without_keys
-from scmoe.training.run.steady import try_to_write
+from scmoe.training.run.writing import try_to_write
 
-INIT_TIMEOUT_S = 20.0  # of a server that does not answer
+INIT_TIMEOUT_S = 20.0  # how long a server may take to answer
 
-FINISH_TIMEOUT_S = 60.0  # of the last uploads; what is left over is kept in the run directory
+FINISH_TIMEOUT_S = 60.0  # how long the last uploads may take; the rest stays in the run directory
 
-UPLOAD_BYTES_PER_S = 1e6  # the slowest at which a checkpoint is waited for
+UPLOAD_BYTES_PER_S = 1e6  # the slowest upload of a checkpoint that is waited for
 
-WANDB_TROUBLE = (wandb.Error, OSError)  # the server refuses, does not answer, or W&B's own process is gone
-
-
-def wandb_mode(mode: Literal["auto", "online", "offline"]) -> Literal["online", "offline"]:
-    """`auto` is online where a key is found and offline elsewhere; W&B itself would ask, or raise."""
-    if mode == "auto":
-        return "online" if has_wandb_key() else "offline"
-    return mode
+WANDB_TROUBLE = (wandb.Error, OSError)  # the server refuses or does not answer, or W&B's own process is gone
 
 
 def has_wandb_key() -> bool:
-    """Where W&B would find one: in the environment, or in netrc under the server's name and port."""
+    """Look where W&B does: in the environment, and in netrc under the server's name and port."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     server = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
@@ -54,24 +45,27 @@ def has_wandb_key() -> bool:
 
 def wandb_logger(
     run_dir: Path,
-    mode: Literal["online", "offline"],
+    mode: Literal["auto", "online", "offline"],
     project: str,
     group: str | None,
     tags: Sequence[str],
     config: dict[str, Any],
-    may_go_offline: bool = False,
 ) -> WandbLogger:
-    """A W&B run that a resumed training continues: its id is written before training starts.
+    """Return the logger of a W&B run, the same one when a training is resumed: its id is kept in the run directory.
 
-    may_go_offline: where the server cannot be reached, else ConfigError, as what was asked for cannot be had.
+    mode: `auto` is online where a key is found and the server answers, else offline. Raises ConfigError where W&B
+    cannot start as the others demand.
     """
     project, group, tags, config = without_keys((project, group, list(tags), config))
+    resolved: Literal["online", "offline"] = "online" if mode != "offline" else "offline"
+    if mode == "auto" and not has_wandb_key():  # W&B would ask for one, or raise
+        resolved = "offline"
     record = run_dir / "wandb_run.json"
     if record.exists():
         run_id = json.loads(record.read_text())["id"]
     else:
-        run_id = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]  # an agent of a sweep gives its trial an id
-        text = json.dumps({"id": run_id, "project": project, "mode": mode})
+        run_id = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]  # a sweep's agent sets the id of its trial
+        text = json.dumps({"id": run_id, "project": project, "mode": resolved})
         try_to_write(record, lambda path: path.write_text(text))
     settings = wandb.Settings(
         console="off",
@@ -80,9 +74,9 @@ def wandb_logger(
         init_timeout=INIT_TIMEOUT_S,
         finish_timeout=FINISH_TIMEOUT_S,
         finish_timeout_raises=True,
-        x_disable_meta=without_keys(sys.argv) != sys.argv,  # it has the command line as it is
+        x_disable_meta=without_keys(sys.argv) != sys.argv,  # W&B's metadata hold the command line, keys too
     )
-    wandb.setup(settings)  # silent from here on: what matters is said below, once
+    wandb.setup(settings)  # silent from here on; the messages below are enough
     common: dict[str, Any] = dict(
         project=project,
         name=f"{run_dir.parent.name}/{run_dir.name}",
@@ -95,19 +89,19 @@ def wandb_logger(
         settings=settings,
     )
     try:
-        run = wandb.init(mode=mode, **common)
+        run = wandb.init(mode=resolved, **common)
     except WANDB_TROUBLE as error:
         reason = str(error).splitlines()[0]
-        if mode == "offline" or not may_go_offline:
-            raise ConfigError(f"logger.mode is {mode}, allowed here: offline | disabled: {reason}") from error
+        if mode != "auto" or resolved == "offline":
+            raise ConfigError(f"logger.mode is {resolved}, allowed here: offline | disabled: {reason}") from error
         print(f"warning: Weights & Biases goes offline: {reason}", file=sys.stderr, flush=True)
-        wandb.teardown()  # else its process still takes the id for one in use
+        wandb.teardown()  # otherwise its process would see the id as in use
         run = wandb.init(mode="offline", **common)
     return SteadyWandbLogger(experiment=run)
 
 
 class SteadyWandbLogger(WandbLogger):
-    """Gives up with one warning where Lightning's would end the training: W&B's process may be killed."""
+    """Stops logging with one warning where Lightning's logger would end the training, as when W&B's process dies."""
 
     lost = False
 
@@ -118,15 +112,17 @@ class SteadyWandbLogger(WandbLogger):
         self._try(lambda: super(SteadyWandbLogger, self).log_hyperparams(params))
 
     def log_checkpoint(self, checkpoint: Path, metric: str, value: float) -> None:
-        """An artifact of type model with the alias `best`. Online it is waited for; offline, `wandb sync` reads the
-        files where they lie."""
-        self._try(lambda: self._upload(checkpoint, metric, value), (Exception,))  # the client lets any kind through
+        """Log an artifact of type model with the alias `best`.
+
+        Online, wait for its upload; offline, `wandb sync` will read the files where they are.
+        """
+        self._try(lambda: self._upload(checkpoint, metric, value), (Exception,))  # the client raises errors of any kind
 
     def _upload(self, checkpoint: Path, metric: str, value: float) -> None:
         metadata = {"step": json.loads((checkpoint / MANIFEST).read_text())["step"], metric: value}
         artifact = wandb.Artifact(f"checkpoint-{self.experiment.id}", type="model", metadata=metadata)
         files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-        for path in files:  # immutable: W&B makes no copy
+        for path in files:  # immutable, so that W&B makes no copy
             artifact.add_file(str(path), str(path.relative_to(checkpoint)), policy="immutable", skip_cache=True)
         logged = self.experiment.log_artifact(artifact, aliases=["best"])
         if not self.experiment.offline:
@@ -135,7 +131,7 @@ class SteadyWandbLogger(WandbLogger):
 
     def close(self, status: str) -> None:
         finish = partial(self.experiment.finish, exit_code=0 if status == "success" else 1)
-        if self.lost:  # its process may still be there, and must not outlive this one
+        if self.lost:  # W&B's process may still run, and must not outlive this one
             with suppress(*WANDB_TROUBLE):
                 finish()
         else:
@@ -150,36 +146,13 @@ class SteadyWandbLogger(WandbLogger):
             self.lost = True
             reason, kept = f"{error} ".splitlines()[0].strip(" ."), Path(self.experiment.settings.sync_dir)
             print(
-                f"warning: Weights & Biases gets no more of this run: {reason}; to send it later: wandb sync {kept}",
+                f"warning: Weights & Biases receives nothing more of this run: {reason}; to upload: wandb sync {kept}",
                 file=sys.stderr,
                 flush=True,
             )
 
 
-def log_best_checkpoint(loggers: Sequence[Logger], callbacks: Iterable[object]) -> None:
-    """Hands the best checkpoint to W&B, with its step and metric, where there is one and W&B is on."""
-    best = [c for c in callbacks if isinstance(c, ModelCheckpoint) and c.monitor and c.best_model_path]
-    for logger, callback in product(loggers, best):
-        if isinstance(logger, SteadyWandbLogger):
-            assert callback.best_model_score is not None
-            value = callback.best_model_score.item()
-            logger.log_checkpoint(Path(callback.best_model_path), str(callback.monitor), value)
-
-
 def sync_command(run_dir: Path) -> str | None:
-    """How to send an offline run to W&B; None where there is none."""
+    """Return the command that uploads an offline run to W&B; None where there is none."""
     offline = sorted((run_dir / "wandb").glob("offline-run-*"))
     return f"wandb sync {' '.join(map(str, offline))}" if offline else None
-
-
-def describe(logger: Logger) -> str:
-    if isinstance(logger, WandbLogger):
-        return f"Weights & Biases, {'offline' if logger.experiment.offline else 'online'}"
-    return "metrics.csv"
-
-
-def close_loggers(loggers: Sequence[Logger], status: str = "success") -> None:
-    for logger in loggers:
-        logger.finalize(status)
-        if isinstance(logger, SteadyWandbLogger):
-            logger.close(status)

@@ -88,7 +88,7 @@ MUTANTS = (
     Mutant("new-column-under-the-old-header", 32, "scmoe/training/run/csv_logger.py")
     .replaces("            writer.metrics_keys = keys\n", "            assert isinstance(keys, list)\n")
     .caught_by(f"{FAULTS}/test_security.py::test_32_a_full_disk_ends_no_run_that_logs"),
-    Mutant("a-picture-ends-a-run", 32, "scmoe/training/run/steady.py")
+    Mutant("a-picture-ends-a-run", 32, "scmoe/training/run/writing.py")
     .replaces('        warn_once(f"{path} is not written: {error.strerror or error}")\n', "        raise\n")
     .caught_by(f"{FAULTS}/test_security.py::test_32_a_full_disk_costs_a_run_its_figures_and_nothing_else"),
     Mutant("environment-kept", 33, "scmoe/training/run/directory.py")
@@ -97,9 +97,7 @@ MUTANTS = (
     )
     .caught_by(f"{FAULTS}/test_security.py::test_33_a_key_is_in_no_file_of_a_run"),
     Mutant("changes-to-the-code-kept-with-their-keys", 33, "scmoe/training/run/directory.py")
-    .replaces(
-        '        "git_diff": without_keys(_git("diff", "HEAD")),\n', '        "git_diff": _git("diff", "HEAD"),\n'
-    )
+    .replaces('        "git_diff": without_keys(git("diff", "HEAD")),\n', '        "git_diff": git("diff", "HEAD"),\n')
     .caught_by(f"{FAULTS}/test_security.py::test_33_keys_in_the_command_line_and_the_code_are_starred_out"),
     Mutant("w-and-b-keeps-the-command-line", 33, "scmoe/training/run/wandb_logger.py")
     .replaces("x_disable_meta=without_keys(sys.argv) != sys.argv,", "x_disable_meta=False,")

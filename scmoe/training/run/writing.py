@@ -1,17 +1,24 @@
-"""Files of a run whose loss must not stop it (fault 32): a full disk costs them, with one warning, and nothing else.
+"""Writes files that a run can do without (fault 32): a full disk costs these files and one warning, not the run.
 
-Each is written beside its place and renamed, so that what was there before stays whole. Checkpoints are not of this
-kind: there a full disk is an error (durable.py).
+Each file is written under another name and renamed, so an earlier version of it stays whole. Checkpoints are written
+elsewhere (durable.py): for them a full disk is an error.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    text = json.dumps(values, indent=2) + "\n"
+    try_to_write(path, lambda partial: partial.write_text(text))
 
 
 def try_to_write(path: Path, write: Callable[[Path], object]) -> None:
@@ -22,8 +29,10 @@ def try_to_write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Has `write` make a file under another name with the same suffix, then gives it its own. OSError: the disk is full
-    or the like, and what was there is as it was."""
+    """Have `write` make a file of another name with the same suffix, then rename it to `path`.
+
+    Raises OSError where it cannot be written, such as on a full disk; an earlier version is then unchanged.
+    """
     partial = path.with_name(f".tmp-{path.name}")
     try:
         path.parent.mkdir(exist_ok=True)
