@@ -34,7 +34,12 @@ class DoubleGateBlock(MoEBlock):
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> MoEOutput:
         x_BSD = self.before_tap(x_BSD)
         preceding = self.moe.begin(self.tap_norm(x_BSD), mask_BS, self.schedule.chunks)
-        x_BSD, preceding = self.after_tap(x_BSD, preceding)
+        for slot, sublayer in enumerate(self.after_tap()):
+            if slot == self.schedule.slot:
+                preceding = self.moe.run_experts(preceding)
+            x_BSD = self.operator(self.schedule.window[slot], sublayer, x_BSD)
+        if self.schedule.slot == len(self.schedule.window):
+            preceding = self.moe.run_experts(preceding)
         arguments = self.norm(x_BSD), mask_BS, self.schedule.chunks, preceding.routing.topk_ids_TK
         current_BSD, current_stats = self.operator("current", self.moe, *arguments)
         preceding_BSD, preceding_stats = self.moe.finish(preceding)

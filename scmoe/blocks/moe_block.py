@@ -1,6 +1,6 @@
 """What every block with an MoE module shares: its parts, its schedule, and the one place that sets how it runs.
 
-    before_tap -> begin -> after_tap, with the experts at their slot -> finish
+    sub-layers before the tap -> begin -> sub-layers after the tap, with the experts at their slot -> finish
 
 Each architecture's forward fills this line with its own terms: standard.py, shortcut.py, double_gate.py.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scmoe.moe.dispatcher import Dispatcher
 from scmoe.moe.operators import Operators, Recorder
-from scmoe.moe.stream import MoEStream, StreamState
+from scmoe.moe.stream import MoEStream
 from scmoe.schedule.schedule import SUBLAYERS, Schedule
 
 
@@ -73,12 +73,6 @@ class MoEBlock(Operators):
             x_BSD = self.operator(name, sublayer, x_BSD)
         return x_BSD
 
-    def after_tap(self, x_BSD: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
-        """Runs the window's sub-layers, and the experts if their slot is before, between or right after them."""
-        for slot, sublayer in enumerate(list(self.sublayers)[self.tap :]):
-            state = self.experts_at(slot, state)
-            x_BSD = self.operator(self.schedule.window[slot], sublayer, x_BSD)
-        return x_BSD, self.experts_at(len(self.sublayers) - self.tap, state)
-
-    def experts_at(self, slot: int, state: StreamState) -> StreamState:
-        return self.moe.run_experts(state) if slot == self.schedule.slot else state
+    def after_tap(self) -> list[nn.Module]:
+        """The sub-layers of the window, in order: sub-layer i runs right after slot i."""
+        return list(self.sublayers)[self.tap :]

@@ -32,10 +32,16 @@ class ShortcutBlock(MoEBlock):
         x_BSD = self.before_tap(x_BSD)
         tap_BSD = self.tap_norm(x_BSD)
         state = self.moe.begin(tap_BSD, mask_BS, self.schedule.chunks)
-        x_BSD, state = self.after_tap(x_BSD, state)
+        for slot, sublayer in enumerate(self.after_tap()):
+            if slot == self.schedule.slot:
+                state = self.moe.run_experts(state)
+            x_BSD = self.operator(self.schedule.window[slot], sublayer, x_BSD)
         u_BSD = self.norm(x_BSD)
+        if self.schedule.slot == len(self.schedule.window) - 1:
+            state = self.moe.run_experts(state)
         shared_BSD = self.operator("shared_expert", self.shared_expert, u_BSD)
-        state = self.experts_at(len(self.schedule.window), state)
+        if self.schedule.slot == len(self.schedule.window):
+            state = self.moe.run_experts(state)
         routed_BSD, stats = self.moe.finish(state)
         read_BSD = tap_BSD if self.coefficient_reads_tap else u_BSD
         return MoEOutput(x_BSD + self.after(self.coefficient(read_BSD, shared_BSD, routed_BSD)), stats)

@@ -10,12 +10,12 @@ h is the output of the last sub-layer of one block (attention) or of a pair (att
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from scmoe.blocks.moe_block import MoEBlock
-from scmoe.tokens import MoEOutput, RouterStats
+from scmoe.tokens import MoEOutput
 
 
 class DenseBlock(nn.Module):
@@ -55,17 +55,11 @@ class SharedExpertBlock(MoEBlock):
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> MoEOutput:
         x_BSD = self.before_tap(x_BSD)
         u_BSD = self.norm(x_BSD)
-        state = self.experts_at(0, self.moe.begin(u_BSD, mask_BS, self.schedule.chunks))
+        state = self.moe.begin(u_BSD, mask_BS, self.schedule.chunks)
+        if self.schedule.slot == 0:
+            state = self.moe.run_experts(state)
         shared_BSD = self.operator("shared_expert", self.shared_expert, u_BSD)
-        routed_BSD, stats = self.moe.finish(self.experts_at(1, state))
+        if self.schedule.slot == 1:
+            state = self.moe.run_experts(state)
+        routed_BSD, stats = self.moe.finish(state)
         return MoEOutput(x_BSD + self.after(self.coefficient(u_BSD, shared_BSD, routed_BSD)), stats)
-
-
-def run_blocks(blocks: Iterable[nn.Module], x_BSD: Tensor, mask_BS: Tensor | None) -> tuple[Tensor, list[RouterStats]]:
-    """Runs one block after another. Returns the last output, and the router's sums of each block that has an MoE."""
-    all_stats = []
-    for block in blocks:
-        x_BSD, stats = block(x_BSD, mask_BS)
-        if stats is not None:
-            all_stats.append(stats)
-    return x_BSD, all_stats

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from scmoe.blocks.standard import run_blocks
 from scmoe.blocks.sublayers import MLP, Attention
 from scmoe.moe.experts import Experts, named_generator
 from scmoe.tokens import RouterStats
@@ -55,8 +54,11 @@ class Decoder(nn.Module):
         x_BSD = self.tokens(ids_BS)
         if self.positions is not None:
             x_BSD = x_BSD + self.positions(torch.arange(ids_BS.shape[1], device=ids_BS.device))
-        x_BSD, stats = run_blocks(self.blocks, self.dropout(x_BSD), mask_BS)
-        return LMOutput(self.head(self.norm(x_BSD)), stats)
+        x_BSD, all_stats = self.dropout(x_BSD), []
+        for block in self.blocks:
+            x_BSD, stats = block(x_BSD, mask_BS)
+            all_stats += [] if stats is None else [stats]
+        return LMOutput(self.head(self.norm(x_BSD)), all_stats)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

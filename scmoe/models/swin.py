@@ -17,7 +17,6 @@ from timm.layers import DropPath, PatchEmbed
 from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2Block, window_partition, window_reverse
 from torch import Tensor, nn
 
-from scmoe.blocks.standard import run_blocks
 from scmoe.blocks.sublayers import SelfAttention
 from scmoe.moe.experts import Experts, named_generator
 from scmoe.tokens import RouterStats
@@ -99,8 +98,9 @@ class Swin(nn.Module):
         for merge, stage in zip(self.merges, self.stages, strict=True):
             x_BHWD = merge(x_BHWD)
             mask_BHW = None if mask_B is None else mask_B[:, None, None].expand(x_BHWD.shape[:3])
-            x_BHWD, stats = run_blocks(stage, x_BHWD, mask_BHW)
-            all_stats += stats
+            for block in stage:
+                x_BHWD, stats = block(x_BHWD, mask_BHW)
+                all_stats += [] if stats is None else [stats]
         return ClassifierOutput(self.head(self.norm(x_BHWD).mean((1, 2))), all_stats)
 
     @torch.no_grad()

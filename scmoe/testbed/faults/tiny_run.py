@@ -56,11 +56,9 @@ def fit(config: Config, run_dir: Path, resume_from: Path | None = None) -> Any:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     seed_everything(config)
-    callbacks = build_callbacks(config, run_dir)
-    for callback in callbacks:
-        if hasattr(callback, "save_top_k"):
-            callback.save_top_k = -1
-    trainer = build_trainer(config, callbacks, [])
+    trainer: Any = build_trainer(config, build_callbacks(config, run_dir), [])
+    for callback in trainer.checkpoint_callbacks:
+        callback.save_top_k = -1
     trainer.fit(build_module(config), build_datamodule(config), ckpt_path=resume_from, weights_only=True)
     return trainer
 

@@ -45,8 +45,8 @@ MUTANTS = (
     .replaces("self.windows.get(layer, 0) + 1 if collapsed else 0", "1 if collapsed else 0")
     .caught_by(f"{UNIT}/test_collapse.py::test_a_collapsed_layer_is_named_once_with_its_expert_and_share"),
     # ------------------------------------------------------------------ schedule
-    Mutant("slot-ignored", 0, "scmoe/blocks/moe_block.py")
-    .replaces("if slot == self.schedule.slot else state", "if slot == 0 else state")
+    Mutant("slot-ignored", 0, "scmoe/blocks/shortcut.py")
+    .replaces("            if slot == self.schedule.slot:\n", "            if slot == 0:\n")
     .caught_by(f"{UNIT}/test_schedule.py::test_blocks_execute_the_operators_of_their_schedule"),
     Mutant("chunks-put-together-backwards", 0, f"{MOE}/stream.py")
     .replaces("torch.cat(chunks) if", "torch.cat(chunks[::-1]) if")

@@ -1,0 +1,43 @@
+"""A token's way is short: few calls lie between the train command and the experts."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from experiments.train import main
+from scmoe.moe.experts import Experts
+from scmoe.testbed.ranks import run_ranks
+
+pytestmark = pytest.mark.dist
+
+ROOT = Path(__file__).parents[2]
+CALLS = 9  # Trainer.fit is one of them; what Lightning and torch call inside themselves does not count
+
+
+def way(rank: int, world_size: int, runs: Path) -> list[str]:
+    """The functions of this project that are running when the experts compute for the first time."""
+    found: list[str] = []
+    forward = Experts.forward
+
+    def noted(self: Experts, *inputs: Any) -> Any:
+        if not found:
+            frames = [f for f in traceback.extract_stack() if Path(f.filename).is_relative_to(ROOT)]
+            ours = [f for f in frames if Path(f.filename).relative_to(ROOT).parts[0] in ("scmoe", "experiments")]
+            found.extend(f"{Path(f.filename).name}:{f.name}" for f in ours)
+        return forward(self, *inputs)
+
+    settings = ("logger.mode=disabled", "trainer.max_steps=1", "trainer.val_every=1", "trainer.progress=false")
+    with patch.object(Experts, "forward", noted):
+        assert main([str(ROOT / "configs/debug.yaml"), f"runs_dir={runs}", *settings]) == 0
+    return found[found.index("train.py:main") :]
+
+
+def test_from_the_train_command_to_the_experts(tmp_path):
+    (functions,) = run_ranks(way, 1, tmp_path)
+    assert functions[:2] == ["train.py:main", "train.py:train"]
+    assert len(functions) + 1 <= CALLS, functions  # and Experts.forward itself, with Trainer.fit: one call more
