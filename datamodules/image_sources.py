@@ -3,8 +3,6 @@
 A data set that is missing is an error that says how to get it. No other is used in its place.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import struct

@@ -9,8 +9,6 @@ workers or an interruption changes nothing. Mixing pairs the images of one rank'
 number of ranks changes what is trained on.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ micro-batch takes the next M positions and deals them to the ranks in turn. Henc
 global batches in the same order, batches run on across epochs, and one number is all that resuming needs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 

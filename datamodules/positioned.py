@@ -4,8 +4,6 @@ Run the Trainer with `use_distributed_sampler=False`, and call `advance()` at th
 of samples is explained in `order.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sized
 from typing import Any
 

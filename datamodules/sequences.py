@@ -8,8 +8,6 @@
 The order of samples is in `order.py`, the position of a training in `positioned.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol

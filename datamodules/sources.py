@@ -3,8 +3,6 @@
 Splits are deterministic and keep the order of the source, so that held-out text comes after the training text.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

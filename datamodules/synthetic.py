@@ -4,8 +4,6 @@ Token t of a stream is a hash of (seed, t), so any slice can be computed anywher
 likely and independent: there is nothing to learn, and the loss stays at ln V.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

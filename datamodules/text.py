@@ -1,7 +1,5 @@
 """Text for language models: `SequenceDataModule` on top of a source, a tokenizer and a token cache."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path

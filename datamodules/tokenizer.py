@@ -9,13 +9,12 @@ is the letter "▁" and characters without a token become the tokens <0x00> to <
 before every text and removes it when decoding; here none is added, so that tokens stand for the text's bytes only.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import tokenizers
@@ -54,7 +53,7 @@ class Tokenizer:
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
-    def load(cls, path: Path) -> Tokenizer:
+    def load(cls, path: Path) -> Self:
         """Reads a `tokenizer.json`. Raises FileNotFoundError where it is missing, ValueError for another file."""
         try:
             inner = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))

@@ -7,8 +7,6 @@ hash covers the texts, the tokenizer's settings and `VERSION`, so another text o
 complete folder is a correct one. It is built under a temporary name and renamed, so readers never see a part of it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Finds the sample that a data worker was reading when it died or raised; PyTorch names only the worker."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sized

@@ -3,11 +3,9 @@
 Scripts import torch, Lightning and the like after parsing, so `--help` and a wrong request are answered at once.
 """
 
-from __future__ import annotations
-
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -30,6 +28,8 @@ VERBS = {
     "faults": "break checkpoints on purpose and count what survives",
 }
 
+Script = Callable[[list[str]], int]
+
 
 def main() -> None:
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -49,13 +49,13 @@ def parser(verb: str, description: str | None) -> ArgumentParser:
     return ArgumentParser(prog=called(verb), description=description, formatter_class=RawDescriptionHelpFormatter)
 
 
-def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+def command(main: Script) -> Script:
     """Make a wrong request one line on standard error and exit code 2."""
 
     @wraps(main)
-    def answer(arguments: list[str]) -> int:
+    def answer(arguments: Sequence[str]) -> int:
         try:
-            return main(arguments)
+            return main([*arguments])
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -1,7 +1,5 @@
 """Measure on this machine. The last line on standard output is JSON."""
 
-from __future__ import annotations
-
 import json
 import sys
 from argparse import ArgumentTypeError

@@ -3,8 +3,6 @@
 The last line on standard output is the path of the picture.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -4,8 +4,6 @@ ep ranks share one set of experts, dp such sets are replicas: ep x dp ranks, dat
 given is as CONFIG sets it. The last line on standard output is JSON.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 

@@ -1,7 +1,5 @@
 """Write the weights of a run's newest checkpoint as one file, whatever number of ranks the run had."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Break checkpoints on purpose and count what survives (faults 1-10 of docs/faults.md). The last line is JSON."""
 
-from __future__ import annotations
-
 import json
 import sys
 from importlib import import_module

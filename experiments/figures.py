@@ -1,7 +1,5 @@
 """Draw the figures of the README and docs into docs/figures."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

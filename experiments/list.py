@@ -1,7 +1,5 @@
 """List the configurations, models, architectures and data sets to choose from."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

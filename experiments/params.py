@@ -4,8 +4,6 @@ The last line on standard output is JSON: {preset: {architecture: {"total": ...,
 those that one token uses.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

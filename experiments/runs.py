@@ -4,8 +4,6 @@ Best loss is the lowest val/loss; tokens/s is the summary's value, or the last l
 differs from more than half of the runs shown of the same experiment: those of one name, one sweep or one table.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Write text with the newest checkpoint of a run: one process, whatever number of ranks the run had."""
 
-from __future__ import annotations
-
 import sys
 from argparse import Namespace
 from pathlib import Path

@@ -6,8 +6,6 @@ is then {"trials": .., "finished": .., "failed": .., "best": ..}.
 Exit codes: 2, the request was wrong and nothing was started; 1, no trial finished; 130 or 143, stopped.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys

@@ -5,8 +5,6 @@ Finished runs are skipped and interrupted ones are resumed; Ctrl-C stops with a 
 Exit codes: 1, a run failed; 2, the request was wrong; 130, stopped.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

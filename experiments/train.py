@@ -3,8 +3,6 @@
 Exit codes: 2, the request was wrong and nothing was started; 143, stopped by SIGTERM with a checkpoint.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

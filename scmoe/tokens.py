@@ -5,8 +5,6 @@ V vocabulary, E experts, e experts here, K experts per token, N = T K routed cop
 expert, P chunks, L MoE layers.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor

@@ -13,8 +13,6 @@ The masked half of causal attention counts, as is usual for kernels. Not counted
 (softmax, norms, activations, the layout of the MoE stream), and SwinV2's position bias, computed once a batch.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any

@@ -11,8 +11,6 @@ position that the caller chooses, through the block's only norm.
 `GatingProbe` reads the blocks with hooks; without a probe there are no hooks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -23,8 +23,6 @@ norms are float32, and each product keeps a narrow copy of its weight. Not count
 flight, DDP's buckets.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any

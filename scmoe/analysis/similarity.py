@@ -6,8 +6,6 @@ the stages of SwinV2, the entry is NaN.
 `SimilarityProbe` reads the representations with hooks; without a probe there are no hooks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import groupby, pairwise

@@ -12,8 +12,6 @@ DGMoE-Share (A.7): two pairs of blocks share one MoE module, `share_moe`.
 The module's load is the sum of both halves, because its experts serve both (docs/decisions/0017-double-gate.md).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, nn

@@ -5,8 +5,6 @@
 Each architecture's forward fills this line with its own terms: standard.py, shortcut.py, double_gate.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, nn

@@ -5,8 +5,6 @@ are not repeated: a second routing could differ (noise, ties), and a second tran
 shortcut hides.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from torch import nn

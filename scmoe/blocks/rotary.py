@@ -6,8 +6,6 @@ So the product of a query and a key depends on their distance only. Each call co
 wider: there is no buffer that a change of dtype could round.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -12,8 +12,6 @@ position says which sub-layer the tap comes before:
     Pos-3  before the first attention: the pair's input                  H_{l-1}
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from scmoe.blocks.moe_block import MoEBlock

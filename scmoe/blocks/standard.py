@@ -8,8 +8,6 @@
 h is the output of the last sub-layer of one block (attention) or of a pair (attention, MLP, attention).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """The parts of a Transformer block: attention, MLP, and the residual sub-layer around each."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -4,8 +4,6 @@
 the command line, `help.py` prints it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from types import UnionType
@@ -68,9 +66,7 @@ class MoEConfig:
 class ScheduleConfig:
     auto: bool = option(False, "measure operators in the first steps, then choose. Short form: schedule=auto")
     slot: int | None = option(
-        None,
-        "backbone operators that run before the experts; null: the middle of the window",
-        "0 or more",
+        None, "backbone operators that run before the experts; null: the middle of the window", "0 or more"
     )
     chunks: int | None = option(
         None, "chunks that the MoE stream's rows are split into (pipelining); null: 1, or what auto chooses", "above 0"

@@ -1,7 +1,5 @@
 """Writes what `--help` and `make list` show. All names are read from the dataclasses."""
 
-from __future__ import annotations
-
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import wrap

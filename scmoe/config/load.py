@@ -8,8 +8,6 @@ and a text in a name. PyYAML's BaseLoader builds no objects and nothing is inter
 repeated keys are errors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches

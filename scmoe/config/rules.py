@@ -4,8 +4,6 @@ An error is raised before a process starts or a file is written, in one line tha
 depends on the machine (does it have the GPUs, does the data exist); that is checked where it is used.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

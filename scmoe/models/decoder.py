@@ -1,7 +1,5 @@
 """What language models share: the decoder, weight initialisation, generation."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """GPT-2's decoder (learned positions, pre-norm, tied embeddings) over any stack of blocks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import nn

@@ -4,8 +4,6 @@ The rest of LLaMA is in the parts of the blocks: rotary positions and grouped-qu
 SwiGLU in MLPs and experts (moe/activation.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import nn

@@ -5,8 +5,6 @@ normalises after each sub-layer, x + drop_path(norm(f(x))), so its blocks have p
 `PostNorm` after (docs/decisions/0014-post-norm.md). Attention, patch embedding and merging are timm's.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import chain

@@ -6,8 +6,6 @@
 Each has its derivative, because the experts' backward is written by hand (experts.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple

@@ -5,8 +5,6 @@ integer sums (one small all-reduce for all layers together). Each rank computes 
 that the mean over ranks, which data parallelism takes of gradients, is the loss of the global batch.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -7,8 +7,6 @@
 x is the MoE module's input: the current layer's representation, or the tap (docs/decisions/0002-coefficient-input.md).
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 

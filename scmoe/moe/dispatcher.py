@@ -4,8 +4,6 @@
 This file has the protocol, the dispatcher of one rank, and two wrappers; parallel/dispatcher.py has that of many ranks.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 

@@ -4,8 +4,6 @@ E_i(x) = act(x W_in,i) W_out,i, without biases. act is GELU, or SwiGLU, for whic
 (activation.py). There are three ways to compute it; docs/decisions/0004-experts.md has the measurements.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -98,11 +96,7 @@ def grouped_mlps(
 
 
 def mlps_in_turn(
-    rows_RD: Tensor,
-    w_in_eDF: Tensor,
-    w_out_eFD: Tensor,
-    counts_e: Tensor | None,
-    act: Activation = ACTIVATIONS["gelu"],
+    rows_RD: Tensor, w_in_eDF: Tensor, w_out_eFD: Tensor, counts_e: Tensor | None, act: Activation = ACTIVATIONS["gelu"]
 ) -> Tensor:
     """One expert after another: on a host the hidden rows stay in the cache between the products. Any dtype."""
     num_experts = w_in_eDF.shape[0]

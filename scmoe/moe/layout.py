@@ -13,8 +13,6 @@ fixed capacity cuts the slots of every expert, so the number of chunks does not 
 directions are gathers, forward and backward: a scatter-add would be slower and, on CUDA, not deterministic.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -44,11 +42,7 @@ def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_fact
 
 
 def arrange(
-    topk_ids_TK: Tensor,
-    num_experts: int,
-    capacity: int | None = None,
-    num_chunks: int = 1,
-    limit: Tensor | None = None,
+    topk_ids_TK: Tensor, num_experts: int, capacity: int | None = None, num_chunks: int = 1, limit: Tensor | None = None
 ) -> Layout:
     """Chooses a row for every routed copy. Expert id num_experts means none. capacity None: dropless.
 

@@ -6,8 +6,6 @@ between two edges: identity functions that note the time, in forward when they a
 gradients have arrived. Nothing waits for a device, and results stay bit-identical.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable

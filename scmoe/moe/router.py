@@ -5,8 +5,6 @@ For k = 1 a softmax over the kept logits is identically 1 and would give the gat
 docs/decisions/0001-gate.md for the reading used here. Losses on the routing are in balance.py.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

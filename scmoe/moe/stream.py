@@ -9,8 +9,6 @@ Backward is the mirror: finish's backward starts the gradient's transfer, begin'
 In a compiled block the verbs themselves are not compiled, because their shapes depend on the data.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

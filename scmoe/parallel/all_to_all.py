@@ -8,14 +8,12 @@ launches the gradient's transfer before the work's backward and waits for it aft
 wait at the same place.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -125,7 +123,7 @@ class Transfer:
         self.work: Work | None = None
 
     @torch.compiler.disable
-    def start(self, rows: Tensor) -> Transfer:
+    def start(self, rows: Tensor) -> Self:
         self.out = _Start.apply(rows, self)
         return self
 

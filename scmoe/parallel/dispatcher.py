@@ -4,8 +4,6 @@ Rank r of the group holds experts r E/EP .. (r+1) E/EP - 1, so rows grouped by e
 grouped by (sender, local expert) and are regrouped by local expert after the wait.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +54,7 @@ class AllToAllDispatcher:
         self.exchange = exchange or all_to_all(group)
         self.ep_size = dist.get_world_size(group)
 
-    def recorded_by(self, recorder: Recorder) -> AllToAllDispatcher:
+    def recorded_by(self, recorder: Recorder) -> "AllToAllDispatcher":
         """The same dispatcher with a recorder."""
         return AllToAllDispatcher(self.group, self.num_experts, self.ceiling, self.exchange, recorder)
 

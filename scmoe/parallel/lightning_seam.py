@@ -4,8 +4,6 @@ An upgrade can rename or change any of them without notice, so tests/unit/test_p
 refuses its use elsewhere. `trainer` is always a Lightning Trainer, `plugin` a precision plugin.
 """
 
-from __future__ import annotations
-
 import signal
 import subprocess
 from collections.abc import Callable, Iterable, Sequence

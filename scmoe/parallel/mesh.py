@@ -5,8 +5,6 @@ Experts are split over `ep` and replicated over `edp` (expert data parallel); de
 ranks. Each purpose has its own process group, so that collectives of two purposes never share a communicator.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Iterator

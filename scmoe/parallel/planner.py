@@ -14,8 +14,6 @@ The planner uses ordinary training steps. Their results stay bit-identical for e
                 timed, the planner measures again
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any

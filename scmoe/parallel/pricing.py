@@ -1,8 +1,6 @@
 """From measured seconds to a choice: the time of every operator, and the best schedule of each MoE layer by
 schedule/cost.py. planner.py decides which steps are measured."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,15 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scmoe.moe.operators import Direction, Recorder
-from scmoe.schedule.cost import (
-    PER_CHUNK,
-    OperatorTimes,
-    best_schedule,
-    elapsed_time,
-    exposed_time,
-    mismatch,
-    slots,
-)
+from scmoe.schedule.cost import PER_CHUNK, OperatorTimes, best_schedule, elapsed_time, exposed_time, mismatch, slots
 from scmoe.schedule.schedule import Schedule
 from scmoe.schedule.timeline import TRANSFERS
 

@@ -1,7 +1,5 @@
 """Finds the sharded parameters: those of `Experts` modules."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from torch import nn

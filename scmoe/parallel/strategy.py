@@ -8,8 +8,6 @@ loaded on any number of ranks. `job/` adds how ranks start, stop and fail togeth
 The LightningModule finds its place in the mesh in `self.parallel_context`, set before `configure_model` is called.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager

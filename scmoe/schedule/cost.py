@@ -9,8 +9,6 @@ computation plus the parts of the transfers that the backbone does not cover, so
 T_pre, T_post: backbone time before and after the experts. With more chunks, and for backward, the timeline is played.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 

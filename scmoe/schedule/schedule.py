@@ -14,8 +14,6 @@ tap, then the shared expert where the architecture has one (section 3.1):
 At slot k the experts run after k operators of the window.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 SUBLAYERS = ("attention", "mlp", "attention")  # of a pair, in order; a block with an MoE in every block has the first

@@ -4,8 +4,6 @@ Computation operators run one after another, and so do transfers. A transfer run
 operator waits for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checks of the YAML files of studies: a refusal says the key, what was given, and what is allowed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches

@@ -1,7 +1,5 @@
 """Runs side by side: their results, how their configs differ, and their curves over the tokens (images) they saw."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -4,19 +4,11 @@ ep ranks share one set of experts, dp such sets are replicas: ep x dp ranks, dat
 read off the model on the meta device; the formulas are in scmoe/analysis/cost.py and memory.py.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from rich.table import Table
 
-from scmoe.analysis.cost import (
-    forward_flops,
-    moe_uses,
-    rank_parameters,
-    training_flops,
-    transfer_bytes,
-)
+from scmoe.analysis.cost import forward_flops, moe_uses, rank_parameters, training_flops, transfer_bytes
 from scmoe.analysis.memory import rank_memory
 from scmoe.config.fields import Config
 from scmoe.training.build.model import build_model_on_meta

@@ -3,8 +3,6 @@
 The timelines are the cost model's, not measurements: operator times stand in the title.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from matplotlib.axes import Axes

@@ -5,8 +5,6 @@
         logs/<job>.log        what its training printed
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

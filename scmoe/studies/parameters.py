@@ -3,8 +3,6 @@
 Presets are the files of configs/model. Models are built on the meta device, so they need no memory.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from rich.table import Table

@@ -1,7 +1,5 @@
 """The progress of a batch on standard error: a bar on a terminal; elsewhere a line for each job and one a minute."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Runs as their directories show them: state, best loss, speed, curves, and how their configs differ."""
 
-from __future__ import annotations
-
 import csv
 import json
 import time

@@ -4,8 +4,6 @@ can run in parallel with real transfers. Shapes, rows and gradients are those of
 Backward takes twice the time of forward, as for products: one for the input's gradient, one for the weight's.
 """
 
-from __future__ import annotations
-
 import time
 
 from torch import Tensor, nn

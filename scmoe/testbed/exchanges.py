@@ -3,8 +3,6 @@
 Each is an Exchange for parallel/dispatcher.py, so all code around it is the code that runs between ranks.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

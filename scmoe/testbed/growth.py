@@ -8,8 +8,6 @@ Each point is measured as by `bench overlap`. Points are measured one after anot
 shared machine drift between them.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ hooks and its check, and without, in turn. It holds for this processor: on a GPU
 kernel launches, which this does not measure.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Sequence

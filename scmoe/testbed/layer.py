@@ -3,8 +3,6 @@
 Variants run in turn, round after round, and ratios are taken within a round, since the machine's speed drifts.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

@@ -8,8 +8,6 @@ nothing is left behind when the program is killed. Requires util-linux's `unshar
 `why_not` says what is missing.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import shutil

@@ -6,8 +6,6 @@ share of communication.
     rounds                   all variants in turn, then again; ratios are taken within a round
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import sys

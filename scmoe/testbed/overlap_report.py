@@ -4,8 +4,6 @@ All schedules of a row are tried, and those near the best, with the planner's ch
 Ratios are to sequential top-2, taken round by round, medians.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

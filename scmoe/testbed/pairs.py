@@ -1,7 +1,5 @@
 """The pairs of blocks that `bench overlap` measures: every architecture, of real or of emulated operators."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

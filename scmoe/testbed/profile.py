@@ -1,7 +1,5 @@
 """The operators of a pair over time: planned and measured spans, and Chrome traces of training steps (Fig. 7)."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from pathlib import Path

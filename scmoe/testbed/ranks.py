@@ -7,8 +7,6 @@ ends when the caller's end of its pipe closes, so no process outlives the caller
 loopback device, or by links with a rate (links.py).
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import pickle

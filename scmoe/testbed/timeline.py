@@ -4,8 +4,6 @@ The five timelines of the figure run on shaped links as in `bench overlap`: top-
 expert pipelined, ScMoE overlapped, and overlapped and pipelined.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

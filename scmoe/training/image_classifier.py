@@ -1,7 +1,5 @@
 """The LightningModule of image models: cross entropy with soft labels, accuracy."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The LightningModule of language models: next-token loss, perplexity, bits per byte."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

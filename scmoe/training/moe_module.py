@@ -4,8 +4,6 @@ Only `parallel_context` knows about ranks. `language_model.py` and `image_classi
 predictions are measured.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

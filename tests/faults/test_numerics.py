@@ -59,14 +59,7 @@ FP32_TOLERANCE = 1e-6
 DRIFT_FACTOR = 10
 
 # name: (ranks, ep_size)
-LAYOUTS = {
-    "DP 2": (2, 1),
-    "EP 2": (2, 2),
-    "EP 4": (4, 4),
-    "DP 2 x EP 2": (4, 2),
-    "EP 8": (8, 8),
-    "DP 4 x EP 2": (8, 2),
-}
+LAYOUTS = {"DP 2": (2, 1), "EP 2": (2, 2), "EP 4": (4, 4), "DP 2 x EP 2": (4, 2), "EP 8": (8, 8), "DP 4 x EP 2": (8, 2)}
 DRIFT_LAYOUTS = RECOMPUTED_LAYOUTS = BF16_LAYOUTS = ("EP 2", "DP 2 x EP 2")
 
 # ---------------------------------------------------------------------- one training on one rank

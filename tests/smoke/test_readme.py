@@ -34,7 +34,7 @@ SHORT = {
     "make test": ["make", "--dry-run", "test"],  # it is what runs this test
     'make resume ARGS="trainer.max_steps=400"': ["make", "resume", "ARGS=trainer.max_steps=5"],
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': [
-        *("make", "train", f"ARGS=init_from=scmoe:exported/model.safetensors name=further {QUICK}"),
+        *("make", "train", f"ARGS=init_from=scmoe:exported/model.safetensors name=further {QUICK}")
     ],
     "make train CONFIG=configs/quickstart_vision.yaml": [
         *("make", "train", "CONFIG=configs/quickstart_vision.yaml"),

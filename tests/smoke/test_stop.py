@@ -11,10 +11,7 @@ import pytest
 from scmoe.parallel.checkpoint.durable import newest_good, verify
 from tests.support.commands import rows_of
 
-pytestmark = [
-    *(pytest.mark.smoke, pytest.mark.dist),
-    *(pytest.mark.faults, pytest.mark.representative),
-]
+pytestmark = [*(pytest.mark.smoke, pytest.mark.dist), *(pytest.mark.faults, pytest.mark.representative)]
 
 RUN = [sys.executable, "-m", "experiments.train", "configs/debug.yaml", "trainer.devices=2"]
 PATIENCE_S = 60.0  # 10 s are promised, on a machine that does nothing else

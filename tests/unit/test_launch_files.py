@@ -48,7 +48,7 @@ def test_the_batch_file_starts_a_process_for_each_gpu(tmp_path):
     assert words[:program] == ["--kill-on-bad-exit=1", ".venv/bin/python", "-m"]
     trainer = read(words[program + 1 :])[0].trainer
     assert [str(n) for n in (trainer.devices, trainer.num_nodes, trainer.threads)] == [
-        *(asked["NTASKS_PER_NODE"], asked["NODES"], asked["CPUS_PER_TASK"]),
+        *(asked["NTASKS_PER_NODE"], asked["NODES"], asked["CPUS_PER_TASK"])
     ]
     assert trainer.accumulate == 2
 

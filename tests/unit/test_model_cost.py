@@ -7,14 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from scmoe.analysis.cost import (
-    forward_flops,
-    moe_uses,
-    rank_parameters,
-    routed_copies,
-    training_flops,
-    transfer_bytes,
-)
+from scmoe.analysis.cost import forward_flops, moe_uses, rank_parameters, routed_copies, training_flops, transfer_bytes
 from scmoe.config.load import load
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.parallel.mesh import ParallelContext

@@ -48,7 +48,7 @@ OTHERS = {
     "_fingerprint",  # of the Hugging Face data sets
 }
 UNDOCUMENTED = {  # names without an underscore that no documentation promises
-    *("epoch_loop", "val_loop", "batch_progress", "TrainerStatus", "procs", "rank_zero_only"),
+    *("epoch_loop", "val_loop", "batch_progress", "TrainerStatus", "procs", "rank_zero_only")
 }
 PYTHONS = {"_fields", "_getframe", "_replace"}
 SEAM = "scmoe/parallel/lightning_seam.py"

@@ -68,10 +68,7 @@ def table(tmp_path):
     """Two rows and two seeds of configs/debug.yaml, made by the fake training."""
 
     class Case:
-        rows = (
-            Row("top-2", ("a",), 3.2, ("moe.architecture=top_k", "moe.top_k=2")),
-            Row("ScMoE", ("a", "b"), 3.1, ()),
-        )
+        rows = (Row("top-2", ("a",), 3.2, ("moe.architecture=top_k", "moe.top_k=2")), Row("ScMoE", ("a", "b"), 3.1, ()))
         calls = tmp_path / "calls"
 
         def plan(self, *overrides: str) -> list[Run]:

@@ -1,7 +1,5 @@
 """The checkpoints of one run: at most one is being written, and none is removed before its successor is complete."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

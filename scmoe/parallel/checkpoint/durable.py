@@ -4,8 +4,6 @@ The directory is written under a hidden name in the same folder, sealed with a m
 SHA-256, and renamed. Readers check the seal. The next writer removes what a killed one has left.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Exports whole weights from a checkpoint to one file, and loads them into a model in one process."""
 
-from __future__ import annotations
-
 import json
 import uuid
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Reads a checkpoint; any number of ranks may have written it."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Mapping, Sequence

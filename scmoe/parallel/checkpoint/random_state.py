@@ -3,8 +3,6 @@
 This library draws from torch alone; a user's own transforms may draw from Python's and NumPy's generators.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Writes a checkpoint: every rank its own shards, while training waits or in parallel with it."""
 
-from __future__ import annotations
-
 import json
 import uuid
 from collections.abc import Iterator

@@ -9,8 +9,6 @@ DTensor is used only here, to say which slice of an expert weight a rank holds. 
 when it is read.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

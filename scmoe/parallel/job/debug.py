@@ -9,8 +9,6 @@ Left out: collectives that DDP starts from C++ (DDP compares its buckets itself 
 may be written in parallel with training; single sends and receives, which concern only two ranks.
 """
 
-from __future__ import annotations
-
 import inspect
 import sys
 from collections.abc import Callable
@@ -33,11 +31,7 @@ WATCHED: tuple[tuple[Any, str], ...] = (
     *((dist, name) for name in (*TENSORS, *OBJECTS)),
     (all_to_all, "point_to_point"),
 )
-ROWS = (
-    "all_to_all",
-    "all_to_all_single",
-    "point_to_point",
-)  # rows differ by rank: only the width is compared
+ROWS = ("all_to_all", "all_to_all_single", "point_to_point")  # rows differ by rank: only the width is compared
 
 
 class OrderError(RuntimeError):

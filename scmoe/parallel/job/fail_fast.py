@@ -1,7 +1,5 @@
 """A rank that raises ends the whole job within seconds, and its own error is shown first (faults 13, 14)."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -3,8 +3,6 @@
 A SIGTERM on one rank ends all ranks with exit code 143 and, if they were training, with one complete checkpoint.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ other once more, briefly, in a group that the broken collective has not used. `d
 missing ranks too, but if rank 0 is missing it waits for the group's timeout instead of its own.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import re

@@ -4,8 +4,6 @@ Lightning's own handler broadcasts inside the signal handler, while other ranks 
 So it is not installed.
 """
 
-from __future__ import annotations
-
 import signal
 import threading
 from typing import Any

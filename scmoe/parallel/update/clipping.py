@@ -5,8 +5,6 @@ other experts. They also check nothing if nothing is clipped. Left out: a torch 
 Lightning (`use_pl_optimizer=False`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,14 +16,6 @@ from scmoe.parallel.lightning_seam import original_after_closure, replace_after_
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.shards import expert_parameters
 from scmoe.parallel.update.guard import Guard
-
-
-def guard_updates(plugin: Any, module: nn.Module, context: ParallelContext) -> GuardedUpdate:
-    """Return the GuardedUpdate of `module` in this precision plugin; the first call for a module installs it."""
-    installed = plugin.clip_gradients.__self__
-    if isinstance(installed, GuardedUpdate) and installed.module is module:
-        return installed
-    return GuardedUpdate(plugin, module, context)
 
 
 class GuardedUpdate:
@@ -83,6 +73,14 @@ class GuardedUpdate:
         for name in ("pre_backward", "clip_gradients", "clip_grad_by_norm"):
             vars(self.plugin).pop(name, None)
         replace_after_closure(self.plugin, None)
+
+
+def guard_updates(plugin: Any, module: nn.Module, context: ParallelContext) -> GuardedUpdate:
+    """Return the GuardedUpdate of `module` in this precision plugin; the first call for a module installs it."""
+    installed = plugin.clip_gradients.__self__
+    if isinstance(installed, GuardedUpdate) and installed.module is module:
+        return installed
+    return GuardedUpdate(plugin, module, context)
 
 
 @torch.no_grad()

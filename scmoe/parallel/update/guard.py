@@ -7,8 +7,6 @@ reduction each, which nothing waits for. `clipping.py` decides when to check. Le
 (the modules around it and the names of gradients remain).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

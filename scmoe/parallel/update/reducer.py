@@ -5,8 +5,6 @@ arrives summed over the EP group, because the All-to-All's backward adds it up. 
 EDP: divided when it arrives, averaged when backward ends, so that accumulating batches works as it does under DDP.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 

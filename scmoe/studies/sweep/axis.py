@@ -3,8 +3,6 @@
 Left out of W&B's distributions: beta and q_beta.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_right
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a sweep writes into its folder: results.csv, summary.md, chart.png and best.yaml."""
 
-from __future__ import annotations
-
 import csv
 import math
 from collections.abc import Sequence

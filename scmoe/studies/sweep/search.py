@@ -5,8 +5,6 @@ Parzen estimator on each parameter's quantiles; early stopping is Hyperband's ba
 (docs/decisions/0022-search.md says why optuna's other samplers and its pruners are not used).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ file is refused before the first trial. Left out, since nothing here could run i
 schedulers, nested parameters, and the beta distributions.
 """
 
-from __future__ import annotations
-
 import random
 import sys
 from collections.abc import Iterator, Sequence

@@ -5,8 +5,6 @@
                              lock  states/  logs/   studies/job.py
 """
 
-from __future__ import annotations
-
 import csv
 import json
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """A sweep at Weights & Biases, which needs a key: the server proposes trials, an agent on this machine runs them."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

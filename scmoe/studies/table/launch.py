@@ -1,7 +1,5 @@
 """Launch files for a table whose runs happen elsewhere: all its runs for torchrun, or for SLURM."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """What a table writes into its folder: results.json, table.md and chart.png, our values beside the paper's."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

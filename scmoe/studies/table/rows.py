@@ -1,7 +1,5 @@
 """A table's file: its rows with the paper's values, and the scales at which it can be run."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

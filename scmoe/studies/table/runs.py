@@ -8,8 +8,6 @@ value depends on its name and the seed, so what two rows have in common starts w
 table's only if its config is the same as it would be now.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A difference is taken seed by seed, since rows with the same seed see the same t
 the test is Student's t on these differences (scipy's ttest_rel), two-sided and not corrected for the number of rows.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

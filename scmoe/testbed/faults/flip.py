@@ -1,7 +1,5 @@
 """One bit of a checkpoint changes: every reader must refuse it."""
 
-from __future__ import annotations
-
 import random
 import tempfile
 from pathlib import Path

@@ -4,8 +4,6 @@ Operations are found by Python's audit events, and by os.fsync, which has none. 
 promised counts as kept), and kills within one write, which only kills at random times can meet.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """A checkpoint of one EP degree is loaded at another: every tensor must be equal."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path

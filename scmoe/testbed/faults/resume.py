@@ -1,7 +1,5 @@
 """A run is interrupted at a step and resumed: it must end bit-identical to the run that was not."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path

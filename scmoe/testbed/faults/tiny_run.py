@@ -1,7 +1,5 @@
 """A tiny run in real processes, and saves whose content shows their step (faults 1-10 of docs/faults.md)."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Iterable, Sequence

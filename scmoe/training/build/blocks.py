@@ -3,8 +3,6 @@
 A family has its own `Parts`. An architecture is a function in `ARCHITECTURES`: it wires one block for any family.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Builds the datamodule of a configuration."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from datamodules.positioned import PositionedDataModule

@@ -3,8 +3,6 @@
 A family is a function in `FAMILIES`. It stacks the blocks (blocks.py) and puts the model around them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Builds the Trainer of a configuration, with its strategy, callbacks, loggers and run directory."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

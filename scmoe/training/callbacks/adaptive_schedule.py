@@ -1,7 +1,5 @@
 """What a run prints and logs of its schedule: the planner's choice, what ran, and how much communication was hidden."""
 
-from __future__ import annotations
-
 import itertools
 import sys
 from typing import Any

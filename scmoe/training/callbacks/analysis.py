@@ -6,8 +6,6 @@
 Values are over the tokens of all ranks. While the disk is full, they are kept in memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

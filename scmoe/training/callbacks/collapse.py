@@ -9,8 +9,6 @@ therefore needs two conditions at once.
     how long    in each of PATIENCE logged windows in a row
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 PATIENCE = 5

@@ -1,7 +1,5 @@
 """Counts the batches that have been trained on, so that every checkpoint knows its position in the data."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer

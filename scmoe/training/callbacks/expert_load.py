@@ -1,7 +1,5 @@
 """Logs how evenly the routers load the experts, and warns when a router collapses."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer

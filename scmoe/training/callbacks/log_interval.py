@@ -1,7 +1,5 @@
 """Says at which batches the callbacks log."""
 
-from __future__ import annotations
-
 from lightning.pytorch import Trainer
 
 

@@ -1,7 +1,5 @@
 """Prints a line per logged step, for job logs and pipes, which show no progress bar."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Logs each row under the optimizer step that it belongs to."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer

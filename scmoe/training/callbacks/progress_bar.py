@@ -1,7 +1,5 @@
 """Shows the progress of a training in the terminal."""
 
-from __future__ import annotations
-
 from scmoe.parallel.lightning_seam import TitledProgressBar
 
 

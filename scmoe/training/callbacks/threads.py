@@ -1,7 +1,5 @@
 """Sets the number of CPU threads of this process."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Measures throughput: tokens, or images, per second."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

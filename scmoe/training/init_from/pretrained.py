@@ -3,8 +3,6 @@
 Only local safetensors and JSON files are read: no download, no pickle. upcycle.py copies the weights into a model.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Collects the settings that determine a model, and compares them with those of a checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -11,8 +11,6 @@ The tap's own norm is the MLP's norm. The router's gate keeps its drawn weights.
 the experts that it holds.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

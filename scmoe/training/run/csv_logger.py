@@ -1,7 +1,5 @@
 """metrics.csv: every logged row. While the disk is full, rows are kept in memory (fault 32)."""
 
-from __future__ import annotations
-
 import csv
 import warnings
 from contextlib import suppress

@@ -7,8 +7,6 @@
 Only rank 0 writes. A run whose config cannot be written does not start.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

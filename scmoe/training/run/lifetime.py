@@ -1,7 +1,5 @@
 """A run from its directory to its last state: opened before training, closed and marked however training ends."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field

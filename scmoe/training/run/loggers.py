@@ -1,7 +1,5 @@
 """What a run does with all of its loggers together: name them, hand them the best checkpoint, close them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Removes keys from what a run keeps of itself (fault 33): its config, its command line, changes to the code."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace

@@ -1,7 +1,5 @@
 """Renders what a run prints: the resolved config as a tree, the model as a table, the summary as a panel."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any

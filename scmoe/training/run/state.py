@@ -4,8 +4,6 @@ A killed process cannot write `cut`. It leaves `running` behind, with its id and
 longer exists, `running` is read as `cut`. A process on another machine cannot be checked and counts as running.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """The end of a run: its summary, samples of its text, and the commands that can follow."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Trains one configuration, from its run directory to its report. Every rank calls `train`."""
 
-from __future__ import annotations
-
 import logging as std_logging
 import warnings
 from collections.abc import Sequence

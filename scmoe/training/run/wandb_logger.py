@@ -1,7 +1,5 @@
 """The logger of Weights & Biases, online or offline. Once training has started, it never ends a run (fault 32)."""
 
-from __future__ import annotations
-
 import json
 import netrc
 import os

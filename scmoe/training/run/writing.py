@@ -4,8 +4,6 @@ Each file is written under another name and renamed, so an earlier version of it
 elsewhere (durable.py): for them a full disk is an error.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys
