@@ -31,9 +31,6 @@ KINDS = {SelfAttention: "attention", MLP: "MLP", Router: "gate"}
 RECOMPUTED = ("attention", "MLP", "shared expert", "experts")  # by blocks/recompute.py
 
 
-# ---------------------------------------------------------------------- rows and copies
-
-
 def moe_uses(model: nn.Module) -> Iterator[tuple[MoEStream, int]]:
     """Yields each MoE module once for every block that uses it, with the copies of a token that the block routes."""
     for block in model.modules():
@@ -53,9 +50,6 @@ def routed_copies(model: nn.Module) -> dict[Experts, int]:
 def rows_per_token(moe: MoEStream, copies: int) -> float:
     """Rows that are sent and computed for a token; with fixed capacity, empty slots are included."""
     return copies * (1.0 if moe.capacity_factor is None else moe.capacity_factor)
-
-
-# ---------------------------------------------------------------------- FLOPs
 
 
 def forward_flops(model: Any, seq_len: int) -> dict[str, float]:
@@ -88,9 +82,6 @@ def training_flops(forward: dict[str, float], recompute: bool = False) -> float:
     return 3 * sum(forward.values()) + recompute * sum(forward.get(kind, 0.0) for kind in RECOMPUTED)
 
 
-# ---------------------------------------------------------------------- transfers
-
-
 def transfer_bytes(model: nn.Module, precision: str) -> list[float]:
     """Bytes of a token in one All-to-All, for each use of an MoE module; bytes that stay on their rank included.
 
@@ -99,9 +90,6 @@ def transfer_bytes(model: nn.Module, precision: str) -> list[float]:
     """
     width = COMPUTE_BYTES[precision]
     return [rows_per_token(moe, copies) * moe.experts.w_in_eDF.shape[1] * width for moe, copies in moe_uses(model)]
-
-
-# ---------------------------------------------------------------------- parameters
 
 
 def rank_parameters(model: nn.Module, ep_size: int) -> tuple[int, int]:

@@ -45,13 +45,12 @@ class Decoder(nn.Module):
 
     def forward(self, ids_BS: Tensor, mask_BS: Tensor | None = None) -> LMOutput:
         """Returns the logits of each next token. mask_BS False: padding, at the end of a sequence."""
-        if ids_BS.shape[1] > self.max_seq_len:
-            raise ValueError(
-                f"a sequence has {ids_BS.shape[1]} tokens, allowed: up to data.seq_len, {self.max_seq_len}"
-            )
+        seq_len = ids_BS.shape[1]
+        if seq_len > self.max_seq_len:
+            raise ValueError(f"a sequence has {seq_len} tokens, allowed: up to data.seq_len, {self.max_seq_len}")
         x_BSD = self.tokens(ids_BS)
         if self.positions is not None:
-            x_BSD = x_BSD + self.positions(torch.arange(ids_BS.shape[1], device=ids_BS.device))
+            x_BSD = x_BSD + self.positions(torch.arange(seq_len, device=ids_BS.device))
         x_BSD, all_stats = self.dropout(x_BSD), []
         for block in self.blocks:
             x_BSD, stats = block(x_BSD, mask_BS)

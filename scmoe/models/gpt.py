@@ -8,8 +8,6 @@ from scmoe.models.decoder import Decoder
 
 
 class GPT(Decoder):
-    """blocks: each is called as block(x_BSD, mask_BS) and returns an MoEOutput."""
-
     def __init__(
         self, vocab_size: int, max_seq_len: int, dim: int, blocks: Sequence[nn.Module], dropout: float = 0.0
     ) -> None:

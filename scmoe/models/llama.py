@@ -14,8 +14,6 @@ NORM_EPS = 1e-5  # of every RMSNorm
 
 
 class Llama(Decoder):
-    """blocks: each is called as block(x_BSD, mask_BS) and returns an MoEOutput."""
-
     def __init__(
         self, vocab_size: int, max_seq_len: int, dim: int, blocks: Sequence[nn.Module], dropout: float = 0.0
     ) -> None:

@@ -4,7 +4,9 @@
 This file has the protocol, the dispatcher of one rank, and two wrappers; parallel/dispatcher.py has that of many ranks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -25,7 +27,6 @@ class Receipt:
 class Pending(Protocol):
     def wait(self) -> Tensor:
         """Returns the transferred rows. Call it once, as late as possible."""
-        ...
 
 
 class Dispatcher(Protocol):
@@ -33,11 +34,9 @@ class Dispatcher(Protocol):
         """Starts sending rows, grouped by expert, to the experts' ranks. The pending rows are grouped by local expert.
 
         counts_E: rows of each expert; None: all experts get the same number."""
-        ...
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
         """Starts sending the experts' rows back to their ranks; they arrive in the order of the dispatched rows."""
-        ...
 
 
 class Ready(NamedTuple):
@@ -47,6 +46,17 @@ class Ready(NamedTuple):
 
     def wait(self) -> Tensor:
         return self.rows_RD
+
+
+@dataclass(frozen=True)
+class Arriving:
+    """A transfer in flight, and what is done with its rows on arrival."""
+
+    transfer: Pending
+    on_arrival: Callable[[Tensor], Tensor]
+
+    def wait(self) -> Tensor:
+        return self.on_arrival(self.transfer.wait())
 
 
 class LocalDispatcher:
@@ -85,16 +95,11 @@ class Narrowed:
 
     def dispatch(self, rows_RD: Tensor, counts_E: Tensor | None) -> tuple[Pending, Receipt]:
         pending, receipt = self.inner.dispatch(rows_RD.to(self.dtype), counts_E)
-        return _Widened(pending, rows_RD.dtype), receipt
+        return Arriving(pending, partial(_to, dtype=rows_RD.dtype)), receipt
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
-        return _Widened(self.inner.combine(rows_RD.to(self.dtype), receipt), rows_RD.dtype)
+        return Arriving(self.inner.combine(rows_RD.to(self.dtype), receipt), partial(_to, dtype=rows_RD.dtype))
 
 
-@dataclass(frozen=True)
-class _Widened:
-    pending: Pending
-    dtype: torch.dtype
-
-    def wait(self) -> Tensor:
-        return self.pending.wait().to(self.dtype)
+def _to(rows_RD: Tensor, dtype: torch.dtype) -> Tensor:
+    return rows_RD.to(dtype)

@@ -45,9 +45,7 @@ class Router(nn.Module):
         """Routes each token. mask_T False: padding, which gets expert id num_experts and weight 0.
 
         taken_T1: an expert that each token must not go to (num_experts: none); requires top_k = 1."""
-        x_TD = x_TD.view_as(
-            x_TD
-        )  # adds up the gradients of gate and noise first, so that the order of all sums is fixed
+        x_TD = x_TD.view_as(x_TD)  # the gradients of gate and noise are added up first, so all sums have a fixed order
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
             scores_TE = logits_TE.softmax(-1)

@@ -28,7 +28,6 @@ class Work(Protocol):
 
     def wait(self) -> Any:
         """Returns when the caller may use the rows in its next computation."""
-        ...
 
 
 Exchange = Callable[[Tensor, list[int], list[int]], tuple[Tensor, Work]]
@@ -45,14 +44,11 @@ def all_to_all(group: Any) -> Exchange:
 
     def exchange(rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, Work]:
         target = rows.new_empty((sum(received) if received else rows.shape[0], *rows.shape[1:]))
-        start = point_to_point if gloo else in_one_collective
-        return target, start(target, rows, received, sent, group)
+        if gloo:
+            return target, point_to_point(target, rows, received, sent, group)
+        return target, dist.all_to_all_single(target, rows, received, sent, group=group, async_op=True)
 
     return exchange
-
-
-def in_one_collective(target: Tensor, rows: Tensor, received: list[int], sent: list[int], group: Any) -> Work:
-    return dist.all_to_all_single(target, rows, received, sent, group=group, async_op=True)
 
 
 def point_to_point(target: Tensor, rows: Tensor, received: list[int], sent: list[int], group: Any) -> Work:

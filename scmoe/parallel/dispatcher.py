@@ -4,29 +4,18 @@ Rank r of the group holds experts r E/EP .. (r+1) E/EP - 1, so rows grouped by e
 grouped by (sender, local expert) and are regrouped by local expert after the wait.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scmoe.moe.dispatcher import Pending, Receipt
+from scmoe.moe.dispatcher import Arriving, Pending, Receipt
 from scmoe.moe.layout import gather
 from scmoe.moe.operators import Recorder
 from scmoe.parallel.all_to_all import Exchange, Transfer, all_to_all
-
-
-@dataclass(frozen=True)
-class _Arriving:
-    """A transfer in flight, and the function that puts its rows in order on arrival."""
-
-    transfer: Transfer
-    regroup: Callable[[Tensor], Tensor] = lambda rows: rows
-
-    def wait(self) -> Tensor:
-        return self.regroup(self.transfer.wait())
 
 
 class CeilingError(MemoryError):
@@ -60,7 +49,8 @@ class AllToAllDispatcher:
 
     def dispatch(self, rows_RD: Tensor, counts_E: Tensor | None) -> tuple[Pending, Receipt]:
         if counts_E is None:
-            return _Arriving(self.start("dispatch", rows_RD), self.sender_to_expert_major), Receipt(None)
+            regroup = partial(swap, outer=self.ep_size, inner=self.num_experts // self.ep_size)
+            return Arriving(self.start("dispatch", rows_RD), regroup), Receipt(None)
         counts_from_e = self.exchange_counts(counts_E)
         sent, received = counts_E.view(self.ep_size, -1).sum(1).tolist(), counts_from_e.sum(1).tolist()
         # the label of each received row is its local expert; a stable sort by label groups the senders' rows
@@ -70,14 +60,14 @@ class AllToAllDispatcher:
         place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
         transfer = self.start("dispatch", rows_RD, sent, received)
         receipt = Receipt(counts_from_e.sum(0), tuple(sent), tuple(received), order_R, place_R)
-        return _Arriving(transfer, lambda rows: gather(rows, order_R, place_R[:, None])), receipt
+        return Arriving(transfer, lambda rows: gather(rows, order_R, place_R[:, None])), receipt
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
         if receipt.order_R is None:
-            return _Arriving(self.start("combine", self.expert_to_sender_major(rows_RD)))
+            return self.start("combine", swap(rows_RD, self.num_experts // self.ep_size, self.ep_size))
         assert receipt.place_R is not None
         rows_RD = gather(rows_RD, receipt.place_R, receipt.order_R[:, None])
-        return _Arriving(self.start("combine", rows_RD, receipt.received, receipt.sent))
+        return self.start("combine", rows_RD, receipt.received, receipt.sent)
 
     def start(self, operator: str, rows_RD: Tensor, sent: Sequence[int] = (), received: Sequence[int] = ()) -> Transfer:
         return Transfer(self.exchange, sent, received, operator, self.recorder).start(rows_RD)
@@ -94,13 +84,10 @@ class AllToAllDispatcher:
             check_ceiling(counts.sum((0, 2)).tolist(), self.ceiling)
         return counts[:, dist.get_rank(self.group)]
 
-    def sender_to_expert_major(self, rows_RD: Tensor) -> Tensor:
-        blocks = rows_RD.view(self.ep_size, self.num_experts // self.ep_size, -1, rows_RD.shape[1])
-        return blocks.transpose(0, 1).reshape_as(rows_RD)
 
-    def expert_to_sender_major(self, rows_RD: Tensor) -> Tensor:
-        blocks = rows_RD.view(self.num_experts // self.ep_size, self.ep_size, -1, rows_RD.shape[1])
-        return blocks.transpose(0, 1).reshape_as(rows_RD)
+def swap(rows_RD: Tensor, outer: int, inner: int) -> Tensor:
+    """Rows in the order (outer, inner) to (inner, outer): between senders and local experts, of equal numbers."""
+    return rows_RD.view(outer, inner, -1, rows_RD.shape[1]).transpose(0, 1).reshape_as(rows_RD)
 
 
 def check_ceiling(received: list[int], ceiling: float) -> None:

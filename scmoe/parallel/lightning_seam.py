@@ -17,8 +17,6 @@ from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-# ---------------------------------------------------------------------- where a run stands
-
 
 def is_fitting(trainer: Any) -> bool:
     """Return whether the Trainer runs `fit`, its validations and sanity check included."""
@@ -71,9 +69,6 @@ def mark_step_as_saved(trainer: Any) -> None:
             callback._last_global_step_saved = trainer.global_step
 
 
-# ---------------------------------------------------------------------- processes and signals
-
-
 def rank_without_trainer() -> int:
     """Return this process's global rank as its launcher's environment variables give it."""
     return int(rank_zero_only.rank)  # type: ignore[attr-defined]
@@ -99,9 +94,6 @@ def leave_sigterm_alone(trainer: Any) -> None:
 def skip_sigterm_broadcast(trainer: Any) -> None:
     """Remove the blocking broadcast from rank 0 by which Lightning asks for SIGTERM before every batch."""
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-
-
-# ---------------------------------------------------------------------- gradients
 
 
 def hide_from_ddp(module: nn.Module, names: Iterable[str]) -> None:
@@ -133,9 +125,6 @@ def replace_after_closure(plugin: Any, hook: Callable[[Any, Optimizer], None] | 
 def original_after_closure(plugin: Any, module: Any, optimizer: Optimizer) -> None:
     """Do what a precision plugin itself does between backward and update: call hooks, then let the module clip."""
     type(plugin)._after_closure(plugin, module, optimizer)
-
-
-# ---------------------------------------------------------------------- display
 
 
 class TitledProgressBar(RichProgressBar):

@@ -83,32 +83,22 @@ class ParallelContext:
 def build_context(ep_size: int, device: torch.device, timeout: timedelta) -> ParallelContext:
     """Make all groups; every rank of the default group must call it. ValueError: ep_size does not divide the ranks.
 
-    Each group is made by `new_group` with the timeout, which it does not inherit from the default group.
+    Each group is made with the timeout, which it does not inherit from the default group.
     `init_device_mesh` would use the default group itself for a dimension that spans all ranks.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % ep_size:
         raise ValueError(f"ep_size is {ep_size}, allowed: divisors of the number of ranks ({world_size})")
     grid = torch.arange(world_size).view(-1, ep_size)
-    ep_group = _own_group(grid.tolist(), "ep", timeout, high_priority=device.type == "cuda")
-    edp_group = _own_group(grid.T.tolist(), "edp", timeout)
+    # the transfers' kernels are short, and other ranks wait for them
+    urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if device.type == "cuda" else None
+    by_rows = dist.new_subgroups_by_enumeration  # of its groups it returns the one with this rank first
+    ep_group, _ = by_rows(grid.tolist(), timeout=timeout, pg_options=urgent, group_desc="ep")
+    edp_group, _ = by_rows(grid.T.tolist(), timeout=timeout, group_desc="edp")
     checkpoint_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
     control_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
     mesh = DeviceMesh.from_group([edp_group, ep_group], device.type, mesh=grid, mesh_dim_names=("edp", "ep"))
     return ParallelContext(rank, world_size, ep_size, mesh, ep_group, edp_group, checkpoint_group, control_group)
-
-
-def _own_group(rows: list[list[int]], purpose: str, timeout: timedelta, high_priority: bool = False) -> Any:
-    """Make one group for each row of ranks, in the same order on all ranks; return the one with this rank."""
-    own = None
-    for ranks in rows:
-        options = None
-        if high_priority:  # the transfers' kernels are short, and other ranks wait for them
-            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        group = dist.new_group(ranks, timeout=timeout, pg_options=options, group_desc=purpose)
-        if dist.get_rank() in ranks:
-            own = group
-    return own
 
 
 def use_loopback_for_gloo() -> None:

@@ -69,6 +69,7 @@ class Planner:
         self.agenda = [("warm up", 0)] * WARMUP_STEPS
         self.agenda += [("measure", chunks) for _ in range(STEPS_EACH) for chunks in self.chunk_counts]
         self.agenda += [("try", chunks) for _ in range(TRIES_EACH * several) for chunks in self.chunk_counts]
+        self.steps_to_choose = len(self.agenda)
         self.choices: list[LayerChoice] | None = None
         self.restart()
 
@@ -87,11 +88,6 @@ class Planner:
         """Leaves the blocks as chosen, or as configured where there is no choice yet, without recorders."""
         self.recorders = None
         self.run_as([choice.schedule for choice in self.choices] if self.choices else self.own)
-
-    @property
-    def steps_to_choose(self) -> int:
-        """Number of steps before the first that runs as chosen."""
-        return len(self.agenda)
 
     @property
     def has_chosen(self) -> bool:

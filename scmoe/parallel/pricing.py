@@ -12,7 +12,7 @@ from torch import Tensor
 from scmoe.moe.operators import Direction, Recorder
 from scmoe.schedule.cost import PER_CHUNK, OperatorTimes, best_schedule, elapsed_time, exposed_time, mismatch, slots
 from scmoe.schedule.schedule import Schedule
-from scmoe.schedule.timeline import TRANSFERS
+from scmoe.schedule.timeline import TRANSFERS, Span
 
 STREAM = ("route", "encode", "dispatch", "experts", "combine", "decode")
 OPERATORS = (*STREAM, "attention", "mlp", "shared_expert", "current")
@@ -45,9 +45,8 @@ class LayerChoice:
     def free(self) -> tuple[float, float]:
         """`sequential` without its transfers."""
         fewest = self.times[min(self.times)]
-        directions = fewest.forward, fewest.backward
-        seconds = [s - sum(d[t] for t in TRANSFERS) for s, d in zip(self.sequential, directions, strict=True)]
-        return seconds[0], seconds[1]
+        forward, backward = (sum(times[t] for t in TRANSFERS) for times in (fewest.forward, fewest.backward))
+        return self.sequential[0] - forward, self.sequential[1] - backward
 
 
 def measured(recorder: Recorder, schedule: Schedule) -> Tensor:
@@ -55,13 +54,7 @@ def measured(recorder: Recorder, schedule: Schedule) -> Tensor:
     block, summed over chunks, then the time from the tap to the end."""
     rows = []
     for direction in DIRECTIONS:
-        spans = recorder.spans(direction)
-        if direction == "forward":
-            tap = next(span.start for span in spans if span.operator == "route")
-            spans = [span for span in spans if span.start >= tap]
-        else:  # from the end of the list: the mirror
-            tap = max(span.end for span in spans if span.operator == "route")
-            spans = [span for span in spans if span.end <= tap][::-1]
+        tap, spans = from_tap(recorder.spans(direction), direction)
         row, ends = [], []
         for operator in OPERATORS:
             count = schedule.operators().count(operator)
@@ -71,6 +64,15 @@ def measured(recorder: Recorder, schedule: Schedule) -> Tensor:
             row.append(total if operator in PER_CHUNK else total / max(1, len(own)))
         rows.append([*row, max(ends)])
     return torch.tensor(rows, dtype=torch.float64)
+
+
+def from_tap(spans: Sequence[Span], direction: Direction) -> tuple[float, list[Span]]:
+    """Return the time at the tap, and the spans from the tap to the end of the block; backward is the mirror."""
+    if direction == "forward":
+        tap = next(span.start for span in spans if span.operator == "route")
+        return tap, [span for span in spans if span.start >= tap]
+    tap = max(span.end for span in spans if span.operator == "route")
+    return tap, [span for span in spans if span.end <= tap][::-1]
 
 
 def price(
@@ -97,9 +99,8 @@ def price(
 def price_layer(chunk_counts: Sequence[int], seconds_C2O: Tensor, own: Schedule, fixed: bool) -> dict[int, LayerChoice]:
     """The best choice of one layer, by number of chunks."""
     times = {}
-    for chunks, (forward, backward) in zip(chunk_counts, seconds_C2O.tolist(), strict=True):
-        named = (dict(zip(OPERATORS, direction, strict=False)) for direction in (forward, backward))
-        times[chunks] = OperatorTimes(*named)
+    for chunks, directions in zip(chunk_counts, seconds_C2O.tolist(), strict=True):
+        times[chunks] = OperatorTimes(*(dict(zip(OPERATORS, seconds, strict=False)) for seconds in directions))
     sequential = tuple(seconds_C2O[0, :, -1].tolist())  # with the fewest chunks
 
     def best(chunks: int) -> Schedule:

@@ -97,8 +97,6 @@ class ExpertParallelStrategy(LockstepStrategy):
         super().teardown()
         self.at_teardown.close()
 
-    # ------------------------------------------------------------------ gradients
-
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         with super().block_backward_sync(), self.reducer.no_sync():
@@ -112,8 +110,6 @@ class ExpertParallelStrategy(LockstepStrategy):
                 "64-true; if one rank alone found an overflow, ranks would skip different steps"
             )
         DDPStrategy.precision_plugin.fset(self, plugin)  # type: ignore[attr-defined]
-
-    # ------------------------------------------------------------------ checkpoints
 
     def save_checkpoint(self, state: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if storage_options is not None:

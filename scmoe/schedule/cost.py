@@ -28,15 +28,8 @@ class OperatorTimes:
 
 def elapsed_time(schedule: Schedule, times: OperatorTimes) -> float:
     """Time from the tap to the end of the block, and back if there are backward times."""
-    return forward_time(schedule, times.forward) + backward_time(schedule, times.backward)
-
-
-def forward_time(schedule: Schedule, times: Mapping[str, float]) -> float:
-    return elapsed(play(schedule.operators(), per_chunk(schedule, times)))
-
-
-def backward_time(schedule: Schedule, times: Mapping[str, float]) -> float:
-    return elapsed(play(schedule.backward_operators(), per_chunk(schedule, times)))
+    directions = (schedule.operators(), times.forward), (schedule.backward_operators(), times.backward)
+    return sum(elapsed(play(operators, per_chunk(schedule, own))) for operators, own in directions)
 
 
 def per_chunk(schedule: Schedule, times: Mapping[str, float]) -> dict[str, float]:

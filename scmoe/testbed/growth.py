@@ -40,20 +40,15 @@ def bench_growth(of: Sequence[str], points: Sequence[int] | None, rounds: int, o
     report: dict[str, list[dict[str, Any]]] = {name: [] for name in of}
     for name, found in report.items():
         for value in points or POINTS[name]:
-            found.append(point(name, value, found[0]["link_mbit"] if found else None, rounds))
+            print(f"{name}: {value}", file=sys.stderr)
+            setting, ranks = at(name, value, found[0]["link_mbit"] if found else None, rounds)
+            result = run_ranks(measure, ranks, setting, True, timeout_s=1800, own_links=True)[0]
+            found.append({**summary(setting, ranks, result), name: value})
             (out / "growth.json").write_text(json.dumps(report, indent=1))
     show(report)
     draw(report, out / "growth.png")
     print(f"chart and figures: {out / 'growth'}.png, .json", file=sys.stderr)
     return report
-
-
-def point(of: str, value: int, link_mbit: float | None, rounds: int) -> dict[str, Any]:
-    """Return the report of `bench overlap`, with the value under the name of what grows."""
-    print(f"{of}: {value}", file=sys.stderr)
-    setting, ranks = at(of, value, link_mbit, rounds)
-    result = run_ranks(measure, ranks, setting, True, timeout_s=1800, own_links=True)[0]
-    return {**summary(setting, ranks, result), of: value}
 
 
 def at(of: str, value: int, link_mbit: float | None, rounds: int) -> tuple[Setting, int]:
@@ -97,8 +92,7 @@ def draw(report: dict[str, list[dict[str, Any]]], path: Path) -> None:
             row, color = p["rows"]["scmoe_pos2"], ROWS["scmoe_pos2"][1]
             text, where = f"{row['train_speedup']:.2f} x", (p[of], row["train_ms"])
             axis.annotate(text, where, (0, -18), textcoords="offset points", ha="center", fontsize=8, color=color)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log", base=2)
+        axis.loglog(base=2)
         axis.set_xticks(values, [str(value) for value in values])
         axis.yaxis.set_major_locator(MaxNLocator(6))  # a panel may span less than the powers of two are apart
         axis.yaxis.set_minor_locator(NullLocator())

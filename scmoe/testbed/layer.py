@@ -50,8 +50,8 @@ def bench_layer(
     times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "train": []} for name in variants}
     for round_ in range(-2, rounds):  # two rounds of warm-up
         for name, (variant, given) in variants.items():
-            for kind in ("forward", "train"):
-                seconds = forward(variant, given) if kind == "forward" else train(variant, given)
+            for kind, measure in (("forward", forward), ("train", train)):
+                seconds = measure(variant, given)
                 if round_ >= 0:
                     times[name][kind].append(seconds)
 
@@ -68,12 +68,8 @@ def bench_layer(
         ms = [f"{statistics.median(measured[kind]) * 1e3:.1f}" for kind in ("forward", "train")]
         table.add_row(name, *ms, *(f"{ratio(kind, name):.3f}" for kind in ("forward", "train")))
     Console(width=120).print(table)
-    return {
-        "forward_ratio": ratio("forward", "dense products"),
-        "train_ratio": ratio("train", "dense products"),
-        "forward_ratio_with_gelu": ratio("forward", "dense products with GELU"),
-        "train_ratio_with_gelu": ratio("train", "dense products with GELU"),
-    }
+    over = {"_ratio": "dense products", "_ratio_with_gelu": "dense products with GELU"}
+    return {f"{kind}{word}": ratio(kind, name) for word, name in over.items() for kind in ("forward", "train")}
 
 
 @torch.no_grad()

@@ -64,18 +64,12 @@ def _unshare() -> list[str]:
     return ["unshare", *user, "--net"]
 
 
-# ---------------------------------------------------------------------- in the caller
-
-
 def attach(pid: int, rank: int) -> None:
     """Connects the namespace of process `pid`, which has called `leave`, to the bridge."""
     # the kernel may not yet have removed the link of an earlier rank
     subprocess.run(["ip", "link", "del", f"link{rank}"], capture_output=True)
     _run(f"ip link add link{rank} type veth peer name eth0 netns {pid}")
     _run(f"ip link set link{rank} master {BRIDGE} up")
-
-
-# ---------------------------------------------------------------------- in a rank
 
 
 def leave() -> None:

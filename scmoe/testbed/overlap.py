@@ -29,8 +29,8 @@ from scmoe.parallel.pricing import LayerChoice
 from scmoe.parallel.shards import expert_parameters
 from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import Schedule
-from scmoe.testbed import exchanges, links
-from scmoe.testbed.pairs import ROWS, Setting, Stack, Step, default_schedule, make_block
+from scmoe.testbed import emulated, links
+from scmoe.testbed.pairs import ROWS, Setting, Step, default_schedule, make_block
 
 SEARCH_ROUNDS = 15  # at each rate; with fewer, the error at a share of 0.15 is as large as the transfers are long
 TRIALS = 2  # of each schedule
@@ -70,10 +70,10 @@ class Bench:
         names = dict.fromkeys(["top2", *(ROWS[row][0] for row in setting.rows)])
         pairs = range(setting.pairs)
         self.stacks = {n: [make_block(n, setting, self.group).to(self.device) for _ in pairs] for n in names}
-        over_the_bus = exchanges.over_the_bus(self.device) if self.device.type == "cuda" else None
+        over_the_bus = emulated.over_the_bus(self.device) if self.device.type == "cuda" else None
         self.paid = AllToAllDispatcher(self.group, setting.num_experts, exchange=over_the_bus)
-        self.free = AllToAllDispatcher(self.group, setting.num_experts, exchange=exchanges.free)
-        self.steps = {n: Step(stack, setting, self.group) for n, stack in self.stacks.items()}
+        self.free = AllToAllDispatcher(self.group, setting.num_experts, exchange=emulated.free)
+        self.steps = {n: Step(stack, setting) for n, stack in self.stacks.items()}
         shape = setting.tokens // setting.seq_len, setting.seq_len, setting.dim
         self.x = torch.randn(shape, device=self.device, requires_grad=True)
         self.iterations = 0  # timed so far: an inference and a training step each
@@ -143,9 +143,9 @@ class Bench:
 
     def gradient_mb(self, block: str) -> float:
         """Size in MiB of the gradients that the ranks add up in an iteration: all but the experts'."""
-        stack = Stack(self.stacks[block])
-        shards = {name for name, _ in expert_parameters(stack)}
-        return sum(p.numel() * p.element_size() for name, p in stack.named_parameters() if name not in shards) / 2**20
+        model = self.steps[block].model
+        shards = {p for _, p in expert_parameters(model)}
+        return sum(p.nbytes for p in model.parameters() if p not in shards) / 2**20
 
     def peak_mb(self, variant: Variant) -> float:
         """Most memory that a training step holds over what it finds."""
@@ -165,10 +165,9 @@ class Bench:
 
 def allocated(recorded: profile) -> Iterator[int]:
     """Bytes that were allocated (positive) and freed (negative), in order."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        recorded.export_chrome_trace(str(path))
-        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        recorded.export_chrome_trace(file.name)
+        events = [e for e in json.loads(Path(file.name).read_text())["traceEvents"] if e.get("name") == "[memory]"]
     return (e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"]))
 
 
@@ -177,9 +176,6 @@ def slowest(values: list[Any]) -> list[Any]:
     worst = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return worst.tolist()
-
-
-# ---------------------------------------------------------------------- the measurement
 
 
 def measure(rank: int, world_size: int, setting: Setting, verbose: bool) -> dict[str, Any]:
@@ -196,8 +192,7 @@ def measure(rank: int, world_size: int, setting: Setting, verbose: bool) -> dict
     dist.init_process_group("gloo")
     bench = Bench(setting)
     rate = find_rate(bench, show) if setting.shaped else None
-    choices = {}
-    rows = {row: ROWS[row] for row in setting.rows}
+    rows, choices = {row: ROWS[row] for row in setting.rows}, {}
     for row, (block, chunk_counts) in rows.items():
         show(f"planning {row}")
         choices[row] = bench.choose(block, chunk_counts)

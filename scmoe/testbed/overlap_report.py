@@ -130,19 +130,13 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
 
     rows = {name: row(name) for name in setting.rows}
     fastest = max(rows, key=lambda name: rows[name]["forward_speedup"])
-
-    def fastest_over(name: str) -> float:
-        ours, theirs = times[result["best"][fastest]], times[result["best"][name]]
-        return median(t.forward / o.forward for o, t in zip(ours, theirs, strict=True))
-
+    best = {name: times[result["best"][name]] for name in rows}
+    ours = [t.forward for t in best[fastest]]
+    over = {name: median(t.forward / o for o, t in zip(ours, own, strict=True)) for name, own in best.items()}
     pairs = list(zip(baseline, free, strict=True))
-    limits = {kind: median(getattr(b, kind) / getattr(f, kind) for b, f in pairs) for kind in ("forward", "train")}
-    cpu = {
-        kind: median(1e3 * getattr(b, f"cpu_{kind}") - 1e3 * getattr(f, f"cpu_{kind}") for b, f in pairs)
-        for kind in ("forward", "train")
-    }
+    limit_forward = median(b.forward / f.forward for b, f in pairs)
     return {
-        "comm_share": 1 - 1 / limits["forward"],
+        "comm_share": 1 - 1 / limit_forward,
         "link_mbit": result["rate"],
         "ranks": ranks,
         "device": torch.cuda.get_device_name() if setting.device == "cuda" else "cpu",
@@ -151,11 +145,11 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
         **({"gradient_mb": result["gradients"]["top2"]} if iteration else {}),
         "rounds": setting.rounds,
         "iterations": result["iterations"],
-        "limit_forward": limits["forward"],
-        "limit_train": limits["train"],
-        "transfer_cpu_ms_forward": cpu["forward"],
-        "transfer_cpu_ms_train": cpu["train"],
-        "fastest_forward": {"row": fastest, "over": {name: fastest_over(name) for name in rows}},
+        "limit_forward": limit_forward,
+        "limit_train": median(b.train / f.train for b, f in pairs),
+        "transfer_cpu_ms_forward": median(1e3 * b.cpu_forward - 1e3 * f.cpu_forward for b, f in pairs),
+        "transfer_cpu_ms_train": median(1e3 * b.cpu_train - 1e3 * f.cpu_train for b, f in pairs),
+        "fastest_forward": {"row": fastest, "over": over},
         "rows": rows,
     }
 
@@ -171,14 +165,14 @@ def show(report: dict[str, Any]) -> None:
     for column in columns:
         table.add_column(column, justify="left" if column == "row" else "right", no_wrap=True)
     for name, r in report["rows"].items():
-        speed = []
-        for kind in ("forward", "train"):
-            low, high = r[f"{kind}_quartiles"]
-            speed.append(f"{r[f'{kind}_speedup']:.2f} [{low:.2f} {high:.2f}]")
+        speed = [
+            "{:.2f} [{:.2f} {:.2f}]".format(r[f"{kind}_speedup"], *r[f"{kind}_quartiles"])
+            for kind in ("forward", "train")
+        ]
         hidden = [f"{100 * r[f'overlap_{d}']:.0f} %" for d in ("forward", "backward")]
-        auto = f"{r['auto_slot']} x {r['auto_chunks']}"
+        schedules = f"{r['slot']} x {r['chunks']}", f"{r['auto_slot']} x {r['auto_chunks']}"
         ratios = [f"{r[k]:.3f}" for k in ("auto_over_best", "measured_over_model")]
-        table.add_row(name, *speed, *hidden, f"{r['slot']} x {r['chunks']}", auto, *ratios, f"{r['peak_mb']:.0f} MB")
+        table.add_row(name, *speed, *hidden, *schedules, *ratios, f"{r['peak_mb']:.0f} MB")
     Console(width=150).print(table)
 
 
@@ -189,15 +183,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     axis = figure.subplots()
     rows = list(report["rows"].items())
-    for i, (kind, color, word) in enumerate(
-        (("forward", "#4e79a7", "forward"), ("train", "#f28e2b", "forward + backward"))
-    ):
+    kinds = (("forward", "#4e79a7", "forward", -0.19), ("train", "#f28e2b", "forward + backward", 0.19))
+    for kind, color, word, shift in kinds:
         values = [r[f"{kind}_speedup"] for _, r in rows]
-        low, high = (
-            [abs(r[f"{kind}_quartiles"][q] - v) for (_, r), v in zip(rows, values, strict=True)] for q in (0, 1)
-        )
-        places = [x + (i - 0.5) * 0.38 for x in range(len(rows))]
-        bars = axis.bar(places, values, 0.36, color=color, yerr=(low, high), ecolor="#555555", label=word)
+        errors = [[abs(r[f"{kind}_quartiles"][q] - r[f"{kind}_speedup"]) for _, r in rows] for q in (0, 1)]
+        places = [x + shift for x in range(len(rows))]
+        bars = axis.bar(places, values, 0.36, color=color, yerr=errors, ecolor="#555555", label=word)
         behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # a limit's line may cross a figure
         axis.bar_label(bars, [f"{v:.2f}" for v in values], fontsize=8, padding=2, bbox=behind)
         limit = report[f"limit_{kind}"]
@@ -207,12 +198,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     words = {"loopback": "loopback as it is", "bus": f"rows over the bus of a {report['device']}"}
     links = f"{report['link_mbit']:.0f} Mbit/s links" if report["link_mbit"] else words[rows[0][1]["links"]]
     what = "pair of blocks" if report["level"] == "block" else "iteration"
-    axis.set_title(
-        f"One {what}, {report['compute']} compute, {report['ranks']} ranks, "
-        f"{links}: {100 * report['comm_share']:.0f} % communication",
-        loc="left",
-        fontsize=11,
-    )
+    where = f"{report['compute']} compute, {report['ranks']} ranks, {links}"
+    axis.set_title(f"One {what}, {where}: {100 * report['comm_share']:.0f} % communication", loc="left", fontsize=11)
     axis.margins(y=0.15)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)

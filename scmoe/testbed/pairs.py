@@ -23,20 +23,10 @@ from scmoe.parallel.shards import expert_parameters
 from scmoe.schedule.schedule import POSITIONS, Schedule
 from scmoe.testbed.emulated import EmulatedExperts, EmulatedOperator
 
-CHUNKS = (2, 4)
-ROWS = {  # row: (block, numbers of chunks to choose from)
-    "top2": ("top2", (1,)),
-    "top2_pipelined": ("top2", CHUNKS),
-    "top1": ("top1", (1,)),
-    "top1_pipelined": ("top1", CHUNKS),
-    "shared_expert": ("shared_expert", (1,)),
-    "shared_expert_pipelined": ("shared_expert", CHUNKS),
-    "scmoe_pos1": ("pos1", (1,)),
-    "scmoe_pos2": ("pos2", (1,)),
-    "scmoe_pos3": ("pos3", (1,)),
-    "scmoe_pos1_pipelined": ("pos1", CHUNKS),
-    "scmoe_pos2_pipelined": ("pos2", CHUNKS),
-    "scmoe_pos3_pipelined": ("pos3", CHUNKS),
+CHUNKS = {"": (1,), "_pipelined": (2, 4)}  # numbers of chunks to choose from
+ROWS = {  # row: (block, numbers of chunks); top2, top2_pipelined, ..., scmoe_pos1, ..., scmoe_pos1_pipelined, ...
+    **{name + way: (name, CHUNKS[way]) for name in ("top2", "top1", "shared_expert") for way in CHUNKS},
+    **{f"scmoe_{position}{way}": (position, CHUNKS[way]) for way in CHUNKS for position in POSITIONS},
 }
 
 
@@ -92,9 +82,8 @@ def make_block(name: str, setting: Setting, group: Any) -> MoEBlock:
         sublayers = [Residual(nn.LayerNorm(s.dim), part) for part in sublayers]
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     own = range(rank * s.num_experts // ranks, (rank + 1) * s.num_experts // ranks)
-    experts: Any = EmulatedExperts(mlp_ms * 1e3 / s.tokens)
-    if not emulated:
-        experts = Experts(s.dim, s.ffn_dim, s.num_experts, own)
+    us_per_row = mlp_ms * 1e3 / s.tokens
+    experts: Any = EmulatedExperts(us_per_row) if emulated else Experts(s.dim, s.ffn_dim, s.num_experts, own)
     # every expert gets its fair share, so that the time does not depend on the choices of an untrained gate
     router = Router(s.dim, s.num_experts, 2 if name == "top2" else 1, balanced=True)
     stream = MoEStream(router, experts, AllToAllDispatcher(group, s.num_experts), capacity_factor=1.0)
@@ -110,12 +99,11 @@ def make_block(name: str, setting: Setting, group: Any) -> MoEBlock:
 class Step:
     """A forward and a backward pass; at iteration level also the gradients' reduction and the optimizer's step."""
 
-    def __init__(self, stack: Sequence[nn.Module], setting: Setting, group: Any) -> None:
+    def __init__(self, stack: Sequence[nn.Module], setting: Setting) -> None:
         self.model: nn.Module = Stack(stack)
         self.optimizer: torch.optim.Optimizer | None = None
         if setting.level == "iteration":
-            shards = [name for name, _ in expert_parameters(self.model)]
-            hide_from_ddp(self.model, shards)
+            hide_from_ddp(self.model, [name for name, _ in expert_parameters(self.model)])
             self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
             self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -59,9 +59,8 @@ def run_ranks(
     try:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_run_rank, args=(theirs, rank, world_size, store.port, own_links, fn, args)
-            )
+            given = theirs, rank, world_size, store.port, own_links, fn, args
+            process = context.Process(target=_run_rank, args=given)
             process.start()
             theirs.close()
             if own_links:
@@ -102,8 +101,7 @@ def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
             reports[waiting[pipe]] = _receive(pipe)
         if not failed and any(report.failure for report in reports.values()):
             deadline = time.monotonic() + GRACE_S
-    failures = {rank: report for rank, report in reports.items() if report.failure}
-    if failures:
+    if failures := {rank: report for rank, report in reports.items() if report.failure}:
         first, *later = sorted(failures, key=lambda rank: failures[rank].time_s)
         lines = [f"rank {first} of {len(pipes)} failed first:\n{failures[first].failure}"]
         lines += [f"rank {rank}, later: {str(failures[rank].failure).splitlines()[-1]}" for rank in later]
@@ -135,7 +133,7 @@ def _run_rank(
     port: int,
     own_links: bool,
     fn: Callable[..., Any],
-    args: tuple[Any, ...],
+    args: Sequence[Any],
 ) -> None:
     os.setsid()
     if own_links:

@@ -1,16 +1,32 @@
-"""One pair's operators, measured and planned, as charts in the manner of Fig. 7.
+"""One pair's operators, measured and planned, as charts in the manner of Fig. 7, and Chrome traces of training steps.
 
-The five timelines of the figure run on shaped links as in `bench overlap`: top-2 sequential and pipelined, the shared
-expert pipelined, ScMoE overlapped, and overlapped and pipelined.
+The five timelines of the figure (ROWS) run on shaped links as in `bench overlap`.
 """
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from scmoe.schedule.timeline import draw
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from scmoe.moe.operators import Direction, Recorder
+from scmoe.parallel.pricing import DIRECTIONS, LayerChoice, from_tap
+from scmoe.schedule.cost import per_chunk
+from scmoe.schedule.timeline import Span, draw, elapsed, play
+from scmoe.testbed.overlap import Bench, Variant, find_rate
 from scmoe.testbed.pairs import Setting
-from scmoe.testbed.profile import watch
 from scmoe.testbed.ranks import run_ranks
+
+STEPS = 5
+ROWS = {  # title: (block, way, numbers of chunks to choose from)
+    "Top-2, sequential": ("top2", "sequential", (1,)),
+    "Top-2, pipelined": ("top2", "overlapped", (2,)),
+    "Shared expert, pipelined": ("shared_expert", "overlapped", (2,)),
+    "ScMoE {}, overlapped": ("{}", "overlapped", (1,)),
+    "ScMoE {}, overlapped and pipelined": ("{}", "overlapped", (2,)),
+}
 
 
 def bench_timeline(share: float, compute: str, position: str, ranks: int, out: Path) -> dict[str, Any]:
@@ -22,7 +38,7 @@ def bench_timeline(share: float, compute: str, position: str, ranks: int, out: P
     setting = Setting(share, compute=compute)
     out.mkdir(parents=True, exist_ok=True)
     rate, timelines = run_ranks(watch, ranks, setting, position, str(out), timeout_s=900, own_links=True)[0]
-    for direction in ("forward", "backward"):
+    for direction in DIRECTIONS:
         machine = f"{compute} compute, {ranks} ranks, links of {rate:.0f} Mbit/s"
         path = out / f"{direction}.png"
         draw(timelines[direction], path, f"One pair from the tap to its end, {direction}: {machine}", "ms")
@@ -30,3 +46,67 @@ def bench_timeline(share: float, compute: str, position: str, ranks: int, out: P
     traces = [str(path) for path in sorted(out.glob("*.json"))]
     print(f"traces: {', '.join(traces)}")
     return {"link_mbit": rate, "traces": traces}
+
+
+def watch(rank: int, world_size: int, setting: Setting, position: str, out: str) -> tuple[float, dict[str, Any]]:
+    """Runs on every rank. Returns the links' rate in Mbit/s, and by direction {title: spans in ms}."""
+    dist.init_process_group("gloo")
+    bench = Bench(setting)
+    rate = find_rate(bench, lambda line: print(line, file=sys.stderr) if rank == 0 else None)
+    timelines: dict[str, dict[str, list[Span]]] = {direction: {} for direction in DIRECTIONS}
+    for title, (block, way, chunks) in ROWS.items():
+        title, block = title.format(position.capitalize().replace("s", "s-")), block.format(position)
+        choice = bench.choose(block, chunks)
+        variant = Variant(block, choice.schedule, way)
+        for direction in DIRECTIONS:
+            timelines[direction][f"{title}: planned"] = planned_spans(choice, direction, way == "sequential")
+            timelines[direction][f"{title}: measured"] = measured_spans(bench, variant, direction)
+        path = Path(out) / f"{block}-{way}-{choice.schedule.chunks}-chunks.json" if rank == 0 else None
+        trace(bench, variant, path)
+    return rate, timelines
+
+
+def planned_spans(choice: LayerChoice, direction: Direction, sequential: bool) -> list[Span]:
+    """The spans that the cost model predicts, in ms."""
+    schedule = choice.schedule
+    known = per_chunk(schedule, getattr(choice.times[schedule.chunks], direction))
+    operators = schedule.operators() if direction == "forward" else schedule.backward_operators()
+    return play(operators, {op: 1e3 * t for op, t in known.items()}, sequential)
+
+
+def measured_spans(bench: Bench, variant: Variant, direction: Direction) -> list[Span]:
+    """The spans of the median of STEPS training steps after a first one, in ms."""
+    steps = []
+    for _ in range(1 + STEPS):
+        recorder = Recorder(bench.device)
+        step = bench.set(variant, recorder)
+        dist.barrier()
+        step.backward(step.forward(bench.x))
+        step.clear()
+        _, spans = from_tap(recorder.spans(direction), direction)
+        start = min(span.start for span in spans)
+        steps.append([Span(s.operator, 1e3 * (s.start - start), 1e3 * (s.end - start)) for s in spans])
+    return in_turn(sorted(steps[1:], key=elapsed)[STEPS // 2])
+
+
+def in_turn(spans: list[Span]) -> list[Span]:
+    """Shortens transfers, which are noted from their launch on, to the time on the link: it carries one at a time."""
+    shown, free = [], 0.0
+    for span in sorted(spans, key=lambda span: span.end):
+        if span.is_transfer:
+            span = replace(span, start=max(span.start, free))
+            free = span.end
+        shown.append(span)
+    return shown
+
+
+def trace(bench: Bench, variant: Variant, path: Path | None) -> None:
+    """Profiles one training step, and writes a Chrome trace to `path`."""
+    step = bench.set(variant)
+    dist.barrier()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (bench.device.type == "cuda")
+    with profile(activities=activities) as recorded:
+        step.backward(step.forward(bench.x))
+    step.clear()
+    if path is not None:
+        recorded.export_chrome_trace(str(path))

@@ -324,7 +324,7 @@ def test_34_resuming_reads_meta_as_json(written, tmp_path):
     """meta.json is read for resuming alone, so `load_model` would not notice."""
     proof = tmp_path / "executed"
     with pytest.raises(ValueError):
-        from_json(json.loads(pickle.dumps(Payload(proof), protocol=0)))
+        json.loads(pickle.dumps(Payload(proof), protocol=0), object_hook=from_json)
     assert not proof.exists()
 
 

@@ -19,7 +19,7 @@ from scmoe.parallel.all_to_all import Transfer
 from scmoe.parallel.dispatcher import AllToAllDispatcher
 from scmoe.schedule.cost import best_schedule, slots
 from scmoe.schedule.schedule import Schedule
-from scmoe.testbed import exchanges
+from scmoe.testbed import emulated
 from scmoe.testbed.overlap import Bench, Variant
 from scmoe.testbed.pairs import Setting
 from scmoe.testbed.ranks import run_ranks
@@ -152,7 +152,7 @@ def test_nccl_with_one_rank_changes_no_bit(factor, chunks):
 def test_buffers_in_flight_are_not_handed_out_again():
     """Rows sent and rows received, forward and backward: whoever asks for memory meanwhile gets other memory."""
     device = torch.device("cuda")
-    exchange = exchanges.over_the_bus(device)
+    exchange = emulated.over_the_bus(device)
     rows = torch.randn(4096, 1024, device=device, requires_grad=True)
     expected, factor = rows.detach().cpu(), torch.randn(4096, 1024)
 

@@ -21,7 +21,7 @@ from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.dispatcher import AllToAllDispatcher
 from scmoe.schedule.schedule import Schedule
-from scmoe.testbed.exchanges import free
+from scmoe.testbed.emulated import free
 from tests.support.models import DIM, EXPERTS, FFN, tiny_sublayers
 
 

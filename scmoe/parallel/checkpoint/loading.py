@@ -51,11 +51,10 @@ def load_checkpoint(
     with context.same_error_on_all_ranks():
         if context.rank == 0:
             durable.verify(path)
-    meta = from_json(json.loads((path / META).read_text()))
+    meta = json.loads((path / META).read_text(), object_hook=from_json)
     stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     wanted: dict[str, Tensor] = {f"model.{name}": t for name, t in model_state(module, context).items()}
     check_same_model(path, wanted, _stored_shapes(stored))
-
     groups = meta.pop("param_groups", [])
     for i, (optimizer, saved_groups) in enumerate(zip(optimizers, groups, strict=False)):
         wanted.update(_allocate_state(f"optimizer_{i}", module, optimizer, stored, context))
@@ -108,8 +107,7 @@ def _stored_shapes(stored: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def check_same_model(path: Path, own: Mapping[str, Tensor], there: Mapping[str, tuple[int, ...]]) -> None:
     """Raise ValueError if the tensors here have other names or shapes than those that the file at `path` holds."""
     here = {name: tuple(t.shape) for name, t in own.items()}
-    differing = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
-    if differing:
+    if differing := sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k)):
         k = differing[0]
         raise ValueError(
             f"{path} holds another model: {k} is {there.get(k, 'absent')} there and {here.get(k, 'absent')} here"

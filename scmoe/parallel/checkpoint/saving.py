@@ -45,11 +45,9 @@ class Saving:
                 self.partial.mkdir()
         self.writer = _ShardWriter(self.partial)
         save = dcp.async_save if background else dcp.save
-        self.writing: Any = None
         with self._loudly():
-            self.writing = save(tensors, storage_writer=self.writer, process_group=context.checkpoint_group)
-        if not background:
-            self.writing = None
+            writing = save(tensors, storage_writer=self.writer, process_group=context.checkpoint_group)
+        self.writing: Any = writing if background else None
 
     def is_written(self) -> bool:
         """Return whether this rank has written its part, so that `finish` does not wait for it."""

@@ -31,8 +31,8 @@ def model_state(module: nn.Module, context: ParallelContext) -> dict[str, Tensor
     shards = {name for name, _ in expert_parameters(module)}
     tied = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     tied -= {name for name, _ in module.named_parameters()}
-    state = {name: t for name, t in module.state_dict().items() if name not in tied}
-    return {name: as_dtensor(t, context) if name in shards else t for name, t in state.items()}
+    state = ((name, t) for name, t in module.state_dict().items() if name not in tied)
+    return {name: as_dtensor(t, context) if name in shards else t for name, t in state}
 
 
 def optimizer_state(module: nn.Module, optimizer: Optimizer, context: ParallelContext) -> dict[str, Any]:
@@ -85,15 +85,10 @@ def to_json(x: Any) -> Any:
     raise TypeError(f"a checkpoint holds tensors and plain values, not {type(x).__name__}: {x!r:.80}")
 
 
-def from_json(x: Any) -> Any:
-    if isinstance(x, list):
-        return [from_json(v) for v in x]
-    if isinstance(x, dict):
-        if "__tensor__" in x:
-            dtype = getattr(torch, x["dtype"])
-            assert isinstance(dtype, torch.dtype)
-            return torch.tensor(x["__tensor__"], dtype=dtype)
-        if "__items__" in x:
-            return {from_json(k): from_json(v) for k, v in x["__items__"]}
-        return {k: from_json(v) for k, v in x.items()}
-    return x
+def from_json(x: dict[str, Any]) -> Any:
+    """The object_hook for a text of `to_json`: called for each JSON object, the inner ones first."""
+    if "__tensor__" in x:
+        dtype = getattr(torch, x["dtype"])
+        assert isinstance(dtype, torch.dtype)
+        return torch.tensor(x["__tensor__"], dtype=dtype)
+    return dict(x["__items__"]) if "__items__" in x else x

@@ -55,8 +55,6 @@ class LockstepStrategy(FailFastStrategy):
         seam.leave_sigterm_alone(trainer)
         super().setup(trainer)
 
-    # ------------------------------------------------------------------ training
-
     def on_train_start(self) -> None:
         super().on_train_start()
         check_even("train", [self.module.trainer.num_training_batches], self.context)
@@ -72,8 +70,6 @@ class LockstepStrategy(FailFastStrategy):
         if not self.has_begun:  # not earlier: a validation that runs again may find this step to be the best
             self.has_begun = True
             seam.mark_step_as_saved(self.module.trainer)
-
-    # ------------------------------------------------------------------ batches without training
 
     def on_validation_start(self) -> None:
         super().on_validation_start()
@@ -136,8 +132,6 @@ class LockstepStrategy(FailFastStrategy):
     def _end(self) -> None:
         self.polls_left = 0
         self.stop.take()
-
-    # ------------------------------------------------------------------ stopping
 
     def ask(self) -> None:
         """Ask all ranks whether one still writes a checkpoint or must stop, and act on the answers of the last call."""

@@ -24,11 +24,11 @@ class Guard:
         self.module = module
         self.trace: list[tuple[str, Tensor]] = []  # what was computed, and the sum of its entries
         self.losses: list[Tensor] = []
-        compiled = [name for name, child in module.named_modules() if is_compiled(child)]
+        compiled = {inner for child in module.modules() if is_compiled(child) for inner in child.modules()}
         self.hooks = [
             child.register_forward_hook(self._watch(name or type(child).__name__))
             for name, child in module.named_modules()
-            if next(child.parameters(recurse=False), None) is not None and not _is_within(name, compiled)
+            if next(child.parameters(recurse=False), None) is not None and child not in compiled
         ]
 
     def _watch(self, name: str) -> Any:
@@ -79,7 +79,3 @@ class Guard:
     def remove(self) -> None:
         for hook in self.hooks:
             hook.remove()
-
-
-def _is_within(name: str, parents: list[str]) -> bool:
-    return any(name == parent or name.startswith(f"{parent}.") or not parent for parent in parents)

@@ -64,7 +64,7 @@ MUTANTS = (
     )
     .caught_by(f"{FAULTS}/test_guards.py::test_14_a_roll_call_tells_who_is_missing"),
     Mutant("groups-wait-half-an-hour", 14, f"{PARALLEL}/mesh.py")
-    .replaces("dist.new_group(ranks, timeout=timeout, pg_options", "dist.new_group(ranks, pg_options")
+    .replaces("by_rows(grid.tolist(), timeout=timeout, pg_options", "by_rows(grid.tolist(), pg_options")
     .caught_by(f"{FAULTS}/test_guards.py::test_14_no_group_waits_for_longer_than_it_was_told"),
     Mutant("difference-of-collectives-unseen", 15, f"{PARALLEL}/job/debug.py")
     .replaces("        if len(set(of_ranks)) > 1:\n", "        if len(set(of_ranks)) > 2:\n")
@@ -103,7 +103,7 @@ MUTANTS = (
     .replaces("x_disable_meta=without_keys(sys.argv) != sys.argv,", "x_disable_meta=False,")
     .caught_by(f"{FAULTS}/test_security.py::test_33_keys_in_the_command_line_and_the_code_are_starred_out"),
     Mutant("any-attribute-of-torch-as-a-type", 34, f"{PARALLEL}/checkpoint/state.py")
-    .replaces("            assert isinstance(dtype, torch.dtype)\n", "            assert dtype is not None\n")
+    .replaces("        assert isinstance(dtype, torch.dtype)\n", "        assert dtype is not None\n")
     .caught_by(f"{FAULTS}/test_security.py::test_34_a_type_in_meta_is_a_type"),
     # ------------------------------------------------------------------ configuration
     Mutant("run-name-leaves-its-root", 36, "scmoe/config/rules.py")
