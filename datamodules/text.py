@@ -1,11 +1,8 @@
 """Text for language models: `SequenceDataModule` on top of a source, a tokenizer and a token cache."""
 
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from datamodules.sequences import SequenceDataModule, TokenSplits
 from datamodules.sources import Source, open_source
@@ -50,20 +47,11 @@ class TextDataModule(SequenceDataModule):
 
     @cached_property
     def splits(self) -> TokenSplits:
-        return TokenSplits(self.cache.tokens, self.cache.tokenizer.token_bytes(), self.cache.content)
-
-    def encode(self, text: str) -> np.ndarray:
-        """Returns the token ids of `text`, int64."""
-        return self.cache.tokenizer.encode(text)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of token ids."""
-        return self.cache.tokenizer.decode(ids)
+        return TokenSplits(self.cache.tokens, self.tokenizer.token_bytes(), self.cache.content)
 
     @property
-    def end_of_text(self) -> int:
-        """The id that ends every document; a sample without a prompt starts with it."""
-        return self.cache.tokenizer.end_of_text
+    def tokenizer(self) -> Tokenizer:
+        return self.cache.tokenizer
 
     @cached_property
     def _source(self) -> Source:
