@@ -87,12 +87,13 @@ class Batch:
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch = default_collate(list(samples))
-        images, labels_B = batch["images"], batch["labels"]
+        images, labels = batch["images"], batch["labels"]
         if self.mix is None:
-            return {"images": images, "labels": mixup_target(labels_B, self.num_classes, smoothing=self.smoothing)}
-        with drawn_from(self.seed, samples[0]["position"]):
-            images, labels_BC = self.mix(images, labels_B)
-        return {"images": images, "labels": labels_BC}
+            labels = mixup_target(labels, self.num_classes, smoothing=self.smoothing)
+        else:
+            with drawn_from(self.seed, samples[0]["position"]):
+                images, labels = self.mix(images, labels)
+        return {"images": images, "labels": labels}
 
 
 @contextmanager

@@ -44,7 +44,6 @@ class PositionedDataModule(LightningDataModule):
         raise NotImplementedError
 
     def advance(self) -> None:
-        """Move the position past one micro-batch."""
         self.consumed_samples += self.micro_batch
 
     def state_dict(self) -> dict[str, Any]:

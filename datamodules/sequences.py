@@ -10,6 +10,7 @@ The order of samples is in `order.py`, the position of a training in `positioned
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -81,24 +82,23 @@ class EvalWindows(Dataset):
 
 
 class SequenceDataModule(PositionedDataModule):
-    """Makes loaders over the `TokenSplits` that a subclass opens in `open_splits`. A sample is a sequence."""
+    """Makes loaders over the `TokenSplits` that a subclass opens as `splits`. A sample is a sequence."""
 
     def __init__(self, *, seq_len: int = 256, val_sequences: int | None = None, **position: int) -> None:
         super().__init__(**position)
         if seq_len < 1 or (val_sequences is not None and val_sequences < 1):
             raise ValueError(f"data.seq_len is {seq_len}, data.val_sequences {val_sequences}; allowed: 1 or more")
         self.seq_len, self.val_sequences = seq_len, val_sequences
-        self.splits: TokenSplits | None = None
 
-    def open_splits(self) -> TokenSplits:
+    @cached_property
+    def splits(self) -> TokenSplits:
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        if self.splits is None:
-            self.splits = self.open_splits()
+        _ = self.splits  # opened here, before a loader is made
 
     def train_dataloader(self) -> DataLoader:
-        dataset = TrainSequences(self._opened.tokens["train"], self.seq_len)
+        dataset = TrainSequences(self.splits.tokens["train"], self.seq_len)
         if not len(dataset):
             raise ValueError(f"data.seq_len is {self.seq_len}; the training split has {len(dataset.tokens)} tokens")
         return self.train_loader(dataset, SampleOrder(len(dataset), self.seed))
@@ -112,15 +112,15 @@ class SequenceDataModule(PositionedDataModule):
     def eval_windows(self, split: str) -> EvalWindows:
         """Returns the windows of `split` that its loader reads; `val_sequences` limits those of val."""
         limit = self.val_sequences if split == "val" else None
-        return EvalWindows(self._opened.tokens[split], self.seq_len, self._opened.token_bytes_V, limit)
+        return EvalWindows(self.splits.tokens[split], self.seq_len, self.splits.token_bytes_V, limit)
 
     def unigram_bits_per_byte(self, split: str = "val") -> float:
         """Returns the bits per UTF-8 byte of a unigram model, which any trained model must beat.
 
         It counts the training tokens, each plus one, and is scored on the targets of `eval_windows(split)`.
         """
-        token_bytes_V = self._opened.token_bytes_V
-        train = self._opened.tokens["train"]
+        token_bytes_V = self.splits.token_bytes_V
+        train = self.splits.tokens["train"]
         train_count_V = np.ones(len(token_bytes_V))
         for start in range(0, len(train), COUNT_CHUNK):
             train_count_V += np.bincount(train[start : start + COUNT_CHUNK], minlength=len(token_bytes_V))
@@ -131,10 +131,5 @@ class SequenceDataModule(PositionedDataModule):
         bits_V = np.log2(train_count_V.sum()) - np.log2(train_count_V)
         return float(target_count_V @ bits_V / (target_count_V @ token_bytes_V))
 
-    @property
-    def _opened(self) -> TokenSplits:
-        assert self.splits is not None, "setup() comes first"
-        return self.splits
-
     def identity(self) -> dict[str, Any]:
-        return {"data": self._opened.content, "seed": self.seed, "seq_len": self.seq_len}
+        return {"data": self.splits.content, "seed": self.seed, "seq_len": self.seq_len}

@@ -5,6 +5,7 @@ likely and independent: there is nothing to learn, and the loss stays at ln V.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,8 @@ class SyntheticDataModule(SequenceDataModule):
         super().__init__(**sequences)
         self.vocab_size = vocab_size
 
-    def open_splits(self) -> TokenSplits:
+    @cached_property
+    def splits(self) -> TokenSplits:
         held_out = self.val_sequences or 64
         sequences = {"train": 1 << 16, "val": held_out, "test": held_out}
         tokens = {

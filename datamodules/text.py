@@ -1,11 +1,8 @@
 """Text for language models: `SequenceDataModule` on top of a source, a tokenizer and a token cache."""
 
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from datamodules.sequences import SequenceDataModule, TokenSplits
 from datamodules.sources import Source, open_source
@@ -34,37 +31,27 @@ class TextDataModule(SequenceDataModule):
         self.source_name, self.path, self.subset = name, path, subset
         self.tokenizer_kind, self.vocab_size = tokenizer, vocab_size
         self.cache_dir = Path(cache_dir)
-        self.cache: TokenCache | None = None
         if tokenizer not in ("bpe", "gpt2"):  # checked here, before a process is started
             Tokenizer.load(tokenizer_file(tokenizer)).require_room(vocab_size)
 
     def prepare_data(self) -> None:
         build_cache(self.cache_dir, self.source_name, self._source, self.tokenizer_kind, self.vocab_size)
 
-    def open_splits(self) -> TokenSplits:
+    @cached_property
+    def cache(self) -> TokenCache:
         content = content_hash(self._source, self.tokenizer_kind, self.vocab_size)
-        self.cache = open_cache(cache_folder(self.cache_dir, self.source_name, content))
-        self.cache.tokenizer.require_room(self.vocab_size)
+        cache = open_cache(cache_folder(self.cache_dir, self.source_name, content))
+        cache.tokenizer.require_room(self.vocab_size)
         del self._source  # the texts are on disk now
-        return TokenSplits(self.cache.tokens, self.cache.tokenizer.token_bytes(), self.cache.content)
+        return cache
 
-    def encode(self, text: str) -> np.ndarray:
-        """Returns the token ids of `text`, int64."""
-        return self._cache.tokenizer.encode(text)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of token ids."""
-        return self._cache.tokenizer.decode(ids)
+    @cached_property
+    def splits(self) -> TokenSplits:
+        return TokenSplits(self.cache.tokens, self.tokenizer.token_bytes(), self.cache.content)
 
     @property
-    def end_of_text(self) -> int:
-        """The id that ends every document; a sample without a prompt starts with it."""
-        return self._cache.tokenizer.end_of_text
-
-    @property
-    def _cache(self) -> TokenCache:
-        assert self.cache is not None, "setup() comes first"
-        return self.cache
+    def tokenizer(self) -> Tokenizer:
+        return self.cache.tokenizer
 
     @cached_property
     def _source(self) -> Source:

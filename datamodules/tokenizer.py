@@ -1,8 +1,7 @@
 """Converts text to token ids and back without loss, by BPE over bytes.
 
 A vocabulary is trained here (`bpe`), is GPT-2's (`gpt2`), or comes from a `tokenizer.json`. All three become the same
-`tokenizers` object, so a token cache always holds one `tokenizer.json`, and reading it requires neither tiktoken nor a
-network. `Tokenizer.token_bytes` gives the number of bytes of each token, which bits per byte requires.
+`tokenizers` object, so every token cache holds a `tokenizer.json`, and reading it requires no tiktoken and no network.
 
 A file may be of either lossless kind: GPT-2's, where every byte is a letter, or LLaMA's (SentencePiece), where a space
 is the letter "▁" and characters without a token become the tokens <0x00> to <0xFF> of their bytes. LLaMA adds a space
@@ -12,7 +11,7 @@ before every text and removes it when decoding; here none is added, so that toke
 import json
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Self
 
@@ -109,14 +108,9 @@ class Tokenizer:
 
 
 def make_tokenizer(kind: str, vocab_size: int, train_texts: Iterable[str]) -> Tokenizer:
-    """Returns the tokenizer that `data.tokenizer` names; `train_texts` are read for `bpe` only.
-
-    Raises ValueError where it has more than `vocab_size` ids, those of the model.
-    """
-    if kind == "bpe":
-        tokenizer = Tokenizer(_train_bpe(train_texts, vocab_size), kind)
-    elif kind == "gpt2":
-        tokenizer = Tokenizer(_gpt2(), kind)
+    """Returns the tokenizer that `data.tokenizer` names; `train_texts` are read for `bpe` only."""
+    if kind in ("bpe", "gpt2"):
+        tokenizer = Tokenizer(_gpt2() if kind == "gpt2" else _train_bpe(train_texts, vocab_size), kind)
     else:
         tokenizer = Tokenizer.load(tokenizer_file(kind))
     tokenizer.require_room(vocab_size)
@@ -146,12 +140,11 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
 
     def beginning() -> Iterator[str]:
         room = TRAIN_CHARS
-        for text in texts:
-            for piece in pieces(text):
-                if room <= 0:
-                    return
-                yield piece
-                room -= len(piece)
+        for piece in chain.from_iterable(map(pieces, texts)):
+            if room <= 0:
+                return
+            yield piece
+            room -= len(piece)
 
     inner = _byte_level(models.BPE())
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -35,18 +35,16 @@ class TokenFile:
     dtype: str
     length: int
 
-    @cached_property
-    def _map(self) -> np.memmap:
-        return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.length,))
-
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        return self._map[part]
+        return mapped(self)[part]
 
-    def __reduce__(self) -> tuple:
-        return TokenFile, (self.path, self.dtype, self.length)  # pickling the map would copy the whole file
+
+@cache  # here and not on the object, since pickling a map copies the whole file
+def mapped(file: TokenFile) -> np.memmap:
+    return np.memmap(file.path, dtype=file.dtype, mode="r", shape=(file.length,))
 
 
 @dataclass(frozen=True)
@@ -97,11 +95,9 @@ def open_cache(folder: Path) -> TokenCache:
     if not is_whole(folder):
         raise FileNotFoundError(f"{folder} is not a complete token cache: call prepare_data() first")
     header = json.loads((folder / "header.json").read_text())
-    tokens = {
-        split: TokenFile(folder / f"{split}.bin", header["dtype"], header["splits"][split]["tokens"])
-        for split in SPLITS
-    }
-    num_bytes = {split: header["splits"][split]["bytes"] for split in SPLITS}
+    dtype, counts = header["dtype"], {split: header["splits"][split] for split in SPLITS}
+    tokens = {split: TokenFile(folder / f"{split}.bin", dtype, count["tokens"]) for split, count in counts.items()}
+    num_bytes = {split: count["bytes"] for split, count in counts.items()}
     return TokenCache(folder, header["content"], Tokenizer.load(folder / "tokenizer.json"), tokens, num_bytes)
 
 

@@ -50,10 +50,10 @@ def sample(options: Namespace) -> list[str]:
     data.setup()
     model = build_model(config, ParallelContext()).eval()
     load_model(newest_good(run_dir / "checkpoints"), model, prefix="model.")
-    start = [data.end_of_text, *data.encode(options.prompt).tolist()]
+    start = [data.tokenizer.end_of_text, *data.tokenizer.encode(options.prompt).tolist()]
     with torch.inference_mode():
         written = generate(model, torch.tensor([start] * options.number), options.tokens, **how)
-    return [data.decode(row[1:].tolist()) for row in written]
+    return [data.tokenizer.decode(row[1:].tolist()) for row in written]
 
 
 if __name__ == "__main__":

@@ -18,9 +18,7 @@ def option(default: Any, help: str, range: str | None = None) -> Any:
 @dataclass(frozen=True)
 class ModelConfig:
     family: Literal["gpt", "llama", "swin"] = option("gpt", "model family")
-    layers: int = option(
-        4, "Transformer blocks; a pair is Block-MLP + Block-MoE. swin: those of stage 3; others have 2", "above 0"
-    )
+    layers: int = option(4, "blocks; a pair is Block-MLP + Block-MoE. swin: those of stage 3; others have 2", "above 0")
     dim: int = option(256, "width of the residual stream (D). swin: that of stage 1; it doubles per stage", "above 0")
     heads: int = option(4, "attention heads; must divide dim. swin: those of stage 1; they double per stage", "above 0")
     kv_heads: int | None = option(None, "heads of keys and values; must divide heads; null: same as heads", "above 0")
@@ -31,9 +29,7 @@ class ModelConfig:
     dropout: float = option(0.0, "dropout probability after each sub-layer and on the embeddings", "0 or more, below 1")
     patch_size: int = option(4, "swin: width of a patch in pixels", "above 0")
     window: int = option(12, "swin: width of an attention window in tokens, at most the feature map's", "above 0")
-    drop_path: float = option(
-        0.0, "swin: stochastic depth, from 0 in the first block to this in the last", "0 or more, below 1"
-    )
+    drop_path: float = option(0.0, "swin: stochastic depth, from 0 up to this in the last block", "0 or more, below 1")
 
 
 @dataclass(frozen=True)
@@ -65,12 +61,8 @@ class MoEConfig:
 @dataclass(frozen=True)
 class ScheduleConfig:
     auto: bool = option(False, "measure operators in the first steps, then choose. Short form: schedule=auto")
-    slot: int | None = option(
-        None, "backbone operators that run before the experts; null: the middle of the window", "0 or more"
-    )
-    chunks: int | None = option(
-        None, "chunks that the MoE stream's rows are split into (pipelining); null: 1, or what auto chooses", "above 0"
-    )
+    slot: int | None = option(None, "backbone operators before the experts; null: half of the window", "0 or more")
+    chunks: int | None = option(None, "chunks of the MoE stream's rows, pipelined; null: 1 or auto's choice", "above 0")
 
 
 @dataclass(frozen=True)
@@ -93,9 +85,7 @@ class DataConfig:
     num_classes: int = option(1000, "images: number of classes of the data set", "above 0")
     augment: Literal["none", "imagenet"] = option("none", "images: imagenet adds crops, flips, RandAugment, erasing")
     mixup: float = option(0.0, "images: alpha of mixup; 0: no mixup", "0 or more")
-    cutmix: float = option(
-        0.0, "images: alpha of cutmix; with mixup, each gets half of the batches; 0: no cutmix", "0 or more"
-    )
+    cutmix: float = option(0.0, "images: alpha of cutmix; with mixup, each gets half the batches; 0: none", "0 or more")
     label_smoothing: float = option(0.0, "images: probability that is spread over all classes", "0 or more, below 1")
     workers: int = option(0, "data-loading processes per rank", "0 or more")
     cache_dir: str = option(".cache", "folder of token caches and tokenizers")
@@ -133,9 +123,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class StrategyConfig:
-    ep_size: int | None = option(
-        None, "expert-parallel ranks; null: the largest number that divides both experts and devices", "above 0"
-    )
+    ep_size: int | None = option(None, "expert-parallel ranks; null: most that divide experts and devices", "above 0")
     timeout_s: float = option(300.0, "seconds that a collective may take; after that the job ends", "above 0")
     async_checkpoint: bool = option(False, "continue training while a checkpoint is written")
     full_checkpoint: bool = option(False, "rank 0 collects the tensors of all ranks and writes one file")

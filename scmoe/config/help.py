@@ -27,18 +27,17 @@ def help_text() -> str:
 def catalogue(root: Path) -> dict[str, list[tuple[str, str]]]:
     """Return what can be chosen: titles, and under each title pairs (how to choose it, what it is).
 
-    root: the folder of the configurations. The first comment of a file says what it is.
-    Raises ValueError if there is no such folder.
+    root: the folder of configurations; the first comment of a file says what it is. Raises ValueError without it.
     """
     if not root.is_dir():
         raise ValueError(f"the folder of configurations is {str(root)!r}, allowed: an existing folder")
     choices = {leaf.key: leaf.choices for leaf in leaves(Config())}
     files = [(path, _first_comment(path)) for path in sorted(root.rglob("*.yaml"))]
-    found = {"Configurations": [(str(path), text) for path, text in files if path.parent.name != "sweep"]}
-    found["Sweeps"] = [(str(path), text) for path, text in files if path.parent.name == "sweep"]
-    for title, key in CATALOGUE.items():
-        found[title] = [(f"{key}={choice}", "") for choice in choices[key]]
-    return found
+    return {
+        "Configurations": [(str(path), text) for path, text in files if path.parent.name != "sweep"],
+        "Sweeps": [(str(path), text) for path, text in files if path.parent.name == "sweep"],
+        **{title: [(f"{key}={choice}", "") for choice in choices[key]] for title, key in CATALOGUE.items()},
+    }
 
 
 def _plain(value: object) -> str:

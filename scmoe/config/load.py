@@ -22,18 +22,15 @@ from scmoe.config.fields import Config, ConfigError, leaves, show
 from scmoe.config.rules import validate
 
 _LEAVES = {leaf.key: leaf for leaf in leaves(Config())}
-
 _SECTIONS = {key.rpartition(".")[0] for key in _LEAVES if "." in key}
-
 _NULL = ("", "~", "null", "None")
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Return the validated configuration of a YAML file and overrides `key=value` or `--key=value`.
 
-    path: None for the defaults only.
-    Raises ConfigError, in one line, for a file that cannot be read, an unknown key, a value of another type or range,
-    and a combination that cannot run.
+    path: None for the defaults only. Raises ConfigError, in one line, for a file that cannot be read, an unknown key, a
+    value of another type or range, and a combination that cannot run.
     """
     tree = OmegaConf.structured(Config)
     for section in _SECTIONS:  # OmegaConf makes a frozen dataclass read-only
@@ -142,10 +139,9 @@ class _Loader(yaml.BaseLoader):
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Return the mappings, lists and texts of a YAML text; "" if it is empty.
+    """Return the mappings, lists and texts of a YAML text; "" if it is empty. Raises ConfigError for other YAML.
 
     source: the file or "command line", for error messages.
-    Raises ConfigError if it is not plain YAML.
     """
     try:
         for token in yaml.scan(text):

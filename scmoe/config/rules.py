@@ -16,25 +16,20 @@ from scmoe.schedule.schedule import Schedule
 
 # Architectures with a tap, and the architecture of their schedules.
 SHORTCUTS = {"scmoe": "scmoe", "dgmoe": "dgmoe", "dgmoe_share": "dgmoe"}
-
 SMALLEST_VOCABULARY = {"bpe": 257, "gpt2": 50257}  # bpe: all bytes and the end-of-text token
 
 # Data sets of images, fields that have no meaning for images, and fields that have a meaning for images only.
 IMAGES = ("fashion_mnist", "digits", "image_folder")
-
 NOT_FOR_IMAGES = (
     # swin: MLPs have 4 x the stage's dim, drop_path replaces dropout, and no norm before a sub-layer could be shared
     *("model.ffn_dim", "model.kv_heads", "model.activation", "model.dropout", "moe.tap_norm"),
     *("data.tokenizer", "data.vocab_size", "data.seq_len", "data.cache_dir"),
 )
-
 ONLY_FOR_IMAGES = (
     *("model.patch_size", "model.window", "model.drop_path"),
     *("data.image_size", "data.num_classes", "data.augment", "data.mixup", "data.cutmix", "data.label_smoothing"),
 )
-
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # file systems take 255 bytes
-
 INIT_FROM = re.compile(r"(hf|scmoe):.+")
 
 # The key whose value is refused, and what is allowed instead.
@@ -42,10 +37,7 @@ Refusal = tuple[str, str]
 
 
 def validate(config: Config, source: str = "config") -> None:
-    """Raise ConfigError for the first value or combination that cannot run.
-
-    source: where the configuration is from, for the message.
-    """
+    """Raise ConfigError for the first value or combination that cannot run. source: where it is from."""
     values = {leaf.key: leaf.value for leaf in leaves(config)}
     checks = (_ranges, _names, _model, _moe, _schedule, _ranks, _data, _images, _analysis)
     for key, allowed in chain.from_iterable(check(config) for check in checks):
@@ -82,10 +74,6 @@ def _model(config: Config) -> Iterator[Refusal]:
         yield "model.kv_heads", f"null or a divisor of model.heads, {model.heads}"
     if model.family == "llama" and model.dim // model.heads % 2:
         yield "model.heads", f"a divisor of model.dim, {model.dim}, with an even quotient for rotary embedding"
-    if model.family == "swin":
-        for key in ("kv_heads", "activation"):
-            if getattr(model, key) is not None:
-                yield f"model.{key}", "null, as model.family=swin has its own"
     if config.init_from is not None and not INIT_FROM.fullmatch(config.init_from):
         yield "init_from", "null, hf:FOLDER or scmoe:FILE"
     newest = os.path.abspath(Path(config.runs_dir) / "latest")

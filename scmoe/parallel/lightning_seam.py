@@ -127,10 +127,8 @@ def original_after_closure(plugin: Any, module: Any, optimizer: Optimizer) -> No
     type(plugin)._after_closure(plugin, module, optimizer)
 
 
-class TitledProgressBar(RichProgressBar):
-    """Lightning's rich progress bar, with `title` in front of the training's line instead of the epoch."""
-
-    title = ""
+class StepProgressBar(RichProgressBar):
+    """Lightning's rich progress bar without the epoch: a training is one long epoch of steps here."""
 
     def _get_train_description(self, current_epoch: int) -> str:
-        return self.title
+        return "training"

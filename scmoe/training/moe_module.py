@@ -40,7 +40,8 @@ class MoEModule(LightningModule):
         min_lr_ratio: float = 0.1,
         warmup_steps: int = 0,
         weight_decay: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.95),
+        beta1: float = 0.9,
+        beta2: float = 0.95,
         eps: float = 1e-8,
         gradient_clip: float | None = None,
         load_balance_coef: float = 0.01,
@@ -50,7 +51,7 @@ class MoEModule(LightningModule):
         super().__init__()
         self.make_model, self.compile_blocks = make_model, compile_blocks
         self.max_steps, self.lr, self.min_lr_ratio, self.warmup_steps = max_steps, lr, min_lr_ratio, warmup_steps
-        self.weight_decay, self.betas, self.eps, self.gradient_clip = weight_decay, betas, eps, gradient_clip
+        self.weight_decay, self.betas, self.eps, self.gradient_clip = weight_decay, (beta1, beta2), eps, gradient_clip
         self.load_balance_coef, self.z_loss_coef = load_balance_coef, z_loss_coef
         self.parallel_context = ParallelContext()
         self.model: Any = None
@@ -64,8 +65,6 @@ class MoEModule(LightningModule):
             if self.compile_blocks:
                 for block in self.model.blocks:
                     block.compile()
-
-    # ------------------------------------------------------------------ loss
 
     def task_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[RouterStats]]:
         """Return the summed loss of this rank's targets in nats, their number, and the routers' sums."""
@@ -94,8 +93,6 @@ class MoEModule(LightningModule):
         flat = self.parallel_context.sum_over_ranks(torch.cat([local_LE2.flatten(), num_targets[None]]))
         return flat[:-1].view_as(local_LE2), flat[-1]
 
-    # ------------------------------------------------------------------ validation
-
     def note_validation(self, nats: Tensor, num_targets: Tensor, stats: list[RouterStats]) -> None:
         """Add one validation step to val/loss and to the experts' load."""
         self.val_nats.update(nats)
@@ -116,8 +113,6 @@ class MoEModule(LightningModule):
             self.val_load_sums = None
         self.validated_step = self.global_step
         return nats, targets
-
-    # ------------------------------------------------------------------ optimization
 
     def never_decays(self) -> set[nn.Parameter]:
         """Return parameters without weight decay, besides norms, biases and position embeddings."""

@@ -133,14 +133,15 @@ def test_llamas_own_tokenizer_loses_nothing(form, make, tmp_path):
     llama(form).save(str(tmp_path / "llama.json"))
     strange = f"  the{STRANGE}</s> <0x41> ▁the▁ "
     data = make(tokenizer=str(tmp_path / "llama.json"), vocab_size=400)  # the cache holds what was made of the file
-    ids = data.encode(strange)
-    assert data.decode(ids) == strange
+    ids = data.tokenizer.encode(strange)
+    assert data.tokenizer.decode(ids) == strange
     tokenizer = Tokenizer.load(tmp_path / "llama.json")
     assert tokenizer.encode(strange).tolist() == ids.tolist()
     assert tokenizer.token_bytes()[ids].sum() == len(strange.encode())
-    assert tokenizer.end_of_text == data.end_of_text == 2 and 2 not in ids and tokenizer.token_bytes()[:3].sum() == 0
+    assert tokenizer.end_of_text == data.tokenizer.end_of_text == 2 and 2 not in ids
+    assert tokenizer.token_bytes()[:3].sum() == 0
     theirs = llama(form).encode("of the union", add_special_tokens=False).ids
-    assert theirs == [llama(form).token_to_id("▁"), *data.encode("of the union")]
+    assert theirs == [llama(form).token_to_id("▁"), *data.tokenizer.encode("of the union")]
 
 
 def test_a_file_that_is_no_lossless_tokenizer(make, tmp_path):
@@ -159,7 +160,7 @@ def test_a_file_that_is_no_lossless_tokenizer(make, tmp_path):
 
 def test_vocabulary_must_fit(make, tmp_path, trained):
     trained.save(tmp_path / "tokenizer.json")
-    assert make(tokenizer=str(tmp_path / "tokenizer.json")).decode(trained.encode("union")) == "union"
+    assert make(tokenizer=str(tmp_path / "tokenizer.json")).tokenizer.decode(trained.encode("union")) == "union"
     # The cache is whole by now, which has nothing to say in this.
     with pytest.raises(ValueError, match=r"data\.vocab_size is 260, allowed: \d+ or more, .* data\.tokenizer=.*json$"):
         make(tokenizer=str(tmp_path / "tokenizer.json"), vocab_size=260)
@@ -236,7 +237,7 @@ def test_cache_holds_the_documents(make, folder):
     data = make()
     documents = text(folder).documents
     for split, tokens in data.cache.tokens.items():
-        assert data.decode(tokens[:]) == "".join(document + END_OF_TEXT for document in documents[split])
+        assert data.tokenizer.decode(tokens[:]) == "".join(document + END_OF_TEXT for document in documents[split])
         assert data.cache.num_bytes[split] == sum(len(document.encode()) for document in documents[split])
     assert len(pickle.dumps(data.cache.tokens["train"])) < 500  # a worker gets the path, not the tokens
 
@@ -328,7 +329,7 @@ def test_validation_covers_every_target_once(make):
     assert torch.equal(mask, labels != -100) and mask.dtype == torch.bool and not mask.all()
     assert torch.equal(labels[mask], tokens[1:]) and torch.equal(inputs[mask], tokens[:-1])
     assert (inputs[~mask] == 0).all()
-    first_bytes = len(data.decode(tokens[:1].tolist()).encode())
+    first_bytes = len(data.tokenizer.decode(tokens[:1].tolist()).encode())
     assert sum(batch["num_bytes"].sum().item() for batch in windows) == data.cache.num_bytes["val"] - first_bytes
 
 

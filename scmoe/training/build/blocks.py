@@ -1,7 +1,4 @@
-"""Builds the blocks of a configuration from the parts of its model family.
-
-A family has its own `Parts`. An architecture is a function in `ARCHITECTURES`: it wires one block for any family.
-"""
+"""Builds the blocks of a configuration: one builder for all architectures, from the parts of any model family."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +14,7 @@ from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import DenseBlock, SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP, Attention, Residual
 from scmoe.config.fields import Config
+from scmoe.config.rules import SHORTCUTS
 from scmoe.models.llama import NORM_EPS
 from scmoe.moe.coefficient import COEFFICIENT_GATES
 from scmoe.moe.dispatcher import Narrowed
@@ -46,14 +44,6 @@ class Parts:
         return Residual(self.norm(), self.mlp(), self.after())
 
 
-def gpt_parts(config: Config) -> Parts:
-    return decoder_parts(config, nn.LayerNorm, "gelu")
-
-
-def llama_parts(config: Config) -> Parts:
-    return decoder_parts(config, partial(nn.RMSNorm, eps=NORM_EPS), "swiglu", bias=False, rotary=Rotary)
-
-
 def decoder_parts(
     config: Config,
     norm: Callable[[int], nn.Module],
@@ -74,90 +64,54 @@ def decoder_parts(
     )
 
 
-PARTS: dict[str, Callable[[Config], Parts]] = {"gpt": gpt_parts, "llama": llama_parts}
+PARTS: dict[str, Callable[[Config], Parts]] = {
+    "gpt": partial(decoder_parts, norm=nn.LayerNorm, activation="gelu"),
+    "llama": partial(
+        decoder_parts, norm=partial(nn.RMSNorm, eps=NORM_EPS), activation="swiglu", bias=False, rotary=Rotary
+    ),
+}
+BLOCKS = {"top_k": TopKBlock, "shared_expert": SharedExpertBlock, "scmoe": ShortcutBlock, "dgmoe": DoubleGateBlock}
 
 
 def build_blocks(config: Config, context: ParallelContext) -> list[nn.Module]:
     """Return the blocks of a model with equal layers."""
-    parts = PARTS[config.model.family](config)
-    return stack(config, context, [parts] * config.model.layers)
+    return stack(config, context, [PARTS[config.model.family](config)] * config.model.layers)
 
 
 def stack(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    """Return the blocks of the layers `parts`: dense, each with an MoE (every=1), or pairs of Block-MLP and Block-MoE
-    (every=2)."""
+    """Return the blocks of layers: dense, each with an MoE (every=1), or pairs of Block-MLP and Block-MoE (every=2)."""
     architecture = config.moe.architecture
     if architecture == "dense":
         return [DenseBlock([layer.attention_sublayer(), layer.mlp_sublayer()]) for layer in parts]
-    every, blocks = config.moe.every, []
+    every, blocks = config.moe.every, list[nn.Module]()
     for i in range(0, len(parts), every):
         first, last = parts[i], parts[i + every - 1]
         sublayers = [first.attention_sublayer()]
         if every == 2:
             sublayers += [first.mlp_sublayer(), last.attention_sublayer()]
-        blocks.append(ARCHITECTURES[architecture](config, context, last, sublayers, i == 0))
+        blocks.append(moe_block(config, context, last, sublayers, first=i == 0))
     if architecture == "dgmoe_share":
         share_moe(blocks)
     return blocks
 
 
-def top_k_block(
-    config: Config, context: ParallelContext, parts: Parts, sublayers: Sequence[nn.Module], first: bool
+def moe_block(
+    config: Config, context: ParallelContext, parts: Parts, sublayers: Sequence[Any], first: bool
 ) -> nn.Module:
-    schedule = Schedule("top_k", chunks=config.schedule.chunks or 1)
-    return TopKBlock(sublayers, parts.norm(), build_stream(config, context, parts), schedule, parts.after())
-
-
-def shared_expert_block(
-    config: Config, context: ParallelContext, parts: Parts, sublayers: Sequence[nn.Module], first: bool
-) -> nn.Module:
-    return SharedExpertBlock(
-        sublayers,
-        parts.norm(),
-        build_stream(config, context, parts),
-        Schedule("shared_expert", None, config.schedule.slot, config.schedule.chunks or 1),
-        parts.after(),
-        shared_expert=parts.mlp(),
-        coefficient=COEFFICIENT_GATES[config.moe.combine](parts.dim),
-    )
-
-
-def shortcut_block(
-    config: Config, context: ParallelContext, parts: Parts, sublayers: Sequence[nn.Module], first: bool
-) -> nn.Module:
-    """first: the model's first MoE module, whose tap may be elsewhere."""
-    moe = config.moe
-    position = moe.first_position if first and moe.first_position else moe.position
-    schedule = Schedule("scmoe", position, config.schedule.slot, config.schedule.chunks or 1)
-    following: Any = sublayers[len(sublayers) - schedule.sublayers_after_tap]  # the sub-layer after the tap
-    return ShortcutBlock(
-        sublayers,
-        tap_norm=following.norm if moe.tap_norm == "shared" else parts.norm(),
-        norm=parts.norm(),
-        shared_expert=parts.mlp(),
-        coefficient=COEFFICIENT_GATES[moe.combine](parts.dim),
-        moe=build_stream(config, context, parts),
-        schedule=schedule,
-        after=parts.after(),
-        coefficient_reads_tap=moe.coefficient_input == "tap",
-    )
-
-
-def double_gate_block(
-    config: Config, context: ParallelContext, parts: Parts, sublayers: Sequence[nn.Module], first: bool
-) -> nn.Module:
-    moe = config.moe
-    position = moe.first_position if first and moe.first_position else moe.position
-    schedule = Schedule("dgmoe", position, config.schedule.slot, config.schedule.chunks or 1)
-    following: Any = sublayers[len(sublayers) - schedule.sublayers_after_tap]  # the sub-layer after the tap
-    return DoubleGateBlock(
-        sublayers,
-        tap_norm=following.norm if moe.tap_norm == "shared" else parts.norm(),
-        norm=parts.norm(),
-        moe=build_stream(config, context, parts),
-        schedule=schedule,
-        after=parts.after(),
-    )
+    """Return one block with an MoE. first: the model's first MoE module, whose tap may be elsewhere."""
+    moe, has_tap = config.moe, config.moe.architecture in SHORTCUTS
+    architecture = SHORTCUTS.get(moe.architecture, moe.architecture)
+    position = (moe.first_position if first else None) or moe.position
+    schedule = Schedule(architecture, position if has_tap else None, config.schedule.slot, config.schedule.chunks or 1)
+    optional: dict[str, Any] = {}
+    if has_tap:
+        following = sublayers[len(sublayers) - schedule.sublayers_after_tap]  # the sub-layer after the tap
+        optional["tap_norm"] = following.norm if moe.tap_norm == "shared" else parts.norm()
+    if "shared_expert" in schedule.window:
+        optional |= {"shared_expert": parts.mlp(), "coefficient": COEFFICIENT_GATES[moe.combine](parts.dim)}
+    stream, reads_tap = build_stream(config, context, parts), moe.coefficient_input == "tap"
+    needed = sublayers, parts.norm(), stream, schedule, parts.after()
+    return BLOCKS[architecture](*needed, coefficient_reads_tap=reads_tap, **optional)
 
 
 def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoEStream:
@@ -170,12 +124,3 @@ def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoES
     if config.strategy.wire_dtype is not None and context.ep_size > 1:
         dispatcher = Narrowed(dispatcher, getattr(torch, config.strategy.wire_dtype))
     return MoEStream(router, experts, dispatcher, moe.capacity_factor)
-
-
-ARCHITECTURES: dict[str, Callable[[Config, ParallelContext, Parts, Sequence[nn.Module], bool], nn.Module]] = {
-    "top_k": top_k_block,
-    "shared_expert": shared_expert_block,
-    "scmoe": shortcut_block,
-    "dgmoe": double_gate_block,
-    "dgmoe_share": double_gate_block,
-}

@@ -10,44 +10,34 @@ from scmoe.config.rules import IMAGES
 
 
 def build_datamodule(config: Config) -> PositionedDataModule:
+    """Images are opened here, so that missing data is an error before a process is started."""
     data, trainer = config.data, config.trainer
-    common: dict[str, Any] = dict(
+    position: dict[str, Any] = dict(
         global_batch_size=data.global_batch_size,
         accumulate=trainer.accumulate,
         num_batches=trainer.max_steps * trainer.accumulate,
         workers=data.workers,
         seed=config.seed,
     )
-    if data.name in IMAGES:
-        return build_images(config, common)
-    common |= dict(vocab_size=data.vocab_size, seq_len=data.seq_len, val_sequences=data.val_sequences)
     if data.name == "synthetic":
-        return SyntheticDataModule(**common)
+        return SyntheticDataModule(data.vocab_size, seq_len=data.seq_len, val_sequences=data.val_sequences, **position)
+    if data.name in IMAGES:
+        from datamodules.image_sources import open_images  # here, as they need the extra `vision`
+        from datamodules.images import ImageDataModule
     try:
-        return TextDataModule(
-            data.name, data.path, data.subset, tokenizer=data.tokenizer, cache_dir=data.cache_dir, **common
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def build_images(config: Config, common: dict[str, Any]) -> PositionedDataModule:
-    """Open the images here, so that missing data is an error before a process is started."""
-    from datamodules.image_sources import open_images  # here, as they need the extra `vision`
-    from datamodules.images import ImageDataModule
-
-    data = config.data
-    try:
-        return ImageDataModule(
-            open_images(data.name, data.path),
-            image_size=data.image_size,
-            num_classes=data.num_classes,
-            augment=data.augment,
-            mixup=data.mixup,
-            cutmix=data.cutmix,
-            label_smoothing=data.label_smoothing,
-            val_images=data.val_sequences,
-            **common,
-        )
+        if data.name in IMAGES:
+            return ImageDataModule(
+                open_images(data.name, data.path),
+                image_size=data.image_size,
+                num_classes=data.num_classes,
+                augment=data.augment,
+                mixup=data.mixup,
+                cutmix=data.cutmix,
+                label_smoothing=data.label_smoothing,
+                val_images=data.val_sequences,
+                **position,
+            )
+        files = data.name, data.path, data.subset, data.tokenizer, data.vocab_size, data.cache_dir
+        return TextDataModule(*files, seq_len=data.seq_len, val_sequences=data.val_sequences, **position)
     except (ValueError, ModuleNotFoundError) as error:
         raise ConfigError(str(error)) from error

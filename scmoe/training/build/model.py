@@ -1,10 +1,7 @@
-"""Builds the network and the LightningModule of a configuration.
-
-A family is a function in `FAMILIES`. It stacks the blocks (blocks.py) and puts the model around them.
-"""
+"""Builds the network and the LightningModule of a configuration. A family puts its model around blocks (blocks.py)."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -106,20 +103,14 @@ FAMILIES: dict[str, Callable[[Config, ParallelContext], Any]] = {
 
 
 def build_module(config: Config) -> MoEModule:
-    optim, moe = config.optim, config.moe
     images = config.data.name in IMAGES
     task = partial(ImageClassifier, num_classes=config.data.num_classes) if images else LanguageModel
     return task(
         partial(build_model_to_train, config),  # not a lambda: spawned processes get it pickled
         max_steps=config.trainer.max_steps,
-        lr=optim.lr,
-        min_lr_ratio=optim.min_lr_ratio,
-        warmup_steps=optim.warmup_steps,
-        weight_decay=optim.weight_decay,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
+        **asdict(config.optim),
         gradient_clip=config.trainer.gradient_clip,
-        load_balance_coef=moe.load_balance_coef,
-        z_loss_coef=moe.z_loss_coef,
+        load_balance_coef=config.moe.load_balance_coef,
+        z_loss_coef=config.moe.z_loss_coef,
         compile_blocks=config.trainer.compile,
     )

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from scmoe.config.fields import Config, flatten
-from scmoe.config.load import to_yaml
 from scmoe.config.rules import IMAGES, resolve_ep_size
+from scmoe.parallel.lightning_seam import StepProgressBar
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
 from scmoe.training.callbacks.analysis import gating_over_training, similarity_over_training
@@ -20,21 +20,15 @@ from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.callbacks.expert_load import ExpertLoad
 from scmoe.training.callbacks.log_lines import LogLines
 from scmoe.training.callbacks.logged_step import LoggedStep
-from scmoe.training.callbacks.progress_bar import StepProgressBar
 from scmoe.training.callbacks.threads import Threads
 from scmoe.training.callbacks.throughput import Throughput
 from scmoe.training.run.csv_logger import csv_logger
-from scmoe.training.run.directory import create_run_dir, without_keys
 from scmoe.training.run.wandb_logger import wandb_logger
 
 
 def seed_everything(config: Config) -> None:
     """Seed the global generators equally on all ranks. The strategy makes them differ once the weights are drawn."""
     lightning.pytorch.seed_everything(config.seed, verbose=False)
-
-
-def build_run_dir(config: Config, overrides: Sequence[str]) -> Path:
-    return create_run_dir(Path(config.runs_dir), config.name, overrides, to_yaml(without_keys(config)))
 
 
 def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> list[Logger]:
@@ -75,16 +69,13 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
 def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> Trainer:
     trainer, strategy = config.trainer, config.strategy
     threads = trainer.threads or max(1, len(os.sched_getaffinity(0)) // trainer.devices)
+    saving = {"async_checkpoint": strategy.async_checkpoint, "full_checkpoint": strategy.full_checkpoint}
     return Trainer(
         accelerator=trainer.accelerator,
         devices=trainer.devices,
         num_nodes=trainer.num_nodes,
         strategy=ExpertParallelStrategy(
-            resolve_ep_size(config),
-            strategy.timeout_s,
-            strategy.async_checkpoint,
-            strategy.debug_collectives,
-            strategy.full_checkpoint,
+            resolve_ep_size(config), strategy.timeout_s, debug_collectives=strategy.debug_collectives, **saving
         ),
         precision=trainer.precision,
         max_steps=trainer.max_steps,

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.parallel.planner import Overlap, Planner
 from scmoe.parallel.pricing import LayerChoice
-from scmoe.training.callbacks.log_interval import logs_now
+from scmoe.training.callbacks.logged_step import logs_now
 
 
 class AdaptiveSchedule(Callback):
@@ -72,7 +72,7 @@ class AdaptiveSchedule(Callback):
 
 
 def plan_lines(choices: list[LayerChoice]) -> list[str]:
-    """One line for each run of neighbouring layers with the same schedule."""
+    """Return a line for each run of neighbouring layers with the same schedule."""
     lines = []
     for schedule, group in itertools.groupby(enumerate(choices, 1), key=lambda item: item[1].schedule):
         (first, choice), *rest = group

@@ -25,7 +25,6 @@ class Probe(Protocol):
 
     def result(self) -> Tensor:
         """Return what was measured, in a form that can be summed over ranks."""
-        ...
 
     def labels(self) -> list[str]: ...
 
@@ -58,8 +57,7 @@ class Analysis(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep what a resumed run measured before the step that it continues from."""
-        file = self._file(".npz")
-        if file is not None and file.exists():
+        if (file := self._file(".npz")) is not None and file.exists():
             with np.load(file, allow_pickle=False) as stored:
                 self.labels = stored["labels"].tolist()
                 before = zip(stored["steps"].tolist(), stored["values"], strict=True)
@@ -80,23 +78,18 @@ class Analysis(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(self.metrics(values), self.step)
         self.labels, self.records[self.step] = probe.labels(), values
-        self._save()
+        if (file := self._file(".npz")) is not None:
+            steps, labels, values = self._all()
+            try_to_write(file, lambda path: np.savez(path, steps=steps, labels=labels, values=values))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        picture = self._file(".png")
-        if picture is not None and self.records:
+        if (picture := self._file(".png")) is not None and self.records:
             try_to_write(picture, partial(self.draw, *self._all()))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.probe is not None:
             self.probe.remove()
             self.probe = None
-
-    def _save(self) -> None:
-        file = self._file(".npz")
-        if file is not None:
-            steps, labels, values = self._all()
-            try_to_write(file, lambda path: np.savez(path, steps=steps, labels=labels, values=values))
 
     def _all(self) -> tuple[list[int], list[str], np.ndarray]:
         """Return steps, labels and values of all measurements."""

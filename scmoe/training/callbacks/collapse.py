@@ -1,8 +1,7 @@
 """Detects a collapsed router (fault 26): one that keeps sending nearly all tokens to few experts.
 
-Shazeer et al. (2017) describe why it happens: an expert that gets more tokens learns faster, so it gets even more. A
-busy expert alone is no fault: many times the fair share is usual for a while, above all at the start. The alarm
-therefore needs two conditions at once.
+An expert that gets more tokens learns faster, so it gets even more (Shazeer et al. 2017). A busy expert alone is no
+fault: many times the fair share is usual at the start. The alarm therefore needs two conditions at once.
 
     how much    an expert is chosen by more than (K/E + 1) / 2 of all tokens, where each token chooses K of E experts:
                 half of what lies between its fair share, K/E, and all tokens

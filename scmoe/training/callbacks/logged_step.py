@@ -1,4 +1,4 @@
-"""Logs each row under the optimizer step that it belongs to."""
+"""Which batches are logged, and under which optimizer step."""
 
 from typing import Any
 
@@ -12,3 +12,9 @@ class LoggedStep(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         count_steps_from(trainer, trainer.global_step)
+
+
+def logs_now(trainer: Trainer, batch_idx: int) -> bool:
+    """Return True at the last batch of every log_every_n_steps-th optimizer step."""
+    steps, rest = divmod(batch_idx + 1, trainer.accumulate_grad_batches)
+    return rest == 0 and steps % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]

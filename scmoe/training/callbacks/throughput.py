@@ -5,14 +5,14 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from scmoe.training.callbacks.log_interval import logs_now
+from scmoe.training.callbacks.logged_step import logs_now
 
 
 class Throughput(Callback):
     """Logs time/<name>, such as time/tokens_per_s: the rate of all ranks since the last log.
 
     count: tokens, or images, of one batch on all ranks. Time for validation and checkpoints does not count. `mean` is
-    the rate of all batches but the first, which includes allocation and warm-up.
+    the rate of all batches but the first, which includes allocation and warm-up; None where there are no others.
     """
 
     def __init__(self, name: str, count: int) -> None:
@@ -23,8 +23,8 @@ class Throughput(Callback):
         self.warm = False
 
     @property
-    def mean(self) -> float:
-        return self.count * self.batches / self.seconds if self.seconds else float("nan")
+    def mean(self) -> float | None:
+        return self.count * self.batches / self.seconds if self.seconds else None
 
     def on_train_batch_start(self, *_: Any) -> None:
         if self.started is None:

@@ -19,13 +19,12 @@ from scmoe.parallel.checkpoint.export import FORMAT_VERSION
 class Checkpoint(NamedTuple):
     """Weights that were read, and what is known about them.
 
-    settings: the config's keys that the weights belong to, as far as the files say.
     problems: messages about what is missing, unknown or different; with any, no weight may be loaded.
     """
 
     weights: dict[str, Tensor]  # under our names, in the layout of our parameters
     labels: dict[str, str]  # the name of each in the files
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # the config's keys that the weights belong to, as far as the files say
     problems: list[str]
 
 
@@ -97,9 +96,7 @@ Names = dict[str, list[str]]  # our name: their names, which are concatenated al
 
 # The parts of a dense block: our names, GPT-2's and LLaMA's.
 BLOCK = ("0.norm", "0.f.qkv", "0.f.out", "1.norm", "1.f.w_in", "1.f.w_out")
-
 GPT2_BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-
 LLAMA_BLOCK = (
     *("input_layernorm", "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "self_attn.o_proj"),
     *("post_attention_layernorm", "mlp.gate_proj mlp.up_proj", "mlp.down_proj"),
@@ -112,13 +109,11 @@ def read_gpt2(config: dict[str, Any]) -> Reading:
     gelu = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
     problems = others(
         config,
-        {
-            "layer_norm_epsilon": 1e-5,
-            "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False,
-            "add_cross_attention": False,
-            "tie_word_embeddings": True,
-        },
+        layer_norm_epsilon=1e-5,
+        scale_attn_weights=True,
+        scale_attn_by_inverse_layer_idx=False,
+        add_cross_attention=False,
+        tie_word_embeddings=True,
     )
     settings = {
         "model.family": "gpt",
@@ -146,15 +141,13 @@ def read_llama(config: dict[str, Any]) -> Reading:
     }
     problems = others(
         flat,
-        {
-            "rms_norm_eps": NORM_EPS,
-            "rope_theta": 10000.0,
-            "rope_type": "default",
-            "hidden_act": "silu",
-            "head_dim": dim // heads,
-            "attention_bias": False,
-            "mlp_bias": False,
-        },
+        rms_norm_eps=NORM_EPS,
+        rope_theta=10000.0,
+        rope_type="default",
+        hidden_act="silu",
+        head_dim=dim // heads,
+        attention_bias=False,
+        mlp_bias=False,
     )
     settings = {
         "model.family": "llama",
@@ -185,13 +178,10 @@ def block_names(theirs: Sequence[str], part: str, prefix: str, layers: int) -> N
     }
 
 
-def others(config: Mapping[str, Any], allowed: Mapping[str, Any]) -> list[str]:
+def others(config: Mapping[str, Any], **allowed: Any) -> list[str]:
     """Return a message for each setting that our models do not support."""
-    return [
-        f"{key} is {config[key]!r}, allowed: {value!r}"
-        for key, value in allowed.items()
-        if config.get(key, value) != value
-    ]
+    different = {key: value for key, value in allowed.items() if config.get(key, value) != value}
+    return [f"{key} is {config[key]!r}, allowed: {value!r}" for key, value in different.items()]
 
 
 READERS = {"gpt2": read_gpt2, "llama": read_llama}

@@ -11,10 +11,9 @@ from scmoe.training.run.writing import warn_once
 
 
 def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
-    """Return the logger of metrics.csv.
+    """Return the logger of metrics.csv. resumed_step: that of the checkpoint from which the run continues.
 
-    resumed_step: of the checkpoint that the run continues from. Rows before it are kept (Lightning's logger deletes the
-    file), later ones will be logged again.
+    Earlier rows are kept (Lightning's logger deletes the file), later ones will be logged again.
     """
     path, kept = run_dir / "metrics.csv", []
     if resumed_step is not None and path.exists():

@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from scmoe.training.run import redact
+from scmoe.training.run.redact import without_keys
 from scmoe.training.run.writing import write_aside
 
 SAY_NOTHING = re.compile(r"name|runs_dir|logger\..*|trainer\.progress|data\.cache_dir")  # keys that no name needs
@@ -72,10 +72,7 @@ def point_latest(root: Path, run_dir: Path) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Return command line, versions, machine and the state of the code, without keys.
-
-    Environment variables are left out: they hold keys.
-    """
+    """Return command line, versions, machine and code. Environment variables are left out: they hold keys."""
     packages = {}
     for name in ("scmoe", "torch", "lightning", "omegaconf", "wandb", "numpy", "tokenizers"):
         try:
@@ -100,11 +97,6 @@ def git(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def without_keys(value: Any) -> Any:
-    """Return a text, a config or the like without keys of this process's environment; see redact.py."""
-    return redact.without_keys(value, os.environ)
 
 
 def relative(path: Path) -> Path:

@@ -12,9 +12,10 @@ from scmoe.config.load import to_yaml
 from scmoe.parallel.checkpoint.durable import verify
 from scmoe.parallel.lightning_seam import rank_without_trainer
 from scmoe.training.build.model import build_model_on_meta
-from scmoe.training.build.trainer import build_loggers, build_run_dir
-from scmoe.training.run.directory import relative, without_keys, write_config
+from scmoe.training.build.trainer import build_loggers
+from scmoe.training.run.directory import create_run_dir, relative, write_config
 from scmoe.training.run.loggers import close_loggers, describe
+from scmoe.training.run.redact import without_keys
 from scmoe.training.run.report import config_tree, console, count_parameters, model_table
 from scmoe.training.run.state import write_state
 
@@ -39,7 +40,7 @@ def open_run(config: Config, overrides: Sequence[str], run_dir: Path | None, che
         return
     kept = without_keys(config)
     if run_dir is None:
-        run_dir = build_run_dir(config, overrides)
+        run_dir = create_run_dir(Path(config.runs_dir), config.name, overrides, to_yaml(kept))
     else:
         write_config(run_dir, to_yaml(kept))
     run, state = Run(run_dir), "failed"

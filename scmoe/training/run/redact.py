@@ -1,28 +1,24 @@
 """Removes keys from what a run keeps of itself (fault 33): its config, its command line, changes to the code."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 STARS = "*****"
-
 NAMES = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)  # of environment variables that hold keys
-
 SHORTEST = 8  # characters of a key; a shorter value would also match harmless text
-
 SHAPES = re.compile(
     r"(?<![\w/])[0-9a-f]{40}(?![\w/])"  # W&B's; within a path it is the name of a snapshot
-    r"|wandb_v\d+_\w{20,}"
-    r"|hf_[A-Za-z0-9]{20,}"
+    r"|wandb_v\d+_\w{20,}|hf_[A-Za-z0-9]{20,}"
 )
 
 
-def without_keys(value: Any, variables: Mapping[str, str]) -> Any:
+def without_keys(value: Any, variables: Mapping[str, str] = os.environ) -> Any:
     """Return `value` with stars for keys, in texts, lists, mappings and dataclasses.
 
-    A key is what looks like one of W&B or Hugging Face, and each line of an environment variable whose name says that
-    it holds a key.
+    Keys are what looks like one of W&B or Hugging Face, and the lines of variables whose name ends like one in NAMES.
     """
     lines = {line.strip() for name, text in variables.items() if NAMES.search(name) for line in text.splitlines()}
     keys = sorted((line for line in lines if len(line) >= SHORTEST), key=len, reverse=True)

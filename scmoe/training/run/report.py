@@ -116,9 +116,7 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
     return Panel(table, title="run finished", title_align="left")
 
 
-def console(stderr: bool = False) -> Console:
-    """Return a console on standard output (error): as wide as the terminal, or 100 columns without one."""
-    made = Console(stderr=stderr, highlight=False)
-    if not made.is_terminal:
-        made = Console(stderr=stderr, highlight=False, width=100)
-    return made
+def console() -> Console:
+    """Return a console on standard output: as wide as the terminal, or 100 columns without one."""
+    terminal = Console(highlight=False)
+    return terminal if terminal.is_terminal else Console(highlight=False, width=100)

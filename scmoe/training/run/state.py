@@ -10,7 +10,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from scmoe.training.run.writing import try_to_write
+from scmoe.training.run.writing import write_json
 
 FILE = "state.json"
 
@@ -18,14 +18,12 @@ FILE = "state.json"
 def write_state(run_dir: Path, state: str) -> None:
     """Write the state of the run that this process makes."""
     process = {"pid": os.getpid(), "started": start_of(os.getpid()), "host": platform.node()}
-    text = json.dumps({"state": state, **process}) + "\n"
-    try_to_write(run_dir / FILE, lambda path: path.write_text(text))
+    write_json(run_dir / FILE, {"state": state, **process})
 
 
 def read_state(run_dir: Path) -> str:
     """Return running, finished, failed or cut. An old run without state.json is finished if it has a summary."""
-    path = run_dir / FILE
-    if not path.exists():
+    if not (path := run_dir / FILE).exists():
         return "finished" if (run_dir / "summary.json").exists() else "cut"
     kept: dict[str, Any] = json.loads(path.read_text())
     gone = kept["host"] == platform.node() and start_of(kept["pid"]) != kept["started"]

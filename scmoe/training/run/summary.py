@@ -1,6 +1,5 @@
 """The end of a run: its summary, samples of its text, and the commands that can follow."""
 
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +29,7 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     total, active = report.total_and_active(report.count_parameters(module.model))
     throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
-    rate = None if math.isnan(throughput.mean) else throughput.mean
+    rate = throughput.mean
     if isinstance(data, SequenceDataModule):
         unigram, tokens, of_images = data.unigram_bits_per_byte(), 1, {}
     else:  # a token of an image is a patch, its perplexity is over classes, and it has no bytes of text
@@ -42,7 +41,7 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
         "perplexity": metrics.get("val/perplexity", exp_loss),
         "bits_per_byte": metrics.get("val/bits_per_byte"),
         "unigram_bits_per_byte": unigram,
-        "tokens_per_s": None if rate is None else rate * tokens,
+        "tokens_per_s": rate and rate * tokens,
         "steps": steps,
         "params_total": total,
         "params_active": active,
@@ -59,11 +58,10 @@ def sample_text(trainer: Trainer, module: MoEModule, data: PositionedDataModule)
     if not isinstance(data, TextDataModule):
         return []
     device = trainer.strategy.root_device
-    model = module.to(device).eval().model
-    start = torch.full((SAMPLES, 1), data.end_of_text, device=device)
+    start = torch.full((SAMPLES, 1), data.tokenizer.end_of_text, device=device)
     with torch.inference_mode():
-        ids = generate(model, start, SAMPLE_TOKENS)
-    return [data.decode(row[1:].tolist()) for row in ids]
+        ids = generate(module.to(device).eval().model, start, SAMPLE_TOKENS)
+    return [data.tokenizer.decode(row[1:].tolist()) for row in ids]
 
 
 def print_summary(run_dir: Path, summary: Mapping[str, Any], samples: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Trains one configuration, from its run directory to its report. Every rank calls `train`."""
 
-import logging as std_logging
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -46,15 +46,14 @@ def train(config: Config, overrides: Sequence[str] = (), run_dir: Path | None = 
 
 def hush_lightning() -> None:
     """Silence the messages and warnings of Lightning that do not apply here."""
-    std_logging.getLogger("lightning.pytorch").setLevel(std_logging.WARNING)
-    std_logging.getLogger("lightning.fabric").setLevel(std_logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",  # tokens come from a memory map: workers would only cost memory
         ".*dataloader is not resumable.*",  # it is: the sampler starts at the datamodule's position
         ".*recommended to use `self.log.*sync_dist=True.*",  # these values are already equal on all ranks
         ".*isinstance.treespec, LeafSpec.*",  # a deprecation in torch that only Lightning can fix
         ".*is not empty.*",  # the checkpoint directory of a resumed run
-        ".*the total number of batches.*logging interval.*",
-        ".*number of training batches.*is smaller than the logging interval.*",
+        ".*number of.*batches.*logging interval.*",
     ):
         warnings.filterwarnings("ignore", message)

@@ -17,15 +17,12 @@ from lightning.pytorch.loggers import WandbLogger
 
 from scmoe.config.fields import ConfigError
 from scmoe.parallel.checkpoint.durable import MANIFEST
-from scmoe.training.run.directory import without_keys
-from scmoe.training.run.writing import try_to_write
+from scmoe.training.run.redact import without_keys
+from scmoe.training.run.writing import write_json
 
 INIT_TIMEOUT_S = 20.0  # how long a server may take to answer
-
 FINISH_TIMEOUT_S = 60.0  # how long the last uploads may take; the rest stays in the run directory
-
 UPLOAD_BYTES_PER_S = 1e6  # the slowest upload of a checkpoint that is waited for
-
 WANDB_TROUBLE = (wandb.Error, OSError)  # the server refuses or does not answer, or W&B's own process is gone
 
 
@@ -63,8 +60,7 @@ def wandb_logger(
         run_id = json.loads(record.read_text())["id"]
     else:
         run_id = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]  # a sweep's agent sets the id of its trial
-        text = json.dumps({"id": run_id, "project": project, "mode": resolved})
-        try_to_write(record, lambda path: path.write_text(text))
+        write_json(record, {"id": run_id, "project": project, "mode": resolved})
     settings = wandb.Settings(
         console="off",
         silent=True,
