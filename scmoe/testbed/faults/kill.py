@@ -103,22 +103,18 @@ def inspect(rank: int, world_size: int, folders: list[Path]) -> list[dict[str, i
     trainer = one_step(world_size, folders[0].parent / "inspect")
     found = []
     for folder in folders:
+        lost = mixed = False
         try:
             durable.newest_good(folder)  # before the leftovers are removed
             durable.sweep(folder)
             path = durable.newest_good(folder)
             load_checkpoint(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
         except (FileNotFoundError, durable.BrokenCheckpoint):
-            found.append({"lost": 1, "mixed": 0, "leftovers": len(os.listdir(folder)) - 1})
-            continue
-        steps = {float(value) for t in tensors(trainer).values() for value in t.unique()}
-        found.append(
-            {
-                "lost": 0,
-                "mixed": int(steps not in ({OLD}, {NEW}) or steps != {durable.verify(path)}),
-                "leftovers": len(os.listdir(folder)) - 1,
-            }
-        )
+            lost = True
+        else:
+            steps = {float(value) for t in tensors(trainer).values() for value in t.unique()}
+            mixed = steps not in ({OLD}, {NEW}) or steps != {durable.verify(path)}
+        found.append({"lost": int(lost), "mixed": int(mixed), "leftovers": len(os.listdir(folder)) - 1})
     return found
 
 
