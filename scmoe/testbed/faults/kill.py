@@ -75,9 +75,10 @@ def save_over(
             os.kill(os.getpid(), signal.SIGKILL)
         done.append(what)
 
-    if rank == (world_size - 1 if victim == "last" else 0):
+    is_victim = rank == (world_size - 1 if victim == "last" else 0)
+    if is_victim:
         at_each_operation(note)
-    if after_s is not None and (victim == "all" or rank == (world_size - 1 if victim == "last" else 0)):
+    if after_s is not None and (victim == "all" or is_victim):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel ends the process, whatever it is doing
         signal.setitimer(signal.ITIMER_REAL, after_s)
     start = time.monotonic()
