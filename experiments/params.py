@@ -6,21 +6,19 @@ those that one token uses.
 
 import json
 import sys
-from pathlib import Path
 
 from experiments import command, parser
-
-PRESETS = Path("configs/model")
 
 
 @command
 def main(arguments: list[str]) -> int:
     options = parser("params", __doc__)
-    options.add_argument("presets", nargs="*", help=f"names of files in {PRESETS}, without .yaml (default: all)")
-    names = options.parse_args(arguments).presets or sorted(path.stem for path in PRESETS.glob("*.yaml"))
-    from scmoe.studies.parameters import ARCHITECTURES, count, parameters_table
+    options.add_argument("presets", nargs="*", help="names of files in configs/model, without .yaml (default: all)")
+    given = options.parse_args(arguments)
+    from scmoe.studies.parameters import ARCHITECTURES, PRESETS, count, parameters_table
     from scmoe.training.run.report import console
 
+    names = given.presets or sorted(path.stem for path in PRESETS.glob("*.yaml"))
     counts = {name: {architecture: count(name, architecture) for architecture in ARCHITECTURES} for name in names}
     console().print(parameters_table(counts))
     print(json.dumps(counts))

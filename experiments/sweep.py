@@ -24,26 +24,22 @@ def main(arguments: list[str]) -> int:
     options.add_argument("overrides", metavar="key=value", nargs="*", help="for every trial")
     given, unknown = options.parse_known_intermixed_args(arguments)  # --key=value is an override too
     given.overrides += unknown
-    from scmoe.studies.sweep.sweep_file import Sweep, read
+    from scmoe.studies.sweep.sweep_file import read
 
     if wrong := [word for word in given.overrides if "=" not in word]:
         raise ConfigError(f"command line: {wrong[0]!r}, allowed: --local, key=value")
-    sweep: Sweep = read(given.file, given.overrides)
+    sweep = read(given.file, given.overrides)
     if not given.local:
         from scmoe.training.run.wandb_logger import has_wandb_key
 
         if has_wandb_key():
-            return run_online(sweep)
+            from scmoe.studies.sweep.wandb_sweep import run_online
+
+            path, code = run_online(sweep, lambda line: print(line, flush=True))
+            print(json.dumps({"sweep": path, "exit_code": code}), flush=True)
+            return code if code >= 0 else 128 - code
     again = shlex.quote(shlex.join(["--local", *given.overrides]))
     return run_here(sweep, f"make sweep CONFIG={shlex.quote(given.file)} ARGS={again}")
-
-
-def run_online(sweep: Any) -> int:
-    from scmoe.studies.sweep import wandb_sweep
-
-    path, code = wandb_sweep.run_online(sweep, lambda line: print(line, flush=True))
-    print(json.dumps({"sweep": path, "exit_code": code}), flush=True)
-    return code if code >= 0 else 128 - code
 
 
 def run_here(sweep: Any, again: str) -> int:

@@ -45,9 +45,9 @@ def check(place: str, mapping: Any, rules: Mapping[str, Rule], required: Collect
             raise ConfigError(f"{prefix}{key} is missing, allowed: {rules[key][1]}")
     for key, (is_allowed, allowed) in rules.items():
         if key in mapping and not is_allowed(mapping[key]):
-            yaml_reads = "; YAML reads 1e-3 as a text, 1.0e-3 as a number"
-            hint = yaml_reads if allowed == NUMBER[1] and isinstance(mapping[key], str) else ""
-            raise refusal(f"{prefix}{key}", mapping[key], f"{allowed}{hint}")
+            is_text = allowed.startswith(NUMBER[1]) and isinstance(mapping[key], str)
+            hint = "; YAML reads 1e-3 as a text, 1.0e-3 as a number" if is_text else ""
+            raise refusal(f"{prefix}{key}", mapping[key], allowed + hint)
 
 
 def refusal(key: str, value: Any, allowed: str) -> ConfigError:

@@ -7,7 +7,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from scmoe.studies.runs import SeenRun, differences
@@ -17,9 +17,9 @@ STYLES = ("-", "--", ":")  # for more runs than colours
 
 
 def results_table(runs: Sequence[SeenRun], letters: Sequence[str]) -> Table:
-    table = Table("", "run", "state", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("steps", "best val loss", "last val loss", "tokens (images)/s"):
-        table.add_column(name, justify="right")
+    names = ("steps", "best val loss", "last val loss", "tokens (images)/s")
+    numbers = [Column(name, justify="right") for name in names]
+    table = Table("", "run", "state", *numbers, box=box.SIMPLE_HEAD, pad_edge=False)
     for letter, run in zip(letters, runs, strict=True):
         curve, speed = run.curve("val/loss"), run.per_s
         losses = [f"{run.best_loss:.4f}", f"{curve[-1][1]:.4f}"] if curve else ["", ""]
@@ -69,7 +69,6 @@ def draw(runs: Sequence[SeenRun], letters: Sequence[str], path: Path) -> None:
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("loss, nats")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=1, frameon=False, fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=1, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -6,7 +6,7 @@ read off the model on the meta device; the formulas are in scmoe/analysis/cost.p
 
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from scmoe.analysis.cost import forward_flops, moe_uses, rank_parameters, training_flops, transfer_bytes
 from scmoe.analysis.memory import rank_memory
@@ -25,28 +25,16 @@ def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
     total, active = total_and_active(count_parameters(model))
     replicated, experts = rank_parameters(model, ep_size)
     samples = data.global_batch_size // (ep_size * dp_size * trainer.accumulate)
-    pictures = config.model.family == "swin"
-    unit, tokens = ("image", 1) if pictures else ("token", data.seq_len)
+    unit, tokens = ("image", 1) if config.model.family == "swin" else ("token", data.seq_len)
     forward = forward_flops(model, data.seq_len)
-    recompute = trainer.recompute
-    sent = transfer_bytes(model, trainer.precision)
-    rows = model.rows_per_sample(data.seq_len)
+    sent, rows = transfer_bytes(model, trainer.precision), model.rows_per_sample(data.seq_len)
     together = sum(size * rows[moe] for size, (moe, _) in zip(sent, moe_uses(model), strict=True)) / tokens
-    memory = rank_memory(
-        model,
-        seq_len=data.seq_len,
-        samples=samples,
-        precision=trainer.precision,
-        ep_size=ep_size,
-        dp_size=dp_size,
-        recompute=recompute,
-        on_gpu=trainer.accelerator != "cpu",
-    )
+    given: dict[str, Any] = {"ep_size": ep_size, "dp_size": dp_size}
+    given |= {"precision": trainer.precision, "recompute": trainer.recompute}
+    on_gpu = trainer.accelerator != "cpu"
+    memory = rank_memory(model, seq_len=data.seq_len, samples=samples, on_gpu=on_gpu, **given)
     return {
-        "ep_size": ep_size,
-        "dp_size": dp_size,
-        "precision": trainer.precision,
-        "recompute": recompute,
+        **given,
         "samples_per_rank": samples,
         "params_total": total,
         "params_active": active,
@@ -54,7 +42,7 @@ def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
         "params_per_rank_experts": experts,
         "unit": unit,
         "flops_forward": sum(forward.values()) / tokens,
-        "flops_training": training_flops(forward, recompute) / tokens,
+        "flops_training": training_flops(forward, trainer.recompute) / tokens,
         "flops_forward_by_kind": {kind: flops / tokens for kind, flops in forward.items()},
         "all_to_all_bytes_per_token_and_transfer": sent,
         "all_to_all_bytes_forward": 2 * together,
@@ -66,37 +54,32 @@ def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
 
 def estimate_table(facts: dict[str, Any]) -> Table:
     ep, dp, sent = facts["ep_size"], facts["dp_size"], facts["all_to_all_bytes_per_token_and_transfer"]
-    made = Table(title=f"estimate for EP {ep} x DP {dp}, {facts['precision']}", title_justify="left")
-    for column in ("of", "number", "how"):
-        made.add_column(column, justify="right" if column == "number" else "left")
-    whole, a_token, a_rank = facts["params_total"], facts["params_active"], facts["params_per_rank"]
-    made.add_row("parameters", f"{whole:,}", f"{a_token:,} active per token")
-    made.add_row(
-        "parameters of a rank", f"{a_rank:,}", f"{facts['params_per_rank_experts']:,} in 1/{ep} of the experts"
-    )
-    made.add_section()
+    title = f"estimate for EP {ep} x DP {dp}, {facts['precision']}"
+    made = Table("of", Column("number", justify="right"), "how", title=title, title_justify="left")
+    made.add_row("parameters", f"{facts['params_total']:,}", f"{facts['params_active']:,} active per token")
+    of_experts = f"{facts['params_per_rank_experts']:,} in 1/{ep} of the experts"
+    made.add_row("parameters of a rank", f"{facts['params_per_rank']:,}", of_experts, end_section=True)
     unit = {"token": "a token", "image": "an image"}[facts["unit"]]
     by_kind = ", ".join(f"{kind} {flops / 1e9:.3g}" for kind, flops in facts["flops_forward_by_kind"].items())
     formula = "2 x weights of every product + 4 S D of every attention: "
     made.add_row(f"GFLOPs of {unit}, forward", f"{facts['flops_forward'] / 1e9:.4g}", formula + by_kind)
     again = " + forward of what is recomputed" if facts["recompute"] else ""
-    made.add_row(f"GFLOPs of {unit}, training", f"{facts['flops_training'] / 1e9:.4g}", f"3 x forward{again}")
-    made.add_section()
+    flops = f"{facts['flops_training'] / 1e9:.4g}"
+    made.add_row(f"GFLOPs of {unit}, training", flops, f"3 x forward{again}", end_section=True)
     forward, training = (facts[f"all_to_all_bytes_{kind}"] for kind in ("forward", "training"))
     widths = " | ".join(f"{size:,.0f}" for size in sorted(set(sent))) or "no MoE module"
     made.add_row("All-to-All bytes of a token", widths, "one transfer of one MoE module")
     made.add_row(f"  of {unit}, forward", f"{forward:,.0f}", f"dispatch and combine, {len(sent)} modules")
     made.add_row(f"  of {unit}, training", f"{training:,.0f}", "and their gradients")
-    made.add_row("  of which travel", f"{training * facts['all_to_all_share_that_travels']:,.0f}", f"{ep - 1} of {ep}")
-    made.add_section()
+    travel = f"{training * facts['all_to_all_share_that_travels']:,.0f}"
+    made.add_row("  of which travel", travel, f"{ep - 1} of {ep}", end_section=True)
+    recompute = "on" if facts["recompute"] else "off"
     how = {
-        "weights": "",
         "gradients": "" if dp == 1 else "and the experts' while they are averaged",
         "optimizer": "AdamW's two moments",
-        "activations": f"estimate, batch of {facts['samples_per_rank']} a rank, recompute "
-        + ("on" if facts["recompute"] else "off"),
+        "activations": f"estimate, batch of {facts['samples_per_rank']} a rank, recompute {recompute}",
         "total": "without the allocator's gaps and buffers of transfers",
     }
     for name, size in facts["memory_bytes"].items():
-        made.add_row(f"MiB of a rank: {name}", f"{size / MIB:,.0f}", how[name])
+        made.add_row(f"MiB of a rank: {name}", f"{size / MIB:,.0f}", how.get(name, ""))
     return made

@@ -16,15 +16,10 @@ from scmoe.schedule.timeline import COLORS, draw, play
 # Units of one MLP: attention 3 (Table 1's rows imply 3 : 1), and transfers such that a top-2 pair spends about half
 # its time in them (testbed: share 0.52).
 TIMES = {
-    "route": 0.1,
-    "encode": 0.1,
-    "decode": 0.1,
     "attention": 3.0,
-    "mlp": 1.0,
-    "shared_expert": 1.0,
-    "experts": 1.0,
-    "dispatch": 2.45,
-    "combine": 2.45,
+    **dict.fromkeys(("mlp", "shared_expert", "experts"), 1.0),
+    **dict.fromkeys(("dispatch", "combine"), 2.45),
+    **dict.fromkeys(("route", "encode", "decode"), 0.1),
 }
 
 
@@ -53,25 +48,16 @@ def pair(path: Path) -> None:
     axis.set_ylim(0, 6.4)
     axis.axis("off")
     backbone, stream = 4.6, 1.5
-    boxes = [
-        ("attention", "Attention", 2.5, backbone),
-        ("mlp", "MLP", 6.5, backbone),
-        ("attention", "Attention", 10.5, backbone),
-        ("shared_expert", "Shared\nexpert", 14.5, backbone),
-        ("route", "Gate,\nencode", 6.0, stream),
-        ("dispatch", "All-to-All\ndispatch", 8.6, stream),
-        ("experts", "Experts", 11.2, stream),
-        ("combine", "All-to-All\ncombine", 13.8, stream),
-        ("route", "Decode", 16.4, stream),
-    ]
-    for kind, label, x, y in boxes:
-        _box(axis, x, y, label, COLORS.get(kind, "#8a817c"))
-    for start, end in ((0.3, 1.5), (3.5, 5.5), (7.5, 9.5), (11.5, 13.5), (15.5, 17.55)):
-        _arrow(axis, (start, backbone), (end, backbone))
-    for start, end in ((7.0, 7.6), (9.6, 10.2), (12.2, 12.8), (14.8, 15.4)):
-        _arrow(axis, (start, stream), (end, stream))
+    for i, label in enumerate(("Attention", "MLP", "Attention", "Shared\nexpert")):
+        x = 2.5 + 4 * i
+        _box(axis, x, backbone, label)
+        _arrow(axis, (max(0.3, x - 3), backbone), (x - 1, backbone))
+    _arrow(axis, (15.5, backbone), (17.55, backbone))
+    for i, label in enumerate(("Gate,\nencode", "All-to-All\ndispatch", "Experts", "All-to-All\ncombine", "Decode")):
+        x = 6.0 + 2.6 * i
+        _box(axis, x, stream, label)
+        _arrow(axis, (x - 1.6 if i else 4.3, stream), (x - 1, stream))
     axis.plot([4.3, 4.3], [backbone, stream], color="black", linewidth=1.3)
-    _arrow(axis, (4.3, stream), (5.0, stream))
     axis.text(4.15, 3.1, "shortcut\n(tap, Pos-2)", ha="right", va="center", fontsize=9)
     axis.plot([17.4, 18.0], [stream, stream], color="black", linewidth=1.3)
     _arrow(axis, (18.0, stream), (18.0, backbone - 0.45))
@@ -87,7 +73,8 @@ def pair(path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _box(axis: Axes, x: float, y: float, label: str, color: str) -> None:
+def _box(axis: Axes, x: float, y: float, label: str) -> None:
+    color = COLORS.get(label.lower().replace("all-to-all\n", "").replace("\n", "_"), "#8a817c")
     axis.add_patch(FancyBboxPatch((x - 0.95, y - 0.5), 1.9, 1.0, boxstyle="round,pad=0.06", color=color))
     axis.text(x, y, label, ha="center", va="center", color="white", fontsize=9)
 

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -116,8 +116,7 @@ def last_line(log: Path) -> str:
 
 
 def _tail(log: Path) -> str:
-    if not log.exists():
-        return ""
-    with log.open("rb") as file:
+    with suppress(FileNotFoundError), log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - LOG_TAIL))
         return file.read().decode(errors="replace")
+    return ""

@@ -5,7 +5,7 @@ Presets are the files of configs/model. Models are built on the meta device, so 
 
 from pathlib import Path
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from scmoe.config.load import load
 from scmoe.training.build.model import build_model_on_meta
@@ -42,13 +42,11 @@ def count(preset: str, architecture: str) -> dict[str, int]:
 
 
 def parameters_table(counts: dict[str, dict[str, dict[str, int]]]) -> Table:
-    made = Table("preset", "architecture", title="parameters", title_justify="left", title_style="bold")
-    for column in ("total", "active per token", "paper"):
-        made.add_column(column, justify="right")
+    numbers = [Column(name, justify="right") for name in ("total", "active per token", "paper")]
+    made = Table("preset", "architecture", *numbers, title="parameters", title_justify="left", title_style="bold")
     for preset, rows in counts.items():
         for i, (architecture, sizes) in enumerate(rows.items()):
-            paper = PAPER.get((preset, architecture), "")
-            name = preset if i == 0 else ""
+            paper, name = PAPER.get((preset, architecture), ""), preset if i == 0 else ""
             made.add_row(name, architecture, f"{sizes['total']:,}", f"{sizes['active']:,}", paper)
         made.add_section()
     return made

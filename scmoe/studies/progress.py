@@ -22,40 +22,30 @@ class Watch:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total}"))
         facts = (TimeElapsedColumn(), TextColumn("{task.fields[left]}"), TextColumn("{task.fields[note]}"))
         screen = Console(file=sys.stderr)  # this one, also while a training in this process prints into its log
-        self.bar = Progress(*columns, *facts, console=screen) if screen.is_terminal else None
-        self.task = self.bar.add_task("", total=None, left="", note="") if self.bar else None
+        self.bar = Progress(*columns, *facts, console=screen, disable=not screen.is_terminal)
+        self.task = self.bar.add_task("", total=None, left="", note="")
 
     def __enter__(self) -> Self:
-        if self.bar:
-            self.bar.start()
+        self.bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.bar:
-            self.bar.stop()
+        self.bar.stop()
 
     def __call__(self, batch: Batch, ended: Job | None) -> None:
-        left = time_left(batch)
-        if self.bar and self.task is not None:
-            self.bar.update(self.task, completed=batch.done(), total=batch.total, left=left, note=self.note())
+        seconds = batch.seconds_left()
+        left = f"about {clock(seconds)} left" if seconds else ""
+        self.bar.update(self.task, completed=batch.done(), total=batch.total, left=left, note=self.note())
         if ended:
             facts = [ended.state.error or self.result(ended), clock(ended.state.seconds), left]
             self.say(f"{ended.title} {ended.state.status}: {', '.join(filter(None, facts))}")
-        elif not self.bar and time.monotonic() - self.said > SAY_EVERY_S:
+        elif self.bar.disable and time.monotonic() - self.said > SAY_EVERY_S:
             of = f" of {batch.total}" if batch.total else ""
             self.say(f"{batch.done():.1f}{of} done{', ' if left else ''}{left}")
 
     def say(self, line: str) -> None:
         self.said = time.monotonic()
-        if self.bar:
-            self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-
-def time_left(batch: Batch) -> str:
-    seconds = batch.seconds_left()
-    return f"about {clock(seconds)} left" if seconds else ""
+        self.bar.console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def clock(seconds: float) -> str:

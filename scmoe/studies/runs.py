@@ -13,7 +13,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from scmoe.config.fields import Config, ConfigError, flatten
@@ -149,12 +149,11 @@ def own_words(runs: Sequence[SeenRun]) -> dict[SeenRun, str]:
 
 
 def table_of(runs: Sequence[SeenRun], folder: Path) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run", overflow="fold")
-    table.add_column("state", no_wrap=True)
-    for name in ("steps", "best val loss", "tokens/s", "age"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("differs in", overflow="fold")
+    names = ("steps", "best val loss", "tokens/s", "age")
+    numbers = [Column(name, justify="right", no_wrap=True) for name in names]
+    state, words_column = Column("state", no_wrap=True), Column("differs in", overflow="fold")
+    columns = [Column("run", overflow="fold"), state, *numbers, words_column]
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     words = own_words(runs)
     for run in runs:
         best, speed = run.best_loss, run.per_s

@@ -45,7 +45,7 @@ BAD = [
     ("command", NO_CONFIG, "command is ["),
     ("command", GOOD["command"][:-1], "command is ["),
     ("command", ENVIRONMENT, "command has 'name=${envvar:HOME}'"),
-    ("command", None, "command is ["),
+    ("command", None, "command is missing, allowed: [..., experiments.train, CONFIG"),
     ("parameters/optim.lr", 1e-3, "parameters.optim.lr is 0.001"),
     ("parameters/optim.lr", {"values": []}, "parameters.optim.lr.values is []"),
     ("parameters/optim.lr", {"values": [1e-3], "value": 1}, "unknown key 'values' in parameters.optim.lr"),

@@ -72,7 +72,7 @@ def table(tmp_path):
         calls = tmp_path / "calls"
 
         def plan(self, *overrides: str) -> list[Run]:
-            scale = Scale("smoke", ROOT / "configs/debug.yaml", 2, 2)
+            scale = Scale(ROOT / "configs/debug.yaml", 2, 2)
             runs = plan_runs(
                 replace(load_table("table3", CONFIGS), rows=self.rows), scale, tmp_path / "t", 2, overrides
             )

@@ -14,29 +14,26 @@ from typing import Any
 from scmoe.config.fields import ConfigError
 from scmoe.studies.checks import LIST, NUMBER, Rule, check, is_int, is_number, refusal
 
-# Keys of each distribution: those that are required, and those that have a default.
-BOUNDS, NORMAL = ("min max", ""), ("", "mu sigma")
-DISTRIBUTIONS = {
-    "constant": ("value", ""),
-    "categorical": ("values", ""),
-    "categorical_w_probabilities": ("values probabilities", ""),
-    **dict.fromkeys(("int_uniform", "uniform", "log_uniform", "log_uniform_values"), BOUNDS),
-    **dict.fromkeys(("inv_log_uniform", "inv_log_uniform_values"), BOUNDS),
-    **dict.fromkeys(("q_uniform", "q_log_uniform", "q_log_uniform_values"), ("min max", "q")),
-    **dict.fromkeys(("normal", "log_normal"), NORMAL),
-    **dict.fromkeys(("q_normal", "q_log_normal"), ("", "mu sigma q")),
+BOUNDED = ("int_uniform", "uniform", "log_uniform", "log_uniform_values", "inv_log_uniform", "inv_log_uniform_values")
+DISTRIBUTIONS = {  # and their keys, which are required unless they have a default
+    **{"constant": "value", "categorical": "values", "categorical_w_probabilities": "values probabilities"},
+    **dict.fromkeys(BOUNDED, "min max"),
+    **dict.fromkeys(("q_uniform", "q_log_uniform", "q_log_uniform_values"), "min max q"),
+    **{"normal": "mu sigma", "log_normal": "mu sigma", "q_normal": "mu sigma q", "q_log_normal": "mu sigma q"},
 }
+DEFAULTS = {"mu": 0, "sigma": 1, "q": 1}
 ANY: Rule = (lambda value: True, "a value")
+POSITIVE: Rule = (lambda value: is_number(value) and value > 0, "a number above 0")
 RULES = {
-    **{"value": ANY, "values": LIST, "probabilities": LIST},
-    **dict.fromkeys(("min", "max", "mu", "sigma", "q"), NUMBER),
+    **{"distribution": ANY, "value": ANY, "values": LIST, "probabilities": LIST, "sigma": POSITIVE, "q": POSITIVE},
+    **dict.fromkeys(("min", "max", "mu"), NUMBER),
 }
 GRID = ("constant", "categorical", "categorical_w_probabilities", "int_uniform", "q_uniform")
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One parameter: the values to choose from, or a distribution."""
+    """spec: the parameter's keys in the file, and DEFAULTS."""
 
     distribution: str
     spec: dict[str, Any]
@@ -52,7 +49,7 @@ class Axis:
     def grid(self) -> Sequence[Any]:
         if self.choices is not None:
             return self.choices
-        low, high, step = self.spec["min"], self.spec["max"], self.spec.get("q", 1)
+        low, high, step = self.spec["min"], self.spec["max"], self.spec["q"]
         return [low + i * step for i in range(int((high - low) / step + 1e-9) + 1)]
 
     def quantile(self, u: float) -> Any:
@@ -60,9 +57,9 @@ class Axis:
         if (choices := self.choices) is not None:
             ends = list(accumulate(self.spec.get("probabilities", [1] * len(choices))))
             return choices[min(bisect_right(ends, u * ends[-1]), len(choices) - 1)]
-        kind, q = self.distribution.removeprefix("q_"), self.spec.get("q", 1)
+        kind, q = self.distribution.removeprefix("q_"), self.spec["q"]
         if kind.endswith("normal"):
-            x = NormalDist(self.spec.get("mu", 0), self.spec.get("sigma", 1)).inv_cdf(min(max(u, 1e-9), 1 - 1e-9))
+            x = NormalDist(self.spec["mu"], self.spec["sigma"]).inv_cdf(min(max(u, 1e-9), 1 - 1e-9))
         else:
             low, high = self.spec["min"], self.spec["max"]
             if kind == "int_uniform":
@@ -92,18 +89,13 @@ def read_axis(name: str, spec: Any, method: str) -> Axis:
         kind = next((guess for given, guess in guesses.items() if given in spec), guess)
     if kind not in DISTRIBUTIONS:
         raise refusal(f"{key}.distribution", kind, " | ".join(DISTRIBUTIONS))
-    required, optional = (keys.split() for keys in DISTRIBUTIONS[kind])
-    check(key, spec, {"distribution": ANY, **{field: RULES[field] for field in [*required, *optional]}}, required)
+    fields = DISTRIBUTIONS[kind].split()
+    rules = {field: RULES[field] for field in ("distribution", *fields)}
+    check(key, spec, rules, [field for field in fields if field not in DEFAULTS])
     if method == "grid" and kind not in GRID:
         raise refusal(f"{key}.distribution", kind, f"{' | '.join(GRID)} for method grid")
-    _check_numbers(key, kind, spec)
-    return Axis(kind, spec)
-
-
-def _check_numbers(key: str, kind: str, spec: dict[str, Any]) -> None:
-    """Refuse numbers that do not fit together."""
-    shares = spec.get("probabilities", [1] * len(spec.get("values", [])))
-    if len(shares) != len(spec.get("values", [])) or not all(is_number(share) and share >= 0 for share in shares):
+    shares, values = spec.get("probabilities"), spec.get("values", [])
+    if shares and not (len(shares) == len(values) and all(is_number(share) and share >= 0 for share in shares)):
         raise refusal(f"{key}.probabilities", shares, "a number for each value, 0 or more")
     if kind == "int_uniform" and not (is_int(spec["min"]) and is_int(spec["max"])):
         raise refusal(f"{key}.min", spec["min"], "whole numbers for min and max of int_uniform")
@@ -111,6 +103,4 @@ def _check_numbers(key: str, kind: str, spec: dict[str, Any]) -> None:
         raise refusal(f"{key}.min", spec["min"], f"less than max, {spec['max']}")
     if kind.endswith("_values") and spec["min"] <= 0:
         raise refusal(f"{key}.min", spec["min"], f"above 0 for {kind}")
-    for field in ("q", "sigma"):
-        if spec.get(field, 1) <= 0:
-            raise refusal(f"{key}.{field}", spec[field], "above 0")
+    return Axis(kind, {**DEFAULTS, **spec})

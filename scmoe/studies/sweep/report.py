@@ -18,6 +18,7 @@ from scmoe.studies.sweep.sweep_file import Sweep, words
 
 NUMBERED = 12  # up to this many trials, the chart shows their numbers
 COLORS = {"finished": "#1b6ca8", "stopped": "#8a817c", "failed": "#c1292e", "best": "#e09f3e"}
+LABELS = {"finished": "finished", "stopped": "stopped early", "failed": "failed"}
 
 
 def write_report(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
@@ -92,9 +93,6 @@ def _goal(sweep: Sweep) -> str:
     return f"{sweep.metric}, {'lowest' if sweep.minimize else 'highest'} first"
 
 
-# ---------------------------------------------------------------------- chart
-
-
 def draw(sweep: Sweep, trials: Sequence[Trial], path: Path) -> None:
     """Draw the metric over each parameter that varies, one panel each. Failed trials are marked at the upper edge."""
     varied = [name for name in sweep.axes if len({str(trial.parameters[name]) for trial in trials}) > 1]
@@ -105,11 +103,10 @@ def draw(sweep: Sweep, trials: Sequence[Trial], path: Path) -> None:
     for panel, name in zip(panels, shown, strict=True):
         _slice(panel, sweep, trials, name)
     panels[0].set_ylabel(sweep.metric)
-    words_of = {"finished": "finished", "stopped": "stopped early", "failed": "failed"}
-    counts = [f"{n} {word}" for state, word in words_of.items() if (n := sum(trial.state == state for trial in trials))]
+    counts = [f"{n} {word}" for state, word in LABELS.items() if (n := sum(trial.state == state for trial in trials))]
     figure.suptitle(f"Sweep {sweep.name}: {', '.join(counts) or 'no trial has ended'}", x=0.01, ha="left", fontsize=11)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=9)
+    handles_labels = panels[0].get_legend_handles_labels()
+    figure.legend(*handles_labels, loc="outside lower left", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path)
 
 
@@ -126,21 +123,20 @@ def _slice(panel: Axes, sweep: Sweep, trials: Sequence[Trial], name: str) -> Non
         value = trial.parameters[name]
         return float(value) if numeric else float(categories.index(str(value)))
 
-    def dots(state: str, label: str, **style: Any) -> None:
-        if some := [t for t in trials if t.state == state and t.value is not None]:
-            y = [t.value for t in some if t.value is not None]
-            panel.scatter([x(t) for t in some], y, color=COLORS[state], label=label, alpha=0.9, **style)
+    def dots(some: Sequence[Trial], color: str, label: str, **style: Any) -> None:
+        if some:
+            points = [x(t) for t in some], [t.history[-1] for t in some]
+            panel.scatter(*points, color=COLORS[color], label=label, **style)
 
-    dots("finished", "finished", s=42)
-    dots("stopped", "stopped early", s=42, marker="v")
-    judged = [t for t in trials if t.state in ("finished", "stopped") and t.value is not None]
+    judged = [t for t in trials if t.state in ("finished", "stopped") and t.history]
+    for state, marker in (("finished", "o"), ("stopped", "v")):
+        dots([t for t in judged if t.state == state], state, LABELS[state], s=42, marker=marker, alpha=0.9)
+    text: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7.5}
     for t in judged if len(trials) <= NUMBERED else []:
-        text: dict[str, Any] = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 7.5, "color": "#555555"}
-        panel.annotate(str(t.number), (x(t), t.value or 0.0), **text)
+        panel.annotate(str(t.number), (x(t), t.history[-1]), (5, 5), color="#555555", **text)
     if (first := best(sweep, trials)) is not None and first.value is not None:
-        star: dict[str, Any] = {"s": 190, "marker": "*", "edgecolors": "black", "linewidths": 0.6}
         label = f"best: trial {first.number}, {first.value:.4g}"
-        panel.scatter([x(first)], [first.value], c=COLORS["best"], label=label, **star)
+        dots([first], "best", label, s=190, marker="*", edgecolors="black", linewidths=0.6)
     panel.margins(0.08, 0.15)
     low, high = panel.get_xlim() if judged else (-math.inf, math.inf)
     edge = panel.get_xaxis_transform()  # y from 0 to 1
@@ -149,10 +145,8 @@ def _slice(panel: Axes, sweep: Sweep, trials: Sequence[Trial], name: str) -> Non
         cross: dict[str, Any] = {"s": 48, "marker": "x", "clip_on": False, "label": None if i else "failed"}
         panel.scatter([place], [0.97], c=COLORS["failed"], transform=edge, **cross)
         if place != x(t):  # it lies outside: its value is written, and the axis stays as wide as the others need
-            side: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 7.5, "color": COLORS["failed"]}
-            panel.annotate(
-                f"{x(t):.3g} ", (place, 0.97), xycoords=edge, xytext=(-6, 0), textcoords="offset points", **side
-            )
+            text |= {"xycoords": edge, "ha": "right", "va": "center", "color": COLORS["failed"]}
+            panel.annotate(f"{x(t):.3g} ", (place, 0.97), (-6, 0), **text)
     if judged:
         panel.set_xlim(low, high)
     if categories:

@@ -8,14 +8,15 @@ Parzen estimator on each parameter's quantiles; early stopping is Hyperband's ba
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice, product
+from itertools import islice
 from random import Random
 from typing import Any
 
 from scmoe.studies.sweep.axis import Axis
-from scmoe.studies.sweep.sweep_file import Sweep
+from scmoe.studies.sweep.sweep_file import Sweep, grid
 
-# A point of the search space: for each parameter the index of its choice, or the quantile of its distribution.
+# A point of the search space: for each parameter the index of its choice, or the quantile of its distribution. Trials
+# of a grid have none.
 Point = dict[str, int | float]
 
 
@@ -57,10 +58,12 @@ def propose(sweep: Sweep, trials: Sequence[Trial]) -> Trial | None:
     """Return the next trial; None: there is none. Equal trials give an equal next one."""
     if (sweep.run_cap is not None and len(trials) >= sweep.run_cap) or target_reached(sweep, trials):
         return None
-    point = {"grid": _grid, "random": _random, "bayes": _bayes}[sweep.method](sweep, trials)
-    if point is None:
-        return None
-    return Trial(len(trials) + 1, point, {name: _value(sweep, name, place) for name, place in point.items()})
+    number = len(trials) + 1
+    if sweep.method == "grid":
+        parameters = next(islice(grid(sweep), len(trials), None), None)
+        return None if parameters is None else Trial(number, {}, parameters)
+    point = (_random if sweep.method == "random" else _bayes)(sweep, trials)
+    return Trial(number, point, {name: _value(sweep.axes[name], place) for name, place in point.items()})
 
 
 def total(sweep: Sweep) -> int | None:
@@ -71,17 +74,8 @@ def total(sweep: Sweep) -> int | None:
     return min(sizes, default=None)
 
 
-def _value(sweep: Sweep, name: str, place: int | float) -> Any:
-    axis = sweep.axes[name]
-    if sweep.method == "grid":
-        return axis.grid[int(place)]
+def _value(axis: Axis, place: int | float) -> Any:
     return axis.quantile(place) if axis.choices is None else axis.choices[int(place)]
-
-
-def _grid(sweep: Sweep, trials: Sequence[Trial]) -> Point | None:
-    places = product(*(range(len(axis.grid)) for axis in sweep.axes.values()))
-    place = next(islice(places, len(trials), None), None)
-    return None if place is None else dict(zip(sweep.axes, place, strict=True))
 
 
 def _random(sweep: Sweep, trials: Sequence[Trial]) -> Point:
@@ -116,16 +110,11 @@ def _bayes(sweep: Sweep, trials: Sequence[Trial]) -> Point:
 
 
 def _imputed(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> float | None:
-    values = sorted(
-        (t.value for t in trials if t.state != "failed" and t.value is not None), reverse=not sweep.minimize
-    )
     how = sweep.raw["metric"].get("impute", "worst")
     if how == "latest" and trial.value is not None and math.isfinite(trial.value):
         return trial.value
-    return values[0 if how == "best" else -1] if values else None
-
-
-# ---------------------------------------------------------------------- early stopping
+    values = (t.value for t in trials if t.state != "failed" and t.value is not None)
+    return (min if sweep.minimize == (how == "best") else max)(values, default=None)
 
 
 def bands(rule: dict[str, Any]) -> list[int]:
@@ -144,8 +133,7 @@ def hopeless(sweep: Sweep, trial: Trial, others: Sequence[Trial]) -> bool:
     strict judges it by its value at the band, otherwise by its best value so far.
     """
     rule, sign = sweep.raw.get("early_terminate"), 1 if sweep.minimize else -1
-    passed = [band for band in bands(rule) if band <= len(trial.history)] if rule else []
-    if not rule or not passed:
+    if not rule or not (passed := [band for band in bands(rule) if band <= len(trial.history)]):
         return False
     band = passed[-1]
     at_band = sorted(sign * t.history[band - 1] for t in [*others, trial] if len(t.history) >= band)

@@ -24,7 +24,11 @@ from scmoe.studies.sweep.axis import Axis, read_axis
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("name", "description", "program", "project", "entity"), TEXT),
     **{"method": one_of("grid", "random", "bayes"), "run_cap": COUNT, "parameters": MAPPING},
-    **dict.fromkeys(("command", "metric", "early_terminate"), (lambda value: True, "")),  # checked by themselves
+    **dict.fromkeys(("metric", "early_terminate"), (lambda value: True, "")),  # checked by themselves
+    "command": (
+        lambda value: isinstance(value, list) and all(isinstance(word, str) for word in value),
+        "[..., experiments.train, CONFIG, key=value ..., ${args_no_hyphens}], program experiments/train.py",
+    ),
 }
 METRIC: dict[str, Rule] = {
     "name": (TEXT[0], "the name of a metric, such as val/loss"),
@@ -39,7 +43,6 @@ HYPERBAND: dict[str, Rule] = {
     "eta": (lambda value: is_number(value) and value > 1, "a number above 1"),
     "strict": (lambda value: isinstance(value, bool), "true | false"),
 }
-DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
 PROBES = 20  # number of combinations in which a value is tried before it is refused
 
 
@@ -101,7 +104,7 @@ def read(path: str, extra: Sequence[str] = ()) -> Sweep:
 
 def _check(raw: Any) -> None:
     """Check all of a sweep file but its command and its parameters."""
-    check("", raw, RULES, ("program", "method", "parameters"))
+    check("", raw, RULES, ("program", "command", "method", "parameters"))
     if "metric" in raw:
         check("metric", raw["metric"], METRIC, ("name",))
     elif raw["method"] == "bayes" or "early_terminate" in raw:
@@ -114,17 +117,13 @@ def _check(raw: Any) -> None:
 
 def _command(raw: dict[str, Any]) -> tuple[list[str], str, list[str]]:
     """Return the three parts of `launcher config overrides... ${args_no_hyphens}`."""
-    command = raw.get("command", list(DEFAULT_COMMAND))
-    allowed = "[..., experiments.train, CONFIG, key=value ..., ${args_no_hyphens}], program experiments/train.py"
-    if not (isinstance(command, list) and all(isinstance(word, str) for word in command)):
-        raise refusal("command", command, allowed)
+    command = raw["command"]
     program = "${program}" if raw["program"] == "experiments/train.py" else "experiments.train"
-    starts = [i for i, word in enumerate(command) if word in ("experiments.train", program)]
-    if not starts or command[-1] not in ("${args}", "${args_no_hyphens}"):
-        raise refusal("command", command, allowed)
-    launcher, (*given, _) = command[: starts[0] + 1], command[starts[0] + 1 :]
-    if not given or "=" in given[0] or not all("=" in word for word in given[1:]):
-        raise refusal("command", command, allowed)
+    start = next((i for i, word in enumerate(command, 1) if word in ("experiments.train", program)), len(command))
+    launcher, given, last = command[:start], command[start:-1], command[-1:]
+    ends_well = last in (["${args}"], ["${args_no_hyphens}"])
+    if not ends_well or not given or "=" in given[0] or not all("=" in word for word in given[1:]):
+        raise refusal("command", command, RULES["command"][1])
     meaning = {"${env}": "/usr/bin/env", "${interpreter}": sys.executable, "${program}": raw["program"]}
     launcher = [meaning.get(word, word) for word in launcher]
     for word in [*launcher, *given]:
@@ -142,10 +141,11 @@ def _probe(sweep: Sweep) -> None:
         if name not in flatten(sweep.base):
             load(sweep.config, [f"{name}=0"])  # raises, with a hint
     for name, axis in sweep.axes.items():
-        discrete = axis.grid if sweep.method == "grid" else axis.choices
-        for value in discrete if discrete is not None else map(axis.quantile, (0.0, 0.5, 1.0)):
+        is_grid = sweep.method == "grid"
+        values = axis.grid if is_grid else axis.choices or [axis.quantile(u) for u in (0.0, 0.5, 1.0)]
+        for value in values:
             refused = None
-            for others in islice(_combinations(sweep), PROBES):
+            for others in islice(grid(sweep) if is_grid else _points(sweep), PROBES):
                 try:
                     load(sweep.config, [*sweep.overrides, *words({**others, name: value})])
                     break
@@ -155,12 +155,14 @@ def _probe(sweep: Sweep) -> None:
                 raise ConfigError(f"parameters.{name} cannot be {show(value)}: {refused}")
 
 
-def _combinations(sweep: Sweep) -> Iterator[dict[str, Any]]:
-    """Yield points of the space: all of a grid, else the medians and then random points."""
-    if sweep.method == "grid":
-        for values in product(*(axis.grid for axis in sweep.axes.values())):
-            yield dict(zip(sweep.axes, values, strict=True))
-        return
+def grid(sweep: Sweep) -> Iterator[dict[str, Any]]:
+    """Yield all combinations of a grid, in the order of the file."""
+    for values in product(*(axis.grid for axis in sweep.axes.values())):
+        yield dict(zip(sweep.axes, values, strict=True))
+
+
+def _points(sweep: Sweep) -> Iterator[dict[str, Any]]:
+    """Yield points of the space that are no grid: the medians, and then random points."""
     yield {name: axis.quantile(0.5) for name, axis in sweep.axes.items()}
     draw = random.Random(0)
     while True:

@@ -21,7 +21,7 @@ set -euo pipefail
 
 def write_launch_files(runs: Sequence[Run]) -> list[str]:
     """Write torchrun.sh and slurm.sh into the table's folder. Returns the commands that start them."""
-    folder, config, devices = runs[0].job.study, shlex.quote(str(runs[0].config_file)), runs[0].config.trainer.devices
+    folder, devices, config = runs[0].job.study, runs[0].config.trainer.devices, shlex.quote(runs[0].job.arguments[0])
     folder.mkdir(parents=True, exist_ok=True)
     torchrun = f".venv/bin/torchrun --standalone --nproc-per-node={devices} -m experiments.train {config}"
     sbatch = f"CONFIG={config} sbatch --nodes=1 --ntasks-per-node={devices} --gpus-per-node={devices}"
@@ -31,7 +31,7 @@ def write_launch_files(runs: Sequence[Run]) -> list[str]:
         lines = [head.format(title=f"{folder.name}: {len(runs)} runs", devices=devices, path=path)]
         for run in runs:
             start = torchrun if head is TORCHRUN else f"{sbatch} --job-name={run.job.name} experiments/train.sbatch"
-            lines.append(f"{start} {shlex.join(run.overrides)}\n")
+            lines.append(f"{start} {shlex.join(run.job.arguments[1:])}\n")
         path.write_text("".join(lines))
         commands.append(f"bash {path}")
     return commands

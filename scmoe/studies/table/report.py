@@ -70,7 +70,7 @@ def _circumstances(runs: Sequence[Run]) -> dict[str, Any]:
     environments = [json.loads((run_dir / "env.json").read_text()) for run_dir in done]
     return {
         "command": f"make {name} SCALE={scale}",
-        "config": str(runs[0].config_file),
+        "config": runs[0].job.arguments[0],
         "model": f"{model.layers} layers, width {model.dim}, {config.moe.num_experts} experts",
         "steps": trainer.max_steps,
         f"{'images' if images else 'tokens'}_per_run": sequences * (1 if images else data.seq_len),
@@ -82,9 +82,6 @@ def _circumstances(runs: Sequence[Run]) -> dict[str, Any]:
         "git_commits": sorted({str(e["git_commit"]) for e in environments}),
         "dates": sorted({run_dir.name[:8] for run_dir in done}),
     }
-
-
-# ---------------------------------------------------------------------- table.md
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -123,28 +120,21 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 def _line(row: Mapping[str, Any]) -> str:
     paper, ours, difference = row["paper"], row["ours"], row["difference"]
-    value = next(iter(paper.values()))
     size = f"{row['params_total'] / 1e6:.2f}M ({row['params_active'] / 1e6:.2f}M)" if row["params_total"] else ""
-    cells = [row["name"], size, f"{value:.4f}", f"{paper['difference']:+.4f}" if difference else "", _spread(ours)]
+    spread = _numbers(" ± ", "{:.4f}", ours["mean"], ours["std"])
+    value, minus = f"{next(iter(paper.values())):.4f}", f"{paper['difference']:+.4f}" if difference else ""
+    cells = [row["name"], size, value, minus, f"{spread} ({ours['n']})".strip()]
     if difference is None:
-        cells += ["", "", ""]
-    else:
-        low_high, p = difference["interval_95"], difference["p"]
-        cells += [
-            "" if difference["mean"] is None else f"{difference['mean']:+.4f}",
-            "" if low_high is None else f"{low_high[0]:+.4f} to {low_high[1]:+.4f}",
-            f"{'' if p is None else f'{p:.3f} ' if p >= 0.001 else '< 0.001 '}({difference['n']})",
-        ]
-    return f"| {' | '.join(cells)} |"
+        return f"| {' | '.join([*cells, '', '', ''])} |"
+    p = difference["p"]
+    p_and_n = f"{'' if p is None else f'{p:.3f} ' if p >= 0.001 else '< 0.001 '}({difference['n']})"
+    interval = _numbers(" to ", "{:+.4f}", *difference["interval_95"] or ())
+    return f"| {' | '.join([*cells, _numbers('', '{:+.4f}', difference['mean']), interval, p_and_n])} |"
 
 
-def _spread(ours: Mapping[str, Any]) -> str:
-    if ours["mean"] is None:
-        return "(0)"
-    return f"{ours['mean']:.4f}" + ("" if ours["std"] is None else f" ± {ours['std']:.4f}") + f" ({ours['n']})"
-
-
-# ---------------------------------------------------------------------- chart.png
+def _numbers(between: str, form: str, *values: float | None) -> str:
+    """Return the values that are not None, with `between` between them."""
+    return between.join(form.format(value) for value in values if value is not None)
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:

@@ -27,7 +27,6 @@ class Row:
 
 @dataclass(frozen=True)
 class Scale:
-    name: str
     config: Path
     seeds: int  # 1 to this
     jobs: int | None  # runs in parallel; 0: all in one process; None: launch files only
@@ -71,7 +70,7 @@ def _table(name: str, folder: Path, tree: Any) -> Table:
     for scale, entry in tree["scales"].items():
         check(f"scales.{scale}", entry, SCALE, SCALE)
         jobs = None if entry["jobs"] == "launch" else int(entry["jobs"])
-        scales[scale] = Scale(scale, folder / entry["config"], int(entry["seeds"]), jobs)
+        scales[scale] = Scale(folder / entry["config"], int(entry["seeds"]), jobs)
     title, metric, unit = tree["title"], tree["metric"], tree["unit"]
     return Table(name, title, metric, unit, rows[tree["baseline"]], tuple(rows.values()), scales)
 

@@ -31,8 +31,6 @@ class Run:
 
     row: Row
     seed: int
-    config_file: Path
-    overrides: tuple[str, ...]
     config: Config
     job: Job
 
@@ -56,7 +54,7 @@ def plan_runs(table: Table, scale: Scale, folder: Path, seeds: int, overrides: S
             title = f"run {len(runs) + 1} of {number} ({row.name}, seed {seed})"
             own = partial(same_config, config=config)
             job = Job(name, title, folder, folder / "runs" / name, [str(scale.config), *words], is_own=own)
-            runs.append(Run(row, seed, scale.config, words, config, job))
+            runs.append(Run(row, seed, config, job))
     first = flatten(runs[0].config)
     for run in runs[: len(table.rows)]:
         for key, value in flatten(run.config).items():

@@ -75,9 +75,10 @@ def save_over(
             os.kill(os.getpid(), signal.SIGKILL)
         done.append(what)
 
-    if rank == (world_size - 1 if victim == "last" else 0):
+    is_victim = rank == (world_size - 1 if victim == "last" else 0)
+    if is_victim:
         at_each_operation(note)
-    if after_s is not None and (victim == "all" or rank == (world_size - 1 if victim == "last" else 0)):
+    if after_s is not None and (victim == "all" or is_victim):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel ends the process, whatever it is doing
         signal.setitimer(signal.ITIMER_REAL, after_s)
     start = time.monotonic()
@@ -103,22 +104,18 @@ def inspect(rank: int, world_size: int, folders: list[Path]) -> list[dict[str, i
     trainer = one_step(world_size, folders[0].parent / "inspect")
     found = []
     for folder in folders:
+        lost = mixed = False
         try:
             durable.newest_good(folder)  # before the leftovers are removed
             durable.sweep(folder)
             path = durable.newest_good(folder)
             load_checkpoint(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
         except (FileNotFoundError, durable.BrokenCheckpoint):
-            found.append({"lost": 1, "mixed": 0, "leftovers": len(os.listdir(folder)) - 1})
-            continue
-        steps = {float(value) for t in tensors(trainer).values() for value in t.unique()}
-        found.append(
-            {
-                "lost": 0,
-                "mixed": int(steps not in ({OLD}, {NEW}) or steps != {durable.verify(path)}),
-                "leftovers": len(os.listdir(folder)) - 1,
-            }
-        )
+            lost = True
+        else:
+            steps = {float(value) for t in tensors(trainer).values() for value in t.unique()}
+            mixed = steps not in ({OLD}, {NEW}) or steps != {durable.verify(path)}
+        found.append({"lost": int(lost), "mixed": int(mixed), "leftovers": len(os.listdir(folder)) - 1})
     return found
 
 

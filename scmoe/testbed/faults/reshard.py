@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from scmoe.parallel.checkpoint.loading import load_checkpoint
+from scmoe.parallel.checkpoint.saving import Saving
 from scmoe.parallel.shards import expert_parameters
-from scmoe.testbed.faults.tiny_run import EXPERTS, LAST, OLD, one_step, progress, same, save, tensors
+from scmoe.testbed.faults.tiny_run import EXPERTS, LAST, OLD, one_step, progress, same, state, tensors
 from scmoe.testbed.ranks import run_ranks
 
 
 def write_whole(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     """Save the state after one step, where moments and experts all differ. Returns it."""
     trainer = one_step(world_size, folder)
-    save(trainer, folder / "checkpoints" / LAST, OLD)
+    path, context = folder / "checkpoints" / LAST, trainer.strategy.context
+    Saving(path, state(trainer, OLD), context, background=False).finish()
     return shards(trainer)
 
 

@@ -50,8 +50,8 @@ def tiny(world_size: int, *overrides: str) -> Config:
 
 def fit(config: Config, run_dir: Path, resume_from: Path | None = None) -> Any:
     """Train on this rank. Returns the Trainer; every checkpoint is kept."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     seed_everything(config)
     trainer: Any = build_trainer(config, build_callbacks(config, run_dir), [])
@@ -83,10 +83,6 @@ def state(trainer: Any, step: int) -> dict[str, Any]:
         "state_dict": model_state(module, context),
         "optimizer_states": [optimizer_state(module, trainer.optimizers[0], context)],
     }
-
-
-def save(trainer: Any, path: Path, step: int) -> None:
-    Saving(path, state(trainer, step), trainer.strategy.context, background=False).finish()
 
 
 def mark(trainer: Any, step: int) -> None:
