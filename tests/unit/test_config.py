@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -13,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scmoe.config.fields import Config, ConfigError, LoggerConfig, flatten, leaves
-from scmoe.config.help import catalogue, help_text
 from scmoe.config.load import load, to_yaml
 from scmoe.config.rules import resolve_ep_size
 from tests.support.configs import IMPOSSIBLE
@@ -272,31 +269,3 @@ def test_one_hundred_bad_inputs_run_nothing(tmp_path, write):
         refusal(None, f"{key}={value}")
         refusal(write("bad.yaml", f"{key}: {value}\n"))
     assert not trace.exists()
-
-
-# What is shown
-
-
-def test_help_fits_its_width_and_has_every_field():
-    lines = help_text().splitlines()
-    assert all(len(line) <= 120 for line in lines)
-    assert {leaf.key for leaf in leaves(Config())} <= {line.split(" ")[0] for line in lines}
-    assert "pos1 | pos2 | pos3" in help_text()
-
-
-def test_catalogue_has_files_and_choices():
-    found = catalogue(CONFIGS)
-    assert (str(CONFIGS / "model" / "gpt2_moe_small.yaml"), "Overlay: GPT2-MoE-Small of Table 8, 323M parameters.") in (
-        found["Configurations"]
-    )
-    assert ("moe.architecture=scmoe", "") in found["Architectures"]
-    assert ("model.family=gpt", "") in found["Model families"]
-    with pytest.raises(ValueError, match="existing folder"):
-        catalogue(CONFIGS / "absent")
-
-
-def test_help_and_refusals_do_not_wait_for_torch():
-    modules = ["config.help", "config.load", "parallel.checkpoint.durable", "training.run.state"]
-    code = "import sys\n" + "".join(f"import scmoe.{name}\n" for name in modules)
-    code += "assert not {'torch', 'lightning', 'numpy'} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", code], check=True)
