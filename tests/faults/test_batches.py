@@ -39,12 +39,14 @@ def shorten(rank: int, world_size: int, loader: str) -> None:
 @pytest.mark.representative
 @pytest.mark.parametrize("loader", ["train", "val"])
 def test_16_uneven_batches_are_refused_before_the_first(loader):
-    """Not at the timeout, minutes later, by a collective that knows nothing of batches."""
+    """The refusal comes at once, not minutes later from the timeout of a collective."""
     message = failure(shorten, 2, f"{loader}_dataloader")
     counts = r"rank 0: (\d+); rank 1: (\d+)"
     found = re.search(rf"ValueError: ranks have different numbers of {loader} batches \({counts}\)", message)
     assert found and int(found[1]) == int(found[2]) + 1, message
-    assert re.search(r"rank [01], later: ValueError: ranks have different numbers", message), "alike on both ranks"
+    assert re.search(r"rank [01], later: ValueError: ranks have different numbers", message), (
+        "the same error on both ranks"
+    )
 
 
 def count_batches(rank: int, world_size: int) -> None:

@@ -40,7 +40,7 @@ def all_to_one(rank: int, world_size: int, ceiling: str) -> None:
 def test_31_a_ceiling_ends_all_ranks_before_memory_is_gone():
     message = failure(all_to_one, 2, "1.5")
     assert re.search(r"CeilingError: rank 0 of .* would receive \d+ rows, allowed: 1.5 x the fair share", message)
-    assert re.search(r"rank [01], later: .*CeilingError: rank 0 ", message), "alike on both ranks"
+    assert re.search(r"rank [01], later: .*CeilingError: rank 0 ", message), "the same error on both ranks"
     run_ranks(all_to_one, 2, "2")  # all rows on one of two ranks are twice the fair share, and no more
     run_ranks(all_to_one, 2, "null")
 

@@ -39,14 +39,14 @@ def swap_two_sums(rank: int, world_size: int, compared: bool) -> list[float]:
 
 @pytest.mark.representative
 def test_15_collectives_in_another_order_are_named():
-    assert run_ranks(swap_two_sums, 2, False) == [[101.0, 101.0]] * 2, "the fault: wrong sums, and no word"
+    assert run_ranks(swap_two_sums, 2, False) == [[101.0, 101.0]] * 2, "the fault: wrong sums and no error"
     message = failure(swap_two_sums, 2, True)
     assert "OrderError: collective 0 is not the same on all ranks; rank 0: all_reduce of torch.float32 (1,)" in message
     assert re.search(r"rank 0: \S+ .* at test_collectives\.py:\d+; rank 1: \S+ .* at test_collectives\.py:\d+", message)
 
 
 def take_part(name: str, rank: int, world_size: int) -> None:
-    """In one collective, with tensors and objects as they may be: the objects are of another kind on each rank."""
+    """Takes part in one collective; objects have another type on each rank."""
     x, both = torch.ones(2, 3), [torch.ones(2, 3) for _ in range(world_size)]
     thing: Any = (x, "a text")[rank]
     root = rank == 0
@@ -66,7 +66,7 @@ def take_part(name: str, rank: int, world_size: int) -> None:
     getattr(dist, name)(*arguments[name])
 
 
-OFTEN_FORGOTTEN = (
+COLLECTIVES = (
     *("gather", "scatter", "all_gather", "reduce_scatter", "all_gather_into_tensor", "reduce_scatter_tensor"),
     *("all_to_all", "broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list"),
 )
@@ -74,11 +74,11 @@ NOT_ON_GLOO = ("reduce_scatter", "all_to_all")
 
 
 def swap_each(rank: int, world_size: int) -> dict[str, str]:
-    """Each in turn, first by all ranks, then by rank 0 while the others come to a barrier; what is said of the last."""
+    """Runs each collective on all ranks, then on rank 0 with the others in a barrier; returns the errors of these."""
     dist.init_process_group("gloo")
     compare, said = CompareCollectives(timedelta(seconds=10)), {}
     compare.install()
-    for name in OFTEN_FORGOTTEN:
+    for name in COLLECTIVES:
         if name not in NOT_ON_GLOO:
             take_part(name, rank, world_size)
         try:
@@ -90,9 +90,9 @@ def swap_each(rank: int, world_size: int) -> dict[str, str]:
 
 
 def test_15_every_kind_of_collective_is_watched():
-    """Lightning's own are of objects; no false alarm where objects or numbers of rows differ."""
+    """Lightning's own collectives are of objects; other objects or numbers of rows are no error."""
     for said in run_ranks(swap_each, 2):
-        assert tuple(said) == OFTEN_FORGOTTEN
+        assert tuple(said) == COLLECTIVES
         for name, message in said.items():
             assert re.search(
                 rf"rank 0: {name} .*at test_collectives\.py:\d+; rank 1: barrier in group default", message
@@ -100,7 +100,7 @@ def test_15_every_kind_of_collective_is_watched():
 
 
 def add_a_sum(rank: int, world_size: int, what: str) -> None:
-    """Rank 1 takes part in a collective more, in its second step."""
+    """Rank 1 starts one collective more than rank 0, in its second step."""
     config = tiny(f"{MODEL} trainer.accumulate=1 strategy.debug_collectives=true strategy.timeout_s=20", world_size)
     module = build_module(config)
 
@@ -124,7 +124,7 @@ def trained_weights(rank: int, world_size: int, debug: bool) -> dict[str, Tensor
     config = tiny(f"{MODEL} strategy.debug_collectives={str(debug).lower()}", world_size)
     before = dist.all_reduce
     weights = {name: p.detach().clone() for name, p in fit(config).named_parameters()}
-    assert dist.all_reduce is before, "taken out again"
+    assert dist.all_reduce is before, "the watch is removed at the end"
     return weights
 
 

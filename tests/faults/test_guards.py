@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def timeouts(rank: int, world_size: int, seconds: float) -> set[float]:
-    """Of every process group that a run has."""
+    """Returns the timeouts of all process groups of a run, in s."""
     config = tiny(f"{MODEL} strategy.timeout_s={seconds} strategy.debug_collectives=true", world_size)
     fit(config)
     groups = dist.distributed_c10d._world.pg_map
@@ -54,8 +54,8 @@ def timeouts(rank: int, world_size: int, seconds: float) -> set[float]:
     return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
 
 
-def test_14_no_group_waits_for_longer_than_it_was_told():
-    """gloo would wait half an hour, and new groups do not take the time of the first one over."""
+def test_14_no_group_waits_longer_than_the_timeout():
+    """gloo waits half an hour by default, and new groups do not inherit the timeout of the first one."""
     assert run_ranks(timeouts, 2, 37.0) == [{37.0}, {37.0}]
     assert ExpertParallelStrategy()._timeout == timedelta(minutes=5)
 
@@ -98,15 +98,15 @@ def raise_and_save(rank: int, world_size: int, bad: int, how: str, folder: Path)
 
 @pytest.mark.parametrize("how", ["OnExceptionCheckpoint", "save_on_exception"])
 @pytest.mark.parametrize("bad", [pytest.param(0, marks=pytest.mark.representative), 1])
-def test_13_callbacks_that_save_after_an_exception_wait_for_nobody(bad, how, tmp_path):
-    """The other rank is in a collective of training: all that saves would hang, and hide the error."""
+def test_13_callbacks_that_save_after_an_exception_wait_for_no_rank(bad, how, tmp_path):
+    """The other rank is in a collective of training, so saving would hang and hide the error."""
     message = failure(raise_and_save, 2, bad, how, tmp_path)
     assert message.startswith(f"rank {bad} of 2 failed first:\nTraceback")
     assert "Broken: in step 3" in message and "another exception occurred" not in message
     assert "said 1 time(s): no checkpoint is saved after an exception: " in message
     left = {path.name: durable.verify(path) for path in tmp_path.iterdir()}
     last = {"last.ckpt": 2} if how == "save_on_exception" else {}
-    assert left == {"step=2.ckpt": 2, **last}, "whole, and what linked to it still does"
+    assert left == {"step=2.ckpt": 2, **last}, "whole, and the link to it is kept"
 
 
 # ---------------------------------------------------------------------- 13, 14: a real run, whose ranks are processes
@@ -170,7 +170,7 @@ def start_failing(
     script = tmp_path / "failing.py"
     script.write_text(before + FAILING)
     place, call = PHASES[phase]
-    timeout_s = LONG_S if how == "raises" else TIMEOUT_S  # which nobody waits for where connections close
+    timeout_s = LONG_S if how == "raises" else TIMEOUT_S  # no rank waits that long where connections close
     return start(tmp_path, str(script), how, str(rank), place, str(call), overrides=overrides, timeout_s=timeout_s)
 
 
@@ -218,7 +218,7 @@ def test_13_callbacks_that_save_after_an_exception_save_nothing_of_a_real_run(tm
 
 
 def assert_all_end(run: subprocess.Popen[str], rank: int) -> None:
-    """And the first traceback is that of the rank that is broken."""
+    """All ranks end, and the first traceback is that of the broken rank."""
     try:
         _, said = run.communicate(timeout=2 * LONG_S)  # until every rank has closed its stderr
     finally:
@@ -237,7 +237,7 @@ def test_14_a_rank_killed_or_stopped_ends_the_run(tmp_path, rank, how):
         assert any(line.startswith("step 3/") for line in run.stderr), "the run does not train"
         (other,) = children(run.pid)
         os.kill(other if rank == 1 else run.pid, how)
-        assert not left_of([run.pid, other]), "the survivor hangs, or has left the other behind"
+        assert not left_of([run.pid, other]), "the other rank hangs, or has not ended the first"
     finally:
         end(run)
     said = run.stderr.read()
@@ -253,16 +253,16 @@ def call(rank: int, world_size: int, silent: list[int]) -> list[int] | None:
 
 
 @pytest.mark.representative
-def test_14_a_roll_call_tells_who_is_missing():
-    """And does so in its own time, not in the groups' half hour, which the watchdog of run_ranks would not wait for."""
+def test_14_a_roll_call_names_the_missing_ranks():
+    """The roll call has its own timeout; run_ranks would end the ranks before the groups' timeout of half an hour."""
     assert run_ranks(call, 4, [2, 3]) == [[2, 3], [], None, None]
     assert run_ranks(call, 2, [0]) == [None, [0]]
     assert run_ranks(call, 3, []) == [[], [], []]
 
 
 @pytest.mark.parametrize("rank", (0, 1))
-def test_14_a_rank_that_is_stuck_is_taken_along(tmp_path, rank):
-    """Not stopped, not waiting: it computes for ever, and no signal of this job but SIGKILL would end it."""
+def test_14_a_rank_that_is_stuck_is_ended(tmp_path, rank):
+    """The rank is in an endless loop, so only SIGKILL can end it."""
     run = start_failing(tmp_path, "stuck", rank, "step")
     try:
         assert any(line.startswith("step 3/") for line in run.stderr), "the run does not train"
@@ -272,7 +272,7 @@ def test_14_a_rank_that_is_stuck_is_taken_along(tmp_path, rank):
 
 
 def left_of(pids: list[int]) -> list[int]:
-    """Which of the processes are there still when all of them have had the time to end."""
+    """Returns the processes that are still there after the time in which all of them must end."""
     deadline = time.monotonic() + TIMEOUT_S + 2 * SLACK_S
     while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.2)

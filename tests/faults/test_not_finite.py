@@ -51,13 +51,13 @@ class Poisoned(LanguageModel):
 
 
 class NotClipped(Poisoned):
-    """Leaves clipping to a Trainer that does not clip, as many modules do."""
+    """This module leaves clipping to a Trainer that does not clip, as many modules do."""
 
     configure_gradient_clipping = LightningModule.configure_gradient_clipping
 
 
 class ByHand(Poisoned):
-    """Steps its optimizer itself, and clips before that or does not."""
+    """This module steps its optimizer itself, and clips before if `clip` is given."""
 
     def __init__(self, *args: Any, clip: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -75,7 +75,7 @@ class ByHand(Poisoned):
 
 
 class PastTheStrategy(Poisoned):
-    """Clips by the norm of what this rank has."""
+    """This module clips by the norm of this rank's parameters alone."""
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
@@ -83,7 +83,7 @@ class PastTheStrategy(Poisoned):
 
 CLIPS = {
     "by the module": Poisoned,
-    "by nobody": NotClipped,
+    "not at all": NotClipped,
     "by value": NotClipped,
     "by hand": ByHand,
     "past the strategy": PastTheStrategy,
@@ -122,7 +122,7 @@ def test_27_a_number_that_is_not_finite_stops_all_ranks_before_the_update(place)
     assert message.count("weights as they were: True") == 2 or message.count("later: weights as they were: True") == 1
 
 
-@pytest.mark.parametrize("clip", ["by nobody", "by value"])
+@pytest.mark.parametrize("clip", ["not at all", "by value"])
 def test_27_a_module_that_does_not_clip_by_norm_is_watched_too(clip):
     message = failure(poison, 2, "output", clip)
     assert re.search(rf"first not finite: (rank 0: [^;]*; )?rank 1: {PLACES['output']}", message), message
@@ -138,7 +138,7 @@ def test_27_a_module_that_steps_by_hand_is_watched_too(place):
 
 
 def clipped(rank: int, world_size: int, by_hand: bool, clip: float | None) -> list[Tensor]:
-    """How the weights end, with clipping by the module's own hand or by the Trainer."""
+    """Returns the trained weights, clipped by the module itself or by the Trainer."""
     config = tiny(f"position=pos2 trainer.accumulate=1 strategy.ep_size={world_size}", world_size)
     cls, own = (ByHand, {"clip": clip}) if by_hand else (NotClipped, {})
     module = cls(lambda context: build_model(config, context), max_steps=3, lr=0.01, **own)
@@ -150,10 +150,10 @@ def clipped(rank: int, world_size: int, by_hand: bool, clip: float | None) -> li
 
 
 def test_27_what_is_clipped_by_hand_takes_the_global_norm():
-    by_hand, by_trainer, by_nobody = (
+    by_hand, by_trainer, not_clipped = (
         run_ranks(clipped, 2, *how) for how in ((True, 0.05), (False, 0.05), (True, None))
     )
-    for a, b, c in zip(by_hand, by_trainer, by_nobody, strict=True):
+    for a, b, c in zip(by_hand, by_trainer, not_clipped, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
         assert not all(torch.equal(x, y) for x, y in zip(a, c, strict=True))
 
@@ -179,7 +179,7 @@ class Counted(nn.Module):
         return self.inner(x)
 
 
-def test_27_good_steps_leave_nothing_behind_and_ask_nobody():
+def test_27_good_steps_keep_nothing_and_start_no_collective():
     module = Counted()
     guard = Guard(module)
     with patch.object(dist, "all_gather_object") as gather:

@@ -25,7 +25,7 @@ def fit(config: Config, module: LanguageModel | None = None, data: Any = None) -
 
 
 def failure(fn: Any, world_size: int, *args: Any) -> str:
-    """What run_ranks says of ranks that must fail; it would say otherwise of one that hangs."""
+    """Returns the message of the RankError of ranks that must fail; for a rank that hangs it is another one."""
     with pytest.raises(RankError) as caught:
         run_ranks(fn, world_size, *args, timeout_s=60)
     return str(caught.value)

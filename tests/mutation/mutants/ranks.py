@@ -71,7 +71,7 @@ MUTANTS = (
     .caught_by("tests/faults/test_not_finite.py::test_27_one_process_too"),
     Mutant("only-what-is-clipped-is-watched", 27, f"{PARALLEL}/update/clipping.py")
     .replaces("if clip_val <= 0 or gradient_clip_algorithm", "if clip_val > 0 and gradient_clip_algorithm")
-    .caught_by(f"{FAULTS}/test_not_finite.py::test_27_a_module_that_does_not_clip_by_norm_is_watched_too[by nobody]"),
+    .caught_by(f"{FAULTS}/test_not_finite.py::test_27_a_module_that_does_not_clip_by_norm_is_watched_too[not at all]"),
     Mutant("who-steps-by-hand-is-not-watched", 27, f"{PARALLEL}/update/clipping.py")
     .replaces(
         "            self.clip_by_norm(optimizer, None)\n        elif",

@@ -47,11 +47,11 @@ MUTANTS = (
         "        return self.context.world_size > 1 and was_interrupted(self.module.trainer)\n",
         "        return self.context.world_size < 1 and was_interrupted(self.module.trainer)\n",
     )
-    .caught_by(f"{FAULTS}/test_guards.py::test_13_callbacks_that_save_after_an_exception_wait_for_nobody"),
+    .caught_by(f"{FAULTS}/test_guards.py::test_13_callbacks_that_save_after_an_exception_wait_for_no_rank"),
     Mutant("rank-0-links-to-a-save-that-was-skipped", 13, f"{PARALLEL}/job/fail_fast.py")
     .replaces("super().is_global_zero and not self.is_alone", "super().is_global_zero")
     .caught_by(
-        f"{FAULTS}/test_guards.py::test_13_callbacks_that_save_after_an_exception_wait_for_nobody[0-save_on_exception]"
+        f"{FAULTS}/test_guards.py::test_13_callbacks_that_save_after_an_exception_wait_for_no_rank[0-save_on_exception]"
     ),
     Mutant("each-rank-asks-as-often-as-it-can", 16, f"{PARALLEL}/job/lockstep.py")
     .replaces("self.poll.smallest(sum(batches))", "sum(batches)")
@@ -62,10 +62,10 @@ MUTANTS = (
         "        except RuntimeError:\n            absent.append(rank)\n    return",
         "        except RuntimeError:\n            pass\n    return",
     )
-    .caught_by(f"{FAULTS}/test_guards.py::test_14_a_roll_call_tells_who_is_missing"),
+    .caught_by(f"{FAULTS}/test_guards.py::test_14_a_roll_call_names_the_missing_ranks"),
     Mutant("groups-wait-half-an-hour", 14, f"{PARALLEL}/mesh.py")
     .replaces("dist.new_group(ranks, timeout=timeout, pg_options", "dist.new_group(ranks, pg_options")
-    .caught_by(f"{FAULTS}/test_guards.py::test_14_no_group_waits_for_longer_than_it_was_told"),
+    .caught_by(f"{FAULTS}/test_guards.py::test_14_no_group_waits_longer_than_the_timeout"),
     Mutant("difference-of-collectives-unseen", 15, f"{PARALLEL}/job/debug.py")
     .replaces("        if len(set(of_ranks)) > 1:\n", "        if len(set(of_ranks)) > 2:\n")
     .caught_by(f"{FAULTS}/test_collectives.py::test_15_collectives_in_another_order_are_named"),
