@@ -27,7 +27,6 @@ VERBS = {
     "figures": "draw the figures of the README",
     "faults": "break checkpoints on purpose and count what survives",
 }
-
 Script = Callable[[list[str]], int]
 
 

@@ -7,7 +7,6 @@ from textwrap import wrap
 from scmoe.config.fields import Config, leaves, show
 
 WIDTHS = (26, 22, 11, 55)  # key, type, default, help; 120 characters with two spaces between
-
 CATALOGUE = {
     "Model families": "model.family",
     "Architectures": "moe.architecture",

@@ -17,6 +17,7 @@ import pytest
 from lightning.pytorch import Trainer
 
 from scmoe.parallel.strategy import ExpertParallelStrategy
+from scmoe.testbed.ranks import run_ranks
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import seed_everything
@@ -33,7 +34,13 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={R
 
 
 def main(start_method: str) -> None:
-    """Four steps on two ranks, dropout and clipping included; rank 0, or who has started it, prints how they end."""
+    """Trains; rank 0, or the process that started it, prints loss and gradient norm of the last step."""
+    if ended := train(start_method):
+        print(json.dumps(ended))
+
+
+def train(start_method: str) -> dict[str, str]:
+    """Takes four steps on two ranks, with dropout and clipping. Returns nothing on ranks other than 0."""
     config = tiny("position=pos2 model.dropout=0.1 optim.warmup_steps=1 trainer.max_steps=4", RANKS)
     seed_everything(config)
     trainer = Trainer(
@@ -52,9 +59,9 @@ def main(start_method: str) -> None:
         callbacks=[DataPosition(), Threads(1)],
     )
     trainer.fit(build_module(config), build_datamodule(config))
-    if trainer.is_global_zero:
-        names = ("train/loss", "train/grad_norm")
-        print(json.dumps({name: trainer.callback_metrics[name].item().hex() for name in names}))
+    if not trainer.is_global_zero:
+        return {}
+    return {name: trainer.callback_metrics[name].item().hex() for name in ("train/loss", "train/grad_norm")}
 
 
 def start(*command: str, **variables: str) -> subprocess.Popen[str]:
@@ -64,7 +71,7 @@ def start(*command: str, **variables: str) -> subprocess.Popen[str]:
 
 
 def slurm_task(rank: int, port: int) -> subprocess.Popen[str]:
-    """What srun sets for a task of `srun --ntasks-per-node=2`, as far as Lightning reads it."""
+    """Starts a task with the variables of `srun --ntasks-per-node=2` that Lightning reads."""
     job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1", "SLURM_NNODES": "1"}
     tasks = {"SLURM_NTASKS": str(RANKS), "SLURM_NTASKS_PER_NODE": str(RANKS), "SLURM_NODEID": "0"}
     place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "MASTER_PORT": str(port)}
@@ -78,7 +85,7 @@ def free_port() -> int:
 
 
 def end(launcher: str) -> dict[str, str]:
-    """Loss and gradient norm of the last step, to the bit."""
+    """Returns the exact loss and gradient norm of the last step."""
     if launcher == "slurm":
         port = free_port()
         runs = [slurm_task(rank, port) for rank in range(RANKS)]
@@ -88,21 +95,28 @@ def end(launcher: str) -> dict[str, str]:
         runs = [start(*PROGRAM, launcher)]
     said = [run.communicate(timeout=120)[0] for run in runs]
     assert [run.returncode for run in runs] == [0] * len(runs)
-    assert not "".join(said[1:]), "rank 0 alone speaks"
+    assert not "".join(said[1:]), "only rank 0 prints"
     return json.loads(said[0].splitlines()[-1])
 
 
+def join(rank: int, world_size: int) -> dict[str, str]:
+    return train("popen")
+
+
 @cache
-def popen() -> dict[str, str]:
-    return end("popen")
+def joined() -> dict[str, str]:
+    """Returns what ranks that are there already, and have torchrun's variables, end with."""
+    ended, nothing = run_ranks(join, RANKS)
+    assert not nothing
+    return ended
 
 
 @pytest.mark.parametrize(
-    "launcher", [pytest.param("spawn", marks=pytest.mark.representative), "fork", "torchrun", "slurm"]
+    "launcher", ["popen", pytest.param("spawn", marks=pytest.mark.representative), "fork", "torchrun", "slurm"]
 )
-def test_training_ends_in_the_same_bits_as_under_popen(launcher):
-    assert end(launcher) == popen()
-    assert 0 < float.fromhex(popen()["train/loss"]) < 10
+def test_training_is_bit_identical_under_every_launcher(launcher):
+    assert end(launcher) == joined()
+    assert 0 < float.fromhex(joined()["train/loss"]) < 10
 
 
 if __name__ == "__main__":

@@ -101,8 +101,8 @@ def test_a_resumed_run_is_the_straight_run(tmp_path):
         assert straight["consumed"] == resumed["consumed"] == 6 * 8
 
 
-@pytest.mark.parametrize("name", SWIN_ON_RANKS)
-def test_no_gradient_is_near_the_tolerance(name, one):
-    values = assemble([one[name]])
-    sizes = {key: min(g.abs().max().item() for g in steps) for key, steps in values.items() if "gradient" in key}
-    assert min(sizes.values()) > 1e6 * TOLERANCE, min(sizes, key=lambda key: sizes[key])
+def test_no_gradient_is_near_the_tolerance(one):
+    for name in SWIN_ON_RANKS:
+        values = assemble([one[name]])
+        sizes = {key: min(g.abs().max().item() for g in steps) for key, steps in values.items() if "gradient" in key}
+        assert min(sizes.values()) > 1e6 * TOLERANCE, (name, min(sizes, key=lambda key: sizes[key]))

@@ -11,21 +11,14 @@ import random
 import re
 import resource
 import shutil
-import threading
-import time
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import pytest
-import torch
 
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_checkpoint, load_model
-from scmoe.parallel.checkpoint.saving import Saving
-from scmoe.parallel.checkpoint.state import FULL
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.testbed.faults import flip, kill, reshard, tiny_run
+from scmoe.testbed.faults import flip, kill, tiny_run
 from scmoe.testbed.faults.tiny_run import LAST, NEW, OLD
 from scmoe.testbed.ranks import RankError, run_ranks
 from scmoe.training.build.model import build_model
@@ -227,128 +220,3 @@ def test_fault_05_the_newest_good_one_is_used_with_a_warning(written, tmp_path):
     (tmp_path / "b.ckpt" / shard).unlink()
     with pytest.warns(UserWarning, match=f"passed over: .*{shard} is missing"):
         assert durable.newest_good(tmp_path).name == "a.ckpt"
-
-
-# ---------------------------------------------------------------------- what is in it
-
-
-def save_slowly_then_train_on(rank: int, world_size: int, folder: Path, background: bool) -> set[float]:
-    """Overwrites every tensor with NEW while (or after) a checkpoint of OLD is written; what is read back."""
-    trainer, path, fsync = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST, os.fsync
-    for t in tiny_run.tensors(trainer).values():
-        t.fill_(OLD)
-
-    def slow(handle: int) -> None:
-        time.sleep(0.3)
-        fsync(handle)
-
-    os.fsync = slow
-    saving = Saving(path, tiny_run.state(trainer, OLD), trainer.strategy.context, background)
-    for t in tiny_run.tensors(trainer).values():
-        t.fill_(NEW)
-    saving.finish()
-    load_checkpoint(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
-    return {float(value) for t in tiny_run.tensors(trainer).values() for value in t.unique()}
-
-
-@pytest.mark.parametrize("background", [False, True])
-def test_fault_07_a_slow_writer_saves_the_step_it_was_asked_to(background, tmp_path):
-    assert run_ranks(save_slowly_then_train_on, 2, tmp_path, background) == [{OLD}, {OLD}]
-
-
-def note_what_is_hashed(rank: int, world_size: int, folder: Path, background: bool) -> dict[str, list[str]]:
-    """Files by who has read them for their hashes: a background thread, this one while saving, and while finishing."""
-    trainer, fingerprint, read = tiny_run.one_step(world_size, folder), durable.fingerprint, {}
-    moment = "saving"
-
-    def noted(path: Path) -> dict[str, Any]:
-        who = moment if threading.current_thread() is threading.main_thread() else "a thread"
-        read.setdefault(who, []).append(path.name)
-        return fingerprint(path)
-
-    with patch.object(durable, "fingerprint", noted):
-        path = folder / "checkpoints" / LAST
-        saving = Saving(path, tiny_run.state(trainer, OLD), trainer.strategy.context, background)
-        moment = "finishing"
-        saving.finish()
-    return read
-
-
-@pytest.mark.parametrize("background", [False, True])
-def test_fault_07_each_rank_hashes_its_own_shard_where_it_writes_it(background, tmp_path):
-    """Else rank 0 would read all shards at the end, while training waits."""
-    ranks = run_ranks(note_what_is_hashed, 2, tmp_path, background)
-    writer = "a thread" if background else "saving"
-    shards = [name for name in files_of(tmp_path / "checkpoints" / LAST) if name.startswith("shard")]
-    assert [name for read in ranks for name in read[writer]] == shards
-    assert [read.get("finishing") for read in ranks] == [["meta.json"], None]
-    assert durable.verify(tmp_path / "checkpoints" / LAST) == OLD
-
-
-def write_full(rank: int, world_size: int, folder: Path, background: bool) -> dict[str, Any]:
-    """As reshard.write_whole, in one file."""
-    trainer, path = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST
-    context = trainer.strategy.context
-    Saving(path, tiny_run.state(trainer, OLD), context, background, full=True).finish()
-    return reshard.shards(trainer)
-
-
-@pytest.mark.parametrize("background", [False, True])
-def test_fault_09_one_full_file_is_read_at_any_ep_degree(background, tmp_path):
-    """Weights and moments, as from a file a rank."""
-    expected = reshard.whole(run_ranks(write_full, 2, tmp_path, background))
-    path = tmp_path / "checkpoints" / LAST
-    assert files_of(path) == [FULL, "manifest.json", "meta.json"]
-    assert durable.verify(path) == OLD
-    for world_size in (1, 2, 4):
-        ranks = run_ranks(reshard.read_all, world_size, tmp_path / str(world_size), [path])
-        assert tiny_run.same(reshard.whole([found for (found,) in ranks]), expected)
-
-
-def put_together_without_room(rank: int, world_size: int, folder: Path) -> str:
-    """Each shard fits on the disk, all of them in one file do not."""
-    trainer, path = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST
-    tiny_run.save_marked(trainer, path, OLD)
-    largest = max(file.stat().st_size for file in path.iterdir())
-    _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest + 100, limit))
-    saving = Saving(path, tiny_run.state(trainer, NEW), trainer.strategy.context, background=False, full=True)
-    try:
-        saving.finish()
-    except OSError as error:
-        return str(error)
-    return "nothing"
-
-
-def test_fault_04_no_room_for_one_full_file_is_an_error_on_every_rank(tmp_path):
-    for said in run_ranks(put_together_without_room, 2, tmp_path, timeout_s=60):
-        assert re.search("all.safetensors could not be written: .*File too large", said), said
-    assert durable.verify(durable.newest_good(tmp_path / "checkpoints")) == OLD
-
-
-def go_on(rank: int, world_size: int, folder: Path, resume_from: Path | None) -> dict[str, torch.Tensor]:
-    words = ("trainer.max_steps=4", "trainer.checkpoint_every=2", "strategy.full_checkpoint=true")
-    return dict(tiny_run.tensors(tiny_run.fit(tiny_run.tiny(world_size, *words), folder, resume_from)))
-
-
-def test_fault_08_a_run_goes_on_from_one_full_file_to_the_bit(tmp_path):
-    straight = run_ranks(go_on, 2, tmp_path / "straight", None)
-    saved = tmp_path / "straight" / "checkpoints" / "step=2.ckpt"
-    assert FULL in files_of(saved)
-    resumed = run_ranks(go_on, 2, tmp_path / "resumed", saved)
-    assert all(tiny_run.same(a, b) for a, b in zip(resumed, straight, strict=True))
-
-
-def test_fault_10_all_experts_are_on_disk(tmp_path):
-    """One process reads all of them from what two ranks with four experts each have written; no two are the same."""
-    ranks = run_ranks(reshard.write_whole, 2, tmp_path)
-    model = build_model(tiny_run.tiny(1), ParallelContext())
-    load_model(tmp_path / "checkpoints" / LAST, model, "model.")
-    saved = reshard.whole(ranks)
-    for name, p in model.named_parameters():
-        assert torch.equal(p, saved[f"model.{name}"]), name
-    for name in ranks[0]["experts"]:
-        weights = saved[name].flatten(1)
-        assert len(weights) == tiny_run.EXPERTS
-        if "bias" not in name:
-            assert len(weights.unique(dim=0)) == tiny_run.EXPERTS, name

@@ -1,11 +1,10 @@
-"""A hundred steps on 2, 4 and 8 ranks against one process: SGD and AdamW, accumulated and clipped (faults 18, 21-25).
+"""A hundred steps on 2, 4 and 8 ranks against one process: SGD and AdamW, accumulated and clipped (faults 21-25).
 
     fp64         loss, gradient norms (2 and infinity) and every gradient at every step, and the weights at the end,
                  within 1e-10; also with activations recomputed, where routing must be kept, not made again
     fp32         one step within 1e-6: the infinity norm of each tensor's error, of its largest entry; in all layouts;
                  the drift over all steps beside what another order of the same sums drifts in one process
     bf16-mixed   runs, and stays near fp64 for as long as rounding lets it
-    overlap      changes no bit, however late transfers come and whichever comes first
 
 A line of figures per comparison is printed: `pytest -s`.
 """
@@ -13,42 +12,24 @@ A line of figures per comparison is printed: `pytest -s`.
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from functools import cache
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from scmoe.config.fields import Config
-from scmoe.moe.dispatcher import Blocking
-from scmoe.moe.router import Router
-from scmoe.parallel import all_to_all
-from scmoe.parallel.mesh import ParallelContext
-from scmoe.parallel.shards import expert_parameters
 from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.trainer import build_trainer
-from scmoe.training.callbacks.data_position import DataPosition
-from scmoe.training.language_model import LanguageModel
-from tests.support.comparison import assemble, assert_same_bits
-from tests.support.trainings import RecordingModel, tiny
-from tests.support.transfers import Late, Shuffled, delayed
+from tests.support.comparison import assemble
+from tests.support.long_training import BF16, BF16_STEPS, CLIP, FP32, FP64, OPTIMIZERS, STEPS, TRAINING, fit
+from tests.support.trainings import tiny
 
 pytestmark = [
     *(pytest.mark.dist, pytest.mark.faults),
     pytest.mark.timeout(900),  # the first test of a size waits for all its trainings
 ]
 
-STEPS, BF16_STEPS, CLIP = 100, 30, 0.5
-MODEL = "position=pos2 top_k=2 data.seq_len=8 data.global_batch_size=16 trainer.val_every=1000"
-TRAINING = f"{MODEL} trainer.accumulate=2 trainer.gradient_clip={CLIP} trainer.max_steps={STEPS}"
 RECOMPUTED = "trainer.recompute=true"
-FP64, FP32, BF16 = (f"trainer.precision={name}" for name in ("64-true", "32-true", "bf16-mixed"))
-OPTIMIZERS = {"sgd": "optim.lr=0.1", "adamw": "optim.lr=1e-3"}
 
 # Rounding errors of 1e-16 in sums of some thousand terms are 1e-14 a step, and a hundred steps make more of them; a
 # missing factor or term shows at 1e-3 (test_negative_controls.py).
@@ -61,56 +42,6 @@ DRIFT_FACTOR = 10
 # name: (ranks, ep_size)
 LAYOUTS = {"DP 2": (2, 1), "EP 2": (2, 2), "EP 4": (4, 4), "DP 2 x EP 2": (4, 2), "EP 8": (8, 8), "DP 4 x EP 2": (8, 2)}
 DRIFT_LAYOUTS = RECOMPUTED_LAYOUTS = BF16_LAYOUTS = ("EP 2", "DP 2 x EP 2")
-
-# ---------------------------------------------------------------------- one training on one rank
-
-
-class AdamWModel(RecordingModel):
-    """RecordingModel with LanguageModel's own optimizer and schedule."""
-
-    def configure_optimizers(self) -> Any:
-        self.before = self.weights()
-        return LanguageModel.configure_optimizers(self)
-
-
-def turned(batch: dict[str, Tensor], places: int) -> dict[str, Tensor]:
-    """The same sequences, in another order: the same sums, in another order."""
-    return {name: t.roll(places, 0) for name, t in batch.items()}
-
-
-def fit(config: Config, optimizer: str, places: int = 0) -> dict[str, Any]:
-    """Trains on this rank, sequences turned by `places`; its record, in the form that `assemble` takes."""
-    module = (AdamWModel if optimizer == "adamw" else RecordingModel)(config)
-    routed = count_routings(module)
-    if places:
-        step = module.training_step
-        module.training_step = lambda batch, batch_idx: step(turned(batch, places), batch_idx)  # type: ignore[method-assign]
-    trainer = build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
-    trainer.fit(module, build_datamodule(config))
-    return {
-        **{moment: getattr(module, moment) for moment in ("logged", "gradients", "drawn", "before")},
-        "outputs": module.outputs[-3:],  # of the last batches: of all of them it would be a lot
-        "after": module.weights(),
-        "experts": {name for name, _ in expert_parameters(module.model)},
-        "ep": (module.parallel_context.ep_rank, module.parallel_context.ep_size),
-        "routed": routed,
-    }
-
-
-def count_routings(module: LanguageModel) -> list[str]:
-    """A list that gets a router's name whenever it routes."""
-    routed: list[str] = []
-    configure = module.configure_model
-
-    def configure_and_count() -> None:
-        configure()
-        if not routed:
-            for name, child in module.named_modules():
-                if isinstance(child, Router):
-                    child.register_forward_hook(lambda *_, name=name: routed.append(name))
-
-    module.configure_model = configure_and_count  # type: ignore[method-assign]
-    return routed
 
 
 def fit_cases(rank: int, world_size: int, cases: dict[str, tuple[str, str, int]]) -> dict[str, dict[str, Any]]:
@@ -284,36 +215,3 @@ def test_bf16_mixed_runs_and_learns(layout):
     assert len(values) == 2 * BF16_STEPS  # one a batch, two batches a step
     assert distance[0] <= 1e-2  # rounding 4e-3, averaged over 64 targets
     assert sum(values[-10:]) < sum(values[:10])
-
-
-# ---------------------------------------------------------------------- overlap
-
-ALL_TO_ALL = ParallelContext.dispatcher
-WAYS: dict[str, list[tuple[Any, str, Any]]] = {
-    "overlapped": [],
-    "sequential": [(ParallelContext, "dispatcher", lambda self, *args: Blocking(ALL_TO_ALL(self, *args)))],
-    "overlapped, late": [(all_to_all, "point_to_point", Late)],
-    "overlapped, overtaking": [(all_to_all, "point_to_point", Shuffled)],
-}
-
-
-def fit_ways(rank: int, world_size: int, words: str) -> dict[str, dict[str, Any]]:
-    """A record for each way of waiting."""
-    records = {}
-    for name, patches in WAYS.items():
-        with ExitStack() as stack:
-            for owner, attribute, new in patches:
-                new = delayed(new) if owner is all_to_all else new
-                stack.enter_context(patch.object(owner, attribute, new))
-            records[name] = fit(tiny(words, world_size), "adamw")
-    return records
-
-
-@pytest.mark.parametrize("chunks", (1, pytest.param(2, marks=pytest.mark.representative)))
-def test_18_overlapped_equals_sequential_to_the_bit(chunks):
-    words = f"{TRAINING} {OPTIMIZERS['adamw']} {FP32} strategy.ep_size=2 schedule.chunks={chunks} trainer.max_steps=10"
-    ranks = run_ranks(fit_ways, 2, words, timeout_s=300)
-    records = {name: [rank[name] for rank in ranks] for name in WAYS}
-    for name in WAYS:
-        assert_same_bits(records[name], records["sequential"])
-    say(f"overlapped against sequential, {chunks} chunks", differing_bits=0, ways=list(WAYS))

@@ -1,14 +1,24 @@
-"""`bench overlap`, `timeline` and `growth` as a user runs them, but small: what they print and draw."""
+"""`bench overlap`, `timeline` and `growth` with small sizes: what they print and draw.
+
+`bench overlap` runs as a user runs it, on shaped links where they can be shaped. The other two measure in the same way,
+so here they measure a tiny pair on the loopback device, without a rate.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from scmoe.testbed import links
+from experiments import bench
+from scmoe.testbed import growth, links, timeline
+from scmoe.testbed.pairs import Setting
+from scmoe.testbed.ranks import run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.smoke]
 TOP = {"comm_share", "link_mbit", "ranks", "device", "compute", "level", "rounds", "rows"}
@@ -48,9 +58,25 @@ def test_bench_overlap(compute, tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 
-@pytest.mark.skipif(links.why_not() is not None, reason=f"links cannot be shaped here: {links.why_not()}")
-def test_timeline(tmp_path):
-    run("experiments.bench", "timeline", "--share", "0.3", "--out", str(tmp_path))
+def without_rate(rank: int, world_size: int, measure: Callable[..., Any], setting: Setting, *args: Any) -> Any:
+    links.set_rate = lambda mbit: None
+    rate = setting.link_mbit or 100.0  # a given rate is not searched for
+    return measure(rank, world_size, replace(setting, link_mbit=rate, tokens=64, seq_len=32, dim=32), *args)
+
+
+@pytest.fixture
+def tiny_on_loopback(monkeypatch):
+    def measured(measure: Callable[..., Any], ranks: int, setting: Setting, *args: Any, **_: Any) -> list[Any]:
+        return run_ranks(without_rate, ranks, measure, replace(setting, attention_ms=1.0), *args)
+
+    monkeypatch.setattr(links, "inside", lambda: True)
+    monkeypatch.setattr(links, "enter", lambda again: None)
+    for module in (growth, timeline):
+        monkeypatch.setattr(module, "run_ranks", measured)
+
+
+def test_timeline(tiny_on_loopback, tmp_path):
+    assert bench.main(["timeline", "--share", "0.3", "--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.glob("*.png")} == {"forward.png", "backward.png"}
     trace = json.loads((tmp_path / "pos2-overlapped-1-chunks.json").read_text())
     names = {event.get("name") for event in trace["traceEvents"]}
@@ -58,11 +84,10 @@ def test_timeline(tmp_path):
     assert {f"scmoe/{operator}" for operator in operators} <= names
 
 
-@pytest.mark.skipif(links.why_not() is not None, reason=f"links cannot be shaped here: {links.why_not()}")
-def test_bench_growth(tmp_path):
+def test_bench_growth(tiny_on_loopback, tmp_path, capsys):
     small = ("--points", "256", "512", "--rounds", "2", "--out", str(tmp_path))
-    out = run("experiments.bench", "growth", "--of", "tokens", *small)
-    points = json.loads(out.splitlines()[-1])["tokens"]
+    assert bench.main(["growth", "--of", "tokens", *small]) == 0
+    points = json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"]
     assert [point["tokens"] for point in points] == [256, 512]
     assert points[0]["link_mbit"] == points[1]["link_mbit"]
     assert all(point["compute"] == "emulated" and point.keys() >= TOP for point in points)

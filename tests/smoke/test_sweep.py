@@ -1,4 +1,4 @@
-"""A sweep of real trainings here, one of which fails; the searching and cutting is in tests/unit/test_sweep_*.py."""
+"""A sweep of real trainings on this machine, one of which fails; tests/unit/test_sweep_*.py test search and cuts."""
 
 from __future__ import annotations
 
@@ -7,24 +7,20 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from scmoe.config.load import load
 from scmoe.studies.runs import find_runs, open_run
-from tests.support.commands import run
+from tests.support.commands import ROOT, run
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.timeout(600)]
 
-SWEEP = """\
-program: experiments/train.py
-command: ["${env}", "${interpreter}", -m, experiments.train, configs/debug.yaml, "${args_no_hyphens}"]
-method: grid
-parameters:
-  optim.lr: {values: [1.0e+30, 1.0e-2]} # at the first the loss is no number any more
-"""
-
 
 def test_a_sweep_of_trainings(tmp_path):
-    (tmp_path / "two.yaml").write_text(SWEEP)
+    """The sweep of configs/sweep/smoke.yaml with the last two of its four learning rates; the first fails."""
+    sweep = yaml.safe_load((ROOT / "configs/sweep/smoke.yaml").read_text())
+    sweep["parameters"]["optim.lr"]["values"] = [1e30, 1e-2]
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(sweep))
     done = run("-m", "experiments.sweep", str(tmp_path / "two.yaml"), "--local", f"runs_dir={tmp_path}")
     best = done.summary["best"]
     assert {**done.summary, "best": None} == {"trials": 2, "finished": 1, "failed": 1, "best": None}

@@ -39,12 +39,13 @@ TWO = {
     "roomy, chunks 2": ("pos2", f"position=pos2 {EP2} capacity_factor=8 schedule.chunks=2"),
     "roomy top-2": ("top-2", f"architecture=top_k top_k=2 {EP2} capacity_factor=4"),
 }
+SLOTS_ON_FOUR = {key: words for key, words in SLOTS.items() if key[0] == "pos3" and key[2] == 2}  # the longest window
 FOUR = {
     **{f"{name}, EP 4": (name, f"{ONE[name]} {EP4}") for name in ("pos2", "top-2", "clipped", "starved")},
     **{f"{name}, DP 2 x EP 2": (name, f"{ONE[name]} {EP2}") for name in ("pos2", "top-2", "clipped", "clipped top-2")},
     "pos2, DP 4": ("pos2", f"position=pos2 {EP1}"),
-    **{f"{p}, slot {s}, chunks {c}": (p, f"{EP4} {text}") for (p, s, c), text in SLOTS.items()},
-    **{f"{p}, sequential, chunks {c}": (p, f"{EP4} {text}") for (p, c), text in SEQUENTIAL.items()},
+    **{f"{p}, slot {s}, chunks {c}": (p, f"{EP4} {text}") for (p, s, c), text in SLOTS_ON_FOUR.items()},
+    "pos3, sequential, chunks 2": ("pos3", f"{EP4} {SEQUENTIAL['pos3', 2]}"),
 }
 OTHERS = {  # trainings of two ranks
     **{f"{p}, fp32, chunks {c}": text for (p, c), text in CHUNKED.items()},

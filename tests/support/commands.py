@@ -1,14 +1,21 @@
-"""This module runs commands such as the train command in a process of their own, and reads what they leave."""
+"""This module runs commands, in a process of their own or in ranks, and reads what they leave."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from experiments import train
+from scmoe.testbed.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 SUMMARY = (
@@ -18,7 +25,6 @@ SUMMARY = (
 EXACT = ("moe.capacity_factor=null", "moe.noisy=false")  # what is dropped, and noise, depend on the number of ranks
 CANARY = "0123456789abcdef" * 2 + "canary00"  # as long as a key
 TRAIN = ("-m", "experiments.train")
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *TRAIN)
 
 
 class Done(NamedTuple):
@@ -40,6 +46,34 @@ def run(*arguments: str, **variables: str) -> Done:
     env |= {"OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def train_in_ranks(world_size: int, *arguments: str, **variables: str) -> Done:
+    """Runs the train command in ranks of run_ranks, which start in 0.1 s; returns what rank 0 says.
+
+    The ranks have torchrun's variables, so the command joins them and starts no process.
+    """
+    first, *others = run_ranks(_train, world_size, arguments, variables)
+    assert all((done.code, done.out) == (first.code, "") for done in others), "only rank 0 prints"
+    return first
+
+
+def _train(rank: int, world_size: int, arguments: tuple[str, ...], variables: dict[str, str]) -> Done:
+    os.chdir(ROOT)
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "PYTEST_"))]:
+        del os.environ[name]
+    os.environ |= variables
+    rank_zero_only.rank = rank  # Lightning was imported before the rank had its variables
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = train.main([*arguments])
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def undocumented(metrics: Path) -> list[str]:
+    """Returns the metrics of a metrics.csv that the table of docs/runs.md does not have."""
+    page = (ROOT / "docs/runs.md").read_text()
+    names = metrics.read_text().partition("\n")[0].split(",")
+    return [name for name in names if "/" in name and f"`{name}`" not in page]
 
 
 def rows_of(metrics: Path) -> list[dict[str, str]]:

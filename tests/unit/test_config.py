@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -13,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scmoe.config.fields import Config, ConfigError, LoggerConfig, flatten, leaves
-from scmoe.config.help import catalogue, help_text
 from scmoe.config.load import load, to_yaml
 from scmoe.config.rules import resolve_ep_size
 from tests.support.configs import IMPOSSIBLE
@@ -50,16 +47,12 @@ def write(tmp_path):
 # What loads
 
 
-@pytest.mark.parametrize("path", YAMLS, ids=lambda path: str(path.relative_to(CONFIGS)))
-def test_every_yaml_loads_and_says_what_it_is(path):
-    assert isinstance(load(path), Config)
-    assert path.read_text(encoding="utf-8").startswith("# ")
-
-
-@pytest.mark.parametrize("path", YAMLS, ids=lambda path: str(path.relative_to(CONFIGS)))
-def test_saved_yaml_loads_equal(path, write):
-    config = load(path, ["logger.tags=[a,'1',null]", "seed=7"])
-    assert load(write("config.yaml", to_yaml(config))) == config
+def test_every_yaml_loads_and_says_what_it_is(write):
+    """And is equal after it was saved with changes and loaded again."""
+    for path in YAMLS:
+        config = load(path, ["logger.tags=[a,'1',null]", "seed=7"])
+        assert load(write("config.yaml", to_yaml(config))) == config, path
+        assert path.read_text(encoding="utf-8").startswith("# "), path
 
 
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", fullmatch=True)
@@ -69,7 +62,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"])).filter(
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(names, texts, st.none() | texts, st.lists(texts), st.integers(0, 2**32 - 1), positive)
 def test_any_text_and_number_survives_saving(tmp_path_factory, name, runs_dir, group, tags, seed, timeout_s):
     logger = LoggerConfig(group=group, tags=tags)
@@ -272,31 +265,3 @@ def test_one_hundred_bad_inputs_run_nothing(tmp_path, write):
         refusal(None, f"{key}={value}")
         refusal(write("bad.yaml", f"{key}: {value}\n"))
     assert not trace.exists()
-
-
-# What is shown
-
-
-def test_help_fits_its_width_and_has_every_field():
-    lines = help_text().splitlines()
-    assert all(len(line) <= 120 for line in lines)
-    assert {leaf.key for leaf in leaves(Config())} <= {line.split(" ")[0] for line in lines}
-    assert "pos1 | pos2 | pos3" in help_text()
-
-
-def test_catalogue_has_files_and_choices():
-    found = catalogue(CONFIGS)
-    assert (str(CONFIGS / "model" / "gpt2_moe_small.yaml"), "Overlay: GPT2-MoE-Small of Table 8, 323M parameters.") in (
-        found["Configurations"]
-    )
-    assert ("moe.architecture=scmoe", "") in found["Architectures"]
-    assert ("model.family=gpt", "") in found["Model families"]
-    with pytest.raises(ValueError, match="existing folder"):
-        catalogue(CONFIGS / "absent")
-
-
-def test_help_and_refusals_do_not_wait_for_torch():
-    modules = ["config.help", "config.load", "parallel.checkpoint.durable", "training.run.state"]
-    code = "import sys\n" + "".join(f"import scmoe.{name}\n" for name in modules)
-    code += "assert not {'torch', 'lightning', 'numpy'} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", code], check=True)

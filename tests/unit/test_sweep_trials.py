@@ -1,6 +1,6 @@
-"""Trials on this machine: failures are marked, cut ones go on, finished ones are skipped, nothing is left behind.
+"""Trials on this machine: failures are marked, cut ones are resumed, finished ones are skipped, nothing is left behind.
 
-Around a toy training, which starts at once; tests/smoke/test_sweep.py has real ones.
+The trials are toy trainings, which start at once; tests/smoke/test_sweep.py has real ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.commands import Done, run
+from experiments import sweep
+from tests.support.commands import Done
 
 ROOT = Path(__file__).parents[2]
 SWEEP: dict[str, Any] = {
@@ -35,7 +36,7 @@ SWEEP: dict[str, Any] = {
 
 @pytest.fixture
 def start(tmp_path):
-    """What starts the sweep of a file with these changes: its process."""
+    """Returns a function that starts the sweep of a file with these changes, and returns its process."""
 
     def start(name: str = "s", pause_s: float = 0.01, **changes: Any) -> subprocess.Popen[str]:
         config = {**SWEEP, **changes}
@@ -65,13 +66,13 @@ def until(there: Any) -> None:
 
 
 def alive(folder: Path) -> list[str]:
-    """Processes that have this folder in their command line."""
+    """Returns the processes that have this folder in their command line."""
     found = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True).stdout.split()
     return [pid for pid in found if int(pid) != os.getpid()]
 
 
 def test_a_failed_trial_is_marked_and_the_best_is_named(start, tmp_path):
-    done = end(start())
+    done = end(start(project="mine"))
     best = done.summary.pop("best")
     assert done.summary | {"best": None} == {"trials": 4, "finished": 3, "failed": 1, "best": None}
     assert (best["trial"], best["val/loss"]) == (2, pytest.approx(1 / 6))
@@ -81,27 +82,21 @@ def test_a_failed_trial_is_marked_and_the_best_is_named(start, tmp_path):
     assert [line.split(":")[0] for line in lines] == [
         f"trial {i} of 4 {row['state']}" for i, row in enumerate(rows(tmp_path), 1)
     ]
-    assert all("left" in line for line in lines[:-1]), "the time left"
-    again = end(start())
+    assert all("left" in line for line in lines[:-1]), "the time that is left"
+    again = end(start(project="mine"))
     assert again.out.splitlines()[-1] == done.out.splitlines()[-1]
     assert again.err.splitlines() == ["4 trials have ended already"]
-    assert len(list((tmp_path / "sweeps/s").glob("trial-*/*/config.yaml"))) == 4, "nothing was run twice"
+    configs = sorted((tmp_path / "sweeps/s").glob("trial-*/*/config.yaml"))
+    assert len(configs) == 4, "nothing was run twice"
+    config = yaml.safe_load(configs[0].read_text())
+    assert (config["logger"]["group"], config["logger"]["project"], config["optim"]["lr"]) == ("s", "mine", 0.1)
     config = yaml.safe_load((tmp_path / "sweeps/s/best.yaml").read_text())
     assert (config["optim"]["lr"], config["name"]) == (0.01, "debug")
     assert "optim.lr" in (tmp_path / "sweeps/s/summary.md").read_text()
 
 
-def test_trials_are_ordinary_runs_in_one_group(start, tmp_path):
-    assert end(start(project="mine", run_cap=1)).code == 0
-    (path,) = (tmp_path / "sweeps/s").glob("trial-001/*/config.yaml")
-    config = yaml.safe_load(path.read_text())
-    assert config["logger"]["group"] == "s"
-    assert config["logger"]["project"] == "mine"
-    assert config["optim"]["lr"] == 0.1
-
-
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_cut_sweep_goes_on(signum, start, tmp_path):
+def test_a_cut_sweep_is_resumed(signum, start, tmp_path):
     process = start(pause_s=0.1)
     first, second = (tmp_path / "sweeps/s" / name for name in ("trial-001", "trial-002"))
     until(lambda: any(second.glob("*/metrics.csv")))
@@ -166,8 +161,9 @@ def test_all_failed_is_an_error(start):
     assert json.loads(done.out.splitlines()[-1]) == {"trials": 2, "finished": 0, "failed": 2, "best": None}
 
 
-def test_a_wrong_request_is_answered_in_one_line(tmp_path):
+def test_a_wrong_request_is_answered_in_one_line(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     for words in (["configs/sweep/smoke.yaml", "--locla"], ["configs/sweep/nothing.yaml"], ["configs/debug.yaml"]):
-        done = run("-m", "experiments.sweep", *words)
-        assert (done.code, done.out) == (2, "")
-        assert len(done.err.splitlines()) == 1
+        assert sweep.main(words) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and len(said.err.splitlines()) == 1, words

@@ -101,7 +101,6 @@ LLAMA_BLOCK = (
     *("input_layernorm", "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "self_attn.o_proj"),
     *("post_attention_layernorm", "mlp.gate_proj mlp.up_proj", "mlp.down_proj"),
 )
-
 Reading = tuple[dict[str, Any], list[str], Names]  # settings, problems, names
 
 

@@ -25,7 +25,6 @@ from scmoe.training.run.redact import without_keys
 from scmoe.training.run.writing import write_aside
 
 SAY_NOTHING = re.compile(r"name|runs_dir|logger\..*|trainer\.progress|data\.cache_dir")  # keys that no name needs
-
 VALUE_CHARS, SLUG_CHARS = 24, 64  # of one value, and of all; with the stamp well below a file system's 255 bytes
 
 

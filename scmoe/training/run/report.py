@@ -40,7 +40,6 @@ KINDS: dict[type[nn.Module], str] = {
     CG2: "gates",
     Experts: "experts",
 }
-
 NAMED = {  # kinds by name, before the class
     "shared_expert": "shared expert",
     "attention": "attention",  # timm's

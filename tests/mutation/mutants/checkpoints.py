@@ -41,7 +41,9 @@ MUTANTS = (
         "                files[META] = durable.fingerprint(self.partial / META)\n",
         "                files = {file.name: durable.fingerprint(file) for file in self.partial.iterdir()}\n",
     )
-    .caught_by(f"{FAULTS}/test_checkpoints.py::test_fault_07_each_rank_hashes_its_own_shard_where_it_writes_it[True]"),
+    .caught_by(
+        f"{FAULTS}/test_checkpoint_content.py::test_fault_07_each_rank_hashes_its_own_shard_where_it_writes_it[True]"
+    ),
     Mutant("experts-saved-by-rank", 10, f"{PARALLEL}/checkpoint/state.py")
     .replaces("[Replicate(), Shard(0)]", "[Replicate(), Replicate()]")
     .caught_by(DP),
@@ -90,5 +92,5 @@ MUTANTS = (
         "    write_whole(read_whole(folder), folder / FULL)\n",
         '    write_whole(read_whole(folder, "model."), folder / FULL)\n',
     )
-    .caught_by(f"{FAULTS}/test_checkpoints.py::test_fault_09_one_full_file_is_read_at_any_ep_degree[False]"),
+    .caught_by(f"{FAULTS}/test_checkpoint_content.py::test_fault_09_one_full_file_is_read_at_any_ep_degree[False]"),
 )

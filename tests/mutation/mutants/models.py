@@ -22,7 +22,7 @@ MUTANTS = (
     # ------------------------------------------------------------------ checkpoints from elsewhere
     Mutant("shared-expert-not-doubled", 0, "scmoe/training/init_from/upcycle.py")
     .replaces("return 2 * weight if", "return weight if")
-    .caught_by(f"{UNIT}/test_pretrained.py::test_upcycled_equals_dense[pos2]"),
+    .caught_by(f"{UNIT}/test_upcycling.py::test_upcycled_equals_dense[pos2]"),
     Mutant("written-before-all-is-checked", 0, "scmoe/training/init_from/upcycle.py")
     .replaces(
         "    if problems:\n        raise",
@@ -34,7 +34,7 @@ MUTANTS = (
     .caught_by(f"{UNIT}/test_pretrained.py::test_an_export_into_another_model_is_refused_by_key"),
     Mutant("llamas-prefix-kept", 0, f"{DATA}/tokenizer.py")
     .replaces("            inner = _without_prefix(inner)\n", "")
-    .caught_by(f"{UNIT}/test_text.py::test_llamas_own_tokenizer_loses_nothing"),
+    .caught_by(f"{UNIT}/test_tokenizer.py::test_llamas_own_tokenizer_loses_nothing"),
     # ------------------------------------------------------------------ estimates and analyses
     Mutant("estimate-forgets-the-configs-ranks", 0, "experiments/estimate.py")
     .replaces("        sizes = own | sizes\n", '        sizes = {"ep": 1, "dp": 1} | sizes\n')

@@ -32,7 +32,7 @@ MUTANTS = (
     .caught_by(EP),
     Mutant("ceiling-of-the-total", 31, f"{PARALLEL}/dispatcher.py")
     .replaces("fair = sum(received) / len(received)", "fair = sum(received)")
-    .caught_by("tests/faults/test_guards.py::test_31_the_ceiling_is_of_the_fair_share"),
+    .caught_by("tests/faults/test_ceiling.py::test_31_the_ceiling_is_of_the_fair_share"),
     # ------------------------------------------------------------------ gradients over ranks
     Mutant("no-1/EP", 21, f"{PARALLEL}/update/reducer.py")
     .replaces("return grad / self.context.ep_size", "return grad")
@@ -68,19 +68,19 @@ MUTANTS = (
     .caught_by(EP),
     Mutant("update-with-a-norm-that-is-not-finite", 27, f"{PARALLEL}/update/guard.py")
     .replaces("        if torch.isfinite(norm):\n", "        if norm.numel() == 1:\n")
-    .caught_by("tests/faults/test_guards.py::test_27_one_process_too"),
+    .caught_by("tests/faults/test_not_finite.py::test_27_one_process_too"),
     Mutant("only-what-is-clipped-is-watched", 27, f"{PARALLEL}/update/clipping.py")
     .replaces("if clip_val <= 0 or gradient_clip_algorithm", "if clip_val > 0 and gradient_clip_algorithm")
-    .caught_by(f"{FAULTS}/test_guards.py::test_27_a_module_that_does_not_clip_by_norm_is_watched_too[by nobody]"),
+    .caught_by(f"{FAULTS}/test_not_finite.py::test_27_a_module_that_does_not_clip_by_norm_is_watched_too[not at all]"),
     Mutant("who-steps-by-hand-is-not-watched", 27, f"{PARALLEL}/update/clipping.py")
     .replaces(
         "            self.clip_by_norm(optimizer, None)\n        elif",
         "            assert optimizer is not None\n        elif",
     )
-    .caught_by(f"{FAULTS}/test_guards.py::test_27_a_module_that_steps_by_hand_is_watched_too[output]"),
+    .caught_by(f"{FAULTS}/test_not_finite.py::test_27_a_module_that_steps_by_hand_is_watched_too[output]"),
     Mutant("clipping-past-the-strategy-let-through", 27, f"{PARALLEL}/update/clipping.py")
     .replaces("        elif self.norm is None:\n", "        elif self.guard is None:\n")
-    .caught_by(f"{FAULTS}/test_guards.py::test_27_a_module_that_clips_by_other_means_is_refused[2]"),
+    .caught_by(f"{FAULTS}/test_not_finite.py::test_27_a_module_that_clips_by_other_means_is_refused[2]"),
     # ------------------------------------------------------------------ seeding
     Mutant("experts-drawn-by-local-id", 25, f"{MOE}/experts.py")
     .replaces("in zip(self.expert_ids, weight, strict=True):", "in enumerate(weight):")

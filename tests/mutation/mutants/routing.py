@@ -28,7 +28,7 @@ MUTANTS = (
         "weights_R = _pick(weights_TK.reshape(-1, 1), copies_R)",
         "weights_R = weights_TK.reshape(-1, 1)[copies_R.clamp(max=weights_TK.numel() - 1)]",
     )
-    .caught_by(f"{FAULTS}/test_experts.py::test_29_ample_room_is_dropless_to_the_bit"),
+    .caught_by(f"{FAULTS}/test_capacity.py::test_29_ample_room_is_dropless_to_the_bit"),
     Mutant("padding-counted-as-dropped", 29, f"{MOE}/balance.py")
     .replaces("layout.num_dropped - (T - num_tokens) * K", "layout.num_dropped")
     .caught_by(f"{UNIT}/test_balance.py::test_padding_is_left_out_of_every_sum"),

@@ -47,11 +47,11 @@ MUTANTS = (
         "        return self.context.world_size > 1 and was_interrupted(self.module.trainer)\n",
         "        return self.context.world_size < 1 and was_interrupted(self.module.trainer)\n",
     )
-    .caught_by(f"{FAULTS}/test_guards.py::test_13_callbacks_that_save_after_an_exception_wait_for_nobody"),
+    .caught_by(f"{FAULTS}/test_guards.py::test_13_callbacks_that_save_after_an_exception_wait_for_no_rank"),
     Mutant("rank-0-links-to-a-save-that-was-skipped", 13, f"{PARALLEL}/job/fail_fast.py")
     .replaces("super().is_global_zero and not self.is_alone", "super().is_global_zero")
     .caught_by(
-        f"{FAULTS}/test_guards.py::test_13_callbacks_that_save_after_an_exception_wait_for_nobody[0-save_on_exception]"
+        f"{FAULTS}/test_guards.py::test_13_callbacks_that_save_after_an_exception_wait_for_no_rank[0-save_on_exception]"
     ),
     Mutant("each-rank-asks-as-often-as-it-can", 16, f"{PARALLEL}/job/lockstep.py")
     .replaces("self.poll.smallest(sum(batches))", "sum(batches)")
@@ -62,35 +62,35 @@ MUTANTS = (
         "        except RuntimeError:\n            absent.append(rank)\n    return",
         "        except RuntimeError:\n            pass\n    return",
     )
-    .caught_by(f"{FAULTS}/test_guards.py::test_14_a_roll_call_tells_who_is_missing"),
+    .caught_by(f"{FAULTS}/test_guards.py::test_14_a_roll_call_names_the_missing_ranks"),
     Mutant("groups-wait-half-an-hour", 14, f"{PARALLEL}/mesh.py")
     .replaces("by_rows(grid.tolist(), timeout=timeout, pg_options", "by_rows(grid.tolist(), pg_options")
-    .caught_by(f"{FAULTS}/test_guards.py::test_14_no_group_waits_for_longer_than_it_was_told"),
+    .caught_by(f"{FAULTS}/test_guards.py::test_14_no_group_waits_longer_than_the_timeout"),
     Mutant("difference-of-collectives-unseen", 15, f"{PARALLEL}/job/debug.py")
     .replaces("        if len(set(of_ranks)) > 1:\n", "        if len(set(of_ranks)) > 2:\n")
-    .caught_by(f"{FAULTS}/test_guards.py::test_15_collectives_in_another_order_are_named"),
+    .caught_by(f"{FAULTS}/test_collectives.py::test_15_collectives_in_another_order_are_named"),
     Mutant("collectives-of-objects-unseen", 15, f"{PARALLEL}/job/debug.py")
     .replaces("for name in (*TENSORS, *OBJECTS)),", "for name in TENSORS),")
-    .caught_by(f"{FAULTS}/test_guards.py::test_15_every_kind_of_collective_is_watched"),
+    .caught_by(f"{FAULTS}/test_collectives.py::test_15_every_kind_of_collective_is_watched"),
     Mutant("uneven-batches-let-in", 16, f"{PARALLEL}/job/lockstep.py")
     .replaces("    if context.world_size == 1:\n", "    if context.world_size > 1:\n")
-    .caught_by(f"{FAULTS}/test_guards.py::test_16_each_loader_counts"),
+    .caught_by(f"{FAULTS}/test_batches.py::test_16_each_loader_counts"),
     Mutant("sample-of-a-dead-worker-unknown", 19, f"{DATA}/watched.py")
     .replaces(
         "            self.reading_W2[worker.id] = torch.tensor([os.getpid(), i])\n",
         "            assert worker.id < len(self.reading_W2)\n",
     )
-    .caught_by(f"{FAULTS}/test_guards.py::test_19_a_data_worker_that_fails_is_named_with_its_sample"),
+    .caught_by(f"{FAULTS}/test_batches.py::test_19_a_data_worker_that_fails_is_named_with_its_sample"),
     # ------------------------------------------------------------------ logging and secrets
     Mutant("w-and-b-s-death-ends-the-run", 32, "scmoe/training/run/wandb_logger.py")
     .replaces("WANDB_TROUBLE = (wandb.Error, OSError)", "WANDB_TROUBLE = (wandb.errors.CommError,)")
-    .caught_by(f"{FAULTS}/test_security.py::test_32_a_killed_wandb_process_ends_nothing"),
+    .caught_by(f"{FAULTS}/test_logging.py::test_32_a_killed_wandb_process_ends_nothing"),
     Mutant("new-column-under-the-old-header", 32, "scmoe/training/run/csv_logger.py")
     .replaces("            writer.metrics_keys = keys\n", "            assert isinstance(keys, list)\n")
-    .caught_by(f"{FAULTS}/test_security.py::test_32_a_full_disk_ends_no_run_that_logs"),
+    .caught_by(f"{FAULTS}/test_logging.py::test_32_a_full_disk_ends_no_run_that_logs"),
     Mutant("a-picture-ends-a-run", 32, "scmoe/training/run/writing.py")
     .replaces('        warn_once(f"{path} is not written: {error.strerror or error}")\n', "        raise\n")
-    .caught_by(f"{FAULTS}/test_security.py::test_32_a_full_disk_costs_a_run_its_figures_and_nothing_else"),
+    .caught_by(f"{FAULTS}/test_logging.py::test_32_a_full_disk_costs_a_run_its_figures_and_nothing_else"),
     Mutant("environment-kept", 33, "scmoe/training/run/directory.py")
     .replaces(
         '        "cpus": os.cpu_count(),\n', '        "cpus": os.cpu_count(),\n        "variables": dict(os.environ),\n'

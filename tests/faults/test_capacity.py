@@ -1,0 +1,159 @@
+"""Faults 29 and 30: what is dropped is logged, enough slots equal dropless, and padding takes no slot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scmoe.moe.activation import Activation
+from scmoe.moe.experts import Experts
+from scmoe.moe.router import Router
+from scmoe.moe.stream import MoEStream
+from scmoe.parallel.dispatcher import AllToAllDispatcher
+from scmoe.testbed.ranks import run_ranks
+from scmoe.tokens import Routing
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.trainer import build_trainer
+from scmoe.training.callbacks.data_position import DataPosition
+from scmoe.training.callbacks.expert_load import ExpertLoad
+from tests.support.models import assert_close, randomise
+from tests.support.trainings import RecordingModel, tiny
+
+pytestmark = [pytest.mark.dist, pytest.mark.faults]
+
+TOLERANCE = 1e-12
+MODEL = "position=pos2 top_k=2"
+
+
+# ---------------------------------------------------------------------- 29: more copies than slots
+
+
+def sweep(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
+    records = {}
+    for factor in ("0.5", "1.0", "1.5", "8.0", "null"):
+        config = tiny(f"{MODEL} strategy.ep_size=2 trainer.log_every=1 capacity_factor={factor}", world_size)
+        module = RecordingModel(config)
+        load, shares = ExpertLoad(), []
+        log_dict = module.log_dict
+        module.log_dict = lambda values, *a, **k: (  # type: ignore[method-assign]
+            shares.append(float(values["moe/drop_share"])),  # noqa: B023
+            log_dict(values, *a, **k),  # noqa: B023
+        )
+        trainer = build_trainer(config, [DataPosition(), load], [])
+        trainer.fit(module, build_datamodule(config))
+        records[factor] = {"shares": shares, "weights": module.weights()}
+    return records
+
+
+def test_29_what_is_dropped_is_logged_and_ample_room_is_dropless():
+    """1e-12 here: products over rows that are filled up with empty slots may sum in another order. To the bit below."""
+    ranks = run_ranks(sweep, 2)
+    for records in ranks:
+        first = [records[factor]["shares"][0] for factor in ("0.5", "1.0", "1.5", "8.0", "null")]
+        assert first == sorted(first, reverse=True) and first[0] >= 0.5 - 1e-6 and first[1] > 0
+        assert records["8.0"]["shares"] == records["null"]["shares"] == [0.0, 0.0, 0.0]
+        for name, weight in records["8.0"]["weights"].items():
+            assert_close(weight, records["null"]["weights"][name], TOLERANCE, name)
+    assert ranks[0]["1.0"]["shares"] == ranks[1]["1.0"]["shares"], "of all ranks' copies"
+
+
+DIM, FFN, EXPERTS, TOKENS = 16, 24, 8, 12  # features, those between an expert's two products; tokens of a rank
+
+
+class Given(torch.nn.Module):
+    """A router whose choices are given."""
+
+    num_experts, top_k = EXPERTS, 2
+
+    def __init__(self, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> None:
+        super().__init__()
+        scores_TE = torch.zeros(TOKENS, EXPERTS)
+        self.routing = Routing(topk_ids_TK, topk_weights_TK, scores_TE, scores_TE)
+
+    def forward(self, x_TD: Tensor, mask_T: Tensor | None, taken_T1: Tensor | None) -> Routing:
+        return self.routing
+
+
+def exactly(rank: int, world_size: int, dtype: torch.dtype) -> None:
+    """Small whole numbers, experts with ReLU, gate weights 1, 1/2 and 1/4: no product or sum is ever rounded, so its
+    order is of no account."""
+    dist.init_process_group("gloo")
+    common, draw = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + rank)
+
+    def whole(*shape: int, generator: torch.Generator = draw) -> Tensor:
+        return torch.randint(-2, 3, shape, generator=generator).to(dtype)
+
+    share = EXPERTS // world_size
+    here = range(rank * share, (rank + 1) * share)
+    experts = Experts(DIM, FFN, EXPERTS, here).to(dtype)
+    experts.act = Activation(torch.relu, lambda da_RF, h_RF: da_RF * (h_RF > 0))
+    with torch.no_grad():
+        for weight in experts.parameters():
+            weight.copy_(whole(EXPERTS, *weight.shape[1:], generator=common)[here])
+    x_BTD, dy_BTD = whole(1, TOKENS, DIM), whole(1, TOKENS, DIM)
+    ids_TK = torch.rand(TOKENS, EXPERTS, generator=draw).topk(2).indices
+    weights_TK = (0.5 ** torch.randint(3, (TOKENS, 2), generator=draw)).to(dtype)
+
+    results = {}
+    for factor in (None, EXPERTS / 2, float(EXPERTS)):  # a slot for each token, then for each copy
+        for chunks in (1, 2):
+            x, weights = x_BTD.clone().requires_grad_(), weights_TK.clone().requires_grad_()
+            stream = MoEStream(Given(ids_TK, weights), experts, AllToAllDispatcher(None, EXPERTS), factor)
+            y, stats = stream(x, None, chunks)
+            assert int(stats.num_dropped) == 0
+            y.backward(dy_BTD)
+            results[factor, chunks] = [y.detach(), *(leaf.grad for leaf in (x, weights, *experts.parameters()))]
+            experts.zero_grad()
+    dropless = results[None, 1]
+    assert all(t.abs().max() > 0 and torch.equal(4 * t, (4 * t).round()) for t in dropless)
+    for how, tensors in results.items():
+        assert all(torch.equal(t, expected) for t, expected in zip(tensors, dropless, strict=True)), how
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.representative), torch.float64])
+def test_29_ample_room_is_dropless_to_the_bit(dtype):
+    """Outputs, and the gradients of tokens, gate weights and experts, which hold the sums of both ranks' rows."""
+    run_ranks(exactly, 2, dtype)
+
+
+# ---------------------------------------------------------------------- 30: padding
+
+REAL, PADDED = 9, 16  # real tokens of a rank and all of them
+
+
+def pad(rank: int, world_size: int, factor: float | None) -> None:
+    """A rank's real tokens stand at other places than the other's; the rest is padding, full of junk."""
+    dist.init_process_group("gloo")
+    share = EXPERTS // world_size
+    experts = Experts(DIM, FFN, EXPERTS, range(rank * share, (rank + 1) * share))
+    experts.init_weights("experts", 0.3, 0.3)
+    router = randomise(Router(DIM, EXPERTS, 2), seed=0)
+    stream = MoEStream(router, experts, AllToAllDispatcher(None, EXPERTS), factor).double()
+    draw = torch.Generator().manual_seed(rank)
+    x_BSD = torch.randn(2, PADDED // 2, DIM, generator=draw, dtype=torch.float64)
+    mask_BS = torch.zeros(PADDED, dtype=torch.bool)
+    mask_BS[torch.randperm(PADDED, generator=draw)[:REAL]] = True
+    mask_BS = mask_BS.view(2, -1)
+
+    outputs = []
+    for x, mask in ((x_BSD.where(mask_BS[..., None], 100.0), mask_BS), (x_BSD[mask_BS][None], None)):
+        y, stats = stream(x, mask)
+        y.square().sum().backward()
+        outputs.append((y, stats, {name: p.grad.clone() for name, p in stream.named_parameters()}))
+        stream.zero_grad()
+    (padded, stats, grads), (real, real_stats, real_grads) = outputs
+    assert_close(padded[mask_BS], real[0], TOLERANCE)
+    assert (padded[~mask_BS] == 0).all()
+    assert int(stats.num_dropped) == int(real_stats.num_dropped)
+    assert (int(stats.num_dropped) > 0) == (factor == 0.7)
+    for name, grad in grads.items():
+        assert_close(grad, real_grads[name], TOLERANCE, name)
+
+
+@pytest.mark.parametrize("factor", [None, 8.0, 0.7])
+def test_30_padding_takes_no_slot_and_changes_nothing(factor):
+    run_ranks(pad, 2, factor)

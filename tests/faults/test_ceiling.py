@@ -1,0 +1,52 @@
+"""Fault 31: a dropless layer refuses more rows than its ceiling, on all ranks, before memory is allocated."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from scmoe.moe.stream import MoEStream
+from scmoe.parallel.dispatcher import AllToAllDispatcher, check_ceiling
+from scmoe.testbed.ranks import run_ranks
+from scmoe.training.build.model import build_module
+from tests.support.failing import failure, fit
+from tests.support.trainings import tiny
+
+pytestmark = [pytest.mark.dist, pytest.mark.faults]
+
+
+def all_to_one(rank: int, world_size: int, ceiling: str) -> None:
+    config = tiny(f"position=pos2 moe.dropless_ceiling={ceiling} strategy.ep_size=2", world_size)
+    module = build_module(config)
+    configure = module.configure_model
+
+    def collapsed() -> None:
+        configure()
+        for block in module.model.blocks:
+            with torch.no_grad():
+                block.tap_norm.weight[0], block.tap_norm.bias[0] = 0.0, 20.0
+                block.moe.router.gate.weight[:, 0] = torch.tensor([5.0] + [-5.0] * 7)
+
+    module.configure_model = collapsed
+    try:
+        fit(config, module)
+    finally:
+        assert all(isinstance(m.dispatcher, AllToAllDispatcher) for m in module.modules() if isinstance(m, MoEStream))
+
+
+@pytest.mark.representative
+def test_31_a_ceiling_ends_all_ranks_before_memory_is_gone():
+    message = failure(all_to_one, 2, "1.5")
+    assert re.search(r"CeilingError: rank 0 of .* would receive \d+ rows, allowed: 1.5 x the fair share", message)
+    assert re.search(r"rank [01], later: .*CeilingError: rank 0 ", message), "the same error on both ranks"
+    run_ranks(all_to_one, 2, "2")  # all rows on one of two ranks are twice the fair share, and no more
+    run_ranks(all_to_one, 2, "null")
+
+
+def test_31_the_ceiling_is_of_the_fair_share():
+    check_ceiling([15, 5], 1.5)
+    check_ceiling([0, 0], 1.0)
+    with pytest.raises(MemoryError, match=r"rank 1 .* would receive 16 rows, allowed: 1.5 x the fair share of 10 "):
+        check_ceiling([4, 16], 1.5)

@@ -1,0 +1,133 @@
+"""Fault 15: collectives in another order on some rank are named in the debug mode."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scmoe.parallel.job.debug import CompareCollectives, OrderError
+from scmoe.testbed.ranks import run_ranks
+from scmoe.training.build.model import build_module
+from tests.support.failing import MODEL, failure, fit
+from tests.support.trainings import tiny
+
+pytestmark = [pytest.mark.dist, pytest.mark.faults]
+
+
+def swap_two_sums(rank: int, world_size: int, compared: bool) -> list[float]:
+    dist.init_process_group("gloo")
+
+    compare = CompareCollectives(timedelta(seconds=10))
+    if compared:
+        compare.install()
+    loads, norms = torch.tensor([1.0]), torch.tensor([100.0])
+    if rank == 0:
+        dist.all_reduce(loads)
+        dist.all_reduce(norms)
+    else:
+        dist.all_reduce(norms)
+        dist.all_reduce(loads)
+    compare.remove()
+    return [loads.item(), norms.item()]
+
+
+@pytest.mark.representative
+def test_15_collectives_in_another_order_are_named():
+    assert run_ranks(swap_two_sums, 2, False) == [[101.0, 101.0]] * 2, "the fault: wrong sums and no error"
+    message = failure(swap_two_sums, 2, True)
+    assert "OrderError: collective 0 is not the same on all ranks; rank 0: all_reduce of torch.float32 (1,)" in message
+    assert re.search(r"rank 0: \S+ .* at test_collectives\.py:\d+; rank 1: \S+ .* at test_collectives\.py:\d+", message)
+
+
+def take_part(name: str, rank: int, world_size: int) -> None:
+    """Takes part in one collective; objects have another type on each rank."""
+    x, both = torch.ones(2, 3), [torch.ones(2, 3) for _ in range(world_size)]
+    thing: Any = (x, "a text")[rank]
+    root = rank == 0
+    arguments: dict[str, tuple[Any, ...]] = {
+        "gather": (x, both if root else None),
+        "scatter": (x, both if root else None),
+        "all_gather": (both, x),
+        "reduce_scatter": (x, both),
+        "all_gather_into_tensor": (torch.ones(2 * world_size, 3), x),
+        "reduce_scatter_tensor": (x, torch.ones(2 * world_size, 3)),
+        "all_to_all": ([torch.ones(rank + 1, 3) for _ in both], both),
+        "broadcast_object_list": ([thing],),
+        "all_gather_object": ([None] * world_size, thing),
+        "gather_object": (thing, [None] * world_size if root else None),
+        "scatter_object_list": ([None], ["a", 1] if root else None),
+    }
+    getattr(dist, name)(*arguments[name])
+
+
+COLLECTIVES = (
+    *("gather", "scatter", "all_gather", "reduce_scatter", "all_gather_into_tensor", "reduce_scatter_tensor"),
+    *("all_to_all", "broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list"),
+)
+NOT_ON_GLOO = ("reduce_scatter", "all_to_all")
+
+
+def swap_each(rank: int, world_size: int) -> dict[str, str]:
+    """Runs each collective on all ranks, then on rank 0 with the others in a barrier; returns the errors of these."""
+    dist.init_process_group("gloo")
+    compare, said = CompareCollectives(timedelta(seconds=10)), {}
+    compare.install()
+    for name in COLLECTIVES:
+        if name not in NOT_ON_GLOO:
+            take_part(name, rank, world_size)
+        try:
+            take_part(name, rank, world_size) if rank == 0 else dist.barrier()
+        except OrderError as error:
+            said[name] = str(error)
+    compare.remove()
+    return said
+
+
+def test_15_every_kind_of_collective_is_watched():
+    """Lightning's own collectives are of objects; other objects or numbers of rows are no error."""
+    for said in run_ranks(swap_each, 2):
+        assert tuple(said) == COLLECTIVES
+        for name, message in said.items():
+            assert re.search(
+                rf"rank 0: {name} .*at test_collectives\.py:\d+; rank 1: barrier in group default", message
+            )
+
+
+def add_a_sum(rank: int, world_size: int, what: str) -> None:
+    """Rank 1 starts one collective more than rank 0, in its second step."""
+    config = tiny(f"{MODEL} trainer.accumulate=1 strategy.debug_collectives=true strategy.timeout_s=20", world_size)
+    module = build_module(config)
+
+    def one_more() -> None:
+        if module.global_step == 1:
+            dist.all_reduce(torch.zeros(3)) if what == "all_reduce" else dist.barrier()
+
+    if rank == 1:
+        module.on_after_backward = one_more
+    fit(config, module)
+
+
+@pytest.mark.parametrize("what, says", [("all_reduce", r"all_reduce of torch\.float32 \(3,\)"), ("barrier", "barrier")])
+def test_15_the_debug_mode_of_a_run_names_the_first_difference(what, says):
+    message = failure(add_a_sum, 2, what)
+    here = rf"rank 1: {says} in group default at test_collectives\.py:\d+"
+    assert re.search(rf"collective \d+ is not the same on all ranks; rank 0: \S+ .*; {here}", message), message
+
+
+def trained_weights(rank: int, world_size: int, debug: bool) -> dict[str, Tensor]:
+    config = tiny(f"{MODEL} strategy.debug_collectives={str(debug).lower()}", world_size)
+    before = dist.all_reduce
+    weights = {name: p.detach().clone() for name, p in fit(config).named_parameters()}
+    assert dist.all_reduce is before, "the watch is removed at the end"
+    return weights
+
+
+def test_15_comparing_changes_no_number():
+    for plain, compared in zip(run_ranks(trained_weights, 2, False), run_ranks(trained_weights, 2, True), strict=True):
+        assert all(torch.equal(plain[name], compared[name]) for name in plain)

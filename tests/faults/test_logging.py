@@ -1,0 +1,150 @@
+"""Fault 32: trouble with W&B, or a disk without space for logs and figures, does not end a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scmoe.config.fields import ConfigError
+from scmoe.config.load import load
+from scmoe.training.build.trainer import build_loggers
+from scmoe.training.run import wandb_logger
+from scmoe.training.run.loggers import close_loggers
+from tests.support.commands import CANARY, rows_of, run
+
+pytestmark = [pytest.mark.faults]
+NOBODY = "http://127.0.0.1:9"  # no server listens at the port `discard`
+
+
+@pytest.fixture
+def no_server(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", CANARY)
+    monkeypatch.setenv("WANDB_BASE_URL", NOBODY)
+    monkeypatch.setattr(wandb_logger, "INIT_TIMEOUT_S", 1.0)
+
+
+def wandb_loggers(run_dir: Path, mode: str) -> list[Any]:
+    config = load(None, [f"logger.mode={mode}"])
+    return build_loggers(config, run_dir, resumed_step=None)
+
+
+@pytest.mark.slow
+def test_32_auto_goes_offline_where_no_server_answers(no_server, tmp_path, capsys):
+    loggers = wandb_loggers(tmp_path, "auto")
+    try:
+        assert loggers[1].experiment.offline
+        loggers[1].log_metrics({"a": 1.0}, 0)
+    finally:
+        close_loggers(loggers)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert "goes offline" in warnings[0]
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.slow
+def test_32_online_asked_for_and_not_to_be_had_is_an_error(no_server, tmp_path):
+    with pytest.raises(ConfigError, match=r"^logger.mode is online, allowed here: offline \| disabled: "):
+        wandb_loggers(tmp_path, "online")
+
+
+@pytest.mark.slow
+def test_32_a_killed_wandb_process_ends_nothing(tmp_path, capsys):
+    """In a process of its own, as W&B has one service for all runs of a process."""
+    done = run("-c", KILLED, str(tmp_path))
+    assert done.code == 0, done.err
+    assert "went on" in done.out
+    assert done.err.count("warning: Weights & Biases receives nothing more of this run") == 1
+
+
+KILLED = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from scmoe.config.load import load
+from scmoe.training.build.trainer import build_loggers
+from scmoe.training.run.loggers import close_loggers
+loggers = build_loggers(load(None, ["logger.mode=offline"]), Path(sys.argv[1]), None)
+loggers[1].log_metrics({"a": 1.0}, 0)
+for pid in subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split():
+    command = Path(f"/proc/{pid}/cmdline")
+    if command.exists() and "wandb-core" in command.read_text():
+        os.kill(int(pid), signal.SIGKILL)
+time.sleep(1)
+for step in range(1, 5):
+    for logger in loggers:
+        logger.log_metrics({"a": 1.0}, step)
+close_loggers(loggers)
+print("went on")
+"""
+
+
+@pytest.mark.slow
+def test_32_a_full_disk_ends_no_run_that_logs(tmp_path):
+    """No file may grow beyond some kilobytes, W&B's or ours; then there is room again."""
+    done = run("-c", FULL, str(tmp_path))
+    assert done.code == 0, done.err
+    assert "went on" in done.out
+    assert done.err.count("metrics.csv cannot be written, its rows stay in memory: File too large") == 1
+    rows = rows_of(tmp_path / "metrics.csv")
+    assert [int(row["step"]) for row in rows] == list(range(2000)), "rows wait for room"
+    assert all(row["a"] == "1.0" for row in rows)
+    assert [int(row["step"]) for row in rows if "late" in row] == [1500], "a new column too"
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from scmoe.config.load import load
+from scmoe.training.build.trainer import build_loggers
+from scmoe.training.run.loggers import close_loggers
+_, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limit))
+loggers = build_loggers(load(None, ["logger.mode=offline"]), Path(sys.argv[1]), None)
+for step in range(2000):
+    for logger in loggers:
+        logger.log_metrics({"a": 1.0} | ({"late": 2.0} if step == 1500 else {}), step)
+    if step == 1900:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+close_loggers(loggers)
+print("went on")
+"""
+
+
+@pytest.mark.slow
+def test_32_a_full_disk_costs_a_run_its_figures_and_nothing_else(tmp_path):
+    """From the first batch on no file may grow beyond some bytes: measurements, pictures, metrics, summary, state."""
+    done = run("-c", NO_ROOM, str(tmp_path))
+    assert done.code == 0, done.err
+    assert "went on: 4 steps" in done.out
+    lost = ("gating.npz", "gating.png", "similarity.npz", "similarity.png", "summary.json", "state.json")
+    for name in lost:
+        assert done.err.count(f"{name} is not written: File too large") == 1, done.err
+    assert done.err.count("metrics.csv cannot be written, its rows stay in memory: File too large") == 1
+    (run_dir,) = tmp_path.glob("scmoe/*")
+    assert not list((run_dir / "analysis").iterdir()), "no half of a file"
+    assert json.loads((run_dir / "state.json").read_text())["state"] == "running", "what was there is whole"
+
+
+NO_ROOM = """
+import resource, sys
+from lightning.pytorch import Callback
+from scmoe.config.load import load
+from scmoe.training.run import train
+class NoRoom(Callback):
+    def on_train_start(self, trainer, module):
+        _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limit))
+made = train.build_callbacks
+train.build_callbacks = lambda *arguments: [*made(*arguments), NoRoom()]
+config = load(None, [
+    "model.layers=4", "model.dim=16", "model.heads=2", "moe.num_experts=4", "moe.architecture=dgmoe",
+    "data.name=synthetic", "data.vocab_size=64", "data.seq_len=8", "data.global_batch_size=4",
+    "trainer.accelerator=cpu", "trainer.progress=false", "trainer.threads=1", "trainer.log_every=1",
+    "trainer.val_every=100", "trainer.checkpoint_every=100", "logger.mode=disabled", "trainer.max_steps=4",
+    "analysis.gating_every=1", "analysis.similarity_every=2", "runs_dir=" + sys.argv[1],
+])
+print(f"went on: {train.train(config)['steps']} steps")
+"""

@@ -1,0 +1,31 @@
+"""This module trains on ranks that must fail, and returns how they fail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from scmoe.config.fields import Config
+from scmoe.testbed.ranks import RankError, run_ranks
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_module
+from scmoe.training.build.trainer import build_trainer
+from scmoe.training.callbacks.data_position import DataPosition
+from scmoe.training.language_model import LanguageModel
+
+MODEL = "position=pos2 strategy.ep_size=2"
+
+
+def fit(config: Config, module: LanguageModel | None = None, data: Any = None) -> LanguageModel:
+    module = module or build_module(config)
+    trainer = build_trainer(config, [DataPosition()], [])
+    trainer.fit(module, data or build_datamodule(config))
+    return module
+
+
+def failure(fn: Any, world_size: int, *args: Any) -> str:
+    """Returns the message of the RankError of ranks that must fail; for a rank that hangs it is another one."""
+    with pytest.raises(RankError) as caught:
+        run_ranks(fn, world_size, *args, timeout_s=60)
+    return str(caught.value)

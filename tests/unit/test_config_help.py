@@ -1,0 +1,39 @@
+"""The help of the configuration: its width, its fields, its catalogue, and that it does not wait for torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scmoe.config.fields import Config, leaves
+from scmoe.config.help import catalogue, help_text
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_help_fits_its_width_and_has_every_field():
+    lines = help_text().splitlines()
+    assert all(len(line) <= 120 for line in lines)
+    assert {leaf.key for leaf in leaves(Config())} <= {line.split(" ")[0] for line in lines}
+    assert "pos1 | pos2 | pos3" in help_text()
+
+
+def test_catalogue_has_files_and_choices():
+    found = catalogue(CONFIGS)
+    assert (str(CONFIGS / "model" / "gpt2_moe_small.yaml"), "Overlay: GPT2-MoE-Small of Table 8, 323M parameters.") in (
+        found["Configurations"]
+    )
+    assert ("moe.architecture=scmoe", "") in found["Architectures"]
+    assert ("model.family=gpt", "") in found["Model families"]
+    with pytest.raises(ValueError, match="existing folder"):
+        catalogue(CONFIGS / "absent")
+
+
+def test_help_and_refusals_do_not_wait_for_torch():
+    modules = ["config.help", "config.load", "parallel.checkpoint.durable", "training.run.state"]
+    code = "import sys\n" + "".join(f"import scmoe.{name}\n" for name in modules)
+    code += "assert not {'torch', 'lightning', 'numpy'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)

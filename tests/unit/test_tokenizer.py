@@ -1,0 +1,131 @@
+"""Laws of the tokenizers: text and bytes survive, and a tokenizer that loses bytes is refused."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import tokenizers
+
+from datamodules.tokenizer import BYTES, END_OF_TEXT, Tokenizer, byte_letters, from_ranks, make_tokenizer, pieces
+from tests.support.texts import STRANGE, WORDS, open_texts, write_texts
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_texts(tmp_path / "texts")
+
+
+@pytest.fixture
+def make(folder, tmp_path):
+    return partial(open_texts, folder, tmp_path / "cache")
+
+
+@pytest.fixture
+def trained():
+    return make_tokenizer("bpe", 300, [" ".join(WORDS * 20)])
+
+
+def test_decode_undoes_encode(trained):
+    assert trained.decode(trained.encode(STRANGE)) == STRANGE
+    assert trained.encode("").shape == (0,)
+    assert trained.end_of_text not in trained.encode(STRANGE)  # spelt out in a text, it is text
+
+
+def test_token_bytes_sum_to_the_utf8_length(trained):
+    num_bytes_V = trained.token_bytes()
+    assert num_bytes_V.dtype == np.int64 and num_bytes_V.shape == (trained.vocab_size,)
+    assert num_bytes_V[trained.encode(STRANGE)].sum() == len(STRANGE.encode())
+    assert num_bytes_V[trained.end_of_text] == 0
+
+
+def test_pieces_join_to_the_text_and_end_with_lines():
+    lines = "one\ntwo and three\n" * 5 + "x" * 40
+    cut = list(pieces(lines, 20))
+    assert "".join(cut) == lines and all(len(piece) <= 20 for piece in cut)
+    assert cut[0].endswith("\n")
+
+
+def test_a_table_of_ranks_encodes_like_the_tokenizer_it_came_from(trained):
+    """The way GPT-2's vocabulary takes. Ids differ by the special token's place: first here, last in a rank table."""
+    vocabulary = trained._inner.get_vocab(with_added_tokens=False)
+    bytes_of = {letter: byte for byte, letter in enumerate(byte_letters())}
+    ranks = {bytes(bytes_of[x] for x in token): i - 1 for token, i in vocabulary.items() if token != END_OF_TEXT}
+    rebuilt = Tokenizer(from_ranks(ranks), "ranks")
+    assert rebuilt.end_of_text == len(ranks)
+    for sample in (STRANGE, " ".join(WORDS)):
+        assert (rebuilt.encode(sample) + 1).tolist() == trained.encode(sample).tolist()
+
+
+def test_a_tokenizer_that_loses_bytes_is_refused(make, tmp_path, trained):
+    inner = tokenizers.Tokenizer.from_str(trained._inner.to_str())
+    inner.normalizer = tokenizers.normalizers.BertNormalizer(strip_accents=True)
+    inner.save(str(tmp_path / "lossy.json"))
+    with pytest.raises(ValueError, match="byte-level BPE without normalizer"):
+        make(tokenizer=str(tmp_path / "lossy.json"))
+
+
+def llama(form: str) -> tokenizers.Tokenizer:
+    """A small vocabulary of LLaMA's kind, as its first tokenizer.json writes it, or as transformers 5 does."""
+    letters = ["▁", *map(chr, range(0x21, 0x7F)), "é"]
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "▁"), ("▁", "u")]
+    vocabulary = dict.fromkeys(["<unk>", "<s>", "</s>", *BYTES, *letters, *(a + b for a, b in merges)])
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    bpe = tokenizers.models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    inner, parts = tokenizers.Tokenizer(bpe), tokenizers.decoders
+    if form == "old":
+        prefix, spaces = tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")
+        inner.normalizer = tokenizers.normalizers.Sequence([prefix, spaces])
+    else:
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("▁", "first", split=False)
+    spaces, strip = parts.Replace("▁", " "), parts.Strip(" ", 1, 0)
+    inner.decoder = parts.Sequence([spaces, parts.ByteFallback(), parts.Fuse(), strip])
+    inner.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return inner
+
+
+@pytest.mark.parametrize("form", ["old", "new"])
+def test_llamas_own_tokenizer_loses_nothing(form, make, tmp_path):
+    """Its ids are LLaMA's but for the space that it would put before a text; "▁" itself goes by its bytes."""
+    llama(form).save(str(tmp_path / "llama.json"))
+    strange = f"  the{STRANGE}</s> <0x41> ▁the▁ "
+    data = make(tokenizer=str(tmp_path / "llama.json"), vocab_size=400)  # the cache holds what was made of the file
+    ids = data.tokenizer.encode(strange)
+    assert data.tokenizer.decode(ids) == strange
+    tokenizer = Tokenizer.load(tmp_path / "llama.json")
+    assert tokenizer.encode(strange).tolist() == ids.tolist()
+    assert tokenizer.token_bytes()[ids].sum() == len(strange.encode())
+    assert (
+        tokenizer.end_of_text == data.tokenizer.end_of_text == 2
+        and 2 not in ids
+        and tokenizer.token_bytes()[:3].sum() == 0
+    )
+    theirs = llama(form).encode("of the union", add_special_tokens=False).ids
+    assert theirs == [llama(form).token_to_id("▁"), *data.tokenizer.encode("of the union")]
+
+
+def test_a_file_that_is_no_lossless_tokenizer(make, tmp_path):
+    cases = {
+        "{}": "is not a tokenizer.json",
+        tokenizers.Tokenizer(tokenizers.models.BPE()).to_str(): "has none of the tokens <|endoftext|>, </s>",
+    }
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<0x0A>": 1}, [], byte_fallback=True))
+    inner.add_special_tokens(["</s>"])
+    cases[inner.to_str()] = "has 1 of the 256 tokens <0x00> to <0xFF>"
+    for text_, said in cases.items():
+        (tmp_path / "tokenizer.json").write_text(text_)
+        with pytest.raises(ValueError, match=said):
+            make(tokenizer=str(tmp_path / "tokenizer.json"))
+
+
+def test_vocabulary_must_fit(make, tmp_path, trained):
+    trained.save(tmp_path / "tokenizer.json")
+    assert make(tokenizer=str(tmp_path / "tokenizer.json")).tokenizer.decode(trained.encode("union")) == "union"
+    # The cache is whole by now, which has nothing to say in this.
+    with pytest.raises(ValueError, match=r"data\.vocab_size is 260, allowed: \d+ or more, .* data\.tokenizer=.*json$"):
+        make(tokenizer=str(tmp_path / "tokenizer.json"), vocab_size=260)
+    with pytest.raises(ValueError, match="at least 257"):
+        make(vocab_size=256)
+    with pytest.raises(ValueError, match="allowed: bpe, gpt2"):
+        make(tokenizer="gtp2")

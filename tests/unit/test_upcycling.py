@@ -1,0 +1,86 @@
+"""Upcycling: an MoE model made of a dense one equals it, and learns.
+
+1e-12 in float64: the upcycled model adds up the same numbers in another order.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.training.build.model import build_model
+from scmoe.training.init_from.pretrained import read_export
+from scmoe.training.init_from.upcycle import fill
+from tests.support.exports import FAMILIES, dense, export
+from tests.support.models import assert_close, tiny, tiny_batch
+
+UPCYCLED = {
+    "top-2": ("llama", "architecture=top_k top_k=2"),
+    "top-2-every-block": ("llama", "architecture=top_k top_k=2 every=1"),
+    "top-3": ("llama", "architecture=top_k top_k=3"),
+    "shared-direct_add": ("gpt", "architecture=shared_expert combine=direct_add"),
+    "shared-cg1": ("gpt", "architecture=shared_expert"),
+    "shared-cg2": ("gpt", "architecture=shared_expert combine=cg2 top_k=2"),
+    "pos1": ("gpt", "position=pos1"),
+    "pos2": ("gpt", "position=pos2"),
+    "pos2-shared-norm": ("gpt", "position=pos2 tap_norm=shared"),
+    "pos3": ("llama", "position=pos3"),
+    "l0-pos1": ("llama", "position=pos2 first_position=pos1"),
+    "scmoe-2": ("gpt", "position=pos2 top_k=2"),
+    "scmoe-every-block": ("llama", "position=pos1 every=1"),
+}
+
+
+def upcycle(name: str, file: Path, context: ParallelContext | None = None, *overrides: str) -> torch.nn.Module:
+    """Into float64, so that rounding is small."""
+    family, words = UPCYCLED[name]
+    words = [f"moe.{word}" for word in words.split()]
+    config = tiny(*FAMILIES[family], *words, *overrides, "model.layers=4", "moe.capacity_factor=null")
+    model = build_model(config, context or ParallelContext()).double()
+    fill(model, read_export(file))
+    return model
+
+
+@pytest.mark.parametrize("name", UPCYCLED)
+def test_upcycled_equals_dense(name, tmp_path):
+    file = tmp_path / "model.safetensors"
+    config = dense(UPCYCLED[name][0], "model.layers=4")
+    expected, (ids, _) = export(config, file), tiny_batch(config)
+    model = upcycle(name, file)
+    assert_close(model(ids).logits_BSV, expected(ids).logits_BSV, 1e-12)
+    stats = model(ids).stats
+    assert all((s.counts_E > 0).sum() > 1 for s in stats), "one expert alone would say little"
+
+
+@pytest.mark.parametrize("name", ["shared-cg1", "pos2"])
+def test_routed_experts_of_a_shared_one_start_at_zero_and_learn(name, tmp_path):
+    file = tmp_path / "model.safetensors"
+    config = dense("gpt", "model.layers=4")
+    export(config, file)
+    model, (ids, _) = upcycle(name, file), tiny_batch(config)
+    model(ids).logits_BSV.square().sum().backward()
+    for block in model.blocks:
+        experts = block.moe.experts
+        assert not experts.w_out_eFD.any() and experts.w_out_eFD.grad.abs().max() > 0
+        assert torch.equal(experts.w_in_eDF[0], experts.w_in_eDF[1]) and experts.w_in_eDF.any()
+
+
+@pytest.mark.parametrize("name", ["top-2", "pos2"])
+def test_a_rank_takes_its_experts(name, tmp_path):
+    class TwoRanks(ParallelContext):
+        def dispatcher(self, num_experts, ceiling=None):
+            return ParallelContext().dispatcher(num_experts)
+
+    file = tmp_path / "model.safetensors"
+    export(dense(UPCYCLED[name][0], "model.layers=4"), file)
+    whole = upcycle(name, file)
+    shares = [
+        upcycle(name, file, TwoRanks(rank=rank, world_size=2, ep_size=2), "trainer.devices=2", "strategy.ep_size=2")
+        for rank in (0, 1)
+    ]
+    for path, p in whole.named_parameters():
+        parts = [share.get_parameter(path) for share in shares]
+        assert torch.equal(torch.cat(parts) if "experts" in path else parts[1], p), path
