@@ -234,3 +234,9 @@ def test_a_field_that_is_newer_than_the_run_counts_unless_it_is_at_its_default(t
     )
     assert same_config(tmp_path, config)
     assert not same_config(tmp_path, load(ROOT / "configs/debug.yaml", ["moe.z_loss_coef=0.1"]))
+
+
+def test_a_row_that_would_see_another_training_is_refused(table):
+    table.rows = (*table.rows, Row("longer", ("a",), 3.0, ("data.seq_len=32",)))
+    with pytest.raises(ConfigError, match=r"row 'longer' sets data.seq_len"):
+        table.plan()

@@ -14,7 +14,7 @@ from scmoe.config.fields import Config, ConfigError
 from scmoe.config.load import load
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.studies.table.launch import write_launch_files
-from scmoe.studies.table.rows import Row, load_table
+from scmoe.studies.table.rows import load_table
 from scmoe.studies.table.runs import plan_runs
 from scmoe.training.build.model import build_model, build_model_on_meta
 
@@ -61,12 +61,6 @@ def test_rows_begin_with_the_same_weights(tmp_path):
     name = "blocks.0.moe.router.gate.weight"
     assert not torch.equal(first[name], weights[runs[len(table.rows)].job.name][name]), "another seed"
     assert len({run.config.data for run in runs}) == 1
-
-
-def test_a_row_that_would_see_another_training_is_refused(table):
-    table.rows = (*table.rows, Row("longer", ("a",), 3.0, ("data.seq_len=32",)))
-    with pytest.raises(ConfigError, match=r"row 'longer' sets data.seq_len"):
-        table.plan()
 
 
 def test_an_unknown_table_is_refused_with_those_there_are():
