@@ -93,7 +93,7 @@ def killed(folder: Path, victim: str, background: bool = False, **when: Any) -> 
     try:
         run_ranks(partial(save_over, **when), 2, folder, victim, background)
     except RankError as error:
-        if "ended without a word" not in str(error):
+        if "ended without a report" not in str(error):
             raise
         return True
     return False

@@ -87,7 +87,11 @@ def build_swin(config: Config, context: ParallelContext) -> Any:
         )
 
     dense = replace(config, moe=replace(moe, architecture="dense"))
-    top_2 = replace(config, moe=replace(moe, architecture="top_k", top_k=min(2, moe.num_experts)))
+    top_2 = replace(
+        config,
+        moe=replace(moe, architecture="top_k", top_k=min(2, moe.num_experts)),
+        schedule=replace(config.schedule, slot=None),  # it is that of stage 3
+    )
     configs = (dense, dense, config, dense if moe.architecture == "dense" else top_2)
     stages = [
         stack(configs[stage], context, [parts(stage, i) for i in range(depth)]) for stage, depth in enumerate(depths)
