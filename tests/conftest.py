@@ -1,4 +1,4 @@
-"""Every test process has one thread, so that tests run beside each other and sums have the same order everywhere."""
+"""Every test process has one thread: tests run in parallel, and sums have the same order everywhere."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def sweep(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
 
 
 def test_29_what_is_dropped_is_logged_and_ample_room_is_dropless():
-    """1e-12 here: products over rows that are filled up with empty slots may sum in another order. To the bit below."""
+    """1e-12 here: products over rows with empty slots may sum in another order. A test below compares the bits."""
     ranks = run_ranks(sweep, 2)
     for records in ranks:
         first = [records[factor]["shares"][0] for factor in ("0.5", "1.0", "1.5", "8.0", "null")]

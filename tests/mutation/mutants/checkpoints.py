@@ -30,7 +30,7 @@ MUTANTS = (
     Mutant("sweep-removes-what-was-moved-aside", 1, f"{PARALLEL}/checkpoint/durable.py")
     .replaces("            os.rename(aside, folder / name)\n", "            shutil.rmtree(aside)\n")
     .caught_by(KILLED),
-    Mutant("sweep-takes-what-looks-alike", 6, f"{PARALLEL}/checkpoint/durable.py")
+    Mutant("sweep-removes-folders-with-similar-names", 6, f"{PARALLEL}/checkpoint/durable.py")
     .replaces('-[0-9a-f]{8}")', '-.*")')
     .caught_by(f"{UNIT}/test_durable.py::test_sweeping_leaves_what_no_writer_has_named"),
     Mutant("all-checkpoints-read-for-one", 5, f"{PARALLEL}/checkpoint/durable.py")

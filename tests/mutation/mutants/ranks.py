@@ -85,7 +85,7 @@ MUTANTS = (
     Mutant("experts-drawn-by-local-id", 25, f"{MOE}/experts.py")
     .replaces("in zip(self.expert_ids, weight, strict=True):", "in enumerate(weight):")
     .caught_by(f"{UNIT}/test_experts.py::test_weights_do_not_depend_on_the_ep_degree"),
-    Mutant("experts-drawn-alike", 25, f"{MOE}/experts.py")
+    Mutant("experts-drawn-equal", 25, f"{MOE}/experts.py")
     .replaces('f"{key}/{name}/{expert}"', 'f"{key}/{name}"')
     .caught_by(f"{UNIT}/test_experts.py::test_every_expert_tensor_and_key_differs"),
     Mutant("dense-weights-drawn-by-rank", 25, "scmoe/models/decoder.py")

@@ -30,13 +30,13 @@ MUTANTS = (
     Mutant("sigterm-left-to-lightning", 12, f"{PARALLEL}/lightning_seam.py")
     .replaces("        if number != signal.SIGTERM:\n", "        if number:\n")
     .caught_by(f"{FAULTS}/test_stop_any_time.py::test_12_told_to_stop_where_nothing_is_trained[test]"),
-    Mutant("nobody-asks-after-the-last-step", 12, f"{PARALLEL}/job/lockstep.py")
+    Mutant("no-rank-asks-after-the-last-step", 12, f"{PARALLEL}/job/lockstep.py")
     .replaces("            self.ask_and_wait()  # so that", "            assert self.stop  # so that")
     .caught_by(
         f"{FAULTS}/test_stop_any_time.py::"
         "test_12_told_to_stop_before_the_first_step_or_after_the_last[after the last step]"
     ),
-    Mutant("noted-where-nobody-asks", 12, f"{PARALLEL}/job/lockstep.py")
+    Mutant("sigterm-noted-where-no-rank-asks", 12, f"{PARALLEL}/job/lockstep.py")
     .replaces(
         "                self.ask_and_wait()\n            self.stop.give_back()\n",
         "                self.ask_and_wait()\n",
@@ -57,7 +57,7 @@ MUTANTS = (
     .replaces("self.poll.smallest(sum(batches))", "sum(batches)")
     .caught_by(f"{FAULTS}/test_stop.py::test_12_ranks_with_other_numbers_of_validation_batches_agree_too"),
     # ------------------------------------------------------------------ ranks and workers that fail
-    Mutant("roll-call-that-nobody-answers-is-fine", 14, f"{PARALLEL}/job/roll_call.py")
+    Mutant("missing-ranks-left-out-of-the-roll-call", 14, f"{PARALLEL}/job/roll_call.py")
     .replaces(
         "        except RuntimeError:\n            absent.append(rank)\n    return",
         "        except RuntimeError:\n            pass\n    return",
