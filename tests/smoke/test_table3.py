@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from scmoe.config.load import load
+from tests.support.commands import ROOT, run
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 
-ROOT = Path(__file__).parents[2]
-TABLE = [sys.executable, "-m", "experiments.table", "table3", "--scale", "smoke"]
-
 
 def test_table3_at_smoke(tmp_path):
-    done = subprocess.run([*TABLE, f"runs_dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stdout + done.stderr
-    last = json.loads(done.stdout.splitlines()[-1])
+    last = run("-m", "experiments.table", "table3", "--scale", "smoke", f"runs_dir={tmp_path}").summary
     assert (last["finished"], last["failed"], last["cut"]) == (16, 0, 0)
     folder = tmp_path / "tables/table3-smoke"
     found = json.loads((folder / "results.json").read_text())

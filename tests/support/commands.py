@@ -16,6 +16,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from experiments import train
 from scmoe.testbed.ranks import run_ranks
+from tests.support.forked import python
 
 ROOT = Path(__file__).parents[2]
 SUMMARY = (
@@ -44,7 +45,9 @@ def run(*arguments: str, **variables: str) -> Done:
     names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
     env = {k: v for k, v in os.environ.items() if not k.startswith(private) and k not in names}
     env |= {"OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    if arguments[0] == "-m":
+        return Done(*python(*arguments, cwd=ROOT, env=env, timeout_s=250))
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=250)
     return Done(done.returncode, done.stdout, done.stderr)
 
 
