@@ -49,8 +49,8 @@ def wait_for_ever(rank: int, world_size: int) -> None:
 def inside(function: str) -> list[str]:
     """The command of a program that enters a network of its own and runs a function of this file on two ranks."""
     code = (
-        "from scmoe.testbed import links; from scmoe.testbed.ranks import run_ranks; import sys, json; "
-        f"from tests.distributed.test_links import {function}; links.enter(['-c', sys.argv[1], sys.argv[1]]); "
+        "import sys, json; from scmoe.testbed import links; links.enter(['-c', sys.argv[1], sys.argv[1]]); "
+        f"from scmoe.testbed.ranks import run_ranks; from tests.distributed.test_links import {function}; "
         f"print(json.dumps(run_ranks({function}, 2, own_links=True)))"
     )
     return [sys.executable, "-c", code, code]

@@ -7,8 +7,6 @@ so here they measure a tiny pair on the loopback device, without a rate.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,11 +14,13 @@ from typing import Any
 import pytest
 
 from experiments import bench
-from scmoe.testbed import growth, links, timeline
+from scmoe.testbed import growth, links, overlap_report, timeline
 from scmoe.testbed.pairs import Setting
 from scmoe.testbed.ranks import run_ranks
+from tests.support.commands import run
 
 pytestmark = [pytest.mark.dist, pytest.mark.smoke]
+ROWS = ("--rows", "top2", "scmoe_pos2_pipelined", "--rounds", "2")
 TOP = {"comm_share", "link_mbit", "ranks", "device", "compute", "level", "rounds", "rows"}
 ROW = {
     *("forward_ms", "train_ms", "forward_speedup", "train_speedup", "overlap_forward", "overlap_backward"),
@@ -28,33 +28,22 @@ ROW = {
 }
 
 
-def run(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=540)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.mark.parametrize("compute", ["emulated", "real"])
-def test_bench_overlap(compute, tmp_path):
-    small = ("--tokens", "128", "--seq-len", "32", "--dim", "64")
-    small += ("--ffn-dim", "128") if compute == "real" else ("--attention-ms", "4")
-    level = "iteration" if compute == "real" else "block"
-    rows = ("--rows", "top2", "scmoe_pos2_pipelined", "--rounds", "2", "--level", level, "--out", str(tmp_path))
-    out = run("experiments.bench", "overlap", "--compute", compute, "--share", "0.3", *small, *rows)
-    report = json.loads(out.splitlines()[-1])
+def check(report: dict[str, Any]) -> None:
     assert report.keys() >= TOP and report["rows"].keys() == {"top2", "scmoe_pos2_pipelined"}
-    for row in report["rows"].values():
-        assert row.keys() >= ROW
-        assert row["links"] == ("loopback" if links.why_not() else "shaped") and row["compute"] == compute
+    assert all(row.keys() >= ROW and row["auto_over_best"] >= 0.5 for row in report["rows"].values())
     pipelined = report["rows"]["scmoe_pos2_pipelined"]
     assert pipelined["chunks"] in (2, 4) and pipelined["auto_chunks"] in (2, 4) and 0 <= pipelined["auto_slot"] <= 3
     assert report["rows"]["top2"]["peak_mb"] > 0
-    assert all(row["auto_over_best"] >= 0.5 for row in report["rows"].values())
-    if level == "iteration":  # in float32: a norm, a gate, attention and MLP of two top-2 pairs
-        pair = 4 * 2 * 64 + 8 * 64 + 2 * (4 * 64 * 64 + 4 * 64) + 2 * 64 * 128 + 64 + 128
-        assert report["gradient_mb"] == report["rows"]["top2"]["gradient_mb"] == 2 * pair * 4 / 2**20
-    else:
-        assert "gradient_mb" not in report
+
+
+def test_bench_overlap(tmp_path):
+    """A block of emulated operators, on links whose rate is searched for."""
+    sizes = ("--tokens", "128", "--seq-len", "32", "--dim", "64", "--attention-ms", "4", "--share", "0.3")
+    report = run("-m", "experiments.bench", "overlap", *ROWS, *sizes, "--out", str(tmp_path)).summary
+    check(report)
+    for row in report["rows"].values():
+        assert row["links"] == ("loopback" if links.why_not() else "shaped") and row["compute"] == "emulated"
+    assert "gradient_mb" not in report
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 
@@ -71,8 +60,19 @@ def tiny_on_loopback(monkeypatch):
 
     monkeypatch.setattr(links, "inside", lambda: True)
     monkeypatch.setattr(links, "enter", lambda again: None)
-    for module in (growth, timeline):
+    for module in (growth, overlap_report, timeline):
         monkeypatch.setattr(module, "run_ranks", measured)
+
+
+def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path, capsys):
+    """An iteration of real operators, whose gradients are added up over the ranks."""
+    words = ("--compute", "real", "--level", "iteration", "--ffn-dim", "128", "--out", str(tmp_path))
+    assert bench.main(["overlap", *ROWS, *words]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    check(report)
+    # in float32: a norm, a gate, attention and MLP of two top-2 pairs
+    pair = 4 * 2 * 32 + 8 * 32 + 2 * (4 * 32 * 32 + 4 * 32) + 2 * 32 * 128 + 32 + 128
+    assert report["gradient_mb"] == report["rows"]["top2"]["gradient_mb"] == 2 * pair * 4 / 2**20
 
 
 def test_timeline(tiny_on_loopback, tmp_path):
