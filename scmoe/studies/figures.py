@@ -44,8 +44,7 @@ def pair(path: Path) -> None:
     """Draw Block-MLP and Block-MoE with the shortcut at Pos-2 (Fig. 4)."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     axis = figure.subplots()
-    axis.set_xlim(0, 20)
-    axis.set_ylim(0, 6.4)
+    axis.set(xlim=(0, 20), ylim=(0, 6.4))
     axis.axis("off")
     backbone, stream = 4.6, 1.5
     for i, label in enumerate(("Attention", "MLP", "Attention", "Shared\nexpert")):
