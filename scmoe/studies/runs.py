@@ -133,13 +133,13 @@ def own_words(runs: Sequence[SeenRun]) -> dict[SeenRun, str]:
 
     An experiment is the runs in the folder of one sweep or one table, or else of one name.
     """
-    experiments: dict[Path, list[SeenRun]] = {}
+    by_home: dict[Path, list[SeenRun]] = {}
     for run in runs:
         folders = run.path.absolute().parents[:3]
         home = next((folder for folder in folders if folder.parent.name in ("sweeps", "tables")), folders[0])
-        experiments.setdefault(home, []).append(run)
+        by_home.setdefault(home, []).append(run)
     words: dict[SeenRun, list[str]] = {run: [] for run in runs}
-    for together in experiments.values():
+    for together in by_home.values():
         for key, values in differences(together).items():
             usual, times = Counter(values).most_common(1)[0]
             for run, value in zip(together, values, strict=True):
