@@ -14,10 +14,7 @@ SAY_EVERY_S = 60.0
 
 
 class Watch:
-    """A batch's `watch`, which is called while `bar` is entered.
-
-    result: returns the text of an ended job. note: returns the text at the end of the bar.
-    """
+    """A batch's `watch`; enter its `bar`. result: the text of an ended job. note: the text at the end of the bar."""
 
     def __init__(self, result: Callable[[Job], str], note: Callable[[], str] = lambda: "") -> None:
         self.result, self.note, self.said = result, note, time.monotonic()

@@ -11,6 +11,7 @@ table's only if its config is the same as it would be now.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from scmoe.config.fields import Config, ConfigError, flatten
@@ -43,17 +44,15 @@ def plan_runs(table: Table, scale: Scale, folder: Path, seeds: int, overrides: S
 
     Raises ConfigError for a row that would not see the same training as the others.
     """
-    runs: list[Run] = []
-    number = seeds * len(table.rows)
-    for seed in range(1, seeds + 1):
-        for row in table.rows:
-            name = f"{row.slug}-seed{seed}"
-            words = (*row.overrides, *overrides, f"name={name}", f"seed={seed}", f"runs_dir={folder / 'runs'}")
-            config = load(scale.config, words)
-            title = f"run {len(runs) + 1} of {number} ({row.name}, seed {seed})"
-            own = partial(same_config, config=config)
-            job = Job(name, title, folder, folder / "runs" / name, [str(scale.config), *words], is_own=own)
-            runs.append(Run(row, seed, config, job))
+    runs = []
+    for number, (seed, row) in enumerate(product(range(1, seeds + 1), table.rows), 1):
+        name = f"{row.slug}-seed{seed}"
+        words = (*row.overrides, *overrides, f"name={name}", f"seed={seed}", f"runs_dir={folder / 'runs'}")
+        config = load(scale.config, words)
+        title = f"run {number} of {seeds * len(table.rows)} ({row.name}, seed {seed})"
+        own = partial(same_config, config=config)
+        job = Job(name, title, folder, folder / "runs" / name, [str(scale.config), *words], is_own=own)
+        runs.append(Run(row, seed, config, job))
     first = flatten(runs[0].config)
     for run in runs[: len(table.rows)]:
         for key, value in flatten(run.config).items():
