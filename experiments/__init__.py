@@ -27,7 +27,6 @@ VERBS = {
     "figures": "draw the figures of the README",
     "faults": "break checkpoints on purpose and count what survives",
 }
-Script = Callable[[list[str]], int]
 
 
 def main() -> None:
@@ -48,15 +47,20 @@ def parser(verb: str, description: str | None) -> ArgumentParser:
     return ArgumentParser(prog=called(verb), description=description, formatter_class=RawDescriptionHelpFormatter)
 
 
-def command(main: Script) -> Script:
-    """Make a wrong request one line on standard error and exit code 2."""
+def command(main: Callable[[list[str]], int | None]) -> Callable[[Sequence[str]], int]:
+    """Make None exit code 0, and a wrong request one line on standard error and exit code 2.
+
+    `main` is the last function of its file: where Python runs that file as the program, it is called at once.
+    """
 
     @wraps(main)
     def answer(arguments: Sequence[str]) -> int:
         try:
-            return main([*arguments])
+            return main([*arguments]) or 0
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
 
+    if main.__module__ == "__main__":
+        sys.exit(answer(sys.argv[1:]))
     return answer

@@ -1,7 +1,6 @@
 """Measure on this machine. The last line on standard output is JSON."""
 
 import json
-import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any
@@ -87,11 +86,6 @@ def measure(what: str, given: dict[str, Any], again: list[str]) -> dict[str, Any
 
 
 @command
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     given = options_of(arguments)
     print(json.dumps(measure(given.pop("what"), given, ["-m", "experiments.bench", *arguments])))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -3,14 +3,13 @@
 The last line on standard output is the path of the picture.
 """
 
-import sys
 from pathlib import Path
 
 from experiments import command, parser
 
 
 @command
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     options = parser("compare", __doc__)
     options.add_argument("runs", nargs="+", help="directories of runs, or their paths below runs/")
     options.add_argument("--out", type=Path, default=Path("runs/compare.png"), help="picture (default: %(default)s)")
@@ -24,8 +23,3 @@ def main(arguments: list[str]) -> int:
     console().print(results_table(runs, letters), differences_table(runs, letters), sep="\n")
     draw(runs, letters, given.out)
     print(given.out)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

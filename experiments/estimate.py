@@ -5,29 +5,11 @@ given is as CONFIG sets it. The last line on standard output is JSON.
 """
 
 import json
-import sys
 
 from experiments import called, command, parser
 from scmoe.config.fields import Config, ConfigError
 
 RANKS = ("trainer.devices", "trainer.num_nodes", "strategy.ep_size")  # the fields that ep and dp set
-
-
-@command
-def main(arguments: list[str]) -> int:
-    if {"-h", "--help"} & set(arguments):
-        options = parser("estimate", __doc__)
-        options.add_argument("config", metavar="CONFIG", help="a configuration, such as configs/quickstart.yaml")
-        options.add_argument("words", metavar="ep=N dp=N key=value", nargs="*", help="ranks, and overrides")
-        options.parse_args(["--help"])
-    config, ep_size, dp_size = read(arguments)
-    from scmoe.studies.estimate import estimate, estimate_table
-    from scmoe.training.run.report import console
-
-    facts = estimate(config, ep_size, dp_size)
-    console().print(estimate_table(facts))
-    print(json.dumps(facts))
-    return 0
 
 
 def read(arguments: list[str]) -> tuple[Config, int, int]:
@@ -61,5 +43,17 @@ def read(arguments: list[str]) -> tuple[Config, int, int]:
     return load(arguments[0], [*overrides, *ranks]), sizes["ep"], sizes["dp"]
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+@command
+def main(arguments: list[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        options = parser("estimate", __doc__)
+        options.add_argument("config", metavar="CONFIG", help="a configuration, such as configs/quickstart.yaml")
+        options.add_argument("words", metavar="ep=N dp=N key=value", nargs="*", help="ranks, and overrides")
+        options.parse_args(["--help"])
+    config, ep_size, dp_size = read(arguments)
+    from scmoe.studies.estimate import estimate, estimate_table
+    from scmoe.training.run.report import console
+
+    facts = estimate(config, ep_size, dp_size)
+    console().print(estimate_table(facts))
+    print(json.dumps(facts))

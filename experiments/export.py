@@ -1,6 +1,5 @@
 """Write the weights of a run's newest checkpoint as one file, whatever number of ranks the run had."""
 
-import sys
 from pathlib import Path
 
 from experiments import command, parser
@@ -8,7 +7,7 @@ from scmoe.config.fields import ConfigError
 
 
 @command
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     options = parser("export", __doc__)
     options.add_argument("run", type=Path, help="a run's directory, such as runs/latest")
     options.add_argument("--out", type=Path, help="default: RUN/export/model.safetensors; config.yaml goes beside it")
@@ -33,8 +32,3 @@ def main(arguments: list[str]) -> int:
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
     print(f"{out}, from {checkpoint.name}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

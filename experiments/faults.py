@@ -1,7 +1,6 @@
 """Break checkpoints on purpose and count what survives (faults 1-10 of docs/faults.md). The last line is JSON."""
 
 import json
-import sys
 from importlib import import_module
 
 from experiments import command, parser
@@ -12,7 +11,7 @@ def count_or_all(text: str) -> int | None:
 
 
 @command
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     options = parser("faults", __doc__)
     verbs = options.add_subparsers(dest="what", required=True)
     verb = verbs.add_parser("kill", help="SIGKILL to rank 0, the last rank or all during a save")
@@ -27,8 +26,3 @@ def main(arguments: list[str]) -> int:
     what = given.pop("what")
     run = getattr(import_module(f"scmoe.testbed.faults.{what}"), what)
     print(json.dumps(run(**given)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,5 @@
 """Draw the figures of the README and docs into docs/figures."""
 
-import sys
 from pathlib import Path
 
 from experiments import command, parser
@@ -9,15 +8,10 @@ FOLDER = Path("docs/figures")
 
 
 @command
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     parser("figures", __doc__).parse_args(arguments)
     from scmoe.studies.figures import pair, timelines
 
     timelines(FOLDER / "timelines.png")
     pair(FOLDER / "pair.png")
     print(f"drawn: {FOLDER / 'timelines.png'}, {FOLDER / 'pair.png'}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -5,13 +5,12 @@ those that one token uses.
 """
 
 import json
-import sys
 
 from experiments import command, parser
 
 
 @command
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     options = parser("params", __doc__)
     options.add_argument("presets", nargs="*", help="names of files in configs/model, without .yaml (default: all)")
     given = options.parse_args(arguments)
@@ -22,8 +21,3 @@ def main(arguments: list[str]) -> int:
     counts = {name: {architecture: count(name, architecture) for architecture in ARCHITECTURES} for name in names}
     console().print(parameters_table(counts))
     print(json.dumps(counts))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -4,7 +4,6 @@ Best loss is the lowest val/loss; tokens/s is the summary's value, or the last l
 differs from more than half of the runs shown of the same experiment: those of one name, one sweep or one table.
 """
 
-import sys
 from pathlib import Path
 
 from experiments import command, parser
@@ -12,7 +11,7 @@ from scmoe.config.fields import ConfigError
 
 
 @command
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     options = parser("runs", __doc__)
     options.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="where to look (default: runs)")
     options.add_argument("--last", type=int, default=30, help="how many of the newest (default: 30)")
@@ -24,8 +23,3 @@ def main(arguments: list[str]) -> int:
     runs = find_runs(given.folder)
     shown = runs[: given.last]
     console().print(table_of(shown, given.folder), f"{len(shown)} of {len(runs)} runs in {given.folder}", sep="\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,31 +1,10 @@
 """Write text with the newest checkpoint of a run: one process, whatever number of ranks the run had."""
 
-import sys
 from argparse import Namespace
 from pathlib import Path
 
 from experiments import command, parser
 from scmoe.config.fields import ConfigError
-
-
-@command
-def main(arguments: list[str]) -> int:
-    options = parser("sample", __doc__)
-    options.add_argument("run", type=Path, help="a run's directory, such as runs/latest")
-    options.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
-    options.add_argument("--tokens", type=int, default=100, help="tokens to write (default: 100)")
-    options.add_argument("--number", type=int, default=3, help="how many texts (default: 3)")
-    options.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
-    options.add_argument("--top-k", type=int, default=50, help="choose among this many tokens (default: 50)")
-    options.add_argument("--seed", type=int, default=0, help="seed of the choice (default: 0)")
-    given = options.parse_args(arguments)
-    try:
-        texts = sample(given)
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(str(error)) from error
-    for text in texts:
-        print(f"{text}\n---")
-    return 0
 
 
 def sample(options: Namespace) -> list[str]:
@@ -56,5 +35,20 @@ def sample(options: Namespace) -> list[str]:
     return [data.tokenizer.decode(row[1:].tolist()) for row in written]
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+@command
+def main(arguments: list[str]) -> None:
+    options = parser("sample", __doc__)
+    options.add_argument("run", type=Path, help="a run's directory, such as runs/latest")
+    options.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
+    options.add_argument("--tokens", type=int, default=100, help="tokens to write (default: 100)")
+    options.add_argument("--number", type=int, default=3, help="how many texts (default: 3)")
+    options.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
+    options.add_argument("--top-k", type=int, default=50, help="choose among this many tokens (default: 50)")
+    options.add_argument("--seed", type=int, default=0, help="seed of the choice (default: 0)")
+    given = options.parse_args(arguments)
+    try:
+        texts = sample(given)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    for text in texts:
+        print(f"{text}\n---")

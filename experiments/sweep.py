@@ -8,12 +8,32 @@ Exit codes: 2, the request was wrong and nothing was started; 1, no trial finish
 
 import json
 import shlex
-import sys
 from importlib.util import find_spec
 from typing import Any
 
 from experiments import command, parser
 from scmoe.config.fields import ConfigError
+
+
+def run_here(sweep: Any, again: str) -> int:
+    """again: the command that resumes this one where it is stopped."""
+    from scmoe.studies.runs import console
+    from scmoe.studies.sweep.report import rich_table, write_report
+    from scmoe.studies.sweep.trials import run_trials
+
+    if sweep.method == "bayes" and find_spec("optuna") is None:
+        raise ConfigError("method is bayes, allowed without optuna (pip install -e '.[sweep]'): grid | random")
+    trials, signum = run_trials(sweep)
+    summary, screen = write_report(sweep, trials), console()
+    screen.print(rich_table(sweep, trials))
+    lines = [f"results      {sweep.folder}"]
+    if summary["best"]:
+        lines.append(f"best         make train CONFIG={summary['best']['config']}")
+    if signum:
+        lines.append(f"go on        {again}")
+    screen.print(*lines, sep="\n", soft_wrap=True, markup=False, highlight=False)  # a path may hold brackets
+    print(json.dumps(summary), flush=True)
+    return 128 + signum if signum else 0 if summary["finished"] else 1
 
 
 @command
@@ -40,28 +60,3 @@ def main(arguments: list[str]) -> int:
             return code if code >= 0 else 128 - code
     again = shlex.quote(shlex.join(["--local", *given.overrides]))
     return run_here(sweep, f"make sweep CONFIG={shlex.quote(given.file)} ARGS={again}")
-
-
-def run_here(sweep: Any, again: str) -> int:
-    """again: the command that resumes this one where it is stopped."""
-    from scmoe.studies.runs import console
-    from scmoe.studies.sweep.report import rich_table, write_report
-    from scmoe.studies.sweep.trials import run_trials
-
-    if sweep.method == "bayes" and find_spec("optuna") is None:
-        raise ConfigError("method is bayes, allowed without optuna (pip install -e '.[sweep]'): grid | random")
-    trials, signum = run_trials(sweep)
-    summary, screen = write_report(sweep, trials), console()
-    screen.print(rich_table(sweep, trials))
-    lines = [f"results      {sweep.folder}"]
-    if summary["best"]:
-        lines.append(f"best         make train CONFIG={summary['best']['config']}")
-    if signum:
-        lines.append(f"go on        {again}")
-    screen.print(*lines, sep="\n", soft_wrap=True, markup=False, highlight=False)  # a path may hold brackets
-    print(json.dumps(summary), flush=True)
-    return 128 + signum if signum else 0 if summary["finished"] else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

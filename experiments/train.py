@@ -4,29 +4,10 @@ Exit codes: 2, the request was wrong and nothing was started; 143, stopped by SI
 """
 
 import json
-import sys
 from pathlib import Path
 
 from experiments import called, command
 from scmoe.config.fields import Config, ConfigError
-
-
-@command
-def main(arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        from scmoe.config.help import help_text
-
-        name = called("train")
-        usage = f"usage: {name} CONFIG [key=value ...]\n       {name} --resume RUN_DIR [key=value ...]\n"
-        print(f"{usage}\n{__doc__}\n{help_text()}")
-        return 0
-    config, overrides, run_dir = read(arguments)
-    from scmoe.training.run.train import train
-
-    summary = train(config, overrides, run_dir)
-    if summary is not None:
-        print(json.dumps(summary), flush=True)
-    return 0
 
 
 def read(arguments: list[str]) -> tuple[Config, list[str], Path | None]:
@@ -46,5 +27,18 @@ def read(arguments: list[str]) -> tuple[Config, list[str], Path | None]:
     return load(arguments[0], arguments[1:]), arguments[1:], None
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+@command
+def main(arguments: list[str]) -> None:
+    if "-h" in arguments or "--help" in arguments:
+        from scmoe.config.help import help_text
+
+        name = called("train")
+        usage = f"usage: {name} CONFIG [key=value ...]\n       {name} --resume RUN_DIR [key=value ...]\n"
+        print(f"{usage}\n{__doc__}\n{help_text()}")
+        return
+    config, overrides, run_dir = read(arguments)
+    from scmoe.training.run.train import train
+
+    summary = train(config, overrides, run_dir)
+    if summary is not None:
+        print(json.dumps(summary), flush=True)

@@ -150,14 +150,9 @@ class Running:
             if train_here is not None:
                 self.code = _call(train_here, arguments, log)
                 return
-            self.process = Popen(  # in a session of its own: Ctrl-C reaches this process alone, which sends SIGTERM
-                [*job.launcher, *arguments],
-                stdin=DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                pass_fds=(lock.fileno(),),
-            )
+            # A session of its own: Ctrl-C reaches this process alone, which sends SIGTERM.
+            words, held = [*job.launcher, *arguments], (lock.fileno(),)
+            self.process = Popen(words, stdin=DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=held)
 
     def poll(self) -> int | None:
         """Return the exit code; None: it runs. A training that takes too long to stop is killed."""

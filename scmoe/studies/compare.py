@@ -60,13 +60,12 @@ def draw(runs: Sequence[SeenRun], letters: Sequence[str], path: Path) -> None:
             points = run.curve(metric)
             marker = "o" if metric == "val/loss" else None
             axis.plot(*zip(*points, strict=True) if points else ((), ()), linewidth=1.4, marker=marker, ms=4, **style)
+    unit = " or ".join(sorted({run.counts for run in runs}))
     for axis, title in zip(axes, PANELS.values(), strict=True):
         axis.set_title(title, fontsize=11)
-        axis.set_xlabel(" or ".join(sorted({run.counts for run in runs})))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.set_xlim(left=0)
+        axis.set(xlabel=unit, xlim=(0, None), axisbelow=True)
         axis.grid(color="#dddddd", linewidth=0.6)
-        axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("loss, nats")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=1, frameon=False, fontsize=9)

@@ -15,7 +15,6 @@ from scmoe.training.build.model import build_model_on_meta
 from scmoe.training.run.report import count_parameters, total_and_active
 
 MIB = 2**20
-MEMORY = ("weights", "gradients", "optimizer", "activations", "total")
 
 
 def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
         "all_to_all_bytes_forward": 2 * together,
         "all_to_all_bytes_training": 4 * together,
         "all_to_all_share_that_travels": (ep_size - 1) / ep_size,
-        "memory_bytes": {part: getattr(memory, part) for part in MEMORY},
+        "memory_bytes": {**vars(memory), "total": memory.total},
     }
 
 
@@ -63,9 +62,8 @@ def estimate_table(facts: dict[str, Any]) -> Table:
     by_kind = ", ".join(f"{kind} {flops / 1e9:.3g}" for kind, flops in facts["flops_forward_by_kind"].items())
     formula = "2 x weights of every product + 4 S D of every attention: "
     made.add_row(f"GFLOPs of {unit}, forward", f"{facts['flops_forward'] / 1e9:.4g}", formula + by_kind)
-    again = " + forward of what is recomputed" if facts["recompute"] else ""
-    flops = f"{facts['flops_training'] / 1e9:.4g}"
-    made.add_row(f"GFLOPs of {unit}, training", flops, f"3 x forward{again}", end_section=True)
+    flops, again = facts["flops_training"], " + forward of what is recomputed" if facts["recompute"] else ""
+    made.add_row(f"GFLOPs of {unit}, training", f"{flops / 1e9:.4g}", f"3 x forward{again}", end_section=True)
     forward, training = (facts[f"all_to_all_bytes_{kind}"] for kind in ("forward", "training"))
     widths = " | ".join(f"{size:,.0f}" for size in sorted(set(sent))) or "no MoE module"
     made.add_row("All-to-All bytes of a token", widths, "one transfer of one MoE module")
@@ -74,12 +72,12 @@ def estimate_table(facts: dict[str, Any]) -> Table:
     travel = f"{training * facts['all_to_all_share_that_travels']:,.0f}"
     made.add_row("  of which travel", travel, f"{ep - 1} of {ep}", end_section=True)
     recompute = "on" if facts["recompute"] else "off"
-    how = {
+    notes = {
         "gradients": "" if dp == 1 else "and the experts' while they are averaged",
         "optimizer": "AdamW's two moments",
         "activations": f"estimate, batch of {facts['samples_per_rank']} a rank, recompute {recompute}",
         "total": "without the allocator's gaps and buffers of transfers",
     }
     for name, size in facts["memory_bytes"].items():
-        made.add_row(f"MiB of a rank: {name}", f"{size / MIB:,.0f}", how.get(name, ""))
+        made.add_row(f"MiB of a rank: {name}", f"{size / MIB:,.0f}", notes.get(name, ""))
     return made

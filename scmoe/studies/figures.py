@@ -29,23 +29,17 @@ def timelines(path: Path) -> None:
     standard = ("attention", "mlp", "attention", *Schedule("top_k").operators())
     schedule = best_schedule(slots(Schedule("scmoe", "pos2")), {1: OperatorTimes(TIMES)})
     shortcut = ("attention", *schedule.operators())
-    draw(
-        {
-            "Standard top-2, sequential": play(standard, top2, sequential=True),
-            f"ScMoE, Pos-2, experts at slot {schedule.slot}": play(shortcut, TIMES),
-        },
-        path,
-        "One pair, forward, by the cost model (attention 3, MLP 1, All-to-All of one expert per token 2.45)",
-        "time, in units of one MLP",
-    )
+    pairs = {"Standard top-2, sequential": play(standard, top2, sequential=True)}
+    pairs[f"ScMoE, Pos-2, experts at slot {schedule.slot}"] = play(shortcut, TIMES)
+    title = "One pair, forward, by the cost model (attention 3, MLP 1, All-to-All of one expert per token 2.45)"
+    draw(pairs, path, title, "time, in units of one MLP")
 
 
 def pair(path: Path) -> None:
     """Draw Block-MLP and Block-MoE with the shortcut at Pos-2 (Fig. 4)."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     axis = figure.subplots()
-    axis.set_xlim(0, 20)
-    axis.set_ylim(0, 6.4)
+    axis.set(xlim=(0, 20), ylim=(0, 6.4))
     axis.axis("off")
     backbone, stream = 4.6, 1.5
     for i, label in enumerate(("Attention", "MLP", "Attention", "Shared\nexpert")):

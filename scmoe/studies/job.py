@@ -7,7 +7,6 @@
 
 import fcntl
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import IO, Any
 
 from scmoe.config.fields import ConfigError
 from scmoe.parallel.checkpoint.durable import write_durably
+from scmoe.training.run.writing import write_aside
 
 TRAIN = (sys.executable, "-m", "experiments.train")
 LOG_TAIL = 4096  # bytes
@@ -85,11 +85,9 @@ class Job:
 
 
 def write_whole(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON so that the file is whole or absent: under another name, then renamed."""
+    """Write JSON so that the file is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".tmp")
-    write_durably(fresh, json.dumps(values, indent=2) + "\n")
-    os.replace(fresh, path)
+    write_aside(path, lambda partial: write_durably(partial, json.dumps(values, indent=2) + "\n"))
 
 
 @contextmanager

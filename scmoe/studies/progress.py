@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Callable
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -15,7 +14,7 @@ SAY_EVERY_S = 60.0
 
 
 class Watch:
-    """A batch's `watch`. result: returns the text of an ended job. note: returns the text at the end of the bar."""
+    """A batch's `watch`; enter its `bar`. result: the text of an ended job. note: the text at the end of the bar."""
 
     def __init__(self, result: Callable[[Job], str], note: Callable[[], str] = lambda: "") -> None:
         self.result, self.note, self.said = result, note, time.monotonic()
@@ -24,13 +23,6 @@ class Watch:
         screen = Console(file=sys.stderr)  # this one, also while a training in this process prints into its log
         self.bar = Progress(*columns, *facts, console=screen, disable=not screen.is_terminal)
         self.task = self.bar.add_task("", total=None, left="", note="")
-
-    def __enter__(self) -> Self:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
 
     def __call__(self, batch: Batch, ended: Job | None) -> None:
         seconds = batch.seconds_left()

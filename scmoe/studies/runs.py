@@ -128,19 +128,18 @@ def differences(runs: Sequence[SeenRun]) -> dict[str, list[str]]:
     return {key: values for key, values in columns.items() if len(set(values)) > 1}
 
 
-def experiment_of(run: SeenRun) -> Path:
-    """Return the folder of the runs that belong together: a sweep's, a table's, else that of one name."""
-    folders = run.path.absolute().parents[:3]
-    return next((folder for folder in folders if folder.parent.name in ("sweeps", "tables")), folders[0])
-
-
 def own_words(runs: Sequence[SeenRun]) -> dict[SeenRun, str]:
-    """Return for each run the fields that differ from more than half of its experiment: `optim.lr=0.01`."""
-    found: dict[Path, list[SeenRun]] = {}
+    """Return for each run the fields that differ from more than half of its experiment: `optim.lr=0.01`.
+
+    An experiment is the runs in the folder of one sweep or one table, or else of one name.
+    """
+    by_home: dict[Path, list[SeenRun]] = {}
     for run in runs:
-        found.setdefault(experiment_of(run), []).append(run)
+        folders = run.path.absolute().parents[:3]
+        home = next((folder for folder in folders if folder.parent.name in ("sweeps", "tables")), folders[0])
+        by_home.setdefault(home, []).append(run)
     words: dict[SeenRun, list[str]] = {run: [] for run in runs}
-    for together in found.values():
+    for together in by_home.values():
         for key, values in differences(together).items():
             usual, times = Counter(values).most_common(1)[0]
             for run, value in zip(together, values, strict=True):

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from scmoe.config.load import load, to_yaml
@@ -23,7 +24,6 @@ LABELS = {"finished": "finished", "stopped": "stopped early", "failed": "failed"
 
 def write_report(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
     """Write the files, as far as the trials have come. Returns the summary."""
-    first = best(sweep, trials)
     with (sweep.folder / "results.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["trial", "state", *sweep.axes, sweep.metric, "steps", "seconds", "run_dir", "reason"])
@@ -32,33 +32,22 @@ def write_report(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
             rows.writerow([t.number, t.state, *values, t.value, t.steps, round(t.seconds, 1), t.run_dir, t.reason])
     (sweep.folder / "summary.md").write_text(markdown(sweep, trials))
     draw(sweep, trials, sweep.folder / "chart.png")
-    if first is not None:
+    states, path = Counter(trial.state for trial in trials), sweep.folder / "best.yaml"
+    counts = {"finished": states["finished"] + states["stopped"], "failed": states["failed"]}
+    found: dict[str, Any] = {"trials": len(trials), **counts, "best": None}
+    if (first := best(sweep, trials)) is not None:
         config = load(sweep.config, [*sweep.overrides, *words(first.parameters)])
         origin = f"# Trial {first.number} of the sweep {sweep.name}, {sweep.metric} {first.value:.6g}."
-        (sweep.folder / "best.yaml").write_text(f"{origin}\n{to_yaml(config)}")
-    return {
-        "trials": len(trials),
-        "finished": sum(trial.state in ("finished", "stopped") for trial in trials),
-        "failed": sum(trial.state == "failed" for trial in trials),
-        "best": first
-        and {
-            "trial": first.number,
-            sweep.metric: first.value,
-            "parameters": first.parameters,
-            "run_dir": first.run_dir,
-            "config": str(sweep.folder / "best.yaml"),
-        },
-    }
+        path.write_text(f"{origin}\n{to_yaml(config)}")
+        result = {"trial": first.number, sweep.metric: first.value, "parameters": first.parameters}
+        found["best"] = {**result, "run_dir": first.run_dir, "config": str(path)}
+    return found
 
 
 def ranked(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
     """Return the trials, the best first, those without a result last."""
-    order, sign = ("finished", "stopped"), 1 if sweep.minimize else -1
-
-    def rank(trial: Trial) -> tuple[int, float]:
-        return (order.index(trial.state) if trial.state in order else 2, sign * (trial.value or 0.0))
-
-    return sorted(trials, key=rank)
+    order, sign = {"finished": 0, "stopped": 1}, 1 if sweep.minimize else -1
+    return sorted(trials, key=lambda trial: (order.get(trial.state, 2), sign * (trial.value or 0.0)))
 
 
 def _cells(sweep: Sweep, trial: Trial) -> list[str]:
@@ -80,9 +69,8 @@ def markdown(sweep: Sweep, trials: Sequence[Trial]) -> str:
 
 
 def rich_table(sweep: Sweep, trials: Sequence[Trial]) -> Table:
-    table = Table(title=f"sweep {sweep.name}: {_goal(sweep)}", title_justify="left", title_style="bold")
-    for name in _head(sweep):
-        table.add_column(name, no_wrap=name != "why")
+    columns = [Column(name, no_wrap=name != "why") for name in _head(sweep)]
+    table = Table(*columns, title=f"sweep {sweep.name}: {_goal(sweep)}", title_justify="left", title_style="bold")
     for trial in ranked(sweep, trials):
         style = {"failed": "red", "stopped": "dim"}.get(trial.state, "bold" if trial is best(sweep, trials) else "")
         table.add_row(*map(Text, _cells(sweep, trial)), style=style)  # Text: a reason may hold brackets

@@ -15,8 +15,8 @@ from typing import Any
 from scmoe.studies.sweep.axis import Axis
 from scmoe.studies.sweep.sweep_file import Sweep, grid
 
-# A point of the search space: for each parameter the index of its choice, or the quantile of its distribution. Trials
-# of a grid have none.
+# A point of the search space: for each parameter the index of its choice, or the quantile of its distribution. Only
+# bayes needs them.
 Point = dict[str, int | float]
 
 
@@ -42,7 +42,7 @@ class Trial:
 
 def best(sweep: Sweep, trials: Sequence[Trial]) -> Trial | None:
     sign = 1 if sweep.minimize else -1
-    finished = [trial for trial in trials if trial.state == "finished"]
+    finished = (trial for trial in trials if trial.state == "finished")
     return min(finished, key=lambda trial: sign * (trial.value or 0.0), default=None)
 
 
@@ -59,11 +59,14 @@ def propose(sweep: Sweep, trials: Sequence[Trial]) -> Trial | None:
     if (sweep.run_cap is not None and len(trials) >= sweep.run_cap) or target_reached(sweep, trials):
         return None
     number = len(trials) + 1
+    if sweep.method == "bayes":
+        point = _bayes(sweep, trials)
+        return Trial(number, point, {name: _value(sweep.axes[name], place) for name, place in point.items()})
     if sweep.method == "grid":
         parameters = next(islice(grid(sweep), len(trials), None), None)
         return None if parameters is None else Trial(number, {}, parameters)
-    point = (_random if sweep.method == "random" else _bayes)(sweep, trials)
-    return Trial(number, point, {name: _value(sweep.axes[name], place) for name, place in point.items()})
+    draw = Random(f"{sweep.base.seed} {len(trials)}")
+    return Trial(number, {}, {name: axis.quantile(draw.random()) for name, axis in sweep.axes.items()})
 
 
 def total(sweep: Sweep) -> int | None:
@@ -76,17 +79,6 @@ def total(sweep: Sweep) -> int | None:
 
 def _value(axis: Axis, place: int | float) -> Any:
     return axis.quantile(place) if axis.choices is None else axis.choices[int(place)]
-
-
-def _random(sweep: Sweep, trials: Sequence[Trial]) -> Point:
-    draw = Random(f"{sweep.base.seed} {len(trials)}")
-    return {name: _draw(axis, draw) for name, axis in sweep.axes.items()}
-
-
-def _draw(axis: Axis, draw: Random) -> int | float:
-    if axis.choices is None:
-        return draw.random()
-    return draw.choices(range(len(axis.choices)), axis.spec.get("probabilities"))[0]
 
 
 def _bayes(sweep: Sweep, trials: Sequence[Trial]) -> Point:

@@ -49,7 +49,8 @@ def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
         first = best(sweep, [trial_of(job) for job in jobs])
         return f"best {first.value:.4g}" if first and first.value is not None else ""
 
-    with lock_of(sweep.folder) as lock, Watch(result, best_so_far) as watch:
+    watch = Watch(result, best_so_far)
+    with lock_of(sweep.folder) as lock, watch.bar:
         jobs = _begun(sweep)
         if ended := sum(job.state.has_ended for job in jobs):
             watch.say(f"{ended} trials have ended already")

@@ -32,16 +32,9 @@ def results(table: Table, scale: str, runs: Sequence[Run]) -> dict[str, Any]:
     for run in runs:
         if run.state.status == "finished":
             values[run.row][run.seed] = run.state.results[table.metric]
-    return {
-        "table": table.name,
-        "title": table.title,
-        "scale": scale,
-        "metric": table.metric,
-        "unit": table.unit,
-        "baseline": table.baseline.name,
-        **_circumstances(runs),
-        "rows": [_row(table, row, [run for run in runs if run.row is row], values) for row in table.rows],
-    }
+    head = {"table": table.name, "title": table.title, "scale": scale, "metric": table.metric, "unit": table.unit}
+    rows = [_row(table, row, [run for run in runs if run.row is row], values) for row in table.rows]
+    return {**head, "baseline": table.baseline.name, **_circumstances(runs), "rows": rows}
 
 
 def _row(table: Table, row: Row, runs: Sequence[Run], values: Mapping[Row, dict[int, float]]) -> dict[str, Any]:
@@ -65,7 +58,8 @@ def _circumstances(runs: Sequence[Run]) -> dict[str, Any]:
     """Return where, when and with which versions the runs ran."""
     config, (name, _, scale) = runs[0].config, runs[0].job.study.name.partition("-")
     data, model, trainer = config.data, config.model, config.trainer
-    images, sequences = model.family == "swin", trainer.max_steps * data.global_batch_size
+    unit, samples = "images" if model.family == "swin" else "tokens", trainer.max_steps * data.global_batch_size
+    seen = samples if unit == "images" else samples * data.seq_len
     done = [Path(str(run.state.run_dir)) for run in runs if run.state.status == "finished"]
     environments = [json.loads((run_dir / "env.json").read_text()) for run_dir in done]
     return {
@@ -73,8 +67,8 @@ def _circumstances(runs: Sequence[Run]) -> dict[str, Any]:
         "config": runs[0].job.arguments[0],
         "model": f"{model.layers} layers, width {model.dim}, {config.moe.num_experts} experts",
         "steps": trainer.max_steps,
-        f"{'images' if images else 'tokens'}_per_run": sequences * (1 if images else data.seq_len),
-        "seen": f"{sequences:,} images a run" if images else f"{sequences * data.seq_len:,} tokens a run",
+        f"{unit}_per_run": seen,
+        "seen": f"{seen:,} {unit} a run",
         "runs": {status: sum(run.state.status == status for run in runs) for status in ("finished", "failed")},
         "seconds_of_all_runs": round(sum(run.state.seconds for run in runs), 1),
         "machines": sorted({f"{e['cpus']} CPU cores, {e['platform'].partition('-')[0]}" for e in environments}),
@@ -110,12 +104,10 @@ def markdown(found: Mapping[str, Any]) -> str:
         f"`{found['command']}` ({found['config']}), {clock(found['seconds_of_all_runs'])} of runs, "
         f"{', '.join(found['machines'])}, torch {', '.join(found['torch'])}, commit {', '.join(found['git_commits'])}.",
     ]
-    missing = [
-        f"{row['name']}: {len(row['failed'])} failed, {len(row['unfinished'])} to run"
-        for row in found["rows"]
-        if row["failed"] or row["unfinished"]
-    ]
-    return "\n".join([*lines, *(["", f"Incomplete: {'; '.join(missing)}."] if missing else [])]) + "\n"
+    incomplete = (row for row in found["rows"] if row["failed"] or row["unfinished"])
+    missing = [f"{row['name']}: {len(row['failed'])} failed, {len(row['unfinished'])} to run" for row in incomplete]
+    lines += ["", f"Incomplete: {'; '.join(missing)}."] if missing else []
+    return "\n".join(lines) + "\n"
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -165,10 +157,9 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     for axis, title in ((left, "Paper"), (right, ours)):
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel(f"minus {found['baseline']}, {found['unit']}")
+        axis.set(xlabel=f"minus {found['baseline']}, {found['unit']}", axisbelow=True)
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.grid(axis="x", color="#dddddd", linewidth=0.6)
-        axis.set_axisbelow(True)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
     handles = dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))

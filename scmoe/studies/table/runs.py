@@ -8,10 +8,10 @@ value depends on its name and the seed, so what two rows have in common starts w
 table's only if its config is the same as it would be now.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from scmoe.config.fields import Config, ConfigError, flatten
@@ -19,7 +19,7 @@ from scmoe.config.load import load, to_yaml
 from scmoe.studies.batch import Batch
 from scmoe.studies.job import Job, State, lock_of
 from scmoe.studies.progress import Watch
-from scmoe.studies.runs import DEFAULTS, flat
+from scmoe.studies.runs import SeenRun, flat
 from scmoe.studies.table.rows import Row, Scale, Table
 
 OWN = ("model.", "moe.", "schedule.", "name")  # keys in which rows may differ
@@ -44,17 +44,15 @@ def plan_runs(table: Table, scale: Scale, folder: Path, seeds: int, overrides: S
 
     Raises ConfigError for a row that would not see the same training as the others.
     """
-    runs: list[Run] = []
-    number = seeds * len(table.rows)
-    for seed in range(1, seeds + 1):
-        for row in table.rows:
-            name = f"{row.slug}-seed{seed}"
-            words = (*row.overrides, *overrides, f"name={name}", f"seed={seed}", f"runs_dir={folder / 'runs'}")
-            config = load(scale.config, words)
-            title = f"run {len(runs) + 1} of {number} ({row.name}, seed {seed})"
-            own = partial(same_config, config=config)
-            job = Job(name, title, folder, folder / "runs" / name, [str(scale.config), *words], is_own=own)
-            runs.append(Run(row, seed, config, job))
+    runs = []
+    for number, (seed, row) in enumerate(product(range(1, seeds + 1), table.rows), 1):
+        name = f"{row.slug}-seed{seed}"
+        words = (*row.overrides, *overrides, f"name={name}", f"seed={seed}", f"runs_dir={folder / 'runs'}")
+        config = load(scale.config, words)
+        title = f"run {number} of {seeds * len(table.rows)} ({row.name}, seed {seed})"
+        own = partial(same_config, config=config)
+        job = Job(name, title, folder, folder / "runs" / name, [str(scale.config), *words], is_own=own)
+        runs.append(Run(row, seed, config, job))
     first = flatten(runs[0].config)
     for run in runs[: len(table.rows)]:
         for key, value in flatten(run.config).items():
@@ -71,17 +69,17 @@ def run_all(runs: Sequence[Run], jobs: int, metric: str, train_here: Callable[[l
 
     def judge(job: Job) -> None:
         """A run without the metric in its summary has failed."""
-        done = [run_dir for run_dir in job.run_dirs() if (run_dir / "summary.json").exists()]
-        summary = json.loads((done[0] / "summary.json").read_text()) if done else {}
-        if isinstance(summary.get(metric), (int, float)):
-            job.state.run_dir, job.state.results = str(done[0]), summary
+        done = next((run for run in map(SeenRun, job.run_dirs()) if run.summary), None)
+        if done and isinstance(done.summary.get(metric), (int, float)):
+            job.state.run_dir, job.state.results = str(done.path), done.summary
         else:
             job.state.status, job.state.error = "failed", f"it ended without {metric} in its summary"
 
     def result(job: Job) -> str:
         return f"{metric} {job.state.results[metric]:.4f}" if job.state.results else "the same command resumes it"
 
-    with lock_of(runs[0].job.study) as lock, Watch(result) as watch:
+    watch = Watch(result)
+    with lock_of(runs[0].job.study) as lock, watch.bar:
         read_states(runs)
         if finished := sum(run.state.status == "finished" for run in runs):
             watch.say(f"{finished} of {len(runs)} runs are finished already")
@@ -99,5 +97,5 @@ def read_states(runs: Sequence[Run]) -> None:
 
 def same_config(run_dir: Path, config: Config) -> bool:
     """Is this a run of this config? A field that is newer than the run counts unless it is at its default."""
-    was = {**DEFAULTS, **flat((run_dir / "config.yaml").read_text())}
+    was = SeenRun(run_dir).config
     return all(was[key] == value for key, value in flat(to_yaml(config)).items())
