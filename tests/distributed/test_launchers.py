@@ -23,6 +23,7 @@ from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import seed_everything
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.callbacks.threads import Threads
+from tests.support.forked import python
 from tests.support.trainings import tiny
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
@@ -64,9 +65,13 @@ def train(start_method: str) -> dict[str, str]:
     return {name: trainer.callback_metrics[name].item().hex() for name in ("train/loss", "train/grad_norm")}
 
 
-def start(*command: str, **variables: str) -> subprocess.Popen[str]:
+def environment() -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC_", "MASTER_", "SLURM_"))}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+    return env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def start(*command: str, **variables: str) -> subprocess.Popen[str]:
+    env = environment() | variables
     return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE)
 
 
@@ -92,8 +97,10 @@ def end(launcher: str) -> dict[str, str]:
     elif launcher == "torchrun":
         runs = [start(*TORCHRUN, *PROGRAM, "popen")]
     else:
-        runs = [start(*PROGRAM, launcher)]
-    said = [run.communicate(timeout=120)[0] for run in runs]
+        code, out, err = python(*PROGRAM, launcher, cwd=ROOT, env=environment(), timeout_s=240)
+        assert code == 0, err
+        return json.loads(out.splitlines()[-1])
+    said = [run.communicate(timeout=240)[0] for run in runs]
     assert [run.returncode for run in runs] == [0] * len(runs)
     assert not "".join(said[1:]), "only rank 0 prints"
     return json.loads(said[0].splitlines()[-1])
