@@ -15,7 +15,6 @@ from scmoe.training.build.model import build_model_on_meta
 from scmoe.training.run.report import count_parameters, total_and_active
 
 MIB = 2**20
-MEMORY = ("weights", "gradients", "optimizer", "activations", "total")
 
 
 def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
         "all_to_all_bytes_forward": 2 * together,
         "all_to_all_bytes_training": 4 * together,
         "all_to_all_share_that_travels": (ep_size - 1) / ep_size,
-        "memory_bytes": {part: getattr(memory, part) for part in MEMORY},
+        "memory_bytes": memory,
     }
 
 
