@@ -78,7 +78,6 @@ def draw(timelines: Mapping[str, Sequence[Span]], path: Path, title: str, unit: 
     figure = Figure(figsize=(10, 0.9 + 1.25 * len(timelines)), layout="constrained")
     axis = figure.subplots()
     end = max(elapsed(spans) for spans in timelines.values())
-    ticks = []
     for i, (name, spans) in enumerate(timelines.items()):
         for span in spans:
             row = -(3 * i + (1 if span.is_transfer else 0))
@@ -90,8 +89,8 @@ def draw(timelines: Mapping[str, Sequence[Span]], path: Path, title: str, unit: 
         axis.vlines(elapsed(spans), -3 * i - 1.5, -3 * i + 0.5, color="black", linewidth=1)
         axis.text(elapsed(spans), -3 * i - 0.5, f" {elapsed(spans):.1f}", va="center", fontsize=9)
         axis.text(0, -3 * i + 0.6, name, fontsize=10, fontweight="bold", va="bottom")
-        ticks += [(-3 * i, "compute"), (-3 * i - 1, "communication")]
-    axis.set_yticks([y for y, _ in ticks], [label for _, label in ticks])
+    ticks = [-3 * i - row for i in range(len(timelines)) for row in (0, 1)]
+    axis.set_yticks(ticks, ["compute", "communication"] * len(timelines))
     axis.set_ylim(-3 * len(timelines) + 1.3, 1.4)
     axis.set_xlim(0, end * 1.08)
     axis.set_xlabel(unit)

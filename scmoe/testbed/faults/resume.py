@@ -27,13 +27,9 @@ def run(rank: int, world_size: int, workers: int, folder: Path, resume_from: lis
     ends = []
     for i, path in enumerate(resume_from or [None]):
         trainer = fit(config, folder / str(i), path)
-        ends.append(
-            {
-                **{name: t.clone() for name, t in tensors(trainer).items()},
-                "lr": torch.tensor(trainer.optimizers[0].param_groups[0]["lr"], dtype=torch.float64),
-                "consumed": torch.tensor(trainer.datamodule.consumed_samples),
-            }
-        )
+        ends.append({name: t.clone() for name, t in tensors(trainer).items()})
+        ends[-1]["lr"] = torch.tensor(trainer.optimizers[0].param_groups[0]["lr"], dtype=torch.float64)
+        ends[-1]["consumed"] = torch.tensor(trainer.datamodule.consumed_samples)
     return ends
 
 
