@@ -11,6 +11,7 @@ T_pre, T_post: backbone time before and after the experts. With more chunks, and
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from scmoe.schedule.schedule import Schedule
 from scmoe.schedule.timeline import elapsed, play
@@ -64,8 +65,8 @@ def best_schedule(choices: Iterable[Schedule], times: Mapping[int, OperatorTimes
     return min(choices, key=lambda choice: elapsed_time(choice, times[choice.chunks]))
 
 
-def overlap_efficiency(overlapped: float, sequential: float, free: float) -> float:
+def overlap_efficiency(overlapped: Any, sequential: Any, free: Any) -> Any:
     """1 - (T_overlapped - T_free) / (T_sequential - T_free), FLUX's definition: 1 where all communication is hidden, 0
     where none is, below 0 where hiding it costs more than it saves. free: the time without communication, so
-    computation that a transfer slows down lowers the efficiency."""
+    computation that a transfer slows down lowers the efficiency. Numbers, or arrays of them."""
     return 1 - (overlapped - free) / (sequential - free)

@@ -23,7 +23,7 @@ from scmoe.testbed.overlap import Seconds, Variant, measure
 from scmoe.testbed.pairs import ROWS, Setting, default_schedule
 from scmoe.testbed.ranks import run_ranks
 
-DEFAULTS = {field.name: field.default for field in fields(Setting)}
+DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Setting)}
 OF_COMPUTE = {"ffn_dim": "real", "heads": "real", "attention_ms": "emulated", "attention_to_mlp": "emulated"}
 
 
