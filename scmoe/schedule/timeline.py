@@ -17,6 +17,7 @@ COLORS = {
     "dispatch": "#e15759",
     "combine": "#b07aa1",
 }
+OTHER = "#bab0ac"
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def draw(timelines: Mapping[str, Sequence[Span]], path: Path, title: str, unit: 
     for i, (name, spans) in enumerate(timelines.items()):
         for span in spans:
             row = -(3 * i + (1 if span.is_transfer else 0))
-            color = COLORS.get(span.operator, "#bab0ac")
+            color = COLORS.get(span.operator, OTHER)
             axis.barh(row, span.end - span.start, left=span.start, height=0.85, color=color, edgecolor="white")
             label = span.operator.replace("_", "\n")
             if span.end - span.start > 0.01 * end * max(map(len, label.split("\n"))):  # room for the letters
@@ -96,8 +97,8 @@ def draw(timelines: Mapping[str, Sequence[Span]], path: Path, title: str, unit: 
     axis.set_xlabel(unit)
     axis.set_title(title, loc="left", fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
-    others = [Patch(color="#bab0ac", label="route, encode, decode")]
-    handles = [Patch(color=c, label=o.replace("_", " ")) for o, c in COLORS.items()] + others
+    colors = COLORS | {"route, encode, decode": OTHER}
+    handles = [Patch(color=color, label=name.replace("_", " ")) for name, color in colors.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=7, frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

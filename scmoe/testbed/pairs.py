@@ -100,7 +100,7 @@ class Step:
     """A training step; at iteration level with the gradients' reduction and the optimizer's step."""
 
     def __init__(self, stack: Sequence[nn.Module], setting: Setting) -> None:
-        self.model: nn.Module = Stack(stack)
+        self.model: nn.Module = Stack(*stack)
         self.optimizer: torch.optim.Optimizer | None = None
         if setting.level == "iteration":
             hide_from_ddp(self.model, [name for name, _ in expert_parameters(self.model)])
@@ -117,14 +117,10 @@ class Step:
         self.model.zero_grad()
 
 
-class Stack(nn.Module):
+class Stack(nn.Sequential):
     """Blocks in a row."""
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
     def forward(self, x_BSD: Tensor) -> Tensor:
-        for block in self.blocks:
+        for block in self:
             x_BSD = block(x_BSD).y_BSD
         return x_BSD
