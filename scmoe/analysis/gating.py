@@ -8,7 +8,6 @@
 Noise on the logits is left out. In DGMoE, where both would choose one expert, the current representation goes to its
 second best, and (c) is the probability of that one. In blocks without a tap, the preceding representation is read at a
 position that the caller chooses, through the block's only norm.
-`GatingProbe` reads the blocks with hooks; without a probe there are no hooks.
 """
 
 from collections.abc import Sequence
@@ -55,7 +54,7 @@ def gating_means(sums_L5: Tensor) -> Tensor:
 
 
 class GatingProbe:
-    """Reads every MoE block of a model during one forward pass; call `remove` afterwards.
+    """Reads every MoE block of a model by hooks during one forward pass; call `remove` afterwards.
 
     position: where the preceding representation is read in blocks without a tap.
     """

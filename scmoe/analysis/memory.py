@@ -67,9 +67,7 @@ def narrow_copies(model: Any, ep_size: int, recompute: bool = False) -> int:
     return 2 * (linear + experts // ep_size)
 
 
-def activations(
-    model: Any, seq_len: int, precision: str, recompute: bool = False, on_gpu: bool = True
-) -> tuple[float, float]:
+def activations(model: Any, seq_len: int, precision: str, recompute: bool, on_gpu: bool = True) -> tuple[float, float]:
     """Bytes of one sample: what autograd keeps, and the largest part that is computed again at one time."""
     c = COMPUTE_BYTES[precision]
     wide = max(4, c)  # what stays in float32

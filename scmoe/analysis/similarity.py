@@ -3,7 +3,6 @@
 A representation is a value of the residual stream: the input, and the stream after each attention, MLP or MoE module.
 An entry of the matrix is the mean over tokens of the cosine of two representations. If their widths differ, as between
 the stages of SwinV2, the entry is NaN.
-`SimilarityProbe` reads the representations with hooks; without a probe there are no hooks.
 """
 
 import math
@@ -39,7 +38,7 @@ def cosine_matrix(representations: Sequence[Tensor]) -> Tensor:
 
 
 class SimilarityProbe:
-    """Keeps some tokens of every representation of one forward pass; call `remove` afterwards.
+    """Keeps some tokens of every representation of one forward pass, by hooks; call `remove` afterwards.
 
     max_tokens: number of tokens that are kept of the batch, evenly spaced.
     """

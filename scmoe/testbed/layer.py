@@ -61,9 +61,8 @@ def bench_layer(
         ms = [f"{value * 1e3:.1f}" for value in np.median(own, axis=-1)]
         table.add_row(name, *ms, *(f"{ratio:.3f}" for ratio in ratios[name]))
     Console(width=120).print(table)
-    over = {"_ratio": "dense products", "_ratio_with_gelu": "dense products with GELU"}
-    kinds = ("forward", "train")
-    return {f"{kind}{word}": ratios[name][i] for word, name in over.items() for i, kind in enumerate(kinds)}
+    names = ("forward_ratio", "train_ratio", "forward_ratio_with_gelu", "train_ratio_with_gelu")
+    return dict(zip(names, [*ratios["dense products"], *ratios["dense products with GELU"]], strict=True))
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """The report of `bench overlap`: how much of the All-to-All every architecture and schedule hides.
 
-All schedules of a row are tried, and those near the best, with the planner's choice, go into the rounds, which decide.
 Ratios are to sequential top-2, taken round by round, medians.
 """
 
@@ -155,11 +154,9 @@ def show(report: dict[str, Any]) -> None:
     columns = ("forward", "training", "hidden fwd", "bwd", "slot x chunks", "auto", "/ best", "/ model", "peak")
     numbers = (Column(column, justify="right", no_wrap=True) for column in columns)
     table = Table(Column("row", no_wrap=True), *numbers, title=title, title_justify="left")
+    written = "{:.2f} [{:.2f} {:.2f}]".format
     for name, r in report["rows"].items():
-        speed = [
-            "{:.2f} [{:.2f} {:.2f}]".format(r[f"{kind}_speedup"], *r[f"{kind}_quartiles"])
-            for kind in ("forward", "train")
-        ]
+        speed = [written(r[f"{kind}_speedup"], *r[f"{kind}_quartiles"]) for kind in ("forward", "train")]
         hidden = [f"{100 * r[f'overlap_{d}']:.0f} %" for d in ("forward", "backward")]
         schedules = f"{r['slot']} x {r['chunks']}", f"{r['auto_slot']} x {r['auto_chunks']}"
         ratios = [f"{r[k]:.3f}" for k in ("auto_over_best", "measured_over_model")]

@@ -63,10 +63,10 @@ def run_ranks(
             process = context.Process(target=_run_rank, args=given)
             process.start()
             theirs.close()
-            if own_links:
-                _attach(ours, process.pid, rank)
             processes.append(process)
             pipes.append(ours)
+            if own_links:
+                _attach(ours, process.pid, rank)
         return _collect(pipes, timeout_s)
     finally:
         for pipe in pipes:
