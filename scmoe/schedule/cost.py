@@ -37,15 +37,11 @@ def per_chunk(schedule: Schedule, times: Mapping[str, float]) -> dict[str, float
     return {op: t / schedule.chunks if op in PER_CHUNK else t for op, t in times.items()}
 
 
-def free_time(schedule: Schedule, times: OperatorTimes) -> float:
-    """Time of all computation from the tap to the end of the block, and back: elapsed time with free communication."""
-    operators = ("route", "encode", *schedule.window, *schedule.after_window, "experts", "decode")
-    return sum(direction.get(op, 0.0) for direction in (times.forward, times.backward) for op in operators)
-
-
 def exposed_time(schedule: Schedule, times: OperatorTimes) -> float:
-    """Part of the elapsed time in which the processor waits for a transfer."""
-    return elapsed_time(schedule, times) - free_time(schedule, times)
+    """Part of the elapsed time in which the processor waits for a transfer: all but the time of the computation."""
+    operators = ("route", "encode", *schedule.window, *schedule.after_window, "experts", "decode")
+    computing = sum(direction.get(op, 0.0) for direction in (times.forward, times.backward) for op in operators)
+    return elapsed_time(schedule, times) - computing
 
 
 def mismatch(schedule: Schedule, times: OperatorTimes) -> float:

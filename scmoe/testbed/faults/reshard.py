@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scmoe.parallel.checkpoint.loading import load_checkpoint
 from scmoe.parallel.checkpoint.saving import Saving
-from scmoe.testbed.faults.tiny_run import EXPERTS, LAST, OLD, one_step, progress, same, state, tensors
+from scmoe.testbed.faults.tiny_run import EXPERTS, LAST, OLD, mark, one_step, progress, same, state, tensors
 from scmoe.testbed.ranks import run_ranks
 
 
@@ -24,8 +24,7 @@ def write_whole(rank: int, world_size: int, folder: Path) -> dict[str, Tensor]:
 def read_all(rank: int, world_size: int, folder: Path, paths: list[Path]) -> list[dict[str, Tensor]]:
     trainer, found = one_step(world_size, folder), []
     for path in paths:
-        for t in tensors(trainer).values():
-            t.fill_(-1)
+        mark(trainer, -1)
         load_checkpoint(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
         found.append({name: t.clone() for name, t in tensors(trainer).items()})
     return found
