@@ -154,9 +154,9 @@ def show(report: dict[str, Any]) -> None:
     columns = ("forward", "training", "hidden fwd", "bwd", "slot x chunks", "auto", "/ best", "/ model", "peak")
     numbers = (Column(column, justify="right", no_wrap=True) for column in columns)
     table = Table(Column("row", no_wrap=True), *numbers, title=title, title_justify="left")
-    written = "{:.2f} [{:.2f} {:.2f}]".format
+    cell = "{:.2f} [{:.2f} {:.2f}]".format
     for name, r in report["rows"].items():
-        speed = [written(r[f"{kind}_speedup"], *r[f"{kind}_quartiles"]) for kind in ("forward", "train")]
+        speed = [cell(r[f"{kind}_speedup"], *r[f"{kind}_quartiles"]) for kind in ("forward", "train")]
         hidden = [f"{100 * r[f'overlap_{d}']:.0f} %" for d in ("forward", "backward")]
         schedules = f"{r['slot']} x {r['chunks']}", f"{r['auto_slot']} x {r['auto_chunks']}"
         ratios = [f"{r[k]:.3f}" for k in ("auto_over_best", "measured_over_model")]
