@@ -8,7 +8,6 @@
 Noise on the logits is left out. In DGMoE, where both would choose one expert, the current representation goes to its
 second best, and (c) is the probability of that one. In blocks without a tap, the preceding representation is read at a
 position that the caller chooses, through the block's only norm.
-`GatingProbe` reads the blocks with hooks; without a probe there are no hooks.
 """
 
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ from scmoe.blocks.double_gate import DoubleGateBlock
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.schedule.schedule import POSITIONS
 
-QUANTITIES = ("repeated_selection", "l2_distance", "score_current", "score_preceding")
 TITLES = {
     "repeated_selection": "(a) repeated selection",
     "l2_distance": "(b) L2 distance",
@@ -56,7 +54,7 @@ def gating_means(sums_L5: Tensor) -> Tensor:
 
 
 class GatingProbe:
-    """Reads every MoE block of a model during one forward pass; call `remove` afterwards.
+    """Reads every MoE block of a model by hooks during one forward pass; call `remove` afterwards.
 
     position: where the preceding representation is read in blocks without a tap.
     """
@@ -106,7 +104,7 @@ class GatingProbe:
 
 def gating_metrics(means_L4: Any) -> dict[str, float]:
     """The mean of each quantity over layers."""
-    return {f"gating/{name}": float(value) for name, value in zip(QUANTITIES, means_L4.mean(0), strict=True)}
+    return {f"gating/{name}": float(value) for name, value in zip(TITLES, means_L4.mean(0), strict=True)}
 
 
 def draw_gating(steps: Sequence[int], labels: Sequence[str], values: Any, path: Path) -> None:
@@ -118,7 +116,7 @@ def draw_gating(steps: Sequence[int], labels: Sequence[str], values: Any, path: 
     _, distance, *scores = values.max((0, 1)).tolist()
     tops = (1.0, distance or 1.0, max(scores), max(scores))  # (c) and (d) share a scale
     shades = colormaps["viridis"].resampled(max(2, len(labels)) + 1)
-    for i, (axis, name) in enumerate(zip(figure.subplots(2, 2, sharex=True).flat, QUANTITIES, strict=True)):
+    for i, (axis, name) in enumerate(zip(figure.subplots(2, 2, sharex=True).flat, TITLES, strict=True)):
         for layer, label in enumerate(labels):
             axis.plot(steps, values[:, layer, i], color=shades(layer), marker=".", linewidth=1.5, label=label)
         axis.set_title(TITLES[name], loc="left", fontsize=11)

@@ -24,7 +24,6 @@ flight, DDP's buckets.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -36,44 +35,25 @@ from scmoe.models.decoder import Decoder
 from scmoe.moe.coefficient import CG1, CG2
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one rank."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
 def rank_memory(
-    model: Any,
-    *,
-    seq_len: int,
-    samples: int,
-    precision: str,
-    ep_size: int,
-    dp_size: int,
-    recompute: bool = False,
-    on_gpu: bool = True,
-) -> Memory:
-    """model: the whole model, on any device. samples: samples of one rank in one batch. dp_size: number of ranks that
-    hold the same experts."""
+    model: Any, *, seq_len: int, samples: int, precision: str, ep_size: int, dp_size: int, recompute: bool, on_gpu: bool
+) -> dict[str, int]:
+    """Bytes on one rank: weights, gradients, optimizer, activations, and their total.
+
+    model: the whole model, on any device. samples: samples of one rank in one batch. dp_size: number of ranks that hold
+    the same experts."""
     width = WEIGHT_BYTES[precision]
     replicated, experts = rank_parameters(model, ep_size)
     weights = (replicated + experts) * width
     kept, repeated = activations(model, seq_len, precision, recompute, on_gpu)
     copies = narrow_copies(model, ep_size, recompute) if precision == "bf16-mixed" else 0
-    return Memory(
-        weights=weights,
-        gradients=weights + (experts * width if dp_size > 1 else 0),
-        optimizer=2 * weights + 4 * sum(1 for _ in model.parameters()),
-        activations=copies + round(samples * (kept + repeated)),
-    )
+    parts = {
+        "weights": weights,
+        "gradients": weights + (experts * width if dp_size > 1 else 0),
+        "optimizer": 2 * weights + 4 * sum(1 for _ in model.parameters()),
+        "activations": copies + round(samples * (kept + repeated)),
+    }
+    return parts | {"total": sum(parts.values())}
 
 
 def narrow_copies(model: Any, ep_size: int, recompute: bool = False) -> int:
@@ -87,37 +67,28 @@ def narrow_copies(model: Any, ep_size: int, recompute: bool = False) -> int:
     return 2 * (linear + experts // ep_size)
 
 
-def activations(
-    model: Any, seq_len: int, precision: str, recompute: bool = False, on_gpu: bool = True
-) -> tuple[float, float]:
+def activations(model: Any, seq_len: int, precision: str, recompute: bool, on_gpu: bool = True) -> tuple[float, float]:
     """Bytes of one sample: what autograd keeps, and the largest part that is computed again at one time."""
     c = COMPUTE_BYTES[precision]
     wide = max(4, c)  # what stays in float32
     stream = 4 if precision == "bf16-mixed" else c  # of the residual stream
     rows = model.rows_per_sample(seq_len)
-    kept = 0.0
-    for block in model.modules():
-        if isinstance(block, MoEBlock) and block.tap_norm is not None:
-            # its input is kept by the norm after the tap, which may be the same module
-            kept += rows[block] * _kept_by(block.tap_norm, c, 0, on_gpu)
-    named = dict(model.named_modules())
-    units = {
-        name: module
-        for name, module in named.items()
-        if isinstance(module, Residual) or (isinstance(module, MLP) and name.endswith("shared_expert"))
-    }
+    unit_of: dict[nn.Module, nn.Module] = {}  # the sub-layer or the shared expert that a module is a part of
+    for unit in model.modules():
+        if isinstance(unit, (Residual, MLP)):
+            unit_of = dict.fromkeys(unit.modules(), unit) | unit_of
     inside: defaultdict[Any, float] = defaultdict(float)
-    for name, module in named.items():
+    for name, module in model.named_modules():
         if name.endswith("tap_norm"):
             continue
         size = rows.get(module, 0.0) * _kept_by(module, c, stream, on_gpu)
+        if isinstance(module, MoEBlock) and module.tap_norm is not None:
+            # its input is kept by the norm after the tap, which may be the same module
+            size = rows[module] * _kept_by(module.tap_norm, c, 0, on_gpu)
         if isinstance(module, nn.Dropout) and module.p > 0:  # pictures have drop path, which keeps a number a sample
             size = rows[module] * model.tokens.embedding_dim * (1 if on_gpu else c)
-        unit = next((unit for start, unit in units.items() if name == start or name.startswith(f"{start}.")), None)
-        if unit is None:
-            kept += size
-        else:
-            inside[unit] += size
+        inside[unit_of.get(module)] += size
+    kept = inside.pop(None)
     for i, (moe, copies) in enumerate(moe_uses(model)):
         num_rows, gates = rows_per_token(moe, copies) * rows[moe], copies / moe.router.top_k * rows[moe]
         _, dim, hidden = moe.experts.w_in_eDF.shape

@@ -3,7 +3,6 @@
 A representation is a value of the residual stream: the input, and the stream after each attention, MLP or MoE module.
 An entry of the matrix is the mean over tokens of the cosine of two representations. If their widths differ, as between
 the stages of SwinV2, the entry is NaN.
-`SimilarityProbe` reads the representations with hooks; without a probe there are no hooks.
 """
 
 import math
@@ -39,7 +38,7 @@ def cosine_matrix(representations: Sequence[Tensor]) -> Tensor:
 
 
 class SimilarityProbe:
-    """Keeps some tokens of every representation of one forward pass; call `remove` afterwards.
+    """Keeps some tokens of every representation of one forward pass, by hooks; call `remove` afterwards.
 
     max_tokens: number of tokens that are kept of the batch, evenly spaced.
     """
@@ -60,8 +59,9 @@ class SimilarityProbe:
                 self.handles.append(block.register_forward_hook(self._keep_output(f"{layer} MoE")))
                 layer += 1
 
-    def _keep(self, name: str, x: Tensor) -> None:
-        x_TD = x.detach().flatten(0, -2)
+    def _keep(self, name: str, value: Any) -> None:
+        """value: of a sub-layer, or of a block, which returns an MoEOutput."""
+        x_TD = (value if isinstance(value, Tensor) else value.y_BSD).detach().flatten(0, -2)
         step = -(-len(x_TD) // self.max_tokens)
         self.kept.append((name, x_TD[::step].clone()))
 
@@ -71,10 +71,7 @@ class SimilarityProbe:
             self._keep("input", args[0])
 
     def _keep_output(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._keep(name, output if isinstance(output, Tensor) else output.y_BSD)
-
-        return hook
+        return lambda module, args, output: self._keep(name, output)
 
     def result(self) -> Tensor:
         """[N, N + 1]: this rank's matrix, and a column of ones that counts ranks when results are added up."""

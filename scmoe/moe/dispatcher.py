@@ -95,11 +95,7 @@ class Narrowed:
 
     def dispatch(self, rows_RD: Tensor, counts_E: Tensor | None) -> tuple[Pending, Receipt]:
         pending, receipt = self.inner.dispatch(rows_RD.to(self.dtype), counts_E)
-        return Arriving(pending, partial(_to, dtype=rows_RD.dtype)), receipt
+        return Arriving(pending, partial(Tensor.to, dtype=rows_RD.dtype)), receipt
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
-        return Arriving(self.inner.combine(rows_RD.to(self.dtype), receipt), partial(_to, dtype=rows_RD.dtype))
-
-
-def _to(rows_RD: Tensor, dtype: torch.dtype) -> Tensor:
-    return rows_RD.to(dtype)
+        return Arriving(self.inner.combine(rows_RD.to(self.dtype), receipt), partial(Tensor.to, dtype=rows_RD.dtype))

@@ -11,6 +11,7 @@ T_pre, T_post: backbone time before and after the experts. With more chunks, and
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from scmoe.schedule.schedule import Schedule
 from scmoe.schedule.timeline import elapsed, play
@@ -36,15 +37,11 @@ def per_chunk(schedule: Schedule, times: Mapping[str, float]) -> dict[str, float
     return {op: t / schedule.chunks if op in PER_CHUNK else t for op, t in times.items()}
 
 
-def free_time(schedule: Schedule, times: OperatorTimes) -> float:
-    """Time of all computation from the tap to the end of the block, and back: elapsed time with free communication."""
-    operators = ("route", "encode", *schedule.window, *schedule.after_window, "experts", "decode")
-    return sum(direction.get(op, 0.0) for direction in (times.forward, times.backward) for op in operators)
-
-
 def exposed_time(schedule: Schedule, times: OperatorTimes) -> float:
-    """Part of the elapsed time in which the processor waits for a transfer."""
-    return elapsed_time(schedule, times) - free_time(schedule, times)
+    """Part of the elapsed time in which the processor waits for a transfer: all but the time of the computation."""
+    operators = ("route", "encode", *schedule.window, *schedule.after_window, "experts", "decode")
+    computing = sum(direction.get(op, 0.0) for direction in (times.forward, times.backward) for op in operators)
+    return elapsed_time(schedule, times) - computing
 
 
 def mismatch(schedule: Schedule, times: OperatorTimes) -> float:
@@ -64,8 +61,8 @@ def best_schedule(choices: Iterable[Schedule], times: Mapping[int, OperatorTimes
     return min(choices, key=lambda choice: elapsed_time(choice, times[choice.chunks]))
 
 
-def overlap_efficiency(overlapped: float, sequential: float, free: float) -> float:
+def overlap_efficiency(overlapped: Any, sequential: Any, free: Any) -> Any:
     """1 - (T_overlapped - T_free) / (T_sequential - T_free), FLUX's definition: 1 where all communication is hidden, 0
     where none is, below 0 where hiding it costs more than it saves. free: the time without communication, so
-    computation that a transfer slows down lowers the efficiency."""
+    computation that a transfer slows down lowers the efficiency. Numbers, or arrays of them."""
     return 1 - (overlapped - free) / (sequential - free)

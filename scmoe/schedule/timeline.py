@@ -17,6 +17,7 @@ COLORS = {
     "dispatch": "#e15759",
     "combine": "#b07aa1",
 }
+OTHER = "#bab0ac"
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,10 @@ def draw(timelines: Mapping[str, Sequence[Span]], path: Path, title: str, unit: 
     figure = Figure(figsize=(10, 0.9 + 1.25 * len(timelines)), layout="constrained")
     axis = figure.subplots()
     end = max(elapsed(spans) for spans in timelines.values())
-    ticks = []
     for i, (name, spans) in enumerate(timelines.items()):
         for span in spans:
             row = -(3 * i + (1 if span.is_transfer else 0))
-            color = COLORS.get(span.operator, "#bab0ac")
+            color = COLORS.get(span.operator, OTHER)
             axis.barh(row, span.end - span.start, left=span.start, height=0.85, color=color, edgecolor="white")
             label = span.operator.replace("_", "\n")
             if span.end - span.start > 0.01 * end * max(map(len, label.split("\n"))):  # room for the letters
@@ -90,15 +90,15 @@ def draw(timelines: Mapping[str, Sequence[Span]], path: Path, title: str, unit: 
         axis.vlines(elapsed(spans), -3 * i - 1.5, -3 * i + 0.5, color="black", linewidth=1)
         axis.text(elapsed(spans), -3 * i - 0.5, f" {elapsed(spans):.1f}", va="center", fontsize=9)
         axis.text(0, -3 * i + 0.6, name, fontsize=10, fontweight="bold", va="bottom")
-        ticks += [(-3 * i, "compute"), (-3 * i - 1, "communication")]
-    axis.set_yticks([y for y, _ in ticks], [label for _, label in ticks])
+    ticks = [-3 * i - row for i in range(len(timelines)) for row in (0, 1)]
+    axis.set_yticks(ticks, ["compute", "communication"] * len(timelines))
     axis.set_ylim(-3 * len(timelines) + 1.3, 1.4)
     axis.set_xlim(0, end * 1.08)
     axis.set_xlabel(unit)
     axis.set_title(title, loc="left", fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
-    others = [Patch(color="#bab0ac", label="route, encode, decode")]
-    handles = [Patch(color=c, label=o.replace("_", " ")) for o, c in COLORS.items()] + others
+    colors = COLORS | {"route, encode, decode": OTHER}
+    handles = [Patch(color=color, label=name.replace("_", " ")) for name, color in colors.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=7, frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

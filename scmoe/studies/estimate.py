@@ -47,7 +47,7 @@ def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
         "all_to_all_bytes_forward": 2 * together,
         "all_to_all_bytes_training": 4 * together,
         "all_to_all_share_that_travels": (ep_size - 1) / ep_size,
-        "memory_bytes": {**vars(memory), "total": memory.total},
+        "memory_bytes": memory,
     }
 
 

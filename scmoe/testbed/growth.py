@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from scmoe.testbed.overlap import measure
 from scmoe.testbed.overlap_report import summary
@@ -42,7 +42,7 @@ def bench_growth(of: Sequence[str], points: Sequence[int] | None, rounds: int, o
         for value in points or POINTS[name]:
             print(f"{name}: {value}", file=sys.stderr)
             setting, ranks = at(name, value, found[0]["link_mbit"] if found else None, rounds)
-            result = run_ranks(measure, ranks, setting, True, timeout_s=1800, own_links=True)[0]
+            result = run_ranks(measure, ranks, setting, timeout_s=1800, own_links=True)[0]
             found.append({**summary(setting, ranks, result), name: value})
             (out / "growth.json").write_text(json.dumps(report, indent=1))
     show(report)
@@ -63,11 +63,11 @@ def at(of: str, value: int, link_mbit: float | None, rounds: int) -> tuple[Setti
 
 def show(report: dict[str, list[dict[str, Any]]]) -> None:
     for of, points in report.items():
-        table = Table(title=f"{of}: {points[0]['compute']} compute; speed-ups over top-2", title_justify="left")
-        for column in (of, "ranks", "Mbit/s", "share", "limit fwd", "train", "top-2 train"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for word, _ in list(ROWS.values())[1:]:
-            table.add_column(f"{word}: fwd, train", justify="right")
+        names = (of, "ranks", "Mbit/s", "share", "limit fwd", "train", "top-2 train")
+        columns = [Column(name, justify="right", no_wrap=True) for name in names]
+        columns += [Column(f"{word}: fwd, train", justify="right") for word, _ in list(ROWS.values())[1:]]
+        title = f"{of}: {points[0]['compute']} compute; speed-ups over top-2"
+        table = Table(*columns, title=title, title_justify="left")
         for p in points:
             limits = (f"{p[f'limit_{kind}']:.2f}" for kind in ("forward", "train"))
             rows = (f"{r['forward_speedup']:.2f}, {r['train_speedup']:.2f}" for r in list(p["rows"].values())[1:])

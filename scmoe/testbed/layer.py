@@ -3,13 +3,12 @@
 Variants run in turn, round after round, and ratios are taken within a round, since the machine's speed drifts.
 """
 
-import statistics
 import time
-from collections.abc import Callable
 
+import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 
 from scmoe.moe.dispatcher import LocalDispatcher
@@ -17,15 +16,17 @@ from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 
+WARM_UP = 2  # rounds
+
 
 class DenseProducts(nn.Module):
-    """The layer's two products as dense ones on as many rows; `activation` puts the GELU between them."""
+    """The layer's two products as dense ones on as many rows, with a module between them."""
 
-    def __init__(self, dim: int, ffn_dim: int, activation: bool) -> None:
+    def __init__(self, dim: int, ffn_dim: int, between: nn.Module) -> None:
         super().__init__()
         self.w_in = nn.Parameter(torch.randn(dim, ffn_dim) * 0.02)
         self.w_out = nn.Parameter(torch.randn(ffn_dim, dim) * 0.02)
-        self.between: Callable[[Tensor], Tensor] = nn.GELU() if activation else nn.Identity()
+        self.between = between
 
     def forward(self, rows_RD: Tensor) -> Tensor:
         return self.between(rows_RD @ self.w_in) @ self.w_out
@@ -43,33 +44,25 @@ def bench_layer(
     x = torch.randn(1, tokens, dim, requires_grad=True)
     rows = torch.randn(tokens * top_k, dim, requires_grad=True)
     variants: dict[str, tuple[nn.Module, Tensor]] = {
-        "dense products": (DenseProducts(dim, ffn_dim, activation=False), rows),
-        "dense products with GELU": (DenseProducts(dim, ffn_dim, activation=True), rows),
+        "dense products": (DenseProducts(dim, ffn_dim, nn.Identity()), rows),
+        "dense products with GELU": (DenseProducts(dim, ffn_dim, nn.GELU()), rows),
         "MoE layer": (moe, x),
     }
-    times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "train": []} for name in variants}
-    for round_ in range(-2, rounds):  # two rounds of warm-up
-        for name, (variant, given) in variants.items():
-            for kind, measure in (("forward", forward), ("train", train)):
-                seconds = measure(variant, given)
-                if round_ >= 0:
-                    times[name][kind].append(seconds)
-
-    def ratio(kind: str, of: str) -> float:
-        pairs = zip(times["MoE layer"][kind], times[of][kind], strict=True)
-        return statistics.median(a / b for a, b in pairs)
+    measured = [[(forward(*v), train(*v)) for v in variants.values()] for _ in range(WARM_UP + rounds)][WARM_UP:]
+    times = dict(zip(variants, np.array(measured).transpose(1, 2, 0), strict=True))  # [forward and train, rounds]
+    ratios = {name: np.median(times["MoE layer"] / own, axis=-1) for name, own in times.items()}
 
     sizes = f"D={dim} F={ffn_dim} E={experts}, {tokens} tokens, top-{top_k}"
     title = f"MoE layer, {sizes}, {threads} thread(s), medians of {rounds} rounds"
-    table = Table("variant", title=title, title_justify="left")
-    for column in ("forward ms", "forward + backward ms", "MoE layer over it: forward", "forward + backward"):
-        table.add_column(column, justify="right")
-    for name, measured in times.items():
-        ms = [f"{statistics.median(measured[kind]) * 1e3:.1f}" for kind in ("forward", "train")]
-        table.add_row(name, *ms, *(f"{ratio(kind, name):.3f}" for kind in ("forward", "train")))
+    columns = ("forward ms", "forward + backward ms", "MoE layer over it: forward", "forward + backward")
+    numbers = (Column(name, justify="right") for name in columns)
+    table = Table("variant", *numbers, title=title, title_justify="left")
+    for name, own in times.items():
+        ms = [f"{value * 1e3:.1f}" for value in np.median(own, axis=-1)]
+        table.add_row(name, *ms, *(f"{ratio:.3f}" for ratio in ratios[name]))
     Console(width=120).print(table)
-    over = {"_ratio": "dense products", "_ratio_with_gelu": "dense products with GELU"}
-    return {f"{kind}{word}": ratio(kind, name) for word, name in over.items() for kind in ("forward", "train")}
+    names = ("forward_ratio", "train_ratio", "forward_ratio_with_gelu", "train_ratio_with_gelu")
+    return dict(zip(names, [*ratios["dense products"], *ratios["dense products with GELU"]], strict=True))
 
 
 @torch.no_grad()

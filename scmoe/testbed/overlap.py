@@ -11,7 +11,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -47,16 +47,18 @@ class Variant:
 
 
 class Seconds(NamedTuple):
-    """The times of one round: this rank's, or the slowest rank's. cpu: processor time of the process."""
+    """The times of a variant: this rank's in one round, or arrays over rounds, of the slowest rank in each.
 
-    forward: float
-    train: float
-    train_forward: float
-    cpu_forward: float
-    cpu_train: float
+    cpu: processor time of the process."""
+
+    forward: Any
+    train: Any
+    train_forward: Any
+    cpu_forward: Any
+    cpu_train: Any
 
     @property
-    def backward(self) -> float:
+    def backward(self) -> Any:
         return self.train - self.train_forward
 
 
@@ -93,41 +95,32 @@ class Bench:
             torch.cuda.synchronize(self.device)
         return time.perf_counter(), time.process_time()
 
-    def seconds(self, variant: Variant) -> Seconds:
+    @torch.no_grad()
+    def infer(self, variant: Variant) -> tuple[float, float]:
+        """Wall-clock and processor seconds of a forward pass without gradients."""
         step = self.set(variant)
         dist.barrier()
-        (t0, c0), _, (t1, c1) = self.now(), step.infer(self.x), self.now()
+        (t0, c0), _, (t1, c1) = self.now(), step.model(self.x), self.now()
+        return t1 - t0, c1 - c0
+
+    def seconds(self, variant: Variant) -> Seconds:
+        (forward, cpu_forward), step = self.infer(variant), self.steps[variant.block]
         dist.barrier()
-        (t2, c2), y, (t3, _) = self.now(), step.forward(self.x), self.now()
+        (t0, c0), y, (t1, _) = self.now(), step.model(self.x), self.now()
         step.backward(y)
-        t4, c4 = self.now()
-        step.clear()
+        t2, c2 = self.now()
+        step.model.zero_grad()
         self.x.grad = None
         self.iterations += 1
-        return Seconds(t1 - t0, t4 - t2, t3 - t2, c1 - c0, c4 - c2)
+        return Seconds(forward, t2 - t0, t1 - t0, cpu_forward, c2 - c0)
 
-    def forward_seconds(self, variants: Sequence[Variant], rounds: int) -> list[list[float]]:
-        """Forward times of each variant by round, of the slowest rank. A first round, to warm up, is left out."""
-        times: list[list[float]] = [[] for _ in variants]
-        for _ in range(rounds + 1):
-            for variant, own in zip(variants, times, strict=True):
-                step = self.set(variant)
-                dist.barrier()
-                start, _, end = self.now(), step.infer(self.x), self.now()
-                own.append(end[0] - start[0])
-        return slowest([own[1:] for own in times])
-
-    def rounds(
-        self, variants: Sequence[Variant], rounds: int, show: Callable[[str], None]
-    ) -> dict[Variant, list[Seconds]]:
-        """Runs all variants in turn, `rounds` times. Returns the times of the slowest rank. show: prints progress."""
-        times: dict[Variant, list[Seconds]] = {v: [] for v in variants}
+    def rounds(self, variants: Sequence[Variant], rounds: int, what: str = "") -> dict[Variant, Seconds]:
+        """Runs all variants in turn, `rounds` times."""
+        times = []
         for i in range(rounds):
-            show(f"round {i + 1} of {rounds}, {len(variants)} variants")
-            for v in variants:
-                times[v].append(self.seconds(v))
-        worst = slowest(list(times.values()))
-        return {v: [Seconds(*fields) for fields in own] for v, own in zip(times, worst, strict=True)}
+            show(f"{what}round {i + 1} of {rounds}, {len(variants)} variants")
+            times.append([self.seconds(v) for v in variants])
+        return {v: Seconds(*own) for v, own in zip(variants, slowest(times).transpose(1, 2, 0), strict=True)}
 
     def choose(self, block: str, chunk_counts: Sequence[int]) -> LayerChoice:
         """The planner's choice, made from training steps as in a run."""
@@ -135,8 +128,7 @@ class Bench:
         planner = Planner(self.stacks[block], None, self.device, chunk_counts)
         while not planner.has_chosen:
             planner.begin_step()
-            step.backward(step.forward(self.x))
-            step.clear()
+            step.train(self.x)
             planner.end_step()
         assert planner.choices is not None
         return planner.choices[0]
@@ -153,75 +145,66 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
-            step.backward(step.forward(self.x))
-            peak = torch.cuda.max_memory_allocated(self.device) - before
-        else:
-            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-                step.backward(step.forward(self.x))
-            peak = max(itertools.accumulate(allocated(recorded)))
-        step.clear()
-        return peak / 2**20
+            step.train(self.x)
+            return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            step.train(self.x)
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            recorded.export_chrome_trace(file.name)
+            events = [e for e in json.loads(Path(file.name).read_text())["traceEvents"] if e.get("name") == "[memory]"]
+        changes = (e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"]))  # below 0 where memory is freed
+        return max(itertools.accumulate(changes)) / 2**20
 
 
-def allocated(recorded: profile) -> Iterator[int]:
-    """Bytes that were allocated (positive) and freed (negative), in order."""
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        recorded.export_chrome_trace(file.name)
-        events = [e for e in json.loads(Path(file.name).read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    return (e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"]))
-
-
-def slowest(values: list[Any]) -> list[Any]:
-    """The maximum of each number over all ranks. values: nested lists or tuples, of equal lengths."""
+def slowest(values: list[Any]) -> Any:
+    """The maximum of each number over all ranks, as an array. values: nested lists or tuples, of equal lengths."""
     worst = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    return worst.tolist()
+    return worst.numpy()
 
 
-def measure(rank: int, world_size: int, setting: Setting, verbose: bool) -> dict[str, Any]:
+def show(line: str) -> None:
+    """Prints a line of progress, on one rank."""
+    if dist.get_rank() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Any]:
     """Runs on every rank; the caller uses rank 0's result.
 
     Measures, round by round, the best schedules of each row, the planner's choice, and each block sequential and free.
     Planning and trials warm all of them up. The best of a row is the best by its rounds, because a trial is too short
     to separate schedules with similar times."""
-
-    def show(line: str) -> None:
-        if rank == 0 and verbose:
-            print(line, file=sys.stderr, flush=True)
-
     dist.init_process_group("gloo")
     bench = Bench(setting)
-    rate = find_rate(bench, show) if setting.shaped else None
-    rows, choices = {row: ROWS[row] for row in setting.rows}, {}
-    for row, (block, chunk_counts) in rows.items():
+    rate = find_rate(bench) if setting.shaped else None
+    choices, chosen, candidates = {}, {}, {}
+    for row in setting.rows:
         show(f"planning {row}")
-        choices[row] = bench.choose(block, chunk_counts)
-    candidates = {
-        row: [Variant(block, s) for c in counts for s in slots(replace(default_schedule(block), chunks=c))]
-        for row, (block, counts) in rows.items()
-    }
-    everything = [variant for row in candidates.values() for variant in row]
-    tried = bench.rounds(everything, TRIALS, lambda line: show(f"trying every schedule: {line}"))
-    chosen = {row: Variant(rows[row][0], choice.schedule) for row, choice in choices.items()}
+        block, counts = ROWS[row]
+        choices[row] = bench.choose(block, counts)
+        chosen[row] = Variant(block, choices[row].schedule)
+        candidates[row] = [Variant(block, s) for c in counts for s in slots(replace(default_schedule(block), chunks=c))]
+    tried = bench.rounds(list(itertools.chain(*candidates.values())), TRIALS, "trying every schedule: ")
     finalists = {row: [*nearest(variants, tried), chosen[row]] for row, variants in candidates.items()}
     references = [Variant(b, default_schedule(b), way) for b in bench.stacks for way in ("sequential", "free")]
     measured = dict.fromkeys(itertools.chain(references, *finalists.values()))
-    times = bench.rounds(list(measured), setting.rounds, show)
-    best = {row: min(variants, key=lambda v: median(s.train for s in times[v])) for row, variants in finalists.items()}
+    times = bench.rounds(list(measured), setting.rounds)
+    best = {row: min(variants, key=lambda v: median(times[v].train)) for row, variants in finalists.items()}
     peaks = {row: bench.peak_mb(v) for row, v in best.items()}
     gradients = {block: bench.gradient_mb(block) for block in bench.stacks}
     found = dict(rate=rate, choices=choices, best=best, chosen=chosen, times=times, peaks=peaks, gradients=gradients)
     return {**found, "iterations": bench.iterations}
 
 
-def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Sequence[Seconds]]) -> list[Variant]:
+def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> list[Variant]:
     """The variants whose training steps were NEAR the best in the trials, FINALISTS at most."""
-    seconds = {v: min(s.train for s in tried[v]) for v in variants}  # a disturbance only makes a trial longer
+    seconds = {v: min(tried[v].train) for v in variants}  # a disturbance only makes a trial longer
     ranked = sorted(variants, key=lambda v: seconds[v])
     return [v for v in ranked[:FINALISTS] if seconds[v] <= NEAR * seconds[ranked[0]]]
 
 
-def find_rate(bench: Bench, show: Callable[[str], None]) -> float:
+def find_rate(bench: Bench) -> float:
     """Sets the links' rate and returns it, in Mbit/s: the given one, or the one at which communication is the wanted
     share of a sequential top-2 pair."""
     s, wanted = bench.setting, bench.setting.share
@@ -229,13 +212,18 @@ def find_rate(bench: Bench, show: Callable[[str], None]) -> float:
         links.set_rate(s.link_mbit)
         return s.link_mbit
     pair = [Variant("top2", default_schedule("top2"), way) for way in ("sequential", "free")]
-    t_free = median(bench.forward_seconds(pair[1:], SEARCH_ROUNDS)[0])
+
+    def forward(variants: Sequence[Variant]) -> Any:
+        """[variants, rounds] seconds. A first round, to warm up, is left out."""
+        return slowest([[bench.infer(v)[0] for v in variants] for _ in range(1 + SEARCH_ROUNDS)])[1:].T
+
+    t_free = median(forward(pair[1:])[0])
     sent_bits = 2 * 2 * s.pairs * s.tokens * s.dim * 32 * (1 - 1 / dist.get_world_size())
     rate = sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
     for _ in range(8):
         links.set_rate(rate)
-        rounds = zip(*bench.forward_seconds(pair, SEARCH_ROUNDS), strict=True)
-        share = median(1 - t_free / t_sequential for t_sequential, t_free in rounds)
+        sequential, free = forward(pair)
+        share = median(1 - free / sequential)
         show(f"links at {rate:.0f} Mbit/s: communication share {share:.3f}, wanted {wanted:g}")
         if abs(share - wanted) < 0.01:
             break

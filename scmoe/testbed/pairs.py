@@ -97,40 +97,30 @@ def make_block(name: str, setting: Setting, group: Any) -> MoEBlock:
 
 
 class Step:
-    """A forward and a backward pass; at iteration level also the gradients' reduction and the optimizer's step."""
+    """A training step; at iteration level with the gradients' reduction and the optimizer's step."""
 
     def __init__(self, stack: Sequence[nn.Module], setting: Setting) -> None:
-        self.model: nn.Module = Stack(stack)
+        self.model: nn.Module = Stack(*stack)
         self.optimizer: torch.optim.Optimizer | None = None
         if setting.level == "iteration":
             hide_from_ddp(self.model, [name for name, _ in expert_parameters(self.model)])
             self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
             self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
-    @torch.no_grad()
-    def infer(self, x: Tensor) -> Tensor:
-        return self.model(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
-
     def backward(self, y: Tensor) -> None:
         y.backward(torch.ones_like(y))
         if self.optimizer is not None:
             self.optimizer.step()
 
-    def clear(self) -> None:
+    def train(self, x: Tensor) -> None:
+        self.backward(self.model(x))
         self.model.zero_grad()
 
 
-class Stack(nn.Module):
+class Stack(nn.Sequential):
     """Blocks in a row."""
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
     def forward(self, x_BSD: Tensor) -> Tensor:
-        for block in self.blocks:
+        for block in self:
             x_BSD = block(x_BSD).y_BSD
         return x_BSD

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -59,14 +59,14 @@ def run_ranks(
     try:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            given = theirs, rank, world_size, store.port, own_links, fn, args
+            given = theirs, rank, world_size, store.port, own_links, fn, *args
             process = context.Process(target=_run_rank, args=given)
             process.start()
             theirs.close()
-            if own_links:
-                _attach(ours, process.pid, rank)
             processes.append(process)
             pipes.append(ours)
+            if own_links:
+                _attach(ours, process.pid, rank)
         return _collect(pipes, timeout_s)
     finally:
         for pipe in pipes:
@@ -127,13 +127,7 @@ def _end(process: Any) -> None:
 
 
 def _run_rank(
-    pipe: Connection,
-    rank: int,
-    world_size: int,
-    port: int,
-    own_links: bool,
-    fn: Callable[..., Any],
-    args: Sequence[Any],
+    pipe: Connection, rank: int, world_size: int, port: int, own_links: bool, fn: Callable[..., Any], *args: Any
 ) -> None:
     os.setsid()
     if own_links:

@@ -3,7 +3,6 @@
 The five timelines of the figure (ROWS) run on shaped links as in `bench overlap`.
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ def bench_timeline(share: float, compute: str, position: str, ranks: int, out: P
     """
     setting = Setting(share, compute=compute)
     out.mkdir(parents=True, exist_ok=True)
-    rate, timelines = run_ranks(watch, ranks, setting, position, str(out), timeout_s=900, own_links=True)[0]
+    rate, timelines = run_ranks(watch, ranks, setting, position, out, timeout_s=900, own_links=True)[0]
     for direction in DIRECTIONS:
         machine = f"{compute} compute, {ranks} ranks, links of {rate:.0f} Mbit/s"
         path = out / f"{direction}.png"
@@ -48,11 +47,11 @@ def bench_timeline(share: float, compute: str, position: str, ranks: int, out: P
     return {"link_mbit": rate, "traces": traces}
 
 
-def watch(rank: int, world_size: int, setting: Setting, position: str, out: str) -> tuple[float, dict[str, Any]]:
+def watch(rank: int, world_size: int, setting: Setting, position: str, out: Path) -> tuple[float, dict[str, Any]]:
     """Runs on every rank. Returns the links' rate in Mbit/s, and by direction {title: spans in ms}."""
     dist.init_process_group("gloo")
     bench = Bench(setting)
-    rate = find_rate(bench, lambda line: print(line, file=sys.stderr) if rank == 0 else None)
+    rate = find_rate(bench)
     timelines: dict[str, dict[str, list[Span]]] = {direction: {} for direction in DIRECTIONS}
     for title, (block, way, chunks) in ROWS.items():
         title, block = title.format(position.capitalize().replace("s", "s-")), block.format(position)
@@ -61,8 +60,7 @@ def watch(rank: int, world_size: int, setting: Setting, position: str, out: str)
         for direction in DIRECTIONS:
             timelines[direction][f"{title}: planned"] = planned_spans(choice, direction, way == "sequential")
             timelines[direction][f"{title}: measured"] = measured_spans(bench, variant, direction)
-        path = Path(out) / f"{block}-{way}-{choice.schedule.chunks}-chunks.json" if rank == 0 else None
-        trace(bench, variant, path)
+        trace(bench, variant, out / f"{block}-{way}-{choice.schedule.chunks}-chunks.json")
     return rate, timelines
 
 
@@ -81,8 +79,7 @@ def measured_spans(bench: Bench, variant: Variant, direction: Direction) -> list
         recorder = Recorder(bench.device)
         step = bench.set(variant, recorder)
         dist.barrier()
-        step.backward(step.forward(bench.x))
-        step.clear()
+        step.train(bench.x)
         _, spans = from_tap(recorder.spans(direction), direction)
         start = min(span.start for span in spans)
         steps.append([Span(s.operator, 1e3 * (s.start - start), 1e3 * (s.end - start)) for s in spans])
@@ -100,13 +97,11 @@ def in_turn(spans: list[Span]) -> list[Span]:
     return shown
 
 
-def trace(bench: Bench, variant: Variant, path: Path | None) -> None:
-    """Profiles one training step, and writes a Chrome trace to `path`."""
+def trace(bench: Bench, variant: Variant, path: Path) -> None:
+    """Profiles one training step; rank 0 writes a Chrome trace to `path`."""
     step = bench.set(variant)
     dist.barrier()
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (bench.device.type == "cuda")
-    with profile(activities=activities) as recorded:
-        step.backward(step.forward(bench.x))
-    step.clear()
-    if path is not None:
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        step.train(bench.x)
+    if dist.get_rank() == 0:
         recorded.export_chrome_trace(str(path))

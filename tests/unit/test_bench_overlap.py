@@ -47,7 +47,7 @@ def test_schedules_near_the_best_by_trial_go_into_the_rounds():
     """A disturbed trial, the second of each pair here, puts none out."""
     trials = {0: (1.04, 1.5), 1: (1.00, 1.3), 2: (1.02, 1.02), 3: (1.01, 9.0), 4: (1.029, 1.1)}
     tried = {
-        Variant("pos3", Schedule("scmoe", "pos3", slot)): [Seconds(0.0, seconds, 0.0, 0.0, 0.0) for seconds in pair]
+        Variant("pos3", Schedule("scmoe", "pos3", slot)): Seconds(0.0, pair, 0.0, 0.0, 0.0)
         for slot, pair in trials.items()
     }
     assert [v.schedule.slot for v in nearest(list(tried), tried)] == [1, 3, 2]

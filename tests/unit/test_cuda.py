@@ -36,11 +36,11 @@ def results(rank: int, world_size: int) -> dict[str, list[torch.Tensor]]:
     found = {}
     for way, slot in [("sequential", 1), *(("overlapped", slot) for slot in range(4))]:
         step = bench.set(Variant("pos2", Schedule("scmoe", "pos2", slot), way))
-        y = step.forward(bench.x)
+        y = step.model(bench.x)
         step.backward(y)
         gradients = [p.grad.cpu() for p in bench.stacks["pos2"][0].parameters() if p.grad is not None]
         found[f"{way} {slot}"] = [y.detach().cpu(), bench.x.grad.cpu(), *gradients]
-        step.clear()
+        step.model.zero_grad()
         bench.x.grad = None
     return found
 
@@ -58,7 +58,7 @@ def recorded(rank: int, world_size: int) -> list[str]:
     recorder = Recorder(bench.device)
     step = bench.set(Variant("pos2", Schedule("scmoe", "pos2", 1), "sequential"), recorder)
     assert isinstance(bench.stacks["pos2"][0].moe.dispatcher, Blocking)
-    step.backward(step.forward(bench.x))
+    step.backward(step.model(bench.x))
     spans = recorder.spans("forward")
     assert all(span.end >= span.start for span in spans)
     return [span.operator for span in spans]
@@ -76,9 +76,9 @@ def without_the_host(rank: int, world_size: int, schedule: Schedule, way: str, a
     for mode in ("default", "error"):
         torch.cuda.set_sync_debug_mode(mode)
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            y = step.forward(bench.x)
+            y = step.model(bench.x)
         step.backward(y)
-        step.clear()
+        step.model.zero_grad()
     torch.cuda.set_sync_debug_mode("default")
 
 

@@ -58,7 +58,7 @@ def save_over(
     of the last save, or some seconds after its start. Returns a surviving rank's file operations and its seconds."""
     trainer = one_step(world_size, folder)
     pids = folder / "pids"
-    pids.mkdir(exist_ok=True)
+    pids.mkdir(parents=True, exist_ok=True)
     (pids / str(rank)).write_text(str(os.getpid()))
     trainer.strategy.barrier()  # every rank has written its id, over that of an earlier call
     *before, last = steps
@@ -89,7 +89,6 @@ def save_over(
 
 def killed(folder: Path, victim: str, background: bool = False, **when: Any) -> bool:
     """Run `save_over`. Returns whether a rank was killed. when: its keywords."""
-    folder.mkdir(exist_ok=True)
     try:
         run_ranks(partial(save_over, **when), 2, folder, victim, background)
     except RankError as error:
@@ -125,9 +124,8 @@ def kill(points: int | None = None, random: int = 0) -> dict[str, int]:
         root = Path(name)
         kills: list[tuple[str, dict[str, Any]]] = []
         for background, victim in product((False, True), ("first", "last")):
-            folder = root / f"{victim}-{background}"
-            folder.mkdir()
-            record = run_ranks(save_over, 2, folder, victim, background)[0 if victim == "first" else -1]
+            ranks = run_ranks(save_over, 2, root / f"{victim}-{background}", victim, background)
+            record = ranks[0 if victim == "first" else -1]
             operations = range(len(record["operations"]))
             for who in (victim, "all") if victim == "first" else (victim,):
                 kills += [(who, {"background": background, "operation": i}) for i in spread(operations, points)]

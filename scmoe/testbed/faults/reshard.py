@@ -3,48 +3,38 @@
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from scmoe.parallel.checkpoint.loading import load_checkpoint
 from scmoe.parallel.checkpoint.saving import Saving
-from scmoe.parallel.shards import expert_parameters
-from scmoe.testbed.faults.tiny_run import EXPERTS, LAST, OLD, one_step, progress, same, state, tensors
+from scmoe.testbed.faults.tiny_run import EXPERTS, LAST, OLD, mark, one_step, progress, same, state, tensors
 from scmoe.testbed.ranks import run_ranks
 
 
-def write_whole(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+def write_whole(rank: int, world_size: int, folder: Path) -> dict[str, Tensor]:
     """Save the state after one step, where moments and experts all differ. Returns it."""
     trainer = one_step(world_size, folder)
     path, context = folder / "checkpoints" / LAST, trainer.strategy.context
     Saving(path, state(trainer, OLD), context, background=False).finish()
-    return shards(trainer)
+    return tensors(trainer)
 
 
-def read_all(rank: int, world_size: int, folder: Path, paths: list[Path]) -> list[dict[str, Any]]:
+def read_all(rank: int, world_size: int, folder: Path, paths: list[Path]) -> list[dict[str, Tensor]]:
     trainer, found = one_step(world_size, folder), []
     for path in paths:
-        for t in tensors(trainer).values():
-            t.fill_(-1)
+        mark(trainer, -1)
         load_checkpoint(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
-        found.append(shards(trainer))
+        found.append({name: t.clone() for name, t in tensors(trainer).items()})
     return found
 
 
-def shards(trainer: Any) -> dict[str, Any]:
-    experts = {name for name, _ in expert_parameters(trainer.lightning_module)}
-    return {"experts": experts, **{name: t.clone() for name, t in tensors(trainer).items()}}
-
-
-def whole(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
+def whole(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Concatenate the experts of all ranks by their global ids; the rest must be equal on all ranks."""
     together = {}
     for name, t in ranks[0].items():
-        if name == "experts":
-            continue
-        if name.split("/")[0] in ranks[0]["experts"] and t.dim():
+        if ".experts." in name and t.dim():
             together[name] = torch.cat([rank[name] for rank in ranks])
             assert len(together[name]) == EXPERTS
         else:
@@ -62,7 +52,6 @@ def reshard(degrees: Sequence[int] = (1, 2, 4, 8)) -> dict[str, int]:
         paths = [folder / "checkpoints" / LAST for folder in folders.values()]
         for ep in progress(degrees, "reading"):
             ranks = run_ranks(read_all, ep, folders[ep] / "read", paths)
-            for i, expected in enumerate(written):
-                pairs += 1
-                equal += same(whole([found[i] for found in ranks]), expected)
+            pairs += len(written)
+            equal += sum(same(whole([found[i] for found in ranks]), expected) for i, expected in enumerate(written))
     return {"pairs": pairs, "equal": equal}

@@ -35,8 +35,7 @@ OLD, NEW, NEXT = 1, 2, 3  # steps: of the first checkpoint, of the one saved ove
 
 def spread(items: Sequence[Any], count: int | None) -> list[Any]:
     """Return `count` of the items, from the first to the last; None: all."""
-    if count is None or count >= len(items):
-        return list(items)
+    count = len(items) if count is None else min(count, len(items))
     return [items[i * (len(items) - 1) // max(1, count - 1)] for i in range(count)]
 
 

@@ -78,7 +78,7 @@ MUTANTS = (
     .caught_by(f"{UNIT}/test_no_host_sync.py::test_forward_and_backward_ask_the_host_for_nothing"),
     Mutant("wire-dtype-one-way", 0, f"{MOE}/dispatcher.py")
     .replaces(
-        "Arriving(self.inner.combine(rows_RD.to(self.dtype), receipt), partial(_to, dtype=rows_RD.dtype))",
+        "Arriving(self.inner.combine(rows_RD.to(self.dtype), receipt), partial(Tensor.to, dtype=rows_RD.dtype))",
         "self.inner.combine(rows_RD, receipt)",
     )
     .caught_by(f"{UNIT}/test_dispatcher.py::test_narrowed_rows_travel_in_their_type_and_are_rounded_once_each_way"),
