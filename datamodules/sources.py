@@ -25,17 +25,10 @@ class Source:
 
 
 def open_source(name: str, path: str | None, subset: str | None) -> Source:
-    """Returns the source that `data.name` names. Raises ValueError for an unknown name and an invalid path."""
-    if name not in ("sotu", "text", "hf"):
-        raise ValueError(f"data.name is {name!r}; allowed: sotu, text, hf")
-    if subset is not None and name != "hf":
-        raise ValueError(f"data.subset is {subset!r}; allowed: null, as data.name {name} has no subsets")
+    """Returns the source `sotu`, `text` (path: a file or folder) or `hf` (path: a data set of Hugging Face)."""
     if name == "sotu":
-        if path is not None:
-            raise ValueError(f"data.path is {path!r}; allowed: null for sotu; for other texts use data.name text")
         return sotu()
-    if path is None:
-        raise ValueError(f"data.path is null; allowed: a path, as data.name {name} reads from it")
+    assert name in ("text", "hf") and path is not None
     return text(Path(path)) if name == "text" else hugging_face(path, subset)
 
 

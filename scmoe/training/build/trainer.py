@@ -1,4 +1,4 @@
-"""Builds the Trainer of a configuration, with its strategy, callbacks, loggers and run directory."""
+"""Builds the Trainer of a configuration, with its strategy and callbacks."""
 
 import os
 import sys
@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch
+import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
-from scmoe.config.fields import Config, flatten
+from scmoe.config.fields import Config
 from scmoe.config.rules import IMAGES, resolve_ep_size
 from scmoe.parallel.lightning_seam import StepProgressBar
 from scmoe.parallel.strategy import ExpertParallelStrategy
@@ -19,25 +20,12 @@ from scmoe.training.callbacks.analysis import gating_over_training, similarity_o
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.callbacks.expert_load import ExpertLoad
 from scmoe.training.callbacks.log_lines import LogLines
-from scmoe.training.callbacks.logged_step import LoggedStep
-from scmoe.training.callbacks.threads import Threads
 from scmoe.training.callbacks.throughput import Throughput
-from scmoe.training.run.csv_logger import csv_logger
-from scmoe.training.run.wandb_logger import wandb_logger
 
 
 def seed_everything(config: Config) -> None:
     """Seed the global generators equally on all ranks. The strategy makes them differ once the weights are drawn."""
     lightning.pytorch.seed_everything(config.seed, verbose=False)
-
-
-def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> list[Logger]:
-    """Return metrics.csv's logger, and W&B's unless disabled. resumed_step: the step that the run continues from."""
-    wandb = config.logger
-    loggers: list[Logger] = [csv_logger(run_dir, resumed_step)]
-    if wandb.mode != "disabled":
-        loggers.append(wandb_logger(run_dir, wandb.mode, wandb.project, wandb.group, wandb.tags, flatten(config)))
-    return loggers
 
 
 def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
@@ -48,7 +36,6 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
     best, mode = ("val/accuracy", "max") if images else ("val/bits_per_byte", "min")
     callbacks: list[Callback] = [
         DataPosition(),
-        LoggedStep(),
         ExpertLoad(),
         Throughput("images_per_s", micro_batch) if images else Throughput("tokens_per_s", micro_batch * data.seq_len),
         ModelCheckpoint(checkpoints, "{step}", every_n_train_steps=trainer.checkpoint_every, save_top_k=1),
@@ -69,6 +56,7 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
 def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> Trainer:
     trainer, strategy = config.trainer, config.strategy
     threads = trainer.threads or max(1, len(os.sched_getaffinity(0)) // trainer.devices)
+    set_threads = LambdaCallback(setup=lambda *_, **__: torch.set_num_threads(threads))  # after Lightning's launcher
     saving = {"async_checkpoint": strategy.async_checkpoint, "full_checkpoint": strategy.full_checkpoint}
     return Trainer(
         accelerator=trainer.accelerator,
@@ -89,6 +77,6 @@ def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequen
         use_distributed_sampler=False,
         enable_progress_bar=trainer.progress and sys.stdout.isatty(),
         enable_model_summary=False,
-        callbacks=[*callbacks, Threads(threads)],
+        callbacks=[*callbacks, set_threads],
         logger=list(loggers),
     )

@@ -9,7 +9,7 @@ Values are over the tokens of all ranks. While the disk is full, they are kept i
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,16 +19,7 @@ from scmoe.analysis.gating import GatingProbe, draw_gating, gating_means, gating
 from scmoe.analysis.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
 from scmoe.training.run.writing import try_to_write
 
-
-class Probe(Protocol):
-    """Attaches itself to the model that its constructor gets."""
-
-    def result(self) -> Tensor:
-        """Return what was measured, in a form that can be summed over ranks."""
-
-    def labels(self) -> list[str]: ...
-
-    def remove(self) -> None: ...
+Probe = GatingProbe | SimilarityProbe
 
 
 class Analysis(Callback):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from scmoe.moe.balance import load_metrics
 from scmoe.training.callbacks.collapse import CollapseAlarm
-from scmoe.training.callbacks.logged_step import logs_now
+from scmoe.training.callbacks.log_lines import logs_now
 
 
 class ExpertLoad(Callback):
