@@ -1,7 +1,6 @@
 """The loggers of a run: metrics.csv's, whose rows stay in memory while the disk is full (fault 32), and W&B's."""
 
 import csv
-import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -56,9 +55,7 @@ def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
         with path.open(newline="") as file:
             kept = [row for row in csv.DictReader(file) if int(row["step"]) < resumed_step]
     logger = SteadyCSVLogger(run_dir, name="", version="")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Experiment logs directory")
-        writer = logger.experiment
+    writer = logger.experiment
     if kept:
         writer.metrics_keys, writer.metrics = list(kept[0]), kept
         logger.save()

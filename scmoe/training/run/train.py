@@ -53,7 +53,7 @@ def hush_lightning() -> None:
         ".*dataloader is not resumable.*",  # it is: the sampler starts at the datamodule's position
         ".*recommended to use `self.log.*sync_dist=True.*",  # these values are already equal on all ranks
         ".*isinstance.treespec, LeafSpec.*",  # a deprecation in torch that only Lightning can fix
-        ".*is not empty.*",  # the checkpoint directory of a resumed run
+        ".*is not empty.*",  # the directories of a resumed run
         ".*number of.*batches.*logging interval.*",
     ):
         warnings.filterwarnings("ignore", message)
