@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch
@@ -11,12 +12,14 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
+from scmoe.analysis.gating import GatingProbe, draw_gating, gating_means, gating_metrics
+from scmoe.analysis.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
 from scmoe.config.fields import Config
 from scmoe.config.rules import IMAGES, resolve_ep_size
 from scmoe.parallel.lightning_seam import StepProgressBar
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
-from scmoe.training.callbacks.analysis import gating_over_training, similarity_over_training
+from scmoe.training.callbacks.analysis import Analysis
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.callbacks.expert_load import ExpertLoad
 from scmoe.training.callbacks.log_lines import LogLines
@@ -44,10 +47,12 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
     if config.moe.architecture not in ("dense", "dgmoe_share") and not trainer.compile:
         chunks = config.schedule.chunks
         callbacks.append(AdaptiveSchedule(config.schedule.auto, (1, 2, 4) if chunks is None else (chunks,)))
-    if config.analysis.gating_every is not None:
-        callbacks.append(gating_over_training(config.analysis.gating_every, analysis, config.moe.position))
-    if config.analysis.similarity_every is not None:
-        callbacks.append(similarity_over_training(config.analysis.similarity_every, analysis))
+    if (every := config.analysis.gating_every) is not None:
+        probe = partial(GatingProbe, position=config.moe.position)
+        callbacks.append(Analysis("gating", every, analysis, probe, gating_means, gating_metrics, draw_gating))
+    if (every := config.analysis.similarity_every) is not None:
+        functions = SimilarityProbe, similarity_mean, similarity_metrics, draw_similarity
+        callbacks.append(Analysis("similarity", every, analysis, *functions))
     if trainer.progress:
         callbacks.append(StepProgressBar() if sys.stdout.isatty() else LogLines())
     return callbacks

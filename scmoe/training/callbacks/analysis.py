@@ -15,8 +15,8 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from scmoe.analysis.gating import GatingProbe, draw_gating, gating_means, gating_metrics
-from scmoe.analysis.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
+from scmoe.analysis.gating import GatingProbe
+from scmoe.analysis.similarity import SimilarityProbe
 from scmoe.training.run.writing import try_to_write
 
 Probe = GatingProbe | SimilarityProbe
@@ -86,14 +86,3 @@ class Analysis(Callback):
     def _all(self) -> tuple[list[int], list[str], np.ndarray]:
         """Return steps, labels and values of all measurements."""
         return list(self.records), self.labels, np.stack(list(self.records.values()))
-
-
-def gating_over_training(every: int, folder: Path | None, position: str) -> Analysis:
-    """Measure Fig. 9. position: where blocks that have no tap are probed."""
-    attach = lambda model: GatingProbe(model, position)  # noqa: E731
-    return Analysis("gating", every, folder, attach, gating_means, gating_metrics, draw_gating)
-
-
-def similarity_over_training(every: int, folder: Path | None) -> Analysis:
-    """Measure Fig. 10."""
-    return Analysis("similarity", every, folder, SimilarityProbe, similarity_mean, similarity_metrics, draw_similarity)

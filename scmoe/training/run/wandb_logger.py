@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import WandbLogger
 from scmoe.config.fields import Config, ConfigError, flatten
 from scmoe.parallel.checkpoint.durable import MANIFEST
 from scmoe.training.run.redact import without_keys
-from scmoe.training.run.writing import write_json
+from scmoe.training.run.writing import warn_once, write_json
 
 INIT_TIMEOUT_S = 20.0  # how long a server may take to answer
 FINISH_TIMEOUT_S = 60.0  # how long the last uploads may take; the rest stays in the run directory
@@ -133,11 +133,7 @@ class SteadyWandbLogger(WandbLogger):
         except trouble as error:
             self.lost = True
             reason, kept = f"{error} ".splitlines()[0].strip(" ."), Path(self.experiment.settings.sync_dir)
-            print(
-                f"warning: Weights & Biases receives nothing more of this run: {reason}; to upload: wandb sync {kept}",
-                file=sys.stderr,
-                flush=True,
-            )
+            warn_once(f"Weights & Biases receives nothing more of this run: {reason}; to upload: wandb sync {kept}")
 
 
 def sync_command(run_dir: Path) -> str | None:
