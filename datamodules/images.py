@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from timm.data import Mixup, create_transform
 from timm.data.mixup import mixup_target
 from torch import Tensor
@@ -99,17 +100,12 @@ class Batch:
 @contextmanager
 def drawn_from(seed: int, position: int) -> Iterator[None]:
     """Seed the three global generators from (seed, position) for timm, and restore them on exit."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     fresh = int(np.random.SeedSequence([seed, position]).generate_state(1)[0])
-    random.seed(fresh)
-    np.random.seed(fresh)
-    torch.default_generator.manual_seed(fresh)  # torch.manual_seed would also seed the devices
-    try:
+    with isolate_rng(include_cuda=False):
+        random.seed(fresh)
+        np.random.seed(fresh)
+        torch.default_generator.manual_seed(fresh)  # torch.manual_seed would also seed the devices
         yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 class ImageDataModule(PositionedDataModule):

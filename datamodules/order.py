@@ -7,16 +7,22 @@ global batches in the same order, batches run on across epochs, and one number i
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 
-class SampleOrder:
-    """Maps positions to samples. Each epoch is another permutation of the samples, drawn at its first use."""
+@lru_cache(maxsize=1)
+def permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
 
-    def __init__(self, num_samples: int, seed: int) -> None:
-        self.num_samples, self.seed = num_samples, seed
-        self._epoch, self._permutation_N = -1, np.empty(0, np.int64)
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """Maps positions to samples. Each epoch is another permutation of the samples."""
+
+    num_samples: int
+    seed: int
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """Returns the samples at `positions`, both int64 of one shape. positions: ascending."""
@@ -24,20 +30,15 @@ class SampleOrder:
         samples = np.empty_like(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            samples[here] = self._permutation(int(epoch))[places[here]]
+            samples[here] = permutation(self.num_samples, self.seed, int(epoch))[places[here]]
         return samples
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            self._epoch, self._permutation_N = epoch, generator.permutation(self.num_samples)
-        return self._permutation_N
 
 
 @dataclass(frozen=True)
-class TrainBatches:
+class Batches:
     """A batch sampler that yields this rank's share of every micro-batch from position `start()` on.
 
+    order: positions to the items of a data set.
     `len` is the number of micro-batches of the whole training, also after a resume: Lightning subtracts those that are
     done. The position is read once, when iteration starts, as workers then fetch ahead of the training.
     """
@@ -57,22 +58,3 @@ class TrainBatches:
         for first in range(self.start(), end - self.micro_batch + 1, self.micro_batch):
             positions = np.arange(first + self.rank, first + self.micro_batch, self.world)
             yield self.order(positions).tolist()
-
-
-class EvalBatches:
-    """A batch sampler that deals samples 0 ... N-1 to the ranks in turn, in equally many batches of one shape.
-
-    Samples from N on are filler, which the data set must recognise: every rank must take part in all collectives.
-    """
-
-    def __init__(self, num_samples: int, batch: int, rank: int, world: int) -> None:
-        self.num_batches = -(-num_samples // (batch * world))
-        self.batch, self.rank, self.world = batch, rank, world
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        stride = self.batch * self.world
-        for first in range(0, self.num_batches * stride, stride):
-            yield list(range(first + self.rank, first + stride, self.world))

@@ -7,11 +7,12 @@ of samples is explained in `order.py`.
 from collections.abc import Callable, Sized
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.order import EvalBatches, TrainBatches
+from datamodules.order import Batches
 from datamodules.watched import Watched
 
 IGNORE = -100  # the label that cross_entropy leaves out
@@ -63,27 +64,25 @@ class PositionedDataModule(LightningDataModule):
         self, dataset: Dataset, order: Callable[..., Any], collate: Callable[..., Any] | None = None
     ) -> DataLoader:
         """Return the loader of the training from the current position on. order: positions to items of `dataset`."""
-        rank, world = self.rank_and_world()
-        start = lambda: self.consumed_samples  # noqa: E731
-        return self._loader(
-            dataset, TrainBatches(order, self.num_batches, self.micro_batch, rank, world, start), collate
-        )
+        return self._loader(dataset, order, self.num_batches, lambda: self.consumed_samples, collate)
 
     def eval_loader(self, dataset: Sized) -> DataLoader:
-        """Return a loader that gives all ranks equally many batches of `dataset`, with filler at the end."""
-        rank, world = self.rank_and_world()
-        return self._loader(dataset, EvalBatches(len(dataset), self.micro_batch // world, rank, world))
+        """Return a loader that gives all ranks equally many batches of one shape, as all must take part in collectives.
+
+        Items from `len(dataset)` on are filler, which `dataset` must recognise.
+        """
+        return self._loader(dataset, np.asarray, -(-len(dataset) // self.micro_batch), lambda: 0, None)
 
     def _loader(
-        self, dataset: Any, batches: TrainBatches | EvalBatches, collate: Callable[..., Any] | None = None
+        self, dataset: Any, order: Any, num_batches: int, start: Callable[[], int], collate: Callable[..., Any] | None
     ) -> DataLoader:
+        rank, world = self.rank_and_world()
         if self.workers:
             dataset = Watched(dataset, self.workers)
             self.watching.append(dataset)
-        rank, _ = self.rank_and_world()
         return DataLoader(
             dataset,
-            batch_sampler=batches,
+            batch_sampler=Batches(order, num_batches, self.micro_batch, rank, world, start),
             collate_fn=collate,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,

@@ -4,11 +4,10 @@ Splits are deterministic and keep the order of the source, so that held-out text
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 SPLITS = ("train", "val", "test")
 HELD_OUT = 0.05  # share of a text's characters, for each of val and test
@@ -25,17 +24,10 @@ class Source:
 
 
 def open_source(name: str, path: str | None, subset: str | None) -> Source:
-    """Returns the source that `data.name` names. Raises ValueError for an unknown name and an invalid path."""
-    if name not in ("sotu", "text", "hf"):
-        raise ValueError(f"data.name is {name!r}; allowed: sotu, text, hf")
-    if subset is not None and name != "hf":
-        raise ValueError(f"data.subset is {subset!r}; allowed: null, as data.name {name} has no subsets")
+    """Returns the source `sotu`, `text` (path: a file or folder) or `hf` (path: a data set of Hugging Face)."""
     if name == "sotu":
-        if path is not None:
-            raise ValueError(f"data.path is {path!r}; allowed: null for sotu; for other texts use data.name text")
         return sotu()
-    if path is None:
-        raise ValueError(f"data.path is null; allowed: a path, as data.name {name} reads from it")
+    assert name in ("text", "hf") and path is not None
     return text(Path(path)) if name == "text" else hugging_face(path, subset)
 
 
@@ -102,20 +94,7 @@ def hugging_face(name: str, subset: str | None) -> Source:
     rows["train"] = train
     # The fingerprint identifies the rows. Hashing 40 GB of text on every start would take minutes.
     content = _digest(f"{split} {rows[split]._fingerprint}" for split in SPLITS)
-    return Source({split: Rows(rows[split]) for split in SPLITS}, content)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The texts of a Hugging Face split, read from disk during iteration."""
-
-    table: Any
-
-    def __iter__(self) -> Iterator[str]:
-        return (row["text"] for row in self.table)
-
-    def __len__(self) -> int:
-        return len(self.table)
+    return Source({split: rows[split]["text"] for split in SPLITS}, content)  # columns read the disk when iterated
 
 
 def _split_file(folder: Path, stems: tuple[str, ...]) -> str:

@@ -1,7 +1,7 @@
 """Converts text to token ids and back without loss, by BPE over bytes.
 
 A vocabulary is trained here (`bpe`), is GPT-2's (`gpt2`), or comes from a `tokenizer.json`. All three become the same
-`tokenizers` object, so every token cache holds a `tokenizer.json`, and reading it requires no tiktoken and no network.
+`tokenizers` object, so every token cache holds a `tokenizer.json`, and reading it requires no network.
 
 A file may be of either lossless kind: GPT-2's, where every byte is a letter, or LLaMA's (SentencePiece), where a space
 is the letter "▁" and characters without a token become the tokens <0x00> to <0xFF> of their bytes. LLaMA adds a space
@@ -10,8 +10,7 @@ before every text and removes it when decoding; here none is added, so that toke
 
 import json
 from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Self
 
@@ -19,6 +18,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+GPT2 = "openai-community/gpt2"  # at Hugging Face
 END_OF_TEXT = "<|endoftext|>"
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>")  # its names in files: GPT-2, LLaMA 2, LLaMA 3
 SPACE = "▁"  # SentencePiece's letter for a space
@@ -146,7 +146,9 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
             yield piece
             room -= len(piece)
 
-    inner = _byte_level(models.BPE())
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)  # splits words like GPT-2's
+    inner.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
@@ -156,36 +158,13 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
 
 
 def _gpt2() -> tokenizers.Tokenizer:
-    if find_spec("tiktoken") is None:
-        raise ModuleNotFoundError("data.tokenizer gpt2 needs tiktoken: install the extra scmoe[owt]")
-    import tiktoken
-
-    encoding = tiktoken.get_encoding("gpt2")
-    ranks = {encoding.decode_single_token_bytes(i): i for i in range(encoding.n_vocab) if i != encoding.eot_token}
-    return from_ranks(ranks)
-
-
-def from_ranks(ranks: dict[bytes, int]) -> tokenizers.Tokenizer:
-    """Builds the tokenizer of tiktoken's table token -> rank: ids are ranks, the end of text comes last.
-
-    `tokenizers` requires the last merge of each token: the two parts that remain of the token's bytes after BPE with
-    all earlier merges.
-    """
-    letters = byte_letters()
-    spell = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            pairs = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
-            best = min(range(len(pairs)), key=pairs.__getitem__)
-            assert pairs[best] < rank, f"token {rank} is not a merge of earlier tokens"
-            parts[best : best + 2] = [parts[best] + parts[best + 1]]
-        if len(parts) == 2:
-            merges.append((spell[parts[0]], spell[parts[1]]))
-    inner = _byte_level(models.BPE({spell[token]: rank for token, rank in ranks.items()}, merges))
-    inner.add_special_tokens([END_OF_TEXT])
-    return inner
+    try:
+        return tokenizers.Tokenizer.from_pretrained(GPT2)
+    except Exception as error:
+        raise ValueError(
+            f"data.tokenizer gpt2 cannot be downloaded: save the tokenizer.json of https://huggingface.co/{GPT2} and "
+            "set data.tokenizer to its path"
+        ) from error
 
 
 def _without_prefix(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -204,18 +183,3 @@ def _without_prefix(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     described["normalizer"] = {"type": "Sequence", "normalizers": normalizer}
     described["decoder"] = {"type": "Sequence", "decoders": decoder}
     return tokenizers.Tokenizer.from_str(json.dumps(described))
-
-
-def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
-    """Returns a tokenizer that splits words like GPT-2's and has a letter for every byte."""
-    inner = tokenizers.Tokenizer(model)
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    inner.decoder = decoders.ByteLevel()
-    return inner
-
-
-def byte_letters() -> list[str]:
-    """Returns GPT-2's letter of each byte: itself where it is printable, else the next one from U+0100 on."""
-    prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in prints else chr(next(others)) for byte in range(256)]

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.aggregation import SumMetric
 
+from datamodules.positioned import IGNORE
 from scmoe.moe.balance import integer_sums, load_balance_loss, load_metrics, router_z_loss
+from scmoe.parallel.lightning_seam import count_steps_from
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.clipping import guard_updates
 from scmoe.tokens import RouterStats
-
-IGNORE = -100  # the label of a position without a target
 
 
 class MoEModule(LightningModule):
@@ -69,6 +69,10 @@ class MoEModule(LightningModule):
     def task_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[RouterStats]]:
         """Return the summed loss of this rank's targets in nats, their number, and the routers' sums."""
         raise NotImplementedError
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Count logged steps from 0, in a resumed run too: after a stop between batches Lightning is one ahead."""
+        count_steps_from(self.trainer, self.trainer.global_step)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor | None]:
         nats, num_targets, stats = self.task_loss(batch)

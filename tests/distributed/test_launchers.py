@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 
 from scmoe.parallel.strategy import ExpertParallelStrategy
@@ -22,7 +23,6 @@ from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import seed_everything
 from scmoe.training.callbacks.data_position import DataPosition
-from scmoe.training.callbacks.threads import Threads
 from tests.support.forked import python
 from tests.support.trainings import tiny
 
@@ -32,6 +32,13 @@ ROOT = Path(__file__).parents[2]
 RANKS = 2
 PROGRAM = ("-m", "tests.distributed.test_launchers")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}")
+
+
+class OneThread(DataPosition):
+    """Sets the number of threads when training is set up: Lightning's launcher has set its own number before."""
+
+    def setup(self, *_, **__) -> None:
+        torch.set_num_threads(1)
 
 
 def main(start_method: str) -> None:
@@ -57,7 +64,7 @@ def train(start_method: str) -> dict[str, str]:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[DataPosition(), Threads(1)],
+        callbacks=[OneThread()],
     )
     trainer.fit(build_module(config), build_datamodule(config))
     if not trainer.is_global_zero:

@@ -20,9 +20,8 @@ from scmoe.parallel.all_to_all import Transfer
 from scmoe.testbed.ranks import run_ranks
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.trainer import build_trainer
-from scmoe.training.callbacks.collapse import PATIENCE
 from scmoe.training.callbacks.data_position import DataPosition
-from scmoe.training.callbacks.expert_load import ExpertLoad
+from scmoe.training.callbacks.expert_load import PATIENCE, ExpertLoad
 from tests.support.comparison import assemble, difference
 from tests.support.trainings import RecordingModel, tiny, train
 

@@ -10,9 +10,8 @@ import pytest
 
 from scmoe.config.fields import ConfigError
 from scmoe.config.load import load
-from scmoe.training.build.trainer import build_loggers
 from scmoe.training.run import wandb_logger
-from scmoe.training.run.loggers import close_loggers
+from scmoe.training.run.loggers import build_loggers, close_loggers
 from tests.support.commands import CANARY, rows_of, run
 
 pytestmark = [pytest.mark.faults]
@@ -64,8 +63,7 @@ KILLED = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 from scmoe.config.load import load
-from scmoe.training.build.trainer import build_loggers
-from scmoe.training.run.loggers import close_loggers
+from scmoe.training.run.loggers import build_loggers, close_loggers
 loggers = build_loggers(load(None, ["logger.mode=offline"]), Path(sys.argv[1]), None)
 loggers[1].log_metrics({"a": 1.0}, 0)
 for pid in subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split():
@@ -98,8 +96,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from scmoe.config.load import load
-from scmoe.training.build.trainer import build_loggers
-from scmoe.training.run.loggers import close_loggers
+from scmoe.training.run.loggers import build_loggers, close_loggers
 _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limit))
 loggers = build_loggers(load(None, ["logger.mode=offline"]), Path(sys.argv[1]), None)

@@ -12,9 +12,9 @@ from scmoe.config.fields import ConfigError
 from scmoe.config.load import load
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_module
-from scmoe.training.build.trainer import build_callbacks, build_loggers, build_trainer
+from scmoe.training.build.trainer import build_callbacks, build_trainer
 from scmoe.training.callbacks.analysis import Analysis
-from scmoe.training.run.loggers import close_loggers
+from scmoe.training.run.loggers import build_loggers, close_loggers
 from tests.support.models import hooks
 
 TINY = (

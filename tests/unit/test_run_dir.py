@@ -66,13 +66,13 @@ def test_a_run_is_marked_and_closed_however_it_ends(error, state, tmp_path, monk
     closed = []
     monkeypatch.setattr(lifetime, "close_loggers", lambda loggers, status: closed.append((len(loggers), status)))
     try:
-        with open_run(load(None, ["logger.mode=disabled", f"runs_dir={tmp_path}"]), [], None, None) as run:
-            assert json.loads((run.directory / "state.json").read_text())["state"] == "running"
+        with open_run(load(None, ["logger.mode=disabled", f"runs_dir={tmp_path}"]), [], None, None) as (directory, _):
+            assert json.loads((directory / "state.json").read_text())["state"] == "running"
             if error is not None:
                 raise error
     except (SystemExit, ValueError) as raised:
         assert raised is error
-    assert json.loads((run.directory / "state.json").read_text())["state"] == state
+    assert json.loads((directory / "state.json").read_text())["state"] == state
     assert closed == [(1, "success" if error is None else "failed")]
 
 
@@ -85,6 +85,6 @@ def test_a_run_that_cannot_open_its_loggers_has_failed(tmp_path, monkeypatch):
 
 def test_other_ranks_open_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    with open_run(load(None, [f"runs_dir={tmp_path}"]), [], tmp_path / "a", None) as run:
-        assert (run.directory, run.loggers) == (None, [])
+    with open_run(load(None, [f"runs_dir={tmp_path}"]), [], tmp_path / "a", None) as opened:
+        assert opened == (None, [])
     assert not list(tmp_path.iterdir())

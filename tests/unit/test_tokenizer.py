@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import numpy as np
 import pytest
 import tokenizers
 
-from datamodules.tokenizer import BYTES, END_OF_TEXT, Tokenizer, byte_letters, from_ranks, make_tokenizer, pieces
+from datamodules.tokenizer import BYTES, GPT2, Tokenizer, make_tokenizer, pieces
 from tests.support.texts import STRANGE, WORDS, open_texts, write_texts
 
 
@@ -47,15 +48,29 @@ def test_pieces_join_to_the_text_and_end_with_lines():
     assert cut[0].endswith("\n")
 
 
-def test_a_table_of_ranks_encodes_like_the_tokenizer_it_came_from(trained):
-    """The way GPT-2's vocabulary takes. Ids differ by the special token's place: first here, last in a rank table."""
-    vocabulary = trained._inner.get_vocab(with_added_tokens=False)
-    bytes_of = {letter: byte for byte, letter in enumerate(byte_letters())}
-    ranks = {bytes(bytes_of[x] for x in token): i - 1 for token, i in vocabulary.items() if token != END_OF_TEXT}
-    rebuilt = Tokenizer(from_ranks(ranks), "ranks")
-    assert rebuilt.end_of_text == len(ranks)
-    for sample in (STRANGE, " ".join(WORDS)):
-        assert (rebuilt.encode(sample) + 1).tolist() == trained.encode(sample).tolist()
+def test_gpt2s_own_file_loses_nothing(monkeypatch, trained):
+    """Hugging Face's file has the end of text in the vocabulary, as a normalised token, and a post-processor."""
+    file = json.loads(trained._inner.to_str())
+    file["added_tokens"][0]["normalized"] = True
+    file["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    downloaded = tokenizers.Tokenizer.from_str(json.dumps(file))
+    monkeypatch.setattr(tokenizers.Tokenizer, "from_pretrained", {GPT2: downloaded}.__getitem__)
+    tokenizer = make_tokenizer("gpt2", 300, [])
+    ids = tokenizer.encode(STRANGE)
+    assert ids.tolist() == trained.encode(STRANGE).tolist() and tokenizer.decode(ids) == STRANGE
+    assert tokenizer.end_of_text == trained.end_of_text and tokenizer.vocab_size == trained.vocab_size
+    assert tokenizer.token_bytes().tolist() == trained.token_bytes().tolist()
+
+
+def test_without_a_network_gpt2_says_what_to_do_in_one_line(monkeypatch):
+    def fail(name):
+        raise OSError("An error happened\nwhile trying to locate the file")
+
+    monkeypatch.setattr(tokenizers.Tokenizer, "from_pretrained", fail)
+    with pytest.raises(
+        ValueError, match=r"^data\.tokenizer gpt2 cannot be downloaded: save .* set data\.tokenizer to .*$"
+    ):
+        make_tokenizer("gpt2", 50257, [])
 
 
 def test_a_tokenizer_that_loses_bytes_is_refused(make, tmp_path, trained):

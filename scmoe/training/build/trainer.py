@@ -1,43 +1,34 @@
-"""Builds the Trainer of a configuration, with its strategy, callbacks, loggers and run directory."""
+"""Builds the Trainer of a configuration, with its strategy and callbacks."""
 
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch
+import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
-from scmoe.config.fields import Config, flatten
+from scmoe.analysis.gating import GatingProbe, draw_gating, gating_means, gating_metrics
+from scmoe.analysis.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
+from scmoe.config.fields import Config
 from scmoe.config.rules import IMAGES, resolve_ep_size
 from scmoe.parallel.lightning_seam import StepProgressBar
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
-from scmoe.training.callbacks.analysis import gating_over_training, similarity_over_training
+from scmoe.training.callbacks.analysis import Analysis
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.callbacks.expert_load import ExpertLoad
 from scmoe.training.callbacks.log_lines import LogLines
-from scmoe.training.callbacks.logged_step import LoggedStep
-from scmoe.training.callbacks.threads import Threads
 from scmoe.training.callbacks.throughput import Throughput
-from scmoe.training.run.csv_logger import csv_logger
-from scmoe.training.run.wandb_logger import wandb_logger
 
 
 def seed_everything(config: Config) -> None:
     """Seed the global generators equally on all ranks. The strategy makes them differ once the weights are drawn."""
     lightning.pytorch.seed_everything(config.seed, verbose=False)
-
-
-def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> list[Logger]:
-    """Return metrics.csv's logger, and W&B's unless disabled. resumed_step: the step that the run continues from."""
-    wandb = config.logger
-    loggers: list[Logger] = [csv_logger(run_dir, resumed_step)]
-    if wandb.mode != "disabled":
-        loggers.append(wandb_logger(run_dir, wandb.mode, wandb.project, wandb.group, wandb.tags, flatten(config)))
-    return loggers
 
 
 def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
@@ -48,7 +39,6 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
     best, mode = ("val/accuracy", "max") if images else ("val/bits_per_byte", "min")
     callbacks: list[Callback] = [
         DataPosition(),
-        LoggedStep(),
         ExpertLoad(),
         Throughput("images_per_s", micro_batch) if images else Throughput("tokens_per_s", micro_batch * data.seq_len),
         ModelCheckpoint(checkpoints, "{step}", every_n_train_steps=trainer.checkpoint_every, save_top_k=1),
@@ -57,10 +47,12 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
     if config.moe.architecture not in ("dense", "dgmoe_share") and not trainer.compile:
         chunks = config.schedule.chunks
         callbacks.append(AdaptiveSchedule(config.schedule.auto, (1, 2, 4) if chunks is None else (chunks,)))
-    if config.analysis.gating_every is not None:
-        callbacks.append(gating_over_training(config.analysis.gating_every, analysis, config.moe.position))
-    if config.analysis.similarity_every is not None:
-        callbacks.append(similarity_over_training(config.analysis.similarity_every, analysis))
+    if (every := config.analysis.gating_every) is not None:
+        probe = partial(GatingProbe, position=config.moe.position)
+        callbacks.append(Analysis("gating", every, analysis, probe, gating_means, gating_metrics, draw_gating))
+    if (every := config.analysis.similarity_every) is not None:
+        functions = SimilarityProbe, similarity_mean, similarity_metrics, draw_similarity
+        callbacks.append(Analysis("similarity", every, analysis, *functions))
     if trainer.progress:
         callbacks.append(StepProgressBar() if sys.stdout.isatty() else LogLines())
     return callbacks
@@ -69,6 +61,7 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
 def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> Trainer:
     trainer, strategy = config.trainer, config.strategy
     threads = trainer.threads or max(1, len(os.sched_getaffinity(0)) // trainer.devices)
+    set_threads = LambdaCallback(setup=lambda *_, **__: torch.set_num_threads(threads))  # after Lightning's launcher
     saving = {"async_checkpoint": strategy.async_checkpoint, "full_checkpoint": strategy.full_checkpoint}
     return Trainer(
         accelerator=trainer.accelerator,
@@ -89,6 +82,6 @@ def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequen
         use_distributed_sampler=False,
         enable_progress_bar=trainer.progress and sys.stdout.isatty(),
         enable_model_summary=False,
-        callbacks=[*callbacks, Threads(threads)],
+        callbacks=[*callbacks, set_threads],
         logger=list(loggers),
     )

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.parallel.planner import Overlap, Planner
 from scmoe.parallel.pricing import LayerChoice
-from scmoe.training.callbacks.logged_step import logs_now
+from scmoe.training.callbacks.log_lines import logs_now
 
 
 class AdaptiveSchedule(Callback):

@@ -9,26 +9,17 @@ Values are over the tokens of all ranks. While the disk is full, they are kept i
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from scmoe.analysis.gating import GatingProbe, draw_gating, gating_means, gating_metrics
-from scmoe.analysis.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
+from scmoe.analysis.gating import GatingProbe
+from scmoe.analysis.similarity import SimilarityProbe
 from scmoe.training.run.writing import try_to_write
 
-
-class Probe(Protocol):
-    """Attaches itself to the model that its constructor gets."""
-
-    def result(self) -> Tensor:
-        """Return what was measured, in a form that can be summed over ranks."""
-
-    def labels(self) -> list[str]: ...
-
-    def remove(self) -> None: ...
+Probe = GatingProbe | SimilarityProbe
 
 
 class Analysis(Callback):
@@ -49,7 +40,8 @@ class Analysis(Callback):
         metrics: Callable[[Any], dict[str, float]],
         draw: Callable[[Any, Any, Any, Path], None],
     ) -> None:
-        self.name, self.every, self.folder = name, every, folder
+        self.every = every
+        self.table, self.picture = (folder and folder / (name + suffix) for suffix in (".npz", ".png"))
         self.attach, self.average, self.metrics, self.draw = attach, average, metrics, draw
         self.probe: Probe | None = None
         self.labels: list[str] = []
@@ -57,8 +49,8 @@ class Analysis(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep what a resumed run measured before the step that it continues from."""
-        if (file := self._file(".npz")) is not None and file.exists():
-            with np.load(file, allow_pickle=False) as stored:
+        if self.table is not None and self.table.exists():
+            with np.load(self.table, allow_pickle=False) as stored:
                 self.labels = stored["labels"].tolist()
                 before = zip(stored["steps"].tolist(), stored["values"], strict=True)
                 self.records = {step: values for step, values in before if step < trainer.global_step}
@@ -78,13 +70,13 @@ class Analysis(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(self.metrics(values), self.step)
         self.labels, self.records[self.step] = probe.labels(), values
-        if (file := self._file(".npz")) is not None:
+        if self.table is not None:
             steps, labels, values = self._all()
-            try_to_write(file, lambda path: np.savez(path, steps=steps, labels=labels, values=values))
+            try_to_write(self.table, lambda path: np.savez(path, steps=steps, labels=labels, values=values))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (picture := self._file(".png")) is not None and self.records:
-            try_to_write(picture, partial(self.draw, *self._all()))
+        if self.picture is not None and self.records:
+            try_to_write(self.picture, partial(self.draw, *self._all()))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.probe is not None:
@@ -94,17 +86,3 @@ class Analysis(Callback):
     def _all(self) -> tuple[list[int], list[str], np.ndarray]:
         """Return steps, labels and values of all measurements."""
         return list(self.records), self.labels, np.stack(list(self.records.values()))
-
-    def _file(self, suffix: str) -> Path | None:
-        return None if self.folder is None else self.folder / (self.name + suffix)
-
-
-def gating_over_training(every: int, folder: Path | None, position: str) -> Analysis:
-    """Measure Fig. 9. position: where blocks that have no tap are probed."""
-    attach = lambda model: GatingProbe(model, position)  # noqa: E731
-    return Analysis("gating", every, folder, attach, gating_means, gating_metrics, draw_gating)
-
-
-def similarity_over_training(every: int, folder: Path | None) -> Analysis:
-    """Measure Fig. 10."""
-    return Analysis("similarity", every, folder, SimilarityProbe, similarity_mean, similarity_metrics, draw_similarity)

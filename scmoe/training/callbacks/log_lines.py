@@ -1,11 +1,15 @@
-"""Prints a line per logged step, for job logs and pipes, which show no progress bar."""
+"""Which batches are logged, and a line for each, for job logs and pipes, which show no progress bar."""
 
 import sys
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from scmoe.training.callbacks.logged_step import logs_now
+
+def logs_now(trainer: Trainer, batch_idx: int) -> bool:
+    """Return True at the last batch of every log_every_n_steps-th optimizer step."""
+    steps, rest = divmod(batch_idx + 1, trainer.accumulate_grad_batches)
+    return rest == 0 and steps % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
 
 class LogLines(Callback):

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from scmoe.training.callbacks.logged_step import logs_now
+from scmoe.training.callbacks.log_lines import logs_now
 
 
 class Throughput(Callback):

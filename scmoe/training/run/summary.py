@@ -28,8 +28,7 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
         trainer.validate(module, data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     total, active = report.total_and_active(report.count_parameters(module.model))
-    throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
-    rate = throughput.mean
+    rate = next(c.mean for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
     if isinstance(data, SequenceDataModule):
         unigram, tokens, of_images = data.unigram_bits_per_byte(), 1, {}
     else:  # a token of an image is a patch, its perplexity is over classes, and it has no bytes of text

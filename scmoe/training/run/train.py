@@ -27,20 +27,20 @@ def train(config: Config, overrides: Sequence[str] = (), run_dir: Path | None = 
     hush_lightning()
     seed_everything(config)
     checkpoint = newest_good(run_dir / "checkpoints") if run_dir else None
-    with open_run(config, overrides, run_dir, checkpoint) as run:
+    with open_run(config, overrides, run_dir, checkpoint) as (directory, loggers):
         data = build_datamodule(config)
         module = build_module(config if checkpoint is None else replace(config, init_from=None))  # it has the weights
-        trainer = build_trainer(config, build_callbacks(config, run.directory), run.loggers)
+        trainer = build_trainer(config, build_callbacks(config, directory), loggers)
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         summary = summarise(trainer, module, data)
         samples = sample_text(trainer, module, data)
-        if run.directory is not None:
-            summary = {"run_dir": str(relative(run.directory)), **summary}
-            write_json(run.directory / "summary.json", summary)
-        log_best_checkpoint(run.loggers, trainer.checkpoint_callbacks)
-    if run.directory is None or not trainer.is_global_zero:
+        if directory is not None:
+            summary = {"run_dir": str(relative(directory)), **summary}
+            write_json(directory / "summary.json", summary)
+        log_best_checkpoint(loggers, trainer.checkpoint_callbacks)
+    if directory is None or not trainer.is_global_zero:
         return None
-    print_summary(run.directory, summary, samples)
+    print_summary(directory, summary, samples)
     return summary
 
 
@@ -53,7 +53,7 @@ def hush_lightning() -> None:
         ".*dataloader is not resumable.*",  # it is: the sampler starts at the datamodule's position
         ".*recommended to use `self.log.*sync_dist=True.*",  # these values are already equal on all ranks
         ".*isinstance.treespec, LeafSpec.*",  # a deprecation in torch that only Lightning can fix
-        ".*is not empty.*",  # the checkpoint directory of a resumed run
+        ".*is not empty.*",  # the directories of a resumed run
         ".*number of.*batches.*logging interval.*",
     ):
         warnings.filterwarnings("ignore", message)

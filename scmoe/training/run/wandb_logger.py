@@ -5,7 +5,7 @@ import netrc
 import os
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,10 @@ from urllib.parse import urlparse
 import wandb
 from lightning.pytorch.loggers import WandbLogger
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.fields import Config, ConfigError, flatten
 from scmoe.parallel.checkpoint.durable import MANIFEST
 from scmoe.training.run.redact import without_keys
-from scmoe.training.run.writing import write_json
+from scmoe.training.run.writing import warn_once, write_json
 
 INIT_TIMEOUT_S = 20.0  # how long a server may take to answer
 FINISH_TIMEOUT_S = 60.0  # how long the last uploads may take; the rest stays in the run directory
@@ -38,23 +38,17 @@ def has_wandb_key() -> bool:
         return False
 
 
-def wandb_logger(
-    run_dir: Path,
-    mode: Literal["auto", "online", "offline"],
-    project: str,
-    group: str | None,
-    tags: Sequence[str],
-    config: dict[str, Any],
-) -> WandbLogger:
+def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
     """Return the logger of a W&B run, the same one when a training is resumed: its id is kept in the run directory.
 
-    mode: `auto` is online where a key is found and the server answers, else offline. Raises ConfigError where W&B
-    cannot start as the others demand.
+    logger.mode `auto` is online where a key is found and the server answers, else offline. Raises ConfigError where
+    W&B cannot start as the others demand.
     """
-    project, group, tags, config = without_keys((project, group, list(tags), config))
-    resolved: Literal["online", "offline"] = "online" if mode != "offline" else "offline"
-    if mode == "auto" and not has_wandb_key():  # W&B would ask for one, or raise
-        resolved = "offline"
+    config = without_keys(config)
+    mode, project = config.logger.mode, config.logger.project
+    # Without a key, W&B would ask for one, or raise.
+    offline = mode == "offline" or (mode == "auto" and not has_wandb_key())
+    resolved: Literal["online", "offline"] = "offline" if offline else "online"
     record = run_dir / "wandb_run.json"
     if record.exists():
         run_id = json.loads(record.read_text())["id"]
@@ -75,18 +69,18 @@ def wandb_logger(
         project=project,
         name=f"{run_dir.parent.name}/{run_dir.name}",
         id=run_id,
-        group=group,
-        tags=tags,
+        group=config.logger.group,
+        tags=config.logger.tags,
         dir=str(run_dir),
         resume="allow",
-        config=config,
+        config=flatten(config),
         settings=settings,
     )
     try:
         run = wandb.init(mode=resolved, **common)
     except WANDB_TROUBLE as error:
         reason = str(error).splitlines()[0]
-        if mode != "auto" or resolved == "offline":
+        if mode != "auto" or offline:
             raise ConfigError(f"logger.mode is {resolved}, allowed here: offline | disabled: {reason}") from error
         print(f"warning: Weights & Biases goes offline: {reason}", file=sys.stderr, flush=True)
         wandb.teardown()  # otherwise its process would see the id as in use
@@ -139,11 +133,7 @@ class SteadyWandbLogger(WandbLogger):
         except trouble as error:
             self.lost = True
             reason, kept = f"{error} ".splitlines()[0].strip(" ."), Path(self.experiment.settings.sync_dir)
-            print(
-                f"warning: Weights & Biases receives nothing more of this run: {reason}; to upload: wandb sync {kept}",
-                file=sys.stderr,
-                flush=True,
-            )
+            warn_once(f"Weights & Biases receives nothing more of this run: {reason}; to upload: wandb sync {kept}")
 
 
 def sync_command(run_dir: Path) -> str | None:

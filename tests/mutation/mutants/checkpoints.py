@@ -69,8 +69,8 @@ MUTANTS = (
         "np.arange(first, first + self.micro_batch, self.world)",
     )
     .caught_by(f"{UNIT}/test_text.py::test_every_world_size_sees_the_same_global_batches"),
-    Mutant("last-validation-batch-dropped", 16, f"{DATA}/order.py")
-    .replaces("-(-num_samples // (batch * world))", "num_samples // (batch * world)")
+    Mutant("last-validation-batch-dropped", 16, f"{DATA}/positioned.py")
+    .replaces("-(-len(dataset) // self.micro_batch)", "len(dataset) // self.micro_batch")
     .caught_by(f"{UNIT}/test_text.py::test_validation_covers_every_target_once"),
     Mutant("python-s-random-state-forgotten", 8, f"{PARALLEL}/checkpoint/random_state.py")
     .replaces(

@@ -85,7 +85,7 @@ MUTANTS = (
     Mutant("w-and-b-s-death-ends-the-run", 32, "scmoe/training/run/wandb_logger.py")
     .replaces("WANDB_TROUBLE = (wandb.Error, OSError)", "WANDB_TROUBLE = (wandb.errors.CommError,)")
     .caught_by(f"{FAULTS}/test_logging.py::test_32_a_killed_wandb_process_ends_nothing"),
-    Mutant("new-column-under-the-old-header", 32, "scmoe/training/run/csv_logger.py")
+    Mutant("new-column-under-the-old-header", 32, "scmoe/training/run/loggers.py")
     .replaces("            writer.metrics_keys = keys\n", "            assert isinstance(keys, list)\n")
     .caught_by(f"{FAULTS}/test_logging.py::test_32_a_full_disk_ends_no_run_that_logs"),
     Mutant("a-picture-ends-a-run", 32, "scmoe/training/run/writing.py")
