@@ -18,8 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
 from scmoe.parallel.checkpoint.random_state import rng_states
-from scmoe.parallel.mesh import ParallelContext
-from scmoe.parallel.shards import expert_parameters
+from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 META = "meta.json"
 FULL = "all.safetensors"

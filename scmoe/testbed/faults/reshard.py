@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scmoe.parallel.checkpoint.loading import load_checkpoint
 from scmoe.parallel.checkpoint.saving import Saving
-from scmoe.parallel.shards import expert_parameters
+from scmoe.parallel.mesh import expert_parameters
 from scmoe.testbed.faults.tiny_run import EXPERTS, LAST, OLD, one_step, progress, same, state, tensors
 from scmoe.testbed.ranks import run_ranks
 

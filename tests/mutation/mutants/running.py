@@ -116,6 +116,6 @@ MUTANTS = (
     .replaces("(yaml.TagToken, yaml.AnchorToken, yaml.AliasToken)", "(yaml.AnchorToken, yaml.AliasToken)")
     .caught_by(f"{UNIT}/test_config.py::test_bad_file_is_named"),
     Mutant("experts-not-divisible", 37, "scmoe/config/rules.py")
-    .replaces("config.moe.num_experts % ep_size:", "config.moe.num_experts < ep_size:")
+    .replaces("moe.num_experts % ep_size\n", "moe.num_experts < ep_size\n")
     .caught_by(f"{UNIT}/test_config.py::test_impossible_combination_names_its_key"),
 )
