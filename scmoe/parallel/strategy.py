@@ -20,13 +20,13 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch.optim import Optimizer
 
-from scmoe.parallel.checkpoint.checkpoints import Checkpoints
+from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.checkpoint.state import model_state, optimizer_state
 from scmoe.parallel.job.debug import CompareCollectives
 from scmoe.parallel.job.lockstep import LockstepStrategy
 from scmoe.parallel.lightning_seam import accumulated_batches, hide_from_ddp, is_fitting
 from scmoe.parallel.mesh import build_context, expert_parameters, use_loopback_for_gloo
-from scmoe.parallel.update.clipping import guard_updates
+from scmoe.parallel.update.guard import guard_updates
 from scmoe.parallel.update.reducer import ExpertGradientReducer
 
 

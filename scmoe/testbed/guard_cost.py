@@ -14,8 +14,7 @@ import torch.nn.functional as F
 
 from scmoe.config.load import load
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.parallel.update.clipping import clip_grad_norm
-from scmoe.parallel.update.guard import Guard
+from scmoe.parallel.update.guard import Guard, clip_grad_norm
 from scmoe.training.build.model import build_model
 
 ROUNDS, WARM_UP = 15, 2

@@ -17,7 +17,7 @@ from torchmetrics.aggregation import SumMetric
 
 from scmoe.moe.balance import integer_sums, load_balance_loss, load_metrics, router_z_loss
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.parallel.update.clipping import guard_updates
+from scmoe.parallel.update.guard import guard_updates
 from scmoe.tokens import RouterStats
 
 IGNORE = -100  # the label of a position without a target

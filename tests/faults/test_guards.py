@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor
 
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.job.roll_call import LEFT_ALONE, roll_call
+from scmoe.parallel.job.fail_fast import LEFT_ALONE, roll_call
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.testbed.ranks import run_ranks

@@ -1,14 +1,33 @@
-"""A rank that raises ends the whole job within seconds, and its own error is shown first (faults 13, 14)."""
+"""A rank that raises ends the whole job within seconds, and its own error is shown first (faults 13, 14).
 
+When a collective fails because another rank left it, its error gets a note that names the missing rank. The
+collective's own error only says that it timed out or that a connection closed. So the remaining ranks contact each
+other once more, briefly, in a group that the broken collective has not used. `dist.monitored_barrier` would name the
+missing ranks too, but if rank 0 is missing it waits for the group's timeout instead of its own.
+"""
+
+import atexit
 import os
+import re
+import signal
+import subprocess
+import time
+import traceback
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
-from scmoe.parallel.job.roll_call import end_job_at_exit, note_absent
 from scmoe.parallel.lightning_seam import started_ranks, was_interrupted
 from scmoe.parallel.mesh import ParallelContext
+
+ROLL_CALL_S = 3.0
+LEFT_ALONE = re.compile(r"timed out|connection closed|connection reset|broken pipe", re.IGNORECASE)
 
 
 class FailFastStrategy(DDPStrategy):
@@ -62,3 +81,58 @@ class FailFastStrategy(DDPStrategy):
         super().on_exception(exception)
         if self.context.world_size > 1:
             end_job_at_exit(started_ranks(self), note_absent(exception, self.context), self.parent)
+
+
+def note_absent(error: BaseException, context: ParallelContext) -> list[int]:
+    """Return the ranks that do not answer; add them, and where this rank waited, to the error.
+
+    Any other error than that of a collective which was left alone stays as it is, and the list is empty.
+    """
+    if not isinstance(error, RuntimeError) or not LEFT_ALONE.search(str(error)):
+        return []
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+    where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].name}" if frames else "the start"
+    absent = roll_call(context)
+    if absent:
+        answer = f"no answer from rank {', '.join(map(str, absent))}"
+    else:
+        answer = "all ranks answer, so one was late" if context.rank == 0 else "rank 0 answers; its error says more"
+    error.add_note(f"rank {context.rank} waited at {where}; roll call: {answer}")
+    return absent
+
+
+def roll_call(context: ParallelContext) -> list[int]:
+    """Return the ranks that do not answer within ROLL_CALL_S: rank 0 asks all, the others ask rank 0 alone."""
+    group, deadline, absent = context.checkpoint_group, time.monotonic() + ROLL_CALL_S, []
+    words = {rank: torch.zeros(1) for rank in (range(1, context.world_size) if context.rank == 0 else [0])}
+    answers = {}
+    for rank, word in words.items():
+        try:
+            answer = (dist.irecv if context.rank == 0 else dist.isend)(word, rank, group=group)
+            assert answer is not None, "this rank is in the group"
+            answers[rank] = answer
+        except RuntimeError:  # its connection is closed
+            absent.append(rank)
+    for rank, answer in answers.items():
+        try:
+            answer.wait(timedelta(seconds=max(0.1, deadline - time.monotonic())))
+        except RuntimeError:
+            absent.append(rank)
+    return sorted(absent)
+
+
+def end_job_at_exit(children: Sequence[subprocess.Popen[bytes]], absent: Sequence[int], parent: int | None) -> None:
+    """When this process exits, end the other processes of the job on this machine, which may be stopped or stuck.
+
+    children: local ranks 1, 2, ..., if this process has started them. Those in `absent` are killed. The others and the
+    parent (its process id, if it is a rank of this job) are continued in case they are stopped: they then find
+    themselves alone and end with a traceback of their own.
+    """
+
+    def end() -> None:
+        for local_rank, child in enumerate(children, 1):
+            child.send_signal(signal.SIGKILL if local_rank in absent else signal.SIGCONT)
+        if parent is not None and os.getppid() == parent:
+            os.kill(parent, signal.SIGCONT)
+
+    atexit.register(end)

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from scmoe.parallel import lightning_seam as seam
-from scmoe.parallel.checkpoint.checkpoints import Checkpoints
+from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.job.fail_fast import FailFastStrategy
 from scmoe.parallel.job.stopping import EXIT_CODE, Poll, StopSignal
 from scmoe.parallel.mesh import ParallelContext

@@ -1,20 +1,28 @@
-"""A NaN or Inf stops every rank before the update; the error names the layer and the rank where it arose (fault 27).
+"""Between backward and update: one global gradient norm, and no update without a check for NaN (faults 22, 27).
 
-The global gradient norm is bit-identical on all ranks, so all ranks see at the same time that it is not finite, without
-another message. Only then is the origin searched. The reduction has spread the NaN over all ranks by that time, so
-every module leaves the sum of its output and the sum of its output's gradient behind as it computes: one small
-reduction each, which nothing waits for. `clipping.py` decides when to check. Left out: modules inside a compiled one
-(the modules around it and the names of gradients remain).
+Lightning's precision plugins clip by the norm of what a rank holds. It differs from rank to rank, because each holds
+other experts. They also check nothing if nothing is clipped.
+
+A NaN or Inf stops every rank before the update; the error names the layer and the rank where it arose. The global norm
+is bit-identical on all ranks, so all ranks see at the same time that it is not finite, without another message. Only
+then is the origin searched. The reduction has spread the NaN over all ranks by that time, so every module leaves the
+sum of its output and the sum of its output's gradient behind as it computes: one small reduction each, which nothing
+waits for.
+
+Left out: modules inside a compiled one (the modules around it and the names of gradients remain), and a torch optimizer
+that is stepped without Lightning (`use_pl_optimizer=False`).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from scmoe.parallel.lightning_seam import is_compiled
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.lightning_seam import is_compiled, original_after_closure, replace_after_closure
+from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 
 class Guard:
@@ -79,3 +87,92 @@ class Guard:
     def remove(self) -> None:
         for hook in self.hooks:
             hook.remove()
+
+
+class GuardedUpdate:
+    """Replaces the functions of a precision plugin that run between backward and update.
+
+    norm: the global gradient norm of the last update, before clipping; None while nothing has looked at it.
+    """
+
+    def __init__(self, plugin: Any, module: nn.Module, context: ParallelContext) -> None:
+        self.plugin, self.original, self.module, self.context = plugin, type(plugin), module, context
+        self.guard = Guard(module)
+        self.norm: Tensor | None = None
+        plugin.pre_backward, plugin.clip_gradients = self.before_backward, self.clip
+        plugin.clip_grad_by_norm = self.clip_by_norm
+        replace_after_closure(plugin, self.after_backward)
+
+    def before_backward(self, loss: Tensor, module: Any) -> Tensor:
+        self.guard.note_loss(loss)
+        return self.original.pre_backward(self.plugin, loss, module)
+
+    def after_backward(self, module: Any, optimizer: Optimizer) -> None:
+        """Everything that happens before this optimizer's update.
+
+        FloatingPointError, on every rank: a gradient is not finite. RuntimeError: the module clips in another way.
+        """
+        self.norm = None
+        original_after_closure(self.plugin, module, optimizer)
+        if not module.automatic_optimization:  # such a module may clip whenever it likes
+            self.clip_by_norm(optimizer, None)
+        elif self.norm is None:
+            raise RuntimeError(
+                f"{type(module).__name__}.configure_gradient_clipping did not call self.clip_gradients, so no update "
+                "was made: each rank would clip by a norm of its own, and a NaN would pass; call "
+                "self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm) there"
+            )
+
+    def clip(self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: str = "norm") -> None:
+        """Gradients that are not clipped by their norm are checked all the same."""
+        if clip_val <= 0 or gradient_clip_algorithm != "norm":
+            self.clip_by_norm(optimizer, None)
+        self.original.clip_gradients(self.plugin, optimizer, clip_val, gradient_clip_algorithm)
+
+    def clip_by_norm(self, optimizer: Optimizer, clip_val: float | None) -> None:
+        """Compute the global norm, clip by it (clip_val None: change nothing) and check it."""
+        order = {p: i for i, p in enumerate(self.module.parameters())}  # the norm's last bits depend on the order
+        held = (p for group in optimizer.param_groups for p in group["params"])
+        shards = {p for _, p in expert_parameters(self.module)}
+        parameters = sorted(held, key=lambda p: order.get(p, len(order)))
+        norm = clip_grad_norm(parameters, shards, clip_val, self.context, self.guard.loss_as_zero())
+        self.guard.check(norm, self.context)
+        self.norm = norm
+
+    def remove(self) -> None:
+        self.guard.remove()
+        for name in ("pre_backward", "clip_gradients", "clip_grad_by_norm"):
+            vars(self.plugin).pop(name, None)
+        replace_after_closure(self.plugin, None)
+
+
+def guard_updates(plugin: Any, module: nn.Module, context: ParallelContext) -> GuardedUpdate:
+    """Return the GuardedUpdate of `module` in this precision plugin; the first call for a module installs it."""
+    installed = plugin.clip_gradients.__self__
+    if isinstance(installed, GuardedUpdate) and installed.module is module:
+        return installed
+    return GuardedUpdate(plugin, module, context)
+
+
+@torch.no_grad()
+def clip_grad_norm(
+    parameters: Iterable[nn.Parameter],
+    shards: set[nn.Parameter],
+    max_norm: float | None,
+    context: ParallelContext,
+    zero: Tensor | float = 0.0,
+) -> Tensor:
+    """Scale all gradients so that their global norm is at most max_norm (None: do not); return the norm before that.
+
+    norm² = |dense|² + (sum over ranks of |shards|²) / EDP. One sum over all ranks makes the norm bit-identical on all
+    ranks; if it were only close, dense replicas would drift apart.
+    zero: `Guard.loss_as_zero()`; a NaN on one rank makes the norm NaN on all ranks.
+    """
+    parameters = list(parameters)
+    dense = [p.grad for p in parameters if p.grad is not None and p not in shards]
+    sharded = [p.grad for p in parameters if p.grad is not None and p in shards]
+    square = torch.nn.utils.get_total_norm(sharded).square() / context.edp_size + zero
+    norm = (context.sum_over_ranks(square) + torch.nn.utils.get_total_norm(dense).square()).sqrt()
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

@@ -49,7 +49,7 @@ MUTANTS = (
         "hide_from_ddp(self.module, [])",
     )
     .caught_by(EP),
-    Mutant("norm-of-own-shards", 22, f"{PARALLEL}/update/clipping.py")
+    Mutant("norm-of-own-shards", 22, f"{PARALLEL}/update/guard.py")
     .replaces(
         "get_total_norm(sharded).square() / context.edp_size", "get_total_norm(sharded).square() / context.world_size"
     )
@@ -69,16 +69,16 @@ MUTANTS = (
     Mutant("update-with-a-norm-that-is-not-finite", 27, f"{PARALLEL}/update/guard.py")
     .replaces("        if torch.isfinite(norm):\n", "        if norm.numel() == 1:\n")
     .caught_by("tests/faults/test_not_finite.py::test_27_one_process_too"),
-    Mutant("only-what-is-clipped-is-watched", 27, f"{PARALLEL}/update/clipping.py")
+    Mutant("only-what-is-clipped-is-watched", 27, f"{PARALLEL}/update/guard.py")
     .replaces("if clip_val <= 0 or gradient_clip_algorithm", "if clip_val > 0 and gradient_clip_algorithm")
     .caught_by(f"{FAULTS}/test_not_finite.py::test_27_a_module_that_does_not_clip_by_norm_is_watched_too[not at all]"),
-    Mutant("who-steps-by-hand-is-not-watched", 27, f"{PARALLEL}/update/clipping.py")
+    Mutant("who-steps-by-hand-is-not-watched", 27, f"{PARALLEL}/update/guard.py")
     .replaces(
         "            self.clip_by_norm(optimizer, None)\n        elif",
         "            assert optimizer is not None\n        elif",
     )
     .caught_by(f"{FAULTS}/test_not_finite.py::test_27_a_module_that_steps_by_hand_is_watched_too[output]"),
-    Mutant("clipping-past-the-strategy-let-through", 27, f"{PARALLEL}/update/clipping.py")
+    Mutant("clipping-past-the-strategy-let-through", 27, f"{PARALLEL}/update/guard.py")
     .replaces("        elif self.norm is None:\n", "        elif self.guard is None:\n")
     .caught_by(f"{FAULTS}/test_not_finite.py::test_27_a_module_that_clips_by_other_means_is_refused[2]"),
     # ------------------------------------------------------------------ seeding

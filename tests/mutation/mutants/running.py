@@ -57,7 +57,7 @@ MUTANTS = (
     .replaces("self.poll.smallest(sum(batches))", "sum(batches)")
     .caught_by(f"{FAULTS}/test_stop.py::test_12_ranks_with_other_numbers_of_validation_batches_agree_too"),
     # ------------------------------------------------------------------ ranks and workers that fail
-    Mutant("missing-ranks-left-out-of-the-roll-call", 14, f"{PARALLEL}/job/roll_call.py")
+    Mutant("missing-ranks-left-out-of-the-roll-call", 14, f"{PARALLEL}/job/fail_fast.py")
     .replaces(
         "        except RuntimeError:\n            absent.append(rank)\n    return",
         "        except RuntimeError:\n            pass\n    return",
