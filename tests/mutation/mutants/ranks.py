@@ -8,8 +8,8 @@ MUTANTS = (
     # ------------------------------------------------------------------ transfers
     Mutant("buffer-not-held", 17, f"{PARALLEL}/all_to_all.py")
     .replaces(
-        "            target, self.work = self.exchange(self.source, sent, received)\n",
-        "            target, self.work = self.exchange(self.source, sent, received)\n        self.source = None\n",
+        "self.exchange(self.source, list(sent), list(received))\n",
+        "self.exchange(self.source, list(sent), list(received))\n        self.source = None\n",
     )
     .caught_by(f"{FAULTS}/test_experts.py::test_17_buffers_are_held_until_the_wait_and_no_longer"),
     Mutant("no-wait-forward", 18, f"{PARALLEL}/all_to_all.py")
