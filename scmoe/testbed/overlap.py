@@ -138,7 +138,6 @@ class Bench:
             step.backward(step.forward(self.x))
             step.clear()
             planner.end_step()
-        assert planner.choices is not None
         return planner.choices[0]
 
     def gradient_mb(self, block: str) -> float:

@@ -13,8 +13,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.optim import Optimizer
 
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.checkpoint.random_state import rng_states
-from scmoe.parallel.checkpoint.state import META, as_dtensor, from_json, model_state
+from scmoe.parallel.checkpoint.state import META, as_dtensor, from_json, model_state, rng_states
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 

@@ -23,8 +23,7 @@ from torch.optim import Optimizer
 
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_checkpoint, read_whole
-from scmoe.parallel.checkpoint.random_state import set_rng_states
-from scmoe.parallel.checkpoint.state import FULL, META, split, to_json
+from scmoe.parallel.checkpoint.state import FULL, META, set_rng_states, split, to_json
 from scmoe.parallel.mesh import ParallelContext
 
 
