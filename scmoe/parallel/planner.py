@@ -110,7 +110,8 @@ class Planner:
         if what == "measure":
             schedules = [replace(schedule, chunks=chunks) for schedule in self.own]
         elif what != "warm up":
-            schedules = [choice.schedule for choice in (self.priced[chunks] if what == "try" else self.choices)]
+            choices = self.priced[chunks] if what == "try" else self.choices
+            schedules = [choice.schedule for choice in choices]
         if what in ("measure", "try") or (what == "run" and timed):
             self.recorders = [Recorder(self.device) for _ in self.blocks]
         self.run_as(schedules, what == "measure", self.recorders)

@@ -52,7 +52,7 @@ def build(rank: int, world_size: int) -> list[MoEBlock]:
     ]
 
 
-def training(rank: int, world_size: int, kind: str) -> tuple[list[torch.Tensor], list[LayerChoice] | None, int]:
+def training(rank: int, world_size: int, kind: str) -> tuple[list[torch.Tensor], list[LayerChoice], int]:
     """Weights after some SGD steps, the choices, and how many steps waited for each transfer at once."""
     dist.init_process_group("gloo")
     blocks = build(rank, world_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from scmoe.parallel.job.stopping import Poll
+from scmoe.parallel.job.lockstep import Poll
 from scmoe.testbed.ranks import run_ranks
 
 pytestmark = pytest.mark.dist

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.job.stopping import EXIT_CODE
+from scmoe.parallel.job.lockstep import EXIT_CODE
 from scmoe.testbed.faults import tiny_run
 from scmoe.testbed.ranks import RankError, run_ranks
 from scmoe.training.build.data import build_datamodule

@@ -6,7 +6,7 @@ from tests.mutation.mutant import DATA, DIST, FAULTS, PARALLEL, UNIT, Mutant
 
 MUTANTS = (
     # ------------------------------------------------------------------ stopping
-    Mutant("asked-to-stop-alone", 12, f"{PARALLEL}/job/stopping.py")
+    Mutant("asked-to-stop-alone", 12, f"{PARALLEL}/job/lockstep.py")
     .replaces(
         "(dist.all_reduce(sums, group=self.group, async_op=True), sums)",
         "(dist.all_reduce(sums.clone(), group=self.group, async_op=True), sums)",
