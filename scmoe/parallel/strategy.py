@@ -98,8 +98,12 @@ class ExpertParallelStrategy(LockstepStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        with super().block_backward_sync(), self.reducer.no_sync():
-            yield
+        self.reducer.enabled = False
+        try:
+            with super().block_backward_sync():
+                yield
+        finally:
+            self.reducer.enabled = True
 
     @DDPStrategy.precision_plugin.setter  # type: ignore[attr-defined]
     def precision_plugin(self, plugin: Precision | None) -> None:

@@ -87,11 +87,7 @@ class Saving:
 
 
 class Checkpoints:
-    """Saves, loads and removes a run's checkpoints. Every rank must make the same calls.
-
-    background: `save` returns once the tensors are copied; the files are complete some steps later.
-    full: rank 0 merges the shards of all ranks into one file.
-    """
+    """Saves, loads and removes a run's checkpoints; every rank must make the same calls. background, full: of `Saving`."""
 
     def __init__(self, context: ParallelContext, background: bool, full: bool) -> None:
         self.context, self.background, self.full = context, background, full
