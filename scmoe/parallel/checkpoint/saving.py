@@ -87,7 +87,7 @@ class Saving:
 
 
 class Checkpoints:
-    """Saves, loads and removes a run's checkpoints. All ranks must make the same calls. background, full: as in `Saving`."""
+    """Saves, loads and removes a run's checkpoints; all ranks make the same calls. background, full: as in `Saving`."""
 
     def __init__(self, context: ParallelContext, background: bool, full: bool) -> None:
         self.context, self.background, self.full = context, background, full
