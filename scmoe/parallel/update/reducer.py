@@ -28,14 +28,16 @@ class ExpertGradientReducer:
         self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
         self.hooks = []
         for p in self.bucket_of:
-            self.hooks.append(p.register_hook(lambda grad: grad / context.ep_size))
-            self.hooks.append(p.register_post_accumulate_grad_hook(self._ready))
+            self.hooks += [p.register_hook(self._scale), p.register_post_accumulate_grad_hook(self._ready)]
         self._reset()
 
     def _reset(self) -> None:
         self.missing = [len(bucket) for bucket in self.buckets]
         self.in_flight: list[tuple[dist.Work, Tensor, list[Tensor]]] = []
         self.listening = False
+
+    def _scale(self, grad: Tensor) -> Tensor:
+        return grad / self.context.ep_size
 
     def _ready(self, p: nn.Parameter) -> None:
         if not self.enabled or self.context.edp_size == 1:

@@ -35,7 +35,7 @@ MUTANTS = (
     .caught_by("tests/faults/test_ceiling.py::test_31_the_ceiling_is_of_the_fair_share"),
     # ------------------------------------------------------------------ gradients over ranks
     Mutant("no-1/EP", 21, f"{PARALLEL}/update/reducer.py")
-    .replaces("lambda grad: grad / context.ep_size", "lambda grad: grad")
+    .replaces("return grad / self.context.ep_size", "return grad")
     .caught_by(EP),
     Mutant("no-mean-over-EDP", 21, f"{PARALLEL}/update/reducer.py")
     .replaces("            flat /= self.context.edp_size\n", "")
