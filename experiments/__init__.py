@@ -48,10 +48,7 @@ def parser(verb: str, description: str | None) -> ArgumentParser:
 
 
 def command(main: Callable[[list[str]], int | None]) -> Callable[[Sequence[str]], int]:
-    """Make None exit code 0, and a wrong request one line on standard error and exit code 2.
-
-    `main` is the last function of its file: where Python runs that file as the program, it is called at once.
-    """
+    """Make None exit code 0, and a wrong request one line on standard error and exit code 2."""
 
     @wraps(main)
     def answer(arguments: Sequence[str]) -> int:
@@ -61,6 +58,4 @@ def command(main: Callable[[list[str]], int | None]) -> Callable[[Sequence[str]]
             print(f"error: {error}", file=sys.stderr)
             return 2
 
-    if main.__module__ == "__main__":
-        sys.exit(answer(sys.argv[1:]))
     return answer

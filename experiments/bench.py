@@ -1,6 +1,7 @@
 """Measure on this machine. The last line on standard output is JSON."""
 
 import json
+import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,7 @@ def measure(what: str, given: dict[str, Any], again: list[str]) -> dict[str, Any
 def main(arguments: list[str]) -> None:
     given = options_of(arguments)
     print(json.dumps(measure(given.pop("what"), given, ["-m", "experiments.bench", *arguments])))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

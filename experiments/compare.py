@@ -3,6 +3,7 @@
 The last line on standard output is the path of the picture.
 """
 
+import sys
 from pathlib import Path
 
 from experiments import command, parser
@@ -23,3 +24,7 @@ def main(arguments: list[str]) -> None:
     console().print(results_table(runs, letters), differences_table(runs, letters), sep="\n")
     draw(runs, letters, given.out)
     print(given.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -5,6 +5,7 @@ given is as CONFIG sets it. The last line on standard output is JSON.
 """
 
 import json
+import sys
 
 from experiments import called, command, parser
 from scmoe.config.fields import Config, ConfigError
@@ -57,3 +58,7 @@ def main(arguments: list[str]) -> None:
     facts = estimate(config, ep_size, dp_size)
     console().print(estimate_table(facts))
     print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

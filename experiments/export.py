@@ -1,5 +1,6 @@
 """Write the weights of a run's newest checkpoint as one file, whatever number of ranks the run had."""
 
+import sys
 from pathlib import Path
 
 from experiments import command, parser
@@ -32,3 +33,7 @@ def main(arguments: list[str]) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
     print(f"{out}, from {checkpoint.name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

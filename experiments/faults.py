@@ -1,6 +1,7 @@
 """Break checkpoints on purpose and count what survives (faults 1-10 of docs/faults.md). The last line is JSON."""
 
 import json
+import sys
 from importlib import import_module
 
 from experiments import command, parser
@@ -26,3 +27,7 @@ def main(arguments: list[str]) -> None:
     what = given.pop("what")
     run = getattr(import_module(f"scmoe.testbed.faults.{what}"), what)
     print(json.dumps(run(**given)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

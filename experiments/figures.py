@@ -1,5 +1,6 @@
 """Draw the figures of the README and docs into docs/figures."""
 
+import sys
 from pathlib import Path
 
 from experiments import command, parser
@@ -15,3 +16,7 @@ def main(arguments: list[str]) -> None:
     timelines(FOLDER / "timelines.png")
     pair(FOLDER / "pair.png")
     print(f"drawn: {FOLDER / 'timelines.png'}, {FOLDER / 'pair.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,5 +1,6 @@
 """List the configurations, models, architectures and data sets to choose from."""
 
+import sys
 from pathlib import Path
 
 from experiments import command, parser
@@ -19,3 +20,7 @@ def main(arguments: list[str]) -> None:
         for row in rows:
             table.add_row(*filter(None, row))
         console.print(f"[bold]{title}[/bold]", table, "", sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -5,6 +5,7 @@ those that one token uses.
 """
 
 import json
+import sys
 
 from experiments import command, parser
 
@@ -21,3 +22,7 @@ def main(arguments: list[str]) -> None:
     counts = {name: {architecture: count(name, architecture) for architecture in ARCHITECTURES} for name in names}
     console().print(parameters_table(counts))
     print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

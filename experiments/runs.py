@@ -4,6 +4,7 @@ Best loss is the lowest val/loss; tokens/s is the summary's value, or the last l
 differs from more than half of the runs shown of the same experiment: those of one name, one sweep or one table.
 """
 
+import sys
 from pathlib import Path
 
 from experiments import command, parser
@@ -23,3 +24,7 @@ def main(arguments: list[str]) -> None:
     runs = find_runs(given.folder)
     shown = runs[: given.last]
     console().print(table_of(shown, given.folder), f"{len(shown)} of {len(runs)} runs in {given.folder}", sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,5 +1,6 @@
 """Write text with the newest checkpoint of a run: one process, whatever number of ranks the run had."""
 
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -52,3 +53,7 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(str(error)) from error
     for text in texts:
         print(f"{text}\n---")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

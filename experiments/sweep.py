@@ -8,6 +8,7 @@ Exit codes: 2, the request was wrong and nothing was started; 1, no trial finish
 
 import json
 import shlex
+import sys
 from importlib.util import find_spec
 from typing import Any
 
@@ -60,3 +61,7 @@ def main(arguments: list[str]) -> int:
             return code if code >= 0 else 128 - code
     again = shlex.quote(shlex.join(["--local", *given.overrides]))
     return run_here(sweep, f"make sweep CONFIG={shlex.quote(given.file)} ARGS={again}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -6,6 +6,7 @@ Exit codes: 1, a run failed; 2, the request was wrong; 130, stopped.
 """
 
 import json
+import sys
 from pathlib import Path
 
 from experiments import command, parser
@@ -59,3 +60,7 @@ def main(arguments: list[str]) -> int:
         say("stopped; the same command resumes it")
     print(json.dumps({"table": table.name, "scale": given.scale, **counts, "folder": str(folder)}), flush=True)
     return 130 if stopped else 1 if counts["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

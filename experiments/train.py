@@ -4,6 +4,7 @@ Exit codes: 2, the request was wrong and nothing was started; 143, stopped by SI
 """
 
 import json
+import sys
 from pathlib import Path
 
 from experiments import called, command
@@ -42,3 +43,7 @@ def main(arguments: list[str]) -> None:
     summary = train(config, overrides, run_dir)
     if summary is not None:
         print(json.dumps(summary), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -211,14 +211,9 @@ class Leaf(NamedTuple):
     @property
     def allowed(self) -> str:
         """Type and range in words, such as `int | null, above 0`."""
-        words: list[str] = []
-        for kind in self.types:
-            if get_origin(kind) is Literal:
-                words += map(str, get_args(kind))
-            elif get_origin(kind) is list:
-                words += [str(kind)]
-            else:
-                words += [{bool: "true | false", type(None): "null"}.get(kind, kind.__name__)]
+        names = {bool: "true | false", type(None): "null", list[str]: "list[str]"}
+        others = [kind for kind in self.types if get_origin(kind) is not Literal]
+        words = [*map(str, self.choices), *(names.get(kind, kind.__name__) for kind in others)]
         return " | ".join(words) + (f", {self.range}" if self.range else "")
 
 

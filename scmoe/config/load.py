@@ -38,7 +38,10 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     if path is not None:
         _merge_file(tree, Path(path), ())
     for override in overrides:
-        _merge_override(tree, override)
+        key, equals, text = override.removeprefix("--").partition("=")
+        if not equals:
+            raise ConfigError(f"command line: {override!r} has no value, allowed: key=value or --key=value")
+        _merge(tree, {key: parse_yaml(text, f"command line: {key}")}, "command line")
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
     sources = [str(path)] * (path is not None) + ["command line"] * bool(overrides)
@@ -80,13 +83,6 @@ def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> Non
     for parent in parents:
         _merge_file(tree, path.parent / parent, (*children, identity))
     _merge(tree, mapping, str(path))
-
-
-def _merge_override(tree: DictConfig, override: str) -> None:
-    key, equals, text = override.removeprefix("--").partition("=")
-    if not equals:
-        raise ConfigError(f"command line: {override!r} has no value, allowed: key=value or --key=value")
-    _merge(tree, {key: parse_yaml(text, f"command line: {key}")}, "command line")
 
 
 def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:

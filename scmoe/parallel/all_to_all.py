@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 import torch
@@ -96,6 +97,7 @@ class _Posted:
                 works.pop(0).wait()
 
 
+@dataclass(eq=False)
 class Transfer:
     """One exchange of rows, and later the way back of its gradient. `start` launches it, `wait` returns the rows.
 
@@ -104,19 +106,14 @@ class Transfer:
     A buffer in flight is kept here until its wait, so it cannot be freed or used again before.
     """
 
-    def __init__(
-        self,
-        exchange: Exchange,
-        sent: Sequence[int] = (),
-        received: Sequence[int] = (),
-        operator: str = "dispatch",
-        recorder: Recorder | None = None,
-    ) -> None:
-        self.exchange, self.sent, self.received = exchange, list(sent), list(received)
-        self.operator, self.recorder = operator, recorder
-        self.out: Tensor | None = None
-        self.source: Tensor | None = None
-        self.work: Work | None = None
+    exchange: Exchange
+    sent: Sequence[int] = ()
+    received: Sequence[int] = ()
+    operator: str = "dispatch"
+    recorder: Recorder | None = None
+    out: Tensor | None = field(default=None, init=False)
+    source: Tensor | None = field(default=None, init=False)
+    work: Work | None = field(default=None, init=False)
 
     @torch.compiler.disable
     def start(self, rows: Tensor) -> Self:
@@ -133,7 +130,7 @@ class Transfer:
         sent, received = (self.received, self.sent) if backward else (self.sent, self.received)
         self.source = rows.contiguous()
         with torch.profiler.record_function(f"scmoe/{self.operator}"):
-            target, self.work = self.exchange(self.source, sent, received)
+            target, self.work = self.exchange(self.source, list(sent), list(received))
         if self.recorder is not None:
             self.recorder.watch(self.operator, "backward" if backward else "forward", self.work)
         return target

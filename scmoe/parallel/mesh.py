@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher
+from scmoe.moe.experts import Experts
 from scmoe.parallel.dispatcher import AllToAllDispatcher
 
 
@@ -99,6 +100,14 @@ def build_context(ep_size: int, device: torch.device, timeout: timedelta) -> Par
     control_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
     mesh = DeviceMesh.from_group([edp_group, ep_group], device.type, mesh=grid, mesh_dim_names=("edp", "ep"))
     return ParallelContext(rank, world_size, ep_size, mesh, ep_group, edp_group, checkpoint_group, control_group)
+
+
+def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield names (from `module`) and tensors of all expert shards. The module's class marks them: unlike an attribute
+    on a tensor, it survives deepcopy, to_empty and compile."""
+    for prefix, child in module.named_modules():
+        if isinstance(child, Experts):
+            yield from child.named_parameters(prefix, recurse=False)
 
 
 def use_loopback_for_gloo() -> None:

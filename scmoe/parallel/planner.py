@@ -70,7 +70,7 @@ class Planner:
         self.agenda += [("measure", chunks) for _ in range(STEPS_EACH) for chunks in self.chunk_counts]
         self.agenda += [("try", chunks) for _ in range(TRIES_EACH * several) for chunks in self.chunk_counts]
         self.steps_to_choose = len(self.agenda)
-        self.choices: list[LayerChoice] | None = None
+        self.choices: list[LayerChoice] = []
         self.restart()
 
     def restart(self) -> None:
@@ -78,7 +78,7 @@ class Planner:
         self.steps = 0
         self.samples: dict[int, list[Tensor]] = {chunks: [] for chunks in self.chunk_counts}
         self.tried: dict[int, list[Tensor]] = {chunks: [] for chunks in self.chunk_counts}
-        self.priced: dict[int, list[LayerChoice]] | None = None
+        self.priced: dict[int, list[LayerChoice]] = {}
         self.overlap: Overlap | None = None
         self.first_seconds: float | None = None
         self.drifted = 0
@@ -109,12 +109,9 @@ class Planner:
         schedules = [block.schedule for block in self.blocks]
         if what == "measure":
             schedules = [replace(schedule, chunks=chunks) for schedule in self.own]
-        elif what == "try":
-            assert self.priced is not None
-            schedules = [choice.schedule for choice in self.priced[chunks]]
-        elif what == "run":
-            assert self.choices is not None
-            schedules = [choice.schedule for choice in self.choices]
+        elif what != "warm up":
+            choices = self.priced[chunks] if what == "try" else self.choices
+            schedules = [choice.schedule for choice in choices]
         if what in ("measure", "try") or (what == "run" and timed):
             self.recorders = [Recorder(self.device) for _ in self.blocks]
         self.run_as(schedules, what == "measure", self.recorders)
@@ -150,7 +147,6 @@ class Planner:
 
     def agree(self) -> list[LayerChoice]:
         """The same choice on every rank. Raises RuntimeError if ranks chose differently."""
-        assert self.priced is not None
         choices = [self.priced[chunks][layer] for layer, chunks in enumerate(self.fastest())]
         mine = torch.tensor([[c.schedule.slot, c.schedule.chunks] for c in choices], device=self.device)
         first = mine.clone()
@@ -172,7 +168,6 @@ class Planner:
 
     def note_overlap(self, sample_L2O: Tensor) -> None:
         """Computes the overlap of a timed step, and measures again after DRIFTED_IN_TURN drifted ones."""
-        assert self.choices is not None
         forward, backward = gather(sample_L2O[:, :, -1].sum(0), self.group).mean(0).tolist()
         sums = [[sum(getattr(c, kind)[d] for c in self.choices) for d in (0, 1)] for kind in ("sequential", "free")]
         efficiency = [overlap_efficiency(t, s, f) for t, s, f in zip((forward, backward), *sums, strict=True)]

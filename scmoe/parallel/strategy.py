@@ -20,13 +20,12 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch.optim import Optimizer
 
-from scmoe.parallel.checkpoint.checkpoints import Checkpoints
+from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.checkpoint.state import model_state, optimizer_state
 from scmoe.parallel.job.debug import CompareCollectives
 from scmoe.parallel.job.lockstep import LockstepStrategy
 from scmoe.parallel.lightning_seam import accumulated_batches, hide_from_ddp, is_fitting
-from scmoe.parallel.mesh import build_context, use_loopback_for_gloo
-from scmoe.parallel.shards import expert_parameters
+from scmoe.parallel.mesh import build_context, expert_parameters, use_loopback_for_gloo
 from scmoe.parallel.update.clipping import guard_updates
 from scmoe.parallel.update.reducer import ExpertGradientReducer
 
@@ -99,8 +98,12 @@ class ExpertParallelStrategy(LockstepStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        with super().block_backward_sync(), self.reducer.no_sync():
-            yield
+        self.reducer.enabled = False
+        try:
+            with super().block_backward_sync():
+                yield
+        finally:
+            self.reducer.enabled = True
 
     @DDPStrategy.precision_plugin.setter  # type: ignore[attr-defined]
     def precision_plugin(self, plugin: Precision | None) -> None:

@@ -24,9 +24,9 @@ from torch.profiler import ProfilerActivity, profile
 from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.operators import Recorder
 from scmoe.parallel.dispatcher import AllToAllDispatcher
+from scmoe.parallel.mesh import expert_parameters
 from scmoe.parallel.planner import Planner
 from scmoe.parallel.pricing import LayerChoice
-from scmoe.parallel.shards import expert_parameters
 from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import Schedule
 from scmoe.testbed import emulated, links
@@ -130,7 +130,6 @@ class Bench:
             planner.begin_step()
             step.train(self.x)
             planner.end_step()
-        assert planner.choices is not None
         return planner.choices[0]
 
     def gradient_mb(self, block: str) -> float:

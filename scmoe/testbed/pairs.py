@@ -19,7 +19,7 @@ from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.dispatcher import AllToAllDispatcher
 from scmoe.parallel.lightning_seam import hide_from_ddp
-from scmoe.parallel.shards import expert_parameters
+from scmoe.parallel.mesh import expert_parameters
 from scmoe.schedule.schedule import POSITIONS, Schedule
 from scmoe.testbed.emulated import EmulatedExperts, EmulatedOperator
 

@@ -52,7 +52,7 @@ def build(rank: int, world_size: int) -> list[MoEBlock]:
     ]
 
 
-def training(rank: int, world_size: int, kind: str) -> tuple[list[torch.Tensor], list[LayerChoice] | None, int]:
+def training(rank: int, world_size: int, kind: str) -> tuple[list[torch.Tensor], list[LayerChoice], int]:
     """Weights after some SGD steps, the choices, and how many steps waited for each transfer at once."""
     dist.init_process_group("gloo")
     blocks = build(rank, world_size)
@@ -73,7 +73,7 @@ def training(rank: int, world_size: int, kind: str) -> tuple[list[torch.Tensor],
             planner.end_step()
     assert all(block.recorder is None and block.moe.recorder is None for block in blocks)
     assert not any(isinstance(block.moe.dispatcher, Blocking) for block in blocks)
-    if planner.choices is not None:
+    if planner.choices:
         assert [block.schedule for block in blocks] == [choice.schedule for choice in planner.choices]
         assert planner.overlap is not None and min(planner.overlap.seconds) > 0
     return [p.detach() for b in blocks for p in b.parameters()], planner.choices, blocking

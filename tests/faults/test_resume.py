@@ -16,7 +16,7 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from scmoe.parallel.checkpoint import checkpoints, durable
+from scmoe.parallel.checkpoint import durable, saving
 from scmoe.testbed.faults import reshard, resume, tiny_run
 from scmoe.testbed.ranks import run_ranks
 from scmoe.training.build.data import build_datamodule
@@ -53,7 +53,7 @@ def test_fault_08_validating_changes_no_dropout(workers, tmp_path):
 def run_without_random_state(
     rank: int, world_size: int, workers: int, folder: Path, resume_from: list[Path]
 ) -> list[dict[str, Any]]:
-    with patch.object(checkpoints, "set_rng_states"):
+    with patch.object(saving, "set_rng_states"):
         return resume.run(rank, world_size, workers, folder, resume_from)
 
 

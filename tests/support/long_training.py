@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scmoe.config.fields import Config
 from scmoe.moe.router import Router
-from scmoe.parallel.shards import expert_parameters
+from scmoe.parallel.mesh import expert_parameters
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from scmoe.config.fields import Config
-from scmoe.parallel.shards import expert_parameters
+from scmoe.parallel.mesh import expert_parameters
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import build_trainer

@@ -19,7 +19,7 @@ from scmoe.config.load import load
 from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.experts import Experts
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.shards import expert_parameters
+from scmoe.parallel.mesh import expert_parameters
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_model
 from scmoe.training.build.trainer import build_trainer

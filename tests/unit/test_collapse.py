@@ -10,8 +10,9 @@ from lightning.pytorch import Trainer
 
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_module
+from scmoe.training.callbacks.collapse import PATIENCE, CollapseAlarm
 from scmoe.training.callbacks.data_position import DataPosition
-from scmoe.training.callbacks.expert_load import PATIENCE, CollapseAlarm, ExpertLoad
+from scmoe.training.callbacks.expert_load import ExpertLoad
 from tests.support.models import tiny
 
 TOKENS = 100

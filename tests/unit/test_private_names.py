@@ -138,7 +138,7 @@ def test_the_launcher_keeps_its_processes():
 
 
 def test_hooks_of_a_strategy():
-    """Those that are overridden are called by these names."""
+    """Those that are overridden are called by these names, and Lightning's own at a start or an end do nothing."""
     bases = ExpertParallelStrategy.__mro__[: ExpertParallelStrategy.__mro__.index(DDPStrategy)]
     overridden = {name for base in bases for name in vars(base)}
     stages = {f"on_{stage}_{end}" for stage in ("validation", "test", "predict") for end in ("start", "end")}
@@ -154,6 +154,8 @@ def test_hooks_of_a_strategy():
     assert {name for name in overridden if name.startswith("on_")} <= stages | hooks
     assert not [name for name in stages | hooks if not hasattr(DDPStrategy, name)]
     assert DDPStrategy().lightning_restore_optimizer is True
+    for name in stages | {"on_train_start", "on_train_batch_start"}:
+        assert inspect.getsource(getattr(DDPStrategy, name)).split('"""')[-1].strip() == "pass"
 
 
 def test_a_precision_plugin_clips_by_these_names():

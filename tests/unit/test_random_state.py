@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from scmoe.parallel.checkpoint.random_state import rng_states, set_rng_states
+from scmoe.parallel.checkpoint.state import rng_states, set_rng_states
 
 
 def draw():

@@ -13,10 +13,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.optim import Optimizer
 
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.checkpoint.random_state import rng_states
-from scmoe.parallel.checkpoint.state import META, as_dtensor, from_json, model_state
-from scmoe.parallel.mesh import ParallelContext
-from scmoe.parallel.shards import expert_parameters
+from scmoe.parallel.checkpoint.state import META, as_dtensor, from_json, model_state, rng_states
+from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 
 def read_whole(path: Path, start: str = "") -> dict[str, Tensor]:

@@ -1,8 +1,11 @@
-"""Writes a checkpoint: every rank its own shards, while training waits or in parallel with it."""
+"""Writes checkpoints: every rank its own shards, while training waits or in parallel with it.
+
+At most one checkpoint of a run is being written, and none is removed before its successor is complete.
+"""
 
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,15 +14,16 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torch.optim import Optimizer
 
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.checkpoint.loading import read_whole
-from scmoe.parallel.checkpoint.state import FULL, META, split, to_json
+from scmoe.parallel.checkpoint.loading import load_checkpoint, read_whole
+from scmoe.parallel.checkpoint.state import FULL, META, set_rng_states, split, to_json
 from scmoe.parallel.mesh import ParallelContext
 
 
@@ -80,6 +84,61 @@ class Saving:
             yield
         except dcp.CheckpointException as error:  # a BaseException, raised on every rank
             raise OSError(f"{self.path} could not be written; older checkpoints are unchanged: {error}") from error
+
+
+class Checkpoints:
+    """Saves, loads and removes a run's checkpoints; all ranks make the same calls. background, full: as in `Saving`."""
+
+    def __init__(self, context: ParallelContext, background: bool, full: bool) -> None:
+        self.context, self.background, self.full = context, background, full
+        self.saving: Saving | None = None
+        self.asked_about: Saving | None = None  # the save that the last `is_writing` of all ranks was about
+        self.outdated: list[Path] = []  # removed once the save that replaces them is complete
+        self.rng_states: dict[str, Tensor] | None = None  # loaded and not yet restored
+
+    def save(self, path: Path, state: dict[str, Any]) -> None:
+        """state: Lightning's checkpoint dictionary."""
+        self.finish()
+        self.saving = Saving(path, state, self.context, self.background, self.full)
+        if not self.background:
+            self.finish()
+
+    def is_writing(self) -> bool:
+        """Return whether this rank still writes its part of a checkpoint."""
+        return self.saving is not None and not self.saving.is_written()
+
+    def finish_unless(self, still_writing: bool) -> None:
+        """Complete the save if no rank was writing it when all ranks were last asked."""
+        if self.saving is not None and self.saving is self.asked_about and not still_writing:
+            self.finish()
+        self.asked_about = self.saving
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written, if any, is complete; then remove the outdated ones."""
+        if self.saving is not None:
+            saving, self.saving = self.saving, None
+            saving.finish()
+            outdated, self.outdated = self.outdated, []
+            for path in outdated:
+                self.remove(path)
+
+    def remove(self, path: Path) -> None:
+        if self.saving is not None:
+            self.outdated.append(path)
+        elif self.context.rank == 0:
+            durable.remove(path)
+
+    def load(self, path: Path, module: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+        """Read tensors into the module and the optimizers and return the rest. ValueError: see `load_checkpoint`."""
+        state = load_checkpoint(path, module, optimizers, self.context)
+        self.rng_states = state.pop("rng_states", None)
+        return state
+
+    def restore_random_state(self) -> None:
+        """Set this rank's random generators to the loaded states; only the first call after `load` does anything."""
+        if self.rng_states is not None:
+            set_rng_states(self.rng_states)
+            self.rng_states = None
 
 
 class _ShardWriter(HuggingFaceStorageWriter):

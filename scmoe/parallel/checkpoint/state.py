@@ -1,4 +1,4 @@
-"""Defines what a checkpoint holds: named tensors, and JSON for everything else.
+"""Defines what a checkpoint holds: named tensors, random states among them, and JSON for everything else.
 
     <name>.ckpt/manifest.json                    step, size and hash of every file
                 meta.json                        everything except tensors
@@ -9,17 +9,18 @@ DTensor is used only here, to say which slice of an expert weight a rank holds. 
 when it is read.
 """
 
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
-from scmoe.parallel.checkpoint.random_state import rng_states
-from scmoe.parallel.mesh import ParallelContext
-from scmoe.parallel.shards import expert_parameters
+from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 META = "meta.json"
 FULL = "all.safetensors"
@@ -92,3 +93,44 @@ def from_json(x: dict[str, Any]) -> Any:
         assert isinstance(dtype, torch.dtype)
         return torch.tensor(x["__tensor__"], dtype=dtype)
     return dict(x["__items__"]) if "__items__" in x else x
+
+
+def rng_states() -> dict[str, Tensor]:
+    """Return the states of torch (CPU, and GPU if one is in use), of Python and of NumPy's legacy generator.
+
+    This library draws from torch alone; a user's own transforms may draw from the others.
+    """
+    version, words, gauss = random.getstate()
+    kind, key, position, has_gauss, numpy_gauss = np.random.get_state(legacy=True)
+    assert (version, kind) == (3, "MT19937"), "both generators are Mersenne twisters"
+    states = {
+        "host": torch.get_rng_state(),
+        "python": _pack(words, gauss),
+        "numpy": _pack([*np.asarray(key).tolist(), int(position)], float(numpy_gauss) if has_gauss else None),
+    }
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_rng_states(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["host"])
+    if "python" in states:
+        words, gauss = _unpack(states["python"])
+        random.setstate((3, tuple(words), gauss))
+    if "numpy" in states:
+        (*key, position), gauss = _unpack(states["numpy"])
+        np.random.set_state(("MT19937", np.array(key, np.uint32), position, int(gauss is not None), gauss or 0.0))
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _pack(words: Sequence[int], gauss: float | None) -> Tensor:
+    """Return 624 words and the position, whether the second of a pair of normals is left over, and that one's bits."""
+    bits = torch.tensor(gauss or 0.0, dtype=torch.float64).view(torch.int64)
+    return torch.tensor([*words, gauss is not None, bits.item()], dtype=torch.int64)
+
+
+def _unpack(state: Tensor) -> tuple[list[int], float | None]:
+    *words, has_gauss = state[:-1].tolist()
+    return words, state[-1:].view(torch.float64).item() if has_gauss else None

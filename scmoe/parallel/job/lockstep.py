@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from scmoe.parallel import lightning_seam as seam
-from scmoe.parallel.checkpoint.checkpoints import Checkpoints
+from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.job.fail_fast import FailFastStrategy
 from scmoe.parallel.job.stopping import EXIT_CODE, Poll, StopSignal
 from scmoe.parallel.mesh import ParallelContext
@@ -37,7 +37,7 @@ def check_even(stage: str, batches: Sequence[float], context: ParallelContext) -
 class LockstepStrategy(FailFastStrategy):
     """DDP whose ranks ask each other at every step whether one must stop, and read the answer one step later.
 
-    `checkpoints` must be set before `setup`.
+    `checkpoints` must be set before `setup`. DDPStrategy's hooks `on_..._start` and `on_..._end` do nothing.
     """
 
     def __init__(self, **ddp: Any) -> None:
@@ -56,14 +56,12 @@ class LockstepStrategy(FailFastStrategy):
         super().setup(trainer)
 
     def on_train_start(self) -> None:
-        super().on_train_start()
         check_even("train", [self.module.trainer.num_training_batches], self.context)
         self.has_begun = False
         self.ask()  # so that no rank begins the first batch if one was stopped before it
         seam.skip_sigterm_broadcast(self.module.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_start(batch, batch_idx)
         if batch_idx % self.module.trainer.accumulate_grad_batches == 0:
             self.ask()
         self.checkpoints.restore_random_state()  # not earlier: making data loaders draws from the generator
@@ -72,18 +70,15 @@ class LockstepStrategy(FailFastStrategy):
             seam.mark_step_as_saved(self.module.trainer)
 
     def on_validation_start(self) -> None:
-        super().on_validation_start()
         trainer = self.module.trainer
         self._begin("val", trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
         if not trainer.sanity_checking:
             seam.forget_stopped_validation(trainer)
 
     def on_test_start(self) -> None:
-        super().on_test_start()
         self._begin("test", self.module.trainer.num_test_batches)
 
     def on_predict_start(self) -> None:
-        super().on_predict_start()
         self._begin("predict", self.module.trainer.num_predict_batches)
 
     def _begin(self, stage: str, batches: Sequence[float]) -> None:
@@ -118,20 +113,10 @@ class LockstepStrategy(FailFastStrategy):
             self.ask()
 
     def on_validation_end(self) -> None:
-        super().on_validation_end()
-        self._end()
-
-    def on_test_end(self) -> None:
-        super().on_test_end()
-        self._end()
-
-    def on_predict_end(self) -> None:
-        super().on_predict_end()
-        self._end()
-
-    def _end(self) -> None:
         self.polls_left = 0
         self.stop.take()
+
+    on_test_end = on_predict_end = on_validation_end
 
     def ask(self) -> None:
         """Ask all ranks whether one still writes a checkpoint or must stop, and act on the answers of the last call."""

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scmoe.parallel.lightning_seam import original_after_closure, replace_after_closure
-from scmoe.parallel.mesh import ParallelContext
-from scmoe.parallel.shards import expert_parameters
+from scmoe.parallel.mesh import ParallelContext, expert_parameters
 from scmoe.parallel.update.guard import Guard
 
 

@@ -6,7 +6,6 @@ EDP: divided when it arrives, averaged when backward ends, so that accumulating 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,7 @@ class ExpertGradientReducer:
     """Averages expert gradients over the expert-data-parallel group, in buckets that are sent while backward runs.
 
     Buckets fill in reverse order of registration, which is roughly the order of backward. They are sent strictly in
-    order, so that all ranks send them in the same order.
+    order, so that all ranks send them in the same order. While not `enabled`, gradients accumulate on this rank only.
     """
 
     def __init__(self, shards: Sequence[nn.Parameter], context: ParallelContext, bucket_mb: float = 25.0) -> None:
@@ -69,15 +68,6 @@ class ExpertGradientReducer:
             for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
                 g.copy_(mean.view_as(g))
         self._reset()
-
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """While this context is open, gradients accumulate on this rank only."""
-        self.enabled = False
-        try:
-            yield
-        finally:
-            self.enabled = True
 
     def remove(self) -> None:
         for hook in self.hooks:

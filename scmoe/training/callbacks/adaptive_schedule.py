@@ -24,7 +24,7 @@ class AdaptiveSchedule(Callback):
     def __init__(self, auto: bool, chunks: tuple[int, ...]) -> None:
         self.auto, self.chunks = auto, chunks
         self.planner: Planner | None = None
-        self.shown: list[LayerChoice] | None = None
+        self.shown: list[LayerChoice] = []
         self.show_what_ran = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -58,7 +58,7 @@ class AdaptiveSchedule(Callback):
             return
         self.planner.end_step()
         choices, overlap = self.planner.choices, self.planner.overlap
-        if choices is not None and choices is not self.shown:
+        if choices and choices is not self.shown:
             self.shown, self.show_what_ran = choices, True
             if self.auto and trainer.is_global_zero:
                 print("\n".join(plan_lines(choices)), file=sys.stderr, flush=True)
@@ -66,7 +66,6 @@ class AdaptiveSchedule(Callback):
             forward, backward = overlap.efficiency
             pl_module.log_dict({"overlap/forward": forward, "overlap/backward": backward})
             if self.show_what_ran and trainer.is_global_zero:
-                assert choices is not None
                 print(what_ran(choices, overlap, self.planner.backend), file=sys.stderr, flush=True)
             self.show_what_ran = False
 

@@ -1,13 +1,4 @@
-"""Logs how evenly the routers load the experts, and warns of a collapsed router (fault 26).
-
-Such a router keeps sending nearly all tokens to few experts. An expert that gets more tokens learns faster, so it gets
-even more (Shazeer et al. 2017). A busy expert alone is no fault: many times the fair share is usual at the start. The
-alarm therefore needs two conditions at once.
-
-    how much    an expert is chosen by more than (K/E + 1) / 2 of all tokens, where each token chooses K of E experts:
-                half of what lies between its fair share, K/E, and all tokens
-    how long    in each of PATIENCE logged windows in a row
-"""
+"""Logs how evenly the routers load the experts, and warns when a router collapses."""
 
 from typing import Any
 
@@ -16,34 +7,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from scmoe.moe.balance import load_metrics
+from scmoe.training.callbacks.collapse import CollapseAlarm
 from scmoe.training.callbacks.log_lines import logs_now
-
-PATIENCE = 5
-
-
-class CollapseAlarm:
-    """Raises the alarm once for each layer."""
-
-    def __init__(self) -> None:
-        self.windows: dict[int, int] = {}  # layer: number of windows in a row in which it was collapsed
-        self.spoken: set[int] = set()
-
-    def __call__(self, sums_LE2: Tensor) -> list[str]:
-        """Return a message for each layer that has now collapsed. sums_LE2: `integer_sums` of a window."""
-        lines = []
-        for layer, (*counts_E, tokens, _) in enumerate(sums_LE2.tolist()):
-            busiest = max(range(len(counts_E)), key=counts_E.__getitem__)
-            share, fair = counts_E[busiest] / max(tokens, 1), sum(counts_E) / max(tokens, 1) / len(counts_E)
-            collapsed = fair < 1 and share > (fair + 1) / 2
-            self.windows[layer] = self.windows.get(layer, 0) + 1 if collapsed else 0
-            if self.windows[layer] == PATIENCE and layer not in self.spoken:
-                self.spoken.add(layer)
-                lines.append(
-                    f"MoE layer {layer + 1} of {len(sums_LE2)}: the router has collapsed, expert {busiest} gets"
-                    f" {share:.0%} of the tokens (fair: {fair:.0%}) for {PATIENCE} logged steps in a row; try a higher"
-                    " moe.load_balance_coef or a lower optim.lr"
-                )
-        return lines
 
 
 class ExpertLoad(Callback):

@@ -54,7 +54,7 @@ MUTANTS = (
     Mutant("data-position-forgotten", 8, f"{DATA}/positioned.py")
     .replaces('        self.consumed_samples = state_dict["consumed_samples"]\n', "        self.consumed_samples = 0\n")
     .caught_by(f"{UNIT}/test_text.py::test_resume_goes_on_exactly_with_another_world_size[0]"),
-    Mutant("random-state-forgotten", 8, f"{PARALLEL}/checkpoint/random_state.py")
+    Mutant("random-state-forgotten", 8, f"{PARALLEL}/checkpoint/state.py")
     .replaces('    torch.set_rng_state(states["host"])\n', '    assert "host" in states\n')
     .caught_by(f"{DIST}/test_strategy.py::test_in_the_same_layout_a_resumed_run_is_the_straight_run[2-null]"),
     Mutant("validating-changes-dropout", 8, f"{DATA}/positioned.py")
@@ -72,7 +72,7 @@ MUTANTS = (
     Mutant("last-validation-batch-dropped", 16, f"{DATA}/positioned.py")
     .replaces("-(-len(dataset) // self.micro_batch)", "len(dataset) // self.micro_batch")
     .caught_by(f"{UNIT}/test_text.py::test_validation_covers_every_target_once"),
-    Mutant("python-s-random-state-forgotten", 8, f"{PARALLEL}/checkpoint/random_state.py")
+    Mutant("python-s-random-state-forgotten", 8, f"{PARALLEL}/checkpoint/state.py")
     .replaces(
         "        random.setstate((3, tuple(words), gauss))\n",
         "        assert len(words) == 625 and (gauss is None or gauss)\n",

@@ -41,7 +41,7 @@ MUTANTS = (
     Mutant("no-rows-no-gradient", 20, f"{MOE}/layout.py")
     .replaces("    if num_rows == 0:\n", "    if num_rows < 0:\n")
     .caught_by(f"{UNIT}/test_stream.py::test_a_batch_of_padding_alone_gives_zeros"),
-    Mutant("collapse-forgiven", 26, "scmoe/training/callbacks/expert_load.py")
+    Mutant("collapse-forgiven", 26, "scmoe/training/callbacks/collapse.py")
     .replaces("self.windows.get(layer, 0) + 1 if collapsed else 0", "1 if collapsed else 0")
     .caught_by(f"{UNIT}/test_collapse.py::test_a_collapsed_layer_is_named_once_with_its_expert_and_share"),
     # ------------------------------------------------------------------ schedule

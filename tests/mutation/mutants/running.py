@@ -85,7 +85,7 @@ MUTANTS = (
     Mutant("w-and-b-s-death-ends-the-run", 32, "scmoe/training/run/wandb_logger.py")
     .replaces("WANDB_TROUBLE = (wandb.Error, OSError)", "WANDB_TROUBLE = (wandb.errors.CommError,)")
     .caught_by(f"{FAULTS}/test_logging.py::test_32_a_killed_wandb_process_ends_nothing"),
-    Mutant("new-column-under-the-old-header", 32, "scmoe/training/run/loggers.py")
+    Mutant("new-column-under-the-old-header", 32, "scmoe/training/run/csv_logger.py")
     .replaces("            writer.metrics_keys = keys\n", "            assert isinstance(keys, list)\n")
     .caught_by(f"{FAULTS}/test_logging.py::test_32_a_full_disk_ends_no_run_that_logs"),
     Mutant("a-picture-ends-a-run", 32, "scmoe/training/run/writing.py")
@@ -116,6 +116,6 @@ MUTANTS = (
     .replaces("(yaml.TagToken, yaml.AnchorToken, yaml.AliasToken)", "(yaml.AnchorToken, yaml.AliasToken)")
     .caught_by(f"{UNIT}/test_config.py::test_bad_file_is_named"),
     Mutant("experts-not-divisible", 37, "scmoe/config/rules.py")
-    .replaces("config.moe.num_experts % ep_size:", "config.moe.num_experts < ep_size:")
+    .replaces("moe.num_experts % ep_size\n", "moe.num_experts < ep_size\n")
     .caught_by(f"{UNIT}/test_config.py::test_impossible_combination_names_its_key"),
 )
