@@ -1,6 +1,6 @@
-"""transformers' GPT-2 and LLaMA as dense models of ours, read from the folders that transformers writes.
+"""Our dense models equal transformers' GPT-2 and LLaMA, which are read from the folders that transformers writes.
 
-Logits and all gradients are equal, 1e-5 of the largest entry in float32; and upcycled into an MoE they still are.
+Logits and all gradients are equal to 1e-5 of the largest entry in float32. Logits of upcycled MoE models are equal too.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def their_model(family: str, **changes) -> nn.Module:
 
 
 def their_gradients(theirs: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
-    """Of every parameter, under our names: saved as if they were weights, and read as weights are."""
+    """Returns every parameter's gradient under our names: gradients are saved and read as if they were weights."""
     with torch.no_grad():
         for p in theirs.parameters():
             p.copy_(p.grad)
@@ -77,7 +77,7 @@ def test_logits_and_gradients(family, changes, tmp_path):
     (their_logits * weights).sum().backward()
     grads, expected = gradients(ours), their_gradients(theirs, tmp_path / "gradients")
     assert grads.keys() == expected.keys()
-    if changes:  # tied there, two weights with a gradient each here
+    if changes:  # theirs are tied; ours are two weights with a gradient each
         grads["tokens.weight"] = grads["head.weight"] = grads["tokens.weight"] + grads["head.weight"]
     for name, grad in expected.items():
         assert grad.abs().max() > 1e-3, name
@@ -95,7 +95,7 @@ def test_logits_and_gradients(family, changes, tmp_path):
         ("gpt2", "architecture=scmoe position=pos3 tap_norm=shared combine=direct_add"),
     ],
 )
-def test_upcycled(family, words, tmp_path):
+def test_an_upcycled_model_equals_the_dense_one(family, words, tmp_path):
     theirs = their_model(family)
     theirs.save_pretrained(tmp_path)
     overrides = [f"moe.{word}" for word in words.split()]
@@ -103,15 +103,15 @@ def test_upcycled(family, words, tmp_path):
     assert_close(ours(ids()).logits_BSV, theirs(ids()).logits, TOLERANCE)
 
 
-def test_a_bare_model_and_fewer_positions(tmp_path):
-    """Names without a prefix, as the first GPT-2 files have them; a model may use the first of the positions."""
+def test_a_bare_model_with_fewer_positions_is_read(tmp_path):
+    """The first GPT-2 files have names without a prefix; a model may use only the first positions."""
     theirs = their_model("gpt2")
     theirs.transformer.save_pretrained(tmp_path)
     ours = build_model_to_train(config_of("gpt2", tmp_path, "data.seq_len=8"), ParallelContext())
     assert_close(ours(ids()[:, :8]).logits_BSV, theirs(ids()[:, :8]).logits, TOLERANCE)
 
 
-def test_files_in_pieces(tmp_path):
+def test_a_checkpoint_in_several_files_is_read(tmp_path):
     theirs = their_model("llama")
     theirs.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1

@@ -1,4 +1,4 @@
-"""MoE modules of transformers and ours, with the same random weights: outputs and all gradients.
+"""Our MoE modules equal those of transformers in outputs and all gradients, with the same random weights.
 
 Mixtral        top-2, SwiGLU: standard top-k (Eq. 1)
 OLMoE          top-k without renormalisation
@@ -7,7 +7,7 @@ Switch         top-1, the raw probability as weight
 LongCat-Flash  the shortcut: the MoE reads the first sub-layer's post-attention norm, its output is added at the end,
                which is Pos-2 with a shared tap norm and Direct Add
 
-1e-5 of the largest entry in float32: the same sums in another order, with rounding errors of 6e-8.
+The tolerance is 1e-5 of the largest entry in float32: the same sums in another order, with rounding errors of 6e-8.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.peers
 
 DIM, FFN, EXPERTS = 16, 24, 6
 TOLERANCE = 1e-5
-Take = Callable[[nn.Parameter], Tensor]  # a parameter, or its gradient
+Take = Callable[[nn.Parameter], Tensor]  # returns the parameter, or its gradient
 
 
 def stream(top_k: int, renormalise: bool = True) -> MoEStream:
@@ -43,7 +43,7 @@ def stream(top_k: int, renormalise: bool = True) -> MoEStream:
 
 
 def stacked(experts: nn.Module, take: Take) -> dict[str, Tensor]:
-    """Theirs are [E, out, in], gate and up one below the other."""
+    """Returns their experts' weights in our layout; theirs is [E, out, in], with gate above up."""
     w_in, w_out = take(experts.gate_up_proj), take(experts.down_proj)
     return {"experts.w_in_eDF": w_in.transpose(1, 2), "experts.w_out_eFD": w_out.transpose(1, 2)}
 
@@ -64,7 +64,7 @@ def check_equal(
     run_ours: Callable[[Tensor], Tensor],
     run_theirs: Callable[[Tensor], Tensor],
 ) -> None:
-    """weights: theirs under our names and in our layout, of parameters or of their gradients."""
+    """Compares outputs and gradients; weights returns their parameters or gradients under our names, in our layout."""
     randomise(theirs.float())
     with torch.no_grad():
         copies = weights(theirs, lambda p: p)
@@ -152,7 +152,7 @@ def test_switch_router():
     theirs, ours = SwitchTransformersTop1Router(config), Router(DIM, EXPERTS, 1)
 
     def run_ours(x: Tensor) -> Tensor:
-        """The weight in the chosen expert's column, so that both count; and the logits."""
+        """Returns the logits, and the weight in the chosen expert's column, so that weight and choice are compared."""
         routing = ours(x.flatten(0, 1))
         column_TE = torch.zeros_like(routing.logits_TE).scatter(1, routing.topk_ids_TK, routing.topk_weights_TK)
         return torch.stack([column_TE, routing.logits_TE])
@@ -168,7 +168,7 @@ def test_switch_router():
 
 
 class Called(nn.Module):
-    """Their attention, called with the input alone, as ours is."""
+    """Calls their attention with the input alone, as ours is called."""
 
     def __init__(self, attention: nn.Module, angles: tuple[Tensor, Tensor]) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""timm's SwinV2 and ours, all blocks dense, weights copied over: the same logits and gradients, drop path included.
+"""timm's SwinV2 and ours, with dense blocks and copied weights, have the same logits and gradients, with drop path too.
 
-1e-12 in float64; in float32 1e-5, which is rounding over eight blocks.
+The tolerance is 1e-12 in float64, and 1e-5 in float32, which is the rounding error over the blocks.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def config_of(*overrides: str) -> Config:
 
 
 def both(config: Config, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """timm's model and ours, with the same random weights, in training."""
+    """Returns timm's model and ours with the same random weights, in training mode."""
     model, data = config.model, config.data
     theirs = SwinTransformerV2(
         img_size=data.image_size,
@@ -62,7 +62,7 @@ def both(config: Config, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.nn.
     ours = build_model(config, ParallelContext())
     assert [m.drop_prob for m in theirs.modules() if hasattr(m, "drop_prob")][::2] == pytest.approx(
         [block.sublayers[0].after.drop_path.drop_prob for block in ours.blocks][1:]
-    ), "timm has none where the rate is 0"
+    ), "timm has no drop path where the rate is 0"
     randomise(ours)
     weights = ours.state_dict()
     theirs.load_state_dict({name: weights.pop(our_name(name)) for name in theirs.state_dict()})
@@ -77,20 +77,20 @@ def test_dense_model_equals_timms(dtype, tolerance, training):
     images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0), dtype=dtype)
     logits = []
     for model in (theirs, ours):
-        torch.manual_seed(0)  # drop path drops the same pictures' blocks
+        torch.manual_seed(0)  # drop path drops the same blocks of the same images
         output = model.train(training)(images)
         logits.append(output if model is theirs else output.logits_BC)
         logits[-1].square().mean().backward()
     if training:
-        tolerance = max(tolerance, 1e-6)  # timm's drop rates are float32, whatever the model
+        tolerance = max(tolerance, 1e-6)  # timm's drop rates are float32 for both dtypes
     assert_close(logits[1], logits[0], tolerance, "logits")
     expected = {our_name(name): grad for name, grad in gradients(theirs).items()}
     for name, grad in gradients(ours).items():
         assert_close(grad, expected[name], tolerance, name)
 
 
-def test_initial_weights_are_spread_as_timms():
-    """Same zeros and ones, same standard deviations to sampling error."""
+def test_initial_weights_have_timms_standard_deviations():
+    """Zeros and ones are equal, and standard deviations are equal up to the sampling error."""
     config = config_of()
     theirs, _ = both(config, torch.float32)
     theirs.init_weights()
@@ -107,7 +107,7 @@ def test_initial_weights_are_spread_as_timms():
     ("preset", "name"), [("s", "swinv2_small_window8_256"), ("b", "swinv2_base_window12_192")], ids=("s", "b")
 )
 def test_dense_presets_are_timms_models(preset, name):
-    """Table 9's shape at its size: the same weights, name by name and shape by shape. No memory is taken."""
+    """At the size of Table 9 all names and shapes of weights are equal. The models are on `meta` and take no memory."""
     with torch.device("meta"):
         theirs = timm.create_model(name, img_size=192, window_size=12, num_classes=1000)
     ours = build_model_on_meta(load(f"configs/model/swinv2_moe_{preset}.yaml", ["moe.architecture=dense"]))

@@ -1,4 +1,4 @@
-"""A rank's weights, gradients and moments are to the byte what a real tiny model has; activations are near."""
+"""A rank's weights, gradients and moments have exactly the bytes of a real tiny model; activations are close."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = {"32-true": torch.float32, "64-true": torch.float64, "bf16-true": torch
 
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("words", ["moe.architecture=scmoe", "moe.architecture=dgmoe_share model.layers=4"])
-def test_state_is_to_the_byte_that_of_a_real_rank(words, precision):
+def test_state_has_exactly_the_bytes_of_a_real_rank(words, precision):
     config = tiny(*words.split())
     model = build_model(config, OneOfTwo(rank=1, world_size=2, ep_size=2)).to(DTYPES[precision])
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -41,7 +41,7 @@ def test_state_is_to_the_byte_that_of_a_real_rank(words, precision):
 
     replicas = rank_memory(whole, dp_size=2, **common)
     in_flight = rank_parameters(whole, 2)[1] * parameters[0].element_size()
-    assert replicas["gradients"] - memory["gradients"] == in_flight, "experts' gradients, while they are averaged"
+    assert replicas["gradients"] - memory["gradients"] == in_flight, "averaging holds the experts' gradients twice"
 
 
 # ---------------------------------------------------------------------- activations
@@ -63,7 +63,7 @@ CASES = {
 
 
 def kept_for_backward(config: Config, precision: str) -> tuple[int, nn.Module]:
-    """Bytes that autograd keeps, storages once and without the weights; the logits, which the training step holds."""
+    """Returns the bytes that autograd and the training step keep (each storage once, no weights), and the model."""
     model = build_model(config, ParallelContext()).to(DTYPES[precision])
     kept: dict[int, int] = {}
 
@@ -88,10 +88,10 @@ def kept_for_backward(config: Config, precision: str) -> tuple[int, nn.Module]:
 def test_the_estimate_of_activations_is_within_a_tenth_of_what_autograd_keeps(case, precision, recompute):
     config = load(None, [*WIDE, *CASES[case].split(), f"trainer.recompute={recompute}"])
     measured, model = kept_for_backward(config, precision)
-    kept, anew = activations(model, 64, precision, recompute, on_gpu=False)
+    kept, recomputed = activations(model, 64, precision, recompute, on_gpu=False)
     estimate = SAMPLES * kept + (narrow_copies(model, 1, recompute) if precision == "bf16-mixed" else 0)
     assert abs(estimate / measured - 1) < 0.1
-    assert (anew > 0) == recompute
+    assert (recomputed > 0) == recompute
 
 
 @pytest.mark.parametrize("recompute", (False, True), ids=("kept", "recomputed"))
@@ -111,12 +111,12 @@ def test_the_estimate_holds_for_pictures(recompute):
     constant = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     measured = sum(size for storage, size in kept.items() if storage not in constant)
     estimate, _ = activations(model, 0, "32-true", recompute, on_gpu=False)
-    assert abs(4 * estimate / measured - 1) < 0.1  # the position bias is there once a batch, and not in it
+    assert abs(4 * estimate / measured - 1) < 0.1  # the estimate lacks the position bias, kept once per batch
 
 
-def test_recomputing_trades_what_is_kept_for_the_largest_part():
+def test_recomputing_keeps_less_and_recomputes_one_part_at_a_time():
     model = build_model_on_meta(load(None, [*WIDE, "model.layers=8"]))
     whole, nothing = activations(model, 64, "32-true", recompute=False)
-    kept, anew = activations(model, 64, "32-true", recompute=True)
+    kept, recomputed = activations(model, 64, "32-true", recompute=True)
     assert nothing == 0.0
-    assert kept + anew < 0.6 * whole
+    assert kept + recomputed < 0.6 * whole

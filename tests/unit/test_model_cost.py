@@ -1,4 +1,4 @@
-"""FLOPs, bytes sent and parameters of a rank, against what a real tiny model does and holds."""
+"""A rank's FLOPs, sent bytes and parameters are those of a real tiny model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BATCH = 2
 
 
 def counted(model, ids, backward: bool) -> float:
-    """FLOPs of a sample as torch counts them; by matrix products, since it does not know the host's flash attention."""
+    """Returns a sample's FLOPs as torch counts them; with SDPBackend.MATH, as it does not count CPU flash attention."""
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         logits = model(ids).logits_BSV
@@ -49,7 +49,7 @@ def test_flops_are_what_torch_counts(name):
 
 
 def test_flops_by_hand():
-    """One layer, D 16, F 24, S 12, V 64."""
+    """The model has one layer, D 16, F 24, S 12, V 64."""
     forward = forward_flops(tiny_model(tiny("moe.architecture=dense", "model.layers=1")), 12)
     assert forward == {
         "attention": 12 * (2 * 4 * 16 * 16 + 4 * 12 * 16),
@@ -58,11 +58,11 @@ def test_flops_by_hand():
     }
 
 
-def test_recomputing_adds_a_forward_pass_of_what_is_recomputed_but_for_the_last_products():
+def test_recomputing_adds_a_forward_pass_without_its_last_products():
     config = tiny("moe.architecture=scmoe", "trainer.recompute=true")
     model, (ids, _) = tiny_model(config), tiny_batch(config, BATCH)
     forward = forward_flops(model, 12)
-    spared = 12 * 2 * (2 * 16 * 16 + 2 * 24 * 16)  # of two attentions, an MLP and the shared expert
+    spared = 12 * 2 * (2 * 16 * 16 + 2 * 24 * 16)  # last products of two attentions, an MLP and the shared expert
     assert training_flops(forward, recompute=True) - spared == counted(model, ids, backward=True)
     assert training_flops(forward, recompute=True) > training_flops(forward)
 
@@ -71,7 +71,7 @@ def test_recomputing_adds_a_forward_pass_of_what_is_recomputed_but_for_the_last_
 
 
 class Weighing(LocalDispatcher):
-    """Notes the bytes that a real dispatcher would send."""
+    """Records the bytes that a real dispatcher would send."""
 
     def __init__(self) -> None:
         self.dispatched: list[int] = []
@@ -91,7 +91,7 @@ class Weighing(LocalDispatcher):
     [("32-true", torch.float32, False), ("64-true", torch.float64, False), ("bf16-mixed", torch.float32, True)],
 )
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "dense"])
-def test_bytes_are_what_a_dispatcher_is_given(name, precision, dtype, autocast):
+def test_transfer_bytes_are_what_a_dispatcher_receives(name, precision, dtype, autocast):
     config = tiny(*MODELS[name].split())
     model, (ids, _) = tiny_model(config, dtype), tiny_batch(config, BATCH)
     weighing = Weighing()
@@ -135,7 +135,7 @@ def test_every_module_of_a_text_model_sees_every_token():
 
 
 def test_flops_of_pictures_are_what_torch_counts():
-    """Maps shrink from stage to stage; the attention's position bias is computed once a batch, and not ours."""
+    """Maps shrink from stage to stage; we do not count the attention's position bias, computed once per batch."""
     pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
     words = (
         "model.family=swin model.dim=16 model.heads=2 model.layers=4 model.patch_size=2 model.window=4 data.name=digits"

@@ -1,4 +1,4 @@
-"""The two language models alike: causality, the length they take, generation, mixed precision."""
+"""Both language models pass the same tests: causality, maximum length, generation, mixed precision."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_generation_goes_on_from_the_last_tokens_that_fit(config):
 
 
 def test_mixed_precision(config):
-    """bf16 rounds to 4e-3, some dozen times on the way; weights and gradients stay float32."""
+    """bf16 rounds to 4e-3, about a dozen times in a forward pass; weights and gradients stay float32."""
     model, (ids, _) = tiny_model(config, torch.float32), tiny_batch(config)
     exact = model(ids).logits_BSV
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""What the LightningModule hands to the optimizer."""
+"""The LightningModule gives the optimizer the right groups of parameters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from scmoe.training.build.model import build_module
 
 
 def test_matrices_decay_and_nothing_else():
-    """Norms, biases and position embeddings have a meaning at their size; the tied token embedding is a matrix."""
+    """Norms, biases and position embeddings do not decay; the tied token embedding is a matrix and does."""
     config = load(None, ["model.layers=2", "model.dim=16", "model.heads=2", "moe.num_experts=4", "data.seq_len=8"])
     module = build_module(config)
     module.configure_model()

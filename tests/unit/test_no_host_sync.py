@@ -1,7 +1,7 @@
-"""With fixed capacity nothing between a block's input and its gradients asks the host what a device has computed.
+"""With fixed capacity, a block's forward and backward pass never read a number of the device on the host.
 
-Shown without a device: tensors on `meta` have shapes and no numbers, so whatever would wait for a number raises. They
-take the ways of a device (moe/experts.py). On a GPU: test_cuda.py.
+The tests need no device: tensors on `meta` have shapes but no numbers, so code that reads a number raises. They take
+the code paths of a device (moe/experts.py). test_cuda.py does the same on a GPU.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from tests.support.models import DIM, EXPERTS, FFN, tiny_sublayers
 
 @pytest.fixture(autouse=True)
 def no_autocast(monkeypatch):
-    """Autocast does not know the device `meta`."""
+    """Disables autocast, which does not support the device `meta`."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
 
 
 def two_ranks() -> AllToAllDispatcher:
-    """The dispatcher of a rank of two, whose rows come back to it."""
+    """Returns the dispatcher of one of two ranks; its exchange returns the rank's own rows."""
     with patch.object(dist, "get_world_size", return_value=2):
         return AllToAllDispatcher(None, EXPERTS, exchange=free)
 
 
 def run(dispatcher: Dispatcher, experts: range, schedule: Schedule, factor: float | None, masked: bool) -> None:
-    """A training step's forward and backward of a ScMoE pair, losses on the routing included."""
+    """Runs forward and backward of a ScMoE pair, the losses on the routing included."""
     stream = MoEStream(Router(DIM, EXPERTS, 2), Experts(DIM, FFN, EXPERTS, experts), dispatcher, factor)
     norm, tap_norm = (torch.nn.LayerNorm(DIM) for _ in range(2))
     parts = {"tap_norm": tap_norm, "shared_expert": torch.nn.Linear(DIM, DIM), "coefficient": CG1(DIM)}
@@ -64,7 +64,7 @@ def test_forward_and_backward_ask_the_host_for_nothing(ranks, schedule, masked):
         run(two_ranks(), range(EXPERTS // 2), schedule, 1.25, masked)
 
 
-def test_who_asks_is_noticed():
-    """Dropless must know how many rows there are."""
+def test_a_request_to_the_host_is_detected():
+    """Dropless asks the host for the number of rows."""
     with pytest.raises(NotImplementedError, match="bincount"):
         run(LocalDispatcher(), range(EXPERTS), Schedule("scmoe", "pos2"), None, False)

@@ -1,4 +1,4 @@
-"""The recorder: it changes no bit, and sees the operators in the order of the schedule, forward and backward."""
+"""The recorder changes no bit, and sees the operators in the order of the schedule, forward and backward."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def train(block, recorder):
 @pytest.mark.parametrize("noisy", [False, True], ids=["", "noisy"])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_recording_changes_no_bit(schedule, noisy):
-    """noisy: the gate reads its input twice, and encode reads it too, so the order of three gradients counts."""
+    """With noise the gate reads its input twice, and encode reads it too, so the order of three gradients matters."""
     block = recorded_shortcut_block(schedule, 2.0, Log(), Blocking)
     if noisy:
         block.moe.router = randomise(Router(DIM, EXPERTS, 2, noisy=True).double())
@@ -52,7 +52,7 @@ def test_recording_changes_no_bit(schedule, noisy):
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_operators_are_seen_in_the_order_of_the_schedule(schedule):
-    """Transfers waited for at once; before the tap the pair's other sub-layers run, after it in backward."""
+    """Each transfer is awaited at once. The pair's other sub-layers run before the tap, in backward after it."""
     recorder = Recorder(CPU)
     train(recorded_shortcut_block(schedule, 2.0, Log(), Blocking), recorder)
     forward, backward = ([s.operator for s in recorder.spans(d)] for d in ("forward", "backward"))
@@ -68,7 +68,7 @@ def test_operators_are_seen_in_the_order_of_the_schedule(schedule):
 
 
 def test_measured_times_are_those_of_the_operators():
-    """Emulated operators sleep for at least their time, forward and twice that backward."""
+    """Emulated operators sleep for at least their time in forward, and twice as long in backward."""
     schedule = Schedule("scmoe", "pos2", 1)
     stream = tiny_stream(1, 2.0, Blocking(LocalDispatcher()))
     stream.experts = EmulatedExperts(us_per_row=1000.0)
@@ -85,7 +85,7 @@ def test_measured_times_are_those_of_the_operators():
     for direction, factor in ((0, 1), (1, 2)):
         for operator, seconds in least.items():
             assert times[direction, OPERATORS.index(operator)] >= factor * seconds, operator
-        assert times[direction, -1] >= times[direction, : len(OPERATORS)].sum() * 0.999  # all one after another
+        assert times[direction, -1] >= times[direction, : len(OPERATORS)].sum() * 0.999  # they run one after another
 
 
 def test_an_operator_without_a_gradient_is_timed_forward_only():

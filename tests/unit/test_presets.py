@@ -1,4 +1,4 @@
-"""The models of Tables 8 and 9 and their tiny twins: sizes, and every architecture of Tables 1 to 7 that fits each."""
+"""The models of Tables 8 and 9 have the right sizes, and build with every architecture of Tables 1 to 7 that fits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AT_POS1 = {  # with an MoE in every block there is no other position
     if "pos1" not in name and "pos3" not in name
 }
 FIRST_OF_A_FAMILY = ("gpt2_moe_small", "llama2_moe", "swinv2_moe_s")
-CASES = [  # every architecture at one size of each family, and three at the others, which only have other sizes
+CASES = [  # every architecture at one size of each family, and three at its other sizes
     (name, architecture, words)
     for name in NAMES
     for architecture, words in (AT_POS1 if name == "llama2_moe" else TABLES).items()
@@ -32,7 +32,7 @@ CASES = [  # every architecture at one size of each family, and three at the oth
 
 
 def preset(name: str, words: str):
-    """words: those of the section moe, since a preset has its own layers."""
+    """Reads a preset; of the words only those of the section moe are used, since a preset has its own layers."""
     if name.startswith("swin"):
         pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
     return load(MODELS / f"{name}.yaml", [word for word in overrides(words) if word.startswith("moe.")])
@@ -48,7 +48,7 @@ def test_architecture_builds_and_its_twin_learns(name, architecture, words):
     assert all(twin_counts[kind][1] < counts[kind][1] for kind in counts)
     generator = torch.Generator().manual_seed(0)
     if name.startswith("swin"):
-        randomise(twin)  # its norms start with weight 0, which would hide what stands before them
+        randomise(twin)  # its norms start with weight 0, so the modules before them would have zero gradients
         inputs = torch.randn(2, 3, 16, 16, generator=generator)
     else:
         inputs = torch.randint(512, (1, 32), generator=generator)

@@ -1,7 +1,6 @@
-"""Checkpoints from elsewhere: what is read, what is refused and how, and what upcycling makes of a dense model.
+"""Checkpoints of other programs and exports are read, or refused by a message that names the cause.
 
-Equality with transformers' own models is in tests/peers; here folders are written by hand, without that library.
-1e-12 in float64: the upcycled model adds up the same numbers in another order.
+tests/peers checks equality with transformers' own models; here folders are written by hand, without that library.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ LLAMA = {
 
 
 def llama_folder(folder: Path, **changes) -> dict[str, torch.Tensor]:
-    """A folder as transformers would write it; its tensors, under their names there."""
+    """Writes a folder as transformers would; returns its tensors under transformers' names."""
     config = LLAMA | changes
     (folder / "config.json").write_text(json.dumps(config))
     _, _, names = READERS["llama"](LLAMA)
@@ -109,7 +108,7 @@ def test_nothing_is_written_where_a_tensor_is_missing(tmp_path):
 @pytest.mark.parametrize("shape", [(), (24,), (24, 16, 1)], ids=str)
 @pytest.mark.parametrize("words", ["architecture=dense", "architecture=top_k top_k=2"])
 @pytest.mark.parametrize("name", ["mlp.down_proj", "mlp.up_proj", "post_attention_layernorm"])
-def test_a_tensor_of_other_dimensions(name, words, shape, tmp_path):
+def test_a_tensor_of_other_dimensions_is_refused_by_name(name, words, shape, tmp_path):
     tensors = llama_folder(tmp_path)
     tensors[f"model.layers.1.{name}.weight"] = torch.zeros(shape)
     save_file(tensors, tmp_path / "model.safetensors")
@@ -139,12 +138,12 @@ def test_a_tensor_of_other_dimensions(name, words, shape, tmp_path):
         ({"num_attention_heads": 0}, (), "config.json is not that of a llama"),
     ],
 )
-def test_settings_that_shapes_do_not_show(changes, overrides, said, tmp_path):
+def test_settings_that_shapes_do_not_show_are_checked(changes, overrides, said, tmp_path):
     llama_folder(tmp_path, **changes)
     assert said in refusal(dense("llama", f"init_from=hf:{tmp_path}", *overrides))
 
 
-def test_folders_that_are_none(tmp_path):
+def test_a_folder_without_a_readable_checkpoint_is_refused(tmp_path):
     def says(said: str) -> None:
         assert said in refusal(dense("llama", f"init_from=hf:{tmp_path}"))
 
@@ -158,7 +157,7 @@ def test_folders_that_are_none(tmp_path):
     says("model.safetensors cannot be read")
 
 
-def test_an_export_of_another_format(tmp_path):
+def test_an_export_of_another_format_is_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file({"tokens.weight": torch.zeros(1)}, file)
     assert "has format version None, allowed: 2" in refusal(dense("gpt", f"init_from=scmoe:{file}"))
@@ -188,7 +187,7 @@ def test_an_export_of_another_format(tmp_path):
     ],
 )
 def test_an_export_into_another_model_is_refused_by_key(change, tmp_path):
-    """Many of them have the same tensors: with another position or number of heads all would fit, and all be wrong."""
+    """Shapes do not show it: with another position or number of heads all tensors fit, and give another model."""
     file, key = tmp_path / "model.safetensors", change.partition("=")[0]
     export(tiny(), file)
     message = refusal(tiny(change, f"init_from=scmoe:{file}"))
@@ -196,8 +195,8 @@ def test_an_export_into_another_model_is_refused_by_key(change, tmp_path):
     assert came != allowed and f"{key} is {came}, allowed: {allowed}" in message
 
 
-def test_what_does_not_make_the_model_may_differ(tmp_path):
-    """Neither training nor a key that this architecture does not read."""
+def test_settings_that_do_not_define_the_model_may_differ(tmp_path):
+    """Keys of the training, and keys that this architecture does not read, may have other values."""
     file = tmp_path / "model.safetensors"
     top_2 = ("moe.architecture=top_k", "moe.top_k=2")
     export(tiny(*top_2), file)
@@ -211,12 +210,12 @@ def test_an_moe_does_not_become_dense(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["gpt2", "zip:file", "https://example.com/model"])
-def test_other_sources(value):
+def test_other_sources_are_refused(value):
     with pytest.raises(ConfigError, match=r"init_from is .*, allowed: null, hf:FOLDER or scmoe:FILE"):
         tiny(f"init_from={value}")
 
 
-def test_the_newest_run_is_not_what_it_was_once_this_one_has_begun(tmp_path):
+def test_the_link_to_the_newest_run_is_refused_as_a_source(tmp_path):
     for runs in ("runs", tmp_path):
         with pytest.raises(ConfigError, match=r"init_from is .*, allowed: another path"):
             tiny(f"runs_dir={runs}", f"init_from=scmoe:{runs}/latest/export/model.safetensors")
@@ -232,7 +231,7 @@ def test_the_newest_run_is_not_what_it_was_once_this_one_has_begun(tmp_path):
         ("llama", "architecture=dgmoe", "moe.architecture top_k, shared_expert or scmoe"),
     ],
 )
-def test_what_cannot_be_upcycled(family, words, said, tmp_path):
+def test_a_model_that_cannot_be_upcycled_is_refused(family, words, said, tmp_path):
     file = tmp_path / "model.safetensors"
     export(dense(family), file)
     overrides = [f"moe.{word}" for word in words.split()]

@@ -1,7 +1,8 @@
-"""Every private name of Lightning and torch that the product uses is still as expected, and one file alone uses them.
+"""Every private name of Lightning and torch that the product uses is still as expected, and only one file uses them.
 
-Private are names with an underscore, which `test_private_names_are_used_in_the_seam_alone` finds, and those without one
-that no documentation promises, which are listed. An upgrade that changes one fails here and names it.
+Private names are those with an underscore, which `test_private_names_are_used_in_the_seam_alone` finds, and those
+without an underscore and without documentation, which are listed here. After an upgrade that changes one, a test fails
+and shows its name.
 """
 
 import ast
@@ -31,7 +32,7 @@ from scmoe.parallel.strategy import ExpertParallelStrategy
 
 ROOT = Path(__file__).parents[2]
 
-SIGNATURES = {  # name: where it is, its parameters
+SIGNATURES = {  # name: its owner, its parameters
     "_set_params_and_buffers_to_ignore_for_model": (
         DistributedDataParallel,
         ["module", "params_and_buffers_to_ignore"],
@@ -45,9 +46,9 @@ OTHERS = {
     *("_ddp_params_and_buffers_to_ignore", "_last_global_step_saved"),
     *("_batches_that_stepped", "_signal_connector"),
     *("_execution_engine", "_compiled_call_impl"),
-    "_fingerprint",  # of the Hugging Face data sets
+    "_fingerprint",  # Hugging Face data sets have it
 }
-UNDOCUMENTED = {  # names without an underscore that no documentation promises
+UNDOCUMENTED = {  # undocumented names without an underscore
     *("epoch_loop", "val_loop", "batch_progress", "TrainerStatus", "procs", "rank_zero_only")
 }
 PYTHONS = {"_fields", "_getframe", "_replace"}
@@ -65,7 +66,7 @@ def test_the_others_exist():
     assert ModelCheckpoint()._last_global_step_saved == 0
     assert "self._last_global_step_saved == trainer.global_step" in inspect.getsource(ModelCheckpoint)
     assert isinstance(Trainer(logger=False, accelerator="cpu")._signal_connector, _SignalConnector)
-    assert inspect.getsource(_SignalConnector).count("signal.signal(") == 1, "in _register_signal"
+    assert inspect.getsource(_SignalConnector).count("signal.signal(") == 1, "only _register_signal sets handlers"
     assert "_batches_that_stepped" in inspect.getsource(_TrainingEpochLoop.on_load_checkpoint)
     assert hasattr(nn.Module(), "_compiled_call_impl")
     assert callable(Variable._execution_engine.queue_callback)
@@ -77,7 +78,7 @@ def is_private(name):
 
 
 def names_of(node):
-    """The names that a piece of source uses: as an attribute, imported, or by their text in getattr and the like."""
+    """Returns the names that a node uses: an attribute, imported names, or the text in a call of getattr or hasattr."""
     if isinstance(node, ast.Attribute):
         return [node.attr]
     if isinstance(node, ast.ImportFrom):
@@ -97,7 +98,7 @@ def defined_by(node):
 
 
 def test_private_names_are_used_in_the_seam_alone():
-    """A name that is defined here is not foreign, unless it is Lightning's or torch's and overridden here."""
+    """A name that is defined in this repository is not foreign, unless it overrides one of Lightning or torch."""
     paths = [path for room in ("scmoe", "datamodules", "experiments") for path in (ROOT / room).rglob("*.py")]
     nodes = [
         (path.relative_to(ROOT).as_posix(), node) for path in paths for node in ast.walk(ast.parse(path.read_text()))
@@ -114,7 +115,7 @@ def test_private_names_are_used_in_the_seam_alone():
 
 
 def test_progress_of_lightnings_loops():
-    """Where a run stands in a step, and how a validation that was broken off is done over."""
+    """The loops count where a run is in a step, and an interrupted validation can be reset and repeated."""
     trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
     loop = trainer.fit_loop.epoch_loop
     for progress in (loop.batch_progress, loop.val_loop.batch_progress):
@@ -125,7 +126,7 @@ def test_progress_of_lightnings_loops():
         progress.total.reset_on_restart()
         progress.reset()
         assert (progress.current.ready, progress.total.ready) == (0, 0)
-    assert loop.batch_idx == -1, "ready - 1"
+    assert loop.batch_idx == -1, "batch_idx is ready - 1"
     assert (trainer.validating, trainer.sanity_checking, trainer.checkpoint_callbacks) == (False, False, [])
     assert trainer.state.fn is None and TrainerFn.FITTING == "fit" and TrainerStatus.INTERRUPTED in TrainerStatus
 
@@ -138,7 +139,7 @@ def test_the_launcher_keeps_its_processes():
 
 
 def test_hooks_of_a_strategy():
-    """Those that are overridden are called by these names, and Lightning's own at a start or an end do nothing."""
+    """Lightning calls the overridden hooks by these names, and its own hooks at a start or an end do nothing."""
     bases = ExpertParallelStrategy.__mro__[: ExpertParallelStrategy.__mro__.index(DDPStrategy)]
     overridden = {name for base in bases for name in vars(base)}
     stages = {f"on_{stage}_{end}" for stage in ("validation", "test", "predict") for end in ("start", "end")}
@@ -170,7 +171,7 @@ def test_a_precision_plugin_clips_by_these_names():
     )
 
 
-def test_the_rank_that_is_known_before_a_trainer():
+def test_the_rank_is_known_before_a_trainer_exists():
     assert rank_zero_only.rank == 0
 
 
@@ -184,7 +185,7 @@ def test_rows_of_the_csv_logger(tmp_path):
 
 
 def test_files_of_distributed_checkpoints(tmp_path):
-    """A file a rank, and nothing else; who overrides `write_data` is told its name when it is written."""
+    """A rank writes one file and nothing else; an overridden `write_data` learns its name when the file is written."""
     names = set()
 
     class Writer(HuggingFaceStorageWriter):

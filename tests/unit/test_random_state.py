@@ -1,4 +1,4 @@
-"""A rank's generators go on where they were, whichever library draws: torch, Python, NumPy."""
+"""A rank's generators (torch, Python, NumPy) continue from their saved states."""
 
 import random
 
@@ -13,8 +13,8 @@ def draw():
     return [torch.rand(3).tolist(), random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn()]
 
 
-@pytest.mark.parametrize("normals", [0, 1])  # normals are drawn in pairs, of which one is kept
-def test_what_is_drawn_next_is_the_same(normals):
+@pytest.mark.parametrize("normals", [0, 1])  # normals are drawn in pairs, and the generator keeps the second
+def test_restored_generators_draw_the_same_numbers(normals):
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
     for _ in range(normals):
         draw()
@@ -26,7 +26,7 @@ def test_what_is_drawn_next_is_the_same(normals):
 
 
 def test_shapes_never_change():
-    """So that a reader knows what to allocate."""
+    """A reader of a checkpoint allocates by these shapes."""
     shapes = []
     for _ in range(3):
         shapes.append({name: (state.shape, state.dtype) for name, state in rng_states().items()})

@@ -1,4 +1,4 @@
-"""Activation checkpointing changes no bit, keeps less, and routes once."""
+"""Activation checkpointing changes no bit, keeps fewer bytes, and routes once."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SIZES = "data.name=synthetic data.vocab_size=64 data.seq_len=16"
 
 
 def step(architecture, recompute, monkeypatch):
-    """Logits, gradients, bytes kept for backward, and how often a router ran."""
+    """Returns the logits with all gradients, the bytes kept for backward, and the number of router calls."""
     overrides = [*TINY.split(), *SIZES.split(), f"moe.architecture={architecture}", f"trainer.recompute={recompute}"]
     model = build_model(load(None, overrides), ParallelContext()).double()
     routed, forward, kept = [], Router.forward, {}
@@ -45,4 +45,4 @@ def test_recomputing_changes_no_bit_and_keeps_less(architecture, monkeypatch):
     again, kept_again, routed_again = step(architecture, True, monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True)), "dropout and noise included"
     assert kept_again < 0.6 * kept
-    assert routed == routed_again == 2, "routing is kept, not computed again"
+    assert routed == routed_again == 2, "the routing is kept and not recomputed"

@@ -1,7 +1,7 @@
 """Every architecture equals the oracle in logits, losses and all gradients; slots and chunks change nothing.
 
-1e-12 of the largest entry in float64: both sides do the same sums in another order, over at most a few thousand terms
-of rounding error 1e-16 each; a wrong term shows at 1e-3 or more.
+The tolerance is 1e-12 of the largest entry in float64: both sides do the same sums in another order, over at most a few
+thousand terms of rounding error 1e-16 each. A wrong term changes the result by 1e-3 or more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def config_of(words: str, *further: str) -> Config:
 
 
 def run(config: Config) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list, torch.nn.Module]:
-    """Values by name, gradients by name of the three losses' weighted sum, the routers' sums, the model."""
+    """Returns values by name, gradients by name of the weighted sum of losses, the routers' sums, and the model."""
     model, (ids, labels) = tiny_model(config), tiny_batch(config)
     logits, stats = model(ids)
     values = {"logits": logits, "token_loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten())}
@@ -37,7 +37,7 @@ def run(config: Config) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor
 
 
 def total(values: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The routers' losses weigh enough for an error in them to show."""
+    """The routers' losses have large weights, so that an error in them is visible."""
     return values["token_loss"] + 0.5 * values.get("load_balance_loss", 0) + 0.3 * values.get("z_loss", 0)
 
 
@@ -82,7 +82,7 @@ def test_architecture_equals_oracle(architecture, capacity):
     answer = check_against_oracle(config_of(LANGUAGE_WITH_ORACLE[architecture], f"moe.capacity_factor={capacity}"))
     if capacity == "null":
         assert sum(answer.dropped) == 0
-    if capacity == "1.0":  # else the case would say nothing about drops
+    if capacity == "1.0":  # without drops the case would not test them
         assert sum(answer.dropped) > 0
 
 
@@ -121,7 +121,7 @@ def test_schedule_changes_no_bit_over_slots_and_rounding_over_chunks(case, capac
     for chunks in (1, 2, 3):
         first = outcome(0, chunks)
         for name, value in first.items():
-            # chunks cut the sums over an expert's tokens, so they may round otherwise; slots may not
+            # chunks split the sums over an expert's tokens and may change their rounding; slots may not
             assert_close(value, whole[name], 1e-12, f"{name}, chunks {chunks}")
         for slot in range(1, last_slot + 1):
             other = outcome(slot, chunks)
@@ -138,7 +138,7 @@ def test_chunks_equal_oracle(capacity, chunks):
 
 @pytest.mark.parametrize("architecture", ("top-2", "shared-cg2", "pos1", "pos2", "pos3", "scmoe-every-block", "dgmoe"))
 def test_padding_changes_no_logit(architecture):
-    """The mask reaches every router: 8 tokens give the same with 4 of padding after them, and only 8 are counted."""
+    """The mask reaches every router: 4 tokens of padding after 8 real ones change none of their logits or counts."""
     config = config_of(LANGUAGE_WITH_ORACLE[architecture], "moe.capacity_factor=null")
     model, (ids, _) = tiny_model(config), tiny_batch(config, 1)
     logits, stats = model(ids, torch.arange(12)[None] < 8)
@@ -147,7 +147,7 @@ def test_padding_changes_no_logit(architecture):
     assert torch.equal(integer_sums(stats), integer_sums(short_stats))
 
 
-# Negative control: an oracle that is off in one term is told apart.
+# Negative control: the comparison detects an oracle with one wrong term.
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_padding_changes_no_logit(architecture):
     ],
     ids=str,
 )
-def test_wrong_oracle_is_told_apart(change, monkeypatch):
+def test_a_wrong_oracle_is_detected(change, monkeypatch):
     honest = reference.gpt
     monkeypatch.setattr(reference, "gpt", lambda w, spec, *batch: honest(w, spec._replace(**change), *batch))
     config = config_of("position=pos2 top_k=2 combine=cg2", "moe.capacity_factor=null")
@@ -171,14 +171,14 @@ def test_wrong_oracle_is_told_apart(change, monkeypatch):
         check_against_oracle(config)
 
 
-def test_an_oracle_without_dgmoes_rule_is_told_apart(monkeypatch):
+def test_an_oracle_without_dgmoes_rule_is_detected(monkeypatch):
     honest = reference.gate
     monkeypatch.setattr(reference, "gate", lambda logits, top_k, taken=None: honest(logits, top_k))
     with pytest.raises(AssertionError, match="differs"):
         check_against_oracle(config_of("architecture=dgmoe", "moe.capacity_factor=null"))
 
 
-def test_a_model_that_shares_no_module_is_told_apart():
+def test_a_model_that_shares_no_module_is_detected():
     config = config_of(LANGUAGE_WITH_ORACLE["dgmoe-share"], "moe.capacity_factor=null")
     model = tiny_model(config_of("architecture=dgmoe position=pos2 model.layers=4", "moe.capacity_factor=null"))
     expected, _, _ = oracle(config, model)

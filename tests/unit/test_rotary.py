@@ -1,4 +1,4 @@
-"""Rotary positions: only distances count, nothing grows, and half precision is turned by exact angles."""
+"""Rotary positions depend only on distances, keep lengths, and use exact angles in half precision."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ def test_equals_the_oracle_and_keeps_lengths():
     assert (turned[:, 1:] - x[:, 1:]).abs().max() > 0.1
 
 
-def test_a_match_depends_on_the_distance_alone():
+def test_a_score_depends_only_on_the_distance():
     q, k = draw(2, 8)
-    match = Rotary()(q.expand(20, 8)) @ Rotary()(k.expand(20, 8)).T  # of q at s and k at t
+    match = Rotary()(q.expand(20, 8)) @ Rotary()(k.expand(20, 8)).T  # score of q at s and k at t
     for distance in range(20):
         diagonal = match.diagonal(-distance)
         assert_close(diagonal, diagonal[:1].expand_as(diagonal))
     assert match[0].std() > 0.1
 
 
-def test_half_precision_loses_nothing_to_the_angles():
-    """At position 1000 an angle rounded to bfloat16 would be off by 2."""
+def test_half_precision_is_rotated_by_exact_angles():
+    """At position 1000 an angle rounded to bfloat16 would have an error of 2."""
     x = draw(1001, 8).bfloat16()
     error = (Rotary()(x).double() - Rotary()(x.double())).abs().max()
     assert Rotary()(x).dtype == torch.bfloat16 and error < 2**-7 * x.abs().max()
 
 
-def test_attention_knows_the_order_of_tokens_by_it():
-    """Without positions, attention of the last token is the same for any order of those before it."""
+def test_attention_sees_the_order_of_tokens_through_rotary():
+    """Without positions, the last token's attention does not depend on the order of the tokens before it."""
     x = draw(1, 6, 16)
     swapped = x[:, [2, 0, 4, 1, 3, 5]]
     for rotary, same in ((None, True), (Rotary(), False)):

@@ -1,4 +1,4 @@
-"""The gate, Eq. 2-5, against the oracle, and its switches."""
+"""The gate (Eq. 2-5) equals the oracle, and its switches have their effects."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_equals_the_oracle(top_k):
 def test_weights_and_their_gradient_for_the_gate(top_k):
     gate = router(top_k)
     weights = gate(tokens()).topk_weights_TK
-    if top_k == 1:  # the raw probability: were it renormalised, it would be 1 and the gate would learn nothing
+    if top_k == 1:  # the raw probability: renormalised, it would be 1 and the gate would learn nothing
         assert (weights < 1).all()
     else:
         assert_close(weights.sum(-1), torch.ones(20, dtype=torch.float64))
@@ -44,7 +44,7 @@ def test_weights_and_their_gradient_for_the_gate(top_k):
 
 
 @pytest.mark.parametrize("top_k", (2, 3, EXPERTS))
-def test_not_renormalised_the_weights_are_probabilities_among_all(top_k):
+def test_weights_without_renormalisation_are_probabilities_over_all_experts(top_k):
     routing = router(top_k, renormalise=False)(tokens())
     assert torch.equal(routing.topk_ids_TK, router(top_k)(tokens()).topk_ids_TK)
     assert_close(routing.topk_weights_TK, routing.logits_TE.softmax(-1).gather(-1, routing.topk_ids_TK))
@@ -57,7 +57,7 @@ def test_bf16_never_reaches_the_logits(top_k, parameters):
     with torch.autocast("cpu", torch.bfloat16):
         routing = gate(x)
     assert {t.dtype for t in (routing.logits_TE, routing.scores_TE, routing.topk_weights_TK)} == {torch.float32}
-    # float32 products of the same numbers; bf16 would be off by 4e-3
+    # float32 products of the same numbers; bf16 would have an error of 4e-3
     assert_close(routing.logits_TE.double(), x.double() @ gate.gate.weight.double().T, 1e-6)
 
 
@@ -66,7 +66,7 @@ def test_float64_is_not_narrowed_to_float32():
 
 
 def test_huge_logits_stay_finite_under_bf16_autocast():
-    """Fault 28: logits of +-7e4, beyond float16 and in bf16 256 apart."""
+    """Fault 28: logits of +-7e4 overflow float16, and bf16 rounds them to multiples of 256."""
     gate = Router(DIM, EXPERTS, 2)
     x = torch.zeros(3, DIM)
     x[:, 0] = torch.tensor([1.0, -1.0, 1.0])
@@ -76,7 +76,7 @@ def test_huge_logits_stay_finite_under_bf16_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         routing = gate(x)
     assert routing.topk_ids_TK.tolist() == [[0, 2], [1, 5], [0, 2]]
-    expected = torch.tensor([1.0, 0.0]).sigmoid()[0]  # two logits that differ by 1: told apart, not tied
+    expected = torch.tensor([1.0, 0.0]).sigmoid()[0]  # two logits that differ by 1 are not tied
     assert_close(routing.topk_weights_TK[0], torch.stack([expected, 1 - expected]), 1e-6)
     (
         routing.topk_weights_TK.sum() + routing.scores_TE.square().sum() + routing.logits_TE.logsumexp(-1).sum()
@@ -99,7 +99,7 @@ def test_noise_is_that_of_eq_4_and_only_in_training():
     state = torch.get_rng_state()
     quiet = gate.eval()(x)
     assert_close(quiet.logits_TE, x @ gate.gate.weight.T)
-    assert torch.equal(torch.get_rng_state(), state)  # not even drawn
+    assert torch.equal(torch.get_rng_state(), state)  # no noise is drawn
     assert router().noise is None
 
 
@@ -114,7 +114,7 @@ def test_balanced_routing_is_even_to_one_copy(top_k, num_tokens):
 
 
 def reference_weights(routing) -> torch.Tensor:
-    """The gate's own weights of the experts that were dealt."""
+    """Returns the gate's own weights of the experts that balanced routing chose."""
     weights = routing.scores_TE.gather(1, routing.topk_ids_TK)
     return weights / weights.sum(1, keepdim=True) if weights.shape[1] > 1 else weights
 

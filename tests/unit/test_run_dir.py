@@ -1,4 +1,4 @@
-"""A run's directory has a name that keeps what distinguishes it, and its last state however the run ends."""
+"""The name of a run's directory shows how the run differs from others; its last state is right however it ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is read from run directories: states, curves, differences; the list and the comparison made of them."""
+"""States, curves and differences are read from run directories, and runs are listed and compared by them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ METRICS = """step,train/loss,val/loss,time/tokens_per_s
 
 
 def make_run(folder: Path, name: str, *overrides: str, state: str = "finished") -> Path:
-    """A run of configs/debug.yaml (batches of 4 x 16 tokens) as a training leaves it."""
+    """Writes the directory of a run of configs/debug.yaml (batches of 4 x 16 tokens), as a training does."""
     run_dir = folder / name
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(to_yaml(load(ROOT / "configs/debug.yaml", overrides)))
@@ -64,10 +64,10 @@ def test_a_killed_run_is_cut(tmp_path):
         (tmp_path / "state.json").write_text(json.dumps(kept | change))
         assert read_state(tmp_path) == "cut"
     (tmp_path / "state.json").write_text(json.dumps(kept | {"pid": ended.pid, "host": "elsewhere"}))
-    assert read_state(tmp_path) == "running", "another machine's process cannot be seen"
+    assert read_state(tmp_path) == "running", "a process of another machine is not visible"
 
 
-def test_a_run_from_before_there_were_states(tmp_path):
+def test_a_run_without_a_state_file_is_cut_unless_it_has_a_summary(tmp_path):
     assert read_state(tmp_path) == "cut"
     (tmp_path / "summary.json").write_text("{}")
     assert read_state(tmp_path) == "finished"
@@ -97,7 +97,7 @@ def test_runs_are_listed_with_what_differs_in_their_experiment(folder, capsys):
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines() if "20261101" in line]
     names = [line[0].rpartition("-")[2] for line in lines]
-    assert names == ["d", "c", "b", "a", "e", "e"], "the newest first, latest not twice"
+    assert names == ["d", "c", "b", "a", "e", "e"], "the newest is first, and the link `latest` is not listed"
     assert [line[1:5] for line in lines[:4]] == [
         ["finished", "4/4", "4.2500", "300"],
         ["finished", "4/4", "4.2500", "300"],
@@ -105,12 +105,12 @@ def test_runs_are_listed_with_what_differs_in_their_experiment(folder, capsys):
         ["finished", "4/4", "4.2500", "300"],
     ]
     words = [[], ["optim.lr=0.5"], ["moe.position=pos3"], [], ["optim.lr=0.2"], ["optim.lr=0.1"]]
-    assert [line[7:] for line in lines] == words, "of two that differ neither is the usual one"
+    assert [line[7:] for line in lines] == words, "where two runs differ, neither value is the usual one"
     assert "6 of 6 runs" in out
     assert runs_main([str(folder), "--last", "1"]) == 0
     assert "1 of 6 runs" in capsys.readouterr().out
     assert runs_main([str(folder / "sweeps/lr")]) == 0
-    assert "optim.lr=0.1" in capsys.readouterr().out, "also where the list begins below the sweep"
+    assert "optim.lr=0.1" in capsys.readouterr().out, "a list that starts inside the sweep shows it too"
 
 
 def test_a_run_of_an_older_version_is_compared_by_defaults(folder):
@@ -138,13 +138,13 @@ def test_runs_are_compared(folder, capsys):
     assert "the configs are the same" in capsys.readouterr().out
 
 
-def test_a_run_that_has_logged_nothing_is_drawn_as_nothing(folder):
+def test_a_run_without_metrics_can_be_compared(folder):
     empty = make_run(folder, "debug/20261101-130000-empty", state="running")
     os.remove(empty / "metrics.csv")
     assert compare_main([str(empty), str(folder / "latest"), "--out", str(folder / "c.png")]) == 0
 
 
 @pytest.mark.parametrize("main", (runs_main, compare_main))
-def test_what_is_not_there_ends_in_one_line(main, tmp_path, capsys):
+def test_a_missing_run_is_reported_in_one_line(main, tmp_path, capsys):
     assert main([str(tmp_path / "no")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""The schedule as a value, and that the blocks do what it says."""
+"""The schedule is a value, and the blocks execute it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.models import DIM, FFN, tiny_stream, tiny_sublayers
 
 EVERY_WINDOW = [Schedule(name, position) for name, each in ARCHITECTURES.items() for position in each or (None,)]
 EVERY_SLOT = [schedule for window in EVERY_WINDOW for schedule in slots(window)]
-WITHOUT_DGMOE = [s for s in EVERY_SLOT if s.architecture != "dgmoe"]  # test_double_gate.py has its own
+WITHOUT_DGMOE = [s for s in EVERY_SLOT if s.architecture != "dgmoe"]  # test_double_gate.py tests dgmoe
 
 
 def test_windows_are_the_papers():
@@ -71,7 +71,7 @@ def test_default_slot_is_the_middle():
     assert {s.name: s.slot for s in EVERY_WINDOW if s.name in middle} == middle
 
 
-def test_is_a_value():
+def test_a_schedule_is_a_value():
     default, explicit = Schedule("scmoe", "pos2"), Schedule("scmoe", "pos2", 1)
     assert default == explicit and hash(default) == hash(explicit)
     with pytest.raises(FrozenInstanceError):
@@ -103,7 +103,7 @@ def test_shortcut_block_refuses_too_few_sublayers():
         ShortcutBlock(tiny_sublayers()[:1], nn.LayerNorm(DIM), tiny_stream(), Schedule("scmoe", "pos2"), **parts)
 
 
-# What the blocks really do
+# The order in which the blocks run
 
 
 class LoggingDispatcher(LocalDispatcher):
@@ -120,7 +120,7 @@ class LoggingDispatcher(LocalDispatcher):
 
 
 def executed(schedule: Schedule, capacity_factor: float | None, monkeypatch) -> tuple[str, ...]:
-    """Operators in the order in which a block starts them, from the tap on."""
+    """Returns the operators in the order in which a block starts them, from the tap on."""
     log: list[str] = []
 
     def logged(f, name: str):

@@ -1,4 +1,4 @@
-"""Fig. 10's matrix by hand, and that the probe reads every representation of the residual stream once."""
+"""The matrix of Fig. 10 is right, and the probe reads every representation of the residual stream once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.models import assert_close, hooks, randomise, tiny, tiny_batc
 
 
 def test_cosines_by_hand():
-    """Cosines 1 and 0, 0.6 and 0.8, and their means over two tokens."""
+    """The cosines per token are 0 and 1 (a, b), 0.6 and 0.8 (a, c), 0.8 twice (b, c); the matrix has their means."""
     a = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
     b = torch.tensor([[0.0, 1.0], [0.0, 5.0]])
     c = torch.tensor([[3.0, 4.0], [6.0, 8.0]])
@@ -74,11 +74,11 @@ def test_every_representation_is_read_once_in_order(words, labels):
     assert_close(matrix, matrix.T, 1e-12)
     assert_close(matrix.diagonal(), torch.ones(len(labels), dtype=torch.float64), 1e-12)
     model(ids)
-    assert probe.labels() == labels, "it sees no more"
+    assert probe.labels() == labels, "a removed probe reads nothing"
 
 
-def test_a_picture_models_stages_stand_beside_each_other():
-    """The width doubles from stage to stage: each begins with an input of its own, and nothing is compared across."""
+def test_stages_of_an_image_model_are_not_compared_with_each_other():
+    """The width doubles from stage to stage, so each stage has its own input and its own part of the matrix."""
     pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
     words = "model.family=swin model.layers=2 model.dim=8 model.heads=1 model.patch_size=2 model.window=2"
     words += " data.name=digits data.image_size=32 data.num_classes=5"

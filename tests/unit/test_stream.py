@@ -1,4 +1,4 @@
-"""The MoE stream as a whole: padding, ample capacity, lopsided routings, several streams open at once, precision."""
+"""The whole MoE stream handles padding, capacity, unbalanced routing, several open streams and mixed precision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MASK_BS = torch.tensor([[True] * 8 + [False] * 4, [True] * 3 + [False] * 9])
 
 
 def tokens(batch_size: int = 2, seq_len: int = 12) -> Tensor:
-    """Eighths, so that the gate's products with weights in eighths are exact, whatever the order of their sums."""
+    """Returns tokens in eighths: the gate's products with weights in eighths are exact in any order of their sums."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(-20, 21, (batch_size, seq_len, DIM), generator=generator).double() / 8
 
@@ -32,7 +32,7 @@ def exact_stream(top_k: int, capacity_factor: float | None) -> MoEStream:
 def outcome(
     stream: MoEStream, x_BSD: Tensor, mask_BS: Tensor | None = None, chunks: int = 1
 ) -> tuple[MoEOutput, dict[str, Tensor]]:
-    """Output, and gradients of the sum of squares of real tokens' outputs, the input's under 'x'."""
+    """Returns the output, and the gradients of its sum of squares; the input's gradient is under 'x'."""
     x_BSD = x_BSD.clone().requires_grad_()
     output = stream(x_BSD, mask_BS, chunks)
     output.y_BSD.square().sum().backward()
@@ -44,7 +44,7 @@ def outcome(
 
 @pytest.mark.parametrize("capacity_factor", (None, 2.0, 0.7))
 @pytest.mark.parametrize("top_k", (1, 2))
-def test_what_padding_holds_changes_no_bit(top_k, capacity_factor):
+def test_the_content_of_padding_changes_no_bit(top_k, capacity_factor):
     x = tokens()
     other = x.where(MASK_BS[..., None], 100.0)
     (output, grads), (output_2, grads_2) = (
@@ -57,15 +57,15 @@ def test_what_padding_holds_changes_no_bit(top_k, capacity_factor):
 
 
 @pytest.mark.parametrize("top_k", (1, 2))
-def test_padded_equals_unpadded_to_the_bit(top_k):
-    """Dropless: each expert gets the same rows in the same order."""
+def test_padded_and_unpadded_are_bit_identical(top_k):
+    """Without drops each expert gets the same rows in the same order."""
     x = tokens()
     padded, grads = outcome(exact_stream(top_k, None), x, MASK_BS)
     real, real_grads = outcome(exact_stream(top_k, None), x[MASK_BS][None])
     assert torch.equal(padded.y_BSD[MASK_BS], real.y_BSD[0])
     for name in ("experts.w_in_eDF", "experts.w_out_eFD"):
         assert torch.equal(grads[name], real_grads[name])
-    # 1e-12: the gate's products have another number of rows, which may change the order of their sums
+    # equal to 1e-12: the gate's products have another number of rows, which may change the order of their sums
     assert_close(grads["x"][MASK_BS], real_grads["x"][0])
     assert_close(grads["router.gate.weight"], real_grads["router.gate.weight"])
     assert torch.equal(integer_sums([padded.stats]), integer_sums([real.stats]))
@@ -94,7 +94,7 @@ def test_a_batch_of_padding_alone_gives_zeros(capacity_factor):
 @pytest.mark.parametrize("chunks", (1, 2, 3))
 @pytest.mark.parametrize("top_k", (1, 2, 3))
 def test_ample_capacity_is_dropless(top_k, chunks):
-    """1e-12: products over rows padded with empty slots may sum in another order."""
+    """The tolerance is 1e-12: products over rows padded with empty slots may sum in another order."""
     ample, grads = outcome(tiny_stream(top_k, float(EXPERTS)), tokens(), chunks=chunks)
     dropless, dropless_grads = outcome(tiny_stream(top_k, None), tokens())
     assert ample.stats.num_dropped == 0
@@ -104,7 +104,7 @@ def test_ample_capacity_is_dropless(top_k, chunks):
 
 
 def aimed_at(stream: MoEStream, expert: int) -> tuple[MoEStream, Tensor]:
-    """The stream and tokens that all want this expert first."""
+    """Returns the stream, and tokens whose first choice is this expert."""
     with torch.no_grad():
         stream.router.gate.weight[:, 0] = 0.0
         stream.router.gate.weight[expert, 0] = 30.0
@@ -132,7 +132,7 @@ def test_all_tokens_to_one_expert(expert, chunks, capacity_factor):
 # ---------------------------------------------------------------------- state and precision
 
 
-def test_forward_leaves_no_trace_and_streams_may_be_open_at_once():
+def test_forward_keeps_no_state_and_streams_may_be_open_at_once():
     stream, x = tiny_stream(2, 1.0), tokens()
     before = {name: value for name, value in vars(stream).items() if not name.startswith("_")}
     alone = [stream(x, None, 2).y_BSD, stream(-x, None, 2).y_BSD]
@@ -154,7 +154,7 @@ def test_a_step_in_bf16_autocast_is_near_float32_and_its_losses_are_float32(capa
     assert stats.score_sums_E.dtype == stats.z_sum.dtype == torch.float32
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
     exact = model(ids).logits_BSV
-    # bf16 has 8 bits, 4e-3; a token whose two best experts tie may be routed otherwise, so the median
+    # bf16 has 8 bits, 4e-3; the median, since a token whose two best experts tie may go to the other one
     assert (logits.float() - exact).abs().median() < 0.05 * exact.std()
 
 
@@ -167,7 +167,7 @@ def test_rows_travel_in_the_dtype_of_autocast():
 
 
 def test_the_gate_learns_under_drops():
-    """A dropped copy's weight has no gradient of its own; the others' have."""
+    """The weight of a dropped copy has no gradient; those of other copies have one."""
     stream, x = aimed_at(tiny_stream(1, 1.0), 2)
     _, grads = outcome(stream, x)
     assert 0 < grads["router.gate.weight"].abs().max() < math.inf

@@ -1,5 +1,4 @@
-"""A sweep file: what W&B would refuse and what no configuration has is refused by its name; values lie where they
-belong."""
+"""A sweep file's wrong settings and unknown keys are refused by name, and distributions give the right values."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 NO_CONFIG = ["${env}", "${interpreter}", "-m", "experiments.train", "${args_no_hyphens}"]
 ENVIRONMENT = [*GOOD["command"][:5], "name=${envvar:HOME}", "${args_no_hyphens}"]
 
-# path of what is changed, its new value (None: taken out), and what the refusal must say
+# path of the changed setting, its new value (None: removed), and text that the refusal must contain
 BAD = [
     ("method", "genetic", "method is 'genetic', allowed: grid | random | bayes"),
     ("method", None, "method is missing"),
@@ -98,12 +97,12 @@ def test_a_good_file_is_read(tmp_path):
     assert (sweep.name, sweep.metric, sweep.minimize, sweep.run_cap) == ("s", "val/loss", True, 3)
     assert sweep.overrides == ["trainer.max_steps=3", "seed=3"]
     assert sweep.launcher[-2:] == ["-m", "experiments.train"]
-    assert sweep.raw["command"] == [*GOOD["command"][:-1], "seed=3", "${args_no_hyphens}"], "as W&B's agent gets it"
-    assert {**sweep.raw, "command": None} == {**GOOD, "command": None}, "nothing of ours in it"
+    assert sweep.raw["command"] == [*GOOD["command"][:-1], "seed=3", "${args_no_hyphens}"], "for W&B's agent"
+    assert {**sweep.raw, "command": None} == {**GOOD, "command": None}, "no other key is changed"
 
 
 @pytest.mark.parametrize(("path", "value", "said"), BAD, ids=[f"{path} {value}"[:60] for path, value, _ in BAD])
-def test_what_is_wrong_is_refused_by_its_name(path, value, said, tmp_path):
+def test_a_wrong_setting_is_refused_by_its_name(path, value, said, tmp_path):
     file = write(tmp_path, changed(path, value))
     with pytest.raises(ConfigError) as caught:
         read(file)
@@ -113,7 +112,7 @@ def test_what_is_wrong_is_refused_by_its_name(path, value, said, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "- a\n", "method: [\n", "!!python/object/apply:os.getcwd []\n"])
-def test_what_is_no_sweep_file_is_refused(text, tmp_path):
+def test_a_file_that_is_not_a_sweep_is_refused(text, tmp_path):
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(ConfigError):
         read(str(tmp_path / "s.yaml"))
@@ -121,7 +120,7 @@ def test_what_is_no_sweep_file_is_refused(text, tmp_path):
         read(str(tmp_path / "nothing.yaml"))
 
 
-def test_values_that_only_fit_together_are_taken(tmp_path):
+def test_values_that_only_fit_together_are_accepted(tmp_path):
     config = changed("parameters", {"model.dim": {"values": [32, 33]}, "model.heads": {"values": [2, 3]}})
     assert read(write(tmp_path, {**config, "method": "grid"})).axes["model.dim"].grid == [32, 33]
 
@@ -149,7 +148,7 @@ SPECS = {
     "categorical_w_probabilities": {"values": ["a", "b"], "probabilities": [1, 3]},
     "constant": {"value": 7},
 }
-# the values at u = 0, 1/2, 1 of those that have ends
+# the values at u = 0, 1/2, 1, for distributions with ends
 ENDS = {
     "int_uniform": (-2, 2, 5),
     "uniform": (-2, 1.5, 5),
@@ -169,7 +168,7 @@ def axis(kind: str):
     return read_axis("x", {"distribution": kind, **SPECS[kind]}, "random")
 
 
-def test_every_distribution_is_tried():
+def test_every_distribution_is_tested():
     assert SPECS.keys() == DISTRIBUTIONS.keys()
 
 
@@ -189,7 +188,7 @@ def test_quantiles_keep_the_order_and_steps(kind, u, v):
         assert a / q == pytest.approx(round(a / q))
 
 
-def test_a_distribution_may_go_without_its_name():
+def test_a_missing_distribution_is_inferred():
     for spec, kind in (
         ({"value": 1}, "constant"),
         ({"values": [1, 2]}, "categorical"),

@@ -1,4 +1,4 @@
-"""Search methods and early stopping as functions of the trials so far."""
+"""Search methods and early stopping are functions of the earlier trials."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def sweep_of(tmp_path):
 
 
 def loss(trial: Trial) -> float:
-    """Least for lr = 1e-3 and cg1."""
+    """The loss is least for lr = 1e-3 and cg1."""
     return abs(math.log10(trial.parameters["optim.lr"]) + 3) + (trial.parameters["moe.combine"] != "cg1")
 
 
@@ -55,7 +55,7 @@ def test_grid_is_every_combination_once_and_run_cap_cuts_it(sweep_of):
 
 
 @pytest.mark.parametrize("method", ["random", "bayes"])
-def test_a_search_goes_on_as_if_it_had_not_been_cut(method, sweep_of):
+def test_an_interrupted_search_proposes_the_same_trials(method, sweep_of):
     sweep = sweep_of(method=method, parameters={"optim.lr": LR, "moe.combine": COMBINE}, run_cap=14)
     whole = search(sweep)
     assert search(sweep, search(sweep, last=5)) == whole
@@ -65,14 +65,14 @@ def test_a_search_goes_on_as_if_it_had_not_been_cut(method, sweep_of):
     assert total(sweep_of(method=method, run_cap=None)) is None
 
 
-def test_random_takes_choices_as_often_as_told(sweep_of):
+def test_random_follows_the_given_probabilities(sweep_of):
     space = {"moe.combine": {"values": ["cg1", "cg2"], "probabilities": [0.9, 0.1]}, "optim.lr": LR}
     counts = Counter(trial.parameters["moe.combine"] for trial in search(sweep_of(parameters=space, run_cap=300)))
     assert counts["cg1"] == pytest.approx(270, abs=20)  # four standard deviations
 
 
-def test_bayes_finds_what_random_does_not_look_for(sweep_of):
-    """After 10 trials by chance, the next 20 gather where the loss is least."""
+def test_bayes_finds_lower_losses_than_random(sweep_of):
+    """After 10 random trials, the next 20 are near the least loss."""
     space = {"optim.lr": LR, "moe.combine": COMBINE}
     late = {m: search(sweep_of(method=m, parameters=space, run_cap=30))[10:] for m in ("bayes", "random")}
     mean = {method: sum(map(loss, trials)) / len(trials) for method, trials in late.items()}
@@ -80,7 +80,7 @@ def test_bayes_finds_what_random_does_not_look_for(sweep_of):
 
 
 @pytest.mark.parametrize("impute", ["worst", "best", "latest"])
-def test_bayes_counts_a_failed_trial_as_told(impute, sweep_of):
+def test_bayes_counts_a_failed_trial_as_impute_says(impute, sweep_of):
     metric = {**GOOD["metric"], "impute": impute}
     sweep = sweep_of(method="bayes", metric=metric, parameters={"optim.lr": LR, "moe.combine": COMBINE}, run_cap=40)
     trials: list[Trial] = []
@@ -116,7 +116,7 @@ def test_hyperband_stops_all_but_the_best_share_at_a_band(sweep_of):
     assert not hopeless(sweep, trial(4, 9), others), "before the band"
     assert not hopeless(sweep, trial(4, 9, 2.5), others), "the third of four"
     assert hopeless(sweep, trial(4, 9, 3.5), others)
-    assert hopeless(sweep, trial(4, 0, 3.5, 0), others), "strict: as it stood at the band"
+    assert hopeless(sweep, trial(4, 0, 3.5, 0), others), "strict uses the loss at the band"
     assert not hopeless(sweep_of(early_terminate={**rule, "strict": False}), trial(4, 0, 3.5), others)
     assert not hopeless(sweep_of(early_terminate=None), trial(4, 9, 3.5), others)
     highest = sweep_of(early_terminate=rule, metric={"name": "val/loss", "goal": "maximize"})
@@ -144,7 +144,7 @@ def test_the_report_says_which_was_best(sweep_of, tmp_path):
     assert (sweep.folder / "chart.png").stat().st_size > 10_000
 
 
-def test_a_chart_of_nothing_is_one(sweep_of, tmp_path):
+def test_a_chart_without_results_is_drawn(sweep_of, tmp_path):
     draw(sweep_of(), [], tmp_path / "chart.png")
     draw(sweep_of(), [trial(1, state="failed")], tmp_path / "chart.png")
     assert Path(tmp_path / "chart.png").exists()

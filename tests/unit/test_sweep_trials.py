@@ -1,6 +1,6 @@
-"""Trials on this machine: failures are marked, cut ones are resumed, finished ones are skipped, nothing is left behind.
+"""A local sweep marks failed trials, resumes cut ones, skips finished ones, and leaves no process behind.
 
-The trials are toy trainings, which start at once; tests/smoke/test_sweep.py has real ones.
+The trials are toy trainings, which start quickly; tests/smoke/test_sweep.py has real ones.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def test_a_failed_trial_is_marked_and_the_best_is_named(start, tmp_path):
     assert [line.split(":")[0] for line in lines] == [
         f"trial {i} of 4 {row['state']}" for i, row in enumerate(rows(tmp_path), 1)
     ]
-    assert all("left" in line for line in lines[:-1]), "the time that is left"
+    assert all("left" in line for line in lines[:-1]), "each line but the last shows the time that is left"
     again = end(start(project="mine"))
     assert again.out.splitlines()[-1] == done.out.splitlines()[-1]
     assert again.err.splitlines() == ["4 trials have ended already"]
@@ -100,7 +100,7 @@ def test_a_cut_sweep_is_resumed(signum, start, tmp_path):
     process = start(pause_s=0.1)
     first, second = (tmp_path / "sweeps/s" / name for name in ("trial-001", "trial-002"))
     until(lambda: any(second.glob("*/metrics.csv")))
-    os.killpg(process.pid, signum)  # as a terminal does
+    os.killpg(process.pid, signum)  # a terminal signals the whole group
     done = end(process)
     assert done.code == 128 + signum, done.err
     assert not alive(tmp_path)
@@ -110,18 +110,18 @@ def test_a_cut_sweep_is_resumed(signum, start, tmp_path):
     before = list(first.glob("*/config.yaml")) + list(second.glob("*/config.yaml"))
     assert any(second.glob("*/checkpoints/*.ckpt"))
     again = end(start(pause_s=0.1))
-    assert again.summary["finished"] == 3, "with the failed one all of the four"
+    assert again.summary["finished"] == 3, "three trials finished, one failed"
     assert before == list(first.glob("*/config.yaml")) + list(second.glob("*/config.yaml")), "in the same directories"
     assert [row["steps"] for row in rows(tmp_path)] == ["6", "6", "0", "6"]
 
 
-def test_a_killed_sweep_leaves_a_state_and_a_lock_as_long_as_its_trial_runs(start, tmp_path):
+def test_a_killed_sweep_keeps_its_state_and_holds_its_lock_while_its_trial_runs(start, tmp_path):
     process = start(pause_s=0.3)
     until(lambda: any((tmp_path / "sweeps/s/trial-001").glob("*/metrics.csv")))
     process.kill()
     process.wait()
     (left,) = map(int, alive(tmp_path))
-    os.kill(left, signal.SIGSTOP)  # for as long as the next needs to start
+    os.kill(left, signal.SIGSTOP)  # so that it holds the lock while the next sweep starts
     try:
         refused = end(start(pause_s=0.3))
     finally:
@@ -149,13 +149,13 @@ def test_a_changed_file_is_refused_and_a_higher_run_cap_is_not(start, tmp_path):
     assert end(start(run_cap=2)).summary["trials"] == 2
 
 
-def test_a_metric_that_nobody_logs_ends_the_sweep_with_its_name(start):
+def test_a_metric_that_is_never_logged_ends_the_sweep_with_its_name(start):
     done = end(start(metric={"name": "val/los"}))
     assert done.code == 2
     assert "metric.name is 'val/los', which trial 1 has not logged, allowed: val/loss" in done.err
 
 
-def test_all_failed_is_an_error(start):
+def test_a_sweep_with_only_failed_trials_is_an_error(start):
     done = end(start(parameters={"optim.lr": {"values": [2.0, 3.0]}}))
     assert done.code == 1
     assert json.loads(done.out.splitlines()[-1]) == {"trials": 2, "finished": 0, "failed": 2, "best": None}

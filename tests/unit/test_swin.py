@@ -1,6 +1,6 @@
-"""SwinV2-MoE equals the oracle in logits, load-balance loss and all gradients, for every architecture; and its parts.
+"""SwinV2-MoE equals the oracle in logits, load-balance loss and all gradients, for every architecture.
 
-1e-12 of the largest entry in float64, for the reasons told in test_reference_equality.py.
+The tolerance is 1e-12 of the largest entry in float64, for the reasons in test_reference_equality.py.
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ def test_architecture_equals_oracle(architecture, capacity):
     for name, weight in weights.items():
         assert_close(grads[name], weight.grad, 1e-12, name)
     assert [s.num_dropped.item() for s in stats] == answer.dropped
-    if capacity == "1.0" and stats:  # else the case would say nothing about drops
+    if capacity == "1.0" and stats:  # without drops the case would not test them
         assert sum(answer.dropped) > 0
 
 
 @pytest.mark.parametrize("change", [{"position": "pos1"}, {"combine": "direct_add"}, {"window": 4}], ids=str)
-def test_wrong_oracle_is_told_apart(change):
+def test_a_wrong_oracle_is_detected(change):
     config = tiny("position=pos2 combine=cg2", "moe.capacity_factor=null")
     model = randomise(build_model(config, ParallelContext()).double())
     wrong = swin(dict(model.named_parameters()), spec_of(config)._replace(**change), images())
@@ -107,7 +107,7 @@ def test_slots_change_no_bit(architecture):
 
 
 def test_filler_is_routed_nowhere():
-    """A picture beside filler gives what it gives alone, under a capacity, too; and only its tokens are counted."""
+    """An image next to filler has the same logits as alone, even with a capacity; only its tokens are counted."""
     model = randomise(build_model(tiny("architecture=scmoe", "moe.capacity_factor=1"), ParallelContext()).double())
     logits, stats = model(images(), torch.tensor([True, False]))
     alone, alone_stats = model(images()[:1])
@@ -116,7 +116,7 @@ def test_filler_is_routed_nowhere():
 
 
 def test_the_model_begins_as_patches_and_head():
-    """SwinV2's norms after the sub-layers are 0 at first, and so is what every block adds."""
+    """SwinV2's norms after the sub-layers start with weight 0, so every block adds 0 at first."""
     model = build_model(tiny("architecture=scmoe"), ParallelContext()).double()
     x_BHWD = model.patches(images())
     for block in model.stages[0]:
@@ -132,7 +132,7 @@ def test_drop_path_grows_from_zero_to_the_last_block():
 
 @pytest.mark.parametrize("size, dim, heads, million", [("s", 96, 3, 157), ("b", 128, 4, 279)])
 def test_presets_have_table_9s_shape(size, dim, heads, million):
-    """157M is the paper's number for SwinV2-MoE-S without shared experts (A.7); of B it prints none: 279M is ours."""
+    """157M is the paper's number for SwinV2-MoE-S without shared experts (A.7); it has none for B: 279M is ours."""
     config = load(f"configs/model/swinv2_moe_{size}.yaml", ["moe.architecture=top_k", "moe.top_k=2"])
     assert (config.data.image_size, config.model.window, config.moe.capacity_factor) == (192, 12, 1.25)
     model = build_model_on_meta(config)
@@ -145,7 +145,7 @@ def test_presets_have_table_9s_shape(size, dim, heads, million):
     assert [m.window_size[0] for m in attentions] == [12] * 22 + [6] * 2, "stage 4's map is 6 x 6"
 
 
-def test_a_model_wants_its_own_kind_of_data():
+def test_a_model_requires_its_own_kind_of_data():
     for words in (["data.name=digits"], ["model.family=swin"]):
         with pytest.raises(ValueError, match=r"data\.name is"):
             load(None, words)

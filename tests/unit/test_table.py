@@ -1,4 +1,4 @@
-"""A batch of runs: what is skipped, marked, resumed. Tables: rows differ by their model alone."""
+"""A batch skips finished runs, marks failed ones and resumes cut ones; a table's rows differ only in their model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from scmoe.studies.table.runs import Run, plan_runs, read_states, run_all, same_
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs/experiment"
 
-# A training that only leaves behind what a real one does. What it is to do stands in a file `orders/<name>`.
+# This fake training only writes the files that a real one leaves. A file `orders/<name>` says how it behaves.
 FAKE = """
 import json, pathlib, signal, sys, time
 folder = pathlib.Path(__file__).parent
@@ -57,7 +57,7 @@ if do == "wait":
 
 @pytest.fixture
 def table(tmp_path):
-    """Two rows and two seeds of configs/debug.yaml, made by the fake training."""
+    """A table of two rows and two seeds of configs/debug.yaml, whose runs are fake trainings."""
 
     class Case:
         rows = (Row("top-2", ("a",), 3.2, ("moe.architecture=top_k", "moe.top_k=2")), Row("ScMoE", ("a", "b"), 3.1, ()))
@@ -123,7 +123,7 @@ def test_runs_of_another_config_are_made_again(table):
     table.make(changed)
     assert len(table.called()) == 4
     assert set(statuses(changed).values()) == {"finished"}
-    assert set(statuses(table.plan()).values()) == {"waiting"}, "one state a run: the last"
+    assert set(statuses(table.plan()).values()) == {"waiting"}, "each run keeps only its last state"
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
@@ -150,7 +150,7 @@ def test_stopping_saves_every_run_and_the_next_call_goes_on(table, number):
     assert set(statuses(runs).values()) == {"finished"}
 
 
-def test_a_batch_that_was_killed_left_cut_runs_behind(table):
+def test_the_running_runs_of_a_killed_batch_are_cut(table):
     (run, *_) = table.plan()
     run.job.state = State("running", seconds=5.0)
     run.job.keep()
@@ -180,7 +180,7 @@ def test_a_run_that_ends_without_its_metric_has_failed(table):
 
 
 def test_a_training_that_does_not_stop_is_killed_at_the_second_request(tmp_path):
-    """With all that it has started; it counts as cut."""
+    """The processes that it has started are killed too, and the run counts as cut."""
     script = "import signal, subprocess, time; signal.signal(15, signal.SIG_IGN); subprocess.Popen(['sleep', '60'])\n"
     launcher = (sys.executable, "-c", f"{script}print('ready', flush=True)\ntime.sleep(60)")
     one = Job("deaf", "deaf", tmp_path, tmp_path / "deaf", [str(tmp_path)], launcher)
@@ -199,7 +199,7 @@ def test_a_training_that_does_not_stop_is_killed_at_the_second_request(tmp_path)
     thread.join()
     assert one.state.status == "cut"
     with lock_of(tmp_path):
-        pass  # the killed processes have let go of it
+        pass  # the killed processes have released the lock
 
 
 def test_a_training_in_this_process_fails_or_stops_alone(tmp_path):
@@ -236,7 +236,7 @@ def test_a_field_that_is_newer_than_the_run_counts_unless_it_is_at_its_default(t
     assert not same_config(tmp_path, load(ROOT / "configs/debug.yaml", ["moe.z_loss_coef=0.1"]))
 
 
-def test_a_row_that_would_see_another_training_is_refused(table):
+def test_a_row_that_changes_the_training_is_refused(table):
     table.rows = (*table.rows, Row("longer", ("a",), 3.0, ("data.seq_len=32",)))
     with pytest.raises(ConfigError, match=r"row 'longer' sets data.seq_len"):
         table.plan()

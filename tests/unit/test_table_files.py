@@ -1,4 +1,4 @@
-"""The tables of configs/experiment: they build, hold the paper's values, refuse mistakes and write launch files."""
+"""The tables of configs/experiment build, hold the paper's values and write launch files; mistakes are refused."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_table3_is_the_papers():
 
 
 def test_rows_begin_with_the_same_weights(tmp_path):
-    """Where names and shapes agree, values do; only what a row has for itself is not in the first."""
+    """All weights of the first row are in every other row, with equal values; other rows only add modules."""
     table = load_table("table3", CONFIGS)
     runs = plan_runs(table, table.scales["smoke"], tmp_path, 2)
     weights = {run.job.name: build_model(run.config, ParallelContext()).state_dict() for run in runs}
@@ -59,11 +59,11 @@ def test_rows_begin_with_the_same_weights(tmp_path):
             *("shared_expert", "coefficient", "tap_norm")
         }
     name = "blocks.0.moe.router.gate.weight"
-    assert not torch.equal(first[name], weights[runs[len(table.rows)].job.name][name]), "another seed"
+    assert not torch.equal(first[name], weights[runs[len(table.rows)].job.name][name]), "seeds have different weights"
     assert len({run.config.data for run in runs}) == 1
 
 
-def test_an_unknown_table_is_refused_with_those_there_are():
+def test_an_unknown_table_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"table is 'table33', allowed: .*table3"):
         load_table("table33", CONFIGS)
 
@@ -97,7 +97,7 @@ def test_launch_files_hold_every_run(tmp_path):
 
 
 def started(script: Path, folder: Path) -> list[Config]:
-    """The configs of what a launch file starts; stand-ins for torchrun and sbatch note how they are called."""
+    """Returns the configs that a launch file starts; fake torchrun and sbatch commands record their arguments."""
     calls = folder / "launched"
     calls.write_text("")
     for name in (".venv/bin/torchrun", "sbatch"):
@@ -117,6 +117,6 @@ def started(script: Path, folder: Path) -> list[Config]:
 def test_an_experiment_opens_with_the_papers_values_its_command_and_its_cost(path):
     head = re.match(r"(#.*\n)+", path.read_text())
     assert head is not None
-    told = re.findall(r"^#   (paper|command|cost)  +\S", head[0], re.MULTILINE)
-    assert told == ["paper", "command", "cost"]
+    found = re.findall(r"^#   (paper|command|cost)  +\S", head[0], re.MULTILINE)
+    assert found == ["paper", "command", "cost"]
     assert re.search(r"\d\.\d|\d{2}\.\d", head[0])

@@ -1,4 +1,4 @@
-"""The numbers of a table: means, paired differences, and what the files say where runs are missing."""
+"""A table's means and paired differences are right, and its files show where runs are missing."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def test_mean_and_sample_deviation():
 
 
 def test_a_difference_is_taken_seed_by_seed():
-    """By hand: differences 1, 2, 3; t = 2 / (1 / sqrt 3) = 3.4641 with 2 degrees of freedom, p = 0.0742; the interval
-    is 2 -+ 4.3027 / sqrt 3."""
+    """The differences are 1, 2, 3; so t = 2 / (1 / sqrt 3) = 3.4641 with 2 degrees of freedom, p = 0.0742, and the
+    interval is 2 -+ 4.3027 / sqrt 3."""
     found = compare({1: 11.0, 2: 22.0, 3: 33.0, 4: 99.0}, {3: 30.0, 2: 20.0, 1: 10.0})
     assert (found["mean"], found["std"], found["n"]) == (2.0, 1.0, 3)
     assert found["p"] == pytest.approx(0.0742, abs=1e-4)
@@ -33,14 +33,14 @@ def test_a_difference_is_taken_seed_by_seed():
 
 
 def test_noise_that_rows_share_does_not_hide_a_difference():
-    """Seeds differ by 1, rows by 0.01: paired, that is seen."""
+    """Seeds differ by 1, rows by 0.01: the paired test detects the difference."""
     baseline = {seed: float(seed) for seed in range(5)}
     values = {seed: seed - 0.01 - 0.001 * (seed % 2) for seed in range(5)}
     assert compare(values, baseline)["p"] < 1e-4
 
 
 @pytest.mark.parametrize("values", ({1: 2.0}, {1: 2.0, 2: 3.0}, {}), ids=("one pair", "all the same", "none"))
-def test_no_test_where_none_can_be_made(values):
+def test_there_is_no_p_value_where_no_test_is_possible(values):
     found = compare(values, {1: 1.0, 2: 2.0})
     assert (found["p"], found["interval_95"], found["n"]) == (None, None, len(values))
 
@@ -53,7 +53,7 @@ def planned(tmp_path_factory):
 
 @pytest.fixture
 def made(planned, tmp_path):
-    """Table 3 with 3 seeds, losses made up: row i has 5 + i / 100 + a part of the seed. One failed, one cut."""
+    """Table 3 with 3 seeds; the loss of row i is 5 + i / 100 + a part of the seed. One run failed, one is cut."""
     table, runs = planned
     for i, run in enumerate(runs):
         run_dir = tmp_path / f"20261125-{i:06}-made"
@@ -93,7 +93,7 @@ def test_files(made):
     paths = write_report(table, "smoke", runs)
     assert [path.name for path in paths] == ["table.md", "results.json", "chart.png"]
     text, found = paths[0].read_text(), json.loads(paths[1].read_text())
-    assert text.count("| ScMoE Pos-2, CG-1 |") == 2, "in both of its groups"
+    assert text.count("| ScMoE Pos-2, CG-1 |") == 2, "the row is in both of its groups"
     assert text.count("| top-2 |") == 1
     assert "Incomplete: ScMoE Pos-2, CG-1: 1 failed, 0 to run; ScMoE Pos-3, CG-1: 0 failed, 1 to run." in text
     assert "Spearman" in text

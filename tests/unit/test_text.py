@@ -1,4 +1,4 @@
-"""Laws of the text data: tokens are the text, every rank count sees the same batches, and resuming changes nothing."""
+"""The tokens of text data are the text, every world size sees the same batches, and resuming changes nothing."""
 
 from __future__ import annotations
 
@@ -75,16 +75,16 @@ def test_hugging_face_rows_become_documents(tmp_path, monkeypatch):
     assert hugging_face(str(tmp_path / "rows"), None).content == source.content
 
 
-def test_cache_is_reused_for_equal_content_and_built_anew_for_other(make, folder, tmp_path):
+def test_cache_is_reused_for_equal_content_and_rebuilt_for_other(make, folder, tmp_path):
     first = make().cache.folder
     built = (first / "header.json").stat().st_mtime_ns
     folder.rename(tmp_path / "moved")
-    assert make(path=str(tmp_path / "moved")).cache.folder == first  # what counts is the text, not where it lies
+    assert make(path=str(tmp_path / "moved")).cache.folder == first  # the text matters, not its path
     assert (first / "header.json").stat().st_mtime_ns == built
     assert make(path=str(tmp_path / "moved"), vocab_size=310).cache.folder != first
     (tmp_path / "moved" / "c.md").open("a").write("one more line\n")
     assert make(path=str(tmp_path / "moved")).cache.folder != first
-    assert {path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()} == {"text"}  # nothing left over
+    assert {path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()} == {"text"}  # no temporary folder
 
 
 @pytest.mark.parametrize("damage", ["train.bin", "tokenizer.json", "header.json"])
@@ -135,11 +135,11 @@ def test_ranks_must_divide_the_micro_batch(make):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resume_goes_on_exactly_with_another_world_size(make, workers):
+def test_resume_is_exact_with_another_world_size(make, workers):
     whole = global_batches([make()])
     before = make(workers=workers)
     batches = iter(before.train_dataloader())
-    for _ in range(3):  # workers have fetched ahead by now; only what was trained on counts
+    for _ in range(3):  # workers prefetch; only the samples that were trained on count
         next(batches)
         before.advance()
     state = before.state_dict()
@@ -147,7 +147,7 @@ def test_resume_goes_on_exactly_with_another_world_size(make, workers):
 
     ranks = [make(rank, 2, workers=workers) for rank in range(2)]
     for data in ranks:
-        data.load_state_dict(json.loads(json.dumps(state)))  # plain data
+        data.load_state_dict(json.loads(json.dumps(state)))  # the state is plain data
     assert len(ranks[0].train_dataloader()) == 10
     rest = global_batches(ranks)
     assert all(torch.equal(a, b) for a, b in zip(whole[3:], rest, strict=True))
@@ -156,7 +156,7 @@ def test_resume_goes_on_exactly_with_another_world_size(make, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader", "test_dataloader"])
 def test_a_loader_leaves_the_global_generator_as_it_is(make, loader, workers):
-    """Else dropout would be another after a validation, and after a resume."""
+    """If it did not, dropout would differ after a validation and after a resume."""
     before, batches = torch.get_rng_state(), getattr(make(workers=workers), loader)()
     for _ in range(2):
         next(iter(batches))
@@ -177,7 +177,7 @@ def test_epochs_are_permutations_and_batches_cross_them():
     assert (np.sort(epochs) == np.arange(10)).all()
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
     assert order(np.arange(35)).tolist() == seen[:35].tolist()  # several epochs in one call
-    assert order(np.arange(4, 8)).tolist() == seen[4:8].tolist()  # and back again
+    assert order(np.arange(4, 8)).tolist() == seen[4:8].tolist()  # earlier positions again
 
 
 # --- validation
@@ -216,13 +216,13 @@ def test_validation_is_the_same_for_every_world_size(make, val_sequences):
 
 
 def test_unigram_baseline_by_hand(make, tmp_path):
-    """Training a a b + end, validation a b + end, so targets b and end; 257 ids."""
+    """The training text is a a b + end, validation is a b + end, so its targets are b and end; there are 257 ids."""
     for name, content in {"train": "aab", "val": "ab", "test": "ab"}.items():
         (tmp_path / f"{name}.txt").write_text(content)
     inner = make_tokenizer("bpe", 257, [])
     inner.save(tmp_path / "bytes.json")
     data = make(path=str(tmp_path), tokenizer=str(tmp_path / "bytes.json"))
-    # add-one counts: a 3, b 2, end 2, the other 254 ids 1 each: 261 in all; two targets, one byte
+    # add-one counts: a 3, b 2, end 2, the other 254 ids 1 each, in total 261; two targets, one byte
     assert data.unigram_bits_per_byte() == pytest.approx(2 * np.log2(261 / 2))
 
 
@@ -236,7 +236,7 @@ def test_synthetic_tokens_are_a_function_of_the_position():
     for other in (SyntheticTokens(2, 0, 50_001, 64), SyntheticTokens(1, 1, 50_001, 64)):
         assert (tokens[:] == other[:]).mean() == pytest.approx(1 / 64, abs=0.004)  # 7 standard deviations
     counts = np.bincount(tokens[:], minlength=64)
-    assert counts.min() > 600 and counts.max() < 970  # 781 expected, 28 is a standard deviation
+    assert counts.min() > 600 and counts.max() < 970  # 781 are expected, the standard deviation is 28
 
 
 def test_synthetic_module_keeps_the_same_laws():

@@ -1,4 +1,4 @@
-"""Laws of the tokenizers: text and bytes survive, and a tokenizer that loses bytes is refused."""
+"""Tokenizers keep text and bytes, and a tokenizer that loses bytes is refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def trained():
 def test_decode_undoes_encode(trained):
     assert trained.decode(trained.encode(STRANGE)) == STRANGE
     assert trained.encode("").shape == (0,)
-    assert trained.end_of_text not in trained.encode(STRANGE)  # spelt out in a text, it is text
+    assert trained.end_of_text not in trained.encode(STRANGE)  # its spelling in a text is ordinary text
 
 
 def test_token_bytes_sum_to_the_utf8_length(trained):
@@ -82,7 +82,7 @@ def test_a_tokenizer_that_loses_bytes_is_refused(make, tmp_path, trained):
 
 
 def llama(form: str) -> tokenizers.Tokenizer:
-    """A small vocabulary of LLaMA's kind, as its first tokenizer.json writes it, or as transformers 5 does."""
+    """Returns a small tokenizer of LLaMA's kind, in the form of its first tokenizer.json or of transformers 5."""
     letters = ["▁", *map(chr, range(0x21, 0x7F)), "é"]
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "▁"), ("▁", "u")]
     vocabulary = dict.fromkeys(["<unk>", "<s>", "</s>", *BYTES, *letters, *(a + b for a, b in merges)])
@@ -102,10 +102,10 @@ def llama(form: str) -> tokenizers.Tokenizer:
 
 @pytest.mark.parametrize("form", ["old", "new"])
 def test_llamas_own_tokenizer_loses_nothing(form, make, tmp_path):
-    """Its ids are LLaMA's but for the space that it would put before a text; "▁" itself goes by its bytes."""
+    """The ids are LLaMA's without the space that LLaMA puts before a text; "▁" itself is encoded by its bytes."""
     llama(form).save(str(tmp_path / "llama.json"))
     strange = f"  the{STRANGE}</s> <0x41> ▁the▁ "
-    data = make(tokenizer=str(tmp_path / "llama.json"), vocab_size=400)  # the cache holds what was made of the file
+    data = make(tokenizer=str(tmp_path / "llama.json"), vocab_size=400)  # its tokenizer comes from the cache
     ids = data.tokenizer.encode(strange)
     assert data.tokenizer.decode(ids) == strange
     tokenizer = Tokenizer.load(tmp_path / "llama.json")
@@ -120,7 +120,7 @@ def test_llamas_own_tokenizer_loses_nothing(form, make, tmp_path):
     assert theirs == [llama(form).token_to_id("▁"), *data.tokenizer.encode("of the union")]
 
 
-def test_a_file_that_is_no_lossless_tokenizer(make, tmp_path):
+def test_a_file_that_is_no_lossless_tokenizer_is_refused(make, tmp_path):
     cases = {
         "{}": "is not a tokenizer.json",
         tokenizers.Tokenizer(tokenizers.models.BPE()).to_str(): "has none of the tokens <|endoftext|>, </s>",
@@ -137,7 +137,7 @@ def test_a_file_that_is_no_lossless_tokenizer(make, tmp_path):
 def test_vocabulary_must_fit(make, tmp_path, trained):
     trained.save(tmp_path / "tokenizer.json")
     assert make(tokenizer=str(tmp_path / "tokenizer.json")).tokenizer.decode(trained.encode("union")) == "union"
-    # The cache is whole by now, which has nothing to say in this.
+    # A complete cache does not prevent the refusal.
     with pytest.raises(ValueError, match=r"data\.vocab_size is 260, allowed: \d+ or more, .* data\.tokenizer=.*json$"):
         make(tokenizer=str(tmp_path / "tokenizer.json"), vocab_size=260)
     with pytest.raises(ValueError, match="at least 257"):

@@ -1,6 +1,6 @@
-"""Upcycling: an MoE model made of a dense one equals it, and learns.
+"""An MoE model that is upcycled from a dense one equals it, and learns.
 
-1e-12 in float64: the upcycled model adds up the same numbers in another order.
+The tolerance is 1e-12 in float64: the upcycled model adds up the same numbers in another order.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ UPCYCLED = {
 
 
 def upcycle(name: str, file: Path, context: ParallelContext | None = None, *overrides: str) -> torch.nn.Module:
-    """Into float64, so that rounding is small."""
+    """Returns an upcycled model, in float64 so that rounding is small."""
     family, words = UPCYCLED[name]
     words = [f"moe.{word}" for word in words.split()]
     config = tiny(*FAMILIES[family], *words, *overrides, "model.layers=4", "moe.capacity_factor=null")
@@ -52,7 +52,7 @@ def test_upcycled_equals_dense(name, tmp_path):
     model = upcycle(name, file)
     assert_close(model(ids).logits_BSV, expected(ids).logits_BSV, 1e-12)
     stats = model(ids).stats
-    assert all((s.counts_E > 0).sum() > 1 for s in stats), "one expert alone would say little"
+    assert all((s.counts_E > 0).sum() > 1 for s in stats), "more than one expert must be used"
 
 
 @pytest.mark.parametrize("name", ["shared-cg1", "pos2"])

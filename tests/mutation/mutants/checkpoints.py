@@ -53,7 +53,7 @@ MUTANTS = (
     # ------------------------------------------------------------------ resuming
     Mutant("data-position-forgotten", 8, f"{DATA}/positioned.py")
     .replaces('        self.consumed_samples = state_dict["consumed_samples"]\n', "        self.consumed_samples = 0\n")
-    .caught_by(f"{UNIT}/test_text.py::test_resume_goes_on_exactly_with_another_world_size[0]"),
+    .caught_by(f"{UNIT}/test_text.py::test_resume_is_exact_with_another_world_size[0]"),
     Mutant("random-state-forgotten", 8, f"{PARALLEL}/checkpoint/state.py")
     .replaces('    torch.set_rng_state(states["host"])\n', '    assert "host" in states\n')
     .caught_by(f"{DIST}/test_strategy.py::test_in_the_same_layout_a_resumed_run_is_the_straight_run[2-null]"),
@@ -77,7 +77,7 @@ MUTANTS = (
         "        random.setstate((3, tuple(words), gauss))\n",
         "        assert len(words) == 625 and (gauss is None or gauss)\n",
     )
-    .caught_by(f"{UNIT}/test_random_state.py::test_what_is_drawn_next_is_the_same"),
+    .caught_by(f"{UNIT}/test_random_state.py::test_restored_generators_draw_the_same_numbers"),
     Mutant("saved-between-the-batches-of-a-step", 8, f"{PARALLEL}/lightning_seam.py")
     .replaces("    if not is_fitting(trainer) or stepped:\n", "    if not is_fitting(trainer) or not stepped:\n")
     .caught_by(f"{FAULTS}/test_resume.py::test_fault_08_no_checkpoint_is_made_between_the_batches_of_a_step"),
