@@ -1,7 +1,7 @@
-"""Transfers and the dispatcher by themselves, on two and four ranks: what arrives, what comes back, and when.
+"""These tests check transfers and the dispatcher alone, on two and four ranks: what arrives, what comes back, and when.
 
-Every rank can make every rank's rows, so each knows what it must receive and what gradient must come back. All of it is
-moved, nothing is summed in another order: results are compared to the bit.
+Every rank can make the rows of every rank, so each knows what it must receive and what gradient must come back. Rows
+are only moved, and no sum changes its order: results must be bit-identical.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def uneven_counts(world_size: int, num_columns: int) -> Tensor:
-    """[rank, column]: rows that a rank has for it. Some are zero, rank 0 has none at all, the last column gets none."""
+    """Returns the number of rows by [rank, column]. Some are 0, among them all of rank 0 and all of the last column."""
     counts = torch.randint(0, 4, (world_size, num_columns), generator=torch.Generator().manual_seed(world_size))
     counts[0], counts[:, -1] = 0, 0
     counts[1, 0] = 5
@@ -52,18 +52,18 @@ def transfer_uneven_rows(rank: int, world_size: int, empty: bool) -> None:
     transfer = Transfer(all_to_all(None), counts[rank].tolist(), counts[:, rank].tolist())
     received = transfer.start(mine).wait()
     blocks = [rows[s].split(counts[s].tolist())[rank] for s in range(world_size)]
-    assert torch.equal(received, torch.cat(blocks)), "rows by sender"
+    assert torch.equal(received, torch.cat(blocks)), "rows are in the order of their senders"
 
     (received * factors[rank]).sum().backward()
     returned = [factors[s].split(counts[:, s].tolist())[rank] for s in range(world_size)]
-    assert torch.equal(mine.grad, torch.cat(returned)), "each row's gradient is that of the rank it went to"
+    assert torch.equal(mine.grad, torch.cat(returned)), "each row's gradient comes from the rank that received the row"
     with pytest.raises(AssertionError, match="awaited once"):
         transfer.wait()
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("empty", [False, True])
-def test_rows_and_their_gradients_find_their_ranks(world_size, empty):
+def test_rows_and_their_gradients_reach_their_ranks(world_size, empty):
     run_ranks(transfer_uneven_rows, world_size, empty)
 
 
@@ -71,7 +71,7 @@ def test_rows_and_their_gradients_find_their_ranks(world_size, empty):
 
 
 def dispatch_and_combine(rank: int, world_size: int, equal: bool) -> None:
-    """Experts multiply by their own vector, so a row in the wrong place shows forward and backward."""
+    """Each expert multiplies by its own vector, so a row in the wrong place shows in forward and in backward."""
     dist.init_process_group("gloo")
     num_experts, C = world_size * LOCAL_EXPERTS, 3
     counts = torch.full((world_size, num_experts), C) if equal else uneven_counts(world_size, num_experts)
@@ -84,7 +84,7 @@ def dispatch_and_combine(rank: int, world_size: int, equal: bool) -> None:
     pending, receipt = dispatcher.dispatch(mine, None if equal else counts[rank])
     received = pending.wait()
     by_expert = [[rows[s].split(counts[s].tolist())[e] for s in range(world_size)] for e in here]
-    assert torch.equal(received, torch.cat([torch.cat(senders) for senders in by_expert])), "by expert, then sender"
+    assert torch.equal(received, torch.cat([torch.cat(senders) for senders in by_expert])), "order: expert, sender"
     if equal:
         assert receipt.num_tokens_per_expert_e is None
     else:
@@ -130,32 +130,32 @@ def test_waiting_at_once_changes_no_bit():
 
 # ---------------------------------------------------------------------- when
 
-WORK_S = 0.02  # long, so that the order of events is not chance
+WORK_S = 0.02  # long enough that the order of events does not depend on chance
 
 
 class Work(Function):
-    """Some computation beside the transfer: it takes its time forward and backward."""
+    """This computation runs in parallel with the transfer. It takes WORK_S in forward and in backward."""
 
     @staticmethod
     def forward(ctx, x: Tensor, log: list[tuple[str, float]]) -> Tensor:
         ctx.log = log
-        Work.toil(log)
+        Work.compute(log)
         return 2 * x
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        Work.toil(ctx.log)
+        Work.compute(ctx.log)
         return 2 * grad, None
 
     @staticmethod
-    def toil(log: list[tuple[str, float]]) -> None:
+    def compute(log: list[tuple[str, float]]) -> None:
         log.append(("work begins", time.perf_counter()))
         time.sleep(WORK_S)
         log.append(("work ends", time.perf_counter()))
 
 
 class LoggedWork:
-    """A transfer on its way, which notes when someone waits for it, whoever that is."""
+    """This running transfer logs when its caller waits for it."""
 
     def __init__(self, work: dist.Work, log: list[tuple[str, float]]) -> None:
         self.work, self.log = work, log
@@ -174,7 +174,7 @@ def logged(start: Any, log: list[tuple[str, float]]) -> Any:
 
 
 def time_stamps(rank: int, world_size: int, overlap: bool) -> dict[str, list[tuple[str, float]]]:
-    """Events of a forward and a backward pass: start, work, wait, or without overlap start, wait, work."""
+    """Returns the events of a forward and a backward pass: start, work, wait, or without overlap start, wait, work."""
     dist.init_process_group("gloo")
     log: list[tuple[str, float]] = []
     rows, other = (torch.ones(4, DIM, requires_grad=True) for _ in range(2))
@@ -195,7 +195,7 @@ def time_stamps(rank: int, world_size: int, overlap: bool) -> dict[str, list[tup
 
 
 def test_a_transfer_hides_behind_the_work_forward_and_backward():
-    """Backward is the mirror: the gradient's transfer is launched before the backward of the work, awaited after it."""
+    """In backward, the gradient's transfer is launched before the backward of the work and awaited after it."""
     for events in run_ranks(time_stamps, 2, True):
         for way in ("forward", "backward"):
             assert [name for name, _ in events[way]] == ["launch", "work begins", "work ends", "finish"], way
@@ -204,7 +204,7 @@ def test_a_transfer_hides_behind_the_work_forward_and_backward():
             assert times["finish"] - times["launch"] >= WORK_S, way
 
 
-def test_without_work_in_between_nothing_hides():
+def test_without_work_in_between_nothing_is_hidden():
     for events in run_ranks(time_stamps, 2, False):
         assert [name for name, _ in events["forward"]] == ["launch", "finish", "work begins", "work ends"]
         assert [name for name, _ in events["backward"]] == ["work begins", "work ends", "launch", "finish"]

@@ -1,6 +1,7 @@
-"""Fig. 9 and 10 on two expert-parallel ranks are those of one process.
+"""Two expert-parallel ranks measure the same values for Fig. 9 and 10 as one process.
 
-1e-9 in float64 after two steps of training: the same sums in another order, the distances among them up to about 10.
+The bound is 1e-9 in float64 after two steps of training: ranks do the same sums in another order, and distances are up
+to about 10.
 """
 
 from __future__ import annotations
@@ -62,12 +63,12 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("quantity", ["gating", "similarity"])
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_measure_what_one_does(case, quantity, folder):
+def test_two_ranks_measure_the_same_as_one(case, quantity, folder):
     one, two = (np.load(folder / str(n) / case / "analysis" / f"{quantity}.npz", allow_pickle=False) for n in (1, 2))
     assert one["steps"].tolist() == two["steps"].tolist() == [0, 2]
     assert one["labels"].tolist() == two["labels"].tolist()
     np.testing.assert_allclose(two["values"], one["values"], rtol=1e-9, atol=1e-9, equal_nan=True)
     first, last = one["values"]
-    assert np.nanmax(np.abs(last - first)) > 1e-6, "the weights have moved, so the ranks' gradients count, too"
+    assert np.nanmax(np.abs(last - first)) > 1e-6, "the weights have changed, so the ranks' gradients count, too"
     if quantity == "gating":
-        assert np.isfinite(two["values"]).all() and (last[:, 1] > 0).all(), "a distance of 0 would say nothing"
+        assert np.isfinite(two["values"]).all() and (last[:, 1] > 0).all(), "a distance of 0 would show nothing"

@@ -1,4 +1,7 @@
-"""A checkpoint written beside training is a snapshot (fault 7); none is removed before its successor is whole."""
+"""A checkpoint that is written in parallel with training is a snapshot (fault 7).
+
+No checkpoint is removed before its successor is complete.
+"""
 
 import time
 from pathlib import Path
@@ -25,7 +28,7 @@ STEPS, SLOW_S = 6, 0.3
 
 
 def slow_writer(seconds):
-    """Every write takes this long more, so that steps pass while it goes on."""
+    """Makes every write longer by this time, so that steps pass while it runs."""
     write_data = HuggingFaceStorageWriter.write_data
 
     def slowly(self, plan, planner):
@@ -36,8 +39,8 @@ def slow_writer(seconds):
 
 
 def train(rank, world_size, folder, background):
-    """Trains with a checkpoint at every step; returns how many steps passed while one was being written, and how many
-    whole checkpoints there were at each step after the first was."""
+    """Trains with a checkpoint at every step. Returns how many steps passed while one was being written, and how many
+    complete checkpoints there were at each step after the first checkpoint."""
     overlapped, whole = 0, []
 
     class Watch(DataPosition):
@@ -66,19 +69,19 @@ def weights(path):
     return model.state_dict()
 
 
-def test_a_checkpoint_written_beside_training_is_that_of_its_step(tmp_path: Path):
+def test_a_checkpoint_written_in_parallel_with_training_has_the_weights_of_its_step(tmp_path: Path):
     blocking, background = tmp_path / "blocking", tmp_path / "background"
     run_ranks(train, 2, blocking, False)
     (overlapped, whole), _ = run_ranks(train, 2, background, True)
-    assert overlapped > 0, "no step passed while a checkpoint was being written: nothing is shown"
-    assert whole and min(whole) >= 1, "there was a moment without a whole checkpoint"
+    assert overlapped > 0, "no step passed while a checkpoint was being written, so this test shows nothing"
+    assert whole and min(whole) >= 1, "there was a moment without a complete checkpoint"
     assert [p.name for p in background.iterdir()] == [p.name for p in blocking.iterdir()] == [f"step={STEPS}.ckpt"]
     expected, got = (weights(folder / f"step={STEPS}.ckpt") for folder in (blocking, background))
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 def snapshot(rank, world_size, folder):
-    """Weights are overwritten right after the checkpoint was started."""
+    """Overwrites the weights right after the checkpoint was started. Returns the dense weights before that."""
     slow_writer(SLOW_S)
     config = tiny("position=pos2 top_k=2 trainer.max_steps=1 strategy.ep_size=2", world_size)
     module = build_module(config)
@@ -100,7 +103,7 @@ def snapshot(rank, world_size, folder):
     return overwrite.before
 
 
-def test_a_snapshot_does_not_see_what_training_does_next(tmp_path: Path):
+def test_later_training_does_not_change_a_snapshot(tmp_path: Path):
     before, _ = run_ranks(snapshot, 2, tmp_path)
     stored = weights(tmp_path / "step=0.ckpt")
     assert before and all(torch.equal(stored[name], before[name]) for name in before)

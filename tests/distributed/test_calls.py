@@ -1,4 +1,4 @@
-"""A token's way is short: few calls lie between the train command and the experts."""
+"""Few calls lie between the train command and the experts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from scmoe.testbed.ranks import run_ranks
 pytestmark = pytest.mark.dist
 
 ROOT = Path(__file__).parents[2]
-CALLS = 9  # Trainer.fit is one of them; what Lightning and torch call inside themselves does not count
+CALLS = 9  # Trainer.fit is one of them; calls inside Lightning and torch do not count
 
 
-def way(rank: int, world_size: int, runs: Path) -> list[str]:
-    """The functions of this project that are running when the experts compute for the first time."""
+def calls(rank: int, world_size: int, runs: Path) -> list[str]:
+    """Returns the functions of this project that are running when the experts compute for the first time."""
     found: list[str] = []
     forward = Experts.forward
 
@@ -37,7 +37,7 @@ def way(rank: int, world_size: int, runs: Path) -> list[str]:
     return found[found.index("train.py:main") :]
 
 
-def test_from_the_train_command_to_the_experts(tmp_path):
-    (functions,) = run_ranks(way, 1, tmp_path)
+def test_few_calls_lie_between_the_train_command_and_the_experts(tmp_path):
+    (functions,) = run_ranks(calls, 1, tmp_path)
     assert functions[:2] == ["train.py:main", "train.py:train"]
-    assert len(functions) + 1 <= CALLS, functions  # and Experts.forward itself, with Trainer.fit: one call more
+    assert len(functions) + 1 <= CALLS, functions  # with Trainer.fit and Experts.forward it is one call more

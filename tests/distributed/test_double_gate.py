@@ -1,6 +1,7 @@
-"""DGMoE-Share on two ranks: its module, which two pairs share, is written once and read back into both.
+"""In DGMoE-Share two pairs share one module. Two ranks write it once and read it back into both pairs.
 
-That training on two ranks equals training on one is in test_ep_equality.py; exact and close as in test_strategy.py.
+test_ep_equality.py shows that training on two ranks equals training on one. Bounds are those of
+test_strategy.py.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ MODEL = (
 )
 
 
-def straight_and_resumed(rank: int, world_size: int, folder: Path) -> list[dict[str, Any]]:
-    """Straight through with EP 2, resumed with EP 2, and straight and resumed with EP 1 where nothing is random."""
+def uninterrupted_and_resumed(rank: int, world_size: int, folder: Path) -> list[dict[str, Any]]:
+    """Returns four runs: with EP 2, uninterrupted and resumed; without randomness, uninterrupted with EP 2 and resumed
+    with EP 1."""
     ep2 = tiny(f"{MODEL} strategy.ep_size=2", world_size)
     quiet = f"{MODEL} model.dropout=0 noisy=false".replace("model.dropout=0.1 noisy=true ", "")
     torch.manual_seed(1)
@@ -39,9 +41,9 @@ def straight_and_resumed(rank: int, world_size: int, folder: Path) -> list[dict[
 
 
 def test_a_shared_module_is_saved_once_and_resumed_in_any_layout(tmp_path):
-    ranks = run_ranks(straight_and_resumed, 2, tmp_path)
-    for straight, resumed, _, _ in ranks:
-        assert all(torch.equal(t, resumed["tensors"][name]) for name, t in straight["tensors"].items())
+    ranks = run_ranks(uninterrupted_and_resumed, 2, tmp_path)
+    for uninterrupted, resumed, _, _ in ranks:
+        assert all(torch.equal(t, resumed["tensors"][name]) for name, t in uninterrupted["tensors"].items())
     error, name = largest_difference([r[2] for r in ranks], [r[3] for r in ranks])
     assert error <= TOLERANCE, name
 

@@ -1,11 +1,11 @@
-"""N processes must give what one process gives (strategy, reducer, dispatcher, clipping).
+"""N processes must compute the same as one process (strategy, reducer, dispatcher, clipping).
 
-A tiny GPT takes three SGD steps through the real Strategy and Trainer. Compared with one process: losses, every
-gradient (expert shards put together by global expert id), gradient norms, and the parameters before and after. The
-optimizer is SGD, because AdamW divides a wrong scale of a gradient out again.
+A tiny GPT takes three SGD steps through the real Strategy and Trainer. These are compared with one process: losses,
+every gradient (expert shards put together by global expert id), gradient norms, and the parameters before and after.
+The optimizer is SGD, because AdamW would divide a wrong scale of a gradient out again.
 
-1e-12 in float64: N processes do the same sums in another order, over at most some thousand terms with rounding errors
-of 1e-16; a missing factor or term shows at 1e-3 or more, as test_negative_controls.py proves.
+The bound is 1e-12 in float64: N processes do the same sums in another order, over at most some thousand terms with
+rounding errors of 1e-16. A missing factor or term shows at 1e-3 or more, as test_negative_controls.py proves.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def test_four_ranks_equal_one(case, one, four):
 
 
 def test_no_gradient_is_near_the_tolerance(one):
-    """Otherwise the comparisons above would prove nothing about it."""
+    """If a gradient were near it, the comparisons above would prove nothing about this gradient."""
     for name in ARCHITECTURES:
         sizes = {key: min(g.abs().max().item() for g in steps) for key, steps in one[name].items() if "gradient" in key}
         assert min(sizes.values()) > 1e6 * TOLERANCE, (name, min(sizes, key=lambda key: sizes[key]))
@@ -74,8 +74,8 @@ def test_a_slot_changes_no_bit_on_four_ranks(four):
 
 
 @pytest.mark.parametrize("position, chunks", [key for key in CHUNKED if key[1] > 1])
-def test_chunks_change_rounding_alone(position, chunks, two):
-    """Issue's bound in float32: 1e-6. In float64 each number of chunks is within 1e-12 of one process."""
+def test_chunks_change_only_rounding(position, chunks, two):
+    """The bound is 1e-6 in float32. In float64 each number of chunks is within 1e-12 of one process."""
     whole, cut = (two[f"{position}, fp32, chunks {c}"] for c in (1, chunks))
     assert_same(cut, assemble(whole), tolerance=1e-6)
     for record, other in zip(cut, whole, strict=True):
@@ -83,8 +83,8 @@ def test_chunks_change_rounding_alone(position, chunks, two):
             assert (a - b).abs().max() <= 1e-6 * b.abs().max()  # logits are up to 8
 
 
-def test_rows_in_bfloat16_on_the_wire_are_rounded_and_nothing_else(two):
-    """Off unless asked for. Rounding 4e-3, on the routed experts' share of a loss of 5; weights stay float32."""
+def test_bfloat16_rows_on_the_wire_change_only_rounding(two):
+    """This is off by default. Rounding is 4e-3, on the routed experts' share of a loss of 5; weights stay float32."""
     assert Config().strategy.wire_dtype is None
     assert_same_bits(two["wire"], two["wire, sequential"])
     narrow, plain = (assemble(two[case])["train/loss"] for case in ("wire", "fp32"))
@@ -94,18 +94,18 @@ def test_rows_in_bfloat16_on_the_wire_are_rounded_and_nothing_else(two):
     assert {g.dtype for g in two["wire"][0]["gradients"][0].values()} == {torch.float32}
 
 
-def test_what_is_dropped_depends_on_the_data_parallel_ranks_alone(two):
+def test_what_is_dropped_depends_only_on_the_number_of_data_parallel_ranks(two):
     assert_same(two["tight, EP 2"], assemble(two["tight, DP 2"]))
     error, _ = difference(assemble(two["tight, EP 2"]), assemble(two["pos2, EP 2"]))
     assert error > 1e-3, "nothing was dropped"
 
 
-def test_clipping_bites(one):
+def test_clipping_has_an_effect(one):
     for name in ("clipped", "clipped top-2"):
         assert min(one[name]["train/grad_norm"]) > CLIP
 
 
-def test_each_rank_holds_other_experts(two):
+def test_each_rank_holds_different_experts(two):
     ranks = two["pos2, EP 2"]
     for moment in MOMENTS:
         for name in ranks[0]["experts"]:
@@ -115,7 +115,7 @@ def test_each_rank_holds_other_experts(two):
 
 @pytest.mark.parametrize("case", ["starved, EP 2", "starved fp32", "starved bf16"])
 def test_experts_without_tokens_have_zero_gradients(case, two):
-    """Their rank computes on no rows at all; None would keep AdamW's decay and an all-reduce from them."""
+    """Their rank computes on no rows. If gradients were None, AdamW would not decay and no all-reduce would run."""
     busy, idle = two[case]
     for step in range(3):
         for name in busy["experts"]:
@@ -124,7 +124,7 @@ def test_experts_without_tokens_have_zero_gradients(case, two):
 
 
 @pytest.mark.parametrize("case", ["starved, EP 4"])
-def test_half_of_four_ranks_without_tokens(case, four):
+def test_two_of_four_ranks_without_tokens_have_zero_gradients(case, four):
     idle = [rank["gradients"][0][name].abs().max() == 0 for rank in four[case] for name in rank["experts"]]
     assert idle == [False, False, False, False, True, True, True, True][: len(idle)]
 
@@ -132,22 +132,22 @@ def test_half_of_four_ranks_without_tokens(case, four):
 @pytest.mark.parametrize(
     "case, reference, tolerance",
     [
-        ("fp32", "pos2", 1e-5),  # rounding 1e-7, a loss of 5
+        ("fp32", "pos2", 1e-5),  # rounding is 1e-7, the loss 5
         ("starved fp32", "starved", 1e-5),
-        ("bf16", "pos2", 1e-2),  # rounding 4e-3, averaged over 128 targets
+        ("bf16", "pos2", 1e-2),  # rounding is 4e-3, averaged over 128 targets
         ("starved bf16", "starved", 1e-2),
     ],
 )
-def test_losses_in_other_precisions(case, reference, tolerance, one, two):
-    values = assemble(two[case])  # replicas and norms are the same on both ranks, to the bit
+def test_losses_in_other_precisions_are_near_those_in_float64(case, reference, tolerance, one, two):
+    values = assemble(two[case])  # asserts that replicas and norms are bit-identical on both ranks
     assert all(v.isfinite().all() for steps in values.values() for v in steps)
     for loss, expected in zip(values["train/loss"], one[reference]["train/loss"], strict=False):
         assert abs(loss - expected) <= tolerance
 
 
-def test_ranks_drop_other_features(two):
-    """Weights are drawn from one seed on all ranks; dropout must not be."""
+def test_each_rank_drops_different_features(two):
+    """All ranks draw weights from the same seed; they must not draw dropout from it."""
     (mine, theirs), _ = zip(*(rank["dropped"][:2] for rank in two["dropout"]), strict=True)
     assert 0.05 < mine.double().mean() < 0.15
     assert not torch.equal(mine, theirs)
-    assemble(two["dropout"])  # and yet replicas stay the same
+    assemble(two["dropout"])  # asserts that replicas are bit-identical all the same

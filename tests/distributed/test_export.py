@@ -1,4 +1,4 @@
-"""An exported file holds the checkpoint's weights to the bit, experts by global id, for a plain one-process model."""
+"""An export holds weights that are bit-identical to the checkpoint's, with experts by global id, for one process."""
 
 import pytest
 import torch
@@ -42,8 +42,8 @@ def test_weights_and_logits_are_those_of_the_shards(run_dir):
     assert any(not torch.equal(p, fresh.get_parameter(n)) for n, p in loaded.named_parameters()), "nothing was read"
 
 
-def test_experts_are_the_ranks_shards_in_their_order(run_dir):
-    """Read file by file, without torch.distributed: rank 0 holds experts 0 and 1, rank 1 experts 2 and 3."""
+def test_experts_are_the_shards_in_the_order_of_the_ranks(run_dir):
+    """Reads file by file, without torch.distributed: rank 0 holds experts 0 and 1, rank 1 experts 2 and 3."""
     loaded = model(run_dir)
     load_weights(run_dir / "export/model.safetensors", loaded)
     shards = sorted(newest_good(run_dir / "checkpoints").glob("shard-*"))
@@ -53,12 +53,12 @@ def test_experts_are_the_ranks_shards_in_their_order(run_dir):
     assert torch.equal(torch.cat(halves), loaded.get_parameter(name))
 
 
-def test_folder_and_header(run_dir):
+def test_the_folder_has_two_files_and_the_header_has_the_step(run_dir):
     assert sorted(f.name for f in (run_dir / "export").iterdir()) == ["config.yaml", "model.safetensors"]
     with safe_open(run_dir / "export/model.safetensors", framework="pt") as file:
         assert int(file.metadata()["step"]) == verify(newest_good(run_dir / "checkpoints"))
 
 
-def test_another_model_is_refused_by_name(run_dir):
+def test_another_model_is_refused_and_its_weights_are_named(run_dir):
     with pytest.raises(ValueError, match=r"holds another model: .*experts"):
         load_weights(run_dir / "export/model.safetensors", model(run_dir, "moe.num_experts=16"))

@@ -1,4 +1,4 @@
-"""A dense checkpoint upcycled over expert-parallel ranks trains from the dense model's loss, and resumes without it."""
+"""An upcycled dense checkpoint trains on expert-parallel ranks from the dense model's loss, and resumes without it."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_two_ranks_begin_with_the_dense_models_loss(folder):
-    """1e-12 of a loss of about 6 in float64: the same sums in another order."""
+def test_two_ranks_start_with_the_dense_models_loss(folder):
+    """Float64 sums in another order differ by about 1e-12 of a loss of about 6."""
     (one,) = run_ranks(first_losses, 1, folder, list(CASES))
     for two in run_ranks(first_losses, 2, folder, ["top-2", "pos2"]):
         for case, expected in (("top-2", "dense"), ("pos2", "dense gpt")):
@@ -75,5 +75,5 @@ def start_and_resume(rank: int, world_size: int, folder: Path) -> tuple[int, int
     return first["steps"], last["steps"]
 
 
-def test_a_run_resumes_without_what_it_began_with(folder):
+def test_a_run_resumes_without_the_file_that_it_started_from(folder):
     assert run_ranks(start_and_resume, 1, folder) == [(1, 2)]

@@ -1,4 +1,4 @@
-"""The same training under every launcher: popen, spawn, fork, torchrun, and two tasks of a made-up SLURM job.
+"""A training is bit-identical under popen, spawn, fork, torchrun, and as two tasks of a simulated SLURM job.
 
 This file is also the program that they launch: `python -m tests.distributed.test_launchers START_METHOD`.
 """
@@ -119,7 +119,7 @@ def join(rank: int, world_size: int) -> dict[str, str]:
 
 @cache
 def joined() -> dict[str, str]:
-    """Returns what ranks that are there already, and have torchrun's variables, end with."""
+    """Returns the result of ranks that run already and have torchrun's variables."""
     ended, nothing = run_ranks(join, RANKS)
     assert not nothing
     return ended

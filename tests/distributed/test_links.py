@@ -1,4 +1,4 @@
-"""Shaped links: a rank in a namespace of its own, a rate that holds, and nothing left behind."""
+"""On shaped links each rank has its own network namespace, no rate is exceeded, and nothing is left afterwards."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ MEGABYTES, MBIT = 1, 80.0
 
 
 def exchange(rank: int, world_size: int) -> float:
-    """Seconds of an All-to-All in which each rank sends a megabyte to the other, from before all have come to after all
-    are done; once without a rate, then with."""
+    """Returns the seconds of an all-to-all in which each rank sends a megabyte to the other, barriers included.
+
+    It runs once without a rate, then with one; the seconds are those with a rate."""
     dist.init_process_group("gloo")
     rows = torch.full((2 * MEGABYTES * 2**20 // 4,), float(rank))
     for rate in (None, MBIT):
@@ -41,13 +42,13 @@ def exchange(rank: int, world_size: int) -> float:
     return time.perf_counter() - start
 
 
-def wait_for_ever(rank: int, world_size: int) -> None:
+def hang(rank: int, world_size: int) -> None:
     print(f"up {os.getpid()}", flush=True)
     time.sleep(600)
 
 
 def inside(function: str) -> list[str]:
-    """The command of a program that enters a network of its own and runs a function of this file on two ranks."""
+    """Returns the command of a program that enters its own network and runs a function of this file on two ranks."""
     code = (
         "import sys, json; from scmoe.testbed import links; links.enter(['-c', sys.argv[1], sys.argv[1]]); "
         f"from scmoe.testbed.ranks import run_ranks; from tests.distributed.test_links import {function}; "
@@ -60,9 +61,9 @@ def interfaces() -> set[str]:
     return set(os.listdir("/sys/class/net"))
 
 
-@pytest.mark.parametrize("user", [False, True], ids=["as we are", "through a user namespace"])
+@pytest.mark.parametrize("user", [False, True], ids=["as this user", "in a user namespace"])
 def test_a_link_carries_no_more_than_its_rate(user, monkeypatch):
-    if user:  # root may go this way too
+    if user:  # root can use one, too
         done = subprocess.run(["unshare", "--user", "--map-root-user", "--net", "true"], capture_output=True, text=True)
         if done.returncode != 0:
             pytest.skip(f"no user namespaces here: {done.stderr.strip()}")
@@ -72,7 +73,7 @@ def test_a_link_carries_no_more_than_its_rate(user, monkeypatch):
         command = ["unshare", "--user", "--map-root-user", *command]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    least = (MEGABYTES * 2**20 * 8 - 128 * 1024 * 8) / (MBIT * 1e6)  # what passes at once is the bucket's burst
+    least = (MEGABYTES * 2**20 * 8 - 128 * 1024 * 8) / (MBIT * 1e6)  # the bucket's burst passes without delay
     seconds = json.loads(done.stdout.splitlines()[-1])
     assert min(seconds) >= least, seconds
     assert interfaces() == before
@@ -80,20 +81,20 @@ def test_a_link_carries_no_more_than_its_rate(user, monkeypatch):
 
 def test_nothing_is_left_when_the_program_is_killed():
     before = interfaces()
-    program = subprocess.Popen(inside("wait_for_ever"), stdout=subprocess.PIPE, text=True)
+    program = subprocess.Popen(inside("hang"), stdout=subprocess.PIPE, text=True)
     assert program.stdout is not None
     pids = [int(program.stdout.readline().split()[1]) for _ in range(2)]
     namespaces = {os.readlink(f"/proc/{pid}/ns/net") for pid in pids}
-    assert len(namespaces | {os.readlink("/proc/self/ns/net")}) == 3, "each rank has a network of its own"
+    assert len(namespaces | {os.readlink("/proc/self/ns/net")}) == 3, "each rank has its own network"
     program.send_signal(signal.SIGKILL)
     program.wait()
     deadline = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        assert time.monotonic() < deadline, "a rank outlives the program"
+        assert time.monotonic() < deadline, "a rank still runs after the end of the program"
         time.sleep(0.1)
     assert interfaces() == before
 
 
-def test_ranks_want_a_network_to_leave():
+def test_ranks_with_their_own_links_require_a_program_in_its_own_network():
     with pytest.raises(AssertionError):
         run_ranks(exchange, 2, own_links=True)

@@ -1,5 +1,5 @@
-"""Lightning's ModelCheckpoint over this library's directories: the best k, the last, in the foreground and beside
-training; and a run that goes on from the last."""
+"""Lightning's ModelCheckpoint keeps the best k and the last of this library's checkpoints, in the foreground and in
+parallel with training, and a run resumes from the last."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCORES = [3.0, 1.0, 5.0, 0.0, 4.0, 2.0]  # of steps 1 to 6
 
 
 class Score(DataPosition):
-    """Logs a score after each step and keeps the weights of it. stop_after: a step to break off after."""
+    """Logs a score after each step and keeps the step's weights. stop_after: training stops after this step."""
 
     def __init__(self, stop_after: int | None) -> None:
         self.stop_after = stop_after
@@ -57,7 +57,7 @@ def prepared(
     )
     trainer = build_trainer(config, [Score(stop_after), best], [])
     trainer.strategy.async_checkpoint = background
-    trainer.limit_val_batches = 0  # else Lightning leaves the last step to a validation, which there is none of
+    trainer.limit_val_batches = 0  # otherwise Lightning saves the last step in a validation, and there is none
     return trainer, build_module(config), build_datamodule(config)
 
 
@@ -70,7 +70,7 @@ def fit(
     resume_from: Any,
     stop_after: int | None = None,
 ) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """The best paths that the callback knows, best first, and the weights at the end."""
+    """Returns the best paths that the callback knows, the best first, and the weights at the end."""
     trainer, module, data = prepared(world_size, folder, background, last, stop_after)
     trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
     best: Any = trainer.checkpoint_callback
@@ -81,40 +81,40 @@ def fit(
 
 @pytest.mark.parametrize("last", [True, "link"])
 @pytest.mark.parametrize("background", [False, True])
-def test_the_best_two_and_the_last_are_there_and_whole(background, last, tmp_path):
+def test_the_best_two_and_the_last_exist_and_are_complete(background, last, tmp_path):
     for known, _ in run_ranks(fit, 2, tmp_path, background, last, None):
         assert known == ["step=4.ckpt", "step=2.ckpt"]
     steps = {path.name: durable.verify(path) for path in tmp_path.iterdir()}
     assert steps == {"step=2.ckpt": 2, "step=4.ckpt": 4, "last.ckpt": 6 if last is True else 4}, (
-        "a link: to the last saved"
+        "a link points to the last that was saved"
     )
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_run_goes_on_from_the_last_and_keeps_the_best(background, tmp_path):
-    straight = run_ranks(fit, 2, tmp_path / "straight", background, True, None)
-    saved = tmp_path / "straight" / "step=4.ckpt"
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one_and_keeps_the_best(background, tmp_path):
+    uninterrupted = run_ranks(fit, 2, tmp_path / "uninterrupted", background, True, None)
+    saved = tmp_path / "uninterrupted" / "step=4.ckpt"
     for (known, got), (_, expected) in zip(
-        run_ranks(fit, 2, tmp_path / "straight", background, True, saved), straight, strict=True
+        run_ranks(fit, 2, tmp_path / "uninterrupted", background, True, saved), uninterrupted, strict=True
     ):
-        assert known == ["step=4.ckpt", "step=2.ckpt"], "told by the checkpoint"
+        assert known == ["step=4.ckpt", "step=2.ckpt"], "the checkpoint holds the best of the first run"
         assert same(got, expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
 @pytest.mark.parametrize("background", [False, True])
-def test_lightning_s_own_last_is_where_a_stopped_run_goes_on(background, tmp_path):
-    """The first time there is none, and training starts from its beginning."""
-    straight = run_ranks(fit, 2, tmp_path / "straight", background, True, None)
+def test_a_stopped_run_resumes_from_lightning_s_own_last(background, tmp_path):
+    """The first run finds no last checkpoint and starts from the beginning."""
+    uninterrupted = run_ranks(fit, 2, tmp_path / "uninterrupted", background, True, None)
     run_ranks(fit, 2, tmp_path / "stopped", background, True, "last", 3)
     assert durable.verify(tmp_path / "stopped" / "last.ckpt") == 3
     resumed = run_ranks(fit, 2, tmp_path / "stopped", background, True, "last")
-    assert all(same(got, expected) for (_, got), (_, expected) in zip(resumed, straight, strict=True))
+    assert all(same(got, expected) for (_, got), (_, expected) in zip(resumed, uninterrupted, strict=True))
     assert durable.verify(tmp_path / "stopped" / "last.ckpt") == len(SCORES)
 
 
 def fit_and_test_the_best(rank: int, world_size: int, folder: Path, background: bool) -> list[bool]:
-    """Whether the weights were those of the best step, at each batch of the test."""
+    """Returns, for each batch of the test, whether the weights were those of the best step."""
     trainer, module, data = prepared(world_size, folder, background, True)
     trainer.fit(module, data)
     score, seen = trainer.callbacks[0], []
@@ -125,6 +125,6 @@ def fit_and_test_the_best(rank: int, world_size: int, folder: Path, background: 
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_lightning_s_own_best_is_what_is_tested(background, tmp_path):
+def test_lightning_tests_its_own_best(background, tmp_path):
     for seen in run_ranks(fit_and_test_the_best, 2, tmp_path, background):
         assert seen and all(seen)

@@ -1,7 +1,8 @@
-"""The suite notices when something is taken away: a scale, a list, a wait, a rank.
+"""The suite detects that something is missing: a scale, a list, a wait, a rank.
 
-Each control breaks one thing inside the ranks and makes the comparison of test_ep_equality.py, which must then fail:
-by at least 1e-6, a million times what it allows. Transfers that are late, or overtake each other, must change no bit.
+Each control breaks one thing inside the ranks and makes the comparison of test_ep_equality.py. The comparison must then
+fail by at least 1e-6, a million times the allowed difference. Transfers that are late, or overtake each other, must
+change no bit.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ SHOWS = 1e-6
 
 
 def finish_without_waiting(backward: bool) -> Callable[[Transfer], None]:
-    """Transfer.finish, that does not wait in one direction. A transfer has a gradient only on its way back."""
+    """Returns a Transfer.finish that does not wait in one direction. A transfer has a gradient only in backward."""
     real = Transfer.finish
 
     def finish(transfer: Transfer) -> None:
         if (getattr(transfer, "grad", None) is not None) == backward:
-            transfer.work.work.wait()  # the rows are here, but nobody looks: peers must not run ahead
+            transfer.work.work.wait()  # the rows are here but are not read; without this wait, peers would run ahead
             transfer.work = transfer.source = None
         else:
             real(transfer)
@@ -67,7 +68,7 @@ BROKEN: dict[str, Callable[[], list[Any]]] = {
 
 
 def train_broken(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
-    """A record for each thing that is broken."""
+    """Returns a record for each broken thing."""
     records = {}
     for name, patches in BROKEN.items():
         with ExitStack() as stack:
@@ -89,7 +90,7 @@ def broken() -> dict[str, list[dict[str, Any]]]:
     return {name: [records[name] for records in ranks] for name in BROKEN}
 
 
-def test_nothing_broken_is_equal(one, broken):
+def test_with_nothing_broken_two_ranks_equal_one(one, broken):
     assert_same(broken["nothing"], one)
 
 
@@ -99,13 +100,13 @@ def test_late_transfers_change_no_bit(name, broken):
 
 
 @pytest.mark.parametrize("name", ["no 1/EP scale", "no wait, forward", "no wait, backward"])
-def test_breakage_shows(name, one, broken):
+def test_a_broken_part_shows(name, one, broken):
     error, _ = difference(assemble(broken[name]), one)
     assert error > SHOWS > TOLERANCE
 
 
 def test_a_missing_ignore_list_shows(one, broken):
-    """DDP gives every rank the experts of rank 0 at the start: shards are equal that must differ."""
+    """Without it DDP gives every rank the experts of rank 0 at the start, so shards are equal that must differ."""
     error, where = difference(assemble(broken["no DDP ignore list"]), one)
     assert error > SHOWS, where
 
@@ -135,11 +136,11 @@ def misbehave(rank: int, world_size: int, how: str) -> int:
     ],
 )
 def test_a_failing_rank_is_named_and_all_end_soon(how, says):
-    with pytest.raises(RankError, match=says):  # not after 60 s: that would say "no result"
+    with pytest.raises(RankError, match=says):  # before 60 s: after that the message would be "no result"
         run_ranks(misbehave, 3, how, timeout_s=2 if how == "hang" else 60)
 
 
-def test_no_process_stays_behind():
+def test_no_process_is_left():
     pids = run_ranks(misbehave, 3, "behave")
     assert len(set(pids)) == 3
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)

@@ -1,5 +1,4 @@
-"""Without the strategy: the same configuration in a plain one-process Trainer, with a LocalDispatcher, trains the
-same."""
+"""A plain one-process Trainer, without the strategy and with a LocalDispatcher, trains to the same weights."""
 
 import pytest
 import torch
@@ -62,7 +61,7 @@ def without_strategy(rank, world_size, poisoned=False):
     return weights(module), trainer.callback_metrics["train/grad_norm"]
 
 
-def test_a_plain_trainer_trains_the_same_to_the_bit():
+def test_a_plain_trainer_is_bit_identical_to_one_with_the_strategy():
     ((plain, norm),), ((strategy, expected),) = run_ranks(without_strategy, 1), run_ranks(with_strategy, 1)
     assert norm > 0 and torch.equal(norm, expected)
     assert plain.keys() == strategy.keys()

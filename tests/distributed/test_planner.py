@@ -1,4 +1,4 @@
-"""The planner on two ranks: all make one choice, the cheapest by its own measurements, and results do not change."""
+"""On two ranks the planner makes one choice, the cheapest by its own measurements, and results do not change."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.dist
 
 
 def build(rank: int, world_size: int) -> list[MoEBlock]:
-    """A ScMoE pair with a slow attention, and a standard one."""
+    """Returns a ScMoE pair with a slow attention, and a standard pair."""
     own = range(rank * EXPERTS // world_size, (rank + 1) * EXPERTS // world_size)
 
     def stream() -> MoEStream:
@@ -53,7 +53,7 @@ def build(rank: int, world_size: int) -> list[MoEBlock]:
 
 
 def training(rank: int, world_size: int, kind: str) -> tuple[list[torch.Tensor], list[LayerChoice], int]:
-    """Weights after some SGD steps, the choices, and how many steps waited for each transfer at once."""
+    """Returns weights after some SGD steps, the choices, and how many steps waited for each transfer at once."""
     dist.init_process_group("gloo")
     blocks = build(rank, world_size)
     optimizer = torch.optim.SGD([p for b in blocks for p in b.parameters()], lr=0.1)
@@ -103,9 +103,9 @@ SLOW_ATTENTION = QUICK | {"attention": 0.3, "dispatch": 0.3}  # behind attention
 
 
 def rigged(seconds: dict[str, float], rank: int, chunks: int, window: dict[int, float] | None = None) -> torch.Tensor:
-    """A layer's measured times: each rank's own, and with twice the chunks twice the time of every transfer.
+    """Returns a layer's times: each rank has its own, and with twice the chunks every transfer takes twice the time.
 
-    window: by number of chunks, the time from tap to end; None: the sum of the operators' times."""
+    window: the time from tap to end by number of chunks; None: the sum of the operators' times."""
     row = [s * (1 + 0.1 * rank) * (chunks if op in ("dispatch", "combine") else 1) for op, s in seconds.items()]
     return torch.tensor([[*row, (window or {}).get(chunks, sum(row))]] * 2, dtype=torch.float64)
 
@@ -125,7 +125,9 @@ def planned_training(
     drifts_at: int = 10**6,
     window: dict[int, float] | None = None,
 ) -> Log:
-    """SGD steps with invented times, which change at step drifts_at. chunk_counts None: no planner; (): a fixed one."""
+    """Takes SGD steps with invented times, which change at step drifts_at.
+
+    chunk_counts: None is no planner, () is a fixed one."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     blocks = build(rank, world_size)
@@ -161,8 +163,8 @@ def planned_training(
 
 
 @pytest.mark.parametrize(("window", "faster"), [({1: 0.3, 2: 0.4}, 1), ({1: 0.4, 2: 0.3}, 2)])
-def test_of_two_chunk_counts_both_are_measured_then_tried_and_the_faster_is_taken(window, faster):
-    """Each with its best slot by its measured times; which is the faster, the trial alone decides."""
+def test_two_chunk_counts_are_measured_then_tried_and_the_faster_is_chosen(window, faster):
+    """Each is tried with its best slot by its measured times. Only the trial decides which is faster."""
     steps = WARMUP_STEPS + 2 * (STEPS_EACH + TRIES_EACH)
     arguments = (Schedule("scmoe", "pos2", 3), (1, 2), steps + 2, 10**6, window)
     for log in run_ranks(planned_training, 2, *arguments):
@@ -184,7 +186,7 @@ def same_chunks(rank: int, world_size: int, chunks: int) -> list[Log]:
 
 
 @pytest.mark.parametrize("chunks", [2, 4])
-def test_a_fixed_number_of_chunks_is_kept_in_every_step_and_so_every_bit(chunks):
+def test_a_fixed_number_of_chunks_is_kept_in_every_step_and_no_bit_changes(chunks):
     for plain, auto, fixed in run_ranks(same_chunks, 2, chunks):
         assert {c for log in (plain, auto, fixed) for _, c in log.ran} == {chunks}
         assert auto.choices[0][0].schedule.slot != 3 and auto.choices[0][0].schedule.chunks == chunks
@@ -209,7 +211,7 @@ def test_after_drift_all_ranks_make_the_same_new_choice():
 
 @pytest.mark.parametrize("steps", [0, WARMUP_STEPS + 1, WARMUP_STEPS + STEPS_EACH + 1])
 def test_a_closed_planner_leaves_nothing_on_the_blocks(steps):
-    """Wherever training ends: in the warm-up, while transfers are waited for at once, or as chosen."""
+    """Training ends in the warm-up, while transfers are waited for at once, or after the choice."""
     for clean, schedule in run_ranks(closed, 2, steps):
         assert clean and schedule == Schedule("scmoe", "pos2", 1 if steps > WARMUP_STEPS + STEPS_EACH else 3)
 
@@ -247,7 +249,7 @@ def test_ranks_that_choose_differently_are_stopped():
 
 
 def drift(rank: int, world_size: int) -> list[bool]:
-    """Whether the planner measures again after each timed step."""
+    """Returns, for each timed step, whether the planner measures again after it."""
     dist.init_process_group("gloo")
     planner = Planner(build(rank, world_size), None, torch.device("cpu"), chunk_counts=(1,))
     seconds = dict.fromkeys(OPERATORS, 1.0)

@@ -1,8 +1,8 @@
-"""The Strategy's life around the steps: resuming, on as many ranks or others; what it refuses; its registered name.
+"""These tests check the Strategy around the steps: resuming in the same or another layout, refusals, registered name.
 
 Trainings here are those of a user: AdamW with warm-up and cosine, checkpoints by ModelCheckpoint, data position by
-DataPosition. In the same layout a resumed run is the straight run to the bit, dropout included. In another layout
-1e-12 in float64: the same sums in another order.
+DataPosition. A run resumed in the same layout is bit-identical to an uninterrupted one, dropout included. In another
+layout the bound is 1e-12 in float64, because ranks do the same sums in another order.
 """
 
 from __future__ import annotations
@@ -39,24 +39,26 @@ DROPOUT = "model.dropout=0.1"
 # ---------------------------------------------------------------------- resume
 
 
-def straight_and_resumed(rank: int, world_size: int, text: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def uninterrupted_and_resumed(
+    rank: int, world_size: int, text: str, folder: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
     torch.manual_seed(1)
-    straight = fit(tiny(text, world_size), folder)
-    torch.manual_seed(2)  # what dropout draws must come from the checkpoint
-    return straight, fit(tiny(text, world_size), None, folder / f"step={HALF}.ckpt")
+    uninterrupted = fit(tiny(text, world_size), folder)
+    torch.manual_seed(2)  # the state of dropout's generator must come from the checkpoint
+    return uninterrupted, fit(tiny(text, world_size), None, folder / f"step={HALF}.ckpt")
 
 
 @pytest.mark.parametrize("ep_size, capacity", [(2, "null"), (1, "2.0")])
-def test_in_the_same_layout_a_resumed_run_is_the_straight_run(ep_size, capacity, tmp_path):
+def test_a_run_resumed_in_the_same_layout_is_bit_identical_to_an_uninterrupted_one(ep_size, capacity, tmp_path):
     text = f"{MODEL} {DROPOUT} noisy=true capacity_factor={capacity} strategy.ep_size={ep_size}"
-    for straight, resumed in run_ranks(straight_and_resumed, 2, text, tmp_path):
-        differing = [n for n, t in straight["tensors"].items() if not torch.equal(t, resumed["tensors"][n])]
+    for uninterrupted, resumed in run_ranks(uninterrupted_and_resumed, 2, text, tmp_path):
+        differing = [n for n, t in uninterrupted["tensors"].items() if not torch.equal(t, resumed["tensors"][n])]
         assert not differing
-        assert straight["consumed"] == resumed["consumed"] == WHOLE * 8
-        assert straight["lr"] == resumed["lr"]
+        assert uninterrupted["consumed"] == resumed["consumed"] == WHOLE * 8
+        assert uninterrupted["lr"] == resumed["lr"]
 
 
-def straight_run(rank: int, world_size: int, text: str, folder: Path) -> dict[str, Any]:
+def uninterrupted_run(rank: int, world_size: int, text: str, folder: Path) -> dict[str, Any]:
     return fit(tiny(text, world_size), folder)
 
 
@@ -66,37 +68,39 @@ def resumed_run(rank: int, world_size: int, texts: list[str], checkpoint: Path) 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> tuple[list[dict[str, Any]], Path]:
-    """A straight run on two ranks, EP 2, and the folder of its checkpoints."""
+    """Returns an uninterrupted run on two ranks with EP 2, and the folder of its checkpoints."""
     folder = tmp_path_factory.mktemp("written")
-    return run_ranks(straight_run, 2, f"{MODEL} strategy.ep_size=2", folder), folder
+    return run_ranks(uninterrupted_run, 2, f"{MODEL} strategy.ep_size=2", folder), folder
 
 
 @pytest.mark.parametrize("world_size, ep_sizes", [(2, [1, 2]), (4, [2, 4, 1]), (1, [1])])
-def test_in_another_layout_a_resumed_run_goes_the_same_way(world_size, ep_sizes, written):
-    straight, folder = written
+def test_a_run_resumed_in_another_layout_equals_an_uninterrupted_one(world_size, ep_sizes, written):
+    uninterrupted, folder = written
     texts = [f"{MODEL} strategy.ep_size={ep_size}" for ep_size in ep_sizes]
     ranks = run_ranks(resumed_run, world_size, texts, folder / f"step={HALF}.ckpt")
     for i, ep_size in enumerate(ep_sizes):
         resumed = [records[i] for records in ranks]
-        error, name = largest_difference(resumed, straight)
+        error, name = largest_difference(resumed, uninterrupted)
         assert error <= TOLERANCE, f"EP {ep_size} of {world_size} ranks: {name}"
-        assert resumed[0]["consumed"] == straight[0]["consumed"]
+        assert resumed[0]["consumed"] == uninterrupted[0]["consumed"]
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_training_on_moves_every_weight(written):
-    """Else resuming nothing would look like resuming."""
-    straight, folder = written
+def test_further_training_changes_every_weight(written):
+    """A weight that training does not change would be equal even if resuming did not restore it."""
+    uninterrupted, folder = written
     reader = HuggingFaceStorageReader(str(folder / f"step={HALF}.ckpt"))
-    early = {f"model.model.{name}": torch.empty_like(t) for name, t in whole(straight).items() if " " not in name}
+    early = {f"model.model.{name}": torch.empty_like(t) for name, t in whole(uninterrupted).items() if " " not in name}
     dcp.load(early, storage_reader=reader, no_dist=True)
-    late = whole(straight)
+    late = whole(uninterrupted)
     assert not [name for name, t in early.items() if torch.equal(t, late[name.removeprefix("model.model.")])]
 
 
-def test_a_checkpoint_holds_nothing_that_runs_when_read(written):
+def test_a_checkpoint_holds_nothing_that_is_executed_when_read(written):
     _, folder = written
-    assert {path.name for path in folder.iterdir()} == {f"step={HALF}.ckpt", f"step={WHOLE}.ckpt"}, "no leftovers"
+    assert {path.name for path in folder.iterdir()} == {f"step={HALF}.ckpt", f"step={WHOLE}.ckpt"}, (
+        "nothing else is there"
+    )
     suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
     assert suffixes == {".json", ".safetensors"}
 
@@ -112,7 +116,7 @@ def test_a_checkpoint_holds_nothing_that_runs_when_read(written):
         ("model.layers=4", r"holds another model: model\.model\.blocks\.1\.\S+ is absent there"),
     ],
 )
-def test_another_runs_checkpoint_is_refused_by_name(change, says, written):
+def test_a_checkpoint_of_another_model_is_refused_and_the_weight_is_named(change, says, written):
     _, folder = written
     with pytest.raises(RankError, match=f"ValueError: .*{says}"):
         run_ranks(resumed_run, 2, [f"{MODEL} strategy.ep_size=2 {change}"], folder / f"step={HALF}.ckpt")
@@ -128,7 +132,7 @@ def test_another_order_of_the_data_is_refused(written):
         run_ranks(resume_with_another_seed, 2, folder / f"step={HALF}.ckpt")
 
 
-def test_half_a_checkpoint_is_refused(written, tmp_path):
+def test_an_incomplete_checkpoint_is_refused(written, tmp_path):
     _, folder = written
     partial = tmp_path / "partial.ckpt"
     shutil.copytree(folder / f"step={HALF}.ckpt", partial, ignore=lambda *_: ["meta.json"])
@@ -137,7 +141,7 @@ def test_half_a_checkpoint_is_refused(written, tmp_path):
 
 
 def test_float16_is_refused():
-    """Lightning takes 16-mixed for bf16-mixed on a CPU, so the plugin is handed in."""
+    """On a CPU, Lightning replaces 16-mixed by bf16-mixed, so the test passes the plugin."""
     with pytest.raises(ValueError, match=r"trainer\.precision is 16-mixed, allowed .*: 32-true, bf16-mixed"):
         Trainer(
             accelerator="cpu",
@@ -162,11 +166,11 @@ def count_expert_reductions(rank: int, world_size: int, accumulate: int) -> int:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_expert_gradients_are_sent_once_a_step(accumulate):
-    """Sending them after every batch would give the same numbers: a mean of means."""
+    """Only a count shows this: sending them after every batch would give the same numbers, as a mean of means."""
     assert run_ranks(count_expert_reductions, 2, accumulate) == [2, 2]
 
 
-# ---------------------------------------------------------------------- a Trainer of one's own
+# ---------------------------------------------------------------------- a user's own Trainer
 
 
 class ClippedByLightning(LanguageModel):
@@ -178,7 +182,7 @@ class ClippedByLightning(LanguageModel):
 def own_trainer(
     rank: int, world_size: int, strategy: Any, clip: tuple[float | None, float | None] = (None, None)
 ) -> dict[str, Any]:
-    """A Trainer that a user has written; clip: by the Trainer, by the module."""
+    """Trains with a Trainer that a user has written. clip: the limits of the Trainer and of the module."""
     config = tiny("position=pos2 optim.lr=0.01", world_size)
     cls = ClippedByLightning if clip[0] else LanguageModel
     module = cls(lambda context: build_model(config, context), max_steps=2, lr=0.01, gradient_clip=clip[1])
@@ -201,18 +205,17 @@ def own_trainer(
     return {"ep_size": module.parallel_context.ep_size, "strategy": type(trainer.strategy).__name__, "weights": weights}
 
 
-def test_the_registered_name():
-    """Experts are spread over all ranks."""
+def test_the_strategy_by_its_registered_name_spreads_experts_over_all_ranks():
     for rank in run_ranks(own_trainer, 2, "expert_parallel"):
         assert (rank["ep_size"], rank["strategy"]) == (2, "ExpertParallelStrategy")
 
 
-def test_an_ep_size_that_does_not_divide_the_ranks():
+def test_an_ep_size_that_does_not_divide_the_number_of_ranks_is_refused():
     with pytest.raises(RankError, match=r"ValueError: ep_size is 3, allowed: divisors of the number of ranks \(2\)\n"):
         run_ranks(own_trainer, 2, ExpertParallelStrategy(ep_size=3))
 
 
-def test_lightnings_own_clipping_takes_the_global_norm():
+def test_lightnings_own_clipping_uses_the_global_norm():
     clip = 0.05
     by_trainer, by_module, unclipped = (
         run_ranks(own_trainer, 2, "expert_parallel", clips) for clips in ((clip, None), (None, clip), (None, None))

@@ -1,6 +1,6 @@
-"""SwinV2-MoE on two ranks gives what one process gives: losses, gradients, weights after three steps, accuracy.
+"""SwinV2-MoE on two ranks equals one process: losses, gradients, weights after three steps, accuracy.
 
-As in test_ep_equality.py, and with its tolerance; the pictures are scikit-learn's digits.
+The comparison and its tolerance are those of test_ep_equality.py. The images are scikit-learn's digits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TINY = (
     *("model.family=swin", "model.layers=2", "model.dim=8", "model.heads=1", "model.patch_size=1", "model.window=2"),
     *("moe.num_experts=4", "moe.capacity_factor=null", "moe.load_balance_coef=0.1", "moe.z_loss_coef=0.01"),
     *("data.name=digits", "data.image_size=16", "data.num_classes=10", "data.global_batch_size=8"),
-    *("data.label_smoothing=0.1", "data.val_sequences=13"),  # 13: the last batch has filler on any number of ranks
+    *("data.label_smoothing=0.1", "data.val_sequences=13"),  # 13: the last batch is filled up on any number of ranks
     *("optim.lr=0.1", "trainer.accelerator=cpu", "trainer.precision=64-true", "trainer.max_steps=3"),
     *("trainer.gradient_clip=null", "trainer.progress=false", "trainer.threads=1"),
 )
@@ -45,7 +45,7 @@ def tiny(words: str, world_size: int = 1) -> Config:
 
 
 def train_all(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """One record per case, with the metrics of a validation after training."""
+    """Returns one record per case, with the metrics of a validation after training."""
     records = {}
     for name, text in cases.items():
         config = tiny(text, world_size)
@@ -77,7 +77,7 @@ def test_two_ranks_equal_one(case, one, two):
 
 
 def test_every_validation_image_is_seen_once(one):
-    """13 pictures: an accuracy in thirteenths, which filler would not leave."""
+    """With 13 images the accuracy is a multiple of 1/13; counted filler would change that."""
     for record in one.values():
         share = record["metrics"]["val/accuracy"] * 13
         assert share == pytest.approx(round(share), abs=1e-4)
@@ -86,19 +86,19 @@ def test_every_validation_image_is_seen_once(one):
 RANDOM = "data.augment=imagenet data.mixup=0.8 data.cutmix=1 model.drop_path=0.2 moe.noisy=true strategy.ep_size=2"
 
 
-def straight_and_resumed(rank: int, world_size: int, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def uninterrupted_and_resumed(rank: int, world_size: int, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     config = tiny(f"{RANDOM} trainer.max_steps=6 optim.lr=0.01", world_size)
     torch.manual_seed(1)
-    straight = fit(config, folder)
-    torch.manual_seed(2)  # what is drawn must come from the checkpoint, and from the position in the data
-    return straight, fit(config, None, folder / f"step={HALF}.ckpt")
+    uninterrupted = fit(config, folder)
+    torch.manual_seed(2)  # random numbers must come from the checkpoint and from the position in the data
+    return uninterrupted, fit(config, None, folder / f"step={HALF}.ckpt")
 
 
-def test_a_resumed_run_is_the_straight_run(tmp_path):
-    """To the bit, with all that is random: augmentation, mixing, drop path, gate noise."""
-    for straight, resumed in run_ranks(straight_and_resumed, 2, tmp_path):
-        assert not [n for n, t in straight["tensors"].items() if not torch.equal(t, resumed["tensors"][n])]
-        assert straight["consumed"] == resumed["consumed"] == 6 * 8
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path):
+    """Everything random is on: augmentation, mixing, drop path, gate noise."""
+    for uninterrupted, resumed in run_ranks(uninterrupted_and_resumed, 2, tmp_path):
+        assert not [n for n, t in uninterrupted["tensors"].items() if not torch.equal(t, resumed["tensors"][n])]
+        assert uninterrupted["consumed"] == resumed["consumed"] == 6 * 8
 
 
 def test_no_gradient_is_near_the_tolerance(one):

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 UNIT, DIST, FAULTS = "tests/unit", "tests/distributed", "tests/faults"
-EP = f"{DIST}/test_negative_controls.py::test_nothing_broken_is_equal"  # two ranks against one, all gradients
-DP = f"{DIST}/test_strategy.py::test_in_another_layout_a_resumed_run_goes_the_same_way[2-ep_sizes0]"
+EP = f"{DIST}/test_negative_controls.py::test_with_nothing_broken_two_ranks_equal_one"  # all gradients
+DP = f"{DIST}/test_strategy.py::test_a_run_resumed_in_another_layout_equals_an_uninterrupted_one[2-ep_sizes0]"
 ORACLE = f"{UNIT}/test_reference_equality.py"
 KILLED = f"{UNIT}/test_durable.py::test_killed_at_any_call_the_old_one_or_the_new_one_is_there"
 MOE, PARALLEL, DATA = "scmoe/moe", "scmoe/parallel", "datamodules"

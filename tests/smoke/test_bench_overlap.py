@@ -1,7 +1,7 @@
-"""`bench overlap`, `timeline` and `growth` with small sizes: what they print and draw.
+"""These tests run `bench overlap`, `timeline` and `growth` with small sizes and check what they print and draw.
 
-`bench overlap` runs as a user runs it, on shaped links where they can be shaped. The other two measure in the same way,
-so here they measure a tiny pair on the loopback device, without a rate.
+`bench overlap` runs as a user runs it, on shaped links where links can be shaped. The other two measure in the same
+way, so here they measure a tiny pair on the loopback device, without a rate.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check(report: dict[str, Any]) -> None:
 
 
 def test_bench_overlap(tmp_path):
-    """A block of emulated operators, on links whose rate is searched for."""
+    """The block has emulated operators, and the command searches for the rate of the links."""
     sizes = ("--tokens", "128", "--seq-len", "32", "--dim", "64", "--attention-ms", "4", "--share", "0.3")
     report = run("-m", "experiments.bench", "overlap", *ROWS, *sizes, "--out", str(tmp_path)).summary
     check(report)
@@ -49,7 +49,7 @@ def test_bench_overlap(tmp_path):
 
 def without_rate(rank: int, world_size: int, measure: Callable[..., Any], setting: Setting, *args: Any) -> Any:
     links.set_rate = lambda mbit: None
-    rate = setting.link_mbit or 100.0  # a given rate is not searched for
+    rate = setting.link_mbit or 100.0  # the command does not search for a rate that is given
     return measure(rank, world_size, replace(setting, link_mbit=rate, tokens=64, seq_len=32, dim=32), *args)
 
 
@@ -65,12 +65,12 @@ def tiny_on_loopback(monkeypatch):
 
 
 def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path, capsys):
-    """An iteration of real operators, whose gradients are added up over the ranks."""
+    """The iteration has real operators, and their gradients are summed over the ranks."""
     words = ("--compute", "real", "--level", "iteration", "--ffn-dim", "128", "--out", str(tmp_path))
     assert bench.main(["overlap", *ROWS, *words]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     check(report)
-    # in float32: a norm, a gate, attention and MLP of two top-2 pairs
+    # each of two top-2 pairs has a norm, a gate, attention and MLP in float32
     pair = 4 * 2 * 32 + 8 * 32 + 2 * (4 * 32 * 32 + 4 * 32) + 2 * 32 * 128 + 32 + 128
     assert report["gradient_mb"] == report["rows"]["top2"]["gradient_mb"] == 2 * pair * 4 / 2**20
 

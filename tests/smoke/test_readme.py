@@ -1,11 +1,11 @@
 """Every command of the README and of the pages runs, and so do their Python examples.
 
-They run in a folder of links to this checkout. Only lengths are cut: the quickstart takes 3 of its steps and is resumed
-to 5. Where another test makes the same run, `make --dry-run` shows that the command starts it. A page's commands use
-what earlier ones have left: the README's `make train` leaves the newest run.
+They run in a folder of links to this checkout. Only the number of steps is reduced: the quickstart takes 3 of its steps
+and is resumed to 5. Where another test makes the same run, `make --dry-run` shows that the command starts it. A page's
+commands use what earlier ones have left: the README's `make train` leaves the newest run.
 
-`make train` runs as written. Of the other targets, `make --dry-run` names the program, which runs in a forked process,
-because a start of Python with torch costs five seconds.
+`make train` runs as written. For the other targets, `make --dry-run` names the program, which then runs in a forked
+process, because a start of Python with torch costs five seconds.
 """
 
 import os
@@ -104,7 +104,7 @@ def test_every_page_with_commands_is_run_or_says_why_not():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_runs(command, folder):
-    """In the order of the pages: resume and sample use the newest run."""
+    """Commands run in the order of the pages: resume and sample use the newest run."""
     words = SHORT.get(command, shlex.split(command))
     if words[0] == "make" and command not in (*AS_WRITTEN, *ELSEWHERE):
         (line,) = run(["make", "--dry-run", *words[1:]], folder).splitlines()

@@ -1,4 +1,4 @@
-"""A sweep of real trainings on this machine, one of which fails; tests/unit/test_sweep_*.py test search and cuts."""
+"""This sweep runs two real trainings, and one fails. tests/unit/test_sweep_*.py test search and early stopping."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.timeout(600)]
 
 
 def test_a_sweep_of_trainings(tmp_path):
-    """The sweep of configs/sweep/smoke.yaml with the last two of its four learning rates; the first fails."""
+    """The sweep is configs/sweep/smoke.yaml with the last two of its four learning rates. The first of them fails."""
     sweep = yaml.safe_load((ROOT / "configs/sweep/smoke.yaml").read_text())
     sweep["parameters"]["optim.lr"]["values"] = [1e30, 1e-2]
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(sweep))

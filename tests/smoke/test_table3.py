@@ -1,4 +1,4 @@
-"""Table 3 at smoke, from outside: all rows train, and the three files come out."""
+"""The command of Table 3 at the scale `smoke` trains all rows and writes three files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_table3_at_smoke(tmp_path):
     for row in found["rows"]:
         assert row["paper"]["val_loss"] > 3
         assert row["ours"]["n"] == 2
-        assert row["ours"]["mean"] == pytest.approx(chance, abs=0.5), "four steps leave it near that of chance"
+        assert row["ours"]["mean"] == pytest.approx(chance, abs=0.5), "after four steps the loss is near that of chance"
         assert row["ours"]["std"] > 0
     assert all(row["difference"]["n"] == 2 for row in found["rows"][1:])
     assert (folder / "table.md").exists()

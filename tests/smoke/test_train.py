@@ -1,4 +1,4 @@
-"""The train command: launchers, the summary's JSON, resuming, planning, refusals, Weights & Biases offline.
+"""These tests run the train command: launchers, summary, resuming, planning, refusals, Weights & Biases offline.
 
 The runs are those of configs/debug.yaml, four steps each. A start of Python with torch costs seconds, so only
 `launched` starts the command as a user does; the other runs are in ranks of run_ranks, and several tests use each run.
@@ -19,21 +19,21 @@ pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> tuple[Done, Path]:
-    """Two ranks that Lightning's own launcher starts, EP 2; and the folder of its runs."""
+    """Returns a run of two ranks with EP 2 that Lightning's own launcher starts, and the folder of its runs."""
     runs = tmp_path_factory.mktemp("launched")
     return run(*TRAIN, "configs/debug.yaml", f"runs_dir={runs}", "trainer.devices=2", *EXACT), runs
 
 
 @pytest.fixture(scope="module")
 def joined(tmp_path_factory) -> Done:
-    """The same on two ranks that have torchrun's variables."""
+    """Returns the same run on two ranks that have torchrun's variables."""
     runs = tmp_path_factory.mktemp("joined")
     return train_in_ranks(2, "configs/debug.yaml", f"runs_dir={runs}", "trainer.devices=2", *EXACT)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> tuple[Done, Path]:
-    """One rank, W&B offline, and a key in the environment that must not be saved; and the run directory."""
+    """Returns a run of one rank with W&B offline, and its directory. A key in its environment must not be saved."""
     runs = tmp_path_factory.mktemp("alone")
     settings = (f"runs_dir={runs}", "logger.mode=offline", "logger.tags=[smoke]", *EXACT)
     done = train_in_ranks(1, "configs/debug.yaml", *settings, WANDB_API_KEY=CANARY)
@@ -69,7 +69,7 @@ def test_resume_continues_where_the_run_stopped(launched):
     before = rows_of(run_dir / "metrics.csv")
     resumed = train_in_ranks(2, "--resume", str(runs / "latest"), "trainer.max_steps=6")
     assert (resumed.summary["steps"], resumed.summary["run_dir"]) == (6, str(run_dir))
-    assert list(runs.glob("debug/*")) == [run_dir], "no second run"
+    assert list(runs.glob("debug/*")) == [run_dir], "there is no second run"
     after = rows_of(run_dir / "metrics.csv")
     assert after[: len(before)] == before
     trained = [int(row["step"]) for row in after if "train/loss" in row]
@@ -91,7 +91,7 @@ def test_a_run_plans_its_schedule_and_logs_its_overlap(tmp_path):
     rows = rows_of(metrics)
     assert not undocumented(metrics)
     planned = [int(row["step"]) for row in rows if {"overlap/forward", "overlap/backward"} <= row.keys()]
-    assert planned == [6, 7, 8], "every logged step after three of warm-up and three that are measured"
+    assert planned == [6, 7, 8], "all logged steps after three of warm-up and three that are measured"
     shares = [float(row[f"overlap/{d}"]) for row in rows if "overlap/forward" in row for d in ("forward", "backward")]
     assert all(math.isfinite(share) for share in shares)
     assert len([line for line in done.err.splitlines() if line.startswith("plan: MoE layer")]) >= 1
@@ -114,7 +114,7 @@ def test_a_run_without_a_checkpoint_cannot_be_resumed(tmp_path):
     assert "allowed: a run that has a checkpoint" in done.err
 
 
-def test_a_wrong_key_ends_in_one_line():
+def test_a_wrong_key_is_an_error_of_one_line():
     done = run(*TRAIN, "configs/debug.yaml", "optim.lrr=1")
     assert (done.code, done.out) == (2, "")
     assert len(done.err.splitlines()) == 1

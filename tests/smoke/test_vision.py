@@ -1,4 +1,4 @@
-"""The vision quickstart: two ranks on the digits, its last line, the best checkpoint, missing data."""
+"""These tests run the vision quickstart on two ranks: its last line, the best checkpoint, missing data."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def trained(tmp_path_factory) -> tuple[Done, Path]:
 def test_the_last_line_is_the_summary(trained):
     summary = trained[0].summary
     assert list(summary) == [*SUMMARY.split(), "val_accuracy", "data", "images_per_s"]
-    assert summary["bits_per_byte"] is None and summary["unigram_bits_per_byte"] is None, "pictures have no bytes"
+    assert summary["bits_per_byte"] is None and summary["unigram_bits_per_byte"] is None, "images have no bytes"
     assert summary["perplexity"] == pytest.approx(math.exp(summary["val_loss"]), rel=1e-6)  # float32
     assert summary["tokens_per_s"] == pytest.approx(64 * summary["images_per_s"]), (
         "16 x 16 pixels have 64 patches of 2 x 2"
     )
     assert (summary["data"], summary["steps"], summary["ep_size"], summary["world_size"]) == ("digits", 4, 2, 2)
     share = summary["val_accuracy"] * 21
-    assert share == pytest.approx(round(share), abs=1e-4), "21 pictures on two ranks, without filler"
+    assert share == pytest.approx(round(share), abs=1e-4), "the accuracy counts 21 images on two ranks, and no filler"
 
 
 def test_the_best_checkpoint_has_the_highest_accuracy(trained):

@@ -1,5 +1,4 @@
-"""Weights & Biases over the network, with a server on 127.0.0.1: what arrives, and that a broken server does not
-change a training.
+"""Runs send the right data to a W&B server, here on 127.0.0.1, and a broken server does not change a training.
 
 One process, `scenario`, makes all trainings except the agent's, because every start of Python with torch costs seconds.
 """
@@ -35,7 +34,7 @@ DEBUG = ("configs/debug.yaml", "logger.project=wire", "logger.group=together", "
 
 @contextlib.contextmanager
 def client(server: WandbServer) -> Iterator[None]:
-    """Makes this process a client of that server; W&B reads its variables once."""
+    """Makes this process a client of the server. W&B reads its environment variables once."""
     import wandb
 
     wandb.teardown()
@@ -45,7 +44,7 @@ def client(server: WandbServer) -> Iterator[None]:
 
 
 def scenario(folder: Path) -> None:
-    """Writes what the server received of each training, and what the training printed, into the folder."""
+    """Writes into the folder, for each training, what the server received and what the training printed."""
     from lightning.pytorch import Callback
 
     from scmoe.config.load import load
@@ -77,7 +76,7 @@ def scenario(folder: Path) -> None:
         assert command is not None
         sync = [sys.executable, "-m", *command.split()]
         environment = {**os.environ, **server.variables}
-        done = subprocess.run(sync, cwd=folder, env=environment, capture_output=True, text=True)  # it logs where it is
+        done = subprocess.run(sync, cwd=folder, env=environment, capture_output=True, text=True)  # it logs into cwd
         runs = [asdict(run) for run in server.runs.values()]
         artifacts = [{**asdict(a), "files": sorted(a.files)} for a in server.artifacts]
         report = {"said": done.stderr, "code": done.returncode, "runs": runs, "artifacts": artifacts}
@@ -88,7 +87,7 @@ def scenario(folder: Path) -> None:
         assert not server.requests
 
     class Trouble(Callback):
-        """The server answers with errors after step 1, not at all after step 2, and is closed after step 3."""
+        """Lets the server answer with errors after step 1 and not at all after step 2, and closes it after step 3."""
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             server.answer = {1: "error", 2: "nothing"}.get(trainer.global_step, server.answer)
@@ -131,12 +130,12 @@ def best_of(report: dict[str, Any]) -> float:
     return min(column(report["runs"][0], "val/bits_per_byte"))
 
 
-def test_a_run_arrives_whole(reports):
+def test_a_run_arrives_complete(reports):
     report = reports["online"]
     (arrived,) = report["runs"]
     assert (arrived["project"], arrived["group"], arrived["tags"]) == ("wire", "together", ["a", "b"])
     assert (arrived["config"]["optim.lr"], arrived["config"]["moe.architecture"]) == (1e-3, "scmoe")
-    assert column(arrived, "trainer/global_step") == [0, 1, 1, 2, 3, 3], "four steps, two validations"
+    assert column(arrived, "trainer/global_step") == [0, 1, 1, 2, 3, 3], "there are four steps and two validations"
     assert len(column(arrived, "train/loss")) == 4
     assert column(arrived, "val/loss")[-1] == pytest.approx(report["summary"]["val_loss"])
     assert arrived["summary"]["val/loss"] == pytest.approx(report["summary"]["val_loss"])
@@ -165,7 +164,7 @@ def test_a_resumed_run_is_the_same_run(reports):
     assert not warnings(reports["resumed"])
 
 
-def test_an_offline_run_is_synced_whole(reports):
+def test_an_offline_run_is_synced_completely(reports):
     assert not reports["offline"]["runs"]
     report = reports["synced"]
     assert report["code"] == 0, report["said"]
@@ -193,7 +192,7 @@ def test_disabled_logging_sends_and_writes_nothing(reports):
     assert not list(Path(reports["disabled"]["summary"]["run_dir"]).glob("wandb*"))
 
 
-def test_errors_then_silence_then_no_server_are_one_warning(reports):
+def test_errors_then_no_answer_then_no_server_cause_one_warning(reports):
     (warning,) = warnings(reports["trouble"])
     assert warning.startswith("warning: Weights & Biases receives nothing more of this run: ")
     kept = Path(warning.rpartition("wandb sync ")[2])
@@ -201,13 +200,13 @@ def test_errors_then_silence_then_no_server_are_one_warning(reports):
 
 
 @pytest.mark.parametrize("answer", ["error", "nothing"])
-def test_a_server_that_is_broken_from_the_start_is_one_warning(answer, reports):
+def test_a_server_that_is_broken_from_the_start_causes_one_warning(answer, reports):
     (warning,) = warnings(reports[f"{answer} from the start"])
     assert "goes offline" in warning
 
 
 def test_a_sweep_through_an_agent(tmp_path):
-    """Two trials, the first of which fails and does not end the sweep; the runs have the ids of the agent."""
+    """The first of two trials fails and does not end the sweep. The runs have the ids of the agent."""
     ours = yaml.safe_load((ROOT / "configs/sweep/smoke.yaml").read_text())
     ours["parameters"]["optim.lr"]["values"] = [1e30, 1e-3]
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(ours))
@@ -228,21 +227,21 @@ def test_a_sweep_through_an_agent(tmp_path):
     assert sent.pop("command")[-2:] == [*words[1:], "${args_no_hyphens}"]
     assert sent == {key: value for key, value in ours.items() if key != "command"}, "only the command differs"
     runs = list(server.runs.values())
-    assert [run.name for run in runs] == ["trial0", "trial1"], "the ids of the agent"
+    assert [run.name for run in runs] == ["trial0", "trial1"], "the agent gives the ids"
     assert [run.config["optim.lr"] for run in runs] == [1e30, 1e-3]
     assert [run.exit_code for run in runs] == [1, 0]
     assert all(run.sweep == "sweep001" for run in runs)
     assert len(runs[1].column("train/loss")) == 4 and runs[1].column("val/loss")
     assert [artifact.run for artifact in server.artifacts] == ["trial1"]
     ids = {json.loads(path.read_text())["id"] for path in tmp_path.glob("debug/*/wandb_run.json")}
-    assert ids == {"trial0", "trial1"}, "so that a resumed trial is the same run"
+    assert ids == {"trial0", "trial1"}, "a resumed trial must be the same run"
 
 
 def left_behind(folder: Path) -> list[str]:
     """Returns the processes whose environment has this folder; W&B's own are among them."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
+        with contextlib.suppress(OSError):  # the process has ended or is another user's
             found += [path.parent.name] * (str(folder).encode() in path.read_bytes())
     return found
 

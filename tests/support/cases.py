@@ -23,7 +23,7 @@ SLOTS = {  # (position, slot, chunks): its words
     for slot in range(slots)
 }
 SEQUENTIAL = {(p, c): f"position={p} schedule.chunks={c} sequential" for p in ("pos1", "pos2", "pos3") for c in (1, 2)}
-CHUNKED = {  # in float32; in float64 all slots and chunks are compared with one process
+CHUNKED = {  # these are in float32; in float64, TWO compares all slots and chunks with one process
     (position, chunks): f"position={position} schedule.chunks={chunks} trainer.precision=32-true {EP2}"
     for position in ("pos1", "pos2", "pos3")
     for chunks in (1, 2, 4)

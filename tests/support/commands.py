@@ -1,4 +1,4 @@
-"""This module runs commands, in a process of their own or in ranks, and reads what they leave."""
+"""This module runs commands, in their own process or in ranks, and reads what they leave."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SUMMARY = (
     "run_dir val_loss perplexity bits_per_byte unigram_bits_per_byte tokens_per_s steps params_total params_active "
     "ep_size world_size drop_share load_max_ratio"
 )
-EXACT = ("moe.capacity_factor=null", "moe.noisy=false")  # what is dropped, and noise, depend on the number of ranks
+EXACT = ("moe.capacity_factor=null", "moe.noisy=false")  # dropping and noise depend on the number of ranks
 CANARY = "0123456789abcdef" * 2 + "canary00"  # as long as a key
 TRAIN = ("-m", "experiments.train")
 
@@ -52,7 +52,7 @@ def run(*arguments: str, **variables: str) -> Done:
 
 
 def train_in_ranks(world_size: int, *arguments: str, **variables: str) -> Done:
-    """Runs the train command in ranks of run_ranks, which start in 0.1 s; returns what rank 0 says.
+    """Runs the train command in ranks of run_ranks, which start in 0.1 s; returns the output of rank 0.
 
     The ranks have torchrun's variables, so the command joins them and starts no process.
     """

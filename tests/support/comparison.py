@@ -12,14 +12,14 @@ MOMENTS = ("drawn", "before", "after")  # weights from the seed, weights made fo
 
 
 def assemble(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Returns what N ranks computed, as one process would have it: values by name, one per step.
+    """Returns the values of N ranks in the form of one process: by name, one per step.
 
     Asserts that replicas, shards of the same experts and norms are bit-identical on all ranks that hold them.
     """
     first, ep_size = records[0], records[0]["ep"][1]
     for record in records:
         ep_rank, twin = record["ep"][0], records[record["ep"][0]]
-        assert ep_rank == twin["ep"][0], "ranks of an EP group follow each other"
+        assert ep_rank == twin["ep"][0], "ranks of an EP group have consecutive numbers"
         for moment in MOMENTS:
             for name, value in record[moment].items():
                 other = twin if name in first["experts"] else first

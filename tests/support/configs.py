@@ -1,4 +1,4 @@
-"""These overrides are impossible, alone or together. Each stands with the key that the error must name."""
+"""These overrides are impossible, alone or together. The key next to each is the one that the error must name."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def fit(config: Config, module: LanguageModel | None = None, data: Any = None) -
 
 
 def failure(fn: Any, world_size: int, *args: Any) -> str:
-    """Returns the message of the RankError of ranks that must fail; for a rank that hangs it is another one."""
+    """Returns the message of the RankError of ranks that must fail. The message of a rank that hangs is different."""
     with pytest.raises(RankError) as caught:
         run_ranks(fn, world_size, *args, timeout_s=60)
     return str(caught.value)

@@ -1,4 +1,4 @@
-"""Runs Python programs in processes that have torch and Lightning imported already.
+"""This module runs Python programs in processes that have torch and Lightning imported already.
 
 A start of Python with them takes five seconds of processor time; a fork of the server of `run_ranks` takes 0.1 s. The
 program runs as `__main__`, in its own session, with its own environment, folder and exit code.
@@ -61,6 +61,6 @@ def _become(arguments: tuple[str, ...], cwd: Path, env: dict[str, str], out: Pat
         else:
             runpy.run_path(name, run_name="__main__")
     finally:
-        atexit._run_exitfuncs()  # a process of multiprocessing does not run them
+        atexit._run_exitfuncs()  # a process of multiprocessing does not run the exit functions
         sys.stdout.flush()
         sys.stderr.flush()

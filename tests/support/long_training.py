@@ -32,12 +32,12 @@ class AdamWModel(RecordingModel):
 
 
 def turned(batch: dict[str, Tensor], places: int) -> dict[str, Tensor]:
-    """The same sequences, in another order: the same sums, in another order."""
+    """Returns the same sequences in another order, so that the same sums are done in another order."""
     return {name: t.roll(places, 0) for name, t in batch.items()}
 
 
 def fit(config: Config, optimizer: str, places: int = 0) -> dict[str, Any]:
-    """Trains on this rank, sequences turned by `places`; its record, in the form that `assemble` takes."""
+    """Trains on this rank, with sequences rotated by `places`. Returns its record in the form that `assemble` takes."""
     module = (AdamWModel if optimizer == "adamw" else RecordingModel)(config)
     routed = count_routings(module)
     if places:
@@ -47,7 +47,7 @@ def fit(config: Config, optimizer: str, places: int = 0) -> dict[str, Any]:
     trainer.fit(module, build_datamodule(config))
     return {
         **{moment: getattr(module, moment) for moment in ("logged", "gradients", "drawn", "before")},
-        "outputs": module.outputs[-3:],  # of the last batches: of all of them it would be a lot
+        "outputs": module.outputs[-3:],  # of the last batches only, to save memory
         "after": module.weights(),
         "experts": {name for name, _ in expert_parameters(module.model)},
         "ep": (module.parallel_context.ep_rank, module.parallel_context.ep_size),
@@ -56,7 +56,7 @@ def fit(config: Config, optimizer: str, places: int = 0) -> dict[str, Any]:
 
 
 def count_routings(module: LanguageModel) -> list[str]:
-    """A list that gets a router's name whenever it routes."""
+    """Returns a list to which each router adds its name when it routes."""
     routed: list[str] = []
     configure = module.configure_model
 

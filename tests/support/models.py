@@ -1,6 +1,6 @@
 """This module makes tiny models, layers and batches, and compares tensors.
 
-Its weights are such that every term of the mathematics shows in the result.
+The weights are chosen so that every term of the mathematics shows in the result.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def tiny(*overrides: str) -> Config:
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Sets weights such that every term shows: no bias is 0, no norm weight is 1, experts and gates differ."""
+    """Sets weights so that every term shows: no bias is 0, no norm weight is 1, experts and gates differ."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         fresh = torch.randn(p.shape, generator=generator, dtype=torch.float64)
@@ -100,7 +100,7 @@ def hooks(model: nn.Module) -> int:
 
 
 class OneOfTwo(ParallelContext):
-    """This is the context of one of two ranks; it sends nothing."""
+    """This context is that of one of two ranks. It sends nothing."""
 
     def dispatcher(self, num_experts, ceiling=None):
         return LocalDispatcher()

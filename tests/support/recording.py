@@ -81,7 +81,7 @@ class RecordingDispatcher:
 def recorded_shortcut_block(
     schedule: Schedule, capacity_factor: float | None, log: Log, blocking=None
 ) -> ShortcutBlock:
-    """Returns a ScMoE pair whose operators and transfers write into log. blocking: wraps the recording dispatcher."""
+    """Returns a ScMoE pair whose operators and transfers write into log. blocking: a wrapper of the dispatcher."""
     dispatcher = RecordingDispatcher(log)
     stream = tiny_stream(2, capacity_factor, blocking(dispatcher) if blocking else dispatcher)
     stream.experts = Recorded("experts", stream.experts, log)

@@ -1,4 +1,4 @@
-"""This module trains on one rank as a user does, with checkpoints and resuming, and compares what two runs end with."""
+"""This module trains on one rank as a user does, with checkpoints and resuming, and compares the ends of two runs."""
 
 from __future__ import annotations
 

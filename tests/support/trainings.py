@@ -43,9 +43,9 @@ def tiny(text: str, world_size: int = 1) -> Config:
 
 
 class Recording(MoEModule):
-    """This module trains with plain SGD, with weights such that every term shows, and records what training computed.
+    """This module trains with plain SGD, with weights that make every term visible, and records what training computed.
 
-    starved: the gate sends every token to the first half of the experts, whatever the token.
+    starved: the gate sends every token to the first half of the experts.
     sequential: every transfer is waited for at once.
     """
 
@@ -129,7 +129,7 @@ def starve(model: torch.nn.Module) -> None:
 
 
 def train(config: Config, module: Recording | None = None, **how: bool) -> dict[str, Any]:
-    """Trains on this rank and returns its record, with this rank's shards of the experts. how: of a RecordingModel."""
+    """Trains on this rank and returns its record, with its shards of the experts. how: options of RecordingModel."""
     module = module or RecordingModel(config, **how)
     trainer = build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
     trainer.fit(module, build_datamodule(config))
@@ -147,8 +147,10 @@ def train(config: Config, module: Recording | None = None, **how: bool) -> dict[
 
 
 def train_cases(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Returns one record per case, all in one start of the ranks. In a case `... starved` half of the experts get no
-    token; in a case `... sequential` every transfer is waited for at once."""
+    """Returns one record per case; all cases run in one start of the ranks.
+
+    In a case `... starved` half of the experts get no token; in a case `... sequential` every transfer is waited for at
+    once."""
     records = {}
     for name, text in cases.items():
         words = text.split()

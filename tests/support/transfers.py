@@ -13,16 +13,16 @@ from torch import Tensor
 
 from scmoe.parallel import all_to_all
 
-POISON = 7.0  # in a buffer until its rows arrive; not NaN, which would show however little came of it
+POISON = 7.0  # is in a buffer until its rows arrive; NaN would show even where a real error is too small to show
 
 
 class Late:
-    """This transfer delivers its rows at the wait and not before, the latest that `dist.Work` allows."""
+    """This transfer delivers its rows at the wait and not before, which is the latest time that `dist.Work` allows."""
 
     def __init__(self, work: Any, arrived: Tensor, target: Tensor, rng: Random) -> None:
         self.work, self.arrived, self.target = work, arrived, target
 
-    @torch.no_grad()  # a new thread records: the copy would become a node of the graph, and reorder backward
+    @torch.no_grad()  # a new thread has autograd on, and the copy as a node would change the order of backward
     def wait(self) -> None:
         self.work.wait()
         self.target.copy_(self.arrived)

@@ -25,7 +25,7 @@ ENTITY = "me"
 
 @dataclass
 class Run:
-    """What the server knows of one run. history: rows in the order in which they came."""
+    """This is what the server knows about one run. history: rows in the order in which they arrived."""
 
     name: str
     project: str = ""
@@ -59,7 +59,7 @@ class WandbServer:
         self.artifacts: list[Artifact] = []
         self.sweep: dict[str, Any] = {}
         self.queue: Iterator[dict[str, Any]] = iter(())
-        self.stopped: set[str] = set()  # runs that the agent is told to stop
+        self.stopped: set[str] = set()  # runs that the server asks the agent to stop
         self.requests: list[str] = []
         self.released = threading.Event()
         handler = type("BoundHandler", (Handler,), {"server_state": self})
@@ -73,13 +73,13 @@ class WandbServer:
 
     @property
     def variables(self) -> dict[str, str]:
-        """Environment of a client, which sends what is logged after half a second; by default it waits for 15 s."""
+        """Returns the environment of a client. It sends what is logged after half a second; the default is 15 s."""
         soon = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.5"}
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false", **soon}
 
     @property
     def run(self) -> Run:
-        """The only one."""
+        """Returns the only run."""
         (run,) = self.runs.values()
         return run
 
@@ -133,7 +133,7 @@ class WandbServer:
         return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
 
     def _ArtifactType(self, v: dict[str, Any]) -> dict[str, Any]:
-        return {"project": {"artifact": None}}  # no artifact of this name and another type
+        return {"project": {"artifact": None}}  # there is no artifact of this name and another type
 
     def _CreateArtifact(self, v: dict[str, Any]) -> dict[str, Any]:
         v = v["input"]
@@ -201,7 +201,7 @@ class WandbServer:
         return {"createAgent": {"agent": {"id": "agent"}}}
 
     def _Heartbeat(self, v: dict[str, Any]) -> dict[str, Any]:
-        """One run at a time."""
+        """Starts one run at a time."""
         busy = [run for run, active in json.loads(v.get("runState") or "{}").items() if active]
         if busy:
             commands = [{"type": "stop", "run_id": run} for run in busy if run in self.stopped]
@@ -217,7 +217,7 @@ class WandbServer:
     # ------------------------------------------------------------------ uploads
 
     def stream(self, name: str, body: dict[str, Any]) -> None:
-        """A part of a run's files: each has an offset, so that a part that comes again is not counted twice."""
+        """Adds a part of a run's files. Each part has an offset, so a part that is sent again is not counted twice."""
         run = self.runs[name]
         for file, part in (body.get("files") or {}).items():
             rows = (

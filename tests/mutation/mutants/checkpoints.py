@@ -56,7 +56,9 @@ MUTANTS = (
     .caught_by(f"{UNIT}/test_text.py::test_resume_is_exact_with_another_world_size[0]"),
     Mutant("random-state-forgotten", 8, f"{PARALLEL}/checkpoint/state.py")
     .replaces('    torch.set_rng_state(states["host"])\n', '    assert "host" in states\n')
-    .caught_by(f"{DIST}/test_strategy.py::test_in_the_same_layout_a_resumed_run_is_the_straight_run[2-null]"),
+    .caught_by(
+        f"{DIST}/test_strategy.py::test_a_run_resumed_in_the_same_layout_is_bit_identical_to_an_uninterrupted_one[2-null]"
+    ),
     Mutant("validating-changes-dropout", 8, f"{DATA}/positioned.py")
     .replaces(
         "            generator=torch.Generator().manual_seed(self.seed + rank),\n",

@@ -43,5 +43,5 @@ MUTANTS = (
     .replaces(
         "        total = context.sum_over_ranks(probe.result())\n", "        total, _ = probe.result(), context\n"
     )
-    .caught_by(f"{DIST}/test_analysis.py::test_two_ranks_measure_what_one_does"),
+    .caught_by(f"{DIST}/test_analysis.py::test_two_ranks_measure_the_same_as_one"),
 )

@@ -93,5 +93,5 @@ MUTANTS = (
     .caught_by(EP),
     Mutant("ranks-drop-the-same-features", 25, f"{PARALLEL}/strategy.py")
     .replaces(" % 2**62 + self.global_rank)", " % 2**62)")
-    .caught_by(f"{DIST}/test_ep_equality.py::test_ranks_drop_other_features"),
+    .caught_by(f"{DIST}/test_ep_equality.py::test_each_rank_drops_different_features"),
 )

@@ -54,12 +54,10 @@ MUTANTS = (
     # ------------------------------------------------------------------ planner
     Mutant("planner-measures-other-chunks", 0, f"{PARALLEL}/planner.py")
     .replaces("if fixed else set(chunk_counts))", "if fixed else {1, *chunk_counts})")
-    .caught_by(f"{DIST}/test_planner.py::test_a_fixed_number_of_chunks_is_kept_in_every_step_and_so_every_bit[2]"),
+    .caught_by(f"{DIST}/test_planner.py::test_a_fixed_number_of_chunks_is_kept_in_every_step_and_no_bit_changes[2]"),
     Mutant("planner-takes-the-slower", 0, f"{PARALLEL}/planner.py")
     .replaces("return [min(zip(seconds", "return [max(zip(seconds")
-    .caught_by(
-        f"{DIST}/test_planner.py::test_of_two_chunk_counts_both_are_measured_then_tried_and_the_faster_is_taken"
-    ),
+    .caught_by(f"{DIST}/test_planner.py::test_two_chunk_counts_are_measured_then_tried_and_the_faster_is_chosen"),
     Mutant("planner-lets-times-drift", 0, f"{PARALLEL}/planner.py")
     .replaces("self.drifted == DRIFTED_IN_TURN", "self.drifted < 0")
     .caught_by(f"{DIST}/test_planner.py::test_after_drift_all_ranks_make_the_same_new_choice"),
