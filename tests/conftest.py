@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-pytest.register_assert_rewrite("tests.support")  # a failing assert there shows its values too
+pytest.register_assert_rewrite("tests.support")  # so that a failing assert there shows its values
 torch.set_num_threads(1)
-settings.register_profile("scmoe", deadline=None)  # the machine is shared: a slow example is no fault
+settings.register_profile("scmoe", deadline=None)  # the machine is shared: a slow example is not a failure
 settings.load_profile("scmoe")

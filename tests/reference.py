@@ -1,18 +1,18 @@
-"""The oracle: every architecture of the paper written flat, slow and obviously right. Imports nothing of scmoe.
+"""This oracle computes every architecture of the paper: flat, slow and obviously correct. It imports nothing of scmoe.
 
-Functions of a dict of plain weight tensors, under the names that `model.state_dict()` gives them, and of plain tensors.
-Tokens and experts are gone through one by one; gradients come from autograd. Everything fast is compared with this.
+The functions take a dict of weight tensors, with the names of `model.state_dict()`, and plain tensors. They compute
+tokens and experts one by one; gradients come from autograd. All fast code is compared with these functions.
 
     Eq. 1        gpt(..., Spec("top_k"))            Eq. 2-5    gate
     Eq. 6        gpt(..., Spec("shared_expert"))    Eq. 7-10   gpt(..., Spec("scmoe"))
     Eq. 14-16    merge                              capacity   kept_copies
     Eq. 23       gpt(..., Spec("dgmoe"))            A.7        gpt(..., Spec("dgmoe_share"))
 
-The weights tell the family: GPT has position embeddings and biases; LLaMA has neither, and so RMSNorm and rotary
-positions, its own output weights, fewer heads of K and V where their rows are fewer, and SwiGLU where W_in is twice as
-wide as W_out wants it.
+The weights determine the family. GPT has position embeddings and biases. LLaMA has neither: it has RMSNorm, rotary
+positions, its own output weights, fewer heads of K and V if they have fewer rows, and SwiGLU if W_in is twice as wide
+as W_out requires.
 
-Left out: dropout, padding, and forced balanced routing, which is no model.
+Dropout, padding and forced balanced routing are left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Weights = dict[str, Tensor]
 
 
 class Spec(NamedTuple):
-    """What is computed, in the words of the config."""
+    """The fields say what is computed and have the names of the config."""
 
     architecture: str
     layers: int
@@ -44,10 +44,10 @@ class Spec(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """One MoE module's output [T, D] and what it did on the way."""
+    """The fields are one MoE module's output [T, D] and its routing."""
 
     y: Tensor
-    chosen: list[list[int]]  # experts of each token, likeliest first
+    chosen: list[list[int]]  # experts of each token, most likely first
     scores: Tensor  # [T, E]
     logits: Tensor  # [T, E]
     dropped: int
@@ -83,7 +83,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def activate(h: Tensor, width: int) -> Tensor:
-    """GELU of `width` features; of twice as many, gate and up: SwiGLU."""
+    """Returns GELU if h has `width` features, and SwiGLU of gate and up if it has twice as many."""
     if h.shape[-1] == width:
         return gelu(h)
     gate, up = h[..., :width], h[..., width:]
@@ -96,7 +96,7 @@ def mlp(w: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary positions of x [S, d]: features i and i + d/2 as one complex number, turned by s 10000^(-2i/d)."""
+    """Adds rotary positions to x [S, d]: features i and i + d/2, one complex number, turn by s 10000^(-2i/d)."""
     seq_len, half = x.shape[0], x.shape[1] // 2
     z = torch.complex(x[:, :half], x[:, half:])
     angles = [[s * 10000 ** (-i / half) for i in range(half)] for s in range(seq_len)]
@@ -105,7 +105,7 @@ def rotate(x: Tensor) -> Tensor:
 
 
 def attention(w: Weights, name: str, x: Tensor, heads: int) -> Tensor:
-    """Causal; x is [B, S, D], sequences and heads one by one. Rows of qkv: the heads of Q, then those of K, of V."""
+    """Computes causal attention of x [B, S, D], one sequence and head at a time. qkv has heads of Q, then K, then V."""
     dim, seq_len = x.shape[2], x.shape[1]
     size = dim // heads
     kv_heads = (w[f"{name}.qkv.weight"].shape[0] // size - heads) // 2
@@ -137,9 +137,11 @@ def add_mlp(w: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def gate(logits: Tensor, top_k: int, taken: int | None = None) -> tuple[list[int], list[Tensor]]:
-    """Eq. 2-5 for one token's logits [E]: experts, likeliest first, and their weights. taken: an expert left out (A.2).
+    """Returns a token's experts, most likely first, and weights, from logits [E] (Eq. 2-5). taken: left out (A.2).
 
-    k >= 2: softmax over the kept logits. k = 1: that would be 1 whatever the logits, so the probability among all."""
+    For k >= 2 the weights are a softmax over the kept logits. For k = 1 that would always be 1, so the weight is the
+    probability among all experts.
+    """
     order = sorted(range(len(logits)), key=lambda i: -logits[i].item())
     order = [i for i in order if i != taken]
     kept = order[:top_k]
@@ -150,12 +152,12 @@ def gate(logits: Tensor, top_k: int, taken: int | None = None) -> tuple[list[int
 
 
 def noisy_logits(x: Tensor, w_gate: Tensor, w_noise: Tensor, normal: Tensor) -> Tensor:
-    """Eq. 3-4: H(x)_i = (x W_gate)_i + N(0, 1) softplus((x W_noise)_i), the normal numbers given."""
+    """Eq. 3-4: H(x)_i = (x W_gate)_i + N(0, 1) softplus((x W_noise)_i), with given normal numbers."""
     return x @ w_gate.T + normal * torch.log1p(torch.exp(x @ w_noise.T))
 
 
 def kept_copies(chosen: list[list[int]], num_experts: int, capacity: int | None) -> set[tuple[int, int]]:
-    """(token, choice) pairs that find room: all first choices before any second choice, early tokens before late."""
+    """Returns the kept (token, choice) pairs: first choices before second ones, then early tokens before late ones."""
     room = [math.inf if capacity is None else capacity] * num_experts
     kept = set()
     for k in range(len(chosen[0])):
@@ -173,7 +175,7 @@ def capacity_of(num_tokens: int, num_experts: int, top_k: int, capacity_factor: 
 def routed_experts(
     w: Weights, name: str, x: Tensor, top_k: int, capacity_factor: float | None, taken: list[int] | None = None
 ) -> Routed:
-    """sum_i G(x)_i E_i(x) for tokens x [T, D], one token and one expert after the other. taken: by each token (A.2)."""
+    """Computes sum_i G(x)_i E_i(x) for tokens x [T, D], one by one. taken: each token's expert to leave out (A.2)."""
     w_gate, w_in, w_out = (w[f"{name}.{k}"] for k in ("router.gate.weight", "experts.w_in_eDF", "experts.w_out_eFD"))
     num_tokens, num_experts = len(x), len(w_gate)
     logits = torch.stack([token @ w_gate.T for token in x])
@@ -191,7 +193,7 @@ def routed_experts(
 
 
 def merge(combine: str, w_gate: Tensor | None, x: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
-    """Eq. 14-16."""
+    """Merges the shared and the routed output (Eq. 14-16)."""
     if combine == "direct_add":
         return shared + routed
     assert w_gate is not None
@@ -203,7 +205,7 @@ def merge(combine: str, w_gate: Tensor | None, x: Tensor, shared: Tensor, routed
 
 
 def load_balance_loss(chosen: list[list[int]], scores: Tensor) -> Tensor:
-    """E sum_i f_i P_i: f_i the share of routed copies that expert i gets, P_i its mean score."""
+    """Returns E sum_i f_i P_i: f_i is the share of routed copies that expert i gets, P_i is its mean score."""
     num_tokens, num_experts = scores.shape
     total = scores.new_zeros(())
     for i in range(num_experts):
@@ -223,7 +225,7 @@ FOLLOWING = {"pos1": -1, "pos2": -2, "pos3": -3}  # which of the sub-layers foll
 
 
 def moe_block(w: Weights, name: str, h_in: Tensor, spec: Spec, position: str, owner: str) -> tuple[Tensor, Routed]:
-    """A pair (Block-MLP, Block-MoE), or one Block-MoE. position: of the tap. owner: block whose MoE module it uses."""
+    """Computes a pair (Block-MLP, Block-MoE) or one Block-MoE. position: the tap's. owner: the block of its MoE."""
     names = [f"{name}.{part}" for part in (PAIR if spec.every == 2 else PAIR[:1])]
     if spec.every == 2:
         attention_l, mlp_l, attention_next = names
@@ -261,13 +263,13 @@ def moe_block(w: Weights, name: str, h_in: Tensor, spec: Spec, position: str, ow
 
 
 def both(a: Routed, b: Routed) -> Routed:
-    """The load of two uses of one MoE module, as if its tokens had been twice as many."""
+    """Joins two uses of one MoE module: outputs are added, and loads count as if there were twice as many tokens."""
     joined = torch.cat([a.scores, b.scores]), torch.cat([a.logits, b.logits])
     return Routed(a.y + b.y, a.chosen + b.chosen, *joined, a.dropped + b.dropped)
 
 
 def gpt(w: Weights, spec: Spec, ids: Tensor, labels: Tensor) -> Answer:
-    """Pre-norm blocks; GPT: learned positions, output weights tied to the embeddings. The mean next-token loss."""
+    """Computes pre-norm blocks and the mean next-token loss. GPT has learned positions and tied output weights."""
     positions = w.get("positions.weight", torch.zeros(ids.shape[1], 1))
     rows = [[w["tokens.weight"][i] + positions[s] for s, i in enumerate(row)] for row in ids.tolist()]
     x = torch.stack([torch.stack(row) for row in rows])

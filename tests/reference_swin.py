@@ -1,7 +1,8 @@
-"""The oracle for SwinV2-MoE: flat, slow and obviously right. Imports nothing of scmoe, nor of timm.
+"""This oracle computes SwinV2-MoE: flat, slow and obviously correct. It imports nothing of scmoe or timm.
 
-Windows are groups of places that are looked up one by one; MoE modules are `reference.routed_experts`. Post-norm
-throughout: x + norm(f(x)), no norm before (docs/decisions/0014-post-norm.md). Left out: drop path, filler pictures.
+Windows are groups of places that are looked up one by one; MoE modules are `reference.routed_experts`. All sub-layers
+are post-norm: x + norm(f(x)), without a norm before f (docs/decisions/0014-post-norm.md). Drop path and filler pictures
+are left out.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tests.reference import Routed, Weights, both, layer_norm, linear, load_bala
 
 
 class SwinSpec(NamedTuple):
-    """What is computed, in the words of the config."""
+    """The fields say what is computed and have the names of the config."""
 
     architecture: str
     layers: int  # of stage 3
@@ -39,7 +40,7 @@ class SwinAnswer(NamedTuple):
 
 
 def patches(w: Weights, images: Tensor, size: int) -> Tensor:
-    """A product and a norm of each patch's pixels, [B, H, W, D]."""
+    """Returns each patch's pixels after a product and a norm, [B, H, W, D]."""
     weight, bias = w["patches.proj.weight"].flatten(1), w["patches.proj.bias"]
     steps = range(0, images.shape[-1], size)
     rows = [
@@ -50,14 +51,14 @@ def patches(w: Weights, images: Tensor, size: int) -> Tensor:
 
 
 def merge_patches(w: Weights, name: str, x: Tensor) -> Tensor:
-    """2 x 2 places become one: their features beside each other, first down, then right."""
+    """Merges 2 x 2 places into one and concatenates their features, first down, then right."""
     corners = [x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
     return layer_norm(w, f"{name}.norm", torch.cat(corners, -1) @ w[f"{name}.reduction.weight"].T)
 
 
 def position_bias(w: Weights, name: str, window: int, heads: int) -> Tensor:
-    """16 sigmoid(MLP(log-spaced distance)), [rows, columns of the query less those of the key, heads]."""
-    # in float32, as timm makes it
+    """Returns 16 sigmoid(MLP(log-spaced distance)), [rows, columns of the query minus those of the key, heads]."""
+    # in float32, as in timm
     distances = torch.arange(-(window - 1), window, dtype=torch.float32) / max(window - 1, 1) * 8
     spaced = (distances.sign() * torch.log2(distances.abs() + 1) / 3).double()
     pairs = torch.cartesian_prod(spaced, spaced).unflatten(0, (len(spaced), len(spaced)))
@@ -66,10 +67,10 @@ def position_bias(w: Weights, name: str, window: int, heads: int) -> Tensor:
 
 
 def window_groups(side: int, window: int, shift: int) -> list[list[tuple[int, int]]]:
-    """Places that attend to each other: of one window of the map moved by `shift`, and not across its border."""
+    """Returns groups of places that attend to each other: windows of the map moved by `shift`, cut at its border."""
 
     def cell(i: int) -> tuple[int, bool]:
-        return (i - shift) % side // window, i < shift  # the places that have wrapped round are on their own
+        return (i - shift) % side // window, i < shift  # places that have wrapped around are separate
 
     groups: dict[tuple, list[tuple[int, int]]] = {}
     for i in range(side):
@@ -79,7 +80,7 @@ def window_groups(side: int, window: int, shift: int) -> list[list[tuple[int, in
 
 
 def window_attention(w: Weights, name: str, x: Tensor, heads: int, window: int, shifted: bool) -> Tensor:
-    """Cosine attention within windows; x is [B, H, W, D], groups and heads one by one."""
+    """Computes cosine attention of x [B, H, W, D] within windows, one group and one head at a time."""
     side, dim = x.shape[1], x.shape[-1]
     window, shift = (window, window // 2 if shifted else 0) if window < side else (side, 0)
     size = dim // heads
@@ -90,7 +91,7 @@ def window_attention(w: Weights, name: str, x: Tensor, heads: int, window: int, 
     y = torch.zeros_like(x)
     for group in window_groups(side, window, shift):
         rows, columns = (torch.tensor(places) for places in zip(*group, strict=True))
-        # a place within its window lies at its place in the moved map, modulo the window
+        # the place within the window is the place in the moved map, modulo the window
         r, c = ((places - shift) % side % window for places in (rows, columns))
         down, right = r[:, None] - r + window - 1, c[:, None] - c + window - 1
         for h in range(heads):
@@ -117,7 +118,7 @@ def swin(w: Weights, spec: SwinSpec, images: Tensor) -> SwinAnswer:
         return add(name, h, mlp(w, f"{name}.f", h))
 
     def moe_block(name: str, h_in: Tensor, stage: int, i: int, architecture: str, position: str, owner: str) -> Tensor:
-        """Layers i and, where MoE is in every second one, i + 1."""
+        """Computes layer i and, if every second layer has MoE, layer i + 1."""
         if spec.every == 2:
             h_mh = add_attention(f"{name}.sublayers.0", h_in, stage, i)
             h_mlp = add_mlp(f"{name}.sublayers.1", h_mh)

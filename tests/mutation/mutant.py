@@ -12,7 +12,7 @@ UNIT, DIST, FAULTS = "tests/unit", "tests/distributed", "tests/faults"
 EP = f"{DIST}/test_negative_controls.py::test_with_nothing_broken_two_ranks_equal_one"  # all gradients
 DP = f"{DIST}/test_strategy.py::test_a_run_resumed_in_another_layout_equals_an_uninterrupted_one[2-ep_sizes0]"
 ORACLE = f"{UNIT}/test_reference_equality.py"
-KILLED = f"{UNIT}/test_durable.py::test_killed_at_any_call_the_old_one_or_the_new_one_is_there"
+KILLED = f"{UNIT}/test_durable.py::test_a_kill_at_any_call_leaves_the_old_or_the_new_checkpoint"
 MOE, PARALLEL, DATA = "scmoe/moe", "scmoe/parallel", "datamodules"
 
 

@@ -1,4 +1,4 @@
-"""Each activation against its formula, and its derivative against autograd's."""
+"""Each activation equals its formula, and its derivative equals autograd's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fig. 9 and 10 during a training: when they measure, what they keep, and that nothing is there when they are off."""
+"""The analyses of Fig. 9 and 10 measure at their steps, store what they measured, and add nothing when they are off."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ON = ("analysis.gating_every=2", "analysis.similarity_every=3")
 
 
 def fit(run_dir, *words, resume=False):
-    """Trains; the callbacks, and how many hooks the model has at the start of each batch's forward and at the end."""
+    """Trains. Returns the callbacks, and the number of the model's hooks at the start of each batch and at the end."""
     config = load(None, [*TINY, *words])
     torch.manual_seed(0)
     callbacks = build_callbacks(config, run_dir)
@@ -59,19 +59,19 @@ def finished(tmp_path_factory):
     return run_dir, off, on
 
 
-def test_off_there_is_no_callback_and_no_hook(finished):
+def test_an_analysis_that_is_off_adds_no_callback_and_no_hook(finished):
     _, off, on = finished
     config = load(None, TINY)
     assert not [c for c in build_callbacks(config, None) if isinstance(c, Analysis)]
-    guard = off[0]  # the guard's own hooks, which are always there
+    guard = off[0]  # the guard's hooks are always there
     assert set(off[:-1]) == {guard}
     gating, similarity = 3 * 2, 2 * (1 + 3 + 1)
-    first_batches = {0: gating + similarity, 4: gating, 6: similarity, 8: gating}  # two batches a step
+    first_batches = {0: gating + similarity, 4: gating, 6: similarity, 8: gating}  # a step has two batches
     assert [count - guard for count in on[:-1]] == [first_batches.get(batch, 0) for batch in range(12)]
     assert on[-1] == off[-1]
 
 
-def test_keeps_logs_and_draws_what_was_measured(finished):
+def test_measurements_are_stored_logged_and_drawn(finished):
     run_dir, _, _ = finished
     folder = run_dir / "analysis"
     assert {path.name for path in folder.iterdir()} == {
@@ -91,7 +91,7 @@ def test_keeps_logs_and_draws_what_was_measured(finished):
     assert [float(row["gating/repeated_selection"]) for row in rows] == pytest.approx(repeated.tolist())
 
 
-def test_a_resumed_run_keeps_what_was_measured_before(finished):
+def test_a_resumed_run_keeps_earlier_measurements(finished):
     run_dir, _, _ = finished
     with np.load(run_dir / "analysis" / "gating.npz", allow_pickle=False) as stored:
         before = stored["values"]

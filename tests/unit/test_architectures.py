@@ -1,4 +1,4 @@
-"""The list of the tables' architectures is whole, and every family is compared with oracle and ranks for all of it."""
+"""The list of architectures has every row of the paper's tables, and every model family is tested with all rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMED = (  # Tables 1 to 7 and A.7
 )
 
 
-def test_every_row_of_the_tables_is_there_and_none_twice():
+def test_every_row_of_the_tables_is_listed_exactly_once():
     assert set(TABLES) == set(NAMED)
     configs = [load(None, overrides(words)) for words in (TABLES | EVERY_BLOCK).values()]
     assert all(config not in configs[:i] for i, config in enumerate(configs))
@@ -38,10 +38,10 @@ def test_every_choice_of_the_config_is_in_a_row(field):
 
 def test_every_family_is_compared_for_every_row():
     language = TABLES | EVERY_BLOCK
-    assert language.items() <= LANGUAGE_WITH_ORACLE.items(), "GPT and LLaMA with the oracle"
-    assert language.items() <= cases.ARCHITECTURES.items(), "GPT on two ranks"
+    assert language.items() <= LANGUAGE_WITH_ORACLE.items(), "a row of GPT or LLaMA is not compared with the oracle"
+    assert language.items() <= cases.ARCHITECTURES.items(), "a row of GPT is not tested on two ranks"
     llama = {f"llama, {name}": f"{words} {cases.LLAMA}" for name, words in language.items()}
-    assert llama.items() <= cases.ARCHITECTURES.items(), "LLaMA on two ranks"
+    assert llama.items() <= cases.ARCHITECTURES.items(), "a row of LLaMA is not tested on two ranks"
     assert {f"{name}, EP 2" for name in (*language, *llama)} <= cases.TWO.keys()
-    assert TABLES.items() <= SWIN_WITH_ORACLE.items(), "SwinV2 with the oracle"
-    assert TABLES.items() <= SWIN_ON_RANKS.items(), "SwinV2 on two ranks"
+    assert TABLES.items() <= SWIN_WITH_ORACLE.items(), "a row of SwinV2 is not compared with the oracle"
+    assert TABLES.items() <= SWIN_ON_RANKS.items(), "a row of SwinV2 is not tested on two ranks"

@@ -1,8 +1,8 @@
 """Backward mirrors forward: the operators that hide a transfer forward hide its gradient's transfer backward.
 
-A transfer is two autograd nodes. Backward, the node of its wait launches the gradient's transfer, and the node of its
-start waits for it. The identity nodes of `Log` stand where those nodes stand, and before and after each operator of the
-backbone, and record when they run. The order is the autograd engine's own; these tests fail if it changes.
+A transfer has two autograd nodes. In backward, the node of its wait starts the gradient's transfer, and the node of its
+start waits for that transfer. Identity nodes of `Log` are next to those nodes and before and after each operator of the
+backbone; they record when they run. The autograd engine decides the order; these tests fail if it changes.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def test_backward_runs_the_nodes_of_forward_in_reverse(position, capacity_factor
     for schedule in schedules(position, 1, 2):
         log = run(schedule, capacity_factor)
         assert log.backward == log.forward[::-1], schedule
-        # transfers, experts, four operators of the backbone
+        # marks of transfers, of experts and of four operators of the backbone
         assert len(log.forward) == 4 * schedule.chunks + 2 * schedule.chunks + 2 * 4, schedule
 
 
 @every_position
 @every_capacity
 def test_what_each_transfer_hides_behind(position, capacity_factor):
-    """Backward, the window after the slot hides the combine's gradient; the window before it hides the dispatch's."""
+    """In backward, the window after the slot hides combine's gradient; the window before it hides dispatch's."""
     for schedule in schedules(position, 1):
         log, window = run(schedule, capacity_factor), list(schedule.window)
         before, after = window[: schedule.slot], window[schedule.slot :]
@@ -66,7 +66,7 @@ def test_chunks_hide_behind_each_others_experts(position):
 
 @every_position
 def test_blocking_hides_nothing_in_either_direction(position):
-    """Negative control, and the sequential baseline: start and wait are neighbours."""
+    """This is the negative control and the sequential baseline: each wait follows its start directly."""
     for schedule in schedules(position, 1, 2):
         log = run(schedule, 2.0, Blocking)
         for transfer in [f"{name} {chunk}" for name in ("dispatch", "combine") for chunk in range(schedule.chunks)]:

@@ -1,4 +1,4 @@
-"""The routers' sums and losses: known values, and that they do not depend on how the tokens are split over ranks."""
+"""The routers' sums and losses have known values and do not depend on how the tokens are split over ranks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def random_logits(num_tokens: int = 12, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("top_k", (1, 2, 3))
-def test_equal_the_oracle(top_k):
+def test_losses_equal_the_oracle(top_k):
     logits = [random_logits(seed=seed) for seed in (0, 1)]
     balance, z = losses([stats_of(layer, top_k) for layer in logits])
     chosen = [layer.topk(top_k).indices.tolist() for layer in logits]
@@ -47,7 +47,7 @@ def test_equal_the_oracle(top_k):
     assert_close(z, sum(reference.z_loss(layer) for layer in logits) / 2)
 
 
-def test_one_where_even_and_e_where_one_expert_takes_all():
+def test_balance_loss_is_one_for_an_even_load_and_num_experts_for_a_collapsed_router():
     even = torch.eye(EXPERTS, dtype=torch.float64).repeat(3, 1) * 5
     assert_close(losses([stats_of(even)])[0], torch.tensor(1.0, dtype=torch.float64))
     collapsed = torch.zeros(12, EXPERTS, dtype=torch.float64)
@@ -56,13 +56,13 @@ def test_one_where_even_and_e_where_one_expert_takes_all():
 
 
 def test_z_loss_of_equal_logits():
-    """logsumexp of E logits x is x + log E."""
+    """The logsumexp of E equal logits x is x + log E."""
     z = losses([stats_of(torch.full((5, EXPERTS), 2.0, dtype=torch.float64))])[1]
     assert_close(z, (2 + torch.tensor(EXPERTS, dtype=torch.float64).log()) ** 2)
 
 
-def test_losses_pull_the_right_way():
-    """Less probability for the crowded expert, smaller logits."""
+def test_gradients_of_the_losses_have_the_right_sign():
+    """The balance loss lowers the busiest expert's probability, and the z-loss lowers the logits."""
     logits = random_logits().abs()
     logits[:, 1] += 3
     logits.requires_grad_()
@@ -77,9 +77,9 @@ def test_losses_pull_the_right_way():
 
 @given(st.data(), st.integers(1, 4), st.sampled_from((1, 2)), st.booleans())
 def test_mean_over_ranks_is_the_loss_of_the_global_batch(data, world_size, top_k, padded):
-    """Fault 24, without processes: each rank has its tokens, the integer sums are added up, gradients averaged.
+    """Fault 24, without processes: each rank has its tokens; the integer sums are added, the gradients averaged.
 
-    Ranks may hold different numbers of tokens, and padding. 1e-12: the same sums in another order."""
+    Ranks may hold different numbers of tokens, and padding. The tolerance is 1e-12: the sums have another order."""
     num_tokens = data.draw(st.lists(st.integers(1, 5), min_size=world_size, max_size=world_size))
     layers = [random_logits(sum(num_tokens), seed).requires_grad_() for seed in (0, 1)]
     mask = torch.arange(sum(num_tokens)) % 3 != 1 if padded else torch.ones(sum(num_tokens), dtype=torch.bool)
@@ -97,8 +97,8 @@ def test_mean_over_ranks_is_the_loss_of_the_global_batch(data, world_size, top_k
         assert_close(grad, expected)
 
 
-def test_split_without_summing_is_told_apart():
-    """Negative control: the mean of per-rank losses with per-rank f is another number."""
+def test_losses_of_ranks_without_summing_differ():
+    """Negative control: the mean of per-rank losses with per-rank f differs from the loss of all tokens."""
     logits = random_logits()
     parts = [losses([stats_of(part)])[0] for part in logits.split(6)]
     assert (sum(parts) / 2 - losses([stats_of(logits)])[0]).abs() > 1e-4
@@ -114,7 +114,7 @@ def test_padding_is_left_out_of_every_sum(capacity):
     assert padded.num_tokens == 9 and padded.counts_E.sum() == 18
 
 
-def test_nothing_but_padding_gives_zero_not_nan():
+def test_padding_alone_gives_zero_and_not_nan():
     logits = random_logits().requires_grad_()
     total = sum(losses([stats_of(logits, mask_T=torch.zeros(12, dtype=torch.bool))]))
     total.backward()
@@ -127,4 +127,6 @@ def test_metrics():
     assert metrics["load_max"] == 3.0  # 6 of 8 where 2 is fair
     assert metrics["dead_experts"] == 2
     assert metrics["drop_share"] == 4 / 16
-    assert metrics["load_entropy"] == pytest.approx((0.8112781244591328 / 2 + 1) / 2)  # bits of (3/4, 1/4), over 2
+    assert metrics["load_entropy"] == pytest.approx(
+        (0.8112781244591328 / 2 + 1) / 2
+    )  # (3/4, 1/4): bits over 2; even: 1

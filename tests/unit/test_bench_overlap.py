@@ -1,4 +1,4 @@
-"""What `bench overlap` refuses, and which schedules go from the trial into the rounds."""
+"""`bench overlap` refuses impossible options, and the best schedules of its trial go into the rounds."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_help_shows_the_defaults_of_the_measurement():
 
 
 def test_schedules_near_the_best_by_trial_go_into_the_rounds():
-    """A disturbed trial, the second of each pair here, puts none out."""
+    """One disturbed trial, such as the second number of each pair here, excludes no schedule."""
     trials = {0: (1.04, 1.5), 1: (1.00, 1.3), 2: (1.02, 1.02), 3: (1.01, 9.0), 4: (1.029, 1.1)}
     tried = {
         Variant("pos3", Schedule("scmoe", "pos3", slot)): Seconds(0.0, pair, 0.0, 0.0, 0.0)

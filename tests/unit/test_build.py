@@ -1,4 +1,4 @@
-"""Every configuration builds, without memory, and the sizes are the paper's."""
+"""Every configuration builds without memory, and the sizes of models equal the paper's."""
 
 import pickle
 from pathlib import Path
@@ -35,19 +35,19 @@ def test_every_parameter_is_counted_once():
     total, active = total_and_active(count_parameters(model))
     assert total == sum(p.numel() for p in model.parameters())
     experts = count_parameters(model)["experts"][1]
-    assert active == total - experts + experts // 8, "one of 8 experts is used"
+    assert active == total - experts + experts // 8, "a token uses one of 8 experts"
     assert "other" not in count_parameters(model)
 
 
 def test_gpt2_moe_small_has_the_papers_size():
-    """Table 8: 323M, which is standard top-k with 8 experts: no shared expert, embeddings tied."""
+    """Table 8 gives 323M. That is standard top-k with 8 experts, no shared expert, and tied embeddings."""
     model = load(CONFIGS / "model/gpt2_moe_small.yaml", ["moe.architecture=top_k", "moe.top_k=2"])
     total, _ = total_and_active(count_parameters(build_model_on_meta(model)))
     assert round(total / 1e6) == 323
 
 
 @pytest.mark.parametrize("architecture", ("dense", "top_k", "shared_expert", "scmoe"))
-def test_ranks_hold_a_share_of_the_experts_and_count_all(architecture):
+def test_each_rank_holds_a_share_of_the_experts_and_counts_all_of_them(architecture):
     from scmoe.parallel.mesh import ParallelContext
     from scmoe.training.build.model import build_model
 
@@ -72,8 +72,8 @@ def test_ranks_hold_a_share_of_the_experts_and_count_all(architecture):
 
 @pytest.mark.parametrize("data", ["openwebtext", "slimpajama", "wikitext103"])
 @pytest.mark.parametrize(("model", "tokens"), [("gpt2_moe_small", ("gpt2", 50257)), ("llama2_moe", ("bpe", 32000))])
-def test_a_models_tokenizer_is_its_own_whatever_it_reads(model, tokens, data, tmp_path):
-    """LLaMA2-MoE has a vocabulary of LLaMA-2's size, which GPT-2's tokenizer would make a third larger."""
+def test_a_models_tokenizer_does_not_depend_on_the_data_set(model, tokens, data, tmp_path):
+    """LLaMA2-MoE keeps a vocabulary of LLaMA-2's size; GPT-2's tokenizer would require a larger one."""
     parts = [CONFIGS / f"model/{model}.yaml", CONFIGS / f"data/{data}.yaml"]
     for order in (parts, parts[::-1]):
         (tmp_path / "mine.yaml").write_text(f"extends: [{', '.join(map(str, order))}]")
@@ -81,7 +81,7 @@ def test_a_models_tokenizer_is_its_own_whatever_it_reads(model, tokens, data, tm
         assert (found.name, found.tokenizer, found.vocab_size) == ("hf", *tokens)
 
 
-def test_a_vocabulary_too_small_for_its_tokens_names_both_keys(tmp_path):
+def test_the_error_for_a_too_small_vocabulary_names_both_keys(tmp_path):
     llama, model = CONFIGS / "model/llama2_moe.yaml", CONFIGS / "model/llama2_moe_tiny.yaml"
     with pytest.raises(ConfigError, match=r"vocab_size is 32000, allowed: 50257 or more for data\.tokenizer=gpt2"):
         load(llama, ["data.tokenizer=gpt2"])
@@ -95,7 +95,7 @@ def test_a_vocabulary_too_small_for_its_tokens_names_both_keys(tmp_path):
 
 
 def test_a_module_can_be_sent_to_a_spawned_process():
-    """Before its weights are there: `configure_model` makes them in each rank."""
+    """The module is sent without weights: `configure_model` makes them in each rank."""
     config = load(CONFIGS / "debug.yaml")
     module = pickle.loads(pickle.dumps(build_module(config)))
     module.configure_model()

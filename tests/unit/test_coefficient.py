@@ -1,4 +1,4 @@
-"""Direct Add, CG-1 and CG-2 (Eq. 14-16) against the oracle."""
+"""Direct Add, CG-1 and CG-2 (Eq. 14-16) equal the oracle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The alarm for a collapsed router (fault 26): told from a busy one, and from a short one, and raised once a layer."""
+"""The alarm for a collapsed router (fault 26) ignores busy experts and short peaks, and warns once per layer."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ TOKENS = 100
 
 
 def window(*layers: list[int]) -> torch.Tensor:
-    """Load sums of layers, from the copies of each expert."""
+    """Returns the load sums of layers with these copies per expert."""
     return torch.tensor([[*counts, TOKENS, 0] for counts in layers])
 
 
-def said(alarm: CollapseAlarm, sums: torch.Tensor, times: int) -> list[str]:
+def alarms(alarm: CollapseAlarm, sums: torch.Tensor, times: int) -> list[str]:
     return [line for _ in range(times) for line in alarm(sums)]
 
 
 def test_a_collapsed_layer_is_named_once_with_its_expert_and_share():
     alarm, sums = CollapseAlarm(), window([25, 25, 25, 25], [5, 5, 80, 10])
-    assert said(alarm, sums, PATIENCE - 1) == []
-    (line,) = said(alarm, sums, 1)
+    assert alarms(alarm, sums, PATIENCE - 1) == []
+    (line,) = alarms(alarm, sums, 1)
     assert line.startswith("MoE layer 2 of 2: the router has collapsed, expert 2 gets 80% of the tokens (fair: 25%)")
-    assert said(alarm, window([25, 25, 25, 25], [25, 25, 25, 25]), 1) == said(alarm, sums, 3 * PATIENCE) == []
+    assert alarms(alarm, window([25, 25, 25, 25], [25, 25, 25, 25]), 1) == alarms(alarm, sums, 3 * PATIENCE) == []
 
 
 @pytest.mark.parametrize(
     "counts, collapsed",
     [
-        ([62, 13, 13, 12], False),  # K = 1 of 4: even is 25 of 100 tokens, halfway to all of them 62.5
+        ([62, 13, 13, 12], False),  # K = 1 of 4: even is 25 of 100 tokens, halfway to all is 62.5
         ([63, 13, 12, 12], True),
-        ([75, 65, 30, 30], False),  # K = 2 of 4: 50, 75
+        ([75, 65, 30, 30], False),  # K = 2 of 4: even is 50, halfway is 75
         ([76, 64, 30, 30], True),
         ([100, 100, 0, 0], True),
         ([100, 100, 100, 100], False),  # every expert has every token: there is no choice
@@ -48,19 +48,19 @@ def test_a_collapsed_layer_is_named_once_with_its_expert_and_share():
     ],
 )
 def test_collapsed_is_more_than_halfway_from_even_to_all_tokens(counts, collapsed):
-    assert bool(said(CollapseAlarm(), window(counts), PATIENCE)) == collapsed
+    assert bool(alarms(CollapseAlarm(), window(counts), PATIENCE)) == collapsed
 
 
-def test_a_break_starts_the_count_anew():
+def test_a_break_resets_the_count():
     alarm = CollapseAlarm()
     for sums in [window([97, 1, 1, 1])] * (PATIENCE - 1) + [window([25, 25, 25, 25])]:
         assert alarm(sums) == []
-    assert said(alarm, window([97, 1, 1, 1]), PATIENCE - 1) == []
-    assert len(said(alarm, window([97, 1, 1, 1]), 1)) == 1
+    assert alarms(alarm, window([97, 1, 1, 1]), PATIENCE - 1) == []
+    assert len(alarms(alarm, window([97, 1, 1, 1]), 1)) == 1
 
 
 def train(steps: int, rigged: bool) -> list[str]:
-    """Warnings of a run; rigged: the second MoE layer's gate has room for one expert, whatever the token."""
+    """Returns the collapse warnings of a run. rigged: the second MoE layer's gate sends every token to expert 0."""
     words = (f"trainer.max_steps={steps}", "trainer.accelerator=cpu", "trainer.log_every=1", "trainer.progress=false")
     config = tiny(*words, "model.layers=4", "moe.noisy=false", "optim.lr=1e-5", "data.global_batch_size=4")
     module = build_module(config)
@@ -91,7 +91,7 @@ def train(steps: int, rigged: bool) -> list[str]:
     return [str(warning.message) for warning in caught if "collapsed" in str(warning.message)]
 
 
-def test_a_run_with_a_rigged_router_says_so_in_one_line():
+def test_a_run_with_a_rigged_router_warns_in_one_line():
     assert train(PATIENCE + 3, rigged=False) == []
     (line,) = train(PATIENCE + 3, rigged=True)
     assert line.startswith("MoE layer 2 of 2: the router has collapsed, expert 0 gets 100% of the tokens")

@@ -1,4 +1,4 @@
-"""Every verb answers --help at once, by the name it was called by, and leaves nothing behind; a typo is an error."""
+"""Every verb answers --help quickly, under the name it was called by, and leaves no files; a typo is an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from experiments import VERBS
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "matplotlib", "wandb", "lightning", "scipy", "optuna")
-# argv, then: run the program, and say at its end which heavy packages it has imported
+# This code is put before a program. When the program ends, it prints which heavy packages were imported.
 WATCHED = f"""
 import atexit, runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -36,7 +36,7 @@ def run(program: str, words: tuple[str, ...], folder: Path) -> subprocess.Comple
 
 
 @pytest.mark.parametrize("words", [*((verb,) for verb in VERBS), *SUBVERBS], ids=" ".join)
-def test_help_is_light_and_has_the_name_it_was_called_by(words, tmp_path):
+def test_help_imports_no_heavy_package_and_shows_the_name_it_was_called_by(words, tmp_path):
     for program, name in ((AS_MODULE, "python -m experiments."), (AS_SCMOE, "scmoe ")):
         done = run(program, (*words, "--help"), tmp_path)
         assert done.returncode == 0, done.stderr
@@ -60,7 +60,7 @@ def test_scmoe_lists_its_verbs(tmp_path):
 
 
 def test_scripts_are_few_and_thin():
-    """At most 14 files of at most 100 lines each: one for each verb, and the dispatch."""
+    """There are at most 14 files of at most 100 lines: one for each verb, and the dispatch."""
     scripts = {path.stem: path for path in (ROOT / "experiments").glob("*.py")}
     assert scripts.keys() == {"__init__", *VERBS}
     assert len(scripts) <= 14

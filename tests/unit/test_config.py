@@ -1,4 +1,4 @@
-"""The configuration: every YAML loads, and whatever is wrong ends in one ConfigError line before anything runs."""
+"""Every YAML loads, and every wrong configuration gives one ConfigError line before anything runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ YAMLS = [
 
 
 def refusal(path: Path | None, *overrides: str) -> str:
-    """The one line with which a configuration is refused."""
+    """Returns the one error line of a refused configuration."""
     with pytest.raises(ConfigError) as caught:
         load(path, overrides)
     line = str(caught.value)
@@ -47,8 +47,8 @@ def write(tmp_path):
 # What loads
 
 
-def test_every_yaml_loads_and_says_what_it_is(write):
-    """And is equal after it was saved with changes and loaded again."""
+def test_every_yaml_loads_and_starts_with_a_comment(write):
+    """A config that is saved with changes and loaded again stays equal."""
     for path in YAMLS:
         config = load(path, ["logger.tags=[a,'1',null]", "seed=7"])
         assert load(write("config.yaml", to_yaml(config))) == config, path
@@ -74,7 +74,7 @@ def test_any_text_and_number_survives_saving(tmp_path_factory, name, runs_dir, g
     assert load(path) == config
 
 
-def test_nothing_given_is_the_defaults(write):
+def test_an_empty_config_has_the_defaults(write):
     assert load(None) == load(write("empty.yaml", "")) == load(write("comment.yaml", "# nothing\n")) == Config()
 
 
@@ -83,7 +83,7 @@ def test_config_is_frozen():
         load(None).seed = 2
 
 
-def test_order_of_strength(write):
+def test_a_later_source_overrides_an_earlier_one(write):
     write("base.yaml", "seed: 1\nmodel: {layers: 2, dim: 64}\noptim: {lr: 1}\n")
     write("model/big.yaml", "model: {layers: 6, dim: 128}\n")
     path = write("own.yaml", "extends: [base.yaml, model/big.yaml]\nmodel: {layers: 8}\nmoe: {}\n")
@@ -91,7 +91,7 @@ def test_order_of_strength(write):
     assert (config.optim.lr, config.model.dim, config.model.layers, config.seed) == (1.0, 128, 8, 4)
 
 
-def test_extends_is_relative_to_its_file_and_goes_on(write):
+def test_extends_is_relative_to_its_file_and_can_be_nested(write):
     write("base.yaml", "seed: 5\n")
     write("a/middle.yaml", "extends: ../base.yaml\nname: middle\n")
     config = load(write("b/own.yaml", "extends: ../a/middle.yaml\n"))
@@ -111,13 +111,13 @@ def test_extends_is_relative_to_its_file_and_goes_on(write):
         ("moe.noisy=True", "moe.noisy", True),
         ("moe.noisy=false", "moe.noisy", False),
         ("moe={every: 1, position: pos1}", "moe.every", 1),
-        ("name=007", "name", "007"),  # a text stays as it was typed
+        ("name=007", "name", "007"),  # a string stays as it was typed
         ("name=1e3", "name", "1e3"),
         ("name=yes", "name", "yes"),
         ("runs_dir=a=b", "runs_dir", "a=b"),
     ],
 )
-def test_the_type_of_the_field_decides(override, key, value):
+def test_a_value_gets_the_type_of_its_field(override, key, value):
     found = flatten(load(None, [override]))[key]
     assert found == value and type(found) is type(value)
 
@@ -131,7 +131,7 @@ def test_expert_parallel_ranks_by_default():
 # What is refused
 
 
-def test_typo_names_key_and_nearest_key():
+def test_the_error_for_a_typo_names_the_key_and_the_nearest_key():
     assert refusal(None, "optim.lrr=1") == "command line: unknown key 'optim.lrr', did you mean optim.lr?"
     assert "did you mean optim.lr?" in refusal(None, "lr=1")
     assert "did you mean moe.top_k?" in refusal(None, "model.top_k=1")
@@ -159,7 +159,7 @@ def test_possible_combination_passes(overrides):
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("optim.lr=fast", "optim.lr is 'fast', allowed: float, above 0"),
         ("model.layers=2.5", "model.layers is '2.5', allowed: int"),
@@ -183,12 +183,12 @@ def test_possible_combination_passes(overrides):
         ("logger.tags=[a, '${oc.env:HOME}']", "logger.tags is ['a', '${oc.env:HOME}']"),
     ],
 )
-def test_bad_override(override, said):
-    assert said in refusal(None, override)
+def test_bad_override(override, message):
+    assert message in refusal(None, override)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("- a\n", "allowed: a mapping"),
         ("word\n", "allowed: a mapping"),
@@ -212,25 +212,25 @@ def test_bad_override(override, said):
         ("extends: .\n", "cannot be read"),
     ],
 )
-def test_bad_file_is_named(write, text, said):
+def test_bad_file_is_named(write, text, message):
     line = refusal(write("bad.yaml", text))
-    assert "bad.yaml" in line and said in line
+    assert "bad.yaml" in line and message in line
 
 
-def test_file_that_is_missing_or_no_text(tmp_path):
+def test_a_missing_or_binary_file_is_refused(tmp_path):
     assert "absent.yaml: cannot be read" in refusal(tmp_path / "absent.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     assert "binary.yaml: cannot be read" in refusal(tmp_path / "binary.yaml")
 
 
-def test_extends_in_a_circle(write):
+def test_extends_in_a_circle_is_refused(write):
     write("a.yaml", "extends: b.yaml\n")
     assert "extends itself" in refusal(write("b.yaml", "extends: a.yaml\n"))
     assert "extends itself" in refusal(write("self.yaml", "extends: ./self.yaml\n"))
 
 
 def test_one_hundred_bad_inputs_run_nothing(tmp_path, write):
-    """Misspelt keys, values of the wrong type and payloads, in files and as overrides: each is one ConfigError line."""
+    """Misspelt keys, values of the wrong type and payloads, in files and overrides, each give one ConfigError line."""
     rng = random.Random(0)
     trace = tmp_path / "executed"
     payloads = [

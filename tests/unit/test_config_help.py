@@ -1,4 +1,4 @@
-"""The help of the configuration: its width, its fields, its catalogue, and that it does not wait for torch."""
+"""The configuration's help fits its width, has every field and a catalogue, and does not import torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_catalogue_has_files_and_choices():
         catalogue(CONFIGS / "absent")
 
 
-def test_help_and_refusals_do_not_wait_for_torch():
+def test_help_and_refusals_do_not_import_torch():
     modules = ["config.help", "config.load", "parallel.checkpoint.durable", "training.run.state"]
     code = "import sys\n" + "".join(f"import scmoe.{name}\n" for name in modules)
     code += "assert not {'torch', 'lightning', 'numpy'} & sys.modules.keys()"

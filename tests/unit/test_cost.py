@@ -1,4 +1,4 @@
-"""The cost model against its closed form, and the drawing of a timeline."""
+"""The cost model equals its closed form, and a timeline can be drawn."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -44,7 +44,7 @@ SCHEDULES = st.sampled_from(
 
 @given(SCHEDULES, TIMES)
 def test_exposed_time_is_what_the_backbone_does_not_cover(schedule, times):
-    """Section 3.2's two terms. 1e-9: sums of ten numbers in another order."""
+    """The exposed time has Section 3.2's two terms. The tolerance is 1e-9: sums of ten numbers have another order."""
     before = sum(times[op] for op in schedule.window[: schedule.slot])
     after = sum(times[op] for op in schedule.window[schedule.slot :] + schedule.after_window)
     expected = max(0, times["dispatch"] - before) + max(0, times["combine"] - after)
@@ -54,8 +54,8 @@ def test_exposed_time_is_what_the_backbone_does_not_cover(schedule, times):
 
 
 @given(SCHEDULES, TIMES)
-def test_backward_hides_what_forward_hides_by_the_mirror(schedule, times):
-    """The gradient of combine travels beside the operators after the experts, that of dispatch beside those before."""
+def test_backward_hides_transfers_in_mirrored_order(schedule, times):
+    """Combine's gradient travels in parallel with the operators after the experts, dispatch's with those before."""
     before = sum(times[op] for op in schedule.window[: schedule.slot])
     after = sum(times[op] for op in schedule.window[schedule.slot :] + schedule.after_window)
     expected = max(0, times["dispatch"] - before) + max(0, times["combine"] - after)
@@ -63,7 +63,7 @@ def test_backward_hides_what_forward_hides_by_the_mirror(schedule, times):
 
 
 @given(SCHEDULES, TIMES, TIMES, st.integers(1, 4))
-def test_the_best_schedule_is_no_slower_than_any(schedule, forward, backward, chunks):
+def test_no_schedule_is_faster_than_the_best_schedule(schedule, forward, backward, chunks):
     times = {chunks: OperatorTimes(forward, backward), 1: OperatorTimes(backward, forward)}
     choices = slots(replace(schedule, chunks=chunks)) + slots(schedule)
     chosen = best_schedule(choices, times)
@@ -85,7 +85,7 @@ def test_sequential_time_is_the_sum_of_all(schedule, times):
 
 
 @given(SCHEDULES, TIMES, st.integers(1, 4))
-def test_neither_row_does_two_things_at_once(schedule, times, chunks):
+def test_neither_row_of_a_timeline_has_overlapping_spans(schedule, times, chunks):
     spans = play(replace(schedule, chunks=chunks).operators(), times)
     for transfers in (True, False):
         row = sorted((s.start, s.end) for s in spans if s.is_transfer is transfers)

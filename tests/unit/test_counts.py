@@ -1,4 +1,4 @@
-"""`make params` and `make estimate`: the paper's totals, and a dry run whose last line can be read by a program."""
+"""`make params` gives the paper's totals, and the last line of `make estimate` is JSON for other programs."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def last_line(capsys) -> dict:
     "preset, architecture, millions",
     [
         ("gpt2_moe_small", "top_2", 323),
-        ("gpt3_moe_xl", "top_2", 4134),  # 4.1B
-        ("llama2_moe", "top_2", 6725),  # 6.7B
+        ("gpt3_moe_xl", "top_2", 4134),  # the paper: 4.1B
+        ("llama2_moe", "top_2", 6725),  # the paper: 6.7B
         ("swinv2_moe_s", "dgmoe", 157),
     ],
 )
-def test_totals_of_the_paper(preset, architecture, millions):
+def test_totals_equal_the_papers(preset, architecture, millions):
     if preset.startswith("swin"):
         pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
     assert round(parameters.count(preset, architecture)["total"] / 1e6) == millions
 
 
-def test_dgmoe_share_differs_from_the_paper_by_one_expert_a_shared_pair():
-    """docs/decisions/0016-parameter-counts.md: 124M would leave each second pair of four an expert of its own."""
+def test_dgmoe_share_differs_from_the_paper_by_one_expert_per_shared_pair():
+    """The paper's 124M fits if each of four second pairs keeps one expert (docs/decisions/0016-parameter-counts.md)."""
     pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
     ours, without = (parameters.count("swinv2_moe_s", name)["total"] for name in ("dgmoe_share", "dgmoe"))
     expert, gate = 2 * 384 * 1536, 384 * 8
@@ -45,14 +45,14 @@ def test_dgmoe_share_differs_from_the_paper_by_one_expert_a_shared_pair():
     assert round((ours + 4 * expert) / 1e6) == 124
 
 
-def test_params_prints_json_of_what_is_asked_for(capsys):
+def test_params_prints_json_for_the_given_preset(capsys):
     assert params_main(["gpt2_moe_small_tiny"]) == 0
     counts = last_line(capsys)
     assert counts.keys() == {"gpt2_moe_small_tiny"}
     assert counts["gpt2_moe_small_tiny"].keys() == parameters.ARCHITECTURES.keys()
     model = build_model(load(parameters.PRESETS / "gpt2_moe_small_tiny.yaml", ["moe.noisy=false"]), ParallelContext())
     total = sum(p.numel() for p in model.parameters())
-    idle = sum(p.numel() for p in model.parameters() if p.dim() == 3) * 7 // 8  # stacked weights: the experts'
+    idle = sum(p.numel() for p in model.parameters() if p.dim() == 3) * 7 // 8  # only experts have stacked weights
     assert counts["gpt2_moe_small_tiny"]["scmoe"] == {"total": total, "active": total - idle}
 
 
@@ -60,7 +60,7 @@ def test_every_preset_is_counted_by_default():
     assert {path.stem for path in Path("configs/model").glob("*.yaml")} >= {p for p, _ in parameters.PAPER}
 
 
-def test_an_estimate_by_hand(capsys):
+def test_an_estimate_equals_a_calculation_by_hand(capsys):
     assert estimate([XL, "ep=8", "dp=2", "trainer.precision=bf16-mixed", "data.global_batch_size=64"]) == 0
     facts = last_line(capsys)
     total, experts = facts["params_total"], 12 * 8 * 2 * 2048 * 8192
@@ -72,7 +72,7 @@ def test_an_estimate_by_hand(capsys):
     memory = facts["memory_bytes"]
     assert memory["weights"] == 4 * facts["params_per_rank"]
     assert memory["gradients"] == memory["weights"] + 4 * experts // 8
-    # 6 N and attention's 12 L S D, as usually estimated; N all weights in products, of experts two rows a token
+    # The usual estimate is 6 N + 12 L S D (attention). N is the weights in products; experts get two rows per token.
     used = facts["params_active"] + experts // 8 - 2048 * 2048
     assert facts["flops_training"] == pytest.approx(6 * used + 12 * 24 * 2048 * 2048, rel=1e-2)
 
@@ -90,7 +90,7 @@ def test_an_estimate_by_hand(capsys):
         ([XL], (1, 1)),
     ],
 )
-def test_an_estimate_is_for_the_configs_own_ranks_where_none_are_given(arguments, degrees, capsys):
+def test_an_estimate_uses_the_configs_ranks_unless_others_are_given(arguments, degrees, capsys):
     assert estimate(arguments) == 0
     facts = last_line(capsys)
     assert (facts["ep_size"], facts["dp_size"]) == degrees
@@ -101,9 +101,9 @@ def test_recomputing_costs_flops_and_saves_memory(capsys):
         assert estimate([XL, "ep=8", f"trainer.recompute={recompute}"]) == 0
         return last_line(capsys)
 
-    kept, anew = facts(False), facts(True)
-    assert kept["flops_training"] < anew["flops_training"] < 4 / 3 * kept["flops_training"]
-    assert anew["memory_bytes"]["activations"] < 0.5 * kept["memory_bytes"]["activations"]
+    kept, recomputed = facts(False), facts(True)
+    assert kept["flops_training"] < recomputed["flops_training"] < 4 / 3 * kept["flops_training"]
+    assert recomputed["memory_bytes"]["activations"] < 0.5 * kept["memory_bytes"]["activations"]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_recomputing_costs_flops_and_saves_memory(capsys):
         ([XL, "moe.architecture=dense", "ep=2"], "strategy.ep_size is 2, allowed: 1 or null"),
     ],
 )
-def test_a_wrong_estimate_ends_in_one_line(arguments, message, capsys):
+def test_wrong_arguments_give_one_error_line(arguments, message, capsys):
     assert estimate(arguments) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1 and not printed.out

@@ -1,7 +1,7 @@
-"""On a GPU: transfers over its bus on a stream of their own, beside computation, change no bit; with fixed capacity
-nothing waits for the host; experts, planner and NCCL's All-to-All are those of a host.
+"""On a GPU, transfers in parallel with computation change no bit, and with fixed capacity the host never waits.
 
-What of it needs no GPU is in test_no_host_sync.py and test_experts.py too.
+Experts equal those on a CPU, NCCL's All-to-All of one rank changes no bit, and the planner measures with events.
+test_no_host_sync.py and test_experts.py also test the parts that require no GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SMALL = dict(dim=64, ffn_dim=128, tokens=128, seq_len=32, compute="real", device
 
 
 def results(rank: int, world_size: int) -> dict[str, list[torch.Tensor]]:
-    """Output and gradients of a ScMoE pair under several schedules."""
+    """Returns output and gradients of a ScMoE pair under several schedules."""
     dist.init_process_group("gloo")
     bench = Bench(Setting(0.5, rows=("scmoe_pos2",), **SMALL))
     found = {}
@@ -45,7 +45,7 @@ def results(rank: int, world_size: int) -> dict[str, list[torch.Tensor]]:
     return found
 
 
-def test_every_slot_equals_sequential_to_the_bit():
+def test_every_slot_is_bit_identical_to_sequential():
     found = run_ranks(results, 1)[0]
     expected = found.pop("sequential 1")
     for name, tensors in found.items():
@@ -68,8 +68,8 @@ def test_operators_are_timed_by_events():
     assert run_ranks(recorded, 1)[0] == ["attention", *Schedule("scmoe", "pos2", 1).operators()]
 
 
-def without_the_host(rank: int, world_size: int, schedule: Schedule, way: str, autocast: bool) -> None:
-    """RuntimeError where anything waits for the device; the first step allocates and compiles what it needs."""
+def steps_without_host_waits(rank: int, world_size: int, schedule: Schedule, way: str, autocast: bool) -> None:
+    """Raises RuntimeError if the host waits for the device, except in the first step, which allocates and compiles."""
     dist.init_process_group("gloo")
     bench = Bench(Setting(0.5, rows=("scmoe_pos2",), **SMALL))
     step = bench.set(Variant("pos2", schedule, way))
@@ -85,8 +85,8 @@ def without_the_host(rank: int, world_size: int, schedule: Schedule, way: str, a
 @pytest.mark.parametrize("autocast", (False, True), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("way", ("overlapped", "sequential"))
 @pytest.mark.parametrize("schedule", (Schedule("scmoe", "pos2", 1), Schedule("scmoe", "pos2", 2, 4)), ids=str)
-def test_with_fixed_capacity_nothing_waits_for_the_device(schedule, way, autocast):
-    run_ranks(without_the_host, 1, schedule, way, autocast)
+def test_with_fixed_capacity_the_host_never_waits_for_the_device(schedule, way, autocast):
+    run_ranks(steps_without_host_waits, 1, schedule, way, autocast)
 
 
 @pytest.mark.parametrize("activation", ("gelu", "swiglu"))
@@ -94,8 +94,8 @@ def test_with_fixed_capacity_nothing_waits_for_the_device(schedule, way, autocas
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 3e-2)]
 )
-def test_experts_equal_the_hosts(dtype, tolerance, counts, activation):
-    """float64: sums in another order. float32, bfloat16: rounded on the way, as in test_experts.py."""
+def test_experts_equal_those_on_a_cpu(dtype, tolerance, counts, activation):
+    """In float64 the sums have another order. float32 and bfloat16 round, as in test_experts.py."""
     found = []
     for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
         module = randomise(Experts(16, 24, 4, activation=activation)).to(device, kind)
@@ -121,12 +121,12 @@ def planned(rank: int, world_size: int) -> None:
     assert choice.schedule == best_schedule(every, choice.times)
 
 
-def test_the_planner_measures_by_events():
+def test_the_planner_measures_with_events():
     run_ranks(planned, 1)
 
 
 def over_nccl(rank: int, world_size: int, factor: float | None, chunks: int) -> None:
-    """A module's outputs and gradients through an All-to-All of one rank are those without any, to the bit."""
+    """A module's outputs and gradients through an All-to-All of one rank are bit-identical to those without it."""
     dist.init_process_group("nccl")
     torch.cuda.set_device(0)
 
@@ -149,8 +149,8 @@ def test_nccl_with_one_rank_changes_no_bit(factor, chunks):
     run_ranks(over_nccl, 1, factor, chunks)
 
 
-def test_buffers_in_flight_are_not_handed_out_again():
-    """Rows sent and rows received, forward and backward: whoever asks for memory meanwhile gets other memory."""
+def test_buffers_in_flight_are_not_allocated_again():
+    """An allocation during a transfer never gets the memory of sent or received rows, forward or backward."""
     device = torch.device("cuda")
     exchange = emulated.over_the_bus(device)
     rows = torch.randn(4096, 1024, device=device, requires_grad=True)
@@ -160,7 +160,7 @@ def test_buffers_in_flight_are_not_handed_out_again():
         for _ in range(4):
             torch.full((4096, 1024), float("nan"), device=device)
 
-    transfer = Transfer(exchange).start(rows * 1.0)  # what is sent belongs to the transfer alone
+    transfer = Transfer(exchange).start(rows * 1.0)  # only the transfer refers to what is sent
     overwrite()
     arrived = transfer.wait()
     overwrite()
@@ -169,7 +169,7 @@ def test_buffers_in_flight_are_not_handed_out_again():
     overwrite()
     assert torch.equal(rows.grad.cpu(), factor)
 
-    for _ in range(2):  # without a Transfer to hold on to them
+    for _ in range(2):  # no Transfer refers to the buffers here
         target, work = exchange(rows.detach() * 1.0, [], [])
         overwrite()
         work.wait()

@@ -1,4 +1,4 @@
-"""One rank's dispatcher, the sequential baseline around it, and what the stream hands to either."""
+"""The local dispatcher sends nothing, and the sequential baseline waits for each transfer and changes no bit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def recorded(blocking: bool) -> tuple[list[str], list[str]]:
     return log.forward, log.backward
 
 
-def test_chunks_are_all_sent_before_the_first_is_awaited():
+def test_all_chunks_are_sent_before_the_first_is_awaited():
     forward, backward = recorded(blocking=False)
     assert forward == [
         *("dispatch 0 start", "dispatch 1 start"),
@@ -44,7 +44,7 @@ def test_blocking_waits_at_once_forward_and_backward():
     forward, backward = recorded(blocking=True)
     transfers = "dispatch 0", "dispatch 1", "combine 0", "combine 1"
     assert forward == [f"{transfer} {event}" for transfer in transfers for event in ("start", "wait")]
-    assert backward == forward[::-1]  # the gradient's launch (wait) and its arrival (start) side by side
+    assert backward == forward[::-1]  # each gradient's start ("wait") and arrival ("start") are neighbours
 
 
 @pytest.mark.parametrize("capacity_factor", (None, 1.0))

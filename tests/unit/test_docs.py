@@ -1,4 +1,4 @@
-"""What README and docs name exists: paths, links, names in files, modules, make targets, config keys."""
+"""All paths, links, names in files, modules, make targets and config keys in README and docs exist."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-HISTORY = [ROOT / "CHANGELOG.md", ROOT / "docs/log.md"]  # may name what is gone
+HISTORY = [ROOT / "CHANGELOG.md", ROOT / "docs/log.md"]  # these may name things that were removed
 TOP = ("scmoe", "datamodules", "experiments", "tests", "configs", "docs")
-ROOMS = tuple(f"{path.name}/" for path in (ROOT / "scmoe").iterdir() if (path / "__init__.py").exists())
+PACKAGES = tuple(f"{path.name}/" for path in (ROOT / "scmoe").iterdir() if (path / "__init__.py").exists())
 BELOW_TESTS = tuple(f"{path.name}/" for path in (ROOT / "tests").iterdir() if path.is_dir())
 
 
@@ -25,7 +25,7 @@ def on(pages: list[Path]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("page", pages, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
-living = on([page for page in PAGES if page not in HISTORY])
+current_pages = on([page for page in PAGES if page not in HISTORY])
 
 
 def without_fences(page: Path) -> str:
@@ -33,7 +33,7 @@ def without_fences(page: Path) -> str:
 
 
 def code(page: Path) -> list[str]:
-    """The text between backticks, outside fenced blocks."""
+    """Returns the texts between backticks, outside fenced blocks."""
     return re.findall(r"`([^`\n]+)`", without_fences(page))
 
 
@@ -42,17 +42,17 @@ def commands(page: Path) -> str:
 
 
 def named_paths(page: Path) -> Iterator[str]:
-    """Paths of the repository in backticks, and in the commands of fenced blocks."""
+    """Yields the repository's paths in backticks, and in the commands of fenced blocks."""
     for text in code(page):
-        in_a_room = text.startswith(ROOMS + BELOW_TESTS) and re.fullmatch(r"[\w.*/-]+(/|\.\w+)", text)
-        if in_a_room or re.fullmatch(r"[\w*]+\.(py|sbatch)", text):
+        in_a_package = text.startswith(PACKAGES + BELOW_TESTS) and re.fullmatch(r"[\w.*/-]+(/|\.\w+)", text)
+        if in_a_package or re.fullmatch(r"[\w*]+\.(py|sbatch)", text):
             yield text
     text = commands(page) + "\n" + "\n".join(code(page))
     yield from re.findall(rf"(?<![\w/])(?:{'|'.join(TOP)})/[\w./*-]+", text)
 
 
 def exists(name: str, page: Path) -> bool:
-    """A path from the root, from the page's folder, below scmoe/ or tests/; a bare file name anywhere; globs match."""
+    """Looks in the root, the page's folder, scmoe/, tests/, and everywhere for a bare file name. Globs are allowed."""
     name = name.removesuffix("/")
     folders = [ROOT, page.parent, ROOT / "scmoe", ROOT / "tests"]
     if "/" not in name and "." in name:
@@ -62,18 +62,18 @@ def exists(name: str, page: Path) -> bool:
 
 
 def slug(heading: str) -> str:
-    """The anchor that GitHub gives a heading."""
+    """Returns the anchor that GitHub gives a heading."""
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
     return re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-")
 
 
-@living
+@current_pages
 def test_every_path_exists(page):
     assert sorted({name for name in named_paths(page) if not exists(name, page)}) == []
 
 
 @on(PAGES)
-def test_every_link_leads_somewhere(page):
+def test_every_link_has_a_target(page):
     broken = []
     for target in re.findall(r"\]\(([^)\s]+)\)", without_fences(page)):
         path, _, anchor = target.partition("#")
@@ -88,9 +88,9 @@ def test_every_link_leads_somewhere(page):
     assert broken == []
 
 
-@living
-def test_every_name_stands_in_its_file(page):
-    """`moe/stream.py` `MoEStream.forward`, `begin`: the names that follow a file in backticks are words of it."""
+@current_pages
+def test_every_name_is_in_its_file(page):
+    """`moe/stream.py` `MoEStream.forward`, `begin`: the names that follow a file in backticks are in that file."""
     missing = []
     for file, names in re.findall(r"`([\w/]+\.py)`((?:,? `[A-Za-z_][\w.]*`)+)", without_fences(page)):
         found = [base / file for base in (ROOT, ROOT / "scmoe") if (base / file).exists()]
@@ -100,9 +100,9 @@ def test_every_name_stands_in_its_file(page):
     assert missing == []
 
 
-@living
+@current_pages
 def test_every_command_exists(page):
-    """`python -m MODULE` and `make TARGET`."""
+    """Commands are `python -m MODULE` and `make TARGET`."""
     text = "\n".join([*code(page), commands(page)])
     modules = re.findall(r"-m ((?:experiments|tests)(?:\.\w+)+)", text)
     gone = [name for name in modules if not (ROOT / f"{name.replace('.', '/')}.py").exists()]
@@ -111,7 +111,7 @@ def test_every_command_exists(page):
     assert gone == []
 
 
-@living
+@current_pages
 def test_every_config_key_exists(page):
     keys = {leaf.key for leaf in leaves(Config())}
     sections = "|".join(sorted({key.split(".")[0] for key in keys if "." in key}))
@@ -129,7 +129,7 @@ def test_a_wrong_name_is_found(tmp_path):
         "`moe/none.py`, `scmoe/*.txt`, `gone.py`, [a](none.md), `python -m experiments.none`, `moe.none=1`\n"
     )
     for test in (
-        *(test_every_path_exists, test_every_link_leads_somewhere, test_every_command_exists),
+        *(test_every_path_exists, test_every_link_has_a_target, test_every_command_exists),
         test_every_config_key_exists,
     ):
         with pytest.raises(AssertionError):

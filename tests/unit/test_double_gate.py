@@ -1,7 +1,7 @@
-"""DGMoE's rule of distinct experts, its schedule, and the one module that two pairs share.
+"""DGMoE gives the two halves of a token distinct experts, follows its schedule, and can share one module in two pairs.
 
-That the outputs and gradients are Eq. 23's is in test_reference_equality.py; several ranks and checkpoints are in
-tests/distributed/test_double_gate.py.
+test_reference_equality.py compares outputs and gradients with Eq. 23; tests/distributed/test_double_gate.py tests
+several ranks and checkpoints.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def double_gate_block(schedule: Schedule, stream=None) -> DoubleGateBlock:
 # ---------------------------------------------------------------------- the rule
 
 
-def test_where_the_best_is_taken_the_second_best_is_chosen_with_its_own_probability():
+def test_if_the_best_expert_is_taken_the_second_best_is_chosen_with_its_own_probability():
     router = Router(3, 3, 1)
     with torch.no_grad():
         router.gate.weight.copy_(torch.eye(3))
     x_TD = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 0.0, 5.0]])
-    routing = router(x_TD, None, torch.tensor([[0], [1], [3], [2]]))  # 3: none
+    routing = router(x_TD, None, torch.tensor([[0], [1], [3], [2]]))  # 3 means none
     assert routing.topk_ids_TK[:3].tolist() == [[1], [0], [0]]
     assert routing.topk_ids_TK[3].item() in (0, 1), "a tie, but not the expert that is taken"
     scores = torch.tensor([3.0, 2.0, 1.0]).softmax(0)
@@ -44,7 +44,7 @@ def test_where_the_best_is_taken_the_second_best_is_chosen_with_its_own_probabil
 
 
 @pytest.mark.parametrize("value", (0.0, 1.0))
-def test_ties_do_not_bring_the_taken_expert_back(value):
+def test_ties_do_not_select_the_taken_expert(value):
     router = Router(4, 2, 1)
     nn.init.constant_(router.gate.weight, value)
     x_TD = torch.ones(6, 4)
@@ -64,7 +64,7 @@ def test_padding_takes_no_expert_and_a_balanced_gate_stays_balanced():
 
 
 def test_the_two_halves_of_a_token_go_to_two_experts(monkeypatch):
-    """And without the rule they would not, for many tokens but not for all."""
+    """Without the rule, many tokens, but not all, would use one expert twice."""
     routings, without_rule, forward = [], [], Router.forward
 
     def spy(self, x_TD, mask_T=None, taken_T1=None):
@@ -96,7 +96,7 @@ def test_both_halves_count_as_load():
 
 @pytest.mark.parametrize("chunks", (1, 2))
 @pytest.mark.parametrize("position, slot", [(p, s) for p in (1, 2, 3) for s in range(p + 1)])
-def test_executes_the_schedules_operators_then_the_current_half(position, slot, chunks, monkeypatch):
+def test_the_block_executes_the_schedules_operators_then_the_current_half(position, slot, chunks, monkeypatch):
     log: list[str] = []
     for name in ("encode", "decode"):
         real = getattr(scmoe.moe.stream, name)
@@ -114,8 +114,8 @@ def test_executes_the_schedules_operators_then_the_current_half(position, slot, 
 
 
 @pytest.mark.parametrize("position, slot", [(p, s) for p in (1, 2, 3) for s in range(p + 1)])
-def test_the_preceding_halfs_transfers_hide_behind_the_backbone_and_backward_is_the_mirror(position, slot):
-    """Combine hides behind the current half's experts, too; the current half's own transfers hide behind nothing."""
+def test_the_preceding_halfs_transfers_hide_behind_the_backbone_and_backward_mirrors_forward(position, slot):
+    """Combine also hides behind the current half's experts; the current half's own transfers are exposed."""
     log, schedule = Log(), Schedule("dgmoe", f"pos{position}", slot)
     stream = tiny_stream(1, dispatcher=RecordingDispatcher(log))
     stream.experts = Recorded("experts", stream.experts, log)
@@ -125,7 +125,7 @@ def test_the_preceding_halfs_transfers_hide_behind_the_backbone_and_backward_is_
     x_BSD = torch.randn(2, 6, DIM, dtype=torch.float64)
     block(x_BSD.requires_grad_()).y_BSD.square().sum().backward()
 
-    # transfers are numbered as they start: the preceding half's are the first
+    # transfers are numbered in order of their start: the preceding half's come first
     before, after = list(schedule.window[:slot]), list(schedule.window[slot:])
     assert between(log.forward, "dispatch 0 start", "dispatch 0 wait") == before
     assert between(log.forward, "combine 0 start", "combine 0 wait") == [*after, "experts"]
@@ -133,7 +133,7 @@ def test_the_preceding_halfs_transfers_hide_behind_the_backbone_and_backward_is_
     assert log.backward == log.forward[::-1]
 
 
-def test_what_cannot_be_wired_is_refused():
+def test_impossible_blocks_are_refused():
     norm, tap_norm, schedule = nn.LayerNorm(DIM), nn.LayerNorm(DIM), Schedule("dgmoe", "pos2")
     with pytest.raises(ValueError, match="the block has 1 sub-layers, allowed at position pos2: 2 or more"):
         DoubleGateBlock(tiny_sublayers()[:1], norm, tiny_stream(1), schedule, tap_norm=tap_norm)
@@ -144,7 +144,7 @@ def test_what_cannot_be_wired_is_refused():
 # ---------------------------------------------------------------------- DGMoE-Share
 
 
-def test_each_second_pair_has_the_module_of_the_one_before():
+def test_every_second_pair_shares_the_module_of_the_pair_before_it():
     blocks = [double_gate_block(Schedule("dgmoe", "pos2"), tiny_stream(1, seed=i)) for i in range(5)]
     share_moe(blocks)
     modules = [block.moe for block in blocks]
@@ -152,14 +152,14 @@ def test_each_second_pair_has_the_module_of_the_one_before():
     assert len({id(m) for m in modules}) == 3
 
 
-def test_a_shared_module_is_drawn_counted_and_optimized_once():
+def test_a_shared_module_is_initialised_counted_and_optimized_once():
     config = tiny("moe.architecture=dgmoe_share", "model.layers=4")
     model = build_model(config, ParallelContext())
     assert sum(isinstance(m, Experts) for m in model.modules()) == 1
     total, active = total_and_active(count_parameters(model))
     assert total == sum(p.numel() for p in model.parameters())
     experts = count_parameters(model)["experts"]
-    assert experts[1:] == (6 * 2 * 16 * 24, 4 * 2 * 16 * 24), "two experts of a token in each of two pairs"
+    assert experts[1:] == (6 * 2 * 16 * 24, 4 * 2 * 16 * 24), "a token uses two experts in each of two pairs"
     assert active == total - 2 * 2 * 16 * 24
     alone = build_model(tiny("moe.architecture=dgmoe", "model.layers=4"), ParallelContext())
     assert torch.equal(model.blocks[1].moe.experts.w_in_eDF, alone.blocks[0].moe.experts.w_in_eDF)

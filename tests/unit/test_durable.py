@@ -1,4 +1,4 @@
-"""A directory is whole or absent: killed at every step of a commit, flipped in any byte, cut, mixed."""
+"""A checkpoint is whole or absent after a kill at any step, and any damaged, missing or foreign file is found."""
 
 import builtins
 import errno
@@ -22,14 +22,14 @@ def write(path, step, files=FILES):
     durable.commit(partial, path, step, {name: durable.fingerprint(partial / name) for name in files})
 
 
-def test_what_was_committed_is_whole(tmp_path):
+def test_a_committed_checkpoint_is_whole(tmp_path):
     write(tmp_path / "a.ckpt", 7)
     assert durable.verify(tmp_path / "a.ckpt") == 7
     assert sorted(os.listdir(tmp_path)) == ["a.ckpt"]
 
 
 def test_any_flipped_bit_is_found(tmp_path):
-    """Every file, the manifest included; 1,000 flips at random places."""
+    """1,000 flips hit random places of all files, the manifest included."""
     path = tmp_path / "a.ckpt"
     write(path, 7)
     files, draw = sorted(path.iterdir()), random.Random(0)
@@ -58,7 +58,7 @@ def test_a_missing_or_cut_file_is_named(tmp_path, name):
 
 
 def test_a_shard_of_another_save_is_refused(tmp_path):
-    """Steps never mix: neither a shard too many nor one from elsewhere."""
+    """Steps never mix: an extra shard and a shard of another checkpoint are refused."""
     write(tmp_path / "a.ckpt", 7)
     write(tmp_path / "b.ckpt", 8, {**FILES, "shard-2.safetensors": b"\1" * 64})
     shutil.copy(tmp_path / "b.ckpt" / "shard-2.safetensors", tmp_path / "a.ckpt")
@@ -70,11 +70,11 @@ def test_a_shard_of_another_save_is_refused(tmp_path):
 
 
 class Killed(BaseException):
-    """Not an Exception: nothing may catch it and go on."""
+    """This is not an Exception, so `except Exception` does not catch it."""
 
 
-def test_killed_at_any_call_the_old_one_or_the_new_one_is_there(tmp_path, monkeypatch):
-    """Every file operation of a commit over an existing checkpoint, one after the other."""
+def test_a_kill_at_any_call_leaves_the_old_or_the_new_checkpoint(tmp_path, monkeypatch):
+    """The kill comes at every file operation of a commit over an existing checkpoint, one after the other."""
     calls = 0
 
     def count(function, deadline):
@@ -104,12 +104,12 @@ def test_killed_at_any_call_the_old_one_or_the_new_one_is_there(tmp_path, monkey
         assert os.listdir(folder) == ["a.ckpt"], "nothing lost, nothing left over"
         assert durable.verify(folder / "a.ckpt") in ((1, 2) if killed else (2,))
         if not killed:
-            assert deadline > 5, "there were calls to be killed at"
+            assert deadline > 5, "a commit has fewer file operations than expected"
             return
-    raise AssertionError("a commit has no end")
+    raise AssertionError("a commit has too many file operations")
 
 
-def test_killed_while_one_is_removed_no_part_of_it_stays(tmp_path, monkeypatch):
+def test_a_kill_during_removal_leaves_no_part_of_the_checkpoint(tmp_path, monkeypatch):
     write(tmp_path / "a.ckpt", 1)
     write(tmp_path / "b.ckpt", 2)
 
@@ -121,15 +121,15 @@ def test_killed_while_one_is_removed_no_part_of_it_stays(tmp_path, monkeypatch):
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(Killed):
             durable.remove(tmp_path / "a.ckpt")
-    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["b.ckpt"], "under no name that a reader would open"
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["b.ckpt"], "no part has a name that readers open"
     durable.sweep(tmp_path)
     assert os.listdir(tmp_path) == ["b.ckpt"]
     durable.remove(tmp_path / "b.ckpt")
-    durable.remove(tmp_path / "b.ckpt")  # nothing to do
+    durable.remove(tmp_path / "b.ckpt")  # it is already removed
     assert not os.listdir(tmp_path)
 
 
-def test_the_newest_whole_one_is_found_and_broken_ones_are_named(tmp_path):
+def test_the_newest_whole_checkpoint_is_found_and_broken_ones_are_named(tmp_path):
     for step in (1, 2, 10):
         write(tmp_path / f"step={step}.ckpt", step)
     assert durable.newest_good(tmp_path).name == "step=10.ckpt"
@@ -140,8 +140,8 @@ def test_the_newest_whole_one_is_found_and_broken_ones_are_named(tmp_path):
         durable.newest_good(tmp_path / "nowhere")
 
 
-def test_of_whole_ones_the_newest_alone_is_read(tmp_path, monkeypatch):
-    """Not all of a folder's checkpoints for their hashes, which may be terabytes."""
+def test_only_the_newest_whole_checkpoint_is_read(tmp_path, monkeypatch):
+    """A folder's other checkpoints, which may be terabytes, are not read for their hashes."""
     for step in (1, 2, 10):
         write(tmp_path / f"step={step}.ckpt", step)
     read, fingerprint = [], durable.fingerprint
@@ -156,7 +156,7 @@ def test_of_whole_ones_the_newest_alone_is_read(tmp_path, monkeypatch):
     assert set(read) == {"step=10.ckpt", "step=2.ckpt"}
 
 
-def test_of_equal_steps_the_one_written_last_is_taken(tmp_path):
+def test_of_checkpoints_of_one_step_the_last_written_is_taken(tmp_path):
     for i, name in enumerate(("b.ckpt", "a.ckpt")):
         write(tmp_path / name, 7)
         os.utime(tmp_path / name, (i, i))
@@ -183,7 +183,7 @@ def test_a_manifest_that_cannot_be_read_is_named_and_passed_over(tmp_path, damag
 
 
 @pytest.mark.parametrize("bad", ["manifest.json", "meta.json"])
-def test_so_is_one_whose_disk_fails(tmp_path, monkeypatch, bad):
+def test_a_checkpoint_whose_disk_fails_is_named_and_passed_over(tmp_path, monkeypatch, bad):
     def failing(path, *mode, plain=open):
         if str(path).endswith(f"step=2.ckpt/{bad}"):
             raise OSError(errno.EIO, os.strerror(errno.EIO))

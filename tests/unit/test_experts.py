@@ -1,4 +1,4 @@
-"""The routed experts: both ways of computing them against a loop, weights that know no EP degree, lopsided loads."""
+"""All ways of computing the routed experts equal a loop, and their weights do not depend on the EP degree."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tests import reference
 from tests.support.models import assert_close, gradients, randomise
 
 DIM, FFN, EXPERTS = 16, 24, 4
-# Of the largest entry. float64: sums in another order. float32: the same. bfloat16 against a loop in float32 over the
-# same numbers: hidden values, products and gradients are rounded to 8 bits, 4e-3 each, a few times over.
+# Tolerances are relative to the largest entry. In float64 and float32 the sums have another order. bfloat16 is compared
+# with a loop in float32 over the same numbers; it rounds hidden values, products and gradients to 8 bits, 4e-3 each.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 LOADS = {
     "uneven": [5, 1, 7, 3],
     "one expert idle": [5, 0, 7, 4],
     "all to the first": [16, 0, 0, 0],
     "all to the last": [0, 0, 0, 16],
-    "nothing at all": [0, 0, 0, 0],
+    "no rows": [0, 0, 0, 0],
 }
 
 
@@ -68,7 +68,7 @@ def test_equals_a_loop_over_experts(load, activation, mlps, dtype):
 
 @pytest.mark.parametrize("activation", ("gelu", "swiglu"))
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_forward_is_the_loop_and_equal_numbers_need_no_counts(dtype, activation):
+def test_forward_equals_the_loop_and_equal_loads_need_no_counts(dtype, activation):
     module, x = experts(dtype, activation), rows(4 * EXPERTS, dtype)
     counted = module(x, torch.full((EXPERTS,), 4))
     expected = loop(experts(dtype, activation).double(), x.double(), [4] * EXPERTS)
@@ -80,7 +80,7 @@ def test_forward_is_the_loop_and_equal_numbers_need_no_counts(dtype, activation)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("share", (0, 1, 5))
 def test_batched_products_equal_the_experts_in_turn(share, dtype, activation):
-    """A device's way where all experts have as many rows, outputs and every gradient, on a host."""
+    """A GPU uses batched products if all experts have equally many rows. Here they run on a CPU."""
     found = []
     for mlps in (batched_mlps, mlps_in_turn):
         module, x = experts(dtype, activation), rows(share * EXPERTS, dtype)
@@ -93,7 +93,7 @@ def test_batched_products_equal_the_experts_in_turn(share, dtype, activation):
         assert_close(batched[name].double(), expected.double(), TOLERANCE[dtype], name)
 
 
-def test_a_device_takes_the_way_that_leaves_the_host_alone():
+def test_the_chosen_way_avoids_waits_of_the_host():
     def chosen(device: str, dtype: torch.dtype, counts_e: Tensor | None) -> object:
         return best_way(torch.empty(8, DIM, dtype=dtype, device=device), counts_e)
 
@@ -126,7 +126,7 @@ def test_weights_do_not_depend_on_the_ep_degree(ep_size):
 
 
 def constructed(expert_ids: range | None = None) -> tuple[Experts, Experts]:
-    """Two modules of one model."""
+    """Returns two modules of one model."""
     torch.manual_seed(3)
     return Experts(DIM, FFN, EXPERTS, expert_ids), Experts(DIM, FFN, EXPERTS, expert_ids)
 
@@ -151,7 +151,7 @@ def test_on_meta_a_new_module_draws_nothing():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_init_weights_leaves_the_global_generator_alone_and_does_not_depend_on_it():
+def test_init_weights_neither_changes_nor_uses_the_global_generator():
     torch.manual_seed(1)
     first = Experts(DIM, FFN, EXPERTS)
     state = torch.get_rng_state()

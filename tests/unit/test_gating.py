@@ -1,4 +1,4 @@
-"""Fig. 9's quantities by hand, and that the probe reads what the gate reads, from hooks that come and go."""
+"""Fig. 9's quantities equal those by hand, and the probe reads what the gate reads and removes its hooks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from scmoe.training.build.model import build_model
 from tests.support.models import assert_close, hooks, randomise, tiny, tiny_batch, tiny_model
 
 
-def test_quantities_by_hand():
-    """Two experts, whose logits are the representation itself: a logit of log 3 over 0 is a probability of 3/4."""
+def test_quantities_equal_those_by_hand():
+    """Two experts have the representation itself as logits: the logits log 3 and 0 give a probability of 3/4."""
     a, b = math.log(3), math.log(9)
     current = torch.tensor([[a, 0.0], [0.0, a], [b, 0.0]])
     preceding = torch.tensor([[b, 0.0], [a, 0.0], [b, 0.0]])
@@ -26,7 +26,7 @@ def test_quantities_by_hand():
     distances = [b - a, math.hypot(a, a), 0.0]
     assert sums.tolist() == pytest.approx([2, sum(distances), 0.75 + 0.75 + 0.9, 0.9 + 0.75 + 0.9, 3])
     assert gating_means(sums[None])[0].tolist() == pytest.approx([x / 3 for x in sums[:4].tolist()])
-    # DGMoE: where both would choose alike, the current one gets its second best: 1/4 and 1/10
+    # DGMoE: if both would choose the same expert, the current one gets its second best: 1/4 and 1/10
     assert gating_sums(current, preceding, torch.eye(2), distinct=True)[2].item() == pytest.approx(0.25 + 0.75 + 0.1)
 
 
@@ -47,7 +47,7 @@ def test_sums_add_up_over_ranks_and_metrics_are_means_over_layers():
 
 
 @pytest.mark.parametrize("position", ("pos1", "pos2", "pos3"))
-def test_the_probe_sees_what_dgmoes_gate_was_given(position, monkeypatch):
+def test_the_probe_reads_what_dgmoes_gate_reads(position, monkeypatch):
     routings, forward = [], Router.forward
 
     def spy(self, x_TD, mask_T=None, taken_T1=None):
@@ -78,24 +78,24 @@ def test_the_probe_sees_what_dgmoes_gate_was_given(position, monkeypatch):
 
 @pytest.mark.parametrize("architecture", ("top_k", "shared_expert", "scmoe", "dgmoe_share"))
 @pytest.mark.parametrize("position", ("pos1", "pos2", "pos3"))
-def test_any_block_can_be_asked_and_is_left_as_it_was(architecture, position):
+def test_any_block_can_be_measured_and_is_unchanged_afterwards(architecture, position):
     config = tiny(f"moe.architecture={architecture}", f"moe.position={position}", "model.layers=4")
     model, (ids, _) = tiny_model(config), tiny_batch(config)
     plain, before = model(ids).logits_BSV, hooks(model)
     assert before == 0
     probe = GatingProbe(model, position)
-    assert hooks(model) == 6, "three for each MoE block"
+    assert hooks(model) == 6, "the probe has three hooks for each MoE block"
     assert torch.equal(model(ids).logits_BSV, plain)
     probe.remove()
     assert hooks(model) == 0
     means = gating_means(probe.result())
     assert means.shape == (2, 4) and (means[:, 1] > 0).all() and (means[:, 0] >= 0).all() and (means[:, 0] <= 1).all()
     model(ids)
-    assert len(probe.sums) == 2, "and sees no more"
+    assert len(probe.sums) == 2, "a removed probe measures nothing more"
 
 
-def test_where_both_representations_are_one_all_selections_are_repeated():
-    """Pos-1 of a block whose last attention writes nothing: current and preceding are the same value."""
+def test_equal_representations_repeat_all_selections():
+    """At Pos-1 of a block whose last attention writes nothing, current and preceding are equal."""
     config = tiny("moe.architecture=top_k")
     model = tiny_model(config)
     nn.init.zeros_(model.blocks[0].sublayers[2].f.out.weight)
@@ -107,8 +107,8 @@ def test_where_both_representations_are_one_all_selections_are_repeated():
 
 
 @pytest.mark.parametrize("architecture", ("top_k", "scmoe", "dgmoe"))
-def test_pictures_are_asked_layer_by_layer(architecture):
-    """Fig. 9 is of SwinV2-MoE: two pairs of stage 3 with 4 x 4 places, and stage 4's baseline with 2 x 2."""
+def test_image_models_are_measured_layer_by_layer(architecture):
+    """Fig. 9 shows SwinV2-MoE. Here two pairs of stage 3 have 4 x 4 places, and stage 4's baseline has 2 x 2."""
     pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
     words = (
         *("model.family=swin", "model.layers=4", "model.dim=8", "model.heads=1", "model.patch_size=2"),
@@ -145,7 +145,7 @@ def test_padding_is_left_out():
     assert_close(padded, short, 1e-12)
 
 
-def test_draws_a_picture(tmp_path):
+def test_a_picture_is_drawn(tmp_path):
     values = np.random.default_rng(0).random((3, 2, 4))
     draw_gating([0, 10, 20], ["MoE layer 0", "MoE layer 1"], values, tmp_path / "gating.png")
     assert (tmp_path / "gating.png").read_bytes().startswith(b"\x89PNG")

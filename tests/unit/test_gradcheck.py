@@ -1,4 +1,4 @@
-"""Gradients of one block per architecture against finite differences, float64, in the input and in every weight."""
+"""A block's gradients equal finite differences in float64, for every architecture, its input and every weight."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ BLOCKS = {
 
 @pytest.mark.parametrize("capacity", ("null", "1.0"))
 @pytest.mark.parametrize("name", BLOCKS)
-def test_block(name, capacity):
-    """fast_mode: one random direction of outputs and of each input, at gradcheck's own 1e-5."""
+def test_gradients_of_a_block_equal_finite_differences(name, capacity):
+    """fast_mode checks one random direction of outputs and of each input, at gradcheck's default tolerance of 1e-5."""
     overrides = "model.dim=8 model.ffn_dim=8 moe.num_experts=3", BLOCKS[name], f"moe.capacity_factor={capacity}"
     block = randomise(build_blocks(tiny(*" ".join(overrides).split()), ParallelContext())[0].double())
     generator = torch.Generator().manual_seed(0)
@@ -40,5 +40,5 @@ def test_block(name, capacity):
         y_BSD, stats = functional_call(block, dict(zip(names, weights, strict=True)), (x_BSD,))
         return y_BSD if stats is None else (y_BSD, stats.score_sums_E, stats.z_sum)
 
-    torch.manual_seed(0)  # gradcheck draws its directions
+    torch.manual_seed(0)  # gradcheck draws its directions from it
     assert torch.autograd.gradcheck(f, (x_BSD, *weights), fast_mode=True)

@@ -1,4 +1,4 @@
-"""The size and the shape of the product code: files, classes, imports, and the few things that exist once."""
+"""The product's files and classes are small, its imports have no circle, and a few things exist only once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def lines_of(path: str) -> int:
     return len((ROOT / path).read_text(encoding="utf-8").splitlines())
 
 
-def test_no_file_and_no_class_outgrows_one_idea():
+def test_no_file_and_no_class_is_too_long():
     assert {path: lines_of(path) for path in TREES if lines_of(path) > FILE_LINES} == {}
     for path, tree in TREES.items():
         for node in ast.walk(tree):
@@ -37,7 +37,7 @@ def test_scripts_are_few_and_thin():
 
 
 def modules_imported(path: str) -> set[str]:
-    """Files of the product that a file imports, wherever in it the import stands."""
+    """Returns the product's files that a file imports, at its top or inside a function."""
     names = set()
     for node in ast.walk(TREES[path]):
         if isinstance(node, ast.Import):
@@ -54,7 +54,7 @@ def test_imports_have_no_circle():
         pytest.fail(" > ".join(error.args[1]))
 
 
-def test_attributes_are_known_not_tried():
+def test_hasattr_is_rare():
     """A protocol or a base class says what an object has."""
     calls = [
         f"{path}:{node.lineno}"

@@ -1,4 +1,4 @@
-"""Images: what the files may be, in which order and with what random changes pictures come, labels, filler."""
+"""Image data has known formats, a fixed order, random changes by position, smoothed labels and filler."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_idx(file: Path, array: np.ndarray) -> None:
 
 @pytest.fixture
 def fashion(tmp_path) -> Path:
-    """The four files, with 12 and 5 pictures of 4 x 4."""
+    """Writes the four files of Fashion-MNIST, with 12 and 5 pictures of 4 x 4 pixels."""
     generator = np.random.default_rng(0)
     for stem, count in (("train", 12), ("t10k", 5)):
         write_idx(tmp_path / f"{stem}-images-idx3-ubyte.gz", generator.integers(0, 256, (count, 4, 4)))
@@ -36,7 +36,7 @@ def fashion(tmp_path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Two classes; 3 pictures of each to train on, 2 to validate."""
+    """Writes pictures of two classes: 3 of each for training, 2 for validation."""
     for split, count in (("train", 3), ("val", 2)):
         for label, name in enumerate(("ape", "bee")):
             (tmp_path / split / name).mkdir(parents=True)
@@ -54,7 +54,7 @@ def module(splits: ImageSplits, **changes) -> ImageDataModule:
 # ---------------------------------------------------------------------- sources
 
 
-def test_digits_are_all_there_and_split_by_position():
+def test_all_digits_are_loaded_and_split_by_position():
     splits = digits()
     train, val = splits.images["train"], splits.images["val"]
     assert (len(train), len(val), splits.num_classes) == (1437, 360, 10)
@@ -93,7 +93,7 @@ def test_image_folder(folder):
     assert (picture.getpixel((0, 0)), label) == ((80, 200, 0), 1)
 
 
-def test_what_is_not_there_is_named(tmp_path, fashion, folder):
+def test_missing_or_wrong_data_is_named(tmp_path, fashion, folder):
     with pytest.raises(ValueError, match="apt-get install dataset-fashion-mnist"):
         open_images("fashion_mnist", str(tmp_path / "none"))
     with pytest.raises(ValueError, match=r"data\.path is .*none, allowed: a folder with train/CLASS"):
@@ -142,8 +142,8 @@ def on_rank(data: ImageDataModule, rank: int, world: int) -> ImageDataModule:
 
 
 @pytest.mark.parametrize("augment", ("none", "imagenet"))
-def test_two_ranks_see_what_one_sees(fashion, augment):
-    """9 batches of 4 are three epochs of 12: order and augmentation go by the global position."""
+def test_two_ranks_read_what_one_rank_reads(fashion, augment):
+    """9 batches of 4 are three epochs of 12: order and augmentation depend on the global position."""
     splits = fashion_mnist(fashion)
     whole = batches(module(splits, augment=augment, label_smoothing=0.1))
     ranks = [batches(on_rank(module(splits, augment=augment, label_smoothing=0.1), rank, 2)) for rank in (0, 1)]
@@ -152,7 +152,7 @@ def test_two_ranks_see_what_one_sees(fashion, augment):
             assert torch.equal(value[0::2], parts[0][key]) and torch.equal(value[1::2], parts[1][key])
 
 
-def test_augmentation_changes_over_epochs_and_nothing_else(fashion):
+def test_augmentation_changes_over_epochs_and_leaves_global_generators_unchanged(fashion):
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     module(fashion_mnist(fashion), augment="imagenet").train_dataloader().dataset[7]
@@ -161,17 +161,17 @@ def test_augmentation_changes_over_epochs_and_nothing_else(fashion):
     assert torch.equal(torch.get_rng_state(), states[2])
 
     first = batches(module(fashion_mnist(fashion), augment="imagenet"))
-    torch.manual_seed(6)  # whatever the global generators are
+    torch.manual_seed(6)  # the global generators have no effect
     again = batches(module(fashion_mnist(fashion), augment="imagenet"))
     assert all(torch.equal(a["images"], b["images"]) for a, b in zip(first, again, strict=True))
     pictures = torch.cat([batch["images"] for batch in first]).flatten(1)
-    assert len(pictures.unique(dim=0)) == 36, "three epochs of 12 pictures, each time another crop"
+    assert len(pictures.unique(dim=0)) == 36, "three epochs of 12 pictures have 36 different crops"
     plain = torch.cat([batch["images"] for batch in batches(module(fashion_mnist(fashion)))]).flatten(1)
     assert len(plain.unique(dim=0)) == 12
 
 
 @pytest.mark.parametrize("mix", [{}, {"mixup": 0.8}, {"cutmix": 1.0, "mixup": 0.8, "augment": "imagenet"}], ids=str)
-def test_a_resumed_run_sees_the_rest(fashion, mix):
+def test_a_resumed_run_reads_the_remaining_batches(fashion, mix):
     whole = batches(module(fashion_mnist(fashion), label_smoothing=0.1, **mix))
     stopped = module(fashion_mnist(fashion), label_smoothing=0.1, **mix)
     for _ in range(4):
@@ -182,7 +182,7 @@ def test_a_resumed_run_sees_the_rest(fashion, mix):
         assert all(torch.equal(batch[key], expected[key]) for key in expected)
 
 
-def test_other_data_cannot_be_resumed(fashion):
+def test_a_run_cannot_be_resumed_with_other_data(fashion):
     state = module(fashion_mnist(fashion)).state_dict()
     with pytest.raises(ValueError, match="the checkpoint's data is"):
         module(digits()).load_state_dict(state)
@@ -194,8 +194,8 @@ def test_labels_are_smoothed_probabilities(fashion):
     assert batch["labels"].unique().tolist() == pytest.approx([0.1, 0.8])
 
 
-def test_mixup_mixes_pictures_as_labels(fashion):
-    """A picture's share in a mixture is its label's."""
+def test_mixup_mixes_pictures_and_labels_with_equal_shares(fashion):
+    """A picture's share in a mixture equals its label's share."""
     plain = batches(module(fashion_mnist(fashion)))[0]
     mixed = batches(module(fashion_mnist(fashion), mixup=0.8))[0]
     difference = plain["images"] - plain["images"].flip(0)
@@ -208,12 +208,12 @@ def test_mixup_mixes_pictures_as_labels(fashion):
 def test_validation_covers_every_picture_once_and_ends_in_filler(fashion):
     splits = fashion_mnist(fashion)
     ranks = [list(on_rank(module(splits), rank, 2).val_dataloader()) for rank in (0, 1)]
-    assert [len(rank) for rank in ranks] == [2, 2], "as many batches on each"
+    assert [len(rank) for rank in ranks] == [2, 2], "both ranks have the same number of batches"
     labels = torch.stack([torch.cat([batch["labels"] for batch in rank]) for rank in ranks]).T.flatten()
     assert labels.tolist() == [0, 1, 2, 0, 1, IGNORE, IGNORE, IGNORE]
-    assert ranks[1][1]["images"].abs().max() == 0, "filler"
+    assert ranks[1][1]["images"].abs().max() == 0, "the last picture is filler"
     limited = list(module(splits, val_images=2).val_dataloader())
-    assert limited[0]["labels"].tolist() == [0, 2, IGNORE, IGNORE], "pictures 0 and 2 of 5"
+    assert limited[0]["labels"].tolist() == [0, 2, IGNORE, IGNORE], "pictures 0 and 2 of 5 are used"
 
 
 def test_workers_change_nothing(fashion):

@@ -1,6 +1,6 @@
-"""What the SLURM file and the commands of docs/clusters.md start: configs that load, for as many ranks as processes.
+"""The SLURM file and the commands of docs/clusters.md start configs that load, with one process for each rank.
 
-SLURM is simulated: a stand-in for srun notes its arguments. Nothing is trained.
+SLURM is simulated: a fake srun records its arguments. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) 
 TORCHRUN = [line for line in COMMANDS if "torchrun" in line and "--resume" not in line]
 
 
-def asked_for() -> dict[str, str]:
-    """The file's #SBATCH lines, by the names of the variables that SLURM makes of them."""
+def sbatch_options() -> dict[str, str]:
+    """Returns the values of the file's #SBATCH lines, under the names of SLURM's variables."""
     lines = re.findall(r"^#SBATCH --([a-z-]+)=(\S+)", BATCH_FILE.read_text(), re.MULTILINE)
     return {name.upper().replace("-", "_"): value for name, value in lines}
 
 
 def simulated(folder: Path, *arguments: str, **variables: str) -> list[str]:
-    """The words that srun is called with."""
-    srun, noted = folder / "srun", folder / "noted"
-    srun.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > {noted}\n")
+    """Returns the arguments of srun."""
+    srun, recorded = folder / "srun", folder / "arguments"
+    srun.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > {recorded}\n")
     srun.chmod(0o755)
-    asked = asked_for()
-    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NNODES": asked["NODES"]}
-    slurm |= {f"SLURM_{name}": asked[name] for name in ("NTASKS_PER_NODE", "CPUS_PER_TASK")}
+    options = sbatch_options()
+    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NNODES": options["NODES"]}
+    slurm |= {f"SLURM_{name}": options[name] for name in ("NTASKS_PER_NODE", "CPUS_PER_TASK")}
     env = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"} | slurm | variables
     subprocess.run(["bash", str(BATCH_FILE), *arguments], env=env, check=True, timeout=60)
-    return noted.read_text().splitlines()
+    return recorded.read_text().splitlines()
 
 
 def test_the_batch_file_starts_a_process_for_each_gpu(tmp_path):
-    asked, words = asked_for(), simulated(tmp_path, "trainer.accumulate=2")
-    assert asked["GPUS_PER_NODE"] == asked["NTASKS_PER_NODE"] and asked["JOB_NAME"] not in ("bash", "interactive")
+    options, words = sbatch_options(), simulated(tmp_path, "trainer.accumulate=2")
+    assert options["GPUS_PER_NODE"] == options["NTASKS_PER_NODE"] and options["JOB_NAME"] not in ("bash", "interactive")
     program = words.index("experiments.train")
     assert words[:program] == ["--kill-on-bad-exit=1", ".venv/bin/python", "-m"]
     trainer = read(words[program + 1 :])[0].trainer
     assert [str(n) for n in (trainer.devices, trainer.num_nodes, trainer.threads)] == [
-        *(asked["NTASKS_PER_NODE"], asked["NODES"], asked["CPUS_PER_TASK"])
+        *(options["NTASKS_PER_NODE"], options["NODES"], options["CPUS_PER_TASK"])
     ]
     assert trainer.accumulate == 2
 
@@ -61,7 +61,7 @@ def test_the_batch_file_takes_a_config_or_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("command", TORCHRUN)
-def test_torchrun_starts_as_many_processes_as_the_config_wants(command):
+def test_torchrun_starts_as_many_processes_as_the_config_requires(command):
     words = shlex.split(command)
     options = dict(word.removeprefix("--").partition("=")[::2] for word in words if word.startswith("--"))
     trainer = read(words[words.index("experiments.train") + 1 :])[0].trainer

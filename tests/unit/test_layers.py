@@ -1,4 +1,4 @@
-"""The order of the house: a room imports rooms above it, and outer things only where they belong."""
+"""A package imports only packages of earlier layers, and some outer modules are imported only in certain places."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FLOORS = [
+LAYERS = [
     *(["schedule", "tokens"], ["config"], ["moe"], ["blocks"], ["models"], ["parallel", "offload", "analysis"]),
     *(["datamodules"], ["training"], ["testbed"], ["studies"], ["experiments"]),
 ]
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+LAYER = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
 ONLY_IN = {
     "torch.distributed": ("scmoe/parallel/", "scmoe/testbed/"),
     "lightning": (
@@ -27,7 +27,7 @@ ONLY_IN = {
 
 
 def names_used(source: str) -> set[str]:
-    """Dotted names of everything imported or reached through a plain name."""
+    """Returns the dotted names of everything that is imported or reached through a plain name."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -39,30 +39,30 @@ def names_used(source: str) -> set[str]:
     return names
 
 
-def room_of(name: str) -> str:
-    """The room of a dotted name: schedule of scmoe.schedule.cost, config of scmoe.config.rules, experiments, ..."""
+def package_of(name: str) -> str:
+    """Returns the package of a dotted name: schedule for scmoe.schedule.cost, experiments for experiments.train."""
     first, *rest = name.split(".")
     return rest[0] if first == "scmoe" and rest else first
 
 
 def violations(path: str, source: str) -> list[str]:
-    """path: of the file, from the root."""
-    room, found = room_of(path.removesuffix(".py").replace("/", ".")), []
+    """Returns the forbidden imports of a file. `path` is relative to the root."""
+    package, found = package_of(path.removesuffix(".py").replace("/", ".")), []
     for name in sorted(names_used(source)):
-        other, top = room_of(name), name.split(".")[0]
-        floor, other_floor = FLOOR.get(room, 0), FLOOR.get(other, 0)
+        other, top = package_of(name), name.split(".")[0]
+        layer, other_layer = LAYER.get(package, 0), LAYER.get(other, 0)
         if name.startswith("."):
             found.append(f"{path}: {name} is relative")
-        if top in ("scmoe", "experiments", "datamodules") and other != room:
-            if other_floor > floor or other_floor == floor > 0:
-                found.append(f"{path}: {name} is not above it")
-            if room == "datamodules":
-                found.append(f"{path}: {name}, datamodules stand alone")
+        if top in ("scmoe", "experiments", "datamodules") and other != package:
+            if other_layer > layer or other_layer == layer > 0:
+                found.append(f"{path}: {name} is not in an earlier layer")
+            if package == "datamodules":
+                found.append(f"{path}: {name}, datamodules import no other package")
         for outer, places in ONLY_IN.items():
             if f"{name}.".startswith(f"{outer}.") and not path.startswith(places):
-                found.append(f"{path}: {name} belongs in {places}")
-        if room == "schedule" and top == "torch":
-            found.append(f"{path}: schedule has no torch")
+                found.append(f"{path}: {name} is allowed only in {places}")
+        if package == "schedule" and top == "torch":
+            found.append(f"{path}: schedule must not import torch")
     return found
 
 
@@ -74,9 +74,9 @@ def test_every_file_keeps_the_order():
     assert [found for name, source in names.items() for found in violations(name, source)] == []
 
 
-def test_every_room_has_a_floor():
-    rooms = {room_of(".".join(path.with_suffix("").relative_to(ROOT).parts)) for path in FILES}
-    assert rooms - {"__init__"} <= FLOOR.keys()
+def test_every_package_has_a_layer():
+    packages = {package_of(".".join(path.with_suffix("").relative_to(ROOT).parts)) for path in FILES}
+    assert packages - {"__init__"} <= LAYER.keys()
 
 
 @pytest.mark.parametrize(
@@ -121,5 +121,5 @@ def test_bad_source_is_reported(path, source):
         ("experiments/train.py", "from scmoe.training.run.train import train\nfrom experiments.report import table"),
     ],
 )
-def test_good_source_is_not(path, source):
+def test_good_source_is_not_reported(path, source):
     assert violations(path, source) == []

@@ -1,4 +1,4 @@
-"""Laws of arrange, encode and decode, for random routings with padding, capacities and chunks."""
+"""arrange, encode and decode obey these laws for random routings with padding, capacities and chunks."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def cases(draw) -> Case:
 
 
 def kept(case: Case) -> set[tuple[int, int]]:
-    """Copies that find room, by the oracle; padding, as an expert too many, finds none."""
+    """Returns the copies that the oracle keeps, without padding, which the oracle treats as one more expert."""
     ids = case.ids_TK.tolist()
     found = reference.kept_copies(ids, case.num_experts + 1, case.capacity)
     return {(t, k) for t, k in found if ids[t][k] < case.num_experts}
 
 
 def whole_numbers(*shape: int) -> Tensor:
-    """Sums of them are exact, so that a law can be held to the bit."""
+    """Returns whole numbers. Their sums are exact, so that results can be bit-identical."""
     return torch.randint(-9, 10, shape, generator=torch.Generator().manual_seed(0)).double()
 
 
 def experts_of_rows(case: Case, layout: Layout) -> list[int]:
-    """The expert that each row lies with, read from the layout's order (chunk, expert)."""
+    """Returns the expert of each row, from the layout's order (chunk, expert)."""
     if layout.counts_PE is not None:
         return [e for counts in layout.counts_PE.tolist() for e, n in enumerate(counts) for _ in range(n)]
     slots = layout.tokens_R.shape[0] // (case.num_chunks * case.num_experts)
@@ -59,7 +59,7 @@ def experts_of_rows(case: Case, layout: Layout) -> list[int]:
 @given(cases())
 @example(Case(torch.tensor([[0], [0]]), 1, 1, 1))  # two tokens, one slot: a random case does not always have this
 def test_exactly_the_oracles_copies_are_kept(case):
-    """First choices first, then early tokens; padding takes no room; chunks change nothing."""
+    """First choices come first, then early tokens; padding takes no slot; chunks change nothing."""
     layout = case.layout()
     num_rows = len(layout.tokens_R)
     assert {(t, k) for t, k in (layout.rows_TK < num_rows).nonzero().tolist()} == kept(case)
@@ -67,7 +67,7 @@ def test_exactly_the_oracles_copies_are_kept(case):
 
 
 @given(cases(), st.integers(0, 10))
-def test_a_limit_drops_like_that_capacity_in_unchanged_shapes(case, limit):
+def test_a_limit_drops_what_the_same_capacity_drops_and_keeps_the_shapes(case, limit):
     if case.capacity is not None:
         limited = arrange(*case, limit=torch.tensor(min(limit, case.capacity)))
         is_kept = limited.rows_TK < len(limited.tokens_R)
@@ -97,7 +97,7 @@ def test_every_kept_copy_has_its_own_row_with_its_expert(case):
 
 
 @given(cases())
-def test_nobody_is_over_capacity_and_counts_sum_to_the_copies(case):
+def test_no_expert_is_over_capacity_and_counts_sum_to_the_copies(case):
     layout = case.layout()
     ids, is_kept = case.ids_TK, layout.rows_TK < len(layout.tokens_R)
     rows_of_expert = torch.bincount(ids[is_kept], minlength=case.num_experts)
@@ -127,7 +127,7 @@ def test_encode_gives_each_row_its_token(case):
 
 @given(cases())
 def test_decode_undoes_encode(case):
-    """Each kept copy comes back with its weight, a dropped one with nothing."""
+    """Each kept copy comes back with its weight; a dropped copy adds nothing."""
     layout = case.layout()
     x_TD, weights_TK = whole_numbers(case.ids_TK.shape[0], 8), whole_numbers(*case.ids_TK.shape)
     rows = torch.cat([rows for rows, _ in encode(x_TD, layout)])
@@ -137,7 +137,7 @@ def test_decode_undoes_encode(case):
 
 @given(cases())
 def test_gradients_are_those_of_plain_indexing(case):
-    """The hand-written backwards against autograd through index and sum; whole numbers, so to the bit."""
+    """The hand-written gradients and autograd's through index and sum are bit-identical for whole numbers."""
     layout = case.layout()
     (num_tokens, top_k), num_rows = case.ids_TK.shape, len(layout.tokens_R)
     x_TD, weights_TK = whole_numbers(num_tokens, 8), whole_numbers(num_tokens, top_k)
@@ -152,7 +152,7 @@ def test_gradients_are_those_of_plain_indexing(case):
         return decode(gather(x, layout.tokens_R, layout.rows_TK) * scale, weights, layout)
 
     def plain(x, weights, scale):
-        padded = torch.cat([x[layout.tokens_R] * scale, x.new_zeros(1, 8)])  # row R: nothing
+        padded = torch.cat([x[layout.tokens_R] * scale, x.new_zeros(1, 8)])  # row R is zero
         return (padded[layout.rows_TK] * weights[..., None]).sum(1)
 
     for actual, expected in zip(gradients(fast), gradients(plain), strict=True):
@@ -160,7 +160,7 @@ def test_gradients_are_those_of_plain_indexing(case):
 
 
 @given(cases())
-def test_padding_is_as_if_it_were_not_there(case):
+def test_padding_does_not_change_the_rows_of_real_tokens(case):
     """Fault 30: real tokens get the same rows as in a batch without the padding."""
     real = case.ids_TK[:, 0] < case.num_experts
     if case.num_chunks > 1 and case.capacity is None:  # dropless cuts the tokens into chunks, padding included
@@ -183,7 +183,7 @@ def test_padding_alone(capacity):
 
 
 def test_empty_slots_send_nothing_back():
-    """A NaN that an expert makes of an empty slot reaches neither a token nor a gradient of one."""
+    """A NaN that an expert computes for an empty slot reaches no token and no gradient of a token."""
     layout = arrange(torch.tensor([[0], [2]]), 3, capacity=2)
     rows = torch.ones(6, 8)
     rows[layout.copies_R == 2] = math.nan

@@ -35,7 +35,7 @@ MUTANTS = (
     .caught_by(f"{UNIT}/test_durable.py::test_sweeping_leaves_what_no_writer_has_named"),
     Mutant("all-checkpoints-read-for-one", 5, f"{PARALLEL}/checkpoint/durable.py")
     .replaces('found.append((read_manifest(path)["step"],', "found.append((verify(path),")
-    .caught_by(f"{UNIT}/test_durable.py::test_of_whole_ones_the_newest_alone_is_read"),
+    .caught_by(f"{UNIT}/test_durable.py::test_only_the_newest_whole_checkpoint_is_read"),
     Mutant("all-shards-hashed-while-training-waits", 7, f"{PARALLEL}/checkpoint/saving.py")
     .replaces(
         "                files[META] = durable.fingerprint(self.partial / META)\n",

@@ -38,7 +38,7 @@ MUTANTS = (
     # ------------------------------------------------------------------ estimates and analyses
     Mutant("estimate-forgets-the-configs-ranks", 0, "experiments/estimate.py")
     .replaces("        sizes = own | sizes\n", '        sizes = {"ep": 1, "dp": 1} | sizes\n')
-    .caught_by(f"{UNIT}/test_counts.py::test_an_estimate_is_for_the_configs_own_ranks_where_none_are_given"),
+    .caught_by(f"{UNIT}/test_counts.py::test_an_estimate_uses_the_configs_ranks_unless_others_are_given"),
     Mutant("analyses-of-one-rank", 0, "scmoe/training/callbacks/analysis.py")
     .replaces(
         "        total = context.sum_over_ranks(probe.result())\n", "        total, _ = probe.result(), context\n"
