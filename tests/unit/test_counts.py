@@ -56,7 +56,7 @@ def test_params_prints_json_for_the_given_preset(capsys):
     assert counts["gpt2_moe_small_tiny"]["scmoe"] == {"total": total, "active": total - idle}
 
 
-def test_every_preset_is_counted_by_default():
+def test_the_papers_presets_exist():
     assert {path.stem for path in Path("configs/model").glob("*.yaml")} >= {p for p, _ in parameters.PAPER}
 
 
