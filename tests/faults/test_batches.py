@@ -1,4 +1,4 @@
-"""Faults 16 and 19: uneven batches are refused before the first one, and a data worker that fails is named."""
+"""Faults 16 and 19: uneven batches are refused before the first batch, and a data worker that fails is named."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def test_16_uneven_batches_are_refused_before_the_first(loader):
 def count_batches(rank: int, world_size: int) -> None:
     dist.init_process_group("gloo")
     context = ParallelContext(rank, world_size, control_group=dist.new_group(backend="gloo"))
-    check_even("val", [3, float("inf")], context)  # the same on both, and a length that is not known
+    check_even("val", [3, float("inf")], context)  # equal on both ranks; inf: the length is unknown
     check_even("val", [3, 4 + rank], context)
 
 
-def test_16_each_loader_counts():
+def test_16_each_loader_is_counted():
     message = failure(count_batches, 2)
     assert (
         "different numbers of val batches (rank 0: 3 + 4; rank 1: 3 + 5), allowed: the same number on each rank"
@@ -74,7 +74,7 @@ def break_worker(rank: int, world_size: int, how: str) -> None:
     (_, second), whole = data.train_dataloader().batch_sampler, sequences.TrainSequences.__getitem__
     fatal = second[1]
 
-    def broken(self: Any, i: int) -> Any:  # in a worker alone: this process never reads a sample itself
+    def broken(self: Any, i: int) -> Any:  # runs only in a worker: this process reads no sample itself
         if i == fatal and how == "dies":
             os._exit(1)
         if i == fatal:

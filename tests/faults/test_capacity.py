@@ -1,4 +1,4 @@
-"""Faults 29 and 30: what is dropped is logged, enough slots equal dropless, and padding takes no slot."""
+"""Faults 29 and 30: drops are logged, enough slots give the dropless result, and padding takes no slot."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def sweep(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
     return records
 
 
-def test_29_what_is_dropped_is_logged_and_ample_room_is_dropless():
-    """1e-12 here: products over rows with empty slots may sum in another order. A test below compares the bits."""
+def test_29_drops_are_logged_and_enough_slots_are_dropless():
+    """1e-12 allows products over rows with empty slots to sum in another order. A test below compares the bits."""
     ranks = run_ranks(sweep, 2)
     for records in ranks:
         first = [records[factor]["shares"][0] for factor in ("0.5", "1.0", "1.5", "8.0", "null")]
@@ -58,14 +58,14 @@ def test_29_what_is_dropped_is_logged_and_ample_room_is_dropless():
         assert records["8.0"]["shares"] == records["null"]["shares"] == [0.0, 0.0, 0.0]
         for name, weight in records["8.0"]["weights"].items():
             assert_close(weight, records["null"]["weights"][name], TOLERANCE, name)
-    assert ranks[0]["1.0"]["shares"] == ranks[1]["1.0"]["shares"], "of all ranks' copies"
+    assert ranks[0]["1.0"]["shares"] == ranks[1]["1.0"]["shares"], "the share counts the copies of all ranks"
 
 
-DIM, FFN, EXPERTS, TOKENS = 16, 24, 8, 12  # features, those between an expert's two products; tokens of a rank
+DIM, FFN, EXPERTS, TOKENS = 16, 24, 8, 12  # FFN: features between an expert's two products; TOKENS: per rank
 
 
 class Given(torch.nn.Module):
-    """A router whose choices are given."""
+    """This router returns the choices that it is given."""
 
     num_experts, top_k = EXPERTS, 2
 
@@ -79,8 +79,8 @@ class Given(torch.nn.Module):
 
 
 def exactly(rank: int, world_size: int, dtype: torch.dtype) -> None:
-    """Small whole numbers, experts with ReLU, gate weights 1, 1/2 and 1/4: no product or sum is ever rounded, so its
-    order is of no account."""
+    """Values are small whole numbers, experts use ReLU, and gate weights are 1, 1/2 and 1/4: no product or sum is
+    rounded, so its order has no effect."""
     dist.init_process_group("gloo")
     common, draw = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + rank)
 
@@ -115,18 +115,18 @@ def exactly(rank: int, world_size: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.representative), torch.float64])
-def test_29_ample_room_is_dropless_to_the_bit(dtype):
-    """Outputs, and the gradients of tokens, gate weights and experts, which hold the sums of both ranks' rows."""
+def test_29_enough_slots_are_bit_identical_to_dropless(dtype):
+    """Compares outputs, and the gradients of tokens, gate weights and experts; these sum over both ranks' rows."""
     run_ranks(exactly, 2, dtype)
 
 
 # ---------------------------------------------------------------------- 30: padding
 
-REAL, PADDED = 9, 16  # real tokens of a rank and all of them
+REAL, PADDED = 9, 16  # real tokens of a rank, all tokens of a rank
 
 
 def pad(rank: int, world_size: int, factor: float | None) -> None:
-    """A rank's real tokens stand at other places than the other's; the rest is padding, full of junk."""
+    """Real tokens stand at different places on each rank; the rest is padding with large values."""
     dist.init_process_group("gloo")
     share = EXPERTS // world_size
     experts = Experts(DIM, FFN, EXPERTS, range(rank * share, (rank + 1) * share))

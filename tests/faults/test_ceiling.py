@@ -37,7 +37,7 @@ def all_to_one(rank: int, world_size: int, ceiling: str) -> None:
 
 
 @pytest.mark.representative
-def test_31_a_ceiling_ends_all_ranks_before_memory_is_gone():
+def test_31_a_ceiling_ends_all_ranks_before_memory_is_allocated():
     message = failure(all_to_one, 2, "1.5")
     assert re.search(r"CeilingError: rank 0 of .* would receive \d+ rows, allowed: 1.5 x the fair share", message)
     assert re.search(r"rank [01], later: .*CeilingError: rank 0 ", message), "the same error on both ranks"
@@ -45,7 +45,7 @@ def test_31_a_ceiling_ends_all_ranks_before_memory_is_gone():
     run_ranks(all_to_one, 2, "null")
 
 
-def test_31_the_ceiling_is_of_the_fair_share():
+def test_31_the_ceiling_is_a_multiple_of_the_fair_share():
     check_ceiling([15, 5], 1.5)
     check_ceiling([0, 0], 1.0)
     with pytest.raises(MemoryError, match=r"rank 1 .* would receive 16 rows, allowed: 1.5 x the fair share of 10 "):

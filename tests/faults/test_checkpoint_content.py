@@ -1,4 +1,4 @@
-"""Faults 4 and 7 to 10: what a checkpoint holds, who hashes it, and one full file of it."""
+"""Faults 4 and 7-10: what a checkpoint holds, which rank hashes it, and checkpoints in one full file."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_checkpoint, load_model
 from scmoe.parallel.checkpoint.saving import Saving
 from scmoe.parallel.checkpoint.state import FULL
-from scmoe.parallel.mesh import ParallelContext
-from scmoe.parallel.shards import expert_parameters
+from scmoe.parallel.mesh import ParallelContext, expert_parameters
 from scmoe.testbed.faults import reshard, tiny_run
 from scmoe.testbed.faults.tiny_run import LAST, NEW, OLD
 from scmoe.testbed.ranks import run_ranks
@@ -33,7 +32,7 @@ def files_of(path: Path) -> list[str]:
 
 
 def save_slowly_then_train_on(rank: int, world_size: int, folder: Path, background: bool) -> set[float]:
-    """Overwrites every tensor with NEW while (or after) a checkpoint of OLD is written; what is read back."""
+    """Overwrites every tensor with NEW while or after a checkpoint of OLD is written. Returns what is read back."""
     trainer, path, fsync = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST, os.fsync
     for t in tiny_run.tensors(trainer).values():
         t.fill_(OLD)
@@ -52,12 +51,12 @@ def save_slowly_then_train_on(rank: int, world_size: int, folder: Path, backgrou
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_fault_07_a_slow_writer_saves_the_step_it_was_asked_to(background, tmp_path):
+def test_fault_07_a_slow_save_holds_the_step_at_which_it_started(background, tmp_path):
     assert run_ranks(save_slowly_then_train_on, 2, tmp_path, background) == [{OLD}, {OLD}]
 
 
 def note_what_is_hashed(rank: int, world_size: int, folder: Path, background: bool) -> dict[str, list[str]]:
-    """Files by who has read them for their hashes: a background thread, this one while saving, and while finishing."""
+    """Returns the hashed files by their reader: a background thread, or the main thread while it saves or finishes."""
     trainer, fingerprint, read = tiny_run.one_step(world_size, folder), durable.fingerprint, {}
     moment = "saving"
 
@@ -76,7 +75,7 @@ def note_what_is_hashed(rank: int, world_size: int, folder: Path, background: bo
 
 @pytest.mark.parametrize("background", [False, True])
 def test_fault_07_each_rank_hashes_its_own_shard_where_it_writes_it(background, tmp_path):
-    """Else rank 0 would read all shards at the end, while training waits."""
+    """Otherwise rank 0 would read all shards at the end, while training waits."""
     ranks = run_ranks(note_what_is_hashed, 2, tmp_path, background)
     writer = "a thread" if background else "saving"
     shards = [name for name in files_of(tmp_path / "checkpoints" / LAST) if name.startswith("shard")]
@@ -86,7 +85,7 @@ def test_fault_07_each_rank_hashes_its_own_shard_where_it_writes_it(background, 
 
 
 def write_full(rank: int, world_size: int, folder: Path, background: bool) -> dict[str, Any]:
-    """As reshard.write_whole, in one file."""
+    """Does what reshard.write_whole does, in one file."""
     trainer, path = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST
     context = trainer.strategy.context
     Saving(path, tiny_run.state(trainer, OLD), context, background, full=True).finish()
@@ -95,7 +94,7 @@ def write_full(rank: int, world_size: int, folder: Path, background: bool) -> di
 
 @pytest.mark.parametrize("background", [False, True])
 def test_fault_09_one_full_file_is_read_at_any_ep_degree(background, tmp_path):
-    """Weights and moments, as from a file a rank."""
+    """Weights and moments are equal to those of the ranks that saved them."""
     expected = reshard.whole(run_ranks(write_full, 2, tmp_path, background))
     path = tmp_path / "checkpoints" / LAST
     assert files_of(path) == [FULL, "manifest.json", "meta.json"]
@@ -106,7 +105,7 @@ def test_fault_09_one_full_file_is_read_at_any_ep_degree(background, tmp_path):
 
 
 def put_together_without_room(rank: int, world_size: int, folder: Path) -> str:
-    """Each shard fits on the disk, all of them in one file do not."""
+    """Each shard fits on the disk, but one file of all shards does not. Returns the error."""
     trainer, path = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST
     tiny_run.save_marked(trainer, path, OLD)
     largest = max(file.stat().st_size for file in path.iterdir())
@@ -126,21 +125,21 @@ def test_fault_04_no_room_for_one_full_file_is_an_error_on_every_rank(tmp_path):
     assert durable.verify(durable.newest_good(tmp_path / "checkpoints")) == OLD
 
 
-def go_on(rank: int, world_size: int, folder: Path, resume_from: Path | None) -> dict[str, torch.Tensor]:
+def run_four_steps(rank: int, world_size: int, folder: Path, resume_from: Path | None) -> dict[str, torch.Tensor]:
     words = ("trainer.max_steps=4", "trainer.checkpoint_every=2", "strategy.full_checkpoint=true")
     return dict(tiny_run.tensors(tiny_run.fit(tiny_run.tiny(world_size, *words), folder, resume_from)))
 
 
-def test_fault_08_a_run_goes_on_from_one_full_file_to_the_bit(tmp_path):
-    straight = run_ranks(go_on, 2, tmp_path / "straight", None)
-    saved = tmp_path / "straight" / "checkpoints" / "step=2.ckpt"
+def test_fault_08_a_run_resumed_from_one_full_file_is_bit_identical(tmp_path):
+    uninterrupted = run_ranks(run_four_steps, 2, tmp_path / "uninterrupted", None)
+    saved = tmp_path / "uninterrupted" / "checkpoints" / "step=2.ckpt"
     assert FULL in files_of(saved)
-    resumed = run_ranks(go_on, 2, tmp_path / "resumed", saved)
-    assert all(tiny_run.same(a, b) for a, b in zip(resumed, straight, strict=True))
+    resumed = run_ranks(run_four_steps, 2, tmp_path / "resumed", saved)
+    assert all(tiny_run.same(a, b) for a, b in zip(resumed, uninterrupted, strict=True))
 
 
 def test_fault_10_all_experts_are_on_disk(tmp_path):
-    """One process reads all of them from what two ranks with four experts each have written; no two are the same."""
+    """One process reads all experts from a checkpoint of two ranks with four experts each; no two experts are equal."""
     ranks = run_ranks(reshard.write_whole, 2, tmp_path)
     model = build_model(tiny_run.tiny(1), ParallelContext())
     load_model(tmp_path / "checkpoints" / LAST, model, "model.")

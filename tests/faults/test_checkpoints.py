@@ -1,6 +1,7 @@
-"""Faults 1-7 and 10 of a checkpoint's life, with real saves by two ranks (the numbers are those of docs/faults.md).
+"""Faults 1-6 of docs/faults.md: real saves by two ranks are killed, fail or are damaged.
 
-`python -m experiments.faults` does the same at every point; here are fewer. Commits alone: tests/unit/test_durable.py.
+`python -m experiments.faults` does the same at every point; these tests take fewer. tests/unit/test_durable.py tests
+the commit alone.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Path:
-    """A checkpoint of step OLD by two ranks, EP 2; copy it before you change it."""
+    """Returns the folder of a checkpoint of step OLD by two ranks, EP 2; copy it before you change it."""
     folder = tmp_path_factory.mktemp("written")
     run_ranks(flip.write_old, 2, folder)
     return folder / "checkpoints"
@@ -36,12 +37,12 @@ def written(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def after_kills() -> dict[str, int]:
-    """Saves in the foreground and in the background."""
+    """Kills ranks that save in the foreground and in the background. Returns the totals."""
     return kill.kill(points=4, random=6)
 
 
 def test_fault_01_sigkill_during_a_save_loses_nothing(after_kills):
-    assert after_kills["killed"] >= 24, "rank 0, the last rank and all, at some operations each, of both kinds of saves"
+    assert after_kills["killed"] >= 24, "rank 0, the last rank and all ranks, at some operations of both kinds of saves"
     assert after_kills["lost"] == 0
 
 
@@ -55,7 +56,7 @@ def test_fault_06_leftovers_of_killed_saves_are_swept(after_kills):
 
 @pytest.mark.parametrize("background", [pytest.param(False, marks=pytest.mark.representative), True])
 def test_fault_01_sigkill_between_the_two_renames_loses_nothing(background, tmp_path):
-    """Of all moments the only one at which no directory has the checkpoint's own name."""
+    """This is the only moment at which no directory has the checkpoint's own name."""
     (tmp_path / "record").mkdir()
     operations = run_ranks(kill.save_over, 2, tmp_path / "record", "first", background)[0]["operations"]
     renames = [i for i, what in enumerate(operations) if what.startswith("os.rename")]
@@ -77,7 +78,7 @@ KILLS = 20
 
 
 def test_fault_06_twenty_killed_saves_in_a_row_lose_nothing_and_do_not_fill_the_disk(tmp_path):
-    """In one folder, with no whole save between them: each sweeps what the ones before it have left."""
+    """They use one folder, with no complete save between them: each sweeps the leftovers of those before it."""
     folder, draw = tmp_path / "run", random.Random(0)
     operations = len(run_ranks(kill.save_over, 2, tmp_path, "first", False)[0]["operations"])
     run_ranks(flip.write_old, 2, folder)
@@ -91,7 +92,7 @@ def test_fault_06_twenty_killed_saves_in_a_row_lose_nothing_and_do_not_fill_the_
         newest = durable.verify(path)
         load_model(path, model, "model.")
         assert {float(value) for p in model.parameters() for value in p.detach().unique()} == {newest}
-    assert newest > NEW, "some were killed after the new one was whole"
+    assert newest > NEW, "some were killed after the new checkpoint was whole"
     run_ranks(save_new, 2, folder)
     assert os.listdir(folder / "checkpoints") == [LAST]
     assert durable.verify(folder / "checkpoints" / LAST) == NEW
@@ -101,7 +102,7 @@ def test_fault_06_twenty_killed_saves_in_a_row_lose_nothing_and_do_not_fill_the_
 
 
 def watch_overwriting(rank: int, world_size: int, folder: Path) -> list[int | None]:
-    """Steps of the whole checkpoint under the name, seen at each operation of an overwriting save."""
+    """Returns the step of the whole checkpoint under the name at each operation of an overwriting save."""
     trainer, path = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST
     tiny_run.save_marked(trainer, path, OLD)
     seen: list[int | None] = []
@@ -113,27 +114,27 @@ def watch_overwriting(rank: int, world_size: int, folder: Path) -> list[int | No
 
 @pytest.mark.representative
 def test_fault_03_last_is_never_overwritten_in_place(tmp_path):
-    """Under its name is the old one, then for one rename nothing, then the new one: verified by content each time."""
+    """Its name holds the old checkpoint, then nothing during one rename, then the new one, each verified by content."""
     seen = run_ranks(watch_overwriting, 2, tmp_path)[0]
     old, new = seen.count(OLD), seen.count(NEW)
     assert seen == [OLD] * old + [None] + [NEW] * new
     assert old > 5 and new > 1
 
 
-# ---------------------------------------------------------------------- a disk that refuses
+# ---------------------------------------------------------------------- a disk that refuses to write
 
 
-def save_with_trouble(rank: int, world_size: int, folder: Path, trouble: str, sick_rank: int, background: bool) -> str:
-    """What a save says on this rank where one rank's disk refuses; afterwards a healthy save goes through."""
+def save_with_trouble(rank: int, world_size: int, folder: Path, trouble: str, bad_rank: int, background: bool) -> str:
+    """Returns this rank's error of a save in which one rank's disk refuses to write. A healthy save follows."""
     trainer, path = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST
     tiny_run.save_marked(trainer, path, OLD)
     target, fsync, limit = path, os.fsync, resource.getrlimit(resource.RLIMIT_FSIZE)
     if trouble == "not a directory":
         (folder / "file").touch()
         target = folder / "file" / LAST
-    if rank == sick_rank and trouble == "file too large":
+    if rank == bad_rank and trouble == "file too large":
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
-    if rank == sick_rank and trouble == "no space at fsync":
+    if rank == bad_rank and trouble == "no space at fsync":
 
         def full(handle: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -155,7 +156,7 @@ def save_with_trouble(rank: int, world_size: int, folder: Path, trouble: str, si
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize(
-    "trouble, sick_rank, says",
+    "trouble, bad_rank, says",
     [
         pytest.param("file too large", 0, "File too large", marks=pytest.mark.representative),
         ("file too large", 1, "File too large"),
@@ -164,9 +165,9 @@ def save_with_trouble(rank: int, world_size: int, folder: Path, trouble: str, si
         ("not a directory", 0, "(Not a directory|File exists)"),
     ],
 )
-def test_fault_04_a_disk_that_refuses_is_a_loud_error_on_every_rank(trouble, sick_rank, says, background, tmp_path):
-    """And no hang, the old checkpoint is whole, and the next save leaves nothing behind."""
-    for said in run_ranks(save_with_trouble, 2, tmp_path, trouble, sick_rank, background, timeout_s=60):
+def test_fault_04_a_disk_that_refuses_to_write_is_an_error_on_every_rank(trouble, bad_rank, says, background, tmp_path):
+    """No rank hangs, the old checkpoint stays whole, and the next save leaves nothing behind."""
+    for said in run_ranks(save_with_trouble, 2, tmp_path, trouble, bad_rank, background, timeout_s=60):
         assert re.search(says, said), said
     assert os.listdir(tmp_path / "checkpoints") == [LAST]
     assert durable.verify(tmp_path / "checkpoints" / LAST) == NEW
@@ -213,7 +214,7 @@ def test_fault_05_all_ranks_refuse_a_damaged_shard(written, tmp_path):
     assert "later: " in str(error.value)
 
 
-def test_fault_05_the_newest_good_one_is_used_with_a_warning(written, tmp_path):
+def test_fault_05_the_newest_good_checkpoint_is_used_with_a_warning(written, tmp_path):
     shutil.copytree(written / LAST, tmp_path / "a.ckpt")
     shutil.copytree(written / LAST, tmp_path / "b.ckpt")
     shard = files_of(tmp_path / "b.ckpt")[-1]

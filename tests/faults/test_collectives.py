@@ -1,4 +1,4 @@
-"""Fault 15: collectives in another order on some rank are named in the debug mode."""
+"""Fault 15: the debug mode names collectives that ranks start in different orders."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def swap_two_sums(rank: int, world_size: int, compared: bool) -> list[float]:
 
 @pytest.mark.representative
 def test_15_collectives_in_another_order_are_named():
-    assert run_ranks(swap_two_sums, 2, False) == [[101.0, 101.0]] * 2, "the fault: wrong sums and no error"
+    assert run_ranks(swap_two_sums, 2, False) == [[101.0, 101.0]] * 2, "sums are wrong and there is no error"
     message = failure(swap_two_sums, 2, True)
     assert "OrderError: collective 0 is not the same on all ranks; rank 0: all_reduce of torch.float32 (1,)" in message
     assert re.search(r"rank 0: \S+ .* at test_collectives\.py:\d+; rank 1: \S+ .* at test_collectives\.py:\d+", message)
 
 
 def take_part(name: str, rank: int, world_size: int) -> None:
-    """Takes part in one collective; objects have another type on each rank."""
+    """Takes part in one collective; objects have a different type on each rank."""
     x, both = torch.ones(2, 3), [torch.ones(2, 3) for _ in range(world_size)]
     thing: Any = (x, "a text")[rank]
     root = rank == 0
@@ -74,7 +74,7 @@ NOT_ON_GLOO = ("reduce_scatter", "all_to_all")
 
 
 def swap_each(rank: int, world_size: int) -> dict[str, str]:
-    """Runs each collective on all ranks, then on rank 0 with the others in a barrier; returns the errors of these."""
+    """Runs each collective on all ranks, then on rank 0 while the others run a barrier. Returns the errors of those."""
     dist.init_process_group("gloo")
     compare, said = CompareCollectives(timedelta(seconds=10)), {}
     compare.install()
@@ -90,7 +90,7 @@ def swap_each(rank: int, world_size: int) -> dict[str, str]:
 
 
 def test_15_every_kind_of_collective_is_watched():
-    """Lightning's own collectives are of objects; other objects or numbers of rows are no error."""
+    """Lightning's own collectives send objects. Different objects or numbers of rows are no error."""
     for said in run_ranks(swap_each, 2):
         assert tuple(said) == COLLECTIVES
         for name, message in said.items():
@@ -100,7 +100,7 @@ def test_15_every_kind_of_collective_is_watched():
 
 
 def add_a_sum(rank: int, world_size: int, what: str) -> None:
-    """Rank 1 starts one collective more than rank 0, in its second step."""
+    """Rank 1 starts one collective more than rank 0 in its second step."""
     config = tiny(f"{MODEL} trainer.accumulate=1 strategy.debug_collectives=true strategy.timeout_s=20", world_size)
     module = build_module(config)
 
@@ -124,7 +124,7 @@ def trained_weights(rank: int, world_size: int, debug: bool) -> dict[str, Tensor
     config = tiny(f"{MODEL} strategy.debug_collectives={str(debug).lower()}", world_size)
     before = dist.all_reduce
     weights = {name: p.detach().clone() for name, p in fit(config).named_parameters()}
-    assert dist.all_reduce is before, "the watch is removed at the end"
+    assert dist.all_reduce is before, "the comparison is removed at the end"
     return weights
 
 

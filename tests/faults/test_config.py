@@ -1,4 +1,4 @@
-"""Fault 37: whatever is wrong with a request is one line that names its key, before anything is started."""
+"""Fault 37: a bad request gives one line that names its key, before anything starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WRONG = ("word", "[1, 2]", "1.5.2", "nan", "-3", "{a: b}")
 
 
 def bad_request(draw: random.Random) -> tuple[str, list[str]]:
-    """A key, and overrides that ask the impossible of it."""
+    """Returns a key, and overrides that give it an impossible value."""
     kind = draw.randrange(6)
     if kind == 0:
         ep_size, share = draw.randint(2, 8), draw.randint(1, 4)
@@ -44,7 +44,7 @@ def bad_request(draw: random.Random) -> tuple[str, list[str]]:
     return key, words.split()
 
 
-def test_37_a_hundred_bad_requests_are_a_line_each_before_anything_starts(tmp_path: Path, capsys):
+def test_37_each_of_a_hundred_bad_requests_gives_one_line_before_anything_starts(tmp_path: Path, capsys):
     draw = random.Random(0)
     (tmp_path / "empty.yaml").write_text("{}\n")
     with patch.object(dist, "init_process_group") as groups, patch.object(run, "train") as started:

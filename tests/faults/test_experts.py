@@ -1,7 +1,8 @@
-"""Faults 17, 20-26 and 28-30: transfers, gradients, seeds and routing of experts on two and four ranks.
+"""Faults 17, 20-26 and 28: transfers, gradients, seeds and routing of experts on two and four ranks.
 
-Each alone and under its number; all architectures, slots and layouts: tests/distributed/test_ep_equality.py. Weights
-are those of that file, at which every term counts; 1e-12 in float64 is for the same sums in another order.
+Each test has the number of its fault; tests/distributed/test_ep_equality.py covers all architectures, slots and
+layouts. The weights are those of that file, where every term has an effect. The tolerance of 1e-12 in float64 allows
+the same sums in another order.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from scmoe.parallel.all_to_all import Transfer
 from scmoe.testbed.ranks import run_ranks
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.trainer import build_trainer
+from scmoe.training.callbacks.collapse import PATIENCE
 from scmoe.training.callbacks.data_position import DataPosition
-from scmoe.training.callbacks.expert_load import PATIENCE, ExpertLoad
+from scmoe.training.callbacks.expert_load import ExpertLoad
 from tests.support.comparison import assemble, difference
 from tests.support.trainings import RecordingModel, tiny, train
 
@@ -38,7 +40,7 @@ POISON = 7.0
 
 
 class LazyWork:
-    """Reads the sender's buffer when it is awaited, not before, and keeps neither buffer alive."""
+    """This transfer reads the sender's buffer at the wait and not before, and keeps neither buffer alive."""
 
     def __init__(self, target: Tensor, source: Tensor) -> None:
         self.target, self.source = weakref.ref(target), weakref.ref(source)
@@ -58,7 +60,7 @@ def lazily(rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, 
 
 @pytest.mark.representative
 def test_17_buffers_are_held_until_the_wait_and_no_longer():
-    """Forward and backward; the caller lets go of its rows at once, and new tensors take what memory is free."""
+    """This holds in forward and backward. The caller drops its rows at once, and new tensors take the free memory."""
     x = torch.randn(8, 4, requires_grad=True)
     transfer = Transfer(lazily).start(2 * x)
     sources = [weakref.ref(transfer.source)]
@@ -73,11 +75,11 @@ def test_17_buffers_are_held_until_the_wait_and_no_longer():
     assert transfer.source is None and len(held) == 16
 
 
-# ---------------------------------------------------------------------- 20-25: as one process has them
+# ---------------------------------------------------------------------- 20-25: equal to one process
 
 
 class AuxOnly(RecordingModel):
-    """Learns from the load-balance and z loss alone."""
+    """This model learns from the load-balance loss and the z loss alone."""
 
     def task_loss(self, batch: dict[str, Tensor]) -> Any:
         nats, targets, stats = super().task_loss(batch)
@@ -110,7 +112,7 @@ def many(request) -> dict[str, list[dict[str, Any]]]:
 
 
 def only(values: dict[str, list[Tensor]], *words: str) -> dict[str, list[Tensor]]:
-    """Gradients of parameters that have one of these words in their names."""
+    """Returns the gradients of parameters that have one of these words in their names."""
     found = {k: v for k, v in values.items() if k.startswith("gradient of ") and any(word in k for word in words)}
     assert found
     return found
@@ -120,11 +122,11 @@ def assert_equal(actual: dict[str, list[Tensor]], expected: dict[str, list[Tenso
     error, where = difference(actual, expected)
     assert error <= TOLERANCE, f"{where}: {error:.1e}"
     smallest = min(float(g.abs().max()) for steps in expected.values() for g in steps)
-    assert smallest > 1e6 * TOLERANCE, "what is so small shows nothing"
+    assert smallest > 1e6 * TOLERANCE, "a gradient is too small for this comparison"
 
 
 def test_20_experts_without_a_token_have_zero_gradients(many, one):
-    """Half of all experts; under EP 2 and more these are ranks that compute on no rows at all."""
+    """Half of all experts have no token. With EP 2 and EP 4, some ranks compute on no rows."""
     ranks = many["starved"]
     error, where = difference(assemble(ranks), one["starved"])
     assert error <= TOLERANCE, where
@@ -138,11 +140,11 @@ def test_21_expert_gradients_have_the_scale_of_one_process(many, one):
     assert_equal(only(assemble(many["task"]), "experts"), only(one["task"], "experts"))
 
 
-def test_22_one_global_norm_clips_all_ranks_alike(many, one):
-    """The 2-norm, which clips, and the largest entry of all gradients; then the weights that follow from it."""
+def test_22_one_global_norm_clips_all_ranks_equally(many, one):
+    """The 2-norm, which clips, all gradients and the weights after the update are equal to those of one process."""
     ours, theirs = assemble(many["clipped"]), one["clipped"]
-    assert len({tuple(map(float, rank["logged"]["train/grad_norm"])) for rank in many["clipped"]}) == 1, "to the bit"
-    assert min(theirs["train/grad_norm"]) > CLIP, "nothing was clipped"
+    assert len({tuple(map(float, rank["logged"]["train/grad_norm"])) for rank in many["clipped"]}) == 1, "norms differ"
+    assert min(theirs["train/grad_norm"]) > CLIP, "a step was not clipped"
     for a, b in zip(ours["train/grad_norm"], theirs["train/grad_norm"], strict=True):
         assert abs(a - b) <= TOLERANCE
     for values in zip(*only(ours, "").values(), strict=True), zip(*only(theirs, "").values(), strict=True):
@@ -157,13 +159,13 @@ def test_23_the_router_learns_from_the_task_as_in_one_process(many, one):
 
 
 def test_24_the_auxiliary_losses_do_not_depend_on_the_ranks(many, one):
-    """Alone: beside the task's gradient a wrong factor would be small."""
+    """They are trained alone: next to the task's gradient a wrong factor would be small."""
     assert_equal(only(assemble(many["aux"]), "router"), only(one["aux"], "router"))
     assert difference(assemble(many["aux"]), one["aux"])[0] <= TOLERANCE
 
 
-def test_25_weights_are_drawn_alike_whatever_the_ranks(many, one):
-    """To the bit; no two experts are the same. `assemble` compares the replicas."""
+def test_25_drawn_weights_do_not_depend_on_the_ranks(many, one):
+    """They are bit-identical, and no two experts are equal. `assemble` compares the replicas."""
     drawn = {k: v for k, v in assemble(many["task"]).items() if k.endswith(" drawn")}
     assert difference(drawn, {k: one["task"][k] for k in drawn})[0] == 0.0
     for name, (weights,) in drawn.items():
@@ -171,11 +173,11 @@ def test_25_weights_are_drawn_alike_whatever_the_ranks(many, one):
             assert len(weights.flatten(1).unique(dim=0)) == len(weights) == 8, name
 
 
-# ---------------------------------------------------------------------- 26, 28: a router out of its senses
+# ---------------------------------------------------------------------- 26, 28: a router with extreme logits
 
 
 def rig(module: Any, logit: float) -> None:
-    """Whatever the token, expert 0 has this logit, the last one its negative, the others 0."""
+    """For every token, expert 0 gets this logit, the last expert its negative, the others 0."""
     module.configure_model()
     for block in module.model.blocks:
         with torch.no_grad():
@@ -196,7 +198,7 @@ class Rigged(RecordingModel):
 
 
 def collapse(rank: int, world_size: int, logit: float) -> tuple[dict[str, float], list[str]]:
-    """Metrics of the last step, and what was warned of."""
+    """Returns the metrics of the last step, and the warnings of a collapse."""
     steps = PATIENCE + 1
     words = f"position=pos2 strategy.ep_size=2 trainer.max_steps={steps} trainer.log_every=1 optim.lr=1e-6"
     config = tiny(words, world_size)
@@ -212,14 +214,17 @@ def collapse(rank: int, world_size: int, logit: float) -> tuple[dict[str, float]
 
 def test_26_a_collapsed_router_is_measured_and_named():
     (metrics, said), (others, silent) = run_ranks(collapse, 2, 20.0)
-    assert metrics == others, "of all ranks' tokens"
+    assert metrics == others, "metrics count the tokens of all ranks"
     assert (metrics["moe/load_max"], metrics["moe/load_entropy"], metrics["moe/dead_experts"]) == (8.0, 0.0, 7.0)
     assert [line.partition(" gets ")[0] for line in said] == ["MoE layer 1 of 1: the router has collapsed, expert 0"]
-    assert not silent, "rank 0 alone speaks"
+    assert not silent, "only rank 0 warns"
 
 
 def huge_logits(rank: int, world_size: int) -> tuple[list[tuple[torch.dtype, float]], list[float], bool]:
-    """Logits of +-7e4, beyond float16: their types and sizes, the losses, and whether all gradients are finite."""
+    """Trains with logits of +-7e4, which float16 cannot hold.
+
+    Returns the types and sizes of the logits, the losses, and whether all gradients are finite.
+    """
     words = "position=pos2 top_k=2 strategy.ep_size=2 trainer.precision=bf16-mixed z_loss_coef=0"
     config, seen = tiny(words, world_size), []
     module = Rigged(config)
@@ -243,5 +248,5 @@ def huge_logits(rank: int, world_size: int) -> tuple[list[tuple[torch.dtype, flo
 def test_28_huge_logits_are_float32_under_bf16():
     for seen, losses, finite in run_ranks(huge_logits, 2):
         assert {dtype for dtype, _ in seen} == {torch.float32}
-        assert seen[0][1] == pytest.approx(7e4, rel=1e-4), "in bf16 it would be 70144 or 69632"
+        assert seen[0][1] == pytest.approx(7e4, rel=1e-4), "in bf16 the logit would be 70144 or 69632"
         assert len(losses) == 3 and all(0 < loss < 100 for loss in losses) and finite

@@ -1,7 +1,7 @@
-"""Faults that stop a run (numbers 13 and 14 of docs/faults.md): every rank ends, soon, and says why.
+"""Faults 13 and 14 of docs/faults.md stop a run: every rank ends soon and says why.
 
-Ranks are processes of run_ranks where one of them raises, and a real run of the train command where a process is
-killed or stopped: run_ranks would end the others itself.
+Some tests run their ranks with run_ranks, others run the train command: if a rank is killed or stopped, run_ranks would
+end the others itself.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def test_14_no_group_waits_longer_than_the_timeout():
     assert ExpertParallelStrategy()._timeout == timedelta(minutes=5)
 
 
-# ---------------------------------------------------------------------- 13: callbacks that save after it
+# ---------------------------------------------------------------------- 13: callbacks that save after an exception
 
 
 class Broken(RuntimeError):
@@ -68,7 +68,7 @@ class Broken(RuntimeError):
 
 
 def savers(how: str, folder: Path) -> list[Callback]:
-    """A checkpoint of every second step, and another one after an exception."""
+    """Returns callbacks that save every second step, and once more after an exception."""
     if how == "save_on_exception":
         return [ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_last="link", save_on_exception=True)]
     return [ModelCheckpoint(folder, "{step}", every_n_train_steps=2), OnExceptionCheckpoint(folder)]
@@ -106,12 +106,12 @@ def test_13_callbacks_that_save_after_an_exception_wait_for_no_rank(bad, how, tm
     assert "said 1 time(s): no checkpoint is saved after an exception: " in message
     left = {path.name: durable.verify(path) for path in tmp_path.iterdir()}
     last = {"last.ckpt": 2} if how == "save_on_exception" else {}
-    assert left == {"step=2.ckpt": 2, **last}, "whole, and the link to it is kept"
+    assert left == {"step=2.ckpt": 2, **last}, "the checkpoint is whole, and the link to it is kept"
 
 
 # ---------------------------------------------------------------------- 13, 14: a real run, whose ranks are processes
 
-# The train command, with a rank that fails. argv: how, that rank, where, in which call, then what the command takes.
+# The train command with a rank that fails. argv: how, that rank, where, in which call, then the command's arguments.
 FAILING = """
 import importlib, inspect, os, sys
 how, rank, place, call = sys.argv[1:5]
@@ -142,7 +142,7 @@ PHASES = {  # where a rank fails, and in which call of it
     "validation": ("scmoe.training.language_model:LanguageModel.validation_step", 1),
     "save": ("scmoe.parallel.checkpoint.saving:dcp.save", 1),
 }
-TIMEOUT_S, LONG_S = 30.0, 100.0  # ranks must also have met by then, on a machine that does other work
+TIMEOUT_S, LONG_S = 30.0, 100.0  # also for ranks to meet, on a machine that does other work
 ENDLESS = ("trainer.max_steps=1000000", "trainer.val_every=1000000", "trainer.checkpoint_every=1000000")
 OFTEN = ("trainer.val_every=2", "trainer.checkpoint_every=3")
 SLACK_S = 30.0  # for the interpreter's end and Lightning's observer, which looks every 5 s
@@ -170,7 +170,7 @@ def start_failing(
     script = tmp_path / "failing.py"
     script.write_text(before + FAILING)
     place, call = PHASES[phase]
-    timeout_s = LONG_S if how == "raises" else TIMEOUT_S  # no rank waits that long where connections close
+    timeout_s = LONG_S if how == "raises" else TIMEOUT_S  # connections close, so no rank waits that long
     return start(tmp_path, str(script), how, str(rank), place, str(call), overrides=overrides, timeout_s=timeout_s)
 
 
@@ -185,7 +185,7 @@ def end(run: subprocess.Popen[str]) -> None:
     run.wait()
 
 
-# Callbacks that save after an exception, in front of FAILING.
+# This code adds callbacks that save after an exception; it comes before FAILING.
 SAVING = """
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from scmoe.training.run import train
@@ -207,7 +207,7 @@ FAILS = [(1, phase) for phase in PHASES] + [(0, "forward")]
     "rank, phase",
     [pytest.param(*fail, marks=[pytest.mark.representative] * (fail == (1, "forward"))) for fail in FAILS],
 )
-def test_13_a_rank_that_raises_ends_all_and_is_the_first_to_say_why(tmp_path, rank, phase):
+def test_13_a_rank_that_raises_ends_all_ranks_and_its_error_comes_first(tmp_path, rank, phase):
     assert_all_end(start_failing(tmp_path, "raises", rank, phase, overrides=OFTEN), rank)
 
 
@@ -237,7 +237,7 @@ def test_14_a_rank_killed_or_stopped_ends_the_run(tmp_path, rank, how):
         assert any(line.startswith("step 3/") for line in run.stderr), "the run does not train"
         (other,) = children(run.pid)
         os.kill(other if rank == 1 else run.pid, how)
-        assert not left_of([run.pid, other]), "the other rank hangs, or has not ended the first"
+        assert not left_of([run.pid, other]), "a rank is still there"
     finally:
         end(run)
     said = run.stderr.read()

@@ -15,13 +15,13 @@ from scmoe.training.run.loggers import build_loggers, close_loggers
 from tests.support.commands import CANARY, rows_of, run
 
 pytestmark = [pytest.mark.faults]
-NOBODY = "http://127.0.0.1:9"  # no server listens at the port `discard`
+NO_SERVER = "http://127.0.0.1:9"  # no server listens at the port `discard`
 
 
 @pytest.fixture
 def no_server(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", CANARY)
-    monkeypatch.setenv("WANDB_BASE_URL", NOBODY)
+    monkeypatch.setenv("WANDB_BASE_URL", NO_SERVER)
     monkeypatch.setattr(wandb_logger, "INIT_TIMEOUT_S", 1.0)
 
 
@@ -45,14 +45,14 @@ def test_32_auto_goes_offline_where_no_server_answers(no_server, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_32_online_asked_for_and_not_to_be_had_is_an_error(no_server, tmp_path):
+def test_32_online_without_a_server_is_an_error(no_server, tmp_path):
     with pytest.raises(ConfigError, match=r"^logger.mode is online, allowed here: offline \| disabled: "):
         wandb_loggers(tmp_path, "online")
 
 
 @pytest.mark.slow
-def test_32_a_killed_wandb_process_ends_nothing(tmp_path, capsys):
-    """In a process of its own, as W&B has one service for all runs of a process."""
+def test_32_a_killed_wandb_process_does_not_end_the_run(tmp_path, capsys):
+    """This runs in its own process, because W&B has one service for all runs of a process."""
     done = run("-c", KILLED, str(tmp_path))
     assert done.code == 0, done.err
     assert "went on" in done.out
@@ -81,15 +81,15 @@ print("went on")
 
 @pytest.mark.slow
 def test_32_a_full_disk_ends_no_run_that_logs(tmp_path):
-    """No file may grow beyond some kilobytes, W&B's or ours; then there is room again."""
+    """No file can grow beyond 8 kB, W&B's or ours, until there is space again."""
     done = run("-c", FULL, str(tmp_path))
     assert done.code == 0, done.err
     assert "went on" in done.out
     assert done.err.count("metrics.csv cannot be written, its rows stay in memory: File too large") == 1
     rows = rows_of(tmp_path / "metrics.csv")
-    assert [int(row["step"]) for row in rows] == list(range(2000)), "rows wait for room"
+    assert [int(row["step"]) for row in rows] == list(range(2000)), "rows are kept until there is space"
     assert all(row["a"] == "1.0" for row in rows)
-    assert [int(row["step"]) for row in rows if "late" in row] == [1500], "a new column too"
+    assert [int(row["step"]) for row in rows if "late" in row] == [1500], "a new column is kept too"
 
 
 FULL = """
@@ -111,8 +111,8 @@ print("went on")
 
 
 @pytest.mark.slow
-def test_32_a_full_disk_costs_a_run_its_figures_and_nothing_else(tmp_path):
-    """From the first batch on no file may grow beyond some bytes: measurements, pictures, metrics, summary, state."""
+def test_32_a_run_on_a_full_disk_loses_its_figures_and_ends_normally(tmp_path):
+    """From the first batch on no file can grow beyond 20 bytes, so that none of the run's files can be written."""
     done = run("-c", NO_ROOM, str(tmp_path))
     assert done.code == 0, done.err
     assert "went on: 4 steps" in done.out
@@ -121,8 +121,8 @@ def test_32_a_full_disk_costs_a_run_its_figures_and_nothing_else(tmp_path):
         assert done.err.count(f"{name} is not written: File too large") == 1, done.err
     assert done.err.count("metrics.csv cannot be written, its rows stay in memory: File too large") == 1
     (run_dir,) = tmp_path.glob("scmoe/*")
-    assert not list((run_dir / "analysis").iterdir()), "no half of a file"
-    assert json.loads((run_dir / "state.json").read_text())["state"] == "running", "what was there is whole"
+    assert not list((run_dir / "analysis").iterdir()), "no partial file is left"
+    assert json.loads((run_dir / "state.json").read_text())["state"] == "running", "the earlier file is whole"
 
 
 NO_ROOM = """

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 
 class Poisoned(LanguageModel):
-    """In step 1, rank `bad` has a NaN or Inf at one place."""
+    """In step 1, rank `bad` of this model has a NaN or Inf at one place."""
 
     place, bad = "", 1
 
@@ -57,7 +57,7 @@ class NotClipped(Poisoned):
 
 
 class ByHand(Poisoned):
-    """This module steps its optimizer itself, and clips before if `clip` is given."""
+    """This module steps its optimizer itself, and clips before that if `clip` is given."""
 
     def __init__(self, *args: Any, clip: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -149,7 +149,7 @@ def clipped(rank: int, world_size: int, by_hand: bool, clip: float | None) -> li
     return [p.detach().clone() for p in module.parameters()]
 
 
-def test_27_what_is_clipped_by_hand_takes_the_global_norm():
+def test_27_clipping_by_hand_uses_the_global_norm():
     by_hand, by_trainer, not_clipped = (
         run_ranks(clipped, 2, *how) for how in ((True, 0.05), (False, 0.05), (True, None))
     )
@@ -166,7 +166,7 @@ def test_27_a_module_that_clips_by_other_means_is_refused(world_size):
     assert "weights as they were: True" in message and "weights as they were: False" not in message
 
 
-def test_27_one_process_too():
+def test_27_one_process_stops_too():
     assert "first not finite: rank 0: output of model.blocks.0.moe.experts" in failure(poison, 1, "output")
 
 

@@ -1,12 +1,14 @@
-"""A hundred steps on 2, 4 and 8 ranks against one process: SGD and AdamW, accumulated and clipped (faults 21-25).
+"""These tests compare a hundred steps on 2, 4 and 8 ranks with one process: SGD and AdamW, accumulated and clipped
+(faults 21-25).
 
-    fp64         loss, gradient norms (2 and infinity) and every gradient at every step, and the weights at the end,
-                 within 1e-10; also with activations recomputed, where routing must be kept, not made again
-    fp32         one step within 1e-6: the infinity norm of each tensor's error, of its largest entry; in all layouts;
-                 the drift over all steps beside what another order of the same sums drifts in one process
-    bf16-mixed   runs, and stays near fp64 for as long as rounding lets it
+    fp64         Loss, gradient norms (2 and infinity) and every gradient at every step, and the final weights, agree
+                 within 1e-10; also with recomputed activations, where the routing must be kept, not computed again.
+    fp32         One step agrees within 1e-6 in all layouts; a tensor's error is its largest one, relative to the
+                 tensor's largest entry. The drift over all steps is compared with that of another order of the same
+                 sums in one process.
+    bf16-mixed   Training runs and learns, and its first loss is near that of fp64.
 
-A line of figures per comparison is printed: `pytest -s`.
+Each comparison prints a line of figures; `pytest -s` shows it.
 """
 
 from __future__ import annotations
@@ -26,17 +28,17 @@ from tests.support.trainings import tiny
 
 pytestmark = [
     *(pytest.mark.dist, pytest.mark.faults),
-    pytest.mark.timeout(900),  # the first test of a size waits for all its trainings
+    pytest.mark.timeout(900),  # the first test of a number of ranks runs all its trainings
 ]
 
 RECOMPUTED = "trainer.recompute=true"
 
-# Rounding errors of 1e-16 in sums of some thousand terms are 1e-14 a step, and a hundred steps make more of them; a
-# missing factor or term shows at 1e-3 (test_negative_controls.py).
+# Rounding errors of 1e-16 in sums of some thousand terms are 1e-14 a step, and they grow over a hundred steps; a
+# missing factor or term gives an error of 1e-3 (test_negative_controls.py).
 FP64_TOLERANCE = 1e-10
 # Sums of about 1,000 terms with rounding errors of 6e-8, which mostly cancel.
 FP32_TOLERANCE = 1e-6
-# Drift is chance, amplified by the training: two measurements of the same thing are a factor apart, not equal.
+# Drift is random and amplified by the training: two measurements of it differ by a factor.
 DRIFT_FACTOR = 10
 
 # name: (ranks, ep_size)
@@ -45,12 +47,12 @@ DRIFT_LAYOUTS = RECOMPUTED_LAYOUTS = BF16_LAYOUTS = ("EP 2", "DP 2 x EP 2")
 
 
 def fit_cases(rank: int, world_size: int, cases: dict[str, tuple[str, str, int]]) -> dict[str, dict[str, Any]]:
-    """cases: name -> (words of the config, optimizer, places)."""
+    """Trains each case on this rank. cases: name -> (words of the config, optimizer, places)."""
     return {name: fit(tiny(words, world_size), *how) for name, (words, *how) in cases.items()}
 
 
 def cases_of(layout: str) -> dict[str, tuple[str, str, int]]:
-    """What is trained in a layout: fp64 and one step in fp32 everywhere, the rest where it is cheap."""
+    """Returns the cases of a layout: fp64 and one step in fp32 in all layouts, the rest where it is cheap."""
     ep, cases = f"strategy.ep_size={LAYOUTS[layout][1]}", {}
     for optimizer, lr in OPTIMIZERS.items():
         words = f"{TRAINING} {lr} {ep}"
@@ -86,13 +88,13 @@ def _all_of_one_process() -> dict[str, dict[str, Any]]:
 
 
 def many(layout: str, what: str) -> list[dict[str, Any]]:
-    """Every rank's record of a case."""
+    """Returns every rank's record of a case."""
     return [records[f"{layout} {what}"] for records in _all_of_ranks(LAYOUTS[layout][0])]
 
 
 @cache
 def _all_of_ranks(world_size: int) -> list[dict[str, dict[str, Any]]]:
-    """All layouts of a size in one start of the ranks, when the first of them is asked for."""
+    """Trains all layouts of this number of ranks in one start of the ranks."""
     layouts = [layout for layout, (ranks, _) in LAYOUTS.items() if ranks == world_size]
     cases = {name: case for layout in layouts for name, case in cases_of(layout).items()}
     return run_ranks(fit_cases, world_size, cases, timeout_s=900)
@@ -104,10 +106,10 @@ def _all_of_ranks(world_size: int) -> list[dict[str, dict[str, Any]]]:
 def errors(
     actual: dict[str, list[Tensor]], expected: dict[str, list[Tensor]], relative: bool = False
 ) -> dict[str, float]:
-    """The largest difference of each kind over all steps; relative: to each tensor's largest entry.
+    """Returns the largest difference of each kind over all steps. relative: to each tensor's largest entry.
 
-    qkv bias: apart from the other weights, as a key's bias has no influence on a softmax. Its gradient is rounding
-    alone, which AdamW divides by its own size: it drifts at the learning rate, in one process too.
+    The qkv bias is separate from the other weights, because a key's bias has no influence on a softmax. Its gradient
+    is rounding alone, which AdamW divides by its own size: it drifts at the learning rate, in one process too.
     """
     worst = {"loss": 0.0, "norm": 0.0, "infinity norm": 0.0, "gradient": 0.0, "weight": 0.0, "qkv bias": 0.0}
     kinds = {"train/loss": "loss", "train/load_balance_loss": "loss", "train/grad_norm": "norm"}
@@ -127,7 +129,7 @@ def errors(
 
 
 def infinity_norms(values: dict[str, list[Tensor]]) -> list[float]:
-    """Of all gradients together, for each step: its largest entry."""
+    """Returns for each step the largest entry of all gradients."""
     gradients = [steps for name, steps in values.items() if name.startswith("gradient")]
     return [max(float(g.abs().max()) for g in step) for step in zip(*gradients, strict=True)]
 
@@ -151,8 +153,8 @@ def test_fp64_equals_one_process_at_every_step(layout, optimizer):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("layout", RECOMPUTED_LAYOUTS)
 def test_fp64_equals_one_process_with_recomputed_activations(layout, optimizer):
-    """Against one process that keeps all activations. Every batch is routed once in each layer: backward uses the
-    routing that forward has made."""
+    """The one process keeps all activations. Every batch is routed once in each layer: backward uses the routing of
+    forward."""
     ranks = many(layout, f"fp64 recomputed {optimizer}")
     found = errors(assemble(ranks), one(f"fp64 {optimizer}"))
     say(f"{layout}, fp64, {optimizer}, recomputed, {STEPS} steps", **rounded(found))
@@ -164,7 +166,7 @@ def test_fp64_equals_one_process_with_recomputed_activations(layout, optimizer):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_hundred_steps_train_and_are_clipped(optimizer):
-    """Else the comparison would say little."""
+    """Otherwise the comparison would show little."""
     values = one(f"fp64 {optimizer}")
     assert len(values["train/grad_norm"]) == STEPS
     assert sum(norm > CLIP for norm in values["train/grad_norm"]) > STEPS / 2
@@ -172,9 +174,8 @@ def test_the_hundred_steps_train_and_are_clipped(optimizer):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_replicas_are_equal_to_the_bit(layout):
-    """Dense weights on all ranks and each expert on all its ranks, after all steps: `assemble` asserts it; counted
-    here."""
+def test_replicas_are_bit_identical(layout):
+    """Compares dense weights on all ranks after all steps. `assemble` compares each expert on all its ranks."""
     for optimizer in OPTIMIZERS:
         ranks = many(layout, f"fp64 {optimizer}")
         dense = ranks[0]["after"].keys() - ranks[0]["experts"]
@@ -186,7 +187,7 @@ def test_replicas_are_equal_to_the_bit(layout):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fp32_one_step_from_equal_weights(layout, optimizer):
-    """Two batches, clipped. Left out: qkv bias under AdamW, see `errors`."""
+    """The step has two batches and is clipped. The qkv bias under AdamW is left out, see `errors`."""
     found = errors(assemble(many(layout, f"fp32 one step {optimizer}")), one(f"fp32 one step {optimizer}"), True)
     say(f"{layout}, fp32, {optimizer}, one step, relative to the largest entry", **rounded(found))
     if optimizer == "adamw":
@@ -197,7 +198,7 @@ def test_fp32_one_step_from_equal_weights(layout, optimizer):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("layout", DRIFT_LAYOUTS)
 def test_fp32_drifts_no_more_than_another_order_of_sums(layout, optimizer):
-    """Nothing closer can be asked for: a sum over ranks is another order of the same sum."""
+    """A closer bound is not possible: a sum over ranks is another order of the same sum."""
     start = one(f"fp32 {optimizer} 0")
     ours = errors(assemble(many(layout, f"fp32 {optimizer}")), start, relative=True)
     theirs = [errors(one(f"fp32 {optimizer} {places}"), start, relative=True) for places in (1, 3)]

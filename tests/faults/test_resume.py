@@ -1,7 +1,7 @@
-"""Faults 8, 9 and 11: going on from any step, at any EP degree, on any number of ranks, as if nothing had happened.
+"""Faults 8, 9 and 11: a run resumes at any step, at any EP degree and on any number of ranks.
 
-`python -m experiments.faults resume` and `reshard` do it at every step and for every pair of EP degrees. Fault 12,
-SIGTERM, is in tests/smoke/test_stop.py.
+`python -m experiments.faults resume` and `reshard` test every step and every pair of EP degrees. Fault 12, SIGTERM, is
+in tests/smoke/test_stop.py.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.representative)])
-def test_fault_08_a_resumed_run_is_the_straight_run_to_the_bit(world_size, workers):
-    """Dropout, gate noise, shuffled samples, gradients accumulated over two batches, a validation after every step; the
-    first step, one in the middle and the last but one."""
+def test_fault_08_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(world_size, workers):
+    """The run has dropout, gate noise, shuffled samples, gradients accumulated over two batches, and a validation after
+    every step. It resumes at the first step, one in the middle and the last but one."""
     assert resume.resume(3, [world_size], [workers]) == {"compared": 3, "bit_equal": 3}
 
 
@@ -45,7 +45,7 @@ def weights_after(rank: int, world_size: int, folder: Path, workers: int, val_ev
 @pytest.mark.representative
 @pytest.mark.parametrize("workers", [0, 2])
 def test_fault_08_validating_changes_no_dropout(workers, tmp_path):
-    """Each validation begins a loader, which would draw from the generator that dropout draws from."""
+    """Each validation starts a loader, which must not draw from the generator that dropout draws from."""
     seldom, often = (run_ranks(weights_after, 1, tmp_path / str(n), workers, n)[0] for n in (1000, 1))
     assert tiny_run.same(seldom, often)
 
@@ -57,18 +57,18 @@ def run_without_random_state(
         return resume.run(rank, world_size, workers, folder, resume_from)
 
 
-def test_fault_08_one_thing_not_restored_shows(tmp_path):
-    """Else the comparison above would say nothing."""
-    ((straight,),) = run_ranks(resume.run, 1, 0, tmp_path / "straight", [])
-    saved = [tmp_path / "straight" / "0" / "checkpoints" / "step=3.ckpt"]
+def test_fault_08_the_comparison_finds_a_random_state_that_is_not_restored(tmp_path):
+    """Otherwise the comparison above would show nothing."""
+    ((uninterrupted,),) = run_ranks(resume.run, 1, 0, tmp_path / "uninterrupted", [])
+    saved = [tmp_path / "uninterrupted" / "0" / "checkpoints" / "step=3.ckpt"]
     ((resumed,),) = run_ranks(run_without_random_state, 1, 0, tmp_path / "resumed", saved)
-    assert not tiny_run.same(resumed, straight)
+    assert not tiny_run.same(resumed, uninterrupted)
 
 
 def run_that_draws(
     rank: int, world_size: int, workers: int, folder: Path, resume_from: list[Path]
 ) -> list[dict[str, Any]]:
-    """As a user's own transforms may, from Python and NumPy."""
+    """Draws from Python and NumPy in each step, as a user's own transforms may."""
     training_step = LanguageModel.training_step
 
     def drawing(module: LanguageModel, batch: dict[str, Tensor], batch_idx: int) -> Any:
@@ -80,15 +80,15 @@ def run_that_draws(
         return resume.run(rank, world_size, workers, folder, resume_from)
 
 
-def test_fault_08_what_python_and_numpy_draw_goes_on_too(tmp_path):
-    straight = run_ranks(run_that_draws, 2, 0, tmp_path / "straight", [])
-    saved = [tmp_path / "straight" / "0" / "checkpoints" / "step=3.ckpt"]
+def test_fault_08_the_random_states_of_python_and_numpy_are_restored_too(tmp_path):
+    uninterrupted = run_ranks(run_that_draws, 2, 0, tmp_path / "uninterrupted", [])
+    saved = [tmp_path / "uninterrupted" / "0" / "checkpoints" / "step=3.ckpt"]
     resumed = run_ranks(run_that_draws, 2, 0, tmp_path / "resumed", saved)
-    assert all(tiny_run.same(a, b) for (a,), (b,) in zip(resumed, straight, strict=True))
+    assert all(tiny_run.same(a, b) for (a,), (b,) in zip(resumed, uninterrupted, strict=True))
 
 
 def save_at(rank: int, world_size: int, folder: Path, batches: int) -> str:
-    """What a save after so many of a step's two batches says."""
+    """Returns the error of a save after this many of a step's two batches, or no text."""
 
     class SaveAt(Callback):
         def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -106,7 +106,7 @@ def save_at(rank: int, world_size: int, folder: Path, batches: int) -> str:
 
 
 def test_fault_08_no_checkpoint_is_made_between_the_batches_of_a_step(tmp_path):
-    """Its gradients would be lost, and the resumed run would go another way without a word."""
+    """Its gradients would be lost, and the resumed run would differ without an error."""
     for said in run_ranks(save_at, 2, tmp_path, 1):
         assert said.startswith("a checkpoint after 1 of the 2 batches of a step would lose their gradients, allowed: ")
     assert not list(tmp_path.iterdir())
@@ -114,17 +114,17 @@ def test_fault_08_no_checkpoint_is_made_between_the_batches_of_a_step(tmp_path):
     assert durable.verify(tmp_path / "asked.ckpt") == 2
 
 
-def go_on(rank: int, world_size: int, folder: Path, steps: int, resume_from: Path | None) -> None:
+def fit_steps(rank: int, world_size: int, folder: Path, steps: int, resume_from: Path | None) -> None:
     words = ("trainer.accumulate=2", f"trainer.max_steps={steps}", "trainer.checkpoint_every=1")
     tiny_run.fit(tiny_run.tiny(world_size, *words), folder, resume_from)
 
 
-def test_fault_08_the_checkpoint_that_a_run_goes_on_from_stays_as_it_is(tmp_path):
-    """Lightning's callback saves its step anew after the first batch, which is in the middle of the next step."""
-    run_ranks(go_on, 2, tmp_path, 2, None)
+def test_fault_08_a_run_does_not_change_the_checkpoint_that_it_resumes_from(tmp_path):
+    """Lightning's callback would save it again after the first batch, which is in the middle of the next step."""
+    run_ranks(fit_steps, 2, tmp_path, 2, None)
     saved = tmp_path / "checkpoints" / "step=2.ckpt"
     before = saved.stat().st_ino, (saved / durable.MANIFEST).read_bytes()
-    run_ranks(go_on, 2, tmp_path, 3, saved)
+    run_ranks(fit_steps, 2, tmp_path, 3, saved)
     assert (saved.stat().st_ino, (saved / durable.MANIFEST).read_bytes()) == before
     assert durable.verify(tmp_path / "checkpoints" / "step=3.ckpt") == 3
 
@@ -140,7 +140,7 @@ def test_fault_09_another_ep_degree_reads_the_same_weights_and_moments(degrees):
 def samples_seen(
     rank: int, world_size: int, folder: Path, steps: int, resume_from: Path | None
 ) -> list[list[tuple[int, ...]]]:
-    """This rank's samples, micro-batch by micro-batch."""
+    """Returns this rank's samples of each micro-batch."""
     seen: list[list[tuple[int, ...]]] = []
     training_step = LanguageModel.training_step
 
@@ -157,17 +157,17 @@ def samples_seen(
 
 
 def micro_batches(ranks: list[list[list[tuple[int, ...]]]]) -> list[set[tuple[int, ...]]]:
-    """Global ones; which rank has which sample of one changes no sum but in its rounding."""
+    """Returns the global micro-batches. Which rank has a sample changes only the rounding of sums."""
     return [{sample for share in shares for sample in share} for shares in zip(*ranks, strict=True)]
 
 
 def test_fault_11_another_number_of_ranks_sees_the_same_batches_in_the_same_order(tmp_path):
-    """Six steps on two ranks; two of them on two ranks, then the rest on one, or on four."""
-    straight = micro_batches(run_ranks(samples_seen, 2, tmp_path / "straight", 6, None))
-    assert len(straight) == 12 and all(len(batch) == 8 for batch in straight)
-    assert len(set.union(*straight)) == 12 * 8, "a sample that is there twice could hide another's absence"
-    begun = micro_batches(run_ranks(samples_seen, 2, tmp_path / "begun", 2, None))
+    """Six steps on two ranks are compared with two steps on two ranks and the rest on one or four."""
+    uninterrupted = micro_batches(run_ranks(samples_seen, 2, tmp_path / "uninterrupted", 6, None))
+    assert len(uninterrupted) == 12 and all(len(batch) == 8 for batch in uninterrupted)
+    assert len(set.union(*uninterrupted)) == 12 * 8, "a sample that occurs twice could hide a missing one"
+    first_part = micro_batches(run_ranks(samples_seen, 2, tmp_path / "first_part", 2, None))
     for world_size in (1, 4):
-        saved = tmp_path / "begun" / "checkpoints" / "step=2.ckpt"
+        saved = tmp_path / "first_part" / "checkpoints" / "step=2.ckpt"
         rest = micro_batches(run_ranks(samples_seen, world_size, tmp_path / str(world_size), 6, saved))
-        assert begun + rest == straight
+        assert first_part + rest == uninterrupted

@@ -1,6 +1,7 @@
-"""Fault 12, SIGTERM, while a run validates: it stops there, not at the next training step, and goes on exactly.
+"""Fault 12: SIGTERM during validation stops a run there, not at the next training step, and the resumed run is
+bit-identical.
 
-SIGTERM while a run trains, and its exit code: tests/smoke/test_stop.py.
+SIGTERM during training, and its exit code, are in tests/smoke/test_stop.py.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from scmoe.training.language_model import LanguageModel
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
-BATCHES, AT_BATCH = 20, 3  # of a validation; the one in which a rank is told to stop
+BATCHES, AT_BATCH = 20, 3  # of a validation; the batch in which a rank receives SIGTERM
 CONFIG = (
     *("trainer.max_steps=4", "trainer.val_every=2", "trainer.accumulate=2"),
     f"trainer.checkpoint_every={tiny_run.NEVER}",
@@ -38,8 +39,7 @@ CONFIG = (
 def run(
     rank: int, world_size: int, folder: Path, resume_from: Path | None, victim: int | None
 ) -> tuple[Any, list[int], dict[str, Tensor]]:
-    """What a run exits with, which validation batches it has done, and how its tensors end. victim: the rank that is
-    told to stop."""
+    """Returns a run's exit code, validation batches and final tensors. victim: the rank that receives SIGTERM."""
     validated: list[int] = []
     validation_step = LanguageModel.validation_step
 
@@ -58,31 +58,31 @@ def run(
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.representative)])
-def test_12_a_run_told_to_stop_while_it_validates_stops_there(victim, tmp_path):
+def test_12_sigterm_during_validation_stops_the_run_there(victim, tmp_path):
     ends = run_ranks(run, 2, tmp_path / "stopped", None, victim)
     assert [code for code, _, _ in ends] == [EXIT_CODE] * 2
-    assert ends[0][1] == ends[1][1], "all ranks stop at one batch"
+    assert ends[0][1] == ends[1][1], "all ranks stop at the same batch"
     assert AT_BATCH < len(ends[0][1]) < BATCHES, "validation did not finish"
     (saved,) = (tmp_path / "stopped" / "checkpoints").iterdir()
     assert (saved.name, durable.verify(saved)) == ("step=2.ckpt", 2)
 
-    straight = run_ranks(run, 2, tmp_path / "straight", None, None)
+    uninterrupted = run_ranks(run, 2, tmp_path / "uninterrupted", None, None)
     resumed = run_ranks(run, 2, tmp_path / "resumed", saved, None)
     whole = list(range(BATCHES))
-    for (_, validated, tensors), (_, validated_straight, expected) in zip(resumed, straight, strict=True):
-        assert validated == validated_straight == whole * 2, "the validation that was broken off is done over"
+    for (_, validated, tensors), (_, validated_uninterrupted, expected) in zip(resumed, uninterrupted, strict=True):
+        assert validated == validated_uninterrupted == whole * 2, "the stopped validation is repeated"
         assert tiny_run.same(tensors, expected)
 
 
-SCORES = {2: 3.0, 4: 1.0, 6: 2.0}  # of the validation after each step; less is better
+SCORES = {2: 3.0, 4: 1.0, 6: 2.0}  # step -> score of the validation after it; lower is better
 BEST = ("trainer.max_steps=6", "trainer.val_every=2", "trainer.accumulate=2", f"data.val_sequences={BATCHES * 8}")
 
 
 def keep_best(
     rank: int, world_size: int, folder: Path, resume_from: Path | None, stop_at: int | None
 ) -> tuple[Any, dict[str, float], str, str, str]:
-    """What a run exits with, and what its ModelCheckpoint knows: the best with their scores, the best of all, the last,
-    and the worst that it keeps. stop_at: the step whose validation rank 1 is told to stop in."""
+    """Returns a run's exit code and what its ModelCheckpoint knows: the scores of the checkpoints that it keeps, the
+    best one, the last one, and the worst that it keeps. stop_at: rank 1 receives SIGTERM in this step's validation."""
     best = ModelCheckpoint(folder, "best-{step}", monitor="score", save_top_k=2, save_last=True)
     validation_step = LanguageModel.validation_step
 
@@ -107,10 +107,10 @@ def keep_best(
 
 
 @pytest.mark.parametrize("stop_at", [2, 4])
-def test_12_a_stop_while_validating_loses_no_best_checkpoint(stop_at, tmp_path):
-    """Not the one that was the best before, and not the one that the broken-off validation turns out to make."""
-    straight, folder = run_ranks(keep_best, 2, tmp_path / "straight", None, None), tmp_path / "stopped"
-    assert [*straight[0][1]] == ["best-step=4.ckpt", "best-step=6.ckpt"]
+def test_12_a_stop_during_validation_loses_no_best_checkpoint(stop_at, tmp_path):
+    """This holds for the earlier best one, and for the one that the repeated validation finds to be the best."""
+    uninterrupted, folder = run_ranks(keep_best, 2, tmp_path / "uninterrupted", None, None), tmp_path / "stopped"
+    assert [*uninterrupted[0][1]] == ["best-step=4.ckpt", "best-step=6.ckpt"]
 
     stopped = run_ranks(keep_best, 2, folder, None, stop_at)
     before = {path.name: durable.verify(path) for path in folder.iterdir()}
@@ -120,13 +120,13 @@ def test_12_a_stop_while_validating_loses_no_best_checkpoint(stop_at, tmp_path):
         assert (code, [*scores]) == (EXIT_CODE, [name for name in done if name != "last.ckpt"])
 
     resumed = run_ranks(keep_best, 2, folder, folder / f"step={stop_at}.ckpt", None)
-    assert resumed == straight
+    assert resumed == uninterrupted
     after = {path.name: durable.verify(path) for path in folder.iterdir()}
     assert after == {f"step={stop_at}.ckpt": stop_at, "best-step=4.ckpt": 4, "best-step=6.ckpt": 6, "last.ckpt": 6}
 
 
 def uneven(rank: int, world_size: int, folder: Path) -> tuple[Any, int]:
-    """Rank 1 has a validation batch less, and is told to stop at its last one. Every rank has all experts, so that
+    """Rank 1 has one validation batch less, and receives SIGTERM at its last one. Every rank has all experts, so that
     nothing else keeps ranks in step."""
     config = tiny_run.tiny(world_size, *CONFIG, "strategy.ep_size=1")
     data = build_datamodule(config)
@@ -151,8 +151,8 @@ def uneven(rank: int, world_size: int, folder: Path) -> tuple[Any, int]:
     return None, validated
 
 
-def test_12_ranks_with_other_numbers_of_validation_batches_agree_too(tmp_path):
-    """They ask each other as often as all can, then at the next training step; its answer is read one step later."""
+def test_12_ranks_with_different_numbers_of_validation_batches_agree_too(tmp_path):
+    """Ranks ask as often as all of them can, then at the next training step; that answer is read one step later."""
     assert run_ranks(uneven, 2, tmp_path) == [(EXIT_CODE, BATCHES), (EXIT_CODE, BATCHES - 1)]
     (saved,) = (tmp_path / "checkpoints").glob("step=*")
     assert durable.verify(saved) == 3

@@ -1,9 +1,9 @@
 """This command tests the tests: it puts known bugs back, one after the other.
 
 `python -m tests.mutation.mutate [--only NAME ...] [--resume] [--list]`. Each bug of tests/mutation/mutants goes into a
-copy of the tree, never into the tree itself, and the tests named with it run there. Two copies work at the same time,
-each on its share of the bugs. A bug is caught when the tests fail: pytest's exit code is 1. Code 2, an import that
-breaks, says nothing about the tests. Before, each copy runs all tests of its share without a bug, because a test that
+copy of the tree, never into the tree itself, and the tests named with it run there. Two copies run at the same time,
+each with its share of the bugs. A bug is caught when the tests fail: pytest's exit code is 1. Code 2, an import that
+breaks, shows nothing about the tests. First, each copy runs all tests of its share without a bug, because a test that
 always fails catches nothing. The last line on standard output is JSON.
 
 Each result is saved at once. A run that was stopped continues with --resume if no file has changed since. Ctrl-C and
@@ -40,8 +40,8 @@ PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", 
 PASSED, FAILED = 0, 1  # exit codes of pytest
 KEPT = ROOT / ".cache/mutate.json"
 COPIES = 2  # each runs one process of one thread, which starts ranks of its own
-TIMEOUT_S = 300.0  # for each test; a bug that makes them hang is caught by their own watchdogs
-GRACE_S = 10.0  # for tests that are broken off, to end what they have started
+TIMEOUT_S = 300.0  # for each test; a bug that makes a test hang is caught by the test's own watchdog
+GRACE_S = 10.0  # for interrupted tests to end what they have started
 
 
 class Outcome(NamedTuple):
@@ -52,8 +52,8 @@ class Outcome(NamedTuple):
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation.mutate", description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants alone")
-    parser.add_argument("--resume", action="store_true", help="keep what the last run of this tree has found")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run only these mutants")
+    parser.add_argument("--resume", action="store_true", help="keep the results of the last run of this tree")
     parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
     try:
         outcomes = asyncio.run(run_all(mutants, console, options.resume))
     except (KeyboardInterrupt, asyncio.CancelledError) as stop:
-        console.print("broken off; --resume goes on")
+        console.print("interrupted; --resume continues")
         return 128 + (signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
     missed = [m.name for m in mutants if outcomes[m.name].exit_code != FAILED]
     console.print(table(mutants, outcomes))
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
 
 
 def chosen(names: Sequence[str] | None) -> list[Mutant]:
-    """The mutants of these names, all if None. ValueError names one that there is not."""
+    """Returns the mutants of these names, or all if None. ValueError names a mutant that does not exist."""
     known = {m.name: m for m in MUTANTS}
     if unknown := [name for name in names or () if name not in known]:
         raise ValueError(f"--only is {unknown[0]}, allowed: {', '.join(known)}")
@@ -85,9 +85,9 @@ def chosen(names: Sequence[str] | None) -> list[Mutant]:
 
 
 async def run_all(mutants: Sequence[Mutant], console: Console, resume: bool = False) -> dict[str, Outcome]:
-    """Runs each mutant's tests. RuntimeError: tests fail without a bug, so that nothing could be said.
+    """Runs each mutant's tests. RuntimeError: tests fail without a bug, so results would show nothing.
 
-    A KeyboardInterrupt or, for SIGTERM, a CancelledError comes after the tests that ran are ended.
+    Ctrl-C raises KeyboardInterrupt and SIGTERM raises CancelledError, after the running tests have ended.
     """
     this = asyncio.current_task()
     assert this is not None
@@ -121,7 +121,7 @@ async def run_all(mutants: Sequence[Mutant], console: Console, resume: bool = Fa
             await asyncio.gather(*shares)
         finally:
             for task in shares:
-                if not task.cancelling():  # once: a second time would break off its tidying up
+                if not task.cancelling():  # once: a second time would interrupt its clean-up
                     task.cancel()
             await asyncio.gather(*shares, return_exceptions=True)
     return outcomes
@@ -137,7 +137,7 @@ async def run_share(
         raise RuntimeError(f"tests fail without a bug: {healthy.last_line}")
     for mutant in mutants:
         progress.update(task, description=mutant.name)
-        source = (copy / mutant.file).read_text()  # of the copy: someone may go on working in the tree
+        source = (copy / mutant.file).read_text()  # from the copy: the tree may have changed since
         (copy / mutant.file).write_text(mutated(source, mutant))
         outcome = await run_tests(copy, mutant.tests, TIMEOUT_S)
         (copy / mutant.file).write_text(source)
@@ -151,7 +151,7 @@ def keep(tree: str, outcomes: dict[str, Outcome]) -> None:
 
 
 def kept(tree: str) -> dict[str, Outcome]:
-    """What was found in this same tree, none in another."""
+    """Returns the stored results if they are of this tree, otherwise none."""
     found: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {"tree": None}
     if found["tree"] != tree:
         return {}
@@ -159,14 +159,14 @@ def kept(tree: str) -> dict[str, Outcome]:
 
 
 def mutated(source: str, mutant: Mutant) -> str:
-    """The source with the bug. ValueError: the text that it replaces is not there exactly once."""
+    """Returns the source with the bug. ValueError: the text that it replaces does not occur exactly once."""
     if (times := source.count(mutant.old)) != 1:
         raise ValueError(f"mutant {mutant.name}: {mutant.old!r} occurs {times} times in {mutant.file}, allowed: once")
     return source.replace(mutant.old, mutant.new)
 
 
 def copy_tree(target: Path) -> str:
-    """What git knows or would take, as it lies in the tree now. Returns a digest of it."""
+    """Copies the files that git tracks or would add, as they are in the tree now. Returns a digest of them."""
     digest = hashlib.sha256()
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
@@ -179,11 +179,11 @@ def copy_tree(target: Path) -> str:
 
 
 async def run_tests(tree: Path, tests: Sequence[str], timeout_s: float) -> Outcome:
-    """Runs tests of a tree with its own packages, whatever is installed. Nothing that they start outlives this."""
+    """Runs tests of a tree with that tree's own packages. No process that they start outlives the call."""
     settings = [f"PYTHONPATH={tree}", "PYTHONDONTWRITEBYTECODE=1", "OMP_NUM_THREADS=1"]
     command = ["env", *settings, *PYTEST, f"--timeout={timeout_s:g}", *tests]
     began = time.monotonic()
-    with tempfile.TemporaryFile() as output:  # no pipe: a process that stays behind would hold it open
+    with tempfile.TemporaryFile() as output:  # no pipe: a leftover process would hold it open
         process = await asyncio.create_subprocess_exec(
             *command, cwd=tree, stdout=output, stderr=output, start_new_session=True
         )
@@ -197,7 +197,7 @@ async def run_tests(tree: Path, tests: Sequence[str], timeout_s: float) -> Outco
 
 
 async def end(process: asyncio.subprocess.Process) -> None:
-    """Ends a process and its group, first as Ctrl-C would, so that pytest tidies up."""
+    """Ends a process and its group, first as Ctrl-C would, so that pytest cleans up."""
     if process.returncode is None:
         os.killpg(process.pid, signal.SIGINT)
         with contextlib.suppress(TimeoutError):

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[m.name for m in MUTANTS])
-def test_a_mutant_applies_and_its_tests_are_there(mutant):
+def test_a_mutant_applies_and_its_tests_exist(mutant):
     source = mutated((ROOT / mutant.file).read_text(), mutant)
     ast.parse(source)
     for test in mutant.tests:
@@ -37,7 +37,7 @@ def test_there_are_twenty_faults_and_each_name_is_one_bug():
     assert len({(m.file, m.old, m.new) for m in MUTANTS}) == len(MUTANTS)
 
 
-def test_text_that_is_gone_or_comes_twice_is_named():
+def test_text_that_is_missing_or_occurs_twice_is_named():
     mutant = MUTANTS[0]
     for source, times in (("", 0), (mutant.old * 2, 2)):
         with pytest.raises(ValueError, match=rf"mutant {mutant.name}: .* occurs {times} times in {mutant.file}"):
@@ -77,13 +77,13 @@ from tests.mutation.mutant import Mutant
 mutate.ROOT, mutate.KEPT = Path.cwd(), Path.cwd() / ".cache/mutate.json"
 changes = {"minus": "a - b", "times": "a * b", "the same": "b + a"}  # the tests catch two; the third changes nothing
 mutate.MUTANTS = tuple(Mutant(name, 0, "sums.py", "a + b", new, (sys.argv[1],)) for name, new in changes.items())
-signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that a script runs in the background inherit deafness
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs inherit an ignored SIGINT
 raise SystemExit(mutate.main(sys.argv[2:]))
 """
 
 
 @pytest.fixture
-def little(tmp_path):
+def small_tree(tmp_path):
     tree = tmp_path / "tree"
     tree.mkdir()
     (tree / "sums.py").write_text("def add(a, b):\n    return a + b\n")
@@ -97,44 +97,44 @@ def little(tmp_path):
 
 
 def start(tree: Path, test: str, *arguments: str) -> subprocess.Popen[str]:
-    """Starts `python -m tests.mutation.mutate` for that tree. Its copies are in a folder beside the tree."""
-    beside = {"PIDS": str(tree.parent / "pids"), "TMPDIR": str(tree.parent / "temporary"), "PYTHONPATH": str(ROOT)}
+    """Starts `python -m tests.mutation.mutate` for that tree. Its copies are in a folder next to the tree."""
+    variables = {"PIDS": str(tree.parent / "pids"), "TMPDIR": str(tree.parent / "temporary"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", RUN, test, *arguments]
     return subprocess.Popen(
-        command, cwd=tree, env=os.environ | beside, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=tree, env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
 @pytest.mark.dist
-def test_every_copy_has_its_share_and_tests_run_without_a_bug_first(little):
-    process = start(little, "test_sums.py")
+def test_every_copy_has_its_share_and_tests_run_without_a_bug_first(small_tree):
+    process = start(small_tree, "test_sums.py")
     found, said = process.communicate()
     assert json.loads(found) == {"mutants": 3, "caught": 2, "missed": ["the same"]}, said
     assert process.returncode == 1
     assert re.search(r"minus +caught in \d+ s; [123] of 3, \d+ s left", said)
     assert re.search(r"the same +MISSED \(pytest: 0\) in ", said)
-    assert not list((little.parent / "temporary").iterdir())
+    assert not list((small_tree.parent / "temporary").iterdir())
 
-    again, said = start(little, "test_sums.py", "--resume").communicate()
-    assert again == found and " s left" not in said, "nothing runs twice"
+    resumed, said = start(small_tree, "test_sums.py", "--resume").communicate()
+    assert resumed == found and " s left" not in said, "nothing runs twice"
 
-    (little / "sums.py").write_text("def add(a, b):\n    return 5 + 0 * (a + b) + 1\n")
-    found, said = start(little, "test_sums.py", "--resume").communicate()
+    (small_tree / "sums.py").write_text("def add(a, b):\n    return 5 + 0 * (a + b) + 1\n")
+    found, said = start(small_tree, "test_sums.py", "--resume").communicate()
     assert "RuntimeError: tests fail without a bug: 1 failed" in said and not found
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("told, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_run_that_is_told_to_stop_leaves_nothing_behind(little, told, code):
-    process = start(little, "test_slow.py")
-    pids = little.parent / "pids"
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_leaves_nothing_behind(small_tree, number, code):
+    process = start(small_tree, "test_slow.py")
+    pids = small_tree.parent / "pids"
     while len(list(pids.iterdir())) < 2:  # both copies
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
-    process.send_signal(told)
+    process.send_signal(number)
     found, said = process.communicate()
     assert (process.returncode, found) == (code, ""), said
-    assert "broken off; --resume goes on" in said
-    assert not list((little.parent / "temporary").iterdir())
+    assert "interrupted; --resume continues" in said
+    assert not list((small_tree.parent / "temporary").iterdir())
     for pid in pids.iterdir():
         assert not Path("/proc", pid.name).exists(), (Path("/proc", pid.name) / "status").read_text()

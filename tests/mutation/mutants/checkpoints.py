@@ -1,4 +1,4 @@
-"""These bugs damage checkpoints, or make a resumed run go another way."""
+"""These bugs damage checkpoints, or make a resumed run differ from an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ MUTANTS = (
     Mutant("old-checkpoint-removed-first", 3, f"{PARALLEL}/checkpoint/durable.py")
     .replaces("        os.rename(path, old)  #", "        shutil.rmtree(path)  #")
     .caught_by(KILLED),
-    Mutant("manifest-checks-sizes-alone", 5, f"{PARALLEL}/checkpoint/durable.py")
+    Mutant("manifest-checks-only-sizes", 5, f"{PARALLEL}/checkpoint/durable.py")
     .replaces(" and fingerprint(path / name) == expected\n", "\n")
     .caught_by(f"{UNIT}/test_durable.py::test_any_flipped_bit_is_found"),
-    Mutant("manifest-unsealed", 5, f"{PARALLEL}/checkpoint/durable.py")
+    Mutant("manifest-seal-not-checked", 5, f"{PARALLEL}/checkpoint/durable.py")
     .replaces(
         '        sealed = _seal({"step": manifest["step"], "files": manifest["files"]}).encode() == text\n',
         '        sealed = {"step", "files"} <= manifest.keys()\n',
     )
     .caught_by(f"{UNIT}/test_durable.py::test_any_flipped_bit_is_found"),
-    Mutant("foreign-shards-let-in", 2, f"{PARALLEL}/checkpoint/durable.py")
+    Mutant("foreign-shards-accepted", 2, f"{PARALLEL}/checkpoint/durable.py")
     .replaces('sorted(present ^ manifest["files"].keys())', 'sorted(manifest["files"].keys() - present)')
     .caught_by(f"{UNIT}/test_durable.py::test_a_shard_of_another_save_is_refused"),
-    Mutant("sweep-leaves-partial-ones", 6, f"{PARALLEL}/checkpoint/durable.py")
+    Mutant("sweep-leaves-partial-saves", 6, f"{PARALLEL}/checkpoint/durable.py")
     .replaces("        shutil.rmtree(partial)\n", "        partial.exists()\n")
     .caught_by(KILLED),
-    Mutant("sweep-removes-what-was-moved-aside", 1, f"{PARALLEL}/checkpoint/durable.py")
+    Mutant("sweep-removes-moved-checkpoint", 1, f"{PARALLEL}/checkpoint/durable.py")
     .replaces("            os.rename(aside, folder / name)\n", "            shutil.rmtree(aside)\n")
     .caught_by(KILLED),
-    Mutant("sweep-removes-folders-with-similar-names", 6, f"{PARALLEL}/checkpoint/durable.py")
+    Mutant("sweep-removes-similar-names", 6, f"{PARALLEL}/checkpoint/durable.py")
     .replaces('-[0-9a-f]{8}")', '-.*")')
     .caught_by(f"{UNIT}/test_durable.py::test_sweeping_leaves_what_no_writer_has_named"),
-    Mutant("all-checkpoints-read-for-one", 5, f"{PARALLEL}/checkpoint/durable.py")
+    Mutant("every-checkpoint-read-fully", 5, f"{PARALLEL}/checkpoint/durable.py")
     .replaces('found.append((read_manifest(path)["step"],', "found.append((verify(path),")
     .caught_by(f"{UNIT}/test_durable.py::test_only_the_newest_whole_checkpoint_is_read"),
-    Mutant("all-shards-hashed-while-training-waits", 7, f"{PARALLEL}/checkpoint/saving.py")
+    Mutant("rank-0-hashes-all-shards", 7, f"{PARALLEL}/checkpoint/saving.py")
     .replaces(
         "                files[META] = durable.fingerprint(self.partial / META)\n",
         "                files = {file.name: durable.fingerprint(file) for file in self.partial.iterdir()}\n",
@@ -44,10 +44,10 @@ MUTANTS = (
     .caught_by(
         f"{FAULTS}/test_checkpoint_content.py::test_fault_07_each_rank_hashes_its_own_shard_where_it_writes_it[True]"
     ),
-    Mutant("experts-saved-by-rank", 10, f"{PARALLEL}/checkpoint/state.py")
+    Mutant("experts-saved-as-replicas", 10, f"{PARALLEL}/checkpoint/state.py")
     .replaces("[Replicate(), Shard(0)]", "[Replicate(), Replicate()]")
     .caught_by(DP),
-    Mutant("moments-saved-by-rank", 9, f"{PARALLEL}/checkpoint/state.py")
+    Mutant("moments-saved-as-replicas", 9, f"{PARALLEL}/checkpoint/state.py")
     .replaces("    return isinstance(value, Tensor) and value.shape == p.shape\n", "    return False\n")
     .caught_by(DP),
     # ------------------------------------------------------------------ resuming
@@ -59,7 +59,7 @@ MUTANTS = (
     .caught_by(
         f"{DIST}/test_strategy.py::test_a_run_resumed_in_the_same_layout_is_bit_identical_to_an_uninterrupted_one[2-null]"
     ),
-    Mutant("validating-changes-dropout", 8, f"{DATA}/positioned.py")
+    Mutant("validation-changes-dropout", 8, f"{DATA}/positioned.py")
     .replaces(
         "            generator=torch.Generator().manual_seed(self.seed + rank),\n",
         "            generator=None if rank >= 0 else torch.Generator(),\n",
@@ -74,22 +74,22 @@ MUTANTS = (
     Mutant("last-validation-batch-dropped", 16, f"{DATA}/positioned.py")
     .replaces("-(-len(dataset) // self.micro_batch)", "len(dataset) // self.micro_batch")
     .caught_by(f"{UNIT}/test_text.py::test_validation_covers_every_target_once"),
-    Mutant("python-s-random-state-forgotten", 8, f"{PARALLEL}/checkpoint/state.py")
+    Mutant("python-random-state-forgotten", 8, f"{PARALLEL}/checkpoint/state.py")
     .replaces(
         "        random.setstate((3, tuple(words), gauss))\n",
         "        assert len(words) == 625 and (gauss is None or gauss)\n",
     )
     .caught_by(f"{UNIT}/test_random_state.py::test_restored_generators_draw_the_same_numbers"),
-    Mutant("saved-between-the-batches-of-a-step", 8, f"{PARALLEL}/lightning_seam.py")
+    Mutant("saved-between-accumulated-batches", 8, f"{PARALLEL}/lightning_seam.py")
     .replaces("    if not is_fitting(trainer) or stepped:\n", "    if not is_fitting(trainer) or not stepped:\n")
     .caught_by(f"{FAULTS}/test_resume.py::test_fault_08_no_checkpoint_is_made_between_the_batches_of_a_step"),
-    Mutant("saved-again-in-the-middle-of-the-next-step", 8, f"{PARALLEL}/lightning_seam.py")
+    Mutant("saved-again-in-next-step", 8, f"{PARALLEL}/lightning_seam.py")
     .replaces(
         "            callback._last_global_step_saved = trainer.global_step\n",
         "            assert callback._last_global_step_saved >= 0\n",
     )
-    .caught_by(f"{FAULTS}/test_resume.py::test_fault_08_the_checkpoint_that_a_run_goes_on_from_stays_as_it_is"),
-    Mutant("a-full-file-of-some-tensors", 9, f"{PARALLEL}/checkpoint/saving.py")
+    .caught_by(f"{FAULTS}/test_resume.py::test_fault_08_a_run_does_not_change_the_checkpoint_that_it_resumes_from"),
+    Mutant("full-file-lacks-moments", 9, f"{PARALLEL}/checkpoint/saving.py")
     .replaces(
         "    write_whole(read_whole(folder), folder / FULL)\n",
         '    write_whole(read_whole(folder, "model."), folder / FULL)\n',

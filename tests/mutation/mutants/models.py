@@ -6,14 +6,14 @@ from tests.mutation.mutant import DATA, DIST, MOE, ORACLE, UNIT, Mutant
 
 MUTANTS = (
     # ------------------------------------------------------------------ training
-    Mutant("a-module-that-does-not-pickle", 0, "scmoe/training/build/model.py")
+    Mutant("module-does-not-pickle", 0, "scmoe/training/build/model.py")
     .replaces("partial(build_model_to_train, config),", "lambda context: build_model_to_train(config, context),")
     .caught_by(f"{UNIT}/test_build.py::test_a_module_can_be_sent_to_a_spawned_process"),
-    Mutant("norms-decay", 0, "scmoe/training/moe_module.py")
+    Mutant("norm-weights-decay", 0, "scmoe/training/moe_module.py")
     .replaces('"weight_decay": 0.0}', '"weight_decay": self.weight_decay}')
     .caught_by(f"{UNIT}/test_module.py::test_matrices_decay_and_nothing_else"),
     # ------------------------------------------------------------------ LLaMA
-    Mutant("keys-not-turned", 0, "scmoe/blocks/sublayers.py")
+    Mutant("keys-not-rotated", 0, "scmoe/blocks/sublayers.py")
     .replaces("self.rotary(q_BHSd), self.rotary(k_BHSd)", "self.rotary(q_BHSd), k_BHSd")
     .caught_by(f"{ORACLE}::test_dense_equals_oracle[llama]"),
     Mutant("swiglu-backward-swapped", 0, f"{MOE}/activation.py")
@@ -23,23 +23,23 @@ MUTANTS = (
     Mutant("shared-expert-not-doubled", 0, "scmoe/training/init_from/upcycle.py")
     .replaces("return 2 * weight if", "return weight if")
     .caught_by(f"{UNIT}/test_upcycling.py::test_upcycled_equals_dense[pos2]"),
-    Mutant("written-before-all-is-checked", 0, "scmoe/training/init_from/upcycle.py")
+    Mutant("weights-written-before-checks", 0, "scmoe/training/init_from/upcycle.py")
     .replaces(
         "    if problems:\n        raise",
         "    for name, weight in found.items():\n        own[name].copy_(weight)\n    if problems:\n        raise",
     )
     .caught_by(f"{UNIT}/test_pretrained.py::test_nothing_is_written_where_a_tensor_is_missing"),
-    Mutant("exports-settings-not-compared", 0, "scmoe/training/build/model.py")
+    Mutant("export-settings-not-compared", 0, "scmoe/training/build/model.py")
     .replaces("        check_settings(settings(config), checkpoint.settings)\n", "")
     .caught_by(f"{UNIT}/test_pretrained.py::test_an_export_into_another_model_is_refused_by_key"),
-    Mutant("llamas-prefix-kept", 0, f"{DATA}/tokenizer.py")
+    Mutant("llama-prefix-kept", 0, f"{DATA}/tokenizer.py")
     .replaces("            inner = _without_prefix(inner)\n", "")
     .caught_by(f"{UNIT}/test_tokenizer.py::test_llamas_own_tokenizer_loses_nothing"),
     # ------------------------------------------------------------------ estimates and analyses
-    Mutant("estimate-forgets-the-configs-ranks", 0, "experiments/estimate.py")
+    Mutant("estimate-ignores-config-ranks", 0, "experiments/estimate.py")
     .replaces("        sizes = own | sizes\n", '        sizes = {"ep": 1, "dp": 1} | sizes\n')
     .caught_by(f"{UNIT}/test_counts.py::test_an_estimate_uses_the_configs_ranks_unless_others_are_given"),
-    Mutant("analyses-of-one-rank", 0, "scmoe/training/callbacks/analysis.py")
+    Mutant("analysis-of-one-rank", 0, "scmoe/training/callbacks/analysis.py")
     .replaces(
         "        total = context.sum_over_ranks(probe.result())\n", "        total, _ = probe.result(), context\n"
     )

@@ -1,4 +1,4 @@
-"""These bugs make several ranks compute something else than one process: transfers, gradients, seeds."""
+"""These bugs make results of several ranks differ from those of one process: transfers, gradients, seeds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MUTANTS = (
     Mutant("no-wait-backward", 18, f"{PARALLEL}/all_to_all.py")
     .replaces("        transfer.finish()\n        grad, transfer.grad", "        grad, transfer.grad")
     .caught_by(f"{DIST}/test_negative_controls.py::test_late_transfers_change_no_bit"),
-    Mutant("backward-waits-where-it-sends", 0, f"{PARALLEL}/all_to_all.py")
+    Mutant("backward-waits-at-once", 0, f"{PARALLEL}/all_to_all.py")
     .replaces(
         "        transfer.grad = transfer.launch(grad, backward=True)\n",
         "        transfer.grad = transfer.launch(grad, backward=True)\n        transfer.work.wait()\n",
@@ -32,7 +32,7 @@ MUTANTS = (
     .caught_by(EP),
     Mutant("ceiling-of-the-total", 31, f"{PARALLEL}/dispatcher.py")
     .replaces("fair = sum(received) / len(received)", "fair = sum(received)")
-    .caught_by("tests/faults/test_ceiling.py::test_31_the_ceiling_is_of_the_fair_share"),
+    .caught_by("tests/faults/test_ceiling.py::test_31_the_ceiling_is_a_multiple_of_the_fair_share"),
     # ------------------------------------------------------------------ gradients over ranks
     Mutant("no-1/EP", 21, f"{PARALLEL}/update/reducer.py")
     .replaces("return grad / self.context.ep_size", "return grad")
@@ -60,25 +60,25 @@ MUTANTS = (
         "rows_RD, state.routing.topk_weights_TK.detach(), state.layout)",
     )
     .caught_by(f"{ORACLE}::test_architecture_equals_oracle"),
-    Mutant("balance-loss-by-topology", 24, f"{MOE}/balance.py")
+    Mutant("balance-loss-depends-on-ranks", 24, f"{MOE}/balance.py")
     .replaces("score_sums_LE * world_size / tokens_L", "score_sums_LE / tokens_L")
     .caught_by(f"{UNIT}/test_balance.py::test_mean_over_ranks_is_the_loss_of_the_global_batch"),
     Mutant("balance-loss-of-own-tokens", 24, "scmoe/training/moe_module.py")
     .replaces("load_balance_loss(stats, load_sums_LE2, world_size)", "load_balance_loss(stats, integer_sums(stats), 1)")
     .caught_by(EP),
-    Mutant("update-with-a-norm-that-is-not-finite", 27, f"{PARALLEL}/update/guard.py")
+    Mutant("update-despite-non-finite-norm", 27, f"{PARALLEL}/update/guard.py")
     .replaces("        if torch.isfinite(norm):\n", "        if norm.numel() == 1:\n")
-    .caught_by("tests/faults/test_not_finite.py::test_27_one_process_too"),
-    Mutant("only-what-is-clipped-is-watched", 27, f"{PARALLEL}/update/clipping.py")
+    .caught_by("tests/faults/test_not_finite.py::test_27_one_process_stops_too"),
+    Mutant("unclipped-modules-not-watched", 27, f"{PARALLEL}/update/clipping.py")
     .replaces("if clip_val <= 0 or gradient_clip_algorithm", "if clip_val > 0 and gradient_clip_algorithm")
     .caught_by(f"{FAULTS}/test_not_finite.py::test_27_a_module_that_does_not_clip_by_norm_is_watched_too[not at all]"),
-    Mutant("who-steps-by-hand-is-not-watched", 27, f"{PARALLEL}/update/clipping.py")
+    Mutant("steps-by-hand-not-watched", 27, f"{PARALLEL}/update/clipping.py")
     .replaces(
         "            self.clip_by_norm(optimizer, None)\n        elif",
         "            assert optimizer is not None\n        elif",
     )
     .caught_by(f"{FAULTS}/test_not_finite.py::test_27_a_module_that_steps_by_hand_is_watched_too[output]"),
-    Mutant("clipping-past-the-strategy-let-through", 27, f"{PARALLEL}/update/clipping.py")
+    Mutant("clipping-past-strategy-accepted", 27, f"{PARALLEL}/update/clipping.py")
     .replaces("        elif self.norm is None:\n", "        elif self.guard is None:\n")
     .caught_by(f"{FAULTS}/test_not_finite.py::test_27_a_module_that_clips_by_other_means_is_refused[2]"),
     # ------------------------------------------------------------------ seeding

@@ -18,7 +18,7 @@ MUTANTS = (
     Mutant("top-1-renormalised", 23, f"{MOE}/router.py")
     .replaces("self.renormalise = renormalise and top_k > 1", "self.renormalise = renormalise")
     .caught_by(f"{UNIT}/test_router.py::test_weights_and_their_gradient_for_the_gate"),
-    Mutant("last-come-first-served", 29, f"{MOE}/layout.py")
+    Mutant("last-copies-kept-first", 29, f"{MOE}/layout.py")
     .replaces(
         "order_N = ids_N.argsort(stable=True)", "order_N = ids_N.numel() - 1 - ids_N.flip(0).argsort(stable=True)"
     )
@@ -28,27 +28,27 @@ MUTANTS = (
         "weights_R = _pick(weights_TK.reshape(-1, 1), copies_R)",
         "weights_R = weights_TK.reshape(-1, 1)[copies_R.clamp(max=weights_TK.numel() - 1)]",
     )
-    .caught_by(f"{FAULTS}/test_capacity.py::test_29_ample_room_is_dropless_to_the_bit"),
+    .caught_by(f"{FAULTS}/test_capacity.py::test_29_enough_slots_are_bit_identical_to_dropless"),
     Mutant("padding-counted-as-dropped", 29, f"{MOE}/balance.py")
     .replaces("layout.num_dropped - (T - num_tokens) * K", "layout.num_dropped")
     .caught_by(f"{UNIT}/test_balance.py::test_padding_is_left_out_of_every_sum"),
     Mutant("padding-takes-slots", 30, f"{MOE}/router.py")
     .replaces("topk_ids_TK = topk_ids_TK.where(mask_T[:, None], self.num_experts)", "topk_ids_TK = topk_ids_TK.clone()")
     .caught_by(f"{UNIT}/test_stream.py::test_padding_does_not_change_which_copies_are_dropped"),
-    Mutant("padding-brings-slots", 30, f"{MOE}/stream.py")
+    Mutant("padding-adds-slots", 30, f"{MOE}/stream.py")
     .replaces("limit = None if mask_T is None else", "limit = None if factor else")
     .caught_by(f"{UNIT}/test_stream.py::test_padding_does_not_change_which_copies_are_dropped"),
     Mutant("no-rows-no-gradient", 20, f"{MOE}/layout.py")
     .replaces("    if num_rows == 0:\n", "    if num_rows < 0:\n")
     .caught_by(f"{UNIT}/test_stream.py::test_a_batch_of_padding_alone_gives_zeros"),
-    Mutant("collapse-forgiven", 26, "scmoe/training/callbacks/collapse.py")
+    Mutant("collapse-never-reported", 26, "scmoe/training/callbacks/collapse.py")
     .replaces("self.windows.get(layer, 0) + 1 if collapsed else 0", "1 if collapsed else 0")
     .caught_by(f"{UNIT}/test_collapse.py::test_a_collapsed_layer_is_named_once_with_its_expert_and_share"),
     # ------------------------------------------------------------------ schedule
     Mutant("slot-ignored", 0, "scmoe/blocks/shortcut.py")
     .replaces("            if slot == self.schedule.slot:\n", "            if slot == 0:\n")
     .caught_by(f"{UNIT}/test_schedule.py::test_blocks_execute_the_operators_of_their_schedule"),
-    Mutant("chunks-put-together-backwards", 0, f"{MOE}/stream.py")
+    Mutant("chunks-joined-in-reverse", 0, f"{MOE}/stream.py")
     .replaces("torch.cat(chunks) if", "torch.cat(chunks[::-1]) if")
     .caught_by(f"{ORACLE}::test_chunks_equal_oracle"),
     # ------------------------------------------------------------------ planner
@@ -58,23 +58,23 @@ MUTANTS = (
     Mutant("planner-takes-the-slower", 0, f"{PARALLEL}/planner.py")
     .replaces("return [min(zip(seconds", "return [max(zip(seconds")
     .caught_by(f"{DIST}/test_planner.py::test_two_chunk_counts_are_measured_then_tried_and_the_faster_is_chosen"),
-    Mutant("planner-lets-times-drift", 0, f"{PARALLEL}/planner.py")
+    Mutant("planner-ignores-drift", 0, f"{PARALLEL}/planner.py")
     .replaces("self.drifted == DRIFTED_IN_TURN", "self.drifted < 0")
     .caught_by(f"{DIST}/test_planner.py::test_after_drift_all_ranks_make_the_same_new_choice"),
-    Mutant("planner-leaves-transfers-waiting", 0, f"{PARALLEL}/planner.py")
+    Mutant("planner-leaves-transfers-blocking", 0, f"{PARALLEL}/planner.py")
     .replaces("if self.choices else self.own)", "if self.choices else self.own, blocking=True)")
     .caught_by(f"{DIST}/test_planner.py::test_a_closed_planner_leaves_nothing_on_the_blocks[4]"),
     # ------------------------------------------------------------------ rows of the experts
-    Mutant("router-statistics-ask-the-host", 0, f"{MOE}/balance.py")
+    Mutant("router-statistics-sync-with-host", 0, f"{MOE}/balance.py")
     .replaces(
         "ids_N.new_zeros(E + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))[:E]",
         "torch.bincount(ids_N, minlength=E + 1)[:E]",
     )
     .caught_by(f"{UNIT}/test_no_host_sync.py::test_forward_and_backward_ask_the_host_for_nothing"),
-    Mutant("equal-numbers-counted-on-the-host", 0, f"{MOE}/experts.py")
+    Mutant("equal-counts-sync-with-host", 0, f"{MOE}/experts.py")
     .replaces("        return batched_mlps\n", "        return grouped_mlps\n")
     .caught_by(f"{UNIT}/test_no_host_sync.py::test_forward_and_backward_ask_the_host_for_nothing"),
-    Mutant("wire-dtype-one-way", 0, f"{MOE}/dispatcher.py")
+    Mutant("combine-ignores-wire-dtype", 0, f"{MOE}/dispatcher.py")
     .replaces(
         "Arriving(self.inner.combine(rows_RD.to(self.dtype), receipt), partial(Tensor.to, dtype=rows_RD.dtype))",
         "self.inner.combine(rows_RD, receipt)",

@@ -6,107 +6,107 @@ from tests.mutation.mutant import DATA, DIST, FAULTS, PARALLEL, UNIT, Mutant
 
 MUTANTS = (
     # ------------------------------------------------------------------ stopping
-    Mutant("asked-to-stop-alone", 12, f"{PARALLEL}/job/stopping.py")
+    Mutant("stop-requests-not-shared", 12, f"{PARALLEL}/job/stopping.py")
     .replaces(
         "(dist.all_reduce(sums, group=self.group, async_op=True), sums)",
         "(dist.all_reduce(sums.clone(), group=self.group, async_op=True), sums)",
     )
     .caught_by(f"{DIST}/test_poll.py"),
-    Mutant("deaf-while-validating", 12, f"{PARALLEL}/job/lockstep.py")
+    Mutant("sigterm-ignored-during-validation", 12, f"{PARALLEL}/job/lockstep.py")
     .replaces("            self.polls_left = int(fewest)\n", "            self.polls_left = 0\n")
-    .caught_by(f"{FAULTS}/test_stop.py::test_12_a_run_told_to_stop_while_it_validates_stops_there[1]"),
-    Mutant("broken-off-validation-goes-on-half-way", 12, f"{PARALLEL}/lightning_seam.py")
+    .caught_by(f"{FAULTS}/test_stop.py::test_12_sigterm_during_validation_stops_the_run_there[1]"),
+    Mutant("stopped-validation-not-repeated", 12, f"{PARALLEL}/lightning_seam.py")
     .replaces(
         "        progress.reset()\n    if is_fitting(trainer) and trainer.validating:\n",
         "        assert progress.current.started\n    if is_fitting(trainer) and trainer.validating is None:\n",
     )
-    .caught_by(f"{FAULTS}/test_stop.py::test_12_a_run_told_to_stop_while_it_validates_stops_there[1]"),
-    Mutant("best-of-a-broken-off-validation-not-saved", 12, f"{PARALLEL}/job/lockstep.py")
+    .caught_by(f"{FAULTS}/test_stop.py::test_12_sigterm_during_validation_stops_the_run_there[1]"),
+    Mutant("best-checkpoint-lost-after-stop", 12, f"{PARALLEL}/job/lockstep.py")
     .replaces(
         "        self.has_begun = False\n        self.ask",
         "        seam.mark_step_as_saved(self.module.trainer)\n        self.ask",
     )
-    .caught_by(f"{FAULTS}/test_stop.py::test_12_a_stop_while_validating_loses_no_best_checkpoint[4]"),
+    .caught_by(f"{FAULTS}/test_stop.py::test_12_a_stop_during_validation_loses_no_best_checkpoint[4]"),
     Mutant("sigterm-left-to-lightning", 12, f"{PARALLEL}/lightning_seam.py")
     .replaces("        if number != signal.SIGTERM:\n", "        if number:\n")
-    .caught_by(f"{FAULTS}/test_stop_any_time.py::test_12_told_to_stop_where_nothing_is_trained[test]"),
-    Mutant("no-rank-asks-after-the-last-step", 12, f"{PARALLEL}/job/lockstep.py")
+    .caught_by(f"{FAULTS}/test_stop_any_time.py::test_12_sigterm_in_an_evaluation_ends_it_and_saves_nothing[test]"),
+    Mutant("no-poll-after-last-step", 12, f"{PARALLEL}/job/lockstep.py")
     .replaces("            self.ask_and_wait()  # so that", "            assert self.stop  # so that")
     .caught_by(
         f"{FAULTS}/test_stop_any_time.py::"
-        "test_12_told_to_stop_before_the_first_step_or_after_the_last[after the last step]"
+        "test_12_sigterm_before_the_first_step_or_after_the_last_is_not_lost[after the last step]"
     ),
-    Mutant("sigterm-noted-where-no-rank-asks", 12, f"{PARALLEL}/job/lockstep.py")
+    Mutant("sigterm-flag-without-polls", 12, f"{PARALLEL}/job/lockstep.py")
     .replaces(
         "                self.ask_and_wait()\n            self.stop.give_back()\n",
         "                self.ask_and_wait()\n",
     )
     .caught_by(f"{FAULTS}/test_stop_any_time.py::test_12_where_ranks_cannot_ask_each_other_a_process_ends_at_once"),
-    Mutant("saves-alone-after-an-exception", 13, f"{PARALLEL}/job/fail_fast.py")
+    Mutant("one-rank-saves-after-exception", 13, f"{PARALLEL}/job/fail_fast.py")
     .replaces(
         "        return self.context.world_size > 1 and was_interrupted(self.module.trainer)\n",
         "        return self.context.world_size < 1 and was_interrupted(self.module.trainer)\n",
     )
     .caught_by(f"{FAULTS}/test_guards.py::test_13_callbacks_that_save_after_an_exception_wait_for_no_rank"),
-    Mutant("rank-0-links-to-a-save-that-was-skipped", 13, f"{PARALLEL}/job/fail_fast.py")
+    Mutant("link-to-skipped-save", 13, f"{PARALLEL}/job/fail_fast.py")
     .replaces("super().is_global_zero and not self.is_alone", "super().is_global_zero")
     .caught_by(
         f"{FAULTS}/test_guards.py::test_13_callbacks_that_save_after_an_exception_wait_for_no_rank[0-save_on_exception]"
     ),
-    Mutant("each-rank-asks-as-often-as-it-can", 16, f"{PARALLEL}/job/lockstep.py")
+    Mutant("ranks-poll-unequal-times", 16, f"{PARALLEL}/job/lockstep.py")
     .replaces("self.poll.smallest(sum(batches))", "sum(batches)")
-    .caught_by(f"{FAULTS}/test_stop.py::test_12_ranks_with_other_numbers_of_validation_batches_agree_too"),
+    .caught_by(f"{FAULTS}/test_stop.py::test_12_ranks_with_different_numbers_of_validation_batches_agree_too"),
     # ------------------------------------------------------------------ ranks and workers that fail
-    Mutant("missing-ranks-left-out-of-the-roll-call", 14, f"{PARALLEL}/job/roll_call.py")
+    Mutant("roll-call-omits-missing-ranks", 14, f"{PARALLEL}/job/roll_call.py")
     .replaces(
         "        except RuntimeError:\n            absent.append(rank)\n    return",
         "        except RuntimeError:\n            pass\n    return",
     )
     .caught_by(f"{FAULTS}/test_guards.py::test_14_a_roll_call_names_the_missing_ranks"),
-    Mutant("groups-wait-half-an-hour", 14, f"{PARALLEL}/mesh.py")
+    Mutant("groups-ignore-timeout", 14, f"{PARALLEL}/mesh.py")
     .replaces("by_rows(grid.tolist(), timeout=timeout, pg_options", "by_rows(grid.tolist(), pg_options")
     .caught_by(f"{FAULTS}/test_guards.py::test_14_no_group_waits_longer_than_the_timeout"),
-    Mutant("difference-of-collectives-unseen", 15, f"{PARALLEL}/job/debug.py")
+    Mutant("different-collectives-not-reported", 15, f"{PARALLEL}/job/debug.py")
     .replaces("        if len(set(of_ranks)) > 1:\n", "        if len(set(of_ranks)) > 2:\n")
     .caught_by(f"{FAULTS}/test_collectives.py::test_15_collectives_in_another_order_are_named"),
-    Mutant("collectives-of-objects-unseen", 15, f"{PARALLEL}/job/debug.py")
+    Mutant("object-collectives-not-compared", 15, f"{PARALLEL}/job/debug.py")
     .replaces("for name in (*TENSORS, *OBJECTS)),", "for name in TENSORS),")
     .caught_by(f"{FAULTS}/test_collectives.py::test_15_every_kind_of_collective_is_watched"),
-    Mutant("uneven-batches-let-in", 16, f"{PARALLEL}/job/lockstep.py")
+    Mutant("uneven-batches-accepted", 16, f"{PARALLEL}/job/lockstep.py")
     .replaces("    if context.world_size == 1:\n", "    if context.world_size > 1:\n")
-    .caught_by(f"{FAULTS}/test_batches.py::test_16_each_loader_counts"),
-    Mutant("sample-of-a-dead-worker-unknown", 19, f"{DATA}/watched.py")
+    .caught_by(f"{FAULTS}/test_batches.py::test_16_each_loader_is_counted"),
+    Mutant("dead-worker-sample-unknown", 19, f"{DATA}/watched.py")
     .replaces(
         "            self.reading_W2[worker.id] = torch.tensor([os.getpid(), i])\n",
         "            assert worker.id < len(self.reading_W2)\n",
     )
     .caught_by(f"{FAULTS}/test_batches.py::test_19_a_data_worker_that_fails_is_named_with_its_sample"),
     # ------------------------------------------------------------------ logging and secrets
-    Mutant("w-and-b-s-death-ends-the-run", 32, "scmoe/training/run/wandb_logger.py")
+    Mutant("killed-wandb-ends-run", 32, "scmoe/training/run/wandb_logger.py")
     .replaces("WANDB_TROUBLE = (wandb.Error, OSError)", "WANDB_TROUBLE = (wandb.errors.CommError,)")
-    .caught_by(f"{FAULTS}/test_logging.py::test_32_a_killed_wandb_process_ends_nothing"),
-    Mutant("new-column-under-the-old-header", 32, "scmoe/training/run/csv_logger.py")
+    .caught_by(f"{FAULTS}/test_logging.py::test_32_a_killed_wandb_process_does_not_end_the_run"),
+    Mutant("new-column-without-header", 32, "scmoe/training/run/csv_logger.py")
     .replaces("            writer.metrics_keys = keys\n", "            assert isinstance(keys, list)\n")
     .caught_by(f"{FAULTS}/test_logging.py::test_32_a_full_disk_ends_no_run_that_logs"),
-    Mutant("a-picture-ends-a-run", 32, "scmoe/training/run/writing.py")
+    Mutant("unwritable-picture-ends-run", 32, "scmoe/training/run/writing.py")
     .replaces('        warn_once(f"{path} is not written: {error.strerror or error}")\n', "        raise\n")
-    .caught_by(f"{FAULTS}/test_logging.py::test_32_a_full_disk_costs_a_run_its_figures_and_nothing_else"),
-    Mutant("environment-kept", 33, "scmoe/training/run/directory.py")
+    .caught_by(f"{FAULTS}/test_logging.py::test_32_a_run_on_a_full_disk_loses_its_figures_and_ends_normally"),
+    Mutant("environment-variables-stored", 33, "scmoe/training/run/directory.py")
     .replaces(
         '        "cpus": os.cpu_count(),\n', '        "cpus": os.cpu_count(),\n        "variables": dict(os.environ),\n'
     )
     .caught_by(f"{FAULTS}/test_security.py::test_33_a_key_is_in_no_file_of_a_run"),
-    Mutant("changes-to-the-code-kept-with-their-keys", 33, "scmoe/training/run/directory.py")
+    Mutant("git-diff-stores-keys", 33, "scmoe/training/run/directory.py")
     .replaces('        "git_diff": without_keys(git("diff", "HEAD")),\n', '        "git_diff": git("diff", "HEAD"),\n')
-    .caught_by(f"{FAULTS}/test_security.py::test_33_keys_in_the_command_line_and_the_code_are_starred_out"),
-    Mutant("w-and-b-keeps-the-command-line", 33, "scmoe/training/run/wandb_logger.py")
+    .caught_by(f"{FAULTS}/test_security.py::test_33_keys_in_the_command_line_and_the_code_are_redacted"),
+    Mutant("wandb-stores-command-line", 33, "scmoe/training/run/wandb_logger.py")
     .replaces("x_disable_meta=without_keys(sys.argv) != sys.argv,", "x_disable_meta=False,")
-    .caught_by(f"{FAULTS}/test_security.py::test_33_keys_in_the_command_line_and_the_code_are_starred_out"),
-    Mutant("any-attribute-of-torch-as-a-type", 34, f"{PARALLEL}/checkpoint/state.py")
+    .caught_by(f"{FAULTS}/test_security.py::test_33_keys_in_the_command_line_and_the_code_are_redacted"),
+    Mutant("dtype-not-checked", 34, f"{PARALLEL}/checkpoint/state.py")
     .replaces("        assert isinstance(dtype, torch.dtype)\n", "        assert dtype is not None\n")
-    .caught_by(f"{FAULTS}/test_security.py::test_34_a_type_in_meta_is_a_type"),
+    .caught_by(f"{FAULTS}/test_security.py::test_34_a_dtype_in_meta_must_be_a_dtype"),
     # ------------------------------------------------------------------ configuration
-    Mutant("run-name-leaves-its-root", 36, "scmoe/config/rules.py")
+    Mutant("run-name-leaves-root", 36, "scmoe/config/rules.py")
     .replaces("NAME.fullmatch(config.name)", "NAME.search(config.name)")
     .caught_by(f"{UNIT}/test_config.py::test_impossible_combination_names_its_key"),
     Mutant("interpolation-allowed", 35, "scmoe/config/load.py")
