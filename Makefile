@@ -6,8 +6,8 @@ CONFIG ?= configs/quickstart.yaml
 VENV  := .venv
 PY    := $(VENV)/bin/python
 READY := $(VENV)/.installed
-# One thread a process: two test files run in parallel, long ones first, and start processes of their own.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# One thread a process. Three test files run in parallel on two cores, since tests also wait: for links, servers, timeouts.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

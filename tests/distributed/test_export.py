@@ -12,7 +12,7 @@ from scmoe.parallel.checkpoint.export import load_weights
 from scmoe.parallel.checkpoint.loading import load_model
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build.model import build_model
-from tests.support.commands import TRAIN, run
+from tests.support.commands import train_in_ranks
 
 pytestmark = pytest.mark.dist
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.dist
 def run_dir(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     sizes = ("trainer.devices=2", "strategy.ep_size=2", "logger.mode=disabled")
-    done = run(*TRAIN, "configs/debug.yaml", *sizes, f"runs_dir={runs}")
+    done = train_in_ranks(2, "configs/debug.yaml", *sizes, f"runs_dir={runs}")
     assert export.main([done.summary["run_dir"]]) == 0
     return type(runs)(done.summary["run_dir"])
 

@@ -73,9 +73,8 @@ class WandbServer:
 
     @property
     def variables(self) -> dict[str, str]:
-        """Returns the environment of a client. It sends what is logged after half a second; the default is 15 s."""
-        soon = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.5"}
-        return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false", **soon}
+        """Environment of a client."""
+        return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false"}
 
     @property
     def run(self) -> Run:
