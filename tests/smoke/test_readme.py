@@ -70,6 +70,8 @@ pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 def folder(tmp_path_factory):
     if not (ROOT / ".venv/.installed").exists():
         pytest.skip("the commands need the environment that `make setup` makes")
+    if (ROOT / ".venv/.installed").stat().st_mtime < (ROOT / "pyproject.toml").stat().st_mtime:
+        pytest.fail("pyproject.toml has changed: run `make setup`, or the commands would install the folder of links")
     folder = tmp_path_factory.mktemp("checkout")
     (ROOT / ".cache").mkdir(exist_ok=True)  # prepared data may be shared
     places = ("configs", "datamodules", "docs", "experiments", "scmoe")
@@ -80,7 +82,11 @@ def folder(tmp_path_factory):
 
 def run(command, folder):
     """Returns what the command prints on standard output."""
-    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES")}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
+    }
     if command[0] == PYTHON:
         code, out, err = python(*command[1:], cwd=folder, env=env, timeout_s=250)
     else:
