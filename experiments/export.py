@@ -1,4 +1,4 @@
-"""Write the weights of a run's newest checkpoint as one file, whatever number of ranks the run had."""
+"""Write the weights of a run's last or best checkpoint as one file, whatever number of ranks the run had."""
 
 import sys
 from pathlib import Path
@@ -11,28 +11,28 @@ from scmoe.config.fields import ConfigError
 def main(arguments: list[str]) -> None:
     options = parser("export", __doc__)
     options.add_argument("run", type=Path, help="a run's directory, such as runs/latest")
+    options.add_argument("--which", choices=["last", "best"], default="last", help="checkpoint (default: last)")
     options.add_argument("--out", type=Path, help="default: RUN/export/model.safetensors; config.yaml goes beside it")
     given = options.parse_args(arguments)
-    import shutil
-
-    from scmoe.config.load import load
-    from scmoe.parallel.checkpoint.durable import newest_good
+    from scmoe.config.load import to_yaml
     from scmoe.parallel.checkpoint.export import consolidate
+    from scmoe.training.build.model import build_model_on_meta
     from scmoe.training.init_from.settings import model_settings
+    from scmoe.training.run.resume import config_of, find_checkpoint
 
     run_dir = given.run.resolve()
     out = given.out or run_dir / "export" / "model.safetensors"
     try:
-        settings = model_settings(load(run_dir / "config.yaml"))
-        checkpoint = newest_good(run_dir / "checkpoints")
+        checkpoint = find_checkpoint(run_dir, given.which)
+        config = config_of(run_dir, checkpoint)
         out.parent.mkdir(parents=True, exist_ok=True)
-        consolidate(checkpoint, out, settings)
-        config = out.parent / "config.yaml"
-        if config.resolve() != run_dir / "config.yaml":
-            shutil.copyfile(run_dir / "config.yaml", config)
+        consolidate(checkpoint, out, build_model_on_meta(config), model_settings(config))
+        beside = out.parent / "config.yaml"
+        if beside.resolve() != run_dir / "config.yaml":
+            beside.write_text(to_yaml(config))
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
-    print(f"{out}, from {checkpoint.name}")
+    print(f"{out}, from the {given.which} checkpoint, {checkpoint.name}")
 
 
 if __name__ == "__main__":

@@ -14,15 +14,16 @@ from scmoe.config.fields import Config, ConfigError
 def read(arguments: list[str]) -> tuple[Config, list[str], Path | None]:
     """Return the config, its overrides, and the directory of the run to resume (None: a new run)."""
     from scmoe.config.load import load
-    from scmoe.parallel.checkpoint.durable import checkpoints
 
     if arguments and arguments[0] == "--resume":
         if len(arguments) < 2:
             raise ConfigError("--resume requires the directory of a run, such as runs/latest")
         run_dir = Path(arguments[1]).resolve()
-        if not checkpoints(run_dir / "checkpoints"):
+        if not any(run_dir.glob("checkpoints/*")):
             raise ConfigError(f"--resume is {arguments[1]!r}, allowed: a run that has a checkpoint")
-        return load(run_dir / "config.yaml", arguments[2:]), arguments[2:], run_dir
+        from scmoe.training.run.resume import resumed_config
+
+        return resumed_config(run_dir, arguments[2:]), arguments[2:], run_dir
     if not arguments or "=" in arguments[0]:
         raise ConfigError(f"no config given: {called('train')} CONFIG [key=value ...], see --help")
     return load(arguments[0], arguments[1:]), arguments[1:], None
@@ -38,6 +39,14 @@ def main(arguments: list[str]) -> None:
         print(f"{usage}\n{__doc__}\n{help_text()}")
         return
     config, overrides, run_dir = read(arguments)
+    if run_dir is not None:
+        from scmoe.training.run.resume import summary_if_done
+
+        if (done := summary_if_done(run_dir, config)) is not None:
+            again = f"make resume RUN={arguments[1]} ARGS=trainer.max_steps={2 * done['steps']}"
+            print(f"nothing to do: all {done['steps']} steps are done; for more: {again}", file=sys.stderr)
+            print(json.dumps(done))
+            return
     from scmoe.training.run.train import train
 
     summary = train(config, overrides, run_dir)

@@ -37,6 +37,18 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     tree = copy.deepcopy(_defaults())
     if path is not None:
         _merge_file(tree, Path(path), ())
+    return _finished(tree, overrides, [] if path is None else [str(path)])
+
+
+def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
+    """Return the validated configuration of a text of `to_yaml` and overrides. source: its name in messages."""
+    tree = copy.deepcopy(_defaults())
+    _merge(tree, parse_yaml(text, source), source)
+    return _finished(tree, overrides, [source])
+
+
+def _finished(tree: DictConfig, overrides: Sequence[str], sources: Sequence[str]) -> Config:
+    """Merge the overrides into the tree and validate it. sources: where its values are from."""
     for override in overrides:
         key, equals, text = override.removeprefix("--").partition("=")
         if not equals:
@@ -44,8 +56,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         _merge(tree, {key: parse_yaml(text, f"command line: {key}")}, "command line")
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
-    sources = [str(path)] * (path is not None) + ["command line"] * bool(overrides)
-    validate(config, " and ".join(sources) or "defaults")
+    validate(config, " and ".join([*sources, *["command line"] * bool(overrides)]) or "defaults")
     return config
 
 

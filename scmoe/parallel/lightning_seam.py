@@ -4,12 +4,14 @@ An upgrade can rename or change any of them without notice, so tests/unit/test_p
 refuses its use elsewhere. `trainer` is always a Lightning Trainer, `plugin` a precision plugin.
 """
 
+import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
@@ -125,6 +127,33 @@ def replace_after_closure(plugin: Any, hook: Callable[[Any, Optimizer], None] | 
 def original_after_closure(plugin: Any, module: Any, optimizer: Optimizer) -> None:
     """Do what a precision plugin itself does between backward and update: call hooks, then let the module clip."""
     type(plugin)._after_closure(plugin, module, optimizer)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps the newest checkpoint alone, as `step=N.ckpt`: of every n-th step, of a stop, of the end of training.
+
+    Lightning's own saves nothing at the end, and leaves the checkpoint from which a run was resumed.
+    """
+
+    def __init__(self, folder: Path | None, every_n_steps: int) -> None:
+        super().__init__(folder, "{step}", every_n_train_steps=every_n_steps)
+
+    def save(self, trainer: Any) -> None:
+        """Save the current step. Every rank must call it."""
+        assert self.dirpath is not None, "the Trainer has set it"
+        self.best_model_path = str(Path(self.dirpath) / f"step={trainer.global_step}.ckpt")
+        self._save_checkpoint(trainer, self.best_model_path)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._last_global_step_saved != trainer.global_step:
+            self.save(trainer)
+
+    def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        for path in Path(filepath).parent.glob("step=*.ckpt"):
+            step = re.fullmatch(r"step=(\d+)\.ckpt", path.name)
+            if step and int(step[1]) < trainer.global_step:
+                trainer.strategy.remove_checkpoint(path)  # once the new one is complete
 
 
 class StepProgressBar(RichProgressBar):

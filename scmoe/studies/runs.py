@@ -39,8 +39,10 @@ class SeenRun:
 
     @cached_property
     def config(self) -> dict[str, str]:
-        """Dotted keys and texts; a key that the run's version did not have is at its default."""
-        return {**DEFAULTS, **flat((self.path / "config.yaml").read_text(encoding="utf-8"))}
+        """Dotted keys and texts, as last resumed; a key that the run's version did not have is at its default."""
+        resumed = sorted(self.path.glob("config-from-*.yaml"), key=lambda path: int(path.stem.rpartition("-")[2]))
+        newest = [self.path / "config.yaml", *resumed][-1]
+        return {**DEFAULTS, **flat(newest.read_text(encoding="utf-8"))}
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
@@ -62,8 +64,9 @@ class SeenRun:
 
     @property
     def steps(self) -> int:
-        """The number of steps, as far as they are logged."""
-        return max((int(row["step"]) + 1 for row in self.metrics), default=0)
+        """The number of steps, as far as they are logged. A validation after the last step has one row more."""
+        rows = [row for row in self.metrics if "train/loss" in row] or self.metrics
+        return max((int(row["step"]) + 1 for row in rows), default=0)
 
     @property
     def best_loss(self) -> float | None:

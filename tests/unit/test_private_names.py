@@ -39,6 +39,7 @@ SIGNATURES = {  # name: its owner, its parameters
     ),
     "_broadcast_sigterm_tensor": (_TrainingEpochLoop, ["self"]),
     "_after_closure": (Precision, ["self", "model", "optimizer"]),
+    "_save_checkpoint": (ModelCheckpoint, ["self", "trainer", "filepath"]),
     "_register_signal": (_SignalConnector, ["signum", "handlers"]),
     "_get_train_description": (RichProgressBar, ["self", "current_epoch"]),
 }

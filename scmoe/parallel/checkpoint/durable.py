@@ -84,14 +84,17 @@ def checkpoints(folder: Path) -> list[Path]:
     return [*folder.glob("*.ckpt"), *moved]
 
 
-def newest_good(folder: Path) -> Path:
+def newest_good(folder: Path, prefix: str = "") -> Path:
     """Return the complete checkpoint of the latest step; a warning names each broken one. Ranks may call it at once.
 
-    Manifests say which is the newest. All files are read of that one only, or of the next one if it is broken.
+    prefix: of the names to choose from. Manifests say which is the newest. All files are read of that one only, or of
+    the next one if it is broken.
     FileNotFoundError: there is none.
     """
     found = []
     for path in checkpoints(folder):
+        if not path.name.removeprefix(".").startswith(prefix):  # one that was moved aside begins with a dot
+            continue
         try:
             found.append((read_manifest(path)["step"], path.stat().st_mtime, path))
         except BrokenCheckpoint as error:

@@ -17,19 +17,24 @@ from scmoe.parallel.checkpoint.saving import write_whole
 FORMAT_VERSION = "2"
 
 
-def consolidate(checkpoint: Path, out: Path, settings: Mapping[str, Any], prefix: str = "model.") -> None:
+def consolidate(
+    checkpoint: Path, out: Path, model: nn.Module, settings: Mapping[str, Any], prefix: str = "model."
+) -> None:
     """Write the weights of a checkpoint to one safetensors file, experts by global id; the file is complete or absent.
 
-    settings: of the model, for the file's header, because names and shapes do not determine it.
-    prefix: the model's name in the LightningModule, with its dot; it is removed. ValueError: a broken checkpoint.
+    model: whole, on any device. settings: of the model, for the file's header, because names and shapes do not
+    determine it. prefix: the model's name in the LightningModule, with its dot; it is removed. ValueError: a broken
+    checkpoint, or another model's.
     """
     step = durable.verify(checkpoint)
     start = f"model.{prefix}"
-    weights = read_whole(checkpoint, start)
+    weights = {name.removeprefix(start): t for name, t in read_whole(checkpoint, start).items()}
+    check_same_model(checkpoint, dict(model.named_parameters()), {name: tuple(t.shape) for name, t in weights.items()})
     header = {"format": "pt", "format_version": FORMAT_VERSION, "step": str(step), "settings": json.dumps(settings)}
+    header["checkpoint"] = checkpoint.name
     partial = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
-        write_whole({name.removeprefix(start): t for name, t in weights.items()}, partial, header)
+        write_whole(weights, partial, header)
         partial.chmod(0o644)  # so that other users can read it
         partial.replace(out)
     finally:

@@ -30,6 +30,11 @@ def read_whole(path: Path, start: str = "") -> dict[str, Tensor]:
     return whole
 
 
+def read_meta(path: Path) -> dict[str, Any]:
+    """Return everything in a checkpoint except its tensors."""
+    return json.loads((path / META).read_text(), object_hook=from_json)
+
+
 def _fill(tensors: dict[str, Tensor], reader: HuggingFaceStorageReader) -> None:
     """Read into these tensors in one process."""
     with warnings.catch_warnings():
@@ -49,7 +54,7 @@ def load_checkpoint(
     with context.same_error_on_all_ranks():
         if context.rank == 0:
             durable.verify(path)
-    meta = json.loads((path / META).read_text(), object_hook=from_json)
+    meta = read_meta(path)
     stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     wanted: dict[str, Tensor] = {f"model.{name}": t for name, t in model_state(module, context).items()}
     check_same_model(path, wanted, _stored_shapes(stored))

@@ -1,6 +1,7 @@
 """Ranks start together, with equally many batches, and stop together, at the same step (faults 12 and 16).
 
-A SIGTERM on one rank ends all ranks with exit code 143 and, if they were training, with one complete checkpoint.
+A SIGTERM on one rank ends all ranks with exit code 143, Ctrl-C with 130, and, if they were training, with one complete
+checkpoint.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from scmoe.parallel import lightning_seam as seam
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.job.fail_fast import FailFastStrategy
-from scmoe.parallel.job.stopping import EXIT_CODE, Poll, StopSignal
+from scmoe.parallel.job.stopping import Poll, StopSignal
 from scmoe.parallel.mesh import ParallelContext
 
 
@@ -141,10 +142,13 @@ class LockstepStrategy(FailFastStrategy):
         if self.trained is self.module and not seam.accumulated_batches(trainer):
             self.checkpoints.restore_random_state()
             seam.restart_validation(trainer)
-            folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
-            trainer.save_checkpoint(Path(folder) / f"step={trainer.global_step}.ckpt")
+            if isinstance(last := trainer.checkpoint_callback, seam.LastCheckpoint):
+                last.save(trainer)
+            else:
+                folder = getattr(last, "dirpath", None) or trainer.default_root_dir
+                trainer.save_checkpoint(Path(folder) / f"step={trainer.global_step}.ckpt")
         self.checkpoints.finish()
-        raise SystemExit(0 if self.is_launched else EXIT_CODE)
+        raise SystemExit(0 if self.is_launched else self.stop.exit_code)
 
     def teardown(self) -> None:
         if not seam.was_interrupted(self.module.trainer):  # else other ranks may never come here

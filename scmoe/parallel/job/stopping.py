@@ -1,4 +1,4 @@
-"""SIGTERM on any rank sets a flag; all ranks exchange their flags at every step and stop at the same one (fault 12).
+"""SIGTERM or Ctrl-C on any rank sets a flag; ranks exchange their flags at every step and stop at one step (fault 12).
 
 Lightning's own handler broadcasts inside the signal handler, while other ranks are in other collectives: a deadlock.
 So it is not installed.
@@ -13,28 +13,34 @@ import torch.distributed as dist
 from torch import Tensor
 
 EXIT_CODE = 128 + signal.SIGTERM
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignal:
-    """The process's SIGTERM as a flag, `received`. Only the main thread can take the signal."""
+    """The process's SIGTERM and SIGINT (Ctrl-C) as a flag, `received`. Only the main thread can take signals."""
 
     def __init__(self) -> None:
         self.received = False
-        self.before: Any = None  # the handler that was replaced; None while it is installed
+        self.exit_code = EXIT_CODE
+        self.before: dict[int, Any] = {}  # the handlers that were replaced
 
     def take(self) -> None:
-        """From here on a SIGTERM only sets the flag."""
-        if self.before is None and threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGTERM, self._note) or signal.SIG_DFL
+        """From here on a signal only sets the flag, unless it is ignored; a second Ctrl-C interrupts at once."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if number not in self.before and signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._note) or signal.SIG_DFL
 
     def give_back(self) -> None:
-        """From here on a SIGTERM does what it did before `take`; by default it ends the process at once."""
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
-            self.before = None
+        """From here on a signal does what it did before `take`; by default SIGTERM ends the process at once."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
 
-    def _note(self, *_: Any) -> None:
-        self.received = True
+    def _note(self, number: int, _: Any) -> None:
+        self.received, self.exit_code = True, 128 + number
+        if number == signal.SIGINT:
+            signal.signal(number, self.before[number])
 
 
 class Poll:

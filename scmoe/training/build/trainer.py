@@ -16,12 +16,13 @@ from scmoe.analysis.gating import GatingProbe, draw_gating, gating_means, gating
 from scmoe.analysis.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
 from scmoe.config.fields import Config
 from scmoe.config.rules import IMAGES, resolve_ep_size
-from scmoe.parallel.lightning_seam import StepProgressBar
+from scmoe.parallel.lightning_seam import LastCheckpoint, StepProgressBar
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
 from scmoe.training.callbacks.analysis import Analysis
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.callbacks.expert_load import ExpertLoad
+from scmoe.training.callbacks.kept_config import KeptConfig
 from scmoe.training.callbacks.log_lines import LogLines
 from scmoe.training.callbacks.throughput import Throughput
 
@@ -39,9 +40,10 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
     best, mode = ("val/accuracy", "max") if images else ("val/bits_per_byte", "min")
     callbacks: list[Callback] = [
         DataPosition(),
+        KeptConfig(config),
         ExpertLoad(),
         Throughput("images_per_s", micro_batch) if images else Throughput("tokens_per_s", micro_batch * data.seq_len),
-        ModelCheckpoint(checkpoints, "{step}", every_n_train_steps=trainer.checkpoint_every, save_top_k=1),
+        LastCheckpoint(checkpoints, trainer.checkpoint_every),
         ModelCheckpoint(checkpoints, "best-{step}", monitor=best, mode=mode, save_top_k=1),
     ]
     if config.moe.architecture not in ("dense", "dgmoe_share") and not trainer.compile:

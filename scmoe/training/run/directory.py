@@ -1,7 +1,7 @@
 """The directory of a run: its name, and what is needed to run it again.
 
-    runs/<experiment>/<stamp>-<slug>/   config.yaml  overrides.txt  env.json  metrics.csv  summary.json
-                                        checkpoints/  wandb/  wandb_run.json  state.json
+    runs/<experiment>/<stamp>-<slug>/   config.yaml  config-from-<step>.yaml  overrides.txt  env.json  metrics.csv
+                                        summary.json  checkpoints/  wandb/  wandb_run.json  state.json
     runs/latest                         a link to the newest run
 
 Only rank 0 writes. A run whose config cannot be written does not start.
@@ -36,7 +36,7 @@ def create_run_dir(root: Path, experiment: str, overrides: Sequence[str], config
     while run_dir.exists():
         run_dir = run_dir.with_name(f"{stamp}-{slug}-{uuid.uuid4().hex[:4]}")
     run_dir.mkdir(parents=True)
-    write_config(run_dir, config_yaml)
+    write_config(run_dir / "config.yaml", config_yaml)
     (run_dir / "overrides.txt").write_text("".join(f"{o}\n" for o in overrides))
     (run_dir / "env.json").write_text(json.dumps(environment(), indent=2))
     point_latest(root, run_dir)
@@ -58,9 +58,9 @@ def slug_of(overrides: Sequence[str]) -> str:
     return slug if slug == whole else f"{slug}-{hashlib.sha256(repr(kept).encode()).hexdigest()[:8]}"
 
 
-def write_config(run_dir: Path, config_yaml: str) -> None:
-    """Write config.yaml. Raises OSError where it cannot; an earlier config is then unchanged."""
-    write_aside(run_dir / "config.yaml", lambda path: path.write_text(config_yaml))
+def write_config(path: Path, config_yaml: str) -> None:
+    """Raises OSError where it cannot write; an earlier file is then unchanged."""
+    write_aside(path, lambda partial: partial.write_text(config_yaml))
 
 
 def point_latest(root: Path, run_dir: Path) -> None:

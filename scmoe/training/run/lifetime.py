@@ -8,13 +8,14 @@ from lightning.pytorch.loggers import Logger
 
 from scmoe.config.fields import Config
 from scmoe.config.load import to_yaml
-from scmoe.parallel.checkpoint.durable import verify
+from scmoe.parallel.checkpoint.durable import checkpoints, read_manifest
 from scmoe.parallel.lightning_seam import rank_without_trainer
 from scmoe.training.build.model import build_model_on_meta
 from scmoe.training.run.directory import create_run_dir, relative, write_config
 from scmoe.training.run.loggers import build_loggers, close_loggers, describe
 from scmoe.training.run.redact import without_keys
 from scmoe.training.run.report import config_tree, console, count_parameters, model_table
+from scmoe.training.run.resume import record_of
 from scmoe.training.run.state import write_state
 
 
@@ -25,7 +26,7 @@ def open_run(
     """Open the run and print what it will do; on exit, close its loggers and write its last state.
 
     It yields the directory and the loggers; on ranks other than 0, None and none.
-    run_dir: the run to continue from `checkpoint`; None creates a directory.
+    run_dir: the run to continue from `checkpoint`; None creates a directory. config.yaml stays as the run began.
     The last state is `finished`, `cut` where the Strategy was asked to stop and has saved (SystemExit), else `failed`.
     """
     if rank_without_trainer() != 0:
@@ -35,7 +36,8 @@ def open_run(
     if run_dir is None:
         run_dir = create_run_dir(Path(config.runs_dir), config.name, overrides, to_yaml(kept))
     else:
-        write_config(run_dir, to_yaml(kept))
+        assert checkpoint is not None
+        write_config(record_of(run_dir, read_manifest(checkpoint)["step"]), to_yaml(kept))
     loggers: list[Logger] = []
     state = "failed"
     write_state(run_dir, "running")
@@ -45,13 +47,16 @@ def open_run(
         out.print(model_table(count_parameters(build_model_on_meta(config))))
         if checkpoint is not None:
             out.print(f"continuing from {relative(checkpoint)}", soft_wrap=True)
-        loggers = build_loggers(config, run_dir, resumed_step=verify(checkpoint) if checkpoint else None)
+        resumed_step = read_manifest(checkpoint)["step"] if checkpoint else None
+        loggers = build_loggers(config, run_dir, resumed_step)
         out.print(f"metrics go to {' and to '.join(map(describe, loggers))}")
         yield run_dir, loggers
         state = "finished"
     except SystemExit:
         state = "cut"
-        print(f"stopped; to continue: make resume RUN={relative(run_dir)}", flush=True)
+        saved = checkpoints(run_dir / "checkpoints")
+        what = f"to continue: make resume RUN={relative(run_dir)}" if saved else "no step was saved, start it again"
+        print(f"stopped; {what}", flush=True)
         raise
     finally:
         close_loggers(loggers, "success" if state == "finished" else "failed")

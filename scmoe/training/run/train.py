@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from scmoe.config.fields import Config
-from scmoe.parallel.checkpoint.durable import newest_good
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.run.directory import relative
 from scmoe.training.run.lifetime import open_run
 from scmoe.training.run.loggers import log_best_checkpoint
+from scmoe.training.run.resume import find_checkpoint
 from scmoe.training.run.summary import print_summary, sample_text, summarise
 from scmoe.training.run.writing import write_json
 
@@ -26,7 +26,7 @@ def train(config: Config, overrides: Sequence[str] = (), run_dir: Path | None = 
     """
     hush_lightning()
     seed_everything(config)
-    checkpoint = newest_good(run_dir / "checkpoints") if run_dir else None
+    checkpoint = find_checkpoint(run_dir) if run_dir else None
     with open_run(config, overrides, run_dir, checkpoint) as (directory, loggers):
         data = build_datamodule(config)
         module = build_module(config if checkpoint is None else replace(config, init_from=None))  # it has the weights
