@@ -110,6 +110,21 @@ def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield from child.named_parameters(prefix, recurse=False)
 
 
+def check_experts(module: nn.Module, context: ParallelContext) -> None:
+    """Raise ValueError for experts that are not those of this rank, as of a model that was built before ranks existed.
+
+    Each rank would hold and train all experts, and they would drift apart without a word.
+    """
+    for name, child in module.named_modules():
+        if isinstance(child, Experts) and child.expert_ids != (own := context.local_experts(child.num_experts)):
+            held = child.expert_ids
+            raise ValueError(
+                f"{name or type(child).__name__} holds experts {held.start} to {held.stop - 1} on rank {context.rank}, "
+                f"allowed: {own.start} to {own.stop - 1} of {child.num_experts}; build the model in configure_model or "
+                "setup, from self.parallel_context, which __init__ does not have yet"
+            )
+
+
 def use_loopback_for_gloo() -> None:
     """Let gloo use the loopback interface on one machine, unless the user has named another: by default it uses the
     host name's address, which many laptops and containers cannot reach."""

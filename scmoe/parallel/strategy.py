@@ -25,7 +25,7 @@ from scmoe.parallel.checkpoint.state import model_state, optimizer_state
 from scmoe.parallel.job.debug import CompareCollectives
 from scmoe.parallel.job.lockstep import LockstepStrategy
 from scmoe.parallel.lightning_seam import accumulated_batches, hide_from_ddp, is_fitting
-from scmoe.parallel.mesh import build_context, expert_parameters, use_loopback_for_gloo
+from scmoe.parallel.mesh import build_context, check_experts, expert_parameters, use_loopback_for_gloo
 from scmoe.parallel.update.clipping import guard_updates
 from scmoe.parallel.update.reducer import ExpertGradientReducer
 
@@ -77,6 +77,7 @@ class ExpertParallelStrategy(LockstepStrategy):
         self.module.parallel_context = self.context
 
     def setup(self, trainer: Any) -> None:
+        check_experts(self.module, self.context)
         # else DDP would overwrite every rank's experts with rank 0's, then average gradients of different experts
         hide_from_ddp(self.module, [name for name, _ in expert_parameters(self.module)])
         super().setup(trainer)
@@ -91,6 +92,14 @@ class ExpertParallelStrategy(LockstepStrategy):
             self.at_teardown.callback(guard_updates(self.precision_plugin, self.module, self.context).remove)
             # weights were drawn equal on all ranks; what is drawn from here on (dropout, gate noise) must differ
             torch.manual_seed(torch.initial_seed() * 1_000_003 % 2**62 + self.global_rank)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        check_experts(self.module, self.context)
+        known = self.reducer.bucket_of
+        added = [name for name, p in expert_parameters(self.module) if p.requires_grad and p not in known]
+        if added:
+            raise ValueError(f"{added[0]} was added after fit had begun, allowed: in configure_model or setup")
 
     def teardown(self) -> None:
         super().teardown()

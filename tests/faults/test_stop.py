@@ -37,16 +37,17 @@ CONFIG = (
 
 
 def run(
-    rank: int, world_size: int, folder: Path, resume_from: Path | None, victim: int | None
+    rank: int, world_size: int, folder: Path, resume_from: Path | None, victim: int | None, number: int = signal.SIGTERM
 ) -> tuple[Any, list[int], dict[str, Tensor]]:
-    """Returns a run's exit code, validation batches and final tensors. victim: the rank that receives SIGTERM."""
+    """Returns a run's exit code, validation batches and final tensors. victim: the rank that receives the signal."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     validated: list[int] = []
     validation_step = LanguageModel.validation_step
 
     def noted(module: LanguageModel, batch: dict[str, Tensor], batch_idx: int) -> None:
         validated.append(batch_idx)
         if rank == victim and batch_idx == AT_BATCH:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         validation_step(module, batch, batch_idx)
 
     with patch.object(LanguageModel, "validation_step", noted):
@@ -72,6 +73,14 @@ def test_12_sigterm_during_validation_stops_the_run_there(victim, tmp_path):
     for (_, validated, tensors), (_, validated_uninterrupted, expected) in zip(resumed, uninterrupted, strict=True):
         assert validated == validated_uninterrupted == whole * 2, "the stopped validation is repeated"
         assert tiny_run.same(tensors, expected)
+
+
+@pytest.mark.representative
+def test_12_ctrl_c_stops_the_run_as_sigterm_does(tmp_path):
+    ends = run_ranks(run, 2, tmp_path, None, 1, signal.SIGINT)
+    assert [code for code, _, _ in ends] == [EXIT_CODE, 128 + signal.SIGINT], "each rank by the signal that it received"
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert (saved.name, durable.verify(saved)) == ("step=2.ckpt", 2)
 
 
 SCORES = {2: 3.0, 4: 1.0, 6: 2.0}  # step -> score of the validation after it; lower is better

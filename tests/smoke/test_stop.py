@@ -1,4 +1,4 @@
-"""Fault 12: after SIGTERM to either rank of a real run, or to both, the run ends with exit code 143.
+"""Fault 12: after SIGTERM to either rank of a real run, to both, or Ctrl-C, the run ends with exit code 143 or 130.
 
 It leaves one complete checkpoint of one step and can be resumed.
 """
@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -25,19 +26,25 @@ def children(pid):
     return [int(child) for child in found.stdout.split()]
 
 
-@pytest.mark.parametrize("ranks", ((0,), pytest.param((1,), marks=pytest.mark.representative), (0, 1)))
-def test_12_a_run_that_receives_sigterm_saves_and_exits_with_143(tmp_path, ranks):
+@pytest.mark.parametrize("ranks", ((0,), pytest.param((1,), marks=pytest.mark.representative), (0, 1), "ctrl-c"))
+def test_12_a_run_that_is_stopped_saves_and_exits_with_the_signals_code(tmp_path, ranks):
     command = [*RUN, *ENDLESS, "trainer.log_every=1", f"runs_dir={tmp_path}"]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipe, interruptible = subprocess.PIPE, partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    run = subprocess.Popen(
+        command, stderr=pipe, stdout=pipe, text=True, start_new_session=True, preexec_fn=interruptible
+    )
     try:
         assert any(line.startswith("step 3/") for line in run.stderr), "the run does not train"
         (other,) = children(run.pid)
-        for rank in ranks:
-            os.kill((run.pid, other)[rank], signal.SIGTERM)
+        if ranks == "ctrl-c":
+            os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+        else:
+            for rank in ranks:
+                os.kill((run.pid, other)[rank], signal.SIGTERM)
         out, _ = run.communicate(timeout=PATIENCE_S)
     finally:
         run.kill()
-    assert run.returncode == 143, out
+    assert run.returncode == (130 if ranks == "ctrl-c" else 143), out
     assert "make resume" in out.splitlines()[-1]
     checkpoints = tmp_path / "latest" / "checkpoints"
     step = verify(newest_good(checkpoints))

@@ -56,12 +56,13 @@ def train_in_ranks(world_size: int, *arguments: str, **variables: str) -> Done:
 
     The ranks have torchrun's variables, so the command joins them and starts no process.
     """
-    first, *others = run_ranks(_train, world_size, arguments, variables)
+    first, *others = run_ranks(train_here, world_size, arguments, variables)
     assert all((done.code, done.out) == (first.code, "") for done in others), "only rank 0 prints"
     return first
 
 
-def _train(rank: int, world_size: int, arguments: tuple[str, ...], variables: dict[str, str]) -> Done:
+def train_here(rank: int, world_size: int, arguments: tuple[str, ...], variables: dict[str, str]) -> Done:
+    """Runs the train command in this rank of run_ranks."""
     os.chdir(ROOT)
     for name in [name for name in os.environ if name.startswith(("WANDB_", "PYTEST_"))]:
         del os.environ[name]

@@ -49,6 +49,12 @@ MUTANTS = (
         "hide_from_ddp(self.module, [])",
     )
     .caught_by(EP),
+    Mutant("early-experts-accepted", 41, f"{PARALLEL}/strategy.py")
+    .replaces(
+        "        check_experts(self.module, self.context)\n        # else DDP",
+        "        assert self.context\n        # else DDP",
+    )
+    .caught_by(f"{FAULTS}/test_early_experts.py::test_41_experts_that_the_strategy_cannot_shard_are_refused"),
     Mutant("norm-of-own-shards", 22, f"{PARALLEL}/update/clipping.py")
     .replaces(
         "get_total_norm(sharded).square() / context.edp_size", "get_total_norm(sharded).square() / context.world_size"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.mutation.mutant import DATA, DIST, FAULTS, PARALLEL, UNIT, Mutant
 
+RUN, RUN_FILES = "scmoe/training/run", f"{FAULTS}/test_run_files.py"
 MUTANTS = (
     # ------------------------------------------------------------------ stopping
     Mutant("stop-requests-not-shared", 12, f"{PARALLEL}/job/stopping.py")
@@ -42,6 +43,30 @@ MUTANTS = (
         "                self.ask_and_wait()\n",
     )
     .caught_by(f"{FAULTS}/test_stop_any_time.py::test_12_where_ranks_cannot_ask_each_other_a_process_ends_at_once"),
+    Mutant("ctrl-c-not-handled", 12, f"{PARALLEL}/job/stopping.py")
+    .replaces("SIGNALS = (signal.SIGTERM, signal.SIGINT)", "SIGNALS = (signal.SIGTERM,)")
+    .caught_by(f"{FAULTS}/test_stop.py::test_12_ctrl_c_stops_the_run_as_sigterm_does"),
+    # ------------------------------------------------------------------ ordinary use
+    Mutant("last-step-not-saved", 38, f"{PARALLEL}/lightning_seam.py")
+    .replaces(
+        "        if self._last_global_step_saved != trainer.global_step:\n", "        if trainer.global_step < 0:\n"
+    )
+    .caught_by(f"{RUN_FILES}::test_38_a_finished_run_has_the_checkpoint_of_its_summary"),
+    Mutant("older-step-kept-after-resume", 38, f"{PARALLEL}/lightning_seam.py")
+    .replaces("int(step[1]) < trainer.global_step:", "int(step[1]) < 0:")
+    .caught_by(f"{RUN_FILES}::test_38_a_resumed_run_keeps_only_its_own_last_step"),
+    Mutant("resume-accepts-another-experiment", 39, f"{RUN}/resume.py")
+    .replaces("not key.startswith(MAY_CHANGE):", 'key.startswith("model."):')
+    .caught_by(f"{RUN_FILES}::test_39_another_model_or_experiment_is_refused_and_nothing_is_written"),
+    Mutant("resume-overwrites-config", 39, f"{RUN}/resume.py")
+    .replaces('run_dir / f"config-from-{step}.yaml"', 'run_dir / ("config.yaml" if step else "")')
+    .caught_by(f"{RUN_FILES}::test_39_a_resumption_keeps_its_config_beside_the_first_one"),
+    Mutant("weights-read-with-edited-config", 39, f"{RUN}/resume.py")
+    .replaces("    if text is None:\n", "    if checkpoint:\n")
+    .caught_by(f"{RUN_FILES}::test_39_weights_have_the_settings_that_they_were_trained_with"),
+    Mutant("every-rank-opens-the-run", 40, f"{RUN}/lifetime.py")
+    .replaces("    if rank_without_trainer() != 0:\n", "    if rank_without_trainer() < 0:\n")
+    .caught_by(f"{RUN_FILES}::test_40_only_rank_0_writes_into_the_run_directory"),
     Mutant("one-rank-saves-after-exception", 13, f"{PARALLEL}/job/fail_fast.py")
     .replaces(
         "        return self.context.world_size > 1 and was_interrupted(self.module.trainer)\n",

@@ -1,0 +1,169 @@
+"""Faults of ordinary use: what a run leaves at its end (38), what resuming may change (39), and who writes (40)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from experiments import export, train
+from scmoe.config.load import load
+from scmoe.parallel.checkpoint.durable import verify
+from scmoe.studies.runs import SeenRun
+from scmoe.testbed.ranks import run_ranks
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_module
+from scmoe.training.build.trainer import build_trainer
+from tests.support.commands import train_here, train_in_ranks
+
+pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]
+
+STEPS = ("trainer.max_steps=3", "trainer.checkpoint_every=2")
+LEFT = ["best-step=2.ckpt", "step=3.ckpt"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """Returns the directory of a finished run of three steps on two ranks."""
+    runs = tmp_path_factory.mktemp("finished")
+    done = train_in_ranks(2, "configs/debug.yaml", "trainer.devices=2", *STEPS, f"runs_dir={runs}")
+    assert done.code == 0, done.err
+    return (runs / "latest").resolve()
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path) -> Path:
+    """Returns a copy of the finished run, which a test may change."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def saved(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+# ---------------------------------------------------------------------- 38: the end of a run
+
+
+def validated(rank: int, world_size: int, folder: Path, checkpoint: Path) -> float:
+    config = load(folder / "config.yaml", ["trainer.devices=1"])
+    trainer = build_trainer(config, [], [])
+    (metrics,) = trainer.validate(build_module(config), build_datamodule(config), checkpoint, verbose=False)
+    return metrics["val/loss"]
+
+
+def test_38_a_finished_run_has_the_checkpoint_of_its_summary(finished):
+    assert saved(finished) == LEFT, "3 is not a multiple of checkpoint_every, and its save replaces the one of step 2"
+    last, summary = finished / "checkpoints" / "step=3.ckpt", json.loads((finished / "summary.json").read_text())
+    assert verify(last) == summary["steps"] == 3
+    (loss,) = run_ranks(validated, 1, finished, last)
+    assert loss == pytest.approx(summary["val_loss"], rel=1e-6)  # in float32, on one rank instead of two
+
+
+@pytest.mark.parametrize("which, name", [("best", LEFT[0]), ("last", LEFT[1])])
+def test_38_an_export_says_which_checkpoint_it_is(which, name, finished, tmp_path, capsys):
+    out = tmp_path / "model.safetensors"
+    assert export.main([str(finished), "--which", which, "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}, from the {which} checkpoint, {name}\n"
+    with safe_open(out, framework="pt") as file:
+        assert file.metadata()["checkpoint"] == name
+
+
+def test_38_a_resumed_run_keeps_only_its_own_last_step(run_dir):
+    resumed = train_in_ranks(1, "--resume", str(run_dir), "trainer.max_steps=5", "trainer.devices=1")
+    assert resumed.summary["steps"] == 5
+    assert [name for name in saved(run_dir) if name.startswith("step")] == ["step=5.ckpt"]
+    assert SeenRun(run_dir).steps == 5
+
+
+# ---------------------------------------------------------------------- 39: resuming
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("model.dim=96", "32, as in"),
+        ("moe.position=pos3", "'pos2', as in"),
+        ("moe.top_k=2", "1, as in"),
+        ("data.seq_len=32", "16, as in"),
+        ("data.global_batch_size=8", "4, as in"),
+        ("optim.lr=1", "0.001, as in"),
+        ("seed=2", "1, as in"),
+        ("name=other", "'debug', as in"),
+        ("trainer.max_steps=2", "3 or more, as the run has done 3 steps"),
+    ],
+)
+def test_39_another_model_or_experiment_is_refused_and_nothing_is_written(override, allowed, run_dir, capsys):
+    before = contents(run_dir)
+    assert train.main(["--resume", str(run_dir), override]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {override.partition('=')[0]} is ") and f", allowed: {allowed}" in line
+    assert contents(run_dir) == before
+
+
+def test_39_a_resumption_keeps_its_config_beside_the_first_one(run_dir):
+    first = (run_dir / "config.yaml").read_bytes()
+    for steps, devices in ((4, 2), (5, 1)):
+        more = (f"trainer.max_steps={steps}", f"trainer.devices={devices}")
+        assert train_in_ranks(devices, "--resume", str(run_dir), *more).summary["steps"] == steps
+    assert (run_dir / "config.yaml").read_bytes() == first
+    kept = [load(run_dir / f"config-from-{step}.yaml").trainer for step in (3, 4)]
+    assert [(trainer.max_steps, trainer.devices) for trainer in kept] == [(4, 2), (5, 1)]
+
+
+def test_39_weights_have_the_settings_that_they_were_trained_with(run_dir, tmp_path):
+    """config.yaml was changed by hand to another model whose tensors have the same names and shapes."""
+    config, out = run_dir / "config.yaml", tmp_path / "exported" / "model.safetensors"
+    config.write_text(config.read_text().replace("position: pos2", "position: pos1", 1))
+    assert load(config).moe.position == "pos1"
+    assert export.main([str(run_dir), "--out", str(out)]) == 0
+    with safe_open(out, framework="pt") as file:
+        assert json.loads(file.metadata()["settings"])["moe.position"] == "pos2"
+    assert load(out.parent / "config.yaml").moe.position == "pos2"
+
+
+def test_39_a_run_that_is_done_has_nothing_to_do(run_dir, capsys):
+    before = contents(run_dir)
+    assert train.main(["--resume", str(run_dir)]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == json.loads((run_dir / "summary.json").read_text())
+    assert said.err.startswith("nothing to do: all 3 steps are done; for more: make resume RUN=")
+    assert contents(run_dir) == before
+
+
+# ---------------------------------------------------------------------- 40: who writes
+
+
+def written(rank: int, world_size: int, folder: Path, arguments: tuple[str, ...]) -> set[str]:
+    """Returns what a rank opens for writing, creates, renames or removes in a folder while it trains, outside of
+    checkpoints."""
+    found: set[str] = set()
+    changes = ("os.mkdir", "os.rename", "os.remove", "os.symlink", "os.rmdir", "os.truncate")
+
+    def note(event: str, details: tuple[Any, ...]) -> None:
+        writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        for path in details[:2] if writes or event in changes else ():
+            if isinstance(path, (str, Path)) and str(path).startswith(str(folder)):
+                found.add(str(Path(path).relative_to(folder)))
+
+    sys.addaudithook(note)
+    assert train_here(rank, world_size, arguments, {}).code == 0
+    return {path for path in found if "checkpoints/" not in path}
+
+
+def test_40_only_rank_0_writes_into_the_run_directory(tmp_path):
+    new = ("configs/debug.yaml", "trainer.devices=2", *STEPS, f"runs_dir={tmp_path}", "logger.mode=offline")
+    resumed = ("--resume", str(tmp_path / "latest"), "trainer.max_steps=4")
+    for arguments in (new, resumed):
+        first, second = run_ranks(written, 2, tmp_path, arguments)
+        assert any(path.endswith("state.json") or ".tmp-state.json" in path for path in first), "the hook sees writes"
+        assert second == set()
