@@ -50,6 +50,7 @@ runs: $(READY)  ## list runs: state, best loss, tokens/s, differences in their c
 	@$(PY) -m experiments.runs $(ARGS)
 
 compare: $(READY)  ## draw the curves of RUNS="a b c" and show the differences in their configs
+	@test -n "$(RUNS)" || { echo 'compare: RUNS is missing, such as RUNS="runs/a runs/b"; make runs lists them' >&2; exit 2; }
 	@$(PY) -m experiments.compare $(RUNS) $(ARGS)
 
 sweep: $(READY)  ## run the W&B sweep file CONFIG=configs/sweep/lr.yaml: at W&B with a key, otherwise here

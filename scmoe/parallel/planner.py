@@ -30,15 +30,21 @@ from scmoe.schedule.cost import overlap_efficiency
 from scmoe.schedule.schedule import Schedule
 
 WARMUP_STEPS, STEPS_EACH, TRIES_EACH = 3, 3, 5  # the last two: with each number of chunks
+REFERENCES = ("sequential", "free")  # times of a choice: each transfer waited for at once, and without transfers
+LEAST_SHARE = 0.1  # of communication: below it, its hidden part is smaller than the noise of the times
 DRIFT, DRIFTED_IN_TURN = 1.5, 3  # a drifted step takes DRIFT times as long or as short; so many in turn
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """One timed step, all layers together, the mean over ranks; forward and backward."""
+    """One timed step, all layers together, the mean over ranks; forward and backward.
 
-    seconds: tuple[float, float]
-    efficiency: tuple[float, float]
+    shares: of communication in the time without overlap. efficiency: the hidden part of it; None below LEAST_SHARE.
+    """
+
+    seconds: list[float]
+    shares: list[float]
+    efficiency: list[float | None]
 
 
 class Planner:
@@ -168,13 +174,15 @@ class Planner:
 
     def note_overlap(self, sample_L2O: Tensor) -> None:
         """Computes the overlap of a timed step, and measures again after DRIFTED_IN_TURN drifted ones."""
-        forward, backward = gather(sample_L2O[:, :, -1].sum(0), self.group).mean(0).tolist()
-        sums = [[sum(getattr(c, kind)[d] for c in self.choices) for d in (0, 1)] for kind in ("sequential", "free")]
-        efficiency = [overlap_efficiency(t, s, f) for t, s, f in zip((forward, backward), *sums, strict=True)]
-        self.overlap = Overlap((forward, backward), (efficiency[0], efficiency[1]))
+        seconds = gather(sample_L2O[:, :, -1].sum(0), self.group).mean(0).tolist()
+        sequential, free = ([sum(getattr(c, kind)[d] for c in self.choices) for d in (0, 1)] for kind in REFERENCES)
+        shares = [1 - f / s for s, f in zip(sequential, free, strict=True)]
+        hidden = map(overlap_efficiency, seconds, sequential, free)
+        efficiency = [e if share >= LEAST_SHARE else None for e, share in zip(hidden, shares, strict=True)]
+        self.overlap = Overlap(seconds, shares, efficiency)
         if self.first_seconds is None:
-            self.first_seconds = forward + backward
-        ratio = (forward + backward) / self.first_seconds
+            self.first_seconds = sum(seconds)
+        ratio = sum(seconds) / self.first_seconds
         self.drifted = 0 if 1 / DRIFT <= ratio <= DRIFT else self.drifted + 1
         if self.drifted == DRIFTED_IN_TURN:
             self.restart()

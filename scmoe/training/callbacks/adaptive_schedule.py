@@ -14,7 +14,8 @@ from scmoe.training.callbacks.log_lines import logs_now
 
 
 class AdaptiveSchedule(Callback):
-    """Logs overlap/forward and overlap/backward: the shares of the communication that each logged step has hidden.
+    """Logs overlap/forward and overlap/backward: the shares of the communication that each logged step has hidden,
+    where there is enough of it to measure.
 
     auto: choose slot and chunks by measurement, and again where the times drift; otherwise only measure.
     chunks: the numbers of chunks to choose from.
@@ -63,8 +64,8 @@ class AdaptiveSchedule(Callback):
             if self.auto and trainer.is_global_zero:
                 print("\n".join(plan_lines(choices)), file=sys.stderr, flush=True)
         if overlap is not None and logs_now(trainer, batch_idx):
-            forward, backward = overlap.efficiency
-            pl_module.log_dict({"overlap/forward": forward, "overlap/backward": backward})
+            hidden = zip(("overlap/forward", "overlap/backward"), overlap.efficiency, strict=True)
+            pl_module.log_dict({name: share for name, share in hidden if share is not None})
             if self.show_what_ran and trainer.is_global_zero:
                 print(what_ran(choices, overlap, self.planner.backend), file=sys.stderr, flush=True)
             self.show_what_ran = False
@@ -87,10 +88,11 @@ def plan_lines(choices: list[LayerChoice]) -> list[str]:
 def what_ran(choices: list[LayerChoice], overlap: Overlap, backend: str) -> str:
     ran = sorted({f"slot {c.schedule.slot} x {c.schedule.chunks}" for c in choices})
     predicted, measured = (1e3 * sum(seconds) for seconds in ((c.predicted for c in choices), overlap.seconds))
-    sequential, free = (sum(sum(getattr(c, kind)) for c in choices) for kind in ("sequential", "free"))
-    hidden = [f"{100 * share:.0f} %" for share in overlap.efficiency]
+    hidden = []
+    for direction, share, part in zip(("forward", "backward"), overlap.shares, overlap.efficiency, strict=True):
+        found = f"too little to measure ({share:.0%})" if part is None else f"{part:.0%} hidden of {share:.0%}"
+        hidden.append(f"{direction} {found}")
     return (
         f"ran: {backend}, {', '.join(ran)} (slot x chunks): {measured:.1f} ms of all MoE windows a step, predicted "
-        f"{predicted:.1f}; of their communication, {100 * (1 - free / sequential):.0f} % of the time without overlap, "
-        f"hidden: {hidden[0]} forward, {hidden[1]} backward"
+        f"{predicted:.1f}; communication, as a share of the time without overlap: {', '.join(hidden)}"
     )
