@@ -132,7 +132,8 @@ def original_after_closure(plugin: Any, module: Any, optimizer: Optimizer) -> No
 class LastCheckpoint(ModelCheckpoint):
     """Keeps the newest checkpoint alone, as `step=N.ckpt`: of every n-th step, of a stop, of the end of training.
 
-    Lightning's own saves nothing at the end, and leaves the checkpoint from which a run was resumed.
+    Lightning's own saves nothing at the end, and leaves the checkpoint from which a run was resumed. With another
+    save_top_k, -1 or 0, it keeps all checkpoints or makes none.
     """
 
     def __init__(self, folder: Path | None, every_n_steps: int) -> None:
@@ -145,12 +146,12 @@ class LastCheckpoint(ModelCheckpoint):
         self._save_checkpoint(trainer, self.best_model_path)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._last_global_step_saved != trainer.global_step:
+        if self.save_top_k and self._last_global_step_saved != trainer.global_step:
             self.save(trainer)
 
     def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
-        for path in Path(filepath).parent.glob("step=*.ckpt"):
+        for path in Path(filepath).parent.glob("step=*.ckpt") if self.save_top_k == 1 else ():
             step = re.fullmatch(r"step=(\d+)\.ckpt", path.name)
             if step and int(step[1]) < trainer.global_step:
                 trainer.strategy.remove_checkpoint(path)  # once the new one is complete

@@ -47,22 +47,22 @@ def tiny(world_size: int, *overrides: str) -> Config:
     return load(None, [*TINY, f"trainer.devices={world_size}", *overrides])
 
 
-def fit(config: Config, run_dir: Path, resume_from: Path | None = None) -> Any:
-    """Train on this rank. Returns the Trainer; every checkpoint is kept."""
+def fit(config: Config, run_dir: Path, resume_from: Path | None = None, save_top_k: int = -1) -> Any:
+    """Train on this rank. Returns the Trainer. save_top_k: -1 keeps every checkpoint, 0 makes none."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     seed_everything(config)
     trainer: Any = build_trainer(config, build_callbacks(config, run_dir), [])
     for callback in trainer.checkpoint_callbacks:
-        callback.save_top_k = -1
+        callback.save_top_k = save_top_k
     trainer.fit(build_module(config), build_datamodule(config), ckpt_path=resume_from, weights_only=True)
     return trainer
 
 
 def one_step(world_size: int, run_dir: Path) -> Any:
     """Return the Trainer of a run of one step, with weights and AdamW's state to save or to load into."""
-    return fit(tiny(world_size, "trainer.max_steps=1", f"trainer.checkpoint_every={NEVER}"), run_dir)
+    return fit(tiny(world_size, "trainer.max_steps=1"), run_dir, save_top_k=0)
 
 
 def tensors(trainer: Any) -> dict[str, Tensor]:

@@ -48,9 +48,7 @@ MUTANTS = (
     .caught_by(f"{FAULTS}/test_stop.py::test_12_ctrl_c_stops_the_run_as_sigterm_does"),
     # ------------------------------------------------------------------ ordinary use
     Mutant("last-step-not-saved", 38, f"{PARALLEL}/lightning_seam.py")
-    .replaces(
-        "        if self._last_global_step_saved != trainer.global_step:\n", "        if trainer.global_step < 0:\n"
-    )
+    .replaces("        if self.save_top_k and self._last", "        if not self.save_top_k and self._last")
     .caught_by(f"{RUN_FILES}::test_38_a_finished_run_has_the_checkpoint_of_its_summary"),
     Mutant("older-step-kept-after-resume", 38, f"{PARALLEL}/lightning_seam.py")
     .replaces("int(step[1]) < trainer.global_step:", "int(step[1]) < 0:")
