@@ -49,11 +49,8 @@ MUTANTS = (
         "hide_from_ddp(self.module, [])",
     )
     .caught_by(EP),
-    Mutant("early-experts-accepted", 41, f"{PARALLEL}/strategy.py")
-    .replaces(
-        "        check_experts(self.module, self.context)\n        # else DDP",
-        "        assert self.context\n        # else DDP",
-    )
+    Mutant("early-experts-accepted", 41, f"{PARALLEL}/mesh.py")
+    .replaces("isinstance(child, Experts) and child.expert_ids", "child is None and child.expert_ids")
     .caught_by(f"{FAULTS}/test_early_experts.py::test_41_experts_that_the_strategy_cannot_shard_are_refused"),
     Mutant("norm-of-own-shards", 22, f"{PARALLEL}/update/clipping.py")
     .replaces(
