@@ -1,6 +1,7 @@
 """Train a model, or resume a run. The last line on standard output is the run's summary as JSON.
 
-Exit codes: 2, the request was wrong and nothing was started; 143, stopped by SIGTERM with a checkpoint.
+Exit codes: 2, the request was wrong and nothing was started; 143 or 130, stopped by SIGTERM or Ctrl-C with a
+checkpoint.
 """
 
 import json
@@ -39,14 +40,6 @@ def main(arguments: list[str]) -> None:
         print(f"{usage}\n{__doc__}\n{help_text()}")
         return
     config, overrides, run_dir = read(arguments)
-    if run_dir is not None:
-        from scmoe.training.run.resume import summary_if_done
-
-        if (done := summary_if_done(run_dir, config)) is not None:
-            again = f"make resume RUN={arguments[1]} ARGS=trainer.max_steps={2 * done['steps']}"
-            print(f"nothing to do: all {done['steps']} steps are done; for more: {again}", file=sys.stderr)
-            print(json.dumps(done))
-            return
     from scmoe.training.run.train import train
 
     summary = train(config, overrides, run_dir)

@@ -63,6 +63,13 @@ def sample_text(trainer: Trainer, module: MoEModule, data: PositionedDataModule)
     return [data.tokenizer.decode(row[1:].tolist()) for row in ids]
 
 
+def say_done(run_dir: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """Say that a run has nothing left to do, and return its summary."""
+    more = f"make resume RUN={relative(run_dir)} ARGS=trainer.max_steps={2 * summary['steps']}"
+    print(f"nothing to do: all {summary['steps']} steps are done; for more: {more}", file=sys.stderr)
+    return summary
+
+
 def print_summary(run_dir: Path, summary: Mapping[str, Any], samples: list[str]) -> None:
     """Print the summary's panel, and the commands that can follow, ready to copy."""
     run, console = relative(run_dir), report.console()

@@ -8,22 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from scmoe.config.fields import Config
+from scmoe.parallel.lightning_seam import rank_without_trainer
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.run.directory import relative
 from scmoe.training.run.lifetime import open_run
 from scmoe.training.run.loggers import log_best_checkpoint
-from scmoe.training.run.resume import find_checkpoint
-from scmoe.training.run.summary import print_summary, sample_text, summarise
+from scmoe.training.run.resume import find_checkpoint, summary_if_done
+from scmoe.training.run.summary import print_summary, sample_text, say_done, summarise
 from scmoe.training.run.writing import write_json
 
 
 def train(config: Config, overrides: Sequence[str] = (), run_dir: Path | None = None) -> dict[str, Any] | None:
     """Train and return the summary, which is also in the run directory; return None on ranks other than 0.
 
-    run_dir: the run to continue from its newest checkpoint; None starts a new run.
+    run_dir: the run to continue from its newest checkpoint; None starts a new run. A run that is done is not touched.
     """
+    if run_dir is not None and (done := summary_if_done(run_dir, config)) is not None:
+        return say_done(run_dir, done) if rank_without_trainer() == 0 else None
     hush_lightning()
     seed_everything(config)
     checkpoint = find_checkpoint(run_dir) if run_dir else None
