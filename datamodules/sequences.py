@@ -95,12 +95,15 @@ class SequenceDataModule(PositionedDataModule):
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        _ = self.splits  # opened here, before a loader is made
+        """Open the splits. Raises ValueError for one that is too short."""
+        for split, tokens in self.splits.tokens.items():
+            least = self.seq_len + 1 if split == "train" else 2  # an input and a target
+            if len(tokens) < least:
+                allowed = f"allowed: {least} or more with data.seq_len {self.seq_len}; give more text"
+                raise ValueError(f"the split {split} of the data has {len(tokens)} tokens, {allowed}")
 
     def train_dataloader(self) -> DataLoader:
         dataset = TrainSequences(self.splits.tokens["train"], self.seq_len)
-        if not len(dataset):
-            raise ValueError(f"data.seq_len is {self.seq_len}; the training split has {len(dataset.tokens)} tokens")
         return self.train_loader(dataset, SampleOrder(len(dataset), self.seed))
 
     def val_dataloader(self) -> DataLoader:

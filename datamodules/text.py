@@ -35,7 +35,8 @@ class TextDataModule(SequenceDataModule):
             Tokenizer.load(tokenizer_file(tokenizer)).require_room(vocab_size)
 
     def prepare_data(self) -> None:
-        build_cache(self.cache_dir, self.source_name, self._source, self.tokenizer_kind, self.vocab_size)
+        if "cache" not in vars(self):  # else this process has opened it already
+            build_cache(self.cache_dir, self.source_name, self._source, self.tokenizer_kind, self.vocab_size)
 
     @cached_property
     def cache(self) -> TokenCache:

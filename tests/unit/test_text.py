@@ -221,7 +221,7 @@ def test_unigram_baseline_by_hand(make, tmp_path):
         (tmp_path / f"{name}.txt").write_text(content)
     inner = make_tokenizer("bpe", 257, [])
     inner.save(tmp_path / "bytes.json")
-    data = make(path=str(tmp_path), tokenizer=str(tmp_path / "bytes.json"))
+    data = make(path=str(tmp_path), tokenizer=str(tmp_path / "bytes.json"), seq_len=2)
     # add-one counts: a 3, b 2, end 2, the other 254 ids 1 each, in total 261; two targets, one byte
     assert data.unigram_bits_per_byte() == pytest.approx(2 * np.log2(261 / 2))
 

@@ -1,4 +1,4 @@
-"""Builds the datamodule of a configuration."""
+"""Builds the datamodule of a configuration, and prepares its data."""
 
 from typing import Any
 
@@ -7,6 +7,15 @@ from datamodules.synthetic import SyntheticDataModule
 from datamodules.text import TextDataModule
 from scmoe.config.fields import Config, ConfigError
 from scmoe.config.rules import IMAGES
+
+
+def prepare_data(data: PositionedDataModule) -> None:
+    """Download, tokenize and check the data, before other ranks are started. ConfigError: it cannot be used."""
+    try:
+        data.prepare_data()
+        data.setup("fit")
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def build_datamodule(config: Config) -> PositionedDataModule:

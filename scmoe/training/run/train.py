@@ -9,7 +9,7 @@ from typing import Any
 
 from scmoe.config.fields import Config
 from scmoe.parallel.lightning_seam import rank_without_trainer
-from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.data import build_datamodule, prepare_data
 from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.run.directory import relative
@@ -30,8 +30,10 @@ def train(config: Config, overrides: Sequence[str] = (), run_dir: Path | None = 
     hush_lightning()
     seed_everything(config)
     checkpoint = find_checkpoint(run_dir) if run_dir else None
+    data = build_datamodule(config)
+    if rank_without_trainer() == 0:
+        prepare_data(data)
     with open_run(config, overrides, run_dir, checkpoint) as (directory, loggers):
-        data = build_datamodule(config)
         module = build_module(config if checkpoint is None else replace(config, init_from=None))  # it has the weights
         trainer = build_trainer(config, build_callbacks(config, directory), loggers)
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
