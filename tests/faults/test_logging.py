@@ -129,13 +129,20 @@ NO_ROOM = """
 import resource, sys
 from lightning.pytorch import Callback
 from scmoe.config.load import load
+from scmoe.parallel.lightning_seam import LastCheckpoint
 from scmoe.training.run import train
 class NoRoom(Callback):
     def on_train_start(self, trainer, module):
         _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20, limit))
 made = train.build_callbacks
-train.build_callbacks = lambda *arguments: [*made(*arguments), NoRoom()]
+def build_callbacks(*arguments):
+    callbacks = made(*arguments)
+    for callback in callbacks:
+        if isinstance(callback, LastCheckpoint):
+            callback.save_top_k = 0  # a checkpoint that cannot be written is an error (fault 4)
+    return [*callbacks, NoRoom()]
+train.build_callbacks = build_callbacks
 config = load(None, [
     "model.layers=4", "model.dim=16", "model.heads=2", "moe.num_experts=4", "moe.architecture=dgmoe",
     "data.name=synthetic", "data.vocab_size=64", "data.seq_len=8", "data.global_batch_size=4",
