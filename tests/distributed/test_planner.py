@@ -22,13 +22,12 @@ from scmoe.moe.stream import MoEStream
 from scmoe.parallel import planner as planning
 from scmoe.parallel import pricing
 from scmoe.parallel.dispatcher import AllToAllDispatcher
-from scmoe.parallel.planner import DRIFTED_IN_TURN, STEPS_EACH, TRIES_EACH, WARMUP_STEPS, Overlap, Planner
+from scmoe.parallel.planner import DRIFTED_IN_TURN, STEPS_EACH, TRIES_EACH, WARMUP_STEPS, Planner
 from scmoe.parallel.pricing import OPERATORS, LayerChoice
 from scmoe.schedule.cost import OperatorTimes, best_schedule, slots
 from scmoe.schedule.schedule import Schedule
 from scmoe.testbed.emulated import EmulatedOperator
 from scmoe.testbed.ranks import RankError, run_ranks
-from scmoe.training.callbacks.adaptive_schedule import plan_lines, what_ran
 from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_sublayers
 
 pytestmark = pytest.mark.dist
@@ -269,37 +268,3 @@ def test_times_that_stay_changed_are_measured_again():
     assert DRIFTED_IN_TURN == 3
     for restarted in run_ranks(drift, 2):
         assert restarted == [False] * 6 + [True]
-
-
-def test_layers_with_one_schedule_share_a_line():
-    times = {1: OperatorTimes({"dispatch": 0.010, "combine": 0.010, "attention": 0.012, "experts": 0.001})}
-    choice = LayerChoice(Schedule("scmoe", "pos1", 1), times, (0.03, 0.0))
-    lines = plan_lines([choice, choice, replace(choice, schedule=Schedule("scmoe", "pos1", 2))])
-    assert len(lines) == 2
-    assert lines[0].startswith(
-        "plan: MoE layers 1 to 2: scmoe pos1, slot 1 of 0 to 2, 1 chunk(s): 23.0 ms there and back, 10.0"
-    )
-    assert "Eq. 11 would take slot" in lines[1]
-
-
-def test_what_ran_says_how_much_communication_there_is_to_hide():
-    times = {1: OperatorTimes({"dispatch": 0.010, "combine": 0.010, "attention": 0.012, "experts": 0.001})}
-    times[1] = OperatorTimes(times[1].forward, times[1].forward)
-    choice = LayerChoice(Schedule("scmoe", "pos1", 1), times, (0.04, 0.04))
-    line = what_ran([choice, choice], Overlap([0.05, 0.05], [0.5, 0.07], [0.75, None]), "gloo")
-    assert line.startswith("ran: gloo, slot 1 x 1 (slot x chunks): 100.0 ms of all MoE windows a step, predicted ")
-    assert line.endswith("forward 75% hidden of 50%, backward too little to measure (7%)")
-
-
-def test_a_hidden_share_is_none_where_communication_is_below_the_noise():
-    """Per direction. The times are those of one layer in turn and without transfers."""
-    planner = Planner.__new__(Planner)
-    forward = {"dispatch": 0.025, "combine": 0.025, "attention": 0.05}
-    backward = {"dispatch": 0.0005, "combine": 0.0005, "attention": 0.05}
-    planner.choices = [LayerChoice(Schedule("scmoe", "pos1", 1), {1: OperatorTimes(forward, backward)}, (0.1, 0.051))]
-    planner.group, planner.first_seconds, planner.drifted = None, None, 0
-    with patch.object(planning, "gather", lambda sample, group: sample[None]):
-        planner.note_overlap(torch.tensor([[[0.06], [0.06]]]))
-    assert planner.overlap is not None
-    assert planner.overlap.efficiency == [pytest.approx(0.8), None]
-    assert planner.overlap.shares == [pytest.approx(0.5), pytest.approx(1 / 51, abs=1e-6)]

@@ -43,6 +43,11 @@ def client(server: WandbServer) -> Iterator[None]:
     wandb.teardown()
 
 
+def environment() -> dict[str, str]:
+    """Returns the variables of this process without those of W&B and of tests."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "PYTEST_"))}
+
+
 def scenario(folder: Path) -> None:
     """Writes into the folder, for each training, what the server received and what the training printed."""
     from lightning.pytorch import Callback
@@ -75,8 +80,8 @@ def scenario(folder: Path) -> None:
         command = wandb_logger.sync_command((folder / "offline" / "latest").resolve())
         assert command is not None
         sync = [sys.executable, "-m", *command.split()]
-        environment = {**os.environ, **server.variables}
-        done = subprocess.run(sync, cwd=folder, env=environment, capture_output=True, text=True)  # it logs into cwd
+        there = {"cwd": folder, "env": {**os.environ, **server.variables}}  # it logs into cwd
+        done = subprocess.run(sync, capture_output=True, text=True, **there)
         runs = [asdict(run) for run in server.runs.values()]
         artifacts = [{**asdict(a), "files": sorted(a.files)} for a in server.artifacts]
         report = {"said": done.stderr, "code": done.returncode, "runs": runs, "artifacts": artifacts}
@@ -111,8 +116,7 @@ def scenario(folder: Path) -> None:
 def reports(tmp_path_factory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("wire")
     code = f"from pathlib import Path; from tests.smoke.test_wandb import scenario; scenario(Path({str(folder)!r}))"
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "PYTEST_"))}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not [path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
@@ -212,11 +216,8 @@ def test_a_sweep_through_an_agent(tmp_path):
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(ours))
     with wandb_server() as server:
         words = (str(tmp_path / "two.yaml"), f"runs_dir={tmp_path}")
-        environment = {
-            k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "PYTEST_"))
-        } | server.variables
-        command = [sys.executable, "-m", "experiments.sweep", *words]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        command, env = [sys.executable, "-m", "experiments.sweep", *words], environment() | server.variables
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {"sweep": "me/scmoe/sweep001", "exit_code": 0}
     made, joined = (line.split() for line in done.stdout.splitlines() if line.startswith(("    wandb ", "    PATH=")))
@@ -256,7 +257,6 @@ def test_a_trial_that_w_and_b_stops_and_one_that_is_interrupted_are_saved(tmp_pa
     """The server stops the first trial, as its Hyperband does; Ctrl-C interrupts the second."""
     long = ("trainer.max_steps=100000", "trainer.val_every=100000", "trainer.checkpoint_every=100000")
     words = ("configs/sweep/smoke.yaml", f"runs_dir={tmp_path}", *long)
-    private = ("WANDB_", "PYTEST_")
 
     def until_it_trains(trial: str) -> None:
         """Waits for rows in metrics.csv: the client sends its rows only every 15 s."""
@@ -265,15 +265,8 @@ def test_a_trial_that_w_and_b_stops_and_one_that_is_interrupted_are_saved(tmp_pa
             time.sleep(0.1)
 
     with wandb_server() as server, (tmp_path / "said").open("w") as said:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(private)} | server.variables
-        process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.sweep", *words],
-            cwd=ROOT,
-            env=environment,
-            stdout=said,
-            stderr=said,
-            start_new_session=True,
-        )
+        command, env = [sys.executable, "-m", "experiments.sweep", *words], environment() | server.variables
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=said, stderr=said, start_new_session=True)
         until_it_trains("trial0")
         server.stopped.add("trial0")
         until_it_trains("trial1")

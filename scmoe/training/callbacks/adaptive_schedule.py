@@ -90,7 +90,8 @@ def what_ran(choices: list[LayerChoice], overlap: Overlap, backend: str) -> str:
     predicted, measured = (1e3 * sum(seconds) for seconds in ((c.predicted for c in choices), overlap.seconds))
     hidden = []
     for direction, share, part in zip(("forward", "backward"), overlap.shares, overlap.efficiency, strict=True):
-        found = f"too little to measure ({share:.0%})" if part is None else f"{part:.0%} hidden of {share:.0%}"
+        whole = f"{100 * share:.0f} %"
+        found = f"too little to measure ({whole})" if part is None else f"{100 * part:.0f} % hidden of {whole}"
         hidden.append(f"{direction} {found}")
     return (
         f"ran: {backend}, {', '.join(ran)} (slot x chunks): {measured:.1f} ms of all MoE windows a step, predicted "

@@ -63,7 +63,7 @@ MUTANTS = (
     .caught_by(f"{DIST}/test_planner.py::test_after_drift_all_ranks_make_the_same_new_choice"),
     Mutant("noise-logged-as-hidden", 0, f"{PARALLEL}/planner.py")
     .replaces("if share >= LEAST_SHARE else None", "if share else None")
-    .caught_by(f"{DIST}/test_planner.py::test_a_hidden_share_is_none_where_communication_is_below_the_noise"),
+    .caught_by(f"{UNIT}/test_planner_lines.py::test_a_hidden_share_is_none_where_communication_is_below_the_noise"),
     Mutant("planner-leaves-transfers-blocking", 0, f"{PARALLEL}/planner.py")
     .replaces("if self.choices else self.own)", "if self.choices else self.own, blocking=True)")
     .caught_by(f"{DIST}/test_planner.py::test_a_closed_planner_leaves_nothing_on_the_blocks[4]"),
