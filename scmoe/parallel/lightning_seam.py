@@ -50,6 +50,11 @@ def restart_validation(trainer: Any) -> None:
         progress.increment_started()
 
 
+def forget_started_batch(trainer: Any) -> None:
+    """Subtract a batch that a stop has prevented from the run's total, by which Lightning finds the next validation."""
+    trainer.fit_loop.epoch_loop.batch_progress.total.reset_on_restart()
+
+
 def forget_stopped_validation(trainer: Any) -> None:
     """Subtract the batches of a validation that a stop has cut off from the run's total."""
     trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()

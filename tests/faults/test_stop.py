@@ -83,6 +83,42 @@ def test_12_ctrl_c_stops_the_run_as_sigterm_does(tmp_path):
     assert (saved.name, durable.verify(saved)) == ("step=2.ckpt", 2)
 
 
+def validations(
+    rank: int, world_size: int, folder: Path, resume_from: Path | None, stop_at: int | None
+) -> tuple[Any, list[int]]:
+    """Returns a run's exit code, and the steps after which it validated. stop_at: rank 1 receives SIGTERM in it."""
+    steps: list[int] = []
+    training_step, validation_step = LanguageModel.training_step, LanguageModel.validation_step
+
+    def stopping(module: LanguageModel, batch: dict[str, Tensor], batch_idx: int) -> Any:
+        if rank == 1 and module.global_step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return training_step(module, batch, batch_idx)
+
+    def noted(module: LanguageModel, batch: dict[str, Tensor], batch_idx: int) -> None:
+        steps.extend([module.global_step] * (batch_idx == 0))
+        validation_step(module, batch, batch_idx)
+
+    with patch.object(LanguageModel, "training_step", stopping), patch.object(LanguageModel, "validation_step", noted):
+        try:
+            tiny_run.fit(tiny_run.tiny(world_size, *NINE, *CONFIG[3:]), folder, resume_from)
+        except SystemExit as end:
+            return end.code, steps
+    return None, steps
+
+
+NINE = ("trainer.max_steps=9", "trainer.val_every=3")
+
+
+@pytest.mark.representative
+def test_12_a_resumed_run_validates_after_the_same_steps(tmp_path):
+    """Lightning counts the batch before which a run was stopped, and would validate one step too early."""
+    assert run_ranks(validations, 2, tmp_path, None, 3) == [(EXIT_CODE, [3])] * 2
+    (saved,) = (tmp_path / "checkpoints").glob("step=*.ckpt")
+    assert saved.name in ("step=4.ckpt", "step=5.ckpt")
+    assert run_ranks(validations, 2, tmp_path / "resumed", saved, None) == [(None, [6, 9])] * 2
+
+
 SCORES = {2: 3.0, 4: 1.0, 6: 2.0}  # step -> score of the validation after it; lower is better
 BEST = ("trainer.max_steps=6", "trainer.val_every=2", "trainer.accumulate=2", f"data.val_sequences={BATCHES * 8}")
 

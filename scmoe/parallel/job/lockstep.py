@@ -142,6 +142,7 @@ class LockstepStrategy(FailFastStrategy):
         if self.trained is self.module and not seam.accumulated_batches(trainer):
             self.checkpoints.restore_random_state()
             seam.restart_validation(trainer)
+            seam.forget_started_batch(trainer)
             if isinstance(last := trainer.checkpoint_callback, seam.LastCheckpoint):
                 last.save(trainer)
             else:

@@ -43,6 +43,9 @@ MUTANTS = (
         "                self.ask_and_wait()\n",
     )
     .caught_by(f"{FAULTS}/test_stop_any_time.py::test_12_where_ranks_cannot_ask_each_other_a_process_ends_at_once"),
+    Mutant("early-validation-after-stop", 12, f"{PARALLEL}/job/lockstep.py")
+    .replaces("            seam.forget_started_batch(trainer)\n", "")
+    .caught_by(f"{FAULTS}/test_stop.py::test_12_a_resumed_run_validates_after_the_same_steps"),
     Mutant("ctrl-c-not-handled", 12, f"{PARALLEL}/job/stopping.py")
     .replaces("SIGNALS = (signal.SIGTERM, signal.SIGINT)", "SIGNALS = (signal.SIGTERM,)")
     .caught_by(f"{FAULTS}/test_stop.py::test_12_ctrl_c_stops_the_run_as_sigterm_does"),
