@@ -51,7 +51,7 @@ def restart_validation(trainer: Any) -> None:
 
 
 def forget_started_batch(trainer: Any) -> None:
-    """Subtract a batch that a stop has prevented from the run's total, by which Lightning finds the next validation."""
+    """Subtract the batch before which a run stops from the run's total; Lightning places validations by that total."""
     trainer.fit_loop.epoch_loop.batch_progress.total.reset_on_restart()
 
 

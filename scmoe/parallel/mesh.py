@@ -111,9 +111,10 @@ def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def check_experts(module: nn.Module, context: ParallelContext) -> None:
-    """Raise ValueError for experts that are not those of this rank, as of a model that was built before ranks existed.
+    """Raise ValueError for experts that do not belong to this rank.
 
-    Each rank would hold and train all experts, and they would drift apart without a word.
+    A model that is built before the ranks exist has all experts. Each rank would train all of them, and they would
+    differ from rank to rank without any error.
     """
     for name, child in module.named_modules():
         if isinstance(child, Experts) and child.expert_ids != (own := context.local_experts(child.num_experts)):

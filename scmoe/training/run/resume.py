@@ -69,5 +69,7 @@ def summary_if_done(run_dir: Path, config: Config) -> dict[str, Any] | None:
     """Return the summary of a run that has done all its steps; None where steps or the summary are missing."""
     path = run_dir / "summary.json"
     summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    done = read_manifest(find_checkpoint(run_dir))["step"] >= config.trainer.max_steps == summary.get("steps")
-    return summary if done else None
+    if summary.get("steps") != config.trainer.max_steps:
+        return None  # most resumed runs: their checkpoint is not read once more
+    step = read_manifest(find_checkpoint(run_dir))["step"]
+    return summary if step >= config.trainer.max_steps else None
