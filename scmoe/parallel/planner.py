@@ -90,6 +90,18 @@ class Planner:
         self.drifted = 0
         self.recorders: list[Recorder] | None = None
 
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """Where a choice holds: on as many ranks of this device, for these layers and numbers of chunks."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        ranks, names = dist.get_world_size(), [schedule.name for schedule in self.own]
+        place = {"ranks": ranks, "device": device, "backend": self.backend}
+        return {**place, "layers": names, "chunks": self.chunk_counts}
+
+    def take(self, choices: Sequence[LayerChoice]) -> None:
+        """Runs as an earlier planner has chosen under equal conditions, without measuring first."""
+        self.choices, self.steps = list(choices), self.steps_to_choose
+
     def close(self) -> None:
         """Leaves the blocks as chosen, or as configured where there is no choice yet, without recorders."""
         self.recorders = None

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from torch.distributed import DistNetworkError, DistStoreError
 from torch.optim import Optimizer
 
 from scmoe.parallel.checkpoint.saving import Checkpoints
@@ -26,8 +27,10 @@ from scmoe.parallel.job.debug import CompareCollectives
 from scmoe.parallel.job.lockstep import LockstepStrategy
 from scmoe.parallel.lightning_seam import accumulated_batches, hide_from_ddp, is_fitting
 from scmoe.parallel.mesh import build_context, check_experts, expert_parameters, use_loopback_for_gloo
-from scmoe.parallel.update.clipping import guard_updates
+from scmoe.parallel.update.clipping import check_precision, guard_updates
 from scmoe.parallel.update.reducer import ExpertGradientReducer
+
+LONGEST_S = 1e6  # what a timeout may be
 
 
 class ExpertParallelStrategy(LockstepStrategy):
@@ -59,6 +62,10 @@ class ExpertParallelStrategy(LockstepStrategy):
         full_checkpoint: bool = False,
         **ddp: Any,
     ) -> None:
+        if ep_size is not None and ep_size < 1:
+            raise ValueError(f"ep_size is {ep_size}, allowed: None or a number of ranks, 1 or more")
+        if not 0 < timeout_s <= LONGEST_S:
+            raise ValueError(f"timeout_s is {timeout_s}, allowed: above 0, at most {LONGEST_S:g} seconds")
         self.timeout = timedelta(seconds=timeout_s)
         super().__init__(**{"gradient_as_bucket_view": True, **ddp, "timeout": self.timeout})
         self.ep_size, self.debug_collectives = ep_size, debug_collectives
@@ -69,7 +76,14 @@ class ExpertParallelStrategy(LockstepStrategy):
     def setup_environment(self) -> None:
         if self.num_nodes == 1:
             use_loopback_for_gloo()
-        super().setup_environment()
+        try:
+            super().setup_environment()
+        except (DistNetworkError, DistStoreError) as error:
+            seconds = self.timeout.total_seconds()
+            raise TimeoutError(
+                f"the ranks did not find each other within strategy.timeout_s, {seconds:g} s, allowed: more than the "
+                "slowest rank takes to start; or some were not started, or MASTER_ADDR cannot be reached from them"
+            ) from error
         if self.context.mesh is None:
             ep_size = self.world_size if self.ep_size is None else self.ep_size
             self.context = build_context(ep_size, self.root_device, self.timeout)
@@ -116,11 +130,7 @@ class ExpertParallelStrategy(LockstepStrategy):
 
     @DDPStrategy.precision_plugin.setter  # type: ignore[attr-defined]
     def precision_plugin(self, plugin: Precision | None) -> None:
-        if getattr(plugin, "scaler", None) is not None:
-            raise ValueError(
-                "trainer.precision is 16-mixed, allowed with expert parallelism: 32-true, bf16-mixed, bf16-true, "
-                "64-true; if one rank alone found an overflow, ranks would skip different steps"
-            )
+        check_precision(plugin)
         DDPStrategy.precision_plugin.fset(self, plugin)  # type: ignore[attr-defined]
 
     def save_checkpoint(self, state: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:

@@ -3,6 +3,7 @@
 The five timelines of the figure (ROWS) run on shaped links as in `bench overlap`.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+from scmoe.config.fields import ConfigError
 from scmoe.moe.operators import Direction, Recorder
+from scmoe.parallel.plan_file import plan_from_json
 from scmoe.parallel.pricing import DIRECTIONS, LayerChoice, from_tap
 from scmoe.schedule.cost import per_chunk
 from scmoe.schedule.timeline import Span, draw, elapsed, play
@@ -45,6 +48,29 @@ def bench_timeline(share: float, compute: str, position: str, ranks: int, out: P
     traces = [str(path) for path in sorted(out.glob("*.json"))]
     print(f"traces: {', '.join(traces)}")
     return {"link_mbit": rate, "traces": traces}
+
+
+def draw_plan(run_dir: Path) -> dict[str, Any]:
+    """Draw the plan of a run, forward and backward, into its folder `analysis`. ConfigError: it has no plan."""
+    path = run_dir / "plan.json"
+    try:
+        choices = plan_from_json(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--run is {str(run_dir)!r}, allowed: a run with schedule=auto that has chosen: {error}"
+        ) from error
+    pictures = [run_dir / "analysis" / f"plan-{direction}.png" for direction in DIRECTIONS]
+    pictures[0].parent.mkdir(exist_ok=True)
+    for direction, picture in zip(DIRECTIONS, pictures, strict=True):
+        rows = {}
+        for layer, choice in enumerate(choices, 1):
+            schedule = choice.schedule
+            title = f"MoE layer {layer}: {schedule.name}, slot {schedule.slot}, {schedule.chunks} chunk(s)"
+            rows[f"MoE layer {layer}, sequential"] = planned_spans(choice, direction, sequential=True)
+            rows[title] = planned_spans(choice, direction, sequential=False)
+        draw(rows, picture, f"The plan of {run_dir.name}, from the tap to the end of a block, {direction}", "ms")
+        print(f"drawn: {picture}")
+    return {"pictures": [str(picture) for picture in pictures]}
 
 
 def watch(rank: int, world_size: int, setting: Setting, position: str, out: Path) -> tuple[float, dict[str, Any]]:

@@ -24,6 +24,7 @@ class GuardedUpdate:
     """
 
     def __init__(self, plugin: Any, module: nn.Module, context: ParallelContext) -> None:
+        check_precision(plugin)
         self.plugin, self.original, self.module, self.context = plugin, type(plugin), module, context
         self.guard = Guard(module)
         self.norm: Tensor | None = None
@@ -80,6 +81,13 @@ def guard_updates(plugin: Any, module: nn.Module, context: ParallelContext) -> G
     if isinstance(installed, GuardedUpdate) and installed.module is module:
         return installed
     return GuardedUpdate(plugin, module, context)
+
+
+def check_precision(plugin: Any) -> None:
+    """Raise ValueError for float16: unscaled gradients vanish in it, and a scaler skips a step on one rank alone."""
+    if plugin is not None and plugin.precision in ("16-true", "16-mixed"):
+        allowed = "32-true, bf16-mixed, bf16-true, 64-true"
+        raise ValueError(f"trainer.precision is {plugin.precision}, allowed: {allowed}; float16 has too small a range")
 
 
 @torch.no_grad()

@@ -25,7 +25,9 @@ def run_online(sweep: Sweep, say: Callable[[str], None]) -> tuple[str, int]:
     """
     import wandb
 
-    if (mode := sweep.base.logger.mode) not in ("auto", "online"):
+    from scmoe.training.run.wandb_logger import wandb_mode
+
+    if (mode := wandb_mode(sweep.base)) not in ("auto", "online"):
         allowed = "with a key: auto | online; or --local"
         raise ConfigError(f"logger.mode is {mode!r}, W&B would see no trial, allowed {allowed}")
     project = sweep.raw.get("project", sweep.base.logger.project)

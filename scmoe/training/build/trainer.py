@@ -47,8 +47,8 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
         ModelCheckpoint(checkpoints, "best-{step}", monitor=best, mode=mode, save_top_k=1),
     ]
     if config.moe.architecture not in ("dense", "dgmoe_share") and not trainer.compile:
-        chunks = config.schedule.chunks
-        callbacks.append(AdaptiveSchedule(config.schedule.auto, (1, 2, 4) if chunks is None else (chunks,)))
+        chunks, plan = config.schedule.chunks, run_dir / "plan.json" if run_dir else None
+        callbacks.append(AdaptiveSchedule(config.schedule.auto, (1, 2, 4) if chunks is None else (chunks,), plan))
     if (every := config.analysis.gating_every) is not None:
         probe = partial(GatingProbe, position=config.moe.position)
         callbacks.append(Analysis("gating", every, analysis, probe, gating_means, gating_metrics, draw_gating))
@@ -60,9 +60,14 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
     return callbacks
 
 
+def cpu_threads(config: Config) -> int:
+    """Return the CPU threads of one rank."""
+    return config.trainer.threads or max(1, len(os.sched_getaffinity(0)) // config.trainer.devices)
+
+
 def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> Trainer:
     trainer, strategy = config.trainer, config.strategy
-    threads = trainer.threads or max(1, len(os.sched_getaffinity(0)) // trainer.devices)
+    threads = cpu_threads(config)
     set_threads = LambdaCallback(setup=lambda *_, **__: torch.set_num_threads(threads))  # after Lightning's launcher
     saving = {"async_checkpoint": strategy.async_checkpoint, "full_checkpoint": strategy.full_checkpoint}
     return Trainer(

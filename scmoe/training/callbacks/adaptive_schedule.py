@@ -1,16 +1,20 @@
 """What a run prints and logs of its schedule: the planner's choice, what ran, and how much communication was hidden."""
 
 import itertools
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from scmoe.blocks.moe_block import MoEBlock
+from scmoe.parallel.plan_file import plan_from_json, plan_to_json
 from scmoe.parallel.planner import Overlap, Planner
 from scmoe.parallel.pricing import LayerChoice
 from scmoe.training.callbacks.log_lines import logs_now
+from scmoe.training.run.writing import write_json
 
 
 class AdaptiveSchedule(Callback):
@@ -19,11 +23,12 @@ class AdaptiveSchedule(Callback):
 
     auto: choose slot and chunks by measurement, and again where the times drift; otherwise only measure.
     chunks: the numbers of chunks to choose from.
+    plan: on rank 0, where the choice is kept; a resumed run takes it from there instead of measuring again.
     Does nothing where no transfer takes place: with one expert-parallel rank, or without experts.
     """
 
-    def __init__(self, auto: bool, chunks: tuple[int, ...]) -> None:
-        self.auto, self.chunks = auto, chunks
+    def __init__(self, auto: bool, chunks: tuple[int, ...], plan: Path | None = None) -> None:
+        self.auto, self.chunks, self.plan = auto, chunks, plan
         self.planner: Planner | None = None
         self.shown: list[LayerChoice] = []
         self.show_what_ran = False
@@ -34,12 +39,31 @@ class AdaptiveSchedule(Callback):
         if context.ep_size == 1 or not blocks:
             return
         self.planner = Planner(blocks, None, pl_module.device, self.chunks, fixed=not self.auto)
+        if self.auto and self.take_kept_plan(trainer):
+            return
         batches = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
         if self.auto and batches <= self.planner.steps_to_choose:
             rank_zero_warn(
                 f"schedule: auto plans after {self.planner.steps_to_choose} batches and {batches} are left: all run as "
                 "configured; raise trainer.max_steps, or give schedule.slot and schedule.chunks"
             )
+
+    def take_kept_plan(self, trainer: Trainer) -> bool:
+        """Return whether the plan of the run that is resumed holds here too; the planner then runs as it says."""
+        assert self.planner is not None
+        kept: Any = None
+        if self.plan is not None and self.plan.exists():
+            kept = read_plan(self.plan, self.conditions(trainer))
+        kept = trainer.strategy.broadcast(kept)
+        if kept is not None:
+            self.planner.take(plan_from_json(kept))
+        return kept is not None
+
+    def conditions(self, trainer: Trainer) -> dict[str, Any]:
+        """Return where a plan holds."""
+        assert self.planner is not None
+        context: Any = trainer.lightning_module.parallel_context
+        return {"ep_size": context.ep_size, **self.planner.conditions}
 
     def on_train_end(self, *_: Any) -> None:
         if self.planner is not None:
@@ -63,12 +87,32 @@ class AdaptiveSchedule(Callback):
             self.shown, self.show_what_ran = choices, True
             if self.auto and trainer.is_global_zero:
                 print("\n".join(plan_lines(choices)), file=sys.stderr, flush=True)
+                if self.plan is not None:
+                    kept = plan_to_json(choices, self.conditions(trainer), trainer.global_step)
+                    write_json(self.plan, kept)
         if overlap is not None and logs_now(trainer, batch_idx):
             hidden = zip(("overlap/forward", "overlap/backward"), overlap.efficiency, strict=True)
             pl_module.log_dict({name: share for name, share in hidden if share is not None})
             if self.show_what_ran and trainer.is_global_zero:
                 print(what_ran(choices, overlap, self.planner.backend), file=sys.stderr, flush=True)
             self.show_what_ran = False
+
+
+def read_plan(path: Path, conditions: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a plan that holds under these conditions; else say in one line why it is measured again."""
+    try:
+        plan: dict[str, Any] = json.loads(path.read_text())
+        plan_from_json(plan)
+        there = plan["conditions"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"plan: {path} is not used: {error!r}", file=sys.stderr, flush=True)
+        return None
+    if differing := [key for key, value in conditions.items() if there.get(key) != value]:
+        key = differing[0]
+        what = f"{key} was {there.get(key)} and is {conditions[key]}"
+        print(f"plan: measured again, as {what} since {path}", file=sys.stderr, flush=True)
+        return None
+    return plan
 
 
 def plan_lines(choices: list[LayerChoice]) -> list[str]:

@@ -1,7 +1,7 @@
 """The directory of a run: its name, and what is needed to run it again.
 
     runs/<experiment>/<stamp>-<slug>/   config.yaml  config-from-<step>.yaml  overrides.txt  env.json  metrics.csv
-                                        summary.json  checkpoints/  wandb/  wandb_run.json  state.json
+                                        summary.json  plan.json  checkpoints/  wandb/  wandb_run.json  state.json
     runs/latest                         a link to the newest run
 
 Only rank 0 writes. A run whose config cannot be written does not start.

@@ -8,13 +8,13 @@ from lightning.pytorch.loggers import Logger
 
 from scmoe.config.fields import Config
 from scmoe.training.run.csv_logger import csv_logger
-from scmoe.training.run.wandb_logger import SteadyWandbLogger, wandb_logger
+from scmoe.training.run.wandb_logger import SteadyWandbLogger, wandb_logger, wandb_mode
 
 
 def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> list[Logger]:
     """resumed_step: the step that a resumed run continues from."""
     loggers: list[Logger] = [csv_logger(run_dir, resumed_step)]
-    if config.logger.mode != "disabled":
+    if wandb_mode(config) != "disabled":
         loggers.append(wandb_logger(run_dir, config))
     return loggers
 

@@ -15,6 +15,7 @@ from scmoe.training.build.trainer import build_callbacks, build_trainer, seed_ev
 from scmoe.training.run.directory import relative
 from scmoe.training.run.lifetime import open_run
 from scmoe.training.run.loggers import log_best_checkpoint
+from scmoe.training.run.machine import check_machine
 from scmoe.training.run.resume import find_checkpoint, summary_if_done
 from scmoe.training.run.summary import print_summary, sample_text, say_done, summarise
 from scmoe.training.run.writing import write_json
@@ -28,6 +29,7 @@ def train(config: Config, overrides: Sequence[str] = (), run_dir: Path | None = 
     if run_dir is not None and (done := summary_if_done(run_dir, config)) is not None:
         return say_done(run_dir, done) if rank_without_trainer() == 0 else None
     hush_lightning()
+    check_machine(config, rank_without_trainer())
     seed_everything(config)
     checkpoint = find_checkpoint(run_dir) if run_dir else None
     data = build_datamodule(config)

@@ -15,11 +15,12 @@ from urllib.parse import urlparse
 import wandb
 from lightning.pytorch.loggers import WandbLogger
 
-from scmoe.config.fields import Config, ConfigError, flatten
+from scmoe.config.fields import Config, ConfigError, flatten, show
 from scmoe.parallel.checkpoint.durable import MANIFEST
 from scmoe.training.run.redact import without_keys
 from scmoe.training.run.writing import warn_once, write_json
 
+DEFAULT_SERVER = "https://api.wandb.ai"
 INIT_TIMEOUT_S = 20.0  # how long a server may take to answer
 FINISH_TIMEOUT_S = 60.0  # how long the last uploads may take; the rest stays in the run directory
 UPLOAD_BYTES_PER_S = 1e6  # the slowest upload of a checkpoint that is waited for
@@ -30,7 +31,7 @@ def has_wandb_key() -> bool:
     """Look where W&B does: in the environment, and in netrc under the server's name and port."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    server = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    server = urlparse(os.environ.get("WANDB_BASE_URL") or DEFAULT_SERVER).netloc
     path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
     try:
         return netrc.netrc(str(path)).authenticators(server) is not None
@@ -38,14 +39,31 @@ def has_wandb_key() -> bool:
         return False
 
 
+def wandb_mode(config: Config) -> str:
+    """Return logger.mode; for `auto` WANDB_MODE, where it is set. ConfigError: W&B's variables cannot be followed."""
+    mode = os.environ.get("WANDB_MODE") or "auto"
+    if mode not in (allowed := ("online", "offline", "disabled", "auto")):
+        raise ConfigError(f"WANDB_MODE is {show(mode)}, allowed: {' | '.join(allowed[:3])}, or unset")
+    url = os.environ.get("WANDB_BASE_URL")
+    try:
+        server = urlparse(url or DEFAULT_SERVER)
+        whole = server.scheme in ("http", "https") and server.hostname and (server.port or True)
+    except ValueError:  # brackets, or a port that is no number
+        whole = False
+    mode = mode if config.logger.mode == "auto" else config.logger.mode
+    if not whole and mode != "disabled":
+        raise ConfigError(f"WANDB_BASE_URL is {show(url)}, allowed: such as {DEFAULT_SERVER}, or unset")
+    return mode
+
+
 def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
     """Return the logger of a W&B run, the same one when a training is resumed: its id is kept in the run directory.
 
-    logger.mode `auto` is online where a key is found and the server answers, else offline. Raises ConfigError where
+    The mode `auto` is online where a key is found and the server answers, else offline. Raises ConfigError where
     W&B cannot start as the others demand.
     """
     config = without_keys(config)
-    mode, project = config.logger.mode, config.logger.project
+    mode, project = wandb_mode(config), config.logger.project
     # Without a key, W&B would ask for one, or raise.
     offline = mode == "offline" or (mode == "auto" and not has_wandb_key())
     resolved: Literal["online", "offline"] = "offline" if offline else "online"

@@ -1,0 +1,116 @@
+"""Checks a configuration against this machine, before its data is prepared and another process is started.
+
+What is the same on every machine is checked in config/rules.py.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+
+from scmoe.analysis.cost import forward_flops, training_flops
+from scmoe.analysis.memory import rank_memory
+from scmoe.config.fields import Config, ConfigError, flatten, show
+from scmoe.config.rules import IMAGES, Rule, resolve_ep_size
+from scmoe.training.build.model import build_model_on_meta
+from scmoe.training.build.trainer import cpu_threads
+from scmoe.training.run.wandb_logger import wandb_mode
+
+LAUNCHERS: dict[str, type[ClusterEnvironment]] = {"torchrun": TorchElasticEnvironment, "SLURM": SLURMEnvironment}
+OF_NODE = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")  # without a launcher, how the machines of a job find each other
+THREAD_FLOPS, GPU_FLOPS = 1e10, 1e13  # a second, of a CPU thread and of a GPU: less than most of them do
+GIB = 2**30
+PROCESS_GIB = 0.3  # of a process with torch and Lightning, on a CPU
+CONTAINER = Path("/sys/fs/cgroup/memory.max")
+
+
+def check_machine(config: Config, rank: int) -> None:
+    """Raise ConfigError for a run that this machine cannot do, or not within the limits of memory and time.
+
+    rank: rank 0 checks for all what can change while other ranks start.
+    """
+    wandb_mode(config)
+    values, checks = flatten(config), (_devices, _launcher, *((_folders, _size) if rank == 0 else ()))
+    for refused, key, allowed in chain.from_iterable(check(config) for check in checks):
+        if refused:
+            raise ConfigError(f"{key} is {show(values[key])}, allowed: {allowed}")
+
+
+def _devices(config: Config) -> Iterator[Rule]:
+    trainer, gpus = config.trainer, torch.cuda.device_count()
+    yield trainer.accelerator == "gpu" and not gpus, "trainer.accelerator", "auto | cpu, as there is no GPU here"
+    short = has_gpus(config) and trainer.devices > gpus
+    yield short, "trainer.devices", f"at most {gpus}, the GPUs of this machine, or trainer.accelerator=cpu"
+
+
+def has_gpus(config: Config) -> bool:
+    return config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def _launcher(config: Config) -> Iterator[Rule]:
+    """Whoever starts the ranks must start as many as are configured, or all would wait for some that never come."""
+    trainer = config.trainer
+    for name, launcher in LAUNCHERS.items():
+        if launcher.detect():
+            try:
+                launcher().validate_settings(trainer.devices, trainer.num_nodes)
+            except ValueError as error:
+                yield True, "trainer.devices", f"with trainer.num_nodes, as many ranks as {name} has started: {error}"
+            return
+    missing = [name for name in OF_NODE if name not in os.environ]
+    alone = f"1, or start it with torchrun or srun, or set {' and '.join(missing)} on every machine"
+    yield trainer.num_nodes > 1 and missing, "trainer.num_nodes", alone
+
+
+def _folders(config: Config) -> Iterator[Rule]:
+    folders = {"runs_dir": config.runs_dir}
+    if config.data.name not in (*IMAGES, "synthetic"):
+        folders["data.cache_dir"] = config.data.cache_dir
+    for key, folder in folders.items():
+        why = why_not_writable(Path(folder))
+        yield why, key, f"a folder that can be written: {why}"
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Return why no file could be written below a folder, which need not exist yet; None if one could."""
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing):  # the permission bits say nothing to root or on a full disk
+            return None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
+        return str(error)
+
+
+def _size(config: Config) -> Iterator[Rule]:
+    trainer, data, gpu = config.trainer, config.data, has_gpus(config)
+    model, ep_size, world = build_model_on_meta(config), resolve_ep_size(config), trainer.devices * trainer.num_nodes
+    samples = data.global_batch_size // (world * trainer.accumulate)
+    given: dict[str, Any] = {"ep_size": ep_size, "dp_size": world // ep_size, "recompute": trainer.recompute}
+    given |= {"seq_len": data.seq_len, "samples": samples, "precision": trainer.precision, "on_gpu": gpu}
+    needed = rank_memory(model, **given)["total"] / GIB + (0 if gpu else PROCESS_GIB)
+    limit = trainer.max_memory_gib or free_gib(config)
+    why = f"as a rank is estimated to need {needed:.3g} GiB" + (
+        "" if trainer.max_memory_gib else f" of {limit:.3g} free"
+    )
+    yield needed > limit, "trainer.max_memory_gib", f"{needed:.3g} or more to start all the same, {why}"
+    flops = training_flops(forward_flops(model, data.seq_len), trainer.recompute) * samples * trainer.accumulate
+    seconds = flops / (GPU_FLOPS if gpu else THREAD_FLOPS * cpu_threads(config))
+    why = f"as a step is estimated to take {seconds:.3g} s"
+    yield seconds > trainer.max_step_s, "trainer.max_step_s", f"{seconds:.3g} or more to start all the same, {why}"
+
+
+def free_gib(config: Config) -> float:
+    """Return a rank's share of what is free: its GPU, or a part of this machine's memory within its container."""
+    devices = config.trainer.devices
+    if has_gpus(config):
+        return min(torch.cuda.get_device_properties(i).total_memory for i in range(devices)) / GIB
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = float(lines["MemAvailable"].split()[0]) * 1024
+    if CONTAINER.exists() and (limit := CONTAINER.read_text().strip()) != "max":
+        free = min(free, float(limit))
+    return free / GIB / devices
