@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train resume sample export sweep table3 runs compare list params estimate bench bench-overlap bench-growth timeline figures test test-fast test-dist test-faults mutate lint format typecheck ci clean
+.PHONY: help setup train resume sample export sweep table3 runs compare list check-data params estimate bench bench-overlap bench-growth timeline figures test test-fast test-dist test-faults mutate lint format typecheck ci clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [CONFIG=$(CONFIG)] [RUN=runs/...] [ARGS=\"optim.lr=1e-3 ...\"]"; echo
@@ -58,6 +58,9 @@ sweep: $(READY)  ## run the W&B sweep file CONFIG=configs/sweep/lr.yaml: at W&B 
 
 list: $(READY)  ## list configs, models, data sets, architectures
 	@$(PY) -m experiments.list $(ARGS)
+
+check-data: $(READY)  ## read all data of CONFIG and name files that cannot be read
+	@$(PY) -m experiments.check_data $(CONFIG) $(ARGS)
 
 params: $(READY)  ## count the parameters of every preset and architecture, next to the paper's
 	@$(PY) -m experiments.params $(ARGS)

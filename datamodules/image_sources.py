@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -27,6 +27,27 @@ class Images(Protocol):
 
     def __getitem__(self, i: int, /) -> tuple[Image.Image, int]:
         """Returns an RGB image and its class, 0..C-1."""
+
+
+class UnreadableImage(ValueError):
+    """An image file that cannot be decoded; the message names it."""
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Image files of a torchvision ImageFolder."""
+
+    folder: Any
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        """Raises UnreadableImage."""
+        try:
+            return self.folder[i]
+        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others
+            raise UnreadableImage(f"data.path: {self.folder.samples[i][0]} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -114,7 +135,8 @@ def image_folder(folder: Path) -> ImageSplits:
     names = hashlib.sha256()  # of names, as the contents may be 100 GB
     for file, _ in [*train.samples, *val.samples]:
         names.update(f"{Path(file).relative_to(folder)}\n".encode())
-    return ImageSplits("image_folder", {"train": train, "val": val}, len(train.classes), names.hexdigest())
+    images = {"train": FolderImages(train), "val": FolderImages(val)}
+    return ImageSplits("image_folder", images, len(train.classes), names.hexdigest())
 
 
 def read_idx(file: Path, dims: int) -> np.ndarray:

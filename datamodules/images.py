@@ -2,6 +2,7 @@
 
     training    {"images": float32 [B, 3, S, S], "labels": float32 [B, C]}, labels as probabilities
     val         {"images", "labels": int64 [B]}; filler has label -100 and only zeros
+    both        "skipped": int64 [B], how many images that cannot be read a sample has taken the place of
 
 Order and resuming are those of text: the position determines the sample (`order.py`). Random crops, colours and erased
 parts depend on the seed and the position, random mixing on the position of the batch's first sample, so the number of
@@ -18,12 +19,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
+from rich.console import Console
+from rich.progress import track
 from timm.data import Mixup, create_transform
 from timm.data.mixup import mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from datamodules.image_sources import Images, ImageSplits
+from datamodules.image_sources import Images, ImageSplits, UnreadableImage
 from datamodules.order import SampleOrder
 from datamodules.positioned import IGNORE, PositionedDataModule
 
@@ -51,32 +54,56 @@ def eval_transform(size: int, augment: Augment) -> Callable[..., Tensor]:
 
 @dataclass(eq=False)
 class TrainImages(Dataset):
-    """Gives as item p the sample at position p of the whole training, transformed at random from (seed, p)."""
+    """Gives as item p the sample at position p of the whole training, transformed at random from (seed, p).
+
+    skip: the next image takes the place of one that cannot be read; `skipped` counts such images.
+    """
 
     images: Images
     order: SampleOrder
     transform: Callable[..., Tensor]
+    skip: bool = False
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        picture, label = self.images[int(self.order(np.array([position]))[0])]
+        i, skipped = int(self.order(np.array([position]))[0]), 0
+        while True:
+            try:
+                picture, label = self.images[(i + skipped) % len(self.images)]
+                break
+            except UnreadableImage:
+                skipped += 1
+                if not self.skip or skipped == len(self.images):
+                    raise
         with drawn_from(self.order.seed, position):
-            return {"images": self.transform(picture), "labels": label, "position": position}
+            return {"images": self.transform(picture), "labels": label, "position": position, "skipped": skipped}
 
 
 class EvalImages(Dataset):
-    """Gives the images in order, or `limit` of them evenly spread; then filler."""
+    """Gives the images in order, or `limit` of them evenly spread; then filler.
 
-    def __init__(self, images: Images, transform: Callable[..., Tensor], limit: int | None) -> None:
-        self.images, self.transform = images, transform
+    skip: filler takes the place of an image that cannot be read; `skipped` counts it.
+    """
+
+    def __init__(
+        self, images: Images, transform: Callable[..., Tensor], limit: int | None, size: int, skip: bool = False
+    ) -> None:
+        self.images, self.transform, self.size, self.skip = images, transform, size, skip
         self.limit = len(images) if limit is None else min(limit, len(images))
 
     def __len__(self) -> int:
         return self.limit
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        picture, label = self.images[min(i, self.limit - 1) * len(self.images) // self.limit]
-        image = self.transform(picture)
-        return {"images": image, "labels": label} if i < self.limit else {"images": image * 0, "labels": IGNORE}
+        filler = {"images": torch.zeros(3, self.size, self.size), "labels": IGNORE, "skipped": 0}
+        if i >= self.limit:
+            return filler
+        try:
+            picture, label = self.images[i * len(self.images) // self.limit]
+        except UnreadableImage:
+            if not self.skip:
+                raise
+            return filler | {"skipped": 1}
+        return {"images": self.transform(picture), "labels": label, "skipped": 0}
 
 
 class Batch:
@@ -94,7 +121,7 @@ class Batch:
         else:
             with drawn_from(self.seed, samples[0]["position"]):
                 images, labels = self.mix(images, labels)
-        return {"images": images, "labels": labels}
+        return {"images": images, "labels": labels, "skipped": batch["skipped"]}
 
 
 @contextmanager
@@ -122,6 +149,7 @@ class ImageDataModule(PositionedDataModule):
         cutmix: float = 0.0,
         label_smoothing: float = 0.0,
         val_images: int | None = None,
+        skip: bool = False,
         **position: int,
     ) -> None:
         super().__init__(**position)
@@ -131,15 +159,26 @@ class ImageDataModule(PositionedDataModule):
         self.train_transform = train_transform(image_size, augment)
         self.eval_transform = eval_transform(image_size, augment)
         self.batch = Batch(num_classes, label_smoothing, mixup, cutmix, self.seed)
-        self.val_images = val_images
+        self.val_images, self.image_size, self.skip = val_images, image_size, skip
 
     def identity(self) -> dict[str, Any]:
         return {"data": self.splits.content, "seed": self.seed}
 
     def train_dataloader(self) -> DataLoader:
         images = self.splits.images["train"]
-        dataset = TrainImages(images, SampleOrder(len(images), self.seed), self.train_transform)
+        dataset = TrainImages(images, SampleOrder(len(images), self.seed), self.train_transform, self.skip)
         return self.train_loader(dataset, np.asarray, self.batch)  # its items are positions
 
     def val_dataloader(self) -> DataLoader:
-        return self.eval_loader(EvalImages(self.splits.images["val"], self.eval_transform, self.val_images))
+        images = EvalImages(self.splits.images["val"], self.eval_transform, self.val_images, self.image_size, self.skip)
+        return self.eval_loader(images)
+
+    def unreadable(self) -> list[str]:
+        found = []
+        for split, images in self.splits.images.items():
+            for i in track(range(len(images)), f"reading {split}", console=Console(stderr=True)):
+                try:
+                    images[i]
+                except UnreadableImage as error:
+                    found.append(str(error))
+        return found

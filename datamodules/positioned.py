@@ -23,7 +23,8 @@ class PositionedDataModule(LightningDataModule):
 
     global_batch_size: samples of one optimizer step, of all ranks and `accumulate` micro-batches together.
     num_batches: micro-batches of the whole training, max_steps x accumulate.
-    `consumed_samples` is the position in the order of samples.
+    `consumed_samples` is the position in the order of samples. `skipped` says, in a line for each, why files are left
+    out.
     """
 
     def __init__(
@@ -39,10 +40,15 @@ class PositionedDataModule(LightningDataModule):
         self.workers, self.seed = workers, seed
         self.consumed_samples = 0
         self.watching: list[Watched] = []
+        self.skipped: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, Any]:
         """Return all that must be equal for a position to mean the same samples."""
         raise NotImplementedError
+
+    def unreadable(self) -> list[str]:
+        """Read all data, and return a line for each file that cannot be read."""
+        return list(self.skipped)
 
     def advance(self) -> None:
         self.consumed_samples += self.micro_batch

@@ -5,7 +5,7 @@ Splits are deterministic and keep the order of the source, so that held-out text
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,18 +17,25 @@ SOTU_LAST_TRAIN_YEAR, SOTU_LAST_VAL_YEAR = 2005, 2015
 
 @dataclass(frozen=True)
 class Source:
-    """Documents by split, which can be iterated more than once. Equal `content` means equal documents."""
+    """Documents by split, which can be iterated more than once. Equal `content` means equal documents.
+
+    skipped: why files are left out, a line for each.
+    """
 
     documents: dict[str, Iterable[str]]
     content: str
+    skipped: tuple[str, ...] = ()
 
 
-def open_source(name: str, path: str | None, subset: str | None) -> Source:
-    """Returns the source `sotu`, `text` (path: a file or folder) or `hf` (path: a data set of Hugging Face)."""
+def open_source(name: str, path: str | None, subset: str | None, skip: bool = False) -> Source:
+    """Returns the source `sotu`, `text` (path: a file or folder) or `hf` (path: a data set of Hugging Face).
+
+    skip: leave out the files of a folder that cannot be read; else they are a ValueError.
+    """
     if name == "sotu":
         return sotu()
     assert name in ("text", "hf") and path is not None
-    return text(Path(path)) if name == "text" else hugging_face(path, subset)
+    return text(Path(path), skip) if name == "text" else hugging_face(path, subset)
 
 
 def sotu() -> Source:
@@ -49,12 +56,13 @@ def sotu() -> Source:
     return _in_memory(documents, str(folder))
 
 
-def text(path: Path) -> Source:
+def text(path: Path, skip: bool = False) -> Source:
     """Returns a UTF-8 file, or all `.txt` and `.md` files under a folder, each as a document.
 
     The files train.txt, val.txt (or valid.txt, validation.txt) and test.txt of a folder are the splits. Otherwise the
     last 5 % of the characters are the test split and the 5 % before them validation, cut at a line or document end if
-    there is one nearby. Raises ValueError, with the file's name, for what is not UTF-8 text.
+    there is one nearby. Raises ValueError, with the file's name, for what is not UTF-8 text; with `skip` such files are
+    left out.
     """
     if path.is_dir() and (path / "train.txt").is_file():
         names = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -65,14 +73,21 @@ def text(path: Path) -> Source:
         files = [path]
     else:
         raise ValueError(f"data.path is {path}; allowed: an existing file or folder")
-    documents = [_read(file) for file in files]
+    documents, skipped = list[str](), list[str]()
+    for file in files:
+        try:
+            documents.append(_read(file))
+        except ValueError as error:
+            if not skip:
+                raise
+            skipped.append(str(error))
     if not any(documents):
         raise ValueError(f"data.path is {path}; allowed: a text, or a folder with texts in .txt or .md files")
     total = sum(map(len, documents))
     held_out = int(total * HELD_OUT)
     rest, test = _cut(documents, total - held_out, held_out // 2)
     train, val = _cut(rest, total - 2 * held_out, held_out // 2)
-    return _in_memory({"train": train, "val": val, "test": test}, str(path))
+    return replace(_in_memory({"train": train, "val": val, "test": test}, str(path)), skipped=tuple(skipped))
 
 
 def hugging_face(name: str, subset: str | None) -> Source:

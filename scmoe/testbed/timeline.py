@@ -68,7 +68,12 @@ def draw_plan(run_dir: Path) -> dict[str, Any]:
             title = f"MoE layer {layer}: {schedule.name}, slot {schedule.slot}, {schedule.chunks} chunk(s)"
             rows[f"MoE layer {layer}, sequential"] = planned_spans(choice, direction, sequential=True)
             rows[title] = planned_spans(choice, direction, sequential=False)
-        draw(rows, picture, f"The plan of {run_dir.name}, from the tap to the end of a block, {direction}", "ms")
+        draw(
+            rows,
+            picture,
+            f"The plan of {run_dir.resolve().name}, from the tap to the end of a block, {direction}",
+            "ms",
+        )
         print(f"drawn: {picture}")
     return {"pictures": [str(picture) for picture in pictures]}
 

@@ -27,6 +27,7 @@ SUBVERBS += [("faults", what) for what in ("kill", "flip", "resume", "reshard")]
 
 def run(program: str, words: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
     if program == AS_MODULE:
+        words = words[0].replace("-", "_"), *words[1:]
         program = program.replace("runpy.run_module", "verb, sys.argv = sys.argv[1], sys.argv[1:]; runpy.run_module")
         program = program.replace("{sys.argv[1]}", "{verb}")
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
@@ -39,7 +40,8 @@ def test_help_imports_no_heavy_package_and_shows_the_name_it_was_called_by(words
     for program, name in ((AS_MODULE, "python -m experiments."), (AS_SCMOE, "scmoe ")):
         done = run(program, (*words, "--help"), tmp_path)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith(f"usage: {name}{' '.join(words)} ")
+        called = " ".join(words).replace("-", "_" if program == AS_MODULE else "-")
+        assert done.stdout.startswith(f"usage: {name}{called} ")
         assert done.stderr == "imported:\n"
     assert not list(tmp_path.iterdir())
 
@@ -59,4 +61,4 @@ def test_scmoe_lists_its_verbs(tmp_path):
 
 
 def test_every_verb_is_a_script():
-    assert {path.stem for path in (ROOT / "experiments").glob("*.py")} == {"__init__", *VERBS}
+    assert {path.stem for path in (ROOT / "experiments").glob("*.py")} == {"__init__", *(verb.replace("-", "_") for verb in VERBS)}

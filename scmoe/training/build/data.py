@@ -1,5 +1,6 @@
 """Builds the datamodule of a configuration, and prepares its data."""
 
+import sys
 from typing import Any
 
 from datamodules.positioned import PositionedDataModule
@@ -16,11 +17,14 @@ def prepare_data(data: PositionedDataModule) -> None:
         data.setup("fit")
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise ConfigError(str(error)) from error
+    if data.skipped:
+        more = "; scmoe check-data lists all" if len(data.skipped) > 1 else ""
+        print(f"warning: {len(data.skipped)} files are skipped: {data.skipped[0]}{more}", file=sys.stderr, flush=True)
 
 
 def build_datamodule(config: Config) -> PositionedDataModule:
     """Images are opened here, so that missing data is an error before a process is started."""
-    data, trainer = config.data, config.trainer
+    data, trainer, skip = config.data, config.trainer, config.data.on_error == "skip"
     position: dict[str, Any] = dict(
         global_batch_size=data.global_batch_size,
         accumulate=trainer.accumulate,
@@ -44,9 +48,10 @@ def build_datamodule(config: Config) -> PositionedDataModule:
                 cutmix=data.cutmix,
                 label_smoothing=data.label_smoothing,
                 val_images=data.val_sequences,
+                skip=skip,
                 **position,
             )
-        files = data.name, data.path, data.subset, data.tokenizer, data.vocab_size, data.cache_dir
+        files = data.name, data.path, data.subset, data.tokenizer, data.vocab_size, data.cache_dir, skip
         return TextDataModule(*files, seq_len=data.seq_len, val_sequences=data.val_sequences, **position)
     except (ValueError, ModuleNotFoundError) as error:
         raise ConfigError(str(error)) from error

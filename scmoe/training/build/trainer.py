@@ -24,6 +24,7 @@ from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.callbacks.expert_load import ExpertLoad
 from scmoe.training.callbacks.kept_config import KeptConfig
 from scmoe.training.callbacks.log_lines import LogLines
+from scmoe.training.callbacks.skipped_images import SkippedImages
 from scmoe.training.callbacks.throughput import Throughput
 
 
@@ -49,6 +50,8 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
     if config.moe.architecture not in ("dense", "dgmoe_share") and not trainer.compile:
         chunks, plan = config.schedule.chunks, run_dir / "plan.json" if run_dir else None
         callbacks.append(AdaptiveSchedule(config.schedule.auto, (1, 2, 4) if chunks is None else (chunks,), plan))
+    if images and data.on_error == "skip":
+        callbacks.append(SkippedImages())
     if (every := config.analysis.gating_every) is not None:
         probe = partial(GatingProbe, position=config.moe.position)
         callbacks.append(Analysis("gating", every, analysis, probe, gating_means, gating_metrics, draw_gating))

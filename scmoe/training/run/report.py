@@ -107,6 +107,8 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
     if summary["load_max_ratio"] is not None:
         rows["expert load"] = f"busiest expert {summary['load_max_ratio']:.2f} x the mean, in the worst layer"
         rows["dropped"] = f"{summary['drop_share']:.2%} of routed tokens"
+    if summary["skipped"]:
+        rows["skipped"] = f"{summary['skipped']:,} times a file that cannot be read (data.on_error=skip)"
     rows["run directory"] = str(summary["run_dir"])
     for name, value in rows.items():
         table.add_row(Text(name, style="bold"), Text(value, overflow="fold"))

@@ -12,6 +12,7 @@ from datamodules.positioned import PositionedDataModule
 from datamodules.sequences import SequenceDataModule
 from datamodules.text import TextDataModule
 from scmoe.models.decoder import generate
+from scmoe.training.callbacks.skipped_images import SkippedImages
 from scmoe.training.callbacks.throughput import Throughput
 from scmoe.training.moe_module import MoEModule
 from scmoe.training.run import report
@@ -28,7 +29,8 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
         trainer.validate(module, data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     total, active = report.total_and_active(report.count_parameters(module.model))
-    rate = next(c.mean for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
+    callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
+    rate = next(c.mean for c in callbacks if isinstance(c, Throughput))
     if isinstance(data, SequenceDataModule):
         unigram, tokens, of_images = data.unigram_bits_per_byte(), 1, {}
     else:  # a token of an image is a patch, its perplexity is over classes, and it has no bytes of text
@@ -48,6 +50,7 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
         "world_size": trainer.world_size,
         "drop_share": metrics.get("val/drop_share"),
         "load_max_ratio": metrics.get("val/load_max"),
+        "skipped": len(data.skipped) + sum(c.total(module) for c in callbacks if isinstance(c, SkippedImages)),
         **of_images,
     }
 
