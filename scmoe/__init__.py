@@ -1,0 +1,47 @@
+"""scmoe: shortcut-connected mixture of experts on PyTorch Lightning.
+
+`import scmoe` makes Lightning know `Trainer(strategy="expert_parallel")` and read our checkpoint directories, before or
+after Lightning is imported. It imports neither Lightning nor torch.
+"""
+
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+from scmoe.parallel.known_to_lightning import teach_lightning
+
+
+class AfterLightning(MetaPathFinder):
+    """Finds `lightning.pytorch` as usual, and calls `teach_lightning` once it is imported."""
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != "lightning.pytorch":
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = ThenTeach(spec.loader)
+        return spec
+
+
+class ThenTeach(Loader):
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        teach_lightning()
+
+    def __getattr__(self, name: str) -> Any:  # resources, source lines
+        return getattr(self.loader, name)
+
+
+if "lightning.pytorch" in sys.modules:
+    teach_lightning()
+else:
+    sys.meta_path.insert(0, AfterLightning())

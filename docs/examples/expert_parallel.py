@@ -10,7 +10,6 @@ from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.parallel.strategy import ExpertParallelStrategy  # noqa: F401  importing it registers "expert_parallel"
 
 
 class Regression(LightningModule):
@@ -47,7 +46,7 @@ if __name__ == "__main__":
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
-        strategy="expert_parallel",  # all ranks share the experts; ExpertParallelStrategy(ep_size=...) for fewer
+        strategy="expert_parallel",  # known since scmoe is imported; ExpertParallelStrategy(ep_size=...) for fewer
         max_steps=20,
         gradient_clip_val=1.0,
         logger=False,

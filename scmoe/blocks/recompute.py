@@ -5,18 +5,26 @@ are not repeated: a second routing could differ (noise, ties), and a second tran
 shortcut hides.
 """
 
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scmoe.blocks.sublayers import MLP, Residual
+from scmoe.blocks.sublayers import MLP, Residual, outermost
 from scmoe.moe.experts import Experts
 
 
 def recompute_activations(model: nn.Module) -> None:
     """Makes every sub-layer, shared expert and Experts module of `model` keep its input, not its activations."""
-    inside = {child for m in model.modules() if isinstance(m, Residual) for child in m.modules() if child is not m}
-    for module in model.modules():
-        if isinstance(module, (Residual, MLP, Experts)) and module not in inside:
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+    for module in outermost(model, (Residual, MLP, Experts)):
+        module.forward = recomputed(module.forward)
+
+
+def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns `forward` with checkpointing. As a function of its own, unlike a partial, it can be compiled."""
+
+    def recompute(*args: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False)
+
+    return recompute

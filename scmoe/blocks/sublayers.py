@@ -1,5 +1,7 @@
 """The parts of a Transformer block: attention, MLP, and the residual sub-layer around each."""
 
+from collections.abc import Iterator
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -82,3 +84,9 @@ class Residual(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         return x_BSD + self.after(self.f(self.norm(x_BSD)))
+
+
+def outermost(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:
+    """Yields the modules of these classes that are not inside a sub-layer."""
+    inside = {child for m in model.modules() if isinstance(m, Residual) for child in m.modules() if child is not m}
+    yield from (module for module in model.modules() if isinstance(module, kinds) and module not in inside)

@@ -126,7 +126,7 @@ class TrainerConfig:
     log_every: int = option(10, "optimizer steps between logged metrics", "1 to 2^31 - 1")
     checkpoint_every: int = option(100, "optimizer steps between checkpoints", "1 to 2^31 - 1")
     recompute: bool = option(False, "activation checkpointing of attention, MLPs and experts, not of routing")
-    compile: bool = option(False, "torch.compile each block")
+    compile: bool = option(False, "torch.compile each sub-layer and shared expert")
     deterministic: bool = option(False, "use deterministic algorithms only")
     threads: int | None = option(None, "CPU threads per process; null: CPU cores / devices", "1 to 1024")
     max_memory_gib: float | None = option(

@@ -121,8 +121,6 @@ def _schedule(config: Config) -> Iterator[Rule]:
         yield schedule.slot is not None, "schedule.slot", "null, as schedule.auto=true chooses it"
         shared = moe.architecture == "dgmoe_share"
         yield shared, "schedule.auto", f"false where {chosen}, as two pairs share one MoE module"
-        compiled = "false where trainer.compile=true, as compiled operators cannot be timed one by one"
-        yield config.trainer.compile, "schedule.auto", compiled
     elif schedule.slot is not None:
         positions = (moe.position, moe.first_position or moe.position) if moe.architecture in SHORTCUTS else (None,)
         for position in positions:

@@ -114,6 +114,13 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
+def allow_graphs(number: int) -> None:
+    """Let torch.compile keep as many graphs of one function; with more than 8, it would leave the others uncompiled."""
+    import torch._dynamo  # here, as it takes a second
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, number)
+
+
 def call_after_backward(callback: Callable[[], None]) -> None:
     """Call back when the backward pass that runs now is complete. Only a hook of that pass may ask for it."""
     Variable._execution_engine.queue_callback(callback)

@@ -9,15 +9,17 @@ The LightningModule finds its place in the mesh in `self.parallel_context`, set 
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import ModelSummary, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed import DistNetworkError, DistStoreError
 from torch.optim import Optimizer
 
@@ -30,6 +32,7 @@ from scmoe.parallel.mesh import build_context, check_experts, expert_parameters,
 from scmoe.parallel.update.clipping import check_precision, guard_updates
 from scmoe.parallel.update.reducer import ExpertGradientReducer
 
+COPYING = (WeightAveraging, StochasticWeightAveraging)  # their copy of the module would hold one rank's experts
 LONGEST_S = 1e6  # what a timeout may be
 
 
@@ -74,6 +77,7 @@ class ExpertParallelStrategy(LockstepStrategy):
         self.at_teardown = ExitStack()  # removes what `setup` has hooked into the module, the plugin and torch
 
     def setup_environment(self) -> None:
+        check_callbacks(self.module.trainer.callbacks)
         if self.num_nodes == 1:
             use_loopback_for_gloo()
         try:
@@ -92,6 +96,8 @@ class ExpertParallelStrategy(LockstepStrategy):
 
     def setup(self, trainer: Any) -> None:
         check_experts(self.module, self.context)
+        if self.context.ep_size > 1 and any(isinstance(callback, ModelSummary) for callback in trainer.callbacks):
+            rank_zero_info(f"The model summary counts this rank's experts: 1 of {self.context.ep_size} parts of them.")
         # else DDP would overwrite every rank's experts with rank 0's, then average gradients of different experts
         hide_from_ddp(self.module, [name for name, _ in expert_parameters(self.module)])
         super().setup(trainer)
@@ -168,6 +174,11 @@ class ExpertParallelStrategy(LockstepStrategy):
         """Do nothing: load_checkpoint has read the weights already."""
 
 
-StrategyRegistry.register(
-    "expert_parallel", ExpertParallelStrategy, "DDP for dense weights, expert parallelism for experts", override=True
-)
+def check_callbacks(callbacks: Iterable[Any]) -> None:
+    """Raise ValueError for a callback that averages weights in a copy of the module."""
+    for callback in callbacks:
+        if isinstance(callback, COPYING):
+            raise ValueError(
+                f"the callback {type(callback).__name__} keeps a copy of the module, with one rank's experts alone; "
+                "allowed with expert_parallel: callbacks that do not copy it; average weights of checkpoints instead"
+            )

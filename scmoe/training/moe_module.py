@@ -16,8 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.aggregation import SumMetric
 
 from datamodules.positioned import IGNORE
+from scmoe.blocks.compiled import compile_sublayers
 from scmoe.moe.balance import integer_sums, load_balance_loss, load_metrics, router_z_loss
-from scmoe.parallel.lightning_seam import count_steps_from
+from scmoe.parallel.lightning_seam import allow_graphs, count_steps_from
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.clipping import guard_updates
 from scmoe.tokens import RouterStats
@@ -46,10 +47,10 @@ class MoEModule(LightningModule):
         gradient_clip: float | None = None,
         load_balance_coef: float = 0.01,
         z_loss_coef: float = 0.0,
-        compile_blocks: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
-        self.make_model, self.compile_blocks = make_model, compile_blocks
+        self.make_model, self.compiled = make_model, compiled
         self.max_steps, self.lr, self.min_lr_ratio, self.warmup_steps = max_steps, lr, min_lr_ratio, warmup_steps
         self.weight_decay, self.betas, self.eps, self.gradient_clip = weight_decay, (beta1, beta2), eps, gradient_clip
         self.load_balance_coef, self.z_loss_coef = load_balance_coef, z_loss_coef
@@ -62,9 +63,8 @@ class MoEModule(LightningModule):
     def configure_model(self) -> None:
         if self.model is None:
             self.model = self.make_model(self.parallel_context)
-            if self.compile_blocks:
-                for block in self.model.blocks:
-                    block.compile()
+            if self.compiled:
+                allow_graphs(2 * compile_sublayers(self.model))  # with gradients, and in validations without
 
     def task_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[RouterStats]]:
         """Return the summed loss of this rank's targets in nats, their number, and the routers' sums."""

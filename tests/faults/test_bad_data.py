@@ -1,13 +1,25 @@
-"""Fault 42: data that cannot be used is one line that names the file or the split, before a process or run starts."""
+"""Data that cannot be used is one line that names the file or the split, before a process or run starts (42); files
+that cannot be read are named, or skipped and counted (44); all of them are found before a training (45)."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
+import torch
+from lightning.pytorch import LightningModule
+from PIL import Image
 
+from datamodules.positioned import IGNORE
 from datamodules.sources import text
-from experiments import train
+from experiments import check_data, train
+from scmoe.config.load import load
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.callbacks.skipped_images import SkippedImages
 
 pytestmark = [pytest.mark.faults, pytest.mark.representative]
 
@@ -42,6 +54,96 @@ def test_42_data_that_cannot_be_used_is_one_line(files, message, tmp_path, capsy
     said = capsys.readouterr().err.splitlines()
     assert said[-1].startswith("error: ") and message in said[-1]
     assert not runs.exists(), "no run was started"
+
+
+def test_44_unreadable_texts_are_skipped_and_counted(tmp_path, capsys):
+    folder, runs = tmp_path / "data", tmp_path / "runs"
+    folder.mkdir()
+    folder_of(folder, a=LINE.encode() * 40, b=bytes(100), c="é".encode("latin-1"), d=LINE.encode() * 40)
+    words = ["data.name=text", f"data.path={folder}", f"data.cache_dir={tmp_path}/cache", "data.vocab_size=300"]
+    settings = ["configs/debug.yaml", *words, f"runs_dir={runs}", "trainer.max_steps=1", "data.on_error=skip"]
+    assert train.main(settings) == 0
+    said = capsys.readouterr()
+    assert "warning: 2 files are skipped: data.path: " in said.err and "b.txt has zero bytes" in said.err
+    assert json.loads(said.out.splitlines()[-1])["skipped"] == 2
+    source = text(folder, skip=True)
+    assert "".join("".join(documents) for documents in source.documents.values()) == LINE * 80
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Returns a folder of six training and four validation images; one of each is damaged."""
+    for split, number in (("train", 3), ("val", 2)):
+        for label in ("ant", "bee"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(number):
+                Image.new("RGB", (9, 9), (40 * i, 0, 0)).save(tmp_path / split / label / f"{i}.png")
+    for path in (tmp_path / "train/ant/1.png", tmp_path / "val/bee/0.png"):
+        path.write_bytes(path.read_bytes()[:40])
+    return tmp_path
+
+
+def swin(folder: Path) -> list[str]:
+    words = "data.name=image_folder data.num_classes=2 data.global_batch_size=2 data.val_sequences=null"
+    return ["configs/quickstart_vision.yaml", *words.split(), f"data.path={folder}"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_44_a_damaged_image_is_named_when_it_is_met(images, workers):
+    data = build_datamodule(
+        load(swin(images)[0], [*swin(images)[1:], f"data.workers={workers}", "trainer.max_steps=3"])
+    )
+    with pytest.raises(ValueError, match=r"data\.path: .*train/ant/1\.png cannot be read"):
+        list(data.train_dataloader())
+    with pytest.raises(ValueError, match=r"data\.path: .*val/bee/0\.png cannot be read"):
+        list(data.val_dataloader())
+
+
+def test_44_damaged_images_are_replaced_in_training_left_out_of_validation_and_counted(images):
+    data = build_datamodule(load(swin(images)[0], [*swin(images)[1:], "data.on_error=skip", "trainer.max_steps=3"]))
+    train_batches, val_batches = list(data.train_dataloader()), list(data.val_dataloader())
+    assert sum(int(batch["skipped"].sum()) for batch in train_batches) == 1, "three batches of two are one epoch"
+    assert torch.cat([batch["labels"].argmax(1) for batch in train_batches]).bincount().tolist() == [3, 3]
+    assert sum(int(batch["skipped"].sum()) for batch in val_batches) == 1
+    assert sorted(torch.cat([batch["labels"] for batch in val_batches]).tolist()) == [IGNORE, 0, 0, 1]
+
+
+def test_44_the_count_of_skipped_images_is_logged_and_in_the_summary():
+    """Two ranks have met 2 and 3 of them."""
+
+    class Module(LightningModule):
+        parallel_context = SimpleNamespace(sum_over_ranks=lambda count: count + 3)
+        logged: ClassVar[dict[str, float]] = {}
+
+        def log(self, name: str, value: float) -> None:  # type: ignore[override]
+            self.logged[name] = value
+
+    counted, module = SkippedImages(), Module()
+    trainer = SimpleNamespace(log_every_n_steps=1, global_step=1, accumulate_grad_batches=1)
+    counted.on_validation_batch_end(trainer, module, None, {"skipped": torch.tensor([0, 1])}, 0)  # type: ignore
+    counted.on_train_batch_end(trainer, module, None, {"skipped": torch.tensor([1, 0])}, 0)  # type: ignore
+    assert module.logged == {"data/skipped": 5.0} and counted.total(module) == 5
+
+
+def test_45_check_data_names_every_unreadable_file(images, tmp_path, capsys):
+    assert check_data.main(swin(images)) == 2
+    said = capsys.readouterr()
+    assert [re.findall(r"\w+/\w+/\d\.png", line)[0] for line in said.out.splitlines()] == [
+        "train/ant/1.png",
+        "val/bee/0.png",
+    ]
+    assert said.err.splitlines()[-1].startswith("error: 2 files cannot be read, allowed: ")
+    for broken in ("train/ant/1.png", "val/bee/0.png"):
+        (images / broken).unlink()
+    assert check_data.main(swin(images)) == 0
+    assert capsys.readouterr().out == "all data of image_folder can be read\n"
+
+
+def test_45_check_data_reads_texts_too(tmp_path, capsys):
+    folder_of(tmp_path, a=LINE.encode() * 40, b=bytes(100))
+    words = ["data.name=text", f"data.path={tmp_path}", f"data.cache_dir={tmp_path}/cache", "data.vocab_size=300"]
+    assert check_data.main(["configs/debug.yaml", *words]) == 2
+    assert "b.txt has zero bytes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

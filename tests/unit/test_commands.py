@@ -61,4 +61,7 @@ def test_scmoe_lists_its_verbs(tmp_path):
 
 
 def test_every_verb_is_a_script():
-    assert {path.stem for path in (ROOT / "experiments").glob("*.py")} == {"__init__", *(verb.replace("-", "_") for verb in VERBS)}
+    assert {path.stem for path in (ROOT / "experiments").glob("*.py")} == {
+        "__init__",
+        *(verb.replace("-", "_") for verb in VERBS),
+    }

@@ -35,6 +35,18 @@ def read_meta(path: Path) -> dict[str, Any]:
     return json.loads((path / META).read_text(), object_hook=from_json)
 
 
+def read_for_lightning(path: Path) -> dict[str, Any]:
+    """Return a checkpoint as Lightning keeps it in one file, with all experts, without the optimizers' state.
+
+    For `load_from_checkpoint` and Trainers without ExpertParallelStrategy. ValueError: no whole checkpoint.
+    """
+    durable.verify(path)
+    meta = read_meta(path)
+    meta.pop("param_groups", None)
+    weights = read_whole(path, "model.")
+    return {**meta, "state_dict": {name.removeprefix("model."): tensor for name, tensor in weights.items()}}
+
+
 def _fill(tensors: dict[str, Tensor], reader: HuggingFaceStorageReader) -> None:
     """Read into these tensors in one process."""
     with warnings.catch_warnings():

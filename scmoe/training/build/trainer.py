@@ -47,7 +47,7 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
         LastCheckpoint(checkpoints, trainer.checkpoint_every),
         ModelCheckpoint(checkpoints, "best-{step}", monitor=best, mode=mode, save_top_k=1),
     ]
-    if config.moe.architecture not in ("dense", "dgmoe_share") and not trainer.compile:
+    if config.moe.architecture not in ("dense", "dgmoe_share"):
         chunks, plan = config.schedule.chunks, run_dir / "plan.json" if run_dir else None
         callbacks.append(AdaptiveSchedule(config.schedule.auto, (1, 2, 4) if chunks is None else (chunks,), plan))
     if images and data.on_error == "skip":

@@ -28,8 +28,8 @@ def describe(logger: Logger) -> str:
 def log_best_checkpoint(loggers: Sequence[Logger], callbacks: Iterable[object]) -> None:
     """Hand the best checkpoint with its step and metric to W&B, where there is one and W&B is on."""
     for callback in callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
-            assert callback.best_model_score is not None
+        # a resumed run whose directory was moved, and that has not validated since, has a path and no score
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_score is not None:
             value = callback.best_model_score.item()
             for logger in loggers:
                 if isinstance(logger, SteadyWandbLogger):

@@ -1,0 +1,40 @@
+"""Fault 58: torch.compile compiles again without end, or stops compiling without an error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch._dynamo.utils import counters
+
+from scmoe.config.load import load
+from scmoe.testbed.ranks import run_ranks
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_module
+from scmoe.training.build.trainer import build_trainer
+from scmoe.training.callbacks.data_position import DataPosition
+
+pytestmark = [pytest.mark.dist, pytest.mark.faults]
+
+KINDS = ("attention", "MLP", "shared expert")
+
+
+def graphs(rank: int, world_size: int, words: str) -> tuple[list[int], float, int]:
+    """Trains six steps with a validation after every second one. Returns the number of graphs after each, the last
+    loss, and the number of graph breaks."""
+    config = load("configs/debug.yaml", [*words.split(), "trainer.max_steps=6", "trainer.val_every=2"])
+    torch.manual_seed(1)
+    module, counts = build_module(config), list[int]()
+    module.on_validation_end = lambda: counts.append(counters["stats"]["unique_graphs"])  # type: ignore
+    trainer = build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
+    trainer.fit(module, build_datamodule(config))
+    return counts, float(trainer.callback_metrics["train/loss"]), sum(counters["graph_break"].values())
+
+
+@pytest.mark.parametrize("words", ["model.layers=4", "model.family=llama trainer.recompute=true"])
+def test_58_nothing_is_compiled_again_after_the_first_validation(words):
+    """Each kind of part has a graph with gradients and one without, however many layers there are."""
+    counts, loss, breaks = run_ranks(graphs, 1, f"{words} trainer.compile=true", timeout_s=280)[0]
+    assert counts == [2 * len(KINDS)] * 3 and breaks == 0
+    none, plain, _ = run_ranks(graphs, 1, f"{words} trainer.compile=false")[0]
+    assert none == [0] * 3 and loss == pytest.approx(plain, rel=1e-5)

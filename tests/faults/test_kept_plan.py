@@ -1,0 +1,83 @@
+"""Fault 43: a resumed run would measure its schedule again, and perhaps choose another one, which changes bits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from experiments import bench
+from scmoe.parallel.plan_file import plan_from_json, plan_to_json
+from tests.support.commands import train_in_ranks
+
+pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]
+
+CHOSEN = 27  # steps until the choice, of three numbers of chunks
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory) -> Path:
+    """Returns the directory of a finished run on two ranks whose schedule was chosen by measurement."""
+    runs = tmp_path_factory.mktemp("planned")
+    words = ("schedule=auto", "schedule.chunks=null", f"trainer.max_steps={CHOSEN + 1}", f"runs_dir={runs}")
+    done = train_in_ranks(2, "configs/debug.yaml", "trainer.devices=2", *words)
+    assert done.code == 0, done.err
+    assert "plan: MoE layer 1: " in done.err
+    return (runs / "latest").resolve()
+
+
+@pytest.fixture
+def run_dir(planned, tmp_path) -> Path:
+    return Path(shutil.copytree(planned, tmp_path / "run"))
+
+
+def resume(run_dir: Path, ranks: int, *overrides: str) -> str:
+    """Returns what a resumption of one step says of the plan."""
+    words = ("--resume", str(run_dir), f"trainer.max_steps={CHOSEN + 2}", f"trainer.devices={ranks}", *overrides)
+    done = train_in_ranks(ranks, *words)
+    assert done.code == 0, done.err
+    return "\n".join(line for line in done.err.splitlines() if line.startswith("plan: "))
+
+
+def test_43_a_resumed_run_goes_on_with_the_plan_of_its_directory(run_dir):
+    """Its plan is put in place of the measured one, with a slot that no measurement of tiny operators would choose."""
+    path = run_dir / "plan.json"
+    plan = json.loads(path.read_text())
+    assert (plan["step"], plan["conditions"]["ranks"]) == (CHOSEN, 2)
+    plan["layers"][0]["schedule"] |= {"expert_slot": 3, "chunks": 4}
+    path.write_text(json.dumps(plan))
+    said = resume(run_dir, 2)
+    assert said.startswith("plan: MoE layer 1: scmoe pos2, slot 3 of 0 to 3, 4 chunk(s)")
+    assert json.loads(path.read_text())["layers"][0]["schedule"] == plan["layers"][0]["schedule"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (("schedule.chunks=2",), "chunks was [1, 2, 4] and is [2]"),
+        (("strategy.ep_size=2", "trainer.devices=4"), "ranks was 2 and is 4"),
+    ],
+    ids=["chunks", "ranks"],
+)
+def test_43_a_plan_of_other_conditions_is_measured_again(overrides, reason, run_dir):
+    ranks = 4 if "trainer.devices=4" in overrides else 2
+    assert f"plan: measured again, as {reason} since " in resume(run_dir, ranks, *overrides)
+
+
+@pytest.mark.parametrize("content", ["{", '{"layers": [{"schedule": {}}], "conditions": {}}', "[]"])
+def test_43_a_damaged_plan_is_named_and_measured_again(content, run_dir):
+    (run_dir / "plan.json").write_text(content)
+    assert f"plan: {run_dir / 'plan.json'} is not used: " in resume(run_dir, 2)
+
+
+def test_43_a_plan_survives_its_file_and_is_drawn(planned, capsys, tmp_path):
+    plan = json.loads((planned / "plan.json").read_text())
+    choices = plan_from_json(plan)
+    assert plan_to_json(choices, plan["conditions"], plan["step"]) == plan
+    assert bench.main(["timeline", "--run", str(planned)]) == 0
+    pictures = json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"]
+    assert [Path(picture).read_bytes()[:4] for picture in pictures] == [b"\x89PNG"] * 2
+    assert bench.main(["timeline", "--run", str(tmp_path)]) == 2
+    assert "allowed: a run with schedule=auto that has chosen" in capsys.readouterr().err

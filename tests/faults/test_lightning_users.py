@@ -1,0 +1,185 @@
+"""What users of Lightning do: modules of their own (56, 57, 59, 60), the strategy's arguments (51, 54)."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelSummary, StochasticWeightAveraging
+from lightning.pytorch.plugins import HalfPrecision
+from lightning.pytorch.utilities.model_summary import summarize
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from scmoe.moe.experts import Experts
+from scmoe.moe.router import Router
+from scmoe.moe.stream import MoEStream
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.strategy import ExpertParallelStrategy
+from scmoe.testbed.ranks import run_ranks
+from tests.support.failing import failure
+
+pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]
+
+QUIET: dict[str, Any] = dict(accelerator="cpu", logger=False, enable_progress_bar=False)
+
+
+class Model(LightningModule):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.dim, self.parallel_context = dim, ParallelContext()
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "moe"):
+            context = self.parallel_context
+            experts = Experts(self.dim, 32, 8, context.local_experts(8))
+            self.moe = MoEStream(Router(self.dim, 8, 1), experts, context.dispatcher(8))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.moe(batch[0])[0].square().mean()
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.moe(batch[0])[0]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+
+def data() -> DataLoader[Any]:
+    rows = torch.randn(4, 2, 16, generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(rows), batch_size=2)
+
+
+def fit(rank: int, world_size: int, folder: Path, callbacks: list[Callback], full: bool = False) -> Tensor:
+    """Trains one step and returns the trained model's predictions of all rows."""
+    strategy = ExpertParallelStrategy(full_checkpoint=full)
+    trainer = Trainer(devices=world_size, strategy=strategy, max_steps=1, callbacks=callbacks, **QUIET)
+    module = Model(16)
+    trainer.fit(module, data())
+    with torch.no_grad():
+        return torch.cat([module.moe(rows)[0] for (rows,) in data()])
+
+
+@pytest.fixture(scope="module", params=["shards", "full_checkpoint"])
+def trained(request, tmp_path_factory) -> tuple[Path, Tensor]:
+    """Returns the checkpoint of two ranks, a directory, and the predictions of its model."""
+    folder = tmp_path_factory.mktemp("trained")
+    saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1)
+    predictions, _ = run_ranks(fit, 2, folder, [saver], request.param == "full_checkpoint")
+    return folder / "step=1.ckpt", predictions
+
+
+# ---------------------------------------------------------------------- 56: a checkpoint that is a directory
+
+
+def test_56_load_from_checkpoint_reads_a_directory_of_any_number_of_ranks(trained):
+    checkpoint, expected = trained
+    assert checkpoint.is_dir()
+    module = Model.load_from_checkpoint(checkpoint)
+    assert len(module.moe.experts.expert_ids) == 8
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat([module.moe(rows)[0] for (rows,) in data()]), expected, rtol=0, atol=1e-6)
+
+
+def test_56_a_trainer_without_the_strategy_reads_a_directory(trained):
+    checkpoint, expected = trained
+    (first, second) = Trainer(devices=1, **QUIET).predict(Model(16), data(), ckpt_path=checkpoint)
+    torch.testing.assert_close(torch.cat([first, second]), expected, rtol=0, atol=1e-6)
+
+
+def test_56_a_damaged_directory_is_refused_and_other_checkpoints_are_read_as_before(trained, tmp_path):
+    checkpoint, _ = trained
+    trainer = Trainer(devices=1, max_steps=1, enable_checkpointing=False, **QUIET)
+    trainer.fit(Model(16), data())
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    assert Model.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True).dim == 16
+    broken = tmp_path / "broken.ckpt"
+    broken.mkdir()
+    for file in checkpoint.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes()[:-1] if file.suffix == ".safetensors" else file.read_bytes())
+    with pytest.raises(ValueError, match=r"broken\.ckpt"):
+        Model.load_from_checkpoint(broken)
+
+
+# ---------------------------------------------------------------------- 57: callbacks that copy the module
+
+
+def fit_averaged(rank: int, world_size: int, folder: Path, name: str) -> None:
+    callback = EMAWeightAveraging() if name == "EMAWeightAveraging" else StochasticWeightAveraging(0.1)
+    fit(rank, world_size, folder, [callback])
+
+
+@pytest.mark.parametrize("name", ["EMAWeightAveraging", "StochasticWeightAveraging"])
+def test_57_callbacks_that_average_weights_in_a_copy_are_refused_by_name(name, tmp_path):
+    assert f"ValueError: the callback {name} keeps a copy" in failure(fit_averaged, 2, tmp_path, name)
+
+
+# ---------------------------------------------------------------------- 59: how many parameters
+
+
+def summarised(rank: int, world_size: int) -> tuple[int, list[str]]:
+    """Returns the expert parameters that Lightning's summary counts, and what the strategy says of them."""
+    said: list[str] = []
+    logger = logging.getLogger("lightning.pytorch")
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    summary = ModelSummary()
+    trainer = Trainer(devices=world_size, strategy="expert_parallel", max_steps=1, callbacks=[summary], **QUIET)
+    module = Model(16)
+    trainer.fit(module, data())
+    return summarize(module).total_parameters, [line for line in said if "experts" in line]
+
+
+def test_59_a_model_summary_says_that_it_counts_this_ranks_experts():
+    (first, said), (_, nothing) = run_ranks(summarised, 2)
+    gate, expert = 16 * 8, 2 * 16 * 32
+    assert first == gate + 4 * expert
+    assert said == ["The model summary counts this rank's experts: 1 of 2 parts of them."] and nothing == []
+
+
+# ---------------------------------------------------------------------- 60: the strategy's name
+
+
+@pytest.mark.parametrize("lines", ["import scmoe\n{}", "{}\nimport scmoe"], ids=["before Lightning", "after Lightning"])
+def test_60_importing_scmoe_makes_the_strategy_known(lines):
+    program = lines.format("from lightning.pytorch import Trainer")
+    program += '\nprint(type(Trainer(strategy="expert_parallel", accelerator="cpu", logger=False).strategy).__name__)'
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "ExpertParallelStrategy\n", done.stderr
+
+
+def test_60_importing_scmoe_imports_neither_torch_nor_lightning():
+    program = "import sys, scmoe; print({'torch', 'lightning'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "set()\n"
+
+
+# ---------------------------------------------------------------------- 51, 54: arguments of the strategy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ep_size": 0}, "ep_size is 0, allowed: None or a number of ranks, 1 or more"),
+        ({"ep_size": -2}, "ep_size is -2, allowed"),
+        ({"timeout_s": 0.0}, "timeout_s is 0.0, allowed: above 0, at most 1e"),
+        ({"timeout_s": float("nan")}, "timeout_s is nan, allowed"),
+        ({"timeout_s": 1e300}, r"timeout_s is 1e\+300, allowed"),
+    ],
+    ids=str,
+)
+def test_51_arguments_that_no_run_could_have_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ExpertParallelStrategy(**arguments)
+
+
+def test_54_float16_without_a_scaler_is_refused_too():
+    with pytest.raises(ValueError, match=r"trainer\.precision is 16-true, allowed: 32-true, bf16-mixed"):
+        Trainer(devices=2, strategy=ExpertParallelStrategy(), plugins=[HalfPrecision("16-true")], **QUIET)

@@ -1,0 +1,169 @@
+"""What a run asks of its machine is checked before it starts: sizes (46-48), devices and launchers (49-51), folders
+(52), W&B's variables (53). Each refusal is one line, and no run directory is made."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from torch.distributed import DistNetworkError
+
+from experiments import train
+from scmoe.config.load import load
+from scmoe.parallel.strategy import ExpertParallelStrategy
+from scmoe.training.run import machine
+from scmoe.training.run.machine import check_machine
+from scmoe.training.run.wandb_logger import wandb_mode
+
+pytestmark = [pytest.mark.faults, pytest.mark.representative]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -> str:
+    """Returns the one line with which a run is refused."""
+    runs = folder / "runs"
+    assert train.main(["configs/debug.yaml", f"runs_dir={runs}", *overrides]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert not runs.exists()
+    return line
+
+
+def number_in(line: str, pattern: str) -> float:
+    found = re.search(pattern, line)
+    assert found is not None, line
+    return float(found[1])
+
+
+# ---------------------------------------------------------------------- 46, 47, 48: sizes
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("model.dim=36", "a multiple of 8"),
+        ("model.ffn_dim=37", "null or a multiple of 8"),
+        ("data.vocab_size=1", "2 or more"),
+        ("moe.capacity_factor=1e300", "float | null, above 0, at most 1e6"),
+        ("trainer.max_steps=1000000000000000000000", "int, 1 to 2^31 - 1"),
+        ("moe.num_experts=1000000", "int, 1 to 2^16"),
+    ],
+)
+def test_46_sizes_that_nothing_could_compute_are_refused(override, allowed, tmp_path, capsys):
+    assert f"allowed: {allowed}" in refusal(capsys, tmp_path, override)
+
+
+def test_46_without_experts_any_width_is_allowed():
+    assert load("configs/debug.yaml", ["model.dim=36", "moe.architecture=dense"]).model.dim == 36
+
+
+def test_47_a_run_that_needs_more_memory_than_there_is_is_refused_by_the_limit_that_lifts(tmp_path, capsys):
+    large = ("moe.num_experts=60000", "model.dim=4096")
+    line = refusal(capsys, tmp_path, *large)
+    assert re.search(
+        r"trainer\.max_memory_gib is null, allowed: \S+ or more to start .* estimated to need \S+ GiB", line
+    )
+    line = refusal(capsys, tmp_path, "trainer.max_memory_gib=0.1")
+    needed = number_in(line, r"trainer\.max_memory_gib is 0\.1, allowed: (\S+) or more")
+    check_machine(load("configs/debug.yaml", [f"trainer.max_memory_gib={needed * 1.01}"]), rank=0)
+
+
+def test_47_the_limit_of_memory_is_a_ranks_share(monkeypatch, tmp_path):
+    one, two = (load("configs/debug.yaml", [f"trainer.devices={n}"]) for n in (1, 2))
+    assert machine.free_gib(two) == pytest.approx(machine.free_gib(one) / 2, rel=0.1)
+    monkeypatch.setattr(machine, "CONTAINER", tmp_path / "memory.max")
+    machine.CONTAINER.write_text("1073741824\n")
+    assert machine.free_gib(one) == 1.0
+    machine.CONTAINER.write_text("max\n")
+    assert machine.free_gib(one) > 1.0
+
+
+def test_48_a_step_of_hours_is_refused_by_the_limit_that_lifts(tmp_path, capsys):
+    long = ("data.seq_len=1000000", "trainer.max_memory_gib=1000")
+    line = refusal(capsys, tmp_path, *long)
+    seconds = number_in(line, r"trainer\.max_step_s is 600\.0, allowed: (\S+) or more to start all the same")
+    check_machine(load("configs/debug.yaml", [*long, f"trainer.max_step_s={seconds * 1.01}"]), rank=0)
+
+
+# ---------------------------------------------------------------------- 49, 50, 51: devices and launchers
+
+
+def test_49_a_gpu_that_is_not_there_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(machine.torch.cuda, "device_count", lambda: 0)
+    assert "trainer.accelerator is 'gpu', allowed: auto | cpu, as there is no GPU" in refusal(
+        capsys, tmp_path, "trainer.accelerator=gpu"
+    )
+
+
+def test_49_more_ranks_than_gpus_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(machine.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: True)
+    overrides = "trainer.accelerator=auto", "trainer.devices=2"
+    assert "trainer.devices is 2, allowed: at most 1, the GPUs of this machine" in refusal(capsys, tmp_path, *overrides)
+
+
+TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
+SLURM = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NAME": "x", "SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "overrides", "message"),
+    [
+        ({**TORCHRUN, "WORLD_SIZE": "2"}, [], "trainer.devices is 1, allowed: .* as torchrun has started: .*\\(2\\)"),
+        (SLURM, ["trainer.devices=2"], "trainer.devices is 2, allowed: .* as SLURM has started: .*ntasks-per-node=4"),
+        ({}, ["trainer.num_nodes=2"], "trainer.num_nodes is 2, allowed: 1, or .* MASTER_ADDR and MASTER_PORT and NODE"),
+        (
+            {"MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            ["trainer.num_nodes=2"],
+            "num_nodes is 2, allowed: .* set NODE_RANK",
+        ),
+    ],
+    ids=["torchrun", "SLURM", "no launcher", "half of the variables"],
+)
+def test_50_ranks_that_nobody_starts_are_not_waited_for(variables, overrides, message, tmp_path, capsys, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert re.search(message, refusal(capsys, tmp_path, *overrides))
+
+
+def test_51_ranks_that_do_not_find_each_other_in_time_say_which_setting_to_raise(monkeypatch):
+    """The error of torch's store names a socket alone."""
+
+    def too_late(*_: object) -> None:
+        raise DistNetworkError("The client socket has timed out after 1ms")
+
+    strategy = ExpertParallelStrategy(timeout_s=11)
+    monkeypatch.setattr(ExpertParallelStrategy.__mro__[1], "setup_environment", too_late)
+    strategy._lightning_module = type("Module", (), {"trainer": type("T", (), {"callbacks": []})})()  # type: ignore
+    with pytest.raises(TimeoutError, match=r"within strategy\.timeout_s, 11 s, allowed: more than the slowest rank"):
+        strategy.setup_environment()
+
+
+# ---------------------------------------------------------------------- 52: folders
+
+
+@pytest.mark.parametrize("key", ["runs_dir", "data.cache_dir"])
+def test_52_a_folder_that_cannot_be_written_is_refused(key, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    text = "data.name=sotu", "data.vocab_size=300"
+    for folder in ("/proc/nowhere", str(tmp_path / "file" / "below")):
+        line = refusal(capsys, tmp_path, *text, f"{key}={folder}")
+        assert f"{key} is '{folder}', allowed: a folder that can be written: " in line
+
+
+# ---------------------------------------------------------------------- 53: variables of W&B
+
+
+@pytest.mark.parametrize("url", ["api.wandb.ai", "ftp://x", "http://[bad", "http://x:port", "http://"])
+def test_53_a_malformed_server_is_refused_unless_wandb_is_off(url, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    assert f"WANDB_BASE_URL is {url!r}, allowed: such as https://" in refusal(capsys, tmp_path, "logger.mode=offline")
+    assert wandb_mode(load("configs/debug.yaml", ["logger.mode=disabled"])) == "disabled"
+
+
+def test_53_wandb_mode_decides_where_the_config_does_not(tmp_path, capsys, monkeypatch):
+    auto, online = (load("configs/debug.yaml", [f"logger.mode={mode}"]) for mode in ("auto", "online"))
+    for mode in ("online", "offline", "disabled"):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        assert (wandb_mode(auto), wandb_mode(online)) == (mode, "online")
+    monkeypatch.setenv("WANDB_MODE", "of")
+    assert "WANDB_MODE is 'of', allowed: online | offline | disabled" in refusal(capsys, tmp_path, "logger.mode=auto")
