@@ -131,6 +131,36 @@ MUTANTS = (
     Mutant("dtype-not-checked", 34, f"{PARALLEL}/checkpoint/state.py")
     .replaces("        assert isinstance(dtype, torch.dtype)\n", "        assert dtype is not None\n")
     .caught_by(f"{FAULTS}/test_security.py::test_34_a_dtype_in_meta_must_be_a_dtype"),
+    # ------------------------------------------------------------------ ordinary use
+    Mutant("plan-of-other-ranks-taken", 43, "scmoe/training/callbacks/adaptive_schedule.py")
+    .replaces("if there.get(key) != value]:", "if there.get(key) is None]:")
+    .caught_by(f"{FAULTS}/test_kept_plan.py::test_43_a_plan_of_other_conditions_is_measured_again"),
+    Mutant("skipped-images-not-counted", 44, f"{DATA}/images.py")
+    .replaces('"position": position, "skipped": skipped}', '"position": position, "skipped": 0}')
+    .caught_by(
+        f"{FAULTS}/test_bad_data.py::test_44_damaged_images_are_replaced_in_training_left_out_of_validation_and_counted"
+    ),
+    Mutant("memory-of-all-for-each-rank", 47, f"{RUN}/machine.py")
+    .replaces("    return free / GIB / devices\n", "    return free / GIB\n")
+    .caught_by(f"{FAULTS}/test_machine.py::test_47_the_limit_of_memory_is_a_ranks_share"),
+    Mutant("launcher-not-asked", 50, f"{RUN}/machine.py")
+    .replaces("        if launcher.detect():\n", "        if not launcher:\n")
+    .caught_by(f"{FAULTS}/test_machine.py::test_50_ranks_that_nobody_starts_are_not_waited_for"),
+    Mutant("pure-float16-accepted", 54, f"{PARALLEL}/update/clipping.py")
+    .replaces('plugin.precision in ("16-true", "16-mixed")', 'plugin.precision == "16-mixed"')
+    .caught_by(f"{FAULTS}/test_lightning_users.py::test_54_float16_without_a_scaler_is_refused_too"),
+    Mutant("damaged-directory-read", 56, f"{PARALLEL}/checkpoint/loading.py")
+    .replaces(
+        "    durable.verify(path)\n    meta = read_meta(path)\n    meta.pop", "    meta = read_meta(path)\n    meta.pop"
+    )
+    .caught_by(
+        f"{FAULTS}/test_lightning_users.py::test_56_a_damaged_directory_is_refused_and_other_checkpoints_are_read_as_before"
+    ),
+    Mutant("averaging-copies-accepted", 57, f"{PARALLEL}/strategy.py")
+    .replaces("        if isinstance(callback, COPYING):\n", "        if callback is COPYING:\n")
+    .caught_by(
+        f"{FAULTS}/test_lightning_users.py::test_57_callbacks_that_average_weights_in_a_copy_are_refused_by_name"
+    ),
     # ------------------------------------------------------------------ configuration
     Mutant("run-name-leaves-root", 36, "scmoe/config/rules.py")
     .replaces("NAME.fullmatch(config.name)", "NAME.search(config.name)")
