@@ -17,6 +17,7 @@ from scmoe.schedule.schedule import Schedule
 # Architectures with a tap, and the architecture of their schedules.
 SHORTCUTS = {"scmoe": "scmoe", "dgmoe": "dgmoe", "dgmoe_share": "dgmoe"}
 SMALLEST_VOCABULARY = {"bpe": 257, "gpt2": 50257}  # bpe: all bytes and the end-of-text token
+MOST_SYNTHETIC = 4096  # sequences of a validation
 LEAST_IDS = 2  # with one, there is nothing to predict
 
 # Data sets of images, fields that have no meaning for images, and fields that have a meaning for images only.
@@ -145,6 +146,8 @@ def _data(config: Config) -> Iterator[Rule]:
     yield data.name in ("text", "hf", "image_folder") and not read, "data.path", f"a path, {named} reads from it"
     yield data.name in ("sotu", "synthetic", "digits") and read, "data.path", f"null, {named} reads no path"
     yield data.name != "hf" and data.subset is not None, "data.subset", f"null, {named} has no subsets"
+    endless = data.name == "synthetic" and (data.val_sequences or 0) > MOST_SYNTHETIC
+    yield endless, "data.val_sequences", f"null or at most {MOST_SYNTHETIC}, {named} has no end"
     smallest = SMALLEST_VOCABULARY.get(data.tokenizer, LEAST_IDS)
     small = data.name != "synthetic" and data.vocab_size < smallest
     yield small, "data.vocab_size", f"{smallest} or more for data.tokenizer={data.tokenizer}"

@@ -48,6 +48,7 @@ IMPOSSIBLE = [
     ("data.subset", "data.subset=en"),
     ("data.vocab_size", "data.tokenizer=gpt2"),
     ("data.vocab_size", "data.vocab_size=256"),
+    ("data.val_sequences", "data.name=synthetic data.val_sequences=4097"),
     ("data.seq_len", "data.seq_len=0"),
     ("optim.lr", "optim.lr=0"),
     ("optim.lr", "optim.lr=1e999"),
