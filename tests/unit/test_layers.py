@@ -10,14 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = [
     *(["schedule", "tokens"], ["config"], ["moe"], ["blocks"], ["models"], ["parallel", "offload", "analysis"]),
-    *(["datamodules"], ["training"], ["testbed"], ["studies"], ["experiments"]),
+    *(["datamodules"], ["training"], ["testbed"], ["studies"], ["experiments"], ["__init__"]),
 ]
 LAYER = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
 ONLY_IN = {
     "torch.distributed": ("scmoe/parallel/", "scmoe/testbed/"),
     "lightning": (
         *("scmoe/training/", "datamodules/", "scmoe/parallel/lightning_seam.py"),
-        *("scmoe/parallel/strategy.py", "scmoe/parallel/job/fail_fast.py"),
+        *("scmoe/parallel/strategy.py", "scmoe/parallel/job/fail_fast.py", "scmoe/parallel/known_to_lightning.py"),
     ),
     "pytorch_lightning": (),  # its other name
     "os.environ": ("scmoe/parallel/mesh.py", "scmoe/training/run/", "scmoe/testbed/"),
