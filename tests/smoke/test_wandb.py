@@ -212,7 +212,8 @@ def test_a_server_that_is_broken_from_the_start_causes_one_warning(answer, repor
 def test_a_sweep_through_an_agent(tmp_path):
     """The first of two trials fails and does not end the sweep. The runs have the ids of the agent."""
     ours = yaml.safe_load((ROOT / "configs/sweep/smoke.yaml").read_text())
-    ours["parameters"]["optim.lr"]["values"] = [1e30, 1e-3]
+    ours["parameters"]["optim.lr"]["values"] = [1e-3]
+    ours["parameters"]["init_from"]["values"].reverse()
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(ours))
     with wandb_server() as server:
         words = (str(tmp_path / "two.yaml"), f"runs_dir={tmp_path}")
@@ -229,7 +230,7 @@ def test_a_sweep_through_an_agent(tmp_path):
     assert sent == {key: value for key, value in ours.items() if key != "command"}, "only the command differs"
     runs = list(server.runs.values())
     assert [run.name for run in runs] == ["trial0", "trial1"], "the agent gives the ids"
-    assert [run.config["optim.lr"] for run in runs] == [1e30, 1e-3]
+    assert [run.config["init_from"] for run in runs] == ["scmoe:no-such-file.safetensors", None]
     assert [run.exit_code for run in runs] == [1, 0]
     assert all(run.sweep == "sweep001" for run in runs)
     assert len(runs[1].column("train/loss")) == 4 and runs[1].column("val/loss")

@@ -1,7 +1,7 @@
 """This program replaces experiments.train in tests of the sweep around it: it starts at once and learns nothing.
 
 `python -m tests.support.toy_training SECONDS_PER_STEP experiments.train (CONFIG key=value ... | --resume RUN_DIR)`.
-Its val/loss is |log10 lr + 2| + 1 / step. A learning rate above 1 fails; SIGTERM saves and exits with 143.
+Its val/loss is |log10 lr + 2| + 1 / step. A learning rate of 1 fails; SIGTERM saves and exits with 143.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(pause_s: float, arguments: list[str]) -> int:
         run_dir = Path(config.runs_dir) / config.name / uuid.uuid4().hex
         run_dir.mkdir(parents=True)
         (run_dir / "config.yaml").write_text(to_yaml(config))
-    if config.optim.lr > 1:
+    if config.optim.lr >= 1:
         print("FloatingPointError: [no] number", file=sys.stderr)
         return 1
     stopped: list[Any] = []

@@ -30,7 +30,7 @@ SWEEP: dict[str, Any] = {
     ],
     "method": "grid",
     "metric": {"name": "val/loss", "goal": "minimize"},
-    "parameters": {"optim.lr": {"values": [1e-1, 1e-2, 10.0, 1e-3]}},
+    "parameters": {"optim.lr": {"values": [1e-1, 1e-2, 1.0, 1e-3]}},
 }
 
 
