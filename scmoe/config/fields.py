@@ -206,6 +206,7 @@ RANGES: dict[str, Callable[[float], bool]] = {
     "0 to 2^31 - 1": lambda x: 0 <= x < 2**31,
     "0 to 2^32 - 1": lambda x: 0 <= x < 2**32,  # what NumPy, and so Lightning, accepts as a seed
     "1 to 1000": lambda x: 1 <= x <= 1000,
+    "1 to 64": lambda x: 1 <= x <= 64,
     "1 to 1024": lambda x: 1 <= x <= 1024,
     "1 to 2^14": lambda x: 1 <= x <= 2**14,
     "1 to 2^16": lambda x: 1 <= x <= 2**16,

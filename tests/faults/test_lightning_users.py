@@ -60,7 +60,8 @@ def data() -> DataLoader[Any]:
 def fit(rank: int, world_size: int, folder: Path, callbacks: list[Callback], full: bool = False) -> Tensor:
     """Trains one step and returns the trained model's predictions of all rows."""
     strategy = ExpertParallelStrategy(full_checkpoint=full)
-    trainer = Trainer(devices=world_size, strategy=strategy, max_steps=1, callbacks=callbacks, **QUIET)
+    keep = {"default_root_dir": folder, "callbacks": callbacks}
+    trainer = Trainer(devices=world_size, strategy=strategy, max_steps=1, **keep, **QUIET)
     module = Model(16)
     trainer.fit(module, data())
     with torch.no_grad():
@@ -132,7 +133,8 @@ def summarised(rank: int, world_size: int) -> tuple[int, list[str]]:
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logger.addHandler(handler)
     summary = ModelSummary()
-    trainer = Trainer(devices=world_size, strategy="expert_parallel", max_steps=1, callbacks=[summary], **QUIET)
+    given = {"callbacks": [summary], "enable_checkpointing": False}
+    trainer = Trainer(devices=world_size, strategy="expert_parallel", max_steps=1, **given, **QUIET)
     module = Model(16)
     trainer.fit(module, data())
     return summarize(module).total_parameters, [line for line in said if "experts" in line]

@@ -120,6 +120,8 @@ SLURM = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NAME": "x
     ids=["torchrun", "SLURM", "no launcher", "half of the variables"],
 )
 def test_50_ranks_that_nobody_starts_are_not_waited_for(variables, overrides, message, tmp_path, capsys, monkeypatch):
+    for name in machine.OF_NODE:  # a Trainer of an earlier test may have left them
+        monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert re.search(message, refusal(capsys, tmp_path, *overrides))
@@ -147,7 +149,7 @@ def test_52_a_folder_that_cannot_be_written_is_refused(key, tmp_path, capsys):
     text = "data.name=sotu", "data.vocab_size=300"
     for folder in ("/proc/nowhere", str(tmp_path / "file" / "below")):
         line = refusal(capsys, tmp_path, *text, f"{key}={folder}")
-        assert f"{key} is '{folder}', allowed: a folder that can be written: " in line
+        assert f"{key} is '{folder[:40]}" in line and ", allowed: a folder that can be written: " in line
 
 
 # ---------------------------------------------------------------------- 53: variables of W&B

@@ -113,7 +113,7 @@ def test_a_resumed_run_keeps_earlier_measurements(finished):
             ["trainer.compile=true", "analysis.similarity_every=2"],
             "analysis.similarity_every is 2, allowed: null, as tr",
         ),
-        (["analysis.gating_every=0"], "analysis.gating_every is 0, allowed: int | null, above 0"),
+        (["analysis.gating_every=0"], "analysis.gating_every is 0, allowed: int | null, 1 to 2^31 - 1"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(words, message):

@@ -156,7 +156,7 @@ def test_a_metric_that_is_never_logged_ends_the_sweep_with_its_name(start):
 
 
 def test_a_sweep_with_only_failed_trials_is_an_error(start):
-    done = end(start(parameters={"optim.lr": {"values": [2.0, 3.0]}}))
+    done = end(start(parameters={"optim.lr": {"values": [1, 1.0]}}))
     assert done.code == 1
     assert json.loads(done.out.splitlines()[-1]) == {"trials": 2, "finished": 0, "failed": 2, "best": None}
 
