@@ -33,6 +33,7 @@ def options_of(arguments: list[str]) -> dict[str, Any]:
     option = add("layer", "time of the MoE layer over that of its dense products")
     for name, default in LAYER.items():
         option(f"--{name.replace('_', '-')}", type=int, metavar="N", default=default, help="(default: %(default)s)")
+    option("--capacity", type=float, help="capacity factor (default: dropless)")
     option = add("overlap", "how much of the All-to-All every architecture and schedule hides")
     option("--share", type=float, help="communication share of sequential top-2, forward (default: 0.52)")
     option("--link-mbit", type=float, help="rate of the links; by default it is searched for the share")

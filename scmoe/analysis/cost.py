@@ -48,8 +48,8 @@ def routed_copies(model: nn.Module) -> dict[Experts, int]:
 
 
 def rows_per_token(moe: MoEStream, copies: int) -> float:
-    """Rows that are sent and computed for a token; with fixed capacity, empty slots are included."""
-    return copies * (1.0 if moe.capacity_factor is None else moe.capacity_factor)
+    """Rows that are sent and computed for a token, empty slots included; where slots are filled alone, at most."""
+    return copies * (1.0 if moe.filled else moe.capacity_factor or 1.0)
 
 
 def forward_flops(model: Any, seq_len: int) -> dict[str, float]:

@@ -54,6 +54,10 @@ class MoEConfig:
     capacity_factor: float | None = option(
         2.0, "room per expert, over its fair share; null: dropless", "above 0, at most 1e6"
     )
+    rows: Literal["auto", "filled", "slots"] = option(
+        "auto",
+        "capacity_factor: rows that are sent and computed; auto: filled with trainer.accelerator=cpu, else slots",
+    )
     dropless_ceiling: float | None = option(
         None, "dropless: rows that a rank may receive, in multiples of its fair share; null: no limit", "1 to 1e6"
     )

@@ -1,15 +1,15 @@
 """Encode and decode: tokens to expert-contiguous rows, and back.
 
 `arrange` chooses the row of each routed copy, `encode` fills the rows, `decode` sums a token's copies with their
-weights. There are two layouts:
+weights. With a capacity each expert takes C copies, first choices first, early tokens first, and the others are
+dropped. There are two layouts:
 
-    dropless         every copy has a row; counts_PE holds the number of rows of each expert
-    fixed capacity   each expert has C slots, first choices first, early tokens first; a copy beyond them is dropped.
-                     Shapes depend on no data, so nothing waits for the host. An empty slot repeats token 0: its result
-                     is not used, and its gradient is zero.
+    filled   every copy that is not dropped has a row; counts_PE holds the number of rows of each expert
+    slots    each expert has C rows. Shapes depend on no data, so nothing waits for the host. An empty slot repeats
+             token 0: its result is not used, and its gradient is zero.
 
-With P chunks the rows of chunk p are contiguous, in the order (chunk, expert). Dropless cuts the tokens into chunks,
-fixed capacity cuts the slots of every expert, so the number of chunks does not change which copies are dropped. Both
+With P chunks the rows of chunk p are contiguous, in the order (chunk, expert). `filled` cuts the tokens into chunks,
+`slots` cuts the slots of every expert, so the number of chunks does not change which copies are dropped. Both
 directions are gathers, forward and backward: a scatter-add would be slower and, on CUDA, not deterministic.
 """
 
@@ -31,6 +31,11 @@ class Layout(NamedTuple):
     num_chunks: int
 
     @property
+    def is_complete(self) -> bool:
+        """Whether every copy has a row and every row a copy, as far as the host knows without asking."""
+        return self.counts_PE is not None and self.tokens_R.shape[0] == self.rows_TK.numel()
+
+    @property
     def num_dropped(self) -> Tensor:
         """Copies without a row, padding included."""
         return (self.rows_TK == self.tokens_R.shape[0]).sum()
@@ -42,18 +47,40 @@ def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_fact
 
 
 def arrange(
-    topk_ids_TK: Tensor, num_experts: int, capacity: int | None = None, num_chunks: int = 1, limit: Tensor | None = None
+    topk_ids_TK: Tensor,
+    num_experts: int,
+    capacity: int | None = None,
+    num_chunks: int = 1,
+    limit: Tensor | None = None,
+    filled: bool = False,
 ) -> Layout:
     """Chooses a row for every routed copy. Expert id num_experts means none. capacity None: dropless.
 
     limit: number of an expert's slots that may be used; unlike `capacity` it may depend on the data.
+    filled: with a capacity, rows for the filled slots alone; the host learns their numbers.
     """
     if capacity is None:
-        return _arrange_dropless(topk_ids_TK, num_experts, num_chunks)
-    return _arrange_slots(topk_ids_TK, num_experts, capacity, num_chunks, capacity if limit is None else limit)
+        return _arrange_filled(topk_ids_TK, num_experts, num_chunks)
+    room = capacity if limit is None else limit
+    place_TK = _places(topk_ids_TK, num_experts)
+    if filled:
+        return _arrange_filled(topk_ids_TK.where(place_TK < room, num_experts), num_experts, num_chunks)
+    return _arrange_slots(topk_ids_TK, place_TK, num_experts, capacity, num_chunks, room)
 
 
-def _arrange_dropless(topk_ids_TK: Tensor, num_experts: int, num_chunks: int) -> Layout:
+def _places(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
+    """The place of each copy among those of its expert: first choices first, early tokens first."""
+    (T, K), device = topk_ids_TK.shape, topk_ids_TK.device
+    ids_N = topk_ids_TK.T.flatten()  # k-major: all first choices come before any second choice
+    order_N = ids_N.argsort(stable=True)
+    sorted_N = ids_N[order_N]
+    first_E = torch.searchsorted(sorted_N, torch.arange(num_experts + 1, device=device))
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = torch.arange(T * K, device=device) - first_E[sorted_N]
+    return place_N.view(K, T).T
+
+
+def _arrange_filled(topk_ids_TK: Tensor, num_experts: int, num_chunks: int) -> Layout:
     (T, K), E, P = topk_ids_TK.shape, num_experts, num_chunks
     chunk_T = torch.arange(T, device=topk_ids_TK.device) // math.ceil(T / P)
     group_TK = (chunk_T[:, None] * E + topk_ids_TK).where(topk_ids_TK < E, P * E)
@@ -67,21 +94,13 @@ def _arrange_dropless(topk_ids_TK: Tensor, num_experts: int, num_chunks: int) ->
 
 
 def _arrange_slots(
-    topk_ids_TK: Tensor, num_experts: int, capacity: int, num_chunks: int, limit: int | Tensor
+    topk_ids_TK: Tensor, place_TK: Tensor, num_experts: int, capacity: int, num_chunks: int, room: int | Tensor
 ) -> Layout:
     (T, K), E, P, device = topk_ids_TK.shape, num_experts, num_chunks, topk_ids_TK.device
-    ids_N = topk_ids_TK.T.flatten()  # k-major: all first choices come before any second choice
-    order_N = ids_N.argsort(stable=True)
-    sorted_N = ids_N[order_N]
-    first_E = torch.searchsorted(sorted_N, torch.arange(E + 1, device=device))
-    place_N = torch.empty_like(order_N)
-    place_N[order_N] = torch.arange(T * K, device=device) - first_E[sorted_N]
-    place_TK = place_N.view(K, T).T
-
     slots = math.ceil(capacity / P)  # of one expert in one chunk
     num_rows = P * E * slots
     rows_TK = place_TK // slots * (E * slots) + topk_ids_TK * slots + place_TK % slots
-    rows_TK = rows_TK.where((place_TK < limit) & (topk_ids_TK < E), num_rows)
+    rows_TK = rows_TK.where((place_TK < room) & (topk_ids_TK < E), num_rows)
     copies_R = torch.full((num_rows + 1,), T * K, device=device)
     copies_R[rows_TK.flatten()] = torch.arange(T * K, device=device)
     copies_R = copies_R[:num_rows]
@@ -91,7 +110,7 @@ def _arrange_slots(
 
 def encode(x_TD: Tensor, layout: Layout) -> list[tuple[Tensor, Tensor | None]]:
     """Returns for each chunk its rows [R/P, D] and the number of rows per expert [E] (None: all equal)."""
-    rows_RD = gather(x_TD, layout.tokens_R, layout.rows_TK)
+    rows_RD = gather(x_TD, layout.tokens_R, layout.rows_TK, layout.is_complete)
     if layout.counts_PE is None:
         return [(rows, None) for rows in rows_RD.chunk(layout.num_chunks)]
     sizes = layout.counts_PE.sum(1).tolist()
@@ -100,16 +119,19 @@ def encode(x_TD: Tensor, layout: Layout) -> list[tuple[Tensor, Tensor | None]]:
 
 def decode(rows_RD: Tensor, weights_TK: Tensor, layout: Layout) -> Tensor:
     """y_t = sum_k w_tk rows[row of copy (t, k)]; a copy without a row adds nothing. Returns [T, D] in rows' dtype."""
-    return _Decode.apply(rows_RD, weights_TK.to(rows_RD.dtype), layout.rows_TK, layout.tokens_R, layout.copies_R)
+    return _Decode.apply(rows_RD, weights_TK.to(rows_RD.dtype), layout)
 
 
-def gather(x_TD: Tensor, tokens_R: Tensor, rows_TK: Tensor) -> Tensor:
-    """x[tokens_R]. rows_TK must be the inverse of tokens_R, so that the gradient is a gather too."""
-    return _Gather.apply(x_TD, tokens_R, rows_TK)
+def gather(x_TD: Tensor, tokens_R: Tensor, rows_TK: Tensor, complete: bool) -> Tensor:
+    """x[tokens_R]. rows_TK must be the inverse of tokens_R, so that the gradient is a gather too. complete: every
+    entry of rows_TK is a row."""
+    return _Gather.apply(x_TD, tokens_R, rows_TK, complete)
 
 
-def _pick(rows_RD: Tensor, index: Tensor) -> Tensor:
-    """rows[index], zero where index is R."""
+def _pick(rows_RD: Tensor, index: Tensor, complete: bool) -> Tensor:
+    """rows[index], zero where index is R; complete: no index is."""
+    if complete:
+        return rows_RD.index_select(0, index)
     num_rows = rows_RD.shape[0]
     if num_rows == 0:
         return rows_RD.new_zeros(index.shape[0], rows_RD.shape[1])
@@ -119,26 +141,29 @@ def _pick(rows_RD: Tensor, index: Tensor) -> Tensor:
 
 class _Gather(Function):
     @staticmethod
-    def forward(ctx, x_TD, tokens_R, rows_TK):
+    def forward(ctx, x_TD, tokens_R, rows_TK, complete):
         ctx.save_for_backward(rows_TK)
+        ctx.complete = complete
         return x_TD.index_select(0, tokens_R)
 
     @staticmethod
     def backward(ctx, grad_RD):
         (rows_TK,) = ctx.saved_tensors
-        grad_TD = _pick(grad_RD, rows_TK[:, 0])
+        grad_TD = _pick(grad_RD, rows_TK[:, 0], ctx.complete)
         for k in range(1, rows_TK.shape[1]):
-            grad_TD += _pick(grad_RD, rows_TK[:, k])
-        return grad_TD, None, None
+            grad_TD += _pick(grad_RD, rows_TK[:, k], ctx.complete)
+        return grad_TD, None, None, None
 
 
 class _Decode(Function):
     @staticmethod
-    def forward(ctx, rows_RD, weights_TK, rows_TK, tokens_R, copies_R):
-        ctx.save_for_backward(rows_RD, weights_TK, rows_TK, tokens_R, copies_R)
-        y_TD = _pick(rows_RD, rows_TK[:, 0]).mul_(weights_TK[:, :1])
+    def forward(ctx, rows_RD, weights_TK, layout):
+        rows_TK, complete = layout.rows_TK, layout.is_complete
+        ctx.save_for_backward(rows_RD, weights_TK, rows_TK, layout.tokens_R, layout.copies_R)
+        ctx.complete = complete
+        y_TD = _pick(rows_RD, rows_TK[:, 0], complete).mul_(weights_TK[:, :1])
         for k in range(1, rows_TK.shape[1]):
-            y_TD.addcmul_(_pick(rows_RD, rows_TK[:, k]), weights_TK[:, k : k + 1])
+            y_TD.addcmul_(_pick(rows_RD, rows_TK[:, k], complete), weights_TK[:, k : k + 1])
         return y_TD
 
     @staticmethod
@@ -147,6 +172,6 @@ class _Decode(Function):
         grad_rows_RD = grad_TD.index_select(0, tokens_R)
         # the weight's gradient is the dot product of the row and its token's gradient
         dots_R = torch.linalg.vecdot(grad_rows_RD, rows_RD)
-        grad_weights_TK = _pick(dots_R[:, None], rows_TK.flatten()).view_as(weights_TK)
-        weights_R = _pick(weights_TK.reshape(-1, 1), copies_R)
-        return grad_rows_RD.mul_(weights_R), grad_weights_TK, None, None, None
+        grad_weights_TK = _pick(dots_R[:, None], rows_TK.flatten(), ctx.complete).view_as(weights_TK)
+        weights_R = _pick(weights_TK.reshape(-1, 1), copies_R, ctx.complete)
+        return grad_rows_RD.mul_(weights_R), grad_weights_TK, None

@@ -38,14 +38,21 @@ class MoEStream(Operators):
     """Router, experts and the dispatcher between them.
 
     capacity_factor: slots of an expert over its fair share of this rank's tokens; None: dropless.
+    filled: send and compute the filled slots alone. The host must know their numbers: free on a host, a wait for the
+    device elsewhere.
     """
 
     def __init__(
-        self, router: Router, experts: Experts, dispatcher: Dispatcher, capacity_factor: float | None = None
+        self,
+        router: Router,
+        experts: Experts,
+        dispatcher: Dispatcher,
+        capacity_factor: float | None = None,
+        filled: bool = False,
     ) -> None:
         super().__init__()
         self.router, self.experts, self.dispatcher = router, experts, dispatcher
-        self.capacity_factor = capacity_factor
+        self.capacity_factor, self.filled = capacity_factor, filled or capacity_factor is None
 
     @torch.compiler.disable
     def begin(
@@ -97,7 +104,7 @@ class MoEStream(Operators):
         capacity = expert_capacity(routing.topk_ids_TK.shape[0], num_experts, top_k, factor)
         # padding adds no capacity: the slots that it would bring stay empty, so that shapes depend on no data
         limit = None if mask_T is None else (factor * mask_T.sum().double() * top_k / num_experts).ceil()
-        return routing, arrange(routing.topk_ids_TK, num_experts, capacity, chunks, limit)
+        return routing, arrange(routing.topk_ids_TK, num_experts, capacity, chunks, limit, self.filled)
 
 
 def _in_wire_dtype(x_TD: Tensor) -> Tensor:

@@ -60,13 +60,13 @@ class AllToAllDispatcher:
         place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
         transfer = self.start("dispatch", rows_RD, sent, received)
         receipt = Receipt(counts_from_e.sum(0), tuple(sent), tuple(received), order_R, place_R)
-        return Arriving(transfer, lambda rows: gather(rows, order_R, place_R[:, None])), receipt
+        return Arriving(transfer, lambda rows: gather(rows, order_R, place_R[:, None], complete=True)), receipt
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
         if receipt.order_R is None:
             return self.start("combine", swap(rows_RD, self.num_experts // self.ep_size, self.ep_size))
         assert receipt.place_R is not None
-        rows_RD = gather(rows_RD, receipt.place_R, receipt.order_R[:, None])
+        rows_RD = gather(rows_RD, receipt.place_R, receipt.order_R[:, None], complete=True)
         return self.start("combine", rows_RD, receipt.received, receipt.sent)
 
     def start(self, operator: str, rows_RD: Tensor, sent: Sequence[int] = (), received: Sequence[int] = ()) -> Transfer:

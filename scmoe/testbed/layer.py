@@ -1,9 +1,14 @@
-"""The time of the MoE layer over that of the dense products that it contains.
+"""The time of the MoE layer over that of the dense products that it contains, and over its roofline.
+
+The roofline is the longer of two times: the dense products', and that of moving the experts' weights through memory at
+the measured bandwidth, read once in each pass, their gradients written once. A dense product reads one expert's worth.
 
 Variants run in turn, round after round, and ratios are taken within a round, since the machine's speed drifts.
 """
 
 import time
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +22,9 @@ from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 
 WARM_UP = 2  # rounds
+READ_BYTES = 1 << 30  # more than any cache holds
+PRODUCTS, LAYER = "dense products", "MoE layer"
+KINDS = ((0, "forward"), (1, "train"))
 
 
 class DenseProducts(nn.Module):
@@ -33,26 +41,44 @@ class DenseProducts(nn.Module):
 
 
 def bench_layer(
-    dim: int, ffn_dim: int, experts: int, tokens: int, top_k: int, rounds: int, threads: int
-) -> dict[str, float]:
-    """Return forward_ratio and train_ratio: the dropless layer, router to decode, over the two products; medians."""
+    dim: int,
+    ffn_dim: int,
+    experts: int,
+    tokens: int,
+    top_k: int,
+    rounds: int,
+    threads: int,
+    capacity: float | None = None,
+) -> dict[str, Any]:
+    """Return the layer's times, router to decode, over those of the two products and over the roofline; medians.
+
+    capacity: the layer drops what is beyond a capacity factor, and is compared with the dropless layer too.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     module = Experts(dim, ffn_dim, experts)
     module.init_weights("bench", 0.02, 0.02)
-    moe = MoEStream(Router(dim, experts, top_k), module, LocalDispatcher())
+    router = Router(dim, experts, top_k)
     x = torch.randn(1, tokens, dim, requires_grad=True)
     rows = torch.randn(tokens * top_k, dim, requires_grad=True)
     variants: dict[str, tuple[nn.Module, Tensor]] = {
-        "dense products": (DenseProducts(dim, ffn_dim, nn.Identity()), rows),
+        PRODUCTS: (DenseProducts(dim, ffn_dim, nn.Identity()), rows),
         "dense products with GELU": (DenseProducts(dim, ffn_dim, nn.GELU()), rows),
-        "MoE layer": (moe, x),
+        LAYER: (MoEStream(router, module, LocalDispatcher(), capacity, filled=True), x),
     }
+    if capacity is not None:
+        variants["MoE layer, dropless"] = MoEStream(router, module, LocalDispatcher()), x
+    if find_spec("transformers"):
+        variants["transformers, grouped, as many FLOPs"] = transformers_block(dim, ffn_dim, experts, top_k), x
     measured = [[(forward(*v), train(*v)) for v in variants.values()] for _ in range(WARM_UP + rounds)][WARM_UP:]
     times = dict(zip(variants, np.array(measured).transpose(1, 2, 0), strict=True))  # [forward and train, rounds]
-    ratios = {name: np.median(times["MoE layer"] / own, axis=-1) for name, own in times.items()}
+    ratios = {name: np.median(times[LAYER] / own, axis=-1) for name, own in times.items()}
+    bandwidth = read_bytes_per_s()
+    weights = sum(p.numel() * p.element_size() for p in module.parameters())
+    moved = np.array([[weights], [3 * weights]]) / bandwidth  # weights read in each pass, gradients written
+    roofline = np.median(times[LAYER] / np.maximum(times[PRODUCTS], moved), axis=-1)
 
-    sizes = f"D={dim} F={ffn_dim} E={experts}, {tokens} tokens, top-{top_k}"
+    sizes = f"D={dim} F={ffn_dim} E={experts}, {tokens} tokens, top-{top_k}, capacity factor {capacity or 'none'}"
     title = f"MoE layer, {sizes}, {threads} thread(s), medians of {rounds} rounds"
     columns = ("forward ms", "forward + backward ms", "MoE layer over it: forward", "forward + backward")
     numbers = (Column(name, justify="right") for name in columns)
@@ -60,9 +86,39 @@ def bench_layer(
     for name, own in times.items():
         ms = [f"{value * 1e3:.1f}" for value in np.median(own, axis=-1)]
         table.add_row(name, *ms, *(f"{ratio:.3f}" for ratio in ratios[name]))
+    limit = [f"{value * 1e3:.1f}" for value in np.median(np.maximum(times[PRODUCTS], moved), axis=-1)]
+    table.add_row(f"roofline, {bandwidth / 1e9:.1f} GB/s", *limit, *(f"{ratio:.3f}" for ratio in roofline))
     Console(width=120).print(table)
-    names = ("forward_ratio", "train_ratio", "forward_ratio_with_gelu", "train_ratio_with_gelu")
-    return dict(zip(names, [*ratios["dense products"], *ratios["dense products with GELU"]], strict=True))
+    names = {PRODUCTS: "", "dense products with GELU": "_with_gelu", "MoE layer, dropless": "_over_dropless"}
+    found = {f"{kind}_ratio{names[name]}": ratios[name][i] for name in ratios if name in names for i, kind in KINDS}
+    found |= {"roofline_ratio": roofline[1], "roofline_ratio_forward": roofline[0], "gb_per_s": bandwidth / 1e9}
+    return {name: float(value) for name, value in found.items()}
+
+
+def read_bytes_per_s() -> float:
+    """Return the bandwidth of this process's threads when they read numbers that are in no cache; the best of five."""
+    numbers = torch.ones(READ_BYTES // 4)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        numbers.sum()
+        seconds.append(time.perf_counter() - start)
+    return READ_BYTES / min(seconds)
+
+
+def transformers_block(dim: int, ffn_dim: int, experts: int, top_k: int) -> nn.Module:
+    """Return transformers' MoE block with grouped products. It has three matrices an expert, so they are narrower."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
+
+    narrower = round(ffn_dim * 2 / 3 / 8) * 8
+    sizes: dict[str, Any] = {"hidden_size": dim, "intermediate_size": narrower, "num_local_experts": experts}
+    config = MixtralConfig(**sizes, num_experts_per_tok=top_k, hidden_act="silu")
+    config._experts_implementation = "grouped_mm"
+    block = MixtralSparseMoeBlock(config)
+    with torch.no_grad():
+        for p in block.parameters():
+            p.normal_(std=0.02)
+    return block
 
 
 @torch.no_grad()

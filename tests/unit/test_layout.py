@@ -20,9 +20,14 @@ class Case(NamedTuple):
     num_experts: int
     capacity: int | None
     num_chunks: int
+    filled: bool = False
 
-    def layout(self) -> Layout:
-        return arrange(*self)
+    @property
+    def has_slots(self) -> bool:
+        return self.capacity is not None and not self.filled
+
+    def layout(self, limit: Tensor | None = None) -> Layout:
+        return arrange(self.ids_TK, self.num_experts, self.capacity, self.num_chunks, limit, self.filled)
 
 
 @st.composite
@@ -33,7 +38,7 @@ def cases(draw) -> Case:
     padding = st.just([num_experts] * top_k)
     ids = draw(st.lists(st.one_of(row, row, padding), min_size=1, max_size=16))
     capacity = draw(st.none() | st.integers(1, 10))
-    return Case(torch.tensor(ids), num_experts, capacity, draw(st.integers(1, 4)))
+    return Case(torch.tensor(ids), num_experts, capacity, draw(st.integers(1, 4)), draw(st.booleans()))
 
 
 def kept(case: Case) -> set[tuple[int, int]]:
@@ -69,13 +74,14 @@ def test_exactly_the_oracles_copies_are_kept(case):
 @given(cases(), st.integers(0, 10))
 def test_a_limit_drops_what_the_same_capacity_drops_and_keeps_the_shapes(case, limit):
     if case.capacity is not None:
-        limited = arrange(*case, limit=torch.tensor(min(limit, case.capacity)))
+        limited = case.layout(torch.tensor(min(limit, case.capacity)))
         is_kept = limited.rows_TK < len(limited.tokens_R)
         assert {(t, k) for t, k in is_kept.nonzero().tolist()} == kept(
             case._replace(capacity=min(limit, case.capacity))
         )
-        assert torch.equal(limited.rows_TK[is_kept], case.layout().rows_TK[is_kept])
-        assert len(limited.tokens_R) == len(case.layout().tokens_R)
+        if case.has_slots:
+            assert torch.equal(limited.rows_TK[is_kept], case.layout().rows_TK[is_kept])
+            assert len(limited.tokens_R) == len(case.layout().tokens_R)
 
 
 @given(cases())
@@ -93,7 +99,7 @@ def test_every_kept_copy_has_its_own_row_with_its_expert(case):
         assert experts[row] == case.ids_TK[t, k]
     empty = [row for row in range(num_rows) if row not in taken]
     assert all(layout.copies_R[row] == num_tokens * top_k and layout.tokens_R[row] == 0 for row in empty)
-    assert not (empty and case.capacity is None)
+    assert case.has_slots or not empty
 
 
 @given(cases())
@@ -102,12 +108,14 @@ def test_no_expert_is_over_capacity_and_counts_sum_to_the_copies(case):
     ids, is_kept = case.ids_TK, layout.rows_TK < len(layout.tokens_R)
     rows_of_expert = torch.bincount(ids[is_kept], minlength=case.num_experts)
     wanted = torch.bincount(ids.flatten(), minlength=case.num_experts + 1)[:-1]
-    if case.capacity is None:
+    assert torch.equal(rows_of_expert, wanted if case.capacity is None else wanted.clamp(max=case.capacity))
+    if not case.has_slots:
         assert layout.counts_PE.shape == (case.num_chunks, case.num_experts)
         assert layout.counts_PE.sum() == len(layout.tokens_R)
-        assert torch.equal(layout.counts_PE.sum(0), wanted) and torch.equal(rows_of_expert, wanted)
+        assert torch.equal(layout.counts_PE.sum(0), rows_of_expert)
+        assert layout.is_complete == (rows_of_expert.sum() == ids.numel())
     else:
-        assert torch.equal(rows_of_expert, wanted.clamp(max=case.capacity))
+        assert not layout.is_complete
         assert len(layout.tokens_R) == case.num_chunks * case.num_experts * math.ceil(case.capacity / case.num_chunks)
 
 
@@ -118,7 +126,7 @@ def test_encode_gives_each_row_its_token(case):
     chunks = encode(x_TD, layout)
     assert len(chunks) == case.num_chunks
     for p, (rows, counts) in enumerate(chunks):
-        if case.capacity is None:
+        if not case.has_slots:
             assert torch.equal(counts, layout.counts_PE[p]) and counts.sum() == len(rows)
         else:
             assert counts is None and len(rows) == len(layout.tokens_R) // case.num_chunks
@@ -149,7 +157,7 @@ def test_gradients_are_those_of_plain_indexing(case):
         return [leaf.grad for leaf in leaves]
 
     def fast(x, weights, scale):
-        return decode(gather(x, layout.tokens_R, layout.rows_TK) * scale, weights, layout)
+        return decode(gather(x, layout.tokens_R, layout.rows_TK, layout.is_complete) * scale, weights, layout)
 
     def plain(x, weights, scale):
         padded = torch.cat([x[layout.tokens_R] * scale, x.new_zeros(1, 8)])  # row R is zero
@@ -163,7 +171,7 @@ def test_gradients_are_those_of_plain_indexing(case):
 def test_padding_does_not_change_the_rows_of_real_tokens(case):
     """Fault 30: real tokens get the same rows as in a batch without the padding."""
     real = case.ids_TK[:, 0] < case.num_experts
-    if case.num_chunks > 1 and case.capacity is None:  # dropless cuts the tokens into chunks, padding included
+    if case.num_chunks > 1 and not case.has_slots:  # it cuts the tokens into chunks, padding included
         case = case._replace(num_chunks=1)
     if real.any():
         layout, unpadded = case.layout(), case._replace(ids_TK=case.ids_TK[real]).layout()

@@ -171,3 +171,30 @@ def test_the_gate_learns_under_drops():
     stream, x = aimed_at(tiny_stream(1, 1.0), 2)
     _, grads = outcome(stream, x)
     assert 0 < grads["router.gate.weight"].abs().max() < math.inf
+
+
+# ---------------------------------------------------------------------- rows for the filled slots alone
+
+
+@pytest.mark.parametrize("chunks", (1, 2))
+@pytest.mark.parametrize("capacity_factor", (2.0, 1.0, 0.5))
+@pytest.mark.parametrize("top_k", (1, 2))
+def test_filled_rows_give_what_slots_give(top_k, capacity_factor, chunks):
+    """The same copies are dropped, with padding too; outputs and gradients differ by the products' rounding at most."""
+    slots, filled = (exact_stream(top_k, capacity_factor) for _ in range(2))
+    filled.load_state_dict(slots.state_dict())
+    filled.filled = True
+    (expected, grads), (output, own) = (outcome(stream, tokens(), MASK_BS, chunks) for stream in (slots, filled))
+    assert torch.equal(integer_sums([output.stats]), integer_sums([expected.stats]))
+    assert_close(output.y_BSD, expected.y_BSD, 1e-12, "output")
+    for name, grad in grads.items():
+        assert_close(own[name], grad, 1e-12, f"gradient of {name}")
+
+
+def test_filled_rows_are_as_many_as_the_copies_that_are_kept():
+    stream, sizes = exact_stream(1, 2.0), []
+    stream.filled = True
+    stream.experts.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[0]))
+    x = tokens()
+    dropped = int(stream(x).stats.num_dropped)
+    assert sizes == [x.shape[0] * x.shape[1] - dropped]

@@ -123,4 +123,5 @@ def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoES
     dispatcher = context.dispatcher(moe.num_experts, moe.dropless_ceiling)
     if config.strategy.wire_dtype is not None and context.ep_size > 1:
         dispatcher = Narrowed(dispatcher, getattr(torch, config.strategy.wire_dtype))
-    return MoEStream(router, experts, dispatcher, moe.capacity_factor)
+    filled = moe.rows == "filled" or (moe.rows == "auto" and config.trainer.accelerator == "cpu")
+    return MoEStream(router, experts, dispatcher, moe.capacity_factor, filled)
