@@ -1,16 +1,20 @@
 """The dispatcher sends rows to the experts and back. It is the one object that differs between one rank and many.
 
 `dispatch` and `combine` start a transfer and return a Pending; `wait()` returns the rows. Other work runs in between.
+Where experts get different numbers of rows, `announce` exchanges the numbers of all chunks first, in one transfer that
+starts at the gate.
 This file has the protocol, the dispatcher of one rank, and two wrappers; parallel/dispatcher.py has that of many ranks.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+NOT_SPLIT = -1  # number of rows of the only chunk, which nobody needs
 
 
 @dataclass(frozen=True)
@@ -24,28 +28,46 @@ class Receipt:
     place_R: Tensor | None = None  # its inverse
 
 
+@dataclass(frozen=True)
+class ChunkCounts:
+    """Rows of one chunk: how many this rank has, sends to each rank and receives from each; (): nothing is sent."""
+
+    num_rows: int
+    counts_from_e: Tensor  # [senders, e] rows for each local expert, on the device
+    sent: tuple[int, ...] = ()
+    received: tuple[int, ...] = ()
+
+
+class Announced(Protocol):
+    def wait(self) -> list[ChunkCounts]:
+        """Returns the counts of every chunk, once all ranks have announced theirs. Call it once, and late."""
+
+
 class Pending(Protocol):
     def wait(self) -> Tensor:
         """Returns the transferred rows. Call it once, as late as possible."""
 
 
 class Dispatcher(Protocol):
-    def dispatch(self, rows_RD: Tensor, counts_E: Tensor | None) -> tuple[Pending, Receipt]:
+    def announce(self, counts_PE: Tensor) -> Announced:
+        """Starts telling all ranks how many rows of each chunk go to each expert."""
+
+    def dispatch(self, rows_RD: Tensor, counts: ChunkCounts | None) -> tuple[Pending, Receipt]:
         """Starts sending rows, grouped by expert, to the experts' ranks. The pending rows are grouped by local expert.
 
-        counts_E: rows of each expert; None: all experts get the same number."""
+        counts: of this chunk, as announced; None: all experts get the same number."""
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
         """Starts sending the experts' rows back to their ranks; they arrive in the order of the dispatched rows."""
 
 
 class Ready(NamedTuple):
-    """A Pending whose transfer is finished."""
+    """A Pending whose transfer is finished, or an Announced."""
 
-    rows_RD: Tensor
+    value: Any
 
-    def wait(self) -> Tensor:
-        return self.rows_RD
+    def wait(self) -> Any:
+        return self.value
 
 
 @dataclass(frozen=True)
@@ -62,8 +84,13 @@ class Arriving:
 class LocalDispatcher:
     """The dispatcher of one rank that holds all experts: nothing is sent."""
 
-    def dispatch(self, rows_RD: Tensor, counts_E: Tensor | None) -> tuple[Pending, Receipt]:
-        return Ready(rows_RD), Receipt(counts_E)
+    def announce(self, counts_PE: Tensor) -> Announced:
+        """The host reads the numbers of rows only where there are several chunks to split."""
+        sizes = [NOT_SPLIT] if len(counts_PE) == 1 else counts_PE.sum(1).tolist()
+        return Ready([ChunkCounts(size, counts_E[None]) for size, counts_E in zip(sizes, counts_PE, strict=True)])
+
+    def dispatch(self, rows_RD: Tensor, counts: ChunkCounts | None) -> tuple[Pending, Receipt]:
+        return Ready(rows_RD), Receipt(None if counts is None else counts.counts_from_e[0])
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
         return Ready(rows_RD)
@@ -75,8 +102,11 @@ class Blocking:
 
     inner: Dispatcher
 
-    def dispatch(self, rows_RD: Tensor, counts_E: Tensor | None) -> tuple[Pending, Receipt]:
-        pending, receipt = self.inner.dispatch(rows_RD, counts_E)
+    def announce(self, counts_PE: Tensor) -> Announced:
+        return self.inner.announce(counts_PE)
+
+    def dispatch(self, rows_RD: Tensor, counts: ChunkCounts | None) -> tuple[Pending, Receipt]:
+        pending, receipt = self.inner.dispatch(rows_RD, counts)
         return Ready(pending.wait()), receipt
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
@@ -93,8 +123,11 @@ class Narrowed:
     inner: Dispatcher
     dtype: torch.dtype
 
-    def dispatch(self, rows_RD: Tensor, counts_E: Tensor | None) -> tuple[Pending, Receipt]:
-        pending, receipt = self.inner.dispatch(rows_RD.to(self.dtype), counts_E)
+    def announce(self, counts_PE: Tensor) -> Announced:
+        return self.inner.announce(counts_PE)
+
+    def dispatch(self, rows_RD: Tensor, counts: ChunkCounts | None) -> tuple[Pending, Receipt]:
+        pending, receipt = self.inner.dispatch(rows_RD.to(self.dtype), counts)
         return Arriving(pending, partial(Tensor.to, dtype=rows_RD.dtype)), receipt
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from scmoe.moe.dispatcher import Announced, ChunkCounts
+
 
 class Layout(NamedTuple):
     """The place of each routed copy among the rows. A copy that was dropped, or is padding, has row R."""
@@ -53,18 +55,20 @@ def arrange(
     num_chunks: int = 1,
     limit: Tensor | None = None,
     filled: bool = False,
+    padded: bool = True,
 ) -> Layout:
     """Chooses a row for every routed copy. Expert id num_experts means none. capacity None: dropless.
 
     limit: number of an expert's slots that may be used; unlike `capacity` it may depend on the data.
     filled: with a capacity, rows for the filled slots alone; the host learns their numbers.
+    padded: there may be ids that mean none. Without them and a capacity the host need not ask how many rows there are.
     """
     if capacity is None:
-        return _arrange_filled(topk_ids_TK, num_experts, num_chunks)
+        return _arrange_filled(topk_ids_TK, num_experts, num_chunks, not padded)
     room = capacity if limit is None else limit
     place_TK = _places(topk_ids_TK, num_experts)
     if filled:
-        return _arrange_filled(topk_ids_TK.where(place_TK < room, num_experts), num_experts, num_chunks)
+        return _arrange_filled(topk_ids_TK.where(place_TK < room, num_experts), num_experts, num_chunks, False)
     return _arrange_slots(topk_ids_TK, place_TK, num_experts, capacity, num_chunks, room)
 
 
@@ -80,13 +84,14 @@ def _places(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
     return place_N.view(K, T).T
 
 
-def _arrange_filled(topk_ids_TK: Tensor, num_experts: int, num_chunks: int) -> Layout:
+def _arrange_filled(topk_ids_TK: Tensor, num_experts: int, num_chunks: int, all_kept: bool) -> Layout:
     (T, K), E, P = topk_ids_TK.shape, num_experts, num_chunks
     chunk_T = torch.arange(T, device=topk_ids_TK.device) // math.ceil(T / P)
     group_TK = (chunk_T[:, None] * E + topk_ids_TK).where(topk_ids_TK < E, P * E)
-    counts = torch.bincount(group_TK.flatten(), minlength=P * E + 1)[: P * E]
-    num_rows = int(counts.sum())
-    order_N = group_TK.flatten().argsort(stable=True)
+    group_N = group_TK.flatten()
+    counts = group_N.new_zeros(P * E + 1).scatter_add_(0, group_N, torch.ones_like(group_N))[: P * E]  # asks no host
+    num_rows = T * K if all_kept else int(counts.sum())
+    order_N = group_N.argsort(stable=True)
     rows_N = torch.empty_like(order_N)
     rows_N[order_N] = torch.arange(T * K, device=order_N.device)
     copies_R = order_N[:num_rows]
@@ -108,13 +113,14 @@ def _arrange_slots(
     return Layout(rows_TK.contiguous(), tokens_R, copies_R, None, P)
 
 
-def encode(x_TD: Tensor, layout: Layout) -> list[tuple[Tensor, Tensor | None]]:
-    """Returns for each chunk its rows [R/P, D] and the number of rows per expert [E] (None: all equal)."""
+def encode(x_TD: Tensor, layout: Layout, announced: Announced | None) -> list[tuple[Tensor, ChunkCounts | None]]:
+    """Returns for each chunk its rows [R/P, D] and their counts (None: all equal). announced: waited for last."""
     rows_RD = gather(x_TD, layout.tokens_R, layout.rows_TK, layout.is_complete)
-    if layout.counts_PE is None:
+    if announced is None:
         return [(rows, None) for rows in rows_RD.chunk(layout.num_chunks)]
-    sizes = layout.counts_PE.sum(1).tolist()
-    return list(zip(rows_RD.split(sizes), layout.counts_PE, strict=True))
+    counts = announced.wait()
+    chunks = rows_RD.split([chunk.num_rows for chunk in counts]) if len(counts) > 1 else [rows_RD]
+    return list(zip(chunks, counts, strict=True))
 
 
 def decode(rows_RD: Tensor, weights_TK: Tensor, layout: Layout) -> Tensor:

@@ -65,7 +65,8 @@ class MoEStream(Operators):
         x_TD = tap_BSD.flatten(0, -2)
         mask_T = None if mask_BS is None else mask_BS.flatten()
         routing, layout = self.operator("route", self.route, x_TD, mask_T, chunks, taken_T1)
-        rows = self.operator("encode", encode, _in_wire_dtype(x_TD), layout)
+        announced = None if layout.counts_PE is None else self.dispatcher.announce(layout.counts_PE)
+        rows = self.operator("encode", encode, _in_wire_dtype(x_TD), layout, announced)
         sent = [self.operator("dispatch", self.dispatcher.dispatch, *chunk) for chunk in rows]
         in_flight, receipts = [pending for pending, _ in sent], [receipt for _, receipt in sent]
         return StreamState(tap_BSD.shape, routing, layout, router_stats(routing, layout, mask_T), in_flight, receipts)
@@ -100,7 +101,7 @@ class MoEStream(Operators):
         routing = self.router(x_TD, mask_T, taken_T1)
         num_experts, top_k, factor = self.router.num_experts, self.router.top_k, self.capacity_factor
         if factor is None:
-            return routing, arrange(routing.topk_ids_TK, num_experts, None, chunks)
+            return routing, arrange(routing.topk_ids_TK, num_experts, None, chunks, padded=mask_T is not None)
         capacity = expert_capacity(routing.topk_ids_TK.shape[0], num_experts, top_k, factor)
         # padding adds no capacity: the slots that it would bring stay empty, so that shapes depend on no data
         limit = None if mask_T is None else (factor * mask_T.sum().double() * top_k / num_experts).ceil()

@@ -5,6 +5,7 @@ grouped by (sender, local expert) and are regrouped by local expert after the wa
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scmoe.moe.dispatcher import Arriving, Pending, Receipt
+from scmoe.moe.dispatcher import Announced, Arriving, ChunkCounts, Pending, Receipt
 from scmoe.moe.layout import gather
 from scmoe.moe.operators import Recorder
 from scmoe.parallel.all_to_all import Exchange, Transfer, all_to_all
@@ -23,9 +24,10 @@ class CeilingError(MemoryError):
 
 
 class AllToAllDispatcher:
-    """The dispatcher of many ranks. Equal numbers of rows per expert need nothing from the host; unequal numbers
-    (dropless) are exchanged before the rows.
+    """The dispatcher of many ranks. Equal numbers of rows per expert need nothing from the host; unequal numbers are
+    announced before the rows.
 
+    counts_group: carries the announced numbers, so that they queue behind no rows; None: the group of the rows.
     ceiling: rows that a rank may receive, over its fair share; None: any number.
     exchange: how rows travel; None: by All-to-All over the group.
     recorder: notes the times of transfers that run in parallel; None: they are not noted.
@@ -38,28 +40,38 @@ class AllToAllDispatcher:
         ceiling: float | None = None,
         exchange: Exchange | None = None,
         recorder: Recorder | None = None,
+        counts_group: Any = None,
     ) -> None:
         self.group, self.num_experts, self.ceiling, self.recorder = group, num_experts, ceiling, recorder
+        self.counts_group = counts_group or group
         self.exchange = exchange or all_to_all(group)
         self.ep_size = dist.get_world_size(group)
 
     def recorded_by(self, recorder: Recorder) -> "AllToAllDispatcher":
         """The same dispatcher with a recorder."""
-        return AllToAllDispatcher(self.group, self.num_experts, self.ceiling, self.exchange, recorder)
+        words = self.group, self.num_experts, self.ceiling, self.exchange, recorder, self.counts_group
+        return AllToAllDispatcher(*words)
 
-    def dispatch(self, rows_RD: Tensor, counts_E: Tensor | None) -> tuple[Pending, Receipt]:
-        if counts_E is None:
+    def announce(self, counts_PE: Tensor) -> Announced:
+        """Every rank receives the counts of all ranks, so that all of them notice if one would receive too many."""
+        gathered = counts_PE.new_empty(self.ep_size, *counts_PE.shape)
+        work = dist.all_gather(list(gathered), counts_PE.contiguous(), group=self.counts_group, async_op=True)
+        by_rank = gathered.view(self.ep_size, len(counts_PE), self.ep_size, -1)  # [sender, chunk, receiver, e]
+        return Gathering(work, by_rank, dist.get_rank(self.group), self.ceiling)
+
+    def dispatch(self, rows_RD: Tensor, counts: ChunkCounts | None) -> tuple[Pending, Receipt]:
+        if counts is None:
             regroup = partial(swap, outer=self.ep_size, inner=self.num_experts // self.ep_size)
             return Arriving(self.start("dispatch", rows_RD), regroup), Receipt(None)
-        counts_from_e = self.exchange_counts(counts_E)
-        sent, received = counts_E.view(self.ep_size, -1).sum(1).tolist(), counts_from_e.sum(1).tolist()
+        transfer = self.start("dispatch", rows_RD, counts.sent, counts.received)
         # the label of each received row is its local expert; a stable sort by label groups the senders' rows
-        labels = torch.arange(counts_from_e.numel(), device=counts_E.device) % counts_from_e.shape[1]
-        order_R = labels.repeat_interleave(counts_from_e.flatten()).argsort(stable=True)
+        from_e = counts.counts_from_e
+        labels = torch.arange(from_e.numel(), device=from_e.device) % from_e.shape[1]
+        labels = labels.repeat_interleave(from_e.flatten(), output_size=sum(counts.received))
+        order_R = labels.argsort(stable=True)
         place_R = torch.empty_like(order_R)
         place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-        transfer = self.start("dispatch", rows_RD, sent, received)
-        receipt = Receipt(counts_from_e.sum(0), tuple(sent), tuple(received), order_R, place_R)
+        receipt = Receipt(from_e.sum(0), counts.sent, counts.received, order_R, place_R)
         return Arriving(transfer, lambda rows: gather(rows, order_R, place_R[:, None], complete=True)), receipt
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
@@ -72,17 +84,26 @@ class AllToAllDispatcher:
     def start(self, operator: str, rows_RD: Tensor, sent: Sequence[int] = (), received: Sequence[int] = ()) -> Transfer:
         return Transfer(self.exchange, sent, received, operator, self.recorder).start(rows_RD)
 
-    def exchange_counts(self, counts_E: Tensor) -> Tensor:
-        """[EP, e]: rows that each rank sends to each expert here. The host waits for these numbers.
 
-        Every rank receives the counts of all ranks, so that all of them notice if one would receive too many.
-        """
-        counts = counts_E.new_empty(self.ep_size, self.num_experts)
-        dist.all_gather(list(counts), counts_E.contiguous(), group=self.group)
-        counts = counts.view(self.ep_size, self.ep_size, -1)  # [sender, receiver, e]
+@dataclass(frozen=True)
+class Gathering:
+    """The counts of all ranks, on their way. by_rank: [sender, chunk, receiver, e]."""
+
+    work: Any
+    by_rank: Tensor
+    rank: int
+    ceiling: float | None
+
+    def wait(self) -> list[ChunkCounts]:
+        """The one place where the host waits for the device in a step without slots: once for each layer."""
+        self.work.wait()
+        rows = self.by_rank.sum(-1).cpu()  # [sender, chunk, receiver]
         if self.ceiling is not None:
-            check_ceiling(counts.sum((0, 2)).tolist(), self.ceiling)
-        return counts[:, dist.get_rank(self.group)]
+            for received in rows.sum(0).tolist():
+                check_ceiling(received, self.ceiling)
+        sent, received = rows[self.rank].tolist(), rows[:, :, self.rank].T.tolist()
+        to_here = self.by_rank[:, :, self.rank]  # [sender, chunk, e]
+        return [ChunkCounts(sum(sent[p]), to_here[:, p], tuple(sent[p]), tuple(received[p])) for p in range(len(sent))]
 
 
 def swap(rows_RD: Tensor, outer: int, inner: int) -> Tensor:

@@ -27,8 +27,9 @@ from scmoe.parallel.dispatcher import AllToAllDispatcher
 class ParallelContext:
     """A rank's place in the mesh. The default is a single process that holds everything.
 
-    `ep_group` carries the All-to-All, `edp_group` the expert gradients, `checkpoint_group` (gloo) checkpoints,
-    `control_group` (gloo) requests to stop; the default group carries dense gradients, losses and metrics.
+    `ep_group` carries the All-to-All, `counts_group` how many rows come in it, `edp_group` the expert gradients,
+    `checkpoint_group` (gloo) checkpoints, `control_group` (gloo) requests to stop; the default group carries dense
+    gradients, losses and metrics.
     """
 
     rank: int = 0
@@ -36,6 +37,7 @@ class ParallelContext:
     ep_size: int = 1
     mesh: DeviceMesh | None = None
     ep_group: Any = None
+    counts_group: Any = None
     edp_group: Any = None
     checkpoint_group: Any = None
     control_group: Any = None
@@ -58,7 +60,9 @@ class ParallelContext:
     def dispatcher(self, num_experts: int, ceiling: float | None = None) -> Dispatcher:
         """Return the dispatcher of one MoE module: All-to-All over the EP group, or local if EP is 1, where a rank
         receives exactly its fair share and needs no ceiling."""
-        return LocalDispatcher() if self.ep_size == 1 else AllToAllDispatcher(self.ep_group, num_experts, ceiling)
+        if self.ep_size == 1:
+            return LocalDispatcher()
+        return AllToAllDispatcher(self.ep_group, num_experts, ceiling, counts_group=self.counts_group)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """Return the sum over all ranks, bit-identical on each; x is not changed."""
@@ -95,11 +99,13 @@ def build_context(ep_size: int, device: torch.device, timeout: timedelta) -> Par
     urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if device.type == "cuda" else None
     by_rows = dist.new_subgroups_by_enumeration  # of its groups it returns the one with this rank first
     ep_group, _ = by_rows(grid.tolist(), timeout=timeout, pg_options=urgent, group_desc="ep")
+    counts_group, _ = by_rows(grid.tolist(), timeout=timeout, group_desc="counts")
     edp_group, _ = by_rows(grid.T.tolist(), timeout=timeout, group_desc="edp")
     checkpoint_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
     control_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
     mesh = DeviceMesh.from_group([edp_group, ep_group], device.type, mesh=grid, mesh_dim_names=("edp", "ep"))
-    return ParallelContext(rank, world_size, ep_size, mesh, ep_group, edp_group, checkpoint_group, control_group)
+    groups = ep_group, counts_group, edp_group, checkpoint_group, control_group
+    return ParallelContext(rank, world_size, ep_size, mesh, *groups)
 
 
 def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

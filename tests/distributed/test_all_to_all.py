@@ -81,7 +81,8 @@ def dispatch_and_combine(rank: int, world_size: int, equal: bool) -> None:
 
     mine, local_eD = rows[rank].clone().requires_grad_(), vectors_ED[here].clone().requires_grad_()
     dispatcher = AllToAllDispatcher(None, num_experts)
-    pending, receipt = dispatcher.dispatch(mine, None if equal else counts[rank])
+    announced = None if equal else dispatcher.announce(counts[rank][None]).wait()[0]
+    pending, receipt = dispatcher.dispatch(mine, announced)
     received = pending.wait()
     by_expert = [[rows[s].split(counts[s].tolist())[e] for s in range(world_size)] for e in here]
     assert torch.equal(received, torch.cat([torch.cat(senders) for senders in by_expert])), "order: expert, sender"
@@ -117,7 +118,7 @@ def blocking_is_the_same(rank: int, world_size: int) -> None:
     for wrap in (lambda dispatcher: dispatcher, Blocking):
         mine = random(int(counts.sum()), DIM, seed=rank).requires_grad_()
         dispatcher = wrap(AllToAllDispatcher(None, len(counts)))
-        pending, receipt = dispatcher.dispatch(mine, counts)
+        pending, receipt = dispatcher.dispatch(mine, dispatcher.announce(counts[None]).wait()[0])
         back = dispatcher.combine(pending.wait().square(), receipt).wait()
         back.sum().backward()
         results.append((back, mine.grad))

@@ -10,7 +10,7 @@ from torch.autograd import Function
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.sublayers import MLP
 from scmoe.moe.coefficient import CG1
-from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher, Pending, Receipt
+from scmoe.moe.dispatcher import Announced, ChunkCounts, Dispatcher, LocalDispatcher, Pending, Receipt
 from scmoe.schedule.schedule import Schedule
 from tests.support.models import DIM, FFN, randomise, tiny_stream, tiny_sublayers
 
@@ -67,9 +67,12 @@ class RecordingDispatcher:
         self.log, self.inner = log, inner or LocalDispatcher()
         self.dispatches, self.combines = 0, 0
 
-    def dispatch(self, rows_RD: Tensor, counts_E: Tensor | None) -> tuple[Pending, Receipt]:
+    def announce(self, counts_PE: Tensor) -> Announced:
+        return self.inner.announce(counts_PE)
+
+    def dispatch(self, rows_RD: Tensor, counts: ChunkCounts | None) -> tuple[Pending, Receipt]:
         chunk, self.dispatches = self.dispatches, self.dispatches + 1
-        pending, receipt = self.inner.dispatch(self.log.mark(rows_RD, f"dispatch {chunk} start"), counts_E)
+        pending, receipt = self.inner.dispatch(self.log.mark(rows_RD, f"dispatch {chunk} start"), counts)
         return RecordedPending(pending, f"dispatch {chunk} wait", self.log), receipt
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:

@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from scmoe.moe.dispatcher import ChunkCounts, LocalDispatcher
 from scmoe.moe.layout import Layout, arrange, decode, encode, expert_capacity, gather
 from tests import reference
 
@@ -46,6 +47,12 @@ def kept(case: Case) -> set[tuple[int, int]]:
     ids = case.ids_TK.tolist()
     found = reference.kept_copies(ids, case.num_experts + 1, case.capacity)
     return {(t, k) for t, k in found if ids[t][k] < case.num_experts}
+
+
+def encoded(x_TD: Tensor, layout: Layout) -> list[tuple[Tensor, ChunkCounts | None]]:
+    """Returns the rows of each chunk, and their counts as one rank announces them to itself."""
+    counts_PE = layout.counts_PE
+    return encode(x_TD, layout, None if counts_PE is None else LocalDispatcher().announce(counts_PE))
 
 
 def whole_numbers(*shape: int) -> Tensor:
@@ -123,11 +130,12 @@ def test_no_expert_is_over_capacity_and_counts_sum_to_the_copies(case):
 def test_encode_gives_each_row_its_token(case):
     layout = case.layout()
     x_TD = whole_numbers(case.ids_TK.shape[0], 8)
-    chunks = encode(x_TD, layout)
+    chunks = encoded(x_TD, layout)
     assert len(chunks) == case.num_chunks
     for p, (rows, counts) in enumerate(chunks):
         if not case.has_slots:
-            assert torch.equal(counts, layout.counts_PE[p]) and counts.sum() == len(rows)
+            assert torch.equal(counts.counts_from_e[0], layout.counts_PE[p])
+            assert counts.counts_from_e.sum() == len(rows)
         else:
             assert counts is None and len(rows) == len(layout.tokens_R) // case.num_chunks
     assert torch.equal(torch.cat([rows for rows, _ in chunks]), x_TD[layout.tokens_R])
@@ -138,7 +146,7 @@ def test_decode_undoes_encode(case):
     """Each kept copy comes back with its weight; a dropped copy adds nothing."""
     layout = case.layout()
     x_TD, weights_TK = whole_numbers(case.ids_TK.shape[0], 8), whole_numbers(*case.ids_TK.shape)
-    rows = torch.cat([rows for rows, _ in encode(x_TD, layout)])
+    rows = torch.cat([rows for rows, _ in encoded(x_TD, layout)])
     is_kept = layout.rows_TK < len(layout.tokens_R)
     assert torch.equal(decode(rows, weights_TK, layout), (weights_TK * is_kept).sum(1, keepdim=True) * x_TD)
 
@@ -184,7 +192,7 @@ def test_padding_does_not_change_the_rows_of_real_tokens(case):
 def test_padding_alone(capacity):
     layout = arrange(torch.full((3, 2), 4), 4, capacity)
     x_TD = torch.ones(3, 8, requires_grad=True)
-    ((rows, _),) = encode(x_TD, layout)
+    ((rows, _),) = encoded(x_TD, layout)
     y_TD = decode(rows, torch.zeros(3, 2), layout)
     y_TD.sum().backward()
     assert torch.equal(y_TD, torch.zeros(3, 8)) and torch.equal(x_TD.grad, torch.zeros(3, 8))

@@ -77,9 +77,9 @@ class Weighing(LocalDispatcher):
         self.dispatched: list[int] = []
         self.combined: list[int] = []
 
-    def dispatch(self, rows_RD, counts_E):
+    def dispatch(self, rows_RD, counts):
         self.dispatched.append(rows_RD.nbytes)
-        return super().dispatch(rows_RD, counts_E)
+        return super().dispatch(rows_RD, counts)
 
     def combine(self, rows_RD, receipt):
         self.combined.append(rows_RD.nbytes)

@@ -38,13 +38,20 @@ def two_ranks() -> AllToAllDispatcher:
         return AllToAllDispatcher(None, EXPERTS, exchange=free)
 
 
-def run(dispatcher: Dispatcher, experts: range, schedule: Schedule, factor: float | None, masked: bool) -> None:
+def run(
+    dispatcher: Dispatcher,
+    experts: range,
+    schedule: Schedule,
+    factor: float | None,
+    masked: bool,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Runs forward and backward of a ScMoE pair, the losses on the routing included."""
     stream = MoEStream(Router(DIM, EXPERTS, 2), Experts(DIM, FFN, EXPERTS, experts), dispatcher, factor)
     norm, tap_norm = (torch.nn.LayerNorm(DIM) for _ in range(2))
     parts = {"tap_norm": tap_norm, "shared_expert": torch.nn.Linear(DIM, DIM), "coefficient": CG1(DIM)}
-    block = ShortcutBlock(tiny_sublayers(), norm, stream, schedule, **parts).to("meta")
-    x = torch.empty(2, 12, DIM, device="meta", requires_grad=True)
+    block = ShortcutBlock(tiny_sublayers(), norm, stream, schedule, **parts).to("meta", dtype)
+    x = torch.empty(2, 12, DIM, device="meta", dtype=dtype, requires_grad=True)
     y, stats = block(x, torch.empty(2, 12, dtype=torch.bool, device="meta") if masked else None)
     assert stats is not None and stats.counts_E.shape == (EXPERTS,)
     (y.square().mean() + stats.score_sums_E.sum() + stats.z_sum).backward()
@@ -64,7 +71,14 @@ def test_forward_and_backward_ask_the_host_for_nothing(ranks, schedule, masked):
         run(two_ranks(), range(EXPERTS // 2), schedule, 1.25, masked)
 
 
+def test_dropless_on_one_rank_asks_the_host_for_nothing():
+    """Every copy has a row, so the number of rows is known without the counts."""
+    run(LocalDispatcher(), range(EXPERTS), Schedule("scmoe", "pos2"), None, False, torch.bfloat16)
+
+
 def test_a_request_to_the_host_is_detected():
-    """Dropless asks the host for the number of rows."""
-    with pytest.raises(NotImplementedError, match="bincount"):
-        run(LocalDispatcher(), range(EXPERTS), Schedule("scmoe", "pos2"), None, False)
+    """Padding and several chunks make dropless ask for numbers of rows."""
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        run(LocalDispatcher(), range(EXPERTS), Schedule("scmoe", "pos2"), None, True, torch.bfloat16)
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        run(LocalDispatcher(), range(EXPERTS), Schedule("scmoe", "pos2", chunks=2), None, False, torch.bfloat16)

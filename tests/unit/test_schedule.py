@@ -110,9 +110,9 @@ class LoggingDispatcher(LocalDispatcher):
     def __init__(self, log: list[str]) -> None:
         self.log = log
 
-    def dispatch(self, rows_RD, counts_E):
+    def dispatch(self, rows_RD, counts):
         self.log.append("dispatch")
-        return super().dispatch(rows_RD, counts_E)
+        return super().dispatch(rows_RD, counts)
 
     def combine(self, rows_RD, receipt):
         self.log.append("combine")
