@@ -54,9 +54,13 @@ class MoEConfig:
     capacity_factor: float | None = option(
         2.0, "room per expert, over its fair share; null: dropless", "above 0, at most 1e6"
     )
-    rows: Literal["auto", "filled", "slots"] = option(
+    rows: Literal["auto", "filled", "slots", "buffers"] = option(
         "auto",
-        "capacity_factor: rows that are sent and computed; auto: filled with trainer.accelerator=cpu, else slots",
+        "rows that are sent: filled slots, all slots of an expert's capacity, or dropless a buffer of dropless_ceiling "
+        "for each rank; auto: filled if dropless or with trainer.accelerator=cpu, else slots",
+    )
+    overflow: Literal["drop", "refuse"] = option(
+        "drop", "rows=buffers: drop copies beyond a buffer and count them, or raise an error after the step"
     )
     dropless_ceiling: float | None = option(
         None, "dropless: rows that a rank may receive, in multiples of its fair share; null: no limit", "1 to 1e6"

@@ -83,8 +83,12 @@ def _moe(config: Config) -> Iterator[Rule]:
     dense, tapped, double = (moe.architecture in kinds for kinds in (("dense",), SHORTCUTS, ("dgmoe", "dgmoe_share")))
     capped = moe.dropless_ceiling is not None and (dense or moe.capacity_factor is not None)
     yield capped, "moe.dropless_ceiling", "null, unless there are experts and moe.capacity_factor=null"
-    free = moe.rows != "auto" and (dense or moe.capacity_factor is None)
-    yield free, "moe.rows", "auto, unless there are experts and a moe.capacity_factor"
+    buffers, dropless = moe.rows == "buffers", moe.capacity_factor is None
+    yield dense and moe.rows != "auto", "moe.rows", f"auto, {chosen} has no experts"
+    yield dropless and moe.rows == "slots", "moe.rows", "auto | filled | buffers where moe.capacity_factor=null"
+    unlimited = not dropless or moe.dropless_ceiling is None
+    yield buffers and unlimited, "moe.rows", "not buffers, unless moe.capacity_factor=null and moe.dropless_ceiling"
+    yield not buffers and moe.overflow != "drop", "moe.overflow", "drop, unless moe.rows=buffers"
     yield not tapped and moe.first_position is not None, "moe.first_position", f"null, {chosen} has no shortcut"
     yield not tapped and moe.tap_norm != "own", "moe.tap_norm", f"own, {chosen} has no tap"
     reads_tap = moe.coefficient_input != "current"

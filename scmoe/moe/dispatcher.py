@@ -6,15 +6,13 @@ starts at the gate.
 This file has the protocol, the dispatcher of one rank, and two wrappers; parallel/dispatcher.py has that of many ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-NOT_SPLIT = -1  # number of rows of the only chunk, which nobody needs
 
 
 @dataclass(frozen=True)
@@ -30,16 +28,17 @@ class Receipt:
 
 @dataclass(frozen=True)
 class ChunkCounts:
-    """Rows of one chunk: how many this rank has, sends to each rank and receives from each; (): nothing is sent."""
+    """Rows of one chunk: how many this rank has (None: all chunks are equal), sends to each rank and receives from each
+    (): equal numbers."""
 
-    num_rows: int
+    num_rows: int | None
     counts_from_e: Tensor  # [senders, e] rows for each local expert, on the device
     sent: tuple[int, ...] = ()
     received: tuple[int, ...] = ()
 
 
 class Announced(Protocol):
-    def wait(self) -> list[ChunkCounts]:
+    def wait(self) -> Sequence[ChunkCounts]:
         """Returns the counts of every chunk, once all ranks have announced theirs. Call it once, and late."""
 
 
@@ -86,7 +85,7 @@ class LocalDispatcher:
 
     def announce(self, counts_PE: Tensor) -> Announced:
         """The host reads the numbers of rows only where there are several chunks to split."""
-        sizes = [NOT_SPLIT] if len(counts_PE) == 1 else counts_PE.sum(1).tolist()
+        sizes = [None] if len(counts_PE) == 1 else counts_PE.sum(1).tolist()
         return Ready([ChunkCounts(size, counts_E[None]) for size, counts_E in zip(sizes, counts_PE, strict=True)])
 
     def dispatch(self, rows_RD: Tensor, counts: ChunkCounts | None) -> tuple[Pending, Receipt]:

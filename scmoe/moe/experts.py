@@ -45,7 +45,8 @@ class Experts(nn.Module):
     def forward(self, rows_RD: Tensor, counts_e: Tensor | None) -> Tensor:
         """Computes in the dtype of the rows, which the stream chooses. Returns [R, D] in the same order.
 
-        rows_RD: grouped by local expert. counts_e: rows of each; None: the same number for every expert."""
+        rows_RD: grouped by local expert. counts_e: rows of each; None: the same number for every expert. Rows after the
+        last expert's are empty: what is returned for them has no meaning."""
         w_in_eDF, w_out_eFD = self.w_in_eDF.to(rows_RD.dtype), self.w_out_eFD.to(rows_RD.dtype)
         mlps = best_way(rows_RD, counts_e)
         with torch.autocast(rows_RD.device.type, enabled=False):
@@ -101,6 +102,9 @@ def mlps_in_turn(
     """One expert after another: on a host the hidden rows stay in the cache between the products. Any dtype."""
     num_experts = w_in_eDF.shape[0]
     counts = [rows_RD.shape[0] // num_experts] * num_experts if counts_e is None else counts_e.tolist()
+    if sum(counts) < rows_RD.shape[0]:
+        computed = _MLPsInTurn.apply(rows_RD[: sum(counts)], w_in_eDF, w_out_eFD, counts, act)
+        return torch.cat([computed, computed.new_zeros(rows_RD.shape[0] - sum(counts), rows_RD.shape[1])])
     return _MLPsInTurn.apply(rows_RD, w_in_eDF, w_out_eFD, counts, act)
 
 

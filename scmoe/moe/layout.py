@@ -31,11 +31,7 @@ class Layout(NamedTuple):
     copies_R: Tensor  # copy t K + k of each row, or T K: an empty slot
     counts_PE: Tensor | None  # rows per chunk and expert; None: all equal
     num_chunks: int
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every copy has a row and every row a copy, as far as the host knows without asking."""
-        return self.counts_PE is not None and self.tokens_R.shape[0] == self.rows_TK.numel()
+    complete: bool = False  # every copy has a row and every row a copy, as far as the host knows without asking
 
     @property
     def num_dropped(self) -> Tensor:
@@ -66,13 +62,13 @@ def arrange(
     if capacity is None:
         return _arrange_filled(topk_ids_TK, num_experts, num_chunks, not padded)
     room = capacity if limit is None else limit
-    place_TK = _places(topk_ids_TK, num_experts)
+    place_TK = places(topk_ids_TK, num_experts)
     if filled:
         return _arrange_filled(topk_ids_TK.where(place_TK < room, num_experts), num_experts, num_chunks, False)
     return _arrange_slots(topk_ids_TK, place_TK, num_experts, capacity, num_chunks, room)
 
 
-def _places(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
+def places(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
     """The place of each copy among those of its expert: first choices first, early tokens first."""
     (T, K), device = topk_ids_TK.shape, topk_ids_TK.device
     ids_N = topk_ids_TK.T.flatten()  # k-major: all first choices come before any second choice
@@ -95,7 +91,8 @@ def _arrange_filled(topk_ids_TK: Tensor, num_experts: int, num_chunks: int, all_
     rows_N = torch.empty_like(order_N)
     rows_N[order_N] = torch.arange(T * K, device=order_N.device)
     copies_R = order_N[:num_rows]
-    return Layout(rows_N.clamp(max=num_rows).view(T, K), copies_R // K, copies_R, counts.view(P, E), P)
+    rows_TK = rows_N.clamp(max=num_rows).view(T, K)
+    return Layout(rows_TK, copies_R // K, copies_R, counts.view(P, E), P, complete=num_rows == T * K)
 
 
 def _arrange_slots(
@@ -115,11 +112,12 @@ def _arrange_slots(
 
 def encode(x_TD: Tensor, layout: Layout, announced: Announced | None) -> list[tuple[Tensor, ChunkCounts | None]]:
     """Returns for each chunk its rows [R/P, D] and their counts (None: all equal). announced: waited for last."""
-    rows_RD = gather(x_TD, layout.tokens_R, layout.rows_TK, layout.is_complete)
+    rows_RD = gather(x_TD, layout.tokens_R, layout.rows_TK, layout.complete)
     if announced is None:
         return [(rows, None) for rows in rows_RD.chunk(layout.num_chunks)]
     counts = announced.wait()
-    chunks = rows_RD.split([chunk.num_rows for chunk in counts]) if len(counts) > 1 else [rows_RD]
+    sizes = [chunk.num_rows for chunk in counts if chunk.num_rows is not None]
+    chunks = rows_RD.split(sizes) if sizes else rows_RD.chunk(layout.num_chunks)
     return list(zip(chunks, counts, strict=True))
 
 
@@ -164,7 +162,7 @@ class _Gather(Function):
 class _Decode(Function):
     @staticmethod
     def forward(ctx, rows_RD, weights_TK, layout):
-        rows_TK, complete = layout.rows_TK, layout.is_complete
+        rows_TK, complete = layout.rows_TK, layout.complete
         ctx.save_for_backward(rows_RD, weights_TK, rows_TK, layout.tokens_R, layout.copies_R)
         ctx.complete = complete
         y_TD = _pick(rows_RD, rows_TK[:, 0], complete).mul_(weights_TK[:, :1])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from scmoe.moe.balance import router_stats
+from scmoe.moe.buffers import arrange_buffers, buffer_size
 from scmoe.moe.dispatcher import Dispatcher, Pending, Receipt
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Layout, arrange, decode, encode, expert_capacity
@@ -40,6 +41,7 @@ class MoEStream(Operators):
     capacity_factor: slots of an expert over its fair share of this rank's tokens; None: dropless.
     filled: send and compute the filled slots alone. The host must know their numbers: free on a host, a wait for the
     device elsewhere.
+    buffer: dropless rows in buffers of this many times a rank's fair share (moe/buffers.py); the host is asked nothing.
     """
 
     def __init__(
@@ -49,10 +51,12 @@ class MoEStream(Operators):
         dispatcher: Dispatcher,
         capacity_factor: float | None = None,
         filled: bool = False,
+        buffer: float | None = None,
     ) -> None:
         super().__init__()
         self.router, self.experts, self.dispatcher = router, experts, dispatcher
         self.capacity_factor, self.filled = capacity_factor, filled or capacity_factor is None
+        self.buffer = buffer
 
     @torch.compiler.disable
     def begin(
@@ -100,6 +104,10 @@ class MoEStream(Operators):
         """Where each token goes, and which row each of its copies takes."""
         routing = self.router(x_TD, mask_T, taken_T1)
         num_experts, top_k, factor = self.router.num_experts, self.router.top_k, self.capacity_factor
+        if self.buffer is not None:
+            ranks = num_experts // len(self.experts.expert_ids)
+            size = buffer_size(routing.topk_ids_TK.shape[0], top_k, ranks, self.buffer)
+            return routing, arrange_buffers(routing.topk_ids_TK, num_experts, ranks, size, chunks)
         if factor is None:
             return routing, arrange(routing.topk_ids_TK, num_experts, None, chunks, padded=mask_T is not None)
         capacity = expert_capacity(routing.topk_ids_TK.shape[0], num_experts, top_k, factor)

@@ -49,8 +49,7 @@ class AllToAllDispatcher:
 
     def recorded_by(self, recorder: Recorder) -> "AllToAllDispatcher":
         """The same dispatcher with a recorder."""
-        words = self.group, self.num_experts, self.ceiling, self.exchange, recorder, self.counts_group
-        return AllToAllDispatcher(*words)
+        return type(self)(self.group, self.num_experts, self.ceiling, self.exchange, recorder, self.counts_group)
 
     def announce(self, counts_PE: Tensor) -> Announced:
         """Every rank receives the counts of all ranks, so that all of them notice if one would receive too many."""

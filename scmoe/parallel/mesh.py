@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher
 from scmoe.moe.experts import Experts
+from scmoe.parallel.buffered import BufferedDispatcher
 from scmoe.parallel.dispatcher import AllToAllDispatcher
 
 
@@ -57,11 +58,13 @@ class ParallelContext:
         share = num_experts // self.ep_size
         return range(self.ep_rank * share, (self.ep_rank + 1) * share)
 
-    def dispatcher(self, num_experts: int, ceiling: float | None = None) -> Dispatcher:
+    def dispatcher(self, num_experts: int, ceiling: float | None = None, buffered: bool = False) -> Dispatcher:
         """Return the dispatcher of one MoE module: All-to-All over the EP group, or local if EP is 1, where a rank
-        receives exactly its fair share and needs no ceiling."""
+        receives exactly its fair share and needs no ceiling. buffered: for rows in buffers."""
         if self.ep_size == 1:
             return LocalDispatcher()
+        if buffered:
+            return BufferedDispatcher(self.ep_group, num_experts, counts_group=self.counts_group)
         return AllToAllDispatcher(self.ep_group, num_experts, ceiling, counts_group=self.counts_group)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:

@@ -47,10 +47,11 @@ class MoEModule(LightningModule):
         gradient_clip: float | None = None,
         load_balance_coef: float = 0.01,
         z_loss_coef: float = 0.0,
+        refuse_overflow: bool = False,
         compiled: bool = False,
     ) -> None:
         super().__init__()
-        self.make_model, self.compiled = make_model, compiled
+        self.make_model, self.compiled, self.refuse_overflow = make_model, compiled, refuse_overflow
         self.max_steps, self.lr, self.min_lr_ratio, self.warmup_steps = max_steps, lr, min_lr_ratio, warmup_steps
         self.weight_decay, self.betas, self.eps, self.gradient_clip = weight_decay, (beta1, beta2), eps, gradient_clip
         self.load_balance_coef, self.z_loss_coef = load_balance_coef, z_loss_coef
@@ -58,6 +59,7 @@ class MoEModule(LightningModule):
         self.model: Any = None
         self.val_nats, self.val_targets = (SumMetric().set_dtype(torch.float64) for _ in range(2))
         self.val_load_sums: Tensor | None = None
+        self.overflow: Tensor | None = None
         self.validated_step: int | None = None
 
     def configure_model(self) -> None:
@@ -83,6 +85,9 @@ class MoEModule(LightningModule):
             balance = load_balance_loss(stats, load_sums_LE2, world_size)
             z = router_z_loss(stats, load_sums_LE2, world_size)
             loss = task_loss + self.load_balance_coef * balance + self.z_loss_coef * z
+            if self.refuse_overflow:
+                dropped = load_sums_LE2[:, -1].sum()
+                self.overflow = dropped if self.overflow is None else self.overflow + dropped
             self.log("train/load_balance_loss", balance.detach())
             self.log("train/router_z_loss", z.detach())
         self.log("train/lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
@@ -152,6 +157,16 @@ class MoEModule(LightningModule):
         norm = guard_updates(self.trainer.precision_plugin, self, self.parallel_context).norm
         assert norm is not None
         self.log("train/grad_norm", norm)
+        self.check_overflow()
+
+    def check_overflow(self) -> None:
+        """Raise MemoryError, on every rank and before the update, if a copy of this step was beyond a buffer."""
+        dropped, self.overflow = 0 if self.overflow is None else int(self.overflow), None
+        if dropped:
+            raise MemoryError(
+                f"{dropped} routed copies of this step were beyond a rank's buffer, no update was made, allowed with "
+                "moe.overflow=refuse: none; raise moe.dropless_ceiling or moe.load_balance_coef, or moe.overflow=drop"
+            )
 
 
 def cross_entropy_sum(logits_NC: Tensor, labels: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ ONE = {
     "clipped top-2": f"architecture=top_k top_k=2 {CLIPPED}",
     "starved": "position=pos2 starved",
 }
+BUFFERS = "moe.rows=buffers moe.dropless_ceiling"
 EP1, EP2, EP4 = (f"strategy.ep_size={ep_size}" for ep_size in (1, 2, 4))
 SLOTS = {  # (position, slot, chunks): its words
     (position, slot, chunks): f"position={position} schedule.slot={slot} schedule.chunks={chunks}"
@@ -38,11 +39,19 @@ TWO = {
     "roomy": ("pos2", f"position=pos2 {EP2} capacity_factor=8"),
     "roomy, chunks 2": ("pos2", f"position=pos2 {EP2} capacity_factor=8 schedule.chunks=2"),
     "roomy top-2": ("top-2", f"architecture=top_k top_k=2 {EP2} capacity_factor=4"),
+    "roomy, slots": ("pos2", f"position=pos2 {EP2} capacity_factor=8 moe.rows=slots"),
+    "roomy, slots, chunks 2": ("pos2", f"position=pos2 {EP2} capacity_factor=8 moe.rows=slots schedule.chunks=2"),
+    # A buffer of twice the fair share of two ranks has room for every row.
+    **{f"buffers, chunks {c}": ("pos2", f"position=pos2 {EP2} {BUFFERS}=2 schedule.chunks={c}") for c in (1, 3)},
+    "buffers, top-2": ("top-2", f"architecture=top_k top_k=2 {EP2} {BUFFERS}=2 moe.overflow=refuse"),
+    "buffers, starved": ("starved", f"position=pos2 starved {EP2} {BUFFERS}=2"),
+    "buffers, dgmoe": ("dgmoe", f"{ONE['dgmoe']} {EP2} {BUFFERS}=2"),
 }
 SLOTS_ON_FOUR = {key: words for key, words in SLOTS.items() if key[0] == "pos3" and key[2] == 2}  # the longest window
 FOUR = {
     **{f"{name}, EP 4": (name, f"{ONE[name]} {EP4}") for name in ("pos2", "top-2", "clipped", "starved")},
     **{f"{name}, DP 2 x EP 2": (name, f"{ONE[name]} {EP2}") for name in ("pos2", "top-2", "clipped", "clipped top-2")},
+    "buffers, EP 4": ("pos2", f"position=pos2 {EP4} {BUFFERS}=4"),
     "pos2, DP 4": ("pos2", f"position=pos2 {EP1}"),
     **{f"{p}, slot {s}, chunks {c}": (p, f"{EP4} {text}") for (p, s, c), text in SLOTS_ON_FOUR.items()},
     "pos3, sequential, chunks 2": ("pos3", f"{EP4} {SEQUENTIAL['pos3', 2]}"),

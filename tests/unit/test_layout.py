@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from scmoe.moe.buffers import arrange_buffers
 from scmoe.moe.dispatcher import ChunkCounts, LocalDispatcher
 from scmoe.moe.layout import Layout, arrange, decode, encode, expert_capacity, gather
 from tests import reference
@@ -120,9 +121,9 @@ def test_no_expert_is_over_capacity_and_counts_sum_to_the_copies(case):
         assert layout.counts_PE.shape == (case.num_chunks, case.num_experts)
         assert layout.counts_PE.sum() == len(layout.tokens_R)
         assert torch.equal(layout.counts_PE.sum(0), rows_of_expert)
-        assert layout.is_complete == (rows_of_expert.sum() == ids.numel())
+        assert layout.complete == (rows_of_expert.sum() == ids.numel())
     else:
-        assert not layout.is_complete
+        assert not layout.complete
         assert len(layout.tokens_R) == case.num_chunks * case.num_experts * math.ceil(case.capacity / case.num_chunks)
 
 
@@ -165,7 +166,7 @@ def test_gradients_are_those_of_plain_indexing(case):
         return [leaf.grad for leaf in leaves]
 
     def fast(x, weights, scale):
-        return decode(gather(x, layout.tokens_R, layout.rows_TK, layout.is_complete) * scale, weights, layout)
+        return decode(gather(x, layout.tokens_R, layout.rows_TK, layout.complete) * scale, weights, layout)
 
     def plain(x, weights, scale):
         padded = torch.cat([x[layout.tokens_R] * scale, x.new_zeros(1, 8)])  # row R is zero
@@ -186,6 +187,42 @@ def test_padding_does_not_change_the_rows_of_real_tokens(case):
         assert torch.equal(layout.rows_TK[real], unpadded.rows_TK)
         assert len(layout.tokens_R) == len(unpadded.tokens_R)
         assert (layout.rows_TK[~real] == len(layout.tokens_R)).all()
+
+
+@st.composite
+def buffers(draw) -> tuple[Case, int, int]:
+    """Returns a case without a capacity, the number of ranks, and the size of their buffers."""
+    ranks, of_rank = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    num_experts = ranks * of_rank
+    top_k = draw(st.integers(1, min(2, num_experts)))
+    row = st.permutations(range(num_experts)).map(lambda order: order[:top_k])
+    ids = draw(st.lists(st.one_of(row, row, st.just([num_experts] * top_k)), min_size=1, max_size=12))
+    return Case(torch.tensor(ids), num_experts, None, draw(st.integers(1, 3))), ranks, draw(st.integers(1, 12))
+
+
+@given(buffers())
+def test_a_buffer_holds_the_first_copies_of_its_rank_in_the_order_of_its_experts(drawn):
+    case, ranks, size = drawn
+    layout = arrange_buffers(case.ids_TK, case.num_experts, ranks, size, case.num_chunks)
+    of_rank, top_k = case.num_experts // ranks, case.ids_TK.shape[1]
+    part = math.ceil(size / case.num_chunks)
+    num_rows = case.num_chunks * ranks * part
+    assert len(layout.tokens_R) == num_rows and not layout.complete
+    wanted = reference.kept_copies((case.ids_TK // of_rank).tolist(), ranks + 1, size)
+    wanted = {(t, k) for t, k in wanted if case.ids_TK[t, k] < case.num_experts}
+    assert {(t, k) for t, k in (layout.rows_TK < num_rows).nonzero().tolist()} == wanted
+    filled = {layout.rows_TK[t, k].item(): (t, k) for t, k in wanted}
+    assert len(filled) == len(wanted), "each copy has a row of its own"
+    for row, (t, k) in filled.items():
+        assert layout.tokens_R[row] == t and layout.copies_R[row] == t * top_k + k
+        assert row // part % ranks == case.ids_TK[t, k] // of_rank, "in a buffer of its rank"
+    for p in range(case.num_chunks):
+        for rank in range(ranks):
+            start = (p * ranks + rank) * part
+            experts = [case.ids_TK[filled[row]].item() for row in range(start, start + part) if row in filled]
+            assert experts == sorted(experts) and all(row in filled for row in range(start, start + len(experts)))
+            counts = layout.counts_PE[p, rank * of_rank : (rank + 1) * of_rank].tolist()
+            assert counts == [experts.count(e) for e in range(rank * of_rank, (rank + 1) * of_rank)]
 
 
 @pytest.mark.parametrize("capacity", (None, 2))

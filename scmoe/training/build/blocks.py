@@ -120,8 +120,9 @@ def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoES
     router = Router(parts.dim, moe.num_experts, moe.top_k, **gate)
     local = context.local_experts(moe.num_experts)
     experts = Experts(parts.dim, parts.ffn_dim, moe.num_experts, local, parts.activation)
-    dispatcher = context.dispatcher(moe.num_experts, moe.dropless_ceiling)
+    buffer = moe.dropless_ceiling if moe.rows == "buffers" and context.ep_size > 1 else None
+    dispatcher = context.dispatcher(moe.num_experts, moe.dropless_ceiling, buffer is not None)
     if config.strategy.wire_dtype is not None and context.ep_size > 1:
         dispatcher = Narrowed(dispatcher, getattr(torch, config.strategy.wire_dtype))
     filled = moe.rows == "filled" or (moe.rows == "auto" and config.trainer.accelerator == "cpu")
-    return MoEStream(router, experts, dispatcher, moe.capacity_factor, filled)
+    return MoEStream(router, experts, dispatcher, moe.capacity_factor, filled, buffer)

@@ -116,5 +116,6 @@ def build_module(config: Config) -> MoEModule:
         gradient_clip=config.trainer.gradient_clip,
         load_balance_coef=config.moe.load_balance_coef,
         z_loss_coef=config.moe.z_loss_coef,
+        refuse_overflow=config.moe.overflow == "refuse",
         compiled=config.trainer.compile,
     )
