@@ -15,11 +15,12 @@ import torch.distributed as dist
 
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.moe.coefficient import CG1
-from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher
+from scmoe.moe.dispatcher import ChunkCounts, Dispatcher, LocalDispatcher, Ready
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.dispatcher import AllToAllDispatcher
+from scmoe.parallel.buffered import BufferedDispatcher
+from scmoe.parallel.dispatcher import AllToAllDispatcher, Gathering
 from scmoe.schedule.schedule import Schedule
 from scmoe.testbed.emulated import free
 from tests.support.models import DIM, EXPERTS, FFN, tiny_sublayers
@@ -45,9 +46,10 @@ def run(
     factor: float | None,
     masked: bool,
     dtype: torch.dtype = torch.float32,
+    buffer: float | None = None,
 ) -> None:
     """Runs forward and backward of a ScMoE pair, the losses on the routing included."""
-    stream = MoEStream(Router(DIM, EXPERTS, 2), Experts(DIM, FFN, EXPERTS, experts), dispatcher, factor)
+    stream = MoEStream(Router(DIM, EXPERTS, 2), Experts(DIM, FFN, EXPERTS, experts), dispatcher, factor, buffer=buffer)
     norm, tap_norm = (torch.nn.LayerNorm(DIM) for _ in range(2))
     parts = {"tap_norm": tap_norm, "shared_expert": torch.nn.Linear(DIM, DIM), "coefficient": CG1(DIM)}
     block = ShortcutBlock(tiny_sublayers(), norm, stream, schedule, **parts).to("meta", dtype)
@@ -69,6 +71,49 @@ def test_forward_and_backward_ask_the_host_for_nothing(ranks, schedule, masked):
         run(LocalDispatcher(), range(EXPERTS), schedule, 1.25, masked)
     else:
         run(two_ranks(), range(EXPERTS // 2), schedule, 1.25, masked)
+
+
+# ---------------------------------------------------------------------- dropless on two ranks
+
+
+def counted(rows: torch.Tensor, sent: list[int], received: list[int]) -> tuple[torch.Tensor, Ready]:
+    """An exchange of meta rows, of equal or of announced numbers."""
+    return rows.new_empty(sum(received) if received else rows.shape[0], rows.shape[1]), Ready(rows)
+
+
+def dropless(dispatcher_class: type[AllToAllDispatcher], chunks: int, buffer: float | None) -> None:
+    with patch.object(dist, "get_world_size", return_value=2):
+        dispatcher = dispatcher_class(None, EXPERTS, exchange=counted)
+    schedule = Schedule("scmoe", "pos2", chunks=chunks)
+    with patch.object(dist, "all_gather", return_value=Ready(None)), patch.object(dist, "get_rank", return_value=0):
+        run(dispatcher, range(EXPERTS // 2), schedule, None, False, torch.bfloat16, buffer)
+
+
+def known_counts(gathering: Gathering) -> list[ChunkCounts]:
+    """Stands for the one place where the host reads: half of the 48 copies go to each rank, in equal chunks."""
+    READS.append(gathering)
+    chunks = gathering.by_rank.shape[1]
+    n = 24 // chunks
+    return [ChunkCounts(2 * n, gathering.by_rank[:, p, 0], (n, n), (n, n)) for p in range(chunks)]
+
+
+READS: list[Gathering] = []
+
+
+@pytest.mark.parametrize("chunks", (1, 3))
+def test_dropless_waits_for_the_device_once_a_layer(chunks, monkeypatch):
+    """docs/decisions/0024-dropless.md has the list: with this one wait answered, nothing else asks the host."""
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        dropless(AllToAllDispatcher, chunks, None)
+    READS.clear()
+    monkeypatch.setattr(Gathering, "wait", known_counts)
+    dropless(AllToAllDispatcher, chunks, None)
+    assert len(READS) == 1
+
+
+@pytest.mark.parametrize("chunks", (1, 3))
+def test_buffers_ask_the_host_for_nothing(chunks):
+    dropless(BufferedDispatcher, chunks, 1.5)
 
 
 def test_dropless_on_one_rank_asks_the_host_for_nothing():
