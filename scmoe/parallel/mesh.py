@@ -7,7 +7,7 @@ ranks. Each purpose has its own process group, so that collectives of two purpos
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -107,8 +107,21 @@ def build_context(ep_size: int, device: torch.device, timeout: timedelta) -> Par
     checkpoint_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
     control_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
     mesh = DeviceMesh.from_group([edp_group, ep_group], device.type, mesh=grid, mesh_dim_names=("edp", "ep"))
+    if device.type == "cuda":
+        start_communicators((None, ep_group, counts_group, edp_group), device)
     groups = ep_group, counts_group, edp_group, checkpoint_group, control_group
     return ParallelContext(rank, world_size, ep_size, mesh, *groups)
+
+
+def start_communicators(groups: Sequence[Any], device: torch.device) -> None:
+    """Let NCCL make the communicators of these groups (None: the default one) now, in this order on every rank.
+
+    Else each is made at the first collective of its group, perhaps in another order on another rank while a transfer
+    runs, and a rank that never comes is found late. A collective with a wait for its end falls under the timeout.
+    """
+    for group in groups:
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+    torch.cuda.synchronize(device)
 
 
 def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

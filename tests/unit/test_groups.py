@@ -1,0 +1,68 @@
+"""How the process groups are made on GPUs: in one order, with the Strategy's timeout, transfers urgent, and started.
+
+There is no NCCL here, so the calls are recorded.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from scmoe.parallel import mesh
+
+TIMEOUT = timedelta(seconds=77)
+
+
+def groups_of(rank: int, world_size: int, ep_size: int, device: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Returns the groups that a rank makes, and in whose order it starts them."""
+    made: list[dict[str, Any]] = []
+    started: list[str] = []
+
+    def subgroups(ranks: list[list[int]], **given: Any) -> tuple[str, None]:
+        made.append({"ranks": ranks, **given})
+        return given["group_desc"], None
+
+    def group(**given: Any) -> str:
+        made.append(given)
+        return given["group_desc"]
+
+    options = SimpleNamespace(Options=lambda is_high_priority_stream: f"urgent {is_high_priority_stream}")
+    with (
+        patch.object(dist, "get_rank", return_value=rank),
+        patch.object(dist, "get_world_size", return_value=world_size),
+        patch.object(dist, "new_subgroups_by_enumeration", subgroups),
+        patch.object(dist, "new_group", group),
+        patch.object(dist, "ProcessGroupNCCL", options, create=True),
+        patch.object(dist, "all_reduce", lambda tensor, group: started.append(group)),
+        patch.object(torch, "zeros", lambda *_, **__: None),
+        patch.object(torch.cuda, "synchronize", lambda _: started.append("wait")),
+        patch.object(mesh.DeviceMesh, "from_group", return_value=None),
+    ):
+        mesh.build_context(ep_size, torch.device(device), TIMEOUT)
+    return made, started
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_every_group_has_the_timeout_and_only_transfers_are_urgent(device):
+    made, _ = groups_of(1, 4, 2, device)
+    assert all(given["timeout"] == TIMEOUT for given in made)
+    urgent = {given["group_desc"]: given.get("pg_options") for given in made}
+    assert urgent.pop("ep") == ("urgent True" if device == "cuda" else None)
+    assert urgent == dict.fromkeys(("counts", "edp", "checkpoint", "control"))
+
+
+def test_all_ranks_make_and_start_their_groups_in_one_order():
+    """A communicator of NCCL is a collective of its group's ranks, so other orders on other ranks would hang."""
+    first, *others = [groups_of(rank, 4, 2, "cuda") for rank in range(4)]
+    assert first[1] == [None, "ep", "counts", "edp", "wait"]
+    assert others == [first] * 3
+
+
+def test_gloo_needs_no_start():
+    assert groups_of(0, 2, 2, "cpu")[1] == []
