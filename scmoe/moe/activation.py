@@ -16,15 +16,23 @@ from torch import Tensor
 
 
 class Activation(NamedTuple):
-    """backward(da, h): the gradient of h, given that of act(h)."""
+    """forward(h): act(h). into(h, out): the same, into a buffer. backward_into(da, h, out): the gradient of h, given
+    that of act(h), into a buffer. Buffers that are used again stay in the cache."""
 
     forward: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]
+    into: Callable[[Tensor, Tensor], Tensor]
+    backward_into: Callable[[Tensor, Tensor, Tensor], Tensor]
     widening: int = 1  # columns of h for each column of act(h)
 
 
-def gelu_backward(da_RF: Tensor, h_RF: Tensor, approximate: str = "none") -> Tensor:
-    return torch.ops.aten.gelu_backward(da_RF, h_RF, approximate=approximate)
+def gelu(approximate: str) -> Activation:
+    def into(h_RF: Tensor, out_RF: Tensor) -> Tensor:
+        return torch.ops.aten.gelu.out(h_RF, approximate=approximate, out=out_RF)
+
+    def backward_into(da_RF: Tensor, h_RF: Tensor, out_RF: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_backward.grad_input(da_RF, h_RF, approximate=approximate, grad_input=out_RF)
+
+    return Activation(partial(F.gelu, approximate=approximate), into, backward_into)
 
 
 def swiglu(h_RF2: Tensor) -> Tensor:
@@ -32,17 +40,21 @@ def swiglu(h_RF2: Tensor) -> Tensor:
     return F.silu(gate_RF) * up_RF
 
 
-def swiglu_backward(da_RF: Tensor, h_RF2: Tensor) -> Tensor:
+def swiglu_into(h_RF2: Tensor, out_RF: Tensor) -> Tensor:
     gate_RF, up_RF = h_RF2.chunk(2, dim=-1)
-    dh_RF2 = torch.empty_like(h_RF2)
-    dgate_RF, dup_RF = dh_RF2.chunk(2, dim=-1)
+    return torch.ops.aten.silu.out(gate_RF, out=out_RF).mul_(up_RF)
+
+
+def swiglu_backward_into(da_RF: Tensor, h_RF2: Tensor, out_RF2: Tensor) -> Tensor:
+    gate_RF, up_RF = h_RF2.chunk(2, dim=-1)
+    dgate_RF, dup_RF = out_RF2.chunk(2, dim=-1)
     torch.mul(da_RF, F.silu(gate_RF), out=dup_RF)
     torch.ops.aten.silu_backward.grad_input(da_RF * up_RF, gate_RF, grad_input=dgate_RF)
-    return dh_RF2
+    return out_RF2
 
 
 ACTIVATIONS = {
-    "gelu": Activation(F.gelu, gelu_backward),
-    "gelu_tanh": Activation(partial(F.gelu, approximate="tanh"), partial(gelu_backward, approximate="tanh")),
-    "swiglu": Activation(swiglu, swiglu_backward, widening=2),
+    "gelu": gelu("none"),
+    "gelu_tanh": gelu("tanh"),
+    "swiglu": Activation(swiglu, swiglu_into, swiglu_backward_into, widening=2),
 }

@@ -109,28 +109,38 @@ def mlps_in_turn(
 
 
 class _MLPsInTurn(Function):
-    """Backward by hand saves memory: each expert's gradient is written into its place in the stack (autograd would
-    build the stack again), and the activation is computed again (autograd would keep a second [R, F])."""
+    """Backward by hand saves memory and time: each expert's gradient is written into its place in the stack (autograd
+    would build the stack again), the activation is computed again (autograd would keep a second [R, F]), and all
+    experts share the buffers in between, so that they stay in the cache."""
 
     @staticmethod
     def forward(ctx, rows_RD, w_in_eDF, w_out_eFD, counts, act):
+        most, keep = max(counts), any(ctx.needs_input_grad)
         y_RD = torch.empty_like(rows_RD)
-        hidden = []
-        for x, w_in, w_out, y in zip(rows_RD.split(counts), w_in_eDF, w_out_eFD, y_RD.split(counts), strict=True):
-            hidden.append(x @ w_in)
-            torch.mm(act.forward(hidden[-1]), w_out, out=y)
-        ctx.save_for_backward(rows_RD, w_in_eDF, w_out_eFD, *hidden)
+        hidden_RF = rows_RD.new_empty(rows_RD.shape[0] if keep else most, w_in_eDF.shape[2])
+        a_RF = rows_RD.new_empty(most, w_out_eFD.shape[1])
+        hs = hidden_RF.split(counts) if keep else [hidden_RF[:n] for n in counts]
+        for i, (x, h, y) in enumerate(zip(rows_RD.split(counts), hs, y_RD.split(counts), strict=True)):
+            torch.mm(x, w_in_eDF[i], out=h)
+            torch.mm(act.into(h, a_RF[: len(h)]), w_out_eFD[i], out=y)
+        if keep:
+            ctx.save_for_backward(rows_RD, w_in_eDF, w_out_eFD, hidden_RF)
         ctx.counts, ctx.act = counts, act
         return y_RD
 
     @staticmethod
     def backward(ctx, dy_RD):
-        rows_RD, w_in_eDF, w_out_eFD, *hidden = ctx.saved_tensors
+        rows_RD, w_in_eDF, w_out_eFD, hidden_RF = ctx.saved_tensors
         dx_RD, dw_in_eDF, dw_out_eFD = map(torch.empty_like, (rows_RD, w_in_eDF, w_out_eFD))
-        xs, dys, dxs = (t.split(ctx.counts) for t in (rows_RD, dy_RD, dx_RD))
-        for i, (x, h, dy, dx) in enumerate(zip(xs, hidden, dys, dxs, strict=True)):
-            torch.mm(ctx.act.forward(h).T, dy, out=dw_out_eFD[i])
-            dh = ctx.act.backward(dy @ w_out_eFD[i].T, h)
+        most = max(ctx.counts)
+        a_RF, da_RF = (rows_RD.new_empty(most, w_out_eFD.shape[1]) for _ in range(2))
+        dh_RF = rows_RD.new_empty(most, w_in_eDF.shape[2])
+        parts = zip(*(t.split(ctx.counts) for t in (rows_RD, hidden_RF, dy_RD, dx_RD)), strict=True)
+        for i, (x, h, dy, dx) in enumerate(parts):
+            a, da, dh = (t[: len(h)] for t in (a_RF, da_RF, dh_RF))
+            torch.mm(ctx.act.into(h, a).T, dy, out=dw_out_eFD[i])
+            torch.mm(dy, w_out_eFD[i].T, out=da)
+            ctx.act.backward_into(da, h, dh)
             torch.mm(x.T, dh, out=dw_in_eDF[i])
             torch.mm(dh, w_in_eDF[i].T, out=dx)
         return dx_RD, dw_in_eDF, dw_out_eFD, None, None

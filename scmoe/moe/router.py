@@ -61,7 +61,9 @@ class Router(nn.Module):
     def choose(self, x_TD: Tensor, logits_TE: Tensor, taken_T1: Tensor | None) -> Tensor:
         """Expert ids, likeliest first; the second best where the likeliest is taken (DGMoE). Ids are compared."""
         if taken_T1 is None:
-            return self.deal(x_TD) if self.balanced else logits_TE.topk(self.top_k).indices
+            if self.balanced:
+                return self.deal(x_TD)
+            return logits_TE.argmax(-1, keepdim=True) if self.top_k == 1 else logits_TE.topk(self.top_k).indices
         assert self.top_k == 1
         if self.balanced:
             return (taken_T1 + 1) % self.num_experts

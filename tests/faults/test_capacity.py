@@ -90,7 +90,11 @@ def exactly(rank: int, world_size: int, dtype: torch.dtype) -> None:
     share = EXPERTS // world_size
     here = range(rank * share, (rank + 1) * share)
     experts = Experts(DIM, FFN, EXPERTS, here).to(dtype)
-    experts.act = Activation(torch.relu, lambda da_RF, h_RF: da_RF * (h_RF > 0))
+    experts.act = Activation(
+        torch.relu,
+        lambda h_RF, out_RF: torch.clamp(h_RF, min=0, out=out_RF),
+        lambda da_RF, h_RF, out_RF: torch.mul(da_RF, h_RF > 0, out=out_RF),
+    )
     with torch.no_grad():
         for weight in experts.parameters():
             weight.copy_(whole(EXPERTS, *weight.shape[1:], generator=common)[here])

@@ -61,7 +61,7 @@ def test_each_rank_holds_a_share_of_the_experts_and_counts_all_of_them(architect
         return
 
     class TwoRanks(ParallelContext):
-        def dispatcher(self, num_experts, ceiling=None):
+        def dispatcher(self, num_experts, ceiling=None, buffered=False):
             return ParallelContext().dispatcher(num_experts)
 
     shares = [build_model(config, TwoRanks(rank=rank, world_size=2, ep_size=2)) for rank in (0, 1)]

@@ -71,7 +71,7 @@ def test_routed_experts_of_a_shared_one_start_at_zero_and_learn(name, tmp_path):
 @pytest.mark.parametrize("name", ["top-2", "pos2"])
 def test_a_rank_takes_its_experts(name, tmp_path):
     class TwoRanks(ParallelContext):
-        def dispatcher(self, num_experts, ceiling=None):
+        def dispatcher(self, num_experts, ceiling=None, buffered=False):
             return ParallelContext().dispatcher(num_experts)
 
     file = tmp_path / "model.safetensors"
