@@ -118,12 +118,17 @@ def over_the_bus(device: torch.device, rate: float = 1.0) -> Exchange:
 
 @torch.no_grad()
 def _there_and_back(rows: Tensor, target: Tensor, rate: float) -> None:
-    """Fills `target` with the rows. 1 / rate of their bytes go to the host and back, some of them more than once."""
+    """Fills `target` with the rows; `travelling` says how many go to the host and back."""
+    numbers = travelling(len(rows), rate)
+    most = max(numbers, default=0)
+    target[most:].copy_(rows[most:])
+    on_host = torch.empty((most, *rows.shape[1:]), dtype=rows.dtype, pin_memory=rows.is_cuda and most > 0)
+    for number in numbers:
+        on_host[:number].copy_(rows[:number], non_blocking=True)
+        target[:number].copy_(on_host[:number], non_blocking=True)
+
+
+def travelling(num_rows: int, rate: float) -> list[int]:
+    """Returns the number of rows of each trip to the host and back, num_rows / rate in all."""
     whole, part = divmod(1 / rate, 1)
-    travelling = [len(rows)] * int(whole) + [round(part * len(rows))]
-    if not whole:
-        target[travelling[-1] :].copy_(rows[travelling[-1] :])
-    for number in filter(None, travelling):
-        on_host = torch.empty((number, *rows.shape[1:]), dtype=rows.dtype, pin_memory=rows.is_cuda)
-        on_host.copy_(rows[:number], non_blocking=True)
-        target[:number].copy_(on_host, non_blocking=True)
+    return [number for number in [num_rows] * int(whole) + [round(part * num_rows)] if number]

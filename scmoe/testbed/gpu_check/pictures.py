@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from scmoe.schedule.timeline import Span, draw
 from scmoe.testbed.gpu_check.parts import Pieces, Place
 from scmoe.testbed.pairs import Setting
@@ -38,12 +40,13 @@ def timelines(place: Place) -> dict[str, Any]:
         rate, found = run_alone(watch, setting_at(place, SHARE), "pos2", Path(folder))
         (place.out / "pair.json.gz").write_bytes(gzip.compress(Path(folder, KEPT).read_bytes()))
     facts: dict[str, Any] = {"bus_rate": rate}
+    card = torch.cuda.get_device_name() if place.device == "cuda" else "cpu"
     for direction, spans_of in found.items():
         measured = {title: spans for title, spans in spans_of.items() if title.endswith("measured")}
         facts[direction] = {
             title: {"ms": max(s.end for s in spans), "beside": beside(spans)} for title, spans in measured.items()
         }
-        title = f"One pair from the tap to its end, {direction}: real compute, {place.device}"
+        title = f"One pair from the tap to its end, {direction}: real compute, {card}"
         facts[f"{direction}_picture"] = drawn(draw, measured, place.out / f"{direction}.png", title, "ms")
     return facts
 

@@ -19,10 +19,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from scmoe.testbed.gpu_check.parts import Part, Place
-from scmoe.testbed.ranks import PRELOADED
+from scmoe.testbed.gpu_check.parts import HERE, Part, Place
 
-TAIL_LINES = 15
+TAIL_LINES = 30  # of an output or a traceback
 GRACE_S = 10.0  # for a killed process to end; one that waits in the driver may not
 
 
@@ -32,6 +31,8 @@ def run_parts(parts: Mapping[str, Part], place: Place) -> dict[str, dict[str, An
     state: ok | failed (a piece raised, or the process ended) | stopped (its clock ran out) | missing (a package).
     """
     found = {}
+    # the server must not start CUDA, or no process forked from it could; torch then asks the driver's monitor instead
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, part) in enumerate(parts.items(), 1):
             start = time.monotonic()
@@ -51,9 +52,10 @@ def run_part(part: Part, place: Place, work: Path) -> dict[str, Any]:
         return {"state": "missing", "why": f"not installed: {', '.join(lacking)}", "pieces": {}}
     results, output = work.with_suffix(".json"), work.with_suffix(".txt")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload([f"{HERE}.preload"])
     process: Any = context.Process(target=_become_part, args=(part, place, results, output))
-    process.start()
+    if isinstance(started := attempt(process.start), dict):
+        return {"state": "failed", "why": started["error"], "pieces": {}}
     process.join(part.clock_s)
     code = process.exitcode
     try:  # what the part has started ends with it

@@ -25,7 +25,9 @@ def pieces(place: Place) -> Pieces:
 
 
 def profile_step(place: Place, capacity_factor: float | None, trace: str | None, may_wait: bool) -> dict[str, Any]:
-    """Returns times and waits of one step. trace: a file's name, to keep the profile. RuntimeError: the host waited."""
+    """Returns times and waits of one step. trace: a file's name, to keep the profile.
+
+    RuntimeError: the host waited, or the profiler did not see the device."""
     config = tiny(GPT2_MOE_SMALL) if place.tiny else GPT2_MOE_SMALL
     step = TrainStep(config, place.torch_device, 2 if place.tiny else SAMPLES, capacity_factor)
     for _ in range(WARM_UP):
@@ -33,6 +35,8 @@ def profile_step(place: Place, capacity_factor: float | None, trace: str | None,
     found = events_of(recorded(place.torch_device, step), place.out / trace if trace else None)
     events = within(found, "step")
     waits = host_waits(events)
+    if place.device == "cuda" and not device_work(events)["kernels"]:
+        raise RuntimeError("the profiler has recorded no kernel of the step, so it cannot trace this device")
     if waits and not may_wait:
         raise RuntimeError(f"with fixed capacity the host waited for the device: {waits}")
     return {

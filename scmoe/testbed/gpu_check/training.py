@@ -7,7 +7,7 @@ import tempfile
 import time
 from dataclasses import replace
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 from scmoe.testbed.gpu_check.models import QUICKSTART, tiny
 from scmoe.testbed.gpu_check.parts import Pieces, Place
@@ -23,7 +23,7 @@ def pieces(place: Place) -> Pieces:
 def train(place: Place) -> dict[str, Any]:
     """Returns the loss in tenths of the training, and tokens/s. RuntimeError: it has not fallen by LEAST_FALL."""
     config = tiny(QUICKSTART) if place.tiny else QUICKSTART
-    accelerator = "gpu" if place.device == "cuda" else "cpu"
+    accelerator: Literal["gpu", "cpu"] = "gpu" if place.device == "cuda" else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         data, trainer = replace(config.data, cache_dir=folder), replace(config.trainer, accelerator=accelerator)
         start = time.perf_counter()
