@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train resume sample export sweep table3 runs compare list check-data params estimate bench bench-overlap bench-growth timeline figures test test-fast test-dist test-faults mutate lint format typecheck ci clean
+.PHONY: help setup train resume sample export sweep table3 runs compare list check-data params estimate bench bench-overlap bench-growth timeline gpu-check figures test test-fast test-dist test-faults mutate lint format typecheck ci clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [CONFIG=$(CONFIG)] [RUN=runs/...] [ARGS=\"optim.lr=1e-3 ...\"]"; echo
@@ -80,6 +80,10 @@ bench-growth: $(READY)  ## measure the same while tokens, ranks or experts grow
 
 timeline: $(READY)  ## one pair's operators, measured and planned (Fig. 7), and Chrome traces
 	@$(PY) -m experiments.bench timeline $(ARGS)
+
+# Not after $(READY): it also runs from a plain checkout with the Python that has torch, where nothing can be installed.
+gpu-check:  ## check everything on one GPU in nine minutes, into the folder OUT; ARGS="--device cpu --tiny" for a trial
+	@$(or $(wildcard $(PY)),$(PYTHON)) -m experiments.gpu_check $(if $(OUT),--out $(OUT)) $(ARGS)
 
 figures: $(READY)  ## draw the figures of the README and docs
 	@$(PY) -m experiments.figures $(ARGS)

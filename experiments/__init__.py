@@ -25,6 +25,7 @@ VERBS = {
     "check-data": "read all data of a config, and name files that cannot be read",
     "estimate": "estimate what a training costs, without starting it",
     "bench": "measure the layer, overlap, growth, the guard, one pair's timeline",
+    "gpu-check": "check everything on one GPU, in nine minutes",
     "figures": "draw the figures of the README",
     "faults": "break checkpoints on purpose and count what survives",
 }

@@ -34,13 +34,13 @@ class Recorder:
     """Records when the operators of one block run.
 
     A transfer that is waited for at once (moe.dispatcher.Blocking) is an operator like any other. A transfer that runs
-    in parallel is noted by `watch`, on a host only; on a CUDA device, read the profile.
+    in parallel is noted by `watch`.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.marks: list[Mark] = []
-        self.transfers: list[tuple[Direction, Span]] = []
+        self.transfers: list[tuple[Direction, str, Any, Any]] = []  # name, start, end; times as in Mark
         self.watchers: list[threading.Thread] = []
         self.inside_operator = False
 
@@ -62,16 +62,20 @@ class Recorder:
         return _edge(self, name, False, outputs)
 
     def watch(self, name: str, direction: Direction, work: Any) -> None:
-        """Notes a transfer from now until it is done. work: two threads must be able to wait for it."""
+        """Notes a transfer. On a host it lasts from now until it is done, and two threads must be able to wait for the
+        work. On a CUDA device it lasts between the work's two `events`; without them (NCCL) it is not noted."""
+        if self.device.type == "cuda":
+            events = getattr(work, "events", None)
+            self.transfers += [] if events is None else [(direction, name, *events)]
+            return
         start = time.perf_counter()
 
         def note() -> None:
             work.wait()
-            self.transfers.append((direction, Span(name, start, time.perf_counter())))
+            self.transfers.append((direction, name, start, time.perf_counter()))
 
-        if self.device.type != "cuda":
-            self.watchers.append(threading.Thread(target=note))
-            self.watchers[-1].start()
+        self.watchers.append(threading.Thread(target=note))
+        self.watchers[-1].start()
 
     def spans(self, direction: Direction) -> list[Span]:
         """Every operator that began and ended, in seconds of one clock. Waits for the device and the transfers."""
@@ -87,7 +91,9 @@ class Recorder:
                 begun[mark.operator] = seconds(mark.time)
             elif mark.operator in begun:
                 spans.append(Span(mark.operator, begun.pop(mark.operator), seconds(mark.time)))
-        return sorted(spans + [span for d, span in self.transfers if d == direction], key=lambda span: span.start)
+        for own, name, start, end in self.transfers:
+            spans += [Span(name, seconds(start), seconds(end))] if own == direction else []
+        return sorted(spans, key=lambda span: span.start)
 
     def _clock(self) -> Callable[[Any], float]:
         if self.device.type != "cuda" or not self.marks:

@@ -7,6 +7,9 @@ parallel/dispatcher.py, so all code around it is the code that runs between rank
 """
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,23 +60,75 @@ def free(rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, Wo
     return rows, Ready(rows)
 
 
-def over_the_bus(device: torch.device) -> Exchange:
+@dataclass(frozen=True)
+class OnStream:
+    """Copies on a stream of their own, between two events. `wait` waits like NCCL's: the current stream waits for them,
+    the host does not."""
+
+    events: tuple[Any, Any]
+
+    def wait(self) -> None:
+        self.events[1].wait()
+
+
+@dataclass(frozen=True)
+class OnThread:
+    """Copies by a thread, in the place of the stream on a machine without a GPU."""
+
+    copied: Future[None]
+
+    def wait(self) -> None:
+        self.copied.result()
+
+
+def over_the_bus(device: torch.device, rate: float = 1.0) -> Exchange:
     """Copies rows to pinned host memory and back on a separate stream, as an All-to-All between GPUs on PCIe without
-    peer access does; one GPU is enough. The copies run in parallel with the computation of the current stream."""
+    peer access does; one GPU is enough. The copies run in parallel with the computation of the current stream.
+
+    rate: that of the transfers over the bus's own. At 0.4 every row is copied 2.5 times. At 4 a quarter of the rows is
+    copied to the host and back, and the others stay on the device, as an All-to-All leaves rows on their own rank.
+    device: on a CPU a thread copies from memory to memory, so that the code around it can be tested.
+    """
+    if device.type != "cuda":
+        thread = ThreadPoolExecutor(1, "over-the-bus")
+
+        def exchange_on_host(rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, Work]:
+            assert not sent and not received
+            target = torch.empty_like(rows)
+            return target, OnThread(thread.submit(_there_and_back, rows, target, rate))
+
+        return exchange_on_host
     stream = torch.cuda.Stream(device, priority=-1)
 
     def exchange(rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, Work]:
         assert not sent and not received
         target = torch.empty_like(rows)
         stream.wait_stream(torch.cuda.current_stream(device))
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         with torch.cuda.stream(stream):
-            on_host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-            on_host.copy_(rows, non_blocking=True)
-            target.copy_(on_host, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(stream)
+            events[0].record()
+            _there_and_back(rows, target, rate)
+            events[1].record()
         rows.record_stream(stream)  # the caching allocator must not hand either buffer out before the copies are done
         target.record_stream(stream)
-        return target, event  # waits like NCCL: the current stream waits, the host does not
+        return target, OnStream(events)
 
     return exchange
+
+
+@torch.no_grad()
+def _there_and_back(rows: Tensor, target: Tensor, rate: float) -> None:
+    """Fills `target` with the rows; `travelling` says how many go to the host and back."""
+    numbers = travelling(len(rows), rate)
+    most = max(numbers, default=0)
+    target[most:].copy_(rows[most:])
+    on_host = torch.empty((most, *rows.shape[1:]), dtype=rows.dtype, pin_memory=rows.is_cuda and most > 0)
+    for number in numbers:
+        on_host[:number].copy_(rows[:number], non_blocking=True)
+        target[:number].copy_(on_host[:number], non_blocking=True)
+
+
+def travelling(num_rows: int, rate: float) -> list[int]:
+    """Returns the number of rows of each trip to the host and back, num_rows / rate in all."""
+    whole, part = divmod(1 / rate, 1)
+    return [number for number in [num_rows] * int(whole) + [round(part * num_rows)] if number]

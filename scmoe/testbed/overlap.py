@@ -7,19 +7,15 @@ share of communication.
 """
 
 import itertools
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
 
 from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.operators import Recorder
@@ -31,6 +27,7 @@ from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import Schedule
 from scmoe.testbed import emulated, links
 from scmoe.testbed.pairs import ROWS, Setting, Step, default_schedule, make_block
+from scmoe.testbed.profiles import peak_bytes
 
 SEARCH_ROUNDS = 15  # at each rate; with fewer, the error at a share of 0.15 is as large as the transfers are long
 TRIALS = 2  # of each schedule
@@ -71,14 +68,24 @@ class Bench:
         torch.manual_seed(0)
         names = dict.fromkeys(["top2", *(ROWS[row][0] for row in setting.rows)])
         pairs = range(setting.pairs)
-        self.stacks = {n: [make_block(n, setting, self.group).to(self.device) for _ in pairs] for n in names}
-        over_the_bus = emulated.over_the_bus(self.device) if self.device.type == "cuda" else None
-        self.paid = AllToAllDispatcher(self.group, setting.num_experts, exchange=over_the_bus)
+        dtype = getattr(torch, setting.dtype)
+        self.stacks = {n: [make_block(n, setting, self.group).to(self.device, dtype) for _ in pairs] for n in names}
+        self.paid = AllToAllDispatcher(self.group, setting.num_experts)
+        if setting.bus:
+            self.set_rate(1.0)
         self.free = AllToAllDispatcher(self.group, setting.num_experts, exchange=emulated.free)
         self.steps = {n: Step(stack, setting) for n, stack in self.stacks.items()}
         shape = setting.tokens // setting.seq_len, setting.seq_len, setting.dim
-        self.x = torch.randn(shape, device=self.device, requires_grad=True)
+        self.x = torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True)
         self.iterations = 0  # timed so far: an inference and a training step each
+
+    def set_rate(self, rate: float) -> None:
+        """Sets the rate at which this rank sends: its link's in Mbit/s, or as a multiple of its bus's."""
+        if self.setting.bus:
+            exchange = emulated.over_the_bus(self.device, rate)
+            self.paid = AllToAllDispatcher(self.group, self.setting.num_experts, exchange=exchange)
+        else:
+            links.set_rate(rate)
 
     def set(self, variant: Variant, recorder: Recorder | None = None) -> Step:
         """Makes the blocks run as the variant says. recorder: notes operators, and transfers that overlap."""
@@ -141,18 +148,7 @@ class Bench:
     def peak_mb(self, variant: Variant) -> float:
         """Most memory that a training step holds over what it finds."""
         step = self.set(variant)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-            step.train(self.x)
-            return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            step.train(self.x)
-        with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            recorded.export_chrome_trace(file.name)
-            events = [e for e in json.loads(Path(file.name).read_text())["traceEvents"] if e.get("name") == "[memory]"]
-        changes = (e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"]))  # below 0 where memory is freed
-        return max(itertools.accumulate(changes)) / 2**20
+        return peak_bytes(self.device, lambda: step.train(self.x)) / 2**20
 
 
 def slowest(values: list[Any]) -> Any:
@@ -176,7 +172,7 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Any]:
     to separate schedules with similar times."""
     dist.init_process_group("gloo")
     bench = Bench(setting)
-    rate = find_rate(bench) if setting.shaped else None
+    rate = find_rate(bench) if setting.shaped or setting.bus else None
     choices, chosen, candidates = {}, {}, {}
     for row in setting.rows:
         show(f"planning {row}")
@@ -204,11 +200,11 @@ def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> li
 
 
 def find_rate(bench: Bench) -> float:
-    """Sets the links' rate and returns it, in Mbit/s: the given one, or the one at which communication is the wanted
+    """Sets the rate (Bench.set_rate) and returns it: the given one, or the one at which communication is the wanted
     share of a sequential top-2 pair."""
     s, wanted = bench.setting, bench.setting.share
     if s.link_mbit is not None:
-        links.set_rate(s.link_mbit)
+        bench.set_rate(s.link_mbit)
         return s.link_mbit
     pair = [Variant("top2", default_schedule("top2"), way) for way in ("sequential", "free")]
 
@@ -218,16 +214,17 @@ def find_rate(bench: Bench) -> float:
 
     t_free = median(forward(pair[1:])[0])
     sent_bits = 2 * 2 * s.pairs * s.tokens * s.dim * 32 * (1 - 1 / dist.get_world_size())
-    rate = sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
+    rate = 1.0 if s.bus else sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
     for _ in range(8):
-        links.set_rate(rate)
+        bench.set_rate(rate)
         sequential, free = forward(pair)
         share = median(1 - free / sequential)
-        show(f"links at {rate:.0f} Mbit/s: communication share {share:.3f}, wanted {wanted:g}")
+        where = f"bus at {rate:.3g} of its rate" if s.bus else f"links at {rate:.0f} Mbit/s"
+        show(f"{where}: communication share {share:.3f}, wanted {wanted:g}")
         if abs(share - wanted) < 0.01:
             break
         factor = share / (1 - share) / (wanted / (1 - wanted))
         rate *= min(2.0, max(0.5, factor))  # a disturbed measurement must not stop the link
     else:
-        links.set_rate(rate)
+        bench.set_rate(rate)
     return rate

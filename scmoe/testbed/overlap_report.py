@@ -43,10 +43,11 @@ def bench_overlap(options: dict[str, Any], again: Sequence[str]) -> dict[str, An
     elif not gpu:
         print(f"links cannot be shaped here ({missing}): loopback as it is, marked in every row", file=sys.stderr)
     ranks, rows = values.pop("ranks"), tuple(values["rows"])
-    setting = Setting(**values | {"rows": rows, "shaped": missing is None})
+    setting = Setting(**values | {"rows": rows, "shaped": missing is None, "bus": gpu})
     result = run_ranks(measure, ranks, setting, timeout_s=3600, own_links=missing is None)[0]
     report = summary(setting, ranks, result)
-    name = f"overlap-{setting.compute}-{setting.level}-" + ("cuda" if gpu else f"{ranks}-ranks-share-{setting.share:g}")
+    where = "cuda" if gpu else f"{ranks}-ranks"
+    name = f"overlap-{setting.compute}-{setting.level}-{where}-share-{setting.share:g}"
     show(report)
     draw(report, out / f"{name}.png")
     (out / f"{name}.json").write_text(json.dumps(report, indent=1))
@@ -57,9 +58,8 @@ def bench_overlap(options: dict[str, Any], again: Sequence[str]) -> dict[str, An
 def why_refused(given: dict[str, Any], values: dict[str, Any]) -> str | None:
     """Return why the first option that cannot be honoured is refused; None: all can. values: given, or defaults."""
     if given["device"] == "cuda":
-        for name in ("share", "link_mbit"):
-            if name in given:
-                return f"--{name.replace('_', '-')} belongs to links, and one GPU has none: its rows go over its bus"
+        if "link_mbit" in given:
+            return "--link-mbit belongs to links, and one GPU has none: its rows go over its bus"
         if values["ranks"] != 1:
             return f"--ranks is {values['ranks']}, allowed with --device cuda: 1"
         if values["compute"] != "real":
@@ -115,7 +115,7 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
             "auto_over_best": median(times[chosen].train / own.train),
             "measured_over_model": median(own.train) / (median(free.train) + exposed),
             "peak_mb": result["peaks"][name],
-            "links": "shaped" if setting.shaped else "loopback" if setting.device == "cpu" else "bus",
+            "links": "bus" if setting.bus else "shaped" if setting.shaped else "loopback",
             "compute": setting.compute,
             **({"gradient_mb": result["gradients"][block]} if iteration else {}),
         }
@@ -125,7 +125,8 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
     limit_forward = median(baseline.forward / baseline_free.forward)
     return {
         "comm_share": 1 - 1 / limit_forward,
-        "link_mbit": result["rate"],
+        "link_mbit": None if setting.bus else result["rate"],
+        **({"bus_rate": result["rate"]} if setting.bus else {}),
         "ranks": ranks,
         "device": torch.cuda.get_device_name() if setting.device == "cuda" else "cpu",
         "compute": setting.compute,
@@ -183,7 +184,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axis.axhline(limit, color=color, linestyle="--", linewidth=1, zorder=0, label=f"all hidden, {word}")
     axis.set_xticks(range(len(rows)), [name.replace("_", "\n") for name, _ in rows], fontsize=8)
     axis.set_ylabel("speed-up over sequential top-2")
-    words = {"loopback": "loopback as it is", "bus": f"rows over the bus of a {report['device']}"}
+    bus = f"rows over the bus of a {report['device']} at {report.get('bus_rate', 1.0):.2g} of its rate"
+    words = {"loopback": "loopback as it is", "bus": bus}
     links = f"{report['link_mbit']:.0f} Mbit/s links" if report["link_mbit"] else words[rows[0][1]["links"]]
     what = "pair of blocks" if report["level"] == "block" else "iteration"
     where = f"{report['compute']} compute, {report['ranks']} ranks, {links}"

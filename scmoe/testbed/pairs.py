@@ -34,7 +34,8 @@ ROWS = {  # row: (block, numbers of chunks); top2, top2_pipelined, ..., scmoe_po
 class Setting:
     """share: share of communication, reached by a search for the links' rate; link_mbit: the rate itself, without a
     search. tokens: tokens of one rank, in sequences of seq_len. attention_ms, attention_to_mlp: time of an attention,
-    and its ratio to an MLP's; for emulated compute only. shaped: whether the links have a rate at all."""
+    and its ratio to an MLP's; for emulated compute only. shaped: whether the links have a rate at all. bus: rows go
+    over the device's bus instead of links (emulated.over_the_bus), and the share is reached by its rate."""
 
     share: float
     link_mbit: float | None = None
@@ -51,6 +52,8 @@ class Setting:
     attention_to_mlp: float = 3.0
     shaped: bool = True
     device: str = "cpu"
+    dtype: str = "float32"
+    bus: bool = False
     rows: tuple[str, ...] = tuple(ROWS)
 
     @property

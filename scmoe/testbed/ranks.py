@@ -75,6 +75,13 @@ def run_ranks(
             _end(process)
 
 
+def run_alone(fn: Callable[..., Any], *args: Any) -> Any:
+    """Returns fn(0, 1, *args), run in this process as the only rank. Call it once in a process: its group stays."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    _set_variables(0, 1, "127.0.0.1", store.port)
+    return fn(0, 1, *args)
+
+
 def _attach(pipe: Connection, pid: int | None, rank: int) -> None:
     try:
         pipe.recv_bytes()  # the rank has left the caller's namespace
@@ -137,11 +144,7 @@ def _run_rank(
         links.bring_up(rank)
     multiprocessing.set_start_method(None, force=True)  # data workers start in the usual way
     threading.Thread(target=_end_with_caller, args=(pipe,), daemon=True).start()
-    r, n = str(rank), str(world_size)
-    os.environ.update(RANK=r, WORLD_SIZE=n, LOCAL_RANK=r, LOCAL_WORLD_SIZE=n, GROUP_RANK="0")
-    os.environ.update(MASTER_ADDR=links.BRIDGE_ADDRESS if own_links else "127.0.0.1", MASTER_PORT=str(port))
-    os.environ.update(TORCHELASTIC_RUN_ID="ranks", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
-    use_loopback_for_gloo()
+    _set_variables(rank, world_size, links.BRIDGE_ADDRESS if own_links else "127.0.0.1", port)
     torch.set_num_threads(1)
     try:
         result = fn(rank, world_size, *args)
@@ -152,6 +155,15 @@ def _run_rank(
     sys.stderr.flush()
     pipe.send_bytes(report)
     threading.Event().wait()  # until the caller closes the pipe
+
+
+def _set_variables(rank: int, world_size: int, address: str, port: int) -> None:
+    """Sets torchrun's variables."""
+    r, n = str(rank), str(world_size)
+    os.environ.update(RANK=r, WORLD_SIZE=n, LOCAL_RANK=r, LOCAL_WORLD_SIZE=n, GROUP_RANK="0")
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    os.environ.update(TORCHELASTIC_RUN_ID="ranks", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+    use_loopback_for_gloo()
 
 
 def _end_with_caller(pipe: Connection) -> None:

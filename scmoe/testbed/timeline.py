@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
 
 from scmoe.config.fields import ConfigError
 from scmoe.moe.operators import Direction, Recorder
@@ -19,6 +18,7 @@ from scmoe.schedule.cost import per_chunk
 from scmoe.schedule.timeline import Span, draw, elapsed, play
 from scmoe.testbed.overlap import Bench, Variant, find_rate
 from scmoe.testbed.pairs import Setting
+from scmoe.testbed.profiles import recorded
 from scmoe.testbed.ranks import run_ranks
 
 STEPS = 5
@@ -79,10 +79,10 @@ def draw_plan(run_dir: Path) -> dict[str, Any]:
 
 
 def watch(rank: int, world_size: int, setting: Setting, position: str, out: Path) -> tuple[float, dict[str, Any]]:
-    """Runs on every rank. Returns the links' rate in Mbit/s, and by direction {title: spans in ms}."""
+    """Runs on every rank. Returns the rate (Bench.set_rate), and by direction {title: spans in ms}."""
     dist.init_process_group("gloo")
     bench = Bench(setting)
-    rate = find_rate(bench)
+    rate = find_rate(bench)  # of the links, or of the bus
     timelines: dict[str, dict[str, list[Span]]] = {direction: {} for direction in DIRECTIONS}
     for title, (block, way, chunks) in ROWS.items():
         title, block = title.format(position.capitalize().replace("s", "s-")), block.format(position)
@@ -132,7 +132,6 @@ def trace(bench: Bench, variant: Variant, path: Path) -> None:
     """Profiles one training step; rank 0 writes a Chrome trace to `path`."""
     step = bench.set(variant)
     dist.barrier()
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        step.train(bench.x)
+    found = recorded(bench.device, lambda: step.train(bench.x))
     if dist.get_rank() == 0:
-        recorded.export_chrome_trace(str(path))
+        found.export_chrome_trace(str(path))

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from scmoe.blocks.sublayers import MLP, Attention, Residual
 from scmoe.config.fields import Config
-from scmoe.config.load import load
 from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
@@ -31,6 +30,8 @@ TINY = (
 
 
 def tiny(*overrides: str) -> Config:
+    from scmoe.config.load import load  # here, so that the `gpu` tests run without omegaconf
+
     return load(None, [*TINY, *overrides])
 
 

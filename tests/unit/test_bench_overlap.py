@@ -14,7 +14,6 @@ from scmoe.testbed.overlap_report import DEFAULTS
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("--device cuda --share 0.5", "--share belongs to links, and one GPU has none"),
         ("--device cuda --link-mbit 100", "--link-mbit belongs to links, and one GPU has none"),
         ("--device cuda --ranks 2", "--ranks is 2, allowed with --device cuda: 1"),
         ("--device cuda --compute emulated", "--compute is emulated, allowed with --device cuda: real"),

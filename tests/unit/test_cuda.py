@@ -26,7 +26,7 @@ from scmoe.testbed.ranks import run_ranks
 from tests.support.models import assert_close, gradients, randomise
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
-SMALL = dict(dim=64, ffn_dim=128, tokens=128, seq_len=32, compute="real", device="cuda", shaped=False)
+SMALL = dict(dim=64, ffn_dim=128, tokens=128, seq_len=32, compute="real", device="cuda", shaped=False, bus=True)
 
 
 def results(rank: int, world_size: int) -> dict[str, list[torch.Tensor]]:

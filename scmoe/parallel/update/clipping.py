@@ -53,10 +53,16 @@ class GuardedUpdate:
             )
 
     def clip(self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: str = "norm") -> None:
-        """Gradients that are not clipped by their norm are checked all the same."""
-        if clip_val <= 0 or gradient_clip_algorithm != "norm":
+        """Gradients that are not clipped by their norm are checked all the same.
+
+        The plugin itself does not clip by the norm: that of bf16-mixed refuses a fused optimizer, which would undo the
+        scale of gradients only later. Only float16 has such a scale.
+        """
+        if clip_val > 0 and gradient_clip_algorithm == "norm":
+            self.clip_by_norm(optimizer, clip_val)
+        else:
             self.clip_by_norm(optimizer, None)
-        self.original.clip_gradients(self.plugin, optimizer, clip_val, gradient_clip_algorithm)
+            self.original.clip_gradients(self.plugin, optimizer, clip_val, gradient_clip_algorithm)
 
     def clip_by_norm(self, optimizer: Optimizer, clip_val: float | None) -> None:
         """Compute the global norm, clip by it (clip_val None: change nothing) and check it."""

@@ -1,0 +1,59 @@
+"""Rows that go over a bus arrive unchanged at every rate, and the rate is searched for the share of communication.
+
+On a machine without a GPU a thread copies in the place of the card's stream; tests/unit/test_cuda.py has the stream.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from scmoe.moe.operators import Recorder
+from scmoe.schedule.schedule import Schedule
+from scmoe.testbed import emulated
+from scmoe.testbed.overlap import Bench, Variant, find_rate
+from scmoe.testbed.pairs import Setting
+from scmoe.testbed.ranks import run_ranks
+
+SMALL = dict(dim=64, ffn_dim=128, tokens=512, seq_len=64, compute="real", shaped=False, bus=True)
+
+
+@pytest.mark.parametrize("rate", (0.3, 0.5, 1.0, 1.7, 1000.0))
+def test_rows_arrive_unchanged_at_every_rate(rate):
+    rows = torch.randn(40, 8, requires_grad=True)
+    target, work = emulated.over_the_bus(torch.device("cpu"), rate)(rows, [], [])
+    work.wait()
+    assert torch.equal(target, rows) and target.data_ptr() != rows.data_ptr() and not target.requires_grad
+
+
+@pytest.mark.parametrize("rate, numbers", [(0.4, [40, 40, 20]), (0.5, [40, 40]), (1.0, [40]), (4.0, [10]), (1e4, [])])
+def test_a_rate_is_reached_by_the_number_of_rows_that_travel(rate, numbers):
+    assert emulated.travelling(40, rate) == numbers
+
+
+def shares(rank: int, world_size: int) -> dict[float, float]:
+    """Returns the rate that is found for each share of communication."""
+    dist.init_process_group("gloo")
+    return {share: find_rate(Bench(Setting(share, rows=("scmoe_pos2",), **SMALL))) for share in (0.1, 0.6)}
+
+
+@pytest.mark.dist
+def test_a_larger_share_has_a_lower_rate():
+    found = run_ranks(shares, 1)[0]
+    assert 0 < found[0.6] < found[0.1]
+
+
+def noted(rank: int, world_size: int) -> list[str]:
+    dist.init_process_group("gloo")
+    bench = Bench(Setting(0.5, rows=("scmoe_pos2",), dtype="bfloat16", **SMALL))
+    recorder = Recorder(bench.device)
+    bench.set(Variant("pos2", Schedule("scmoe", "pos2", 1)), recorder).train(bench.x)
+    assert all(p.dtype == torch.bfloat16 for p in bench.stacks["pos2"][0].parameters())
+    return [span.operator for direction in ("forward", "backward") for span in recorder.spans(direction)]
+
+
+@pytest.mark.dist
+def test_transfers_over_the_bus_are_noted_in_both_directions():
+    found = run_ranks(noted, 1)[0]
+    assert (found.count("dispatch"), found.count("combine")) == (2, 2)

@@ -1,0 +1,126 @@
+"""The GPU check runs with tiny sizes on a CPU, and a part that fails, hangs, crashes or lacks a package costs no other.
+
+What a card measures is not tested here: its streams, kernels and clocks.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from scmoe.testbed.gpu_check.parts import PARTS, Part, Place
+from scmoe.testbed.gpu_check.report import write_report
+from scmoe.testbed.gpu_check.runner import run_parts
+from tests.support.commands import run
+
+pytestmark = [pytest.mark.smoke, pytest.mark.dist]
+FILES = {
+    *("report.md", "results.json", "overlap-0.52.png", "overlap-0.15.png", "forward.png", "backward.png"),
+    *("pair.json.gz", "step.json.gz"),
+}
+MISUSED = ("wandb", "omegaconf", "timm", "scipy", "optuna")  # packages that the check must not need
+
+
+@pytest.fixture
+def without_packages(tmp_path):
+    """Returns a folder that, early in sys.path, makes the import of some packages fail."""
+    folder = tmp_path / "packages"
+    for name in MISUSED:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text(f"raise ImportError('{name} is not needed')\n")
+    return folder
+
+
+def test_all_parts_run_on_a_cpu_in_a_minute_and_leave_eight_files(tmp_path):
+    start = time.monotonic()
+    out = tmp_path / "out"
+    summary = run("-m", "experiments.gpu_check", "--device", "cpu", "--tiny", "--out", str(out)).summary
+    assert summary["parts"] == dict.fromkeys(PARTS, "ok")
+    assert time.monotonic() - start < 120, "40 s on an idle machine; other tests run at the same time"
+    assert {path.name for path in out.iterdir()} == FILES
+    parts = json.loads((out / "results.json").read_text())["parts"]
+    pieces = {name: part["pieces"] for name, part in parts.items()}
+    assert pieces["tests"]["gpu tests"]["skipped"] > 20
+    assert len(pieces["layer"]) == 4 and all(len(cell["variants"]) >= 5 for cell in pieces["layer"].values())
+    for cell in pieces["layer"].values():
+        assert all(cell["variants"][name]["train_ratio"] > 0 for name in ("layer, fixed capacity", "layer, dropless"))
+    operators = {"route", "encode", "dispatch", "experts", "combine", "decode", "attention", "mlp", "shared_expert"}
+    assert pieces["step"]["fixed capacity"]["operators_forward_ms"].keys() == operators
+    for share in ("0.52", "0.15"):
+        report = pieces[f"overlap-{share}"]["rows"]
+        assert report["bus_rate"] > 0 and {row["links"] for row in report["rows"].values()} == {"bus"}
+    assert 0.5 < pieces["gpt2"]["training step"]["peak_over_estimate"] < 2
+    training = pieces["training"]["training"]
+    assert training["loss_last_tenth"] < training["loss_first_tenth"] - 0.5
+    for direction in ("forward", "backward"):
+        assert all(0 <= row["beside"] <= 1 for row in pieces["pictures"]["timelines"][direction].values())
+    trace = json.loads(gzip.decompress((out / "pair.json.gz").read_bytes()))
+    assert "scmoe/attention" in {event.get("name") for event in trace["traceEvents"]}
+
+
+def test_a_part_that_fails_hangs_crashes_or_lacks_a_package_is_reported_and_the_rest_goes_on(tmp_path):
+    pid_file, module = tmp_path / "pid", "tests.support.check_parts"
+    parts = {
+        "fails": Part("Fails", module, 30, (), ("fail",)),
+        "hangs": Part("Hangs", module, 3, (), ("hang", str(pid_file))),
+        "crashes": Part("Crashes", module, 30, (), ("crash",)),
+        "lacks": Part("Lacks a package", module, 30, ("json", "no_such_package"), ("measure",)),
+        "is_no_module": Part("Cannot be imported", "tests.support.no_such_module", 30, ()),
+        "is fine": Part("Measures", module, 30, (), ("measure",)),
+    }
+    out = tmp_path / "out"
+    out.mkdir()
+    found = run_parts(parts, Place("cpu", True, out))
+    states = {name: part["state"] for name, part in found.items()}
+    assert states == {
+        **{"fails": "failed", "hangs": "stopped", "crashes": "failed", "lacks": "missing"},
+        **{"is_no_module": "failed", "is fine": "ok"},
+    }
+    assert found["fails"]["why"].endswith("ValueError: as wanted ")
+    assert found["hangs"]["why"].startswith("stopped by its clock after 1 pieces") and found["hangs"]["seconds"] < 10
+    assert "about to crash" in found["crashes"]["why"] and "ended with -6" in found["crashes"]["why"]
+    assert found["lacks"]["why"] == "not installed: no_such_package"
+    assert "No module named 'tests.support.no_such_module'" in found["is_no_module"]["why"]
+    for name in ("fails", "hangs", "crashes", "is fine"):
+        assert found[name]["pieces"]["first"] == {"value": 1}, "what was measured before the end stays"
+    assert not is_running(int(pid_file.read_text())), "what a part has started ends with it"
+    assert write_report(Place("cpu", True, out), found) == []
+    report = (out / "report.md").read_text()
+    assert all(part["why"] in report for part in found.values() if "why" in part)
+    assert json.loads((out / "results.json").read_text())["parts"] == found
+
+
+def is_running(pid: int) -> bool:
+    """Returns whether a process is there and not merely unreaped."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def test_neither_wandb_nor_omegaconf_is_needed(without_packages, tmp_path):
+    """A new interpreter runs the parts that import the most."""
+    words = ("-m", "experiments.gpu_check", "--device", "cpu", "--tiny", "--parts", "training", "gpt2", "tests")
+    script = f"import sys; sys.path.insert(0, {str(without_packages)!r}); from experiments.gpu_check import main; "
+    script += f"sys.exit(main({[*words[2:], '--out', str(tmp_path / 'out')]!r}))"
+    done = run("-c", script)
+    assert done.summary["parts"] == dict.fromkeys(("training", "gpt2", "tests"), "ok"), done.err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--device cpu", "--device is cpu, allowed: with --tiny"),
+        ("--device cpu --tiny --parts nothing", "--parts has nothing, allowed: tests | layer"),
+        ("--device cpu --tiny --out tests", "--out is 'tests', allowed: a new or empty folder"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(options, message):
+    done = run("-m", "experiments.gpu_check", *options.split())
+    assert done.code == 2 and done.err.startswith(f"error: {message}")
