@@ -53,10 +53,16 @@ class GuardedUpdate:
             )
 
     def clip(self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: str = "norm") -> None:
-        """Gradients that are not clipped by their norm are checked all the same."""
-        if clip_val <= 0 or gradient_clip_algorithm != "norm":
+        """Gradients that are not clipped by their norm are checked all the same.
+
+        The plugin itself does not clip by the norm: that of bf16-mixed refuses a fused optimizer, which would undo the
+        scale of gradients only later. Only float16 has such a scale.
+        """
+        if clip_val > 0 and gradient_clip_algorithm == "norm":
+            self.clip_by_norm(optimizer, clip_val)
+        else:
             self.clip_by_norm(optimizer, None)
-        self.original.clip_gradients(self.plugin, optimizer, clip_val, gradient_clip_algorithm)
+            self.original.clip_gradients(self.plugin, optimizer, clip_val, gradient_clip_algorithm)
 
     def clip_by_norm(self, optimizer: Optimizer, clip_val: float | None) -> None:
         """Compute the global norm, clip by it (clip_val None: change nothing) and check it."""
@@ -107,8 +113,14 @@ def clip_grad_norm(
     parameters = list(parameters)
     dense = [p.grad for p in parameters if p.grad is not None and p not in shards]
     sharded = [p.grad for p in parameters if p.grad is not None and p in shards]
-    square = torch.nn.utils.get_total_norm(sharded).square() / context.edp_size + zero
-    norm = (context.sum_over_ranks(square) + torch.nn.utils.get_total_norm(dense).square()).sqrt()
+    device = parameters[0].device
+    square = total_norm(sharded, device).square() / context.edp_size + zero
+    norm = (context.sum_over_ranks(square) + total_norm(dense, device).square()).sqrt()
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+def total_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """Return the norm of all together. torch gives that of no gradients on the CPU; a collective refuses it there."""
+    return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)
