@@ -10,3 +10,11 @@ pytest.register_assert_rewrite("tests.support")  # so that a failing assert ther
 torch.set_num_threads(1)
 settings.register_profile("scmoe", deadline=None)  # the machine is shared: a slow example is not a failure
 settings.load_profile("scmoe")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints how many training steps were checked on fake tensors of a device (tests/unit/test_fake_cuda.py)."""
+    passed = terminalreporter.getreports("passed")
+    steps = sum(value for report in passed for name, value in report.user_properties if name == "fake_cuda_steps")
+    if steps:
+        terminalreporter.write_line(f"fake_cuda: {steps} training steps checked")

@@ -72,7 +72,8 @@ class Decoder(nn.Module):
             if isinstance(module, Experts):
                 module.init_weights(f"{seed}/{name}", std, std_out)
             elif isinstance(module, (nn.Linear, nn.Embedding)) and (module is not self.head or not tied):
-                fresh = torch.randn(module.weight.shape, generator=named_generator(f"{seed}/{name}"))
+                generator = named_generator(f"{seed}/{name}")
+                fresh = torch.randn(module.weight.shape, generator=generator, device="cpu")
                 module.weight.copy_(fresh * (std_out if module in write_to_residual else std))
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()

@@ -111,14 +111,15 @@ class Swin(nn.Module):
             if isinstance(module, Experts):
                 module.init_weights(f"{seed}/{name}", STD, STD)
             elif isinstance(module, nn.Linear):
-                module.weight.copy_(torch.randn(module.weight.shape, generator=named_generator(f"{seed}/{name}")) * STD)
+                generator = named_generator(f"{seed}/{name}")
+                module.weight.copy_(torch.randn(module.weight.shape, generator=generator, device="cpu") * STD)
                 if module.bias is not None:
                     module.bias.zero_()
             elif isinstance(module, nn.Conv2d):
                 bound = 1 / math.sqrt(module.weight[0].numel())
                 for kind, weight in module.named_parameters():
                     generator = named_generator(f"{seed}/{name}/{kind}")
-                    weight.copy_((2 * torch.rand(weight.shape, generator=generator) - 1) * bound)
+                    weight.copy_((2 * torch.rand(weight.shape, generator=generator, device="cpu") - 1) * bound)
             elif isinstance(module, PostNorm):
                 module.norm.weight.zero_()
 

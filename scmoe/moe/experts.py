@@ -59,11 +59,14 @@ class Experts(nn.Module):
         for name, weight, std in (("w_in", self.w_in_eDF, std_in), ("w_out", self.w_out_eFD, std_out)):
             for expert, w in zip(self.expert_ids, weight, strict=True):
                 generator = named_generator(f"{key}/{name}/{expert}")
-                w.copy_(torch.randn(w.shape, generator=generator) * std)
+                w.copy_(torch.randn(w.shape, generator=generator, device="cpu") * std)
 
 
 def named_generator(name: str) -> torch.Generator:
-    """A new generator on the host that depends only on `name`."""
+    """A new generator on the host that depends only on `name`.
+
+    Draw with device="cpu": Lightning makes the rank's device the default while a model is built, and a device refuses a
+    generator of the host."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 

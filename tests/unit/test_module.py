@@ -1,9 +1,15 @@
-"""The LightningModule gives the optimizer the right groups of parameters."""
+"""The LightningModule gives the optimizer the right groups of parameters, and clips in every precision."""
 
 from __future__ import annotations
 
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
 from scmoe.config.load import load
+from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_module
+from tests.support.models import tiny
 
 
 def test_matrices_decay_and_nothing_else():
@@ -16,3 +22,22 @@ def test_matrices_decay_and_nothing_else():
     for name, p in module.model.named_parameters():
         is_matrix = p.dim() > 1 and not name.startswith("positions")
         assert decay[p] == (config.optim.weight_decay if is_matrix else 0.0), name
+
+
+@pytest.mark.parametrize("precision", ("32-true", "bf16-mixed"))
+def test_the_norm_is_clipped_in_every_precision(precision):
+    """Lightning's plugin of bf16-mixed does not clip for a fused AdamW; this library clips by itself."""
+    config = tiny("trainer.gradient_clip=0.001", "data.global_batch_size=4", "trainer.max_steps=2")
+    module, norms = build_module(config), []
+
+    def note(*_):
+        left = torch.nn.utils.get_total_norm([p.grad for p in module.parameters()])
+        norms.append((float(module.trainer.callback_metrics["train/grad_norm"]), float(left)))
+
+    module.on_train_batch_end = note
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(accelerator="cpu", precision=precision, max_steps=2, limit_val_batches=0, **quiet)
+    trainer.fit(module, build_datamodule(config))
+    assert len(norms) == 2
+    for before, left in norms:
+        assert before > 0.01 and left == pytest.approx(0.001, rel=1e-3)  # torch adds 1e-6 to the norm

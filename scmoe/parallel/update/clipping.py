@@ -113,8 +113,14 @@ def clip_grad_norm(
     parameters = list(parameters)
     dense = [p.grad for p in parameters if p.grad is not None and p not in shards]
     sharded = [p.grad for p in parameters if p.grad is not None and p in shards]
-    square = torch.nn.utils.get_total_norm(sharded).square() / context.edp_size + zero
-    norm = (context.sum_over_ranks(square) + torch.nn.utils.get_total_norm(dense).square()).sqrt()
+    device = parameters[0].device
+    square = total_norm(sharded, device).square() / context.edp_size + zero
+    norm = (context.sum_over_ranks(square) + total_norm(dense, device).square()).sqrt()
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+def total_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """Return the norm of all together. torch gives that of no gradients on the CPU; a collective refuses it there."""
+    return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)

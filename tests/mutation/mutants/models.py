@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tests.mutation.mutant import DATA, DIST, MOE, ORACLE, UNIT, Mutant
 
+FAKE_CUDA = f"{UNIT}/test_fake_cuda.py::test_a_training_step_stays_on_its_device"
+
 MUTANTS = (
     # ------------------------------------------------------------------ training
     Mutant("module-does-not-pickle", 0, "scmoe/training/build/model.py")
@@ -12,6 +14,22 @@ MUTANTS = (
     Mutant("norm-weights-decay", 0, "scmoe/training/moe_module.py")
     .replaces('"weight_decay": 0.0}', '"weight_decay": self.weight_decay}')
     .caught_by(f"{UNIT}/test_module.py::test_matrices_decay_and_nothing_else"),
+    # ------------------------------------------------------------------ a device
+    Mutant("weights-drawn-on-the-device", 0, f"{MOE}/experts.py")
+    .replaces('generator=generator, device="cpu")', "generator=generator)")
+    .caught_by(f"{FAKE_CUDA}[gpt-pos2-32-true]"),
+    Mutant("norm-of-nothing-on-the-host", 0, "scmoe/parallel/update/clipping.py")
+    .replaces(
+        "torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)",
+        "torch.nn.utils.get_total_norm(gradients)",
+    )
+    .caught_by(f"{FAKE_CUDA}[gpt-dense-32-true]"),
+    Mutant("plugin-clips-by-the-norm", 0, "scmoe/parallel/update/clipping.py")
+    .replaces('if clip_val > 0 and gradient_clip_algorithm == "norm":', "if False:")
+    .caught_by(f"{UNIT}/test_module.py::test_the_norm_is_clipped_in_every_precision"),
+    Mutant("number-of-tokens-on-the-host", 0, f"{MOE}/balance.py")
+    .replaces("torch.full((), T, device=scores_TE.device)", "torch.full((), T)")
+    .caught_by(f"{FAKE_CUDA}[gpt-pos2-32-true]"),
     # ------------------------------------------------------------------ LLaMA
     Mutant("keys-not-rotated", 0, "scmoe/blocks/sublayers.py")
     .replaces("self.rotary(q_BHSd), self.rotary(k_BHSd)", "self.rotary(q_BHSd), k_BHSd")

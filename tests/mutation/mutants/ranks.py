@@ -54,7 +54,8 @@ MUTANTS = (
     .caught_by(f"{FAULTS}/test_early_experts.py::test_41_experts_that_the_strategy_cannot_shard_are_refused"),
     Mutant("norm-of-own-shards", 22, f"{PARALLEL}/update/clipping.py")
     .replaces(
-        "get_total_norm(sharded).square() / context.edp_size", "get_total_norm(sharded).square() / context.world_size"
+        "total_norm(sharded, device).square() / context.edp_size",
+        "total_norm(sharded, device).square() / context.world_size",
     )
     .caught_by(EP),
     Mutant("router-gradient-lost", 23, f"{MOE}/stream.py")
@@ -73,7 +74,10 @@ MUTANTS = (
     .replaces("        if torch.isfinite(norm):\n", "        if norm.numel() == 1:\n")
     .caught_by("tests/faults/test_not_finite.py::test_27_one_process_stops_too"),
     Mutant("unclipped-modules-not-watched", 27, f"{PARALLEL}/update/clipping.py")
-    .replaces("if clip_val <= 0 or gradient_clip_algorithm", "if clip_val > 0 and gradient_clip_algorithm")
+    .replaces(
+        "        else:\n            self.clip_by_norm(optimizer, None)",
+        "        else:\n            self.clip_by_norm(optimizer, None) if clip_val > 0 else None",
+    )
     .caught_by(f"{FAULTS}/test_not_finite.py::test_27_a_module_that_does_not_clip_by_norm_is_watched_too[not at all]"),
     Mutant("steps-by-hand-not-watched", 27, f"{PARALLEL}/update/clipping.py")
     .replaces(

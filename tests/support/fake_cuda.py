@@ -1,0 +1,61 @@
+"""This module builds the shim of fake_cuda.cpp and starts a process that has loaded it (docs/fake-cuda.md).
+
+The shim must be loaded before torch, so this module does not import torch at its top, and no test process loads it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+COMPILERS = ("c++", "g++", "clang++")
+
+
+def missing() -> str | None:
+    """Returns what the shim cannot do without here, or None."""
+    import torch
+
+    if torch.version.cuda is not None:
+        return "this torch is built with CUDA; the shim extends a build for the CPU"
+    return None if compiler() else f"no C++ compiler here: {', '.join(COMPILERS)}"
+
+
+def compiler() -> str | None:
+    return next(filter(None, map(shutil.which, COMPILERS)), None)
+
+
+def build(folder: Path) -> Path:
+    """Compiles the shim into `folder`, which takes two seconds. Raises CalledProcessError with the compiler's words."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    chosen, shim = compiler(), folder / "fake_cuda.so"
+    assert chosen is not None
+    includes = [f"-I{path}" for path in include_paths()]
+    libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    flags = ["-shared", "-fPIC", "-O1", "-std=c++20", *includes, *libraries, "-ltorch_cpu", "-lc10"]
+    subprocess.run([chosen, str(SOURCE), "-o", str(shim), *flags], check=True)
+    return shim
+
+
+def process_with(shim: Path) -> ProcessPoolExecutor:
+    """Returns an executor of one process that has the shim. Its functions are pickled by name: not those of a test."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _load, (str(shim),))
+
+
+def _load(shim: str) -> None:
+    """Loads the shim, then tells torch's Python part, which has answers of its own, what a device of today can do."""
+    assert "torch" not in sys.modules, "torch has asked for the device already"
+    ctypes.CDLL(shim)
+    import torch
+    import torch.cuda.amp.common as amp
+
+    torch.set_num_threads(1)
+    torch.cuda._lazy_init = lambda: None
+    torch.cuda.is_bf16_supported = lambda *_, **__: True
+    amp.amp_definitely_not_available = lambda: False
