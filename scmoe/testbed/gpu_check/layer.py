@@ -23,9 +23,10 @@ from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.testbed.gpu_check.parts import Pieces, Place
 from scmoe.testbed.gpu_check.timing import Made, compare
+from scmoe.testbed.layer import mixtral_block, random_weights
 
 TOP_K = 2
-NO_ACTIVATION = Activation(lambda h: h, lambda da, h: da)
+NO_ACTIVATION = Activation(lambda h: h, lambda h, out: out.copy_(h), lambda da, h, out: out.copy_(da))
 
 
 class Products(nn.Module):
@@ -76,7 +77,7 @@ def measure(
         return stream, tokens_of(device, dtype, tokens, dim)
 
     def mixtral(implementation: str) -> Made:
-        block = mixtral_block(dim, narrow, num_experts, implementation)
+        block = mixtral_block(dim, narrow, num_experts, TOP_K, implementation)
         return random_weights(block.to(dtype), device), tokens_of(device, dtype, tokens, dim)
 
     each = torch.full((num_experts,), tokens * TOP_K // num_experts, device=device)
@@ -96,25 +97,6 @@ def measure(
             name = f"transformers' Mixtral block, {implementation}"
             variants[name], over[name] = partial(mixtral, implementation), "layer, dropless, SwiGLU"
     return {**sizes, "variants": compare(device, variants, over, rounds)}
-
-
-def mixtral_block(dim: int, ffn_dim: int, num_experts: int, implementation: str) -> nn.Module:
-    """Returns transformers' block on the meta device. implementation: how it computes its experts."""
-    from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
-
-    sizes: dict[str, Any] = dict(hidden_size=dim, intermediate_size=ffn_dim, num_local_experts=num_experts)
-    how: dict[str, Any] = dict(num_experts_per_tok=TOP_K, hidden_act="silu", experts_implementation=implementation)
-    with torch.device("meta"):
-        return MixtralSparseMoeBlock(MixtralConfig(**sizes, **how))
-
-
-@torch.no_grad()
-def random_weights(module: Any, device: torch.device) -> Any:
-    """Returns the module on the device with weights that are drawn there, which is faster than on the host."""
-    module = module.to_empty(device=device)
-    for p in module.parameters():
-        p.normal_(std=0.02)
-    return module
 
 
 def tokens_of(device: torch.device, dtype: torch.dtype, tokens: int, dim: int) -> Tensor:

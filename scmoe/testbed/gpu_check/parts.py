@@ -46,7 +46,7 @@ class Part:
 
 PARTS = {
     "tests": Part("The tests that need a GPU", f"{HERE}.tests", 110, ("pytest", "hypothesis", *TRAINING)),
-    "layer": Part("The MoE layer over its dense products", f"{HERE}.layer", 70, ("numpy",)),
+    "layer": Part("The MoE layer over its dense products", f"{HERE}.layer", 70, ("numpy", "rich")),
     "step": Part("A step's operators and waits of the host", f"{HERE}.step", 50, TRAINING),
     "overlap-0.52": Part("Overlap, communication share 0.52", f"{HERE}.overlap", 70, TRAINING, (0.52,)),
     "overlap-0.15": Part("Overlap, communication share 0.15", f"{HERE}.overlap", 70, TRAINING, (0.15,)),
