@@ -16,10 +16,12 @@ from torch import Tensor
 
 
 class Activation(NamedTuple):
-    """forward(h): act(h). into(h, out): the same, into a buffer. backward_into(da, h, out): the gradient of h, given
-    that of act(h), into a buffer. Buffers that are used again stay in the cache."""
+    """forward(h): act(h). in_place(h): the same, in h's memory. into(h, out): the same, into a buffer.
+    backward_into(da, h, out): the gradient of h, given that of act(h), into a buffer. Memory that is used again stays
+    in the cache."""
 
     forward: Callable[[Tensor], Tensor]
+    in_place: Callable[[Tensor], Tensor]
     into: Callable[[Tensor, Tensor], Tensor]
     backward_into: Callable[[Tensor, Tensor, Tensor], Tensor]
     widening: int = 1  # columns of h for each column of act(h)
@@ -32,12 +34,17 @@ def gelu(approximate: str) -> Activation:
     def backward_into(da_RF: Tensor, h_RF: Tensor, out_RF: Tensor) -> Tensor:
         return torch.ops.aten.gelu_backward.grad_input(da_RF, h_RF, approximate=approximate, grad_input=out_RF)
 
-    return Activation(partial(F.gelu, approximate=approximate), into, backward_into)
+    return Activation(partial(F.gelu, approximate=approximate), lambda h_RF: into(h_RF, h_RF), into, backward_into)
 
 
 def swiglu(h_RF2: Tensor) -> Tensor:
     gate_RF, up_RF = h_RF2.chunk(2, dim=-1)
     return F.silu(gate_RF) * up_RF
+
+
+def swiglu_in_place(h_RF2: Tensor) -> Tensor:
+    gate_RF, up_RF = h_RF2.chunk(2, dim=-1)
+    return F.silu(gate_RF, inplace=True).mul_(up_RF)
 
 
 def swiglu_into(h_RF2: Tensor, out_RF: Tensor) -> Tensor:
@@ -56,5 +63,5 @@ def swiglu_backward_into(da_RF: Tensor, h_RF2: Tensor, out_RF2: Tensor) -> Tenso
 ACTIVATIONS = {
     "gelu": gelu("none"),
     "gelu_tanh": gelu("tanh"),
-    "swiglu": Activation(swiglu, swiglu_into, swiglu_backward_into, widening=2),
+    "swiglu": Activation(swiglu, swiglu_in_place, swiglu_into, swiglu_backward_into, widening=2),
 }

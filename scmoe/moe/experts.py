@@ -105,10 +105,12 @@ def mlps_in_turn(
     """One expert after another: on a host the hidden rows stay in the cache between the products. Any dtype."""
     num_experts = w_in_eDF.shape[0]
     counts = [rows_RD.shape[0] // num_experts] * num_experts if counts_e is None else counts_e.tolist()
-    if sum(counts) < rows_RD.shape[0]:
-        computed = _MLPsInTurn.apply(rows_RD[: sum(counts)], w_in_eDF, w_out_eFD, counts, act)
-        return torch.cat([computed, computed.new_zeros(rows_RD.shape[0] - sum(counts), rows_RD.shape[1])])
-    return _MLPsInTurn.apply(rows_RD, w_in_eDF, w_out_eFD, counts, act)
+    filled = sum(counts)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (rows_RD, w_in_eDF, w_out_eFD))
+    y_RD = _MLPsInTurn.apply(rows_RD[:filled], w_in_eDF, w_out_eFD, counts, act, keep)
+    if filled < rows_RD.shape[0]:
+        y_RD = torch.cat([y_RD, y_RD.new_zeros(rows_RD.shape[0] - filled, rows_RD.shape[1])])
+    return y_RD
 
 
 class _MLPsInTurn(Function):
@@ -117,15 +119,14 @@ class _MLPsInTurn(Function):
     experts share the buffers in between, so that they stay in the cache."""
 
     @staticmethod
-    def forward(ctx, rows_RD, w_in_eDF, w_out_eFD, counts, act):
-        most, keep = max(counts), any(ctx.needs_input_grad)
-        y_RD = torch.empty_like(rows_RD)
+    def forward(ctx, rows_RD, w_in_eDF, w_out_eFD, counts, act, keep):
+        y_RD, most = torch.empty_like(rows_RD), max(counts)
         hidden_RF = rows_RD.new_empty(rows_RD.shape[0] if keep else most, w_in_eDF.shape[2])
-        a_RF = rows_RD.new_empty(most, w_out_eFD.shape[1])
+        a_RF = rows_RD.new_empty(most if keep else 0, w_out_eFD.shape[1])
         hs = hidden_RF.split(counts) if keep else [hidden_RF[:n] for n in counts]
         for i, (x, h, y) in enumerate(zip(rows_RD.split(counts), hs, y_RD.split(counts), strict=True)):
             torch.mm(x, w_in_eDF[i], out=h)
-            torch.mm(act.into(h, a_RF[: len(h)]), w_out_eFD[i], out=y)
+            torch.mm(act.into(h, a_RF[: len(h)]) if keep else act.in_place(h), w_out_eFD[i], out=y)
         if keep:
             ctx.save_for_backward(rows_RD, w_in_eDF, w_out_eFD, hidden_RF)
         ctx.counts, ctx.act = counts, act
@@ -146,4 +147,4 @@ class _MLPsInTurn(Function):
             ctx.act.backward_into(da, h, dh)
             torch.mm(x.T, dh, out=dw_in_eDF[i])
             torch.mm(dh, w_in_eDF[i].T, out=dx)
-        return dx_RD, dw_in_eDF, dw_out_eFD, None, None
+        return dx_RD, dw_in_eDF, dw_out_eFD, None, None, None

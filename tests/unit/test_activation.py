@@ -36,4 +36,5 @@ def test_formula_and_derivative(name):
     weights = torch.randn(a.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (FORMULAS[name](plain) * weights).sum().backward()
     assert_close(act.into(h.detach(), torch.empty_like(a)), a)
+    assert_close(act.in_place(h.detach().clone()), a)
     assert_close(act.backward_into(weights, h.detach(), torch.empty_like(h)), plain.grad)

@@ -26,7 +26,7 @@ from scmoe.testbed.gpu_check.timing import Made, compare
 from scmoe.testbed.layer import mixtral_block, random_weights
 
 TOP_K = 2
-NO_ACTIVATION = Activation(lambda h: h, lambda h, out: out.copy_(h), lambda da, h, out: out.copy_(da))
+NO_ACTIVATION = Activation(lambda h: h, lambda h: h, lambda h, out: out.copy_(h), lambda da, h, out: out.copy_(da))
 
 
 class Products(nn.Module):
