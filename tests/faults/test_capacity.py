@@ -13,6 +13,7 @@ from scmoe.moe.activation import Activation
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
+from scmoe.parallel.buffered import BufferedDispatcher
 from scmoe.parallel.dispatcher import AllToAllDispatcher
 from scmoe.testbed.ranks import run_ranks
 from scmoe.tokens import Routing
@@ -104,19 +105,23 @@ def exactly(rank: int, world_size: int, dtype: torch.dtype) -> None:
     weights_TK = (0.5 ** torch.randint(3, (TOKENS, 2), generator=draw)).to(dtype)
 
     results = {}
-    for factor in (None, EXPERTS / 2, float(EXPERTS)):  # a slot for each token, then for each copy
+    ways: list[dict[str, Any]] = [{}, {"buffer": float(world_size)}]
+    for factor in (EXPERTS / 2, float(EXPERTS)):  # a slot for each token, then for each copy
+        ways += [{"capacity_factor": factor, "filled": filled} for filled in (False, True)]
+    for how in ways:
         for chunks in (1, 2):
             x, weights = x_BTD.clone().requires_grad_(), weights_TK.clone().requires_grad_()
-            stream = MoEStream(Given(ids_TK, weights), experts, AllToAllDispatcher(None, EXPERTS), factor)
+            dispatcher = (BufferedDispatcher if "buffer" in how else AllToAllDispatcher)(None, EXPERTS)
+            stream = MoEStream(Given(ids_TK, weights), experts, dispatcher, **how)
             y, stats = stream(x, None, chunks)
             assert int(stats.num_dropped) == 0
             y.backward(dy_BTD)
-            results[factor, chunks] = [y.detach(), *(leaf.grad for leaf in (x, weights, *experts.parameters()))]
+            results[str(how), chunks] = [y.detach(), *(leaf.grad for leaf in (x, weights, *experts.parameters()))]
             experts.zero_grad()
-    dropless = results[None, 1]
+    dropless = results["{}", 1]
     assert all(t.abs().max() > 0 and torch.equal(4 * t, (4 * t).round()) for t in dropless)
-    for how, tensors in results.items():
-        assert all(torch.equal(t, expected) for t, expected in zip(tensors, dropless, strict=True)), how
+    for name, tensors in results.items():
+        assert all(torch.equal(t, expected) for t, expected in zip(tensors, dropless, strict=True)), name
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.representative), torch.float64])

@@ -35,7 +35,7 @@ MUTANTS = (
     .replaces("self.rotary(q_BHSd), self.rotary(k_BHSd)", "self.rotary(q_BHSd), k_BHSd")
     .caught_by(f"{ORACLE}::test_dense_equals_oracle[llama]"),
     Mutant("swiglu-backward-swapped", 0, f"{MOE}/activation.py")
-    .replaces("dgate_RF, dup_RF = dh_RF2.chunk(2, dim=-1)", "dup_RF, dgate_RF = dh_RF2.chunk(2, dim=-1)")
+    .replaces("dgate_RF, dup_RF = out_RF2.chunk(2, dim=-1)", "dup_RF, dgate_RF = out_RF2.chunk(2, dim=-1)")
     .caught_by(f"{UNIT}/test_activation.py::test_formula_and_derivative[swiglu]"),
     # ------------------------------------------------------------------ checkpoints from elsewhere
     Mutant("shared-expert-not-doubled", 0, "scmoe/training/init_from/upcycle.py")

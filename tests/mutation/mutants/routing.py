@@ -25,10 +25,22 @@ MUTANTS = (
     .caught_by(f"{UNIT}/test_layout.py::test_exactly_the_oracles_copies_are_kept"),
     Mutant("empty-slots-have-gradients", 29, f"{MOE}/layout.py")
     .replaces(
-        "weights_R = _pick(weights_TK.reshape(-1, 1), copies_R)",
+        "weights_R = _pick(weights_TK.reshape(-1, 1), copies_R, ctx.complete)",
         "weights_R = weights_TK.reshape(-1, 1)[copies_R.clamp(max=weights_TK.numel() - 1)]",
     )
     .caught_by(f"{FAULTS}/test_capacity.py::test_29_enough_slots_are_bit_identical_to_dropless"),
+    Mutant("buffer-one-row-too-long", 31, f"{MOE}/buffers.py")
+    .replaces("(places(rank_TK, num_ranks) < size)", "(places(rank_TK, num_ranks) <= size)")
+    .caught_by(f"{UNIT}/test_layout.py::test_a_buffer_holds_the_first_copies_of_its_rank_in_the_order_of_its_experts"),
+    Mutant("empty-buffer-rows-computed", 31, f"{PARALLEL}/buffered.py")
+    .replaces("contiguous(), right=True)", "contiguous(), right=False)")
+    .caught_by(f"{FAULTS}/test_capacity.py::test_29_enough_slots_are_bit_identical_to_dropless"),
+    Mutant("overflow-never-refused", 31, "scmoe/training/moe_module.py")
+    .replaces("        if dropped:\n", "        if dropped < 0:\n")
+    .caught_by(f"{FAULTS}/test_ceiling.py::test_31_rows_beyond_a_buffer_are_dropped_or_refused_on_all_ranks"),
+    Mutant("filled-rows-keep-what-is-dropped", 29, f"{MOE}/layout.py")
+    .replaces("topk_ids_TK.where(place_TK < room, num_experts)", "topk_ids_TK.where(place_TK >= 0, num_experts)")
+    .caught_by(f"{UNIT}/test_layout.py::test_exactly_the_oracles_copies_are_kept"),
     Mutant("padding-counted-as-dropped", 29, f"{MOE}/balance.py")
     .replaces("layout.num_dropped - (T - num_tokens) * K", "layout.num_dropped")
     .caught_by(f"{UNIT}/test_balance.py::test_padding_is_left_out_of_every_sum"),
