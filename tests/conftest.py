@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -10,6 +12,14 @@ pytest.register_assert_rewrite("tests.support")  # so that a failing assert ther
 torch.set_num_threads(1)
 settings.register_profile("scmoe", deadline=None)  # the machine is shared: a slow example is not a failure
 settings.load_profile("scmoe")
+
+
+@pytest.fixture(autouse=True)
+def no_traces_of_a_launcher():
+    """Removes what a Trainer in this process has set, or every program that a later test starts would take its port."""
+    yield
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
 
 
 def pytest_terminal_summary(terminalreporter):

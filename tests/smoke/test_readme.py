@@ -137,8 +137,9 @@ def test_every_logged_metric_is_in_the_table(folder):
 
 
 def test_the_examples_run(folder):
-    """The pages show a part of each script; the export's script is among the commands above."""
-    (load_export,), (expert_parallel,) = blocks("docs/runs.md", "python"), blocks("docs/strategy.md", "python")
+    """The pages show a part of each script; the export's script is among the commands above. How a checkpoint is loaded
+    without the Strategy is tested by tests/faults/test_lightning_users.py."""
+    (load_export,), (expert_parallel, _) = blocks("docs/runs.md", "python"), blocks("docs/strategy.md", "python")
     assert load_export in (ROOT / "docs/examples/load_export.py").read_text()
     script = ROOT / "docs/examples/expert_parallel.py"
     assert expert_parallel in script.read_text()
