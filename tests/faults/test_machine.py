@@ -101,6 +101,10 @@ def test_49_more_ranks_than_gpus_are_refused(tmp_path, capsys, monkeypatch):
     assert "trainer.devices is 2, allowed: at most 1, the GPUs of this machine" in refusal(capsys, tmp_path, *overrides)
 
 
+def test_49_more_threads_than_a_machine_could_start_are_refused(tmp_path, capsys):
+    assert "trainer.threads is 1024, allowed: null or at most " in refusal(capsys, tmp_path, "trainer.threads=1024")
+
+
 TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
 SLURM = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NAME": "x", "SLURM_PROCID": "0"}
 

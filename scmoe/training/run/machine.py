@@ -24,6 +24,7 @@ from scmoe.training.run.wandb_logger import wandb_mode
 LAUNCHERS: dict[str, type[ClusterEnvironment]] = {"torchrun": TorchElasticEnvironment, "SLURM": SLURMEnvironment}
 OF_NODE = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")  # without a launcher, how the machines of a job find each other
 THREAD_FLOPS, GPU_FLOPS = 1e10, 1e13  # a second, of a CPU thread and of a GPU: less than most of them do
+FEW_THREADS = 64  # which any machine can start, however few cores it has
 GIB = 2**30
 PROCESS_GIB = 0.3  # of a process with torch and Lightning, on a CPU
 CONTAINER = Path("/sys/fs/cgroup/memory.max")
@@ -44,6 +45,8 @@ def check_machine(config: Config, rank: int) -> None:
 def _devices(config: Config) -> Iterator[Rule]:
     trainer, gpus = config.trainer, torch.cuda.device_count()
     yield trainer.accelerator == "gpu" and not gpus, "trainer.accelerator", "auto | cpu, as there is no GPU here"
+    most = max(os.cpu_count() or 1, FEW_THREADS)
+    yield (trainer.threads or 1) > most, "trainer.threads", f"null or at most {most} on this machine"
     short = has_gpus(config) and trainer.devices > gpus
     yield short, "trainer.devices", f"at most {gpus}, the GPUs of this machine, or trainer.accelerator=cpu"
 
