@@ -56,8 +56,8 @@ class MoEConfig:
     )
     rows: Literal["auto", "filled", "slots", "buffers"] = option(
         "auto",
-        "rows that are sent: filled slots, all slots of an expert's capacity, or dropless a buffer of dropless_ceiling "
-        "for each rank; auto: filled if dropless or with trainer.accelerator=cpu, else slots",
+        "which rows are sent: filled slots; slots: all of a capacity; buffers: dropless, one for each rank, of "
+        "dropless_ceiling times its fair share; auto: slots for a capacity on a GPU, else filled",
     )
     overflow: Literal["drop", "refuse"] = option(
         "drop", "rows=buffers: drop copies beyond a buffer and count them, or raise an error after the step"

@@ -8,7 +8,7 @@ that the mean over ranks, which data parallelism takes of gradients, is the loss
 import torch
 from torch import Tensor
 
-from scmoe.moe.layout import Layout
+from scmoe.moe.layout import Layout, count
 from scmoe.tokens import RouterStats, Routing
 
 
@@ -20,7 +20,7 @@ def router_stats(routing: Routing, layout: Layout, mask_T: Tensor | None) -> Rou
         scores_TE, z_T = scores_TE * mask_T[:, None], z_T * mask_T
         num_tokens = mask_T.sum()
     ids_N = routing.topk_ids_TK.flatten()
-    counts_E = ids_N.new_zeros(E + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))[:E]  # bincount waits for the host
+    counts_E = count(ids_N, E)
     num_dropped = layout.num_dropped - (T - num_tokens) * K
     return RouterStats(counts_E, scores_TE.sum(0), z_T.sum(), num_tokens, num_dropped)
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from scmoe.moe.layout import Layout, places
+from scmoe.moe.layout import Layout, count, invert, places
 
 
 def buffer_size(num_tokens: int, top_k: int, num_ranks: int, ceiling: float) -> int:
@@ -39,10 +39,7 @@ def arrange_buffers(topk_ids_TK: Tensor, num_experts: int, num_ranks: int, size:
 
     rows_N = torch.empty_like(order_N)
     rows_N[order_N] = row_N
-    copies_R = torch.full((num_rows + 1,), T * K, device=device)
-    copies_R[row_N] = order_N
-    copies_R = copies_R[:num_rows]
+    copies_R = invert(rows_N, num_rows)
     tokens_R = (copies_R // K).where(copies_R < T * K, 0)
     group_N = (chunk_N * E + sorted_N).where(sorted_N < E, P * E)
-    counts = group_N.new_zeros(P * E + 1).scatter_add_(0, group_N, torch.ones_like(group_N))[: P * E]
-    return Layout(rows_N.view(T, K), tokens_R, copies_R, counts.view(P, E), P, complete=False)
+    return Layout(rows_N.view(T, K), tokens_R, copies_R, count(group_N, P * E).view(P, E), P)

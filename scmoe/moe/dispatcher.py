@@ -28,18 +28,17 @@ class Receipt:
 
 @dataclass(frozen=True)
 class ChunkCounts:
-    """Rows of one chunk: how many this rank has (None: all chunks are equal), sends to each rank and receives from each
-    (): equal numbers."""
+    """Numbers of rows of one chunk."""
 
-    num_rows: int | None
-    counts_from_e: Tensor  # [senders, e] rows for each local expert, on the device
-    sent: tuple[int, ...] = ()
-    received: tuple[int, ...] = ()
+    num_rows: int | None  # of this rank; None: all chunks have the same number
+    counts_from_e: Tensor  # [senders, e] for each local expert, on the device
+    sent: tuple[int, ...] = ()  # to each rank; (): all equal
+    received: tuple[int, ...] = ()  # from each rank
 
 
 class Announced(Protocol):
     def wait(self) -> Sequence[ChunkCounts]:
-        """Returns the counts of every chunk, once all ranks have announced theirs. Call it once, and late."""
+        """Returns the counts of every chunk, once all ranks have announced theirs. Call it once."""
 
 
 class Pending(Protocol):

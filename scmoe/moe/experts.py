@@ -116,7 +116,7 @@ def mlps_in_turn(
 class _MLPsInTurn(Function):
     """Backward by hand saves memory and time: each expert's gradient is written into its place in the stack (autograd
     would build the stack again), the activation is computed again (autograd would keep a second [R, F]), and all
-    experts share the buffers in between, so that they stay in the cache."""
+    experts share the buffers in between, so that they stay in the cache. keep: there will be a backward."""
 
     @staticmethod
     def forward(ctx, rows_RD, w_in_eDF, w_out_eFD, counts, act, keep):
@@ -126,7 +126,8 @@ class _MLPsInTurn(Function):
         hs = hidden_RF.split(counts) if keep else [hidden_RF[:n] for n in counts]
         for i, (x, h, y) in enumerate(zip(rows_RD.split(counts), hs, y_RD.split(counts), strict=True)):
             torch.mm(x, w_in_eDF[i], out=h)
-            torch.mm(act.into(h, a_RF[: len(h)]) if keep else act.in_place(h), w_out_eFD[i], out=y)
+            a = act.into(h, a_RF[: len(h)]) if keep else act.in_place(h)
+            torch.mm(a, w_out_eFD[i], out=y)
         if keep:
             ctx.save_for_backward(rows_RD, w_in_eDF, w_out_eFD, hidden_RF)
         ctx.counts, ctx.act = counts, act

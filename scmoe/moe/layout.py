@@ -1,8 +1,8 @@
 """Encode and decode: tokens to expert-contiguous rows, and back.
 
-`arrange` chooses the row of each routed copy, `encode` fills the rows, `decode` sums a token's copies with their
+A layout chooses the row of each routed copy, `encode` fills the rows, `decode` sums a token's copies with their
 weights. With a capacity each expert takes C copies, first choices first, early tokens first, and the others are
-dropped. There are two layouts:
+dropped. There are two layouts here, and a third in buffers.py:
 
     filled   every copy that is not dropped has a row; counts_PE holds the number of rows of each expert
     slots    each expert has C rows. Shapes depend on no data, so nothing waits for the host. An empty slot repeats
@@ -44,30 +44,6 @@ def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_fact
     return math.ceil(capacity_factor * num_tokens * top_k / num_experts)
 
 
-def arrange(
-    topk_ids_TK: Tensor,
-    num_experts: int,
-    capacity: int | None = None,
-    num_chunks: int = 1,
-    limit: Tensor | None = None,
-    filled: bool = False,
-    padded: bool = True,
-) -> Layout:
-    """Chooses a row for every routed copy. Expert id num_experts means none. capacity None: dropless.
-
-    limit: number of an expert's slots that may be used; unlike `capacity` it may depend on the data.
-    filled: with a capacity, rows for the filled slots alone; the host learns their numbers.
-    padded: there may be ids that mean none. Without them and a capacity the host need not ask how many rows there are.
-    """
-    if capacity is None:
-        return _arrange_filled(topk_ids_TK, num_experts, num_chunks, not padded)
-    room = capacity if limit is None else limit
-    place_TK = places(topk_ids_TK, num_experts)
-    if filled:
-        return _arrange_filled(topk_ids_TK.where(place_TK < room, num_experts), num_experts, num_chunks, False)
-    return _arrange_slots(topk_ids_TK, place_TK, num_experts, capacity, num_chunks, room)
-
-
 def places(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
     """The place of each copy among those of its expert: first choices first, early tokens first."""
     (T, K), device = topk_ids_TK.shape, topk_ids_TK.device
@@ -80,34 +56,55 @@ def places(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
     return place_N.view(K, T).T
 
 
-def _arrange_filled(topk_ids_TK: Tensor, num_experts: int, num_chunks: int, all_kept: bool) -> Layout:
+def drop_beyond(topk_ids_TK: Tensor, num_experts: int, room: int | Tensor) -> Tensor:
+    """The same ids, with num_experts, which means none, for every copy beyond the first `room` of its expert."""
+    return topk_ids_TK.where(places(topk_ids_TK, num_experts) < room, num_experts)
+
+
+def arrange_filled(topk_ids_TK: Tensor, num_experts: int, num_chunks: int = 1, padded: bool = True) -> Layout:
+    """Chooses a row for every copy. Expert id num_experts means none.
+
+    padded: there may be such ids. Without them the host knows the number of rows and does not wait for it."""
     (T, K), E, P = topk_ids_TK.shape, num_experts, num_chunks
     chunk_T = torch.arange(T, device=topk_ids_TK.device) // math.ceil(T / P)
-    group_TK = (chunk_T[:, None] * E + topk_ids_TK).where(topk_ids_TK < E, P * E)
-    group_N = group_TK.flatten()
-    counts = group_N.new_zeros(P * E + 1).scatter_add_(0, group_N, torch.ones_like(group_N))[: P * E]  # asks no host
-    num_rows = T * K if all_kept else int(counts.sum())
+    group_N = (chunk_T[:, None] * E + topk_ids_TK).where(topk_ids_TK < E, P * E).flatten()
+    counts_PE = count(group_N, P * E).view(P, E)
+    num_rows = int(counts_PE.sum()) if padded else T * K
     order_N = group_N.argsort(stable=True)
     rows_N = torch.empty_like(order_N)
     rows_N[order_N] = torch.arange(T * K, device=order_N.device)
     copies_R = order_N[:num_rows]
     rows_TK = rows_N.clamp(max=num_rows).view(T, K)
-    return Layout(rows_TK, copies_R // K, copies_R, counts.view(P, E), P, complete=num_rows == T * K)
+    return Layout(rows_TK, copies_R // K, copies_R, counts_PE, P, complete=num_rows == T * K)
 
 
-def _arrange_slots(
-    topk_ids_TK: Tensor, place_TK: Tensor, num_experts: int, capacity: int, num_chunks: int, room: int | Tensor
+def arrange_slots(
+    topk_ids_TK: Tensor, num_experts: int, capacity: int, num_chunks: int = 1, room: int | Tensor | None = None
 ) -> Layout:
-    (T, K), E, P, device = topk_ids_TK.shape, num_experts, num_chunks, topk_ids_TK.device
+    """Chooses one of its expert's `capacity` slots for every copy. Expert id num_experts means none.
+
+    room: number of an expert's slots that may be used; unlike `capacity` it may depend on the data. None: all."""
+    (T, K), E, P = topk_ids_TK.shape, num_experts, num_chunks
+    place_TK = places(topk_ids_TK, num_experts)
     slots = math.ceil(capacity / P)  # of one expert in one chunk
     num_rows = P * E * slots
     rows_TK = place_TK // slots * (E * slots) + topk_ids_TK * slots + place_TK % slots
-    rows_TK = rows_TK.where((place_TK < room) & (topk_ids_TK < E), num_rows)
-    copies_R = torch.full((num_rows + 1,), T * K, device=device)
-    copies_R[rows_TK.flatten()] = torch.arange(T * K, device=device)
-    copies_R = copies_R[:num_rows]
+    rows_TK = rows_TK.where((place_TK < (capacity if room is None else room)) & (topk_ids_TK < E), num_rows)
+    copies_R = invert(rows_TK.flatten(), num_rows)
     tokens_R = (copies_R // K).where(copies_R < T * K, 0)
     return Layout(rows_TK.contiguous(), tokens_R, copies_R, None, P)
+
+
+def invert(rows_N: Tensor, num_rows: int) -> Tensor:
+    """[R]: the copy of each row, or N: an empty one. rows_N: the row of each copy, or R: none."""
+    copies_R = torch.full((num_rows + 1,), len(rows_N), device=rows_N.device)
+    copies_R[rows_N] = torch.arange(len(rows_N), device=rows_N.device)
+    return copies_R[:num_rows]
+
+
+def count(group_N: Tensor, num_groups: int) -> Tensor:
+    """[num_groups]: how often each number comes; num_groups itself is not counted. bincount would wait for the host."""
+    return group_N.new_zeros(num_groups + 1).scatter_add_(0, group_N, torch.ones_like(group_N))[:num_groups]
 
 
 def encode(x_TD: Tensor, layout: Layout, announced: Announced | None) -> list[tuple[Tensor, ChunkCounts | None]]:

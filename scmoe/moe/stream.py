@@ -18,7 +18,7 @@ from scmoe.moe.balance import router_stats
 from scmoe.moe.buffers import arrange_buffers, buffer_size
 from scmoe.moe.dispatcher import Dispatcher, Pending, Receipt
 from scmoe.moe.experts import Experts
-from scmoe.moe.layout import Layout, arrange, decode, encode, expert_capacity
+from scmoe.moe.layout import Layout, arrange_filled, arrange_slots, decode, drop_beyond, encode, expert_capacity
 from scmoe.moe.operators import Operators
 from scmoe.moe.router import Router
 from scmoe.tokens import MoEOutput, RouterStats, Routing
@@ -103,17 +103,22 @@ class MoEStream(Operators):
     ) -> tuple[Routing, Layout]:
         """Where each token goes, and which row each of its copies takes."""
         routing = self.router(x_TD, mask_T, taken_T1)
-        num_experts, top_k, factor = self.router.num_experts, self.router.top_k, self.capacity_factor
+        return routing, self.arrange(routing.topk_ids_TK, mask_T, chunks)
+
+    def arrange(self, ids_TK: Tensor, mask_T: Tensor | None, chunks: int) -> Layout:
+        """Dropless: in buffers, or filled. With a capacity: filled slots alone, or all slots."""
+        (T, K), E, factor = ids_TK.shape, self.router.num_experts, self.capacity_factor
         if self.buffer is not None:
-            ranks = num_experts // len(self.experts.expert_ids)
-            size = buffer_size(routing.topk_ids_TK.shape[0], top_k, ranks, self.buffer)
-            return routing, arrange_buffers(routing.topk_ids_TK, num_experts, ranks, size, chunks)
+            ranks = E // len(self.experts.expert_ids)
+            return arrange_buffers(ids_TK, E, ranks, buffer_size(T, K, ranks, self.buffer), chunks)
         if factor is None:
-            return routing, arrange(routing.topk_ids_TK, num_experts, None, chunks, padded=mask_T is not None)
-        capacity = expert_capacity(routing.topk_ids_TK.shape[0], num_experts, top_k, factor)
+            return arrange_filled(ids_TK, E, chunks, padded=mask_T is not None)
+        capacity = expert_capacity(T, E, K, factor)
         # padding adds no capacity: the slots that it would bring stay empty, so that shapes depend on no data
-        limit = None if mask_T is None else (factor * mask_T.sum().double() * top_k / num_experts).ceil()
-        return routing, arrange(routing.topk_ids_TK, num_experts, capacity, chunks, limit, self.filled)
+        room = capacity if mask_T is None else (factor * mask_T.sum().double() * K / E).ceil()
+        if self.filled:
+            return arrange_filled(drop_beyond(ids_TK, E, room), E, chunks)
+        return arrange_slots(ids_TK, E, capacity, chunks, room)
 
 
 def _in_wire_dtype(x_TD: Tensor) -> Tensor:

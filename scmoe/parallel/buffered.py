@@ -1,38 +1,26 @@
 """Dropless All-to-All that asks the host for nothing: buffers of fixed size, and counts that stay on the device."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from scmoe.moe.dispatcher import Announced, Arriving, ChunkCounts, Pending, Receipt
-from scmoe.moe.layout import gather
+from scmoe.moe.dispatcher import Announced, ChunkCounts
 from scmoe.parallel.dispatcher import AllToAllDispatcher
 
 
 class BufferedDispatcher(AllToAllDispatcher):
     """The dispatcher for rows in buffers (moe/buffers.py). All ranks send equally many rows, empty ones included."""
 
-    def announce(self, counts_PE: Tensor) -> Announced:
-        gathered = counts_PE.new_empty(self.ep_size, *counts_PE.shape)
-        work = dist.all_gather(list(gathered), counts_PE.contiguous(), group=self.counts_group, async_op=True)
-        by_rank = gathered.view(self.ep_size, len(counts_PE), self.ep_size, -1)
-        return OnDevice(work, by_rank[:, :, dist.get_rank(self.group)])
+    def announced(self, work: Any, by_rank: Tensor, rank: int) -> Announced:
+        return OnDevice(work, by_rank[:, :, rank])
 
-    def dispatch(self, rows_RD: Tensor, counts: ChunkCounts | None) -> tuple[Pending, Receipt]:
-        assert counts is not None
-        transfer = self.start("dispatch", rows_RD)
-        from_e = counts.counts_from_e  # of each sender, in front of the empty rows of its buffer
-        slots = torch.arange(rows_RD.shape[0] // self.ep_size, device=rows_RD.device)
-        labels = torch.searchsorted(from_e.cumsum(1), slots.expand(self.ep_size, -1).contiguous(), right=True)
-        order_R = labels.flatten().argsort(stable=True)  # by local expert; empty rows last
-        place_R = torch.empty_like(order_R)
-        place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-        receipt = Receipt(from_e.sum(0), order_R=order_R, place_R=place_R)
-        return Arriving(transfer, lambda rows: gather(rows, order_R, place_R[:, None], complete=True)), receipt
+    def experts_of_rows(self, counts: ChunkCounts, num_sent: int) -> Tensor:
+        """[R]: the local expert of each row that arrives. Empty rows get the number of experts: they sort last."""
+        ends_e = counts.counts_from_e.cumsum(1)  # of each sender's rows; the empty ones come after them
+        places = torch.arange(num_sent // self.ep_size, device=ends_e.device)
+        return torch.searchsorted(ends_e, places.expand(self.ep_size, -1).contiguous(), right=True).flatten()
 
 
 @dataclass(frozen=True)
@@ -42,6 +30,6 @@ class OnDevice:
     work: Any
     to_here: Tensor
 
-    def wait(self) -> Sequence[ChunkCounts]:
+    def wait(self) -> list[ChunkCounts]:
         self.work.wait()
-        return [ChunkCounts(None, self.to_here[:, p]) for p in range(self.to_here.shape[1])]
+        return [ChunkCounts(None, counts_from_e) for counts_from_e in self.to_here.unbind(1)]

@@ -56,22 +56,28 @@ class AllToAllDispatcher:
         gathered = counts_PE.new_empty(self.ep_size, *counts_PE.shape)
         work = dist.all_gather(list(gathered), counts_PE.contiguous(), group=self.counts_group, async_op=True)
         by_rank = gathered.view(self.ep_size, len(counts_PE), self.ep_size, -1)  # [sender, chunk, receiver, e]
-        return Gathering(work, by_rank, dist.get_rank(self.group), self.ceiling)
+        return self.announced(work, by_rank, dist.get_rank(self.group))
+
+    def announced(self, work: Any, by_rank: Tensor, rank: int) -> Announced:
+        return ReadByHost(work, by_rank, rank, self.ceiling)
 
     def dispatch(self, rows_RD: Tensor, counts: ChunkCounts | None) -> tuple[Pending, Receipt]:
         if counts is None:
             regroup = partial(swap, outer=self.ep_size, inner=self.num_experts // self.ep_size)
             return Arriving(self.start("dispatch", rows_RD), regroup), Receipt(None)
         transfer = self.start("dispatch", rows_RD, counts.sent, counts.received)
-        # the label of each received row is its local expert; a stable sort by label groups the senders' rows
-        from_e = counts.counts_from_e
-        labels = torch.arange(from_e.numel(), device=from_e.device) % from_e.shape[1]
-        labels = labels.repeat_interleave(from_e.flatten(), output_size=sum(counts.received))
-        order_R = labels.argsort(stable=True)
+        # a stable sort by local expert groups the rows of all senders
+        order_R = self.experts_of_rows(counts, rows_RD.shape[0]).argsort(stable=True)
         place_R = torch.empty_like(order_R)
         place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-        receipt = Receipt(from_e.sum(0), counts.sent, counts.received, order_R, place_R)
+        receipt = Receipt(counts.counts_from_e.sum(0), counts.sent, counts.received, order_R, place_R)
         return Arriving(transfer, lambda rows: gather(rows, order_R, place_R[:, None], complete=True)), receipt
+
+    def experts_of_rows(self, counts: ChunkCounts, num_sent: int) -> Tensor:
+        """[R]: the local expert of each row that arrives, in the order (sender, expert)."""
+        from_e = counts.counts_from_e
+        experts = torch.arange(from_e.numel(), device=from_e.device) % from_e.shape[1]
+        return experts.repeat_interleave(from_e.flatten(), output_size=sum(counts.received))
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
         if receipt.order_R is None:
@@ -85,7 +91,7 @@ class AllToAllDispatcher:
 
 
 @dataclass(frozen=True)
-class Gathering:
+class ReadByHost:
     """The counts of all ranks, on their way. by_rank: [sender, chunk, receiver, e]."""
 
     work: Any

@@ -49,7 +49,7 @@ def process_with(shim: Path) -> ProcessPoolExecutor:
 
 
 def _load(shim: str) -> None:
-    """Loads the shim, then tells torch's Python part, which has answers of its own, what a device of today can do."""
+    """Loads the shim. Then patches the functions of torch's Python part that ask the driver what the device can do."""
     assert "torch" not in sys.modules, "torch has asked for the device already"
     ctypes.CDLL(shim)
     import torch

@@ -193,7 +193,7 @@ def attempt(words: str, ranks: int = 1, broken: str | None = None) -> Outcome:
     """Does what `train` does. Raises StepError where it raises."""
     try:
         return train(words, ranks, broken)
-    except Exception:
+    except Exception:  # of any kind: an error of torch cannot be pickled, its traceback can
         raise StepError(traceback.format_exc()) from None
 
 

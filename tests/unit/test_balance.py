@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from scmoe.moe.balance import integer_sums, load_balance_loss, load_metrics, router_stats, router_z_loss
-from scmoe.moe.layout import arrange
+from scmoe.moe.layout import arrange_filled, arrange_slots
 from scmoe.tokens import RouterStats, Routing
 from tests import reference
 from tests.support.models import assert_close
@@ -24,7 +24,7 @@ def stats_of(
     ids_TK = logits_TE.topk(top_k).indices
     if mask_T is not None:
         ids_TK = ids_TK.where(mask_T[:, None], EXPERTS)
-    layout = arrange(ids_TK, EXPERTS, capacity)
+    layout = arrange_filled(ids_TK, EXPERTS) if capacity is None else arrange_slots(ids_TK, EXPERTS, capacity)
     return router_stats(Routing(ids_TK, scores_TE.gather(1, ids_TK % EXPERTS), scores_TE, logits_TE), layout, mask_T)
 
 

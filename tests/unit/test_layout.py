@@ -1,4 +1,4 @@
-"""arrange, encode and decode obey these laws for random routings with padding, capacities and chunks."""
+"""Layouts, encode and decode obey these laws for random routings with padding, capacities and chunks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scmoe.moe.buffers import arrange_buffers
 from scmoe.moe.dispatcher import ChunkCounts, LocalDispatcher
-from scmoe.moe.layout import Layout, arrange, decode, encode, expert_capacity, gather
+from scmoe.moe.layout import Layout, arrange_filled, arrange_slots, decode, drop_beyond, encode, expert_capacity, gather
 from tests import reference
 
 
@@ -29,7 +29,13 @@ class Case(NamedTuple):
         return self.capacity is not None and not self.filled
 
     def layout(self, limit: Tensor | None = None) -> Layout:
-        return arrange(self.ids_TK, self.num_experts, self.capacity, self.num_chunks, limit, self.filled)
+        ids_TK, num_experts, _, chunks, _ = self
+        if self.capacity is None:
+            return arrange_filled(ids_TK, num_experts, chunks)
+        room = self.capacity if limit is None else limit
+        if self.filled:
+            return arrange_filled(drop_beyond(ids_TK, num_experts, room), num_experts, chunks)
+        return arrange_slots(ids_TK, num_experts, self.capacity, chunks, room)
 
 
 @st.composite
@@ -228,7 +234,8 @@ def test_a_buffer_holds_the_first_copies_of_its_rank_in_the_order_of_its_experts
 
 @pytest.mark.parametrize("capacity", (None, 2))
 def test_padding_alone(capacity):
-    layout = arrange(torch.full((3, 2), 4), 4, capacity)
+    ids_TK = torch.full((3, 2), 4)
+    layout = arrange_filled(ids_TK, 4) if capacity is None else arrange_slots(ids_TK, 4, capacity)
     x_TD = torch.ones(3, 8, requires_grad=True)
     ((rows, _),) = encoded(x_TD, layout)
     y_TD = decode(rows, torch.zeros(3, 2), layout)
@@ -238,7 +245,7 @@ def test_padding_alone(capacity):
 
 def test_empty_slots_send_nothing_back():
     """A NaN that an expert computes for an empty slot reaches no token and no gradient of a token."""
-    layout = arrange(torch.tensor([[0], [2]]), 3, capacity=2)
+    layout = arrange_slots(torch.tensor([[0], [2]]), 3, capacity=2)
     rows = torch.ones(6, 8)
     rows[layout.copies_R == 2] = math.nan
     rows.requires_grad_()

@@ -20,7 +20,7 @@ from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.buffered import BufferedDispatcher
-from scmoe.parallel.dispatcher import AllToAllDispatcher, Gathering
+from scmoe.parallel.dispatcher import AllToAllDispatcher, ReadByHost
 from scmoe.schedule.schedule import Schedule
 from scmoe.testbed.emulated import free
 from tests.support.models import DIM, EXPERTS, FFN, tiny_sublayers
@@ -89,15 +89,15 @@ def dropless(dispatcher_class: type[AllToAllDispatcher], chunks: int, buffer: fl
         run(dispatcher, range(EXPERTS // 2), schedule, None, False, torch.bfloat16, buffer)
 
 
-def known_counts(gathering: Gathering) -> list[ChunkCounts]:
+def known_counts(announced: ReadByHost) -> list[ChunkCounts]:
     """Stands for the one place where the host reads: half of the 48 copies go to each rank, in equal chunks."""
-    READS.append(gathering)
-    chunks = gathering.by_rank.shape[1]
+    READS.append(announced)
+    chunks = announced.by_rank.shape[1]
     n = 24 // chunks
-    return [ChunkCounts(2 * n, gathering.by_rank[:, p, 0], (n, n), (n, n)) for p in range(chunks)]
+    return [ChunkCounts(2 * n, announced.by_rank[:, p, 0], (n, n), (n, n)) for p in range(chunks)]
 
 
-READS: list[Gathering] = []
+READS: list[ReadByHost] = []
 
 
 @pytest.mark.parametrize("chunks", (1, 3))
@@ -106,7 +106,7 @@ def test_dropless_waits_for_the_device_once_a_layer(chunks, monkeypatch):
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         dropless(AllToAllDispatcher, chunks, None)
     READS.clear()
-    monkeypatch.setattr(Gathering, "wait", known_counts)
+    monkeypatch.setattr(ReadByHost, "wait", known_counts)
     dropless(AllToAllDispatcher, chunks, None)
     assert len(READS) == 1
 

@@ -79,7 +79,7 @@ def attempt(measure: Callable[[], Any]) -> Any:
     """Returns what `measure` returns, or {"error": the end of its traceback}."""
     try:
         return measure()
-    except Exception:
+    except Exception:  # of any kind: it is reported with the part, and the other parts go on
         return {"error": "\n".join(traceback.format_exc().splitlines()[-TAIL_LINES:])}
 
 

@@ -56,7 +56,7 @@ def has_gpus(config: Config) -> bool:
 
 
 def _launcher(config: Config) -> Iterator[Rule]:
-    """Whoever starts the ranks must start as many as are configured, or all would wait for some that never come."""
+    """Check that the launcher starts as many ranks as are configured: the others would wait for a missing one."""
     trainer = config.trainer
     for name, launcher in LAUNCHERS.items():
         if launcher.detect():
@@ -97,9 +97,8 @@ def _size(config: Config) -> Iterator[Rule]:
     given |= {"seq_len": data.seq_len, "samples": samples, "precision": trainer.precision, "on_gpu": gpu}
     needed = rank_memory(model, **given)["total"] / GIB + (0 if gpu else PROCESS_GIB)
     limit = trainer.max_memory_gib or free_gib(config)
-    why = f"as a rank is estimated to need {needed:.3g} GiB" + (
-        "" if trainer.max_memory_gib else f" of {limit:.3g} free"
-    )
+    free = "" if trainer.max_memory_gib else f" of {limit:.3g} free"
+    why = f"as a rank is estimated to need {needed:.3g} GiB{free}"
     yield needed > limit, "trainer.max_memory_gib", f"{needed:.3g} or more to start all the same, {why}"
     flops = training_flops(forward_flops(model, data.seq_len), trainer.recompute) * samples * trainer.accumulate
     seconds = flops / (GPU_FLOPS if gpu else THREAD_FLOPS * cpu_threads(config))

@@ -25,7 +25,10 @@ MUTANTS = (
     )
     .caught_by(f"{DIST}/test_all_to_all.py::test_a_transfer_hides_behind_the_work_forward_and_backward"),
     Mutant("rows-left-grouped-by-sender", 0, f"{PARALLEL}/dispatcher.py")
-    .replaces("order_R = labels.argsort(stable=True)", "order_R = torch.arange(len(labels), device=labels.device)")
+    .replaces(
+        "order_R = self.experts_of_rows(counts, rows_RD.shape[0]).argsort(stable=True)",
+        "order_R = torch.arange(sum(counts.received), device=rows_RD.device)",
+    )
     .caught_by(EP),
     Mutant("ceiling-of-the-total", 31, f"{PARALLEL}/dispatcher.py")
     .replaces("fair = sum(received) / len(received)", "fair = sum(received)")

@@ -39,7 +39,7 @@ MUTANTS = (
     .replaces("        if dropped:\n", "        if dropped < 0:\n")
     .caught_by(f"{FAULTS}/test_ceiling.py::test_31_rows_beyond_a_buffer_are_dropped_or_refused_on_all_ranks"),
     Mutant("filled-rows-keep-what-is-dropped", 29, f"{MOE}/layout.py")
-    .replaces("topk_ids_TK.where(place_TK < room, num_experts)", "topk_ids_TK.where(place_TK >= 0, num_experts)")
+    .replaces("places(topk_ids_TK, num_experts) < room, num_experts", "topk_ids_TK >= 0, num_experts")
     .caught_by(f"{UNIT}/test_layout.py::test_exactly_the_oracles_copies_are_kept"),
     Mutant("padding-counted-as-dropped", 29, f"{MOE}/balance.py")
     .replaces("layout.num_dropped - (T - num_tokens) * K", "layout.num_dropped")
@@ -48,7 +48,7 @@ MUTANTS = (
     .replaces("topk_ids_TK = topk_ids_TK.where(mask_T[:, None], self.num_experts)", "topk_ids_TK = topk_ids_TK.clone()")
     .caught_by(f"{UNIT}/test_stream.py::test_padding_does_not_change_which_copies_are_dropped"),
     Mutant("padding-adds-slots", 30, f"{MOE}/stream.py")
-    .replaces("limit = None if mask_T is None else", "limit = None if factor else")
+    .replaces("room = capacity if mask_T is None else", "room = capacity if factor else")
     .caught_by(f"{UNIT}/test_stream.py::test_padding_does_not_change_which_copies_are_dropped"),
     Mutant("no-rows-no-gradient", 20, f"{MOE}/layout.py")
     .replaces("    if num_rows == 0:\n", "    if num_rows < 0:\n")
@@ -81,10 +81,7 @@ MUTANTS = (
     .caught_by(f"{DIST}/test_planner.py::test_a_closed_planner_leaves_nothing_on_the_blocks[4]"),
     # ------------------------------------------------------------------ rows of the experts
     Mutant("router-statistics-sync-with-host", 0, f"{MOE}/balance.py")
-    .replaces(
-        "ids_N.new_zeros(E + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))[:E]",
-        "torch.bincount(ids_N, minlength=E + 1)[:E]",
-    )
+    .replaces("counts_E = count(ids_N, E)", "counts_E = torch.bincount(ids_N, minlength=E + 1)[:E]")
     .caught_by(f"{UNIT}/test_no_host_sync.py::test_forward_and_backward_ask_the_host_for_nothing"),
     Mutant("equal-counts-sync-with-host", 0, f"{MOE}/experts.py")
     .replaces("        return batched_mlps\n", "        return grouped_mlps\n")
