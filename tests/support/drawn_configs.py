@@ -13,6 +13,7 @@ LEAVES = {leaf.key: leaf for leaf in leaves(Config())}
 # trainer.compile: a compiler takes longer than a case may. The others: cases keep to their folder and to the limits.
 NOT_DRAWN = {"trainer.compile", "runs_dir", "data.cache_dir"}
 NOT_DRAWN |= {"trainer.max_steps", "trainer.max_memory_gib", "trainer.max_step_s"}
+MOST = {"model.layers": 16, "data.workers": 2}  # below the ends of their ranges, which take minutes to build or start
 NUMBERS = ["0", "-1", "1", "2", "3", "7", "8", "1e-30", "0.5", "1e300", "-1e300", "nan", "inf", "1e400", "10" * 30]
 ODD = ["", "null", "true", "yes", "[]", "[1, 2]", "{a: 1}", "${oc.env:HOME}", "???", "!!python/name:os.system", "&a b"]
 ODD += [
@@ -41,7 +42,7 @@ def usual(leaf: Leaf) -> st.SearchStrategy[str]:
         return st.sampled_from(["true", "false"])
     numbers = [text for text in re.findall(r"[\d.e^-]+", leaf.range or "") if text[0].isdigit()]
     ends = [float(base) ** float(power or 1) for base, _, power in (text.partition("^") for text in numbers)]
-    low, high = min(ends, default=0), max([*ends, 2])
+    low, high = min(ends, default=0), MOST.get(leaf.key, max([*ends, 2]))
     if int in leaf.types:
         small = st.integers(int(low), int(min(high, low + 64))).map(str)
         return small | st.sampled_from([str(int(low)), str(int(high)), str(int(high) - 1), str(int(high) // 3)])

@@ -83,7 +83,7 @@ def test_a_fault_in_a_step_is_detected(device, fault):
         device("gpt position=pos2 trainer.precision=bf16-mixed", 4, fault)
 
 
-@pytest.mark.parametrize(("ranks", "place"), [(1, r"layout\.py.*in _arrange_filled"), (4, r"dispatcher\.py.*in wait")])
+@pytest.mark.parametrize(("ranks", "place"), [(1, r"layout\.py.*in arrange_filled"), (4, r"dispatcher\.py.*in wait")])
 def test_dropless_rows_are_counted_on_the_host_in_one_place(device, ranks, place):
     """docs/decisions/0024-dropless.md: with padding on one rank, with announced counts on several."""
     with pytest.raises(StepError, match=place):
