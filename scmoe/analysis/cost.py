@@ -47,9 +47,14 @@ def routed_copies(model: nn.Module) -> dict[Experts, int]:
     return dict(copies)
 
 
-def rows_per_token(moe: MoEStream, copies: int) -> float:
-    """Rows that are sent and computed for a token, empty slots included; where slots are filled alone, at most."""
+def rows_computed(moe: MoEStream, copies: int) -> float:
+    """Rows that the experts compute for a token, empty slots included; where slots are filled alone, at most."""
     return copies * (1.0 if moe.filled else moe.capacity_factor or 1.0)
+
+
+def rows_sent(moe: MoEStream, copies: int) -> float:
+    """Rows that are sent, and have room at the experts, for a token: of buffers all, filled or not."""
+    return copies * moe.buffer if moe.buffer else rows_computed(moe, copies)
 
 
 def forward_flops(model: Any, seq_len: int) -> dict[str, float]:
@@ -71,7 +76,7 @@ def forward_flops(model: Any, seq_len: int) -> dict[str, float]:
             flops[kind] += rows[module] * 4 * module.context(seq_len) * module.dim
     for moe, copies in moe_uses(model):
         size = sum(p[0].numel() for p in moe.experts.parameters())
-        flops["experts"] += rows[moe] * 2 * size * rows_per_token(moe, copies)
+        flops["experts"] += rows[moe] * 2 * size * rows_computed(moe, copies)
         gate = sum(p.numel() for p in moe.router.parameters())
         flops["gate"] += rows[moe] * 2 * gate * copies / moe.router.top_k
     return dict(flops)
@@ -89,7 +94,7 @@ def transfer_bytes(model: nn.Module, precision: str) -> list[float]:
     one in EP of the experts, so (EP - 1) / EP of the bytes travel where the load is even.
     """
     width = COMPUTE_BYTES[precision]
-    return [rows_per_token(moe, copies) * moe.experts.w_in_eDF.shape[1] * width for moe, copies in moe_uses(model)]
+    return [rows_sent(moe, copies) * moe.experts.w_in_eDF.shape[1] * width for moe, copies in moe_uses(model)]
 
 
 def rank_parameters(model: nn.Module, ep_size: int) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from typing import Any
 
 from torch import nn
 
-from scmoe.analysis.cost import COMPUTE_BYTES, WEIGHT_BYTES, moe_uses, rank_parameters, rows_per_token
+from scmoe.analysis.cost import COMPUTE_BYTES, WEIGHT_BYTES, moe_uses, rank_parameters, rows_sent
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.sublayers import MLP, Residual, SelfAttention
 from scmoe.models.decoder import Decoder
@@ -90,7 +90,7 @@ def activations(model: Any, seq_len: int, precision: str, recompute: bool, on_gp
         inside[unit_of.get(module)] += size
     kept = inside.pop(None)
     for i, (moe, copies) in enumerate(moe_uses(model)):
-        num_rows, gates = rows_per_token(moe, copies) * rows[moe], copies / moe.router.top_k * rows[moe]
+        num_rows, gates = rows_sent(moe, copies) * rows[moe], copies / moe.router.top_k * rows[moe]
         _, dim, hidden = moe.experts.w_in_eDF.shape
         kept += num_rows * (2 * dim * c + 3 * 8)
         kept += gates * (3 * moe.router.num_experts * wide + (dim * wide if c < 4 else 0))

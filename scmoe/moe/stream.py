@@ -41,7 +41,8 @@ class MoEStream(Operators):
     capacity_factor: slots of an expert over its fair share of this rank's tokens; None: dropless.
     filled: send and compute the filled slots alone. The host must know their numbers: free on a host, a wait for the
     device elsewhere.
-    buffer: dropless rows in buffers of this many times a rank's fair share (moe/buffers.py); the host is asked nothing.
+    buffer: dropless rows between ranks are in buffers of this many times a rank's fair share (moe/buffers.py); the host
+    is asked nothing.
     """
 
     def __init__(
@@ -108,8 +109,8 @@ class MoEStream(Operators):
     def arrange(self, ids_TK: Tensor, mask_T: Tensor | None, chunks: int) -> Layout:
         """Dropless: in buffers, or filled. With a capacity: filled slots alone, or all slots."""
         (T, K), E, factor = ids_TK.shape, self.router.num_experts, self.capacity_factor
-        if self.buffer is not None:
-            ranks = E // len(self.experts.expert_ids)
+        ranks = E // len(self.experts.expert_ids)
+        if self.buffer is not None and ranks > 1:
             return arrange_buffers(ids_TK, E, ranks, buffer_size(T, K, ranks, self.buffer), chunks)
         if factor is None:
             return arrange_filled(ids_TK, E, chunks, padded=mask_T is not None)

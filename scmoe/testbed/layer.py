@@ -20,10 +20,11 @@ from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
+from scmoe.training.run.host_memory import keep_freed_memory
 
 WARM_UP = 2  # rounds
 READ_BYTES = 1 << 30  # more than any cache holds
-PRODUCTS, LAYER = "dense products", "MoE layer"
+PRODUCTS, BATCHED, LAYER = "dense products", "batched products of the experts", "MoE layer"
 KINDS = ((0, "forward"), (1, "train"))
 
 
@@ -40,6 +41,19 @@ class DenseProducts(nn.Module):
         return self.between(rows_RD @ self.w_in) @ self.w_out
 
 
+class BatchedProducts(nn.Module):
+    """The experts' own products for equal numbers of rows, as two batched ones: what each expert's weights cost."""
+
+    def __init__(self, dim: int, ffn_dim: int, experts: int) -> None:
+        super().__init__()
+        self.w_in = nn.Parameter(torch.randn(experts, dim, ffn_dim) * 0.02)
+        self.w_out = nn.Parameter(torch.randn(experts, ffn_dim, dim) * 0.02)
+
+    def forward(self, rows_RD: Tensor) -> Tensor:
+        rows_eCD = rows_RD.unflatten(0, (len(self.w_in), -1))
+        return torch.bmm(torch.bmm(rows_eCD, self.w_in), self.w_out).view_as(rows_RD)
+
+
 def bench_layer(
     dim: int,
     ffn_dim: int,
@@ -54,6 +68,7 @@ def bench_layer(
 
     capacity: the layer drops what is beyond a capacity factor, and is compared with the dropless layer too.
     """
+    keep_freed_memory()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     module = Experts(dim, ffn_dim, experts)
@@ -66,6 +81,8 @@ def bench_layer(
         "dense products with GELU": (DenseProducts(dim, ffn_dim, nn.GELU()), rows),
         LAYER: (MoEStream(router, module, LocalDispatcher(), capacity, filled=True), x),
     }
+    if tokens * top_k % experts == 0:
+        variants[BATCHED] = BatchedProducts(dim, ffn_dim, experts), rows
     if capacity is not None:
         variants["MoE layer, dropless"] = MoEStream(router, module, LocalDispatcher()), x
     if find_spec("transformers"):  # with three products an expert, of 2/3 of the width
@@ -90,7 +107,12 @@ def bench_layer(
     limit = [f"{value * 1e3:.1f}" for value in np.median(np.maximum(times[PRODUCTS], moved), axis=-1)]
     table.add_row(f"roofline, {bandwidth / 1e9:.1f} GB/s", *limit, *(f"{ratio:.3f}" for ratio in roofline))
     Console(width=120).print(table)
-    names = {PRODUCTS: "", "dense products with GELU": "_with_gelu", "MoE layer, dropless": "_over_dropless"}
+    names = {
+        PRODUCTS: "",
+        BATCHED: "_over_batched",
+        "dense products with GELU": "_with_gelu",
+        "MoE layer, dropless": "_over_dropless",
+    }
     found = {f"{kind}_ratio{names[name]}": ratios[name][i] for name in ratios if name in names for i, kind in KINDS}
     found |= {"roofline_ratio": roofline[1], "roofline_ratio_forward": roofline[0], "gb_per_s": bandwidth / 1e9}
     return {name: float(value) for name, value in found.items()}

@@ -11,7 +11,7 @@ from scmoe.analysis.cost import forward_flops, moe_uses, rank_parameters, routed
 from scmoe.config.load import load
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build.model import build_model
+from scmoe.training.build.model import build_model, build_model_on_meta
 from scmoe.training.run.report import count_parameters, total_and_active
 from tests.support.models import OneOfTwo, tiny, tiny_batch, tiny_model
 
@@ -101,6 +101,16 @@ def test_transfer_bytes_are_what_a_dispatcher_receives(name, precision, dtype, a
         model(ids)
     ours = sum(transfer_bytes(model, precision)) * ids.numel()
     assert sum(weighing.dispatched) == sum(weighing.combined) == ours > 0
+
+
+def test_buffers_are_sent_whole_and_computed_as_far_as_they_are_filled():
+    words = "trainer.devices=2 strategy.ep_size=2 moe.capacity_factor=null moe.dropless_ceiling="
+    rows = "1.5 moe.rows=filled", "1.5 moe.rows=buffers", "9 moe.rows=buffers"
+    filled, buffers, all_rows = (build_model_on_meta(tiny(*f"{words}{ceiling}".split())) for ceiling in rows)
+    assert forward_flops(buffers, 12) == forward_flops(filled, 12)
+    sent = transfer_bytes(filled, "32-true")
+    assert transfer_bytes(buffers, "32-true") == [1.5 * size for size in sent]
+    assert transfer_bytes(all_rows, "32-true") == [2 * size for size in sent]  # of two ranks none receives more
 
 
 # ---------------------------------------------------------------------- parameters

@@ -14,7 +14,7 @@ from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import DenseBlock, SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP, Attention, Residual
 from scmoe.config.fields import Config
-from scmoe.config.rules import SHORTCUTS
+from scmoe.config.rules import SHORTCUTS, resolve_ep_size
 from scmoe.models.llama import NORM_EPS
 from scmoe.moe.coefficient import COEFFICIENT_GATES
 from scmoe.moe.dispatcher import Narrowed
@@ -120,7 +120,8 @@ def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoES
     router = Router(parts.dim, moe.num_experts, moe.top_k, **gate)
     local = context.local_experts(moe.num_experts)
     experts = Experts(parts.dim, parts.ffn_dim, moe.num_experts, local, parts.activation)
-    buffer = moe.dropless_ceiling if moe.rows == "buffers" and context.ep_size > 1 else None
+    ep_size = resolve_ep_size(config)  # the config's: an estimate is made in one process
+    buffer = min(moe.dropless_ceiling or ep_size, ep_size) if moe.rows == "buffers" and ep_size > 1 else None
     dispatcher = context.dispatcher(moe.num_experts, moe.dropless_ceiling, buffer is not None)
     if config.strategy.wire_dtype is not None and context.ep_size > 1:
         dispatcher = Narrowed(dispatcher, getattr(torch, config.strategy.wire_dtype))

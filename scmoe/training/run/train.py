@@ -13,6 +13,7 @@ from scmoe.training.build.data import build_datamodule, prepare_data
 from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.run.directory import relative
+from scmoe.training.run.host_memory import keep_freed_memory
 from scmoe.training.run.lifetime import open_run
 from scmoe.training.run.loggers import log_best_checkpoint
 from scmoe.training.run.machine import check_machine
@@ -30,6 +31,7 @@ def train(config: Config, overrides: Sequence[str] = (), run_dir: Path | None = 
         return say_done(run_dir, done) if rank_without_trainer() == 0 else None
     hush_lightning()
     check_machine(config, rank_without_trainer())
+    keep_freed_memory()
     seed_everything(config)
     checkpoint = find_checkpoint(run_dir) if run_dir else None
     data = build_datamodule(config)
