@@ -21,6 +21,7 @@ from scmoe.studies.evaluate import results
 from scmoe.testbed.ranks import RankError, run_ranks
 from tests.support.commands import Done, command_in_ranks, train_in_ranks
 from tests.support.sentences import DATA, NO_DATA, sentences
+from tests.support.wandb_server import wandb_server
 
 pytestmark = pytest.mark.dist
 
@@ -116,13 +117,14 @@ def test_without_lm_eval_tasks_are_refused_with_the_command_that_installs_it(run
 
 
 def test_results_go_to_the_runs_own_wandb_run(runs):
-    run_dir = runs["dgmoe"]
-    before = set((run_dir / "wandb").glob("offline-run-*"))
-    evaluated(1, run_dir, "--tasks", "none")
-    (fresh,) = set((run_dir / "wandb").glob("offline-run-*")) - before
-    run_id = json.loads((run_dir / "wandb_run.json").read_text())["id"]
-    (sent,) = fresh.glob(f"run-{run_id}.wandb")
-    assert b"eval/perplexity" in sent.read_bytes()
+    run_dir, words = runs["dgmoe"], (evaluate.main, 1, str(runs["dgmoe"]), "--tasks", "none", "logger.mode=online")
+    with wandb_server() as server:
+        found = command_in_ranks(*words, **server.variables).summary
+        (arrived,) = server.runs.values()
+    assert arrived.name == json.loads((run_dir / "wandb_run.json").read_text())["id"]
+    assert arrived.column("eval/perplexity") == [found["perplexity"]]
+    assert arrived.column("eval/test_loss") == [found["test_loss"]]
+    assert arrived.config["trainer.devices"] == 2, "the config stays that of the training"
 
 
 def test_trouble_with_wandb_loses_no_result(runs, monkeypatch):

@@ -82,6 +82,12 @@ def test_a_task_that_is_not_there_is_named_with_those_that_are(tmp_path):
         read_task("other", tmp_path)
 
 
+def test_one_answer_counts_where_all_questions_have_the_same_choices():
+    questions = [Question(f"{i}?", ("no", "yes"), int(i > 2)) for i in range(10)]
+    assert Task("yes", questions, "acc", "here").one_answer == 0.7
+    assert Task("yes", [*questions, Question("", ("yes", "no"), 0)], "acc", "here").one_answer is None
+
+
 @pytest.mark.skipif(not DATA.is_dir(), reason=NO_DATA)
 @pytest.mark.parametrize("name", SIX)
 def test_the_papers_tasks_are_read_whole(name):
@@ -125,6 +131,8 @@ def test_where_beginnings_differ_the_end_is_scored():
     liked = {(f"she {i}", " runs.") for i in range(40)}
     found = adapter.ask(Lookup(liked).model, Task("pronouns", questions, "acc", "here"), None)
     assert found["accuracy"] == 0.5 and "acc_norm" not in found
+    assert found["one_answer"] is None
+    assert adapter.verdict(0.6, 0.7, 0.5, 0.65) == "at chance", "a constant answer can do it"
     assert adapter.verdict(0.6, 0.7, 0.5) == "above chance" and adapter.verdict(0.3, 0.4, 0.5) == "below chance"
 
 

@@ -3,6 +3,7 @@
 Ranks share the experts and not the batches (parallel/lending.py), so the results do not depend on their number.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,8 @@ from scmoe.training.run.resume import config_of, find_checkpoint, refuse_other_m
 from scmoe.training.run.train import hush_lightning
 
 Found = dict[str, Any]
-ALONE = ("trainer.devices=1", "trainer.num_nodes=1", "strategy.ep_size=null")
+# By default. A product of one row differs in its last bits with the number of threads.
+ALONE = ("trainer.devices=1", "trainer.num_nodes=1", "strategy.ep_size=null", "trainer.threads=1")
 # What only helps training, and what would make results depend on the number of ranks.
 WITHOUT = (
     *("trainer.progress=false", "trainer.compile=false", "trainer.recompute=false", "schedule.auto=false"),
@@ -52,8 +54,11 @@ def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
     material = read_material(config, request) if rank_without_trainer() == 0 else None
     module = build_module(replace(config, init_from=None))
     trainer = build_trainer(config, [], [])
-    # without batches it starts the ranks, and places and reads the model
-    trainer.validate(module, [], ckpt_path=checkpoint, weights_only=True, verbose=False)
+    with warnings.catch_warnings():
+        for message in (".*callbacks used to create the checkpoint.*", ".*across ranks is zero.*"):
+            warnings.filterwarnings("ignore", message)
+        # without batches it starts the ranks, and places and reads the model
+        trainer.validate(module, [], ckpt_path=checkpoint, weights_only=True, verbose=False)
     device, plugin = trainer.strategy.root_device, trainer.precision_plugin
 
     model = module.to(device).eval().model
@@ -71,7 +76,8 @@ def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
         return None
     found["step"] = read_manifest(checkpoint)["step"]
     keep_results(run_dir, checkpoint.name, found)
-    log_to_wandb(run_dir, config, found)
+    loggers = [word for word in request.overrides if word.removeprefix("--").startswith("logger.")]
+    log_to_wandb(run_dir, config_of(run_dir, checkpoint, loggers), found)
     return {
         "run_dir": str(relative(run_dir)),
         "which": request.which,

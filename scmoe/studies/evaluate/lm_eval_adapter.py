@@ -58,7 +58,8 @@ class ModelOfRun(LM):
 def ask(model: ModelOfRun, task: Task, limit: int | None) -> dict[str, Any]:
     """Return the accuracy of a model in the first `limit` questions of a task, with its interval and chance level.
 
-    interval: where the true accuracy is with 95 % confidence (binomial, Clopper and Pearson).
+    interval: where the true accuracy is with 95 % confidence (binomial, Clopper and Pearson). one_answer: the accuracy
+    of the best constant answer, where all questions have the same choices (yes or no, A to D).
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its advice is for its own command line
     asked = task._replace(questions=task.questions[:limit])
@@ -72,7 +73,8 @@ def ask(model: ModelOfRun, task: Task, limit: int | None) -> dict[str, Any]:
         "accuracy": accuracy,
         "interval": [float(interval.low), float(interval.high)],
         "chance": asked.chance,
-        "verdict": verdict(interval.low, interval.high, asked.chance),
+        "one_answer": asked.one_answer,
+        "verdict": verdict(interval.low, interval.high, asked.chance, asked.one_answer),
         "questions": number,
         "of": len(task.questions),
         "from": task.origin,
@@ -81,14 +83,14 @@ def ask(model: ModelOfRun, task: Task, limit: int | None) -> dict[str, Any]:
     }
 
 
-def verdict(low: float, high: float, chance: float) -> str:
-    """Say on which side of chance an interval lies."""
-    return "above chance" if low > chance else "below chance" if high < chance else "at chance"
+def verdict(low: float, high: float, chance: float, one_answer: float | None = None) -> str:
+    """Say on which side of chance an interval lies; above it means above always giving the same answer, too."""
+    return "above chance" if low > max(chance, one_answer or 0) else "below chance" if high < chance else "at chance"
 
 
 def as_lm_eval_task(task: Task) -> ConfigurableTask:
     """Return a task as lm-eval takes it: without examples before a question, and a space before what follows."""
-    rows = [{**question._asdict(), "choices": list(question.choices)} for question in task.questions]
+    rows = [{"context": q.context, "choices": [*q.choices], "gold": q.gold, "end": q.end} for q in task.questions]
     beginnings = task.questions[0].end is not None  # lm-eval then wants the answer as text and the end as target
     text, target = ("gold", "end") if beginnings else ("context", "gold")
     metrics = ["acc"] if beginnings else ["acc", "acc_norm", *{task.metric} - {"acc", "acc_norm"}]

@@ -60,9 +60,8 @@ def read_material(config: Config, request: Request) -> Material:
     if request.limit is not None and request.limit < 1:
         raise ConfigError(f"--limit is {request.limit}, allowed: 1 or more")
     text = open_text(data, request.text) if isinstance(data, SequenceDataModule) else None
-    return Material(
-        data, text, read_tasks(text, request) if isinstance(data, TextDataModule) else [], stride, request.limit
-    )
+    tasks = read_tasks(text, request) if text and isinstance(data, TextDataModule) else []
+    return Material(data, text, tasks, stride, request.limit)
 
 
 def read_tasks(text: Text, request: Request) -> list[Task]:

@@ -18,7 +18,7 @@ from scmoe.studies.evaluate.tasks import Question, Task
 
 CHOICES, NEAR = 4, 12  # the other choices are drawn among this many neighbours on either side
 MOST_CHARS = 10_000_000  # of a text; more would only take time
-MOST_QUESTIONS = 1000
+MOST_QUESTIONS = 500
 WORDS = range(6, 41)  # of a sentence
 END = re.compile(r"(.*\s)([a-z]{3,})[.!?]", re.DOTALL)
 

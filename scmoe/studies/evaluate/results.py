@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from scmoe.config.fields import Config, ConfigError
+from scmoe.training.run.loggers import close_loggers
 from scmoe.training.run.wandb_logger import wandb_logger, wandb_mode
 from scmoe.training.run.writing import warn_once, write_json
 
@@ -41,13 +42,13 @@ def keep_results(run_dir: Path, checkpoint: str, found: Mapping[str, Any]) -> No
 
 
 def log_to_wandb(run_dir: Path, config: Config, found: Mapping[str, Any]) -> None:
-    """Log the numbers in the run's own W&B run, if it has one. Trouble with W&B is one warning."""
+    """Log the numbers in the run's own W&B run, if it has one. Trouble with W&B is one warning. config: of the run."""
     if not (run_dir / "wandb_run.json").exists() or wandb_mode(config) == "disabled":
         return
     try:
         logger = wandb_logger(run_dir, config)
         logger.log_metrics(metrics_of(found), found["step"])
-        logger.close("success")
+        close_loggers([logger])
     except Exception as error:  # the client raises errors of any kind, and the results are in the file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         warn_once(f"Weights & Biases does not receive the evaluation: {reason}; it is in {run_dir / FILE}")
@@ -76,11 +77,11 @@ def shown(found: Mapping[str, Any]) -> list[str | Table]:
 
 def tasks_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table("task", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("accuracy", "95 % interval", "chance", "questions"):
+    for column in ("accuracy", "95 % interval", "chance", "one answer", "questions"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for name, task in tasks.items():
-        low, high = task["interval"]
-        numbers = f"{task['accuracy']:.3f}", f"{low:.3f} to {high:.3f}", f"{task['chance']:.3f}"
+        (low, high), one_answer = task["interval"], "" if task["one_answer"] is None else f"{task['one_answer']:.3f}"
+        numbers = f"{task['accuracy']:.3f}", f"{low:.3f} to {high:.3f}", f"{task['chance']:.3f}", one_answer
         table.add_row(name, *numbers, f"{task['questions']:,} of {task['of']:,}", task["verdict"])
     return table

@@ -9,6 +9,7 @@ In the second form (WinoGrande) the choices are the beginnings, and all have one
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,13 @@ class Task(NamedTuple):
     def chance(self) -> float:
         """The accuracy of a guess."""
         return sum(1 / len(question.choices) for question in self.questions) / len(self.questions)
+
+    @property
+    def one_answer(self) -> float | None:
+        """The accuracy of the best answer that is always the same; None where choices differ between questions."""
+        if len({question.choices for question in self.questions}) > 1:
+            return None
+        return max(Counter(question.gold for question in self.questions).values()) / len(self.questions)
 
 
 def read_task(name: str, folder: Path) -> Task:
