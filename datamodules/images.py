@@ -170,7 +170,14 @@ class ImageDataModule(PositionedDataModule):
         return self.train_loader(dataset, np.asarray, self.batch)  # its items are positions
 
     def val_dataloader(self) -> DataLoader:
-        images = EvalImages(self.splits.images["val"], self.eval_transform, self.val_images, self.image_size, self.skip)
+        return self.held_out_loader(self.val_images)
+
+    def test_dataloader(self) -> DataLoader:
+        """Return the loader of all validation images: these data sets have two splits."""
+        return self.held_out_loader(None)
+
+    def held_out_loader(self, limit: int | None) -> DataLoader:
+        images = EvalImages(self.splits.images["val"], self.eval_transform, limit, self.image_size, self.skip)
         return self.eval_loader(images)
 
     def unreadable(self) -> list[str]:

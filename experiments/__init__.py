@@ -15,6 +15,7 @@ from scmoe.config.fields import ConfigError
 VERBS = {
     "train": "train a model, or resume a run",
     "sample": "write text with a run's model",
+    "evaluate": "score a run's model: test split, perplexity, tasks",
     "export": "write a run's weights as one file",
     "sweep": "search over parameters, at W&B or on this machine",
     "table": "run a table of the paper, and compare",

@@ -48,6 +48,7 @@ SHORT = {
     **{command: ["make", "--dry-run", *shlex.split(command)[1:]] for command in ELSEWHERE},
     "make train": ["make", "train", f"ARGS={QUICK}"],
     'make resume ARGS="trainer.max_steps=400"': ["make", "resume", "ARGS=trainer.max_steps=5"],
+    "make evaluate": ["make", "evaluate", "ARGS=--limit 5 --stride 256"],
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': [
         *("make", "train", f"ARGS=init_from=scmoe:exported/model.safetensors name=further {QUICK}")
     ],
@@ -58,6 +59,7 @@ SAYS = {
     "make train CONFIG=configs/quickstart_vision.yaml": "-m experiments.train configs/quickstart_vision.yaml",
     "make sweep CONFIG=configs/sweep/smoke.yaml": "-m experiments.sweep configs/sweep/smoke.yaml",
     'make resume ARGS="trainer.max_steps=400"': '"steps": 5',
+    "make evaluate": '"tasks": {"cloze": ',
     "make list": "configs/quickstart.yaml",
     ".venv/bin/python docs/examples/load_export.py exported/model.safetensors": "likeliest next token",
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': "runs/further/",

@@ -5,7 +5,7 @@ What is the same on every machine is checked in config/rules.py.
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,18 @@ def check_machine(config: Config, rank: int) -> None:
     rank: rank 0 checks for all what can change while other ranks start.
     """
     wandb_mode(config)
-    values, checks = flatten(config), (_devices, _launcher, *((_folders, _size) if rank == 0 else ()))
+    check_devices(config)
+    if rank == 0:
+        _refuse(config, _folders, _size)
+
+
+def check_devices(config: Config) -> None:
+    """Raise ConfigError for devices or ranks that are not here."""
+    _refuse(config, _devices, _launcher)
+
+
+def _refuse(config: Config, *checks: Callable[[Config], Iterator[Rule]]) -> None:
+    values = flatten(config)
     for refused, key, allowed in chain.from_iterable(check(config) for check in checks):
         if refused:
             raise ConfigError(f"{key} is {show(values[key])}, allowed: {allowed}")

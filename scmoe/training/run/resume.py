@@ -50,14 +50,19 @@ def resumed_config(run_dir: Path, overrides: Sequence[str]) -> Config:
     step, was = read_manifest(checkpoint)["step"], config_of(run_dir, checkpoint)
     earlier = record_of(run_dir, step)  # the run was resumed from here before, and saved no later checkpoint
     config = load(earlier, overrides) if earlier.exists() else config_of(run_dir, checkpoint, overrides)
-    here, there = flatten(config), flatten(was)
-    for key, value in there.items():
-        if here[key] != value and not key.startswith(MAY_CHANGE):
-            raise ConfigError(f"{key} is {show(here[key])}, allowed: {show(value)}, as in {checkpoint}")
+    refuse_other_model(config, was, checkpoint)
     if config.trainer.max_steps < step:
         done = f"allowed: {step} or more, as the run has done {step} steps"
         raise ConfigError(f"trainer.max_steps is {config.trainer.max_steps}, {done}")
     return config
+
+
+def refuse_other_model(config: Config, was: Config, checkpoint: Path) -> None:
+    """Raise ConfigError for the first key that makes another model or experiment than the checkpoint's."""
+    here, there = flatten(config), flatten(was)
+    for key, value in there.items():
+        if here[key] != value and not key.startswith(MAY_CHANGE):
+            raise ConfigError(f"{key} is {show(here[key])}, allowed: {show(value)}, as in {checkpoint}")
 
 
 def record_of(run_dir: Path, step: int) -> Path:

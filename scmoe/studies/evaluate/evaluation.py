@@ -1,0 +1,124 @@
+"""Evaluates a checkpoint of a run from top to bottom: test split, perplexity, tasks. Every rank calls `evaluate`.
+
+Ranks share the experts and not the batches (parallel/lending.py), so the results do not depend on their number.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datamodules.sequences import SequenceDataModule
+from datamodules.text import TextDataModule
+from scmoe.config.fields import Config
+from scmoe.config.rules import IMAGES
+from scmoe.parallel.checkpoint.durable import read_manifest
+from scmoe.parallel.lending import Forward, with_lent_experts
+from scmoe.parallel.lightning_seam import rank_without_trainer
+from scmoe.studies.evaluate.held_out_loss import score_test_split
+from scmoe.studies.evaluate.material import Material, Request, read_material
+from scmoe.studies.evaluate.results import keep_results, log_to_wandb, read_results
+from scmoe.studies.evaluate.scoring import Scorer, make_dropless
+from scmoe.studies.evaluate.text import score_text
+from scmoe.training.build.model import build_module
+from scmoe.training.build.trainer import build_trainer
+from scmoe.training.run.directory import relative
+from scmoe.training.run.machine import check_devices
+from scmoe.training.run.resume import config_of, find_checkpoint, refuse_other_model
+from scmoe.training.run.train import hush_lightning
+
+Found = dict[str, Any]
+# By default. A product of one row differs in its last bits with the number of threads.
+ALONE = ("trainer.devices=1", "trainer.num_nodes=1", "strategy.ep_size=null", "trainer.threads=1")
+# What only helps training, and what would make results depend on the number of ranks.
+WITHOUT = (
+    *("trainer.progress=false", "trainer.compile=false", "trainer.recompute=false", "schedule.auto=false"),
+    *("moe.dropless_ceiling=null", "moe.overflow=drop", "strategy.wire_dtype=null"),
+)
+
+
+def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
+    """Return the results, which are also in evaluation.json and at W&B; None on ranks other than 0.
+
+    Raises ConfigError for what cannot be evaluated, before another rank starts.
+    """
+    hush_lightning()
+    checkpoint = find_checkpoint(run_dir, request.which)
+    config = evaluation_config(run_dir, checkpoint, request.overrides)
+    check_devices(config)
+    read_results(run_dir)
+    material = read_material(config, request) if rank_without_trainer() == 0 else None
+    module = build_module(replace(config, init_from=None))
+    trainer = build_trainer(config, [], [])
+    with warnings.catch_warnings():
+        for message in (".*callbacks used to create the checkpoint.*", ".*across ranks is zero.*"):
+            warnings.filterwarnings("ignore", message)
+        # without batches it starts the ranks, and places and reads the model
+        trainer.validate(module, [], ckpt_path=checkpoint, weights_only=True, verbose=False)
+    device, plugin = trainer.strategy.root_device, trainer.precision_plugin
+
+    model = module.to(device).eval().model
+
+    def work(forward: Forward) -> Found:
+        assert material is not None
+        return measure(forward, model, material, config, device)
+
+    def of_its_dtype(inputs: Tensor, mask: Tensor) -> Any:
+        return model(plugin.convert_input(inputs), mask)
+
+    with torch.inference_mode(), plugin.val_step_context():
+        found = with_lent_experts(work, of_its_dtype, padding_of(config, device), module.parallel_context)
+    if found is None:
+        return None
+    found["step"] = read_manifest(checkpoint)["step"]
+    keep_results(run_dir, checkpoint.name, found)
+    loggers = [word for word in request.overrides if word.removeprefix("--").startswith("logger.")]
+    log_to_wandb(run_dir, config_of(run_dir, checkpoint, loggers), found)
+    return {
+        "run_dir": str(relative(run_dir)),
+        "which": request.which,
+        "checkpoint": checkpoint.name,
+        "test_loss": found["test"]["loss"],
+        "perplexity": found["text"] and found["text"]["perplexity"],
+        **found,
+    }
+
+
+def evaluation_config(run_dir: Path, checkpoint: Path, overrides: Sequence[str]) -> Config:
+    """Return the configuration of a run as it is evaluated. ConfigError: an override would make another model."""
+    was = config_of(run_dir, checkpoint)
+    refuse_other_model(config_of(run_dir, checkpoint, [*ALONE, *overrides]), was, checkpoint)
+    # The counts of rows are then announced, so that each rank may have another number of them.
+    rows = f"moe.rows={'auto' if was.moe.architecture == 'dense' else 'filled'}"
+    return config_of(run_dir, checkpoint, [*ALONE, *overrides, *WITHOUT, rows])
+
+
+def padding_of(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return inputs and mask of a batch of one token, or one picture, that is no real sample."""
+    mask = torch.zeros(1, dtype=torch.bool, device=device)
+    if config.data.name in IMAGES:
+        return torch.zeros(1, 3, config.data.image_size, config.data.image_size, device=device), mask
+    return torch.zeros(1, 1, dtype=torch.int64, device=device), mask[None]
+
+
+def measure(forward: Forward, model: nn.Module, material: Material, config: Config, device: torch.device) -> Found:
+    """Return everything that was asked for: {"test", "text", "tasks"}. After the test split the model is dropless."""
+    data, text = material.data, material.text
+    test = {**score_test_split(forward, data, device), "capacity_factor": config.moe.capacity_factor}
+    found: Found = {"test": test, "text": None, "tasks": {}}
+    if text is None:
+        return found
+    assert isinstance(data, SequenceDataModule)
+    make_dropless(model)
+    scorer = Scorer(forward, config.data.seq_len, device)
+    found["text"] = score_text(scorer, text, material.stride, data.splits.token_bytes_V)
+    if material.tasks:
+        from scmoe.studies.evaluate.lm_eval_adapter import ModelOfRun, ask_all  # here, as it needs the extra `eval`
+
+        assert isinstance(data, TextDataModule)
+        found["tasks"] = ask_all(ModelOfRun(scorer, data.tokenizer), material.tasks, material.limit)
+    return found

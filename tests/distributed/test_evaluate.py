@@ -1,0 +1,184 @@
+"""A run is evaluated to the last bit the same on any number of ranks; what is found is kept, merged and logged."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from experiments import evaluate
+from scmoe.config.load import load
+from scmoe.parallel.lending import with_lent_experts
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.studies.evaluate import results
+from scmoe.testbed.ranks import RankError, run_ranks
+from tests.support.commands import Done, command_in_ranks, train_in_ranks
+from tests.support.sentences import DATA, NO_DATA, sentences
+from tests.support.wandb_server import wandb_server
+
+pytestmark = pytest.mark.dist
+
+ARCHITECTURES = {  # with a capacity that drops, chunks, and what only ranks have
+    "scmoe": ("moe.capacity_factor=1", "schedule.chunks=2", "strategy.wire_dtype=bfloat16"),
+    "dgmoe": ("moe.architecture=dgmoe", "moe.capacity_factor=null", "moe.rows=buffers", "moe.dropless_ceiling=2"),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """Returns the directories of runs of two ranks on a small text, with W&B offline."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    (folder / "text.txt").write_text("\n".join(sentences(700, seed) for seed in range(4)))
+    text = ("data.name=text", f"data.path={folder}/text.txt", "data.vocab_size=300", f"data.cache_dir={folder}/cache")
+    sizes = ("data.seq_len=32", "trainer.devices=2", "trainer.max_steps=3", "logger.mode=offline", "name=text")
+    found = {}
+    for name, overrides in ARCHITECTURES.items():
+        words = ("configs/debug.yaml", *text, *sizes, *overrides, f"runs_dir={folder}/{name}", "moe.noisy=false")
+        found[name] = Path(train_in_ranks(2, *words).summary["run_dir"]).resolve()
+    return found
+
+
+def evaluated(world_size: int, run_dir: Path, *words: str) -> dict[str, Any]:
+    done = command_in_ranks(evaluate.main, world_size, str(run_dir), f"trainer.devices={world_size}", *words)
+    return done.summary
+
+
+def file_of(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / results.FILE).read_text())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_ranks_change_no_bit(runs, name):
+    pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+    alone = evaluated(1, runs[name], "--limit", "40")
+    assert set(alone) >= {"test_loss", "perplexity", "tasks"} and set(alone["tasks"]) == {"cloze", "next_sentence"}
+    assert all(task["questions"] == 40 for task in alone["tasks"].values())
+    kept = file_of(runs[name])
+    for world_size, words in ((2, ()), (4, ("strategy.ep_size=2",))):
+        assert evaluated(world_size, runs[name], "--limit", "40", *words) == alone
+        assert file_of(runs[name]) == kept
+
+
+def test_results_are_merged_by_what_was_asked(runs, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+    (tmp_path / "other.txt").write_text(sentences(50, 9))
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"query": "The", "choices": ["state", "war"], "gold": 0}))
+    run_dir = runs["scmoe"]
+    (run_dir / results.FILE).unlink(missing_ok=True)
+    first = evaluated(1, run_dir, "--tasks", "cloze", "--limit", "5")
+    last = evaluated(1, run_dir, "--tasks", "mine", "--data", str(tmp_path), "--text", str(tmp_path / "other.txt"))
+    best = evaluated(1, run_dir, "--tasks", "none", "--which", "best", "--stride", "32")
+    kept = file_of(run_dir)
+    assert (last["checkpoint"], best["checkpoint"]) == ("step=3.ckpt", "best-step=2.ckpt")
+    assert kept.keys() == {"step=3.ckpt", "best-step=2.ckpt"}
+    of_last = kept["step=3.ckpt"]
+    assert of_last["tasks"] == {"cloze": first["tasks"]["cloze"], "mine": last["tasks"]["mine"]}
+    assert set(of_last["texts"]) == {"test split", str(tmp_path / "other.txt")}
+    assert kept["best-step=2.ckpt"]["tasks"] == {} and best["text"]["stride"] == 32
+
+
+def here(*words: str) -> Done:
+    """Runs the command in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = evaluate.main(words)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--tasks", "piqa"], "--tasks has 'piqa', allowed: cloze, next_sentence, or others with --data FOLDER"),
+        (["--stride", "33"], "--stride is 33, allowed: 1 to 32"),
+        (["--limit", "0"], "--limit is 0, allowed: 1 or more"),
+        (["--text", "/none.txt"], "--text is '/none.txt', allowed: a file of UTF-8 text"),
+        (["moe.top_k=2"], "moe.top_k is 2, allowed: 1"),
+    ],
+)
+def test_a_wrong_request_is_one_line(runs, words, says):
+    begun = time.monotonic()
+    done = here(str(runs["scmoe"]), *words)
+    assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1)
+    assert says in done.err
+    assert time.monotonic() - begun < 20
+
+
+def test_without_lm_eval_tasks_are_refused_with_the_command_that_installs_it(runs, monkeypatch):
+    monkeypatch.setattr("scmoe.studies.evaluate.material.find_spec", lambda name: None)
+    done = here(str(runs["scmoe"]))
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert "pip install 'scmoe[eval]'" in done.err
+
+
+def test_results_go_to_the_runs_own_wandb_run(runs):
+    run_dir, words = runs["dgmoe"], (evaluate.main, 1, str(runs["dgmoe"]), "--tasks", "none", "logger.mode=online")
+    with wandb_server() as server:
+        found = command_in_ranks(*words, **server.variables).summary
+        (arrived,) = server.runs.values()
+    assert arrived.name == json.loads((run_dir / "wandb_run.json").read_text())["id"]
+    assert arrived.column("eval/perplexity") == [found["perplexity"]]
+    assert arrived.column("eval/test_loss") == [found["test_loss"]]
+    assert arrived.config["trainer.devices"] == 2, "the config stays that of the training"
+
+
+def test_trouble_with_wandb_loses_no_result(runs, monkeypatch):
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no server\nat all")
+
+    run_dir, config = runs["scmoe"], load(runs["scmoe"] / "config.yaml")
+    monkeypatch.setattr(results, "wandb_logger", fails)
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        results.log_to_wandb(run_dir, config, {"test": {"loss": 1.0}, "text": None, "tasks": {}, "step": 3})
+    assert err.getvalue().count("\n") == 1 and "no server" in err.getvalue()
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=NO_DATA)
+def test_the_papers_tasks_are_asked(runs):
+    pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+    names = "piqa,winogrande,boolq,arc_easy,openbook_qa,math_qa"
+    found = evaluated(1, runs["scmoe"], "--tasks", names, "--data", str(DATA), "--limit", "4")
+    assert list(found["tasks"]) == names.split(",")
+    assert all(0 <= task["acc"] <= 1 and task["questions"] == 4 for task in found["tasks"].values())
+
+
+# ---------------------------------------------------------------------- lending experts
+
+
+def passes(rank: int, world_size: int, raises: bool) -> Any:
+    """Joins the ranks and lets rank 0 make three passes; returns what each rank has computed."""
+    torch.distributed.init_process_group("gloo")
+    context = ParallelContext(rank, world_size, control_group=torch.distributed.group.WORLD)
+    seen = []
+
+    def model(inputs: Tensor, mask: Tensor) -> tuple[Tensor]:
+        total = context.sum_over_ranks(inputs * mask)
+        seen.append(total.tolist())
+        return (total,)
+
+    def work(forward: Any) -> str:
+        for i in range(3):
+            forward(torch.tensor([i + 1.0]), torch.tensor([True]))
+        if raises:
+            raise ValueError("as wanted")
+        return "done"
+
+    return with_lent_experts(work, model, (torch.ones(1), torch.tensor([False])), context), seen
+
+
+def test_ranks_take_part_in_every_pass_and_end_together():
+    alone = [[1.0], [2.0], [3.0]]
+    assert run_ranks(passes, 3, False) == [("done", alone), (None, alone), (None, alone)]
+
+
+def test_an_error_of_rank_0_lets_the_others_end():
+    begun = time.monotonic()
+    with pytest.raises(RankError, match="rank 0 of 2 failed first") as error:
+        run_ranks(passes, 2, True)
+    assert "as wanted" in str(error.value) and "rank 1, later" not in str(error.value)
+    assert time.monotonic() - begun < 60

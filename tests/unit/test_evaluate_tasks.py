@@ -1,0 +1,154 @@
+"""Own tasks are true and the same every time, tasks that are read are checked, and lm-eval counts as by hand."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from scmoe.config.fields import ConfigError
+from scmoe.studies.evaluate.own_tasks import CHOICES, NEAR, OWN_TASKS, cloze, next_sentence, sentences_of
+from scmoe.studies.evaluate.scoring import Score
+from scmoe.studies.evaluate.tasks import Question, Task, read_task
+from tests.support.sentences import DATA, NO_DATA, sentences
+
+SIX = {"piqa": 1838, "winogrande": 1267, "boolq": 3270, "arc_easy": 2376, "openbook_qa": 500, "math_qa": 2983}
+TEXT = [sentences(60, seed) for seed in range(3)]
+LINE = {"query": "Why?", "choices": ["so", "no"], "gold": 1}
+
+
+@pytest.mark.parametrize("name", OWN_TASKS)
+def test_own_questions_are_true_and_have_one_answer(name):
+    task = OWN_TASKS[name](TEXT, "a text")
+    texts = [" ".join(text) for text in sentences_of(TEXT)]
+    assert len(task.questions) > 100
+    for question in task.questions:
+        assert len(set(question.choices)) == CHOICES
+        assert any(f"{question.context} {question.choices[question.gold]}" in text for text in texts)
+    assert task.chance == 1 / CHOICES
+    golds = Counter(question.gold for question in task.questions)
+    assert min(golds[i] for i in range(CHOICES)) > len(task.questions) / CHOICES / 2, "no place is favoured"
+
+
+@pytest.mark.parametrize("name", OWN_TASKS)
+def test_own_questions_depend_on_the_text_alone(name):
+    task = OWN_TASKS[name](TEXT, "a text")
+    assert OWN_TASKS[name](list(TEXT), "a text") == task
+    assert OWN_TASKS[name](TEXT[:2], "a text").questions != task.questions
+
+
+def test_choices_of_a_cloze_are_about_as_frequent():
+    words = [f"word{'abcdefghijklmnopqrstuvwxyz'[i // 26]}{'abcdefghijklmnopqrstuvwxyz'[i % 26]}" for i in range(200)]
+    text = " ".join(f"We say again that {f'{word} ' * (1 + i // 10)}is the {word}." for i, word in enumerate(words))
+    often = Counter(text.replace(".", "").split())
+    for question in cloze([text], "a text").questions:
+        ranks = [often[choice] for choice in question.choices]
+        assert max(ranks) - min(ranks) <= 2 * NEAR / 10 + 1
+
+
+def test_choices_of_a_next_sentence_are_about_as_long():
+    for question in next_sentence(TEXT, "a text").questions:
+        lengths = [len(choice.split()) for choice in question.choices]
+        assert max(lengths) - min(lengths) <= 3
+
+
+def test_a_text_without_enough_sentences_is_refused():
+    with pytest.raises(ConfigError, match=r"cloze finds 0 choices in a text, allowed: 4 or more"):
+        cloze(["One sentence."], "a text")
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (["{"], "line 1: JSONDecodeError"),
+        ([json.dumps(LINE), json.dumps(LINE | {"gold": 2})], r"line 2: .*gold is 2, allowed: 0 to 1"),
+        ([json.dumps(LINE | {"choices": ["one"]})], "line 1: .*two or more texts"),
+        ([json.dumps({"query": "Why?"})], "line 1: KeyError"),
+        ([], "has 0 questions"),
+    ],
+)
+def test_a_file_that_is_no_task_is_an_error_with_its_line(lines, says, tmp_path):
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=says):
+        read_task("mine", tmp_path)
+
+
+def test_a_task_that_is_not_there_is_named_with_those_that_are(tmp_path):
+    (tmp_path / "mine.jsonl").write_text(json.dumps(LINE))
+    assert read_task("mine", tmp_path).questions == [Question("Why?", ("so", "no"), 1)]
+    with pytest.raises(ConfigError, match=r"--tasks has 'other', allowed: cloze, next_sentence, or one of .*: mine$"):
+        read_task("other", tmp_path)
+
+
+def test_one_answer_counts_where_all_questions_have_the_same_choices():
+    questions = [Question(f"{i}?", ("no", "yes"), int(i > 2)) for i in range(10)]
+    assert Task("yes", questions, "acc", "here").one_answer == 0.7
+    assert Task("yes", [*questions, Question("", ("yes", "no"), 0)], "acc", "here").one_answer is None
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=NO_DATA)
+@pytest.mark.parametrize("name", SIX)
+def test_the_papers_tasks_are_read_whole(name):
+    task = read_task(name, DATA)
+    assert len(task.questions) == SIX[name]
+    assert task.chance == (0.5 if name in ("piqa", "winogrande", "boolq") else 0.25)
+    assert not any(question.context.endswith(" ") for question in task.questions), "the space is of what follows"
+
+
+class Lookup:
+    """A model that likes some texts: the log-likelihood of an answer is minus its length, or 0 if it is liked."""
+
+    def __init__(self, liked: set[tuple[str, str]]) -> None:
+        from scmoe.studies.evaluate.lm_eval_adapter import ModelOfRun
+
+        self.model = ModelOfRun(lambda pairs: [self.score(*pair) for pair in pairs], None)  # type: ignore[arg-type]
+        self.model.ids_of = lambda context, continuation: (context, continuation)  # type: ignore[method-assign]
+        self.liked = liked
+
+    def score(self, context: str, continuation: str) -> Score:
+        return Score(0.0 if (context, continuation) in self.liked else -float(len(continuation)), 1, True)
+
+
+def test_lm_eval_counts_what_the_model_prefers():
+    adapter = pytest.importorskip("scmoe.studies.evaluate.lm_eval_adapter", reason="needs the extra `eval`")
+    questions = [Question(f"{{{{q}}}} {i}", ("aaaa", "bb", "cccccc"), i % 3) for i in range(30)]
+    task = Task("letters", questions, "acc", "here")
+    none = adapter.ask(Lookup(set()).model, task, None)
+    assert (none["acc"], none["verdict"]) == (pytest.approx(1 / 3), "at chance"), "bb is shortest in each question"
+    all_liked = Lookup({(q.context, f" {q.choices[q.gold]}") for q in questions})
+    found = adapter.ask(all_liked.model, task, None)
+    assert (found["accuracy"], found["acc_norm"], found["verdict"]) == (1.0, 1.0, "above chance")
+    assert found["interval"][0] == pytest.approx(0.025 ** (1 / 30)), "Clopper and Pearson, where all are right"
+    assert found["interval"][1] == 1.0
+    assert adapter.ask(all_liked.model, task, 7) | {"questions": 7, "of": 30} == adapter.ask(all_liked.model, task, 7)
+
+
+def test_where_beginnings_differ_the_end_is_scored():
+    adapter = pytest.importorskip("scmoe.studies.evaluate.lm_eval_adapter", reason="needs the extra `eval`")
+    questions = [Question("", (f"he {i}", f"she {i}"), i % 2, "runs.") for i in range(40)]
+    liked = {(f"she {i}", " runs.") for i in range(40)}
+    found = adapter.ask(Lookup(liked).model, Task("pronouns", questions, "acc", "here"), None)
+    assert found["accuracy"] == 0.5 and "acc_norm" not in found
+    assert found["one_answer"] is None
+    assert adapter.verdict(0.6, 0.7, 0.5, 0.65) == "at chance", "a constant answer can do it"
+    assert adapter.verdict(0.6, 0.7, 0.5) == "above chance" and adapter.verdict(0.3, 0.4, 0.5) == "below chance"
+
+
+def test_a_context_and_its_answer_are_encoded_as_one_text():
+    adapter = pytest.importorskip("scmoe.studies.evaluate.lm_eval_adapter", reason="needs the extra `eval`")
+    from datamodules.tokenizer import make_tokenizer
+
+    tokenizer = make_tokenizer("bpe", 400, TEXT)
+    model = adapter.ModelOfRun(None, tokenizer)
+    for context, answer in (
+        ("The state of the", " union."),
+        ("The state of the ", "union."),
+        ("", " peace"),
+        ("a", "b"),
+    ):
+        ids, first = model.ids_of(context, answer)
+        assert ids[0] == tokenizer.end_of_text
+        assert np.array_equal(ids[1:], tokenizer.encode(context + answer))
+        assert tokenizer.decode(ids[first:]) == (" " * context.endswith(" ") + answer)
