@@ -14,7 +14,7 @@ from typing import Any
 WIDTH = 6.0  # inches
 SMALL = 8.0  # points
 FORWARD, TRAINING, PAPER = "#4e79a7", "#f28e2b", "#5f5750"  # the same colour means the same in every chart
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",

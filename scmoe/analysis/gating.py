@@ -115,9 +115,9 @@ def draw_gating(steps: Sequence[int], labels: Sequence[str], values: Any, path: 
     from matplotlib import colormaps
 
     _, distance, *scores = values.max((0, 1)).tolist()
-    tops = (1.0, distance or 1.0, max(scores), max(scores))  # (c) and (d) share a scale
+    tops = (1.1, distance or 1.0, max(scores), max(scores))  # (c) and (d) share a scale
     shades = colormaps["viridis"].resampled(max(2, len(labels)) + 1)
-    with chart(path, 5.6 + 0.2 * (len(labels) // 3)) as figure:
+    with chart(path, 5.6 + 0.2 * (len(labels) // 4)) as figure:
         for i, (axis, name) in enumerate(zip(figure.subplots(2, 2, sharex=True).flat, TITLES, strict=True)):
             for layer, label in enumerate(labels):
                 axis.plot(steps, values[:, layer, i], color=shades(layer), marker=".", linewidth=1.5, label=label)
@@ -127,8 +127,8 @@ def draw_gating(steps: Sequence[int], labels: Sequence[str], values: Any, path: 
             if name == "repeated_selection":
                 axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
                 axis.axhline(PAPERS_MOST, color=PAPER, linestyle="--", linewidth=1)
-                axis.text(steps[0], PAPERS_MOST - 0.02, "paper: up to 98 %", va="top", color=PAPER, fontsize=SMALL)
+                axis.text(steps[0], PAPERS_MOST + 0.02, "paper: up to 98 %", va="bottom", color=PAPER, fontsize=SMALL)
             if i >= 2:
                 axis.set_xlabel("optimizer step")
         figure.suptitle(words, x=0.02, ha="left", fontsize=10.5)
-        figure.legend(handles, names, loc="outside lower center", ncols=min(3, len(labels)))
+        figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(labels)))
