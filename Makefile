@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train resume sample evaluate export sweep table3 runs compare list check-data params estimate bench bench-overlap bench-growth timeline gpu-check figures test test-fast test-dist test-faults mutate lint format typecheck ci clean
+.PHONY: help setup train resume sample evaluate export sweep table3 runs compare list check-data params estimate bench bench-overlap bench-growth timeline gpu-check figures figure1 figure8 figure9 figure10 test test-fast test-dist test-faults mutate lint format typecheck ci clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [CONFIG=$(CONFIG)] [RUN=runs/...] [ARGS=\"optim.lr=1e-3 ...\"]"; echo
@@ -89,7 +89,23 @@ gpu-check:  ## check everything on one GPU in nine minutes, into the folder OUT;
 	@$(or $(wildcard $(PY)),$(PYTHON)) -m experiments.gpu_check $(if $(OUT),--out $(OUT)) $(ARGS)
 
 figures: $(READY)  ## draw the figures of the README and docs
-	@$(PY) -m experiments.figures $(ARGS)
+	@$(PY) -m experiments.figure 4 $(ARGS)
+	@$(PY) -m experiments.figure 7 $(ARGS)
+
+figure1: $(READY)  ## Fig. 1, share of All-to-All in the time, from the reports that figure8 leaves in runs/figure8
+	@$(PY) -m experiments.figure 1 runs/figure8 $(ARGS)
+
+figure8: $(READY)  ## measure Fig. 8, three hardware scenarios on shaped links, and draw it; ARGS="--compute real"
+	@for share in 0.52 0.42 0.11; do $(PY) -m experiments.bench overlap --share $$share --out runs/figure8 \
+	  --rows top2 top2_pipelined top1 top1_pipelined shared_expert shared_expert_pipelined scmoe_pos2 scmoe_pos2_pipelined \
+	  $(ARGS) || exit; done
+	@$(PY) -m experiments.figure 8 runs/figure8
+
+figure9: $(READY)  ## Fig. 9, gating over training, of RUN (the newest), trained with analysis.gating_every=N
+	@$(PY) -m experiments.figure 9 $(or $(RUN),runs/latest) $(ARGS)
+
+figure10: $(READY)  ## Fig. 10, similarity of representations, of RUN (the newest), with analysis.similarity_every=N
+	@$(PY) -m experiments.figure 10 $(or $(RUN),runs/latest) $(ARGS)
 
 test: $(READY)  ## run all tests, of the fault suite the representative ones
 	@$(PYTEST) -m "not faults or representative" $(ARGS)

@@ -27,7 +27,7 @@ VERBS = {
     "estimate": "estimate what a training costs, without starting it",
     "bench": "measure the layer, overlap, growth, the guard, one pair's timeline",
     "gpu-check": "check everything on one GPU, in nine minutes",
-    "figures": "draw the figures of the README",
+    "figure": "draw a figure of the paper, from a run or from reports",
     "faults": "break checkpoints on purpose and count what survives",
 }
 

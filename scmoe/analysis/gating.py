@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from scmoe.blocks.double_gate import DoubleGateBlock
 from scmoe.blocks.moe_block import MoEBlock
+from scmoe.charts import PAPER, SMALL, chart
 from scmoe.schedule.schedule import POSITIONS
 
 TITLES = {
@@ -28,6 +29,8 @@ TITLES = {
     "score_current": "(c) gating score, current",
     "score_preceding": "(d) gating score, preceding",
 }
+
+PAPERS_MOST = 0.98  # the only number that the paper prints for Fig. 9: (a) in SwinV2-MoE-S
 
 
 @torch.no_grad()
@@ -107,26 +110,25 @@ def gating_metrics(means_L4: Any) -> dict[str, float]:
     return {f"gating/{name}": float(value) for name, value in zip(TITLES, means_L4.mean(0), strict=True)}
 
 
-def draw_gating(steps: Sequence[int], labels: Sequence[str], values: Any, path: Path) -> None:
-    """Draws four panels over training steps, with a line for each MoE layer, as a PNG. values: [steps, layers, 4]."""
+def draw_gating(steps: Sequence[int], labels: Sequence[str], values: Any, path: Path, words: str = "") -> None:
+    """Draws four panels over training steps, with a line for each MoE layer. values: [steps, layers, 4]."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
     _, distance, *scores = values.max((0, 1)).tolist()
-    tops = (1.0, distance or 1.0, max(scores), max(scores))  # (c) and (d) share a scale
+    tops = (1.1, distance or 1.0, max(scores), max(scores))  # (c) and (d) share a scale
     shades = colormaps["viridis"].resampled(max(2, len(labels)) + 1)
-    for i, (axis, name) in enumerate(zip(figure.subplots(2, 2, sharex=True).flat, TITLES, strict=True)):
-        for layer, label in enumerate(labels):
-            axis.plot(steps, values[:, layer, i], color=shades(layer), marker=".", linewidth=1.5, label=label)
-        axis.set_title(TITLES[name], loc="left", fontsize=11)
-        axis.set_ylim(0, 1.08 * tops[i])
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="#e0e0e0", linewidth=0.6)
-        if name == "repeated_selection":
-            axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        if i >= 2:
-            axis.set_xlabel("optimizer step")
-    handles, names = axis.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(6, len(labels)), frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    with chart(path, 5.6 + 0.2 * (len(labels) // 4)) as figure:
+        for i, (axis, name) in enumerate(zip(figure.subplots(2, 2, sharex=True).flat, TITLES, strict=True)):
+            for layer, label in enumerate(labels):
+                axis.plot(steps, values[:, layer, i], color=shades(layer), marker=".", linewidth=1.5, label=label)
+            handles, names = axis.get_legend_handles_labels()
+            axis.set(title=TITLES[name], ylim=(0, 1.08 * tops[i]))
+            axis.grid(axis="y")
+            if name == "repeated_selection":
+                axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+                axis.axhline(PAPERS_MOST, color=PAPER, linestyle="--", linewidth=1)
+                axis.text(steps[0], PAPERS_MOST + 0.02, "paper: up to 98 %", va="bottom", color=PAPER, fontsize=SMALL)
+            if i >= 2:
+                axis.set_xlabel("optimizer step")
+        figure.suptitle(words, x=0.02, ha="left", fontsize=10.5)
+        figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(labels)))

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.sublayers import MLP
+from scmoe.charts import SMALL, chart
 
 NUMBERED = 12  # a panel with up to so many representations has its entries written into it
 
@@ -97,33 +98,31 @@ def similarity_metrics(matrix: Any) -> dict[str, float]:
     return {"similarity/neighbours": float(neighbours.nanmean())}
 
 
-def draw_similarity(steps: Sequence[int], labels: Sequence[str], values: Any, path: Path) -> None:
-    """Draws the last matrix, one panel for each width, as a PNG. values: [steps, N, N].
+def draw_similarity(steps: Sequence[int], labels: Sequence[str], values: Any, path: Path, words: str = "") -> None:
+    """Draws the last matrix, one panel below the other for each width. values: [steps, N, N].
 
     The colour scale starts at the lowest value: neighbours are near 1, and would look the same on a scale from 0.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     starts = [i for i, label in enumerate(labels) if label == "input"] + [len(labels)]
     groups = [slice(a, b) for a, b in pairwise(starts)]
     matrix = values[-1]
-    size = [max(3.2, 0.22 * (group.stop - group.start) + 1.6) for group in groups]
-    figure = Figure(figsize=(sum(size) + 1.0, max(size) + 0.4), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
-    axes = figure.subplots(1, len(groups), squeeze=False, width_ratios=size)[0]
+    sides = [min(4.4, max(1.6, 0.42 * (group.stop - group.start))) for group in groups]  # inches
     lowest = math.floor(20 * min(0.95, float(torch.as_tensor(matrix).nan_to_num(1.0).min()))) / 20
-    for axis, group in zip(axes, groups, strict=True):
-        image = axis.imshow(matrix[group, group], vmin=lowest, vmax=1, cmap="magma")
-        names, places = list(labels[group]), range(group.stop - group.start)
-        axis.set_xticks(places, names, rotation=90, fontsize=7)
-        axis.set_yticks(places, names, fontsize=7)
-        axis.spines[:].set_visible(False)
-        if group.stop - group.start <= NUMBERED:
-            for (i, j), value in np.ndenumerate(matrix[group, group]):
-                dark = value < (1 + lowest) / 2
-                axis.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=6, color="w" if dark else "k")
-    axes[0].set_title(f"cosine similarity after {steps[-1]:,} steps", loc="left", fontsize=11)
-    figure.colorbar(image, ax=list(axes), shrink=0.8)
-    for axis in axes:  # after the colour bar, which sets its own anchors
-        axis.set_anchor("N")
-    figure.savefig(path, dpi=150)
+    with chart(path, 0.4 + sum(sides) + len(sides)) as figure:
+        axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=sides)[:, 0]
+        for axis, group, side in zip(axes, groups, sides, strict=True):
+            size = group.stop - group.start
+            image = axis.imshow(matrix[group, group], vmin=lowest, vmax=1, cmap="magma")
+            places = range(0, size, math.ceil(0.14 * size / side))  # a name is 0.14 inches high
+            names = [labels[group][i] for i in places]
+            axis.set_xticks(places, names, rotation=90, fontsize=SMALL)
+            axis.set_yticks(places, names, fontsize=SMALL)
+            axis.spines[:].set_visible(False)
+            if size <= NUMBERED:
+                for (i, j), value in np.ndenumerate(matrix[group, group]):
+                    color = "w" if value < (1 + lowest) / 2 else "k"
+                    text = f"{value:.2f}".replace("0.", ".")
+                    axis.text(j, i, text, ha="center", va="center", fontsize=SMALL, color=color)
+        step = f"cosine similarity after {steps[-1]:,} steps"
+        figure.suptitle(f"{words}\n{step}" if words else step, x=0.02, ha="left", fontsize=10.5)
+        figure.colorbar(image, ax=list(axes), shrink=min(1.0, 3.0 / sum(sides)), anchor=(0.0, 1.0))

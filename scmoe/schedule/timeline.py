@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scmoe.charts import SMALL, chart, title
+
 TRANSFERS = ("dispatch", "combine")
 COLORS = {
     "attention": "#4e79a7",
@@ -71,34 +73,27 @@ def elapsed(spans: Sequence[Span]) -> float:
     return max(span.end for span in spans)
 
 
-def draw(timelines: Mapping[str, Sequence[Span]], path: Path, title: str, unit: str = "time") -> None:
-    """Draws a pair of rows (computation above, communication below) for each timeline, on one axis, as a PNG."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    figure = Figure(figsize=(10, 0.9 + 1.25 * len(timelines)), layout="constrained")
-    axis = figure.subplots()
+def draw(timelines: Mapping[str, Sequence[Span]], path: Path, words: str, unit: str = "time") -> None:
+    """Draws a pair of rows (computation above, communication below) for each timeline, on one axis. words: a title."""
     end = max(elapsed(spans) for spans in timelines.values())
-    for i, (name, spans) in enumerate(timelines.items()):
-        for span in spans:
-            row = -(3 * i + (1 if span.is_transfer else 0))
-            color = COLORS.get(span.operator, OTHER)
-            axis.barh(row, span.end - span.start, left=span.start, height=0.85, color=color, edgecolor="white")
-            label = span.operator.replace("_", "\n")
-            if span.end - span.start > 0.01 * end * max(map(len, label.split("\n"))):  # room for the letters
-                axis.text((span.start + span.end) / 2, row, label, ha="center", va="center", fontsize=8, color="white")
-        axis.vlines(elapsed(spans), -3 * i - 1.5, -3 * i + 0.5, color="black", linewidth=1)
-        axis.text(elapsed(spans), -3 * i - 0.5, f" {elapsed(spans):.1f}", va="center", fontsize=9)
-        axis.text(0, -3 * i + 0.6, name, fontsize=10, fontweight="bold", va="bottom")
-    ticks = [-3 * i - row for i in range(len(timelines)) for row in (0, 1)]
-    axis.set_yticks(ticks, ["compute", "communication"] * len(timelines))
-    axis.set_ylim(-3 * len(timelines) + 1.3, 1.4)
-    axis.set_xlim(0, end * 1.08)
-    axis.set_xlabel(unit)
-    axis.set_title(title, loc="left", fontsize=11)
-    axis.spines[["top", "right"]].set_visible(False)
-    colors = COLORS | {"route, encode, decode": OTHER}
-    handles = [Patch(color=color, label=name.replace("_", " ")) for name, color in colors.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=7, frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with chart(path, 1.3 + 1.15 * len(timelines)) as figure:
+        axis = figure.subplots()
+        for i, (name, spans) in enumerate(timelines.items()):
+            for span in spans:
+                row, length = -(3 * i + (1 if span.is_transfer else 0)), span.end - span.start
+                color = COLORS.get(span.operator, OTHER)
+                axis.barh(row, length, left=span.start, height=0.9, color=color, edgecolor="white")
+                label = span.operator.replace("_", "\n")
+                if length > 0.016 * end * max(map(len, label.split("\n"))):  # room for the letters
+                    place = (span.start + span.end) / 2, row
+                    axis.text(*place, label, ha="center", va="center", fontsize=SMALL, color="white", linespacing=0.85)
+            axis.vlines(elapsed(spans), -3 * i - 1.5, -3 * i + 0.5, color="black", linewidth=1)
+            axis.text(elapsed(spans), -3 * i - 0.5, f" {elapsed(spans):.1f}", va="center", fontsize=9)
+            axis.text(0, -3 * i + 0.6, name, fontweight="bold", va="bottom")
+        ticks = [-3 * i - row for i in range(len(timelines)) for row in (0, 1)]
+        axis.set_yticks(ticks, ["compute", "All-to-All"] * len(timelines))
+        axis.set(ylim=(-3 * len(timelines) + 1.3, 1.6), xlim=(0, end * 1.1), xlabel=unit)
+        title(axis, words)
+        colors = COLORS | {"route, encode, decode": OTHER}
+        handles = [axis.barh(0, 0, color=color, label=name.replace("_", " ")) for name, color in colors.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4)

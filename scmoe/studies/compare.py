@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 from matplotlib import colormaps
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from rich import box
 from rich.table import Column, Table
 from rich.text import Text
 
+from scmoe.charts import chart
 from scmoe.studies.runs import SeenRun, differences
 
 PANELS = {"train/loss": "Training (single batches)", "val/loss": "Validation"}
@@ -50,24 +51,20 @@ def labels_of(runs: Sequence[SeenRun], letters: Sequence[str]) -> list[str]:
 
 
 def draw(runs: Sequence[SeenRun], letters: Sequence[str], path: Path) -> None:
-    """Draw the training loss on the left and the validation loss on the right, one colour a run."""
-    figure = Figure(figsize=(11, 4.6 + 0.22 * len(runs)), layout="constrained")
-    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    """Draw the training loss above and the validation loss below, one colour a run."""
     colors = colormaps["tab10"].colors  # type: ignore[attr-defined]
-    for i, (run, label) in enumerate(zip(runs, labels_of(runs, letters), strict=True)):
-        style = {"color": colors[i % 10], "linestyle": STYLES[i // 10 % len(STYLES)], "label": label}
-        for axis, metric in zip(axes, PANELS, strict=True):
-            points = run.curve(metric)
-            marker = "o" if metric == "val/loss" else None
-            axis.plot(*zip(*points, strict=True) if points else ((), ()), linewidth=1.4, marker=marker, ms=4, **style)
-    unit = " or ".join(sorted({run.counts for run in runs}))
-    for axis, title in zip(axes, PANELS.values(), strict=True):
-        axis.set_title(title, fontsize=11)
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.set(xlabel=unit, xlim=(0, None), axisbelow=True)
-        axis.grid(color="#dddddd", linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("loss, nats")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=1, frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with chart(path, 6.2 + 0.2 * len(runs)) as figure:
+        axes = figure.subplots(2, 1, sharex=True, sharey=True)
+        for i, (run, label) in enumerate(zip(runs, labels_of(runs, letters), strict=True)):
+            style = {"color": colors[i % 10], "linestyle": STYLES[i // 10 % len(STYLES)], "label": fill(label, 80)}
+            for axis, metric in zip(axes, PANELS, strict=True):
+                points = run.curve(metric)
+                marker = "o" if metric == "val/loss" else None
+                xs_ys = zip(*points, strict=True) if points else ((), ())
+                axis.plot(*xs_ys, linewidth=1.4, marker=marker, markersize=4, **style)
+        for axis, name in zip(axes, PANELS.values(), strict=True):
+            axis.set(title=name, ylabel="loss, nats", xlim=(0, None))
+            axis.grid()
+        axes[1].set_xlabel(" or ".join(sorted({run.counts for run in runs})))
+        axes[1].xaxis.set_major_formatter(EngFormatter(sep=""))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=1)

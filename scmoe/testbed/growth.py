@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
+from scmoe.charts import chart
 from scmoe.testbed.overlap import measure
 from scmoe.testbed.overlap_report import summary
 from scmoe.testbed.pairs import Setting
@@ -78,29 +79,25 @@ def show(report: dict[str, list[dict[str, Any]]]) -> None:
 
 def draw(report: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Draw a panel for each thing that grows: time of a training step, both axes logarithmic, Pos-2's speed-up."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, NullLocator
 
-    figure = Figure(figsize=(4.2 * len(report), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(report), squeeze=False)[0]
-    for axis, (of, points) in zip(axes, report.items(), strict=True):
-        values = [p[of] for p in points]
-        for name, (word, color) in ROWS.items():
-            times = [p["rows"][name]["train_ms"] for p in points]
-            axis.plot(values, times, "o-", color=color, label=word)
-        for p in points:
-            row, color = p["rows"]["scmoe_pos2"], ROWS["scmoe_pos2"][1]
-            text, where = f"{row['train_speedup']:.2f} x", (p[of], row["train_ms"])
-            axis.annotate(text, where, (0, -18), textcoords="offset points", ha="center", fontsize=8, color=color)
-        axis.loglog(base=2)
-        axis.set_xticks(values, [str(value) for value in values])
-        axis.yaxis.set_major_locator(MaxNLocator(6))  # a panel may span less than the powers of two are apart
-        axis.yaxis.set_minor_locator(NullLocator())
-        axis.yaxis.set_major_formatter("{x:.0f}")
-        axis.margins(0.15)
-        axis.set_xlabel("tokens of a rank" if of == "tokens" else of)
-        axis.set_title(f"{of}, {points[0]['compute']} compute", loc="left", fontsize=11)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("forward + backward of a pair, ms")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    with chart(path, 3.4 * len(report)) as figure:
+        axes = figure.subplots(len(report), 1, squeeze=False)[:, 0]
+        for axis, (of, points) in zip(axes, report.items(), strict=True):
+            values = [p[of] for p in points]
+            for name, (word, color) in ROWS.items():
+                times = [p["rows"][name]["train_ms"] for p in points]
+                axis.plot(values, times, "o-", color=color, label=word)
+            for p in points:
+                row, color = p["rows"]["scmoe_pos2"], ROWS["scmoe_pos2"][1]
+                text, where = f"{row['train_speedup']:.2f} x", (p[of], row["train_ms"])
+                axis.annotate(text, where, (0, -18), textcoords="offset points", ha="center", fontsize=9, color=color)
+            axis.loglog(base=2)
+            axis.set_xticks(values, [str(value) for value in values])
+            axis.yaxis.set_major_locator(MaxNLocator(6))  # a panel may span less than the powers of two are apart
+            axis.yaxis.set_minor_locator(NullLocator())
+            axis.yaxis.set_major_formatter("{x:.0f}")
+            axis.margins(0.15)
+            words = "tokens of a rank" if of == "tokens" else of
+            axis.set(xlabel=words, ylabel="training of a pair, ms", title=f"{of}, {points[0]['compute']} compute")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)

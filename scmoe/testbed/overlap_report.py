@@ -15,14 +15,16 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
+from scmoe.charts import FORWARD, SMALL, TRAINING, chart, title
 from scmoe.config.fields import ConfigError
-from scmoe.schedule.cost import exposed_time, overlap_efficiency
+from scmoe.schedule.cost import OperatorTimes, exposed_time, overlap_efficiency
 from scmoe.testbed import links
 from scmoe.testbed.overlap import Seconds, Variant, measure
 from scmoe.testbed.pairs import ROWS, Setting, default_schedule
 from scmoe.testbed.ranks import run_ranks
 
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Setting)}
+KINDS = ("forward", "train")
 OF_COMPUTE = {"ffn_dim": "real", "heads": "real", "attention_ms": "emulated", "attention_to_mlp": "emulated"}
 
 
@@ -120,10 +122,20 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
             **({"gradient_mb": result["gradients"][block]} if iteration else {}),
         }
 
+    def over(reference: str) -> dict[str, Any]:
+        """Return the quartiles of each row's times over those of one row."""
+
+        def quartiles(own: Seconds, kind: str) -> list[float]:
+            return quantiles(getattr(own, kind) / getattr(best[reference], kind), n=4)
+
+        return {kind: {name: quartiles(own, kind) for name, own in best.items()} for kind in KINDS}
+
     rows = {name: row(name) for name in setting.rows}
+    scmoe = min((name for name in rows if name.startswith("scmoe")), key=lambda n: rows[n]["train_ms"], default=None)
     fastest = max(rows, key=lambda name: rows[name]["forward_speedup"])
     limit_forward = median(baseline.forward / baseline_free.forward)
     return {
+        "wanted_share": setting.share if setting.link_mbit is None else None,
         "comm_share": 1 - 1 / limit_forward,
         "link_mbit": None if setting.bus else result["rate"],
         **({"bus_rate": result["rate"]} if setting.bus else {}),
@@ -142,8 +154,16 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
             "row": fastest,
             "over": {name: median(own.forward / best[fastest].forward) for name, own in best.items()},
         },
+        **({"fastest_scmoe": {"row": scmoe, "over": over(scmoe)}} if scmoe else {}),
+        **({"top2_operators_ms": operators_ms(result["choices"]["top2"].times[1])} if "top2" in rows else {}),
         "rows": rows,
     }
+
+
+def operators_ms(times: OperatorTimes) -> dict[str, dict[str, float]]:
+    """Return the times of a row's operators from the gate on, one at a time, forward and in training."""
+    forward = {op: 1e3 * seconds for op, seconds in times.forward.items() if seconds}
+    return {"forward": forward, "train": {op: ms + 1e3 * times.backward[op] for op, ms in forward.items()}}
 
 
 def show(report: dict[str, Any]) -> None:
@@ -167,31 +187,41 @@ def show(report: dict[str, Any]) -> None:
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw bars of both speed-ups, quartiles as whiskers, the limits as lines."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.8), layout="constrained")
-    axis = figure.subplots()
-    rows = list(report["rows"].items())
-    kinds = (("forward", "#4e79a7", "forward", -0.19), ("train", "#f28e2b", "forward + backward", 0.19))
-    for kind, color, word, shift in kinds:
-        values = [r[f"{kind}_speedup"] for _, r in rows]
-        errors = [[abs(r[f"{kind}_quartiles"][q] - r[f"{kind}_speedup"]) for _, r in rows] for q in (0, 1)]
-        places = [x + shift for x in range(len(rows))]
-        bars = axis.bar(places, values, 0.36, color=color, yerr=errors, ecolor="#555555", label=word)
-        behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # a limit's line may cross a figure
-        axis.bar_label(bars, [f"{v:.2f}" for v in values], fontsize=8, padding=2, bbox=behind)
-        limit = report[f"limit_{kind}"]
-        axis.axhline(limit, color=color, linestyle="--", linewidth=1, zorder=0, label=f"all hidden, {word}")
-    axis.set_xticks(range(len(rows)), [name.replace("_", "\n") for name, _ in rows], fontsize=8)
-    axis.set_ylabel("speed-up over sequential top-2")
+    rows = report["rows"]
     bus = f"rows over the bus of a {report['device']} at {report.get('bus_rate', 1.0):.2g} of its rate"
     words = {"loopback": "loopback as it is", "bus": bus}
-    links = f"{report['link_mbit']:.0f} Mbit/s links" if report["link_mbit"] else words[rows[0][1]["links"]]
+    unshaped = words.get(next(iter(rows.values()))["links"], "")
+    links = f"{report['link_mbit']:.0f} Mbit/s links" if report["link_mbit"] else unshaped
     what = "pair of blocks" if report["level"] == "block" else "iteration"
     where = f"{report['compute']} compute, {report['ranks']} ranks, {links}"
-    axis.set_title(f"One {what}, {where}: {100 * report['comm_share']:.0f} % communication", loc="left", fontsize=11)
-    axis.margins(y=0.15)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with chart(path, 1.5 + 0.46 * len(rows)) as figure:
+        axis = figure.subplots()
+        bars(axis, report)
+        title(axis, f"One {what}, {where}: {100 * report['comm_share']:.0f} % communication")
+        axis.set_xlabel("speed-up over sequential top-2")
+        figure.legend(loc="outside lower center", ncols=2)
+
+
+def bars(axis: Any, report: dict[str, Any]) -> None:
+    """Draw the rows of a report from top to bottom, two bars each."""
+    rows = report["rows"]
+    for kind, color, word, shift in (("forward", FORWARD, "forward", -0.21), ("train", TRAINING, "training", 0.21)):
+        values = [row[f"{kind}_speedup"] for row in rows.values()]
+        ends = [row[f"{kind}_quartiles"] for row in rows.values()]
+        errors = [[abs(end[q] - value) for end, value in zip(ends, values, strict=True)] for q in (0, 1)]
+        places = [place + shift for place in range(len(rows))]
+        axis.barh(places, values, 0.42, color=color, xerr=errors, ecolor="#333333", label=word)
+        for place, value in zip(places, values, strict=True):
+            axis.text(0.03, place, f"{value:.2f}", va="center", fontsize=SMALL, color="white", fontweight="bold")
+        limit = report[f"limit_{kind}"]
+        axis.axvline(limit, color=color, linestyle="--", linewidth=1.2, label=f"all hidden, {word}")
+    axis.set_yticks(range(len(rows)), [name_of(row) for row in rows])
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+
+
+def name_of(row: str) -> str:
+    """Return a row's name as the paper writes it, such as `ScMoE Pos-2,\\npipelined` for scmoe_pos2_pipelined."""
+    words = {"top2": "top-2", "top1": "top-1", "shared_expert": "shared expert"}
+    block = row.removesuffix("_pipelined")
+    name = words.get(block) or block.replace("scmoe_pos", "ScMoE Pos-")
+    return name + (",\npipelined" if block != row else "")

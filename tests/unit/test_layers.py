@@ -9,8 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [
-    *(["schedule", "tokens"], ["config"], ["moe"], ["blocks"], ["models"], ["parallel", "offload", "analysis"]),
-    *(["datamodules"], ["training"], ["testbed"], ["studies"], ["experiments"], ["__init__"]),
+    *(["charts", "schedule", "tokens"], ["config"], ["moe"], ["blocks"], ["models"]),
+    *(["parallel", "offload", "analysis"], ["datamodules"], ["training"], ["testbed"], ["studies"], ["experiments"]),
+    ["__init__"],
 ]
 LAYER = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
 ONLY_IN = {

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from rich.table import Column, Table
 from rich.text import Text
 
+from scmoe.charts import WIDTH, chart
 from scmoe.config.load import load, to_yaml
 from scmoe.studies.sweep.search import Trial, best
 from scmoe.studies.sweep.sweep_file import Sweep, words
@@ -85,17 +85,15 @@ def draw(sweep: Sweep, trials: Sequence[Trial], path: Path) -> None:
     """Draw the metric over each parameter that varies, one panel each. Failed trials are marked at the upper edge."""
     varied = [name for name in sweep.axes if len({str(trial.parameters[name]) for trial in trials}) > 1]
     shown = varied or list(sweep.axes)[:1]
-    figure = Figure(figsize=(max(5.6, 3.4 * len(shown) + 0.8), 4.2), dpi=150)
-    figure.set_layout_engine("constrained", w_pad=0.1)
-    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-    for panel, name in zip(panels, shown, strict=True):
-        _slice(panel, sweep, trials, name)
-    panels[0].set_ylabel(sweep.metric)
     counts = [f"{n} {word}" for state, word in LABELS.items() if (n := sum(trial.state == state for trial in trials))]
-    figure.suptitle(f"Sweep {sweep.name}: {', '.join(counts) or 'no trial has ended'}", x=0.01, ha="left", fontsize=11)
-    handles_labels = panels[0].get_legend_handles_labels()
-    figure.legend(*handles_labels, loc="outside lower left", ncols=4, frameon=False, fontsize=9)
-    figure.savefig(path)
+    with chart(path, 4.2, max(WIDTH, 3.4 * len(shown) + 0.8)) as figure:
+        panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for panel, name in zip(panels, shown, strict=True):
+            _slice(panel, sweep, trials, name)
+        panels[0].set_ylabel(sweep.metric)
+        words = f"Sweep {sweep.name}: {', '.join(counts) or 'no trial has ended'}"
+        figure.suptitle(words, x=0.01, ha="left", fontsize=10.5)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=4)
 
 
 def _slice(panel: Axes, sweep: Sweep, trials: Sequence[Trial], name: str) -> None:
