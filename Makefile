@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train resume sample export sweep table3 runs compare list check-data params estimate bench bench-overlap bench-growth timeline gpu-check figures test test-fast test-dist test-faults mutate lint format typecheck ci clean
+.PHONY: help setup train resume sample export sweep reproduce table table3 runs compare list check-data params estimate bench bench-overlap bench-growth timeline gpu-check figures test test-fast test-dist test-faults mutate lint format typecheck ci clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [CONFIG=$(CONFIG)] [RUN=runs/...] [ARGS=\"optim.lr=1e-3 ...\"]"; echo
@@ -43,8 +43,14 @@ sample: $(READY)  ## write text with the model of RUN (default: the newest)
 export: $(READY)  ## write the weights of RUN (default: the newest) as one safetensors file
 	@$(PY) -m experiments.export $(or $(RUN),runs/latest) $(ARGS)
 
-table3: $(READY)  ## Table 3 at SCALE (smoke, small or paper); finished runs are skipped, interrupted ones resumed
-	@$(PY) -m experiments.table table3 --scale $(or $(SCALE),smoke) $(ARGS)
+reproduce: $(READY)  ## all tables of the paper at SCALE (smoke, small or paper), in turn; can be stopped and continued
+	@$(PY) -m experiments.reproduce --scale $(or $(SCALE),smoke) $(ARGS)
+
+table: $(READY)  ## one TABLE (table3) at SCALE; finished runs are skipped, interrupted ones resumed
+	@$(PY) -m experiments.table $(or $(TABLE),table3) --scale $(or $(SCALE),smoke) $(ARGS)
+
+table3:  ## the same as table TABLE=table3
+	@$(MAKE) --no-print-directory table TABLE=table3
 
 runs: $(READY)  ## list runs: state, best loss, tokens/s, differences in their configs
 	@$(PY) -m experiments.runs $(ARGS)
