@@ -49,8 +49,8 @@ reproduce: $(READY)  ## all tables of the paper at SCALE (smoke, small or paper)
 table: $(READY)  ## one TABLE (table3) at SCALE; finished runs are skipped, interrupted ones resumed
 	@$(PY) -m experiments.table $(or $(TABLE),table3) --scale $(or $(SCALE),smoke) $(ARGS)
 
-table3:  ## the same as table TABLE=table3
-	@$(MAKE) --no-print-directory table TABLE=table3
+table3: $(READY)  ## the same as table TABLE=table3
+	@$(PY) -m experiments.table table3 --scale $(or $(SCALE),smoke) $(ARGS)
 
 runs: $(READY)  ## list runs: state, best loss, tokens/s, differences in their configs
 	@$(PY) -m experiments.runs $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -98,7 +99,7 @@ def test_a_difference_is_decided_by_its_corrected_p(made):
     table, runs = made
     for run in runs:
         ahead = 0.05 if run.row.name == "ScMoE Pos-2, CG-1" else 0.002
-        noise = (run.seed * 7 + len(run.row.name)) % 5 / 1000
+        noise = Random(f"{run.row.name}{run.seed}").uniform(-0.003, 0.003)
         run.job.state = state_of(4.0 + run.seed - (0 if run.row.is_baseline else ahead) + noise, run.digest)
     rows = {row["name"]: row for row in results(table, "smoke", runs)["rows"]}
     minus = rows["ScMoE Pos-2, CG-1"]["minus_baseline"]

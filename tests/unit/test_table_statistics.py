@@ -49,6 +49,12 @@ def test_there_is_no_p_value_where_no_test_is_possible(values):
     assert (found["p"], found["low"], found["high"], found["n"]) == (None, None, None, len(values))
 
 
+def test_differences_that_are_equal_but_for_rounding_are_not_certain():
+    values, baseline = {1: 100 * 0.97, 2: 100 * 0.95}, {1: 100 * 0.96, 2: 100 * 0.94}
+    assert values[1] - baseline[1] != values[2] - baseline[2], "rounding differs"
+    assert compare(values, baseline)["p"] is None
+
+
 def test_an_interval_of_seven_comparisons_is_bonferronis():
     values, baseline = {1: 1.0, 2: 2.0, 3: 6.0}, dict.fromkeys((1, 2, 3), 0.0)
     half = stats.t.ppf(1 - 0.05 / 7 / 2, 2) * math.sqrt(7) / math.sqrt(3)
