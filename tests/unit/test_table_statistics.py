@@ -50,7 +50,7 @@ def test_there_is_no_p_value_where_no_test_is_possible(values):
 
 
 def test_differences_that_are_equal_but_for_rounding_are_not_certain():
-    values, baseline = {1: 100 * 0.97, 2: 100 * 0.95}, {1: 100 * 0.96, 2: 100 * 0.94}
+    values, baseline = {1: 0.3, 2: 0.2}, {1: 0.2, 2: 0.1}
     assert values[1] - baseline[1] != values[2] - baseline[2], "rounding differs"
     assert compare(values, baseline)["p"] is None
 

@@ -40,7 +40,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         f"{failed} failed. The metric is {found['metric']} in {found['unit']}; {_better(found)}.",
         f"Differences are taken seed by seed. p is that of a paired t-test over seeds, two-sided, corrected for {m} "
         f"comparisons by Holm's method; the intervals are Bonferroni's and hold together at 95 %. far: values further "
-        f"than {FAR_DEVIATIONS} median absolute deviations and {FAR_SHARE:.0%} from their row's median.",
+        f"than {FAR_DEVIATIONS} median absolute deviations and {100 * FAR_SHARE:g} % from their row's median.",
     ]
     for group in dict.fromkeys(group for row in found["rows"] for group in row["groups"]):
         lines += ["", f"## {group[0].upper()}{group[1:]}", "", f"| {head} |", "| --- |" + " ---: |" * 8]
@@ -144,6 +144,8 @@ def _equal_time(found: Mapping[str, Any]) -> list[str]:
         f"| row | {' | '.join(heads)} |",
         "| --- |" + " ---: |" * len(heads),
     ]
+    if len(columns) == 1:
+        lines.insert(4, "No speed has been measured at this scale, or the measurement failed.")
     for name in columns["equal_tokens"]["rows"]:
         cells = []
         for column in columns.values():
@@ -182,7 +184,8 @@ def _decisions(found: Mapping[str, Any]) -> list[str]:
 def _order(found: Mapping[str, Any]) -> list[str]:
     metric = found["metric"]
     pairs = [(row["paper"][metric], row["ours"]["mean"]) for row in found["rows"] if metric in row["paper"]]
-    if len(pairs) < 3 or any(ours is None for _, ours in pairs):
+    ours = {mean for _, mean in pairs}
+    if len(pairs) < 3 or len(ours) < 2 or None in ours:
         return []
     statistic, p = rank_correlation(pairs)
     order = f"Order of the {len(pairs)} rows, ours against the paper's: Spearman's rank correlation"
