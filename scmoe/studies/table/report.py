@@ -163,16 +163,18 @@ def _decisions(found: Mapping[str, Any]) -> list[str]:
     """Return a sentence for each compared metric: which differences are decided and which are not."""
     lines = []
     for metric in found["metrics"]:
-        decided, open_ = [], []
+        decided: list[str] = []
+        open_: list[str] = []
         for row in found["rows"]:
             own = row if metric == found["metric"] else row["others"][metric]
             minus = own["minus_baseline"]
             if minus is None or minus["mean"] is None:
                 continue
             side = "above" if minus["mean"] > 0 else "below"
-            (decided if minus["decided"] else open_).append(
-                f"{row['name']} is {side} {row['baseline']}" if minus["decided"] else row["name"]
-            )
+            if minus["decided"]:
+                decided.append(f"{row['name']} is {side} {row['baseline']}")
+            else:
+                open_.append(row["name"])
         if decided or open_:
             lines.append(
                 f"{metric}: decided (corrected p < 0.05): {'; '.join(decided) or 'nothing'}. "

@@ -82,7 +82,7 @@ def _speed(metric: Metric, row: Row, report: Mapping[str, Any] | None) -> dict[s
 def _row(
     table: Table, row: Row, runs: Sequence[Run], columns: Mapping[str, Mapping[str, dict[str, Any]]]
 ) -> dict[str, Any]:
-    summary = next((run.state.results["summary"] for run in runs if run.state.results), {})
+    summary: dict[str, Any] = next((run.state.results["summary"] for run in runs if run.state.results), {})
     first, *others = table.metrics
     return {
         "name": row.name,

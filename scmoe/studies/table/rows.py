@@ -157,13 +157,11 @@ def _scale(name: str, folder: Path, entry: Any, scales: Mapping[str, Any]) -> Sc
     otherwise = entry.get("otherwise")
     if otherwise is not None and otherwise not in scales:
         raise refusal(f"scales.{name}.otherwise", otherwise, ", ".join(scales))
-    words = {key: tuple(shlex.split(entry[key])) for key in ("evaluate", "bench") if key in entry}
-    numbers = {key: float(entry[key]) for key in ("minutes", "gpu_gib") if key in entry}
+    given: dict[str, Any] = {key: tuple(shlex.split(entry[key])) for key in ("evaluate", "bench") if key in entry}
+    given |= {key: float(entry[key]) for key in ("minutes", "gpu_gib") if key in entry}
     jobs = None if entry["jobs"] == "launch" else int(entry["jobs"])
     sizes = {size: _overrides(own) for size, own in entry.get("sizes", {}).items()}
-    return Scale(
-        folder / entry["config"], int(entry["seeds"]), jobs, otherwise=otherwise, sizes=sizes, **words, **numbers
-    )
+    return Scale(folder / entry["config"], int(entry["seeds"]), jobs, otherwise=otherwise, sizes=sizes, **given)
 
 
 def _overrides(entry: Mapping[str, str]) -> tuple[str, ...]:
