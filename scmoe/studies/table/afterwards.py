@@ -66,7 +66,7 @@ def measure_speeds(table: Table, scale: Scale, folder: Path, lock: IO[str]) -> t
         return [], 0
     rows = dict.fromkeys(["top2", *(row.speed for row in table.rows if row.speed)])
     jobs = []
-    for share in table.shares:
+    for share in table.shares if scale.shares is None else scale.shares:
         name = f"speed-{share:g}"
         words = ["overlap", "--share", f"{share:g}", "--rows", *rows, "--out", str(folder / "speed"), *scale.bench]
         job = Job(name, f"speed at a share of {share:g}", folder, folder / "no-run-of-a-measurement", words, BENCH)

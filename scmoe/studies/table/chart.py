@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 PAPER, OURS, SEED = "#8a817c", "#1b6ca8", "#9cc4e4"
 COLORS = ("#8a817c", "#f28e2b", "#1b6ca8", "#59a14f")
+SHORT_NAME = 17  # letters that fit beside a chart on one line
 WIDTH = 7.2  # inches: at a phone's width the smallest letters are still read
 
 
@@ -78,7 +79,8 @@ def draw_equal_time(found: Mapping[str, Any], path: Path) -> None:
 
 
 def _name_rows(axis: Axes, names: list[str]) -> None:
-    axis.set_yticks(range(len(names), 0, -1), [name.replace(", ", ",\n") for name in names], fontsize=10)
+    words = [name if len(name) < SHORT_NAME else name.replace(", ", ",\n") for name in names]
+    axis.set_yticks(range(len(names), 0, -1), words, fontsize=10)
     axis.set_ylim(0.3, len(names) + 0.9)
 
 
@@ -93,4 +95,6 @@ def _plain(axis: Axes) -> None:
 
 
 def _label(axis: Axes, text: str, x: float, y: float) -> None:
-    axis.annotate(text, (x, y), (0, 7), textcoords="offset points", ha="center", fontsize=9, color="#444444")
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # the line at 0 may cross a figure
+    place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 9, "color": "#444444"}
+    axis.annotate(text, (x, y), (0, 7), bbox=behind, **place)

@@ -113,7 +113,7 @@ def _power(table: Table, column: Mapping[str, dict[str, Any]]) -> dict[str, Any]
     stds = [own["minus_baseline"]["std"] for own in column.values() if own["minus_baseline"]]
     known = [std for std in stds if std is not None]
     differences = [abs(d) for row in table.rows if (d := _paper_difference(table, row)) and not row.is_baseline]
-    if not known or not differences:
+    if not differences or not any(known):
         return None
     asked = dict.fromkeys(float(f"{difference:.2g}") for difference in (min(differences), max(differences)))
     needed = {f"{d:g}": seeds_needed(pooled(known), d, table.comparisons) for d in asked}

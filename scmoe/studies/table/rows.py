@@ -60,6 +60,7 @@ class Scale:
     minutes: float = 0.0  # of the whole table at this scale, as measured or calculated in its file's header
     evaluate: tuple[str, ...] | None = None  # the evaluate command's words after the run; None: no evaluation
     bench: tuple[str, ...] | None = None  # the words of `bench overlap`; None: no speeds
+    shares: tuple[float, ...] | None = None  # those of the table's shares that are measured at this scale; None: all
     otherwise: str | None = None  # the scale that is run where the config's data set is not on this machine
     gpu_gib: float = 80.0  # memory of a GPU for which launch files are written
     sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # key=value of each size of model at this scale
@@ -159,6 +160,7 @@ def _scale(name: str, folder: Path, entry: Any, scales: Mapping[str, Any]) -> Sc
         raise refusal(f"scales.{name}.otherwise", otherwise, ", ".join(scales))
     given: dict[str, Any] = {key: tuple(shlex.split(entry[key])) for key in ("evaluate", "bench") if key in entry}
     given |= {key: float(entry[key]) for key in ("minutes", "gpu_gib") if key in entry}
+    given |= {"shares": tuple(map(float, entry["shares"]))} if "shares" in entry else {}
     jobs = None if entry["jobs"] == "launch" else int(entry["jobs"])
     sizes = {size: _overrides(own) for size, own in entry.get("sizes", {}).items()}
     return Scale(folder / entry["config"], int(entry["seeds"]), jobs, otherwise=otherwise, sizes=sizes, **given)
@@ -212,5 +214,6 @@ SCALE: dict[str, Rule] = {
     "jobs": (lambda text: text == "launch" or str(text).isdecimal(), "0 or more | launch"),
     "minutes": ABOVE_0,
     "sizes": SIZES,
+    "shares": MANY,
     "gpu_gib": ABOVE_0,
 }
