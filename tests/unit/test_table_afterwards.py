@@ -15,14 +15,16 @@ from scmoe.studies.table.rows import load_table
 from scmoe.studies.table.runs import plan_runs
 
 CONFIGS = Path(__file__).parents[2] / "configs/experiment"
-# A fake evaluate command: it notes its words, and writes perplexity.wikitext-2 unless a file `broken` is in the run.
+# A fake evaluate command: it notes its words, and writes a perplexity of test.txt unless a file `broken` is in the run.
 EVALUATE = """
 import json, pathlib, sys
 run_dir = pathlib.Path(sys.argv[1])
 print(*sys.argv[2:], file=open(run_dir / "words", "a"))
 if (run_dir / "broken").exists():
     sys.exit("ValueError: no text")
-(run_dir / "evaluation.json").write_text(json.dumps({"perplexity": {"wikitext-2": 30.0}} if len(sys.argv) > 2 else {}))
+texts = {"test.txt": {"perplexity": 30.0}} if len(sys.argv) > 2 else {}
+early = {"step": 1, "texts": {"test.txt": {"perplexity": 99.0}}}
+(run_dir / "evaluation.json").write_text(json.dumps({"step=1.ckpt": early, "step=4.ckpt": {"step": 4, "texts": texts}}))
 """
 BENCH = """
 import json, pathlib, sys
@@ -39,7 +41,7 @@ def evaluated(tmp_path, monkeypatch):
     (tmp_path / "evaluate.py").write_text(EVALUATE)
     monkeypatch.setattr(afterwards, "EVALUATE", (sys.executable, "-S", str(tmp_path / "evaluate.py")))
     table = load_table("table7", CONFIGS)
-    scale = replace(table.scales["smoke"], evaluate=("text=some.txt",))
+    scale = replace(table.scales["smoke"], evaluate=("--text", "some.txt"))
     runs = plan_runs(table, scale, tmp_path / "study", 1)[:2]
     for i, run in enumerate(runs):
         (tmp_path / f"run{i}").mkdir()
@@ -56,11 +58,10 @@ def test_an_evaluation_is_kept_and_not_made_again(evaluated):
     folder, runs, _, evaluate = evaluated
     jobs, signal = evaluate()
     assert ([job.state.status for job in jobs], signal) == (["finished"] * 2, 0)
-    assert json.loads(runs[0].job.state_file.read_text())["results"]["evaluation"] == {
-        "perplexity": {"wikitext-2": 30.0}
-    }
+    kept = json.loads(runs[0].job.state_file.read_text())["results"]["evaluation"]
+    assert kept == {"step": 4, "texts": {"test.txt": {"perplexity": 30.0}}}, "the last checkpoint's"
     assert evaluate() == ([], 0)
-    assert (folder / "run0/words").read_text() == "text=some.txt\n"
+    assert (folder / "run0/words").read_text() == "--text some.txt\n"
 
 
 def test_a_failed_evaluation_says_why_and_is_made_again(evaluated):
@@ -79,7 +80,15 @@ def test_a_failed_evaluation_says_why_and_is_made_again(evaluated):
 def test_an_evaluation_without_its_metric_has_failed(evaluated):
     _, _, scale, evaluate = evaluated
     jobs, _ = evaluate(replace(scale, evaluate=()))
-    assert {job.state.error for job in jobs} == {"it ended without perplexity.wikitext-2 in evaluation.json"}
+    assert {job.state.error for job in jobs} == {"it ended without texts.test.txt.perplexity in evaluation.json"}
+
+
+def test_another_command_evaluates_again(evaluated):
+    folder, _, scale, evaluate = evaluated
+    evaluate()
+    jobs, _ = evaluate(replace(scale, evaluate=("--text", "some.txt", "--stride", "8")))
+    assert [job.state.status for job in jobs] == ["finished"] * 2
+    assert (folder / "run0/words").read_text() == "--text some.txt\n--text some.txt --stride 8\n"
 
 
 def test_in_one_process_the_command_is_called(evaluated):

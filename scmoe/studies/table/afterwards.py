@@ -28,7 +28,7 @@ def evaluate_all(
 ) -> tuple[list[Job], int]:
     """Evaluate the finished runs that lack a metric of an evaluation. here: the command, for jobs=0.
 
-    A result goes into its run's state. Returns the evaluations' jobs, of which failed ones say why, and the signal that
+    The results for the run's last checkpoint go into its state. Returns the evaluations' jobs, of which failed ones say why, and the signal that
     stopped them, or 0.
     """
     needed = [key for metric in table.metrics_from("evaluation") for key in metric.keys]
@@ -36,7 +36,8 @@ def evaluate_all(
         return [], 0
     of: dict[Job, Run] = {}
     for run in runs:
-        if run.state.status == "finished" and not _has(run.state.results.get("evaluation"), needed):
+        done = run.state.results.get("evaluated_by") == list(scale.evaluate)
+        if run.state.status == "finished" and not (done and _has(run.state.results.get("evaluation"), needed)):
             name, run_dir = f"{run.job.name}-evaluation", run.state.run_dir or "no-run-directory-on-this-machine"
             title = f"evaluation of {run.row.name}, seed {run.seed}"
             words = [run_dir, *scale.evaluate]
@@ -45,10 +46,11 @@ def evaluate_all(
 
     def judge(job: Job) -> None:
         run = of[job]
-        path = Path(job.arguments[0]) / "evaluation.json"
-        found = json.loads(path.read_text()) if path.exists() else {}
+        path = Path(job.arguments[0]) / "evaluation.json"  # an entry for each checkpoint
+        entries = json.loads(path.read_text()) if path.exists() else {}
+        found = max(entries.values(), key=lambda entry: entry["step"], default={})
         if _has(found, needed):
-            run.state.results["evaluation"] = found
+            run.state.results |= {"evaluation": found, "evaluated_by": job.arguments[1:]}
             run.job.keep()
         else:
             missing = [key for key in needed if look_up(found, key) is None]

@@ -37,7 +37,11 @@ def results_of(run: SeenRun, digest: str) -> dict[str, Any]:
 
 
 def look_up(tree: Any, dotted: str) -> float | None:
-    """Return the number under a dotted key of nested mappings; None where there is none."""
-    for key in dotted.split("."):
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return float(tree) if isinstance(tree, (int, float)) and not isinstance(tree, bool) else None
+    """Return the number under a dotted key of nested mappings; None where there is none. A name may have dots in it."""
+    if not isinstance(tree, dict):
+        return None
+    if dotted in tree:
+        found = tree[dotted]
+        return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else None
+    below = (look_up(tree[key], dotted[len(key) + 1 :]) for key in tree if dotted.startswith(f"{key}."))
+    return next((found for found in below if found is not None), None)
