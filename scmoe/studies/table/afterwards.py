@@ -28,8 +28,8 @@ def evaluate_all(
 ) -> tuple[list[Job], int]:
     """Evaluate the finished runs that lack a metric of an evaluation. here: the command, for jobs=0.
 
-    The results for the run's last checkpoint go into its state. Returns the evaluations' jobs, of which failed ones say why, and the signal that
-    stopped them, or 0.
+    The results for the run's last checkpoint go into its state. Returns the evaluations' jobs, of which failed ones say
+    why, and the signal that stopped them, or 0.
     """
     needed = [key for metric in table.metrics_from("evaluation") for key in metric.keys]
     if scale.evaluate is None or not needed:
@@ -48,7 +48,7 @@ def evaluate_all(
         run = of[job]
         path = Path(job.arguments[0]) / "evaluation.json"  # an entry for each checkpoint
         entries = json.loads(path.read_text()) if path.exists() else {}
-        found = max(entries.values(), key=lambda entry: entry["step"], default={})
+        found: dict[str, Any] = max(entries.values(), key=lambda entry: entry["step"], default={})
         if _has(found, needed):
             run.state.results |= {"evaluation": found, "evaluated_by": job.arguments[1:]}
             run.job.keep()
