@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train resume sample evaluate export sweep table3 runs compare list check-data params estimate bench bench-overlap bench-growth timeline gpu-check figures figure1 figure8 figure9 figure10 test test-fast test-dist test-faults mutate lint format typecheck ci clean
+.PHONY: help setup train resume sample evaluate export sweep reproduce table table3 runs compare list check-data params estimate bench bench-overlap bench-growth timeline gpu-check figures figure1 figure8 figure9 figure10 test test-fast test-dist test-faults mutate lint format typecheck ci clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [CONFIG=$(CONFIG)] [RUN=runs/...] [ARGS=\"optim.lr=1e-3 ...\"]"; echo
@@ -46,7 +46,13 @@ evaluate: $(READY)  ## score RUN (the newest): test split, perplexity, TASKS=piq
 export: $(READY)  ## write the weights of RUN (default: the newest) as one safetensors file
 	@$(PY) -m experiments.export $(or $(RUN),runs/latest) $(ARGS)
 
-table3: $(READY)  ## Table 3 at SCALE (smoke, small or paper); finished runs are skipped, interrupted ones resumed
+reproduce: $(READY)  ## all tables of the paper at SCALE (smoke, small or paper), in turn; can be stopped and continued
+	@$(PY) -m experiments.reproduce --scale $(or $(SCALE),smoke) $(ARGS)
+
+table: $(READY)  ## one TABLE (table3) at SCALE; finished runs are skipped, interrupted ones resumed
+	@$(PY) -m experiments.table $(or $(TABLE),table3) --scale $(or $(SCALE),smoke) $(ARGS)
+
+table3: $(READY)  ## the same as table TABLE=table3
 	@$(PY) -m experiments.table table3 --scale $(or $(SCALE),smoke) $(ARGS)
 
 runs: $(READY)  ## list runs: state, best loss, tokens/s, differences in their configs

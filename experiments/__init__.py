@@ -19,6 +19,7 @@ VERBS = {
     "export": "write a run's weights as one file",
     "sweep": "search over parameters, at W&B or on this machine",
     "table": "run a table of the paper, and compare",
+    "reproduce": "run all tables of the paper in turn",
     "runs": "list runs",
     "compare": "compare curves and configs of runs",
     "list": "list configs, models, data sets, architectures",

@@ -40,6 +40,7 @@ ELSEWHERE = {  # command: the test that makes its run
     "make test": "tests/smoke/test_readme.py",
     "make train CONFIG=configs/quickstart_vision.yaml": "tests/smoke/test_vision.py",
     "make sweep CONFIG=configs/sweep/smoke.yaml": "tests/smoke/test_sweep.py",
+    "make reproduce SCALE=smoke": "tests/smoke/test_reproduce.py",
     'make train CONFIG=configs/debug.yaml ARGS="trainer.devices=2 schedule=auto trainer.max_steps=30"': (
         "tests/smoke/test_train.py"
     ),
@@ -58,6 +59,7 @@ SAYS = {
     "make test": "-m pytest",
     "make train CONFIG=configs/quickstart_vision.yaml": "-m experiments.train configs/quickstart_vision.yaml",
     "make sweep CONFIG=configs/sweep/smoke.yaml": "-m experiments.sweep configs/sweep/smoke.yaml",
+    "make reproduce SCALE=smoke": "-m experiments.reproduce --scale smoke",
     'make resume ARGS="trainer.max_steps=400"': '"steps": 5',
     "make evaluate": '"tasks": {"cloze": ',
     "make list": "configs/quickstart.yaml",

@@ -17,7 +17,7 @@ from scmoe.studies.batch import Batch
 from scmoe.studies.job import Job, State, lock_of
 from scmoe.studies.progress import clock
 from scmoe.studies.table.rows import Row, Scale, load_table
-from scmoe.studies.table.runs import Run, plan_runs, read_states, run_all, same_config
+from scmoe.studies.table.runs import Run, plan_runs, read_states, same_config, train_all
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs/experiment"
@@ -51,6 +51,9 @@ if do == "wait":
     signal.signal(signal.SIGTERM, stop)
     print("step 3/10  train/loss 1", flush=True)
     time.sleep(60)
+environment = {"cpus": 2, "platform": "Linux-6", "git_commit": "abc", "packages": {"torch": "2.13"}}
+(run_dir / "env.json").write_text(json.dumps(environment))
+(run_dir / "metrics.csv").write_text("step,val/loss\\n4,3.5\\n9,3.25\\n")
 (run_dir / "summary.json").write_text(json.dumps({"val_loss": 3.0 + len(name) / 100}))
 """
 
@@ -60,7 +63,10 @@ def table(tmp_path):
     """A table of two rows and two seeds of configs/debug.yaml, whose runs are fake trainings."""
 
     class Case:
-        rows = (Row("top-2", ("a",), 3.2, ("moe.architecture=top_k", "moe.top_k=2")), Row("ScMoE", ("a", "b"), 3.1, ()))
+        rows = (
+            Row("top-2", ("a",), {"val_loss": 3.2}, ("moe.architecture=top_k", "moe.top_k=2"), "top-2"),
+            Row("ScMoE", ("a", "b"), {"val_loss": 3.1}, (), "top-2"),
+        )
         calls = tmp_path / "calls"
 
         def plan(self, *overrides: str) -> list[Run]:
@@ -78,9 +84,11 @@ def table(tmp_path):
             (tmp_path / "orders").mkdir(exist_ok=True)
             (tmp_path / "orders" / name).write_text(what)
 
-        def make(self, runs: list[Run], metric: str = "val_loss") -> int:
+        def make(self, runs: list[Run], needed: str = "val_loss") -> int:
             self.calls.write_text("")
-            return run_all(runs, 2, metric, train_here=lambda arguments: 1)
+            with lock_of(runs[0].job.study) as lock:
+                read_states(runs)
+                return train_all(runs, lock, 2, [needed], train_here=lambda arguments: 1)
 
         def called(self) -> list[str]:
             return sorted(self.calls.read_text().splitlines())
@@ -164,7 +172,19 @@ def test_a_run_that_ended_after_its_batch_was_killed_is_finished(table):
     runs[0].job.keep()
     table.make(runs)
     assert table.called() == []
-    assert runs[0].state.results == {"val_loss": 3.0 + len(runs[0].job.name) / 100}
+    kept = runs[0].state.results
+    assert kept["summary"] == {"val_loss": 3.0 + len(runs[0].job.name) / 100}
+    assert kept["curve"] == [(5, 3.5), (10, 3.25)], "a logged step is the last one before it, from 0"
+
+
+def test_a_state_without_what_is_kept_today_is_read_again_from_its_run(table):
+    runs = table.plan()
+    table.make(runs)
+    runs[0].state.results = {"val_loss": 3.1}
+    runs[0].job.keep()
+    table.make(runs)
+    assert table.called() == []
+    assert runs[0].state.results["digest"] == runs[0].digest
 
 
 def test_two_batches_cannot_run_one_table(table):
@@ -236,7 +256,12 @@ def test_a_field_that_is_newer_than_the_run_counts_unless_it_is_at_its_default(t
     assert not same_config(tmp_path, load(ROOT / "configs/debug.yaml", ["moe.z_loss_coef=0.1"]))
 
 
+def test_a_row_may_have_its_own_learning_rate(table):
+    table.rows = (*table.rows, Row("fast", ("a",), {}, ("optim.lr=0.02",), "top-2"))
+    assert [run.config.optim.lr for run in table.plan()[:3]] == [1e-3, 1e-3, 0.02]
+
+
 def test_a_row_that_changes_the_training_is_refused(table):
-    table.rows = (*table.rows, Row("longer", ("a",), 3.0, ("data.seq_len=32",)))
+    table.rows = (*table.rows, Row("longer", ("a",), {}, ("data.seq_len=32",), "top-2"))
     with pytest.raises(ConfigError, match=r"row 'longer' sets data.seq_len"):
         table.plan()

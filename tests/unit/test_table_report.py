@@ -1,48 +1,46 @@
-"""A table's means and paired differences are right, and its files show where runs are missing."""
+"""A table's files show differences, decisions, speeds and losses at equal time, and where runs are missing."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from scmoe.studies.job import State
-from scmoe.studies.table.report import markdown, results, write_report
+from scmoe.studies.table.equal_time import loss_at
+from scmoe.studies.table.report import markdown, write_report
+from scmoe.studies.table.results import results
 from scmoe.studies.table.rows import load_table
 from scmoe.studies.table.runs import plan_runs
-from scmoe.studies.table.statistics import compare, describe
+from scmoe.testbed.pairs import USUAL_ROWS
 
 CONFIGS = Path(__file__).parents[2] / "configs/experiment"
+SPEEDS = {"top2": 1.0, "top1": 1.5, "shared_expert": 1.2, "scmoe_pos1": 1.4, "scmoe_pos2": 1.5, "scmoe_pos3": 1.6}
 
 
-def test_mean_and_sample_deviation():
-    assert describe({1: 1.0, 2: 2.0, 3: 6.0}) == {"mean": 3.0, "std": pytest.approx(math.sqrt(7)), "n": 3}
-    assert describe({1: 1.5}) == {"mean": 1.5, "std": None, "n": 1}
-    assert describe({}) == {"mean": None, "std": None, "n": 0}
+def state_of(loss: float, digest: str, **more: object) -> State:
+    """Returns the state of a finished run whose loss falls on a straight line over four steps, and ends at `loss`."""
+    environment = {"machine": "2 CPU cores, Linux", "torch": "2.13", "git_commit": "abc", "date": "20261126"}
+    kept = {
+        "digest": digest,
+        "summary": {"val_loss": loss, "perplexity": 10 * loss, "params_total": 2e6, "params_active": 1e6} | more,
+        "curve": [[step, loss + 0.1 * (4 - step)] for step in (1, 2, 3, 4)],
+        "environment": environment,
+    }
+    return State("finished", None, 10.0, results=kept)
 
 
-def test_a_difference_is_taken_seed_by_seed():
-    """The differences are 1, 2, 3; so t = 2 / (1 / sqrt 3) = 3.4641 with 2 degrees of freedom, p = 0.0742, and the
-    interval is 2 -+ 4.3027 / sqrt 3."""
-    found = compare({1: 11.0, 2: 22.0, 3: 33.0, 4: 99.0}, {3: 30.0, 2: 20.0, 1: 10.0})
-    assert (found["mean"], found["std"], found["n"]) == (2.0, 1.0, 3)
-    assert found["p"] == pytest.approx(0.0742, abs=1e-4)
-    assert found["interval_95"] == pytest.approx([2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)], abs=1e-4)
-
-
-def test_noise_that_rows_share_does_not_hide_a_difference():
-    """Seeds differ by 1, rows by 0.01: the paired test detects the difference."""
-    baseline = {seed: float(seed) for seed in range(5)}
-    values = {seed: seed - 0.01 - 0.001 * (seed % 2) for seed in range(5)}
-    assert compare(values, baseline)["p"] < 1e-4
-
-
-@pytest.mark.parametrize("values", ({1: 2.0}, {1: 2.0, 2: 3.0}, {}), ids=("one pair", "all the same", "none"))
-def test_there_is_no_p_value_where_no_test_is_possible(values):
-    found = compare(values, {1: 1.0, 2: 2.0})
-    assert (found["p"], found["interval_95"], found["n"]) == (None, None, len(values))
+def write_speeds(folder: Path, share: float) -> None:
+    """Writes a report of `bench overlap` with the speeds of SPEEDS."""
+    row = {"links": "shaped", "compute": "emulated", "train_quartiles": [1.1, 1.9], "forward_quartiles": [1.1, 2.0]}
+    rows = {name: {**row, "train_speedup": SPEEDS.get(name, 1.0), "forward_speedup": 1.75} for name in USUAL_ROWS}
+    head = {"comm_share": share + 0.01, "link_mbit": 200.0, "ranks": 2, "compute": "emulated", "level": "block"}
+    facts = {"rounds": 9, "limit_forward": 2.1, "limit_train": 1.8, "rows": rows}
+    path = folder / f"speed/overlap-emulated-block-2-ranks-share-{share:g}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(head | facts))
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +50,12 @@ def planned(tmp_path_factory):
 
 
 @pytest.fixture
-def made(planned, tmp_path):
+def made(planned):
     """Table 3 with 3 seeds; the loss of row i is 5 + i / 100 + a part of the seed. One run failed, one is cut."""
     table, runs = planned
     for i, run in enumerate(runs):
-        run_dir = tmp_path / f"20261125-{i:06}-made"
-        run_dir.mkdir()
-        environment = {"cpus": 2, "platform": "Linux-6", "git_commit": "abc", "packages": {"torch": "2.13"}}
-        (run_dir / "env.json").write_text(json.dumps(environment))
         row, seed = i % len(table.rows), run.seed
-        loss = 5 + row / 100 + seed / 10 + (row * seed % 3) / 1000
-        summary = {"val_loss": loss, "params_total": 2e6, "params_active": 1e6}
-        run.job.state = State("finished", str(run_dir), 10.0, results=summary)
+        run.job.state = state_of(5 + row / 100 + seed / 10 + (row * seed % 3) / 1000, run.digest)
     by_name = {run.job.name: run for run in runs}
     by_name["scmoe-pos-2-cg-1-seed2"].job.state = State("failed", error="exit code 1: no memory")
     by_name["scmoe-pos-3-cg-1-seed3"].job.state = State("cut", seconds=3.0)
@@ -77,28 +69,46 @@ def test_results(made):
     rows = {row["name"]: row for row in found["rows"]}
     assert list(rows) == [row.name for row in table.rows]
     top2, shared, cg1 = (rows[name] for name in ("top-2", "shared-expert, CG-2", "ScMoE Pos-2, CG-1"))
-    assert top2["difference"] is None
+    assert top2["minus_baseline"] is None
     assert top2["paper"] == {"val_loss": 3.270405, "difference": 0.0}
     assert shared["paper"]["difference"] == pytest.approx(3.240592 - 3.270405)
-    assert shared["ours"]["n"] == shared["difference"]["n"] == 3
-    assert shared["difference"]["mean"] == pytest.approx(0.01 + 0.001, abs=1e-9)
-    assert (cg1["ours"]["n"], cg1["difference"]["n"], cg1["failed"]) == (2, 2, {2: "exit code 1: no memory"})
+    assert shared["ours"]["n"] == shared["minus_baseline"]["n"] == 3
+    assert shared["minus_baseline"]["mean"] == pytest.approx(0.01 + 0.001, abs=1e-9)
+    assert (cg1["ours"]["n"], cg1["minus_baseline"]["n"], cg1["failed"]) == (2, 2, {2: "exit code 1: no memory"})
     assert rows["ScMoE Pos-3, CG-1"]["unfinished"] == [3]
     assert found["tokens_per_run"] == 4 * 8 * 16
     assert found["runs"] == {"finished": 22, "failed": 1}
+    assert list(found["power"]["seeds_needed"]) == ["0.029", "0.046"], "the paper's smallest and largest difference"
 
 
 def test_files(made):
     table, runs = made
     paths = write_report(table, "smoke", runs)
-    assert [path.name for path in paths] == ["table.md", "results.json", "chart.png"]
+    assert [path.name for path in paths] == ["table.md", "results.json", "chart.png", "equal_time.png"]
     text, found = paths[0].read_text(), json.loads(paths[1].read_text())
-    assert text.count("| ScMoE Pos-2, CG-1 |") == 2, "the row is in both of its groups"
-    assert text.count("| top-2 |") == 1
+    parts = text.partition("## Quality at equal time")
+    assert parts[0].count("| ScMoE Pos-2, CG-1 |") == 2, "the row is in both of its groups"
+    assert parts[0].count("| top-2 |") == 1
     assert "Incomplete: ScMoE Pos-2, CG-1: 1 failed, 0 to run; ScMoE Pos-3, CG-1: 0 failed, 1 to run." in text
     assert "Spearman" in text
     assert found["rows"][0]["ours"]["n"] == 3
-    assert paths[2].read_bytes().startswith(b"\x89PNG")
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[2:])
+
+
+def test_a_difference_is_decided_by_its_corrected_p(made):
+    table, runs = made
+    for run in runs:
+        ahead = 0.05 if run.row.name == "ScMoE Pos-2, CG-1" else 0.002
+        noise = Random(f"{run.row.name}{run.seed}").uniform(-0.003, 0.003)
+        run.job.state = state_of(4.0 + run.seed - (0 if run.row.is_baseline else ahead) + noise, run.digest)
+    rows = {row["name"]: row for row in results(table, "smoke", runs)["rows"]}
+    minus = rows["ScMoE Pos-2, CG-1"]["minus_baseline"]
+    assert minus["decided"] and minus["p"] < 0.05 and minus["high"] < 0
+    assert not rows["ScMoE Pos-1, CG-1"]["minus_baseline"]["decided"]
+    text = markdown(results(table, "smoke", runs))
+    assert (
+        "val_loss: decided (corrected p < 0.05): ScMoE Pos-2, CG-1 is below top-2. Not decided: shared-expert" in text
+    )
 
 
 def test_a_row_without_a_run_is_empty(made):
@@ -107,7 +117,62 @@ def test_a_row_without_a_run_is_empty(made):
         if run.row is table.rows[1] or run.seed > 1:
             run.job.state = State()
     text = markdown(results(table, "smoke", runs))
-    assert "| shared-expert, CG-2 |  | 3.2406 | -0.0298 | (0) |  |  | (0) |" in text
-    assert "| ScMoE Pos-2, Direct Add | 2.00M (1.00M) | 3.2368 | -0.0336 | 5.1220 (1) | +0.0220 |  | (1) |" in text
+    assert "| shared-expert, CG-2 |  | 3.2406 | -0.0298 | (0) |  |  |  | (0) |" in text
+    row = "| ScMoE Pos-2, Direct Add | 2.00M (1.00M) | 3.2368 | -0.0336 | 5.1220 (1) | 5.1220, 5.1220 to 5.1220, 0 |"
+    assert f"{row} +0.0220 |  | (1) |" in text
     assert "Spearman" not in text
     write_report(table, "smoke", runs)
+
+
+def test_at_equal_time_the_fastest_row_is_at_its_end_and_slower_ones_are_earlier(made):
+    """Pos-3 is fastest, at 1.6. When it ends, top-2 has made 4 / 1.6 = 2.5 of 4 steps: its loss is 0.15 higher."""
+    table, runs = made
+    for run in runs:
+        run.job.state = state_of(5.0 + run.seed / 10, run.digest)
+    write_speeds(runs[0].job.study, 0.52)
+    found = results(table, "smoke", runs)["equal_time"]
+    assert list(found) == ["equal_tokens", "0.52"], "0.15 has not been measured"
+    at_time = found["0.52"]["rows"]
+    assert at_time["ScMoE Pos-3, CG-1"]["loss"]["mean"] == pytest.approx(5.2)
+    assert at_time["top-2"]["loss"]["mean"] == pytest.approx(5.2 + 0.15)
+    assert at_time["ScMoE Pos-3, CG-1"]["minus_baseline"]["mean"] == pytest.approx(-0.15)
+    assert found["equal_tokens"]["rows"]["ScMoE Pos-3, CG-1"]["minus_baseline"]["mean"] == pytest.approx(0)
+    assert "ScMoE Pos-2 (L0 Pos-1), CG-1" not in at_time, "the testbed has no such row"
+
+
+def test_a_curve_is_read_between_its_points_and_not_outside():
+    curve = [[2, 5.0], [4, 4.0]]
+    assert [loss_at(curve, step) for step in (2, 3, 4, 1, 5)] == [5.0, 4.5, 4.0, None, None]
+    assert loss_at([[4, 4.0]], 4) == 4.0
+
+
+def test_speeds_stand_beside_the_papers_and_a_missing_one_says_why(tmp_path):
+    table = load_table("table1", CONFIGS)
+    runs = plan_runs(table, table.scales["smoke"], tmp_path / "table1-smoke", 1)
+    for run in runs:
+        run.job.state = state_of(5.0, run.digest, val_accuracy=0.5)
+    runs[0].job.study.mkdir()
+    rows = {row["name"]: row["others"] for row in results(table, "smoke", runs)["rows"]}
+    assert rows["ScMoE Pos-2"]["training speed-up"]["ours"]["why"].startswith("not measured")
+    write_speeds(runs[0].job.study, 0.52)
+    found = results(table, "smoke", runs)
+    own = {row["name"]: row["others"] for row in found["rows"]}["ScMoE Pos-2"]["training speed-up"]["ours"]
+    assert (own["mean"], own["quartiles"], own["n"], own["links"]) == (1.5, [1.1, 1.9], 9, "shaped")
+    assert found["rows"][0]["ours"]["mean"] == 50.0, "a share of images is shown in percent, as in the paper"
+    text = markdown(found)
+    row = "| ScMoE Pos-2 | paper 1.43; ours 1.50 [1.10, 1.90] | paper 1.66; ours 1.75 [1.10, 2.00] |"
+    assert row in text and "2 ranks, shaped links" in text
+
+
+def test_sizes_are_compared_with_their_own_baseline(tmp_path):
+    table = load_table("table6", CONFIGS)
+    runs = plan_runs(table, table.scales["smoke"], tmp_path / "table6-smoke", 2)
+    for run in runs:
+        large = run.config.model.dim == 16
+        run.job.state = state_of(5.0, run.digest, val_accuracy=0.6 if large else 0.5)
+    found = results(table, "smoke", runs)
+    rows = {row["name"]: row for row in found["rows"]}
+    assert {rows[f"ScMoE Pos-2, {size}"]["minus_baseline"]["mean"] for size in "SB"} == {0.0}
+    assert rows["ScMoE Pos-2, B"]["paper"]["difference"] == pytest.approx(80.56 - 80.48)
+    assert rows["DGMoE-Share Pos-2, S"]["paper"]["difference"] is None
+    assert found["comparisons"] == 9

@@ -1,8 +1,11 @@
 """Launch files for a table whose runs happen elsewhere: all its runs for torchrun, or for SLURM."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from scmoe.config.rules import resolve_ep_size
+from scmoe.studies.estimate import estimate
+from scmoe.studies.table.rows import Table
 from scmoe.studies.table.runs import Run
 
 TORCHRUN = """\
@@ -35,3 +38,17 @@ def write_launch_files(runs: Sequence[Run]) -> list[str]:
         path.write_text("".join(lines))
         commands.append(f"bash {path}")
     return commands
+
+
+def check_memory(table: Table, runs: Sequence[Run], gpu_gib: float) -> Iterator[tuple[str, bool]]:
+    """Yield for each row a line with what `make estimate` says of its run, and whether it fits a GPU of that memory."""
+    for run in runs[: len(table.rows)]:
+        trainer, data, ep_size = run.config.trainer, run.config.data, resolve_ep_size(run.config)
+        facts = estimate(run.config, ep_size, trainer.devices * trainer.num_nodes // ep_size)
+        samples = trainer.max_steps * data.global_batch_size
+        seen = samples if facts["unit"] == "image" else samples * data.seq_len
+        gib, flops = facts["memory_bytes"]["total"] / 2**30, facts["flops_training"] * seen
+        fits = gib <= gpu_gib
+        does = "fits" if fits else "does not fit"
+        size = f"{facts['params_total'] / 1e9:.2f}B parameters, {flops:.2g} FLOPs"
+        yield f"{run.row.name}: {size}, {gib:.0f} GiB of a GPU: {does} {gpu_gib:g} GiB", fits

@@ -1,127 +1,89 @@
-"""What a table writes into its folder: results.json, table.md and chart.png, our values beside the paper's."""
+"""What a table writes into its folder: results.json, table.md and charts, our values beside the paper's."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 from scmoe.studies.progress import clock
-from scmoe.studies.table.rows import Row, Table
+from scmoe.studies.table.chart import draw_differences, draw_equal_time
+from scmoe.studies.table.results import results
+from scmoe.studies.table.rows import Table
 from scmoe.studies.table.runs import Run
-from scmoe.studies.table.statistics import compare, describe, rank_correlation
-
-PAPER, OURS, SEED = "#8a817c", "#1b6ca8", "#9cc4e4"
+from scmoe.studies.table.statistics import FAR_DEVIATIONS, FAR_SHARE, POWER, rank_correlation
 
 
 def write_report(table: Table, scale: str, runs: Sequence[Run]) -> list[Path]:
-    """Write the three files of a table that has at least one finished run, as far as its runs have come."""
+    """Write the files of a table that has at least one finished run, as far as its runs have come."""
     folder = runs[0].job.study
     found = results(table, scale, runs)
     (folder / "results.json").write_text(json.dumps(found, indent=2) + "\n")
     (folder / "table.md").write_text(markdown(found))
-    draw(found, folder / "chart.png")
-    return [folder / name for name in ("table.md", "results.json", "chart.png")]
-
-
-def results(table: Table, scale: str, runs: Sequence[Run]) -> dict[str, Any]:
-    values: dict[Row, dict[int, float]] = {row: {} for row in table.rows}
-    for run in runs:
-        if run.state.status == "finished":
-            values[run.row][run.seed] = run.state.results[table.metric]
-    head = {"table": table.name, "title": table.title, "scale": scale, "metric": table.metric, "unit": table.unit}
-    rows = [_row(table, row, [run for run in runs if run.row is row], values) for row in table.rows]
-    return {**head, "baseline": table.baseline.name, **_circumstances(runs), "rows": rows}
-
-
-def _row(table: Table, row: Row, runs: Sequence[Run], values: Mapping[Row, dict[int, float]]) -> dict[str, Any]:
-    summary = next((run.state.results for run in runs if run.state.results), {})
-    return {
-        "name": row.name,
-        "groups": list(row.groups),
-        "overrides": list(row.overrides),
-        "params_total": summary.get("params_total"),
-        "params_active": summary.get("params_active"),
-        "paper": {table.metric: row.paper, "difference": round(row.paper - table.baseline.paper, 6)},
-        "ours": {**describe(values[row]), "by_seed": values[row]},
-        "difference": None if row is table.baseline else compare(values[row], values[table.baseline]),
-        "failed": {run.seed: run.state.error for run in runs if run.state.status == "failed"},
-        "unfinished": [run.seed for run in runs if run.state.status not in ("finished", "failed")],
-        "run_dirs": [run.state.run_dir for run in runs if run.state.run_dir],
-    }
-
-
-def _circumstances(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return where, when and with which versions the runs ran."""
-    config, (name, _, scale) = runs[0].config, runs[0].job.study.name.partition("-")
-    data, model, trainer = config.data, config.model, config.trainer
-    unit, samples = "images" if model.family == "swin" else "tokens", trainer.max_steps * data.global_batch_size
-    seen = samples if unit == "images" else samples * data.seq_len
-    done = [Path(str(run.state.run_dir)) for run in runs if run.state.status == "finished"]
-    environments = [json.loads((run_dir / "env.json").read_text()) for run_dir in done]
-    return {
-        "command": f"make {name} SCALE={scale}",
-        "config": runs[0].job.arguments[0],
-        "model": f"{model.layers} layers, width {model.dim}, {config.moe.num_experts} experts",
-        "steps": trainer.max_steps,
-        f"{unit}_per_run": seen,
-        "seen": f"{seen:,} {unit} a run",
-        "runs": {status: sum(run.state.status == status for run in runs) for status in ("finished", "failed")},
-        "seconds_of_all_runs": round(sum(run.state.seconds for run in runs), 1),
-        "machines": sorted({f"{e['cpus']} CPU cores, {e['platform'].partition('-')[0]}" for e in environments}),
-        "torch": sorted({e["packages"]["torch"] for e in environments}),
-        "git_commits": sorted({str(e["git_commit"]) for e in environments}),
-        "dates": sorted({run_dir.name[:8] for run_dir in done}),
-    }
+    draw_differences(found, folder / "chart.png")
+    names = ["table.md", "results.json", "chart.png"]
+    if found["equal_time"]:
+        draw_equal_time(found, folder / "equal_time.png")
+        names.append("equal_time.png")
+    return [folder / name for name in names]
 
 
 def markdown(found: Mapping[str, Any]) -> str:
     """Return a part for each group of rows; a row that belongs to two is shown in both."""
-    minus = f"minus {found['baseline']}"
-    columns = ["row", "parameters (active)", "paper", f"paper: {minus}", "ours: mean ± std (n)", f"ours: {minus}"]
-    head = f"| {' | '.join([*columns, '95 % interval', 'p (n)'])} |"
+    finished, failed = found["runs"]["finished"], found["runs"]["failed"]
+    head = "row | parameters (active) | paper | paper: minus baseline | ours: mean ± std (n) | median, range, far"
+    head += " | ours: minus baseline | interval | p (n)"
+    m = found["comparisons"]
     lines = [
         f"# {found['title']}",
         "",
-        f"Scale `{found['scale']}`: {found['model']}, {found['seen']}, "
-        f"{found['runs']['finished']} runs finished, {found['runs']['failed']} failed; {found['unit']}.",
-        f"Differences are taken seed by seed; p is that of a paired t-test over seeds, two-sided, not corrected for "
-        f"{len(found['rows']) - 1} rows.",
+        f"Scale `{found['scale']}`: {found['model']}; {found['data']}, {found['seen']}, {finished} runs finished, "
+        f"{failed} failed. The metric is {found['metric']} in {found['unit']}; {_better(found)}.",
+        f"Differences are taken seed by seed. p is that of a paired t-test over seeds, two-sided, corrected for {m} "
+        f"comparisons by Holm's method; the intervals are Bonferroni's and hold together at 95 %. far: values further "
+        f"than {FAR_DEVIATIONS} median absolute deviations and {100 * FAR_SHARE:g} % from their row's median.",
     ]
     for group in dict.fromkeys(group for row in found["rows"] for group in row["groups"]):
-        lines += ["", f"## {group[0].upper()}{group[1:]}", "", head, "| --- |" + " ---: |" * 7]
-        lines += [_line(row) for row in found["rows"] if group in row["groups"]]
-    pairs = [(row["paper"][found["metric"]], row["ours"]["mean"]) for row in found["rows"]]
-    if len(pairs) > 2 and all(ours is not None for _, ours in pairs):
-        statistic, p = rank_correlation(pairs)
-        order = f"Order of the {len(pairs)} rows, ours against the paper's: Spearman's rank correlation"
-        lines += ["", f"{order} {statistic:+.2f} (p {p:.2f})."]
-    lines += [
-        "",
-        f"`{found['command']}` ({found['config']}), {clock(found['seconds_of_all_runs'])} of runs, "
-        f"{', '.join(found['machines'])}, torch {', '.join(found['torch'])}, commit {', '.join(found['git_commits'])}.",
-    ]
-    incomplete = (row for row in found["rows"] if row["failed"] or row["unfinished"])
-    missing = [f"{row['name']}: {len(row['failed'])} failed, {len(row['unfinished'])} to run" for row in incomplete]
-    lines += ["", f"Incomplete: {'; '.join(missing)}."] if missing else []
+        lines += ["", f"## {group[0].upper()}{group[1:]}", "", f"| {head} |", "| --- |" + " ---: |" * 8]
+        lines += [_line(row, found["metric"]) for row in found["rows"] if group in row["groups"]]
+    lines += [*_other_metrics(found), *_equal_time(found), "", *_decisions(found)]
+    if power := found["power"]:
+        needed = [
+            f"a difference of {d} needs {n or 'more than 10,000'} seeds" for d, n in power["seeds_needed"].items()
+        ]
+        lines += [
+            "",
+            f"Power: differences of this spread (standard deviation {power['pooled_std']:.4f} over all rows, at most "
+            f"{power['largest_std']:.4f}) need this many seeds to be found with probability {POWER:g}: "
+            f"{', '.join(needed)}. These are the paper's smallest and largest difference.",
+        ]
+    lines += [*_order(found), *_origin(found)]
     return "\n".join(lines) + "\n"
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    paper, ours, difference = row["paper"], row["ours"], row["difference"]
+def _line(row: Mapping[str, Any], metric: str) -> str:
+    paper, ours, minus = row["paper"], row["ours"], row["minus_baseline"]
     size = f"{row['params_total'] / 1e6:.2f}M ({row['params_active'] / 1e6:.2f}M)" if row["params_total"] else ""
-    spread = _numbers(" ± ", "{:.4f}", ours["mean"], ours["std"])
-    value, minus = f"{next(iter(paper.values())):.4f}", f"{paper['difference']:+.4f}" if difference else ""
-    cells = [row["name"], size, value, minus, f"{spread} ({ours['n']})".strip()]
-    if difference is None:
+    difference = "" if minus is None else _numbers("", "{:+.4f}", paper["difference"])
+    cells = [row["name"], size, _numbers("", "{:.4f}", paper.get(metric)), difference, _spread(ours), _robust(ours)]
+    if minus is None:
         return f"| {' | '.join([*cells, '', '', ''])} |"
-    p = difference["p"]
-    p_and_n = f"{'' if p is None else f'{p:.3f} ' if p >= 0.001 else '< 0.001 '}({difference['n']})"
-    interval = _numbers(" to ", "{:+.4f}", *difference["interval_95"] or ())
-    return f"| {' | '.join([*cells, _numbers('', '{:+.4f}', difference['mean']), interval, p_and_n])} |"
+    interval = _numbers(" to ", "{:+.4f}", minus["low"], minus["high"])
+    return f"| {' | '.join([*cells, _numbers('', '{:+.4f}', minus['mean']), interval, _p(minus)])} |"
+
+
+def _spread(ours: Mapping[str, Any]) -> str:
+    return f"{_numbers(' ± ', '{:.4f}', ours['mean'], ours['std'])} ({ours['n']})".strip()
+
+
+def _robust(ours: Mapping[str, Any]) -> str:
+    if not ours["n"]:
+        return ""
+    return f"{ours['median']:.4f}, {_numbers(' to ', '{:.4f}', *ours['range'])}, {ours['far']}"
+
+
+def _p(minus: Mapping[str, Any]) -> str:
+    p = minus["p"]
+    return f"{'' if p is None else f'{p:.3f} ' if p >= 0.001 else '< 0.001 '}({minus['n']})"
 
 
 def _numbers(between: str, form: str, *values: float | None) -> str:
@@ -129,44 +91,118 @@ def _numbers(between: str, form: str, *values: float | None) -> str:
     return between.join(form.format(value) for value in values if value is not None)
 
 
-def draw(found: Mapping[str, Any], path: Path) -> None:
-    """Draw the differences to the baseline, the paper's and ours: a dot for each seed, their mean and its interval."""
-    rows = [row for row in found["rows"] if row["difference"] is not None]
-    figure = Figure(figsize=(11, 1.8 + 0.42 * len(rows)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    places = range(len(rows), 0, -1)
-    paper = [row["paper"]["difference"] for row in rows]
-    left.hlines(places, 0, paper, color=PAPER, linewidth=1.5)
-    left.plot(paper, places, "D", color=PAPER, markersize=7)
-    for place, value in zip(places, paper, strict=True):
-        _label(left, f"{value:+.4f}", value, place)
-    left.margins(x=0.15)
-    for row, place in zip(rows, places, strict=True):
-        difference = row["difference"]
-        if difference["mean"] is None:
-            continue
-        seeds = list(difference["by_seed"].values())
-        right.plot(seeds, [place] * len(seeds), "o", color=SEED, markersize=6, label="one seed")
-        if interval := difference["interval_95"]:
-            right.hlines(place, *interval, color=OURS, linewidth=2, label="95 % interval of the mean")
-        right.plot(difference["mean"], place, "D", color=OURS, markersize=7, label="mean")
-        _label(right, f"{difference['mean']:+.4f}", difference["mean"], place)
-    left.set_yticks(list(places), [row["name"] for row in rows])
-    left.set_ylim(0.3, len(rows) + 0.9)
-    ours = f"Ours, {found['scale']}: {found['model']},\n{found['seen']}"
-    for axis, title in ((left, "Paper"), (right, ours)):
-        axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_title(title, fontsize=10)
-        axis.set(xlabel=f"minus {found['baseline']}, {found['unit']}", axisbelow=True)
-        axis.xaxis.set_major_locator(MaxNLocator(5))
-        axis.grid(axis="x", color="#dddddd", linewidth=0.6)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.tick_params(axis="y", length=0)
-    handles = dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower right", ncols=3, frameon=False, fontsize=9)
-    figure.suptitle(f"{found['title']}: difference to {found['baseline']} (left is better; scales differ)", fontsize=12)
-    figure.savefig(path, dpi=150)
+def _better(found: Mapping[str, Any]) -> str:
+    return f"{found['metrics'][found['metric']]['better']} is better"
 
 
-def _label(axis: Axes, text: str, x: float, y: float) -> None:
-    axis.annotate(text, (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=8, color="#444444")
+def _other_metrics(found: Mapping[str, Any]) -> list[str]:
+    """Return a table of the metrics that do not decide, the paper's value and ours in each cell."""
+    names = list(found["metrics"])[1:]
+    if not names:
+        return []
+    units = [f"{name}, {found['metrics'][name]['unit']}" for name in names]
+    lines = ["", "## Other metrics", "", f"| row | {' | '.join(units)} |", "| --- |" + " ---: |" * len(names)]
+    for row in found["rows"]:
+        cells = []
+        for name in names:
+            paper, ours = row["paper"].get(name), row["others"][name]["ours"]
+            spread = ours.get("quartiles") or ()
+            own = f"{ours['mean']:.2f} [{_numbers(', ', '{:.2f}', *spread)}]" if spread else ""
+            if not spread and ours["mean"] is not None:
+                own = _spread(ours)
+            cells.append(f"paper {_numbers('', '{:g}', paper) or '-'}; ours {own or '-'}")
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    for share, speed in found["speeds"].items():
+        lines += [
+            "",
+            f"Speed-ups at a share of {share} ({speed['comm_share']:.2f} as measured): one pair of blocks over "
+            f"sequential top-2, {speed['compute']} compute, {speed['ranks']} ranks, {speed['links']} links, medians of "
+            f"{speed['rounds']} rounds, [quartiles]; with all communication hidden {speed['limit_train']:.2f} in "
+            f"training and {speed['limit_forward']:.2f} in inference.",
+        ]
+    whys = {
+        own["ours"]["why"]: name for row in found["rows"] for name, own in row["others"].items() if "why" in own["ours"]
+    }
+    return [*lines, *(line for why in whys for line in ("", f"A speed without a number: {why}."))]
+
+
+def _equal_time(found: Mapping[str, Any]) -> list[str]:
+    """Return the table of losses at equal tokens and at equal time."""
+    columns = found["equal_time"]
+    if not columns:
+        return []
+    heads = ["equal tokens" if share == "equal_tokens" else f"equal time, share {share}" for share in columns]
+    lines = [
+        "",
+        "## Quality at equal time",
+        "",
+        "Validation loss of each row at the time at which the fastest row ends, by the measured speed-ups in training: "
+        "a slower row is read off its own curve at the step that it has reached by then, before its learning rate has "
+        "come down to its end. In brackets: that step; then the difference to the baseline at the same time and its "
+        "corrected p.",
+        "",
+        f"| row | {' | '.join(heads)} |",
+        "| --- |" + " ---: |" * len(heads),
+    ]
+    if len(columns) == 1:
+        lines.insert(4, "No speed has been measured at this scale, or the measurement failed.")
+    for name in columns["equal_tokens"]["rows"]:
+        cells = []
+        for column in columns.values():
+            own = column["rows"][name]
+            loss, minus = own["loss"], own["minus_baseline"]
+            cell = "-" if loss["mean"] is None else f"{loss['mean']:.4f} [{own['step']:,}]"
+            if minus and minus["mean"] is not None:
+                cell += f" {minus['mean']:+.4f}, p {_p(minus)}"
+            cells.append(cell)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _decisions(found: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each compared metric: which differences are decided and which are not."""
+    lines = []
+    for metric in found["metrics"]:
+        decided: list[str] = []
+        open_: list[str] = []
+        for row in found["rows"]:
+            own = row if metric == found["metric"] else row["others"][metric]
+            minus = own["minus_baseline"]
+            if minus is None or minus["mean"] is None:
+                continue
+            side = "above" if minus["mean"] > 0 else "below"
+            if minus["decided"]:
+                decided.append(f"{row['name']} is {side} {row['baseline']}")
+            else:
+                open_.append(row["name"])
+        if decided or open_:
+            lines.append(
+                f"{metric}: decided (corrected p < 0.05): {'; '.join(decided) or 'nothing'}. "
+                f"Not decided: {'; '.join(open_) or 'nothing'}."
+            )
+    return lines
+
+
+def _order(found: Mapping[str, Any]) -> list[str]:
+    metric = found["metric"]
+    pairs = [(row["paper"][metric], row["ours"]["mean"]) for row in found["rows"] if metric in row["paper"]]
+    ours = {mean for _, mean in pairs}
+    if len(pairs) < 3 or len(ours) < 2 or None in ours:
+        return []
+    statistic, p = rank_correlation(pairs)
+    order = f"Order of the {len(pairs)} rows, ours against the paper's: Spearman's rank correlation"
+    return ["", f"{order} {statistic:+.2f} (p {p:.2f})."]
+
+
+def _origin(found: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "",
+        f"`{found['command']}` ({found['config']}), {clock(found['seconds_of_all_runs'])} of runs, "
+        f"{', '.join(found['machines'])}, torch {', '.join(found['torch'])}, commit {', '.join(found['git_commits'])}.",
+    ]
+    if found["taken_from"]:
+        origins = [f"{count} from {name}" for name, count in found["taken_from"].items()]
+        lines += ["", f"Runs of equal configuration that were not made again: {', '.join(origins)}."]
+    incomplete = (row for row in found["rows"] if row["failed"] or row["unfinished"])
+    missing = [f"{row['name']}: {len(row['failed'])} failed, {len(row['unfinished'])} to run" for row in incomplete]
+    return lines + (["", f"Incomplete: {'; '.join(missing)}."] if missing else [])

@@ -3,26 +3,29 @@
     <runs_dir>/tables/<table>-<scale>/   runs/<row>-seed<s>/<stamp>-.../   run directories
                                          lock  states/  logs/              studies/job.py
 
-Rows see the same tokens in the same order: they share everything but `model`, `moe` and `schedule`. A weight's initial
-value depends on its name and the seed, so what two rows have in common starts with equal values. A run counts as this
-table's only if its config is the same as it would be now.
+Rows see the same data in the same order: they share everything but `model`, `moe`, `schedule` and the learning rate,
+which a search may have chosen for each architecture. A weight's initial value depends on its name and the seed, so what
+two rows have in common starts with equal values. A run counts as this table's only if its config is the same as it
+would be now.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
+from typing import IO
 
 from scmoe.config.fields import Config, ConfigError, flatten
 from scmoe.config.load import load, to_yaml
 from scmoe.studies.batch import Batch
-from scmoe.studies.job import Job, State, lock_of
+from scmoe.studies.job import Job, State
 from scmoe.studies.progress import Watch
 from scmoe.studies.runs import SeenRun, flat
+from scmoe.studies.table.kept import digest_of, look_up, results_of
 from scmoe.studies.table.rows import Row, Scale, Table
 
-OWN = ("model.", "moe.", "schedule.", "name")  # keys in which rows may differ
+OWN = ("model.", "moe.", "schedule.", "optim.lr", "name")  # keys in which rows may differ
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +41,10 @@ class Run:
     def state(self) -> State:
         return self.job.state
 
+    @cached_property
+    def digest(self) -> str:
+        return digest_of(self.config)
+
 
 def plan_runs(table: Table, scale: Scale, folder: Path, seeds: int, overrides: Sequence[str] = ()) -> list[Run]:
     """Return all runs of a table, seed by seed, so that an interrupted table has whole comparisons in it.
@@ -47,7 +54,8 @@ def plan_runs(table: Table, scale: Scale, folder: Path, seeds: int, overrides: S
     runs = []
     for number, (seed, row) in enumerate(product(range(1, seeds + 1), table.rows), 1):
         name = f"{row.slug}-seed{seed}"
-        words = (*row.overrides, *overrides, f"name={name}", f"seed={seed}", f"runs_dir={folder / 'runs'}")
+        size = scale.sizes[row.size] if row.size is not None else ()
+        words = (*size, *row.overrides, *overrides, f"name={name}", f"seed={seed}", f"runs_dir={folder / 'runs'}")
         config = load(scale.config, words)
         title = f"run {number} of {seeds * len(table.rows)} ({row.name}, seed {seed})"
         own = partial(same_config, config=config)
@@ -61,26 +69,32 @@ def plan_runs(table: Table, scale: Scale, folder: Path, seeds: int, overrides: S
     return runs
 
 
-def run_all(runs: Sequence[Run], jobs: int, metric: str, train_here: Callable[[list[str]], int]) -> int:
-    """Run what is not finished, `jobs` in parallel (0: all in this process). Returns the signal that stopped it, or 0.
+def train_all(
+    runs: Sequence[Run], lock: IO[str], jobs: int, needed: Sequence[str], train_here: Callable[[list[str]], int]
+) -> int:
+    """Train what is not finished, `jobs` in parallel (0: all in this process). Returns the signal that ended it, or 0.
 
-    Failed runs are tried again. Raises ConfigError where another process runs this table.
+    needed: keys of the summary without which a run has failed. Failed runs are tried again. The caller has read the
+    states and holds the lock.
     """
+    by_job = {run.job: run for run in runs}
 
     def judge(job: Job) -> None:
-        """A run without the metric in its summary has failed."""
         done = next((run for run in map(SeenRun, job.run_dirs()) if run.summary), None)
-        if done and isinstance(done.summary.get(metric), (int, float)):
-            job.state.run_dir, job.state.results = str(done.path), done.summary
+        missing = [key for key in needed if done is None or look_up(done.summary, key) is None]
+        if done and not missing:
+            job.state.run_dir, job.state.results = str(done.path), results_of(done, by_job[job].digest)
         else:
-            job.state.status, job.state.error = "failed", f"it ended without {metric} in its summary"
+            job.state.status, job.state.error = "failed", f"it ended without {', '.join(missing)} in its summary"
 
     def result(job: Job) -> str:
-        return f"{metric} {job.state.results[metric]:.4f}" if job.state.results else "the same command resumes it"
+        summary = job.state.results.get("summary")
+        if not summary:
+            return "the same command resumes it"
+        return ", ".join(f"{key} {look_up(summary, key):.4f}" for key in needed)
 
     watch = Watch(result)
-    with lock_of(runs[0].job.study) as lock, watch.bar:
-        read_states(runs)
+    with watch.bar:
         if finished := sum(run.state.status == "finished" for run in runs):
             watch.say(f"{finished} of {len(runs)} runs are finished already")
         batch = Batch([run.job for run in runs], jobs, len(runs), watch, judge=judge, train_here=train_here)
@@ -91,8 +105,12 @@ def read_states(runs: Sequence[Run]) -> None:
     """Set the runs' states from their files; a state that belongs to a run of another config counts as none."""
     for run in runs:
         state = run.job.read()
+        if state.status == "finished" and state.results.get("digest") == run.digest:
+            continue
         if state.run_dir and Path(state.run_dir) not in run.job.run_dirs():
             run.job.state = State()
+        elif state.status == "finished":  # it does not hold what is kept today: its result is read again
+            run.job.state = State("cut", state.run_dir, state.seconds) if state.run_dir else State()
 
 
 def same_config(run_dir: Path, config: Config) -> bool:

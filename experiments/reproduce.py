@@ -1,0 +1,33 @@
+"""Run all tables of the paper in turn, at one scale, and set our values beside the paper's.
+
+What each table costs is said first. Finished runs are skipped and interrupted ones are resumed, failed ones do not end
+it; Ctrl-C stops with a checkpoint of each. The last line on standard output is JSON: rows with a result by table.
+Exit codes: 1, something failed; 2, the request was wrong; 130, stopped.
+"""
+
+import json
+import re
+import sys
+
+from experiments import command, parser
+from experiments.table import add_options, commands, read_request
+
+
+@command
+def main(arguments: list[str]) -> int:
+    options = parser("reproduce", __doc__)
+    options.add_argument("--tables", nargs="+", metavar="TABLE", help="such as table3 (default: tables 1 to 7)")
+    add_options(options)
+    given = options.parse_intermixed_args(arguments)
+    from scmoe.studies.reproduce import reproduce
+    from scmoe.studies.table.rows import table_names
+
+    names = given.tables or [name for name in table_names() if re.fullmatch(r"table\d+", name)]
+    found = reproduce(names, read_request(given), commands())
+    signal = found.pop("signal")
+    print(json.dumps(found), flush=True)
+    return 130 if signal else 1 if found["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

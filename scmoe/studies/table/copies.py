@@ -1,0 +1,47 @@
+"""Results that outlive a run's directory and its machine: states are taken from other folders, and copied into one.
+
+A state file holds a digest of its run's config. A run of equal digest need not be made again, whether it belongs to
+another table (Tables 1, 5 and 6 have rows in common) or was made on another machine and committed (docs/results/).
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from scmoe.config.fields import ConfigError
+from scmoe.studies.job import State
+from scmoe.studies.table.runs import Run
+
+
+def adopt(runs: Sequence[Run], folders: Iterable[Path]) -> int:
+    """Give runs that are not finished the state of an equal run in <folder>/*/states/. Returns how many it gave."""
+    wanted = [run for run in runs if run.state.status != "finished"]
+    found: dict[str, tuple[Path, State]] = {}
+    for path in [path for folder in folders for path in sorted(folder.glob("*/states/*.json"))] if wanted else ():
+        state = State(**json.loads(path.read_text()))
+        if state.status == "finished" and (digest := state.results.get("digest")):
+            found.setdefault(digest, (path, state))
+    for run in wanted:
+        if run.digest in found:
+            path, run.job.state = found[run.digest]
+            run.job.state.results["from"] = path.parent.parent.name
+            run.job.keep()
+    return sum(run.digest in found for run in wanted)
+
+
+def save(runs: Sequence[Run], to: Path) -> Path:
+    """Copy results.json and the states of finished runs into <to>/<table>-<scale>/. Raises ConfigError if none is."""
+    study = runs[0].job.study
+    finished = [run for run in runs if run.state.status == "finished"]
+    if not finished:
+        raise ConfigError(f"--to is {str(to)!r}, and no run of {study.name} is finished; there is nothing to copy")
+    folder = to / study.name
+    (folder / "states").mkdir(parents=True, exist_ok=True)
+    for old in (folder / "states").glob("*.json"):
+        old.unlink()
+    shutil.copy(study / "results.json", folder)
+    for run in finished:
+        state = json.loads(run.job.state_file.read_text()) | {"run_dir": None}  # it stays on this machine
+        (folder / "states" / run.job.state_file.name).write_text(json.dumps(state) + "\n")
+    return folder

@@ -1,0 +1,47 @@
+"""What is kept of a finished run in its state file: all that a report reads, so it outlives the run's directory."""
+
+import json
+from hashlib import sha256
+from typing import Any
+
+from scmoe.config.fields import Config
+from scmoe.config.load import to_yaml
+from scmoe.studies.runs import DEFAULTS, SeenRun, flat
+
+# where a run is kept and how it is shown: nothing that changes a result
+NOT_IN_DIGEST = ("name", "runs_dir", "logger.", "data.cache_dir", "trainer.progress", "trainer.max_memory_gib")
+
+
+def digest_of(config: Config) -> str:
+    """Return a hash of the values that can change a result. Defaults are left out: a new field changes no digest."""
+    values = flat(to_yaml(config)).items()
+    own = {key: value for key, value in values if value != DEFAULTS[key] and not key.startswith(NOT_IN_DIGEST)}
+    return sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def results_of(run: SeenRun, digest: str) -> dict[str, Any]:
+    """Return the results that a state keeps of a finished run. curve: points (steps done, validation loss)."""
+    environment = json.loads((run.path / "env.json").read_text())
+    curve = {int(row["step"]) + 1: row["val/loss"] for row in run.metrics if "val/loss" in row}
+    return {
+        "digest": digest,
+        "summary": {key: value for key, value in run.summary.items() if key != "run_dir"},
+        "curve": sorted(curve.items()),
+        "environment": {
+            "machine": f"{environment['cpus']} CPU cores, {environment['platform'].partition('-')[0]}",
+            "torch": environment["packages"]["torch"],
+            "git_commit": environment["git_commit"],
+            "date": run.path.name[:8],
+        },
+    }
+
+
+def look_up(tree: Any, dotted: str) -> float | None:
+    """Return the number under a dotted key of nested mappings; None where there is none. A name may have dots in it."""
+    if not isinstance(tree, dict):
+        return None
+    if dotted in tree:
+        found = tree[dotted]
+        return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else None
+    below = (look_up(tree[key], dotted[len(key) + 1 :]) for key in tree if dotted.startswith(f"{key}."))
+    return next((found for found in below if found is not None), None)

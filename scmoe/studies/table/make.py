@@ -1,0 +1,140 @@
+"""One table from beginning to end: its trainings, evaluations and speeds, then its files."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scmoe.config.fields import ConfigError
+from scmoe.config.load import load
+from scmoe.studies.checks import refusal
+from scmoe.studies.job import lock_of
+from scmoe.studies.table.afterwards import evaluate_all, measure_speeds
+from scmoe.studies.table.copies import adopt, save
+from scmoe.studies.table.launch import check_memory, write_launch_files
+from scmoe.studies.table.report import write_report
+from scmoe.studies.table.rows import Scale, Table
+from scmoe.studies.table.runs import Run, plan_runs, read_states, train_all
+from scmoe.testbed.pairs import ROWS
+from scmoe.training.build.data import build_datamodule
+
+Command = Callable[[list[str]], int]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a table is asked to do. jobs, seeds: None: those of the scale. sources: folders with states of equal runs.
+    to: the folder that results and states are copied into."""
+
+    scale: str
+    overrides: Sequence[str] = ()
+    jobs: int | None = None
+    seeds: int | None = None
+    sources: Sequence[Path] = ()
+    to: Path | None = None
+
+
+@dataclass(frozen=True)
+class Commands:
+    """The commands that a table at jobs=0 calls in this process, and where it says something."""
+
+    train: Command
+    evaluate: Command
+    say: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table at a scale, with all its runs; nothing is started yet."""
+
+    table: Table
+    scale_name: str
+    scale: Scale
+    jobs: int | None
+    runs: list[Run]
+
+    @property
+    def folder(self) -> Path:
+        return self.runs[0].job.study
+
+
+@dataclass
+class Made:
+    """What came of a table. failed: trainings, evaluations and measurements. signal: of the request to stop, or 0."""
+
+    plan: Plan
+    finished: int = 0
+    failed: int = 0
+    cut: int = 0
+    signal: int = 0
+    rows: int = 0  # with at least one finished run
+    files: list[Path] = field(default_factory=list)
+
+
+def plan_table(table: Table, request: Request, say: Callable[[str], None]) -> Plan:
+    """Return the plan of a request. Raises ConfigError, in one line, for what cannot be honoured."""
+    name = request.scale
+    if name not in table.scales:
+        raise ConfigError(f"--scale is {name!r}, allowed: {', '.join(table.scales)}")
+    scale = table.scales[name]
+    for row in table.rows:
+        if row.speed is not None and row.speed not in ROWS:
+            raise refusal(f"{table.name}: speed of {row.name!r}", row.speed, " | ".join(ROWS))
+    if scale.otherwise is not None and (missing := _missing_data(scale, request.overrides)):
+        say(f"{table.name} runs at scale {scale.otherwise}, not {name}: {missing}")
+        name, scale = scale.otherwise, table.scales[scale.otherwise]
+    jobs = scale.jobs if request.jobs is None else request.jobs
+    seeds = scale.seeds if request.seeds is None else request.seeds
+    if seeds < 1 or (jobs or 0) < 0:
+        raise ConfigError(f"--seeds is {seeds}, --jobs is {jobs}, allowed: 1 or more, 0 or more")
+    folder = Path(load(scale.config, request.overrides).runs_dir) / "tables" / f"{table.name}-{name}"
+    return Plan(table, name, scale, jobs, plan_runs(table, scale, folder, seeds, request.overrides))
+
+
+def make_table(plan: Plan, request: Request, commands: Commands) -> Made:
+    """Do what is left of a table and write its files. The same call resumes one that was stopped."""
+    table, runs, made = plan.table, plan.runs, Made(plan)
+    if plan.jobs is None:
+        commands.say(f"{plan.scale_name} is not run here; start it elsewhere with one of:")
+        for command in write_launch_files(runs):
+            commands.say(f"  {command}")
+        for line, fits in check_memory(table, runs, plan.scale.gpu_gib):
+            commands.say(line)
+            made.failed += not fits
+        made.rows = len(table.rows)
+        return made
+    needed = list(dict.fromkeys(["val_loss", *(key for m in table.metrics_from("summary") for key in m.keys)]))
+    with lock_of(plan.folder) as lock:
+        read_states(runs)
+        if found := adopt(runs, request.sources):
+            commands.say(f"{found} of {len(runs)} runs are taken from runs of equal configuration")
+        made.signal = train_all(runs, lock, plan.jobs, needed, commands.train)
+        after = []
+        if not made.signal:
+            evaluations, made.signal = evaluate_all(runs, table, plan.scale, lock, plan.jobs, commands.evaluate)
+            after += evaluations
+        if not made.signal:
+            speeds, made.signal = measure_speeds(table, plan.scale, plan.folder, lock)
+            after += speeds
+    jobs = [*(run.job for run in runs), *after]
+    for job in jobs:
+        if job.state.status == "failed":
+            commands.say(f"failed: {job.title}: {job.state.error}; its log: {job.log}")
+    made.finished = sum(run.state.status == "finished" for run in runs)
+    made.failed = sum(job.state.status == "failed" for job in jobs)
+    made.cut = sum(job.state.status == "cut" for job in jobs)
+    made.rows = len({run.row.name for run in runs if run.state.status == "finished"})
+    if made.finished:
+        made.files = write_report(table, plan.scale_name, runs)
+        if request.to is not None:
+            made.files.append(save(runs, request.to))
+    return made
+
+
+def _missing_data(scale: Scale, overrides: Sequence[str]) -> str | None:
+    """Return why the scale's data set is not on this machine, or None."""
+    config = load(scale.config, overrides)
+    try:
+        build_datamodule(config)
+    except ConfigError as error:
+        return str(error)
+    return None

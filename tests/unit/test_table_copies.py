@@ -1,0 +1,93 @@
+"""A finished run's results outlive its directory: equal runs are not made again, here or on another machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scmoe.config.fields import ConfigError
+from scmoe.config.load import load
+from scmoe.studies.job import State
+from scmoe.studies.table.copies import adopt, save
+from scmoe.studies.table.kept import digest_of, look_up
+from scmoe.studies.table.rows import load_table
+from scmoe.studies.table.runs import Run, plan_runs, read_states
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs/experiment"
+DEBUG = ROOT / "configs/debug.yaml"
+
+
+def runs_of(name: str, folder: Path, seeds: int = 1) -> list[Run]:
+    table = load_table(name, CONFIGS)
+    return plan_runs(table, table.scales["smoke"], folder / f"tables/{name}-smoke", seeds)
+
+
+def finish(run: Run) -> None:
+    run.job.state = State("finished", "/somewhere", 9.0, 1.0, results={"digest": run.digest, "summary": {}})
+    run.job.keep()
+
+
+@pytest.mark.parametrize("override", ("optim.lr=0.5", "seed=2", "data.seq_len=32", "moe.top_k=2"))
+def test_a_value_that_can_change_a_result_changes_the_digest(override):
+    assert digest_of(load(DEBUG, [override])) != digest_of(load(DEBUG))
+
+
+@pytest.mark.parametrize("override", ("name=other", "runs_dir=elsewhere", "logger.mode=auto", "data.cache_dir=tmp"))
+def test_where_a_run_is_kept_does_not_change_its_digest(override):
+    assert digest_of(load(DEBUG, [override])) == digest_of(load(DEBUG))
+
+
+def test_a_table_takes_the_equal_runs_of_another_table(tmp_path):
+    for run in runs_of("table1", tmp_path):
+        finish(run)
+    runs = runs_of("table5", tmp_path)
+    read_states(runs)
+    assert adopt(runs, [tmp_path / "tables"]) == 4, "the rows with CG-1"
+    assert [run.row.name for run in runs if run.state.status == "finished"] == [
+        *("shared-expert, CG-1", "ScMoE Pos-1, CG-1", "ScMoE Pos-2, CG-1", "ScMoE Pos-3, CG-1")
+    ]
+    assert runs[0].state.results["from"] == "table1-smoke"
+
+
+def test_another_machine_goes_on_from_what_is_committed(tmp_path):
+    here, there, committed = tmp_path / "here", tmp_path / "there", tmp_path / "results"
+    first = runs_of("table4", here, seeds=2)
+    for run in first[:3]:
+        finish(run)
+    (first[0].job.study / "results.json").write_text('{"rows": []}')
+    folder = save(first, committed)
+    assert folder == committed / "table4-smoke" and json.loads((folder / "results.json").read_text()) == {"rows": []}
+    assert len(list((folder / "states").iterdir())) == 3
+    second = runs_of("table4", there, seeds=2)
+    assert adopt(second, [committed]) == 3
+    again = runs_of("table4", there, seeds=2)
+    read_states(again)
+    assert [run.state.status for run in again] == ["finished"] * 3 + ["waiting"] * 5
+    assert again[0].state.run_dir is None, "its directory is on the other machine"
+
+
+def test_a_run_of_another_config_is_not_taken(tmp_path):
+    runs = runs_of("table4", tmp_path)
+    for run in runs:
+        finish(run)
+    table = load_table("table4", CONFIGS)
+    other = plan_runs(table, table.scales["smoke"], tmp_path / "other", 1, ["trainer.max_steps=5"])
+    assert adopt(other, [tmp_path / "tables"]) == 0
+    assert {run.state.status for run in other} == {"waiting"}
+
+
+def test_nothing_finished_is_nothing_to_copy(tmp_path):
+    with pytest.raises(ConfigError, match="no run of table4-smoke is finished"):
+        save(runs_of("table4", tmp_path), tmp_path / "results")
+
+
+def test_a_dotted_key_leads_to_a_number_or_to_none():
+    tree = {"tasks": {"piqa": {"acc": 0.5, "name": "piqa"}}, "flag": True}
+    assert look_up(tree, "tasks.piqa.acc") == 0.5
+    assert look_up({"texts": {"test.txt": {"perplexity": 30}}}, "texts.test.txt.perplexity") == 30.0
+    assert [look_up(tree, key) for key in ("tasks.piqa.name", "tasks.race.acc", "flag", "tasks.piqa.acc.x")] == [
+        None
+    ] * 4
