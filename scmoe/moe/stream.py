@@ -109,8 +109,7 @@ class MoEStream(Operators):
     def arrange(self, ids_TK: Tensor, mask_T: Tensor | None, chunks: int) -> Layout:
         """Dropless: in buffers, or filled. With a capacity: filled slots alone, or all slots."""
         (T, K), E, factor = ids_TK.shape, self.router.num_experts, self.capacity_factor
-        ranks = E // len(self.experts.expert_ids)
-        if self.buffer is not None and ranks > 1:
+        if self.buffer is not None and (ranks := E // len(self.experts.expert_ids)) > 1:
             return arrange_buffers(ids_TK, E, ranks, buffer_size(T, K, ranks, self.buffer), chunks)
         if factor is None:
             return arrange_filled(ids_TK, E, chunks, padded=mask_T is not None)
