@@ -22,7 +22,7 @@ from scmoe.testbed.overlap_report import DEFAULTS
         ("--heads 4", "--heads belongs to real compute, and --compute is emulated"),
         ("--share 1.5", "--share is 1.5, allowed: above 0 and below 1"),
         ("--tokens 100 --seq-len 64", "--tokens is 100, allowed: multiples of --seq-len (64)"),
-        ("--rows top3", "--rows has top3, allowed: top2 | "),
+        ("--rows top9", "--rows has top9, allowed: top2 | "),
         ("--ranks 3", "--num-experts is 8, allowed: multiples of --ranks (3)"),
     ],
 )
