@@ -120,7 +120,7 @@ def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoES
     router = Router(parts.dim, moe.num_experts, moe.top_k, **gate)
     local = context.local_experts(moe.num_experts)
     experts = Experts(parts.dim, parts.ffn_dim, moe.num_experts, local, parts.activation)
-    ep_size = resolve_ep_size(config)  # the config's: an estimate is made in one process
+    ep_size = max(context.ep_size, resolve_ep_size(config))  # an estimate for many ranks is made in one process
     buffer = min(moe.dropless_ceiling or ep_size, ep_size) if moe.rows == "buffers" and ep_size > 1 else None
     dispatcher = context.dispatcher(moe.num_experts, moe.dropless_ceiling, buffer is not None)
     if config.strategy.wire_dtype is not None and context.ep_size > 1:
