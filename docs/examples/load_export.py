@@ -1,4 +1,4 @@
-"""Load what `make export` wrote, without Lightning, and predict the next token.
+"""Load what `make export` wrote, without Lightning, and predict the next token. Without a file: the newest run's.
 
 .venv/bin/python docs/examples/load_export.py exported/model.safetensors
 """
@@ -25,7 +25,7 @@ def load_export(file: Path) -> Any:
 
 
 def main() -> None:
-    model = load_export(Path(sys.argv[1]))
+    model = load_export(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/latest/export/model.safetensors"))
     ids = torch.zeros(1, 8, dtype=torch.int64)  # eight end-of-text tokens
     with torch.inference_mode():
         probabilities = model(ids).logits_BSV[0, -1].softmax(-1)
