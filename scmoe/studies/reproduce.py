@@ -1,7 +1,7 @@
 """All tables of the paper in turn, as one study that can be stopped and continued.
 
-What every table costs is said before the first begins, by the minutes that its file states; after each table the time
-left is corrected by how long the ones before have taken. A failed run ends neither its table nor the study.
+The cost of every table is printed before the first begins; its file states the minutes. After each table the time left
+is corrected by the time that the earlier ones took. A failed run ends neither its table nor the study.
 """
 
 import time
@@ -20,7 +20,7 @@ FIRST_RATIO = 1.0  # of measured over stated time, before anything has been meas
 def reproduce(names: Sequence[str], request: Request, commands: Commands) -> dict[str, Any]:
     """Make the tables and return {tables: rows with a result by number, failed, cut, seconds, signal}.
 
-    Everything that the request or a table's file says wrongly is refused, as ConfigError, before anything starts.
+    Raises ConfigError for an error in the request or in a table's file before anything starts.
     """
     plans = {name: plan_table(load_table(name), request, commands.say) for name in names}
     costs = {name: seconds_to_do(plan) for name, plan in plans.items()}

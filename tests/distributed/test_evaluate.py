@@ -1,4 +1,4 @@
-"""A run is evaluated to the last bit the same on any number of ranks; what is found is kept, merged and logged."""
+"""An evaluation is bit-identical on any number of ranks; its results are kept, merged and logged."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from experiments import evaluate
 from scmoe.config.load import load
-from scmoe.parallel.lending import with_lent_experts
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.rank_zero import run_on_rank_zero
 from scmoe.studies.evaluate import results
 from scmoe.testbed.ranks import RankError, run_ranks
 from tests.support.commands import Done, command_in_ranks, train_in_ranks
@@ -147,7 +147,7 @@ def test_the_papers_tasks_are_asked(runs):
     assert all(0 <= task["acc"] <= 1 and task["questions"] == 4 for task in found["tasks"].values())
 
 
-# ---------------------------------------------------------------------- lending experts
+# ---------------------------------------------------------------------- rank 0 and the others
 
 
 def passes(rank: int, world_size: int, raises: bool) -> Any:
@@ -168,7 +168,7 @@ def passes(rank: int, world_size: int, raises: bool) -> Any:
             raise ValueError("as wanted")
         return "done"
 
-    return with_lent_experts(work, model, (torch.ones(1), torch.tensor([False])), context), seen
+    return run_on_rank_zero(work, model, (torch.ones(1), torch.tensor([False])), context), seen
 
 
 def test_ranks_take_part_in_every_pass_and_end_together():

@@ -1,6 +1,6 @@
 """Evaluates a checkpoint of a run from top to bottom: test split, perplexity, tasks. Every rank calls `evaluate`.
 
-Ranks share the experts and not the batches (parallel/lending.py), so the results do not depend on their number.
+Ranks share the experts and not the batches (parallel/rank_zero.py), so the results do not depend on their number.
 """
 
 import warnings
@@ -17,8 +17,8 @@ from datamodules.text import TextDataModule
 from scmoe.config.fields import Config
 from scmoe.config.rules import IMAGES
 from scmoe.parallel.checkpoint.durable import read_manifest
-from scmoe.parallel.lending import Forward, with_lent_experts
 from scmoe.parallel.lightning_seam import rank_without_trainer
+from scmoe.parallel.rank_zero import Forward, run_on_rank_zero
 from scmoe.studies.evaluate.held_out_loss import score_test_split
 from scmoe.studies.evaluate.material import Material, Request, read_material
 from scmoe.studies.evaluate.results import keep_results, log_to_wandb, read_results
@@ -71,7 +71,7 @@ def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
         return model(plugin.convert_input(inputs), mask)
 
     with torch.inference_mode(), plugin.val_step_context():
-        found = with_lent_experts(work, of_its_dtype, padding_of(config, device), module.parallel_context)
+        found = run_on_rank_zero(work, of_its_dtype, padding_of(config, device), module.parallel_context)
     if found is None:
         return None
     found["step"] = read_manifest(checkpoint)["step"]
@@ -106,7 +106,7 @@ def padding_of(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def measure(forward: Forward, model: nn.Module, material: Material, config: Config, device: torch.device) -> Found:
-    """Return everything that was asked for: {"test", "text", "tasks"}. After the test split the model is dropless."""
+    """Return the results: {"test", "text", "tasks"}. The model is dropless after the test split."""
     data, text = material.data, material.text
     test = {**score_test_split(forward, data, device), "capacity_factor": config.moe.capacity_factor}
     found: Found = {"test": test, "text": None, "tasks": {}}

@@ -11,7 +11,7 @@ import torch
 
 from datamodules.positioned import IGNORE, PositionedDataModule
 from datamodules.sequences import SequenceDataModule
-from scmoe.parallel.lending import Forward
+from scmoe.parallel.rank_zero import Forward
 from scmoe.training.moe_module import cross_entropy_sum
 
 

@@ -1,4 +1,4 @@
-"""lm-eval (extra `eval`) asks the questions of a task, and a model of this project answers.
+"""Lets lm-eval (extra `eval`) ask the questions of a task, and the model of a run answer them.
 
 Tasks are handed over as objects in memory, so nothing is looked up or downloaded. Contexts begin with the end of text,
 as documents do in training; a context that is too long loses its beginning.
@@ -44,10 +44,10 @@ class ModelOfRun(LM):
         )
 
     def ids_of(self, context: str, continuation: str) -> tuple[np.ndarray, int]:
-        """Return the ids of both after the end of text, and the place of the continuation's first one.
+        """Return the end of text and the ids of both, and the index of the continuation's first id.
 
-        They are encoded together, with spaces at the end of the context counted to the continuation, as words have
-        theirs before them.
+        They are encoded together. Spaces at the end of the context belong to the continuation, because a token of a
+        word includes the space before it.
         """
         stripped = context.rstrip(" ")
         whole = self.tokenizer.encode(context + continuation)
@@ -91,7 +91,7 @@ def verdict(low: float, high: float, chance: float, one_answer: float | None = N
 def as_lm_eval_task(task: Task) -> ConfigurableTask:
     """Return a task as lm-eval takes it: without examples before a question, and a space before what follows."""
     rows = [{"context": q.context, "choices": [*q.choices], "gold": q.gold, "end": q.end} for q in task.questions]
-    beginnings = task.questions[0].end is not None  # lm-eval then wants the answer as text and the end as target
+    beginnings = task.questions[0].end is not None  # lm-eval then expects the answer as text and the end as target
     text, target = ("gold", "end") if beginnings else ("context", "gold")
     metrics = ["acc"] if beginnings else ["acc", "acc_norm", *{task.metric} - {"acc", "acc_norm"}]
     config = {

@@ -1,7 +1,7 @@
-"""Two tasks that a small model can do, made from held-out text: its last words, and its next sentences.
+"""Makes two tasks from held-out text that a small model can do: choose the last word, or the next sentence.
 
-    cloze           which of four words ends the sentence? All four end sentences of the text, and come in it about as
-                    often, so that knowing frequent words does not help
+    cloze           which of four words ends the sentence? All four end sentences of the text and are about equally
+                    frequent in it, so that knowing frequent words does not help
     next_sentence   which of four sentences comes next? All four are from the text, and about as long
 
 Both are a function of the text alone: choices are drawn by a generator that is seeded with the question.
@@ -69,7 +69,7 @@ OWN_TASKS = {"cloze": cloze, "next_sentence": next_sentence}
 def _task(name: str, found: Sequence[tuple[str, str]], ranked: Sequence[str], metric: str, origin: str) -> Task:
     """Return a task of up to MOST_QUESTIONS pairs (context, true choice), evenly spread over the text.
 
-    ranked: all choices, so that those alike are neighbours.
+    ranked: all choices, sorted so that similar ones are neighbours.
     """
     if len(ranked) < CHOICES:
         allowed = f"{CHOICES} or more different ones; give a longer text with --text, or leave the task out"

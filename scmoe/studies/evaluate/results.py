@@ -42,7 +42,7 @@ def keep_results(run_dir: Path, checkpoint: str, found: Mapping[str, Any]) -> No
 
 
 def log_to_wandb(run_dir: Path, config: Config, found: Mapping[str, Any]) -> None:
-    """Log the numbers in the run's own W&B run, if it has one. Trouble with W&B is one warning. config: of the run."""
+    """Log the numbers in the run's own W&B run, if it has one. An error of W&B is one warning. config: the run's."""
     if not (run_dir / "wandb_run.json").exists() or wandb_mode(config) == "disabled":
         return
     try:

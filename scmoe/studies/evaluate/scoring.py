@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from datamodules.positioned import IGNORE
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.lending import Forward
+from scmoe.parallel.rank_zero import Forward
 
 BATCH_TOKENS = 2048  # of a batch, padding included: with a vocabulary of 50,000 its logits take 0.4 GB
 

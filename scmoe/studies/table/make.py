@@ -35,7 +35,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Commands:
-    """The commands that a table at jobs=0 calls in this process, and where it says something."""
+    """The commands that a table at jobs=0 calls in this process, and `say`, which prints a line."""
 
     train: Command
     evaluate: Command
@@ -59,7 +59,7 @@ class Plan:
 
 @dataclass
 class Made:
-    """What came of a table. failed: trainings, evaluations and measurements. signal: of the request to stop, or 0."""
+    """The outcome of a table. failed: trainings, evaluations and measurements. signal: that stopped it, or 0."""
 
     plan: Plan
     finished: int = 0

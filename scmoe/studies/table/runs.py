@@ -65,7 +65,9 @@ def plan_runs(table: Table, scale: Scale, folder: Path, seeds: int, overrides: S
     for run in runs[: len(table.rows)]:
         for key, value in flatten(run.config).items():
             if value != first[key] and not key.startswith(OWN):
-                raise ConfigError(f"row {run.row.name!r} sets {key}, allowed: {', '.join(OWN[:-1])} keys of the model")
+                raise ConfigError(
+                    f"row {run.row.name!r} sets {key}, allowed: keys that begin with {', '.join(OWN[:-1])}"
+                )
     return runs
 
 

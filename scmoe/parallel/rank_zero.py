@@ -1,4 +1,4 @@
-"""One rank works with the model, and the others lend it their experts, for work that only one rank knows.
+"""Rank 0 evaluates a model whose experts are on several ranks; the other ranks only compute their experts for it.
 
 Every forward pass needs all ranks of an expert-parallel group. Rank 0 announces each pass, and the others take part in
 it with a batch of padding alone. Padding is routed nowhere, so the experts get rank 0's rows and no others: products
@@ -19,23 +19,24 @@ Forward = Callable[[Tensor, Tensor], Any]
 """Computes the model's output for (inputs, mask): its first entry is the logits."""
 
 
-def with_lent_experts(
+def run_on_rank_zero(
     work: Callable[[Forward], T], model: Forward, padding: tuple[Tensor, Tensor], context: ParallelContext
 ) -> T | None:
     """Return work(forward) on rank 0, and None on the others. Every rank must call it.
 
     padding: inputs and mask of the smallest batch without any real sample. An error of `work` is raised on rank 0, and
-    the others return.
+    the other ranks return.
     """
     if context.rank != 0:
-        while _told(context, True):
+        while _another_pass(context, True):
             model(*padding)
         return None
     in_step = True
 
     def forward(inputs: Tensor, mask: Tensor) -> Any:
         nonlocal in_step
-        in_step = not _told(context, True)
+        _another_pass(context, True)
+        in_step = False
         output = model(inputs, mask)
         in_step = True
         return output
@@ -43,11 +44,11 @@ def with_lent_experts(
     try:
         return work(forward)
     finally:
-        if in_step:  # else the others wait inside a pass, and would not hear it
-            _told(context, False)
+        if in_step:  # else the others are inside a pass and would not receive it
+            _another_pass(context, False)
 
 
-def _told(context: ParallelContext, more: bool) -> bool:
+def _another_pass(context: ParallelContext, more: bool) -> bool:
     """Return on every rank what rank 0 says: whether another pass comes."""
     if context.world_size == 1:
         return more
