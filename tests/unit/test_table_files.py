@@ -36,6 +36,16 @@ def test_every_row_builds_at_every_scale(name, tmp_path):
             build_model_on_meta(run.config)
 
 
+def test_a_setting_holds_at_its_own_scale(tmp_path):
+    table = load_table("table3", CONFIGS)
+    rates = {
+        scale: {run.row.name: run.config.optim.lr for run in plan_runs(table, table.scales[scale], tmp_path, 1)}
+        for scale in ("small", "paper")
+    }
+    assert rates["small"]["top-2"] == 6e-3 and rates["small"]["ScMoE Pos-2, CG-1"] == 1.2e-2
+    assert set(rates["paper"].values()) == {3e-4}
+
+
 PAPER = {  # the paper's tables, row by row in the order of the files
     "table1": {
         "accuracy": (79.33, 78.95, 79.53, 79.14, 79.38, 79.20),
@@ -134,7 +144,7 @@ def test_an_unknown_table_is_refused_with_the_known_ones():
         (("from: summary", "from: speed"), "share is missing, allowed: a number between 0 and 1"),
         (("[0.15, 0.52]", "[0.15, 52]"), "equal_time is .*'52'.*, allowed: a list of numbers between 0 and 1"),
         (("speed: top2", "baseline: top-3"), "baseline of 'top-2' is 'top-3', allowed: 'top-2'"),
-        (("speed: top2", "size: B"), "size of 'top-2' is 'B', allowed: none at scale smoke"),
+        (("setting: top-2", "setting: B"), "setting of 'top-2' is 'B', allowed: top-2, shared-expert, ScMoE at scale"),
         (("minutes: 0.5", "otherwise: digits"), "scales.smoke.otherwise is 'digits', allowed: smoke, small, paper"),
         (("name: ScMoE Pos-1, CG-1", "name: ScMoE Pos 2 CG 1"), "same name"),
     ],

@@ -41,7 +41,7 @@ class Row:
     overrides: tuple[str, ...]  # key=value, on the config of the scale
     baseline: str  # the row that it is compared with; its own name: it is one
     speed: str | None = None  # the testbed's row of the same architecture
-    size: str | None = None  # the model's size, one of the scale's `sizes`
+    setting: str | None = None  # one of the scale's `settings`
 
     @property
     def slug(self) -> str:
@@ -63,7 +63,8 @@ class Scale:
     shares: tuple[float, ...] | None = None  # those of the table's shares that are measured at this scale; None: all
     otherwise: str | None = None  # the scale that is run where the config's data set is not on this machine
     gpu_gib: float = 80.0  # memory of a GPU for which launch files are written
-    sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # key=value of each size of model at this scale
+    # key=value by name, for the rows that name it: the size of a model, or a learning rate, differs between scales
+    settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,9 @@ def _table(name: str, folder: Path, tree: Any) -> Table:
     scales = {scale: _scale(scale, folder, entry, tree["scales"]) for scale, entry in tree["scales"].items()}
     for scale, made in scales.items():
         for row in rows:
-            if row.size is not None and row.size not in made.sizes:
-                raise refusal(f"size of {row.name!r}", row.size, f"{', '.join(made.sizes) or 'none'} at scale {scale}")
+            if row.setting is not None and row.setting not in made.settings:
+                allowed = f"{', '.join(made.settings) or 'none'} at scale {scale}"
+                raise refusal(f"setting of {row.name!r}", row.setting, allowed)
     share, equal_time = tree.get("share"), tuple(map(float, tree.get("equal_time", ())))
     at = None if share is None else float(share)
     table = Table(name, tree["title"], metrics, tree["baseline"], tuple(rows), scales, at, equal_time)
@@ -150,7 +152,8 @@ def _row(entry: Any, baseline: str, metrics: list[str]) -> Row:
     words = _overrides(entry["overrides"])
     paper = {metric: float(value) for metric, value in entry["paper"].items()}
     own_baseline = entry.get("baseline", baseline)
-    return Row(entry["name"], tuple(entry["groups"]), paper, words, own_baseline, entry.get("speed"), entry.get("size"))
+    optional = entry.get("speed"), entry.get("setting")
+    return Row(entry["name"], tuple(entry["groups"]), paper, words, own_baseline, *optional)
 
 
 def _scale(name: str, folder: Path, entry: Any, scales: Mapping[str, Any]) -> Scale:
@@ -162,8 +165,8 @@ def _scale(name: str, folder: Path, entry: Any, scales: Mapping[str, Any]) -> Sc
     given |= {key: float(entry[key]) for key in ("minutes", "gpu_gib") if key in entry}
     given |= {"shares": tuple(map(float, entry["shares"]))} if "shares" in entry else {}
     jobs = None if entry["jobs"] == "launch" else int(entry["jobs"])
-    sizes = {size: _overrides(own) for size, own in entry.get("sizes", {}).items()}
-    return Scale(folder / entry["config"], int(entry["seeds"]), jobs, otherwise=otherwise, sizes=sizes, **given)
+    settings = {name: _overrides(own) for name, own in entry.get("settings", {}).items()}
+    return Scale(folder / entry["config"], int(entry["seeds"]), jobs, otherwise=otherwise, settings=settings, **given)
 
 
 def _overrides(entry: Mapping[str, str]) -> tuple[str, ...]:
@@ -188,7 +191,7 @@ SHARE: Rule = (lambda text: _number(text, 0, 1), "a number between 0 and 1")
 MANY: Rule = (lambda value: isinstance(value, list) and all(map(SHARE[0], value)), "a list of numbers between 0 and 1")
 TEXTS: Rule = (lambda value: isinstance(value, str) or (isinstance(value, list) and bool(value)), "a text or a list")
 VALUES: Rule = (lambda value: isinstance(value, dict), "a mapping of keys to values")
-SIZES: Rule = (lambda value: isinstance(value, dict) and all(map(VALUES[0], value.values())), "sizes, each a mapping")
+SETTINGS: Rule = (lambda v: isinstance(v, dict) and all(map(VALUES[0], v.values())), "names, each with a mapping")
 TABLE: dict[str, Rule] = {
     **dict.fromkeys(("title", "baseline"), TEXT),
     **dict.fromkeys(("metrics", "scales"), MAPPING),
@@ -204,7 +207,7 @@ METRIC: dict[str, Rule] = {
     "times": PAPER,
 }
 ROW: dict[str, Rule] = {
-    **dict.fromkeys(("name", "baseline", "speed", "size"), TEXT),
+    **dict.fromkeys(("name", "baseline", "speed", "setting"), TEXT),
     "groups": LIST,
     **dict.fromkeys(("paper", "overrides"), VALUES),
 }
@@ -213,7 +216,7 @@ SCALE: dict[str, Rule] = {
     "seeds": (lambda text: str(text).isdecimal() and int(text) > 0, "1 or more"),
     "jobs": (lambda text: text == "launch" or str(text).isdecimal(), "0 or more | launch"),
     "minutes": ABOVE_0,
-    "sizes": SIZES,
+    "settings": SETTINGS,
     "shares": MANY,
     "gpu_gib": ABOVE_0,
 }

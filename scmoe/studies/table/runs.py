@@ -54,8 +54,8 @@ def plan_runs(table: Table, scale: Scale, folder: Path, seeds: int, overrides: S
     runs = []
     for number, (seed, row) in enumerate(product(range(1, seeds + 1), table.rows), 1):
         name = f"{row.slug}-seed{seed}"
-        size = scale.sizes[row.size] if row.size is not None else ()
-        words = (*size, *row.overrides, *overrides, f"name={name}", f"seed={seed}", f"runs_dir={folder / 'runs'}")
+        setting = scale.settings[row.setting] if row.setting is not None else ()
+        words = (*setting, *row.overrides, *overrides, f"name={name}", f"seed={seed}", f"runs_dir={folder / 'runs'}")
         config = load(scale.config, words)
         title = f"run {number} of {seeds * len(table.rows)} ({row.name}, seed {seed})"
         own = partial(same_config, config=config)
