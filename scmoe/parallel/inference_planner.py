@@ -1,0 +1,123 @@
+"""The plan of inference: how the MoE layers run in prefill, and how in decode.
+
+Prefill has many tokens and long transfers; decode has few tokens, and its transfers are all latency. So each shape has
+a plan of its own, which is measured on forward passes of that shape:
+
+    measure   transfers one at a time (`Blocking`), some passes with each number of chunks: the time of every operator
+    price     for each number of chunks, the best slot of every MoE layer by forward times alone (pricing.py)
+    try       passes in turn, round after round: sequential, and overlapped with each number of chunks
+    choose    the way with the least time; where overlap gains less than LEAST_GAIN, the plan is sequential
+
+All ranks choose by the same numbers: operator times as in pricing.py, passes by the slowest rank.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scmoe.blocks.moe_block import MoEBlock
+from scmoe.moe.dispatcher import Blocking, Dispatcher
+from scmoe.moe.operators import Recorder
+from scmoe.parallel.pricing import gather, measured, price
+from scmoe.schedule.schedule import Schedule
+
+WARMUP_PASSES, PASSES_EACH, ROUNDS = 2, 3, 7
+LEAST_GAIN = 0.02  # of a pass; a smaller gain is within the noise, and sequential is simpler
+
+
+@dataclass(frozen=True)
+class InferencePlan:
+    """How the MoE layers run in passes of one shape.
+
+    schedules: of each MoE layer. overlapped: False: each transfer is waited for at once. seconds: of a pass, the median
+    over rounds of the slowest rank, by way: `sequential`, `overlapped x 2` for two chunks.
+    """
+
+    schedules: tuple[Schedule, ...]
+    overlapped: bool
+    seconds: dict[str, float]
+
+    def run(self, blocks: Sequence[MoEBlock], dispatchers: Sequence[Dispatcher]) -> None:
+        """Makes the blocks run as planned."""
+        for block, schedule, dispatcher in zip(blocks, self.schedules, dispatchers, strict=True):
+            block.run_as(schedule, dispatcher if self.overlapped else Blocking(dispatcher))
+
+    def __str__(self) -> str:
+        """One line for `what ran`: the way, and the times by which it was chosen."""
+        slots = sorted({f"slot {schedule.slot} x {schedule.chunks}" for schedule in self.schedules})
+        way = f"overlapped, {', '.join(slots)} (slot x chunks)" if self.overlapped else "sequential"
+        return f"{way}; a pass takes " + ", ".join(f"{1e3 * s:.1f} ms {name}" for name, s in self.seconds.items())
+
+
+def plan_inference(
+    blocks: Sequence[MoEBlock],
+    forward: Callable[[], Any],
+    group: Any,
+    device: torch.device,
+    chunk_counts: Sequence[int] = (1, 2, 4),
+) -> InferencePlan:
+    """Returns the plan for passes like `forward`, and leaves the blocks as they were. Every rank must call it.
+
+    forward: runs one pass without gradients, each time of the same shape, through all `blocks`. group: the ranks whose
+    times count; they must run the same number of passes.
+    """
+    own, dispatchers = [block.schedule for block in blocks], [block.moe.dispatcher for block in blocks]
+    ways: dict[str, InferencePlan] = {"sequential": InferencePlan(tuple(own), False, {})}
+    for _ in range(WARMUP_PASSES):
+        forward()
+    samples: dict[int, list[Tensor]] = {chunks: [] for chunks in sorted(set(chunk_counts))}
+    for _ in range(PASSES_EACH):
+        for chunks, own_samples in samples.items():
+            schedules = [replace(schedule, chunks=chunks) for schedule in own]
+            own_samples.append(operator_seconds(blocks, schedules, dispatchers, forward, device))
+    for chunks, choices in price(samples, own, group, fixed=False).items():
+        ways[f"overlapped x {chunks}"] = InferencePlan(tuple(choice.schedule for choice in choices), True, {})
+    rounds: list[list[float]] = []
+    for _ in range(ROUNDS):
+        rounds.append([])
+        for way in ways.values():
+            way.run(blocks, dispatchers)
+            rounds[-1].append(pass_seconds(forward, group, device))
+    InferencePlan(tuple(own), True, {}).run(blocks, dispatchers)
+    slowest_RW = gather(torch.tensor(rounds, dtype=torch.float64), group).amax(0)
+    seconds = dict(zip(ways, (median(column) for column in slowest_RW.T.tolist()), strict=True))
+    best = min(ways, key=lambda way: seconds[way])
+    if seconds[best] > (1 - LEAST_GAIN) * seconds["sequential"]:
+        best = "sequential"
+    return replace(ways[best], seconds=seconds)
+
+
+def operator_seconds(
+    blocks: Sequence[MoEBlock],
+    schedules: Sequence[Schedule],
+    dispatchers: Sequence[Dispatcher],
+    forward: Callable[[], Any],
+    device: torch.device,
+) -> Tensor:
+    """[L, 1, OPERATORS + 1] seconds of one pass with transfers one at a time (pricing.measured)."""
+    recorders = [Recorder(device) for _ in blocks]
+    for block, schedule, dispatcher, recorder in zip(blocks, schedules, dispatchers, recorders, strict=True):
+        block.run_as(schedule, Blocking(dispatcher), recorder)
+    forward()
+    for block, schedule, dispatcher in zip(blocks, schedules, dispatchers, strict=True):
+        block.run_as(schedule, dispatcher)
+    each = zip(recorders, schedules, strict=True)
+    return torch.stack([measured(recorder, schedule, ("forward",)) for recorder, schedule in each])
+
+
+def pass_seconds(forward: Callable[[], Any], group: Any, device: torch.device) -> float:
+    """Seconds of a pass, all work of the device included. The ranks begin together."""
+    dist.barrier(group)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    forward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
