@@ -61,30 +61,24 @@ def plan_inference(
     group: Any,
     device: torch.device,
     chunk_counts: Sequence[int] = (1, 2, 4),
+    passes: int = 1,
 ) -> InferencePlan:
     """Returns the plan for passes like `forward`, and leaves the blocks as they were. Every rank must call it.
 
     forward: runs one pass without gradients, each time of the same shape, through all `blocks`. group: the ranks whose
-    times count; they must run the same number of passes.
+    times count; they must run the same number of passes. passes: timed together, where one is too short to time.
     """
-    own, dispatchers = [block.schedule for block in blocks], [block.moe.dispatcher for block in blocks]
-    ways: dict[str, InferencePlan] = {"sequential": InferencePlan(tuple(own), False, {})}
-    for _ in range(WARMUP_PASSES):
-        forward()
-    samples: dict[int, list[Tensor]] = {chunks: [] for chunks in sorted(set(chunk_counts))}
-    for _ in range(PASSES_EACH):
-        for chunks, own_samples in samples.items():
-            schedules = [replace(schedule, chunks=chunks) for schedule in own]
-            own_samples.append(operator_seconds(blocks, schedules, dispatchers, forward, device))
-    for chunks, choices in price(samples, own, group, fixed=False).items():
-        ways[f"overlapped x {chunks}"] = InferencePlan(tuple(choice.schedule for choice in choices), True, {})
+    own, dispatchers = tuple(block.schedule for block in blocks), [block.moe.dispatcher for block in blocks]
+    ways = {"sequential": InferencePlan(own, False, {})}
+    for chunks, schedules in best_schedules(blocks, forward, group, device, chunk_counts).items():
+        ways[f"overlapped x {chunks}"] = InferencePlan(schedules, True, {})
     rounds: list[list[float]] = []
     for _ in range(ROUNDS):
         rounds.append([])
         for way in ways.values():
             way.run(blocks, dispatchers)
-            rounds[-1].append(pass_seconds(forward, group, device))
-    InferencePlan(tuple(own), True, {}).run(blocks, dispatchers)
+            rounds[-1].append(pass_seconds(forward, group, device, passes))
+    InferencePlan(own, True, {}).run(blocks, dispatchers)
     slowest_RW = gather(torch.tensor(rounds, dtype=torch.float64), group).amax(0)
     seconds = dict(zip(ways, (median(column) for column in slowest_RW.T.tolist()), strict=True))
     best = min(ways, key=lambda way: seconds[way])
@@ -93,31 +87,51 @@ def plan_inference(
     return replace(ways[best], seconds=seconds)
 
 
-def operator_seconds(
+def best_schedules(
     blocks: Sequence[MoEBlock],
-    schedules: Sequence[Schedule],
-    dispatchers: Sequence[Dispatcher],
     forward: Callable[[], Any],
+    group: Any,
     device: torch.device,
+    chunk_counts: Sequence[int],
+) -> dict[int, tuple[Schedule, ...]]:
+    """Returns the best schedule of each MoE layer, by number of chunks; arguments as above."""
+    own = [block.schedule for block in blocks]
+    samples: dict[int, list[Tensor]] = {chunks: [] for chunks in sorted(set(chunk_counts))}
+    for _ in range(WARMUP_PASSES):
+        forward()
+    for _ in range(PASSES_EACH):
+        for chunks, own_samples in samples.items():
+            schedules = [replace(schedule, chunks=chunks) for schedule in own]
+            own_samples.append(operator_seconds(blocks, schedules, forward, device))
+    return {
+        chunks: tuple(choice.schedule for choice in choices)
+        for chunks, choices in price(samples, own, group, fixed=False).items()
+    }
+
+
+def operator_seconds(
+    blocks: Sequence[MoEBlock], schedules: Sequence[Schedule], forward: Callable[[], Any], device: torch.device
 ) -> Tensor:
     """[L, 1, OPERATORS + 1] seconds of one pass with transfers one at a time (pricing.measured)."""
+    before = [(block.schedule, block.moe.dispatcher) for block in blocks]
     recorders = [Recorder(device) for _ in blocks]
-    for block, schedule, dispatcher, recorder in zip(blocks, schedules, dispatchers, recorders, strict=True):
-        block.run_as(schedule, Blocking(dispatcher), recorder)
+    for block, schedule, recorder in zip(blocks, schedules, recorders, strict=True):
+        block.run_as(schedule, Blocking(block.moe.dispatcher), recorder)
     forward()
-    for block, schedule, dispatcher in zip(blocks, schedules, dispatchers, strict=True):
+    for block, (schedule, dispatcher) in zip(blocks, before, strict=True):
         block.run_as(schedule, dispatcher)
     each = zip(recorders, schedules, strict=True)
     return torch.stack([measured(recorder, schedule, ("forward",)) for recorder, schedule in each])
 
 
-def pass_seconds(forward: Callable[[], Any], group: Any, device: torch.device) -> float:
-    """Seconds of a pass, all work of the device included. The ranks begin together."""
+def pass_seconds(forward: Callable[[], Any], group: Any, device: torch.device, passes: int) -> float:
+    """Seconds of a pass, the mean of `passes`, all work of the device included. The ranks begin together."""
     dist.barrier(group)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    forward()
+    for _ in range(passes):
+        forward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / passes
