@@ -9,10 +9,12 @@ Backward is the mirror: finish's backward starts the gradient's transfer, begin'
 In a compiled block the verbs themselves are not compiled, because their shapes depend on the data.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scmoe.moe.balance import router_stats
 from scmoe.moe.buffers import arrange_buffers, buffer_size
@@ -119,6 +121,20 @@ class MoEStream(Operators):
         if self.filled:
             return arrange_filled(drop_beyond(ids_TK, E, room), E, chunks)
         return arrange_slots(ids_TK, E, capacity, chunks, room)
+
+
+@contextmanager
+def dropless(model: nn.Module) -> Iterator[None]:
+    """Inside, no expert drops a token, whatever its capacity: under one, a token's result depends on its batch."""
+    streams = [module for module in model.modules() if isinstance(module, MoEStream)]
+    before = [(stream.capacity_factor, stream.filled) for stream in streams]
+    try:
+        for stream in streams:
+            stream.capacity_factor, stream.filled = None, True
+        yield
+    finally:
+        for stream, (capacity_factor, filled) in zip(streams, before, strict=True):
+            stream.capacity_factor, stream.filled = capacity_factor, filled
 
 
 def _in_wire_dtype(x_TD: Tensor) -> Tensor:
