@@ -45,8 +45,10 @@ class DoubleGateBlock(MoEBlock):
         return MoEOutput(x_BSD + self.after(current_BSD + preceding_BSD), add_stats(current_stats, preceding_stats))
 
 
-def add_stats(a: RouterStats, b: RouterStats) -> RouterStats:
+def add_stats(a: RouterStats | None, b: RouterStats | None) -> RouterStats | None:
     """All fields are sums over tokens, so the result is that of routing twice as many tokens once."""
+    if a is None or b is None:
+        return None
     return RouterStats(*(x + y for x, y in zip(a, b, strict=True)))
 
 

@@ -26,6 +26,8 @@ class KVCache:
         self.longest = 0  # of lengths_B, known to the host
         self.positions_BS: Tensor
         self.buffers: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # [B (capacity + 1), H, d]: keys, values
+        self._keys_L = torch.arange(capacity, device=device)
+        self._starts_B1 = torch.arange(batch_size, device=device)[:, None] * (capacity + 1)
         self._slots_N: Tensor  # row of the buffers for each expected token; padding's is the text's spare one, the last
         self._is_first: bool
         self._seen: dict[str, Any]
@@ -34,18 +36,15 @@ class KVCache:
         """Makes place for the tokens of the next pass. mask_BS False: padding, at the end of a row, which is not kept.
 
         Raises ValueError where a text would exceed the capacity."""
-        (batch_size, seq_len), device = mask_BS.shape, mask_BS.device
-        assert batch_size == self.batch_size
-        places_BS = self.lengths_B[:, None] + torch.arange(seq_len, device=device)
+        assert len(mask_BS) == self.batch_size
+        places_BS = self.lengths_B[:, None] + torch.arange(mask_BS.shape[1], device=mask_BS.device)
         self.lengths_B = self.lengths_B + mask_BS.sum(1)
         self._is_first, self.longest = self.longest == 0, int(self.lengths_B.max())
         if self.longest > self.capacity:
             raise ValueError(f"a text has {self.longest} tokens, allowed: up to {self.capacity}, the cache's capacity")
         self.positions_BS = places_BS.where(mask_BS, 0)
-        starts_B1 = torch.arange(batch_size, device=device)[:, None] * (self.capacity + 1)
-        self._slots_N = (starts_B1 + places_BS.where(mask_BS, self.capacity)).flatten()
-        keys_L = torch.arange(self.longest, device=device)
-        self._seen = {"attn_mask": keys_L <= self.positions_BS[:, None, :, None]}
+        self._slots_N = (self._starts_B1 + places_BS.where(mask_BS, self.capacity)).flatten()
+        self._seen = {"attn_mask": self._keys_L[: self.longest] <= self.positions_BS[:, None, :, None]}
 
     def extend(self, attention: nn.Module, k_BHSd: Tensor, v_BHSd: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Appends keys and values. Returns all of them [B, H, L, d], and the mask for scaled_dot_product_attention."""

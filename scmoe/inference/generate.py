@@ -45,14 +45,16 @@ def prefill(model: Decoder, ids_BS: Tensor, mask_BS: Tensor, cache: KVCache) -> 
     mask_BS False: padding, at the end of a row. A row of padding alone has logits without a meaning."""
     cache.expect(mask_BS)
     last_B = (mask_BS.sum(1) - 1).clamp(min=0)
-    return model(ids_BS, mask_BS, cache, last_B).logits_BSV[:, 0]
+    padding_BS = None if mask_BS.all() else mask_BS
+    return model(ids_BS, padding_BS, cache, last_B).logits_BSV[:, 0]
 
 
 @torch.inference_mode()
-def decode(model: Decoder, ids_B: Tensor, going_B: Tensor, cache: KVCache) -> Tensor:
-    """Reads one token of each text and returns [B, V]. going_B False: the text has ended, and its token is padding."""
-    cache.expect(going_B[:, None])
-    return model(ids_B[:, None], going_B[:, None], cache).logits_BSV[:, 0]
+def decode(model: Decoder, ids_B: Tensor, going: Sequence[bool], cache: KVCache) -> Tensor:
+    """Reads one token of each text and returns [B, V]. going False: the text has ended, and its token is padding."""
+    going_B1 = torch.tensor(going, device=ids_B.device)[:, None]
+    cache.expect(going_B1)
+    return model(ids_B[:, None], None if all(going) else going_B1, cache).logits_BSV[:, 0]
 
 
 def generate(
@@ -114,12 +116,10 @@ def check_length(length: int, max_tokens: int, context: int, name: str) -> None:
     if length == 0:
         raise ValueError(f"{name} is empty, allowed: one token or more, such as the end of text before a document")
     if length + max_tokens > context:
-        fits = (
-            f"{context - length}, as {length} tokens are the prompt's" if length < context else "none, it is too long"
-        )
+        advice = f"reduce max_tokens to {context - length}" if length < context else "shorten the prompt"
         raise ValueError(
-            f"{name} has {length} tokens and max_tokens is {max_tokens}, allowed: {context} together, the context "
-            f"(data.seq_len); so max_tokens may be {fits}"
+            f"{name} has {length} tokens and max_tokens is {max_tokens}, allowed: {context} together, the model's "
+            f"context (data.seq_len); {advice}"
         )
 
 
@@ -155,7 +155,7 @@ def _steps(
             ended = all_ranks(not any(going))
             if not ended:
                 had_BV.scatter_(1, ids_B[:, None], True)
-                logits_BV = decode(model, ids_B, torch.tensor(going or [False], device=device), cache)
+                logits_BV = decode(model, ids_B, going or [False], cache)
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class StreamState(NamedTuple):
     shape: torch.Size
     routing: Routing
     layout: Layout
-    stats: RouterStats
+    stats: RouterStats | None
     in_flight: list[Pending]
     receipts: list[Receipt] | None  # None: the experts have run
 
@@ -60,6 +60,7 @@ class MoEStream(Operators):
         self.router, self.experts, self.dispatcher = router, experts, dispatcher
         self.capacity_factor, self.filled = capacity_factor, filled or capacity_factor is None
         self.buffer = buffer
+        self.sums = True  # compute the router's sums, which losses and metrics read
 
     @torch.compiler.disable
     def begin(
@@ -76,7 +77,8 @@ class MoEStream(Operators):
         rows = self.operator("encode", encode, _in_wire_dtype(x_TD), layout, announced)
         sent = [self.operator("dispatch", self.dispatcher.dispatch, *chunk) for chunk in rows]
         in_flight, receipts = [pending for pending, _ in sent], [receipt for _, receipt in sent]
-        return StreamState(tap_BSD.shape, routing, layout, router_stats(routing, layout, mask_T), in_flight, receipts)
+        stats = router_stats(routing, layout, mask_T) if self.sums else None
+        return StreamState(tap_BSD.shape, routing, layout, stats, in_flight, receipts)
 
     @torch.compiler.disable
     def run_experts(self, state: StreamState) -> StreamState:
@@ -125,16 +127,18 @@ class MoEStream(Operators):
 
 @contextmanager
 def dropless(model: nn.Module) -> Iterator[None]:
-    """Inside, no expert drops a token, whatever its capacity: under one, a token's result depends on its batch."""
+    """Inside, no expert drops a token, whatever its capacity: under one, a token's result depends on its batch.
+
+    For models that are used, not trained: the routers' sums are not computed, and stats are None."""
     streams = [module for module in model.modules() if isinstance(module, MoEStream)]
-    before = [(stream.capacity_factor, stream.filled) for stream in streams]
+    before = [(stream.capacity_factor, stream.filled, stream.sums) for stream in streams]
     try:
         for stream in streams:
-            stream.capacity_factor, stream.filled = None, True
+            stream.capacity_factor, stream.filled, stream.sums = None, True, False
         yield
     finally:
-        for stream, (capacity_factor, filled) in zip(streams, before, strict=True):
-            stream.capacity_factor, stream.filled = capacity_factor, filled
+        for stream, (capacity_factor, filled, sums) in zip(streams, before, strict=True):
+            stream.capacity_factor, stream.filled, stream.sums = capacity_factor, filled, sums
 
 
 def _in_wire_dtype(x_TD: Tensor) -> Tensor:
