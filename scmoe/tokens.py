@@ -33,7 +33,7 @@ class RouterStats(NamedTuple):
 
 
 class MoEOutput(NamedTuple):
-    """Output of an MoE module or of a block that holds one: [B, S, D] and the router's sums (None: no MoE inside, or not computed)."""
+    """Output of an MoE module or of a block that holds one: [B, S, D] and the router's sums (None: there are none)."""
 
     y_BSD: Tensor
     stats: RouterStats | None

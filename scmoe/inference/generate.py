@@ -1,23 +1,24 @@
 """Continues texts token by token, with a cache of keys and values: prefill the prompts, then decode.
 
-    prefill(model, prompts)     one pass over all prompts: the logits of each one's next token
-    choose, decode, choose ...  a pass over one token of each text
+    prefill                     reads the prompts: the logits of each one's next token
+    choose, decode, choose ...  reads one token of each text at a time (passes.py)
 
 The model is dropless while it generates: under a capacity, what a token becomes would depend on the other texts of the
 batch and, for k >= 2, on later tokens. So a text is equal, token for token, to the one that the model writes without a
 cache, and to the one that it writes alone.
 
 Under expert parallelism every rank has its own texts and takes part in every pass. A rank whose texts have ended goes
-on with tokens that are routed nowhere, until `all_ranks` says that all have ended.
+on with tokens that are routed nowhere, until `Passes.all_ranks` says that all have ended.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from scmoe.blocks.kv_cache import KVCache
+from scmoe.inference.passes import ALONE, Passes, decode, read_prompts
 from scmoe.inference.sampling import Sampling, choose
 from scmoe.inference.stopping import Reason, Stopping
 from scmoe.models.decoder import Decoder
@@ -38,35 +39,16 @@ class Continuation(NamedTuple):
     reason: Reason
 
 
-@torch.inference_mode()
-def prefill(model: Decoder, ids_BS: Tensor, mask_BS: Tensor, cache: KVCache) -> Tensor:
-    """Reads prompts, or the next piece of each; returns [B, V], the logits after each row's last token.
-
-    mask_BS False: padding, at the end of a row. A row of padding alone has logits without a meaning."""
-    cache.expect(mask_BS)
-    last_B = (mask_BS.sum(1) - 1).clamp(min=0)
-    padding_BS = None if mask_BS.all() else mask_BS
-    return model(ids_BS, padding_BS, cache, last_B).logits_BSV[:, 0]
-
-
-@torch.inference_mode()
-def decode(model: Decoder, ids_B: Tensor, going: Sequence[bool], cache: KVCache) -> Tensor:
-    """Reads one token of each text and returns [B, V]. going False: the text has ended, and its token is padding."""
-    going_B1 = torch.tensor(going, device=ids_B.device)[:, None]
-    cache.expect(going_B1)
-    return model(ids_B[:, None], None if all(going) else going_B1, cache).logits_BSV[:, 0]
-
-
 def generate(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
     stopping: Stopping,
     sampling: Sampling | None = None,
     seeds: Sequence[int] | None = None,
-    all_ranks: Callable[[bool], bool] = bool,
+    passes: Passes = ALONE,
 ) -> list[Continuation]:
     """Returns the continuation of each prompt. Arguments and errors are those of `stream`."""
-    return collect(stream(model, prompts, stopping, sampling, seeds, all_ranks), len(prompts))
+    return collect(stream(model, prompts, stopping, sampling, seeds, passes), len(prompts))
 
 
 def collect(steps: Iterable[Step], num_texts: int) -> list[Continuation]:
@@ -87,13 +69,13 @@ def stream(
     stopping: Stopping,
     sampling: Sampling | None = None,
     seeds: Sequence[int] | None = None,
-    all_ranks: Callable[[bool], bool] = bool,
+    passes: Passes = ALONE,
 ) -> Iterator[Step]:
     """Yields the next token of all texts at a time.
 
     prompts: token ids; of any lengths. sampling: None: `Sampling()`. seeds: of each text; None: 0, 1, 2, ...
-    all_ranks: whether a statement is true on all ranks (ParallelContext.true_on_all_ranks). Every rank must then take
-    every step, a rank without prompts too.
+    passes: on several ranks with ParallelContext.true_on_all_ranks. Every rank must then take every step, a rank
+    without prompts too.
     Raises ValueError for a prompt without a token, for one that leaves no room in the model's context, and for a model
     in training mode.
     """
@@ -101,7 +83,7 @@ def stream(
     check_prompts(model, prompts, stopping.max_tokens)
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds are given, allowed: one for each of the {len(prompts)} prompts")
-    return _steps(model, prompts, stopping, sampling or Sampling(), seeds, all_ranks)
+    return _steps(model, prompts, stopping, sampling or Sampling(), seeds, passes)
 
 
 def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
@@ -130,7 +112,7 @@ def _steps(
     stopping: Stopping,
     sampling: Sampling,
     seeds: Sequence[int],
-    all_ranks: Callable[[bool], bool],
+    passes: Passes,
 ) -> Iterator[Step]:
     device = model.head.weight.device
     ids_BS, mask_BS = (t.to(device) for t in padded(prompts or [[]]))  # a rank without texts brings padding alone
@@ -141,8 +123,10 @@ def _steps(
     going = [True] * len(prompts)
     cache = KVCache(batch_size, longest + stopping.max_tokens - 1, device)
     with dropless(model):
-        logits_BV = prefill(model, ids_BS, mask_BS, cache)
-        ended = all_ranks(not going)
+        passes.begin("prefill")
+        logits_BV = read_prompts(model, ids_BS, mask_BS, cache, passes)
+        passes.begin("decode")
+        ended = passes.all_ranks(not going)
         while not ended:
             ids_B = choose(logits_BV, sampling, had_BV, generators)
             step = Step([None] * len(prompts), [None] * len(prompts))
@@ -152,7 +136,7 @@ def _steps(
                     step.ids[row], step.reasons[row] = token, stopping.reason(written[row])
                     going[row] = step.reasons[row] is None
             yield step
-            ended = all_ranks(not any(going))
+            ended = passes.all_ranks(not any(going))
             if not ended:
                 had_BV.scatter_(1, ids_B[:, None], True)
                 logits_BV = decode(model, ids_B, going or [False], cache)

@@ -6,7 +6,7 @@ The results of a block come to rank 0 before the next block begins, in the order
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from datamodules.tokenizer import Tokenizer
 from scmoe.config.fields import Config, ConfigError
 from scmoe.config.rules import IMAGES
 from scmoe.inference.generate import Step, check_length, collect, stream
+from scmoe.inference.passes import Passes
+from scmoe.inference.planned import moe_blocks, plan_passes
 from scmoe.inference.prompts import Prompt
 from scmoe.inference.sampling import Sampling
 from scmoe.inference.stopping import Stopping
@@ -29,7 +31,10 @@ from scmoe.training.run.resume import Which
 
 @dataclass(frozen=True)
 class Request:
-    """What to write. prompts: one or more. stop_strings: each ends a text. batch_size: texts of a rank at a time."""
+    """What to write. prompts: one or more. stop_strings: each ends a text. batch_size: texts of a rank at a time.
+
+    piece: tokens of a prompt that one pass reads; None: all of them. plan: measure first how prefill and decode run
+    best between the ranks."""
 
     prompts: Sequence[Prompt]
     max_tokens: int
@@ -37,11 +42,15 @@ class Request:
     stop_strings: tuple[str, ...] = ()
     which: Which = "last"
     batch_size: int = 8
+    piece: int | None = None
+    plan: bool = False
     overrides: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}, allowed: 1 or more")
+        if self.piece is not None and self.piece < 1:
+            raise ValueError(f"prefill_tokens is {self.piece}, allowed: 1 or more")
         Stopping(self.max_tokens, strings=self.stop_strings, decode=str)  # its checks, before anything is read
 
 
@@ -56,6 +65,9 @@ def generate_texts(
     weights, config = find_weights(run, request.which, request.overrides)
     if config.data.name in (*IMAGES, "synthetic"):
         raise ConfigError(f"{run} was trained on {config.data.name} data, allowed: a run on text")
+    ranks = config.trainer.devices * config.trainer.num_nodes
+    if request.plan and (config.strategy.ep_size or ranks) * (config.moe.architecture != "dense") <= 1:
+        raise ConfigError("--plan is given, allowed: with experts on several ranks, such as trainer.devices=2")
     data = build_datamodule(config)
     assert isinstance(data, TextDataModule)
     if rank_without_trainer() == 0:
@@ -92,10 +104,11 @@ def write_all(
     """Generate all texts, block by block. Return the speed on rank 0: tokens of all ranks by the time of generating."""
     context, seeds = module.parallel_context, [prompt.seed for prompt in request.prompts]
     stopping = Stopping(request.max_tokens, frozenset({tokenizer.end_of_text}), request.stop_strings, tokenizer.decode)
+    passes, what_ran = passes_of(module, prompts, request)
     tokens, seconds, first_s = 0, 0.0, None
     for start in range(0, len(prompts), block := request.batch_size * context.world_size):
         own = slice(start + context.rank, start + block, context.world_size)
-        given = module.model, prompts[own], stopping, request.sampling, seeds[own], context.true_on_all_ranks
+        given = module.model, prompts[own], stopping, request.sampling, seeds[own], passes
         begun = time.perf_counter()
         steps = stream(*given)
         first = next(steps)
@@ -116,7 +129,20 @@ def write_all(
     if context.rank != 0:
         return None
     rates = {"tokens_per_s": tokens / seconds, "first_token_ms": 1e3 * (first_s or 0.0)}
-    return {"texts": len(prompts), "tokens": tokens, "seconds": seconds, **rates}
+    return {"texts": len(prompts), "tokens": tokens, "seconds": seconds, **rates, "ran": what_ran}
+
+
+def passes_of(module: MoEModule, prompts: Sequence[Sequence[int]], request: Request) -> tuple[Passes, dict[str, str]]:
+    """Return how passes run, and what that is in words, by shape. With request.plan every rank measures first."""
+    context = module.parallel_context
+    passes = Passes(context.true_on_all_ranks, request.piece)
+    blocks = moe_blocks(module.model)
+    if not request.plan:
+        as_set = sorted({f"{b.schedule.name}, slot {b.schedule.slot} x {b.schedule.chunks}" for b in blocks})
+        return passes, dict.fromkeys(("prefill", "decode"), "as configured: " + (", ".join(as_set) or "dense"))
+    longest = min(max(map(len, prompts)), request.piece or len(max(prompts, key=len)))
+    planned = plan_passes(module.model, request.batch_size, longest, None)
+    return replace(passes, begin=planned), {shape: str(plan) for shape, plan in planned.plans.items()}
 
 
 def shown(steps: Iterable[Step], stopping: Stopping, show: Callable[[str], None]) -> Iterator[Step]:

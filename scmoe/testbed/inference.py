@@ -9,8 +9,7 @@ a share of communication.
 The models are dropless and their experts get equal shares. Ways run in turn, round after round.
 """
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scmoe.blocks.kv_cache import KVCache
-from scmoe.inference.generate import decode, prefill
+from scmoe.inference.passes import Shape
+from scmoe.inference.planned import PASSES, a_pass
 from scmoe.models.gpt import GPT
 from scmoe.moe.dispatcher import Blocking, Dispatcher, Pending, Ready, Receipt
 from scmoe.parallel.dispatcher import AllToAllDispatcher
@@ -32,8 +31,7 @@ from scmoe.testbed.pairs import Setting, default_schedule, make_block
 BLOCKS = ("top2", "top1", "shared_expert", "pos1", "pos2", "pos3")
 CHUNKS = (1, 2, 4)
 VOCABULARY = 1024
-PASSES = {"prefill": 1, "decode": 5}  # of each shape, timed together
-SHAPES = tuple(PASSES)
+SHAPES: tuple[Shape, ...] = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Way(NamedTuple):
     """How one model runs in passes of one shape. name: sequential, overlapped x 2, free."""
 
     block: str
-    shape: str
+    shape: Shape
     name: str
     schedule: Schedule
 
@@ -80,32 +78,20 @@ class InferenceBench:
         self.models = {name: self.model(name) for name in BLOCKS}
         self.paid = AllToAllDispatcher(self.group, setting.num_experts)
         self.free = Free(AllToAllDispatcher(self.group, setting.num_experts, exchange=keep))
-        self.prompt_BS = torch.randint(VOCABULARY, (1, setting.tokens))
-        self.next_B = torch.randint(VOCABULARY, (batch,))
-        self.read = {name: self.read_prompts(model) for name, model in self.models.items()}
+        prompts = {
+            shape: torch.randint(VOCABULARY, (texts, setting.tokens))
+            for shape, texts in zip(SHAPES, (1, batch), strict=True)
+        }
+        self.passes = {
+            (name, shape): a_pass(model, shape, ids_BS)
+            for name, model in self.models.items()
+            for shape, ids_BS in prompts.items()
+        }
 
     def model(self, name: str) -> GPT:
         s = self.setting
         block = make_block(name, s, self.group, capacity_factor=None)
         return GPT(VOCABULARY, s.seq_len + 1, s.dim, [block]).eval()
-
-    def read_prompts(self, model: GPT) -> KVCache:
-        """A cache that holds the prompt once for each text that is decoded."""
-        batch = len(self.next_B)
-        cache = KVCache(batch, self.setting.tokens + 1)
-        prompts_BS = self.prompt_BS.expand(batch, -1)
-        prefill(model, prompts_BS, torch.ones_like(prompts_BS, dtype=torch.bool), cache)
-        return cache
-
-    def a_pass(self, block: str, shape: str) -> Callable[[], Tensor]:
-        """One pass of this shape; each call begins with the same cache."""
-        model = self.models[block]
-        if shape == "prefill":
-            mask_BS = torch.ones_like(self.prompt_BS, dtype=torch.bool)
-            return lambda: prefill(model, self.prompt_BS, mask_BS, KVCache(1, self.setting.tokens))
-        # a shallow copy has lengths of its own, and a pass writes behind what has been read
-        going_B = torch.ones_like(self.next_B, dtype=torch.bool)
-        return lambda: decode(model, self.next_B, going_B, copy.copy(self.read[block]))
 
     def set_rate(self, mbit: float) -> None:
         links.set_rate(mbit)
@@ -117,23 +103,23 @@ class InferenceBench:
     def seconds(self, way: Way) -> float:
         paid: Dispatcher = self.paid if way.name.startswith("overlapped") else Blocking(self.paid)
         self.blocks(way.block)[0].run_as(way.schedule, self.free if way.name == "free" else paid)
-        return pass_seconds(self.a_pass(way.block, way.shape), self.group, self.device, PASSES[way.shape])
+        return pass_seconds(self.passes[way.block, way.shape], self.group, self.device, PASSES[way.shape])
 
     def blocks(self, block: str) -> list[Any]:
         return list(self.models[block].blocks)
 
-    def ways(self, block: str, shape: str) -> list[Way]:
+    def ways(self, block: str, shape: Shape) -> list[Way]:
         """All ways of a model in one shape, at the best slots for it."""
         (own,) = self.blocks(block)
         own.run_as(default_schedule(block), self.paid)
-        best = best_schedules([own], self.a_pass(block, shape), self.group, self.device, CHUNKS)
+        best = best_schedules([own], self.passes[block, shape], self.group, self.device, CHUNKS)
         overlapped = [Way(block, shape, f"overlapped x {chunks}", best[chunks][0]) for chunks in CHUNKS]
         return [Way(block, shape, name, default_schedule(block)) for name in ("sequential", "free")] + overlapped
 
-    def plan(self, block: str, shape: str) -> InferencePlan:
+    def plan(self, block: str, shape: Shape) -> InferencePlan:
         blocks = self.blocks(block)
         blocks[0].run_as(default_schedule(block), self.paid)
-        return plan_inference(blocks, self.a_pass(block, shape), self.group, self.device, CHUNKS, PASSES[shape])
+        return plan_inference(blocks, self.passes[block, shape], self.group, self.device, CHUNKS, PASSES[shape])
 
 
 def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[str, Any]:
