@@ -15,7 +15,7 @@ from scmoe.config.fields import ConfigError
 
 
 @command
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int | None:
     options = parser("generate", __doc__)
     options.add_argument("run", type=Path, help="directory of a run, such as runs/latest, or an exported file")
     options.add_argument("overrides", nargs="*", metavar="key=value", help="what a resumed run may change, too")
@@ -39,10 +39,11 @@ def main(arguments: list[str]) -> None:
     from scmoe.studies.generation import generate_texts
 
     request = request_of(given)
-    if given.out is None:
-        speed = generate_texts(given.run.resolve(), request, lambda text: print(), say)
-    else:
-        speed = generate_texts(given.run.resolve(), request, to_file(given.out))
+    how = (lambda text: print(), say) if given.out is None else (to_file(given.out),)
+    try:
+        speed = generate_texts(given.run.resolve(), request, *how)
+    except KeyboardInterrupt:
+        return 130
     if speed is not None:
         rates = f"{speed['tokens_per_s']:.0f} tokens/s, first token after {speed['first_token_ms']:.0f} ms"
         print(f"{speed['tokens']} tokens, {rates}, dropless, from {speed['weights']}", file=sys.stderr)

@@ -20,7 +20,10 @@ from tests.support.commands import undocumented
 from tests.support.forked import python
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("runs", "configuration", "studies", "strategy", "tests"))]
+PAGES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("runs", "inference", "configuration", "studies", "strategy", "tests")),
+]
 NOT_RUN = {"docs/benchmarks.md": "takes hours", "docs/clusters.md": "needs eight GPUs; tests/unit/test_launch_files.py"}
 
 
@@ -101,7 +104,7 @@ def run(command, folder):
 
 
 def test_the_quickstart_is_three_commands():
-    assert commands("README.md") == ["make setup", "make train", "make sample"]
+    assert commands("README.md") == ["make setup", "make train", "make generate"]
     assert SHORT.keys() | SAYS.keys() <= set(COMMANDS), "a shortened command is on no page"
     assert all((ROOT / test).exists() for test in ELSEWHERE.values())
 
@@ -114,7 +117,7 @@ def test_every_page_with_commands_is_run_or_says_why_not():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_runs(command, folder):
-    """Commands run in the order of the pages: resume and sample use the newest run."""
+    """Commands run in the order of the pages: resume and generate use the newest run."""
     words = SHORT.get(command, shlex.split(command))
     if words[0] == "make" and command not in (*AS_WRITTEN, *ELSEWHERE):
         (line,) = run(["make", "--dry-run", *words[1:]], folder).splitlines()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.inference.generate import decode, generate, prefill, stream
-from scmoe.inference.sampling import GREEDY, Sampling
+from scmoe.inference.sampling import GREEDY, Sampling, choose
 from scmoe.inference.stopping import Stopping
 from scmoe.moe.stream import MoEStream, dropless
 from tests.support.architectures import EVERY_BLOCK, TABLES, overrides
@@ -16,14 +16,11 @@ from tests.support.models import assert_close, tiny, tiny_model
 
 pytestmark = pytest.mark.inference
 
-CONTEXT, NEW = 40, 14
-ARCHITECTURES = {
-    "dense": "architecture=dense",
-    **TABLES,
-    **EVERY_BLOCK,
-    "dgmoe-pos3": "architecture=dgmoe position=pos3",
-}
+CONTEXT, NEW = 32, 12
+ARCHITECTURES = {"dense": "architecture=dense", **TABLES, **EVERY_BLOCK}
 FAMILIES = {"gpt": (), "llama": ("model.family=llama", "model.kv_heads=1")}
+CASES = [("gpt", name) for name in ARCHITECTURES]
+CASES += [("llama", name) for name in ("dense", "top-2", "shared-cg1", "pos1", "pos2", "pos3", "dgmoe-share")]
 PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [60, 61, 62, 63, 2]]  # 3, 1, 11 and 5 tokens
 
 
@@ -47,10 +44,9 @@ def ids_of(continuations) -> list[list[int]]:
     return [ids for ids, _ in continuations]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("words", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
-def test_tokens_are_those_without_a_cache_and_of_each_text_alone(words, family):
-    model = model_of(words, family)
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_tokens_are_those_without_a_cache_and_of_each_text_alone(family, name):
+    model = model_of(ARCHITECTURES[name], family)
     written = ids_of(generate(model, PROMPTS, Stopping(NEW), GREEDY))
     assert written == [uncached(model, prompt) for prompt in PROMPTS]
     assert len({token for ids in written for token in ids}) > 8, "the texts are too simple to see a fault"
@@ -164,8 +160,8 @@ def test_what_is_shown_of_a_text_never_changes_later():
     ("prompts", "given", "says"),
     [
         ([[]], {}, "prompt 0 is empty, allowed: one token or more"),
-        ([[1], [1] * 40], {}, "prompt 1 has 40 tokens and max_tokens is 3, .* shorten the prompt"),
-        ([[1] * 38], {}, "prompt 0 has 38 tokens and max_tokens is 3, allowed: 40 together.* reduce max_tokens to 2"),
+        ([[1], [1] * 32], {}, "prompt 1 has 32 tokens and max_tokens is 3, .* shorten the prompt"),
+        ([[1] * 30], {}, "prompt 0 has 30 tokens and max_tokens is 3, allowed: 32 together.* reduce max_tokens to 2"),
         ([[1]], {"seeds": [1, 2]}, "2 seeds are given, allowed: one for each of the 1 prompts"),
     ],
 )
@@ -202,7 +198,5 @@ def test_a_draw_never_takes_a_token_that_was_removed():
     logits_BV = torch.full((64, 8), -torch.inf)
     logits_BV[:, [2, 5]] = 0.0
     generators = [torch.Generator().manual_seed(i) for i in range(64)]
-    from scmoe.inference.sampling import choose
-
     drawn: Tensor = choose(logits_BV, Sampling(1.0, None), torch.zeros(64, 8, dtype=torch.bool), generators)
     assert set(drawn.tolist()) == {2, 5} and 16 < (drawn == 2).sum() < 48
