@@ -31,6 +31,8 @@ def main(arguments: list[str]) -> int | None:
     options.add_argument("--stop", action="append", default=[], help="text that ends a text; may be repeated")
     options.add_argument("--seed", type=int, default=0, help="of the first text; others count up from it (default: 0)")
     options.add_argument("--batch-size", type=int, default=8, help="texts of a rank at a time (default: 8)")
+    options.add_argument("--prefill-tokens", type=int, help="tokens of a prompt that one pass reads (default: all)")
+    options.add_argument("--plan", action="store_true", help="measure first how ranks overlap prefill and decode best")
     given = options.parse_intermixed_args(arguments)
     if (given.prompts is None) != (given.out is None):
         options.error("--prompts and --out go together")
@@ -47,8 +49,10 @@ def main(arguments: list[str]) -> int | None:
     if speed is not None:
         rates = f"{speed['tokens_per_s']:.0f} tokens/s, first token after {speed['first_token_ms']:.0f} ms"
         print(f"{speed['tokens']} tokens, {rates}, dropless, from {speed['weights']}", file=sys.stderr)
+        print(*(f"{shape} ran {how}" for shape, how in speed["ran"].items()), sep="\n", file=sys.stderr)
     if speed is not None and given.out is not None:
         print(json.dumps(speed), flush=True)
+    return None
 
 
 def request_of(given: Any) -> Any:
@@ -64,8 +68,8 @@ def request_of(given: Any) -> Any:
         else:
             prompts = [Prompt(given.prompt, given.seed)]
             check_prompt(prompts[0], "--prompt")
-        how = given.max_tokens, sampling, tuple(given.stop), given.which, given.batch_size, given.overrides
-        return Request(prompts, *how)
+        how = given.max_tokens, sampling, tuple(given.stop), given.which, given.batch_size, given.prefill_tokens
+        return Request(prompts, *how, given.plan, given.overrides)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -13,7 +13,13 @@ from typing import Any
 
 from scmoe.parallel.known_to_lightning import teach_lightning
 
-PLACES = {"generate": "generate", "stream": "generate", "Sampling": "sampling", "Stopping": "stopping"}
+PLACES = {
+    "generate": "generate",
+    "stream": "generate",
+    "Passes": "passes",
+    "Sampling": "sampling",
+    "Stopping": "stopping",
+}
 
 
 class AfterLightning(MetaPathFinder):

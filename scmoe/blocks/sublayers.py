@@ -12,9 +12,7 @@ from scmoe.moe.activation import ACTIVATIONS
 
 
 class SelfAttention(nn.Module):
-    """The base of every attention module: what it says about itself to analysis/cost.py and analysis/memory.py.
-
-    A sub-layer's part is called as f(x, cache), also where it reads no cache."""
+    """The base of every attention module: what it says about itself to analysis/cost.py and analysis/memory.py."""
 
     dim: int
 
@@ -80,7 +78,7 @@ class MLP(nn.Module):
         self.w_in = nn.Linear(dim, self.act.widening * ffn_dim, bias=bias)
         self.w_out = nn.Linear(ffn_dim, dim, bias=bias)
 
-    def forward(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x_BSD: Tensor, *cache: KVCache) -> Tensor:
         """cache: not read, because a token's result does not depend on other tokens."""
         return self.w_out(self.act.forward(self.w_in(x_BSD)))
 
@@ -92,8 +90,8 @@ class Residual(nn.Module):
         super().__init__()
         self.norm, self.f, self.after = norm, f, after or nn.Identity()
 
-    def forward(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
-        return x_BSD + self.after(self.f(self.norm(x_BSD), cache))
+    def forward(self, x_BSD: Tensor, *cache: KVCache) -> Tensor:
+        return x_BSD + self.after(self.f(self.norm(x_BSD), *cache))
 
 
 def outermost(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:

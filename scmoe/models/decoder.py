@@ -21,7 +21,7 @@ class LMOutput(NamedTuple):
 class Decoder(nn.Module):
     """Embedding, blocks, norm, output products. GPT (gpt.py) and LLaMA (llama.py) choose the parts.
 
-    blocks: each is called as block(x_BSD, mask_BS, cache) and returns an MoEOutput.
+    blocks: each is called as block(x_BSD, mask_BS), with a KVCache where there is one, and returns an MoEOutput.
     positions: learned embeddings of the positions; None: the blocks know the positions (rotary).
     """
 
@@ -58,9 +58,10 @@ class Decoder(nn.Module):
         if self.positions is not None:
             steps_S = torch.arange(seq_len, device=ids_BS.device) if cache is None else cache.positions_BS
             x_BSD = x_BSD + self.positions(steps_S)
+        given = () if cache is None else (cache,)
         x_BSD, all_stats = self.dropout(x_BSD), []
         for block in self.blocks:
-            x_BSD, stats = block(x_BSD, mask_BS, cache)
+            x_BSD, stats = block(x_BSD, mask_BS, *given)
             all_stats += [] if stats is None else [stats]
         if last_B is not None:
             x_BSD = x_BSD.take_along_dim(last_B[:, None, None], 1)

@@ -40,7 +40,7 @@ class ShiftedWindows(SelfAttention):
         self.register_buffer("mask", block.attn_mask, persistent=False)  # no attention across the map's border
         self.dim = dim
 
-    def forward(self, x_BHWD: Tensor, cache: None = None) -> Tensor:
+    def forward(self, x_BHWD: Tensor) -> Tensor:
         up, left = self.shift
         x_BHWD = x_BHWD.roll((-up, -left), (1, 2))
         windows_NSD = window_partition(x_BHWD, self.window).flatten(1, 2)

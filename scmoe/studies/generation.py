@@ -66,7 +66,8 @@ def generate_texts(
     if config.data.name in (*IMAGES, "synthetic"):
         raise ConfigError(f"{run} was trained on {config.data.name} data, allowed: a run on text")
     ranks = config.trainer.devices * config.trainer.num_nodes
-    if request.plan and (config.strategy.ep_size or ranks) * (config.moe.architecture != "dense") <= 1:
+    alone = config.moe.architecture == "dense" or (config.strategy.ep_size or ranks) == 1
+    if request.plan and alone:
         raise ConfigError("--plan is given, allowed: with experts on several ranks, such as trainer.devices=2")
     data = build_datamodule(config)
     assert isinstance(data, TextDataModule)

@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
-
 from scmoe.config.fields import Config, ConfigError
 from scmoe.config.load import load
 from scmoe.parallel.checkpoint.export import EXPORT, load_weights, read_settings
@@ -60,10 +58,11 @@ def config_without_training(read: Callable[[Sequence[str]], Config], weights: Pa
     return config
 
 
-def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Trainer]:
-    """Start the ranks and read the weights; each rank builds and reads only its experts. Every rank must call it.
+def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:
+    """Start the ranks and read the weights; return the module and its Trainer. Every rank must call it.
 
-    The module is on its device, in evaluation mode. ValueError: the file is broken, or holds another model.
+    Each rank builds and reads only its experts. The module is on its device, in evaluation mode. ValueError: the file
+    is broken, or holds another model.
     """
     hush_lightning()
     module = build_module(replace(config, init_from=None))
@@ -82,7 +81,7 @@ def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Trainer]:
 
 
 @contextmanager
-def ending_together(trainer: Trainer) -> Iterator[None]:
+def ending_together(trainer: Any) -> Iterator[None]:
     """End all ranks where this one raises inside, and name a rank that does not answer, as in training."""
     try:
         yield

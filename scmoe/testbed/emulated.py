@@ -39,7 +39,7 @@ class EmulatedOperator(nn.Module):
         super().__init__()
         self.ms = ms
 
-    def forward(self, x_BSD: Tensor, cache: None = None) -> Tensor:
+    def forward(self, x_BSD: Tensor) -> Tensor:
         return _Sleep.apply(x_BSD, self.ms / 1e3)
 
 

@@ -16,6 +16,7 @@ import torch
 
 from experiments import export, generate
 from scmoe.inference.generate import generate as generate_here
+from scmoe.inference.passes import Passes
 from scmoe.inference.sampling import GREEDY
 from scmoe.inference.stopping import Stopping
 from scmoe.parallel.mesh import ParallelContext, build_context
@@ -66,6 +67,9 @@ def test_texts_do_not_depend_on_ranks_or_on_where_weights_are(run_dir, tmp_path)
     assert len({line["text"] for line in alone}) == len(PROMPTS)
     assert written(2, run_dir, run_dir, tmp_path / "2.jsonl") == alone
     assert written(4, run_dir, run_dir, tmp_path / "4.jsonl", "strategy.ep_size=2") == alone
+    # the longest prompt of a rank, and so its number of pieces, differs between ranks
+    assert written(2, run_dir, run_dir, tmp_path / "pieces.jsonl", "--prefill-tokens", "3") == alone
+    assert written(2, run_dir, run_dir, tmp_path / "planned.jsonl", "--plan") == alone
     exported = run_dir / "export/model.safetensors"
     assert written(1, exported, run_dir, tmp_path / "export1.jsonl") == alone
     assert written(2, exported, run_dir, tmp_path / "export2.jsonl") == alone
@@ -97,6 +101,8 @@ def here(*words: str) -> Done:
         (["--stop", ""], "a stop string is empty"),
         (["--seed", "-1"], "the seed is -1, allowed: 0 to 2^63 - 1"),
         (["--prompts", "/none.jsonl", "--out", "/none.out"], "the prompts /none.jsonl cannot be read"),
+        (["--prefill-tokens", "0"], "prefill_tokens is 0, allowed: 1 or more"),
+        (["--plan"], "--plan is given, allowed: with experts on several ranks"),
         (["moe.top_k=2"], "moe.top_k is 2, allowed: 1"),
     ],
 )
@@ -149,7 +155,7 @@ def continued(rank: int, world_size: int, ep_size: int, prompts: list[list[list[
     torch.distributed.init_process_group("gloo")
     context = build_context(ep_size, torch.device("cpu"), timedelta(seconds=60))
     model = model_in(context)
-    return generate_here(model, prompts[rank], Stopping(NEW, ENDS), GREEDY, all_ranks=context.true_on_all_ranks)
+    return generate_here(model, prompts[rank], Stopping(NEW, ENDS), GREEDY, passes=Passes(context.true_on_all_ranks))
 
 
 ENDS = frozenset(range(0, 64, 7))  # texts end after different numbers of tokens
