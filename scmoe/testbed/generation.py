@@ -47,8 +47,9 @@ def bench_generation(batch: int, prompt: int, tokens: int, threads: int, rounds:
         begun = time.perf_counter()
         assert torch.equal(uncached(model, ids_BS, tokens), written_BS), "the cache changes a token"
         uncached_ms = 1e3 * (time.perf_counter() - begun)
+        of_round: list[dict[str, float]] = []
         with recorded(model) as recorder:
-            _, recorded_ms = cached(model, ids_BS, tokens, recorder, of_round := [])
+            _, recorded_ms = cached(model, ids_BS, tokens, recorder, of_round)
         over = [step / sum(own.values()) for step, own in zip(recorded_ms[1:], of_round[1:], strict=True)]
         operators_ms += of_round[1:]
         ratios = {"cached_over_uncached": uncached_ms / sum(steps_ms), "decode_over_operators": median(over)}

