@@ -15,7 +15,7 @@ from scmoe.config.fields import ConfigError
 
 
 @command
-def main(arguments: list[str]) -> int | None:
+def main(arguments: list[str]) -> int:
     options = parser("generate", __doc__)
     options.add_argument("run", type=Path, help="directory of a run, such as runs/latest, or an exported file")
     options.add_argument("overrides", nargs="*", metavar="key=value", help="what a resumed run may change, too")
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int | None:
         print(*(f"{shape} ran {how}" for shape, how in speed["ran"].items()), sep="\n", file=sys.stderr)
     if speed is not None and given.out is not None:
         print(json.dumps(speed), flush=True)
-    return None
+    return 0
 
 
 def request_of(given: Any) -> Any:

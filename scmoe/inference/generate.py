@@ -76,21 +76,19 @@ def stream(
     prompts: token ids; of any lengths. sampling: None: `Sampling()`. seeds: of each text; None: 0, 1, 2, ...
     passes: on several ranks with ParallelContext.true_on_all_ranks. Every rank must then take every step, a rank
     without prompts too.
-    Raises ValueError for a prompt without a token, for one that leaves no room in the model's context, and for a model
-    in training mode.
+    Raises ValueError for a prompt without a token, with an id that the model does not have, or with no room for
+    max_tokens in the model's context, and for a model in training mode.
     """
     seeds = range(len(prompts)) if seeds is None else seeds
-    check_prompts(model, prompts, stopping.max_tokens)
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(seeds)} seeds are given, allowed: one for each of the {len(prompts)} prompts")
-    return _steps(model, prompts, stopping, sampling or Sampling(), seeds, passes)
-
-
-def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
     if model.training:
         raise ValueError("the model is in training mode, allowed: evaluation mode; call model.eval()")
     for row, prompt in enumerate(prompts):
-        check_length(len(prompt), max_tokens, model.max_seq_len, f"prompt {row}")
+        check_length(len(prompt), stopping.max_tokens, model.max_seq_len, f"prompt {row}")
+        if not 0 <= min(prompt) <= max(prompt) < (vocab_size := model.head.out_features):
+            raise ValueError(f"prompt {row} has ids {min(prompt)} to {max(prompt)}, allowed: 0 to {vocab_size - 1}")
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds are given, allowed: one for each of the {len(prompts)} prompts")
+    return _steps(model, prompts, stopping, sampling or Sampling(), seeds, passes)
 
 
 def check_length(length: int, max_tokens: int, context: int, name: str) -> None:

@@ -22,10 +22,10 @@ from scmoe.inference.prompts import Prompt
 from scmoe.inference.sampling import Sampling
 from scmoe.inference.stopping import Stopping
 from scmoe.parallel.lightning_seam import rank_without_trainer
-from scmoe.studies.on_ranks import ending_together, find_weights, start_ranks
 from scmoe.training.build.data import build_datamodule, prepare_data
 from scmoe.training.moe_module import MoEModule
 from scmoe.training.run.directory import relative
+from scmoe.training.run.on_ranks import ending_together, find_weights, start_ranks
 from scmoe.training.run.resume import Which
 
 

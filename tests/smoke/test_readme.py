@@ -20,10 +20,8 @@ from tests.support.commands import undocumented
 from tests.support.forked import python
 
 ROOT = Path(__file__).parents[2]
-PAGES = [
-    "README.md",
-    *(f"docs/{name}.md" for name in ("runs", "inference", "configuration", "studies", "strategy", "tests")),
-]
+NAMES = ("runs", "inference", "configuration", "studies", "strategy", "tests")
+PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 NOT_RUN = {"docs/benchmarks.md": "takes hours", "docs/clusters.md": "needs eight GPUs; tests/unit/test_launch_files.py"}
 
 

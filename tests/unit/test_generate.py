@@ -159,6 +159,7 @@ def test_what_is_shown_of_a_text_never_changes_later():
         ([[]], {}, "prompt 0 is empty, allowed: one token or more"),
         ([[1], [1] * 32], {}, "prompt 1 has 32 tokens and max_tokens is 3, .* shorten the prompt"),
         ([[1] * 30], {}, "prompt 0 has 30 tokens and max_tokens is 3, allowed: 32 together.* reduce max_tokens to 2"),
+        ([[1, 64]], {}, "prompt 0 has ids 1 to 64, allowed: 0 to 63"),
         ([[1]], {"seeds": [1, 2]}, "2 seeds are given, allowed: one for each of the 1 prompts"),
     ],
 )

@@ -10,16 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = [
     *(["charts", "schedule", "tokens"], ["config"], ["moe"], ["blocks"], ["models"]),
-    *(
-        ["parallel", "offload", "analysis"],
-        ["inference"],
-        ["datamodules"],
-        ["training"],
-        ["testbed"],
-        ["studies"],
-        ["experiments"],
-    ),
-    ["__init__"],
+    *(["parallel", "offload", "analysis"], ["inference"], ["datamodules"], ["training"], ["testbed"], ["studies"]),
+    *(["experiments"], ["__init__"]),
 ]
 LAYER = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
 ONLY_IN = {

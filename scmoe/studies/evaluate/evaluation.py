@@ -23,8 +23,8 @@ from scmoe.studies.evaluate.material import Material, Request, read_material
 from scmoe.studies.evaluate.results import keep_results, log_to_wandb, read_results
 from scmoe.studies.evaluate.scoring import Scorer
 from scmoe.studies.evaluate.text import score_text
-from scmoe.studies.on_ranks import config_without_training, ending_together, start_ranks
 from scmoe.training.run.directory import relative
+from scmoe.training.run.on_ranks import config_without_training, ending_together, start_ranks
 from scmoe.training.run.resume import config_of, find_checkpoint
 
 Found = dict[str, Any]
