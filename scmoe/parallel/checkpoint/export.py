@@ -2,13 +2,13 @@
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import check_same_model, read_whole
@@ -44,12 +44,23 @@ def consolidate(
 @torch.no_grad()
 def load_weights(path: Path, model: nn.Module) -> None:
     """Read an exported file into a whole model in one process. ValueError: another model's, or another format."""
-    own = dict(model.named_parameters())
+    read = exported_by_name(path, model)
+    for name, p in model.named_parameters():
+        p.copy_(read(name))
+
+
+def exported_by_name(path: Path, model: nn.Module) -> Callable[[str], Tensor]:
+    """Return what reads one parameter by its name in the model, which may be on the meta device. ValueError: another
+    model's, or another format."""
     with safe_open(path, framework="pt") as file:
         version = (file.metadata() or {}).get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(f"{path} has format version {version}, allowed: {FORMAT_VERSION}")
         there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        check_same_model(path, own, there)
-        for name, p in own.items():
-            p.copy_(file.get_tensor(name))
+    check_same_model(path, dict(model.named_parameters()), there)
+
+    def read(name: str) -> Tensor:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    return read
