@@ -123,7 +123,7 @@ def attach(
     blocks = [module for module in model.modules() if isinstance(module, MoEBlock)]
     names = {experts: name for name, experts in expert_layers(model).items()}
     top_k = max(block.moe.router.top_k for block in blocks)
-    slots = 2 * top_k if slots is None else slots
+    slots = min(2 * top_k, len(store.places)) if slots is None else slots
     device = blocks[0].moe.router.gate.weight.device
     check(way, slots, top_k, len(store.places))
     if rate_mb_s is not None and (rate_mb_s <= 0 or device.type != "cpu"):

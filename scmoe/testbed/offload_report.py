@@ -28,7 +28,7 @@ COLORS = {"blocking": "#e15759", "determinate": "#4e79a7", "speculative": "#76b7
 
 
 def bench_offload(out: Path, setting: Setting) -> dict[str, Any]:
-    """Measure every architecture, print tables, and write chart and figures into `out`. Returns the rows of one token."""
+    """Measure every architecture, print tables, write chart and figures into `out`; return the rows of one token."""
     report, rates = dict[str, Any](), None
     with tempfile.TemporaryDirectory(prefix="scmoe-offload-") as folder:
         for architecture in sorted(setting.architectures, key=list(ARCHITECTURES).index):
@@ -64,8 +64,8 @@ def show(report: dict[str, Any], setting: Setting) -> None:
         f"width {s.dim}, {s.ffn_dim} in an expert, {s.num_experts} experts, {s.pairs} MoE layers, fp32, one thread; "
         f"a time is kept if the process waited for a core during at most {s.max_wait:.0%} of it; medians"
     )
-    names = ("tokens", "MB/s", "resident ms", "window ms", "fetch ms", "blocking", "determinate", "hidden", "bound")
-    names += ("speculative", "hidden", "hit rate", "kept")
+    names = ["tokens", "MB/s", "resident ms", "window ms", "fetch ms", "blocking", "determinate", "hidden", "bound"]
+    names += ["speculative", "hidden", "hit rate", "kept"]
     columns = (Column(name, justify="right", no_wrap=True) for name in names)
     table = Table("architecture", *columns, title=title, title_justify="left")
     for architecture, own in report.items():
