@@ -29,7 +29,7 @@ DTYPES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }  # safetensors' names
-PIECE = 1 << 20  # bytes of one read
+PIECE = 1 << 22  # bytes of one read
 Key = tuple[str, int]  # name of an Experts module in the model, expert
 Read = Callable[[str], Tensor]  # returns a parameter by its name
 

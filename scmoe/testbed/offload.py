@@ -2,7 +2,7 @@
 
     variants    resident, blocking, determinate, speculative: models that share all weights but the experts'
     rate        the cache is memory and the store is a file in the page cache, read at a bounded rate: that at which
-                fetching one expert takes a given share of the resident MoE block of ScMoE Pos-2, one token
+                blocking makes the MoE block of ScMoE Pos-2, one token, longer by a given share
     rounds      all variants in turn, with new tokens in each. A time is kept if the process had its cores: its threads
                 waited for one during at most `max_wait` of it (schedstat)
     memory      anonymous memory of the process beyond what it holds without experts and slots
@@ -11,9 +11,7 @@ One torch thread, so that the thread that reads has a core. A token is computed 
 """
 
 import copy
-import os
-import re
-import threading
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,11 +26,12 @@ from torch import Tensor, nn
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.config.load import load
 from scmoe.moe.operators import Recorder
-from scmoe.offload.cache import Cache
+from scmoe.offload.cache import Cache, FileReader
 from scmoe.offload.migration import WAYS, attach
 from scmoe.offload.store import Store, expert_layers, write_store
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.schedule.timeline import Span
+from scmoe.testbed.process import anonymous_mb, peak_mb, waited_s
 from scmoe.training.build.model import build_model
 
 ARCHITECTURES = {  # in the order of measuring: the first one gives the rates
@@ -43,12 +42,13 @@ ARCHITECTURES = {  # in the order of measuring: the first one gives the rates
     "top2": ("moe.architecture=top_k", "moe.top_k=2"),
 }
 RESIDENT = "resident"
+TRIALS = 2  # of a rate
 
 
 @dataclass(frozen=True)
 class Setting:
-    """costs: time to fetch one expert over that of the resident MoE block, one token; each gives a rate. tokens: of a
-    forward pass. rounds: to keep of each case, in at most limit_s seconds."""
+    """costs: of blocking, one token, over the resident MoE block; each gives a rate. tokens: of a forward pass. rounds:
+    to keep of each case, in at most limit_s seconds."""
 
     dim: int = 1024
     ffn_dim: int = 4096
@@ -83,26 +83,46 @@ class Times:
         return min(len(own) for own in self.seconds.values())
 
 
-def measure(setting: Setting, architecture: str, folder: Path, rates: tuple[float, ...] | None) -> dict[str, Any]:
-    """Returns the figures of one architecture. rates: in MB/s; None: those that give the setting's costs."""
+def measure(setting: Setting, architecture: str, rates: tuple[float, ...] | None) -> dict[str, Any]:
+    """Returns the figures of one architecture. rates: in MB/s; None: those that give the setting's costs. It requires a
+    process of its own, because memory that was freed before is not seen when it is used again."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, path = build(setting, architecture), folder / f"{architecture}.safetensors"
-    write_store(path, model)
-    cases = []
-    with torch.inference_mode():
+    model, cases = build(setting, architecture), []
+    with tempfile.TemporaryDirectory(prefix="scmoe-offload-") as folder, torch.inference_mode():
+        path = Path(folder, "experts.safetensors")
+        write_store(path, model)
         operators = {tokens: in_place(model, tokens, setting) for tokens in setting.tokens}
-        if rates is None:
-            block_s, _ = block_and_window(operators[min(setting.tokens)], model)
-            rates = tuple(setting.expert_mb / (cost * block_s) for cost in setting.costs)
-        for rate in rates:
-            with offloaded(model, path, rate) as (variants, caches):
+        with offloaded(model, path) as (variants, caches):
+            if rates is None:
+                block_s, _ = block_and_window(operators[min(setting.tokens)], model)
+                rates = tuple(find_rate(variants, caches, cost * block_s, setting) for cost in setting.costs)
+            for rate in rates:
+                set_rate(caches, rate)
                 for tokens in setting.tokens:
                     times = rounds(variants, caches, tokens, setting)
                     cases.append({"tokens": tokens, **figures(times, operators[tokens], model, setting, rate)})
         memory = peaks(model, path, max(setting.tokens), setting)
-    path.unlink()
     return {"cases": cases, "memory": memory, "rates": rates}
+
+
+def set_rate(caches: dict[str, Cache], rate_mb_s: float) -> None:
+    for cache in caches.values():
+        assert isinstance(cache.source, FileReader)
+        cache.source.rate_mb_s = rate_mb_s
+
+
+def find_rate(variants: dict[str, nn.Module], caches: dict[str, Cache], wanted_s: float, setting: Setting) -> float:
+    """Returns the rate at which blocking makes a block longer by `wanted_s`. More than the fetch counts: the thread's
+    start, and what the fetch drives out of the processor's caches."""
+    two, fetch_s = {name: variants[name] for name in (RESIDENT, "blocking")}, wanted_s
+    for _ in range(TRIALS):
+        set_rate(caches, setting.expert_mb / fetch_s)
+        times = rounds(two, caches, min(setting.tokens), setting)
+        if times.kept:
+            resident_s, blocking_s = (median(own) for own in times.seconds.values())
+            fetch_s = max(wanted_s / 2, fetch_s + wanted_s - (blocking_s - resident_s) / setting.pairs)
+    return setting.expert_mb / fetch_s
 
 
 def build(setting: Setting, architecture: str) -> nn.Module:
@@ -119,16 +139,14 @@ def build(setting: Setting, architecture: str) -> nn.Module:
 
 
 @contextmanager
-def offloaded(
-    model: nn.Module, path: Path, rate_mb_s: float
-) -> Iterator[tuple[dict[str, nn.Module], dict[str, Cache]]]:
+def offloaded(model: nn.Module, path: Path) -> Iterator[tuple[dict[str, nn.Module], dict[str, Cache]]]:
     """Yields the model, under its name, and a copy for each way that shares all weights but the experts', with its
     cache."""
     variants, caches = {RESIDENT: model}, dict[str, Cache]()
     try:
         for way in WAYS:
             variants[way] = sharing(model)
-            caches[way] = attach(variants[way], Store(path, variants[way]), way=way, rate_mb_s=rate_mb_s)
+            caches[way] = attach(variants[way], Store(path, variants[way]), way=way)
         yield variants, caches
     finally:
         for cache in caches.values():
@@ -233,50 +251,15 @@ def blocks_of(model: nn.Module) -> list[MoEBlock]:
 
 def peaks(model: nn.Module, path: Path, tokens: int, setting: Setting) -> dict[str, Any]:
     """Returns the peak of each way in MB beyond the fixed weights, and these. The model loses its experts."""
-    ids = [torch.randint(256, (1, t)) for t in (1, 1, tokens)]
-    found = {RESIDENT: peak_mb(model, ids)}
+    batches = [torch.randint(256, (1, t)) for t in (1, 1, tokens)]
+    found = {RESIDENT: peak_mb(model, batches)}
     for experts in expert_layers(model).values():
         experts.to(device="meta")
     fixed = anonymous_mb()
     for way in WAYS:
         variant = sharing(model)
         with attach(variant, Store(path, variant), way=way) as cache:
-            found[way] = peak_mb(variant, ids)
+            found[way] = peak_mb(variant, batches)
         del variant, cache
     weights = sum(p.nbytes for p in model.parameters() if not p.is_meta) / 1e6
     return {"fixed_mb": weights, "peak_mb": {way: mb - fixed for way, mb in found.items()}}
-
-
-def peak_mb(model: nn.Module, batches: list[Tensor]) -> float:
-    """Returns the most anonymous memory that the process holds while the model runs."""
-    seen, done = [anonymous_mb()], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            seen.append(anonymous_mb())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        for ids in batches:
-            model(ids)
-            seen.append(anonymous_mb())
-    finally:
-        done.set()
-        watcher.join()
-    return max(seen)
-
-
-def anonymous_mb() -> float:
-    """Returns RssAnon of this process: memory that no file backs."""
-    found = re.search(r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
-    assert found is not None
-    return int(found[1]) * 1024 / 1e6
-
-
-def waited_s() -> float:
-    """Returns the seconds that the threads of this process have waited for a core so far."""
-    return (
-        sum(int(Path(f"/proc/self/task/{t}/schedstat").read_text().split()[1]) for t in os.listdir("/proc/self/task"))
-        / 1e9
-    )

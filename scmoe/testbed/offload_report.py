@@ -2,7 +2,8 @@
 
 import json
 import sys
-import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,11 @@ COLORS = {"blocking": "#e15759", "determinate": "#4e79a7", "speculative": "#76b7
 def bench_offload(out: Path, setting: Setting) -> dict[str, Any]:
     """Measure every architecture, print tables, write chart and figures into `out`; return the rows of one token."""
     report, rates = dict[str, Any](), None
-    with tempfile.TemporaryDirectory(prefix="scmoe-offload-") as folder:
-        for architecture in sorted(setting.architectures, key=list(ARCHITECTURES).index):
-            print(f"measuring {NAMES[architecture]}", file=sys.stderr)
-            report[architecture] = measure(setting, architecture, Path(folder), rates)
-            rates = report[architecture]["rates"]
+    for architecture in sorted(setting.architectures, key=list(ARCHITECTURES).index):
+        print(f"measuring {NAMES[architecture]}", file=sys.stderr)
+        with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+            report[architecture] = alone.submit(measure, setting, architecture, rates).result()
+        rates = report[architecture]["rates"]
     out.mkdir(parents=True, exist_ok=True)
     show(report, setting)
     draw(report, setting, out / "figure-13.png")
