@@ -73,7 +73,9 @@ class PinnedCopies:
 
     def __init__(self, store: Store, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
-        self.pinned = {key: torch.empty(store.num_bytes(key), dtype=torch.uint8).pin_memory() for key in store.places}
+        self.pinned = {
+            key: torch.empty(store.num_bytes(key), dtype=torch.uint8, pin_memory=True) for key in store.places
+        }
         for key, target in self.pinned.items():
             store.read_into(key, target)
 
@@ -143,6 +145,7 @@ class Cache:
             raise RuntimeError("the cache of this model's experts was closed: offload the model again")
         for key in keys[: self.ahead]:
             if key in self.held:
+                self.held.move_to_end(key)
                 continue
             if self.free:
                 slot = self.free.pop()
@@ -164,5 +167,4 @@ class Cache:
             self.close()
             layer, e = key
             raise StoreError(f"expert {e} of {layer} could not be fetched: {error}") from error
-        self.held.move_to_end(key)
         return self.store.weights(key, slot)

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -59,7 +59,7 @@ class Setting:
     costs: tuple[float, ...] = (0.8, 2.4)
     rounds: int = 15
     limit_s: float = 10.0
-    max_wait: float = 0.02
+    max_wait: float = 0.03
     architectures: tuple[str, ...] = tuple(ARCHITECTURES)
 
     @property
@@ -72,6 +72,7 @@ class Times:
     """Of one case: the kept times by variant, in seconds, and what was counted."""
 
     seconds: dict[str, list[float]]
+    operators: list[list[Span]] = field(default_factory=list)  # of each resident block
     hit_rate: dict[str, float] = field(default_factory=dict)
     active: list[float] = field(default_factory=list)  # experts that had rows, per layer
     tried: int = 0
@@ -80,7 +81,7 @@ class Times:
     @property
     def kept(self) -> int:
         """Number of kept times of the variant that has the fewest."""
-        return min(len(own) for own in self.seconds.values())
+        return min(len(own) for own in self.seconds.values()) if self.operators else 0
 
 
 def measure(setting: Setting, architecture: str, rates: tuple[float, ...] | None) -> dict[str, Any]:
@@ -92,16 +93,14 @@ def measure(setting: Setting, architecture: str, rates: tuple[float, ...] | None
     with tempfile.TemporaryDirectory(prefix="scmoe-offload-") as folder, torch.inference_mode():
         path = Path(folder, "experts.safetensors")
         write_store(path, model)
-        operators = {tokens: in_place(model, tokens, setting) for tokens in setting.tokens}
         with offloaded(model, path) as (variants, caches):
             if rates is None:
-                block_s, _ = block_and_window(operators[min(setting.tokens)], model)
-                rates = tuple(find_rate(variants, caches, cost * block_s, setting) for cost in setting.costs)
+                rates = tuple(find_rate(variants, caches, cost, setting) for cost in setting.costs)
             for rate in rates:
                 set_rate(caches, rate)
                 for tokens in setting.tokens:
                     times = rounds(variants, caches, tokens, setting)
-                    cases.append({"tokens": tokens, **figures(times, operators[tokens], model, setting, rate)})
+                    cases.append({"tokens": tokens, **figures(times, model, setting, rate)})
         memory = peaks(model, path, max(setting.tokens), setting)
     return {"cases": cases, "memory": memory, "rates": rates}
 
@@ -112,16 +111,20 @@ def set_rate(caches: dict[str, Cache], rate_mb_s: float) -> None:
         cache.source.rate_mb_s = rate_mb_s
 
 
-def find_rate(variants: dict[str, nn.Module], caches: dict[str, Cache], wanted_s: float, setting: Setting) -> float:
-    """Returns the rate at which blocking makes a block longer by `wanted_s`. More than the fetch counts: the thread's
-    start, and what the fetch drives out of the processor's caches."""
-    two, fetch_s = {name: variants[name] for name in (RESIDENT, "blocking")}, wanted_s
-    for _ in range(TRIALS):
+def find_rate(variants: dict[str, nn.Module], caches: dict[str, Cache], cost: float, setting: Setting) -> float:
+    """Returns the rate at which blocking makes a block longer by `cost` of its time. More than the fetch counts: the
+    thread's start, and what the fetch drives out of the processor's caches."""
+    two, fetch_s = {name: variants[name] for name in (RESIDENT, "blocking")}, 0.0
+    few = replace(setting, rounds=min(5, setting.rounds))
+    for _ in range(1 + TRIALS):
+        times = rounds(two, caches, min(setting.tokens), few)
+        if not times.kept:
+            raise RuntimeError(f"the process had no core in {setting.limit_s:g} s: measure on a quieter machine")
+        resident_s, blocking_s = (median(own) for own in times.seconds.values())
+        wanted_s = cost * block_and_window(times.operators, variants[RESIDENT])[0]
+        extra_s = (blocking_s - resident_s) / setting.pairs if fetch_s else wanted_s
+        fetch_s = max(wanted_s / 2, (fetch_s or wanted_s) + wanted_s - extra_s)
         set_rate(caches, setting.expert_mb / fetch_s)
-        times = rounds(two, caches, min(setting.tokens), setting)
-        if times.kept:
-            resident_s, blocking_s = (median(own) for own in times.seconds.values())
-            fetch_s = max(wanted_s / 2, fetch_s + wanted_s - (blocking_s - resident_s) / setting.pairs)
     return setting.expert_mb / fetch_s
 
 
@@ -174,6 +177,10 @@ def rounds(variants: dict[str, nn.Module], caches: dict[str, Cache], tokens: int
             if waited_s() - waited <= setting.max_wait * seconds:
                 times.seconds[name].append(seconds)
             logits[name] = out.logits_BSV
+        waited, begin = waited_s(), time.perf_counter()
+        operators = in_place(variants[RESIDENT], ids)
+        if waited_s() - waited <= setting.max_wait * (time.perf_counter() - begin):
+            times.operators += operators
         times.active += [float((stats.counts_E > 0).sum()) for stats in out.stats]
         times.equal_bits &= all(torch.equal(y, logits[RESIDENT]) for y in logits.values())
         times.tried += 1
@@ -181,9 +188,7 @@ def rounds(variants: dict[str, nn.Module], caches: dict[str, Cache], tokens: int
     return times
 
 
-def figures(
-    times: Times, operators: list[list[Span]], model: nn.Module, setting: Setting, rate: float
-) -> dict[str, Any]:
+def figures(times: Times, model: nn.Module, setting: Setting, rate: float) -> dict[str, Any]:
     """Returns the figures of one case; no ways if nothing was kept.
 
     An offloaded MoE block takes what a resident one takes, and its share of what the whole model takes longer. bound:
@@ -192,10 +197,10 @@ def figures(
     case = {"rate_mb_s": rate, "kept": times.kept, "tried": times.tried, "equal_bits": times.equal_bits, "ways": {}}
     if not times.kept:
         return case
-    block_s, window_s = block_and_window(operators, model)
+    block_s, window_s = block_and_window(times.operators, model)
     active = sum(times.active) / len(times.active)
     fetch_s = active * setting.expert_mb / rate
-    experts_s = median(duration(spans, "experts") for spans in operators) * (1 - 1 / active)
+    experts_s = median(duration(spans, "experts") for spans in times.operators) * (1 - 1 / active)
     middle = {name: median(own) for name, own in times.seconds.items()}
     extra = {name: (s - middle[RESIDENT]) / setting.pairs for name, s in middle.items()}
     windows = {"determinate": window_s, "speculative": middle[RESIDENT] / setting.pairs}
@@ -208,23 +213,16 @@ def figures(
     return {**case, **ms, "active": active, "blocking_costs": extra["blocking"] / block_s, "ways": ways}
 
 
-def in_place(model: nn.Module, tokens: int, setting: Setting) -> list[list[Span]]:
-    """Returns the operators of each block in the passes of the resident model in which the process had its cores."""
-    blocks, kept = blocks_of(model), list[list[Span]]()
-    deadline = time.monotonic() + setting.limit_s
-    while len(kept) < setting.rounds * len(blocks) and time.monotonic() < deadline:
-        recorders = [Recorder(torch.device("cpu")) for _ in blocks]
-        for block, recorder in zip(blocks, recorders, strict=True):
-            block.run_as(block.schedule, block.moe.dispatcher, recorder)
-        waited, start = waited_s(), time.perf_counter()
-        model(torch.randint(256, (1, tokens)))
-        if waited_s() - waited <= setting.max_wait * (time.perf_counter() - start):
-            kept += [recorder.spans("forward") for recorder in recorders]
-    for block in blocks:
+def in_place(model: nn.Module, ids: Tensor) -> list[list[Span]]:
+    """Runs the resident model and returns the operators of each block. Alone they would be faster, with their weights
+    in the processor's caches."""
+    recorders = [Recorder(torch.device("cpu")) for _ in blocks_of(model)]
+    for block, recorder in zip(blocks_of(model), recorders, strict=True):
+        block.run_as(block.schedule, block.moe.dispatcher, recorder)
+    model(ids)
+    for block in blocks_of(model):
         block.run_as(block.schedule, block.moe.dispatcher)
-    if not kept:
-        raise RuntimeError(f"the process had no core of its own in {setting.limit_s:g} s: measure on a quieter machine")
-    return kept
+    return [recorder.spans("forward") for recorder in recorders]
 
 
 def block_and_window(operators: list[list[Span]], model: nn.Module) -> tuple[float, float]:

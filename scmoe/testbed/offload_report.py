@@ -3,6 +3,7 @@
 import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def bench_offload(out: Path, setting: Setting) -> dict[str, Any]:
     show(report, setting)
     draw(report, setting, out / "figure-13.png")
     found = {"rows": rows(report), "equal_bits": equal_bits(report)}
-    (out / "figure-13.json").write_text(json.dumps({**found, "architectures": report}, indent=1))
+    (out / "figure-13.json").write_text(
+        json.dumps({**found, "setting": asdict(setting), "architectures": report}, indent=1)
+    )
     print(f"chart and figures: {out / 'figure-13'}.png, .json", file=sys.stderr)
     return found
 
@@ -106,19 +109,19 @@ def draw(report: dict[str, Any], setting: Setting, path: Path) -> None:
                 bars[NAMES[architecture]] = {
                     way: ways[way]["latency_ms"] / ways[RESIDENT]["latency_ms"] - 1 for way in COLORS if way in ways
                 }
-            latency_bars(axis, bars)
+            latency_bars(axis, bars, label=axis is axes[0])
             tokens = min(setting.tokens)
             title(axis, f"MoE block, {tokens} token(s), experts fetched at {rate / 1e3:.1f} GB/s")
-        axes[0].legend(loc="lower right")
+        figure.legend(loc="outside upper center", ncols=len(COLORS))
         memory_bars(axes[-1], report)
 
 
-def latency_bars(axis: Any, bars: dict[str, dict[str, float]]) -> None:
+def latency_bars(axis: Any, bars: dict[str, dict[str, float]], label: bool) -> None:
     for place, ways in enumerate(bars.values()):
         for i, (way, color) in enumerate(COLORS.items()):
             if way in ways:
                 y = place + 0.27 * (i - 1)
-                axis.barh(y, 100 * ways[way], 0.25, color=color, label=way if place == 1 else None)
+                axis.barh(y, 100 * ways[way], 0.25, color=color, label=way if label and place == 1 else None)
                 axis.text(100 * max(0, ways[way]), y, f" {100 * ways[way]:.0f}", va="center", fontsize=SMALL)
     axis.set_yticks(range(len(bars)), list(bars))
     axis.invert_yaxis()
@@ -138,4 +141,4 @@ def memory_bars(axis: Any, report: dict[str, Any]) -> None:
     axis.set_yticks(range(len(shares)), list(shares))
     axis.invert_yaxis()
     axis.set_xlabel("peak memory, % of that with resident experts")
-    title(axis, "Fixed weights and slots")
+    title(axis, "Memory: fixed weights, and experts or slots")

@@ -29,7 +29,7 @@ MUTANTS = (
     .replaces("if other not in keys), None)", "if other != key), None)")
     .caught_by(SLOTS),
     Mutant("oldest-instead-of-least-recently-used", 0, f"{OFFLOAD}/cache.py")
-    .replaces("        self.held.move_to_end(key)\n", "")
+    .replaces("                self.held.move_to_end(key)\n", "")
     .caught_by(f"{LAWS}::test_the_least_recently_used_expert_goes"),
     Mutant("failed-fetch-goes-unnoticed", 67, f"{OFFLOAD}/cache.py")
     .replaces("        self.future.result()\n", "        self.future.exception()\n")
