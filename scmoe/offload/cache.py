@@ -98,7 +98,8 @@ class Held(NamedTuple):
 class Cache:
     """Slots for experts. Use it as a context manager, or close it: that ends its thread and closes the store.
 
-    ahead: number of experts that one call of `prefetch` may fetch or keep; 1: none is fetched before its turn.
+    ahead: number of experts that one call of `prefetch` fetches or keeps, at most `slots`; 1: none is fetched before
+    its turn.
     """
 
     def __init__(self, store: Store, source: Source, slots: int, ahead: int, device: torch.device) -> None:
@@ -140,19 +141,18 @@ class Cache:
         self.hits += sum(key in self.held for key in keys)
 
     def prefetch(self, keys: Sequence[Key]) -> None:
-        """Starts to fetch the first of these experts, as far as there are slots; no other one of them has to go."""
+        """Starts to fetch those of the first `ahead` of these experts that are not here; none of them has to go."""
         if self.closed:
             raise RuntimeError("the cache of this model's experts was closed: offload the model again")
-        for key in keys[: self.ahead]:
+        wanted = keys[: self.ahead]
+        for key in wanted:
             if key in self.held:
                 self.held.move_to_end(key)
                 continue
-            if self.free:
-                slot = self.free.pop()
-            elif (oldest := next((other for other in self.held if other not in keys), None)) is not None:
-                slot = self.held.pop(oldest).slot
-            else:
-                return
+            if not self.free:
+                oldest = next(other for other in self.held if other not in wanted)
+                self.free.append(self.held.pop(oldest).slot)
+            slot = self.free.pop()
             self.held[key] = Held(slot, self.source.start(key, slot))
 
     def weights(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:

@@ -120,13 +120,13 @@ def generate(model):
 
 
 def test_68_ctrl_c_leaves_no_thread_and_no_file(tmp_path):
-    """The reader is in the middle of an expert that takes hours at its rate."""
+    """The reader is in the middle of an expert that takes 15 s at its rate."""
     model, path = stored("position=pos2", tmp_path)
     before, begin = open_files(), time.monotonic()
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     try:
-        with pytest.raises(KeyboardInterrupt), offload_experts(model, path, rate_mb_s=1e-6):
+        with pytest.raises(KeyboardInterrupt), offload_experts(model, path, rate_mb_s=2e-4):
             generate(model)
     finally:
         signal.signal(signal.SIGINT, handler)

@@ -95,11 +95,14 @@ def test_the_cache_never_exceeds_its_slots_and_returns_the_right_expert(store, s
     cache = Cache(store, Late(store), slots, min(ahead, slots), torch.device("cpu"))
     places = sorted(slot.data_ptr() for slot in cache.free)
     for is_guess, numbers in calls:
-        wanted = sorted((keys[i] for i in numbers), key=lambda key: key not in cache.held)
+        wanted = [keys[i] for i in numbers]
+        missing, started = [key for key in wanted[: cache.ahead] if key not in cache.held], len(cache.source.queue)
         if is_guess:
             cache.prefetch(wanted)
         else:
             assert all(map(torch.equal, cache.weights(wanted), EXPECTED[wanted[0]]))
+        assert cache.held.keys() >= set(wanted[: cache.ahead])
+        assert [key for key, _ in cache.source.queue[started:]] == missing
         used = [*cache.free, *(held.slot for held in cache.held.values())]
         assert sorted(slot.data_ptr() for slot in used) == places
 

@@ -23,10 +23,10 @@ MUTANTS = (
     .replaces("            fetch.wait()\n", "            assert fetch\n")
     .caught_by(SLOTS),
     Mutant("more-experts-than-slots", 0, f"{OFFLOAD}/cache.py")
-    .replaces("            else:\n                return\n", "            else:\n                slot = slot.clone()\n")
+    .replaces("self.free.append(self.held.pop(oldest).slot)", "self.free.append(self.held[oldest].slot.clone())")
     .caught_by(SLOTS),
     Mutant("needed-expert-goes", 0, f"{OFFLOAD}/cache.py")
-    .replaces("if other not in keys), None)", "if other != key), None)")
+    .replaces("if other not in wanted)", "if other != key)")
     .caught_by(SLOTS),
     Mutant("oldest-instead-of-least-recently-used", 0, f"{OFFLOAD}/cache.py")
     .replaces("                self.held.move_to_end(key)\n", "")
