@@ -29,6 +29,7 @@ VERBS = {
     "bench": "measure the layer, overlap, growth, the guard, generation, one pair's timeline",
     "gpu-check": "check everything on one GPU, in nine minutes",
     "figure": "draw a figure of the paper, from a run or from reports",
+    "fig13": "measure and draw Fig. 13, offloaded experts",
     "faults": "break checkpoints on purpose and count what survives",
 }
 

@@ -20,7 +20,7 @@ from tests.support.commands import undocumented
 from tests.support.forked import python
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("runs", "inference", "configuration", "studies", "strategy", "tests")
+NAMES = ("runs", "inference", "offload", "configuration", "studies", "strategy", "tests")
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 NOT_RUN = {"docs/benchmarks.md": "takes hours", "docs/clusters.md": "needs eight GPUs; tests/unit/test_launch_files.py"}
 
@@ -51,6 +51,7 @@ SHORT = {
     "make train": ["make", "train", f"ARGS={QUICK}"],
     'make resume ARGS="trainer.max_steps=400"': ["make", "resume", "ARGS=trainer.max_steps=5"],
     "make evaluate": ["make", "evaluate", "ARGS=--limit 5 --stride 256"],
+    "make fig13": ["make", "fig13", "ARGS=--quick --architectures scmoe_pos2 top2"],
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': [
         *("make", "train", f"ARGS=init_from=scmoe:exported/model.safetensors name=further {QUICK}")
     ],
@@ -63,6 +64,7 @@ SAYS = {
     "make reproduce SCALE=smoke": "-m experiments.reproduce --scale smoke",
     'make resume ARGS="trainer.max_steps=400"': '"steps": 5',
     "make evaluate": '"tasks": {"cloze": ',
+    "make fig13": '"equal_bits": true',
     "make list": "configs/quickstart.yaml",
     ".venv/bin/python docs/examples/load_export.py exported/model.safetensors": "likeliest next token",
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': "runs/further/",

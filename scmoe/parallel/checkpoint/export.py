@@ -2,13 +2,13 @@
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from scmoe.moe.experts import Experts
 from scmoe.parallel.checkpoint import durable
@@ -45,9 +45,16 @@ def consolidate(
 
 @torch.no_grad()
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Read an exported file into a model, of the experts only those that the model has.
+    """Read an exported file into a model. ValueError: another model's, or another format."""
+    read = exported_by_name(path, model)
+    for name, p in model.named_parameters():
+        p.copy_(read(name))
 
-    ValueError: another model's, or another format.
+
+def exported_by_name(path: Path, model: nn.Module) -> Callable[[str], Tensor]:
+    """Return what reads one parameter by its name in the model; of the experts only those that the model has.
+
+    model: may be on the meta device. ValueError: another model's file, or another format.
     """
     read_settings(path)
     own = dict(model.named_parameters())
@@ -55,12 +62,17 @@ def load_weights(path: Path, model: nn.Module) -> None:
     experts = {f"{prefix}.{name}": m for prefix, m in stacks.items() for name, _ in m.named_parameters()}
     whole = {n: own[n].new_empty(m.num_experts, *own[n].shape[1:], device="meta") for n, m in experts.items()}
     with safe_open(path, framework="pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        there = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        check_same_model(path, own | whole, there)
-        for name, p in own.items():
-            ids = experts[name].expert_ids if name in experts else range(len(p))
-            p.copy_(slices[name][ids.start : ids.stop])
+        there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    check_same_model(path, own | whole, there)
+
+    def read(name: str) -> Tensor:
+        with safe_open(path, framework="pt") as file:
+            if name not in experts:
+                return file.get_tensor(name)
+            ids = experts[name].expert_ids
+            return file.get_slice(name)[ids.start : ids.stop]
+
+    return read
 
 
 def read_settings(path: Path) -> dict[str, Any]:
