@@ -1,4 +1,4 @@
-"""Faults 65-69: stores that are no longer this model's, too few slots, fetches that fail, Ctrl-C, misuse."""
+"""Faults 64 to 68: stores that are no longer this model's, too few slots, fetches that fail, Ctrl-C, misuse."""
 
 from __future__ import annotations
 

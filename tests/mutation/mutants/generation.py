@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutation.mutant import DIST, FAULTS, UNIT, Mutant
 
 BLOCKS, INFERENCE, TEST = "scmoe/blocks", "scmoe/inference", f"{UNIT}/test_generate.py"
+PARALLEL, PLANNED = "scmoe/parallel", f"{DIST}/test_inference_planner.py"
 ALONE = f"{TEST}::test_tokens_are_those_without_a_cache_and_of_each_text_alone"
 LOCKSTEP = f"{DIST}/test_generation.py::test_ranks_go_on_until_the_last_text_has_ended"
 PARTS = f"{DIST}/test_generation.py::test_texts_do_not_depend_on_ranks_or_on_where_weights_are"
@@ -25,7 +26,7 @@ MUTANTS = (
     Mutant("generation-drops-tokens", 0, "scmoe/moe/stream.py")
     .replaces("stream.sums = None, True, False", "stream.sums = stream.capacity_factor, True, False")
     .caught_by(f"{ALONE}[gpt-pos2]"),
-    Mutant("prefill-reads-the-padding", 0, f"{INFERENCE}/generate.py")
+    Mutant("prefill-reads-the-padding", 0, f"{INFERENCE}/passes.py")
     .replaces("(mask_BS.sum(1) - 1).clamp(min=0)", "torch.full((len(ids_BS),), ids_BS.shape[1] - 1)")
     .caught_by(f"{ALONE}[gpt-pos2]"),
     Mutant("one-generator-for-a-batch", 0, f"{INFERENCE}/sampling.py")
@@ -35,10 +36,10 @@ MUTANTS = (
     .replaces("text[: len(text) - max(", "text[: len(text) - min(")
     .caught_by(f"{TEST}::test_what_is_shown_of_a_text_never_changes_later"),
     Mutant("a-rank-stops-before-the-others", 61, f"{INFERENCE}/generate.py")
-    .replaces("            ended = all_ranks(not any(going))\n", "            ended = not any(going)\n")
+    .replaces("            ended = passes.all_ranks(not any(going))\n", "            ended = not any(going)\n")
     .caught_by(LOCKSTEP),
     Mutant("a-rank-reads-the-first-experts", 0, "scmoe/parallel/checkpoint/export.py")
-    .replaces("slices[name][ids.start : ids.stop]", "slices[name][: len(ids)]")
+    .replaces("get_slice(name)[ids.start : ids.stop]", "get_slice(name)[: len(ids)]")
     .caught_by(PARTS),
     Mutant("generation-fails-alone", 61, "scmoe/training/run/on_ranks.py")
     .replaces("        trainer.strategy.on_exception(error)\n", "        assert error\n")
@@ -46,4 +47,16 @@ MUTANTS = (
     Mutant("a-long-prompt-starts-ranks", 63, "scmoe/studies/generation.py")
     .replaces("        encoded(request, data.tokenizer, config)  # so", "        # so")
     .caught_by(f"{FAULTS}/test_generation.py::test_63_a_request_that_cannot_be_met_starts_no_rank"),
+    Mutant("a-text-takes-the-last-piece's-logits", 0, f"{INFERENCE}/passes.py")
+    .replaces("after_BV.where(own_BS.any(1, keepdim=True), logits_BV)", "after_BV")
+    .caught_by(f"{TEST}::test_a_prompt_in_pieces_equals_one_piece[3-gpt]"),
+    Mutant("a-rank-stops-reading-first", 61, f"{INFERENCE}/passes.py")
+    .replaces("not passes.all_ranks(start >= longest)", "start < longest")
+    .caught_by(PARTS),
+    Mutant("ranks-plan-by-their-own-times", 0, f"{PARALLEL}/inference_planner.py")
+    .replaces("group).amax(0)", "group)[dist.get_rank(group)]")
+    .caught_by(f"{PLANNED}::test_overlap_is_planned_where_it_makes_a_pass_faster"),
+    Mutant("overlap-is-planned-for-no-gain", 0, f"{PARALLEL}/inference_planner.py")
+    .replaces('best = "sequential"', "pass")
+    .caught_by(f"{PLANNED}::test_a_pass_without_anything_to_hide_behind_is_planned_sequential"),
 )
