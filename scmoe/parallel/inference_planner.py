@@ -12,7 +12,7 @@ All ranks choose by the same numbers: operator times as in pricing.py, passes by
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -81,10 +81,13 @@ def plan_inference(
     InferencePlan(own, True, {}).run(blocks, dispatchers)
     slowest_RW = gather(torch.tensor(rounds, dtype=torch.float64), group).amax(0)
     seconds = dict(zip(ways, (median(column) for column in slowest_RW.T.tolist()), strict=True))
-    best = min(ways, key=lambda way: seconds[way])
-    if seconds[best] > (1 - LEAST_GAIN) * seconds["sequential"]:
-        best = "sequential"
-    return replace(ways[best], seconds=seconds)
+    return replace(ways[fastest(seconds)], seconds=seconds)
+
+
+def fastest(seconds: Mapping[str, float]) -> str:
+    """Returns the way with the least time; sequential where that gains less than LEAST_GAIN."""
+    best = min(seconds, key=lambda way: seconds[way])
+    return best if seconds[best] <= (1 - LEAST_GAIN) * seconds["sequential"] else "sequential"
 
 
 def best_schedules(

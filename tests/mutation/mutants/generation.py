@@ -57,6 +57,6 @@ MUTANTS = (
     .replaces("group).amax(0)", "group)[dist.get_rank(group)]")
     .caught_by(f"{PLANNED}::test_overlap_is_planned_where_it_makes_a_pass_faster"),
     Mutant("overlap-is-planned-for-no-gain", 0, f"{PARALLEL}/inference_planner.py")
-    .replaces('best = "sequential"', "pass")
-    .caught_by(f"{PLANNED}::test_a_pass_without_anything_to_hide_behind_is_planned_sequential"),
+    .replaces("(1 - LEAST_GAIN) * seconds", "seconds")
+    .caught_by(f"{PLANNED}::test_overlap_that_gains_too_little_is_planned_sequential"),
 )
