@@ -1,7 +1,7 @@
 # Everything a person types. `make` alone lists it.
 PYTHON ?= python3
 CONFIG ?= configs/quickstart.yaml
-# ARGS, RUN, TASKS, DATA and PIP_ARGS are empty unless given.
+# ARGS, RUN, PROMPT, TASKS, DATA and PIP_ARGS are empty unless given.
 
 VENV  := .venv
 PY    := $(VENV)/bin/python
@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train resume sample evaluate export sweep reproduce table table3 runs compare list check-data params estimate bench bench-overlap bench-growth timeline gpu-check figures figure1 figure8 figure9 figure10 test test-fast test-dist test-faults mutate lint format typecheck ci clean
+.PHONY: help setup train resume generate evaluate export sweep reproduce table table3 runs compare list check-data params estimate bench bench-overlap bench-growth timeline gpu-check figures figure1 figure8 figure9 figure10 fig13 test test-fast test-dist test-faults mutate lint format typecheck ci clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [CONFIG=$(CONFIG)] [RUN=runs/...] [ARGS=\"optim.lr=1e-3 ...\"]"; echo
@@ -37,8 +37,8 @@ train: $(READY)  ## train CONFIG, with ARGS as overrides
 resume: $(READY)  ## resume RUN (the newest)
 	@$(PY) -m experiments.train --resume $(or $(RUN),runs/latest) $(ARGS)
 
-sample: $(READY)  ## write text with the model of RUN (default: the newest)
-	@$(PY) -m experiments.sample $(or $(RUN),runs/latest) $(ARGS)
+generate: $(READY)  ## continue PROMPT="a text" with the model of RUN (default: the newest)
+	@$(PY) -m experiments.generate $(or $(RUN),runs/latest) $(if $(PROMPT),--prompt '$(subst ','\'',$(PROMPT))') $(ARGS)
 
 evaluate: $(READY)  ## score RUN (the newest): test split, perplexity, TASKS=piqa,... of the folder DATA
 	@$(PY) -m experiments.evaluate $(or $(RUN),runs/latest) $(if $(TASKS),--tasks $(TASKS)) $(if $(DATA),--data $(DATA)) $(ARGS)
@@ -112,6 +112,9 @@ figure9: $(READY)  ## Fig. 9, gating over training, of RUN (the newest), trained
 
 figure10: $(READY)  ## Fig. 10, similarity of representations, of RUN (the newest), with analysis.similarity_every=N
 	@$(PY) -m experiments.figure 10 $(or $(RUN),runs/latest) $(ARGS)
+
+fig13: $(READY)  ## measure Fig. 13, offloaded experts, and draw it; ARGS="--quick" for a trial
+	@$(PY) -m experiments.fig13 $(ARGS)
 
 test: $(READY)  ## run all tests, of the fault suite the representative ones
 	@$(PYTEST) -m "not faults or representative" $(ARGS)

@@ -14,7 +14,7 @@ from scmoe.config.fields import ConfigError
 
 VERBS = {
     "train": "train a model, or resume a run",
-    "sample": "write text with a run's model",
+    "generate": "continue texts with a run's model",
     "evaluate": "score a run's model: test split, perplexity, tasks",
     "export": "write a run's weights as one file",
     "sweep": "search over parameters, at W&B or on this machine",
@@ -26,9 +26,10 @@ VERBS = {
     "params": "count the parameters of presets and architectures",
     "check-data": "read all data of a config, and name files that cannot be read",
     "estimate": "estimate what a training costs, without starting it",
-    "bench": "measure the layer, overlap, growth, the guard, one pair's timeline",
+    "bench": "measure the layer, overlap, growth, the guard, generation, one pair's timeline",
     "gpu-check": "check everything on one GPU, in nine minutes",
     "figure": "draw a figure of the paper, from a run or from reports",
+    "fig13": "measure and draw Fig. 13, offloaded experts",
     "faults": "break checkpoints on purpose and count what survives",
 }
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from argparse import ArgumentTypeError
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from scmoe.config.fields import ConfigError
 WIDTHS: dict[str, float] = {"dim": 512, "ffn_dim": 2048, "tokens": 1024}
 SIZES = {**WIDTHS, "heads": 8, "seq_len": 256, "num_experts": 8, "attention_ms": 45.0, "attention_to_mlp": 3.0}
 LAYER = {**WIDTHS, "tokens": 2048, "experts": 8, "top_k": 2, "rounds": 15, "threads": 1}
+GENERATION = {"batch": 4, "prompt": 32, "tokens": 256, "rounds": 3, "threads": 1}
+HERE = {"layer": "layer.bench_layer", "guard": "guard_cost.guard_cost", "generation": "generation.bench_generation"}
 OUT: dict[str, Any] = {"type": Path, "help": "folder of what is written (default: %(default)s)"}
 
 
@@ -30,9 +33,11 @@ def options_of(arguments: list[str]) -> dict[str, Any]:
     def add(name: str, help: str) -> Any:
         return verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.").add_argument
 
-    option = add("layer", "time of the MoE layer over that of its dense products")
-    for name, default in LAYER.items():
-        option(f"--{name.replace('_', '-')}", type=int, metavar="N", default=default, help="(default: %(default)s)")
+    layer, generation = "time of the MoE layer over that of its dense products", "generation with a cache and without"
+    for name, help, defaults in ("generation", generation, GENERATION), ("layer", layer, LAYER):
+        option = add(name, help)
+        for size, default in defaults.items():
+            option(f"--{size.replace('_', '-')}", type=int, metavar="N", default=default, help="(default: %(default)s)")
     option("--capacity", type=float, help="capacity factor (default: dropless)")
     option = add("overlap", "how much of the All-to-All every architecture and schedule hides")
     option("--share", type=float, help="communication share of sequential top-2, forward (default: 0.52)")
@@ -68,14 +73,9 @@ def options_of(arguments: list[str]) -> dict[str, Any]:
 
 def measure(what: str, given: dict[str, Any], again: list[str]) -> dict[str, Any]:
     """again: the arguments of a Python interpreter that repeat this program, for a network namespace of its own."""
-    if what == "layer":
-        from scmoe.testbed.layer import bench_layer
-
-        return bench_layer(**given) | given
-    if what == "guard":
-        from scmoe.testbed.guard_cost import guard_cost
-
-        return guard_cost(**given)
+    if what in HERE:
+        module, function = HERE[what].split(".")
+        return getattr(import_module(f"scmoe.testbed.{module}"), function)(**given) | given
     if what == "overlap":
         from scmoe.testbed.overlap_report import bench_overlap
 

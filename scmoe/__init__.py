@@ -1,16 +1,25 @@
 """scmoe: shortcut-connected mixture of experts on PyTorch Lightning.
 
 `import scmoe` makes Lightning know `Trainer(strategy="expert_parallel")` and read our checkpoint directories, before or
-after Lightning is imported. It imports neither Lightning nor torch.
+after Lightning is imported. It imports neither Lightning nor torch; `scmoe.generate` and its like do when first used.
 """
 
 import sys
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
 from scmoe.parallel.known_to_lightning import teach_lightning
+
+PLACES = {
+    "generate": "generate",
+    "stream": "generate",
+    "Passes": "passes",
+    "Sampling": "sampling",
+    "Stopping": "stopping",
+}
 
 
 class AfterLightning(MetaPathFinder):
@@ -39,6 +48,12 @@ class ThenTeach(Loader):
 
     def __getattr__(self, name: str) -> Any:  # resources, source lines
         return getattr(self.loader, name)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PLACES:
+        raise AttributeError(f"module scmoe has no attribute {name}, allowed: {', '.join(PLACES)}, and its packages")
+    return getattr(import_module(f"scmoe.inference.{PLACES[name]}"), name)
 
 
 if "lightning.pytorch" in sys.modules:

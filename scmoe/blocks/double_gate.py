@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.tokens import MoEOutput, RouterStats
 
@@ -29,13 +30,13 @@ class DoubleGateBlock(MoEBlock):
     architecture = "dgmoe"
     tap_norm: nn.Module
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> MoEOutput:
-        x_BSD = self.before_tap(x_BSD)
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
+        x_BSD = self.before_tap(x_BSD, *cache)
         preceding = self.moe.begin(self.tap_norm(x_BSD), mask_BS, self.schedule.chunks)
         for slot, sublayer in enumerate(self.after_tap()):
             if slot == self.schedule.slot:
                 preceding = self.moe.run_experts(preceding)
-            x_BSD = self.operator(self.schedule.window[slot], sublayer, x_BSD)
+            x_BSD = self.operator(self.schedule.window[slot], sublayer, x_BSD, *cache)
         if self.schedule.slot == len(self.schedule.window):
             preceding = self.moe.run_experts(preceding)
         arguments = self.norm(x_BSD), mask_BS, self.schedule.chunks, preceding.routing.topk_ids_TK
@@ -44,8 +45,10 @@ class DoubleGateBlock(MoEBlock):
         return MoEOutput(x_BSD + self.after(current_BSD + preceding_BSD), add_stats(current_stats, preceding_stats))
 
 
-def add_stats(a: RouterStats, b: RouterStats) -> RouterStats:
+def add_stats(a: RouterStats | None, b: RouterStats | None) -> RouterStats | None:
     """All fields are sums over tokens, so the result is that of routing twice as many tokens once."""
+    if a is None or b is None:
+        return None
     return RouterStats(*(x + y for x, y in zip(a, b, strict=True)))
 
 

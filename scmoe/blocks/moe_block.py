@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from scmoe.blocks.kv_cache import KVCache
 from scmoe.moe.dispatcher import Dispatcher
 from scmoe.moe.operators import Operators, Recorder
 from scmoe.moe.stream import MoEStream
@@ -17,6 +18,8 @@ from scmoe.schedule.schedule import SUBLAYERS, Schedule
 
 class MoEBlock(Operators):
     """The base of the four architectures. A block is called as block(x_BSD, mask_BS) and returns an MoEOutput.
+
+    With a KVCache as a third argument its attention modules also read earlier tokens' keys and values.
 
     sublayers: of one block (attention) or of a pair (attention, MLP, attention).
     norm: reads the output of the last sub-layer.
@@ -66,9 +69,9 @@ class MoEBlock(Operators):
         self.schedule, self.recorder = schedule, recorder
         self.moe.dispatcher, self.moe.recorder = dispatcher, recorder
 
-    def before_tap(self, x_BSD: Tensor) -> Tensor:
+    def before_tap(self, x_BSD: Tensor, *cache: KVCache) -> Tensor:
         for name, sublayer in zip(SUBLAYERS, list(self.sublayers)[: self.tap], strict=False):
-            x_BSD = self.operator(name, sublayer, x_BSD)
+            x_BSD = self.operator(name, sublayer, x_BSD, *cache)
         return x_BSD
 
     def after_tap(self) -> list[nn.Module]:

@@ -14,6 +14,7 @@ position says which sub-layer the tap comes before:
 
 from torch import Tensor, nn
 
+from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.tokens import MoEOutput
 
@@ -26,14 +27,14 @@ class ShortcutBlock(MoEBlock):
     shared_expert: nn.Module
     coefficient: nn.Module
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> MoEOutput:
-        x_BSD = self.before_tap(x_BSD)
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
+        x_BSD = self.before_tap(x_BSD, *cache)
         tap_BSD = self.tap_norm(x_BSD)
         state = self.moe.begin(tap_BSD, mask_BS, self.schedule.chunks)
         for slot, sublayer in enumerate(self.after_tap()):
             if slot == self.schedule.slot:
                 state = self.moe.run_experts(state)
-            x_BSD = self.operator(self.schedule.window[slot], sublayer, x_BSD)
+            x_BSD = self.operator(self.schedule.window[slot], sublayer, x_BSD, *cache)
         u_BSD = self.norm(x_BSD)
         if self.schedule.slot == len(self.schedule.window) - 1:
             state = self.moe.run_experts(state)

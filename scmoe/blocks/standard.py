@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.tokens import MoEOutput
 
@@ -23,9 +24,9 @@ class DenseBlock(nn.Module):
         super().__init__()
         self.sublayers = nn.ModuleList(sublayers)
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> MoEOutput:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
         for sublayer in self.sublayers:
-            x_BSD = sublayer(x_BSD)
+            x_BSD = sublayer(x_BSD, *cache)
         return MoEOutput(x_BSD, None)
 
 
@@ -34,8 +35,8 @@ class TopKBlock(MoEBlock):
 
     architecture = "top_k"
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> MoEOutput:
-        x_BSD = self.before_tap(x_BSD)
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
+        x_BSD = self.before_tap(x_BSD, *cache)
         routed_BSD, stats = self.moe(self.norm(x_BSD), mask_BS, self.schedule.chunks)
         return MoEOutput(x_BSD + self.after(routed_BSD), stats)
 
@@ -50,8 +51,8 @@ class SharedExpertBlock(MoEBlock):
     shared_expert: nn.Module
     coefficient: nn.Module
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> MoEOutput:
-        x_BSD = self.before_tap(x_BSD)
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
+        x_BSD = self.before_tap(x_BSD, *cache)
         u_BSD = self.norm(x_BSD)
         state = self.moe.begin(u_BSD, mask_BS, self.schedule.chunks)
         if self.schedule.slot == 0:

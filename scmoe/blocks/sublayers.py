@@ -1,10 +1,12 @@
 """The parts of a Transformer block: attention, MLP, and the residual sub-layer around each."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.rotary import Rotary
 from scmoe.moe.activation import ACTIVATIONS
 
@@ -44,13 +46,18 @@ class Attention(SelfAttention):
         self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * (dim // heads), bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
+        """cache: has the keys and values of the tokens before x; those of x are appended."""
         all_BHSd = self.qkv(x_BSD).unflatten(-1, (self.heads + 2 * self.kv_heads, -1)).transpose(1, 2)
         q_BHSd, k_BHSd, v_BHSd = all_BHSd.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         if self.rotary is not None:
-            q_BHSd, k_BHSd = self.rotary(q_BHSd), self.rotary(k_BHSd)
+            positions = None if cache is None else cache.positions_BS[:, None]
+            q_BHSd, k_BHSd = self.rotary(q_BHSd, positions), self.rotary(k_BHSd, positions)
+        seen: dict[str, Any] = {"is_causal": True}
+        if cache is not None:
+            k_BHSd, v_BHSd, seen = cache.extend(self, k_BHSd, v_BHSd)
         grouped = self.kv_heads < self.heads
-        y_BHSd = F.scaled_dot_product_attention(q_BHSd, k_BHSd, v_BHSd, is_causal=True, enable_gqa=grouped)
+        y_BHSd = F.scaled_dot_product_attention(q_BHSd, k_BHSd, v_BHSd, **seen, enable_gqa=grouped)
         return self.out(y_BHSd.transpose(1, 2).flatten(2))
 
     def context(self, seq_len: int) -> int:
@@ -71,7 +78,8 @@ class MLP(nn.Module):
         self.w_in = nn.Linear(dim, self.act.widening * ffn_dim, bias=bias)
         self.w_out = nn.Linear(ffn_dim, dim, bias=bias)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, *cache: KVCache) -> Tensor:
+        """cache: not read, because a token's result does not depend on other tokens."""
         return self.w_out(self.act.forward(self.w_in(x_BSD)))
 
 
@@ -82,8 +90,8 @@ class Residual(nn.Module):
         super().__init__()
         self.norm, self.f, self.after = norm, f, after or nn.Identity()
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        return x_BSD + self.after(self.f(self.norm(x_BSD)))
+    def forward(self, x_BSD: Tensor, *cache: KVCache) -> Tensor:
+        return x_BSD + self.after(self.f(self.norm(x_BSD), *cache))
 
 
 def outermost(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:

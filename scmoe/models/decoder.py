@@ -1,4 +1,4 @@
-"""What language models share: the decoder, weight initialisation, generation."""
+"""What language models share: the decoder and weight initialisation."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.sublayers import MLP, Attention
 from scmoe.moe.experts import Experts, named_generator
 from scmoe.tokens import RouterStats
@@ -20,7 +21,7 @@ class LMOutput(NamedTuple):
 class Decoder(nn.Module):
     """Embedding, blocks, norm, output products. GPT (gpt.py) and LLaMA (llama.py) choose the parts.
 
-    blocks: each is called as block(x_BSD, mask_BS) and returns an MoEOutput.
+    blocks: each is called as block(x_BSD, mask_BS), with a KVCache where there is one, and returns an MoEOutput.
     positions: learned embeddings of the positions; None: the blocks know the positions (rotary).
     """
 
@@ -43,18 +44,27 @@ class Decoder(nn.Module):
         self.norm = norm
         self.head = nn.Linear(dim, vocab_size, bias=False)
 
-    def forward(self, ids_BS: Tensor, mask_BS: Tensor | None = None) -> LMOutput:
-        """Returns the logits of each next token. mask_BS False: padding, at the end of a sequence."""
-        seq_len = ids_BS.shape[1]
+    def forward(
+        self, ids_BS: Tensor, mask_BS: Tensor | None = None, cache: KVCache | None = None, last_B: Tensor | None = None
+    ) -> LMOutput:
+        """Returns the logits of each next token. mask_BS False: padding, at the end of a sequence.
+
+        cache: has the tokens before these, and expects these. last_B: the only token of each row whose logits are
+        returned, as [B, 1, V]."""
+        seq_len = ids_BS.shape[1] if cache is None else cache.longest
         if seq_len > self.max_seq_len:
             raise ValueError(f"a sequence has {seq_len} tokens, allowed: up to data.seq_len, {self.max_seq_len}")
         x_BSD = self.tokens(ids_BS)
         if self.positions is not None:
-            x_BSD = x_BSD + self.positions(torch.arange(seq_len, device=ids_BS.device))
+            steps_S = torch.arange(seq_len, device=ids_BS.device) if cache is None else cache.positions_BS
+            x_BSD = x_BSD + self.positions(steps_S)
+        given = () if cache is None else (cache,)
         x_BSD, all_stats = self.dropout(x_BSD), []
         for block in self.blocks:
-            x_BSD, stats = block(x_BSD, mask_BS)
+            x_BSD, stats = block(x_BSD, mask_BS, *given)
             all_stats += [] if stats is None else [stats]
+        if last_B is not None:
+            x_BSD = x_BSD.take_along_dim(last_B[:, None, None], 1)
         return LMOutput(self.head(self.norm(x_BSD)), all_stats)
 
     @torch.no_grad()
@@ -81,24 +91,3 @@ class Decoder(nn.Module):
     def rows_per_sample(self, seq_len: int) -> dict[nn.Module, float]:
         """Rows that each module sees of one sample: its tokens."""
         return dict.fromkeys(self.modules(), float(seq_len))
-
-
-@torch.no_grad()
-def generate(
-    model: Decoder, ids_BS: Tensor, num_tokens: int, *, temperature: float = 0.8, top_k: int = 50, seed: int = 0
-) -> Tensor:
-    """Appends num_tokens sampled tokens to each row; the model sees the last max_seq_len. temperature 0: the likeliest.
-
-    With expert parallelism every rank must call it with the same arguments, because every rank runs each forward pass.
-    """
-    generator = torch.Generator(ids_BS.device).manual_seed(seed)
-    for _ in range(num_tokens):
-        logits_BV = model(ids_BS[:, -model.max_seq_len :]).logits_BSV[:, -1].float()
-        if temperature == 0:
-            next_B1 = logits_BV.argmax(-1, keepdim=True)
-        else:
-            kept_BK, ids_BK = logits_BV.topk(min(top_k, logits_BV.shape[-1]))
-            choice_B1 = (kept_BK / temperature).softmax(-1).multinomial(1, generator=generator)
-            next_B1 = ids_BK.gather(-1, choice_B1)
-        ids_BS = torch.cat([ids_BS, next_B1], dim=1)
-    return ids_BS

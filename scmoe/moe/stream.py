@@ -9,10 +9,12 @@ Backward is the mirror: finish's backward starts the gradient's transfer, begin'
 In a compiled block the verbs themselves are not compiled, because their shapes depend on the data.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scmoe.moe.balance import router_stats
 from scmoe.moe.buffers import arrange_buffers, buffer_size
@@ -30,7 +32,7 @@ class StreamState(NamedTuple):
     shape: torch.Size
     routing: Routing
     layout: Layout
-    stats: RouterStats
+    stats: RouterStats | None
     in_flight: list[Pending]
     receipts: list[Receipt] | None  # None: the experts have run
 
@@ -58,6 +60,7 @@ class MoEStream(Operators):
         self.router, self.experts, self.dispatcher = router, experts, dispatcher
         self.capacity_factor, self.filled = capacity_factor, filled or capacity_factor is None
         self.buffer = buffer
+        self.sums = True  # compute the router's sums, which losses and metrics read
 
     @torch.compiler.disable
     def begin(
@@ -74,7 +77,8 @@ class MoEStream(Operators):
         rows = self.operator("encode", encode, _in_wire_dtype(x_TD), layout, announced)
         sent = [self.operator("dispatch", self.dispatcher.dispatch, *chunk) for chunk in rows]
         in_flight, receipts = [pending for pending, _ in sent], [receipt for _, receipt in sent]
-        return StreamState(tap_BSD.shape, routing, layout, router_stats(routing, layout, mask_T), in_flight, receipts)
+        stats = router_stats(routing, layout, mask_T) if self.sums else None
+        return StreamState(tap_BSD.shape, routing, layout, stats, in_flight, receipts)
 
     @torch.compiler.disable
     def run_experts(self, state: StreamState) -> StreamState:
@@ -119,6 +123,22 @@ class MoEStream(Operators):
         if self.filled:
             return arrange_filled(drop_beyond(ids_TK, E, room), E, chunks)
         return arrange_slots(ids_TK, E, capacity, chunks, room)
+
+
+@contextmanager
+def dropless(model: nn.Module) -> Iterator[None]:
+    """Inside, no expert drops a token, whatever its capacity: under one, a token's result depends on its batch.
+
+    For models that are used, not trained: the routers' sums are not computed, and stats are None."""
+    streams = [module for module in model.modules() if isinstance(module, MoEStream)]
+    before = [(stream.capacity_factor, stream.filled, stream.sums) for stream in streams]
+    try:
+        for stream in streams:
+            stream.capacity_factor, stream.filled, stream.sums = None, True, False
+        yield
+    finally:
+        for stream, (capacity_factor, filled, sums) in zip(streams, before, strict=True):
+            stream.capacity_factor, stream.filled, stream.sums = capacity_factor, filled, sums
 
 
 def _in_wire_dtype(x_TD: Tensor) -> Tensor:

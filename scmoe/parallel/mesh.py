@@ -75,6 +75,22 @@ class ParallelContext:
         dist.all_reduce(total)
         return total
 
+    def true_on_all_ranks(self, statement: bool) -> bool:
+        """Return whether it is true on every rank. Every rank must call it."""
+        if self.world_size == 1:
+            return statement
+        true = torch.tensor(int(statement))
+        dist.all_reduce(true, group=self.control_group)
+        return int(true) == self.world_size
+
+    def gather_on_rank_zero(self, value: Any) -> list[Any] | None:
+        """Return on rank 0 the values of all ranks in order, None on others. Every rank must call it."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(value, values, group=self.control_group)
+        return values
+
     @contextmanager
     def same_error_on_all_ranks(self) -> Iterator[None]:
         """Raise on every rank what rank 0 raises inside, so that no rank waits for one that has given up."""

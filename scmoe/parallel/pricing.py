@@ -25,7 +25,7 @@ class LayerChoice:
 
     schedule: Schedule
     times: dict[int, OperatorTimes]  # by number of chunks
-    sequential: tuple[float, float]  # forward, backward: from tap to end with the fewest chunks, measured
+    sequential: tuple[float, ...]  # forward, backward: from tap to end with the fewest chunks, measured
 
     @property
     def predicted(self) -> float:
@@ -49,11 +49,11 @@ class LayerChoice:
         return self.sequential[0] - forward, self.sequential[1] - backward
 
 
-def measured(recorder: Recorder, schedule: Schedule) -> Tensor:
-    """[2, OPERATORS + 1] seconds, forward and backward: the time of each operator between the tap and the end of the
-    block, summed over chunks, then the time from the tap to the end."""
+def measured(recorder: Recorder, schedule: Schedule, directions: Sequence[Direction] = DIRECTIONS) -> Tensor:
+    """[directions, OPERATORS + 1] seconds: the time of each operator between the tap and the end of the block, summed
+    over chunks, then the time from the tap to the end. directions: forward alone is inference."""
     rows = []
-    for direction in DIRECTIONS:
+    for direction in directions:
         tap, spans = from_tap(recorder.spans(direction), direction)
         row, ends = [], []
         for operator in OPERATORS:
@@ -80,7 +80,8 @@ def price(
 ) -> dict[int, list[LayerChoice]]:
     """The best choice of every layer, by number of chunks; equal on all ranks.
 
-    samples: by number of chunks, ascending, what `measured` returned for each step, stacked over layers [L, 2, O + 1].
+    samples: by number of chunks, ascending, what `measured` returned for each step, stacked over layers
+    [L, directions, O + 1].
     own: the configured schedule of each layer. fixed: it is the only choice.
     """
     steps = [torch.stack(list(own_samples)) for own_samples in samples.values()]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -199,7 +199,18 @@ def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> li
     return [v for v in ranked[:FINALISTS] if seconds[v] <= NEAR * seconds[ranked[0]]]
 
 
-def find_rate(bench: Bench) -> float:
+class Timed(Protocol):
+    """What find_rate requires of a bench."""
+
+    setting: Setting
+
+    def set_rate(self, rate: float) -> None: ...
+
+    def infer(self, variant: Variant) -> tuple[float, float]:
+        """Wall-clock seconds of a forward pass without gradients, and another number."""
+
+
+def find_rate(bench: Timed) -> float:
     """Sets the rate (Bench.set_rate) and returns it: the given one, or the one at which communication is the wanted
     share of a sequential top-2 pair."""
     s, wanted = bench.setting, bench.setting.share

@@ -74,8 +74,8 @@ def default_schedule(block: str) -> Schedule:
     return Schedule("shared_expert" if block == "shared_expert" else "top_k")
 
 
-def make_block(name: str, setting: Setting, group: Any) -> MoEBlock:
-    """A pair with this rank's share of the experts. name: a block's name in ROWS."""
+def make_block(name: str, setting: Setting, group: Any, capacity_factor: float | None = 1.0) -> MoEBlock:
+    """A pair with this rank's share of the experts. name: a block's name in ROWS. capacity_factor: None: dropless."""
     s, schedule, emulated = setting, default_schedule(name), setting.compute == "emulated"
     mlp_ms = s.attention_ms / s.attention_to_mlp
 
@@ -94,7 +94,7 @@ def make_block(name: str, setting: Setting, group: Any) -> MoEBlock:
     experts: Any = EmulatedExperts(us_per_row) if emulated else Experts(s.dim, s.ffn_dim, s.num_experts, own)
     # every expert gets its fair share, so that the time does not depend on the choices of an untrained gate
     router = Router(s.dim, s.num_experts, TOP_K.get(name, 1), balanced=True)
-    stream = MoEStream(router, experts, AllToAllDispatcher(group, s.num_experts), capacity_factor=1.0)
+    stream = MoEStream(router, experts, AllToAllDispatcher(group, s.num_experts), capacity_factor)
     if name in ("top1", "top2", "top3"):
         return TopKBlock(sublayers, nn.LayerNorm(s.dim), stream, schedule)
     norms = [nn.LayerNorm(s.dim) for _ in range(2)]

@@ -7,11 +7,13 @@ from safetensors.torch import load_file
 
 from experiments import export
 from scmoe.config.load import load
+from scmoe.offload.migration import offload_experts
 from scmoe.parallel.checkpoint.durable import newest_good, verify
 from scmoe.parallel.checkpoint.export import load_weights
 from scmoe.parallel.checkpoint.loading import load_model
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build.model import build_model
+from scmoe.training.build.offloaded import load_offloaded, store_experts
 from tests.support.commands import train_in_ranks
 
 pytestmark = pytest.mark.dist
@@ -28,6 +30,23 @@ def run_dir(tmp_path_factory):
 
 def model(run_dir, *overrides):
     return build_model(load(run_dir / "config.yaml", list(overrides)), ParallelContext()).eval()
+
+
+@pytest.mark.inference
+@pytest.mark.parametrize("kind", ["checkpoint", "export"])
+def test_experts_offloaded_from_a_checkpoint_or_an_export_give_the_same_logits(kind, run_dir, tmp_path):
+    """A store belongs to its weights, wherever they were read; a checkpoint of another step has other weights."""
+    file, config = run_dir / "export/model.safetensors", load(run_dir / "config.yaml")
+    expected, ids = model(run_dir), torch.randint(64, (2, 16))
+    load_weights(file, expected)
+    source = newest_good(run_dir / "checkpoints") if kind == "checkpoint" else file
+    store_experts(config, source, tmp_path / "store")
+    for weights in (source, file):
+        offloaded, cache = load_offloaded(config, weights, tmp_path / "store", slots=3)
+        with cache, torch.inference_mode():
+            assert torch.equal(offloaded(ids).logits_BSV, expected(ids).logits_BSV)
+    with pytest.raises(ValueError, match="other weights"):
+        offload_experts(model(run_dir, "seed=5"), tmp_path / "store")
 
 
 def test_weights_and_logits_are_those_of_the_shards(run_dir):

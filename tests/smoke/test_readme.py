@@ -20,7 +20,8 @@ from tests.support.commands import undocumented
 from tests.support.forked import python
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("runs", "configuration", "studies", "strategy", "tests"))]
+NAMES = ("runs", "inference", "offload", "configuration", "studies", "strategy", "tests")
+PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 NOT_RUN = {"docs/benchmarks.md": "takes hours", "docs/clusters.md": "needs eight GPUs; tests/unit/test_launch_files.py"}
 
 
@@ -50,6 +51,7 @@ SHORT = {
     "make train": ["make", "train", f"ARGS={QUICK}"],
     'make resume ARGS="trainer.max_steps=400"': ["make", "resume", "ARGS=trainer.max_steps=5"],
     "make evaluate": ["make", "evaluate", "ARGS=--limit 5 --stride 256"],
+    "make fig13": ["make", "fig13", "ARGS=--quick --architectures scmoe_pos2 top2"],
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': [
         *("make", "train", f"ARGS=init_from=scmoe:exported/model.safetensors name=further {QUICK}")
     ],
@@ -62,6 +64,7 @@ SAYS = {
     "make reproduce SCALE=smoke": "-m experiments.reproduce --scale smoke",
     'make resume ARGS="trainer.max_steps=400"': '"steps": 5',
     "make evaluate": '"tasks": {"cloze": ',
+    "make fig13": '"equal_bits": true',
     "make list": "configs/quickstart.yaml",
     ".venv/bin/python docs/examples/load_export.py exported/model.safetensors": "likeliest next token",
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': "runs/further/",
@@ -101,7 +104,7 @@ def run(command, folder):
 
 
 def test_the_quickstart_is_three_commands():
-    assert commands("README.md") == ["make setup", "make train", "make sample"]
+    assert commands("README.md") == ["make setup", "make train", "make generate"]
     assert SHORT.keys() | SAYS.keys() <= set(COMMANDS), "a shortened command is on no page"
     assert all((ROOT / test).exists() for test in ELSEWHERE.values())
 
@@ -114,7 +117,7 @@ def test_every_page_with_commands_is_run_or_says_why_not():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_runs(command, folder):
-    """Commands run in the order of the pages: resume and sample use the newest run."""
+    """Commands run in the order of the pages: resume and generate use the newest run."""
     words = SHORT.get(command, shlex.split(command))
     if words[0] == "make" and command not in (*AS_WRITTEN, *ELSEWHERE):
         (line,) = run(["make", "--dry-run", *words[1:]], folder).splitlines()

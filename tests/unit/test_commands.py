@@ -21,7 +21,7 @@ atexit.register(lambda: print("imported:", *[name for name in {HEAVY} if name in
 """
 AS_MODULE = WATCHED + "runpy.run_module(f'experiments.{sys.argv[1]}', run_name='__main__', alter_sys=True)"
 AS_SCMOE = WATCHED + "import experiments; sys.argv[0] = '/somewhere/bin/scmoe'; experiments.main()"
-SUBVERBS = [("bench", what) for what in ("layer", "overlap", "growth", "guard", "timeline")]
+SUBVERBS = [("bench", what) for what in ("layer", "overlap", "growth", "guard", "generation", "timeline")]
 SUBVERBS += [("faults", what) for what in ("kill", "flip", "resume", "reshard")]
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scmoe.studies.evaluate.scoring import Scorer, make_dropless, windows_of
+from scmoe.studies.evaluate.scoring import Scorer, windows_of
 from scmoe.studies.evaluate.text import Text, score_text
 from tests.support.models import tiny, tiny_model
 
@@ -18,9 +18,8 @@ CONTEXT, VOCABULARY = 12, 64
 
 
 def scorer(*overrides: str, dropless: bool = True) -> Scorer:
-    model = tiny_model(tiny("moe.capacity_factor=0.5", "moe.rows=filled", *overrides)).eval()
-    if dropless:
-        make_dropless(model)
+    capacity = "null" if dropless else "0.5"
+    model = tiny_model(tiny(f"moe.capacity_factor={capacity}", "moe.rows=filled", *overrides)).eval()
     return Scorer(torch.no_grad()(model), CONTEXT, torch.device("cpu"))
 
 

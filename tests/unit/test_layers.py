@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = [
     *(["charts", "schedule", "tokens"], ["config"], ["moe"], ["blocks"], ["models"]),
-    *(["parallel", "offload", "analysis"], ["datamodules"], ["training"], ["testbed"], ["studies"], ["experiments"]),
-    ["__init__"],
+    *(["parallel", "offload", "analysis"], ["inference"], ["datamodules"], ["training"], ["testbed"], ["studies"]),
+    *(["experiments"], ["__init__"]),
 ]
 LAYER = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
 ONLY_IN = {
@@ -98,6 +98,8 @@ def test_every_package_has_a_layer():
         ("scmoe/schedule/schedule.py", "from torch import Tensor"),
         ("scmoe/tokens.py", "from scmoe.config.fields import Config"),
         ("scmoe/parallel/mesh.py", "import lightning"),
+        ("scmoe/models/decoder.py", "from scmoe.inference.generate import generate"),
+        ("scmoe/inference/generate.py", "from scmoe.training.build.model import build_model"),
         ("scmoe/parallel/planner.py", "from scmoe.offload.store import Store"),
         ("scmoe/training/build/model.py", "from experiments.train import main"),
         ("scmoe/training/run.py", "from scmoe.testbed.ranks import ranks"),

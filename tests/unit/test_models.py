@@ -1,11 +1,10 @@
-"""Both language models pass the same tests: causality, maximum length, generation, mixed precision."""
+"""Both language models pass the same tests: causality, maximum length, mixed precision."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from scmoe.models.decoder import generate
 from tests.support.models import assert_close, gradients, tiny, tiny_batch, tiny_model
 
 FAMILIES = {"gpt": (), "llama": ("model.family=llama", "model.kv_heads=1")}
@@ -28,18 +27,6 @@ def test_a_token_changes_no_logit_before_it(config):
 def test_a_longer_sequence_is_refused(config):
     with pytest.raises(ValueError, match=r"a sequence has 13 tokens, allowed: up to data\.seq_len, 12"):
         tiny_model(config)(torch.zeros(1, 13, dtype=torch.int64))
-
-
-def test_generation_goes_on_from_the_last_tokens_that_fit(config):
-    model, (ids, _) = tiny_model(config), tiny_batch(config)
-    with torch.inference_mode():
-        written = generate(model, ids[:, :10], 5, temperature=0)
-        assert torch.equal(written[:, :10], ids[:, :10])
-        for end in range(10, 15):
-            expected = model(written[:, max(0, end - 12) : end]).logits_BSV[:, -1].argmax(-1)
-            assert torch.equal(written[:, end], expected)
-        again = [generate(model, ids[:, :4], 5, seed=1) for _ in range(2)]
-    assert torch.equal(*again)
 
 
 def test_mixed_precision(config):

@@ -1,20 +1,22 @@
-"""Exports whole weights from a checkpoint to one file, and loads them into a model in one process."""
+"""Exports whole weights from a checkpoint to one file, and loads them into a model, or a rank's part of one."""
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
+from scmoe.moe.experts import Experts
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import check_same_model, read_whole
 from scmoe.parallel.checkpoint.saving import write_whole
 
 FORMAT_VERSION = "2"
+EXPORT = ".safetensors"  # how the name of an exported file ends
 
 
 def consolidate(
@@ -43,13 +45,46 @@ def consolidate(
 
 @torch.no_grad()
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Read an exported file into a whole model in one process. ValueError: another model's, or another format."""
+    """Read an exported file into a model. ValueError: another model's, or another format."""
+    read = exported_by_name(path, model)
+    for name, p in model.named_parameters():
+        p.copy_(read(name))
+
+
+def exported_by_name(path: Path, model: nn.Module) -> Callable[[str], Tensor]:
+    """Return what reads one parameter by its name in the model; of the experts only those that the model has.
+
+    model: may be on the meta device. ValueError: another model's file, or another format.
+    """
+    read_settings(path)
     own = dict(model.named_parameters())
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    experts = {f"{prefix}.{name}": m for prefix, m in stacks.items() for name, _ in m.named_parameters()}
+    whole = {n: own[n].new_empty(m.num_experts, *own[n].shape[1:], device="meta") for n, m in experts.items()}
     with safe_open(path, framework="pt") as file:
-        version = (file.metadata() or {}).get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(f"{path} has format version {version}, allowed: {FORMAT_VERSION}")
         there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        check_same_model(path, own, there)
-        for name, p in own.items():
-            p.copy_(file.get_tensor(name))
+    check_same_model(path, own | whole, there)
+
+    def read(name: str) -> Tensor:
+        with safe_open(path, framework="pt") as file:
+            if name not in experts:
+                return file.get_tensor(name)
+            ids = experts[name].expert_ids
+            return file.get_slice(name)[ids.start : ids.stop]
+
+    return read
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings of an exported file's model. ValueError: another format, or no such file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if (version := header.get("format_version")) != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version}, allowed: {FORMAT_VERSION}")
+    try:
+        return dict(json.loads(header["settings"]))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its header does not hold the model's settings: {error!r}") from error

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,30 @@ def load_model(path: Path, model: nn.Module, prefix: str = "") -> None:
 
     prefix: the model's name in the LightningModule, with its dot. ValueError: broken, or another model's checkpoint.
     """
+    reader = _of_model(path, model, prefix)
+    _fill({f"model.{prefix}{name}": p.detach() for name, p in model.named_parameters()}, reader)
+
+
+def weights_by_name(path: Path, model: nn.Module, prefix: str = "") -> Callable[[str], Tensor]:
+    """Return what reads one parameter by its name in the model, which may be on the meta device. Arguments and errors
+    are those of `load_model`."""
+    reader, own = _of_model(path, model, prefix), dict(model.named_parameters())
+
+    def read(name: str) -> Tensor:
+        value = torch.empty_like(own[name], device="cpu", requires_grad=False)
+        _fill({f"model.{prefix}{name}": value}, reader)
+        return value
+
+    return read
+
+
+def _of_model(path: Path, model: nn.Module, prefix: str) -> HuggingFaceStorageReader:
+    """Return the reader of a checkpoint that is whole and of this model."""
     own = {f"model.{prefix}{name}": p for name, p in model.named_parameters()}
     durable.verify(path)
     reader = HuggingFaceStorageReader(str(path))
     check_same_model(path, own, _stored_shapes(reader.read_metadata().state_dict_metadata))
-    _fill({name: p.detach() for name, p in own.items()}, reader)
+    return reader
 
 
 def _allocate_state(

@@ -3,9 +3,7 @@
 Ranks share the experts and not the batches (parallel/rank_zero.py), so the results do not depend on their number.
 """
 
-import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +14,20 @@ from datamodules.sequences import SequenceDataModule
 from datamodules.text import TextDataModule
 from scmoe.config.fields import Config
 from scmoe.config.rules import IMAGES
+from scmoe.moe.stream import dropless
 from scmoe.parallel.checkpoint.durable import read_manifest
 from scmoe.parallel.lightning_seam import rank_without_trainer
 from scmoe.parallel.rank_zero import Forward, run_on_rank_zero
 from scmoe.studies.evaluate.held_out_loss import score_test_split
 from scmoe.studies.evaluate.material import Material, Request, read_material
 from scmoe.studies.evaluate.results import keep_results, log_to_wandb, read_results
-from scmoe.studies.evaluate.scoring import Scorer, make_dropless
+from scmoe.studies.evaluate.scoring import Scorer
 from scmoe.studies.evaluate.text import score_text
-from scmoe.training.build.model import build_module
-from scmoe.training.build.trainer import build_trainer
 from scmoe.training.run.directory import relative
-from scmoe.training.run.machine import check_devices
-from scmoe.training.run.resume import config_of, find_checkpoint, refuse_other_model
-from scmoe.training.run.train import hush_lightning
+from scmoe.training.run.on_ranks import config_without_training, ending_together, start_ranks
+from scmoe.training.run.resume import config_of, find_checkpoint
 
 Found = dict[str, Any]
-# By default. A product of one row differs in its last bits with the number of threads.
-ALONE = ("trainer.devices=1", "trainer.num_nodes=1", "strategy.ep_size=null", "trainer.threads=1")
-# What only helps training, and what would make results depend on the number of ranks.
-WITHOUT = (
-    *("trainer.progress=false", "trainer.compile=false", "trainer.recompute=false", "schedule.auto=false"),
-    *("moe.dropless_ceiling=null", "moe.overflow=drop", "strategy.wire_dtype=null"),
-)
 
 
 def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
@@ -46,22 +35,12 @@ def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
 
     Raises ConfigError for what cannot be evaluated, before another rank starts.
     """
-    hush_lightning()
     checkpoint = find_checkpoint(run_dir, request.which)
-    config = evaluation_config(run_dir, checkpoint, request.overrides)
-    check_devices(config)
+    config = config_without_training(partial(config_of, run_dir, checkpoint), checkpoint, request.overrides)
     read_results(run_dir)
     material = read_material(config, request) if rank_without_trainer() == 0 else None
-    module = build_module(replace(config, init_from=None))
-    trainer = build_trainer(config, [], [])
-    with warnings.catch_warnings():
-        for message in (".*callbacks used to create the checkpoint.*", ".*across ranks is zero.*"):
-            warnings.filterwarnings("ignore", message)
-        # without batches it starts the ranks, and places and reads the model
-        trainer.validate(module, [], ckpt_path=checkpoint, weights_only=True, verbose=False)
-    device, plugin = trainer.strategy.root_device, trainer.precision_plugin
-
-    model = module.to(device).eval().model
+    module, trainer = start_ranks(config, checkpoint)
+    device, plugin, model = trainer.strategy.root_device, trainer.precision_plugin, module.model
 
     def work(forward: Forward) -> Found:
         assert material is not None
@@ -70,7 +49,7 @@ def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
     def of_its_dtype(inputs: Tensor, mask: Tensor) -> Any:
         return model(plugin.convert_input(inputs), mask)
 
-    with torch.inference_mode(), plugin.val_step_context():
+    with ending_together(trainer), torch.inference_mode(), plugin.val_step_context():
         found = run_on_rank_zero(work, of_its_dtype, padding_of(config, device), module.parallel_context)
     if found is None:
         return None
@@ -88,15 +67,6 @@ def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
     }
 
 
-def evaluation_config(run_dir: Path, checkpoint: Path, overrides: Sequence[str]) -> Config:
-    """Return the configuration of a run as it is evaluated. ConfigError: an override would make another model."""
-    was = config_of(run_dir, checkpoint)
-    refuse_other_model(config_of(run_dir, checkpoint, [*ALONE, *overrides]), was, checkpoint)
-    # The counts of rows are then announced, so that each rank may have another number of them.
-    rows = f"moe.rows={'auto' if was.moe.architecture == 'dense' else 'filled'}"
-    return config_of(run_dir, checkpoint, [*ALONE, *overrides, *WITHOUT, rows])
-
-
 def padding_of(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return inputs and mask of a batch of one token, or one picture, that is no real sample."""
     mask = torch.zeros(1, dtype=torch.bool, device=device)
@@ -106,19 +76,19 @@ def padding_of(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def measure(forward: Forward, model: nn.Module, material: Material, config: Config, device: torch.device) -> Found:
-    """Return the results: {"test", "text", "tasks"}. The model is dropless after the test split."""
+    """Return the results: {"test", "text", "tasks"}."""
     data, text = material.data, material.text
     test = {**score_test_split(forward, data, device), "capacity_factor": config.moe.capacity_factor}
     found: Found = {"test": test, "text": None, "tasks": {}}
     if text is None:
         return found
     assert isinstance(data, SequenceDataModule)
-    make_dropless(model)
     scorer = Scorer(forward, config.data.seq_len, device)
-    found["text"] = score_text(scorer, text, material.stride, data.splits.token_bytes_V)
-    if material.tasks:
-        from scmoe.studies.evaluate.lm_eval_adapter import ModelOfRun, ask_all  # here, as it needs the extra `eval`
+    with dropless(model):  # under a capacity a score would depend on the other texts of its batch
+        found["text"] = score_text(scorer, text, material.stride, data.splits.token_bytes_V)
+        if material.tasks:
+            from scmoe.studies.evaluate.lm_eval_adapter import ModelOfRun, ask_all  # here, as it needs the extra `eval`
 
-        assert isinstance(data, TextDataModule)
-        found["tasks"] = ask_all(ModelOfRun(scorer, data.tokenizer), material.tasks, material.limit)
+            assert isinstance(data, TextDataModule)
+            found["tasks"] = ask_all(ModelOfRun(scorer, data.tokenizer), material.tasks, material.limit)
     return found

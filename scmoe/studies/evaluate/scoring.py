@@ -11,10 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from datamodules.positioned import IGNORE
-from scmoe.moe.stream import MoEStream
 from scmoe.parallel.rank_zero import Forward
 
 BATCH_TOKENS = 2048  # of a batch, padding included: with a vocabulary of 50,000 its logits take 0.4 GB
@@ -100,13 +99,6 @@ def batches(windows: Sequence[tuple[int, Window]]) -> Iterator[Sequence[tuple[in
         size = max(1, BATCH_TOKENS // (longest.stop - longest.start))
         yield windows[start : start + size]
         start += size
-
-
-def make_dropless(model: nn.Module) -> None:
-    """Let no expert drop a token: under a capacity a score would depend on the other texts of its batch."""
-    for module in model.modules():
-        if isinstance(module, MoEStream):
-            module.capacity_factor, module.filled = None, True
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from scmoe.models.llama import NORM_EPS
-from scmoe.parallel.checkpoint.export import FORMAT_VERSION
+from scmoe.parallel.checkpoint.export import read_settings
 
 
 class Checkpoint(NamedTuple):
@@ -30,13 +30,7 @@ class Checkpoint(NamedTuple):
 
 def read_export(file: Path) -> Checkpoint:
     """Read a file of `make export`, dense or MoE. Raises ValueError for any other file."""
-    weights, metadata = read_safetensors([file])
-    if (version := metadata.get("format_version")) != FORMAT_VERSION:
-        raise ValueError(f"{file} has format version {version}, allowed: {FORMAT_VERSION}")
-    try:
-        settings = dict(json.loads(metadata["settings"]))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: its header does not hold the model's settings: {error!r}") from error
+    settings, weights = read_settings(file), read_safetensors([file])
     return Checkpoint(weights, {name: name for name in weights}, settings, [])
 
 
@@ -52,7 +46,7 @@ def read_hf(folder: Path) -> Checkpoint:
     family = config.get("model_type") if isinstance(config, dict) else None
     if family not in READERS:
         raise ValueError(f"{folder}: model_type is {family!r}, allowed: {', '.join(READERS)}")
-    weights, _ = read_safetensors(files)
+    weights = read_safetensors(files)
     try:
         settings, problems, names = READERS[family](config)
     except (KeyError, TypeError, ZeroDivisionError) as error:
@@ -79,17 +73,15 @@ def read_hf(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def read_safetensors(files: list[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(files: list[Path]) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
-    metadata: dict[str, str] = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                metadata |= file.metadata() or {}
                 weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
-    return weights, metadata
+    return weights
 
 
 Names = dict[str, list[str]]  # our name: their names, which are concatenated along the first dim

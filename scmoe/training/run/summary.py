@@ -11,7 +11,8 @@ from lightning.pytorch import Trainer
 from datamodules.positioned import PositionedDataModule
 from datamodules.sequences import SequenceDataModule
 from datamodules.text import TextDataModule
-from scmoe.models.decoder import generate
+from scmoe.inference.generate import generate
+from scmoe.inference.stopping import Stopping
 from scmoe.training.callbacks.skipped_images import SkippedImages
 from scmoe.training.callbacks.throughput import Throughput
 from scmoe.training.moe_module import MoEModule
@@ -59,11 +60,9 @@ def sample_text(trainer: Trainer, module: MoEModule, data: PositionedDataModule)
     """Return a few short texts that the model generates; none for images. Every rank must call it: all have experts."""
     if not isinstance(data, TextDataModule):
         return []
-    device = trainer.strategy.root_device
-    start = torch.full((SAMPLES, 1), data.tokenizer.end_of_text, device=device)
-    with torch.inference_mode():
-        ids = generate(module.to(device).eval().model, start, SAMPLE_TOKENS)
-    return [data.tokenizer.decode(row[1:].tolist()) for row in ids]
+    model, end = module.to(trainer.strategy.root_device).eval().model, data.tokenizer.end_of_text
+    stopping = Stopping(min(SAMPLE_TOKENS, model.max_seq_len - 1), decode=data.tokenizer.decode)
+    return [stopping.text(ids) for ids, _ in generate(model, [[end]] * SAMPLES, stopping)]
 
 
 def say_done(run_dir: Path, summary: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +78,7 @@ def print_summary(run_dir: Path, summary: Mapping[str, Any], samples: list[str])
     console.print(report.summary_panel(summary, samples))
     commands = {"resume": f"make resume RUN={run} ARGS=trainer.max_steps={2 * summary['steps']}"}
     if samples:
-        commands["sample"] = f"make sample RUN={run}"
+        commands["generate"] = f"make generate RUN={run}"
     if sync := sync_command(run):
         commands["sync to W&B"] = f"{relative(Path(sys.executable).parent)}/{sync}"
     for purpose, command in commands.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutation.mutants import checkpoints, models, ranks, routing, running
+from tests.mutation.mutants import checkpoints, generation, models, offload, ranks, routing, running
 
-MUTANTS = checkpoints.MUTANTS + ranks.MUTANTS + routing.MUTANTS + running.MUTANTS + models.MUTANTS
+MODULES = checkpoints, ranks, routing, running, models, generation, offload
+MUTANTS = [mutant for module in MODULES for mutant in module.MUTANTS]

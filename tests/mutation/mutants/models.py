@@ -32,7 +32,7 @@ MUTANTS = (
     .caught_by(f"{FAKE_CUDA}[gpt-pos2-32-true]"),
     # ------------------------------------------------------------------ LLaMA
     Mutant("keys-not-rotated", 0, "scmoe/blocks/sublayers.py")
-    .replaces("self.rotary(q_BHSd), self.rotary(k_BHSd)", "self.rotary(q_BHSd), k_BHSd")
+    .replaces("self.rotary(k_BHSd, positions)", "k_BHSd")
     .caught_by(f"{ORACLE}::test_dense_equals_oracle[llama]"),
     Mutant("swiglu-backward-swapped", 0, f"{MOE}/activation.py")
     .replaces("dgate_RF, dup_RF = out_RF2.chunk(2, dim=-1)", "dup_RF, dgate_RF = out_RF2.chunk(2, dim=-1)")

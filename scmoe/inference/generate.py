@@ -1,0 +1,148 @@
+"""Continues texts token by token, with a cache of keys and values: prefill the prompts, then decode.
+
+    prefill                     reads the prompts: the logits of each one's next token
+    choose, decode, choose ...  reads one token of each text at a time (passes.py)
+
+The model is dropless while it generates: under a capacity, what a token becomes would depend on the other texts of the
+batch and, for k >= 2, on later tokens. So a text is equal, token for token, to the one that the model writes without a
+cache, and to the one that it writes alone.
+
+Under expert parallelism every rank has its own texts and takes part in every pass. A rank whose texts have ended goes
+on with tokens that are routed nowhere, until `Passes.all_ranks` says that all have ended.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scmoe.blocks.kv_cache import KVCache
+from scmoe.inference.passes import ALONE, Passes, decode, read_prompts
+from scmoe.inference.sampling import Sampling, choose
+from scmoe.inference.stopping import Reason, Stopping
+from scmoe.models.decoder import Decoder
+from scmoe.moe.stream import dropless
+
+
+class Step(NamedTuple):
+    """One token of each text; None: the text has ended before. reasons: why a text ends with it; None: it goes on."""
+
+    ids: list[int | None]
+    reasons: list[Reason | None]
+
+
+class Continuation(NamedTuple):
+    """The new tokens of a text, the stop token included."""
+
+    ids: list[int]
+    reason: Reason
+
+
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    stopping: Stopping,
+    sampling: Sampling | None = None,
+    seeds: Sequence[int] | None = None,
+    passes: Passes = ALONE,
+) -> list[Continuation]:
+    """Returns the continuation of each prompt. Arguments and errors are those of `stream`."""
+    return collect(stream(model, prompts, stopping, sampling, seeds, passes), len(prompts))
+
+
+def collect(steps: Iterable[Step], num_texts: int) -> list[Continuation]:
+    """Takes all steps and returns the continuation of each text."""
+    found = [Continuation([], "length") for _ in range(num_texts)]
+    for step in steps:
+        for row, (token, reason) in enumerate(zip(step.ids, step.reasons, strict=True)):
+            if token is not None:
+                found[row].ids.append(token)
+            if reason is not None:
+                found[row] = found[row]._replace(reason=reason)
+    return found
+
+
+def stream(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    stopping: Stopping,
+    sampling: Sampling | None = None,
+    seeds: Sequence[int] | None = None,
+    passes: Passes = ALONE,
+) -> Iterator[Step]:
+    """Yields the next token of all texts at a time.
+
+    prompts: token ids; of any lengths. sampling: None: `Sampling()`. seeds: of each text; None: 0, 1, 2, ...
+    passes: on several ranks with ParallelContext.true_on_all_ranks. Every rank must then take every step, a rank
+    without prompts too.
+    Raises ValueError for a prompt without a token, with an id that the model does not have, or with no room for
+    max_tokens in the model's context, and for a model in training mode.
+    """
+    seeds = range(len(prompts)) if seeds is None else seeds
+    if model.training:
+        raise ValueError("the model is in training mode, allowed: evaluation mode; call model.eval()")
+    for row, prompt in enumerate(prompts):
+        check_length(len(prompt), stopping.max_tokens, model.max_seq_len, f"prompt {row}")
+        if not 0 <= min(prompt) <= max(prompt) < (vocab_size := model.head.out_features):
+            raise ValueError(f"prompt {row} has ids {min(prompt)} to {max(prompt)}, allowed: 0 to {vocab_size - 1}")
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds are given, allowed: one for each of the {len(prompts)} prompts")
+    return _steps(model, prompts, stopping, sampling or Sampling(), seeds, passes)
+
+
+def check_length(length: int, max_tokens: int, context: int, name: str) -> None:
+    """Raises ValueError unless a prompt of so many tokens and max_tokens new ones fit into the context."""
+    if length == 0:
+        raise ValueError(f"{name} is empty, allowed: one token or more, such as the end of text before a document")
+    if length + max_tokens > context:
+        advice = f"reduce max_tokens to {context - length}" if length < context else "shorten the prompt"
+        raise ValueError(
+            f"{name} has {length} tokens and max_tokens is {max_tokens}, allowed: {context} together, the model's "
+            f"context (data.seq_len); {advice}"
+        )
+
+
+@torch.inference_mode()
+def _steps(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    stopping: Stopping,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    passes: Passes,
+) -> Iterator[Step]:
+    device = model.head.weight.device
+    ids_BS, mask_BS = (t.to(device) for t in padded(prompts or [[]]))  # a rank without texts brings padding alone
+    batch_size, longest = ids_BS.shape
+    generators = [torch.Generator().manual_seed(seed) for seed in (seeds or [0])]
+    had_BV = torch.zeros(batch_size, model.head.out_features, dtype=torch.bool, device=device).scatter_(1, ids_BS, True)
+    written: list[list[int]] = [[] for _ in prompts]
+    going = [True] * len(prompts)
+    cache = KVCache(batch_size, longest + stopping.max_tokens - 1, device)
+    with dropless(model):
+        passes.begin("prefill")
+        logits_BV = read_prompts(model, ids_BS, mask_BS, cache, passes)
+        passes.begin("decode")
+        ended = passes.all_ranks(not going)
+        while not ended:
+            ids_B = choose(logits_BV, sampling, had_BV, generators)
+            step = Step([None] * len(prompts), [None] * len(prompts))
+            for row, token in enumerate(ids_B[: len(prompts)].tolist()):
+                if going[row]:
+                    written[row].append(token)
+                    step.ids[row], step.reasons[row] = token, stopping.reason(written[row])
+                    going[row] = step.reasons[row] is None
+            yield step
+            ended = passes.all_ranks(not any(going))
+            if not ended:
+                had_BV.scatter_(1, ids_B[:, None], True)
+                logits_BV = decode(model, ids_B, going or [False], cache)
+
+
+def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Returns ids [B, S], padded at the end with each text's first token, and the mask of real tokens."""
+    lengths_B = torch.tensor([len(prompt) for prompt in prompts])
+    longest = max(1, int(lengths_B.max()))
+    rows = [[*prompt, *[prompt[0] if prompt else 0] * (longest - len(prompt))] for prompt in prompts]
+    return torch.tensor(rows), torch.arange(longest) < lengths_B[:, None]

@@ -1,0 +1,80 @@
+"""Chooses the next token of each text from its logits: greedy, temperature, top-k, top-p, repetition penalty.
+
+The order is that of transformers: penalty, temperature, top-k, top-p. Each text has a random generator of its own, on
+the host, and takes one number of it per token, so what it becomes does not depend on the other texts of its batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen.
+
+    temperature: divides the logits; 0: always the likeliest token. top_k: choose among so many of the likeliest; None:
+    all. top_p: choose among the fewest of the likeliest that have this probability together. repetition_penalty: makes
+    tokens that the text already has less likely (Keskar et al. 2019); 1: none. Raises ValueError for other values.
+    """
+
+    temperature: float = 0.8
+    top_k: int | None = 50
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature:g}, allowed: 0 (the likeliest token) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}, allowed: 1 or more, or none for all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p:g}, allowed: above 0, at most 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty:g}, allowed: above 0; 1 for none")
+
+
+GREEDY = Sampling(temperature=0.0, top_k=None)
+
+
+def choose(logits_BV: Tensor, sampling: Sampling, had_BV: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Returns [B] token ids. had_BV: whether a text has a token already. generators: of each text, on the host."""
+    logits_BV = penalised(_wide(logits_BV), sampling.repetition_penalty, had_BV)
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1)
+    kept_BV = keep_top_p(keep_top_k(logits_BV / sampling.temperature, sampling.top_k), sampling.top_p)
+    # A float32 draw is at most 1 - 2^-24, so the product with the total stays below it.
+    draws_B = torch.cat([torch.rand(1, generator=generator) for generator in generators]).double()
+    sums_BV = kept_BV.double().softmax(-1).cumsum(-1)
+    return torch.searchsorted(sums_BV, draws_B.to(sums_BV.device)[:, None] * sums_BV[:, -1:], right=True)[:, 0]
+
+
+def penalised(logits_BV: Tensor, penalty: float, had_BV: Tensor) -> Tensor:
+    """Divides positive logits of tokens that the text has by the penalty, and multiplies negative ones by it."""
+    if penalty == 1:
+        return logits_BV
+    return logits_BV.where(~had_BV, (logits_BV / penalty).where(logits_BV > 0, logits_BV * penalty))
+
+
+def keep_top_k(logits_BV: Tensor, top_k: int | None) -> Tensor:
+    """Sets all logits below the k-th largest to -inf."""
+    if top_k is None or top_k >= logits_BV.shape[-1]:
+        return logits_BV
+    least_B1 = logits_BV.topk(top_k).values[:, -1:]
+    return logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
+
+
+def keep_top_p(logits_BV: Tensor, top_p: float) -> Tensor:
+    """Sets the logits of the least likely tokens to -inf, which have a probability of at most 1 - top_p together."""
+    if top_p == 1:
+        return logits_BV
+    ascending_BV, order_BV = logits_BV.sort(-1)
+    removed_BV = ascending_BV.softmax(-1).cumsum(-1) <= 1 - top_p
+    removed_BV[:, -1] = False  # the likeliest stays
+    return logits_BV.masked_fill(removed_BV.scatter(-1, order_BV, removed_BV), -torch.inf)
+
+
+def _wide(logits_BV: Tensor) -> Tensor:
+    return logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))

@@ -1,0 +1,207 @@
+"""The store: a safetensors file that holds the routed experts of one model (section A.3).
+
+    length    of the header, 8 bytes
+    header    JSON: <layer>.<e>.w_in_DF and .w_out_FD with dtype, shape and place; what identifies the model
+    data      expert after expert, its two weights side by side, so that one read fetches one expert
+
+A model is identified by the names, shapes and dtype of its experts and by a digest of all its other weights. Opening a
+store compares them, and reads the whole file once to compare a digest of the data: a store that is cut, changed,
+missing or of another model is refused before the first token.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scmoe.moe.experts import Experts
+
+FORMAT = "scmoe-experts-1"
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}  # safetensors' names
+PIECE = 1 << 22  # bytes of one read
+Key = tuple[str, int]  # name of an Experts module in the model, expert
+Read = Callable[[str], Tensor]  # returns a parameter by its name
+
+
+class StoreError(ValueError):
+    """A store cannot be used, or an expert cannot be read from it; the message names the file."""
+
+
+class Store:
+    """An open store. Close it to release its file.
+
+    model: has the weights that the store was written with, apart from the experts', which may be on the meta device.
+    """
+
+    def __init__(self, path: Path, model: nn.Module) -> None:
+        layers = expert_layers(model)
+        self.path = path
+        self.shapes = {name: (m.w_in_eDF.shape[1:], m.w_out_eFD.shape[1:]) for name, m in layers.items()}
+        self.dtype = next(iter(layers.values())).w_in_eDF.dtype
+        try:
+            self.file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise StoreError(
+                f"{path} cannot be opened: {error.strerror}; write_store writes a model's store"
+            ) from error
+        try:
+            self.places = self._verified(model, layers)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self.file >= 0:
+            os.close(self.file)
+        self.file = -1
+
+    def num_bytes(self, key: Key) -> int:
+        return self.places[key][1] - self.places[key][0]
+
+    def read_into(self, key: Key, slot: Tensor, after_piece: Callable[[int], None] = lambda done: None) -> None:
+        """Reads an expert into the first bytes of `slot` (uint8, on the host). after_piece: called with the number of
+        bytes read so far. Raises StoreError if the file ends early, OSError if it cannot be read."""
+        (begin, end), done = self.places[key], 0
+        target = slot.numpy().data[: end - begin]
+        while done < len(target):
+            read = os.preadv(self.file, [target[done : done + PIECE]], begin + done)
+            if read == 0:
+                raise StoreError(f"{self.path} ends at byte {begin + done} of {end}")
+            done += read
+            after_piece(done)
+
+    def weights(self, key: Key, slot: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns w_in_DF and w_out_FD as views of a slot that the expert was read into."""
+        in_shape, out_shape = self.shapes[key[0]]
+        all_N, split = slot[: self.num_bytes(key)].view(self.dtype), in_shape.numel()
+        return all_N[:split].view(in_shape), all_N[split:].view(out_shape)
+
+    def _verified(self, model: nn.Module, layers: Mapping[str, Experts]) -> dict[Key, tuple[int, int]]:
+        """Returns the first byte of each expert and the one after its last, once all of the file is as it was
+        written."""
+        path, size = self.path, os.fstat(self.file).st_size
+        length = int.from_bytes(os.pread(self.file, 8, 0), "little")
+        try:
+            header = json.loads(os.pread(self.file, min(length, size), 8))
+            found, tensors = header.pop("__metadata__"), header
+            kind, owner, content = (found[name] for name in ("format", "model", "content"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{path} is no store of experts, or its header is damaged") from error
+        if kind != FORMAT:
+            raise StoreError(f"{path} has the format {kind}, allowed: {FORMAT}")
+        wanted = _entries(layers)
+        if differing := sorted(
+            name for name in wanted.keys() | tensors.keys() if wanted.get(name) != tensors.get(name)
+        ):
+            here, there = (of.get(differing[0], "absent") for of in (wanted, tensors))
+            raise StoreError(f"{path} holds another model's experts: {differing[0]} is {there} there and {here} here")
+        if owner != digest_of_rest(model):
+            raise StoreError(f"{path} belongs to a model with other weights; write_store writes this model's store")
+        ends = {name: entry["data_offsets"][1] for name, entry in wanted.items()}
+        expected = 8 + length + max(ends.values(), default=0)
+        if size != expected:
+            raise StoreError(f"{path} has {size} bytes, and {expected} were written: it is cut, or something was added")
+        if _digest_of_data(self.file, 8 + length) != content:
+            raise StoreError(f"{path} is damaged: its content is not what was written")
+        first = {name: 8 + length + entry["data_offsets"][0] for name, entry in wanted.items()}
+        return {
+            (layer, e): (first[f"{layer}.{e}.w_in_DF"], 8 + length + ends[f"{layer}.{e}.w_out_FD"])
+            for layer, experts in layers.items()
+            for e in experts.expert_ids
+        }
+
+
+def write_store(path: Path, model: nn.Module, read: Read | None = None) -> None:
+    """Write the experts of a model; the file is complete or absent.
+
+    model: gives names and shapes; its weights too if `read` is None, and otherwise it may be on the meta device. One
+    layer's experts are in memory at a time."""
+    if read is None:
+        read = dict(model.named_parameters()).__getitem__
+    layers = expert_layers(model)
+    metadata = {"format": FORMAT, "model": digest_of_rest(model, read), "content": "0" * 64}
+    partial = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(partial, "wb+") as file:
+            file.write(_header(layers, metadata))
+            begin = file.tell()
+            for layer, experts in layers.items():
+                w_in_eDF, w_out_eFD = (read(f"{layer}.{name}") for name in ("w_in_eDF", "w_out_eFD"))
+                for w_in, w_out in zip(w_in_eDF, w_out_eFD, strict=True):
+                    for w, like in ((w_in, experts.w_in_eDF), (w_out, experts.w_out_eFD)):
+                        file.write(_bytes_of(w.to(like.dtype)))
+            file.flush()
+            metadata["content"] = _digest_of_data(file.fileno(), begin)
+            file.seek(0)
+            file.write(_header(layers, metadata))  # as long as before
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def expert_layers(model: nn.Module) -> dict[str, Experts]:
+    """Returns the Experts modules of a model by name. Raises ValueError if it has none, or a rank's share of them."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    if not layers:
+        raise ValueError("the model has no routed experts that are not offloaded yet")
+    for name, experts in layers.items():
+        if len(experts.expert_ids) < experts.num_experts:
+            raise ValueError(
+                f"{name} holds experts {experts.expert_ids}, allowed: all {experts.num_experts}, on one rank"
+            )
+    return layers
+
+
+def digest_of_rest(model: nn.Module, read: Read | None = None) -> str:
+    """Returns a digest of the names and bytes of all parameters that are no routed expert's."""
+    inside = tuple(f"{layer}." for layer in expert_layers(model))
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        if not name.startswith(inside):
+            digest.update(name.encode())
+            digest.update(_bytes_of(p if read is None else read(name).to(p.dtype)))
+    return digest.hexdigest()
+
+
+def _entries(layers: Mapping[str, Experts]) -> dict[str, Any]:
+    """Returns the header's entries, in the order of the data."""
+    entries, end = dict[str, Any](), 0
+    for layer, experts in layers.items():
+        for e in experts.expert_ids:
+            for name, stacked in (("w_in_DF", experts.w_in_eDF), ("w_out_FD", experts.w_out_eFD)):
+                begin, end = end, end + stacked[0].nbytes
+                place = {"dtype": DTYPES[stacked.dtype], "shape": list(stacked.shape[1:]), "data_offsets": [begin, end]}
+                entries[f"{layer}.{e}.{name}"] = place
+    return entries
+
+
+def _header(layers: Mapping[str, Experts], metadata: Mapping[str, str]) -> bytes:
+    text = json.dumps({"__metadata__": dict(metadata), **_entries(layers)}).encode()
+    text += b" " * (-len(text) % 8)  # safetensors aligns the data
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _digest_of_data(file: int, begin: int) -> str:
+    """Returns the digest of an open file from byte `begin` on."""
+    digest = hashlib.sha256()
+    while piece := os.pread(file, PIECE, begin):
+        digest.update(piece)
+        begin += len(piece)
+    return digest.hexdigest()

@@ -1,0 +1,159 @@
+"""Continues texts with the model of a run or of an export, from top to bottom. Every rank calls `generate_texts`.
+
+Each rank has its own texts and its own experts: of every block of `batch_size` x ranks prompts it takes every n-th one.
+The results of a block come to rank 0 before the next block begins, in the order of the prompts.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from datamodules.text import TextDataModule
+from datamodules.tokenizer import Tokenizer
+from scmoe.config.fields import Config, ConfigError
+from scmoe.config.rules import IMAGES
+from scmoe.inference.generate import Step, check_length, collect, stream
+from scmoe.inference.passes import Passes
+from scmoe.inference.planned import moe_blocks, plan_passes
+from scmoe.inference.prompts import Prompt
+from scmoe.inference.sampling import Sampling
+from scmoe.inference.stopping import Stopping
+from scmoe.parallel.lightning_seam import rank_without_trainer
+from scmoe.training.build.data import build_datamodule, prepare_data
+from scmoe.training.moe_module import MoEModule
+from scmoe.training.run.directory import relative
+from scmoe.training.run.on_ranks import ending_together, find_weights, start_ranks
+from scmoe.training.run.resume import Which
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to write. prompts: one or more. stop_strings: each ends a text. batch_size: texts of a rank at a time.
+
+    piece: tokens of a prompt that one pass reads; None: all of them. plan: measure first how prefill and decode run
+    best between the ranks."""
+
+    prompts: Sequence[Prompt]
+    max_tokens: int
+    sampling: Sampling
+    stop_strings: tuple[str, ...] = ()
+    which: Which = "last"
+    batch_size: int = 8
+    piece: int | None = None
+    plan: bool = False
+    overrides: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}, allowed: 1 or more")
+        if self.piece is not None and self.piece < 1:
+            raise ValueError(f"prefill_tokens is {self.piece}, allowed: 1 or more")
+        Stopping(self.max_tokens, strings=self.stop_strings, decode=str)  # its checks, before anything is read
+
+
+def generate_texts(
+    run: Path, request: Request, write: Callable[[dict[str, Any]], None], show: Callable[[str], None] | None = None
+) -> dict[str, Any] | None:
+    """Call write(result) on rank 0 for each prompt, in order; return the speed, None on ranks other than 0.
+
+    show: gets each piece of the first prompt's text as it comes. Raises ConfigError for what cannot be generated,
+    before another rank starts.
+    """
+    weights, config = find_weights(run, request.which, request.overrides)
+    if config.data.name in (*IMAGES, "synthetic"):
+        raise ConfigError(f"{run} was trained on {config.data.name} data, allowed: a run on text")
+    ranks = config.trainer.devices * config.trainer.num_nodes
+    alone = config.moe.architecture == "dense" or (config.strategy.ep_size or ranks) == 1
+    if request.plan and alone:
+        raise ConfigError("--plan is given, allowed: with experts on several ranks, such as trainer.devices=2")
+    data = build_datamodule(config)
+    assert isinstance(data, TextDataModule)
+    if rank_without_trainer() == 0:
+        prepare_data(data)
+        encoded(request, data.tokenizer, config)  # so that a prompt that is too long starts no rank
+    module, trainer = start_ranks(config, weights)
+    with ending_together(trainer), trainer.precision_plugin.val_step_context():
+        speed = write_all(module, encoded(request, data.tokenizer, config), request, data.tokenizer, write, show)
+    if speed is None:
+        return None
+    return {"run": str(relative(run)), "weights": weights.name, "dropless": True, **speed}
+
+
+def encoded(request: Request, tokenizer: Tokenizer, config: Config) -> list[list[int]]:
+    """Return the ids of every prompt, which begin with the end of text, as documents do in training."""
+    found = []
+    for number, prompt in enumerate(request.prompts):
+        found.append([tokenizer.end_of_text, *tokenizer.encode(prompt.text or "").tolist()])
+        try:
+            check_length(len(found[-1]), request.max_tokens, config.data.seq_len, f"prompt {number + 1}")
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    return found
+
+
+def write_all(
+    module: MoEModule,
+    prompts: Sequence[Sequence[int]],
+    request: Request,
+    tokenizer: Tokenizer,
+    write: Callable[[dict[str, Any]], None],
+    show: Callable[[str], None] | None,
+) -> dict[str, Any] | None:
+    """Generate all texts, block by block. Return the speed on rank 0: tokens of all ranks by the time of generating."""
+    context, seeds = module.parallel_context, [prompt.seed for prompt in request.prompts]
+    stopping = Stopping(request.max_tokens, frozenset({tokenizer.end_of_text}), request.stop_strings, tokenizer.decode)
+    passes, what_ran = passes_of(module, prompts, request)
+    tokens, seconds, first_s = 0, 0.0, None
+    for start in range(0, len(prompts), block := request.batch_size * context.world_size):
+        own = slice(start + context.rank, start + block, context.world_size)
+        given = module.model, prompts[own], stopping, request.sampling, seeds[own], passes
+        begun = time.perf_counter()
+        steps = stream(*given)
+        first = next(steps)
+        first_s = first_s or time.perf_counter() - begun
+        steps = chain([first], steps)
+        texts = collect(shown(steps, stopping, show) if show else steps, len(prompts[own]))
+        seconds += time.perf_counter() - begun
+        of_ranks = context.gather_on_rank_zero(texts)
+        if of_ranks is None:
+            continue
+        for number in range(start, min(start + block, len(prompts))):
+            place, rank = divmod(number - start, context.world_size)
+            ids, reason = of_ranks[rank][place]
+            tokens += len(ids)
+            text, seed = request.prompts[number]
+            continued = {"prompt": text, "seed": seed, "text": stopping.text(ids)}
+            write({**continued, "tokens": len(ids), "ended": reason})
+    if context.rank != 0:
+        return None
+    rates = {"tokens_per_s": tokens / seconds, "first_token_ms": 1e3 * (first_s or 0.0)}
+    return {"texts": len(prompts), "tokens": tokens, "seconds": seconds, **rates, "ran": what_ran}
+
+
+def passes_of(module: MoEModule, prompts: Sequence[Sequence[int]], request: Request) -> tuple[Passes, dict[str, str]]:
+    """Return how passes run, and what that is in words, by shape. With request.plan every rank measures first."""
+    context = module.parallel_context
+    passes = Passes(context.true_on_all_ranks, request.piece)
+    blocks = moe_blocks(module.model)
+    if not request.plan:
+        as_set = sorted({f"{b.schedule.name}, slot {b.schedule.slot} x {b.schedule.chunks}" for b in blocks})
+        return passes, dict.fromkeys(("prefill", "decode"), "as configured: " + (", ".join(as_set) or "dense"))
+    longest = min(max(map(len, prompts)), request.piece or len(max(prompts, key=len)))
+    planned = plan_passes(module.model, request.batch_size, longest, None)
+    return replace(passes, begin=planned), {shape: str(plan) for shape, plan in planned.plans.items()}
+
+
+def shown(steps: Iterable[Step], stopping: Stopping, show: Callable[[str], None]) -> Iterator[Step]:
+    """Pass the steps on, and give `show` what each one adds to the first text."""
+    ids: list[int] = []
+    done = ""
+    for step in steps:
+        if step.ids and step.ids[0] is not None:
+            ids.append(step.ids[0])
+            text = stopping.text(ids, ended=step.reasons[0] is not None)
+            show(text[len(done) :])
+            done = text
+        yield step

@@ -1,0 +1,163 @@
+"""The report of `bench inference`: what overlap gains in prefill and in decode, with the limit of each row.
+
+Ratios are to sequential top-2 in the same shape, taken round by round, medians. A row's limit is its own time without
+transfers.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from scmoe.charts import FORWARD, PAPER, SMALL, TRAINING, chart, title
+from scmoe.config.fields import ConfigError
+from scmoe.parallel.inference_planner import InferencePlan
+from scmoe.testbed import links
+from scmoe.testbed.inference import BLOCKS, CHUNKS, SHAPES, measure
+from scmoe.testbed.overlap_report import name_of
+from scmoe.testbed.pairs import Setting, default_schedule
+from scmoe.testbed.ranks import run_ranks
+
+OVERLAPPED = tuple(f"overlapped x {chunks}" for chunks in CHUNKS)
+WAYS = ("sequential", *OVERLAPPED)
+
+
+def bench_inference(
+    share: float, prompt: int, batch: int, rounds: int, ranks: int, out: Path, again: Sequence[str]
+) -> dict[str, Any]:
+    """Measure, print a table, and write chart and figures into the folder `out`. Returns the report.
+
+    share: of communication in a sequential top-2 prefill of `prompt` tokens a rank. batch: texts that a rank decodes.
+    again: the arguments of a Python interpreter that repeat this program, which continues in a network namespace.
+    """
+    check(share, prompt, batch, ranks)
+    if not links.inside() and (missing := links.why_not()):
+        raise ConfigError(f"links cannot be shaped here: {missing}")
+    links.enter(again)
+    setting = Setting(share, compute="real", rounds=rounds, tokens=prompt, seq_len=prompt)
+    result = run_ranks(measure, ranks, setting, batch, timeout_s=3600, own_links=True)[0]
+    report = summary(setting, batch, ranks, result)
+    show(report)
+    name = f"inference-{ranks}-ranks-share-{share:g}"
+    draw(report, out / f"{name}.png")
+    (out / f"{name}.json").write_text(json.dumps(report, indent=1))
+    print(f"chart and figures: {out / name}.png, .json", file=sys.stderr)
+    return report
+
+
+def check(share: float, prompt: int, batch: int, ranks: int) -> None:
+    """Raise ConfigError for what cannot be measured."""
+    experts = Setting.num_experts
+    if not 0 < share < 1:
+        raise ConfigError(f"--share is {share:g}, allowed: above 0 and below 1")
+    if ranks < 2 or experts % ranks:
+        raise ConfigError(f"--ranks is {ranks}, allowed: divisors of the {experts} experts from 2 on")
+    for option, tokens in (("prompt", prompt), ("batch", batch)):
+        if tokens < experts or tokens % experts:
+            raise ConfigError(
+                f"--{option} is {tokens}, allowed: multiples of {experts}, so that experts get equal shares"
+            )
+
+
+def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) -> dict[str, Any]:
+    """Return the medians of the rounds, by row. result: what `measure` returned on rank 0."""
+    times = {(way.block, way.shape, way.name): seconds for way, seconds in result["times"].items()}
+    schedules = {(way.block, way.shape, way.name): way.schedule for way in result["times"]}
+
+    def shape_of(block: str, shape: str) -> dict[str, Any]:
+        baseline = times["top2", shape, "sequential"]
+        plan: InferencePlan = result["plans"][block, shape]
+        auto = f"overlapped x {plan.schedules[0].chunks}" if plan.overlapped else "sequential"
+        ratios = {name: baseline / times[block, shape, name] for name in (*WAYS, "free")}
+        return {
+            "speedup": median(ratios[auto]),
+            "quartiles": quantiles(ratios[auto], n=4)[::2],
+            "auto": auto,
+            "ms": 1e3 * median(times[block, shape, auto]),
+            "limit": median(ratios["free"]),
+            "gain": median(times[block, shape, "sequential"] / times[block, shape, auto]),
+            "ways": {name: median(ratios[name]) for name in WAYS},
+            "slots": {name: schedules[block, shape, name].slot for name in OVERLAPPED},
+        }
+
+    def row(block: str) -> dict[str, Any]:
+        prefill, decode = (shape_of(block, shape) for shape in SHAPES)
+        return {
+            "prefill_speedup": prefill["speedup"],
+            "decode_speedup": decode["speedup"],
+            "ttft_ms": prefill["ms"],
+            "tpot_ms": decode["ms"],
+            "prefill_tokens_per_s": 1e3 * ranks * setting.tokens / prefill["ms"],
+            "decode_tokens_per_s": 1e3 * ranks * batch / decode["ms"],
+            "prefill": prefill,
+            "decode": decode,
+        }
+
+    shares = {shape: median(1 - times["top2", shape, "free"] / times["top2", shape, "sequential"]) for shape in SHAPES}
+    return {
+        "wanted_share": setting.share,
+        "comm_share": shares,
+        "link_mbit": result["rate"],
+        "ranks": ranks,
+        "prompt": setting.tokens,
+        "batch": batch,
+        "rounds": setting.rounds,
+        "rows": {name_in_report(block): row(block) for block in BLOCKS},
+    }
+
+
+def name_in_report(block: str) -> str:
+    return f"scmoe_{block}" if default_schedule(block).architecture == "scmoe" else block
+
+
+def show(report: dict[str, Any]) -> None:
+    shares = report["comm_share"]
+    words = (
+        f"{report['ranks']} ranks, prompts of {report['prompt']} tokens, {report['batch']} texts decoded a rank; "
+        f"communication share of sequential top-2: prefill {shares['prefill']:.2f}, decode {shares['decode']:.2f}; "
+        f"medians of {report['rounds']} rounds"
+    )
+    numbers = (*WAYS, "free: limit", "auto", "[quartiles]", "ms", "tokens/s")
+    for shape in SHAPES:
+        columns = (Column(name, justify="right", no_wrap=True) for name in numbers)
+        table = Table(Column(shape, no_wrap=True), *columns, title=words, title_justify="left")
+        for name, row in report["rows"].items():
+            own = row[shape]
+            ways = [f"{own['ways'][way]:.2f}" for way in WAYS]
+            quartiles = "[{:.2f} {:.2f}]".format(*own["quartiles"])
+            speed = f"{own['ms']:.1f}", f"{row[f'{shape}_tokens_per_s']:,.0f}"
+            table.add_row(name, *ways, f"{own['limit']:.2f}", own["auto"], quartiles, *speed)
+        Console(width=170).print(table)
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Draw each row sequential and as planned, with its limit, for prefill and decode."""
+    rows = report["rows"]
+    with chart(path, 5.2) as figure:
+        panels = figure.subplots(1, 2, sharey=True)
+        for axis, shape in zip(panels, SHAPES, strict=True):
+            own = [row[shape] for row in rows.values()]
+            kinds = (
+                ("sequential", PAPER, -0.21, [o["ways"]["sequential"] for o in own]),
+                ("as planned", FORWARD, 0.21, [o["speedup"] for o in own]),
+            )
+            for word, color, shift, values in kinds:
+                places = [place + shift for place in range(len(rows))]
+                axis.barh(places, values, 0.42, color=color, label=word)
+                for place, value in zip(places, values, strict=True):
+                    axis.text(0.05, place, f"{value:.2f}", va="center", fontsize=SMALL, color="white", weight="bold")
+            for place, o in enumerate(own):
+                label = "without transfers" if place == 0 else None
+                axis.vlines(o["limit"], place - 0.42, place + 0.42, color=TRAINING, linewidth=2, label=label)
+            axis.set_yticks(range(len(rows)), [name_of(row) for row in rows])
+            axis.set_ylim(len(rows) - 0.4, -0.6)
+            axis.set_xlabel("speed-up over sequential top-2")
+            tokens = f"{report['prompt']} tokens" if shape == "prefill" else f"{report['batch']} texts"
+            share = 100 * report["comm_share"][shape]
+            title(axis, f"{shape}, {tokens} a rank,\n{share:.0f} % communication", 40)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)

@@ -1,0 +1,50 @@
+"""Builds a model with offloaded experts from a checkpoint or an export, without ever holding all experts in memory.
+
+The network is built on the meta device. `store_experts` copies the experts from file to file, one layer at a time;
+`load_offloaded` reads the other weights alone. Language models only: vision models have tensors that are no weights.
+"""
+
+from pathlib import Path
+
+from torch import nn
+
+from scmoe.config.fields import Config
+from scmoe.offload.cache import Cache
+from scmoe.offload.migration import offload_experts
+from scmoe.offload.store import Read, expert_layers, write_store
+from scmoe.parallel.checkpoint.export import exported_by_name
+from scmoe.parallel.checkpoint.loading import weights_by_name
+from scmoe.training.build.model import build_model_on_meta
+
+
+def store_experts(config: Config, source: Path, path: Path) -> None:
+    """Write the experts of a checkpoint (a directory) or of a file of `make export` into the store at `path`.
+
+    Raises ValueError for a broken source, or another model's."""
+    model = build_model_on_meta(config)
+    write_store(path, model, reader(source, model))
+
+
+def load_offloaded(
+    config: Config,
+    source: Path,
+    path: Path,
+    *,
+    way: str = "determinate",
+    slots: int | None = None,
+    rate_mb_s: float | None = None,
+) -> tuple[nn.Module, Cache]:
+    """Return the model in evaluation mode, with experts from the store at `path`, and the cache, to be closed at the
+    end. The arguments after `path` and the errors are those of `offload_experts`."""
+    model = build_model_on_meta(config).eval()
+    read, of_experts = reader(source, model), tuple(f"{layer}." for layer in expert_layers(model))
+    own = {p: name for name, p in model.named_parameters() if not name.startswith(of_experts)}
+    filled = {p: nn.Parameter(read(name).to(p.dtype), requires_grad=False) for p, name in own.items()}
+    tied = model.named_parameters(remove_duplicate=False)  # a tied weight is filled under each of its names
+    model.load_state_dict({name: filled[p] for name, p in tied if p in filled}, strict=False, assign=True)
+    return model, offload_experts(model, path, way=way, slots=slots, rate_mb_s=rate_mb_s)
+
+
+def reader(source: Path, model: nn.Module) -> Read:
+    """Return what reads a parameter of `model` by name, once the source is known to be of this model."""
+    return weights_by_name(source, model, "model.") if source.is_dir() else exported_by_name(source, model)

@@ -1,0 +1,178 @@
+"""`make generate` writes the same texts on any number of ranks, from a checkpoint and from an export."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shutil
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments import export, generate
+from scmoe.inference.generate import generate as generate_here
+from scmoe.inference.passes import Passes
+from scmoe.inference.sampling import GREEDY
+from scmoe.inference.stopping import Stopping
+from scmoe.parallel.mesh import ParallelContext, build_context
+from scmoe.testbed.ranks import run_ranks
+from scmoe.training.build.model import build_model
+from tests.support.commands import Done, command_in_ranks, train_in_ranks
+from tests.support.models import tiny
+from tests.support.sentences import sentences
+
+pytestmark = [pytest.mark.dist, pytest.mark.inference]
+
+NEW = 12
+PROMPTS = ["Peace", "The union of people", "Labor and land. State", "Congress", "Nations"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    """Returns the directory of a run of two ranks on a small text, with an export; its experts drop tokens."""
+    folder = tmp_path_factory.mktemp("generate")
+    (folder / "text.txt").write_text("\n".join(sentences(700, seed) for seed in range(4)))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    text = ("data.name=text", f"data.path={folder}/text.txt", "data.vocab_size=300", f"data.cache_dir={folder}/cache")
+    sizes = ("data.seq_len=48", "trainer.devices=2", "trainer.max_steps=3", f"runs_dir={folder}", "name=text")
+    how = ("moe.noisy=false", "moe.capacity_factor=1", "schedule.chunks=2", "strategy.wire_dtype=bfloat16")
+    done = train_in_ranks(2, "configs/debug.yaml", *text, *sizes, *how).summary
+    assert export.main([done["run_dir"]]) == 0
+    return Path(done["run_dir"]).resolve()
+
+
+def prompts_of(run_dir: Path) -> Path:
+    return run_dir.parents[1] / "prompts.jsonl"
+
+
+def written(world_size: int, weights: Path, run_dir: Path, out: Path, *words: str) -> list[dict[str, Any]]:
+    """Returns the lines of the file. Products in float64 do not round differently enough to change a draw."""
+    asked = ("--prompts", str(prompts_of(run_dir)), "--out", str(out), "--max-tokens", str(NEW), "--batch-size", "2")
+    ranks = (f"trainer.devices={world_size}", "trainer.precision=64-true")
+    done = command_in_ranks(generate.main, world_size, str(weights), *asked, *ranks, *words)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert done.summary["dropless"] and done.summary["tokens"] == sum(line["tokens"] for line in lines)
+    assert [line["prompt"] for line in lines] == PROMPTS
+    return lines
+
+
+def test_texts_do_not_depend_on_ranks_or_on_where_weights_are(run_dir, tmp_path):
+    """Two and four ranks have five prompts in blocks of four and eight, so some ranks have fewer texts, or none."""
+    alone = written(1, run_dir, run_dir, tmp_path / "1.jsonl")
+    assert len({line["text"] for line in alone}) == len(PROMPTS)
+    assert written(2, run_dir, run_dir, tmp_path / "2.jsonl") == alone
+    assert written(4, run_dir, run_dir, tmp_path / "4.jsonl", "strategy.ep_size=2") == alone
+    # the longest prompt of a rank, and so its number of pieces, differs between ranks
+    assert written(2, run_dir, run_dir, tmp_path / "pieces.jsonl", "--prefill-tokens", "3") == alone
+    assert written(2, run_dir, run_dir, tmp_path / "planned.jsonl", "--plan") == alone
+    exported = run_dir / "export/model.safetensors"
+    assert written(1, exported, run_dir, tmp_path / "export1.jsonl") == alone
+    assert written(2, exported, run_dir, tmp_path / "export2.jsonl") == alone
+
+
+def test_one_text_is_shown_on_rank_0_as_it_comes(run_dir, tmp_path):
+    (expected, *_) = written(1, run_dir, run_dir, tmp_path / "1.jsonl")
+    words = (str(run_dir), "--prompt", PROMPTS[0], "--max-tokens", str(NEW), "trainer.precision=64-true")
+    for world_size in (1, 2):
+        done = command_in_ranks(generate.main, world_size, *words, f"trainer.devices={world_size}")
+        assert (done.code, done.out) == (0, expected["text"] + "\n")
+        assert "tokens/s" in done.err and "dropless" in done.err and "step=3.ckpt" in done.err
+
+
+def here(*words: str) -> Done:
+    """Runs the command in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = generate.main(words)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--max-tokens", "48"], "prompt 1 has 1 tokens and max_tokens is 48, allowed: 48 together"),
+        (["--prompt", ""], "the prompt is empty, allowed: a text"),
+        (["--temperature", "-1"], "temperature is -1, allowed: 0"),
+        (["--top-p", "0"], "top_p is 0, allowed: above 0, at most 1"),
+        (["--stop", ""], "a stop string is empty"),
+        (["--seed", "-1"], "the seed is -1, allowed: 0 to 2^63 - 1"),
+        (["--prompts", "/none.jsonl", "--out", "/none.out"], "the prompts /none.jsonl cannot be read"),
+        (["--prefill-tokens", "0"], "prefill_tokens is 0, allowed: 1 or more"),
+        (["--plan"], "--plan is given, allowed: with experts on several ranks"),
+        (["moe.top_k=2"], "moe.top_k is 2, allowed: 1"),
+    ],
+)
+def test_a_wrong_request_is_one_line_before_a_model_is_built(run_dir, monkeypatch, words, says):
+    monkeypatch.setattr("scmoe.studies.generation.start_ranks", lambda *_: pytest.fail("a model is built"))
+    done = here(str(run_dir), *words)
+    assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done
+    assert says in done.err
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("no json", "line 2: not JSON"),
+        ('{"text": "a"}', "line 2 is .*allowed: "),
+        ('{"prompt": 1}', "line 2 is .*allowed: "),
+        ('{"prompt": "a", "seed": true}', "line 2 is .*allowed: "),
+        ('{"prompt": ""}', "line 2: the prompt is empty"),
+        (f'{{"prompt": "a", "seed": {2**63}}}', "line 2: the seed is"),
+    ],
+)
+def test_a_wrong_line_of_prompts_is_named(run_dir, tmp_path, line, says):
+    (tmp_path / "wrong.jsonl").write_text(f'{{"prompt": "a"}}\n{line}\n')
+    done = here(str(run_dir), "--prompts", str(tmp_path / "wrong.jsonl"), "--out", str(tmp_path / "out"))
+    assert done.code == 2 and len(done.err.splitlines()) == 1
+    assert re.search(says, done.err), done.err
+
+
+def test_an_edited_config_of_an_export_is_refused(run_dir, tmp_path):
+    exported = run_dir / "export"
+    shutil.copy(exported / "model.safetensors", tmp_path)
+    config = (exported / "config.yaml").read_text()
+    assert "position: pos2" in config
+    (tmp_path / "config.yaml").write_text(config.replace("position: pos2", "position: pos1"))
+    done = here(str(tmp_path / "model.safetensors"))
+    assert done.code == 2 and "moe.position is 'pos1', allowed: 'pos2'" in done.err
+
+
+def test_a_run_on_other_data_is_refused(tmp_path):
+    words = ("configs/debug.yaml", "trainer.max_steps=1", "trainer.val_every=1", f"runs_dir={tmp_path}")
+    done = here(train_in_ranks(1, *words).summary["run_dir"], "--stop", "a")
+    assert done.code == 2 and "was trained on synthetic data, allowed: a run on text" in done.err
+
+
+# ---------------------------------------------------------------------- in lockstep
+
+
+def continued(rank: int, world_size: int, ep_size: int, prompts: list[list[list[int]]]) -> list[Any]:
+    """Returns the continuations of this rank's prompts."""
+    torch.distributed.init_process_group("gloo")
+    context = build_context(ep_size, torch.device("cpu"), timedelta(seconds=60))
+    model = model_in(context)
+    return generate_here(model, prompts[rank], Stopping(NEW, ENDS), GREEDY, passes=Passes(context.true_on_all_ranks))
+
+
+ENDS = frozenset(range(0, 64, 7))  # texts end after different numbers of tokens
+
+
+def model_in(context: ParallelContext) -> Any:
+    model = build_model(tiny("data.seq_len=32", "moe.top_k=2", "moe.capacity_factor=null"), context).double().eval()
+    for p in model.parameters():
+        p.data *= 4  # so that texts differ
+    return model
+
+
+def test_ranks_go_on_until_the_last_text_has_ended():
+    """Rank 1 has no prompt, rank 2 has three: their numbers of texts, tokens and steps differ."""
+    prompts = [[[1, 2, 3]], [], [[4], [5, 6, 7, 8], [9, 10]], [[11, 12]]]
+    model = model_in(ParallelContext())
+    alone = [[generate_here(model, [prompt], Stopping(NEW, ENDS), GREEDY)[0] for prompt in own] for own in prompts]
+    lengths = {len(text.ids) for own in alone for text in own}
+    assert len(lengths) > 1, "all texts end at the same step"
+    assert run_ranks(continued, 4, 2, prompts) == alone

@@ -1,0 +1,90 @@
+"""The plan of inference: overlapped where a pass is faster for it, sequential where it is not, equal on all ranks."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from scmoe.blocks.moe_block import MoEBlock
+from scmoe.blocks.shortcut import ShortcutBlock
+from scmoe.moe.coefficient import CG1
+from scmoe.moe.dispatcher import Dispatcher
+from scmoe.moe.experts import Experts
+from scmoe.moe.router import Router
+from scmoe.moe.stream import MoEStream
+from scmoe.parallel.dispatcher import AllToAllDispatcher
+from scmoe.parallel.inference_planner import InferencePlan, fastest, plan_inference
+from scmoe.schedule.schedule import Schedule
+from scmoe.testbed.emulated import EmulatedOperator
+from scmoe.testbed.ranks import run_ranks
+from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_sublayers
+
+pytestmark = [pytest.mark.dist, pytest.mark.inference]
+
+
+@dataclass(frozen=True)
+class Late:
+    """Rows arrive `seconds` after they were sent, whatever the processor does meanwhile."""
+
+    inner: Dispatcher
+    seconds: float
+
+    def announce(self, counts_PE: torch.Tensor) -> Any:
+        return self.inner.announce(counts_PE)
+
+    def dispatch(self, rows_RD: torch.Tensor, counts: Any) -> Any:
+        pending, receipt = self.inner.dispatch(rows_RD, counts)
+        return Arrival(pending, time.perf_counter() + self.seconds), receipt
+
+    def combine(self, rows_RD: torch.Tensor, receipt: Any) -> Any:
+        return Arrival(self.inner.combine(rows_RD, receipt), time.perf_counter() + self.seconds)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    inner: Any
+    at: float
+
+    def wait(self) -> torch.Tensor:
+        rows_RD = self.inner.wait()
+        time.sleep(max(0.0, self.at - time.perf_counter()))
+        return rows_RD
+
+
+def plan(rank: int, world_size: int, attention_ms: float, transfer_ms: float) -> tuple[InferencePlan, bool]:
+    """Returns the plan of a pair whose last attention and whose transfers take so long, and whether a pass returns the
+    same bits as before, with the block's own schedule."""
+    dist.init_process_group("gloo")
+    own = range(rank * EXPERTS // world_size, (rank + 1) * EXPERTS // world_size)
+    dispatcher = Late(AllToAllDispatcher(dist.group.WORLD, EXPERTS), transfer_ms / 1e3)
+    stream = MoEStream(Router(DIM, EXPERTS, 1), Experts(DIM, FFN, EXPERTS, own), dispatcher)
+    sublayers = tiny_sublayers()
+    sublayers[2] = nn.Sequential(sublayers[2], EmulatedOperator(attention_ms))
+    norms = [nn.LayerNorm(DIM) for _ in range(2)]
+    parts = {"tap_norm": norms[0], "shared_expert": nn.Linear(DIM, DIM), "coefficient": CG1(DIM)}
+    schedule = Schedule("scmoe", "pos2", 3)
+    block: MoEBlock = randomise(ShortcutBlock(sublayers, norms[1], stream, schedule, **parts).double())
+    x = torch.randn(2, 8, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+    with torch.no_grad():
+        before = block(x).y_BSD
+        chosen = plan_inference([block], lambda: block(x), None, torch.device("cpu"), chunk_counts=(1,))
+        assert block.schedule == schedule and block.moe.dispatcher is dispatcher and block.recorder is None
+        chosen.run([block], [dispatcher])
+        return chosen, torch.equal(block(x).y_BSD, before)
+
+
+def test_overlap_is_planned_where_it_makes_a_pass_faster():
+    (first, same), (second, same_too) = run_ranks(plan, 2, 30.0, 15.0)
+    assert first == second and same and same_too
+    assert first.overlapped and first.schedules[0].slot in (1, 2)  # one of the transfers hides behind the attention
+    assert first.seconds["overlapped x 1"] < first.seconds["sequential"] - 8e-3  # of the 15 ms that can be hidden
+    assert "overlapped, slot" in str(first)
+
+
+def test_overlap_that_gains_too_little_is_planned_sequential():
+    assert fastest({"sequential": 1.0, "overlapped x 1": 0.99, "overlapped x 2": 1.2}) == "sequential"
+    assert fastest({"sequential": 1.0, "overlapped x 1": 0.99, "overlapped x 2": 0.97}) == "overlapped x 2"

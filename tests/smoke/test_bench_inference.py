@@ -1,0 +1,25 @@
+"""`bench inference` on two ranks without links: every row is measured in both shapes, and its report is whole."""
+
+import pytest
+
+from scmoe.testbed.inference import BLOCKS, SHAPES, measure
+from scmoe.testbed.inference_report import WAYS, draw, summary
+from scmoe.testbed.pairs import Setting
+from scmoe.testbed.ranks import run_ranks
+
+pytestmark = [pytest.mark.dist, pytest.mark.smoke, pytest.mark.inference]
+
+
+def test_all_rows_are_measured_and_reported(tmp_path):
+    setting = Setting(0.5, compute="real", rounds=2, dim=16, ffn_dim=32, heads=2, tokens=16, seq_len=16, shaped=False)
+    found = run_ranks(measure, 2, setting, 8)[0]
+    report = summary(setting, 8, 2, found)
+    assert len(report["rows"]) == len(BLOCKS)
+    for row in report["rows"].values():
+        for shape in SHAPES:
+            own = row[shape]
+            assert row[f"{shape}_speedup"] == own["ways"][own["auto"]] and set(own["ways"]) == set(WAYS)
+            assert own["ms"] > 0 and own["limit"] > 0 and set(own["slots"].values()) <= {0, 1, 2, 3, 4}
+    assert report["rows"]["top2"]["prefill"]["ways"]["sequential"] == 1
+    draw(report, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 10_000

@@ -1,0 +1,61 @@
+"""This module makes models with stores of their experts, and a source of experts that is as late as it may be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from scmoe.offload.cache import FileReader
+from scmoe.offload.store import Key, Store, write_store
+from tests.support.architectures import overrides
+from tests.support.models import tiny, tiny_model
+
+DROPLESS = "moe.capacity_factor=null"
+
+
+def stored(words: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[nn.Module, Path]:
+    """Returns a model in evaluation mode and its store. words: as in tests/support/architectures.py."""
+    model = tiny_model(tiny("model.layers=6", DROPLESS, *overrides(words)), dtype, seed).eval()
+    path = folder / f"{seed}.safetensors"
+    write_store(path, model)
+    return model, path
+
+
+class Late:
+    """A source that copies an expert only when that one, or one that was started later, is waited for."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.queue, self.closed = store, list[tuple[Key, Tensor]](), False
+
+    def start(self, key: Key, slot: Tensor) -> LateFetch:
+        self.queue.append((key, slot))
+        return LateFetch(self, len(self.queue))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class LateFetch:
+    def __init__(self, source: Late, number: int) -> None:
+        self.source, self.number, self.done = source, number, False
+
+    def wait(self) -> None:
+        queue = self.source.queue
+        for i, (key, slot) in enumerate(queue[: self.number]):
+            if slot is not None:
+                self.source.store.read_into(key, slot)
+                queue[i] = key, None
+
+
+class Failing(FileReader):
+    """A reader whose nth read fails, as that of a broken disk."""
+
+    fails_at = 3
+
+    def _read(self, key: Key, slot: Tensor) -> None:
+        self.fails_at -= 1
+        if self.fails_at == 0:
+            raise OSError(5, "Input/output error")
+        super()._read(key, slot)

@@ -1,0 +1,200 @@
+"""Generation with a cache equals generation without one, token for token, and each text equals itself alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from scmoe.blocks.kv_cache import KVCache
+from scmoe.inference.generate import generate, stream
+from scmoe.inference.passes import Passes, decode, prefill, read_prompts
+from scmoe.inference.sampling import GREEDY, Sampling, choose
+from scmoe.inference.stopping import Stopping
+from scmoe.moe.stream import MoEStream, dropless
+from tests.support.architectures import EVERY_BLOCK, TABLES, overrides
+from tests.support.models import assert_close, tiny, tiny_model
+
+pytestmark = pytest.mark.inference
+
+CONTEXT, NEW = 32, 12
+ARCHITECTURES = {"dense": "architecture=dense", **TABLES, **EVERY_BLOCK}
+FAMILIES = {"gpt": (), "llama": ("model.family=llama", "model.kv_heads=1")}
+CASES = [("gpt", name) for name in ARCHITECTURES]
+CASES += [("llama", name) for name in ("dense", "top-2", "shared-cg1", "pos1", "pos2", "pos3", "dgmoe-share")]
+PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [60, 61, 62, 63, 2]]  # 3, 1, 11 and 5 tokens
+
+
+def model_of(words: str = "", family: str = "gpt", dtype: torch.dtype = torch.float64, seed: int = 0):
+    """Returns a model whose capacity would drop tokens, and whose greedy texts vary."""
+    config = tiny(f"data.seq_len={CONTEXT}", "moe.capacity_factor=0.5", *FAMILIES[family], *overrides(words))
+    return tiny_model(config, dtype, seed).eval()
+
+
+@torch.inference_mode()
+def uncached(model, prompt: list[int], new: int = NEW) -> list[int]:
+    """Returns the likeliest tokens, each from a pass over the whole text so far."""
+    ids = list(prompt)
+    with dropless(model):
+        for _ in range(new):
+            ids.append(int(model(torch.tensor([ids])).logits_BSV[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def ids_of(continuations) -> list[list[int]]:
+    return [ids for ids, _ in continuations]
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_tokens_are_those_without_a_cache_and_of_each_text_alone(family, name):
+    model = model_of(ARCHITECTURES[name], family)
+    written = ids_of(generate(model, PROMPTS, Stopping(NEW), GREEDY))
+    assert written == [uncached(model, prompt) for prompt in PROMPTS]
+    assert len({token for ids in written for token in ids}) > 5, "the texts are too simple to see a fault"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_those_without_a_cache_in_float32(family):
+    model = model_of("top_k=2", family, torch.float32)
+    assert ids_of(generate(model, PROMPTS, Stopping(NEW), GREEDY)) == [uncached(model, prompt) for prompt in PROMPTS]
+
+
+def test_a_sampled_text_equals_itself_alone():
+    model, sampling, seeds = model_of(), Sampling(0.9, 20, 0.95, 1.2), [3, 4, 5, 6]
+    together = generate(model, PROMPTS, Stopping(NEW), sampling, seeds)
+    alone = [generate(model, [p], Stopping(NEW), sampling, [s])[0] for p, s in zip(PROMPTS, seeds, strict=True)]
+    assert together == alone
+    assert generate(model, PROMPTS, Stopping(NEW), sampling, [4, 4, 5, 6])[0] != together[0], "the seed counts"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("piece", [1, 3, 4])
+def test_a_prompt_in_pieces_equals_one_piece(family, piece):
+    """Logits differ by rounding, since products of other sizes add up in another order."""
+    model, (prompt, *_) = model_of("top_k=2", family), PROMPTS[2:]
+    other = PROMPTS[3]
+    ids_BS = torch.tensor([prompt, other + [0] * (len(prompt) - len(other))])
+    mask_BS = torch.arange(len(prompt)) < torch.tensor([[len(prompt)], [len(other)]])
+    with dropless(model):
+        whole, pieces = KVCache(2, CONTEXT), KVCache(2, CONTEXT)
+        expected = prefill(model, ids_BS, mask_BS, whole)
+        assert_close(read_prompts(model, ids_BS, mask_BS, pieces, Passes(piece=piece)), expected)
+        step = torch.tensor([3, 4]), [True, True]
+        assert_close(decode(model, *step, pieces), decode(model, *step, whole))
+
+
+def test_padding_leaves_no_trace_in_the_cache():
+    """A text that has ended brings padding to each pass: its length stays, and so do the others' logits."""
+    model, cache = model_of(), KVCache(2, 6)
+    with dropless(model):
+        prefill(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.ones(2, 3, dtype=torch.bool), cache)
+        for token in (7, 8, 9):
+            logits_BV = decode(model, torch.tensor([0, token]), [False, True], cache)
+        assert cache.lengths_B.tolist() == [3, 6]
+        assert_close(logits_BV[1], model(torch.tensor([[4, 5, 6, 7, 8, 9]])).logits_BSV[0, -1].detach())
+        logits_BV = decode(model, torch.tensor([7, 0]), [True, False], cache)
+        assert_close(logits_BV[0], model(torch.tensor([[1, 2, 3, 7]])).logits_BSV[0, -1].detach())
+        with pytest.raises(ValueError, match="a text has 7 tokens, allowed: up to 6, the cache's capacity"):
+            decode(model, torch.tensor([7, 8]), [True, True], cache)
+
+
+def test_the_cache_holds_the_heads_of_keys_only():
+    model, cache = model_of(family="llama"), KVCache(1, 5)
+    prefill(model, torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool), cache)
+    assert {buffer.shape for pair in cache.buffers.values() for buffer in pair} == {(6, 1, 8)}  # not 2 heads
+
+
+def test_the_model_is_dropless_only_while_it_generates():
+    model = model_of()
+    before = [(m.capacity_factor, m.filled) for m in model.modules() if isinstance(m, MoEStream)]
+    steps = stream(model, PROMPTS, Stopping(3), GREEDY)
+    next(steps)
+    inside = [(m.capacity_factor, m.filled) for m in model.modules() if isinstance(m, MoEStream)]
+    steps.close()
+    assert [(m.capacity_factor, m.filled) for m in model.modules() if isinstance(m, MoEStream)] == before
+    assert inside == [(None, True)] * len(before) != before
+
+
+def test_texts_end_where_they_should():
+    model = model_of()
+    (ids, reason) = generate(model, [PROMPTS[0]], Stopping(NEW), GREEDY)[0]
+    assert reason == "length" and len(ids) == NEW
+    stop = next(token for i, token in enumerate(ids) if i >= 3 and token not in ids[:i])
+    end = ids.index(stop) + 1
+    given = Stopping(NEW, frozenset({stop}))
+    assert generate(model, [PROMPTS[0]], given, GREEDY)[0] == (ids[:end], "stop_token")
+    both = generate(model, PROMPTS[:2], given, GREEDY)
+    assert both == [generate(model, [prompt], given, GREEDY)[0] for prompt in PROMPTS[:2]]
+
+    def letters(ids) -> str:
+        return "".join(chr(65 + i) for i in ids)
+
+    string = letters(ids[1:3])  # of two tokens
+    given = Stopping(NEW, strings=("never", string), decode=letters)
+    stopped, reason = generate(model, [PROMPTS[0]], given, GREEDY)[0]
+    assert reason == "stop_string" and stopped == ids[: letters(ids).index(string) + 2]
+    assert given.text(stopped) == letters(ids).partition(string)[0]
+
+
+def test_what_is_shown_of_a_text_never_changes_later():
+    """Half a character, and what may become a stop string, is held back until it is known."""
+    text = "ab END é ENTER ab"
+
+    def decoded(ids) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    ids, stopping = list(text.encode()), Stopping(99, strings=("ENDE", "TER "), decode=decoded)
+    so_far = ""
+    for n in range(1, len(ids) + 1):
+        seen = stopping.text(ids[:n], ended="TER " in decoded(ids[:n]))
+        assert seen.startswith(so_far) and text.startswith(seen)
+        so_far = seen
+    assert stopping.text(ids) == "ab END é EN" and so_far == "ab END é EN"
+    assert stopping.text(list(b"ab EN")) == "ab EN" and stopping.text(list(b"ab EN"), ended=False) == "ab "
+
+
+@pytest.mark.parametrize(
+    ("prompts", "given", "says"),
+    [
+        ([[]], {}, "prompt 0 is empty, allowed: one token or more"),
+        ([[1], [1] * 32], {}, "prompt 1 has 32 tokens and max_tokens is 3, .* shorten the prompt"),
+        ([[1] * 30], {}, "prompt 0 has 30 tokens and max_tokens is 3, allowed: 32 together.* reduce max_tokens to 2"),
+        ([[1, 64]], {}, "prompt 0 has ids 1 to 64, allowed: 0 to 63"),
+        ([[1]], {"seeds": [1, 2]}, "2 seeds are given, allowed: one for each of the 1 prompts"),
+    ],
+)
+def test_bad_prompts_are_refused(prompts, given, says):
+    with pytest.raises(ValueError, match=says):
+        stream(model_of(), prompts, Stopping(3), **given)
+
+
+def test_a_model_in_training_is_refused():
+    with pytest.raises(ValueError, match=r"in training mode, allowed: evaluation mode; call model\.eval\(\)"):
+        stream(model_of().train(), PROMPTS, Stopping(3))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Sampling(temperature=-0.1), "temperature is -0.1, allowed: 0"),
+        (lambda: Sampling(temperature=float("nan")), "temperature is nan"),
+        (lambda: Sampling(top_k=0), "top_k is 0, allowed: 1 or more"),
+        (lambda: Sampling(top_p=0.0), "top_p is 0, allowed: above 0, at most 1"),
+        (lambda: Sampling(top_p=1.1), "top_p is 1.1, allowed"),
+        (lambda: Sampling(repetition_penalty=0.0), "repetition_penalty is 0, allowed"),
+        (lambda: Stopping(0), "max_tokens is 0, allowed: 1 or more"),
+        (lambda: Stopping(1, strings=("",), decode=str), "a stop string is empty"),
+        (lambda: Stopping(1, strings=("a",)), "stop strings are given without `decode`"),
+    ],
+)
+def test_bad_settings_are_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+def test_a_draw_never_takes_a_token_that_was_removed():
+    logits_BV = torch.full((64, 8), -torch.inf)
+    logits_BV[:, [2, 5]] = 0.0
+    generators = [torch.Generator().manual_seed(i) for i in range(64)]
+    drawn: Tensor = choose(logits_BV, Sampling(1.0, None), torch.zeros(64, 8, dtype=torch.bool), generators)
+    assert set(drawn.tolist()) == {2, 5} and 16 < (drawn == 2).sum() < 48

@@ -1,0 +1,234 @@
+"""Offloaded experts give the bits of resident ones, within their slots, whatever is fetched, guessed or late."""
+
+from __future__ import annotations
+
+import copy
+import time
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from scmoe.offload import migration
+from scmoe.offload.cache import Cache, FileReader
+from scmoe.offload.migration import WAYS, offload_experts
+from scmoe.offload.store import Store, expert_layers, write_store
+from scmoe.training.build.offloaded import load_offloaded, store_experts
+from tests.support.architectures import EVERY_BLOCK, TABLES
+from tests.support.exports import export
+from tests.support.models import tiny, tiny_batch
+from tests.support.offloading import DROPLESS, Late, stored
+
+pytestmark = pytest.mark.inference
+IDS, _ = tiny_batch(tiny())
+BATCHES = (IDS, IDS[:1, :1], IDS[:, :3])  # prefill with more active experts than slots, and single tokens
+CASES = {**TABLES, **EVERY_BLOCK, "noisy": "position=pos2 noisy=true", "swiglu": "position=pos1 model.family=llama"}
+
+
+def logits(model):
+    with torch.inference_mode():
+        return [model(ids).logits_BSV for ids in BATCHES]
+
+
+def equal(ours, theirs):
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("words", CASES.values(), ids=CASES)
+def test_every_way_gives_the_bits_of_resident_experts(words, tmp_path):
+    model, path = stored(words, tmp_path)
+    expected = logits(model)
+    for way in WAYS:
+        for slots in (None, 6):
+            offloaded = copy.deepcopy(model)
+            with offload_experts(offloaded, path, way=way, slots=slots):
+                assert equal(logits(offloaded), expected), (way, slots)
+                assert not expert_layers_left(offloaded)
+
+
+def expert_layers_left(model):
+    return [name for name, _ in model.named_parameters() if "experts.w_" in name]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_any_dtype_and_autocast_give_the_same_bits(dtype, tmp_path):
+    model, path = stored("position=pos2 top_k=2", tmp_path, dtype)
+    offloaded = copy.deepcopy(model)
+    with offload_experts(offloaded, path), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float64):
+        assert equal(logits(offloaded), logits(model))
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_a_wrong_guess_is_never_used_and_a_right_one_is_a_hit(right, tmp_path, monkeypatch):
+    model, path = stored("architecture=top_k top_k=2", tmp_path)
+    expected, one = logits(model), IDS[:1, :1]
+    with torch.inference_mode():
+        needed = [set(stats.counts_E.nonzero().flatten().tolist()) for stats in model(one).stats]
+    layers = list(expert_layers(model))
+
+    def guess(layer, router, rows):
+        own = needed[layers.index(layer)]
+        return [(layer, e) for e in range(6) if (e in own) == right][:2]
+
+    monkeypatch.setattr(migration, "guess", guess)
+    with offload_experts(model, path, way="speculative") as cache:
+        with torch.inference_mode():
+            model(one)
+        assert cache.hit_rate == (4 / 6 if right else 0.0)  # nothing is guessed for the first of three layers
+        assert equal(logits(model), expected)
+
+
+@settings(max_examples=60)
+@given(
+    slots=st.integers(1, 5),
+    ahead=st.integers(1, 5),
+    calls=st.lists(
+        st.tuples(st.booleans(), st.lists(st.integers(0, 17), min_size=1, max_size=6, unique=True)), max_size=25
+    ),
+)
+def test_the_cache_never_exceeds_its_slots_and_returns_the_right_expert(store, slots, ahead, calls):
+    """Fetches are as late as possible, so an expert that is not waited for, or whose slot is given away, is wrong."""
+    keys = list(store.places)
+    cache = Cache(store, Late(store), slots, min(ahead, slots), torch.device("cpu"))
+    places = sorted(slot.data_ptr() for slot in cache.free)
+    for is_guess, numbers in calls:
+        wanted = [keys[i] for i in numbers]
+        missing, started = [key for key in wanted[: cache.ahead] if key not in cache.held], len(cache.source.queue)
+        if is_guess:
+            cache.prefetch(wanted)
+        else:
+            assert all(map(torch.equal, cache.weights(wanted), EXPECTED[wanted[0]]))
+        assert cache.held.keys() >= set(wanted[: cache.ahead])
+        assert [key for key, _ in cache.source.queue[started:]] == missing
+        used = [*cache.free, *(held.slot for held in cache.held.values())]
+        assert sorted(slot.data_ptr() for slot in used) == places
+
+
+EXPECTED: dict = {}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    model, path = stored("position=pos2", tmp_path_factory.mktemp("store"))
+    for layer, experts in expert_layers(model).items():
+        for e in experts.expert_ids:
+            EXPECTED[layer, e] = experts.w_in_eDF[e].detach(), experts.w_out_eFD[e].detach()
+    store = Store(path, model)
+    yield store
+    store.close()
+
+
+def test_the_least_recently_used_expert_goes(store):
+    a, b, c, *_ = store.places
+    cache = Cache(store, Late(store), 2, 2, torch.device("cpu"))
+    for keys in ([a], [b], [a], [c]):
+        cache.weights(keys)
+    assert set(cache.held) == {a, c}
+
+
+@pytest.mark.parametrize("way", ["blocking", "determinate"])
+def test_fetching_begins_at_the_gate_and_only_blocking_waits_there(way, tmp_path, monkeypatch):
+    """The backbone's first operator after the tap looks at what is held."""
+    model, path = stored("position=pos2 top_k=2", tmp_path)
+    seen = []
+    with offload_experts(model, path, way=way) as cache:
+        cache.source = Late(cache.store)
+        model.blocks[0].sublayers[1].register_forward_hook(
+            lambda *_: seen.append((set(cache.held), [slot is None for _, slot in cache.source.queue]))
+        )
+        with torch.inference_mode():
+            counts = model(IDS[:1, :1]).stats[0].counts_E
+    needed = {(key, e) for key in list(expert_layers_of(cache))[:1] for e in counts.nonzero().flatten().tolist()}
+    ((held, arrived),) = seen
+    if way == "determinate":
+        assert held == needed and arrived == [False, False]
+    else:
+        assert held < needed and arrived == [True]
+
+
+def expert_layers_of(cache):
+    return dict.fromkeys(layer for layer, _ in cache.store.places)
+
+
+def test_a_rate_bounds_the_reader(store):
+    key = next(iter(store.places))
+    rate = store.num_bytes(key) / 1e6 / 0.05  # MB/s: 50 ms an expert
+    reader, slot = FileReader(store, rate), torch.empty(store.num_bytes(key), dtype=torch.uint8)
+    begin = time.perf_counter()
+    reader.start(key, slot).wait()
+    assert time.perf_counter() - begin >= 0.05
+    reader.close()
+
+
+def test_a_store_is_a_safetensors_file_of_the_experts(tmp_path):
+    model, path = stored("architecture=top_k", tmp_path, torch.bfloat16)
+    with safe_open(path, framework="pt") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert len(found) == 3 * 6 * 2
+    for layer, experts in expert_layers(model).items():
+        for e in experts.expert_ids:
+            assert torch.equal(found[f"{layer}.{e}.w_in_DF"], experts.w_in_eDF[e])
+            assert torch.equal(found[f"{layer}.{e}.w_out_FD"], experts.w_out_eFD[e])
+
+
+def test_a_model_is_built_without_its_experts_in_memory(tmp_path, monkeypatch):
+    """Not more than two layers' experts are alive at once while the store is written, and none is read afterwards."""
+    config = tiny("model.layers=8", DROPLESS, "moe.position=pos2")
+    whole = export(config, tmp_path / "model.safetensors").float().eval()
+    source, path = tmp_path / "model.safetensors", tmp_path / "store.safetensors"
+    alive, most, names = [0], [0], set()
+    from scmoe.training.build import offloaded as build
+
+    reader = build.reader
+
+    def counted(source, model):
+        read = reader(source, model)
+
+        def read_and_count(name):
+            tensor = read(name)
+            if ".experts." in name:
+                names.add(name)
+                alive[0] += tensor.nbytes
+                most[0] = max(most[0], alive[0])
+                weakref.finalize(tensor, lambda size: alive.__setitem__(0, alive[0] - size), tensor.nbytes)
+            return tensor
+
+        return read_and_count
+
+    monkeypatch.setattr(build, "reader", counted)
+    store_experts(config, source, path)
+    layer = 2 * sum(p.nbytes for p in expert_layers(whole)["blocks.0.moe.experts"].parameters())  # in float64
+    assert len(names) == 8 and 0 < most[0] <= 2 * layer
+    names.clear()
+    model, cache = load_offloaded(config, source, path)
+    with cache:
+        assert not names and not [name for name, p in model.named_parameters() if p.is_meta]
+        assert model.head.weight is model.tokens.weight
+        assert equal(logits(model), logits(whole))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_on_a_gpu_every_way_gives_the_same_bits(tmp_path):
+    """Resident experts there are computed by grouped products, which round otherwise."""
+    model, path = stored("position=pos2 top_k=2", tmp_path)
+    model, found = model.to("cuda"), []
+    ids = IDS.to("cuda")
+    with torch.inference_mode():
+        expected = model(ids).logits_BSV
+        for way in WAYS:
+            offloaded = copy.deepcopy(model)
+            with offload_experts(offloaded, path, way=way):
+                found.append(offloaded(ids).logits_BSV)
+    assert all(torch.equal(y, found[0]) for y in found)
+    torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-3)  # products in TF32 at most
+
+
+def test_a_store_written_again_is_the_same_file(tmp_path):
+    model, path = stored("position=pos1", tmp_path)
+    before = path.read_bytes()
+    write_store(path, model)
+    assert path.read_bytes() == before and sorted(file.name for file in tmp_path.iterdir()) == [path.name]
