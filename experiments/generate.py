@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     options.add_argument("--prompt", help="text to continue (default: the start of a document)")
     options.add_argument("--prompts", type=Path, help='JSON lines: {"prompt": "..."} or {"prompt": "...", "seed": 7}')
     options.add_argument("--out", type=Path, help="where the texts of --prompts go, as JSON lines")
-    options.add_argument("--max-tokens", type=int, default=100, help="new tokens of a text at most (default: 100)")
+    options.add_argument("--max-tokens", type=int, help="new tokens of a text at most (default: 100, or what fits)")
     options.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
     options.add_argument("--top-k", type=int, default=50, help="choose among so many; 0: all (default: 50)")
     options.add_argument("--top-p", type=float, default=1.0, help="choose among this probability (default: 1)")
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         options.error("--prompts and --out go together")
     if given.prompts is not None and given.prompt is not None:
         options.error("--prompt and --prompts exclude each other")
-    from scmoe.studies.generation import generate_texts
+    from scmoe.studies.generation import generate_texts, speed_lines
 
     request = request_of(given)
     how = (lambda text: print(), say) if given.out is None else (to_file(given.out),)
@@ -47,9 +47,7 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     if speed is not None:
-        rates = f"{speed['tokens_per_s']:.0f} tokens/s, first token after {speed['first_token_ms']:.0f} ms"
-        print(f"{speed['tokens']} tokens, {rates}, dropless, from {speed['weights']}", file=sys.stderr)
-        print(*(f"{shape} ran {how}" for shape, how in speed["ran"].items()), sep="\n", file=sys.stderr)
+        print(*speed_lines(speed), sep="\n", file=sys.stderr)
     if speed is not None and given.out is not None:
         print(json.dumps(speed), flush=True)
     return 0

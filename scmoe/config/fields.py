@@ -163,6 +163,19 @@ class StrategyConfig:
 
 
 @dataclass(frozen=True)
+class OffloadConfig:
+    way: Literal["resident", "blocking", "determinate", "speculative"] = option(
+        "resident", "where experts are while text is generated: on the device, or fetched from a file; docs/offload.md"
+    )
+    slots: int | None = option(
+        None, "experts on the device, of all layers together; null: twice what a token needs of one", "1 to 2^31 - 1"
+    )
+    rate_mb_s: float | None = option(
+        None, "bound on fetching, in 10^6 bytes a second, for experiments; null: none", "above 0, at most 1e6"
+    )
+
+
+@dataclass(frozen=True)
 class AnalysisConfig:
     gating_every: int | None = option(None, "optimizer steps between measurements of Fig. 9", "1 to 2^31 - 1")
     similarity_every: int | None = option(None, "optimizer steps between measurements of Fig. 10", "1 to 2^31 - 1")
@@ -193,6 +206,7 @@ class Config:
     optim: OptimConfig = OptimConfig()
     trainer: TrainerConfig = TrainerConfig()
     strategy: StrategyConfig = StrategyConfig()
+    offload: OffloadConfig = OffloadConfig()
     analysis: AnalysisConfig = AnalysisConfig()
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 

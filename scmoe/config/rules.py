@@ -41,7 +41,7 @@ Rule = tuple[object, str, str]
 def validate(config: Config, source: str = "config") -> None:
     """Raise ConfigError for the first value or combination that cannot run. source: where it is from."""
     values = flatten(config)
-    checks = (_ranges, _model, _moe, _schedule, _ranks, _data, _images, _analysis)
+    checks = (_ranges, _model, _moe, _schedule, _ranks, _offload, _data, _images, _analysis)
     for refused, key, allowed in chain.from_iterable(check(config) for check in checks):
         if refused:
             raise ConfigError(f"{source}: {key} is {show(values[key])}, allowed: {allowed}")
@@ -145,6 +145,22 @@ def _ranks(config: Config) -> Iterator[Rule]:
     yield world % ep_size, "strategy.ep_size", f"a divisor of trainer.devices x trainer.num_nodes, {world}"
     parts, batches = "trainer.devices x trainer.num_nodes x trainer.accumulate", world * trainer.accumulate
     yield config.data.global_batch_size % batches, "data.global_batch_size", f"a multiple of {parts}, {batches}"
+
+
+def _offload(config: Config) -> Iterator[Rule]:
+    offload, dense = config.offload, config.moe.architecture == "dense"
+    resident = offload.way == "resident"
+    yield dense and not resident, "offload.way", "resident, as moe.architecture=dense has no experts"
+    yield resident and offload.slots is not None, "offload.slots", "null, as offload.way=resident keeps all experts"
+    yield resident and offload.rate_mb_s is not None, "offload.rate_mb_s", "null, as offload.way=resident fetches none"
+    guessing = offload.way == "speculative"
+    least, why = config.moe.top_k * (1 + guessing), "a token's experts of a layer" + guessing * " and as many guesses"
+    few = not resident and offload.slots is not None and offload.slots < least
+    yield few, "offload.slots", f"null, or {least} or more: {why}"
+    other = config.trainer.precision != "32-true"
+    yield not resident and other, "offload.way", "resident, unless trainer.precision=32-true"
+    alone = config.trainer.devices * config.trainer.num_nodes == 1
+    yield not resident and not alone, "offload.way", "resident on several ranks, as each holds experts of its own"
 
 
 def _data(config: Config) -> Iterator[Rule]:

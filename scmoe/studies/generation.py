@@ -6,7 +6,7 @@ The results of a block come to rank 0 before the next block begins, in the order
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,27 @@ from scmoe.inference.prompts import Prompt
 from scmoe.inference.sampling import Sampling
 from scmoe.inference.stopping import Stopping
 from scmoe.parallel.lightning_seam import rank_without_trainer
+from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build.data import build_datamodule, prepare_data
-from scmoe.training.moe_module import MoEModule
+from scmoe.training.build.offloaded import offloaded
 from scmoe.training.run.directory import relative
 from scmoe.training.run.on_ranks import ending_together, find_weights, start_ranks
 from scmoe.training.run.resume import Which
 
+USUAL_TOKENS = 100
+
 
 @dataclass(frozen=True)
 class Request:
-    """What to write. prompts: one or more. stop_strings: each ends a text. batch_size: texts of a rank at a time.
+    """What to write.
 
-    piece: tokens of a prompt that one pass reads; None: all of them. plan: measure first how prefill and decode run
-    best between the ranks."""
+    prompts: one or more. max_tokens: None: USUAL_TOKENS, or what fits the context. stop_strings: each ends a text.
+    batch_size: texts of a rank at a time. piece: tokens of a prompt that one pass reads; None: all of them. plan:
+    measure first how prefill and decode run best between the ranks.
+    """
 
     prompts: Sequence[Prompt]
-    max_tokens: int
+    max_tokens: int | None
     sampling: Sampling
     stop_strings: tuple[str, ...] = ()
     which: Which = "last"
@@ -51,7 +56,9 @@ class Request:
             raise ValueError(f"batch_size is {self.batch_size}, allowed: 1 or more")
         if self.piece is not None and self.piece < 1:
             raise ValueError(f"prefill_tokens is {self.piece}, allowed: 1 or more")
-        Stopping(self.max_tokens, strings=self.stop_strings, decode=str)  # its checks, before anything is read
+        Stopping(
+            1 if self.max_tokens is None else self.max_tokens, strings=self.stop_strings, decode=str
+        )  # its checks, before anything is read
 
 
 def generate_texts(
@@ -74,12 +81,32 @@ def generate_texts(
     if rank_without_trainer() == 0:
         prepare_data(data)
         encoded(request, data.tokenizer, config)  # so that a prompt that is too long starts no rank
-    module, trainer = start_ranks(config, weights)
-    with ending_together(trainer), trainer.precision_plugin.val_step_context():
-        speed = write_all(module, encoded(request, data.tokenizer, config), request, data.tokenizer, write, show)
+    if config.offload.way == "resident":
+        module, trainer = start_ranks(config, weights)
+        prompts = encoded(request, data.tokenizer, config)
+        with ending_together(trainer), trainer.precision_plugin.val_step_context():
+            speed = write_all(module.model, module.parallel_context, prompts, request, data.tokenizer, write, show)
+    else:
+        prompts = encoded(request, data.tokenizer, config)
+        with offloaded(config, weights) as (model, cache):
+            slots = len(cache.free)  # none is in use yet
+            speed = write_all(model, ParallelContext(), prompts, request, data.tokenizer, write, show)
+        assert speed is not None
+        speed["offload"] = {**asdict(config.offload), "slots": slots, "hit_rate": cache.hit_rate}
     if speed is None:
         return None
     return {"run": str(relative(run)), "weights": weights.name, "dropless": True, **speed}
+
+
+def speed_lines(speed: dict[str, Any]) -> list[str]:
+    """Return what the console shows of a generation."""
+    rates = f"{speed['tokens_per_s']:.0f} tokens/s, first token after {speed['first_token_ms']:.0f} ms"
+    lines = [f"{speed['tokens']} tokens, {rates}, dropless, from {speed['weights']}"]
+    if "offload" in speed:
+        lines.append(
+            "experts {way}, slots {slots}, rate {rate_mb_s}, hit rate {hit_rate:.2f}".format(**speed["offload"])
+        )
+    return [*lines, *(f"{shape} ran {how}" for shape, how in speed["ran"].items())]
 
 
 def encoded(request: Request, tokenizer: Tokenizer, config: Config) -> list[list[int]]:
@@ -88,14 +115,15 @@ def encoded(request: Request, tokenizer: Tokenizer, config: Config) -> list[list
     for number, prompt in enumerate(request.prompts):
         found.append([tokenizer.end_of_text, *tokenizer.encode(prompt.text or "").tolist()])
         try:
-            check_length(len(found[-1]), request.max_tokens, config.data.seq_len, f"prompt {number + 1}")
+            check_length(len(found[-1]), request.max_tokens or 1, config.data.seq_len, f"prompt {number + 1}")
         except ValueError as error:
             raise ConfigError(str(error)) from error
     return found
 
 
 def write_all(
-    module: MoEModule,
+    model: Any,
+    context: ParallelContext,
     prompts: Sequence[Sequence[int]],
     request: Request,
     tokenizer: Tokenizer,
@@ -103,13 +131,14 @@ def write_all(
     show: Callable[[str], None] | None,
 ) -> dict[str, Any] | None:
     """Generate all texts, block by block. Return the speed on rank 0: tokens of all ranks by the time of generating."""
-    context, seeds = module.parallel_context, [prompt.seed for prompt in request.prompts]
-    stopping = Stopping(request.max_tokens, frozenset({tokenizer.end_of_text}), request.stop_strings, tokenizer.decode)
-    passes, what_ran = passes_of(module, prompts, request)
+    seeds = [prompt.seed for prompt in request.prompts]
+    most = request.max_tokens or min(USUAL_TOKENS, model.max_seq_len - max(map(len, prompts)))
+    stopping = Stopping(most, frozenset({tokenizer.end_of_text}), request.stop_strings, tokenizer.decode)
+    passes, what_ran = passes_of(model, context, prompts, request)
     tokens, seconds, first_s = 0, 0.0, None
     for start in range(0, len(prompts), block := request.batch_size * context.world_size):
         own = slice(start + context.rank, start + block, context.world_size)
-        given = module.model, prompts[own], stopping, request.sampling, seeds[own], passes
+        given = model, prompts[own], stopping, request.sampling, seeds[own], passes
         begun = time.perf_counter()
         steps = stream(*given)
         first = next(steps)
@@ -133,16 +162,17 @@ def write_all(
     return {"texts": len(prompts), "tokens": tokens, "seconds": seconds, **rates, "ran": what_ran}
 
 
-def passes_of(module: MoEModule, prompts: Sequence[Sequence[int]], request: Request) -> tuple[Passes, dict[str, str]]:
+def passes_of(
+    model: Any, context: ParallelContext, prompts: Sequence[Sequence[int]], request: Request
+) -> tuple[Passes, dict[str, str]]:
     """Return how passes run, and what that is in words, by shape. With request.plan every rank measures first."""
-    context = module.parallel_context
     passes = Passes(context.true_on_all_ranks, request.piece)
-    blocks = moe_blocks(module.model)
+    blocks = moe_blocks(model)
     if not request.plan:
         as_set = sorted({f"{b.schedule.name}, slot {b.schedule.slot} x {b.schedule.chunks}" for b in blocks})
         return passes, dict.fromkeys(("prefill", "decode"), "as configured: " + (", ".join(as_set) or "dense"))
     longest = min(max(map(len, prompts)), request.piece or len(max(prompts, key=len)))
-    planned = plan_passes(module.model, request.batch_size, longest, None)
+    planned = plan_passes(model, request.batch_size, longest, None)
     return replace(passes, begin=planned), {shape: str(plan) for shape, plan in planned.plans.items()}
 
 

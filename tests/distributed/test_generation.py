@@ -84,6 +84,33 @@ def test_one_text_is_shown_on_rank_0_as_it_comes(run_dir, tmp_path):
         assert "tokens/s" in done.err and "dropless" in done.err and "step=3.ckpt" in done.err
 
 
+def test_offloaded_experts_write_the_same_texts(run_dir, tmp_path):
+    """From a checkpoint, and from an export: the store is written once and then taken as it is."""
+
+    def texts(weights: Path, *words: str) -> tuple[list[str], dict[str, Any]]:
+        out = tmp_path / "texts.jsonl"
+        done = here(str(weights), "--prompts", str(prompts_of(run_dir)), "--out", str(out), "--max-tokens", "6", *words)
+        assert done.code == 0, done.err
+        return [json.loads(line)["text"] for line in out.read_text().splitlines()], json.loads(
+            done.out.splitlines()[-1]
+        )
+
+    expected, speed = texts(run_dir)
+    assert "offload" not in speed
+    stored = []
+    for way in ("blocking", "determinate", "speculative"):
+        found, speed = texts(run_dir, f"offload.way={way}", "offload.slots=2")
+        assert found == expected and speed["offload"]["way"] == way and 0 < speed["offload"]["hit_rate"] < 1
+        stored.append((run_dir / "offload/step=3.ckpt.experts.safetensors").stat().st_mtime_ns)
+    assert len(set(stored)) == 1
+    assert texts(run_dir / "export/model.safetensors", "offload.way=determinate")[0] == expected
+    store = run_dir / "offload/step=3.ckpt.experts.safetensors"
+    store.write_bytes(store.read_bytes()[:-1])
+    cut = here(str(run_dir), "offload.way=blocking")
+    assert cut.code == 2 and "it is cut" in cut.err and len(cut.err.splitlines()) == 1
+    store.unlink()
+
+
 def here(*words: str) -> Done:
     """Runs the command in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
@@ -103,6 +130,9 @@ def here(*words: str) -> Done:
         (["--prompts", "/none.jsonl", "--out", "/none.out"], "the prompts /none.jsonl cannot be read"),
         (["--prefill-tokens", "0"], "prefill_tokens is 0, allowed: 1 or more"),
         (["--plan"], "--plan is given, allowed: with experts on several ranks"),
+        (["offload.slots=2"], "offload.slots is 2, allowed: null, as offload.way=resident"),
+        (["offload.way=blocking", "trainer.devices=2"], "allowed: resident on several ranks"),
+        (["offload.way=speculative", "offload.slots=1"], "offload.slots is 1, allowed: null, or 2 or more"),
         (["moe.top_k=2"], "moe.top_k is 2, allowed: 1"),
     ],
 )

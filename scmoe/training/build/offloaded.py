@@ -4,17 +4,23 @@ The network is built on the meta device. `store_experts` copies the experts from
 `load_offloaded` reads the other weights alone. Language models only: vision models have tensors that are no weights.
 """
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
-from scmoe.config.fields import Config
+from scmoe.config.fields import Config, ConfigError
 from scmoe.offload.cache import Cache
 from scmoe.offload.migration import offload_experts
 from scmoe.offload.store import Read, expert_layers, write_store
 from scmoe.parallel.checkpoint.export import exported_by_name
 from scmoe.parallel.checkpoint.loading import weights_by_name
 from scmoe.training.build.model import build_model_on_meta
+from scmoe.training.run.directory import relative
 
 
 def store_experts(config: Config, source: Path, path: Path) -> None:
@@ -25,11 +31,36 @@ def store_experts(config: Config, source: Path, path: Path) -> None:
     write_store(path, model, reader(source, model))
 
 
+@contextmanager
+def offloaded(config: Config, source: Path) -> Iterator[tuple[Any, Cache]]:
+    """Give the model of a checkpoint or an export as config.offload says, and its cache, which is closed at the end.
+
+    The store is offload/<name of the source>.safetensors beside the checkpoints, or beside the export. It is written
+    where it is missing. Raises ConfigError for what cannot be honoured, and for a store that cannot be used.
+    """
+    folder = (source.parents[1] if source.is_dir() else source.parent) / "offload"
+    path, offload = folder / f"{source.name}.experts.safetensors", config.offload
+    on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    try:
+        if not path.exists():
+            folder.mkdir(exist_ok=True)
+            print(f"experts are written to {relative(path)}", file=sys.stderr, flush=True)
+            store_experts(config, source, path)
+        how: dict[str, Any] = {"way": offload.way, "slots": offload.slots, "rate_mb_s": offload.rate_mb_s}
+        model, cache = load_offloaded(config, source, path, device=device, **how)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"offload: {error}") from error
+    with cache, torch.inference_mode():
+        yield model, cache
+
+
 def load_offloaded(
     config: Config,
     source: Path,
     path: Path,
     *,
+    device: torch.device | None = None,
     way: str = "determinate",
     slots: int | None = None,
     rate_mb_s: float | None = None,
@@ -39,7 +70,7 @@ def load_offloaded(
     model = build_model_on_meta(config).eval()
     read, of_experts = reader(source, model), tuple(f"{layer}." for layer in expert_layers(model))
     own = {p: name for name, p in model.named_parameters() if not name.startswith(of_experts)}
-    filled = {p: nn.Parameter(read(name).to(p.dtype), requires_grad=False) for p, name in own.items()}
+    filled = {p: nn.Parameter(read(name).to(device, p.dtype), requires_grad=False) for p, name in own.items()}
     tied = model.named_parameters(remove_duplicate=False)  # a tied weight is filled under each of its names
     model.load_state_dict({name: filled[p] for name, p in tied if p in filled}, strict=False, assign=True)
     return model, offload_experts(model, path, way=way, slots=slots, rate_mb_s=rate_mb_s)

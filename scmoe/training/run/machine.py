@@ -36,6 +36,7 @@ def check_machine(config: Config, rank: int) -> None:
     rank: rank 0 checks for all what can change while other ranks start.
     """
     wandb_mode(config)
+    check_resident(config)
     check_devices(config)
     if rank == 0:
         _refuse(config, _folders, _size)
@@ -51,6 +52,13 @@ def _refuse(config: Config, *checks: Callable[[Config], Iterator[Rule]]) -> None
     for refused, key, allowed in chain.from_iterable(check(config) for check in checks):
         if refused:
             raise ConfigError(f"{key} is {show(values[key])}, allowed: {allowed}")
+
+
+def check_resident(config: Config) -> None:
+    """Raise ConfigError for experts that are not on the device, where nothing would fetch them."""
+    if config.offload.way != "resident":
+        only = "resident; only `generate` offloads experts"
+        raise ConfigError(f"offload.way is {show(config.offload.way)}, allowed here: {only}")
 
 
 def _devices(config: Config) -> Iterator[Rule]:

@@ -15,7 +15,7 @@ from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import build_trainer
 from scmoe.training.init_from.settings import check_settings, settings
 from scmoe.training.moe_module import MoEModule
-from scmoe.training.run.machine import check_devices
+from scmoe.training.run.machine import check_devices, check_resident
 from scmoe.training.run.resume import Which, config_of, find_checkpoint, refuse_other_model
 from scmoe.training.run.train import hush_lightning
 
@@ -64,6 +64,7 @@ def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:
     Each rank builds and reads only its experts. The module is on its device, in evaluation mode. ValueError: the file
     is broken, or holds another model.
     """
+    check_resident(config)
     hush_lightning()
     module = build_module(replace(config, init_from=None))
     trainer = build_trainer(config, [], [])

@@ -19,7 +19,7 @@ from scmoe.parallel.checkpoint.loading import read_meta
 Which = Literal["last", "best"]
 # Everything else makes another model or another experiment.
 MAY_CHANGE = (
-    *("trainer.", "strategy.", "schedule.", "analysis.", "logger."),
+    *("trainer.", "strategy.", "schedule.", "offload.", "analysis.", "logger."),
     *("data.path", "data.workers", "data.cache_dir"),  # the data module checks that the content is the same
 )
 
