@@ -115,7 +115,7 @@ def find_rate(variants: dict[str, nn.Module], caches: dict[str, Cache], cost: fl
     """Returns the rate at which blocking makes a block longer by `cost` of its time. More than the fetch counts: the
     thread's start, and what the fetch drives out of the processor's caches."""
     two, fetch_s = {name: variants[name] for name in (RESIDENT, "blocking")}, 0.0
-    few = replace(setting, rounds=min(5, setting.rounds))
+    few = replace(setting, rounds=min(9, setting.rounds))
     for _ in range(1 + TRIALS):
         times = rounds(two, caches, min(setting.tokens), few)
         if not times.kept:

@@ -27,19 +27,19 @@ class Late:
     """A source that copies an expert only when that one, or one that was started later, is waited for."""
 
     def __init__(self, store: Store) -> None:
-        self.store, self.queue, self.closed = store, list[tuple[Key, Tensor]](), False
+        self.store, self.queue = store, list[tuple[Key, Tensor | None]]()  # None: it has arrived
 
     def start(self, key: Key, slot: Tensor) -> LateFetch:
         self.queue.append((key, slot))
         return LateFetch(self, len(self.queue))
 
     def close(self) -> None:
-        self.closed = True
+        """Nothing is in flight: fetches run where they are waited for."""
 
 
 class LateFetch:
     def __init__(self, source: Late, number: int) -> None:
-        self.source, self.number, self.done = source, number, False
+        self.source, self.number = source, number
 
     def wait(self) -> None:
         queue = self.source.queue
@@ -50,7 +50,7 @@ class LateFetch:
 
 
 class Failing(FileReader):
-    """A reader whose nth read fails, as that of a broken disk."""
+    """A reader whose third read fails, as that of a broken disk."""
 
     fails_at = 3
 
