@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train resume generate evaluate export sweep reproduce table table3 runs compare list check-data params estimate bench bench-overlap bench-growth timeline gpu-check figures figure1 figure8 figure9 figure10 fig13 test test-fast test-dist test-faults mutate lint format typecheck ci clean
+.PHONY: help setup train resume generate evaluate export sweep reproduce table table3 runs compare list check-data params estimate bench bench-overlap bench-inference bench-growth timeline gpu-check figures figure1 figure8 figure9 figure10 fig13 test test-fast test-dist test-faults mutate lint format typecheck ci clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [CONFIG=$(CONFIG)] [RUN=runs/...] [ARGS=\"optim.lr=1e-3 ...\"]"; echo
@@ -83,6 +83,9 @@ bench: $(READY)  ## time of the MoE layer over that of its dense products
 bench-overlap: $(READY)  ## how much each architecture hides; SHARES="0.52 0.35" of communication, LEVELS="block iteration"
 	@for level in $(or $(LEVELS),block); do for share in $(or $(SHARES),0.52 0.35 0.15); do \
 	  $(PY) -m experiments.bench overlap --level $$level --share $$share $(ARGS) || exit; done; done
+
+bench-inference: $(READY)  ## prefill and decode of each architecture, at SHARES="0.52 0.15" of communication
+	@for share in $(or $(SHARES),0.52 0.15); do $(PY) -m experiments.bench inference --share $$share $(ARGS) || exit; done
 
 bench-growth: $(READY)  ## measure the same while tokens, ranks or experts grow
 	@$(PY) -m experiments.bench growth $(ARGS)

@@ -15,6 +15,14 @@ WIDTHS: dict[str, float] = {"dim": 512, "ffn_dim": 2048, "tokens": 1024}
 SIZES = {**WIDTHS, "heads": 8, "seq_len": 256, "num_experts": 8, "attention_ms": 45.0, "attention_to_mlp": 3.0}
 LAYER = {**WIDTHS, "tokens": 2048, "experts": 8, "top_k": 2, "rounds": 15, "threads": 1}
 GENERATION = {"batch": 4, "prompt": 32, "tokens": 256, "rounds": 3, "threads": 1}
+INFERENCE: dict[str, Any] = {
+    "share": 0.52,
+    "ranks": 2,
+    "prompt": 512,
+    "batch": 8,
+    "rounds": 9,
+    "out": Path("runs/bench"),
+}
 HERE = {"layer": "layer.bench_layer", "guard": "guard_cost.guard_cost", "generation": "generation.bench_generation"}
 OUT: dict[str, Any] = {"type": Path, "help": "folder of what is written (default: %(default)s)"}
 
@@ -33,11 +41,14 @@ def options_of(arguments: list[str]) -> dict[str, Any]:
     def add(name: str, help: str) -> Any:
         return verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.").add_argument
 
-    layer, generation = "time of the MoE layer over that of its dense products", "generation with a cache and without"
-    for name, help, defaults in ("generation", generation, GENERATION), ("layer", layer, LAYER):
+    for name, help, defaults in (
+        ("generation", "generation with a cache and without", GENERATION),
+        ("inference", "prefill and decode between ranks, sequential, overlapped and as planned", INFERENCE),
+        ("layer", "time of the MoE layer over that of its dense products", LAYER),
+    ):
         option = add(name, help)
-        for size, default in defaults.items():
-            option(f"--{size.replace('_', '-')}", type=int, metavar="N", default=default, help="(default: %(default)s)")
+        for key, default in defaults.items():
+            option(f"--{key.replace('_', '-')}", type=type(default), default=default, help="(default: %(default)s)")
     option("--capacity", type=float, help="capacity factor (default: dropless)")
     option = add("overlap", "how much of the All-to-All every architecture and schedule hides")
     option("--share", type=float, help="communication share of sequential top-2, forward (default: 0.52)")
@@ -76,17 +87,18 @@ def measure(what: str, given: dict[str, Any], again: list[str]) -> dict[str, Any
     if what in HERE:
         module, function = HERE[what].split(".")
         return getattr(import_module(f"scmoe.testbed.{module}"), function)(**given) | given
+    from scmoe.testbed import generation, growth, inference_report, links, overlap_report, timeline
+
     if what == "overlap":
-        from scmoe.testbed.overlap_report import bench_overlap
-
-        return bench_overlap({name: value for name, value in given.items() if value is not None}, again)
-    from scmoe.testbed import growth, links, timeline
-
+        return overlap_report.bench_overlap({name: value for name, value in given.items() if value is not None}, again)
     if what == "timeline" and (run_dir := given.pop("run")) is not None:
         return timeline.draw_plan(run_dir)
     if not links.inside() and (missing := links.why_not()):
         raise ConfigError(f"links cannot be shaped here: {missing}")
     links.enter(again)
+    if what == "inference":
+        report = inference_report.bench_inference(**given)
+        return report | {"cached_over_uncached": generation.bench_generation(**GENERATION)["cached_over_uncached"]}
     return growth.bench_growth(**given) if what == "growth" else timeline.bench_timeline(**given)
 
 

@@ -6,7 +6,6 @@ transfers.
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -17,7 +16,6 @@ from rich.table import Column, Table
 from scmoe.charts import FORWARD, PAPER, SMALL, TRAINING, chart, title
 from scmoe.config.fields import ConfigError
 from scmoe.parallel.inference_planner import InferencePlan
-from scmoe.testbed import links
 from scmoe.testbed.inference import BLOCKS, CHUNKS, SHAPES, measure
 from scmoe.testbed.overlap_report import name_of
 from scmoe.testbed.pairs import Setting, default_schedule
@@ -27,18 +25,13 @@ OVERLAPPED = tuple(f"overlapped x {chunks}" for chunks in CHUNKS)
 WAYS = ("sequential", *OVERLAPPED)
 
 
-def bench_inference(
-    share: float, prompt: int, batch: int, rounds: int, ranks: int, out: Path, again: Sequence[str]
-) -> dict[str, Any]:
+def bench_inference(share: float, prompt: int, batch: int, rounds: int, ranks: int, out: Path) -> dict[str, Any]:
     """Measure, print a table, and write chart and figures into the folder `out`. Returns the report.
 
     share: of communication in a sequential top-2 prefill of `prompt` tokens a rank. batch: texts that a rank decodes.
-    again: the arguments of a Python interpreter that repeat this program, which continues in a network namespace.
+    The program must be in a network namespace (links.enter). ConfigError: an option that cannot be honoured.
     """
-    check(share, prompt, batch, ranks)
-    if not links.inside() and (missing := links.why_not()):
-        raise ConfigError(f"links cannot be shaped here: {missing}")
-    links.enter(again)
+    check(share, prompt, batch, ranks, rounds)
     setting = Setting(share, compute="real", rounds=rounds, tokens=prompt, seq_len=prompt)
     result = run_ranks(measure, ranks, setting, batch, timeout_s=3600, own_links=True)[0]
     report = summary(setting, batch, ranks, result)
@@ -50,11 +43,13 @@ def bench_inference(
     return report
 
 
-def check(share: float, prompt: int, batch: int, ranks: int) -> None:
+def check(share: float, prompt: int, batch: int, ranks: int, rounds: int) -> None:
     """Raise ConfigError for what cannot be measured."""
     experts = Setting.num_experts
     if not 0 < share < 1:
         raise ConfigError(f"--share is {share:g}, allowed: above 0 and below 1")
+    if rounds < 2:
+        raise ConfigError(f"--rounds is {rounds}, allowed: 2 or more, of which quartiles are taken")
     if ranks < 2 or experts % ranks:
         raise ConfigError(f"--ranks is {ranks}, allowed: divisors of the {experts} experts from 2 on")
     for option, tokens in (("prompt", prompt), ("batch", batch)):
