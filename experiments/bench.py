@@ -15,16 +15,11 @@ WIDTHS: dict[str, float] = {"dim": 512, "ffn_dim": 2048, "tokens": 1024}
 SIZES = {**WIDTHS, "heads": 8, "seq_len": 256, "num_experts": 8, "attention_ms": 45.0, "attention_to_mlp": 3.0}
 LAYER = {**WIDTHS, "tokens": 2048, "experts": 8, "top_k": 2, "rounds": 15, "threads": 1}
 GENERATION = {"batch": 4, "prompt": 32, "tokens": 256, "rounds": 3, "threads": 1}
-INFERENCE: dict[str, Any] = {
-    "share": 0.52,
-    "ranks": 2,
-    "prompt": 512,
-    "batch": 8,
-    "rounds": 9,
-    "out": Path("runs/bench"),
-}
+OUT: dict[str, Any] = {"out": Path("runs/bench")}
+LINKS: dict[str, Any] = {"share": 0.52, "ranks": 2}
+INFERENCE = {**LINKS, "prompt": 512, "batch": 8, "rounds": 9, **OUT}
+TIMELINE = {**LINKS, "out": Path("runs/timeline")}
 HERE = {"layer": "layer.bench_layer", "guard": "guard_cost.guard_cost", "generation": "generation.bench_generation"}
-OUT: dict[str, Any] = {"type": Path, "help": "folder of what is written (default: %(default)s)"}
 
 
 def at_least_two(text: str) -> int:
@@ -38,19 +33,17 @@ def options_of(arguments: list[str]) -> dict[str, Any]:
     options = parser("bench", __doc__)
     verbs = options.add_subparsers(dest="what", required=True)
 
-    def add(name: str, help: str) -> Any:
-        return verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.").add_argument
-
-    for name, help, defaults in (
-        ("generation", "generation with a cache and without", GENERATION),
-        ("inference", "prefill and decode between ranks, sequential, overlapped and as planned", INFERENCE),
-        ("layer", "time of the MoE layer over that of its dense products", LAYER),
-    ):
-        option = add(name, help)
+    def add(name: str, help: str, defaults: dict[str, Any]) -> Any:
+        option = verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.").add_argument
         for key, default in defaults.items():
             option(f"--{key.replace('_', '-')}", type=type(default), default=default, help="(default: %(default)s)")
+        return option
+
+    add("generation", "generation with a cache and without", GENERATION)
+    add("inference", "prefill and decode between ranks, sequential, overlapped and as planned", INFERENCE)
+    option = add("layer", "time of the MoE layer over that of its dense products", LAYER)
     option("--capacity", type=float, help="capacity factor (default: dropless)")
-    option = add("overlap", "how much of the All-to-All every architecture and schedule hides")
+    option = add("overlap", "how much of the All-to-All every architecture and schedule hides", OUT)
     option("--share", type=float, help="communication share of sequential top-2, forward (default: 0.52)")
     option("--link-mbit", type=float, help="rate of the links; by default it is searched for the share")
     option("--ranks", type=int, help="(default: 2; on cuda 1)")
@@ -61,20 +54,15 @@ def options_of(arguments: list[str]) -> dict[str, Any]:
     for name, default in SIZES.items():
         option(f"--{name.replace('_', '-')}", type=type(default), metavar="N", help=f"(default: {default:g})")
     option("--rows", nargs="+", help="rows to measure (default: all)")
-    option("--out", **OUT, default=Path("runs/bench"))
-    option = add("growth", "how the time of a pair of blocks, and what overlap saves of it, grow")
+    option = add("growth", "how the time of a pair of blocks, and what overlap saves of it, grow", OUT)
     option("--of", nargs="+", choices=["tokens", "ranks", "experts"], default=["tokens", "ranks", "experts"])
     option("--points", nargs="+", type=int, help="its values, with one --of")
     option("--rounds", type=at_least_two, default=5)
-    option("--out", **OUT, default=Path("runs/bench"))
-    option = add("guard", "cost of the guard against NaN and Inf, as a share of a step")
+    option = add("guard", "cost of the guard against NaN and Inf, as a share of a step", {})
     option("overrides", metavar="key=value", nargs="*", help="of a small model's config")
-    option = add("timeline", "one pair's operators, measured and planned (Fig. 7), and Chrome traces")
-    option("--share", type=float, default=0.52, help="communication share of sequential top-2, forward")
+    option = add("timeline", "one pair's operators, measured and planned (Fig. 7), and Chrome traces", TIMELINE)
     option("--compute", choices=["real", "emulated"], default="emulated")
     option("--position", choices=["pos1", "pos2", "pos3"], default="pos2")
-    option("--ranks", type=int, default=2)
-    option("--out", **OUT, default=Path("runs/timeline"))
     option("--run", type=Path, help="draw the plan of this run with schedule=auto instead; nothing is measured")
     given = vars(options.parse_args(arguments))
     if len(given.get("of", ())) > 1 and given["points"]:
