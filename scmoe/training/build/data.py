@@ -31,6 +31,7 @@ def build_datamodule(config: Config) -> PositionedDataModule:
         num_batches=trainer.max_steps * trainer.accumulate,
         workers=data.workers,
         seed=config.seed,
+        overfit=trainer.overfit_batches,
     )
     if data.name == "synthetic":
         return SyntheticDataModule(data.vocab_size, seq_len=data.seq_len, val_sequences=data.val_sequences, **position)
