@@ -90,8 +90,7 @@ def draw_load(counts_LE: list[list[int]], path: Path) -> None:
             for layer, row in enumerate(share_LE):
                 for expert, share in enumerate(row):
                     axis.text(expert, layer, f"{share:.1f}", ha="center", va="center", fontsize=8)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.yaxis.get_major_locator().set_params(integer=True)
-        axis.set(xlabel="expert", ylabel="MoE layer")
+        ticks = {f"{name}ticks": range(0, n, -(-n // CELLS)) for name, n in (("x", num_experts), ("y", num_layers))}
+        axis.set(xlabel="expert", ylabel="MoE layer", **ticks)
         title(axis, "Load: copies over the fair share, last logged steps")
         figure.colorbar(image, ax=axis, extend="max")
