@@ -2,6 +2,8 @@
 
 `import scmoe` makes Lightning know `Trainer(strategy="expert_parallel")` and read our checkpoint directories, before or
 after Lightning is imported. It imports neither Lightning nor torch.
+
+`scmoe.load(path)` returns a trained model: of a run, of an exported file, or of a folder of Hugging Face's form.
 """
 
 import sys
@@ -11,6 +13,13 @@ from types import ModuleType
 from typing import Any
 
 from scmoe.parallel.known_to_lightning import teach_lightning
+
+
+def load(path: Any, which: Any = "last") -> Any:
+    """Return the whole model in eval mode; see scmoe/training/hf/load.py."""
+    from scmoe.training.hf.load import load_trained
+
+    return load_trained(path, which)
 
 
 class AfterLightning(MetaPathFinder):

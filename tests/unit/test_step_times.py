@@ -1,4 +1,4 @@
-"""The times of a step, its FLOP/s and its share of the peak mean what their names say, and nothing waits for a device."""
+"""The times of a step, its FLOP/s and MFU mean what their names say, and nothing waits for a device."""
 
 from __future__ import annotations
 
