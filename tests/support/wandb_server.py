@@ -124,7 +124,7 @@ class WandbServer:
         run = self.runs.setdefault(name, Run(name))
         run.project, run.group = v.get("project") or run.project, v.get("groupName") or run.group
         run.tags, run.sweep = v.get("tags") or run.tags, v.get("sweep") or run.sweep
-        run.sent |= {key: v[key] for key in ("entity", "jobType", "notes", "displayName") if v.get(key)}
+        run.sent = {key: v[key] for key in ("entity", "jobType", "notes", "displayName") if v.get(key)} | run.sent
         config = json.loads(v.get("config") or "{}")
         run.config |= {key: entry["value"] for key, entry in config.items() if key != "_wandb"}
         return {"upsertBucket": {"bucket": _bucket(run), "inserted": inserted}}

@@ -80,7 +80,7 @@ def test_a_text_that_cannot_be_appended_leaves_the_file_as_it_was(tmp_path, monk
         patch.setattr(Path, "open", Full)
         writing.try_to_append(path, "two\n")
     assert path.read_text() == "one\n"
-    assert "is not written: No space left" in capsys.readouterr().err
+    assert "gets no more rows: No space left" in capsys.readouterr().err
 
 
 def test_the_picture_is_drawn_for_few_and_many_experts(tmp_path):

@@ -36,7 +36,7 @@ def try_to_append(path: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             path.unlink(missing_ok=True) if size is None else os.truncate(path, size)
-        warn_once(f"{path} is not written: {error.strerror or error}")
+        warn_once(f"{path} gets no more rows: {error.strerror or error}")
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
