@@ -18,8 +18,11 @@ class Memory(Callback):
     """Logs memory/host_gib, and memory/device_gib on GPUs: the peak since the start, of the rank that has held most.
 
     host: resident pages of the process, those of its libraries included. device: what torch has allocated; NCCL's own
-    buffers are not in it.
+    buffers are not in it. `most` has both at the end of the training; it is empty if there was none.
     """
+
+    def __init__(self) -> None:
+        self.most: dict[str, float] = {}
 
     def peaks(self, pl_module: LightningModule) -> dict[str, Tensor]:
         """Return both in GiB, on the device: nothing waits for it. Every rank must call it."""
@@ -37,3 +40,7 @@ class Memory(Callback):
     ) -> None:
         if logs_now(trainer, batch_idx):
             pl_module.log_dict({f"memory/{name}": value for name, value in self.peaks(pl_module).items()})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the values now: after the training the module is on the CPU, and NCCL sums nothing there."""
+        self.most = {name: gib.item() for name, gib in self.peaks(pl_module).items()}

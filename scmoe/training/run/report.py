@@ -82,8 +82,9 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
     if rate:
         mfu = f", MFU {summary['mfu']:.1%}" if "mfu" in summary else ""
         rows["model FLOP/s"] = f"{tflops:.3g} TFLOP/s on each device{mfu}"
-    device = f"; {summary['peak_device_gib']:.2f} GiB of a GPU" if "peak_device_gib" in summary else ""
-    rows["peak memory"] = f"{summary['peak_host_gib']:.2f} GiB of the host{device}, the rank with most"
+    if "peak_host_gib" in summary:
+        device = f"; {summary['peak_device_gib']:.2f} GiB of a GPU" if "peak_device_gib" in summary else ""
+        rows["peak memory"] = f"{summary['peak_host_gib']:.2f} GiB of the host{device}, the rank with most"
     if summary["load_max_ratio"] is not None:
         rows["expert load"] = f"busiest expert {summary['load_max_ratio']:.2f} x the mean, in the worst layer"
         rows["dropped"] = f"{summary['drop_share']:.2%} of routed tokens"

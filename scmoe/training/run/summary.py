@@ -35,7 +35,7 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
     total, active = report.total_and_active(report.count_parameters(module.model))
     callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
     throughput = next(c for c in callbacks if isinstance(c, Throughput))
-    memory = next(c for c in callbacks if isinstance(c, Memory)).peaks(module)
+    memory = next(c for c in callbacks if isinstance(c, Memory)).most
     rate = throughput.mean
     if isinstance(data, SequenceDataModule):
         unigram, tokens, of_images = data.unigram_bits_per_byte(), 1, {}
@@ -51,7 +51,7 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
         "unigram_bits_per_byte": unigram,
         "tokens_per_s": rate and rate * tokens,
         **throughput.utilisation(rate),
-        **{f"peak_{name}": gib.item() for name, gib in memory.items()},
+        **{f"peak_{name}": gib for name, gib in memory.items()},
         "steps": steps,
         "params_total": total,
         "params_active": active,

@@ -77,7 +77,8 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
     resolved: Literal["online", "offline"] = "offline" if offline else "online"
     record = run_dir / "wandb_run.json"
     if record.exists():
-        run_id = json.loads(record.read_text())["id"]
+        kept = json.loads(record.read_text())
+        run_id, project = kept["id"], logger.project or kept["project"]  # the variables may have changed since
     else:
         run_id = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]  # a sweep's agent sets the id of its trial
         write_json(record, {"id": run_id, "project": project, "mode": resolved})
