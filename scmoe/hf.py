@@ -78,8 +78,11 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
             loss = F.cross_entropy(wide, targets, ignore_index=IGNORE)
         return CausalLMOutput(loss=loss, logits=logits_BSV)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **given: Any) -> dict[str, Any]:
-        return {"input_ids": input_ids, "attention_mask": given.get("attention_mask")}
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return what forward reads of the whole text so far: there is no cache."""
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 AutoConfig.register(OURS, ScMoEConfig)

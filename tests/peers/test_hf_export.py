@@ -121,7 +121,8 @@ def test_the_tokenizer_gives_the_same_ids(words, tmp_path):
 def test_the_registered_class_generates_trains_and_refuses_padding_on_the_left(tmp_path):
     exported("moe.architecture=scmoe", tmp_path, tokenizer=make_tokenizer("bpe", 300, [TEXT]))
     model, start = theirs(tmp_path / "hf"), ids()[:, :4]
-    written = model.generate(start, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    given = {"input_ids": start, "attention_mask": torch.ones_like(start)}  # as a tokenizer returns them
+    written = model.generate(**given, max_new_tokens=5, do_sample=False, eos_token_id=None)
     expected = start
     with torch.inference_mode():
         for _ in range(5):
