@@ -1,7 +1,7 @@
 # Everything a person types. `make` alone lists it.
 PYTHON ?= python3
 CONFIG ?= configs/quickstart.yaml
-# ARGS, RUN, PROMPT, TASKS, DATA and PIP_ARGS are empty unless given.
+# ARGS, RUN, PROMPT, STEP, FORMAT, TASKS, DATA and PIP_ARGS are empty unless given.
 
 VENV  := .venv
 PY    := $(VENV)/bin/python
@@ -34,8 +34,8 @@ $(READY): pyproject.toml
 train: $(READY)  ## train CONFIG, with ARGS as overrides
 	@$(PY) -m experiments.train $(CONFIG) $(ARGS)
 
-resume: $(READY)  ## resume RUN (the newest)
-	@$(PY) -m experiments.train --resume $(or $(RUN),runs/latest) $(ARGS)
+resume: $(READY)  ## resume RUN (the newest), or from STEP of it
+	@$(PY) -m experiments.train --resume $(or $(RUN),runs/latest) $(if $(STEP),step=$(STEP)) $(ARGS)
 
 generate: $(READY)  ## continue PROMPT="a text" with the model of RUN (default: the newest)
 	@$(PY) -m experiments.generate $(or $(RUN),runs/latest) $(if $(PROMPT),--prompt '$(subst ','\'',$(PROMPT))') $(ARGS)
@@ -43,8 +43,8 @@ generate: $(READY)  ## continue PROMPT="a text" with the model of RUN (default: 
 evaluate: $(READY)  ## score RUN (the newest): test split, perplexity, TASKS=piqa,... of the folder DATA
 	@$(PY) -m experiments.evaluate $(or $(RUN),runs/latest) $(if $(TASKS),--tasks $(TASKS)) $(if $(DATA),--data $(DATA)) $(ARGS)
 
-export: $(READY)  ## write the weights of RUN (default: the newest) as one safetensors file
-	@$(PY) -m experiments.export $(or $(RUN),runs/latest) $(ARGS)
+export: $(READY)  ## write the model of RUN (the newest): one safetensors file, or with FORMAT=hf a Hugging Face folder
+	@$(PY) -m experiments.export $(or $(RUN),runs/latest) $(if $(FORMAT),--format $(FORMAT)) $(ARGS)
 
 reproduce: $(READY)  ## all tables of the paper at SCALE (smoke, small or paper), in turn; can be stopped and continued
 	@$(PY) -m experiments.reproduce --scale $(or $(SCALE),smoke) $(ARGS)

@@ -150,7 +150,7 @@ class ImageDataModule(PositionedDataModule):
         label_smoothing: float = 0.0,
         val_images: int | None = None,
         skip: bool = False,
-        **position: int,
+        **position: Any,
     ) -> None:
         super().__init__(**position)
         if num_classes != splits.num_classes:

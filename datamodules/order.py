@@ -35,6 +35,17 @@ class SampleOrder:
 
 
 @dataclass(frozen=True)
+class Repeated:
+    """Repeats the samples of the first `period` positions. period: a multiple of the micro-batch."""
+
+    order: Callable[[np.ndarray], np.ndarray]
+    period: int
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        return self.order(positions % self.period)
+
+
+@dataclass(frozen=True)
 class Batches:
     """A batch sampler that yields this rank's share of every micro-batch from position `start()` on.
 

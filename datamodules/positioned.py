@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.order import Batches
+from datamodules.order import Batches, Repeated
 from datamodules.watched import Watched
 
 IGNORE = -100  # the label that cross_entropy leaves out
@@ -23,12 +23,19 @@ class PositionedDataModule(LightningDataModule):
 
     global_batch_size: samples of one optimizer step, of all ranks and `accumulate` micro-batches together.
     num_batches: micro-batches of the whole training, max_steps x accumulate.
+    overfit: train on the first so many micro-batches of the order again and again; None: on all samples.
     `consumed_samples` is the position in the order of samples. `skipped` says, in a line for each, why files are left
     out.
     """
 
     def __init__(
-        self, global_batch_size: int = 32, accumulate: int = 1, num_batches: int = 200, workers: int = 0, seed: int = 1
+        self,
+        global_batch_size: int = 32,
+        accumulate: int = 1,
+        num_batches: int = 200,
+        workers: int = 0,
+        seed: int = 1,
+        overfit: int | None = None,
     ) -> None:
         super().__init__()
         if global_batch_size < 1 or accumulate < 1 or global_batch_size % accumulate:
@@ -37,7 +44,7 @@ class PositionedDataModule(LightningDataModule):
             )
         self.global_batch_size, self.accumulate = global_batch_size, accumulate
         self.micro_batch, self.num_batches = global_batch_size // accumulate, num_batches
-        self.workers, self.seed = workers, seed
+        self.workers, self.seed, self.overfit = workers, seed, overfit
         self.consumed_samples = 0
         self.watching: list[Watched] = []
         self.skipped: tuple[str, ...] = ()
@@ -70,6 +77,8 @@ class PositionedDataModule(LightningDataModule):
         self, dataset: Dataset, order: Callable[..., Any], collate: Callable[..., Any] | None = None
     ) -> DataLoader:
         """Return the loader of the training from the current position on. order: positions to items of `dataset`."""
+        if self.overfit is not None:
+            order = Repeated(order, self.overfit * self.micro_batch)
         return self._loader(dataset, order, self.num_batches, lambda: self.consumed_samples, collate)
 
     def eval_loader(self, dataset: Sized) -> DataLoader:

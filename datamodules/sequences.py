@@ -84,7 +84,7 @@ class EvalWindows(Dataset):
 class SequenceDataModule(PositionedDataModule):
     """Makes loaders over the `TokenSplits` that a subclass opens as `splits`. A sample is a sequence."""
 
-    def __init__(self, *, seq_len: int = 256, val_sequences: int | None = None, **position: int) -> None:
+    def __init__(self, *, seq_len: int = 256, val_sequences: int | None = None, **position: Any) -> None:
         super().__init__(**position)
         if seq_len < 1 or (val_sequences is not None and val_sequences < 1):
             raise ValueError(f"data.seq_len is {seq_len}, data.val_sequences {val_sequences}; allowed: 1 or more")

@@ -30,13 +30,13 @@ TRAIN_CHARS = 200_000_000  # with more text BPE's counts hardly change, but its 
 class Tokenizer:
     """A lossless tokenizer with a special token that ends a text; encoding a text never gives this token.
 
-    `vocab_size` is one more than the largest id; `end_of_text` is the special token's id.
+    `vocab_size` is one more than the largest id; `end_of_text` is the special token's id, `end_token` its text.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, origin: str) -> None:
         self.origin = origin
-        end = next((i for i in map(inner.token_to_id, ENDS) if i is not None), None)
-        if end is None:
+        ends = {token: i for token in ENDS if (i := inner.token_to_id(token)) is not None}
+        if not ends:
             raise ValueError(f"data.tokenizer {origin} has none of the tokens {', '.join(ENDS)}; add a special token")
         self._bytes: list[int] | None = None  # ids of BYTES, in a vocabulary of LLaMA's kind
         if getattr(inner.model, "byte_fallback", False):
@@ -48,7 +48,7 @@ class Tokenizer:
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
-        self.end_of_text: int = end
+        self.end_token, self.end_of_text = next(iter(ends.items()))
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod

@@ -12,8 +12,8 @@ from experiments import called, command
 from scmoe.config.fields import Config, ConfigError
 
 
-def read(arguments: list[str]) -> tuple[Config, list[str], Path | None]:
-    """Return the config, its overrides, and the directory of the run to resume (None: a new run)."""
+def read(arguments: list[str]) -> tuple[Config, list[str], Path | None, int | None]:
+    """Return the config, its overrides, and the run to resume (None: a new run) with the step (None: the newest)."""
     from scmoe.config.load import load
 
     if arguments and arguments[0] == "--resume":
@@ -22,12 +22,13 @@ def read(arguments: list[str]) -> tuple[Config, list[str], Path | None]:
         run_dir = Path(arguments[1]).resolve()
         if not any(run_dir.glob("checkpoints/*")):
             raise ConfigError(f"--resume is {arguments[1]!r}, allowed: a run that has a checkpoint")
-        from scmoe.training.run.resume import resumed_config
+        from scmoe.training.run.resume import resumed_config, step_of
 
-        return resumed_config(run_dir, arguments[2:]), arguments[2:], run_dir
+        step, overrides = step_of(arguments[2:])
+        return resumed_config(run_dir, overrides, step), overrides, run_dir, step
     if not arguments or "=" in arguments[0]:
         raise ConfigError(f"no config given: {called('train')} CONFIG [key=value ...], see --help")
-    return load(arguments[0], arguments[1:]), arguments[1:], None
+    return load(arguments[0], arguments[1:]), arguments[1:], None, None
 
 
 @command
@@ -36,13 +37,13 @@ def main(arguments: list[str]) -> None:
         from scmoe.config.help import help_text
 
         name = called("train")
-        usage = f"usage: {name} CONFIG [key=value ...]\n       {name} --resume RUN_DIR [key=value ...]\n"
+        usage = f"usage: {name} CONFIG [key=value ...]\n       {name} --resume RUN_DIR [step=N] [key=value ...]\n"
         print(f"{usage}\n{__doc__}\n{help_text()}")
         return
-    config, overrides, run_dir = read(arguments)
+    request = read(arguments)
     from scmoe.training.run.train import train
 
-    summary = train(config, overrides, run_dir)
+    summary = train(*request)
     if summary is not None:
         print(json.dumps(summary), flush=True)
 

@@ -2,6 +2,8 @@
 
 `import scmoe` makes Lightning know `Trainer(strategy="expert_parallel")` and read our checkpoint directories, before or
 after Lightning is imported. It imports neither Lightning nor torch; `scmoe.generate` and its like do when first used.
+
+`scmoe.load(path)` returns a trained model: of a run, of an exported file, or of a folder of Hugging Face's form.
 """
 
 import sys
@@ -20,6 +22,13 @@ PLACES = {
     "Sampling": "sampling",
     "Stopping": "stopping",
 }
+
+
+def load(path: Any, which: Any = "last") -> Any:
+    """Return the whole model in eval mode; see scmoe/training/hf/load.py."""
+    from scmoe.training.hf.load import load_trained
+
+    return load_trained(path, which)
 
 
 class AfterLightning(MetaPathFinder):

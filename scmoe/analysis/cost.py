@@ -57,8 +57,11 @@ def rows_sent(moe: MoEStream, copies: int) -> float:
     return copies * moe.buffer if moe.buffer else rows_computed(moe, copies)
 
 
-def forward_flops(model: Any, seq_len: int) -> dict[str, float]:
-    """FLOPs of one sample's forward pass by kind of module. seq_len: tokens of a text; not read for pictures."""
+def forward_flops(model: Any, seq_len: int, empty_slots: bool = True) -> dict[str, float]:
+    """FLOPs of one sample's forward pass by kind of module. seq_len: tokens of a text; not read for pictures.
+
+    empty_slots: count what experts compute in empty slots. Without it these are the model FLOPs, of which MFU is a
+    share: one product for each routed copy, a dropped copy included."""
     rows, flops = model.rows_per_sample(seq_len), defaultdict[str, float](float)
     kind_of = {model.head: "head"}
     for name, module in model.named_modules():
@@ -76,7 +79,7 @@ def forward_flops(model: Any, seq_len: int) -> dict[str, float]:
             flops[kind] += rows[module] * 4 * module.context(seq_len) * module.dim
     for moe, copies in moe_uses(model):
         size = sum(p[0].numel() for p in moe.experts.parameters())
-        flops["experts"] += rows[moe] * 2 * size * rows_computed(moe, copies)
+        flops["experts"] += rows[moe] * 2 * size * (rows_computed(moe, copies) if empty_slots else copies)
         gate = sum(p.numel() for p in moe.router.parameters())
         flops["gate"] += rows[moe] * 2 * gate * copies / moe.router.top_k
     return dict(flops)

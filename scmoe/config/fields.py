@@ -4,7 +4,7 @@
 the command line, `help.py` prints it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -147,6 +147,32 @@ class TrainerConfig:
         "a run does not start if an optimizer step is estimated to take more seconds; see docs/faults.md",
         "above 0, at most 1e6",
     )
+    early_stopping: int | None = option(
+        None, "end after so many validations in a row without a new best one; null: never", "1 to 2^31 - 1"
+    )
+    save_top_k: int = option(1, "checkpoints of the best validations that are kept", "0 to 2^31 - 1")
+    limit_train_batches: int | None = option(
+        None, "end after so many batches, with the learning rate of all max_steps; null: no limit", "1 to 2^31 - 1"
+    )
+    limit_val_batches: int | None = option(
+        None, "batches of a validation, of all ranks together; 0: no validation; null: all", "0 to 2^31 - 1"
+    )
+    overfit_batches: int | None = option(
+        None, "train on the first so many batches again and again; null: on all data", "1 to 2^31 - 1"
+    )
+    fast_dev_run: bool = option(False, "a trial: one step, one validation batch, no logger but metrics.csv")
+    profile_steps: str | None = option(
+        None, "steps A to B - 1, as A:B, are recorded by torch.profiler on every rank, into traces/"
+    )
+    peak_tflops: float | None = option(
+        None,
+        "TFLOP/s of one device at its best, for time/mfu; null: known GPUs in bf16, else no MFU",
+        "above 0, at most 1e6",
+    )
+    extra: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "further arguments of Lightning's Trainer, such as trainer.extra.max_time=00:01:00:00"},
+    )
     progress: bool = option(True, "show progress: a bar in a terminal, else a line per logged step")
 
 
@@ -177,6 +203,7 @@ class OffloadConfig:
 
 @dataclass(frozen=True)
 class AnalysisConfig:
+    expert_load: bool = option(True, "keep each expert's load of logged steps in a table; draw it as a heat map")
     gating_every: int | None = option(None, "optimizer steps between measurements of Fig. 9", "1 to 2^31 - 1")
     similarity_every: int | None = option(None, "optimizer steps between measurements of Fig. 10", "1 to 2^31 - 1")
 
@@ -186,9 +213,13 @@ class LoggerConfig:
     mode: Literal["auto", "online", "offline", "disabled"] = option(
         "auto", "Weights & Biases; auto: as WANDB_MODE says, else online where a key is found, offline elsewhere"
     )
-    project: str = option("scmoe", "W&B project")
-    group: str | None = option(None, "W&B group")
-    tags: list[str] = field(default_factory=list, metadata={"help": "W&B tags"})
+    tensorboard: bool = option(False, "log to TensorBoard too, into tensorboard/ of the run directory")
+    entity: str | None = option(None, "W&B user or team; null: as WANDB_ENTITY says, else the account's own")
+    project: str | None = option(None, "W&B project; null: as WANDB_PROJECT says, else scmoe")
+    group: str | None = option(None, "W&B group; null: as WANDB_RUN_GROUP says")
+    job_type: str | None = option(None, "W&B job type; null: as WANDB_JOB_TYPE says, else train")
+    notes: str | None = option(None, "W&B notes, a text about the run; null: as WANDB_NOTES says")
+    tags: list[str] = field(default_factory=list, metadata={"help": "W&B tags; []: as WANDB_TAGS says"})
 
 
 @dataclass(frozen=True)
@@ -204,7 +235,7 @@ class Config:
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
-    trainer: TrainerConfig = TrainerConfig()
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
     strategy: StrategyConfig = StrategyConfig()
     offload: OffloadConfig = OffloadConfig()
     analysis: AnalysisConfig = AnalysisConfig()
@@ -214,30 +245,6 @@ class Config:
 def flatten(config: Config) -> dict[str, Any]:
     """Return every value under its dotted key, as loggers take it."""
     return {leaf.key: leaf.value for leaf in leaves(config)}
-
-
-# A range's name is what messages and --help show. Counts end below 2^31, so that their products fit 64 bits.
-RANGES: dict[str, Callable[[float], bool]] = {
-    "above 0, at most 1": lambda x: 0 < x <= 1,
-    "above 0, at most 1e6": lambda x: 0 < x <= 1e6,
-    "0 or more, below 1": lambda x: 0 <= x < 1,
-    "1e-16 to 1": lambda x: 1e-16 <= x <= 1,
-    "0 to 1": lambda x: 0 <= x <= 1,
-    "0 to 64": lambda x: 0 <= x <= 64,
-    "0 to 1000": lambda x: 0 <= x <= 1000,
-    "0 to 2^31 - 1": lambda x: 0 <= x < 2**31,
-    "0 to 2^32 - 1": lambda x: 0 <= x < 2**32,  # what NumPy, and so Lightning, accepts as a seed
-    "1 to 1000": lambda x: 1 <= x <= 1000,
-    "1 to 64": lambda x: 1 <= x <= 64,
-    "1 to 1024": lambda x: 1 <= x <= 1024,
-    "1 to 2^14": lambda x: 1 <= x <= 2**14,
-    "1 to 2^16": lambda x: 1 <= x <= 2**16,
-    "1 to 2^17": lambda x: 1 <= x <= 2**17,
-    "1 to 2^24": lambda x: 1 <= x <= 2**24,
-    "1 to 2^31 - 1": lambda x: 1 <= x < 2**31,
-    "1 to 1e6": lambda x: 1 <= x <= 1e6,
-    "10 to 1e6": lambda x: 10 <= x <= 1e6,
-}
 
 
 class ConfigError(ValueError):
@@ -269,7 +276,7 @@ class Leaf(NamedTuple):
     @property
     def allowed(self) -> str:
         """Type and range in words, such as `int | null, above 0`."""
-        names = {bool: "true | false", type(None): "null", list[str]: "list[str]"}
+        names = {bool: "true | false", type(None): "null", list[str]: "list[str]", dict[str, Any]: "mapping"}
         others = [kind for kind in self.types if get_origin(kind) is not Literal]
         words = [*map(str, self.choices), *(names.get(kind, kind.__name__) for kind in others)]
         return " | ".join(words) + (f", {self.range}" if self.range else "")

@@ -6,7 +6,7 @@ from textwrap import wrap
 
 from scmoe.config.fields import Config, leaves, show
 
-WIDTHS = (26, 22, 11, 55)  # key, type, default, help; 120 characters with two spaces between
+WIDTHS = (27, 22, 11, 54)  # key, type, default, help; 120 characters with two spaces between
 CATALOGUE = {
     "Model families": "model.family",
     "Architectures": "moe.architecture",

@@ -25,6 +25,7 @@ from scmoe.config.rules import validate
 
 _LEAVES = {leaf.key: leaf for leaf in leaves(Config())}
 _SECTIONS = {key.rpartition(".")[0] for key in _LEAVES if "." in key}
+_MAPPINGS = tuple(f"{leaf.key}." for leaf in _LEAVES.values() if leaf.type == dict[str, Any])
 _NULL = ("", "~", "null", "None")
 
 
@@ -106,10 +107,18 @@ def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
             key, value = "schedule.auto", "true"
         if key in _SECTIONS:
             raise ConfigError(f"{source}: {key} is {show(value)}, allowed: a mapping of keys to values")
+        if key.startswith(_MAPPINGS):
+            OmegaConf.update(tree, key, _guessed(value, f"{source}: {key}"), force_add=True)
+            continue
         if key not in _LEAVES:
             raise ConfigError(f"{source}: unknown key {show(key)}, {_hint(key)}")
         leaf = _LEAVES[key]
         refusal = f"{source}: {key} is {show(value)}, allowed: {leaf.allowed}"
+        if f"{key}." in _MAPPINGS:
+            if value != {}:  # one with entries comes entry by entry
+                raise ConfigError(refusal)
+            OmegaConf.update(tree, key, {}, merge=False)
+            continue
         texts = value if isinstance(value, list) else [value]
         if not all(isinstance(text, str) for text in texts):
             raise ConfigError(refusal)
@@ -124,6 +133,22 @@ def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
             OmegaConf.update(tree, key, value, merge=False)
         except ValidationError as error:
             raise ConfigError(refusal) from error
+
+
+def _guessed(value: Any, what: str) -> Any:
+    """Return a value of a mapping whose entries have no type here: null, true or false, a number, else a text."""
+    if isinstance(value, list):
+        return [_guessed(each, what) for each in value]
+    if not isinstance(value, str) or "${" in value or value == "???":
+        raise ConfigError(f"{what} is {show(value)}, allowed: plain values and lists; no interpolation")
+    if value in _NULL or value.lower() in ("true", "false"):
+        return None if value in _NULL else value.lower() == "true"
+    for number in (int, float):
+        try:
+            return number(value)
+        except ValueError:
+            pass
+    return value
 
 
 def _pairs(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

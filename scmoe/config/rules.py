@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from scmoe.config.fields import RANGES, Config, ConfigError, flatten, leaves, show
+from scmoe.config.fields import Config, ConfigError, flatten, leaves, show
+from scmoe.config.ranges import RANGES
 from scmoe.schedule.schedule import Schedule
 
 # Architectures with a tap, and the architecture of their schedules.
@@ -32,7 +33,33 @@ ONLY_FOR_IMAGES = (
     *("data.image_size", "data.num_classes", "data.augment", "data.mixup", "data.cutmix", "data.label_smoothing"),
 )
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # file systems take 255 bytes
+STEPS = re.compile(r"(\d{1,10}):(\d{1,10})")  # of trainer.profile_steps
 INIT_FROM = re.compile(r"(hf|scmoe):.+")
+
+# Arguments of Lightning's Trainer that trainer.extra must not hold, and what decides them.
+OWN_ARGUMENTS = {
+    **{name: f"trainer.{name}" for name in ("accelerator", "devices", "num_nodes", "precision", "max_steps")},
+    **{name: f"trainer.{name}" for name in ("deterministic", "overfit_batches", "fast_dev_run")},
+    **{name: f"trainer.{name}" for name in ("limit_train_batches", "limit_val_batches")},
+    **dict.fromkeys(("max_epochs", "min_epochs", "check_val_every_n_epoch"), "trainer.max_steps and trainer.val_every"),
+    "val_check_interval": "trainer.val_every",
+    "log_every_n_steps": "trainer.log_every",
+    "accumulate_grad_batches": "trainer.accumulate",
+    "gradient_clip_val": "trainer.gradient_clip",
+    "gradient_clip_algorithm": "trainer.gradient_clip, which is a norm",
+    "profiler": "trainer.profile_steps",
+    "enable_checkpointing": "trainer.checkpoint_every and trainer.save_top_k",
+    "enable_progress_bar": "trainer.progress",
+    "default_root_dir": "runs_dir",
+    "strategy": "the section strategy",
+    "logger": "the section logger",
+    "callbacks": "the sections trainer and analysis",
+    **dict.fromkeys(("use_distributed_sampler", "reload_dataloaders_every_n_epochs"), "the data module"),
+    **dict.fromkeys(("plugins", "sync_batchnorm"), "the Strategy, which is ExpertParallelStrategy"),
+    "enable_model_summary": "the table of parameters that a run prints",
+    "num_sanity_val_steps": "the Strategy, which checks batches before the first one",
+    "barebones": "trainer.progress, logger.mode and trainer.save_top_k",
+}
 
 # Whether a value is refused, its key, and what is allowed instead.
 Rule = tuple[object, str, str]
@@ -41,7 +68,7 @@ Rule = tuple[object, str, str]
 def validate(config: Config, source: str = "config") -> None:
     """Raise ConfigError for the first value or combination that cannot run. source: where it is from."""
     values = flatten(config)
-    checks = (_ranges, _model, _moe, _schedule, _ranks, _offload, _data, _images, _analysis)
+    checks = (_ranges, _model, _moe, _schedule, _ranks, _offload, _data, _images, _analysis, _trainer)
     for refused, key, allowed in chain.from_iterable(check(config) for check in checks):
         if refused:
             raise ConfigError(f"{source}: {key} is {show(values[key])}, allowed: {allowed}")
@@ -52,6 +79,36 @@ def resolve_ep_size(config: Config) -> int:
     if config.strategy.ep_size is not None:
         return config.strategy.ep_size
     return 1 if config.moe.architecture == "dense" else math.gcd(config.moe.num_experts, config.trainer.devices)
+
+
+def last_step(config: Config) -> int:
+    """Return the number of optimizer steps after which a run ends."""
+    trainer = config.trainer
+    limit = trainer.limit_train_batches
+    return trainer.max_steps if limit is None else min(trainer.max_steps, limit // trainer.accumulate)
+
+
+def validates(config: Config) -> bool:
+    """Return whether a run validates at all."""
+    return config.trainer.limit_val_batches != 0
+
+
+def _trainer(config: Config) -> Iterator[Rule]:
+    trainer, last = config.trainer, last_step(config)
+    cut = (trainer.limit_train_batches or 0) % trainer.accumulate
+    yield cut, "trainer.limit_train_batches", f"null or a multiple of trainer.accumulate, {trainer.accumulate}"
+    if trainer.early_stopping is not None:
+        never = "null, as no validation takes place with"
+        off = not validates(config)
+        yield off, "trainer.early_stopping", f"{never} trainer.limit_val_batches=0"
+        late = trainer.val_every > last
+        yield late, "trainer.early_stopping", f"{never} trainer.val_every={trainer.val_every} in {last} steps"
+    if trainer.profile_steps is not None:
+        given = STEPS.fullmatch(trainer.profile_steps)
+        good = given is not None and int(given[1]) < int(given[2]) <= last
+        yield not good, "trainer.profile_steps", f"null or A:B with A < B <= {last}, the number of steps"
+    for name in sorted(trainer.extra.keys() & OWN_ARGUMENTS.keys()):
+        yield True, "trainer.extra", f"a mapping without {name}, which {OWN_ARGUMENTS[name]} decides"
 
 
 def _ranges(config: Config) -> Iterator[Rule]:

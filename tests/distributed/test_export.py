@@ -5,6 +5,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import scmoe
 from experiments import export
 from scmoe.config.load import load
 from scmoe.offload.migration import offload_experts
@@ -76,6 +77,24 @@ def test_the_folder_has_two_files_and_the_header_has_the_step(run_dir):
     assert sorted(f.name for f in (run_dir / "export").iterdir()) == ["config.yaml", "model.safetensors"]
     with safe_open(run_dir / "export/model.safetensors", framework="pt") as file:
         assert int(file.metadata()["step"]) == verify(newest_good(run_dir / "checkpoints"))
+
+
+def test_a_run_of_two_ranks_is_loaded_from_any_form(run_dir):
+    """`scmoe.load` takes the run, the file and the folder of Hugging Face's form; transformers is not needed."""
+    assert export.main([str(run_dir), "--format", "hf"]) == 0
+    expected = model(run_dir)
+    load_model(newest_good(run_dir / "checkpoints"), expected, prefix="model.")
+    ids = torch.randint(64, (1, 16))
+    outputs = []
+    for place in (run_dir, run_dir / "export/model.safetensors", run_dir / "export/hf"):
+        loaded = scmoe.load(place)
+        assert not loaded.training and loaded.blocks[0].moe.capacity_factor is None
+        for name, p in expected.named_parameters():
+            assert torch.equal(p, loaded.get_parameter(name)), name
+        outputs.append(loaded(ids).logits_BSV)
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    with pytest.raises(ValueError, match="holds no model, allowed: the directory of a run"):
+        scmoe.load(run_dir / "checkpoints")
 
 
 def test_another_model_is_refused_and_its_weights_are_named(run_dir):

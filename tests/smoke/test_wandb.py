@@ -53,8 +53,10 @@ def scenario(folder: Path) -> None:
     from lightning.pytorch import Callback
 
     from scmoe.config.load import load
+    from scmoe.training.callbacks.expert_load import draw_load
     from scmoe.training.run import train as run
     from scmoe.training.run import wandb_logger
+    from scmoe.training.run.loggers import build_loggers, close_loggers, log_results
 
     def training(server: WandbServer, name: str, *overrides: str, run_dir: Path | None = None) -> dict[str, Any]:
         said = io.StringIO()
@@ -86,6 +88,24 @@ def scenario(folder: Path) -> None:
         artifacts = [{**asdict(a), "files": sorted(a.files)} for a in server.artifacts]
         report = {"said": done.stderr, "code": done.returncode, "runs": runs, "artifacts": artifacts}
         (folder / "synced.json").write_text(json.dumps(report))
+
+    with wandb_server() as server, client(server):
+        described = {"WANDB_NOTES": "of the environment", "WANDB_TAGS": "c,d", "WANDB_JOB_TYPE": "probe"}
+        described |= {"WANDB_PROJECT": "elsewhere", "WANDB_RUN_GROUP": "many", "WANDB_NAME": "named"}
+        os.environ |= described
+        there = folder / "described"
+        draw_load([[1, 2], [2, 1]], there / "load.png")
+        for i, words in enumerate(([], ["logger.notes=given", "logger.project=here", "logger.entity=team"])):
+            run_dir = there / str(i)
+            run_dir.mkdir()
+            loggers = build_loggers(load(None, ["logger.mode=online", *words]), run_dir, None)
+            log_results(loggers, 7, ["a text", "another"], there / "load.png")
+            close_loggers(loggers)
+        runs = [asdict(run) for run in server.runs.values()]
+        artifacts = [{**asdict(a), "files": sorted(a.files)} for a in server.artifacts]
+        (folder / "described.json").write_text(json.dumps({"runs": runs, "artifacts": artifacts}))
+        for name in described:
+            del os.environ[name]
 
     with wandb_server() as server:
         training(server, "disabled", "logger.mode=disabled")
@@ -138,13 +158,31 @@ def test_a_run_arrives_complete(reports):
     report = reports["online"]
     (arrived,) = report["runs"]
     assert (arrived["project"], arrived["group"], arrived["tags"]) == ("wire", "together", ["a", "b"])
-    assert (arrived["config"]["optim.lr"], arrived["config"]["moe.architecture"]) == (1e-3, "scmoe")
+    assert (arrived["config"]["optim"]["lr"], arrived["config"]["moe"]["architecture"]) == (1e-3, "scmoe")
     assert column(arrived, "trainer/global_step") == [0, 1, 1, 2, 3, 3], "there are four steps and two validations"
     assert len(column(arrived, "train/loss")) == 4
     assert column(arrived, "val/loss")[-1] == pytest.approx(report["summary"]["val_loss"])
-    assert arrived["summary"]["val/loss"] == pytest.approx(report["summary"]["val_loss"])
+    assert arrived["summary"]["val/loss"] == {"min": pytest.approx(min(column(arrived, "val/loss")))}
+    assert arrived["summary"]["train/lr"] == column(arrived, "train/lr")[-1], "the last one"
     assert arrived["exit_code"] == 0
     assert not warnings(report)
+
+
+def test_fields_describe_a_run_and_variables_where_they_are_null(reports):
+    of_environment, given = reports["described"]["runs"]
+    assert (of_environment["project"], given["project"]) == ("elsewhere", "here")
+    assert of_environment["group"] == given["group"] == "many"
+    assert of_environment["tags"] == given["tags"] == ["c", "d"]
+    assert of_environment["sent"]["notes"] == "of the environment" and given["sent"]["notes"] == "given"
+    assert (of_environment["sent"]["jobType"], of_environment["sent"]["displayName"]) == ("probe", "named")
+    assert given["sent"]["entity"] == "team"
+
+
+def test_samples_arrive_as_a_table_and_the_load_as_a_picture(reports):
+    run, _ = reports["described"]["runs"]
+    assert run["summary"]["samples"]["_type"] == "table-file" and run["summary"]["samples"]["nrows"] == 2
+    assert run["summary"]["moe/expert_load"]["_type"] == "image-file"
+    assert {artifact["type"] for artifact in reports["described"]["artifacts"]} == {"run_table"}
 
 
 def test_the_best_checkpoint_arrives_as_a_model(reports):
@@ -163,8 +201,8 @@ def test_a_resumed_run_is_the_same_run(reports):
     (arrived,) = reports["resumed"]["runs"]
     assert arrived["name"] == reports["online"]["runs"][0]["name"]
     assert column(arrived, "trainer/global_step") == [0, 1, 1, 2, 3, 3, 4, 5, 5]
-    assert arrived["config"]["trainer.max_steps"] == 6
-    assert arrived["summary"]["val/loss"] == pytest.approx(reports["resumed"]["summary"]["val_loss"])
+    assert arrived["config"]["trainer"]["max_steps"] == 6
+    assert column(arrived, "val/loss")[-1] == pytest.approx(reports["resumed"]["summary"]["val_loss"])
     assert not warnings(reports["resumed"])
 
 
@@ -183,7 +221,8 @@ def test_an_offline_run_is_synced_completely(reports):
 
 
 def result(report: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in report["summary"].items() if key not in ("run_dir", "tokens_per_s")}
+    measured = ("run_dir", "tokens_per_s", "model_tflops", "peak_host_gib")
+    return {key: value for key, value in report["summary"].items() if key not in measured}
 
 
 @pytest.mark.parametrize("name", ["online", "offline", "trouble", "error from the start", "nothing from the start"])

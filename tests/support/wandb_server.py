@@ -32,6 +32,7 @@ class Run:
     group: str | None = None
     tags: list[str] = field(default_factory=list)
     sweep: str | None = None
+    sent: dict[str, Any] = field(default_factory=dict)  # entity, jobType, notes, displayName
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -123,6 +124,7 @@ class WandbServer:
         run = self.runs.setdefault(name, Run(name))
         run.project, run.group = v.get("project") or run.project, v.get("groupName") or run.group
         run.tags, run.sweep = v.get("tags") or run.tags, v.get("sweep") or run.sweep
+        run.sent = {key: v[key] for key in ("entity", "jobType", "notes", "displayName") if v.get(key)} | run.sent
         config = json.loads(v.get("config") or "{}")
         run.config |= {key: entry["value"] for key, entry in config.items() if key != "_wandb"}
         return {"upsertBucket": {"bucket": _bucket(run), "inserted": inserted}}

@@ -10,7 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = [
     *(["charts", "schedule", "tokens"], ["config"], ["moe"], ["blocks"], ["models"]),
-    *(["parallel", "offload", "analysis"], ["inference"], ["datamodules"], ["training"], ["testbed"], ["studies"]),
+    *(
+        ["parallel", "offload", "analysis"],
+        ["inference"],
+        ["datamodules"],
+        ["training"],
+        ["hf"],
+        ["testbed"],
+        ["studies"],
+    ),
     *(["experiments"], ["__init__"]),
 ]
 LAYER = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}

@@ -19,14 +19,22 @@ from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 def read_whole(path: Path, start: str = "") -> dict[str, Tensor]:
     """Return the tensors whose names begin with `start`, with the experts of all ranks, on the CPU of one process."""
-    reader = HuggingFaceStorageReader(str(path))
-    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    whole = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in stored.items()
-        if name.startswith(start)
+    return read_named(path, [name for name in tensors_of(path) if name.startswith(start)])
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """Return the names of all tensors of a checkpoint, with shapes and types, on the meta device: nothing is read."""
+    stored: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    return {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta") for name, entry in stored.items()
     }
-    _fill(whole, reader)
+
+
+def read_named(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return these tensors of a checkpoint, with the experts of all ranks, on the CPU of one process."""
+    there = tensors_of(path)
+    whole = {name: torch.empty_like(there[name], device="cpu") for name in names}
+    _fill(whole, HuggingFaceStorageReader(str(path)))
     return whole
 
 

@@ -25,14 +25,14 @@ def run_online(sweep: Sweep, say: Callable[[str], None]) -> tuple[str, int]:
     """
     import wandb
 
-    from scmoe.training.run.wandb_logger import wandb_mode
+    from scmoe.training.run.wandb_logger import wandb_mode, wandb_project
 
     if (mode := wandb_mode(sweep.base)) not in ("auto", "online"):
         allowed = "with a key: auto | online; or --local"
         raise ConfigError(f"logger.mode is {mode!r}, W&B would see no trial, allowed {allowed}")
-    project = sweep.raw.get("project", sweep.base.logger.project)
+    project = sweep.raw.get("project") or wandb_project(sweep.base)
     try:
-        entity = sweep.raw.get("entity") or wandb.Api().default_entity
+        entity = sweep.raw.get("entity") or sweep.base.logger.entity or wandb.Api().default_entity
         with redirect_stdout(sys.stderr):
             sweep_path = f"{entity}/{project}/{wandb.sweep(sweep.raw, entity, project)}"
     except (wandb.Error, OSError, ValueError) as error:  # ValueError: the answer is none that wandb can read

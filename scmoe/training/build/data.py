@@ -6,6 +6,7 @@ from typing import Any
 from datamodules.positioned import PositionedDataModule
 from datamodules.synthetic import SyntheticDataModule
 from datamodules.text import TextDataModule
+from datamodules.tokenizer import Tokenizer
 from scmoe.config.fields import Config, ConfigError
 from scmoe.config.rules import IMAGES
 
@@ -31,6 +32,7 @@ def build_datamodule(config: Config) -> PositionedDataModule:
         num_batches=trainer.max_steps * trainer.accumulate,
         workers=data.workers,
         seed=config.seed,
+        overfit=trainer.overfit_batches,
     )
     if data.name == "synthetic":
         return SyntheticDataModule(data.vocab_size, seq_len=data.seq_len, val_sequences=data.val_sequences, **position)
@@ -55,3 +57,12 @@ def build_datamodule(config: Config) -> PositionedDataModule:
         return TextDataModule(*files, seq_len=data.seq_len, val_sequences=data.val_sequences, **position)
     except (ValueError, ModuleNotFoundError) as error:
         raise ConfigError(str(error)) from error
+
+
+def tokenizer_of(config: Config) -> Tokenizer | None:
+    """Return the tokenizer of a text data set, prepared if it is not yet; None for other data. ConfigError: no data."""
+    data = build_datamodule(config)
+    if not isinstance(data, TextDataModule):
+        return None
+    prepare_data(data)
+    return data.tokenizer

@@ -28,7 +28,7 @@ from scmoe.training.moe_module import MoEModule
 
 def build_model(config: Config, context: ParallelContext) -> Any:
     """Return the network with this rank's experts and weights drawn from the seed."""
-    model = FAMILIES[config.model.family](config, context)
+    model = build_network(config, context)
     model.init_weights(config.seed)
     if config.trainer.recompute:
         recompute_activations(model)
@@ -56,7 +56,12 @@ def build_model_to_train(config: Config, context: ParallelContext) -> Any:
 def build_model_on_meta(config: Config) -> Any:
     """Return the whole network without memory for its weights, to count parameters."""
     with torch.device("meta"):
-        return FAMILIES[config.model.family](config, ParallelContext())
+        return build_network(config, ParallelContext())
+
+
+def build_network(config: Config, context: ParallelContext) -> Any:
+    """Return the network with weights that are not set yet."""
+    return FAMILIES[config.model.family](config, context)
 
 
 def build_decoder(decoder: Callable[..., Any], config: Config, context: ParallelContext) -> Any:

@@ -5,26 +5,32 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from scmoe.analysis.gating import GatingProbe, draw_gating, gating_means, gating_metrics
 from scmoe.analysis.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
-from scmoe.config.fields import Config
-from scmoe.config.rules import IMAGES, resolve_ep_size
+from scmoe.config.fields import Config, ConfigError, show
+from scmoe.config.rules import IMAGES, last_step, resolve_ep_size, validates
 from scmoe.parallel.lightning_seam import LastCheckpoint, StepProgressBar
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
 from scmoe.training.callbacks.analysis import Analysis
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.callbacks.expert_load import ExpertLoad
+from scmoe.training.callbacks.gradient_norms import GradientNorms
 from scmoe.training.callbacks.kept_config import KeptConfig
 from scmoe.training.callbacks.log_lines import LogLines
+from scmoe.training.callbacks.memory import Memory
+from scmoe.training.callbacks.profile import ProfileSteps
 from scmoe.training.callbacks.skipped_images import SkippedImages
+from scmoe.training.callbacks.step_times import StepTimes
 from scmoe.training.callbacks.throughput import Throughput
 
 
@@ -42,11 +48,22 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
     callbacks: list[Callback] = [
         DataPosition(),
         KeptConfig(config),
-        ExpertLoad(),
-        Throughput("images_per_s", micro_batch) if images else Throughput("tokens_per_s", micro_batch * data.seq_len),
+        ExpertLoad(analysis if config.analysis.expert_load else None),
+        Throughput(micro_batch, None if images else data.seq_len, trainer.peak_tflops),
+        StepTimes(),
+        GradientNorms(),
+        Memory(),
         LastCheckpoint(checkpoints, trainer.checkpoint_every),
-        ModelCheckpoint(checkpoints, "best-{step}", monitor=best, mode=mode, save_top_k=1),
     ]
+    if validates(config) and trainer.save_top_k:
+        name, kept = "best-{step}", trainer.save_top_k
+        callbacks.append(ModelCheckpoint(checkpoints, name, monitor=best, mode=mode, save_top_k=kept))
+    if trainer.early_stopping is not None:
+        callbacks.append(
+            EarlyStopping(best, patience=trainer.early_stopping, mode=mode, check_on_train_epoch_end=False)
+        )
+    if trainer.profile_steps is not None:
+        callbacks.append(ProfileSteps(trainer.profile_steps, run_dir))
     if config.moe.architecture not in ("dense", "dgmoe_share"):
         chunks, plan = config.schedule.chunks, run_dir / "plan.json" if run_dir else None
         callbacks.append(AdaptiveSchedule(config.schedule.auto, (1, 2, 4) if chunks is None else (chunks,), plan))
@@ -69,29 +86,38 @@ def cpu_threads(config: Config) -> int:
 
 
 def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> Trainer:
+    """ConfigError: Lightning's Trainer does not take trainer.extra."""
     trainer, strategy = config.trainer, config.strategy
     threads = cpu_threads(config)
     set_threads = LambdaCallback(setup=lambda *_, **__: torch.set_num_threads(threads))  # after Lightning's launcher
     saving = {"async_checkpoint": strategy.async_checkpoint, "full_checkpoint": strategy.full_checkpoint}
-    return Trainer(
-        accelerator=trainer.accelerator,
-        devices=trainer.devices,
-        num_nodes=trainer.num_nodes,
-        strategy=ExpertParallelStrategy(
+    arguments: dict[str, Any] = {
+        "accelerator": trainer.accelerator,
+        "devices": trainer.devices,
+        "num_nodes": trainer.num_nodes,
+        "strategy": ExpertParallelStrategy(
             resolve_ep_size(config), strategy.timeout_s, debug_collectives=strategy.debug_collectives, **saving
         ),
-        precision=trainer.precision,
-        max_steps=trainer.max_steps,
-        max_epochs=-1,
-        accumulate_grad_batches=trainer.accumulate,
-        val_check_interval=trainer.val_every * trainer.accumulate,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        log_every_n_steps=trainer.log_every,
-        deterministic=trainer.deterministic,
-        use_distributed_sampler=False,
-        enable_progress_bar=trainer.progress and sys.stdout.isatty(),
-        enable_model_summary=False,
-        callbacks=[*callbacks, set_threads],
-        logger=list(loggers),
-    )
+        "precision": trainer.precision,
+        "max_steps": last_step(config),
+        "max_epochs": -1,
+        "accumulate_grad_batches": trainer.accumulate,
+        "val_check_interval": trainer.val_every * trainer.accumulate,
+        "check_val_every_n_epoch": None,
+        "limit_val_batches": trainer.limit_val_batches,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": trainer.log_every,
+        "deterministic": trainer.deterministic,
+        "use_distributed_sampler": False,
+        "enable_progress_bar": trainer.progress and sys.stdout.isatty(),
+        "enable_model_summary": False,
+        "callbacks": [*callbacks, set_threads],
+        "logger": list(loggers),
+    }
+    try:
+        return Trainer(**arguments, **trainer.extra)
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        if not trainer.extra:
+            raise
+        allowed = "allowed: further arguments of Lightning's Trainer"
+        raise ConfigError(f"trainer.extra is {show(trainer.extra)}, {allowed}: {error}") from error

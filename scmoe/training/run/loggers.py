@@ -1,13 +1,15 @@
-"""The loggers of a run: the one of metrics.csv, and W&B's unless it is disabled."""
+"""The loggers of a run: the one of metrics.csv, W&B's unless it is disabled, TensorBoard's if it is wanted."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import wandb
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from scmoe.config.fields import Config
 from scmoe.training.run.csv_logger import csv_logger
+from scmoe.training.run.tensorboard_logger import SteadyTensorBoardLogger, tensorboard_logger
 from scmoe.training.run.wandb_logger import SteadyWandbLogger, wandb_logger, wandb_mode
 
 
@@ -16,13 +18,27 @@ def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> li
     loggers: list[Logger] = [csv_logger(run_dir, resumed_step)]
     if wandb_mode(config) != "disabled":
         loggers.append(wandb_logger(run_dir, config))
+    if config.logger.tensorboard:
+        loggers.append(tensorboard_logger(run_dir, resumed_step))
     return loggers
 
 
 def describe(logger: Logger) -> str:
     if isinstance(logger, SteadyWandbLogger):
         return f"Weights & Biases, {'offline' if logger.experiment.offline else 'online'}"
-    return "metrics.csv"
+    return "TensorBoard" if isinstance(logger, SteadyTensorBoardLogger) else "metrics.csv"
+
+
+def log_results(loggers: Sequence[Logger], step: int, samples: Sequence[str], load: Path) -> None:
+    """Hand W&B what a run has at its end: the texts that its model has written, and the heat map of its experts."""
+    for logger in loggers:
+        if isinstance(logger, SteadyWandbLogger):
+            if samples:
+                logger.log_at_the_end(
+                    "samples", wandb.Table(["step", "text"], [[step, text] for text in samples]), step
+                )
+            if load.exists():
+                logger.log_at_the_end("moe/expert_load", wandb.Image(str(load)), step)
 
 
 def log_best_checkpoint(loggers: Sequence[Logger], callbacks: Iterable[object]) -> None:

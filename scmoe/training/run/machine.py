@@ -3,14 +3,18 @@
 What is the same on every machine is checked in config/rules.py.
 """
 
+import inspect
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from scmoe.analysis.cost import forward_flops, training_flops
@@ -44,7 +48,7 @@ def check_machine(config: Config, rank: int) -> None:
 
 def check_devices(config: Config) -> None:
     """Raise ConfigError for devices or ranks that are not here."""
-    _refuse(config, _devices, _launcher)
+    _refuse(config, _packages, _devices, _launcher)
 
 
 def _refuse(config: Config, *checks: Callable[[Config], Iterator[Rule]]) -> None:
@@ -59,6 +63,17 @@ def check_resident(config: Config) -> None:
     if config.offload.way != "resident":
         only = "resident; only `generate` offloads experts"
         raise ConfigError(f"offload.way is {show(config.offload.way)}, allowed here: {only}")
+
+
+def _packages(config: Config) -> Iterator[Rule]:
+    """Check what only other packages know: the arguments of Lightning's Trainer, and whether TensorBoard is here."""
+    known = inspect.signature(Trainer).parameters
+    for name in sorted(config.trainer.extra.keys() - known):
+        near = get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        yield True, "trainer.extra", f"arguments of Lightning's Trainer, of which {name} is none{hint}"
+    missing = config.logger.tensorboard and not any(map(find_spec, ("tensorboard", "tensorboardX")))
+    yield missing, "logger.tensorboard", "false, as TensorBoard is not installed: pip install 'scmoe[tensorboard]'"
 
 
 def _devices(config: Config) -> Iterator[Rule]:

@@ -12,10 +12,8 @@ from rich.tree import Tree
 from torch import nn
 
 from scmoe.analysis.cost import routed_copies
-from scmoe.blocks.sublayers import MLP, Attention
-from scmoe.moe.coefficient import CG1, CG2
+from scmoe.analysis.parts import parts
 from scmoe.moe.experts import Experts
-from scmoe.moe.router import Router
 
 
 def config_tree(config: Any, label: str = "config") -> Tree:
@@ -29,27 +27,6 @@ def config_tree(config: Any, label: str = "config") -> Tree:
     return tree
 
 
-KINDS: dict[type[nn.Module], str] = {
-    nn.Embedding: "embedding",
-    nn.LayerNorm: "norms",
-    nn.RMSNorm: "norms",
-    Attention: "attention",
-    MLP: "MLP",
-    Router: "gates",
-    CG1: "gates",
-    CG2: "gates",
-    Experts: "experts",
-}
-NAMED = {  # kinds by name, before the class
-    "shared_expert": "shared expert",
-    "attention": "attention",  # timm's
-    "patches": "patches",
-    "merges": "patches",
-    "head": "output",
-    "other": "other",
-}
-
-
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
     """Return per kind of module: the number of modules, all parameters, and the parameters that one token uses.
 
@@ -57,14 +34,10 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
     further use of the module (DGMoE, DGMoE-Share) as long as there are others.
     """
     counts: dict[str, tuple[int, int, int]] = {}
-    seen: set[nn.Parameter] = set()
-    used = {experts: min(1.0, copies / experts.num_experts) for experts, copies in routed_copies(model).items()}
-    for name, module in [*model.named_modules(), ("other", model)]:  # the model itself last: the rest
-        kind = NAMED.get(name.rpartition(".")[2]) or KINDS.get(type(module))
-        own = set(module.parameters()) - seen if kind else set()
-        if not kind or not own:
-            continue
-        seen |= own
+    used: dict[nn.Module, float] = {
+        experts: min(1.0, copies / experts.num_experts) for experts, copies in routed_copies(model).items()
+    }
+    for kind, module, own in parts(model):
         size = sum(p.numel() for p in own)
         if isinstance(module, Experts):
             size = size * module.num_experts // len(module.expert_ids)
@@ -93,17 +66,25 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
     """Return results and samples as a panel."""
     table = Table.grid(padding=(0, 2))
     rows = {"steps": f"{summary['steps']:,} on {summary['world_size']} ranks, EP = {summary['ep_size']}"}
-    if "val_accuracy" in summary:
-        unit = "images"
+    unit = "images" if "val_accuracy" in summary else "tokens"
+    if summary["val_loss"] is None:
+        rows["validation"] = "none, as trainer.limit_val_batches is 0"
+    elif unit == "images":
         rows["validation loss"] = f"{summary['val_loss']:.4f} nats per image"
         rows["accuracy"] = f"{summary['val_accuracy']:.2%} of the validation images of {summary['data']}"
     else:
-        unit, unigram = "tokens", summary["unigram_bits_per_byte"]
+        unigram = summary["unigram_bits_per_byte"]
         ratio = summary["bits_per_byte"] / unigram
         rows["validation loss"] = f"{summary['val_loss']:.4f} nats per token, perplexity {summary['perplexity']:.2f}"
         rows["bits per byte"] = f"{summary['bits_per_byte']:.4f}; unigram {unigram:.4f}, ratio {ratio:.3f}"
-    rate = summary[f"{unit}_per_s"]
+    rate, tflops = summary[f"{unit}_per_s"], summary["model_tflops"]
     rows["throughput"] = f"{rate:,.0f} {unit}/s over all ranks" if rate else "not measured: too few steps"
+    if rate:
+        mfu = f", MFU {summary['mfu']:.1%}" if "mfu" in summary else ""
+        rows["model FLOP/s"] = f"{tflops:.3g} TFLOP/s on each device{mfu}"
+    if "peak_host_gib" in summary:
+        device = f"; {summary['peak_device_gib']:.2f} GiB of a GPU" if "peak_device_gib" in summary else ""
+        rows["peak memory"] = f"{summary['peak_host_gib']:.2f} GiB of the host{device}, the rank with most"
     if summary["load_max_ratio"] is not None:
         rows["expert load"] = f"busiest expert {summary['load_max_ratio']:.2f} x the mean, in the worst layer"
         rows["dropped"] = f"{summary['drop_share']:.2%} of routed tokens"

@@ -7,29 +7,103 @@ Every checkpoint holds the configuration with which it was written, so no edited
 """
 
 import json
+import re
+import sys
+import uuid
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from scmoe.config.fields import Config, ConfigError, flatten, show
 from scmoe.config.load import load, load_text
-from scmoe.parallel.checkpoint.durable import newest_good, read_manifest
+from scmoe.config.rules import last_step
+from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, checkpoints, newest_good, read_manifest, verify
 from scmoe.parallel.checkpoint.loading import read_meta
+from scmoe.training.run.directory import relative
 
+STEP = re.compile(r"(--)?step=")
 Which = Literal["last", "best"]
 # Everything else makes another model or another experiment.
 MAY_CHANGE = (
     *("trainer.", "strategy.", "schedule.", "offload.", "analysis.", "logger."),
     *("data.path", "data.workers", "data.cache_dir"),  # the data module checks that the content is the same
 )
+MUST_STAY = ("trainer.overfit_batches",)  # it decides which samples come next
 
 
-def find_checkpoint(run_dir: Path, which: Which = "last") -> Path:
-    """Return the run's checkpoint of the latest step, or the one with the best validation. ConfigError: it has none."""
+def find_checkpoint(run_dir: Path, which: Which = "last", step: int | None = None) -> Path:
+    """Return the run's checkpoint of the latest step, the one with the best validation, or that of a step.
+
+    Raises ConfigError for a run that has no such checkpoint.
+    """
+    folder = run_dir / "checkpoints"
+    if step is not None:
+        return checkpoint_of(folder, step)
     try:
-        return newest_good(run_dir / "checkpoints", "best-" if which == "best" else "")
+        newest = newest_good(folder)
+        return best_checkpoint(newest, folder) if which == "best" else newest
     except FileNotFoundError as error:
         raise ConfigError(f"{run_dir} has no whole {which} checkpoint, allowed: a run that has saved one") from error
+
+
+def best_checkpoint(newest: Path, folder: Path) -> Path:
+    """Return the whole checkpoint with the best validation. The newest one knows the scores of all that are kept.
+
+    FileNotFoundError: there is none.
+    """
+    scores: dict[str, float] = {}
+    for name, state in read_meta(newest).get("callbacks", {}).items():
+        if name.startswith("ModelCheckpoint") and state.get("monitor"):
+            sign = 1 if "'mode': 'max'" in name else -1
+            scores = {Path(path).name: sign * float(score) for path, score in state["best_k_models"].items()}
+    for name in sorted(scores, key=scores.__getitem__, reverse=True):
+        try:
+            verify(folder / name)
+        except BrokenCheckpoint as error:
+            warnings.warn(f"passed over: {error}", stacklevel=2)
+        else:
+            return folder / name
+    return newest_good(folder, "best-")
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """Return the whole checkpoint of this step. ConfigError: there is none."""
+    steps: dict[int, Path] = {}
+    for path in checkpoints(folder):
+        with suppress(BrokenCheckpoint):
+            steps[read_manifest(path)["step"]] = path
+    if step not in steps:
+        allowed = f"allowed: a step whose checkpoint is kept, {', '.join(map(str, sorted(steps)))}"
+        raise ConfigError(f"step is {step}, {allowed}; trainer.save_top_k keeps more of them")
+    try:
+        verify(steps[step])
+    except BrokenCheckpoint as error:
+        raise ConfigError(f"step is {step}, allowed: the step of a whole checkpoint: {error}") from error
+    return steps[step]
+
+
+def set_aside_later(run_dir: Path, step: int) -> None:
+    """Move checkpoints after this step to set-aside/ of the run: these steps are done again.
+
+    Otherwise the next resumption would take one of them as the newest.
+    """
+    for path in checkpoints(run_dir / "checkpoints"):
+        with suppress(BrokenCheckpoint):
+            if read_manifest(path)["step"] > step:
+                aside = run_dir / "set-aside" / f"{path.name}-{uuid.uuid4().hex[:8]}"
+                aside.parent.mkdir(exist_ok=True)
+                path.rename(aside)
+                print(f"set aside: {relative(path)} is now {relative(aside)}", file=sys.stderr, flush=True)
+
+
+def step_of(words: Sequence[str]) -> tuple[int | None, list[str]]:
+    """Split `step=N` from the overrides of a resumption; None without it. ConfigError: N is no number of steps."""
+    given = [word.removeprefix("--").removeprefix("step=") for word in words if STEP.match(word)]
+    if given and not given[-1].isdecimal():
+        raise ConfigError(f"command line: step is {show(given[-1])}, allowed: a number of steps")
+    return int(given[-1]) if given else None, [word for word in words if not STEP.match(word)]
 
 
 def config_of(run_dir: Path, checkpoint: Path, overrides: Sequence[str] = ()) -> Config:
@@ -40,17 +114,20 @@ def config_of(run_dir: Path, checkpoint: Path, overrides: Sequence[str] = ()) ->
     return load_text(text, str(checkpoint), overrides)
 
 
-def resumed_config(run_dir: Path, overrides: Sequence[str]) -> Config:
-    """Return the configuration of a run that goes on from its last checkpoint. Nothing is written.
+def resumed_config(run_dir: Path, overrides: Sequence[str], step: int | None = None) -> Config:
+    """Return the configuration of a run that goes on from its last checkpoint, or from that of a step. Nothing is
+    written.
 
-    Raises ConfigError for a run without a checkpoint, for a setting that would make another model or experiment, and
-    for fewer steps than are done.
+    Raises ConfigError for a run without such a checkpoint, for a setting that would make another model or experiment,
+    and for fewer steps than are done.
     """
-    checkpoint = find_checkpoint(run_dir)
+    checkpoint = find_checkpoint(run_dir, step=step)
     step, was = read_manifest(checkpoint)["step"], config_of(run_dir, checkpoint)
     earlier = record_of(run_dir, step)  # the run was resumed from here before, and saved no later checkpoint
     config = load(earlier, overrides) if earlier.exists() else config_of(run_dir, checkpoint, overrides)
     refuse_other_model(config, was, checkpoint)
+    if config.trainer.fast_dev_run:
+        raise ConfigError("trainer.fast_dev_run is true, allowed for a run that goes on: false")
     if config.trainer.max_steps < step:
         done = f"allowed: {step} or more, as the run has done {step} steps"
         raise ConfigError(f"trainer.max_steps is {config.trainer.max_steps}, {done}")
@@ -61,7 +138,7 @@ def refuse_other_model(config: Config, was: Config, checkpoint: Path) -> None:
     """Raise ConfigError for the first key that makes another model or experiment than the checkpoint's."""
     here, there = flatten(config), flatten(was)
     for key, value in there.items():
-        if here[key] != value and not key.startswith(MAY_CHANGE):
+        if here[key] != value and (key in MUST_STAY or not key.startswith(MAY_CHANGE)):
             raise ConfigError(f"{key} is {show(here[key])}, allowed: {show(value)}, as in {checkpoint}")
 
 
@@ -74,7 +151,7 @@ def summary_if_done(run_dir: Path, config: Config) -> dict[str, Any] | None:
     """Return the summary of a run that has done all its steps; None where steps or the summary are missing."""
     path = run_dir / "summary.json"
     summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if summary.get("steps") != config.trainer.max_steps:
+    if summary.get("steps") != last_step(config):
         return None  # most resumed runs: their checkpoint is not read once more
     step = read_manifest(find_checkpoint(run_dir))["step"]
-    return summary if step >= config.trainer.max_steps else None
+    return summary if step >= last_step(config) else None

@@ -13,6 +13,7 @@ from datamodules.sequences import SequenceDataModule
 from datamodules.text import TextDataModule
 from scmoe.inference.generate import generate
 from scmoe.inference.stopping import Stopping
+from scmoe.training.callbacks.memory import Memory
 from scmoe.training.callbacks.skipped_images import SkippedImages
 from scmoe.training.callbacks.throughput import Throughput
 from scmoe.training.moe_module import MoEModule
@@ -24,26 +25,34 @@ SAMPLES, SAMPLE_TOKENS = 3, 40
 
 
 def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -> dict[str, Any]:
-    """Return the numbers of the summary, validating first if the last step was not. Every rank must call it."""
+    """Return the numbers of the summary, validating first if the last step was not. Every rank must call it.
+
+    What only a validation finds is None in a run without one (trainer.limit_val_batches=0).
+    """
     steps = trainer.global_step
-    if module.validated_step != steps:
+    if module.validated_step != steps and trainer.limit_val_batches != 0:
         trainer.validate(module, data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     total, active = report.total_and_active(report.count_parameters(module.model))
     callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
-    rate = next(c.mean for c in callbacks if isinstance(c, Throughput))
+    throughput = next(c for c in callbacks if isinstance(c, Throughput))
+    memory = next(c for c in callbacks if isinstance(c, Memory)).most
+    rate = throughput.mean
     if isinstance(data, SequenceDataModule):
         unigram, tokens, of_images = data.unigram_bits_per_byte(), 1, {}
     else:  # a token of an image is a patch, its perplexity is over classes, and it has no bytes of text
         unigram, tokens = None, module.model.patches.num_patches
-        of_images = {"val_accuracy": metrics["val/accuracy"], "data": data.name, "images_per_s": rate}
-    exp_loss = torch.tensor(metrics["val/loss"]).exp().item()  # inf, not an error, where the loss is huge
+        of_images = {"val_accuracy": metrics.get("val/accuracy"), "data": data.name, "images_per_s": rate}
+    loss = metrics.get("val/loss")
+    exp_loss = None if loss is None else torch.tensor(loss).exp().item()  # inf, not an error, where the loss is huge
     return {
-        "val_loss": metrics["val/loss"],
+        "val_loss": loss,
         "perplexity": metrics.get("val/perplexity", exp_loss),
         "bits_per_byte": metrics.get("val/bits_per_byte"),
         "unigram_bits_per_byte": unigram,
         "tokens_per_s": rate and rate * tokens,
+        **throughput.utilisation(rate),
+        **{f"peak_{name}": gib for name, gib in memory.items()},
         "steps": steps,
         "params_total": total,
         "params_active": active,

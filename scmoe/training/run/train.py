@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scmoe.config.fields import Config
+from scmoe.config.trial import shortened
 from scmoe.parallel.lightning_seam import rank_without_trainer
 from scmoe.training.build.data import build_datamodule, prepare_data
 from scmoe.training.build.model import build_module
@@ -15,29 +16,35 @@ from scmoe.training.build.trainer import build_callbacks, build_trainer, seed_ev
 from scmoe.training.run.directory import relative
 from scmoe.training.run.host_memory import keep_freed_memory
 from scmoe.training.run.lifetime import open_run
-from scmoe.training.run.loggers import log_best_checkpoint
+from scmoe.training.run.loggers import log_best_checkpoint, log_results
 from scmoe.training.run.machine import check_machine
-from scmoe.training.run.resume import find_checkpoint, summary_if_done
+from scmoe.training.run.resume import find_checkpoint, set_aside_later, summary_if_done
 from scmoe.training.run.summary import print_summary, sample_text, say_done, summarise
 from scmoe.training.run.writing import write_json
 
 
-def train(config: Config, overrides: Sequence[str] = (), run_dir: Path | None = None) -> dict[str, Any] | None:
+def train(
+    config: Config, overrides: Sequence[str] = (), run_dir: Path | None = None, step: int | None = None
+) -> dict[str, Any] | None:
     """Train and return the summary, which is also in the run directory; return None on ranks other than 0.
 
-    run_dir: the run to continue from its newest checkpoint; None starts a new run. A run that is done is not touched.
+    run_dir: the run to continue; None starts a new run. A run that is done is not touched.
+    step: of the checkpoint to continue from, and later ones are set aside; None: the newest.
     """
-    if run_dir is not None and (done := summary_if_done(run_dir, config)) is not None:
+    config = shortened(config)
+    if run_dir is not None and step is None and (done := summary_if_done(run_dir, config)) is not None:
         return say_done(run_dir, done) if rank_without_trainer() == 0 else None
     hush_lightning()
     check_machine(config, rank_without_trainer())
     keep_freed_memory()
     seed_everything(config)
-    checkpoint = find_checkpoint(run_dir) if run_dir else None
+    checkpoint = find_checkpoint(run_dir, step=step) if run_dir else None
     data = build_datamodule(config)
     if rank_without_trainer() == 0:
         prepare_data(data)
     with open_run(config, overrides, run_dir, checkpoint) as (directory, loggers):
+        if directory is not None and step is not None:
+            set_aside_later(directory, step)
         module = build_module(config if checkpoint is None else replace(config, init_from=None))  # it has the weights
         trainer = build_trainer(config, build_callbacks(config, directory), loggers)
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
@@ -46,6 +53,7 @@ def train(config: Config, overrides: Sequence[str] = (), run_dir: Path | None = 
         if directory is not None:
             summary = {"run_dir": str(relative(directory)), **summary}
             write_json(directory / "summary.json", summary)
+            log_results(loggers, trainer.global_step, samples, directory / "analysis" / "expert_load.png")
         log_best_checkpoint(loggers, trainer.checkpoint_callbacks)
     if directory is None or not trainer.is_global_zero:
         return None

@@ -7,6 +7,7 @@ import sys
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from urllib.parse import urlparse
 import wandb
 from lightning.pytorch.loggers import WandbLogger
 
-from scmoe.config.fields import Config, ConfigError, flatten, show
+from scmoe.config.fields import Config, ConfigError, show
 from scmoe.parallel.checkpoint.durable import MANIFEST
 from scmoe.training.run.redact import without_keys
 from scmoe.training.run.writing import warn_once, write_json
@@ -24,6 +25,8 @@ DEFAULT_SERVER = "https://api.wandb.ai"
 INIT_TIMEOUT_S = 20.0  # how long a server may take to answer
 FINISH_TIMEOUT_S = 60.0  # how long the last uploads may take; the rest stays in the run directory
 UPLOAD_BYTES_PER_S = 1e6  # the slowest upload of a checkpoint that is waited for
+STEP = "trainer/global_step"
+BEST = {"min": ("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte"), "max": ("val/accuracy",)}
 WANDB_TROUBLE = (wandb.Error, OSError)  # the server refuses or does not answer, or W&B's own process is gone
 
 
@@ -56,6 +59,11 @@ def wandb_mode(config: Config) -> str:
     return mode
 
 
+def wandb_project(config: Config) -> str:
+    """Return logger.project, else WANDB_PROJECT, else scmoe."""
+    return config.logger.project or os.environ.get("WANDB_PROJECT") or "scmoe"
+
+
 def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
     """Return the logger of a W&B run, the same one when a training is resumed: its id is kept in the run directory.
 
@@ -63,13 +71,14 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
     W&B cannot start as the others demand.
     """
     config = without_keys(config)
-    mode, project = wandb_mode(config), config.logger.project
+    mode, project, logger = wandb_mode(config), wandb_project(config), config.logger
     # Without a key, W&B would ask for one, or raise.
     offline = mode == "offline" or (mode == "auto" and not has_wandb_key())
     resolved: Literal["online", "offline"] = "offline" if offline else "online"
     record = run_dir / "wandb_run.json"
     if record.exists():
-        run_id = json.loads(record.read_text())["id"]
+        kept = json.loads(record.read_text())
+        run_id, project = kept["id"], logger.project or kept["project"]  # the variables may have changed since
     else:
         run_id = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]  # a sweep's agent sets the id of its trial
         write_json(record, {"id": run_id, "project": project, "mode": resolved})
@@ -83,15 +92,18 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
         x_disable_meta=without_keys(sys.argv) != sys.argv,  # W&B's metadata hold the command line, keys too
     )
     wandb.setup(settings)  # silent from here on; the messages below are enough
-    common: dict[str, Any] = dict(
+    common: dict[str, Any] = dict(  # where None stands, W&B takes its own variable: WANDB_ENTITY, WANDB_TAGS, ...
+        entity=logger.entity,
         project=project,
-        name=f"{run_dir.parent.name}/{run_dir.name}",
+        name=os.environ.get("WANDB_NAME") or f"{run_dir.parent.name}/{run_dir.name}",
         id=run_id,
-        group=config.logger.group,
-        tags=config.logger.tags,
+        group=logger.group,
+        job_type=logger.job_type or os.environ.get("WANDB_JOB_TYPE") or "train",
+        notes=logger.notes,
+        tags=logger.tags or None,
         dir=str(run_dir),
         resume="allow",
-        config=flatten(config),
+        config=asdict(config),
         settings=settings,
     )
     try:
@@ -103,7 +115,18 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
         print(f"warning: Weights & Biases goes offline: {reason}", file=sys.stderr, flush=True)
         wandb.teardown()  # otherwise its process would see the id as in use
         run = wandb.init(mode="offline", **common)
+    define_metrics(run)
     return SteadyWandbLogger(experiment=run)
+
+
+def define_metrics(run: Any) -> None:
+    """Tell W&B the x axis of every chart, and which value of a metric stands for a run: the best of losses, else the
+    last."""
+    run.define_metric(STEP)
+    run.define_metric("*", step_metric=STEP, step_sync=True)
+    for summary, names in BEST.items():
+        for name in names:
+            run.define_metric(name, step_metric=STEP, step_sync=True, summary=summary)
 
 
 class SteadyWandbLogger(WandbLogger):
@@ -116,6 +139,10 @@ class SteadyWandbLogger(WandbLogger):
 
     def log_hyperparams(self, params: Any) -> None:
         self._try(lambda: super(SteadyWandbLogger, self).log_hyperparams(params))
+
+    def log_at_the_end(self, key: str, value: Any, step: int) -> None:
+        """Log a picture or a table."""
+        self._try(lambda: self.experiment.log({key: value, STEP: step}), (Exception,))
 
     def log_checkpoint(self, checkpoint: Path, metric: str, value: float) -> None:
         """Log an artifact of type model with the alias `best`.

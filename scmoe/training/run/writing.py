@@ -26,6 +26,19 @@ def try_to_write(path: Path, write: Callable[[Path], object]) -> None:
         warn_once(f"{path} is not written: {error.strerror or error}")
 
 
+def try_to_append(path: Path, text: str) -> None:
+    """Add a text to a file that may not exist yet. Where it cannot be written, the file is as before."""
+    size = path.stat().st_size if path.exists() else None
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        with suppress(OSError):
+            path.unlink(missing_ok=True) if size is None else os.truncate(path, size)
+        warn_once(f"{path} gets no more rows: {error.strerror or error}")
+
+
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` make a file of another name with the same suffix, then rename it to `path`.
 

@@ -57,7 +57,7 @@ MUTANTS = (
     .replaces("int(step[1]) < trainer.global_step:", "int(step[1]) < 0:")
     .caught_by(f"{RUN_FILES}::test_38_a_resumed_run_keeps_only_its_own_last_step"),
     Mutant("resume-accepts-another-experiment", 39, f"{RUN}/resume.py")
-    .replaces("not key.startswith(MAY_CHANGE):", 'key.startswith("model."):')
+    .replaces("not key.startswith(MAY_CHANGE)", 'key.startswith("model.")')
     .caught_by(f"{RUN_FILES}::test_39_another_model_or_experiment_is_refused_and_nothing_is_written"),
     Mutant("resume-overwrites-config", 39, f"{RUN}/resume.py")
     .replaces('run_dir / f"config-from-{step}.yaml"', 'run_dir / ("config.yaml" if step else "")')

@@ -1,0 +1,46 @@
+"""These bugs are in what a run shows of itself, how far it goes, and how its model leaves this project."""
+
+from __future__ import annotations
+
+from tests.mutation.mutant import DATA, DIST, UNIT, Mutant
+
+CALLBACKS, RUN, OPTIONS = "scmoe/training/callbacks", "scmoe/training/run", "tests/smoke/test_train_options.py"
+HF, PEERS = "scmoe/training/hf", "tests/peers/test_hf_export.py"
+MUTANTS = (
+    Mutant("norm-of-experts-not-averaged", 0, f"{CALLBACKS}/gradient_norms.py")
+    .replaces("sharded=True)) / context.edp_size", "sharded=True))")
+    .caught_by(f"{DIST}/test_gradient_norms.py"),
+    Mutant("norm-of-experts-of-one-rank", 0, f"{CALLBACKS}/gradient_norms.py")
+    .replaces("context.sum_over_ranks(self.squares(pl_module, sharded=True))", "self.squares(pl_module, sharded=True)")
+    .caught_by(f"{DIST}/test_gradient_norms.py"),
+    Mutant("step-times-wait-for-the-device", 0, f"{CALLBACKS}/step_times.py")
+    .replaces("return isinstance(mark, float) or mark.query()", "return True")
+    .caught_by(f"{UNIT}/test_step_times.py"),
+    Mutant("validation-counts-as-data-time", 0, f"{CALLBACKS}/step_times.py")
+    .replaces("def on_validation_start(self, *_: Any) -> None:", "def unused(self, *_: Any) -> None:")
+    .caught_by(f"{UNIT}/test_step_times.py"),
+    Mutant("mfu-counts-empty-slots", 0, "scmoe/analysis/cost.py")
+    .replaces("if empty_slots else copies)", "if True else copies)")
+    .caught_by(f"{UNIT}/test_step_times.py"),
+    Mutant("load-table-keeps-rows-that-come-again", 0, f"{CALLBACKS}/expert_load.py")
+    .replaces("if int(row[0]) < trainer.global_step", "if row")
+    .caught_by(f"{UNIT}/test_expert_load.py"),
+    Mutant("overfit-reads-all-data", 0, f"{DATA}/order.py")
+    .replaces("self.order(positions % self.period)", "self.order(positions)")
+    .caught_by(f"{OPTIONS}::test_overfitting_repeats_the_first_batches_also_when_it_is_resumed"),
+    Mutant("best-checkpoint-is-the-worst", 0, f"{RUN}/resume.py")
+    .replaces("key=scores.__getitem__, reverse=True", "key=scores.__getitem__")
+    .caught_by(f"{OPTIONS}::test_the_best_validations_are_kept_and_the_best_one_is_found"),
+    Mutant("later-checkpoints-stay", 0, f"{RUN}/resume.py")
+    .replaces('if read_manifest(path)["step"] > step:', "if step < 0:")
+    .caught_by(f"{OPTIONS}::test_a_run_goes_on_from_a_chosen_step_as_it_did_before"),
+    Mutant("exported-gate-always-renormalises", 0, f"{HF}/config.py")
+    .replaces('"norm_topk_prob": moe.renormalise and moe.top_k > 1', '"norm_topk_prob": True')
+    .caught_by(f"{PEERS}::test_logits_and_weights"),
+    Mutant("exported-queries-cut-in-thirds", 0, "scmoe/training/init_from/families.py")
+    .replaces('sizes = [settings["model.dim"], keys, keys]', "assert keys")
+    .caught_by(f"{PEERS}::test_logits_and_weights"),
+    Mutant("loaded-model-drops-tokens", 0, f"{HF}/config.py")
+    .replaces("replace(config.moe, capacity_factor=None, ", "replace(config.moe, ")
+    .caught_by(f"{DIST}/test_export.py::test_a_run_of_two_ranks_is_loaded_from_any_form"),
+)

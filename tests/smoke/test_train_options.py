@@ -1,0 +1,164 @@
+"""Options that say how far a run goes and what it leaves: each has its effect, or is refused in one line.
+
+The runs are those of configs/debug.yaml in ranks of run_ranks, which start in 0.1 s.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from scmoe.parallel.checkpoint.durable import verify
+from scmoe.training.run.resume import find_checkpoint
+from tests.support.commands import ROOT, Done, rows_of, train_in_ranks
+
+pytestmark = [pytest.mark.smoke, pytest.mark.dist]
+
+
+def train(folder: Path, *words: str, ranks: int = 1) -> Done:
+    return train_in_ranks(ranks, "configs/debug.yaml", f"runs_dir={folder}", f"trainer.devices={ranks}", *words)
+
+
+def run_dir(done: Done) -> Path:
+    return ROOT / done.summary["run_dir"]
+
+
+def checkpoints(folder: Path) -> dict[str, int]:
+    return {path.name: verify(path) for path in (folder / "checkpoints").iterdir()}
+
+
+def column(folder: Path, metric: str) -> dict[int, float]:
+    return {int(row["step"]): float(row[metric]) for row in rows_of(folder / "metrics.csv") if metric in row}
+
+
+def test_every_rank_writes_a_trace_of_the_steps_that_are_named(tmp_path):
+    folder = run_dir(train(tmp_path, "trainer.profile_steps=1:3", "analysis.expert_load=true", ranks=2))
+    names = [f"steps-1-3-rank-{rank}.json.gz" for rank in range(2)]
+    assert sorted(path.name for path in (folder / "traces").iterdir()) == names
+    for name in names:
+        events = json.loads(gzip.decompress((folder / "traces" / name).read_bytes()))["traceEvents"]
+        updates = [event for event in events if event.get("name", "").startswith("Optimizer.step#")]
+        assert len(updates) == 2, "two steps"
+        assert {"scmoe/dispatch", "scmoe/experts"} <= {event.get("name") for event in events}
+    assert (folder / "analysis" / "expert_load.png").stat().st_size > 1000
+    assert len((folder / "analysis" / "expert_load.csv").read_text().splitlines()) == 1 + 4
+
+
+def test_early_stopping_ends_all_ranks_after_so_many_validations(tmp_path):
+    """With a learning rate near 0 nothing gets better than the first validation by more than rounding."""
+    words = ("trainer.max_steps=40", "trainer.val_every=1", "trainer.early_stopping=3", "optim.lr=1e-30")
+    done = train(tmp_path, *words, ranks=2)
+    assert done.summary["steps"] == 4
+    assert list(column(run_dir(done), "val/loss")) == [0, 1, 2, 3]
+    resumed = train_in_ranks(2, "--resume", str(run_dir(done)), "trainer.early_stopping=null", "trainer.max_steps=6")
+    assert resumed.summary["steps"] == 6, "it goes on where it was stopped"
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """Returns a run of eight steps that keeps the checkpoints of its three best validations, on two ranks."""
+    words = ("trainer.max_steps=8", "trainer.val_every=1", "trainer.save_top_k=3", "optim.lr=1e-2")
+    return run_dir(train(tmp_path_factory.mktemp("many"), *words, ranks=2))
+
+
+def test_the_best_validations_are_kept_and_the_best_one_is_found(many):
+    losses = column(many, "val/bits_per_byte")
+    best = sorted(losses, key=losses.__getitem__)[:3]
+    assert set(checkpoints(many)) == {"step=8.ckpt", *(f"best-step={step + 1}.ckpt" for step in best)}
+    assert find_checkpoint(many, "best").name == f"best-step={best[0] + 1}.ckpt"
+    assert find_checkpoint(many).name in ("step=8.ckpt", "best-step=8.ckpt")
+
+
+def test_a_run_goes_on_from_a_chosen_step_as_it_did_before(many):
+    """Every metric of the steps that are done again is the same, and later checkpoints are out of the way."""
+    before, there = column(many, "train/loss"), checkpoints(many)
+    chosen = min(there.values())
+    refused = train_in_ranks(2, "--resume", str(many), "step=77")
+    assert refused.code == 2
+    assert f"step is 77, allowed: a step whose checkpoint is kept, {chosen}, " in refused.err
+    done = train_in_ranks(2, "--resume", str(many), f"step={chosen}", "trainer.val_every=100")
+    assert done.summary["steps"] == 8 and "set aside: " in done.err
+    assert column(many, "train/loss") == before
+    aside = {path.name.rpartition("-")[0] for path in (many / "set-aside").iterdir()}
+    assert aside == {name for name, step in there.items() if step > chosen}
+    assert set(checkpoints(many).values()) == {chosen, 8}
+    assert f"config-from-{chosen}.yaml" in {path.name for path in many.iterdir()}
+
+
+def test_limits_end_a_run_and_shorten_validations(tmp_path):
+    """The learning rate is that of all steps. One batch of validation is half of the eight sequences."""
+    short, whole = (
+        run_dir(
+            train(tmp_path, f"trainer.limit_train_batches={n}", "trainer.accumulate=2", "trainer.max_steps=6", *words)
+        )
+        for n, words in ((6, ["trainer.limit_val_batches=1"]), ("null", []))
+    )
+    lr, of_all = column(short, "train/lr"), column(whole, "train/lr")
+    assert lr == {step: of_all[step] for step in range(3)}
+    assert column(short, "train/loss") == {step: column(whole, "train/loss")[step] for step in range(3)}
+    assert column(short, "val/loss")[1] != column(whole, "val/loss")[1]
+    done = train_in_ranks(1, "--resume", str(short))
+    assert "nothing to do: all 3 steps are done" in done.err
+
+
+def test_a_run_without_validation_says_so(tmp_path):
+    done = train(tmp_path, "trainer.limit_val_batches=0", "trainer.profile_steps=null")
+    assert done.summary["val_loss"] is None and done.summary["steps"] == 4
+    assert "none, as trainer.limit_val_batches is 0" in done.out
+    assert not column(run_dir(done), "val/loss")
+    assert set(checkpoints(run_dir(done))) == {"step=4.ckpt"}
+
+
+def test_overfitting_repeats_the_first_batches_also_when_it_is_resumed(tmp_path):
+    """At a learning rate near 0 the same batch has the same loss."""
+    words = ("trainer.overfit_batches=2", "trainer.max_steps=5", "optim.lr=1e-30", "moe.noisy=false")
+    folder = run_dir(train(tmp_path, *words, ranks=2))
+    losses = list(column(folder, "train/loss").values())
+    assert losses == [losses[0], losses[1]] * 2 + [losses[0]]
+    assert losses[0] != losses[1]
+    refused = train_in_ranks(2, "--resume", str(folder), "trainer.overfit_batches=null", "trainer.max_steps=6")
+    assert (refused.code, refused.err.count("trainer.overfit_batches is null, allowed: 2")) == (2, 1)
+    train_in_ranks(2, "--resume", str(folder), "trainer.max_steps=6")
+    assert list(column(folder, "train/loss").values()) == [*losses, losses[1]]
+
+
+def test_a_fast_dev_run_goes_through_everything_once(tmp_path):
+    done = train(tmp_path, "trainer.fast_dev_run=true", "logger.mode=offline", "trainer.early_stopping=1")
+    folder = run_dir(done)
+    assert done.summary["steps"] == 1 and done.summary["val_loss"] > 0
+    assert set(checkpoints(folder)) == {"step=1.ckpt"}
+    assert not list(folder.glob("wandb*"))
+    again = train_in_ranks(1, "--resume", str(folder), "trainer.max_steps=3")
+    assert (again.code, "trainer.fast_dev_run is true" in again.err) == (2, True)
+
+
+def test_further_arguments_reach_the_trainer_or_are_refused(tmp_path):
+    done = train(tmp_path, "trainer.extra.max_time=00:00:00:00")
+    assert done.summary["steps"] < 4, "the time is over"
+    for words, said in (
+        ("trainer.extra.strategy=ddp", "a mapping without strategy, which the section strategy decides"),
+        ("trainer.extra.max_tim=1", "of which max_tim is none; did you mean max_time?"),
+        ("trainer.extra.max_time=soon", "allowed: further arguments of Lightning's Trainer: "),
+    ):
+        refused = train(tmp_path, words)
+        (line,) = [line for line in refused.err.splitlines() if line.startswith("error: ")]
+        assert refused.code == 2 and said in line
+
+
+def test_tensorboard_gets_the_metrics_or_is_refused(tmp_path):
+    done = train(tmp_path, "logger.tensorboard=true")
+    if not (find_spec("tensorboard") or find_spec("tensorboardX")):
+        assert done.code == 2
+        assert "logger.tensorboard is True, allowed: false, as TensorBoard is not installed" in done.err
+        pytest.skip("tensorboard is not installed (extra `tensorboard`)")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run_dir(done)
+    found = EventAccumulator(str(folder / "tensorboard"))
+    found.Reload()
+    logged = {event.step: event.value for event in found.Scalars("train/loss")}
+    assert logged == pytest.approx(column(folder, "train/loss"))
