@@ -43,11 +43,13 @@ def main() -> None:
 
 def called(verb: str) -> str:
     """Return the command by which a verb was called."""
-    return f"scmoe {verb}" if Path(sys.argv[0]).name == "scmoe" else f"python -m {module_of(verb)}"
+    return (
+        f"scmoe {verb}" if Path(sys.argv[0]).name == "scmoe" else f"python -m {module_of(verb).removeprefix('scmoe.')}"
+    )
 
 
 def module_of(verb: str) -> str:
-    return f"experiments.{verb.replace('-', '_')}"
+    return f"scmoe.experiments.{verb.replace('-', '_')}"
 
 
 def parser(verb: str, description: str | None) -> ArgumentParser:

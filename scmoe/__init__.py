@@ -1,16 +1,58 @@
 """scmoe: shortcut-connected mixture of experts on PyTorch Lightning.
 
 `import scmoe` makes Lightning know `Trainer(strategy="expert_parallel")` and read our checkpoint directories, before or
-after Lightning is imported. It imports neither Lightning nor torch.
+after Lightning is imported. It imports neither Lightning nor torch: the names of `__all__` are imported at first use.
 """
 
 import sys
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scmoe.parallel.known_to_lightning import teach_lightning
+
+if TYPE_CHECKING:  # the table NAMES, for type checkers and editors
+    from scmoe.config.load import load as load_config
+    from scmoe.parallel.drop_in import MoE, ScMoEBlock, data_parallel, load_balance_loss
+    from scmoe.parallel.mesh import ParallelContext
+    from scmoe.parallel.strategy import ExpertParallelStrategy
+    from scmoe.training.build.model import build_model
+
+__version__ = "0.1.0"
+__all__ = [
+    "ExpertParallelStrategy",
+    "MoE",
+    "ParallelContext",
+    "ScMoEBlock",
+    "build_model",
+    "data_parallel",
+    "load_balance_loss",
+    "load_config",
+]
+NAMES = {  # name: module and the name there; `load` (a run) and `generate` (text) have their places here
+    "MoE": ("scmoe.parallel.drop_in", "MoE"),
+    "ScMoEBlock": ("scmoe.parallel.drop_in", "ScMoEBlock"),
+    "data_parallel": ("scmoe.parallel.drop_in", "data_parallel"),
+    "load_balance_loss": ("scmoe.parallel.drop_in", "load_balance_loss"),
+    "ParallelContext": ("scmoe.parallel.mesh", "ParallelContext"),
+    "ExpertParallelStrategy": ("scmoe.parallel.strategy", "ExpertParallelStrategy"),
+    "load_config": ("scmoe.config.load", "load"),
+    "build_model": ("scmoe.training.build.model", "build_model"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in NAMES:
+        raise AttributeError(f"module 'scmoe' has no attribute {name!r}, allowed: {', '.join(__all__)}")
+    module, there = NAMES[name]
+    globals()[name] = value = getattr(import_module(module), there)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 class AfterLightning(MetaPathFinder):

@@ -62,6 +62,16 @@ class MoEModule(LightningModule):
         self.overflow: Tensor | None = None
         self.validated_step: int | None = None
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **given: Any) -> Any:
+        """Lightning's, which needs `make_model` and `max_steps` given here: a checkpoint has no functions."""
+        if "make_model" not in given:
+            raise TypeError(
+                f"{cls.__name__}.load_from_checkpoint lacks make_model, allowed: "
+                "make_model=partial(scmoe.build_model, config), max_steps=...; scmoe.load(RUN) loads a run's model"
+            )
+        return super().load_from_checkpoint(checkpoint_path, *args, **given)
+
     def configure_model(self) -> None:
         if self.model is None:
             self.model = self.make_model(self.parallel_context)

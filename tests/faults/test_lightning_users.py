@@ -41,6 +41,7 @@ class Model(LightningModule):
             context = self.parallel_context
             experts = Experts(self.dim, 32, 8, context.local_experts(8))
             self.moe = MoEStream(Router(self.dim, 8, 1), experts, context.dispatcher(8))
+            self.same_gate = self.moe.router.gate  # a tied weight, as that of a language model's head
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self.moe(batch[0])[0].square().mean()
