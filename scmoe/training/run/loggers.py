@@ -1,14 +1,16 @@
 """The loggers of a run: the one of metrics.csv, and W&B's unless it is disabled."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
+from scmoe.config.extras import install_command
 from scmoe.config.fields import Config
 from scmoe.training.run.csv_logger import csv_logger
-from scmoe.training.run.wandb_logger import SteadyWandbLogger, wandb_logger, wandb_mode
+from scmoe.training.run.wandb_logger import HAS_WANDB, SteadyWandbLogger, wandb_logger, wandb_mode
 
 
 def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> list[Logger]:
@@ -16,6 +18,10 @@ def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> li
     loggers: list[Logger] = [csv_logger(run_dir, resumed_step)]
     if wandb_mode(config) != "disabled":
         loggers.append(wandb_logger(run_dir, config))
+    elif config.logger.mode == "auto" and not HAS_WANDB:
+        print(
+            f"metrics.csv alone is written: Weights & Biases needs wandb: {install_command('wandb')}", file=sys.stderr
+        )
     return loggers
 
 

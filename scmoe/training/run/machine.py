@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvi
 
 from scmoe.analysis.cost import forward_flops, training_flops
 from scmoe.analysis.memory import rank_memory
+from scmoe.config.extras import require
 from scmoe.config.fields import Config, ConfigError, flatten, show
 from scmoe.config.rules import IMAGES, Rule, resolve_ep_size
 from scmoe.training.build.model import build_model_on_meta
@@ -36,6 +37,8 @@ def check_machine(config: Config, rank: int) -> None:
     rank: rank 0 checks for all what can change while other ranks start.
     """
     wandb_mode(config)
+    if config.analysis.gating_every or config.analysis.similarity_every:
+        require("analysis", "matplotlib")
     check_devices(config)
     if rank == 0:
         _refuse(config, _folders, _size)

@@ -8,23 +8,29 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-import wandb
 from lightning.pytorch.loggers import WandbLogger
 
+from scmoe.config.extras import require
 from scmoe.config.fields import Config, ConfigError, flatten, show
 from scmoe.parallel.checkpoint.durable import MANIFEST
 from scmoe.training.run.redact import without_keys
 from scmoe.training.run.writing import warn_once, write_json
 
+if HAS_WANDB := find_spec("wandb") is not None:
+    import wandb
+
 DEFAULT_SERVER = "https://api.wandb.ai"
 INIT_TIMEOUT_S = 20.0  # how long a server may take to answer
 FINISH_TIMEOUT_S = 60.0  # how long the last uploads may take; the rest stays in the run directory
 UPLOAD_BYTES_PER_S = 1e6  # the slowest upload of a checkpoint that is waited for
-WANDB_TROUBLE = (wandb.Error, OSError)  # the server refuses or does not answer, or W&B's own process is gone
+WANDB_TROUBLE = (
+    (wandb.Error, OSError) if HAS_WANDB else ()
+)  # the server refuses or does not answer, or W&B's own process is gone
 
 
 def has_wandb_key() -> bool:
@@ -40,7 +46,10 @@ def has_wandb_key() -> bool:
 
 
 def wandb_mode(config: Config) -> str:
-    """Return logger.mode; for `auto` WANDB_MODE, where it is set. ConfigError: W&B's variables cannot be followed."""
+    """Return logger.mode; for `auto` WANDB_MODE, where it is set, and `disabled` where W&B is not installed.
+
+    Raises ConfigError where W&B's variables cannot be followed, and for another mode without W&B.
+    """
     mode = os.environ.get("WANDB_MODE") or "auto"
     if mode not in (allowed := ("online", "offline", "disabled", "auto")):
         raise ConfigError(f"WANDB_MODE is {show(mode)}, allowed: {' | '.join(allowed[:3])}, or unset")
@@ -51,6 +60,10 @@ def wandb_mode(config: Config) -> str:
     except ValueError:  # brackets, or a port that is no number
         whole = False
     mode = mode if config.logger.mode == "auto" else config.logger.mode
+    if not HAS_WANDB and mode == "auto":
+        return "disabled"
+    if mode != "disabled":
+        require(f"logger.mode={mode}", "wandb")
     if not whole and mode != "disabled":
         raise ConfigError(f"WANDB_BASE_URL is {show(url)}, allowed: such as {DEFAULT_SERVER}, or unset")
     return mode
