@@ -111,7 +111,14 @@ def test_the_block_needs_no_lightning():
     assert done.stdout == "set()\n", done.stderr
 
 
-# ---------------------------------------------------------------------- the examples of docs/
+# ---------------------------------------------------------------------- the examples of README and docs/
+
+
+def test_the_lines_of_the_readme_run():
+    (lines,) = re.findall(r"```python\n(import scmoe.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {"x": torch.randn(1, 4, 256), "task_loss": lambda y: y.square().mean()}
+    exec(lines, names)  # the page's own text
+    assert names["loss"].requires_grad and names["y"].shape == (1, 4, 256)
 
 
 def example(name: str, **variables: str) -> str:

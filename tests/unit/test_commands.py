@@ -20,7 +20,7 @@ sys.path.insert(0, {str(ROOT)!r})
 atexit.register(lambda: print("imported:", *[name for name in {HEAVY} if name in sys.modules], file=sys.stderr))
 """
 AS_MODULE = WATCHED + "runpy.run_module(f'experiments.{sys.argv[1]}', run_name='__main__', alter_sys=True)"
-AS_SCMOE = WATCHED + "import experiments; sys.argv[0] = '/somewhere/bin/scmoe'; experiments.main()"
+AS_SCMOE = WATCHED + "from experiments import main; sys.argv[0] = '/somewhere/bin/scmoe'; main()"
 SUBVERBS = [("bench", what) for what in ("layer", "overlap", "growth", "guard", "timeline")]
 SUBVERBS += [("faults", what) for what in ("kill", "flip", "resume", "reshard")]
 

@@ -21,16 +21,17 @@ from scmoe.parallel.checkpoint.durable import MANIFEST
 from scmoe.training.run.redact import without_keys
 from scmoe.training.run.writing import warn_once, write_json
 
-if HAS_WANDB := find_spec("wandb") is not None:
+HAS_WANDB = find_spec("wandb") is not None
+WANDB_TROUBLE: tuple[type[Exception], ...] = (OSError,)
+if HAS_WANDB:
     import wandb
+
+    WANDB_TROUBLE = (wandb.Error, OSError)  # the server refuses or does not answer, or W&B's own process is gone
 
 DEFAULT_SERVER = "https://api.wandb.ai"
 INIT_TIMEOUT_S = 20.0  # how long a server may take to answer
 FINISH_TIMEOUT_S = 60.0  # how long the last uploads may take; the rest stays in the run directory
 UPLOAD_BYTES_PER_S = 1e6  # the slowest upload of a checkpoint that is waited for
-WANDB_TROUBLE = (
-    (wandb.Error, OSError) if HAS_WANDB else ()
-)  # the server refuses or does not answer, or W&B's own process is gone
 
 
 def has_wandb_key() -> bool:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.mutation.mutants import checkpoints, models, ranks, routing, running
+from tests.mutation.mutants import checkpoints, models, package, ranks, routing, running
 
-MUTANTS = checkpoints.MUTANTS + ranks.MUTANTS + routing.MUTANTS + running.MUTANTS + models.MUTANTS
+MUTANTS = checkpoints.MUTANTS + ranks.MUTANTS + routing.MUTANTS + running.MUTANTS + models.MUTANTS + package.MUTANTS
