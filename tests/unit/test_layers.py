@@ -119,7 +119,7 @@ def test_bad_source_is_reported(path, source):
         ("scmoe/parallel/strategy.py", "from lightning.pytorch import Trainer\nimport torch.distributed"),
         ("scmoe/schedule/timeline.py", "import matplotlib.pyplot"),
         ("scmoe/config/load.py", "from scmoe.config.rules import validate\nimport os\nos.cpu_count()"),
-        ("experiments/train.py", "from scmoe.training.run.train import train\nfrom experiments.report import table"),
+        ("experiments/train.py", "from scmoe.training.run.train import train\nfrom experiments.report import a"),
     ],
 )
 def test_good_source_is_not_reported(path, source):
