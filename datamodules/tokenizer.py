@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 if TYPE_CHECKING:
-    import tokenizers  # functions import it, since trainings on images or synthetic tokens need none
+    import tokenizers  # imported in functions: images and synthetic tokens need no tokenizer
 
 GPT2 = "openai-community/gpt2"  # at Hugging Face
 END_OF_TEXT = "<|endoftext|>"

@@ -44,9 +44,8 @@ def main() -> None:
 
 def called(verb: str) -> str:
     """Return the command by which a verb was called."""
-    return (
-        f"scmoe {verb}" if Path(sys.argv[0]).name == "scmoe" else f"python -m {module_of(verb).removeprefix('scmoe.')}"
-    )
+    is_scmoe = Path(sys.argv[0]).name == "scmoe"
+    return f"scmoe {verb}" if is_scmoe else f"python -m {module_of(verb).removeprefix('scmoe.')}"
 
 
 def module_of(verb: str) -> str:

@@ -19,9 +19,7 @@ def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> li
     if wandb_mode(config) != "disabled":
         loggers.append(wandb_logger(run_dir, config))
     elif config.logger.mode == "auto" and not HAS_WANDB:
-        print(
-            f"metrics.csv alone is written: Weights & Biases needs wandb: {install_command('wandb')}", file=sys.stderr
-        )
+        print(f"only metrics.csv is written; W&B needs wandb: {install_command('wandb')}", file=sys.stderr)
     return loggers
 
 
