@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train resume generate evaluate export sweep reproduce table table3 runs compare list check-data params estimate bench bench-overlap bench-inference bench-growth timeline gpu-check figures figure1 figure8 figure9 figure10 fig13 test test-fast test-dist test-faults mutate lint format typecheck ci clean
+.PHONY: help setup train resume generate evaluate export sweep reproduce table table3 runs compare list check-data params estimate bench bench-overlap bench-inference bench-growth timeline gpu-check figures figure1 figure8 figure9 figure10 fig13 test test-fast test-dist test-faults mutate wheel-test lint format typecheck ci clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [CONFIG=$(CONFIG)] [RUN=runs/...] [ARGS=\"optim.lr=1e-3 ...\"]"; echo
@@ -22,13 +22,13 @@ setup: $(READY)  ## make .venv and install the project with its test tools, once
 	@echo "setup: $(VENV) is ready"
 
 # bin/pip is the last thing venv makes: without it, an interrupted start begins again.
-$(READY): pyproject.toml
+$(READY): pyproject.toml constraints.txt
 	@test -x $(VENV)/bin/pip || { \
 	  command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) not found; scmoe needs Python 3.11 to 3.13" >&2; exit 1; }; \
 	  $(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("setup: $(PYTHON) is Python %d.%d; scmoe needs 3.11 to 3.13 (make setup PYTHON=python3.12)" % v)' && \
 	  $(PYTHON) -m venv --clear $(VENV); }
 	@echo "setup: installing into $(VENV) (some minutes the first time: torch is large)" >&2
-	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e ".[dev]"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e ".[dev]"
 	@touch $@
 
 train: $(READY)  ## train CONFIG, with ARGS as overrides
@@ -134,6 +134,9 @@ test-faults: $(READY)  ## run the whole fault suite: kills, broken disks, damage
 mutate: $(READY)  ## put known bugs into copies of the tree and check that the tests catch them
 	@$(PY) -m tests.mutation.mutate $(ARGS)
 
+wheel-test: $(READY)  ## build the wheel, install it away from the checkout, and run verbs there
+	@OMP_NUM_THREADS=1 $(PY) -m tests.wheel $(ARGS)
+
 lint: $(READY)  ## check rules and format with ruff
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -145,7 +148,7 @@ format: $(READY)  ## let ruff fix what it can
 typecheck: $(READY)  ## check types with mypy
 	@$(PY) -m mypy
 
-ci: lint typecheck test  ## run lint, types and tests: what a change must pass
+ci: lint typecheck wheel-test test  ## run lint, types, the wheel's test and all tests: what a change must pass
 
 clean:  ## remove caches and build leftovers (keeps .venv, runs/ and .cache/)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

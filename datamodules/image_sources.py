@@ -90,7 +90,7 @@ def open_images(name: str, path: str | None) -> ImageSplits:
 def digits() -> ImageSplits:
     """Returns the 1,797 handwritten digits (UCI) of scikit-learn: 8 x 8 pixels of 16 shades."""
     if find_spec("sklearn") is None:
-        raise ModuleNotFoundError("data.name digits needs scikit-learn: pip install 'scmoe[vision]'")
+        raise ModuleNotFoundError("data.name digits needs scikit-learn", name="sklearn")
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -123,7 +123,7 @@ def fashion_mnist(folder: Path) -> ImageSplits:
 def image_folder(folder: Path) -> ImageSplits:
     """Opens folders train and val with a folder of images for each class, numbered in order of name, as ImageNet-1K."""
     if find_spec("torchvision") is None:
-        raise ModuleNotFoundError("data.name image_folder needs torchvision: pip install 'scmoe[vision]'")
+        raise ModuleNotFoundError("data.name image_folder needs torchvision", name="torchvision")
     from torchvision.datasets import ImageFolder
 
     try:

@@ -26,9 +26,9 @@ from timm.data.mixup import mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from datamodules.image_sources import Images, ImageSplits, UnreadableImage
-from datamodules.order import SampleOrder
-from datamodules.positioned import IGNORE, PositionedDataModule
+from scmoe.datamodules.image_sources import Images, ImageSplits, UnreadableImage
+from scmoe.datamodules.order import SampleOrder
+from scmoe.datamodules.positioned import IGNORE, PositionedDataModule
 
 Augment = Literal["none", "imagenet"]
 

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.order import Batches, Repeated
-from datamodules.watched import Watched
+from scmoe.datamodules.order import Batches, Repeated
+from scmoe.datamodules.watched import Watched
 
 IGNORE = -100  # the label that cross_entropy leaves out
 

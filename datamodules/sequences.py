@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.order import SampleOrder
-from datamodules.positioned import IGNORE, PositionedDataModule
+from scmoe.datamodules.order import SampleOrder
+from scmoe.datamodules.positioned import IGNORE, PositionedDataModule
 
 COUNT_CHUNK = 1 << 24  # tokens counted at a time
 

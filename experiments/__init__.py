@@ -10,6 +10,7 @@ from functools import wraps
 from importlib import import_module
 from pathlib import Path
 
+from scmoe.config.extras import explained
 from scmoe.config.fields import ConfigError
 
 VERBS = {
@@ -44,11 +45,12 @@ def main() -> None:
 
 def called(verb: str) -> str:
     """Return the command by which a verb was called."""
-    return f"scmoe {verb}" if Path(sys.argv[0]).name == "scmoe" else f"python -m {module_of(verb)}"
+    is_scmoe = Path(sys.argv[0]).name == "scmoe"
+    return f"scmoe {verb}" if is_scmoe else f"python -m {module_of(verb).removeprefix('scmoe.')}"
 
 
 def module_of(verb: str) -> str:
-    return f"experiments.{verb.replace('-', '_')}"
+    return f"scmoe.experiments.{verb.replace('-', '_')}"
 
 
 def parser(verb: str, description: str | None) -> ArgumentParser:
@@ -57,14 +59,19 @@ def parser(verb: str, description: str | None) -> ArgumentParser:
 
 
 def command(main: Callable[[list[str]], int | None]) -> Callable[[Sequence[str]], int]:
-    """Make None exit code 0, and a wrong request one line on standard error and exit code 2."""
+    """Make None exit code 0, and a wrong request or a missing package one line on standard error and exit code 2."""
 
     @wraps(main)
     def answer(arguments: Sequence[str]) -> int:
         try:
             return main([*arguments]) or 0
+        except ModuleNotFoundError as error:
+            lacks = explained(error)
+            if lacks is None:
+                raise
+            print(f"error: {lacks}", file=sys.stderr)
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
-            return 2
+        return 2
 
     return answer

@@ -7,8 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from experiments import command, parser
 from scmoe.config.fields import ConfigError
+from scmoe.experiments import command, parser
 
 # Sizes of `bench overlap` and of `bench layer`. Those of overlap have the defaults of testbed.pairs.Setting.
 WIDTHS: dict[str, float] = {"dim": 512, "ffn_dim": 2048, "tokens": 1024}
@@ -93,7 +93,7 @@ def measure(what: str, given: dict[str, Any], again: list[str]) -> dict[str, Any
 @command
 def main(arguments: list[str]) -> None:
     given = options_of(arguments)
-    print(json.dumps(measure(given.pop("what"), given, ["-m", "experiments.bench", *arguments])))
+    print(json.dumps(measure(given.pop("what"), given, ["-m", "scmoe.experiments.bench", *arguments])))
 
 
 if __name__ == "__main__":

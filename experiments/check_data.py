@@ -6,8 +6,8 @@ Exit code 2: a file cannot be read, or the data cannot be used at all.
 import sys
 from pathlib import Path
 
-from experiments import command, parser
 from scmoe.config.fields import ConfigError
+from scmoe.experiments import command, parser
 
 
 @command

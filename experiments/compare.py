@@ -6,7 +6,7 @@ The last line on standard output is the path of the picture.
 import sys
 from pathlib import Path
 
-from experiments import command, parser
+from scmoe.experiments import command, parser
 
 
 @command
@@ -15,8 +15,10 @@ def main(arguments: list[str]) -> None:
     options.add_argument("runs", nargs="+", help="directories of runs, or their paths below runs/")
     options.add_argument("--out", type=Path, default=Path("runs/compare.png"), help="picture (default: %(default)s)")
     given = options.parse_intermixed_args(arguments)
+    from scmoe.config.extras import require
     from scmoe.studies.runs import console, open_run
 
+    require("compare", "matplotlib")
     runs = [open_run(name) for name in given.runs]
     from scmoe.studies.compare import differences_table, draw, results_table
 

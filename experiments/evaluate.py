@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from experiments import command, parser
+from scmoe.experiments import command, parser
 
 
 @command

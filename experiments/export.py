@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from experiments import command, parser
 from scmoe.config.fields import ConfigError
+from scmoe.experiments import command, parser
 
 
 @command

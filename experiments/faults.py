@@ -4,7 +4,7 @@ import json
 import sys
 from importlib import import_module
 
-from experiments import command, parser
+from scmoe.experiments import command, parser
 
 
 def count_or_all(text: str) -> int | None:

@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from experiments import command, parser
+from scmoe.experiments import command, parser
 
 
 @command
@@ -24,6 +24,9 @@ def main(arguments: list[str]) -> None:
     options.add_argument("sources", nargs="*", help="what it is drawn from, as above")
     options.add_argument("--out", type=Path, help="folder of the files")
     given = options.parse_intermixed_args(arguments)
+    from scmoe.config.extras import require
+
+    require("figure", "matplotlib")
     from scmoe.studies.figures.draw import draw_figure
 
     files = draw_figure(given.number, given.sources, given.out)

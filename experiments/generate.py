@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments import command, parser
 from scmoe.config.fields import ConfigError
+from scmoe.experiments import command, parser
 
 
 @command

@@ -1,9 +1,8 @@
 """List the configurations, models, architectures and data sets to choose from."""
 
 import sys
-from pathlib import Path
 
-from experiments import command, parser
+from scmoe.experiments import command, parser
 
 
 @command
@@ -15,7 +14,7 @@ def main(arguments: list[str]) -> None:
     from scmoe.config.help import catalogue
 
     console = Console()
-    for title, rows in catalogue(Path("configs")).items():
+    for title, rows in catalogue().items():
         table = Table(Column(style="cyan", no_wrap=True), show_header=False, box=None, padding=(0, 2))
         for row in rows:
             table.add_row(*filter(None, row))

@@ -7,7 +7,7 @@ those that one token uses.
 import json
 import sys
 
-from experiments import command, parser
+from scmoe.experiments import command, parser
 
 
 @command

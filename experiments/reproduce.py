@@ -9,8 +9,8 @@ import json
 import re
 import sys
 
-from experiments import command, parser
-from experiments.table import add_options, commands, read_request
+from scmoe.experiments import command, parser
+from scmoe.experiments.table import add_options, commands, read_request
 
 
 @command
@@ -19,11 +19,12 @@ def main(arguments: list[str]) -> int:
     options.add_argument("--tables", nargs="+", metavar="TABLE", help="such as table3 (default: tables 1 to 7)")
     add_options(options)
     given = options.parse_intermixed_args(arguments)
+    request = read_request(given)
     from scmoe.studies.reproduce import reproduce
     from scmoe.studies.table.rows import table_names
 
     names = given.tables or [name for name in table_names() if re.fullmatch(r"table\d+", name)]
-    found = reproduce(names, read_request(given), commands())
+    found = reproduce(names, request, commands())
     signal = found.pop("signal")
     print(json.dumps(found), flush=True)
     return 130 if signal else 1 if found["failed"] else 0

@@ -7,8 +7,8 @@ differs from more than half of the runs shown of the same experiment: those of o
 import sys
 from pathlib import Path
 
-from experiments import command, parser
 from scmoe.config.fields import ConfigError
+from scmoe.experiments import command, parser
 
 
 @command

@@ -9,21 +9,22 @@ Exit codes: 2, the request was wrong and nothing was started; 1, no trial finish
 import json
 import shlex
 import sys
-from importlib.util import find_spec
 from typing import Any
 
-from experiments import command, parser
+from scmoe.config.extras import require
 from scmoe.config.fields import ConfigError
+from scmoe.experiments import command, parser
 
 
 def run_here(sweep: Any, again: str) -> int:
     """again: the command that resumes this one where it is stopped."""
+    require("sweep", "matplotlib")
+    if sweep.method == "bayes":
+        require("method bayes (grid and random do not)", "optuna")
     from scmoe.studies.runs import console
     from scmoe.studies.sweep.report import rich_table, write_report
     from scmoe.studies.sweep.trials import run_trials
 
-    if sweep.method == "bayes" and find_spec("optuna") is None:
-        raise ConfigError("method is bayes, allowed without optuna (pip install -e '.[sweep]'): grid | random")
     trials, signum = run_trials(sweep)
     summary, screen = write_report(sweep, trials), console()
     screen.print(rich_table(sweep, trials))

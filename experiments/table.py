@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments import command, module_of, parser
+from scmoe.experiments import command, module_of, parser
 
 if TYPE_CHECKING:
     from scmoe.studies.table.make import Commands, Request
@@ -38,7 +38,10 @@ def add_options(options: ArgumentParser) -> None:
 
 
 def read_request(given: Namespace) -> "Request":
+    from scmoe.config.extras import require
     from scmoe.config.load import load
+
+    require("a table", "matplotlib", "scipy")
     from scmoe.studies.table.make import Request
 
     runs_dir = load(
@@ -49,7 +52,7 @@ def read_request(given: Namespace) -> "Request":
 
 
 def commands() -> "Commands":
-    from experiments.train import main as train
+    from scmoe.experiments.train import main as train
     from scmoe.studies.runs import console
     from scmoe.studies.table.make import Commands
 
@@ -70,10 +73,11 @@ def main(arguments: list[str]) -> int:
     options.add_argument("table", help="a folder of configs/experiment with a table.yaml, such as table3")
     add_options(options)
     given = options.parse_intermixed_args(arguments)
+    request = read_request(given)
     from scmoe.studies.table.make import make_table, plan_table
     from scmoe.studies.table.rows import load_table
 
-    called, request = commands(), read_request(given)
+    called = commands()
     plan = plan_table(load_table(given.table), request, called.say)
     seeds = len(plan.runs) // len(plan.table.rows)
     called.say(f"{plan.table.title}: {len(plan.table.rows)} rows x {seeds} seeds, in {plan.folder}")

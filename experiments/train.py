@@ -8,8 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-from experiments import called, command
 from scmoe.config.fields import Config, ConfigError
+from scmoe.experiments import called, command
 
 
 def read(arguments: list[str]) -> tuple[Config, list[str], Path | None, int | None]:

@@ -1,9 +1,7 @@
 """scmoe: shortcut-connected mixture of experts on PyTorch Lightning.
 
 `import scmoe` makes Lightning know `Trainer(strategy="expert_parallel")` and read our checkpoint directories, before or
-after Lightning is imported. It imports neither Lightning nor torch; `scmoe.generate` and its like do when first used.
-
-`scmoe.load(path)` returns a trained model: of a run, of an exported file, or of a folder of Hugging Face's form.
+after Lightning is imported. It imports neither Lightning nor torch: the names of `__all__` are imported at first use.
 """
 
 import sys
@@ -11,24 +9,67 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scmoe.parallel.known_to_lightning import teach_lightning
 
-PLACES = {
-    "generate": "generate",
-    "stream": "generate",
-    "Passes": "passes",
-    "Sampling": "sampling",
-    "Stopping": "stopping",
+if TYPE_CHECKING:  # the table NAMES, for type checkers and editors
+    from scmoe.config.load import load as load_config
+    from scmoe.inference.generate import generate, stream
+    from scmoe.inference.passes import Passes
+    from scmoe.inference.sampling import Sampling
+    from scmoe.inference.stopping import Stopping
+    from scmoe.parallel.drop_in import MoE, ScMoEBlock, data_parallel, load_balance_loss
+    from scmoe.parallel.mesh import ParallelContext
+    from scmoe.parallel.strategy import ExpertParallelStrategy
+    from scmoe.training.build.model import build_model
+    from scmoe.training.hf.load import load_trained as load
+
+__version__ = "0.1.0"
+__all__ = [
+    "ExpertParallelStrategy",
+    "MoE",
+    "ParallelContext",
+    "Passes",
+    "Sampling",
+    "ScMoEBlock",
+    "Stopping",
+    "build_model",
+    "data_parallel",
+    "generate",
+    "load",
+    "load_balance_loss",
+    "load_config",
+    "stream",
+]
+NAMES = {  # name: module and the name there
+    "MoE": ("scmoe.parallel.drop_in", "MoE"),
+    "ScMoEBlock": ("scmoe.parallel.drop_in", "ScMoEBlock"),
+    "data_parallel": ("scmoe.parallel.drop_in", "data_parallel"),
+    "load_balance_loss": ("scmoe.parallel.drop_in", "load_balance_loss"),
+    "ParallelContext": ("scmoe.parallel.mesh", "ParallelContext"),
+    "ExpertParallelStrategy": ("scmoe.parallel.strategy", "ExpertParallelStrategy"),
+    "load_config": ("scmoe.config.load", "load"),
+    "build_model": ("scmoe.training.build.model", "build_model"),
+    "load": ("scmoe.training.hf.load", "load_trained"),
+    "generate": ("scmoe.inference.generate", "generate"),
+    "stream": ("scmoe.inference.generate", "stream"),
+    "Passes": ("scmoe.inference.passes", "Passes"),
+    "Sampling": ("scmoe.inference.sampling", "Sampling"),
+    "Stopping": ("scmoe.inference.stopping", "Stopping"),
 }
 
 
-def load(path: Any, which: Any = "last") -> Any:
-    """Return the whole model in eval mode; see scmoe/training/hf/load.py."""
-    from scmoe.training.hf.load import load_trained
+def __getattr__(name: str) -> Any:
+    if name not in NAMES:
+        raise AttributeError(f"module 'scmoe' has no attribute {name!r}, allowed: {', '.join(__all__)}")
+    module, there = NAMES[name]
+    globals()[name] = value = getattr(import_module(module), there)
+    return value
 
-    return load_trained(path, which)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 class AfterLightning(MetaPathFinder):
@@ -57,12 +98,6 @@ class ThenTeach(Loader):
 
     def __getattr__(self, name: str) -> Any:  # resources, source lines
         return getattr(self.loader, name)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in PLACES:
-        raise AttributeError(f"module scmoe has no attribute {name}, allowed: {', '.join(PLACES)}, and its packages")
-    return getattr(import_module(f"scmoe.inference.{PLACES[name]}"), name)
 
 
 if "lightning.pytorch" in sys.modules:

@@ -1,39 +1,28 @@
-"""A plain LightningModule with an expert-parallel MoE layer: `python docs/examples/expert_parallel.py`, or torchrun."""
+"""A LightningModule of your own with an expert-parallel MoE layer: `python docs/examples/expert_parallel.py`."""
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch.utils.data import DataLoader, TensorDataset
 
-from scmoe.moe.balance import integer_sums, load_balance_loss
-from scmoe.moe.experts import Experts
-from scmoe.moe.router import Router
-from scmoe.moe.stream import MoEStream
-from scmoe.parallel.mesh import ParallelContext
+import scmoe
 
 
 class Regression(LightningModule):
     def __init__(self):
         super().__init__()
-        self.parallel_context = ParallelContext()  # for one process; the Strategy replaces it
+        self.parallel_context = scmoe.ParallelContext()  # for one process; the Strategy replaces it
 
     def configure_model(self):
-        if hasattr(self, "moe"):
-            return
-        context = self.parallel_context
-        router = Router(64, num_experts=8, top_k=2)
-        experts = Experts(64, 256, 8, context.local_experts(8))
-        experts.init_weights("moe", 0.1, 0.1)  # by global expert id: the same for every EP degree
-        self.moe = MoEStream(router, experts, context.dispatcher(8))
+        if not hasattr(self, "moe"):
+            self.moe = scmoe.MoE(64, num_experts=8, top_k=2, group=self.parallel_context.ep_group)
 
     def training_step(self, batch, batch_idx):
         x, y = batch
         out, stats = self.moe(x)
-        sums = self.parallel_context.sum_over_ranks(integer_sums([stats]))
-        balance = load_balance_loss([stats], sums, self.parallel_context.world_size)
         loss = F.mse_loss(out, y)
         self.log("loss", loss, sync_dist=True)
-        return loss + 0.01 * balance
+        return loss + 0.01 * scmoe.load_balance_loss([stats], torch.distributed.group.WORLD)
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
@@ -46,7 +35,7 @@ if __name__ == "__main__":
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
-        strategy="expert_parallel",  # known since scmoe is imported; ExpertParallelStrategy(ep_size=...) for fewer
+        strategy="expert_parallel",  # all ranks share the experts; scmoe.ExpertParallelStrategy(ep_size=...) for fewer
         max_steps=20,
         gradient_clip_val=1.0,
         logger=False,

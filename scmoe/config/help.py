@@ -5,6 +5,7 @@ from pathlib import Path
 from textwrap import wrap
 
 from scmoe.config.fields import Config, leaves, show
+from scmoe.config.shipped import shipped_and_own
 
 WIDTHS = (27, 22, 11, 54)  # key, type, default, help; 120 characters with two spaces between
 CATALOGUE = {
@@ -23,18 +24,16 @@ def help_text() -> str:
     return "\n".join(line for row in rows for line in _lines(row))
 
 
-def catalogue(root: Path) -> dict[str, list[tuple[str, str]]]:
+def catalogue() -> dict[str, list[tuple[str, str]]]:
     """Return what can be chosen: titles, and under each title pairs (how to choose it, what it is).
 
-    root: the folder of configurations; the first comment of a file says what it is. Raises ValueError without it.
+    The first comment of a file says what it is.
     """
-    if not root.is_dir():
-        raise ValueError(f"the folder of configurations is {str(root)!r}, allowed: an existing folder")
     choices = {leaf.key: leaf.choices for leaf in leaves(Config())}
-    files = [(path, _first_comment(path)) for path in sorted(root.rglob("*.yaml"))]
+    files = [(name, _first_comment(path)) for name, path in shipped_and_own().items()]
     return {
-        "Configurations": [(str(path), text) for path, text in files if path.parent.name != "sweep"],
-        "Sweeps": [(str(path), text) for path, text in files if path.parent.name == "sweep"],
+        "Configurations": [(name, text) for name, text in files if not name.startswith("configs/sweep/")],
+        "Sweeps": [(name, text) for name, text in files if name.startswith("configs/sweep/")],
         **{title: [(f"{key}={choice}", "") for choice in choices[key]] for title, key in CATALOGUE.items()},
     }
 

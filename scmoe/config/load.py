@@ -1,7 +1,7 @@
 """Reads YAML files and overrides into a validated `Config`, and writes it back.
 
-A YAML file may name other files under `extends:`, relative to itself. Later sources override earlier ones: defaults,
-the extended files in their order, the file, the command line.
+A YAML file may name other files under `extends:`, relative to itself or as shipped.py finds them. Later sources
+override earlier ones: defaults, the extended files in their order, the file, the command line.
 
 All values in a file are read as text, and the field's type decides what a text means: `1e-3` is a number in optim.lr
 and a text in a name. PyYAML's BaseLoader builds no objects and nothing is interpolated. Tags, anchors, aliases and
@@ -22,6 +22,7 @@ from omegaconf.errors import ValidationError
 
 from scmoe.config.fields import Config, ConfigError, leaves, show
 from scmoe.config.rules import validate
+from scmoe.config.shipped import find
 
 _LEAVES = {leaf.key: leaf for leaf in leaves(Config())}
 _SECTIONS = {key.rpartition(".")[0] for key in _LEAVES if "." in key}
@@ -32,12 +33,12 @@ _NULL = ("", "~", "null", "None")
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Return the validated configuration of a YAML file and overrides `key=value` or `--key=value`.
 
-    path: None for the defaults only. Raises ConfigError, in one line, for a file that cannot be read, an unknown key, a
-    value of another type or range, and a combination that cannot run.
+    path: a file or a name that shipped.py finds; None for the defaults only. Raises ConfigError, in one line, for a
+    file that cannot be read, an unknown key, a value of another type or range, and a combination that cannot run.
     """
     tree = copy.deepcopy(_defaults())
     if path is not None:
-        _merge_file(tree, Path(path), ())
+        _merge_file(tree, find(path), ())
     return _finished(tree, overrides, [] if path is None else [str(path)])
 
 
@@ -82,7 +83,8 @@ def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> Non
         text, identity = path.read_text(encoding="utf-8"), path.resolve()
     except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a path with a null byte
         extended = f", which {children[-1]} extends" if children else ""
-        raise ConfigError(f"{path}{extended}: cannot be read: {error}") from error
+        hint = "; scmoe list shows the names of all configurations" if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"{path}{extended}: cannot be read: {error}{hint}") from error
     if identity in children:
         raise ConfigError(f"{path}: extends itself: {' > '.join(map(str, (*children, identity)))}")
     mapping = parse_yaml(text, str(path)) or {}  # an empty file is an empty mapping
@@ -93,7 +95,7 @@ def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> Non
     if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
         raise ConfigError(f"{path}: extends is {show(extends)}, allowed: a path or a list of paths")
     for parent in parents:
-        _merge_file(tree, path.parent / parent, (*children, identity))
+        _merge_file(tree, find(parent, path.parent), (*children, identity))
     _merge(tree, mapping, str(path))
 
 

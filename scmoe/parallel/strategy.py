@@ -24,7 +24,7 @@ from torch.distributed import DistNetworkError, DistStoreError
 from torch.optim import Optimizer
 
 from scmoe.parallel.checkpoint.saving import Checkpoints
-from scmoe.parallel.checkpoint.state import model_state, optimizer_state
+from scmoe.parallel.checkpoint.state import model_state, optimizer_state, tied_weights
 from scmoe.parallel.job.debug import CompareCollectives
 from scmoe.parallel.job.lockstep import LockstepStrategy
 from scmoe.parallel.lightning_seam import accumulated_batches, hide_from_ddp, is_fitting
@@ -152,7 +152,7 @@ class ExpertParallelStrategy(LockstepStrategy):
                 "step would lose their gradients, allowed: after a step; ModelCheckpoint(every_n_train_steps=...) "
                 "saves there"
             )
-        self.checkpoints.save(Path(self.broadcast(filepath)), state)
+        self.checkpoints.save(Path(self.broadcast(filepath)), state | {"tied_weights": tied_weights(self.module)})
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if not self.is_alone:

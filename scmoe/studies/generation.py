@@ -11,10 +11,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from datamodules.text import TextDataModule
-from datamodules.tokenizer import Tokenizer
 from scmoe.config.fields import Config, ConfigError
 from scmoe.config.rules import IMAGES
+from scmoe.datamodules.text import TextDataModule
+from scmoe.datamodules.tokenizer import Tokenizer
 from scmoe.inference.generate import Step, check_length, collect, stream
 from scmoe.inference.passes import Passes
 from scmoe.inference.planned import moe_blocks, plan_passes

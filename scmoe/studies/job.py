@@ -19,7 +19,7 @@ from scmoe.config.fields import ConfigError
 from scmoe.parallel.checkpoint.durable import write_durably
 from scmoe.training.run.writing import write_aside
 
-TRAIN = (sys.executable, "-m", "experiments.train")
+TRAIN = (sys.executable, "-m", "scmoe.experiments.train")
 LOG_TAIL = 4096  # bytes
 
 

@@ -3,15 +3,14 @@
 Presets are the files of configs/model. Models are built on the meta device, so they need no memory.
 """
 
-from pathlib import Path
-
 from rich.table import Column, Table
 
 from scmoe.config.load import load
+from scmoe.config.shipped import SHIPPED
 from scmoe.training.build.model import build_model_on_meta
 from scmoe.training.run.report import count_parameters, total_and_active
 
-PRESETS = Path("configs/model")
+PRESETS = SHIPPED / "model"
 # Positions share a row: a tap's norm has the same size everywhere. So do CG-1, CG-2 and Direct Add, to 2 D a module.
 ARCHITECTURES = {
     "dense": "moe.architecture=dense",
@@ -36,7 +35,7 @@ PAPER = {  # Table 8's totals are those of standard top-2
 
 def count(preset: str, architecture: str) -> dict[str, int]:
     """Return all parameters, and those that one token uses."""
-    config = load(PRESETS / f"{preset}.yaml", ARCHITECTURES[architecture].split())
+    config = load(f"configs/model/{preset}.yaml", ARCHITECTURES[architecture].split())
     total, active = total_and_active(count_parameters(build_model_on_meta(config)))
     return {"total": total, "active": active}
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from scmoe.charts import chart
+from scmoe.config.extras import require
 from scmoe.testbed.overlap import measure
 from scmoe.testbed.overlap_report import summary
 from scmoe.testbed.pairs import Setting
@@ -37,6 +38,7 @@ def bench_growth(of: Sequence[str], points: Sequence[int] | None, rounds: int, o
 
     of: keys of POINTS. points: values for a single key. The caller has entered a network namespace (links.py).
     """
+    require("bench growth", "matplotlib")
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, list[dict[str, Any]]] = {name: [] for name in of}
     for name, found in report.items():

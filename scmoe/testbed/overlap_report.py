@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from scmoe.charts import FORWARD, SMALL, TRAINING, chart, title
+from scmoe.config.extras import require
 from scmoe.config.fields import ConfigError
 from scmoe.schedule.cost import OperatorTimes, exposed_time, overlap_efficiency
 from scmoe.testbed import links
@@ -34,6 +35,7 @@ def bench_overlap(options: dict[str, Any], again: Sequence[str]) -> dict[str, An
     options: fields of Setting, `ranks` and `out`, those that were given; ConfigError for one that cannot be honoured.
     again: the arguments of a Python interpreter that repeat this program, which continues in a network namespace.
     """
+    require("bench overlap", "matplotlib")
     gpu, out = options["device"] == "cuda", options.pop("out")
     defaults = DEFAULTS | {"share": 0.52, "ranks": 1 if gpu else 2, "compute": "real" if gpu else "emulated"}
     values = defaults | options

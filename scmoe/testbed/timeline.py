@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from scmoe.config.extras import require
 from scmoe.config.fields import ConfigError
 from scmoe.moe.operators import Direction, Recorder
 from scmoe.parallel.plan_file import plan_from_json
@@ -37,6 +38,7 @@ def bench_timeline(share: float, compute: str, position: str, ranks: int, out: P
 
     share: communication share of sequential top-2, forward. The caller has entered a network namespace (links.py).
     """
+    require("bench timeline", "matplotlib")
     setting = Setting(share, compute=compute)
     out.mkdir(parents=True, exist_ok=True)
     rate, timelines = run_ranks(watch, ranks, setting, position, out, timeout_s=900, own_links=True)[0]

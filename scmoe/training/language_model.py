@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics.aggregation import SumMetric
 
-from datamodules.positioned import IGNORE
+from scmoe.datamodules.positioned import IGNORE
 from scmoe.tokens import RouterStats
 from scmoe.training.moe_module import MoEModule, cross_entropy_sum
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.aggregation import SumMetric
 
-from datamodules.positioned import IGNORE
 from scmoe.blocks.compiled import compile_sublayers
+from scmoe.datamodules.positioned import IGNORE
 from scmoe.moe.balance import integer_sums, load_balance_loss, load_metrics, router_z_loss
 from scmoe.parallel.lightning_seam import allow_graphs, count_steps_from
 from scmoe.parallel.mesh import ParallelContext
@@ -61,6 +61,16 @@ class MoEModule(LightningModule):
         self.val_load_sums: Tensor | None = None
         self.overflow: Tensor | None = None
         self.validated_step: int | None = None
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **given: Any) -> Any:
+        """Lightning's, which needs `make_model` and `max_steps` given here: a checkpoint has no functions."""
+        if "make_model" not in given:
+            raise TypeError(
+                f"{cls.__name__}.load_from_checkpoint lacks make_model, allowed: "
+                "make_model=partial(scmoe.build_model, config), max_steps=...; scmoe.load(RUN) loads a run's model"
+            )
+        return super().load_from_checkpoint(checkpoint_path, *args, **given)
 
     def configure_model(self) -> None:
         if self.model is None:

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
-from experiments.train import main
+from scmoe.experiments.train import main
 from scmoe.moe.experts import Experts
 from scmoe.testbed.ranks import run_ranks
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments import evaluate
 from scmoe.config.load import load
+from scmoe.experiments import evaluate
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.rank_zero import run_on_rank_zero
 from scmoe.studies.evaluate import results
@@ -110,10 +110,10 @@ def test_a_wrong_request_is_one_line(runs, words, says):
 
 
 def test_without_lm_eval_tasks_are_refused_with_the_command_that_installs_it(runs, monkeypatch):
-    monkeypatch.setattr("scmoe.studies.evaluate.material.find_spec", lambda name: None)
+    monkeypatch.setattr("scmoe.config.extras.find_spec", lambda name: None)
     done = here(str(runs["scmoe"]))
     assert (done.code, len(done.err.splitlines())) == (2, 1)
-    assert "pip install 'scmoe[eval]'" in done.err
+    assert "pip install -e '.[eval]'" in done.err
 
 
 def test_results_go_to_the_runs_own_wandb_run(runs):

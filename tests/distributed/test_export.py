@@ -6,8 +6,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import scmoe
-from experiments import export
 from scmoe.config.load import load
+from scmoe.experiments import export
 from scmoe.offload.migration import offload_experts
 from scmoe.parallel.checkpoint.durable import newest_good, verify
 from scmoe.parallel.checkpoint.export import load_weights

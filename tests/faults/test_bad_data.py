@@ -14,10 +14,10 @@ import torch
 from lightning.pytorch import LightningModule
 from PIL import Image
 
-from datamodules.positioned import IGNORE
-from datamodules.sources import text
-from experiments import check_data, train
 from scmoe.config.load import load
+from scmoe.datamodules.positioned import IGNORE
+from scmoe.datamodules.sources import text
+from scmoe.experiments import check_data, train
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.callbacks.skipped_images import SkippedImages
 

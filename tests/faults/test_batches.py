@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from datamodules import sequences
+from scmoe.datamodules import sequences
 from scmoe.parallel.job.lockstep import check_even
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build.data import build_datamodule

@@ -130,7 +130,7 @@ def broken(*args, **kwargs):
         raise RuntimeError(f"rank {rank} is broken")
     return healthy(*args, **kwargs)
 setattr(owner, name, staticmethod(broken) if static else broken)
-from experiments.train import main
+from scmoe.experiments.train import main
 sys.exit(main(sys.argv[5:]))
 """
 PHASES = {  # where a rank fails, and in which call of it

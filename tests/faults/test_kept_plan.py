@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import bench
+from scmoe.experiments import bench
 from scmoe.parallel.plan_file import plan_from_json, plan_to_json
 from tests.support.commands import train_in_ranks
 

@@ -23,6 +23,7 @@ from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.testbed.ranks import run_ranks
+from scmoe.training.language_model import LanguageModel
 from tests.support.failing import failure
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]
@@ -41,6 +42,7 @@ class Model(LightningModule):
             context = self.parallel_context
             experts = Experts(self.dim, 32, 8, context.local_experts(8))
             self.moe = MoEStream(Router(self.dim, 8, 1), experts, context.dispatcher(8))
+            self.same_gate = self.moe.router.gate  # a tied weight, as that of a language model's head
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self.moe(batch[0])[0].square().mean()
@@ -109,6 +111,11 @@ def test_56_a_damaged_directory_is_refused_and_other_checkpoints_are_read_as_bef
         Model.load_from_checkpoint(broken)
 
 
+def test_56_this_librarys_own_modules_say_what_load_from_checkpoint_lacks():
+    with pytest.raises(TypeError, match=r"LanguageModel\.load_from_checkpoint lacks make_model, allowed: make_model="):
+        LanguageModel.load_from_checkpoint("runs/latest")
+
+
 # ---------------------------------------------------------------------- 57: callbacks that copy the module
 
 
@@ -161,6 +168,23 @@ def test_60_importing_scmoe_makes_the_strategy_known(lines):
 def test_60_importing_scmoe_imports_neither_torch_nor_lightning():
     program = "import sys, scmoe; print({'torch', 'lightning'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "set()\n"
+
+
+def fit_by_name(rank: int, world_size: int, strategy: str) -> Tensor:
+    """Trains two clipped steps and returns the trained model's predictions of all rows."""
+    torch.manual_seed(1)
+    given = {"max_steps": 2, "gradient_clip_val": 0.01, "enable_checkpointing": False}
+    trainer = Trainer(devices=world_size, strategy=strategy, **given, **QUIET)
+    module = Model(16)
+    trainer.fit(module, data())
+    with torch.no_grad():
+        return torch.cat([module.moe(rows)[0] for (rows,) in data()])
+
+
+def test_60_a_trainer_takes_the_strategy_by_name_and_clips_as_with_ddp():
+    """With `ddp` every rank trains all experts, so the result is the same but for the order of sums."""
+    (split, _), (whole, _) = run_ranks(fit_by_name, 2, "expert_parallel"), run_ranks(fit_by_name, 2, "ddp")
+    torch.testing.assert_close(split, whole, rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------------- 51, 54: arguments of the strategy

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from torch.distributed import DistNetworkError
 
-from experiments import train
 from scmoe.config.load import load
+from scmoe.experiments import train
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.training.run import machine
 from scmoe.training.run.machine import check_machine

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from experiments import export, train
 from scmoe.config.load import load
+from scmoe.experiments import export, train
 from scmoe.parallel.checkpoint.durable import verify
 from scmoe.studies.runs import SeenRun
 from scmoe.testbed.ranks import run_ranks

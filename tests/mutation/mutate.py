@@ -97,7 +97,7 @@ async def run_all(mutants: Sequence[Mutant], console: Console, resume: bool = Fa
         copies = [Path(folder) / str(i) for i in range(COPIES)]
         tree = copy_tree(copies[0])
         for copy in copies[1:]:
-            shutil.copytree(copies[0], copy)
+            shutil.copytree(copies[0], copy, symlinks=True)
         outcomes = kept(tree) if resume else {}
         to_do = [m for m in mutants if m.name not in outcomes]
         tried: list[Outcome] = []
@@ -171,8 +171,10 @@ def copy_tree(target: Path) -> str:
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
     for name in sorted(filter(None, names)):
-        if (ROOT / name).is_file():  # a file may have been deleted and not yet committed
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_symlink():
+            (target / name).symlink_to((ROOT / name).readlink())
+        elif (ROOT / name).is_file():  # a file may have been deleted and not yet committed
             shutil.copy(ROOT / name, target / name)
             digest.update(f"{name}\0".encode() + (target / name).read_bytes())
     return digest.hexdigest()

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import scmoe
-from datamodules.tokenizer import make_tokenizer
 from scmoe.config.fields import Config
 from scmoe.config.load import load
+from scmoe.datamodules.tokenizer import make_tokenizer
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.saving import write_whole
 from scmoe.training.hf.folder import write_folder

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from experiments import bench
+from scmoe.experiments import bench
 
 pytestmark = [pytest.mark.smoke, pytest.mark.inference]
 

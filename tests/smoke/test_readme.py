@@ -83,7 +83,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkout")
     (ROOT / ".cache").mkdir(exist_ok=True)  # prepared data may be shared
     places = ("configs", "datamodules", "docs", "experiments", "scmoe")
-    for name in ("Makefile", "pyproject.toml", ".venv", ".cache", *places):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", ".venv", ".cache", *places):
         (folder / name).symlink_to(ROOT / name)
     return folder
 

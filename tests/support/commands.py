@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from experiments import train
+from scmoe.experiments import train
 from scmoe.testbed.ranks import run_ranks
 from tests.support.forked import python
 

@@ -8,7 +8,7 @@ import resource
 import sys
 from pathlib import Path
 
-from experiments.train import main
+from scmoe.experiments.train import main
 
 GIB = 2**30
 RESERVED_GIB = 8  # for the stacks and the heaps of threads

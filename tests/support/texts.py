@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.text import TextDataModule
-from datamodules.tokenizer import END_OF_TEXT
+from scmoe.datamodules.text import TextDataModule
+from scmoe.datamodules.tokenizer import END_OF_TEXT
 
 STRANGE = f"naïve 東京 🙂\n\n\ttabs  spaces {END_OF_TEXT}\x00 end "
 WORDS = ["the", "state", "of", "our", "union", "is", "strong", "and", "東京", "naïve"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from experiments.bench import SIZES, main
+from scmoe.experiments.bench import SIZES, main
 from scmoe.schedule.schedule import Schedule
 from scmoe.testbed.overlap import Seconds, Variant, nearest
 from scmoe.testbed.overlap_report import DEFAULTS

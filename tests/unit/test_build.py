@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.tokenizer import make_tokenizer
 from scmoe.config.fields import ConfigError
 from scmoe.config.load import load
+from scmoe.datamodules.tokenizer import make_tokenizer
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_model_on_meta, build_module
 from scmoe.training.run.report import count_parameters, total_and_active

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import VERBS
+from scmoe.experiments import VERBS
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "matplotlib", "wandb", "lightning", "scipy", "optuna")
@@ -20,8 +20,8 @@ sys.path.insert(0, {str(ROOT)!r})
 atexit.register(lambda: print("imported:", *[name for name in {HEAVY} if name in sys.modules], file=sys.stderr))
 """
 AS_MODULE = WATCHED + "runpy.run_module(f'experiments.{sys.argv[1]}', run_name='__main__', alter_sys=True)"
-AS_SCMOE = WATCHED + "import experiments; sys.argv[0] = '/somewhere/bin/scmoe'; experiments.main()"
-SUBVERBS = [("bench", what) for what in ("layer", "overlap", "growth", "guard", "generation", "timeline")]
+AS_SCMOE = WATCHED + "from scmoe.experiments import main; sys.argv[0] = '/somewhere/bin/scmoe'; main()"
+SUBVERBS = [("bench", what) for what in ("layer", "overlap", "growth", "guard", "generation", "inference", "timeline")]
 SUBVERBS += [("faults", what) for what in ("kill", "flip", "resume", "reshard")]
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.estimate import main as estimate
-from experiments.params import main as params_main
 from scmoe.config.load import load
+from scmoe.experiments.estimate import main as estimate
+from scmoe.experiments.params import main as params_main
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.studies import parameters
 from scmoe.training.build.model import build_model

@@ -138,7 +138,7 @@ def test_where_beginnings_differ_the_end_is_scored():
 
 def test_a_context_and_its_answer_are_encoded_as_one_text():
     adapter = pytest.importorskip("scmoe.studies.evaluate.lm_eval_adapter", reason="needs the extra `eval`")
-    from datamodules.tokenizer import make_tokenizer
+    from scmoe.datamodules.tokenizer import make_tokenizer
 
     tokenizer = make_tokenizer("bpe", 400, TEXT)
     model = adapter.ModelOfRun(None, tokenizer)

@@ -13,9 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from experiments.figure import main
 from scmoe.charts import SMALL, WIDTH
 from scmoe.config.load import load, to_yaml
+from scmoe.experiments.figure import main
 from scmoe.parallel.pricing import OPERATORS, STREAM, LayerChoice
 from scmoe.schedule.cost import OperatorTimes
 from scmoe.studies.figures.scenarios import SCENARIOS, module_share, read_reports

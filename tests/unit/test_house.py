@@ -44,6 +44,7 @@ def modules_imported(path: str) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    names |= {name.removeprefix("scmoe.") for name in names}  # scmoe/datamodules is a link to datamodules
     return {file for name in names if (file := f"{name.replace('.', '/')}.py") in TREES}
 
 

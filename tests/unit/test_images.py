@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.image_sources import ImageSplits, digits, fashion_mnist, image_folder, open_images, read_idx
-from datamodules.images import ImageDataModule
-from datamodules.positioned import IGNORE
 from scmoe.config.load import load
+from scmoe.datamodules.image_sources import ImageSplits, digits, fashion_mnist, image_folder, open_images, read_idx
+from scmoe.datamodules.images import ImageDataModule
+from scmoe.datamodules.positioned import IGNORE
 from scmoe.training.build.data import build_datamodule
 
 

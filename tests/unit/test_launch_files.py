@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.train import read
+from scmoe.experiments.train import read
 
 ROOT = Path(__file__).parents[2]
 BATCH_FILE = ROOT / "experiments/train.sbatch"

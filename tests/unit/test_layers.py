@@ -102,19 +102,19 @@ def test_every_package_has_a_layer():
         ("scmoe/moe/router.py", "import os\nos.environ['A']"),
         ("scmoe/moe/router.py", "from os import environ"),
         ("scmoe/moe/router.py", "import os\nos.getenv('A')"),
-        ("scmoe/moe/router.py", "from datamodules.text import TextDataModule"),
+        ("scmoe/moe/router.py", "from scmoe.datamodules.text import TextDataModule"),
         ("scmoe/schedule/schedule.py", "from torch import Tensor"),
         ("scmoe/tokens.py", "from scmoe.config.fields import Config"),
         ("scmoe/parallel/mesh.py", "import lightning"),
         ("scmoe/models/decoder.py", "from scmoe.inference.generate import generate"),
         ("scmoe/inference/generate.py", "from scmoe.training.build.model import build_model"),
         ("scmoe/parallel/planner.py", "from scmoe.offload.store import Store"),
-        ("scmoe/training/build/model.py", "from experiments.train import main"),
+        ("scmoe/training/build/model.py", "from scmoe.experiments.train import main"),
         ("scmoe/training/run.py", "from scmoe.testbed.ranks import ranks"),
         ("datamodules/text.py", "from scmoe.tokens import Routing"),
-        ("datamodules/text.py", "from experiments import train"),
+        ("datamodules/text.py", "from scmoe.experiments import train"),
         ("experiments/train.py", "import lightning.pytorch"),
-        ("scmoe/studies/batch.py", "from experiments.train import main"),
+        ("scmoe/studies/batch.py", "from scmoe.experiments.train import main"),
         ("scmoe/testbed/layer.py", "from scmoe.studies.runs import SeenRun"),
     ],
 )
@@ -125,11 +125,11 @@ def test_bad_source_is_reported(path, source):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("scmoe/training/build/data.py", "from datamodules.text import TextDataModule\nimport lightning"),
+        ("scmoe/training/build/data.py", "from scmoe.datamodules.text import TextDataModule\nimport lightning"),
         ("scmoe/parallel/strategy.py", "from lightning.pytorch import Trainer\nimport torch.distributed"),
         ("scmoe/schedule/timeline.py", "import matplotlib.pyplot"),
         ("scmoe/config/load.py", "from scmoe.config.rules import validate\nimport os\nos.cpu_count()"),
-        ("experiments/train.py", "from scmoe.training.run.train import train\nfrom experiments.report import table"),
+        ("experiments/train.py", "from scmoe.training.run.train import train\nfrom scmoe.experiments.report import a"),
     ],
 )
 def test_good_source_is_not_reported(path, source):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.compare import main as compare_main
-from experiments.runs import main as runs_main
 from scmoe.config.load import load, to_yaml
+from scmoe.experiments.compare import main as compare_main
+from scmoe.experiments.runs import main as runs_main
 from scmoe.studies import compare, runs
 from scmoe.training.run.state import read_state, write_state
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from experiments import sweep
+from scmoe.experiments import sweep
 from tests.support.commands import Done
 
 ROOT = Path(__file__).parents[2]

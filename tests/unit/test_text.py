@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.order import SampleOrder
-from datamodules.sources import hugging_face, sotu, text
-from datamodules.synthetic import SyntheticDataModule, SyntheticTokens
-from datamodules.tokenizer import END_OF_TEXT, make_tokenizer
+from scmoe.datamodules.order import SampleOrder
+from scmoe.datamodules.sources import hugging_face, sotu, text
+from scmoe.datamodules.synthetic import SyntheticDataModule, SyntheticTokens
+from scmoe.datamodules.tokenizer import END_OF_TEXT, make_tokenizer
 from tests.support.texts import open_texts, opened, write_texts
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from datamodules.tokenizer import BYTES, GPT2, Tokenizer, make_tokenizer, pieces
+from scmoe.datamodules.tokenizer import BYTES, GPT2, Tokenizer, make_tokenizer, pieces
 from tests.support.texts import STRANGE, WORDS, open_texts, write_texts
 
 

@@ -51,8 +51,9 @@ def read_for_lightning(path: Path) -> dict[str, Any]:
     durable.verify(path)
     meta = read_meta(path)
     meta.pop("param_groups", None)
-    weights = read_whole(path, "model.")
-    return {**meta, "state_dict": {name.removeprefix("model."): tensor for name, tensor in weights.items()}}
+    weights = {name.removeprefix("model."): tensor for name, tensor in read_whole(path, "model.").items()}
+    weights |= {name: weights[first] for name, first in meta.pop("tied_weights", {}).items()}
+    return {**meta, "state_dict": weights}
 
 
 def _fill(tensors: dict[str, Tensor], reader: HuggingFaceStorageReader) -> None:

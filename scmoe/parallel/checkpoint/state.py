@@ -30,10 +30,15 @@ def model_state(module: nn.Module, context: ParallelContext) -> dict[str, Tensor
     """Return the module's tensors by name, expert shards as DTensors. They share storage with the module, so reading
     into them loads the module. A tied weight occurs once, under its first name."""
     shards = {name for name, _ in expert_parameters(module)}
-    tied = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    tied -= {name for name, _ in module.named_parameters()}
+    tied = tied_weights(module)
     state = ((name, t) for name, t in module.state_dict().items() if name not in tied)
     return {name: as_dtensor(t, context) if name in shards else t for name, t in state}
+
+
+def tied_weights(module: nn.Module) -> dict[str, str]:
+    """Return the further names of tied weights, each with the weight's first name."""
+    first = {p: name for name, p in module.named_parameters()}
+    return {name: first[p] for name, p in module.named_parameters(remove_duplicate=False) if name != first[p]}
 
 
 def optimizer_state(module: nn.Module, optimizer: Optimizer, context: ParallelContext) -> dict[str, Any]:

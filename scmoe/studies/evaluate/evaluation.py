@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datamodules.sequences import SequenceDataModule
-from datamodules.text import TextDataModule
 from scmoe.config.fields import Config
 from scmoe.config.rules import IMAGES
+from scmoe.datamodules.sequences import SequenceDataModule
+from scmoe.datamodules.text import TextDataModule
 from scmoe.moe.stream import dropless
 from scmoe.parallel.checkpoint.durable import read_manifest
 from scmoe.parallel.lightning_seam import rank_without_trainer

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from datamodules.positioned import IGNORE, PositionedDataModule
-from datamodules.sequences import SequenceDataModule
+from scmoe.datamodules.positioned import IGNORE, PositionedDataModule
+from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.parallel.rank_zero import Forward
 from scmoe.training.moe_module import cross_entropy_sum
 

@@ -16,7 +16,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
 from scipy.stats import binomtest
 
-from datamodules.tokenizer import Tokenizer
+from scmoe.datamodules.tokenizer import Tokenizer
 from scmoe.studies.evaluate.scoring import Scorer
 from scmoe.studies.evaluate.tasks import Task
 

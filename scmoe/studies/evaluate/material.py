@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
-from datamodules.positioned import PositionedDataModule
-from datamodules.sequences import SequenceDataModule
-from datamodules.text import TextDataModule
+from scmoe.config.extras import require
 from scmoe.config.fields import Config, ConfigError
+from scmoe.datamodules.positioned import PositionedDataModule
+from scmoe.datamodules.sequences import SequenceDataModule
+from scmoe.datamodules.text import TextDataModule
 from scmoe.studies.evaluate.own_tasks import OWN_TASKS
 from scmoe.studies.evaluate.tasks import Task, read_task
 from scmoe.studies.evaluate.text import Text, open_text
@@ -67,8 +67,8 @@ def read_material(config: Config, request: Request) -> Material:
 def read_tasks(text: Text, request: Request) -> list[Task]:
     """Return the tasks that are asked for. ConfigError: one is not there, or lm-eval is not installed."""
     names = tuple(OWN_TASKS) if request.tasks is None else request.tasks
-    if names and find_spec("lm_eval") is None:
-        raise ConfigError("--tasks needs lm-eval: pip install 'scmoe[eval]', or leave all tasks out with --tasks none")
+    if names:
+        require("--tasks (other than none)", "lm_eval")
     tasks = []
     for name in names:
         if name in OWN_TASKS:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datamodules.positioned import IGNORE
+from scmoe.datamodules.positioned import IGNORE
 from scmoe.parallel.rank_zero import Forward
 
 BATCH_TOKENS = 2048  # of a batch, padding included: with a vocabulary of 50,000 its logits take 0.4 GB

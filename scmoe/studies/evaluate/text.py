@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.sequences import SequenceDataModule
-from datamodules.text import TextDataModule
 from scmoe.config.fields import ConfigError
+from scmoe.datamodules.sequences import SequenceDataModule
+from scmoe.datamodules.text import TextDataModule
 from scmoe.studies.evaluate.scoring import Scorer
 
 TEST_SPLIT = "test split"

@@ -18,6 +18,7 @@ import yaml
 from scmoe.config.fields import Config, ConfigError, flatten, show
 from scmoe.config.load import load
 from scmoe.config.rules import NAME
+from scmoe.config.shipped import find
 from scmoe.studies.checks import COUNT, MAPPING, NUMBER, TEXT, Rule, check, is_number, one_of, refusal
 from scmoe.studies.sweep.axis import Axis, read_axis
 
@@ -43,6 +44,7 @@ HYPERBAND: dict[str, Rule] = {
     "eta": (lambda value: is_number(value) and value > 1, "a number above 1"),
     "strict": (lambda value: isinstance(value, bool), "true | false"),
 }
+TRAIN = ("experiments.train", "scmoe.experiments.train")  # the first exists in a checkout only
 PROBES = 20  # number of combinations in which a value is tried before it is refused
 
 
@@ -81,7 +83,7 @@ def read(path: str, extra: Sequence[str] = ()) -> Sweep:
     Raises ConfigError, in one line, for what W&B would refuse, for an unknown parameter, and for what cannot run here.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # as W&B does: 1e-3 is a text, 1.0e-3 a number
+        raw = yaml.safe_load(find(path).read_text(encoding="utf-8"))  # as W&B does: 1e-3 is a text, 1.0e-3 a number
         _check(raw)
         launcher, config, overrides = _command(raw)
         raw = {**raw, "command": [*raw["command"][:-1], *extra, raw["command"][-1]]}
@@ -118,8 +120,8 @@ def _check(raw: Any) -> None:
 def _command(raw: dict[str, Any]) -> tuple[list[str], str, list[str]]:
     """Return the three parts of `launcher config overrides... ${args_no_hyphens}`."""
     command = raw["command"]
-    program = "${program}" if raw["program"] == "experiments/train.py" else "experiments.train"
-    start = next((i for i, word in enumerate(command, 1) if word in ("experiments.train", program)), len(command))
+    trains = {*TRAIN, "${program}"} if raw["program"] == "experiments/train.py" else {*TRAIN}
+    start = next((i for i, word in enumerate(command, 1) if word in trains), len(command))
     launcher, given, last = command[:start], command[start:-1], command[-1:]
     ends_well = last in (["${args}"], ["${args_no_hyphens}"])
     if not ends_well or not given or "=" in given[0] or not all("=" in word for word in given[1:]):

@@ -18,8 +18,8 @@ from scmoe.studies.table.kept import look_up
 from scmoe.studies.table.rows import Scale, Table
 from scmoe.studies.table.runs import Run
 
-EVALUATE = (sys.executable, "-m", "experiments.evaluate")
-BENCH = (sys.executable, "-m", "experiments.bench")
+EVALUATE = (sys.executable, "-m", "scmoe.experiments.evaluate")
+BENCH = (sys.executable, "-m", "scmoe.experiments.bench")
 AGAIN = ("waiting", "cut", "failed")
 
 

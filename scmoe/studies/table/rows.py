@@ -15,9 +15,10 @@ from typing import Any
 
 from scmoe.config.fields import ConfigError
 from scmoe.config.load import parse_yaml
+from scmoe.config.shipped import SHIPPED, find
 from scmoe.studies.checks import LIST, MAPPING, TEXT, Rule, check, one_of, refusal
 
-FOLDER = Path("configs/experiment")
+FOLDER = SHIPPED / "experiment"
 SOURCES = ("summary", "evaluation", "speed", "paper")
 
 
@@ -102,11 +103,14 @@ def table_names(root: Path = FOLDER) -> list[str]:
     return sorted(found.parent.name for found in root.glob("*/table.yaml"))
 
 
-def load_table(name: str, root: Path = FOLDER) -> Table:
-    """Read the table of <root>/<name>/table.yaml. Raises ConfigError, in one line, for what cannot be read."""
-    path = root / name / "table.yaml"
+def load_table(name: str, root: Path | None = None) -> Table:
+    """Read the table of <root>/<name>/table.yaml. Raises ConfigError, in one line, for what cannot be read.
+
+    root: None: configs/experiment of the current folder, or the shipped one where it has no such table.
+    """
+    path = root / name / "table.yaml" if root else find(f"configs/experiment/{name}/table.yaml")
     if not path.is_file():
-        raise ConfigError(f"table is {name!r}, allowed: {', '.join(table_names(root))}")
+        raise ConfigError(f"table is {name!r}, allowed: {', '.join(table_names(root or FOLDER))}")
     try:
         return _table(name, path.parent, parse_yaml(path.read_text(encoding="utf-8"), "the file"))
     except ConfigError as error:

@@ -3,12 +3,13 @@
 import sys
 from typing import Any
 
-from datamodules.positioned import PositionedDataModule
-from datamodules.synthetic import SyntheticDataModule
-from datamodules.text import TextDataModule
-from datamodules.tokenizer import Tokenizer
+from scmoe.config.extras import explained
 from scmoe.config.fields import Config, ConfigError
 from scmoe.config.rules import IMAGES
+from scmoe.datamodules.positioned import PositionedDataModule
+from scmoe.datamodules.synthetic import SyntheticDataModule
+from scmoe.datamodules.text import TextDataModule
+from scmoe.datamodules.tokenizer import Tokenizer
 
 
 def prepare_data(data: PositionedDataModule) -> None:
@@ -16,7 +17,9 @@ def prepare_data(data: PositionedDataModule) -> None:
     try:
         data.prepare_data()
         data.setup("fit")
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except ModuleNotFoundError as error:
+        raise explained(error) or error from error
+    except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     if data.skipped:
         more = "; scmoe check-data lists all" if len(data.skipped) > 1 else ""
@@ -36,11 +39,11 @@ def build_datamodule(config: Config) -> PositionedDataModule:
     )
     if data.name == "synthetic":
         return SyntheticDataModule(data.vocab_size, seq_len=data.seq_len, val_sequences=data.val_sequences, **position)
-    if data.name in IMAGES:
-        from datamodules.image_sources import open_images  # here, as they need the extra `vision`
-        from datamodules.images import ImageDataModule
     try:
         if data.name in IMAGES:
+            from scmoe.datamodules.image_sources import open_images  # here, as they need the extra `vision`
+            from scmoe.datamodules.images import ImageDataModule
+
             return ImageDataModule(
                 open_images(data.name, data.path),
                 image_size=data.image_size,
@@ -55,7 +58,9 @@ def build_datamodule(config: Config) -> PositionedDataModule:
             )
         files = data.name, data.path, data.subset, data.tokenizer, data.vocab_size, data.cache_dir, skip
         return TextDataModule(*files, seq_len=data.seq_len, val_sequences=data.val_sequences, **position)
-    except (ValueError, ModuleNotFoundError) as error:
+    except ModuleNotFoundError as error:
+        raise explained(error) or error from error
+    except ValueError as error:
         raise ConfigError(str(error)) from error
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from scmoe.blocks.recompute import recompute_activations
 from scmoe.blocks.sublayers import MLP
+from scmoe.config.extras import require
 from scmoe.config.fields import Config, ConfigError, show
 from scmoe.config.rules import IMAGES
 from scmoe.models.gpt import GPT
@@ -26,9 +26,9 @@ from scmoe.training.language_model import LanguageModel
 from scmoe.training.moe_module import MoEModule
 
 
-def build_model(config: Config, context: ParallelContext) -> Any:
-    """Return the network with this rank's experts and weights drawn from the seed."""
-    model = build_network(config, context)
+def build_model(config: Config, context: ParallelContext | None = None) -> Any:
+    """Return the network with this rank's experts and weights drawn from the seed. context: None: all experts."""
+    model = build_network(config, context or ParallelContext())
     model.init_weights(config.seed)
     if config.trainer.recompute:
         recompute_activations(model)
@@ -71,8 +71,7 @@ def build_decoder(decoder: Callable[..., Any], config: Config, context: Parallel
 
 def build_swin(config: Config, context: ParallelContext) -> Any:
     """Build SwinV2-MoE (Table 9): stage 3 has the configured architecture, stage 4 standard top-2."""
-    if find_spec("timm") is None:
-        raise ConfigError("model.family is 'swin', which needs timm: pip install 'scmoe[vision]'")
+    require("model.family swin", "timm")
     from scmoe.models.swin import PostNorm, ShiftedWindows, Swin
 
     model, data, moe = config.model, config.data, config.moe

@@ -1,5 +1,6 @@
 """The loggers of a run: the one of metrics.csv, W&B's unless it is disabled, TensorBoard's if it is wanted."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -7,10 +8,11 @@ import wandb
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
+from scmoe.config.extras import install_command
 from scmoe.config.fields import Config
 from scmoe.training.run.csv_logger import csv_logger
 from scmoe.training.run.tensorboard_logger import SteadyTensorBoardLogger, tensorboard_logger
-from scmoe.training.run.wandb_logger import SteadyWandbLogger, wandb_logger, wandb_mode
+from scmoe.training.run.wandb_logger import HAS_WANDB, SteadyWandbLogger, wandb_logger, wandb_mode
 
 
 def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> list[Logger]:
@@ -18,6 +20,8 @@ def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> li
     loggers: list[Logger] = [csv_logger(run_dir, resumed_step)]
     if wandb_mode(config) != "disabled":
         loggers.append(wandb_logger(run_dir, config))
+    elif config.logger.mode == "auto" and not HAS_WANDB:
+        print(f"only metrics.csv is written; W&B needs wandb: {install_command('wandb')}", file=sys.stderr)
     if config.logger.tensorboard:
         loggers.append(tensorboard_logger(run_dir, resumed_step))
     return loggers

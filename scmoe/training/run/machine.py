@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvi
 
 from scmoe.analysis.cost import forward_flops, training_flops
 from scmoe.analysis.memory import rank_memory
+from scmoe.config.extras import install_command, require
 from scmoe.config.fields import Config, ConfigError, flatten, show
 from scmoe.config.rules import IMAGES, Rule, resolve_ep_size
 from scmoe.training.build.model import build_model_on_meta
@@ -41,6 +42,8 @@ def check_machine(config: Config, rank: int) -> None:
     """
     wandb_mode(config)
     check_resident(config)
+    if config.analysis.gating_every or config.analysis.similarity_every:
+        require("analysis", "matplotlib")
     check_devices(config)
     if rank == 0:
         _refuse(config, _folders, _size)
@@ -73,7 +76,7 @@ def _packages(config: Config) -> Iterator[Rule]:
         hint = f"; did you mean {near[0]}?" if near else ""
         yield True, "trainer.extra", f"arguments of Lightning's Trainer, of which {name} is none{hint}"
     missing = config.logger.tensorboard and not any(map(find_spec, ("tensorboard", "tensorboardX")))
-    yield missing, "logger.tensorboard", "false, as TensorBoard is not installed: pip install 'scmoe[tensorboard]'"
+    yield missing, "logger.tensorboard", "false, as TensorBoard is not installed: " + install_command("tensorboard")
 
 
 def _devices(config: Config) -> Iterator[Rule]:

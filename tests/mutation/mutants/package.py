@@ -1,0 +1,32 @@
+"""These bugs are in what a user of the installed package meets: names of configurations, extras, the drop-in block."""
+
+from __future__ import annotations
+
+from tests.mutation.mutant import DIST, FAULTS, PARALLEL, UNIT, Mutant
+
+DROP_IN, SHIPPED = f"{DIST}/test_drop_in.py", f"{UNIT}/test_shipped.py"
+MUTANTS = (
+    Mutant("shipped-config-hides-the-users", 0, "scmoe/config/shipped.py")
+    .replaces(
+        'folder / name, folder / "configs" / name, SHIPPED / name.removeprefix("configs/")',
+        'SHIPPED / name.removeprefix("configs/"), folder / name, folder / "configs" / name',
+    )
+    .caught_by(f"{SHIPPED}::test_the_current_folder_comes_first"),
+    Mutant("extends-knows-no-names", 0, "scmoe/config/load.py")
+    .replaces("find(parent, path.parent)", "path.parent / parent")
+    .caught_by(f"{SHIPPED}::test_a_file_may_extend_a_shipped_one_by_name"),
+    Mutant("own-bug-taken-for-a-missing-package", 0, "experiments/__init__.py")
+    .replaces("            if lacks is None:\n                raise\n", "")
+    .caught_by(f"{UNIT}/test_extras.py"),
+    Mutant("drop-in-experts-not-averaged", 0, f"{PARALLEL}/drop_in.py")
+    .replaces("    ExpertGradientReducer([*shards.values()], context_of(group))  # its hooks keep it\n", "")
+    .caught_by(f"{DROP_IN}::test_two_ranks_give_the_outputs_and_gradients_of_one"),
+    Mutant("drop-in-balance-of-one-rank", 0, f"{PARALLEL}/drop_in.py")
+    .replaces("        dist.all_reduce(sums_LE2, group=group)\n", "        sums_LE2 = sums_LE2 * 2\n")
+    .caught_by(f"{DROP_IN}::test_two_ranks_give_the_outputs_and_gradients_of_one"),
+    Mutant("tied-weights-lost-in-one-process", 56, f"{PARALLEL}/checkpoint/loading.py")
+    .replaces('meta.pop("tied_weights", {}).items()', "{}.items()")
+    .caught_by(
+        f"{FAULTS}/test_lightning_users.py::test_56_load_from_checkpoint_reads_a_directory_of_any_number_of_ranks"
+    ),
+)

@@ -1,0 +1,59 @@
+"""A package that is not installed is named in one line, with a command that installs it; the extras are pyproject's."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from scmoe.config import extras
+from scmoe.config.extras import EXTRAS, explained, install_command, require
+from scmoe.config.fields import ConfigError
+from scmoe.experiments import command
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PACKAGE_OF = {"sklearn": "scikit-learn", "lm_eval": "lm-eval"}  # where it has another name than its module
+
+
+def names(requirements: list[str]) -> list[str]:
+    return [re.split(r"[\[<>=!]", requirement)[0] for requirement in requirements]
+
+
+def test_the_table_is_that_of_the_project():
+    stated = PROJECT["optional-dependencies"]
+    for extra, modules in EXTRAS.items():
+        assert sorted(names(stated[extra])) == sorted(PACKAGE_OF.get(module, module) for module in modules)
+    (everything,), dev = stated["all"], stated["dev"][-1]
+    assert {"data", "plots", "stats", "wandb"} == set(everything.removeprefix("scmoe[").removesuffix("]").split(","))
+    assert "scmoe[all," in dev, "make setup installs what every verb needs"
+    assert not {*names(PROJECT["dependencies"])} & {PACKAGE_OF.get(m, m) for ms in EXTRAS.values() for m in ms}
+
+
+def test_the_command_is_that_of_a_checkout_or_names_the_packages(monkeypatch):
+    assert install_command("scipy", "matplotlib") == "pip install -e '.[plots,stats]'"
+    stated = ['tokenizers>=0.21; extra == "data"', 'scipy>=1.13; extra == "stats"', "torch>=2.10"]
+    monkeypatch.setattr(extras, "CHECKOUT", Path("no-such-checkout"))
+    monkeypatch.setattr(extras, "requires", lambda name: stated)
+    assert install_command("tokenizers") == "pip install 'tokenizers>=0.21'"
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    require("a table", "torch")
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^a table needs matplotlib, scipy: pip install -e '\.\[plots,stats\]'$"):
+        require("a table", "matplotlib", "scipy")
+
+
+def test_a_verb_that_finds_out_late_says_it_in_one_line(capsys):
+    @command
+    def verb(arguments: list[str]) -> None:
+        raise ModuleNotFoundError(f"No module named {arguments[0]!r}", name=arguments[0])
+
+    assert verb(["matplotlib.axes"]) == 2
+    assert capsys.readouterr().err == "error: No module named 'matplotlib.axes': pip install -e '.[plots]'\n"
+    with pytest.raises(ModuleNotFoundError, match="misspelt"):  # a bug of ours keeps its traceback
+        verb(["scmoe.misspelt"])
+    assert explained(ModuleNotFoundError("no name")) is None

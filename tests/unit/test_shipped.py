@@ -1,0 +1,64 @@
+"""A configuration is found by its name: in the current folder first, then among those that come with scmoe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scmoe.config.fields import ConfigError
+from scmoe.config.load import load
+from scmoe.config.shipped import SHIPPED, find, shipped_and_own
+from scmoe.studies.sweep.sweep_file import read
+from scmoe.studies.table.rows import load_table
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """The tests run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["quickstart", "quickstart.yaml", "configs/quickstart.yaml", "configs/quickstart", "experiment/table3/small"],
+)
+def test_every_shipped_configuration_has_names(name):
+    path = find(name)
+    assert path.samefile(ROOT / "configs" / f"{name.removeprefix('configs/').removesuffix('.yaml')}.yaml")
+    assert load(name).name == load(path).name
+
+
+def test_the_links_of_the_package_are_the_folders_of_the_repository():
+    for name in ("configs", "datamodules", "experiments"):
+        assert (ROOT / "scmoe" / name).is_symlink() and (ROOT / "scmoe" / name).samefile(ROOT / name)
+    assert SHIPPED.samefile(ROOT / "configs")
+
+
+def test_the_current_folder_comes_first():
+    Path("configs").mkdir()
+    for place in ("configs/quickstart.yaml", "quickstart.yaml"):
+        Path(place).write_text(f"name: {place.replace('/', '-')}\n")
+        assert find("quickstart") == Path(place) and load("quickstart").name == place.replace("/", "-")
+    assert load("configs/quickstart.yaml").name == "configs-quickstart.yaml"
+    assert shipped_and_own()["configs/quickstart.yaml"] == Path("configs/quickstart.yaml")
+    Path("debug").mkdir()  # a folder is no configuration
+    assert load("debug").name == "debug"
+
+
+def test_a_file_may_extend_a_shipped_one_by_name():
+    Path("mine.yaml").write_text("extends: [quickstart, configs/strategy/single.yaml]\nname: mine\n")
+    mine, theirs = load("mine"), load("quickstart")
+    assert (mine.name, mine.strategy.ep_size, mine.model) == ("mine", 1, theirs.model)
+
+
+def test_an_unknown_name_is_refused_with_the_verb_that_lists_them():
+    with pytest.raises(ConfigError, match=r"^quikstart: cannot be read: .*; scmoe list shows the names"):
+        load("quikstart")
+
+
+def test_tables_and_sweeps_are_found_too():
+    assert load_table("table3").rows == load_table("table3", ROOT / "configs/experiment").rows
+    assert read("sweep/smoke").launcher[-1] == "scmoe.experiments.train"
