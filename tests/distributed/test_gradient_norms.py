@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from scmoe.testbed.ranks import run_ranks
 from scmoe.training.build.data import build_datamodule
@@ -32,7 +33,8 @@ def norms_of(rank: int, world_size: int, words: str) -> list[dict[str, float]]:
     """Returns the norms of each step on this rank."""
     config = tiny(words, world_size)
     module = Norms(config)
-    trainer = build_trainer(config, [DataPosition(), GradientNorms()], [])
+    callbacks = [DataPosition(), GradientNorms(), ModelCheckpoint(save_top_k=0)]  # else Lightning's own saves a file
+    trainer = build_trainer(config, callbacks, [])
     trainer.fit(module, build_datamodule(config))
     return [
         {**norms, "all": float(whole)}

@@ -77,7 +77,7 @@ def test_a_text_that_cannot_be_appended_leaves_the_file_as_it_was(tmp_path, monk
             pass
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", Full)
+        patch.setattr(Path, "open", lambda self, *_, **__: Full(self))  # a class would not get the path
         writing.try_to_append(path, "two\n")
     assert path.read_text() == "one\n"
     assert "gets no more rows: No space left" in capsys.readouterr().err
