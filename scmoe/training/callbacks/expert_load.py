@@ -5,6 +5,7 @@
 """
 
 import csv
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from scmoe.charts import chart, title
+from scmoe.config.extras import install_command
 from scmoe.moe.balance import load_metrics
 from scmoe.training.callbacks.collapse import CollapseAlarm
 from scmoe.training.callbacks.log_lines import logs_now
@@ -69,7 +71,11 @@ class ExpertLoad(Callback):
         try_to_append(table, as_csv([*header, *rows]))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.picture is not None and self.last:
+        if self.picture is None or not self.last:
+            return
+        if find_spec("matplotlib") is None:
+            rank_zero_warn(f"no heat map of the experts' load is drawn; it needs {install_command('matplotlib')}")
+        else:
             try_to_write(self.picture, lambda path: draw_load([counts_E for *counts_E, _, _ in self.last], path))
 
 

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import wandb
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
@@ -37,6 +36,8 @@ def log_results(loggers: Sequence[Logger], step: int, samples: Sequence[str], lo
     """Hand W&B what a run has at its end: the texts that its model has written, and the heat map of its experts."""
     for logger in loggers:
         if isinstance(logger, SteadyWandbLogger):
+            import wandb  # here, as it is an extra
+
             if samples:
                 logger.log_at_the_end(
                     "samples", wandb.Table(["step", "text"], [[step, text] for text in samples]), step
