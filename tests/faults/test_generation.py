@@ -64,11 +64,20 @@ def generating(run_dir: Path, out: Path):
         process.wait()
 
 
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def said_at_the_end(process: subprocess.Popen[str], other: int) -> str:
     """Waits until both ranks have ended and closed their stderr."""
     _, said = process.communicate(timeout=TIMEOUT_S + PATIENCE_S)
-    with contextlib.suppress(FileNotFoundError):  # a process that has ended may wait for its parent, as Z
-        assert Path(f"/proc/{other}/stat").read_text().rpartition(")")[2].split()[0] == "Z", "rank 1 is still there"
+    deadline = time.monotonic() + PATIENCE_S
+    while is_running(other):
+        assert time.monotonic() < deadline, "rank 1 is still there"
+        time.sleep(0.1)
     return said
 
 
