@@ -1,6 +1,7 @@
 """Fig. 13: latency and memory of resident and offloaded experts, the paper's values beside ours."""
 
 import json
+import math
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -88,7 +89,8 @@ def show(report: dict[str, Any], setting: Setting) -> None:
     memory = Table("architecture", "fixed MB", RESIDENT, *COLORS, title="peak beyond the fixed weights, MB")
     for architecture, own in report.items():
         peaks = own["memory"]["peak_mb"]
-        numbers = (f"{peaks[way]:.0f} ({peaks[way] / peaks[RESIDENT]:.2f})" for way in (RESIDENT, *COLORS))
+        whole = peaks[RESIDENT] or math.nan  # experts of --quick fit into pages that the process has
+        numbers = (f"{peaks[way]:.0f} ({peaks[way] / whole:.2f})" for way in (RESIDENT, *COLORS))
         memory.add_row(NAMES[architecture], f"{own['memory']['fixed_mb']:.0f}", *numbers)
     for each in (table, memory):
         Console(width=170).print(each)

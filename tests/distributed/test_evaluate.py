@@ -124,7 +124,7 @@ def test_results_go_to_the_runs_own_wandb_run(runs):
     assert arrived.name == json.loads((run_dir / "wandb_run.json").read_text())["id"]
     assert arrived.column("eval/perplexity") == [found["perplexity"]]
     assert arrived.column("eval/test_loss") == [found["test_loss"]]
-    assert arrived.config["trainer.devices"] == 2, "the config stays that of the training"
+    assert arrived.config["trainer"]["devices"] == 2, "the config stays that of the training"
 
 
 def test_trouble_with_wandb_loses_no_result(runs, monkeypatch):

@@ -174,7 +174,7 @@ class Called(nn.Module):
         super().__init__()
         self.attention, self.angles = attention, angles
 
-    def forward(self, x_BSD: Tensor, cache: None) -> Tensor:
+    def forward(self, x_BSD: Tensor) -> Tensor:
         return self.attention(hidden_states=x_BSD, position_embeddings=self.angles, attention_mask=None)[0]
 
 
