@@ -104,7 +104,7 @@ class Cache:
 
     def __init__(self, store: Store, source: Source, slots: int, ahead: int, device: torch.device) -> None:
         largest = max(store.num_bytes(key) for key in store.places)
-        self.store, self.source, self.ahead = store, source, ahead
+        self.store, self.source, self.slots, self.ahead = store, source, slots, ahead
         self.free = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(slots)]
         self.held = OrderedDict[Key, Held]()  # those used last at the end
         self.closed = False

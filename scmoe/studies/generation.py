@@ -6,6 +6,7 @@ The results of a block come to rank 0 before the next block begins, in the order
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -21,6 +22,7 @@ from scmoe.inference.planned import moe_blocks, plan_passes
 from scmoe.inference.prompts import Prompt
 from scmoe.inference.sampling import Sampling
 from scmoe.inference.stopping import Stopping
+from scmoe.offload.cache import Cache
 from scmoe.parallel.lightning_seam import rank_without_trainer
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build.data import build_datamodule, prepare_data
@@ -56,9 +58,8 @@ class Request:
             raise ValueError(f"batch_size is {self.batch_size}, allowed: 1 or more")
         if self.piece is not None and self.piece < 1:
             raise ValueError(f"prefill_tokens is {self.piece}, allowed: 1 or more")
-        Stopping(
-            1 if self.max_tokens is None else self.max_tokens, strings=self.stop_strings, decode=str
-        )  # its checks, before anything is read
+        most = 1 if self.max_tokens is None else self.max_tokens
+        Stopping(most, strings=self.stop_strings, decode=str)  # its checks, before anything is read
 
 
 def generate_texts(
@@ -81,21 +82,26 @@ def generate_texts(
     if rank_without_trainer() == 0:
         prepare_data(data)
         encoded(request, data.tokenizer, config)  # so that a prompt that is too long starts no rank
-    if config.offload.way == "resident":
-        module, trainer = start_ranks(config, weights)
+    with placed(config, weights) as (model, context, cache):
         prompts = encoded(request, data.tokenizer, config)
-        with ending_together(trainer), trainer.precision_plugin.val_step_context():
-            speed = write_all(module.model, module.parallel_context, prompts, request, data.tokenizer, write, show)
-    else:
-        prompts = encoded(request, data.tokenizer, config)
-        with offloaded(config, weights) as (model, cache):
-            slots = len(cache.free)  # none is in use yet
-            speed = write_all(model, ParallelContext(), prompts, request, data.tokenizer, write, show)
-        assert speed is not None
-        speed["offload"] = {**asdict(config.offload), "slots": slots, "hit_rate": cache.hit_rate}
+        speed = write_all(model, context, prompts, request, data.tokenizer, write, show)
     if speed is None:
         return None
+    if cache is not None:
+        speed["offload"] = {**asdict(config.offload), "slots": cache.slots, "hit_rate": cache.hit_rate}
     return {"run": str(relative(run)), "weights": weights.name, "dropless": True, **speed}
+
+
+@contextmanager
+def placed(config: Config, weights: Path) -> Iterator[tuple[Any, ParallelContext, Cache | None]]:
+    """Give the model on this rank, the rank's place, and the cache of experts that are not resident."""
+    if config.offload.way != "resident":
+        with offloaded(config, weights) as (model, cache):
+            yield model, ParallelContext(), cache
+        return
+    module, trainer = start_ranks(config, weights)
+    with ending_together(trainer), trainer.precision_plugin.val_step_context():
+        yield module.model, module.parallel_context, None
 
 
 def speed_lines(speed: dict[str, Any]) -> list[str]:
@@ -171,8 +177,8 @@ def passes_of(
     if not request.plan:
         as_set = sorted({f"{b.schedule.name}, slot {b.schedule.slot} x {b.schedule.chunks}" for b in blocks})
         return passes, dict.fromkeys(("prefill", "decode"), "as configured: " + (", ".join(as_set) or "dense"))
-    longest = min(max(map(len, prompts)), request.piece or len(max(prompts, key=len)))
-    planned = plan_passes(model, request.batch_size, longest, None)
+    longest = max(map(len, prompts))
+    planned = plan_passes(model, request.batch_size, min(longest, request.piece or longest), None)
     return replace(passes, begin=planned), {shape: str(plan) for shape, plan in planned.plans.items()}
 
 

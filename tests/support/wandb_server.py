@@ -7,6 +7,7 @@ It answers the GraphQL operations, file streams and uploads of the W&B client an
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -256,3 +257,8 @@ def wandb_server() -> Iterator[WandbServer]:
         yield server
     finally:
         server.close()
+
+
+def environment() -> dict[str, str]:
+    """Returns the variables of this process without those of W&B and of tests."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "PYTEST_"))}
