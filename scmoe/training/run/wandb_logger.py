@@ -134,7 +134,7 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
 
 
 def define_metrics(run: Any) -> None:
-    """Tell W&B the x axis of every chart, and which value of a metric stands for a run: the best of losses, else the
+    """Define the x axis of every chart, and which value of a metric stands for a run: the best of losses, else the
     last."""
     run.define_metric(STEP)
     run.define_metric("*", step_metric=STEP, step_sync=True)
