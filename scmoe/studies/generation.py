@@ -108,10 +108,9 @@ def speed_lines(speed: dict[str, Any]) -> list[str]:
     """Return what the console shows of a generation."""
     rates = f"{speed['tokens_per_s']:.0f} tokens/s, first token after {speed['first_token_ms']:.0f} ms"
     lines = [f"{speed['tokens']} tokens, {rates}, dropless, from {speed['weights']}"]
-    if "offload" in speed:
-        lines.append(
-            "experts {way}, slots {slots}, rate {rate_mb_s}, hit rate {hit_rate:.2f}".format(**speed["offload"])
-        )
+    if (offload := speed.get("offload")) is not None:
+        rate = "no bound on fetching" if offload["rate_mb_s"] is None else f"at most {offload['rate_mb_s']:g} MB/s"
+        lines.append(f"experts {offload['way']}, {offload['slots']} slots, {rate}, hit rate {offload['hit_rate']:.2f}")
     return [*lines, *(f"{shape} ran {how}" for shape, how in speed["ran"].items())]
 
 
