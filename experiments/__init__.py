@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from scmoe.config.extras import explained
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 
 VERBS = {
     "train": "train a model, or resume a run",

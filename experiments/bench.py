@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.experiments import command, parser
 
 # Sizes of `bench overlap` and of `bench layer`. Those of overlap have the defaults of testbed.pairs.Setting.

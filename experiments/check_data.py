@@ -6,7 +6,7 @@ Exit code 2: a file cannot be read, or the data cannot be used at all.
 import sys
 from pathlib import Path
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.experiments import command, parser
 
 

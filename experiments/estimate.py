@@ -7,7 +7,8 @@ given is as CONFIG sets it. The last line on standard output is JSON.
 import json
 import sys
 
-from scmoe.config.fields import Config, ConfigError
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError
 from scmoe.experiments import called, command, parser
 
 RANKS = ("trainer.devices", "trainer.num_nodes", "strategy.ep_size")  # the fields that ep and dp set

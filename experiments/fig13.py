@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.experiments import command, parser
 
 ARCHITECTURES = ("scmoe_pos1", "scmoe_pos2", "scmoe_pos3", "shared_expert", "top2")

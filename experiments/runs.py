@@ -7,7 +7,7 @@ differs from more than half of the runs shown of the same experiment: those of o
 import sys
 from pathlib import Path
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.experiments import command, parser
 
 

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from scmoe.config.extras import require
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.experiments import command, parser
 
 

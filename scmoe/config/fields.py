@@ -1,18 +1,13 @@
 """Defines the configuration: one tree of frozen dataclasses, each field with type, default, unit and range.
 
 `training/build/` is the only reader. `rules.py` says which values fit together, `load.py` fills the tree from YAML and
-the command line, `help.py` prints it.
+the command line, `leaves.py` walks it, `help.py` prints it.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
-from types import UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-
-def option(default: Any, help: str, range: str | None = None) -> Any:
-    """Return a field with its default, the line that `--help` shows, and the name of its range in RANGES."""
-    return field(default=default, metadata={"help": help, "range": range})
+from scmoe.config.leaves import option
 
 
 @dataclass(frozen=True)
@@ -240,60 +235,3 @@ class Config:
     offload: OffloadConfig = OffloadConfig()
     analysis: AnalysisConfig = AnalysisConfig()
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-
-
-def flatten(config: Config) -> dict[str, Any]:
-    """Return every value under its dotted key, as loggers take it."""
-    return {leaf.key: leaf.value for leaf in leaves(config)}
-
-
-class ConfigError(ValueError):
-    """An error in one line: where, which key, what was given, what is allowed."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
-
-
-class Leaf(NamedTuple):
-    """One field of the tree with its value."""
-
-    key: str
-    type: Any
-    value: Any
-    help: str
-    range: str | None
-
-    @property
-    def types(self) -> tuple[Any, ...]:
-        """The alternatives of the type, such as (int, NoneType) for `int | null`."""
-        return get_args(self.type) if get_origin(self.type) in (Union, UnionType) else (self.type,)
-
-    @property
-    def choices(self) -> tuple[Any, ...]:
-        """The values of a Literal without null; () for any other type."""
-        return tuple(choice for kind in self.types if get_origin(kind) is Literal for choice in get_args(kind))
-
-    @property
-    def allowed(self) -> str:
-        """Type and range in words, such as `int | null, above 0`."""
-        names = {bool: "true | false", type(None): "null", list[str]: "list[str]", dict[str, Any]: "mapping"}
-        others = [kind for kind in self.types if get_origin(kind) is not Literal]
-        words = [*map(str, self.choices), *(names.get(kind, kind.__name__) for kind in others)]
-        return " | ".join(words) + (f", {self.range}" if self.range else "")
-
-
-def leaves(tree: Any, prefix: str = "") -> Iterator[Leaf]:
-    """Yield all fields of a tree of dataclasses under their dotted keys, in order of definition."""
-    types = get_type_hints(type(tree))
-    for entry in fields(tree):
-        key, value = prefix + entry.name, getattr(tree, entry.name)
-        if is_dataclass(value):
-            yield from leaves(value, key + ".")
-        else:
-            yield Leaf(key, types[entry.name], value, entry.metadata["help"], entry.metadata.get("range"))
-
-
-def show(value: Any) -> str:
-    """Return a value as a user would type it, cut if it is long."""
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -4,7 +4,8 @@ from itertools import zip_longest
 from pathlib import Path
 from textwrap import wrap
 
-from scmoe.config.fields import Config, leaves, show
+from scmoe.config.fields import Config
+from scmoe.config.leaves import leaves, show
 from scmoe.config.shipped import shipped_and_own
 
 WIDTHS = (27, 22, 11, 54)  # key, type, default, help; 120 characters with two spaces between

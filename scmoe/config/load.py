@@ -20,7 +20,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
 
-from scmoe.config.fields import Config, ConfigError, leaves, show
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError, leaves, show
 from scmoe.config.rules import validate
 from scmoe.config.shipped import find
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from scmoe.config.fields import Config, ConfigError, flatten, leaves, show
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError, flatten, leaves, show
 from scmoe.config.ranges import RANGES
 from scmoe.schedule.schedule import Schedule
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from scmoe.config.fields import ConfigError, show
+from scmoe.config.leaves import ConfigError, show
 
 Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and what is
 

@@ -12,7 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from scmoe.config.fields import Config, ConfigError
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError
 from scmoe.config.rules import IMAGES
 from scmoe.datamodules.text import TextDataModule
 from scmoe.datamodules.tokenizer import Tokenizer

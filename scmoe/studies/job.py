@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.parallel.checkpoint.durable import write_durably
 from scmoe.training.run.writing import write_aside
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.studies.progress import clock
 from scmoe.studies.table.make import Commands, Plan, Request, make_table, plan_table
 from scmoe.studies.table.rows import load_table

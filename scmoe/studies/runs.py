@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from scmoe.config.fields import Config, ConfigError, flatten
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError, flatten
 from scmoe.config.load import parse_yaml, to_yaml
 from scmoe.training.run.state import read_state
 

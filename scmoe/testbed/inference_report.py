@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from scmoe.charts import FORWARD, PAPER, SMALL, TRAINING, chart, title
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.parallel.inference_planner import InferencePlan
 from scmoe.testbed.inference import BLOCKS, CHUNKS, SHAPES, measure
 from scmoe.testbed.overlap_report import name_of

@@ -17,7 +17,7 @@ from rich.table import Column, Table
 
 from scmoe.charts import FORWARD, SMALL, TRAINING, chart, title
 from scmoe.config.extras import require
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.schedule.cost import OperatorTimes, exposed_time, overlap_efficiency
 from scmoe.testbed import links
 from scmoe.testbed.overlap import Seconds, Variant, measure

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from scmoe.config.extras import require
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.moe.operators import Direction, Recorder
 from scmoe.parallel.plan_file import plan_from_json
 from scmoe.parallel.pricing import DIRECTIONS, LayerChoice, from_tap

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.training.run import wandb_logger
 from scmoe.training.run.loggers import build_loggers, close_loggers

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from scmoe.config.fields import Config, ConfigError
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.models.gpt import GPT
 from scmoe.parallel.checkpoint import durable

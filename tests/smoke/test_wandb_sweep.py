@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.studies.sweep.sweep_file import read
 from scmoe.studies.sweep.wandb_sweep import run_online
 from tests.support.commands import ROOT

@@ -7,7 +7,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from scmoe.config.fields import Config, Leaf, leaves
+from scmoe.config.fields import Config
+from scmoe.config.leaves import Leaf, leaves
 
 LEAVES = {leaf.key: leaf for leaf in leaves(Config())}
 # trainer.compile: a compiler takes longer than a case may. The others: cases keep to their folder and to the limits.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_module

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from scmoe.config.fields import Config, leaves
+from scmoe.config.fields import Config
+from scmoe.config.leaves import leaves
 from scmoe.config.load import load
 from tests.support import cases
 from tests.support.architectures import (

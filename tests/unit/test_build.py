@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.datamodules.tokenizer import make_tokenizer
 from scmoe.training.build.data import build_datamodule

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scmoe.config.fields import Config, ConfigError, LoggerConfig, flatten, leaves
+from scmoe.config.fields import Config, LoggerConfig
+from scmoe.config.leaves import ConfigError, flatten, leaves
 from scmoe.config.load import load, to_yaml
 from scmoe.config.rules import resolve_ep_size
 from tests.support.configs import IMPOSSIBLE

@@ -5,8 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from scmoe.config.fields import Config, leaves
+from scmoe.config.fields import Config
 from scmoe.config.help import catalogue, help_text
+from scmoe.config.leaves import leaves
 
 
 def test_help_fits_its_width_and_has_every_field():

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.config.fields import Config, leaves
+from scmoe.config.fields import Config
+from scmoe.config.leaves import leaves
 
 ROOT = Path(__file__).parents[2]
 PAGES = [

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.studies.evaluate.own_tasks import CHOICES, NEAR, OWN_TASKS, cloze, next_sentence, sentences_of
 from scmoe.studies.evaluate.scoring import Score
 from scmoe.studies.evaluate.tasks import Question, Task, read_task

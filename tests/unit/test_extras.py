@@ -10,7 +10,7 @@ import pytest
 
 from scmoe.config import extras
 from scmoe.config.extras import EXTRAS, explained, install_command, require
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.experiments import command
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from scmoe.config.fields import Config, ConfigError, show
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError, show
 from scmoe.parallel.checkpoint.export import FORMAT_VERSION
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build.model import build_model, build_model_to_train

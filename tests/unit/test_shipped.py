@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.config.shipped import SHIPPED, find, shipped_and_own
 from scmoe.studies.sweep.sweep_file import read

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.studies.sweep.axis import DISTRIBUTIONS, read_axis
 from scmoe.studies.sweep.sweep_file import read
 from tests.support.sweeps import GOOD

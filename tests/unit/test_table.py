@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load, to_yaml
 from scmoe.studies.batch import Batch
 from scmoe.studies.job import Job, State, lock_of

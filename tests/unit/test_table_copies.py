@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.studies.job import State
 from scmoe.studies.table.copies import adopt, save

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scmoe.config.fields import Config, ConfigError
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.studies.table.launch import check_memory, write_launch_files

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.studies.evaluate.tasks import Question, Task
 
 CHOICES, NEAR = 4, 12  # the other choices are drawn among this many neighbours on either side

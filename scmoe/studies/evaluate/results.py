@@ -11,7 +11,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from scmoe.config.fields import Config, ConfigError
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError
 from scmoe.training.run.loggers import close_loggers
 from scmoe.training.run.wandb_logger import wandb_logger, wandb_mode
 from scmoe.training.run.writing import warn_once, write_json

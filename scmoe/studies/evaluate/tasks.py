@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 
 # What stands between query and choice, as in lm-eval's own tasks of these names; for others a space alone.
 PROMPTS = {"piqa": "Answer:", "arc_easy": "\nAnswer:", "boolq": "\nAnswer:"}

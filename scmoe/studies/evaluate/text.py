@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.studies.evaluate.scoring import Scorer

@@ -10,7 +10,7 @@ import numpy as np
 
 from scmoe.analysis.gating import draw_gating
 from scmoe.analysis.similarity import draw_similarity
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.studies.figures.explained import pair, timelines
 from scmoe.studies.figures.scenarios import draw_shares, draw_speeds, read_reports
 from scmoe.studies.runs import open_run

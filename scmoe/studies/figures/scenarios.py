@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from scmoe.charts import PAPER, SMALL, chart, title
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.schedule.timeline import TRANSFERS
 from scmoe.testbed.overlap_report import bars
 

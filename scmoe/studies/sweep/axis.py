@@ -11,7 +11,7 @@ from itertools import accumulate
 from statistics import NormalDist
 from typing import Any
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.studies.checks import LIST, NUMBER, Rule, check, is_int, is_number, refusal
 
 BOUNDED = ("int_uniform", "uniform", "log_uniform", "log_uniform_values", "inv_log_uniform", "inv_log_uniform_values")

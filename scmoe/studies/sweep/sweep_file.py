@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from scmoe.config.fields import Config, ConfigError, flatten, show
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.load import load
 from scmoe.config.rules import NAME
 from scmoe.config.shipped import find

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.studies.batch import Batch
 from scmoe.studies.job import Job, State, lock_of, write_whole
 from scmoe.studies.progress import Watch

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.studies.sweep.sweep_file import Sweep
 
 # The agent calls `python`, which must be this interpreter, and keeps its notes in the sweep's folder.

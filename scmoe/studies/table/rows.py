@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scmoe.config.fields import ConfigError
+from scmoe.config.leaves import ConfigError
 from scmoe.config.load import parse_yaml
 from scmoe.config.shipped import SHIPPED, find
 from scmoe.studies.checks import LIST, MAPPING, TEXT, Rule, check, one_of, refusal

@@ -16,7 +16,8 @@ from itertools import product
 from pathlib import Path
 from typing import IO
 
-from scmoe.config.fields import Config, ConfigError, flatten
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError, flatten
 from scmoe.config.load import load, to_yaml
 from scmoe.studies.batch import Batch
 from scmoe.studies.job import Job, State

@@ -4,7 +4,8 @@ import sys
 from typing import Any
 
 from scmoe.config.extras import explained
-from scmoe.config.fields import Config, ConfigError
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError
 from scmoe.config.rules import IMAGES
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.synthetic import SyntheticDataModule

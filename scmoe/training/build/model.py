@@ -12,7 +12,8 @@ from torch import nn
 from scmoe.blocks.recompute import recompute_activations
 from scmoe.blocks.sublayers import MLP
 from scmoe.config.extras import require
-from scmoe.config.fields import Config, ConfigError, show
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError, show
 from scmoe.config.rules import IMAGES
 from scmoe.models.gpt import GPT
 from scmoe.models.llama import Llama

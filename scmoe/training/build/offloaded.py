@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from scmoe.config.fields import Config, ConfigError
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError
 from scmoe.offload.cache import Cache
 from scmoe.offload.migration import offload_experts
 from scmoe.offload.store import Read, expert_layers, write_store

@@ -16,7 +16,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from scmoe.analysis.gating import GatingProbe, draw_gating, gating_means, gating_metrics
 from scmoe.analysis.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
-from scmoe.config.fields import Config, ConfigError, show
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError, show
 from scmoe.config.rules import IMAGES, last_step, resolve_ep_size, validates
 from scmoe.parallel.lightning_seam import LastCheckpoint, StepProgressBar
 from scmoe.parallel.strategy import ExpertParallelStrategy

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from scmoe.config.fields import Config, flatten, show
+from scmoe.config.fields import Config
+from scmoe.config.leaves import flatten, show
 from scmoe.config.rules import SHORTCUTS
 from scmoe.training.build.blocks import PARTS
 

@@ -20,7 +20,8 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvi
 from scmoe.analysis.cost import forward_flops, training_flops
 from scmoe.analysis.memory import rank_memory
 from scmoe.config.extras import install_command, require
-from scmoe.config.fields import Config, ConfigError, flatten, show
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.rules import IMAGES, Rule, resolve_ep_size
 from scmoe.training.build.model import build_model_on_meta
 from scmoe.training.build.trainer import cpu_threads

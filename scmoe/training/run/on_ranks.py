@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scmoe.config.fields import Config, ConfigError
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.parallel.checkpoint.export import EXPORT, load_weights, read_settings
 from scmoe.training.build.model import build_module

@@ -16,7 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from scmoe.config.fields import Config, ConfigError, flatten, show
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.load import load, load_text
 from scmoe.config.rules import last_step
 from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, checkpoints, newest_good, read_manifest, verify

@@ -17,7 +17,8 @@ from urllib.parse import urlparse
 from lightning.pytorch.loggers import WandbLogger
 
 from scmoe.config.extras import require
-from scmoe.config.fields import Config, ConfigError, show
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError, show
 from scmoe.parallel.checkpoint.durable import MANIFEST
 from scmoe.training.run.redact import without_keys
 from scmoe.training.run.writing import warn_once, write_json
