@@ -201,6 +201,14 @@ def _ranks(config: Config) -> Iterator[Rule]:
     uneven = not dense and moe.num_experts % ep_size
     yield uneven, "strategy.ep_size", f"a divisor of moe.num_experts, {moe.num_experts}"
     yield world % ep_size, "strategy.ep_size", f"a divisor of trainer.devices x trainer.num_nodes, {world}"
+    nodes = trainer.num_nodes > 1 and trainer.devices > 1
+    hybrid = "replicated | sharded | auto, unless trainer.num_nodes and trainer.devices are 2 or more"
+    yield config.strategy.dense == "hybrid" and not nodes, "strategy.dense", hybrid
+    widths, holders = (config.model.dim, config.model.ffn_dim or 4 * config.model.dim), world // ep_size
+    split = not dense and config.model.family != "swin" and config.strategy.dense in ("sharded", "hybrid")
+    uneven = split and any(width % holders for width in widths)
+    why = f"{' or '.join(map(str, widths))} is no multiple of the {holders} ranks that hold the same experts"
+    yield uneven, "strategy.dense", f"replicated, as model.dim or model.ffn_dim, {why}; or raise strategy.ep_size"
     parts, batches = "trainer.devices x trainer.num_nodes x trainer.accumulate", world * trainer.accumulate
     yield config.data.global_batch_size % batches, "data.global_batch_size", f"a multiple of {parts}, {batches}"
 

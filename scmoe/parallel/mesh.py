@@ -30,7 +30,8 @@ class ParallelContext:
 
     `ep_group` carries the All-to-All, `counts_group` how many rows come in it, `edp_group` the expert gradients,
     `checkpoint_group` (gloo) checkpoints, `control_group` (gloo) requests to stop; the default group carries dense
-    gradients, losses and metrics.
+    gradients, losses and metrics. `dense_mesh`: over which dense weights are split (dense_shards.py); None: each rank
+    holds them whole. `exact_mesh`: the same ranks, for those that stay in float32.
     """
 
     rank: int = 0
@@ -42,6 +43,8 @@ class ParallelContext:
     edp_group: Any = None
     checkpoint_group: Any = None
     control_group: Any = None
+    dense_mesh: DeviceMesh | None = None
+    exact_mesh: DeviceMesh | None = None
 
     @property
     def edp_size(self) -> int:

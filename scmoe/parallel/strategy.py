@@ -1,4 +1,4 @@
-"""`Trainer(strategy="expert_parallel")`: DDP for dense weights, expert parallelism for `Experts` modules.
+"""`Trainer(strategy="expert_parallel")`: DDP or FSDP2 for dense weights, expert parallelism for `Experts` modules.
 
 Launchers, ranks, the bucketed and overlapped reduction of dense gradients, no_sync and precision plugins are those of
 Lightning's DDPStrategy. This file adds process groups before `configure_model`, expert shards outside DDP with a
@@ -21,10 +21,12 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed import DistNetworkError, DistStoreError
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.checkpoint.state import model_state, optimizer_state, tied_weights
+from scmoe.parallel.dense_shards import check_dense
 from scmoe.parallel.job.debug import CompareCollectives
 from scmoe.parallel.job.lockstep import LockstepStrategy
 from scmoe.parallel.lightning_seam import accumulated_batches, hide_from_ddp, is_fitting
@@ -37,13 +39,17 @@ LONGEST_S = 1e6  # what a timeout may be
 
 
 class ExpertParallelStrategy(LockstepStrategy):
-    """Splits experts over groups of `ep_size` ranks and replicates everything else on all ranks.
+    """Splits experts over groups of `ep_size` ranks; everything else is replicated on all ranks, or split as well.
 
     ep_size: number of ranks that share one set of experts; None: all ranks.
     timeout_s: seconds that a collective may take before the job ends with an error.
     async_checkpoint: training continues while a checkpoint is written; the files are complete some steps later.
     debug_collectives: ranks compare every collective before they take part in it; slow.
     full_checkpoint: rank 0 merges the shards of all ranks into one file.
+    dense: "replicated": dense weights on all ranks, under DDP. "sharded": over all ranks, and experts over the ranks
+        that hold the same ones, under FSDP2. "hybrid": over the ranks of a node, with a copy on each node. "auto": the
+        first of replicated, hybrid and sharded that a rank's memory has room for.
+    dense_estimates: for auto, bytes that a rank needs each way; None: twice the weights, gradients and AdamW's moments.
     ddp: further arguments of DDPStrategy.
 
     Lightning finds out who starts the ranks: torchrun or SLURM if their environment variables are set, else this
@@ -63,15 +69,19 @@ class ExpertParallelStrategy(LockstepStrategy):
         async_checkpoint: bool = False,
         debug_collectives: bool = False,
         full_checkpoint: bool = False,
+        dense: str = "replicated",
+        dense_estimates: Mapping[str, float] | None = None,
         **ddp: Any,
     ) -> None:
         if ep_size is not None and ep_size < 1:
             raise ValueError(f"ep_size is {ep_size}, allowed: None or a number of ranks, 1 or more")
         if not 0 < timeout_s <= LONGEST_S:
             raise ValueError(f"timeout_s is {timeout_s}, allowed: above 0, at most {LONGEST_S:g} seconds")
+        check_dense(dense, ddp)
         self.timeout = timedelta(seconds=timeout_s)
         super().__init__(**{"gradient_as_bucket_view": True, **ddp, "timeout": self.timeout})
         self.ep_size, self.debug_collectives = ep_size, debug_collectives
+        self.dense, self.dense_estimates = dense, dense_estimates
         self.async_checkpoint, self.full_checkpoint = async_checkpoint, full_checkpoint
         self.reducer: ExpertGradientReducer
         self.at_teardown = ExitStack()  # removes what `setup` has hooked into the module, the plugin and torch
@@ -91,6 +101,7 @@ class ExpertParallelStrategy(LockstepStrategy):
         if self.context.mesh is None:
             ep_size = self.world_size if self.ep_size is None else self.ep_size
             self.context = build_context(ep_size, self.root_device, self.timeout)
+            self.split(self.dense, self.dense_estimates)
             self.checkpoints = Checkpoints(self.context, self.async_checkpoint, self.full_checkpoint)
         self.module.parallel_context = self.context
 
@@ -107,7 +118,8 @@ class ExpertParallelStrategy(LockstepStrategy):
             self.at_teardown.callback(compare.remove)
         if is_fitting(trainer):
             self.trained = self.module
-            self.reducer = ExpertGradientReducer([p for _, p in expert_parameters(self.module)], self.context)
+            shards = [] if self.is_split else [p for _, p in expert_parameters(self.module)]
+            self.reducer = ExpertGradientReducer(shards, self.context)
             self.at_teardown.callback(self.reducer.remove)
             self.at_teardown.callback(guard_updates(self.precision_plugin, self.module, self.context).remove)
             # weights were drawn equal on all ranks; what is drawn from here on (dropout, gate noise) must differ
@@ -117,7 +129,8 @@ class ExpertParallelStrategy(LockstepStrategy):
         super().on_train_start()
         check_experts(self.module, self.context)
         known = self.reducer.bucket_of
-        added = [name for name, p in expert_parameters(self.module) if p.requires_grad and p not in known]
+        new = {name: p for name, p in expert_parameters(self.module) if p.requires_grad and p not in known}
+        added = [name for name, p in new.items() if not isinstance(p, DTensor)]
         if added:
             raise ValueError(f"{added[0]} was added after fit had begun, allowed: in configure_model or setup")
 
