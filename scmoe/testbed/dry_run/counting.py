@@ -91,6 +91,7 @@ NAMES = {
     "allgather_": "all_gather",
     "_allgather_base_": "all_gather",
     "_reduce_scatter_base_": "reduce_scatter",
+    "broadcast_": "broadcast",
 }
 
 
@@ -102,7 +103,8 @@ def sent_bytes(func: Any, args: Any) -> tuple[str, int]:
     name = func._overloadpacket._qualified_op_name.partition("::")[2]
     group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
     sizes = [sum(t.nbytes for t in tensors_in([arg])) for arg in args]
-    return f"{NAMES[name]} {group.group_desc}", (1 + (name == "allreduce_")) * max(sizes)
+    who = "all" if group.group_desc == "default_pg" else group.group_desc
+    return f"{NAMES[name]} {who}", (1 + (name == "allreduce_")) * max(sizes)
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -99,7 +99,8 @@ def step(config: Config, module: Any) -> DryRun:
         shard(model, context, precision)
     materialise(model, CPU)
     for owner in model.modules():
-        owner._buffers.update({name: torch.empty_like(b, device=CPU) for name, b in owner._buffers.items()})
+        for name, buffer in [*owner.named_buffers(recurse=False)]:
+            setattr(owner, name, torch.empty_like(buffer, device=CPU))
     if config.trainer.recompute:
         recompute_activations(model)
     made = module.configure_optimizers()
