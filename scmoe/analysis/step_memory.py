@@ -6,7 +6,7 @@ gradient of one weight before it is added to the others; and
 
     replicated    all dense gradients (DDP's buckets), and the experts' gradients of this block and all after it, twice
                   where other ranks hold the same experts: they are averaged when backward ends
-    split         all weights outside blocks; this block's weights, whole, and half of their gradients; the weights of the
+    split         all weights outside blocks; this block's weights, whole, and half of their gradients; those of the
                   block before it, which are gathered meanwhile; what the block after it has given to the reduce-
                   scatter; or, when the block is done, its gradients, and what it gives to the reduce-scatter
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._guards import active_fake_mode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 
 class Counting(TorchDispatchMode):
@@ -77,12 +77,22 @@ class Counting(TorchDispatchMode):
         out = func(*args, **kwargs)
         if active_fake_mode() is self.fake:  # else DTensor asks for a shape
             self.add(tensors_in([out]))
-            if (flops := flop_registry.get(func._overloadpacket)) is not None:
-                self.flops += flops(*args, **kwargs, out_val=out)
+            self.flops += flops_of(func._overloadpacket, args, kwargs, out)
             if func.namespace == "c10d":
                 name, size = sent_bytes(func, args)
                 self.collectives[name] += size
         return out
+
+
+def flops_of(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Return FLOPs of products and attention. torch does not count attention of the CPU; its backward has twice those
+    of forward, as for every product: the scores that a kernel computes again are not counted."""
+    aten = torch.ops.aten
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        return sdpa_flop_count(*(t.shape for t in args[:3]))
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return 2 * sdpa_flop_count(*(t.shape for t in args[1:4]))
+    return flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
 
 
 NAMES = {

@@ -58,7 +58,8 @@ class DryRun:
 def check(config: Config) -> None:
     """Raise ConfigError for what has no shape before it runs, and for what a single batch does not show."""
     trainer, moe, why = config.trainer, config.moe, "the number of rows must not depend on the data"
-    dense, dropless = moe.architecture == "dense", moe.capacity_factor is None and moe.rows != "buffers"
+    dense, buffers, narrow = moe.architecture == "dense", moe.rows == "buffers", trainer.precision.startswith("bf16")
+    dropless = moe.capacity_factor is None and not buffers
     filled = moe.rows == "filled" or (moe.rows == "auto" and trainer.accelerator == "cpu")
     rules = [
         (trainer.compile, "trainer.compile", "false"),
@@ -66,6 +67,7 @@ def check(config: Config) -> None:
         (config.strategy.dense == "auto", "strategy.dense", "replicated | sharded | hybrid"),
         (not dense and dropless, "moe.capacity_factor", f"a number, or moe.rows=buffers with a ceiling: {why}"),
         (not dense and not dropless and filled, "moe.rows", f"slots: {why}"),
+        (buffers and not narrow, "trainer.precision", "bf16-mixed | bf16-true for moe.rows=buffers, as torch has it"),
     ]
     for refused, key, allowed in rules:
         if refused:
