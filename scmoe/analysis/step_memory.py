@@ -1,8 +1,8 @@
 """The most that is in memory at one time of a training step, beside weights and AdamW's moments.
 
 Backward goes from the last block to the first. While it is in a block there are: what this block and all before it have
-kept; the largest of its parts, computed again if activations are checkpointed, with the gradients inside it; the
-gradient of one weight before it is added to the others; and
+kept, half of its own in the middle; the largest of its parts, computed again if activations are checkpointed, with the
+gradients inside it; the gradient of one weight before it is added to the others; and
 
     replicated    all dense gradients (DDP's buckets), and the experts' gradients of this block and all after it, twice
                   where other ranks hold the same experts: they are averaged when backward ends
@@ -43,8 +43,9 @@ def moments_replicated(split: Split, stages: Sequence[Stage], samples: int, reco
         own = parameters_of(split, stages[i], before=stages[:i])
         of_experts = sum(split.held(p) * split.width for p in own if p in split.experts)
         came += sum(split.held(p) * split.width for p in own if p not in split.experts) * alone
-        here = kept[i] + sum(copies[: i + 1]) + busy(stages[i], samples, recompute)
-        yield buckets + here + came + of_experts + one_gradient(split, own)
+        here = sum(copies[: i + 1]) + one_gradient(split, own)
+        for activations in at_start_and_in_the_middle(stages, i, kept, samples, recompute):
+            yield buckets + here + came + of_experts + activations
         came += twice * of_experts
     yield buckets + came
 
@@ -59,7 +60,9 @@ def moments_split(split: Split, stages: Sequence[Stage], samples: int, recompute
     for i in reversed(range(1, len(stages) - 1)):
         before, after = whole[i - 1] if i > 1 else 0, given[i + 1] if i < len(stages) - 2 else 0
         always = outside + whole[-1] + came + before
-        yield always + kept[i] + busy(stages[i], samples, recompute) + 1.5 * whole[i] + after
+        start, middle = at_start_and_in_the_middle(stages, i, kept, samples, recompute)
+        yield always + start + whole[i] + after
+        yield always + middle + 1.5 * whole[i] + after
         yield always + kept[i - 1] + whole[i] + given[i]
         came += sum(split.held(p) * split.width for p in own[i])
     yield outside + came + kept[0] + given[0] + given[-1]
@@ -72,6 +75,17 @@ def kept_until(stages: Sequence[Stage], samples: int, recompute: bool) -> list[f
         total += stage.kept + (stage.inputs if recompute else sum(stage.inside.values()))
         totals.append(samples * total)
     return totals
+
+
+def at_start_and_in_the_middle(
+    stages: Sequence[Stage], i: int, kept: Sequence[float], samples: int, recompute: bool
+) -> tuple[float, float]:
+    """Return bytes of activations and their gradients when backward enters a stage, and when it is in its busiest part:
+    then half of what the stage has kept is gone. After the blocks that part is the first one, the loss."""
+    last = i == len(stages) - 1
+    middle = kept[i] if last or i == 0 else (kept[i] + kept[i - 1]) / 2
+    least = min((size for size in stages[i].gradients.values() if size), default=0.0)
+    return kept[i] + samples * least, middle + busy(stages[i], samples, recompute)
 
 
 def busy(stage: Stage, samples: int, recompute: bool) -> float:
