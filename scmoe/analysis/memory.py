@@ -24,7 +24,6 @@ flight, DDP's buckets.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -55,19 +54,6 @@ def rank_memory(
         "activations": copies + round(samples * (kept + repeated)),
     }
     return parts | {"total": sum(parts.values())}
-
-
-def states_bytes(
-    dense: int, experts: int, edp_size: int, world_size: int, node_size: int
-) -> Iterator[tuple[str, float]]:
-    """Yield each way of keeping dense weights with a rank's bytes of weights, gradients and AdamW's two moments.
-
-    dense, experts: bytes of a rank's weights before they are split; edp_size ranks hold the same experts. There is no
-    `hybrid` where a node has one rank or all."""
-    yield "replicated", 4 * (dense + experts)
-    if 1 < node_size < world_size:
-        yield "hybrid", 4 * (dense / node_size + experts / edp_size)
-    yield "sharded", 4 * (dense / world_size + experts / edp_size)
 
 
 def narrow_copies(model: Any, ep_size: int, recompute: bool = False) -> int:

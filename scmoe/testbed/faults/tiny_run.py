@@ -60,13 +60,13 @@ def fit(config: Config, run_dir: Path, resume_from: Path | None = None, save_top
     return trainer
 
 
-def one_step(world_size: int, run_dir: Path) -> Any:
+def one_step(world_size: int, run_dir: Path, *overrides: str) -> Any:
     """Return the Trainer of a run of one step, with weights and AdamW's state to save or to load into."""
-    return fit(tiny(world_size, "trainer.max_steps=1"), run_dir, save_top_k=0)
+    return fit(tiny(world_size, "trainer.max_steps=1", *overrides), run_dir, save_top_k=0)
 
 
 def tensors(trainer: Any) -> dict[str, Tensor]:
-    """Return this rank's weights, and AdamW's state of each as `name/key`."""
+    """Return this rank's weights, and AdamW's state of each as `name/key`; of what is split over ranks, its part."""
     module = trainer.lightning_module
     named = {name: p.detach() for name, p in module.named_parameters()}
     for name, p in module.named_parameters():
