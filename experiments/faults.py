@@ -25,6 +25,8 @@ def main(arguments: list[str]) -> None:
     verb = verbs.add_parser("reshard", help="write in one layout, read in another")
     ways = "replicated: EP 1, 2, 4, 8; all: replicated, sharded and hybrid dense weights (default: replicated)"
     verb.add_argument("--dense", choices=("replicated", "all"), default="replicated", help=ways)
+    for name in ("kill", "flip", "resume"):
+        verbs.choices[name].add_argument("--dense", choices=("replicated", "sharded"), default="replicated")
     given = vars(options.parse_args(arguments))
     what = given.pop("what")
     run = getattr(import_module(f"scmoe.testbed.faults.{what}"), what)

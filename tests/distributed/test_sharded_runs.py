@@ -6,7 +6,6 @@ One start of four ranks does all of them. A resumed run is within 1e-12 of one p
 from __future__ import annotations
 
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -86,14 +85,17 @@ class Watched(RecordingModel):
         self.gathered[name] = weight.dtype
 
     def while_open(self) -> list[float]:
-        """Returns when collectives of FSDP started while a block's stream was open."""
+        """Returns when collectives of FSDP started while a block's stream was open: from dispatch to decode, and in
+        backward from decode to encode."""
         found = []
-        for marks in ([*recorder.marks] for recorder in self.recorders):
-            edges = {"forward": ("dispatch", "decode"), "backward": ("combine", "encode")}
-            for direction, (first, last) in edges.items():
-                own = [mark for mark in marks if mark.direction == direction and mark.begins]
-                opened = [mark.time for mark, after in pairwise(own) if mark.operator == first]
-                closed = [mark.time for mark in own if mark.operator == last]
+        for marks in (recorder.marks for recorder in self.recorders):
+            for direction, first, begins, last in (
+                ("forward", "dispatch", True, "decode"),
+                ("backward", "decode", False, "encode"),
+            ):
+                own = [mark for mark in marks if mark.direction == direction]
+                opened = [mark.time for mark in own if mark.operator == first and mark.begins == begins]
+                closed = [mark.time for mark in own if mark.operator == last and mark.begins]
                 assert len(opened) == len(closed) >= 3
                 for a, b in zip(opened, closed, strict=True):
                     assert a < b
@@ -159,11 +161,11 @@ class Own(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-def own_module(dense: str, folder: Path) -> dict[str, Any]:
+def own_module(rank: int, dense: str, folder: Path) -> dict[str, Any]:
     """Fits, validates, tests, predicts, saves and fits again. Returns every value of that and the weights."""
     torch.manual_seed(1)
     ids = torch.randint(32, (32, 9), generator=torch.Generator().manual_seed(2))
-    sampler = DistributedSampler(TensorDataset(ids), shuffle=False)
+    sampler = DistributedSampler(TensorDataset(ids), 4, rank, shuffle=False)
     loader = DataLoader(TensorDataset(ids), batch_size=4, sampler=sampler, generator=torch.Generator())
 
     def trainer(steps: int) -> Any:
@@ -203,7 +205,7 @@ def all_runs(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     return {
         "layouts": resumed_in_layouts(rank, folder / "layouts"),
         "precisions": in_precisions(rank),
-        "own": {dense: own_module(dense, folder / dense) for dense in ("replicated", "sharded")},
+        "own": {dense: own_module(rank, dense, folder / dense) for dense in ("replicated", "sharded")},
     }
 
 

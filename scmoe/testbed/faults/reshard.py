@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from scmoe.parallel.checkpoint.loading import load_checkpoint
 from scmoe.parallel.checkpoint.saving import Saving
-from scmoe.testbed.faults.tiny_run import EXPERTS, LAST, OLD, mark, one_step, progress, same, state, tensors
+from scmoe.testbed.faults.tiny_run import EXPERTS, LAST, OLD, mark, named_tensors, one_step, progress, same, state
 from scmoe.testbed.ranks import run_ranks
 
 
@@ -68,7 +68,7 @@ def read_all(
 
 def gathered(trainer: Any) -> dict[str, Tensor]:
     """Return weights and moments with this rank's experts, whole."""
-    named = tensors(trainer).items()
+    named = named_tensors(trainer).items()
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in named}
 
 
