@@ -91,9 +91,15 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
         reduce_dtype=torch.float32 if precision.startswith("bf16") else None,
         cast_forward_inputs=False,
     )
-    for unit in [*units(module), [module]]:
+    blocks, whole = units(module), [module]
+    for unit in [*blocks, whole]:
+        backward_begins_here = unit is whole or unit is blocks[-1]
         fully_shard(
-            unit if len(unit) > 1 else unit[0], mesh=context.dense_mesh, shard_placement_fn=places.get, mp_policy=narrow
+            unit if len(unit) > 1 else unit[0],
+            mesh=context.dense_mesh,
+            reshard_after_forward=not backward_begins_here,
+            shard_placement_fn=places.get,
+            mp_policy=narrow,
         )
         for part in (m for m in unit if isinstance(m, FSDPModule)):
             part.set_gradient_divide_factor(1.0)

@@ -23,7 +23,7 @@ from torch.futures import Future
 from torch.optim import Optimizer
 
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.checkpoint.loading import load_checkpoint, read_named, tensors_of
+from scmoe.parallel.checkpoint.loading import load_checkpoint, read_whole
 from scmoe.parallel.checkpoint.state import FULL, META, set_rng_states, split, to_json
 from scmoe.parallel.mesh import ParallelContext
 
@@ -201,6 +201,6 @@ def write_in_turn(
 def _merge(folder: Path) -> None:
     """Merge the shards into one file. DCP's own `enable_consolidation` accepts no integers, such as random states."""
     shards = list(folder.glob("*.safetensors"))
-    write_in_turn(tensors_of(folder), lambda name: read_named(folder, [name])[name], folder / FULL)
+    write_whole(read_whole(folder), folder / FULL)
     for shard in shards:
         shard.unlink()
