@@ -18,8 +18,7 @@ GENERATION = {"batch": 4, "prompt": 32, "tokens": 256, "rounds": 3, "threads": 1
 DENSE = {"ranks": 4, "ep_size": 2, "batch": 4, "rounds": 9}
 OUT: dict[str, Any] = {"out": Path("runs/bench")}
 LINKS: dict[str, Any] = {"share": 0.52, "ranks": 2}
-INFERENCE = {**LINKS, "prompt": 512, "batch": 8, "rounds": 9, **OUT}
-TIMELINE = {**LINKS, "out": Path("runs/timeline")}
+INFERENCE, TIMELINE = {**LINKS, "prompt": 512, "batch": 8, "rounds": 9, **OUT}, {**LINKS, "out": Path("runs/timeline")}
 HERE = {"layer": "layer", "guard": "guard_cost", "generation": "generation", "dense": "dense_cost"}  # files
 
 
@@ -59,13 +58,9 @@ def options_of(arguments: list[str]) -> dict[str, Any]:
     option("--of", nargs="+", choices=["tokens", "ranks", "experts"], default=["tokens", "ranks", "experts"])
     option("--points", nargs="+", type=int, help="its values, with one --of")
     option("--rounds", type=at_least_two, default=5)
-    for name, what in (
-        ("guard", "cost of the guard against NaN and Inf"),
-        ("dense", "cost of splitting dense weights"),
-    ):
-        add(name, what, DENSE if name == "dense" else {})(
-            "overrides", metavar="key=value", nargs="*", help="of a small model's config"
-        )
+    for name, of in (("guard", "the guard against NaN and Inf"), ("dense", "split dense weights")):
+        option = add(name, f"cost of {of}", DENSE if name == "dense" else {})
+        option("overrides", metavar="key=value", nargs="*", help="of a small model's config")
     option = add("timeline", "one pair's operators, measured and planned (Fig. 7), and Chrome traces", TIMELINE)
     option("--compute", choices=["real", "emulated"], default="emulated")
     option("--position", choices=["pos1", "pos2", "pos3"], default="pos2")

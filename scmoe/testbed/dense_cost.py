@@ -46,15 +46,17 @@ def measure(
         ways[way] = with_dense_mesh(context, way, world_size // 2, device, timeout)
     steps = {way: Training(of_way, batch, overrides) for way, of_way in ways.items()}
     times = [{way: step() for way, step in steps.items()} for _ in range(WARM_UP + rounds)][WARM_UP:]
-    of = {way: {"ms": 1e3 * statistics.median(t[way] for t in times)} for way in ways}
+    of = {}
     for way, step in steps.items():
-        of[way]["time_ratio"] = statistics.median(t[way] / t["replicated"] for t in times)
-        of[way]["states_mib"] = step.states_bytes() / 2**20
+        of[way] = {"ms": 1e3 * statistics.median(t[way][0] for t in times), "states_mib": step.states_bytes() / 2**20}
+        for i, name in enumerate(("time_ratio", "processor_ratio")):
+            of[way][name] = statistics.median(t[way][i] / t["replicated"][i] for t in times)
     return of
 
 
 class Training:
-    """A model with its optimizer, on this rank. Calling it takes a step and returns its seconds."""
+    """A model with its optimizer, on this rank. Calling it takes a step and returns its seconds, and those of the
+    processor: on a machine that does other work, the second says more."""
 
     def __init__(self, context: ParallelContext, batch: int, overrides: Sequence[str]) -> None:
         config = load(None, [*SIZE, *overrides])
@@ -70,15 +72,15 @@ class Training:
             self.run = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         self.ids = torch.randint(config.data.vocab_size, (batch, config.data.seq_len + 1))
 
-    def __call__(self) -> float:
+    def __call__(self) -> tuple[float, float]:
         dist.barrier()
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         loss = F.cross_entropy(self.run(self.ids[:, :-1])[0].flatten(0, 1), self.ids[:, 1:].flatten())
         (loss / self.context.world_size if self.split else loss).backward()
         clip_grad_norm(self.parameters, self.shards, 1.0, self.context)
         self.optimizer.step()
         dist.barrier()
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start[0], time.process_time() - start[1]
         self.gradients = sum(local(p.grad).nbytes for p in self.parameters if p.grad is not None)
         self.optimizer.zero_grad()
         return seconds

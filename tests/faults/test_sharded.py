@@ -22,12 +22,36 @@ from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import build_trainer
 from scmoe.training.language_model import LanguageModel
+from tests.support.cases import ARCHITECTURES, SLOTS
+from tests.support.comparison import assemble, assert_same, assert_same_bits
 from tests.support.failing import failure
-from tests.support.trainings import tiny
+from tests.support.sharded import EVERY_ON_EIGHT, EVERY_ON_FOUR, SLOTTED
+from tests.support.trainings import tiny, train_cases
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 SHARDED = tiny_run.WAYS["sharded"]
+
+
+# ---------------------------------------------------------------------- every architecture, way, EP degree and slot
+
+
+@pytest.mark.parametrize("world_size, cases", [(4, EVERY_ON_FOUR), (8, EVERY_ON_EIGHT)])
+def test_every_architecture_equals_one_process(world_size, cases):
+    (one,) = run_ranks(train_cases, 1, ARCHITECTURES, timeout_s=600)
+    ranks = run_ranks(train_cases, world_size, {case: text for case, (_, text) in cases.items()}, timeout_s=1800)
+    for case, (name, _) in cases.items():
+        assert_same([rank[case] for rank in ranks], assemble([one[name]]))
+
+
+def test_no_slot_changes_a_bit():
+    ranks = run_ranks(train_cases, 4, SLOTTED, timeout_s=1200)
+    for position, slot, chunks in SLOTS:
+        slotted, sequential = ([rank[key] for rank in ranks] for key in ((position, slot, chunks), (position, chunks)))
+        assert_same_bits(slotted, sequential)
+
+
+# ---------------------------------------------------------------------- checkpoints
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ Dense weights are split over all ranks, or (hybrid) over the ranks of a node of 
 
 from __future__ import annotations
 
-from tests.support.cases import ARCHITECTURES, CLIP
+from tests.support.cases import ARCHITECTURES, CLIP, SEQUENTIAL, SLOTS
 
 SHARDED = "strategy.dense=sharded"
 HYBRID = "strategy.dense=hybrid trainer.devices={} trainer.num_nodes=2"
@@ -38,9 +38,16 @@ EIGHT = {
     "dgmoe-share, hybrid, EP 4": ("dgmoe-share", f"{ONE['dgmoe-share']} {words('hybrid', 4, 8)}"),
     "pos3, EP 2": ("pos3", f"{ONE['pos3']} {words('sharded', 2, 8)}"),
 }
-SLOTS = {
-    f"{position}, slot {slot}, chunks {chunks}": f"position={position} schedule.slot={slot} schedule.chunks={chunks}"
-    for chunks in (1, 2)
-    for position, slots in (("pos1", 3), ("pos2", 4), ("pos3", 5))
-    for slot in range(slots)
+
+# The whole suite: every architecture both ways, with EP 1, 2 and 4 in turn on four ranks, and 2 and 4 on eight.
+EVERY_ON_FOUR = {
+    f"{name}, {how}": (name, f"{text} {words(how, (1, 2, 4)[(i + j) % 3], 4)}")
+    for j, how in enumerate(("sharded", "hybrid"))
+    for i, (name, text) in enumerate(ARCHITECTURES.items())
 }
+EVERY_ON_EIGHT = {
+    name: (name, f"{text} {words(('sharded', 'hybrid')[i // 2 % 2], (2, 4)[i % 2], 8)}")
+    for i, (name, text) in enumerate(ARCHITECTURES.items())
+}
+SLOTTED = {key: f"{text} {words('sharded', 2, 4)}" for key, text in SLOTS.items()}
+SLOTTED |= {key: f"{text} {words('sharded', 2, 4)}" for key, text in SEQUENTIAL.items()}
