@@ -15,11 +15,11 @@ WIDTHS: dict[str, float] = {"dim": 512, "ffn_dim": 2048, "tokens": 1024}
 SIZES = {**WIDTHS, "heads": 8, "seq_len": 256, "num_experts": 8, "attention_ms": 45.0, "attention_to_mlp": 3.0}
 LAYER = {**WIDTHS, "tokens": 2048, "experts": 8, "top_k": 2, "rounds": 15, "threads": 1}
 GENERATION = {"batch": 4, "prompt": 32, "tokens": 256, "rounds": 3, "threads": 1}
+DENSE = {"ranks": 4, "ep_size": 2, "batch": 4, "rounds": 9}
 OUT: dict[str, Any] = {"out": Path("runs/bench")}
 LINKS: dict[str, Any] = {"share": 0.52, "ranks": 2}
-INFERENCE = {**LINKS, "prompt": 512, "batch": 8, "rounds": 9, **OUT}
-TIMELINE = {**LINKS, "out": Path("runs/timeline")}
-HERE = {"layer": "layer.bench_layer", "guard": "guard_cost.guard_cost", "generation": "generation.bench_generation"}
+INFERENCE, TIMELINE = {**LINKS, "prompt": 512, "batch": 8, "rounds": 9, **OUT}, {**LINKS, "out": Path("runs/timeline")}
+HERE = {"layer": "layer", "guard": "guard_cost", "generation": "generation", "dense": "dense_cost"}  # files
 
 
 def at_least_two(text: str) -> int:
@@ -58,8 +58,9 @@ def options_of(arguments: list[str]) -> dict[str, Any]:
     option("--of", nargs="+", choices=["tokens", "ranks", "experts"], default=["tokens", "ranks", "experts"])
     option("--points", nargs="+", type=int, help="its values, with one --of")
     option("--rounds", type=at_least_two, default=5)
-    option = add("guard", "cost of the guard against NaN and Inf, as a share of a step", {})
-    option("overrides", metavar="key=value", nargs="*", help="of a small model's config")
+    for name, of in (("guard", "the guard against NaN and Inf"), ("dense", "split dense weights")):
+        option = add(name, f"cost of {of}", DENSE if name == "dense" else {})
+        option("overrides", metavar="key=value", nargs="*", help="of a small model's config")
     option = add("timeline", "one pair's operators, measured and planned (Fig. 7), and Chrome traces", TIMELINE)
     option("--compute", choices=["real", "emulated"], default="emulated")
     option("--position", choices=["pos1", "pos2", "pos3"], default="pos2")
@@ -73,8 +74,7 @@ def options_of(arguments: list[str]) -> dict[str, Any]:
 def measure(what: str, given: dict[str, Any], again: list[str]) -> dict[str, Any]:
     """again: the arguments of a Python interpreter that repeat this program, for a network namespace of its own."""
     if what in HERE:
-        module, function = HERE[what].split(".")
-        return getattr(import_module(f"scmoe.testbed.{module}"), function)(**given) | given
+        return getattr(import_module(f"scmoe.testbed.{HERE[what]}"), f"bench_{what}")(**given) | given
     from scmoe.testbed import generation, growth, inference_report, links, overlap_report, timeline
 
     if what == "overlap":

@@ -22,7 +22,11 @@ def main(arguments: list[str]) -> None:
     verb.add_argument("--count", type=int, default=1000, help="how often (default: 1000)")
     verb = verbs.add_parser("resume", help="resume from a step, on one rank and on two, with 0 and 2 data workers")
     verb.add_argument("--steps", type=count_or_all, help="number of steps to resume from, or all (default: all)")
-    verbs.add_parser("reshard", help="write at one EP degree, read at another")
+    verb = verbs.add_parser("reshard", help="write in one layout, read in another")
+    ways = "replicated: EP 1, 2, 4, 8; all: replicated, sharded and hybrid dense weights (default: replicated)"
+    verb.add_argument("--dense", choices=("replicated", "all"), default="replicated", help=ways)
+    for name in ("kill", "flip", "resume"):
+        verbs.choices[name].add_argument("--dense", choices=("replicated", "sharded"), default="replicated")
     given = vars(options.parse_args(arguments))
     what = given.pop("what")
     run = getattr(import_module(f"scmoe.testbed.faults.{what}"), what)

@@ -27,7 +27,6 @@ analysis/step_memory.py looks at each block's backward, and says what is there b
 gaps.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -72,19 +71,6 @@ def rank_memory(
         "activations": round(samples * (kept + repeated)) + narrow,
         "total": weights + optimizer + round(moment),
     }
-
-
-def states_bytes(
-    dense: int, experts: int, edp_size: int, world_size: int, node_size: int
-) -> Iterator[tuple[str, float]]:
-    """Yield each way of keeping dense weights with a rank's bytes of weights, gradients and AdamW's two moments.
-
-    dense, experts: bytes of a rank's weights before they are split; edp_size ranks hold the same experts. There is no
-    `hybrid` where a node has one rank or all."""
-    yield "replicated", 4 * (dense + experts)
-    if 1 < node_size < world_size:
-        yield "hybrid", 4 * (dense / node_size + experts / edp_size)
-    yield "sharded", 4 * (dense / world_size + experts / edp_size)
 
 
 def narrow_copies(model: Any, ep_size: int, recompute: bool = False) -> int:

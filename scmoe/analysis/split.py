@@ -19,6 +19,7 @@ from torch import nn
 from scmoe.analysis.cost import WEIGHT_BYTES
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
+from scmoe.parallel.dense_shards import units
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,10 @@ class Split:
         return routers | {p for p in self.model.parameters() if p.dim() < 2}
 
     @cached_property
-    def in_blocks(self) -> set[nn.Parameter]:
-        """The parameters that are gathered for forward and again for backward, those of the entries of module lists;
-        the others stay whole (parallel/dense_shards.py)."""
-        lists = (m for m in self.model.modules() if isinstance(m, nn.ModuleList))
-        entries = (entry for entries in lists for entry in entries if not isinstance(entry, nn.ModuleList))
-        return {p for entry in entries for p in entry.parameters()}
+    def gathered_twice(self) -> set[nn.Parameter]:
+        """The parameters that are gathered for forward and again for backward: all but those outside blocks and those
+        of the last unit, with which backward begins."""
+        return {p for unit in units(self.model)[:-1] for block in unit for p in block.parameters()}
 
     @property
     def width(self) -> int:

@@ -56,7 +56,7 @@ def moments_split(split: Split, stages: Sequence[Stage], samples: int, recompute
     given = [sum(map(split.summed_bytes, each)) for each in own]
     outside, kept = whole[0] + whole[-1], kept_until(stages, samples, recompute)
     came = 0.0
-    yield outside + kept[-1] + busy(stages[-1], samples, recompute)
+    yield outside + whole[-2] + kept[-1] + busy(stages[-1], samples, recompute)
     for i in reversed(range(1, len(stages) - 1)):
         before, after = whole[i - 1] if i > 1 else 0, given[i + 1] if i < len(stages) - 2 else 0
         always = outside + whole[-1] + came + before

@@ -2,7 +2,7 @@
 
     All-to-All         dispatch and combine of each MoE module, and the gradients of both: 4 times the rows in buffers
     all-reduce         DDP's dense gradients, and the experts' over the ranks that hold the same ones: 8 B a parameter
-    all-gather         weights that are split: a block's before forward and before backward, the others once
+    all-gather         weights that are split: a block's before forward and before backward, the last one's once
     reduce-scatter     their gradients: 12 B a parameter with the two gathers; 8 B where weights are gathered in bf16
     broadcast          DDP's, of SwinV2's masks and coordinates before each forward
     small ones         routers' sums and the number of targets, the gradient norm, counts of dropless rows
@@ -60,7 +60,7 @@ def add_weight(split: Split, p: nn.Parameter, sent: Counter[str], accumulate: in
     mesh = "exact" if split.precision == "bf16-mixed" and p in split.exact else "dense"
     group = "edp" if is_expert else f"{mesh}-shards"
     if shards > 1:
-        sent[f"all_gather {group}"] += (1 + (p in split.in_blocks)) * split.gathered_bytes(p) * accumulate
+        sent[f"all_gather {group}"] += (1 + (p in split.gathered_twice)) * split.gathered_bytes(p) * accumulate
         sent[f"reduce_scatter {group}"] += split.summed_bytes(p) * accumulate
     if copies > 1:
         sent[f"all_reduce {mesh}-copies"] += 2 * split.summed_bytes(p) // shards * accumulate

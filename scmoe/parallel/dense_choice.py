@@ -1,13 +1,12 @@
 """dense=auto: the first of replicated, hybrid and sharded that a rank's memory has room for."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from scmoe.analysis.memory import states_bytes
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 ROOM = 0.8  # of a rank's memory; the rest is for buffers of transfers and the allocator's gaps
@@ -20,6 +19,19 @@ def pick_dense(estimates: Mapping[str, float], memory: float) -> tuple[str, str]
     how = next((way for way, needed in estimates.items() if needed <= ROOM * memory), list(estimates)[-1])
     needed = ", ".join(f"{way} {size / GIB:.3g}" for way, size in estimates.items())
     return how, f"a rank of {memory / GIB:.3g} GiB is estimated to need, in GiB: {needed}"
+
+
+def states_bytes(
+    dense: float, experts: float, edp_size: int, world_size: int, node_size: int
+) -> Iterator[tuple[str, float]]:
+    """Yield each way of keeping dense weights with a rank's bytes of weights, gradients and AdamW's two moments.
+
+    dense, experts: bytes of a rank's weights before they are split; edp_size ranks hold the same experts. There is no
+    `hybrid` where a node has one rank or all."""
+    yield "replicated", 4 * (dense + experts)
+    if 1 < node_size < world_size:
+        yield "hybrid", 4 * (dense / node_size + experts / edp_size)
+    yield "sharded", 4 * (dense / world_size + experts / edp_size)
 
 
 def estimates_of(module: nn.Module, context: ParallelContext, node_size: int) -> dict[str, float]:

@@ -51,16 +51,18 @@ def with_dense_mesh(
             raise ValueError(f"dense is hybrid with {ranks}, allowed: 2 or more nodes of 2 or more ranks; use sharded")
         rows = rows.view(-1, node_size)
 
+    axes = {"copies": rows.T, "shards": rows} if how == "hybrid" else {"shards": rows}
+
     def mesh(purpose: str) -> DeviceMesh:
         groups: list[Any] = [
             dist.new_subgroups_by_enumeration(grid.tolist(), timeout=timeout, group_desc=f"{purpose}-{axis}")[0]
-            for axis, grid in (("copies", rows.T), ("shards", rows))
+            for axis, grid in axes.items()
         ]
         if device.type == "cuda":
             start_communicators(groups, device)
         if how == "hybrid":
-            return DeviceMesh.from_group(groups, device.type, mesh=rows, mesh_dim_names=("copies", "shards"))
-        return DeviceMesh.from_group(groups[1], device.type, mesh_dim_names=("shards",))
+            return DeviceMesh.from_group(groups, device.type, mesh=rows, mesh_dim_names=tuple(axes))
+        return DeviceMesh.from_group(groups[0], device.type, mesh_dim_names=tuple(axes))
 
     return replace(context, dense_mesh=mesh("dense"), exact_mesh=mesh("exact"))
 
@@ -91,9 +93,15 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
         reduce_dtype=torch.float32 if precision.startswith("bf16") else None,
         cast_forward_inputs=False,
     )
-    for unit in [*units(module), [module]]:
+    blocks, whole = units(module), [module]
+    for unit in [*blocks, whole]:
+        backward_begins_here = unit is whole or unit is blocks[-1]
         fully_shard(
-            unit if len(unit) > 1 else unit[0], mesh=context.dense_mesh, shard_placement_fn=places.get, mp_policy=narrow
+            unit if len(unit) > 1 else unit[0],
+            mesh=context.dense_mesh,
+            reshard_after_forward=not backward_begins_here,
+            shard_placement_fn=places.get,
+            mp_policy=narrow,
         )
         for part in (m for m in unit if isinstance(m, FSDPModule)):
             part.set_gradient_divide_factor(1.0)

@@ -107,7 +107,7 @@ class Recording(MoEModule):
 def whole(tensor: Tensor) -> Tensor:
     """Returns a copy of a tensor that may be split over the ranks which hold the same experts, or all ranks."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
 class RecordingModel(Recording, LanguageModel):
@@ -133,9 +133,12 @@ def randomise(model: torch.nn.Module) -> None:
 def starve(model: torch.nn.Module) -> None:
     """Sends every token to the first half of the experts: feature 0 of the gates' input decides."""
     for block in model.blocks:
-        block.tap_norm.weight[0], block.tap_norm.bias[0] = 0.0, 20.0
+        weight, bias, gate = map(whole, (block.tap_norm.weight, block.tap_norm.bias, block.moe.router.gate.weight))
         half = block.moe.router.num_experts // 2
-        block.moe.router.gate.weight[:, 0] = torch.tensor([0.2] * half + [-0.2] * half)
+        weight[0], bias[0], gate[:, 0] = 0.0, 20.0, torch.tensor([0.2] * half + [-0.2] * half)
+        put(block.tap_norm.weight, weight)
+        put(block.tap_norm.bias, bias)
+        put(block.moe.router.gate.weight, gate)
 
 
 def train(config: Config, module: Recording | None = None, **how: bool) -> dict[str, Any]:

@@ -22,7 +22,8 @@ CASES = {
     "dgmoe-share": "moe.architecture=dgmoe_share model.layers=4",
     "buffers": "moe.capacity_factor=null moe.rows=buffers moe.dropless_ceiling=1.5 trainer.precision=bf16-mixed",
     "sharded": "strategy.dense=sharded",
-    "hybrid, recompute": "strategy.dense=hybrid strategy.ep_size=4 trainer.recompute=true trainer.precision=bf16-mixed",
+    "hybrid": "strategy.dense=hybrid strategy.ep_size=4 trainer.precision=bf16-mixed",
+    "hybrid, recompute": "strategy.dense=hybrid trainer.recompute=true model.layers=4",
 }
 
 
@@ -37,7 +38,7 @@ def test_a_dry_run_counts_what_the_estimate_computes(case):
     for state in ("weights", "gradients", "optimizer"):
         assert getattr(run, state) == memory[state]
     assert memory["total"] == pytest.approx(sum(run.peak.values()), rel=0.05)
-    if not config.trainer.recompute:  # what is computed again has an upper bound only
+    if not config.trainer.recompute and config.moe.rows != "buffers":  # else the estimate is an upper bound
         assert run.flops == pytest.approx(facts["flops_training"] * SAMPLES * config.data.seq_len, rel=1e-3)
 
 

@@ -16,11 +16,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from scmoe.analysis.cost import WEIGHT_BYTES, rank_parameters
 from scmoe.analysis.gating import GatingProbe, draw_gating, gating_means, gating_metrics
-from scmoe.analysis.memory import activations, states_bytes
+from scmoe.analysis.memory import activations
 from scmoe.analysis.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.rules import IMAGES, last_step, resolve_ep_size, validates
+from scmoe.parallel.dense_choice import states_bytes
 from scmoe.parallel.lightning_seam import LastCheckpoint, StepProgressBar
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.training.build.model import build_model_on_meta
