@@ -27,13 +27,14 @@ analysis/step_memory.py looks at each block's backward, and says what is there b
 gaps.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from scmoe.analysis.cost import moe_uses
 from scmoe.analysis.split import Split
-from scmoe.analysis.stages import stages
+from scmoe.analysis.stages import Stage, stages
 from scmoe.analysis.step_memory import step_peak
 
 
@@ -58,11 +59,12 @@ def rank_memory(
     split = Split(model, dense, ep_size, dp_size, node_size, precision)
     parameters = list(model.parameters())
     weights = sum(split.held(p) for p in parameters) * split.width
-    kept, repeated = activations(model, seq_len, precision, recompute, on_gpu)
+    found = stages(model, seq_len, precision, on_gpu, dense)
+    kept, repeated = kept_and_repeated(found, recompute)
     mixed = precision == "bf16-mixed" and dense == "replicated"  # what is split is gathered in bfloat16 instead
     narrow = narrow_copies(model, ep_size, recompute) if mixed else 0
     optimizer = 2 * weights + 4 * len(parameters)
-    moment = step_peak(split, stages(model, seq_len, precision, on_gpu), samples, recompute)
+    moment = step_peak(split, found, samples, recompute)
     return {
         "weights": weights,
         "gradients": weights,
@@ -86,7 +88,10 @@ def narrow_copies(model: Any, ep_size: int, recompute: bool = False) -> int:
 
 def activations(model: Any, seq_len: int, precision: str, recompute: bool, on_gpu: bool = True) -> tuple[float, float]:
     """Bytes of one sample: what autograd keeps, and the largest part that is computed again at one time."""
-    found = stages(model, seq_len, precision, on_gpu)
+    return kept_and_repeated(stages(model, seq_len, precision, on_gpu), recompute)
+
+
+def kept_and_repeated(found: Sequence[Stage], recompute: bool) -> tuple[float, float]:
     if recompute:
         return sum(s.kept + s.inputs for s in found), max(max(s.inside.values(), default=0.0) for s in found)
     return sum(s.kept + sum(s.inside.values()) for s in found), 0.0

@@ -50,6 +50,12 @@ class Split:
         of the last unit, with which backward begins."""
         return {p for unit in units(self.model)[:-1] for block in unit for p in block.parameters()}
 
+    @cached_property
+    def outside(self) -> list[nn.Parameter]:
+        """The parameters outside blocks."""
+        inside = {p for unit in units(self.model) for block in unit for p in block.parameters()}
+        return [p for p in self.model.parameters() if p not in inside]
+
     @property
     def width(self) -> int:
         """Bytes of a number of a weight."""

@@ -9,6 +9,7 @@ from torch import nn
 from scmoe.analysis.cost import COMPUTE_BYTES, own_moe_uses, rows_sent
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.sublayers import MLP, Residual, SelfAttention
+from scmoe.models.decoder import Decoder
 from scmoe.moe.coefficient import CG1, CG2
 
 
@@ -17,20 +18,30 @@ class Stage:
     """Bytes of one sample in one block, in what comes before the blocks, or in what comes after them.
 
     kept: from forward to backward. inside: of each part that activation checkpointing computes again; without it they
-    are kept too. inputs: what it keeps of them. gradients: of each part, what is there beside it in its backward."""
+    are kept too. inputs: what it keeps of them. gradients: of each part, what is there beside it in its backward. once:
+    what a part keeps of a batch, whatever its size. stream: of the residual stream."""
 
     modules: set[nn.Module]
     kept: float = 0.0
     inside: defaultdict[Any, float] = field(default_factory=lambda: defaultdict(float))
     inputs: float = 0.0
     gradients: defaultdict[Any, float] = field(default_factory=lambda: defaultdict(float))
+    once: defaultdict[Any, float] = field(default_factory=lambda: defaultdict(float))
+    stream: float = 0.0
 
 
-def stages(model: Any, seq_len: int, precision: str, on_gpu: bool) -> list[Stage]:
-    """Return what comes before the blocks, the blocks in their order, and what comes after them."""
+def stages(model: Any, seq_len: int, precision: str, on_gpu: bool, dense: str = "replicated") -> list[Stage]:
+    """Return what comes before the blocks, the blocks in their order, and what comes after them.
+
+    dense: where dense weights are split, embeddings of tokens are gathered in bfloat16, and the residual stream has
+    their width.
+    """
     c = COMPUTE_BYTES[precision]
     wide = max(4, c)  # what stays in float32
-    stream = 4 if precision == "bf16-mixed" else c  # of the residual stream
+    narrow = dense != "replicated" or not isinstance(model, Decoder)
+    stream = 4 if precision == "bf16-mixed" and not narrow else c  # of the residual stream
+    # RMSNorm is one kernel on a GPU, if its weight, which is in float32, is not wider than the residual stream
+    steps = 2 if stream < 4 and precision == "bf16-mixed" else 0 if on_gpu else 1
     rows = model.rows_per_sample(seq_len)
     last = Stage({*model.norm.modules(), *model.head.modules()})
     of_blocks = [Stage(set(block.modules())) for block in model.blocks]
@@ -43,10 +54,10 @@ def stages(model: Any, seq_len: int, precision: str, on_gpu: bool) -> list[Stage
     for name, module in model.named_modules():
         if name.endswith("tap_norm"):
             continue
-        size = rows.get(module, 0.0) * _kept_by(module, c, stream, on_gpu)
+        size = rows.get(module, 0.0) * _kept_by(module, c, stream, steps)
         if isinstance(module, MoEBlock) and module.tap_norm is not None:
             # its input is kept by the norm after the tap, which may be the same module
-            size = rows[module] * _kept_by(module.tap_norm, c, 0, on_gpu)
+            size = rows[module] * _kept_by(module.tap_norm, c, 0, steps)
         if isinstance(module, nn.Dropout) and module.p > 0:  # pictures have drop path, which keeps a number a sample
             size = rows[module] * model.tokens.embedding_dim * (1 if on_gpu else c)
         stage, unit = stage_of[module], unit_of.get(module)
@@ -54,9 +65,11 @@ def stages(model: Any, seq_len: int, precision: str, on_gpu: bool) -> list[Stage
             stage.kept += size
         else:
             stage.inside[unit] += size
-            stage.gradients[unit] += rows[module] * c * _gradients_in(module)
+            stage.gradients[unit] += rows[module] * _gradients_in(module, c)
+            stage.once[unit] += module.kept_once_bytes(c) if isinstance(module, SelfAttention) else 0.0
         if isinstance(module, Residual):
             stage.inputs += rows[module] * module.f.dim * stream
+            stage.stream = rows[module] * module.f.dim * stream
     for i, (stage, block) in enumerate(zip(of_blocks, model.blocks, strict=True)):
         for moe, copies in own_moe_uses(block):
             num_rows, gates = rows_sent(moe, copies) * rows[moe], copies / moe.router.top_k * rows[moe]
@@ -71,11 +84,10 @@ def stages(model: Any, seq_len: int, precision: str, on_gpu: bool) -> list[Stage
     return [first, *of_blocks, last]
 
 
-def _kept_by(module: Any, c: int, stream: int, on_gpu: bool) -> float:
-    """Bytes of one row that the module itself keeps, without its submodules."""
+def _kept_by(module: Any, c: int, stream: int, steps: int) -> float:
+    """Bytes of one row that the module itself keeps, without its submodules. steps: wide rows that RMSNorm keeps."""
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        in_steps = isinstance(module, nn.RMSNorm) and not on_gpu  # the host computes it in steps
-        return module.weight.numel() * (stream + c + in_steps * max(4, c))
+        return module.weight.numel() * (stream + c + isinstance(module, nn.RMSNorm) * steps * max(4, c))
     if isinstance(module, SelfAttention):
         return module.kept_bytes(c)
     if isinstance(module, MLP):
@@ -85,11 +97,11 @@ def _kept_by(module: Any, c: int, stream: int, on_gpu: bool) -> float:
     return 0.0
 
 
-def _gradients_in(module: Any) -> float:
-    """Numbers of a row that are there in a part's backward, beside what it has kept."""
-    if isinstance(module, SelfAttention):  # of the result, of Q, K and V, and of Q, K and V together
-        return 4.0 * module.dim
-    return _after(module) if isinstance(module, MLP) else 0.0
+def _gradients_in(module: Any, c: int) -> float:
+    """Bytes of one row that are there in a part's backward, beside what it has kept."""
+    if isinstance(module, SelfAttention):  # of everything that it has kept
+        return module.kept_bytes(c)
+    return c * _after(module) if isinstance(module, MLP) else 0.0
 
 
 def _after(mlp: Any) -> int:

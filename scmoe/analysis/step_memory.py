@@ -1,12 +1,12 @@
 """The most that is in memory at one time of a training step, beside weights and AdamW's moments.
 
 Backward goes from the last block to the first. While it is in a block there are: what this block and all before it have
-kept, half of its own in the middle; the largest of its parts, computed again if activations are checkpointed, with the
-gradients inside it; the gradient of one weight before it is added to the others; and
+kept, half of its own in the middle; gradients of the residual stream; the largest of its parts, computed again if
+activations are checkpointed, with the gradients inside it; the gradient of one weight before it is added; and
 
-    replicated    all dense gradients (DDP's buckets), and the experts' gradients of this block and all after it, twice
-                  where other ranks hold the same experts: they are averaged when backward ends
-    split         all weights outside blocks; this block's weights, whole, and half of their gradients; those of the
+    replicated    all dense gradients (DDP's buckets), and the experts' gradients of this block and all after it; those
+                  in full buckets twice, where other ranks hold the same experts: they are averaged when backward ends
+    split         all weights outside blocks; this block's weights, whole, and a part of their gradients; those of the
                   block before it, which are gathered meanwhile; what the block after it has given to the reduce-
                   scatter; or, when the block is done, its gradients, and what it gives to the reduce-scatter
 
@@ -22,6 +22,8 @@ from scmoe.analysis.cost import COMPUTE_BYTES, own_moe_uses
 from scmoe.analysis.split import Split
 from scmoe.analysis.stages import Stage
 
+BUCKET = 25 * 2**20  # bytes, of parallel/update/reducer.py
+
 
 def step_peak(split: Split, stages: Sequence[Stage], samples: int, recompute: bool) -> float:
     """Return bytes on rank 0. samples: of one rank in one batch."""
@@ -30,7 +32,7 @@ def step_peak(split: Split, stages: Sequence[Stage], samples: int, recompute: bo
 
 
 def moments_replicated(split: Split, stages: Sequence[Stage], samples: int, recompute: bool) -> Iterator[float]:
-    alone, twice = split.ep_size * split.dp_size == 1, 1 + (split.dp_size > 1)
+    alone = split.ep_size * split.dp_size == 1
     sizes = [split.held(p) * split.width for p in split.model.parameters() if p not in split.experts]
     buckets = 0 if alone else sum(sizes)
     copies = [narrow_copies(split, stage, recompute) for stage in stages]
@@ -38,32 +40,41 @@ def moments_replicated(split: Split, stages: Sequence[Stage], samples: int, reco
     unkept = sum(narrow_copies(split, stage, False) for stage in stages) - all_copies
     logits = stages[-1].gradients["loss"] / 2 * samples  # log-probabilities, and logits in both widths
     yield buckets + kept[-1] + all_copies + unkept + 1.5 * logits
-    came = 0.0  # gradients
+    all_experts = sum(split.held(p) * split.width for p in split.experts)
+    came = experts_came = in_flight = 0.0  # bytes of gradients
     for i in reversed(range(len(stages))):
         own = parameters_of(split, stages[i], before=stages[:i])
         of_experts = sum(split.held(p) * split.width for p in own if p in split.experts)
         came += sum(split.held(p) * split.width for p in own if p not in split.experts) * alone
         here = sum(copies[: i + 1]) + one_gradient(split, own)
         for activations in at_start_and_in_the_middle(stages, i, kept, samples, recompute):
-            yield buckets + here + came + of_experts + activations
-        came += twice * of_experts
-    yield buckets + came
+            yield buckets + here + came + in_flight + of_experts + activations
+        came, experts_came = came + of_experts, experts_came + of_experts
+        full = experts_came if experts_came == all_experts else max(0, experts_came - BUCKET)
+        in_flight = full * (split.dp_size > 1)
+    yield buckets + came + in_flight
 
 
 def moments_split(split: Split, stages: Sequence[Stage], samples: int, recompute: bool) -> Iterator[float]:
     own = [parameters_of(split, stage, before=stages[:i]) for i, stage in enumerate(stages)]
     whole = [sum(map(split.gathered_bytes, each)) for each in own]
     given = [sum(map(split.summed_bytes, each)) for each in own]
-    outside, kept = whole[0] + whole[-1], kept_until(stages, samples, recompute)
+    kept = kept_until(stages, samples, recompute)
+    outside = sum(map(split.gathered_bytes, split.outside))
+    of_head = sum(map(split.gathered_bytes, parameters_of(split, stages[-1], before=())))  # its gradient stays
+    ahead = split.precision != "bf16-mixed"  # there, only the smallest group of a block is gathered ahead
     came = 0.0
     yield outside + whole[-2] + kept[-1] + busy(stages[-1], samples, recompute)
+    of_experts = sum(split.gathered_bytes(p) for p in own[-2] if p in split.experts) * (split.dp_size > 1)
+    yield outside + kept[-2] + 2 * whole[-2] + of_experts  # in forward, as it arrives: parts on dim 1 are put in order
     for i in reversed(range(1, len(stages) - 1)):
-        before, after = whole[i - 1] if i > 1 else 0, given[i + 1] if i < len(stages) - 2 else 0
-        always = outside + whole[-1] + came + before
+        before, after = whole[i - 1] * ahead if i > 1 else 0, given[i + 1] if i < len(stages) - 2 else 0
+        always = outside + of_head + came + before
         start, middle = at_start_and_in_the_middle(stages, i, kept, samples, recompute)
-        yield always + start + whole[i] + after
+        yield always + start + 1.25 * whole[i] + after
         yield always + middle + 1.5 * whole[i] + after
-        yield always + kept[i - 1] + whole[i] + given[i]
+        of_dense = sum(split.gathered_bytes(p) for p in own[i] if p not in split.experts)
+        yield outside + of_head + came + kept[i - 1] + of_dense + given[i]  # gradients of experts go first
         came += sum(split.held(p) * split.width for p in own[i])
     yield outside + came + kept[0] + given[0] + given[-1]
 
@@ -72,8 +83,9 @@ def kept_until(stages: Sequence[Stage], samples: int, recompute: bool) -> list[f
     """Return for each stage what it and all stages before it have kept."""
     total, totals = 0.0, []
     for stage in stages:
-        total += stage.kept + (stage.inputs if recompute else sum(stage.inside.values()))
-        totals.append(samples * total)
+        total += samples * (stage.kept + (stage.inputs if recompute else sum(stage.inside.values())))
+        total += 0.0 if recompute else sum(stage.once.values())
+        totals.append(total)
     return totals
 
 
@@ -85,13 +97,15 @@ def at_start_and_in_the_middle(
     last = i == len(stages) - 1
     middle = kept[i] if last or i == 0 else (kept[i] + kept[i - 1]) / 2
     least = min((size for size in stages[i].gradients.values() if size), default=0.0)
-    return kept[i] + samples * least, middle + busy(stages[i], samples, recompute)
+    of_stream = 2 * samples * stages[i].stream  # its gradient, and that of a part's result
+    return kept[i] + of_stream + samples * least, middle + of_stream + busy(stages[i], samples, recompute)
 
 
 def busy(stage: Stage, samples: int, recompute: bool) -> float:
     """Return what is there beside what is kept while backward is in the busiest part of a stage."""
     parts = stage.gradients.keys() | stage.inside.keys()
-    return samples * max((recompute * stage.inside[p] + stage.gradients[p] for p in parts), default=0.0)
+    sizes = (samples * (recompute * stage.inside[p] + stage.gradients[p]) + recompute * stage.once[p] for p in parts)
+    return max(sizes, default=0.0)
 
 
 def parameters_of(split: Split, stage: Stage, before: Sequence[Stage]) -> list[nn.Parameter]:

@@ -38,7 +38,7 @@ def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
     given |= {"precision": trainer.precision, "recompute": trainer.recompute}
     on_gpu = trainer.accelerator != "cpu"
     layout: dict[str, Any] = {"dense": dense, "node_size": trainer.devices}
-    batch = {"seq_len": data.seq_len, "samples": samples}
+    batch: dict[str, Any] = {"seq_len": data.seq_len, "samples": samples}
     memory = rank_memory(model, **batch, on_gpu=on_gpu, **given, **layout)
     split = Split(model, dense, ep_size, dp_size, trainer.devices, trainer.precision)
     wire_bytes = None if config.strategy.wire_dtype is None else 2

@@ -22,7 +22,7 @@ CASES = {
     "dgmoe-share": "moe.architecture=dgmoe_share model.layers=4",
     "buffers": "moe.capacity_factor=null moe.rows=buffers moe.dropless_ceiling=1.5 trainer.precision=bf16-mixed",
     "sharded": "strategy.dense=sharded",
-    "hybrid": "strategy.dense=hybrid strategy.ep_size=4 trainer.precision=bf16-mixed",
+    "hybrid": "model.layers=4 strategy.dense=hybrid strategy.ep_size=4 trainer.precision=bf16-mixed",
     "hybrid, recompute": "strategy.dense=hybrid trainer.recompute=true model.layers=4",
 }
 

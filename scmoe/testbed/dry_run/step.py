@@ -4,8 +4,8 @@ Tensors are fake (torch's FakeTensorMode), and so is the process group: a collec
 step is the library's own: forward, backward with DDP and the experts' reducer or with FSDP2, the global gradient norm,
 AdamW, whose moments exist from the start. `counting.py` counts.
 
-Tensors are on the CPU, where torch needs no GPU; the experts run as on a GPU unless trainer.accelerator is cpu. Left
-out: time, streams, the allocator's gaps, Lightning's loop, the guard's sums, and what autocast does on a GPU alone.
+Tensors are on the CPU, where torch needs no GPU; experts and RMSNorm run as on a GPU unless trainer.accelerator is cpu.
+Left out: time, streams, the allocator's gaps, Lightning's loop, the guard's sums, what autocast does on a GPU alone.
 """
 
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import Function
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -90,6 +91,7 @@ def dry_run(config: Config) -> DryRun:
         inside.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # those on meta
         if trainer.accelerator != "cpu":
             inside.enter_context(patch.object(experts, "best_way", best_way_on_gpu))
+            inside.enter_context(patch.object(nn.functional, "rms_norm", rms_norm_on_gpu))
         return step(config, module)
 
 
@@ -183,6 +185,25 @@ def reduce(_: Any, bucket: dist.GradBucket) -> Future[Tensor]:
 
 def best_way_on_gpu(_: Tensor, counts_e: Tensor | None) -> experts.MLPs:
     return experts.batched_mlps if counts_e is None else experts.grouped_mlps
+
+
+def rms_norm_on_gpu(x: Tensor, shape: Any, weight: Tensor, eps: float | None) -> Tensor:
+    """A GPU's kernel needs equal dtypes."""
+    return OneKernel.apply(x, weight) if x.dtype == weight.dtype else torch.rms_norm(x, shape, weight, eps)
+
+
+class OneKernel(Function):
+    """Keeps and returns what a GPU's RMSNorm does, without numbers; the host computes it in steps, which keep more."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1]))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, _):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
 
 
 def make_batch(config: Config, context: ParallelContext) -> dict[str, Tensor]:
