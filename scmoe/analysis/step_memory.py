@@ -73,7 +73,7 @@ def moments_split(split: Split, stages: Sequence[Stage], samples: int, recompute
         yield always + start + 1.25 * whole[i] + after
         yield always + middle + 1.5 * whole[i] + after
         of_dense = sum(split.gathered_bytes(p) for p in own[i] if p not in split.experts)
-        yield always + kept[i] + of_dense + given[i]  # the gradients of experts have gone before
+        yield always + kept[i - 1] + of_dense + given[i]  # the gradients of experts have gone before
         came += sum(split.held(p) * split.width for p in own[i])
     yield outside + came + kept[0] + given[0] + given[-1]
 
