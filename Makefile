@@ -97,9 +97,8 @@ timeline: $(READY)  ## one pair's operators, measured and planned (Fig. 7), and 
 gpu-check:  ## check everything on one GPU in nine minutes, into the folder OUT; ARGS="--device cpu --tiny" for a trial
 	@$(or $(wildcard $(PY)),$(PYTHON)) -m experiments.gpu_check $(if $(OUT),--out $(OUT)) $(ARGS)
 
-figures: $(READY)  ## draw the figures of the README and docs
-	@$(PY) -m experiments.figure 4 $(ARGS)
-	@$(PY) -m experiments.figure 7 $(ARGS)
+figures: $(READY)  ## draw the pictures of the README and docs, from the reports that are kept there
+	@$(PY) -m experiments.figure 0 $(ARGS)
 
 figure1: $(READY)  ## Fig. 1, share of All-to-All in the time, from the reports that figure8 leaves in runs/figure8
 	@$(PY) -m experiments.figure 1 runs/figure8 $(ARGS)
