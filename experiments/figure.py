@@ -8,7 +8,7 @@
     10  similarity of representations (also 14, 15)   a run with analysis.similarity_every
     0   all pictures of the docs                      the reports that are kept in docs/figures and docs/results
 
-PNG and PDF go to the run's folder `analysis`, to the folder of the first report, or (0, 4, 7; PNG only) to docs/figures.
+PNG and PDF go to the folder `analysis` of the run, to that of the first report, or (0, 4, 7; PNG) to docs/figures.
 9 and 10 also write what they draw, as JSON.
 """
 
@@ -16,6 +16,7 @@ import json
 import sys
 from pathlib import Path
 
+from scmoe.config.leaves import ConfigError
 from scmoe.experiments import command, parser
 
 
@@ -27,7 +28,7 @@ def main(arguments: list[str]) -> None:
     options.add_argument("--out", type=Path, help="folder of the files")
     given = options.parse_intermixed_args(arguments)
     if given.number == 0 and given.sources:
-        options.error(f"0 is drawn from {given.sources[0]!r}, allowed: nothing; its reports are in docs/figures")
+        raise ConfigError(f"0 is drawn from {given.sources[0]!r}, allowed: nothing; its reports are in docs/figures")
     from scmoe.config.extras import require
 
     require("figure", "matplotlib")

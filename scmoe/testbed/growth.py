@@ -47,9 +47,9 @@ def bench_growth(of: Sequence[str], points: Sequence[int] | None, rounds: int, o
             setting, ranks = at(name, value, found[0]["link_mbit"] if found else None, rounds)
             result = run_ranks(measure, ranks, setting, timeout_s=1800, own_links=True)[0]
             found.append({**summary(setting, ranks, result), name: value})
-            (out / "growth.json").write_text(json.dumps(report, indent=1))
     show(report)
     draw(report, out / "growth.png")
+    (out / "growth.json").write_text(json.dumps(report, indent=1))
     print(f"chart and figures: {out / 'growth'}.png, .json", file=sys.stderr)
     return report
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -13,9 +15,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from scmoe import charts
+from scmoe.config.leaves import ConfigError
 from scmoe.studies.figures.pages import DRAW, PAGES, pictures
 from scmoe.studies.table.rows import load_table
 from scmoe.testbed.speed_chart import PAPERS, name_of
+from tests import terminal
 from tests.support.pictures import assert_readable, assert_values_off_the_bars
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +86,30 @@ def test_a_picture_is_stale_if_a_value_a_name_or_a_colour_has_changed(drawn, mon
     name = digest()
     monkeypatch.setitem(draw.__globals__, "RED", charts.GREEN)
     assert len({first, limit, name, digest()}) == 4
+
+
+def test_a_report_that_nothing_draws_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    PAGES.mkdir(parents=True)
+    (PAGES / "other.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"other\.json is no report that is drawn, allowed: names that begin with"):
+        pictures()
+
+
+def test_a_recording_shows_what_a_terminal_shows_at_the_end(tmp_path):
+    printed = "first\r\n\x1b[1;31mred\x1b[0m and plain\r\nstep 1/2\r\x1b[Kstep 2/2\r\n12\r\n\x1b[A\x1b[2K\rtop"
+    lines = terminal.lines_of(printed)
+    assert [line.plain for line in lines] == ["first", "red and plain", "step 2/2", "top", ""]
+    assert [(span.start, span.end) for span in lines[1].spans] != [], "colours stay"
+    terminal.draw(lines, tmp_path / "out.svg")
+    svg = (tmp_path / "out.svg").read_text()
+    assert "red" in svg and "and&#160;plain" in svg
+    assert re.findall(r"https?://[^\"]*", svg) == ["http://www.w3.org/2000/svg"], "it loads nothing"
+
+
+def test_a_command_that_fails_is_not_recorded():
+    with pytest.raises(SystemExit, match="failed with 3"):
+        terminal.record([sys.executable, "-c", "print('so far'); raise SystemExit(3)"])
 
 
 def test_the_paper_s_values_are_those_of_its_tables():

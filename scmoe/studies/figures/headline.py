@@ -14,7 +14,7 @@ ROWS = ("top2", "shared_expert", "scmoe_pos1", "scmoe_pos2", "scmoe_pos3")
 def draw_headline(reports: dict[str, dict[str, Any]], path: Path) -> None:
     """Draw a panel for each report. reports: by the keys of REPORTS."""
     panels = {word: [OURS[word](report, row) for row in ROWS] for word, report in reports.items()}
-    with chart(path, 5.0) as figure:
+    with chart(path, 4.5) as figure:
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axis, (word, bars) in zip(axes, panels.items(), strict=True):
             papers = [PAPERS[SHARE].rows[row]["train" if word == "training" else "forward"] for row in ROWS]

@@ -30,13 +30,13 @@ DRAW: dict[str, Callable[[Any, Path], None]] = {  # by the first words of a repo
 def pictures() -> dict[str, Callable[[Path], None]]:
     """Return for the name of each picture of the docs what draws it into a file. Raises ConfigError."""
     found: dict[str, Callable[[Path], None]] = {draw.__name__: draw for draw in EXPLAINED.values()}
-    found |= {name: partial(draw_differences, read(path)) for name, path in TABLES.items()}
     reports = {path.stem: path for path in sorted(PAGES.glob("*.json"))}
     for name, path in reports.items():
         kind = next((start for start in DRAW if name.startswith(start)), None)
         if kind is None:
             raise ConfigError(f"{path} is no report that is drawn, allowed: names that begin with {' | '.join(DRAW)}")
         found[name] = partial(DRAW[kind], read(path))
+    found |= {name: partial(draw_differences, read(path)) for name, path in TABLES.items()}
     if kept := {word: read(reports[name]) for word, name in REPORTS.items() if name in reports}:
         found["headline"] = partial(draw_headline, kept)
     return found
