@@ -130,7 +130,7 @@ $(KEPT)/inference-2-ranks-share-%.json:  # 4 min
 	@$(KEEP) inference --out $(KEPT) --share $*
 
 recording: $(READY)  ## run the quickstart once more and draw its terminal into the README's picture
-	@$(PY) -m tests.terminal --from RECORDED docs/figures/train.svg make train
+	@$(PY) -m tests.terminal --from training docs/figures/train.svg make train
 
 figure1: $(READY)  ## Fig. 1, share of All-to-All in the time, from the reports that figure8 leaves in runs/figure8
 	@$(PY) -m experiments.figure 1 runs/figure8 $(ARGS)

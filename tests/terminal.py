@@ -60,6 +60,8 @@ def record(command: list[str]) -> str:
         printed.extend(data)
         return data
 
+    for name in ("MAKEFLAGS", "MAKELEVEL"):  # a make inside make names its folder
+        os.environ.pop(name, None)
     os.environ.update(COLUMNS=str(COLUMNS), LINES=str(ROWS), TERM="xterm-256color")
     sys.stdout.flush()
     pid, descriptor = pty.fork()
@@ -110,7 +112,9 @@ def lines_of(printed: str) -> list[Text]:
 def draw(lines: list[Text], out: Path) -> None:
     console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
     for line in lines:
-        console.print(line, no_wrap=True, crop=True, highlight=False)
+        line.rstrip()
+        for part in line.divide(range(COLUMNS, len(line), COLUMNS)):  # a terminal breaks lines anywhere
+            console.print(part, no_wrap=True, highlight=False)
     svg = console.export_svg(title="scmoe", theme=THEME, code_format=SVG, unique_id="scmoe")
     out.write_text(re.sub(r"<text [^>]*>\s*</text>\n?", "", svg), encoding="utf-8")  # ends of lines
 
@@ -125,7 +129,7 @@ def main() -> None:
     while lines and not lines[-1].plain.strip():
         lines.pop()
     first = next(i for i, line in enumerate(lines) if line.plain.startswith(given.start))
-    skipped = [Text(f"[{first} lines]", style="dim")] if first else []
+    skipped = [Text(f"[the first {first} lines are left out]", style="italic")] if first else []
     draw([Text("$ " + " ".join(given.command), style="bold"), *skipped, *lines[first:]], given.out)
     print(f"{given.out}: {len(lines) - first} of {len(lines)} lines")
 
