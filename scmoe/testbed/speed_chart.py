@@ -88,6 +88,6 @@ def conditions(report: dict[str, Any]) -> str:
     links = {
         "shaped": f"links of {report['link_mbit'] or 0:.0f} Mbit/s between {report['ranks']} ranks on one CPU",
         "loopback": f"loopback as it is between {report['ranks']} ranks on one CPU",
-        "bus": f"rows over the bus of a {report['device']} at {report.get('bus_rate', 1.0):.2g} of its rate",
+        "bus": f"rows over the bus of a {report['device']} at {report.get('bus_rate', 1.0):.2g} times its rate",
     }
     return f"{report['compute']} compute, {links[next(iter(report['rows'].values()))['links']]}"
