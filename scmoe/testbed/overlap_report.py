@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
-from scmoe.charts import FORWARD, SMALL, TRAINING, chart, title
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.schedule.cost import OperatorTimes, exposed_time, overlap_efficiency
@@ -23,6 +21,7 @@ from scmoe.testbed import links
 from scmoe.testbed.overlap import Seconds, Variant, measure
 from scmoe.testbed.pairs import ROWS, Setting, default_schedule
 from scmoe.testbed.ranks import run_ranks
+from scmoe.testbed.speed_chart import draw
 
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Setting)}
 KINDS = ("forward", "train")
@@ -185,45 +184,3 @@ def show(report: dict[str, Any]) -> None:
         ratios = [f"{r[k]:.3f}" for k in ("auto_over_best", "measured_over_model")]
         table.add_row(name, *speed, *hidden, *schedules, *ratios, f"{r['peak_mb']:.0f} MB")
     Console(width=150).print(table)
-
-
-def draw(report: dict[str, Any], path: Path) -> None:
-    """Draw bars of both speed-ups, quartiles as whiskers, the limits as lines."""
-    rows = report["rows"]
-    bus = f"rows over the bus of a {report['device']} at {report.get('bus_rate', 1.0):.2g} of its rate"
-    words = {"loopback": "loopback as it is", "bus": bus}
-    unshaped = words.get(next(iter(rows.values()))["links"], "")
-    links = f"{report['link_mbit']:.0f} Mbit/s links" if report["link_mbit"] else unshaped
-    what = "pair of blocks" if report["level"] == "block" else "iteration"
-    where = f"{report['compute']} compute, {report['ranks']} ranks, {links}"
-    with chart(path, 1.5 + 0.46 * len(rows)) as figure:
-        axis = figure.subplots()
-        bars(axis, report)
-        title(axis, f"One {what}, {where}: {100 * report['comm_share']:.0f} % communication")
-        axis.set_xlabel("speed-up over sequential top-2")
-        figure.legend(loc="outside lower center", ncols=2)
-
-
-def bars(axis: Any, report: dict[str, Any]) -> None:
-    """Draw the rows of a report from top to bottom, two bars each."""
-    rows = report["rows"]
-    for kind, color, word, shift in (("forward", FORWARD, "forward", -0.21), ("train", TRAINING, "training", 0.21)):
-        values = [row[f"{kind}_speedup"] for row in rows.values()]
-        ends = [row[f"{kind}_quartiles"] for row in rows.values()]
-        errors = [[abs(end[q] - value) for end, value in zip(ends, values, strict=True)] for q in (0, 1)]
-        places = [place + shift for place in range(len(rows))]
-        axis.barh(places, values, 0.42, color=color, xerr=errors, ecolor="#333333", label=word)
-        for place, value in zip(places, values, strict=True):
-            axis.text(0.03, place, f"{value:.2f}", va="center", fontsize=SMALL, color="white", fontweight="bold")
-        limit = report[f"limit_{kind}"]
-        axis.axvline(limit, color=color, linestyle="--", linewidth=1.2, label=f"all hidden, {word}")
-    axis.set_yticks(range(len(rows)), [name_of(row) for row in rows])
-    axis.set_ylim(len(rows) - 0.4, -0.6)
-
-
-def name_of(row: str) -> str:
-    """Return a row's name as the paper writes it, such as `ScMoE Pos-2,\\npipelined` for scmoe_pos2_pipelined."""
-    words = {"top2": "top-2", "top1": "top-1", "shared_expert": "shared expert"}
-    block = row.removesuffix("_pipelined")
-    name = words.get(block) or block.replace("scmoe_pos", "ScMoE Pos-")
-    return name + (",\npipelined" if block != row else "")

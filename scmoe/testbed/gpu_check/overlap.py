@@ -17,9 +17,10 @@ from scmoe.testbed.gpu_check.parts import Pieces, Place
 from scmoe.testbed.gpu_check.pictures import drawn, setting_at
 from scmoe.testbed.gpu_check.timing import in_turn
 from scmoe.testbed.overlap import measure
-from scmoe.testbed.overlap_report import draw, summary
+from scmoe.testbed.overlap_report import summary
 from scmoe.testbed.profiles import events_of, recorded
 from scmoe.testbed.ranks import run_alone
+from scmoe.testbed.speed_chart import draw
 
 TINY_ROWS = ("top2", "scmoe_pos2", "scmoe_pos2_pipelined")
 
