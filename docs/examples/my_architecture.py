@@ -73,11 +73,11 @@ def sgd(config: Config, parameters: Trained) -> torch.optim.Optimizer:
 
 @scmoe.register_callback("surprise")
 class Surprise(Callback):
-    """Logs how many tokens the model hesitates between, exp(loss), every so many steps."""
+    """Says between how many tokens the model hesitates, exp(loss), every so many steps. Every rank has a callback."""
 
     def __init__(self, every: int = 10) -> None:
         self.every = every
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        if trainer.global_step % self.every == 0:
-            pl_module.log("train/surprise", math.exp(outputs["loss"].item()))
+        if trainer.is_global_zero and trainer.global_step % self.every == 0:
+            print(f"step {trainer.global_step}: between {math.exp(outputs['loss'].item()):.0f} tokens")

@@ -9,8 +9,9 @@ program has imported them.
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
+from typing import Any
 
 from scmoe.config.leaves import ConfigError, show
 
@@ -41,11 +42,20 @@ def named(overrides: Sequence[str]) -> list[str]:
     return [override for override in overrides if override.removeprefix("--").partition("=")[0] == "extensions"]
 
 
+def words(extensions: Sequence[str], callbacks: Mapping[str, Any]) -> list[str]:
+    """Return the overrides that name extensions, and callbacks with their options."""
+    given = [f"extensions=[{','.join(extensions)}]"] if extensions else []
+    for name, options in callbacks.items():
+        pairs = options.items() if isinstance(options, Mapping) else ()  # what is kept may have any form
+        given += [f"callbacks.{name}.{key}={value}" for key, value in pairs] or [f"callbacks.{name}={{}}"]
+    return given
+
+
 def refuse_kept(names: Sequence[str], source: str) -> None:
     """Raise ConfigError for extensions that only a kept configuration names. source: where it is kept."""
     if missing := [name for name in names if name not in sys.modules]:
         raise ConfigError(
             f"{source}: extensions is {show(list(names))}, and what a run keeps imports nothing, as it may be from "
-            f"somebody else; if you trust {', '.join(missing)}, add extensions=[{','.join(names)}] to the command, or "
-            "import it before scmoe.load; extensions=[] goes on without"
+            f"somebody else; if you trust {', '.join(missing)}, add {words(names, {})[0]} to the command, or import it "
+            "before scmoe.load; extensions=[] goes on without"
         )

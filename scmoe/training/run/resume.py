@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from scmoe.config.extensions import named
+from scmoe.config.extensions import named, words
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.load import load_text, parse_yaml, read_text
@@ -147,12 +147,9 @@ def refuse_kept_callbacks(text: str, source: str, overrides: Sequence[str]) -> N
     """Raise ConfigError where a run had callbacks of which the command says nothing: what is kept runs nothing."""
     kept = parse_yaml(text, source).get("callbacks")
     if kept and not any(word.removeprefix("--").startswith("callbacks") for word in overrides):
-        words = [
-            f"callbacks.{name}.{key}={value}" for name, options in kept.items() for key, value in options.items()
-        ] or [f"callbacks.{name}={{}}" for name in kept]
         raise ConfigError(
             f"{source}: callbacks is {show(kept)}, and what a run keeps runs nothing, as it may be from somebody else; "
-            f"add {' '.join(words)} to the command, or callbacks={{}} to go on without"
+            f"add {' '.join(words((), kept))} to the command, or callbacks={{}} to go on without"
         )
 
 
