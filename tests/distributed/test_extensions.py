@@ -6,12 +6,15 @@ a rounding to bfloat16, 4e-3, would differ for one of 1e13 numbers.
 
 from __future__ import annotations
 
+import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scmoe.testbed.ranks import run_ranks
+from scmoe.training.build.model import build_module
 from tests.support.comparison import TOLERANCE
 from tests.support.resuming import HALF, fit, largest_difference, whole
 from tests.support.trainings import tiny
@@ -53,3 +56,20 @@ def test_two_ranks_equal_one(case, ends):
         error, name = largest_difference([end], ranks)
         assert error <= TOLERANCE, name
     assert sum(name.endswith("momentum_buffer") for name in whole(ranks)) > 2, "moments are compared"
+
+
+def test_a_spawned_rank_imports_the_extension(tmp_path):
+    """It gets the module pickled, and reads no configuration."""
+    (built,) = run_ranks(pickled, 1)
+    assert run_ranks(unpickled, 1, built) == ["ParallelBlock"]
+
+
+def pickled(rank: int, world_size: int) -> bytes:
+    return pickle.dumps(build_module(tiny(f"{EXTENSION} architecture=parallel")))
+
+
+def unpickled(rank: int, world_size: int, built: bytes) -> str:
+    assert "docs.examples.my_architecture" not in sys.modules
+    module = pickle.loads(built)
+    module.configure_model()
+    return type(module.model.blocks[0]).__name__

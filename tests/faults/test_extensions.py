@@ -159,7 +159,8 @@ def test_70_a_module_that_is_not_there_gives_one_line():
     assert "there is no module tests.nothing" in refusal("extensions=[tests.nothing]")
 
 
-def test_70_callbacks_and_options_are_checked_before_anything_starts(modules):
+def test_70_callbacks_and_options_are_checked_before_anything_starts(modules, monkeypatch):
+    monkeypatch.setattr(CALLBACKS, "makers", {})  # another test may have imported an extension
     assert refusal("callbacks.x.every=2").endswith(
         "allowed: {}, as no callback is registered; name its module in extensions"
     )
