@@ -117,8 +117,10 @@ def config_of(run_dir: Path, checkpoint: Path, overrides: Sequence[str] = ()) ->
 def config_text(run_dir: Path, checkpoint: Path) -> tuple[str, str]:
     """Return the text in a checkpoint and where it is from; a checkpoint of an older version has its run's only."""
     text = read_meta(checkpoint).get("config")
-    path = run_dir / "config.yaml"
-    return (read_text(path), str(path)) if text is None else (text, str(checkpoint))
+    if text is None:
+        path = run_dir / "config.yaml"
+        return read_text(path), str(path)
+    return text, str(checkpoint)
 
 
 def resumed_config(run_dir: Path, overrides: Sequence[str], step: int | None = None) -> Config:
