@@ -16,7 +16,8 @@ def main(arguments: list[str]) -> None:
     options.add_argument(
         "--out", type=Path, help="default: RUN/export/model.safetensors, with config.yaml; RUN/export/hf"
     )
-    given = options.parse_args(arguments)
+    options.add_argument("overrides", nargs="*", metavar="extensions=[...]", help="modules that the run's model needs")
+    given = options.parse_intermixed_args(arguments)
     from scmoe.config.load import to_yaml
     from scmoe.parallel.checkpoint.export import consolidate
     from scmoe.training.build.data import tokenizer_of
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> None:
     out = given.out or run_dir / "export" / ("hf" if given.format == "hf" else "model.safetensors")
     try:
         checkpoint = find_checkpoint(run_dir, given.which)
-        config = config_of(run_dir, checkpoint)
+        config = config_of(run_dir, checkpoint, given.overrides)
         if given.format == "hf":
             kind = write_folder(checkpoint, out, config, tokenizer_of(config))
             print(f"{out}, model_type {kind}, from the {given.which} checkpoint, {checkpoint.name}")

@@ -1,4 +1,4 @@
-"""List the configurations, models, architectures and data sets to choose from."""
+"""List the configurations, models, architectures, data sets and optimizers to choose from."""
 
 import sys
 
@@ -7,12 +7,16 @@ from scmoe.experiments import command, parser
 
 @command
 def main(arguments: list[str]) -> None:
-    parser("list", __doc__).parse_args(arguments)
+    options = parser("list", __doc__)
+    options.add_argument("extensions", nargs="?", metavar="extensions=[...]", help="modules whose names are listed too")
+    given = options.parse_args(arguments).extensions
     from rich.console import Console
     from rich.table import Column, Table
 
     from scmoe.config.help import catalogue
+    from scmoe.config.load import load
 
+    load(None, [given] if given else [])
     console = Console()
     for title, rows in catalogue().items():
         table = Table(Column(style="cyan", no_wrap=True), show_header=False, box=None, padding=(0, 2))

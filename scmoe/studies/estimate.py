@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from scmoe.analysis.cost import forward_flops, moe_uses, rank_parameters, training_flops, transfer_bytes
 from scmoe.analysis.memory import rank_memory
 from scmoe.config.fields import Config
+from scmoe.config.rules import IMAGES
 from scmoe.training.build.model import build_model_on_meta
 from scmoe.training.run.report import count_parameters, total_and_active
 
@@ -24,7 +25,7 @@ def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
     total, active = total_and_active(count_parameters(model))
     replicated, experts = rank_parameters(model, ep_size)
     samples = data.global_batch_size // (ep_size * dp_size * trainer.accumulate)
-    unit, tokens = ("image", 1) if config.model.family == "swin" else ("token", data.seq_len)
+    unit, tokens = ("image", 1) if config.data.name in IMAGES else ("token", data.seq_len)
     forward = forward_flops(model, data.seq_len)
     sent, rows = transfer_bytes(model, trainer.precision), model.rows_per_sample(data.seq_len)
     together = sum(size * rows[moe] for size, (moe, _) in zip(sent, moe_uses(model), strict=True)) / tokens
@@ -34,6 +35,7 @@ def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
     memory = rank_memory(model, seq_len=data.seq_len, samples=samples, on_gpu=on_gpu, **given)
     return {
         **given,
+        "optimizer": config.optim.name,
         "samples_per_rank": samples,
         "params_total": total,
         "params_active": active,
@@ -74,7 +76,8 @@ def estimate_table(facts: dict[str, Any]) -> Table:
     recompute = "on" if facts["recompute"] else "off"
     notes = {
         "gradients": "" if dp == 1 else "and the experts' while they are averaged",
-        "optimizer": "AdamW's two moments",
+        "optimizer": "AdamW's two moments"
+        + ("" if facts["optimizer"] == "adamw" else f"; {facts['optimizer']} may differ"),
         "activations": f"estimate, batch of {facts['samples_per_rank']} a rank, recompute {recompute}",
         "total": "without the allocator's gaps and buffers of transfers",
     }

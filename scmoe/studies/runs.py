@@ -104,7 +104,8 @@ def flat(text: str) -> dict[str, str]:
     """Return dotted keys and texts of a config.yaml of any version of this project."""
     found: dict[str, str] = {}
     for key, value in parse_yaml(text, "config.yaml").items():
-        found |= {f"{key}.{k}": str(v) for k, v in value.items()} if isinstance(value, dict) else {key: str(value)}
+        is_section = isinstance(value, dict) and key not in ("callbacks", "options")  # they have no fields
+        found |= {f"{key}.{k}": str(v) for k, v in value.items()} if is_section else {key: str(value)}
     return found
 
 

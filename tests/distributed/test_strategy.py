@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +27,7 @@ from scmoe.testbed.ranks import RankError, run_ranks
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_model
 from scmoe.training.language_model import LanguageModel
+from scmoe.training.optimizers import adamw
 from tests.support.comparison import TOLERANCE
 from tests.support.resuming import HALF, WHOLE, fit, largest_difference, whole
 from tests.support.trainings import tiny, train
@@ -185,7 +187,12 @@ def own_trainer(
     """Trains with a Trainer that a user has written. clip: the limits of the Trainer and of the module."""
     config = tiny("position=pos2 optim.lr=0.01", world_size)
     cls = ClippedByLightning if clip[0] else LanguageModel
-    module = cls(lambda context: build_model(config, context), max_steps=2, lr=0.01, gradient_clip=clip[1])
+    module = cls(
+        lambda context: build_model(config, context),
+        max_steps=2,
+        make_optimizer=partial(adamw, lr=0.01),
+        gradient_clip=clip[1],
+    )
     trainer = Trainer(
         accelerator="cpu",
         devices=world_size,

@@ -20,7 +20,7 @@ from tests.support.commands import undocumented
 from tests.support.forked import python
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("runs", "inference", "offload", "hugging-face", "configuration", "studies", "strategy", "tests")
+NAMES = ("runs", "inference", "offload", "hugging-face", "configuration", "studies", "strategy", "tests", "extending")
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 NOT_RUN = {"docs/benchmarks.md": "takes hours", "docs/clusters.md": "needs eight GPUs; tests/unit/test_launch_files.py"}
 
@@ -66,6 +66,8 @@ SAYS = {
     "make evaluate": '"tasks": {"cloze": ',
     "make fig13": '"equal_bits": true',
     "make list": "configs/quickstart.yaml",
+    'make train CONFIG=docs/examples/my_architecture.yaml ARGS="trainer.devices=2"': "step 4: between",
+    '.venv/bin/python -m experiments.list "extensions=[docs.examples.my_architecture]"': "moe.architecture=parallel",
     ".venv/bin/python docs/examples/load_hf.py exported/hf": "ScMoEForCausalLM",
     ".venv/bin/python docs/examples/load_export.py exported/model.safetensors": "likeliest next token",
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': "runs/further/",
@@ -152,6 +154,8 @@ def test_the_examples_run(folder):
     load_hf, load_any = blocks("docs/hugging-face.md", "python")
     assert load_hf in (ROOT / "docs/examples/load_hf.py").read_text()
     compile(load_any, "docs/hugging-face.md", "exec")
+    (parallel,) = blocks("docs/extending.md", "python")
+    assert parallel in (ROOT / "docs/examples/my_architecture.py").read_text()
     script = ROOT / "docs/examples/expert_parallel.py"
     assert expert_parallel in script.read_text()
     run([PYTHON, str(script)], folder)

@@ -18,6 +18,7 @@ from scmoe.analysis.gating import GatingProbe, draw_gating, gating_means, gating
 from scmoe.analysis.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
+from scmoe.config.registry import CALLBACKS
 from scmoe.config.rules import IMAGES, last_step, resolve_ep_size, validates
 from scmoe.parallel.lightning_seam import LastCheckpoint, StepProgressBar
 from scmoe.parallel.strategy import ExpertParallelStrategy
@@ -33,6 +34,8 @@ from scmoe.training.callbacks.profile import ProfileSteps
 from scmoe.training.callbacks.skipped_images import SkippedImages
 from scmoe.training.callbacks.step_times import StepTimes
 from scmoe.training.callbacks.throughput import Throughput
+
+register_callback = CALLBACKS.register
 
 
 def seed_everything(config: Config) -> None:
@@ -78,7 +81,7 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
         callbacks.append(Analysis("similarity", every, analysis, *functions))
     if trainer.progress:
         callbacks.append(StepProgressBar() if sys.stdout.isatty() else LogLines())
-    return callbacks
+    return callbacks + [CALLBACKS[name](**options) for name, options in config.callbacks.items()]
 
 
 def cpu_threads(config: Config) -> int:

@@ -1,7 +1,7 @@
 """The end of a run: its summary, samples of its text, and the commands that can follow."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +81,16 @@ def say_done(run_dir: Path, summary: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def print_summary(run_dir: Path, summary: Mapping[str, Any], samples: list[str]) -> None:
-    """Print the summary's panel, and the commands that can follow, ready to copy."""
+def print_summary(run_dir: Path, summary: Mapping[str, Any], samples: list[str], again: Sequence[str]) -> None:
+    """Print the summary's panel, and the commands that can follow, ready to copy. again: words that name extensions."""
     run, console = relative(run_dir), report.console()
     console.print(report.summary_panel(summary, samples))
-    commands = {"resume": f"make resume RUN={run} ARGS=trainer.max_steps={2 * summary['steps']}"}
+    more = f"trainer.max_steps={2 * summary['steps']}"
+    quoted = f'"{" ".join([more, *again])}"' if again else more
+    commands = {"resume": f"make resume RUN={run} ARGS={quoted}"}
     if samples:
-        commands["generate"] = f"make generate RUN={run}"
+        commands["generate"] = f"make generate RUN={run}" + (f" ARGS={again[0]}" if again else "")
     if sync := sync_command(run):
         commands["sync to W&B"] = f"{relative(Path(sys.executable).parent)}/{sync}"
     for purpose, command in commands.items():
-        console.print(f"{purpose:12} {command}", soft_wrap=True)
+        console.print(f"{purpose:12} {command}", soft_wrap=True, markup=False)

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from tests.mutation.mutants import checkpoints, generation, models, offload, package, ranks, routing, running, seeing
+from tests.mutation.mutants import (
+    checkpoints,
+    extending,
+    generation,
+    models,
+    offload,
+    package,
+    ranks,
+    routing,
+    running,
+    seeing,
+)
 
-MODULES = checkpoints, ranks, routing, running, models, generation, offload, package, seeing
+MODULES = checkpoints, ranks, routing, running, models, generation, offload, package, seeing, extending
 MUTANTS = [mutant for module in MODULES for mutant in module.MUTANTS]
