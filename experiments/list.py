@@ -1,13 +1,12 @@
-"""List the configurations, models, architectures and data sets to choose from."""
+"""`scmoe list` lists what there is to choose from."""
 
 import sys
 
-from scmoe.experiments import command, parser
+from scmoe.experiments import call
 
 
-@command
-def main(arguments: list[str]) -> None:
-    parser("list", __doc__).parse_args(arguments)
+def main() -> None:
+    """List the configurations, models, architectures and data sets to choose from."""
     from rich.console import Console
     from rich.table import Column, Table
 
@@ -22,4 +21,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(call("list", *sys.argv[1:]))

@@ -22,6 +22,7 @@ from omegaconf.errors import ValidationError
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, leaves, show
+from scmoe.config.program import scmoe
 from scmoe.config.rules import validate
 from scmoe.config.shipped import find
 
@@ -84,7 +85,7 @@ def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> Non
         text, identity = path.read_text(encoding="utf-8"), path.resolve()
     except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a path with a null byte
         extended = f", which {children[-1]} extends" if children else ""
-        hint = "; scmoe list shows the names of all configurations" if isinstance(error, FileNotFoundError) else ""
+        hint = f"; {scmoe('list')} shows all names" if isinstance(error, FileNotFoundError) else ""
         raise ConfigError(f"{path}{extended}: cannot be read: {error}{hint}") from error
     if identity in children:
         raise ConfigError(f"{path}: extends itself: {' > '.join(map(str, (*children, identity)))}")

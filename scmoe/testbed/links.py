@@ -15,6 +15,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from scmoe.config.leaves import ConfigError
+
 SUBNET = "10.77.0"
 BRIDGE, BRIDGE_ADDRESS = "bridge", f"{SUBNET}.254"
 ENTERED = "SCMOE_TESTBED_NETWORK"  # set inside the program's own namespace
@@ -57,6 +59,13 @@ def enter(command: Sequence[str]) -> None:
         'exec "$@"',
     ]
     os.execvp("unshare", [*_unshare(), "sh", "-c", " && ".join(up), "sh", sys.executable, *command])
+
+
+def require(command: Sequence[str]) -> None:
+    """As `enter`. Raises ConfigError where links cannot be shaped."""
+    if not inside() and (missing := why_not()):
+        raise ConfigError(f"links cannot be shaped here: {missing}")
+    enter(command)
 
 
 def _unshare() -> list[str]:

@@ -76,8 +76,8 @@ def test_43_a_plan_survives_its_file_and_is_drawn(planned, capsys, tmp_path):
     plan = json.loads((planned / "plan.json").read_text())
     choices = plan_from_json(plan)
     assert plan_to_json(choices, plan["conditions"], plan["step"]) == plan
-    assert bench.main(["timeline", "--run", str(planned)]) == 0
+    assert call("bench", "timeline", "--run", str(planned)) == 0
     pictures = json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"]
     assert [Path(picture).read_bytes()[:4] for picture in pictures] == [b"\x89PNG"] * 2
-    assert bench.main(["timeline", "--run", str(tmp_path)]) == 2
+    assert call("bench", "timeline", "--run", str(tmp_path)) == 2
     assert "allowed: a run with schedule=auto that has chosen" in capsys.readouterr().err

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.representative]
 def refusal(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -> str:
     """Returns the one line with which a run is refused."""
     runs = folder / "runs"
-    assert train.main(["configs/debug.yaml", f"runs_dir={runs}", *overrides]) == 2
+    assert call("train", "configs/debug.yaml", f"runs_dir={runs}", *overrides) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert not runs.exists()
     return line

@@ -72,14 +72,14 @@ def test_38_a_finished_run_has_the_checkpoint_of_its_summary(finished):
 @pytest.mark.parametrize("which, name", [("best", LEFT[0]), ("last", LEFT[1])])
 def test_38_an_export_says_which_checkpoint_it_is(which, name, finished, tmp_path, capsys):
     out = tmp_path / "model.safetensors"
-    assert export.main([str(finished), "--which", which, "--out", str(out)]) == 0
+    assert call("export", str(finished), "--which", which, "--out", str(out)) == 0
     assert capsys.readouterr().out == f"{out}, from the {which} checkpoint, {name}\n"
     with safe_open(out, framework="pt") as file:
         assert file.metadata()["checkpoint"] == name
 
 
 def test_38_a_resumed_run_keeps_only_its_own_last_step(run_dir):
-    resumed = train_in_ranks(1, "--resume", str(run_dir), "trainer.max_steps=5", "trainer.devices=1")
+    resumed = resume_in_ranks(1, str(run_dir), "trainer.max_steps=5", "trainer.devices=1")
     assert resumed.summary["steps"] == 5
     assert [name for name in saved(run_dir) if name.startswith("step")] == ["step=5.ckpt"]
     assert SeenRun(run_dir).steps == 5
@@ -104,7 +104,7 @@ def test_38_a_resumed_run_keeps_only_its_own_last_step(run_dir):
 )
 def test_39_another_model_or_experiment_is_refused_and_nothing_is_written(override, allowed, run_dir, capsys):
     before = contents(run_dir)
-    assert train.main(["--resume", str(run_dir), override]) == 2
+    assert call("resume", str(run_dir), override) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {override.partition('=')[0]} is ") and f", allowed: {allowed}" in line
     assert contents(run_dir) == before
@@ -114,7 +114,7 @@ def test_39_a_resumption_keeps_its_config_beside_the_first_one(run_dir):
     first = (run_dir / "config.yaml").read_bytes()
     for steps, devices in ((4, 2), (5, 1)):
         more = (f"trainer.max_steps={steps}", f"trainer.devices={devices}")
-        assert train_in_ranks(devices, "--resume", str(run_dir), *more).summary["steps"] == steps
+        assert resume_in_ranks(devices, str(run_dir), *more).summary["steps"] == steps
     assert (run_dir / "config.yaml").read_bytes() == first
     kept = [load(run_dir / f"config-from-{step}.yaml").trainer for step in (3, 4)]
     assert [(trainer.max_steps, trainer.devices) for trainer in kept] == [(4, 2), (5, 1)]
@@ -125,7 +125,7 @@ def test_39_weights_have_the_settings_that_they_were_trained_with(run_dir, tmp_p
     config, out = run_dir / "config.yaml", tmp_path / "exported" / "model.safetensors"
     config.write_text(config.read_text().replace("position: pos2", "position: pos1", 1))
     assert load(config).moe.position == "pos1"
-    assert export.main([str(run_dir), "--out", str(out)]) == 0
+    assert call("export", str(run_dir), "--out", str(out)) == 0
     with safe_open(out, framework="pt") as file:
         assert json.loads(file.metadata()["settings"])["moe.position"] == "pos2"
     assert load(out.parent / "config.yaml").moe.position == "pos2"
@@ -133,7 +133,7 @@ def test_39_weights_have_the_settings_that_they_were_trained_with(run_dir, tmp_p
 
 def test_39_a_run_that_is_done_has_nothing_to_do(run_dir, capsys):
     before = contents(run_dir)
-    assert train.main(["--resume", str(run_dir)]) == 0
+    assert call("resume", str(run_dir)) == 0
     said = capsys.readouterr()
     assert json.loads(said.out) == json.loads((run_dir / "summary.json").read_text())
     assert said.err.startswith("nothing to do: all 3 steps are done; for more: make resume RUN=")

@@ -49,7 +49,7 @@ def test_12_a_run_that_is_stopped_saves_and_exits_with_the_signals_code(tmp_path
     checkpoints = tmp_path / "latest" / "checkpoints"
     step = verify(newest_good(checkpoints))
     assert [path.name for path in checkpoints.iterdir()] == [f"step={step}.ckpt"]
-    resumed = train_in_ranks(2, "--resume", str(tmp_path / "latest"), f"trainer.max_steps={step + 2}")
+    resumed = resume_in_ranks(2, str(tmp_path / "latest"), f"trainer.max_steps={step + 2}")
     assert resumed.summary["steps"] == step + 2
     rows = rows_of(tmp_path / "latest" / "metrics.csv")
     assert [int(row["step"]) for row in rows if "train/loss" in row] == list(range(step + 2))

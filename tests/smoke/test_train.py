@@ -67,7 +67,7 @@ def test_resume_continues_where_the_run_stopped(launched):
     done, runs = launched
     run_dir = ROOT / done.summary["run_dir"]
     before = rows_of(run_dir / "metrics.csv")
-    resumed = train_in_ranks(2, "--resume", str(runs / "latest"), "trainer.max_steps=6")
+    resumed = resume_in_ranks(2, str(runs / "latest"), "trainer.max_steps=6")
     assert (resumed.summary["steps"], resumed.summary["run_dir"]) == (6, str(run_dir))
     assert list(runs.glob("debug/*")) == [run_dir], "there is no second run"
     after = rows_of(run_dir / "metrics.csv")

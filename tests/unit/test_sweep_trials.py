@@ -164,6 +164,6 @@ def test_a_sweep_with_only_failed_trials_is_an_error(start):
 def test_a_wrong_request_is_answered_in_one_line(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     for words in (["configs/sweep/smoke.yaml", "--locla"], ["configs/sweep/nothing.yaml"], ["configs/debug.yaml"]):
-        assert sweep.main(words) == 2
+        assert call("sweep", *words) == 2
         said = capsys.readouterr()
         assert said.out == "" and len(said.err.splitlines()) == 1, words
