@@ -39,6 +39,14 @@ VERBS = {
     "faults": "break checkpoints on purpose and count what survives",
 }
 HELP_COLUMNS = 120  # where standard output is no terminal
+
+
+def comes_first(kind: Any, word: str) -> None:
+    if "=" in word:
+        raise ValueError("The config comes first, key=value after it.")
+
+
+ConfigName = Annotated[str, Parameter(validator=comes_first)]
 KeyValue = Annotated[str, Parameter(allow_leading_hyphen=True)]  # --key=value is an override too
 Item = TypeVar("Item")
 OneEach = Annotated[Sequence[Item], Parameter(consume_multiple=False)]  # --stop a --stop b, not --stop a b

@@ -5,14 +5,14 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
-from cyclopts.validators import Number
+from cyclopts import Parameter, validators
 
 from scmoe.config.leaves import ConfigError
 
 OUT = Path("runs/bench")
 Compute = Literal["real", "emulated"]
-Rounds = Annotated[int, Parameter(validator=Number(gte=2))]  # of which quartiles are taken
+Grows = Literal["tokens", "ranks", "experts"]
+Rounds = Annotated[int, Parameter(validator=validators.Number(gte=2))]  # of which quartiles are taken
 
 
 def overlap(
@@ -60,7 +60,7 @@ def overlap(
 
 
 def growth(
-    *, of: list[Literal["tokens", "ranks", "experts"]] | None = None, points: list[int] | None = None, rounds: Rounds = 5, out: Path = OUT
+    *, of: list[Grows] | None = None, points: list[int] | None = None, rounds: Rounds = 5, out: Path = OUT
 ) -> None:
     """How the time of a pair of blocks, and what overlap saves of it, grow.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scmoe.config.load import load
-from scmoe.experiments import evaluate
+from scmoe.experiments import call
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.rank_zero import run_on_rank_zero
 from scmoe.studies.evaluate import results

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 import scmoe
 from scmoe.config.load import load
-from scmoe.experiments import export
+from scmoe.experiments import call
 from scmoe.offload.migration import offload_experts
 from scmoe.parallel.checkpoint.durable import newest_good, verify
 from scmoe.parallel.checkpoint.export import load_weights

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from scmoe.experiments import export, generate
+from scmoe.experiments import call
 from scmoe.inference.generate import generate as generate_here
 from scmoe.inference.passes import Passes
 from scmoe.inference.sampling import GREEDY

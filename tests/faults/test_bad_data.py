@@ -17,7 +17,7 @@ from PIL import Image
 from scmoe.config.load import load
 from scmoe.datamodules.positioned import IGNORE
 from scmoe.datamodules.sources import text
-from scmoe.experiments import check_data, train
+from scmoe.experiments import call
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.callbacks.skipped_images import SkippedImages
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.experiments import generate
+from scmoe.experiments import call
 from tests.support.commands import ROOT, train_in_ranks
 from tests.support.sentences import sentences
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.experiments import bench
+from scmoe.experiments import call
 from scmoe.parallel.plan_file import plan_from_json, plan_to_json
-from tests.support.commands import train_in_ranks
+from tests.support.commands import resume_in_ranks, train_in_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]
 
@@ -35,8 +35,8 @@ def run_dir(planned, tmp_path) -> Path:
 
 def resume(run_dir: Path, ranks: int, *overrides: str) -> str:
     """Returns what a resumption of one step says of the plan."""
-    words = ("--resume", str(run_dir), f"trainer.max_steps={CHOSEN + 2}", f"trainer.devices={ranks}", *overrides)
-    done = train_in_ranks(ranks, *words)
+    words = (str(run_dir), f"trainer.max_steps={CHOSEN + 2}", f"trainer.devices={ranks}", *overrides)
+    done = resume_in_ranks(ranks, *words)
     assert done.code == 0, done.err
     return "\n".join(line for line in done.err.splitlines() if line.startswith("plan: "))
 

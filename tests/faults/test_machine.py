@@ -10,7 +10,7 @@ import pytest
 from torch.distributed import DistNetworkError
 
 from scmoe.config.load import load
-from scmoe.experiments import train
+from scmoe.experiments import call
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.training.run import machine
 from scmoe.training.run.machine import check_machine

@@ -13,14 +13,15 @@ import pytest
 from safetensors import safe_open
 
 from scmoe.config.load import load
-from scmoe.experiments import export, train
+from scmoe.config.program import scmoe
+from scmoe.experiments import call
 from scmoe.parallel.checkpoint.durable import verify
 from scmoe.studies.runs import SeenRun
 from scmoe.testbed.ranks import run_ranks
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import build_trainer
-from tests.support.commands import train_here, train_in_ranks
+from tests.support.commands import command_here, resume_in_ranks, train_in_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]
 
@@ -136,14 +137,14 @@ def test_39_a_run_that_is_done_has_nothing_to_do(run_dir, capsys):
     assert call("resume", str(run_dir)) == 0
     said = capsys.readouterr()
     assert json.loads(said.out) == json.loads((run_dir / "summary.json").read_text())
-    assert said.err.startswith("nothing to do: all 3 steps are done; for more: make resume RUN=")
+    assert said.err.startswith(f"nothing to do: all 3 steps are done; for more: {scmoe('resume', run_dir)} trainer")
     assert contents(run_dir) == before
 
 
 # ---------------------------------------------------------------------- 40: who writes
 
 
-def written(rank: int, world_size: int, folder: Path, arguments: tuple[str, ...]) -> set[str]:
+def written(rank: int, world_size: int, folder: Path, verb: str, arguments: tuple[str, ...]) -> set[str]:
     """Returns what a rank opens for writing, creates, renames or removes in a folder while it trains, outside of
     checkpoints."""
     found: set[str] = set()
@@ -156,14 +157,14 @@ def written(rank: int, world_size: int, folder: Path, arguments: tuple[str, ...]
                 found.add(str(Path(path).relative_to(folder)))
 
     sys.addaudithook(note)
-    assert train_here(rank, world_size, arguments, {}).code == 0
+    assert command_here(rank, world_size, verb, arguments, {}).code == 0
     return {path for path in found if "checkpoints/" not in path}
 
 
 def test_40_only_rank_0_writes_into_the_run_directory(tmp_path):
     new = ("configs/debug.yaml", "trainer.devices=2", *STEPS, f"runs_dir={tmp_path}", "logger.mode=offline")
-    resumed = ("--resume", str(tmp_path / "latest"), "trainer.max_steps=4")
-    for arguments in (new, resumed):
-        first, second = run_ranks(written, 2, tmp_path, arguments)
+    resumed = (str(tmp_path / "latest"), "trainer.max_steps=4")
+    for verb, arguments in (("train", new), ("resume", resumed)):
+        first, second = run_ranks(written, 2, tmp_path, verb, arguments)
         assert any(path.endswith("state.json") or ".tmp-state.json" in path for path in first), "the hook sees writes"
         assert second == set()

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from scmoe.experiments import bench
+from scmoe.experiments import call
 
 pytestmark = [pytest.mark.smoke, pytest.mark.inference]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from scmoe.experiments import bench
+from scmoe.experiments import call
 from scmoe.testbed import growth, links, overlap_report, timeline
 from scmoe.testbed.pairs import Setting
 from scmoe.testbed.ranks import run_ranks

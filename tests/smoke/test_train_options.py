@@ -14,7 +14,7 @@ import pytest
 
 from scmoe.parallel.checkpoint.durable import verify
 from scmoe.training.run.resume import find_checkpoint
-from tests.support.commands import ROOT, Done, rows_of, train_in_ranks
+from tests.support.commands import ROOT, Done, resume_in_ranks, rows_of, train_in_ranks
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.experiments import evaluate
 from tests.support.commands import ROOT, SUMMARY, Done, command_in_ranks, rows_of, train_in_ranks, undocumented
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
-from scmoe.experiments import sweep
+from scmoe.config.program import scmoe
+from scmoe.experiments import call
 from tests.support.commands import Done
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +105,7 @@ def test_a_cut_sweep_is_resumed(signum, start, tmp_path):
     done = end(process)
     assert done.code == 128 + signum, done.err
     assert not alive(tmp_path)
-    again = f"make sweep CONFIG={tmp_path}/s.yaml ARGS='--local runs_dir={tmp_path}'"
+    again = scmoe("sweep", tmp_path / "s.yaml", "--local", f"runs_dir={tmp_path}")
     assert f"go on        {again}" in done.out.splitlines()
     assert [row["state"] for row in rows(tmp_path)] == ["finished", "cut"]
     before = list(first.glob("*/config.yaml")) + list(second.glob("*/config.yaml"))

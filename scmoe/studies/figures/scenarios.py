@@ -100,7 +100,8 @@ def read_reports(sources: Sequence[Path]) -> Reports:
         found[scenario] = report
     if not found:
         where = ", ".join(map(str, sources)) or "nothing"
-        raise ConfigError(f"no report is in {where}, allowed: those of {scmoe('bench', 'overlap', '--share', 'SHARE')}")
+        writes = f"{scmoe('bench', 'overlap')} writes them"
+        raise ConfigError(f"reports of bench overlap are looked for in {where}: none is there; {writes}")
     return {scenario: found[scenario] for scenario in SCENARIOS if scenario in found}
 
 

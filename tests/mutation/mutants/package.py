@@ -16,7 +16,7 @@ MUTANTS = (
     .replaces("find(parent, path.parent)", "path.parent / parent")
     .caught_by(f"{SHIPPED}::test_a_file_may_extend_a_shipped_one_by_name"),
     Mutant("own-bug-taken-for-a-missing-package", 0, "experiments/__init__.py")
-    .replaces("            if lacks is None:\n                raise\n", "")
+    .replaces("        if lacks is None:\n            raise\n", "")
     .caught_by(f"{UNIT}/test_extras.py"),
     Mutant("drop-in-experts-not-averaged", 0, f"{PARALLEL}/drop_in.py")
     .replaces("    ExpertGradientReducer([*shards.values()], context_of(group))  # its hooks keep it\n", "")
