@@ -39,17 +39,12 @@ VERBS = {
     "faults": "break checkpoints on purpose and count what survives",
 }
 HELP_COLUMNS = 120  # where standard output is no terminal
-
-
-def comes_first(kind: Any, word: str) -> None:
-    if "=" in word:
-        raise ValueError("The config comes first, key=value after it.")
-
-
-ConfigName = Annotated[str, Parameter(validator=comes_first)]
-KeyValue = Annotated[str, Parameter(allow_leading_hyphen=True)]  # --key=value is an override too
+HYPHENS = Parameter(allow_leading_hyphen=True)
+KeyValue = Annotated[str, HYPHENS]  # --key=value is an override too
 Item = TypeVar("Item")
-OneEach = Annotated[Sequence[Item], Parameter(consume_multiple=False)]  # --stop a --stop b, not --stop a b
+OneEach = Annotated[
+    Sequence[Item], Parameter(consume_multiple=False, allow_repeating=None)
+]  # --stop a --stop b, not --stop a b
 
 
 def main() -> None:
@@ -62,7 +57,7 @@ def call(*words: str) -> int:
     try:
         act, given, _ = app_of(*words[:1]).parse_args([*words], exit_on_error=False, print_error=False)
         if act.__name__ == "help_print" and words and not {"-h", "--help"} & {*words}:
-            raise ConfigError(f"nothing is named to {words[0]}, allowed: see {scmoe(words[0], '--help')}")
+            raise ConfigError(f"{words[0]} is incomplete, allowed: see {scmoe(words[0], '--help')}")
         return act(*given.args, **given.kwargs) or 0
     except CycloptsError as error:
         verb = [word for word in words[:1] if word in VERBS]
@@ -86,7 +81,7 @@ def app_of(verb: str = "") -> App:
         help_format="plaintext",
         version=f"scmoe {__version__}",
         console=console if console.is_terminal else Console(width=HELP_COLUMNS),
-        default_parameter=Parameter(negative=(), consume_multiple=True, show_default=default),
+        default_parameter=Parameter(negative=(), consume_multiple=True, allow_repeating=True, show_default=default),
         suppress_keyboard_interrupt=False,
     )
     for place, (name, what) in enumerate(VERBS.items()):

@@ -33,7 +33,7 @@ def inference(
     from scmoe.testbed.generation import bench_generation
     from scmoe.testbed.inference_report import bench_inference
 
-    links.require(sys.orig_argv[1:])
+    links.require()
     report = bench_inference(**given)
     cached = bench_generation(**GENERATION)["cached_over_uncached"]
     print(json.dumps(report | {"cached_over_uncached": cached}))

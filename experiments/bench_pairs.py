@@ -1,7 +1,6 @@
 """`scmoe bench overlap`, `growth` and `timeline` measure pairs of blocks between ranks."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -56,7 +55,7 @@ def overlap(
     given = {name: value for name, value in locals().items() if value is not None}
     from scmoe.testbed.overlap_report import bench_overlap
 
-    print(json.dumps(bench_overlap(given, sys.orig_argv[1:])))
+    print(json.dumps(bench_overlap(given)))
 
 
 def growth(
@@ -73,7 +72,7 @@ def growth(
         raise ConfigError("--points goes with one --of")
     from scmoe.testbed import growth, links
 
-    links.require(sys.orig_argv[1:])
+    links.require()
     print(json.dumps(growth.bench_growth(names, points, rounds, out)))
 
 
@@ -96,5 +95,5 @@ def timeline(
 
     if run is not None:
         return print(json.dumps(timeline.draw_plan(run)))
-    links.require(sys.orig_argv[1:])
+    links.require()
     print(json.dumps(timeline.bench_timeline(share, compute, position, ranks, out)))

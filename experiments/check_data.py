@@ -3,10 +3,10 @@
 import sys
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments import ConfigName, KeyValue, call
+from scmoe.experiments import KeyValue, call
 
 
-def main(config: ConfigName, /, *overrides: KeyValue) -> None:
+def main(config: str, /, *overrides: KeyValue) -> None:
     """Read all data of a config, and name each file that cannot be read. No training is started.
 
     Exit code 2: a file cannot be read, or the data cannot be used at all.

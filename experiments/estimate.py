@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments import ConfigName, KeyValue, call
+from scmoe.experiments import KeyValue, call
 
 RANKS = ("trainer.devices", "trainer.num_nodes", "strategy.ep_size")  # the fields that ep and dp set
 
@@ -40,7 +40,7 @@ def read(path: str, words: Sequence[str]) -> tuple[Config, int, int]:
     return load(path, [*overrides, *ranks]), sizes["ep"], sizes["dp"]
 
 
-def main(config: ConfigName, /, *words: KeyValue) -> None:
+def main(config: str, /, *words: KeyValue) -> None:
     """Estimate what a training costs, without starting it: parameters, FLOPs, bytes of All-to-All, memory of a rank.
 
     ep ranks share one set of experts, dp such sets are replicas: ep x dp ranks, data parallel over all of them. What is

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments import OneEach, call
+from scmoe.experiments import HYPHENS, OneEach, call
 
 
 def main(
@@ -16,7 +16,7 @@ def main(
     /,
     *overrides: str,
     which: Literal["last", "best"] = "last",
-    prompt: str | None = None,
+    prompt: Annotated[str | None, HYPHENS] = None,
     prompts: Path | None = None,
     out: Path | None = None,
     max_tokens: int | None = None,

@@ -6,13 +6,13 @@ import sys
 from cyclopts import App
 
 from scmoe.config.help import help_text
-from scmoe.experiments import ConfigName, KeyValue, call
+from scmoe.experiments import KeyValue, call
 
 main = App(name="train", help_epilogue=help_text())
 
 
 @main.default
-def start(config: ConfigName, /, *overrides: KeyValue) -> None:
+def start(config: str, /, *overrides: KeyValue) -> None:
     """Train a model. The last line on standard output is the run's summary as JSON.
 
     Exit codes: 2, the request was wrong and nothing was started; 143 or 130, stopped by SIGTERM or Ctrl-C with a

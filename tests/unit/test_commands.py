@@ -75,20 +75,24 @@ def test_what_no_verb_can_mean_is_refused_in_one_line(words, capsys):
     assert (said.out, said.err.count("\n")) == ("", 1) and words.split()[-1].upper() in said.err.upper()
 
 
+OF_TABLE = "options=Options(scale='small', jobs=None, seeds=None, from_=[PosixPath('a'), PosixPath('b')], to=None)"
+
+
 @pytest.mark.parametrize(
     "words, given",
     [
         ("train c.yaml optim.lr=-1 --seed=2", ("c.yaml", "optim.lr=-1", "--seed=2")),
         ("evaluate r a=1 --which best b=2 --limit=3", ("r", "a=1", "b=2", "which=best", "limit=3")),
         ("sweep s.yaml a=1 --local --b=2", ("s.yaml", "a=1", "--b=2", "local=True")),
-        ("generate r --stop x a=1 --stop y", ("r", "a=1", "stop=['x', 'y']")),
+        ("generate r --stop x a=1 --stop y --prompt -x", ("r", "a=1", "prompt=-x", "stop=['x', 'y']")),
+        ("table t --scale smoke --from a a=1 --from b --scale small", ("t", "a=1", OF_TABLE)),  # the last one counts
         ("gpu-check --tiny --parts layer gpt2", ("tiny=True", "parts=['layer', 'gpt2']")),
         ("bench overlap --share .5 --rows top2 top1", ("share=0.5", "rows=['top2', 'top1']")),
         ("faults kill --points 3", ("points=3",)),
         ("faults kill --points all", ("points=all",)),
     ],
 )
-def test_overrides_may_stand_between_options(words, given):
+def test_overrides_and_options_may_be_mixed(words, given):
     _, bound, _ = app_of(words.split()[0]).parse_args(words.split(), exit_on_error=False, print_error=False)
     assert (*map(str, bound.args), *(f"{name}={value}" for name, value in bound.kwargs.items())) == given
 
