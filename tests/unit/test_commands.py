@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from scmoe import __version__
+from scmoe.config.program import scmoe
 from scmoe.experiments import VERBS, app_of, call
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +96,19 @@ OF_TABLE = "options=Options(scale='small', jobs=None, seeds=None, from_=[PosixPa
 def test_overrides_and_options_may_be_mixed(words, given):
     _, bound, _ = app_of(words.split()[0]).parse_args(words.split(), exit_on_error=False, print_error=False)
     assert (*map(str, bound.args), *(f"{name}={value}" for name, value in bound.kwargs.items())) == given
+
+
+def test_the_next_command_is_named_as_it_works_here(monkeypatch, tmp_path):
+    program = tmp_path / "my venv/bin/scmoe"
+    program.parent.mkdir(parents=True)
+    program.touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(program.with_name("python")))
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert scmoe("runs", "a b") == f"'{program}' runs 'a b'"
+    monkeypatch.chdir(tmp_path)
+    assert scmoe("runs") == "'my venv/bin/scmoe' runs"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert scmoe("runs") == "scmoe runs"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
