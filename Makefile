@@ -35,7 +35,7 @@ train: $(READY)  ## train CONFIG, with ARGS as overrides
 	@$(PY) -m experiments.train $(CONFIG) $(ARGS)
 
 resume: $(READY)  ## resume RUN (the newest), or from STEP of it
-	@$(PY) -m experiments.train --resume $(or $(RUN),runs/latest) $(if $(STEP),step=$(STEP)) $(ARGS)
+	@$(PY) -m experiments.resume $(or $(RUN),runs/latest) $(if $(STEP),step=$(STEP)) $(ARGS)
 
 generate: $(READY)  ## continue PROMPT="a text" with the model of RUN (default: the newest)
 	@$(PY) -m experiments.generate $(or $(RUN),runs/latest) $(if $(PROMPT),--prompt '$(subst ','\'',$(PROMPT))') $(ARGS)

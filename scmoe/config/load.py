@@ -23,6 +23,7 @@ from omegaconf.errors import ValidationError
 from scmoe.config.extensions import import_extensions, named, refuse_kept
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, leaves, show
+from scmoe.config.program import scmoe
 from scmoe.config.rules import validate
 from scmoe.config.shipped import find
 
@@ -117,7 +118,7 @@ def read_text(path: Path, extended: str = "") -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a path with a null byte
-        hint = "; scmoe list shows the names of all configurations" if isinstance(error, FileNotFoundError) else ""
+        hint = f"; {scmoe('list')} shows all names" if isinstance(error, FileNotFoundError) else ""
         raise ConfigError(f"{path}{extended}: cannot be read: {error}{hint}") from error
 
 

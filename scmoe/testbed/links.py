@@ -13,7 +13,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+
+from scmoe.config.leaves import ConfigError
 
 SUBNET = "10.77.0"
 BRIDGE, BRIDGE_ADDRESS = "bridge", f"{SUBNET}.254"
@@ -37,11 +38,8 @@ def why_not() -> str | None:
     return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
 
 
-def enter(command: Sequence[str]) -> None:
-    """Replaces this process by `command` in a new network namespace with a bridge. Returns if it is inside already.
-
-    command: the arguments with which a Python interpreter runs this program again.
-    """
+def enter() -> None:
+    """Replaces this process by the same program in a new network namespace with a bridge. Returns if it is inside."""
     if inside():
         return
     os.environ[ENTERED] = "1"
@@ -56,7 +54,14 @@ def enter(command: Sequence[str]) -> None:
         f"ip link set {BRIDGE} up",
         'exec "$@"',
     ]
-    os.execvp("unshare", [*_unshare(), "sh", "-c", " && ".join(up), "sh", sys.executable, *command])
+    os.execvp("unshare", [*_unshare(), "sh", "-c", " && ".join(up), "sh", sys.executable, *sys.orig_argv[1:]])
+
+
+def require() -> None:
+    """As `enter`. Raises ConfigError where links cannot be shaped."""
+    if not inside() and (missing := why_not()):
+        raise ConfigError(f"links cannot be shaped here: {missing}")
+    enter()
 
 
 def _unshare() -> list[str]:

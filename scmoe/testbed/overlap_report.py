@@ -5,7 +5,6 @@ Ratios are to sequential top-2, taken round by round, medians.
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import fields
 from statistics import median, quantiles
 from typing import Any
@@ -28,11 +27,11 @@ KINDS = ("forward", "train")
 OF_COMPUTE = {"ffn_dim": "real", "heads": "real", "attention_ms": "emulated", "attention_to_mlp": "emulated"}
 
 
-def bench_overlap(options: dict[str, Any], again: Sequence[str]) -> dict[str, Any]:
+def bench_overlap(options: dict[str, Any]) -> dict[str, Any]:
     """Measure, print a table, and write chart and figures into the folder `out`. Returns the report.
 
     options: fields of Setting, `ranks` and `out`, those that were given; ConfigError for one that cannot be honoured.
-    again: the arguments of a Python interpreter that repeat this program, which continues in a network namespace.
+    The program starts again in a network namespace, where links can be shaped.
     """
     require("bench overlap", "matplotlib")
     gpu, out = options["device"] == "cuda", options.pop("out")
@@ -42,7 +41,7 @@ def bench_overlap(options: dict[str, Any], again: Sequence[str]) -> dict[str, An
         raise ConfigError(refused)
     missing = "one GPU has no links" if gpu else links.why_not() if not links.inside() else None
     if missing is None:
-        links.enter(again)
+        links.enter()
     elif not gpu:
         print(f"links cannot be shaped here ({missing}): loopback as it is, marked in every row", file=sys.stderr)
     ranks, rows = values.pop("ranks"), tuple(values["rows"])

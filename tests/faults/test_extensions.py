@@ -12,7 +12,6 @@ import scmoe
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, OPTIMIZERS
-from scmoe.experiments import evaluate, export, generate, train
 from scmoe.testbed.ranks import run_ranks
 from tests.support.commands import Done, command_here
 
@@ -73,38 +72,38 @@ def test_69_what_a_run_keeps_is_not_imported_and_its_callbacks_do_not_run(tmp_pa
 
 
 def train_and_use(rank: int, world_size: int, folder: Path) -> None:
-    def command(main: Any, *arguments: str) -> Done:
-        return command_here(rank, world_size, main, arguments, {"PROOF": str(modules.proof)})
+    def command(verb: str, *arguments: str) -> Done:
+        return command_here(rank, world_size, verb, arguments, {"PROOF": str(modules.proof)})
 
     modules = Modules(folder)
     sys.path.insert(0, str(modules.folder))
     name, done = modules.write("trained_with"), modules.done
     named = (f"extensions=[{name}]", f"callbacks.{name}.every=7")
-    trained = command(train.main, *TINY, f"runs_dir={folder}/runs", *named)
+    trained = command("train", *TINY, f"runs_dir={folder}/runs", *named)
     assert (trained.code, done()) == (0, "imported called with 7"), trained.err
-    assert f'ARGS="trainer.max_steps=4 {" ".join(named)}"' in trained.out
+    assert f"trainer.max_steps=4 '{named[0]}' {named[1]}" in trained.out
     run, file = str(folder / "runs/latest"), str(folder / "model.safetensors")
-    exported = command(export.main, run, "--out", file)
+    exported = command("export", run, "--out", file)
     assert (exported.code, done()) == (0, ""), "the program has imported it already"
-    resume = ("--resume", run, "trainer.max_steps=3", "trainer.progress=false")
+    resume = (run, "trainer.max_steps=3", "trainer.progress=false")
 
     modules.forget()
-    verbs = [(verb.main, (run,)) for verb in (evaluate, export, generate)]
-    for main, arguments in (*verbs, (generate.main, (file,)), (train.main, resume)):
-        refused = command(main, *arguments)
+    verbs = [(verb, (run,)) for verb in ("evaluate", "export", "generate")]
+    for verb, arguments in (*verbs, ("generate", (file,)), ("resume", resume)):
+        refused = command(verb, *arguments)
         assert (refused.code, len(refused.err.splitlines())) == (2, 1), refused.err
         assert f"if you trust {name}, add extensions=[{name}] to the command" in refused.err
     for path in (run, file):
         with pytest.raises(ConfigError, match=r"or import it before scmoe\.load; extensions=\[\] goes on without"):
             scmoe.load(path)
-    assert command(export.main, run, "--", "--extensions=[]").code == 0
+    assert command("export", run, "--extensions=[]").code == 0
     assert done() == "", "nothing was imported"
 
-    assert command(export.main, run, named[0]).code == 0 and done() == "imported"
+    assert command("export", run, named[0]).code == 0 and done() == "imported"
     assert scmoe.load(run) and scmoe.load(file) and done() == "", "this program has imported it now"
-    refused = command(train.main, *resume)
+    refused = command("resume", *resume)
     assert refused.code == 2 and f"add {named[1]} to the command, or callbacks={{}} to go on without" in refused.err
-    resumed = command(train.main, *resume, named[0], f"callbacks.{name}.every=8")
+    resumed = command("resume", *resume, named[0], f"callbacks.{name}.every=8")
     assert (resumed.code, done()) == (0, "called with 8"), resumed.err
 
 

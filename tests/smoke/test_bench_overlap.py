@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from scmoe.experiments import bench
+from scmoe.experiments import call
 from scmoe.testbed import growth, links, overlap_report, timeline
 from scmoe.testbed.pairs import Setting
 from scmoe.testbed.ranks import run_ranks
@@ -59,7 +59,7 @@ def tiny_on_loopback(monkeypatch):
         return run_ranks(without_rate, ranks, measure, replace(setting, attention_ms=1.0), *args)
 
     monkeypatch.setattr(links, "inside", lambda: True)
-    monkeypatch.setattr(links, "enter", lambda again: None)
+    monkeypatch.setattr(links, "enter", lambda: None)
     for module in (growth, overlap_report, timeline):
         monkeypatch.setattr(module, "run_ranks", measured)
 
@@ -67,7 +67,7 @@ def tiny_on_loopback(monkeypatch):
 def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path, capsys):
     """The iteration has real operators, and their gradients are summed over the ranks."""
     words = ("--compute", "real", "--level", "iteration", "--ffn-dim", "128", "--out", str(tmp_path))
-    assert bench.main(["overlap", *ROWS, *words]) == 0
+    assert call("bench", "overlap", *ROWS, *words) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     check(report)
     # each of two top-2 pairs has a norm, a gate, attention and MLP in float32
@@ -76,7 +76,7 @@ def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path, capsys):
 
 
 def test_timeline(tiny_on_loopback, tmp_path):
-    assert bench.main(["timeline", "--share", "0.3", "--out", str(tmp_path)]) == 0
+    assert call("bench", "timeline", "--share", "0.3", "--out", str(tmp_path)) == 0
     assert {path.name for path in tmp_path.glob("*.png")} == {"forward.png", "backward.png"}
     trace = json.loads((tmp_path / "pos2-overlapped-1-chunks.json").read_text())
     names = {event.get("name") for event in trace["traceEvents"]}
@@ -86,7 +86,7 @@ def test_timeline(tiny_on_loopback, tmp_path):
 
 def test_bench_growth(tiny_on_loopback, tmp_path, capsys):
     small = ("--points", "256", "512", "--rounds", "2", "--out", str(tmp_path))
-    assert bench.main(["growth", "--of", "tokens", *small]) == 0
+    assert call("bench", "growth", "--of", "tokens", *small) == 0
     points = json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"]
     assert [point["tokens"] for point in points] == [256, 512]
     assert points[0]["link_mbit"] == points[1]["link_mbit"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
-from scmoe.experiments.bench import SIZES, main
+from scmoe.experiments import call
+from scmoe.experiments.bench_pairs import overlap
 from scmoe.schedule.schedule import Schedule
 from scmoe.testbed.overlap import Seconds, Variant, nearest
 from scmoe.testbed.overlap_report import DEFAULTS
@@ -27,19 +30,20 @@ from scmoe.testbed.overlap_report import DEFAULTS
     ],
 )
 def test_what_cannot_be_honoured_is_refused_in_one_line(options, message, capsys):
-    assert main(["overlap", *options.split()]) == 2
+    assert call("bench", "overlap", *options.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {message}")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_device_that_is_not_there_is_refused(capsys):
-    assert main(["overlap", "--device", "cuda"]) == 2
+    assert call("bench", "overlap", "--device", "cuda") == 2
     assert capsys.readouterr().err == "error: --device is cuda, and there is no CUDA device here\n"
 
 
 def test_the_help_shows_the_defaults_of_the_measurement():
-    assert {name: DEFAULTS[name] for name in SIZES} == SIZES
+    sizes = {name: float(size) for name, size in re.findall(r"(\w+): \(default: ([\d.]+)\)\n", overlap.__doc__)}
+    assert len(sizes) == 8 and sizes == {name: DEFAULTS[name] for name in sizes}
 
 
 def test_schedules_near_the_best_by_trial_go_into_the_rounds():

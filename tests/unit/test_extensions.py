@@ -11,7 +11,7 @@ from scmoe.config.help import catalogue
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.config.registry import ARCHITECTURES, DATASETS, FAMILIES, OPTIMIZERS, Registry
-from scmoe.experiments import list as list_verb
+from scmoe.experiments import call
 from scmoe.models.gpt import GPT
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.studies.estimate import estimate
@@ -48,7 +48,7 @@ def test_registered_names_are_allowed_and_listed(capsys):
     found = catalogue()
     assert ("moe.architecture=parallel", "") in found["Architectures"] and ("optim.name=sgd", "") in found["Optimizers"]
     assert ("data.name=counting", "") in found["Data sets"] and found["Callbacks"] == [("callbacks.surprise", "")]
-    assert list_verb.main([EXTENSION]) == 0 and "callbacks.surprise" in capsys.readouterr().out
+    assert call("list", EXTENSION) == 0 and "callbacks.surprise" in capsys.readouterr().out
 
 
 def test_a_registry_keeps_what_it_was_given():

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from scmoe.config.load import load, to_yaml
-from scmoe.experiments.figure import main
+from scmoe.experiments import call
 from scmoe.parallel.pricing import OPERATORS, STREAM, LayerChoice
 from scmoe.schedule.cost import OperatorTimes
 from scmoe.studies.figures.headline import draw_headline
@@ -94,7 +94,7 @@ def drawn(monkeypatch):
 
 def files(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Path]:
     """Runs the command and returns its files by suffix."""
-    assert main([*words]) == 0
+    assert call("figure", *words) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["figure"] == int(words[0])
     return {Path(name).suffix: Path(name) for name in summary["files"]}
@@ -185,6 +185,6 @@ def test_what_a_figure_cannot_be_drawn_from_is_said_in_one_line(tmp_path, capsys
         (["0", run], "0 is drawn from"),
         (["8", rows], "has the rows top2, top1, required: top2 and one of ScMoE"),
     ):
-        assert main([str(word) for word in words]) == 2, words
+        assert call("figure", *map(str, words)) == 2, words
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and message in line, line

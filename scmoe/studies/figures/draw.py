@@ -12,6 +12,7 @@ import numpy as np
 from scmoe.analysis.gating import draw_gating
 from scmoe.analysis.similarity import draw_similarity
 from scmoe.config.leaves import ConfigError
+from scmoe.config.program import scmoe
 from scmoe.studies.figures.explained import pair, timelines
 from scmoe.studies.figures.scenarios import draw_shares, draw_speeds, read_reports
 from scmoe.studies.runs import open_run
@@ -63,9 +64,8 @@ def draw_figure(number: int, sources: Sequence[str], out: Path | None) -> list[P
 def explained(number: int, sources: Sequence[str]) -> Drawing:
     """Return a picture of the docs. It has no measurement."""
     if sources:
-        raise ConfigError(
-            f"Fig. {number} is drawn from {sources[0]!r}, allowed: nothing; make timeline measures Fig. 7"
-        )
+        measured = f"{scmoe('bench', 'timeline')} measures Fig. 7"
+        raise ConfigError(f"Fig. {number} is drawn from {sources[0]!r}, allowed: nothing; {measured}")
     draw = EXPLAINED[number]
     return Drawing(PAGES, draw.__name__, draw, (".png",))
 

@@ -32,6 +32,7 @@ from scmoe.charts import (
     title,
 )
 from scmoe.config.leaves import ConfigError
+from scmoe.config.program import scmoe
 from scmoe.schedule.timeline import TRANSFERS
 from scmoe.testbed.speed_chart import KINDS, PIPELINED, conditions, name_of
 
@@ -89,7 +90,7 @@ def read_reports(sources: Sequence[Path]) -> Reports:
             scenario = shares.get(report["wanted_share"])
             complete = {"top2_operators_ms", "fastest_scmoe"} <= report.keys()
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} is no report of bench overlap: {error!r}; make figure8 writes them") from error
+            raise ConfigError(f"{path} is no report of bench overlap: {error!r}") from error
         if scenario is None:
             raise ConfigError(f"{path} was measured at --share {report['wanted_share']}, allowed: {allowed}")
         if not complete:
@@ -99,9 +100,8 @@ def read_reports(sources: Sequence[Path]) -> Reports:
         found[scenario] = report
     if not found:
         where = ", ".join(map(str, sources)) or "nothing"
-        raise ConfigError(
-            f"reports of bench overlap are looked for in {where}: none is there; make figure8 writes them"
-        )
+        writes = f"{scmoe('bench', 'overlap')} writes them"
+        raise ConfigError(f"reports of bench overlap are looked for in {where}: none is there; {writes}")
     return {scenario: found[scenario] for scenario in SCENARIOS if scenario in found}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutation.mutant import DIST, FAULTS, PARALLEL, UNIT, Mutant
 
 DROP_IN, SHIPPED = f"{DIST}/test_drop_in.py", f"{UNIT}/test_shipped.py"
+COMMANDS = f"{UNIT}/test_commands.py"
 MUTANTS = (
     Mutant("shipped-config-hides-the-users", 0, "scmoe/config/shipped.py")
     .replaces(
@@ -16,8 +17,23 @@ MUTANTS = (
     .replaces("find(parent, path.parent)", "path.parent / parent")
     .caught_by(f"{SHIPPED}::test_a_file_may_extend_a_shipped_one_by_name"),
     Mutant("own-bug-taken-for-a-missing-package", 0, "experiments/__init__.py")
-    .replaces("            if lacks is None:\n                raise\n", "")
+    .replaces("        if lacks is None:\n            raise\n", "")
     .caught_by(f"{UNIT}/test_extras.py"),
+    Mutant("verb-imports-torch-before-parsing", 0, "experiments/evaluate.py")
+    .replaces("import json\n", "import json\n\nimport torch as torch\n")
+    .caught_by(f"{COMMANDS}::test_every_verb_shows_its_help_and_refuses_a_wrong_option_without_torch"),
+    Mutant("half-a-command-succeeds", 0, "experiments/__init__.py")
+    .replaces('if act.__name__ == "help_print" and words and', "if act is None and")
+    .caught_by(f"{COMMANDS}::test_what_no_verb_can_mean_is_refused_in_one_line"),
+    Mutant("hyphens-are-options", 0, "experiments/__init__.py")
+    .replaces("allow_leading_hyphen=True", "allow_leading_hyphen=False")
+    .caught_by(f"{COMMANDS}::test_overrides_and_options_may_be_mixed"),
+    Mutant("scmoe-is-thought-to-be-on-path", 0, "scmoe/config/program.py")
+    .replaces("if not beside.exists() or", "if beside.exists() or")
+    .caught_by(f"{COMMANDS}::test_the_next_command_is_named_as_it_works_here"),
+    Mutant("interrupted-job-begins-again", 0, "scmoe/studies/job.py")
+    .replaces('re.sub(r"\\btrain(\\.py)?$", r"resume\\1", program)', "program")
+    .caught_by(f"{UNIT}/test_table.py"),
     Mutant("drop-in-experts-not-averaged", 0, f"{PARALLEL}/drop_in.py")
     .replaces("    ExpertGradientReducer([*shards.values()], context_of(group))  # its hooks keep it\n", "")
     .caught_by(f"{DROP_IN}::test_two_ranks_give_the_outputs_and_gradients_of_one"),
