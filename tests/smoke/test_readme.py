@@ -73,6 +73,9 @@ SAYS = {
     "make evaluate": '"tasks": {"cloze": ',
     "make fig13": '"equal_bits": true',
     "make list": "configs/quickstart.yaml",
+    'make check-data CONFIG=configs/debug.yaml ARGS="data.name=text data.path=docs/decisions data.vocab_size=512"': (
+        "all data of text can be read"
+    ),
     ".venv/bin/python docs/examples/load_hf.py exported/hf": "ScMoEForCausalLM",
     ".venv/bin/python docs/examples/load_export.py exported/model.safetensors": "likeliest next token",
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': "runs/further/",
