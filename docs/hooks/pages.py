@@ -22,9 +22,8 @@ ROOT = Path(__file__).parents[2]
 MOVED = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 BACK = {there: here for here, there in MOVED.items() if here != "README.md"}
 LINK = re.compile(r"(?<=\]\()([^)#\s]+)(?=[)#])")
-FIELD = re.compile(
-    r"(?<![`\[])(`(\w+\.\w+)(?:=[^`\s]+)?`)(?![`\]])"
-)  # `moe.position`, `moe.position=pos1`; not in a link
+# `moe.position` or `moe.position=pos1`, but not as the words of a link
+FIELD = re.compile(r"(?<![`\[])(`(\w+\.\w+)(?:=[^`\s]+)?`)(?![`\]])")
 FIELDS = {leaf.key for leaf in leaves(Config())}
 FENCE = re.compile(r"(```.*?```)", re.DOTALL)
 PYTHON = {  # pages of the Python reference: what each package is for
