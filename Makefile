@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train resume generate evaluate export sweep reproduce table table3 runs compare list check-data params estimate bench bench-overlap bench-inference bench-growth timeline gpu-check figures reports recording figure1 figure8 figure9 figure10 fig13 test test-fast test-dist test-faults mutate wheel-test lint format typecheck ci clean
+.PHONY: help setup train resume generate evaluate export sweep reproduce table table3 runs compare list check-data params estimate bench bench-overlap bench-inference bench-growth timeline gpu-check figures reports recording figure1 figure8 figure9 figure10 fig13 test test-fast test-dist test-faults mutate wheel-test lint format typecheck docs ci clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [CONFIG=$(CONFIG)] [RUN=runs/...] [ARGS=\"optim.lr=1e-3 ...\"]"; echo
@@ -178,6 +178,10 @@ format: $(READY)  ## let ruff fix what it can
 
 typecheck: $(READY)  ## check types with mypy
 	@$(PY) -m mypy
+
+docs: $(READY)  ## build the documentation as a site into site/ and check its links; ARGS=serve shows it
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs $(or $(ARGS),build --strict)
+	@$(if $(ARGS),,echo "docs: site/index.html is built")
 
 ci: lint typecheck wheel-test test  ## run lint, types, the wheel's test and all tests: what a change must pass
 

@@ -1,4 +1,4 @@
-"""The SLURM file and the commands of docs/clusters.md start configs that load, with one process for each rank.
+"""The SLURM file and the commands of the pages on GPUs start configs that load, with one process for each rank.
 
 SLURM is simulated: a fake srun records its arguments. Nothing is trained.
 """
@@ -18,8 +18,9 @@ from scmoe.config.load import load
 
 ROOT = Path(__file__).parents[2]
 BATCH_FILE = ROOT / "experiments/train.sbatch"
-PAGE = (ROOT / "docs/clusters.md").read_text()
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+PAGES = [(ROOT / f"docs/{name}.md").read_text() for name in ("clusters", "how-to/gpus", "how-to/slurm")]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)]
+COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.splitlines()))
 TORCHRUN = [line for line in COMMANDS if "torchrun" in line and "experiments.train" in line]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scmoe.config.leaves import ConfigError
+from scmoe.studies.figures.concepts import CONCEPTS
 from scmoe.studies.figures.draw import EXPLAINED, PAGES, draw_measured
 from scmoe.studies.figures.headline import REPORTS, draw_headline
 from scmoe.studies.table.chart import draw_differences
@@ -29,7 +30,7 @@ DRAW: dict[str, Callable[[Any, Path], None]] = {  # by the first words of a repo
 
 def pictures() -> dict[str, Callable[[Path], None]]:
     """Return for the name of each picture of the docs what draws it into a file. Raises ConfigError."""
-    found: dict[str, Callable[[Path], None]] = {draw.__name__: draw for draw in EXPLAINED.values()}
+    found: dict[str, Callable[[Path], None]] = {draw.__name__: draw for draw in (*EXPLAINED.values(), *CONCEPTS)}
     reports = {path.stem: path for path in sorted(PAGES.glob("*.json"))}
     for name, path in reports.items():
         kind = next((start for start in DRAW if name.startswith(start)), None)

@@ -1,9 +1,10 @@
-"""These bugs are in what a user of the installed package meets: names of configurations, extras, the drop-in block."""
+"""These bugs are in what a user meets: names of configurations, extras, the drop-in block, the documentation's site."""
 
 from __future__ import annotations
 
 from tests.mutation.mutant import DIST, FAULTS, PARALLEL, UNIT, Mutant
 
+SITE, HOOKS = f"{UNIT}/test_docs_site.py", "docs/hooks"
 DROP_IN, SHIPPED = f"{DIST}/test_drop_in.py", f"{UNIT}/test_shipped.py"
 COMMANDS = f"{UNIT}/test_commands.py"
 MUTANTS = (
@@ -45,4 +46,16 @@ MUTANTS = (
     .caught_by(
         f"{FAULTS}/test_lightning_users.py::test_56_load_from_checkpoint_reads_a_directory_of_any_number_of_ranks"
     ),
+    Mutant("field-missing-on-its-page", 0, f"{HOOKS}/config_reference.py")
+    .replaces("map(row, fields)", "map(row, [*fields][1:])")
+    .caught_by(f"{SITE}::test_the_page_of_fields_has_each_field_once_with_its_default_and_range"),
+    Mutant("link-leaves-the-site", 0, f"{HOOKS}/pages.py")
+    .replaces('MOVED.get(path, f"source/{path}.md")', "MOVED.get(path, path)")
+    .caught_by(f"{SITE}::test_links_lead_to_pages_of_the_site"),
+    Mutant("new-page-not-in-the-navigation", 0, f"{HOOKS}/pages.py")
+    .replaces('[*whole, {"Further pages": rest}] if rest else whole', "whole")
+    .caught_by(f"{SITE}::test_every_page_is_in_the_navigation"),
+    Mutant("site-loads-from-the-network", 0, f"{HOOKS}/pages.py")
+    .replaces("    if loaded:\n", "    if len(loaded) > 9:\n")
+    .caught_by(f"{SITE}::test_a_page_that_loads_from_the_network_is_refused"),
 )
