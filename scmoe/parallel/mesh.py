@@ -67,7 +67,9 @@ class ParallelContext:
         receives exactly its fair share and needs no ceiling. buffered: for rows in buffers."""
         if self.ep_size == 1:
             return LocalDispatcher()
-        exchange = self.link.carrying(all_to_all(self.ep_group))
+        exchange = all_to_all(self.ep_group)
+        if self.gradient_group is not None:
+            exchange = self.link.carrying(exchange)
         if buffered:
             return BufferedDispatcher(self.ep_group, num_experts, None, exchange, counts_group=self.counts_group)
         return AllToAllDispatcher(self.ep_group, num_experts, ceiling, exchange, counts_group=self.counts_group)
