@@ -30,7 +30,7 @@ from scmoe.parallel.job.lockstep import LockstepStrategy
 from scmoe.parallel.lightning_seam import accumulated_batches, hide_from_ddp, is_fitting, prefer_buckets
 from scmoe.parallel.mesh import build_context, check_experts, expert_parameters, use_loopback_for_gloo
 from scmoe.parallel.update.clipping import check_precision, guard_updates
-from scmoe.parallel.update.pacing import PIECE_MB, is_paced, pacing
+from scmoe.parallel.update.pacing import BUCKET_MB, is_paced, pacing
 from scmoe.parallel.update.reducer import ExpertGradientReducer
 
 COPYING = (WeightAveraging, StochasticWeightAveraging)  # their copy of the module would hold one rank's experts
@@ -107,7 +107,7 @@ class ExpertParallelStrategy(LockstepStrategy):
         hide_from_ddp(self.module, [name for name, _ in expert_parameters(self.module)])
         paced = is_paced(self.reductions, self.root_device)
         if paced:
-            prefer_buckets(self, PIECE_MB)
+            prefer_buckets(self, BUCKET_MB)
         super().setup(trainer)
         if self.debug_collectives:
             compare = CompareCollectives(self.timeout)

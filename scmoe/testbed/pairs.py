@@ -22,7 +22,7 @@ from scmoe.parallel.all_to_all import Link
 from scmoe.parallel.dispatcher import AllToAllDispatcher
 from scmoe.parallel.lightning_seam import hide_from_ddp
 from scmoe.parallel.mesh import expert_parameters
-from scmoe.parallel.update.pacing import PIECE_MB, Pacer, is_paced
+from scmoe.parallel.update.pacing import BUCKET_MB, Pacer, is_paced
 from scmoe.schedule.schedule import POSITIONS, Schedule
 from scmoe.testbed.emulated import EmulatedExperts, EmulatedOperator
 
@@ -122,7 +122,7 @@ class Step:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
             paced = is_paced(setting.reductions, torch.device(setting.device))
             self.model = DistributedDataParallel(
-                self.model, gradient_as_bucket_view=True, bucket_cap_mb=PIECE_MB if paced else None
+                self.model, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB if paced else None
             )
             if paced:
                 self.model.register_comm_hook(None, Pacer(dist.new_group(), link).mean_of_bucket)

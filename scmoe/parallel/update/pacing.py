@@ -1,19 +1,20 @@
-"""Sums gradients over ranks so that rows go first: in pieces, one at a time, none while an All-to-All is in flight.
+"""Sums gradients over ranks so that rows go first: in small pieces, of which none begins while rows are in flight.
 
     link    rows      piece piece rows           piece piece piece ...
             combine               dispatch
 
-Gradients and rows share the rank's link, and backward waits for rows, but for gradients only at its end. So a transfer
-of rows waits behind one piece at most, and gradients fill what the rows leave free. All-reduces of gloo run on the
-host, so a thread can decide there when each begins. On CUDA the host is ahead of the device and cannot; there the
+Gradients and rows share the rank's link. Backward waits for rows, but for gradients only at its end. So rows wait
+behind the pieces that have begun, 1 MB at most, and gradients fill what the rows leave free. All-reduces of gloo run on
+the host, so a thread can decide there when each begins. On CUDA the host is ahead of the device and cannot; there the
 stream of the rows has priority (mesh.py).
 """
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,9 @@ from torch.futures import Future
 from scmoe.parallel.all_to_all import Link
 from scmoe.parallel.mesh import ParallelContext
 
-PIECE_MB = 1.0  # of a bucket too, so that the first gradients are sent early
 REDUCTIONS = ("ddp", "paced")
+PIECE_MB, IN_FLIGHT = 0.5, 2  # with one piece in flight the link is idle until all ranks have begun the next
+BUCKET_MB = 1.0  # small, so that the first gradients are sent early
 
 
 def is_paced(reductions: str | None, device: torch.device) -> bool:
@@ -38,6 +40,12 @@ def is_paced(reductions: str | None, device: torch.device) -> bool:
     return reductions != "ddp" and device.type == "cpu"
 
 
+class _Piece(NamedTuple):
+    numbers: Tensor
+    whole: Tensor | None  # the bucket, with its last piece
+    done: Future[Tensor]
+
+
 class Pacer:
     """Sums tensors over a group, one after another in the order given; every rank must give the same order.
 
@@ -46,14 +54,17 @@ class Pacer:
 
     def __init__(self, group: Any, link: Link, piece_mb: float = PIECE_MB) -> None:
         self.group, self.link, self.piece_bytes = group, link, int(piece_mb * 2**20)
-        self.queue: SimpleQueue[tuple[Tensor, Future[Tensor]] | None] = SimpleQueue()
+        self.queue: SimpleQueue[_Piece | None] = SimpleQueue()
         # a daemon: a rank that fails must not wait at its end for a peer that will never send
         threading.Thread(target=self._run, name="gradients", daemon=True).start()
 
     def start(self, flat: Tensor) -> Future[Tensor]:
         """Sum a tensor of one dimension in place. The result is the tensor itself."""
         done: Future[Tensor] = Future()
-        self.queue.put((flat, done))
+        *pieces, last = flat.split(max(1, self.piece_bytes // flat.element_size()))
+        for piece in pieces:
+            self.queue.put(_Piece(piece, None, done))
+        self.queue.put(_Piece(last, flat, done))
         return done
 
     def mean_of_bucket(self, state: None, bucket: dist.GradBucket) -> Future[Tensor]:
@@ -64,14 +75,30 @@ class Pacer:
         self.queue.put(None)
 
     def _run(self) -> None:
-        for flat, done in iter(self.queue.get, None):
-            try:
-                for piece in flat.split(max(1, self.piece_bytes // flat.element_size())):
+        in_flight: deque[tuple[Any, _Piece]] = deque()
+        while True:
+            if len(in_flight) == IN_FLIGHT or (in_flight and self.queue.empty()):
+                work, piece = in_flight.popleft()
+                with _errors_to(piece.done):
+                    work.wait()
+                    if piece.whole is not None and not piece.done.done():
+                        piece.done.set_result(piece.whole)
+            elif (next_piece := self.queue.get()) is None:
+                return
+            else:
+                with _errors_to(next_piece.done):
                     self.link.wait()
-                    self.group.allreduce([piece]).wait()
-                done.set_result(flat)
-            except Exception as error:  # whoever waits for the sum gets it
-                done.set_exception(error)  # type: ignore[arg-type]
+                    in_flight.append((self.group.allreduce([next_piece.numbers]), next_piece))
+
+
+@contextmanager
+def _errors_to(done: Future[Tensor]) -> Iterator[None]:
+    """Let the thread go on, and raise the error where the sum is waited for."""
+    try:
+        yield
+    except Exception as error:
+        if not done.done():
+            done.set_exception(error)  # type: ignore[arg-type]
 
 
 @contextmanager

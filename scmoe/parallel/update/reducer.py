@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from scmoe.parallel.lightning_seam import call_after_backward
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.parallel.update.pacing import PIECE_MB, Pacer
-
-BUCKET_MB = 25.0  # as DDP's
+from scmoe.parallel.update.pacing import BUCKET_MB, Pacer
 
 
 class ExpertGradientReducer:
@@ -33,7 +31,7 @@ class ExpertGradientReducer:
         self.context, self.enabled = context, True
         at_once: Callable[[Tensor], Any] = partial(dist.all_reduce, group=context.edp_group, async_op=True)
         self.start = pacer.start if pacer else at_once
-        bucket_mb = PIECE_MB if pacer else BUCKET_MB
+        bucket_mb = BUCKET_MB if pacer else 25.0  # as DDP's
         self.buckets = list(_buckets([p for p in reversed(shards) if p.requires_grad], int(bucket_mb * 2**20)))
         self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
         self.hooks = []
