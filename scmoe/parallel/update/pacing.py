@@ -4,7 +4,7 @@
             combine               dispatch
 
 Gradients and rows share the rank's link. Backward waits for rows, but for gradients only at its end. So rows wait
-behind the pieces that have begun, 1 MB at most, and gradients fill what the rows leave free. All-reduces of gloo run on
+behind the two pieces that have begun at most, and gradients fill what the rows leave free. All-reduces of gloo run on
 the host, so a thread can decide there when each begins. On CUDA the host is ahead of the device and cannot; there the
 stream of the rows has priority (mesh.py).
 """
@@ -25,7 +25,7 @@ from scmoe.parallel.all_to_all import Link
 from scmoe.parallel.mesh import ParallelContext
 
 REDUCTIONS = ("ddp", "paced")
-PIECE_MB, IN_FLIGHT = 0.5, 2  # with one piece in flight the link is idle until all ranks have begun the next
+PIECE_MB, IN_FLIGHT = 1.0, 2  # with one in flight the link is idle until every rank has begun the next
 BUCKET_MB = 1.0  # small, so that the first gradients are sent early
 
 
