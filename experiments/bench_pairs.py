@@ -90,7 +90,6 @@ def timeline(
     """One pair's operators, measured and planned (Fig. 7), and Chrome traces.
 
     Args:
-        share: communication share of sequential top-2, forward
         run: draw the plan of this run with schedule=auto instead; nothing is measured
     """
     from scmoe.testbed import links, timeline
