@@ -21,6 +21,7 @@ def overlap(
     ranks: int | None = None,
     compute: Compute | None = None,
     level: Literal["block", "iteration"] = "block",
+    reductions: Literal["ddp", "paced"] | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
     rounds: Rounds = 9,
     rows: list[str] | None = None,
@@ -41,6 +42,7 @@ def overlap(
         link_mbit: rate of the links; by default it is searched for the share
         ranks: (default: 2; on cuda 1)
         compute: (default: emulated; on cuda real)
+        reductions: of gradients, at level iteration (default: paced)
         device: cuda: one GPU, rows over its bus
         rows: rows to measure (default: all)
         dim: (default: 512)
@@ -88,7 +90,6 @@ def timeline(
     """One pair's operators, measured and planned (Fig. 7), and Chrome traces.
 
     Args:
-        share: communication share of sequential top-2, forward
         run: draw the plan of this run with schedule=auto instead; nothing is measured
     """
     from scmoe.testbed import links, timeline

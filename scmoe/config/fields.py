@@ -185,6 +185,9 @@ class StrategyConfig:
     async_checkpoint: bool = option(False, "continue training while a checkpoint is written")
     full_checkpoint: bool = option(False, "rank 0 collects the tensors of all ranks and writes one file")
     wire_dtype: Literal["bfloat16"] | None = option(None, "type of rows between ranks; null: that of the experts")
+    reductions: Literal["ddp", "paced"] | None = option(
+        None, "gradients: sent when a bucket is full, or in pieces after the rows; null: paced on CPUs, ddp on GPUs"
+    )
     debug_collectives: bool = option(False, "check before each collective that all ranks call the same one; slow")
 
 

@@ -94,7 +94,29 @@ class _Posted:
         with self.lock:
             works = self.posted.result()
             while works:
-                works.pop(0).wait()
+                works[0].wait()  # where it raises, it does so for the second thread too
+                works.pop(0)
+
+
+class Link:
+    """Knows the rows' latest exchange of this rank, so that gradients can go after it (update/pacing.py)."""
+
+    def __init__(self) -> None:
+        self.latest: Work | None = None
+
+    def carrying(self, exchange: Exchange) -> Exchange:
+        def carried(rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, Work]:
+            target, self.latest = exchange(rows, sent, received)
+            return target, self.latest
+
+        return carried
+
+    def wait(self) -> None:
+        """Return when no rows are in flight."""
+        while (work := self.latest) is not None:
+            work.wait()
+            if work is self.latest:
+                return
 
 
 @dataclass(eq=False)

@@ -109,6 +109,11 @@ def hide_from_ddp(module: nn.Module, names: Iterable[str]) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sorted(ignored))
 
 
+def prefer_buckets(strategy: Any, megabytes: float) -> None:
+    """Let the DDP that the Strategy will make reduce buckets of this size, unless the user has named another."""
+    strategy._ddp_kwargs.setdefault("bucket_cap_mb", megabytes)
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Return whether `module.compile()` was called."""
     return module._compiled_call_impl is not None

@@ -9,7 +9,7 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher
 from scmoe.moe.experts import Experts
+from scmoe.parallel.all_to_all import Link, all_to_all
 from scmoe.parallel.buffered import BufferedDispatcher
 from scmoe.parallel.dispatcher import AllToAllDispatcher
 
@@ -29,8 +30,9 @@ class ParallelContext:
     """A rank's place in the mesh. The default is a single process that holds everything.
 
     `ep_group` carries the All-to-All, `counts_group` how many rows come in it, `edp_group` the expert gradients,
-    `checkpoint_group` (gloo) checkpoints, `control_group` (gloo) requests to stop; the default group carries dense
-    gradients, losses and metrics.
+    `gradient_group` (on CPUs) dense gradients that are paced, `checkpoint_group` (gloo) checkpoints, `control_group`
+    (gloo) requests to stop; the default group carries dense gradients that are not paced, losses and metrics. `link`
+    knows the All-to-All in flight.
     """
 
     rank: int = 0
@@ -40,8 +42,10 @@ class ParallelContext:
     ep_group: Any = None
     counts_group: Any = None
     edp_group: Any = None
+    gradient_group: Any = None
     checkpoint_group: Any = None
     control_group: Any = None
+    link: Link = field(default_factory=Link)
 
     @property
     def edp_size(self) -> int:
@@ -63,9 +67,12 @@ class ParallelContext:
         receives exactly its fair share and needs no ceiling. buffered: for rows in buffers."""
         if self.ep_size == 1:
             return LocalDispatcher()
+        exchange = all_to_all(self.ep_group)
+        if self.gradient_group is not None:
+            exchange = self.link.carrying(exchange)
         if buffered:
-            return BufferedDispatcher(self.ep_group, num_experts, counts_group=self.counts_group)
-        return AllToAllDispatcher(self.ep_group, num_experts, ceiling, counts_group=self.counts_group)
+            return BufferedDispatcher(self.ep_group, num_experts, None, exchange, counts_group=self.counts_group)
+        return AllToAllDispatcher(self.ep_group, num_experts, ceiling, exchange, counts_group=self.counts_group)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """Return the sum over all ranks, bit-identical on each; x is not changed."""
@@ -120,12 +127,13 @@ def build_context(ep_size: int, device: torch.device, timeout: timedelta) -> Par
     ep_group, _ = by_rows(grid.tolist(), timeout=timeout, pg_options=urgent, group_desc="ep")
     counts_group, _ = by_rows(grid.tolist(), timeout=timeout, group_desc="counts")
     edp_group, _ = by_rows(grid.T.tolist(), timeout=timeout, group_desc="edp")
+    gradient_group = dist.new_group(timeout=timeout, group_desc="gradients") if device.type == "cpu" else None
     checkpoint_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
     control_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
     mesh = DeviceMesh.from_group([edp_group, ep_group], device.type, mesh=grid, mesh_dim_names=("edp", "ep"))
     if device.type == "cuda":
         start_communicators((None, ep_group, counts_group, edp_group), device)
-    groups = ep_group, counts_group, edp_group, checkpoint_group, control_group
+    groups = ep_group, counts_group, edp_group, gradient_group, checkpoint_group, control_group
     return ParallelContext(rank, world_size, ep_size, mesh, *groups)
 
 

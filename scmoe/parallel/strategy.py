@@ -27,9 +27,10 @@ from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.checkpoint.state import model_state, optimizer_state, tied_weights
 from scmoe.parallel.job.debug import CompareCollectives
 from scmoe.parallel.job.lockstep import LockstepStrategy
-from scmoe.parallel.lightning_seam import accumulated_batches, hide_from_ddp, is_fitting
+from scmoe.parallel.lightning_seam import accumulated_batches, hide_from_ddp, is_fitting, prefer_buckets
 from scmoe.parallel.mesh import build_context, check_experts, expert_parameters, use_loopback_for_gloo
 from scmoe.parallel.update.clipping import check_precision, guard_updates
+from scmoe.parallel.update.pacing import BUCKET_MB, is_paced, pacing
 from scmoe.parallel.update.reducer import ExpertGradientReducer
 
 COPYING = (WeightAveraging, StochasticWeightAveraging)  # their copy of the module would hold one rank's experts
@@ -44,6 +45,8 @@ class ExpertParallelStrategy(LockstepStrategy):
     async_checkpoint: training continues while a checkpoint is written; the files are complete some steps later.
     debug_collectives: ranks compare every collective before they take part in it; slow.
     full_checkpoint: rank 0 merges the shards of all ranks into one file.
+    reductions: "ddp": gradients are sent as soon as a bucket is full; "paced" (on CPUs): in small pieces that let the
+    All-to-All go first; None: paced on CPUs, ddp on GPUs.
     ddp: further arguments of DDPStrategy.
 
     Lightning finds out who starts the ranks: torchrun or SLURM if their environment variables are set, else this
@@ -63,6 +66,7 @@ class ExpertParallelStrategy(LockstepStrategy):
         async_checkpoint: bool = False,
         debug_collectives: bool = False,
         full_checkpoint: bool = False,
+        reductions: str | None = None,
         **ddp: Any,
     ) -> None:
         if ep_size is not None and ep_size < 1:
@@ -73,6 +77,7 @@ class ExpertParallelStrategy(LockstepStrategy):
         super().__init__(**{"gradient_as_bucket_view": True, **ddp, "timeout": self.timeout})
         self.ep_size, self.debug_collectives = ep_size, debug_collectives
         self.async_checkpoint, self.full_checkpoint = async_checkpoint, full_checkpoint
+        self.reductions = reductions
         self.reducer: ExpertGradientReducer
         self.at_teardown = ExitStack()  # removes what `setup` has hooked into the module, the plugin and torch
 
@@ -100,6 +105,9 @@ class ExpertParallelStrategy(LockstepStrategy):
             rank_zero_info(f"The model summary counts this rank's experts: 1 of {self.context.ep_size} parts of them.")
         # else DDP would overwrite every rank's experts with rank 0's, then average gradients of different experts
         hide_from_ddp(self.module, [name for name, _ in expert_parameters(self.module)])
+        paced = is_paced(self.reductions, self.root_device)
+        if paced:
+            prefer_buckets(self, BUCKET_MB)
         super().setup(trainer)
         if self.debug_collectives:
             compare = CompareCollectives(self.timeout)
@@ -107,7 +115,9 @@ class ExpertParallelStrategy(LockstepStrategy):
             self.at_teardown.callback(compare.remove)
         if is_fitting(trainer):
             self.trained = self.module
-            self.reducer = ExpertGradientReducer([p for _, p in expert_parameters(self.module)], self.context)
+            shards = [p for _, p in expert_parameters(self.module)]
+            pacer = self.at_teardown.enter_context(pacing(self.model, self.context)) if paced else None
+            self.reducer = ExpertGradientReducer(shards, self.context, pacer)
             self.at_teardown.callback(self.reducer.remove)
             self.at_teardown.callback(guard_updates(self.precision_plugin, self.module, self.context).remove)
             # weights were drawn equal on all ranks; what is drawn from here on (dropout, gate noise) must differ

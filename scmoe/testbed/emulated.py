@@ -21,26 +21,29 @@ from scmoe.parallel.all_to_all import Exchange, Work
 
 class _Sleep(Function):
     @staticmethod
-    def forward(ctx, x: Tensor, seconds: float):
-        ctx.seconds = seconds
+    def forward(ctx, x: Tensor, seconds: float, weight: Tensor | None = None):
+        ctx.seconds, ctx.weight = seconds, weight
         time.sleep(seconds)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         time.sleep(2 * ctx.seconds)
-        return grad, None
+        return grad, None, None if ctx.weight is None else torch.zeros_like(ctx.weight)
 
 
 class EmulatedOperator(nn.Module):
-    """Replaces a sub-layer or a shared expert: the identity, after `ms` milliseconds."""
+    """Replaces a sub-layer or a shared expert: the identity, after `ms` milliseconds.
 
-    def __init__(self, ms: float) -> None:
+    num_weights: weights that change nothing and get gradients of 0, which travel like any other."""
+
+    def __init__(self, ms: float, num_weights: int = 0) -> None:
         super().__init__()
         self.ms = ms
+        self.weight = nn.Parameter(torch.zeros(num_weights)) if num_weights else None
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return _Sleep.apply(x_BSD, self.ms / 1e3)
+        return _Sleep.apply(x_BSD, self.ms / 1e3, self.weight)
 
 
 class EmulatedExperts(nn.Module):

@@ -5,25 +5,29 @@ Ratios are to sequential top-2, taken round by round, medians.
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from statistics import median, quantiles
 from typing import Any
 
 import torch
+from numpy import asarray
 from rich.console import Console
 from rich.table import Column, Table
 
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.schedule.cost import OperatorTimes, exposed_time, overlap_efficiency
+from scmoe.schedule.limit import least_time
 from scmoe.testbed import links
 from scmoe.testbed.overlap import Seconds, Variant, measure
-from scmoe.testbed.pairs import ROWS, Setting, default_schedule
+from scmoe.testbed.pairs import ROWS, TOP_K, Setting, default_schedule
 from scmoe.testbed.ranks import run_ranks
 from scmoe.testbed.speed_chart import draw
 
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Setting)}
 KINDS = ("forward", "train")
+PAYLOAD = 1448 / 1514  # of what a link carries; the rest is headers of TCP, IP and Ethernet
 OF_COMPUTE = {"ffn_dim": "real", "heads": "real", "attention_ms": "emulated", "attention_to_mlp": "emulated"}
 
 
@@ -36,6 +40,7 @@ def bench_overlap(options: dict[str, Any]) -> dict[str, Any]:
     require("bench overlap", "matplotlib")
     gpu, out = options["device"] == "cuda", options.pop("out")
     defaults = DEFAULTS | {"share": 0.52, "ranks": 1 if gpu else 2, "compute": "real" if gpu else "emulated"}
+    defaults["reductions"] = "ddp" if gpu else "paced"
     values = defaults | options
     if refused := why_refused(options, values):
         raise ConfigError(refused)
@@ -70,6 +75,8 @@ def why_refused(given: dict[str, Any], values: dict[str, Any]) -> str | None:
             return "--device is cuda, and there is no CUDA device here"
     if "share" in given and "link_mbit" in given:
         return "--share and --link-mbit exclude each other: the rate is searched for the share, or given"
+    if "reductions" in given and values["level"] != "iteration":
+        return f"--reductions belongs to --level iteration, and --level is {values['level']}"
     for name, compute in OF_COMPUTE.items():
         if name in given and compute != values["compute"]:
             return f"--{name.replace('_', '-')} belongs to {compute} compute, and --compute is {values['compute']}"
@@ -94,6 +101,14 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
         return [times[Variant(block, default_schedule(block), way)] for way in ("sequential", "free")]
 
     baseline, baseline_free = references("top2")
+    limited = iteration and setting.shaped  # a limit with gradients needs the rate of the links
+
+    def least(block: str) -> Any:
+        alone = times[Variant(block, default_schedule(block), "alone")]
+        return least_times(setting, ranks, result["rate"], block, alone, result["gradients"][block])
+
+    def gradient_mb(block: str) -> float:
+        return sum(size for _, size in result["gradients"][block]) / 2**20
 
     def row(name: str) -> dict[str, Any]:
         schedule, chosen = result["best"][name].schedule, result["chosen"][name]
@@ -119,7 +134,9 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
             "peak_mb": result["peaks"][name],
             "links": "bus" if setting.bus else "shaped" if setting.shaped else "loopback",
             "compute": setting.compute,
-            **({"gradient_mb": result["gradients"][block]} if iteration else {}),
+            **({"gradient_mb": gradient_mb(block)} if iteration else {}),
+            **({"limit_train": median(baseline.train / least(block))} if limited else {}),
+            **({"of_limit": median(least(block) / own.train)} if limited else {}),
         }
 
     def over(reference: str) -> dict[str, Any]:
@@ -143,11 +160,11 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
         "device": torch.cuda.get_device_name() if setting.device == "cuda" else "cpu",
         "compute": setting.compute,
         "level": setting.level,
-        **({"gradient_mb": result["gradients"]["top2"]} if iteration else {}),
+        **({"gradient_mb": gradient_mb("top2"), "reductions": setting.reductions} if iteration else {}),
         "rounds": setting.rounds,
         "iterations": result["iterations"],
         "limit_forward": limit_forward,
-        "limit_train": median(baseline.train / baseline_free.train),
+        "limit_train": median(baseline.train / (least("top2") if limited else baseline_free.train)),
         "transfer_cpu_ms_forward": median(1e3 * baseline.cpu_forward - 1e3 * baseline_free.cpu_forward),
         "transfer_cpu_ms_train": median(1e3 * baseline.cpu_train - 1e3 * baseline_free.cpu_train),
         "fastest_forward": {
@@ -158,6 +175,18 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
         **({"top2_operators_ms": operators_ms(result["choices"]["top2"].times[1])} if "top2" in rows else {}),
         "rows": rows,
     }
+
+
+def least_times(
+    setting: Setting, ranks: int, mbit: float, block: str, alone: Seconds, gradients: Sequence[tuple[float, int]]
+) -> Any:
+    """Return the least time of an iteration in each round, by schedule/limit.py. alone: times without transfers.
+    gradients: when each can start, as a part of backward, and its bytes. A ring sends 2 (ranks - 1) / ranks of them."""
+    bytes_per_s, sent = mbit * 1e6 / 8 * PAYLOAD, 1 - 1 / ranks
+    rows = 2 * setting.pairs * TOP_K.get(block, 1) * setting.tokens * setting.dim * 4 * sent / bytes_per_s
+    sums = [(part, 2 * sent * size / bytes_per_s) for part, size in gradients]
+    rounds = zip(alone.train_forward, alone.backward - alone.update, alone.update, strict=True)
+    return asarray([least_time(f, b, u, rows, [(part * b, s) for part, s in sums]) for f, b, u in rounds])
 
 
 def operators_ms(times: OperatorTimes) -> dict[str, dict[str, float]]:
@@ -172,7 +201,8 @@ def show(report: dict[str, Any]) -> None:
         f"{report['comm_share']:.2f}; limit {report['limit_forward']:.2f} forward, {report['limit_train']:.2f} "
         f"training; medians of {report['rounds']} rounds, [quartiles]"
     )
-    columns = ("forward", "training", "hidden fwd", "bwd", "slot x chunks", "auto", "/ best", "/ model", "peak")
+    columns = ["forward", "training", "hidden fwd", "bwd", "slot x chunks", "auto", "/ best", "/ model", "peak"]
+    columns += ["of its limit"] * ("reductions" in report)
     numbers = (Column(column, justify="right", no_wrap=True) for column in columns)
     table = Table(Column("row", no_wrap=True), *numbers, title=title, title_justify="left")
     cell = "{:.2f} [{:.2f} {:.2f}]".format
@@ -181,5 +211,6 @@ def show(report: dict[str, Any]) -> None:
         hidden = [f"{100 * r[f'overlap_{d}']:.0f} %" for d in ("forward", "backward")]
         schedules = f"{r['slot']} x {r['chunks']}", f"{r['auto_slot']} x {r['auto_chunks']}"
         ratios = [f"{r[k]:.3f}" for k in ("auto_over_best", "measured_over_model")]
-        table.add_row(name, *speed, *hidden, *schedules, *ratios, f"{r['peak_mb']:.0f} MB")
+        of_limit = [f"{r['of_limit']:.3f}"] if "of_limit" in r else []
+        table.add_row(name, *speed, *hidden, *schedules, *ratios, f"{r['peak_mb']:.0f} MB", *of_limit)
     Console(width=150).print(table)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -50,6 +49,7 @@ class Modules:
             registry.makers = {
                 name: make for name, make in registry.makers.items() if make is not print and name not in self.names
             }
+            registry.images = [name for name in registry.images if name in registry.makers]
 
     def done(self) -> str:
         """Returns what was done since the last call."""

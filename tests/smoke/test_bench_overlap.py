@@ -43,7 +43,7 @@ def test_bench_overlap(tmp_path):
     check(report)
     for row in report["rows"].values():
         assert row["links"] == ("loopback" if links.why_not() else "shaped") and row["compute"] == "emulated"
-    assert "gradient_mb" not in report
+    assert "gradient_mb" not in report and "of_limit" not in report["rows"]["top2"]
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 
@@ -72,6 +72,8 @@ def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path, capsys):
     check(report)
     # each of two top-2 pairs has a norm, a gate, attention and MLP in float32
     pair = 4 * 2 * 32 + 8 * 32 + 2 * (4 * 32 * 32 + 4 * 32) + 2 * 32 * 128 + 32 + 128
+    assert all(row["of_limit"] > 0 and row["limit_train"] > 0 for row in report["rows"].values())
+    assert report["limit_train"] == report["rows"]["top2"]["limit_train"]
     assert report["gradient_mb"] == report["rows"]["top2"]["gradient_mb"] == 2 * pair * 4 / 2**20
 
 

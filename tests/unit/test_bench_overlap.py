@@ -23,6 +23,7 @@ from scmoe.testbed.overlap_report import DEFAULTS
         ("--share 0.5 --link-mbit 100", "--share and --link-mbit exclude each other"),
         ("--compute real --attention-ms 4", "--attention-ms belongs to emulated compute, and --compute is real"),
         ("--heads 4", "--heads belongs to real compute, and --compute is emulated"),
+        ("--reductions ddp", "--reductions belongs to --level iteration, and --level is block"),
         ("--share 1.5", "--share is 1.5, allowed: above 0 and below 1"),
         ("--tokens 100 --seq-len 64", "--tokens is 100, allowed: multiples of --seq-len (64)"),
         ("--rows top9", "--rows has top9, allowed: top2 | "),

@@ -36,6 +36,7 @@ from scmoe.training.callbacks.step_times import StepTimes
 from scmoe.training.callbacks.throughput import Throughput
 
 register_callback = CALLBACKS.register
+PASSED_ON = ("async_checkpoint", "full_checkpoint", "reductions", "debug_collectives")  # fields of config.strategy
 
 
 def seed_everything(config: Config) -> None:
@@ -94,14 +95,12 @@ def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequen
     trainer, strategy = config.trainer, config.strategy
     threads = cpu_threads(config)
     set_threads = LambdaCallback(setup=lambda *_, **__: torch.set_num_threads(threads))  # after Lightning's launcher
-    saving = {"async_checkpoint": strategy.async_checkpoint, "full_checkpoint": strategy.full_checkpoint}
+    same = {name: getattr(strategy, name) for name in PASSED_ON}
     arguments: dict[str, Any] = {
         "accelerator": trainer.accelerator,
         "devices": trainer.devices,
         "num_nodes": trainer.num_nodes,
-        "strategy": ExpertParallelStrategy(
-            resolve_ep_size(config), strategy.timeout_s, debug_collectives=strategy.debug_collectives, **saving
-        ),
+        "strategy": ExpertParallelStrategy(resolve_ep_size(config), strategy.timeout_s, **same),
         "precision": trainer.precision,
         "max_steps": last_step(config),
         "max_epochs": -1,

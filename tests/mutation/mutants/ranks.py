@@ -43,6 +43,21 @@ MUTANTS = (
     Mutant("no_sync-ignored", 0, f"{PARALLEL}/strategy.py")
     .replaces("self.reducer.enabled = False", "self.reducer.enabled = True")
     .caught_by(f"{DIST}/test_strategy.py::test_expert_gradients_are_sent_once_a_step[2]"),
+    Mutant("gradients-beside-rows", 0, f"{PARALLEL}/update/pacing.py")
+    .replaces("                    self.link.wait()\n", "")
+    .caught_by(f"{UNIT}/test_pacing.py::test_rows_wait_behind_the_pieces_in_flight_alone"),
+    Mutant("gradients-in-one-piece", 0, f"{PARALLEL}/update/pacing.py")
+    .replaces("flat.split(max(1, self.piece_bytes // flat.element_size()))", "[flat]")
+    .caught_by(f"{UNIT}/test_pacing.py::test_rows_wait_behind_the_pieces_in_flight_alone"),
+    Mutant("paced-sum-for-mean", 21, f"{PARALLEL}/update/pacing.py")
+    .replaces(".mul_(1 / dist.get_world_size(self.group))", "")
+    .caught_by(f"{DIST}/test_strategy.py::test_when_gradients_are_sent_changes_no_bit[2]"),
+    Mutant("error-of-a-transfer-raised-once", 0, f"{PARALLEL}/all_to_all.py")
+    .replaces("                works[0].wait()  #", "                works.pop(0).wait()\n                continue  #")
+    .caught_by(f"{UNIT}/test_pacing.py::test_an_error_of_rows_reaches_both_that_wait_for_them"),
+    Mutant("gradients-sent-before-they-exist", 0, "scmoe/schedule/limit.py")
+    .replaces("end = max(end, ready + after)", "end = max(end, after)")
+    .caught_by(f"{UNIT}/test_limit.py"),
     Mutant("experts-given-to-DDP", 25, f"{PARALLEL}/strategy.py")
     .replaces(
         "hide_from_ddp(self.module, [name for name, _ in expert_parameters(self.module)])",
