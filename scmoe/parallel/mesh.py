@@ -7,7 +7,7 @@ ranks. Each purpose has its own process group, so that collectives of two purpos
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,8 +20,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher
 from scmoe.moe.experts import Experts
+from scmoe.parallel.all_to_all import Exchange, all_to_all
 from scmoe.parallel.buffered import BufferedDispatcher
 from scmoe.parallel.dispatcher import AllToAllDispatcher
+from scmoe.parallel.fastest_exchange import FastestExchange
+from scmoe.parallel.hierarchical import hierarchical
+
+EXCHANGES = ("auto", "flat", "hierarchical")
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class ParallelContext:
 
     `ep_group` carries the All-to-All, `counts_group` how many rows come in it, `edp_group` the expert gradients,
     `checkpoint_group` (gloo) checkpoints, `control_group` (gloo) requests to stop; the default group carries dense
-    gradients, losses and metrics.
+    gradients, losses and metrics. exchange: how rows travel; None: flat, by one All-to-All over `ep_group`.
     """
 
     rank: int = 0
@@ -42,6 +47,7 @@ class ParallelContext:
     edp_group: Any = None
     checkpoint_group: Any = None
     control_group: Any = None
+    exchange: Exchange | None = None
 
     @property
     def edp_size(self) -> int:
@@ -64,8 +70,8 @@ class ParallelContext:
         if self.ep_size == 1:
             return LocalDispatcher()
         if buffered:
-            return BufferedDispatcher(self.ep_group, num_experts, counts_group=self.counts_group)
-        return AllToAllDispatcher(self.ep_group, num_experts, ceiling, counts_group=self.counts_group)
+            return BufferedDispatcher(self.ep_group, num_experts, None, self.exchange, counts_group=self.counts_group)
+        return AllToAllDispatcher(self.ep_group, num_experts, ceiling, self.exchange, counts_group=self.counts_group)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """Return the sum over all ranks, bit-identical on each; x is not changed."""
@@ -104,29 +110,62 @@ class ParallelContext:
             raise failure[0]
 
 
-def build_context(ep_size: int, device: torch.device, timeout: timedelta) -> ParallelContext:
-    """Make all groups; every rank of the default group must call it. ValueError: ep_size does not divide the ranks.
+def build_context(
+    ep_size: int,
+    device: torch.device,
+    timeout: timedelta,
+    exchange: str = "flat",
+    ranks_per_node: int | None = None,
+    say: Callable[[str], None] = print,
+) -> ParallelContext:
+    """Make all groups; every rank of the default group must call it. ValueError: ep_size does not divide the ranks, or
+    they cannot exchange rows in this way.
 
+    exchange: flat | hierarchical | auto. ranks_per_node: ranks are numbered node by node; None: all are on one node.
+    say: is given the line with auto's choice, on every rank.
     Each group is made with the timeout, which it does not inherit from the default group.
     `init_device_mesh` would use the default group itself for a dimension that spans all ranks.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % ep_size:
         raise ValueError(f"ep_size is {ep_size}, allowed: divisors of the number of ranks ({world_size})")
+    places = ranks_per_node or world_size
+    two_levels = exchange != "flat" and crosses_nodes(ep_size, places)
+    if exchange == "hierarchical" and not two_levels:
+        raise ValueError(
+            f"exchange is hierarchical with ep_size {ep_size} and {places} of {world_size} ranks on a node, allowed: "
+            "several whole nodes in each group of ep_size ranks, and 2 or more ranks on a node; or flat, or auto"
+        )
     grid = torch.arange(world_size).view(-1, ep_size)
-    # the transfers' kernels are short, and other ranks wait for them
-    urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if device.type == "cuda" else None
-    by_rows = dist.new_subgroups_by_enumeration  # of its groups it returns the one with this rank first
-    ep_group, _ = by_rows(grid.tolist(), timeout=timeout, pg_options=urgent, group_desc="ep")
-    counts_group, _ = by_rows(grid.tolist(), timeout=timeout, group_desc="counts")
-    edp_group, _ = by_rows(grid.T.tolist(), timeout=timeout, group_desc="edp")
+
+    def by_rows(ranks: Tensor, name: str, **options: Any) -> Any:
+        return dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout, group_desc=name, **options)[0]
+
+    def urgent_by_rows(ranks: Tensor, name: str) -> Any:  # a transfer's kernels are short, and other ranks wait for it
+        on_gpu = device.type == "cuda"
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if on_gpu else None
+        return by_rows(ranks, name, pg_options=options)
+
+    ep_group, counts_group, edp_group = urgent_by_rows(grid, "ep"), by_rows(grid, "counts"), by_rows(grid.T, "edp")
+    levels: tuple[Any, ...] = ()
+    if two_levels:
+        nodes = grid.view(-1, ep_size // places, places)  # of each EP group
+        levels = urgent_by_rows(nodes.flatten(0, 1), "within"), urgent_by_rows(nodes.mT.flatten(0, 1), "between")
     checkpoint_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
     control_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
     mesh = DeviceMesh.from_group([edp_group, ep_group], device.type, mesh=grid, mesh_dim_names=("edp", "ep"))
     if device.type == "cuda":
-        start_communicators((None, ep_group, counts_group, edp_group), device)
+        start_communicators((None, ep_group, counts_group, edp_group, *levels), device)
     groups = ep_group, counts_group, edp_group, checkpoint_group, control_group
-    return ParallelContext(rank, world_size, ep_size, mesh, *groups)
+    rows = hierarchical(*levels) if levels else None
+    if rows and exchange == "auto":
+        rows = FastestExchange({"flat": all_to_all(ep_group), "hierarchical": rows}, control_group, say)
+    return ParallelContext(rank, world_size, ep_size, mesh, *groups, rows)
+
+
+def crosses_nodes(ep_size: int, ranks_per_node: int) -> bool:
+    """Return whether each EP group has all ranks of several nodes, and these are nodes of several ranks."""
+    return ep_size > ranks_per_node > 1 and ep_size % ranks_per_node == 0
 
 
 def start_communicators(groups: Sequence[Any], device: torch.device) -> None:

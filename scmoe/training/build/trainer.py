@@ -97,7 +97,11 @@ def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequen
         "devices": trainer.devices,
         "num_nodes": trainer.num_nodes,
         "strategy": ExpertParallelStrategy(
-            resolve_ep_size(config), strategy.timeout_s, debug_collectives=strategy.debug_collectives, **saving
+            resolve_ep_size(config),
+            strategy.timeout_s,
+            debug_collectives=strategy.debug_collectives,
+            exchange=strategy.exchange,
+            **saving,
         ),
         "precision": trainer.precision,
         "max_steps": last_step(config),

@@ -8,8 +8,7 @@ MUTANTS = (
     # ------------------------------------------------------------------ transfers
     Mutant("buffer-not-held", 17, f"{PARALLEL}/all_to_all.py")
     .replaces(
-        "self.exchange(self.source, list(sent), list(received))\n",
-        "self.exchange(self.source, list(sent), list(received))\n        self.source = None\n",
+        "self.exchange(self.source, traffic)\n", "self.exchange(self.source, traffic)\n        self.source = None\n"
     )
     .caught_by(f"{FAULTS}/test_experts.py::test_17_buffers_are_held_until_the_wait_and_no_longer"),
     Mutant("no-wait-forward", 18, f"{PARALLEL}/all_to_all.py")
@@ -27,7 +26,7 @@ MUTANTS = (
     Mutant("rows-left-grouped-by-sender", 0, f"{PARALLEL}/dispatcher.py")
     .replaces(
         "order_R = self.experts_of_rows(counts, rows_RD.shape[0]).argsort(stable=True)",
-        "order_R = torch.arange(sum(counts.received), device=rows_RD.device)",
+        "order_R = torch.arange(sum(counts.traffic.received), device=rows_RD.device)",
     )
     .caught_by(EP),
     Mutant("ceiling-of-the-total", 31, f"{PARALLEL}/dispatcher.py")
