@@ -4,7 +4,7 @@ Scripts import torch, Lightning and the like after parsing, so `--help` and a wr
 """
 
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib import import_module
@@ -27,7 +27,7 @@ VERBS = {
     "params": "count the parameters of presets and architectures",
     "check-data": "read all data of a config, and name files that cannot be read",
     "estimate": "estimate what a training costs, without starting it",
-    "bench": "measure the layer, overlap, growth, the guard, generation, one pair's timeline",
+    "bench": "measure the layer, exchanges, overlap, growth, the guard, generation, one pair's timeline",
     "gpu-check": "check everything on one GPU, in nine minutes",
     "figure": "draw a figure of the paper, from a run or from reports",
     "fig13": "measure and draw Fig. 13, offloaded experts",
@@ -56,6 +56,13 @@ def module_of(verb: str) -> str:
 def parser(verb: str, description: str | None) -> ArgumentParser:
     """Return a parser that names the verb as it was called, and shows the description (a docstring) as it is."""
     return ArgumentParser(prog=called(verb), description=description, formatter_class=RawDescriptionHelpFormatter)
+
+
+def at_least_two(text: str) -> int:
+    """Parse a number of rounds; quartiles require two."""
+    if not text.isdecimal() or int(text) < 2:
+        raise ArgumentTypeError(f"is {text}, allowed: 2 or more, of which quartiles are taken")
+    return int(text)
 
 
 def command(main: Callable[[list[str]], int | None]) -> Callable[[Sequence[str]], int]:

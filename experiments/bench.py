@@ -2,31 +2,24 @@
 
 import json
 import sys
-from argparse import ArgumentTypeError
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments import command, parser
+from scmoe.experiments import at_least_two, command, parser
 
 # Sizes of `bench overlap` and of `bench layer`. Those of overlap have the defaults of testbed.pairs.Setting.
 WIDTHS: dict[str, float] = {"dim": 512, "ffn_dim": 2048, "tokens": 1024}
 SIZES = {**WIDTHS, "heads": 8, "seq_len": 256, "num_experts": 8, "attention_ms": 45.0, "attention_to_mlp": 3.0}
 LAYER = {**WIDTHS, "tokens": 2048, "experts": 8, "top_k": 2, "rounds": 15, "threads": 1}
+EXCHANGE = {"nodes": 2, "ranks": 4, "between_mbit": 500.0}
 GENERATION = {"batch": 4, "prompt": 32, "tokens": 256, "rounds": 3, "threads": 1}
 OUT: dict[str, Any] = {"out": Path("runs/bench")}
 LINKS: dict[str, Any] = {"share": 0.52, "ranks": 2}
 INFERENCE = {**LINKS, "prompt": 512, "batch": 8, "rounds": 9, **OUT}
 TIMELINE = {**LINKS, "out": Path("runs/timeline")}
 HERE = {"layer": "layer.bench_layer", "guard": "guard_cost.guard_cost", "generation": "generation.bench_generation"}
-
-
-def at_least_two(text: str) -> int:
-    """Parse a number of rounds; quartiles require two."""
-    if not text.isdecimal() or int(text) < 2:
-        raise ArgumentTypeError(f"is {text}, allowed: 2 or more, of which quartiles are taken")
-    return int(text)
 
 
 def options_of(arguments: list[str]) -> dict[str, Any]:
@@ -39,6 +32,9 @@ def options_of(arguments: list[str]) -> dict[str, Any]:
             option(f"--{key.replace('_', '-')}", type=type(default), default=default, help="(default: %(default)s)")
         return option
 
+    option = add("exchange", "flat and hierarchical All-to-All on nodes, by size of the messages", EXCHANGE)
+    option("--kilobytes", nargs="+", type=int, default=[1, 4, 16, 64, 256, 1024], help="of a rank for each other rank")
+    option("--rounds", type=at_least_two, default=15)
     add("generation", "generation with a cache and without", GENERATION)
     add("inference", "prefill and decode between ranks, sequential, overlapped and as planned", INFERENCE)
     option = add("layer", "time of the MoE layer over that of its dense products", LAYER)
@@ -47,6 +43,8 @@ def options_of(arguments: list[str]) -> dict[str, Any]:
     option("--share", type=float, help="communication share of sequential top-2, forward (default: 0.52)")
     option("--link-mbit", type=float, help="rate of the links; by default it is searched for the share")
     option("--ranks", type=int, help="(default: 2; on cuda 1)")
+    option("--nodes", type=int, default=1, help="on which the ranks are; the rate is that of the nodes' network cards")
+    option("--exchange", choices=["flat", "hierarchical", "auto"], default="flat", help="between nodes")
     option("--compute", choices=["real", "emulated"], help="(default: emulated; on cuda real)")
     option("--level", choices=["block", "iteration"], default="block")
     option("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: one GPU, rows over its bus")
@@ -75,15 +73,17 @@ def measure(what: str, given: dict[str, Any], again: list[str]) -> dict[str, Any
     if what in HERE:
         module, function = HERE[what].split(".")
         return getattr(import_module(f"scmoe.testbed.{module}"), function)(**given) | given
-    from scmoe.testbed import generation, growth, inference_report, links, overlap_report, timeline
+    from scmoe.testbed import exchange, generation, growth, inference_report, links, overlap_report, timeline
 
     if what == "overlap":
         return overlap_report.bench_overlap({name: value for name, value in given.items() if value is not None}, again)
     if what == "timeline" and (run_dir := given.pop("run")) is not None:
         return timeline.draw_plan(run_dir)
-    if not links.inside() and (missing := links.why_not()):
-        raise ConfigError(f"links cannot be shaped here: {missing}")
-    links.enter(again)
+    if what == "exchange" and (refused := exchange.why_no_nodes(given["nodes"], given["ranks"])):
+        raise ConfigError(refused)
+    links.require(again, given.get("nodes", 1))
+    if what == "exchange":
+        return exchange.bench_exchange(**given)
     if what == "inference":
         report = inference_report.bench_inference(**given)
         return report | {"cached_over_uncached": generation.bench_generation(**GENERATION)["cached_over_uncached"]}

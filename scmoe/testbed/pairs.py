@@ -38,7 +38,8 @@ class Setting:
     """share: share of communication, reached by a search for the links' rate; link_mbit: the rate itself, without a
     search. tokens: tokens of one rank, in sequences of seq_len. attention_ms, attention_to_mlp: time of an attention,
     and its ratio to an MLP's; for emulated compute only. shaped: whether the links have a rate at all. bus: rows go
-    over the device's bus instead of links (emulated.over_the_bus), and the share is reached by its rate."""
+    over the device's bus instead of links (emulated.over_the_bus), and the share is reached by its rate. nodes: the
+    rate is that of their network cards; with 1, of every rank's link. exchange: flat | hierarchical | auto."""
 
     share: float
     link_mbit: float | None = None
@@ -57,6 +58,8 @@ class Setting:
     device: str = "cpu"
     dtype: str = "float32"
     bus: bool = False
+    nodes: int = 1
+    exchange: str = "flat"
     rows: tuple[str, ...] = tuple(USUAL_ROWS)
 
     @property
