@@ -1,6 +1,6 @@
 """On two nodes of two ranks, rows and gradients of the hierarchical exchange are those of the flat one, bit by bit.
 
-One start of four ranks checks all cases. Which node a rank is on follows from its number.
+One start of four ranks checks all cases, and trainings by the Strategy. torchrun's variables say who is on which node.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from scmoe.parallel.fastest_exchange import FastestExchange
 from scmoe.parallel.job.debug import CompareCollectives
 from scmoe.parallel.mesh import ParallelContext, build_context
 from scmoe.testbed.ranks import run_ranks
+from tests.support.trainings import tiny, train
 from tests.support.transfers import Late, Shuffled, delayed
 
 pytestmark = pytest.mark.dist
@@ -120,11 +121,16 @@ def check_all(rank: int, world_size: int) -> list[str]:
     assert same(trained(two, STREAMS["dropless"], rank), flat["dropless"])
     compare.remove()
     assert compare.count > 0
+
+    layout = "top_k=2 trainer.max_steps=2 trainer.devices=2 trainer.num_nodes=2 strategy.ep_size=4 strategy.exchange="
+    flat_run, two_hops, measured = (train(tiny(layout + way)) for way in ("flat", "hierarchical", "auto"))
+    for name, weight in flat_run["after"].items():
+        assert torch.equal(two_hops["after"][name], weight) and torch.equal(measured["after"][name], weight), name
     return lines
 
 
 def test_two_hops_change_no_bit():
-    of_ranks = run_ranks(check_all, RANKS)
+    of_ranks = run_ranks(check_all, RANKS, nodes=NODES)
     (line,) = of_ranks[0]
     assert of_ranks == [[line]] * RANKS, "all ranks agree on the choice, which is made once"
     assert line.startswith(("strategy.exchange: flat (flat", "strategy.exchange: hierarchical (flat"))
