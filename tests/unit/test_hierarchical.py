@@ -40,20 +40,20 @@ def exchanged(rows: list[Tensor], sent: list[list[int]]) -> list[Tensor]:
 def two_hops(by_rank: Tensor, places: int) -> list[Tensor]:
     ranks = range(len(by_rank))
     hops = [hops_of(by_rank, rank, places) for rank in ranks]
-    rows = [swap_blocks(own, hops[rank].first) for rank, own in enumerate(rows_of(by_rank))]
-    within = [[rank for rank in ranks if rank // places == node] for node in range(len(ranks) // places)]
     between = [[rank for rank in ranks if rank % places == place] for place in range(places)]
-    for groups, sending, receiving, regroup in (
-        (within, "first", "between", True),
-        (between, "between", "last", False),
+    within = [[rank for rank in ranks if rank // places == node] for node in range(len(ranks) // places)]
+    rows = rows_of(by_rank)
+    for groups, numbers_of, received in (
+        (between, lambda own: row_sums(own.first), "between"),
+        (within, lambda own: column_sums(own.between), "last"),
     ):
         for group in groups:
-            sent = [column_sums(getattr(hops[rank], sending)) for rank in group]
+            sent = [numbers_of(hops[rank]) for rank in group]
             arrived = exchanged([rows[rank] for rank in group], sent)
             for i, rank in enumerate(group):
-                blocks: Blocks = getattr(hops[rank], receiving)
+                blocks: Blocks = getattr(hops[rank], received)
                 assert row_sums(blocks) == [numbers[i] for numbers in sent], "both ends know the numbers"
-                rows[rank] = swap_blocks(arrived[i], blocks) if regroup else arrived[i]
+                rows[rank] = swap_blocks(arrived[i], blocks)
     return rows
 
 
@@ -66,15 +66,15 @@ def test_two_hops_equal_one(grid):
 
 @given(grids(), st.integers(0, 15))
 def test_the_way_back_meets_the_same_rows(grid, number):
-    """A rank passes on as many rows of a gradient as of the rows themselves, and the way back's way back is there."""
+    """What a rank sends, its gradient brings back in the same blocks."""
     by_rank, places = grid
     rank = number % len(by_rank)
     there = Traffic(by_rank[rank].tolist(), by_rank[:, rank].tolist(), by_rank)
     back = there.back()
     assert torch.equal(back.by_rank, by_rank.T) and torch.equal(back.back().by_rank, by_rank)
     hops, way_back = (hops_of(traffic.by_rank, rank, places) for traffic in (there, back))
-    assert hops.first == way_back.last and hops.last == way_back.first
-    assert [*chain(*hops.first)] == there.sent and [*chain(*hops.last)] == there.received
+    assert hops.first == [list(column) for column in zip(*way_back.last, strict=True)]
+    assert [*chain(*hops.first)] == there.sent and [*chain(*way_back.first)] == there.received
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 3), st.data())

@@ -36,13 +36,16 @@ MUTANTS = (
     .caught_by("tests/faults/test_ceiling.py::test_31_the_ceiling_is_a_multiple_of_the_fair_share"),
     # ------------------------------------------------------------------ two hops
     Mutant("second-hop-rows-of-another-place", 0, f"{PARALLEL}/hierarchical.py")
-    .replaces("by_place[node, :, :, place]", "by_place[:, place, node, :].T")
+    .replaces("by_place[:, place, node]", "by_place[node, :, :, place].T")
     .caught_by(f"{UNIT}/test_hierarchical.py::test_two_hops_equal_one"),
     Mutant("blocks-stay-in-their-order", 0, f"{PARALLEL}/hierarchical.py")
     .replaces("for b in range(width) for piece in pieces[b::width]", "for piece in pieces")
     .caught_by(f"{UNIT}/test_hierarchical.py::test_two_hops_equal_one"),
     Mutant("second-hop-not-regrouped", 0, f"{PARALLEL}/hierarchical.py")
-    .replaces("all_to_all.post(target, swap_blocks(met, hops.between)", "all_to_all.post(target, met")
+    .replaces("regrouped = swap_blocks(met, hops.between)\n        return", "regrouped = met\n        return")
+    .caught_by(TWO_HOPS),
+    Mutant("arrived-rows-left-by-place", 0, f"{PARALLEL}/hierarchical.py")
+    .replaces("swap_blocks(self.arrived, self.blocks, self.target)", "self.target.copy_(self.arrived)")
     .caught_by(TWO_HOPS),
     Mutant("second-hop-waits-for-nothing", 18, f"{PARALLEL}/hierarchical.py")
     .replaces("        first.wait()\n", "")
