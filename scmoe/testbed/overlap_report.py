@@ -22,7 +22,7 @@ from scmoe.testbed.exchange import why_no_nodes
 from scmoe.testbed.overlap import Seconds, Variant, measure
 from scmoe.testbed.pairs import ROWS, Setting, default_schedule
 from scmoe.testbed.ranks import run_ranks
-from scmoe.testbed.speed_chart import draw
+from scmoe.testbed.speed_chart import draw, ranks_of
 
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Setting)}
 KINDS = ("forward", "train")
@@ -178,7 +178,7 @@ def operators_ms(times: OperatorTimes) -> dict[str, dict[str, float]]:
 
 def show(report: dict[str, Any]) -> None:
     title = (
-        f"{report['compute']} compute, {report['ranks']} ranks, {report['level']}, communication share "
+        f"{report['compute']} compute, {ranks_of(report)}, {report['level']}, communication share "
         f"{report['comm_share']:.2f}; limit {report['limit_forward']:.2f} forward, {report['limit_train']:.2f} "
         f"training; medians of {report['rounds']} rounds, [quartiles]"
     )
