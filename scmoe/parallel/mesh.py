@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher
+from scmoe.moe.dispatcher import Blocking, Dispatcher, LocalDispatcher, Narrowed
 from scmoe.moe.experts import Experts
+from scmoe.moe.stream import MoEStream
 from scmoe.parallel.all_to_all import Exchange, all_to_all
 from scmoe.parallel.buffered import BufferedDispatcher
 from scmoe.parallel.dispatcher import AllToAllDispatcher
@@ -188,7 +189,7 @@ def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def check_experts(module: nn.Module, context: ParallelContext) -> None:
-    """Raise ValueError for experts that do not belong to this rank.
+    """Raise ValueError for experts that do not belong to this rank, and for rows that do not travel as configured.
 
     A model that is built before the ranks exist has all experts. Each rank would train all of them, and they would
     differ from rank to rank without any error.
@@ -201,6 +202,15 @@ def check_experts(module: nn.Module, context: ParallelContext) -> None:
                 f"allowed: {own.start} to {own.stop - 1} of {child.num_experts}; build the model in configure_model or "
                 "setup, from self.parallel_context, which __init__ does not have yet"
             )
+        if isinstance(child, MoEStream) and context.exchange and not isinstance(context.exchange, FastestExchange):
+            dispatcher: Any = child.dispatcher
+            while isinstance(dispatcher, Blocking | Narrowed):
+                dispatcher = dispatcher.inner
+            if dispatcher.exchange is not context.exchange:
+                raise ValueError(
+                    f"{name or type(child).__name__} was built with a process group, so its rows travel flat, allowed "
+                    "with exchange=hierarchical: group=self.parallel_context; or exchange=flat"
+                )
 
 
 def use_loopback_for_gloo() -> None:

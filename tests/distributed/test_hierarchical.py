@@ -19,9 +19,10 @@ from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel import all_to_all as flat_module
 from scmoe.parallel.all_to_all import Transfer, all_to_all
+from scmoe.parallel.drop_in import MoE
 from scmoe.parallel.fastest_exchange import FastestExchange
 from scmoe.parallel.job.debug import CompareCollectives
-from scmoe.parallel.mesh import ParallelContext, build_context
+from scmoe.parallel.mesh import ParallelContext, build_context, check_experts
 from scmoe.testbed.ranks import run_ranks
 from tests.support.trainings import tiny, train
 from tests.support.transfers import Late, Shuffled, delayed
@@ -101,6 +102,13 @@ def check_all(rank: int, world_size: int) -> list[str]:
     contexts = {way: build_context(*given, way, PLACES, lines.append) for way in ("flat", "hierarchical", "auto")}
     two = contexts["hierarchical"]
     assert contexts["flat"].exchange is None and isinstance(contexts["auto"].exchange, FastestExchange)
+
+    for group, way in ((two, "hierarchical"), (contexts["auto"], "auto")):
+        assert MoE(DIM, EXPERTS, group=group).dispatcher.exchange is contexts[way].exchange
+    flat_moe = MoE(DIM, EXPERTS, group=two.ep_group)
+    with pytest.raises(ValueError, match="rows travel flat, allowed with exchange=hierarchical: group="):
+        check_experts(flat_moe, two)
+    check_experts(flat_moe, contexts["auto"])
 
     cases = {"equal": None} | numbers_of_rows()
     flat_rows = {name: moved(two, case, rank, "flat") for name, case in cases.items()}
