@@ -1,15 +1,13 @@
-"""`scmoe bench` measures on this machine; bench_pairs.py has those of its commands that measure pairs of blocks."""
+"""`scmoe bench` measures on this machine. What needs several ranks is in bench_pairs.py and bench_links.py."""
 
 import json
 import sys
-from pathlib import Path
 
 from cyclopts import App
 
 from scmoe.experiments import call
-from scmoe.experiments.bench_pairs import OUT, growth, overlap, timeline
-
-GENERATION = {"batch": 4, "prompt": 32, "tokens": 256, "rounds": 3, "threads": 1}  # as below
+from scmoe.experiments.bench_links import exchange, inference, timeline
+from scmoe.experiments.bench_pairs import growth, overlap
 
 main = App(name="bench", help="Measure on this machine. The last line on standard output is JSON.")
 
@@ -21,22 +19,6 @@ def generation(*, batch: int = 4, prompt: int = 32, tokens: int = 256, rounds: i
     from scmoe.testbed.generation import bench_generation
 
     print(json.dumps(bench_generation(**given) | given))
-
-
-@main.command
-def inference(
-    *, share: float = 0.52, ranks: int = 2, prompt: int = 512, batch: int = 8, rounds: int = 9, out: Path = OUT
-) -> None:
-    """Prefill and decode between ranks, sequential, overlapped and as planned."""
-    given = locals()
-    from scmoe.testbed import links
-    from scmoe.testbed.generation import bench_generation
-    from scmoe.testbed.inference_report import bench_inference
-
-    links.require()
-    report = bench_inference(**given)
-    cached = bench_generation(**GENERATION)["cached_over_uncached"]
-    print(json.dumps(report | {"cached_over_uncached": cached}))
 
 
 @main.command
@@ -74,7 +56,7 @@ def guard(*overrides: str) -> None:
     print(json.dumps(guard_cost(overrides) | {"overrides": overrides}))
 
 
-for command in (overlap, growth, timeline):
+for command in (overlap, growth, inference, exchange, timeline):
     main.command(command)
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`scmoe bench overlap`, `growth` and `timeline` measure pairs of blocks between ranks."""
+"""`scmoe bench overlap` and `growth` measure pairs of blocks between ranks."""
 
 import json
 from pathlib import Path
@@ -19,6 +19,8 @@ def overlap(
     share: float | None = None,
     link_mbit: float | None = None,
     ranks: int | None = None,
+    nodes: int = 1,
+    exchange: Literal["flat", "hierarchical", "auto"] = "flat",
     compute: Compute | None = None,
     level: Literal["block", "iteration"] = "block",
     reductions: Literal["ddp", "paced"] | None = None,
@@ -41,6 +43,8 @@ def overlap(
         share: communication share of sequential top-2, forward (default: 0.52)
         link_mbit: rate of the links; by default it is searched for the share
         ranks: (default: 2; on cuda 1)
+        nodes: on which the ranks are; the rate is that of the nodes' network cards
+        exchange: between nodes
         compute: (default: emulated; on cuda real)
         reductions: of gradients, at level iteration (default: paced)
         device: cuda: one GPU, rows over its bus
@@ -76,25 +80,3 @@ def growth(
 
     links.require()
     print(json.dumps(growth.bench_growth(names, points, rounds, out)))
-
-
-def timeline(
-    *,
-    share: float = 0.52,
-    ranks: int = 2,
-    compute: Compute = "emulated",
-    position: Literal["pos1", "pos2", "pos3"] = "pos2",
-    run: Path | None = None,
-    out: Path = Path("runs/timeline"),
-) -> None:
-    """One pair's operators, measured and planned (Fig. 7), and Chrome traces.
-
-    Args:
-        run: draw the plan of this run with schedule=auto instead; nothing is measured
-    """
-    from scmoe.testbed import links, timeline
-
-    if run is not None:
-        return print(json.dumps(timeline.draw_plan(run)))
-    links.require()
-    print(json.dumps(timeline.bench_timeline(share, compute, position, ranks, out)))

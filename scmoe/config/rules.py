@@ -212,6 +212,9 @@ def _ranks(config: Config) -> Iterator[Rule]:
     uneven = not dense and moe.num_experts % ep_size
     yield uneven, "strategy.ep_size", f"a divisor of moe.num_experts, {moe.num_experts}"
     yield world % ep_size, "strategy.ep_size", f"a divisor of trainer.devices x trainer.num_nodes, {world}"
+    whole_nodes = ep_size > trainer.devices > 1 and ep_size % trainer.devices == 0
+    unless = "auto | flat, unless strategy.ep_size is 2, 3, ... times trainer.devices, which is 2 or more"
+    yield config.strategy.exchange == "hierarchical" and not whole_nodes, "strategy.exchange", unless
     parts, batches = "trainer.devices x trainer.num_nodes x trainer.accumulate", world * trainer.accumulate
     yield config.data.global_batch_size % batches, "data.global_batch_size", f"a multiple of {parts}, {batches}"
 

@@ -28,7 +28,7 @@ from scmoe.parallel.checkpoint.state import model_state, optimizer_state, tied_w
 from scmoe.parallel.job.debug import CompareCollectives
 from scmoe.parallel.job.lockstep import LockstepStrategy
 from scmoe.parallel.lightning_seam import accumulated_batches, hide_from_ddp, is_fitting, prefer_buckets
-from scmoe.parallel.mesh import build_context, check_experts, expert_parameters, use_loopback_for_gloo
+from scmoe.parallel.mesh import EXCHANGES, build_context, check_experts, expert_parameters, use_loopback_for_gloo
 from scmoe.parallel.update.clipping import check_precision, guard_updates
 from scmoe.parallel.update.pacing import BUCKET_MB, is_paced, pacing
 from scmoe.parallel.update.reducer import ExpertGradientReducer
@@ -47,6 +47,7 @@ class ExpertParallelStrategy(LockstepStrategy):
     full_checkpoint: rank 0 merges the shards of all ranks into one file.
     reductions: "ddp": gradients are sent as soon as a bucket is full; "paced" (on CPUs): in small pieces that let the
     All-to-All go first; None: paced on CPUs, ddp on GPUs.
+    exchange: how rows travel between nodes: flat | hierarchical | auto (mesh.build_context).
     ddp: further arguments of DDPStrategy.
 
     Lightning finds out who starts the ranks: torchrun or SLURM if their environment variables are set, else this
@@ -67,13 +68,16 @@ class ExpertParallelStrategy(LockstepStrategy):
         debug_collectives: bool = False,
         full_checkpoint: bool = False,
         reductions: str | None = None,
+        exchange: str = "auto",
         **ddp: Any,
     ) -> None:
         if ep_size is not None and ep_size < 1:
             raise ValueError(f"ep_size is {ep_size}, allowed: None or a number of ranks, 1 or more")
         if not 0 < timeout_s <= LONGEST_S:
             raise ValueError(f"timeout_s is {timeout_s}, allowed: above 0, at most {LONGEST_S:g} seconds")
-        self.timeout = timedelta(seconds=timeout_s)
+        if exchange not in EXCHANGES:
+            raise ValueError(f"exchange is {exchange!r}, allowed: {' | '.join(EXCHANGES)}")
+        self.timeout, self.exchange = timedelta(seconds=timeout_s), exchange
         super().__init__(**{"gradient_as_bucket_view": True, **ddp, "timeout": self.timeout})
         self.ep_size, self.debug_collectives = ep_size, debug_collectives
         self.async_checkpoint, self.full_checkpoint = async_checkpoint, full_checkpoint
@@ -95,7 +99,8 @@ class ExpertParallelStrategy(LockstepStrategy):
             ) from error
         if self.context.mesh is None:
             ep_size = self.world_size if self.ep_size is None else self.ep_size
-            self.context = build_context(ep_size, self.root_device, self.timeout)
+            network = self.exchange, self.num_processes, rank_zero_info
+            self.context = build_context(ep_size, self.root_device, self.timeout, *network)
             self.checkpoints = Checkpoints(self.context, self.async_checkpoint, self.full_checkpoint)
         self.module.parallel_context = self.context
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from scmoe.moe.dispatcher import Ready
+from scmoe.moe.dispatcher import Ready, Traffic
 from scmoe.parallel.all_to_all import Exchange, Work
 
 
@@ -57,9 +57,9 @@ class EmulatedExperts(nn.Module):
         return _Sleep.apply(rows_RD, self.us_per_row * rows_RD.shape[0] / 1e6)
 
 
-def free(rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, Work]:
+def free(rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Work]:
     """Free communication: every rank keeps its rows, as if they came from its peers. Equal numbers only."""
-    assert not sent and not received
+    assert traffic is None
     return rows, Ready(rows)
 
 
@@ -95,16 +95,16 @@ def over_the_bus(device: torch.device, rate: float = 1.0) -> Exchange:
     if device.type != "cuda":
         thread = ThreadPoolExecutor(1, "over-the-bus")
 
-        def exchange_on_host(rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, Work]:
-            assert not sent and not received
+        def exchange_on_host(rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Work]:
+            assert traffic is None
             target = torch.empty_like(rows)
             return target, OnThread(thread.submit(_there_and_back, rows, target, rate))
 
         return exchange_on_host
     stream = torch.cuda.Stream(device, priority=-1)
 
-    def exchange(rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, Work]:
-        assert not sent and not received
+    def exchange(rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Work]:
+        assert traffic is None
         target = torch.empty_like(rows)
         stream.wait_stream(torch.cuda.current_stream(device))
         events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

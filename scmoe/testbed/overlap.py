@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from statistics import median
 from typing import Any, NamedTuple, Protocol
 
@@ -21,9 +22,9 @@ from torch import nn
 
 from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.operators import Recorder
-from scmoe.parallel.all_to_all import Link, all_to_all
+from scmoe.parallel.all_to_all import Exchange, Link, all_to_all
 from scmoe.parallel.dispatcher import AllToAllDispatcher
-from scmoe.parallel.mesh import expert_parameters
+from scmoe.parallel.mesh import build_context, expert_parameters
 from scmoe.parallel.planner import Planner
 from scmoe.parallel.pricing import LayerChoice
 from scmoe.schedule.cost import slots
@@ -34,6 +35,7 @@ from scmoe.testbed.profiles import peak_bytes
 
 SEARCH_ROUNDS = 15  # at each rate; with fewer, the error at a share of 0.15 is as large as the transfers are long
 TRIALS = 2  # of each schedule
+WITHIN = 8  # rate of a rank's link within its node, over that of the node's card
 NEAR, FINALISTS = 1.03, 3  # up to FINALISTS schedules of a row go into the rounds: those NEAR the best in the trials
 
 
@@ -76,7 +78,7 @@ class Bench:
         dtype = getattr(torch, setting.dtype)
         self.stacks = {n: [make_block(n, setting, self.group).to(self.device, dtype) for _ in pairs] for n in names}
         link = Link()
-        exchange = link.carrying(all_to_all(self.group))
+        exchange = link.carrying(exchange_of(setting) or all_to_all(self.group))
         self.paid = AllToAllDispatcher(self.group, setting.num_experts, exchange=exchange)
         if setting.bus:
             self.set_rate(1.0)
@@ -87,12 +89,12 @@ class Bench:
         self.iterations = 0  # timed so far: an inference and a training step each
 
     def set_rate(self, rate: float) -> None:
-        """Sets the rate at which this rank sends: its link's in Mbit/s, or as a multiple of its bus's."""
+        """Sets the rate at which this rank sends, in Mbit/s or as a multiple of its bus's, or its node's card sends."""
         if self.setting.bus:
             exchange = emulated.over_the_bus(self.device, rate)
             self.paid = AllToAllDispatcher(self.group, self.setting.num_experts, exchange=exchange)
         else:
-            links.set_rate(rate)
+            set_rates(rate, self.setting.nodes)
 
     def set(self, variant: Variant, recorder: Recorder | None = None) -> Step:
         """Makes the blocks run as the variant says. recorder: notes operators, and transfers that overlap."""
@@ -176,6 +178,25 @@ class Bench:
         return peak_bytes(self.device, lambda: step.train(self.x)) / 2**20
 
 
+def exchange_of(setting: Setting) -> Exchange | None:
+    """How rows travel between the setting's nodes. Every rank must call it."""
+    if setting.exchange == "flat":
+        return None
+    place = dist.get_world_size(), torch.device("cpu"), timedelta(seconds=300)
+    return build_context(*place, setting.exchange, dist.get_world_size() // setting.nodes, show).exchange
+
+
+def set_rates(mbit: float, nodes: int) -> None:
+    """Sets the rate at which this rank sends; with several nodes that of its node's card, and its own to WITHIN times
+    as much. Every rank must call it."""
+    if nodes > 1:
+        node, place = divmod(dist.get_rank(), dist.get_world_size() // nodes)
+        if place == 0:
+            links.set_card_rate(node, mbit)
+    links.set_rate(mbit if nodes == 1 else WITHIN * mbit)
+    dist.barrier()
+
+
 def slowest(values: list[Any]) -> Any:
     """The maximum of each number over all ranks, as an array. values: nested lists or tuples, of equal lengths."""
     worst = torch.tensor(values, dtype=torch.float64)
@@ -250,7 +271,9 @@ def find_rate(bench: Timed) -> float:
         return slowest([[bench.infer(v)[0] for v in variants] for _ in range(1 + SEARCH_ROUNDS)])[1:].T
 
     t_free = median(forward(pair[1:])[0])
-    sent_bits = 2 * 2 * s.pairs * s.tokens * s.dim * 32 * (1 - 1 / dist.get_world_size())
+    ranks = dist.get_world_size()
+    through_link = 1 - 1 / ranks if s.nodes == 1 else ranks / s.nodes * (1 - 1 / s.nodes)  # of the rows of one rank
+    sent_bits = 2 * 2 * s.pairs * s.tokens * s.dim * 32 * through_link
     rate = 1.0 if s.bus else sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
     for _ in range(8):
         bench.set_rate(rate)

@@ -20,10 +20,11 @@ from scmoe.config.leaves import ConfigError
 from scmoe.schedule.cost import OperatorTimes, exposed_time, overlap_efficiency
 from scmoe.schedule.limit import least_time
 from scmoe.testbed import links
+from scmoe.testbed.exchange import why_no_nodes
 from scmoe.testbed.overlap import Seconds, Variant, measure
 from scmoe.testbed.pairs import ROWS, TOP_K, Setting, default_schedule
 from scmoe.testbed.ranks import run_ranks
-from scmoe.testbed.speed_chart import draw
+from scmoe.testbed.speed_chart import draw, ranks_of
 
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Setting)}
 KINDS = ("forward", "train")
@@ -46,15 +47,18 @@ def bench_overlap(options: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(refused)
     missing = "one GPU has no links" if gpu else links.why_not() if not links.inside() else None
     if missing is None:
-        links.enter()
+        links.enter(values["nodes"])
     elif not gpu:
         print(f"links cannot be shaped here ({missing}): loopback as it is, marked in every row", file=sys.stderr)
     ranks, rows = values.pop("ranks"), tuple(values["rows"])
     setting = Setting(**values | {"rows": rows, "shaped": missing is None, "bus": gpu})
-    result = run_ranks(measure, ranks, setting, timeout_s=3600, own_links=missing is None)[0]
+    own_links = missing is None
+    result = run_ranks(measure, ranks, setting, timeout_s=3600, own_links=own_links, nodes=setting.nodes)[0]
     report = summary(setting, ranks, result)
-    where = "cuda" if gpu else f"{ranks}-ranks"
-    name = f"overlap-{setting.compute}-{setting.level}-{where}-share-{setting.share:g}"
+    machine = "cuda" if gpu else f"{ranks}-ranks"
+    if setting.nodes > 1:
+        machine += f"-{setting.nodes}-nodes-{setting.exchange}"
+    name = f"overlap-{setting.compute}-{setting.level}-{machine}-share-{setting.share:g}"
     show(report)
     draw(report, out / f"{name}.png")
     (out / f"{name}.json").write_text(json.dumps(report, indent=1))
@@ -73,6 +77,10 @@ def why_refused(given: dict[str, Any], values: dict[str, Any]) -> str | None:
             return "--compute is emulated, allowed with --device cuda: real (a host that sleeps keeps no GPU busy)"
         if not torch.cuda.is_available():
             return "--device is cuda, and there is no CUDA device here"
+    if values["nodes"] != 1 and (refused := why_no_nodes(values["nodes"], values["ranks"])):
+        return refused
+    if values["nodes"] == 1 and values["exchange"] != "flat":
+        return f"--exchange is {values['exchange']}, allowed with --nodes 1: flat"
     if "share" in given and "link_mbit" in given:
         return "--share and --link-mbit exclude each other: the rate is searched for the share, or given"
     if "reductions" in given and values["level"] != "iteration":
@@ -157,6 +165,7 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
         "link_mbit": None if setting.bus else result["rate"],
         **({"bus_rate": result["rate"]} if setting.bus else {}),
         "ranks": ranks,
+        **({"nodes": setting.nodes, "exchange": setting.exchange} if setting.nodes > 1 else {}),
         "device": torch.cuda.get_device_name() if setting.device == "cuda" else "cpu",
         "compute": setting.compute,
         "level": setting.level,
@@ -197,7 +206,7 @@ def operators_ms(times: OperatorTimes) -> dict[str, dict[str, float]]:
 
 def show(report: dict[str, Any]) -> None:
     title = (
-        f"{report['compute']} compute, {report['ranks']} ranks, {report['level']}, communication share "
+        f"{report['compute']} compute, {ranks_of(report)}, {report['level']}, communication share "
         f"{report['comm_share']:.2f}; limit {report['limit_forward']:.2f} forward, {report['limit_train']:.2f} "
         f"training; medians of {report['rounds']} rounds, [quartiles]"
     )

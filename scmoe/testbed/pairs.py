@@ -42,7 +42,8 @@ class Setting:
     search. tokens: tokens of one rank, in sequences of seq_len. attention_ms, attention_to_mlp: time of an attention,
     and its ratio to an MLP's; for emulated compute only. shaped: whether the links have a rate at all. bus: rows go
     over the device's bus instead of links (emulated.over_the_bus), and the share is reached by its rate. reductions: of
-    the gradients, as the Strategy's."""
+    the gradients, as the Strategy's. nodes: the rate is that of their network cards; with 1, of every rank's link.
+    exchange: flat | hierarchical | auto."""
 
     share: float
     link_mbit: float | None = None
@@ -62,6 +63,8 @@ class Setting:
     dtype: str = "float32"
     bus: bool = False
     reductions: str = "paced"
+    nodes: int = 1
+    exchange: str = "flat"
     rows: tuple[str, ...] = tuple(USUAL_ROWS)
 
     @property

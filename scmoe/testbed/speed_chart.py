@@ -83,11 +83,17 @@ def speed_bars(report: dict[str, Any], kind: str, paper: Printed | None) -> dict
     return groups
 
 
+def ranks_of(report: dict[str, Any]) -> str:
+    """Return the report's ranks in words."""
+    on_nodes = f" on {report['nodes']} nodes ({report['exchange']} exchange)" if "nodes" in report else ""
+    return f"{report['ranks']} ranks{on_nodes}"
+
+
 def conditions(report: dict[str, Any]) -> str:
     """Return where a report of `bench overlap` was measured."""
     links = {
-        "shaped": f"links of {report['link_mbit'] or 0:.0f} Mbit/s between {report['ranks']} ranks on one CPU",
-        "loopback": f"loopback as it is between {report['ranks']} ranks on one CPU",
+        "shaped": f"links of {report['link_mbit'] or 0:.0f} Mbit/s between {ranks_of(report)} on one CPU",
+        "loopback": f"loopback as it is between {ranks_of(report)} on one CPU",
         "bus": f"rows over the bus of a {report['device']} at {report.get('bus_rate', 1.0):.2g} times its rate",
     }
     return f"{report['compute']} compute, {links[next(iter(report['rows'].values()))['links']]}"

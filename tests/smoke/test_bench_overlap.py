@@ -20,6 +20,7 @@ from scmoe.testbed.ranks import run_ranks
 from tests.support.commands import run
 
 pytestmark = [pytest.mark.dist, pytest.mark.smoke]
+MISSING = links.why_not()
 ROWS = ("--rows", "top2", "scmoe_pos2_pipelined", "--rounds", "2")
 TOP = {"comm_share", "link_mbit", "ranks", "device", "compute", "level", "rounds", "rows"}
 ROW = {
@@ -45,6 +46,15 @@ def test_bench_overlap(tmp_path):
         assert row["links"] == ("loopback" if links.why_not() else "shaped") and row["compute"] == "emulated"
     assert "gradient_mb" not in report and "of_limit" not in report["rows"]["top2"]
     assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+@pytest.mark.skipif(MISSING is not None, reason=f"links cannot be shaped here: {MISSING}")
+def test_bench_exchange_on_two_nodes():
+    report = run("-m", "experiments.bench", "exchange", "--kilobytes", "1", "256", "--rounds", "2").summary
+    assert report["rows"].keys() == {"flat", "hierarchical"} and report["auto"].keys() == {"1", "256"}
+    least = (2 * 2 * 256 * 1024 - 2 * 128 * 1024) * 8 / report["between_mbit"] / 1e3  # the buckets' bursts pass at once
+    for sizes in report["rows"].values():
+        assert sizes["256"]["ms"] >= least, "rows of two ranks for two others share the node's card"
 
 
 def without_rate(rank: int, world_size: int, measure: Callable[..., Any], setting: Setting, *args: Any) -> Any:

@@ -27,6 +27,9 @@ from scmoe.testbed.overlap_report import DEFAULTS
         ("--share 1.5", "--share is 1.5, allowed: above 0 and below 1"),
         ("--tokens 100 --seq-len 64", "--tokens is 100, allowed: multiples of --seq-len (64)"),
         ("--rows top9", "--rows has top9, allowed: top2 | "),
+        ("--nodes 2", "--nodes is 2, allowed: 2 or more, with equally many of the 2 ranks on each, 2 or more"),
+        ("--nodes 3 --ranks 4", "--nodes is 3, allowed: 2 or more"),
+        ("--exchange hierarchical", "--exchange is hierarchical, allowed with --nodes 1: flat"),
         ("--ranks 3", "--num-experts is 8, allowed: multiples of --ranks (3)"),
     ],
 )

@@ -54,10 +54,10 @@ def transfers(place: Place) -> dict[str, Any]:
             x @ w
 
     def transfer() -> None:
-        exchange(x, [], [])[1].wait()
+        exchange(x, None)[1].wait()
 
     def both() -> None:
-        work = exchange(x, [], [])[1]
+        work = exchange(x, None)[1]
         compute()
         work.wait()
 
