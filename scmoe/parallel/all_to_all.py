@@ -113,19 +113,24 @@ class Link:
     def __init__(self) -> None:
         self.latest: Work | None = None
 
-    def carrying(self, exchange: Exchange) -> Exchange:
-        def carried(rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Work]:
-            target, self.latest = exchange(rows, traffic)
-            return target, self.latest
-
-        return carried
-
     def wait(self) -> None:
         """Return when no rows are in flight."""
         while (work := self.latest) is not None:
             work.wait()
             if work is self.latest:
                 return
+
+
+@dataclass(frozen=True)
+class Carried:
+    """An exchange that its link knows."""
+
+    exchange: Exchange
+    link: Link
+
+    def __call__(self, rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Work]:
+        target, self.link.latest = self.exchange(rows, traffic)
+        return target, self.link.latest
 
 
 @dataclass(eq=False)

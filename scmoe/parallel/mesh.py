@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from scmoe.moe.dispatcher import Blocking, Dispatcher, LocalDispatcher, Narrowed
 from scmoe.moe.experts import Experts
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.all_to_all import Exchange, Link, all_to_all
+from scmoe.parallel.all_to_all import Carried, Exchange, Link, all_to_all
 from scmoe.parallel.buffered import BufferedDispatcher
 from scmoe.parallel.dispatcher import AllToAllDispatcher
 from scmoe.parallel.fastest_exchange import FastestExchange
@@ -74,12 +74,15 @@ class ParallelContext:
         receives exactly its fair share and needs no ceiling. buffered: for rows in buffers."""
         if self.ep_size == 1:
             return LocalDispatcher()
-        exchange = self.exchange or all_to_all(self.ep_group)
-        if self.gradient_group is not None:
-            exchange = self.link.carrying(exchange)
+        exchange = self.carried()
         if buffered:
             return BufferedDispatcher(self.ep_group, num_experts, None, exchange, counts_group=self.counts_group)
         return AllToAllDispatcher(self.ep_group, num_experts, ceiling, exchange, counts_group=self.counts_group)
+
+    def carried(self) -> Exchange:
+        """Return how rows travel, in a way that `link` knows where gradients are paced."""
+        exchange = self.exchange or all_to_all(self.ep_group)
+        return exchange if self.gradient_group is None else Carried(exchange, self.link)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """Return the sum over all ranks, bit-identical on each; x is not changed."""
@@ -214,7 +217,7 @@ def check_experts(module: nn.Module, context: ParallelContext) -> None:
             dispatcher: Any = child.dispatcher
             while isinstance(dispatcher, Blocking | Narrowed):
                 dispatcher = dispatcher.inner
-            if dispatcher.exchange is not context.exchange:
+            if dispatcher.exchange != context.carried():
                 raise ValueError(
                     f"{name or type(child).__name__} was built with a process group, so its rows travel flat, allowed "
                     "with exchange=hierarchical: group=self.parallel_context; or exchange=flat"

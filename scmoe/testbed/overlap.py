@@ -22,7 +22,7 @@ from torch import nn
 
 from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.operators import Recorder
-from scmoe.parallel.all_to_all import Exchange, Link, all_to_all
+from scmoe.parallel.all_to_all import Carried, Exchange, Link, all_to_all
 from scmoe.parallel.dispatcher import AllToAllDispatcher
 from scmoe.parallel.mesh import build_context, expert_parameters
 from scmoe.parallel.planner import Planner
@@ -78,7 +78,7 @@ class Bench:
         dtype = getattr(torch, setting.dtype)
         self.stacks = {n: [make_block(n, setting, self.group).to(self.device, dtype) for _ in pairs] for n in names}
         link = Link()
-        exchange = link.carrying(exchange_of(setting) or all_to_all(self.group))
+        exchange = Carried(exchange_of(setting) or all_to_all(self.group), link)
         self.paid = AllToAllDispatcher(self.group, setting.num_experts, exchange=exchange)
         if setting.bus:
             self.set_rate(1.0)

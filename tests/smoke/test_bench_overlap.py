@@ -69,7 +69,7 @@ def tiny_on_loopback(monkeypatch):
         return run_ranks(without_rate, ranks, measure, replace(setting, attention_ms=1.0), *args)
 
     monkeypatch.setattr(links, "inside", lambda: True)
-    monkeypatch.setattr(links, "enter", lambda: None)
+    monkeypatch.setattr(links, "enter", lambda *_: None)
     for module in (growth, overlap_report, timeline):
         monkeypatch.setattr(module, "run_ranks", measured)
 

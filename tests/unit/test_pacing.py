@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from scmoe.parallel import all_to_all
-from scmoe.parallel.all_to_all import Link
+from scmoe.parallel.all_to_all import Carried, Link
 from scmoe.parallel.update.pacing import IN_FLIGHT, Pacer, is_paced
 
 SOON_S = 0.05  # in which a piece would begin that does not wait; the thread needs less than 1 ms
@@ -55,11 +55,11 @@ def test_rows_wait_behind_the_pieces_in_flight_alone():
     done, later = pacer.start(flat), pacer.start(torch.zeros(2))
     in_flight = deque([group.next(), group.next()])
     rows, chunk = Sent(), Sent()
-    link.carrying(lambda *_: (flat, rows))(flat, [], [])
+    Carried(lambda *_: (flat, rows), link)(flat, None)
     pieces = [in_flight.popleft(), in_flight.popleft()]
     for _, sent in pieces:
         sent.arrived.set()
-    link.carrying(lambda *_: (flat, chunk))(flat, [], [])  # before the thread has looked again, or while it waits
+    Carried(lambda *_: (flat, chunk), link)(flat, None)  # before the thread has looked again, or while it waits
     for transfer in (rows, chunk):
         assert group.is_idle(), "a piece began while rows were in flight"
         transfer.arrived.set()
@@ -92,7 +92,7 @@ def test_an_error_of_rows_reaches_both_that_wait_for_them():
     """The thread of the gradients waits for rows too, and backward must not go on without them."""
     posted: Future[list[Any]] = Future()
     posted.set_result([Lost()])
-    rows = all_to_all._Posted(posted)
+    rows = all_to_all.Posted(posted)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="peer is gone"):
             rows.wait()

@@ -37,12 +37,6 @@ from scmoe.training.callbacks.throughput import Throughput
 
 register_callback = CALLBACKS.register
 PASSED_ON = ("async_checkpoint", "full_checkpoint", "reductions", "exchange", "debug_collectives")  # of config.strategy
-    "async_checkpoint",
-    "full_checkpoint",
-    "reductions",
-    "exchange",
-    "debug_collectives",
-)  # fields of config.strategy
 
 
 def seed_everything(config: Config) -> None:
