@@ -11,16 +11,16 @@ SHARDS = f"{PARALLEL}/dense_shards.py"
 MUTANTS = (
     Mutant("split-loss-not-divided", 21, f"{PARALLEL}/dense_strategy.py")
     .replaces("closure_loss / self.world_size if", "closure_loss if")
-    .caught_by(f"{FOUR}[shared-cg2, EP 1]"),
+    .caught_by(f"{FOUR}[clipped, EP 2]"),
     Mutant("split-divided-by-fsdp-too", 21, SHARDS)
     .replaces("part.set_gradient_divide_factor(1.0)", "part.set_gradient_divide_factor(2.0)")
-    .caught_by(f"{FOUR}[shared-cg2, EP 1]"),
+    .caught_by(f"{FOUR}[clipped, EP 2]"),
     Mutant("split-experts-over-the-wrong-group", 25, SHARDS)
     .replaces('split_over(context.mesh["edp"], 1)', 'split_over(context.mesh["ep"], 1)')
     .caught_by(f"{FOUR}[clipped, EP 2]"),
     Mutant("split-copies-counted-twice", 22, SHARDS)
     .replaces("if placement.is_replicate()), 1)", "if placement.is_replicate() and size == 0), 1)")
-    .caught_by(f"{FOUR}[clipped, hybrid, EP 1]"),
+    .caught_by(f"{FOUR}[norm, recompute, hybrid, EP 1]"),
     Mutant("split-gate-rounded", 28, SHARDS)
     .replaces("            gather_as_kept(part, in_float32)\n", "")
     .caught_by(f"{RUNS}::test_under_bf16_mixed_matrices_are_gathered_in_bfloat16_and_gates_in_float32"),
