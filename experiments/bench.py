@@ -56,6 +56,20 @@ def guard(*overrides: str) -> None:
     print(json.dumps(guard_cost(overrides) | {"overrides": overrides}))
 
 
+@main.command
+def dense(*overrides: str, ranks: int = 4, ep_size: int = 2, batch: int = 4, rounds: int = 9) -> None:
+    """A step with dense weights in shards over a step with replicated ones.
+
+    Args:
+        overrides: key=value, of a small model's config
+        batch: sequences of a rank
+    """
+    given = locals()
+    from scmoe.testbed.dense_cost import bench_dense
+
+    print(json.dumps(bench_dense(**given) | given))
+
+
 for command in (overlap, growth, inference, exchange, timeline):
     main.command(command)
 

@@ -192,6 +192,10 @@ class StrategyConfig:
         "auto", "how rows travel where ep_size crosses nodes; auto: the first exchange measures. docs/clusters.md"
     )
     debug_collectives: bool = option(False, "check before each collective that all ranks call the same one; slow")
+    dense: Literal["replicated", "sharded", "hybrid", "auto"] = option(
+        "replicated",
+        "dense weights: on every rank; split over all ranks; over the ranks of a node; auto: by the memory of a rank",
+    )
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,16 @@ def _ranks(config: Config) -> Iterator[Rule]:
     whole_nodes = ep_size > trainer.devices > 1 and ep_size % trainer.devices == 0
     unless = "auto | flat, unless strategy.ep_size is 2, 3, ... times trainer.devices, which is 2 or more"
     yield config.strategy.exchange == "hierarchical" and not whole_nodes, "strategy.exchange", unless
+    nodes = trainer.num_nodes > 1 and trainer.devices > 1
+    hybrid = "replicated | sharded | auto, unless trainer.num_nodes and trainer.devices are 2 or more"
+    yield config.strategy.dense == "hybrid" and not nodes, "strategy.dense", hybrid
+    widths, holders = (config.model.dim, config.model.ffn_dim or 4 * config.model.dim), world // ep_size
+    split = not dense and config.model.family != "swin" and config.strategy.dense in ("sharded", "hybrid")
+    uneven = split and any(width % holders for width in widths)
+    why = f"{' or '.join(map(str, widths))} is no multiple of the {holders} ranks that hold the same experts"
+    yield uneven, "strategy.dense", f"replicated, as model.dim or model.ffn_dim, {why}; or raise strategy.ep_size"
+    paced = config.strategy.dense != "replicated" and config.strategy.reductions is not None
+    yield paced, "strategy.reductions", "null, unless strategy.dense=replicated, whose gradients DDP sums"
     parts, batches = "trainer.devices x trainer.num_nodes x trainer.accumulate", world * trainer.accumulate
     yield config.data.global_batch_size % batches, "data.global_batch_size", f"a multiple of {parts}, {batches}"
 

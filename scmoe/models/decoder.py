@@ -1,8 +1,8 @@
 """What language models share: the decoder and weight initialisation."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,11 +68,12 @@ class Decoder(nn.Module):
         return LMOutput(self.head(self.norm(x_BSD)), all_stats)
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
+    def init_weights(self, seed: int, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
         """GPT-2's: N(0, 0.02); N(0, 0.02 / sqrt(2 layers)) for products that write to the residual stream.
 
         A weight depends only on the seed, its name and its shape: not on the rank, the EP degree, earlier draws or the
         rest of the model. So architectures that share a part start with equal weights there, and can be compared.
+        put: copies a value into a weight, or into the part of a weight that this rank holds.
         """
         attentions = [module for module in self.modules() if isinstance(module, Attention)]
         std, std_out = 0.02, 0.02 / math.sqrt(2 * len(attentions))
@@ -80,11 +81,13 @@ class Decoder(nn.Module):
         tied = self.head.weight is self.tokens.weight
         for name, module in self.named_modules():
             if isinstance(module, Experts):
-                module.init_weights(f"{seed}/{name}", std, std_out)
+                module.init_weights(f"{seed}/{name}", std, std_out, put)
+            elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                module.reset_parameters()
             elif isinstance(module, (nn.Linear, nn.Embedding)) and (module is not self.head or not tied):
                 generator = named_generator(f"{seed}/{name}")
                 fresh = torch.randn(module.weight.shape, generator=generator, device="cpu")
-                module.weight.copy_(fresh * (std_out if module in write_to_residual else std))
+                put(module.weight, fresh * (std_out if module in write_to_residual else std))
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
 

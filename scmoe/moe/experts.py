@@ -53,13 +53,15 @@ class Experts(nn.Module):
             return mlps(rows_RD, w_in_eDF, w_out_eFD, counts_e, self.act)
 
     @torch.no_grad()
-    def init_weights(self, key: str, std_in: float, std_out: float) -> None:
+    def init_weights(
+        self, key: str, std_in: float, std_out: float, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_
+    ) -> None:
         """Draws normal weights that depend only on (key, tensor, global expert id): not on the EP degree or on earlier
-        draws. The global generator is left as it was."""
+        draws. The global generator is left as it was. put: copies a value into an expert's weight, or a part of it."""
         for name, weight, std in (("w_in", self.w_in_eDF, std_in), ("w_out", self.w_out_eFD, std_out)):
             for expert, w in zip(self.expert_ids, weight, strict=True):
                 generator = named_generator(f"{key}/{name}/{expert}")
-                w.copy_(torch.randn(w.shape, generator=generator, device="cpu") * std)
+                put(w, torch.randn(w.shape, generator=generator, device="cpu") * std)
 
 
 def named_generator(name: str) -> torch.Generator:

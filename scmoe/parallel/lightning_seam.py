@@ -16,6 +16,10 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 from torch.autograd import Variable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -112,6 +116,21 @@ def hide_from_ddp(module: nn.Module, names: Iterable[str]) -> None:
 def prefer_buckets(strategy: Any, megabytes: float) -> None:
     """Let the DDP that the Strategy will make reduce buckets of this size, unless the user has named another."""
     strategy._ddp_kwargs.setdefault("bucket_cap_mb", megabytes)
+
+
+def split_over(mesh: DeviceMesh, dim: int) -> ShardPlacementResult:
+    """Return what makes FSDP split a parameter on `dim` over the last axis of this mesh, and copy it over the first of
+    two. FSDP refuses two such objects for one process group, so call it once for a mesh."""
+    kind = FSDPMeshInfo(mesh, shard_mesh_dim=0) if mesh.ndim == 1 else HSDPMeshInfo(mesh, 1, 0)
+    return ShardPlacementResult(Shard(dim), kind)
+
+
+def gather_as_kept(unit: FSDPModule, place: ShardPlacementResult) -> None:
+    """Let a unit's parameters that `place` has split be gathered in their own dtype, whatever the unit's policy says.
+    Call it before the first forward."""
+    for group in unit._get_fsdp_state()._fsdp_param_groups:
+        if group.mesh_info is place.mesh_info:
+            group.mp_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
 
 
 def is_compiled(module: nn.Module) -> bool:

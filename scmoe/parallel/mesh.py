@@ -37,8 +37,9 @@ class ParallelContext:
     `ep_group` carries the All-to-All, `counts_group` how many rows come in it, `edp_group` the expert gradients,
     `gradient_group` (on CPUs) dense gradients that are paced, `checkpoint_group` (gloo) checkpoints, `control_group`
     (gloo) requests to stop; the default group carries dense gradients that are not paced, losses and metrics. `link`
-    knows the All-to-All in flight. exchange: how rows travel; None: flat, by one All-to-All over
-    `ep_group`.
+    knows the All-to-All in flight. `exchange`: how rows travel; None: flat, by one All-to-All over `ep_group`.
+    `dense_mesh`: over which dense weights are split (dense_shards.py); None: each rank holds them whole. `exact_mesh`:
+    the same ranks, for those that stay in float32.
     """
 
     rank: int = 0
@@ -53,6 +54,8 @@ class ParallelContext:
     control_group: Any = None
     link: Link = field(default_factory=Link)
     exchange: Exchange | None = None
+    dense_mesh: DeviceMesh | None = None
+    exact_mesh: DeviceMesh | None = None
 
     @property
     def edp_size(self) -> int:

@@ -1,4 +1,4 @@
-"""`Trainer(strategy="expert_parallel")`: DDP for dense weights, expert parallelism for `Experts` modules.
+"""`Trainer(strategy="expert_parallel")`: DDP or FSDP2 for dense weights, expert parallelism for `Experts` modules.
 
 Launchers, ranks, the bucketed and overlapped reduction of dense gradients, no_sync and precision plugins are those of
 Lightning's DDPStrategy. This file adds process groups before `configure_model`, expert shards outside DDP with a
@@ -9,36 +9,38 @@ The LightningModule finds its place in the mesh in `self.parallel_context`, set 
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ModelSummary, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed import DistNetworkError, DistStoreError
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.checkpoint.state import model_state, optimizer_state, tied_weights
+from scmoe.parallel.dense_shards import check_dense
 from scmoe.parallel.job.debug import CompareCollectives
 from scmoe.parallel.job.lockstep import LockstepStrategy
 from scmoe.parallel.lightning_seam import accumulated_batches, hide_from_ddp, is_fitting, prefer_buckets
 from scmoe.parallel.mesh import EXCHANGES, build_context, check_experts, expert_parameters, use_loopback_for_gloo
+from scmoe.parallel.refused_callbacks import check_callbacks
 from scmoe.parallel.update.clipping import check_precision, guard_updates
 from scmoe.parallel.update.pacing import BUCKET_MB, is_paced, pacing
 from scmoe.parallel.update.reducer import ExpertGradientReducer
 
-COPYING = (WeightAveraging, StochasticWeightAveraging)  # their copy of the module would hold one rank's experts
 LONGEST_S = 1e6  # what a timeout may be
 
 
 class ExpertParallelStrategy(LockstepStrategy):
-    """Splits experts over groups of `ep_size` ranks and replicates everything else on all ranks.
+    """Splits experts over groups of `ep_size` ranks; everything else is replicated on all ranks, or split as well.
 
     ep_size: number of ranks that share one set of experts; None: all ranks.
     timeout_s: seconds that a collective may take before the job ends with an error.
@@ -48,6 +50,10 @@ class ExpertParallelStrategy(LockstepStrategy):
     reductions: "ddp": gradients are sent as soon as a bucket is full; "paced" (on CPUs): in small pieces that let the
     All-to-All go first; None: paced on CPUs, ddp on GPUs.
     exchange: how rows travel between nodes: flat | hierarchical | auto (mesh.build_context).
+    dense: "replicated": dense weights on all ranks, under DDP. "sharded": over all ranks, and experts over the ranks
+        that hold the same ones, under FSDP2. "hybrid": over the ranks of a node, with a copy on each node. "auto": the
+        first of replicated, hybrid and sharded that a rank's memory has room for.
+    dense_estimates: for auto, bytes that a rank needs each way; None: twice the weights, gradients and AdamW's moments.
     ddp: further arguments of DDPStrategy.
 
     Lightning finds out who starts the ranks: torchrun or SLURM if their environment variables are set, else this
@@ -69,17 +75,21 @@ class ExpertParallelStrategy(LockstepStrategy):
         full_checkpoint: bool = False,
         reductions: str | None = None,
         exchange: str = "auto",
+        dense: str = "replicated",
+        dense_estimates: Mapping[str, float] | None = None,
         **ddp: Any,
     ) -> None:
         if ep_size is not None and ep_size < 1:
             raise ValueError(f"ep_size is {ep_size}, allowed: None or a number of ranks, 1 or more")
         if not 0 < timeout_s <= LONGEST_S:
             raise ValueError(f"timeout_s is {timeout_s}, allowed: above 0, at most {LONGEST_S:g} seconds")
+        check_dense(dense, ddp if reductions is None else ddp | {"reductions": reductions})
         if exchange not in EXCHANGES:
             raise ValueError(f"exchange is {exchange!r}, allowed: {' | '.join(EXCHANGES)}")
         self.timeout, self.exchange = timedelta(seconds=timeout_s), exchange
         super().__init__(**{"gradient_as_bucket_view": True, **ddp, "timeout": self.timeout})
         self.ep_size, self.debug_collectives = ep_size, debug_collectives
+        self.dense, self.dense_estimates = dense, dense_estimates
         self.async_checkpoint, self.full_checkpoint = async_checkpoint, full_checkpoint
         self.reductions = reductions
         self.reducer: ExpertGradientReducer
@@ -101,6 +111,7 @@ class ExpertParallelStrategy(LockstepStrategy):
             ep_size = self.world_size if self.ep_size is None else self.ep_size
             network = self.exchange, self.num_processes, rank_zero_info
             self.context = build_context(ep_size, self.root_device, self.timeout, *network)
+            self.split(self.dense, self.dense_estimates)
             self.checkpoints = Checkpoints(self.context, self.async_checkpoint, self.full_checkpoint)
         self.module.parallel_context = self.context
 
@@ -110,7 +121,7 @@ class ExpertParallelStrategy(LockstepStrategy):
             rank_zero_info(f"The model summary counts this rank's experts: 1 of {self.context.ep_size} parts of them.")
         # else DDP would overwrite every rank's experts with rank 0's, then average gradients of different experts
         hide_from_ddp(self.module, [name for name, _ in expert_parameters(self.module)])
-        paced = is_paced(self.reductions, self.root_device)
+        paced = not self.is_split and is_paced(self.reductions, self.root_device)
         if paced:
             prefer_buckets(self, BUCKET_MB)
         super().setup(trainer)
@@ -120,7 +131,7 @@ class ExpertParallelStrategy(LockstepStrategy):
             self.at_teardown.callback(compare.remove)
         if is_fitting(trainer):
             self.trained = self.module
-            shards = [p for _, p in expert_parameters(self.module)]
+            shards = [] if self.is_split else [p for _, p in expert_parameters(self.module)]
             pacer = self.at_teardown.enter_context(pacing(self.model, self.context)) if paced else None
             self.reducer = ExpertGradientReducer(shards, self.context, pacer)
             self.at_teardown.callback(self.reducer.remove)
@@ -132,7 +143,8 @@ class ExpertParallelStrategy(LockstepStrategy):
         super().on_train_start()
         check_experts(self.module, self.context)
         known = self.reducer.bucket_of
-        added = [name for name, p in expert_parameters(self.module) if p.requires_grad and p not in known]
+        new = {name: p for name, p in expert_parameters(self.module) if p.requires_grad and p not in known}
+        added = [name for name, p in new.items() if not isinstance(p, DTensor)]
         if added:
             raise ValueError(f"{added[0]} was added after fit had begun, allowed: in configure_model or setup")
 
@@ -187,13 +199,3 @@ class ExpertParallelStrategy(LockstepStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Do nothing: load_checkpoint has read the weights already."""
-
-
-def check_callbacks(callbacks: Iterable[Any]) -> None:
-    """Raise ValueError for a callback that averages weights in a copy of the module."""
-    for callback in callbacks:
-        if isinstance(callback, COPYING):
-            raise ValueError(
-                f"the callback {type(callback).__name__} keeps a copy of the module, with one rank's experts alone; "
-                "allowed with expert_parallel: callbacks that do not copy it; average weights of checkpoints instead"
-            )

@@ -15,6 +15,7 @@ from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
+from tests.support.trainings import whole as gathered
 
 HALF, WHOLE = 3, 6
 
@@ -30,9 +31,9 @@ def fit(
     assert trainer.global_step == steps
     names = {p: name for name, p in module.model.named_parameters()}
     (optimizer,) = trainer.optimizers
-    tensors = {name: p.detach().clone() for p, name in names.items()}
+    tensors = {name: gathered(p) for p, name in names.items()}
     for p, state in optimizer.state.items():
-        tensors |= {f"{names[p]} {key}": value.clone() for key, value in state.items()}
+        tensors |= {f"{names[p]} {key}": gathered(value) for key, value in state.items()}
     return {
         "tensors": tensors,
         "experts": {names[p] for _, p in expert_parameters(module.model)},

@@ -7,12 +7,14 @@ out again. `run_ranks` runs `train` and `train_cases` on every rank.
 from __future__ import annotations
 
 import hashlib
+import os
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from scmoe.config.fields import Config
@@ -20,6 +22,7 @@ from scmoe.config.load import load
 from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.experts import Experts
 from scmoe.moe.stream import MoEStream
+from scmoe.parallel.dense_shards import put, reshard
 from scmoe.parallel.mesh import expert_parameters
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_model
@@ -90,7 +93,7 @@ class Recording(MoEModule):
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         grads = {name: p.grad for name, p in self.model.named_parameters()}
-        self.gradients.append({name: None if g is None else g.clone() for name, g in grads.items()})
+        self.gradients.append({name: None if g is None else whole(g) for name, g in grads.items()})
         super().configure_gradient_clipping(*args, **kwargs)
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -99,7 +102,14 @@ class Recording(MoEModule):
         super().log(name, value, *args, **kwargs)
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        reshard(self.model)
+        return {name: whole(p) for name, p in self.model.named_parameters()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns a copy of a tensor that may be split over the ranks which hold the same experts, or all ranks."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
 class RecordingModel(Recording, LanguageModel):
@@ -118,16 +128,19 @@ def randomise(model: torch.nn.Module) -> None:
             assert isinstance(module, Experts)
             shape, ids = (module.num_experts, *p.shape[1:]), slice(module.expert_ids.start, module.expert_ids.stop)
         fresh = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)[ids]
-        p.copy_(1 + 0.3 * fresh if "norm.weight" in name else fresh * (0.3 if p.dim() > 1 else 0.1))
+        put(p, 1 + 0.3 * fresh if "norm.weight" in name else fresh * (0.3 if p.dim() > 1 else 0.1))
 
 
 @torch.no_grad()
 def starve(model: torch.nn.Module) -> None:
     """Sends every token to the first half of the experts: feature 0 of the gates' input decides."""
     for block in model.blocks:
-        block.tap_norm.weight[0], block.tap_norm.bias[0] = 0.0, 20.0
+        weight, bias, gate = map(whole, (block.tap_norm.weight, block.tap_norm.bias, block.moe.router.gate.weight))
         half = block.moe.router.num_experts // 2
-        block.moe.router.gate.weight[:, 0] = torch.tensor([0.2] * half + [-0.2] * half)
+        weight[0], bias[0], gate[:, 0] = 0.0, 20.0, torch.tensor([0.2] * half + [-0.2] * half)
+        put(block.tap_norm.weight, weight)
+        put(block.tap_norm.bias, bias)
+        put(block.moe.router.gate.weight, gate)
 
 
 def train(config: Config, module: Recording | None = None, **how: bool) -> dict[str, Any]:
@@ -148,6 +161,11 @@ def train(config: Config, module: Recording | None = None, **how: bool) -> dict[
     }
 
 
+def be_on_nodes(rank: int, devices: int) -> None:
+    """Sets torchrun's variables as on machines of `devices` ranks each; trainer.num_nodes must be their number."""
+    os.environ.update(LOCAL_RANK=str(rank % devices), GROUP_RANK=str(rank // devices), LOCAL_WORLD_SIZE=str(devices))
+
+
 def train_cases(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Returns one record per case; all cases run in one start of the ranks.
 
@@ -158,7 +176,9 @@ def train_cases(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, 
         words = text.split()
         try:
             how = {word: word in words for word in ("starved", "sequential")}
-            records[name] = train(tiny(" ".join(w for w in words if w not in how), world_size), **how)
+            config = tiny(" ".join(w for w in words if w not in how), world_size)
+            be_on_nodes(rank, config.trainer.devices)
+            records[name] = train(config, **how)
         except BaseException as error:
             error.add_note(f"case {name}: {text}")
             raise

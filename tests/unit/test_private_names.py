@@ -26,6 +26,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 from torch.autograd import Variable
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.nn.parallel import DistributedDataParallel
 
 from scmoe.parallel.strategy import ExpertParallelStrategy
@@ -47,11 +51,13 @@ OTHERS = {
     *("_ddp_params_and_buffers_to_ignore", "_last_global_step_saved"),
     *("_batches_that_stepped", "_signal_connector"),
     *("_execution_engine", "_compiled_call_impl", "_ddp_kwargs"),
+    *("_fully_shard", "_fsdp_common", "_get_fsdp_state", "_fsdp_param_groups"),
     "_dynamo",
     "_fingerprint",  # Hugging Face data sets have it
 }
 UNDOCUMENTED = {  # undocumented names without an underscore
-    *("epoch_loop", "val_loop", "batch_progress", "TrainerStatus", "procs", "rank_zero_only", "pl_load")
+    *("FSDPMeshInfo", "HSDPMeshInfo", "ShardPlacementResult"),
+    *("epoch_loop", "val_loop", "batch_progress", "TrainerStatus", "procs", "rank_zero_only", "pl_load"),
 }
 PYTHONS = {"_fields", "_getframe", "_replace"}
 SEAM = "scmoe/parallel/lightning_seam.py"
@@ -76,6 +82,17 @@ def test_the_others_exist():
     assert "_ddp_params_and_buffers_to_ignore" in inspect.getsource(DistributedDataParallel.__init__)
     assert DDPStrategy(bucket_cap_mb=3.0)._ddp_kwargs == {"bucket_cap_mb": 3.0}
     assert "**self._ddp_kwargs" in inspect.getsource(DDPStrategy._setup_model)
+
+
+def test_fsdp_places_parameters_by_process_group_and_reads_a_groups_policy_late():
+    """`split_over` and `gather_as_kept` rely on this."""
+    for kind in (FSDPMeshInfo, HSDPMeshInfo):
+        assert list(inspect.signature(kind).parameters)[:3] == ["mesh", "shard_mesh_dim", "replicate_mesh_dim"]
+    assert list(inspect.signature(ShardPlacementResult).parameters) == ["placement", "mesh_info"]
+    assert "self._init_mp_dtypes()" in inspect.getsource(FSDPParamGroup.lazy_init)
+    assert "fsdp_param.init_dtype_attrs(self.mp_policy)" in inspect.getsource(FSDPParamGroup._init_mp_dtypes)
+    unit = FSDPState()
+    assert unit._fsdp_param_groups == [] and callable(FSDPModule._get_fsdp_state)
 
 
 def is_private(name):
@@ -150,7 +167,18 @@ def test_hooks_of_a_strategy():
     stages = {f"on_{stage}_{end}" for stage in ("validation", "test", "predict") for end in ("start", "end")}
     hooks = {
         *("on_train_start", "on_train_batch_start", "on_exception"),
-        *("setup_environment", "setup", "block_backward_sync", "barrier", "broadcast", "reduce", "teardown"),
+        *(
+            "setup_environment",
+            "setup",
+            "model_to_device",
+            "configure_ddp",
+            "backward",
+            "block_backward_sync",
+            "barrier",
+            "broadcast",
+            "reduce",
+            "teardown",
+        ),
         *("validation_step", "test_step", "predict_step"),
         *("save_checkpoint", "remove_checkpoint", "load_checkpoint", "load_model_state_dict", "optimizer_state"),
         *("lightning_module_state_dict", "restore_checkpoint_after_setup", "lightning_restore_optimizer"),

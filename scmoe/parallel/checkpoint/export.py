@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from scmoe.moe.experts import Experts
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.checkpoint.loading import check_same_model, read_whole
-from scmoe.parallel.checkpoint.saving import write_whole
+from scmoe.parallel.checkpoint.loading import check_same_model, read_named, tensors_of
+from scmoe.parallel.checkpoint.saving import write_in_turn
 
 FORMAT_VERSION = "2"
 EXPORT = ".safetensors"  # how the name of an exported file ends
@@ -23,6 +23,7 @@ def consolidate(
     checkpoint: Path, out: Path, model: nn.Module, settings: Mapping[str, Any], prefix: str = "model."
 ) -> None:
     """Write the weights of a checkpoint to one safetensors file, experts by global id; the file is complete or absent.
+    Memory holds one weight at a time.
 
     model: whole, on any device. settings: of the model, for the file's header, because names and shapes do not
     determine it. prefix: the model's name in the LightningModule, with its dot; it is removed. ValueError: a broken
@@ -30,13 +31,13 @@ def consolidate(
     """
     step = durable.verify(checkpoint)
     start = f"model.{prefix}"
-    weights = {name.removeprefix(start): t for name, t in read_whole(checkpoint, start).items()}
+    weights = {name.removeprefix(start): t for name, t in tensors_of(checkpoint).items() if name.startswith(start)}
     check_same_model(checkpoint, dict(model.named_parameters()), {name: tuple(t.shape) for name, t in weights.items()})
     header = {"format": "pt", "format_version": FORMAT_VERSION, "step": str(step), "settings": json.dumps(settings)}
     header["checkpoint"] = checkpoint.name
     partial = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
-        write_whole(weights, partial, header)
+        write_in_turn(weights, lambda name: read_named(checkpoint, [start + name])[start + name], partial, header)
         partial.chmod(0o644)  # so that other users can read it
         partial.replace(out)
     finally:

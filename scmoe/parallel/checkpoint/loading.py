@@ -135,11 +135,11 @@ def _allocate_state(
         start = f"{prefix}.{name}."
         for key in [k for k in stored if k.startswith(start)]:
             size, dtype = stored[key].size, stored[key].properties.dtype
-            sharded = p in shards and size[1:] == p.shape[1:] and len(size) == p.dim()
             device = p.device if len(size) or steps_on_device else "cpu"
-            value = torch.empty(p.shape if sharded else size, dtype=dtype, device=device)
+            like = size == p.shape or (p in shards and len(size) == p.dim() and size[1:] == p.shape[1:])
+            value = torch.empty_like(p, dtype=dtype) if like else torch.empty(size, dtype=dtype, device=device)
             optimizer.state[p][key.removeprefix(start)] = value
-            wanted[key] = as_dtensor(value, context) if sharded else value
+            wanted[key] = as_dtensor(value, context) if like and p in shards else value
     return wanted
 
 

@@ -5,7 +5,7 @@
                 shard-*.safetensors              (or all.safetensors) model.<name>, optimizer_<i>.<name>.<state>,
                                                  rng.<generator>.<rank>
 
-DTensor is used only here, to say which slice of an expert weight a rank holds. Nothing in these files can execute code
+A DTensor says which slice of a weight a rank holds. Nothing in these files can execute code
 when it is read.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
+from scmoe.parallel.dense_shards import local
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 META = "meta.json"
@@ -27,8 +28,9 @@ FULL = "all.safetensors"
 
 
 def model_state(module: nn.Module, context: ParallelContext) -> dict[str, Tensor]:
-    """Return the module's tensors by name, expert shards as DTensors. They share storage with the module, so reading
-    into them loads the module. A tied weight occurs once, under its first name."""
+    """Return the module's tensors by name, what is split over ranks as DTensors. They share storage with the module, so
+    reading into them loads the module. A tied weight occurs once, under its first name. FSDP splits what is whole again
+    where `state_dict` is called."""
     shards = {name for name, _ in expert_parameters(module)}
     tied = tied_weights(module)
     state = ((name, t) for name, t in module.state_dict().items() if name not in tied)
@@ -66,8 +68,10 @@ def split(checkpoint: dict[str, Any], context: ParallelContext) -> tuple[dict[st
     return tensors, meta
 
 
-def as_dtensor(shard: Tensor, context: ParallelContext) -> Tensor:
-    return DTensor.from_local(shard.detach(), context.mesh, [Replicate(), Shard(0)], run_check=False)
+def as_dtensor(experts: Tensor, context: ParallelContext) -> Tensor:
+    """Return the experts of all ranks; this tensor holds a rank's share of them, or (split on dim 1) a part of it."""
+    over_edp = Shard(1) if isinstance(experts, DTensor) else Replicate()
+    return DTensor.from_local(local(experts).detach(), context.mesh, [over_edp, Shard(0)], run_check=False)
 
 
 def _is_like(value: Any, p: Tensor) -> bool:

@@ -26,6 +26,7 @@ from scmoe.parallel import all_to_all
 TENSORS = (
     *("all_reduce", "broadcast", "reduce", "gather", "scatter", "all_gather", "reduce_scatter"),
     *("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "barrier"),
+    *("all_gather_single", "reduce_scatter_single"),  # FSDP's
 )
 OBJECTS = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list")
 WATCHED: tuple[tuple[Any, str], ...] = (

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from scmoe.parallel import lightning_seam as seam
 from scmoe.parallel.checkpoint.saving import Checkpoints
-from scmoe.parallel.job.fail_fast import FailFastStrategy
+from scmoe.parallel.dense_shards import reshard
+from scmoe.parallel.dense_strategy import DenseWeightsStrategy
 from scmoe.parallel.job.stopping import Poll, StopSignal
 from scmoe.parallel.mesh import ParallelContext
 
@@ -35,7 +36,7 @@ def check_even(stage: str, batches: Sequence[float], context: ParallelContext) -
         )
 
 
-class LockstepStrategy(FailFastStrategy):
+class LockstepStrategy(DenseWeightsStrategy):
     """DDP whose ranks ask each other at every step whether one must stop, and read the answer one step later.
 
     `checkpoints` must be set before `setup`. DDPStrategy's hooks `on_..._start` and `on_..._end` do nothing.
@@ -116,6 +117,7 @@ class LockstepStrategy(FailFastStrategy):
     def on_validation_end(self) -> None:
         self.polls_left = 0
         self.stop.take()
+        reshard(self.module)  # what follows finds the weights that optimizers hold
 
     on_test_end = on_predict_end = on_validation_end
 

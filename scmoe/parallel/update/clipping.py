@@ -5,13 +5,16 @@ other experts. They also check nothing if nothing is clipped. Left out: a torch 
 Lightning (`use_pl_optimizer=False`).
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from scmoe.parallel.dense_shards import copies, local
 from scmoe.parallel.lightning_seam import original_after_closure, replace_after_closure
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 from scmoe.parallel.update.guard import Guard
@@ -106,19 +109,38 @@ def clip_grad_norm(
 ) -> Tensor:
     """Scale all gradients so that their global norm is at most max_norm (None: do not); return the norm before that.
 
-    norm² = |dense|² + (sum over ranks of |shards|²) / EDP. One sum over all ranks makes the norm bit-identical on all
-    ranks; if it were only close, dense replicas would drift apart.
+    norm² = |replicated|² + (sum over ranks of |parts|² / number of ranks with the same part). One sum over all ranks
+    makes the norm bit-identical on all ranks; if it were only close, replicas would drift apart.
     zero: `Guard.loss_as_zero()`; a NaN on one rank makes the norm NaN on all ranks.
     """
     parameters = list(parameters)
-    dense = [p.grad for p in parameters if p.grad is not None and p not in shards]
-    sharded = [p.grad for p in parameters if p.grad is not None and p in shards]
-    device = parameters[0].device
-    square = total_norm(sharded, device).square() / context.edp_size + zero
-    norm = (context.sum_over_ranks(square) + total_norm(dense, device).square()).sqrt()
+    of_parts, of_replicated = squares(parameters, shards, context, parameters[0].device)
+    norm = (context.sum_over_ranks(of_parts + zero) + of_replicated).sqrt()
     if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        split = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
+        torch.nn.utils.clip_grads_with_norm_((p for p in parameters if not isinstance(p.grad, DTensor)), max_norm, norm)
+        for gradient in split:
+            gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+
+def squares(
+    parameters: Iterable[nn.Parameter], shards: set[nn.Parameter], context: ParallelContext, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return two squared norms of gradients: of the parts that this rank holds, to be summed over all ranks, and of
+    what every rank holds whole. A part that several ranks hold counts once in the sum. shards: the experts."""
+    replicated, parts = list[Tensor](), defaultdict[int, list[Tensor]](list)  # parts by the ranks that hold the same
+    for p in parameters:
+        if isinstance(p.grad, DTensor):
+            parts[copies(p.grad)].append(local(p.grad))
+        elif p.grad is not None and p in shards:
+            parts[context.edp_size].append(p.grad)
+        elif p.grad is not None:
+            replicated.append(p.grad)
+    square = torch.zeros((), device=device)
+    for holders, gradients in parts.items():
+        square = square + total_norm(gradients, device).square() / holders
+    return square, total_norm(replicated, device).square()
 
 
 def total_norm(gradients: list[Tensor], device: torch.device) -> Tensor:

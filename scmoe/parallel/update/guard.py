@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from scmoe.parallel.dense_shards import local
 from scmoe.parallel.lightning_seam import is_compiled
 from scmoe.parallel.mesh import ParallelContext
 
@@ -66,13 +67,13 @@ class Guard:
     def _first(self) -> str | None:
         """Return a weight that was not finite before, else the first result on this rank, else a gradient."""
         for name, p in self.module.named_parameters():
-            if not p.isfinite().all():
+            if not local(p).isfinite().all():
                 return f"weight {name}"
         for name, total in self.trace:
             if not total.isfinite():
                 return name
         for name, p in self.module.named_parameters():
-            if p.grad is not None and not p.grad.isfinite().all():
+            if p.grad is not None and not local(p.grad).isfinite().all():
                 return f"gradient of {name}"
         return None
 

@@ -7,19 +7,19 @@ from pathlib import Path
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_model
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.testbed.faults.tiny_run import LAST, OLD, one_step, progress, save_marked, tiny
+from scmoe.testbed.faults.tiny_run import LAST, OLD, WAYS, one_step, progress, save_marked, tiny
 from scmoe.testbed.ranks import run_ranks
 from scmoe.training.build.model import build_model
 
 
-def write_old(rank: int, world_size: int, folder: Path) -> None:
-    save_marked(one_step(world_size, folder), folder / "checkpoints" / LAST, OLD)
+def write_old(rank: int, world_size: int, folder: Path, dense: str) -> None:
+    save_marked(one_step(world_size, folder, *WAYS[dense]), folder / "checkpoints" / LAST, OLD)
 
 
-def flip(count: int) -> dict[str, int]:
-    """refused: how often the reader raised and named the file."""
+def flip(count: int, dense: str = "replicated") -> dict[str, int]:
+    """refused: how often the reader raised and named the file. dense: where the dense weights of the run were."""
     with tempfile.TemporaryDirectory() as name:
-        run_ranks(write_old, 2, Path(name))
+        run_ranks(write_old, 2, Path(name), dense)
         path, draw, refused = Path(name) / "checkpoints" / LAST, random.Random(0), 0
         model = build_model(tiny(1), ParallelContext())
         load_model(path, model, "model.")

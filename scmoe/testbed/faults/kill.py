@@ -19,7 +19,7 @@ import torch
 
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_checkpoint
-from scmoe.testbed.faults.tiny_run import LAST, NEW, OLD, one_step, progress, save_marked, spread, tensors
+from scmoe.testbed.faults.tiny_run import LAST, NEW, OLD, WAYS, one_step, progress, save_marked, spread, tensors
 from scmoe.testbed.ranks import RankError, run_ranks
 
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
@@ -53,10 +53,11 @@ def save_over(
     operation: int | None = None,
     after_s: float | None = None,
     steps: Sequence[int] = (OLD, NEW),
+    dense: str = "replicated",
 ) -> dict[str, Any]:
     """Save each of the steps over the one before, and kill the victim ("first", "last" or "all" ranks) at an operation
     of the last save, or some seconds after its start. Returns a surviving rank's file operations and its seconds."""
-    trainer = one_step(world_size, folder)
+    trainer = one_step(world_size, folder, *WAYS[dense])
     pids = folder / "pids"
     pids.mkdir(parents=True, exist_ok=True)
     (pids / str(rank)).write_text(str(os.getpid()))
@@ -118,13 +119,14 @@ def inspect(rank: int, world_size: int, folders: list[Path]) -> list[dict[str, i
     return found
 
 
-def kill(points: int | None = None, random: int = 0) -> dict[str, int]:
-    """points: operations per victim, None: all. random: number of kills at random times in addition."""
+def kill(points: int | None = None, random: int = 0, dense: str = "replicated") -> dict[str, int]:
+    """points: operations per victim, None: all. random: number of kills at random times in addition. dense: where the
+    dense weights of the killed runs are."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         kills: list[tuple[str, dict[str, Any]]] = []
         for background, victim in product((False, True), ("first", "last")):
-            ranks = run_ranks(save_over, 2, root / f"{victim}-{background}", victim, background)
+            ranks = run_ranks(partial(save_over, dense=dense), 2, root / f"{victim}-{background}", victim, background)
             record = ranks[0 if victim == "first" else -1]
             operations = range(len(record["operations"]))
             for who in (victim, "all") if victim == "first" else (victim,):
@@ -137,7 +139,7 @@ def kill(points: int | None = None, random: int = 0) -> dict[str, int]:
 
         folders, deaths = [], 0
         for i, (who, when) in enumerate(progress(kills, "killing")):
-            died = killed(root / str(i), who, **when)
+            died = killed(root / str(i), who, **when, dense=dense)
             if "operation" in when and not died:
                 raise RuntimeError(f"{who} survived operation {when['operation']}: operations differ between saves")
             deaths += died

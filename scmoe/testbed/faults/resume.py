@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
-from scmoe.testbed.faults.tiny_run import fit, progress, same, spread, tensors, tiny
+from scmoe.testbed.faults.tiny_run import WAYS, fit, progress, same, spread, tensors, tiny
 from scmoe.testbed.ranks import run_ranks
 
 RESUME_STEPS = 6
 
 
-def run(rank: int, world_size: int, workers: int, folder: Path, resume_from: list[Path]) -> list[dict[str, Any]]:
+def run(
+    rank: int, world_size: int, workers: int, dense: str, folder: Path, resume_from: list[Path]
+) -> list[dict[str, Any]]:
     """Return how a run ends, or runs that resume from checkpoints: tensors, learning rate, position in the data.
 
     They validate after every step, which restarts data loaders in between.
@@ -22,7 +24,7 @@ def run(rank: int, world_size: int, workers: int, folder: Path, resume_from: lis
         world_size,
         *("trainer.accumulate=2", f"trainer.max_steps={RESUME_STEPS}", "trainer.checkpoint_every=1"),
         *(f"data.workers={workers}", f"strategy.ep_size={world_size}"),
-        *("trainer.val_every=1", "data.val_sequences=16"),
+        *("trainer.val_every=1", "data.val_sequences=16", *WAYS[dense]),
     )
     ends = []
     for i, path in enumerate(resume_from or [None]):
@@ -33,15 +35,17 @@ def run(rank: int, world_size: int, workers: int, folder: Path, resume_from: lis
     return ends
 
 
-def resume(steps: int | None = None, worlds: Sequence[int] = (1, 2), workers: Sequence[int] = (0, 2)) -> dict[str, int]:
-    """steps: the number of steps to resume from, None: all."""
+def resume(
+    steps: int | None = None, worlds: Sequence[int] = (1, 2), workers: Sequence[int] = (0, 2), dense: str = "replicated"
+) -> dict[str, int]:
+    """steps: the number of steps to resume from, None: all. dense: where dense weights are."""
     compared = bit_equal = 0
     for world_size, loaders in progress([(w, n) for w in worlds for n in workers], "resuming"):
         with tempfile.TemporaryDirectory() as name:
-            straight = run_ranks(run, world_size, loaders, Path(name) / "straight", [])
+            straight = run_ranks(run, world_size, loaders, dense, Path(name) / "straight", [])
             saved = [Path(name) / "straight/0/checkpoints" / f"step={i}.ckpt" for i in range(1, RESUME_STEPS)]
             saved = spread(saved, steps)
-            resumed = run_ranks(run, world_size, loaders, Path(name) / "resumed", saved)
+            resumed = run_ranks(run, world_size, loaders, dense, Path(name) / "resumed", saved)
         compared += len(saved)
         for i in range(len(saved)):
             bit_equal += all(same(ends[i], end) for ends, (end,) in zip(resumed, straight, strict=True))

@@ -15,6 +15,7 @@ from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.parallel.checkpoint.saving import Saving
 from scmoe.parallel.checkpoint.state import model_state, optimizer_state
+from scmoe.parallel.dense_shards import local, reshard
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import build_callbacks, build_trainer, seed_everything
@@ -29,6 +30,7 @@ TINY = (
     *("trainer.accelerator=cpu", "trainer.threads=1", "trainer.progress=false", f"trainer.val_every={NEVER}"),
     *("strategy.timeout_s=60",),
 )
+WAYS = {"replicated": (), "sharded": ("strategy.dense=sharded", "strategy.ep_size=1")}  # sharded: experts as well
 LAST = "last.ckpt"
 OLD, NEW, NEXT = 1, 2, 3  # steps: of the first checkpoint, of the one saved over it, of training meanwhile
 
@@ -60,14 +62,20 @@ def fit(config: Config, run_dir: Path, resume_from: Path | None = None, save_top
     return trainer
 
 
-def one_step(world_size: int, run_dir: Path) -> Any:
+def one_step(world_size: int, run_dir: Path, *overrides: str) -> Any:
     """Return the Trainer of a run of one step, with weights and AdamW's state to save or to load into."""
-    return fit(tiny(world_size, "trainer.max_steps=1"), run_dir, save_top_k=0)
+    return fit(tiny(world_size, "trainer.max_steps=1", *overrides), run_dir, save_top_k=0)
 
 
 def tensors(trainer: Any) -> dict[str, Tensor]:
-    """Return this rank's weights, and AdamW's state of each as `name/key`."""
+    """Return this rank's weights, and AdamW's state of each as `name/key`; of what is split over ranks, its part."""
+    return {name: local(t) for name, t in named_tensors(trainer).items()}
+
+
+def named_tensors(trainer: Any) -> dict[str, Tensor]:
+    """Return the same, as DTensors where they are split."""
     module = trainer.lightning_module
+    reshard(module)
     named = {name: p.detach() for name, p in module.named_parameters()}
     for name, p in module.named_parameters():
         named.update({f"{name}/{key}": value for key, value in trainer.optimizers[0].state[p].items()})

@@ -22,6 +22,7 @@ from scmoe.config.registry import FAMILIES, OPTIMIZERS
 from scmoe.config.rules import IMAGES
 from scmoe.models.gpt import GPT
 from scmoe.models.llama import Llama
+from scmoe.parallel.dense_shards import materialise, put, shard
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build import optimizers  # noqa: F401  it registers them
 from scmoe.training.build.blocks import Parts, build_blocks, stack
@@ -37,9 +38,23 @@ OF_A_NETWORK = ("blocks", "head", "init_weights", "rows_per_sample")
 
 
 def build_model(config: Config, context: ParallelContext | None = None) -> Any:
-    """Return the network with this rank's experts and weights drawn from the seed. context: None: all experts."""
-    model = build_network(config, context or ParallelContext())
-    model.init_weights(config.seed)
+    """Return the network with this rank's experts and weights drawn from the seed. context: None: all experts.
+
+    If the context splits dense weights over ranks, so is the model, and no rank ever holds it whole: it is split on the
+    meta device, then one weight is drawn after the other. Vision models, which have tensors that are no weights, are
+    drawn whole, and the Strategy splits them."""
+    context = context or ParallelContext()
+    in_parts = context.dense_mesh is not None and config.model.family != "swin"
+    if in_parts:
+        device = torch.get_default_device()  # the rank's: Lightning sets it while a model is built
+        with torch.device("meta"):
+            model = build_network(config, context)
+        shard(model, context, config.trainer.precision)
+        materialise(model, device)
+        model.init_weights(config.seed, put)
+    else:
+        model = build_network(config, context)
+        model.init_weights(config.seed)
     if config.trainer.recompute:
         recompute_activations(model)
     return model
@@ -57,7 +72,7 @@ def build_model_to_train(config: Config, context: ParallelContext) -> Any:
     try:
         checkpoint = read_hf(Path(path)) if kind == "hf" else read_export(Path(path))
         check_settings(settings(config), checkpoint.settings)
-        fill(model, checkpoint)
+        fill(model, checkpoint, put)
     except ValueError as error:
         raise ConfigError(f"init_from is {show(config.init_from)}: {error}") from error
     return model

@@ -14,14 +14,18 @@ from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelChec
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from scmoe.analysis.cost import WEIGHT_BYTES, rank_parameters
 from scmoe.analysis.gating import GatingProbe, draw_gating, gating_means, gating_metrics
+from scmoe.analysis.memory import activations
 from scmoe.analysis.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import CALLBACKS
 from scmoe.config.rules import IMAGES, last_step, resolve_ep_size, validates
+from scmoe.parallel.dense_choice import states_bytes
 from scmoe.parallel.lightning_seam import LastCheckpoint, StepProgressBar
 from scmoe.parallel.strategy import ExpertParallelStrategy
+from scmoe.training.build.model import build_model_on_meta
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
 from scmoe.training.callbacks.analysis import Analysis
 from scmoe.training.callbacks.data_position import DataPosition
@@ -36,7 +40,8 @@ from scmoe.training.callbacks.step_times import StepTimes
 from scmoe.training.callbacks.throughput import Throughput
 
 register_callback = CALLBACKS.register
-PASSED_ON = ("async_checkpoint", "full_checkpoint", "reductions", "exchange", "debug_collectives")  # of config.strategy
+# fields of config.strategy
+PASSED_ON = ("async_checkpoint", "full_checkpoint", "dense", "reductions", "exchange", "debug_collectives")
 
 
 def seed_everything(config: Config) -> None:
@@ -90,17 +95,31 @@ def cpu_threads(config: Config) -> int:
     return config.trainer.threads or max(1, len(os.sched_getaffinity(0)) // config.trainer.devices)
 
 
+def dense_estimates(config: Config) -> dict[str, float]:
+    """Return for each way of keeping dense weights the bytes that a rank is estimated to need, activations included."""
+    trainer, data, model, ep_size = config.trainer, config.data, build_model_on_meta(config), resolve_ep_size(config)
+    world, width = trainer.devices * trainer.num_nodes, WEIGHT_BYTES[trainer.precision]
+    dense, experts = (width * number for number in rank_parameters(model, ep_size))
+    on_gpu, samples = trainer.accelerator != "cpu", data.global_batch_size // (world * trainer.accumulate)
+    kept, repeated = activations(model, data.seq_len, trainer.precision, trainer.recompute, on_gpu)
+    states = states_bytes(dense, experts, world // ep_size, world, trainer.devices)
+    return {way: size + samples * (kept + repeated) for way, size in states}
+
+
 def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> Trainer:
     """ConfigError: Lightning's Trainer does not take trainer.extra."""
     trainer, strategy = config.trainer, config.strategy
     threads = cpu_threads(config)
     set_threads = LambdaCallback(setup=lambda *_, **__: torch.set_num_threads(threads))  # after Lightning's launcher
-    same = {name: getattr(strategy, name) for name in PASSED_ON}
+    passed_on = {name: getattr(strategy, name) for name in PASSED_ON}
+    estimates = dense_estimates(config) if strategy.dense == "auto" else None
     arguments: dict[str, Any] = {
         "accelerator": trainer.accelerator,
         "devices": trainer.devices,
         "num_nodes": trainer.num_nodes,
-        "strategy": ExpertParallelStrategy(resolve_ep_size(config), strategy.timeout_s, **same),
+        "strategy": ExpertParallelStrategy(
+            resolve_ep_size(config), strategy.timeout_s, dense_estimates=estimates, **passed_on
+        ),
         "precision": trainer.precision,
         "max_steps": last_step(config),
         "max_epochs": -1,

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 
 from scmoe.analysis.parts import parts
 from scmoe.parallel.mesh import expert_parameters
-from scmoe.parallel.update.clipping import total_norm
+from scmoe.parallel.update.clipping import squares
 from scmoe.training.callbacks.log_lines import logs_now
 
 
@@ -37,12 +37,7 @@ class GradientNorms(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self.wanted:
             context: Any = pl_module.parallel_context
-            sharded_K = context.sum_over_ranks(self.squares(pl_module, sharded=True)) / context.edp_size
-            norms_K = (sharded_K + self.squares(pl_module, sharded=False)).sqrt()
+            of_kinds = [squares(own, self.shards, context, pl_module.device) for own in self.kinds.values()]
+            parts_K, replicated_K = (torch.stack(each) for each in zip(*of_kinds, strict=True))
+            norms_K = (context.sum_over_ranks(parts_K) + replicated_K).sqrt()
             pl_module.log_dict({f"grad_norm/{kind}": norm for kind, norm in zip(self.kinds, norms_K, strict=True)})
-
-    def squares(self, pl_module: LightningModule, sharded: bool) -> Tensor:
-        """Return for each kind the squared norm of what this rank holds: of shards only, or of all else."""
-        gradients = [[p.grad for p in own if (p in self.shards) == sharded] for own in self.kinds.values()]
-        norms = [total_norm([g for g in of_kind if g is not None], pl_module.device) for of_kind in gradients]
-        return torch.stack(norms).square()

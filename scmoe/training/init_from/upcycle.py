@@ -12,6 +12,7 @@ the experts that it holds.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ from scmoe.training.init_from.pretrained import Checkpoint
 
 
 @torch.no_grad()
-def fill(model: Any, checkpoint: Checkpoint) -> None:
-    """Set every weight of `model` from the checkpoint. Raises ValueError, before any is set, naming all mismatches."""
+def fill(model: Any, checkpoint: Checkpoint, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
+    """Set every weight of `model` from the checkpoint. Raises ValueError, before any is set, naming all mismatches.
+
+    put: copies a value into a weight, or into the part of a weight that this rank holds."""
     own = dict(model.named_parameters())
     upcycled = any(".moe." in name for name in own) and not any(".moe." in name for name in checkpoint.weights)
     if upcycled:
@@ -50,7 +53,7 @@ def fill(model: Any, checkpoint: Checkpoint) -> None:
     if problems:
         raise ValueError("; ".join(dict.fromkeys(problems)))
     for name, weight in found.items():
-        own[name].copy_(weight)
+        put(own[name], weight)
     if upcycled:
         for block in model.blocks:
             if has_halves(block):

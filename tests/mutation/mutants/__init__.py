@@ -13,7 +13,8 @@ from tests.mutation.mutants import (
     routing,
     running,
     seeing,
+    sharded,
 )
 
-MODULES = checkpoints, ranks, routing, running, models, generation, offload, package, seeing, extending
+MODULES = checkpoints, ranks, routing, running, models, generation, offload, package, seeing, extending, sharded
 MUTANTS = [mutant for module in MODULES for mutant in module.MUTANTS]

@@ -45,7 +45,7 @@ MUTANTS = (
         f"{FAULTS}/test_checkpoint_content.py::test_fault_07_each_rank_hashes_its_own_shard_where_it_writes_it[True]"
     ),
     Mutant("experts-saved-as-replicas", 10, f"{PARALLEL}/checkpoint/state.py")
-    .replaces("[Replicate(), Shard(0)]", "[Replicate(), Replicate()]")
+    .replaces("[over_edp, Shard(0)]", "[over_edp, Replicate()]")
     .caught_by(DP),
     Mutant("moments-saved-as-replicas", 9, f"{PARALLEL}/checkpoint/state.py")
     .replaces("    return isinstance(value, Tensor) and value.shape == p.shape\n", "    return False\n")

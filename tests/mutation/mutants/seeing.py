@@ -7,11 +7,11 @@ from tests.mutation.mutant import DATA, DIST, UNIT, Mutant
 CALLBACKS, RUN, OPTIONS = "scmoe/training/callbacks", "scmoe/training/run", "tests/smoke/test_train_options.py"
 HF, PEERS = "scmoe/training/hf", "tests/peers/test_hf_export.py"
 MUTANTS = (
-    Mutant("norm-of-experts-not-averaged", 0, f"{CALLBACKS}/gradient_norms.py")
-    .replaces("sharded=True)) / context.edp_size", "sharded=True))")
+    Mutant("norm-of-experts-not-averaged", 0, "scmoe/parallel/update/clipping.py")
+    .replaces("total_norm(gradients, device).square() / holders", "total_norm(gradients, device).square()")
     .caught_by(f"{DIST}/test_gradient_norms.py"),
     Mutant("norm-of-experts-of-one-rank", 0, f"{CALLBACKS}/gradient_norms.py")
-    .replaces("context.sum_over_ranks(self.squares(pl_module, sharded=True))", "self.squares(pl_module, sharded=True)")
+    .replaces("context.sum_over_ranks(parts_K)", "parts_K")
     .caught_by(f"{DIST}/test_gradient_norms.py"),
     Mutant("step-times-wait-for-the-device", 0, f"{CALLBACKS}/step_times.py")
     .replaces("return isinstance(mark, float) or mark.query()", "return True")

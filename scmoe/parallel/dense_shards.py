@@ -1,0 +1,170 @@
+"""Dense weights split over ranks, with FSDP2 (`fully_shard`): each rank keeps a part of every weight, gradient, moment.
+
+    sharded    dense weights over all ranks
+    hybrid     dense weights over the ranks of a node, with a copy on each node
+    both       experts over the ranks that hold the same ones (edp), on dim 1, so that any number of experts is split
+
+A block's weights are gathered before its forward and before its backward, and its gradients are summed over the ranks
+and split after its backward. So no collective of FSDP starts between the begin and the end of an MoE stream. FSDP
+divides nothing: the loss is divided by the number of ranks before backward, and all gradients are plain sums. (torch
+divides twice on a mesh of one rank, and gloo has no sum with a factor.)
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from scmoe.moe.router import Router
+from scmoe.parallel.mesh import ParallelContext, expert_parameters, start_communicators
+
+WAYS = ("replicated", "sharded", "hybrid", "auto")
+NOT_OF_DDP = ("accelerator", "parallel_devices", "cluster_environment", "process_group_backend", "start_method")
+
+
+def check_dense(dense: str, ddp: Mapping[str, Any]) -> None:
+    """Raise ValueError for an unknown way, and for arguments of DDP where DDP is not used."""
+    if dense not in WAYS:
+        raise ValueError(f"dense is {dense!r}, allowed: {', '.join(WAYS)}")
+    if dense != "replicated" and (unused := sorted(ddp.keys() - set(NOT_OF_DDP))):
+        raise ValueError(f"{unused[0]} is an argument of DDP, allowed: with dense='replicated' alone; leave it out")
+
+
+def with_dense_mesh(
+    context: ParallelContext, how: str, node_size: int, device: torch.device, timeout: timedelta
+) -> ParallelContext:
+    """Return the context with the meshes of `sharded` or `hybrid`. Every rank of the default group must call it.
+
+    node_size: ranks of one node, with consecutive numbers. ValueError: `hybrid` where a node has one rank or all.
+    """
+    rows = torch.arange(context.world_size).view(1, -1)
+    if how == "hybrid":
+        if not 1 < node_size < context.world_size or context.world_size % node_size:
+            ranks = f"{context.world_size} ranks, {node_size} a node"
+            raise ValueError(f"dense is hybrid with {ranks}, allowed: 2 or more nodes of 2 or more ranks; use sharded")
+        rows = rows.view(-1, node_size)
+
+    axes = {"copies": rows.T, "shards": rows} if how == "hybrid" else {"shards": rows}
+
+    def mesh(purpose: str) -> DeviceMesh:
+        groups: list[Any] = [
+            dist.new_subgroups_by_enumeration(grid.tolist(), timeout=timeout, group_desc=f"{purpose}-{axis}")[0]
+            for axis, grid in axes.items()
+        ]
+        if device.type == "cuda":
+            start_communicators(groups, device)
+        if how == "hybrid":
+            return DeviceMesh.from_group(groups, device.type, mesh=rows, mesh_dim_names=tuple(axes))
+        return DeviceMesh.from_group(groups[0], device.type, mesh_dim_names=tuple(axes))
+
+    return replace(context, dense_mesh=mesh("dense"), exact_mesh=mesh("exact"))
+
+
+def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
+    """Split all parameters of `module` as `context.dense_mesh` says; they may be on the meta device.
+
+    precision: Lightning's. Under bf16-mixed, matrices are gathered in bfloat16, else a copy in bfloat16 of each whole
+    matrix would stay until backward; routers and vectors (norms, biases) stay in float32.
+    ValueError: an expert's width is no multiple of the ranks that hold it.
+    """
+    from scmoe.parallel.lightning_seam import gather_as_kept, split_over  # here, as it imports Lightning
+
+    assert context.mesh is not None and context.dense_mesh is not None and context.exact_mesh is not None
+    experts = dict(expert_parameters(module))
+    for name, p in experts.items():
+        if p.shape[1] % context.edp_size:
+            allowed = f"a multiple of the {context.edp_size} ranks that hold these experts; raise ep_size"
+            raise ValueError(f"{name} is {tuple(p.shape)}, allowed for dim 1 where dense weights are split: {allowed}")
+    mixed = precision == "bf16-mixed"
+    exact = {p for m in module.modules() if isinstance(m, Router) for p in m.parameters()} if mixed else set()
+    exact |= {p for p in module.parameters() if p.dim() < 2} if mixed else set()
+    places = {p: over_edp for over_edp in [split_over(context.mesh["edp"], 1)] for p in experts.values()}
+    in_float32 = split_over(context.exact_mesh, 0)
+    places |= dict.fromkeys(exact, in_float32)
+    narrow = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if mixed else None,
+        reduce_dtype=torch.float32 if precision.startswith("bf16") else None,
+        cast_forward_inputs=False,
+    )
+    blocks, whole = units(module), [module]
+    for unit in [*blocks, whole]:
+        backward_begins_here = unit is whole or unit is blocks[-1]
+        fully_shard(
+            unit if len(unit) > 1 else unit[0],
+            mesh=context.dense_mesh,
+            reshard_after_forward=not backward_begins_here,
+            shard_placement_fn=places.get,
+            mp_policy=narrow,
+        )
+        for part in (m for m in unit if isinstance(m, FSDPModule)):
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+            gather_as_kept(part, in_float32)
+
+
+def units(module: nn.Module) -> list[list[nn.Module]]:
+    """Return what is gathered together: each entry of the outermost `nn.ModuleList`s, which hold a model's blocks.
+    Neighbours that share a weight (DGMoE-Share) are one unit. Everything else is gathered with the whole module."""
+    found: list[list[nn.Module]] = []
+    for block in _entries(module):
+        own = set(block.parameters())
+        if found and own & {p for other in found[-1] for p in other.parameters()}:
+            found[-1].append(block)
+        elif own:
+            found.append([block])
+    return found
+
+
+def _entries(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _entries(child)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    return any(isinstance(p, DTensor) for p in module.parameters())
+
+
+def reshard(module: nn.Module) -> None:
+    """Let every parameter be this rank's part again. After a forward without backward the outermost unit is whole."""
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this rank holds, in the same storage."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def copies(tensor: DTensor) -> int:
+    """Return how many ranks hold the same part."""
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return next((size for size, placement in sizes if placement.is_replicate()), 1)
+
+
+@torch.no_grad()
+def put(target: Tensor, value: Tensor) -> None:
+    """Copy this rank's part of a whole value into a tensor, split or not."""
+    if isinstance(target, DTensor):
+        value = distribute_tensor(value.detach(), target.device_mesh, target.placements, src_data_rank=None).to_local()
+    local(target).copy_(value)
+
+
+def materialise(module: nn.Module, device: torch.device) -> None:
+    """Give parameters on the meta device memory on `device`, of which nothing is set. Tied ones stay tied."""
+    made: dict[Any, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, p in list(owner.named_parameters(recurse=False)):
+            if p.is_meta:
+                made.setdefault(p, nn.Parameter(torch.empty_like(p, device=device), p.requires_grad))
+                setattr(owner, name, made[p])

@@ -1,0 +1,106 @@
+"""Dense weights are replicated, under DDP, or split over ranks, under FSDP2 (dense_shards.py)."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from scmoe.parallel.dense_choice import estimates_of, memory_of_rank, pick_dense
+from scmoe.parallel.dense_shards import is_sharded, shard, with_dense_mesh
+from scmoe.parallel.job.fail_fast import FailFastStrategy
+from scmoe.parallel.lightning_seam import hide_from_ddp
+
+
+class DenseWeightsStrategy(FailFastStrategy):
+    """DDP that leaves everything to FSDP2 where dense weights are split, as `context.dense_mesh` says.
+
+    `dense` and `dense_estimates` must be set before `setup_environment`. A module that has split its weights in
+    `configure_model` is taken as it is.
+    """
+
+    timeout: timedelta
+    dense: str  # one of dense_shards.WAYS
+    dense_estimates: Mapping[str, float] | None  # for auto: bytes of a rank; None: counted once the module has weights
+
+    @property
+    def is_split(self) -> bool:
+        return self.context.dense_mesh is not None
+
+    def split(self, how: str, estimates: Mapping[str, float] | None) -> None:
+        """Set `context.dense_mesh`. Every rank must call it. how: auto is decided by rank 0, from the estimates."""
+        if how == "auto" and estimates is not None:
+            memory = memory_of_rank(self.root_device, self.num_processes)
+            how, why = self.broadcast(pick_dense(estimates, memory))
+            if self.global_rank == 0:
+                print(f"strategy.dense=auto: dense weights are {how}; {why}", file=sys.stderr, flush=True)
+        if how in ("sharded", "hybrid"):
+            self.context = with_dense_mesh(self.context, how, self.num_processes, self.root_device, self.timeout)
+            self.module.parallel_context = self.context
+
+    def model_to_device(self) -> None:
+        if self.dense == "auto" and self.dense_estimates is None and not self.is_split:
+            self.split("auto", estimates_of(self.module, self.context, self.num_processes))
+        if self.is_split and not is_sharded(self.module):
+            shard(self.module, self.context, self.precision_plugin.precision)
+        self._check_placements()
+        if self.is_split:
+            hide_from_ddp(self.module, [name for name, _ in self.module.named_parameters()])
+        super().model_to_device()
+
+    def _check_placements(self) -> None:
+        """Raise ValueError for a module that an earlier fit has split in another way: its optimizers would fail."""
+        mesh = self.context.dense_mesh
+        wanted = None if mesh is None else mesh.ndim
+        first = next(iter(self.module.parameters()), None)
+        found = first.device_mesh.ndim if isinstance(first, DTensor) else None
+        if first is not None and found != wanted:
+            names = {None: "replicated", 1: "sharded", 2: "hybrid"}
+            raise ValueError(
+                f"dense is {names[wanted]}, but an earlier run has made this module's weights {names[found]}; allowed: "
+                f"dense={names[found]}, or a new module that loads the checkpoint"
+            )
+
+    def setup(self, trainer: Any) -> None:
+        super().setup(trainer)
+        if self.is_split:  # so that hooks of FSDP on the LightningModule itself run around its steps
+            self.model = Steps(self.module)
+
+    def configure_ddp(self) -> None:
+        if not self.is_split:
+            super().configure_ddp()
+
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """FSDP sums gradients over ranks and divides nothing, so this divides by the number of ranks."""
+        return super().backward(closure_loss / self.world_size if self.is_split else closure_loss, *args, **kwargs)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        if self.is_split:  # each batch's gradients are split and added up: whole ones would need memory on every rank
+            yield
+        else:
+            with super().block_backward_sync():
+                yield
+
+    def teardown(self) -> None:
+        if self.is_split:  # DDP's moves weights to the CPU, away from the mesh that they belong to
+            assert self.cluster_environment is not None and self.accelerator is not None
+            self.cluster_environment.teardown()
+            self.precision_plugin.teardown()
+            self.accelerator.teardown()
+        else:
+            super().teardown()
+
+
+class Steps(nn.Module):
+    """Calls a LightningModule as a module: its steps then run inside the hooks of its forward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)

@@ -1,0 +1,186 @@
+"""Faults 71 to 75: what goes wrong where dense weights are split over ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from torch import Tensor
+
+from scmoe.config.leaves import ConfigError
+from scmoe.parallel.checkpoint import durable
+from scmoe.parallel.dense_choice import pick_dense, states_bytes
+from scmoe.parallel.job.stopping import EXIT_CODE
+from scmoe.parallel.strategy import ExpertParallelStrategy
+from scmoe.testbed.faults import flip, kill, reshard, resume, tiny_run
+from scmoe.testbed.ranks import run_ranks
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_module
+from scmoe.training.build.trainer import build_trainer
+from scmoe.training.language_model import LanguageModel
+from tests.support.cases import ARCHITECTURES, SLOTS
+from tests.support.comparison import assemble, assert_same, assert_same_bits
+from tests.support.failing import failure
+from tests.support.sharded import EVERY_ON_EIGHT, EVERY_ON_FOUR, SLOTTED
+from tests.support.trainings import tiny, train_cases
+
+pytestmark = [pytest.mark.dist, pytest.mark.faults]
+
+SHARDED = tiny_run.WAYS["sharded"]
+
+
+# ---------------------------------------------------------------------- every architecture, way, EP degree and slot
+
+
+PARTS = [(4, i) for i in range(6)] + [(8, i) for i in range(5)]  # each within the time of a test
+
+
+@pytest.mark.parametrize("world_size, part", PARTS)
+def test_every_architecture_equals_one_process(world_size, part):
+    every = EVERY_ON_FOUR if world_size == 4 else EVERY_ON_EIGHT
+    cases = dict(list(every.items())[part :: 6 if world_size == 4 else 5])
+    names = {name for name, _ in cases.values()}
+    (one,) = run_ranks(train_cases, 1, {name: ARCHITECTURES[name] for name in names})
+    ranks = run_ranks(train_cases, world_size, {case: text for case, (_, text) in cases.items()}, timeout_s=280)
+    for case, (name, _) in cases.items():
+        assert_same([rank[case] for rank in ranks], assemble([one[name]]))
+
+
+def test_no_slot_changes_a_bit():
+    ranks = run_ranks(train_cases, 4, SLOTTED, timeout_s=280)
+    for position, slot, chunks in SLOTS:
+        slotted, sequential = ([rank[key] for rank in ranks] for key in ((position, slot, chunks), (position, chunks)))
+        assert_same_bits(slotted, sequential)
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize(
+    "layouts", [[reshard.Layout(1, 1), reshard.Layout(2, 1, "sharded"), reshard.Layout(4, 2, "hybrid")], reshard.ALL]
+)
+def test_71_a_checkpoint_of_any_layout_is_read_in_any_other(layouts):
+    assert reshard.reshard(layouts) == {"pairs": len(layouts) ** 2, "equal": len(layouts) ** 2}
+
+
+def test_72_a_killed_save_of_split_weights_leaves_a_whole_checkpoint():
+    found = kill.kill(points=3, random=3, dense="sharded")
+    assert found["killed"] >= found["kill_points"] - 3
+    assert (found["lost"], found["mixed"], found["leftovers"]) == (0, 0, 0)
+
+
+def test_72_a_flipped_bit_is_refused_and_a_resumed_run_is_bit_identical():
+    assert flip.flip(50, dense="sharded") == {"flips": 50, "refused": 50}
+    assert resume.resume(2, [2], [0], dense="sharded") == {"compared": 2, "bit_equal": 2}
+
+
+# ---------------------------------------------------------------------- ranks that fail or stop
+
+
+class Poisoned(LanguageModel):
+    """In step 1 the experts of rank 1 return NaN."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor | None]:
+        if batch_idx == 1 and self.parallel_context.rank == 1:
+            experts = self.model.blocks[0].moe.experts
+            experts.register_forward_hook(lambda m, a, out: out * float("nan"), prepend=True)
+        return super().training_step(batch, batch_idx)
+
+
+def poisoned(rank: int, world_size: int) -> None:
+    config = tiny(f"position=pos2 {' '.join(SHARDED)}", world_size)
+    module = build_module(config)
+    module.__class__ = Poisoned
+    build_trainer(config, [], []).fit(module, build_datamodule(config))
+
+
+@pytest.mark.representative
+def test_73_a_nan_on_one_rank_stops_all_before_the_update():
+    """Each rank searches the origin in its own part of the weights; a collective there would wait for ever."""
+    said = failure(poisoned, 2)
+    origin = "rank 1: output of model.blocks.0.moe.experts"
+    assert said.count(f"FloatingPointError: gradient norm is nan, no update was made; first not finite: {origin}") == 2
+
+
+def stopped(rank: int, world_size: int, folder: Path, resume_from: Path | None, victim: int | None) -> Any:
+    """Returns the exit code of a run, or its tensors. victim: receives SIGTERM in step 2."""
+    training_step = LanguageModel.training_step
+
+    def noted(module: LanguageModel, batch: dict[str, Tensor], batch_idx: int) -> Any:
+        if rank == victim and batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return training_step(module, batch, batch_idx)
+
+    words = "trainer.max_steps=5", "strategy.async_checkpoint=true", *SHARDED
+    with patch.object(LanguageModel, "training_step", noted):
+        try:
+            return tiny_run.tensors(tiny_run.fit(tiny_run.tiny(world_size, *words), folder, resume_from))
+        except SystemExit as end:
+            return end.code
+
+
+def test_75_sigterm_to_one_rank_saves_one_step_and_the_resumed_run_is_bit_identical(tmp_path):
+    assert run_ranks(stopped, 2, tmp_path / "stopped", None, 1) == [EXIT_CODE] * 2
+    (saved,) = (tmp_path / "stopped" / "checkpoints").iterdir()
+    assert 2 <= durable.verify(saved) < 5
+    whole = run_ranks(stopped, 2, tmp_path / "whole", None, None)
+    resumed = run_ranks(stopped, 2, tmp_path / "resumed", saved, None)
+    assert all(tiny_run.same(a, b) for a, b in zip(resumed, whole, strict=True))
+
+
+# ---------------------------------------------------------------------- refusals and auto
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("strategy.dense=hybrid", "strategy.dense is 'hybrid', allowed: replicated | sharded | auto, unless trainer."),
+        (
+            "strategy.dense=sharded strategy.ep_size=1 trainer.devices=16 data.global_batch_size=16",
+            "model.ffn_dim, 16 or 24 is no multiple of the 16 ranks that hold the same experts",
+        ),
+        ("strategy.dense=whole", "strategy.dense is 'whole', allowed: replicated | sharded | hybrid | auto"),
+    ],
+)
+def test_74_a_layout_that_cannot_be_is_refused_by_key(text, says):
+    with pytest.raises(ConfigError) as error:
+        tiny(text, 4)
+    assert says in str(error.value)
+
+
+@pytest.mark.representative
+def test_74_arguments_of_ddp_and_unknown_ways_are_refused():
+    with pytest.raises(ValueError, match="find_unused_parameters is an argument of DDP, allowed: with dense='replic"):
+        ExpertParallelStrategy(dense="sharded", find_unused_parameters=True)
+    with pytest.raises(ValueError, match="dense is 'split', allowed: replicated, sharded, hybrid, auto"):
+        ExpertParallelStrategy(dense="split")
+
+
+def fitted_twice(rank: int, world_size: int) -> None:
+    config = tiny("position=pos2 trainer.max_steps=1 strategy.dense=sharded", world_size)
+    module = build_module(config)
+    build_trainer(config, [], []).fit(module, build_datamodule(config))
+    other = tiny("position=pos2 trainer.max_steps=1", world_size)
+    build_trainer(other, [], []).fit(module, build_datamodule(other))
+
+
+def test_74_a_module_that_is_split_is_not_trained_as_replicated():
+    said = failure(fitted_twice, 1)
+    assert (
+        "ValueError: dense is replicated, but an earlier run has made this module's weights sharded; allowed:" in said
+    )
+
+
+@pytest.mark.representative
+def test_74_auto_takes_the_first_way_that_has_room():
+    """GPT3-MoE-XL of docs/strategy.md on 64 ranks in nodes of 8, EP 8: GiB of weights, gradients, and moments."""
+    ways = dict(states_bytes(dense=3.0, experts=6.0, edp_size=8, world_size=64, node_size=8))
+    assert ways == {"replicated": 36.0, "hybrid": 4.5, "sharded": 3.1875}
+    picked = [pick_dense(ways, memory)[0] for memory in (45.1, 44.9, 5.7, 5.5, 1.0)]
+    assert picked == ["replicated", "hybrid", "hybrid", "sharded", "sharded"]
+    assert list(dict(states_bytes(3.0, 6.0, 2, 4, 4))) == ["replicated", "sharded"]
