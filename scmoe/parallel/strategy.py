@@ -47,8 +47,7 @@ class ExpertParallelStrategy(LockstepStrategy):
     async_checkpoint: training continues while a checkpoint is written; the files are complete some steps later.
     debug_collectives: ranks compare every collective before they take part in it; slow.
     full_checkpoint: rank 0 merges the shards of all ranks into one file.
-    reductions: "ddp": gradients are sent as soon as a bucket is full; "paced" (on CPUs): in small pieces that let the
-    All-to-All go first; None: paced on CPUs, ddp on GPUs.
+    reductions: ddp: sends gradients when a bucket is full; paced (CPUs): in pieces after the rows; None: paced on CPUs.
     exchange: how rows travel between nodes: flat | hierarchical | auto (mesh.build_context).
     dense: "replicated": dense weights on all ranks, under DDP. "sharded": over all ranks, and experts over the ranks
         that hold the same ones, under FSDP2. "hybrid": over the ranks of a node, with a copy on each node. "auto": the
