@@ -52,7 +52,10 @@ def equal_hops(num_rows: int, nodes: int, places: int) -> Hops:
 
 
 def swap_blocks(rows: Tensor, blocks: Blocks, out: Tensor | None = None) -> Tensor:
-    """Rows in blocks [a][b], of so many rows each, in the order [b][a]."""
+    """Return the rows, whose blocks are in the order of rows of `blocks`, in the order of its columns.
+
+    blocks: the number of rows in each block.
+    """
     width = len(blocks[0])
     pieces = rows.split([size for row in blocks for size in row])
     return torch.cat([piece for b in range(width) for piece in pieces[b::width]], out=out)
