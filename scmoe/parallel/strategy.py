@@ -120,8 +120,7 @@ class ExpertParallelStrategy(LockstepStrategy):
             rank_zero_info(f"The model summary counts this rank's experts: 1 of {self.context.ep_size} parts of them.")
         # else DDP would overwrite every rank's experts with rank 0's, then average gradients of different experts
         hide_from_ddp(self.module, [name for name, _ in expert_parameters(self.module)])
-        paced = not self.is_split and is_paced(self.reductions, self.root_device)
-        if paced:
+        if is_paced(self.reductions, self.root_device):
             prefer_buckets(self, BUCKET_MB)
         super().setup(trainer)
         if self.debug_collectives:
@@ -131,6 +130,7 @@ class ExpertParallelStrategy(LockstepStrategy):
         if is_fitting(trainer):
             self.trained = self.module
             shards = [] if self.is_split else [p for _, p in expert_parameters(self.module)]
+            paced = is_paced(self.reductions, self.root_device) and not self.is_split  # which auto decides in `setup`
             pacer = self.at_teardown.enter_context(pacing(self.model, self.context)) if paced else None
             self.reducer = ExpertGradientReducer(shards, self.context, pacer)
             self.at_teardown.callback(self.reducer.remove)

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.moe.operators import Recorder
 from scmoe.moe.router import Router
+from scmoe.parallel import dense_strategy
 from scmoe.parallel.drop_in import ScMoEBlock
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.testbed.ranks import run_ranks
@@ -202,7 +203,9 @@ def on_four(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 
 
 def on_two(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    return {dense: own_module(rank, dense, folder / dense) for dense in ("replicated", "sharded")}
+    """With a byte of memory, auto takes the last way, sharded, once the module has its weights."""
+    with patch.object(dense_strategy, "memory_of_rank", lambda *_: 1.0):
+        return {dense: own_module(rank, dense, folder / dense) for dense in ("replicated", "auto")}
 
 
 def on_one(rank: int, world_size: int) -> tuple[dict[str, Any], list[Tensor]]:
@@ -262,7 +265,7 @@ def test_other_precisions_and_compiled_sublayers(one):
 
 def test_a_users_own_module_is_split_and_equal_to_replicated(tmp_path):
     for rank in run_ranks(on_two, 2, tmp_path):
-        replicated, sharded = rank["replicated"], rank["sharded"]
+        replicated, sharded = rank["replicated"], rank["auto"]
         assert (replicated["split"], sharded["split"]) == (False, True)
         assert (replicated["values"] - sharded["values"]).abs().max() <= TOLERANCE
         for name, weight in replicated["weights"].items():
