@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train resume generate evaluate export sweep reproduce table table3 runs compare list check-data params estimate bench bench-overlap bench-inference bench-growth timeline gpu-check figures reports recording figure1 figure8 figure9 figure10 fig13 test test-fast test-dist test-faults mutate wheel-test lint format typecheck docs ci clean
+.PHONY: help setup train resume generate evaluate export sweep reproduce table table3 runs compare list check-data params estimate dryrun bench bench-overlap bench-inference bench-growth timeline gpu-check figures reports recording figure1 figure8 figure9 figure10 fig13 test test-fast test-dist test-faults mutate wheel-test lint format typecheck docs ci clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [CONFIG=$(CONFIG)] [RUN=runs/...] [ARGS=\"optim.lr=1e-3 ...\"]"; echo
@@ -76,6 +76,9 @@ params: $(READY)  ## count the parameters of every preset and architecture, next
 
 estimate: $(READY)  ## what CONFIG costs on ARGS="ep=8 dp=2": FLOPs, bytes, memory; starts nothing
 	@$(PY) -m experiments.estimate $(CONFIG) $(ARGS)
+
+dryrun: $(READY)  ## one step of CONFIG on ARGS="ranks=1024" in this process, on tensors without numbers: memory, bytes
+	@$(PY) -m experiments.dryrun $(CONFIG) $(ARGS)
 
 bench: $(READY)  ## time of the MoE layer over that of its dense products
 	@$(PY) -m experiments.bench layer $(ARGS)

@@ -24,6 +24,10 @@ class SelfAttention(nn.Module):
         """Bytes that autograd keeps of one row, without the submodules. width: bytes of a number."""
         raise NotImplementedError
 
+    def kept_once_bytes(self, width: int) -> float:
+        """Bytes that autograd keeps of a batch, whatever its size."""
+        return 0.0
+
 
 class Attention(SelfAttention):
     """Causal multi-head self-attention, softmax(Q K^T / sqrt(D/H)) V. Flash attention where torch has it.

@@ -218,7 +218,7 @@ def _ranks(config: Config) -> Iterator[Rule]:
     nodes = trainer.num_nodes > 1 and trainer.devices > 1
     hybrid = "replicated | sharded | auto, unless trainer.num_nodes and trainer.devices are 2 or more"
     yield config.strategy.dense == "hybrid" and not nodes, "strategy.dense", hybrid
-    widths, holders = (config.model.dim, config.model.ffn_dim or 4 * config.model.dim), world // ep_size
+    widths, holders = (config.model.dim, config.model.ffn_dim or 4 * config.model.dim), world // resolve_ep_size(config)
     split = not dense and config.model.family != "swin" and config.strategy.dense in ("sharded", "hybrid")
     uneven = split and any(width % holders for width in widths)
     why = f"{' or '.join(map(str, widths))} is no multiple of the {holders} ranks that hold the same experts"

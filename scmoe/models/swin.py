@@ -52,8 +52,15 @@ class ShiftedWindows(SelfAttention):
         return math.prod(self.window)
 
     def kept_bytes(self, width: int) -> float:
-        """Normed Q and K as well as Q, K, V; the result; scores of the window."""
-        return width * (7 * self.dim + 2 * self.attention.num_heads * math.prod(self.window))
+        """Normed Q and K as well as Q, K, V; the result; scores of the window, wide and as they are multiplied."""
+        scores = self.attention.num_heads * math.prod(self.window)
+        return width * 7 * self.dim + (max(4, width) + width) * scores
+
+    def kept_once_bytes(self, width: int) -> float:
+        """The position bias: hidden numbers of every distance, and the sigmoid of every pair of places."""
+        distances = math.prod(2 * side - 1 for side in self.window)
+        pairs = math.prod(self.window) ** 2 * self.attention.num_heads
+        return width * (distances * self.attention.cpb_mlp[0].out_features + pairs)
 
 
 class PostNorm(nn.Module):

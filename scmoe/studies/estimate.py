@@ -1,7 +1,8 @@
-"""What a training costs, without starting it: parameters, FLOPs, bytes of All-to-All, memory of a rank.
+"""What a training costs, without starting it: parameters, FLOPs, bytes of collectives, memory of a rank.
 
 ep ranks share one set of experts, dp such sets are replicas: ep x dp ranks, data parallel over all of them. Numbers are
-read off the model on the meta device; the formulas are in scmoe/analysis/cost.py and memory.py.
+read off the model on the meta device; the formulas are in scmoe/analysis: cost.py, traffic.py, memory.py and
+step_memory.py. `scmoe dryrun` checks them (testbed/dry_run).
 """
 
 from typing import Any
@@ -10,7 +11,10 @@ from rich.table import Column, Table
 
 from scmoe.analysis.cost import forward_flops, moe_uses, rank_parameters, training_flops, transfer_bytes
 from scmoe.analysis.memory import rank_memory
+from scmoe.analysis.split import Split
+from scmoe.analysis.traffic import step_traffic
 from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError
 from scmoe.config.rules import IMAGES
 from scmoe.training.build.model import build_model_on_meta
 from scmoe.training.run.report import count_parameters, total_and_active
@@ -20,7 +24,9 @@ MIB = 2**20
 
 def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
     """Return the costs of a config on ep_size x dp_size ranks: per token (image), and for one rank."""
-    trainer, data = config.trainer, config.data
+    trainer, data, dense = config.trainer, config.data, config.strategy.dense
+    if dense == "auto":
+        raise ConfigError("strategy.dense is auto, allowed in an estimate: replicated | sharded | hybrid")
     model = build_model_on_meta(config)
     total, active = total_and_active(count_parameters(model))
     replicated, experts = rank_parameters(model, ep_size)
@@ -32,10 +38,16 @@ def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
     given: dict[str, Any] = {"ep_size": ep_size, "dp_size": dp_size}
     given |= {"precision": trainer.precision, "recompute": trainer.recompute}
     on_gpu = trainer.accelerator != "cpu"
-    memory = rank_memory(model, seq_len=data.seq_len, samples=samples, on_gpu=on_gpu, **given)
+    layout: dict[str, Any] = {"dense": dense, "node_size": trainer.devices}
+    batch: dict[str, Any] = {"seq_len": data.seq_len, "samples": samples}
+    memory = rank_memory(model, **batch, on_gpu=on_gpu, **given, **layout)
+    split = Split(model, dense, ep_size, dp_size, trainer.devices, trainer.precision)
+    wire_bytes = None if config.strategy.wire_dtype is None else 2
+    collectives = step_traffic(split, **batch, accumulate=trainer.accumulate, wire_bytes=wire_bytes)
     return {
         **given,
         "optimizer": config.optim.name,
+        "dense": dense,
         "samples_per_rank": samples,
         "params_total": total,
         "params_active": active,
@@ -50,6 +62,7 @@ def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
         "all_to_all_bytes_training": 4 * together,
         "all_to_all_share_that_travels": (ep_size - 1) / ep_size,
         "memory_bytes": memory,
+        "collectives_bytes": collectives,
     }
 
 
@@ -75,12 +88,15 @@ def estimate_table(facts: dict[str, Any]) -> Table:
     made.add_row("  of which travel", travel, f"{ep - 1} of {ep}", end_section=True)
     recompute = "on" if facts["recompute"] else "off"
     notes = {
-        "gradients": "" if dp == 1 else "and the experts' while they are averaged",
+        "weights": f"dense weights {facts['dense']}",
         "optimizer": "AdamW's two moments"
         + ("" if facts["optimizer"] == "adamw" else f"; {facts['optimizer']} may differ"),
+        "gathered": "the largest block while its weights are whole",
         "activations": f"estimate, batch of {facts['samples_per_rank']} a rank, recompute {recompute}",
-        "total": "without the allocator's gaps and buffers of transfers",
+        "total": "when most is there, without the allocator's gaps: the experts' gradients come while activations go",
     }
     for name, size in facts["memory_bytes"].items():
-        made.add_row(f"MiB of a rank: {name}", f"{size / MIB:,.0f}", notes.get(name, ""))
+        made.add_row(f"MiB of a rank: {name}", f"{size / MIB:,.0f}", notes.get(name, ""), end_section=name == "total")
+    for name, size in facts["collectives_bytes"].items():
+        made.add_row(f"MiB of a step: {name}", f"{size / MIB:,.4g}", "bytes that a rank sends, its own share included")
     return made

@@ -133,6 +133,8 @@ def _size(config: Config) -> Iterator[Rule]:
     samples = data.global_batch_size // (world * trainer.accumulate)
     given: dict[str, Any] = {"ep_size": ep_size, "dp_size": world // ep_size, "recompute": trainer.recompute}
     given |= {"seq_len": data.seq_len, "samples": samples, "precision": trainer.precision, "on_gpu": gpu}
+    dense = "sharded" if config.strategy.dense == "auto" else config.strategy.dense  # the way that needs least
+    given |= {"dense": dense, "node_size": trainer.devices}
     needed = rank_memory(model, **given)["total"] / GIB + (0 if gpu else PROCESS_GIB)
     limit = trainer.max_memory_gib or free_gib(config)
     free = "" if trainer.max_memory_gib else f" of {limit:.3g} free"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutation.mutant import DATA, DIST, UNIT, Mutant
 
 CALLBACKS, RUN, OPTIONS = "scmoe/training/callbacks", "scmoe/training/run", "tests/smoke/test_train_options.py"
+DRY_RUN = "scmoe/testbed/dry_run"
 HF, PEERS = "scmoe/training/hf", "tests/peers/test_hf_export.py"
 MUTANTS = (
     Mutant("norm-of-experts-not-averaged", 0, "scmoe/parallel/update/clipping.py")
@@ -22,6 +23,18 @@ MUTANTS = (
     Mutant("mfu-counts-empty-slots", 0, "scmoe/analysis/cost.py")
     .replaces("if empty_slots else copies)", "if True else copies)")
     .caught_by(f"{UNIT}/test_step_times.py"),
+    Mutant("freed-storages-count", 0, f"{DRY_RUN}/counting.py")
+    .replaces("weakref.finalize(storage, self._resize, key, None)", "self.sizes[key] = self.sizes[key]")
+    .caught_by(f"{UNIT}/test_dry_run.py::test_counting_equals_torchs_tracker_where_its_hooks_hold_nothing"),
+    Mutant("all-reduce-sends-once", 0, f"{DRY_RUN}/counting.py")
+    .replaces('(1 + (name == "allreduce_")) * max(sizes)', "max(sizes)")
+    .caught_by(f"{UNIT}/test_dry_run.py"),
+    Mutant("last-block-is-gathered-twice", 0, "scmoe/analysis/split.py")
+    .replaces("units(self.model)[:-1]", "units(self.model)")
+    .caught_by(f"{UNIT}/test_dry_run.py"),
+    Mutant("loss-has-no-gradients", 0, "scmoe/analysis/stages.py")
+    .replaces("2 * logits", "0 * logits")
+    .caught_by(f"{UNIT}/test_dry_run.py"),
     Mutant("load-table-keeps-rows-that-come-again", 0, f"{CALLBACKS}/expert_load.py")
     .replaces("if int(row[0]) < trainer.global_step", "if row")
     .caught_by(f"{UNIT}/test_expert_load.py"),

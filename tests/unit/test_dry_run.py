@@ -1,0 +1,74 @@
+"""A dry run counts what the estimate computes: bytes of collectives and states exactly, the peak within 5 %."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from scmoe.config.leaves import ConfigError
+from scmoe.config.rules import resolve_ep_size
+from scmoe.studies.dry_run import load_for
+from scmoe.studies.estimate import estimate
+from scmoe.testbed.dry_run.counting import Counting
+from scmoe.testbed.dry_run.step import check, dry_run
+
+TINY, RANKS, SAMPLES = "configs/model/gpt3_moe_xl_tiny.yaml", 16, 8
+CASES = {
+    "replicated": "moe.noisy=true strategy.ep_size=4 schedule.chunks=2",
+    "replicated, recompute": "trainer.recompute=true trainer.precision=bf16-mixed",
+    "dgmoe-share": "moe.architecture=dgmoe_share model.layers=4",
+    "buffers": "moe.capacity_factor=null moe.rows=buffers moe.dropless_ceiling=1.5 trainer.precision=bf16-mixed",
+    "sharded": "strategy.dense=sharded",
+    "hybrid": "model.layers=4 strategy.dense=hybrid strategy.ep_size=4 trainer.precision=bf16-mixed",
+    "hybrid, recompute": "strategy.dense=hybrid trainer.recompute=true model.layers=4",
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_dry_run_counts_what_the_estimate_computes(case):
+    words = ["data.name=synthetic", "model.layers=2", *CASES[case].split()]
+    config = load_for(TINY, RANKS, SAMPLES, words)
+    run, ep_size = dry_run(config), resolve_ep_size(config)
+    facts = estimate(config, ep_size, RANKS // ep_size)
+    memory = facts["memory_bytes"]
+    assert run.collectives == facts["collectives_bytes"]
+    for state in ("weights", "gradients", "optimizer"):
+        assert getattr(run, state) == memory[state]
+    assert memory["total"] == pytest.approx(sum(run.peak.values()), rel=0.05)
+    if not config.trainer.recompute and config.moe.rows != "buffers":  # else the estimate is an upper bound
+        assert run.flops == pytest.approx(facts["flops_training"] * SAMPLES * config.data.seq_len, rel=1e-3)
+
+
+def test_counting_equals_torchs_tracker_where_its_hooks_hold_nothing():
+    with FakeTensorMode():
+        model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        x, tracker, counting = torch.zeros(128, 64), MemTracker(), Counting()
+        counting.add([x, *model.parameters()])
+        tracker.track_external(model, x)
+        with tracker, counting:
+            model(x).sum().backward()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    assert counting.peak.total() == peak > 128 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words", "message"),
+    [
+        (12, "", "ranks is 12, allowed: multiples of the ranks of a node, 8"),
+        (16, "trainer.devices=0", "trainer.devices is 0"),
+        (16, "data.global_batch_size=16", "data.global_batch_size is 16, allowed: ranks=N samples=N"),
+        (16, "strategy.ep_size=16", "strategy.ep_size is 16, allowed: a divisor of moe.num_experts, 8"),
+        (16, "moe.capacity_factor=null", "moe.capacity_factor is null, allowed: a number, or moe.rows=buffers"),
+        (16, "trainer.accelerator=cpu", "moe.rows is 'auto', allowed: slots"),
+        (16, "moe.capacity_factor=null moe.rows=buffers moe.dropless_ceiling=2", "trainer.precision is '32-true'"),
+        (16, "trainer.accumulate=2", "trainer.accumulate is 2, allowed: 1"),
+        (16, "strategy.dense=auto", "strategy.dense is 'auto', allowed: replicated | sharded | hybrid"),
+    ],
+)
+def test_what_cannot_be_dry_run_is_refused_in_a_line(ranks, words, message):
+    with pytest.raises(ConfigError, match=message.replace("|", r"\|")) as raised:
+        check(load_for(TINY, ranks, 2, words.split()))
+    assert "\n" not in str(raised.value)
