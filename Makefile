@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train resume generate evaluate export sweep reproduce table table3 runs compare list check-data params estimate dryrun bench bench-overlap bench-inference bench-growth timeline gpu-check figures figure1 figure8 figure9 figure10 fig13 test test-fast test-dist test-faults mutate wheel-test lint format typecheck ci clean
+.PHONY: help setup train resume generate evaluate export sweep reproduce table table3 runs compare list check-data params estimate dryrun bench bench-overlap bench-inference bench-growth timeline gpu-check figures reports recording figure1 figure8 figure9 figure10 fig13 test test-fast test-dist test-faults mutate wheel-test lint format typecheck docs ci clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [CONFIG=$(CONFIG)] [RUN=runs/...] [ARGS=\"optim.lr=1e-3 ...\"]"; echo
@@ -35,7 +35,7 @@ train: $(READY)  ## train CONFIG, with ARGS as overrides
 	@$(PY) -m experiments.train $(CONFIG) $(ARGS)
 
 resume: $(READY)  ## resume RUN (the newest), or from STEP of it
-	@$(PY) -m experiments.train --resume $(or $(RUN),runs/latest) $(if $(STEP),step=$(STEP)) $(ARGS)
+	@$(PY) -m experiments.resume $(or $(RUN),runs/latest) $(if $(STEP),step=$(STEP)) $(ARGS)
 
 generate: $(READY)  ## continue PROMPT="a text" with the model of RUN (default: the newest)
 	@$(PY) -m experiments.generate $(or $(RUN),runs/latest) $(if $(PROMPT),--prompt '$(subst ','\'',$(PROMPT))') $(ARGS)
@@ -100,9 +100,40 @@ timeline: $(READY)  ## one pair's operators, measured and planned (Fig. 7), and 
 gpu-check:  ## check everything on one GPU in nine minutes, into the folder OUT; ARGS="--device cpu --tiny" for a trial
 	@$(or $(wildcard $(PY)),$(PYTHON)) -m experiments.gpu_check $(if $(OUT),--out $(OUT)) $(ARGS)
 
-figures: $(READY)  ## draw the figures of the README and docs
-	@$(PY) -m experiments.figure 4 $(ARGS)
-	@$(PY) -m experiments.figure 7 $(ARGS)
+figures: $(READY)  ## draw the pictures of the README and docs, from the reports that are kept there
+	@$(PY) -m experiments.figure 0 $(ARGS)
+
+# A line for each report that a picture of the docs is drawn from. Minutes are those of an idle machine, estimated from
+# the tables of docs/benchmarks.md except those of growth and inference.
+KEPT := docs/figures
+KEEP := $(PY) -m experiments.bench
+REPORTS := $(addprefix $(KEPT)/, $(addsuffix .json, \
+  overlap-real-block-2-ranks-share-0.52 overlap-real-block-2-ranks-share-0.15 overlap-real-iteration-2-ranks-share-0.52 \
+  overlap-emulated-block-2-ranks-share-0.52 overlap-emulated-block-2-ranks-share-0.35 \
+  overlap-emulated-block-4-ranks-share-0.35 growth inference-2-ranks-share-0.52 inference-2-ranks-share-0.15))
+
+reports: $(REPORTS)  ## measure what the docs' pictures show, 95 min on an idle machine; remove a report to measure it again
+$(REPORTS): | $(READY)
+$(KEPT)/overlap-real-block-2-ranks-share-0.52.json:  # 10 min
+	@$(KEEP) overlap --out $(KEPT) --share 0.52 --compute real
+$(KEPT)/overlap-real-block-2-ranks-share-0.15.json:  # 11 min
+	@$(KEEP) overlap --out $(KEPT) --share 0.15 --compute real --rounds 15
+$(KEPT)/overlap-real-iteration-2-ranks-share-0.52.json:  # 12 min
+	@$(KEEP) overlap --out $(KEPT) --share 0.52 --compute real --level iteration --tokens 2048 --rounds 5 \
+	  --rows top2 shared_expert scmoe_pos2 scmoe_pos3
+$(KEPT)/overlap-emulated-block-2-ranks-share-0.52.json:  # 9 min
+	@$(KEEP) overlap --out $(KEPT) --share 0.52
+$(KEPT)/overlap-emulated-block-2-ranks-share-0.35.json:  # 11 min
+	@$(KEEP) overlap --out $(KEPT) --share 0.35 --attention-ms 60
+$(KEPT)/overlap-emulated-block-4-ranks-share-0.35.json:  # 8 min
+	@$(KEEP) overlap --out $(KEPT) --share 0.35 --ranks 4 --attention-ms 60 --rounds 5
+$(KEPT)/growth.json:  # 23 min
+	@$(KEEP) growth --out $(KEPT)
+$(KEPT)/inference-2-ranks-share-%.json:  # 4 min
+	@$(KEEP) inference --out $(KEPT) --share $*
+
+recording: $(READY)  ## run the quickstart once more and draw its terminal into the README's picture
+	@$(PY) -m tests.terminal --from training docs/figures/train.svg make train
 
 figure1: $(READY)  ## Fig. 1, share of All-to-All in the time, from the reports that figure8 leaves in runs/figure8
 	@$(PY) -m experiments.figure 1 runs/figure8 $(ARGS)
@@ -150,6 +181,10 @@ format: $(READY)  ## let ruff fix what it can
 
 typecheck: $(READY)  ## check types with mypy
 	@$(PY) -m mypy
+
+docs: $(READY)  ## build the documentation as a site into site/ and check its links; ARGS=serve shows it
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs $(or $(ARGS),build --strict)
+	@$(if $(ARGS),,echo "docs: site/index.html is built")
 
 ci: lint typecheck wheel-test test  ## run lint, types, the wheel's test and all tests: what a change must pass
 

@@ -1,100 +1,77 @@
-"""Measure on this machine. The last line on standard output is JSON."""
+"""`scmoe bench` measures on this machine. What needs several ranks is in bench_pairs.py and bench_links.py."""
 
 import json
 import sys
-from argparse import ArgumentTypeError
-from importlib import import_module
-from pathlib import Path
-from typing import Any
 
-from scmoe.config.leaves import ConfigError
-from scmoe.experiments import command, parser
+from cyclopts import App
 
-# Sizes of `bench overlap` and of `bench layer`. Those of overlap have the defaults of testbed.pairs.Setting.
-WIDTHS: dict[str, float] = {"dim": 512, "ffn_dim": 2048, "tokens": 1024}
-SIZES = {**WIDTHS, "heads": 8, "seq_len": 256, "num_experts": 8, "attention_ms": 45.0, "attention_to_mlp": 3.0}
-LAYER = {**WIDTHS, "tokens": 2048, "experts": 8, "top_k": 2, "rounds": 15, "threads": 1}
-GENERATION = {"batch": 4, "prompt": 32, "tokens": 256, "rounds": 3, "threads": 1}
-DENSE = {"ranks": 4, "ep_size": 2, "batch": 4, "rounds": 9}
-OUT: dict[str, Any] = {"out": Path("runs/bench")}
-LINKS: dict[str, Any] = {"share": 0.52, "ranks": 2}
-INFERENCE, TIMELINE = {**LINKS, "prompt": 512, "batch": 8, "rounds": 9, **OUT}, {**LINKS, "out": Path("runs/timeline")}
-HERE = {"layer": "layer", "guard": "guard_cost", "generation": "generation", "dense": "dense_cost"}  # files
+from scmoe.experiments import call
+from scmoe.experiments.bench_links import exchange, inference, timeline
+from scmoe.experiments.bench_pairs import growth, overlap
+
+main = App(name="bench", help="Measure on this machine. The last line on standard output is JSON.")
 
 
-def at_least_two(text: str) -> int:
-    """Parse a number of rounds; quartiles require two."""
-    if not text.isdecimal() or int(text) < 2:
-        raise ArgumentTypeError(f"is {text}, allowed: 2 or more, of which quartiles are taken")
-    return int(text)
+@main.command
+def generation(*, batch: int = 4, prompt: int = 32, tokens: int = 256, rounds: int = 3, threads: int = 1) -> None:
+    """Generation with a cache and without."""
+    given = locals()
+    from scmoe.testbed.generation import bench_generation
+
+    print(json.dumps(bench_generation(**given) | given))
 
 
-def options_of(arguments: list[str]) -> dict[str, Any]:
-    options = parser("bench", __doc__)
-    verbs = options.add_subparsers(dest="what", required=True)
+@main.command
+def layer(
+    *,
+    dim: int = 512,
+    ffn_dim: int = 2048,
+    tokens: int = 2048,
+    experts: int = 8,
+    top_k: int = 2,
+    rounds: int = 15,
+    threads: int = 1,
+    capacity: float | None = None,
+) -> None:
+    """Time of the MoE layer over that of its dense products.
 
-    def add(name: str, help: str, defaults: dict[str, Any]) -> Any:
-        option = verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.").add_argument
-        for key, default in defaults.items():
-            option(f"--{key.replace('_', '-')}", type=type(default), default=default, help="(default: %(default)s)")
-        return option
+    Args:
+        capacity: capacity factor (default: dropless)
+    """
+    given = locals()
+    from scmoe.testbed.layer import bench_layer
 
-    add("generation", "generation with a cache and without", GENERATION)
-    add("inference", "prefill and decode between ranks, sequential, overlapped and as planned", INFERENCE)
-    option = add("layer", "time of the MoE layer over that of its dense products", LAYER)
-    option("--capacity", type=float, help="capacity factor (default: dropless)")
-    option = add("overlap", "how much of the All-to-All every architecture and schedule hides", OUT)
-    option("--share", type=float, help="communication share of sequential top-2, forward (default: 0.52)")
-    option("--link-mbit", type=float, help="rate of the links; by default it is searched for the share")
-    option("--ranks", type=int, help="(default: 2; on cuda 1)")
-    option("--compute", choices=["real", "emulated"], help="(default: emulated; on cuda real)")
-    option("--level", choices=["block", "iteration"], default="block")
-    option("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: one GPU, rows over its bus")
-    option("--rounds", type=at_least_two, default=9)
-    for name, default in SIZES.items():
-        option(f"--{name.replace('_', '-')}", type=type(default), metavar="N", help=f"(default: {default:g})")
-    option("--rows", nargs="+", help="rows to measure (default: all)")
-    option = add("growth", "how the time of a pair of blocks, and what overlap saves of it, grow", OUT)
-    option("--of", nargs="+", choices=["tokens", "ranks", "experts"], default=["tokens", "ranks", "experts"])
-    option("--points", nargs="+", type=int, help="its values, with one --of")
-    option("--rounds", type=at_least_two, default=5)
-    for name, of in (("guard", "the guard against NaN and Inf"), ("dense", "split dense weights")):
-        option = add(name, f"cost of {of}", DENSE if name == "dense" else {})
-        option("overrides", metavar="key=value", nargs="*", help="of a small model's config")
-    option = add("timeline", "one pair's operators, measured and planned (Fig. 7), and Chrome traces", TIMELINE)
-    option("--compute", choices=["real", "emulated"], default="emulated")
-    option("--position", choices=["pos1", "pos2", "pos3"], default="pos2")
-    option("--run", type=Path, help="draw the plan of this run with schedule=auto instead; nothing is measured")
-    given = vars(options.parse_args(arguments))
-    if len(given.get("of", ())) > 1 and given["points"]:
-        options.error("--points goes with one --of")
-    return given
+    print(json.dumps(bench_layer(**given) | given))
 
 
-def measure(what: str, given: dict[str, Any], again: list[str]) -> dict[str, Any]:
-    """again: the arguments of a Python interpreter that repeat this program, for a network namespace of its own."""
-    if what in HERE:
-        return getattr(import_module(f"scmoe.testbed.{HERE[what]}"), f"bench_{what}")(**given) | given
-    from scmoe.testbed import generation, growth, inference_report, links, overlap_report, timeline
+@main.command
+def guard(*overrides: str) -> None:
+    """Cost of the guard against NaN and Inf, as a share of a step.
 
-    if what == "overlap":
-        return overlap_report.bench_overlap({name: value for name, value in given.items() if value is not None}, again)
-    if what == "timeline" and (run_dir := given.pop("run")) is not None:
-        return timeline.draw_plan(run_dir)
-    if not links.inside() and (missing := links.why_not()):
-        raise ConfigError(f"links cannot be shaped here: {missing}")
-    links.enter(again)
-    if what == "inference":
-        report = inference_report.bench_inference(**given)
-        return report | {"cached_over_uncached": generation.bench_generation(**GENERATION)["cached_over_uncached"]}
-    return growth.bench_growth(**given) if what == "growth" else timeline.bench_timeline(**given)
+    Args:
+        overrides: key=value, of a small model's config
+    """
+    from scmoe.testbed.guard_cost import guard_cost
+
+    print(json.dumps(guard_cost(overrides) | {"overrides": overrides}))
 
 
-@command
-def main(arguments: list[str]) -> None:
-    given = options_of(arguments)
-    print(json.dumps(measure(given.pop("what"), given, ["-m", "scmoe.experiments.bench", *arguments])))
+@main.command
+def dense(*overrides: str, ranks: int = 4, ep_size: int = 2, batch: int = 4, rounds: int = 9) -> None:
+    """A step with dense weights in shards over a step with replicated ones.
 
+    Args:
+        overrides: key=value, of a small model's config
+        batch: sequences of a rank
+    """
+    given = locals()
+    from scmoe.testbed.dense_cost import bench_dense
+
+    print(json.dumps(bench_dense(**given) | given))
+
+
+for command in (overlap, growth, inference, exchange, timeline):
+    main.command(command)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(call("bench", *sys.argv[1:]))

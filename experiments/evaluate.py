@@ -1,40 +1,49 @@
-"""Evaluate a checkpoint of a run: loss of the test split, perplexity of a text, multiple-choice tasks.
-
-The results go to RUN/evaluation.json and to the run's own W&B run. The last line on standard output is the results as
-JSON. They do not depend on the number of ranks (trainer.devices=2).
-"""
+"""`scmoe evaluate` scores a run's model."""
 
 import json
 import sys
 from pathlib import Path
+from typing import Literal
 
-from scmoe.experiments import command, parser
+from scmoe.experiments import call
 
 
-@command
-def main(arguments: list[str]) -> None:
-    options = parser("evaluate", __doc__)
-    options.add_argument("run", type=Path, help="a run's directory, such as runs/latest")
-    options.add_argument("overrides", nargs="*", metavar="key=value", help="what a resumed run may change, too")
-    options.add_argument("--which", choices=["last", "best"], default="last", help="checkpoint (default: last)")
-    tasks = "comma-separated: cloze and next_sentence, made from the text, or files of --data; none (default: both)"
-    options.add_argument("--tasks", help=tasks)
-    options.add_argument("--data", type=Path, help="folder of NAME.jsonl for tasks, such as piqa.jsonl")
-    options.add_argument("--text", type=Path, help="UTF-8 file for perplexity and own tasks (default: the test split)")
-    options.add_argument("--stride", type=int, help="tokens that a window scores (default: half the context)")
-    options.add_argument("--limit", type=int, help="questions of a task, the first ones (default: all)")
-    given = options.parse_intermixed_args(arguments)
+def main(
+    run: Path,
+    /,
+    *overrides: str,
+    which: Literal["last", "best"] = "last",
+    tasks: str | None = None,
+    data: Path | None = None,
+    text: Path | None = None,
+    stride: int | None = None,
+    limit: int | None = None,
+) -> None:
+    """Evaluate a checkpoint of a run: loss of the test split, perplexity of a text, multiple-choice tasks.
+
+    The results go to RUN/evaluation.json and to the run's own W&B run. The last line on standard output is the results
+    as JSON. They do not depend on the number of ranks (trainer.devices=2).
+
+    Args:
+        run: a run's directory, such as runs/latest
+        overrides: key=value, what a resumed run may change, too
+        which: checkpoint
+        tasks: comma-separated: cloze and next_sentence, made from the text, or files of --data; none (default: both)
+        data: folder of NAME.jsonl for tasks, such as piqa.jsonl
+        text: UTF-8 file for perplexity and own tasks (default: the test split)
+        stride: tokens that a window scores (default: half the context)
+        limit: questions of a task, the first ones (default: all)
+    """
     from scmoe.studies.evaluate.evaluation import Request, evaluate
     from scmoe.studies.evaluate.results import shown
     from scmoe.training.run.report import console
 
-    names = None if given.tasks is None else () if given.tasks == "none" else tuple(given.tasks.split(","))
-    asked = given.which, names, given.data, given.text, given.stride, given.limit, given.overrides
-    found = evaluate(given.run.resolve(), Request(*asked))
+    names = None if tasks is None else () if tasks == "none" else tuple(tasks.split(","))
+    found = evaluate(run.resolve(), Request(which, names, data, text, stride, limit, overrides))
     if found is not None:
-        console().print(f"the {given.which} checkpoint, {found['checkpoint']}", *shown(found), sep="\n")
+        console().print(f"the {which} checkpoint, {found['checkpoint']}", *shown(found), sep="\n")
         print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(call("evaluate", *sys.argv[1:]))

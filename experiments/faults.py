@@ -1,37 +1,65 @@
-"""Break checkpoints on purpose and count what survives (faults 1-10 of docs/faults.md). The last line is JSON."""
+"""`scmoe faults` breaks checkpoints on purpose."""
 
 import json
 import sys
 from importlib import import_module
+from typing import Literal
 
-from scmoe.experiments import command, parser
+from cyclopts import App
+
+from scmoe.experiments import call
+
+Dense = Literal["replicated", "sharded"]
+main = App(
+    name="faults",
+    help="Break checkpoints on purpose and count what survives (faults 1-10 of docs/faults.md). The last line is JSON.",
+)
 
 
-def count_or_all(text: str) -> int | None:
-    return None if text == "all" else int(text)
+@main.command
+def kill(*, points: int | Literal["all"] = "all", random: int = 0, dense: Dense = "replicated") -> None:
+    """SIGKILL to rank 0, the last rank or all during a save.
+
+    Args:
+        points: operations per victim
+        random: number of kills at random times in addition
+    """
+    run("kill", points=None if points == "all" else points, random=random, dense=dense)
 
 
-@command
-def main(arguments: list[str]) -> None:
-    options = parser("faults", __doc__)
-    verbs = options.add_subparsers(dest="what", required=True)
-    verb = verbs.add_parser("kill", help="SIGKILL to rank 0, the last rank or all during a save")
-    verb.add_argument("--points", type=count_or_all, help="operations per victim, or all (default: all)")
-    verb.add_argument("--random", type=int, default=0, help="number of kills at random times in addition (default: 0)")
-    verb = verbs.add_parser("flip", help="flip a random bit of a checkpoint")
-    verb.add_argument("--count", type=int, default=1000, help="how often (default: 1000)")
-    verb = verbs.add_parser("resume", help="resume from a step, on one rank and on two, with 0 and 2 data workers")
-    verb.add_argument("--steps", type=count_or_all, help="number of steps to resume from, or all (default: all)")
-    verb = verbs.add_parser("reshard", help="write in one layout, read in another")
-    ways = "replicated: EP 1, 2, 4, 8; all: replicated, sharded and hybrid dense weights (default: replicated)"
-    verb.add_argument("--dense", choices=("replicated", "all"), default="replicated", help=ways)
-    for name in ("kill", "flip", "resume"):
-        verbs.choices[name].add_argument("--dense", choices=("replicated", "sharded"), default="replicated")
-    given = vars(options.parse_args(arguments))
-    what = given.pop("what")
-    run = getattr(import_module(f"scmoe.testbed.faults.{what}"), what)
-    print(json.dumps(run(**given)))
+@main.command
+def flip(*, count: int = 1000, dense: Dense = "replicated") -> None:
+    """Flip a random bit of a checkpoint.
+
+    Args:
+        count: how often
+    """
+    run("flip", count=count, dense=dense)
+
+
+@main.command
+def resume(*, steps: int | Literal["all"] = "all", dense: Dense = "replicated") -> None:
+    """Resume from a step, on one rank and on two, with 0 and 2 data workers.
+
+    Args:
+        steps: number of steps to resume from
+    """
+    run("resume", steps=None if steps == "all" else steps, dense=dense)
+
+
+@main.command
+def reshard(*, dense: Literal["replicated", "all"] = "replicated") -> None:
+    """Write in one layout, read in another.
+
+    Args:
+        dense: replicated: EP 1, 2, 4, 8; all: replicated, sharded and hybrid dense weights
+    """
+    run("reshard", dense=dense)
+
+
+def run(what: str, **given: int | str | None) -> None:
+    print(json.dumps(getattr(import_module(f"scmoe.testbed.faults.{what}"), what)(**given)))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(call("faults", *sys.argv[1:]))

@@ -1,79 +1,84 @@
-"""Continue texts with the model of a run or of an export, whatever number of ranks the run had.
-
-One text is shown as it is written. With --prompts FILE the texts go to --out FILE, as JSON lines; several ranks
-(trainer.devices=2) share the prompts and the experts. The model is dropless, whatever its capacity factor.
-"""
+"""`scmoe generate` continues texts."""
 
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments import command, parser
+from scmoe.experiments import HYPHENS, OneEach, call
 
 
-@command
-def main(arguments: list[str]) -> int:
-    options = parser("generate", __doc__)
-    options.add_argument("run", type=Path, help="directory of a run, such as runs/latest, or an exported file")
-    options.add_argument("overrides", nargs="*", metavar="key=value", help="what a resumed run may change, too")
-    options.add_argument("--which", choices=["last", "best"], default="last", help="checkpoint (default: last)")
-    options.add_argument("--prompt", help="text to continue (default: the start of a document)")
-    options.add_argument("--prompts", type=Path, help='JSON lines: {"prompt": "..."} or {"prompt": "...", "seed": 7}')
-    options.add_argument("--out", type=Path, help="where the texts of --prompts go, as JSON lines")
-    options.add_argument("--max-tokens", type=int, help="new tokens of a text at most (default: 100, or what fits)")
-    options.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
-    options.add_argument("--top-k", type=int, default=50, help="choose among so many; 0: all (default: 50)")
-    options.add_argument("--top-p", type=float, default=1.0, help="choose among this probability (default: 1)")
-    options.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: fewer (default: 1)")
-    options.add_argument("--stop", action="append", default=[], help="text that ends a text; may be repeated")
-    options.add_argument("--seed", type=int, default=0, help="of the first text; others count up from it (default: 0)")
-    options.add_argument("--batch-size", type=int, default=8, help="texts of a rank at a time (default: 8)")
-    options.add_argument("--prefill-tokens", type=int, help="tokens of a prompt that one pass reads (default: all)")
-    options.add_argument("--plan", action="store_true", help="measure first how ranks overlap prefill and decode best")
-    given = options.parse_intermixed_args(arguments)
-    if (given.prompts is None) != (given.out is None):
-        options.error("--prompts and --out go together")
-    if given.prompts is not None and given.prompt is not None:
-        options.error("--prompt and --prompts exclude each other")
-    from scmoe.studies.generation import generate_texts, speed_lines
+def main(
+    run: Path,
+    /,
+    *overrides: str,
+    which: Literal["last", "best"] = "last",
+    prompt: Annotated[str | None, HYPHENS] = None,
+    prompts: Path | None = None,
+    out: Path | None = None,
+    max_tokens: int | None = None,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    stop: OneEach[str] = (),
+    seed: int = 0,
+    batch_size: int = 8,
+    prefill_tokens: int | None = None,
+    plan: bool = False,
+) -> int:
+    """Continue texts with the model of a run or of an export, whatever number of ranks the run had.
 
-    request = request_of(given)
-    how = (lambda text: print(), say) if given.out is None else (to_file(given.out),)
+    One text is shown as it is written. With --prompts FILE the texts go to --out FILE, as JSON lines; several ranks
+    (trainer.devices=2) share the prompts and the experts. The model is dropless, whatever its capacity factor.
+
+    Args:
+        run: directory of a run, such as runs/latest, or an exported file
+        overrides: key=value, what a resumed run may change, too
+        which: checkpoint
+        prompt: text to continue (default: the start of a document)
+        prompts: JSON lines: {"prompt": "..."} or {"prompt": "...", "seed": 7}
+        out: where the texts of --prompts go, as JSON lines
+        max_tokens: new tokens of a text at most (default: 100, or what fits)
+        temperature: 0: always the likeliest token
+        top_k: choose among so many; 0: all
+        top_p: choose among this probability
+        repetition_penalty: above 1: fewer
+        stop: text that ends a text; may be repeated
+        seed: of the first text; others count up from it
+        batch_size: texts of a rank at a time
+        prefill_tokens: tokens of a prompt that one pass reads (default: all)
+        plan: measure first how ranks overlap prefill and decode best
+    """
+    if (prompts is None) != (out is None):
+        raise ConfigError("--prompts and --out go together")
+    if prompts is not None and prompt is not None:
+        raise ConfigError("--prompt and --prompts exclude each other")
+    from scmoe.inference.prompts import Prompt, check_prompt, read_prompts
+    from scmoe.inference.sampling import Sampling
+    from scmoe.studies.generation import Request, generate_texts, speed_lines
+
     try:
-        speed = generate_texts(given.run.resolve(), request, *how)
+        sampling = Sampling(temperature, top_k or None, top_p, repetition_penalty)
+        texts = [Prompt(prompt, seed)] if prompts is None else read_prompts(prompts, seed)
+        if prompts is None:
+            check_prompt(texts[0], "--prompt")
+        request = Request(texts, max_tokens, sampling, tuple(stop), which, batch_size, prefill_tokens, plan, overrides)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    shown = (lambda text: print(), partial(print, end="", flush=True))
+    try:
+        speed = generate_texts(run.resolve(), request, *(shown if out is None else (to_file(out),)))
     except KeyboardInterrupt:
         return 130
     if speed is not None:
         print(*speed_lines(speed), sep="\n", file=sys.stderr)
-    if speed is not None and given.out is not None:
-        print(json.dumps(speed), flush=True)
+        if out is not None:
+            print(json.dumps(speed), flush=True)
     return 0
-
-
-def request_of(given: Any) -> Any:
-    """Return the library's Request. ConfigError: a value or the file of prompts is not allowed."""
-    from scmoe.inference.prompts import Prompt, check_prompt, read_prompts
-    from scmoe.inference.sampling import Sampling
-    from scmoe.studies.generation import Request
-
-    try:
-        sampling = Sampling(given.temperature, given.top_k or None, given.top_p, given.repetition_penalty)
-        if given.prompts is not None:
-            prompts = read_prompts(given.prompts, given.seed)
-        else:
-            prompts = [Prompt(given.prompt, given.seed)]
-            check_prompt(prompts[0], "--prompt")
-        how = given.max_tokens, sampling, tuple(given.stop), given.which, given.batch_size, given.prefill_tokens
-        return Request(prompts, *how, given.plan, given.overrides)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def say(text: str) -> None:
-    print(text, end="", flush=True)
 
 
 def to_file(path: Path) -> Callable[[dict[str, Any]], None]:
@@ -86,12 +91,10 @@ def to_file(path: Path) -> Callable[[dict[str, Any]], None]:
         raise ConfigError(f"--out is {path}, allowed: a file that can be written: {error}") from error
 
     def write(text: dict[str, Any]) -> None:
-        assert file is not None
-        file.write(json.dumps(text, ensure_ascii=False) + "\n")
-        file.flush()
+        print(json.dumps(text, ensure_ascii=False), file=file, flush=True)
 
     return write
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(call("generate", *sys.argv[1:]))

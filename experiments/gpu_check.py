@@ -1,34 +1,36 @@
-"""Check scmoe on one GPU in nine minutes: tests, speed of the layer, overlap, GPT2-MoE-Small, a short training.
-
-Each part runs in its own process with its own clock. The folder gets report.md, results.json, pictures and traces, at
-most 8 files. The last line on standard output is JSON with the state of each part; the exit code is 0 if all are ok.
-"""
+"""`scmoe gpu-check` checks everything on one GPU."""
 
 import json
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments import command, parser
+from scmoe.experiments import call
 
 OLDEST_TORCH = (2, 10)
 
 
-def options_of(arguments: list[str]) -> dict[str, Any]:
-    options = parser("gpu-check", __doc__)
-    option = options.add_argument
-    option("--out", type=Path, help="a new or empty folder (default: runs/gpu-check/ and the time)")
-    option("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a trial, with --tiny (default: cuda)")
-    option("--tiny", action="store_true", help="tiny sizes: shows that the check runs, and no speed")
-    option("--parts", nargs="+", metavar="PART", help="run these parts only")
-    return vars(options.parse_args(arguments))
+def main(
+    *,
+    out: Path | None = None,
+    device: Literal["cuda", "cpu"] = "cuda",
+    tiny: bool = False,
+    parts: list[str] | None = None,
+) -> int:
+    """Check scmoe on one GPU in nine minutes: tests, speed of the layer, overlap, GPT2-MoE-Small, a short training.
 
+    Each part runs in its own process with its own clock. The folder gets report.md, results.json, pictures and traces,
+    at most 8 files. The last line on standard output is JSON with the state of each part; the exit code is 0 if all are
+    ok.
 
-@command
-def main(arguments: list[str]) -> int:
-    given = options_of(arguments)
+    Args:
+        out: a new or empty folder (default: runs/gpu-check/ and the time)
+        device: cpu: a trial, with --tiny
+        tiny: tiny sizes: shows that the check runs, and no speed
+        parts: run these parts only
+    """
     import torch
 
     from scmoe.testbed.gpu_check.parts import PARTS, Place
@@ -37,24 +39,24 @@ def main(arguments: list[str]) -> int:
 
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         raise ConfigError(f"torch is {torch.__version__}, allowed: 2.10 or later")
-    if given["device"] == "cpu" and not given["tiny"]:
+    if device == "cpu" and not tiny:
         raise ConfigError("--device is cpu, allowed: with --tiny, as the sizes of a card take hours on a CPU")
-    if given["device"] == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, and there is no CUDA device here")
-    names = given["parts"] or list(PARTS)
+    names = parts or list(PARTS)
     if unknown := [name for name in names if name not in PARTS]:
         raise ConfigError(f"--parts has {unknown[0]}, allowed: {' | '.join(PARTS)}")
-    out = given["out"] or Path("runs/gpu-check", datetime.now().strftime("%Y%m%d-%H%M%S"))
+    out = out or Path("runs/gpu-check", datetime.now().strftime("%Y%m%d-%H%M%S"))
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise ConfigError(f"--out is {str(out)!r}, allowed: a new or empty folder")
-    place = Place(given["device"], given["tiny"], out)
-    parts = run_parts({name: PARTS[name] for name in names}, place)
-    write_report(place, parts)
-    states = {name: part["state"] for name, part in parts.items()}
+    place = Place(device, tiny, out)
+    results = run_parts({name: PARTS[name] for name in names}, place)
+    write_report(place, results)
+    states = {name: part["state"] for name, part in results.items()}
     print(json.dumps({"out": str(out), "device": place.device, "tiny": place.tiny, "parts": states}))
     return 0 if set(states.values()) == {"ok"} else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(call("gpu-check", *sys.argv[1:]))

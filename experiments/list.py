@@ -1,18 +1,23 @@
-"""List the configurations, models, architectures and data sets to choose from."""
+"""`scmoe list` lists what there is to choose from."""
 
 import sys
 
-from scmoe.experiments import command, parser
+from scmoe.experiments import KeyValue, call
 
 
-@command
-def main(arguments: list[str]) -> None:
-    parser("list", __doc__).parse_args(arguments)
+def main(*extensions: KeyValue) -> None:
+    """List the configurations, models, architectures, data sets and optimizers to choose from.
+
+    Args:
+        extensions: extensions=[...], modules whose names are listed too
+    """
     from rich.console import Console
     from rich.table import Column, Table
 
     from scmoe.config.help import catalogue
+    from scmoe.config.load import load
 
+    load(None, extensions)
     console = Console()
     for title, rows in catalogue().items():
         table = Table(Column(style="cyan", no_wrap=True), show_header=False, box=None, padding=(0, 2))
@@ -22,4 +27,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(call("list", *sys.argv[1:]))

@@ -1,29 +1,30 @@
-"""Run all tables of the paper in turn, at one scale, and set our values beside the paper's.
-
-What each table costs is said first. Finished runs are skipped and interrupted ones are resumed, failed ones do not end
-it; Ctrl-C stops with a checkpoint of each. The last line on standard output is JSON: rows with a result by table.
-Exit codes: 1, something failed; 2, the request was wrong; 130, stopped.
-"""
+"""`scmoe reproduce` runs all tables of the paper."""
 
 import json
 import re
 import sys
 
-from scmoe.experiments import command, parser
-from scmoe.experiments.table import add_options, commands, read_request
+from scmoe.experiments import call
+from scmoe.experiments.table import USUAL, Options, commands
 
 
-@command
-def main(arguments: list[str]) -> int:
-    options = parser("reproduce", __doc__)
-    options.add_argument("--tables", nargs="+", metavar="TABLE", help="such as table3 (default: tables 1 to 7)")
-    add_options(options)
-    given = options.parse_intermixed_args(arguments)
-    request = read_request(given)
+def main(*overrides: str, tables: list[str] | None = None, options: Options = USUAL) -> int:
+    """Run all tables of the paper in turn, at one scale, and set our values beside the paper's.
+
+    What each table costs is said first. Finished runs are skipped and interrupted ones are resumed, failed ones do not
+    end it; Ctrl-C stops with a checkpoint of each. The last line on standard output is JSON: rows with a result by
+    table.
+    Exit codes: 1, something failed; 2, the request was wrong; 130, stopped.
+
+    Args:
+        overrides: key=value, for every run
+        tables: such as table3 (default: tables 1 to 7)
+    """
+    request = options.request(overrides)
     from scmoe.studies.reproduce import reproduce
     from scmoe.studies.table.rows import table_names
 
-    names = given.tables or [name for name in table_names() if re.fullmatch(r"table\d+", name)]
+    names = tables or [name for name in table_names() if re.fullmatch(r"table\d+", name)]
     found = reproduce(names, request, commands())
     signal = found.pop("signal")
     print(json.dumps(found), flush=True)
@@ -31,4 +32,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(call("reproduce", *sys.argv[1:]))

@@ -1,19 +1,13 @@
-"""Search over parameters, as a W&B sweep file says.
-
-With a W&B key the sweep is W&B's: it is created there, an agent starts here, and others may join from anywhere.
-Without a key, or with --local, the same file runs here; the same command resumes it. The last line on standard output
-is then {"trials": .., "finished": .., "failed": .., "best": ..}.
-Exit codes: 2, the request was wrong and nothing was started; 1, no trial finished; 130 or 143, stopped.
-"""
+"""`scmoe sweep` searches over parameters."""
 
 import json
-import shlex
 import sys
 from typing import Any
 
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments import command, parser
+from scmoe.config.program import scmoe
+from scmoe.experiments import KeyValue, call
 
 
 def run_here(sweep: Any, again: str) -> int:
@@ -30,7 +24,7 @@ def run_here(sweep: Any, again: str) -> int:
     screen.print(rich_table(sweep, trials))
     lines = [f"results      {sweep.folder}"]
     if summary["best"]:
-        lines.append(f"best         make train CONFIG={summary['best']['config']}")
+        lines.append(f"best         {scmoe('train', summary['best']['config'])}")
     if signum:
         lines.append(f"go on        {again}")
     screen.print(*lines, sep="\n", soft_wrap=True, markup=False, highlight=False)  # a path may hold brackets
@@ -38,20 +32,25 @@ def run_here(sweep: Any, again: str) -> int:
     return 128 + signum if signum else 0 if summary["finished"] else 1
 
 
-@command
-def main(arguments: list[str]) -> int:
-    options = parser("sweep", __doc__)
-    options.add_argument("file", metavar="FILE", help="a W&B sweep file, such as configs/sweep/lr.yaml")
-    options.add_argument("--local", action="store_true", help="run it here, also where there is a key")
-    options.add_argument("overrides", metavar="key=value", nargs="*", help="for every trial")
-    given, unknown = options.parse_known_intermixed_args(arguments)  # --key=value is an override too
-    given.overrides += unknown
+def main(file: str, /, *overrides: KeyValue, local: bool = False) -> int:
+    """Search over parameters, as a W&B sweep file says.
+
+    With a W&B key the sweep is W&B's: it is created there, an agent starts here, and others may join from anywhere.
+    Without a key, or with --local, the same file runs here; the same command resumes it. The last line on standard
+    output is then {"trials": .., "finished": .., "failed": .., "best": ..}.
+    Exit codes: 2, the request was wrong and nothing was started; 1, no trial finished; 130 or 143, stopped.
+
+    Args:
+        file: a W&B sweep file, such as configs/sweep/lr.yaml
+        overrides: key=value, for every trial
+        local: run it here, also where there is a key
+    """
     from scmoe.studies.sweep.sweep_file import read
 
-    if wrong := [word for word in given.overrides if "=" not in word]:
+    if wrong := [word for word in overrides if "=" not in word]:
         raise ConfigError(f"command line: {wrong[0]!r}, allowed: --local, key=value")
-    sweep = read(given.file, given.overrides)
-    if not given.local:
+    sweep = read(file, overrides)
+    if not local:
         from scmoe.training.run.wandb_logger import has_wandb_key
 
         if has_wandb_key():
@@ -60,9 +59,8 @@ def main(arguments: list[str]) -> int:
             path, code = run_online(sweep, lambda line: print(line, flush=True))
             print(json.dumps({"sweep": path, "exit_code": code}), flush=True)
             return code if code >= 0 else 128 - code
-    again = shlex.quote(shlex.join(["--local", *given.overrides]))
-    return run_here(sweep, f"make sweep CONFIG={shlex.quote(given.file)} ARGS={again}")
+    return run_here(sweep, scmoe("sweep", file, "--local", *overrides))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(call("sweep", *sys.argv[1:]))

@@ -1,91 +1,85 @@
-"""Run a table of the paper and set our values beside the paper's.
-
-Finished runs are skipped and interrupted ones are resumed; Ctrl-C stops with a checkpoint of each. The files are in
-<runs_dir>/tables/<table>-<scale>; the last line on standard output is a summary as JSON.
-Exit codes: 1, a run failed; 2, the request was wrong; 130, stopped.
-"""
+"""`scmoe table` runs a table of the paper."""
 
 import json
 import sys
-from argparse import ArgumentParser, Namespace
-from importlib import import_module
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scmoe.experiments import command, module_of, parser
+from cyclopts import Parameter
+
+from scmoe.experiments import OneEach, call
 
 if TYPE_CHECKING:
     from scmoe.studies.table.make import Commands, Request
 
 
-def add_options(options: ArgumentParser) -> None:
-    """Add the options that `table` and `reproduce` share."""
-    option = options.add_argument
-    option("--scale", default="smoke", help="smoke | small | paper, as in table.yaml (default: smoke)")
-    option("--jobs", type=int, help="number of runs in parallel; 0: all in this process")
-    option("--seeds", type=int, help="seeds 1 to this")
-    option(
-        "--from",
-        dest="source",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="take the results of runs of equal configuration from FOLDER, such as docs/results",
-    )
-    option("--to", type=Path, metavar="FOLDER", help="copy results and states of finished runs into FOLDER")
-    option("overrides", metavar="key=value", nargs="*", help="for every run")
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Options:
+    """The options that `table` and `reproduce` share.
+
+    Args:
+        scale: smoke | small | paper, as in table.yaml
+        jobs: number of runs in parallel; 0: all in this process
+        seeds: seeds 1 to this
+        from_: take the results of runs of equal configuration from this folder, such as docs/results; may be repeated
+        to: copy results and states of finished runs into this folder
+    """
+
+    scale: str = "smoke"
+    jobs: int | None = None
+    seeds: int | None = None
+    from_: OneEach[Path] = ()
+    to: Path | None = None
+
+    def request(self, overrides: tuple[str, ...]) -> "Request":
+        from scmoe.config.extras import require
+        from scmoe.config.load import load
+
+        require("a table", "matplotlib", "scipy")
+        from scmoe.studies.table.make import Request
+
+        runs_dir = load(None, [word for word in overrides if word.removeprefix("--").startswith("runs_dir=")]).runs_dir
+        sources = [Path(runs_dir) / "tables", *self.from_]  # tables have rows in common
+        return Request(self.scale, overrides, self.jobs, self.seeds, sources, self.to)
 
 
-def read_request(given: Namespace) -> "Request":
-    from scmoe.config.extras import require
-    from scmoe.config.load import load
-
-    require("a table", "matplotlib", "scipy")
-    from scmoe.studies.table.make import Request
-
-    runs_dir = load(
-        None, [word for word in given.overrides if word.removeprefix("--").startswith("runs_dir=")]
-    ).runs_dir
-    sources = [Path(runs_dir) / "tables", *given.source]  # tables have rows in common
-    return Request(given.scale, given.overrides, given.jobs, given.seeds, sources, given.to)
+USUAL = Options()
 
 
 def commands() -> "Commands":
-    from scmoe.experiments.train import main as train
     from scmoe.studies.runs import console
     from scmoe.studies.table.make import Commands
 
     screen = console()
-
-    def evaluate(arguments: list[str]) -> int:
-        return import_module(module_of("evaluate")).main(arguments)
-
-    def say(line: str) -> None:
-        screen.print(line, soft_wrap=True, markup=False)
-
-    return Commands(train, evaluate, say)
+    return Commands(call, lambda line: screen.print(line, soft_wrap=True, markup=False))
 
 
-@command
-def main(arguments: list[str]) -> int:
-    options = parser("table", __doc__)
-    options.add_argument("table", help="a folder of configs/experiment with a table.yaml, such as table3")
-    add_options(options)
-    given = options.parse_intermixed_args(arguments)
-    request = read_request(given)
+def main(table: str, /, *overrides: str, options: Options = USUAL) -> int:
+    """Run a table of the paper and set our values beside the paper's.
+
+    Finished runs are skipped and interrupted ones are resumed; Ctrl-C stops with a checkpoint of each. The files are in
+    <runs_dir>/tables/<table>-<scale>; the last line on standard output is a summary as JSON.
+    Exit codes: 1, a run failed; 2, the request was wrong; 130, stopped.
+
+    Args:
+        table: a folder of configs/experiment with a table.yaml, such as table3
+        overrides: key=value, for every run
+    """
+    request = options.request(overrides)
     from scmoe.studies.table.make import make_table, plan_table
     from scmoe.studies.table.rows import load_table
 
-    called = commands()
-    plan = plan_table(load_table(given.table), request, called.say)
+    here = commands()
+    plan = plan_table(load_table(table), request, here.say)
     seeds = len(plan.runs) // len(plan.table.rows)
-    called.say(f"{plan.table.title}: {len(plan.table.rows)} rows x {seeds} seeds, in {plan.folder}")
-    made = make_table(plan, request, called)
+    here.say(f"{plan.table.title}: {len(plan.table.rows)} rows x {seeds} seeds, in {plan.folder}")
+    made = make_table(plan, request, here)
     for path in made.files:
-        called.say(str(path))
+        here.say(str(path))
     if made.signal:
-        called.say("stopped; the same command resumes it")
+        here.say("stopped; the same command resumes it")
     counts = {"finished": made.finished, "failed": made.failed, "cut": made.cut}
     last = {"table": plan.table.name, "scale": plan.scale_name, **counts, "folder": str(plan.folder)}
     print(json.dumps(last), flush=True)
@@ -93,4 +87,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(call("table", *sys.argv[1:]))

@@ -22,7 +22,11 @@ if TYPE_CHECKING:  # the table NAMES, for type checkers and editors
     from scmoe.parallel.drop_in import MoE, ScMoEBlock, data_parallel, load_balance_loss
     from scmoe.parallel.mesh import ParallelContext
     from scmoe.parallel.strategy import ExpertParallelStrategy
-    from scmoe.training.build.model import build_model
+    from scmoe.training.build.blocks import register_architecture
+    from scmoe.training.build.data import register_dataset
+    from scmoe.training.build.model import build_model, register_family
+    from scmoe.training.build.optimizers import register_optimizer
+    from scmoe.training.build.trainer import register_callback
     from scmoe.training.hf.load import load_trained as load
 
 __version__ = "0.1.0"
@@ -40,6 +44,11 @@ __all__ = [
     "load",
     "load_balance_loss",
     "load_config",
+    "register_architecture",
+    "register_callback",
+    "register_dataset",
+    "register_family",
+    "register_optimizer",
     "stream",
 ]
 NAMES = {  # name: module and the name there
@@ -51,6 +60,11 @@ NAMES = {  # name: module and the name there
     "ExpertParallelStrategy": ("scmoe.parallel.strategy", "ExpertParallelStrategy"),
     "load_config": ("scmoe.config.load", "load"),
     "build_model": ("scmoe.training.build.model", "build_model"),
+    "register_architecture": ("scmoe.training.build.blocks", "register_architecture"),
+    "register_callback": ("scmoe.training.build.trainer", "register_callback"),
+    "register_dataset": ("scmoe.training.build.data", "register_dataset"),
+    "register_family": ("scmoe.training.build.model", "register_family"),
+    "register_optimizer": ("scmoe.training.build.optimizers", "register_optimizer"),
     "load": ("scmoe.training.hf.load", "load_trained"),
     "generate": ("scmoe.inference.generate", "generate"),
     "stream": ("scmoe.inference.generate", "stream"),

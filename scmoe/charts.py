@@ -1,33 +1,41 @@
-"""Every chart has this style: it can be read on a page of paper and on a phone.
+"""Every chart has this style: it can be read on a page of paper, on a phone, and by colour-blind readers.
 
-A chart is WIDTH inches wide, and no text is smaller than SMALL points. On a phone with 390 pixels across, the smallest
-letters are then 7 pixels high; on a page of 6.75 inches they have 9 points. Only `chart` imports matplotlib, because
-machines without it measure too.
+A chart is WIDTH inches wide, and no text is smaller than SMALL points. On a phone with 390 pixels across, a point is
+then a pixel; on a page whose text is 6.5 inches wide, the smallest letters have 10.8 points. Only functions import
+matplotlib, because machines without it measure too.
+
+A PNG carries a digest of what it shows, so that a test can tell whether drawing it again would show something else.
 """
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, NamedTuple
 
-WIDTH = 6.0  # inches
-SMALL = 8.0  # points
-FORWARD, TRAINING, PAPER = "#4e79a7", "#f28e2b", "#5f5750"  # the same colour means the same in every chart
+WIDTH = 5.4  # inches
+SMALL = 9.0  # points
+# Okabe and Ito's colours, which colour-blind readers can tell apart
+BLUE, SKY, GREEN, ORANGE, RED, PURPLE = "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7"
+PAPER = "#5f5750"  # values that the paper prints
 STYLE: Any = {
     "font.size": 10,
-    "axes.titlesize": 10.5,
+    "axes.titlesize": 10,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
+    "xtick.labelsize": SMALL,
     "grid.color": "#dddddd",
     "grid.linewidth": 0.6,
-    "legend.fontsize": 9,
+    "legend.fontsize": SMALL,
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
     "savefig.dpi": 200,
 }
+BAR, GAP = 0.17, 0.14  # inches of a bar with its value, and between groups of bars
 
 
 @contextmanager
@@ -40,9 +48,126 @@ def chart(path: Path, height: float, width: float = WIDTH) -> Iterator[Any]:
         figure = Figure(figsize=(width, height))
         yield figure
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        figure.savefig(path, metadata={"Description": content(figure)} if path.suffix == ".png" else None)
 
 
-def title(axis: Any, text: str, letters: int = 60) -> None:
-    """Sets the title of an axis, in lines of at most so many letters; 60 fill most charts."""
-    axis.set_title("\n".join(fill(line, letters, break_on_hyphens=False) for line in text.split("\n")))
+def heading(figure: Any, text: str, letters: int = 62) -> None:
+    """Sets the title of a figure, at its left edge, in lines of at most so many letters."""
+    figure.suptitle(_in_lines(text, letters), x=0.01, ha="left", fontsize=10.5)
+
+
+def title(axis: Any, text: str, letters: int = 52) -> None:
+    """Sets the title of an axis, in lines of at most so many letters; 52 fill most charts beside names of rows."""
+    axis.set_title(_in_lines(text, letters))
+
+
+def _in_lines(text: str, letters: int) -> str:
+    return "\n".join(fill(line, letters, break_on_hyphens=False) for line in text.split("\n"))
+
+
+class Bar(NamedTuple):
+    """text: its value, which stands beside the bars. quartiles: ends of a whisker. limit: a line across the bar."""
+
+    value: float
+    color: str
+    text: str
+    quartiles: Sequence[float] | None = None
+    limit: float | None = None
+
+
+def height_of(groups: Mapping[str, Sequence[Bar]], lines: int = 0) -> float:
+    """Return how many inches `grouped_bars` needs for its bars."""
+    return sum(BAR * max(lines, len(bars)) + GAP for bars in groups.values())
+
+
+def grouped_bars(axis: Any, groups: Mapping[str, Sequence[Bar]], room: float = 0.24, lines: int = 0) -> None:
+    """Draw groups of bars from top to bottom, with names at the left and values in a column at the right.
+
+    The column begins where everything else has ended, so no value lies on a bar, on a whisker or on a line.
+    room: width of the column over that of the axis. lines: a group has room for at least so many bars, so that the
+    groups of two axes stand side by side.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    ends = [x for bars in groups.values() for b in bars for x in (b.value, b.limit or 0, *(b.quartiles or ()))]
+    end, top = 1.02 * max(ends), 0.0
+    names: dict[str, float] = {}
+    for name, bars in groups.items():
+        for i, bar in enumerate(bars):
+            y = top + BAR * (i + 0.5)
+            axis.barh(y, bar.value, 0.88 * BAR, color=bar.color)
+            axis.text(1.02 * end, y, bar.text, va="center_baseline", fontsize=SMALL)
+            if bar.quartiles is not None:
+                axis.hlines(y, *bar.quartiles, color="black", linewidth=1.2)
+            if bar.limit is not None:
+                axis.vlines(bar.limit, y - 0.5 * BAR, y + 0.5 * BAR, color=ORANGE, linewidth=2.5)
+        names[name] = top + BAR * max(lines, len(bars)) / 2
+        top += BAR * max(lines, len(bars)) + GAP
+    axis.set_yticks(list(names.values()), list(names))
+    axis.tick_params(axis="y", length=0)
+    axis.set(ylim=(top - GAP / 2, -GAP / 2), xlim=(0, end / (1 - room)))
+    axis.spines.bottom.set_bounds(0, end)
+    axis.set_xticks([tick for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, end) if tick <= end])
+    axis.grid(axis="x")
+
+
+def bar_legend(figure: Any, colors: Mapping[str, str], quartiles: str = "", limit: str = "", ncols: int = 2) -> None:
+    """Say below a figure what its colours are, and in these words what its whiskers and limits are."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = [Patch(color=color, label=label) for label, color in colors.items()]
+    if quartiles:
+        handles.append(Line2D([], [], color="black", linewidth=1.2, label=quartiles))
+    if limit:
+        mark: Any = {"marker": "|", "markersize": 10, "markeredgewidth": 2.5, "linestyle": ""}
+        handles.append(Line2D([], [], color=ORANGE, label=limit, **mark))
+    figure.legend(handles=handles, loc="outside lower left", ncols=ncols, columnspacing=1.2, handlelength=1.4)
+
+
+def content(figure: Any) -> str:
+    """Return a digest of what a figure shows: texts, shapes, colours, sizes, and names of ticks.
+
+    Places of ticks and of the layout are left out, as they differ between versions of matplotlib.
+    """
+    import numpy as np
+    from matplotlib.collections import Collection
+    from matplotlib.image import AxesImage
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.spines import Spine
+    from matplotlib.text import Text
+    from matplotlib.ticker import FixedLocator, FuncFormatter
+
+    def numbers(array: Any) -> list[str]:
+        return [f"{x:.5g}" for x in np.ravel(np.ma.filled(array, np.nan))]
+
+    def shown(part: Any) -> Any:
+        match part:
+            case Spine():
+                return None
+            case Text():
+                return part.get_text(), numbers(part.get_position()), part.get_color(), part.get_fontsize()
+            case Line2D():
+                return numbers(part.get_xydata()), part.get_color(), str(part.get_linestyle())
+            case Patch():
+                vertices = part.get_patch_transform().transform(part.get_path().vertices)
+                return numbers(vertices), numbers(part.get_facecolor())
+            case Collection():
+                paths = [numbers(path.vertices) for path in part.get_paths()]
+                return paths, numbers(part.get_offsets()), numbers(part.get_edgecolor())
+            case AxesImage():
+                return numbers(part.get_array()), part.get_cmap().name
+        return None
+
+    words = [text.get_text() for text in [*figure.texts, *(t for own in figure.legends for t in own.get_texts())]]
+    seen: list[Any] = [{**STYLE, "savefig.dpi": None}, numbers(figure.get_size_inches()), words]
+    for axes in figure.axes:
+        if axes.get_label() != "<colorbar>":
+            seen += [shown(part) for part in axes.get_children()]
+            for axis in (axes.xaxis, axes.yaxis):
+                locator, formatter = axis.get_major_locator(), axis.get_major_formatter()
+                named = isinstance(locator, FixedLocator) and isinstance(formatter, FuncFormatter)
+                names = [formatter(place) for place in locator.locs] if named else []
+                seen.append([axis.get_label_text(), axis.get_scale(), names])
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()

@@ -117,6 +117,9 @@ def core_verbs(programs: Path, folder: Path) -> dict[str, str]:
     out = succeeds(programs / "python", "-c", LIBRARY, at=away)
     assert str(ROOT) not in out
     found["import scmoe"] = "ok"
+    version = succeeds(programs / "python", "-c", "import scmoe; print('scmoe', scmoe.__version__)", at=away)
+    assert succeeds(programs / "scmoe", "--version", at=away) == version
+    found["--version"] = "ok"
     assert "configs/experiment/table3/small.yaml" in succeeds(programs / "scmoe", "list", at=away)
     found["list"] = "ok"
     counts = json.loads(succeeds(programs / "scmoe", "params", "gpt2_moe_small", at=away).splitlines()[-1])
@@ -134,6 +137,9 @@ def core_verbs(programs: Path, folder: Path) -> dict[str, str]:
     done = succeeds(programs / "scmoe", "train", "mine", *SYNTHETIC, *TINY, *SHORT, at=away)
     assert json.loads(done.splitlines()[-1])["world_size"] == 2 and (away / "runs/mine").is_dir()
     found["train without extras"] = "ok"
+    done = succeeds(programs / "scmoe", "resume", "runs/latest", "trainer.max_steps=3", at=away)
+    assert json.loads(done.splitlines()[-1])["steps"] == 3
+    found["resume"] = "ok"
     return found
 
 

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from scmoe.blocks.double_gate import DoubleGateBlock
 from scmoe.blocks.moe_block import MoEBlock
-from scmoe.charts import PAPER, SMALL, chart
+from scmoe.charts import PAPER, SMALL, chart, heading
 from scmoe.schedule.schedule import POSITIONS
 
 TITLES = {
@@ -130,5 +130,5 @@ def draw_gating(steps: Sequence[int], labels: Sequence[str], values: Any, path: 
                 axis.text(steps[0], PAPERS_MOST + 0.02, "paper: up to 98 %", va="bottom", color=PAPER, fontsize=SMALL)
             if i >= 2:
                 axis.set_xlabel("optimizer step")
-        figure.suptitle(words, x=0.02, ha="left", fontsize=10.5)
-        figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(labels)))
+        heading(figure, words)
+        figure.legend(handles, names, loc="outside lower left", ncols=min(4, len(labels)), columnspacing=1.0)

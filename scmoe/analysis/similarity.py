@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.sublayers import MLP
-from scmoe.charts import SMALL, chart
+from scmoe.charts import SMALL, chart, heading
 
 NUMBERED = 12  # a panel with up to so many representations has its entries written into it
 
@@ -124,5 +124,5 @@ def draw_similarity(steps: Sequence[int], labels: Sequence[str], values: Any, pa
                     text = f"{value:.2f}".replace("0.", ".")
                     axis.text(j, i, text, ha="center", va="center", fontsize=SMALL, color=color)
         step = f"cosine similarity after {steps[-1]:,} steps"
-        figure.suptitle(f"{words}\n{step}" if words else step, x=0.02, ha="left", fontsize=10.5)
+        heading(figure, f"{words}\n{step}" if words else step)
         figure.colorbar(image, ax=list(axes), shrink=min(1.0, 3.0 / sum(sides)), anchor=(0.0, 1.0))

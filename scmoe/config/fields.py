@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from scmoe.config.leaves import option
+from scmoe.config.registry import ARCHITECTURES, DATASETS, FAMILIES, OPTIMIZERS
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    family: Literal["gpt", "llama", "swin"] = option("gpt", "model family")
+    family: str = option("gpt", "model family", names=FAMILIES.names)
     layers: int = option(
         4, "blocks; a pair is Block-MLP + Block-MoE. swin: those of stage 3; others have 2", "1 to 1000"
     )
@@ -33,9 +34,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    architecture: Literal["dense", "top_k", "shared_expert", "scmoe", "dgmoe", "dgmoe_share"] = option(
-        "scmoe", "wiring of the MoE module"
-    )
+    architecture: str = option("scmoe", "wiring of the MoE module", names=ARCHITECTURES.names)
     num_experts: int = option(8, "routed experts of one MoE module (E)", "1 to 2^16")
     top_k: int = option(1, "routed experts per token (K); swin: those of stage 3; stage 4 uses 2", "1 to 2^16")
     position: Literal["pos1", "pos2", "pos3"] = option("pos2", "where ScMoE and DGMoE tap the preceding layer")
@@ -78,9 +77,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    name: Literal["sotu", "text", "hf", "synthetic", "fashion_mnist", "digits", "image_folder"] = option(
-        "sotu", "data set"
-    )
+    name: str = option("sotu", "data set", names=DATASETS.names)
     path: str | None = option(
         None,
         "text: a file or folder; hf: name of a Hugging Face data set; fashion_mnist: a folder, null: the one of "
@@ -107,13 +104,21 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr: float = option(1e-3, "peak learning rate of AdamW", "above 0, at most 1")
+    name: str = option(
+        "adamw",
+        "optimizer; muon: Muon for the matrices, each expert's by itself, AdamW for the rest",
+        names=OPTIMIZERS.names,
+    )
+    lr: float = option(
+        1e-3, "peak learning rate; muon: of both, as its updates are scaled to AdamW's", "above 0, at most 1"
+    )
     min_lr_ratio: float = option(0.1, "final learning rate, as a share of the peak", "0 to 1")
     warmup_steps: int = option(50, "linear warm-up, in optimizer steps", "0 to 2^31 - 1")
     weight_decay: float = option(0.1, "decay of matrices; norms, biases and position embeddings have none", "0 to 1")
     beta1: float = option(0.9, "decay of AdamW's running mean of gradients", "0 or more, below 1")
     beta2: float = option(0.95, "decay of AdamW's running mean of squared gradients", "0 or more, below 1")
     eps: float = option(1e-8, "epsilon of AdamW, added to the root of that mean", "1e-16 to 1")
+    momentum: float = option(0.95, "muon: decay of its running mean of gradients", "0 or more, below 1")
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,12 @@ class StrategyConfig:
     async_checkpoint: bool = option(False, "continue training while a checkpoint is written")
     full_checkpoint: bool = option(False, "rank 0 collects the tensors of all ranks and writes one file")
     wire_dtype: Literal["bfloat16"] | None = option(None, "type of rows between ranks; null: that of the experts")
+    reductions: Literal["ddp", "paced"] | None = option(
+        None, "gradients: sent when a bucket is full, or in pieces after the rows; null: paced on CPUs, ddp on GPUs"
+    )
+    exchange: Literal["auto", "flat", "hierarchical"] = option(
+        "auto", "how rows travel where ep_size crosses nodes; auto: the first exchange measures. docs/clusters.md"
+    )
     debug_collectives: bool = option(False, "check before each collective that all ranks call the same one; slow")
     dense: Literal["replicated", "sharded", "hybrid", "auto"] = option(
         "replicated",
@@ -226,6 +237,17 @@ class Config:
     name: str = option("scmoe", "name of the experiment; runs are kept in <runs_dir>/<name>/")
     seed: int = option(1, "seed of weights, data order and dropout", "0 to 2^32 - 1")
     runs_dir: str = option("runs", "folder of all run directories")
+    extensions: list[str] = field(
+        default_factory=list,
+        metadata={"help": "modules of your own to import, which register names; docs/extending.md"},
+    )
+    callbacks: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "registered callbacks and their options, such as callbacks.my_callback.every=10"},
+    )
+    options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "what your extensions read, such as options.my_option=3"}
+    )
     init_from: str | None = option(
         None, "initial weights: hf:FOLDER (transformers) or scmoe:FILE (make export); dense into MoE: upcycled"
     )

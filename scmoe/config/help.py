@@ -6,6 +6,7 @@ from textwrap import wrap
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import leaves, show
+from scmoe.config.registry import CALLBACKS
 from scmoe.config.shipped import shipped_and_own
 
 WIDTHS = (27, 22, 11, 54)  # key, type, default, help; 120 characters with two spaces between
@@ -15,6 +16,7 @@ CATALOGUE = {
     "Positions": "moe.position",
     "Combining shared and routed experts": "moe.combine",
     "Data sets": "data.name",
+    "Optimizers": "optim.name",
 }
 
 
@@ -36,6 +38,7 @@ def catalogue() -> dict[str, list[tuple[str, str]]]:
         "Configurations": [(name, text) for name, text in files if not name.startswith("configs/sweep/")],
         "Sweeps": [(name, text) for name, text in files if name.startswith("configs/sweep/")],
         **{title: [(f"{key}={choice}", "") for choice in choices[key]] for title, key in CATALOGUE.items()},
+        **({"Callbacks": [(f"callbacks.{name}", "") for name in CALLBACKS.names()]} if CALLBACKS.names() else {}),
     }
 
 

@@ -1,14 +1,19 @@
 """Walks a tree of dataclasses whose fields are options, and words what is wrong with a value of one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import field, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 
-def option(default: Any, help: str, range: str | None = None) -> Any:
-    """Return a field with its default, the line that `--help` shows, and the name of its range in RANGES."""
-    return field(default=default, metadata={"help": help, "range": range})
+def option(
+    default: Any, help: str, range: str | None = None, names: Callable[[], tuple[str, ...]] | None = None
+) -> Any:
+    """Return a field with its default, the line that `--help` shows, and the name of its range in RANGES.
+
+    names: gives the texts that are allowed, of a Registry.
+    """
+    return field(default=default, metadata={"help": help, "range": range, "names": names})
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -31,6 +36,7 @@ class Leaf(NamedTuple):
     value: Any
     help: str
     range: str | None
+    names: Callable[[], tuple[str, ...]] | None = None
 
     @property
     def types(self) -> tuple[Any, ...]:
@@ -39,14 +45,16 @@ class Leaf(NamedTuple):
 
     @property
     def choices(self) -> tuple[Any, ...]:
-        """The values of a Literal without null; () for any other type."""
+        """The values of a Literal without null, or the registered names; () for any other field."""
+        if self.names is not None:
+            return self.names()
         return tuple(choice for kind in self.types if get_origin(kind) is Literal for choice in get_args(kind))
 
     @property
     def allowed(self) -> str:
         """Type and range in words, such as `int | null, above 0`."""
         names = {bool: "true | false", type(None): "null", list[str]: "list[str]", dict[str, Any]: "mapping"}
-        others = [kind for kind in self.types if get_origin(kind) is not Literal]
+        others = [kind for kind in self.types if get_origin(kind) is not Literal and self.names is None]
         words = [*map(str, self.choices), *(names.get(kind, kind.__name__) for kind in others)]
         return " | ".join(words) + (f", {self.range}" if self.range else "")
 
@@ -59,7 +67,8 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[Leaf]:
         if is_dataclass(value):
             yield from leaves(value, key + ".")
         else:
-            yield Leaf(key, types[entry.name], value, entry.metadata["help"], entry.metadata.get("range"))
+            more = entry.metadata.get("range"), entry.metadata.get("names")
+            yield Leaf(key, types[entry.name], value, entry.metadata["help"], *more)
 
 
 def show(value: Any) -> str:

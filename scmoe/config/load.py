@@ -20,8 +20,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
 
+from scmoe.config.extensions import import_extensions, named, refuse_kept
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, leaves, show
+from scmoe.config.program import scmoe
 from scmoe.config.rules import validate
 from scmoe.config.shipped import find
 
@@ -44,10 +46,25 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 
 def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
-    """Return the validated configuration of a text of `to_yaml` and overrides. source: its name in messages."""
+    """Return the validated configuration of a text of `to_yaml`, kept in a run or an export, and overrides.
+
+    What it keeps runs nothing: its callbacks are left out, and of its extensions extensions.py says more. source: its
+    name in messages.
+    """
     tree = copy.deepcopy(_defaults())
-    _merge(tree, parse_yaml(text, source), source)
+    mapping = parse_yaml(text, source)
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{source}: the file is {show(mapping)}, allowed: a mapping of keys to values")
+    _merge(tree, mapping, source)
+    OmegaConf.update(tree, "callbacks", {}, merge=False)
+    if not named(overrides):
+        refuse_kept(tree.extensions, source)
     return _finished(tree, overrides, [source])
+
+
+def load_kept(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Return `load_text` of a file."""
+    return load_text(read_text(path), str(path), overrides)
 
 
 def _finished(tree: DictConfig, overrides: Sequence[str], sources: Sequence[str]) -> Config:
@@ -59,6 +76,7 @@ def _finished(tree: DictConfig, overrides: Sequence[str], sources: Sequence[str]
         _merge(tree, {key: parse_yaml(text, f"command line: {key}")}, "command line")
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
+    import_extensions(config.extensions)
     validate(config, " and ".join([*sources, *["command line"] * bool(overrides)]) or "defaults")
     return config
 
@@ -80,12 +98,7 @@ def to_yaml(config: Config) -> str:
 
 def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> None:
     """Merge the files that a file extends, then the file. children: the chain of files that extend it."""
-    try:
-        text, identity = path.read_text(encoding="utf-8"), path.resolve()
-    except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a path with a null byte
-        extended = f", which {children[-1]} extends" if children else ""
-        hint = "; scmoe list shows the names of all configurations" if isinstance(error, FileNotFoundError) else ""
-        raise ConfigError(f"{path}{extended}: cannot be read: {error}{hint}") from error
+    text, identity = read_text(path, f", which {children[-1]} extends" if children else ""), path.resolve()
     if identity in children:
         raise ConfigError(f"{path}: extends itself: {' > '.join(map(str, (*children, identity)))}")
     mapping = parse_yaml(text, str(path)) or {}  # an empty file is an empty mapping
@@ -98,6 +111,15 @@ def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> Non
     for parent in parents:
         _merge_file(tree, find(parent, path.parent), (*children, identity))
     _merge(tree, mapping, str(path))
+
+
+def read_text(path: Path, extended: str = "") -> str:
+    """Return the text of a configuration. extended: who extends it, for the error message."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a path with a null byte
+        hint = f"; {scmoe('list')} shows all names" if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"{path}{extended}: cannot be read: {error}{hint}") from error
 
 
 def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
@@ -142,6 +164,8 @@ def _guessed(value: Any, what: str) -> Any:
     """Return a value of a mapping whose entries have no type here: null, true or false, a number, else a text."""
     if isinstance(value, list):
         return [_guessed(each, what) for each in value]
+    if value == {}:  # a callback without options
+        return {}
     if not isinstance(value, str) or "${" in value or value == "???":
         raise ConfigError(f"{what} is {show(value)}, allowed: plain values and lists; no interpolation")
     if value in _NULL or value.lower() in ("true", "false"):

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from scmoe.config.extension_rules import extension_rules
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, leaves, show
 from scmoe.config.ranges import RANGES
+from scmoe.config.registry import ARCHITECTURES, DATASETS, FAMILIES, TEXTS
 from scmoe.schedule.schedule import Schedule
 
 # Architectures with a tap, and the architecture of their schedules.
@@ -23,7 +25,7 @@ MOST_SYNTHETIC = 4096  # sequences of a validation
 LEAST_IDS = 2  # with one, there is nothing to predict
 
 # Data sets of images, fields that have no meaning for images, and fields that have a meaning for images only.
-IMAGES = ("fashion_mnist", "digits", "image_folder")
+IMAGES = DATASETS.images
 NOT_FOR_IMAGES = (
     # swin: MLPs have 4 x the stage's dim, drop_path replaces dropout, and no norm before a sub-layer could be shared
     *("model.ffn_dim", "model.kv_heads", "model.activation", "model.dropout", "moe.tap_norm"),
@@ -54,7 +56,7 @@ OWN_ARGUMENTS = {
     "default_root_dir": "runs_dir",
     "strategy": "the section strategy",
     "logger": "the section logger",
-    "callbacks": "the sections trainer and analysis",
+    "callbacks": "the sections callbacks, trainer and analysis",
     **dict.fromkeys(("use_distributed_sampler", "reload_dataloaders_every_n_epochs"), "the data module"),
     **dict.fromkeys(("plugins", "sync_batchnorm"), "the Strategy, which is ExpertParallelStrategy"),
     "enable_model_summary": "the table of parameters that a run prints",
@@ -69,7 +71,7 @@ Rule = tuple[object, str, str]
 def validate(config: Config, source: str = "config") -> None:
     """Raise ConfigError for the first value or combination that cannot run. source: where it is from."""
     values = flatten(config)
-    checks = (_ranges, _model, _moe, _schedule, _ranks, _offload, _data, _images, _analysis, _trainer)
+    checks = (_ranges, extension_rules, _model, _moe, _schedule, _ranks, _offload, _data, _images, _analysis, _trainer)
     for refused, key, allowed in chain.from_iterable(check(config) for check in checks):
         if refused:
             raise ConfigError(f"{source}: {key} is {show(values[key])}, allowed: {allowed}")
@@ -108,6 +110,8 @@ def _trainer(config: Config) -> Iterator[Rule]:
         given = STEPS.fullmatch(trainer.profile_steps)
         good = given is not None and int(given[1]) < int(given[2]) <= last
         yield not good, "trainer.profile_steps", f"null or A:B with A < B <= {last}, the number of steps"
+    unread = config.optim.name == "adamw" and config.optim.momentum != type(config.optim)().momentum
+    yield unread, "optim.momentum", f"{type(config.optim)().momentum}, as optim.name=adamw has optim.beta1"
     for name in sorted(trainer.extra.keys() & OWN_ARGUMENTS.keys()):
         yield True, "trainer.extra", f"a mapping without {name}, which {OWN_ARGUMENTS[name]} decides"
 
@@ -116,7 +120,8 @@ def _ranges(config: Config) -> Iterator[Rule]:
     for leaf in leaves(config):
         finite = not isinstance(leaf.value, float) or math.isfinite(leaf.value)
         in_range = leaf.range is None or leaf.value is None or RANGES[leaf.range](leaf.value)
-        yield not (finite and in_range), leaf.key, leaf.allowed
+        known = leaf.names is None or leaf.value in leaf.names()
+        yield not (finite and in_range and known), leaf.key, leaf.allowed
 
 
 def _model(config: Config) -> Iterator[Rule]:
@@ -139,6 +144,7 @@ def _model(config: Config) -> Iterator[Rule]:
 def _moe(config: Config) -> Iterator[Rule]:
     moe, layers, chosen = config.moe, config.model.layers, f"as moe.architecture={config.moe.architecture}"
     dense, tapped, double = (moe.architecture in kinds for kinds in (("dense",), SHORTCUTS, ("dgmoe", "dgmoe_share")))
+    own = moe.architecture not in ARCHITECTURES.built_in  # an extension's: which of these fields it reads is its own
     capped = moe.dropless_ceiling is not None and (dense or moe.capacity_factor is not None)
     yield capped, "moe.dropless_ceiling", "null, unless there are experts and moe.capacity_factor=null"
     buffers, dropless = moe.rows == "buffers", moe.capacity_factor is None
@@ -147,13 +153,18 @@ def _moe(config: Config) -> Iterator[Rule]:
     unlimited = not dropless or moe.dropless_ceiling is None
     yield buffers and unlimited, "moe.rows", "not buffers, unless moe.capacity_factor=null and moe.dropless_ceiling"
     yield not buffers and moe.overflow != "drop", "moe.overflow", "drop, unless moe.rows=buffers"
-    yield not tapped and moe.first_position is not None, "moe.first_position", f"null, {chosen} has no shortcut"
-    yield not tapped and moe.tap_norm != "own", "moe.tap_norm", f"own, {chosen} has no tap"
+    no_tap = not tapped and not own
+    yield no_tap and moe.first_position is not None, "moe.first_position", f"null, {chosen} has no shortcut"
+    yield no_tap and moe.tap_norm != "own", "moe.tap_norm", f"own, {chosen} has no tap"
     reads_tap = moe.coefficient_input != "current"
-    yield reads_tap and moe.architecture != "scmoe", "moe.coefficient_input", f"current, {chosen} has no tap"
+    yield (
+        reads_tap and not own and moe.architecture != "scmoe",
+        "moe.coefficient_input",
+        f"current, {chosen} has no tap",
+    )
     why = "current, as moe.combine=direct_add has no coefficients"
     yield reads_tap and moe.combine == "direct_add", "moe.coefficient_input", why
-    alone = moe.architecture not in ("shared_expert", "scmoe")
+    alone = not own and moe.architecture not in ("shared_expert", "scmoe")
     yield alone and moe.combine != "cg1", "moe.combine", f"cg1, {chosen} has no shared expert to combine with"
     raw = moe.top_k == 1 and not moe.renormalise
     yield raw, "moe.renormalise", "true, as moe.top_k=1 always keeps the raw probability"
@@ -186,7 +197,7 @@ def _schedule(config: Config) -> Iterator[Rule]:
         yield schedule.slot is not None, "schedule.slot", "null, as schedule.auto=true chooses it"
         shared = moe.architecture == "dgmoe_share"
         yield shared, "schedule.auto", f"false where {chosen}, as two pairs share one MoE module"
-    elif schedule.slot is not None:
+    elif schedule.slot is not None and moe.architecture in ARCHITECTURES.built_in:
         positions = (moe.position, moe.first_position or moe.position) if moe.architecture in SHORTCUTS else (None,)
         for position in positions:
             each = Schedule(SHORTCUTS.get(moe.architecture, moe.architecture), position)
@@ -201,6 +212,9 @@ def _ranks(config: Config) -> Iterator[Rule]:
     uneven = not dense and moe.num_experts % ep_size
     yield uneven, "strategy.ep_size", f"a divisor of moe.num_experts, {moe.num_experts}"
     yield world % ep_size, "strategy.ep_size", f"a divisor of trainer.devices x trainer.num_nodes, {world}"
+    whole_nodes = ep_size > trainer.devices > 1 and ep_size % trainer.devices == 0
+    unless = "auto | flat, unless strategy.ep_size is 2, 3, ... times trainer.devices, which is 2 or more"
+    yield config.strategy.exchange == "hierarchical" and not whole_nodes, "strategy.exchange", unless
     nodes = trainer.num_nodes > 1 and trainer.devices > 1
     hybrid = "replicated | sharded | auto, unless trainer.num_nodes and trainer.devices are 2 or more"
     yield config.strategy.dense == "hybrid" and not nodes, "strategy.dense", hybrid
@@ -209,6 +223,8 @@ def _ranks(config: Config) -> Iterator[Rule]:
     uneven = split and any(width % holders for width in widths)
     why = f"{' or '.join(map(str, widths))} is no multiple of the {holders} ranks that hold the same experts"
     yield uneven, "strategy.dense", f"replicated, as model.dim or model.ffn_dim, {why}; or raise strategy.ep_size"
+    paced = config.strategy.dense != "replicated" and config.strategy.reductions is not None
+    yield paced, "strategy.reductions", "null, unless strategy.dense=replicated, whose gradients DDP sums"
     parts, batches = "trainer.devices x trainer.num_nodes x trainer.accumulate", world * trainer.accumulate
     yield config.data.global_batch_size % batches, "data.global_batch_size", f"a multiple of {parts}, {batches}"
 
@@ -237,7 +253,7 @@ def _data(config: Config) -> Iterator[Rule]:
     endless = data.name == "synthetic" and (data.val_sequences or 0) > MOST_SYNTHETIC
     yield endless, "data.val_sequences", f"null or at most {MOST_SYNTHETIC}, {named} has no end"
     smallest = SMALLEST_VOCABULARY.get(data.tokenizer, LEAST_IDS)
-    small = data.name != "synthetic" and data.vocab_size < smallest
+    small = data.name in TEXTS and data.vocab_size < smallest
     yield small, "data.vocab_size", f"{smallest} or more for data.tokenizer={data.tokenizer}"
     yield data.vocab_size < LEAST_IDS, "data.vocab_size", f"{LEAST_IDS} or more"
 
@@ -245,9 +261,11 @@ def _data(config: Config) -> Iterator[Rule]:
 def _images(config: Config) -> Iterator[Rule]:
     """Check that model and data fit together, and that fields without a meaning for them have their defaults."""
     model, data, images = config.model, config.data, config.data.name in IMAGES
-    wanted = model.family == "swin"
+    wanted = model.family in FAMILIES.images
     names = f"{'' if wanted else 'anything but '}{', '.join(IMAGES)}"
     yield wanted != images, "data.name", f"{names} for model.family={model.family}"
+    if model.family not in FAMILIES.built_in:  # an extension's: which of these fields it reads is its own
+        return
     values, defaults = flatten(config), flatten(type(config)())
     for key in NOT_FOR_IMAGES if images else ONLY_FOR_IMAGES:
         allowed = f"{show(defaults[key])}, as data.name={data.name} has {'' if images else 'no '}images"

@@ -15,13 +15,24 @@ import torch
 from torch import Tensor
 
 
+class Traffic(NamedTuple):
+    """Numbers of rows of one exchange."""
+
+    sent: Sequence[int]  # to each rank
+    received: Sequence[int]  # from each rank
+    by_rank: Tensor  # [sender, receiver], on the host
+
+    def back(self) -> "Traffic":
+        """The same rows on their way back."""
+        return Traffic(self.received, self.sent, self.by_rank.T)
+
+
 @dataclass(frozen=True)
 class Receipt:
     """What `combine` needs to know about the dispatch that it reverses."""
 
     num_tokens_per_expert_e: Tensor | None  # rows for each local expert; None: all equal
-    sent: tuple[int, ...] = ()  # rows sent to each rank; (): all equal
-    received: tuple[int, ...] = ()  # rows received from each rank
+    traffic: Traffic | None = None  # of the dispatch; None: equal numbers between all ranks
     order_R: Tensor | None = None  # received row of each expert-contiguous row; None: all numbers are equal
     place_R: Tensor | None = None  # its inverse
 
@@ -32,8 +43,7 @@ class ChunkCounts:
 
     num_rows: int | None  # of this rank; None: all chunks have the same number
     counts_from_e: Tensor  # [senders, e] for each local expert, on the device
-    sent: tuple[int, ...] = ()  # to each rank; (): all equal
-    received: tuple[int, ...] = ()  # from each rank
+    traffic: Traffic | None = None  # None: equal numbers between all ranks
 
 
 class Announced(Protocol):

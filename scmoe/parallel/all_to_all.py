@@ -11,7 +11,7 @@ wait at the same place.
 import functools
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from scmoe.moe.dispatcher import Traffic
 from scmoe.moe.operators import Recorder
 
 
@@ -31,8 +32,9 @@ class Work(Protocol):
         """Returns when the caller may use the rows in its next computation."""
 
 
-Exchange = Callable[[Tensor, list[int], list[int]], tuple[Tensor, Work]]
-"""exchange(rows, sent, received) starts an exchange of so many rows with each rank; returns (target buffer, work)."""
+Exchange = Callable[[Tensor, Traffic | None], tuple[Tensor, Work]]
+"""exchange(rows, traffic) starts an exchange of so many rows with each rank, None: of equal numbers; returns (target
+buffer, work). Rows are grouped by receiver, and in the buffer by sender."""
 
 
 def all_to_all(group: Any) -> Exchange:
@@ -43,13 +45,19 @@ def all_to_all(group: Any) -> Exchange:
     """
     gloo = dist.get_backend(group) == "gloo"
 
-    def exchange(rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, Work]:
-        target = rows.new_empty((sum(received) if received else rows.shape[0], *rows.shape[1:]))
+    def exchange(rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Work]:
+        sent, received = ([], []) if traffic is None else (list(traffic.sent), list(traffic.received))
+        target = buffer_for(rows, traffic)
         if gloo:
             return target, point_to_point(target, rows, received, sent, group)
         return target, dist.all_to_all_single(target, rows, received, sent, group=group, async_op=True)
 
     return exchange
+
+
+def buffer_for(rows: Tensor, traffic: Traffic | None) -> Tensor:
+    """An empty tensor for the rows that an exchange of `rows` brings here."""
+    return rows.new_empty((len(rows) if traffic is None else sum(traffic.received), *rows.shape[1:]))
 
 
 def point_to_point(target: Tensor, rows: Tensor, received: list[int], sent: list[int], group: Any) -> Work:
@@ -60,7 +68,7 @@ def point_to_point(target: Tensor, rows: Tensor, received: list[int], sent: list
     take turns. Posting takes some milliseconds while other rows arrive, so a thread does it while the caller computes
     (docs/decisions/0019-point-to-point.md has the measurements).
     """
-    return _Posted(_poster().submit(_post, target, rows, received, sent, group))
+    return Posted(_poster().submit(post, target, rows, received, sent, group))
 
 
 @functools.cache
@@ -73,7 +81,8 @@ os.register_at_fork(after_in_child=_poster.cache_clear)
 
 
 @torch.inference_mode()
-def _post(target: Tensor, rows: Tensor, received: list[int], sent: list[int], group: Any) -> list[Any]:
+def post(target: Tensor, rows: Tensor, received: list[int], sent: list[int], group: Any) -> list[Any]:
+    """Posts the receives and the sends, in this thread, and returns them."""
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     targets = target.split(received) if received else target.chunk(size)
     sources = rows.split(sent) if sent else rows.chunk(size)
@@ -84,7 +93,7 @@ def _post(target: Tensor, rows: Tensor, received: list[int], sent: list[int], gr
     return works
 
 
-class _Posted:
+class Posted:
     """Sends and receives as one work. Two threads may wait for it: a recorder's and the one that needs the rows."""
 
     def __init__(self, posted: Future[list[Any]]) -> None:
@@ -94,21 +103,47 @@ class _Posted:
         with self.lock:
             works = self.posted.result()
             while works:
-                works.pop(0).wait()
+                works[0].wait()  # where it raises, it does so for the second thread too
+                works.pop(0)
+
+
+class Link:
+    """Knows the rows' latest exchange of this rank, so that gradients can go after it (update/pacing.py)."""
+
+    def __init__(self) -> None:
+        self.latest: Work | None = None
+
+    def wait(self) -> None:
+        """Return when no rows are in flight."""
+        while (work := self.latest) is not None:
+            work.wait()
+            if work is self.latest:
+                return
+
+
+@dataclass(frozen=True)
+class Carried:
+    """An exchange that its link knows."""
+
+    exchange: Exchange
+    link: Link
+
+    def __call__(self, rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Work]:
+        target, self.link.latest = self.exchange(rows, traffic)
+        return target, self.link.latest
 
 
 @dataclass(eq=False)
 class Transfer:
     """One exchange of rows, and later the way back of its gradient. `start` launches it, `wait` returns the rows.
 
-    sent, received: rows to and from each rank of the group; empty: equal numbers for all ranks.
+    traffic: rows to and from each rank of the group; None: equal numbers for all ranks.
     operator, recorder: the recorder notes the transfer under this name.
     A buffer in flight is kept here until its wait, so it cannot be freed or used again before.
     """
 
     exchange: Exchange
-    sent: Sequence[int] = ()
-    received: Sequence[int] = ()
+    traffic: Traffic | None = None
     operator: str = "dispatch"
     recorder: Recorder | None = None
     out: Tensor | None = field(default=None, init=False)
@@ -127,10 +162,10 @@ class Transfer:
         return _Wait.apply(out, self)
 
     def launch(self, rows: Tensor, backward: bool) -> Tensor:
-        sent, received = (self.received, self.sent) if backward else (self.sent, self.received)
+        traffic = self.traffic.back() if self.traffic is not None and backward else self.traffic
         self.source = rows.contiguous()
         with torch.profiler.record_function(f"scmoe/{self.operator}"):
-            target, self.work = self.exchange(self.source, list(sent), list(received))
+            target, self.work = self.exchange(self.source, traffic)
         if self.recorder is not None:
             self.recorder.watch(self.operator, "backward" if backward else "forward", self.work)
         return target

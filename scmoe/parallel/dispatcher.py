@@ -4,7 +4,6 @@ Rank r of the group holds experts r E/EP .. (r+1) E/EP - 1, so rows grouped by e
 grouped by (sender, local expert) and are regrouped by local expert after the wait.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scmoe.moe.dispatcher import Announced, Arriving, ChunkCounts, Pending, Receipt
+from scmoe.moe.dispatcher import Announced, Arriving, ChunkCounts, Pending, Receipt, Traffic
 from scmoe.moe.layout import gather
 from scmoe.moe.operators import Recorder
 from scmoe.parallel.all_to_all import Exchange, Transfer, all_to_all
@@ -65,29 +64,30 @@ class AllToAllDispatcher:
         if counts is None:
             regroup = partial(swap, outer=self.ep_size, inner=self.num_experts // self.ep_size)
             return Arriving(self.start("dispatch", rows_RD), regroup), Receipt(None)
-        transfer = self.start("dispatch", rows_RD, counts.sent, counts.received)
+        transfer = self.start("dispatch", rows_RD, counts.traffic)
         # a stable sort by local expert groups the rows of all senders
         order_R = self.experts_of_rows(counts, rows_RD.shape[0]).argsort(stable=True)
         place_R = torch.empty_like(order_R)
         place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-        receipt = Receipt(counts.counts_from_e.sum(0), counts.sent, counts.received, order_R, place_R)
+        receipt = Receipt(counts.counts_from_e.sum(0), counts.traffic, order_R, place_R)
         return Arriving(transfer, lambda rows: gather(rows, order_R, place_R[:, None], complete=True)), receipt
 
     def experts_of_rows(self, counts: ChunkCounts, num_sent: int) -> Tensor:
         """[R]: the local expert of each row that arrives, in the order (sender, expert)."""
+        assert counts.traffic is not None
         from_e = counts.counts_from_e
         experts = torch.arange(from_e.numel(), device=from_e.device) % from_e.shape[1]
-        return experts.repeat_interleave(from_e.flatten(), output_size=sum(counts.received))
+        return experts.repeat_interleave(from_e.flatten(), output_size=sum(counts.traffic.received))
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
         if receipt.order_R is None:
             return self.start("combine", swap(rows_RD, self.num_experts // self.ep_size, self.ep_size))
         assert receipt.place_R is not None
         rows_RD = gather(rows_RD, receipt.place_R, receipt.order_R[:, None], complete=True)
-        return self.start("combine", rows_RD, receipt.received, receipt.sent)
+        return self.start("combine", rows_RD, receipt.traffic and receipt.traffic.back())
 
-    def start(self, operator: str, rows_RD: Tensor, sent: Sequence[int] = (), received: Sequence[int] = ()) -> Transfer:
-        return Transfer(self.exchange, sent, received, operator, self.recorder).start(rows_RD)
+    def start(self, operator: str, rows_RD: Tensor, traffic: Traffic | None = None) -> Transfer:
+        return Transfer(self.exchange, traffic, operator, self.recorder).start(rows_RD)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,10 @@ class ReadByHost:
                 check_ceiling(received, self.ceiling)
         sent, received = rows[self.rank].tolist(), rows[:, :, self.rank].T.tolist()
         to_here = self.by_rank[:, :, self.rank]  # [sender, chunk, e]
-        return [ChunkCounts(sum(sent[p]), to_here[:, p], tuple(sent[p]), tuple(received[p])) for p in range(len(sent))]
+        return [
+            ChunkCounts(sum(sent[p]), to_here[:, p], Traffic(sent[p], received[p], rows[:, p]))
+            for p in range(len(sent))
+        ]
 
 
 def swap(rows_RD: Tensor, outer: int, inner: int) -> Tensor:

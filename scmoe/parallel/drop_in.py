@@ -7,7 +7,8 @@ The functions put the classes of blocks/ and moe/ together as training/build/ do
 positions, another norm) are given to those classes. `stats` are what `load_balance_loss` reads.
 
 group: a process group of torch.distributed whose ranks share the experts and train on batches of their own; None: this
-process holds all experts. Every rank calls the function, with the same seed.
+process holds all experts. Every rank calls the function, with the same seed. Rows travel flat between the ranks of a
+group. MoE and ScMoEBlock also take the Strategy's `parallel_context`; then they travel as its `exchange` says.
 """
 
 from collections.abc import Sequence
@@ -112,9 +113,11 @@ def data_parallel(module: nn.Module, group: Any) -> DistributedDataParallel:
 
 
 def context_of(group: Any) -> ParallelContext:
-    """Return the place of this rank in a group that shares one set of experts."""
+    """Return the place of this rank in a group that shares one set of experts; of a context, the context."""
     if group is None:
         return ParallelContext()
+    if isinstance(group, ParallelContext):
+        return group
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError("this rank is not in the group that was given, allowed: a group with this rank, or None")

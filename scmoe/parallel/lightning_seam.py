@@ -113,6 +113,11 @@ def hide_from_ddp(module: nn.Module, names: Iterable[str]) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sorted(ignored))
 
 
+def prefer_buckets(strategy: Any, megabytes: float) -> None:
+    """Let the DDP that the Strategy will make reduce buckets of this size, unless the user has named another."""
+    strategy._ddp_kwargs.setdefault("bucket_cap_mb", megabytes)
+
+
 def split_over(mesh: DeviceMesh, dim: int) -> ShardPlacementResult:
     """Return what makes FSDP split a parameter on `dim` over the last axis of this mesh, and copy it over the first of
     two. FSDP refuses two such objects for one process group, so call it once for a mesh."""

@@ -7,9 +7,9 @@ ranks. Each purpose has its own process group, so that collectives of two purpos
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -18,10 +18,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher
+from scmoe.moe.dispatcher import Blocking, Dispatcher, LocalDispatcher, Narrowed
 from scmoe.moe.experts import Experts
+from scmoe.moe.stream import MoEStream
+from scmoe.parallel.all_to_all import Carried, Exchange, Link, all_to_all
 from scmoe.parallel.buffered import BufferedDispatcher
 from scmoe.parallel.dispatcher import AllToAllDispatcher
+from scmoe.parallel.fastest_exchange import FastestExchange
+from scmoe.parallel.hierarchical import hierarchical
+
+EXCHANGES = ("auto", "flat", "hierarchical")
 
 
 @dataclass(frozen=True)
@@ -29,9 +35,11 @@ class ParallelContext:
     """A rank's place in the mesh. The default is a single process that holds everything.
 
     `ep_group` carries the All-to-All, `counts_group` how many rows come in it, `edp_group` the expert gradients,
-    `checkpoint_group` (gloo) checkpoints, `control_group` (gloo) requests to stop; the default group carries dense
-    gradients, losses and metrics. `dense_mesh`: over which dense weights are split (dense_shards.py); None: each rank
-    holds them whole. `exact_mesh`: the same ranks, for those that stay in float32.
+    `gradient_group` (on CPUs) dense gradients that are paced, `checkpoint_group` (gloo) checkpoints, `control_group`
+    (gloo) requests to stop; the default group carries dense gradients that are not paced, losses and metrics. `link`
+    knows the All-to-All in flight. `exchange`: how rows travel; None: flat, by one All-to-All over `ep_group`.
+    `dense_mesh`: over which dense weights are split (dense_shards.py); None: each rank holds them whole. `exact_mesh`:
+    the same ranks, for those that stay in float32.
     """
 
     rank: int = 0
@@ -41,8 +49,11 @@ class ParallelContext:
     ep_group: Any = None
     counts_group: Any = None
     edp_group: Any = None
+    gradient_group: Any = None
     checkpoint_group: Any = None
     control_group: Any = None
+    link: Link = field(default_factory=Link)
+    exchange: Exchange | None = None
     dense_mesh: DeviceMesh | None = None
     exact_mesh: DeviceMesh | None = None
 
@@ -66,9 +77,15 @@ class ParallelContext:
         receives exactly its fair share and needs no ceiling. buffered: for rows in buffers."""
         if self.ep_size == 1:
             return LocalDispatcher()
+        exchange = self.carried()
         if buffered:
-            return BufferedDispatcher(self.ep_group, num_experts, counts_group=self.counts_group)
-        return AllToAllDispatcher(self.ep_group, num_experts, ceiling, counts_group=self.counts_group)
+            return BufferedDispatcher(self.ep_group, num_experts, None, exchange, counts_group=self.counts_group)
+        return AllToAllDispatcher(self.ep_group, num_experts, ceiling, exchange, counts_group=self.counts_group)
+
+    def carried(self) -> Exchange:
+        """Return how rows travel, in a way that `link` knows where gradients are paced."""
+        exchange = self.exchange or all_to_all(self.ep_group)
+        return exchange if self.gradient_group is None else Carried(exchange, self.link)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """Return the sum over all ranks, bit-identical on each; x is not changed."""
@@ -107,29 +124,63 @@ class ParallelContext:
             raise failure[0]
 
 
-def build_context(ep_size: int, device: torch.device, timeout: timedelta) -> ParallelContext:
-    """Make all groups; every rank of the default group must call it. ValueError: ep_size does not divide the ranks.
+def build_context(
+    ep_size: int,
+    device: torch.device,
+    timeout: timedelta,
+    exchange: str = "flat",
+    ranks_per_node: int | None = None,
+    say: Callable[[str], None] = print,
+) -> ParallelContext:
+    """Make all groups; every rank of the default group must call it. ValueError: ep_size does not divide the ranks, or
+    they cannot exchange rows in this way.
 
+    exchange: flat | hierarchical | auto. ranks_per_node: ranks are numbered node by node; None: all are on one node.
+    say: is given the line with auto's choice, on every rank.
     Each group is made with the timeout, which it does not inherit from the default group.
     `init_device_mesh` would use the default group itself for a dimension that spans all ranks.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % ep_size:
         raise ValueError(f"ep_size is {ep_size}, allowed: divisors of the number of ranks ({world_size})")
+    places = ranks_per_node or world_size
+    two_levels = exchange != "flat" and crosses_nodes(ep_size, places)
+    if exchange == "hierarchical" and not two_levels:
+        raise ValueError(
+            f"exchange is hierarchical with ep_size {ep_size} and {places} of {world_size} ranks on a node, allowed: "
+            "several whole nodes in each group of ep_size ranks, and 2 or more ranks on a node; or flat, or auto"
+        )
     grid = torch.arange(world_size).view(-1, ep_size)
-    # the transfers' kernels are short, and other ranks wait for them
-    urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if device.type == "cuda" else None
-    by_rows = dist.new_subgroups_by_enumeration  # of its groups it returns the one with this rank first
-    ep_group, _ = by_rows(grid.tolist(), timeout=timeout, pg_options=urgent, group_desc="ep")
-    counts_group, _ = by_rows(grid.tolist(), timeout=timeout, group_desc="counts")
-    edp_group, _ = by_rows(grid.T.tolist(), timeout=timeout, group_desc="edp")
+
+    def by_rows(ranks: Tensor, name: str, **options: Any) -> Any:
+        return dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout, group_desc=name, **options)[0]
+
+    def urgent_by_rows(ranks: Tensor, name: str) -> Any:  # a transfer's kernels are short, and other ranks wait for it
+        on_gpu = device.type == "cuda"
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if on_gpu else None
+        return by_rows(ranks, name, pg_options=options)
+
+    ep_group, counts_group, edp_group = urgent_by_rows(grid, "ep"), by_rows(grid, "counts"), by_rows(grid.T, "edp")
+    gradient_group = dist.new_group(timeout=timeout, group_desc="gradients") if device.type == "cpu" else None
+    levels: tuple[Any, ...] = ()
+    if two_levels:
+        nodes = grid.view(-1, ep_size // places, places)  # of each EP group
+        levels = urgent_by_rows(nodes.flatten(0, 1), "within"), urgent_by_rows(nodes.mT.flatten(0, 1), "between")
     checkpoint_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
     control_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
     mesh = DeviceMesh.from_group([edp_group, ep_group], device.type, mesh=grid, mesh_dim_names=("edp", "ep"))
     if device.type == "cuda":
-        start_communicators((None, ep_group, counts_group, edp_group), device)
-    groups = ep_group, counts_group, edp_group, checkpoint_group, control_group
-    return ParallelContext(rank, world_size, ep_size, mesh, *groups)
+        start_communicators((None, ep_group, counts_group, edp_group, *levels), device)
+    groups = ep_group, counts_group, edp_group, gradient_group, checkpoint_group, control_group
+    rows = hierarchical(*levels) if levels else None
+    if rows and exchange == "auto":
+        rows = FastestExchange({"flat": all_to_all(ep_group), "hierarchical": rows}, control_group, say)
+    return ParallelContext(rank, world_size, ep_size, mesh, *groups, exchange=rows)
+
+
+def crosses_nodes(ep_size: int, ranks_per_node: int) -> bool:
+    """Return whether each EP group has all ranks of several nodes, and these are nodes of several ranks."""
+    return ep_size > ranks_per_node > 1 and ep_size % ranks_per_node == 0
 
 
 def start_communicators(groups: Sequence[Any], device: torch.device) -> None:
@@ -152,7 +203,7 @@ def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def check_experts(module: nn.Module, context: ParallelContext) -> None:
-    """Raise ValueError for experts that do not belong to this rank.
+    """Raise ValueError for experts that do not belong to this rank, and for rows that do not travel as configured.
 
     A model that is built before the ranks exist has all experts. Each rank would train all of them, and they would
     differ from rank to rank without any error.
@@ -165,6 +216,15 @@ def check_experts(module: nn.Module, context: ParallelContext) -> None:
                 f"allowed: {own.start} to {own.stop - 1} of {child.num_experts}; build the model in configure_model or "
                 "setup, from self.parallel_context, which __init__ does not have yet"
             )
+        if isinstance(child, MoEStream) and context.exchange and not isinstance(context.exchange, FastestExchange):
+            dispatcher: Any = child.dispatcher
+            while isinstance(dispatcher, Blocking | Narrowed):
+                dispatcher = dispatcher.inner
+            if dispatcher.exchange != context.carried():
+                raise ValueError(
+                    f"{name or type(child).__name__} was built with a process group, so its rows travel flat, allowed "
+                    "with exchange=hierarchical: group=self.parallel_context; or exchange=flat"
+                )
 
 
 def use_loopback_for_gloo() -> None:

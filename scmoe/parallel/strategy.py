@@ -9,14 +9,14 @@ The LightningModule finds its place in the mesh in `self.parallel_context`, set 
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ModelSummary, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -29,12 +29,13 @@ from scmoe.parallel.checkpoint.state import model_state, optimizer_state, tied_w
 from scmoe.parallel.dense_shards import check_dense
 from scmoe.parallel.job.debug import CompareCollectives
 from scmoe.parallel.job.lockstep import LockstepStrategy
-from scmoe.parallel.lightning_seam import accumulated_batches, hide_from_ddp, is_fitting
-from scmoe.parallel.mesh import build_context, check_experts, expert_parameters, use_loopback_for_gloo
+from scmoe.parallel.lightning_seam import accumulated_batches, hide_from_ddp, is_fitting, prefer_buckets
+from scmoe.parallel.mesh import EXCHANGES, build_context, check_experts, expert_parameters, use_loopback_for_gloo
+from scmoe.parallel.refused_callbacks import check_callbacks
 from scmoe.parallel.update.clipping import check_precision, guard_updates
+from scmoe.parallel.update.pacing import BUCKET_MB, is_paced, pacing
 from scmoe.parallel.update.reducer import ExpertGradientReducer
 
-COPYING = (WeightAveraging, StochasticWeightAveraging)  # their copy of the module would hold one rank's experts
 LONGEST_S = 1e6  # what a timeout may be
 
 
@@ -46,6 +47,8 @@ class ExpertParallelStrategy(LockstepStrategy):
     async_checkpoint: training continues while a checkpoint is written; the files are complete some steps later.
     debug_collectives: ranks compare every collective before they take part in it; slow.
     full_checkpoint: rank 0 merges the shards of all ranks into one file.
+    reductions: ddp: sends gradients when a bucket is full; paced (CPUs): in pieces after the rows; None: paced on CPUs.
+    exchange: how rows travel between nodes: flat | hierarchical | auto (mesh.build_context).
     dense: "replicated": dense weights on all ranks, under DDP. "sharded": over all ranks, and experts over the ranks
         that hold the same ones, under FSDP2. "hybrid": over the ranks of a node, with a copy on each node. "auto": the
         first of replicated, hybrid and sharded that a rank's memory has room for.
@@ -69,6 +72,8 @@ class ExpertParallelStrategy(LockstepStrategy):
         async_checkpoint: bool = False,
         debug_collectives: bool = False,
         full_checkpoint: bool = False,
+        reductions: str | None = None,
+        exchange: str = "auto",
         dense: str = "replicated",
         dense_estimates: Mapping[str, float] | None = None,
         **ddp: Any,
@@ -77,12 +82,15 @@ class ExpertParallelStrategy(LockstepStrategy):
             raise ValueError(f"ep_size is {ep_size}, allowed: None or a number of ranks, 1 or more")
         if not 0 < timeout_s <= LONGEST_S:
             raise ValueError(f"timeout_s is {timeout_s}, allowed: above 0, at most {LONGEST_S:g} seconds")
-        check_dense(dense, ddp)
-        self.timeout = timedelta(seconds=timeout_s)
+        check_dense(dense, ddp if reductions is None else ddp | {"reductions": reductions})
+        if exchange not in EXCHANGES:
+            raise ValueError(f"exchange is {exchange!r}, allowed: {' | '.join(EXCHANGES)}")
+        self.timeout, self.exchange = timedelta(seconds=timeout_s), exchange
         super().__init__(**{"gradient_as_bucket_view": True, **ddp, "timeout": self.timeout})
         self.ep_size, self.debug_collectives = ep_size, debug_collectives
         self.dense, self.dense_estimates = dense, dense_estimates
         self.async_checkpoint, self.full_checkpoint = async_checkpoint, full_checkpoint
+        self.reductions = reductions
         self.reducer: ExpertGradientReducer
         self.at_teardown = ExitStack()  # removes what `setup` has hooked into the module, the plugin and torch
 
@@ -100,7 +108,8 @@ class ExpertParallelStrategy(LockstepStrategy):
             ) from error
         if self.context.mesh is None:
             ep_size = self.world_size if self.ep_size is None else self.ep_size
-            self.context = build_context(ep_size, self.root_device, self.timeout)
+            network = self.exchange, self.num_processes, rank_zero_info
+            self.context = build_context(ep_size, self.root_device, self.timeout, *network)
             self.split(self.dense, self.dense_estimates)
             self.checkpoints = Checkpoints(self.context, self.async_checkpoint, self.full_checkpoint)
         self.module.parallel_context = self.context
@@ -111,6 +120,8 @@ class ExpertParallelStrategy(LockstepStrategy):
             rank_zero_info(f"The model summary counts this rank's experts: 1 of {self.context.ep_size} parts of them.")
         # else DDP would overwrite every rank's experts with rank 0's, then average gradients of different experts
         hide_from_ddp(self.module, [name for name, _ in expert_parameters(self.module)])
+        if is_paced(self.reductions, self.root_device):
+            prefer_buckets(self, BUCKET_MB)
         super().setup(trainer)
         if self.debug_collectives:
             compare = CompareCollectives(self.timeout)
@@ -119,7 +130,9 @@ class ExpertParallelStrategy(LockstepStrategy):
         if is_fitting(trainer):
             self.trained = self.module
             shards = [] if self.is_split else [p for _, p in expert_parameters(self.module)]
-            self.reducer = ExpertGradientReducer(shards, self.context)
+            paced = is_paced(self.reductions, self.root_device) and not self.is_split  # which auto decides in `setup`
+            pacer = self.at_teardown.enter_context(pacing(self.model, self.context)) if paced else None
+            self.reducer = ExpertGradientReducer(shards, self.context, pacer)
             self.at_teardown.callback(self.reducer.remove)
             self.at_teardown.callback(guard_updates(self.precision_plugin, self.module, self.context).remove)
             # weights were drawn equal on all ranks; what is drawn from here on (dropout, gate noise) must differ
@@ -185,13 +198,3 @@ class ExpertParallelStrategy(LockstepStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Do nothing: load_checkpoint has read the weights already."""
-
-
-def check_callbacks(callbacks: Iterable[Any]) -> None:
-    """Raise ValueError for a callback that averages weights in a copy of the module."""
-    for callback in callbacks:
-        if isinstance(callback, COPYING):
-            raise ValueError(
-                f"the callback {type(callback).__name__} keeps a copy of the module, with one rank's experts alone; "
-                "allowed with expert_parallel: callbacks that do not copy it; average weights of checkpoints instead"
-            )

@@ -25,11 +25,12 @@ POLL_S = 0.1
 
 @dataclass
 class Batch:
-    """Jobs to run, `slots` in parallel (0: one after the other in this process, by `train_here`).
+    """Jobs to run, `slots` in parallel (0: one after the other in this process, by `here`).
 
     jobs: those known so far. propose: returns the next one after them, or None. look: reads a running job's results and
     says whether to stop it early. judge: reads a finished job's results, and may call it failed. watch: is called now
     and then, and with each job that has ended. total: how many jobs there will be, None: unlimited.
+    here: runs a verb of `scmoe` in this process, such as `here("train", ...)`, and returns its exit code.
     """
 
     jobs: list[Job]
@@ -39,7 +40,7 @@ class Batch:
     propose: Callable[[], Job | None] = lambda: None
     look: Callable[[Job], bool] = lambda job: False
     judge: Callable[[Job], None] = lambda job: None
-    train_here: Callable[[list[str]], int] | None = None
+    here: Callable[..., int] | None = None
     waiting: list[Job] = field(default_factory=list)
     worked_s: float = 0.0  # by all slots of this session
     progress: float = 0.0  # of this session, in jobs
@@ -55,7 +56,7 @@ class Batch:
                         job = self.waiting.pop(0) if self.waiting else self.propose()
                         if job is None:
                             break
-                        running.append(Running(job, lock, self.train_here if self.slots == 0 else None))
+                        running.append(Running(job, lock, self.here if self.slots == 0 else None))
                     if not running:
                         return signals[0] if signals else 0
                     for one in list(running):
@@ -136,22 +137,24 @@ class Batch:
 class Running:
     """A job whose training runs in a process of its own, or has run in this one."""
 
-    def __init__(self, job: Job, lock: IO[str], train_here: Callable[[list[str]], int] | None) -> None:
+    def __init__(self, job: Job, lock: IO[str], here: Callable[..., int] | None) -> None:
         self.job, self.seen, self.hopeless = job, time.monotonic(), False
         self.asked: float | None = None  # when it was asked to stop
         self.code: int | None = None
         self.process: Popen[bytes] | None = None
-        arguments = job.next_arguments()
+        run_dir = job.to_resume()
+        words = job.command(run_dir)
         job.state.status, job.state.error = "running", None
-        job.state.done *= "--resume" in arguments
+        job.state.done *= run_dir is not None
         job.keep()
         job.log.parent.mkdir(parents=True, exist_ok=True)
-        with job.log.open("a" if "--resume" in arguments else "w") as log:
-            if train_here is not None:
-                self.code = _call(train_here, arguments, log)
+        with job.log.open("w" if run_dir is None else "a") as log:
+            if here is not None:
+                program, *arguments = words[len(job.launcher) - 1 :]
+                self.code = _call(here, (program.rpartition(".")[2], *arguments), log)
                 return
             # A session of its own: Ctrl-C reaches this process alone, which sends SIGTERM.
-            words, held = [*job.launcher, *arguments], (lock.fileno(),)
+            held = (lock.fileno(),)
             self.process = Popen(words, stdin=DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=held)
 
     def poll(self) -> int | None:
@@ -179,12 +182,12 @@ class Running:
             self.code = self.process.wait()
 
 
-def _call(train_here: Callable[[list[str]], int], arguments: list[str], log: IO[str]) -> int:
-    """Run the train command in this process: without a start of Python, and without anything that could kill it."""
+def _call(here: Callable[..., int], words: Sequence[str], log: IO[str]) -> int:
+    """Run a training in this process: without a start of Python, and without anything that could kill it."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         with redirect_stdout(log), redirect_stderr(log):
-            return train_here(arguments)
+            return here(*words)
     except SystemExit as end:  # it was asked to stop, and has saved
         return end.code if isinstance(end.code, int) else 1
     except Exception as error:  # a failed training does not end the batch

@@ -15,6 +15,7 @@ from scmoe.analysis.split import Split
 from scmoe.analysis.traffic import step_traffic
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
+from scmoe.config.rules import IMAGES
 from scmoe.training.build.model import build_model_on_meta
 from scmoe.training.run.report import count_parameters, total_and_active
 
@@ -30,7 +31,7 @@ def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
     total, active = total_and_active(count_parameters(model))
     replicated, experts = rank_parameters(model, ep_size)
     samples = data.global_batch_size // (ep_size * dp_size * trainer.accumulate)
-    unit, tokens = ("image", 1) if config.model.family == "swin" else ("token", data.seq_len)
+    unit, tokens = ("image", 1) if config.data.name in IMAGES else ("token", data.seq_len)
     forward = forward_flops(model, data.seq_len)
     sent, rows = transfer_bytes(model, trainer.precision), model.rows_per_sample(data.seq_len)
     together = sum(size * rows[moe] for size, (moe, _) in zip(sent, moe_uses(model), strict=True)) / tokens
@@ -45,6 +46,7 @@ def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
     collectives = step_traffic(split, **batch, accumulate=trainer.accumulate, wire_bytes=wire_bytes)
     return {
         **given,
+        "optimizer": config.optim.name,
         "dense": dense,
         "samples_per_rank": samples,
         "params_total": total,
@@ -87,7 +89,8 @@ def estimate_table(facts: dict[str, Any]) -> Table:
     recompute = "on" if facts["recompute"] else "off"
     notes = {
         "weights": f"dense weights {facts['dense']}",
-        "optimizer": "AdamW's two moments",
+        "optimizer": "AdamW's two moments"
+        + ("" if facts["optimizer"] == "adamw" else f"; {facts['optimizer']} may differ"),
         "gathered": "the largest block while its weights are whole",
         "activations": f"estimate, batch of {facts['samples_per_rank']} a rank, recompute {recompute}",
         "total": "when most is there, without the allocator's gaps: the experts' gradients come while activations go",

@@ -14,6 +14,7 @@ from typing import Any
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
+from scmoe.config.registry import ARCHITECTURES
 from scmoe.config.rules import IMAGES
 from scmoe.datamodules.text import TextDataModule
 from scmoe.datamodules.tokenizer import Tokenizer
@@ -78,8 +79,11 @@ def generate_texts(
     alone = config.moe.architecture == "dense" or (config.strategy.ep_size or ranks) == 1
     if request.plan and alone:
         raise ConfigError("--plan is given, allowed: with experts on several ranks, such as trainer.devices=2")
+    if request.plan and config.moe.architecture not in ARCHITECTURES.built_in:
+        raise ConfigError(f"--plan is given, allowed: with an architecture of scmoe, not {config.moe.architecture}")
     data = build_datamodule(config)
-    assert isinstance(data, TextDataModule)
+    if not isinstance(data, TextDataModule):
+        raise ConfigError(f"{run} was trained on {config.data.name} data, allowed: a run on text")
     if rank_without_trainer() == 0:
         prepare_data(data)
         encoded(request, data.tokenizer, config)  # so that a prompt that is too long starts no rank

@@ -41,8 +41,9 @@ class State:
 
 @dataclass(eq=False)
 class Job:
-    """One training of a study. arguments: those with which the train command starts it. is_own: whether a run directory
-    belongs to this job, and not to an earlier one of this name with another config."""
+    """One training of a study. arguments: those with which the launcher starts it; the launcher's last word names the
+    program. is_own: whether a run directory belongs to this job, and not to an earlier one of this name with another
+    config."""
 
     name: str
     title: str
@@ -66,12 +67,16 @@ class Job:
         found = sorted((path.parent for path in self.home.glob("*/config.yaml")), reverse=True)
         return [run_dir for run_dir in found if self.is_own(run_dir)]
 
-    def next_arguments(self) -> list[str]:
-        """Return the arguments that resume the newest run that has a checkpoint; else those that begin the job."""
-        for run_dir in self.run_dirs():
-            if any(run_dir.glob("checkpoints/*.ckpt")):
-                return ["--resume", str(run_dir)]
-        return list(self.arguments)
+    def to_resume(self) -> Path | None:
+        """Return the newest run directory that has a checkpoint."""
+        return next((run_dir for run_dir in self.run_dirs() if any(run_dir.glob("checkpoints/*.ckpt"))), None)
+
+    def command(self, run_dir: Path | None) -> list[str]:
+        """Return the command that resumes a run; None: the one that begins the job."""
+        if run_dir is None:
+            return [*self.launcher, *self.arguments]
+        *start, program = self.launcher
+        return [*start, re.sub(r"\btrain(\.py)?$", r"resume\1", program), str(run_dir)]
 
     def read(self) -> State:
         """Set the state from its file. The caller holds the lock, so a job that was running has been interrupted."""

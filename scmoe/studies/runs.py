@@ -19,6 +19,7 @@ from rich.text import Text
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten
 from scmoe.config.load import parse_yaml, to_yaml
+from scmoe.config.program import scmoe
 from scmoe.training.run.state import read_state
 
 WIDTH = 1000  # without a terminal: one line for each run, however long, which can be searched and copied
@@ -104,7 +105,8 @@ def flat(text: str) -> dict[str, str]:
     """Return dotted keys and texts of a config.yaml of any version of this project."""
     found: dict[str, str] = {}
     for key, value in parse_yaml(text, "config.yaml").items():
-        found |= {f"{key}.{k}": str(v) for k, v in value.items()} if isinstance(value, dict) else {key: str(value)}
+        is_section = isinstance(value, dict) and key not in ("callbacks", "options")  # they have no fields
+        found |= {f"{key}.{k}": str(v) for k, v in value.items()} if is_section else {key: str(value)}
     return found
 
 
@@ -122,7 +124,7 @@ def open_run(name: str, folder: Path = Path("runs")) -> SeenRun:
     for path in (Path(name), folder / name):
         if (path / "config.yaml").exists():
             return SeenRun(path.resolve() if path.is_symlink() else path)
-    raise ConfigError(f"run is {name!r}, allowed: the directory of a run; make runs lists them")
+    raise ConfigError(f"run is {name!r}, allowed: the directory of a run; {scmoe('runs')} lists them")
 
 
 def differences(runs: Sequence[SeenRun]) -> dict[str, list[str]]:

@@ -15,32 +15,35 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from scmoe.moe.dispatcher import Ready
+from scmoe.moe.dispatcher import Ready, Traffic
 from scmoe.parallel.all_to_all import Exchange, Work
 
 
 class _Sleep(Function):
     @staticmethod
-    def forward(ctx, x: Tensor, seconds: float):
-        ctx.seconds = seconds
+    def forward(ctx, x: Tensor, seconds: float, weight: Tensor | None = None):
+        ctx.seconds, ctx.weight = seconds, weight
         time.sleep(seconds)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         time.sleep(2 * ctx.seconds)
-        return grad, None
+        return grad, None, None if ctx.weight is None else torch.zeros_like(ctx.weight)
 
 
 class EmulatedOperator(nn.Module):
-    """Replaces a sub-layer or a shared expert: the identity, after `ms` milliseconds."""
+    """Replaces a sub-layer or a shared expert: the identity, after `ms` milliseconds.
 
-    def __init__(self, ms: float) -> None:
+    num_weights: weights that change nothing and get gradients of 0, which travel like any other."""
+
+    def __init__(self, ms: float, num_weights: int = 0) -> None:
         super().__init__()
         self.ms = ms
+        self.weight = nn.Parameter(torch.zeros(num_weights)) if num_weights else None
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return _Sleep.apply(x_BSD, self.ms / 1e3)
+        return _Sleep.apply(x_BSD, self.ms / 1e3, self.weight)
 
 
 class EmulatedExperts(nn.Module):
@@ -54,9 +57,9 @@ class EmulatedExperts(nn.Module):
         return _Sleep.apply(rows_RD, self.us_per_row * rows_RD.shape[0] / 1e6)
 
 
-def free(rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, Work]:
+def free(rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Work]:
     """Free communication: every rank keeps its rows, as if they came from its peers. Equal numbers only."""
-    assert not sent and not received
+    assert traffic is None
     return rows, Ready(rows)
 
 
@@ -92,16 +95,16 @@ def over_the_bus(device: torch.device, rate: float = 1.0) -> Exchange:
     if device.type != "cuda":
         thread = ThreadPoolExecutor(1, "over-the-bus")
 
-        def exchange_on_host(rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, Work]:
-            assert not sent and not received
+        def exchange_on_host(rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Work]:
+            assert traffic is None
             target = torch.empty_like(rows)
             return target, OnThread(thread.submit(_there_and_back, rows, target, rate))
 
         return exchange_on_host
     stream = torch.cuda.Stream(device, priority=-1)
 
-    def exchange(rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, Work]:
-        assert not sent and not received
+    def exchange(rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Work]:
+        assert traffic is None
         target = torch.empty_like(rows)
         stream.wait_stream(torch.cuda.current_stream(device))
         events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

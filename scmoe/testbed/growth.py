@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from scmoe.charts import chart
+from scmoe.charts import BLUE, GREEN, ORANGE, SKY, chart, heading, title
 from scmoe.config.extras import require
 from scmoe.testbed.overlap import measure
 from scmoe.testbed.overlap_report import summary
@@ -25,12 +25,12 @@ from scmoe.testbed.pairs import Setting
 from scmoe.testbed.ranks import run_ranks
 
 POINTS = {"tokens": (512, 1024, 2048), "ranks": (2, 4, 8), "experts": (8, 32, 128)}
-ROWS = {
-    "top2": ("standard top-2", "#e15759"),
-    "shared_expert": ("shared expert", "#76b7b2"),
-    "scmoe_pos2": ("ScMoE Pos-2", "#4e79a7"),
-    "scmoe_pos2_pipelined": ("ScMoE Pos-2, pipelined", "#f28e2b"),
+SHOWN = {  # name, colour and marker of each row beside top-2
+    "shared_expert": ("Shared-expert", GREEN, "s"),
+    "scmoe_pos2": ("ScMoE (Pos-2)", BLUE, "o"),
+    "scmoe_pos2_pipelined": ("ScMoE (Pos-2), pipelined", SKY, "D"),
 }
+ROWS = ("top2", *SHOWN)
 
 
 def bench_growth(of: Sequence[str], points: Sequence[int] | None, rounds: int, out: Path) -> dict[str, Any]:
@@ -47,9 +47,9 @@ def bench_growth(of: Sequence[str], points: Sequence[int] | None, rounds: int, o
             setting, ranks = at(name, value, found[0]["link_mbit"] if found else None, rounds)
             result = run_ranks(measure, ranks, setting, timeout_s=1800, own_links=True)[0]
             found.append({**summary(setting, ranks, result), name: value})
-            (out / "growth.json").write_text(json.dumps(report, indent=1))
     show(report)
     draw(report, out / "growth.png")
+    (out / "growth.json").write_text(json.dumps(report, indent=1))
     print(f"chart and figures: {out / 'growth'}.png, .json", file=sys.stderr)
     return report
 
@@ -58,17 +58,17 @@ def at(of: str, value: int, link_mbit: float | None, rounds: int) -> tuple[Setti
     """Return a point's setting and number of ranks. link_mbit: that of the first point; None: this is the first."""
     if of == "tokens":
         attention_ms = 45.0 * value / 1024
-        return Setting(0.52, link_mbit, rounds=rounds, tokens=value, attention_ms=attention_ms, rows=tuple(ROWS)), 2
+        return Setting(0.52, link_mbit, rounds=rounds, tokens=value, attention_ms=attention_ms, rows=ROWS), 2
     if of == "ranks":  # longer operators: 8 ranks share the processors that carry their transfers
-        return Setting(0.35, rounds=rounds, attention_ms=90.0, rows=tuple(ROWS)), value
-    return Setting(0.52, link_mbit, compute="real", rounds=rounds, num_experts=value, rows=tuple(ROWS)), 2
+        return Setting(0.35, rounds=rounds, attention_ms=90.0, rows=ROWS), value
+    return Setting(0.52, link_mbit, compute="real", rounds=rounds, num_experts=value, rows=ROWS), 2
 
 
 def show(report: dict[str, list[dict[str, Any]]]) -> None:
     for of, points in report.items():
         names = (of, "ranks", "Mbit/s", "share", "limit fwd", "train", "top-2 train")
         columns = [Column(name, justify="right", no_wrap=True) for name in names]
-        columns += [Column(f"{word}: fwd, train", justify="right") for word, _ in list(ROWS.values())[1:]]
+        columns += [Column(f"{word}: fwd, train", justify="right") for word, *_ in SHOWN.values()]
         title = f"{of}: {points[0]['compute']} compute; speed-ups over top-2"
         table = Table(*columns, title=title, title_justify="left")
         for p in points:
@@ -80,26 +80,24 @@ def show(report: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def draw(report: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draw a panel for each thing that grows: time of a training step, both axes logarithmic, Pos-2's speed-up."""
-    from matplotlib.ticker import MaxNLocator, NullLocator
-
-    with chart(path, 3.4 * len(report)) as figure:
+    """Draw a panel for each thing that grows: speed-ups of training over top-2 at the same point, and the limit."""
+    with chart(path, 0.9 + 2.3 * len(report)) as figure:
         axes = figure.subplots(len(report), 1, squeeze=False)[:, 0]
         for axis, (of, points) in zip(axes, report.items(), strict=True):
-            values = [p[of] for p in points]
-            for name, (word, color) in ROWS.items():
-                times = [p["rows"][name]["train_ms"] for p in points]
-                axis.plot(values, times, "o-", color=color, label=word)
-            for p in points:
-                row, color = p["rows"]["scmoe_pos2"], ROWS["scmoe_pos2"][1]
-                text, where = f"{row['train_speedup']:.2f} x", (p[of], row["train_ms"])
-                axis.annotate(text, where, (0, -18), textcoords="offset points", ha="center", fontsize=9, color=color)
-            axis.loglog(base=2)
-            axis.set_xticks(values, [str(value) for value in values])
-            axis.yaxis.set_major_locator(MaxNLocator(6))  # a panel may span less than the powers of two are apart
-            axis.yaxis.set_minor_locator(NullLocator())
-            axis.yaxis.set_major_formatter("{x:.0f}")
-            axis.margins(0.15)
+            places = range(len(points))
+            limits = [p["limit_train"] for p in points]
+            axis.plot(places, limits, color=ORANGE, linewidth=2.5, label="limit: all of top-2's communication hidden")
+            for i, (name, (word, color, marker)) in enumerate(SHOWN.items()):
+                rows = [p["rows"][name] for p in points]
+                shifted = [place + 0.05 * (i - 1) for place in places]  # whiskers lie side by side
+                axis.plot(shifted, [row["train_speedup"] for row in rows], marker, ls="-", color=color, label=word)
+                axis.vlines(shifted, *zip(*(row["train_quartiles"] for row in rows), strict=True), color=color)
+            axis.set_xticks(places, [str(p[of]) for p in points])
+            axis.margins(0.12)
+            axis.grid(axis="y")
             words = "tokens of a rank" if of == "tokens" else of
-            axis.set(xlabel=words, ylabel="training of a pair, ms", title=f"{of}, {points[0]['compute']} compute")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+            axis.set(xlabel=words, ylabel="speed-up of training")
+            title(axis, f"{of}, {points[0]['compute']} compute", 60)
+        rounds = next(iter(report.values()))[0]["rounds"]
+        heading(figure, f"A pair of blocks against sequential top-2; vertical lines: quartiles of {rounds} rounds")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=1)

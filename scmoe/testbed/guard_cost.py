@@ -22,7 +22,7 @@ ROUNDS, WARM_UP = 15, 2
 SIZE = ("data.name=synthetic", "data.seq_len=128", "data.vocab_size=4096", "model.layers=4", "model.dim=256")
 
 
-def bench_guard(overrides: Sequence[str]) -> dict[str, float]:
+def guard_cost(overrides: Sequence[str]) -> dict[str, float]:
     """Return medians in ms, and the guard's share of a step. overrides: key=value, over SIZE."""
     torch.set_num_threads(1)
     config = load(None, [*SIZE, *overrides])

@@ -13,13 +13,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from scmoe.charts import FORWARD, PAPER, SMALL, TRAINING, chart, title
+from scmoe.charts import BLUE, PAPER, RED, Bar, bar_legend, chart, grouped_bars, heading, height_of
 from scmoe.config.leaves import ConfigError
 from scmoe.parallel.inference_planner import InferencePlan
 from scmoe.testbed.inference import BLOCKS, CHUNKS, SHAPES, measure
-from scmoe.testbed.overlap_report import name_of
 from scmoe.testbed.pairs import Setting, default_schedule
 from scmoe.testbed.ranks import run_ranks
+from scmoe.testbed.speed_chart import PAPERS, Printed, name_of
 
 OVERLAPPED = tuple(f"overlapped x {chunks}" for chunks in CHUNKS)
 WAYS = ("sequential", *OVERLAPPED)
@@ -132,27 +132,34 @@ def show(report: dict[str, Any]) -> None:
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw each row sequential and as planned, with its limit, for prefill and decode."""
-    rows = report["rows"]
-    with chart(path, 5.2) as figure:
-        panels = figure.subplots(1, 2, sharey=True)
-        for axis, shape in zip(panels, SHAPES, strict=True):
-            own = [row[shape] for row in rows.values()]
-            kinds = (
-                ("sequential", PAPER, -0.21, [o["ways"]["sequential"] for o in own]),
-                ("as planned", FORWARD, 0.21, [o["speedup"] for o in own]),
-            )
-            for word, color, shift, values in kinds:
-                places = [place + shift for place in range(len(rows))]
-                axis.barh(places, values, 0.42, color=color, label=word)
-                for place, value in zip(places, values, strict=True):
-                    axis.text(0.05, place, f"{value:.2f}", va="center", fontsize=SMALL, color="white", weight="bold")
-            for place, o in enumerate(own):
-                label = "without transfers" if place == 0 else None
-                axis.vlines(o["limit"], place - 0.42, place + 0.42, color=TRAINING, linewidth=2, label=label)
-            axis.set_yticks(range(len(rows)), [name_of(row) for row in rows])
-            axis.set_ylim(len(rows) - 0.4, -0.6)
-            axis.set_xlabel("speed-up over sequential top-2")
+    paper = PAPERS.get(report["wanted_share"])
+    panels = {shape: bars(report, shape, paper if shape == "prefill" else None) for shape in SHAPES}
+    lines = 3 if paper else 2
+    with chart(path, 2.5 + height_of(panels["prefill"], lines)) as figure:
+        for axis, (shape, groups) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+            grouped_bars(axis, groups, lines=lines)
             tokens = f"{report['prompt']} tokens" if shape == "prefill" else f"{report['batch']} texts"
             share = 100 * report["comm_share"][shape]
-            title(axis, f"{shape}, {tokens} a rank,\n{share:.0f} % communication", 40)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+            axis.set(title=f"{shape}, {tokens} a rank,\n{share:.0f} % communication")
+            axis.set_xlabel("speed-up over\nsequential top-2")
+        links = f"links of {report['link_mbit']:.0f} Mbit/s between {report['ranks']} ranks on one CPU"
+        heading(figure, f"Inference, a pair of blocks, real compute, {links}")
+        colors = {"sequential": RED, "as planned": BLUE} | ({paper.where: PAPER} if paper else {})
+        quartiles = f"quartiles of {report['rounds']} rounds"
+        bar_legend(figure, colors, quartiles, "limit: the same row without transfers", ncols=1)
+
+
+def bars(report: dict[str, Any], shape: str, paper: Printed | None) -> dict[str, list[Bar]]:
+    """Return the bars of each architecture: sequential, as planned, and the paper's inference."""
+    groups = {}
+    for row, both in report["rows"].items():
+        own = both[shape]
+        sequential, planned = own["ways"]["sequential"], own["speedup"]
+        group = [
+            Bar(sequential, RED, f"{sequential:.2f}", limit=own["limit"]),
+            Bar(planned, BLUE, f"{planned:.2f}", own["quartiles"], own["limit"]),
+        ]
+        if paper and row in paper.rows:
+            group.append(Bar(paper.rows[row]["forward"], PAPER, f"{paper.rows[row]['forward']:.2f}"))
+        groups[name_of(row)] = group
+    return groups

@@ -2,6 +2,10 @@
 
     rank 0 [eth0] --- link0 [bridge 10.77.0.254] link1 --- [eth0] rank 1        each eth0: tc tbf, a rate, no delay
 
+Ranks can be on several nodes: each node has a bridge of its own, and a network card, which its ranks share.
+
+    ranks of node 0 --- [node0] up0 --- down0 [bridge] down1 --- up1 [node1] --- ranks of node 1    each up, down: tbf
+
 The program first moves into a new network namespace (`enter`, as root or through a user namespace), and each rank then
 makes one for itself. A namespace without a name ends with its last process, and links end with their namespace, so
 nothing is left behind when the program is killed. Requires util-linux's `unshare` and iproute2's `ip` and `tc`;
@@ -13,7 +17,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+
+from scmoe.config.leaves import ConfigError
 
 SUBNET = "10.77.0"
 BRIDGE, BRIDGE_ADDRESS = "bridge", f"{SUBNET}.254"
@@ -37,10 +42,10 @@ def why_not() -> str | None:
     return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
 
 
-def enter(command: Sequence[str]) -> None:
-    """Replaces this process by `command` in a new network namespace with a bridge. Returns if it is inside already.
+def enter(nodes: int = 1) -> None:
+    """Replaces this process by the same program in a new network namespace with a bridge. Returns if it is inside.
 
-    command: the arguments with which a Python interpreter runs this program again.
+    nodes: that ranks will be on.
     """
     if inside():
         return
@@ -54,9 +59,24 @@ def enter(command: Sequence[str]) -> None:
         f"ip link add {BRIDGE} type bridge",
         f"ip addr add {BRIDGE_ADDRESS}/24 dev {BRIDGE}",
         f"ip link set {BRIDGE} up",
-        'exec "$@"',
     ]
-    os.execvp("unshare", [*_unshare(), "sh", "-c", " && ".join(up), "sh", sys.executable, *command])
+    for node in range(nodes) if nodes > 1 else ():
+        up += [
+            f"ip link add node{node} type bridge",
+            f"ip link set node{node} up",
+            f"ip link add up{node} type veth peer name down{node}",
+            f"ip link set up{node} master node{node} up",
+            f"ip link set down{node} master {BRIDGE} up",
+        ]
+    up.append('exec "$@"')
+    os.execvp("unshare", [*_unshare(), "sh", "-c", " && ".join(up), "sh", sys.executable, *sys.orig_argv[1:]])
+
+
+def require(nodes: int = 1) -> None:
+    """As `enter`. Raises ConfigError where links cannot be shaped."""
+    if not inside() and (missing := why_not()):
+        raise ConfigError(f"links cannot be shaped here: {missing}")
+    enter(nodes)
 
 
 def _unshare() -> list[str]:
@@ -64,12 +84,12 @@ def _unshare() -> list[str]:
     return ["unshare", *user, "--net"]
 
 
-def attach(pid: int, rank: int) -> None:
-    """Connects the namespace of process `pid`, which has called `leave`, to the bridge."""
+def attach(pid: int, rank: int, node: int | None = None) -> None:
+    """Connects the namespace of process `pid`, which has called `leave`, to the bridge, or to that of its node."""
     # the kernel may not yet have removed the link of an earlier rank
     subprocess.run(["ip", "link", "del", f"link{rank}"], capture_output=True)
     _run(f"ip link add link{rank} type veth peer name eth0 netns {pid}")
-    _run(f"ip link set link{rank} master {BRIDGE} up")
+    _run(f"ip link set link{rank} master {BRIDGE if node is None else f'node{node}'} up")
 
 
 def leave() -> None:
@@ -93,6 +113,13 @@ def set_rate(mbit: float | None) -> None:
         subprocess.run(["tc", "qdisc", "del", "dev", "eth0", "root"], capture_output=True)  # fails if there is none
     else:
         _run(f"tc qdisc replace dev eth0 root {_tbf(mbit)}")
+
+
+def set_card_rate(node: int, mbit: float) -> None:
+    """Sets the rate at which all ranks of a node together send to other nodes and receive from them. A rank calls it:
+    the card is in the namespace of its parent."""
+    for device in (f"up{node}", f"down{node}"):
+        _run(f"nsenter --net=/proc/{os.getppid()}/ns/net tc qdisc replace dev {device} root {_tbf(mbit)}")
 
 
 def _tbf(mbit: float) -> str:

@@ -12,39 +12,32 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from scmoe.charts import PAPER, SMALL, chart, title
+from scmoe.charts import BLUE, PAPER, RED, SKY, Bar, bar_legend, chart, grouped_bars, heading, height_of, title
 from scmoe.testbed.offload import ARCHITECTURES, RESIDENT, Setting, measure
+from scmoe.testbed.speed_chart import name_of
 
 QUICK: dict[str, Any] = dict(
     dim=64, ffn_dim=128, heads=2, pairs=2, tokens=(1, 8), rounds=2, limit_s=2.0, max_wait=float("inf")
 )
-NAMES = {
-    "scmoe_pos1": "ScMoE Pos-1",
-    "scmoe_pos2": "ScMoE Pos-2",
-    "scmoe_pos3": "ScMoE Pos-3",
-    "shared_expert": "shared expert",
-    "top2": "top-2",
-}
 # Blocking costs so much of a MoE block's latency, of which asynchronous migration takes away a share; peak memory less
 PAPERS = {"GPT2-MoE-Medium": (0.8, 0.75, 0.5), "GPT3-MoE-XL": (2.4, 0.25, 0.6)}
-COLORS = {"blocking": "#e15759", "determinate": "#4e79a7", "speculative": "#76b7b2"}
+COLORS = {"blocking": RED, "determinate": BLUE, "speculative": SKY}
 
 
 def bench_offload(out: Path, setting: Setting) -> dict[str, Any]:
     """Measure every architecture, print tables, write chart and figures into `out`; return the rows of one token."""
     report, rates = dict[str, Any](), None
     for architecture in sorted(setting.architectures, key=list(ARCHITECTURES).index):
-        print(f"measuring {NAMES[architecture]}", file=sys.stderr)
+        print(f"measuring {name_of(architecture)}", file=sys.stderr)
         with ProcessPoolExecutor(1, get_context("spawn")) as alone:
             report[architecture] = alone.submit(measure, setting, architecture, rates).result()
         rates = report[architecture]["rates"]
     out.mkdir(parents=True, exist_ok=True)
     show(report, setting)
-    draw(report, setting, out / "figure-13.png")
     found = {"rows": rows(report), "equal_bits": equal_bits(report)}
-    (out / "figure-13.json").write_text(
-        json.dumps({**found, "setting": asdict(setting), "architectures": report}, indent=1)
-    )
+    whole = {**found, "setting": asdict(setting), "architectures": report}
+    draw(whole, out / "figure-13.png")
+    (out / "figure-13.json").write_text(json.dumps(whole, indent=1))
     print(f"chart and figures: {out / 'figure-13'}.png, .json", file=sys.stderr)
     return found
 
@@ -75,7 +68,7 @@ def show(report: dict[str, Any], setting: Setting) -> None:
     table = Table("architecture", *columns, title=title, title_justify="left")
     for architecture, own in report.items():
         for case in own["cases"]:
-            first = (NAMES[architecture], str(case["tokens"]), f"{case['rate_mb_s']:.0f}")
+            first = (name_of(architecture), str(case["tokens"]), f"{case['rate_mb_s']:.0f}")
             kept = f"{case['kept']} of {case['tried']}"
             if not (ways := case["ways"]):
                 table.add_row(*first, *[""] * 10, kept)
@@ -91,56 +84,58 @@ def show(report: dict[str, Any], setting: Setting) -> None:
         peaks = own["memory"]["peak_mb"]
         whole = peaks[RESIDENT] or math.nan  # experts of --quick fit into pages that the process has
         numbers = (f"{peaks[way]:.0f} ({peaks[way] / whole:.2f})" for way in (RESIDENT, *COLORS))
-        memory.add_row(NAMES[architecture], f"{own['memory']['fixed_mb']:.0f}", *numbers)
+        memory.add_row(name_of(architecture), f"{own['memory']['fixed_mb']:.0f}", *numbers)
     for each in (table, memory):
         Console(width=170).print(each)
     print(f"equal bits: {equal_bits(report)}")
 
 
-def draw(report: dict[str, Any], setting: Setting, path: Path) -> None:
+def draw(found: dict[str, Any], path: Path) -> None:
     """Draw a panel for each rate, latency over that of resident experts, and one for the memory."""
+    report, tokens = found["architectures"], min(found["setting"]["tokens"])
     rates = next(iter(report.values()))["rates"]
-    heights = [len(report) + 1] * len(rates) + [len(report) + len(PAPERS)]
-    with chart(path, 1.4 + 0.42 * sum(heights)) as figure:
+    panels = {}
+    for rate, model in zip(rates, PAPERS, strict=False):
+        words = f"MoE block, {tokens} token{'s' if tokens > 1 else ''}, experts fetched at {rate / 1e3:.1f} GB/s"
+        panels[f"{words}:\n% longer than with resident experts"] = latency_bars(report, rate, model)
+    panels["Peak memory, fixed weights and experts or slots:\n% of that with resident experts"] = memory_bars(report)
+    heights = [height_of(groups) for groups in panels.values()]
+    with chart(path, 0.9 + 0.8 * len(panels) + sum(heights)) as figure:
         axes = figure.subplots(len(heights), 1, height_ratios=heights)
-        for axis, rate, (model, (cost, hidden, _)) in zip(axes, rates, PAPERS.items(), strict=False):
-            bars = {f"paper, {model}": {"blocking": cost, "determinate": cost * (1 - hidden)}}
-            for architecture, own in report.items():
-                case = next(case for case in own["cases"] if case["rate_mb_s"] == rate)
-                ways = case["ways"]
-                bars[NAMES[architecture]] = {
-                    way: ways[way]["latency_ms"] / ways[RESIDENT]["latency_ms"] - 1 for way in COLORS if way in ways
-                }
-            latency_bars(axis, bars, label=axis is axes[0])
-            tokens = min(setting.tokens)
-            title(axis, f"MoE block, {tokens} token(s), experts fetched at {rate / 1e3:.1f} GB/s")
-        figure.legend(loc="outside upper center", ncols=len(COLORS))
-        memory_bars(axes[-1], report)
+        for axis, (words, groups) in zip(axes, panels.items(), strict=True):
+            grouped_bars(axis, groups, room=0.22)
+            title(axis, words)
+        heading(figure, "Fig. 13: experts fetched while the backbone runs, on one CPU")
+        names = COLORS | {"paper (its machine)": PAPER}
+        bar_legend(figure, names)
 
 
-def latency_bars(axis: Any, bars: dict[str, dict[str, float]], label: bool) -> None:
-    for place, ways in enumerate(bars.values()):
-        for i, (way, color) in enumerate(COLORS.items()):
-            if way in ways:
-                y = place + 0.27 * (i - 1)
-                axis.barh(y, 100 * ways[way], 0.25, color=color, label=way if label and place == 1 else None)
-                axis.text(100 * max(0, ways[way]), y, f" {100 * ways[way]:.0f}", va="center", fontsize=SMALL)
-    axis.set_yticks(range(len(bars)), list(bars))
-    axis.invert_yaxis()
-    axis.set_xlabel("% longer than with resident experts")
+def latency_bars(report: dict[str, Any], rate: float, model: str) -> dict[str, list[Bar]]:
+    """Return how much longer a block takes at this rate, in %, and the paper's model for which the rate stands."""
+    cost, hidden, _ = PAPERS[model]
+    groups = {model: [percent(share, PAPER, f" {way}") for way, share in paper_ways(cost, hidden).items()]}
+    for architecture, own in report.items():
+        case = next(case for case in own["cases"] if case["rate_mb_s"] == rate)
+        if ways := case["ways"]:
+            resident = ways[RESIDENT]["latency_ms"]
+            more = {way: ways[way]["latency_ms"] / resident - 1 for way in COLORS if way in ways}
+            groups[name_of(architecture)] = [percent(share, COLORS[way]) for way, share in more.items()]
+    return groups
 
 
-def memory_bars(axis: Any, report: dict[str, Any]) -> None:
-    """All weights on the device and the activations, as a share of that with resident experts."""
-    shares = {f"paper, {model}": 1 - less for model, (_, _, less) in PAPERS.items()}
+def paper_ways(cost: float, hidden: float) -> dict[str, float]:
+    return {"blocking": cost, "determinate": cost * (1 - hidden)}
+
+
+def memory_bars(report: dict[str, Any]) -> dict[str, list[Bar]]:
+    """Return all weights on the device and the activations, as a share of that with resident experts."""
+    groups = {model: [percent(1 - less, PAPER)] for model, (_, _, less) in PAPERS.items()}
     for architecture, own in report.items():
         fixed, peaks = own["memory"]["fixed_mb"], own["memory"]["peak_mb"]
-        shares[NAMES[architecture]] = (fixed + peaks["determinate"]) / (fixed + peaks[RESIDENT])
-    colors = [PAPER if name.startswith("paper") else COLORS["determinate"] for name in shares]
-    axis.barh(range(len(shares)), [100 * share for share in shares.values()], 0.6, color=colors)
-    for place, share in enumerate(shares.values()):
-        axis.text(100 * share, place, f" {100 * share:.0f}", va="center", fontsize=SMALL)
-    axis.set_yticks(range(len(shares)), list(shares))
-    axis.invert_yaxis()
-    axis.set_xlabel("peak memory, % of that with resident experts")
-    title(axis, "Memory: fixed weights, and experts or slots")
+        share = (fixed + peaks["determinate"]) / (fixed + peaks[RESIDENT])
+        groups[name_of(architecture)] = [percent(share, COLORS["determinate"])]
+    return groups
+
+
+def percent(share: float, color: str, words: str = "") -> Bar:
+    return Bar(100 * share, color, f"{100 * share:.0f}{words}")

@@ -10,17 +10,21 @@ import itertools
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from statistics import median
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.operators import Recorder
+from scmoe.parallel.all_to_all import Carried, Exchange, Link, all_to_all
 from scmoe.parallel.dispatcher import AllToAllDispatcher
-from scmoe.parallel.mesh import expert_parameters
+from scmoe.parallel.mesh import build_context, expert_parameters
 from scmoe.parallel.planner import Planner
 from scmoe.parallel.pricing import LayerChoice
 from scmoe.schedule.cost import slots
@@ -31,12 +35,14 @@ from scmoe.testbed.profiles import peak_bytes
 
 SEARCH_ROUNDS = 15  # at each rate; with fewer, the error at a share of 0.15 is as large as the transfers are long
 TRIALS = 2  # of each schedule
+WITHIN = 8  # rate of a rank's link within its node, over that of the node's card
 NEAR, FINALISTS = 1.03, 3  # up to FINALISTS schedules of a row go into the rounds: those NEAR the best in the trials
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A block with a schedule. way: overlapped, sequential (each transfer is waited for at once) or free."""
+    """A block with a schedule. way: overlapped, sequential (each transfer is waited for at once), free, or alone (free,
+    and gradients stay on their ranks)."""
 
     block: str
     schedule: Schedule
@@ -46,13 +52,14 @@ class Variant:
 class Seconds(NamedTuple):
     """The times of a variant: this rank's in one round, or arrays over rounds, of the slowest rank in each.
 
-    cpu: processor time of the process."""
+    cpu: processor time of the process. update: part of `train`."""
 
     forward: Any
     train: Any
     train_forward: Any
     cpu_forward: Any
     cpu_train: Any
+    update: Any = 0.0
 
     @property
     def backward(self) -> Any:
@@ -70,28 +77,31 @@ class Bench:
         pairs = range(setting.pairs)
         dtype = getattr(torch, setting.dtype)
         self.stacks = {n: [make_block(n, setting, self.group).to(self.device, dtype) for _ in pairs] for n in names}
-        self.paid = AllToAllDispatcher(self.group, setting.num_experts)
+        link = Link()
+        exchange = Carried(exchange_of(setting) or all_to_all(self.group), link)
+        self.paid = AllToAllDispatcher(self.group, setting.num_experts, exchange=exchange)
         if setting.bus:
             self.set_rate(1.0)
         self.free = AllToAllDispatcher(self.group, setting.num_experts, exchange=emulated.free)
-        self.steps = {n: Step(stack, setting) for n, stack in self.stacks.items()}
+        self.steps = {n: Step(stack, setting, link) for n, stack in self.stacks.items()}
         shape = setting.tokens // setting.seq_len, setting.seq_len, setting.dim
         self.x = torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True)
         self.iterations = 0  # timed so far: an inference and a training step each
 
     def set_rate(self, rate: float) -> None:
-        """Sets the rate at which this rank sends: its link's in Mbit/s, or as a multiple of its bus's."""
+        """Sets the rate at which this rank sends, in Mbit/s or as a multiple of its bus's, or its node's card sends."""
         if self.setting.bus:
             exchange = emulated.over_the_bus(self.device, rate)
             self.paid = AllToAllDispatcher(self.group, self.setting.num_experts, exchange=exchange)
         else:
-            links.set_rate(rate)
+            set_rates(rate, self.setting.nodes)
 
     def set(self, variant: Variant, recorder: Recorder | None = None) -> Step:
         """Makes the blocks run as the variant says. recorder: notes operators, and transfers that overlap."""
         paid = self.paid if recorder is None else self.paid.recorded_by(recorder)
         # a transfer that is waited for at once is an operator like any other
         ways: dict[str, Dispatcher] = {"overlapped": paid, "sequential": Blocking(self.paid), "free": self.free}
+        ways["alone"] = self.free
         for block in self.stacks[variant.block]:
             block.run_as(variant.schedule, ways[variant.way], recorder)
         return self.steps[variant.block]
@@ -113,13 +123,16 @@ class Bench:
     def seconds(self, variant: Variant) -> Seconds:
         (forward, cpu_forward), step = self.infer(variant), self.steps[variant.block]
         dist.barrier()
-        (t0, c0), y, (t1, _) = self.now(), step.model(self.x), self.now()
-        step.backward(y)
-        t2, c2 = self.now()
+        with step.without_reduction() if variant.way == "alone" else nullcontext():
+            (t0, c0), y, (t1, _) = self.now(), step.model(self.x), self.now()
+            step.backward(y)
+        t2, _ = self.now()
+        step.update()
+        t3, c3 = self.now()
         step.model.zero_grad()
         self.x.grad = None
         self.iterations += 1
-        return Seconds(forward, t2 - t0, t1 - t0, cpu_forward, c2 - c0)
+        return Seconds(forward, t3 - t0, t1 - t0, cpu_forward, c3 - c0, t3 - t2)
 
     def rounds(self, variants: Sequence[Variant], rounds: int, what: str = "") -> dict[Variant, Seconds]:
         """Runs all variants in turn, `rounds` times."""
@@ -139,16 +152,49 @@ class Bench:
             planner.end_step()
         return planner.choices[0]
 
-    def gradient_mb(self, block: str) -> float:
-        """Size in MiB of the gradients that the ranks add up in an iteration: all but the experts'."""
-        model = self.steps[block].model
-        shards = {p for _, p in expert_parameters(model)}
-        return sum(p.nbytes for p in model.parameters() if p not in shards) / 2**20
+    def gradients(self, block: str) -> list[tuple[float, int]]:
+        """When each gradient is there that the ranks add up in an iteration (all but the experts'), as a part of
+        backward's time without transfers, and its size in bytes."""
+        step = self.set(Variant(block, default_schedule(block), "alone"))
+        shards = {p for _, p in expert_parameters(step.model)}
+        ready: dict[nn.Parameter, float] = {}
+
+        def note(p: nn.Parameter) -> None:
+            ready[p] = self.now()[0]
+
+        hooks = [p.register_post_accumulate_grad_hook(note) for p in step.model.parameters() if p not in shards]
+        with step.without_reduction():
+            y, start = step.model(self.x), self.now()[0]
+            step.backward(y)
+        whole = self.now()[0] - start
+        for hook in hooks:
+            hook.remove()
+        step.model.zero_grad()
+        return [((at - start) / whole, p.nbytes) for p, at in ready.items()]
 
     def peak_mb(self, variant: Variant) -> float:
         """Most memory that a training step holds over what it finds."""
         step = self.set(variant)
         return peak_bytes(self.device, lambda: step.train(self.x)) / 2**20
+
+
+def exchange_of(setting: Setting) -> Exchange | None:
+    """How rows travel between the setting's nodes. Every rank must call it."""
+    if setting.exchange == "flat":
+        return None
+    place = dist.get_world_size(), torch.device("cpu"), timedelta(seconds=300)
+    return build_context(*place, setting.exchange, dist.get_world_size() // setting.nodes, show).exchange
+
+
+def set_rates(mbit: float, nodes: int) -> None:
+    """Sets the rate at which this rank sends; with several nodes that of its node's card, and its own to WITHIN times
+    as much. Every rank must call it."""
+    if nodes > 1:
+        node, place = divmod(dist.get_rank(), dist.get_world_size() // nodes)
+        if place == 0:
+            links.set_card_rate(node, mbit)
+    links.set_rate(mbit if nodes == 1 else WITHIN * mbit)
+    dist.barrier()
 
 
 def slowest(values: list[Any]) -> Any:
@@ -182,12 +228,13 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Any]:
         candidates[row] = [Variant(block, s) for c in counts for s in slots(replace(default_schedule(block), chunks=c))]
     tried = bench.rounds(list(itertools.chain(*candidates.values())), TRIALS, "trying every schedule: ")
     finalists = {row: [*nearest(variants, tried), chosen[row]] for row, variants in candidates.items()}
-    references = [Variant(b, default_schedule(b), way) for b in bench.stacks for way in ("sequential", "free")]
+    ways = ("sequential", "free", "alone") if setting.level == "iteration" else ("sequential", "free")
+    references = [Variant(b, default_schedule(b), way) for b in bench.stacks for way in ways]
     measured = dict.fromkeys(itertools.chain(references, *finalists.values()))
     times = bench.rounds(list(measured), setting.rounds)
     best = {row: min(variants, key=lambda v: median(times[v].train)) for row, variants in finalists.items()}
     peaks = {row: bench.peak_mb(v) for row, v in best.items()}
-    gradients = {block: bench.gradient_mb(block) for block in bench.stacks}
+    gradients = {block: bench.gradients(block) for block in bench.stacks}
     found = dict(rate=rate, choices=choices, best=best, chosen=chosen, times=times, peaks=peaks, gradients=gradients)
     return {**found, "iterations": bench.iterations}
 
@@ -224,7 +271,9 @@ def find_rate(bench: Timed) -> float:
         return slowest([[bench.infer(v)[0] for v in variants] for _ in range(1 + SEARCH_ROUNDS)])[1:].T
 
     t_free = median(forward(pair[1:])[0])
-    sent_bits = 2 * 2 * s.pairs * s.tokens * s.dim * 32 * (1 - 1 / dist.get_world_size())
+    ranks = dist.get_world_size()
+    through_link = 1 - 1 / ranks if s.nodes == 1 else ranks / s.nodes * (1 - 1 / s.nodes)  # of the rows of one rank
+    sent_bits = 2 * 2 * s.pairs * s.tokens * s.dim * 32 * through_link
     rate = 1.0 if s.bus else sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
     for _ in range(8):
         bench.set_rate(rate)

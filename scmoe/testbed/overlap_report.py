@@ -7,51 +7,58 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
+from numpy import asarray
 from rich.console import Console
 from rich.table import Column, Table
 
-from scmoe.charts import FORWARD, SMALL, TRAINING, chart, title
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.schedule.cost import OperatorTimes, exposed_time, overlap_efficiency
+from scmoe.schedule.limit import least_time
 from scmoe.testbed import links
+from scmoe.testbed.exchange import why_no_nodes
 from scmoe.testbed.overlap import Seconds, Variant, measure
-from scmoe.testbed.pairs import ROWS, Setting, default_schedule
+from scmoe.testbed.pairs import ROWS, TOP_K, Setting, default_schedule
 from scmoe.testbed.ranks import run_ranks
+from scmoe.testbed.speed_chart import draw, ranks_of
 
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Setting)}
 KINDS = ("forward", "train")
+PAYLOAD = 1448 / 1514  # of what a link carries; the rest is headers of TCP, IP and Ethernet
 OF_COMPUTE = {"ffn_dim": "real", "heads": "real", "attention_ms": "emulated", "attention_to_mlp": "emulated"}
 
 
-def bench_overlap(options: dict[str, Any], again: Sequence[str]) -> dict[str, Any]:
+def bench_overlap(options: dict[str, Any]) -> dict[str, Any]:
     """Measure, print a table, and write chart and figures into the folder `out`. Returns the report.
 
     options: fields of Setting, `ranks` and `out`, those that were given; ConfigError for one that cannot be honoured.
-    again: the arguments of a Python interpreter that repeat this program, which continues in a network namespace.
+    The program starts again in a network namespace, where links can be shaped.
     """
     require("bench overlap", "matplotlib")
     gpu, out = options["device"] == "cuda", options.pop("out")
     defaults = DEFAULTS | {"share": 0.52, "ranks": 1 if gpu else 2, "compute": "real" if gpu else "emulated"}
+    defaults["reductions"] = "ddp" if gpu else "paced"
     values = defaults | options
     if refused := why_refused(options, values):
         raise ConfigError(refused)
     missing = "one GPU has no links" if gpu else links.why_not() if not links.inside() else None
     if missing is None:
-        links.enter(again)
+        links.enter(values["nodes"])
     elif not gpu:
         print(f"links cannot be shaped here ({missing}): loopback as it is, marked in every row", file=sys.stderr)
     ranks, rows = values.pop("ranks"), tuple(values["rows"])
     setting = Setting(**values | {"rows": rows, "shaped": missing is None, "bus": gpu})
-    result = run_ranks(measure, ranks, setting, timeout_s=3600, own_links=missing is None)[0]
+    own_links = missing is None
+    result = run_ranks(measure, ranks, setting, timeout_s=3600, own_links=own_links, nodes=setting.nodes)[0]
     report = summary(setting, ranks, result)
-    where = "cuda" if gpu else f"{ranks}-ranks"
-    name = f"overlap-{setting.compute}-{setting.level}-{where}-share-{setting.share:g}"
+    machine = "cuda" if gpu else f"{ranks}-ranks"
+    if setting.nodes > 1:
+        machine += f"-{setting.nodes}-nodes-{setting.exchange}"
+    name = f"overlap-{setting.compute}-{setting.level}-{machine}-share-{setting.share:g}"
     show(report)
     draw(report, out / f"{name}.png")
     (out / f"{name}.json").write_text(json.dumps(report, indent=1))
@@ -70,8 +77,14 @@ def why_refused(given: dict[str, Any], values: dict[str, Any]) -> str | None:
             return "--compute is emulated, allowed with --device cuda: real (a host that sleeps keeps no GPU busy)"
         if not torch.cuda.is_available():
             return "--device is cuda, and there is no CUDA device here"
+    if values["nodes"] != 1 and (refused := why_no_nodes(values["nodes"], values["ranks"])):
+        return refused
+    if values["nodes"] == 1 and values["exchange"] != "flat":
+        return f"--exchange is {values['exchange']}, allowed with --nodes 1: flat"
     if "share" in given and "link_mbit" in given:
         return "--share and --link-mbit exclude each other: the rate is searched for the share, or given"
+    if "reductions" in given and values["level"] != "iteration":
+        return f"--reductions belongs to --level iteration, and --level is {values['level']}"
     for name, compute in OF_COMPUTE.items():
         if name in given and compute != values["compute"]:
             return f"--{name.replace('_', '-')} belongs to {compute} compute, and --compute is {values['compute']}"
@@ -96,6 +109,14 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
         return [times[Variant(block, default_schedule(block), way)] for way in ("sequential", "free")]
 
     baseline, baseline_free = references("top2")
+    limited = iteration and setting.shaped  # a limit with gradients needs the rate of the links
+
+    def least(block: str) -> Any:
+        alone = times[Variant(block, default_schedule(block), "alone")]
+        return least_times(setting, ranks, result["rate"], block, alone, result["gradients"][block])
+
+    def gradient_mb(block: str) -> float:
+        return sum(size for _, size in result["gradients"][block]) / 2**20
 
     def row(name: str) -> dict[str, Any]:
         schedule, chosen = result["best"][name].schedule, result["chosen"][name]
@@ -121,7 +142,9 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
             "peak_mb": result["peaks"][name],
             "links": "bus" if setting.bus else "shaped" if setting.shaped else "loopback",
             "compute": setting.compute,
-            **({"gradient_mb": result["gradients"][block]} if iteration else {}),
+            **({"gradient_mb": gradient_mb(block)} if iteration else {}),
+            **({"limit_train": median(baseline.train / least(block))} if limited else {}),
+            **({"of_limit": median(least(block) / own.train)} if limited else {}),
         }
 
     def over(reference: str) -> dict[str, Any]:
@@ -142,14 +165,15 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
         "link_mbit": None if setting.bus else result["rate"],
         **({"bus_rate": result["rate"]} if setting.bus else {}),
         "ranks": ranks,
+        **({"nodes": setting.nodes, "exchange": setting.exchange} if setting.nodes > 1 else {}),
         "device": torch.cuda.get_device_name() if setting.device == "cuda" else "cpu",
         "compute": setting.compute,
         "level": setting.level,
-        **({"gradient_mb": result["gradients"]["top2"]} if iteration else {}),
+        **({"gradient_mb": gradient_mb("top2"), "reductions": setting.reductions} if iteration else {}),
         "rounds": setting.rounds,
         "iterations": result["iterations"],
         "limit_forward": limit_forward,
-        "limit_train": median(baseline.train / baseline_free.train),
+        "limit_train": median(baseline.train / (least("top2") if limited else baseline_free.train)),
         "transfer_cpu_ms_forward": median(1e3 * baseline.cpu_forward - 1e3 * baseline_free.cpu_forward),
         "transfer_cpu_ms_train": median(1e3 * baseline.cpu_train - 1e3 * baseline_free.cpu_train),
         "fastest_forward": {
@@ -162,6 +186,18 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
     }
 
 
+def least_times(
+    setting: Setting, ranks: int, mbit: float, block: str, alone: Seconds, gradients: Sequence[tuple[float, int]]
+) -> Any:
+    """Return the least time of an iteration in each round, by schedule/limit.py. alone: times without transfers.
+    gradients: when each can start, as a part of backward, and its bytes. A ring sends 2 (ranks - 1) / ranks of them."""
+    bytes_per_s, sent = mbit * 1e6 / 8 * PAYLOAD, 1 - 1 / ranks
+    rows = 2 * setting.pairs * TOP_K.get(block, 1) * setting.tokens * setting.dim * 4 * sent / bytes_per_s
+    sums = [(part, 2 * sent * size / bytes_per_s) for part, size in gradients]
+    rounds = zip(alone.train_forward, alone.backward - alone.update, alone.update, strict=True)
+    return asarray([least_time(f, b, u, rows, [(part * b, s) for part, s in sums]) for f, b, u in rounds])
+
+
 def operators_ms(times: OperatorTimes) -> dict[str, dict[str, float]]:
     """Return the times of a row's operators from the gate on, one at a time, forward and in training."""
     forward = {op: 1e3 * seconds for op, seconds in times.forward.items() if seconds}
@@ -170,11 +206,12 @@ def operators_ms(times: OperatorTimes) -> dict[str, dict[str, float]]:
 
 def show(report: dict[str, Any]) -> None:
     title = (
-        f"{report['compute']} compute, {report['ranks']} ranks, {report['level']}, communication share "
+        f"{report['compute']} compute, {ranks_of(report)}, {report['level']}, communication share "
         f"{report['comm_share']:.2f}; limit {report['limit_forward']:.2f} forward, {report['limit_train']:.2f} "
         f"training; medians of {report['rounds']} rounds, [quartiles]"
     )
-    columns = ("forward", "training", "hidden fwd", "bwd", "slot x chunks", "auto", "/ best", "/ model", "peak")
+    columns = ["forward", "training", "hidden fwd", "bwd", "slot x chunks", "auto", "/ best", "/ model", "peak"]
+    columns += ["of its limit"] * ("reductions" in report)
     numbers = (Column(column, justify="right", no_wrap=True) for column in columns)
     table = Table(Column("row", no_wrap=True), *numbers, title=title, title_justify="left")
     cell = "{:.2f} [{:.2f} {:.2f}]".format
@@ -183,47 +220,6 @@ def show(report: dict[str, Any]) -> None:
         hidden = [f"{100 * r[f'overlap_{d}']:.0f} %" for d in ("forward", "backward")]
         schedules = f"{r['slot']} x {r['chunks']}", f"{r['auto_slot']} x {r['auto_chunks']}"
         ratios = [f"{r[k]:.3f}" for k in ("auto_over_best", "measured_over_model")]
-        table.add_row(name, *speed, *hidden, *schedules, *ratios, f"{r['peak_mb']:.0f} MB")
+        of_limit = [f"{r['of_limit']:.3f}"] if "of_limit" in r else []
+        table.add_row(name, *speed, *hidden, *schedules, *ratios, f"{r['peak_mb']:.0f} MB", *of_limit)
     Console(width=150).print(table)
-
-
-def draw(report: dict[str, Any], path: Path) -> None:
-    """Draw bars of both speed-ups, quartiles as whiskers, the limits as lines."""
-    rows = report["rows"]
-    bus = f"rows over the bus of a {report['device']} at {report.get('bus_rate', 1.0):.2g} of its rate"
-    words = {"loopback": "loopback as it is", "bus": bus}
-    unshaped = words.get(next(iter(rows.values()))["links"], "")
-    links = f"{report['link_mbit']:.0f} Mbit/s links" if report["link_mbit"] else unshaped
-    what = "pair of blocks" if report["level"] == "block" else "iteration"
-    where = f"{report['compute']} compute, {report['ranks']} ranks, {links}"
-    with chart(path, 1.5 + 0.46 * len(rows)) as figure:
-        axis = figure.subplots()
-        bars(axis, report)
-        title(axis, f"One {what}, {where}: {100 * report['comm_share']:.0f} % communication")
-        axis.set_xlabel("speed-up over sequential top-2")
-        figure.legend(loc="outside lower center", ncols=2)
-
-
-def bars(axis: Any, report: dict[str, Any]) -> None:
-    """Draw the rows of a report from top to bottom, two bars each."""
-    rows = report["rows"]
-    for kind, color, word, shift in (("forward", FORWARD, "forward", -0.21), ("train", TRAINING, "training", 0.21)):
-        values = [row[f"{kind}_speedup"] for row in rows.values()]
-        ends = [row[f"{kind}_quartiles"] for row in rows.values()]
-        errors = [[abs(end[q] - value) for end, value in zip(ends, values, strict=True)] for q in (0, 1)]
-        places = [place + shift for place in range(len(rows))]
-        axis.barh(places, values, 0.42, color=color, xerr=errors, ecolor="#333333", label=word)
-        for place, value in zip(places, values, strict=True):
-            axis.text(0.03, place, f"{value:.2f}", va="center", fontsize=SMALL, color="white", fontweight="bold")
-        limit = report[f"limit_{kind}"]
-        axis.axvline(limit, color=color, linestyle="--", linewidth=1.2, label=f"all hidden, {word}")
-    axis.set_yticks(range(len(rows)), [name_of(row) for row in rows])
-    axis.set_ylim(len(rows) - 0.4, -0.6)
-
-
-def name_of(row: str) -> str:
-    """Return a row's name as the paper writes it, such as `ScMoE Pos-2,\\npipelined` for scmoe_pos2_pipelined."""
-    words = {"top2": "top-2", "top1": "top-1", "shared_expert": "shared expert"}
-    block = row.removesuffix("_pipelined")
-    name = words.get(block) or block.replace("scmoe_pos", "ScMoE Pos-")
-    return name + (",\npipelined" if block != row else "")

@@ -1,6 +1,7 @@
 """The pairs of blocks that `bench overlap` measures: every architecture, of real or of emulated operators."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,11 @@ from scmoe.moe.coefficient import CG1
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
+from scmoe.parallel.all_to_all import Link
 from scmoe.parallel.dispatcher import AllToAllDispatcher
 from scmoe.parallel.lightning_seam import hide_from_ddp
 from scmoe.parallel.mesh import expert_parameters
+from scmoe.parallel.update.pacing import BUCKET_MB, Pacer, is_paced
 from scmoe.schedule.schedule import POSITIONS, Schedule
 from scmoe.testbed.emulated import EmulatedExperts, EmulatedOperator
 
@@ -38,7 +41,9 @@ class Setting:
     """share: share of communication, reached by a search for the links' rate; link_mbit: the rate itself, without a
     search. tokens: tokens of one rank, in sequences of seq_len. attention_ms, attention_to_mlp: time of an attention,
     and its ratio to an MLP's; for emulated compute only. shaped: whether the links have a rate at all. bus: rows go
-    over the device's bus instead of links (emulated.over_the_bus), and the share is reached by its rate."""
+    over the device's bus instead of links (emulated.over_the_bus), and the share is reached by its rate. reductions: of
+    the gradients, as the Strategy's. nodes: the rate is that of their network cards; with 1, of every rank's link.
+    exchange: flat | hierarchical | auto."""
 
     share: float
     link_mbit: float | None = None
@@ -57,6 +62,9 @@ class Setting:
     device: str = "cpu"
     dtype: str = "float32"
     bus: bool = False
+    reductions: str = "paced"
+    nodes: int = 1
+    exchange: str = "flat"
     rows: tuple[str, ...] = tuple(USUAL_ROWS)
 
     @property
@@ -79,11 +87,13 @@ def make_block(name: str, setting: Setting, group: Any, capacity_factor: float |
     s, schedule, emulated = setting, default_schedule(name), setting.compute == "emulated"
     mlp_ms = s.attention_ms / s.attention_to_mlp
 
+    weighs = s.level == "iteration"  # else no gradient travels
+
     def attention() -> nn.Module:
-        return EmulatedOperator(s.attention_ms) if emulated else Attention(s.dim, s.heads)
+        return EmulatedOperator(s.attention_ms, weighs * 4 * s.dim**2) if emulated else Attention(s.dim, s.heads)
 
     def mlp() -> nn.Module:
-        return EmulatedOperator(mlp_ms) if emulated else MLP(s.dim, s.ffn_dim)
+        return EmulatedOperator(mlp_ms, weighs * 2 * s.dim * s.ffn_dim) if emulated else MLP(s.dim, s.ffn_dim)
 
     sublayers = [attention(), mlp(), attention()]
     if not emulated:
@@ -105,24 +115,36 @@ def make_block(name: str, setting: Setting, group: Any, capacity_factor: float |
 
 
 class Step:
-    """A training step; at iteration level with the gradients' reduction and the optimizer's step."""
+    """A training step; at iteration level with the gradients' reduction and the optimizer's step. link: the rows'."""
 
-    def __init__(self, stack: Sequence[nn.Module], setting: Setting) -> None:
+    def __init__(self, stack: Sequence[nn.Module], setting: Setting, link: Link) -> None:
         self.model: nn.Module = Stack(*stack)
         self.optimizer: torch.optim.Optimizer | None = None
         if setting.level == "iteration":
             hide_from_ddp(self.model, [name for name, _ in expert_parameters(self.model)])
             self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
-            self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            paced = is_paced(setting.reductions, torch.device(setting.device))
+            self.model = DistributedDataParallel(
+                self.model, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB if paced else None
+            )
+            if paced:
+                self.model.register_comm_hook(None, Pacer(dist.new_group(), link).mean_of_bucket)
 
     def backward(self, y: Tensor) -> None:
         y.backward(torch.ones_like(y))
+
+    def update(self) -> None:
         if self.optimizer is not None:
             self.optimizer.step()
 
     def train(self, x: Tensor) -> None:
         self.backward(self.model(x))
+        self.update()
         self.model.zero_grad()
+
+    def without_reduction(self) -> AbstractContextManager[None]:
+        """Inside, every rank keeps its own gradients."""
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
 
 class Stack(nn.Sequential):

@@ -42,13 +42,19 @@ class _Report(NamedTuple):
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0, own_links: bool = False
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120.0,
+    own_links: bool = False,
+    nodes: int = 1,
 ) -> list[Any]:
     """Returns [fn(rank, world_size, *args) for each rank], each run in its own process with one torch thread.
 
     fn: a function of a module. The variables that torchrun sets are set, so a Trainer or `init_process_group` joins the
     ranks. args and results are pickled. No rank ends before all have their results, so none misses a peer at the end.
     own_links: each rank in its own network namespace (links.py); call `links.enter` first.
+    nodes: the variables are those of torchrun on so many machines. With own_links each node has a network card.
     Raises RankError. Every process has ended by then, and on return.
     """
     assert links.inside() or not own_links
@@ -59,14 +65,14 @@ def run_ranks(
     try:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            given = theirs, rank, world_size, store.port, own_links, fn, *args
+            given = theirs, rank, world_size, nodes, store.port, own_links, fn, *args
             process = context.Process(target=_run_rank, args=given)
             process.start()
             theirs.close()
             processes.append(process)
             pipes.append(ours)
             if own_links:
-                _attach(ours, process.pid, rank)
+                _attach(ours, process.pid, rank, rank * nodes // world_size if nodes > 1 else None)
         return _collect(pipes, timeout_s)
     finally:
         for pipe in pipes:
@@ -78,17 +84,17 @@ def run_ranks(
 def run_alone(fn: Callable[..., Any], *args: Any) -> Any:
     """Returns fn(0, 1, *args), run in this process as the only rank. Call it once in a process: its group stays."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    _set_variables(0, 1, "127.0.0.1", store.port)
+    _set_variables(0, 1, 1, "127.0.0.1", store.port)
     return fn(0, 1, *args)
 
 
-def _attach(pipe: Connection, pid: int | None, rank: int) -> None:
+def _attach(pipe: Connection, pid: int | None, rank: int, node: int | None) -> None:
     try:
         pipe.recv_bytes()  # the rank has left the caller's namespace
     except EOFError:
         raise RankError(f"rank {rank} ended before it had a network namespace") from None
     assert pid is not None
-    links.attach(pid, rank)
+    links.attach(pid, rank, node)
     pipe.send_bytes(b"attached")
 
 
@@ -134,7 +140,14 @@ def _end(process: Any) -> None:
 
 
 def _run_rank(
-    pipe: Connection, rank: int, world_size: int, port: int, own_links: bool, fn: Callable[..., Any], *args: Any
+    pipe: Connection,
+    rank: int,
+    world_size: int,
+    nodes: int,
+    port: int,
+    own_links: bool,
+    fn: Callable[..., Any],
+    *args: Any,
 ) -> None:
     os.setsid()
     if own_links:
@@ -144,7 +157,7 @@ def _run_rank(
         links.bring_up(rank)
     multiprocessing.set_start_method(None, force=True)  # data workers start in the usual way
     threading.Thread(target=_end_with_caller, args=(pipe,), daemon=True).start()
-    _set_variables(rank, world_size, links.BRIDGE_ADDRESS if own_links else "127.0.0.1", port)
+    _set_variables(rank, world_size, nodes, links.BRIDGE_ADDRESS if own_links else "127.0.0.1", port)
     torch.set_num_threads(1)
     try:
         result = fn(rank, world_size, *args)
@@ -157,10 +170,12 @@ def _run_rank(
     threading.Event().wait()  # until the caller closes the pipe
 
 
-def _set_variables(rank: int, world_size: int, address: str, port: int) -> None:
+def _set_variables(rank: int, world_size: int, nodes: int, address: str, port: int) -> None:
     """Sets torchrun's variables."""
-    r, n = str(rank), str(world_size)
-    os.environ.update(RANK=r, WORLD_SIZE=n, LOCAL_RANK=r, LOCAL_WORLD_SIZE=n, GROUP_RANK="0")
+    places = world_size // nodes
+    node, place = divmod(rank, places)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), GROUP_RANK=str(node))
+    os.environ.update(LOCAL_RANK=str(place), LOCAL_WORLD_SIZE=str(places))
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     os.environ.update(TORCHELASTIC_RUN_ID="ranks", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     use_loopback_for_gloo()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.aggregation import SumMetric
 
@@ -19,15 +20,17 @@ from scmoe.blocks.compiled import compile_sublayers
 from scmoe.datamodules.positioned import IGNORE
 from scmoe.moe.balance import integer_sums, load_balance_loss, load_metrics, router_z_loss
 from scmoe.parallel.lightning_seam import allow_graphs, count_steps_from
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.mesh import ParallelContext, expert_parameters
 from scmoe.parallel.update.clipping import guard_updates
 from scmoe.tokens import RouterStats
+from scmoe.training.optimizers import Trained, adamw
 
 
 class MoEModule(LightningModule):
-    """Minimises task loss + load-balance loss + router z-loss with AdamW, linear warm-up and cosine decay.
+    """Minimises task loss + load-balance loss + router z-loss with linear warm-up and cosine decay.
 
     make_model: builds the network for a place in the mesh; called in `configure_model`, when ranks and groups exist.
+    make_optimizer: gets the parameters that are trained.
     Losses and metrics are those of the global batch and do not depend on the number of ranks.
     A subclass defines `task_loss` and `validation_step`, and logs its metrics in `on_validation_epoch_end`.
     """
@@ -37,13 +40,9 @@ class MoEModule(LightningModule):
         make_model: Callable[[ParallelContext], nn.Module],
         *,
         max_steps: int,
-        lr: float = 1e-3,
+        make_optimizer: Callable[[Trained], Optimizer] = adamw,
         min_lr_ratio: float = 0.1,
         warmup_steps: int = 0,
-        weight_decay: float = 0.1,
-        beta1: float = 0.9,
-        beta2: float = 0.95,
-        eps: float = 1e-8,
         gradient_clip: float | None = None,
         load_balance_coef: float = 0.01,
         z_loss_coef: float = 0.0,
@@ -52,8 +51,8 @@ class MoEModule(LightningModule):
     ) -> None:
         super().__init__()
         self.make_model, self.compiled, self.refuse_overflow = make_model, compiled, refuse_overflow
-        self.max_steps, self.lr, self.min_lr_ratio, self.warmup_steps = max_steps, lr, min_lr_ratio, warmup_steps
-        self.weight_decay, self.betas, self.eps, self.gradient_clip = weight_decay, (beta1, beta2), eps, gradient_clip
+        self.make_optimizer, self.gradient_clip = make_optimizer, gradient_clip
+        self.max_steps, self.min_lr_ratio, self.warmup_steps = max_steps, min_lr_ratio, warmup_steps
         self.load_balance_coef, self.z_loss_coef = load_balance_coef, z_loss_coef
         self.parallel_context = ParallelContext()
         self.model: Any = None
@@ -137,17 +136,22 @@ class MoEModule(LightningModule):
         """Return parameters without weight decay, besides norms, biases and position embeddings."""
         return set()
 
-    def configure_optimizers(self) -> Any:
+    def trained(self) -> Trained:
         """Weight decay applies to matrices, not to norms, biases and embeddings."""
         decays = {
             p for m in self.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(False) if p.dim() > 1
         } - self.never_decays()
         parameters = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p in decays], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if p not in decays], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        experts, head = {p for _, p in expert_parameters(self)}, set(self.model.head.parameters())
+        matrices = {p for p in decays - head if p.dim() == 2 or p in experts}
+        return Trained(
+            [p for p in parameters if p in matrices],
+            [p for p in parameters if p in decays - matrices],
+            [p for p in parameters if p not in decays],
+        )
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.trained())
         scheduler = LambdaLR(optimizer, self.lr_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

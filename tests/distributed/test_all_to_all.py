@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from scmoe.moe.dispatcher import Blocking
+from scmoe.moe.dispatcher import Blocking, Traffic
 from scmoe.parallel.all_to_all import Transfer, all_to_all, point_to_point
 from scmoe.parallel.dispatcher import AllToAllDispatcher
 from scmoe.testbed.ranks import run_ranks
@@ -49,7 +49,7 @@ def transfer_uneven_rows(rank: int, world_size: int, empty: bool) -> None:
     factors = [random(int(counts[:, s].sum()), DIM, seed=100 + s) for s in range(world_size)]
 
     mine = rows[rank].clone().requires_grad_()
-    transfer = Transfer(all_to_all(None), counts[rank].tolist(), counts[:, rank].tolist())
+    transfer = Transfer(all_to_all(None), Traffic(counts[rank].tolist(), counts[:, rank].tolist(), counts))
     received = transfer.start(mine).wait()
     blocks = [rows[s].split(counts[s].tolist())[rank] for s in range(world_size)]
     assert torch.equal(received, torch.cat(blocks)), "rows are in the order of their senders"

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
-from scmoe.experiments.train import main
+from scmoe.experiments import call
 from scmoe.moe.experts import Experts
 from scmoe.testbed.ranks import run_ranks
 
@@ -33,11 +33,11 @@ def calls(rank: int, world_size: int, runs: Path) -> list[str]:
 
     settings = ("logger.mode=disabled", "trainer.max_steps=1", "trainer.val_every=1", "trainer.progress=false")
     with patch.object(Experts, "forward", noted):
-        assert main([str(ROOT / "configs/debug.yaml"), f"runs_dir={runs}", *settings]) == 0
-    return found[found.index("train.py:main") :]
+        assert call("train", str(ROOT / "configs/debug.yaml"), f"runs_dir={runs}", *settings) == 0
+    return found[found.index("train.py:start") :]
 
 
 def test_few_calls_lie_between_the_train_command_and_the_experts(tmp_path):
     (functions,) = run_ranks(calls, 1, tmp_path)
-    assert functions[:2] == ["train.py:main", "train.py:train"]
+    assert functions[:2] == ["train.py:start", "train.py:train"]
     assert len(functions) + 1 <= CALLS, functions  # with Trainer.fit and Experts.forward it is one call more

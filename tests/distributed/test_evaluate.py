@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scmoe.config.load import load
-from scmoe.experiments import evaluate
+from scmoe.experiments import call
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.rank_zero import run_on_rank_zero
 from scmoe.studies.evaluate import results
@@ -46,7 +46,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
 
 
 def evaluated(world_size: int, run_dir: Path, *words: str) -> dict[str, Any]:
-    done = command_in_ranks(evaluate.main, world_size, str(run_dir), f"trainer.devices={world_size}", *words)
+    done = command_in_ranks("evaluate", world_size, str(run_dir), f"trainer.devices={world_size}", *words)
     return done.summary
 
 
@@ -87,7 +87,7 @@ def test_results_are_merged_by_what_was_asked(runs, tmp_path):
 def here(*words: str) -> Done:
     """Runs the command in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = evaluate.main(words)
+        code = call("evaluate", *words)
     return Done(code, out.getvalue(), err.getvalue())
 
 
@@ -117,7 +117,7 @@ def test_without_lm_eval_tasks_are_refused_with_the_command_that_installs_it(run
 
 
 def test_results_go_to_the_runs_own_wandb_run(runs):
-    run_dir, words = runs["dgmoe"], (evaluate.main, 1, str(runs["dgmoe"]), "--tasks", "none", "logger.mode=online")
+    run_dir, words = runs["dgmoe"], ("evaluate", 1, str(runs["dgmoe"]), "--tasks", "none", "logger.mode=online")
     with wandb_server() as server:
         found = command_in_ranks(*words, **server.variables).summary
         (arrived,) = server.runs.values()

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 import scmoe
 from scmoe.config.load import load
-from scmoe.experiments import export
+from scmoe.experiments import call
 from scmoe.offload.migration import offload_experts
 from scmoe.parallel.checkpoint.durable import newest_good, verify
 from scmoe.parallel.checkpoint.export import load_weights
@@ -25,7 +25,7 @@ def run_dir(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     sizes = ("trainer.devices=2", "strategy.ep_size=2", "logger.mode=disabled")
     done = train_in_ranks(2, "configs/debug.yaml", *sizes, f"runs_dir={runs}")
-    assert export.main([done.summary["run_dir"]]) == 0
+    assert call("export", done.summary["run_dir"]) == 0
     return type(runs)(done.summary["run_dir"])
 
 
@@ -81,7 +81,7 @@ def test_the_folder_has_two_files_and_the_header_has_the_step(run_dir):
 
 def test_a_run_of_two_ranks_is_loaded_from_any_form(run_dir):
     """`scmoe.load` takes the run, the file and the folder of Hugging Face's form; transformers is not needed."""
-    assert export.main([str(run_dir), "--format", "hf"]) == 0
+    assert call("export", str(run_dir), "--format", "hf") == 0
     expected = model(run_dir)
     load_model(newest_good(run_dir / "checkpoints"), expected, prefix="model.")
     ids = torch.randint(64, (1, 16))

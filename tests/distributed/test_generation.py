@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from scmoe.experiments import export, generate
+from scmoe.experiments import call
 from scmoe.inference.generate import generate as generate_here
 from scmoe.inference.passes import Passes
 from scmoe.inference.sampling import GREEDY
@@ -42,7 +42,7 @@ def run_dir(tmp_path_factory) -> Path:
     sizes = ("data.seq_len=48", "trainer.devices=2", "trainer.max_steps=3", f"runs_dir={folder}", "name=text")
     how = ("moe.noisy=false", "moe.capacity_factor=1", "schedule.chunks=2", "strategy.wire_dtype=bfloat16")
     done = train_in_ranks(2, "configs/debug.yaml", *text, *sizes, *how).summary
-    assert export.main([done["run_dir"]]) == 0
+    assert call("export", done["run_dir"]) == 0
     return Path(done["run_dir"]).resolve()
 
 
@@ -54,7 +54,7 @@ def written(world_size: int, weights: Path, run_dir: Path, out: Path, *words: st
     """Returns the lines of the file. Products in float64 do not round differently enough to change a draw."""
     asked = ("--prompts", str(prompts_of(run_dir)), "--out", str(out), "--max-tokens", str(NEW), "--batch-size", "2")
     ranks = (f"trainer.devices={world_size}", "trainer.precision=64-true")
-    done = command_in_ranks(generate.main, world_size, str(weights), *asked, *ranks, *words)
+    done = command_in_ranks("generate", world_size, str(weights), *asked, *ranks, *words)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert done.summary["dropless"] and done.summary["tokens"] == sum(line["tokens"] for line in lines)
     assert [line["prompt"] for line in lines] == PROMPTS
@@ -79,7 +79,7 @@ def test_one_text_is_shown_on_rank_0_as_it_comes(run_dir, tmp_path):
     (expected, *_) = written(1, run_dir, run_dir, tmp_path / "1.jsonl")
     words = (str(run_dir), "--prompt", PROMPTS[0], "--max-tokens", str(NEW), "trainer.precision=64-true")
     for world_size in (1, 2):
-        done = command_in_ranks(generate.main, world_size, *words, f"trainer.devices={world_size}")
+        done = command_in_ranks("generate", world_size, *words, f"trainer.devices={world_size}")
         assert (done.code, done.out) == (0, expected["text"] + "\n")
         assert "tokens/s" in done.err and "dropless" in done.err and "step=3.ckpt" in done.err
 
@@ -114,7 +114,7 @@ def test_offloaded_experts_write_the_same_texts(run_dir, tmp_path):
 def here(*words: str) -> Done:
     """Runs the command in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = generate.main(words)
+        code = call("generate", *words)
     return Done(code, out.getvalue(), err.getvalue())
 
 

@@ -50,7 +50,7 @@ def hang(rank: int, world_size: int) -> None:
 def inside(function: str) -> list[str]:
     """Returns the command of a program that enters its own network and runs a function of this file on two ranks."""
     code = (
-        "import sys, json; from scmoe.testbed import links; links.enter(['-c', sys.argv[1], sys.argv[1]]); "
+        "import sys, json; from scmoe.testbed import links; links.enter(); "
         "from scmoe.testbed.ranks import PRELOADED, run_ranks; PRELOADED[2:] = []; "  # these ranks need torch alone
         f"from tests.distributed.test_links import {function}; "
         f"print(json.dumps(run_ranks({function}, 2, own_links=True)))"

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.moe.operators import Recorder
 from scmoe.moe.router import Router
+from scmoe.parallel import dense_strategy
 from scmoe.parallel.drop_in import ScMoEBlock
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.testbed.ranks import run_ranks
@@ -35,11 +36,7 @@ from tests.support.trainings import RecordingModel, be_on_nodes, tiny, train, wh
 pytestmark = pytest.mark.dist
 
 MODEL = "position=pos2 top_k=2 optim.lr=0.01 optim.warmup_steps=2 trainer.max_steps=6"
-LAYOUTS = {
-    "sharded, EP 1": words("sharded", 1, 4),
-    "hybrid, EP 4": words("hybrid", 4, 4),
-    "replicated, EP 2": "strategy.ep_size=2",
-}
+LAYOUTS = {"hybrid, EP 1": words("hybrid", 1, 4), "replicated, EP 4": "strategy.ep_size=4"}
 PRECISIONS = {
     "fp32": "trainer.precision=32-true",
     "bf16": "trainer.precision=bf16-mixed",
@@ -103,10 +100,10 @@ class Watched(RecordingModel):
         return found
 
 
-def in_precisions(rank: int) -> dict[str, dict[str, Any]]:
+def in_precisions(rank: int, world_size: int, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     found = {}
-    for name, text in PRECISIONS.items():
-        config = tiny(f"position=pos2 {text} {words('sharded', 2, 4)}", 4)
+    for name in names:
+        config = tiny(f"position=pos2 {PRECISIONS[name]} {words('sharded', 2, 4)}", 4)
         module = Watched(config, compiled=name == "compiled")
         originals = {kind: getattr(dist, kind) for kind in ("all_gather_single", "reduce_scatter_single")}
 
@@ -164,15 +161,15 @@ class Own(LightningModule):
 def own_module(rank: int, dense: str, folder: Path) -> dict[str, Any]:
     """Fits, validates, tests, predicts, saves and fits again. Returns every value of that and the weights."""
     torch.manual_seed(1)
-    ids = torch.randint(32, (32, 9), generator=torch.Generator().manual_seed(2))
-    sampler = DistributedSampler(TensorDataset(ids), 4, rank, shuffle=False)
+    ids = torch.randint(32, (16, 9), generator=torch.Generator().manual_seed(2))
+    sampler = DistributedSampler(TensorDataset(ids), 2, rank, shuffle=False)
     loader = DataLoader(TensorDataset(ids), batch_size=4, sampler=sampler, generator=torch.Generator())
 
     def trainer(steps: int) -> Any:
         return Trainer(
             accelerator="cpu",
-            devices=4,
-            strategy=ExpertParallelStrategy(ep_size=2, dense=dense),
+            devices=2,
+            strategy=ExpertParallelStrategy(ep_size=1, dense=dense),
             precision="64-true",
             max_steps=steps,
             gradient_clip_val=0.1,
@@ -201,57 +198,74 @@ def own_module(rank: int, dense: str, folder: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------- tests
 
 
-def all_runs(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    return {
-        "layouts": resumed_in_layouts(rank, folder / "layouts"),
-        "precisions": in_precisions(rank),
-        "own": {dense: own_module(rank, dense, folder / dense) for dense in ("replicated", "sharded")},
-    }
+def on_four(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    return {"layouts": resumed_in_layouts(rank, folder), "precisions": in_precisions(rank, 4, ("bf16",))}
 
 
-def uninterrupted_run(rank: int, world_size: int) -> dict[str, Any]:
-    return fit(tiny(MODEL))
+def on_two(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    """With a byte of memory, auto takes the last way, sharded, once the module has its weights."""
+    with patch.object(dense_strategy, "memory_of_rank", lambda *_: 1.0):
+        return {dense: own_module(rank, dense, folder / dense) for dense in ("replicated", "auto")}
+
+
+def on_one(rank: int, world_size: int) -> tuple[dict[str, Any], list[Tensor]]:
+    return fit(tiny(MODEL)), train(tiny("position=pos2 trainer.precision=32-true"))["logged"]["train/loss"]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict[str, Any]]:
-    return run_ranks(all_runs, 4, tmp_path_factory.mktemp("runs"), timeout_s=600)
+def one() -> tuple[dict[str, Any], list[Tensor]]:
+    return run_ranks(on_one, 1)[0]
 
 
-def test_a_run_resumed_in_any_layout_equals_one_process(ranks):
-    one = run_ranks(uninterrupted_run, 1)
-    for name in ranks[0]["layouts"]:
-        error, where = largest_difference([rank["layouts"][name] for rank in ranks], one)
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> list[dict[str, Any]]:
+    return run_ranks(on_four, 4, tmp_path_factory.mktemp("runs"), timeout_s=600)
+
+
+def test_a_run_resumed_in_any_layout_equals_one_process(one, four):
+    for name in four[0]["layouts"]:
+        error, where = largest_difference([rank["layouts"][name] for rank in four], [one[0]])
         assert error <= TOLERANCE, f"{name}: {where}"
 
 
-def test_fsdp_starts_no_collective_inside_an_open_stream(ranks):
-    for found in (rank["precisions"][name] for rank in ranks for name in ("fp32", "bf16")):
-        assert found["collectives"] >= 3 * 2 * 2
-        assert found["while open"] == []
+def test_fsdp_starts_no_collective_inside_an_open_stream(four):
+    for rank in four:
+        assert rank["precisions"]["bf16"]["collectives"] >= 3 * 2 * 2
+        assert rank["precisions"]["bf16"]["while open"] == []
 
 
-def test_under_bf16_mixed_matrices_are_gathered_in_bfloat16_and_gates_in_float32(ranks):
-    for rank in ranks:
-        types = {name: found["gathered"] for name, found in rank["precisions"].items()}
-        assert types["fp32"] == {"gate": torch.float32, "matrix": torch.float32}
-        assert types["bf16"] == {"gate": torch.float32, "matrix": torch.bfloat16}
-        assert types["bf16 weights"] == {"gate": torch.bfloat16, "matrix": torch.bfloat16}
+def test_under_bf16_mixed_matrices_are_gathered_in_bfloat16_and_gates_in_float32(four):
+    for rank in four:
+        assert rank["precisions"]["bf16"]["gathered"] == {"gate": torch.float32, "matrix": torch.bfloat16}
 
 
-@pytest.mark.parametrize("name, tolerance", [("bf16", 1e-2), ("bf16 weights", 1e-1), ("compiled", 1e-5)])
-def test_losses_in_other_precisions_are_near_those_in_float32(name, tolerance, ranks):
-    """bfloat16 rounds to 4e-3; with weights in bfloat16 so does every update."""
-    losses = {
-        name: torch.stack([torch.stack(rank["precisions"][name]["loss"]).double() for rank in ranks]).mean(0)
-        for name in ("fp32", name)
-    }
-    assert (losses[name] - losses["fp32"]).abs().max() <= tolerance
+def assert_near(ranks: list[dict[str, Any]], name: str, losses: list[Tensor], tolerance: float) -> None:
+    mean = torch.stack([torch.stack(rank[name]["loss"]).double() for rank in ranks]).mean(0)
+    assert (mean - torch.stack(losses).double()).abs().max() <= tolerance, name
 
 
-def test_a_users_own_module_is_split_and_equal_to_replicated(ranks):
-    for rank in ranks:
-        replicated, sharded = rank["own"]["replicated"], rank["own"]["sharded"]
+def test_losses_under_bf16_mixed_are_near_those_in_float32(one, four):
+    """bfloat16 rounds to 4e-3."""
+    assert_near([rank["precisions"] for rank in four], "bf16", one[1], 1e-2)
+
+
+@pytest.mark.faults
+def test_other_precisions_and_compiled_sublayers(one):
+    """With weights in bfloat16 each update is rounded too."""
+    names = ("fp32", "bf16 weights", "compiled")
+    ranks = run_ranks(in_precisions, 4, names, timeout_s=280)
+    for name, tolerance, dtype in zip(
+        names, (1e-5, 1e-1, 1e-5), (torch.float32, torch.bfloat16, torch.float32), strict=True
+    ):
+        assert_near(ranks, name, one[1], tolerance)
+        for rank in ranks:
+            assert rank[name]["gathered"] == {"gate": dtype, "matrix": dtype}
+            assert rank[name]["while open"] == []
+
+
+def test_a_users_own_module_is_split_and_equal_to_replicated(tmp_path):
+    for rank in run_ranks(on_two, 2, tmp_path):
+        replicated, sharded = rank["replicated"], rank["auto"]
         assert (replicated["split"], sharded["split"]) == (False, True)
         assert (replicated["values"] - sharded["values"]).abs().max() <= TOLERANCE
         for name, weight in replicated["weights"].items():

@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from scmoe.parallel.strategy import ExpertParallelStrategy
+from scmoe.parallel.update.pacing import PIECE_MB, Pacer
 from scmoe.parallel.update.reducer import ExpertGradientReducer
 from scmoe.testbed.ranks import RankError, run_ranks
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_model
 from scmoe.training.language_model import LanguageModel
+from scmoe.training.optimizers import adamw
 from tests.support.comparison import TOLERANCE
 from tests.support.resuming import HALF, WHOLE, fit, largest_difference, whole
 from tests.support.trainings import tiny, train
@@ -170,6 +173,46 @@ def test_expert_gradients_are_sent_once_a_step(accumulate):
     assert run_ranks(count_expert_reductions, 2, accumulate) == [2, 2]
 
 
+# ---------------------------------------------------------------------- when gradients are sent
+
+
+class WithUnused(LanguageModel):
+    """Has a weight that takes no part in the loss."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.unused = torch.nn.Parameter(torch.ones(3))
+
+
+def reduced(rank: int, world_size: int) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """Returns the gradients of every step by case, once for each choice of strategy.reductions."""
+    alone = {"ep_size": 1}  # expert gradients are reduced too
+    cases: dict[str, tuple[dict[str, Any], int, type[LanguageModel]]] = {
+        "experts on all ranks": ({"ep_size": world_size}, 1, LanguageModel),
+        "accumulated": (alone, 2, LanguageModel),
+        "static graph": (alone | {"static_graph": True}, 1, LanguageModel),
+        "an unused weight": (alone | {"find_unused_parameters": True}, 2, WithUnused),
+    }
+    # two ranks give the same sums whatever the pieces; of more, each adds in an order that depends on the piece
+    small = patch.object(Pacer.__init__, "__defaults__", (200 / 2**20,) if world_size == 2 else (PIECE_MB,))
+    found: dict[str, list[dict[str, torch.Tensor]]] = {}
+    with small:
+        for name, (given, accumulate, cls) in cases.items():
+            for reductions in ("ddp", "paced"):
+                strategy = ExpertParallelStrategy(reductions=reductions, **given)
+                gradients = own_trainer(rank, world_size, strategy, cls=cls, accumulate=accumulate)["gradients"]
+                found.setdefault(name, []).append(gradients)
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_when_gradients_are_sent_changes_no_bit(ranks):
+    for found in run_ranks(reduced, ranks):
+        for name, (ddp, paced) in found.items():
+            assert ddp.keys() == paced.keys() and any(g.any() for g in ddp.values()), name
+            assert not [key for key, g in ddp.items() if not torch.equal(g, paced[key])], name
+
+
 # ---------------------------------------------------------------------- a user's own Trainer
 
 
@@ -179,19 +222,43 @@ class ClippedByLightning(LanguageModel):
     configure_gradient_clipping = LightningModule.configure_gradient_clipping
 
 
+class Gradients(Callback):
+    """Keeps every gradient of every step, by step and name."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, torch.Tensor] = {}
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        self.found |= {f"{trainer.global_step} {name}": g.clone() for name, g in grads.items()}
+
+
 def own_trainer(
-    rank: int, world_size: int, strategy: Any, clip: tuple[float | None, float | None] = (None, None)
+    rank: int,
+    world_size: int,
+    strategy: Any,
+    clip: tuple[float | None, float | None] = (None, None),
+    cls: type[LanguageModel] = LanguageModel,
+    accumulate: int = 1,
 ) -> dict[str, Any]:
     """Trains with a Trainer that a user has written. clip: the limits of the Trainer and of the module."""
     config = tiny("position=pos2 optim.lr=0.01", world_size)
-    cls = ClippedByLightning if clip[0] else LanguageModel
-    module = cls(lambda context: build_model(config, context), max_steps=2, lr=0.01, gradient_clip=clip[1])
+    cls = ClippedByLightning if clip[0] else cls
+    gradients = Gradients()
+    module = cls(
+        lambda context: build_model(config, context),
+        max_steps=2,
+        make_optimizer=partial(adamw, lr=0.01),
+        gradient_clip=clip[1],
+    )
     trainer = Trainer(
         accelerator="cpu",
         devices=world_size,
         strategy=strategy,
         precision="64-true",
         max_steps=2,
+        accumulate_grad_batches=accumulate,
+        callbacks=[gradients],
         gradient_clip_val=clip[0],
         use_distributed_sampler=False,
         logger=False,
@@ -202,7 +269,8 @@ def own_trainer(
     )
     trainer.fit(module, build_datamodule(config))
     weights = {name: p.detach().clone() for name, p in module.model.named_parameters()}
-    return {"ep_size": module.parallel_context.ep_size, "strategy": type(trainer.strategy).__name__, "weights": weights}
+    names = {"ep_size": module.parallel_context.ep_size, "strategy": type(trainer.strategy).__name__}
+    return {**names, "weights": weights, "gradients": gradients.found}
 
 
 def test_the_strategy_by_its_registered_name_spreads_experts_over_all_ranks():

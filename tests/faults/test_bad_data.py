@@ -17,7 +17,7 @@ from PIL import Image
 from scmoe.config.load import load
 from scmoe.datamodules.positioned import IGNORE
 from scmoe.datamodules.sources import text
-from scmoe.experiments import check_data, train
+from scmoe.experiments import call
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.callbacks.skipped_images import SkippedImages
 
@@ -50,7 +50,7 @@ def test_42_data_that_cannot_be_used_is_one_line(files, message, tmp_path, capsy
     folder_of(folder, **files)
     words = ["data.name=text", f"data.path={folder}", f"data.cache_dir={tmp_path}/cache", "data.seq_len=1024"]
     settings = [*words, "data.vocab_size=300", "trainer.devices=2", f"runs_dir={runs}"]
-    assert train.main(["configs/debug.yaml", *settings]) == 2
+    assert call("train", "configs/debug.yaml", *settings) == 2
     said = capsys.readouterr().err.splitlines()
     assert said[-1].startswith("error: ") and message in said[-1]
     assert not runs.exists(), "no run was started"
@@ -62,7 +62,7 @@ def test_44_unreadable_texts_are_skipped_and_counted(tmp_path, capsys):
     folder_of(folder, a=LINE.encode() * 40, b=bytes(100), c="é".encode("latin-1"), d=LINE.encode() * 40)
     words = ["data.name=text", f"data.path={folder}", f"data.cache_dir={tmp_path}/cache", "data.vocab_size=300"]
     settings = ["configs/debug.yaml", *words, f"runs_dir={runs}", "trainer.max_steps=1", "data.on_error=skip"]
-    assert train.main(settings) == 0
+    assert call("train", *settings) == 0
     said = capsys.readouterr()
     assert "warning: 2 files are skipped: data.path: " in said.err and "b.txt has zero bytes" in said.err
     assert json.loads(said.out.splitlines()[-1])["skipped"] == 2
@@ -126,7 +126,7 @@ def test_44_the_count_of_skipped_images_is_logged_and_in_the_summary():
 
 
 def test_45_check_data_names_every_unreadable_file(images, tmp_path, capsys):
-    assert check_data.main(swin(images)) == 2
+    assert call("check-data", *swin(images)) == 2
     said = capsys.readouterr()
     assert [re.findall(r"\w+/\w+/\d\.png", line)[0] for line in said.out.splitlines()] == [
         "train/ant/1.png",
@@ -135,14 +135,14 @@ def test_45_check_data_names_every_unreadable_file(images, tmp_path, capsys):
     assert said.err.splitlines()[-1].startswith("error: 2 files cannot be read, allowed: ")
     for broken in ("train/ant/1.png", "val/bee/0.png"):
         (images / broken).unlink()
-    assert check_data.main(swin(images)) == 0
+    assert call("check-data", *swin(images)) == 0
     assert capsys.readouterr().out == "all data of image_folder can be read\n"
 
 
 def test_45_check_data_reads_texts_too(tmp_path, capsys):
     folder_of(tmp_path, a=LINE.encode() * 40, b=bytes(100))
     words = ["data.name=text", f"data.path={tmp_path}", f"data.cache_dir={tmp_path}/cache", "data.vocab_size=300"]
-    assert check_data.main(["configs/debug.yaml", *words]) == 2
+    assert call("check-data", "configs/debug.yaml", *words) == 2
     assert "b.txt has zero bytes" in capsys.readouterr().out
 
 

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch.distributed as dist
 
-from scmoe.experiments import train
+from scmoe.experiments import call
 from scmoe.training.run import train as run
 from tests.support.configs import IMPOSSIBLE
 
@@ -50,7 +50,7 @@ def test_37_each_of_a_hundred_bad_requests_gives_one_line_before_anything_starts
     with patch.object(dist, "init_process_group") as groups, patch.object(run, "train") as started:
         for _ in range(100):
             key, words = bad_request(draw)
-            code = train.main([str(tmp_path / "empty.yaml"), *words, f"runs_dir={tmp_path / 'runs'}"])
+            code = call("train", str(tmp_path / "empty.yaml"), *words, f"runs_dir={tmp_path / 'runs'}")
             said = capsys.readouterr().err.splitlines()
             assert code == 2 and len(said) == 1, (words, said)
             assert said[0].startswith("error: ") and key in said[0], (words, said)

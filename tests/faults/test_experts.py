@@ -53,7 +53,7 @@ class LazyWork:
         target.copy_(source)
 
 
-def lazily(rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, LazyWork]:
+def lazily(rows: Tensor, traffic: None) -> tuple[Tensor, LazyWork]:
     target = torch.full_like(rows, POISON)
     return target, LazyWork(target, rows)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.experiments import generate
+from scmoe.experiments import call
 from tests.support.commands import ROOT, train_in_ranks
 from tests.support.sentences import sentences
 
@@ -116,5 +116,5 @@ def test_63_a_request_that_cannot_be_met_starts_no_rank(run_dir, monkeypatch, wo
     monkeypatch.setattr("scmoe.studies.generation.start_ranks", lambda *_: pytest.fail("ranks are started"))
     words = [word.replace("PROMPTS", str(run_dir.parents[1] / "prompts.jsonl")) for word in words]
     with contextlib.redirect_stderr(io.StringIO()) as err:
-        assert generate.main([str(run_dir), *words]) == 2
+        assert call("generate", str(run_dir), *words) == 2
     assert says in err.getvalue() and err.getvalue().count("\n") == 1, err.getvalue()

@@ -130,8 +130,8 @@ def broken(*args, **kwargs):
         raise RuntimeError(f"rank {rank} is broken")
     return healthy(*args, **kwargs)
 setattr(owner, name, staticmethod(broken) if static else broken)
-from scmoe.experiments.train import main
-sys.exit(main(sys.argv[5:]))
+from scmoe.experiments import call
+sys.exit(call("train", *sys.argv[5:]))
 """
 PHASES = {  # where a rank fails, and in which call of it
     "setup": ("scmoe.training.language_model:LanguageModel.configure_model", 1),

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.experiments import bench
+from scmoe.experiments import call
 from scmoe.parallel.plan_file import plan_from_json, plan_to_json
-from tests.support.commands import train_in_ranks
+from tests.support.commands import resume_in_ranks, train_in_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]
 
@@ -35,8 +35,8 @@ def run_dir(planned, tmp_path) -> Path:
 
 def resume(run_dir: Path, ranks: int, *overrides: str) -> str:
     """Returns what a resumption of one step says of the plan."""
-    words = ("--resume", str(run_dir), f"trainer.max_steps={CHOSEN + 2}", f"trainer.devices={ranks}", *overrides)
-    done = train_in_ranks(ranks, *words)
+    words = (str(run_dir), f"trainer.max_steps={CHOSEN + 2}", f"trainer.devices={ranks}", *overrides)
+    done = resume_in_ranks(ranks, *words)
     assert done.code == 0, done.err
     return "\n".join(line for line in done.err.splitlines() if line.startswith("plan: "))
 
@@ -76,8 +76,8 @@ def test_43_a_plan_survives_its_file_and_is_drawn(planned, capsys, tmp_path):
     plan = json.loads((planned / "plan.json").read_text())
     choices = plan_from_json(plan)
     assert plan_to_json(choices, plan["conditions"], plan["step"]) == plan
-    assert bench.main(["timeline", "--run", str(planned)]) == 0
+    assert call("bench", "timeline", "--run", str(planned)) == 0
     pictures = json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"]
     assert [Path(picture).read_bytes()[:4] for picture in pictures] == [b"\x89PNG"] * 2
-    assert bench.main(["timeline", "--run", str(tmp_path)]) == 2
+    assert call("bench", "timeline", "--run", str(tmp_path)) == 2
     assert "allowed: a run with schedule=auto that has chosen" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 from torch.distributed import DistNetworkError
 
 from scmoe.config.load import load
-from scmoe.experiments import train
+from scmoe.experiments import call
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.training.run import machine
 from scmoe.training.run.machine import check_machine
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.representative]
 def refusal(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -> str:
     """Returns the one line with which a run is refused."""
     runs = folder / "runs"
-    assert train.main(["configs/debug.yaml", f"runs_dir={runs}", *overrides]) == 2
+    assert call("train", "configs/debug.yaml", f"runs_dir={runs}", *overrides) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert not runs.exists()
     return line

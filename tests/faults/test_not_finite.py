@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -21,6 +22,7 @@ from scmoe.training.build.model import build_model
 from scmoe.training.build.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.language_model import LanguageModel
+from scmoe.training.optimizers import adamw
 from tests.support.failing import failure
 from tests.support.trainings import tiny
 
@@ -141,7 +143,9 @@ def clipped(rank: int, world_size: int, by_hand: bool, clip: float | None) -> li
     """Returns the trained weights, clipped by the module itself or by the Trainer."""
     config = tiny(f"position=pos2 trainer.accumulate=1 strategy.ep_size={world_size}", world_size)
     cls, own = (ByHand, {"clip": clip}) if by_hand else (NotClipped, {})
-    module = cls(lambda context: build_model(config, context), max_steps=3, lr=0.01, **own)
+    module = cls(
+        lambda context: build_model(config, context), max_steps=3, make_optimizer=partial(adamw, lr=0.01), **own
+    )
     trainer = build_trainer(config, [DataPosition()], [])
     if not by_hand:
         trainer.gradient_clip_val = clip

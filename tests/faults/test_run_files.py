@@ -13,14 +13,15 @@ import pytest
 from safetensors import safe_open
 
 from scmoe.config.load import load
-from scmoe.experiments import export, train
+from scmoe.config.program import scmoe
+from scmoe.experiments import call
 from scmoe.parallel.checkpoint.durable import verify
 from scmoe.studies.runs import SeenRun
 from scmoe.testbed.ranks import run_ranks
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import build_trainer
-from tests.support.commands import train_here, train_in_ranks
+from tests.support.commands import command_here, resume_in_ranks, train_in_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]
 
@@ -72,14 +73,14 @@ def test_38_a_finished_run_has_the_checkpoint_of_its_summary(finished):
 @pytest.mark.parametrize("which, name", [("best", LEFT[0]), ("last", LEFT[1])])
 def test_38_an_export_says_which_checkpoint_it_is(which, name, finished, tmp_path, capsys):
     out = tmp_path / "model.safetensors"
-    assert export.main([str(finished), "--which", which, "--out", str(out)]) == 0
+    assert call("export", str(finished), "--which", which, "--out", str(out)) == 0
     assert capsys.readouterr().out == f"{out}, from the {which} checkpoint, {name}\n"
     with safe_open(out, framework="pt") as file:
         assert file.metadata()["checkpoint"] == name
 
 
 def test_38_a_resumed_run_keeps_only_its_own_last_step(run_dir):
-    resumed = train_in_ranks(1, "--resume", str(run_dir), "trainer.max_steps=5", "trainer.devices=1")
+    resumed = resume_in_ranks(1, str(run_dir), "trainer.max_steps=5", "trainer.devices=1")
     assert resumed.summary["steps"] == 5
     assert [name for name in saved(run_dir) if name.startswith("step")] == ["step=5.ckpt"]
     assert SeenRun(run_dir).steps == 5
@@ -104,7 +105,7 @@ def test_38_a_resumed_run_keeps_only_its_own_last_step(run_dir):
 )
 def test_39_another_model_or_experiment_is_refused_and_nothing_is_written(override, allowed, run_dir, capsys):
     before = contents(run_dir)
-    assert train.main(["--resume", str(run_dir), override]) == 2
+    assert call("resume", str(run_dir), override) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {override.partition('=')[0]} is ") and f", allowed: {allowed}" in line
     assert contents(run_dir) == before
@@ -114,7 +115,7 @@ def test_39_a_resumption_keeps_its_config_beside_the_first_one(run_dir):
     first = (run_dir / "config.yaml").read_bytes()
     for steps, devices in ((4, 2), (5, 1)):
         more = (f"trainer.max_steps={steps}", f"trainer.devices={devices}")
-        assert train_in_ranks(devices, "--resume", str(run_dir), *more).summary["steps"] == steps
+        assert resume_in_ranks(devices, str(run_dir), *more).summary["steps"] == steps
     assert (run_dir / "config.yaml").read_bytes() == first
     kept = [load(run_dir / f"config-from-{step}.yaml").trainer for step in (3, 4)]
     assert [(trainer.max_steps, trainer.devices) for trainer in kept] == [(4, 2), (5, 1)]
@@ -125,7 +126,7 @@ def test_39_weights_have_the_settings_that_they_were_trained_with(run_dir, tmp_p
     config, out = run_dir / "config.yaml", tmp_path / "exported" / "model.safetensors"
     config.write_text(config.read_text().replace("position: pos2", "position: pos1", 1))
     assert load(config).moe.position == "pos1"
-    assert export.main([str(run_dir), "--out", str(out)]) == 0
+    assert call("export", str(run_dir), "--out", str(out)) == 0
     with safe_open(out, framework="pt") as file:
         assert json.loads(file.metadata()["settings"])["moe.position"] == "pos2"
     assert load(out.parent / "config.yaml").moe.position == "pos2"
@@ -133,17 +134,17 @@ def test_39_weights_have_the_settings_that_they_were_trained_with(run_dir, tmp_p
 
 def test_39_a_run_that_is_done_has_nothing_to_do(run_dir, capsys):
     before = contents(run_dir)
-    assert train.main(["--resume", str(run_dir)]) == 0
+    assert call("resume", str(run_dir)) == 0
     said = capsys.readouterr()
     assert json.loads(said.out) == json.loads((run_dir / "summary.json").read_text())
-    assert said.err.startswith("nothing to do: all 3 steps are done; for more: make resume RUN=")
+    assert said.err.startswith(f"nothing to do: all 3 steps are done; for more: {scmoe('resume', run_dir)} trainer")
     assert contents(run_dir) == before
 
 
 # ---------------------------------------------------------------------- 40: who writes
 
 
-def written(rank: int, world_size: int, folder: Path, arguments: tuple[str, ...]) -> set[str]:
+def written(rank: int, world_size: int, folder: Path, verb: str, arguments: tuple[str, ...]) -> set[str]:
     """Returns what a rank opens for writing, creates, renames or removes in a folder while it trains, outside of
     checkpoints."""
     found: set[str] = set()
@@ -156,14 +157,14 @@ def written(rank: int, world_size: int, folder: Path, arguments: tuple[str, ...]
                 found.add(str(Path(path).relative_to(folder)))
 
     sys.addaudithook(note)
-    assert train_here(rank, world_size, arguments, {}).code == 0
+    assert command_here(rank, world_size, verb, arguments, {}).code == 0
     return {path for path in found if "checkpoints/" not in path}
 
 
 def test_40_only_rank_0_writes_into_the_run_directory(tmp_path):
     new = ("configs/debug.yaml", "trainer.devices=2", *STEPS, f"runs_dir={tmp_path}", "logger.mode=offline")
-    resumed = ("--resume", str(tmp_path / "latest"), "trainer.max_steps=4")
-    for arguments in (new, resumed):
-        first, second = run_ranks(written, 2, tmp_path, arguments)
+    resumed = (str(tmp_path / "latest"), "trainer.max_steps=4")
+    for verb, arguments in (("train", new), ("resume", resumed)):
+        first, second = run_ranks(written, 2, tmp_path, verb, arguments)
         assert any(path.endswith("state.json") or ".tmp-state.json" in path for path in first), "the hook sees writes"
         assert second == set()

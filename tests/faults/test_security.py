@@ -243,7 +243,7 @@ def test_35_nothing_on_the_command_line_is_executed(text):
 
 @pytest.mark.representative
 def test_35_no_value_of_a_config_names_a_class():
-    """A value is a text, a number or a list of its field's type, and there is no registry of classes."""
+    """A value is a text, a number or a list of its field's type. A registered name is one too."""
     assert not [key for key in vars(Config()) if key.startswith("_")]
     assert GPT is type(build_model_on_meta(load(None, ["data.name=synthetic"])))
 

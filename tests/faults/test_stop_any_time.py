@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_model
 from scmoe.training.build.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.language_model import LanguageModel
+from scmoe.training.optimizers import adamw
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -77,7 +79,12 @@ def build(rank: int, world_size: int, folder: Path, when: str, *overrides: str) 
     os.chdir(folder)  # without a ModelCheckpoint, checkpoints are saved in the working directory
     config = tiny_run.tiny(world_size, *CONFIG, *overrides)
     seed_everything(config)
-    module = Stopped(lambda context: build_model(config, context), max_steps=2 * STEPS, lr=0.01, warmup_steps=2)
+    module = Stopped(
+        lambda context: build_model(config, context),
+        max_steps=2 * STEPS,
+        make_optimizer=partial(adamw, lr=0.01),
+        warmup_steps=2,
+    )
     module.when = when
     trainer = build_trainer(config, build_callbacks(config, folder)[:1], [])
     trainer.num_sanity_val_steps = AT_BATCH if when == "sanity check" else 0

@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from scmoe.experiments import bench
+from scmoe.experiments import call
 
 pytestmark = [pytest.mark.smoke, pytest.mark.inference]
 
 
 def test_a_small_bench_prints_a_table_and_json():
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert bench.main(["generation", "--prompt", "8", "--tokens", "6", "--rounds", "2", "--batch", "2"]) == 0
+        assert call("bench", "generation", "--prompt", "8", "--tokens", "6", "--rounds", "2", "--batch", "2") == 0
     found = json.loads(out.getvalue().splitlines()[-1])
     assert found["decode_over_operators"] > 1 and found["cached_over_uncached"] > 0
     assert found["tpot_ms"] > 0 and found["ttft_ms"] > 0

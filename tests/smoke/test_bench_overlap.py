@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from scmoe.experiments import bench
+from scmoe.experiments import call
 from scmoe.testbed import growth, links, overlap_report, timeline
 from scmoe.testbed.pairs import Setting
 from scmoe.testbed.ranks import run_ranks
 from tests.support.commands import run
 
 pytestmark = [pytest.mark.dist, pytest.mark.smoke]
+MISSING = links.why_not()
 ROWS = ("--rows", "top2", "scmoe_pos2_pipelined", "--rounds", "2")
 TOP = {"comm_share", "link_mbit", "ranks", "device", "compute", "level", "rounds", "rows"}
 ROW = {
@@ -43,8 +44,17 @@ def test_bench_overlap(tmp_path):
     check(report)
     for row in report["rows"].values():
         assert row["links"] == ("loopback" if links.why_not() else "shaped") and row["compute"] == "emulated"
-    assert "gradient_mb" not in report
+    assert "gradient_mb" not in report and "of_limit" not in report["rows"]["top2"]
     assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+@pytest.mark.skipif(MISSING is not None, reason=f"links cannot be shaped here: {MISSING}")
+def test_bench_exchange_on_two_nodes():
+    report = run("-m", "experiments.bench", "exchange", "--kilobytes", "1", "256", "--rounds", "2").summary
+    assert report["rows"].keys() == {"flat", "hierarchical"} and report["auto"].keys() == {"1", "256"}
+    least = (2 * 2 * 256 * 1024 - 2 * 128 * 1024) * 8 / report["between_mbit"] / 1e3  # the buckets' bursts pass at once
+    for sizes in report["rows"].values():
+        assert sizes["256"]["ms"] >= least, "rows of two ranks for two others share the node's card"
 
 
 def without_rate(rank: int, world_size: int, measure: Callable[..., Any], setting: Setting, *args: Any) -> Any:
@@ -59,7 +69,7 @@ def tiny_on_loopback(monkeypatch):
         return run_ranks(without_rate, ranks, measure, replace(setting, attention_ms=1.0), *args)
 
     monkeypatch.setattr(links, "inside", lambda: True)
-    monkeypatch.setattr(links, "enter", lambda again: None)
+    monkeypatch.setattr(links, "enter", lambda *_: None)
     for module in (growth, overlap_report, timeline):
         monkeypatch.setattr(module, "run_ranks", measured)
 
@@ -67,16 +77,18 @@ def tiny_on_loopback(monkeypatch):
 def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path, capsys):
     """The iteration has real operators, and their gradients are summed over the ranks."""
     words = ("--compute", "real", "--level", "iteration", "--ffn-dim", "128", "--out", str(tmp_path))
-    assert bench.main(["overlap", *ROWS, *words]) == 0
+    assert call("bench", "overlap", *ROWS, *words) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     check(report)
     # each of two top-2 pairs has a norm, a gate, attention and MLP in float32
     pair = 4 * 2 * 32 + 8 * 32 + 2 * (4 * 32 * 32 + 4 * 32) + 2 * 32 * 128 + 32 + 128
+    assert all(row["of_limit"] > 0 and row["limit_train"] > 0 for row in report["rows"].values())
+    assert report["limit_train"] == report["rows"]["top2"]["limit_train"]
     assert report["gradient_mb"] == report["rows"]["top2"]["gradient_mb"] == 2 * pair * 4 / 2**20
 
 
 def test_timeline(tiny_on_loopback, tmp_path):
-    assert bench.main(["timeline", "--share", "0.3", "--out", str(tmp_path)]) == 0
+    assert call("bench", "timeline", "--share", "0.3", "--out", str(tmp_path)) == 0
     assert {path.name for path in tmp_path.glob("*.png")} == {"forward.png", "backward.png"}
     trace = json.loads((tmp_path / "pos2-overlapped-1-chunks.json").read_text())
     names = {event.get("name") for event in trace["traceEvents"]}
@@ -86,7 +98,7 @@ def test_timeline(tiny_on_loopback, tmp_path):
 
 def test_bench_growth(tiny_on_loopback, tmp_path, capsys):
     small = ("--points", "256", "512", "--rounds", "2", "--out", str(tmp_path))
-    assert bench.main(["growth", "--of", "tokens", *small]) == 0
+    assert call("bench", "growth", "--of", "tokens", *small) == 0
     points = json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"]
     assert [point["tokens"] for point in points] == [256, 512]
     assert points[0]["link_mbit"] == points[1]["link_mbit"]

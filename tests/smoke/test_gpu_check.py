@@ -108,8 +108,8 @@ def test_neither_wandb_nor_omegaconf_is_needed(without_packages, tmp_path):
     """A new interpreter runs the parts that import the most."""
     words = ("-m", "experiments.gpu_check", "--device", "cpu", "--tiny", "--parts", "training", "gpt2", "tests")
     script = f"import sys; sys.path.insert(0, {str(without_packages)!r})\n"
-    script += "from scmoe.experiments.gpu_check import main\n"
-    script += f"sys.exit(main({[*words[2:], '--out', str(tmp_path / 'out')]!r}))"
+    script += "from scmoe.experiments import call\n"
+    script += f"sys.exit(call('gpu-check', *{[*words[2:], '--out', str(tmp_path / 'out')]!r}))"
     done = run("-c", script)
     assert done.summary["parts"] == dict.fromkeys(("training", "gpt2", "tests"), "ok"), done.err
 

@@ -20,9 +20,16 @@ from tests.support.commands import undocumented
 from tests.support.forked import python
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("runs", "inference", "offload", "hugging-face", "configuration", "studies", "strategy", "tests")
+NAMES = (
+    *("runs", "inference", "offload", "hugging-face", "configuration", "studies", "strategy", "tests"),
+    *("index", "quickstart", "how-to/data", "how-to/evaluate", "how-to/export", "how-to/model", "how-to/resume"),
+    *("how-to/sweep", "extending"),
+)
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
-NOT_RUN = {"docs/benchmarks.md": "takes hours", "docs/clusters.md": "needs eight GPUs; tests/unit/test_launch_files.py"}
+NOT_RUN = {"docs/benchmarks.md": "takes hours"} | {
+    f"docs/{name}.md": "needs eight GPUs; tests/unit/test_launch_files.py"
+    for name in ("clusters", "how-to/gpus", "how-to/slurm")
+}
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -66,6 +73,11 @@ SAYS = {
     "make evaluate": '"tasks": {"cloze": ',
     "make fig13": '"equal_bits": true',
     "make list": "configs/quickstart.yaml",
+    'make train CONFIG=docs/examples/my_architecture.yaml ARGS="trainer.devices=2"': "step 4: between",
+    '.venv/bin/python -m experiments.list "extensions=[docs.examples.my_architecture]"': "moe.architecture=parallel",
+    'make check-data CONFIG=configs/debug.yaml ARGS="data.name=text data.path=docs/decisions data.vocab_size=512"': (
+        "all data of text can be read"
+    ),
     ".venv/bin/python docs/examples/load_hf.py exported/hf": "ScMoEForCausalLM",
     ".venv/bin/python docs/examples/load_export.py exported/model.safetensors": "likeliest next token",
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': "runs/further/",
@@ -149,9 +161,13 @@ def test_the_examples_run(folder):
     without the Strategy is tested by tests/faults/test_lightning_users.py."""
     (load_export,), (expert_parallel, _) = blocks("docs/runs.md", "python"), blocks("docs/strategy.md", "python")
     assert load_export in (ROOT / "docs/examples/load_export.py").read_text()
+    drop_in, configure_model = blocks("docs/how-to/model.md", "python")
+    assert drop_in in (ROOT / "docs/examples/drop_in.py").read_text() and configure_model == expert_parallel
     load_hf, load_any = blocks("docs/hugging-face.md", "python")
     assert load_hf in (ROOT / "docs/examples/load_hf.py").read_text()
     compile(load_any, "docs/hugging-face.md", "exec")
+    (parallel,) = blocks("docs/extending.md", "python")
+    assert parallel in (ROOT / "docs/examples/my_architecture.py").read_text()
     script = ROOT / "docs/examples/expert_parallel.py"
     assert expert_parallel in script.read_text()
     run([PYTHON, str(script)], folder)

@@ -11,8 +11,9 @@ from functools import partial
 
 import pytest
 
+from scmoe.config.program import scmoe
 from scmoe.parallel.checkpoint.durable import newest_good, verify
-from tests.support.commands import rows_of, train_in_ranks
+from tests.support.commands import resume_in_ranks, rows_of
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.faults]
 
@@ -45,11 +46,11 @@ def test_12_a_run_that_is_stopped_saves_and_exits_with_the_signals_code(tmp_path
     finally:
         run.kill()
     assert run.returncode == (130 if ranks == "ctrl-c" else 143), out
-    assert "make resume" in out.splitlines()[-1]
+    assert f"to continue: {scmoe('resume', tmp_path)}" in out.splitlines()[-1]
     checkpoints = tmp_path / "latest" / "checkpoints"
     step = verify(newest_good(checkpoints))
     assert [path.name for path in checkpoints.iterdir()] == [f"step={step}.ckpt"]
-    resumed = train_in_ranks(2, "--resume", str(tmp_path / "latest"), f"trainer.max_steps={step + 2}")
+    resumed = resume_in_ranks(2, str(tmp_path / "latest"), f"trainer.max_steps={step + 2}")
     assert resumed.summary["steps"] == step + 2
     rows = rows_of(tmp_path / "latest" / "metrics.csv")
     assert [int(row["step"]) for row in rows if "train/loss" in row] == list(range(step + 2))

@@ -12,7 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import CANARY, EXACT, ROOT, SUMMARY, TRAIN, Done, rows_of, run, train_in_ranks, undocumented
+from tests.support.commands import (
+    CANARY,
+    EXACT,
+    ROOT,
+    SUMMARY,
+    TRAIN,
+    Done,
+    resume_in_ranks,
+    rows_of,
+    run,
+    train_in_ranks,
+    undocumented,
+)
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 
@@ -67,7 +79,7 @@ def test_resume_continues_where_the_run_stopped(launched):
     done, runs = launched
     run_dir = ROOT / done.summary["run_dir"]
     before = rows_of(run_dir / "metrics.csv")
-    resumed = train_in_ranks(2, "--resume", str(runs / "latest"), "trainer.max_steps=6")
+    resumed = resume_in_ranks(2, str(runs / "latest"), "trainer.max_steps=6")
     assert (resumed.summary["steps"], resumed.summary["run_dir"]) == (6, str(run_dir))
     assert list(runs.glob("debug/*")) == [run_dir], "there is no second run"
     after = rows_of(run_dir / "metrics.csv")
@@ -109,7 +121,7 @@ def test_a_run_too_short_to_plan_says_so_in_one_line(tmp_path):
 
 
 def test_a_run_without_a_checkpoint_cannot_be_resumed(tmp_path):
-    done = run(*TRAIN, "--resume", str(tmp_path))
+    done = run("-m", "experiments.resume", str(tmp_path))
     assert done.code == 2
     assert "allowed: a run that has a checkpoint" in done.err
 

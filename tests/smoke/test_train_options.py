@@ -14,7 +14,7 @@ import pytest
 
 from scmoe.parallel.checkpoint.durable import verify
 from scmoe.training.run.resume import find_checkpoint
-from tests.support.commands import ROOT, Done, rows_of, train_in_ranks
+from tests.support.commands import ROOT, Done, resume_in_ranks, rows_of, train_in_ranks
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 
@@ -54,7 +54,7 @@ def test_early_stopping_ends_all_ranks_after_so_many_validations(tmp_path):
     done = train(tmp_path, *words, ranks=2)
     assert done.summary["steps"] == 4
     assert list(column(run_dir(done), "val/loss")) == [0, 1, 2, 3]
-    resumed = train_in_ranks(2, "--resume", str(run_dir(done)), "trainer.early_stopping=null", "trainer.max_steps=6")
+    resumed = resume_in_ranks(2, str(run_dir(done)), "trainer.early_stopping=null", "trainer.max_steps=6")
     assert resumed.summary["steps"] == 6, "it goes on where it was stopped"
 
 
@@ -77,10 +77,10 @@ def test_a_run_goes_on_from_a_chosen_step_as_it_did_before(many):
     """Every metric of the steps that are done again is the same, and later checkpoints are out of the way."""
     before, there = column(many, "train/loss"), checkpoints(many)
     chosen = min(there.values())
-    refused = train_in_ranks(2, "--resume", str(many), "step=77")
+    refused = resume_in_ranks(2, str(many), "step=77")
     assert refused.code == 2
     assert f"step is 77, allowed: a step whose checkpoint is kept, {chosen}, " in refused.err
-    done = train_in_ranks(2, "--resume", str(many), f"step={chosen}", "trainer.val_every=100")
+    done = resume_in_ranks(2, str(many), f"step={chosen}", "trainer.val_every=100")
     assert done.summary["steps"] == 8 and "set aside: " in done.err
     assert column(many, "train/loss") == before
     aside = {path.name.rpartition("-")[0] for path in (many / "set-aside").iterdir()}
@@ -101,7 +101,7 @@ def test_limits_end_a_run_and_shorten_validations(tmp_path):
     assert lr == {step: of_all[step] for step in range(3)}
     assert column(short, "train/loss") == {step: column(whole, "train/loss")[step] for step in range(3)}
     assert column(short, "val/loss")[1] != column(whole, "val/loss")[1]
-    done = train_in_ranks(1, "--resume", str(short))
+    done = resume_in_ranks(1, str(short))
     assert "nothing to do: all 3 steps are done" in done.err
 
 
@@ -120,9 +120,9 @@ def test_overfitting_repeats_the_first_batches_also_when_it_is_resumed(tmp_path)
     losses = list(column(folder, "train/loss").values())
     assert losses == [losses[0], losses[1]] * 2 + [losses[0]]
     assert losses[0] != losses[1]
-    refused = train_in_ranks(2, "--resume", str(folder), "trainer.overfit_batches=null", "trainer.max_steps=6")
+    refused = resume_in_ranks(2, str(folder), "trainer.overfit_batches=null", "trainer.max_steps=6")
     assert (refused.code, refused.err.count("trainer.overfit_batches is null, allowed: 2")) == (2, 1)
-    train_in_ranks(2, "--resume", str(folder), "trainer.max_steps=6")
+    resume_in_ranks(2, str(folder), "trainer.max_steps=6")
     assert list(column(folder, "train/loss").values()) == [*losses, losses[1]]
 
 
@@ -132,7 +132,7 @@ def test_a_fast_dev_run_goes_through_everything_once(tmp_path):
     assert done.summary["steps"] == 1 and done.summary["val_loss"] > 0
     assert set(checkpoints(folder)) == {"step=1.ckpt"}
     assert not list(folder.glob("wandb*"))
-    again = train_in_ranks(1, "--resume", str(folder), "trainer.max_steps=3")
+    again = resume_in_ranks(1, str(folder), "trainer.max_steps=3")
     assert (again.code, "trainer.fast_dev_run is true" in again.err) == (2, True)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.experiments import evaluate
 from tests.support.commands import ROOT, SUMMARY, Done, command_in_ranks, rows_of, train_in_ranks, undocumented
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
@@ -59,11 +58,11 @@ def test_missing_data_is_an_error(tmp_path):
 
 def test_images_are_evaluated_on_the_whole_split_and_refuse_tasks(trained):
     run_dir = trained[0].summary["run_dir"]
-    alone = command_in_ranks(evaluate.main, 1, run_dir).summary
-    assert alone == command_in_ranks(evaluate.main, 2, run_dir, "trainer.devices=2").summary
+    alone = command_in_ranks("evaluate", 1, run_dir).summary
+    assert alone == command_in_ranks("evaluate", 2, run_dir, "trainer.devices=2").summary
     assert (alone["test"]["images"], alone["test"]["split"]) == (360, "val"), "every fifth of 1,797 digits"
     assert (alone["perplexity"], alone["tasks"]) == (None, {})
     assert alone["test_loss"] == alone["test"]["loss"] > 0
-    refused = command_in_ranks(evaluate.main, 1, run_dir, "--tasks", "cloze")
+    refused = command_in_ranks("evaluate", 1, run_dir, "--tasks", "cloze")
     assert (refused.code, len(refused.err.splitlines())) == (2, 1)
     assert "--tasks is given, allowed: for a run on text; this one has data.name=digits" in refused.err

@@ -68,4 +68,5 @@ SWIN_ON_RANKS = {"dense": "architecture=dense", **TABLES}
 
 def overrides(words: str) -> list[str]:
     """Returns words such as `top_k=2 model.layers=4` as the command line takes them."""
-    return [word if "." in word.partition("=")[0] else f"moe.{word}" for word in words.split()]
+    keys = {word: word.partition("=")[0] for word in words.split()}
+    return [word if "." in key or key == "extensions" else f"moe.{word}" for word, key in keys.items()]

@@ -9,13 +9,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from scmoe.experiments import train
+from scmoe.experiments import call
 from scmoe.testbed.ranks import run_ranks
 from tests.support.forked import python
 
@@ -27,7 +26,6 @@ SUMMARY = (
 EXACT = ("moe.capacity_factor=null", "moe.noisy=false")  # dropping and noise depend on the number of ranks
 CANARY = "0123456789abcdef" * 2 + "canary00"  # as long as a key
 TRAIN = ("-m", "experiments.train")
-Main = Callable[[Sequence[str]], int]
 
 
 class Done(NamedTuple):
@@ -55,25 +53,25 @@ def run(*arguments: str, **variables: str) -> Done:
 
 def train_in_ranks(world_size: int, *arguments: str, **variables: str) -> Done:
     """Runs the train command in ranks of run_ranks; returns the output of rank 0."""
-    return command_in_ranks(train.main, world_size, *arguments, **variables)
+    return command_in_ranks("train", world_size, *arguments, **variables)
 
 
-def command_in_ranks(main: Main, world_size: int, *arguments: str, **variables: str) -> Done:
-    """Runs a verb's `main` in ranks of run_ranks, which start in 0.1 s; returns the output of rank 0.
+def resume_in_ranks(world_size: int, *arguments: str, **variables: str) -> Done:
+    """Runs the resume command in ranks of run_ranks; returns the output of rank 0."""
+    return command_in_ranks("resume", world_size, *arguments, **variables)
+
+
+def command_in_ranks(verb: str, world_size: int, *arguments: str, **variables: str) -> Done:
+    """Runs a verb in ranks of run_ranks, which start in 0.1 s; returns the output of rank 0.
 
     The ranks have torchrun's variables, so the command joins them and starts no process.
     """
-    first, *others = run_ranks(command_here, world_size, main, arguments, variables)
+    first, *others = run_ranks(command_here, world_size, verb, arguments, variables)
     assert all((done.code, done.out) == (first.code, "") for done in others), "only rank 0 prints"
     return first
 
 
-def train_here(rank: int, world_size: int, arguments: tuple[str, ...], variables: dict[str, str]) -> Done:
-    """Runs the train command in this rank of run_ranks."""
-    return command_here(rank, world_size, train.main, arguments, variables)
-
-
-def command_here(rank: int, world_size: int, main: Main, arguments: tuple[str, ...], variables: dict[str, str]) -> Done:
+def command_here(rank: int, world_size: int, verb: str, arguments: tuple[str, ...], variables: dict[str, str]) -> Done:
     """Runs a verb in this rank of run_ranks."""
     os.chdir(ROOT)
     for name in [name for name in os.environ if name.startswith(("WANDB_", "PYTEST_"))]:
@@ -81,7 +79,7 @@ def command_here(rank: int, world_size: int, main: Main, arguments: tuple[str, .
     os.environ |= variables
     rank_zero_only.rank = rank  # Lightning was imported before the rank had its variables
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = main([*arguments])
+        code = call(verb, *arguments)
     return Done(code, out.getvalue(), err.getvalue())
 
 

@@ -54,6 +54,7 @@ def _become(arguments: tuple[str, ...], cwd: Path, env: dict[str, str], out: Pat
     is_module = arguments[0] == "-m"
     name, *sys.argv[1:] = arguments[is_module:]
     sys.argv[0] = name
+    sys.orig_argv = [sys.executable, *arguments]
     sys.path.insert(0, "" if is_module else str(Path(name).parent))
     try:
         if is_module:

@@ -8,7 +8,7 @@ import resource
 import sys
 from pathlib import Path
 
-from scmoe.experiments.train import main
+from scmoe.experiments import call
 
 GIB = 2**30
 RESERVED_GIB = 8  # for the stacks and the heaps of threads
@@ -23,6 +23,6 @@ if __name__ == "__main__":
     growth, resident = float(os.environ["SCMOE_LIMIT_GIB"]), used(1)
     allowed = used(0) + int((growth + RESERVED_GIB) * GIB)
     resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
-    code = main(sys.argv[1:])
+    code = call("train", *sys.argv[1:])
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident
     sys.exit(f"memory grew by {grown / GIB:.1f} GiB, allowed: {growth:g}" if grown > growth * GIB else code)

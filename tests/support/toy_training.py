@@ -1,6 +1,7 @@
 """This program replaces experiments.train in tests of the sweep around it: it starts at once and learns nothing.
 
-`python -m tests.support.toy_training SECONDS_PER_STEP experiments.train (CONFIG key=value ... | --resume RUN_DIR)`.
+`python -m tests.support.toy_training SECONDS_PER_STEP experiments.train CONFIG key=value ...`, or with
+`experiments.resume RUN_DIR` in its place.
 Its val/loss is |log10 lr + 2| + 1 / step. A learning rate of 1 fails; SIGTERM saves and exits with 143.
 """
 
@@ -18,9 +19,9 @@ from typing import Any
 from scmoe.config.load import load, to_yaml
 
 
-def main(pause_s: float, arguments: list[str]) -> int:
-    if arguments[0] == "--resume":
-        run_dir = Path(arguments[1])
+def main(pause_s: float, program: str, arguments: list[str]) -> int:
+    if program == "experiments.resume":
+        run_dir = Path(arguments[0])
         config = load(run_dir / "config.yaml")
     else:
         config = load(arguments[0], arguments[1:])
@@ -47,4 +48,4 @@ def main(pause_s: float, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(float(sys.argv[1]), sys.argv[3:]))
+    sys.exit(main(float(sys.argv[1]), sys.argv[2], sys.argv[3:]))

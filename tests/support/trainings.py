@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from scmoe.training.build.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.language_model import LanguageModel
 from scmoe.training.moe_module import MoEModule
+from scmoe.training.optimizers import adamw
 from tests.support.architectures import overrides
 
 TINY = (
@@ -57,13 +59,13 @@ class Recording(MoEModule):
         super().__init__(
             lambda context: build_model(config, context),
             max_steps=trainer.max_steps,
-            lr=optim.lr,
+            make_optimizer=partial(adamw, lr=optim.lr),
             gradient_clip=trainer.gradient_clip,
             load_balance_coef=moe.load_balance_coef,
             z_loss_coef=moe.z_loss_coef,
             **task,
         )
-        self.starved, self.sequential = starved, sequential
+        self.lr, self.starved, self.sequential = optim.lr, starved, sequential
         self.outputs: list[Tensor] = []
         self.logged: dict[str, list[Tensor]] = {"train/loss": [], "train/load_balance_loss": [], "train/grad_norm": []}
         self.gradients: list[dict[str, Tensor | None]] = []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
-from scmoe.experiments.bench import SIZES, main
+from scmoe.experiments import call
+from scmoe.experiments.bench_pairs import overlap
 from scmoe.schedule.schedule import Schedule
 from scmoe.testbed.overlap import Seconds, Variant, nearest
 from scmoe.testbed.overlap_report import DEFAULTS
@@ -20,26 +23,31 @@ from scmoe.testbed.overlap_report import DEFAULTS
         ("--share 0.5 --link-mbit 100", "--share and --link-mbit exclude each other"),
         ("--compute real --attention-ms 4", "--attention-ms belongs to emulated compute, and --compute is real"),
         ("--heads 4", "--heads belongs to real compute, and --compute is emulated"),
+        ("--reductions ddp", "--reductions belongs to --level iteration, and --level is block"),
         ("--share 1.5", "--share is 1.5, allowed: above 0 and below 1"),
         ("--tokens 100 --seq-len 64", "--tokens is 100, allowed: multiples of --seq-len (64)"),
         ("--rows top9", "--rows has top9, allowed: top2 | "),
+        ("--nodes 2", "--nodes is 2, allowed: 2 or more, with equally many of the 2 ranks on each, 2 or more"),
+        ("--nodes 3 --ranks 4", "--nodes is 3, allowed: 2 or more"),
+        ("--exchange hierarchical", "--exchange is hierarchical, allowed with --nodes 1: flat"),
         ("--ranks 3", "--num-experts is 8, allowed: multiples of --ranks (3)"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_in_one_line(options, message, capsys):
-    assert main(["overlap", *options.split()]) == 2
+    assert call("bench", "overlap", *options.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {message}")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_device_that_is_not_there_is_refused(capsys):
-    assert main(["overlap", "--device", "cuda"]) == 2
+    assert call("bench", "overlap", "--device", "cuda") == 2
     assert capsys.readouterr().err == "error: --device is cuda, and there is no CUDA device here\n"
 
 
 def test_the_help_shows_the_defaults_of_the_measurement():
-    assert {name: DEFAULTS[name] for name in SIZES} == SIZES
+    sizes = {name: float(size) for name, size in re.findall(r"(\w+): \(default: ([\d.]+)\)\n", overlap.__doc__)}
+    assert len(sizes) == 8 and sizes == {name: DEFAULTS[name] for name in sizes}
 
 
 def test_schedules_near_the_best_by_trial_go_into_the_rounds():

@@ -1,67 +1,125 @@
-"""Every verb answers --help quickly, under the name it was called by, and leaves no files; a typo is an error."""
+"""Every verb of the command line answers --help and refuses what it does not know, before torch is imported."""
 
 from __future__ import annotations
 
-import os
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from scmoe.experiments import VERBS
+from scmoe import __version__
+from scmoe.config.program import scmoe
+from scmoe.experiments import VERBS, app_of, call
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "matplotlib", "wandb", "lightning", "scipy", "optuna")
-# This code is put before a program. When the program ends, it prints which heavy packages were imported.
-WATCHED = f"""
-import atexit, runpy, sys
-sys.path.insert(0, {str(ROOT)!r})
-atexit.register(lambda: print("imported:", *[name for name in {HEAVY} if name in sys.modules], file=sys.stderr))
-"""
-AS_MODULE = WATCHED + "runpy.run_module(f'experiments.{sys.argv[1]}', run_name='__main__', alter_sys=True)"
-AS_SCMOE = WATCHED + "from scmoe.experiments import main; sys.argv[0] = '/somewhere/bin/scmoe'; main()"
 SUBVERBS = [("bench", what) for what in ("layer", "overlap", "growth", "guard", "generation", "inference", "timeline")]
 SUBVERBS += [("faults", what) for what in ("kill", "flip", "resume", "reshard")]
+HEAVY = ("torch", "matplotlib", "wandb", "lightning", "scipy", "optuna")
+# This program calls each verb as `scmoe VERB` and as `python -m experiments.VERB`, and prints for each of its arguments
+# the exit code and what was printed, twice, and which heavy packages were imported by then.
+WALK = f"""
+import contextlib, io, json, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+from scmoe.experiments import main
+
+def answer(run, *argv):
+    sys.argv = [*argv]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            run()
+        except SystemExit as end:
+            return end.code, out.getvalue(), err.getvalue()
+
+for words in json.loads(sys.argv[1]):
+    for last in ("--help", "--no-such-option"):
+        module = "experiments." + words[0].replace("-", "_")
+        as_scmoe = answer(main, "scmoe", *words, last)
+        as_module = answer(lambda: runpy.run_module(module, run_name="__main__"), module, *words[1:], last)
+        print(json.dumps([words, last, as_scmoe, as_module, [name for name in {HEAVY} if name in sys.modules]]))
+"""
 
 
-def run(program: str, words: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
-    if program == AS_MODULE:
-        words = words[0].replace("-", "_"), *words[1:]
-        program = program.replace("runpy.run_module", "verb, sys.argv = sys.argv[1], sys.argv[1:]; runpy.run_module")
-        program = program.replace("{sys.argv[1]}", "{verb}")
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", program, *words]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
-
-
-@pytest.mark.parametrize("words", [*((verb,) for verb in VERBS), *SUBVERBS], ids=" ".join)
-def test_help_imports_no_heavy_package_and_shows_the_name_it_was_called_by(words, tmp_path):
-    for program, name in ((AS_MODULE, "python -m experiments."), (AS_SCMOE, "scmoe ")):
-        done = run(program, (*words, "--help"), tmp_path)
-        assert done.returncode == 0, done.stderr
-        called = " ".join(words).replace("-", "_" if program == AS_MODULE else "-")
-        assert done.stdout.startswith(f"usage: {name}{called} ")
-        assert done.stderr == "imported:\n"
+def test_every_verb_shows_its_help_and_refuses_a_wrong_option_without_torch(tmp_path):
+    asked = [[verb] for verb in VERBS] + [[*words] for words in SUBVERBS]
+    program = [sys.executable, "-B", "-c", WALK, json.dumps(asked)]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == 2 * len(asked), done.stderr
+    for words, last, as_scmoe, as_module, heavy in answers:
+        assert as_scmoe == as_module and heavy == [], (words, last, heavy)
+        code, out, err = as_scmoe
+        if last == "--help":
+            assert (code, err) == (0, "") and out.startswith(f"Usage: scmoe {' '.join(words)}"), (words, out, err)
+        else:
+            assert (code, out, err.count("\n")) == (2, "", 1), (words, out, err)
+            assert err.startswith("error: ") and last in err, (words, err)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS])
-def test_an_unknown_argument_is_an_error(verb, tmp_path):
-    done = run(AS_MODULE, (verb, "--no-such-option"), tmp_path)
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert not list(tmp_path.iterdir())
+def test_scmoe_lists_its_verbs_and_says_its_version(capsys):
+    assert call() == 0
+    listed = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("│ ")]
+    assert [name for name in listed if not name.startswith("-")] == list(VERBS)
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"scmoe {__version__}\n"
 
 
-def test_scmoe_lists_its_verbs(tmp_path):
-    done = run(AS_SCMOE, (), tmp_path)
-    assert done.returncode == 0
-    assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == list(VERBS)
-    assert run(AS_SCMOE, ("tarin",), tmp_path).returncode == 2
+WRONG = ["tarin", "bench", "bench lier", "faults", "export", "runs a b", "figure 2", "--verison"]
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_what_no_verb_can_mean_is_refused_in_one_line(words, capsys):
+    assert call(*words.split()) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1) and words.split()[-1].upper() in said.err.upper()
+
+
+OF_TABLE = "options=Options(scale='small', jobs=None, seeds=None, from_=[PosixPath('a'), PosixPath('b')], to=None)"
+
+
+@pytest.mark.parametrize(
+    "words, given",
+    [
+        ("train c.yaml optim.lr=-1 --seed=2", ("c.yaml", "optim.lr=-1", "--seed=2")),
+        ("evaluate r a=1 --which best b=2 --limit=3", ("r", "a=1", "b=2", "which=best", "limit=3")),
+        ("sweep s.yaml a=1 --local --b=2", ("s.yaml", "a=1", "--b=2", "local=True")),
+        ("generate r --stop x a=1 --stop y --prompt -x", ("r", "a=1", "prompt=-x", "stop=['x', 'y']")),
+        ("table t --scale smoke --from a a=1 --from b --scale small", ("t", "a=1", OF_TABLE)),  # the last one counts
+        ("gpu-check --tiny --parts layer gpt2", ("tiny=True", "parts=['layer', 'gpt2']")),
+        ("bench overlap --share .5 --rows top2 top1", ("share=0.5", "rows=['top2', 'top1']")),
+        ("faults kill --points 3", ("points=3",)),
+        ("faults kill --points all", ("points=all",)),
+    ],
+)
+def test_overrides_and_options_may_be_mixed(words, given):
+    _, bound, _ = app_of(words.split()[0]).parse_args(words.split(), exit_on_error=False, print_error=False)
+    assert (*map(str, bound.args), *(f"{name}={value}" for name, value in bound.kwargs.items())) == given
+
+
+def test_the_next_command_is_named_as_it_works_here(monkeypatch, tmp_path):
+    program = tmp_path / "my venv/bin/scmoe"
+    program.parent.mkdir(parents=True)
+    program.touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(program.with_name("python")))
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert scmoe("runs", "a b") == f"'{program}' runs 'a b'"
+    monkeypatch.chdir(tmp_path)
+    assert scmoe("runs") == "'my venv/bin/scmoe' runs"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert scmoe("runs") == "scmoe runs"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_every_shell_completes_every_verb(shell):
+    script = app_of().generate_completion(shell=shell)
+    assert [verb for verb in [*VERBS, *(what for _, what in SUBVERBS)] if verb not in script] == []
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
 def test_every_verb_is_a_script():
-    assert {path.stem for path in (ROOT / "experiments").glob("*.py")} == {
-        "__init__",
-        *(verb.replace("-", "_") for verb in VERBS),
-    }
+    others = {"__init__", "bench_links", "bench_pairs"}
+    scripts = {path.stem for path in (ROOT / "experiments").glob("*.py")}
+    assert scripts - others == {verb.replace("-", "_") for verb in VERBS}

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from scmoe.config.load import load
-from scmoe.experiments.estimate import main as estimate
-from scmoe.experiments.params import main as params_main
+from scmoe.experiments import call
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.studies import parameters
 from scmoe.training.build.model import build_model
@@ -46,7 +45,7 @@ def test_dgmoe_share_differs_from_the_paper_by_one_expert_per_shared_pair():
 
 
 def test_params_prints_json_for_the_given_preset(capsys):
-    assert params_main(["gpt2_moe_small_tiny"]) == 0
+    assert call("params", "gpt2_moe_small_tiny") == 0
     counts = last_line(capsys)
     assert counts.keys() == {"gpt2_moe_small_tiny"}
     assert counts["gpt2_moe_small_tiny"].keys() == parameters.ARCHITECTURES.keys()
@@ -61,7 +60,7 @@ def test_the_papers_presets_exist():
 
 
 def test_an_estimate_equals_a_calculation_by_hand(capsys):
-    assert estimate([XL, "ep=8", "dp=2", "trainer.precision=bf16-mixed", "data.global_batch_size=64"]) == 0
+    assert call("estimate", XL, "ep=8", "dp=2", "trainer.precision=bf16-mixed", "data.global_batch_size=64") == 0
     facts = last_line(capsys)
     total, experts = facts["params_total"], 12 * 8 * 2 * 2048 * 8192
     assert facts["params_per_rank"] == total - experts + experts // 8
@@ -91,14 +90,14 @@ def test_an_estimate_equals_a_calculation_by_hand(capsys):
     ],
 )
 def test_an_estimate_uses_the_configs_ranks_unless_others_are_given(arguments, degrees, capsys):
-    assert estimate(arguments) == 0
+    assert call("estimate", *arguments) == 0
     facts = last_line(capsys)
     assert (facts["ep_size"], facts["dp_size"]) == degrees
 
 
 def test_recomputing_costs_flops_and_saves_memory(capsys):
     def facts(recompute: bool) -> dict:
-        assert estimate([XL, "ep=8", f"trainer.recompute={recompute}"]) == 0
+        assert call("estimate", XL, "ep=8", f"trainer.recompute={recompute}") == 0
         return last_line(capsys)
 
     kept, recomputed = facts(False), facts(True)
@@ -109,8 +108,8 @@ def test_recomputing_costs_flops_and_saves_memory(capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "no config given"),
-        (["ep=2"], "no config given"),
+        ([], "parameter CONFIG requires an argument"),
+        (["ep=2"], "ep=2: cannot be read"),
         ([XL, "ep=0"], "ep is '0', allowed: a number of ranks, 1 or more"),
         ([XL, "dp=two"], "dp is 'two', allowed: a number of ranks, 1 or more"),
         ([XL, "ep=3"], "strategy.ep_size is 3, allowed: a divisor of moe.num_experts, 8"),
@@ -127,6 +126,6 @@ def test_recomputing_costs_flops_and_saves_memory(capsys):
     ],
 )
 def test_wrong_arguments_give_one_error_line(arguments, message, capsys):
-    assert estimate(arguments) == 2
+    assert call("estimate", *arguments) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1 and not printed.out

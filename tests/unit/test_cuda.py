@@ -170,7 +170,7 @@ def test_buffers_in_flight_are_not_allocated_again():
     assert torch.equal(rows.grad.cpu(), factor)
 
     for _ in range(2):  # no Transfer refers to the buffers here
-        target, work = exchange(rows.detach() * 1.0, [], [])
+        target, work = exchange(rows.detach() * 1.0, None)
         overwrite()
         work.wait()
         assert torch.equal(target.cpu(), expected)

@@ -11,7 +11,8 @@ import pytest
 from scmoe.config import extras
 from scmoe.config.extras import EXTRAS, explained, install_command, require
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments import command
+from scmoe.experiments import call
+from scmoe.experiments import list as verb
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -47,13 +48,13 @@ def test_what_is_missing_is_named(monkeypatch):
         require("a table", "matplotlib", "scipy")
 
 
-def test_a_verb_that_finds_out_late_says_it_in_one_line(capsys):
-    @command
-    def verb(arguments: list[str]) -> None:
-        raise ModuleNotFoundError(f"No module named {arguments[0]!r}", name=arguments[0])
+def test_a_verb_that_finds_out_late_says_it_in_one_line(monkeypatch, capsys):
+    def main(module: str, /) -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
-    assert verb(["matplotlib.axes"]) == 2
+    monkeypatch.setattr(verb, "main", main)
+    assert call("list", "matplotlib.axes") == 2
     assert capsys.readouterr().err == "error: No module named 'matplotlib.axes': pip install -e '.[plots]'\n"
     with pytest.raises(ModuleNotFoundError, match="misspelt"):  # a bug of ours keeps its traceback
-        verb(["scmoe.misspelt"])
+        call("list", "scmoe.misspelt")
     assert explained(ModuleNotFoundError("no name")) is None

@@ -9,21 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
-from scmoe.charts import SMALL, WIDTH
 from scmoe.config.load import load, to_yaml
-from scmoe.experiments.figure import main
+from scmoe.experiments import call
 from scmoe.parallel.pricing import OPERATORS, STREAM, LayerChoice
 from scmoe.schedule.cost import OperatorTimes
+from scmoe.studies.figures.headline import draw_headline
 from scmoe.studies.figures.scenarios import SCENARIOS, module_share, read_reports
-from scmoe.testbed import growth, overlap_report
+from scmoe.testbed import growth, overlap_report, speed_chart
 from scmoe.testbed.overlap import Seconds, Variant
 from scmoe.testbed.pairs import ROWS, USUAL_ROWS, Setting, default_schedule
+from tests.support.pictures import assert_readable, assert_values_off_the_bars
 
 ROOT = Path(__file__).parents[2]
+PREFILL = ROOT / "docs/figures/inference-2-ranks-share-0.52.json"
 SHOWN = tuple(row for row in USUAL_ROWS if "pos1" not in row and "pos3" not in row)  # as `make figure8`
 ROUNDS = np.array([1.0, 1.25, 1.5])  # a machine that slows down: ratios are the same in every round
 
@@ -92,23 +92,9 @@ def drawn(monkeypatch):
     return found
 
 
-def assert_readable(figure: Figure) -> None:
-    """No text is smaller than a phone shows, and none is cut off."""
-    assert figure.get_figwidth() <= WIDTH
-    FigureCanvasAgg(figure).draw()  # places are those of the last drawing, which had the file's resolution
-    axes = [axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)]
-    ticks = {id(label) for axis in axes for tick in axis.get_major_ticks() for label in (tick.label1, tick.label2)}
-    for text in figure.findobj(Text):
-        if text.get_text().strip() and text.get_visible() and id(text) not in ticks:
-            box, (width, height) = text.get_window_extent(), figure.bbox.size
-            assert text.get_fontsize() >= SMALL, text.get_text()
-            assert box.x0 >= -1 and box.x1 <= width + 1 and box.y0 >= -1 and box.y1 <= height + 1, text.get_text()
-    assert all(axis.get_tick_params().get("labelsize", SMALL) >= SMALL for axis in axes)
-
-
 def files(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Path]:
     """Runs the command and returns its files by suffix."""
-    assert main([*words]) == 0
+    assert call("figure", *words) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["figure"] == int(words[0])
     return {Path(name).suffix: Path(name) for name in summary["files"]}
@@ -139,11 +125,15 @@ def test_a_picture_of_the_docs_needs_no_source(number, tmp_path, drawn, capsys):
 
 
 def test_charts_of_the_bench_are_readable(tmp_path, drawn):
-    overlap_report.draw(report_of(0.52, tuple(ROWS)), tmp_path / "overlap.png")
+    speed_chart.draw(report_of(0.52, tuple(ROWS)), tmp_path / "overlap.png")
     points = [{**report_of(0.5, tuple(growth.ROWS)), "ranks": ranks} for ranks in (2, 4, 8)]
     growth.draw({"ranks": points}, tmp_path / "growth.png")
+    draw_headline(
+        {"training": report_of(0.52, tuple(ROWS)), "inference": json.loads(PREFILL.read_text())}, tmp_path / "h.png"
+    )
     for figure in drawn:
         assert_readable(figure)
+        assert_values_off_the_bars(figure)
 
 
 def test_the_share_of_a_pair_follows_from_that_of_the_module():
@@ -192,8 +182,9 @@ def test_what_a_figure_cannot_be_drawn_from_is_said_in_one_line(tmp_path, capsys
         (["8", tmp_path / "gone.json"], "is no report of bench overlap"),
         (["8", other], "was measured at --share 0.3, allowed: 0.52 (8xA30-PCIe), 0.42 (16xA800, two nodes), 0.11"),
         (["8", twice, twice], "is the second report at --share 0.52"),
+        (["0", run], "0 is drawn from"),
         (["8", rows], "has the rows top2, top1, required: top2 and one of ScMoE"),
     ):
-        assert main([str(word) for word in words]) == 2, words
+        assert call("figure", *map(str, words)) == 2, words
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and message in line, line

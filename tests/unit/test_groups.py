@@ -19,7 +19,9 @@ from scmoe.parallel import mesh
 TIMEOUT = timedelta(seconds=77)
 
 
-def groups_of(rank: int, world_size: int, ep_size: int, device: str) -> tuple[list[dict[str, Any]], list[str]]:
+def groups_of(
+    rank: int, world_size: int, ep_size: int, device: str, *network: Any
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Returns the groups that a rank makes, and in whose order it starts them."""
     made: list[dict[str, Any]] = []
     started: list[str] = []
@@ -43,18 +45,21 @@ def groups_of(rank: int, world_size: int, ep_size: int, device: str) -> tuple[li
         patch.object(torch, "zeros", lambda *_, **__: None),
         patch.object(torch.cuda, "synchronize", lambda _: started.append("wait")),
         patch.object(mesh.DeviceMesh, "from_group", return_value=None),
+        patch.object(mesh, "hierarchical", lambda *groups: groups),
     ):
-        mesh.build_context(ep_size, torch.device(device), TIMEOUT)
+        mesh.build_context(ep_size, torch.device(device), TIMEOUT, *network)
     return made, started
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_every_group_has_the_timeout_and_only_transfers_are_urgent(device):
-    made, _ = groups_of(1, 4, 2, device)
+    made, _ = groups_of(1, 8, 4, device, "hierarchical", 2)
     assert all(given["timeout"] == TIMEOUT for given in made)
     urgent = {given["group_desc"]: given.get("pg_options") for given in made}
-    assert urgent.pop("ep") == ("urgent True" if device == "cuda" else None)
-    assert urgent == dict.fromkeys(("counts", "edp", "checkpoint", "control"))
+    of_transfers = {urgent.pop(name) for name in ("ep", "within", "between")}
+    assert of_transfers == {"urgent True" if device == "cuda" else None}
+    gradients = ["gradients"] * (device == "cpu")
+    assert urgent == dict.fromkeys(("counts", "edp", *gradients, "checkpoint", "control"))
 
 
 def test_all_ranks_make_and_start_their_groups_in_one_order():
@@ -62,6 +67,24 @@ def test_all_ranks_make_and_start_their_groups_in_one_order():
     first, *others = [groups_of(rank, 4, 2, "cuda") for rank in range(4)]
     assert first[1] == [None, "ep", "counts", "edp", "wait"]
     assert others == [first] * 3
+
+
+def test_ranks_on_nodes_make_two_more_groups_in_one_order():
+    first, *others = [groups_of(rank, 8, 4, "cuda", "hierarchical", 2) for rank in range(8)]
+    assert first[1] == [None, "ep", "counts", "edp", "within", "between", "wait"]
+    assert others == [first] * 7
+    ranks = {given["group_desc"]: given.get("ranks") for given in first[0]}
+    assert ranks["within"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert ranks["between"] == [[0, 2], [1, 3], [4, 6], [5, 7]]
+
+
+@pytest.mark.parametrize("ep_size, places", [(4, None), (4, 8), (4, 4), (4, 3), (2, 1)])
+def test_two_hops_require_groups_of_several_whole_nodes(ep_size, places):
+    """All ranks on one node, groups within a node, groups of one node, unequal numbers of ranks, nodes of one rank."""
+    with pytest.raises(ValueError, match=r"exchange is hierarchical with ep_size .* allowed: several whole nodes"):
+        groups_of(0, 12 if places == 3 else 8, ep_size, "cpu", "hierarchical", places)
+    names = {given["group_desc"] for given in groups_of(0, 8, 4, "cpu", "auto", places)[0]}
+    assert names.isdisjoint({"within", "between"}), "auto is flat there"
 
 
 def test_gloo_needs_no_start():

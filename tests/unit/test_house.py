@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILES = [path for top in ("scmoe", "datamodules", "experiments") for path in sorted((ROOT / top).rglob("*.py"))]
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
-FILE_LINES, SCRIPT_LINES, SCRIPTS = 300, 100, 20
+FILE_LINES, SCRIPT_LINES, SCRIPTS = 300, 100, 23
 CLASS_LINES, CLASS_METHODS = 180, 25
 HASATTR = 2
 

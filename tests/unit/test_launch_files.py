@@ -1,4 +1,4 @@
-"""The SLURM file and the commands of docs/clusters.md start configs that load, with one process for each rank.
+"""The SLURM file and the commands of the pages on GPUs start configs that load, with one process for each rank.
 
 SLURM is simulated: a fake srun records its arguments. Nothing is trained.
 """
@@ -13,19 +13,25 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.experiments.train import read
+from scmoe.config.fields import Config
+from scmoe.config.load import load
 
 ROOT = Path(__file__).parents[2]
 BATCH_FILE = ROOT / "experiments/train.sbatch"
-PAGE = (ROOT / "docs/clusters.md").read_text()
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
-TORCHRUN = [line for line in COMMANDS if "torchrun" in line and "--resume" not in line]
+PAGES = [(ROOT / f"docs/{name}.md").read_text() for name in ("clusters", "how-to/gpus", "how-to/slurm")]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)]
+COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.splitlines()))
+TORCHRUN = [line for line in COMMANDS if "torchrun" in line and "experiments.train" in line]
 
 
 def sbatch_options() -> dict[str, str]:
     """Returns the values of the file's #SBATCH lines, under the names of SLURM's variables."""
     lines = re.findall(r"^#SBATCH --([a-z-]+)=(\S+)", BATCH_FILE.read_text(), re.MULTILINE)
     return {name.upper().replace("-", "_"): value for name, value in lines}
+
+
+def config_of(words: list[str]) -> Config:
+    return load(words[0], words[1:])
 
 
 def simulated(folder: Path, *arguments: str, **variables: str) -> list[str]:
@@ -46,7 +52,7 @@ def test_the_batch_file_starts_a_process_for_each_gpu(tmp_path):
     assert options["GPUS_PER_NODE"] == options["NTASKS_PER_NODE"] and options["JOB_NAME"] not in ("bash", "interactive")
     program = words.index("experiments.train")
     assert words[:program] == ["--kill-on-bad-exit=1", ".venv/bin/python", "-m"]
-    trainer = read(words[program + 1 :])[0].trainer
+    trainer = config_of(words[program + 1 :]).trainer
     assert [str(n) for n in (trainer.devices, trainer.num_nodes, trainer.threads)] == [
         *(options["NTASKS_PER_NODE"], options["NODES"], options["CPUS_PER_TASK"])
     ]
@@ -55,14 +61,14 @@ def test_the_batch_file_starts_a_process_for_each_gpu(tmp_path):
 
 def test_the_batch_file_takes_a_config_or_a_run(tmp_path):
     words = simulated(tmp_path, CONFIG="configs/experiment/swinv2_moe_s.yaml")
-    assert read(words[words.index("experiments.train") + 1 :])[0].name == "swinv2_moe_s"
+    assert config_of(words[words.index("experiments.train") + 1 :]).name == "swinv2_moe_s"
     words = simulated(tmp_path, RUN="runs/latest")
-    assert words[words.index("experiments.train") + 1 :][:2] == ["--resume", "runs/latest"]
+    assert words[words.index("experiments.resume") + 1 :][:1] == ["runs/latest"]
 
 
 @pytest.mark.parametrize("command", TORCHRUN)
 def test_torchrun_starts_as_many_processes_as_the_config_requires(command):
     words = shlex.split(command)
     options = dict(word.removeprefix("--").partition("=")[::2] for word in words if word.startswith("--"))
-    trainer = read(words[words.index("experiments.train") + 1 :])[0].trainer
+    trainer = config_of(words[words.index("experiments.train") + 1 :]).trainer
     assert trainer.devices == int(options["nproc-per-node"]) and trainer.num_nodes == int(options.get("nnodes", 1))

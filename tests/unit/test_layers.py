@@ -27,6 +27,7 @@ ONLY_IN = {
     "lightning": (
         *("scmoe/training/", "datamodules/", "scmoe/parallel/lightning_seam.py"),
         *("scmoe/parallel/strategy.py", "scmoe/parallel/job/fail_fast.py", "scmoe/parallel/known_to_lightning.py"),
+        "scmoe/parallel/refused_callbacks.py",
     ),
     "pytorch_lightning": (),  # its other name
     "os.environ": ("scmoe/parallel/mesh.py", "scmoe/training/run/", "scmoe/testbed/"),

@@ -15,10 +15,11 @@ import torch.distributed as dist
 
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.moe.coefficient import CG1
-from scmoe.moe.dispatcher import ChunkCounts, Dispatcher, LocalDispatcher, Ready
+from scmoe.moe.dispatcher import ChunkCounts, Dispatcher, LocalDispatcher, Ready, Traffic
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
+from scmoe.parallel.all_to_all import buffer_for
 from scmoe.parallel.buffered import BufferedDispatcher
 from scmoe.parallel.dispatcher import AllToAllDispatcher, ReadByHost
 from scmoe.schedule.schedule import Schedule
@@ -76,9 +77,9 @@ def test_forward_and_backward_ask_the_host_for_nothing(ranks, schedule, masked):
 # ---------------------------------------------------------------------- dropless on two ranks
 
 
-def counted(rows: torch.Tensor, sent: list[int], received: list[int]) -> tuple[torch.Tensor, Ready]:
+def counted(rows: torch.Tensor, traffic: Traffic | None) -> tuple[torch.Tensor, Ready]:
     """An exchange of meta rows, of equal or of announced numbers."""
-    return rows.new_empty(sum(received) if received else rows.shape[0], rows.shape[1]), Ready(rows)
+    return buffer_for(rows, traffic), Ready(rows)
 
 
 def dropless(dispatcher_class: type[AllToAllDispatcher], chunks: int, buffer: float | None) -> None:
@@ -94,7 +95,8 @@ def known_counts(announced: ReadByHost) -> list[ChunkCounts]:
     READS.append(announced)
     chunks = announced.by_rank.shape[1]
     n = 24 // chunks
-    return [ChunkCounts(2 * n, announced.by_rank[:, p, 0], (n, n), (n, n)) for p in range(chunks)]
+    traffic = Traffic((n, n), (n, n), torch.full((2, 2), n))
+    return [ChunkCounts(2 * n, announced.by_rank[:, p, 0], traffic) for p in range(chunks)]
 
 
 READS: list[ReadByHost] = []

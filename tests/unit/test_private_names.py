@@ -50,7 +50,7 @@ SIGNATURES = {  # name: its owner, its parameters
 OTHERS = {
     *("_ddp_params_and_buffers_to_ignore", "_last_global_step_saved"),
     *("_batches_that_stepped", "_signal_connector"),
-    *("_execution_engine", "_compiled_call_impl"),
+    *("_execution_engine", "_compiled_call_impl", "_ddp_kwargs"),
     *("_fully_shard", "_fsdp_common", "_get_fsdp_state", "_fsdp_param_groups"),
     "_dynamo",
     "_fingerprint",  # Hugging Face data sets have it
@@ -80,6 +80,8 @@ def test_the_others_exist():
     assert torch._dynamo.config.recompile_limit >= 8
     assert callable(Variable._execution_engine.queue_callback)
     assert "_ddp_params_and_buffers_to_ignore" in inspect.getsource(DistributedDataParallel.__init__)
+    assert DDPStrategy(bucket_cap_mb=3.0)._ddp_kwargs == {"bucket_cap_mb": 3.0}
+    assert "**self._ddp_kwargs" in inspect.getsource(DDPStrategy._setup_model)
 
 
 def test_fsdp_places_parameters_by_process_group_and_reads_a_groups_policy_late():

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from scmoe.config.load import load, to_yaml
-from scmoe.experiments.compare import main as compare_main
-from scmoe.experiments.runs import main as runs_main
+from scmoe.experiments import call
 from scmoe.studies import compare, runs
 from scmoe.training.run.state import read_state, write_state
 
@@ -93,7 +92,7 @@ def test_a_run_on_images_counts_images(folder):
 
 
 def test_runs_are_listed_with_what_differs_in_their_experiment(folder, capsys):
-    assert runs_main([str(folder)]) == 0
+    assert call("runs", str(folder)) == 0
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines() if "20261101" in line]
     names = [line[0].rpartition("-")[2] for line in lines]
@@ -107,9 +106,9 @@ def test_runs_are_listed_with_what_differs_in_their_experiment(folder, capsys):
     words = [[], ["optim.lr=0.5"], ["moe.position=pos3"], [], ["optim.lr=0.2"], ["optim.lr=0.1"]]
     assert [line[7:] for line in lines] == words, "where two runs differ, neither value is the usual one"
     assert "6 of 6 runs" in out
-    assert runs_main([str(folder), "--last", "1"]) == 0
+    assert call("runs", str(folder), "--last", "1") == 0
     assert "1 of 6 runs" in capsys.readouterr().out
-    assert runs_main([str(folder / "sweeps/lr")]) == 0
+    assert call("runs", str(folder / "sweeps/lr")) == 0
     assert "optim.lr=0.1" in capsys.readouterr().out, "a list that starts inside the sweep shows it too"
 
 
@@ -126,7 +125,7 @@ def test_a_run_of_an_older_version_is_compared_by_defaults(folder):
 def test_runs_are_compared(folder, capsys):
     names = [str(folder / "debug" / name) for name in ("20261101-120000-a", "20261101-120001-b")]
     picture = folder / "pictures/compare.png"
-    assert compare_main([*names, "--out", str(picture)]) == 0
+    assert call("compare", *names, "--out", str(picture)) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == str(picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -134,17 +133,17 @@ def test_runs_are_compared(folder, capsys):
     assert line == ["moe.position", "pos2", "pos3"]
     seen = [runs.open_run(name) for name in names]
     assert compare.labels_of(seen, "ab") == ["a: debug (position pos2)", "b: debug (position pos3)"]
-    assert compare_main([names[0], names[0], "--out", str(picture)]) == 0
+    assert call("compare", names[0], names[0], "--out", str(picture)) == 0
     assert "the configs are the same" in capsys.readouterr().out
 
 
 def test_a_run_without_metrics_can_be_compared(folder):
     empty = make_run(folder, "debug/20261101-130000-empty", state="running")
     os.remove(empty / "metrics.csv")
-    assert compare_main([str(empty), str(folder / "latest"), "--out", str(folder / "c.png")]) == 0
+    assert call("compare", str(empty), str(folder / "latest"), "--out", str(folder / "c.png")) == 0
 
 
-@pytest.mark.parametrize("main", (runs_main, compare_main))
-def test_a_missing_run_is_reported_in_one_line(main, tmp_path, capsys):
-    assert main([str(tmp_path / "no")]) == 2
+@pytest.mark.parametrize("verb", ("runs", "compare"))
+def test_a_missing_run_is_reported_in_one_line(verb, tmp_path, capsys):
+    assert call(verb, str(tmp_path / "no")) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

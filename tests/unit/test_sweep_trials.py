@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
-from scmoe.experiments import sweep
+from scmoe.config.program import scmoe
+from scmoe.experiments import call
 from tests.support.commands import Done
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +105,7 @@ def test_a_cut_sweep_is_resumed(signum, start, tmp_path):
     done = end(process)
     assert done.code == 128 + signum, done.err
     assert not alive(tmp_path)
-    again = f"make sweep CONFIG={tmp_path}/s.yaml ARGS='--local runs_dir={tmp_path}'"
+    again = scmoe("sweep", tmp_path / "s.yaml", "--local", f"runs_dir={tmp_path}")
     assert f"go on        {again}" in done.out.splitlines()
     assert [row["state"] for row in rows(tmp_path)] == ["finished", "cut"]
     before = list(first.glob("*/config.yaml")) + list(second.glob("*/config.yaml"))
@@ -164,6 +165,6 @@ def test_a_sweep_with_only_failed_trials_is_an_error(start):
 def test_a_wrong_request_is_answered_in_one_line(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     for words in (["configs/sweep/smoke.yaml", "--locla"], ["configs/sweep/nothing.yaml"], ["configs/debug.yaml"]):
-        assert sweep.main(words) == 2
+        assert call("sweep", *words) == 2
         said = capsys.readouterr()
         assert said.out == "" and len(said.err.splitlines()) == 1, words

@@ -27,16 +27,16 @@ FAKE = """
 import json, pathlib, signal, sys, time
 folder = pathlib.Path(__file__).parent
 args = sys.argv[1:]
-if args[0] == "--resume":
+if args[0] == "resume":
     run_dir, name = pathlib.Path(args[1]), pathlib.Path(args[1]).parent.name
 else:
-    words = dict(word.split("=", 1) for word in args[1:])
+    words = dict(word.split("=", 1) for word in args[2:])
     name = words["name"]
     run_dir = pathlib.Path(words["runs_dir"], name, "stamp-" + str(time.time_ns()))
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text((folder / "configs" / name).read_text())
 with open(folder / "calls", "a") as calls:
-    print(name, args[0] if args[0] == "--resume" else "new", file=calls)
+    print(name, args[0], file=calls)
 order = folder / "orders" / name
 do = order.read_text() if order.exists() else ""
 if do:
@@ -77,7 +77,7 @@ def table(tmp_path):
             (tmp_path / "configs").mkdir(exist_ok=True)
             for run in runs:
                 (tmp_path / "configs" / run.job.name).write_text(to_yaml(run.config))
-                run.job.launcher = (sys.executable, "-S", str(tmp_path / "fake.py"))
+                run.job.launcher = (sys.executable, "-S", str(tmp_path / "fake.py"), "train")
             return runs
 
         def order(self, name: str, what: str) -> None:
@@ -88,7 +88,7 @@ def table(tmp_path):
             self.calls.write_text("")
             with lock_of(runs[0].job.study) as lock:
                 read_states(runs)
-                return train_all(runs, lock, 2, [needed], train_here=lambda arguments: 1)
+                return train_all(runs, lock, 2, [needed], here=lambda *words: 1)
 
         def called(self) -> list[str]:
             return sorted(self.calls.read_text().splitlines())
@@ -119,7 +119,7 @@ def test_finished_runs_are_skipped_and_a_failed_one_is_marked_and_tried_again(ta
     assert any(line.endswith(" left") for line in lines)
     assert table.make(table.plan()) == 0
     assert "3 of 4 runs are finished already" in capsys.readouterr().err
-    assert table.called() == ["scmoe-seed1 new"]
+    assert table.called() == ["scmoe-seed1 train"]
     assert set(statuses(runs).values()) == {"finished"}
     assert runs[1].state.seconds >= failed.seconds > 0
 
@@ -154,7 +154,7 @@ def test_stopping_saves_every_run_and_the_next_call_goes_on(table, number):
     assert list(statuses(runs).values()) == ["cut", "cut", "waiting", "waiting"]
     assert runs[0].state.done == 0.3
     assert table.make(runs) == 0
-    assert table.called() == ["scmoe-seed1 --resume", "scmoe-seed2 new", "top-2-seed1 --resume", "top-2-seed2 new"]
+    assert table.called() == ["scmoe-seed1 resume", "scmoe-seed2 train", "top-2-seed1 resume", "top-2-seed2 train"]
     assert set(statuses(runs).values()) == {"finished"}
 
 
@@ -225,7 +225,8 @@ def test_a_training_that_does_not_stop_is_killed_at_the_second_request(tmp_path)
 def test_a_training_in_this_process_fails_or_stops_alone(tmp_path):
     ends = iter([0, RuntimeError("no\nmemory"), SystemExit(143)])
 
-    def train(arguments: list[str]) -> int:
+    def train(*words: str) -> int:
+        assert words[0] == "train"
         print("step 1/4 ")
         if isinstance(end := next(ends), int):
             return end
@@ -233,7 +234,7 @@ def test_a_training_in_this_process_fails_or_stops_alone(tmp_path):
 
     jobs = [Job(name, name, tmp_path, tmp_path / name, [name]) for name in "abcd"]
     with lock_of(tmp_path) as lock:
-        assert Batch(jobs, 0, 4, lambda batch, ended: None, train_here=train).run(lock) == signal.SIGTERM
+        assert Batch(jobs, 0, 4, lambda batch, ended: None, here=train).run(lock) == signal.SIGTERM
     assert [one.state.status for one in jobs] == ["finished", "failed", "cut", "waiting"]
     assert jobs[1].state.error == "exit code 1: RuntimeError: no memory"
 

@@ -94,7 +94,7 @@ def test_another_command_evaluates_again(evaluated):
 def test_in_one_process_the_command_is_called(evaluated):
     _, _, _, evaluate = evaluated
     called = []
-    jobs, _ = evaluate(here=lambda words: called.append(words) or 1, jobs=0)
+    jobs, _ = evaluate(here=lambda *words: called.append(words) or 1, jobs=0)
     assert len(called) == 2 and {job.state.status for job in jobs} == {"failed"}
 
 

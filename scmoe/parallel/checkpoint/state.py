@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
-from scmoe.parallel.dense_shards import local, reshard
+from scmoe.parallel.dense_shards import local
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 META = "meta.json"
@@ -29,8 +29,8 @@ FULL = "all.safetensors"
 
 def model_state(module: nn.Module, context: ParallelContext) -> dict[str, Tensor]:
     """Return the module's tensors by name, what is split over ranks as DTensors. They share storage with the module, so
-    reading into them loads the module. A tied weight occurs once, under its first name."""
-    reshard(module)
+    reading into them loads the module. A tied weight occurs once, under its first name. FSDP splits what is whole again
+    where `state_dict` is called."""
     shards = {name for name, _ in expert_parameters(module)}
     tied = tied_weights(module)
     state = ((name, t) for name, t in module.state_dict().items() if name not in tied)
@@ -45,7 +45,6 @@ def tied_weights(module: nn.Module) -> dict[str, str]:
 
 def optimizer_state(module: nn.Module, optimizer: Optimizer, context: ParallelContext) -> dict[str, Any]:
     """Return {"state": {parameter name: {...}}, "param_groups": [...]}, with names in place of torch's positions."""
-    reshard(module)
     names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
     shards = {p for _, p in expert_parameters(module)}
     state = {

@@ -5,8 +5,9 @@ until the timeout. With `strategy.debug_collectives` every collective that Pytho
 over a separate gloo group: operation, shape, type, group, and the line of code that calls it. The first difference
 raises an error on every rank. All ranks then run in lockstep, so this mode is for finding a fault, not for training.
 
-Left out: collectives that DDP starts from C++ (DDP compares its buckets itself when it builds them); checkpoints, which
-may be written in parallel with training; single sends and receives, which concern only two ranks.
+Left out: collectives that DDP starts from C++ (DDP compares its buckets itself when it builds them); gradients that are
+paced, on a thread and groups of their own; checkpoints, which may be written in parallel with training; single sends
+and receives, which concern only two ranks.
 """
 
 import inspect

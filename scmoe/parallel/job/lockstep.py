@@ -117,7 +117,7 @@ class LockstepStrategy(DenseWeightsStrategy):
     def on_validation_end(self) -> None:
         self.polls_left = 0
         self.stop.take()
-        reshard(self.module)
+        reshard(self.module)  # what follows finds the weights that optimizers hold
 
     on_test_end = on_predict_end = on_validation_end
 

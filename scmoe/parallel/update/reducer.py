@@ -5,7 +5,9 @@ arrives summed over the EP group, because the All-to-All's backward adds it up. 
 EDP: divided when it arrives, averaged when backward ends, so that accumulating batches works as it does under DDP.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from scmoe.parallel.lightning_seam import call_after_backward
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.update.pacing import BUCKET_MB, Pacer
 
 
 class ExpertGradientReducer:
@@ -20,10 +23,15 @@ class ExpertGradientReducer:
 
     Buckets fill in reverse order of registration, which is roughly the order of backward. They are sent strictly in
     order, so that all ranks send them in the same order. While not `enabled`, gradients accumulate on this rank only.
+
+    pacer: sums over that group when rows leave its link free; None: full buckets are sent at once.
     """
 
-    def __init__(self, shards: Sequence[nn.Parameter], context: ParallelContext, bucket_mb: float = 25.0) -> None:
+    def __init__(self, shards: Sequence[nn.Parameter], context: ParallelContext, pacer: Pacer | None = None) -> None:
         self.context, self.enabled = context, True
+        at_once: Callable[[Tensor], Any] = partial(dist.all_reduce, group=context.edp_group, async_op=True)
+        self.start = pacer.start if pacer else at_once
+        bucket_mb = BUCKET_MB if pacer else 25.0  # as DDP's
         self.buckets = list(_buckets([p for p in reversed(shards) if p.requires_grad], int(bucket_mb * 2**20)))
         self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
         self.hooks = []
@@ -33,7 +41,7 @@ class ExpertGradientReducer:
 
     def _reset(self) -> None:
         self.missing = [len(bucket) for bucket in self.buckets]
-        self.in_flight: list[tuple[dist.Work, Tensor, list[Tensor]]] = []
+        self.in_flight: list[tuple[Any, Tensor, list[Tensor]]] = []
         self.listening = False
 
     def _scale(self, grad: Tensor) -> Tensor:
@@ -56,7 +64,7 @@ class ExpertGradientReducer:
                 p.grad = torch.zeros_like(p)
             grads.append(p.grad)
         flat = torch.cat([g.flatten() for g in grads])
-        self.in_flight.append((dist.all_reduce(flat, group=self.context.edp_group, async_op=True), flat, grads))
+        self.in_flight.append((self.start(flat), flat, grads))
 
     @torch.no_grad()
     def _finish(self) -> None:

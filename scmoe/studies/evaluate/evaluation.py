@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scmoe.config.extensions import named
 from scmoe.config.fields import Config
 from scmoe.config.rules import IMAGES
 from scmoe.datamodules.sequences import SequenceDataModule
@@ -56,6 +57,7 @@ def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
     found["step"] = read_manifest(checkpoint)["step"]
     keep_results(run_dir, checkpoint.name, found)
     loggers = [word for word in request.overrides if word.removeprefix("--").startswith("logger.")]
+    loggers += named(request.overrides)
     log_to_wandb(run_dir, config_of(run_dir, checkpoint, loggers), found)
     return {
         "run_dir": str(relative(run_dir)),

@@ -1,16 +1,18 @@
 """The figures of the paper by their numbers: from reports of the bench (1, 8), from a run (9, 10), or from assumed
-operator times (4, 7)."""
+operator times (4, 7). pages.py draws those of the docs."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from scmoe.analysis.gating import draw_gating
 from scmoe.analysis.similarity import draw_similarity
 from scmoe.config.leaves import ConfigError
+from scmoe.config.program import scmoe
 from scmoe.studies.figures.explained import pair, timelines
 from scmoe.studies.figures.scenarios import draw_shares, draw_speeds, read_reports
 from scmoe.studies.runs import open_run
@@ -19,6 +21,14 @@ PAGES = Path("docs/figures")
 EXPLAINED = {4: pair, 7: timelines}
 OF_REPORTS = {1: draw_shares, 8: draw_speeds}
 OF_A_RUN = {9: ("gating", draw_gating), 10: ("similarity", draw_similarity)}
+NAMES = {
+    "scmoe": "ScMoE",
+    "dgmoe": "DGMoE",
+    "dgmoe_share": "DGMoE-Share",
+    "top_k": "Standard top-{moe.top_k}",
+    "shared_expert": "Shared-expert",
+    "dense": "dense",
+}
 TAPPED = ("scmoe", "dgmoe", "dgmoe_share")  # the architectures that have a position
 
 
@@ -54,9 +64,8 @@ def draw_figure(number: int, sources: Sequence[str], out: Path | None) -> list[P
 def explained(number: int, sources: Sequence[str]) -> Drawing:
     """Return a picture of the docs. It has no measurement."""
     if sources:
-        raise ConfigError(
-            f"Fig. {number} is drawn from {sources[0]!r}, allowed: nothing; make timeline measures Fig. 7"
-        )
+        measured = f"{scmoe('bench', 'timeline')} measures Fig. 7"
+        raise ConfigError(f"Fig. {number} is drawn from {sources[0]!r}, allowed: nothing; {measured}")
     draw = EXPLAINED[number]
     return Drawing(PAGES, draw.__name__, draw, (".png",))
 
@@ -65,7 +74,7 @@ def of_a_run(number: int, sources: Sequence[str]) -> Drawing:
     """Return a picture of what the callback `Analysis` has measured in a run."""
     if len(sources) != 1:
         raise ConfigError(f"Fig. {number} is drawn from {' '.join(sources) or 'nothing'}, allowed: one run")
-    name, draw = OF_A_RUN[number]
+    name, _ = OF_A_RUN[number]
     run = open_run(sources[0])
     path, key = run.path / "analysis" / f"{name}.npz", f"analysis.{name}_every"
     if not path.exists():
@@ -73,10 +82,25 @@ def of_a_run(number: int, sources: Sequence[str]) -> Drawing:
         required = f"Fig. {number} requires a run that was trained with {key}=N, N in optimizer steps"
         raise ConfigError(f"{key} is {value} in {run.path}, and there is no analysis/{name}.npz; {required}")
     with np.load(path, allow_pickle=False) as stored:
-        steps, labels, values = stored["steps"].tolist(), stored["labels"].tolist(), stored["values"]
-    config = run.config
-    architecture = config["moe.architecture"]
-    position = f", {config['moe.position']}" if architecture in TAPPED else ""
-    model = f"{config['model.family']}, {config['model.layers']} layers, width {config['model.dim']}, {architecture}"
-    words = f"Fig. {number}: {model}{position}, {config['data.name']}"
-    return Drawing(path.parent, f"figure-{number}", partial(draw, steps, labels, values, words=words))
+        found = {"number": number, "words": words_of(number, run.config)}
+        found |= {name: stored[name].tolist() for name in ("steps", "labels", "values")}
+    return Drawing(path.parent, f"figure-{number}", partial(draw_measured, found), (".png", ".pdf", ".json"))
+
+
+def words_of(number: int, config: Mapping[str, str]) -> str:
+    """Return the title of a figure of a run: its model as the paper would name it, and its data."""
+    architecture, family = config["moe.architecture"], config["model.family"].upper()
+    position = f" ({config['moe.position'].replace('pos', 'Pos-')})" if architecture in TAPPED else ""
+    name = NAMES[architecture].replace("{moe.top_k}", config["moe.top_k"]) + position
+    size = f"{config['model.layers']} layers, width {config['model.dim']}"
+    return f"Fig. {number}: {family}, {size}, {name}, {config['data.name']}"
+
+
+def draw_measured(found: dict[str, Any], path: Path) -> None:
+    """Draw Fig. 9 or 10 into a file; into a .json, write what it is drawn from."""
+    if path.suffix == ".json":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found) + "\n")
+        return
+    _, draw = OF_A_RUN[found["number"]]
+    draw(found["steps"], found["labels"], np.array(found["values"]), path, words=found["words"])

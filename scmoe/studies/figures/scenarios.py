@@ -16,15 +16,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scmoe.charts import PAPER, SMALL, chart, title
+from scmoe.charts import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    RED,
+    SKY,
+    SMALL,
+    Bar,
+    bar_legend,
+    chart,
+    grouped_bars,
+    heading,
+    height_of,
+    title,
+)
 from scmoe.config.leaves import ConfigError
+from scmoe.config.program import scmoe
 from scmoe.schedule.timeline import TRANSFERS
-from scmoe.testbed.overlap_report import bars
+from scmoe.testbed.speed_chart import KINDS, PIPELINED, conditions, name_of
 
 PCIE_MODULE, PCIE_PAIR = 0.60, 0.52
 REST = (1 / PCIE_PAIR - 1) / (1 / PCIE_MODULE - 1) - 1
-KINDS = (("forward", "forward"), ("train", "training"))
-COLORS = {"All-to-All": "#e15759", "gate, encode, experts, decode": "#f28e2b", "attention and MLP": "#4e79a7"}
+COLORS = {"All-to-All": RED, "gate, encode, experts, decode": ORANGE, "attention and MLP": BLUE}
+COLORS_OF = {  # of a kind's bars, one chunk and pipelined
+    ("forward", ""): BLUE,
+    ("forward", ", pipelined"): SKY,
+    ("train", ""): GREEN,
+    ("train", ", pipelined"): "#7fd1b9",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +90,7 @@ def read_reports(sources: Sequence[Path]) -> Reports:
             scenario = shares.get(report["wanted_share"])
             complete = {"top2_operators_ms", "fastest_scmoe"} <= report.keys()
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} is no report of bench overlap: {error!r}; make figure8 writes them") from error
+            raise ConfigError(f"{path} is no report of bench overlap: {error!r}") from error
         if scenario is None:
             raise ConfigError(f"{path} was measured at --share {report['wanted_share']}, allowed: {allowed}")
         if not complete:
@@ -80,9 +100,8 @@ def read_reports(sources: Sequence[Path]) -> Reports:
         found[scenario] = report
     if not found:
         where = ", ".join(map(str, sources)) or "nothing"
-        raise ConfigError(
-            f"reports of bench overlap are looked for in {where}: none is there; make figure8 writes them"
-        )
+        writes = f"{scmoe('bench', 'overlap')} writes them"
+        raise ConfigError(f"reports of bench overlap are looked for in {where}: none is there; {writes}")
     return {scenario: found[scenario] for scenario in SCENARIOS if scenario in found}
 
 
@@ -92,62 +111,62 @@ def module_share(report: dict[str, Any], kind: str) -> float:
     return sum(operators[transfer] for transfer in TRANSFERS) / sum(operators.values())
 
 
-def conditions(report: dict[str, Any]) -> str:
-    links = next(iter(report["rows"].values()))["links"]
-    words = {"shaped": "shaped links between", "loopback": "loopback as it is between", "bus": "the bus of"}
-    return f"{report['compute']} compute, {words[links]} {report['ranks']} ranks ({report['device']})"
-
-
 def draw_shares(reports: Reports, path: Path) -> None:
     """Draw Fig. 1: the time of a sequential top-2 pair as All-to-All, the module's computation, and the rest."""
-    ticks: dict[float, str] = {}
-    place = 0.0
-    with chart(path, 1.7 + 1.05 * len(reports)) as figure:
-        axis = figure.subplots()
-        for scenario, report in reports.items():
-            for kind, word in KINDS:
+    with chart(path, 1.4 + 1.6 * len(reports)) as figure:
+        for axis, (scenario, report) in zip(_panels(figure, [1] * len(reports)), reports.items(), strict=True):
+            for place, (kind, word) in enumerate(KINDS.items()):
                 share, of_module = 1 - 1 / report[f"limit_{kind}"], module_share(report, kind)
                 widths = share, share / of_module - share, 1 - share / of_module
-                for i, (part, color) in enumerate(COLORS.items()):
-                    label = part if not ticks else None
-                    axis.barh(place, widths[i], 0.85, left=sum(widths[:i]), color=color, label=label)
+                for i, color in enumerate(COLORS.values()):
+                    axis.barh(place, widths[i], 0.4, left=sum(widths[:i]), color=color)
                 what = "pair" if report["level"] == "block" else "iteration"
-                text = f" {100 * share:.0f} % of the {what}, {100 * of_module:.0f} % of the MoE module"
-                axis.text(0, place, text, va="center", color="white", fontsize=9, fontweight="bold")
-                ticks[place] = word
-                place += 1
-            text = f"{scenario.name}. Paper: {100 * scenario.module_share:.0f} % of the MoE module"
-            text += f", so {100 * scenario.pair_share:.0f} % of a pair"
-            axis.text(0, place - 2.55, text, va="bottom", color=PAPER, fontsize=9)
-            place += 0.7
-        axis.set_yticks(list(ticks), list(ticks.values()))
-        axis.set(ylim=(place - 1.2, -1.4), xlim=(0, 1))
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        title(axis, f"All-to-All in sequential top-2:\n{conditions(next(iter(reports.values())))}")
-        figure.legend(loc="outside lower center", ncols=3, columnspacing=1.0, handlelength=1.2)
+                text = f"{word}: {100 * share:.0f} % of the {what}, {100 * of_module:.0f} % of the MoE module"
+                axis.text(0, place - 0.25, text, va="bottom", fontsize=SMALL)
+            axis.set(ylim=(1.3, -0.7), xlim=(0, 1))
+            axis.set_yticks([])
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+            of_module, of_pair = 100 * scenario.module_share, 100 * scenario.pair_share
+            title(axis, f"{scenario.name}\npaper: {of_module:.0f} % of the MoE module, so {of_pair:.0f} % of a pair")
+        heading(figure, f"Fig. 1: All-to-All in sequential top-2, {conditions(next(iter(reports.values())))}")
+        bar_legend(figure, COLORS, ncols=1)
 
 
 def draw_speeds(reports: Reports, path: Path) -> None:
     """Draw Fig. 8: a panel of speed-ups for each scenario, and in numbers how much faster ScMoE is."""
-    heights = [len(report["rows"]) for report in reports.values()]
-    with chart(path, 1.3 + 0.42 * sum(heights) + 1.3 * len(heights)) as figure:
-        panels = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-        for axis, (scenario, report) in zip(panels, reports.items(), strict=True):
-            bars(axis, report)
-            end = 1.05 * max(report["limit_forward"], *(row["forward_speedup"] for row in report["rows"].values()))
-            axis.set_xlim(0, 1.75 * end)
-            axis.set_xticks([0, 0.5, 1, *([1.5] if end > 1.5 else []), *([2] if end > 2 else [])])
-            axis.set_ylim(top=-1.6)
-            axis.text(1.03 * end, -0.6, "ScMoE over this row:\nforward, training", fontsize=SMALL, va="bottom")
-            for place, row in enumerate(report["rows"]):
-                if not row.startswith("scmoe"):
-                    ratios = [report["fastest_scmoe"]["over"][kind][row][1] for kind, _ in KINDS]
-                    papers = f" (paper: {scenario.over[row]:.2f})" if row in scenario.over else ""
-                    text = ", ".join(f"{ratio:.2f}" for ratio in ratios) + papers
-                    axis.text(1.03 * end, place, text, fontsize=SMALL, va="center")
+    panels = {scenario: _speeds(scenario, report) for scenario, report in reports.items()}
+    heights = [height_of(groups) for groups in panels.values()]
+    with chart(path, 1.9 + 0.9 * len(panels) + sum(heights)) as figure:
+        axes = _panels(figure, heights)
+        for axis, (scenario, groups) in zip(axes, panels.items(), strict=True):
+            grouped_bars(axis, groups, room=0.45)
+            report = reports[scenario]
             hidden = report["rows"][report["fastest_scmoe"]["row"]]["overlap_forward"]
-            share = f"{scenario.name}: All-to-All is {100 * report['comm_share']:.0f} % of top-2 forward"
+            share = f"{scenario.name}: {100 * report['comm_share']:.0f} % of top-2's inference is All-to-All"
             title(axis, f"{share}\n{100 * hidden:.0f} % of ScMoE's is hidden (paper: {100 * scenario.hidden:.0f} %)")
-        panels[-1].set_xlabel("speed-up over sequential top-2")
-        figure.suptitle(conditions(next(iter(reports.values()))), x=0.02, ha="left", fontsize=10.5)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        axes[-1].set_xlabel("speed-up over sequential top-2,\nthen that of ScMoE over the row")
+        first = next(iter(reports.values()))
+        heading(figure, f"Fig. 8: a pair of blocks, {conditions(first)}")
+        colors = {KINDS[kind] + way: color for (kind, way), color in COLORS_OF.items()}
+        limit = "limit: all of top-2's communication hidden"
+        bar_legend(figure, colors, f"quartiles of {first['rounds']} rounds", limit)
+
+
+def _speeds(scenario: Scenario, report: dict[str, Any]) -> dict[str, list[Bar]]:
+    """Return for each architecture its bars of inference, then those of training."""
+    groups: dict[str, list[Bar]] = {}
+    for kind in KINDS:
+        for row, own in report["rows"].items():
+            value, text = own[f"{kind}_speedup"], ""
+            if not row.startswith("scmoe"):
+                printed = f" (paper: {scenario.over[row]:.2f})" if row in scenario.over else ""
+                text = f"   {report['fastest_scmoe']['over'][kind][row][1]:.2f}{printed}"
+            way = ", pipelined" if row.endswith(PIPELINED) else ""
+            color = COLORS_OF[kind, way]
+            bar = Bar(value, color, f"{value:.2f}{text}", own[f"{kind}_quartiles"], report[f"limit_{kind}"])
+            groups.setdefault(name_of(row), []).append(bar)
+    return groups
+
+
+def _panels(figure: Any, heights: Sequence[float]) -> Any:
+    return figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]

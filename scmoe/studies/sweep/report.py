@@ -12,7 +12,7 @@ from matplotlib.ticker import NullFormatter
 from rich.table import Column, Table
 from rich.text import Text
 
-from scmoe.charts import WIDTH, chart
+from scmoe.charts import SMALL, WIDTH, chart, heading
 from scmoe.config.load import load, to_yaml
 from scmoe.studies.sweep.search import Trial, best
 from scmoe.studies.sweep.sweep_file import Sweep, words
@@ -92,7 +92,7 @@ def draw(sweep: Sweep, trials: Sequence[Trial], path: Path) -> None:
             _slice(panel, sweep, trials, name)
         panels[0].set_ylabel(sweep.metric)
         words = f"Sweep {sweep.name}: {', '.join(counts) or 'no trial has ended'}"
-        figure.suptitle(words, x=0.01, ha="left", fontsize=10.5)
+        heading(figure, words)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=4)
 
 
@@ -117,7 +117,7 @@ def _slice(panel: Axes, sweep: Sweep, trials: Sequence[Trial], name: str) -> Non
     judged = [t for t in trials if t.state in ("finished", "stopped") and t.history]
     for state, marker in (("finished", "o"), ("stopped", "v")):
         dots([t for t in judged if t.state == state], state, LABELS[state], s=42, marker=marker, alpha=0.9)
-    text: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7.5}
+    text: dict[str, Any] = {"textcoords": "offset points", "fontsize": SMALL}
     for t in judged if len(trials) <= NUMBERED else []:
         panel.annotate(str(t.number), (x(t), t.history[-1]), (5, 5), color="#555555", **text)
     if (first := best(sweep, trials)) is not None and first.value is not None:

@@ -24,9 +24,9 @@ AGAIN = ("waiting", "cut", "failed")
 
 
 def evaluate_all(
-    runs: Sequence[Run], table: Table, scale: Scale, lock: IO[str], jobs: int, here: Callable[[list[str]], int]
+    runs: Sequence[Run], table: Table, scale: Scale, lock: IO[str], jobs: int, here: Callable[..., int]
 ) -> tuple[list[Job], int]:
-    """Evaluate the finished runs that lack a metric of an evaluation. here: the command, for jobs=0.
+    """Evaluate the finished runs that lack a metric of an evaluation. here: as of Batch, for jobs=0.
 
     The results for the run's last checkpoint go into its state. Returns the evaluations' jobs, of which failed ones say
     why, and the signal that stopped them, or 0.
@@ -97,8 +97,8 @@ def _has(found: Any, needed: Sequence[str]) -> bool:
 
 
 def _run(
-    jobs: list[Job], lock: IO[str], slots: int, judge: Callable[[Job], None], here: Callable[[list[str]], int] | None
+    jobs: list[Job], lock: IO[str], slots: int, judge: Callable[[Job], None], here: Callable[..., int] | None
 ) -> int:
     watch = Watch(lambda job: "")
     with watch.bar:
-        return Batch(jobs, slots, len(jobs), watch, judge=judge, train_here=here).run(lock, again=AGAIN)
+        return Batch(jobs, slots, len(jobs), watch, judge=judge, here=here).run(lock, again=AGAIN)

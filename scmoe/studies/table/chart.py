@@ -1,5 +1,6 @@
 """A table's charts: its differences to the baseline beside the paper's, and its losses at equal time."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from scmoe.charts import PAPER, SMALL, chart
+from scmoe.charts import BLUE, GREEN, ORANGE, PAPER, SKY, SMALL, chart, heading
 
-OURS, SEED = "#1b6ca8", "#9cc4e4"
-COLORS = (PAPER, "#f28e2b", OURS, "#59a14f")
+OURS, SEED = BLUE, SKY
+COLORS = (PAPER, ORANGE, OURS, GREEN)
 SHORT_NAME = 17  # letters that fit beside a chart on one line
 BEYOND = 1.6  # the scale reaches this many times as far as any seed; an interval of few seeds may be cut off there
 
@@ -24,7 +25,7 @@ def draw_differences(found: Mapping[str, Any], path: Path) -> None:
     places = range(len(rows), 0, -1)
     papers = [row["paper"]["difference"] for row in rows]
     printed = any(paper is not None for paper in papers)
-    with chart(path, 2.2 + 0.5 * len(rows)) as figure:
+    with chart(path, 2.4 + 0.5 * len(rows)) as figure:
         panels = figure.subplots(1, 1 + printed, sharey=True, squeeze=False)[0]
         if printed:
             panels[0].set_title("Paper")
@@ -32,7 +33,7 @@ def draw_differences(found: Mapping[str, Any], path: Path) -> None:
                 if paper is not None:
                     panels[0].hlines(place, 0, paper, color=PAPER, linewidth=1.5)
                     panels[0].plot(paper, place, "D", color=PAPER, markersize=7)
-                    _label(panels[0], f"{paper:+.3g}", paper, place)
+                    _label(panels[0], _short(paper), paper, place)
             panels[0].margins(x=0.2)
         ours = panels[-1]
         ours.set_title(f"Ours, {found['scale']}")
@@ -43,14 +44,14 @@ def draw_differences(found: Mapping[str, Any], path: Path) -> None:
             ours.set_xlim(-BEYOND * farthest, BEYOND * farthest)
         _name_rows(panels[0], [row["name"] for row in rows])
         several = len({row["baseline"] for row in rows}) > 1
-        baseline = "each row's baseline" if several else rows[0]["baseline"]
+        baseline = "each row's baseline" if several else in_paper(rows[0]["baseline"])
         for axis in panels:
-            axis.set_xlabel(f"{found['metric'].replace('_', ' ')} minus\n{baseline}, {found['unit']}")
+            axis.set_xlabel(f"{found['metric'].replace('_', ' ')} minus\n{baseline},\n{found['unit']}")
             _plain(axis)
         _legend(figure, ours, ncols=3)
         side = "left" if found["metrics"][found["metric"]]["better"] == "lower" else "right"
         note = f"{side} is better" + ("; the two scales differ" if printed else "")
-        figure.suptitle(f"{found['title']}\n{note}", fontsize=10.5)
+        heading(figure, f"{found['title']}\n{note}")
 
 
 def _draw_ours(axis: Axes, minus: Mapping[str, Any], place: float) -> None:
@@ -61,7 +62,7 @@ def _draw_ours(axis: Axes, minus: Mapping[str, Any], place: float) -> None:
         axis.hlines(place, minus["low"], minus["high"], color=OURS, linewidth=2, label="interval of the mean")
     axis.plot(minus["mean"], place, "D", color=OURS, markersize=7, label="mean")
     axis.plot(seeds, [place] * len(seeds), "o", color=SEED, markersize=4, label="one seed")
-    _label(axis, f"{minus['mean']:+.3g}", minus["mean"], place)
+    _label(axis, _short(minus["mean"]), minus["mean"], place)
 
 
 def draw_equal_time(found: Mapping[str, Any], path: Path) -> None:
@@ -85,19 +86,31 @@ def draw_equal_time(found: Mapping[str, Any], path: Path) -> None:
         axis.set_xlabel("validation loss minus the baseline's at the same time\nmean and interval; left is better")
         _plain(axis)
         _legend(figure, axis, ncols=1)
-        figure.suptitle(f"Quality at equal time, {found['scale']}\n{found['title']}", fontsize=10.5)
+        heading(figure, f"Quality at equal time, {found['scale']}\n{found['title']}")
+
+
+def _short(value: float) -> str:
+    """Return a value with three digits, and at most four of them behind the point."""
+    return f"{value:+.4f}" if abs(value) < 1 else f"{value:+.3g}"
 
 
 def _legend(figure: Any, axis: Axes, ncols: int) -> None:
     handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=ncols)
 
 
 def _name_rows(axis: Axes, names: list[str]) -> None:
-    words = [name if len(name) < SHORT_NAME else name.replace(", ", ",\n") for name in names]
+    words = [in_paper(name) for name in names]
+    words = [name if len(name) < SHORT_NAME else name.replace(", ", ",\n").replace(") (", ")\n(") for name in words]
     axis.set_yticks(range(len(names), 0, -1), words)
     axis.set_ylim(0.3, len(names) + 0.9)
+
+
+def in_paper(name: str) -> str:
+    """Return a row's name as the paper writes it."""
+    name = re.sub(r"\b(Pos-\d)(?! in)", r"(\1)", name, count=1)
+    return re.sub(r"^top-", "Standard top-", name).replace("shared-expert", "Shared-expert")
 
 
 def _plain(axis: Axes) -> None:

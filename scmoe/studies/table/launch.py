@@ -11,7 +11,7 @@ from scmoe.studies.table.runs import Run
 TORCHRUN = """\
 #!/bin/bash
 # {title} for one machine with {devices} GPUs, one run after the other. From the repository's folder: bash {path}
-# Resume an interrupted run with: torchrun ... -m experiments.train --resume RUN_DIR
+# Resume an interrupted run with: torchrun ... -m experiments.resume RUN_DIR
 set -uo pipefail
 """
 SLURM = """\

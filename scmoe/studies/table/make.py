@@ -17,8 +17,6 @@ from scmoe.studies.table.runs import Run, plan_runs, read_states, train_all
 from scmoe.testbed.pairs import ROWS
 from scmoe.training.build.data import build_datamodule
 
-Command = Callable[[list[str]], int]
-
 
 @dataclass(frozen=True)
 class Request:
@@ -35,10 +33,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Commands:
-    """The commands that a table at jobs=0 calls in this process, and `say`, which prints a line."""
+    """here: runs a verb in this process, as of Batch, for jobs=0. say: prints a line."""
 
-    train: Command
-    evaluate: Command
+    here: Callable[..., int]
     say: Callable[[str], None]
 
 
@@ -107,10 +104,10 @@ def make_table(plan: Plan, request: Request, commands: Commands) -> Made:
         read_states(runs)
         if found := adopt(runs, request.sources):
             commands.say(f"{found} of {len(runs)} runs are taken from runs of equal configuration")
-        made.signal = train_all(runs, lock, plan.jobs, needed, commands.train)
+        made.signal = train_all(runs, lock, plan.jobs, needed, commands.here)
         after = []
         if not made.signal:
-            evaluations, made.signal = evaluate_all(runs, table, plan.scale, lock, plan.jobs, commands.evaluate)
+            evaluations, made.signal = evaluate_all(runs, table, plan.scale, lock, plan.jobs, commands.here)
             after += evaluations
         if not made.signal:
             speeds, made.signal = measure_speeds(table, plan.scale, plan.folder, lock)

@@ -72,9 +72,7 @@ def plan_runs(table: Table, scale: Scale, folder: Path, seeds: int, overrides: S
     return runs
 
 
-def train_all(
-    runs: Sequence[Run], lock: IO[str], jobs: int, needed: Sequence[str], train_here: Callable[[list[str]], int]
-) -> int:
+def train_all(runs: Sequence[Run], lock: IO[str], jobs: int, needed: Sequence[str], here: Callable[..., int]) -> int:
     """Train what is not finished, `jobs` in parallel (0: all in this process). Returns the signal that ended it, or 0.
 
     needed: keys of the summary without which a run has failed. Failed runs are tried again. The caller has read the
@@ -100,7 +98,7 @@ def train_all(
     with watch.bar:
         if finished := sum(run.state.status == "finished" for run in runs):
             watch.say(f"{finished} of {len(runs)} runs are finished already")
-        batch = Batch([run.job for run in runs], jobs, len(runs), watch, judge=judge, train_here=train_here)
+        batch = Batch([run.job for run in runs], jobs, len(runs), watch, judge=judge, here=here)
         return batch.run(lock, again=("waiting", "cut", "failed"))
 
 

@@ -17,9 +17,10 @@ from scmoe.testbed.gpu_check.parts import Pieces, Place
 from scmoe.testbed.gpu_check.pictures import drawn, setting_at
 from scmoe.testbed.gpu_check.timing import in_turn
 from scmoe.testbed.overlap import measure
-from scmoe.testbed.overlap_report import draw, summary
+from scmoe.testbed.overlap_report import summary
 from scmoe.testbed.profiles import events_of, recorded
 from scmoe.testbed.ranks import run_alone
+from scmoe.testbed.speed_chart import draw
 
 TINY_ROWS = ("top2", "scmoe_pos2", "scmoe_pos2_pipelined")
 
@@ -53,10 +54,10 @@ def transfers(place: Place) -> dict[str, Any]:
             x @ w
 
     def transfer() -> None:
-        exchange(x, [], [])[1].wait()
+        exchange(x, None)[1].wait()
 
     def both() -> None:
-        work = exchange(x, [], [])[1]
+        work = exchange(x, None)[1]
         compute()
         work.wait()
 

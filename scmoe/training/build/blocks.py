@@ -1,4 +1,7 @@
-"""Builds the blocks of a configuration: one builder for all architectures, from the parts of any model family."""
+"""Builds the blocks of a configuration: an architecture wires the parts of any model family.
+
+An architecture is a function (config, context, parts of each layer) -> blocks, registered by its name.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,11 +12,13 @@ import torch
 from torch import nn
 
 from scmoe.blocks.double_gate import DoubleGateBlock, share_moe
+from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.rotary import Rotary
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import DenseBlock, SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP, Attention, Residual
 from scmoe.config.fields import Config
+from scmoe.config.registry import ARCHITECTURES
 from scmoe.config.rules import SHORTCUTS, resolve_ep_size
 from scmoe.models.llama import NORM_EPS
 from scmoe.moe.coefficient import COEFFICIENT_GATES
@@ -70,7 +75,7 @@ PARTS: dict[str, Callable[[Config], Parts]] = {
         decoder_parts, norm=partial(nn.RMSNorm, eps=NORM_EPS), activation="swiglu", bias=False, rotary=Rotary
     ),
 }
-BLOCKS = {"top_k": TopKBlock, "shared_expert": SharedExpertBlock, "scmoe": ShortcutBlock, "dgmoe": DoubleGateBlock}
+register_architecture = ARCHITECTURES.register
 
 
 def build_blocks(config: Config, context: ParallelContext) -> list[nn.Module]:
@@ -79,24 +84,64 @@ def build_blocks(config: Config, context: ParallelContext) -> list[nn.Module]:
 
 
 def stack(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    """Return the blocks of layers: dense, each with an MoE (every=1), or pairs of Block-MLP and Block-MoE (every=2)."""
-    architecture = config.moe.architecture
-    if architecture == "dense":
-        return [DenseBlock([layer.attention_sublayer(), layer.mlp_sublayer()]) for layer in parts]
-    every, blocks = config.moe.every, list[nn.Module]()
-    for i in range(0, len(parts), every):
-        first, last = parts[i], parts[i + every - 1]
-        sublayers = [first.attention_sublayer()]
-        if every == 2:
-            sublayers += [first.mlp_sublayer(), last.attention_sublayer()]
-        blocks.append(moe_block(config, context, last, sublayers, first=i == 0))
-    if architecture == "dgmoe_share":
-        share_moe(blocks)
+    """Return the blocks of layers, given the parts of each."""
+    return ARCHITECTURES[config.moe.architecture](config, context, parts)
+
+
+@register_architecture("dense")
+def dense(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    return [DenseBlock([layer.attention_sublayer(), layer.mlp_sublayer()]) for layer in parts]
+
+
+@register_architecture("top_k")
+def top_k(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    return moe_blocks(TopKBlock, config, context, parts)
+
+
+@register_architecture("shared_expert")
+def shared_expert(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    return moe_blocks(SharedExpertBlock, config, context, parts)
+
+
+@register_architecture("scmoe")
+def scmoe(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    return moe_blocks(ShortcutBlock, config, context, parts)
+
+
+@register_architecture("dgmoe")
+def dgmoe(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    return moe_blocks(DoubleGateBlock, config, context, parts)
+
+
+@register_architecture("dgmoe_share")
+def dgmoe_share(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    blocks = dgmoe(config, context, parts)
+    share_moe(blocks)
     return blocks
 
 
+def moe_blocks(
+    block: type[MoEBlock], config: Config, context: ParallelContext, parts: Sequence[Parts]
+) -> list[nn.Module]:
+    """Return blocks with an MoE each: one for each layer (every=1), or pairs of Block-MLP and Block-MoE (every=2)."""
+    every = config.moe.every
+    return [
+        moe_block(block, config, context, parts[i + every - 1], sublayers_before(parts[i : i + every]), first=i == 0)
+        for i in range(0, len(parts), every)
+    ]
+
+
+def sublayers_before(parts: Sequence[Parts]) -> list[Residual]:
+    """Return the sub-layers before the MoE of one layer (attention), or of a pair (attention, MLP, attention)."""
+    first, *second = parts
+    sublayers = [first.attention_sublayer()]
+    if second:
+        sublayers += [first.mlp_sublayer(), second[0].attention_sublayer()]
+    return sublayers
+
+
 def moe_block(
-    config: Config, context: ParallelContext, parts: Parts, sublayers: Sequence[Any], first: bool
+    block: type[MoEBlock], config: Config, context: ParallelContext, parts: Parts, sublayers: Sequence[Any], first: bool
 ) -> nn.Module:
     """Return one block with an MoE. first: the model's first MoE module, whose tap may be elsewhere."""
     moe, has_tap = config.moe, config.moe.architecture in SHORTCUTS
@@ -111,7 +156,7 @@ def moe_block(
         optional |= {"shared_expert": parts.mlp(), "coefficient": COEFFICIENT_GATES[moe.combine](parts.dim)}
     stream, reads_tap = build_stream(config, context, parts), moe.coefficient_input == "tap"
     needed = sublayers, parts.norm(), stream, schedule, parts.after()
-    return BLOCKS[architecture](*needed, coefficient_reads_tap=reads_tap, **optional)
+    return block(*needed, coefficient_reads_tap=reads_tap, **optional)
 
 
 def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoEStream:

@@ -1,16 +1,22 @@
-"""Builds the datamodule of a configuration, and prepares its data."""
+"""Builds the datamodule of a configuration, and prepares its data.
+
+A data set is a function (config, arguments of PositionedDataModule) -> datamodule, registered by its name.
+"""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from scmoe.config.extras import explained
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
-from scmoe.config.rules import IMAGES
+from scmoe.config.registry import DATASETS
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.synthetic import SyntheticDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.datamodules.tokenizer import Tokenizer
+
+register_dataset = DATASETS.register
 
 
 def prepare_data(data: PositionedDataModule) -> None:
@@ -29,7 +35,7 @@ def prepare_data(data: PositionedDataModule) -> None:
 
 def build_datamodule(config: Config) -> PositionedDataModule:
     """Images are opened here, so that missing data is an error before a process is started."""
-    data, trainer, skip = config.data, config.trainer, config.data.on_error == "skip"
+    data, trainer = config.data, config.trainer
     position: dict[str, Any] = dict(
         global_batch_size=data.global_batch_size,
         accumulate=trainer.accumulate,
@@ -38,31 +44,49 @@ def build_datamodule(config: Config) -> PositionedDataModule:
         seed=config.seed,
         overfit=trainer.overfit_batches,
     )
-    if data.name == "synthetic":
-        return SyntheticDataModule(data.vocab_size, seq_len=data.seq_len, val_sequences=data.val_sequences, **position)
     try:
-        if data.name in IMAGES:
-            from scmoe.datamodules.image_sources import open_images  # here, as they need the extra `vision`
-            from scmoe.datamodules.images import ImageDataModule
-
-            return ImageDataModule(
-                open_images(data.name, data.path),
-                image_size=data.image_size,
-                num_classes=data.num_classes,
-                augment=data.augment,
-                mixup=data.mixup,
-                cutmix=data.cutmix,
-                label_smoothing=data.label_smoothing,
-                val_images=data.val_sequences,
-                skip=skip,
-                **position,
-            )
-        files = data.name, data.path, data.subset, data.tokenizer, data.vocab_size, data.cache_dir, skip
-        return TextDataModule(*files, seq_len=data.seq_len, val_sequences=data.val_sequences, **position)
+        return DATASETS[data.name](config, position)
     except ModuleNotFoundError as error:
         raise explained(error) or error from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+@register_dataset("synthetic")
+def synthetic(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
+    data = config.data
+    return SyntheticDataModule(data.vocab_size, seq_len=data.seq_len, val_sequences=data.val_sequences, **position)
+
+
+@register_dataset("sotu")
+@register_dataset("text")
+@register_dataset("hf")
+def text(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
+    data, skip = config.data, config.data.on_error == "skip"
+    files = data.name, data.path, data.subset, data.tokenizer, data.vocab_size, data.cache_dir, skip
+    return TextDataModule(*files, seq_len=data.seq_len, val_sequences=data.val_sequences, **position)
+
+
+@register_dataset("fashion_mnist", images=True)
+@register_dataset("digits", images=True)
+@register_dataset("image_folder", images=True)
+def images(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
+    from scmoe.datamodules.image_sources import open_images  # here, as they need the extra `vision`
+    from scmoe.datamodules.images import ImageDataModule
+
+    data = config.data
+    return ImageDataModule(
+        open_images(data.name, data.path),
+        image_size=data.image_size,
+        num_classes=data.num_classes,
+        augment=data.augment,
+        mixup=data.mixup,
+        cutmix=data.cutmix,
+        label_smoothing=data.label_smoothing,
+        val_images=data.val_sequences,
+        skip=data.on_error == "skip",
+        **position,
+    )
 
 
 def tokenizer_of(config: Config) -> Tokenizer | None:

@@ -1,7 +1,10 @@
-"""Builds the network and the LightningModule of a configuration. A family puts its model around blocks (blocks.py)."""
+"""Builds the network and the LightningModule of a configuration. A family puts its model around blocks (blocks.py).
+
+A family is a function (config, context) -> network, registered by its name.
+"""
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,14 +14,17 @@ from torch import nn
 
 from scmoe.blocks.recompute import recompute_activations
 from scmoe.blocks.sublayers import MLP
+from scmoe.config.extensions import import_extensions
 from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
+from scmoe.config.registry import FAMILIES, OPTIMIZERS
 from scmoe.config.rules import IMAGES
 from scmoe.models.gpt import GPT
 from scmoe.models.llama import Llama
 from scmoe.parallel.dense_shards import materialise, put, shard
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.training.build import optimizers  # noqa: F401  it registers them
 from scmoe.training.build.blocks import Parts, build_blocks, stack
 from scmoe.training.image_classifier import ImageClassifier
 from scmoe.training.init_from.pretrained import read_export, read_hf
@@ -26,6 +32,9 @@ from scmoe.training.init_from.settings import check_settings, settings
 from scmoe.training.init_from.upcycle import fill
 from scmoe.training.language_model import LanguageModel
 from scmoe.training.moe_module import MoEModule
+
+register_family = FAMILIES.register
+OF_A_NETWORK = ("blocks", "head", "init_weights", "rows_per_sample")
 
 
 def build_model(config: Config, context: ParallelContext | None = None) -> Any:
@@ -76,8 +85,23 @@ def build_model_on_meta(config: Config) -> Any:
 
 
 def build_network(config: Config, context: ParallelContext) -> Any:
-    """Return the network with weights that are not set yet."""
-    return FAMILIES[config.model.family](config, context)
+    """Return the network with weights that are not set yet. ConfigError: an extension's lacks what a network has."""
+    import_extensions(config.extensions)  # a spawned rank has not read the configuration
+    network = FAMILIES[config.model.family](config, context)
+    if missing := [name for name in OF_A_NETWORK if getattr(network, name, None) is None]:
+        lacks = f"whose network lacks {', '.join(missing)}; scmoe.models.decoder.Decoder has all that a network needs"
+        raise ConfigError(f"model.family is {show(config.model.family)}, {lacks}")
+    return network
+
+
+@register_family("gpt")
+def build_gpt(config: Config, context: ParallelContext) -> Any:
+    return build_decoder(GPT, config, context)
+
+
+@register_family("llama")
+def build_llama(config: Config, context: ParallelContext) -> Any:
+    return build_decoder(Llama, config, context)
 
 
 def build_decoder(decoder: Callable[..., Any], config: Config, context: ParallelContext) -> Any:
@@ -85,6 +109,7 @@ def build_decoder(decoder: Callable[..., Any], config: Config, context: Parallel
     return decoder(config.data.vocab_size, config.data.seq_len, config.model.dim, blocks, config.model.dropout)
 
 
+@register_family("swin", images=True)
 def build_swin(config: Config, context: ParallelContext) -> Any:
     """Build SwinV2-MoE (Table 9): stage 3 has the configured architecture, stage 4 standard top-2."""
     require("model.family swin", "timm")
@@ -119,20 +144,15 @@ def build_swin(config: Config, context: ParallelContext) -> Any:
     return Swin(data.image_size, model.patch_size, model.dim, data.num_classes, stages)
 
 
-FAMILIES: dict[str, Callable[[Config, ParallelContext], Any]] = {
-    "gpt": partial(build_decoder, GPT),
-    "llama": partial(build_decoder, Llama),
-    "swin": build_swin,
-}
-
-
 def build_module(config: Config) -> MoEModule:
     images = config.data.name in IMAGES
     task = partial(ImageClassifier, num_classes=config.data.num_classes) if images else LanguageModel
     return task(
         partial(build_model_to_train, config),  # not a lambda: spawned processes get it pickled
         max_steps=config.trainer.max_steps,
-        **asdict(config.optim),
+        min_lr_ratio=config.optim.min_lr_ratio,
+        warmup_steps=config.optim.warmup_steps,
+        make_optimizer=partial(OPTIMIZERS[config.optim.name], config),
         gradient_clip=config.trainer.gradient_clip,
         load_balance_coef=config.moe.load_balance_coef,
         z_loss_coef=config.moe.z_loss_coef,

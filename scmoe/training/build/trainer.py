@@ -20,6 +20,7 @@ from scmoe.analysis.memory import activations
 from scmoe.analysis.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
+from scmoe.config.registry import CALLBACKS
 from scmoe.config.rules import IMAGES, last_step, resolve_ep_size, validates
 from scmoe.parallel.dense_choice import states_bytes
 from scmoe.parallel.lightning_seam import LastCheckpoint, StepProgressBar
@@ -37,6 +38,10 @@ from scmoe.training.callbacks.profile import ProfileSteps
 from scmoe.training.callbacks.skipped_images import SkippedImages
 from scmoe.training.callbacks.step_times import StepTimes
 from scmoe.training.callbacks.throughput import Throughput
+
+register_callback = CALLBACKS.register
+# fields of config.strategy
+PASSED_ON = ("async_checkpoint", "full_checkpoint", "dense", "reductions", "exchange", "debug_collectives")
 
 
 def seed_everything(config: Config) -> None:
@@ -82,7 +87,7 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
         callbacks.append(Analysis("similarity", every, analysis, *functions))
     if trainer.progress:
         callbacks.append(StepProgressBar() if sys.stdout.isatty() else LogLines())
-    return callbacks
+    return callbacks + [CALLBACKS[name](**options) for name, options in config.callbacks.items()]
 
 
 def cpu_threads(config: Config) -> int:
@@ -106,18 +111,15 @@ def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequen
     trainer, strategy = config.trainer, config.strategy
     threads = cpu_threads(config)
     set_threads = LambdaCallback(setup=lambda *_, **__: torch.set_num_threads(threads))  # after Lightning's launcher
-    options: dict[str, Any] = {
-        "async_checkpoint": strategy.async_checkpoint,
-        "full_checkpoint": strategy.full_checkpoint,
-        "debug_collectives": strategy.debug_collectives,
-        "dense": strategy.dense,
-        "dense_estimates": dense_estimates(config) if strategy.dense == "auto" else None,
-    }
+    passed_on = {name: getattr(strategy, name) for name in PASSED_ON}
+    estimates = dense_estimates(config) if strategy.dense == "auto" else None
     arguments: dict[str, Any] = {
         "accelerator": trainer.accelerator,
         "devices": trainer.devices,
         "num_nodes": trainer.num_nodes,
-        "strategy": ExpertParallelStrategy(resolve_ep_size(config), strategy.timeout_s, **options),
+        "strategy": ExpertParallelStrategy(
+            resolve_ep_size(config), strategy.timeout_s, dense_estimates=estimates, **passed_on
+        ),
         "precision": trainer.precision,
         "max_steps": last_step(config),
         "max_epochs": -1,

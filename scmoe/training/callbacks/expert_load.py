@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from scmoe.charts import chart, title
+from scmoe.charts import SMALL, chart, title
 from scmoe.config.extras import install_command
 from scmoe.moe.balance import load_metrics
 from scmoe.training.callbacks.collapse import CollapseAlarm
@@ -95,7 +95,7 @@ def draw_load(counts_LE: list[list[int]], path: Path) -> None:
         if num_experts <= CELLS:
             for layer, row in enumerate(share_LE):
                 for expert, share in enumerate(row):
-                    axis.text(expert, layer, f"{share:.1f}", ha="center", va="center", fontsize=8)
+                    axis.text(expert, layer, f"{share:.1f}", ha="center", va="center", fontsize=SMALL)
         ticks = {f"{name}ticks": range(0, n, -(-n // CELLS)) for name, n in (("x", num_experts), ("y", num_layers))}
         axis.set(xlabel="expert", ylabel="MoE layer", **ticks)
         title(axis, "Load: copies over the fair share, last logged steps")

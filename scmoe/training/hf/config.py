@@ -15,6 +15,7 @@ from typing import Any
 
 from scmoe.config.fields import Config
 from scmoe.config.load import load_text
+from scmoe.config.registry import ARCHITECTURES
 from scmoe.models.llama import NORM_EPS
 from scmoe.training.init_from.families import READERS
 from scmoe.training.init_from.settings import settings
@@ -35,6 +36,9 @@ def hf_config(config: Config, end_of_text: int | None) -> dict[str, Any]:
         raise ValueError(
             f"model.family is {config.model.family}, allowed with --format hf: gpt | llama, language models"
         )
+    if config.moe.architecture not in ARCHITECTURES.built_in:
+        allowed = "allowed with --format hf: an architecture of scmoe; --format safetensors takes any"
+        raise ValueError(f"moe.architecture is {config.moe.architecture}, {allowed}")
     content = native_config(config) or own_config(config)
     ends = {} if end_of_text is None else {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     return {**content, "bos_token_id": None, "eos_token_id": None, **ends, "dtype": "float32"}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from scmoe.config.fields import Config
-from scmoe.config.load import load
+from scmoe.config.load import load_kept
 from scmoe.parallel.checkpoint.export import load_weights
 from scmoe.parallel.checkpoint.loading import check_same_model, load_model
 from scmoe.parallel.mesh import ParallelContext
@@ -21,13 +21,14 @@ def load_trained(path: str | Path, which: Which = "last") -> Any:
     """Return the whole model in eval mode, on the CPU. It is dropless: no token's output depends on other texts.
 
     path: a run's directory, a .safetensors file of `make export` with config.yaml beside it, or a folder with
-    config.json. which: of a run, the last or the best checkpoint. ValueError: it is none of these, or is broken.
+    config.json. which: of a run, the last or the best checkpoint. ValueError: it is none of these, or is broken, or it
+    was trained with extensions that the program has not imported.
     """
     path = Path(path)
     if (path / "config.json").exists():
         return load_folder(path)
     if path.suffix == ".safetensors":
-        model = build(load(path.parent / "config.yaml"))
+        model = build(load_kept(path.parent / "config.yaml"))
         load_weights(path, model)
         return model
     if not (path / "checkpoints").is_dir():

@@ -5,6 +5,7 @@ from typing import Any
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import flatten, show
+from scmoe.config.registry import ARCHITECTURES, FAMILIES
 from scmoe.config.rules import SHORTCUTS
 from scmoe.training.build.blocks import PARTS
 
@@ -34,16 +35,19 @@ def settings(config: Config) -> dict[str, Any]:
 def model_settings(config: Config) -> dict[str, Any]:
     """Return the settings that a model must share to take these weights. An export has them in its header."""
     architecture, keys = config.moe.architecture, ["model.family", "model.layers", "model.dim", "model.heads"]
-    if config.model.family == "swin":
+    if config.model.family in FAMILIES.images:
         keys += ["model.patch_size", "model.window", "data.image_size", "data.num_classes"]
     else:
         keys += ["model.kv_heads", "model.ffn_dim", "model.activation", "data.vocab_size"]
     keys.append("moe.architecture")
     if architecture != "dense":
         keys += ["moe.num_experts", "moe.top_k", "moe.renormalise", "moe.noisy", "moe.every"]
-    if architecture in SHORTCUTS:
+    own = architecture not in ARCHITECTURES.built_in  # an extension's, which may read all of these
+    if architecture in SHORTCUTS or own:
         keys += ["moe.position", "moe.first_position", "moe.tap_norm"]
-    if architecture in ("shared_expert", "scmoe"):
+    if architecture in ("shared_expert", "scmoe") or own:
         keys += ["moe.combine", "moe.coefficient_input"]
+    if config.extensions:
+        keys.append("options")
     here = settings(config)
     return {key: here[key] for key in keys}

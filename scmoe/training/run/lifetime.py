@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import Logger
 
 from scmoe.config.fields import Config
 from scmoe.config.load import to_yaml
+from scmoe.config.program import scmoe
 from scmoe.parallel.checkpoint.durable import checkpoints, read_manifest
 from scmoe.parallel.lightning_seam import rank_without_trainer
 from scmoe.training.build.model import build_model_on_meta
@@ -55,7 +56,7 @@ def open_run(
     except SystemExit:
         state = "cut"
         saved = checkpoints(run_dir / "checkpoints")
-        what = f"to continue: make resume RUN={relative(run_dir)}" if saved else "no step was saved, start it again"
+        what = f"to continue: {scmoe('resume', relative(run_dir))}" if saved else "no step was saved, start it again"
         print(f"stopped; {what}", flush=True)
         raise
     finally:

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from scmoe.config.extensions import named
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load
+from scmoe.config.load import load_kept
 from scmoe.parallel.checkpoint.export import EXPORT, load_weights, read_settings
 from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import build_trainer
@@ -37,7 +38,7 @@ def find_weights(run: Path, which: Which, overrides: Sequence[str]) -> tuple[Pat
     if run.suffix != EXPORT:
         checkpoint = find_checkpoint(run, which)
         return checkpoint, config_without_training(partial(config_of, run, checkpoint), checkpoint, overrides)
-    config = config_without_training(partial(load, run.parent / "config.yaml"), run, overrides)
+    config = config_without_training(partial(load_kept, run.parent / "config.yaml"), run, overrides)
     try:
         check_settings(settings(config), read_settings(run))
     except ValueError as error:
@@ -50,7 +51,7 @@ def config_without_training(read: Callable[[Sequence[str]], Config], weights: Pa
 
     Raises ConfigError for an override that would make another model, and for ranks or devices that are not here.
     """
-    was = read(())
+    was = read(named(overrides))
     refuse_other_model(read([*ALONE, *overrides]), was, weights)
     # The counts of rows are then announced, so that each rank may have another number of them.
     rows = f"moe.rows={'auto' if was.moe.architecture == 'dense' else 'filled'}"

@@ -16,9 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from scmoe.config.extensions import named, words
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
-from scmoe.config.load import load, load_text
+from scmoe.config.load import load_text, parse_yaml, read_text
 from scmoe.config.rules import last_step
 from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, checkpoints, newest_good, read_manifest, verify
 from scmoe.parallel.checkpoint.loading import read_meta
@@ -30,6 +31,7 @@ Which = Literal["last", "best"]
 MAY_CHANGE = (
     *("trainer.", "strategy.", "schedule.", "offload.", "analysis.", "logger."),
     *("data.path", "data.workers", "data.cache_dir"),  # the data module checks that the content is the same
+    *("extensions", "callbacks"),
 )
 MUST_STAY = ("trainer.overfit_batches",)  # it decides which samples come next
 
@@ -108,11 +110,17 @@ def step_of(words: Sequence[str]) -> tuple[int | None, list[str]]:
 
 
 def config_of(run_dir: Path, checkpoint: Path, overrides: Sequence[str] = ()) -> Config:
-    """Return the configuration with which a checkpoint was written; one of an older version has its run's only."""
+    """Return the configuration with which a checkpoint was written, without its callbacks."""
+    return load_text(*config_text(run_dir, checkpoint), overrides)
+
+
+def config_text(run_dir: Path, checkpoint: Path) -> tuple[str, str]:
+    """Return the text in a checkpoint and where it is from; a checkpoint of an older version has its run's only."""
     text = read_meta(checkpoint).get("config")
     if text is None:
-        return load(run_dir / "config.yaml", overrides)
-    return load_text(text, str(checkpoint), overrides)
+        path = run_dir / "config.yaml"
+        return read_text(path), str(path)
+    return text, str(checkpoint)
 
 
 def resumed_config(run_dir: Path, overrides: Sequence[str], step: int | None = None) -> Config:
@@ -123,9 +131,11 @@ def resumed_config(run_dir: Path, overrides: Sequence[str], step: int | None = N
     and for fewer steps than are done.
     """
     checkpoint = find_checkpoint(run_dir, step=step)
-    step, was = read_manifest(checkpoint)["step"], config_of(run_dir, checkpoint)
+    step, was = read_manifest(checkpoint)["step"], config_of(run_dir, checkpoint, named(overrides))
     earlier = record_of(run_dir, step)  # the run was resumed from here before, and saved no later checkpoint
-    config = load(earlier, overrides) if earlier.exists() else config_of(run_dir, checkpoint, overrides)
+    text, source = (read_text(earlier), str(earlier)) if earlier.exists() else config_text(run_dir, checkpoint)
+    config = load_text(text, source, overrides)
+    refuse_kept_callbacks(text, source, overrides)
     refuse_other_model(config, was, checkpoint)
     if config.trainer.fast_dev_run:
         raise ConfigError("trainer.fast_dev_run is true, allowed for a run that goes on: false")
@@ -133,6 +143,16 @@ def resumed_config(run_dir: Path, overrides: Sequence[str], step: int | None = N
         done = f"allowed: {step} or more, as the run has done {step} steps"
         raise ConfigError(f"trainer.max_steps is {config.trainer.max_steps}, {done}")
     return config
+
+
+def refuse_kept_callbacks(text: str, source: str, overrides: Sequence[str]) -> None:
+    """Raise ConfigError where a run had callbacks of which the command says nothing: what is kept runs nothing."""
+    kept = parse_yaml(text, source).get("callbacks")
+    if kept and not any(word.removeprefix("--").startswith("callbacks") for word in overrides):
+        raise ConfigError(
+            f"{source}: callbacks is {show(kept)}, and what a run keeps runs nothing, as it may be from somebody else; "
+            f"add {' '.join(words((), kept))} to the command, or callbacks={{}} to go on without"
+        )
 
 
 def refuse_other_model(config: Config, was: Config, checkpoint: Path) -> None:

@@ -1,13 +1,14 @@
 """The end of a run: its summary, samples of its text, and the commands that can follow."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 
+from scmoe.config.program import scmoe
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
@@ -76,19 +77,19 @@ def sample_text(trainer: Trainer, module: MoEModule, data: PositionedDataModule)
 
 def say_done(run_dir: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """Say that a run has nothing left to do, and return its summary."""
-    more = f"make resume RUN={relative(run_dir)} ARGS=trainer.max_steps={2 * summary['steps']}"
+    more = scmoe("resume", relative(run_dir), f"trainer.max_steps={2 * summary['steps']}")
     print(f"nothing to do: all {summary['steps']} steps are done; for more: {more}", file=sys.stderr)
     return summary
 
 
-def print_summary(run_dir: Path, summary: Mapping[str, Any], samples: list[str]) -> None:
-    """Print the summary's panel, and the commands that can follow, ready to copy."""
+def print_summary(run_dir: Path, summary: Mapping[str, Any], samples: list[str], again: Sequence[str]) -> None:
+    """Print the summary's panel, and the commands that can follow, ready to copy. again: words that name extensions."""
     run, console = relative(run_dir), report.console()
     console.print(report.summary_panel(summary, samples))
-    commands = {"resume": f"make resume RUN={run} ARGS=trainer.max_steps={2 * summary['steps']}"}
+    commands = {"resume": scmoe("resume", run, f"trainer.max_steps={2 * summary['steps']}", *again)}
     if samples:
-        commands["generate"] = f"make generate RUN={run}"
+        commands["generate"] = scmoe("generate", run, *again[:1])
     if sync := sync_command(run):
         commands["sync to W&B"] = f"{relative(Path(sys.executable).parent)}/{sync}"
     for purpose, command in commands.items():
-        console.print(f"{purpose:12} {command}", soft_wrap=True)
+        console.print(f"{purpose:12} {command}", soft_wrap=True, markup=False)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from scmoe.config.extensions import words
 from scmoe.config.fields import Config
 from scmoe.config.trial import shortened
 from scmoe.parallel.lightning_seam import rank_without_trainer
@@ -57,7 +58,7 @@ def train(
         log_best_checkpoint(loggers, trainer.checkpoint_callbacks)
     if directory is None or not trainer.is_global_zero:
         return None
-    print_summary(directory, summary, samples)
+    print_summary(directory, summary, samples, words(config.extensions, config.callbacks))
     return summary
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.mutation.mutants import (
     checkpoints,
+    extending,
     generation,
     models,
     offload,
@@ -15,5 +16,5 @@ from tests.mutation.mutants import (
     sharded,
 )
 
-MODULES = checkpoints, ranks, routing, running, models, generation, offload, package, seeing, sharded
+MODULES = checkpoints, ranks, routing, running, models, generation, offload, package, seeing, extending, sharded
 MUTANTS = [mutant for module in MODULES for mutant in module.MUTANTS]

@@ -11,8 +11,8 @@ MUTANTS = (
     Mutant("module-does-not-pickle", 0, "scmoe/training/build/model.py")
     .replaces("partial(build_model_to_train, config),", "lambda context: build_model_to_train(config, context),")
     .caught_by(f"{UNIT}/test_build.py::test_a_module_can_be_sent_to_a_spawned_process"),
-    Mutant("norm-weights-decay", 0, "scmoe/training/moe_module.py")
-    .replaces('"weight_decay": 0.0}', '"weight_decay": self.weight_decay}')
+    Mutant("norm-weights-decay", 0, "scmoe/training/optimizers.py")
+    .replaces('"weight_decay": 0.0}', '"weight_decay": weight_decay}')
     .caught_by(f"{UNIT}/test_module.py::test_matrices_decay_and_nothing_else"),
     # ------------------------------------------------------------------ a device
     Mutant("weights-drawn-on-the-device", 0, f"{MOE}/experts.py")

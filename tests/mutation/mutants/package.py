@@ -1,10 +1,12 @@
-"""These bugs are in what a user of the installed package meets: names of configurations, extras, the drop-in block."""
+"""These bugs are in what a user meets: names of configurations, extras, the drop-in block, the documentation's site."""
 
 from __future__ import annotations
 
 from tests.mutation.mutant import DIST, FAULTS, PARALLEL, UNIT, Mutant
 
+SITE, HOOKS = f"{UNIT}/test_docs_site.py", "docs/hooks"
 DROP_IN, SHIPPED = f"{DIST}/test_drop_in.py", f"{UNIT}/test_shipped.py"
+COMMANDS = f"{UNIT}/test_commands.py"
 MUTANTS = (
     Mutant("shipped-config-hides-the-users", 0, "scmoe/config/shipped.py")
     .replaces(
@@ -16,8 +18,23 @@ MUTANTS = (
     .replaces("find(parent, path.parent)", "path.parent / parent")
     .caught_by(f"{SHIPPED}::test_a_file_may_extend_a_shipped_one_by_name"),
     Mutant("own-bug-taken-for-a-missing-package", 0, "experiments/__init__.py")
-    .replaces("            if lacks is None:\n                raise\n", "")
+    .replaces("        if lacks is None:\n            raise\n", "")
     .caught_by(f"{UNIT}/test_extras.py"),
+    Mutant("verb-imports-torch-before-parsing", 0, "experiments/evaluate.py")
+    .replaces("import json\n", "import json\n\nimport torch as torch\n")
+    .caught_by(f"{COMMANDS}::test_every_verb_shows_its_help_and_refuses_a_wrong_option_without_torch"),
+    Mutant("half-a-command-succeeds", 0, "experiments/__init__.py")
+    .replaces('if act.__name__ == "help_print" and words and', "if act is None and")
+    .caught_by(f"{COMMANDS}::test_what_no_verb_can_mean_is_refused_in_one_line"),
+    Mutant("hyphens-are-options", 0, "experiments/__init__.py")
+    .replaces("allow_leading_hyphen=True", "allow_leading_hyphen=False")
+    .caught_by(f"{COMMANDS}::test_overrides_and_options_may_be_mixed"),
+    Mutant("scmoe-is-thought-to-be-on-path", 0, "scmoe/config/program.py")
+    .replaces("if not beside.exists() or", "if beside.exists() or")
+    .caught_by(f"{COMMANDS}::test_the_next_command_is_named_as_it_works_here"),
+    Mutant("interrupted-job-begins-again", 0, "scmoe/studies/job.py")
+    .replaces('re.sub(r"\\btrain(\\.py)?$", r"resume\\1", program)', "program")
+    .caught_by(f"{UNIT}/test_table.py"),
     Mutant("drop-in-experts-not-averaged", 0, f"{PARALLEL}/drop_in.py")
     .replaces("    ExpertGradientReducer([*shards.values()], context_of(group))  # its hooks keep it\n", "")
     .caught_by(f"{DROP_IN}::test_two_ranks_give_the_outputs_and_gradients_of_one"),
@@ -29,4 +46,16 @@ MUTANTS = (
     .caught_by(
         f"{FAULTS}/test_lightning_users.py::test_56_load_from_checkpoint_reads_a_directory_of_any_number_of_ranks"
     ),
+    Mutant("field-missing-on-its-page", 0, f"{HOOKS}/config_reference.py")
+    .replaces("map(row, fields)", "map(row, [*fields][1:])")
+    .caught_by(f"{SITE}::test_the_page_of_fields_has_each_field_once_with_its_default_and_range"),
+    Mutant("link-leaves-the-site", 0, f"{HOOKS}/pages.py")
+    .replaces('MOVED.get(path, f"source/{path}.md")', "MOVED.get(path, path)")
+    .caught_by(f"{SITE}::test_links_lead_to_pages_of_the_site"),
+    Mutant("new-page-not-in-the-navigation", 0, f"{HOOKS}/pages.py")
+    .replaces('[*whole, {"Further pages": rest}] if rest else whole', "whole")
+    .caught_by(f"{SITE}::test_every_page_is_in_the_navigation"),
+    Mutant("site-loads-from-the-network", 0, f"{HOOKS}/pages.py")
+    .replaces("    if loaded:\n", "    if len(loaded) > 9:\n")
+    .caught_by(f"{SITE}::test_a_page_that_loads_from_the_network_is_refused"),
 )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from tests.mutation.mutant import DIST, DP, EP, FAULTS, MOE, ORACLE, PARALLEL, UNIT, Mutant
 
+TWO_HOPS = f"{DIST}/test_hierarchical.py::test_two_hops_change_no_bit"
+
 MUTANTS = (
     # ------------------------------------------------------------------ transfers
     Mutant("buffer-not-held", 17, f"{PARALLEL}/all_to_all.py")
     .replaces(
-        "self.exchange(self.source, list(sent), list(received))\n",
-        "self.exchange(self.source, list(sent), list(received))\n        self.source = None\n",
+        "self.exchange(self.source, traffic)\n", "self.exchange(self.source, traffic)\n        self.source = None\n"
     )
     .caught_by(f"{FAULTS}/test_experts.py::test_17_buffers_are_held_until_the_wait_and_no_longer"),
     Mutant("no-wait-forward", 18, f"{PARALLEL}/all_to_all.py")
@@ -27,12 +28,37 @@ MUTANTS = (
     Mutant("rows-left-grouped-by-sender", 0, f"{PARALLEL}/dispatcher.py")
     .replaces(
         "order_R = self.experts_of_rows(counts, rows_RD.shape[0]).argsort(stable=True)",
-        "order_R = torch.arange(sum(counts.received), device=rows_RD.device)",
+        "order_R = torch.arange(sum(counts.traffic.received), device=rows_RD.device)",
     )
     .caught_by(EP),
     Mutant("ceiling-of-the-total", 31, f"{PARALLEL}/dispatcher.py")
     .replaces("fair = sum(received) / len(received)", "fair = sum(received)")
     .caught_by("tests/faults/test_ceiling.py::test_31_the_ceiling_is_a_multiple_of_the_fair_share"),
+    # ------------------------------------------------------------------ two hops
+    Mutant("second-hop-rows-of-another-place", 0, f"{PARALLEL}/hierarchical.py")
+    .replaces("by_place[:, place, node]", "by_place[node, :, :, place].T")
+    .caught_by(f"{UNIT}/test_hierarchical.py::test_two_hops_equal_one"),
+    Mutant("blocks-stay-in-their-order", 0, f"{PARALLEL}/hierarchical.py")
+    .replaces("for b in range(width) for piece in pieces[b::width]", "for piece in pieces")
+    .caught_by(f"{UNIT}/test_hierarchical.py::test_two_hops_equal_one"),
+    Mutant("second-hop-not-regrouped", 0, f"{PARALLEL}/hierarchical.py")
+    .replaces("regrouped = swap_blocks(met, hops.between)\n        return", "regrouped = met\n        return")
+    .caught_by(TWO_HOPS),
+    Mutant("arrived-rows-left-by-place", 0, f"{PARALLEL}/hierarchical.py")
+    .replaces("swap_blocks(self.arrived, self.blocks, self.target)", "self.target.copy_(self.arrived)")
+    .caught_by(TWO_HOPS),
+    Mutant("second-hop-waits-for-nothing", 18, f"{PARALLEL}/hierarchical.py")
+    .replaces("        first.wait()\n", "")
+    .caught_by(TWO_HOPS),
+    Mutant("way-back-of-the-way-there", 0, f"{MOE}/dispatcher.py")
+    .replaces("self.sent, self.by_rank.T)", "self.sent, self.by_rank)")
+    .caught_by(TWO_HOPS),
+    Mutant("each-rank-chooses-for-itself", 0, f"{PARALLEL}/fastest_exchange.py")
+    .replaces("        dist.all_reduce(slowest, dist.ReduceOp.MAX, self.group)\n", "")
+    .caught_by(TWO_HOPS),
+    Mutant("parts-of-nodes-accepted", 76, f"{PARALLEL}/mesh.py")
+    .replaces("ep_size > ranks_per_node > 1 and ep_size % ranks_per_node == 0", "ep_size > ranks_per_node > 1")
+    .caught_by(f"{UNIT}/test_groups.py::test_two_hops_require_groups_of_several_whole_nodes"),
     # ------------------------------------------------------------------ gradients over ranks
     Mutant("no-1/EP", 21, f"{PARALLEL}/update/reducer.py")
     .replaces("return grad / self.context.ep_size", "return grad")
@@ -43,6 +69,21 @@ MUTANTS = (
     Mutant("no_sync-ignored", 0, f"{PARALLEL}/strategy.py")
     .replaces("self.reducer.enabled = False", "self.reducer.enabled = True")
     .caught_by(f"{DIST}/test_strategy.py::test_expert_gradients_are_sent_once_a_step[2]"),
+    Mutant("gradients-beside-rows", 0, f"{PARALLEL}/update/pacing.py")
+    .replaces("                    self.link.wait()\n", "")
+    .caught_by(f"{UNIT}/test_pacing.py::test_rows_wait_behind_the_pieces_in_flight_alone"),
+    Mutant("gradients-in-one-piece", 0, f"{PARALLEL}/update/pacing.py")
+    .replaces("flat.split(max(1, self.piece_bytes // flat.element_size()))", "[flat]")
+    .caught_by(f"{UNIT}/test_pacing.py::test_rows_wait_behind_the_pieces_in_flight_alone"),
+    Mutant("paced-sum-for-mean", 21, f"{PARALLEL}/update/pacing.py")
+    .replaces(".mul_(1 / dist.get_world_size(self.group))", "")
+    .caught_by(f"{DIST}/test_strategy.py::test_when_gradients_are_sent_changes_no_bit[2]"),
+    Mutant("error-of-a-transfer-raised-once", 0, f"{PARALLEL}/all_to_all.py")
+    .replaces("                works[0].wait()  #", "                works.pop(0).wait()\n                continue  #")
+    .caught_by(f"{UNIT}/test_pacing.py::test_an_error_of_rows_reaches_both_that_wait_for_them"),
+    Mutant("gradients-sent-before-they-exist", 0, "scmoe/schedule/limit.py")
+    .replaces("end = max(end, ready + after)", "end = max(end, after)")
+    .caught_by(f"{UNIT}/test_limit.py"),
     Mutant("experts-given-to-DDP", 25, f"{PARALLEL}/strategy.py")
     .replaces(
         "hide_from_ddp(self.module, [name for name, _ in expert_parameters(self.module)])",

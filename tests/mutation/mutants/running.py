@@ -90,7 +90,7 @@ MUTANTS = (
     )
     .caught_by(f"{FAULTS}/test_guards.py::test_14_a_roll_call_names_the_missing_ranks"),
     Mutant("groups-ignore-timeout", 14, f"{PARALLEL}/mesh.py")
-    .replaces("by_rows(grid.tolist(), timeout=timeout, pg_options", "by_rows(grid.tolist(), pg_options")
+    .replaces("ranks.tolist(), timeout=timeout, group_desc", "ranks.tolist(), group_desc")
     .caught_by(f"{FAULTS}/test_guards.py::test_14_no_group_waits_longer_than_the_timeout"),
     Mutant("different-collectives-not-reported", 15, f"{PARALLEL}/job/debug.py")
     .replaces("        if len(set(of_ranks)) > 1:\n", "        if len(set(of_ranks)) > 2:\n")
@@ -156,7 +156,7 @@ MUTANTS = (
     .caught_by(
         f"{FAULTS}/test_lightning_users.py::test_56_a_damaged_directory_is_refused_and_other_checkpoints_are_read_as_before"
     ),
-    Mutant("averaging-copies-accepted", 57, f"{PARALLEL}/strategy.py")
+    Mutant("averaging-copies-accepted", 57, f"{PARALLEL}/refused_callbacks.py")
     .replaces("        if isinstance(callback, COPYING):\n", "        if callback is COPYING:\n")
     .caught_by(
         f"{FAULTS}/test_lightning_users.py::test_57_callbacks_that_average_weights_in_a_copy_are_refused_by_name"

@@ -56,4 +56,10 @@ MUTANTS = (
     Mutant("loaded-model-drops-tokens", 0, f"{HF}/config.py")
     .replaces("replace(config.moe, capacity_factor=None, ", "replace(config.moe, ")
     .caught_by(f"{DIST}/test_export.py::test_a_run_of_two_ranks_is_loaded_from_any_form"),
+    Mutant("values-on-bars", 0, "scmoe/charts.py")
+    .replaces("axis.text(1.02 * end, y, bar.text", "axis.text(0.5 * bar.value, y, bar.text")
+    .caught_by(f"{UNIT}/test_pictures.py::test_the_pictures_of_the_docs_are_readable"),
+    Mutant("digest-without-values", 0, "scmoe/charts.py")
+    .replaces("return paths, numbers(part.get_offsets()), numbers(part.get_edgecolor())", "return len(paths)")
+    .caught_by(f"{UNIT}/test_pictures.py::test_a_picture_is_stale_if_a_value_a_name_or_a_colour_has_changed"),
 )

@@ -1,0 +1,82 @@
+"""`scmoe bench overlap` and `growth` measure pairs of blocks between ranks."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter, validators
+
+from scmoe.config.leaves import ConfigError
+
+OUT = Path("runs/bench")
+Compute = Literal["real", "emulated"]
+Grows = Literal["tokens", "ranks", "experts"]
+Rounds = Annotated[int, Parameter(validator=validators.Number(gte=2))]  # of which quartiles are taken
+
+
+def overlap(
+    *,
+    share: float | None = None,
+    link_mbit: float | None = None,
+    ranks: int | None = None,
+    nodes: int = 1,
+    exchange: Literal["flat", "hierarchical", "auto"] = "flat",
+    compute: Compute | None = None,
+    level: Literal["block", "iteration"] = "block",
+    reductions: Literal["ddp", "paced"] | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    rounds: Rounds = 9,
+    rows: list[str] | None = None,
+    dim: int | None = None,
+    ffn_dim: int | None = None,
+    tokens: int | None = None,
+    heads: int | None = None,
+    seq_len: int | None = None,
+    num_experts: int | None = None,
+    attention_ms: float | None = None,
+    attention_to_mlp: float | None = None,
+    out: Path = OUT,
+) -> None:
+    """How much of the All-to-All every architecture and schedule hides.
+
+    Args:
+        share: communication share of sequential top-2, forward (default: 0.52)
+        link_mbit: rate of the links; by default it is searched for the share
+        ranks: (default: 2; on cuda 1)
+        nodes: on which the ranks are; the rate is that of the nodes' network cards
+        exchange: between nodes
+        compute: (default: emulated; on cuda real)
+        reductions: of gradients, at level iteration (default: paced)
+        device: cuda: one GPU, rows over its bus
+        rows: rows to measure (default: all)
+        dim: (default: 512)
+        ffn_dim: (default: 2048)
+        tokens: (default: 1024)
+        heads: (default: 8)
+        seq_len: (default: 256)
+        num_experts: (default: 8)
+        attention_ms: (default: 45)
+        attention_to_mlp: (default: 3)
+    """
+    given = {name: value for name, value in locals().items() if value is not None}
+    from scmoe.testbed.overlap_report import bench_overlap
+
+    print(json.dumps(bench_overlap(given)))
+
+
+def growth(
+    *, of: list[Grows] | None = None, points: list[int] | None = None, rounds: Rounds = 5, out: Path = OUT
+) -> None:
+    """How the time of a pair of blocks, and what overlap saves of it, grow.
+
+    Args:
+        of: (default: all three)
+        points: its values, with one --of
+    """
+    names = of or ["tokens", "ranks", "experts"]
+    if points and len(names) > 1:
+        raise ConfigError("--points goes with one --of")
+    from scmoe.testbed import growth, links
+
+    links.require()
+    print(json.dumps(growth.bench_growth(names, points, rounds, out)))

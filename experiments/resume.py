@@ -1,0 +1,37 @@
+"""`scmoe resume` goes on with a run."""
+
+import json
+import sys
+from pathlib import Path
+
+from scmoe.config.leaves import ConfigError
+from scmoe.experiments import KeyValue, call
+
+
+def main(run: Path, /, *overrides: KeyValue) -> None:
+    """Resume a run from its newest checkpoint, or from that of a step. The last line on standard output is the run's
+    summary as JSON.
+
+    Exit codes: 2, the request was wrong and nothing was started; 143 or 130, stopped by SIGTERM or Ctrl-C with a
+    checkpoint.
+
+    Args:
+        run: a run's directory, such as runs/latest
+        overrides: step=N for the checkpoint of that step, and key=value for what a resumed run may change
+    """
+    run_dir = run.resolve()
+    if not any(run_dir.glob("checkpoints/*")):
+        raise ConfigError(f"the run is {str(run)!r}, allowed: a run that has a checkpoint")
+    from scmoe.training.run.resume import resumed_config, step_of
+
+    step, settings = step_of(overrides)
+    config = resumed_config(run_dir, settings, step)
+    from scmoe.training.run.train import train
+
+    summary = train(config, settings, run_dir, step)
+    if summary is not None:
+        print(json.dumps(summary), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(call("resume", *sys.argv[1:]))

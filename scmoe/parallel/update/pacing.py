@@ -1,0 +1,117 @@
+"""Sums gradients over ranks so that rows go first: in small pieces, of which none begins while rows are in flight.
+
+    link    rows      piece piece rows           piece piece piece ...
+            combine               dispatch
+
+Gradients and rows share the rank's link. Backward waits for rows, but for gradients only at its end. So rows wait
+behind the two pieces that have begun at most, and gradients fill what the rows leave free. All-reduces of gloo run on
+the host, so a thread can decide there when each begins. On CUDA the host is ahead of the device and cannot; there the
+stream of the rows has priority (mesh.py).
+"""
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from scmoe.parallel.all_to_all import Link
+from scmoe.parallel.mesh import ParallelContext
+
+REDUCTIONS = ("ddp", "paced")
+PIECE_MB, IN_FLIGHT = 1.0, 2  # with one in flight the link is idle until every rank has begun the next
+BUCKET_MB = 1.0  # small, so that the first gradients are sent early
+
+
+def is_paced(reductions: str | None, device: torch.device) -> bool:
+    """Return whether gradients are summed by a Pacer. reductions: ddp | paced; None: paced where it is possible."""
+    if reductions not in (None, *REDUCTIONS):
+        raise ValueError(f"reductions is {reductions!r}, allowed: {' | '.join(REDUCTIONS)} | None")
+    if reductions == "paced" and device.type != "cpu":
+        raise ValueError(
+            "reductions is 'paced', allowed on a GPU: 'ddp': all-reduces run on the device, which the host cannot pace"
+        )
+    return reductions != "ddp" and device.type == "cpu"
+
+
+class _Piece(NamedTuple):
+    numbers: Tensor
+    whole: Tensor | None  # the bucket, with its last piece
+    done: Future[Tensor]
+
+
+class Pacer:
+    """Sums tensors over a group, one after another in the order given; every rank must give the same order.
+
+    group: carries nothing else, because its all-reduces begin on a thread. link: that of the rows.
+    """
+
+    def __init__(self, group: Any, link: Link, piece_mb: float = PIECE_MB) -> None:
+        self.group, self.link, self.piece_bytes = group, link, int(piece_mb * 2**20)
+        self.queue: SimpleQueue[_Piece | None] = SimpleQueue()
+        # a daemon: a rank that fails must not wait at its end for a peer that will never send
+        threading.Thread(target=self._run, name="gradients", daemon=True).start()
+
+    def start(self, flat: Tensor) -> Future[Tensor]:
+        """Sum a tensor of one dimension in place. The result is the tensor itself."""
+        done: Future[Tensor] = Future()
+        *pieces, last = flat.split(max(1, self.piece_bytes // flat.element_size()))
+        for piece in pieces:
+            self.queue.put(_Piece(piece, None, done))
+        self.queue.put(_Piece(last, flat, done))
+        return done
+
+    def mean_of_bucket(self, state: None, bucket: dist.GradBucket) -> Future[Tensor]:
+        """DDP's communication hook. It scales before it sums, as DDP does without a hook."""
+        return self.start(bucket.buffer().mul_(1 / dist.get_world_size(self.group)))
+
+    def stop(self) -> None:
+        self.queue.put(None)
+
+    def _run(self) -> None:
+        in_flight: deque[tuple[Any, _Piece]] = deque()
+        while True:
+            if len(in_flight) == IN_FLIGHT or (in_flight and self.queue.empty()):
+                work, piece = in_flight.popleft()
+                with _errors_to(piece.done):
+                    work.wait()
+                    if piece.whole is not None and not piece.done.done():
+                        piece.done.set_result(piece.whole)
+            elif (next_piece := self.queue.get()) is None:
+                return
+            else:
+                with _errors_to(next_piece.done):
+                    self.link.wait()
+                    in_flight.append((self.group.allreduce([next_piece.numbers]), next_piece))
+
+
+@contextmanager
+def _errors_to(done: Future[Tensor]) -> Iterator[None]:
+    """Let the thread go on, and raise the error where the sum is waited for."""
+    try:
+        yield
+    except Exception as error:
+        if not done.done():
+            done.set_exception(error)  # type: ignore[arg-type]
+
+
+@contextmanager
+def pacing(ddp: Any, context: ParallelContext) -> Iterator[Pacer]:
+    """Pace the gradients of `ddp`, a DistributedDataParallel before its first step. Yields a Pacer for expert shards.
+
+    It is another one, because the order of a dense and an expert bucket may differ from rank to rank: an unused
+    parameter's bucket is full at the end.
+    """
+    dense, experts = Pacer(context.gradient_group, context.link), Pacer(context.edp_group, context.link)
+    ddp.register_comm_hook(None, dense.mean_of_bucket)
+    try:
+        yield experts
+    finally:
+        dense.stop()
+        experts.stop()

@@ -1,0 +1,65 @@
+"""Fault 76: two hops where ranks are not on two levels, or with a rank that does not take part."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from scmoe.config.leaves import ConfigError
+from scmoe.config.load import load
+from scmoe.parallel.mesh import build_context
+from scmoe.parallel.strategy import ExpertParallelStrategy
+from scmoe.testbed.ranks import run_ranks
+
+pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]
+TIMEOUT_S = 2.0
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "trainer.devices=4 strategy.ep_size=4",
+        "trainer.devices=4 trainer.num_nodes=2 strategy.ep_size=2",
+        "trainer.devices=4 trainer.num_nodes=2",
+        "trainer.devices=4 trainer.num_nodes=3 strategy.ep_size=6 moe.num_experts=12",
+        "trainer.devices=1 trainer.num_nodes=2 strategy.ep_size=2",
+    ],
+    ids=["one node", "within a node", "within a node by default", "unequal numbers", "one rank on a node"],
+)
+def test_76_two_hops_without_two_levels_are_refused_before_the_start(layout):
+    words = [*layout.split(), "data.global_batch_size=24"]
+    for way in ("auto", "flat"):
+        load(None, [*words, f"strategy.exchange={way}"])
+    with pytest.raises(ConfigError, match=r"strategy\.exchange is 'hierarchical', allowed: auto \| flat, unless"):
+        load(None, [*words, "strategy.exchange=hierarchical"])
+
+
+def test_76_an_unknown_exchange_is_refused():
+    with pytest.raises(ValueError, match=r"exchange is 'two', allowed: auto \| flat \| hierarchical"):
+        ExpertParallelStrategy(exchange="two")
+
+
+def absent(rank: int, world_size: int) -> tuple[float, bool]:
+    """Rank 3 takes no part. Returns how long this rank waited, and whether it got an error."""
+    dist.init_process_group("gloo")
+    context = build_context(4, torch.device("cpu"), timedelta(seconds=TIMEOUT_S), "hierarchical", 2)
+    start = time.monotonic()
+    if rank == 3:
+        time.sleep(TIMEOUT_S + 1)
+        return 0.0, True
+    assert context.exchange is not None
+    try:
+        context.exchange(torch.ones(4, 2), None)[1].wait()
+    except RuntimeError:
+        return time.monotonic() - start, True
+    return time.monotonic() - start, False
+
+
+def test_76_a_rank_that_is_absent_ends_the_wait_of_both_hops():
+    """Rank 2 waits for its first hop, and ranks 0 and 1 for their second hops from ranks 2 and 3."""
+    for seconds, failed in run_ranks(absent, 4, nodes=2):
+        assert failed and seconds < 60, "gloo's own timeout is half an hour"

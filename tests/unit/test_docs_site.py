@@ -1,0 +1,125 @@
+"""What docs/hooks/ makes for the site: the page of configuration fields, the navigation, links, docstrings.
+
+`make docs` builds the whole site, where mkdocs checks every link. These tests need no build.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from scmoe.config.fields import Config
+from scmoe.config.leaves import leaves
+
+yaml = pytest.importorskip("mkdocs.utils.yaml", reason="needs mkdocs: pip install -e '.[docs]'")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def hooks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs/hooks"))
+
+
+def test_the_page_of_fields_has_each_field_once_with_its_default_and_range():
+    import config_reference
+
+    rows = re.findall(
+        r"^\| `([\w.]+)`\{ #(\S+) \} \| `(.+?)` \| (.*?) \| `(.*?)` \| (.*) \|$", config_reference.page(), re.M
+    )
+    every = {leaf.key: leaf for leaf in leaves(Config())}
+    assert [row[0] for row in rows] == [row[1] for row in rows] == list(every)
+    for key, _, kind, limits, default, meaning in rows:
+        leaf = every[key]
+        assert limits == (leaf.range or "") and kind + (f", {limits}" if limits else "") == leaf.allowed
+        assert default == {"True": "true", "False": "false", "None": "null"}.get(repr(leaf.value), str(leaf.value)), key
+        assert meaning and "<" not in meaning and not re.search(r"(?<!\\)\|", meaning), key
+    assert set(config_reference.SECTIONS) <= {key.rpartition(".")[0] for key in every}
+
+
+def test_links_lead_to_pages_of_the_site():
+    import pages
+
+    assert pages.rewritten("[a](../scmoe/moe/stream.py)", "tour.md") == "[a](source/scmoe/moe/stream.py.md)"
+    assert (
+        pages.rewritten("[a](../../CONTRIBUTING.md#names)", "decisions/0023-house.md")
+        == "[a](../contributing.md#names)"
+    )
+    assert (
+        pages.rewritten("[a](docs/tests.md#x) [b](LICENSE)", "contributing.md")
+        == "[a](tests.md#x) [b](source/LICENSE.md)"
+    )
+    for same in (
+        "[a](runs.md#metrics)",
+        "![a](figures/pair.png)",
+        "[a](#below)",
+        "[a](https://arxiv.org/abs/2404.05019)",
+    ):
+        assert pages.rewritten(same, "tour.md") == same
+    fence, link = "\n```\n`moe.rows`\n```", " `moe.none` [`moe.rows`](runs.md)"
+    field = "[`moe.rows=auto`](./reference/configuration.md#moe.rows)"
+    assert pages.rewritten(f"`moe.rows=auto`{link}{fence}", "tour.md") == f"{field}{link}{fence}"
+    assert pages.rewritten("[a](gone.py)", "tour.md") == "[a](gone.py)", "mkdocs then names it"
+
+
+def test_every_page_is_in_the_navigation():
+    import pages
+
+    nav = yaml.yaml_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    own = [path.relative_to(ROOT / "docs").as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))]
+    made = ["reference/configuration.md", "reference/scmoe.md", *pages.BACK]
+    whole = pages.with_all([*own, *made, "new.md", "source/LICENSE.md"], nav)
+    named = pages.strings(whole)
+    assert len(named) == len(set(named)) and set(named) == {*own, *made, "new.md"}
+    assert "new.md" in whole[-1]["Further pages"]
+
+
+def test_the_concepts_say_what_a_schedule_gives():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/concepts.md").read_text(), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(block, names)
+    said = re.findall(r"^(schedule\..*?)  # (.*)$", block, re.M)
+    assert len(said) == 2 and [repr(eval(call, names)) for call, _ in said] == [words for _, words in said]
+
+
+def test_docstrings_become_markdown():
+    import docstrings
+
+    given = "Splits <x>.\n\nx: rows,\nof any width.\ny, z: others.\nRaises ValueError.\n\n    a -> b: <c>"
+    made = "Splits &lt;x>.\n\n- `x`: rows,\n  of any width.\n- `y, z`: others.\n\nRaises ValueError.\n\n    a -> b: <c>"
+    assert docstrings.markdown(given) == made
+    assert docstrings.markdown("x: a; b: c. y: d.", ["x", "y"]) == "- `x`: a; b: c.\n- `y`: d."
+
+
+@pytest.mark.parametrize(
+    "tag", ['<script src="https://a.b/c.js">', "<link rel=stylesheet href=https://a.b/c.css>", '<img src="//a.b/c">']
+)
+def test_a_page_that_loads_from_the_network_is_refused(tag):
+    import pages
+
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
+    pages.on_post_page('<script src="assets/a.js"><a href="https://a.b">', page=page)
+    with pytest.raises(ValueError, match=r"page\.md loads .*allowed: files of the site"):
+        pages.on_post_page(tag, page=page)
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
+    """Of a quoted message each part between dots is in a string of the code."""
+    files = [path for top in ("scmoe", "datamodules") for path in (ROOT / top).rglob("*.py")]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
+    code = "\n".join(
+        n.value for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    )
+    quoted = re.findall(r"`([^`\n]* [^`\n]*\.\.\.[^`\n]*)`", (ROOT / "docs/troubleshooting.md").read_text())
+    quoted = [text.replace("\\|", "|") for text in quoted if not text.startswith(("make ", "pip "))]
+    assert len(quoted) > 15
+    parts = {
+        part.strip(" ;,:'()")
+        for text in quoted
+        for part in re.split(r"\.\.\.|FILE:LINE, FUNCTION|roll call: |; rank 0|[\w.]+ is 'gpu', |allowed: ", text)
+    }
+    known = {*Config().__dataclass_fields__}
+    assert [part for part in parts if len(part) > 8 and part not in code and part.split(".")[0] not in known] == []

@@ -1,0 +1,138 @@
+"""What is registered is checked, listed and built like what comes with scmoe; what cannot handle it says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import docs.examples.my_architecture  # noqa: F401  else the fixture would forget what it registers
+from scmoe.config.help import catalogue
+from scmoe.config.leaves import ConfigError
+from scmoe.config.load import load
+from scmoe.config.registry import ARCHITECTURES, DATASETS, FAMILIES, OPTIMIZERS, Registry
+from scmoe.experiments import call
+from scmoe.models.gpt import GPT
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.studies.estimate import estimate
+from scmoe.training.build.blocks import decoder_parts, stack
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_model, build_model_on_meta, build_module
+from scmoe.training.hf.config import hf_config
+from scmoe.training.init_from.settings import model_settings
+from tests.support.models import TINY
+
+EXTENSION = "extensions=[docs.examples.my_architecture]"
+PARALLEL = (EXTENSION, "moe.architecture=parallel")
+
+
+@pytest.fixture(autouse=True)
+def kept_registries(monkeypatch):
+    """What a test registers is forgotten."""
+    for registry in (ARCHITECTURES, FAMILIES, DATASETS):
+        monkeypatch.setattr(registry, "makers", dict(registry.makers))
+
+
+@pytest.mark.parametrize("registry", [ARCHITECTURES, FAMILIES, DATASETS, OPTIMIZERS], ids=lambda r: r.kind)
+def test_the_built_in_names_are_those_that_scmoe_registers(registry):
+    own = [name for name, make in registry.makers.items() if make.__module__.startswith("scmoe.")]
+    assert sorted(own) == sorted(registry.built_in)
+
+
+def test_registered_names_are_allowed_and_listed(capsys):
+    load(None, [EXTENSION])
+    with pytest.raises(
+        ConfigError, match=r"moe\.architecture is 'x', allowed: dense \| .* \| dgmoe_share \| parallel$"
+    ):
+        load(None, ["moe.architecture=x"])
+    found = catalogue()
+    assert ("moe.architecture=parallel", "") in found["Architectures"] and ("optim.name=sgd", "") in found["Optimizers"]
+    assert ("data.name=counting", "") in found["Data sets"] and found["Callbacks"] == [("callbacks.surprise", "")]
+    assert call("list", EXTENSION) == 0 and "callbacks.surprise" in capsys.readouterr().out
+
+
+def test_a_registry_keeps_what_it_was_given():
+    registry = Registry("thing", ("a",))
+    assert registry.register("b", images=True)(print) is print and registry["b"] is print
+    assert (registry.names(), registry.images) == (("a", "b"), ["b"])
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        (
+            "schedule=auto",
+            "schedule.auto is True, allowed: false, as moe.architecture=parallel is an extension's, which",
+        ),
+        ("offload.way=blocking", "offload.way is 'blocking', allowed: resident, as moe.architecture=parallel is an"),
+        ("analysis.gating_every=1", "analysis.gating_every is 1, allowed: null, as moe.architecture=parallel is an"),
+        ("analysis.similarity_every=1", "analysis.similarity_every is 1, allowed: null, as moe.architecture=parallel"),
+    ],
+)
+def test_what_needs_scmoes_own_blocks_is_refused(word, says):
+    with pytest.raises(ConfigError) as caught:
+        load(None, [*PARALLEL, word])
+    assert says in str(caught.value)
+
+
+def test_fields_that_an_extension_may_read_are_free():
+    words = (
+        "moe.position=pos1",
+        "moe.first_position=pos3",
+        "moe.tap_norm=shared",
+        "moe.combine=cg2",
+        "schedule.slot=9",
+    )
+    config = load(None, [*PARALLEL, *words, "options.a=1"])
+    kept = model_settings(config)
+    assert (kept["moe.position"], kept["moe.combine"], kept["options"]) == ("pos1", "cg2", {"a": 1})
+
+
+def test_costs_are_estimated_from_the_modules_and_an_export_for_hugging_face_is_refused():
+    config = load(None, [*TINY, *PARALLEL])
+    facts, scmoe = (
+        estimate(load(None, [*TINY, *words]), 2, 1) for words in (PARALLEL, ("moe.every=1", "moe.position=pos1"))
+    )
+    assert facts["all_to_all_bytes_forward"] == scmoe["all_to_all_bytes_forward"] > 0
+    assert 0 < facts["flops_forward"] < scmoe["flops_forward"], "it has no shared expert"
+    with pytest.raises(
+        ValueError, match=r"moe\.architecture is parallel, allowed with --format hf: an architecture of"
+    ):
+        hf_config(config, None)
+
+
+def test_a_family_puts_its_model_around_any_architecture():
+    @FAMILIES.register("narrow")
+    def narrow(config, context):
+        parts = decoder_parts(config, norm=nn.LayerNorm, activation="gelu_tanh")
+        blocks = stack(config, context, [parts] * config.model.layers)
+        return GPT(config.data.vocab_size, config.data.seq_len, config.model.dim, blocks)
+
+    FAMILIES.register("bare")(lambda config, context: nn.Linear(2, 2))
+    config = load(None, [*TINY, "model.family=narrow"])
+    model = build_model(config, ParallelContext())
+    logits, stats = model(torch.zeros(1, 4, dtype=torch.int64))
+    assert logits.shape == (1, 4, 64) and len(stats) == 1 and build_module(config)
+    with pytest.raises(
+        ConfigError, match=r"model\.family is 'bare', whose network lacks blocks, head, init_weights, rows"
+    ):
+        build_model_on_meta(load(None, [*TINY, "model.family=bare"]))
+
+
+def test_images_go_with_models_of_images(monkeypatch):
+    monkeypatch.setattr(FAMILIES, "images", list(FAMILIES.images))
+    DATASETS.register("mine")(lambda config, position: None)
+    FAMILIES.register("vit", images=True)(print)
+    with pytest.raises(
+        ConfigError, match=r"data\.name is 'mine', allowed: fashion_mnist, digits, image_folder for model"
+    ):
+        load(None, ["data.name=mine", "model.family=vit"])
+    assert load(None, ["data.name=digits", "model.family=vit", "model.ffn_dim=64", "model.dropout=0.1"])
+    assert load(None, ["data.name=mine", "data.vocab_size=10", "data.path=x"])
+
+
+def test_a_data_set_reads_its_options():
+    config = load(None, [*TINY, EXTENSION, "data.name=counting", "options.stride=3"])
+    data = build_datamodule(config)
+    data.setup("fit")
+    assert data.splits.tokens["train"][:4].tolist() == [0, 3, 6, 9]

@@ -1,0 +1,137 @@
+"""The pictures of the docs are those that `make figures` would draw now, and colour-blind readers can read them."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from PIL import Image
+
+from scmoe import charts
+from scmoe.config.leaves import ConfigError
+from scmoe.studies.figures.pages import DRAW, PAGES, pictures
+from scmoe.studies.table.rows import load_table
+from scmoe.testbed.speed_chart import PAPERS, name_of
+from tests import terminal
+from tests.support.pictures import assert_readable, assert_values_off_the_bars
+
+ROOT = Path(__file__).parents[2]
+# Drawn before reports were kept, to be measured again by `make reports`, which replaces them
+WITHOUT_REPORT = {
+    "growth",
+    "overlap-emulated-block-2-ranks-share-0.35",
+    "overlap-emulated-block-2-ranks-share-0.52",
+    "overlap-emulated-block-4-ranks-share-0.35",
+    "overlap-real-block-2-ranks-share-0.15",
+    "overlap-real-block-2-ranks-share-0.52",
+    "overlap-real-iteration-2-ranks-share-0.52",
+}
+BARS = ("headline", "overlap", "inference", "figure-13")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Returns a list of all figures that are saved, with their metadata. No file is written."""
+    found = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, metadata: found.append((figure, metadata)))
+    return found
+
+
+def test_every_picture_of_the_docs_shows_what_its_report_says(drawn):
+    stale = []
+    for name, draw in pictures().items():
+        draw(PAGES / f"{name}.png")
+        with Image.open(PAGES / f"{name}.png") as image:
+            if image.info.get("Description") != drawn[-1][1]["Description"]:
+                stale.append(name)
+    assert not stale, "make figures draws them again"
+
+
+def test_every_picture_of_the_docs_has_a_report(drawn):
+    there = {path.stem for path in PAGES.glob("*.png")}
+    assert there == pictures().keys() | WITHOUT_REPORT
+    measured = WITHOUT_REPORT & pictures().keys()
+    assert not measured, "take them off the list: they have a report now"
+
+
+def test_the_pictures_of_the_docs_are_readable(drawn):
+    for name, draw in pictures().items():
+        draw(PAGES / f"{name}.png")
+        assert_readable(drawn[-1][0])
+        if name.startswith(BARS):
+            assert_values_off_the_bars(drawn[-1][0])
+
+
+def test_a_picture_is_stale_if_a_value_a_name_or_a_colour_has_changed(drawn, monkeypatch):
+    report = json.loads((PAGES / "inference-2-ranks-share-0.52.json").read_text())
+    draw = DRAW["inference-"]
+
+    def digest() -> str:
+        draw(report, Path("x.png"))
+        return drawn[-1][1]["Description"]
+
+    first = digest()
+    assert digest() == first
+    report["rows"]["scmoe_pos2"]["prefill"]["limit"] += 0.001
+    limit = digest()
+    monkeypatch.setitem(name_of.__globals__["NAMES"], "top1", "Top-1")
+    name = digest()
+    monkeypatch.setitem(draw.__globals__, "RED", charts.GREEN)
+    assert len({first, limit, name, digest()}) == 4
+
+
+def test_a_report_that_nothing_draws_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    PAGES.mkdir(parents=True)
+    (PAGES / "other.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"other\.json is no report that is drawn, allowed: names that begin with"):
+        pictures()
+
+
+def test_a_recording_shows_what_a_terminal_shows_at_the_end(tmp_path):
+    printed = "first\r\n\x1b[1;31mred\x1b[0m and plain\r\nstep 1/2\r\x1b[Kstep 2/2\r\n12\r\n\x1b[A\x1b[2K\rtop"
+    lines = terminal.lines_of(printed)
+    assert [line.plain for line in lines] == ["first", "red and plain", "step 2/2", "top", ""]
+    assert [(span.start, span.end) for span in lines[1].spans] != [], "colours stay"
+    terminal.draw(lines, tmp_path / "out.svg")
+    svg = (tmp_path / "out.svg").read_text()
+    assert "red" in svg and "and&#160;plain" in svg
+    assert re.findall(r"https?://[^\"]*", svg) == ["http://www.w3.org/2000/svg"], "it loads nothing"
+
+
+def test_a_command_that_fails_is_not_recorded():
+    with pytest.raises(SystemExit, match="failed with 3"):
+        terminal.record([sys.executable, "-c", "print('so far'); raise SystemExit(3)"])
+
+
+def test_the_paper_s_values_are_those_of_its_tables():
+    for share, table in ((0.52, "table1"), (0.15, "table2")):
+        printed = {}
+        for row in load_table(table).rows:
+            speeds = {
+                kind: row.paper[f"{word} speed-up"] for kind, word in (("train", "training"), ("forward", "inference"))
+            }
+            printed.setdefault(row.speed, speeds)  # Table 2 has two models; GPT2-MoE-Medium stands first
+        for row, speeds in PAPERS[share].rows.items():
+            assert printed[row] == speeds, (share, row)
+
+
+def test_colours_differ_for_colour_blind_readers():
+    """As seen with protanopia and deuteranopia (Machado et al. 2009, severity 1; the matrices are for linear RGB)."""
+    blind = {
+        "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    }
+    colors = [to_rgb(c) for c in (charts.BLUE, charts.SKY, charts.GREEN, charts.ORANGE, charts.RED, charts.PAPER)]
+    for kind, matrix in blind.items():
+        seen = [np.clip(np.array(matrix) @ np.array(color) ** 2.2, 0, 1) ** (1 / 2.2) for color in colors]
+        for a, b in combinations(seen, 2):
+            assert np.abs(a - b).max() > 0.1, kind
