@@ -44,7 +44,7 @@ def stages(model: Any, seq_len: int, precision: str, on_gpu: bool, dense: str = 
     steps = 2 if stream < 4 and precision == "bf16-mixed" else 0 if on_gpu else 1
     rows = model.rows_per_sample(seq_len)
     last = Stage({*model.norm.modules(), *model.head.modules()})
-    of_blocks = [Stage(set(block.modules())) for block in model.blocks]
+    of_blocks = [Stage(set(block.modules())) for block in model.steps]
     first = Stage(set(model.modules()).difference(last.modules, *(s.modules for s in of_blocks)))
     stage_of = {module: s for s in (first, *reversed(of_blocks), last) for module in s.modules}
     unit_of: dict[nn.Module, nn.Module] = {}  # the sub-layer or the shared expert that a module is a part of
@@ -70,7 +70,7 @@ def stages(model: Any, seq_len: int, precision: str, on_gpu: bool, dense: str = 
         if isinstance(module, Residual):
             stage.inputs += rows[module] * module.f.dim * stream
             stage.stream = rows[module] * module.f.dim * stream
-    for i, (stage, block) in enumerate(zip(of_blocks, model.blocks, strict=True)):
+    for i, (stage, block) in enumerate(zip(of_blocks, model.steps, strict=True)):
         for moe, copies in own_moe_uses(block):
             num_rows, gates = rows_sent(moe, copies) * rows[moe], copies / moe.router.top_k * rows[moe]
             _, dim, hidden = moe.experts.w_in_eDF.shape
@@ -87,6 +87,8 @@ def stages(model: Any, seq_len: int, precision: str, on_gpu: bool, dense: str = 
 def _kept_by(module: Any, c: int, stream: int, steps: int) -> float:
     """Bytes of one row that the module itself keeps, without its submodules. steps: wide rows that RMSNorm keeps."""
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        if isinstance(module, nn.RMSNorm) and steps == 2:
+            stream = 0  # its input is kept wide alone
         return module.weight.numel() * (stream + c + isinstance(module, nn.RMSNorm) * steps * max(4, c))
     if isinstance(module, SelfAttention):
         return module.kept_bytes(c)

@@ -62,19 +62,18 @@ def moments_split(split: Split, stages: Sequence[Stage], samples: int, recompute
     kept = kept_until(stages, samples, recompute)
     outside = sum(map(split.gathered_bytes, split.outside))
     of_head = sum(map(split.gathered_bytes, parameters_of(split, stages[-1], before=())))  # its gradient stays
-    ahead = split.precision != "bf16-mixed"  # there, only the smallest group of a block is gathered ahead
     came = 0.0
     yield outside + whole[-2] + kept[-1] + busy(stages[-1], samples, recompute)
     of_experts = sum(split.gathered_bytes(p) for p in own[-2] if p in split.experts) * (split.dp_size > 1)
     yield outside + kept[-2] + 2 * whole[-2] + of_experts  # in forward, as it arrives: parts on dim 1 are put in order
     for i in reversed(range(1, len(stages) - 1)):
-        before, after = whole[i - 1] * ahead if i > 1 else 0, given[i + 1] if i < len(stages) - 2 else 0
+        before, after = whole[i - 1] if i > 1 else 0, given[i + 1] if i < len(stages) - 2 else 0
         always = outside + of_head + came + before
         start, middle = at_start_and_in_the_middle(stages, i, kept, samples, recompute)
         yield always + start + 1.25 * whole[i] + after
         yield always + middle + 1.5 * whole[i] + after
         of_dense = sum(split.gathered_bytes(p) for p in own[i] if p not in split.experts)
-        yield outside + of_head + came + kept[i - 1] + of_dense + given[i]  # gradients of experts go first
+        yield always + kept[i - 1] + of_dense + given[i]  # the gradients of experts have gone before
         came += sum(split.held(p) * split.width for p in own[i])
     yield outside + came + kept[0] + given[0] + given[-1]
 

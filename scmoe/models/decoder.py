@@ -44,6 +44,11 @@ class Decoder(nn.Module):
         self.norm = norm
         self.head = nn.Linear(dim, vocab_size, bias=False)
 
+    @property
+    def steps(self) -> list[nn.Module]:
+        """What runs one after the other: the blocks."""
+        return list(self.blocks)
+
     def forward(
         self, ids_BS: Tensor, mask_BS: Tensor | None = None, cache: KVCache | None = None, last_B: Tensor | None = None
     ) -> LMOutput:

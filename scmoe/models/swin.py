@@ -96,6 +96,11 @@ class Swin(nn.Module):
     def blocks(self) -> list[nn.Module]:
         return [block for stage in self.stages for block in stage]
 
+    @property
+    def steps(self) -> list[nn.Module]:
+        """Merges and blocks in the order of forward."""
+        return [step for merge, stage in zip(self.merges, self.stages, strict=True) for step in (merge, *stage)][1:]
+
     def forward(self, images_BCHW: Tensor, mask_B: Tensor | None = None) -> ClassifierOutput:
         """mask_B False: a filler picture, which is routed nowhere."""
         x_BHWD = self.patches(images_BCHW)
