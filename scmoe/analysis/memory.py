@@ -71,7 +71,7 @@ def rank_memory(
         "optimizer": optimizer,
         "gathered": 0 if dense == "replicated" else max(map(split.gathered_block, model.blocks)),
         "activations": round(samples * (kept + repeated)) + narrow,
-        "total": weights + optimizer + round(moment),
+        "total": weights + optimizer + round(moment) + sum(buffer.nbytes for buffer in model.buffers()),
     }
 
 

@@ -1,9 +1,8 @@
 """Counts what operators do to a device, from the calls alone: live bytes, FLOPs, bytes of collectives.
 
 torch has trackers of its own, MemTracker and FlopCounterMode. Both put hooks on every module, and these hold gradients
-of outputs and what activation checkpointing computes again until backward ends: 3.67 GiB too much of GPT3-MoE-XL
-(docs/decisions/0037-dry-run.md). So this file has no hooks: a storage counts from the operator that makes it until
-nothing refers to it.
+of outputs and what activation checkpointing computes again longer than autograd does (docs/decisions/0037-dry-run.md).
+So this file has no hooks: a storage counts from the operator that makes it until nothing refers to it.
 """
 
 import weakref
@@ -77,7 +76,7 @@ class Counting(TorchDispatchMode):
         out = func(*args, **kwargs)
         if active_fake_mode() is self.fake:  # else DTensor asks for a shape
             self.add(tensors_in([out]))
-            self.flops += flops_of(func._overloadpacket, args, kwargs, out)
+            self.flops += flops_of(func.overloadpacket, args, kwargs, out)
             if func.namespace == "c10d":
                 name, size = sent_bytes(func, args)
                 self.collectives[name] += size
@@ -110,7 +109,7 @@ def sent_bytes(func: Any, args: Any) -> tuple[str, int]:
 
     An all-reduce is a reduce-scatter and an all-gather, so it sends its tensor twice. The others send the larger of
     what goes in and what comes out."""
-    name = func._overloadpacket._qualified_op_name.partition("::")[2]
+    name = func.name().partition("::")[2].partition(".")[0]
     group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
     sizes = [sum(t.nbytes for t in tensors_in([arg])) for arg in args]
     who = "all" if group.group_desc == "default_pg" else group.group_desc
