@@ -114,7 +114,7 @@ def test_13_callbacks_that_save_after_an_exception_wait_for_no_rank(bad, how, tm
 # The train command with a rank that fails. argv: how, that rank, where, in which call, then the command's arguments.
 FAILING = """
 import importlib, inspect, os, sys
-how, rank, place, call = sys.argv[1:5]
+how, rank, place, turn = sys.argv[1:5]
 module, _, path = place.partition(":")
 owner, calls = importlib.import_module(module), 0
 *outer, name = path.split(".")
@@ -124,7 +124,7 @@ healthy, static = getattr(owner, name), isinstance(inspect.getattr_static(owner,
 def broken(*args, **kwargs):
     global calls
     calls += 1
-    if calls == int(call) and os.environ.get("LOCAL_RANK", "0") == rank:
+    if calls == int(turn) and os.environ.get("LOCAL_RANK", "0") == rank:
         while how == "stuck":
             pass
         raise RuntimeError(f"rank {rank} is broken")
