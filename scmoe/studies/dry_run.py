@@ -78,5 +78,5 @@ def preset_rows(ranks: int, samples: int, overrides: Sequence[str]) -> Iterator[
     for path, dense, precision, recompute in product(presets, WAYS, PRECISIONS, RECOMPUTE):
         words = [f"strategy.dense={dense}", f"trainer.precision={precision}", f"trainer.recompute={recompute}"]
         facts = compare(load_for(path, ranks, samples, [*overrides, *words]))[1]
-        sizes = {key: round(facts[key], 4) for key in ("peak_gib", "states_gib", "estimate_gib", "error")}
+        sizes = {key: round(facts[key], 6) for key in ("peak_gib", "states_gib", "estimate_gib", "error")}
         yield {"preset": path.stem, "dense": dense, "precision": precision, "recompute": recompute == "true", **sizes}
