@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # the table NAMES, for type checkers and editors
     from scmoe.training.build.trainer import register_callback
     from scmoe.training.hf.load import load_trained as load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "ExpertParallelStrategy",
     "MoE",
