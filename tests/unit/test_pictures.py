@@ -31,7 +31,6 @@ WITHOUT_REPORT = {
     "overlap-emulated-block-4-ranks-share-0.35",
     "overlap-real-block-2-ranks-share-0.15",
     "overlap-real-block-2-ranks-share-0.52",
-    "overlap-real-iteration-2-ranks-share-0.52",
 }
 BARS = ("headline", "overlap", "inference", "figure-13")
 
