@@ -17,9 +17,9 @@ from typing import Any
 from torch import nn
 
 from scmoe.analysis.cost import WEIGHT_BYTES
+from scmoe.models.units import units
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
-from scmoe.parallel.dense_shards import units
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ divides nothing: the loss is divided by the number of ranks before backward, and
 divides twice on a mesh of one rank, and gloo has no sum with a factor.)
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from scmoe.models.units import units
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import ParallelContext, expert_parameters, start_communicators
 
@@ -107,27 +108,6 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
             gather_as_kept(part, in_float32)
-
-
-def units(module: nn.Module) -> list[list[nn.Module]]:
-    """Return what is gathered together: each entry of the outermost `nn.ModuleList`s, which hold a model's blocks.
-    Neighbours that share a weight (DGMoE-Share) are one unit. Everything else is gathered with the whole module."""
-    found: list[list[nn.Module]] = []
-    for block in _entries(module):
-        own = set(block.parameters())
-        if found and own & {p for other in found[-1] for p in other.parameters()}:
-            found[-1].append(block)
-        elif own:
-            found.append([block])
-    return found
-
-
-def _entries(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList):
-            yield child
-        else:
-            yield from _entries(child)
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -25,6 +26,13 @@ CASES = {
     "hybrid": "model.layers=4 strategy.dense=hybrid strategy.ep_size=4 trainer.precision=bf16-mixed",
     "hybrid, recompute": "strategy.dense=hybrid trainer.recompute=true model.layers=4",
 }
+
+
+@pytest.fixture(autouse=True)
+def no_process_group():
+    """Other tests of this process may have left theirs."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,0 +1,26 @@
+"""A model's units: the blocks whose weights are gathered together where dense weights are split over ranks."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+
+def units(module: nn.Module) -> list[list[nn.Module]]:
+    """Return what is gathered together: each entry of the outermost `nn.ModuleList`s, which hold a model's blocks.
+    Neighbours that share a weight (DGMoE-Share) are one unit. Everything else is gathered with the whole module."""
+    found: list[list[nn.Module]] = []
+    for block in _entries(module):
+        own = set(block.parameters())
+        if found and own & {p for other in found[-1] for p in other.parameters()}:
+            found[-1].append(block)
+        elif own:
+            found.append([block])
+    return found
+
+
+def _entries(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _entries(child)
