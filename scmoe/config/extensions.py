@@ -1,8 +1,8 @@
 """Imports extensions, a user's own modules, which register names (registry.py). An import runs code.
 
 So only a user says what is imported: `extensions` on the command line, or in a file given to a verb as its CONFIG. The
-configuration in a run, a checkpoint or an export may be from somebody else. It imports nothing: `evaluate`, `generate`,
-`export`, `--resume` and `scmoe.load` refuse its extensions unless the command line names them again, or the user's own
+configuration in a run, a checkpoint or an export may be another person's. It imports nothing: `evaluate`, `generate`,
+`export`, `resume` and `scmoe.load` refuse its extensions unless the command line names them again, or the user's own
 program has imported them.
 """
 
@@ -55,7 +55,7 @@ def refuse_kept(names: Sequence[str], source: str) -> None:
     """Raise ConfigError for extensions that only a kept configuration names. source: where it is kept."""
     if missing := [name for name in names if name not in sys.modules]:
         raise ConfigError(
-            f"{source}: extensions is {show(list(names))}, and what a run keeps imports nothing, as it may be from "
-            f"somebody else; if you trust {', '.join(missing)}, add {words(names, {})[0]} to the command, or import it "
-            "before scmoe.load; extensions=[] goes on without"
+            f"{source}: extensions is {show(list(names))}, but the configuration in a run imports nothing, as "
+            f"another person may have written it; if you trust {', '.join(missing)}, add {words(names, {})[0]} to the "
+            "command, or import it before scmoe.load; extensions=[] goes on without"
         )

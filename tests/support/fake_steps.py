@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from scmoe.config.load import load
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 from scmoe.parallel.update.guard import Guard
 from scmoe.parallel.update.reducer import ExpertGradientReducer
+from scmoe.testbed.dry_run.counting import tensors_in
 from scmoe.training.build.model import build_module
 from tests.support import broken_steps
 from tests.support.architectures import overrides
@@ -117,14 +118,6 @@ class Watch(TorchDispatchMode):
             raise DeviceFault("the host reads a number of the device")
         self.reads += 1
         return 1
-
-
-def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from tensors_in(value)
 
 
 class OnFakeCuda(SingleDeviceStrategy):

@@ -5,7 +5,6 @@ another table (Tables 1, 5 and 6 have rows in common) or was made on another mac
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -31,7 +30,9 @@ def adopt(runs: Sequence[Run], folders: Iterable[Path]) -> int:
 
 
 def save(runs: Sequence[Run], to: Path) -> Path:
-    """Copy results.json and the states of finished runs into <to>/<table>-<scale>/. Raises ConfigError if none is."""
+    """Copy results.json and the states of finished runs into <to>/<table>-<scale>/, without run directories.
+
+    Raises ConfigError if no run is finished."""
     study = runs[0].job.study
     finished = [run for run in runs if run.state.status == "finished"]
     if not finished:
@@ -40,8 +41,11 @@ def save(runs: Sequence[Run], to: Path) -> Path:
     (folder / "states").mkdir(parents=True, exist_ok=True)
     for old in (folder / "states").glob("*.json"):
         old.unlink()
-    shutil.copy(study / "results.json", folder)
+    results = json.loads((study / "results.json").read_text())
+    for row in results["rows"]:
+        row["run_dirs"] = []  # they stay on this machine
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     for run in finished:
-        state = json.loads(run.job.state_file.read_text()) | {"run_dir": None}  # it stays on this machine
+        state = json.loads(run.job.state_file.read_text()) | {"run_dir": None}
         (folder / "states" / run.job.state_file.name).write_text(json.dumps(state) + "\n")
     return folder

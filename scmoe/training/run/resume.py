@@ -150,7 +150,7 @@ def refuse_kept_callbacks(text: str, source: str, overrides: Sequence[str]) -> N
     kept = parse_yaml(text, source).get("callbacks")
     if kept and not any(word.removeprefix("--").startswith("callbacks") for word in overrides):
         raise ConfigError(
-            f"{source}: callbacks is {show(kept)}, and what a run keeps runs nothing, as it may be from somebody else; "
+            f"{source}: callbacks is {show(kept)}, but the configuration in a run runs no callback; "
             f"add {' '.join(words((), kept))} to the command, or callbacks={{}} to go on without"
         )
 
