@@ -67,7 +67,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         heading(figure, f"One {what}, {conditions(report)}: {share}")
         colors = {"one chunk": BLUE, "pipelined (2 or 4 chunks)": SKY} | ({paper.where: PAPER} if paper else {})
         quartiles = f"quartiles of {report['rounds']} rounds"
-        bar_legend(figure, colors, quartiles, "limit: all of top-2's communication hidden", ncols=1)
+        bar_legend(figure, colors, quartiles, "limit: all communication hidden", ncols=1)
 
 
 def speed_bars(report: dict[str, Any], kind: str, paper: Printed | None) -> dict[str, list[Bar]]:
@@ -75,7 +75,8 @@ def speed_bars(report: dict[str, Any], kind: str, paper: Printed | None) -> dict
     groups: dict[str, list[Bar]] = {}
     for row, own in report["rows"].items():
         value, color = own[f"{kind}_speedup"], SKY if row.endswith(PIPELINED) else BLUE
-        bar = Bar(value, color, f"{value:.2f}", own[f"{kind}_quartiles"], report[f"limit_{kind}"])
+        limit = own.get(f"limit_{kind}", report[f"limit_{kind}"])  # an iteration's rows have gradients of their own
+        bar = Bar(value, color, f"{value:.2f}", own[f"{kind}_quartiles"], limit)
         groups.setdefault(name_of(row), []).append(bar)
     for row, values in paper.rows.items() if paper else ():
         if name_of(row) in groups:
