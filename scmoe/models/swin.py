@@ -6,7 +6,7 @@ normalises after each sub-layer, x + drop_path(norm(f(x))), so its blocks have p
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -38,7 +38,17 @@ class ShiftedWindows(SelfAttention):
         block: Any = SwinTransformerV2Block(dim, grid, heads, window, window // 2 if shifted else 0)
         self.attention, self.window, self.shift = block.attn, block.window_size, block.shift_size
         self.register_buffer("mask", block.attn_mask, persistent=False)  # no attention across the map's border
-        self.dim = dim
+        self.dim, self.grid = dim, grid
+
+    def reset_parameters(self) -> None:
+        """Set what is not drawn: attention's scales, biases and tables, and the mask, in which timm has -100."""
+        self.attention.reset_parameters()
+        if self.mask is not None:
+            row_H = torch.arange(self.grid, device=self.mask.device)
+            part_H = (row_H >= self.grid - self.window[0]).int() + (row_H >= self.grid - self.shift[0]).int()
+            part_BHWD = (3 * part_H[:, None] + part_H)[None, :, :, None]  # the shift joins what is apart on the map
+            part_NS = window_partition(part_BHWD, self.window).flatten(1)
+            self.mask.zero_().masked_fill_(part_NS[:, None] != part_NS[:, :, None], -100.0)
 
     def forward(self, x_BHWD: Tensor) -> Tensor:
         up, left = self.shift
@@ -114,26 +124,29 @@ class Swin(nn.Module):
         return ClassifierOutput(self.head(self.norm(x_BHWD).mean((1, 2))), all_stats)
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
+    def init_weights(self, seed: int, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
         """timm's: products N(0, 0.02), patches as a convolution's. A block starts as the identity: its norms are 0.
 
-        The result depends only on the seed, names and shapes: not on the rank, the EP degree or earlier draws.
+        The result depends only on the seed, names and shapes: not on the rank, the EP degree or earlier draws. It sets
+        every parameter and every buffer. put: copies a value into a weight, or into the part that this rank holds.
         """
         for name, module in self.named_modules():
             if isinstance(module, Experts):
-                module.init_weights(f"{seed}/{name}", STD, STD)
+                module.init_weights(f"{seed}/{name}", STD, STD, put)
+            elif isinstance(module, (ShiftedWindows, nn.LayerNorm)):
+                module.reset_parameters()
             elif isinstance(module, nn.Linear):
                 generator = named_generator(f"{seed}/{name}")
-                module.weight.copy_(torch.randn(module.weight.shape, generator=generator, device="cpu") * STD)
+                put(module.weight, torch.randn(module.weight.shape, generator=generator, device="cpu") * STD)
                 if module.bias is not None:
                     module.bias.zero_()
             elif isinstance(module, nn.Conv2d):
                 bound = 1 / math.sqrt(module.weight[0].numel())
                 for kind, weight in module.named_parameters():
                     generator = named_generator(f"{seed}/{name}/{kind}")
-                    weight.copy_((2 * torch.rand(weight.shape, generator=generator, device="cpu") - 1) * bound)
-            elif isinstance(module, PostNorm):
-                module.norm.weight.zero_()
+                    put(weight, (2 * torch.rand(weight.shape, generator=generator, device="cpu") - 1) * bound)
+        for norm in [module.norm for module in self.modules() if isinstance(module, PostNorm)]:
+            norm.weight.zero_()
 
     def rows_per_sample(self, seq_len: int) -> dict[nn.Module, float]:
         """Rows that each module sees of one sample: the places of the map at its stage. seq_len is not read."""

@@ -12,7 +12,7 @@ from scmoe.parallel.checkpoint.loading import check_same_model, load_model
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build.model import build_model
 from scmoe.training.hf.config import OURS, dropless, our_config, read_config
-from scmoe.training.init_from.pretrained import read_hf, read_safetensors
+from scmoe.training.init_from.pretrained import read_hf, stored_in
 from scmoe.training.init_from.upcycle import fill
 from scmoe.training.run.resume import Which, config_of, find_checkpoint
 
@@ -52,11 +52,11 @@ def load_folder(folder: Path) -> Any:
     if content["model_type"] != OURS:
         fill(model, read_hf(folder))
         return model
-    weights = read_safetensors(sorted(folder.glob("*.safetensors")))
-    theirs = {name.removeprefix("model."): weight for name, weight in weights.items() if name != "model.head.weight"}
+    stored = stored_in(sorted(folder.glob("*.safetensors")))
+    theirs = {name.removeprefix("model."): tensor for name, tensor in stored.items() if name != "model.head.weight"}
     own = dict(model.named_parameters())
-    theirs |= {"head.weight": weights["model.head.weight"]} if "head.weight" in own else {}
-    check_same_model(folder, own, {name: tuple(weight.shape) for name, weight in theirs.items()})
+    theirs |= {"head.weight": stored["model.head.weight"]} if "head.weight" in own else {}
+    check_same_model(folder, own, {name: tuple(tensor.on_meta.shape) for name, tensor in theirs.items()})
     for name, p in own.items():
-        p.copy_(theirs[name])
+        p.copy_(theirs[name].read())
     return model

@@ -190,10 +190,10 @@ def others(config: Mapping[str, Any], **allowed: Any) -> list[str]:
 READERS = {"gpt2": read_gpt2, "llama": read_llama, "mixtral": read_mixtral, "qwen2_moe": read_qwen2_moe}
 
 
-def in_our_layout(family: str, ours: str, weight: Tensor, settings: Mapping[str, Any]) -> Tensor:
-    """Return a weight of theirs, its parts concatenated, as our parameter `ours` has it."""
+def in_our_layout(family: str, ours: str, weight: Tensor, experts: int) -> Tensor:
+    """Return a weight of theirs, its parts concatenated, as our parameter `ours` has it. experts: in a stack of them."""
     if ours.endswith(("w_in_eDF", "w_out_eFD")):  # theirs: one expert's [out, in] below the other
-        return weight.unflatten(0, (settings["moe.num_experts"], -1)).transpose(1, 2)
+        return weight.unflatten(0, (experts, -1)).transpose(1, 2)
     return weight.T if is_turned(family, ours, weight) else weight
 
 

@@ -8,7 +8,7 @@ An upcycled model gives the dense model's output up to rounding, as long as no c
                             the routed output starts at 0 and grows in training
 
 The tap's own norm is the MLP's norm. The router's gate keeps its drawn weights. Under expert parallelism a rank takes
-the experts that it holds.
+the experts that it holds. Shapes are compared on the meta device; then one weight, or one expert, is read at a time.
 """
 
 import re
@@ -36,24 +36,29 @@ def fill(model: Any, checkpoint: Checkpoint, put: Callable[[Tensor, Tensor], Any
         check_upcycling(model, checkpoint)
     sources = {name: dense_name(name, model) if upcycled else name for name in own}
     problems = list(checkpoint.problems)
-    found: dict[str, Tensor] = {}
+    share = upcycled_weight if upcycled else own_share
+    found: dict[str, str] = {}
     for name, source in sources.items():
         if source is None:  # a gate
             continue
         if source not in checkpoint.weights:
             problems += [f"{source} is missing"] * (not checkpoint.problems)  # these already name the cause
             continue
-        weight, wanted = checkpoint.weights[source], own[name].shape
-        found[name] = upcycled_weight(name, weight, model) if upcycled else own_share(name, weight, model)
-        if found[name].shape != wanted:
+        found[name], weight, wanted = source, checkpoint.weights[source], own[name].shape
+        if share(name, weight, model).shape != wanted:
             allowed = f"a shape that gives {name} {tuple(wanted)}"
             problems.append(f"{checkpoint.labels[source]} is {tuple(weight.shape)}, allowed: {allowed}")
     unused = checkpoint.weights.keys() - set(sources.values())
     problems += [f"{checkpoint.labels[name]} is unknown" for name in sorted(unused)]
     if problems:
         raise ValueError("; ".join(dict.fromkeys(problems)))
-    for name, weight in found.items():
-        put(own[name], weight)
+    for name, source in found.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, Experts) and not upcycled:
+            for expert, w in zip(module.expert_ids, own[name], strict=True):
+                put(w, checkpoint.read(source, expert))
+        else:
+            put(own[name], share(name, checkpoint.read(source, None), model))
     if upcycled:
         for block in model.blocks:
             if has_halves(block):
@@ -101,7 +106,7 @@ def upcycled_weight(name: str, weight: Tensor, model: Any) -> Tensor:
     if path.startswith("moe.experts.") and weight.dim() == 2:
         copies = weight.T.expand(len(block.moe.experts.expert_ids), -1, -1)
         grown = path.endswith("w_out_eFD") and not isinstance(block, TopKBlock)
-        return torch.zeros_like(copies) if grown else copies
+        return weight.new_zeros(()).expand_as(copies) if grown else copies
     return 2 * weight if path.startswith("shared_expert.w_out.") and has_halves(block) else weight
 
 
