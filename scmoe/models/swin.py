@@ -33,22 +33,27 @@ class ShiftedWindows(SelfAttention):
     grid: height and width of the map. If the window is not smaller than the map, it is the map and is not shifted.
     """
 
+    mask: Tensor | None  # no attention across the map's border
+
     def __init__(self, dim: int, heads: int, grid: int, window: int, shifted: bool) -> None:
         super().__init__()
         block: Any = SwinTransformerV2Block(dim, grid, heads, window, window // 2 if shifted else 0)
         self.attention, self.window, self.shift = block.attn, block.window_size, block.shift_size
-        self.register_buffer("mask", block.attn_mask, persistent=False)  # no attention across the map's border
+        self.register_buffer("mask", block.attn_mask, persistent=False)
         self.dim, self.grid = dim, grid
 
     def reset_parameters(self) -> None:
-        """Set what is not drawn: attention's scales, biases and tables, and the mask, in which timm has -100."""
+        """Set what is not drawn: scales, biases, and the buffers (tables, mask), which move to the weights' device."""
+        for module in (self, self.attention):
+            for name, buffer in [*module.named_buffers(recurse=False)]:
+                setattr(module, name, torch.empty_like(buffer, device=self.attention.proj.weight.device))
         self.attention.reset_parameters()
         if self.mask is not None:
             row_H = torch.arange(self.grid, device=self.mask.device)
             part_H = (row_H >= self.grid - self.window[0]).int() + (row_H >= self.grid - self.shift[0]).int()
             part_BHWD = (3 * part_H[:, None] + part_H)[None, :, :, None]  # the shift joins what is apart on the map
             part_NS = window_partition(part_BHWD, self.window).flatten(1)
-            self.mask.zero_().masked_fill_(part_NS[:, None] != part_NS[:, :, None], -100.0)
+            self.mask.zero_().masked_fill_(part_NS[:, None] != part_NS[:, :, None], -100.0)  # as in timm
 
     def forward(self, x_BHWD: Tensor) -> Tensor:
         up, left = self.shift
@@ -127,8 +132,8 @@ class Swin(nn.Module):
     def init_weights(self, seed: int, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
         """timm's: products N(0, 0.02), patches as a convolution's. A block starts as the identity: its norms are 0.
 
-        The result depends only on the seed, names and shapes: not on the rank, the EP degree or earlier draws. It sets
-        every parameter and every buffer. put: copies a value into a weight, or into the part that this rank holds.
+        The result depends only on the seed, names and shapes: not on the rank, the EP degree or earlier draws. Buffers
+        are computed again. put: copies a value into a weight, or into the part of a weight that this rank holds.
         """
         for name, module in self.named_modules():
             if isinstance(module, Experts):

@@ -140,18 +140,11 @@ def put(target: Tensor, value: Tensor) -> None:
     local(target).copy_(value)
 
 
-def materialise(module: nn.Module, device: torch.device) -> list[Tensor]:
-    """Give parameters and buffers on the meta device memory on `device`, of which nothing is set. Tied parameters stay
-    tied. Return these buffers."""
+def materialise(module: nn.Module, device: torch.device) -> None:
+    """Give parameters on the meta device memory on `device`, of which nothing is set. Tied ones stay tied."""
     made: dict[Any, nn.Parameter] = {}
-    buffers: list[Tensor] = []
     for owner in module.modules():
         for name, p in list(owner.named_parameters(recurse=False)):
             if p.is_meta:
                 made.setdefault(p, nn.Parameter(torch.empty_like(p, device=device), p.requires_grad))
                 setattr(owner, name, made[p])
-        for name, buffer in list(owner.named_buffers(recurse=False)):
-            if buffer.is_meta:
-                buffers.append(torch.empty_like(buffer, device=device))
-                setattr(owner, name, buffers[-1])
-    return buffers

@@ -21,6 +21,7 @@ from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.image_classifier import ImageClassifier
 from tests.support.architectures import SWIN_ON_RANKS, overrides
 from tests.support.comparison import TOLERANCE, assemble, assert_same
+from tests.support.parts import Built, build_in_parts, split_context
 from tests.support.resuming import HALF, fit
 from tests.support.trainings import Recording, train
 
@@ -57,23 +58,36 @@ def train_all(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, di
     return records
 
 
+def on_two(rank: int, world_size: int, cases: dict[str, str]) -> tuple[dict[str, dict[str, Any]], Built]:
+    """Returns the records, and what a larger model took that is built in parts (test_built_in_parts.py)."""
+    large = tiny("position=pos2 model.layers=8 trainer.precision=32-true", world_size)
+    return train_all(rank, world_size, cases), build_in_parts(large, split_context(ep_size=1))
+
+
 @pytest.fixture(scope="module")
 def one() -> dict[str, dict[str, Any]]:
     return run_ranks(train_all, 1, SWIN_ON_RANKS)[0]
 
 
 @pytest.fixture(scope="module")
-def two() -> list[dict[str, dict[str, Any]]]:
+def both() -> list[tuple[dict[str, dict[str, Any]], Built]]:
     cases = {name: f"{text} strategy.ep_size={1 if name == 'dense' else 2}" for name, text in SWIN_ON_RANKS.items()}
-    return run_ranks(train_all, 2, cases | {"pos2, DP 2": "position=pos2 strategy.ep_size=1"})
+    cases |= {"pos2, DP 2": "position=pos2 strategy.ep_size=1"}
+    cases |= {"pos2, sharded": "position=pos2 strategy.ep_size=1 strategy.dense=sharded"}
+    return run_ranks(on_two, 2, cases)
 
 
-@pytest.mark.parametrize("case", [*SWIN_ON_RANKS, "pos2, DP 2"])
-def test_two_ranks_equal_one(case, one, two):
-    expected, records = one[case.partition(",")[0]], [rank[case] for rank in two]
+@pytest.mark.parametrize("case", [*SWIN_ON_RANKS, "pos2, DP 2", "pos2, sharded"])
+def test_two_ranks_equal_one(case, one, both):
+    expected, records = one[case.partition(",")[0]], [records[case] for records, _ in both]
     assert_same(records, assemble([expected]))
     for record in records:
         assert record["metrics"] == pytest.approx(expected["metrics"], abs=1e-6)  # logged in float32
+
+
+def test_no_rank_holds_more_than_its_part_and_a_block(both):
+    for _, built in both:
+        built.check()
 
 
 def test_every_validation_image_is_seen_once(one):

@@ -102,6 +102,9 @@ def step(config: Config, module: Any) -> DryRun:
     if split:
         shard(model, context, precision)
     materialise(model, CPU)
+    for owner in model.modules():
+        for name, buffer in [*owner.named_buffers(recurse=False)]:
+            setattr(owner, name, torch.empty_like(buffer, device=CPU))
     if config.trainer.recompute:
         recompute_activations(model)
     made = module.configure_optimizers()

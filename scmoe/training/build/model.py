@@ -41,20 +41,15 @@ def build_model(config: Config, context: ParallelContext | None = None) -> Any:
     """Return the network with this rank's experts and weights drawn from the seed. context: None: all experts.
 
     If the context splits dense weights over ranks, so is the model, and no rank ever holds it whole: it is split on the
-    meta device, then one weight is drawn after the other. ConfigError: an extension's `init_weights` leaves buffers as they are."""
+    meta device, then one weight is drawn after the other."""
     context = context or ParallelContext()
     if context.dense_mesh is not None:
         device = torch.get_default_device()  # the rank's: Lightning sets it while a model is built
         with torch.device("meta"):
             model = build_network(config, context)
         shard(model, context, config.trainer.precision)
-        buffers = materialise(model, device)
+        materialise(model, device)
         model.init_weights(config.seed, put)
-        unset = {buffer for buffer in buffers if buffer._version == 0}  # torch counts how often one is written
-        if names := [name for name, buffer in model.named_buffers() if buffer in unset]:
-            allowed = "init_weights sets every buffer, if dense weights are split"
-            left = f"whose init_weights leaves {', '.join(names)} as memory was, allowed: {allowed}"
-            raise ConfigError(f"model.family is {show(config.model.family)}, {left}")
     else:
         model = build_network(config, context)
         model.init_weights(config.seed)

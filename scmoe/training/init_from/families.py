@@ -191,7 +191,7 @@ READERS = {"gpt2": read_gpt2, "llama": read_llama, "mixtral": read_mixtral, "qwe
 
 
 def in_our_layout(family: str, ours: str, weight: Tensor, experts: int) -> Tensor:
-    """Return a weight of theirs, its parts concatenated, as our parameter `ours` has it. experts: in a stack of them."""
+    """Return a weight of theirs, its parts concatenated, as our parameter `ours` has it. experts: how many it has."""
     if ours.endswith(("w_in_eDF", "w_out_eFD")):  # theirs: one expert's [out, in] below the other
         return weight.unflatten(0, (experts, -1)).transpose(1, 2)
     return weight.T if is_turned(family, ours, weight) else weight

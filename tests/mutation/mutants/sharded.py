@@ -6,6 +6,7 @@ from tests.mutation.mutant import DIST, FAULTS, PARALLEL, Mutant
 
 FOUR = f"{DIST}/test_sharded.py::test_four_ranks_equal_one"
 RUNS = f"{DIST}/test_sharded_runs.py"
+BUILT = f"{DIST}/test_built_in_parts.py::test_no_rank_holds_more_than_its_part_and_a_block"
 SHARDS = f"{PARALLEL}/dense_shards.py"
 
 MUTANTS = (
@@ -37,6 +38,25 @@ MUTANTS = (
     Mutant("split-experts-saved-as-whole", 71, f"{PARALLEL}/checkpoint/state.py")
     .replaces("over_edp = Shard(1) if isinstance(experts, DTensor) else Replicate()", "over_edp = Replicate()")
     .caught_by(f"{FAULTS}/test_sharded.py::test_71_a_checkpoint_of_any_layout_is_read_in_any_other[layouts0]"),
+    Mutant("whole-before-it-is-split", 0, "scmoe/training/build/model.py")
+    .replaces(
+        '        with torch.device("meta"):\n            model = build_network',
+        "        with torch.device(device):\n            model = build_network",
+    )
+    .caught_by(BUILT),
+    Mutant("files-read-whole", 0, "scmoe/training/init_from/upcycle.py")
+    .replaces(
+        "    for name, source in found.items():\n",
+        "    whole = [checkpoint.read(source, None) for source in found.values()]\n"
+        "    for name, source in found.items():\n",
+    )
+    .caught_by(BUILT),
+    Mutant("experts-read-by-local-number", 0, "scmoe/training/init_from/upcycle.py")
+    .replaces("zip(module.expert_ids, own[name], strict=True)", "enumerate(own[name])")
+    .caught_by(BUILT),
+    Mutant("buffers-stay-on-meta", 0, "scmoe/models/swin.py")
+    .replaces("torch.empty_like(buffer, device=self.attention.proj.weight.device)", "torch.empty_like(buffer)")
+    .caught_by(f"{DIST}/test_swin_equality.py::test_two_ranks_equal_one[pos2, sharded]"),
     Mutant("split-otherwise-accepted", 74, f"{PARALLEL}/dense_strategy.py")
     .replaces("if first is not None and found != wanted:", "if first is None and found != wanted:")
     .caught_by(f"{FAULTS}/test_sharded.py::test_74_a_module_that_is_split_is_not_trained_as_replicated"),

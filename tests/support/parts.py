@@ -1,0 +1,78 @@
+"""This module builds a model in parts, on one of several ranks, and compares it with the model of one process.
+
+It counts the bytes of storages on the host while the model is built. Results are plain, so that ranks can return them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from scmoe.config.fields import Config
+from scmoe.models.units import units
+from scmoe.moe.experts import Experts
+from scmoe.parallel.dense_shards import local, put, with_dense_mesh
+from scmoe.parallel.mesh import ParallelContext, build_context
+from scmoe.testbed.dry_run.counting import Counting
+from scmoe.training.build.model import build_model_to_train
+
+
+class Built(NamedTuple):
+    """peak, part, block, whole: bytes while it was built, of what this rank keeps, of the largest block, of the model.
+
+    other: tensors of which this rank's part is not that of one process."""
+
+    peak: int
+    part: int
+    block: int
+    whole: int
+    other: list[str]
+
+    def check(self) -> None:
+        assert self.other == []
+        assert self.part <= self.peak <= self.part + self.block < self.whole, self
+
+
+class OnHost(Counting):
+    """Leaves out the meta device."""
+
+    def add(self, tensors: Iterable[Any]) -> None:
+        super().add(t for t in tensors if not t.is_meta)
+
+
+def split_context(ep_size: int) -> ParallelContext:
+    """Returns this rank's context with dense weights split over all ranks."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    device, timeout = torch.device("cpu"), timedelta(seconds=60)
+    context = build_context(ep_size, device, timeout)
+    return with_dense_mesh(context, "sharded", context.world_size, device, timeout)
+
+
+@torch.no_grad()
+def build_in_parts(config: Config, context: ParallelContext) -> Built:
+    with OnHost() as counting:
+        model = build_model_to_train(config, context)
+    one = build_model_to_train(config, ParallelContext())
+    expected, other = tensors(one), []
+    for name, t in tensors(model).items():
+        module, same = model.get_submodule(name.rpartition(".")[0]), torch.empty_like(t)
+        ids = module.expert_ids if isinstance(module, Experts) else range(len(t))
+        put(same, expected[name][ids.start : ids.stop])
+        other += [name] * (not torch.equal(local(same), local(t)))
+    block = max(bytes_of(p for module in unit for p in module.parameters()) for unit in units(one))
+    part, whole = bytes_of(tensors(model).values()), bytes_of(expected.values())
+    return Built(counting.peak.total(), part, block, whole, other)
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def bytes_of(some: Iterable[Tensor]) -> int:
+    return sum(local(t).nbytes for t in some)
