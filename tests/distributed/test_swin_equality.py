@@ -6,7 +6,7 @@ The comparison and its tolerance are those of test_ep_equality.py. The images ar
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.testbed.ranks import run_ranks
 from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_model
 from scmoe.training.build.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.image_classifier import ImageClassifier
@@ -58,10 +59,25 @@ def train_all(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, di
     return records
 
 
-def on_two(rank: int, world_size: int, cases: dict[str, str]) -> tuple[dict[str, dict[str, Any]], Built]:
-    """Returns the records, and what a larger model took that is built in parts (test_built_in_parts.py)."""
-    large = tiny("position=pos2 model.layers=8 trainer.precision=32-true", world_size)
-    return train_all(rank, world_size, cases), build_in_parts(large, split_context(ep_size=1))
+class OnTwo(NamedTuple):
+    """built: what a larger model took that is built in parts (test_built_in_parts.py). scale: how scales of attention
+    are gathered under bf16-mixed."""
+
+    records: dict[str, dict[str, Any]]
+    built: Built
+    scale: torch.dtype
+
+
+def on_two(rank: int, world_size: int, cases: dict[str, str]) -> OnTwo:
+    records, context = train_all(rank, world_size, cases), split_context(ep_size=1)
+    built = build_in_parts(tiny("position=pos2 model.layers=8 trainer.precision=32-true", world_size), context)
+    model = build_model(tiny("position=pos2 trainer.precision=bf16-mixed", world_size), context)
+    scales: list[torch.dtype] = []
+    attention = model.blocks[0].sublayers[0].f.attention
+    attention.register_forward_pre_hook(lambda module, _: scales.append(module.logit_scale.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.zeros(1, 3, 16, 16))
+    return OnTwo(records, built, scales[0])
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +86,7 @@ def one() -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def both() -> list[tuple[dict[str, dict[str, Any]], Built]]:
+def two() -> list[OnTwo]:
     cases = {name: f"{text} strategy.ep_size={1 if name == 'dense' else 2}" for name, text in SWIN_ON_RANKS.items()}
     cases |= {"pos2, DP 2": "position=pos2 strategy.ep_size=1"}
     cases |= {"pos2, sharded": "position=pos2 strategy.ep_size=1 strategy.dense=sharded"}
@@ -78,16 +94,21 @@ def both() -> list[tuple[dict[str, dict[str, Any]], Built]]:
 
 
 @pytest.mark.parametrize("case", [*SWIN_ON_RANKS, "pos2, DP 2", "pos2, sharded"])
-def test_two_ranks_equal_one(case, one, both):
-    expected, records = one[case.partition(",")[0]], [records[case] for records, _ in both]
+def test_two_ranks_equal_one(case, one, two):
+    expected, records = one[case.partition(",")[0]], [rank.records[case] for rank in two]
     assert_same(records, assemble([expected]))
     for record in records:
         assert record["metrics"] == pytest.approx(expected["metrics"], abs=1e-6)  # logged in float32
 
 
-def test_no_rank_holds_more_than_its_part_and_a_block(both):
-    for _, built in both:
-        built.check()
+def test_no_rank_holds_more_than_its_part_and_a_block(two):
+    for rank in two:
+        rank.built.check()
+
+
+def test_under_bf16_mixed_scales_are_gathered_in_float32(two):
+    """In bfloat16 a scale of 10 would be 9.94."""
+    assert [rank.scale for rank in two] == [torch.float32] * 2
 
 
 def test_every_validation_image_is_seen_once(one):
