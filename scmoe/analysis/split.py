@@ -42,7 +42,7 @@ class Split:
     def exact(self) -> set[nn.Parameter]:
         """The parameters that stay in float32 when the others are gathered in bfloat16."""
         routers = {p for m in self.model.modules() if isinstance(m, Router) for p in m.parameters()}
-        return routers | {p for p in self.model.parameters() if p.dim() < 2}
+        return routers | {p for p in self.model.parameters() if math.prod(p.shape[1:]) == 1}
 
     @cached_property
     def gathered_twice(self) -> set[nn.Parameter]:

@@ -10,6 +10,7 @@ divides nothing: the loss is divided by the number of ranks before backward, and
 divides twice on a mesh of one rank, and gloo has no sum with a factor.)
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
@@ -72,7 +73,7 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
     """Split all parameters of `module` as `context.dense_mesh` says; they may be on the meta device.
 
     precision: Lightning's. Under bf16-mixed, matrices are gathered in bfloat16, else a copy in bfloat16 of each whole
-    matrix would stay until backward; routers and vectors (norms, biases, scales) stay in float32.
+    matrix would stay until backward; routers and vectors (norms, biases, scales of heads) stay in float32.
     ValueError: an expert's width is no multiple of the ranks that hold it.
     """
     from scmoe.parallel.lightning_seam import gather_as_kept, split_over  # here, as it imports Lightning
@@ -85,7 +86,7 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
             raise ValueError(f"{name} is {tuple(p.shape)}, allowed for dim 1 where dense weights are split: {allowed}")
     mixed = precision == "bf16-mixed"
     exact = {p for m in module.modules() if isinstance(m, Router) for p in m.parameters()} if mixed else set()
-    exact |= {p for p in module.parameters() if p.squeeze().dim() < 2} if mixed else set()  # attention's [H, 1, 1] too
+    exact |= {p for p in module.parameters() if math.prod(p.shape[1:]) == 1} if mixed else set()
     places = {p: over_edp for over_edp in [split_over(context.mesh["edp"], 1)] for p in experts.values()}
     in_float32 = split_over(context.exact_mesh, 0)
     places |= dict.fromkeys(exact, in_float32)

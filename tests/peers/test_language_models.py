@@ -50,7 +50,8 @@ def their_gradients(theirs: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
         for p in theirs.parameters():
             p.copy_(p.grad)
     theirs.save_pretrained(folder)
-    return read_hf(folder).weights
+    checkpoint = read_hf(folder)
+    return {name: checkpoint.read(name, None) for name in checkpoint.weights}
 
 
 def config_of(family: str, folder: Path, *overrides: str) -> Config:
