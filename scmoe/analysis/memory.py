@@ -1,9 +1,9 @@
-"""Memory of a rank: weights, gradients and AdamW's moments are exact, activations are an estimate.
+"""Memory of a rank: weights, gradients and the optimizer's moments are exact, activations are an estimate.
 
     weights       one number per parameter that the rank holds: the replicated ones, and 1 / EP of the experts; where
                   dense weights are split over ranks, its parts of both (analysis/split.py)
     gradients     the same
-    optimizer     two moments per parameter, and a step count of 4 bytes per tensor
+    optimizer     AdamW: two moments per parameter, and a step count of 4 bytes per tensor; Muon: one moment
 
 Activations are what autograd keeps between forward and backward. The table counts numbers per row: D is the width, F
 the width inside an MLP, R the rows at the experts (empty slots included); w and a are 1 for GELU and 2 for SwiGLU:
@@ -27,7 +27,7 @@ analysis/step_memory.py looks at each block's backward, and says what is there b
 gaps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
@@ -50,12 +50,14 @@ def rank_memory(
     on_gpu: bool,
     dense: str = "replicated",
     node_size: int = 1,
+    by_muon: Collection[nn.Parameter] = (),
 ) -> dict[str, int]:
     """Bytes on rank 0: weights, gradients, optimizer, the largest block while it is gathered (0: none is), activations,
     and the total when most is there.
 
     model: the whole model, on any device. samples: samples of one rank in one batch. dp_size: number of ranks that hold
-    the same experts. dense: replicated, sharded or hybrid; node_size: ranks of a node."""
+    the same experts. dense: replicated, sharded or hybrid; node_size: ranks of a node. by_muon: parameters that Muon
+    updates; AdamW updates the others."""
     split = Split(model, dense, ep_size, dp_size, node_size, precision)
     parameters = list(model.parameters())
     weights = sum(split.held(p) for p in parameters) * split.width
@@ -63,7 +65,7 @@ def rank_memory(
     kept, repeated = kept_and_repeated(found, recompute)
     mixed = precision == "bf16-mixed" and dense == "replicated"  # what is split is gathered in bfloat16 instead
     narrow = narrow_copies(model, ep_size, recompute) if mixed else 0
-    optimizer = 2 * weights + 4 * len(parameters)
+    optimizer = 2 * weights + 4 * len(parameters) - sum(split.held(p) * split.width + 4 for p in by_muon)
     moment = step_peak(split, found, samples, recompute)
     return {
         "weights": weights,

@@ -16,10 +16,11 @@ from scmoe.analysis.traffic import step_traffic
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.rules import IMAGES
-from scmoe.training.build.model import build_model_on_meta
+from scmoe.training.build.model import build_model_on_meta, updated_by_muon
 from scmoe.training.run.report import count_parameters, total_and_active
 
 MIB = 2**20
+MOMENTS = {"adamw": "AdamW's two moments", "muon": "Muon's moment of matrices, AdamW's two of the rest"}
 
 
 def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
     on_gpu = trainer.accelerator != "cpu"
     layout: dict[str, Any] = {"dense": dense, "node_size": trainer.devices}
     batch: dict[str, Any] = {"seq_len": data.seq_len, "samples": samples}
-    memory = rank_memory(model, **batch, on_gpu=on_gpu, **given, **layout)
+    memory = rank_memory(model, **batch, on_gpu=on_gpu, **given, **layout, by_muon=updated_by_muon(config, model))
     split = Split(model, dense, ep_size, dp_size, trainer.devices, trainer.precision)
     wire_bytes = None if config.strategy.wire_dtype is None else 2
     collectives = step_traffic(split, **batch, accumulate=trainer.accumulate, wire_bytes=wire_bytes)
@@ -89,8 +90,7 @@ def estimate_table(facts: dict[str, Any]) -> Table:
     recompute = "on" if facts["recompute"] else "off"
     notes = {
         "weights": f"dense weights {facts['dense']}",
-        "optimizer": "AdamW's two moments"
-        + ("" if facts["optimizer"] == "adamw" else f"; {facts['optimizer']} may differ"),
+        "optimizer": MOMENTS.get(facts["optimizer"], f"AdamW's two moments; {facts['optimizer']} may differ"),
         "gathered": "the largest block while its weights are whole",
         "activations": f"estimate, batch of {facts['samples_per_rank']} a rank, recompute {recompute}",
         "total": "when most is there, without the allocator's gaps: the experts' gradients come while activations go",

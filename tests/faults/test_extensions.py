@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import pytest
 import scmoe
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
+from scmoe.config.program import scmoe as scmoe_command
 from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, OPTIMIZERS
 from scmoe.testbed.ranks import run_ranks
+from scmoe.training.run.lifetime import open_run
 from tests.support.commands import Done, command_here
 
 pytestmark = [pytest.mark.faults, pytest.mark.representative]
@@ -105,6 +109,11 @@ def train_and_use(rank: int, world_size: int, folder: Path) -> None:
     assert refused.code == 2 and f"add {named[1]} to the command, or callbacks={{}} to go on without" in refused.err
     resumed = command("resume", *resume, named[0], f"callbacks.{name}.every=8")
     assert (resumed.code, done()) == (0, "called with 8"), resumed.err
+    (checkpoint,) = (folder / "runs/latest/checkpoints").glob("step=3.ckpt")
+    stopped = open_run(load("configs/debug.yaml", named), (), folder / "runs/latest", checkpoint)
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out, stopped:
+        raise SystemExit
+    assert f"to continue: {scmoe_command('resume', folder / 'runs/latest', *named)}" in out.getvalue()
 
 
 @pytest.mark.parametrize("kept", ["extensions: [planted]", "extends: planted", "- a", "callbacks: {planted: 3}"])

@@ -12,18 +12,22 @@ from scmoe.analysis.memory import activations, narrow_copies, rank_memory
 from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build.model import build_model, build_model_on_meta
+from scmoe.training.build.model import build_model, build_model_on_meta, build_module, updated_by_muon
 from tests.support.models import OneOfTwo, tiny
 
 DTYPES = {"32-true": torch.float32, "64-true": torch.float64, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32}
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("words", ["moe.architecture=scmoe", "moe.architecture=dgmoe_share model.layers=4"])
+@pytest.mark.parametrize(
+    "words", ["moe.architecture=scmoe", "optim.name=muon", "moe.architecture=dgmoe_share model.layers=4"]
+)
 def test_state_has_exactly_the_bytes_of_a_real_rank(words, precision):
     config = tiny(*words.split())
     model = build_model(config, OneOfTwo(rank=1, world_size=2, ep_size=2)).to(DTYPES[precision])
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    module = build_module(config)
+    module.model = model
+    optimizer = module.configure_optimizers()["optimizer"]
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -32,7 +36,7 @@ def test_state_has_exactly_the_bytes_of_a_real_rank(words, precision):
 
     whole = build_model_on_meta(config)
     common = {"seq_len": 12, "samples": 1, "precision": precision, "ep_size": 2, "recompute": False, "on_gpu": True}
-    memory = rank_memory(whole, dp_size=1, **common)
+    memory = rank_memory(whole, dp_size=1, by_muon=updated_by_muon(config, whole), **common)
     assert memory["weights"] == sum(p.nbytes for p in parameters)
     assert memory["gradients"] == sum(p.grad.nbytes for p in parameters)
     assert memory["optimizer"] == sum(t.nbytes for t in moments)

@@ -157,3 +157,12 @@ def build_module(config: Config) -> MoEModule:
         refuse_overflow=config.moe.overflow == "refuse",
         compiled=config.trainer.compile,
     )
+
+
+def updated_by_muon(config: Config, model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a model of this config that Muon updates; none with another optimizer."""
+    if config.optim.name != "muon":
+        return []
+    module = build_module(config)
+    module.model = model
+    return module.trained().matrices

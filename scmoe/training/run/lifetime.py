@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
 
+from scmoe.config.extensions import words
 from scmoe.config.fields import Config
 from scmoe.config.load import to_yaml
 from scmoe.config.program import scmoe
@@ -56,7 +57,8 @@ def open_run(
     except SystemExit:
         state = "cut"
         saved = checkpoints(run_dir / "checkpoints")
-        what = f"to continue: {scmoe('resume', relative(run_dir))}" if saved else "no step was saved, start it again"
+        command = scmoe("resume", relative(run_dir), *words(config.extensions, config.callbacks))
+        what = f"to continue: {command}" if saved else "no step was saved, start it again"
         print(f"stopped; {what}", flush=True)
         raise
     finally:

@@ -23,7 +23,7 @@ from scmoe.config.extras import install_command, require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.rules import IMAGES, Rule, resolve_ep_size
-from scmoe.training.build.model import build_model_on_meta
+from scmoe.training.build.model import build_model_on_meta, updated_by_muon
 from scmoe.training.build.trainer import cpu_threads
 from scmoe.training.run.wandb_logger import wandb_mode
 
@@ -134,7 +134,7 @@ def _size(config: Config) -> Iterator[Rule]:
     given: dict[str, Any] = {"ep_size": ep_size, "dp_size": world // ep_size, "recompute": trainer.recompute}
     given |= {"seq_len": data.seq_len, "samples": samples, "precision": trainer.precision, "on_gpu": gpu}
     dense = "sharded" if config.strategy.dense == "auto" else config.strategy.dense  # the way that needs least
-    given |= {"dense": dense, "node_size": trainer.devices}
+    given |= {"dense": dense, "node_size": trainer.devices, "by_muon": updated_by_muon(config, model)}
     needed = rank_memory(model, **given)["total"] / GIB + (0 if gpu else PROCESS_GIB)
     limit = trainer.max_memory_gib or free_gib(config)
     free = "" if trainer.max_memory_gib else f" of {limit:.3g} free"
