@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from scmoe.testbed.ranks import PRELOADED
+
+PRELOADED.append("scmoe.training.run.train")  # with wandb: many tests run commands in ranks
 pytest.register_assert_rewrite("tests.support")  # so that a failing assert there shows its values
 torch.set_num_threads(1)
 settings.register_profile("scmoe", deadline=None)  # the machine is shared: a slow example is not a failure

@@ -24,7 +24,7 @@ from tests.support.architectures import SWIN_ON_RANKS, overrides
 from tests.support.comparison import TOLERANCE, assemble, assert_same
 from tests.support.parts import Built, build_in_parts, split_context
 from tests.support.resuming import HALF, fit
-from tests.support.trainings import Recording, train
+from tests.support.trainings import Recording, end_groups, train
 
 pytestmark = pytest.mark.dist
 
@@ -56,6 +56,7 @@ def train_all(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, di
         trainer = build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
         (metrics,) = trainer.validate(module, build_datamodule(config), verbose=False)
         records[name]["metrics"] = metrics
+        end_groups()
     return records
 
 

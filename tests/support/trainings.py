@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -161,6 +162,16 @@ def train(config: Config, module: Recording | None = None, **how: bool) -> dict[
     }
 
 
+def end_groups() -> None:
+    """Ends a training's process groups: each has threads, of which a process with many trainings would have too many.
+
+    The group of all ranks stays. Its barrier comes first, so that no rank waits for one whose groups have ended.
+    """
+    dist.barrier()
+    for group in [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]:
+        dist.destroy_process_group(group)
+
+
 def be_on_nodes(rank: int, devices: int) -> None:
     """Sets torchrun's variables as on machines of `devices` ranks each; trainer.num_nodes must be their number."""
     os.environ.update(LOCAL_RANK=str(rank % devices), GROUP_RANK=str(rank // devices), LOCAL_WORLD_SIZE=str(devices))
@@ -179,6 +190,7 @@ def train_cases(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, 
             config = tiny(" ".join(w for w in words if w not in how), world_size)
             be_on_nodes(rank, config.trainer.devices)
             records[name] = train(config, **how)
+            end_groups()
         except BaseException as error:
             error.add_note(f"case {name}: {text}")
             raise
