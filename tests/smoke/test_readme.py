@@ -57,8 +57,8 @@ SHORT = {
     **{command: ["make", "--dry-run", *shlex.split(command)[1:]] for command in ELSEWHERE},
     "make train": ["make", "train", f"ARGS={QUICK}"],
     'make resume ARGS="trainer.max_steps=400"': ["make", "resume", "ARGS=trainer.max_steps=5"],
-    "make evaluate": ["make", "evaluate", "ARGS=--limit 5 --stride 256"],
-    "make fig13": ["make", "fig13", "ARGS=--quick --architectures scmoe_pos2 top2"],
+    "make evaluate": ["make", "evaluate", "ARGS=--limit 5 --stride 256 --text docs/concepts.md"],
+    "make fig13": ["make", "fig13", "ARGS=--quick --architectures scmoe_pos2 --tokens 4"],
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': [
         *("make", "train", f"ARGS=init_from=scmoe:exported/model.safetensors name=further {QUICK}")
     ],

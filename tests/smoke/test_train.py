@@ -97,6 +97,8 @@ def test_a_run_plans_its_schedule_and_logs_its_overlap(tmp_path):
         "schedule=auto",
         "schedule.chunks=1",
         "trainer.max_steps=9",
+        "trainer.val_every=9",
+        "trainer.checkpoint_every=9",
     )
     done = train_in_ranks(2, "configs/debug.yaml", *settings)
     metrics = ROOT / done.summary["run_dir"] / "metrics.csv"

@@ -68,6 +68,7 @@ def trials_with_rows(folder: Path) -> set[str]:
     return {json.loads(path.read_text())["id"] for path in records}
 
 
+@pytest.mark.faults
 def test_a_trial_that_w_and_b_stops_and_one_that_is_interrupted_are_saved(tmp_path):
     """The server stops the first trial, as its Hyperband does; Ctrl-C interrupts the second."""
     long = ("trainer.max_steps=100000", "trainer.val_every=100000", "trainer.checkpoint_every=100000")
