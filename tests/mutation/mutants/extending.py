@@ -30,6 +30,12 @@ MUTANTS = (
     Mutant("experts-orthogonalised-together", 0, "scmoe/training/optimizers.py")
     .replaces("(t.unbind() if t.dim() > 2 else (t,))", "(t.flatten(0, -2),)")
     .caught_by(f"{UNIT}/test_optimizers.py::test_each_expert_is_updated_as_torchs_muon_updates_a_single_matrix"),
+    Mutant("muon-estimated-as-adamw", 0, "scmoe/training/build/model.py")
+    .replaces("return module.trained().matrices", "return module.trained().matrices[:0]")
+    .caught_by(f"{UNIT}/test_memory.py::test_state_has_exactly_the_bytes_of_a_real_rank"),
+    Mutant("stopped-run-forgets-its-extensions", 0, "scmoe/training/run/lifetime.py")
+    .replaces(", *words(config.extensions, config.callbacks))", ", *words([], {}))")
+    .caught_by(KEPT),
     Mutant("muon-scaled-by-orientation", 0, "scmoe/training/optimizers.py")
     .replaces('adjust_lr_fn="match_rms_adamw"', 'adjust_lr_fn="original"')
     .caught_by(f"{UNIT}/test_optimizers.py::test_each_expert_is_updated_as_torchs_muon_updates_a_single_matrix"),
