@@ -17,7 +17,7 @@ from scmoe.studies.figures.headline import REPORTS, draw_headline
 from scmoe.studies.table.chart import draw_differences
 from scmoe.testbed import growth, inference_report, offload_report, speed_chart
 
-TABLES = {"table3-small": Path("docs/results/table3-small/results.json")}
+TABLES = {name: Path(f"docs/results/{name}/results.json") for name in ("table1-digits", "table3-small")}
 DRAW: dict[str, Callable[[Any, Path], None]] = {  # by the first words of a report's name
     "overlap-": speed_chart.draw,
     "inference-": inference_report.draw,
