@@ -57,15 +57,22 @@ def guard(*overrides: str) -> None:
 
 
 @main.command
-def dense(*overrides: str, ranks: int = 4, ep_size: int = 2, batch: int = 4, rounds: int = 9) -> None:
+def dense(
+    *overrides: str, ranks: int = 4, ep_size: int = 2, batch: int = 4, rounds: int = 9, share: float | None = None
+) -> None:
     """A step with dense weights in shards over a step with replicated ones.
 
     Args:
         overrides: key=value, of a small model's config
         batch: sequences of a rank
+        share: communication share of a sequential top-2 pair, on shaped links (default: the loopback device)
     """
     given = locals()
+    from scmoe.testbed import links
     from scmoe.testbed.dense_cost import bench_dense
+
+    if share is not None:
+        links.require()
 
     print(json.dumps(bench_dense(**given) | given))
 

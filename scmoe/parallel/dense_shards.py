@@ -10,6 +10,7 @@ divides nothing: the loss is divided by the number of ranks before backward, and
 divides twice on a mesh of one rank, and gloo has no sum with a factor.)
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -109,6 +110,22 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
             gather_as_kept(part, in_float32)
+    prefetch(module)
+
+
+def prefetch(module: nn.Module, wanted: bool = True) -> None:
+    """Let a unit's weights be gathered while the unit before it computes, in forward and in backward.
+
+    On CPUs alone, where FSDP would wait for each gather. On GPUs it gathers on a stream, ahead of the computation.
+    """
+    from scmoe.parallel.lightning_seam import gather_in_background
+
+    mesh = next(p.device_mesh for p in module.parameters() if isinstance(p, DTensor))
+    if mesh.device_type == "cpu":
+        in_order = [m for m in [module, *(unit[0] for unit in units(module))] if isinstance(m, FSDPModule)]
+        for unit, following in itertools.pairwise(in_order):
+            unit.set_modules_to_forward_prefetch([following] if wanted else [])
+        gather_in_background(in_order[0], wanted)
 
 
 def is_sharded(module: nn.Module) -> bool:

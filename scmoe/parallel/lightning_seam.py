@@ -133,6 +133,11 @@ def gather_as_kept(unit: FSDPModule, place: ShardPlacementResult) -> None:
             group.mp_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
 
 
+def gather_in_background(module: FSDPModule, wanted: bool) -> None:
+    """Let all units in `module` begin a gather and wait for it where its weights are used, not at once."""
+    module._set_unshard_async_op(wanted)
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Return whether `module.compile()` was called."""
     return module._compiled_call_impl is not None

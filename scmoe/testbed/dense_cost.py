@@ -1,90 +1,151 @@
 """Step time and states of dense weights that are replicated (DDP), or split over all ranks or a node's (FSDP2).
 
-Ranks on this machine, one thread each, joined by the loopback device: forward, backward, clipping and AdamW of a
-configured model on random tokens, variants in turn. FSDP on gloo hides nothing: its collectives block.
+Ranks on this machine, one thread each: forward, backward, clipping and AdamW of a configured model on random tokens,
+variants in turn. The ranks are joined by the loopback device, or by links of the rate at which the transfers of a
+sequential top-2 pair of this size are a share of its forward time. `at_once` is sharded without prefetch.
+
+    link    time in which a rank's link carries what it sends in a step: rows, gathers, scatters, sums
 """
 
-import statistics
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from scmoe.config.fields import Config
 from scmoe.config.load import load
-from scmoe.parallel.dense_shards import local, with_dense_mesh
+from scmoe.parallel.dense_shards import local, prefetch, with_dense_mesh
 from scmoe.parallel.lightning_seam import hide_from_ddp
 from scmoe.parallel.mesh import ParallelContext, build_context, expert_parameters
 from scmoe.parallel.update.clipping import clip_grad_norm
+from scmoe.parallel.update.pacing import BUCKET_MB, pacing
 from scmoe.parallel.update.reducer import ExpertGradientReducer
+from scmoe.testbed.overlap import Bench, find_rate
+from scmoe.testbed.pairs import Setting
 from scmoe.testbed.ranks import run_ranks
 from scmoe.training.build.model import build_model
 
-WAYS, WARM_UP = ("replicated", "sharded", "hybrid"), 2
+WARM_UP = 2
 SIZE = ("data.name=synthetic", "data.seq_len=128", "data.vocab_size=4096", "model.layers=4", "model.dim=256")
 
 
-def bench_dense(ranks: int, ep_size: int, batch: int, rounds: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return medians. hybrid has two nodes. batch: sequences of a rank. overrides: key=value, over SIZE."""
-    report, *_ = run_ranks(measure, ranks, ep_size, batch, rounds, tuple(overrides), timeout_s=3600)
+class Step(NamedTuple):
+    """Wall-clock and processor seconds of a step, and bytes that this rank has sent to its link, if it has one."""
+
+    seconds: float
+    processor: float
+    sent: float
+
+
+def bench_dense(
+    ranks: int, ep_size: int, batch: int, rounds: int, share: float | None, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """Return medians. hybrid has two nodes. batch: sequences of a rank. overrides: key=value, over SIZE. share: of
+    communication; the caller has entered a network namespace. None: loopback."""
+    given = ep_size, batch, rounds, share, tuple(overrides)
+    report, *_ = run_ranks(measure, ranks, *given, timeout_s=3600, own_links=share is not None)
     return report
 
 
 def measure(
-    rank: int, world_size: int, ep_size: int, batch: int, rounds: int, overrides: Sequence[str]
+    rank: int, world_size: int, ep_size: int, batch: int, rounds: int, share: float | None, overrides: Sequence[str]
 ) -> dict[str, Any]:
+    """Runs on every rank; the caller uses rank 0's result."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    timeout, device = timedelta(seconds=600), torch.device("cpu")
+    config, timeout, device = load(None, [*SIZE, *overrides]), timedelta(seconds=600), torch.device("cpu")
+    mbit = None if share is None else find_rate(Bench(pair_of(config, share, batch)))
     context = build_context(ep_size, device, timeout)
-    ways = {"replicated": context}
-    for way in WAYS[1:] if world_size > 3 else WAYS[1:2]:
-        ways[way] = with_dense_mesh(context, way, world_size // 2, device, timeout)
-    steps = {way: Training(of_way, batch, overrides) for way, of_way in ways.items()}
+    sharded = with_dense_mesh(context, "sharded", world_size // 2, device, timeout)
+    steps = {
+        "replicated": Training(context, batch, config),
+        "sharded": Training(sharded, batch, config),
+        "at_once": Training(sharded, batch, config),
+    }
+    prefetch(steps["at_once"].model, False)
+    if world_size > 3:
+        hybrid = with_dense_mesh(context, "hybrid", world_size // 2, device, timeout)
+        steps["hybrid"] = Training(hybrid, batch, config)
     times = [{way: step() for way, step in steps.items()} for _ in range(WARM_UP + rounds)][WARM_UP:]
-    of = {}
-    for way, step in steps.items():
-        of[way] = {"ms": 1e3 * statistics.median(t[way][0] for t in times), "states_mib": step.states_bytes() / 2**20}
-        for i, name in enumerate(("time_ratio", "processor_ratio")):
-            of[way][name] = statistics.median(t[way][i] / t["replicated"][i] for t in times)
-    return of
+
+    def of(way: str) -> dict[str, float]:
+        own, base = [t[way] for t in times], [t["replicated"] for t in times]
+        pairs = list(zip(own, base, strict=True))
+        report = {
+            "ms": 1e3 * median(t.seconds for t in own),
+            "time_ratio": median(t.seconds / b.seconds for t, b in pairs),
+            "processor_ratio": median(t.processor / b.processor for t, b in pairs),
+            "states_mib": steps[way].states_bytes() / 2**20,
+        }
+        return report if mbit is None else report | {"link_ms": 1e3 * median(t.sent for t in own) * 8 / (mbit * 1e6)}
+
+    return {way: of(way) for way in steps} | ({} if mbit is None else {"link_mbit": mbit})
+
+
+def pair_of(config: Config, share: float, batch: int) -> Setting:
+    """Return a pair of the model's size, for which the links' rate is searched."""
+    model, tokens = config.model, batch * config.data.seq_len
+    return Setting(
+        share,
+        compute="real",
+        dim=model.dim,
+        ffn_dim=model.ffn_dim or 4 * model.dim,
+        heads=model.heads,
+        tokens=tokens,
+        seq_len=config.data.seq_len,
+        num_experts=config.moe.num_experts,
+        rows=(),
+    )
 
 
 class Training:
-    """A model with its optimizer, on this rank. Calling it takes a step and returns its seconds, and those of the
-    processor: on a machine that does other work, the second says more."""
+    """A model with its optimizer, on this rank. Calling it takes a step."""
 
-    def __init__(self, context: ParallelContext, batch: int, overrides: Sequence[str]) -> None:
-        config = load(None, [*SIZE, *overrides])
+    def __init__(self, context: ParallelContext, batch: int, config: Config) -> None:
         self.context, self.model = context, build_model(config, context)
-        self.shards = {p for _, p in expert_parameters(self.model)}
-        self.parameters = list(self.model.parameters())
+        experts = expert_parameters(self.model)
+        self.shards, self.parameters = {p for _, p in experts}, list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, fused=True)
         self.split = context.dense_mesh is not None
         self.run: Any = self.model
         if not self.split:
-            hide_from_ddp(self.model, [name for name, _ in expert_parameters(self.model)])
-            ExpertGradientReducer([p for _, p in expert_parameters(self.model)], context)
-            self.run = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            hide_from_ddp(self.model, [name for name, _ in experts])
+            self.run = DistributedDataParallel(self.model, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB)
+            self.until_end = ExitStack()  # if it were freed, the pacer would stop
+            pacer = self.until_end.enter_context(pacing(self.run, context))
+            ExpertGradientReducer([p for _, p in experts], context, pacer)
         self.ids = torch.randint(config.data.vocab_size, (batch, config.data.seq_len + 1))
 
-    def __call__(self) -> tuple[float, float]:
+    def __call__(self) -> Step:
         dist.barrier()
-        start = time.perf_counter(), time.process_time()
+        sent, start = sent_bytes(), (time.perf_counter(), time.process_time())
         loss = F.cross_entropy(self.run(self.ids[:, :-1])[0].flatten(0, 1), self.ids[:, 1:].flatten())
         (loss / self.context.world_size if self.split else loss).backward()
         clip_grad_norm(self.parameters, self.shards, 1.0, self.context)
         self.optimizer.step()
         dist.barrier()
-        seconds = time.perf_counter() - start[0], time.process_time() - start[1]
+        step = Step(time.perf_counter() - start[0], time.process_time() - start[1], sent_bytes() - sent)
         self.gradients = sum(local(p.grad).nbytes for p in self.parameters if p.grad is not None)
         self.optimizer.zero_grad()
-        return seconds
+        return step
 
     def states_bytes(self) -> int:
         moments = (local(t) for state in self.optimizer.state.values() for t in state.values())
         return self.gradients + sum(local(t).nbytes for t in self.parameters) + sum(t.nbytes for t in moments)
+
+
+def sent_bytes() -> int:
+    """Return how many bytes this rank's link has sent since it came up; 0 where there is none."""
+    for line in Path("/proc/self/net/dev").read_text().splitlines():
+        device, _, counters = line.partition(":")
+        if device.strip() == "eth0":
+            return int(counters.split()[8])
+    return 0

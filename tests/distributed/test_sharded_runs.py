@@ -67,6 +67,7 @@ class Watched(RecordingModel):
         super().on_fit_start()
         self.gathered: dict[str, torch.dtype] = {}
         self.collectives: list[float] = []
+        self.begun: list[int] = []
         self.recorders = []
         for block in self.model.modules():
             if isinstance(block, MoEBlock):
@@ -74,6 +75,8 @@ class Watched(RecordingModel):
                 block.run_as(block.schedule, block.moe.dispatcher, self.recorders[-1])
             if isinstance(block, Router):
                 block.register_forward_pre_hook(lambda router, _: self.note("gate", router.gate.weight))
+        embedding = next(m for m in self.model.modules() if isinstance(m, nn.Embedding))
+        embedding.register_forward_pre_hook(lambda *_: self.begun.append(len(self.collectives)))
         attention = self.model.blocks[0].sublayers[0]
         attention.register_forward_pre_hook(lambda sublayer, _: self.note("matrix", sublayer.f.qkv.weight))
 
@@ -118,6 +121,7 @@ def in_precisions(rank: int, world_size: int, names: tuple[str, ...]) -> dict[st
             logged = train(config, module)["logged"]
         found[name] = {"loss": logged["train/loss"], "gathered": module.gathered}
         found[name] |= {"collectives": len(module.collectives), "while open": module.while_open()}
+        found[name]["begun"] = module.begun
     return found
 
 
@@ -232,6 +236,12 @@ def test_fsdp_starts_no_collective_inside_an_open_stream(four):
     for rank in four:
         assert rank["precisions"]["bf16"]["collectives"] >= 3 * 2 * 2
         assert rank["precisions"]["bf16"]["while open"] == []
+
+
+def test_weights_are_gathered_while_the_unit_before_computes(four):
+    """A gather is of one type and group: two for what is outside the blocks, which computes first, three for a pair."""
+    for rank in four:
+        assert rank["precisions"]["bf16"]["begun"][0] == 2 + 3
 
 
 def test_under_bf16_mixed_matrices_are_gathered_in_bfloat16_and_gates_in_float32(four):

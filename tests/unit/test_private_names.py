@@ -52,6 +52,7 @@ OTHERS = {
     *("_batches_that_stepped", "_signal_connector"),
     *("_execution_engine", "_compiled_call_impl", "_ddp_kwargs"),
     *("_fully_shard", "_fsdp_common", "_get_fsdp_state", "_fsdp_param_groups"),
+    "_set_unshard_async_op",
     "_dynamo",
     "_fingerprint",  # Hugging Face data sets have it
 }
@@ -102,6 +103,12 @@ def test_fsdp_places_parameters_by_process_group_and_reads_a_groups_policy_late(
     assert "fsdp_param.init_dtype_attrs(self.mp_policy)" in inspect.getsource(FSDPParamGroup._init_mp_dtypes)
     unit = FSDPState()
     assert unit._fsdp_param_groups == [] and callable(FSDPModule._get_fsdp_state)
+
+
+def test_fsdp_gathers_in_the_background_only_if_it_is_told_to():
+    """`gather_in_background` relies on this."""
+    assert list(inspect.signature(FSDPModule._set_unshard_async_op).parameters) == ["self", "async_op"]
+    assert "self.unshard(self.unshard_async_op)" in inspect.getsource(FSDPParamGroup.pre_forward)
 
 
 def is_private(name):
