@@ -56,18 +56,22 @@ def with_dense_mesh(
 
     axes = {"copies": rows.T, "shards": rows} if how == "hybrid" else {"shards": rows}
 
+    def by_rows(ranks: Tensor, name: str) -> Any:
+        return dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout, group_desc=name)[0]
+
     def mesh(purpose: str) -> DeviceMesh:
-        groups: list[Any] = [
-            dist.new_subgroups_by_enumeration(grid.tolist(), timeout=timeout, group_desc=f"{purpose}-{axis}")[0]
-            for axis, grid in axes.items()
-        ]
+        groups = [by_rows(grid, f"{purpose}-{axis}") for axis, grid in axes.items()]
         if device.type == "cuda":
             start_communicators(groups, device)
         if how == "hybrid":
             return DeviceMesh.from_group(groups, device.type, mesh=rows, mesh_dim_names=tuple(axes))
         return DeviceMesh.from_group(groups[0], device.type, mesh_dim_names=tuple(axes))
 
-    return replace(context, dense_mesh=mesh("dense"), exact_mesh=mesh("exact"))
+    context = replace(context, dense_mesh=mesh("dense"), exact_mesh=mesh("exact"))
+    if device.type == "cpu":  # sums begin on a thread (update/scatters.py), and FSDP gathers experts over mesh["edp"]
+        assert context.mesh is not None
+        context = replace(context, edp_group=by_rows(context.mesh.mesh.T, "expert gradients"))
+    return context
 
 
 def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:

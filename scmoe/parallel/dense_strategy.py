@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from scmoe.parallel.dense_choice import estimates_of, memory_of_rank, pick_dense
 from scmoe.parallel.dense_shards import is_sharded, shard, with_dense_mesh
 from scmoe.parallel.job.fail_fast import FailFastStrategy
-from scmoe.parallel.lightning_seam import hide_from_ddp
+from scmoe.parallel.lightning_seam import hide_from_ddp, is_fitting
+from scmoe.parallel.update.scatters import PacedScatter, paced_scatters
 
 
 class DenseWeightsStrategy(FailFastStrategy):
@@ -23,6 +24,8 @@ class DenseWeightsStrategy(FailFastStrategy):
     """
 
     timeout: timedelta
+    at_teardown: ExitStack
+    scatters: PacedScatter | None = None  # sharded, on CPUs
     dense: str  # one of dense_shards.WAYS
     dense_estimates: Mapping[str, float] | None  # for auto: bytes of a rank; None: counted once the module has weights
 
@@ -68,6 +71,10 @@ class DenseWeightsStrategy(FailFastStrategy):
         super().setup(trainer)
         if self.is_split:  # so that hooks of FSDP on the LightningModule itself run around its steps
             self.model = Steps(self.module)
+        self.scatters = None
+        mesh = self.context.dense_mesh
+        if is_fitting(trainer) and mesh is not None and mesh.ndim == 1 and mesh.device_type == "cpu":
+            self.scatters = self.at_teardown.enter_context(paced_scatters(self.module, self.context))
 
     def configure_ddp(self) -> None:
         if not self.is_split:
@@ -75,7 +82,9 @@ class DenseWeightsStrategy(FailFastStrategy):
 
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """FSDP sums gradients over ranks and divides nothing, so this divides by the number of ranks."""
-        return super().backward(closure_loss / self.world_size if self.is_split else closure_loss, *args, **kwargs)
+        with self.scatters.during_backward() if self.scatters else nullcontext():
+            loss = closure_loss / self.world_size if self.is_split else closure_loss
+            return super().backward(loss, *args, **kwargs)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:

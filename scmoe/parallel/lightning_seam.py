@@ -138,6 +138,26 @@ def gather_in_background(module: FSDPModule, wanted: bool) -> None:
     module._set_unshard_async_op(wanted)
 
 
+def scatter_by(unit: FSDPModule, scatter: Any) -> Callable[[], None]:
+    """Let `scatter` sum and split a unit's gradients, until the function that this returns is called. FSDP's own setter
+    refuses units of several process groups."""
+    groups = unit._get_fsdp_state()._fsdp_param_groups
+    own = [group._reduce_scatter_comm for group in groups]
+
+    def put_back() -> None:
+        for group, usual in zip(groups, own, strict=True):
+            group._reduce_scatter_comm = usual
+
+    for group in groups:
+        group._reduce_scatter_comm = scatter
+    return put_back
+
+
+def has_gradient_hooks(parameter: nn.Parameter) -> bool:
+    """Return whether hooks run when the parameter's gradient is added up (post-accumulate-grad hooks)."""
+    return bool(parameter._post_accumulate_grad_hooks)
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Return whether `module.compile()` was called."""
     return module._compiled_call_impl is not None

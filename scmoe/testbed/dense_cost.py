@@ -2,14 +2,15 @@
 
 Ranks on this machine, one thread each: forward, backward, clipping and AdamW of a configured model on random tokens,
 variants in turn. The ranks are joined by the loopback device, or by links of the rate at which the transfers of a
-sequential top-2 pair of this size are a share of its forward time. `at_once` is sharded without prefetch.
+sequential top-2 pair of this size are a share of its forward time. `at_once` is sharded as FSDP does it on gloo: it
+waits for each gather and each sum.
 
     link    time in which a rank's link carries what it sends in a step: rows, gathers, scatters, sums
 """
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -28,6 +29,7 @@ from scmoe.parallel.mesh import ParallelContext, build_context, expert_parameter
 from scmoe.parallel.update.clipping import clip_grad_norm
 from scmoe.parallel.update.pacing import BUCKET_MB, pacing
 from scmoe.parallel.update.reducer import ExpertGradientReducer
+from scmoe.parallel.update.scatters import paced_scatters
 from scmoe.testbed.overlap import Bench, find_rate
 from scmoe.testbed.pairs import Setting
 from scmoe.testbed.ranks import run_ranks
@@ -68,9 +70,8 @@ def measure(
     steps = {
         "replicated": Training(context, batch, config),
         "sharded": Training(sharded, batch, config),
-        "at_once": Training(sharded, batch, config),
+        "at_once": Training(sharded, batch, config, hidden=False),
     }
-    prefetch(steps["at_once"].model, False)
     if world_size > 3:
         hybrid = with_dense_mesh(context, "hybrid", world_size // 2, device, timeout)
         steps["hybrid"] = Training(hybrid, batch, config)
@@ -107,28 +108,33 @@ def pair_of(config: Config, share: float, batch: int) -> Setting:
 
 
 class Training:
-    """A model with its optimizer, on this rank. Calling it takes a step."""
+    """A model with its optimizer, on this rank. Calling it takes a step. hidden: gathers and sums, as in a run."""
 
-    def __init__(self, context: ParallelContext, batch: int, config: Config) -> None:
+    def __init__(self, context: ParallelContext, batch: int, config: Config, hidden: bool = True) -> None:
         self.context, self.model = context, build_model(config, context)
         experts = expert_parameters(self.model)
         self.shards, self.parameters = {p for _, p in experts}, list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, fused=True)
         self.split = context.dense_mesh is not None
         self.run: Any = self.model
+        self.scatters, self.until_end = None, ExitStack()  # if it were freed, pacers would stop
         if not self.split:
             hide_from_ddp(self.model, [name for name, _ in experts])
             self.run = DistributedDataParallel(self.model, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB)
-            self.until_end = ExitStack()  # if it were freed, the pacer would stop
             pacer = self.until_end.enter_context(pacing(self.run, context))
             ExpertGradientReducer([p for _, p in experts], context, pacer)
+        elif not hidden:
+            prefetch(self.model, False)
+        elif context.dense_mesh is not None and context.dense_mesh.ndim == 1:
+            self.scatters = self.until_end.enter_context(paced_scatters(self.model, context))
         self.ids = torch.randint(config.data.vocab_size, (batch, config.data.seq_len + 1))
 
     def __call__(self) -> Step:
         dist.barrier()
         sent, start = sent_bytes(), (time.perf_counter(), time.process_time())
         loss = F.cross_entropy(self.run(self.ids[:, :-1])[0].flatten(0, 1), self.ids[:, 1:].flatten())
-        (loss / self.context.world_size if self.split else loss).backward()
+        with self.scatters.during_backward() if self.scatters else nullcontext():
+            (loss / self.context.world_size if self.split else loss).backward()
         clip_grad_norm(self.parameters, self.shards, 1.0, self.context)
         self.optimizer.step()
         dist.barrier()

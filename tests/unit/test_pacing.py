@@ -5,16 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from scmoe.parallel import all_to_all
 from scmoe.parallel.all_to_all import Carried, Link
+from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.pacing import IN_FLIGHT, Pacer, is_paced
+from scmoe.parallel.update.scatters import IN_FLIGHT as UNIT
+from scmoe.parallel.update.scatters import PacedScatter
 
 SOON_S = 0.05  # in which a piece would begin that does not wait; the thread needs less than 1 ms
 
@@ -106,3 +111,55 @@ def test_gradients_are_paced_where_the_host_decides_when_they_are_sent():
         is_paced("paced", gpu)
     with pytest.raises(ValueError, match=r"reductions is 'fast', allowed: ddp \| paced \| None"):
         is_paced("fast", cpu)
+
+
+class Sums:
+    """In place of a Pacer: sums that the test completes."""
+
+    def __init__(self) -> None:
+        self.started: list[torch.futures.Future[torch.Tensor]] = []
+
+    def scatter(self, own: torch.Tensor, all_RN: torch.Tensor, group: Any) -> torch.futures.Future[torch.Tensor]:
+        self.started.append(torch.futures.Future())
+        return self.started[-1]
+
+
+def complete(sums: list[torch.futures.Future[torch.Tensor]]) -> None:
+    time.sleep(SOON_S)
+    for missing in sums:
+        missing.set_result(torch.zeros(1))
+
+
+def test_backward_of_split_weights_goes_on_until_one_units_sums_are_missing():
+    group, sums = SimpleNamespace(size=lambda: 1), Sums()
+    scatter = PacedScatter(sums, ParallelContext(), [])
+    given = torch.zeros(1), torch.zeros(1), group, dist.ReduceOp.SUM
+    with ThreadPoolExecutor() as pool:
+        with scatter.during_backward():
+            for _ in range(UNIT):
+                scatter(*given)
+            another = pool.submit(scatter, *given)
+            time.sleep(SOON_S)
+            assert len(sums.started) == UNIT and not another.done()
+            sums.started[0].set_result(given[0])
+            another.result(10.0)
+            assert len(sums.started) == UNIT + 1
+            later = pool.submit(complete, sums.started[1:])
+        assert later.done(), "backward ends with all sums"
+
+
+@pytest.mark.parametrize("reader", ["an earlier batch", "rounding", "a hook"])
+def test_sums_that_are_read_at_once_are_waited_for(reader):
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16 if reader == "rounding" else torch.float32))
+    if reader == "an earlier batch":
+        weight.grad = torch.zeros(1)
+    if reader == "a hook":
+        weight.register_post_accumulate_grad_hook(lambda p: None)
+    group, sums = SimpleNamespace(size=lambda: 1), Sums()
+    scatter = PacedScatter(sums, ParallelContext(), [weight])
+    with ThreadPoolExecutor() as pool, scatter.during_backward():
+        one = pool.submit(scatter, weight, weight, group, dist.ReduceOp.SUM)
+        time.sleep(SOON_S)
+        assert not one.done()
+        sums.started[0].set_result(weight)
+        one.result(10.0)

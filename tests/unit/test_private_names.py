@@ -52,7 +52,7 @@ OTHERS = {
     *("_batches_that_stepped", "_signal_connector"),
     *("_execution_engine", "_compiled_call_impl", "_ddp_kwargs"),
     *("_fully_shard", "_fsdp_common", "_get_fsdp_state", "_fsdp_param_groups"),
-    "_set_unshard_async_op",
+    *("_set_unshard_async_op", "_reduce_scatter_comm", "_post_accumulate_grad_hooks"),
     "_dynamo",
     "_fingerprint",  # Hugging Face data sets have it
 }
@@ -105,8 +105,10 @@ def test_fsdp_places_parameters_by_process_group_and_reads_a_groups_policy_late(
     assert unit._fsdp_param_groups == [] and callable(FSDPModule._get_fsdp_state)
 
 
-def test_fsdp_gathers_in_the_background_only_if_it_is_told_to():
-    """`gather_in_background` relies on this."""
+def test_fsdp_gathers_in_the_background_and_sums_as_it_is_told_to():
+    """`gather_in_background`, `scatter_by` and `has_gradient_hooks` rely on this."""
+    assert "self._reduce_scatter_comm,\n" in inspect.getsource(FSDPParamGroup.post_backward)
+    assert nn.Parameter(torch.zeros(1))._post_accumulate_grad_hooks is None
     assert list(inspect.signature(FSDPModule._set_unshard_async_op).parameters) == ["self", "async_op"]
     assert "self.unshard(self.unshard_async_op)" in inspect.getsource(FSDPParamGroup.pre_forward)
 

@@ -11,8 +11,9 @@ stream of the rows has priority (mesh.py).
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -41,8 +42,8 @@ def is_paced(reductions: str | None, device: torch.device) -> bool:
 
 
 class _Piece(NamedTuple):
-    numbers: Tensor
-    whole: Tensor | None  # the bucket, with its last piece
+    begin: Callable[[], Callable[[], None]]  # starts the transfer, and returns what waits for it and ends the piece
+    whole: Tensor | None  # the result, with its last piece
     done: Future[Tensor]
 
 
@@ -60,11 +61,39 @@ class Pacer:
 
     def start(self, flat: Tensor) -> Future[Tensor]:
         """Sum a tensor of one dimension in place. The result is the tensor itself."""
+
+        def begin(numbers: Tensor) -> Callable[[], None]:
+            return self.group.allreduce([numbers]).wait
+
+        pieces = flat.split(max(1, self.piece_bytes // flat.element_size()))
+        return self._queue([partial(begin, numbers) for numbers in pieces], flat)
+
+    def scatter(self, own: Tensor, all_RN: Tensor, group: Any) -> Future[Tensor]:
+        """Sum all_RN over the group's R ranks; each keeps its row in `own` [N], which is the result.
+
+        Each rank sends its numbers to the rank that keeps them: half of the bytes of gloo's reduce-scatter, which is an
+        all-reduce. group: in place of the Pacer's, and like it used for nothing else."""
+
+        def begin(own: Tensor, part_RN: Tensor) -> Callable[[], None]:
+            theirs_RN = torch.empty_like(mine_RN := part_RN.contiguous())
+            work = group.alltoall_base(theirs_RN, mine_RN, [], [])
+
+            def end() -> None:
+                work.wait()
+                torch.sum(theirs_RN, 0, out=own)
+
+            return end
+
+        numbers = max(1, self.piece_bytes // (len(all_RN) * own.element_size()))
+        pieces = zip(own.split(numbers), all_RN.split(numbers, dim=1), strict=True)
+        return self._queue([partial(begin, *piece) for piece in pieces], own)
+
+    def _queue(self, begins: Sequence[Callable[[], Callable[[], None]]], whole: Tensor) -> Future[Tensor]:
         done: Future[Tensor] = Future()
-        *pieces, last = flat.split(max(1, self.piece_bytes // flat.element_size()))
-        for piece in pieces:
-            self.queue.put(_Piece(piece, None, done))
-        self.queue.put(_Piece(last, flat, done))
+        *pieces, last = begins
+        for begin in pieces:
+            self.queue.put(_Piece(begin, None, done))
+        self.queue.put(_Piece(last, whole, done))
         return done
 
     def mean_of_bucket(self, state: None, bucket: dist.GradBucket) -> Future[Tensor]:
@@ -75,12 +104,12 @@ class Pacer:
         self.queue.put(None)
 
     def _run(self) -> None:
-        in_flight: deque[tuple[Any, _Piece]] = deque()
+        in_flight: deque[tuple[Callable[[], None], _Piece]] = deque()
         while True:
             if len(in_flight) == IN_FLIGHT or (in_flight and self.queue.empty()):
-                work, piece = in_flight.popleft()
+                end, piece = in_flight.popleft()
                 with _errors_to(piece.done):
-                    work.wait()
+                    end()
                     if piece.whole is not None and not piece.done.done():
                         piece.done.set_result(piece.whole)
             elif (next_piece := self.queue.get()) is None:
@@ -88,7 +117,7 @@ class Pacer:
             else:
                 with _errors_to(next_piece.done):
                     self.link.wait()
-                    in_flight.append((self.group.allreduce([next_piece.numbers]), next_piece))
+                    in_flight.append((next_piece.begin(), next_piece))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutation.mutant import DIST, FAULTS, PARALLEL, Mutant
+from tests.mutation.mutant import DIST, FAULTS, PARALLEL, UNIT, Mutant
 
 FOUR = f"{DIST}/test_sharded.py::test_four_ranks_equal_one"
 RUNS = f"{DIST}/test_sharded_runs.py"
@@ -63,4 +63,13 @@ MUTANTS = (
     Mutant("split-otherwise-accepted", 74, f"{PARALLEL}/dense_strategy.py")
     .replaces("if first is not None and found != wanted:", "if first is None and found != wanted:")
     .caught_by(f"{FAULTS}/test_sharded.py::test_74_a_module_that_is_split_is_not_trained_as_replicated"),
+    Mutant("split-sums-read-too-early", 21, f"{PARALLEL}/update/scatters.py")
+    .replaces("p.grad is not None or p.dtype", "p.dtype")
+    .caught_by(f"{FOUR}[clipped, EP 2]", f"{UNIT}/test_pacing.py::test_sums_that_are_read_at_once_are_waited_for"),
+    Mutant("split-backward-ends-before-its-sums", 21, f"{PARALLEL}/update/scatters.py")
+    .replaces("            yield\n            self.wait()", "            yield")
+    .caught_by(f"{UNIT}/test_pacing.py::test_backward_of_split_weights_goes_on_until_one_units_sums_are_missing"),
+    Mutant("split-weights-gathered-one-after-another", 0, SHARDS)
+    .replaces("    prefetch(module)\n", "")
+    .caught_by(f"{RUNS}::test_weights_are_gathered_while_the_unit_before_computes"),
 )
