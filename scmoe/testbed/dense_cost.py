@@ -112,7 +112,7 @@ class Training:
 
     def __init__(self, context: ParallelContext, batch: int, config: Config, hidden: bool = True) -> None:
         self.context, self.model = context, build_model(config, context)
-        experts = expert_parameters(self.model)
+        experts = list(expert_parameters(self.model))
         self.shards, self.parameters = {p for _, p in experts}, list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, fused=True)
         self.split = context.dense_mesh is not None
