@@ -26,11 +26,7 @@ ROOT = Path(__file__).parents[2]
 # Drawn before reports were kept, to be measured again by `make reports`, which replaces them
 WITHOUT_REPORT = {
     "growth",
-    "overlap-emulated-block-2-ranks-share-0.35",
-    "overlap-emulated-block-2-ranks-share-0.52",
-    "overlap-emulated-block-4-ranks-share-0.35",
     "overlap-real-block-2-ranks-share-0.15",
-    "overlap-real-block-2-ranks-share-0.52",
 }
 BARS = ("headline", "overlap", "inference", "figure-13")
 
