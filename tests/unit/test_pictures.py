@@ -26,7 +26,6 @@ ROOT = Path(__file__).parents[2]
 # Drawn before reports were kept, to be measured again by `make reports`, which replaces them
 WITHOUT_REPORT = {
     "growth",
-    "overlap-real-block-2-ranks-share-0.15",
 }
 BARS = ("headline", "overlap", "inference", "figure-13")
 
