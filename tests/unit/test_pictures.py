@@ -23,10 +23,6 @@ from tests import terminal
 from tests.support.pictures import assert_readable, assert_values_off_the_bars
 
 ROOT = Path(__file__).parents[2]
-# Drawn before reports were kept, to be measured again by `make reports`, which replaces them
-WITHOUT_REPORT = {
-    "growth",
-}
 BARS = ("headline", "overlap", "inference", "figure-13")
 
 
@@ -51,9 +47,7 @@ def test_every_picture_of_the_docs_shows_what_its_report_says(drawn):
 
 def test_every_picture_of_the_docs_has_a_report(drawn):
     there = {path.stem for path in PAGES.glob("*.png")}
-    assert there == pictures().keys() | WITHOUT_REPORT
-    measured = WITHOUT_REPORT & pictures().keys()
-    assert not measured, "take them off the list: they have a report now"
+    assert there == pictures().keys()
 
 
 def test_the_pictures_of_the_docs_are_readable(drawn):
