@@ -5,6 +5,7 @@ import sys
 
 from cyclopts import App
 
+from scmoe.config.leaves import ConfigError
 from scmoe.experiments import call
 from scmoe.experiments.bench_links import exchange, inference, timeline
 from scmoe.experiments.bench_pairs import growth, overlap
@@ -71,6 +72,8 @@ def dense(
     from scmoe.testbed import links
     from scmoe.testbed.dense_cost import bench_dense
 
+    if share is not None and not 0 < share < 1:
+        raise ConfigError(f"--share is {share:g}, allowed: above 0 and below 1")
     if share is not None:
         links.require()
 

@@ -17,9 +17,8 @@ from typing import Any
 from torch import nn
 
 from scmoe.analysis.cost import WEIGHT_BYTES
-from scmoe.models.units import units
+from scmoe.models.units import exact_parameters, units
 from scmoe.moe.experts import Experts
-from scmoe.moe.router import Router
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,7 @@ class Split:
     @cached_property
     def exact(self) -> set[nn.Parameter]:
         """The parameters that stay in float32 when the others are gathered in bfloat16."""
-        routers = {p for m in self.model.modules() if isinstance(m, Router) for p in m.parameters()}
-        return routers | {p for p in self.model.parameters() if math.prod(p.shape[1:]) == 1}
+        return exact_parameters(self.model)
 
     @cached_property
     def gathered_twice(self) -> set[nn.Parameter]:

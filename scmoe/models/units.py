@@ -1,8 +1,11 @@
-"""A model's units: the blocks whose weights are gathered together where dense weights are split over ranks."""
+"""What is gathered together, and what in float32, where dense weights are split over ranks."""
 
+import math
 from collections.abc import Iterator
 
 from torch import nn
+
+from scmoe.moe.router import Router
 
 
 def units(module: nn.Module) -> list[list[nn.Module]]:
@@ -24,3 +27,10 @@ def _entries(module: nn.Module) -> Iterator[nn.Module]:
             yield child
         else:
             yield from _entries(child)
+
+
+def exact_parameters(module: nn.Module) -> set[nn.Parameter]:
+    """Return what stays in float32 where matrices are gathered in bfloat16: routers, and vectors (norms, biases, scales
+    of heads)."""
+    routers = {p for m in module.modules() if isinstance(m, Router) for p in m.parameters()}
+    return routers | {p for p in module.parameters() if math.prod(p.shape[1:]) == 1}

@@ -11,7 +11,6 @@ divides twice on a mesh of one rank, and gloo has no sum with a factor.)
 """
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
@@ -24,8 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from scmoe.models.units import units
-from scmoe.moe.router import Router
+from scmoe.models.units import exact_parameters, units
 from scmoe.parallel.mesh import ParallelContext, expert_parameters, start_communicators
 
 WAYS = ("replicated", "sharded", "hybrid", "auto")
@@ -90,11 +88,9 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
             allowed = f"a multiple of the {context.edp_size} ranks that hold these experts; raise ep_size"
             raise ValueError(f"{name} is {tuple(p.shape)}, allowed for dim 1 where dense weights are split: {allowed}")
     mixed = precision == "bf16-mixed"
-    exact = {p for m in module.modules() if isinstance(m, Router) for p in m.parameters()} if mixed else set()
-    exact |= {p for p in module.parameters() if math.prod(p.shape[1:]) == 1} if mixed else set()
     places = {p: over_edp for over_edp in [split_over(context.mesh["edp"], 1)] for p in experts.values()}
     in_float32 = split_over(context.exact_mesh, 0)
-    places |= dict.fromkeys(exact, in_float32)
+    places |= dict.fromkeys(exact_parameters(module) if mixed else (), in_float32)
     narrow = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if mixed else None,
         reduce_dtype=torch.float32 if precision.startswith("bf16") else None,

@@ -18,8 +18,7 @@ from scmoe.parallel import all_to_all
 from scmoe.parallel.all_to_all import Carried, Link
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.pacing import IN_FLIGHT, Pacer, is_paced
-from scmoe.parallel.update.scatters import IN_FLIGHT as UNIT
-from scmoe.parallel.update.scatters import PacedScatter
+from scmoe.parallel.update.scatters import SUMS_OF_A_UNIT, PacedScatter
 
 SOON_S = 0.05  # in which a piece would begin that does not wait; the thread needs less than 1 ms
 
@@ -136,14 +135,14 @@ def test_backward_of_split_weights_goes_on_until_one_units_sums_are_missing():
     given = torch.zeros(1), torch.zeros(1), group, dist.ReduceOp.SUM
     with ThreadPoolExecutor() as pool:
         with scatter.during_backward():
-            for _ in range(UNIT):
+            for _ in range(SUMS_OF_A_UNIT):
                 scatter(*given)
             another = pool.submit(scatter, *given)
             time.sleep(SOON_S)
-            assert len(sums.started) == UNIT and not another.done()
+            assert len(sums.started) == SUMS_OF_A_UNIT and not another.done()
             sums.started[0].set_result(given[0])
             another.result(10.0)
-            assert len(sums.started) == UNIT + 1
+            assert len(sums.started) == SUMS_OF_A_UNIT + 1
             later = pool.submit(complete, sums.started[1:])
         assert later.done(), "backward ends with all sums"
 

@@ -23,7 +23,7 @@ from scmoe.parallel.lightning_seam import has_gradient_hooks, scatter_by
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.pacing import Pacer
 
-IN_FLIGHT = 3  # sums: a unit has up to three groups, of dense weights, of those in float32, and of experts
+SUMS_OF_A_UNIT = 3  # at most: of its dense weights, of those in float32, and of its experts
 
 
 class PacedScatter:
@@ -47,7 +47,7 @@ class PacedScatter:
         everywhere = group.size() == self.context.world_size
         own_group = self.context.gradient_group if everywhere else self.context.edp_group
         all_RN = input_tensor.view(group.size(), -1)
-        self.wait(0 if self.at_once else IN_FLIGHT - 1)
+        self.wait(0 if self.at_once else SUMS_OF_A_UNIT - 1)
         self.sums.append(self.pacer.scatter(output_tensor, all_RN, own_group))
         if self.at_once:
             self.wait()

@@ -25,7 +25,7 @@ MUTANTS = (
     Mutant("split-gate-rounded", 28, SHARDS)
     .replaces("            gather_as_kept(part, in_float32)\n", "")
     .caught_by(f"{RUNS}::test_under_bf16_mixed_matrices_are_gathered_in_bfloat16_and_gates_in_float32"),
-    Mutant("split-scales-rounded", 28, SHARDS)
+    Mutant("split-scales-rounded", 28, "scmoe/models/units.py")
     .replaces("if math.prod(p.shape[1:]) == 1}", "if p.dim() < 2}")
     .caught_by(f"{DIST}/test_swin_equality.py::test_under_bf16_mixed_scales_are_gathered_in_float32"),
     Mutant("split-experts-gathered-in-the-stream", 0, SHARDS)
