@@ -28,8 +28,9 @@ class Batch:
     """Jobs to run, `slots` in parallel (0: one after the other in this process, by `here`).
 
     jobs: those known so far. propose: returns the next one after them, or None. look: reads a running job's results and
-    says whether to stop it early. judge: reads a finished job's results, and may call it failed. watch: is called now
-    and then, and with each job that has ended. total: how many jobs there will be, None: unlimited.
+    says whether to stop it early. judge: reads a finished job's results, may call it failed, and may return a job that
+    follows it at once. watch: is called now and then, and with each job that has ended. total: how many jobs there will
+    be, None: unlimited.
     here: runs a verb of `scmoe` in this process, such as `here("train", ...)`, and returns its exit code.
     """
 
@@ -39,7 +40,7 @@ class Batch:
     watch: Callable[[Batch, Job | None], None]
     propose: Callable[[], Job | None] = lambda: None
     look: Callable[[Job], bool] = lambda job: False
-    judge: Callable[[Job], None] = lambda job: None
+    judge: Callable[[Job], Job | None] = lambda job: None
     here: Callable[..., int] | None = None
     waiting: list[Job] = field(default_factory=list)
     worked_s: float = 0.0  # by all slots of this session
@@ -47,7 +48,8 @@ class Batch:
 
     def run(self, lock: IO[str], again: Sequence[str] = ("waiting", "cut")) -> int:
         """Run the jobs whose status is in `again`, then the proposed ones. Returns the signal that stopped it, or 0."""
-        self.waiting = [job for job in self.jobs if job.state.status in again and not self._has_ended_meanwhile(job)]
+        begun = [job for job in self.jobs if job.state.status in again]
+        self.waiting += [job for job in begun if not self._has_ended_meanwhile(job)]
         running: list[Running] = []
         with _stop_requests() as signals:
             try:
@@ -126,7 +128,9 @@ class Batch:
         self.look(job)
         if code == 0:
             state.status, state.done = "finished", 1.0
-            self.judge(job)
+            if following := self.judge(job):
+                self.jobs.append(following)
+                self.waiting.insert(0, following)
         elif code in STOPPED or (asked and code == -signal.SIGKILL):
             state.status = "stopped" if hopeless else "cut"
         else:

@@ -1,4 +1,4 @@
-"""The pictures of the docs are those that `make figures` would draw now, and colour-blind readers can read them."""
+"""The pictures and tables of the docs are those that `make figures` would make now; all readers can read them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 from scmoe import charts
 from scmoe.config.leaves import ConfigError
-from scmoe.studies.figures.pages import DRAW, PAGES, pictures
+from scmoe.studies.figures.pages import DRAW, PAGES, RESULTS, pictures, tables
 from scmoe.studies.table.rows import load_table
 from scmoe.testbed.speed_chart import PAPERS, name_of
 from tests import terminal
@@ -43,6 +43,13 @@ def test_every_picture_of_the_docs_shows_what_its_report_says(drawn):
             if image.info.get("Description") != drawn[-1][1]["Description"]:
                 stale.append(name)
     assert not stale, "make figures draws them again"
+
+
+def test_every_table_of_the_docs_says_what_its_results_say(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    made = tables()
+    assert made.keys() == set(RESULTS.glob("*/table.md"))
+    assert not [path for path, text in made.items() if path.read_text() != text], "make figures writes them again"
 
 
 def test_every_picture_of_the_docs_has_a_report(drawn):

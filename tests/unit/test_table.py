@@ -16,11 +16,15 @@ from scmoe.config.load import load, to_yaml
 from scmoe.studies.batch import Batch
 from scmoe.studies.job import Job, State, lock_of
 from scmoe.studies.progress import clock
+from scmoe.studies.table.evaluations import Evaluations
 from scmoe.studies.table.rows import Row, Scale, load_table
-from scmoe.studies.table.runs import Run, plan_runs, read_states, same_config, train_all
+from scmoe.studies.table.runs import Run, plan_runs, read_states, same_config
+from scmoe.studies.table.trainings import make_runs
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs/experiment"
+DEBUG = Scale(ROOT / "configs/debug.yaml", 2, 2)
+NO_EVALUATION = Evaluations(load_table("table3", CONFIGS), DEBUG)
 
 # This fake training only writes the files that a real one leaves. A file `orders/<name>` says how it behaves.
 FAKE = """
@@ -70,10 +74,8 @@ def table(tmp_path):
         calls = tmp_path / "calls"
 
         def plan(self, *overrides: str) -> list[Run]:
-            scale = Scale(ROOT / "configs/debug.yaml", 2, 2)
-            runs = plan_runs(
-                replace(load_table("table3", CONFIGS), rows=self.rows), scale, tmp_path / "t", 2, overrides
-            )
+            table = replace(load_table("table3", CONFIGS), rows=self.rows)
+            runs = plan_runs(table, DEBUG, tmp_path / "t", 2, overrides)
             (tmp_path / "configs").mkdir(exist_ok=True)
             for run in runs:
                 (tmp_path / "configs" / run.job.name).write_text(to_yaml(run.config))
@@ -88,7 +90,7 @@ def table(tmp_path):
             self.calls.write_text("")
             with lock_of(runs[0].job.study) as lock:
                 read_states(runs)
-                return train_all(runs, lock, 2, [needed], here=lambda *words: 1)
+                return make_runs(runs, lock, 2, [needed], NO_EVALUATION, here=lambda *words: 1)
 
         def called(self) -> list[str]:
             return sorted(self.calls.read_text().splitlines())

@@ -11,6 +11,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.studies.job import State
 from scmoe.studies.table.copies import adopt, save
+from scmoe.studies.table.evaluations import Evaluations
 from scmoe.studies.table.kept import digest_of, look_up
 from scmoe.studies.table.rows import load_table
 from scmoe.studies.table.runs import Run, plan_runs, read_states
@@ -23,6 +24,11 @@ DEBUG = ROOT / "configs/debug.yaml"
 def runs_of(name: str, folder: Path, seeds: int = 1) -> list[Run]:
     table = load_table(name, CONFIGS)
     return plan_runs(table, table.scales["smoke"], folder / f"tables/{name}-smoke", seeds)
+
+
+def take(name: str, runs: list[Run], folder: Path) -> int:
+    table = load_table(name, CONFIGS)
+    return adopt(runs, [folder], Evaluations(table, table.scales["smoke"]))
 
 
 def finish(run: Run) -> None:
@@ -45,7 +51,7 @@ def test_a_table_takes_the_equal_runs_of_another_table(tmp_path):
         finish(run)
     runs = runs_of("table5", tmp_path)
     read_states(runs)
-    assert adopt(runs, [tmp_path / "tables"]) == 4, "the rows with CG-1"
+    assert take("table5", runs, tmp_path / "tables") == 4, "the rows with CG-1"
     assert [run.row.name for run in runs if run.state.status == "finished"] == [
         *("shared-expert, CG-1", "ScMoE Pos-1, CG-1", "ScMoE Pos-2, CG-1", "ScMoE Pos-3, CG-1")
     ]
@@ -58,11 +64,12 @@ def test_another_machine_goes_on_from_what_is_committed(tmp_path):
     for run in first[:3]:
         finish(run)
     (first[0].job.study / "results.json").write_text('{"rows": []}')
+    (first[0].job.study / "table.md").write_text("# Table 4")
     folder = save(first, committed)
     assert folder == committed / "table4-smoke" and json.loads((folder / "results.json").read_text()) == {"rows": []}
     assert len(list((folder / "states").iterdir())) == 3
     second = runs_of("table4", there, seeds=2)
-    assert adopt(second, [committed]) == 3
+    assert take("table4", second, committed) == 3
     again = runs_of("table4", there, seeds=2)
     read_states(again)
     assert [run.state.status for run in again] == ["finished"] * 3 + ["waiting"] * 5
@@ -75,7 +82,7 @@ def test_a_run_of_another_config_is_not_taken(tmp_path):
         finish(run)
     table = load_table("table4", CONFIGS)
     other = plan_runs(table, table.scales["smoke"], tmp_path / "other", 1, ["trainer.max_steps=5"])
-    assert adopt(other, [tmp_path / "tables"]) == 0
+    assert take("table4", other, tmp_path / "tables") == 0
     assert {run.state.status for run in other} == {"waiting"}
 
 

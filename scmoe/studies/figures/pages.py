@@ -1,7 +1,8 @@
-"""All pictures of the docs, each drawn from a report that is kept beside it.
+"""All pictures and tables of the docs, each made from a report or from results that are kept.
 
-A measuring command with `--out docs/figures` writes NAME.json, its report, and NAME.png. The pictures that are drawn
-here are those of every report in that folder, of the tables in TABLES, and of nothing but assumed times.
+A measuring command with `--out docs/figures` writes NAME.json, its report, and NAME.png. `table --to docs/results`
+writes NAME/results.json. The pictures that are drawn here are those of every report and of every table, and of nothing
+but assumed times.
 """
 
 import json
@@ -14,10 +15,11 @@ from scmoe.config.leaves import ConfigError
 from scmoe.studies.figures.concepts import CONCEPTS
 from scmoe.studies.figures.draw import EXPLAINED, PAGES, draw_measured
 from scmoe.studies.figures.headline import REPORTS, draw_headline
-from scmoe.studies.table.chart import draw_differences
+from scmoe.studies.table.chart import draw_differences, draw_equal_time
+from scmoe.studies.table.report import markdown
 from scmoe.testbed import growth, inference_report, offload_report, speed_chart
 
-TABLES = {name: Path(f"docs/results/{name}/results.json") for name in ("table1-digits", "table3-small")}
+RESULTS = Path("docs/results")
 DRAW: dict[str, Callable[[Any, Path], None]] = {  # by the first words of a report's name
     "overlap-": speed_chart.draw,
     "inference-": inference_report.draw,
@@ -37,18 +39,31 @@ def pictures() -> dict[str, Callable[[Path], None]]:
         if kind is None:
             raise ConfigError(f"{path} is no report that is drawn, allowed: names that begin with {' | '.join(DRAW)}")
         found[name] = partial(DRAW[kind], read(path))
-    found |= {name: partial(draw_differences, read(path)) for name, path in TABLES.items()}
+    for path in sorted(RESULTS.glob("table[1-7]-*/results.json")):
+        results = read(path)
+        found[path.parent.name] = partial(draw_differences, results)
+        if len(results["equal_time"]) > 1:
+            found[f"{path.parent.name}-equal-time"] = partial(draw_equal_time, results)
     if kept := {word: read(reports[name]) for word, name in REPORTS.items() if name in reports}:
         found["headline"] = partial(draw_headline, kept)
     return found
 
 
-def draw_pictures(out: Path | None) -> list[Path]:
-    """Draw all pictures of the docs into `out`, None: where the docs show them. Returns the files."""
+def tables() -> dict[Path, str]:
+    """Return the text of each table of the docs by its file."""
+    return {path.with_name("table.md"): markdown(read(path)) for path in sorted(RESULTS.glob("*/results.json"))}
+
+
+def write_pages(out: Path | None) -> list[Path]:
+    """Draw all pictures of the docs into `out`; None: where the docs show them, and write all tables. Returns the
+    files."""
     files = []
     for name, draw in pictures().items():
         files.append((out or PAGES) / f"{name}.png")
         draw(files[-1])
+    for path, text in tables().items() if out is None else ():
+        path.write_text(text)
+        files.append(path)
     return files
 
 

@@ -25,6 +25,7 @@ def draw_differences(found: Mapping[str, Any], path: Path) -> None:
     places = range(len(rows), 0, -1)
     papers = [row["paper"]["difference"] for row in rows]
     printed = any(paper is not None for paper in papers)
+    signed = form_of(found["unit"]).replace(":", ":+")
     with chart(path, 2.4 + 0.5 * len(rows)) as figure:
         panels = figure.subplots(1, 1 + printed, sharey=True, squeeze=False)[0]
         if printed:
@@ -33,12 +34,12 @@ def draw_differences(found: Mapping[str, Any], path: Path) -> None:
                 if paper is not None:
                     panels[0].hlines(place, 0, paper, color=PAPER, linewidth=1.5)
                     panels[0].plot(paper, place, "D", color=PAPER, markersize=7)
-                    _label(panels[0], _short(paper), paper, place)
+                    _label(panels[0], signed.format(paper), paper, place)
             panels[0].margins(x=0.2)
         ours = panels[-1]
         ours.set_title(f"Ours, {found['scale']}")
         for row, place in zip(rows, places, strict=True):
-            _draw_ours(ours, row["minus_baseline"], place)
+            _draw_ours(ours, row["minus_baseline"], place, signed)
         farthest = max((abs(x) for row in rows for x in row["minus_baseline"]["by_seed"].values()), default=0.0)
         if farthest:
             ours.set_xlim(-BEYOND * farthest, BEYOND * farthest)
@@ -54,7 +55,7 @@ def draw_differences(found: Mapping[str, Any], path: Path) -> None:
         heading(figure, f"{found['title']}\n{note}")
 
 
-def _draw_ours(axis: Axes, minus: Mapping[str, Any], place: float) -> None:
+def _draw_ours(axis: Axes, minus: Mapping[str, Any], place: float, signed: str) -> None:
     if minus["mean"] is None:
         return
     seeds = list(minus["by_seed"].values())
@@ -62,7 +63,7 @@ def _draw_ours(axis: Axes, minus: Mapping[str, Any], place: float) -> None:
         axis.hlines(place, minus["low"], minus["high"], color=OURS, linewidth=2, label="interval of the mean")
     axis.plot(minus["mean"], place, "D", color=OURS, markersize=7, label="mean")
     axis.plot(seeds, [place] * len(seeds), "o", color=SEED, markersize=4, label="one seed")
-    _label(axis, _short(minus["mean"]), minus["mean"], place)
+    _label(axis, signed.format(minus["mean"]), minus["mean"], place)
 
 
 def draw_equal_time(found: Mapping[str, Any], path: Path) -> None:
@@ -89,9 +90,9 @@ def draw_equal_time(found: Mapping[str, Any], path: Path) -> None:
         heading(figure, f"Quality at equal time, {found['scale']}\n{found['title']}")
 
 
-def _short(value: float) -> str:
-    """Return a value with three digits, and at most four of them behind the point."""
-    return f"{value:+.4f}" if abs(value) < 1 else f"{value:+.3g}"
+def form_of(unit: str) -> str:
+    """Return the format of a metric's values: a loss in nats with four decimals, others with two, as in the paper."""
+    return "{:.4f}" if unit.startswith("nats") else "{:.2f}"
 
 
 def _legend(figure: Any, axis: Axes, ncols: int) -> None:

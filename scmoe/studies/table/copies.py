@@ -10,16 +10,23 @@ from pathlib import Path
 
 from scmoe.config.leaves import ConfigError
 from scmoe.studies.job import State
+from scmoe.studies.table.evaluations import Evaluations
 from scmoe.studies.table.runs import Run
 
 
-def adopt(runs: Sequence[Run], folders: Iterable[Path]) -> int:
-    """Give runs that are not finished the state of an equal run in <folder>/*/states/. Returns how many it gave."""
+def adopt(runs: Sequence[Run], folders: Iterable[Path], evaluations: Evaluations) -> int:
+    """Give runs that are not finished the state of an equal run in <folder>/*/states/. Returns how many it gave.
+
+    A state that lacks an evaluation is of use only where the run's weights are.
+    """
     wanted = [run for run in runs if run.state.status != "finished"]
     found: dict[str, tuple[Path, State]] = {}
     for path in [path for folder in folders for path in sorted(folder.glob("*/states/*.json"))] if wanted else ():
         state = State(**json.loads(path.read_text()))
-        if state.status == "finished" and (digest := state.results.get("digest")):
+        usable = state.status == "finished" and (
+            not evaluations.lacking(state) or Path(state.run_dir or "gone").is_dir()
+        )
+        if usable and (digest := state.results.get("digest")):
             found.setdefault(digest, (path, state))
     for run in wanted:
         if run.digest in found:
@@ -30,7 +37,7 @@ def adopt(runs: Sequence[Run], folders: Iterable[Path]) -> int:
 
 
 def save(runs: Sequence[Run], to: Path) -> Path:
-    """Copy results.json and the states of finished runs into <to>/<table>-<scale>/, without run directories.
+    """Copy the results, as JSON and as a page, and the states of finished runs into <to>/<table>-<scale>/.
 
     Raises ConfigError if no run is finished."""
     study = runs[0].job.study
@@ -45,6 +52,7 @@ def save(runs: Sequence[Run], to: Path) -> Path:
     for row in results["rows"]:
         row["run_dirs"] = []  # they stay on this machine
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (folder / "table.md").write_text((study / "table.md").read_text())
     for run in finished:
         state = json.loads(run.job.state_file.read_text()) | {"run_dir": None}
         (folder / "states" / run.job.state_file.name).write_text(json.dumps(state) + "\n")

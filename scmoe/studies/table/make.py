@@ -7,13 +7,15 @@ from pathlib import Path
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.studies.checks import refusal
-from scmoe.studies.job import lock_of
-from scmoe.studies.table.afterwards import evaluate_all, measure_speeds
+from scmoe.studies.job import Job, lock_of
 from scmoe.studies.table.copies import adopt, save
+from scmoe.studies.table.evaluations import Evaluations
 from scmoe.studies.table.launch import check_memory, write_launch_files
 from scmoe.studies.table.report import write_report
 from scmoe.studies.table.rows import Scale, Table
-from scmoe.studies.table.runs import Run, plan_runs, read_states, train_all
+from scmoe.studies.table.runs import Run, plan_runs, read_states
+from scmoe.studies.table.speeds import measure_speeds
+from scmoe.studies.table.trainings import make_runs
 from scmoe.testbed.pairs import ROWS
 from scmoe.training.build.data import build_datamodule
 
@@ -100,19 +102,16 @@ def make_table(plan: Plan, request: Request, commands: Commands) -> Made:
         made.rows = len(table.rows)
         return made
     needed = list(dict.fromkeys(["val_loss", *(key for m in table.metrics_from("summary") for key in m.keys)]))
+    evaluations = Evaluations(table, plan.scale)
+    speeds: list[Job] = []
     with lock_of(plan.folder) as lock:
         read_states(runs)
-        if found := adopt(runs, request.sources):
+        if found := adopt(runs, request.sources, evaluations):
             commands.say(f"{found} of {len(runs)} runs are taken from runs of equal configuration")
-        made.signal = train_all(runs, lock, plan.jobs, needed, commands.here)
-        after = []
-        if not made.signal:
-            evaluations, made.signal = evaluate_all(runs, table, plan.scale, lock, plan.jobs, commands.here)
-            after += evaluations
+        made.signal = make_runs(runs, lock, plan.jobs, needed, evaluations, commands.here)
         if not made.signal:
             speeds, made.signal = measure_speeds(table, plan.scale, plan.folder, lock)
-            after += speeds
-    jobs = [*(run.job for run in runs), *after]
+    jobs = [*(run.job for run in runs), *evaluations.of, *speeds]
     for job in jobs:
         if job.state.status == "failed":
             commands.say(f"failed: {job.title}: {job.state.error}; its log: {job.log}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from scmoe.studies.progress import clock
-from scmoe.studies.table.chart import draw_differences, draw_equal_time
+from scmoe.studies.table.chart import draw_differences, draw_equal_time, form_of
 from scmoe.studies.table.results import results
 from scmoe.studies.table.rows import Table
 from scmoe.studies.table.runs import Run
@@ -32,7 +32,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     finished, failed = found["runs"]["finished"], found["runs"]["failed"]
     head = "row | parameters (active) | paper | paper: minus baseline | ours: mean ± std (n) | median, range, far"
     head += " | ours: minus baseline | interval | p (n)"
-    m = found["comparisons"]
+    m, form = found["comparisons"], form_of(found["unit"])
     lines = [
         f"# {found['title']}",
         "",
@@ -44,41 +44,44 @@ def markdown(found: Mapping[str, Any]) -> str:
     ]
     for group in dict.fromkeys(group for row in found["rows"] for group in row["groups"]):
         lines += ["", f"## {group[0].upper()}{group[1:]}", "", f"| {head} |", "| --- |" + " ---: |" * 8]
-        lines += [_line(row, found["metric"]) for row in found["rows"] if group in row["groups"]]
+        lines += [_line(row, found["metric"], form) for row in found["rows"] if group in row["groups"]]
     lines += [*_other_metrics(found), *_equal_time(found), "", *_decisions(found)]
     if power := found["power"]:
         needed = [
             f"a difference of {d} needs {n or 'more than 10,000'} seeds" for d, n in power["seeds_needed"].items()
         ]
+        pooled, largest = form.format(power["pooled_std"]), form.format(power["largest_std"])
         lines += [
             "",
-            f"Power: differences of this spread (standard deviation {power['pooled_std']:.4f} over all rows, at most "
-            f"{power['largest_std']:.4f}) need this many seeds to be found with probability {POWER:g}: "
-            f"{', '.join(needed)}. These are the paper's smallest and largest difference.",
+            f"Power: differences of this spread (standard deviation {pooled} over all rows, at most {largest}) need "
+            f"this many seeds to be found with probability {POWER:g}: {', '.join(needed)}. These are the paper's "
+            "smallest and largest difference.",
         ]
     lines += [*_order(found), *_origin(found)]
     return "\n".join(lines) + "\n"
 
 
-def _line(row: Mapping[str, Any], metric: str) -> str:
+def _line(row: Mapping[str, Any], metric: str, form: str) -> str:
     paper, ours, minus = row["paper"], row["ours"], row["minus_baseline"]
     size = f"{row['params_total'] / 1e6:.2f}M ({row['params_active'] / 1e6:.2f}M)" if row["params_total"] else ""
-    difference = "" if minus is None else _numbers("", "{:+.4f}", paper["difference"])
-    cells = [row["name"], size, _numbers("", "{:.4f}", paper.get(metric)), difference, _spread(ours), _robust(ours)]
+    signed = form.replace(":", ":+")
+    difference = "" if minus is None else _numbers("", signed, paper["difference"])
+    cells = [row["name"], size, _numbers("", form, paper.get(metric)), difference]
+    cells += [_spread(ours, form), _robust(ours, form)]
     if minus is None:
         return f"| {' | '.join([*cells, '', '', ''])} |"
-    interval = _numbers(" to ", "{:+.4f}", minus["low"], minus["high"])
-    return f"| {' | '.join([*cells, _numbers('', '{:+.4f}', minus['mean']), interval, _p(minus)])} |"
+    interval = _numbers(" to ", signed, minus["low"], minus["high"])
+    return f"| {' | '.join([*cells, _numbers('', signed, minus['mean']), interval, _p(minus)])} |"
 
 
-def _spread(ours: Mapping[str, Any]) -> str:
-    return f"{_numbers(' ± ', '{:.4f}', ours['mean'], ours['std'])} ({ours['n']})".strip()
+def _spread(ours: Mapping[str, Any], form: str) -> str:
+    return f"{_numbers(' ± ', form, ours['mean'], ours['std'])} ({ours['n']})".strip()
 
 
-def _robust(ours: Mapping[str, Any]) -> str:
+def _robust(ours: Mapping[str, Any], form: str) -> str:
     if not ours["n"]:
         return ""
-    return f"{ours['median']:.4f}, {_numbers(' to ', '{:.4f}', *ours['range'])}, {ours['far']}"
+    return f"{form.format(ours['median'])}, {_numbers(' to ', form, *ours['range'])}, {ours['far']}"
 
 
 def _p(minus: Mapping[str, Any]) -> str:
@@ -109,7 +112,7 @@ def _other_metrics(found: Mapping[str, Any]) -> list[str]:
             spread = ours.get("quartiles") or ()
             own = f"{ours['mean']:.2f} [{_numbers(', ', '{:.2f}', *spread)}]" if spread else ""
             if not spread and ours["mean"] is not None:
-                own = _spread(ours)
+                own = _spread(ours, form_of(found["metrics"][name]["unit"]))
             cells.append(f"paper {_numbers('', '{:g}', paper) or '-'}; ours {own or '-'}")
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     for share, speed in found["speeds"].items():
@@ -195,10 +198,12 @@ def _order(found: Mapping[str, Any]) -> list[str]:
 
 
 def _origin(found: Mapping[str, Any]) -> list[str]:
+    days = [f"{date[:4]}-{date[4:6]}-{date[6:]}" for date in found["dates"]]
+    commits = [commit[:9] for commit in found["git_commits"]]
     lines = [
         "",
-        f"`{found['command']}` ({found['config']}), {clock(found['seconds_of_all_runs'])} of runs, "
-        f"{', '.join(found['machines'])}, torch {', '.join(found['torch'])}, commit {', '.join(found['git_commits'])}.",
+        f"`{found['command']}` ({found['config']}), {', '.join(days)}, {clock(found['seconds_of_all_runs'])} of runs, "
+        f"{', '.join(found['machines'])}, torch {', '.join(found['torch'])}, commit {', '.join(commits)}.",
     ]
     if found["taken_from"]:
         origins = [f"{count} from {name}" for name, count in found["taken_from"].items()]

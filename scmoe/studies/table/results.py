@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scmoe.studies.table.afterwards import read_speeds
 from scmoe.studies.table.equal_time import at_equal_time
 from scmoe.studies.table.kept import look_up
 from scmoe.studies.table.rows import Metric, Row, Table
 from scmoe.studies.table.runs import Run
+from scmoe.studies.table.speeds import read_speeds
 from scmoe.studies.table.statistics import ALPHA, compare, describe, holm, pooled, seeds_needed
 
 Values = Mapping[int, float]  # by seed

@@ -9,21 +9,18 @@ two rows have in common starts with equal values. A run counts as this table's o
 would be now.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
-from typing import IO
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten
 from scmoe.config.load import load, to_yaml
-from scmoe.studies.batch import Batch
 from scmoe.studies.job import Job, State
-from scmoe.studies.progress import Watch
 from scmoe.studies.runs import SeenRun, flat
-from scmoe.studies.table.kept import digest_of, look_up, results_of
+from scmoe.studies.table.kept import digest_of
 from scmoe.studies.table.rows import Row, Scale, Table
 
 OWN = ("model.", "moe.", "schedule.", "optim.lr", "name")  # keys in which rows may differ
@@ -70,36 +67,6 @@ def plan_runs(table: Table, scale: Scale, folder: Path, seeds: int, overrides: S
                     f"row {run.row.name!r} sets {key}, allowed: keys that begin with {', '.join(OWN[:-1])}"
                 )
     return runs
-
-
-def train_all(runs: Sequence[Run], lock: IO[str], jobs: int, needed: Sequence[str], here: Callable[..., int]) -> int:
-    """Train what is not finished, `jobs` in parallel (0: all in this process). Returns the signal that ended it, or 0.
-
-    needed: keys of the summary without which a run has failed. Failed runs are tried again. The caller has read the
-    states and holds the lock.
-    """
-    by_job = {run.job: run for run in runs}
-
-    def judge(job: Job) -> None:
-        done = next((run for run in map(SeenRun, job.run_dirs()) if run.summary), None)
-        missing = [key for key in needed if done is None or look_up(done.summary, key) is None]
-        if done and not missing:
-            job.state.run_dir, job.state.results = str(done.path), results_of(done, by_job[job].digest)
-        else:
-            job.state.status, job.state.error = "failed", f"it ended without {', '.join(missing)} in its summary"
-
-    def result(job: Job) -> str:
-        summary = job.state.results.get("summary")
-        if not summary:
-            return "the same command resumes it"
-        return ", ".join(f"{key} {look_up(summary, key):.4f}" for key in needed)
-
-    watch = Watch(result)
-    with watch.bar:
-        if finished := sum(run.state.status == "finished" for run in runs):
-            watch.say(f"{finished} of {len(runs)} runs are finished already")
-        batch = Batch([run.job for run in runs], jobs, len(runs), watch, judge=judge, here=here)
-        return batch.run(lock, again=("waiting", "cut", "failed"))
 
 
 def read_states(runs: Sequence[Run]) -> None:
