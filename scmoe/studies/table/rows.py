@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os.path import normpath
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,8 @@ def _scale(name: str, folder: Path, entry: Any, scales: Mapping[str, Any]) -> Sc
     given |= {"shares": tuple(map(float, entry["shares"]))} if "shares" in entry else {}
     jobs = None if entry["jobs"] == "launch" else int(entry["jobs"])
     settings = {name: _overrides(own) for name, own in entry.get("settings", {}).items()}
-    return Scale(folder / entry["config"], int(entry["seeds"]), jobs, otherwise=otherwise, settings=settings, **given)
+    config = Path(normpath(folder / entry["config"]))
+    return Scale(config, int(entry["seeds"]), jobs, otherwise=otherwise, settings=settings, **given)
 
 
 def _overrides(entry: Mapping[str, str]) -> tuple[str, ...]:
