@@ -24,7 +24,7 @@ class Options:
         jobs: number of runs in parallel; 0: all in this process
         seeds: seeds 1 to this
         from_: take the results of runs of equal configuration from this folder, such as docs/results; may be repeated
-        to: copy results and states of finished runs into this folder
+        to: copy results and states of finished runs into this folder, after taking those that it has
     """
 
     scale: str = "smoke"
@@ -35,13 +35,19 @@ class Options:
 
     def request(self, overrides: tuple[str, ...]) -> "Request":
         from scmoe.config.extras import require
+        from scmoe.config.leaves import ConfigError
         from scmoe.config.load import load
 
         require("a table", "matplotlib", "scipy")
         from scmoe.studies.table.make import Request
 
         runs_dir = load(None, [word for word in overrides if word.removeprefix("--").startswith("runs_dir=")]).runs_dir
-        sources = [Path(runs_dir) / "tables", *self.from_]  # tables have rows in common
+        for folder in self.from_:
+            if not any(folder.glob("*/states/*.json")):
+                allowed = "a folder of tables that has <table>-<scale>/states/, such as docs/results"
+                raise ConfigError(f"--from is {str(folder)!r}, allowed: {allowed}")
+        # tables have rows in common, and what is in `to` will be replaced
+        sources = [Path(runs_dir) / "tables", *self.from_, *([self.to] if self.to else [])]
         return Request(self.scale, overrides, self.jobs, self.seeds, sources, self.to)
 
 

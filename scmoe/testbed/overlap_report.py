@@ -58,7 +58,8 @@ def bench_overlap(options: dict[str, Any]) -> dict[str, Any]:
     machine = "cuda" if gpu else f"{ranks}-ranks"
     if setting.nodes > 1:
         machine += f"-{setting.nodes}-nodes-{setting.exchange}"
-    name = f"overlap-{setting.compute}-{setting.level}-{machine}-share-{setting.share:g}"
+    at = f"share-{setting.share:g}" if setting.link_mbit is None else f"{setting.link_mbit:g}-mbit"
+    name = f"overlap-{setting.compute}-{setting.level}-{machine}-{at}"
     show(report)
     draw(report, out / f"{name}.png")
     (out / f"{name}.json").write_text(json.dumps(report, indent=1))

@@ -95,6 +95,7 @@ def here(*words: str) -> Done:
     ("words", "says"),
     [
         (["--tasks", "piqa"], "--tasks has 'piqa', allowed: cloze, next_sentence, or others with --data FOLDER"),
+        (["--data", "folder"], "--data is 'folder', allowed: with --tasks that names files of it"),
         (["--stride", "33"], "--stride is 33, allowed: 1 to 32"),
         (["--limit", "0"], "--limit is 0, allowed: 1 or more"),
         (["--text", "/none.txt"], "--text is '/none.txt', allowed: a file of UTF-8 text"),

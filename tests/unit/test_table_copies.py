@@ -9,10 +9,12 @@ import pytest
 
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
+from scmoe.experiments.table import Options
 from scmoe.studies.job import State
 from scmoe.studies.table.copies import adopt, save
 from scmoe.studies.table.evaluations import Evaluations
 from scmoe.studies.table.kept import digest_of, look_up
+from scmoe.studies.table.make import Request, plan_table
 from scmoe.studies.table.rows import load_table
 from scmoe.studies.table.runs import Run, plan_runs, read_states
 
@@ -84,6 +86,24 @@ def test_a_run_of_another_config_is_not_taken(tmp_path):
     other = plan_runs(table, table.scales["smoke"], tmp_path / "other", 1, ["trainer.max_steps=5"])
     assert take("table4", other, tmp_path / "tables") == 0
     assert {run.state.status for run in other} == {"waiting"}
+
+
+def test_a_folder_that_would_lose_or_ignore_states_is_refused(tmp_path):
+    own = [f"runs_dir={tmp_path}"]
+    with pytest.raises(ConfigError, match=f"--to is '{tmp_path}/tables', allowed: a folder other than that of the"):
+        plan_table(load_table("table4", CONFIGS), Request("smoke", own, to=tmp_path / "tables"), print)
+    with pytest.raises(ConfigError, match=r"--from is .*, allowed: a folder of tables that has"):
+        Options(from_=(tmp_path,)).request(())
+
+
+def test_what_is_in_the_folder_of_results_is_taken_before_it_is_replaced(tmp_path):
+    assert tmp_path in Options(to=tmp_path).request(()).sources
+
+
+def test_the_command_of_a_table_has_what_was_asked_for(tmp_path):
+    request = Request("smoke", [f"runs_dir={tmp_path}", "optim.lr=0.1"], seeds=3)
+    plan = plan_table(load_table("table4", CONFIGS), request, print)
+    assert plan.command == 'make table TABLE=table4 SCALE=smoke ARGS="--seeds 3 optim.lr=0.1"'
 
 
 def test_nothing_finished_is_nothing_to_copy(tmp_path):

@@ -21,15 +21,16 @@ from scmoe.studies.table.trainings import make_runs
 
 CONFIGS = Path(__file__).parents[2] / "configs/experiment"
 # A fake evaluate command: it notes its words, and writes a perplexity of test.txt unless a file `broken` is in the run.
-TEXTS = {"test.txt": {"perplexity": 30.0}}
+TEXT = "../shared/data/wikitext-2/test.txt"  # as Table 7 has it
+TEXTS = {TEXT: {"perplexity": 30.0}}
 EVALUATE = """
 import json, pathlib, sys
 run_dir = pathlib.Path(sys.argv[1])
 print(*sys.argv[2:], file=open(run_dir / "words", "a"))
 if (run_dir / "broken").exists():
     sys.exit("ValueError: no text")
-texts = {"test.txt": {"perplexity": 30.0}} if len(sys.argv) > 2 else {}
-early = {"step": 1, "texts": {"test.txt": {"perplexity": 99.0}}}
+texts = {"../shared/data/wikitext-2/test.txt": {"perplexity": 30.0}} if len(sys.argv) > 2 else {}
+early = {"step": 1, "texts": {}}
 (run_dir / "evaluation.json").write_text(json.dumps({"step=1.ckpt": early, "step=4.ckpt": {"step": 4, "texts": texts}}))
 """
 
@@ -69,7 +70,7 @@ def test_an_evaluation_is_kept_and_not_made_again(evaluated):
     folder, runs, _, evaluate = evaluated
     assert [job.state.status for job in evaluate()] == ["finished"] * 2
     kept = json.loads(runs[0].job.state_file.read_text())["results"]["evaluation"]
-    assert kept == {"step": 4, "texts": {"test.txt": {"perplexity": 30.0}}}, "the last checkpoint's"
+    assert kept == {"step": 4, "texts": TEXTS}, "the last checkpoint's"
     assert evaluate() == []
     assert (folder / "run0/words").read_text() == "--text some.txt\n"
 
@@ -90,11 +91,17 @@ def test_a_failed_evaluation_says_why_and_is_made_again(evaluated):
 def test_an_evaluation_without_its_metric_has_failed(evaluated):
     _, _, scale, evaluate = evaluated
     jobs = evaluate(replace(scale, evaluate=()))
-    assert {job.state.error for job in jobs} == {"it ended without texts.test.txt.perplexity in evaluation.json"}
+    assert {job.state.error for job in jobs} == {f"it ended without texts.{TEXT}.perplexity in evaluation.json"}
 
 
-def test_another_command_evaluates_again(evaluated):
-    folder, _, scale, evaluate = evaluated
+def test_another_command_evaluates_again_and_old_results_are_not_compared_with_new_ones(evaluated):
+    folder, runs, scale, evaluate = evaluated
+    evaluate()
+    (folder / "run1/broken").touch()
+    evaluate(replace(scale, evaluate=("--text", "other.txt")))
+    assert ["evaluation" in run.state.results for run in runs] == [True, False]
+    for name in ("run0/words", "run1/words", "run1/broken"):
+        (folder / name).unlink()
     evaluate()
     jobs = evaluate(replace(scale, evaluate=("--text", "some.txt", "--stride", "8")))
     assert [job.state.status for job in jobs] == ["finished"] * 2
@@ -150,3 +157,4 @@ def test_a_state_without_its_evaluation_is_taken_only_where_its_weights_are(eval
     shutil.rmtree(folder / "run0")
     assert adopt(runs, sources, made) == 1
     assert [run.state.status for run in runs] == ["waiting", "finished"]
+    assert [made.can_use(run.state) for run in runs] == [False, True]

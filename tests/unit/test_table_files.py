@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,25 @@ def test_the_papers_averages_of_table2_are_those_of_its_tasks():
 @pytest.mark.parametrize("name", TABLES)
 def test_rows_name_rows_of_the_testbed(name):
     assert {row.speed for row in load_table(name, CONFIGS).rows} <= {None, *ROWS}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_evaluations_of_a_scale_make_its_metrics(name):
+    table = load_table(name, CONFIGS)
+    keys = [key for metric in table.metrics_from("evaluation") for key in metric.keys]
+    for scale in table.scales.values():
+        if scale.evaluate is not None:
+            given = dict(pairwise(scale.evaluate))
+            tasks = [f"tasks.{task}." for task in given.get("--tasks", "").split(",")]
+            made = (*tasks, f"texts.{given.get('--text')}.")
+            assert keys and all(key.startswith(made) for key in keys)
+
+
+def test_an_override_of_what_rows_set_is_refused(tmp_path):
+    table = load_table("table4", CONFIGS)
+    for word in ("moe.top_k=1", "seed=7", "--name=mine"):
+        with pytest.raises(ConfigError, match=f"{word} is given, allowed: keys other than"):
+            plan_runs(table, table.scales["smoke"], tmp_path, 1, [word])
 
 
 def test_table3_trains_as_the_paper_does():

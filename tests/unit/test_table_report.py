@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from scmoe.studies.job import State
-from scmoe.studies.table.equal_time import loss_at
+from scmoe.studies.table.equal_time import loss_at, step_reached
 from scmoe.studies.table.report import markdown, write_report
 from scmoe.studies.table.results import results
 from scmoe.studies.table.rows import load_table
@@ -17,6 +17,7 @@ from scmoe.studies.table.runs import plan_runs
 from scmoe.testbed.pairs import USUAL_ROWS
 
 CONFIGS = Path(__file__).parents[2] / "configs/experiment"
+COMMAND = "make table TABLE=table3 SCALE=smoke"
 SPEEDS = {"top2": 1.0, "top1": 1.5, "shared_expert": 1.2, "scmoe_pos1": 1.4, "scmoe_pos2": 1.5, "scmoe_pos3": 1.6}
 
 
@@ -65,7 +66,7 @@ def made(planned):
 
 def test_results(made):
     table, runs = made
-    found = results(table, "smoke", runs)
+    found = results(table, "smoke", runs, COMMAND)
     rows = {row["name"]: row for row in found["rows"]}
     assert list(rows) == [row.name for row in table.rows]
     top2, shared, cg1 = (rows[name] for name in ("top-2", "shared-expert, CG-2", "ScMoE Pos-2, CG-1"))
@@ -83,7 +84,7 @@ def test_results(made):
 
 def test_files(made):
     table, runs = made
-    paths = write_report(table, "smoke", runs)
+    paths = write_report(table, "smoke", runs, COMMAND)
     assert [path.name for path in paths] == ["table.md", "results.json", "chart.png", "equal_time.png"]
     text, found = paths[0].read_text(), json.loads(paths[1].read_text())
     parts = text.partition("## Quality at equal time")
@@ -101,11 +102,11 @@ def test_a_difference_is_decided_by_its_corrected_p(made):
         ahead = 0.05 if run.row.name == "ScMoE Pos-2, CG-1" else 0.002
         noise = Random(f"{run.row.name}{run.seed}").uniform(-0.003, 0.003)
         run.job.state = state_of(4.0 + run.seed - (0 if run.row.is_baseline else ahead) + noise, run.digest)
-    rows = {row["name"]: row for row in results(table, "smoke", runs)["rows"]}
+    rows = {row["name"]: row for row in results(table, "smoke", runs, COMMAND)["rows"]}
     minus = rows["ScMoE Pos-2, CG-1"]["minus_baseline"]
     assert minus["decided"] and minus["p"] < 0.05 and minus["high"] < 0
     assert not rows["ScMoE Pos-1, CG-1"]["minus_baseline"]["decided"]
-    text = markdown(results(table, "smoke", runs))
+    text = markdown(results(table, "smoke", runs, COMMAND))
     assert (
         "val_loss: decided (corrected p < 0.05): ScMoE Pos-2, CG-1 is below top-2. Not decided: shared-expert" in text
     )
@@ -116,12 +117,12 @@ def test_a_row_without_a_run_is_empty(made):
     for run in runs:
         if run.row is table.rows[1] or run.seed > 1:
             run.job.state = State()
-    text = markdown(results(table, "smoke", runs))
+    text = markdown(results(table, "smoke", runs, COMMAND))
     assert "| shared-expert, CG-2 |  | 3.2406 | -0.0298 | (0) |  |  |  | (0) |" in text
     row = "| ScMoE Pos-2, Direct Add | 2.00M (1.00M) | 3.2368 | -0.0336 | 5.1220 (1) | 5.1220, 5.1220 to 5.1220, 0 |"
     assert f"{row} +0.0220 |  | (1) |" in text
     assert "Spearman" not in text
-    write_report(table, "smoke", runs)
+    write_report(table, "smoke", runs, COMMAND)
 
 
 def test_at_equal_time_the_fastest_row_is_at_its_end_and_slower_ones_are_earlier(made):
@@ -130,7 +131,7 @@ def test_at_equal_time_the_fastest_row_is_at_its_end_and_slower_ones_are_earlier
     for run in runs:
         run.job.state = state_of(5.0 + run.seed / 10, run.digest)
     write_speeds(runs[0].job.study, 0.52)
-    found = results(table, "smoke", runs)["equal_time"]
+    found = results(table, "smoke", runs, COMMAND)["equal_time"]
     assert list(found) == ["equal_tokens", "0.52"], "0.15 has not been measured"
     at_time = found["0.52"]["rows"]
     assert at_time["ScMoE Pos-3, CG-1"]["loss"]["mean"] == pytest.approx(5.2)
@@ -138,6 +139,17 @@ def test_at_equal_time_the_fastest_row_is_at_its_end_and_slower_ones_are_earlier
     assert at_time["ScMoE Pos-3, CG-1"]["minus_baseline"]["mean"] == pytest.approx(-0.15)
     assert found["equal_tokens"]["rows"]["ScMoE Pos-3, CG-1"]["minus_baseline"]["mean"] == pytest.approx(0)
     assert "ScMoE Pos-2 (L0 Pos-1), CG-1" not in at_time, "the testbed has no such row"
+
+
+def test_the_fastest_row_is_read_at_its_last_step_whatever_its_speed():
+    speeds = [1 + i / 10_000 for i in range(15_000)]
+    assert all(step_reached(steps, x, x) == steps for steps in (600, 1500, 2048) for x in speeds)
+
+
+def test_a_table_of_one_metric_says_how_its_speeds_were_measured(made):
+    table, runs = made
+    write_speeds(runs[0].job.study, 0.52)
+    assert "Speed-ups at a share of 0.52 (0.53 as measured)" in markdown(results(table, "smoke", runs, COMMAND))
 
 
 def test_a_curve_is_read_between_its_points_and_not_outside():
@@ -152,10 +164,10 @@ def test_speeds_stand_beside_the_papers_and_a_missing_one_says_why(tmp_path):
     for run in runs:
         run.job.state = state_of(5.0, run.digest, val_accuracy=0.5)
     runs[0].job.study.mkdir()
-    rows = {row["name"]: row["others"] for row in results(table, "smoke", runs)["rows"]}
+    rows = {row["name"]: row["others"] for row in results(table, "smoke", runs, COMMAND)["rows"]}
     assert rows["ScMoE Pos-2"]["training speed-up"]["ours"]["why"].startswith("not measured")
     write_speeds(runs[0].job.study, 0.52)
-    found = results(table, "smoke", runs)
+    found = results(table, "smoke", runs, COMMAND)
     own = {row["name"]: row["others"] for row in found["rows"]}["ScMoE Pos-2"]["training speed-up"]["ours"]
     assert (own["mean"], own["quartiles"], own["n"], own["links"]) == (1.5, [1.1, 1.9], 9, "shaped")
     assert found["rows"][0]["ours"]["mean"] == 50.0, "a share of images is shown in percent, as in the paper"
@@ -170,7 +182,7 @@ def test_sizes_are_compared_with_their_own_baseline(tmp_path):
     for run in runs:
         large = run.config.model.dim == 16
         run.job.state = state_of(5.0, run.digest, val_accuracy=0.6 if large else 0.5)
-    found = results(table, "smoke", runs)
+    found = results(table, "smoke", runs, COMMAND)
     rows = {row["name"]: row for row in found["rows"]}
     assert {rows[f"ScMoE Pos-2, {size}"]["minus_baseline"]["mean"] for size in "SB"} == {0.0}
     assert rows["ScMoE Pos-2, B"]["paper"]["difference"] == pytest.approx(80.56 - 80.48)

@@ -50,7 +50,7 @@ def read_material(config: Config, request: Request) -> Material:
     data, seq_len = build_datamodule(config), config.data.seq_len
     prepare_data(data)
     if not isinstance(data, TextDataModule):
-        for name, given in (("--text", request.text), ("--tasks", request.tasks)):
+        for name, given in (("--text", request.text), ("--tasks", request.tasks), ("--data", request.folder)):
             if given:
                 raise ConfigError(
                     f"{name} is given, allowed: for a run on text; this one has data.name={config.data.name}"
@@ -68,6 +68,8 @@ def read_material(config: Config, request: Request) -> Material:
 def read_tasks(text: Text, request: Request) -> list[Task]:
     """Return the tasks that are asked for. ConfigError: one is not there, or lm-eval is not installed."""
     names = tuple(OWN_TASKS) if request.tasks is None else request.tasks
+    if request.folder is not None and OWN_TASKS.keys() >= set(names):
+        raise ConfigError(f"--data is {str(request.folder)!r}, allowed: with --tasks that names files of it")
     if names:
         require("--tasks (other than none)", "lm_eval")
     tasks = []

@@ -23,9 +23,7 @@ def adopt(runs: Sequence[Run], folders: Iterable[Path], evaluations: Evaluations
     found: dict[str, tuple[Path, State]] = {}
     for path in [path for folder in folders for path in sorted(folder.glob("*/states/*.json"))] if wanted else ():
         state = State(**json.loads(path.read_text()))
-        usable = state.status == "finished" and (
-            not evaluations.lacking(state) or Path(state.run_dir or "gone").is_dir()
-        )
+        usable = state.status == "finished" and evaluations.can_use(state)
         if usable and (digest := state.results.get("digest")):
             found.setdefault(digest, (path, state))
     for run in wanted:

@@ -42,7 +42,7 @@ def _rows(table: Table, finished: Sequence[Run], speeds: Mapping[str, float]) ->
     steps = {name: 0.0 for name in speeds}
     for run in finished:
         if (name := run.row.name) in speeds:
-            steps[name] = run.config.trainer.max_steps * speeds[name] / max(speeds.values())
+            steps[name] = step_reached(run.config.trainer.max_steps, speeds[name], max(speeds.values()))
             loss = loss_at(run.state.results["curve"], steps[name])
             if loss is not None:
                 losses[name][run.seed] = loss
@@ -59,6 +59,11 @@ def _rows(table: Table, finished: Sequence[Run], speeds: Mapping[str, float]) ->
         }
         for name in speeds
     }
+
+
+def step_reached(steps: int, speed: float, fastest: float) -> float:
+    """Return how many of its steps a row has made when the fastest one ends, which has made exactly all."""
+    return steps * (speed / fastest)
 
 
 def loss_at(curve: Sequence[Sequence[float]], step: float) -> float | None:

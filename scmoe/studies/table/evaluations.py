@@ -31,13 +31,23 @@ class Evaluations:
         kept = state.results
         return self.wanted and (kept.get("evaluated_by") != self.words or bool(self._missing(kept.get("evaluation"))))
 
+    def can_use(self, state: State) -> bool:
+        """Does a finished run lack nothing, or can it be evaluated here, because its directory is on this machine?"""
+        return not self.lacking(state) or Path(state.run_dir or "none").is_dir()
+
     def job(self, run: Run) -> Job | None:
-        """Return the job that evaluates a finished run; None: nothing is lacking."""
+        """Return the job that evaluates a finished run; None: nothing is lacking.
+
+        What another command has found is dropped, so that a table never compares two kinds of evaluation.
+        """
         if not self.lacking(run.state):
             return None
+        for key in ("evaluation", "evaluated_by"):
+            run.state.results.pop(key, None)
+        run.job.keep()
         name, study = f"{run.job.name}-evaluation", run.job.study
         title = f"evaluation of {run.row.name}, seed {run.seed}"
-        words = [run.state.run_dir or "no-run-directory-on-this-machine", *self.words]
+        words = [str(run.state.run_dir), *self.words]
         job = Job(name, title, study, study / "no-run-of-an-evaluation", words, EVALUATE)
         self.of[job] = run
         return job

@@ -7,7 +7,7 @@ from pathlib import Path
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.studies.checks import refusal
-from scmoe.studies.job import Job, lock_of
+from scmoe.studies.job import Job, State, lock_of
 from scmoe.studies.table.copies import adopt, save
 from scmoe.studies.table.evaluations import Evaluations
 from scmoe.studies.table.launch import check_memory, write_launch_files
@@ -50,6 +50,7 @@ class Plan:
     scale: Scale
     jobs: int | None
     runs: list[Run]
+    command: str  # that makes it, but for the folders of runs and results
 
     @property
     def folder(self) -> Path:
@@ -86,7 +87,13 @@ def plan_table(table: Table, request: Request, say: Callable[[str], None]) -> Pl
     if seeds < 1 or (jobs or 0) < 0:
         raise ConfigError(f"--seeds is {seeds}, --jobs is {jobs}, allowed: 1 or more, 0 or more")
     folder = Path(load(scale.config, request.overrides).runs_dir) / "tables" / f"{table.name}-{name}"
-    return Plan(table, name, scale, jobs, plan_runs(table, scale, folder, seeds, request.overrides))
+    if request.to is not None and (request.to / folder.name).resolve() == folder.resolve():
+        raise refusal("--to", str(request.to), "a folder other than that of the tables, such as docs/results")
+    runs = plan_runs(table, scale, folder, seeds, request.overrides)
+    words = [] if seeds == scale.seeds else [f"--seeds {seeds}"]
+    words += [word for word in request.overrides if not word.removeprefix("--").startswith("runs_dir=")]
+    arguments = f' ARGS="{" ".join(words)}"' if words else ""
+    return Plan(table, name, scale, jobs, runs, f"make table TABLE={table.name} SCALE={name}{arguments}")
 
 
 def make_table(plan: Plan, request: Request, commands: Commands) -> Made:
@@ -106,6 +113,9 @@ def make_table(plan: Plan, request: Request, commands: Commands) -> Made:
     speeds: list[Job] = []
     with lock_of(plan.folder) as lock:
         read_states(runs)
+        for run in runs:
+            if run.state.status == "finished" and not evaluations.can_use(run.state):
+                run.job.state = State()  # it is trained again
         if found := adopt(runs, request.sources, evaluations):
             commands.say(f"{found} of {len(runs)} runs are taken from runs of equal configuration")
         made.signal = make_runs(runs, lock, plan.jobs, needed, evaluations, commands.here)
@@ -120,7 +130,7 @@ def make_table(plan: Plan, request: Request, commands: Commands) -> Made:
     made.cut = sum(job.state.status == "cut" for job in jobs)
     made.rows = len({run.row.name for run in runs if run.state.status == "finished"})
     if made.finished:
-        made.files = write_report(table, plan.scale_name, runs)
+        made.files = write_report(table, plan.scale_name, runs, plan.command)
         if request.to is not None:
             made.files.append(save(runs, request.to))
     return made

@@ -13,10 +13,12 @@ from scmoe.studies.table.runs import Run
 from scmoe.studies.table.statistics import FAR_DEVIATIONS, FAR_SHARE, POWER, rank_correlation
 
 
-def write_report(table: Table, scale: str, runs: Sequence[Run]) -> list[Path]:
-    """Write the files of a table that has at least one finished run, as far as its runs have come."""
+def write_report(table: Table, scale: str, runs: Sequence[Run], command: str) -> list[Path]:
+    """Write the files of a table that has at least one finished run, as far as its runs have come.
+
+    command: the one that makes the table."""
     folder = runs[0].job.study
-    found = results(table, scale, runs)
+    found = results(table, scale, runs, command)
     (folder / "results.json").write_text(json.dumps(found, indent=2) + "\n")
     (folder / "table.md").write_text(markdown(found))
     draw_differences(found, folder / "chart.png")
@@ -45,7 +47,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     for group in dict.fromkeys(group for row in found["rows"] for group in row["groups"]):
         lines += ["", f"## {group[0].upper()}{group[1:]}", "", f"| {head} |", "| --- |" + " ---: |" * 8]
         lines += [_line(row, found["metric"], form) for row in found["rows"] if group in row["groups"]]
-    lines += [*_other_metrics(found), *_equal_time(found), "", *_decisions(found)]
+    lines += [*_other_metrics(found), *_speeds(found), *_equal_time(found), "", *_decisions(found)]
     if power := found["power"]:
         needed = [
             f"a difference of {d} needs {n or 'more than 10,000'} seeds" for d, n in power["seeds_needed"].items()
@@ -115,6 +117,15 @@ def _other_metrics(found: Mapping[str, Any]) -> list[str]:
                 own = _spread(ours, form_of(found["metrics"][name]["unit"]))
             cells.append(f"paper {_numbers('', '{:g}', paper) or '-'}; ours {own or '-'}")
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    whys = {
+        own["ours"]["why"]: name for row in found["rows"] for name, own in row["others"].items() if "why" in own["ours"]
+    }
+    return [*lines, *(line for why in whys for line in ("", f"A speed without a number: {why}."))]
+
+
+def _speeds(found: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each share of communication: how its speeds were measured."""
+    lines = []
     for share, speed in found["speeds"].items():
         lines += [
             "",
@@ -123,10 +134,7 @@ def _other_metrics(found: Mapping[str, Any]) -> list[str]:
             f"{speed['rounds']} rounds, [quartiles]; with all communication hidden {speed['limit_train']:.2f} in "
             f"training and {speed['limit_forward']:.2f} in inference.",
         ]
-    whys = {
-        own["ours"]["why"]: name for row in found["rows"] for name, own in row["others"].items() if "why" in own["ours"]
-    }
-    return [*lines, *(line for why in whys for line in ("", f"A speed without a number: {why}."))]
+    return lines
 
 
 def _equal_time(found: Mapping[str, Any]) -> list[str]:

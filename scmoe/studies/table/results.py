@@ -19,8 +19,8 @@ from scmoe.studies.table.statistics import ALPHA, compare, describe, holm, poole
 Values = Mapping[int, float]  # by seed
 
 
-def results(table: Table, scale: str, runs: Sequence[Run]) -> dict[str, Any]:
-    """Return what results.json holds, as far as the runs have come."""
+def results(table: Table, scale: str, runs: Sequence[Run], command: str) -> dict[str, Any]:
+    """Return what results.json holds, as far as the runs have come. command: the one that makes the table."""
     speeds = read_speeds(runs[0].job.study)
     finished = [run for run in runs if run.state.status == "finished"]
     columns = {metric.name: _column(table, metric, finished, speeds) for metric in table.metrics}
@@ -34,6 +34,7 @@ def results(table: Table, scale: str, runs: Sequence[Run]) -> dict[str, Any]:
         "unit": first.unit,
         "metrics": {m.name: {"unit": m.unit, "better": m.better, "from": m.source} for m in table.metrics},
         "comparisons": table.comparisons,
+        "command": command,
         **_circumstances(runs),
         "speeds": {f"{share:g}": _of_testbed(report) for share, report in speeds.items()},
         "power": _power(table, columns[first.name]),
@@ -122,7 +123,7 @@ def _power(table: Table, column: Mapping[str, dict[str, Any]]) -> dict[str, Any]
 
 def _circumstances(runs: Sequence[Run]) -> dict[str, Any]:
     """Return where, when and with which versions the runs ran."""
-    config, (name, _, scale) = runs[0].config, runs[0].job.study.name.partition("-")
+    config = runs[0].config
     data, trainer = config.data, config.trainer
     unit, samples = "images" if config.model.family == "swin" else "tokens", trainer.max_steps * data.global_batch_size
     seen = samples if unit == "images" else samples * data.seq_len
@@ -133,7 +134,6 @@ def _circumstances(runs: Sequence[Run]) -> dict[str, Any]:
     done = [run.state.results for run in runs if run.state.status == "finished"]
     environments = [kept["environment"] for kept in done]
     return {
-        "command": f"make table TABLE={name} SCALE={scale}",
         "config": runs[0].job.arguments[0],
         "data": data.name,
         "model": "; ".join(models),

@@ -47,8 +47,13 @@ class Run:
 def plan_runs(table: Table, scale: Scale, folder: Path, seeds: int, overrides: Sequence[str] = ()) -> list[Run]:
     """Return all runs of a table, seed by seed, so that an interrupted table has whole comparisons in it.
 
-    Raises ConfigError for a row that would not see the same training as the others.
+    Raises ConfigError for a row that would not see the same training as the others, and for an override of what rows,
+    or the table, set themselves.
     """
+    own_keys = {"name", "seed", *(word.partition("=")[0] for row in table.rows for word in row.overrides)}
+    for word in overrides:
+        if (key := word.removeprefix("--").partition("=")[0]) in own_keys:
+            raise ConfigError(f"{word} is given, allowed: keys other than {key}, which each run of a table sets itself")
     runs = []
     for number, (seed, row) in enumerate(product(range(1, seeds + 1), table.rows), 1):
         name = f"{row.slug}-seed{seed}"

@@ -7,6 +7,7 @@ import torch
 
 from scmoe.analysis.cost import forward_flops, training_flops
 from scmoe.analysis.memory import rank_memory
+from scmoe.analysis.peak import peak_tflops
 from scmoe.testbed.gpu_check.models import GPT2_MOE_SMALL, tiny
 from scmoe.testbed.gpu_check.parts import Pieces, Place
 from scmoe.testbed.gpu_check.timing import in_turn
@@ -16,7 +17,6 @@ from scmoe.training.build.model import build_model_on_meta
 
 BATCHES = (64, 32, 16, 8, 4, 2, 1)  # samples of a step: the most that fit
 ROOM = 0.75  # of the free memory, for the estimate
-DATASHEET = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s
 
 
 def pieces(place: Place) -> Pieces:
@@ -43,9 +43,9 @@ def measure_step(place: Place) -> dict[str, Any]:
     times = in_turn(device, {"step": step, "product": lambda: square @ square}, 3 if place.tiny else 10)
     seconds = median(times["step"]) / 1e3
     product_flops = 2 * size**3 / (median(times["product"]) / 1e3)
-    achieved = samples * training_flops(forward_flops(model, seq_len)) / seconds
+    achieved = samples * training_flops(forward_flops(model, seq_len, empty_slots=False)) / seconds
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    sheet = next((flops for card, flops in DATASHEET.items() if card in name), None)
+    sheet = peak_tflops(name, "bf16-mixed")
     estimate = estimated(samples)
     peak = step.held_bytes() + peak_bytes(device, step)
     return {
@@ -54,7 +54,7 @@ def measure_step(place: Place) -> dict[str, Any]:
         "step_ms": 1e3 * seconds,
         "tokens_per_s": samples * seq_len / seconds,
         "tflops_per_s": achieved / 1e12,
-        "mfu_of_datasheet": None if sheet is None else achieved / sheet,
+        "mfu_of_datasheet": None if sheet is None else achieved / (1e12 * sheet),
         "mfu_of_measured_product": achieved / product_flops,
         "product_tflops_per_s": product_flops / 1e12,
         "peak_bytes": peak,
