@@ -227,6 +227,8 @@ def _ranks(config: Config) -> Iterator[Rule]:
     yield paced, "strategy.reductions", "null, unless strategy.dense=replicated, whose gradients DDP sums"
     parts, batches = "trainer.devices x trainer.num_nodes x trainer.accumulate", world * trainer.accumulate
     yield config.data.global_batch_size % batches, "data.global_batch_size", f"a multiple of {parts}, {batches}"
+    no_rows = config.strategy.wire_dtype is not None and resolve_ep_size(config) == 1
+    yield no_rows, "strategy.wire_dtype", "null, as no rows travel where every rank has all experts (strategy.ep_size)"
 
 
 def _offload(config: Config) -> Iterator[Rule]:
@@ -287,6 +289,8 @@ def _analysis(config: Config) -> Iterator[Rule]:
     gating, similarity = analysis.gating_every is not None, analysis.similarity_every is not None
     dense, compiled = config.moe.architecture == "dense", config.trainer.compile
     yield dense and gating, "analysis.gating_every", "null, as moe.architecture=dense has no gate"
+    alone = not dense and config.moe.num_experts == 1
+    yield alone and gating, "analysis.gating_every", "null, as the gate has no choice with moe.num_experts=1"
     no_hooks = "null, as trainer.compile=true runs no hooks"  # those that are added later to a compiled block
     yield compiled and gating, "analysis.gating_every", no_hooks
     yield compiled and similarity, "analysis.similarity_every", no_hooks

@@ -82,9 +82,10 @@ def stream(
     seeds = range(len(prompts)) if seeds is None else seeds
     if model.training:
         raise ValueError("the model is in training mode, allowed: evaluation mode; call model.eval()")
+    vocab_size = model.head.out_features
     for row, prompt in enumerate(prompts):
         check_length(len(prompt), stopping.max_tokens, model.max_seq_len, f"prompt {row}")
-        if not 0 <= min(prompt) <= max(prompt) < (vocab_size := model.head.out_features):
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise ValueError(f"prompt {row} has ids {min(prompt)} to {max(prompt)}, allowed: 0 to {vocab_size - 1}")
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds are given, allowed: one for each of the {len(prompts)} prompts")
@@ -120,23 +121,24 @@ def _steps(
     written: list[list[int]] = [[] for _ in prompts]
     going = [True] * len(prompts)
     cache = KVCache(batch_size, longest + stopping.max_tokens - 1, device)
-    with dropless(model):
-        passes.begin("prefill")
+    passes.begin("prefill")
+    with dropless(model):  # for passes only: between two steps the model is the caller's
         logits_BV = read_prompts(model, ids_BS, mask_BS, cache, passes)
-        passes.begin("decode")
-        ended = passes.all_ranks(not going)
-        while not ended:
-            ids_B = choose(logits_BV, sampling, had_BV, generators)
-            step = Step([None] * len(prompts), [None] * len(prompts))
-            for row, token in enumerate(ids_B[: len(prompts)].tolist()):
-                if going[row]:
-                    written[row].append(token)
-                    step.ids[row], step.reasons[row] = token, stopping.reason(written[row])
-                    going[row] = step.reasons[row] is None
-            yield step
-            ended = passes.all_ranks(not any(going))
-            if not ended:
-                had_BV.scatter_(1, ids_B[:, None], True)
+    passes.begin("decode")
+    ended = passes.all_ranks(not going)
+    while not ended:
+        ids_B = choose(logits_BV, sampling, had_BV, generators)
+        step = Step([None] * len(prompts), [None] * len(prompts))
+        for row, token in enumerate(ids_B[: len(prompts)].tolist()):
+            if going[row]:
+                written[row].append(token)
+                step.ids[row], step.reasons[row] = token, stopping.reason(written[row])
+                going[row] = step.reasons[row] is None
+        yield step
+        ended = passes.all_ranks(not any(going))
+        if not ended:
+            had_BV.scatter_(1, ids_B[:, None], True)
+            with dropless(model):
                 logits_BV = decode(model, ids_B, going or [False], cache)
 
 

@@ -15,7 +15,8 @@ class Prompt(NamedTuple):
 def read_prompts(path: Path, first_seed: int) -> list[Prompt]:
     """Return the prompts of a file; one without a seed gets first_seed + its number. ValueError: names the line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:  # str.splitlines would cut a text at U+2028, too
+            lines = [line.rstrip("\n") for line in file]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the prompts {path} cannot be read: {error}") from error
     prompts = []

@@ -131,14 +131,16 @@ def dropless(model: nn.Module) -> Iterator[None]:
 
     For models that are used, not trained: the routers' sums are not computed, and stats are None."""
     streams = [module for module in model.modules() if isinstance(module, MoEStream)]
-    before = [(stream.capacity_factor, stream.filled, stream.sums) for stream in streams]
+    before = [(stream.capacity_factor, stream.buffer, stream.filled, stream.sums) for stream in streams]
     try:
         for stream in streams:
-            stream.capacity_factor, stream.filled, stream.sums = None, True, False
+            # buffers stay buffers, as all ranks must send alike, with room for every copy
+            buffer = None if stream.buffer is None else float(stream.router.num_experts)
+            stream.capacity_factor, stream.buffer, stream.filled, stream.sums = None, buffer, True, False
         yield
     finally:
-        for stream, (capacity_factor, filled, sums) in zip(streams, before, strict=True):
-            stream.capacity_factor, stream.filled, stream.sums = capacity_factor, filled, sums
+        for stream, values in zip(streams, before, strict=True):
+            stream.capacity_factor, stream.buffer, stream.filled, stream.sums = values
 
 
 def _in_wire_dtype(x_TD: Tensor) -> Tensor:

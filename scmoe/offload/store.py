@@ -107,7 +107,7 @@ class Store:
             here, there = (of.get(differing[0], "absent") for of in (wanted, tensors))
             raise StoreError(f"{path} holds another model's experts: {differing[0]} is {there} there and {here} here")
         if owner != digest_of_rest(model):
-            raise StoreError(f"{path} belongs to a model with other weights; write_store writes this model's store")
+            raise StoreError(f"{path} belongs to a model with other weights")
         ends = {name: entry["data_offsets"][1] for name, entry in wanted.items()}
         expected = 8 + length + max(ends.values(), default=0)
         if size != expected:

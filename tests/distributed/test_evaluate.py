@@ -26,7 +26,7 @@ from tests.support.wandb_server import wandb_server
 pytestmark = pytest.mark.dist
 
 ARCHITECTURES = {  # with a capacity that drops, chunks, and what only ranks have
-    "scmoe": ("moe.capacity_factor=1", "schedule.chunks=2", "strategy.wire_dtype=bfloat16"),
+    "scmoe": ("moe.capacity_factor=1", "schedule.chunks=2", "strategy.wire_dtype=bfloat16", "strategy.dense=sharded"),
     "dgmoe": ("moe.architecture=dgmoe", "moe.capacity_factor=null", "moe.rows=buffers", "moe.dropless_ceiling=2"),
 }
 
@@ -100,6 +100,7 @@ def here(*words: str) -> Done:
         (["--limit", "0"], "--limit is 0, allowed: 1 or more"),
         (["--text", "/none.txt"], "--text is '/none.txt', allowed: a file of UTF-8 text"),
         (["moe.top_k=2"], "moe.top_k is 2, allowed: 1"),
+        (["strategy.dense=sharded"], "strategy.dense is 'sharded', allowed: replicated, where nothing is trained"),
     ],
 )
 def test_a_wrong_request_is_one_line(runs, words, says):

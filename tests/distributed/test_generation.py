@@ -41,6 +41,7 @@ def run_dir(tmp_path_factory) -> Path:
     text = ("data.name=text", f"data.path={folder}/text.txt", "data.vocab_size=300", f"data.cache_dir={folder}/cache")
     sizes = ("data.seq_len=48", "trainer.devices=2", "trainer.max_steps=3", f"runs_dir={folder}", "name=text")
     how = ("moe.noisy=false", "moe.capacity_factor=1", "schedule.chunks=2", "strategy.wire_dtype=bfloat16")
+    how += ("strategy.dense=sharded",)
     done = train_in_ranks(2, "configs/debug.yaml", *text, *sizes, *how).summary
     assert call("export", done["run_dir"]) == 0
     return Path(done["run_dir"]).resolve()

@@ -126,6 +126,15 @@ def test_overfitting_repeats_the_first_batches_also_when_it_is_resumed(tmp_path)
     assert list(column(folder, "train/loss").values()) == [*losses, losses[1]]
 
 
+def test_a_resumed_run_may_have_another_precision_and_not_another_accumulate(tmp_path):
+    """Moments take the type of their weights. Lightning counts batches, so an update would fall between two steps."""
+    folder = run_dir(train(tmp_path))
+    refused = resume_in_ranks(1, str(folder), "trainer.accumulate=2", "trainer.max_steps=6")
+    assert (refused.code, refused.err.count("trainer.accumulate is 2, allowed: 1")) == (2, 1)
+    done = resume_in_ranks(1, str(folder), "trainer.precision=64-true", "trainer.max_steps=6")
+    assert done.summary["steps"] == 6, done.err
+
+
 def test_a_fast_dev_run_goes_through_everything_once(tmp_path):
     done = train(tmp_path, "trainer.fast_dev_run=true", "logger.mode=offline", "trainer.early_stopping=1")
     folder = run_dir(done)

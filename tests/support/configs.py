@@ -28,6 +28,8 @@ IMPOSSIBLE = [
     ("model.layers", "moe.architecture=dgmoe_share model.layers=2"),
     ("schedule.slot", "moe.architecture=dgmoe schedule.slot=3 moe.position=pos2"),
     ("analysis.gating_every", "moe.architecture=dense analysis.gating_every=5"),
+    ("analysis.gating_every", "moe.architecture=top_k moe.num_experts=1 moe.top_k=1 analysis.gating_every=5"),
+    ("strategy.wire_dtype", "strategy.wire_dtype=bfloat16"),
     ("analysis.similarity_every", "trainer.compile=true analysis.similarity_every=5"),
     ("schedule.slot", "schedule.slot=4"),
     ("schedule.slot", "schedule.slot=-1"),

@@ -10,6 +10,7 @@ from scmoe.config.load import load
 from scmoe.datamodules.tokenizer import make_tokenizer
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_model_on_meta, build_module
+from scmoe.training.run.on_ranks import config_without_training
 from scmoe.training.run.report import count_parameters, total_and_active
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -24,6 +25,13 @@ FILES = sorted(
 def test_every_config_builds(path):
     total, active = total_and_active(count_parameters(build_model_on_meta(load(path))))
     assert 0 < active <= total
+
+
+@pytest.mark.parametrize("own", ("strategy.dense=hybrid", "strategy.ep_size=4 strategy.exchange=hierarchical"))
+def test_a_run_on_nodes_is_used_in_one_process(own):
+    nodes = ("trainer.devices=2", "trainer.num_nodes=2", "data.global_batch_size=8", *own.split())
+    config = config_without_training(lambda words: load(None, [*nodes, *words]), Path("weights"), ())
+    assert (config.trainer.devices, config.trainer.num_nodes, config.strategy.ep_size) == (1, 1, None)
 
 
 def counts(*overrides):

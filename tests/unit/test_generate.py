@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import Tensor
 
 from scmoe.blocks.kv_cache import KVCache
+from scmoe.inference import prompts as prompts_file
 from scmoe.inference.generate import generate, stream
 from scmoe.inference.passes import Passes, decode, prefill, read_prompts
 from scmoe.inference.sampling import GREEDY, Sampling, choose
@@ -104,15 +107,24 @@ def test_the_cache_holds_the_heads_of_keys_only():
     assert {buffer.shape for pair in cache.buffers.values() for buffer in pair} == {(6, 1, 8)}  # not 2 heads
 
 
-def test_the_model_is_dropless_only_while_it_generates():
+def test_the_model_is_dropless_in_passes_and_unchanged_between_them(monkeypatch):
+    """Also where two texts are open at a time: whichever ends first, the other one drops no token."""
     model = model_of()
-    before = [(m.capacity_factor, m.filled) for m in model.modules() if isinstance(m, MoEStream)]
-    steps = stream(model, PROMPTS, Stopping(3), GREEDY)
-    next(steps)
-    inside = [(m.capacity_factor, m.filled) for m in model.modules() if isinstance(m, MoEStream)]
-    steps.close()
-    assert [(m.capacity_factor, m.filled) for m in model.modules() if isinstance(m, MoEStream)] == before
-    assert inside == [(None, True)] * len(before) != before
+    streams = [module for module in model.modules() if isinstance(module, MoEStream)]
+    arrange, inside = MoEStream.arrange, set()
+
+    def seen(self, *args):
+        inside.add((self.capacity_factor, self.filled, self.sums))
+        return arrange(self, *args)
+
+    monkeypatch.setattr(MoEStream, "arrange", seen)
+    before = [(m.capacity_factor, m.filled, m.sums) for m in streams]
+    first, second = (stream(model, PROMPTS, Stopping(3), GREEDY) for _ in range(2))
+    next(first), next(second)
+    assert [(m.capacity_factor, m.filled, m.sums) for m in streams] == before
+    list(first), list(second)
+    assert [(m.capacity_factor, m.filled, m.sums) for m in streams] == before
+    assert inside == {(None, True, False)} != set(before)
 
 
 def test_texts_end_where_they_should():
@@ -153,6 +165,13 @@ def test_what_is_shown_of_a_text_never_changes_later():
     assert stopping.text(list(b"ab EN")) == "ab EN" and stopping.text(list(b"ab EN"), ended=False) == "ab "
 
 
+def test_a_prompt_of_a_file_may_have_any_character_within_its_line(tmp_path):
+    texts = ["one\u2028two\u0085three", "four"]
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n" for text in texts]
+    (tmp_path / "prompts.jsonl").write_text("".join(lines), encoding="utf-8", newline="")
+    assert prompts_file.read_prompts(tmp_path / "prompts.jsonl", 7) == [(texts[0], 7), (texts[1], 8)]
+
+
 @pytest.mark.parametrize(
     ("prompts", "given", "says"),
     [
@@ -160,6 +179,7 @@ def test_what_is_shown_of_a_text_never_changes_later():
         ([[1], [1] * 32], {}, "prompt 1 has 32 tokens and max_tokens is 3, .* shorten the prompt"),
         ([[1] * 30], {}, "prompt 0 has 30 tokens and max_tokens is 3, allowed: 32 together.* reduce max_tokens to 2"),
         ([[1, 64]], {}, "prompt 0 has ids 1 to 64, allowed: 0 to 63"),
+        ([[-1, 5]], {}, "prompt 0 has ids -1 to 5, allowed: 0 to 63"),
         ([[1]], {"seeds": [1, 2]}, "2 seeds are given, allowed: one for each of the 1 prompts"),
     ],
 )

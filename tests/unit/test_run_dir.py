@@ -11,8 +11,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from scmoe.config.load import load
 from scmoe.training.run import lifetime
+from scmoe.training.run.csv_logger import csv_logger
 from scmoe.training.run.directory import SLUG_CHARS, create_run_dir, slug_of
 from scmoe.training.run.lifetime import open_run
+from tests.support.commands import rows_of
 
 LONG = [f"moe.{key}=0.12345" for key in ("capacity_factor", "load_balance_coef", "z_loss_coef", "dropless_ceiling")]
 
@@ -88,3 +90,9 @@ def test_other_ranks_open_nothing(tmp_path, monkeypatch):
     with open_run(load(None, [f"runs_dir={tmp_path}"]), [], tmp_path / "a", None) as opened:
         assert opened == (None, [])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_half_row_of_an_earlier_crash_is_left_out(tmp_path):
+    (tmp_path / "metrics.csv").write_text("a,step,z\n1.0,0,2.0\n1.0,1,2.0\n1.0")
+    kept = csv_logger(tmp_path, 1).experiment
+    assert rows_of(tmp_path / "metrics.csv") == [{"a": "1.0", "step": "0", "z": "2.0"}] and not kept.metrics

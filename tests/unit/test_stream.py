@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from scmoe.moe.balance import integer_sums
-from scmoe.moe.stream import MoEStream
+from scmoe.moe.dispatcher import LocalDispatcher
+from scmoe.moe.experts import Experts
+from scmoe.moe.router import Router
+from scmoe.moe.stream import MoEStream, dropless
 from scmoe.tokens import MoEOutput
-from tests.support.models import DIM, EXPERTS, assert_close, gradients, tiny, tiny_batch, tiny_model, tiny_stream
+from tests.support.models import DIM, EXPERTS, FFN, assert_close, gradients, tiny, tiny_batch, tiny_model, tiny_stream
 
 MASK_BS = torch.tensor([[True] * 8 + [False] * 4, [True] * 3 + [False] * 9])
 
@@ -37,6 +40,16 @@ def outcome(
     output = stream(x_BSD, mask_BS, chunks)
     output.y_BSD.square().sum().backward()
     return output, {"x": x_BSD.grad, **gradients(stream)}
+
+
+def test_in_use_no_buffer_drops_a_token():
+    """All tokens choose one expert, whose rank has room for its fair share of them in training."""
+    stream = MoEStream(Router(DIM, EXPERTS, 1), Experts(DIM, FFN, EXPERTS, range(2)), LocalDispatcher(), buffer=1.0)
+    ids_TK = torch.zeros(9, 1, dtype=torch.long)
+    assert stream.arrange(ids_TK, None, 1).num_dropped == 9 - 9 * 2 // EXPERTS
+    with dropless(stream):
+        assert stream.arrange(ids_TK, None, 1).num_dropped == 0
+    assert stream.buffer == 1.0
 
 
 # ---------------------------------------------------------------------- padding (fault 30)

@@ -14,6 +14,7 @@ from scmoe.moe.experts import Experts
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import check_same_model, read_named, tensors_of
 from scmoe.parallel.checkpoint.saving import write_in_turn
+from scmoe.parallel.dense_shards import put
 
 FORMAT_VERSION = "2"
 EXPORT = ".safetensors"  # how the name of an exported file ends
@@ -49,7 +50,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     """Read an exported file into a model. ValueError: another model's, or another format."""
     read = exported_by_name(path, model)
     for name, p in model.named_parameters():
-        p.copy_(read(name))
+        put(p, read(name))
 
 
 def exported_by_name(path: Path, model: nn.Module) -> Callable[[str], Tensor]:

@@ -137,6 +137,8 @@ def _allocate_state(
             size, dtype = stored[key].size, stored[key].properties.dtype
             device = p.device if len(size) or steps_on_device else "cpu"
             like = size == p.shape or (p in shards and len(size) == p.dim() and size[1:] == p.shape[1:])
+            if like and dtype == stored[f"model.{name}"].properties.dtype:
+                dtype = p.dtype  # moments have the type of their weight, which may be another one now
             value = torch.empty_like(p, dtype=dtype) if like else torch.empty(size, dtype=dtype, device=device)
             optimizer.state[p][key.removeprefix(start)] = value
             wanted[key] = as_dtensor(value, context) if like and p in shards else value

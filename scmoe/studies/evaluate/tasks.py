@@ -56,11 +56,12 @@ def read_task(name: str, folder: Path) -> Task:
         there = ", ".join(sorted(file.stem for file in folder.glob("*.jsonl"))) or "none"
         raise ConfigError(f"--tasks has {name!r}, allowed: cloze, next_sentence, or one of {folder}: {there}")
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            questions.append(question_of(json.loads(line), PROMPTS.get(name, "")))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{path}, line {number}: {error!r}, allowed: query, choices and gold") from error
+    with path.open(encoding="utf-8") as file:  # str.splitlines would cut a text at U+2028, too
+        for number, line in enumerate(file, 1):
+            try:
+                questions.append(question_of(json.loads(line), PROMPTS.get(name, "")))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ConfigError(f"{path}, line {number}: {error!r}, allowed: query, choices and gold") from error
     if not questions or len({question.end is None for question in questions}) > 1:
         raise ConfigError(f"{path} has {len(questions)} questions, allowed: one or more, all of one form")
     return Task(name, questions, "acc", str(path))

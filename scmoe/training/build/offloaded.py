@@ -17,7 +17,7 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.offload.cache import Cache
 from scmoe.offload.migration import offload_experts
-from scmoe.offload.store import Read, expert_layers, write_store
+from scmoe.offload.store import Read, StoreError, expert_layers, write_store
 from scmoe.parallel.checkpoint.export import exported_by_name
 from scmoe.parallel.checkpoint.loading import weights_by_name
 from scmoe.training.build.model import build_model_on_meta
@@ -36,8 +36,8 @@ def store_experts(config: Config, source: Path, path: Path) -> None:
 def offloaded(config: Config, source: Path) -> Iterator[tuple[Any, Cache]]:
     """Give the model of a checkpoint or an export as config.offload says, and its cache, which is closed at the end.
 
-    The store is offload/<name of the source>.safetensors beside the checkpoints, or beside the export. It is written
-    where it is missing. Raises ConfigError for what cannot be honoured, and for a store that cannot be used.
+    The store is offload/<name of the source>.experts.safetensors beside the checkpoints, or beside the export. It is
+    written where it is missing. Raises ConfigError for what cannot be honoured, and for a store that cannot be used.
     """
     folder = (source.parents[1] if source.is_dir() else source.parent) / "offload"
     path, offload = folder / f"{source.name}.experts.safetensors", config.offload
@@ -51,7 +51,8 @@ def offloaded(config: Config, source: Path) -> Iterator[tuple[Any, Cache]]:
         how: dict[str, Any] = {"way": offload.way, "slots": offload.slots, "rate_mb_s": offload.rate_mb_s}
         model, cache = load_offloaded(config, source, path, device=device, **how)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"offload: {error}") from error
+        way_out = f"; remove {relative(path)} and it is written again" if isinstance(error, StoreError) else ""
+        raise ConfigError(f"offload: {error}{way_out}") from error
     with cache, torch.inference_mode():
         yield model, cache
 

@@ -37,6 +37,10 @@ class AdaptiveSchedule(Callback):
         context: Any = pl_module.parallel_context
         blocks = [module for module in pl_module.modules() if isinstance(module, MoEBlock)]
         if context.ep_size == 1 or not blocks:
+            if self.auto:
+                rank_zero_warn(
+                    "schedule: auto has nothing to choose, as every rank has all experts: all run as configured"
+                )
             return
         self.planner = Planner(blocks, None, pl_module.device, self.chunks, fixed=not self.auto)
         if self.auto and self.take_kept_plan(trainer):

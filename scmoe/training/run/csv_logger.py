@@ -1,6 +1,7 @@
 """metrics.csv: every logged row. While the disk is full, rows are kept in memory (fault 32)."""
 
 import csv
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +18,8 @@ def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
     path, kept = run_dir / "metrics.csv", []
     if resumed_step is not None and path.exists():
         with path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if int(row["step"]) < resumed_step]
+            whole = (row for row in csv.DictReader(file) if None not in row.values())  # a crash may leave half a row
+            kept = [row for row in whole if int(row["step"]) < resumed_step]
     logger = SteadyCSVLogger(run_dir, name="", version="")
     writer = logger.experiment
     if kept:
@@ -40,5 +42,15 @@ class SteadyCSVLogger(CSVLogger):
         except OSError as error:
             writer.metrics_keys = keys
             with suppress(OSError):
-                path.unlink(missing_ok=True) if before is None else path.write_bytes(before)
+                _put_back(path, before)
             warn_once(f"{path} cannot be written, its rows stay in memory: {error.strerror or error}")
+
+
+def _put_back(path: Path, before: bytes | None) -> None:
+    """Give a file its earlier content. Where rows were only added it is cut, which takes no room on a full disk."""
+    if before is None:
+        path.unlink(missing_ok=True)
+    elif path.stat().st_size >= len(before) and path.read_bytes()[: len(before)] == before:
+        os.truncate(path, len(before))
+    else:
+        path.write_bytes(before)

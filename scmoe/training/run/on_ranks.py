@@ -22,7 +22,10 @@ from scmoe.training.run.resume import Which, config_of, find_checkpoint, refuse_
 from scmoe.training.run.train import hush_lightning
 
 # By default. A product of one row differs in its last bits with the number of threads.
-ALONE = ("trainer.devices=1", "trainer.num_nodes=1", "strategy.ep_size=null", "trainer.threads=1")
+ALONE = (
+    *("trainer.devices=1", "trainer.num_nodes=1", "trainer.threads=1", "strategy.ep_size=null"),
+    *("strategy.dense=replicated", "strategy.exchange=auto", "strategy.wire_dtype=null"),
+)
 # What only helps training, and what would make results depend on the number of ranks.
 WITHOUT = (
     *("trainer.progress=false", "trainer.compile=false", "trainer.recompute=false", "schedule.auto=false"),
@@ -56,6 +59,8 @@ def config_without_training(read: Callable[[Sequence[str]], Config], weights: Pa
     # The counts of rows are then announced, so that each rank may have another number of them.
     rows = f"moe.rows={'auto' if was.moe.architecture == 'dense' else 'filled'}"
     config = read([*ALONE, *overrides, *WITHOUT, rows])
+    if config.strategy.dense != "replicated":  # FSDP does not run in inference mode
+        raise ConfigError(f"strategy.dense is {config.strategy.dense!r}, allowed: replicated, where nothing is trained")
     check_devices(config)
     return config
 

@@ -33,7 +33,7 @@ MAY_CHANGE = (
     *("data.path", "data.workers", "data.cache_dir"),  # the data module checks that the content is the same
     *("extensions", "callbacks"),
 )
-MUST_STAY = ("trainer.overfit_batches",)  # it decides which samples come next
+MUST_STAY = ("trainer.overfit_batches", "trainer.accumulate")  # which samples come next; Lightning counts batches
 
 
 def find_checkpoint(run_dir: Path, which: Which = "last", step: int | None = None) -> Path:
