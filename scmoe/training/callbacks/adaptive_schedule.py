@@ -38,9 +38,7 @@ class AdaptiveSchedule(Callback):
         blocks = [module for module in pl_module.modules() if isinstance(module, MoEBlock)]
         if context.ep_size == 1 or not blocks:
             if self.auto:
-                rank_zero_warn(
-                    "schedule: auto has nothing to choose, as every rank has all experts: all run as configured"
-                )
+                rank_zero_warn("schedule: auto has nothing to choose, as every rank has all experts")
             return
         self.planner = Planner(blocks, None, pl_module.device, self.chunks, fixed=not self.auto)
         if self.auto and self.take_kept_plan(trainer):
