@@ -7,13 +7,13 @@
 ARG KIND=cpu
 
 # g++: torch.compile and the fake CUDA device of the tests. iproute2: shaped links of the testbed, which also need
-# docker run --cap-add NET_ADMIN --cap-add SYS_ADMIN.
+# docker run --cap-add NET_ADMIN --cap-add SYS_ADMIN. procps: tests look for processes that are left behind.
 FROM python:3.11-slim AS cpu
 ENV PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
-RUN apt-get update && apt-get install -y --no-install-recommends g++ git iproute2 make && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install -y --no-install-recommends g++ git iproute2 make procps && rm -rf /var/lib/apt/lists/*
 
 FROM nvidia/cuda:12.8.1-base-ubuntu24.04 AS cuda
-RUN apt-get update && apt-get install -y --no-install-recommends g++ git iproute2 make python3-dev python3-venv \
+RUN apt-get update && apt-get install -y --no-install-recommends g++ git iproute2 make procps python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 FROM ${KIND}

@@ -56,6 +56,9 @@ class TextDataModule(SequenceDataModule):
     def tokenizer(self) -> Tokenizer:
         return self.cache.tokenizer
 
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"tokenizer": self.tokenizer.digest}
+
     @cached_property
     def _source(self) -> Source:
         source = open_source(self.source_name, self.path, self.subset, self.skip)

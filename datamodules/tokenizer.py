@@ -10,6 +10,7 @@ before every text and removes it when decoding; here none is added, so that toke
 
 import json
 from collections.abc import Iterable, Iterator
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -64,6 +65,12 @@ class Tokenizer:
         except Exception as error:  # tokenizers raises plain Exceptions
             raise ValueError(f"data.tokenizer {path} is not a tokenizer.json: {error}") from error
         return cls(inner, str(path))
+
+    @property
+    def digest(self) -> str:
+        """A hash of the vocabulary: equal where every id means the same piece of text."""
+        vocab = sorted(self._inner.get_vocab(with_added_tokens=True).items())
+        return sha256(json.dumps(vocab).encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
         path.write_text(self._inner.to_str(), encoding="utf-8")

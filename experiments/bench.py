@@ -8,15 +8,19 @@ from cyclopts import App
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments import call
 from scmoe.experiments.bench_links import exchange, inference, timeline
-from scmoe.experiments.bench_pairs import growth, overlap
+from scmoe.experiments.bench_pairs import Count, Share, growth, overlap
 
 main = App(name="bench", help="Measure on this machine. The last line on standard output is JSON.")
 
 
 @main.command
-def generation(*, batch: int = 4, prompt: int = 32, tokens: int = 256, rounds: int = 3, threads: int = 1) -> None:
+def generation(
+    *, batch: Count = 4, prompt: Count = 32, tokens: Count = 256, rounds: Count = 3, threads: Count = 1
+) -> None:
     """Generation with a cache and without."""
     given = locals()
+    if tokens < 2:
+        raise ConfigError(f"--tokens is {tokens}, allowed: 2 or more, as the first one is no decoding step")
     from scmoe.testbed.generation import bench_generation
 
     print(json.dumps(bench_generation(**given) | given))
@@ -25,13 +29,13 @@ def generation(*, batch: int = 4, prompt: int = 32, tokens: int = 256, rounds: i
 @main.command
 def layer(
     *,
-    dim: int = 512,
-    ffn_dim: int = 2048,
-    tokens: int = 2048,
-    experts: int = 8,
-    top_k: int = 2,
-    rounds: int = 15,
-    threads: int = 1,
+    dim: Count = 512,
+    ffn_dim: Count = 2048,
+    tokens: Count = 2048,
+    experts: Count = 8,
+    top_k: Count = 2,
+    rounds: Count = 15,
+    threads: Count = 1,
     capacity: float | None = None,
 ) -> None:
     """Time of the MoE layer over that of its dense products.
@@ -59,7 +63,12 @@ def guard(*overrides: str) -> None:
 
 @main.command
 def dense(
-    *overrides: str, ranks: int = 4, ep_size: int = 2, batch: int = 4, rounds: int = 9, share: float | None = None
+    *overrides: str,
+    ranks: Count = 4,
+    ep_size: Count = 2,
+    batch: Count = 4,
+    rounds: Count = 9,
+    share: Share | None = None,
 ) -> None:
     """A step with dense weights in shards over a step with replicated ones.
 
@@ -72,8 +81,8 @@ def dense(
     from scmoe.testbed import links
     from scmoe.testbed.dense_cost import bench_dense
 
-    if share is not None and not 0 < share < 1:
-        raise ConfigError(f"--share is {share:g}, allowed: above 0 and below 1")
+    if ranks % 2 or ranks % ep_size:
+        raise ConfigError(f"--ranks is {ranks}, allowed: multiples of 2 nodes and of --ep-size ({ep_size})")
     if share is not None:
         links.require()
 

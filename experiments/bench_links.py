@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench_pairs import OUT, Compute, Rounds
+from scmoe.experiments.bench_pairs import OUT, Compute, Count, Rate, Rounds, Share
 
 
 def inference(
@@ -27,8 +27,8 @@ def exchange(
     *,
     nodes: int = 2,
     ranks: int = 4,
-    between_mbit: float = 500.0,
-    kilobytes: list[int] | None = None,
+    between_mbit: Rate = 500.0,
+    kilobytes: list[Count] | None = None,
     rounds: Rounds = 15,
 ) -> None:
     """Flat and hierarchical All-to-All on nodes, by size of the messages.
@@ -48,7 +48,7 @@ def exchange(
 
 def timeline(
     *,
-    share: float = 0.52,
+    share: Share = 0.52,
     ranks: int = 2,
     compute: Compute = "emulated",
     position: Literal["pos1", "pos2", "pos3"] = "pos2",
@@ -64,5 +64,6 @@ def timeline(
 
     if run is not None:
         return print(json.dumps(timeline.draw_plan(run)))
+    timeline.check(ranks)
     links.require()
     print(json.dumps(timeline.bench_timeline(share, compute, position, ranks, out)))

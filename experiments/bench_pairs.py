@@ -12,14 +12,17 @@ OUT = Path("runs/bench")
 Compute = Literal["real", "emulated"]
 Grows = Literal["tokens", "ranks", "experts"]
 Rounds = Annotated[int, Parameter(validator=validators.Number(gte=2))]  # of which quartiles are taken
+Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+Rate = Annotated[float, Parameter(validator=validators.Number(gt=0))]
+Share = Annotated[float, Parameter(validator=validators.Number(gt=0, lt=1))]
 
 
 def overlap(
     *,
     share: float | None = None,
-    link_mbit: float | None = None,
-    ranks: int | None = None,
-    nodes: int = 1,
+    link_mbit: Rate | None = None,
+    ranks: Count | None = None,
+    nodes: Count = 1,
     exchange: Literal["flat", "hierarchical", "auto"] = "flat",
     compute: Compute | None = None,
     level: Literal["block", "iteration"] = "block",
@@ -27,14 +30,14 @@ def overlap(
     device: Literal["cpu", "cuda"] = "cpu",
     rounds: Rounds = 9,
     rows: list[str] | None = None,
-    dim: int | None = None,
-    ffn_dim: int | None = None,
-    tokens: int | None = None,
-    heads: int | None = None,
-    seq_len: int | None = None,
-    num_experts: int | None = None,
-    attention_ms: float | None = None,
-    attention_to_mlp: float | None = None,
+    dim: Count | None = None,
+    ffn_dim: Count | None = None,
+    tokens: Count | None = None,
+    heads: Count | None = None,
+    seq_len: Count | None = None,
+    num_experts: Count | None = None,
+    attention_ms: Rate | None = None,
+    attention_to_mlp: Rate | None = None,
     out: Path = OUT,
 ) -> None:
     """How much of the All-to-All every architecture and schedule hides.
@@ -78,5 +81,6 @@ def growth(
         raise ConfigError("--points goes with one --of")
     from scmoe.testbed import growth, links
 
+    growth.check(names[0], points or [])
     links.require()
     print(json.dumps(growth.bench_growth(names, points, rounds, out)))

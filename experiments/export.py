@@ -27,7 +27,7 @@ def main(
     """
     from scmoe.config.load import to_yaml
     from scmoe.parallel.checkpoint.export import consolidate
-    from scmoe.training.build.data import tokenizer_of
+    from scmoe.training.build.data import kept_tokenizer, tokenizer_of
     from scmoe.training.build.model import build_model_on_meta
     from scmoe.training.hf.folder import write_folder
     from scmoe.training.init_from.settings import model_settings
@@ -39,11 +39,12 @@ def main(
         checkpoint = find_checkpoint(run_dir, which)
         config = config_of(run_dir, checkpoint, overrides)
         if format == "hf":
-            kind = write_folder(checkpoint, out, config, tokenizer_of(config))
+            kind = write_folder(checkpoint, out, config, tokenizer_of(config, checkpoint))
             print(f"{out}, model_type {kind}, from the {which} checkpoint, {checkpoint.name}")
             return
         out.parent.mkdir(parents=True, exist_ok=True)
-        consolidate(checkpoint, out, build_model_on_meta(config), model_settings(config))
+        tokenizer = kept_tokenizer(checkpoint)
+        consolidate(checkpoint, out, build_model_on_meta(config), model_settings(config), tokenizer=tokenizer)
         beside = out.parent / "config.yaml"
         if beside.resolve() != run_dir / "config.yaml":
             beside.write_text(to_yaml(config))

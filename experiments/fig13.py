@@ -33,7 +33,7 @@ def main(
         out: folder
     """
     above_0: dict[str, Any] = {"tokens": tokens, "rounds": rounds, "limit_s": limit_s}
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in above_0.items() if v is not None}
+    given = {name: tuple(sorted(set(v))) if isinstance(v, list) else v for name, v in above_0.items() if v is not None}
     if bad := [name for name, value in given.items() if min(value if isinstance(value, tuple) else (value,)) <= 0]:
         raise ConfigError(f"--{bad[0].replace('_', '-')} is {above_0[bad[0]]}, allowed: above 0")
     if architectures is not None:

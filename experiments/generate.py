@@ -2,10 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments import HYPHENS, OneEach, call
@@ -57,9 +56,11 @@ def main(
         raise ConfigError("--prompts and --out go together")
     if prompts is not None and prompt is not None:
         raise ConfigError("--prompt and --prompts exclude each other")
+    if prompts is not None and out is not None and prompts.resolve() == out.resolve():
+        raise ConfigError(f"--out is {str(out)!r}, allowed: another file than that of --prompts")
     from scmoe.inference.prompts import Prompt, check_prompt, read_prompts
     from scmoe.inference.sampling import Sampling
-    from scmoe.studies.generation import Request, generate_texts, speed_lines
+    from scmoe.studies.generation import Request, generate_texts, speed_lines, to_file
 
     try:
         sampling = Sampling(temperature, top_k or None, top_p, repetition_penalty)
@@ -79,21 +80,6 @@ def main(
         if out is not None:
             print(json.dumps(speed), flush=True)
     return 0
-
-
-def to_file(path: Path) -> Callable[[dict[str, Any]], None]:
-    """Return a function that appends lines to a new file, which only rank 0 makes."""
-    from scmoe.parallel.lightning_seam import rank_without_trainer
-
-    try:
-        file = path.open("w", encoding="utf-8") if rank_without_trainer() == 0 else None
-    except OSError as error:
-        raise ConfigError(f"--out is {path}, allowed: a file that can be written: {error}") from error
-
-    def write(text: dict[str, Any]) -> None:
-        print(json.dumps(text, ensure_ascii=False), file=file, flush=True)
-
-    return write
 
 
 if __name__ == "__main__":

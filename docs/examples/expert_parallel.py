@@ -15,7 +15,7 @@ class Regression(LightningModule):
 
     def configure_model(self):
         if not hasattr(self, "moe"):
-            self.moe = scmoe.MoE(64, num_experts=8, top_k=2, group=self.parallel_context.ep_group)
+            self.moe = scmoe.MoE(64, num_experts=8, top_k=2, group=self.parallel_context)
 
     def training_step(self, batch, batch_idx):
         x, y = batch

@@ -95,13 +95,14 @@ def training_flops(forward: dict[str, float], recompute: bool = False) -> float:
     return 3 * sum(forward.values()) + recompute * sum(forward.get(kind, 0.0) for kind in RECOMPUTED)
 
 
-def transfer_bytes(model: nn.Module, precision: str) -> list[float]:
+def transfer_bytes(model: nn.Module, precision: str, wire_bytes: int | None = None) -> list[float]:
     """Bytes of a token in one All-to-All, for each use of an MoE module; bytes that stay on their rank included.
 
     Forward has two All-to-Alls, dispatch and combine, and backward two more of the same size. A token's own rank holds
-    one in EP of the experts, so (EP - 1) / EP of the bytes travel where the load is even.
+    one in EP of the experts, so (EP - 1) / EP of the bytes travel where the load is even. wire_bytes: of an element
+    between ranks; None: as it is computed.
     """
-    width = COMPUTE_BYTES[precision]
+    width = wire_bytes or COMPUTE_BYTES[precision]
     return [rows_sent(moe, copies) * moe.experts.w_in_eDF.shape[1] * width for moe, copies in moe_uses(model)]
 
 

@@ -90,7 +90,7 @@ class GatingProbe:
         self.handles += [
             block.sublayers[tap].register_forward_pre_hook(note("preceding")),
             block.norm.register_forward_pre_hook(note("current")),
-            block.register_forward_hook(compare),
+            block.register_forward_hook(compare, prepend=True),  # before FSDP splits the weights again
         ]
 
     def result(self) -> Tensor:

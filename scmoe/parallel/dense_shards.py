@@ -144,6 +144,21 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+@torch.no_grad()
+def make_equal(module: nn.Module, context: ParallelContext) -> None:
+    """Give ranks that hold the same part of a weight the first one's values, as DDP does for replicated weights.
+
+    A module that is built after an earlier fit was drawn from another generator on each rank."""
+    groups = {p: context.edp_group for _, p in expert_parameters(module) if context.edp_size > 1}
+    for p in module.parameters():
+        if isinstance(p, DTensor):
+            group = p.device_mesh.get_group("copies") if copies(p) > 1 else None
+        else:
+            group = groups.get(p)
+        if group is not None:
+            dist.broadcast(local(p), dist.get_global_rank(group, 0), group)
+
+
 def copies(tensor: DTensor) -> int:
     """Return how many ranks hold the same part."""
     sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from scmoe.parallel.dense_choice import estimates_of, memory_of_rank, pick_dense
-from scmoe.parallel.dense_shards import is_sharded, shard, with_dense_mesh
+from scmoe.parallel.dense_shards import is_sharded, make_equal, shard, with_dense_mesh
 from scmoe.parallel.job.fail_fast import FailFastStrategy
-from scmoe.parallel.lightning_seam import hide_from_ddp, is_fitting
+from scmoe.parallel.lightning_seam import hide_from_ddp, is_fitting, without_inference_mode
 from scmoe.parallel.update.scatters import PacedScatter, paced_scatters
 
 
@@ -69,8 +69,10 @@ class DenseWeightsStrategy(FailFastStrategy):
 
     def setup(self, trainer: Any) -> None:
         super().setup(trainer)
-        if self.is_split:  # so that hooks of FSDP on the LightningModule itself run around its steps
-            self.model = Steps(self.module)
+        make_equal(self.module, self.context)
+        if self.is_split:
+            without_inference_mode(trainer)
+            self.model = Steps(self.module)  # so that hooks of FSDP on the LightningModule itself run around its steps
         self.scatters = None
         mesh = self.context.dense_mesh
         if is_fitting(trainer) and mesh is not None and mesh.ndim == 1 and mesh.device_type == "cpu":

@@ -26,7 +26,7 @@ from scmoe.moe.coefficient import COEFFICIENT_GATES
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.mesh import ParallelContext, expert_parameters
+from scmoe.parallel.mesh import ParallelContext, check_experts, expert_parameters
 from scmoe.schedule.schedule import SUBLAYERS, Schedule
 from scmoe.tokens import RouterStats
 
@@ -102,13 +102,19 @@ def load_balance_loss(stats: Sequence[RouterStats], group: Any = None) -> Tensor
 
 def data_parallel(module: nn.Module, group: Any) -> DistributedDataParallel:
     """Return the module in DDP over the group that shares its experts: after backward every gradient is that of the
-    mean of the ranks' losses. A LightningModule needs `ExpertParallelStrategy` instead, which does this too."""
+    mean of the ranks' losses. A LightningModule needs `ExpertParallelStrategy` instead, which does this too.
+
+    ValueError: the experts of the module do not belong to this rank of the group."""
     from scmoe.parallel.lightning_seam import hide_from_ddp  # here, as they import Lightning
     from scmoe.parallel.update.reducer import ExpertGradientReducer
 
+    if group is None and dist.get_world_size() > 1:
+        raise ValueError("group is None on several ranks, allowed: the group with which the module was built")
+    context = context_of(group)
+    check_experts(module, context)
     shards = dict(expert_parameters(module))
     hide_from_ddp(module, shards)
-    ExpertGradientReducer([*shards.values()], context_of(group))  # its hooks keep it
+    ExpertGradientReducer([*shards.values()], context)  # its hooks keep it
     return DistributedDataParallel(module, process_group=group, gradient_as_bucket_view=True)
 
 

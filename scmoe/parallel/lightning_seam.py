@@ -29,6 +29,14 @@ def is_fitting(trainer: Any) -> bool:
     return bool(trainer.state.fn == "fit")
 
 
+def without_inference_mode(trainer: Any) -> None:
+    """Let validation, test and prediction run under no_grad.
+
+    In inference mode, which Lightning uses where the backend is not gloo, FSDP cannot gather weights."""
+    for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):  # that of fit uses no_grad
+        loop.inference_mode = False
+
+
 def was_interrupted(trainer: Any) -> bool:
     """Return whether the Trainer's run has ended with an exception on this rank."""
     return bool(trainer.state.status == TrainerStatus.INTERRUPTED)

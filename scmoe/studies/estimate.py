@@ -34,7 +34,8 @@ def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
     samples = data.global_batch_size // (ep_size * dp_size * trainer.accumulate)
     unit, tokens = ("image", 1) if config.data.name in IMAGES else ("token", data.seq_len)
     forward = forward_flops(model, data.seq_len)
-    sent, rows = transfer_bytes(model, trainer.precision), model.rows_per_sample(data.seq_len)
+    wire_bytes = None if config.strategy.wire_dtype is None else 2
+    sent, rows = transfer_bytes(model, trainer.precision, wire_bytes), model.rows_per_sample(data.seq_len)
     together = sum(size * rows[moe] for size, (moe, _) in zip(sent, moe_uses(model), strict=True)) / tokens
     given: dict[str, Any] = {"ep_size": ep_size, "dp_size": dp_size}
     given |= {"precision": trainer.precision, "recompute": trainer.recompute}
@@ -43,7 +44,6 @@ def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
     batch: dict[str, Any] = {"seq_len": data.seq_len, "samples": samples}
     memory = rank_memory(model, **batch, on_gpu=on_gpu, **given, **layout, by_muon=updated_by_muon(config, model))
     split = Split(model, dense, ep_size, dp_size, trainer.devices, trainer.precision)
-    wire_bytes = None if config.strategy.wire_dtype is None else 2
     collectives = step_traffic(split, **batch, accumulate=trainer.accumulate, wire_bytes=wire_bytes)
     return {
         **given,

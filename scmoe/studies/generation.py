@@ -4,6 +4,7 @@ Each rank has its own texts and its own experts: of every block of `batch_size` 
 The results of a block come to rank 0 before the next block begins, in the order of the prompts.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from scmoe.inference.stopping import Stopping
 from scmoe.offload.cache import Cache
 from scmoe.parallel.lightning_seam import rank_without_trainer
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build.data import build_datamodule, prepare_data
+from scmoe.training.build.data import build_datamodule, check_tokenizer, prepare_data
 from scmoe.training.build.offloaded import offloaded
 from scmoe.training.run.directory import relative
 from scmoe.training.run.on_ranks import ending_together, find_weights, start_ranks
@@ -86,6 +87,7 @@ def generate_texts(
         raise ConfigError(f"{run} was trained on {config.data.name} data, allowed: a run on text")
     if rank_without_trainer() == 0:
         prepare_data(data)
+        check_tokenizer(data, weights)
         encoded(request, data.tokenizer, config)  # so that a prompt that is too long starts no rank
     with placed(config, weights) as (model, context, cache):
         prompts = encoded(request, data.tokenizer, config)
@@ -197,3 +199,22 @@ def shown(steps: Iterable[Step], stopping: Stopping, show: Callable[[str], None]
             show(text[len(done) :])
             done = text
         yield step
+
+
+def to_file(path: Path) -> Callable[[dict[str, Any]], None]:
+    """Return a function that writes lines into a file, on rank 0 only. Until the first one, the file is as it was."""
+    try:
+        file = path.open("a", encoding="utf-8") if rank_without_trainer() == 0 else None
+    except OSError as error:
+        raise ConfigError(f"--out is {path}, allowed: a file that can be written: {error}") from error
+
+    earlier = file is not None
+
+    def write(text: dict[str, Any]) -> None:
+        nonlocal earlier
+        if earlier and file is not None:
+            file.truncate(0)
+            earlier = False
+        print(json.dumps(text, ensure_ascii=False), file=file, flush=True)
+
+    return write

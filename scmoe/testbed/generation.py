@@ -114,12 +114,12 @@ def recorded(model: Any) -> Iterator[Recorder]:
 
 def show(result: dict[str, float], batch: int, prompt: int, tokens: int) -> Table:
     table = Table(Column("generation"), Column("median", justify="right"), Column("limit", justify="right"))
-    per_s = batch * 1e3 / result["tpot_ms"]
+    per_s, usual = batch * 1e3 / result["tpot_ms"], (batch, prompt, tokens) == (4, 32, 256)  # for which the limit holds
     for what, value, limit in (
         (
             f"without a cache over with one, {batch} x ({prompt} + {tokens}) tokens",
             "cached_over_uncached",
-            "at least 9",
+            "at least 9" if usual else "",
         ),
         ("a decoding step over the sum of its operators", "decode_over_operators", "at most 1.3"),
         (f"time of a decoding step in ms ({per_s:.0f} tokens/s)", "tpot_ms", ""),

@@ -19,8 +19,9 @@ from rich.table import Column, Table
 
 from scmoe.charts import BLUE, GREEN, ORANGE, SKY, chart, heading, title
 from scmoe.config.extras import require
+from scmoe.config.leaves import ConfigError
 from scmoe.testbed.overlap import measure
-from scmoe.testbed.overlap_report import summary
+from scmoe.testbed.overlap_report import summary, why_uneven
 from scmoe.testbed.pairs import Setting
 from scmoe.testbed.ranks import run_ranks
 
@@ -47,11 +48,21 @@ def bench_growth(of: Sequence[str], points: Sequence[int] | None, rounds: int, o
             setting, ranks = at(name, value, found[0]["link_mbit"] if found else None, rounds)
             result = run_ranks(measure, ranks, setting, timeout_s=1800, own_links=True)[0]
             found.append({**summary(setting, ranks, result), name: value})
+            (out / "growth.json").write_text(json.dumps(report, indent=1))  # if a later point fails, these stay
     show(report)
     draw(report, out / "growth.png")
-    (out / "growth.json").write_text(json.dumps(report, indent=1))
     print(f"chart and figures: {out / 'growth'}.png, .json", file=sys.stderr)
     return report
+
+
+def check(of: str, points: Sequence[int]) -> None:
+    """Raise ConfigError for a point that cannot be measured."""
+    for value in points:
+        setting, ranks = at(of, value, None, 2)
+        if value < 1 or ranks < 2:
+            raise ConfigError(f"--points has {value}, allowed: {2 if of == 'ranks' else 1} or more")
+        if uneven := why_uneven(setting.tokens, setting.seq_len, setting.num_experts, ranks):
+            raise ConfigError(f"--points has {value}: {uneven}")
 
 
 def at(of: str, value: int, link_mbit: float | None, rounds: int) -> tuple[Setting, int]:

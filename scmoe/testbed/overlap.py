@@ -257,6 +257,11 @@ class Timed(Protocol):
         """Wall-clock seconds of a forward pass without gradients, and another number."""
 
 
+def through_link(ranks: int, nodes: int) -> float:
+    """How many times the rows of one rank leave by a link: the rank's own, or its node's card."""
+    return 1 - 1 / ranks if nodes == 1 else ranks / nodes * (1 - 1 / nodes)
+
+
 def find_rate(bench: Timed) -> float:
     """Sets the rate (Bench.set_rate) and returns it: the given one, or the one at which communication is the wanted
     share of a sequential top-2 pair."""
@@ -272,8 +277,7 @@ def find_rate(bench: Timed) -> float:
 
     t_free = median(forward(pair[1:])[0])
     ranks = dist.get_world_size()
-    through_link = 1 - 1 / ranks if s.nodes == 1 else ranks / s.nodes * (1 - 1 / s.nodes)  # of the rows of one rank
-    sent_bits = 2 * 2 * s.pairs * s.tokens * s.dim * 32 * through_link
+    sent_bits = 2 * 2 * s.pairs * s.tokens * s.dim * 32 * through_link(ranks, s.nodes)
     rate = 1.0 if s.bus else sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
     for _ in range(8):
         bench.set_rate(rate)

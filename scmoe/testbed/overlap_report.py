@@ -21,7 +21,7 @@ from scmoe.schedule.cost import OperatorTimes, exposed_time, overlap_efficiency
 from scmoe.schedule.limit import least_time
 from scmoe.testbed import links
 from scmoe.testbed.exchange import why_no_nodes
-from scmoe.testbed.overlap import Seconds, Variant, measure
+from scmoe.testbed.overlap import Seconds, Variant, measure, through_link
 from scmoe.testbed.pairs import ROWS, TOP_K, Setting, default_schedule
 from scmoe.testbed.ranks import run_ranks
 from scmoe.testbed.speed_chart import draw, ranks_of
@@ -78,6 +78,8 @@ def why_refused(given: dict[str, Any], values: dict[str, Any]) -> str | None:
             return "--compute is emulated, allowed with --device cuda: real (a host that sleeps keeps no GPU busy)"
         if not torch.cuda.is_available():
             return "--device is cuda, and there is no CUDA device here"
+    elif values["ranks"] < 2:
+        return f"--ranks is {values['ranks']}, allowed: 2 or more, as one rank sends nothing"
     if values["nodes"] != 1 and (refused := why_no_nodes(values["nodes"], values["ranks"])):
         return refused
     if values["nodes"] == 1 and values["exchange"] != "flat":
@@ -93,10 +95,15 @@ def why_refused(given: dict[str, Any], values: dict[str, Any]) -> str | None:
         return f"--share is {values['share']:g}, allowed: above 0 and below 1"
     if unknown := [row for row in values["rows"] if row not in ROWS]:
         return f"--rows has {unknown[0]}, allowed: {' | '.join(ROWS)}"
-    if values["tokens"] % values["seq_len"]:
-        return f"--tokens is {values['tokens']}, allowed: multiples of --seq-len ({values['seq_len']})"
-    if values["num_experts"] % values["ranks"]:
-        return f"--num-experts is {values['num_experts']}, allowed: multiples of --ranks ({values['ranks']})"
+    return why_uneven(*(values[name] for name in ("tokens", "seq_len", "num_experts", "ranks")))
+
+
+def why_uneven(tokens: int, seq_len: int, num_experts: int, ranks: int) -> str | None:
+    """Return why tokens cannot be cut into sequences, or experts be shared by ranks; None: both can."""
+    if tokens % seq_len:
+        return f"--tokens is {tokens}, allowed: multiples of --seq-len ({seq_len})"
+    if num_experts % ranks:
+        return f"--num-experts is {num_experts}, allowed: multiples of --ranks ({ranks})"
     return None
 
 
@@ -124,7 +131,7 @@ def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, A
         own, block = best[name], ROWS[name][0]
         sequential, free = references(block)
         forward, train = baseline.forward / own.forward, baseline.train / own.train
-        exposed = exposed_time(schedule, result["choices"][name].times[schedule.chunks])
+        exposed = setting.pairs * exposed_time(schedule, result["choices"][name].times[schedule.chunks])
         return {
             "forward_ms": 1e3 * median(own.forward),
             "train_ms": 1e3 * median(own.train),
@@ -193,7 +200,8 @@ def least_times(
     """Return the least time of an iteration in each round, by schedule/limit.py. alone: times without transfers.
     gradients: when each can start, as a part of backward, and its bytes. A ring sends 2 (ranks - 1) / ranks of them."""
     bytes_per_s, sent = mbit * 1e6 / 8 * PAYLOAD, 1 - 1 / ranks
-    rows = 2 * setting.pairs * TOP_K.get(block, 1) * setting.tokens * setting.dim * 4 * sent / bytes_per_s
+    of_a_rank = 2 * setting.pairs * TOP_K.get(block, 1) * setting.tokens * setting.dim * 4
+    rows = of_a_rank * through_link(ranks, setting.nodes) / bytes_per_s
     sums = [(part, 2 * sent * size / bytes_per_s) for part, size in gradients]
     rounds = zip(alone.train_forward, alone.backward - alone.update, alone.update, strict=True)
     return asarray([least_time(f, b, u, rows, [(part * b, s) for part, s in sums]) for f, b, u in rounds])

@@ -52,6 +52,12 @@ def bench_timeline(share: float, compute: str, position: str, ranks: int, out: P
     return {"link_mbit": rate, "traces": traces}
 
 
+def check(ranks: int) -> None:
+    """Raise ConfigError for a number of ranks that cannot share the experts."""
+    if ranks < 2 or Setting.num_experts % ranks:
+        raise ConfigError(f"--ranks is {ranks}, allowed: divisors of the {Setting.num_experts} experts from 2 on")
+
+
 def draw_plan(run_dir: Path) -> dict[str, Any]:
     """Draw the plan of a run, forward and backward, into its folder `analysis`. ConfigError: it has no plan."""
     path = run_dir / "plan.json"

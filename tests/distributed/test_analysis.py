@@ -35,6 +35,7 @@ PICTURES = (
 CASES = {
     "dgmoe": f"architecture=dgmoe position=pos2 {TEXT}",
     "pos3": f"position=pos3 {TEXT}",
+    "sharded": f"position=pos2 {TEXT} strategy.dense=sharded",
     "top-2": f"architecture=top_k top_k=2 {TEXT}",
     "every block": f"position=pos1 every=1 {TEXT} model.family=llama",
     "swin": f"position=pos2 {PICTURES}",

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from torch import nn
 
 import scmoe
 from scmoe.moe.experts import Experts
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.dense_shards import local, make_equal, shard, with_dense_mesh
+from scmoe.parallel.mesh import ParallelContext, build_context
 from scmoe.testbed.ranks import run_ranks
 from scmoe.training.build.blocks import build_blocks
 from tests.support.forked import python
@@ -93,6 +95,48 @@ def test_two_ranks_give_the_outputs_and_gradients_of_one():
         assert found.keys() == expected.keys()
         for name, grad in found.items():
             torch.testing.assert_close(grad, expected[name], rtol=0, atol=1e-12, msg=name)
+
+
+def wrapped_wrongly(rank: int, world_size: int) -> list[str]:
+    """Returns what is said of two mistakes after which expert gradients would not be averaged."""
+    dist.init_process_group("gloo")
+    said = []
+    for built_with, group in ((None, dist.group.WORLD), (dist.group.WORLD, None)):
+        try:
+            scmoe.data_parallel(scmoe.ScMoEBlock(16, 2, 4, 2, ffn_dim=32, group=built_with), group)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.dist
+def test_a_group_that_is_not_that_of_the_experts_is_refused():
+    for said in run_ranks(wrapped_wrongly, 2):
+        assert "holds experts 0 to 3 on rank" in said[0]
+        assert said[1].startswith("group is None on several ranks, allowed: the group")
+
+
+def drawn_apart(rank: int, world_size: int, how: str) -> list[torch.Tensor]:
+    """Returns this rank's part of all weights of a module that each rank has drawn from another generator."""
+    dist.init_process_group("gloo")
+    device, timeout = torch.device("cpu"), timedelta(seconds=60)
+    context = build_context(1, device, timeout)
+    torch.manual_seed(rank)
+    module = nn.Sequential(nn.Linear(16, 16), scmoe.MoE(16, 4, ffn_dim=32))
+    if how == "hybrid":
+        context = with_dense_mesh(context, how, 2, device, timeout)
+        shard(module, context, "32-true")
+    make_equal(module, context)
+    names = ("0.weight", "1.experts.w_in_eDF") if how == "hybrid" else ("1.experts.w_in_eDF", "1.experts.w_out_eFD")
+    return [local(module.get_parameter(name)).detach().clone() for name in names]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("how", "ranks"), [("replicated", 2), ("hybrid", 4)])
+def test_ranks_with_the_same_part_of_a_weight_begin_with_the_same_values(how, ranks):
+    parts = run_ranks(drawn_apart, ranks, how)
+    for one, other in zip(parts[: ranks // 2], parts[ranks // 2 :], strict=True):
+        assert torch.equal(one[0], other[0]) and (how == "hybrid" or torch.equal(one[1], other[1]))
 
 
 # ---------------------------------------------------------------------- the names of the package

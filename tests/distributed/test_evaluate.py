@@ -98,6 +98,7 @@ def here(*words: str) -> Done:
         (["--data", "folder"], "--data is 'folder', allowed: with --tasks that names files of it"),
         (["--stride", "33"], "--stride is 33, allowed: 1 to 32"),
         (["--limit", "0"], "--limit is 0, allowed: 1 or more"),
+        (["--limit", "5", "--tasks", "none"], "--limit is 5, allowed: with --tasks, whose questions it counts"),
         (["--text", "/none.txt"], "--text is '/none.txt', allowed: a file of UTF-8 text"),
         (["moe.top_k=2"], "moe.top_k is 2, allowed: 1"),
         (["strategy.dense=sharded"], "strategy.dense is 'sharded', allowed: replicated, where nothing is trained"),

@@ -162,6 +162,26 @@ def test_a_wrong_line_of_prompts_is_named(run_dir, tmp_path, line, says):
     assert re.search(says, done.err), done.err
 
 
+def test_a_refused_request_leaves_earlier_texts(run_dir, tmp_path):
+    out, prompts = tmp_path / "out.jsonl", prompts_of(run_dir)
+    out.write_text("earlier\n")
+    assert here(str(tmp_path / "no-run"), "--prompts", str(prompts), "--out", str(out)).code == 2
+    assert out.read_text() == "earlier\n"
+    done = here(str(run_dir), "--prompts", str(prompts), "--out", str(prompts))
+    assert done.code == 2 and "allowed: another file than that of --prompts" in done.err
+    written(1, run_dir, run_dir, out)
+
+
+def test_a_text_that_makes_another_tokenizer_is_refused(run_dir, tmp_path):
+    """Its ids would mean other words to the weights."""
+    (tmp_path / "other.txt").write_text("\n".join(sentences(700, seed) for seed in range(5, 9)))
+    for weights in (run_dir, run_dir / "export/model.safetensors"):
+        done = here(str(weights), f"data.path={tmp_path}/other.txt")
+        assert done.code == 2 and "the text and the tokenizer of the training; here ids mean other words" in done.err
+    assert call("evaluate", str(run_dir), f"data.path={tmp_path}/other.txt") == 2
+    assert call("export", str(run_dir), "--format", "hf", f"data.path={tmp_path}/other.txt") == 2
+
+
 def test_an_edited_config_of_an_export_is_refused(run_dir, tmp_path):
     exported = run_dir / "export"
     shutil.copy(exported / "model.safetensors", tmp_path)

@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 # ---------------------------------------------------------------------- 16: uneven batches
 
 
-def shorten(rank: int, world_size: int, loader: str) -> None:
-    config = tiny(f"{MODEL} trainer.val_every=2", world_size)
+def shorten(rank: int, world_size: int, loader: str, how: str = "") -> None:
+    config = tiny(f"{MODEL} trainer.val_every=2 {how}", world_size)
     data = build_datamodule(config)
     whole = getattr(data, loader)
 
@@ -37,10 +37,12 @@ def shorten(rank: int, world_size: int, loader: str) -> None:
 
 
 @pytest.mark.representative
-@pytest.mark.parametrize("loader", ["train", "val"])
-def test_16_uneven_batches_are_refused_before_the_first(loader):
+@pytest.mark.parametrize(
+    ("loader", "how"), [("train", ""), ("val", ""), ("val", "strategy.ep_size=1 strategy.dense=sharded")]
+)
+def test_16_uneven_batches_are_refused_before_the_first(loader, how):
     """The refusal comes at once, not minutes later from the timeout of a collective."""
-    message = failure(shorten, 2, f"{loader}_dataloader")
+    message = failure(shorten, 2, f"{loader}_dataloader", how)
     counts = r"rank 0: (\d+); rank 1: (\d+)"
     found = re.search(rf"ValueError: ranks have different numbers of {loader} batches \({counts}\)", message)
     assert found and int(found[1]) == int(found[2]) + 1, message

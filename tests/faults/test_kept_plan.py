@@ -59,8 +59,9 @@ def test_43_a_resumed_run_goes_on_with_the_plan_of_its_directory(run_dir):
     [
         (("schedule.chunks=2",), "chunks was [1, 2, 4] and is [2]"),
         (("strategy.ep_size=2", "trainer.devices=4"), "ranks was 2 and is 4"),
+        (("trainer.precision=bf16-mixed",), "precision was 32-true and is bf16-mixed"),
     ],
-    ids=["chunks", "ranks"],
+    ids=["chunks", "ranks", "precision"],
 )
 def test_43_a_plan_of_other_conditions_is_measured_again(overrides, reason, run_dir):
     ranks = 4 if "trainer.devices=4" in overrides else 2

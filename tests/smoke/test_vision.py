@@ -63,6 +63,7 @@ def test_images_are_evaluated_on_the_whole_split_and_refuse_tasks(trained):
     assert (alone["test"]["images"], alone["test"]["split"]) == (360, "val"), "every fifth of 1,797 digits"
     assert (alone["perplexity"], alone["tasks"]) == (None, {})
     assert alone["test_loss"] == alone["test"]["loss"] > 0
-    refused = command_in_ranks("evaluate", 1, run_dir, "--tasks", "cloze")
-    assert (refused.code, len(refused.err.splitlines())) == (2, 1)
-    assert "--tasks is given, allowed: for a run on text; this one has data.name=digits" in refused.err
+    for option, value in (("--tasks", "cloze"), ("--limit", "5"), ("--stride", "5")):
+        refused = command_in_ranks("evaluate", 1, run_dir, option, value)
+        assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+        assert f"{option} is given, allowed: for a run on text; this one has data.name=digits" in refused.err

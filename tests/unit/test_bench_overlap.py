@@ -10,7 +10,7 @@ import torch
 from scmoe.experiments import call
 from scmoe.experiments.bench_pairs import overlap
 from scmoe.schedule.schedule import Schedule
-from scmoe.testbed.overlap import Seconds, Variant, nearest
+from scmoe.testbed.overlap import Seconds, Variant, nearest, through_link
 from scmoe.testbed.overlap_report import DEFAULTS
 
 
@@ -30,6 +30,7 @@ from scmoe.testbed.overlap_report import DEFAULTS
         ("--nodes 2", "--nodes is 2, allowed: 2 or more, with equally many of the 2 ranks on each, 2 or more"),
         ("--nodes 3 --ranks 4", "--nodes is 3, allowed: 2 or more"),
         ("--exchange hierarchical", "--exchange is hierarchical, allowed with --nodes 1: flat"),
+        ("--ranks 1", "--ranks is 1, allowed: 2 or more, as one rank sends nothing"),
         ("--ranks 3", "--num-experts is 8, allowed: multiples of --ranks (3)"),
     ],
 )
@@ -37,6 +38,32 @@ def test_what_cannot_be_honoured_is_refused_in_one_line(options, message, capsys
     assert call("bench", "overlap", *options.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("overlap --seq-len 0", "--seq-len"),
+        ("overlap --link-mbit 0", "--link-mbit"),
+        ("growth --of tokens --points 1000", "--points has 1000: --tokens is 1000, allowed: multiples of --seq-len"),
+        ("growth --of ranks --points 2 6", "--points has 6: --num-experts is 8, allowed: multiples of --ranks (6)"),
+        ("growth --of ranks --points 1", "--points has 1, allowed: 2 or more"),
+        ("timeline --ranks 3", "--ranks is 3, allowed: divisors of the 8 experts from 2 on"),
+        ("timeline --share 1.5", "--share"),
+        ("exchange --between-mbit 0", "--between-mbit"),
+        ("dense --ranks 3", "--ranks is 3, allowed: multiples of 2 nodes and of --ep-size (2)"),
+        ("dense --rounds 0", "--rounds"),
+        ("generation --tokens 1", "--tokens is 1, allowed: 2 or more"),
+    ],
+)
+def test_every_bench_refuses_before_it_measures(command, message, capsys):
+    assert call("bench", *command.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_the_rows_of_a_node_s_ranks_share_its_card():
+    assert [through_link(*at) for at in ((2, 1), (4, 1), (4, 2), (8, 2))] == [0.5, 0.75, 1.0, 2.0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def seconds(forward: float, train: float) -> Seconds:
     return Seconds(forward * ROUNDS, train * ROUNDS, train * ROUNDS / 3, forward * ROUNDS, train * ROUNDS)
 
 
-def report_of(share: float, rows: tuple[str, ...] = SHOWN) -> dict:
+def report_of(share: float, rows: tuple[str, ...] = SHOWN, **setting: Any) -> dict:
     """Returns what `bench overlap` reports of a top-2 pair of 1 s forward and 2.5 s in training.
 
     ScMoE hides everything. Other rows are as slow as sequential top-2. Operators of top-2 take 0.1 s each.
@@ -48,8 +49,15 @@ def report_of(share: float, rows: tuple[str, ...] = SHOWN) -> dict:
         best[row] = Variant(block, schedule, f"own {row}")
         times[best[row]] = seconds(1 - share, 2.3) if row.startswith("scmoe") else seconds(1.0, 2.5)
     peaks = dict.fromkeys(rows, 1.0)
-    found = dict(rate=100.0, choices=choices, best=best, chosen=best, times=times, peaks=peaks, gradients={})
-    return overlap_report.summary(Setting(share, rows=rows), 2, {**found, "iterations": 9})
+    gradients = {block: [] for block, _ in ROWS.values()}
+    found = dict(rate=100.0, choices=choices, best=best, chosen=best, times=times, peaks=peaks, gradients=gradients)
+    return overlap_report.summary(Setting(share, rows=rows, **setting), 2, {**found, "iterations": 9})
+
+
+def test_the_model_of_an_iteration_has_the_exposed_time_of_both_pairs():
+    of_pair = report_of(0.52)["rows"]["top2"]["measured_over_model"]
+    of_two = report_of(0.52, level="iteration", shaped=False)["rows"]["top2"]["measured_over_model"]
+    assert 2.5 / of_two - 2.3 == pytest.approx(2 * (2.5 / of_pair - 2.3)) and of_pair > of_two
 
 
 def write_report(folder: Path, share: float, **changes: object) -> Path:
@@ -169,6 +177,7 @@ def test_what_a_figure_cannot_be_drawn_from_is_said_in_one_line(tmp_path, capsys
     (tmp_path / "no").mkdir()
     (tmp_path / "no.json").write_text("[]")
     other, twice = write_report(tmp_path, 0.3), write_report(tmp_path, 0.52)
+    of_iteration = write_report(tmp_path, 0.11, level="iteration")
     rows = write_report(tmp_path, 0.42)
     rows.write_text(json.dumps(report_of(0.42, ("top2", "top1"))))
     for words, message in (
@@ -181,7 +190,8 @@ def test_what_a_figure_cannot_be_drawn_from_is_said_in_one_line(tmp_path, capsys
         (["8", tmp_path / "no.json"], "is no report of bench overlap"),
         (["8", tmp_path / "gone.json"], "is no report of bench overlap"),
         (["8", other], "was measured at --share 0.3, allowed: 0.52 (8xA30-PCIe), 0.42 (16xA800, two nodes), 0.11"),
-        (["8", twice, twice], "is the second report at --share 0.52"),
+        (["8", twice, twice], "is the second report at --share 0.52, allowed: one of each; name the files in place"),
+        (["1", of_iteration], "is of --level iteration, allowed: block"),
         (["0", run], "0 is drawn from"),
         (["8", rows], "has the rows top2, top1, required: top2 and one of ScMoE"),
     ):

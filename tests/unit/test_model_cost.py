@@ -109,6 +109,7 @@ def test_buffers_are_sent_whole_and_computed_as_far_as_they_are_filled():
     filled, buffers, all_rows = (build_model_on_meta(tiny(*f"{words}{ceiling}".split())) for ceiling in rows)
     assert forward_flops(buffers, 12) == forward_flops(filled, 12)
     sent = transfer_bytes(filled, "32-true")
+    assert transfer_bytes(filled, "32-true", 2) == [size / 2 for size in sent]
     assert transfer_bytes(buffers, "32-true") == [1.5 * size for size in sent]
     assert transfer_bytes(all_rows, "32-true") == [2 * size for size in sent]  # of two ranks none receives more
 

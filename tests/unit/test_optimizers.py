@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from scmoe.moe.experts import Experts
+from scmoe.parallel.checkpoint.state import optimizer_state
+from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build.model import build_module
 from scmoe.training.optimizers import MuonAndAdamW, Trained, adamw
 from tests.support.models import tiny, tiny_batch
@@ -102,3 +104,15 @@ def test_muon_trains():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_state_of_experts_that_cannot_be_put_together_is_not_saved():
+    """Adafactor keeps sums over rows and columns. Of two ranks' sums for different experts one would be lost."""
+    experts = Experts(16, 32, 4, range(2))
+    optimizer = torch.optim.Adafactor(experts.parameters())
+    for p in experts.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"the optimizer keeps row_var \(.*\) of w_in_eDF .*, allowed for experts of"):
+        optimizer_state(experts, optimizer, ParallelContext(0, 2, 2))
+    assert optimizer_state(experts, optimizer, ParallelContext())["state"]

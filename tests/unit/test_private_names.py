@@ -32,6 +32,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.nn.parallel import DistributedDataParallel
 
+from scmoe.parallel.lightning_seam import without_inference_mode
 from scmoe.parallel.strategy import ExpertParallelStrategy
 
 ROOT = Path(__file__).parents[2]
@@ -225,6 +226,14 @@ def test_a_precision_plugin_clips_by_these_names():
 
 def test_the_rank_is_known_before_a_trainer_exists():
     assert rank_zero_only.rank == 0
+
+
+def test_loops_that_only_compute_outputs_can_run_without_inference_mode():
+    trainer = Trainer(accelerator="cpu", logger=False)
+    loops = [trainer.validate_loop, trainer.test_loop, trainer.predict_loop]
+    assert all(loop.inference_mode for loop in loops)
+    without_inference_mode(trainer)
+    assert not any(loop.inference_mode for loop in [*loops, trainer.fit_loop.epoch_loop.val_loop])
 
 
 def test_rows_of_the_csv_logger(tmp_path):

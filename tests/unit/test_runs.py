@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load, to_yaml
 from scmoe.experiments import call
 from scmoe.studies import compare, runs
-from scmoe.training.run.state import read_state, write_state
+from scmoe.training.run.state import read_state, refuse_running, start_of, write_state
 
 ROOT = Path(__file__).parents[2]
 METRICS = """step,train/loss,val/loss,time/tokens_per_s
@@ -64,6 +65,22 @@ def test_a_killed_run_is_cut(tmp_path):
         assert read_state(tmp_path) == "cut"
     (tmp_path / "state.json").write_text(json.dumps(kept | {"pid": ended.pid, "host": "elsewhere"}))
     assert read_state(tmp_path) == "running", "a process of another machine is not visible"
+
+
+def test_a_run_that_is_running_cannot_be_resumed_by_another_process(tmp_path):
+    write_state(tmp_path, "running")
+    refuse_running(tmp_path)  # this process itself, as in a notebook
+    path = tmp_path / "state.json"
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        kept = json.loads(path.read_text()) | {"pid": other.pid, "started": start_of(other.pid)}
+        path.write_text(json.dumps(kept))
+        with pytest.raises(ConfigError, match=f"is made by process {other.pid} now, allowed: a run that is not"):
+            refuse_running(tmp_path)
+        path.write_text(json.dumps(kept | {"state": "cut"}))
+        refuse_running(tmp_path)
+        path.write_text(json.dumps(kept))
+        other.communicate(b"\n")
+    refuse_running(tmp_path)  # it was killed
 
 
 def test_a_run_without_a_state_file_is_cut_unless_it_has_a_summary(tmp_path):

@@ -38,6 +38,7 @@ BAD = [
     ("metric", None, "metric is missing"),
     ("early_terminate/type", "envelope", "early_terminate.type is 'envelope'"),
     ("early_terminate/min_iter", None, "early_terminate is incomplete"),
+    ("early_terminate/max_iter", 27, "early_terminate is incomplete"),
     ("early_terminate/eta", 1, "early_terminate.eta is 1"),
     ("early_terminate/strict", 1, "early_terminate.strict is 1"),
     ("command", "python train.py", "command is 'python train.py'"),

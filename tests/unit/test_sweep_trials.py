@@ -150,6 +150,18 @@ def test_a_changed_file_is_refused_and_a_higher_run_cap_is_not(start, tmp_path):
     assert end(start(run_cap=2)).summary["trials"] == 2
 
 
+def test_a_changed_config_is_refused_and_the_best_one_stays(start, tmp_path):
+    base, command = tmp_path / "base.yaml", list(SWEEP["command"])
+    base.write_text(f"extends: {ROOT}/configs/debug.yaml\n")
+    command[command.index("configs/debug.yaml")] = str(base)
+    assert end(start(run_cap=1, command=command)).code == 0
+    best = (tmp_path / "sweeps/s/best.yaml").read_bytes()
+    base.write_text(f"extends: {ROOT}/configs/debug.yaml\nseed: 5\n")
+    changed = end(start(run_cap=1, command=command))
+    assert changed.code == 2 and f"{base} is not as it was" in changed.err
+    assert (tmp_path / "sweeps/s/best.yaml").read_bytes() == best
+
+
 def test_a_metric_that_is_never_logged_ends_the_sweep_with_its_name(start):
     done = end(start(metric={"name": "val/los"}))
     assert done.code == 2

@@ -21,21 +21,26 @@ EXPORT = ".safetensors"  # how the name of an exported file ends
 
 
 def consolidate(
-    checkpoint: Path, out: Path, model: nn.Module, settings: Mapping[str, Any], prefix: str = "model."
+    checkpoint: Path,
+    out: Path,
+    model: nn.Module,
+    settings: Mapping[str, Any],
+    prefix: str = "model.",
+    tokenizer: str | None = None,
 ) -> None:
     """Write the weights of a checkpoint to one safetensors file, experts by global id; the file is complete or absent.
     Memory holds one weight at a time.
 
     model: whole, on any device. settings: of the model, for the file's header, because names and shapes do not
-    determine it. prefix: the model's name in the LightningModule, with its dot; it is removed. ValueError: a broken
-    checkpoint, or another model's.
+    determine it. prefix: the model's name in the LightningModule, with its dot; it is removed. tokenizer: its digest,
+    for the header. ValueError: a broken checkpoint, or another model's.
     """
     step = durable.verify(checkpoint)
     start = f"model.{prefix}"
     weights = {name.removeprefix(start): t for name, t in tensors_of(checkpoint).items() if name.startswith(start)}
     check_same_model(checkpoint, dict(model.named_parameters()), {name: tuple(t.shape) for name, t in weights.items()})
     header = {"format": "pt", "format_version": FORMAT_VERSION, "step": str(step), "settings": json.dumps(settings)}
-    header["checkpoint"] = checkpoint.name
+    header |= {"checkpoint": checkpoint.name} | ({} if tokenizer is None else {"tokenizer": tokenizer})
     partial = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         write_in_turn(weights, lambda name: read_named(checkpoint, [start + name])[start + name], partial, header)
@@ -77,15 +82,21 @@ def exported_by_name(path: Path, model: nn.Module) -> Callable[[str], Tensor]:
     return read
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Return the settings of an exported file's model. ValueError: another format, or no such file."""
+def read_header(path: Path) -> dict[str, str]:
+    """Return the header of an exported file. ValueError: another format, or no such file."""
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+            header: dict[str, str] = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if (version := header.get("format_version")) != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version}, allowed: {FORMAT_VERSION}")
+    return header
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings of an exported file's model. ValueError: as `read_header`."""
+    header = read_header(path)
     try:
         return dict(json.loads(header["settings"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:

@@ -47,6 +47,13 @@ def optimizer_state(module: nn.Module, optimizer: Optimizer, context: ParallelCo
     """Return {"state": {parameter name: {...}}, "param_groups": [...]}, with names in place of torch's positions."""
     names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
     shards = {p for _, p in expert_parameters(module)}
+    for p in optimizer.state if context.ep_size > 1 else ():
+        for k, v in optimizer.state[p].items() if p in shards else ():
+            if isinstance(v, Tensor) and v.dim() and not _is_like(v, p):
+                raise ValueError(
+                    f"the optimizer keeps {k} {tuple(v.shape)} of {names[p]} {tuple(p.shape)}, allowed for experts of "
+                    "several ranks: state of the weight's own shape, and single numbers"
+                )
     state = {
         names[p]: {k: as_dtensor(v, context) if p in shards and _is_like(v, p) else v for k, v in values.items()}
         for p, values in optimizer.state.items()

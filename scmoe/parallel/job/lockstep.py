@@ -86,7 +86,7 @@ class LockstepStrategy(DenseWeightsStrategy):
     def _begin(self, stage: str, batches: Sequence[float]) -> None:
         """Let ranks ask at as many batches as the rank with the fewest has. If that number is unknown they cannot ask,
         and a SIGTERM ends the process at once."""
-        if self.context.ep_size > 1:  # else nothing keeps these ranks in step, so they may differ
+        if self.context.ep_size > 1 or self.context.dense_mesh is not None:  # else nothing keeps ranks in step
             check_even(stage, batches, self.context)
         fewest = self.poll.smallest(sum(batches))
         can_stop = not seam.accumulated_batches(self.module.trainer)  # else the step must end first

@@ -39,7 +39,7 @@ def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
     checkpoint = find_checkpoint(run_dir, request.which)
     config = config_without_training(partial(config_of, run_dir, checkpoint), checkpoint, request.overrides)
     read_results(run_dir)
-    material = read_material(config, request) if rank_without_trainer() == 0 else None
+    material = read_material(config, checkpoint, request) if rank_without_trainer() == 0 else None
     module, trainer = start_ranks(config, checkpoint)
     device, plugin, model = trainer.strategy.root_device, trainer.precision_plugin, module.model
 

@@ -13,7 +13,7 @@ from scmoe.datamodules.text import TextDataModule
 from scmoe.studies.evaluate.own_tasks import OWN_TASKS
 from scmoe.studies.evaluate.tasks import Task, read_task
 from scmoe.studies.evaluate.text import Text, open_text
-from scmoe.training.build.data import build_datamodule, prepare_data
+from scmoe.training.build.data import build_datamodule, check_tokenizer, prepare_data
 from scmoe.training.run.resume import Which
 
 
@@ -45,16 +45,18 @@ class Material:
     limit: int | None
 
 
-def read_material(config: Config, request: Request) -> Material:
-    """Open data, text and tasks. ConfigError: one is missing, or has no meaning for this run."""
+def read_material(config: Config, weights: Path, request: Request) -> Material:
+    """Open data, text and tasks. ConfigError: one is missing, or has no meaning for this run or its weights."""
     data, seq_len = build_datamodule(config), config.data.seq_len
     prepare_data(data)
-    if not isinstance(data, TextDataModule):
-        for name, given in (("--text", request.text), ("--tasks", request.tasks), ("--data", request.folder)):
-            if given:
-                raise ConfigError(
-                    f"{name} is given, allowed: for a run on text; this one has data.name={config.data.name}"
-                )
+    if isinstance(data, TextDataModule):
+        check_tokenizer(data, weights)
+    else:
+        given = {"--text": request.text, "--tasks": request.tasks, "--data": request.folder, "--limit": request.limit}
+        given |= {} if isinstance(data, SequenceDataModule) else {"--stride": request.stride}
+        if unused := [name for name, value in given.items() if value not in (None, ())]:
+            allowed = f"for a run on text; this one has data.name={config.data.name}"
+            raise ConfigError(f"{unused[0]} is given, allowed: {allowed}")
     stride = max(1, seq_len // 2) if request.stride is None else request.stride
     if not 1 <= stride <= seq_len:
         raise ConfigError(f"--stride is {stride}, allowed: 1 to {seq_len}, the run's data.seq_len")
@@ -62,6 +64,8 @@ def read_material(config: Config, request: Request) -> Material:
         raise ConfigError(f"--limit is {request.limit}, allowed: 1 or more")
     text = open_text(data, request.text) if isinstance(data, SequenceDataModule) else None
     tasks = read_tasks(text, request) if text and isinstance(data, TextDataModule) else []
+    if request.limit is not None and not tasks:
+        raise ConfigError(f"--limit is {request.limit}, allowed: with --tasks, whose questions it counts")
     return Material(data, text, tasks, stride, request.limit)
 
 

@@ -88,15 +88,18 @@ def read_reports(sources: Sequence[Path]) -> Reports:
         try:
             report = json.loads(path.read_text())
             scenario = shares.get(report["wanted_share"])
-            complete = {"top2_operators_ms", "fastest_scmoe"} <= report.keys()
+            complete, level = {"top2_operators_ms", "fastest_scmoe"} <= report.keys(), report["level"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} is no report of bench overlap: {error!r}") from error
         if scenario is None:
             raise ConfigError(f"{path} was measured at --share {report['wanted_share']}, allowed: {allowed}")
         if not complete:
             raise ConfigError(f"{path} has the rows {', '.join(report['rows'])}, required: top2 and one of ScMoE")
+        if level != "block":
+            raise ConfigError(f"{path} is of --level {level}, allowed: block")
         if scenario in found:
-            raise ConfigError(f"{path} is the second report at --share {scenario.pair_share:g}, allowed: one of each")
+            one = "allowed: one of each; name the files in place of their folder"
+            raise ConfigError(f"{path} is the second report at --share {scenario.pair_share:g}, {one}")
         found[scenario] = report
     if not found:
         where = ", ".join(map(str, sources)) or "nothing"
@@ -120,8 +123,7 @@ def draw_shares(reports: Reports, path: Path) -> None:
                 widths = share, share / of_module - share, 1 - share / of_module
                 for i, color in enumerate(COLORS.values()):
                     axis.barh(place, widths[i], 0.4, left=sum(widths[:i]), color=color)
-                what = "pair" if report["level"] == "block" else "iteration"
-                text = f"{word}: {100 * share:.0f} % of the {what}, {100 * of_module:.0f} % of the MoE module"
+                text = f"{word}: {100 * share:.0f} % of the pair, {100 * of_module:.0f} % of the MoE module"
                 axis.text(0, place - 0.25, text, va="bottom", fontsize=SMALL)
             axis.set(ylim=(1.3, -0.7), xlim=(0, 1))
             axis.set_yticks([])

@@ -114,7 +114,8 @@ def _check(raw: Any) -> None:
         raise ConfigError("metric is missing, which method bayes and early_terminate look at")
     if "early_terminate" in raw:
         check("early_terminate", raw["early_terminate"], HYPERBAND, ("type",))
-        if "min_iter" not in raw["early_terminate"] and not {"max_iter", "s"} <= raw["early_terminate"].keys():
+        needed = {"max_iter", "s"} if "max_iter" in raw["early_terminate"] else {"min_iter"}
+        if not needed <= raw["early_terminate"].keys():
             raise ConfigError("early_terminate is incomplete, allowed: min_iter, or max_iter and s")
 
 

@@ -17,6 +17,7 @@ from scmoe.studies.job import Job, State, lock_of, write_whole
 from scmoe.studies.progress import Watch
 from scmoe.studies.sweep.search import Trial, best, hopeless, propose, total
 from scmoe.studies.sweep.sweep_file import Sweep, words
+from scmoe.studies.table.kept import digest_of
 
 
 def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
@@ -81,8 +82,8 @@ def _begun(sweep: Sweep) -> list[Job]:
     """Return the trials of earlier calls. Raises ConfigError if they were another sweep's; run_cap may change."""
     path = sweep.folder / "sweep.json"
     same = {key: value for key, value in sweep.raw.items() if key not in ("run_cap", "name", "description")}
-    now: dict[str, Any] = json.loads(json.dumps(same))
-    was = json.loads(path.read_text()) if path.exists() else now
+    now: dict[str, Any] = json.loads(json.dumps(same)) | {sweep.config: digest_of(sweep.base)}
+    was = {sweep.config: digest_of(sweep.base)} | (json.loads(path.read_text()) if path.exists() else now)
     if changed := [key for key in {**was, **now} if was.get(key) != now.get(key)]:
         allowed = "the file as it was, another name, or that folder removed"
         raise ConfigError(f"{', '.join(changed)} is not as it was when {sweep.folder} was begun, allowed: {allowed}")

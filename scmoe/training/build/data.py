@@ -5,6 +5,7 @@ A data set is a function (config, arguments of PositionedDataModule) -> datamodu
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from scmoe.config.extras import explained
@@ -15,6 +16,8 @@ from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.synthetic import SyntheticDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.datamodules.tokenizer import Tokenizer
+from scmoe.parallel.checkpoint.export import read_header
+from scmoe.parallel.checkpoint.loading import read_meta
 
 register_dataset = DATASETS.register
 
@@ -89,10 +92,30 @@ def images(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
     )
 
 
-def tokenizer_of(config: Config) -> Tokenizer | None:
-    """Return the tokenizer of a text data set, prepared if it is not yet; None for other data. ConfigError: no data."""
+def tokenizer_of(config: Config, weights: Path) -> Tokenizer | None:
+    """Return the tokenizer of a text data set, prepared if it is not yet; None for other data. ConfigError: no data, or
+    as `check_tokenizer`."""
     data = build_datamodule(config)
     if not isinstance(data, TextDataModule):
         return None
     prepare_data(data)
+    check_tokenizer(data, weights)
     return data.tokenizer
+
+
+def check_tokenizer(data: TextDataModule, weights: Path) -> None:
+    """Raise ConfigError if the ids of the prepared data mean other text than those with which the weights were trained.
+
+    A text that has changed makes another `bpe`."""
+    kept = kept_tokenizer(weights)
+    if kept is not None and kept != data.tokenizer.digest:
+        source = f"data.path is {data.path!r} and data.tokenizer is {data.tokenizer_kind!r}"
+        raise ConfigError(f"{source}, allowed: the text and the tokenizer of the training; here ids mean other words")
+
+
+def kept_tokenizer(weights: Path) -> str | None:
+    """Return the digest of the tokenizer with which a checkpoint or an export was trained; None: it has none."""
+    if weights.is_dir():
+        kept: str | None = read_meta(weights).get(TextDataModule.__qualname__, {}).get("tokenizer")
+        return kept
+    return read_header(weights).get("tokenizer")

@@ -23,12 +23,15 @@ class AdaptiveSchedule(Callback):
 
     auto: choose slot and chunks by measurement, and again where the times drift; otherwise only measure.
     chunks: the numbers of chunks to choose from.
-    plan: on rank 0, where the choice is kept; a resumed run takes it from there instead of measuring again.
+    plan: on rank 0, where the choice is kept; a resumed run takes it from there instead of measuring again, where the
+    settings are the same.
     Does nothing where no transfer takes place: with one expert-parallel rank, or without experts.
     """
 
-    def __init__(self, auto: bool, chunks: tuple[int, ...], plan: Path | None = None) -> None:
-        self.auto, self.chunks, self.plan = auto, chunks, plan
+    def __init__(
+        self, auto: bool, chunks: tuple[int, ...], plan: Path | None = None, settings: dict[str, Any] | None = None
+    ) -> None:
+        self.auto, self.chunks, self.plan, self.settings = auto, chunks, plan, settings or {}
         self.planner: Planner | None = None
         self.shown: list[LayerChoice] = []
         self.show_what_ran = False
@@ -65,7 +68,7 @@ class AdaptiveSchedule(Callback):
         """Return where a plan holds."""
         assert self.planner is not None
         context: Any = trainer.lightning_module.parallel_context
-        return {"ep_size": context.ep_size, **self.planner.conditions}
+        return {"ep_size": context.ep_size, **self.planner.conditions, **self.settings}
 
     def on_train_end(self, *_: Any) -> None:
         if self.planner is not None:

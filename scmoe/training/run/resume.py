@@ -30,7 +30,7 @@ Which = Literal["last", "best"]
 # Everything else makes another model or another experiment.
 MAY_CHANGE = (
     *("trainer.", "strategy.", "schedule.", "offload.", "analysis.", "logger."),
-    *("data.path", "data.workers", "data.cache_dir"),  # the data module checks that the content is the same
+    *("data.path", "data.tokenizer", "data.workers", "data.cache_dir"),  # the data module checks the content
     *("extensions", "callbacks"),
 )
 MUST_STAY = ("trainer.overfit_batches", "trainer.accumulate")  # which samples come next; Lightning counts batches

@@ -10,6 +10,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from scmoe.config.leaves import ConfigError
 from scmoe.training.run.writing import write_json
 
 FILE = "state.json"
@@ -28,6 +29,16 @@ def read_state(run_dir: Path) -> str:
     kept: dict[str, Any] = json.loads(path.read_text())
     gone = kept["host"] == platform.node() and start_of(kept["pid"]) != kept["started"]
     return "cut" if kept["state"] == "running" and gone else kept["state"]
+
+
+def refuse_running(run_dir: Path) -> None:
+    """Raise ConfigError if another process of this machine makes this run: two would write the same files."""
+    path = run_dir / FILE
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"state": "cut"}
+    if kept["state"] != "running" or kept["host"] != platform.node() or kept["pid"] == os.getpid():
+        return
+    if kept["started"] is not None and start_of(kept["pid"]) == kept["started"]:
+        raise ConfigError(f"{run_dir} is made by process {kept['pid']} now, allowed: a run that is not; stop it first")
 
 
 def start_of(pid: int) -> str | None:

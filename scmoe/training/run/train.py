@@ -20,6 +20,7 @@ from scmoe.training.run.lifetime import open_run
 from scmoe.training.run.loggers import log_best_checkpoint, log_results
 from scmoe.training.run.machine import check_machine
 from scmoe.training.run.resume import find_checkpoint, set_aside_later, summary_if_done
+from scmoe.training.run.state import refuse_running
 from scmoe.training.run.summary import print_summary, sample_text, say_done, summarise
 from scmoe.training.run.writing import write_json
 
@@ -35,6 +36,8 @@ def train(
     config = shortened(config)
     if run_dir is not None and step is None and (done := summary_if_done(run_dir, config)) is not None:
         return say_done(run_dir, done) if rank_without_trainer() == 0 else None
+    if run_dir is not None and rank_without_trainer() == 0:
+        refuse_running(run_dir)
     hush_lightning()
     check_machine(config, rank_without_trainer())
     keep_freed_memory()
