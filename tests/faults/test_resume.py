@@ -51,22 +51,22 @@ def test_fault_08_validating_changes_no_dropout(workers, tmp_path):
 
 
 def run_without_random_state(
-    rank: int, world_size: int, workers: int, folder: Path, resume_from: list[Path]
+    rank: int, world_size: int, dense: str, folder: Path, resume_from: list[Path]
 ) -> list[dict[str, Any]]:
     with patch.object(saving, "set_rng_states"):
-        return resume.run(rank, world_size, workers, folder, resume_from)
+        return resume.run(rank, world_size, 0, dense, folder, resume_from)
 
 
 def test_fault_08_the_comparison_finds_a_random_state_that_is_not_restored(tmp_path):
     """Otherwise the comparison above would show nothing."""
-    ((uninterrupted,),) = run_ranks(resume.run, 1, 0, tmp_path / "uninterrupted", [])
+    ((uninterrupted,),) = run_ranks(resume.run, 1, 0, "replicated", tmp_path / "uninterrupted", [])
     saved = [tmp_path / "uninterrupted" / "0" / "checkpoints" / "step=3.ckpt"]
-    ((resumed,),) = run_ranks(run_without_random_state, 1, 0, tmp_path / "resumed", saved)
+    ((resumed,),) = run_ranks(run_without_random_state, 1, "replicated", tmp_path / "resumed", saved)
     assert not tiny_run.same(resumed, uninterrupted)
 
 
 def run_that_draws(
-    rank: int, world_size: int, workers: int, folder: Path, resume_from: list[Path]
+    rank: int, world_size: int, dense: str, folder: Path, resume_from: list[Path]
 ) -> list[dict[str, Any]]:
     """Draws from Python and NumPy in each step, as a user's own transforms may."""
     training_step = LanguageModel.training_step
@@ -77,13 +77,13 @@ def run_that_draws(
         return result
 
     with patch.object(LanguageModel, "training_step", drawing):
-        return resume.run(rank, world_size, workers, folder, resume_from)
+        return resume.run(rank, world_size, 0, dense, folder, resume_from)
 
 
 def test_fault_08_the_random_states_of_python_and_numpy_are_restored_too(tmp_path):
-    uninterrupted = run_ranks(run_that_draws, 2, 0, tmp_path / "uninterrupted", [])
+    uninterrupted = run_ranks(run_that_draws, 2, "replicated", tmp_path / "uninterrupted", [])
     saved = [tmp_path / "uninterrupted" / "0" / "checkpoints" / "step=3.ckpt"]
-    resumed = run_ranks(run_that_draws, 2, 0, tmp_path / "resumed", saved)
+    resumed = run_ranks(run_that_draws, 2, "replicated", tmp_path / "resumed", saved)
     assert all(tiny_run.same(a, b) for (a,), (b,) in zip(resumed, uninterrupted, strict=True))
 
 
