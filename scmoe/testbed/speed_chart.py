@@ -90,10 +90,11 @@ def ranks_of(report: dict[str, Any]) -> str:
     return f"{report['ranks']} ranks{on_nodes}"
 
 
-def conditions(report: dict[str, Any]) -> str:
-    """Return where a report of `bench overlap` was measured."""
+def conditions(report: dict[str, Any], *others: dict[str, Any]) -> str:
+    """Return where reports of `bench overlap` were measured, which differ in the rate of their links only."""
+    rates = ", ".join(f"{each['link_mbit'] or 0:.0f}" for each in (report, *others))
     links = {
-        "shaped": f"links of {report['link_mbit'] or 0:.0f} Mbit/s between {ranks_of(report)} on one CPU",
+        "shaped": f"links of {rates} Mbit/s between {ranks_of(report)} on one CPU",
         "loopback": f"loopback as it is between {ranks_of(report)} on one CPU",
         "bus": f"rows over the bus of a {report['device']} at {report.get('bus_rate', 1.0):.2g} times its rate",
     }

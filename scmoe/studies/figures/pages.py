@@ -15,11 +15,13 @@ from scmoe.config.leaves import ConfigError
 from scmoe.studies.figures.concepts import CONCEPTS
 from scmoe.studies.figures.draw import EXPLAINED, PAGES, draw_measured
 from scmoe.studies.figures.headline import REPORTS, draw_headline
+from scmoe.studies.figures.scenarios import draw_shares, draw_speeds, read_reports
 from scmoe.studies.table.chart import draw_differences, draw_equal_time
 from scmoe.studies.table.report import markdown
 from scmoe.testbed import growth, inference_report, offload_report, speed_chart
 
 RESULTS = Path("docs/results")
+SCENARIOS = PAGES / "figure-8"
 DRAW: dict[str, Callable[[Any, Path], None]] = {  # by the first words of a report's name
     "overlap-": speed_chart.draw,
     "inference-": inference_report.draw,
@@ -39,6 +41,9 @@ def pictures() -> dict[str, Callable[[Path], None]]:
         if kind is None:
             raise ConfigError(f"{path} is no report that is drawn, allowed: names that begin with {' | '.join(DRAW)}")
         found[name] = partial(DRAW[kind], read(path))
+    if any(SCENARIOS.glob("*.json")):  # what `make figure8` has measured
+        scenarios = read_reports([SCENARIOS])
+        found |= {"figure-1": partial(draw_shares, scenarios), "figure-8": partial(draw_speeds, scenarios)}
     for path in sorted(RESULTS.glob("table[1-7]-*/results.json")):
         results = read(path)
         found[path.parent.name] = partial(draw_differences, results)

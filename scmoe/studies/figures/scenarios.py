@@ -130,7 +130,7 @@ def draw_shares(reports: Reports, path: Path) -> None:
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
             of_module, of_pair = 100 * scenario.module_share, 100 * scenario.pair_share
             title(axis, f"{scenario.name}\npaper: {of_module:.0f} % of the MoE module, so {of_pair:.0f} % of a pair")
-        heading(figure, f"Fig. 1: All-to-All in sequential top-2, {conditions(next(iter(reports.values())))}")
+        heading(figure, f"Fig. 1: All-to-All in sequential top-2, {conditions(*reports.values())}")
         bar_legend(figure, COLORS, ncols=1)
 
 
@@ -148,7 +148,7 @@ def draw_speeds(reports: Reports, path: Path) -> None:
             title(axis, f"{share}\n{100 * hidden:.0f} % of ScMoE's is hidden (paper: {100 * scenario.hidden:.0f} %)")
         axes[-1].set_xlabel("speed-up over sequential top-2,\nthen that of ScMoE over the row")
         first = next(iter(reports.values()))
-        heading(figure, f"Fig. 8: a pair of blocks, {conditions(first)}")
+        heading(figure, f"Fig. 8: a pair of blocks, {conditions(*reports.values())}")
         colors = {KINDS[kind] + way: color for (kind, way), color in COLORS_OF.items()}
         limit = "limit: all of top-2's communication hidden"
         bar_legend(figure, colors, f"quartiles of {first['rounds']} rounds", limit)

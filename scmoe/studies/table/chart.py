@@ -103,7 +103,7 @@ def _legend(figure: Any, axis: Axes, ncols: int) -> None:
 
 def _name_rows(axis: Axes, names: list[str]) -> None:
     words = [in_paper(name) for name in names]
-    words = [name if len(name) < SHORT_NAME else name.replace(", ", ",\n").replace(") (", ")\n(") for name in words]
+    words = [name if len(name) <= SHORT_NAME else name.replace(", ", ",\n").replace(") (", ")\n(") for name in words]
     axis.set_yticks(range(len(names), 0, -1), words)
     axis.set_ylim(0.3, len(names) + 0.9)
 

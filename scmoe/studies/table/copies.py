@@ -29,7 +29,8 @@ def adopt(runs: Sequence[Run], folders: Iterable[Path], evaluations: Evaluations
     for run in wanted:
         if run.digest in found:
             path, run.job.state = found[run.digest]
-            run.job.state.results["from"] = path.parent.parent.name
+            if (table := path.parent.parent.name) != run.job.study.name:  # else it is a copy of this one
+                run.job.state.results["from"] = table
             run.job.keep()
     return sum(run.digest in found for run in wanted)
 
