@@ -30,7 +30,8 @@ def read(path: str, words: Sequence[str]) -> tuple[Config, int, int]:
         if (key := override.removeprefix("--").partition("=")[0]) in RANKS:
             raise ConfigError(f"command line: {key} and ep or dp, allowed: one of the two ways to set the ranks")
     if len(sizes) < 2:
-        config = load(path, overrides)
+        # other ranks come below, and the file's may have no rows to send
+        config = load(path, [*overrides, "strategy.wire_dtype=null"] if sizes else overrides)
         own_ep = resolve_ep_size(config)
         own = {"ep": own_ep, "dp": config.trainer.devices * config.trainer.num_nodes // own_ep}
         if not sizes:

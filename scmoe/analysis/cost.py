@@ -100,7 +100,7 @@ def transfer_bytes(model: nn.Module, precision: str, wire_bytes: int | None = No
 
     Forward has two All-to-Alls, dispatch and combine, and backward two more of the same size. A token's own rank holds
     one in EP of the experts, so (EP - 1) / EP of the bytes travel where the load is even. wire_bytes: of an element
-    between ranks; None: as it is computed.
+    between ranks; None: those of the type that is computed in.
     """
     width = wire_bytes or COMPUTE_BYTES[precision]
     return [rows_sent(moe, copies) * moe.experts.w_in_eDF.shape[1] * width for moe, copies in moe_uses(model)]

@@ -108,8 +108,9 @@ def data_parallel(module: nn.Module, group: Any) -> DistributedDataParallel:
     from scmoe.parallel.lightning_seam import hide_from_ddp  # here, as they import Lightning
     from scmoe.parallel.update.reducer import ExpertGradientReducer
 
-    if group is None and dist.get_world_size() > 1:
-        raise ValueError("group is None on several ranks, allowed: the group with which the module was built")
+    if group is None and dist.get_world_size() > 1 and any(True for _ in expert_parameters(module)):
+        own = "the group that shares the experts; if every rank has all experts, DistributedDataParallel is enough"
+        raise ValueError(f"group is None on several ranks, allowed: {own}")
     context = context_of(group)
     check_experts(module, context)
     shards = dict(expert_parameters(module))

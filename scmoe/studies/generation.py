@@ -208,7 +208,7 @@ def to_file(path: Path) -> Callable[[dict[str, Any]], None]:
     except OSError as error:
         raise ConfigError(f"--out is {path}, allowed: a file that can be written: {error}") from error
 
-    earlier = file is not None
+    earlier = path.is_file()  # a pipe holds nothing to remove
 
     def write(text: dict[str, Any]) -> None:
         nonlocal earlier

@@ -42,13 +42,15 @@ def bench_growth(of: Sequence[str], points: Sequence[int] | None, rounds: int, o
     require("bench growth", "matplotlib")
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, list[dict[str, Any]]] = {name: [] for name in of}
+    so_far = out / "growth.json.part"  # if a later point fails, the earlier ones stay there
     for name, found in report.items():
         for value in points or POINTS[name]:
             print(f"{name}: {value}", file=sys.stderr)
             setting, ranks = at(name, value, found[0]["link_mbit"] if found else None, rounds)
             result = run_ranks(measure, ranks, setting, timeout_s=1800, own_links=True)[0]
             found.append({**summary(setting, ranks, result), name: value})
-            (out / "growth.json").write_text(json.dumps(report, indent=1))  # if a later point fails, these stay
+            so_far.write_text(json.dumps(report, indent=1))
+    so_far.replace(out / "growth.json")
     show(report)
     draw(report, out / "growth.png")
     print(f"chart and figures: {out / 'growth'}.png, .json", file=sys.stderr)

@@ -177,7 +177,7 @@ def test_a_text_that_makes_another_tokenizer_is_refused(run_dir, tmp_path):
     (tmp_path / "other.txt").write_text("\n".join(sentences(700, seed) for seed in range(5, 9)))
     for weights in (run_dir, run_dir / "export/model.safetensors"):
         done = here(str(weights), f"data.path={tmp_path}/other.txt")
-        assert done.code == 2 and "the text and the tokenizer of the training; here ids mean other words" in done.err
+        assert done.code == 2 and "another tokenizer than that of the training, whose ids mean other words" in done.err
     assert call("evaluate", str(run_dir), f"data.path={tmp_path}/other.txt") == 2
     assert call("export", str(run_dir), "--format", "hf", f"data.path={tmp_path}/other.txt") == 2
 

@@ -26,6 +26,7 @@ from scmoe.moe.operators import Recorder
 from scmoe.moe.router import Router
 from scmoe.parallel import dense_strategy
 from scmoe.parallel.drop_in import ScMoEBlock
+from scmoe.parallel.mesh import expert_parameters
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.testbed.ranks import run_ranks
 from tests.support.comparison import TOLERANCE
@@ -194,6 +195,10 @@ def own_module(rank: int, dense: str, folder: Path) -> dict[str, Any]:
     values.append(second.test(module, loader, verbose=False)[0]["test"])
     fresh = Own()
     values.append(trainer(4).validate(fresh, loader, ckpt_path=folder / "after.ckpt", verbose=False)[0]["val"])
+    again = Own()  # drawn after the first fit, which has made the ranks' generators differ
+    trainer(1).fit(again, loader)
+    found["experts of a second fit"] = [whole(p) for _, p in expert_parameters(again)]
+    found["inference mode"] = first.validate_loop.inference_mode
     second.strategy.lightning_module_state_dict()  # lets every weight be split again
     weights = {name: whole(p) for name, p in module.named_parameters()}
     return found | {"values": torch.tensor([float(v) for v in values]), "weights": weights}
@@ -274,9 +279,14 @@ def test_other_precisions_and_compiled_sublayers(one):
 
 
 def test_a_users_own_module_is_split_and_equal_to_replicated(tmp_path):
-    for rank in run_ranks(on_two, 2, tmp_path):
+    ranks = run_ranks(on_two, 2, tmp_path)
+    for dense in ("replicated", "auto"):
+        for one, other in zip(*(rank[dense]["experts of a second fit"] for rank in ranks), strict=True):
+            assert torch.equal(one, other), "both ranks hold all experts"
+    for rank in ranks:
         replicated, sharded = rank["replicated"], rank["auto"]
         assert (replicated["split"], sharded["split"]) == (False, True)
+        assert (replicated["inference mode"], sharded["inference mode"]) == (True, False)
         assert (replicated["values"] - sharded["values"]).abs().max() <= TOLERANCE
         for name, weight in replicated["weights"].items():
             assert (weight - sharded["weights"][name]).abs().max() <= TOLERANCE or "qkv.bias" in name, name

@@ -74,13 +74,20 @@ def test_a_run_that_is_running_cannot_be_resumed_by_another_process(tmp_path):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         kept = json.loads(path.read_text()) | {"pid": other.pid, "started": start_of(other.pid)}
         path.write_text(json.dumps(kept))
-        with pytest.raises(ConfigError, match=f"is made by process {other.pid} now, allowed: a run that is not"):
+        with pytest.raises(ConfigError, match=f"process {other.pid} is training .*, allowed: a run that no process"):
             refuse_running(tmp_path)
         path.write_text(json.dumps(kept | {"state": "cut"}))
         refuse_running(tmp_path)
         path.write_text(json.dumps(kept))
         other.communicate(b"\n")
-    refuse_running(tmp_path)  # it was killed
+    refuse_running(tmp_path)  # it has ended
+
+
+def test_a_process_that_has_ended_counts_as_gone_before_its_parent_asks():
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    assert start_of(ended.pid) is None
+    ended.wait()
 
 
 def test_a_run_without_a_state_file_is_cut_unless_it_has_a_summary(tmp_path):

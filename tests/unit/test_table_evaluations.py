@@ -20,9 +20,9 @@ from scmoe.studies.table.runs import Run, plan_runs
 from scmoe.studies.table.trainings import make_runs
 
 CONFIGS = Path(__file__).parents[2] / "configs/experiment"
-# A fake evaluate command: it notes its words, and writes a perplexity of test.txt unless a file `broken` is in the run.
 TEXT = "../shared/data/wikitext-2/test.txt"  # as Table 7 has it
 TEXTS = {TEXT: {"perplexity": 30.0}}
+# A fake evaluate command: it notes its words, and writes a perplexity of TEXT unless a file `broken` is in the run.
 EVALUATE = """
 import json, pathlib, sys
 run_dir = pathlib.Path(sys.argv[1])
@@ -54,7 +54,7 @@ def evaluated(tmp_path, monkeypatch):
     scale = replace(table.scales["smoke"], evaluate=("--text", "some.txt"))
     runs = plan_runs(table, scale, tmp_path / "study", 1)[:2]
     for i, run in enumerate(runs):
-        (tmp_path / f"run{i}").mkdir()
+        (tmp_path / f"run{i}/checkpoints/step=4.ckpt").mkdir(parents=True)
         run.job.state = State("finished", str(tmp_path / f"run{i}"), results={"digest": run.digest, "summary": {}})
 
     def evaluate(scale=scale, here=lambda words: 1, jobs=2):

@@ -127,7 +127,7 @@ def _of_model(path: Path, model: nn.Module, prefix: str) -> HuggingFaceStorageRe
 def _allocate_state(
     prefix: str, module: nn.Module, optimizer: Optimizer, stored: dict[str, Any], context: ParallelContext
 ) -> dict[str, Tensor]:
-    """Put empty state of the stored names and types into the optimizer; return it, for dcp.load to fill in place."""
+    """Put empty state of the stored names into the optimizer; return it, for dcp.load to fill in place."""
     shards = {p for _, p in expert_parameters(module)}
     steps_on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     wanted: dict[str, Tensor] = {}

@@ -44,12 +44,15 @@ def tied_weights(module: nn.Module) -> dict[str, str]:
 
 
 def optimizer_state(module: nn.Module, optimizer: Optimizer, context: ParallelContext) -> dict[str, Any]:
-    """Return {"state": {parameter name: {...}}, "param_groups": [...]}, with names in place of torch's positions."""
+    """Return {"state": {parameter name: {...}}, "param_groups": [...]}, with names in place of torch's positions.
+
+    ValueError: state of experts that is neither of the weight's shape nor a number, so ranks' parts cannot be joined.
+    """
     names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
     shards = {p for _, p in expert_parameters(module)}
-    for p in optimizer.state if context.ep_size > 1 else ():
-        for k, v in optimizer.state[p].items() if p in shards else ():
-            if isinstance(v, Tensor) and v.dim() and not _is_like(v, p):
+    for p in shards & optimizer.state.keys() if context.ep_size > 1 else ():
+        for k, v in optimizer.state[p].items():
+            if isinstance(v, Tensor) and v.numel() > 1 and not _is_like(v, p):
                 raise ValueError(
                     f"the optimizer keeps {k} {tuple(v.shape)} of {names[p]} {tuple(p.shape)}, allowed for experts of "
                     "several ranks: state of the weight's own shape, and single numbers"

@@ -103,7 +103,9 @@ def _logged(sweep: Sweep, job: Job) -> dict[str, Any]:
     with metrics.open(newline="") as file:
         rows = list(csv.DictReader(file))
     history = [float(row[sweep.metric]) for row in rows if row.get(sweep.metric)]
-    return {"history": history, "steps": max((int(row["step"]) + 1 for row in rows if row.get("step")), default=0)}
+    steps = max((int(row["step"]) + 1 for row in rows if row.get("step")), default=0)
+    most = int(job.state.results["parameters"].get("trainer.max_steps", sweep.base.trainer.max_steps))
+    return {"history": history, "steps": min(steps, most)}  # the last validation is logged after the last step
 
 
 def _unknown_metric(sweep: Sweep, trial: Trial) -> str:

@@ -45,8 +45,6 @@ def save(runs: Sequence[Run], to: Path) -> Path:
         raise ConfigError(f"--to is {str(to)!r}, and no run of {study.name} is finished; there is nothing to copy")
     folder = to / study.name
     (folder / "states").mkdir(parents=True, exist_ok=True)
-    for old in (folder / "states").glob("*.json"):
-        old.unlink()
     results = json.loads((study / "results.json").read_text())
     for row in results["rows"]:
         row["run_dirs"] = []  # they stay on this machine

@@ -32,8 +32,9 @@ class Evaluations:
         return self.wanted and (kept.get("evaluated_by") != self.words or bool(self._missing(kept.get("evaluation"))))
 
     def can_use(self, state: State) -> bool:
-        """Does a finished run lack nothing, or can it be evaluated here, because its directory is on this machine?"""
-        return not self.lacking(state) or Path(state.run_dir or "none").is_dir()
+        """Does a finished run lack nothing, or can it be evaluated here, because its weights are on this machine?"""
+        weights = Path(state.run_dir).glob("checkpoints/*.ckpt") if state.run_dir else ()
+        return not self.lacking(state) or any(weights)
 
     def job(self, run: Run) -> Job | None:
         """Return the job that evaluates a finished run; None: nothing is lacking.

@@ -22,7 +22,8 @@ def digest_of(config: Config) -> str:
 def results_of(run: SeenRun, digest: str) -> dict[str, Any]:
     """Return the results that a state keeps of a finished run. curve: points (steps done, validation loss)."""
     environment = json.loads((run.path / "env.json").read_text())
-    curve = {int(row["step"]) + 1: row["val/loss"] for row in run.metrics if "val/loss" in row}
+    last = int(run.config["trainer.max_steps"])  # after which the last validation is logged
+    curve = {min(int(row["step"]) + 1, last): row["val/loss"] for row in run.metrics if "val/loss" in row}
     return {
         "digest": digest,
         "summary": {key: value for key, value in run.summary.items() if key != "run_dir"},

@@ -50,7 +50,7 @@ class Plan:
     scale: Scale
     jobs: int | None
     runs: list[Run]
-    command: str  # that makes it, but for the folders of runs and results
+    command: str  # the make command of this table, without runs_dir, --from and --to
 
     @property
     def folder(self) -> Path:
@@ -113,11 +113,13 @@ def make_table(plan: Plan, request: Request, commands: Commands) -> Made:
     speeds: list[Job] = []
     with lock_of(plan.folder) as lock:
         read_states(runs)
-        for run in runs:
-            if run.state.status == "finished" and not evaluations.can_use(run.state):
-                run.job.state = State()  # it is trained again
+        lost = [run for run in runs if run.state.status == "finished" and not evaluations.can_use(run.state)]
+        for run in lost:
+            run.job.state = State()
         if found := adopt(runs, request.sources, evaluations):
             commands.say(f"{found} of {len(runs)} runs are taken from runs of equal configuration")
+        if again := sum(run.state.status == "waiting" for run in lost):
+            commands.say(f"{again} finished runs are trained again: an evaluation is missing, and so are their weights")
         made.signal = make_runs(runs, lock, plan.jobs, needed, evaluations, commands.here)
         if not made.signal:
             speeds, made.signal = measure_speeds(table, plan.scale, plan.folder, lock)

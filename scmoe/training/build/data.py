@@ -109,8 +109,11 @@ def check_tokenizer(data: TextDataModule, weights: Path) -> None:
     A text that has changed makes another `bpe`."""
     kept = kept_tokenizer(weights)
     if kept is not None and kept != data.tokenizer.digest:
-        source = f"data.path is {data.path!r} and data.tokenizer is {data.tokenizer_kind!r}"
-        raise ConfigError(f"{source}, allowed: the text and the tokenizer of the training; here ids mean other words")
+        given = f"data.path={data.path} and data.tokenizer={data.tokenizer_kind} give"
+        raise ConfigError(
+            f"{given} another tokenizer than that of the training, whose ids mean other words, allowed: the text of "
+            "the training, or the tokenizer.json that was made from it"
+        )
 
 
 def kept_tokenizer(weights: Path) -> str | None:

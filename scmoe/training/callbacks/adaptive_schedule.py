@@ -114,7 +114,7 @@ def read_plan(path: Path, conditions: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if differing := [key for key, value in conditions.items() if there.get(key) != value]:
         key = differing[0]
-        what = f"{key} was {there.get(key)} and is {conditions[key]}"
+        what = f"{key} was {there.get(key, 'not kept')} and is {conditions[key]}"
         print(f"plan: measured again, as {what} since {path}", file=sys.stderr, flush=True)
         return None
     return plan

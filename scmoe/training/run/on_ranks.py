@@ -18,7 +18,7 @@ from scmoe.training.build.trainer import build_trainer
 from scmoe.training.init_from.settings import check_settings, settings
 from scmoe.training.moe_module import MoEModule
 from scmoe.training.run.machine import check_devices, check_resident
-from scmoe.training.run.resume import Which, config_of, find_checkpoint, refuse_other_model
+from scmoe.training.run.resume import REFUSED_SINCE, Which, config_of, find_checkpoint, refuse_other_model
 from scmoe.training.run.train import hush_lightning
 
 # By default. A product of one row differs in its last bits with the number of threads.
@@ -54,7 +54,7 @@ def config_without_training(read: Callable[[Sequence[str]], Config], weights: Pa
 
     Raises ConfigError for an override that would make another model, and for ranks or devices that are not here.
     """
-    was = read(named(overrides))
+    was = read([*named(overrides), *REFUSED_SINCE])
     refuse_other_model(read([*ALONE, *overrides]), was, weights)
     # The counts of rows are then announced, so that each rank may have another number of them.
     rows = f"moe.rows={'auto' if was.moe.architecture == 'dense' else 'filled'}"

@@ -23,8 +23,10 @@ from scmoe.config.load import load_text, parse_yaml, read_text
 from scmoe.config.rules import last_step
 from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, checkpoints, newest_good, read_manifest, verify
 from scmoe.parallel.checkpoint.loading import read_meta
+from scmoe.training.build.data import kept_tokenizer
 from scmoe.training.run.directory import relative
 
+REFUSED_SINCE = ("strategy.wire_dtype=null",)  # where it has no effect, earlier versions accepted it
 STEP = re.compile(r"(--)?step=")
 Which = Literal["last", "best"]
 # Everything else makes another model or another experiment.
@@ -33,7 +35,8 @@ MAY_CHANGE = (
     *("data.path", "data.tokenizer", "data.workers", "data.cache_dir"),  # the data module checks the content
     *("extensions", "callbacks"),
 )
-MUST_STAY = ("trainer.overfit_batches", "trainer.accumulate")  # which samples come next; Lightning counts batches
+# In training, for which samples come next; Lightning counts batches.
+MUST_STAY = ("trainer.overfit_batches", "trainer.accumulate")
 
 
 def find_checkpoint(run_dir: Path, which: Which = "last", step: int | None = None) -> Path:
@@ -131,12 +134,13 @@ def resumed_config(run_dir: Path, overrides: Sequence[str], step: int | None = N
     and for fewer steps than are done.
     """
     checkpoint = find_checkpoint(run_dir, step=step)
-    step, was = read_manifest(checkpoint)["step"], config_of(run_dir, checkpoint, named(overrides))
+    step = read_manifest(checkpoint)["step"]
+    was = config_of(run_dir, checkpoint, [*named(overrides), *REFUSED_SINCE])
     earlier = record_of(run_dir, step)  # the run was resumed from here before, and saved no later checkpoint
     text, source = (read_text(earlier), str(earlier)) if earlier.exists() else config_text(run_dir, checkpoint)
     config = load_text(text, source, overrides)
     refuse_kept_callbacks(text, source, overrides)
-    refuse_other_model(config, was, checkpoint)
+    refuse_other_model(config, was, checkpoint, MUST_STAY)
     if config.trainer.fast_dev_run:
         raise ConfigError("trainer.fast_dev_run is true, allowed for a run that goes on: false")
     if config.trainer.max_steps < step:
@@ -155,11 +159,14 @@ def refuse_kept_callbacks(text: str, source: str, overrides: Sequence[str]) -> N
         )
 
 
-def refuse_other_model(config: Config, was: Config, checkpoint: Path) -> None:
+def refuse_other_model(config: Config, was: Config, checkpoint: Path, must_stay: Sequence[str] = ()) -> None:
     """Raise ConfigError for the first key that makes another model or experiment than the checkpoint's."""
     here, there = flatten(config), flatten(was)
+    key = "data.tokenizer"
+    if here[key] != there[key] and kept_tokenizer(checkpoint) is None:  # nothing to compare another one with
+        must_stay = (*must_stay, key)
     for key, value in there.items():
-        if here[key] != value and (key in MUST_STAY or not key.startswith(MAY_CHANGE)):
+        if here[key] != value and (key in must_stay or not key.startswith(MAY_CHANGE)):
             raise ConfigError(f"{key} is {show(here[key])}, allowed: {show(value)}, as in {checkpoint}")
 
 

@@ -32,13 +32,14 @@ def read_state(run_dir: Path) -> str:
 
 
 def refuse_running(run_dir: Path) -> None:
-    """Raise ConfigError if another process of this machine makes this run: two would write the same files."""
+    """Raise ConfigError if another process on this machine is training this run: two would write the same files."""
     path = run_dir / FILE
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"state": "cut"}
     if kept["state"] != "running" or kept["host"] != platform.node() or kept["pid"] == os.getpid():
         return
     if kept["started"] is not None and start_of(kept["pid"]) == kept["started"]:
-        raise ConfigError(f"{run_dir} is made by process {kept['pid']} now, allowed: a run that is not; stop it first")
+        what = f"process {kept['pid']} is training {run_dir}"
+        raise ConfigError(f"{what}, allowed: a run that no process is training; stop that process first")
 
 
 def start_of(pid: int) -> str | None:
@@ -47,4 +48,5 @@ def start_of(pid: int) -> str | None:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    return stat.rpartition(")")[2].split()[19]
+    state, *fields = stat.rpartition(")")[2].split()
+    return None if state in "ZX" else fields[18]  # a zombie has ended, and nobody has asked how
