@@ -57,7 +57,7 @@ if do == "wait":
     time.sleep(60)
 environment = {"cpus": 2, "platform": "Linux-6", "git_commit": "abc", "packages": {"torch": "2.13"}}
 (run_dir / "env.json").write_text(json.dumps(environment))
-(run_dir / "metrics.csv").write_text("step,val/loss\\n4,3.5\\n9,3.25\\n")
+(run_dir / "metrics.csv").write_text("step,val/loss\\n1,3.5\\n4,3.25\\n")
 (run_dir / "summary.json").write_text(json.dumps({"val_loss": 3.0 + len(name) / 100}))
 """
 
@@ -176,7 +176,7 @@ def test_a_run_that_ended_after_its_batch_was_killed_is_finished(table):
     assert table.called() == []
     kept = runs[0].state.results
     assert kept["summary"] == {"val_loss": 3.0 + len(runs[0].job.name) / 100}
-    assert kept["curve"] == [(5, 3.5), (10, 3.25)], "a logged step is the last one before it, from 0"
+    assert kept["curve"] == [(2, 3.5), (4, 3.25)], "steps count from 0; the last validation comes after the last step"
 
 
 def test_a_state_without_what_is_kept_today_is_read_again_from_its_run(table):
