@@ -135,7 +135,9 @@ def tokenizer_file(kind: str) -> Path:
 
 
 def pieces(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
-    """Cuts `text` into pieces of about `size` characters, after line ends where there are any."""
+    """Cuts `text` into pieces of about `size` characters, after line ends where there are any. ValueError: no text."""
+    if not isinstance(text, str):
+        raise ValueError(f"a document is {text!r}, allowed: a text in every row")
     start = 0
     while start < len(text):
         line_end = text.rfind("\n", start, start + size) + 1

@@ -254,6 +254,8 @@ def _data(config: Config) -> Iterator[Rule]:
     yield data.name != "hf" and data.subset is not None, "data.subset", f"null, {named} has no subsets"
     endless = data.name == "synthetic" and (data.val_sequences or 0) > MOST_SYNTHETIC
     yield endless, "data.val_sequences", f"null or at most {MOST_SYNTHETIC}, {named} has no end"
+    no_files = data.name in DATASETS.built_in and data.name not in ("text", "image_folder")
+    yield data.on_error == "skip" and no_files, "data.on_error", f"raise, {named} has no files that could be left out"
     smallest = SMALLEST_VOCABULARY.get(data.tokenizer, LEAST_IDS)
     small = data.name in TEXTS and data.vocab_size < smallest
     yield small, "data.vocab_size", f"{smallest} or more for data.tokenizer={data.tokenizer}"

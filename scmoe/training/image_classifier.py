@@ -39,4 +39,4 @@ class ImageClassifier(MoEModule):
         self.val_accuracy.reset()
 
     def never_decays(self) -> set[nn.Parameter]:
-        return self.model.no_weight_decay()
+        return getattr(self.model, "no_weight_decay", set)()  # an extension's network may have none

@@ -3,13 +3,11 @@
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
-from torchmetrics.aggregation import SumMetric
 
 from scmoe.datamodules.positioned import IGNORE
 from scmoe.tokens import RouterStats
-from scmoe.training.moe_module import MoEModule, cross_entropy_sum
+from scmoe.training.moe_module import MoEModule, cross_entropy_sum, exact_sum
 
 
 class LanguageModel(MoEModule):
@@ -17,7 +15,7 @@ class LanguageModel(MoEModule):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.val_bytes = SumMetric().set_dtype(torch.float64)
+        self.val_bytes = exact_sum()
 
     def task_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[RouterStats]]:
         logits_BSV, stats = self.model(batch["input_ids"], batch.get("padding_mask"))

@@ -5,6 +5,7 @@ predictions are measured.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,8 @@ class MoEModule(LightningModule):
         self.load_balance_coef, self.z_loss_coef = load_balance_coef, z_loss_coef
         self.parallel_context = ParallelContext()
         self.model: Any = None
-        self.val_nats, self.val_targets = (SumMetric().set_dtype(torch.float64) for _ in range(2))
+        self.val_nats, self.val_targets = exact_sum(), exact_sum()
+        self.recent: dict[str, deque[Tensor]] = {}  # values of the last batches, as many as a step accumulates
         self.val_load_sums: Tensor | None = None
         self.overflow: Tensor | None = None
         self.validated_step: int | None = None
@@ -81,6 +83,13 @@ class MoEModule(LightningModule):
         """Return the summed loss of this rank's targets in nats, their number, and the routers' sums."""
         raise NotImplementedError
 
+    def on_train_start(self) -> None:
+        """A resumed run begins with the rate of its own schedule, which may have another end than the saved one."""
+        scheduler: Any = self.lr_schedulers()
+        scheduler._last_lr = [base * self.lr_ratio(scheduler.last_epoch) for base in scheduler.base_lrs]
+        for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = lr
+
     def on_train_batch_start(self, *_: Any) -> None:
         """Count logged steps from 0, in a resumed run too: after a stop between batches Lightning is one ahead."""
         count_steps_from(self.trainer, self.trainer.global_step)
@@ -97,11 +106,17 @@ class MoEModule(LightningModule):
             if self.refuse_overflow:
                 dropped = load_sums_LE2[:, -1].sum()
                 self.overflow = dropped if self.overflow is None else self.overflow + dropped
-            self.log("train/load_balance_loss", balance.detach())
-            self.log("train/router_z_loss", z.detach())
+            self.log_of_step("train/load_balance_loss", balance.detach())
+            self.log_of_step("train/router_z_loss", z.detach())
         self.log("train/lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
-        self.log("train/loss", task_loss.detach(), prog_bar=True, sync_dist=True)
+        self.log_of_step("train/loss", task_loss.detach(), prog_bar=True, sync_dist=True)
         return {"loss": loss, "load_sums_LE2": load_sums_LE2}
+
+    def log_of_step(self, name: str, value: Tensor, **how: Any) -> None:
+        """Log the mean over the batches that a step accumulates. Lightning keeps the value of the last one."""
+        recent = self.recent.setdefault(name, deque(maxlen=self.trainer.accumulate_grad_batches))
+        recent.append(value)
+        self.log(name, value if len(recent) == 1 else torch.stack([*recent]).mean(), **how)
 
     def global_sums(self, stats: list[RouterStats], num_targets: Tensor) -> tuple[Tensor | None, Tensor]:
         """Sum the routers' integers and the number of targets over all ranks, in one all-reduce for all layers."""
@@ -137,7 +152,7 @@ class MoEModule(LightningModule):
         return set()
 
     def trained(self) -> Trained:
-        """Weight decay applies to matrices, not to norms, biases and embeddings."""
+        """Weight decay applies to matrices, not to norms, biases and embeddings that are not the head, too."""
         decays = {
             p for m in self.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(False) if p.dim() > 1
         } - self.never_decays()
@@ -187,3 +202,10 @@ def cross_entropy_sum(logits_NC: Tensor, labels: Tensor) -> Tensor:
     """Return the sum over all targets in nats, in float32 or wider. labels: classes [N] or probabilities [N, C]."""
     logits_NC = logits_NC.to(torch.promote_types(logits_NC.dtype, torch.float32))
     return F.cross_entropy(logits_NC, labels, ignore_index=IGNORE, reduction="sum")
+
+
+def exact_sum() -> SumMetric:
+    """Return a metric that adds up float64 over batches and ranks; a NaN stays, which torchmetrics would leave out."""
+    metric = SumMetric(nan_strategy="disable")
+    metric.set_dtype(torch.float64)
+    return metric

@@ -105,11 +105,9 @@ def here(*words: str) -> Done:
     ],
 )
 def test_a_wrong_request_is_one_line(runs, words, says):
-    begun = time.monotonic()
     done = here(str(runs["scmoe"]), *words)
     assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1)
     assert says in done.err
-    assert time.monotonic() - begun < 20
 
 
 def test_without_lm_eval_tasks_are_refused_with_the_command_that_installs_it(runs, monkeypatch):

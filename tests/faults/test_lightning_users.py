@@ -170,12 +170,13 @@ def test_60_importing_scmoe_imports_neither_torch_nor_lightning():
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "set()\n"
 
 
-def fit_by_name(rank: int, world_size: int, strategy: str) -> Tensor:
-    """Trains two clipped steps and returns the trained model's predictions of all rows."""
+def fit_by_name(rank: int, world_size: int, strategy: str, clip: float | None = 0.01) -> Tensor:
+    """Trains two clipped steps of SGD, which shows every factor of a gradient. Returns predictions of all rows."""
     torch.manual_seed(1)
-    given = {"max_steps": 2, "gradient_clip_val": 0.01, "enable_checkpointing": False}
+    given = {"max_steps": 2, "gradient_clip_val": clip, "enable_checkpointing": False}
     trainer = Trainer(devices=world_size, strategy=strategy, **given, **QUIET)
     module = Model(16)
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=10.0)
     trainer.fit(module, data())
     with torch.no_grad():
         return torch.cat([module.moe(rows)[0] for (rows,) in data()])
@@ -185,6 +186,8 @@ def test_60_a_trainer_takes_the_strategy_by_name_and_clips_as_with_ddp():
     """With `ddp` every rank trains all experts, so the result is the same but for the order of sums."""
     (split, _), (whole, _) = run_ranks(fit_by_name, 2, "expert_parallel"), run_ranks(fit_by_name, 2, "ddp")
     torch.testing.assert_close(split, whole, rtol=0, atol=1e-5)
+    unclipped, _ = run_ranks(fit_by_name, 2, "expert_parallel", None)
+    assert (unclipped - split).abs().max() > 1e-2
 
 
 # ---------------------------------------------------------------------- 51, 54: arguments of the strategy

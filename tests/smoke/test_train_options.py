@@ -133,6 +133,18 @@ def test_a_resumed_run_may_have_another_precision_and_not_another_accumulate(tmp
     assert (refused.code, refused.err.count("trainer.accumulate is 2, allowed: 1")) == (2, 1)
     done = resume_in_ranks(1, str(folder), "trainer.precision=64-true", "trainer.max_steps=6")
     assert done.summary["steps"] == 6, done.err
+    whole = run_dir(train(tmp_path / "whole", "trainer.max_steps=6"))
+    expected = column(whole, "train/lr")[4]
+    assert column(folder, "train/lr")[4] == pytest.approx(expected, rel=1e-6), "the first step has the new cosine, too"
+
+
+def test_losses_of_a_step_are_those_of_all_its_batches(tmp_path):
+    """The same samples in one batch and in two; dropout, noise and a loss that is no mean over samples would differ."""
+    words = ("moe.noisy=false", "model.dropout=0", "moe.capacity_factor=null", "trainer.precision=64-true")
+    words += ("moe.load_balance_coef=0",)
+    one, two = (run_dir(train(tmp_path / str(n), *words, f"trainer.accumulate={n}")) for n in (1, 2))
+    for name in ("train/loss", "train/router_z_loss"):
+        assert column(two, name) == pytest.approx(column(one, name), rel=1e-6)
 
 
 def test_a_fast_dev_run_goes_through_everything_once(tmp_path):

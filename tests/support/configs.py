@@ -45,6 +45,7 @@ IMPOSSIBLE = [
     ("strategy.timeout_s", "strategy.timeout_s=inf"),
     ("data.global_batch_size", "data.global_batch_size=6 trainer.devices=2 trainer.accumulate=2"),
     ("data.path", "data.name=text"),
+    ("data.on_error", "data.on_error=skip"),
     ("data.path", "data.name=hf"),
     ("data.path", "data.path=somewhere"),
     ("data.subset", "data.subset=en"),

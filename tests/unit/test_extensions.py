@@ -114,7 +114,7 @@ def test_a_family_puts_its_model_around_any_architecture():
     logits, stats = model(torch.zeros(1, 4, dtype=torch.int64))
     assert logits.shape == (1, 4, 64) and len(stats) == 1 and build_module(config)
     with pytest.raises(
-        ConfigError, match=r"model\.family is 'bare', whose network lacks blocks, head, init_weights, rows"
+        ConfigError, match=r"model\.family is 'bare', whose network lacks blocks, steps, norm, head, init_weights, rows"
     ):
         build_model_on_meta(load(None, [*TINY, "model.family=bare"]))
 

@@ -41,3 +41,11 @@ def test_the_norm_is_clipped_in_every_precision(precision):
     assert len(norms) == 2
     for before, left in norms:
         assert before > 0.01 and left == pytest.approx(0.001, rel=1e-3)  # torch adds 1e-6 to the norm
+
+
+def test_a_nan_in_a_validation_is_no_better_loss():
+    """torchmetrics leaves NaN out by default, and its targets would count all the same."""
+    module = build_module(tiny())
+    for nats in (3.0, float("nan")):
+        module.note_validation(torch.tensor(nats), torch.tensor(2), [])
+    assert module.val_nats.compute().isnan() and module.val_targets.compute() == 4

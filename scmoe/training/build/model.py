@@ -34,7 +34,7 @@ from scmoe.training.language_model import LanguageModel
 from scmoe.training.moe_module import MoEModule
 
 register_family = FAMILIES.register
-OF_A_NETWORK = ("blocks", "head", "init_weights", "rows_per_sample")
+OF_A_NETWORK = ("blocks", "steps", "norm", "head", "init_weights", "rows_per_sample")
 
 
 def build_model(config: Config, context: ParallelContext | None = None) -> Any:

@@ -14,6 +14,7 @@ from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.inference.generate import generate
 from scmoe.inference.stopping import Stopping
+from scmoe.models.decoder import Decoder
 from scmoe.training.callbacks.memory import Memory
 from scmoe.training.callbacks.skipped_images import SkippedImages
 from scmoe.training.callbacks.throughput import Throughput
@@ -68,7 +69,7 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
 
 def sample_text(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -> list[str]:
     """Return a few short texts that the model generates; none for images. Every rank must call it: all have experts."""
-    if not isinstance(data, TextDataModule):
+    if not isinstance(data, TextDataModule) or not isinstance(module.model, Decoder) or module.model.max_seq_len < 2:
         return []
     model, end = module.to(trainer.strategy.root_device).eval().model, data.tokenizer.end_of_text
     stopping = Stopping(min(SAMPLE_TOKENS, model.max_seq_len - 1), decode=data.tokenizer.decode)
