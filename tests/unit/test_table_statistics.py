@@ -8,7 +8,7 @@ import numpy
 import pytest
 from scipy import stats
 
-from scmoe.studies.table.statistics import compare, describe, holm, pooled, seeds_needed
+from scmoe.studies.table.statistics import compare, describe, holm, pooled, rank_correlation, seeds_needed
 
 
 def test_mean_and_sample_deviation():
@@ -96,3 +96,11 @@ def test_seeds_needed_find_the_difference_as_often_as_promised():
 
 def test_pooled_deviation_is_the_root_of_the_mean_variance():
     assert pooled([3.0, 4.0]) == pytest.approx(math.sqrt(12.5))
+
+
+def test_few_rows_in_the_same_order_prove_little():
+    """Of the 24 orders of four rows one is the same and one the reverse; two of four rows swapped are 8 more."""
+    assert rank_correlation([(1, 10), (2, 20), (3, 30), (4, 40)]) == (pytest.approx(1), pytest.approx(2 / 24))
+    assert rank_correlation([(1, 10), (2, 20), (3, 40), (4, 30)]) == (pytest.approx(0.8), pytest.approx(8 / 24))
+    many = [(float(i), float(i * i % 7)) for i in range(9)]
+    assert 0 < rank_correlation(many)[1] <= 1
