@@ -58,7 +58,8 @@ class MoEModule(LightningModule):
         self.parallel_context = ParallelContext()
         self.model: Any = None
         self.val_nats, self.val_targets = exact_sum(), exact_sum()
-        self.recent: dict[str, deque[Tensor]] = {}  # values of the last batches, as many as a step accumulates
+        self.accumulated = 1  # batches of a step
+        self.recent: dict[str, deque[Tensor]] = {}  # values of the last batches of a step
         self.val_load_sums: Tensor | None = None
         self.overflow: Tensor | None = None
         self.validated_step: int | None = None
@@ -86,9 +87,8 @@ class MoEModule(LightningModule):
     def on_train_start(self) -> None:
         """A resumed run begins with the rate of its own schedule, which may have another end than the saved one."""
         scheduler: Any = self.lr_schedulers()
-        scheduler._last_lr = [base * self.lr_ratio(scheduler.last_epoch) for base in scheduler.base_lrs]
-        for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
-            group["lr"] = lr
+        for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+            group["lr"] = base * self.lr_ratio(scheduler.last_epoch)
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Count logged steps from 0, in a resumed run too: after a stop between batches Lightning is one ahead."""
@@ -108,13 +108,13 @@ class MoEModule(LightningModule):
                 self.overflow = dropped if self.overflow is None else self.overflow + dropped
             self.log_of_step("train/load_balance_loss", balance.detach())
             self.log_of_step("train/router_z_loss", z.detach())
-        self.log("train/lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
+        self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         self.log_of_step("train/loss", task_loss.detach(), prog_bar=True, sync_dist=True)
         return {"loss": loss, "load_sums_LE2": load_sums_LE2}
 
     def log_of_step(self, name: str, value: Tensor, **how: Any) -> None:
         """Log the mean over the batches that a step accumulates. Lightning keeps the value of the last one."""
-        recent = self.recent.setdefault(name, deque(maxlen=self.trainer.accumulate_grad_batches))
+        recent = self.recent.setdefault(name, deque(maxlen=self.accumulated))
         recent.append(value)
         self.log(name, value if len(recent) == 1 else torch.stack([*recent]).mean(), **how)
 
@@ -180,6 +180,7 @@ class MoEModule(LightningModule):
     def on_fit_start(self) -> None:
         """A plain Trainer clips and checks the same way as ExpertParallelStrategy, which has set this already."""
         guard_updates(self.trainer.precision_plugin, self, self.parallel_context)
+        self.accumulated, self.recent = self.trainer.accumulate_grad_batches, {}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         self.clip_gradients(optimizer, self.gradient_clip)

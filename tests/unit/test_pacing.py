@@ -144,7 +144,8 @@ def test_backward_of_split_weights_goes_on_until_one_units_sums_are_missing():
             another.result(10.0)
             assert len(sums.started) == SUMS_OF_A_UNIT + 1
             later = pool.submit(complete, sums.started[1:])
-        assert later.done(), "backward ends with all sums"
+        assert all(one.done() for one in sums.started), "backward ends with all sums"
+        later.result(10.0)
 
 
 @pytest.mark.parametrize("reader", ["an earlier batch", "rounding", "a hook"])

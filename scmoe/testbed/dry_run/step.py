@@ -107,9 +107,8 @@ def step(config: Config, module: Any) -> DryRun:
             setattr(owner, name, torch.empty_like(buffer, device=CPU))
     if config.trainer.recompute:
         recompute_activations(model)
-    made = module.configure_optimizers()
-    optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
-    module.log, module.lr_schedulers = lambda *_, **__: None, lambda: scheduler  # they ask the Trainer
+    optimizer = module.configure_optimizers()["optimizer"]
+    module.log, module.optimizers = lambda *_, **__: None, lambda: optimizer  # they ask the Trainer
     parameters, shards = list(model.parameters()), {p for _, p in expert_parameters(model)}
     for p in parameters:  # so that the moments are there before the step
         p.grad = torch.zeros_like(p)

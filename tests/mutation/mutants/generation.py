@@ -24,7 +24,7 @@ MUTANTS = (
     .replaces("None if cache is None else cache.positions_BS[:, None]", "None")
     .caught_by(f"{ALONE}[llama-pos2]"),
     Mutant("generation-drops-tokens", 0, "scmoe/moe/stream.py")
-    .replaces("stream.sums = None, True, False", "stream.sums = stream.capacity_factor, True, False")
+    .replaces("stream.sums = None, buffer, True, False", "stream.sums = stream.capacity_factor, buffer, True, False")
     .caught_by(f"{ALONE}[gpt-pos2]"),
     Mutant("prefill-reads-the-padding", 0, f"{INFERENCE}/passes.py")
     .replaces("(mask_BS.sum(1) - 1).clamp(min=0)", "torch.full((len(ids_BS),), ids_BS.shape[1] - 1)")
@@ -36,7 +36,7 @@ MUTANTS = (
     .replaces("text[: len(text) - max(", "text[: len(text) - min(")
     .caught_by(f"{TEST}::test_what_is_shown_of_a_text_never_changes_later"),
     Mutant("a-rank-stops-before-the-others", 61, f"{INFERENCE}/generate.py")
-    .replaces("            ended = passes.all_ranks(not any(going))\n", "            ended = not any(going)\n")
+    .replaces("        ended = passes.all_ranks(not any(going))\n", "        ended = not any(going)\n")
     .caught_by(LOCKSTEP),
     Mutant("a-rank-reads-the-first-experts", 0, "scmoe/parallel/checkpoint/export.py")
     .replaces("get_slice(name)[ids.start : ids.stop]", "get_slice(name)[: len(ids)]")

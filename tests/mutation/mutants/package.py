@@ -36,7 +36,7 @@ MUTANTS = (
     .replaces('re.sub(r"\\btrain(\\.py)?$", r"resume\\1", program)', "program")
     .caught_by(f"{UNIT}/test_table.py"),
     Mutant("drop-in-experts-not-averaged", 0, f"{PARALLEL}/drop_in.py")
-    .replaces("    ExpertGradientReducer([*shards.values()], context_of(group))  # its hooks keep it\n", "")
+    .replaces("    ExpertGradientReducer([*shards.values()], context)  # its hooks keep it\n", "")
     .caught_by(f"{DROP_IN}::test_two_ranks_give_the_outputs_and_gradients_of_one"),
     Mutant("drop-in-balance-of-one-rank", 0, f"{PARALLEL}/drop_in.py")
     .replaces("        dist.all_reduce(sums_LE2, group=group)\n", "        sums_LE2 = sums_LE2 * 2\n")
