@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench_pairs import OUT, Compute, Count, Rate, Rounds, Share
+from scmoe.experiments.bench_pairs import OUT, Compute, Count, Positive, Rounds, Share
 
 
 def inference(
@@ -27,7 +27,7 @@ def exchange(
     *,
     nodes: int = 2,
     ranks: int = 4,
-    between_mbit: Rate = 500.0,
+    between_mbit: Positive = 500.0,
     kilobytes: list[Count] | None = None,
     rounds: Rounds = 15,
 ) -> None:

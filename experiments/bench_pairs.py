@@ -13,14 +13,14 @@ Compute = Literal["real", "emulated"]
 Grows = Literal["tokens", "ranks", "experts"]
 Rounds = Annotated[int, Parameter(validator=validators.Number(gte=2))]  # of which quartiles are taken
 Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
-Rate = Annotated[float, Parameter(validator=validators.Number(gt=0))]
+Positive = Annotated[float, Parameter(validator=validators.Number(gt=0))]
 Share = Annotated[float, Parameter(validator=validators.Number(gt=0, lt=1))]
 
 
 def overlap(
     *,
     share: float | None = None,
-    link_mbit: Rate | None = None,
+    link_mbit: Positive | None = None,
     ranks: Count | None = None,
     nodes: Count = 1,
     exchange: Literal["flat", "hierarchical", "auto"] = "flat",
@@ -36,8 +36,8 @@ def overlap(
     heads: Count | None = None,
     seq_len: Count | None = None,
     num_experts: Count | None = None,
-    attention_ms: Rate | None = None,
-    attention_to_mlp: Rate | None = None,
+    attention_ms: Positive | None = None,
+    attention_to_mlp: Positive | None = None,
     out: Path = OUT,
 ) -> None:
     """How much of the All-to-All every architecture and schedule hides.

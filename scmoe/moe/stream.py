@@ -134,7 +134,7 @@ def dropless(model: nn.Module) -> Iterator[None]:
     before = [(stream.capacity_factor, stream.buffer, stream.filled, stream.sums) for stream in streams]
     try:
         for stream in streams:
-            # buffers stay buffers, as all ranks must send alike, with room for every copy
+            # every rank must use the same layout, so buffers remain, but with room for every copy
             buffer = None if stream.buffer is None else float(stream.router.num_experts)
             stream.capacity_factor, stream.buffer, stream.filled, stream.sums = None, buffer, True, False
         yield

@@ -35,7 +35,7 @@ MAY_CHANGE = (
     *("data.path", "data.tokenizer", "data.workers", "data.cache_dir"),  # the data module checks the content
     *("extensions", "callbacks"),
 )
-# In training, for which samples come next; Lightning counts batches.
+# A training that goes on keeps these: they decide which samples come next, and Lightning counts batches.
 MUST_STAY = ("trainer.overfit_batches", "trainer.accumulate")
 
 

@@ -49,4 +49,4 @@ def start_of(pid: int) -> str | None:
     except OSError:
         return None
     state, *fields = stat.rpartition(")")[2].split()
-    return None if state in "ZX" else fields[18]  # a zombie has ended, and nobody has asked how
+    return None if state in "ZX" else fields[18]  # Z: it has ended, and its parent has not read its exit code
