@@ -152,7 +152,7 @@ class MoEModule(LightningModule):
         return set()
 
     def trained(self) -> Trained:
-        """Weight decay applies to matrices, not to norms and biases, nor to embeddings, except one that is also the head."""
+        """Weight decay applies to matrices; norms, biases and embeddings, unless one is also the head, have none."""
         decays = {
             p for m in self.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(False) if p.dim() > 1
         } - self.never_decays()
