@@ -5,7 +5,7 @@
               sleeps WORK times as long as the exchange takes, so what is not hidden has waited for the host
     pieces    the rows as PIECES exchanges that are launched at once, as chunks are, over T_alone
 
-Both ways run in turn, round after round; ratios are taken within a round.
+All of these run in turn, round after round; ratios are taken within a round.
 """
 
 import time
@@ -75,10 +75,10 @@ def measure(
     for kb in kilobytes:
         rows = torch.randn(kb * 1024 // ROW * world_size, ROW // 4)
         report["auto"][str(kb)] = auto.choose(rows, None)
-        alone = in_turn(rounds, exchanges, rows)
-        works = [WORK * median(own) for own in alone]
-        beside = in_turn(rounds, exchanges, rows, works=works)
-        pieces = in_turn(rounds, exchanges, rows, pieces=PIECES)
+        works = [WORK * median(own) for own in in_turn(rounds, rows, [(one, 0.0, 1) for one in exchanges.values()])]
+        given = zip(exchanges.values(), works, strict=True)
+        variants = [variant for one, work in given for variant in ((one, 0.0, 1), (one, work, 1), (one, 0.0, PIECES))]
+        alone, beside, pieces = in_turn(rounds, rows, variants).reshape(len(WAYS), 3, rounds).swapaxes(0, 1)
         for i, way in enumerate(WAYS):
             speed = alone[0] / alone[i]
             report["rows"][way][str(kb)] = {
@@ -91,16 +91,13 @@ def measure(
     return report
 
 
-def in_turn(
-    rounds: int,
-    exchanges: dict[str, Exchange],
-    rows: torch.Tensor,
-    works: Sequence[float] = (0.0, 0.0),
-    pieces: int = 1,
-) -> Any:
-    """[ways, rounds] seconds on the slowest rank. A first round, to warm up, is left out."""
+def in_turn(rounds: int, rows: torch.Tensor, variants: Sequence[tuple[Exchange, float, int]]) -> Any:
+    """[variants, rounds] seconds on the slowest rank. A first round, to warm up, is left out.
 
-    def seconds(exchange: Exchange, work: float) -> float:
+    variants: an exchange, the seconds of work beside it, and in how many pieces the rows go.
+    """
+
+    def seconds(exchange: Exchange, work: float, pieces: int) -> float:
         dist.barrier()
         start = time.perf_counter()
         launched = [exchange(piece, None) for piece in rows.chunk(pieces)]
@@ -109,5 +106,4 @@ def in_turn(
             transfer.wait()
         return time.perf_counter() - start
 
-    both = list(zip(exchanges.values(), works, strict=True))
-    return slowest([[seconds(*one) for one in both] for _ in range(1 + rounds)])[1:].T
+    return slowest([[seconds(*variant) for variant in variants] for _ in range(1 + rounds)])[1:].T

@@ -91,12 +91,13 @@ def test_a_run_goes_on_from_a_chosen_step_as_it_did_before(many):
 
 def test_limits_end_a_run_and_shorten_validations(tmp_path):
     """The learning rate is that of all steps. One batch of validation is half of the eight sequences."""
-    short, whole = (
-        run_dir(
-            train(tmp_path, f"trainer.limit_train_batches={n}", "trainer.accumulate=2", "trainer.max_steps=6", *words)
-        )
+    ends = [
+        train(tmp_path, f"trainer.limit_train_batches={n}", "trainer.accumulate=2", "trainer.max_steps=6", *words)
         for n, words in ((6, ["trainer.limit_val_batches=1"]), ("null", []))
-    )
+    ]
+    short, whole = map(run_dir, ends)
+    unigrams = [done.summary["unigram_bits_per_byte"] for done in ends]
+    assert unigrams[0] is None and unigrams[1] > 0, "it is that of the whole split"
     lr, of_all = column(short, "train/lr"), column(whole, "train/lr")
     assert lr == {step: of_all[step] for step in range(3)}
     assert column(short, "train/loss") == {step: column(whole, "train/loss")[step] for step in range(3)}

@@ -10,10 +10,11 @@ import pytest
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.experiments.table import Options
+from scmoe.studies.digest import digest_of
 from scmoe.studies.job import State
 from scmoe.studies.table.copies import adopt, save
 from scmoe.studies.table.evaluations import Evaluations
-from scmoe.studies.table.kept import digest_of, look_up
+from scmoe.studies.table.kept import look_up
 from scmoe.studies.table.make import Request, plan_table
 from scmoe.studies.table.rows import load_table
 from scmoe.studies.table.runs import Run, plan_runs, read_states

@@ -13,11 +13,11 @@ from typing import Any
 
 from scmoe.config.leaves import ConfigError
 from scmoe.studies.batch import Batch
+from scmoe.studies.digest import digest_of
 from scmoe.studies.job import Job, State, lock_of, write_whole
 from scmoe.studies.progress import Watch
 from scmoe.studies.sweep.search import Trial, best, hopeless, propose, total
 from scmoe.studies.sweep.sweep_file import Sweep, words
-from scmoe.studies.table.kept import digest_of
 
 
 def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:

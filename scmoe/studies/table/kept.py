@@ -1,22 +1,9 @@
 """What is kept of a finished run in its state file: all that a report reads, so it outlives the run's directory."""
 
 import json
-from hashlib import sha256
 from typing import Any
 
-from scmoe.config.fields import Config
-from scmoe.config.load import to_yaml
-from scmoe.studies.runs import DEFAULTS, SeenRun, flat
-
-# where a run is kept and how it is shown: nothing that changes a result
-NOT_IN_DIGEST = ("name", "runs_dir", "logger.", "data.cache_dir", "trainer.progress", "trainer.max_memory_gib")
-
-
-def digest_of(config: Config) -> str:
-    """Return a hash of the values that can change a result. Defaults are left out: a new field changes no digest."""
-    values = flat(to_yaml(config)).items()
-    own = {key: value for key, value in values if value != DEFAULTS[key] and not key.startswith(NOT_IN_DIGEST)}
-    return sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+from scmoe.studies.runs import SeenRun
 
 
 def results_of(run: SeenRun, digest: str) -> dict[str, Any]:

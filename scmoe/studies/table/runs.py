@@ -18,9 +18,9 @@ from pathlib import Path
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten
 from scmoe.config.load import load, to_yaml
+from scmoe.studies.digest import digest_of
 from scmoe.studies.job import Job, State
 from scmoe.studies.runs import SeenRun, flat
-from scmoe.studies.table.kept import digest_of
 from scmoe.studies.table.rows import Row, Scale, Table
 
 OWN = ("model.", "moe.", "schedule.", "optim.lr", "name")  # keys in which rows may differ

@@ -73,10 +73,10 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
         rows["validation loss"] = f"{summary['val_loss']:.4f} nats per image"
         rows["accuracy"] = f"{summary['val_accuracy']:.2%} of the validation images of {summary['data']}"
     else:
-        unigram = summary["unigram_bits_per_byte"]
-        ratio = summary["bits_per_byte"] / unigram
         rows["validation loss"] = f"{summary['val_loss']:.4f} nats per token, perplexity {summary['perplexity']:.2f}"
-        rows["bits per byte"] = f"{summary['bits_per_byte']:.4f}; unigram {unigram:.4f}, ratio {ratio:.3f}"
+        rows["bits per byte"] = f"{summary['bits_per_byte']:.4f}"
+        if unigram := summary["unigram_bits_per_byte"]:
+            rows["bits per byte"] += f"; unigram {unigram:.4f}, ratio {summary['bits_per_byte'] / unigram:.3f}"
     rate, tflops = summary[f"{unit}_per_s"], summary["model_tflops"]
     rows["throughput"] = f"{rate:,.0f} {unit}/s over all ranks" if rate else "not measured: too few steps"
     if rate:

@@ -29,7 +29,8 @@ SAMPLES, SAMPLE_TOKENS = 3, 40
 def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -> dict[str, Any]:
     """Return the numbers of the summary, validating first if the last step was not. Every rank must call it.
 
-    What only a validation finds is None in a run without one (trainer.limit_val_batches=0).
+    What only a validation finds is None in a run without one (trainer.limit_val_batches=0). The bits of the unigram are
+    those of the whole split: None where a validation reads a part of it.
     """
     steps = trainer.global_step
     if module.validated_step != steps and trainer.limit_val_batches != 0:
@@ -41,7 +42,8 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
     memory = next(c for c in callbacks if isinstance(c, Memory)).most
     rate = throughput.mean
     if isinstance(data, SequenceDataModule):
-        unigram, tokens, of_images = data.unigram_bits_per_byte(), 1, {}
+        part = isinstance(trainer.limit_val_batches, int)  # a number of batches; 1.0: all
+        unigram, tokens, of_images = None if part else data.unigram_bits_per_byte(), 1, {}
     else:  # a token of an image is a patch, its perplexity is over classes, and it has no bytes of text
         unigram, tokens = None, module.model.patches.num_patches
         of_images = {"val_accuracy": metrics.get("val/accuracy"), "data": data.name, "images_per_s": rate}
