@@ -1,0 +1,110 @@
+"""A value of the configuration reaches the object that it is for.
+
+Tests of equality make modules and optimizers by themselves, so they would not see that a builder drops a value.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from scmoe.config.load import load
+from scmoe.moe.router import Router
+from scmoe.training.build.data import build_datamodule
+from scmoe.training.build.model import build_model, build_module
+from scmoe.training.build.trainer import build_trainer
+from tests.support.models import tiny
+
+OPTIM = ("optim.lr=0.25", "optim.weight_decay=0.03", "optim.beta1=0.6", "optim.beta2=0.7", "optim.eps=1e-5")
+MUON = ("optim.name=muon", "optim.momentum=0.8")
+IMAGES = (
+    *("model.family=swin", "model.window=2", "data.name=digits", "data.num_classes=10"),
+    *("data.image_size=32", "data.global_batch_size=8"),
+)
+
+
+@pytest.mark.parametrize("words, decays", (((), [0.03, 0.0]), (MUON, [0.03, 0.03, 0.0])))
+def test_the_optimizer_has_the_values_of_the_config(words, decays):
+    module = build_module(tiny(*OPTIM, *words))
+    module.configure_model()
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    of_muon = groups[: len(groups) - 2]
+    assert [group["weight_decay"] for group in groups] == decays
+    assert [group["momentum"] for group in of_muon] == [0.8] * len(of_muon)
+    assert all((*group["betas"], group["eps"]) == (0.6, 0.7, 1e-5) for group in groups[-2:])
+    assert all(group["initial_lr"] == 0.25 for group in groups)
+
+
+def test_the_module_has_the_values_of_the_config():
+    words = {
+        "optim.min_lr_ratio": 0.2,
+        "optim.warmup_steps": 3,
+        "trainer.max_steps": 17,
+        "trainer.gradient_clip": 0.7,
+        "moe.load_balance_coef": 0.04,
+        "moe.z_loss_coef": 0.002,
+    }
+    module = build_module(tiny(*(f"{key}={value}" for key, value in words.items())))
+    assert {key: getattr(module, key.partition(".")[2]) for key in words} == words
+    assert not module.refuse_overflow and not module.compiled
+    other = build_module(
+        tiny(
+            "moe.rows=buffers",
+            "moe.overflow=refuse",
+            "moe.capacity_factor=null",
+            "moe.dropless_ceiling=2",
+            "trainer.compile=true",
+        )
+    )
+    assert other.refuse_overflow and other.compiled
+
+
+def test_the_learning_rate_warms_up_and_follows_a_half_cosine():
+    ratio = build_module(tiny("optim.min_lr_ratio=0.2", "optim.warmup_steps=4", "trainer.max_steps=12")).lr_ratio
+    assert [ratio(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert ratio(4) == 1.0
+    assert ratio(6) == pytest.approx(0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2)  # a quarter of the way
+    assert ratio(8) == pytest.approx(0.6)
+    assert ratio(12) == ratio(13) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("word", ("augment=imagenet", "mixup=0.8", "cutmix=0.9", "label_smoothing=0.1"))
+def test_each_change_of_images_changes_the_first_batch(word):
+    pytest.importorskip("timm", reason="needs the extra `vision`")
+    pytest.importorskip("sklearn", reason="needs the extra `vision`")
+    plain, changed = (
+        next(iter(build_datamodule(load(None, [*IMAGES, *words])).train_dataloader()))
+        for words in ((), (f"data.{word}",))
+    )
+    assert any(not torch.equal(plain[key], changed[key]) for key in ("images", "labels"))
+
+
+def test_routers_are_those_of_the_config():
+    plain, balanced = (
+        [m for m in build_model(tiny(*words)).modules() if isinstance(m, Router)]
+        for words in (("moe.noisy=true",), ("moe.balanced_routing=true",))
+    )
+    assert plain and not any(router.balanced for router in plain) and all(router.noise is not None for router in plain)
+    assert all(router.balanced and router.noise is None for router in balanced)
+
+
+@pytest.mark.parametrize("architecture, count", (("top_k", 5), ("scmoe", 5), ("dense", 5)))
+def test_dropout_follows_the_embedding_and_every_sublayer(architecture, count):
+    """Two layers have four sub-layers: attention, MLP, attention, and MLP or MoE."""
+    model = build_model(tiny("model.dropout=0.1", f"moe.architecture={architecture}")).train()
+    dropouts, ran = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p == 0.1], []
+    for dropout in dropouts:
+        dropout.register_forward_hook(lambda module, *_: ran.append(module))
+    model(torch.zeros(1, 12, dtype=torch.long))
+    assert len(dropouts) == len(ran) == len(set(ran)) == count
+
+
+def test_the_trainer_is_deterministic_where_the_config_says_so():
+    try:
+        build_trainer(tiny("trainer.deterministic=true", "trainer.accelerator=cpu"), [], [])
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
