@@ -18,6 +18,7 @@ Dropout, padding and forced balanced routing are left out.
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -169,7 +170,10 @@ def kept_copies(chosen: list[list[int]], num_experts: int, capacity: int | None)
 
 
 def capacity_of(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float | None) -> int | None:
-    return None if capacity_factor is None else math.ceil(capacity_factor * num_tokens * top_k / num_experts)
+    """In exact arithmetic: in floating point 1.1 x 50 is above 55."""
+    if capacity_factor is None:
+        return None
+    return math.ceil(Fraction(str(capacity_factor)) * num_tokens * top_k / num_experts)
 
 
 def routed_experts(

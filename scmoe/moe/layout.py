@@ -22,6 +22,8 @@ from torch.autograd import Function
 
 from scmoe.moe.dispatcher import Announced, ChunkCounts
 
+DOWN = 1 - 1e-12  # a product such as 1.1 x 50 is a rounding error above 55, and would be rounded up to 56
+
 
 class Layout(NamedTuple):
     """The place of each routed copy among the rows. A copy that was dropped, or is padding, has row R."""
@@ -41,7 +43,7 @@ class Layout(NamedTuple):
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float) -> int:
     """Slots of an expert for num_tokens tokens of one rank: capacity_factor times the fair share, rounded up."""
-    return math.ceil(capacity_factor * num_tokens * top_k / num_experts)
+    return math.ceil(DOWN * capacity_factor * num_tokens * top_k / num_experts)
 
 
 def places(topk_ids_TK: Tensor, num_experts: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,7 @@ def test_nothing_finished_is_nothing_to_copy(tmp_path):
 def test_a_dotted_key_leads_to_a_number_or_to_none():
     tree = {"tasks": {"piqa": {"acc": 0.5, "name": "piqa"}}, "flag": True}
     assert look_up(tree, "tasks.piqa.acc") == 0.5
+    assert look_up({"loss": math.nan}, "loss") is None, "a run that ends with NaN has failed"
     assert look_up({"texts": {"test.txt": {"perplexity": 30}}}, "texts.test.txt.perplexity") == 30.0
     assert [look_up(tree, key) for key in ("tasks.piqa.name", "tasks.race.acc", "flag", "tasks.piqa.acc.x")] == [
         None

@@ -188,3 +188,20 @@ def test_sizes_are_compared_with_their_own_baseline(tmp_path):
     assert rows["ScMoE Pos-2, B"]["paper"]["difference"] == pytest.approx(80.56 - 80.48)
     assert rows["DGMoE-Share Pos-2, S"]["paper"]["difference"] == pytest.approx(78.45 - 79.33)
     assert found["comparisons"] == 9
+
+
+def test_the_order_of_a_table_with_two_models_is_that_of_differences(tmp_path):
+    """Medium is better than Small in both; within each the order is the reverse of the paper's."""
+    table = load_table("table7", CONFIGS)
+    runs = plan_runs(table, table.scales["smoke"], tmp_path / "table7-smoke", 2)
+    baselines = {row.name: table.row(row.baseline).paper["zero-shot perplexity"] for row in table.rows}
+    for run in runs:
+        theirs = baselines[run.row.name]
+        ours = 2 * theirs - run.row.paper["zero-shot perplexity"] + 0.01 * run.seed
+        found = {"texts": {"../shared/data/wikitext-2/test.txt": {"perplexity": ours}}}
+        run.job.state = state_of(4.0, run.digest)
+        run.job.state.results["evaluation"] = found
+    runs[0].job.study.mkdir(exist_ok=True)
+    text = markdown(results(table, "smoke", runs, COMMAND))
+    assert "Order of the 6 differences, ours against the paper's: Spearman's rank correlation -1.00 (p 0.00)" in text
+    assert "The metric is zero-shot perplexity per token" in text

@@ -86,6 +86,12 @@ def test_seeds_needed_are_those_of_published_tables(effect, seeds):
     assert seeds_needed(0.1, -0.1 * effect) == seeds
 
 
+@pytest.mark.parametrize(("effect", "comparisons", "seeds"), [(25, 1, 2), (3, 9, 6), (5.4, 7, 4)])
+def test_large_differences_need_few_seeds(effect, comparisons, seeds):
+    """scipy's other tail is NaN there. The expected numbers are by the exact power, integrated over the deviation."""
+    assert seeds_needed(1.0, effect, comparisons) == seeds
+
+
 def test_seeds_needed_find_the_difference_as_often_as_promised():
     n, random = seeds_needed(1.0, 1.0, comparisons=7), numpy.random.default_rng(0)
     found = stats.ttest_1samp(random.normal(1.0, 1.0, size=(n, 4000)), 0.0).pvalue < 0.05 / 7

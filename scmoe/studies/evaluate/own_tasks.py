@@ -79,8 +79,7 @@ def _task(name: str, found: Sequence[tuple[str, str]], ranked: Sequence[str], me
     for context, true in (found[i * len(found) // size] for i in range(size)):
         draw, i = random.Random(f"{name} {context} {true}"), place[true]
         near = [choice for choice in ranked[max(0, i - NEAR) : i + NEAR + 1] if choice != true]
-        apart = [choice for choice in near if choice not in context]
-        choices = [true, *draw.sample(apart if len(apart) >= CHOICES - 1 else near, CHOICES - 1)]
+        choices = [true, *draw.sample(near, CHOICES - 1)]
         draw.shuffle(choices)
         questions.append(Question(context, tuple(choices), choices.index(true)))
     return Task(name, questions, metric, origin)

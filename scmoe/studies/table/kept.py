@@ -1,6 +1,7 @@
 """What is kept of a finished run in its state file: all that a report reads, so it outlives the run's directory."""
 
 import json
+import math
 from typing import Any
 
 from scmoe.studies.runs import SeenRun
@@ -25,11 +26,12 @@ def results_of(run: SeenRun, digest: str) -> dict[str, Any]:
 
 
 def look_up(tree: Any, dotted: str) -> float | None:
-    """Return the number under a dotted key of nested mappings; None where there is none. A name may have dots in it."""
+    """Return the finite number under a dotted key of nested mappings; None: none. A name may have dots in it."""
     if not isinstance(tree, dict):
         return None
     if dotted in tree:
         found = tree[dotted]
-        return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else None
+        is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
+        return float(found) if is_number and math.isfinite(found) else None
     below = (look_up(tree[key], dotted[len(key) + 1 :]) for key in tree if dotted.startswith(f"{key}."))
     return next((found for found in below if found is not None), None)

@@ -39,7 +39,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         f"# {found['title']}",
         "",
         f"Scale `{found['scale']}`: {found['model']}; {found['data']}, {found['seen']}, {finished} runs finished, "
-        f"{failed} failed. The metric is {found['metric']} in {found['unit']}; {_better(found)}.",
+        f"{failed} failed. The metric is {_with_unit(found)}; {_better(found)}.",
         f"Differences are taken seed by seed. p is that of a paired t-test over seeds, two-sided, corrected for {m} "
         f"comparisons by Holm's method; the intervals are Bonferroni's and hold together at 95 %. far: values further "
         f"than {FAR_DEVIATIONS} median absolute deviations and {100 * FAR_SHARE:g} % from their row's median.",
@@ -96,6 +96,11 @@ def _numbers(between: str, form: str, *values: float | None) -> str:
     return between.join(form.format(value) for value in values if value is not None)
 
 
+def _with_unit(found: Mapping[str, Any]) -> str:
+    metric, unit = found["metric"], found["unit"]
+    return f"{metric} {unit}" if unit.startswith("per ") else f"{metric} in {unit}"
+
+
 def _better(found: Mapping[str, Any]) -> str:
     return f"{found['metrics'][found['metric']]['better']} is better"
 
@@ -147,8 +152,9 @@ def _equal_time(found: Mapping[str, Any]) -> list[str]:
         "",
         "## Quality at equal time",
         "",
-        "Validation loss of each row at the time at which the fastest row ends, by the measured speed-ups in training: "
-        "a slower row is read off its own curve at the step that it has reached by then, before its learning rate has "
+        "Validation loss of each row at the time at which the fastest row ends. Times are by the measured speed-ups of "
+        "one pair of blocks in training, without the sum of the gradients and the optimizer; p takes them as exact. A "
+        "slower row is read off its own curve at the step that it has reached by then, before its learning rate has "
         "come down to its end. In brackets: that step; then the difference to the baseline at the same time and its "
         "corrected p.",
         "",
@@ -195,13 +201,14 @@ def _decisions(found: Mapping[str, Any]) -> list[str]:
 
 
 def _order(found: Mapping[str, Any]) -> list[str]:
-    metric = found["metric"]
-    pairs = [(row["paper"][metric], row["ours"]["mean"]) for row in found["rows"] if metric in row["paper"]]
+    """Return whether differences are in the paper's order. Values are not compared: a table may have two models."""
+    compared = [(row["paper"]["difference"], row["minus_baseline"]) for row in found["rows"] if row["minus_baseline"]]
+    pairs = [(theirs, ours["mean"]) for theirs, ours in compared if theirs is not None]
     ours = {mean for _, mean in pairs}
     if len(pairs) < 3 or len(ours) < 2 or None in ours:
         return []
     statistic, p = rank_correlation(pairs)
-    order = f"Order of the {len(pairs)} rows, ours against the paper's: Spearman's rank correlation"
+    order = f"Order of the {len(pairs)} differences, ours against the paper's: Spearman's rank correlation"
     return ["", f"{order} {statistic:+.2f} (p {p:.2f})."]
 
 
