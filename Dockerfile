@@ -3,7 +3,8 @@
 #   docker build -t scmoe .                          CPU: torch without CUDA
 #   docker build -t scmoe --build-arg KIND=cuda .    NVIDIA GPUs: torch brings its CUDA libraries, the host the driver
 #   docker run --rm scmoe make test-fast
-#   docker run --rm --gpus all --shm-size 8g -v "$PWD/runs:/scmoe/runs" scmoe make train CONFIG=configs/quickstart.yaml
+#   docker run --rm --gpus all --shm-size 8g -v "$PWD/runs:/scmoe/runs" scmoe make train \
+#     ARGS="trainer.accelerator=gpu trainer.devices=1 strategy.ep_size=1"
 ARG KIND=cpu
 
 # g++: torch.compile and the fake CUDA device of the tests. iproute2: shaped links of the testbed, which also need
