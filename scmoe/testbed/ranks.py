@@ -28,7 +28,7 @@ from scmoe.parallel.mesh import use_loopback_for_gloo
 from scmoe.testbed import links
 
 PRELOADED = ["torch", "torch.distributed", "lightning.pytorch", "scmoe.training.build.trainer", __name__]
-GRACE_S = 0.5  # after a first failure, the time in which others that failed at the same time may report
+GRACE_S = 0.5
 
 
 class RankError(RuntimeError):
@@ -50,6 +50,7 @@ def run_ranks(
     timeout_s: float = 120.0,
     own_links: bool = False,
     nodes: int = 1,
+    grace_s: float = GRACE_S,
 ) -> list[Any]:
     """Returns [fn(rank, world_size, *args) for each rank], each run in its own process with one torch thread.
 
@@ -57,6 +58,7 @@ def run_ranks(
     ranks. args and results are pickled. No rank ends before all have their results, so none misses a peer at the end.
     own_links: each rank in its own network namespace (links.py); call `links.enter` first.
     nodes: the variables are those of torchrun on so many machines. With own_links each node has a network card.
+    grace_s: after a first failure, how long others that failed at the same time may take to report.
     Raises RankError. Every process has ended by then, and on return.
     """
     assert links.inside() or not own_links
@@ -75,7 +77,7 @@ def run_ranks(
             pipes.append(ours)
             if own_links:
                 _attach(ours, process.pid, rank, rank * nodes // world_size if nodes > 1 else None)
-        return _collect(pipes, timeout_s)
+        return _collect(pipes, timeout_s, grace_s)
     finally:
         for pipe in pipes:
             pipe.close()
@@ -100,7 +102,7 @@ def _attach(pipe: Connection, pid: int | None, rank: int, node: int | None) -> N
     pipe.send_bytes(b"attached")
 
 
-def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
+def _collect(pipes: list[Connection], timeout_s: float, grace_s: float) -> list[Any]:
     reports: dict[int, _Report] = {}
     deadline = time.monotonic() + timeout_s
     while len(reports) < len(pipes):
@@ -115,7 +117,7 @@ def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
             assert isinstance(pipe, Connection)
             reports[waiting[pipe]] = _receive(pipe)
         if not failed and any(report.failure for report in reports.values()):
-            deadline = time.monotonic() + GRACE_S
+            deadline = time.monotonic() + grace_s
     if failures := {rank: report for rank, report in reports.items() if report.failure}:
         first, *later = sorted(failures, key=lambda rank: failures[rank].time_s)
         lines = [f"rank {first} of {len(pipes)} failed first:\n{failures[first].failure}"]

@@ -289,4 +289,7 @@ def test_a_users_own_module_is_split_and_equal_to_replicated(tmp_path):
         assert (replicated["inference mode"], sharded["inference mode"]) == (True, False)
         assert (replicated["values"] - sharded["values"]).abs().max() <= TOLERANCE
         for name, weight in replicated["weights"].items():
-            assert (weight - sharded["weights"][name]).abs().max() <= TOLERANCE or "qkv.bias" in name, name
+            apart = (weight - sharded["weights"][name]).abs()
+            if "qkv.bias" in name:  # K's third has no gradient, and its noise moves it as far as AdamW's step
+                apart = apart.unflatten(0, (3, -1))[[0, 2]]
+            assert apart.max() <= TOLERANCE, name

@@ -42,7 +42,7 @@ def shorten(rank: int, world_size: int, loader: str, how: str = "") -> None:
 )
 def test_16_uneven_batches_are_refused_before_the_first(loader, how):
     """The refusal comes at once, not minutes later from the timeout of a collective."""
-    message = failure(shorten, 2, f"{loader}_dataloader", how)
+    message = failure(shorten, 2, f"{loader}_dataloader", how, all_fail=True)
     counts = r"rank 0: (\d+); rank 1: (\d+)"
     found = re.search(rf"ValueError: ranks have different numbers of {loader} batches \({counts}\)", message)
     assert found and int(found[1]) == int(found[2]) + 1, message

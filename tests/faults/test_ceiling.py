@@ -39,7 +39,7 @@ def all_to_one(rank: int, world_size: int, ceiling: str) -> None:
 def test_31_rows_beyond_a_buffer_are_dropped_or_refused_on_all_ranks():
     """All rows go to one of two ranks, whose buffers have room for three quarters of them."""
     run_ranks(all_to_one, 2, "1.5 moe.rows=buffers")
-    message = failure(all_to_one, 2, "1.5 moe.rows=buffers moe.overflow=refuse")
+    message = failure(all_to_one, 2, "1.5 moe.rows=buffers moe.overflow=refuse", all_fail=True)
     assert re.search(r"MemoryError: \d+ routed copies of this step were beyond a rank's buffer, no update", message)
     assert re.search(r"rank [01], later: .*MemoryError: \d+ routed copies", message), "the same error on both ranks"
     run_ranks(all_to_one, 2, "2 moe.rows=buffers moe.overflow=refuse")
@@ -47,7 +47,7 @@ def test_31_rows_beyond_a_buffer_are_dropped_or_refused_on_all_ranks():
 
 @pytest.mark.representative
 def test_31_a_ceiling_ends_all_ranks_before_memory_is_allocated():
-    message = failure(all_to_one, 2, "1.5")
+    message = failure(all_to_one, 2, "1.5", all_fail=True)
     assert re.search(r"CeilingError: rank 0 of .* would receive \d+ rows, allowed: 1.5 x the fair share", message)
     assert re.search(r"rank [01], later: .*CeilingError: rank 0 ", message), "the same error on both ranks"
     run_ranks(all_to_one, 2, "2")  # all rows on one of two ranks are twice the fair share, and no more

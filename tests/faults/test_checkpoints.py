@@ -210,7 +210,7 @@ def test_fault_05_all_ranks_refuse_a_damaged_shard(written, tmp_path):
     shard = path / files_of(path)[-1]
     os.truncate(shard, shard.stat().st_size - 1)
     with pytest.raises(RankError, match=f"BrokenCheckpoint: .*{shard.name} is damaged") as error:
-        run_ranks(read, 2, tmp_path, path, timeout_s=30)
+        run_ranks(read, 2, tmp_path, path, timeout_s=30, grace_s=30)
     assert "later: " in str(error.value)
 
 

@@ -28,7 +28,7 @@ LLAMA = "model.family=llama model.kv_heads=2"
 KINDS = {  # words: model_type
     "moe.architecture=dense model.activation=gelu_tanh": "gpt2",
     "moe.architecture=dense": "gpt2",
-    f"{LLAMA} moe.architecture=dense": "llama",
+    f"{LLAMA} moe.architecture=dense moe.noisy=true": "llama",  # without a gate it has no noise
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1": "mixtral",
     f"{LLAMA} moe.architecture=shared_expert": "qwen2_moe",
     f"{LLAMA} moe.architecture=shared_expert moe.top_k=2 moe.every=1": "qwen2_moe",

@@ -60,6 +60,13 @@ def test_the_last_line_is_the_summary(launched, joined, alone):
         assert all(isinstance(value, (int, float)) for key, value in summary.items() if key != "run_dir")
         run_dir = ROOT / summary["run_dir"]
         assert json.loads((run_dir / "summary.json").read_text()) == summary
+        last = [row for row in rows_of(run_dir / "metrics.csv") if "val/loss" in row][-1]
+        for key, name in (("drop_share", "drop_share"), ("load_max_ratio", "load_max"), ("val_loss", "loss")):
+            assert summary[key] == pytest.approx(float(last[f"val/{name}"]), rel=1e-5), key
+        assert summary["perplexity"] == pytest.approx(math.exp(summary["val_loss"]), rel=1e-5)
+        assert summary["bits_per_byte"] == pytest.approx(summary["val_loss"] / math.log(2), rel=1e-5), (
+            "a token is a byte"
+        )
         assert done.out.count('"val_loss"') == 1, "only rank 0 prints"
 
 

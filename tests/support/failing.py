@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from scmoe.config.fields import Config
-from scmoe.testbed.ranks import RankError, run_ranks
+from scmoe.testbed.ranks import GRACE_S, RankError, run_ranks
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import build_trainer
@@ -24,8 +24,11 @@ def fit(config: Config, module: LanguageModel | None = None, data: Any = None) -
     return module
 
 
-def failure(fn: Any, world_size: int, *args: Any) -> str:
-    """Returns the message of the RankError of ranks that must fail. The message of a rank that hangs is different."""
+def failure(fn: Any, world_size: int, *args: Any, all_fail: bool = False) -> str:
+    """Returns the message of the RankError of ranks that must fail. The message of a rank that hangs is different.
+
+    all_fail: every rank does, at the same time; on a busy machine the last one may be seconds late with its report.
+    """
     with pytest.raises(RankError) as caught:
-        run_ranks(fn, world_size, *args, timeout_s=60)
+        run_ranks(fn, world_size, *args, timeout_s=60, grace_s=30 if all_fail else GRACE_S)
     return str(caught.value)

@@ -259,7 +259,14 @@ def test_empty_slots_send_nothing_back():
 
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "top_k", "factor", "expected"),
-    [(24, 6, 1, 1.0, 4), (24, 6, 2, 1.0, 8), (25, 6, 1, 1.0, 5), (24, 6, 1, 1.25, 5), (1, 8, 1, 2.0, 1), (50, 5, 1, 1.1, 11)],
+    [
+        (24, 6, 1, 1.0, 4),
+        (24, 6, 2, 1.0, 8),
+        (25, 6, 1, 1.0, 5),
+        (24, 6, 1, 1.25, 5),
+        (1, 8, 1, 2.0, 1),
+        (50, 5, 1, 1.1, 11),
+    ],
 )
 def test_capacity_is_the_factor_times_the_fair_share_rounded_up(num_tokens, num_experts, top_k, factor, expected):
     assert expert_capacity(num_tokens, num_experts, top_k, factor) == expected

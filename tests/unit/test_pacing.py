@@ -159,6 +159,9 @@ def test_sums_that_are_read_at_once_are_waited_for(reader):
     scatter = PacedScatter(sums, ParallelContext(), [weight])
     with ThreadPoolExecutor() as pool, scatter.during_backward():
         one = pool.submit(scatter, weight, weight, group, dist.ReduceOp.SUM)
+        deadline = time.monotonic() + 10
+        while not sums.started and time.monotonic() < deadline:
+            time.sleep(0.001)
         time.sleep(SOON_S)
         assert not one.done()
         sums.started[0].set_result(weight)

@@ -67,13 +67,15 @@ def test_two_runs_of_one_second_have_two_directories(tmp_path):
 def test_a_run_is_marked_and_closed_however_it_ends(error, state, tmp_path, monkeypatch):
     closed = []
     monkeypatch.setattr(lifetime, "close_loggers", lambda loggers, status: closed.append((len(loggers), status)))
+    raised = None
     try:
         with open_run(load(None, ["logger.mode=disabled", f"runs_dir={tmp_path}"]), [], None, None) as (directory, _):
             assert json.loads((directory / "state.json").read_text())["state"] == "running"
             if error is not None:
                 raise error
-    except (SystemExit, ValueError) as raised:
-        assert raised is error
+    except (SystemExit, ValueError) as caught:
+        raised = caught
+    assert raised is error, "it is not swallowed"
     assert json.loads((directory / "state.json").read_text())["state"] == state
     assert closed == [(1, "success" if error is None else "failed")]
 

@@ -62,7 +62,9 @@ def rows(tmp_path: Path, name: str = "s") -> list[dict[str, str]]:
 
 
 def until(there: Any) -> None:
+    deadline = time.monotonic() + 120
     while not there():
+        assert time.monotonic() < deadline, "it has not begun"
         time.sleep(0.02)
 
 
@@ -98,7 +100,7 @@ def test_a_failed_trial_is_marked_and_the_best_is_named(start, tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_cut_sweep_is_resumed(signum, start, tmp_path):
-    process = start(pause_s=0.1)
+    process = start(pause_s=1)
     first, second = (tmp_path / "sweeps/s" / name for name in ("trial-001", "trial-002"))
     until(lambda: any(second.glob("*/metrics.csv")))
     os.killpg(process.pid, signum)  # a terminal signals the whole group
@@ -110,7 +112,7 @@ def test_a_cut_sweep_is_resumed(signum, start, tmp_path):
     assert [row["state"] for row in rows(tmp_path)] == ["finished", "cut"]
     before = list(first.glob("*/config.yaml")) + list(second.glob("*/config.yaml"))
     assert any(second.glob("*/checkpoints/*.ckpt"))
-    again = end(start(pause_s=0.1))
+    again = end(start(pause_s=1))
     assert again.summary["finished"] == 3, "three trials finished, one failed"
     assert before == list(first.glob("*/config.yaml")) + list(second.glob("*/config.yaml")), "in the same directories"
     assert [row["steps"] for row in rows(tmp_path)] == ["6", "6", "0", "6"]
@@ -136,7 +138,7 @@ def test_a_killed_sweep_keeps_its_state_and_holds_its_lock_while_its_trial_runs(
 def test_hyperband_stops_trials_early(start, tmp_path):
     rule = {"type": "hyperband", "min_iter": 2, "eta": 4}
     space = {"optim.lr": {"values": [1e-2, 1e-5]}}
-    done = end(start(pause_s=0.2, early_terminate=rule, parameters=space))
+    done = end(start(pause_s=1, early_terminate=rule, parameters=space))
     assert [row["state"] for row in rows(tmp_path)] == ["finished", "stopped"]
     assert int(rows(tmp_path)[1]["steps"]) < 6
     assert (done.summary["finished"], done.summary["best"]["trial"]) == (2, 1)
