@@ -42,12 +42,13 @@ def main(
             kind = write_folder(checkpoint, out, config, tokenizer_of(config, checkpoint))
             print(f"{out}, model_type {kind}, from the {which} checkpoint, {checkpoint.name}")
             return
+        beside = out.parent / "config.yaml"
+        if not out.exists() and beside.exists() and beside.read_text() != to_yaml(config):
+            raise ConfigError(f"--out is {str(out)!r}, whose folder has another config.yaml, allowed: another folder")
         out.parent.mkdir(parents=True, exist_ok=True)
         tokenizer = kept_tokenizer(checkpoint)
         consolidate(checkpoint, out, build_model_on_meta(config), model_settings(config), tokenizer=tokenizer)
-        beside = out.parent / "config.yaml"
-        if beside.resolve() != run_dir / "config.yaml":
-            beside.write_text(to_yaml(config))
+        beside.write_text(to_yaml(config))
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
     print(f"{out}, from the {which} checkpoint, {checkpoint.name}")

@@ -22,7 +22,7 @@ from scmoe.inference.passes import ALONE, Passes, decode, read_prompts
 from scmoe.inference.sampling import Sampling, choose
 from scmoe.inference.stopping import Reason, Stopping
 from scmoe.models.decoder import Decoder
-from scmoe.moe.stream import dropless
+from scmoe.moe.stream import MoEStream, dropless
 
 
 class Step(NamedTuple):
@@ -77,11 +77,15 @@ def stream(
     passes: on several ranks with ParallelContext.true_on_all_ranks. Every rank must then take every step, a rank
     without prompts too.
     Raises ValueError for a prompt without a token, with an id that the model does not have, or with no room for
-    max_tokens in the model's context, and for a model in training mode.
+    max_tokens in the model's context, for a model in training mode, and between ranks with moe.rows=buffers.
     """
     seeds = range(len(prompts)) if seeds is None else seeds
     if model.training:
         raise ValueError("the model is in training mode, allowed: evaluation mode; call model.eval()")
+    if passes.all_ranks is not bool and any(isinstance(m, MoEStream) and m.buffer is not None for m in model.modules()):
+        raise ValueError(
+            "moe.rows is buffers, which needs as many tokens on every rank, allowed for texts of several ranks: filled"
+        )
     vocab_size = model.head.out_features
     for row, prompt in enumerate(prompts):
         check_length(len(prompt), stopping.max_tokens, model.max_seq_len, f"prompt {row}")

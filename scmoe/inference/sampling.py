@@ -41,14 +41,17 @@ GREEDY = Sampling(temperature=0.0, top_k=None)
 
 def choose(logits_BV: Tensor, sampling: Sampling, had_BV: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Returns [B] token ids. had_BV: whether a text has a token already. generators: of each text, on the host."""
-    logits_BV = penalised(_wide(logits_BV), sampling.repetition_penalty, had_BV)
+    device, logits_BV = logits_BV.device, penalised(_wide(logits_BV), sampling.repetition_penalty, had_BV)
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
+    if torch.are_deterministic_algorithms_enabled():
+        logits_BV = logits_BV.cpu()  # CUDA has no deterministic cumsum
     kept_BV = keep_top_p(keep_top_k(logits_BV / sampling.temperature, sampling.top_k), sampling.top_p)
     # A float32 draw is at most 1 - 2^-24, so the product with the total stays below it.
     draws_B = torch.cat([torch.rand(1, generator=generator) for generator in generators]).double()
     sums_BV = kept_BV.double().softmax(-1).cumsum(-1)
-    return torch.searchsorted(sums_BV, draws_B.to(sums_BV.device)[:, None] * sums_BV[:, -1:], right=True)[:, 0]
+    drawn_B1 = draws_B.to(sums_BV.device)[:, None] * sums_BV[:, -1:]
+    return torch.searchsorted(sums_BV, drawn_B1, right=True)[:, 0].to(device)
 
 
 def penalised(logits_BV: Tensor, penalty: float, had_BV: Tensor) -> Tensor:

@@ -97,8 +97,19 @@ def grouped_mlps(
 ) -> Tensor:
     """All experts in one kernel per product. float32 and bfloat16; only some devices run it without the host."""
     ends_e = counts_e.cumsum(0).to(torch.int32)
+    if rows_RD.is_cuda and torch.cuda.get_device_capability(rows_RD.device)[0] >= 10:
+        w_in_eDF, w_out_eFD = zero_if_idle(w_in_eDF, counts_e), zero_if_idle(w_out_eFD, counts_e)
     hidden_RF = act.forward(F.grouped_mm(rows_RD, w_in_eDF, offs=ends_e))
     return F.grouped_mm(hidden_RF, w_out_eFD, offs=ends_e)
+
+
+def zero_if_idle(w_eDF: Tensor, counts_e: Tensor) -> Tensor:
+    """The same weights, where an expert without rows has the gradient 0. On Blackwell a grouped product leaves there
+    what was in memory (pytorch issue 172439)."""
+    if w_eDF.requires_grad:
+        w_eDF = w_eDF.view_as(w_eDF)  # a hook on the parameter itself would stay
+        w_eDF.register_hook(lambda grad: grad.masked_fill((counts_e == 0)[:, None, None], 0))
+    return w_eDF
 
 
 def mlps_in_turn(

@@ -130,24 +130,28 @@ class Regrouped:
 
 
 class OverNccl:
-    """A stream waits for the rows of each hop and regroups them; the host waits for nothing."""
+    """Each hop has a stream, which waits for its rows and regroups them, so that the first hop of an exchange does not
+    wait for the second hop of the one before. The host waits for nothing."""
 
     def __init__(self) -> None:
-        self.stream = torch.cuda.Stream(priority=-1)
+        self.first, self.second = torch.cuda.Stream(priority=-1), torch.cuda.Stream(priority=-1)
 
     def __call__(self, target: Tensor, met: Tensor, rows: Tensor, hops: Hops, within: Any, between: Any) -> Work:
         arrived = torch.empty_like(target)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        self.first.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.first):
             received, sent = row_sums(hops.between), row_sums(hops.first)
             dist.all_to_all_single(met, rows, received, sent, group=between, async_op=True).wait()
             regrouped = swap_blocks(met, hops.between)
+        self.second.wait_stream(self.first)
+        with torch.cuda.stream(self.second):
             received, sent = row_sums(hops.last), column_sums(hops.between)
             dist.all_to_all_single(arrived, regrouped, received, sent, group=within, async_op=True).wait()
             swap_blocks(arrived, hops.last, target)
-        for buffer in (met, arrived):  # their memory is the current stream's; the caller keeps target and rows
-            buffer.record_stream(self.stream)
-        return OnEvent(self.stream.record_event())
+        met.record_stream(self.first)  # the memory of these is another stream's; the caller keeps target and rows
+        for buffer in (regrouped, arrived):
+            buffer.record_stream(self.second)
+        return OnEvent(self.second.record_event())
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ An upgrade can rename or change any of them without notice, so tests/unit/test_p
 refuses its use elsewhere. `trainer` is always a Lightning Trainer, `plugin` a precision plugin.
 """
 
+import os
 import re
 import signal
 import subprocess
@@ -89,8 +90,10 @@ def mark_step_as_saved(trainer: Any) -> None:
 
 
 def rank_without_trainer() -> int:
-    """Return this process's global rank as its launcher's environment variables give it."""
-    return int(rank_zero_only.rank)  # type: ignore[attr-defined]
+    """Return this process's global rank as its launcher's environment variables give it; where Lightning starts the
+    ranks of several machines, only whether it is rank 0."""
+    rank = int(rank_zero_only.rank)  # type: ignore[attr-defined]
+    return rank or (0 if "RANK" in os.environ else int(os.environ.get("NODE_RANK", 0)))
 
 
 def started_ranks(strategy: Any) -> Sequence[subprocess.Popen[bytes]]:

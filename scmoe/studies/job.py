@@ -42,8 +42,8 @@ class State:
 @dataclass(eq=False)
 class Job:
     """One training of a study. arguments: those with which the launcher starts it; the launcher's last word names the
-    program. is_own: whether a run directory belongs to this job, and not to an earlier one of this name with another
-    config."""
+    program. again: what the command that resumes it must name, as a run's directory imports nothing. is_own: whether a
+    run directory belongs to this job, and not to an earlier one of this name with another config."""
 
     name: str
     title: str
@@ -51,6 +51,7 @@ class Job:
     home: Path  # the folder of its run directories
     arguments: Sequence[str]
     launcher: Sequence[str] = TRAIN
+    again: Sequence[str] = ()
     is_own: Callable[[Path], bool] = lambda run_dir: True
     state: State = field(default_factory=State)
 
@@ -76,7 +77,7 @@ class Job:
         if run_dir is None:
             return [*self.launcher, *self.arguments]
         *start, program = self.launcher
-        return [*start, re.sub(r"\btrain(\.py)?$", r"resume\1", program), str(run_dir)]
+        return [*start, re.sub(r"\btrain(\.py)?$", r"resume\1", program), str(run_dir), *self.again]
 
     def read(self) -> State:
         """Set the state from its file. The caller holds the lock, so a job that was running has been interrupted."""

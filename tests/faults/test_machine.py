@@ -11,6 +11,7 @@ from torch.distributed import DistNetworkError
 
 from scmoe.config.load import load
 from scmoe.experiments import call
+from scmoe.parallel.lightning_seam import rank_without_trainer
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.training.run import machine
 from scmoe.training.run.machine import check_machine
@@ -103,6 +104,17 @@ def test_49_more_ranks_than_gpus_are_refused(tmp_path, capsys, monkeypatch):
 
 def test_49_more_threads_than_a_machine_could_start_are_refused(tmp_path, capsys):
     assert "trainer.threads is 1024, allowed: null or at most " in refusal(capsys, tmp_path, "trainer.threads=1024")
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_first"),
+    [({}, True), ({"NODE_RANK": "0"}, True), ({"NODE_RANK": "1"}, False), ({"NODE_RANK": "1", "RANK": "0"}, True)],
+)
+def test_49_only_the_first_machines_first_process_is_rank_0(variables, is_first, monkeypatch):
+    """Lightning's own launcher has not numbered the ranks yet, and each machine's process would write a run."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert (rank_without_trainer() == 0) is is_first
 
 
 TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}

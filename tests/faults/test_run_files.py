@@ -79,6 +79,13 @@ def test_38_an_export_says_which_checkpoint_it_is(which, name, finished, tmp_pat
         assert file.metadata()["checkpoint"] == name
 
 
+def test_38_an_export_replaces_no_other_config(finished, run_dir, capsys):
+    before = contents(run_dir)
+    assert call("export", str(finished), "--out", str(run_dir / "model.safetensors")) == 2
+    assert "whose folder has another config.yaml, allowed: another folder" in capsys.readouterr().err
+    assert contents(run_dir) == before
+
+
 def test_38_a_resumed_run_keeps_only_its_own_last_step(run_dir):
     resumed = resume_in_ranks(1, str(run_dir), "trainer.max_steps=5", "trainer.devices=1")
     assert resumed.summary["steps"] == 5

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from scmoe.parallel.checkpoint.durable import verify
+from scmoe.studies.runs import SeenRun
 from scmoe.training.run.resume import find_checkpoint
 from tests.support.commands import ROOT, Done, resume_in_ranks, rows_of, train_in_ranks
 
@@ -80,11 +81,13 @@ def test_a_run_goes_on_from_a_chosen_step_as_it_did_before(many):
     refused = resume_in_ranks(2, str(many), "step=77")
     assert refused.code == 2
     assert f"step is 77, allowed: a step whose checkpoint is kept, {chosen}, " in refused.err
+    (many / "config-from-8.yaml").write_text((many / "config.yaml").read_text())  # an earlier resumption from the end
     done = resume_in_ranks(2, str(many), f"step={chosen}", "trainer.val_every=100")
     assert done.summary["steps"] == 8 and "set aside: " in done.err
     assert column(many, "train/loss") == before
     aside = {path.name.rpartition("-")[0] for path in (many / "set-aside").iterdir()}
-    assert aside == {name for name, step in there.items() if step > chosen}
+    assert aside == {name for name, step in there.items() if step > chosen} | {"config-from-8.yaml"}
+    assert SeenRun(many).config["trainer.val_every"] == "100", "the newest configuration is shown"
     assert set(checkpoints(many).values()) == {chosen, 8}
     assert f"config-from-{chosen}.yaml" in {path.name for path in many.iterdir()}
 

@@ -2,7 +2,8 @@
 
 `python -m tests.support.toy_training SECONDS_PER_STEP experiments.train CONFIG key=value ...`, or with
 `experiments.resume RUN_DIR` in its place.
-Its val/loss is |log10 lr + 2| + 1 / step. A learning rate of 1 fails; SIGTERM saves and exits with 143.
+Its val/loss is |log10 lr + 2| + 1 / step, and NaN in the last step for a learning rate of 0.5. A learning rate of 1
+fails; SIGTERM saves and exits with 143.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def main(pause_s: float, program: str, arguments: list[str]) -> int:
     metrics = run_dir / "metrics.csv"
     rows = list(csv.reader(metrics.open(newline=""))) if metrics.exists() else [["step", "val/loss"]]
     for step in range(len(rows) - 1, config.trainer.max_steps):
-        rows.append([str(step), str(abs(math.log10(config.optim.lr) + 2) + 1 / (step + 1))])
+        loss = abs(math.log10(config.optim.lr) + 2) + 1 / (step + 1)
+        diverged = config.optim.lr == 0.5 and step == config.trainer.max_steps - 1
+        rows.append([str(step), str(math.nan if diverged else loss)])
         with metrics.with_suffix(".tmp").open("w", newline="") as file:
             csv.writer(file).writerows(rows)
         metrics.with_suffix(".tmp").rename(metrics)

@@ -181,6 +181,7 @@ def test_possible_combination_passes(overrides):
         ("--seed", "'--seed' has no value"),
         ("extends=base.yaml", "unknown key 'extends'"),
         ("name=[a", "bad YAML"),
+        ("data.path=/data/set #1", "data.path ends with the comment '#1', allowed: data.path='\"...\"'"),
         ("name=???", "name is '???'"),
         ("_target_=os.system", "unknown key '_target_'"),
         ("moe._target_=os.system", "unknown key 'moe._target_'"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scmoe.moe.experts import Experts, batched_mlps, best_way, grouped_mlps, mlps_in_turn
+from scmoe.moe.experts import Experts, batched_mlps, best_way, grouped_mlps, mlps_in_turn, zero_if_idle
 from tests import reference
 from tests.support.models import assert_close, gradients, randomise
 
@@ -180,3 +180,16 @@ def test_standard_deviations():
 def test_widths_that_break_alignment_are_refused(dim, ffn_dim):
     with pytest.raises(ValueError, match=f"dim is {dim} and ffn_dim is {ffn_dim}, allowed: multiples of 8"):
         Experts(dim, ffn_dim, EXPERTS)
+
+
+def test_the_gradient_of_an_idle_expert_is_zero_whatever_the_kernel_leaves_there():
+    """Some GPUs' grouped products leave what was in memory."""
+    w_eDF, counts_e = torch.ones(3, 8, 8, requires_grad=True), torch.tensor([2, 0, 5])
+    left = torch.arange(3.0)[:, None, None].expand(3, 8, 8).clone()
+    left[1] = torch.nan
+    for _ in range(2):  # no hook stays on the parameter
+        zero_if_idle(w_eDF, counts_e).backward(left)
+    assert [w_eDF.grad[i].unique().tolist() for i in range(3)] == [[0], [0], [4]]
+    w_eDF.grad = None
+    w_eDF.backward(left)
+    assert w_eDF.grad[1].isnan().all()

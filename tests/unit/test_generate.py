@@ -218,3 +218,28 @@ def test_a_draw_never_takes_a_token_that_was_removed():
     generators = [torch.Generator().manual_seed(i) for i in range(64)]
     drawn: Tensor = choose(logits_BV, Sampling(1.0, None), torch.zeros(64, 8, dtype=torch.bool), generators)
     assert set(drawn.tolist()) == {2, 5} and 16 < (drawn == 2).sum() < 48
+
+
+def test_deterministic_algorithms_draw_the_same_tokens():
+    """On CUDA the draw then takes place on the host, as there is no deterministic cumsum."""
+    logits_BV, had_BV = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), torch.zeros(8, 64, dtype=bool)
+
+    def drawn() -> Tensor:
+        return choose(logits_BV, Sampling(1.0, 20, 0.9), had_BV, [torch.Generator().manual_seed(i) for i in range(8)])
+
+    plain = drawn()
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert torch.equal(drawn(), plain)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_texts_of_several_ranks_are_refused_in_buffers():
+    """Every rank sends as many rows as it has tokens itself, so different texts would not fit together."""
+    model = model_of("position=pos2")
+    for module in model.modules():
+        if isinstance(module, MoEStream):
+            module.buffer = 2.0
+    with pytest.raises(ValueError, match=r"moe.rows is buffers, .* allowed for texts of several ranks: filled"):
+        stream(model, PROMPTS, Stopping(2), passes=Passes(lambda statement: statement))

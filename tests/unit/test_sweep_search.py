@@ -79,6 +79,14 @@ def test_bayes_finds_lower_losses_than_random(sweep_of):
     assert mean["bayes"] < 0.7 * mean["random"]
 
 
+def test_a_trial_that_ends_with_nan_teaches_bayes_nothing(sweep_of):
+    sweep = sweep_of(method="bayes", parameters={"optim.lr": LR, "moe.combine": COMBINE}, run_cap=40)
+    trials = search(sweep, last=12)
+    lost = Trial(13, trials[0].point, trials[0].parameters, "stopped", [math.nan])
+    failed = Trial(14, trials[1].point, trials[1].parameters, "failed", [math.nan])
+    assert propose(sweep, [*trials, lost, failed]) is not None
+
+
 @pytest.mark.parametrize("impute", ["worst", "best", "latest"])
 def test_bayes_counts_a_failed_trial_as_impute_says(impute, sweep_of):
     metric = {**GOOD["metric"], "impute": impute}

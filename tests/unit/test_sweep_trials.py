@@ -98,6 +98,13 @@ def test_a_failed_trial_is_marked_and_the_best_is_named(start, tmp_path):
     assert "optim.lr" in (tmp_path / "sweeps/s/summary.md").read_text()
 
 
+def test_a_trial_that_ends_with_nan_has_failed(start, tmp_path):
+    done = end(start(parameters={"optim.lr": {"values": [0.5, 1e-3]}}))
+    assert [row["state"] for row in rows(tmp_path)] == ["failed", "finished"]
+    assert rows(tmp_path)[0]["reason"] == "its last val/loss is nan"
+    assert done.summary["best"]["trial"] == 2
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_cut_sweep_is_resumed(signum, start, tmp_path):
     process = start(pause_s=1)

@@ -96,7 +96,7 @@ def _bayes(sweep: Sweep, trials: Sequence[Trial]) -> Point:
     ended = [trial for trial in trials if trial.state in ("finished", "stopped", "failed")]
     for trial in ended:
         value = _imputed(sweep, trial, ended) if trial.state == "failed" else trial.value
-        if value is not None:
+        if value is not None and math.isfinite(value):
             study.add_trial(optuna.create_trial(params=trial.point, distributions=distributions, value=value))
     return study.ask(distributions).params
 
@@ -105,7 +105,7 @@ def _imputed(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> float | Non
     how = sweep.raw["metric"].get("impute", "worst")
     if how == "latest" and trial.value is not None and math.isfinite(trial.value):
         return trial.value
-    values = (t.value for t in trials if t.state != "failed" and t.value is not None)
+    values = (t.value for t in trials if t.state != "failed" and t.value is not None and math.isfinite(t.value))
     return (min if sweep.minimize == (how == "best") else max)(values, default=None)
 
 

@@ -7,10 +7,12 @@
 
 import csv
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from scmoe.config import extensions
 from scmoe.config.leaves import ConfigError
 from scmoe.studies.batch import Batch
 from scmoe.studies.digest import digest_of
@@ -42,6 +44,11 @@ def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
         others = [trial_of(other) for other in jobs if other is not job and other.state.status != "failed"]
         return hopeless(sweep, trial_of(job), others)
 
+    def judge(job: Job) -> None:
+        value = trial_of(job).value
+        if value is not None and not math.isfinite(value):
+            job.state.status, job.state.error = "failed", f"its last {sweep.metric} is {value}"
+
     def result(job: Job) -> str:
         value = trial_of(job).value
         return "" if value is None else f"{sweep.metric} {value:.4f}"
@@ -55,7 +62,7 @@ def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
         jobs = _begun(sweep)
         if ended := sum(job.state.has_ended for job in jobs):
             watch.say(f"{ended} trials have ended already")
-        batch = Batch(jobs, 1, total(sweep), watch, propose=next_job, look=look)
+        batch = Batch(jobs, 1, total(sweep), watch, propose=next_job, look=look, judge=judge)
         signum = batch.run(lock)
         return [trial_of(job) for job in jobs], signum
 
@@ -74,8 +81,10 @@ def _job(sweep: Sweep, state: State) -> Job:
     if project := sweep.raw.get("project"):
         own.append(f"logger.project={project}")
     arguments = [sweep.config, *words(state.results["parameters"]), *sweep.overrides, *own]
-    folder = sweep.folder
-    return Job(name, f"trial {number}{of}", folder, folder / name, arguments, sweep.launcher, state=state)
+    folder, base = sweep.folder, sweep.base
+    options = [word for word in arguments if word.removeprefix("--").startswith("callbacks.")]
+    again = [*extensions.words(base.extensions, base.callbacks), *options]
+    return Job(name, f"trial {number}{of}", folder, folder / name, arguments, sweep.launcher, again, state=state)
 
 
 def _begun(sweep: Sweep) -> list[Job]:

@@ -2,8 +2,11 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
+from scmoe.parallel.checkpoint.loading import read_meta
+from scmoe.parallel.checkpoint.state import META
 from scmoe.studies.runs import SeenRun
 
 
@@ -14,6 +17,7 @@ def results_of(run: SeenRun, digest: str) -> dict[str, Any]:
     curve = {min(int(row["step"]) + 1, last): row["val/loss"] for row in run.metrics if "val/loss" in row}
     return {
         "digest": digest,
+        "data": data_of(run.path),
         "summary": {key: value for key, value in run.summary.items() if key != "run_dir"},
         "curve": sorted(curve.items()),
         "environment": {
@@ -23,6 +27,13 @@ def results_of(run: SeenRun, digest: str) -> dict[str, Any]:
             "date": run.path.name[:8],
         },
     }
+
+
+def data_of(run_dir: Path) -> str | None:
+    """Return the digest of the data that a run has read, as its checkpoints have it; None: it has none."""
+    kept = [read_meta(path) for path in sorted(run_dir.glob("checkpoints/*.ckpt")) if (path / META).exists()]
+    parts = [part for meta in kept for part in meta.values() if isinstance(part, dict)]
+    return next((str(part["data"]) for part in parts if "consumed_samples" in part), None)
 
 
 def look_up(tree: Any, dotted: str) -> float | None:

@@ -90,6 +90,9 @@ def plan_table(table: Table, request: Request, say: Callable[[str], None]) -> Pl
     if request.to is not None and (request.to / folder.name).resolve() == folder.resolve():
         raise refusal("--to", str(request.to), "a folder other than that of the tables, such as docs/results")
     runs = plan_runs(table, scale, folder, seeds, request.overrides)
+    trainer = runs[0].config.trainer
+    if jobs == 0 and trainer.devices * trainer.num_nodes > 1:  # Lightning's launcher would start this command again
+        raise ConfigError("--jobs is 0, allowed for runs of several ranks: 1 or more, as each needs its own processes")
     words = [] if seeds == scale.seeds else [f"--seeds {seeds}"]
     words += [word for word in request.overrides if not word.removeprefix("--").startswith("runs_dir=")]
     arguments = f' ARGS="{" ".join(words)}"' if words else ""
@@ -131,7 +134,13 @@ def make_table(plan: Plan, request: Request, commands: Commands) -> Made:
     made.failed = sum(job.state.status == "failed" for job in jobs)
     made.cut = sum(job.state.status == "cut" for job in jobs)
     made.rows = len({run.row.name for run in runs if run.state.status == "finished"})
-    if made.finished:
+    contents = {run.state.results.get("data") for run in runs if run.state.status == "finished"} - {None}
+    if len(contents) > 1:
+        made.failed += 1
+        commands.say(
+            f"no report: the data have changed, and runs have read {len(contents)} contents; remove {plan.folder}"
+        )
+    elif made.finished:
         made.files = write_report(table, plan.scale_name, runs, plan.command)
         if request.to is not None:
             made.files.append(save(runs, request.to))

@@ -15,6 +15,7 @@ from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 
+from scmoe.config import extensions
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten
 from scmoe.config.load import load, to_yaml
@@ -50,7 +51,8 @@ def plan_runs(table: Table, scale: Scale, folder: Path, seeds: int, overrides: S
     Raises ConfigError for a row that would not see the same training as the others, and for an override of what rows,
     or the table, set themselves.
     """
-    own_keys = {"name", "seed", *(word.partition("=")[0] for row in table.rows for word in row.overrides)}
+    set_here = [*(row.overrides for row in table.rows), *scale.settings.values()]
+    own_keys = {"name", "seed", *(word.partition("=")[0] for words in set_here for word in words)}
     for word in overrides:
         if (key := word.removeprefix("--").partition("=")[0]) in own_keys:
             raise ConfigError(f"{word} is given, allowed: keys other than {key}, which each run of a table sets itself")
@@ -62,7 +64,8 @@ def plan_runs(table: Table, scale: Scale, folder: Path, seeds: int, overrides: S
         config = load(scale.config, words)
         title = f"run {number} of {seeds * len(table.rows)} ({row.name}, seed {seed})"
         own = partial(same_config, config=config)
-        job = Job(name, title, folder, folder / "runs" / name, [str(scale.config), *words], is_own=own)
+        again = extensions.words(config.extensions, config.callbacks)
+        job = Job(name, title, folder, folder / "runs" / name, [str(scale.config), *words], again=again, is_own=own)
         runs.append(Run(row, seed, config, job))
     first = flatten(runs[0].config)
     for run in runs[: len(table.rows)]:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from scmoe.config.extensions import named, words
 from scmoe.config.fields import Config
@@ -91,17 +91,19 @@ def checkpoint_of(folder: Path, step: int) -> Path:
 
 
 def set_aside_later(run_dir: Path, step: int) -> None:
-    """Move checkpoints after this step to set-aside/ of the run: these steps are done again.
+    """Move checkpoints and configurations after this step to set-aside/ of the run: these steps are done again.
 
     Otherwise the next resumption would take one of them as the newest.
     """
+    later = [path for path in run_dir.glob("config-from-*.yaml") if int(path.stem.rpartition("-")[2]) > step]
     for path in checkpoints(run_dir / "checkpoints"):
         with suppress(BrokenCheckpoint):
-            if read_manifest(path)["step"] > step:
-                aside = run_dir / "set-aside" / f"{path.name}-{uuid.uuid4().hex[:8]}"
-                aside.parent.mkdir(exist_ok=True)
-                path.rename(aside)
-                print(f"set aside: {relative(path)} is now {relative(aside)}", file=sys.stderr, flush=True)
+            later += [path] * (read_manifest(path)["step"] > step)
+    for path in later:
+        aside = run_dir / "set-aside" / f"{path.name}-{uuid.uuid4().hex[:8]}"
+        aside.parent.mkdir(exist_ok=True)
+        path.rename(aside)
+        print(f"set aside: {relative(path)} is now {relative(aside)}", file=sys.stderr, flush=True)
 
 
 def step_of(words: Sequence[str]) -> tuple[int | None, list[str]]:
@@ -126,27 +128,35 @@ def config_text(run_dir: Path, checkpoint: Path) -> tuple[str, str]:
     return text, str(checkpoint)
 
 
-def resumed_config(run_dir: Path, overrides: Sequence[str], step: int | None = None) -> Config:
-    """Return the configuration of a run that goes on from its last checkpoint, or from that of a step. Nothing is
-    written.
+class Resumed(NamedTuple):
+    """A run that goes on. step: the one that was asked for, and later ones are set aside; None: the newest."""
+
+    run_dir: Path
+    checkpoint: Path
+    step: int | None
+
+
+def resumed(run_dir: Path, overrides: Sequence[str], step: int | None = None) -> tuple[Config, Resumed]:
+    """Return the configuration of a run that goes on from its last checkpoint, or from that of a step, whose files are
+    read and verified. Nothing is written.
 
     Raises ConfigError for a run without such a checkpoint, for a setting that would make another model or experiment,
     and for fewer steps than are done.
     """
     checkpoint = find_checkpoint(run_dir, step=step)
-    step = read_manifest(checkpoint)["step"]
+    done = read_manifest(checkpoint)["step"]
     was = config_of(run_dir, checkpoint, [*named(overrides), *REFUSED_SINCE])
-    earlier = record_of(run_dir, step)  # the run was resumed from here before, and saved no later checkpoint
+    earlier = record_of(run_dir, done)  # the run was resumed from here before, and saved no later checkpoint
     text, source = (read_text(earlier), str(earlier)) if earlier.exists() else config_text(run_dir, checkpoint)
     config = load_text(text, source, overrides)
     refuse_kept_callbacks(text, source, overrides)
     refuse_other_model(config, was, checkpoint, MUST_STAY)
     if config.trainer.fast_dev_run:
         raise ConfigError("trainer.fast_dev_run is true, allowed for a run that goes on: false")
-    if config.trainer.max_steps < step:
-        done = f"allowed: {step} or more, as the run has done {step} steps"
-        raise ConfigError(f"trainer.max_steps is {config.trainer.max_steps}, {done}")
-    return config
+    if config.trainer.max_steps < done:
+        allowed = f"allowed: {done} or more, as the run has done {done} steps"
+        raise ConfigError(f"trainer.max_steps is {config.trainer.max_steps}, {allowed}")
+    return config, Resumed(run_dir, checkpoint, step)
 
 
 def refuse_kept_callbacks(text: str, source: str, overrides: Sequence[str]) -> None:
@@ -175,11 +185,9 @@ def record_of(run_dir: Path, step: int) -> Path:
     return run_dir / f"config-from-{step}.yaml"
 
 
-def summary_if_done(run_dir: Path, config: Config) -> dict[str, Any] | None:
+def summary_if_done(resumed: Resumed, config: Config) -> dict[str, Any] | None:
     """Return the summary of a run that has done all its steps; None where steps or the summary are missing."""
-    path = run_dir / "summary.json"
+    path = resumed.run_dir / "summary.json"
     summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if summary.get("steps") != last_step(config):
-        return None  # most resumed runs: their checkpoint is not read once more
-    step = read_manifest(find_checkpoint(run_dir))["step"]
-    return summary if step >= last_step(config) else None
+    done = summary.get("steps") == last_step(config) <= read_manifest(resumed.checkpoint)["step"]
+    return summary if done and resumed.step is None else None

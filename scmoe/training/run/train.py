@@ -4,7 +4,6 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from scmoe.config.extensions import words
@@ -19,30 +18,27 @@ from scmoe.training.run.host_memory import keep_freed_memory
 from scmoe.training.run.lifetime import open_run
 from scmoe.training.run.loggers import log_best_checkpoint, log_results
 from scmoe.training.run.machine import check_machine
-from scmoe.training.run.resume import find_checkpoint, set_aside_later, summary_if_done
+from scmoe.training.run.resume import Resumed, set_aside_later, summary_if_done
 from scmoe.training.run.state import refuse_running
 from scmoe.training.run.summary import print_summary, sample_text, say_done, summarise
 from scmoe.training.run.writing import write_json
 
 
-def train(
-    config: Config, overrides: Sequence[str] = (), run_dir: Path | None = None, step: int | None = None
-) -> dict[str, Any] | None:
+def train(config: Config, overrides: Sequence[str] = (), resumed: Resumed | None = None) -> dict[str, Any] | None:
     """Train and return the summary, which is also in the run directory; return None on ranks other than 0.
 
-    run_dir: the run to continue; None starts a new run. A run that is done is not touched.
-    step: of the checkpoint to continue from, and later ones are set aside; None: the newest.
+    resumed: the run to continue; None starts a new run. A run that is done is not touched.
     """
     config = shortened(config)
-    if run_dir is not None and step is None and (done := summary_if_done(run_dir, config)) is not None:
-        return say_done(run_dir, done) if rank_without_trainer() == 0 else None
+    run_dir, checkpoint, step = resumed or (None, None, None)
+    if resumed is not None and (done := summary_if_done(resumed, config)) is not None:
+        return say_done(resumed.run_dir, done) if rank_without_trainer() == 0 else None
     if run_dir is not None and rank_without_trainer() == 0:
         refuse_running(run_dir)
     hush_lightning()
     check_machine(config, rank_without_trainer())
     keep_freed_memory()
     seed_everything(config)
-    checkpoint = find_checkpoint(run_dir, step=step) if run_dir else None
     data = build_datamodule(config)
     if rank_without_trainer() == 0:
         prepare_data(data)
