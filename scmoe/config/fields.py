@@ -51,7 +51,8 @@ class MoEConfig:
     rows: Literal["auto", "filled", "slots", "buffers"] = option(
         "auto",
         "which rows are sent: filled slots; slots: all of a capacity; buffers: dropless, one for each rank, of "
-        "dropless_ceiling times its fair share; auto: slots for a capacity on a GPU, else filled",
+        "dropless_ceiling times its fair share; auto: filled without a capacity or with trainer.accelerator=cpu, else "
+        "slots",
     )
     overflow: Literal["drop", "refuse"] = option(
         "drop", "rows=buffers: drop copies beyond a buffer and count them, or raise an error after the step"

@@ -4,6 +4,7 @@ E_i(x) = act(x W_in,i) W_out,i, without biases. act is GELU, or SwiGLU, for whic
 (activation.py). There are three ways to compute it; docs/decisions/0004-experts.md has the measurements.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -97,10 +98,15 @@ def grouped_mlps(
 ) -> Tensor:
     """All experts in one kernel per product. float32 and bfloat16; only some devices run it without the host."""
     ends_e = counts_e.cumsum(0).to(torch.int32)
-    if rows_RD.is_cuda and torch.cuda.get_device_capability(rows_RD.device)[0] >= 10:
+    if on_blackwell():
         w_in_eDF, w_out_eFD = zero_if_idle(w_in_eDF, counts_e), zero_if_idle(w_out_eFD, counts_e)
     hidden_RF = act.forward(F.grouped_mm(rows_RD, w_in_eDF, offs=ends_e))
     return F.grouped_mm(hidden_RF, w_out_eFD, offs=ends_e)
+
+
+@functools.cache
+def on_blackwell() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 10
 
 
 def zero_if_idle(w_eDF: Tensor, counts_e: Tensor) -> Tensor:

@@ -30,12 +30,6 @@ from scmoe.parallel.mesh import ParallelContext
 from scmoe.schedule.schedule import Schedule
 
 
-def uses_gpus(config: Config) -> bool:
-    """Is this a run on GPUs, of this machine or, where it asks for them, of another?"""
-    accelerator = config.trainer.accelerator
-    return accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available())
-
-
 @dataclass(frozen=True)
 class Parts:
     """What the blocks of a family are made of, at one width."""
@@ -176,5 +170,5 @@ def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoES
     dispatcher = context.dispatcher(moe.num_experts, moe.dropless_ceiling, buffer is not None)
     if config.strategy.wire_dtype is not None and context.ep_size > 1:
         dispatcher = Narrowed(dispatcher, getattr(torch, config.strategy.wire_dtype))
-    filled = moe.rows == "filled" or (moe.rows == "auto" and not uses_gpus(config))
+    filled = moe.rows == "filled" or (moe.rows == "auto" and config.trainer.accelerator == "cpu")
     return MoEStream(router, experts, dispatcher, moe.capacity_factor, filled, buffer)

@@ -25,7 +25,6 @@ from scmoe.config.rules import IMAGES, last_step, resolve_ep_size, validates
 from scmoe.parallel.dense_choice import states_bytes
 from scmoe.parallel.lightning_seam import LastCheckpoint, StepProgressBar
 from scmoe.parallel.strategy import ExpertParallelStrategy
-from scmoe.training.build.blocks import uses_gpus
 from scmoe.training.build.model import build_model_on_meta
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
 from scmoe.training.callbacks.analysis import Analysis
@@ -104,7 +103,7 @@ def dense_estimates(config: Config) -> dict[str, float]:
     trainer, data, model, ep_size = config.trainer, config.data, build_model_on_meta(config), resolve_ep_size(config)
     world, width = trainer.devices * trainer.num_nodes, WEIGHT_BYTES[trainer.precision]
     dense, experts = (width * number for number in rank_parameters(model, ep_size))
-    on_gpu, samples = uses_gpus(config), data.global_batch_size // (world * trainer.accumulate)
+    on_gpu, samples = trainer.accelerator != "cpu", data.global_batch_size // (world * trainer.accumulate)
     kept, repeated = activations(model, data.seq_len, trainer.precision, trainer.recompute, on_gpu)
     states = states_bytes(dense, experts, world // ep_size, world, trainer.devices)
     return {way: size + samples * (kept + repeated) for way, size in states}

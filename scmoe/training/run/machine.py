@@ -23,7 +23,6 @@ from scmoe.config.extras import install_command, require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.rules import IMAGES, Rule, resolve_ep_size
-from scmoe.training.build.blocks import uses_gpus
 from scmoe.training.build.model import build_model_on_meta, updated_by_muon
 from scmoe.training.build.trainer import cpu_threads
 from scmoe.training.run.wandb_logger import wandb_mode
@@ -86,8 +85,12 @@ def _devices(config: Config) -> Iterator[Rule]:
     yield trainer.accelerator == "gpu" and not gpus, "trainer.accelerator", "auto | cpu, as there is no GPU here"
     most = max(os.cpu_count() or 1, FEW_THREADS)
     yield (trainer.threads or 1) > most, "trainer.threads", f"null or at most {most} on this machine"
-    short = uses_gpus(config) and trainer.devices > gpus
+    short = has_gpus(config) and trainer.devices > gpus
     yield short, "trainer.devices", f"at most {gpus}, the GPUs of this machine, or trainer.accelerator=cpu"
+
+
+def has_gpus(config: Config) -> bool:
+    return config.trainer.accelerator != "cpu" and torch.cuda.is_available()
 
 
 def _launcher(config: Config) -> Iterator[Rule]:
@@ -125,7 +128,7 @@ def why_not_writable(folder: Path) -> str | None:
 
 
 def _size(config: Config) -> Iterator[Rule]:
-    trainer, data, gpu = config.trainer, config.data, uses_gpus(config)
+    trainer, data, gpu = config.trainer, config.data, has_gpus(config)
     model, ep_size, world = build_model_on_meta(config), resolve_ep_size(config), trainer.devices * trainer.num_nodes
     samples = data.global_batch_size // (world * trainer.accumulate)
     given: dict[str, Any] = {"ep_size": ep_size, "dp_size": world // ep_size, "recompute": trainer.recompute}
@@ -146,7 +149,7 @@ def _size(config: Config) -> Iterator[Rule]:
 def free_gib(config: Config) -> float:
     """Return a rank's share of what is free: its GPU, or a part of this machine's memory within its container."""
     devices = config.trainer.devices
-    if uses_gpus(config):
+    if has_gpus(config):
         return min(torch.cuda.get_device_properties(i).total_memory for i in range(devices)) / GIB
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = float(lines["MemAvailable"].split()[0]) * 1024
