@@ -18,8 +18,11 @@ def test_all_rows_are_measured_and_reported(tmp_path):
     for row in report["rows"].values():
         for shape in SHAPES:
             own = row[shape]
-            assert row[f"{shape}_speedup"] == own["ways"][own["auto"]] and set(own["ways"]) == set(WAYS)
-            assert own["ms"] > 0 and own["limit"] > 0 and set(own["slots"].values()) <= {0, 1, 2, 3, 4}
-    assert report["rows"]["top2"]["prefill"]["ways"]["sequential"] == 1
+            assert (
+                set(own["ways"]) == set(WAYS)
+                and own["ms"] > 0
+                and own["limit"] > 0
+                and set(own["slots"].values()) <= {0, 1, 2, 3, 4}
+            )
     draw({**report, "link_mbit": 145.0}, tmp_path / "chart.png")  # `bench inference` always has links
     assert (tmp_path / "chart.png").stat().st_size > 10_000

@@ -147,11 +147,3 @@ def test_weights_and_biases_offline(alone):
     (offline,) = (run_dir / "wandb").glob("offline-run-*")
     assert list(offline.glob("run-*.wandb"))
     assert f"wandb sync {offline}" in done.out.replace("\n", "")
-
-
-def test_no_key_is_saved(alone):
-    done, run_dir = alone
-    assert CANARY not in done.out + done.err
-    files = [path for path in run_dir.rglob("*") if path.is_file()]
-    assert len(files) > 5
-    assert not [path for path in files if CANARY.encode() in path.read_bytes()]

@@ -21,13 +21,7 @@ def last_line(capsys) -> dict:
 
 
 @pytest.mark.parametrize(
-    "preset, architecture, millions",
-    [
-        ("gpt2_moe_small", "top_2", 323),
-        ("gpt3_moe_xl", "top_2", 4134),  # the paper: 4.1B
-        ("llama2_moe", "top_2", 6725),  # the paper: 6.7B
-        ("swinv2_moe_s", "dgmoe", 157),
-    ],
+    "preset, architecture, millions", [("gpt2_moe_small", "top_2", 323), ("swinv2_moe_s", "dgmoe", 157)]
 )
 def test_totals_equal_the_papers(preset, architecture, millions):
     if preset.startswith("swin"):

@@ -103,12 +103,15 @@ def test_every_name_is_in_its_file(page):
 
 @current_pages
 def test_every_command_exists(page):
-    """Commands are `python -m MODULE` and `make TARGET`."""
+    """Commands are `python -m MODULE`, `make TARGET` and `scmoe VERB`."""
     text = "\n".join([*code(page), commands(page)])
     modules = re.findall(r"-m ((?:experiments|tests)(?:\.\w+)+)", text)
     gone = [name for name in modules if not (ROOT / f"{name.replace('.', '/')}.py").exists()]
     targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M)
     gone += [name for name in re.findall(r"^make ([a-z0-9-]+)", text, re.M) if name not in targets]
+    verbs = {path.stem.replace("_", "-") for path in (ROOT / "experiments").glob("*.py")}
+    named = re.findall(r"^(?:\.venv/bin/)?scmoe ([a-z][\w-]*)", text, re.M)
+    gone += [verb for verb in named if verb not in verbs]
     assert gone == []
 
 
@@ -127,11 +130,12 @@ def test_the_readme_is_short():
 def test_a_wrong_name_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
-        "`moe/none.py`, `scmoe/*.txt`, `gone.py`, [a](none.md), `python -m experiments.none`, `moe.none=1`\n"
+        "`moe/none.py`, `scmoe/*.txt`, `gone.py`, [a](none.md), `python -m experiments.none`, `moe.none=1`, "
+        "`moe/stream.py` `NoSuchName`\n"
     )
     for test in (
         *(test_every_path_exists, test_every_link_has_a_target, test_every_command_exists),
-        test_every_config_key_exists,
+        *(test_every_config_key_exists, test_every_name_is_in_its_file),
     ):
         with pytest.raises(AssertionError):
             test(page)

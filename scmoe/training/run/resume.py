@@ -98,7 +98,8 @@ def set_aside_later(run_dir: Path, step: int) -> None:
     later = [path for path in run_dir.glob("config-from-*.yaml") if int(path.stem.rpartition("-")[2]) > step]
     for path in checkpoints(run_dir / "checkpoints"):
         with suppress(BrokenCheckpoint):
-            later += [path] * (read_manifest(path)["step"] > step)
+            if read_manifest(path)["step"] > step:
+                later.append(path)
     for path in later:
         aside = run_dir / "set-aside" / f"{path.name}-{uuid.uuid4().hex[:8]}"
         aside.parent.mkdir(exist_ok=True)

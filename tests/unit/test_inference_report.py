@@ -1,0 +1,38 @@
+"""The report of `bench inference` has the ratios of its times."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from scmoe.testbed.inference import BLOCKS, SHAPES, Way
+from scmoe.testbed.inference_report import OVERLAPPED, WAYS, name_in_report, summary
+from scmoe.testbed.pairs import Setting, default_schedule
+
+ROUNDS = np.array([1.0, 1.25, 1.5])  # a machine that slows down: ratios are the same in every round
+SECONDS = {"sequential": 0.2, "free": 0.1, **dict.fromkeys(OVERLAPPED, 0.16)}
+
+
+def test_ratios_are_those_of_the_times():
+    """Sequential takes 0.2 s, overlapped 0.16 s, without transfers 0.1 s; the plan overlaps only ScMoE's prefill."""
+    times, plans = {}, {}
+    for block in BLOCKS:
+        schedule = default_schedule(block)
+        for shape in SHAPES:
+            times |= {Way(block, shape, name, schedule): SECONDS[name] * ROUNDS for name in (*WAYS, "free")}
+            overlapped = block == "pos2" and shape == "prefill"
+            plans[block, shape] = SimpleNamespace(schedules=[schedule], overlapped=overlapped)
+    setting = Setting(0.5, tokens=64, seq_len=64, rounds=3)
+    report = summary(setting, 8, 2, {"times": times, "plans": plans, "rate": 145.0})
+    own, top2 = report["rows"][name_in_report("pos2")], report["rows"]["top2"]
+    assert report["comm_share"] == {shape: pytest.approx(0.5) for shape in SHAPES}
+    assert (own["prefill_speedup"], own["decode_speedup"], top2["prefill_speedup"]) == (pytest.approx(1.25), 1, 1)
+    assert own["prefill"]["quartiles"] == pytest.approx([1.25, 1.25])
+    assert own["prefill"]["limit"] == own["decode"]["limit"] == pytest.approx(2)
+    assert (own["prefill"]["auto"], own["decode"]["auto"]) == ("overlapped x 1", "sequential")
+    assert (own["prefill"]["gain"], own["decode"]["gain"]) == (pytest.approx(1.25), 1)
+    assert (own["ttft_ms"], own["tpot_ms"]) == (pytest.approx(200), pytest.approx(250)), "medians, in ms"
+    assert own["prefill_tokens_per_s"] == pytest.approx(2 * 64 / 0.2)
+    assert own["decode_tokens_per_s"] == pytest.approx(2 * 8 / 0.25)
