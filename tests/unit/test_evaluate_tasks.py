@@ -49,7 +49,7 @@ def test_choices_of_a_cloze_are_about_as_frequent():
 
 
 def test_choices_of_a_next_sentence_are_about_as_long():
-    """The sentences have 6 to 40 words, five or six of each length, so NEAR neighbours differ by three words at most."""
+    """Sentences have 6 to 40 words, five or six of each length, so NEAR neighbours differ by three words at most."""
     text = " ".join(f"{word.capitalize()} {' '.join([word] * (4 + i % 35))} end." for i, word in enumerate(NAMES))
     questions = next_sentence([text], "a text").questions
     assert len(questions) > 100
