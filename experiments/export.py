@@ -43,12 +43,14 @@ def main(
             print(f"{out}, model_type {kind}, from the {which} checkpoint, {checkpoint.name}")
             return
         beside = out.parent / "config.yaml"
-        if not out.exists() and beside.exists() and beside.read_text() != to_yaml(config):
+        of_run = beside.resolve() == run_dir / "config.yaml"
+        if not of_run and not out.exists() and beside.exists() and beside.read_text() != to_yaml(config):
             raise ConfigError(f"--out is {str(out)!r}, whose folder has another config.yaml, allowed: another folder")
         out.parent.mkdir(parents=True, exist_ok=True)
         tokenizer = kept_tokenizer(checkpoint)
         consolidate(checkpoint, out, build_model_on_meta(config), model_settings(config), tokenizer=tokenizer)
-        beside.write_text(to_yaml(config))
+        if not of_run:  # how the run began
+            beside.write_text(to_yaml(config))
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
     print(f"{out}, from the {which} checkpoint, {checkpoint.name}")

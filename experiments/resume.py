@@ -22,13 +22,13 @@ def main(run: Path, /, *overrides: KeyValue) -> None:
     run_dir = run.resolve()
     if not any(run_dir.glob("checkpoints/*")):
         raise ConfigError(f"the run is {str(run)!r}, allowed: a run that has a checkpoint")
-    from scmoe.training.run.resume import resumed, step_of
+    from scmoe.training.run.resume import resumption, step_of
 
     step, settings = step_of(overrides)
-    config, run_and_checkpoint = resumed(run_dir, settings, step)
+    config, resumed = resumption(run_dir, settings, step)
     from scmoe.training.run.train import train
 
-    summary = train(config, settings, run_and_checkpoint)
+    summary = train(config, settings, resumed)
     if summary is not None:
         print(json.dumps(summary), flush=True)
 

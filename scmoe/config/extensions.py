@@ -6,6 +6,7 @@ configuration in a run, a checkpoint or an export may be another person's. It im
 program has imported them.
 """
 
+import json
 import re
 import sys
 import traceback
@@ -15,6 +16,7 @@ from typing import Any
 
 from scmoe.config.leaves import ConfigError, show
 
+PLAIN = re.compile(r"[\w./+-]+")
 MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
 
@@ -47,8 +49,13 @@ def words(extensions: Sequence[str], callbacks: Mapping[str, Any]) -> list[str]:
     given = [f"extensions=[{','.join(extensions)}]"] if extensions else []
     for name, options in callbacks.items():
         pairs = options.items() if isinstance(options, Mapping) else ()  # what is kept may have any form
-        given += [f"callbacks.{name}.{key}={value}" for key, value in pairs] or [f"callbacks.{name}={{}}"]
+        given += [f"callbacks.{name}.{key}={_yaml(value)}" for key, value in pairs] or [f"callbacks.{name}={{}}"]
     return given
+
+
+def _yaml(value: Any) -> str:
+    """Return a value as YAML of one line, without quotes where it needs none."""
+    return value if isinstance(value, str) and PLAIN.fullmatch(value) else json.dumps(value)
 
 
 def refuse_kept(names: Sequence[str], source: str) -> None:

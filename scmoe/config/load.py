@@ -74,7 +74,7 @@ def _finished(tree: DictConfig, overrides: Sequence[str], sources: Sequence[str]
         if not equals:
             raise ConfigError(f"command line: {override!r} has no value, allowed: key=value or --key=value")
         value = parse_yaml(text, f"command line: {key}")
-        if "#" in text and (comment := comment_in(text)):
+        if "#" in text and (comment := _comment_in(text)):
             raise ConfigError(f"command line: {key} ends with the comment {show(comment)}, allowed: {key}='\"...\"'")
         _merge(tree, {key: value}, "command line")
     config = OmegaConf.to_object(tree)
@@ -163,7 +163,7 @@ def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
             raise ConfigError(refusal) from error
 
 
-def comment_in(text: str) -> str:
+def _comment_in(text: str) -> str:
     """Return what YAML leaves out at the end of a value, from # on."""
     tokens = [token for token in yaml.scan(text) if token.end_mark.index > token.start_mark.index]
     return text[tokens[-1].end_mark.index if tokens else 0 :].strip()

@@ -84,7 +84,8 @@ def stream(
         raise ValueError("the model is in training mode, allowed: evaluation mode; call model.eval()")
     if passes.all_ranks is not bool and any(isinstance(m, MoEStream) and m.buffer is not None for m in model.modules()):
         raise ValueError(
-            "moe.rows is buffers, which needs as many tokens on every rank, allowed for texts of several ranks: filled"
+            "moe.rows is buffers, which needs equally many tokens on every rank, "
+            "allowed for texts of several ranks: filled"
         )
     vocab_size = model.head.out_features
     for row, prompt in enumerate(prompts):

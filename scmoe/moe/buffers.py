@@ -12,12 +12,12 @@ import math
 import torch
 from torch import Tensor
 
-from scmoe.moe.layout import Layout, count, invert, places
+from scmoe.moe.layout import Layout, count, invert, places, rounded_up
 
 
 def buffer_size(num_tokens: int, top_k: int, num_ranks: int, ceiling: float) -> int:
     """Rows of a rank's buffer for num_tokens tokens: `ceiling` times the fair share, and no more than all of them."""
-    return min(math.ceil(ceiling * num_tokens * top_k / num_ranks), num_tokens * top_k)
+    return min(int(rounded_up(ceiling * num_tokens * top_k / num_ranks)), num_tokens * top_k)
 
 
 def arrange_buffers(topk_ids_TK: Tensor, num_experts: int, num_ranks: int, size: int, num_chunks: int = 1) -> Layout:

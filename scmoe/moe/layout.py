@@ -14,7 +14,7 @@ directions are gathers, forward and backward: a scatter-add would be slower and,
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch.autograd import Function
 
 from scmoe.moe.dispatcher import Announced, ChunkCounts
 
-DOWN = 1 - 1e-12  # a product such as 1.1 x 50 is a rounding error above 55, and would be rounded up to 56
+EXACT = 1 - 1e-12
 
 
 class Layout(NamedTuple):
@@ -43,7 +43,13 @@ class Layout(NamedTuple):
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float) -> int:
     """Slots of an expert for num_tokens tokens of one rank: capacity_factor times the fair share, rounded up."""
-    return math.ceil(DOWN * capacity_factor * num_tokens * top_k / num_experts)
+    return int(rounded_up(capacity_factor * num_tokens * top_k / num_experts))
+
+
+def rounded_up(rows: Any) -> Any:
+    """A number of rows rounded up. A product such as 1.1 x 50 is a rounding error above 55, and counts as 55."""
+    rows = EXACT * rows
+    return rows.ceil() if isinstance(rows, Tensor) else math.ceil(rows)
 
 
 def places(topk_ids_TK: Tensor, num_experts: int) -> Tensor:

@@ -20,7 +20,16 @@ from scmoe.moe.balance import router_stats
 from scmoe.moe.buffers import arrange_buffers, buffer_size
 from scmoe.moe.dispatcher import Dispatcher, Pending, Receipt
 from scmoe.moe.experts import Experts
-from scmoe.moe.layout import DOWN, Layout, arrange_filled, arrange_slots, decode, drop_beyond, encode, expert_capacity
+from scmoe.moe.layout import (
+    Layout,
+    arrange_filled,
+    arrange_slots,
+    decode,
+    drop_beyond,
+    encode,
+    expert_capacity,
+    rounded_up,
+)
 from scmoe.moe.operators import Operators
 from scmoe.moe.router import Router
 from scmoe.tokens import MoEOutput, RouterStats, Routing
@@ -119,7 +128,7 @@ class MoEStream(Operators):
             return arrange_filled(ids_TK, E, chunks, padded=mask_T is not None)
         capacity = expert_capacity(T, E, K, factor)
         # padding adds no capacity: the slots that it would bring stay empty, so that shapes depend on no data
-        room = capacity if mask_T is None else (DOWN * factor * mask_T.sum().double() * K / E).ceil()
+        room = capacity if mask_T is None else rounded_up(factor * mask_T.sum().double() * K / E)
         if self.filled:
             return arrange_filled(drop_beyond(ids_TK, E, room), E, chunks)
         return arrange_slots(ids_TK, E, capacity, chunks, room)

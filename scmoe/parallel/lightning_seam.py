@@ -89,11 +89,13 @@ def mark_step_as_saved(trainer: Any) -> None:
             callback._last_global_step_saved = trainer.global_step
 
 
-def rank_without_trainer() -> int:
-    """Return this process's global rank as its launcher's environment variables give it; where Lightning starts the
-    ranks of several machines, only whether it is rank 0."""
-    rank = int(rank_zero_only.rank)  # type: ignore[attr-defined]
-    return rank or (0 if "RANK" in os.environ else int(os.environ.get("NODE_RANK", 0)))
+def is_rank_zero() -> bool:
+    """Return whether this process is, or will be, global rank 0, as its launcher's environment variables say.
+
+    Where Lightning starts the ranks of several machines, their first processes differ by NODE_RANK alone.
+    """
+    node = 0 if "RANK" in os.environ else int(os.environ.get("NODE_RANK", 0))
+    return bool(rank_zero_only.rank == 0 and node == 0)  # type: ignore[attr-defined]
 
 
 def started_ranks(strategy: Any) -> Sequence[subprocess.Popen[bytes]]:

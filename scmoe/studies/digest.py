@@ -1,4 +1,7 @@
-"""The digest of a config. Runs of equal digest have equal results: a table takes them, a sweep goes on with them."""
+"""The digest of a config.
+
+Runs of equal digest have equal results, so a table takes them. A sweep goes on only if its base config's is unchanged.
+"""
 
 import json
 from hashlib import sha256

@@ -26,7 +26,7 @@ from scmoe.inference.prompts import Prompt
 from scmoe.inference.sampling import Sampling
 from scmoe.inference.stopping import Stopping
 from scmoe.offload.cache import Cache
-from scmoe.parallel.lightning_seam import rank_without_trainer
+from scmoe.parallel.lightning_seam import is_rank_zero
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build.data import build_datamodule, check_tokenizer, prepare_data
 from scmoe.training.build.offloaded import offloaded
@@ -85,7 +85,7 @@ def generate_texts(
     data = build_datamodule(config)
     if not isinstance(data, TextDataModule):
         raise ConfigError(f"{run} was trained on {config.data.name} data, allowed: a run on text")
-    if rank_without_trainer() == 0:
+    if is_rank_zero():
         prepare_data(data)
         check_tokenizer(data, weights)
         encoded(request, data.tokenizer, config)  # so that a prompt that is too long starts no rank
@@ -204,7 +204,7 @@ def shown(steps: Iterable[Step], stopping: Stopping, show: Callable[[str], None]
 def to_file(path: Path) -> Callable[[dict[str, Any]], None]:
     """Return a function that writes lines into a file, on rank 0 only. Until the first one, the file is as it was."""
     try:
-        file = path.open("a", encoding="utf-8") if rank_without_trainer() == 0 else None
+        file = path.open("a", encoding="utf-8") if is_rank_zero() else None
     except OSError as error:
         raise ConfigError(f"--out is {path}, allowed: a file that can be written: {error}") from error
 

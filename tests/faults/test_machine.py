@@ -11,7 +11,7 @@ from torch.distributed import DistNetworkError
 
 from scmoe.config.load import load
 from scmoe.experiments import call
-from scmoe.parallel.lightning_seam import rank_without_trainer
+from scmoe.parallel.lightning_seam import is_rank_zero
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.training.run import machine
 from scmoe.training.run.machine import check_machine
@@ -65,7 +65,7 @@ def test_47_a_run_that_needs_more_memory_than_there_is_is_refused_by_the_limit_t
     )
     line = refusal(capsys, tmp_path, "trainer.max_memory_gib=0.1")
     needed = number_in(line, r"trainer\.max_memory_gib is 0\.1, allowed: (\S+) or more")
-    check_machine(load("configs/debug.yaml", [f"trainer.max_memory_gib={needed * 1.01}"]), rank=0)
+    check_machine(load("configs/debug.yaml", [f"trainer.max_memory_gib={needed * 1.01}"]), first=True)
 
 
 def test_47_the_limit_of_memory_is_a_ranks_share(monkeypatch, tmp_path):
@@ -82,7 +82,7 @@ def test_48_a_step_of_hours_is_refused_by_the_limit_that_lifts(tmp_path, capsys)
     long = ("data.seq_len=1000000", "trainer.max_memory_gib=1000")
     line = refusal(capsys, tmp_path, *long)
     seconds = number_in(line, r"trainer\.max_step_s is 600\.0, allowed: (\S+) or more to start all the same")
-    check_machine(load("configs/debug.yaml", [*long, f"trainer.max_step_s={seconds * 1.01}"]), rank=0)
+    check_machine(load("configs/debug.yaml", [*long, f"trainer.max_step_s={seconds * 1.01}"]), first=True)
 
 
 # ---------------------------------------------------------------------- 49, 50, 51: devices and launchers
@@ -114,7 +114,7 @@ def test_49_only_the_first_machines_first_process_is_rank_0(variables, is_first,
     """Lightning's own launcher has not numbered the ranks yet, and each machine's process would write a run."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert (rank_without_trainer() == 0) is is_first
+    assert is_rank_zero() is is_first
 
 
 TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import docs.examples.my_architecture  # noqa: F401  else the fixture would forget what it registers
+from scmoe.config.extensions import words
 from scmoe.config.help import catalogue
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
@@ -136,3 +137,10 @@ def test_a_data_set_reads_its_options():
     data = build_datamodule(config)
     data.setup("fit")
     assert data.splits.tokens["train"][:4].tolist() == [0, 3, 6, 9]
+
+
+def test_the_words_that_name_callbacks_again_are_read_as_they_were():
+    options = {"label": "step #1: a [b", "every": 3, "on": True, "off": None, "path": "a/b-c.txt", "list": [1, "x y"]}
+    given = words(["my_architecture"], {"mine": options, "bare": {}})
+    assert given[0] == "extensions=[my_architecture]" and "callbacks.mine.path=a/b-c.txt" in given
+    assert load(None, given[1:]).callbacks == {"mine": options, "bare": {}}

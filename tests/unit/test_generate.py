@@ -221,7 +221,7 @@ def test_a_draw_never_takes_a_token_that_was_removed():
 
 
 def test_deterministic_algorithms_draw_the_same_tokens():
-    """On CUDA the draw then takes place on the host, as there is no deterministic cumsum."""
+    """On CUDA the draw then takes place on the host, as there is no deterministic cumsum; a host cannot show that."""
     logits_BV, had_BV = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), torch.zeros(8, 64, dtype=bool)
 
     def drawn() -> Tensor:

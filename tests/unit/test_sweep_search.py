@@ -82,9 +82,12 @@ def test_bayes_finds_lower_losses_than_random(sweep_of):
 def test_a_trial_that_ends_with_nan_teaches_bayes_nothing(sweep_of):
     sweep = sweep_of(method="bayes", parameters={"optim.lr": LR, "moe.combine": COMBINE}, run_cap=40)
     trials = search(sweep, last=12)
-    lost = Trial(13, trials[0].point, trials[0].parameters, "stopped", [math.nan])
-    failed = Trial(14, trials[1].point, trials[1].parameters, "failed", [math.nan])
-    assert propose(sweep, [*trials, lost, failed]) is not None
+
+    def proposed(value: list[float], state: str) -> Trial | None:
+        return propose(sweep, [*trials, Trial(13, trials[0].point, trials[0].parameters, state, value)])
+
+    assert proposed([math.nan], "stopped") == proposed([], "stopped") != proposed([1.0], "stopped")
+    assert best(sweep, [Trial(1, {}, {}, "finished", [math.nan]), Trial(2, {}, {}, "finished", [3.0])]).number == 2
 
 
 @pytest.mark.parametrize("impute", ["worst", "best", "latest"])

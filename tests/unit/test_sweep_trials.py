@@ -64,7 +64,7 @@ def rows(tmp_path: Path, name: str = "s") -> list[dict[str, str]]:
 def until(there: Any) -> None:
     deadline = time.monotonic() + 120
     while not there():
-        assert time.monotonic() < deadline, "it has not begun"
+        assert time.monotonic() < deadline, "it takes too long"
         time.sleep(0.02)
 
 

@@ -271,13 +271,17 @@ def test_a_row_that_changes_the_training_is_refused(table):
         table.plan()
 
 
-@pytest.mark.parametrize("override", ["model.dim=32", "optim.lr=1e-3", "moe.top_k=2", "seed=3"])
-def test_an_override_of_what_a_row_or_its_setting_sets_is_refused(override, tmp_path):
-    """A row of the model B would be one of the model S, under its old name."""
-    scale = load_table("table6", CONFIGS).scales["digits"] if override == "model.dim=32" else None
-    table = load_table("table6" if scale else "table3", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "scale", "override"),
+    [
+        ("table6", "digits", "model.dim=32"),  # a row of the model B would be one of the model S, under its old name
+        *(("table3", "small", override) for override in ("optim.lr=1e-3", "moe.top_k=2", "seed=3")),
+    ],
+)
+def test_an_override_of_what_a_row_or_its_setting_sets_is_refused(name, scale, override, tmp_path):
+    table = load_table(name, CONFIGS)
     with pytest.raises(ConfigError, match=f"{override} is given, allowed: keys other than"):
-        plan_runs(table, scale or table.scales["small"], tmp_path, 1, [override])
+        plan_runs(table, table.scales[scale], tmp_path, 1, [override])
 
 
 def test_runs_of_several_ranks_need_processes(tmp_path):

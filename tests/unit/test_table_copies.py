@@ -15,8 +15,8 @@ from scmoe.studies.digest import digest_of
 from scmoe.studies.job import State
 from scmoe.studies.table.copies import adopt, save
 from scmoe.studies.table.evaluations import Evaluations
-from scmoe.studies.table.kept import look_up
-from scmoe.studies.table.make import Request, plan_table
+from scmoe.studies.table.kept import data_of, look_up
+from scmoe.studies.table.make import Commands, Request, make_table, plan_table
 from scmoe.studies.table.rows import load_table
 from scmoe.studies.table.runs import Run, plan_runs, read_states
 
@@ -121,3 +121,25 @@ def test_a_dotted_key_leads_to_a_number_or_to_none():
     assert [look_up(tree, key) for key in ("tasks.piqa.name", "tasks.race.acc", "flag", "tasks.piqa.acc.x")] == [
         None
     ] * 4
+
+
+def test_the_data_of_a_run_are_those_of_its_checkpoints(tmp_path):
+    folder = tmp_path / "checkpoints/step=4.ckpt"
+    folder.mkdir(parents=True)
+    assert data_of(tmp_path) is None
+    meta = {"config": "name: debug", "TextDataModule": {"consumed_samples": 32, "data": "abc", "seed": 1}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert data_of(tmp_path) == "abc"
+
+
+def test_no_report_is_made_over_runs_that_have_read_different_data(tmp_path):
+    """The text behind data.path was edited between two calls. A state of an earlier version does not say what it read."""
+    request = Request("smoke", [f"runs_dir={tmp_path}"], seeds=1)
+    plan, said = plan_table(load_table("table4", CONFIGS), request, print), []
+    for i, run in enumerate(plan.runs):
+        finish(run)
+        run.job.state.results |= {"data": (None, "old", "new", "new")[i]}
+        run.job.keep()
+    made = make_table(plan, request, Commands(lambda *words: 1, said.append))
+    assert (made.finished, made.failed, made.files) == (4, 1, [])
+    assert said[-1].endswith(f"remove {plan.runs[1].job.state_file}")

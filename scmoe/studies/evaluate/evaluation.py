@@ -17,7 +17,7 @@ from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.moe.stream import dropless
 from scmoe.parallel.checkpoint.durable import read_manifest
-from scmoe.parallel.lightning_seam import rank_without_trainer
+from scmoe.parallel.lightning_seam import is_rank_zero
 from scmoe.parallel.rank_zero import Forward, run_on_rank_zero
 from scmoe.studies.evaluate.held_out_loss import score_test_split
 from scmoe.studies.evaluate.material import Material, Request, read_material
@@ -39,7 +39,7 @@ def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
     checkpoint = find_checkpoint(run_dir, request.which)
     config = config_without_training(partial(config_of, run_dir, checkpoint), checkpoint, request.overrides)
     read_results(run_dir)
-    material = read_material(config, checkpoint, request) if rank_without_trainer() == 0 else None
+    material = read_material(config, checkpoint, request) if is_rank_zero() else None
     module, trainer = start_ranks(config, checkpoint)
     device, plugin, model = trainer.strategy.root_device, trainer.precision_plugin, module.model
 

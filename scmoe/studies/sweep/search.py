@@ -36,14 +36,18 @@ class Trial:
 
     @property
     def value(self) -> float | None:
-        """The value that judges the trial: the last one, as in W&B's summary."""
-        return self.history[-1] if self.history else None
+        """The value that judges the trial: the last one, as in W&B's summary. None: there is none, or it is NaN."""
+        return self.history[-1] if self.history and math.isfinite(self.history[-1]) else None
 
 
 def best(sweep: Sweep, trials: Sequence[Trial]) -> Trial | None:
     sign = 1 if sweep.minimize else -1
-    finished = (trial for trial in trials if trial.state == "finished")
-    return min(finished, key=lambda trial: sign * (trial.value or 0.0), default=None)
+    values = [
+        (sign * trial.value, i)
+        for i, trial in enumerate(trials)
+        if trial.state == "finished" and trial.value is not None
+    ]
+    return trials[min(values)[1]] if values else None
 
 
 def target_reached(sweep: Sweep, trials: Sequence[Trial]) -> bool:
@@ -96,16 +100,16 @@ def _bayes(sweep: Sweep, trials: Sequence[Trial]) -> Point:
     ended = [trial for trial in trials if trial.state in ("finished", "stopped", "failed")]
     for trial in ended:
         value = _imputed(sweep, trial, ended) if trial.state == "failed" else trial.value
-        if value is not None and math.isfinite(value):
+        if value is not None:
             study.add_trial(optuna.create_trial(params=trial.point, distributions=distributions, value=value))
     return study.ask(distributions).params
 
 
 def _imputed(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> float | None:
     how = sweep.raw["metric"].get("impute", "worst")
-    if how == "latest" and trial.value is not None and math.isfinite(trial.value):
+    if how == "latest" and trial.value is not None:
         return trial.value
-    values = (t.value for t in trials if t.state != "failed" and t.value is not None and math.isfinite(t.value))
+    values = (t.value for t in trials if t.state != "failed" and t.value is not None)
     return (min if sweep.minimize == (how == "best") else max)(values, default=None)
 
 

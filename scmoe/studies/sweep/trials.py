@@ -7,7 +7,6 @@
 
 import csv
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
 
     def next_job() -> Job | None:
         trials = [trial_of(job) for job in jobs]
-        if trials and trials[-1].state == "finished" and trials[-1].value is None:
+        if trials and trials[-1].state == "finished" and not trials[-1].history:
             raise ConfigError(_unknown_metric(sweep, trials[-1]))
         if (proposed := propose(sweep, trials)) is None:
             return None
@@ -45,9 +44,9 @@ def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
         return hopeless(sweep, trial_of(job), others)
 
     def judge(job: Job) -> None:
-        value = trial_of(job).value
-        if value is not None and not math.isfinite(value):
-            job.state.status, job.state.error = "failed", f"its last {sweep.metric} is {value}"
+        trial = trial_of(job)
+        if trial.history and trial.value is None:
+            job.state.status, job.state.error = "failed", f"its last {sweep.metric} is {trial.history[-1]}"
 
     def result(job: Job) -> str:
         value = trial_of(job).value
@@ -82,7 +81,7 @@ def _job(sweep: Sweep, state: State) -> Job:
         own.append(f"logger.project={project}")
     arguments = [sweep.config, *words(state.results["parameters"]), *sweep.overrides, *own]
     folder, base = sweep.folder, sweep.base
-    options = [word for word in arguments if word.removeprefix("--").startswith("callbacks.")]
+    options = [word for word in words(state.results["parameters"]) if word.startswith("callbacks.")]
     again = [*extensions.words(base.extensions, base.callbacks), *options]
     return Job(name, f"trial {number}{of}", folder, folder / name, arguments, sweep.launcher, again, state=state)
 

@@ -61,7 +61,10 @@ class Evaluations:
         entries = json.loads(path.read_text()) if path.exists() else {}
         found: dict[str, Any] = max(entries.values(), key=lambda entry: entry["step"], default={})
         if missing := self._missing(found):
-            job.state.status, job.state.error = "failed", f"it ended without {', '.join(missing)} in evaluation.json"
+            job.state.status, job.state.error = (
+                "failed",
+                f"it ended without a finite {', '.join(missing)} in evaluation.json",
+            )
         else:
             run.state.results |= {"evaluation": found, "evaluated_by": self.words}
             run.job.keep()

@@ -31,8 +31,8 @@ def results_of(run: SeenRun, digest: str) -> dict[str, Any]:
 
 def data_of(run_dir: Path) -> str | None:
     """Return the digest of the data that a run has read, as its checkpoints have it; None: it has none."""
-    kept = [read_meta(path) for path in sorted(run_dir.glob("checkpoints/*.ckpt")) if (path / META).exists()]
-    parts = [part for meta in kept for part in meta.values() if isinstance(part, dict)]
+    metas = (read_meta(path) for path in sorted(run_dir.glob("checkpoints/*.ckpt")) if (path / META).exists())
+    parts = (part for meta in metas for part in meta.values() if isinstance(part, dict))
     return next((str(part["data"]) for part in parts if "consumed_samples" in part), None)
 
 

@@ -134,17 +134,21 @@ def make_table(plan: Plan, request: Request, commands: Commands) -> Made:
     made.failed = sum(job.state.status == "failed" for job in jobs)
     made.cut = sum(job.state.status == "cut" for job in jobs)
     made.rows = len({run.row.name for run in runs if run.state.status == "finished"})
-    contents = {run.state.results.get("data") for run in runs if run.state.status == "finished"} - {None}
-    if len(contents) > 1:
+    if files := _of_other_data(runs):
         made.failed += 1
-        commands.say(
-            f"no report: the data have changed, and runs have read {len(contents)} contents; remove {plan.folder}"
-        )
+        commands.say(f"failed: the report, as runs have read different data; remove {' '.join(map(str, files))}")
     elif made.finished:
         made.files = write_report(table, plan.scale_name, runs, plan.command)
         if request.to is not None:
             made.files.append(save(runs, request.to))
     return made
+
+
+def _of_other_data(runs: Sequence[Run]) -> list[Path]:
+    """Return the state files of runs that have read other data than the newest one. Earlier versions noted no data."""
+    noted = [run for run in runs if run.state.status == "finished" and run.state.results.get("data")]
+    newest = max(noted, key=lambda run: run.job.state_file.stat().st_mtime, default=None)
+    return [run.job.state_file for run in noted if newest and run.state.results["data"] != newest.state.results["data"]]
 
 
 def _missing_data(scale: Scale, overrides: Sequence[str]) -> str | None:

@@ -34,7 +34,8 @@ def make_runs(
         done = next((run for run in map(SeenRun, job.run_dirs()) if run.summary), None)
         missing = [key for key in needed if done is None or look_up(done.summary, key) is None]
         if not done or missing:
-            job.state.status, job.state.error = "failed", f"it ended without {', '.join(missing)} in its summary"
+            why = f"it ended without a finite {', '.join(missing)} in its summary"
+            job.state.status, job.state.error = "failed", why
             return None
         job.state.run_dir, job.state.results = str(done.path), results_of(done, by_job[job].digest)
         return evaluations.job(by_job[job])

@@ -11,7 +11,7 @@ from scmoe.config.fields import Config
 from scmoe.config.load import to_yaml
 from scmoe.config.program import scmoe
 from scmoe.parallel.checkpoint.durable import checkpoints, read_manifest
-from scmoe.parallel.lightning_seam import rank_without_trainer
+from scmoe.parallel.lightning_seam import is_rank_zero
 from scmoe.training.build.model import build_model_on_meta
 from scmoe.training.run.directory import create_run_dir, relative, write_config
 from scmoe.training.run.loggers import build_loggers, close_loggers, describe
@@ -31,7 +31,7 @@ def open_run(
     run_dir: the run to continue from `checkpoint`; None creates a directory. config.yaml stays as the run began.
     The last state is `finished`, `cut` where the Strategy was asked to stop and has saved (SystemExit), else `failed`.
     """
-    if rank_without_trainer() != 0:
+    if not is_rank_zero():
         yield None, []
         return
     kept = without_keys(config)

@@ -36,17 +36,17 @@ PROCESS_GIB = 0.3  # of a process with torch and Lightning, on a CPU
 CONTAINER = Path("/sys/fs/cgroup/memory.max")
 
 
-def check_machine(config: Config, rank: int) -> None:
+def check_machine(config: Config, first: bool) -> None:
     """Raise ConfigError for a run that this machine cannot do, or not within the limits of memory and time.
 
-    rank: rank 0 checks for all what can change while other ranks start.
+    first: of all ranks; it checks for all what can change while other ranks start.
     """
     wandb_mode(config)
     check_resident(config)
     if config.analysis.gating_every or config.analysis.similarity_every:
         require("analysis", "matplotlib")
     check_devices(config)
-    if rank == 0:
+    if first:
         _refuse(config, _folders, _size)
 
 

@@ -137,7 +137,7 @@ class Resumed(NamedTuple):
     step: int | None
 
 
-def resumed(run_dir: Path, overrides: Sequence[str], step: int | None = None) -> tuple[Config, Resumed]:
+def resumption(run_dir: Path, overrides: Sequence[str], step: int | None = None) -> tuple[Config, Resumed]:
     """Return the configuration of a run that goes on from its last checkpoint, or from that of a step, whose files are
     read and verified. Nothing is written.
 
@@ -186,9 +186,9 @@ def record_of(run_dir: Path, step: int) -> Path:
     return run_dir / f"config-from-{step}.yaml"
 
 
-def summary_if_done(resumed: Resumed, config: Config) -> dict[str, Any] | None:
+def summary_if_done(run: Resumed, config: Config) -> dict[str, Any] | None:
     """Return the summary of a run that has done all its steps; None where steps or the summary are missing."""
-    path = resumed.run_dir / "summary.json"
+    path = run.run_dir / "summary.json"
     summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    done = summary.get("steps") == last_step(config) <= read_manifest(resumed.checkpoint)["step"]
-    return summary if done and resumed.step is None else None
+    is_done = summary.get("steps") == last_step(config) <= read_manifest(run.checkpoint)["step"]
+    return summary if is_done and run.step is None else None

@@ -42,7 +42,8 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
     memory = next(c for c in callbacks if isinstance(c, Memory)).most
     rate = throughput.mean
     if isinstance(data, SequenceDataModule):
-        part = isinstance(trainer.limit_val_batches, int)  # a number of batches; 1.0: all
+        limit = trainer.limit_val_batches  # a number of batches; 1.0: all
+        part = isinstance(limit, int) and limit < len(data.val_dataloader())
         unigram, tokens, of_images = None if part else data.unigram_bits_per_byte(), 1, {}
     else:  # a token of an image is a patch, its perplexity is over classes, and it has no bytes of text
         unigram, tokens = None, module.model.patches.num_patches

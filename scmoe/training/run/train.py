@@ -9,7 +9,7 @@ from typing import Any
 from scmoe.config.extensions import words
 from scmoe.config.fields import Config
 from scmoe.config.trial import shortened
-from scmoe.parallel.lightning_seam import rank_without_trainer
+from scmoe.parallel.lightning_seam import is_rank_zero
 from scmoe.training.build.data import build_datamodule, prepare_data
 from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import build_callbacks, build_trainer, seed_everything
@@ -32,15 +32,15 @@ def train(config: Config, overrides: Sequence[str] = (), resumed: Resumed | None
     config = shortened(config)
     run_dir, checkpoint, step = resumed or (None, None, None)
     if resumed is not None and (done := summary_if_done(resumed, config)) is not None:
-        return say_done(resumed.run_dir, done) if rank_without_trainer() == 0 else None
-    if run_dir is not None and rank_without_trainer() == 0:
+        return say_done(resumed.run_dir, done) if is_rank_zero() else None
+    if run_dir is not None and is_rank_zero():
         refuse_running(run_dir)
     hush_lightning()
-    check_machine(config, rank_without_trainer())
+    check_machine(config, is_rank_zero())
     keep_freed_memory()
     seed_everything(config)
     data = build_datamodule(config)
-    if rank_without_trainer() == 0:
+    if is_rank_zero():
         prepare_data(data)
     with open_run(config, overrides, run_dir, checkpoint) as (directory, loggers):
         if directory is not None and step is not None:
