@@ -2,7 +2,7 @@
 
     training    {"images": float32 [B, 3, S, S], "labels": float32 [B, C]}, labels as probabilities
     val         {"images", "labels": int64 [B]}; filler has label -100 and only zeros
-    both        "skipped": int64 [B], how many images that cannot be read a sample has taken the place of
+    both        "skipped": int64 [B], the number of unreadable images that each sample replaces
 
 Order and resuming are those of text: the position determines the sample (`order.py`). Random crops, colours and erased
 parts depend on the seed and the position, random mixing on the position of the batch's first sample, so the number of

@@ -25,7 +25,7 @@ def main(config: str, /, *overrides: KeyValue) -> None:
     for line in found:
         print(line)
     if found:
-        raise ConfigError(f"{len(found)} files cannot be read, allowed: mend or remove them, or data.on_error=skip")
+        raise ConfigError(f"{len(found)} files cannot be read, allowed: repair or remove them, or data.on_error=skip")
     print(f"all data of {settings.data.name} can be read")
 
 

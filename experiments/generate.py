@@ -43,9 +43,9 @@ def main(
         out: where the texts of --prompts go, as JSON lines
         max_tokens: new tokens of a text at most (default: 100, or what fits)
         temperature: 0: always the likeliest token
-        top_k: choose among so many; 0: all
-        top_p: choose among this probability
-        repetition_penalty: above 1: fewer
+        top_k: choose among this many of the most likely tokens; 0: among all
+        top_p: choose among the most likely tokens that have this probability together
+        repetition_penalty: above 1: tokens of the text so far become less likely
         stop: text that ends a text; may be repeated
         seed: of the first text; others count up from it
         batch_size: texts of a rank at a time

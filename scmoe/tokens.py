@@ -35,7 +35,7 @@ class RouterStats(NamedTuple):
 class MoEOutput(NamedTuple):
     """Output of an MoE module or of a block that holds one: [B, S, D] and the router's sums.
 
-    None: there is no MoE inside, or they are not computed (stream.dropless)."""
+    stats: None if the block has no MoE module, or if the sums are not computed (stream.dropless)."""
 
     y_BSD: Tensor
     stats: RouterStats | None

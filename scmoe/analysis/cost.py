@@ -58,7 +58,7 @@ def rows_computed(moe: MoEStream, copies: int) -> float:
 
 
 def rows_sent(moe: MoEStream, copies: int) -> float:
-    """Rows that are sent, and have room at the experts, for a token: of buffers all, filled or not."""
+    """Rows that are sent for a token, and for which the experts allocate memory; with buffers, empty rows count too."""
     return copies * moe.buffer if moe.buffer else rows_computed(moe, copies)
 
 

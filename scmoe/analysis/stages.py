@@ -15,11 +15,11 @@ from scmoe.moe.coefficient import CG1, CG2
 
 @dataclass
 class Stage:
-    """Bytes of one sample in one block, in what comes before the blocks, or in what comes after them.
+    """Bytes of one sample in one block, in the modules before the blocks, or in the modules after them.
 
-    kept: from forward to backward. inside: of each part that activation checkpointing computes again; without it they
-    are kept too. inputs: what it keeps of them. gradients: of each part, what is there beside it in its backward. once:
-    what a part keeps of a batch, whatever its size. stream: of the residual stream."""
+    kept: what autograd keeps from forward to backward. inside: activations in each part that checkpointing recomputes;
+    without checkpointing they are kept too. inputs: inputs of these parts, which checkpointing keeps. gradients: extra
+    bytes during each part's backward. once: bytes of a part for a batch of any size. stream: of the residual stream."""
 
     modules: set[nn.Module]
     kept: float = 0.0

@@ -7,7 +7,7 @@
     broadcast          DDP's, of SwinV2's masks and coordinates before each forward
     small ones         routers' sums and the number of targets, the gradient norm, counts of dropless rows
 
-Of N ranks, N / (N - 1) times what travels counts: a rank's own share included. An all-reduce sends its tensor twice.
+A rank's own share counts too; of N ranks, (N - 1) / N of the bytes travel. An all-reduce sends its tensor twice.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import nn
 from scmoe.analysis.cost import COMPUTE_BYTES
 from scmoe.analysis.split import Split
 from scmoe.blocks.double_gate import DoubleGateBlock
-from scmoe.blocks.moe_block import MoEBlock
+from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.moe.buffers import buffer_size
 from scmoe.moe.layout import expert_capacity
 
@@ -34,7 +34,7 @@ def step_traffic(
     sent: Counter[str] = Counter()
     if split.ep_size * split.dp_size == 1:
         return {}
-    blocks = [m for m in split.model.modules() if isinstance(m, MoEBlock)]
+    blocks = moe_blocks_of(split.model)
     rows = split.model.rows_per_sample(seq_len)
     for block in blocks if split.ep_size > 1 else ():
         num_rows, counts = rows_of_block(block, round(samples * rows[block.moe]), split.ep_size)

@@ -1,7 +1,7 @@
 """torch.compile for the parts of a model that are one graph each: sub-layers and shared experts.
 
-A block as a whole is none: the MoE stream's layout and transfers stay outside a graph, so a compiled block would be cut
-at each of them. Sub-layers of equal shape share one graph.
+A whole block cannot be one graph: the MoE stream's layout and transfers are not compiled, and each of them would be a
+graph break. Sub-layers of equal shape share one graph.
 """
 
 from torch import nn

@@ -1,12 +1,12 @@
-"""DGMoE (Eq. 23): one MoE module gates twice, the preceding layer's representation and the current one's, top-1 each.
+"""DGMoE (Eq. 23): one MoE module routes two representations, the preceding layer's and the current one's, top-1 each.
 
     pair at Pos-2     h -> attention -> MLP -> attention -> H -> norm -> route, dispatch, experts, combine -> + H
                                    |                                                                       ^
                                   tap -> norm -> route, dispatch, experts, combine ------------------------+
 
 The preceding half begins at the tap and ends at the end of the block, so its transfers hide behind the backbone as
-ScMoE's do. The transfers of the current half hide behind nothing. Where both halves would go to one expert, the current
-half goes to its second best: the router compares indices (A.2).
+ScMoE's do. The transfers of the current half are not hidden. If both halves choose the same expert for a token, the
+current half goes to its second-best expert: the router compares expert ids (A.2).
 DGMoE-Share (A.7): two pairs of blocks share one MoE module, `share_moe`.
 
 The module's load is the sum of both halves, because its experts serve both (docs/decisions/0017-double-gate.md).

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 
 class KVCache:
-    """Buffers of `capacity` tokens for each text. An attention module's are made when it first brings keys and values.
+    """Buffers of `capacity` tokens for each text. Those of an attention module are made at its first call of `extend`.
 
-    lengths_B: tokens of each text, those that are expected included. positions_BS: of the expected tokens; 0: padding.
+    lengths_B: tokens of each text, with those of the next pass. positions_BS: of the next pass's tokens; 0: padding.
     """
 
     def __init__(self, batch_size: int, capacity: int, device: torch.device | None = None) -> None:

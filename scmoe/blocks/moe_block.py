@@ -77,3 +77,8 @@ class MoEBlock(Operators):
     def after_tap(self) -> list[nn.Module]:
         """The sub-layers of the window, in order: sub-layer i runs right after slot i."""
         return list(self.sublayers)[self.tap :]
+
+
+def moe_blocks_of(model: nn.Module) -> list[MoEBlock]:
+    """Return all MoE blocks of a model, in their order."""
+    return [module for module in model.modules() if isinstance(module, MoEBlock)]

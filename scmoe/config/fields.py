@@ -46,13 +46,13 @@ class MoEConfig:
     tap_norm: Literal["own", "shared"] = option("own", "norm of the tap; shared: that of the sub-layer after the tap")
     every: Literal[1, 2] = option(2, "MoE in every block (1) or in every second block (2)")
     capacity_factor: float | None = option(
-        2.0, "room per expert, over its fair share; null: dropless", "above 0, at most 1e6"
+        2.0, "slots of an expert, in multiples of its fair share; null: dropless", "above 0, at most 1e6"
     )
     rows: Literal["auto", "filled", "slots", "buffers"] = option(
         "auto",
-        "which rows are sent: filled slots; slots: all of a capacity; buffers: dropless, one for each rank, of "
-        "dropless_ceiling times its fair share; auto: filled without a capacity or with trainer.accelerator=cpu, else "
-        "slots",
+        "which rows are sent; filled: filled slots only; slots: all slots of the capacity; buffers: dropless, a buffer "
+        "for each rank, dropless_ceiling times its fair share; auto: filled without a capacity or with "
+        "trainer.accelerator=cpu, else slots",
     )
     overflow: Literal["drop", "refuse"] = option(
         "drop", "rows=buffers: drop copies beyond a buffer and count them, or raise an error after the step"
@@ -149,7 +149,7 @@ class TrainerConfig:
         "above 0, at most 1e6",
     )
     early_stopping: int | None = option(
-        None, "end after so many validations in a row without a new best one; null: never", "1 to 2^31 - 1"
+        None, "end after this many validations in a row without a new best one; null: never", "1 to 2^31 - 1"
     )
     save_top_k: int = option(1, "checkpoints of the best validations that are kept", "0 to 2^31 - 1")
     limit_train_batches: int | None = option(

@@ -1,4 +1,4 @@
-"""Walks a tree of dataclasses whose fields are options, and words what is wrong with a value of one."""
+"""Walks a tree of dataclasses whose fields are options, and describes their values for help and error messages."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import field, fields, is_dataclass

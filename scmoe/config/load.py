@@ -48,8 +48,8 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     """Return the validated configuration of a text of `to_yaml`, kept in a run or an export, and overrides.
 
-    What it keeps runs nothing: its callbacks are left out, and of its extensions extensions.py says more. source: its
-    name in messages.
+    A kept configuration runs no code: its callbacks are left out. Its extensions are refused unless an override names
+    them or they are imported already (extensions.py). source: its name in messages.
     """
     tree = copy.deepcopy(_defaults())
     mapping = parse_yaml(text, source)

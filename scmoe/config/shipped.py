@@ -12,7 +12,7 @@ SHIPPED = Path(__file__).parents[1] / "configs"
 
 
 def find(name: str | Path, folder: Path = Path()) -> Path:
-    """Return the file of a configuration; `name` in `folder`, which cannot be read then, if there is none."""
+    """Return the file of a configuration. If there is none, return folder / name, so that reading it is the error."""
     name = str(name)
     for path in (folder / name, folder / "configs" / name, SHIPPED / name.removeprefix("configs/")):
         for file in (str(path), f"{path}.yaml"):

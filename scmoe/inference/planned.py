@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scmoe.blocks.kv_cache import KVCache
-from scmoe.blocks.moe_block import MoEBlock
+from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.inference.passes import Shape, decode, prefill
 from scmoe.models.decoder import Decoder
 from scmoe.moe.stream import dropless
@@ -21,7 +21,7 @@ class PlannedPasses:
     """Makes a model run as planned for the shape that comes next; use it as Passes.begin."""
 
     def __init__(self, model: Decoder, plans: dict[Shape, InferencePlan]) -> None:
-        self.blocks, self.plans = moe_blocks(model), plans
+        self.blocks, self.plans = moe_blocks_of(model), plans
         self.dispatchers = [block.moe.dispatcher for block in self.blocks]
 
     def __call__(self, shape: Shape) -> None:
@@ -36,7 +36,7 @@ def plan_passes(model: Decoder, batch_size: int, prompt: int, group: Any) -> Pla
     ids_BS = torch.randint(vocab_size, (batch_size, prompt), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.inference_mode(), dropless(model):
         plans = {
-            shape: plan_inference(moe_blocks(model), a_pass(model, shape, ids_BS), group, device, passes=passes)
+            shape: plan_inference(moe_blocks_of(model), a_pass(model, shape, ids_BS), group, device, passes=passes)
             for shape, passes in PASSES.items()
         }
     return PlannedPasses(model, plans)
@@ -52,7 +52,3 @@ def a_pass(model: Decoder, shape: Shape, ids_BS: Tensor) -> Callable[[], Tensor]
     prefill(model, ids_BS, mask_BS, cache)
     # a shallow copy has lengths of its own, and writes the same place of the buffers each time
     return lambda: decode(model, ids_BS[:, -1], [True] * batch_size, copy.copy(cache))
-
-
-def moe_blocks(model: Decoder) -> list[MoEBlock]:
-    return [module for module in model.modules() if isinstance(module, MoEBlock)]

@@ -54,8 +54,8 @@ class Decoder(nn.Module):
     ) -> LMOutput:
         """Returns the logits of each next token. mask_BS False: padding, at the end of a sequence.
 
-        cache: has the tokens before these, and expects these. last_B: the only token of each row whose logits are
-        returned, as [B, 1, V]."""
+        cache: holds the tokens before these; call `cache.expect` for these first. last_B: index of the one token in a
+        row whose logits are returned, as [B, 1, V]."""
         seq_len = ids_BS.shape[1] if cache is None else cache.longest
         if seq_len > self.max_seq_len:
             raise ValueError(f"a sequence has {seq_len} tokens, allowed: up to data.seq_len, {self.max_seq_len}")

@@ -1,4 +1,4 @@
-"""What is gathered together, and what in float32, where dense weights are split over ranks."""
+"""Which modules FSDP gathers as one unit, and which parameters it gathers in float32, if dense weights are split."""
 
 import math
 from collections.abc import Iterator

@@ -17,8 +17,8 @@ from torch import Tensor
 
 class Activation(NamedTuple):
     """forward(h): act(h). in_place(h): the same, in h's memory. into(h, out): the same, into a buffer.
-    backward_into(da, h, out): the gradient of h, given that of act(h), into a buffer. Memory that is used again stays
-    in the cache."""
+    backward_into(da, h, out): the gradient of h, given that of act(h), into a buffer. Buffers that are reused stay in
+    the processor's cache."""
 
     forward: Callable[[Tensor], Tensor]
     in_place: Callable[[Tensor], Tensor]

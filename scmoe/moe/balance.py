@@ -5,6 +5,8 @@ integer sums (one small all-reduce for all layers together). Each rank computes 
 that the mean over ranks, which data parallelism takes of gradients, is the loss of the global batch.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,7 @@ def load_metrics(sums_LE2: Tensor) -> dict[str, Tensor]:
     num_experts = counts_LE.shape[1]
     copies_L = counts_LE.sum(1).clamp(min=1)
     p_LE = counts_LE / copies_L[:, None]
-    entropy_L = -torch.xlogy(p_LE, p_LE).sum(1) / max(torch.tensor(num_experts).log().item(), 1e-12)
+    entropy_L = -torch.xlogy(p_LE, p_LE).sum(1) / max(math.log(num_experts), 1e-12)
     return {
         "load_max": (p_LE.amax(1) * num_experts).max(),
         "load_entropy": entropy_L.mean(),

@@ -1,10 +1,10 @@
-"""The layout of dropless routing that asks the host for nothing: a buffer of fixed size for each rank.
+"""A layout for dropless routing without host synchronisation: one buffer of fixed size for each rank.
 
-`filled` rows need their numbers on the host, and `slots` compute what is empty. Here the rows for the experts of one
-rank share a buffer of that rank, in the order of its experts; what is left of it stays empty and is sent, but not
-computed. Shapes depend on no data. Copies beyond a buffer are dropped: second choices first, then late tokens.
+The layout `filled` needs the numbers of rows on the host, and `slots` also computes empty rows. Here all rows for the
+experts of one rank share that rank's buffer, in the order of its experts. Empty rows are sent but not computed. Shapes
+do not depend on the data. Copies that do not fit are dropped: second choices first, then late tokens.
 
-With P chunks every buffer is cut in P parts of equal size, so the number of chunks changes no dropped copy.
+With P chunks every buffer is cut into P parts of equal size, so the number of chunks does not change what is dropped.
 """
 
 import math

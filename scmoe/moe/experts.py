@@ -49,7 +49,7 @@ class Experts(nn.Module):
         rows_RD: grouped by local expert. counts_e: rows of each; None: the same number for every expert. Rows after the
         last expert's are empty: what is returned for them has no meaning."""
         w_in_eDF, w_out_eFD = self.w_in_eDF.to(rows_RD.dtype), self.w_out_eFD.to(rows_RD.dtype)
-        mlps = best_way(rows_RD, counts_e)
+        mlps = choose_mlps(rows_RD, counts_e)
         with torch.autocast(rows_RD.device.type, enabled=False):
             return mlps(rows_RD, w_in_eDF, w_out_eFD, counts_e, self.act)
 
@@ -74,9 +74,9 @@ def named_generator(name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def best_way(rows_RD: Tensor, counts_e: Tensor | None) -> MLPs:
-    """On a host one expert after another. On a device batched if the numbers are equal, which needs nothing from the
-    host, otherwise grouped; grouped products have no float64."""
+def choose_mlps(rows_RD: Tensor, counts_e: Tensor | None) -> MLPs:
+    """Return the way to compute the experts. CPU: one expert after another. GPU: batched if all have the same number of
+    rows (no host synchronisation), otherwise grouped; in float64, which grouped products lack, one after another."""
     if rows_RD.device.type == "cpu":
         return mlps_in_turn
     if counts_e is None:

@@ -111,12 +111,12 @@ def invert(rows_N: Tensor, num_rows: int) -> Tensor:
 
 
 def count(group_N: Tensor, num_groups: int) -> Tensor:
-    """[num_groups]: how often each number comes; num_groups itself is not counted. bincount would wait for the host."""
+    """[num_groups]: how often each number occurs; num_groups itself is left out. bincount would wait for the device."""
     return group_N.new_zeros(num_groups + 1).scatter_add_(0, group_N, torch.ones_like(group_N))[:num_groups]
 
 
 def encode(x_TD: Tensor, layout: Layout, announced: Announced | None) -> list[tuple[Tensor, ChunkCounts | None]]:
-    """Returns for each chunk its rows [R/P, D] and their counts (None: all equal). announced: waited for last."""
+    """Returns for each chunk its rows [R/P, D] and their counts (None: all equal). Waits for `announced` last."""
     rows_RD = gather(x_TD, layout.tokens_R, layout.rows_TK, layout.complete)
     if announced is None:
         return [(rows, None) for rows in rows_RD.chunk(layout.num_chunks)]
@@ -138,7 +138,7 @@ def gather(x_TD: Tensor, tokens_R: Tensor, rows_TK: Tensor, complete: bool) -> T
 
 
 def _pick(rows_RD: Tensor, index: Tensor, complete: bool) -> Tensor:
-    """rows[index], zero where index is R; complete: no index is."""
+    """Returns rows[index], with zeros where index is R. complete: no index is R."""
     if complete:
         return rows_RD.index_select(0, index)
     num_rows = rows_RD.shape[0]

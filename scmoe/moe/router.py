@@ -41,15 +41,15 @@ class Router(nn.Module):
         self.gate = nn.Linear(dim, num_experts, bias=False)
         self.noise = nn.Linear(dim, num_experts, bias=False) if noisy else None
 
-    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, taken_T1: Tensor | None = None) -> Routing:
+    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, excluded_T1: Tensor | None = None) -> Routing:
         """Routes each token. mask_T False: padding, which gets expert id num_experts and weight 0.
 
-        taken_T1: an expert that each token must not go to (num_experts: none); requires top_k = 1."""
+        excluded_T1: an expert that each token must not go to (num_experts: none); requires top_k = 1."""
         x_TD = x_TD.view_as(x_TD)  # the gradients of gate and noise are added up first, so all sums have a fixed order
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
             scores_TE = logits_TE.softmax(-1)
-            topk_ids_TK = self.choose(x_TD, logits_TE, taken_T1)
+            topk_ids_TK = self.choose(x_TD, logits_TE, excluded_T1)
             weights_TK = scores_TE.gather(-1, topk_ids_TK)
             if self.renormalise:
                 weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
@@ -58,17 +58,17 @@ class Router(nn.Module):
             weights_TK = weights_TK.where(mask_T[:, None], 0.0)
         return Routing(topk_ids_TK, weights_TK, scores_TE, logits_TE)
 
-    def choose(self, x_TD: Tensor, logits_TE: Tensor, taken_T1: Tensor | None) -> Tensor:
-        """Expert ids, likeliest first; the second best where the likeliest is taken (DGMoE). Ids are compared."""
-        if taken_T1 is None:
+    def choose(self, x_TD: Tensor, logits_TE: Tensor, excluded_T1: Tensor | None) -> Tensor:
+        """Return expert ids, the most likely first. DGMoE: the second most likely where the first is excluded_T1."""
+        if excluded_T1 is None:
             if self.balanced:
                 return self.deal(x_TD)
             return logits_TE.argmax(-1, keepdim=True) if self.top_k == 1 else logits_TE.topk(self.top_k).indices
         assert self.top_k == 1
         if self.balanced:
-            return (taken_T1 + 1) % self.num_experts
+            return (excluded_T1 + 1) % self.num_experts
         best_T1, second_T1 = logits_TE.topk(2).indices.split(1, dim=-1)
-        return best_T1.where(best_T1 != taken_T1, second_T1)
+        return best_T1.where(best_T1 != excluded_T1, second_T1)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))

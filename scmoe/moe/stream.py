@@ -49,11 +49,11 @@ class StreamState(NamedTuple):
 class MoEStream(Operators):
     """Router, experts and the dispatcher between them.
 
-    capacity_factor: slots of an expert over its fair share of this rank's tokens; None: dropless.
-    filled: send and compute the filled slots alone. The host must know their numbers: free on a host, a wait for the
-    device elsewhere.
-    buffer: dropless rows between ranks are in buffers of this many times a rank's fair share (moe/buffers.py); the host
-    is asked nothing.
+    capacity_factor: slots of an expert, as a multiple of its fair share of this rank's tokens; None: dropless.
+    filled: send and compute only the filled slots. The host must know how many there are: this is free on a CPU, and a
+    synchronisation on a GPU.
+    buffer: dropless rows between ranks are in buffers of this multiple of a rank's fair share (moe/buffers.py), without
+    host synchronisation.
     """
 
     def __init__(
@@ -73,15 +73,15 @@ class MoEStream(Operators):
 
     @torch.compiler.disable
     def begin(
-        self, tap_BSD: Tensor, mask_BS: Tensor | None = None, chunks: int = 1, taken_T1: Tensor | None = None
+        self, tap_BSD: Tensor, mask_BS: Tensor | None = None, chunks: int = 1, excluded_T1: Tensor | None = None
     ) -> StreamState:
         """mask_BS False: padding, which is routed nowhere and takes no capacity.
 
         chunks: pieces of the rows, each with its own transfers, so that one's experts hide another's transfer.
-        taken_T1: an expert that each token must not go to (DGMoE)."""
+        excluded_T1: an expert that each token must not go to (DGMoE)."""
         x_TD = tap_BSD.flatten(0, -2)
         mask_T = None if mask_BS is None else mask_BS.flatten()
-        routing, layout = self.operator("route", self.route, x_TD, mask_T, chunks, taken_T1)
+        routing, layout = self.operator("route", self.route, x_TD, mask_T, chunks, excluded_T1)
         announced = None if layout.counts_PE is None else self.dispatcher.announce(layout.counts_PE)
         rows = self.operator("encode", encode, _in_wire_dtype(x_TD), layout, announced)
         sent = [self.operator("dispatch", self.dispatcher.dispatch, *chunk) for chunk in rows]
@@ -107,16 +107,16 @@ class MoEStream(Operators):
         return MoEOutput(y_TD.view(state.shape), state.stats)
 
     def forward(
-        self, x_BSD: Tensor, mask_BS: Tensor | None = None, chunks: int = 1, taken_T1: Tensor | None = None
+        self, x_BSD: Tensor, mask_BS: Tensor | None = None, chunks: int = 1, excluded_T1: Tensor | None = None
     ) -> MoEOutput:
         """The whole module at once: sum_i G(x)_i E_i(x) (Eq. 1)."""
-        return self.finish(self.run_experts(self.begin(x_BSD, mask_BS, chunks, taken_T1)))
+        return self.finish(self.run_experts(self.begin(x_BSD, mask_BS, chunks, excluded_T1)))
 
     def route(
-        self, x_TD: Tensor, mask_T: Tensor | None, chunks: int, taken_T1: Tensor | None
+        self, x_TD: Tensor, mask_T: Tensor | None, chunks: int, excluded_T1: Tensor | None
     ) -> tuple[Routing, Layout]:
         """Where each token goes, and which row each of its copies takes."""
-        routing = self.router(x_TD, mask_T, taken_T1)
+        routing = self.router(x_TD, mask_T, excluded_T1)
         return routing, self.arrange(routing.topk_ids_TK, mask_T, chunks)
 
     def arrange(self, ids_TK: Tensor, mask_T: Tensor | None, chunks: int) -> Layout:
@@ -136,9 +136,9 @@ class MoEStream(Operators):
 
 @contextmanager
 def dropless(model: nn.Module) -> Iterator[None]:
-    """Inside, no expert drops a token, whatever its capacity: under one, a token's result depends on its batch.
+    """Run the model dropless inside, whatever its capacity. With a capacity a token's result depends on its batch.
 
-    For models that are used, not trained: the routers' sums are not computed, and stats are None."""
+    For inference, not for training: the routers' sums are not computed, and stats are None."""
     streams = [module for module in model.modules() if isinstance(module, MoEStream)]
     before = [(stream.capacity_factor, stream.buffer, stream.filled, stream.sums) for stream in streams]
     try:

@@ -4,9 +4,9 @@
     CUDA      a stream of its own copies from pinned host memory into a slot on the device; not run yet, see
               docs/offload.md
 
-All MoE layers share the slots: an expert of a layer is needed once a token, so the slots serve one layer after the
-other, and the smallest cache is what one token needs of one layer. Where no slot is free, the expert that was used
-least recently goes. Slots are made once; nothing else on the device grows with the number of experts.
+All MoE layers share the slots: an expert of a layer is needed once for each token, so the slots serve one layer after
+the other, and the smallest cache holds the experts that one token needs in one layer. If no slot is free, the least
+recently used expert is evicted. Slots are made once; nothing else on the device grows with the number of experts.
 """
 
 import time
@@ -141,7 +141,7 @@ class Cache:
         self.hits += sum(key in self.held for key in keys)
 
     def prefetch(self, keys: Sequence[Key]) -> None:
-        """Starts to fetch those of the first `ahead` of these experts that are not here; none of them has to go."""
+        """Starts to fetch, of the first `ahead` keys, those that are not in the cache. Evicts none of these keys."""
         if self.closed:
             raise RuntimeError("the cache of this model's experts was closed: offload the model again")
         wanted = keys[: self.ahead]

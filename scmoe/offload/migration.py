@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scmoe.blocks.moe_block import MoEBlock
+from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.moe.dispatcher import Announced, Blocking, ChunkCounts, LocalDispatcher, Pending, Ready, Receipt
-from scmoe.moe.experts import Experts, best_way
+from scmoe.moe.experts import Experts, choose_mlps
 from scmoe.moe.router import Router
 from scmoe.offload.cache import Cache, FileReader, PinnedCopies, Source
 from scmoe.offload.store import Key, Store, expert_layers
@@ -42,7 +42,7 @@ class OffloadedExperts(nn.Module):
             raise RuntimeError("offloaded experts have no gradients: call the model inside torch.inference_mode()")
         y_RD, counts = torch.empty_like(rows_RD), counts_e.tolist()
         xs, ys = rows_RD.split(counts), y_RD.split(counts)
-        left, mlps = self.cache.in_turn(self.layer, counts), best_way(rows_RD, None)
+        left, mlps = self.cache.in_turn(self.layer, counts), choose_mlps(rows_RD, None)
         with torch.autocast(rows_RD.device.type, enabled=False):
             while left:
                 w_in_1DF, w_out_1FD = (w[None].to(rows_RD.dtype) for w in self.cache.weights(left))
@@ -120,7 +120,7 @@ def attach(
     model: nn.Module, store: Store, *, way: str, slots: int | None = None, rate_mb_s: float | None = None
 ) -> Cache:
     """The same with an open store, which the cache will close."""
-    blocks = [module for module in model.modules() if isinstance(module, MoEBlock)]
+    blocks = moe_blocks_of(model)
     names = {experts: name for name, experts in expert_layers(model).items()}
     top_k = max(block.moe.router.top_k for block in blocks)
     slots = min(2 * top_k, len(store.places)) if slots is None else slots

@@ -33,8 +33,8 @@ class Work(Protocol):
 
 
 Exchange = Callable[[Tensor, Traffic | None], tuple[Tensor, Work]]
-"""exchange(rows, traffic) starts an exchange of so many rows with each rank, None: of equal numbers; returns (target
-buffer, work). Rows are grouped by receiver, and in the buffer by sender."""
+"""exchange(rows, traffic) starts an exchange and returns (target buffer, work). traffic: numbers of rows to and from
+each rank; None: equal numbers. `rows` are grouped by receiver, the rows in the target buffer by sender."""
 
 
 def all_to_all(group: Any) -> Exchange:
@@ -108,7 +108,7 @@ class Posted:
 
 
 class Link:
-    """Knows the rows' latest exchange of this rank, so that gradients can go after it (update/pacing.py)."""
+    """Keeps this rank's latest exchange of rows, so that gradients can wait until it is finished (update/pacing.py)."""
 
     def __init__(self) -> None:
         self.latest: Work | None = None
@@ -123,7 +123,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Carried:
-    """An exchange that its link knows."""
+    """An exchange that stores each of its transfers in `link.latest`."""
 
     exchange: Exchange
     link: Link

@@ -1,4 +1,4 @@
-"""Dropless All-to-All that asks the host for nothing: buffers of fixed size, and counts that stay on the device."""
+"""Dropless All-to-All without host synchronisation: buffers of fixed size, and counts that stay on the device."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -35,8 +35,8 @@ def states_bytes(
 
 
 def estimates_of(module: nn.Module, context: ParallelContext, node_size: int) -> dict[str, float]:
-    """Return for each way twice the bytes of weights, gradients and AdamW's moments: as much again is for activations,
-    of which nothing is known here. module: with this rank's experts."""
+    """Return for each way twice the bytes of weights, gradients and AdamW's moments; the factor 2 leaves room for
+    activations, whose size is not known here. module: with this rank's experts."""
     experts = sum(p.nbytes for _, p in expert_parameters(module))
     dense = sum(p.nbytes for p in module.parameters()) - experts
     return {

@@ -75,9 +75,9 @@ def with_dense_mesh(
 def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
     """Split all parameters of `module` as `context.dense_mesh` says; they may be on the meta device.
 
-    precision: Lightning's. Under bf16-mixed, matrices are gathered in bfloat16, else a copy in bfloat16 of each whole
-    matrix would stay until backward; routers and vectors (norms, biases, scales of heads) stay in float32.
-    ValueError: an expert's width is no multiple of the ranks that hold it.
+    precision: Lightning's. Under bf16-mixed, matrices are gathered in bfloat16: gathered in float32, each would have a
+    bfloat16 copy by autocast, kept until backward. Routers and vectors (norms, biases, head scales) stay in float32.
+    ValueError: an expert's width is not a multiple of the number of ranks that hold this expert.
     """
     from scmoe.parallel.lightning_seam import gather_as_kept, split_over  # here, as it imports Lightning
 
@@ -146,9 +146,9 @@ def local(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def make_equal(module: nn.Module, context: ParallelContext) -> None:
-    """Give ranks that hold the same part of a weight the first one's values, as DDP does for replicated weights.
+    """Broadcast each part of a weight from the first rank that holds it to the others, as DDP does for whole weights.
 
-    A module that is built after an earlier fit was drawn from another generator on each rank."""
+    The parts differ if the module was built after an earlier fit: the generators of the ranks differ from then on."""
     groups = {p: context.edp_group for _, p in expert_parameters(module) if context.edp_size > 1}
     for p in module.parameters():
         if isinstance(p, DTensor):

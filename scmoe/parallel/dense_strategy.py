@@ -33,8 +33,10 @@ class DenseWeightsStrategy(FailFastStrategy):
     def is_split(self) -> bool:
         return self.context.dense_mesh is not None
 
-    def split(self, how: str, estimates: Mapping[str, float] | None) -> None:
-        """Set `context.dense_mesh`. Every rank must call it. how: auto is decided by rank 0, from the estimates."""
+    def set_dense_mesh(self, how: str, estimates: Mapping[str, float] | None) -> None:
+        """Set `context.dense_mesh` if dense weights are split. Every rank must call it.
+
+        how: auto is decided by rank 0, from the estimates."""
         if how == "auto" and estimates is not None:
             memory = memory_of_rank(self.root_device, self.num_processes)
             how, why = self.broadcast(pick_dense(estimates, memory))
@@ -46,7 +48,7 @@ class DenseWeightsStrategy(FailFastStrategy):
 
     def model_to_device(self) -> None:
         if self.dense == "auto" and self.dense_estimates is None and not self.is_split:
-            self.split("auto", estimates_of(self.module, self.context, self.num_processes))
+            self.set_dense_mesh("auto", estimates_of(self.module, self.context, self.num_processes))
         if self.is_split and not is_sharded(self.module):
             shard(self.module, self.context, self.precision_plugin.precision)
         self._check_placements()

@@ -46,15 +46,15 @@ def hops_of(by_rank: Tensor, rank: int, places: int) -> Hops:
 
 
 def equal_hops(num_rows: int, nodes: int, places: int) -> Hops:
-    """The hops of num_rows rows of each rank, as many for each."""
+    """Return the hops if each rank holds num_rows rows and sends the same number to every rank."""
     n = num_rows // (nodes * places)
     return Hops([[n] * places] * nodes, [[n] * places] * nodes, [[n] * nodes] * places)
 
 
 def swap_blocks(rows: Tensor, blocks: Blocks, out: Tensor | None = None) -> Tensor:
-    """Return the rows, whose blocks are in the order of rows of `blocks`, in the order of its columns.
+    """Transpose a matrix of blocks: the blocks come row by row and are returned column by column.
 
-    blocks: the number of rows in each block.
+    blocks: the matrix; an entry is the number of tensor rows in its block.
     """
     width = len(blocks[0])
     pieces = rows.split([size for row in blocks for size in row])
@@ -156,7 +156,7 @@ class OverNccl:
 
 @dataclass(frozen=True)
 class OnEvent:
-    """What a stream has been given up to an event. The current stream waits, not the host."""
+    """The work queued on a stream before an event. `wait` makes the current stream wait, not the host."""
 
     event: Any
 

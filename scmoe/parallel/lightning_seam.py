@@ -4,7 +4,6 @@ An upgrade can rename or change any of them without notice, so tests/unit/test_p
 refuses its use elsewhere. `trainer` is always a Lightning Trainer, `plugin` a precision plugin.
 """
 
-import os
 import re
 import signal
 import subprocess
@@ -53,8 +52,8 @@ def accumulated_batches(trainer: Any) -> int:
 
 
 def restart_validation(trainer: Any) -> None:
-    """Set the validation that runs back to its start, so that a run resumed from a checkpoint of this moment does all
-    of it. A sanity check leaves no trace in a checkpoint."""
+    """Reset the progress of the running validation, so that a run resumed from a checkpoint saved now does all of it.
+    A sanity check leaves no trace in a checkpoint."""
     progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
     if is_fitting(trainer) and (trainer.validating or trainer.sanity_checking):
         progress.reset()
@@ -64,7 +63,7 @@ def restart_validation(trainer: Any) -> None:
 
 
 def forget_started_batch(trainer: Any) -> None:
-    """Subtract the batch before which a run stops from the run's total; Lightning places validations by that total."""
+    """Do not count the batch that was started but not run before a stop: Lightning places validations by this count."""
     trainer.fit_loop.epoch_loop.batch_progress.total.reset_on_restart()
 
 
@@ -89,13 +88,9 @@ def mark_step_as_saved(trainer: Any) -> None:
             callback._last_global_step_saved = trainer.global_step
 
 
-def is_rank_zero() -> bool:
-    """Return whether this process is, or will be, global rank 0, as its launcher's environment variables say.
-
-    Where Lightning starts the ranks of several machines, their first processes differ by NODE_RANK alone.
-    """
-    node = 0 if "RANK" in os.environ else int(os.environ.get("NODE_RANK", 0))
-    return bool(rank_zero_only.rank == 0 and node == 0)  # type: ignore[attr-defined]
+def rank_without_trainer() -> int:
+    """Return this process's global rank as its launcher's environment variables give it."""
+    return int(rank_zero_only.rank)  # type: ignore[attr-defined]
 
 
 def started_ranks(strategy: Any) -> Sequence[subprocess.Popen[bytes]]:
@@ -132,8 +127,8 @@ def prefer_buckets(strategy: Any, megabytes: float) -> None:
 
 
 def split_over(mesh: DeviceMesh, dim: int) -> ShardPlacementResult:
-    """Return what makes FSDP split a parameter on `dim` over the last axis of this mesh, and copy it over the first of
-    two. FSDP refuses two such objects for one process group, so call it once for a mesh."""
+    """Return the placement with which FSDP splits a parameter on `dim` over the last axis of a mesh; over the first of
+    two axes it keeps copies. Call it once for a mesh: FSDP refuses two placements for one process group."""
     kind = FSDPMeshInfo(mesh, shard_mesh_dim=0) if mesh.ndim == 1 else HSDPMeshInfo(mesh, 1, 0)
     return ShardPlacementResult(Shard(dim), kind)
 

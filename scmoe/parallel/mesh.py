@@ -38,8 +38,8 @@ class ParallelContext:
     `gradient_group` (on CPUs) dense gradients that are paced, `checkpoint_group` (gloo) checkpoints, `control_group`
     (gloo) requests to stop; the default group carries dense gradients that are not paced, losses and metrics. `link`
     knows the All-to-All in flight. `exchange`: how rows travel; None: flat, by one All-to-All over `ep_group`.
-    `dense_mesh`: over which dense weights are split (dense_shards.py); None: each rank holds them whole. `exact_mesh`:
-    the same ranks, for those that stay in float32.
+    `dense_mesh`: the ranks over which dense weights are split (dense_shards.py); None: each rank holds them whole.
+    `exact_mesh`: the same ranks, for the weights that are gathered in float32.
     """
 
     rank: int = 0
@@ -83,7 +83,7 @@ class ParallelContext:
         return AllToAllDispatcher(self.ep_group, num_experts, ceiling, exchange, counts_group=self.counts_group)
 
     def carried(self) -> Exchange:
-        """Return how rows travel, in a way that `link` knows where gradients are paced."""
+        """Return the exchange of rows. If gradients are paced, `link` keeps track of its transfers."""
         exchange = self.exchange or all_to_all(self.ep_group)
         return exchange if self.gradient_group is None else Carried(exchange, self.link)
 
@@ -186,8 +186,8 @@ def crosses_nodes(ep_size: int, ranks_per_node: int) -> bool:
 def start_communicators(groups: Sequence[Any], device: torch.device) -> None:
     """Let NCCL make the communicators of these groups (None: the default one) now, in this order on every rank.
 
-    Else each is made at the first collective of its group, perhaps in another order on another rank while a transfer
-    runs, and a rank that never comes is found late. A collective with a wait for its end falls under the timeout.
+    Otherwise each would be made at the first collective of its group, perhaps in a different order on each rank while a
+    transfer runs, and a missing rank would be noticed late. The wait at the end makes the timeout apply to all of them.
     """
     for group in groups:
         dist.all_reduce(torch.zeros(1, device=device), group=group)

@@ -92,7 +92,7 @@ class Planner:
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """Where a choice holds: on as many ranks of this device, for these layers and numbers of chunks."""
+        """The conditions under which a choice is valid: ranks, device, backend, layers and numbers of chunks."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         ranks, names = dist.get_world_size(), [schedule.name for schedule in self.own]
         place = {"ranks": ranks, "device": device, "backend": self.backend}

@@ -47,7 +47,7 @@ class ExpertParallelStrategy(LockstepStrategy):
     async_checkpoint: training continues while a checkpoint is written; the files are complete some steps later.
     debug_collectives: ranks compare every collective before they take part in it; slow.
     full_checkpoint: rank 0 merges the shards of all ranks into one file.
-    reductions: ddp: sends gradients when a bucket is full; paced (CPUs): in pieces after the rows; None: paced on CPUs.
+    reductions: how gradients are sent. ddp: in full buckets; paced (CPUs): in pieces, after rows; None: paced on CPUs.
     exchange: how rows travel between nodes: flat | hierarchical | auto (mesh.build_context).
     dense: "replicated": dense weights on all ranks, under DDP. "sharded": over all ranks, and experts over the ranks
         that hold the same ones, under FSDP2. "hybrid": over the ranks of a node, with a copy on each node. "auto": the
@@ -110,7 +110,7 @@ class ExpertParallelStrategy(LockstepStrategy):
             ep_size = self.world_size if self.ep_size is None else self.ep_size
             network = self.exchange, self.num_processes, rank_zero_info
             self.context = build_context(ep_size, self.root_device, self.timeout, *network)
-            self.split(self.dense, self.dense_estimates)
+            self.set_dense_mesh(self.dense, self.dense_estimates)
             self.checkpoints = Checkpoints(self.context, self.async_checkpoint, self.full_checkpoint)
         self.module.parallel_context = self.context
 

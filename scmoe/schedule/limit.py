@@ -1,20 +1,20 @@
-"""The least time of an iteration on links that carry gradients too: nothing waits that does not have to.
+"""A lower bound on the time of an iteration whose links also carry gradients: only waits that cannot be avoided count.
 
     forward     computation beside the rows' transfers
     backward    computation beside the rows' and the gradients' transfers; a gradient is there when it is computed
     update      needs all gradients
 
-A schedule need not reach it: transfers of rows may start at any time of a direction here, and each hides behind all of
-its computation.
+A schedule may not reach the bound: here a transfer of rows can start at any time of its direction (forward, backward),
+and all computation of this direction can hide it.
 """
 
 from collections.abc import Iterable
 
 
 def in_parallel(computation: float, transfers: Iterable[tuple[float, float]]) -> float:
-    """Return the least time in which a computation and transfers end that take turns on one link.
+    """Return the shortest time in which a computation and all transfers can end; the transfers take turns on one link.
 
-    transfers: when each can start, since the computation's start, and how long it takes.
+    transfers: for each, its earliest start, counted from the start of the computation, and its duration.
     """
     end, after = computation, 0.0
     for ready, duration in sorted(transfers, reverse=True):

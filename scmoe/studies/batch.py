@@ -187,7 +187,7 @@ class Running:
 
 
 def _call(here: Callable[..., int], words: Sequence[str], log: IO[str]) -> int:
-    """Run a training in this process: without a start of Python, and without anything that could kill it."""
+    """Run a training in this process: Python does not start again, but nothing can kill the training alone."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         with redirect_stdout(log), redirect_stderr(log):

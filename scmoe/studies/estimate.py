@@ -70,7 +70,7 @@ def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
 def estimate_table(facts: dict[str, Any]) -> Table:
     ep, dp, sent = facts["ep_size"], facts["dp_size"], facts["all_to_all_bytes_per_token_and_transfer"]
     title = f"estimate for EP {ep} x DP {dp}, {facts['precision']}"
-    made = Table("of", Column("number", justify="right"), "how", title=title, title_justify="left")
+    made = Table("quantity", Column("value", justify="right"), "how", title=title, title_justify="left")
     made.add_row("parameters", f"{facts['params_total']:,}", f"{facts['params_active']:,} active per token")
     of_experts = f"{facts['params_per_rank_experts']:,} in 1/{ep} of the experts"
     made.add_row("parameters of a rank", f"{facts['params_per_rank']:,}", of_experts, end_section=True)

@@ -1,7 +1,7 @@
 """Continues texts with the model of a run or of an export, from top to bottom. Every rank calls `generate_texts`.
 
-Each rank has its own texts and its own experts: of every block of `batch_size` x ranks prompts it takes every n-th one.
-The results of a block come to rank 0 before the next block begins, in the order of the prompts.
+Each rank has its own texts and its own experts. Prompts are taken in blocks of `batch_size` x ranks; of a block, rank r
+takes prompts r, r + ranks, ... Rank 0 collects the results of a block in the order of the prompts before the next one.
 """
 
 import json
@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.registry import ARCHITECTURES
@@ -21,16 +22,16 @@ from scmoe.datamodules.text import TextDataModule
 from scmoe.datamodules.tokenizer import Tokenizer
 from scmoe.inference.generate import Step, check_length, collect, stream
 from scmoe.inference.passes import Passes
-from scmoe.inference.planned import moe_blocks, plan_passes
+from scmoe.inference.planned import plan_passes
 from scmoe.inference.prompts import Prompt
 from scmoe.inference.sampling import Sampling
 from scmoe.inference.stopping import Stopping
 from scmoe.offload.cache import Cache
-from scmoe.parallel.lightning_seam import is_rank_zero
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.build.data import build_datamodule, check_tokenizer, prepare_data
 from scmoe.training.build.offloaded import offloaded
 from scmoe.training.run.directory import relative
+from scmoe.training.run.machine import is_rank_zero
 from scmoe.training.run.on_ranks import ending_together, find_weights, start_ranks
 from scmoe.training.run.resume import Which
 
@@ -177,9 +178,9 @@ def write_all(
 def passes_of(
     model: Any, context: ParallelContext, prompts: Sequence[Sequence[int]], request: Request
 ) -> tuple[Passes, dict[str, str]]:
-    """Return how passes run, and what that is in words, by shape. With request.plan every rank measures first."""
+    """Return the Passes, and texts that say how prefill and decode run. With request.plan every rank measures first."""
     passes = Passes(context.true_on_all_ranks, request.piece)
-    blocks = moe_blocks(model)
+    blocks = moe_blocks_of(model)
     if not request.plan:
         as_set = sorted({f"{b.schedule.name}, slot {b.schedule.slot} x {b.schedule.chunks}" for b in blocks})
         return passes, dict.fromkeys(("prefill", "decode"), "as configured: " + (", ".join(as_set) or "dense"))

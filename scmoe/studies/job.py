@@ -41,9 +41,9 @@ class State:
 
 @dataclass(eq=False)
 class Job:
-    """One training of a study. arguments: those with which the launcher starts it; the launcher's last word names the
-    program. again: what the command that resumes it must name, as a run's directory imports nothing. is_own: whether a
-    run directory belongs to this job, and not to an earlier one of this name with another config."""
+    """One training of a study. arguments: of the command that starts it; the launcher's last word names the program.
+    again: extensions and callbacks that the resume command must name, because a kept configuration runs no code.
+    is_own: whether a run directory belongs to this job, not to an earlier job of this name with another config."""
 
     name: str
     title: str

@@ -88,8 +88,8 @@ def over_the_bus(device: torch.device, rate: float = 1.0) -> Exchange:
     """Copies rows to pinned host memory and back on a separate stream, as an All-to-All between GPUs on PCIe without
     peer access does; one GPU is enough. The copies run in parallel with the computation of the current stream.
 
-    rate: that of the transfers over the bus's own. At 0.4 every row is copied 2.5 times. At 4 a quarter of the rows is
-    copied to the host and back, and the others stay on the device, as an All-to-All leaves rows on their own rank.
+    rate: the transfers' rate, as a multiple of the bus's own. At 0.4 every row is copied 2.5 times. At 4 a quarter of
+    the rows is copied to the host and back; the others stay on the device, like the rows that an All-to-All keeps.
     device: on a CPU a thread copies from memory to memory, so that the code around it can be tested.
     """
     if device.type != "cuda":

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scmoe.blocks.moe_block import MoEBlock
+from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.load import load
 from scmoe.moe.operators import Recorder
 from scmoe.offload.cache import Cache, FileReader
@@ -191,9 +191,9 @@ def rounds(variants: dict[str, nn.Module], caches: dict[str, Cache], tokens: int
 def figures(times: Times, model: nn.Module, setting: Setting, rate: float) -> dict[str, Any]:
     """Returns the figures of one case; no ways if nothing was kept.
 
-    An offloaded MoE block takes what a resident one takes, and its share of what the whole model takes longer. bound:
-    the largest share of a fetch that can be hidden. What can hide it is the window, and of several experts the
-    computation of all but the last."""
+    The latency of an offloaded MoE block is that of a resident one plus the model's extra time per MoE block. bound:
+    the largest share of a fetch that can be hidden. The window hides it and, if several experts are fetched, the
+    computation of all of them but the last."""
     case = {"rate_mb_s": rate, "kept": times.kept, "tried": times.tried, "equal_bits": times.equal_bits, "ways": {}}
     if not times.kept:
         return case
@@ -216,11 +216,11 @@ def figures(times: Times, model: nn.Module, setting: Setting, rate: float) -> di
 def in_place(model: nn.Module, ids: Tensor) -> list[list[Span]]:
     """Runs the resident model and returns the operators of each block. Alone they would be faster, with their weights
     in the processor's caches."""
-    recorders = [Recorder(torch.device("cpu")) for _ in blocks_of(model)]
-    for block, recorder in zip(blocks_of(model), recorders, strict=True):
+    recorders = [Recorder(torch.device("cpu")) for _ in moe_blocks_of(model)]
+    for block, recorder in zip(moe_blocks_of(model), recorders, strict=True):
         block.run_as(block.schedule, block.moe.dispatcher, recorder)
     model(ids)
-    for block in blocks_of(model):
+    for block in moe_blocks_of(model):
         block.run_as(block.schedule, block.moe.dispatcher)
     return [recorder.spans("forward") for recorder in recorders]
 
@@ -228,7 +228,7 @@ def in_place(model: nn.Module, ids: Tensor) -> list[list[Span]]:
 def block_and_window(operators: list[list[Span]], model: nn.Module) -> tuple[float, float]:
     """Returns the seconds of a resident MoE block (its attention, MoE module and shared expert), and of the backbone's
     operators between gate and experts: medians."""
-    window = blocks_of(model)[0].schedule.window
+    window = moe_blocks_of(model)[0].schedule.window
     block, between = [], []
     for spans in operators:
         attentions = [span.end - span.start for span in spans if span.operator == "attention"]
@@ -241,10 +241,6 @@ def block_and_window(operators: list[list[Span]], model: nn.Module) -> tuple[flo
 
 def duration(spans: list[Span], operator: str) -> float:
     return sum(span.end - span.start for span in spans if span.operator == operator)
-
-
-def blocks_of(model: nn.Module) -> list[MoEBlock]:
-    return [module for module in model.modules() if isinstance(module, MoEBlock)]
 
 
 def peaks(model: nn.Module, path: Path, tokens: int, setting: Setting) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from scmoe.testbed.speed_chart import name_of
 QUICK: dict[str, Any] = dict(
     dim=64, ffn_dim=128, heads=2, pairs=2, tokens=(1, 8), rounds=2, limit_s=2.0, max_wait=float("inf")
 )
-# Blocking costs so much of a MoE block's latency, of which asynchronous migration takes away a share; peak memory less
+# Blocking's extra latency over an MoE block's; the share of it that migration hides; the share of peak memory saved
 PAPERS = {"GPT2-MoE-Medium": (0.8, 0.75, 0.5), "GPT3-MoE-XL": (2.4, 0.25, 0.6)}
 COLORS = {"blocking": RED, "determinate": BLUE, "speculative": SKY}
 

@@ -153,8 +153,8 @@ class Bench:
         return planner.choices[0]
 
     def gradients(self, block: str) -> list[tuple[float, int]]:
-        """When each gradient is there that the ranks add up in an iteration (all but the experts'), as a part of
-        backward's time without transfers, and its size in bytes."""
+        """Return (ready, bytes) of each gradient that is summed over ranks (all but the experts'). ready: when it is
+        computed, as a share of the time of backward without transfers."""
         step = self.set(Variant(block, default_schedule(block), "alone"))
         shards = {p for _, p in expert_parameters(step.model)}
         ready: dict[nn.Parameter, float] = {}
@@ -258,7 +258,7 @@ class Timed(Protocol):
 
 
 def through_link(ranks: int, nodes: int) -> float:
-    """How many times the rows of one rank leave by a link: the rank's own, or its node's card."""
+    """The rows that leave by a link (the rank's own, or its node's card), as a multiple of the rows of one rank."""
     return 1 - 1 / ranks if nodes == 1 else ranks / nodes * (1 - 1 / nodes)
 
 

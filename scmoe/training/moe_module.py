@@ -66,7 +66,7 @@ class MoEModule(LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **given: Any) -> Any:
-        """Lightning's, which needs `make_model` and `max_steps` given here: a checkpoint has no functions."""
+        """As Lightning's, but `make_model` and `max_steps` must be given again: a checkpoint holds no functions."""
         if "make_model" not in given:
             raise TypeError(
                 f"{cls.__name__}.load_from_checkpoint lacks make_model, allowed: "

@@ -75,7 +75,7 @@ class Given(torch.nn.Module):
         scores_TE = torch.zeros(TOKENS, EXPERTS)
         self.routing = Routing(topk_ids_TK, topk_weights_TK, scores_TE, scores_TE)
 
-    def forward(self, x_TD: Tensor, mask_T: Tensor | None, taken_T1: Tensor | None) -> Routing:
+    def forward(self, x_TD: Tensor, mask_T: Tensor | None, excluded_T1: Tensor | None) -> Routing:
         return self.routing
 
 

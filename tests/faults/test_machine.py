@@ -11,10 +11,9 @@ from torch.distributed import DistNetworkError
 
 from scmoe.config.load import load
 from scmoe.experiments import call
-from scmoe.parallel.lightning_seam import is_rank_zero
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.training.run import machine
-from scmoe.training.run.machine import check_machine
+from scmoe.training.run.machine import check_machine, is_rank_zero
 from scmoe.training.run.wandb_logger import wandb_mode
 
 pytestmark = [pytest.mark.faults, pytest.mark.representative]

@@ -107,10 +107,10 @@ assert train.train(config, overrides)["steps"] == 2
 def test_33_text_that_is_no_key_is_not_redacted():
     """Such texts are a snapshot's folder, a commit's short name, a short value, a variable that holds no key."""
     for text in ("/hub/snapshots/" + "0123456789" * 4 + "/model", "0123456789abcdef", "a short word", "hf_hub"):
-        assert redact.without_keys(text, {"A_KEY": "short", "HOME": text}) == text
+        assert redact.redacted(text, {"A_KEY": "short", "HOME": text}) == text
     given = {"a": ["xx 12345678", 3, None], "b": ("12345678",)}
-    assert redact.without_keys(given, {"A_KEY": "12345678"}) == {"a": ["xx *****", 3, None], "b": ("*****",)}
-    assert redact.without_keys(load(None, []), {}) == load(None, [])
+    assert redact.redacted(given, {"A_KEY": "12345678"}) == {"a": ["xx *****", 3, None], "b": ("*****",)}
+    assert redact.redacted(load(None, []), {}) == load(None, [])
 
 
 # ---------------------------------------------------------------------- 34: checkpoints

@@ -166,7 +166,7 @@ def test_further_arguments_reach_the_trainer_or_are_refused(tmp_path):
     assert done.summary["steps"] < 4, "the time is over"
     for words, said in (
         ("trainer.extra.strategy=ddp", "a mapping without strategy, which the section strategy decides"),
-        ("trainer.extra.max_tim=1", "of which max_tim is none; did you mean max_time?"),
+        ("trainer.extra.max_tim=1", "max_tim is not one; did you mean max_time?"),
         ("trainer.extra.max_time=soon", "allowed: further arguments of Lightning's Trainer: "),
     ):
         refused = train(tmp_path, words)

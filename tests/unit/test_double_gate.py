@@ -48,8 +48,8 @@ def test_ties_do_not_select_the_taken_expert(value):
     router = Router(4, 2, 1)
     nn.init.constant_(router.gate.weight, value)
     x_TD = torch.ones(6, 4)
-    taken_T1 = torch.tensor([[0], [1]] * 3)
-    assert (router(x_TD, None, taken_T1).topk_ids_TK == 1 - taken_T1).all()
+    excluded_T1 = torch.tensor([[0], [1]] * 3)
+    assert (router(x_TD, None, excluded_T1).topk_ids_TK == 1 - excluded_T1).all()
 
 
 def test_padding_takes_no_expert_and_a_balanced_gate_stays_balanced():
@@ -67,8 +67,8 @@ def test_the_two_halves_of_a_token_go_to_two_experts(monkeypatch):
     """Without the rule, many tokens, but not all, would use one expert twice."""
     routings, without_rule, forward = [], [], Router.forward
 
-    def spy(self, x_TD, mask_T=None, taken_T1=None):
-        routings.append(forward(self, x_TD, mask_T, taken_T1))
+    def spy(self, x_TD, mask_T=None, excluded_T1=None):
+        routings.append(forward(self, x_TD, mask_T, excluded_T1))
         without_rule.append(forward(self, x_TD, mask_T))
         return routings[-1]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scmoe.moe.experts import Experts, batched_mlps, best_way, grouped_mlps, mlps_in_turn, zero_if_idle
+from scmoe.moe.experts import Experts, batched_mlps, choose_mlps, grouped_mlps, mlps_in_turn, zero_if_idle
 from tests import reference
 from tests.support.models import assert_close, gradients, randomise
 
@@ -95,7 +95,7 @@ def test_batched_products_equal_the_experts_in_turn(share, dtype, activation):
 
 def test_the_chosen_way_avoids_waits_of_the_host():
     def chosen(device: str, dtype: torch.dtype, counts_e: Tensor | None) -> object:
-        return best_way(torch.empty(8, DIM, dtype=dtype, device=device), counts_e)
+        return choose_mlps(torch.empty(8, DIM, dtype=dtype, device=device), counts_e)
 
     counts = torch.tensor([2, 2, 2, 2])
     assert chosen("meta", torch.float32, None) is chosen("meta", torch.float64, None) is batched_mlps

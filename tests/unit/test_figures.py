@@ -55,7 +55,7 @@ def report_of(share: float, rows: tuple[str, ...] = SHOWN, **setting: Any) -> di
 
 
 def test_ratios_of_a_report_are_those_of_its_times():
-    """ScMoE hides all communication. The limit is the time without it: 1 / (1 - 0.52) forward, 2.5 / 2.3 in training."""
+    """ScMoE hides all communication. Without it the pair takes 1 - 0.52 s forward and 2.3 of 2.5 s in training."""
     report = report_of(0.52)
     hidden, exposed = report["rows"]["scmoe_pos2"], report["rows"]["shared_expert"]
     assert (report["comm_share"], report["limit_forward"]) == (pytest.approx(0.52), pytest.approx(1 / 0.48))

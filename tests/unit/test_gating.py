@@ -50,8 +50,8 @@ def test_sums_add_up_over_ranks_and_metrics_are_means_over_layers():
 def test_the_probe_reads_what_dgmoes_gate_reads(position, monkeypatch):
     routings, forward = [], Router.forward
 
-    def spy(self, x_TD, mask_T=None, taken_T1=None):
-        routing = forward(self, x_TD, mask_T, taken_T1)
+    def spy(self, x_TD, mask_T=None, excluded_T1=None):
+        routing = forward(self, x_TD, mask_T, excluded_T1)
         routings.append((x_TD.detach(), routing))
         return routing
 

@@ -22,9 +22,9 @@ def test_layers_with_one_schedule_share_a_line():
     lines = plan_lines([choice, choice, replace(choice, schedule=Schedule("scmoe", "pos1", 2))])
     assert len(lines) == 2
     assert lines[0].startswith(
-        "plan: MoE layers 1 to 2: scmoe pos1, slot 1 of 0 to 2, 1 chunk(s): 23.0 ms there and back, 10.0"
+        "plan: MoE layers 1 to 2: scmoe pos1, slot 1 of 0 to 2, 1 chunk(s): 23.0 ms forward and backward, of which 10.0"
     )
-    assert "Eq. 11 would take slot" in lines[1]
+    assert "Eq. 11 would choose slot" in lines[1]
 
 
 def test_what_ran_says_how_much_communication_there_is_to_hide():

@@ -199,7 +199,7 @@ def test_two_batches_cannot_run_one_table(table):
 def test_a_run_that_ends_without_its_metric_has_failed(table):
     (run, *_) = table.plan()
     table.make([run], "no_such")
-    assert run.state.error == "it ended without no_such in its summary"
+    assert run.state.error == "it ended without a finite no_such in its summary"
 
 
 def test_a_training_that_does_not_stop_is_killed_at_the_second_request(tmp_path):

@@ -133,7 +133,7 @@ def test_the_data_of_a_run_are_those_of_its_checkpoints(tmp_path):
 
 
 def test_no_report_is_made_over_runs_that_have_read_different_data(tmp_path):
-    """The text behind data.path was edited between two calls. A state of an earlier version does not say what it read."""
+    """The text behind data.path was edited between two calls. Earlier versions' states do not say what was read."""
     request = Request("smoke", [f"runs_dir={tmp_path}"], seeds=1)
     plan, said = plan_table(load_table("table4", CONFIGS), request, print), []
     for i, run in enumerate(plan.runs):

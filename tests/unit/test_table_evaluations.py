@@ -91,7 +91,9 @@ def test_a_failed_evaluation_says_why_and_is_made_again(evaluated):
 def test_an_evaluation_without_its_metric_has_failed(evaluated):
     _, _, scale, evaluate = evaluated
     jobs = evaluate(replace(scale, evaluate=()))
-    assert {job.state.error for job in jobs} == {f"it ended without texts.{TEXT}.perplexity in evaluation.json"}
+    assert {job.state.error for job in jobs} == {
+        f"it ended without a finite texts.{TEXT}.perplexity in evaluation.json"
+    }
 
 
 def test_another_command_evaluates_again_and_old_results_are_not_compared_with_new_ones(evaluated):

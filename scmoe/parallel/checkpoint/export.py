@@ -59,7 +59,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 
 def exported_by_name(path: Path, model: nn.Module) -> Callable[[str], Tensor]:
-    """Return what reads one parameter by its name in the model; of the experts only those that the model has.
+    """Return a function that reads one parameter by its name in the model, and only the experts that the model has.
 
     model: may be on the meta device. ValueError: another model's file, or another format.
     """

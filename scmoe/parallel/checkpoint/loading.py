@@ -103,8 +103,8 @@ def load_model(path: Path, model: nn.Module, prefix: str = "") -> None:
 
 
 def weights_by_name(path: Path, model: nn.Module, prefix: str = "") -> Callable[[str], Tensor]:
-    """Return what reads one parameter by its name in the model, which may be on the meta device. Arguments and errors
-    are those of `load_model`."""
+    """Return a function that reads one parameter by its name in the model, which may be on the meta device. Arguments
+    and errors are those of `load_model`."""
     reader, own = _of_model(path, model, prefix), dict(model.named_parameters())
 
     def read(name: str) -> Tensor:

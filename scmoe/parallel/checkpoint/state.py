@@ -28,9 +28,9 @@ FULL = "all.safetensors"
 
 
 def model_state(module: nn.Module, context: ParallelContext) -> dict[str, Tensor]:
-    """Return the module's tensors by name, what is split over ranks as DTensors. They share storage with the module, so
-    reading into them loads the module. A tied weight occurs once, under its first name. FSDP splits what is whole again
-    where `state_dict` is called."""
+    """Return the module's tensors by name; tensors that are split over ranks are DTensors. They share storage with the
+    module, so reading into them loads the module. A tied weight occurs once, under its first name. Calling `state_dict`
+    makes FSDP split again what it has gathered."""
     shards = {name for name, _ in expert_parameters(module)}
     tied = tied_weights(module)
     state = ((name, t) for name, t in module.state_dict().items() if name not in tied)
@@ -79,7 +79,7 @@ def split(checkpoint: dict[str, Any], context: ParallelContext) -> tuple[dict[st
 
 
 def as_dtensor(experts: Tensor, context: ParallelContext) -> Tensor:
-    """Return the experts of all ranks; this tensor holds a rank's share of them, or (split on dim 1) a part of it."""
+    """Return a DTensor of all experts. experts: this rank's share of them, or a DTensor that splits it on dim 1."""
     over_edp = Shard(1) if isinstance(experts, DTensor) else Replicate()
     return DTensor.from_local(local(experts).detach(), context.mesh, [over_edp, Shard(0)], run_check=False)
 

@@ -28,7 +28,7 @@ LEFT_ALONE = re.compile(r"timed out|connection closed|connection reset|broken pi
 def note_absent(error: BaseException, context: ParallelContext) -> list[int]:
     """Return the ranks that do not answer; add them, and where this rank waited, to the error.
 
-    Any other error than that of a collective which was left alone stays as it is, and the list is empty.
+    If the error is not that of a collective that another rank has left, it stays as it is, and the list is empty.
     """
     if not isinstance(error, RuntimeError) or not LEFT_ALONE.search(str(error)):
         return []

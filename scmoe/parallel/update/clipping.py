@@ -23,7 +23,7 @@ from scmoe.parallel.update.guard import Guard
 class GuardedUpdate:
     """Replaces the functions of a precision plugin that run between backward and update.
 
-    norm: the global gradient norm of the last update, before clipping; None while nothing has looked at it.
+    norm: the global gradient norm of the last update, before clipping; None before it is computed.
     """
 
     def __init__(self, plugin: Any, module: nn.Module, context: ParallelContext) -> None:
@@ -144,5 +144,5 @@ def squares(
 
 
 def total_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """Return the norm of all together. torch gives that of no gradients on the CPU; a collective refuses it there."""
+    """Return the joint norm, on `device`: of an empty list torch returns a norm on the CPU, which NCCL refuses."""
     return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)

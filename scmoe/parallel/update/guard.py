@@ -1,10 +1,10 @@
 """A NaN or Inf stops every rank before the update; the error names the layer and the rank where it arose (fault 27).
 
 The global gradient norm is bit-identical on all ranks, so all ranks see at the same time that it is not finite, without
-another message. Only then is the origin searched. The reduction has spread the NaN over all ranks by that time, so
-every module leaves the sum of its output and the sum of its output's gradient behind as it computes: one small
-reduction each, which nothing waits for. `clipping.py` decides when to check. Left out: modules inside a compiled one
-(the modules around it and the names of gradients remain).
+another message. They search for the origin only in this case. By then the reduction has spread the NaN to all ranks, so
+every module records the sum of its output and the sum of its output's gradient in each step: one small reduction each,
+which nothing waits for. `clipping.py` decides when to check. Left out: modules inside a compiled one; the error then
+names a module around it, or a gradient.
 """
 
 from typing import Any

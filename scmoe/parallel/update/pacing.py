@@ -3,10 +3,10 @@
     link    rows      piece piece rows           piece piece piece ...
             combine               dispatch
 
-Gradients and rows share the rank's link. Backward waits for rows, but for gradients only at its end. So rows wait
-behind the two pieces that have begun at most, and gradients fill what the rows leave free. All-reduces of gloo run on
-the host, so a thread can decide there when each begins. On CUDA the host is ahead of the device and cannot; there the
-stream of the rows has priority (mesh.py).
+Gradients and rows share the rank's link. Backward waits for rows at once, but for gradients only at its end. So rows
+wait for at most two pieces that have begun, and gradients use the link while no rows do. All-reduces of gloo run on the
+host, where a thread decides when each begins. On CUDA this is impossible, because the host runs ahead of the device;
+there the stream of the rows has priority (mesh.py).
 """
 
 import threading
@@ -72,7 +72,7 @@ class Pacer:
         """Sum all_RN over the group's R ranks; each keeps its row in `own` [N], which is the result.
 
         Each rank sends its numbers to the rank that keeps them: half of the bytes of gloo's reduce-scatter, which is an
-        all-reduce. group: in place of the Pacer's, and like it used for nothing else."""
+        all-reduce. group: used instead of the Pacer's own; it must carry nothing else, too."""
 
         def begin(own: Tensor, part_RN: Tensor) -> Callable[[], None]:
             theirs_RN = torch.empty_like(mine_RN := part_RN.contiguous())
@@ -132,10 +132,10 @@ def _errors_to(done: Future[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def pacing(ddp: Any, context: ParallelContext) -> Iterator[Pacer]:
-    """Pace the gradients of `ddp`, a DistributedDataParallel before its first step. Yields a Pacer for expert shards.
+    """Pace the gradients of `ddp`, a DistributedDataParallel before its first step. Yield a second Pacer, for experts.
 
-    It is another one, because the order of a dense and an expert bucket may differ from rank to rank: an unused
-    parameter's bucket is full at the end.
+    Dense and expert buckets need two Pacers, because the order between them may differ from rank to rank: the bucket of
+    an unused parameter is sent at the end.
     """
     dense, experts = Pacer(context.gradient_group, context.link), Pacer(context.edp_group, context.link)
     ddp.register_comm_hook(None, dense.mean_of_bucket)

@@ -27,9 +27,9 @@ SUMS_OF_A_UNIT = 3  # at most: of its dense weights, of those in float32, and of
 
 
 class PacedScatter:
-    """What FSDP calls in place of a reduce-scatter. It returns before `output_tensor` is set; `wait` sets all of them.
+    """FSDP calls this instead of a reduce-scatter. A call returns before its `output_tensor` is set; `wait` sets all.
 
-    Gradients that are read at once (`at_once`) are waited for at once.
+    `at_once`: FSDP or a hook reads each sum right after the call, so each call waits for its sum.
     """
 
     def __init__(self, pacer: Pacer, context: ParallelContext, parameters: Sequence[nn.Parameter]) -> None:

@@ -17,7 +17,6 @@ from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.moe.stream import dropless
 from scmoe.parallel.checkpoint.durable import read_manifest
-from scmoe.parallel.lightning_seam import is_rank_zero
 from scmoe.parallel.rank_zero import Forward, run_on_rank_zero
 from scmoe.studies.evaluate.held_out_loss import score_test_split
 from scmoe.studies.evaluate.material import Material, Request, read_material
@@ -25,6 +24,7 @@ from scmoe.studies.evaluate.results import keep_results, log_to_wandb, read_resu
 from scmoe.studies.evaluate.scoring import Scorer
 from scmoe.studies.evaluate.text import score_text
 from scmoe.training.run.directory import relative
+from scmoe.training.run.machine import is_rank_zero
 from scmoe.training.run.on_ranks import config_without_training, ending_together, start_ranks
 from scmoe.training.run.resume import config_of, find_checkpoint
 

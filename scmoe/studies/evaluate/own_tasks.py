@@ -34,7 +34,7 @@ def sentences_of(documents: Sequence[str]) -> list[list[str]]:
 
 
 def cloze(documents: Sequence[str], origin: str) -> Task:
-    """Return questions for the last word of a sentence, after it and the sentence before."""
+    """Return questions that ask for the last word of a sentence, given the rest of it and the sentence before."""
     texts = sentences_of(documents)
     often = Counter(word for text in texts for sentence in text for word in re.findall("[a-z]+", sentence))
     found = [

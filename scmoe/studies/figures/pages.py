@@ -1,8 +1,8 @@
-"""All pictures and tables of the docs, each made from a report or from results that are kept.
+"""Draws all pictures and tables of the docs from stored reports and results.
 
-A measuring command with `--out docs/figures` writes NAME.json, its report, and NAME.png. `table --to docs/results`
-writes NAME/results.json. The pictures that are drawn here are those of every report and of every table, and of nothing
-but assumed times.
+A measuring command with `--out docs/figures` writes its report, NAME.json, and NAME.png. `table --to docs/results`
+writes NAME/results.json. This file draws a picture for each report and for each table, and the pictures of assumed
+operator times, which need no measurement.
 """
 
 import json

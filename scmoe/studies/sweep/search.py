@@ -123,10 +123,10 @@ def bands(rule: dict[str, Any]) -> list[int]:
 
 
 def hopeless(sweep: Sweep, trial: Trial, others: Sequence[Trial]) -> bool:
-    """Of the n trials that have reached the last band that this trial has passed: is it worse than n / eta, rounded
-    down, and one more of them?
+    """Return whether Hyperband stops the trial: at the last band that it has passed, which n trials have reached, its
+    value is worse than the (floor(n / eta) + 1)-th best of theirs.
 
-    strict judges it by its value at the band, otherwise by its best value so far.
+    early_terminate.strict: compare the trial's value at the band; otherwise its best value so far.
     """
     rule, sign = sweep.raw.get("early_terminate"), 1 if sweep.minimize else -1
     if not rule or not (passed := [band for band in bands(rule) if band <= len(trial.history)]):

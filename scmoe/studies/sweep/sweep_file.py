@@ -111,7 +111,7 @@ def _check(raw: Any) -> None:
     if "metric" in raw:
         check("metric", raw["metric"], METRIC, ("name",))
     elif raw["method"] == "bayes" or "early_terminate" in raw:
-        raise ConfigError("metric is missing, which method bayes and early_terminate look at")
+        raise ConfigError("metric is missing, allowed: a metric, which method bayes and early_terminate require")
     if "early_terminate" in raw:
         check("early_terminate", raw["early_terminate"], HYPERBAND, ("type",))
         needed = {"max_iter", "s"} if "max_iter" in raw["early_terminate"] else {"min_iter"}

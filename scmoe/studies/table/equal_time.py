@@ -20,10 +20,10 @@ SPEED = "train_speedup"  # of one pair of blocks, forward and backward, over seq
 def at_equal_time(
     table: Table, finished: Sequence[Run], speeds: Mapping[float, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Return by share of communication, as text, {comm_share, rows}: for each row with a speed its speed, the step it
-    has reached, its loss there over seeds, and the difference to its baseline there; `equal_tokens`: without speeds.
+    """Return {share of communication, as text: {comm_share, rows}}. rows: for each row that has a speed, its speed, the
+    step reached, the loss at that step over seeds and its difference to the baseline. `equal_tokens`: all speeds are 1.
 
-    Empty where the table's file asks for no equal time. A share whose speeds are missing is left out.
+    Empty if the table's file has no equal_time. A share without measured speeds is left out.
     """
     if not table.equal_time:
         return {}

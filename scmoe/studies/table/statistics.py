@@ -99,8 +99,8 @@ def pooled(stds: Sequence[float]) -> float:
 
 
 def rank_correlation(pairs: list[tuple[float, float]]) -> tuple[float, float]:
-    """Return Spearman's rank correlation of pairs, and its two-sided p: of few pairs the share of all orders that
-    correlate as strongly, where the usual formula does not hold."""
+    """Return Spearman's rank correlation of pairs, and its two-sided p. For few pairs, where the usual formula does not
+    hold, p is exact: the share of all orders that correlate at least as strongly."""
     from scipy import stats
 
     ours, theirs = zip(*pairs, strict=True)

@@ -105,7 +105,7 @@ NAMES = {
 
 
 def sent_bytes(func: Any, args: Any) -> tuple[str, int]:
-    """Return a collective's name and group, and the bytes that a rank sends in it; of N ranks, N / (N - 1) times that.
+    """Return a collective's name and group, and the bytes that a rank sends in it, its own share included.
 
     An all-reduce is a reduce-scatter and an all-gather, so it sends its tensor twice. The others send the larger of
     what goes in and what comes out."""

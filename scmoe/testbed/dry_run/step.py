@@ -45,8 +45,8 @@ DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
 class DryRun:
     """Bytes of rank 0, FLOPs of its batch, bytes of each collective in a step.
 
-    weights, gradients, optimizer: all of them. peak: what was there when most was, by the phase that made it;
-    `gradients` are DDP's buckets, experts' gradients are made in `backward`."""
+    weights, gradients, optimizer: totals. peak: bytes at the moment of peak memory, by the phase that allocated them:
+    `gradients` are DDP's buckets; the experts' gradients are allocated in `backward`."""
 
     weights: int
     gradients: int
@@ -57,7 +57,7 @@ class DryRun:
 
 
 def check(config: Config) -> None:
-    """Raise ConfigError for what has no shape before it runs, and for what a single batch does not show."""
+    """Raise ConfigError for settings that a dry run cannot show: shapes that depend on data, more than one batch."""
     trainer, moe, why = config.trainer, config.moe, "the number of rows must not depend on the data"
     dense, buffers, narrow = moe.architecture == "dense", moe.rows == "buffers", trainer.precision.startswith("bf16")
     dropless = moe.capacity_factor is None and not buffers
@@ -90,7 +90,7 @@ def dry_run(config: Config) -> DryRun:
         module.model, module.parallel_context = model, context
         inside.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # those on meta
         if trainer.accelerator != "cpu":
-            inside.enter_context(patch.object(experts, "best_way", best_way_on_gpu))
+            inside.enter_context(patch.object(experts, "choose_mlps", choose_mlps_on_gpu))
             inside.enter_context(patch.object(nn.functional, "rms_norm", rms_norm_on_gpu))
         return step(config, module)
 
@@ -182,7 +182,7 @@ def reduce(_: Any, bucket: dist.GradBucket) -> Future[Tensor]:
     return done
 
 
-def best_way_on_gpu(_: Tensor, counts_e: Tensor | None) -> experts.MLPs:
+def choose_mlps_on_gpu(_: Tensor, counts_e: Tensor | None) -> experts.MLPs:
     return experts.batched_mlps if counts_e is None else experts.grouped_mlps
 
 

@@ -52,7 +52,7 @@ def write_report(place: Place, parts: Mapping[str, Mapping[str, Any]]) -> list[s
 
 
 def trim(folder: Path) -> list[str]:
-    """Removes the largest files until as many and as large ones are left as the folder may have with the reports."""
+    """Removes the largest files until the folder, with both reports, keeps to the limits FILES and TOTAL_MB."""
     files = sorted((path for path in folder.iterdir()), key=lambda path: path.stat().st_size)
     removed = []
     while len(files) > FILES - 2 or sum(path.stat().st_size for path in files) > (TOTAL_MB - 5) * 10**6:

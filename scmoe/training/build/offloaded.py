@@ -79,5 +79,5 @@ def load_offloaded(
 
 
 def reader(source: Path, model: nn.Module) -> Read:
-    """Return what reads a parameter of `model` by name, once the source is known to be of this model."""
+    """Return a function that reads a parameter of `model` by name. ValueError: the source belongs to another model."""
     return weights_by_name(source, model, "model.") if source.is_dir() else exported_by_name(source, model)

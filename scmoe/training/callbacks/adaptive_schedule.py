@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from scmoe.blocks.moe_block import MoEBlock
+from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.parallel.plan_file import plan_from_json, plan_to_json
 from scmoe.parallel.planner import Overlap, Planner
 from scmoe.parallel.pricing import LayerChoice
@@ -38,7 +38,7 @@ class AdaptiveSchedule(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         context: Any = pl_module.parallel_context
-        blocks = [module for module in pl_module.modules() if isinstance(module, MoEBlock)]
+        blocks = moe_blocks_of(pl_module)
         if context.ep_size == 1 or not blocks:
             if self.auto:
                 rank_zero_warn("schedule: auto has nothing to choose, as every rank has all experts")
@@ -54,7 +54,7 @@ class AdaptiveSchedule(Callback):
             )
 
     def take_kept_plan(self, trainer: Trainer) -> bool:
-        """Return whether the plan of the run that is resumed holds here too; the planner then runs as it says."""
+        """Make the planner follow the plan of the resumed run, if it is valid here too. Return whether it is."""
         assert self.planner is not None
         kept: Any = None
         if self.plan is not None and self.plan.exists():
@@ -65,7 +65,7 @@ class AdaptiveSchedule(Callback):
         return kept is not None
 
     def conditions(self, trainer: Trainer) -> dict[str, Any]:
-        """Return where a plan holds."""
+        """Return the conditions under which a plan is valid."""
         assert self.planner is not None
         context: Any = trainer.lightning_module.parallel_context
         return {"ep_size": context.ep_size, **self.planner.conditions, **self.settings}
@@ -128,8 +128,8 @@ def plan_lines(choices: list[LayerChoice]) -> list[str]:
         layers = f"MoE layers {first} to {rest[-1][0]}" if rest else f"MoE layer {first}"
         lines.append(
             f"plan: {layers}: {schedule.name}, slot {schedule.slot} of 0 to {len(schedule.window)}, "
-            f"{schedule.chunks} chunk(s): {1e3 * choice.predicted:.1f} ms there and back, {1e3 * choice.exposed:.1f} "
-            f"ms of it waiting for transfers (Eq. 11 would take slot {choice.eq11.slot})"
+            f"{schedule.chunks} chunk(s): {1e3 * choice.predicted:.1f} ms forward and backward, of which "
+            f"{1e3 * choice.exposed:.1f} ms wait for transfers (Eq. 11 would choose slot {choice.eq11.slot})"
         )
     return lines
 

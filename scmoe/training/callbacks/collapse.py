@@ -4,7 +4,7 @@ An expert that gets more tokens learns faster, so it gets even more (Shazeer et 
 fault: many times the fair share is usual at the start. The alarm therefore needs two conditions at once.
 
     how much    an expert is chosen by more than (K/E + 1) / 2 of all tokens, where each token chooses K of E experts:
-                half of what lies between its fair share, K/E, and all tokens
+                this limit is halfway between its fair share, K/E, and all tokens
     how long    in each of PATIENCE logged windows in a row
 """
 

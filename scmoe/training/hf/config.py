@@ -116,7 +116,7 @@ def own_config(config: Config) -> dict[str, Any]:
 
 
 def our_config(content: dict[str, Any], source: str) -> Config:
-    """Return our configuration of a config.json. ValueError: our models cannot be what it describes."""
+    """Return our configuration for a config.json. ValueError: it has a setting that our models do not support."""
     if content.get("model_type") == OURS:
         return load_text(json.dumps(content["scmoe"]), source)
     given, problems, _ = READERS[content["model_type"]](content)

@@ -1,6 +1,6 @@
-"""The models of transformers that have an equal here: GPT-2, LLaMA, Mixtral, Qwen2-MoE.
+"""The models of transformers that have an equivalent here: GPT-2, LLaMA, Mixtral, Qwen2-MoE.
 
-For each: which settings a config.json means, what in it our models do not support, and how their weights are called.
+For each family: our settings for its config.json, settings that our models do not support, and names of its weights.
 """
 
 from collections.abc import Mapping, Sequence

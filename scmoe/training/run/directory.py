@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from scmoe.training.run.redact import without_keys
+from scmoe.training.run.redact import redacted
 from scmoe.training.run.writing import write_aside
 
 SAY_NOTHING = re.compile(r"name|runs_dir|logger\..*|trainer\.progress|data\.cache_dir")  # keys that no name needs
@@ -30,7 +30,7 @@ VALUE_CHARS, SLUG_CHARS = 24, 64  # of one value, and of all; with the stamp wel
 
 def create_run_dir(root: Path, experiment: str, overrides: Sequence[str], config_yaml: str) -> Path:
     """Create the directory of a new run and write what is needed to run it again, without keys and passwords."""
-    overrides = without_keys(overrides)
+    overrides = redacted(overrides)
     stamp, slug = datetime.now().strftime("%Y%m%d-%H%M%S"), slug_of(overrides)
     run_dir = root / experiment / f"{stamp}-{slug or uuid.uuid4().hex[:4]}"
     while run_dir.exists():
@@ -46,7 +46,7 @@ def create_run_dir(root: Path, experiment: str, overrides: Sequence[str], config
 def slug_of(overrides: Sequence[str]) -> str:
     """Return what distinguishes the run: `ep_size-2-lr-1e-3` for strategy.ep_size=2 optim.lr=1e-3; "" for nothing.
 
-    The number of steps comes last. Where a value is long or has characters that are no good in a file name, or there
+    The number of steps comes last. If a value is long or has characters that a file name should not have, or if there
     are too many values, the slug shows a part and ends with a digest. So different overrides have different slugs.
     """
     pairs = dict(o.removeprefix("--").partition("=")[::2] for o in overrides)
@@ -79,13 +79,13 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             packages[name] = "not installed"
     return {
-        "command": without_keys([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": redacted([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "packages": packages,
         "git_commit": git("rev-parse", "HEAD"),
-        "git_diff": without_keys(git("diff", "HEAD")),
+        "git_diff": redacted(git("diff", "HEAD")),
     }
 
 

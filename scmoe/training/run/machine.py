@@ -23,6 +23,7 @@ from scmoe.config.extras import install_command, require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.rules import IMAGES, Rule, resolve_ep_size
+from scmoe.parallel.lightning_seam import rank_without_trainer
 from scmoe.training.build.model import build_model_on_meta, updated_by_muon
 from scmoe.training.build.trainer import cpu_threads
 from scmoe.training.run.wandb_logger import wandb_mode
@@ -36,10 +37,19 @@ PROCESS_GIB = 0.3  # of a process with torch and Lightning, on a CPU
 CONTAINER = Path("/sys/fs/cgroup/memory.max")
 
 
-def check_machine(config: Config, first: bool) -> None:
-    """Raise ConfigError for a run that this machine cannot do, or not within the limits of memory and time.
+def is_rank_zero() -> bool:
+    """Return whether this process is, or will be, global rank 0, as its launcher's environment variables say.
 
-    first: of all ranks; it checks for all what can change while other ranks start.
+    Where Lightning starts the ranks of several machines, their first processes differ by NODE_RANK alone.
+    """
+    node = 0 if "RANK" in os.environ else int(os.environ.get("NODE_RANK", 0))
+    return rank_without_trainer() == 0 and node == 0
+
+
+def check_machine(config: Config, first: bool) -> None:
+    """Raise ConfigError if this machine cannot run the configuration, or not within the limits of memory and time.
+
+    first: this is rank 0, which alone checks folders and free memory: they can change while the other ranks start.
     """
     wandb_mode(config)
     check_resident(config)
@@ -75,7 +85,7 @@ def _packages(config: Config) -> Iterator[Rule]:
     for name in sorted(config.trainer.extra.keys() - known):
         near = get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        yield True, "trainer.extra", f"arguments of Lightning's Trainer, of which {name} is none{hint}"
+        yield True, "trainer.extra", f"arguments of Lightning's Trainer; {name} is not one{hint}"
     missing = config.logger.tensorboard and not any(map(find_spec, ("tensorboard", "tensorboardX")))
     yield missing, "logger.tensorboard", "false, as TensorBoard is not installed: " + install_command("tensorboard")
 

@@ -15,7 +15,7 @@ SHAPES = re.compile(
 )
 
 
-def without_keys(value: Any, variables: Mapping[str, str] = os.environ) -> Any:
+def redacted(value: Any, variables: Mapping[str, str] = os.environ) -> Any:
     """Return `value` with stars for keys, in texts, lists, mappings and dataclasses.
 
     Keys are what looks like one of W&B or Hugging Face, and the lines of variables whose name ends like one in NAMES.

@@ -161,7 +161,7 @@ def resumption(run_dir: Path, overrides: Sequence[str], step: int | None = None)
 
 
 def refuse_kept_callbacks(text: str, source: str, overrides: Sequence[str]) -> None:
-    """Raise ConfigError where a run had callbacks of which the command says nothing: what is kept runs nothing."""
+    """Raise ConfigError if the run had callbacks and the command names none: a kept configuration runs no code."""
     kept = parse_yaml(text, source).get("callbacks")
     if kept and not any(word.removeprefix("--").startswith("callbacks") for word in overrides):
         raise ConfigError(

@@ -9,7 +9,6 @@ from typing import Any
 from scmoe.config.extensions import words
 from scmoe.config.fields import Config
 from scmoe.config.trial import shortened
-from scmoe.parallel.lightning_seam import is_rank_zero
 from scmoe.training.build.data import build_datamodule, prepare_data
 from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import build_callbacks, build_trainer, seed_everything
@@ -17,7 +16,7 @@ from scmoe.training.run.directory import relative
 from scmoe.training.run.host_memory import keep_freed_memory
 from scmoe.training.run.lifetime import open_run
 from scmoe.training.run.loggers import log_best_checkpoint, log_results
-from scmoe.training.run.machine import check_machine
+from scmoe.training.run.machine import check_machine, is_rank_zero
 from scmoe.training.run.resume import Resumed, set_aside_later, summary_if_done
 from scmoe.training.run.state import refuse_running
 from scmoe.training.run.summary import print_summary, sample_text, say_done, summarise

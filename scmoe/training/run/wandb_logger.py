@@ -20,7 +20,7 @@ from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.parallel.checkpoint.durable import MANIFEST
-from scmoe.training.run.redact import without_keys
+from scmoe.training.run.redact import redacted
 from scmoe.training.run.writing import warn_once, write_json
 
 HAS_WANDB = find_spec("wandb") is not None
@@ -53,7 +53,7 @@ def has_wandb_key() -> bool:
 def wandb_mode(config: Config) -> str:
     """Return logger.mode; for `auto` WANDB_MODE, where it is set, and `disabled` where W&B is not installed.
 
-    Raises ConfigError where W&B's variables cannot be followed, and for another mode without W&B.
+    Raises ConfigError for wrong values of W&B's environment variables, and for another mode if W&B is not installed.
     """
     mode = os.environ.get("WANDB_MODE") or "auto"
     if mode not in (allowed := ("online", "offline", "disabled", "auto")):
@@ -82,10 +82,10 @@ def wandb_project(config: Config) -> str:
 def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
     """Return the logger of a W&B run, the same one when a training is resumed: its id is kept in the run directory.
 
-    The mode `auto` is online where a key is found and the server answers, else offline. Raises ConfigError where
-    W&B cannot start as the others demand.
+    The mode `auto` is online if a key is found and the server answers, else offline. Raises ConfigError if W&B cannot
+    start in another mode.
     """
-    config = without_keys(config)
+    config = redacted(config)
     mode, project, logger = wandb_mode(config), wandb_project(config), config.logger
     # Without a key, W&B would ask for one, or raise.
     offline = mode == "offline" or (mode == "auto" and not has_wandb_key())
@@ -104,7 +104,7 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
         init_timeout=INIT_TIMEOUT_S,
         finish_timeout=FINISH_TIMEOUT_S,
         finish_timeout_raises=True,
-        x_disable_meta=without_keys(sys.argv) != sys.argv,  # W&B's metadata hold the command line, keys too
+        x_disable_meta=redacted(sys.argv) != sys.argv,  # W&B's metadata hold the command line, keys too
     )
     wandb.setup(settings)  # silent from here on; the messages below are enough
     common: dict[str, Any] = dict(  # where None stands, W&B takes its own variable: WANDB_ENTITY, WANDB_TAGS, ...

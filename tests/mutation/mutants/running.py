@@ -123,10 +123,10 @@ MUTANTS = (
     )
     .caught_by(f"{FAULTS}/test_security.py::test_33_a_key_is_in_no_file_of_a_run"),
     Mutant("git-diff-stores-keys", 33, "scmoe/training/run/directory.py")
-    .replaces('        "git_diff": without_keys(git("diff", "HEAD")),\n', '        "git_diff": git("diff", "HEAD"),\n')
+    .replaces('        "git_diff": redacted(git("diff", "HEAD")),\n', '        "git_diff": git("diff", "HEAD"),\n')
     .caught_by(f"{FAULTS}/test_security.py::test_33_keys_in_the_command_line_and_the_code_are_redacted"),
     Mutant("wandb-stores-command-line", 33, "scmoe/training/run/wandb_logger.py")
-    .replaces("x_disable_meta=without_keys(sys.argv) != sys.argv,", "x_disable_meta=False,")
+    .replaces("x_disable_meta=redacted(sys.argv) != sys.argv,", "x_disable_meta=False,")
     .caught_by(f"{FAULTS}/test_security.py::test_33_keys_in_the_command_line_and_the_code_are_redacted"),
     Mutant("dtype-not-checked", 34, f"{PARALLEL}/checkpoint/state.py")
     .replaces("        assert isinstance(dtype, torch.dtype)\n", "        assert dtype is not None\n")
