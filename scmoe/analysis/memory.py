@@ -51,13 +51,14 @@ def rank_memory(
     dense: str = "replicated",
     node_size: int = 1,
     by_muon: Collection[nn.Parameter] = (),
+    accumulate: int = 1,
 ) -> dict[str, int]:
     """Bytes on rank 0: weights, gradients, optimizer, the largest block while it is gathered (0: none is), activations,
     and the total when most is there.
 
     model: the whole model, on any device. samples: samples of one rank in one batch. dp_size: number of ranks that hold
     the same experts. dense: replicated, sharded or hybrid; node_size: ranks of a node. by_muon: parameters that Muon
-    updates; AdamW updates the others."""
+    updates; AdamW updates the others. accumulate: batches of a step."""
     split = Split(model, dense, ep_size, dp_size, node_size, precision)
     parameters = list(model.parameters())
     weights = sum(split.held(p) for p in parameters) * split.width
@@ -66,7 +67,7 @@ def rank_memory(
     mixed = precision == "bf16-mixed" and dense == "replicated"  # what is split is gathered in bfloat16 instead
     narrow = narrow_copies(model, ep_size, recompute) if mixed else 0
     optimizer = 2 * weights + 4 * len(parameters) - sum(split.held(p) * split.width + 4 for p in by_muon)
-    moment = step_peak(split, found, samples, recompute)
+    moment = step_peak(split, found, samples, recompute, accumulate > 1)
     return {
         "weights": weights,
         "gradients": weights,

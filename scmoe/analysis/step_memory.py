@@ -25,13 +25,16 @@ from scmoe.analysis.stages import Stage
 BUCKET = 25 * 2**20  # bytes, of parallel/update/reducer.py
 
 
-def step_peak(split: Split, stages: Sequence[Stage], samples: int, recompute: bool) -> float:
-    """Return bytes on rank 0. samples: of one rank in one batch."""
+def step_peak(split: Split, stages: Sequence[Stage], samples: int, recompute: bool, accumulates: bool) -> float:
+    """Return bytes on rank 0. samples: of one rank in one batch. accumulates: a step has several batches, so a batch
+    begins with the gradients of those before it."""
     moments = moments_replicated if split.dense == "replicated" else moments_split
-    return max(moments(split, stages, samples, recompute))
+    return max(moments(split, stages, samples, recompute, accumulates))
 
 
-def moments_replicated(split: Split, stages: Sequence[Stage], samples: int, recompute: bool) -> Iterator[float]:
+def moments_replicated(
+    split: Split, stages: Sequence[Stage], samples: int, recompute: bool, accumulates: bool
+) -> Iterator[float]:
     alone = split.ep_size * split.dp_size == 1
     sizes = [split.held(p) * split.width for p in split.model.parameters() if p not in split.experts]
     buckets = 0 if alone else sum(sizes)
@@ -39,8 +42,9 @@ def moments_replicated(split: Split, stages: Sequence[Stage], samples: int, reco
     kept, all_copies = kept_until(stages, samples, recompute), sum(copies)
     unkept = sum(narrow_copies(split, stage, False) for stage in stages) - all_copies
     logits = stages[-1].gradients["loss"] / 2 * samples  # log-probabilities, and logits in both widths
-    yield buckets + kept[-1] + all_copies + unkept + 1.5 * logits
     all_experts = sum(split.held(p) * split.width for p in split.experts)
+    earlier = (all_experts + alone * sum(sizes)) * accumulates
+    yield buckets + earlier + kept[-1] + all_copies + unkept + 1.5 * logits
     came = experts_came = in_flight = 0.0  # bytes of gradients
     for i in reversed(range(len(stages))):
         own = parameters_of(split, stages[i], before=stages[:i])
@@ -48,21 +52,24 @@ def moments_replicated(split: Split, stages: Sequence[Stage], samples: int, reco
         came += sum(split.held(p) * split.width for p in own if p not in split.experts) * alone
         here = sum(copies[: i + 1]) + one_gradient(split, own)
         for activations in at_start_and_in_the_middle(stages, i, kept, samples, recompute):
-            yield buckets + here + came + in_flight + of_experts + activations
+            yield buckets + here + max(earlier, came + of_experts) + in_flight + activations
         came, experts_came = came + of_experts, experts_came + of_experts
         full = experts_came if experts_came == all_experts else max(0, experts_came - BUCKET)
         in_flight = full * (split.dp_size > 1)
     yield buckets + came + in_flight
 
 
-def moments_split(split: Split, stages: Sequence[Stage], samples: int, recompute: bool) -> Iterator[float]:
+def moments_split(
+    split: Split, stages: Sequence[Stage], samples: int, recompute: bool, accumulates: bool
+) -> Iterator[float]:
     own = [parameters_of(split, stage, before=stages[:i]) for i, stage in enumerate(stages)]
     whole = [sum(map(split.gathered_bytes, each)) for each in own]
     given = [sum(map(split.summed_bytes, each)) for each in own]
     kept = kept_until(stages, samples, recompute)
     outside = sum(map(split.gathered_bytes, split.outside))
     of_head = sum(map(split.gathered_bytes, parameters_of(split, stages[-1], before=())))  # its gradient stays
-    came = 0.0
+    parts = [sum(split.held(p) * split.width for p in each) for each in own]  # of gradients, after the reduce-scatter
+    came, outside = 0.0, outside + sum(parts) * accumulates
     yield outside + whole[-2] + kept[-1] + busy(stages[-1], samples, recompute)
     of_experts = sum(split.gathered_bytes(p) for p in own[-2] if p in split.experts) * (split.dp_size > 1)
     yield outside + kept[-2] + 2 * whole[-2] + of_experts  # in forward, as it arrives: parts on dim 1 are put in order
@@ -74,7 +81,7 @@ def moments_split(split: Split, stages: Sequence[Stage], samples: int, recompute
         yield always + middle + 1.5 * whole[i] + after
         of_dense = sum(split.gathered_bytes(p) for p in own[i] if p not in split.experts)
         yield always + kept[i - 1] + of_dense + given[i]  # the gradients of experts have gone before
-        came += sum(split.held(p) * split.width for p in own[i])
+        came += parts[i] * (not accumulates)
     yield outside + came + kept[0] + given[0] + given[-1]
 
 

@@ -42,7 +42,8 @@ def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
     on_gpu = trainer.accelerator != "cpu"
     layout: dict[str, Any] = {"dense": dense, "node_size": trainer.devices}
     batch: dict[str, Any] = {"seq_len": data.seq_len, "samples": samples}
-    memory = rank_memory(model, **batch, on_gpu=on_gpu, **given, **layout, by_muon=updated_by_muon(config, model))
+    update: dict[str, Any] = {"by_muon": updated_by_muon(config, model), "accumulate": trainer.accumulate}
+    memory = rank_memory(model, **batch, on_gpu=on_gpu, **given, **layout, **update)
     split = Split(model, dense, ep_size, dp_size, trainer.devices, trainer.precision)
     collectives = step_traffic(split, **batch, accumulate=trainer.accumulate, wire_bytes=wire_bytes)
     return {

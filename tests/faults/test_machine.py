@@ -73,6 +73,9 @@ def test_47_the_limit_of_memory_is_a_ranks_share(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "CONTAINER", tmp_path / "memory.max")
     machine.CONTAINER.write_text("1073741824\n")
     assert machine.free_gib(one) == 1.0
+    (tmp_path / "memory.current").write_text("805306368\n")
+    (tmp_path / "memory.stat").write_text("anon 268435456\ninactive_file 536870912\n")
+    assert machine.free_gib(one) == 0.75, "a quarter is in use; pages of files are given back"
     machine.CONTAINER.write_text("max\n")
     assert machine.free_gib(one) > 1.0
 

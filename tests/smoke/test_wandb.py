@@ -46,11 +46,16 @@ def scenario(folder: Path) -> None:
     from scmoe.training.run import train as run
     from scmoe.training.run import wandb_logger
     from scmoe.training.run.loggers import build_loggers, close_loggers, log_results
+    from scmoe.training.run.resume import resumption
 
     def training(server: WandbServer, name: str, *overrides: str, run_dir: Path | None = None) -> dict[str, Any]:
         said = io.StringIO()
         with client(server), contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            summary = run.train(load(DEBUG[0], [*DEBUG[1:], f"runs_dir={folder / name}", *overrides]), (), run_dir)
+            if run_dir is None:
+                config, resumed = load(DEBUG[0], [*DEBUG[1:], f"runs_dir={folder / name}", *overrides]), None
+            else:
+                config, resumed = resumption(run_dir, overrides)
+            summary = run.train(config, (), resumed)
         assert summary is not None
         runs, artifacts = [asdict(run) for run in server.runs.values()], [asdict(a) for a in server.artifacts]
         for artifact in artifacts:
@@ -113,6 +118,14 @@ def scenario(folder: Path) -> None:
     server = WandbServer()
     training(server, "trouble", "logger.mode=auto")
     run.build_callbacks = plain
+
+    with wandb_server() as server:
+        said = json.loads((folder / "trouble.json").read_text())["said"]
+        command = said.rpartition("to upload all of it: ")[2].splitlines()[0].split()
+        there = {"cwd": folder, "env": {**os.environ, **server.variables}}
+        subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, **there)
+        runs = [asdict(run) for run in server.runs.values()]
+        (folder / "uploaded.json").write_text(json.dumps({"said": said, "runs": runs, "artifacts": []}))
 
     wandb_logger.INIT_TIMEOUT_S = 2.0
     for answer in ("error", "nothing"):
@@ -227,8 +240,13 @@ def test_disabled_logging_sends_and_writes_nothing(reports):
 def test_errors_then_no_answer_then_no_server_cause_one_warning(reports):
     (warning,) = warnings(reports["trouble"])
     assert warning.startswith("warning: Weights & Biases receives nothing more of this run: ")
-    kept = Path(warning.rpartition("wandb sync ")[2])
-    assert list(kept.glob("run-*.wandb")), "this can be sent later"
+    assert list(Path(warning.split()[-1]).glob("run-*.wandb")), "this can be sent later"
+
+
+def test_the_command_of_the_warning_uploads_every_row_once(reports):
+    (arrived,), (online,) = reports["uploaded"]["runs"], reports["online"]["runs"]
+    assert column(arrived, "train/loss") == column(online, "train/loss")
+    assert column(arrived, "val/loss") == column(online, "val/loss")
 
 
 @pytest.mark.parametrize("answer", ["error", "nothing"])

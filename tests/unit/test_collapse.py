@@ -51,6 +51,13 @@ def test_collapsed_is_more_than_halfway_from_even_to_all_tokens(counts, collapse
     assert bool(alarms(CollapseAlarm(), window(counts), PATIENCE)) == collapsed
 
 
+def test_a_collapsed_double_gate_is_noticed():
+    """Its sums count each of 50 tokens twice, and a token's two experts differ: all tokens are half of the count."""
+    assert alarms(CollapseAlarm(gates=2), window([50, 50, 0, 0]), PATIENCE)
+    assert not alarms(CollapseAlarm(gates=2), window([35, 35, 15, 15]), PATIENCE)
+    assert not alarms(CollapseAlarm(), window([50, 50, 0, 0]), PATIENCE)
+
+
 def test_a_break_resets_the_count():
     alarm = CollapseAlarm()
     for sums in [window([97, 1, 1, 1])] * (PATIENCE - 1) + [window([25, 25, 25, 25])]:

@@ -43,6 +43,18 @@ def test_state_has_exactly_the_bytes_of_a_real_rank(words, precision):
     assert memory["total"] > memory["weights"] + memory["gradients"] + memory["optimizer"]
 
 
+@pytest.mark.parametrize("dense", ["replicated", "sharded"])
+def test_a_batch_after_the_first_begins_with_gradients(dense):
+    """At the loss there are the gradients of earlier batches, beside all activations."""
+    model = build_model_on_meta(tiny("data.seq_len=64", "moe.num_experts=8"))
+    common = {"seq_len": 64, "samples": 4, "precision": "32-true", "ep_size": 2, "dp_size": 2, "recompute": False}
+    once, many = (rank_memory(model, **common, on_gpu=True, dense=dense, accumulate=n) for n in (1, 4))
+    assert {key for key in once if once[key] != many[key]} <= {"total"} and many["total"] > once["total"]
+    if dense == "replicated":
+        sizes = (many[key] for key in ("weights", "gradients", "optimizer", "activations"))
+        assert many["total"] >= sum(sizes)
+
+
 # ---------------------------------------------------------------------- activations
 
 WIDE = (

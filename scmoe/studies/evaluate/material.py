@@ -13,8 +13,9 @@ from scmoe.datamodules.text import TextDataModule
 from scmoe.studies.evaluate.own_tasks import OWN_TASKS
 from scmoe.studies.evaluate.tasks import Task, read_task
 from scmoe.studies.evaluate.text import Text, open_text
-from scmoe.training.build.data import build_datamodule, check_tokenizer, prepare_data
+from scmoe.training.build.data import build_datamodule, check_tokenizer, kept_data, prepare_data
 from scmoe.training.run.resume import Which
+from scmoe.training.run.writing import warn_once
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ def read_material(config: Config, weights: Path, request: Request) -> Material:
     """Open data, text and tasks. ConfigError: one is missing, or has no meaning for this run or its weights."""
     data, seq_len = build_datamodule(config), config.data.seq_len
     prepare_data(data)
+    if kept_data(data, weights) not in (None, data.identity()["data"]):
+        warn_once("the data are not those of the training, so the split test may hold what was trained on")
     if isinstance(data, TextDataModule):
         check_tokenizer(data, weights)
     else:

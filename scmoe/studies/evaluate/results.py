@@ -14,6 +14,7 @@ from rich.table import Table
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.training.run.loggers import close_loggers
+from scmoe.training.run.state import read_state
 from scmoe.training.run.wandb_logger import wandb_logger, wandb_mode
 from scmoe.training.run.writing import warn_once, write_json
 
@@ -45,6 +46,9 @@ def keep_results(run_dir: Path, checkpoint: str, found: Mapping[str, Any]) -> No
 def log_to_wandb(run_dir: Path, config: Config, found: Mapping[str, Any]) -> None:
     """Log the numbers in the run's own W&B run, if it has one. An error of W&B is one warning. config: the run's."""
     if not (run_dir / "wandb_run.json").exists() or wandb_mode(config) == "disabled":
+        return
+    if read_state(run_dir) == "running":  # a second client would replace its rows
+        warn_once(f"Weights & Biases does not receive the evaluation while the run trains; it is in {run_dir / FILE}")
         return
     try:
         logger = wandb_logger(run_dir, config)

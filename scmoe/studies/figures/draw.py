@@ -91,7 +91,7 @@ def words_of(number: int, config: Mapping[str, str]) -> str:
     """Return the title of a figure of a run: its model as the paper would name it, and its data."""
     architecture, family = config["moe.architecture"], config["model.family"].upper()
     position = f" ({config['moe.position'].replace('pos', 'Pos-')})" if architecture in TAPPED else ""
-    name = NAMES[architecture].replace("{moe.top_k}", config["moe.top_k"]) + position
+    name = NAMES.get(architecture, architecture).replace("{moe.top_k}", config["moe.top_k"]) + position
     size = f"{config['model.layers']} layers, width {config['model.dim']}"
     return f"Fig. {number}: {family}, {size}, {name}, {config['data.name']}"
 

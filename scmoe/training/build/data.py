@@ -116,6 +116,11 @@ def check_tokenizer(data: TextDataModule, weights: Path) -> None:
         )
 
 
+def kept_data(data: PositionedDataModule, weights: Path) -> Any:
+    """Return the digest of the data that a checkpoint was trained on; None: it has none, or is an export."""
+    return read_meta(weights).get(type(data).__qualname__, {}).get("data") if weights.is_dir() else None
+
+
 def kept_tokenizer(weights: Path) -> str | None:
     """Return the digest of the tokenizer with which a checkpoint or an export was trained; None: it has none."""
     if weights.is_dir():

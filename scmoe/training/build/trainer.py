@@ -77,7 +77,7 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
     if config.moe.architecture not in ("dense", "dgmoe_share"):
         chunks, plan = config.schedule.chunks, run_dir / "plan.json" if run_dir else None
         settings = {key: getattr(trainer, key) for key in ("num_nodes", "precision", "threads", "compile", "recompute")}
-        settings |= {key: getattr(config.strategy, key) for key in ("wire_dtype", "exchange", "dense")}
+        settings |= {key: getattr(config.strategy, key) for key in ("wire_dtype", "exchange", "dense", "reductions")}
         tried = (1, 2, 4) if chunks is None else (chunks,)
         callbacks.append(AdaptiveSchedule(config.schedule.auto, tried, plan, settings))
     if images and data.on_error == "skip":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scmoe.analysis.gating import GatingProbe
 from scmoe.analysis.similarity import SimilarityProbe
-from scmoe.training.run.writing import try_to_write
+from scmoe.training.run.writing import try_to_draw, try_to_write
 
 Probe = GatingProbe | SimilarityProbe
 
@@ -76,7 +76,7 @@ class Analysis(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.picture is not None and self.records:
-            try_to_write(self.picture, partial(self.draw, *self._all()))
+            try_to_draw(self.picture, partial(self.draw, *self._all()))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.probe is not None:

@@ -14,9 +14,11 @@ PATIENCE = 5
 
 
 class CollapseAlarm:
-    """Raises the alarm once for each layer."""
+    """Raises the alarm once for each layer. gates: choices of a token in one MoE module: 2 for DGMoE, whose sums count
+    each token twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, gates: int = 1) -> None:
+        self.gates = gates
         self.windows: dict[int, int] = {}  # layer: number of windows in a row in which it was collapsed
         self.spoken: set[int] = set()
 
@@ -25,7 +27,8 @@ class CollapseAlarm:
         lines = []
         for layer, (*counts_E, tokens, _) in enumerate(sums_LE2.tolist()):
             busiest = max(range(len(counts_E)), key=counts_E.__getitem__)
-            share, fair = counts_E[busiest] / max(tokens, 1), sum(counts_E) / max(tokens, 1) / len(counts_E)
+            tokens = max(tokens / self.gates, 1)
+            share, fair = counts_E[busiest] / tokens, sum(counts_E) / tokens / len(counts_E)
             collapsed = fair < 1 and share > (fair + 1) / 2
             self.windows[layer] = self.windows.get(layer, 0) + 1 if collapsed else 0
             if self.windows[layer] == PATIENCE and layer not in self.spoken:

@@ -14,12 +14,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from scmoe.blocks.double_gate import DoubleGateBlock
 from scmoe.charts import SMALL, chart, title
 from scmoe.config.extras import install_command
 from scmoe.moe.balance import load_metrics
 from scmoe.training.callbacks.collapse import CollapseAlarm
 from scmoe.training.callbacks.log_lines import logs_now
-from scmoe.training.run.writing import try_to_append, try_to_write
+from scmoe.training.run.writing import try_to_append, try_to_draw, try_to_write
 
 CELLS = 16  # of a heat map with numbers in its cells, in a row; with more experts they would not be readable
 
@@ -39,6 +40,8 @@ class ExpertLoad(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the rows of a resumed run before the step that it continues from."""
+        if any(isinstance(module, DoubleGateBlock) for module in pl_module.modules()):
+            self.alarm = CollapseAlarm(gates=2)
         if self.table is not None and self.table.exists():
             with self.table.open(newline="") as file:
                 rows = list(csv.reader(file))
@@ -76,7 +79,7 @@ class ExpertLoad(Callback):
         if find_spec("matplotlib") is None:
             rank_zero_warn(f"no heat map of the experts' load is drawn; it needs {install_command('matplotlib')}")
         else:
-            try_to_write(self.picture, lambda path: draw_load([counts_E for *counts_E, _, _ in self.last], path))
+            try_to_draw(self.picture, lambda path: draw_load([counts_E for *counts_E, _, _ in self.last], path))
 
 
 def as_csv(rows: list[list[Any]]) -> str:

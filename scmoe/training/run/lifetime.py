@@ -62,5 +62,7 @@ def open_run(
         print(f"stopped; {what}", flush=True)
         raise
     finally:
-        close_loggers(loggers, "success" if state == "finished" else "failed")
-        write_state(run_dir, state)
+        try:
+            close_loggers(loggers, "success" if state == "finished" else "failed")
+        finally:
+            write_state(run_dir, state)

@@ -145,6 +145,7 @@ def _size(config: Config) -> Iterator[Rule]:
     given |= {"seq_len": data.seq_len, "samples": samples, "precision": trainer.precision, "on_gpu": gpu}
     dense = "sharded" if config.strategy.dense == "auto" else config.strategy.dense  # the way that needs least
     given |= {"dense": dense, "node_size": trainer.devices, "by_muon": updated_by_muon(config, model)}
+    given |= {"accumulate": trainer.accumulate}
     needed = rank_memory(model, **given)["total"] / GIB + (0 if gpu else PROCESS_GIB)
     limit = trainer.max_memory_gib or free_gib(config)
     free = "" if trainer.max_memory_gib else f" of {limit:.3g} free"
@@ -156,6 +157,14 @@ def _size(config: Config) -> Iterator[Rule]:
     yield seconds > trainer.max_step_s, "trainer.max_step_s", f"{seconds:.3g} or more to start all the same, {why}"
 
 
+def in_use(container: Path) -> float:
+    """Return the bytes that a container's processes use. Pages of files that are not in use are given back."""
+    if not (container / "memory.current").exists():
+        return 0.0
+    stat = dict(line.split() for line in (container / "memory.stat").read_text().splitlines())
+    return float((container / "memory.current").read_text()) - float(stat.get("inactive_file", 0))
+
+
 def free_gib(config: Config) -> float:
     """Return a rank's share of what is free: its GPU, or a part of this machine's memory within its container."""
     devices = config.trainer.devices
@@ -164,5 +173,5 @@ def free_gib(config: Config) -> float:
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = float(lines["MemAvailable"].split()[0]) * 1024
     if CONTAINER.exists() and (limit := CONTAINER.read_text().strip()) != "max":
-        free = min(free, float(limit))
+        free = min(free, float(limit) - in_use(CONTAINER.parent))
     return free / GIB / devices

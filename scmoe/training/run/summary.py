@@ -15,6 +15,7 @@ from scmoe.datamodules.text import TextDataModule
 from scmoe.inference.generate import generate
 from scmoe.inference.stopping import Stopping
 from scmoe.models.decoder import Decoder
+from scmoe.parallel.lightning_seam import count_steps_from
 from scmoe.training.callbacks.memory import Memory
 from scmoe.training.callbacks.skipped_images import SkippedImages
 from scmoe.training.callbacks.throughput import Throughput
@@ -34,6 +35,7 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
     """
     steps = trainer.global_step
     if module.validated_step != steps and trainer.limit_val_batches != 0:
+        count_steps_from(trainer, steps - 1)  # the row is that of the last step, which is counted from 0
         trainer.validate(module, data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     total, active = report.total_and_active(report.count_parameters(module.model))

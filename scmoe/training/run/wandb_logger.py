@@ -93,10 +93,12 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
     record = run_dir / "wandb_run.json"
     if record.exists():
         kept = json.loads(record.read_text())
-        run_id, project = kept["id"], logger.project or kept["project"]  # the variables may have changed since
+        # the variables may have changed since, and a sweep decides the project and the entity of its trials
+        run_id, project = kept["id"], logger.project or kept["project"]
+        entity = logger.entity or kept.get("entity")
     else:
         run_id = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]  # a sweep's agent sets the id of its trial
-        write_json(record, {"id": run_id, "project": project, "mode": resolved})
+        entity = logger.entity
     settings = wandb.Settings(
         console="off",
         silent=True,
@@ -108,7 +110,7 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
     )
     wandb.setup(settings)  # silent from here on; the messages below are enough
     common: dict[str, Any] = dict(  # where None stands, W&B takes its own variable: WANDB_ENTITY, WANDB_TAGS, ...
-        entity=logger.entity,
+        entity=entity,
         project=project,
         name=os.environ.get("WANDB_NAME") or f"{run_dir.parent.name}/{run_dir.name}",
         id=run_id,
@@ -130,6 +132,9 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
         print(f"warning: Weights & Biases goes offline: {reason}", file=sys.stderr, flush=True)
         wandb.teardown()  # otherwise its process would see the id as in use
         run = wandb.init(mode="offline", **common)
+    write_json(
+        record, {"id": run_id, "project": run.project or project, "entity": run.entity or None, "mode": resolved}
+    )
     define_metrics(run)
     return SteadyWandbLogger(experiment=run)
 
@@ -180,10 +185,10 @@ class SteadyWandbLogger(WandbLogger):
     def close(self, status: str) -> None:
         finish = partial(self.experiment.finish, exit_code=0 if status == "success" else 1)
         if self.lost:  # W&B's process may still run, and must not outlive this one
-            with suppress(*WANDB_TROUBLE):
+            with suppress(Exception):
                 finish()
         else:
-            self._try(finish)
+            self._try(finish, (Exception,))  # when its process dies, the client raises errors of other kinds
 
     def _try(self, action: Callable[[], None], trouble: tuple[type[Exception], ...] = WANDB_TROUBLE) -> None:
         if self.lost:
@@ -193,7 +198,9 @@ class SteadyWandbLogger(WandbLogger):
         except trouble as error:
             self.lost = True
             reason, kept = f"{error} ".splitlines()[0].strip(" ."), Path(self.experiment.settings.sync_dir)
-            warn_once(f"Weights & Biases receives nothing more of this run: {reason}; to upload: wandb sync {kept}")
+            # as a new run: the rows that have arrived would come twice
+            again = f"wandb sync --include-online --id {uuid.uuid4().hex[:8]} {kept}"
+            warn_once(f"Weights & Biases receives nothing more of this run: {reason}; to upload all of it: {again}")
 
 
 def sync_command(run_dir: Path) -> str | None:

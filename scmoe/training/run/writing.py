@@ -26,6 +26,14 @@ def try_to_write(path: Path, write: Callable[[Path], object]) -> None:
         warn_once(f"{path} is not written: {error.strerror or error}")
 
 
+def try_to_draw(path: Path, draw: Callable[[Path], object]) -> None:
+    """Draw a picture. Whatever the drawing raises is one warning: the checkpoint of the last step is saved after it."""
+    try:
+        try_to_write(path, draw)
+    except Exception as error:
+        warn_once(f"{path} is not drawn: {type(error).__name__}: {error}")
+
+
 def try_to_append(path: Path, text: str) -> None:
     """Add a text to a file that may not exist yet. Where it cannot be written, the file is as before."""
     size = path.stat().st_size if path.exists() else None
