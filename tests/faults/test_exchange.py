@@ -16,7 +16,7 @@ from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.testbed.ranks import run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]
-TIMEOUT_S = 2.0
+TIMEOUT_S = 5.0  # also of the set-up of the groups, in which a busy machine may take seconds
 
 
 @pytest.mark.parametrize(
