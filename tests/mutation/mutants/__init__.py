@@ -10,11 +10,13 @@ from tests.mutation.mutants import (
     offload,
     package,
     ranks,
+    reaching,
     routing,
     running,
     seeing,
     sharded,
 )
 
-MODULES = checkpoints, ranks, routing, running, models, generation, offload, package, seeing, extending, sharded
-MUTANTS = [mutant for module in MODULES for mutant in module.MUTANTS]
+OF_RUNS = checkpoints, running, seeing, package, reaching
+OF_MODELS = ranks, routing, models, generation, offload, extending, sharded
+MUTANTS = [mutant for module in (*OF_RUNS, *OF_MODELS) for mutant in module.MUTANTS]

@@ -1,0 +1,47 @@
+"""These bugs lose a value on its way from a configuration, or count what a report says wrongly."""
+
+from __future__ import annotations
+
+from tests.mutation.mutant import UNIT, Mutant
+
+BUILD, TABLE = "scmoe/training/build", "scmoe/studies/table"
+REACHES = f"{UNIT}/test_config_reaches.py"
+
+MUTANTS = (
+    Mutant("z-loss-not-passed-on", 0, f"{BUILD}/model.py")
+    .replaces("z_loss_coef=config.moe.z_loss_coef,", "z_loss_coef=0.0,")
+    .caught_by(f"{REACHES}::test_the_module_has_the_values_of_the_config"),
+    Mutant("betas-not-passed-on", 0, f"{BUILD}/optimizers.py")
+    .replaces('"betas": (optim.beta1, optim.beta2)', '"betas": (0.9, 0.95)')
+    .caught_by(f"{REACHES}::test_the_optimizer_has_the_values_of_the_config"),
+    Mutant("mixup-not-passed-on", 0, f"{BUILD}/data.py")
+    .replaces("mixup=data.mixup,", "mixup=0.0,")
+    .caught_by(f"{REACHES}::test_each_change_of_images_changes_the_first_batch[mixup=0.8]"),
+    Mutant("dropout-of-the-embedding-alone", 0, f"{BUILD}/blocks.py")
+    .replaces("after=lambda: nn.Dropout(model.dropout),", "after=nn.Identity,")
+    .caught_by(f"{REACHES}::test_dropout_follows_the_embedding_and_every_sublayer[top_k]"),
+    Mutant("settings-of-a-table-overridden", 0, f"{TABLE}/runs.py")
+    .replaces("[*(row.overrides for row in table.rows), *scale.settings.values()]", "[r.overrides for r in table.rows]")
+    .caught_by(f"{UNIT}/test_table.py::test_an_override_of_what_a_row_or_its_setting_sets_is_refused"),
+    Mutant("values-correlated-over-two-models", 0, f"{TABLE}/report.py")
+    .replaces(
+        '(row["paper"]["difference"], row["minus_baseline"]) for row in found["rows"] if row["minus_baseline"]',
+        '(row["paper"][found["metric"]], row["ours"]) for row in found["rows"]',
+    )
+    .caught_by(f"{UNIT}/test_table_report.py::test_the_order_of_a_table_with_two_models_is_that_of_differences"),
+    Mutant("resumed-job-without-its-extensions", 0, "scmoe/studies/job.py")
+    .replaces("str(run_dir), *self.again]", "str(run_dir)]")
+    .caught_by(f"{UNIT}/test_table.py::test_a_run_with_extensions_is_resumed_and_evaluated_with_them"),
+    Mutant("nan-is-a-value", 0, "scmoe/studies/sweep/search.py")
+    .replaces("self.history and math.isfinite(self.history[-1]) else None", "self.history else None")
+    .caught_by(f"{UNIT}/test_sweep_search.py::test_a_trial_that_ends_with_nan_teaches_bayes_nothing"),
+    Mutant("every-machine-has-a-rank-0", 0, "scmoe/training/run/machine.py")
+    .replaces("rank_without_trainer() == 0 and node == 0", "rank_without_trainer() == 0")
+    .caught_by("tests/faults/test_machine.py::test_49_only_the_first_machines_first_process_is_rank_0"),
+    Mutant("gradients-of-earlier-batches-forgotten", 0, "scmoe/analysis/step_memory.py")
+    .replaces("earlier = (all_experts + alone * sum(sizes)) * accumulates", "earlier = 0.0")
+    .caught_by(f"{UNIT}/test_memory.py::test_a_batch_after_the_first_begins_with_gradients[replicated]"),
+    Mutant("comment-cuts-a-value", 0, "scmoe/config/load.py")
+    .replaces('if "#" in text and', "if False and")
+    .caught_by(f"{UNIT}/test_config.py::test_bad_override"),
+)
