@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
+from scmoe.training.run.resume import resumption
 from scmoe.training.run.train import train
 from tests.support.exports import dense, export
 
@@ -71,7 +71,8 @@ def start_and_resume(rank: int, world_size: int, folder: Path) -> tuple[int, int
     config = config_of("pos2", world_size, folder, f"runs_dir={folder}/runs", "trainer.checkpoint_every=1")
     first = train(config)
     (folder / "gpt.safetensors").unlink()
-    last = train(replace(config, trainer=replace(config.trainer, max_steps=2)), run_dir=Path(first["run_dir"]))
+    config, resumed = resumption(Path(first["run_dir"]), ["trainer.max_steps=2"])
+    last = train(config, (), resumed)
     return first["steps"], last["steps"]
 
 

@@ -17,7 +17,7 @@ def trainer(step: int) -> Any:
     return SimpleNamespace(accumulate_grad_batches=1, log_every_n_steps=2, global_step=step)
 
 
-MODULE = SimpleNamespace(log_dict=lambda row: None)
+MODULE = SimpleNamespace(log_dict=lambda row: None, modules=lambda: [])
 
 
 def sums(step: int) -> torch.Tensor:

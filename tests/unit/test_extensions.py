@@ -11,7 +11,7 @@ from scmoe.config.extensions import words
 from scmoe.config.help import catalogue
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.config.registry import ARCHITECTURES, DATASETS, FAMILIES, OPTIMIZERS, Registry
+from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, OPTIMIZERS, Registry
 from scmoe.experiments import call
 from scmoe.models.gpt import GPT
 from scmoe.parallel.mesh import ParallelContext
@@ -30,7 +30,7 @@ PARALLEL = (EXTENSION, "moe.architecture=parallel")
 @pytest.fixture(autouse=True)
 def kept_registries(monkeypatch):
     """What a test registers is forgotten."""
-    for registry in (ARCHITECTURES, FAMILIES, DATASETS):
+    for registry in (ARCHITECTURES, CALLBACKS, FAMILIES, DATASETS):
         monkeypatch.setattr(registry, "makers", dict(registry.makers))
 
 
@@ -141,6 +141,7 @@ def test_a_data_set_reads_its_options():
 
 def test_the_words_that_name_callbacks_again_are_read_as_they_were():
     options = {"label": "step #1: a [b", "every": 3, "on": True, "off": None, "path": "a/b-c.txt", "list": [1, "x y"]}
-    given = words(["my_architecture"], {"mine": options, "bare": {}})
+    CALLBACKS.register("mine")(lambda **_: None)
+    given = words(["my_architecture"], {"mine": options})
     assert given[0] == "extensions=[my_architecture]" and "callbacks.mine.path=a/b-c.txt" in given
-    assert load(None, given[1:]).callbacks == {"mine": options, "bare": {}}
+    assert load(None, given[1:]).callbacks == {"mine": options}

@@ -291,10 +291,9 @@ def test_runs_of_several_ranks_need_processes(tmp_path):
     assert plan_table(load_table("table3", CONFIGS), replace(request, jobs=1), print).jobs == 1
 
 
-def test_a_run_with_extensions_is_resumed_and_evaluated_with_them(tmp_path, monkeypatch):
+def test_a_run_with_extensions_is_resumed_and_evaluated_with_them(tmp_path):
     """What is kept in a run imports nothing, so the commands name the modules and callbacks again."""
-    monkeypatch.syspath_prepend(str(ROOT / "docs/examples"))
-    words = ["extensions=[my_architecture]", "callbacks.surprise.every=3"]
+    words = ["extensions=[docs.examples.my_architecture]", "callbacks.surprise.every=3"]
     table = load_table("table7", CONFIGS)
     run = plan_runs(table, table.scales["smoke"], tmp_path, 1, words)[0]
     assert run.job.command(tmp_path / "run")[-3:] == [str(tmp_path / "run"), *words]

@@ -30,7 +30,8 @@ TABLES = sorted(path.parent.name for path in CONFIGS.glob("*/table.yaml"))
 @pytest.mark.parametrize("name", TABLES)
 def test_every_row_builds_at_every_scale(name, tmp_path):
     table = load_table(name, CONFIGS)
-    assert {"smoke", "small", "paper"} <= table.scales.keys()
+    assert {"smoke", "small"} <= table.scales.keys()
+    assert "paper" in table.scales or name.endswith("_lr"), "a search is for models of one size"
     for scale in table.scales.values():
         runs = plan_runs(table, scale, tmp_path, scale.seeds)
         assert len({run.job.name for run in runs}) == len(table.rows) * scale.seeds
