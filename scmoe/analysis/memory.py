@@ -32,10 +32,9 @@ from typing import Any
 
 from torch import nn
 
-from scmoe.analysis.cost import moe_uses
 from scmoe.analysis.split import Split
 from scmoe.analysis.stages import Stage, stages
-from scmoe.analysis.step_memory import step_peak
+from scmoe.analysis.step_memory import narrow_copies, step_peak
 
 
 def rank_memory(
@@ -64,8 +63,7 @@ def rank_memory(
     weights = sum(split.held(p) for p in parameters) * split.width
     found = stages(model, seq_len, precision, on_gpu, dense)
     kept, repeated = kept_and_repeated(found, recompute)
-    mixed = precision == "bf16-mixed" and dense == "replicated"  # what is split is gathered in bfloat16 instead
-    narrow = narrow_copies(model, ep_size, recompute) if mixed else 0
+    narrow = sum(narrow_copies(split, stage, recompute) for stage in found)
     optimizer = 2 * weights + 4 * len(parameters) - sum(split.held(p) * split.width + 4 for p in by_muon)
     moment = step_peak(split, found, samples, recompute, accumulate > 1)
     return {
@@ -76,17 +74,6 @@ def rank_memory(
         "activations": round(samples * (kept + repeated)) + narrow,
         "total": weights + optimizer + round(moment) + sum(buffer.nbytes for buffer in model.buffers()),
     }
-
-
-def narrow_copies(model: Any, ep_size: int, recompute: bool = False) -> int:
-    """Bytes of the weights in bfloat16 that autocast's products keep for backward, on one rank."""
-    if recompute:  # parts that are computed again make their copies again
-        return 2 * model.head.weight.numel()
-    linear = sum(p.numel() for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters())
-    experts = sum(
-        copies // m.router.top_k * sum(p.numel() for p in m.experts.parameters()) for m, copies in moe_uses(model)
-    )
-    return 2 * (linear + experts // ep_size)
 
 
 def activations(model: Any, seq_len: int, precision: str, recompute: bool, on_gpu: bool = True) -> tuple[float, float]:

@@ -10,8 +10,9 @@ activations are checkpointed, with the gradients inside it; the gradient of one 
                   block before it, which are gathered meanwhile; what the block after it has given to the reduce-
                   scatter; or, when the block is done, its gradients, and what it gives to the reduce-scatter
 
-At the loss there are the gradients of log-probabilities and logits, and at the end of forward autocast's narrow copies
-of all weights. The largest of these moments counts.
+If a step has several batches, a batch begins with the gradients of those before it. At the loss there are the gradients
+of log-probabilities and logits, and at the end of forward autocast's narrow copies of all weights. The largest of these
+moments counts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -129,7 +130,7 @@ def one_gradient(split: Split, parameters: Sequence[nn.Parameter]) -> int:
 
 def narrow_copies(split: Split, stage: Stage, recompute: bool) -> int:
     """Return bytes of the weights in bfloat16 that autocast's products keep for backward. recompute: parts that are
-    computed again make their copies again."""
+    computed again make their copies again. Weights that are split are gathered in bfloat16 instead."""
     if split.precision != "bf16-mixed" or split.dense != "replicated":
         return 0
     parts = {m for part in stage.inside if isinstance(part, nn.Module) for m in part.modules()} if recompute else set()

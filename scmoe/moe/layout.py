@@ -22,8 +22,6 @@ from torch.autograd import Function
 
 from scmoe.moe.dispatcher import Announced, ChunkCounts
 
-EXACT = 1 - 1e-12
-
 
 class Layout(NamedTuple):
     """The place of each routed copy among the rows. A copy that was dropped, or is padding, has row R."""
@@ -48,7 +46,7 @@ def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_fact
 
 def rounded_up(rows: Any) -> Any:
     """A number of rows rounded up. A product such as 1.1 x 50 is a rounding error above 55, and counts as 55."""
-    rows = EXACT * rows
+    rows = rows * (1 - 1e-12)
     return rows.ceil() if isinstance(rows, Tensor) else math.ceil(rows)
 
 

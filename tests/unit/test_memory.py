@@ -8,7 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from scmoe.analysis.memory import activations, narrow_copies, rank_memory
+from scmoe.analysis.memory import activations, rank_memory
+from scmoe.analysis.split import Split
+from scmoe.analysis.stages import stages
+from scmoe.analysis.step_memory import narrow_copies
 from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.parallel.mesh import ParallelContext
@@ -99,7 +102,9 @@ def test_the_estimate_of_activations_is_within_a_tenth_of_what_autograd_keeps(ca
     config = load(None, [*WIDE, *CASES[case].split(), f"trainer.recompute={recompute}"])
     measured, model = kept_for_backward(config, precision)
     kept, recomputed = activations(model, 64, precision, recompute, on_gpu=False)
-    estimate = SAMPLES * kept + (narrow_copies(model, 1, recompute) if precision == "bf16-mixed" else 0)
+    split = Split(model, "replicated", 1, 1, 1, precision)
+    copies = sum(narrow_copies(split, stage, recompute) for stage in stages(model, 64, precision, False, "replicated"))
+    estimate = SAMPLES * kept + copies
     assert abs(estimate / measured - 1) < 0.1
     assert (recomputed > 0) == recompute
 

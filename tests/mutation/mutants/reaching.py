@@ -22,7 +22,7 @@ MUTANTS = (
     .caught_by(f"{REACHES}::test_dropout_follows_the_embedding_and_every_sublayer[top_k]"),
     Mutant("settings-of-a-table-overridden", 0, f"{TABLE}/runs.py")
     .replaces("[*(row.overrides for row in table.rows), *scale.settings.values()]", "[r.overrides for r in table.rows]")
-    .caught_by(f"{UNIT}/test_table.py::test_an_override_of_what_a_row_or_its_setting_sets_is_refused"),
+    .caught_by(f"{UNIT}/test_table_runs.py::test_an_override_of_what_a_row_or_its_setting_sets_is_refused"),
     Mutant("values-correlated-over-two-models", 0, f"{TABLE}/report.py")
     .replaces(
         '(row["paper"]["difference"], row["minus_baseline"]) for row in found["rows"] if row["minus_baseline"]',
@@ -31,7 +31,7 @@ MUTANTS = (
     .caught_by(f"{UNIT}/test_table_report.py::test_the_order_of_a_table_with_two_models_is_that_of_differences"),
     Mutant("resumed-job-without-its-extensions", 0, "scmoe/studies/job.py")
     .replaces("str(run_dir), *self.again]", "str(run_dir)]")
-    .caught_by(f"{UNIT}/test_table.py::test_a_run_with_extensions_is_resumed_and_evaluated_with_them"),
+    .caught_by(f"{UNIT}/test_table_runs.py::test_a_run_with_extensions_is_resumed_and_evaluated_with_them"),
     Mutant("nan-is-a-value", 0, "scmoe/studies/sweep/search.py")
     .replaces("self.history and math.isfinite(self.history[-1]) else None", "self.history else None")
     .caught_by(f"{UNIT}/test_sweep_search.py::test_a_trial_that_ends_with_nan_teaches_bayes_nothing"),
