@@ -2,15 +2,14 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from scmoe.parallel.container import memory_limit
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 ROOM = 0.8  # of a rank's memory; the rest is for buffers of transfers and the allocator's gaps
-CONTAINER = Path("/sys/fs/cgroup/memory.max")
 GIB = 2**30
 
 
@@ -49,6 +48,4 @@ def memory_of_rank(device: torch.device, node_size: int) -> float:
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    if CONTAINER.exists() and (limit := CONTAINER.read_text().strip()) != "max":
-        memory = min(memory, float(limit))
-    return memory / node_size
+    return min(memory, memory_limit()) / node_size

@@ -11,6 +11,7 @@ from torch.distributed import DistNetworkError
 
 from scmoe.config.load import load
 from scmoe.experiments import call
+from scmoe.parallel import container
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.training.run import machine
 from scmoe.training.run.machine import check_machine, is_rank_zero
@@ -70,13 +71,13 @@ def test_47_a_run_that_needs_more_memory_than_there_is_is_refused_by_the_limit_t
 def test_47_the_limit_of_memory_is_a_ranks_share(monkeypatch, tmp_path):
     one, two = (load("configs/debug.yaml", [f"trainer.devices={n}"]) for n in (1, 2))
     assert machine.free_gib(two) == pytest.approx(machine.free_gib(one) / 2, rel=0.1)
-    monkeypatch.setattr(machine, "CONTAINER", tmp_path / "memory.max")
-    machine.CONTAINER.write_text("1073741824\n")
+    monkeypatch.setattr(container, "GROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("1073741824\n")
     assert machine.free_gib(one) == 1.0
     (tmp_path / "memory.current").write_text("805306368\n")
     (tmp_path / "memory.stat").write_text("anon 268435456\ninactive_file 536870912\n")
     assert machine.free_gib(one) == 0.75, "a quarter is in use; pages of files are given back"
-    machine.CONTAINER.write_text("max\n")
+    (tmp_path / "memory.max").write_text("max\n")
     assert machine.free_gib(one) > 1.0
 
 

@@ -12,6 +12,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,18 @@ def commit(partial: Path, path: Path, step: int, files: dict[str, dict[str, Any]
     os.rename(partial, path)
     sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the path of a new file beside `path`, which it replaces at the end, and not if writing it fails."""
+    partial = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        yield partial
+        partial.chmod(0o644)  # so that other users can read it
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def verify(path: Path) -> int:

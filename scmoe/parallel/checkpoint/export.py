@@ -1,7 +1,6 @@
 """Exports whole weights from a checkpoint to one file, and loads them into a model, or a rank's part of one."""
 
 import json
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,13 +40,8 @@ def consolidate(
     check_same_model(checkpoint, dict(model.named_parameters()), {name: tuple(t.shape) for name, t in weights.items()})
     header = {"format": "pt", "format_version": FORMAT_VERSION, "step": str(step), "settings": json.dumps(settings)}
     header |= {"checkpoint": checkpoint.name} | ({} if tokenizer is None else {"tokenizer": tokenizer})
-    partial = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
-    try:
+    with durable.replacing(out) as partial:
         write_in_turn(weights, lambda name: read_named(checkpoint, [start + name])[start + name], partial, header)
-        partial.chmod(0o644)  # so that other users can read it
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ Tensors are read and written file by file, so memory holds one of these files.
 """
 
 import json
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,13 +71,8 @@ def write_weights(checkpoint: Path, folder: Path, content: dict[str, Any], shard
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
         read = read_named(checkpoint, [STORED + name for name in group])
         theirs = {name: t for ours in group for name, t in renamed(content, ours, read.pop(STORED + ours))}
-        partial = folder / f".{file}.tmp-{uuid.uuid4().hex[:8]}"
-        try:
+        with durable.replacing(folder / file) as partial:
             write_whole(theirs, partial, {"format": "pt"})
-            partial.chmod(0o644)
-            partial.replace(folder / file)
-        finally:
-            partial.unlink(missing_ok=True)
         places |= dict.fromkeys(theirs, file)
         total += sum(t.nbytes for t in theirs.values())
     if len(shards) > 1:

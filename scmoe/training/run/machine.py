@@ -23,6 +23,7 @@ from scmoe.config.extras import install_command, require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.rules import IMAGES, Rule, resolve_ep_size
+from scmoe.parallel.container import memory_in_use, memory_limit
 from scmoe.parallel.lightning_seam import rank_without_trainer
 from scmoe.training.build.model import build_model_on_meta, updated_by_muon
 from scmoe.training.build.trainer import cpu_threads
@@ -34,7 +35,6 @@ THREAD_FLOPS, GPU_FLOPS = 1e10, 1e13  # a second, of a CPU thread and of a GPU: 
 FEW_THREADS = 64  # which any machine can start, however few cores it has
 GIB = 2**30
 PROCESS_GIB = 0.3  # of a process with torch and Lightning, on a CPU
-CONTAINER = Path("/sys/fs/cgroup/memory.max")
 
 
 def is_rank_zero() -> bool:
@@ -157,14 +157,6 @@ def _size(config: Config) -> Iterator[Rule]:
     yield seconds > trainer.max_step_s, "trainer.max_step_s", f"{seconds:.3g} or more to start all the same, {why}"
 
 
-def in_use(container: Path) -> float:
-    """Return the bytes that a container's processes use. Pages of files that are not in use are given back."""
-    if not (container / "memory.current").exists():
-        return 0.0
-    stat = dict(line.split() for line in (container / "memory.stat").read_text().splitlines())
-    return float((container / "memory.current").read_text()) - float(stat.get("inactive_file", 0))
-
-
 def free_gib(config: Config) -> float:
     """Return a rank's share of what is free: its GPU, or a part of this machine's memory within its container."""
     devices = config.trainer.devices
@@ -172,6 +164,4 @@ def free_gib(config: Config) -> float:
         return min(torch.cuda.get_device_properties(i).total_memory for i in range(devices)) / GIB
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = float(lines["MemAvailable"].split()[0]) * 1024
-    if CONTAINER.exists() and (limit := CONTAINER.read_text().strip()) != "max":
-        free = min(free, float(limit) - in_use(CONTAINER.parent))
-    return free / GIB / devices
+    return min(free, memory_limit() - memory_in_use()) / GIB / devices

@@ -141,7 +141,7 @@ MUTANTS = (
         f"{FAULTS}/test_bad_data.py::test_44_damaged_images_are_replaced_in_training_left_out_of_validation_and_counted"
     ),
     Mutant("memory-of-all-for-each-rank", 47, f"{RUN}/machine.py")
-    .replaces("    return free / GIB / devices\n", "    return free / GIB\n")
+    .replaces("memory_in_use()) / GIB / devices\n", "memory_in_use()) / GIB\n")
     .caught_by(f"{FAULTS}/test_machine.py::test_47_the_limit_of_memory_is_a_ranks_share"),
     Mutant("launcher-not-asked", 50, f"{RUN}/machine.py")
     .replaces("        if launcher.detect():\n", "        if not launcher:\n")
