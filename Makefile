@@ -46,7 +46,7 @@ evaluate: $(READY)  ## score RUN (the newest): test split, perplexity, TASKS=piq
 export: $(READY)  ## write the model of RUN (the newest): one safetensors file, or with FORMAT=hf a Hugging Face folder
 	@$(PY) -m experiments.export $(or $(RUN),runs/latest) $(if $(FORMAT),--format $(FORMAT)) $(ARGS)
 
-reproduce: $(READY)  ## all tables of the paper at SCALE (smoke, small or paper), in turn; can be stopped and continued
+reproduce: $(READY)  ## all tables of the paper at SCALE (smoke, small, digits or paper), in turn; can be stopped and continued
 	@$(PY) -m experiments.reproduce --scale $(or $(SCALE),smoke) $(ARGS)
 
 table: $(READY)  ## one TABLE (table3) at SCALE; finished runs are skipped, interrupted ones resumed

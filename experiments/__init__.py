@@ -22,7 +22,7 @@ VERBS = {
     "resume": "resume a run",
     "generate": "continue texts with a run's model",
     "evaluate": "score a run's model: test split, perplexity, tasks",
-    "export": "write a run's weights as one file",
+    "export": "write a run's weights as one file, or as a Hugging Face folder",
     "sweep": "search over parameters, at W&B or on this machine",
     "table": "run a table of the paper, and compare",
     "reproduce": "run all tables of the paper in turn",

@@ -7,9 +7,11 @@ from typing import Literal
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench_pairs import OUT, Compute, Count, Positive, Rounds, Share
 
+TIMELINE = Path("runs/timeline")
+
 
 def inference(
-    *, share: float = 0.52, ranks: int = 2, prompt: int = 512, batch: int = 8, rounds: int = 9, out: Path = OUT
+    *, share: Share = 0.52, ranks: int = 2, prompt: int = 512, batch: int = 8, rounds: Rounds = 9, out: Path = OUT
 ) -> None:
     """Prefill and decode between ranks, sequential, overlapped and as planned."""
     given = locals()
@@ -53,7 +55,7 @@ def timeline(
     compute: Compute = "emulated",
     position: Literal["pos1", "pos2", "pos3"] = "pos2",
     run: Path | None = None,
-    out: Path = Path("runs/timeline"),
+    out: Path = TIMELINE,
 ) -> None:
     """One pair's operators, measured and planned (Fig. 7), and Chrome traces.
 
@@ -63,6 +65,8 @@ def timeline(
     from scmoe.testbed import links, timeline
 
     if run is not None:
+        if (share, ranks, compute, position, out) != (0.52, 2, "emulated", "pos2", TIMELINE):
+            raise ConfigError("--run is given, allowed: alone, as a run's plan is drawn and nothing is measured")
         return print(json.dumps(timeline.draw_plan(run)))
     timeline.check(ranks)
     links.require()

@@ -49,7 +49,7 @@ def overlap(
         nodes: on which the ranks are; the rate is that of the nodes' network cards
         exchange: between nodes
         compute: (default: emulated; on cuda real)
-        reductions: of gradients, at level iteration (default: paced)
+        reductions: of gradients, at level iteration (default: paced, on a GPU ddp)
         device: cuda: one GPU, rows over its bus
         rows: rows to measure (default: all)
         dim: (default: 512)

@@ -1,6 +1,7 @@
 """`scmoe check-data` reads all data of a config."""
 
 import sys
+from dataclasses import replace
 
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments import KeyValue, call
@@ -18,8 +19,8 @@ def main(config: str, /, *overrides: KeyValue) -> None:
     from scmoe.config.load import load
     from scmoe.training.build.data import build_datamodule, prepare_data
 
-    settings = load(config, [*overrides, "data.on_error=skip"])
-    data = build_datamodule(settings)
+    settings = load(config, overrides)
+    data = build_datamodule(replace(settings, data=replace(settings.data, on_error="skip")))  # it notes each file
     prepare_data(data)
     found = data.unreadable()
     for line in found:

@@ -20,7 +20,7 @@ class Options:
     """The options that `table` and `reproduce` share.
 
     Args:
-        scale: smoke | small | paper, as in table.yaml
+        scale: one of table.yaml: smoke | small | digits | paper
         jobs: number of runs in parallel; 0: all in this process
         seeds: seeds 1 to this
         from_: take the results of runs of equal configuration from this folder, such as docs/results; may be repeated

@@ -51,9 +51,9 @@ def chart(path: Path, height: float, width: float = WIDTH) -> Iterator[Any]:
         figure.savefig(path, metadata={"Description": content(figure)} if path.suffix == ".png" else None)
 
 
-def heading(figure: Any, text: str, letters: int = 62) -> None:
-    """Sets the title of a figure, at its left edge, in lines of at most so many letters."""
-    figure.suptitle(_in_lines(text, letters), x=0.01, ha="left", fontsize=10.5)
+def heading(figure: Any, text: str) -> None:
+    """Sets the title of a figure, at its left edge, in lines of at most 62 letters."""
+    figure.suptitle(_in_lines(text, 62), x=0.01, ha="left", fontsize=10.5)
 
 
 def title(axis: Any, text: str, letters: int = 52) -> None:

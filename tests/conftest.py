@@ -17,6 +17,13 @@ settings.register_profile("scmoe", deadline=None)  # the machine is shared: a sl
 settings.load_profile("scmoe")
 
 
+LONG = ("test_readme.py", "test_reproduce.py", "test_sweep_trials.py")  # a file is one worker's, so they begin first
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def no_traces_of_a_launcher():
     """Removes what a Trainer in this process has set, or every program that a later test starts would take its port."""

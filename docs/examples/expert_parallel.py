@@ -22,7 +22,7 @@ class Regression(LightningModule):
         out, stats = self.moe(x)
         loss = F.mse_loss(out, y)
         self.log("loss", loss, sync_dist=True)
-        return loss + 0.01 * scmoe.load_balance_loss([stats], torch.distributed.group.WORLD)
+        return loss + 0.01 * scmoe.load_balance_loss([stats], self.parallel_context)
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)

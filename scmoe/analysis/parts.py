@@ -37,7 +37,9 @@ def parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, set[nn.Parameter]]
     """
     seen: set[nn.Parameter] = set()
     for name, module in [*model.named_modules(), ("other", model)]:  # the model itself last: the rest
-        kind = NAMED.get(name.rpartition(".")[2]) or KINDS.get(type(module))
+        kind = NAMED.get(name.rpartition(".")[2]) or next(
+            (kind for base, kind in KINDS.items() if isinstance(module, base)), None
+        )
         own = set(module.parameters()) - seen if kind else set()
         if kind and own:
             seen |= own

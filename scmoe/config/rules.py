@@ -151,7 +151,11 @@ def _moe(config: Config) -> Iterator[Rule]:
     yield dense and moe.rows != "auto", "moe.rows", f"auto, {chosen} has no experts"
     yield dropless and moe.rows == "slots", "moe.rows", "auto | filled | buffers where moe.capacity_factor=null"
     unlimited = not dropless or moe.dropless_ceiling is None
-    yield buffers and unlimited, "moe.rows", "not buffers, unless moe.capacity_factor=null and moe.dropless_ceiling"
+    yield (
+        buffers and unlimited,
+        "moe.rows",
+        "auto | filled | slots, unless moe.capacity_factor=null and moe.dropless_ceiling is set",
+    )
     yield not buffers and moe.overflow != "drop", "moe.overflow", "drop, unless moe.rows=buffers"
     no_tap = not tapped and not own
     yield no_tap and moe.first_position is not None, "moe.first_position", f"null, {chosen} has no shortcut"
@@ -220,9 +224,11 @@ def _ranks(config: Config) -> Iterator[Rule]:
     yield config.strategy.dense == "hybrid" and not nodes, "strategy.dense", hybrid
     widths, holders = (config.model.dim, config.model.ffn_dim or 4 * config.model.dim), world // resolve_ep_size(config)
     split = not dense and config.model.family != "swin" and config.strategy.dense in ("sharded", "hybrid")
-    uneven = split and any(width % holders for width in widths)
-    why = f"{' or '.join(map(str, widths))} is no multiple of the {holders} ranks that hold the same experts"
-    yield uneven, "strategy.dense", f"replicated, as model.dim or model.ffn_dim, {why}; or raise strategy.ep_size"
+    unequal = " and ".join(str(width) for width in widths if split and width % holders)
+    why = f"as a width of {unequal} is no multiple of the {holders} ranks that hold the same experts"
+    yield unequal, "strategy.dense", f"replicated, {why}; or raise strategy.ep_size"
+    muon = config.optim.name == "muon" and config.strategy.dense != "replicated"
+    yield muon, "strategy.dense", "replicated, with optim.name=muon, whose updates need whole matrices"
     paced = config.strategy.dense != "replicated" and config.strategy.reductions is not None
     yield paced, "strategy.reductions", "null, unless strategy.dense=replicated, whose gradients DDP sums"
     parts, batches = "trainer.devices x trainer.num_nodes x trainer.accumulate", world * trainer.accumulate

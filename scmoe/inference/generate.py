@@ -109,7 +109,7 @@ def check_length(length: int, max_tokens: int, context: int, name: str) -> None:
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode, in which FSDP cannot begin
 def _steps(
     model: Decoder,
     prompts: Sequence[Sequence[int]],

@@ -46,7 +46,7 @@ def read_prompts(model: Decoder, ids_BS: Tensor, mask_BS: Tensor, cache: KVCache
     return logits_BV
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def prefill(model: Decoder, ids_BS: Tensor, mask_BS: Tensor, cache: KVCache) -> Tensor:
     """Reads prompts, or the next piece of each; returns [B, V], the logits after each row's last token.
 
@@ -57,7 +57,7 @@ def prefill(model: Decoder, ids_BS: Tensor, mask_BS: Tensor, cache: KVCache) -> 
     return model(ids_BS, padding_BS, cache, last_B).logits_BSV[:, 0]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode(model: Decoder, ids_B: Tensor, going: Sequence[bool], cache: KVCache) -> Tensor:
     """Reads one token of each text and returns [B, V]. going False: the text has ended, and its token is padding."""
     going_B1 = torch.tensor(going, device=ids_B.device)[:, None]

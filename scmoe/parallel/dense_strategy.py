@@ -40,11 +40,15 @@ class DenseWeightsStrategy(FailFastStrategy):
         if how == "auto" and estimates is not None:
             memory = memory_of_rank(self.root_device, self.num_processes)
             how, why = self.broadcast(pick_dense(estimates, memory))
-            if self.global_rank == 0:
-                print(f"strategy.dense=auto: dense weights are {how}; {why}", file=sys.stderr, flush=True)
+            self._say(f"strategy.dense=auto: dense weights are {how}; {why}")
         if how in ("sharded", "hybrid"):
             self.context = with_dense_mesh(self.context, how, self.num_processes, self.root_device, self.timeout)
             self.module.parallel_context = self.context
+
+    def _say(self, line: str) -> None:
+        """Print on rank 0. Lightning's own loggers may be silent."""
+        if self.global_rank == 0:
+            print(line, file=sys.stderr, flush=True)
 
     def model_to_device(self) -> None:
         if self.dense == "auto" and self.dense_estimates is None and not self.is_split:

@@ -104,8 +104,7 @@ class ReadByHost:
         self.work.wait()
         rows = self.by_rank.sum(-1).cpu()  # [sender, chunk, receiver]
         if self.ceiling is not None:
-            for received in rows.sum(0).tolist():
-                check_ceiling(received, self.ceiling)
+            check_ceiling(rows.sum((0, 1)).tolist(), self.ceiling)  # of all chunks: they are in memory together
         sent, received = rows[self.rank].tolist(), rows[:, :, self.rank].T.tolist()
         to_here = self.by_rank[:, :, self.rank]  # [sender, chunk, e]
         return [

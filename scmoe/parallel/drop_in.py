@@ -91,13 +91,13 @@ def ScMoEBlock(
 def load_balance_loss(stats: Sequence[RouterStats], group: Any = None) -> Tensor:
     """Return the mean over modules of E sum_i f_i P_i: 1 for an even load, E where one expert takes all.
 
-    group: the ranks whose batches make the global batch, each of which calls this; None: this process alone. The mean
-    over the ranks is the loss of the global batch.
+    group: the ranks whose batches make the global batch, each of which calls this; a `ParallelContext`: all ranks;
+    None: this process alone. The mean over the ranks is the loss of the global batch.
     """
-    sums_LE2 = balance.integer_sums([*stats])
-    if group is not None:
-        dist.all_reduce(sums_LE2, group=group)
-    return balance.load_balance_loss([*stats], sums_LE2, context_of(group).world_size)
+    sums_LE2, context = balance.integer_sums([*stats]), context_of(group)
+    if context.world_size > 1:
+        dist.all_reduce(sums_LE2, group=None if group is context else group)
+    return balance.load_balance_loss([*stats], sums_LE2, context.world_size)
 
 
 def data_parallel(module: nn.Module, group: Any) -> DistributedDataParallel:

@@ -216,14 +216,16 @@ def check_experts(module: nn.Module, context: ParallelContext) -> None:
                 f"allowed: {own.start} to {own.stop - 1} of {child.num_experts}; build the model in configure_model or "
                 "setup, from self.parallel_context, which __init__ does not have yet"
             )
+    for name, child in module.named_modules():
         if isinstance(child, MoEStream) and context.exchange and not isinstance(context.exchange, FastestExchange):
             dispatcher: Any = child.dispatcher
             while isinstance(dispatcher, Blocking | Narrowed):
                 dispatcher = dispatcher.inner
             if dispatcher.exchange != context.carried():
                 raise ValueError(
-                    f"{name or type(child).__name__} was built with a process group, so its rows travel flat, allowed "
-                    "with exchange=hierarchical: group=self.parallel_context; or exchange=flat"
+                    f"{name or type(child).__name__} was built with a process group, or for another Trainer, so its "
+                    "rows would not travel in two hops, allowed with exchange=hierarchical: a new module, built with "
+                    "group=self.parallel_context; or exchange=flat"
                 )
 
 

@@ -108,7 +108,7 @@ class ExpertParallelStrategy(LockstepStrategy):
             ) from error
         if self.context.mesh is None:
             ep_size = self.world_size if self.ep_size is None else self.ep_size
-            network = self.exchange, self.num_processes, rank_zero_info
+            network = self.exchange, self.num_processes, self._say
             self.context = build_context(ep_size, self.root_device, self.timeout, *network)
             self.set_dense_mesh(self.dense, self.dense_estimates)
             self.checkpoints = Checkpoints(self.context, self.async_checkpoint, self.full_checkpoint)

@@ -13,6 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
@@ -108,7 +110,7 @@ def placed(config: Config, weights: Path) -> Iterator[tuple[Any, ParallelContext
             yield model, ParallelContext(), cache
         return
     module, trainer = start_ranks(config, weights)
-    with ending_together(trainer), trainer.precision_plugin.val_step_context():
+    with ending_together(trainer), torch.inference_mode(), trainer.precision_plugin.val_step_context():
         yield module.model, module.parallel_context, None
 
 

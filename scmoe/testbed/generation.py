@@ -11,9 +11,9 @@ model has the quickstart's sizes and random weights; a document's end does not s
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Column, Table
@@ -127,7 +127,3 @@ def show(result: dict[str, float], batch: int, prompt: int, tokens: int) -> Tabl
     ):
         table.add_row(what, f"{result[value]:.3g}", limit)
     return table
-
-
-def median(values: list[float]) -> float:
-    return float(np.median(values))

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from scmoe.charts import BLUE, PAPER, RED, Bar, bar_legend, chart, grouped_bars, heading, height_of
+from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.parallel.inference_planner import InferencePlan
 from scmoe.testbed.inference import BLOCKS, CHUNKS, SHAPES, measure
@@ -31,25 +32,22 @@ def bench_inference(share: float, prompt: int, batch: int, rounds: int, ranks: i
     share: of communication in a sequential top-2 prefill of `prompt` tokens a rank. batch: texts that a rank decodes.
     The program must be in a network namespace (links.enter). ConfigError: an option that cannot be honoured.
     """
-    check(share, prompt, batch, ranks, rounds)
+    require("bench inference", "matplotlib")
+    check(prompt, batch, ranks)
     setting = Setting(share, compute="real", rounds=rounds, tokens=prompt, seq_len=prompt)
     result = run_ranks(measure, ranks, setting, batch, timeout_s=3600, own_links=True)[0]
     report = summary(setting, batch, ranks, result)
     show(report)
     name = f"inference-{ranks}-ranks-share-{share:g}"
-    draw(report, out / f"{name}.png")
     (out / f"{name}.json").write_text(json.dumps(report, indent=1))
+    draw(report, out / f"{name}.png")
     print(f"chart and figures: {out / name}.png, .json", file=sys.stderr)
     return report
 
 
-def check(share: float, prompt: int, batch: int, ranks: int, rounds: int) -> None:
+def check(prompt: int, batch: int, ranks: int) -> None:
     """Raise ConfigError for what cannot be measured."""
     experts = Setting.num_experts
-    if not 0 < share < 1:
-        raise ConfigError(f"--share is {share:g}, allowed: above 0 and below 1")
-    if rounds < 2:
-        raise ConfigError(f"--rounds is {rounds}, allowed: 2 or more, of which quartiles are taken")
     if ranks < 2 or experts % ranks:
         raise ConfigError(f"--ranks is {ranks}, allowed: divisors of the {experts} experts from 2 on")
     for option, tokens in (("prompt", prompt), ("batch", batch)):

@@ -39,7 +39,8 @@ def why_not() -> str | None:
     trial = ["ip link add veth0 type veth peer name veth1", "ip link add bridge0 type bridge"]
     trial.append(f"tc qdisc add dev veth0 root {_tbf(1)}")
     done = subprocess.run([*_unshare(), "sh", "-c", " && ".join(trial)], capture_output=True, text=True)
-    return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+    said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+    return None if done.returncode == 0 else said[-1]
 
 
 def enter(nodes: int = 1) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from scmoe.charts import BLUE, PAPER, RED, SKY, Bar, bar_legend, chart, grouped_bars, heading, height_of, title
+from scmoe.config.extras import require
 from scmoe.testbed.offload import ARCHITECTURES, RESIDENT, Setting, measure
 from scmoe.testbed.speed_chart import name_of
 
@@ -26,6 +27,7 @@ COLORS = {"blocking": RED, "determinate": BLUE, "speculative": SKY}
 
 def bench_offload(out: Path, setting: Setting) -> dict[str, Any]:
     """Measure every architecture, print tables, write chart and figures into `out`; return the rows of one token."""
+    require("fig13", "matplotlib")
     report, rates = dict[str, Any](), None
     for architecture in sorted(setting.architectures, key=list(ARCHITECTURES).index):
         print(f"measuring {name_of(architecture)}", file=sys.stderr)
@@ -36,8 +38,8 @@ def bench_offload(out: Path, setting: Setting) -> dict[str, Any]:
     show(report, setting)
     found = {"rows": rows(report), "equal_bits": equal_bits(report)}
     whole = {**found, "setting": asdict(setting), "architectures": report}
-    draw(whole, out / "figure-13.png")
     (out / "figure-13.json").write_text(json.dumps(whole, indent=1))
+    draw(whole, out / "figure-13.png")
     print(f"chart and figures: {out / 'figure-13'}.png, .json", file=sys.stderr)
     return found
 

@@ -5,6 +5,8 @@ One start of four ranks checks all cases, and trainings by the Strategy. torchru
 
 from __future__ import annotations
 
+import contextlib
+import io
 from datetime import timedelta
 from unittest.mock import patch
 
@@ -106,9 +108,13 @@ def check_all(rank: int, world_size: int) -> list[str]:
     for group, way in ((two, "hierarchical"), (contexts["auto"], "auto")):
         assert MoE(DIM, EXPERTS, group=group).dispatcher.exchange == contexts[way].carried()
     flat_moe = MoE(DIM, EXPERTS, group=two.ep_group)
-    with pytest.raises(ValueError, match="rows travel flat, allowed with exchange=hierarchical: group="):
+    with pytest.raises(
+        ValueError, match="rows would not travel in two hops, allowed with exchange=hierarchical: a new"
+    ):
         check_experts(flat_moe, two)
     check_experts(flat_moe, contexts["auto"])
+    with pytest.raises(ValueError, match="holds experts 0 to"):
+        check_experts(MoE(DIM, EXPERTS), two)
 
     cases = {"equal": None} | numbers_of_rows()
     flat_rows = {name: moved(two, case, rank, "flat") for name, case in cases.items()}
@@ -131,7 +137,9 @@ def check_all(rank: int, world_size: int) -> list[str]:
     assert compare.count > 0
 
     layout = "top_k=2 trainer.max_steps=2 trainer.devices=2 trainer.num_nodes=2 strategy.ep_size=4 strategy.exchange="
-    flat_run, two_hops, measured = (train(tiny(layout + way)) for way in ("flat", "hierarchical", "auto"))
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        flat_run, two_hops, measured = (train(tiny(layout + way)) for way in ("flat", "hierarchical", "auto"))
+    assert said.getvalue().count("strategy.exchange: ") == (rank == 0), "whatever Lightning's loggers show"
     for name, weight in flat_run["after"].items():
         assert torch.equal(two_hops["after"][name], weight) and torch.equal(measured["after"][name], weight), name
     return lines

@@ -144,6 +144,7 @@ def test_45_check_data_reads_texts_too(tmp_path, capsys):
     words = ["data.name=text", f"data.path={tmp_path}", f"data.cache_dir={tmp_path}/cache", "data.vocab_size=300"]
     assert call("check-data", "configs/debug.yaml", *words) == 2
     assert "b.txt has zero bytes" in capsys.readouterr().out
+    assert call("check-data", "configs/debug.yaml") == 0, "data without files can be checked too"
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.dispatcher import AllToAllDispatcher, check_ceiling
+from scmoe.parallel.dispatcher import AllToAllDispatcher, ReadByHost, check_ceiling
 from scmoe.testbed.ranks import run_ranks
 from scmoe.training.build.model import build_module
 from tests.support.failing import failure, fit
@@ -52,6 +53,13 @@ def test_31_a_ceiling_ends_all_ranks_before_memory_is_allocated():
     assert re.search(r"rank [01], later: .*CeilingError: rank 0 ", message), "the same error on both ranks"
     run_ranks(all_to_one, 2, "2")  # all rows on one of two ranks are twice the fair share, and no more
     run_ranks(all_to_one, 2, "null")
+
+
+def test_31_chunks_do_not_change_what_a_ceiling_allows():
+    """The first chunk goes to rank 0 and the second to rank 1, so that both receive their fair share."""
+    rows = torch.tensor([[[[4], [0]], [[0], [4]]]] * 2)  # [sender, chunk, receiver, e]
+    counts = ReadByHost(SimpleNamespace(wait=lambda: None), rows, rank=0, ceiling=1.0).wait()
+    assert [chunk.traffic.received for chunk in counts] == [[4, 4], [0, 0]]
 
 
 def test_31_the_ceiling_is_a_multiple_of_the_fair_share():

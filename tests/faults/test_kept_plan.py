@@ -81,5 +81,6 @@ def test_43_a_plan_survives_its_file_and_is_drawn(planned, capsys, tmp_path):
     assert call("bench", "timeline", "--run", str(planned)) == 0
     pictures = json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"]
     assert [Path(picture).read_bytes()[:4] for picture in pictures] == [b"\x89PNG"] * 2
+    assert call("bench", "timeline", "--run", str(planned), "--ranks", "4") == 2, "nothing is measured"
     assert call("bench", "timeline", "--run", str(tmp_path)) == 2
     assert "allowed: a run with schedule=auto that has chosen" in capsys.readouterr().err

@@ -103,6 +103,8 @@ def test_49_more_ranks_than_gpus_are_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: True)
     overrides = "trainer.accelerator=auto", "trainer.devices=2"
     assert "trainer.devices is 2, allowed: at most 1, the GPUs of this machine" in refusal(capsys, tmp_path, *overrides)
+    overrides = "trainer.accelerator=auto", "strategy.reductions=paced"
+    assert "strategy.reductions is 'paced', allowed: null | ddp on a GPU" in refusal(capsys, tmp_path, *overrides)
 
 
 def test_49_more_threads_than_a_machine_could_start_are_refused(tmp_path, capsys):

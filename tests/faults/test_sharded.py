@@ -142,7 +142,11 @@ def test_75_sigterm_to_one_rank_saves_one_step_and_the_resumed_run_is_bit_identi
         ("strategy.dense=hybrid", "strategy.dense is 'hybrid', allowed: replicated | sharded | auto, unless trainer."),
         (
             "strategy.dense=sharded strategy.ep_size=1 trainer.devices=16 data.global_batch_size=16",
-            "model.ffn_dim, 16 or 24 is no multiple of the 16 ranks that hold the same experts",
+            "replicated, as a width of 24 is no multiple of the 16 ranks that hold the same experts",
+        ),
+        (
+            "strategy.dense=auto optim.name=muon",
+            "strategy.dense is 'auto', allowed: replicated, with optim.name=muon, whose updates",
         ),
         ("strategy.dense=whole", "strategy.dense is 'whole', allowed: replicated | sharded | hybrid | auto"),
     ],

@@ -117,6 +117,17 @@ def test_a_run_without_validation_says_so(tmp_path):
     assert set(checkpoints(run_dir(done))) == {"step=4.ckpt"}
 
 
+def test_a_text_run_with_split_weights_in_half_precision_ends_with_samples(tmp_path):
+    """Matrices are gathered in bfloat16 and biases in float32; the second run ended between its last step and its
+    summary, so that its first pass is the one of the samples."""
+    text = ("data.name=text", f"data.path={ROOT}/docs/decisions", "data.vocab_size=512", f"data.cache_dir={tmp_path}")
+    split = ("strategy.dense=sharded", "trainer.precision=bf16-mixed", "trainer.limit_val_batches=0")
+    folder = run_dir(train(tmp_path, *text, *split, ranks=2))
+    (folder / "summary.json").unlink()
+    done = resume_in_ranks(2, str(folder))
+    assert done.summary["steps"] == 4 and "│ sample" in done.out, done.err
+
+
 def test_overfitting_repeats_the_first_batches_also_when_it_is_resumed(tmp_path):
     """At a learning rate near 0 the same batch has the same loss."""
     words = ("trainer.overfit_batches=2", "trainer.max_steps=5", "optim.lr=1e-30", "moe.noisy=false")

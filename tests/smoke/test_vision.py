@@ -11,7 +11,13 @@ from tests.support.commands import ROOT, SUMMARY, Done, command_in_ranks, rows_o
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 
-SHORT = ("trainer.max_steps=4", "trainer.val_every=2", "trainer.checkpoint_every=2", "data.val_sequences=21")
+SHORT = (
+    "trainer.max_steps=4",
+    "trainer.val_every=2",
+    "trainer.checkpoint_every=2",
+    "data.val_sequences=21",
+    "logger.mode=disabled",
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """This program replaces experiments.train in tests of the sweep around it: it starts at once and learns nothing.
 
-`python -m tests.support.toy_training SECONDS_PER_STEP experiments.train CONFIG key=value ...`, or with
-`experiments.resume RUN_DIR` in its place.
+`python -m tests.support.toy_training SECONDS@RATE experiments.train CONFIG key=value ...`, or with `experiments.resume
+RUN_DIR` in its place. At the learning rate RATE each step takes SECONDS; at others it takes no time.
 Its val/loss is |log10 lr + 2| + 1 / step, and NaN in the last step for a learning rate of 0.5. A learning rate of 1
 fails; SIGTERM saves and exits with 143.
 """
@@ -20,7 +20,8 @@ from typing import Any
 from scmoe.config.load import load, to_yaml
 
 
-def main(pause_s: float, program: str, arguments: list[str]) -> int:
+def main(pause: str, program: str, arguments: list[str]) -> int:
+    pause_s, paused_lr = map(float, pause.split("@"))
     if program == "experiments.resume":
         run_dir = Path(arguments[0])
         config = load(run_dir / "config.yaml")
@@ -43,7 +44,7 @@ def main(pause_s: float, program: str, arguments: list[str]) -> int:
         with metrics.with_suffix(".tmp").open("w", newline="") as file:
             csv.writer(file).writerows(rows)
         metrics.with_suffix(".tmp").rename(metrics)
-        time.sleep(pause_s)
+        time.sleep(pause_s if config.optim.lr == paused_lr else 0)
         if stopped:
             (run_dir / "checkpoints" / f"step={step + 1}.ckpt").mkdir(parents=True)
             return 143
@@ -51,4 +52,4 @@ def main(pause_s: float, program: str, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(float(sys.argv[1]), sys.argv[2], sys.argv[3:]))
+    sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[3:]))

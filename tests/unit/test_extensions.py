@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
 
 import docs.examples.my_architecture  # noqa: F401  else the fixture would forget what it registers
+from scmoe.analysis.parts import parts as parts_of
+from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.config.extensions import words
 from scmoe.config.help import catalogue
 from scmoe.config.leaves import ConfigError
@@ -14,9 +18,10 @@ from scmoe.config.load import load
 from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, OPTIMIZERS, Registry
 from scmoe.experiments import call
 from scmoe.models.gpt import GPT
+from scmoe.moe.router import Router
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.studies.estimate import estimate
-from scmoe.training.build.blocks import decoder_parts, stack
+from scmoe.training.build.blocks import decoder_parts, moe_blocks, stack
 from scmoe.training.build.data import build_datamodule
 from scmoe.training.build.model import build_model, build_model_on_meta, build_module
 from scmoe.training.hf.config import hf_config
@@ -100,6 +105,39 @@ def test_costs_are_estimated_from_the_modules_and_an_export_for_hugging_face_is_
         ValueError, match=r"moe\.architecture is parallel, allowed with --format hf: an architecture of"
     ):
         hf_config(config, None)
+
+
+class Turned(Router):
+    """The router of scmoe on turned logits."""
+
+    def logits(self, x_TD):
+        return super().logits(-x_TD)
+
+
+def test_an_architecture_may_reuse_pairs_and_bring_a_router():
+    class Mine(ShortcutBlock):
+        pass
+
+    @ARCHITECTURES.register("mine")
+    def mine(config, context, parts):
+        return moe_blocks(Mine, config, context, parts)
+
+    @ARCHITECTURES.register("turned")
+    def turned(config, context, parts):
+        blocks = moe_blocks(ShortcutBlock, config, context, parts)
+        for block in blocks:
+            block.moe.router = Turned(parts[0].dim, config.moe.num_experts, config.moe.top_k)
+        return blocks
+
+    tokens = torch.arange(8)[None]
+    models = {
+        name: build_model(load(None, [*TINY, f"moe.architecture={name}"])) for name in ("scmoe", "mine", "turned")
+    }
+    logits = {name: model.eval()(tokens)[0] for name, model in models.items()}
+    assert isinstance(models["mine"].blocks[0], Mine) and torch.equal(logits["mine"], logits["scmoe"])
+    assert not torch.equal(logits["turned"], logits["scmoe"])
+    own, scmoes = (Counter(kind for kind, *_ in parts_of(models[name])) for name in ("turned", "scmoe"))
+    assert own == scmoes and own["gates"] > 0, "a router of one's own counts as a gate"
 
 
 def test_a_family_puts_its_model_around_any_architecture():

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 SWEEP: dict[str, Any] = {
     "program": "experiments/train.py",
     "command": [
-        *("${interpreter}", "-m", "tests.support.toy_training", "0.01", "experiments.train"),
+        *("${interpreter}", "-m", "tests.support.toy_training", "0@0", "experiments.train"),
         *("configs/debug.yaml", "trainer.max_steps=6", "${args_no_hyphens}"),
     ],
     "method": "grid",
@@ -39,9 +39,9 @@ SWEEP: dict[str, Any] = {
 def start(tmp_path):
     """Returns a function that starts the sweep of a file with these changes, and returns its process."""
 
-    def start(name: str = "s", pause_s: float = 0.01, **changes: Any) -> subprocess.Popen[str]:
+    def start(name: str = "s", pause: str = "0@0", **changes: Any) -> subprocess.Popen[str]:
         config = {**SWEEP, **changes}
-        config["command"] = [str(pause_s) if word == "0.01" else word for word in config["command"]]
+        config["command"] = [pause if word == "0@0" else word for word in config["command"]]
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         words = [str(tmp_path / f"{name}.yaml"), "--local", f"runs_dir={tmp_path}"]
         pipe = subprocess.PIPE
@@ -107,7 +107,7 @@ def test_a_trial_that_ends_with_nan_has_failed(start, tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_cut_sweep_is_resumed(signum, start, tmp_path):
-    process = start(pause_s=1)
+    process = start(pause="0.5@0.01")
     first, second = (tmp_path / "sweeps/s" / name for name in ("trial-001", "trial-002"))
     until(lambda: any(second.glob("*/metrics.csv")))
     os.killpg(process.pid, signum)  # a terminal signals the whole group
@@ -119,33 +119,33 @@ def test_a_cut_sweep_is_resumed(signum, start, tmp_path):
     assert [row["state"] for row in rows(tmp_path)] == ["finished", "cut"]
     before = list(first.glob("*/config.yaml")) + list(second.glob("*/config.yaml"))
     assert any(second.glob("*/checkpoints/*.ckpt"))
-    again = end(start(pause_s=1))
+    again = end(start(pause="0.5@0.01"))
     assert again.summary["finished"] == 3, "three trials finished, one failed"
     assert before == list(first.glob("*/config.yaml")) + list(second.glob("*/config.yaml")), "in the same directories"
     assert [row["steps"] for row in rows(tmp_path)] == ["6", "6", "0", "6"]
 
 
 def test_a_killed_sweep_keeps_its_state_and_holds_its_lock_while_its_trial_runs(start, tmp_path):
-    process = start(pause_s=0.3)
+    process = start(pause="0.3@0.1")
     until(lambda: any((tmp_path / "sweeps/s/trial-001").glob("*/metrics.csv")))
     process.kill()
     process.wait()
     (left,) = map(int, alive(tmp_path))
     os.kill(left, signal.SIGSTOP)  # so that it holds the lock while the next sweep starts
     try:
-        refused = end(start(pause_s=0.3))
+        refused = end(start(pause="0.3@0.1"))
     finally:
         os.kill(left, signal.SIGCONT)
     assert refused.code == 2
     assert "another process is running this study" in refused.err
     until(lambda: not alive(tmp_path))
-    assert end(start(pause_s=0.3)).summary["finished"] == 3
+    assert end(start(pause="0.3@0.1")).summary["finished"] == 3
 
 
 def test_hyperband_stops_trials_early(start, tmp_path):
     rule = {"type": "hyperband", "min_iter": 2, "eta": 4}
     space = {"optim.lr": {"values": [1e-2, 1e-5]}}
-    done = end(start(pause_s=1, early_terminate=rule, parameters=space))
+    done = end(start(pause="0.5@1e-5", early_terminate=rule, parameters=space))
     assert [row["state"] for row in rows(tmp_path)] == ["finished", "stopped"]
     assert int(rows(tmp_path)[1]["steps"]) < 6
     assert (done.summary["finished"], done.summary["best"]["trial"]) == (2, 1)

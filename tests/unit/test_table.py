@@ -259,9 +259,12 @@ def test_a_field_that_is_newer_than_the_run_counts_unless_it_is_at_its_default(t
     assert not same_config(tmp_path, load(ROOT / "configs/debug.yaml", ["moe.z_loss_coef=0.1"]))
 
 
-def test_a_row_may_have_its_own_learning_rate(table):
-    table.rows = (*table.rows, Row("fast", ("a",), {}, ("optim.lr=0.02",), "top-2"))
-    assert [run.config.optim.lr for run in table.plan()[:3]] == [1e-3, 1e-3, 0.02]
+def test_a_row_may_have_its_own_learning_rate_and_options(table, monkeypatch):
+    monkeypatch.setattr("scmoe.config.rules.extension_rules", lambda config: ())  # options without an extension
+    table.rows = (*table.rows, Row("fast", ("a",), {}, ("optim.lr=0.02", "options.routers=4"), "top-2"))
+    configs = [run.config for run in table.plan()[:3]]
+    assert [config.optim.lr for config in configs] == [1e-3, 1e-3, 0.02]
+    assert [config.options for config in configs] == [{}, {}, {"routers": 4}]
 
 
 def test_a_row_that_changes_the_training_is_refused(table):

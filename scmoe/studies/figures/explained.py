@@ -13,8 +13,8 @@ from scmoe.schedule.cost import OperatorTimes, best_schedule, slots
 from scmoe.schedule.schedule import Schedule
 from scmoe.schedule.timeline import COLORS, DARK, draw, play
 
-# Units of one MLP: attention 3 (Table 1's rows imply 3 : 1), and transfers such that a top-2 pair spends about half
-# its time in them (testbed: share 0.52).
+# Units of one MLP: attention 3 (as in the testbed's emulated compute), and transfers such that a top-2 pair spends
+# about half its time in them (testbed: share 0.52).
 TIMES = {
     "attention": 3.0,
     **dict.fromkeys(("mlp", "shared_expert", "experts"), 1.0),

@@ -3,10 +3,10 @@
     <runs_dir>/tables/<table>-<scale>/   runs/<row>-seed<s>/<stamp>-.../   run directories
                                          lock  states/  logs/              studies/job.py
 
-Rows see the same data in the same order: they share everything but `model`, `moe`, `schedule` and the learning rate,
-which a search may have chosen for each architecture. A weight's initial value depends on its name and the seed, so what
-two rows have in common starts with equal values. A run counts as this table's only if its config is the same as it
-would be now.
+Rows see the same data in the same order: they share everything but `model`, `moe`, `schedule`, an extension's `options`
+and the learning rate, which a search may have chosen for each architecture. A weight's initial value depends on its
+name and the seed, so what two rows have in common starts with equal values. A run counts as this table's only if its
+config is the same as it would be now.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from scmoe.studies.job import Job, State
 from scmoe.studies.runs import SeenRun, flat
 from scmoe.studies.table.rows import Row, Scale, Table
 
-OWN = ("model.", "moe.", "schedule.", "optim.lr", "name")  # keys in which rows may differ
+OWN = ("model.", "moe.", "schedule.", "optim.lr", "options", "name")  # keys in which rows may differ
 
 
 @dataclass(frozen=True, eq=False)

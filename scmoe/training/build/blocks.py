@@ -144,10 +144,10 @@ def moe_block(
     block: type[MoEBlock], config: Config, context: ParallelContext, parts: Parts, sublayers: Sequence[Any], first: bool
 ) -> nn.Module:
     """Return one block with an MoE. first: the model's first MoE module, whose tap may be elsewhere."""
-    moe, has_tap = config.moe, config.moe.architecture in SHORTCUTS
-    architecture = SHORTCUTS.get(moe.architecture, moe.architecture)
+    moe, has_tap = config.moe, block.architecture in SHORTCUTS
     position = (moe.first_position if first else None) or moe.position
-    schedule = Schedule(architecture, position if has_tap else None, config.schedule.slot, config.schedule.chunks or 1)
+    tap = position if has_tap else None
+    schedule = Schedule(block.architecture, tap, config.schedule.slot, config.schedule.chunks or 1)
     optional: dict[str, Any] = {}
     if has_tap:
         following = sublayers[len(sublayers) - schedule.sublayers_after_tap]  # the sub-layer after the tap

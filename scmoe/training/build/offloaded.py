@@ -21,6 +21,7 @@ from scmoe.offload.store import Read, StoreError, expert_layers, write_store
 from scmoe.parallel.checkpoint.export import exported_by_name
 from scmoe.parallel.checkpoint.loading import weights_by_name
 from scmoe.training.build.model import build_model_on_meta
+from scmoe.training.build.trainer import cpu_threads
 from scmoe.training.run.directory import relative
 
 
@@ -41,6 +42,8 @@ def offloaded(config: Config, source: Path) -> Iterator[tuple[Any, Cache]]:
     """
     folder = (source.parents[1] if source.is_dir() else source.parent) / "offload"
     path, offload = folder / f"{source.name}.experts.safetensors", config.offload
+    torch.set_num_threads(cpu_threads(config))
+    torch.use_deterministic_algorithms(config.trainer.deterministic)
     on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     try:

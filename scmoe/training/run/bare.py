@@ -27,7 +27,8 @@ class Losses(Callback):
 def train_bare(config: Config) -> list[float]:
     """Return the loss of every step, with the balance losses, in nats per token. ConfigError: the data cannot be used.
 
-    It reads the config's model, moe, data, optim, strategy and, of its trainer, accelerator, devices, precision, steps.
+    It reads the config's model, moe, data, optim, `strategy.ep_size` and, of its trainer, accelerator, devices,
+    precision and steps.
     """
     losses, data = Losses(), build_datamodule(config)
     prepare_data(data)

@@ -97,6 +97,8 @@ def _devices(config: Config) -> Iterator[Rule]:
     yield (trainer.threads or 1) > most, "trainer.threads", f"null or at most {most} on this machine"
     short = has_gpus(config) and trainer.devices > gpus
     yield short, "trainer.devices", f"at most {gpus}, the GPUs of this machine, or trainer.accelerator=cpu"
+    paced = config.strategy.reductions == "paced" and has_gpus(config)
+    yield paced, "strategy.reductions", "null | ddp on a GPU, whose all-reduces the host cannot pace"
 
 
 def has_gpus(config: Config) -> bool:

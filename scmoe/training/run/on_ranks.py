@@ -29,7 +29,7 @@ ALONE = (
 # What only helps training, and what would make results depend on the number of ranks.
 WITHOUT = (
     *("trainer.progress=false", "trainer.compile=false", "trainer.recompute=false", "schedule.auto=false"),
-    *("moe.dropless_ceiling=null", "moe.overflow=drop", "strategy.wire_dtype=null"),
+    *("moe.dropless_ceiling=null", "moe.overflow=drop", "strategy.wire_dtype=null", "strategy.reductions=null"),
 )
 
 

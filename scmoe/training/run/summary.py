@@ -78,7 +78,9 @@ def sample_text(trainer: Trainer, module: MoEModule, data: PositionedDataModule)
         return []
     model, end = module.to(trainer.strategy.root_device).eval().model, data.tokenizer.end_of_text
     stopping = Stopping(min(SAMPLE_TOKENS, model.max_seq_len - 1), decode=data.tokenizer.decode)
-    return [stopping.text(ids) for ids, _ in generate(model, [[end]] * SAMPLES, stopping)]
+    eager = torch.compiler.set_stance("force_eager")  # every length of the text would be compiled anew
+    with trainer.precision_plugin.val_step_context(), eager:
+        return [stopping.text(ids) for ids, _ in generate(model, [[end]] * SAMPLES, stopping)]
 
 
 def say_done(run_dir: Path, summary: dict[str, Any]) -> dict[str, Any]:

@@ -48,10 +48,11 @@ def train(config: Config, overrides: Sequence[str] = (), resumed: Resumed | None
         trainer = build_trainer(config, build_callbacks(config, directory), loggers)
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         summary = summarise(trainer, module, data)
-        samples = sample_text(trainer, module, data)
         if directory is not None:
             summary = {"run_dir": str(relative(directory)), **summary}
             write_json(directory / "summary.json", summary)
+        samples = sample_text(trainer, module, data)
+        if directory is not None:
             log_results(loggers, trainer.global_step, samples, directory / "analysis" / "expert_load.png")
         log_best_checkpoint(loggers, trainer.checkpoint_callbacks)
     if directory is None or not trainer.is_global_zero:
