@@ -8,11 +8,12 @@ import inspect
 from collections.abc import Iterator
 
 from scmoe.config.fields import Config
+from scmoe.config.leaves import Rule
 from scmoe.config.registry import ARCHITECTURES, CALLBACKS
 
 
-def extension_rules(config: Config) -> Iterator[tuple[object, str, str]]:
-    """Yield whether a value is refused, its key, and what is allowed instead."""
+def extension_rules(config: Config) -> Iterator[Rule]:
+    """Yield what `validate` checks of extensions."""
     names = CALLBACKS.names()
     known = " | ".join(names) or "{}, as no callback is registered; name its module in extensions"
     for name, options in config.callbacks.items():

@@ -21,6 +21,10 @@ def flatten(tree: Any) -> dict[str, Any]:
     return {leaf.key: leaf.value for leaf in leaves(tree)}
 
 
+# Whether a value is refused, its key, and what is allowed instead.
+Rule = tuple[object, str, str]
+
+
 class ConfigError(ValueError):
     """An error in one line: where, which key, what was given, what is allowed."""
 

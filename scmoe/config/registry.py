@@ -56,5 +56,6 @@ ARCHITECTURES = Registry("architecture", ("dense", "top_k", "shared_expert", "sc
 FAMILIES = Registry("family", ("gpt", "llama", "swin"), images=("swin",))
 TEXTS, PICTURES = ("sotu", "text", "hf"), ("fashion_mnist", "digits", "image_folder")
 DATASETS = Registry("dataset", (*TEXTS, "synthetic", *PICTURES), images=PICTURES)
+IMAGES = DATASETS.images  # grows with what extensions register
 OPTIMIZERS = Registry("optimizer", ("adamw", "muon"))
 CALLBACKS = Registry("callback")

@@ -11,30 +11,17 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from scmoe.config.data_rules import data_rules
 from scmoe.config.extension_rules import extension_rules
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError, flatten, leaves, show
+from scmoe.config.leaves import ConfigError, Rule, flatten, leaves, show
 from scmoe.config.ranges import RANGES
-from scmoe.config.registry import ARCHITECTURES, DATASETS, FAMILIES, TEXTS
+from scmoe.config.registry import ARCHITECTURES
 from scmoe.schedule.schedule import Schedule
 
 # Architectures with a tap, and the architecture of their schedules.
 SHORTCUTS = {"scmoe": "scmoe", "dgmoe": "dgmoe", "dgmoe_share": "dgmoe"}
-SMALLEST_VOCABULARY = {"bpe": 257, "gpt2": 50257}  # bpe: all bytes and the end-of-text token
-MOST_SYNTHETIC = 4096  # sequences of a validation
-LEAST_IDS = 2  # with one, there is nothing to predict
 
-# Data sets of images, fields that have no meaning for images, and fields that have a meaning for images only.
-IMAGES = DATASETS.images
-NOT_FOR_IMAGES = (
-    # swin: MLPs have 4 x the stage's dim, drop_path replaces dropout, and no norm before a sub-layer could be shared
-    *("model.ffn_dim", "model.kv_heads", "model.activation", "model.dropout", "moe.tap_norm"),
-    *("data.tokenizer", "data.vocab_size", "data.seq_len", "data.cache_dir"),
-)
-ONLY_FOR_IMAGES = (
-    *("model.patch_size", "model.window", "model.drop_path"),
-    *("data.image_size", "data.num_classes", "data.augment", "data.mixup", "data.cutmix", "data.label_smoothing"),
-)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # file systems take 255 bytes
 STEPS = re.compile(r"(\d{1,10}):(\d{1,10})")  # of trainer.profile_steps
 INIT_FROM = re.compile(r"(hf|scmoe):.+")
@@ -64,14 +51,11 @@ OWN_ARGUMENTS = {
     "barebones": "trainer.progress, logger.mode and trainer.save_top_k",
 }
 
-# Whether a value is refused, its key, and what is allowed instead.
-Rule = tuple[object, str, str]
-
 
 def validate(config: Config, source: str = "config") -> None:
     """Raise ConfigError for the first value or combination that cannot run. source: where it is from."""
     values = flatten(config)
-    checks = (_ranges, extension_rules, _model, _moe, _schedule, _ranks, _offload, _data, _images, _analysis, _trainer)
+    checks = (_ranges, extension_rules, _model, _moe, _schedule, _ranks, _offload, data_rules, _analysis, _trainer)
     for refused, key, allowed in chain.from_iterable(check(config) for check in checks):
         if refused:
             raise ConfigError(f"{source}: {key} is {show(values[key])}, allowed: {allowed}")
@@ -151,11 +135,8 @@ def _moe(config: Config) -> Iterator[Rule]:
     yield dense and moe.rows != "auto", "moe.rows", f"auto, {chosen} has no experts"
     yield dropless and moe.rows == "slots", "moe.rows", "auto | filled | buffers where moe.capacity_factor=null"
     unlimited = not dropless or moe.dropless_ceiling is None
-    yield (
-        buffers and unlimited,
-        "moe.rows",
-        "auto | filled | slots, unless moe.capacity_factor=null and moe.dropless_ceiling is set",
-    )
+    finite = "auto | filled | slots, unless moe.capacity_factor=null and moe.dropless_ceiling is set"
+    yield buffers and unlimited, "moe.rows", finite
     yield not buffers and moe.overflow != "drop", "moe.overflow", "drop, unless moe.rows=buffers"
     no_tap = not tapped and not own
     yield no_tap and moe.first_position is not None, "moe.first_position", f"null, {chosen} has no shortcut"
@@ -251,45 +232,6 @@ def _offload(config: Config) -> Iterator[Rule]:
     yield not resident and other, "offload.way", "resident, unless trainer.precision=32-true"
     alone = config.trainer.devices * config.trainer.num_nodes == 1
     yield not resident and not alone, "offload.way", "resident on several ranks, as each holds experts of its own"
-
-
-def _data(config: Config) -> Iterator[Rule]:
-    data, read, named = config.data, config.data.path is not None, f"as data.name={config.data.name}"
-    yield data.name in ("text", "hf", "image_folder") and not read, "data.path", f"a path, {named} reads from it"
-    yield data.name in ("sotu", "synthetic", "digits") and read, "data.path", f"null, {named} reads no path"
-    yield data.name != "hf" and data.subset is not None, "data.subset", f"null, {named} has no subsets"
-    endless = data.name == "synthetic" and (data.val_sequences or 0) > MOST_SYNTHETIC
-    yield endless, "data.val_sequences", f"null or at most {MOST_SYNTHETIC}, {named} has no end"
-    no_files = data.name in DATASETS.built_in and data.name not in ("text", "image_folder")
-    yield data.on_error == "skip" and no_files, "data.on_error", f"raise, {named} has no files that could be left out"
-    smallest = SMALLEST_VOCABULARY.get(data.tokenizer, LEAST_IDS)
-    small = data.name in TEXTS and data.vocab_size < smallest
-    yield small, "data.vocab_size", f"{smallest} or more for data.tokenizer={data.tokenizer}"
-    yield data.vocab_size < LEAST_IDS, "data.vocab_size", f"{LEAST_IDS} or more"
-
-
-def _images(config: Config) -> Iterator[Rule]:
-    """Check that model and data fit together, and that fields without a meaning for them have their defaults."""
-    model, data, images = config.model, config.data, config.data.name in IMAGES
-    wanted = model.family in FAMILIES.images
-    names = f"{'' if wanted else 'anything but '}{', '.join(IMAGES)}"
-    yield wanted != images, "data.name", f"{names} for model.family={model.family}"
-    if model.family not in FAMILIES.built_in:  # an extension's: which of these fields it reads is its own
-        return
-    values, defaults = flatten(config), flatten(type(config)())
-    for key in NOT_FOR_IMAGES if images else ONLY_FOR_IMAGES:
-        allowed = f"{show(defaults[key])}, as data.name={data.name} has {'' if images else 'no '}images"
-        yield values[key] != defaults[key], key, allowed
-    if not images:
-        return
-    step = 8 * model.patch_size  # three stages halve the feature map
-    yield data.image_size % step, "data.image_size", f"a multiple of 8 x model.patch_size, {step}"
-    widths = [data.image_size // model.patch_size // 2**stage for stage in range(4)]
-    cut = any(width > model.window and width % model.window for width in widths)
-    yield cut, "model.window", f"a divisor of the width of each larger feature map: {', '.join(map(str, widths))}"
-    pairs = 2 * config.trainer.devices * config.trainer.num_nodes * config.trainer.accumulate
-    odd = (data.mixup or data.cutmix) and data.global_batch_size % pairs
-    yield odd, "data.global_batch_size", f"a multiple of {pairs}, as mixup and cutmix need pairs in every rank's batch"
 
 
 def _analysis(config: Config) -> Iterator[Rule]:

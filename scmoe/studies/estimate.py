@@ -15,7 +15,7 @@ from scmoe.analysis.split import Split
 from scmoe.analysis.traffic import step_traffic
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
-from scmoe.config.rules import IMAGES
+from scmoe.config.registry import IMAGES
 from scmoe.training.build.model import build_model_on_meta, updated_by_muon
 from scmoe.training.run.report import count_parameters, total_and_active
 

@@ -18,8 +18,7 @@ import torch
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
-from scmoe.config.registry import ARCHITECTURES
-from scmoe.config.rules import IMAGES
+from scmoe.config.registry import ARCHITECTURES, IMAGES
 from scmoe.datamodules.text import TextDataModule
 from scmoe.datamodules.tokenizer import Tokenizer
 from scmoe.inference.generate import Step, check_length, collect, stream

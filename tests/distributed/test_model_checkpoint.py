@@ -4,7 +4,7 @@ parallel with training, and a run resumes from the last."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -79,38 +79,45 @@ def fit(
     return [Path(path).name for path in known], weights(module)
 
 
-@pytest.mark.parametrize("last", [True, "link"])
-@pytest.mark.parametrize("background", [False, True])
-def test_the_best_two_and_the_last_exist_and_are_complete(background, last, tmp_path):
-    for known, _ in run_ranks(fit, 2, tmp_path, background, last, None):
-        assert known == ["step=4.ckpt", "step=2.ckpt"]
+class Whole(NamedTuple):
+    """A run that was not interrupted. ranks: what `fit` returned. steps: of each checkpoint that it left."""
+
+    background: bool
+    folder: Path
+    ranks: list[tuple[list[str], dict[str, torch.Tensor]]]
+    steps: dict[str, int]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["foreground", "background"])
+def whole(request, tmp_path_factory) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    ranks = run_ranks(fit, 2, folder, request.param, True, None)
+    return Whole(request.param, folder, ranks, {path.name: durable.verify(path) for path in folder.iterdir()})
+
+
+def test_the_best_two_and_the_last_exist_and_are_complete(whole, tmp_path):
+    linked = run_ranks(fit, 2, tmp_path, whole.background, "link", None)
+    assert [known for known, _ in whole.ranks + linked] == [["step=4.ckpt", "step=2.ckpt"]] * 4
+    assert whole.steps == {"step=2.ckpt": 2, "step=4.ckpt": 4, "last.ckpt": 6}
     steps = {path.name: durable.verify(path) for path in tmp_path.iterdir()}
-    assert steps == {"step=2.ckpt": 2, "step=4.ckpt": 4, "last.ckpt": 6 if last is True else 4}, (
-        "a link points to the last that was saved"
-    )
+    assert steps == whole.steps | {"last.ckpt": 4}, "a link points to the last that was saved"
 
 
-@pytest.mark.parametrize("background", [False, True])
-def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one_and_keeps_the_best(background, tmp_path):
-    uninterrupted = run_ranks(fit, 2, tmp_path / "uninterrupted", background, True, None)
-    saved = tmp_path / "uninterrupted" / "step=4.ckpt"
-    for (known, got), (_, expected) in zip(
-        run_ranks(fit, 2, tmp_path / "uninterrupted", background, True, saved), uninterrupted, strict=True
-    ):
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one_and_keeps_the_best(whole):
+    resumed = run_ranks(fit, 2, whole.folder, whole.background, True, whole.folder / "step=4.ckpt")
+    for (known, got), (_, expected) in zip(resumed, whole.ranks, strict=True):
         assert known == ["step=4.ckpt", "step=2.ckpt"], "the checkpoint holds the best of the first run"
         assert same(got, expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
-@pytest.mark.parametrize("background", [False, True])
-def test_a_stopped_run_resumes_from_lightning_s_own_last(background, tmp_path):
+def test_a_stopped_run_resumes_from_lightning_s_own_last(whole, tmp_path):
     """The first run finds no last checkpoint and starts from the beginning."""
-    uninterrupted = run_ranks(fit, 2, tmp_path / "uninterrupted", background, True, None)
-    run_ranks(fit, 2, tmp_path / "stopped", background, True, "last", 3)
-    assert durable.verify(tmp_path / "stopped" / "last.ckpt") == 3
-    resumed = run_ranks(fit, 2, tmp_path / "stopped", background, True, "last")
-    assert all(same(got, expected) for (_, got), (_, expected) in zip(resumed, uninterrupted, strict=True))
-    assert durable.verify(tmp_path / "stopped" / "last.ckpt") == len(SCORES)
+    run_ranks(fit, 2, tmp_path, whole.background, True, "last", 3)
+    assert durable.verify(tmp_path / "last.ckpt") == 3
+    resumed = run_ranks(fit, 2, tmp_path, whole.background, True, "last")
+    assert all(same(got, expected) for (_, got), (_, expected) in zip(resumed, whole.ranks, strict=True))
+    assert durable.verify(tmp_path / "last.ckpt") == len(SCORES)
 
 
 def fit_and_test_the_best(rank: int, world_size: int, folder: Path, background: bool) -> list[bool]:

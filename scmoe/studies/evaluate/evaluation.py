@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scmoe.config.extensions import named
 from scmoe.config.fields import Config
-from scmoe.config.rules import IMAGES
+from scmoe.config.registry import IMAGES
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.moe.stream import dropless

@@ -27,7 +27,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from scmoe.blocks.recompute import recompute_activations
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
-from scmoe.config.rules import IMAGES, resolve_ep_size
+from scmoe.config.registry import IMAGES
+from scmoe.config.rules import resolve_ep_size
 from scmoe.moe import experts
 from scmoe.parallel.dense_shards import local, materialise, shard, with_dense_mesh
 from scmoe.parallel.lightning_seam import hide_from_ddp

@@ -18,8 +18,7 @@ from scmoe.config.extensions import import_extensions
 from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
-from scmoe.config.registry import FAMILIES, OPTIMIZERS
-from scmoe.config.rules import IMAGES
+from scmoe.config.registry import FAMILIES, IMAGES, OPTIMIZERS
 from scmoe.models.gpt import GPT
 from scmoe.models.llama import Llama
 from scmoe.parallel.dense_shards import materialise, put, shard

@@ -20,8 +20,8 @@ from scmoe.analysis.memory import activations
 from scmoe.analysis.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
-from scmoe.config.registry import CALLBACKS
-from scmoe.config.rules import IMAGES, last_step, resolve_ep_size, validates
+from scmoe.config.registry import CALLBACKS, IMAGES
+from scmoe.config.rules import last_step, resolve_ep_size, validates
 from scmoe.parallel.dense_choice import states_bytes
 from scmoe.parallel.lightning_seam import LastCheckpoint, StepProgressBar
 from scmoe.parallel.strategy import ExpertParallelStrategy

@@ -21,8 +21,9 @@ from scmoe.analysis.cost import forward_flops, training_flops
 from scmoe.analysis.memory import rank_memory
 from scmoe.config.extras import install_command, require
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError, flatten, show
-from scmoe.config.rules import IMAGES, Rule, resolve_ep_size
+from scmoe.config.leaves import ConfigError, Rule, flatten, show
+from scmoe.config.registry import IMAGES
+from scmoe.config.rules import resolve_ep_size
 from scmoe.parallel.container import memory_in_use, memory_limit
 from scmoe.parallel.lightning_seam import rank_without_trainer
 from scmoe.training.build.model import build_model_on_meta, updated_by_muon

@@ -35,6 +35,26 @@ MUTANTS = (
     Mutant("nan-is-a-value", 0, "scmoe/studies/sweep/search.py")
     .replaces("self.history and math.isfinite(self.history[-1]) else None", "self.history else None")
     .caught_by(f"{UNIT}/test_sweep_search.py::test_a_trial_that_ends_with_nan_teaches_bayes_nothing"),
+    Mutant("samples-outside-the-precision", 0, "scmoe/training/run/summary.py")
+    .replaces("with trainer.precision_plugin.val_step_context(), eager:", "with eager:")
+    .caught_by(
+        "tests/smoke/test_train_options.py::test_a_text_run_with_split_weights_in_half_precision_ends_with_samples"
+    ),
+    Mutant("muon-on-parts-of-matrices", 0, "scmoe/config/rules.py")
+    .replaces('config.optim.name == "muon" and config.strategy.dense != "replicated"', "False")
+    .caught_by("tests/faults/test_sharded.py::test_74_a_layout_that_cannot_be_is_refused_by_key"),
+    Mutant("a-ceiling-for-each-chunk", 31, "scmoe/parallel/dispatcher.py")
+    .replaces(
+        "check_ceiling(rows.sum((0, 1)).tolist(), self.ceiling)",
+        "[check_ceiling(r, self.ceiling) for r in rows.sum(0).tolist()]",
+    )
+    .caught_by("tests/faults/test_ceiling.py::test_31_chunks_do_not_change_what_a_ceiling_allows"),
+    Mutant("pairs-for-scmoes-names-alone", 0, f"{BUILD}/blocks.py")
+    .replaces("block.architecture in SHORTCUTS", "config.moe.architecture in SHORTCUTS")
+    .caught_by(f"{UNIT}/test_extensions.py::test_an_architecture_may_reuse_pairs_and_bring_a_router"),
+    Mutant("offloaded-on-all-threads", 0, f"{BUILD}/offloaded.py")
+    .replaces("    torch.set_num_threads(cpu_threads(config))\n", "")
+    .caught_by("tests/distributed/test_generation.py::test_offloaded_experts_write_the_same_texts"),
     Mutant("every-machine-has-a-rank-0", 0, "scmoe/training/run/machine.py")
     .replaces("rank_without_trainer() == 0 and node == 0", "rank_without_trainer() == 0")
     .caught_by("tests/faults/test_machine.py::test_49_only_the_first_machines_first_process_is_rank_0"),
