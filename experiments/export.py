@@ -25,19 +25,21 @@ def main(
         format: one file, or a folder
         out: default: RUN/export/model.safetensors, with config.yaml; RUN/export/hf
     """
+    from scmoe.config.extensions import named
     from scmoe.config.load import to_yaml
     from scmoe.parallel.checkpoint.export import consolidate
     from scmoe.training.build.data import kept_tokenizer, tokenizer_of
     from scmoe.training.build.model import build_model_on_meta
     from scmoe.training.hf.folder import write_folder
     from scmoe.training.init_from.settings import model_settings
-    from scmoe.training.run.resume import config_of, find_checkpoint
+    from scmoe.training.run.resume import REFUSED_SINCE, config_of, find_checkpoint, refuse_other_model
 
     run_dir = run.resolve()
     out = out or run_dir / "export" / ("hf" if format == "hf" else "model.safetensors")
     try:
         checkpoint = find_checkpoint(run_dir, which)
-        config = config_of(run_dir, checkpoint, overrides)
+        config = config_of(run_dir, checkpoint, [*overrides, *REFUSED_SINCE])
+        refuse_other_model(config, config_of(run_dir, checkpoint, [*named(overrides), *REFUSED_SINCE]), checkpoint)
         if format == "hf":
             kind = write_folder(checkpoint, out, config, tokenizer_of(config, checkpoint))
             print(f"{out}, model_type {kind}, from the {which} checkpoint, {checkpoint.name}")

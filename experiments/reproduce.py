@@ -22,9 +22,12 @@ def main(*overrides: str, tables: list[str] | None = None, options: Options = US
     """
     request = options.request(overrides)
     from scmoe.studies.reproduce import reproduce
-    from scmoe.studies.table.rows import table_names
+    from scmoe.studies.table.rows import load_table, table_names
 
-    names = tables or [name for name in table_names() if re.fullmatch(r"table\d+", name)]
+    numbered = [name for name in table_names() if re.fullmatch(r"table\d+", name)]
+    names = tables or [name for name in numbered if options.scale in load_table(name).scales] or numbered
+    if left := [name for name in numbered if name not in names and not tables]:
+        commands().say(f"without {', '.join(left)}, which have no scale {options.scale}")
     found = reproduce(names, request, commands())
     signal = found.pop("signal")
     print(json.dumps(found), flush=True)

@@ -53,8 +53,10 @@ def routed_copies(model: nn.Module) -> dict[Experts, int]:
 
 
 def rows_computed(moe: MoEStream, copies: int) -> float:
-    """Rows that the experts compute for a token, empty slots included; where slots are filled alone, at most."""
-    return copies * (1.0 if moe.filled else moe.capacity_factor or 1.0)
+    """Rows that the experts compute for a token, empty slots included; where slots are filled alone, at most. A
+    capacity counts as it is, not rounded up to whole slots and to equal chunks."""
+    most = moe.router.num_experts / moe.router.top_k  # a token chooses an expert once
+    return copies * (1.0 if moe.filled else min(moe.capacity_factor or 1.0, most))
 
 
 def rows_sent(moe: MoEStream, copies: int) -> float:

@@ -74,7 +74,7 @@ def rows_of_block(block: MoEBlock, tokens: int, ep_size: int) -> tuple[int, int]
     if moe.buffer is not None:
         part = math.ceil(buffer_size(tokens, top_k, ep_size, moe.buffer) / chunks)
         return gates * chunks * ep_size * part, gates * ep_size * chunks * num_experts
-    if moe.capacity_factor is None:  # dropless: as many as there are
+    if moe.capacity_factor is None or moe.filled:  # as many as there are; with a capacity, at most
         return gates * tokens * top_k, gates * ep_size * chunks * num_experts
     capacity = expert_capacity(tokens, num_experts, top_k, moe.capacity_factor)
     return gates * chunks * num_experts * math.ceil(capacity / chunks), 0

@@ -99,6 +99,9 @@ def _trainer(config: Config) -> Iterator[Rule]:
     for name in sorted(trainer.extra.keys() & OWN_ARGUMENTS.keys()):
         yield True, "trainer.extra", f"a mapping without {name}, which {OWN_ARGUMENTS[name]} decides"
 
+    between = "max_time" in trainer.extra and trainer.accumulate > 1
+    yield between, "trainer.extra", "max_time with trainer.accumulate=1, else it may end a run between a step's batches"
+
 
 def _ranges(config: Config) -> Iterator[Rule]:
     for leaf in leaves(config):
@@ -118,9 +121,11 @@ def _model(config: Config) -> Iterator[Rule]:
     odd = model.family == "llama" and model.dim // model.heads % 2
     yield odd, "model.heads", f"a divisor of model.dim, {model.dim}, with an even quotient for rotary embedding"
     yield weights is not None and not INIT_FROM.fullmatch(weights), "init_from", "null, hf:FOLDER or scmoe:FILE"
-    newest = os.path.abspath(Path(config.runs_dir) / "latest")
-    in_newest = os.path.abspath((weights or "").partition(":")[2]).startswith(newest + os.sep)
-    yield in_newest, "init_from", f"another path: {config.runs_dir}/latest will be the directory of this run"
+    newest = os.path.abspath(Path(config.runs_dir) / "latest") + os.sep
+    paths = {"init_from": (weights or "").partition(":")[2], "data.tokenizer": config.data.tokenizer}
+    for key, path in paths.items():
+        in_newest = os.path.abspath(path).startswith(newest)
+        yield in_newest, key, f"another path: {config.runs_dir}/latest will be the directory of this run"
     unread = weights is not None and model.family not in ("gpt", "llama")
     yield unread, "init_from", f"null, as model.family={model.family} reads no checkpoint"
 
@@ -203,8 +208,10 @@ def _ranks(config: Config) -> Iterator[Rule]:
     nodes = trainer.num_nodes > 1 and trainer.devices > 1
     hybrid = "replicated | sharded | auto, unless trainer.num_nodes and trainer.devices are 2 or more"
     yield config.strategy.dense == "hybrid" and not nodes, "strategy.dense", hybrid
-    widths, holders = (config.model.dim, config.model.ffn_dim or 4 * config.model.dim), world // resolve_ep_size(config)
-    split = not dense and config.model.family != "swin" and config.strategy.dense in ("sharded", "hybrid")
+    dim, holders = config.model.dim, world // resolve_ep_size(config)
+    swin = config.model.family == "swin"  # its MoEs are in the stages 3 and 4
+    widths = (4 * dim, 8 * dim) if swin else (dim, config.model.ffn_dim or 4 * dim)
+    split = not dense and config.strategy.dense in ("sharded", "hybrid")
     unequal = " and ".join(str(width) for width in widths if split and width % holders)
     why = f"as a width of {unequal} is no multiple of the {holders} ranks that hold the same experts"
     yield unequal, "strategy.dense", f"replicated, {why}; or raise strategy.ep_size"

@@ -40,8 +40,9 @@ class Layout(NamedTuple):
 
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float) -> int:
-    """Slots of an expert for num_tokens tokens of one rank: capacity_factor times the fair share, rounded up."""
-    return int(rounded_up(capacity_factor * num_tokens * top_k / num_experts))
+    """Slots of an expert for num_tokens tokens of one rank: capacity_factor times the fair share, rounded up, and at
+    most one for each token, which chooses an expert once."""
+    return min(num_tokens, int(rounded_up(capacity_factor * num_tokens * top_k / num_experts)))
 
 
 def rounded_up(rows: Any) -> Any:

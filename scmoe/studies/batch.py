@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from scmoe.studies.job import Job, fraction, last_line
 
-STOPPED = (143, -signal.SIGTERM, -signal.SIGINT)  # exit codes of a training that was asked to stop
+STOPPED = (143, 130, -signal.SIGTERM, -signal.SIGINT)  # exit codes of a training that was asked to stop
 GRACE_S = 60.0  # time for a training that is asked to stop, to write its checkpoint
 POLL_S = 0.1
 
@@ -65,7 +65,7 @@ class Batch:
                         if self._poll(one):
                             running.remove(one)
                             if self.slots == 0 and one.job.state.status == "cut":
-                                signals.append(signal.SIGTERM)
+                                signals.append(signal.SIGINT if one.code == 130 else signal.SIGTERM)
                         elif signals:
                             one.stop(kill=len(signals) > 1)
                     if running:
@@ -131,7 +131,7 @@ class Batch:
             if following := self.judge(job):
                 self.jobs.append(following)
                 self.waiting.insert(0, following)
-        elif code in STOPPED or (asked and code == -signal.SIGKILL):
+        elif code in STOPPED or asked:  # a launcher ends with a code of its own
             state.status = "stopped" if hopeless else "cut"
         else:
             state.status, state.error = "failed", f"exit code {code}: {last_line(job.log)}"

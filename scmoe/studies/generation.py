@@ -19,6 +19,7 @@ from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.registry import ARCHITECTURES, IMAGES
+from scmoe.config.rules import resolve_ep_size
 from scmoe.datamodules.text import TextDataModule
 from scmoe.datamodules.tokenizer import Tokenizer
 from scmoe.inference.generate import Step, check_length, collect, stream
@@ -78,12 +79,12 @@ def generate_texts(
     weights, config = find_weights(run, request.which, request.overrides)
     if config.data.name in (*IMAGES, "synthetic"):
         raise ConfigError(f"{run} was trained on {config.data.name} data, allowed: a run on text")
-    ranks = config.trainer.devices * config.trainer.num_nodes
-    alone = config.moe.architecture == "dense" or (config.strategy.ep_size or ranks) == 1
-    if request.plan and alone:
+    if request.plan and resolve_ep_size(config) == 1:
         raise ConfigError("--plan is given, allowed: with experts on several ranks, such as trainer.devices=2")
     if request.plan and config.moe.architecture not in ARCHITECTURES.built_in:
         raise ConfigError(f"--plan is given, allowed: with an architecture of scmoe, not {config.moe.architecture}")
+    if request.plan and config.moe.architecture == "dgmoe_share":
+        raise ConfigError("--plan is given, allowed: unless moe.architecture=dgmoe_share, as two pairs share one MoE")
     data = build_datamodule(config)
     if not isinstance(data, TextDataModule):
         raise ConfigError(f"{run} was trained on {config.data.name} data, allowed: a run on text")

@@ -126,6 +126,12 @@ class MoEModule(LightningModule):
         flat = self.parallel_context.sum_over_ranks(torch.cat([local_LE2.flatten(), num_targets[None]]))
         return flat[:-1].view_as(local_LE2), flat[-1]
 
+    def on_validation_epoch_start(self) -> None:
+        """Let sums be exact in a module that bf16-true has moved to bfloat16, sums included."""
+        for metric in self.children():
+            if isinstance(metric, SumMetric):
+                metric.set_dtype(torch.float64)
+
     def note_validation(self, nats: Tensor, num_targets: Tensor, stats: list[RouterStats]) -> None:
         """Add one validation step to val/loss and to the experts' load."""
         self.val_nats.update(nats)

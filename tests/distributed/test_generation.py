@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from scmoe.config.load import load
 from scmoe.experiments import call
 from scmoe.inference.generate import generate as generate_here
 from scmoe.inference.passes import Passes
@@ -145,6 +146,14 @@ def test_a_wrong_request_is_one_line_before_a_model_is_built(run_dir, monkeypatc
     assert says in done.err
 
 
+def test_a_plan_is_refused_where_two_blocks_share_one_module(monkeypatch):
+    words = ("data.name=sotu", "moe.architecture=dgmoe_share", "model.layers=4", "trainer.devices=2")
+    config = load("configs/debug.yaml", words)
+    monkeypatch.setattr("scmoe.studies.generation.find_weights", lambda *_: (Path("step=1.ckpt"), config))
+    done = here("runs/none", "--plan")
+    assert done.code == 2 and "--plan is given, allowed: unless moe.architecture=dgmoe_share" in done.err
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -180,6 +189,8 @@ def test_a_text_that_makes_another_tokenizer_is_refused(run_dir, tmp_path):
         done = here(str(weights), f"data.path={tmp_path}/other.txt")
         assert done.code == 2 and "another tokenizer than that of the training, whose ids mean other words" in done.err
     assert call("evaluate", str(run_dir), f"data.path={tmp_path}/other.txt") == 2
+    start = (f"init_from=scmoe:{run_dir}/export/model.safetensors", f"data.path={tmp_path}/other.txt")
+    assert call("train", str(run_dir / "config.yaml"), *start, "trainer.devices=1", f"runs_dir={tmp_path}") == 2
     assert call("export", str(run_dir), "--format", "hf", f"data.path={tmp_path}/other.txt") == 2
 
 

@@ -84,6 +84,8 @@ def test_38_an_export_replaces_no_other_config(finished, tmp_path, capsys):
     assert call("export", str(finished), "--out", str(tmp_path / "model.safetensors")) == 2
     assert "whose folder has another config.yaml, allowed: another folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert call("export", str(finished), "moe.position=pos1") == 2, "it would be called another model"
+    assert "moe.position is 'pos1', allowed: 'pos2', as in" in capsys.readouterr().err
 
 
 def test_38_a_resumed_run_keeps_only_its_own_last_step(run_dir):

@@ -18,6 +18,7 @@ from scmoe.config.load import load
 from scmoe.datamodules.tokenizer import make_tokenizer
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.saving import write_whole
+from scmoe.training.hf.config import hf_config
 from scmoe.training.hf.folder import write_folder
 from tests.support.models import assert_close, tiny_model
 
@@ -92,6 +93,11 @@ def test_logits_and_weights(words, tmp_path):
         assert_close(loaded(ids()).logits, ours(ids()).logits_BSV, 1e-5)
         if "capacity" not in words:  # a folder's model drops nothing
             assert_close(ours(ids()).logits_BSV, model(ids()).logits_BSV, 1e-5)
+
+
+def test_a_gate_that_transformers_does_not_have_is_scmoes_own():
+    words = f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.balanced_routing=true"
+    assert hf_config(config_of(words), None)["model_type"] == "scmoe"
 
 
 def test_a_large_model_is_written_in_several_files(tmp_path):

@@ -130,3 +130,4 @@ def test_metrics():
     assert metrics["load_entropy"] == pytest.approx(
         (0.8112781244591328 / 2 + 1) / 2
     )  # (3/4, 1/4): bits over 2; even: 1
+    assert load_metrics(torch.tensor([[8, 8, 0]]))["load_entropy"] == 1, "one expert is an even load"

@@ -53,9 +53,10 @@ def test_collapsed_is_more_than_halfway_from_even_to_all_tokens(counts, collapse
 
 def test_a_collapsed_double_gate_is_noticed():
     """Its sums count each of 50 tokens twice, and a token's two experts differ: all tokens are half of the count."""
-    assert alarms(CollapseAlarm(gates=2), window([50, 50, 0, 0]), PATIENCE)
-    assert not alarms(CollapseAlarm(gates=2), window([35, 35, 15, 15]), PATIENCE)
+    assert alarms(CollapseAlarm(doubled={0}), window([50, 50, 0, 0]), PATIENCE)
+    assert not alarms(CollapseAlarm(doubled={0}), window([35, 35, 15, 15]), PATIENCE)
     assert not alarms(CollapseAlarm(), window([50, 50, 0, 0]), PATIENCE)
+    assert not alarms(CollapseAlarm(doubled={1}), window([50, 50, 0, 0]), PATIENCE), "Swin's other stage has one gate"
 
 
 def test_a_break_resets_the_count():

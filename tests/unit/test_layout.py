@@ -271,3 +271,7 @@ def test_empty_slots_send_nothing_back():
 def test_capacity_is_the_factor_times_the_fair_share_rounded_up(num_tokens, num_experts, top_k, factor, expected):
     assert expert_capacity(num_tokens, num_experts, top_k, factor) == expected
     assert reference.capacity_of(num_tokens, num_experts, top_k, factor) == expected
+
+
+def test_an_expert_has_no_more_slots_than_tokens():
+    assert expert_capacity(num_tokens=10, num_experts=4, top_k=4, capacity_factor=2.0) == 10

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scmoe.analysis.cost import forward_flops, moe_uses, rank_parameters, routed_copies, training_flops, transfer_bytes
+from scmoe.analysis.traffic import rows_of_block
 from scmoe.config.load import load
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.parallel.mesh import ParallelContext
@@ -112,6 +113,15 @@ def test_buffers_are_sent_whole_and_computed_as_far_as_they_are_filled():
     assert transfer_bytes(filled, "32-true", 2) == [size / 2 for size in sent]
     assert transfer_bytes(buffers, "32-true") == [1.5 * size for size in sent]
     assert transfer_bytes(all_rows, "32-true") == [2 * size for size in sent]  # of two ranks none receives more
+
+
+def test_filled_slots_are_sent_and_announced_alone():
+    filled, slots = (
+        build_model_on_meta(tiny("moe.capacity_factor=2", f"moe.rows={rows}")) for rows in ("filled", "slots")
+    )
+    experts, top_k = filled.blocks[0].moe.router.num_experts, filled.blocks[0].moe.router.top_k
+    assert rows_of_block(filled.blocks[0], tokens=66, ep_size=2) == (66 * top_k, 2 * experts)
+    assert rows_of_block(slots.blocks[0], tokens=66, ep_size=2) == (2 * 66 * top_k, 0)
 
 
 # ---------------------------------------------------------------------- parameters

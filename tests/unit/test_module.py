@@ -24,6 +24,15 @@ def test_matrices_decay_and_nothing_else():
         assert decay[p] == (config.optim.weight_decay if is_matrix else 0.0), name
 
 
+def test_a_validation_adds_up_in_float64_where_the_module_is_in_bfloat16():
+    """In bfloat16 a sum of 1,000 batches of 2,048 targets would stop at 524,288."""
+    module = build_module(tiny()).to(torch.bfloat16)
+    module.on_validation_epoch_start()
+    for _ in range(1000):
+        module.note_validation(torch.tensor(1.25), torch.tensor(2048), [])
+    assert (float(module.val_nats.compute()), int(module.val_targets.compute())) == (1250.0, 2_048_000)
+
+
 @pytest.mark.parametrize("precision", ("32-true", "bf16-mixed"))
 def test_the_norm_is_clipped_in_every_precision(precision):
     """Lightning's plugin of bf16-mixed does not clip for a fused AdamW; this library clips by itself."""

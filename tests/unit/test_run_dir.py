@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from lightning.pytorch.utilities import rank_zero_only
 
 from scmoe.config.load import load
+from scmoe.studies.evaluate.results import keep_results, read_results
 from scmoe.training.run import lifetime
 from scmoe.training.run.csv_logger import csv_logger
 from scmoe.training.run.directory import SLUG_CHARS, create_run_dir, slug_of
 from scmoe.training.run.lifetime import open_run
+from scmoe.training.run.summary import resume_command
 from tests.support.commands import rows_of
 
 LONG = [f"moe.{key}=0.12345" for key in ("capacity_factor", "load_balance_coef", "z_loss_coef", "dropless_ceiling")]
@@ -92,6 +94,28 @@ def test_other_ranks_open_nothing(tmp_path, monkeypatch):
     with open_run(load(None, [f"runs_dir={tmp_path}"]), [], tmp_path / "a", None) as opened:
         assert opened == (None, [])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "more"),
+    [
+        ((), 20, " trainer.max_steps=40"),
+        ((), 7, ""),  # stopped early: its schedule stays
+        (("trainer.limit_train_batches=7",), 7, " trainer.limit_train_batches=null"),
+        (("extensions=[docs.examples.my_architecture]",), 7, " extensions=[docs.examples.my_architecture]"),
+    ],
+)
+def test_the_command_that_trains_further_can_be_used(words, steps, more, tmp_path):
+    command = resume_command(tmp_path, steps, load(None, ["trainer.max_steps=20", *words]))
+    assert command.replace("'", "").endswith(f"resume {tmp_path}{more}")
+
+
+def test_another_checkpoint_of_the_same_name_has_results_of_its_own(tmp_path):
+    found = {"step": 4, "test": {}, "text": None, "tasks": {"cloze": 1}}
+    for weights, tasks in (("a", {"cloze": 1}), ("a", {"next": 2}), ("b", {"next": 3})):
+        keep_results(tmp_path, "step=4.ckpt", {**found, "tasks": tasks}, weights)
+        kept = read_results(tmp_path)["step=4.ckpt"]["tasks"]
+    assert kept == {"next": 3}, "the run was resumed from an earlier step"
 
 
 def test_a_half_row_of_an_earlier_crash_is_left_out(tmp_path):

@@ -224,8 +224,9 @@ def test_a_training_that_does_not_stop_is_killed_at_the_second_request(tmp_path)
         pass  # the killed processes have released the lock
 
 
-def test_a_training_in_this_process_fails_or_stops_alone(tmp_path):
-    ends = iter([0, RuntimeError("no\nmemory"), SystemExit(143)])
+@pytest.mark.parametrize(("code", "signum"), [(143, signal.SIGTERM), (130, signal.SIGINT)])
+def test_a_training_in_this_process_fails_or_stops_alone(code, signum, tmp_path):
+    ends = iter([0, RuntimeError("no\nmemory"), SystemExit(code)])
 
     def train(*words: str) -> int:
         assert words[0] == "train"
@@ -236,7 +237,7 @@ def test_a_training_in_this_process_fails_or_stops_alone(tmp_path):
 
     jobs = [Job(name, name, tmp_path, tmp_path / name, [name]) for name in "abcd"]
     with lock_of(tmp_path) as lock:
-        assert Batch(jobs, 0, 4, lambda batch, ended: None, here=train).run(lock) == signal.SIGTERM
+        assert Batch(jobs, 0, 4, lambda batch, ended: None, here=train).run(lock) == signum
     assert [one.state.status for one in jobs] == ["finished", "failed", "cut", "waiting"]
     assert jobs[1].state.error == "exit code 1: RuntimeError: no memory"
 

@@ -14,6 +14,7 @@ import torch
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
+from scmoe.experiments import call
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.studies.table.launch import check_memory, write_launch_files
 from scmoe.studies.table.rows import load_table
@@ -189,6 +190,18 @@ def test_launch_files_hold_every_run(tmp_path):
         assert started(path, tmp_path) == [run.config for run in runs]
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("trainer.num_nodes=2",), "trainer.num_nodes is 2, allowed in launch files: 1"),
+        (("--to", "kept"), "--to is 'kept', allowed: at a scale whose runs are made here"),
+    ],
+)
+def test_launch_files_refuse_what_they_cannot_hold(words, says, tmp_path, capsys):
+    assert call("table", "table3", "--scale", "paper", f"runs_dir={tmp_path}", *words) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_a_run_that_does_not_fit_its_gpu_is_said(tmp_path):
     table = load_table("table7", CONFIGS)
     runs = plan_runs(table, table.scales["paper"], tmp_path, 1)
@@ -209,9 +222,9 @@ def started(script: Path, folder: Path) -> list[Config]:
     environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
     subprocess.run(["bash", script.absolute()], cwd=folder, env=environment, check=True)
     configs = []
-    for call in calls.read_text().splitlines():
-        (config,) = (word for word in call.split() if word.endswith(".yaml"))
-        configs.append(load(config, [word for word in call.split() if "=" in word and not word.startswith("--")]))
+    for line in calls.read_text().splitlines():
+        (config,) = (word for word in line.split() if word.endswith(".yaml"))
+        configs.append(load(config, [word for word in line.split() if "=" in word and not word.startswith("--")]))
     return configs
 
 

@@ -3,7 +3,9 @@
 Ranks share the experts and not the batches (parallel/rank_zero.py), so the results do not depend on their number.
 """
 
+import json
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from scmoe.studies.evaluate.text import score_text
 from scmoe.training.run.directory import relative
 from scmoe.training.run.machine import is_rank_zero
 from scmoe.training.run.on_ranks import config_without_training, ending_together, start_ranks
-from scmoe.training.run.resume import config_of, find_checkpoint
+from scmoe.training.run.resume import REFUSED_SINCE, config_of, find_checkpoint
 
 Found = dict[str, Any]
 
@@ -54,10 +56,11 @@ def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
         found = run_on_rank_zero(work, of_its_dtype, padding_of(config, device), module.parallel_context)
     if found is None:
         return None
-    found["step"] = read_manifest(checkpoint)["step"]
-    keep_results(run_dir, checkpoint.name, found)
+    manifest = read_manifest(checkpoint)
+    found["step"], files = manifest["step"], json.dumps(manifest["files"], sort_keys=True)
+    keep_results(run_dir, checkpoint.name, found, weights=sha256(files.encode()).hexdigest()[:16])
     loggers = [word for word in request.overrides if word.removeprefix("--").startswith("logger.")]
-    loggers += named(request.overrides)
+    loggers += [*named(request.overrides), *REFUSED_SINCE]
     log_to_wandb(run_dir, config_of(run_dir, checkpoint, loggers), found)
     return {
         "run_dir": str(relative(run_dir)),

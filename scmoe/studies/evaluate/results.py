@@ -33,13 +33,19 @@ def read_results(run_dir: Path) -> dict[str, Any]:
     return kept
 
 
-def keep_results(run_dir: Path, checkpoint: str, found: Mapping[str, Any]) -> None:
-    """Merge the results for a checkpoint into evaluation.json: texts and tasks by name, everything else as a whole."""
+def keep_results(run_dir: Path, checkpoint: str, found: Mapping[str, Any], weights: str) -> None:
+    """Merge the results for a checkpoint into evaluation.json: texts and tasks by name, everything else as a whole.
+
+    weights: a digest of the checkpoint. A run that was resumed from an earlier step has another one of the same name,
+    whose results replace those of the first."""
     kept, text = read_results(run_dir), found["text"]
     earlier = kept.get(checkpoint, {})
+    if earlier.get("weights", weights) != weights:
+        earlier = {}
     texts = {**earlier.get("texts", {}), **({text["text"]: text} if text else {})}
     tasks = {**earlier.get("tasks", {}), **found["tasks"]}
-    kept[checkpoint] = {"step": found["step"], "test": found["test"], "texts": texts, "tasks": tasks}
+    one = {"step": found["step"], "weights": weights, "test": found["test"], "texts": texts, "tasks": tasks}
+    kept[checkpoint] = one
     write_json(run_dir / FILE, kept)
 
 

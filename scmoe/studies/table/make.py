@@ -74,7 +74,7 @@ def plan_table(table: Table, request: Request, say: Callable[[str], None]) -> Pl
     """Return the plan of a request. Raises ConfigError, in one line, for what cannot be honoured."""
     name = request.scale
     if name not in table.scales:
-        raise ConfigError(f"--scale is {name!r}, allowed: {', '.join(table.scales)}")
+        raise ConfigError(f"--scale is {name!r}, allowed for {table.name}: {', '.join(table.scales)}")
     scale = table.scales[name]
     for row in table.rows:
         if row.speed is not None and row.speed not in ROWS:
@@ -91,6 +91,10 @@ def plan_table(table: Table, request: Request, say: Callable[[str], None]) -> Pl
         raise refusal("--to", str(request.to), "a folder other than that of the tables, such as docs/results")
     runs = plan_runs(table, scale, folder, seeds, request.overrides)
     trainer = runs[0].config.trainer
+    if jobs is None and request.to is not None:
+        raise refusal("--to", str(request.to), "at a scale whose runs are made here")
+    if jobs is None and trainer.num_nodes > 1:
+        raise ConfigError(f"trainer.num_nodes is {trainer.num_nodes}, allowed in launch files: 1")
     if jobs == 0 and trainer.devices * trainer.num_nodes > 1:  # Lightning's launcher would start this command again
         raise ConfigError("--jobs is 0, allowed for runs of several ranks: 1 or more, as each needs its own processes")
     words = [] if seeds == scale.seeds else [f"--seeds {seeds}"]

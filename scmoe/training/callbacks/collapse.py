@@ -8,17 +8,18 @@ fault: many times the fair share is usual at the start. The alarm therefore need
     how long    in each of PATIENCE logged windows in a row
 """
 
+from collections.abc import Collection
+
 from torch import Tensor
 
 PATIENCE = 5
 
 
 class CollapseAlarm:
-    """Raises the alarm once for each layer. gates: choices of a token in one MoE module: 2 for DGMoE, whose sums count
-    each token twice."""
+    """Raises the alarm once for each layer. doubled: the layers whose sums count each token twice, those of DGMoE."""
 
-    def __init__(self, gates: int = 1) -> None:
-        self.gates = gates
+    def __init__(self, doubled: Collection[int] = ()) -> None:
+        self.doubled = doubled
         self.windows: dict[int, int] = {}  # layer: number of windows in a row in which it was collapsed
         self.spoken: set[int] = set()
 
@@ -27,7 +28,7 @@ class CollapseAlarm:
         lines = []
         for layer, (*counts_E, tokens, _) in enumerate(sums_LE2.tolist()):
             busiest = max(range(len(counts_E)), key=counts_E.__getitem__)
-            tokens = max(tokens / self.gates, 1)
+            tokens = max(tokens / (2 if layer in self.doubled else 1), 1)
             share, fair = counts_E[busiest] / tokens, sum(counts_E) / tokens / len(counts_E)
             collapsed = fair < 1 and share > (fair + 1) / 2
             self.windows[layer] = self.windows.get(layer, 0) + 1 if collapsed else 0

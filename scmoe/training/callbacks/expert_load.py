@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from scmoe.blocks.double_gate import DoubleGateBlock
+from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.charts import SMALL, chart, title
 from scmoe.config.extras import install_command
 from scmoe.moe.balance import load_metrics
@@ -40,8 +41,8 @@ class ExpertLoad(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the rows of a resumed run before the step that it continues from."""
-        if any(isinstance(module, DoubleGateBlock) for module in pl_module.modules()):
-            self.alarm = CollapseAlarm(gates=2)
+        blocks = enumerate(moe_blocks_of(pl_module))
+        self.alarm = CollapseAlarm({layer for layer, block in blocks if isinstance(block, DoubleGateBlock)})
         if self.table is not None and self.table.exists():
             with self.table.open(newline="") as file:
                 rows = list(csv.reader(file))

@@ -56,7 +56,8 @@ def native_config(config: Config) -> dict[str, Any] | None:
         rest = {"n_positions": config.data.seq_len, "vocab_size": config.data.vocab_size, "layer_norm_epsilon": 1e-5}
         activation = {"activation_function": GPT2_ACTIVATIONS[given["model.activation"]]}
         return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **sizes, **drops, **rest, **activation}
-    if given["model.activation"] != "swiglu" or (moe.noisy and moe.architecture != "dense"):
+    unlike = moe.architecture != "dense" and (moe.noisy or moe.balanced_routing)
+    if unlike or given["model.activation"] != "swiglu":
         return None
     common = {
         "hidden_size": model.dim,

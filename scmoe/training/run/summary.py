@@ -1,13 +1,15 @@
 """The end of a run: its summary, samples of its text, and the commands that can follow."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 
+from scmoe.config.extensions import words
+from scmoe.config.fields import Config
 from scmoe.config.program import scmoe
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
@@ -48,8 +50,9 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
         part = isinstance(limit, int) and limit < len(data.val_dataloader())
         unigram, tokens, of_images = None if part else data.unigram_bits_per_byte(), 1, {}
     else:  # a token of an image is a patch, its perplexity is over classes, and it has no bytes of text
-        unigram, tokens = None, module.model.patches.num_patches
-        of_images = {"val_accuracy": metrics.get("val/accuracy"), "data": data.name, "images_per_s": rate}
+        unigram, tokens = None, getattr(getattr(module.model, "patches", None), "num_patches", 0)
+        name = getattr(data, "name", type(data).__name__)
+        of_images = {"val_accuracy": metrics.get("val/accuracy"), "data": name, "images_per_s": rate}
     loss = metrics.get("val/loss")
     exp_loss = None if loss is None else torch.tensor(loss).exp().item()  # inf, not an error, where the loss is huge
     return {
@@ -57,7 +60,7 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
         "perplexity": metrics.get("val/perplexity", exp_loss),
         "bits_per_byte": metrics.get("val/bits_per_byte"),
         "unigram_bits_per_byte": unigram,
-        "tokens_per_s": rate and rate * tokens,
+        "tokens_per_s": rate * tokens if rate and tokens else None,
         **throughput.utilisation(rate),
         **{f"peak_{name}": gib for name, gib in memory.items()},
         "steps": steps,
@@ -83,20 +86,30 @@ def sample_text(trainer: Trainer, module: MoEModule, data: PositionedDataModule)
         return [stopping.text(ids) for ids, _ in generate(model, [[end]] * SAMPLES, stopping)]
 
 
-def say_done(run_dir: Path, summary: dict[str, Any]) -> dict[str, Any]:
+def say_done(run_dir: Path, summary: dict[str, Any], config: Config) -> dict[str, Any]:
     """Say that a run has nothing left to do, and return its summary."""
-    more = scmoe("resume", relative(run_dir), f"trainer.max_steps={2 * summary['steps']}")
+    more = resume_command(run_dir, summary["steps"], config)
     print(f"nothing to do: all {summary['steps']} steps are done; for more: {more}", file=sys.stderr)
     return summary
 
 
-def print_summary(run_dir: Path, summary: Mapping[str, Any], samples: list[str], again: Sequence[str]) -> None:
-    """Print the summary's panel, and the commands that can follow, ready to copy. again: words that name extensions."""
+def resume_command(run_dir: Path, steps: int, config: Config) -> str:
+    """Return the command that trains further. A run that ended before its last step keeps its number of steps."""
+    more = [f"trainer.max_steps={2 * steps}"] if steps >= config.trainer.max_steps else []
+    if config.trainer.limit_train_batches is not None:
+        more.append("trainer.limit_train_batches=null")
+    return scmoe("resume", relative(run_dir), *more, *words(config.extensions, config.callbacks))
+
+
+def print_summary(run_dir: Path, summary: Mapping[str, Any], samples: list[str], config: Config) -> None:
+    """Print the summary's panel, and the commands that can follow, ready to copy."""
     run, console = relative(run_dir), report.console()
     console.print(report.summary_panel(summary, samples))
-    commands = {"resume": scmoe("resume", run, f"trainer.max_steps={2 * summary['steps']}", *again)}
+    commands = {}
+    if not config.trainer.fast_dev_run:  # which cannot go on
+        commands["resume"] = resume_command(run_dir, summary["steps"], config)
     if samples:
-        commands["generate"] = scmoe("generate", run, *again[:1])
+        commands["generate"] = scmoe("generate", run, *words(config.extensions, {}))
     if sync := sync_command(run):
         commands["sync to W&B"] = f"{relative(Path(sys.executable).parent)}/{sync}"
     for purpose, command in commands.items():

@@ -4,12 +4,13 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from scmoe.config.extensions import words
 from scmoe.config.fields import Config
 from scmoe.config.trial import shortened
-from scmoe.training.build.data import build_datamodule, prepare_data
+from scmoe.datamodules.text import TextDataModule
+from scmoe.training.build.data import build_datamodule, check_tokenizer, prepare_data
 from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.run.directory import relative
@@ -31,7 +32,7 @@ def train(config: Config, overrides: Sequence[str] = (), resumed: Resumed | None
     config = shortened(config)
     run_dir, checkpoint, step = resumed or (None, None, None)
     if resumed is not None and (done := summary_if_done(resumed, config)) is not None:
-        return say_done(resumed.run_dir, done) if is_rank_zero() else None
+        return say_done(resumed.run_dir, done, config) if is_rank_zero() else None
     if run_dir is not None and is_rank_zero():
         refuse_running(run_dir)
     hush_lightning()
@@ -41,6 +42,9 @@ def train(config: Config, overrides: Sequence[str] = (), resumed: Resumed | None
     data = build_datamodule(config)
     if is_rank_zero():
         prepare_data(data)
+        kind, _, path = (config.init_from or "").partition(":")
+        if checkpoint is None and kind == "scmoe" and isinstance(data, TextDataModule):
+            check_tokenizer(data, Path(path))
     with open_run(config, overrides, run_dir, checkpoint) as (directory, loggers):
         if directory is not None and step is not None:
             set_aside_later(directory, step)
@@ -57,7 +61,7 @@ def train(config: Config, overrides: Sequence[str] = (), resumed: Resumed | None
         log_best_checkpoint(loggers, trainer.checkpoint_callbacks)
     if directory is None or not trainer.is_global_zero:
         return None
-    print_summary(directory, summary, samples, words(config.extensions, config.callbacks))
+    print_summary(directory, summary, samples, config)
     return summary
 
 

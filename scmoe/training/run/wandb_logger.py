@@ -3,6 +3,7 @@
 import json
 import netrc
 import os
+import shlex
 import sys
 import uuid
 from collections.abc import Callable, Mapping
@@ -206,4 +207,4 @@ class SteadyWandbLogger(WandbLogger):
 def sync_command(run_dir: Path) -> str | None:
     """Return the command that uploads an offline run to W&B; None where there is none."""
     offline = sorted((run_dir / "wandb").glob("offline-run-*"))
-    return f"wandb sync {' '.join(map(str, offline))}" if offline else None
+    return shlex.join(["wandb", "sync", *map(str, offline)]) if offline else None
