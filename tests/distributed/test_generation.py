@@ -147,8 +147,8 @@ def test_a_wrong_request_is_one_line_before_a_model_is_built(run_dir, monkeypatc
 
 
 def test_a_plan_is_refused_where_two_blocks_share_one_module(monkeypatch):
-    words = ("data.name=sotu", "moe.architecture=dgmoe_share", "model.layers=4", "trainer.devices=2")
-    config = load("configs/debug.yaml", words)
+    words = ("data.name=sotu", "data.vocab_size=300", "moe.architecture=dgmoe_share", "model.layers=4")
+    config = load("configs/debug.yaml", [*words, "trainer.devices=2"])
     monkeypatch.setattr("scmoe.studies.generation.find_weights", lambda *_: (Path("step=1.ckpt"), config))
     done = here("runs/none", "--plan")
     assert done.code == 2 and "--plan is given, allowed: unless moe.architecture=dgmoe_share" in done.err
