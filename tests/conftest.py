@@ -13,7 +13,9 @@ from scmoe.testbed.ranks import PRELOADED
 PRELOADED.append("scmoe.training.run.train")  # with wandb: many tests run commands in ranks
 pytest.register_assert_rewrite("tests.support")  # so that a failing assert there shows its values
 torch.set_num_threads(1)
-settings.register_profile("scmoe", deadline=None)  # the machine is shared: a slow example is not a failure
+settings.register_profile(
+    "scmoe", deadline=None, max_examples=50
+)  # the machine is shared: a slow example is not a failure
 settings.load_profile("scmoe")
 
 

@@ -73,7 +73,7 @@ def fuzz(examples: int) -> None:
 @pytest.mark.representative
 @pytest.mark.timeout(600)
 def test_55_drawn_configurations_train_or_are_refused_in_one_line():
-    fuzz(20)
+    fuzz(12)
 
 
 @pytest.mark.fuzz

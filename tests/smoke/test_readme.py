@@ -52,6 +52,9 @@ ELSEWHERE = {  # command: the test that makes its run
     'make train CONFIG=configs/debug.yaml ARGS="trainer.devices=2 schedule=auto trainer.max_steps=30"': (
         "tests/smoke/test_train.py"
     ),
+    'make train CONFIG=configs/debug.yaml ARGS="trainer.devices=2 schedule.slot=2 schedule.chunks=2"': (
+        "tests/smoke/test_train.py"
+    ),
 }
 SHORT = {
     **{command: ["make", "--dry-run", *shlex.split(command)[1:]] for command in ELSEWHERE},

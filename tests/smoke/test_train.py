@@ -27,20 +27,21 @@ from tests.support.commands import (
 )
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
+ON_TWO = ("trainer.devices=2", "schedule.slot=2", "schedule.chunks=2")  # as a command of docs/configuration.md
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> tuple[Done, Path]:
     """Returns a run of two ranks with EP 2 that Lightning's own launcher starts, and the folder of its runs."""
     runs = tmp_path_factory.mktemp("launched")
-    return run(*TRAIN, "configs/debug.yaml", f"runs_dir={runs}", "trainer.devices=2", *EXACT), runs
+    return run(*TRAIN, "configs/debug.yaml", f"runs_dir={runs}", *ON_TWO, *EXACT), runs
 
 
 @pytest.fixture(scope="module")
 def joined(tmp_path_factory) -> Done:
     """Returns the same run on two ranks that have torchrun's variables."""
     runs = tmp_path_factory.mktemp("joined")
-    return train_in_ranks(2, "configs/debug.yaml", f"runs_dir={runs}", "trainer.devices=2", *EXACT)
+    return train_in_ranks(2, "configs/debug.yaml", f"runs_dir={runs}", *ON_TWO, *EXACT)
 
 
 @pytest.fixture(scope="module")

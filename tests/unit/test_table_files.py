@@ -34,8 +34,9 @@ def test_every_row_builds_at_every_scale(name, tmp_path):
     assert {"smoke", "small"} <= table.scales.keys()
     assert "paper" in table.scales or name.endswith("_lr"), "a search is for models of one size"
     for scale in table.scales.values():
-        runs = plan_runs(table, scale, tmp_path, scale.seeds)
-        assert len({run.job.name for run in runs}) == len(table.rows) * scale.seeds
+        seeds = min(2, scale.seeds)
+        runs = plan_runs(table, scale, tmp_path, seeds)
+        assert len({run.job.name for run in runs}) == len(table.rows) * seeds
         for run in runs[: len(table.rows)]:
             build_model_on_meta(run.config)
 
