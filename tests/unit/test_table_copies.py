@@ -92,7 +92,7 @@ def test_a_run_of_another_config_is_not_taken(tmp_path):
 
 def test_a_folder_that_would_lose_or_ignore_states_is_refused(tmp_path):
     own = [f"runs_dir={tmp_path}"]
-    with pytest.raises(ConfigError, match=f"--to is '{tmp_path}/tables', allowed: a folder other than that of the"):
+    with pytest.raises(ConfigError, match=r"--to is .*, allowed: a folder other than that of the"):
         plan_table(load_table("table4", CONFIGS), Request("smoke", own, to=tmp_path / "tables"), print)
     with pytest.raises(ConfigError, match=r"--from is .*, allowed: a folder of tables that has"):
         Options(from_=(tmp_path,)).request(())
