@@ -63,7 +63,9 @@ def load_metrics(sums_LE2: Tensor) -> dict[str, Tensor]:
     num_experts = counts_LE.shape[1]
     copies_L = counts_LE.sum(1).clamp(min=1)
     p_LE = counts_LE / copies_L[:, None]
-    entropy_L = -torch.xlogy(p_LE, p_LE).sum(1) / math.log(num_experts) if num_experts > 1 else torch.ones(len(p_LE))
+    entropy_L = (
+        -torch.xlogy(p_LE, p_LE).sum(1) / math.log(num_experts) if num_experts > 1 else torch.ones_like(p_LE[:, 0])
+    )
     return {
         "load_max": (p_LE.amax(1) * num_experts).max(),
         "load_entropy": entropy_L.mean(),

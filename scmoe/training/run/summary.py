@@ -81,7 +81,7 @@ def sample_text(trainer: Trainer, module: MoEModule, data: PositionedDataModule)
         return []
     model, end = module.to(trainer.strategy.root_device).eval().model, data.tokenizer.end_of_text
     stopping = Stopping(min(SAMPLE_TOKENS, model.max_seq_len - 1), decode=data.tokenizer.decode)
-    eager = torch.compiler.set_stance("force_eager")  # every length of the text would be compiled anew
+    eager = torch.compiler.set_stance("force_eager")  # torch would compile again for each length of the text
     with trainer.precision_plugin.val_step_context(), eager:
         return [stopping.text(ids) for ids, _ in generate(model, [[end]] * SAMPLES, stopping)]
 
