@@ -1,7 +1,7 @@
 """Defines the configuration: one tree of frozen dataclasses, each field with type, default, unit and range.
 
-`training/build/` is the only reader. `rules.py` says which values fit together, `load.py` fills the tree from YAML and
-the command line, `leaves.py` walks it, `help.py` prints it.
+`training/assembly/` is the only reader. `rules.py` says which values fit together, `load.py` fills the tree from YAML
+and the command line, `leaves.py` walks it, `help.py` prints it.
 """
 
 from dataclasses import dataclass, field

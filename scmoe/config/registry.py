@@ -3,7 +3,7 @@
     @scmoe.register_architecture("mine")
     def mine(config, context, parts): ...
 
-What comes with scmoe is registered in the same way, in training/build/. Its names are here as well, because a
+What comes with scmoe is registered in the same way, in training/assembly/. Its names are here as well, because a
 configuration is checked before torch is imported. A user's own module registers more names (extensions.py). What each
 function gets and returns: docs/extending.md.
 """

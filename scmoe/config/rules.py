@@ -20,6 +20,7 @@ from scmoe.config.registry import ARCHITECTURES
 from scmoe.schedule.schedule import Schedule
 
 # Architectures with a tap, and the architecture of their schedules.
+ACTIVATIONS = {"gpt": "gelu", "llama": "swiglu"}  # what model.activation: null means
 SHORTCUTS = {"scmoe": "scmoe", "dgmoe": "dgmoe", "dgmoe_share": "dgmoe"}
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # file systems take 255 bytes

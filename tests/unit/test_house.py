@@ -1,27 +1,179 @@
-"""The product's files and classes are small, its imports have no circle, and a few things exist only once."""
+"""Rooms keep their order and their budgets of lines, imports have no circle, and some things exist only once."""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = [path for top in ("scmoe", "datamodules", "experiments") for path in sorted((ROOT / top).rglob("*.py"))]
-TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
-FILE_LINES, SCRIPT_LINES, SCRIPTS = 300, 100, 23
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
+TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
+
+# A room may import itself and what stands above it. The laboratory imports the library, never the other way.
+LIBRARY = {  # room: lines at most
+    "scmoe/schedule": 260,
+    "scmoe/config": 1290,
+    "scmoe/moe": 1170,
+    "scmoe/blocks": 500,
+    "scmoe/models": 350,
+    "scmoe/planning": 520,
+    "scmoe/probes": 450,
+    "scmoe/inference": 1010,
+    "scmoe/footprint": 670,
+    "scmoe/parallel": 2570,
+    "scmoe/api.py": 140,
+    "scmoe/init_from": 510,
+    "scmoe/lightning": 1180,
+    "datamodules": 1400,
+    "scmoe/training": 3200,
+    "scmoe/runs": 1800,
+    "scmoe/hf.py": 90,
+    "scmoe/__init__.py": 130,
+}
+LABORATORY = {
+    "experiments/engine": 740,
+    "experiments/faults": 530,
+    "experiments/dryrun": 680,
+    "experiments/bench": 3770,
+    "experiments/studies": 3280,
+    "experiments/figures": 600,
+    "experiments": 850,  # the entries: a file for each verb
+}
+ROOMS = [*LIBRARY, *LABORATORY]
+FILE_LINES, ENTRY_LINES = 400, 100
 CLASS_LINES, CLASS_METHODS = 180, 25
 HASATTR = 2
+ONLY_IN = {  # outer module: where it may be used
+    "torch.distributed": (
+        *("scmoe/parallel/", "scmoe/planning/", "scmoe/lightning/", "scmoe/api.py", "scmoe/runs/evaluate/rank_zero.py"),
+        "experiments/",
+    ),
+    "lightning": ("scmoe/lightning/", "scmoe/training/", "datamodules/", "experiments/"),
+    "pytorch_lightning": (),  # its other name
+    "os.environ": ("scmoe/parallel/mesh.py", "scmoe/training/run/", "scmoe/training/redact.py", "experiments/"),
+    "os.getenv": (),
+    "os.putenv": (),
+}
 
 
-def lines_of(path: str) -> int:
-    return len((ROOT / path).read_text(encoding="utf-8").splitlines())
+def room_of(path: str) -> str:
+    """Returns the room of a file: the longest name in ROOMS that its path begins with."""
+    return max((room for room in ROOMS if path == room or path.startswith(f"{room}/")), key=len)
+
+
+def names_used(tree: ast.AST) -> set[str]:
+    """Returns the dotted names of everything that is imported or reached through a plain name."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = f"{'.' * node.level}{node.module or ''}"
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            names.add(ast.unparse(node))
+    return names
+
+
+def file_of(name: str) -> str | None:
+    """Returns the product's file that a dotted name lies in, None for other names."""
+    first, *rest = name.split(".")
+    parts = [first, *rest] if first in ("datamodules", "experiments") else rest
+    if first == "scmoe" and rest[:1] not in (["datamodules"], ["experiments"]):
+        parts = ["scmoe", *rest]
+    for end in range(len(parts), 0, -1):
+        path = "/".join(parts[:end])
+        for file in (f"{path}.py", f"{path}/__init__.py"):
+            if first in ("scmoe", "datamodules", "experiments") and file in TREES:
+                return file
+    return None
+
+
+def violations(path: str, source: str) -> list[str]:
+    """Returns what a file imports or uses against the order of rooms and the places of outer modules."""
+    found = []
+    for name in sorted(names_used(ast.parse(source))):
+        if name.startswith("."):
+            found.append(f"{path}: {name} is relative")
+        other = file_of(name)
+        if other and ROOMS.index(room_of(other)) > ROOMS.index(room_of(path)):
+            found.append(f"{path}: {name} is in a later room")
+        if other and path.startswith("datamodules/") and not other.startswith("datamodules/"):
+            found.append(f"{path}: {name}, datamodules import no other room")
+        for outer, places in ONLY_IN.items():
+            if f"{name}.".startswith(f"{outer}.") and not path.startswith(places):
+                found.append(f"{path}: {name} is allowed only in {places}")
+        if path.startswith("scmoe/schedule/") and name.split(".")[0] == "torch":
+            found.append(f"{path}: schedule must not import torch")
+    return found
+
+
+IMPORTS = {
+    path: {file for name in names_used(tree) if (file := file_of(name))} - {path} for path, tree in TREES.items()
+}
+
+
+def test_every_file_keeps_the_order_of_rooms():
+    assert [found for path, source in TEXTS.items() for found in violations(path, source)] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("scmoe/moe/router.py", "from scmoe.blocks.shortcut import ShortcutBlock"),
+        ("scmoe/moe/router.py", "import scmoe.training.assembly.model"),
+        ("scmoe/moe/router.py", "def f():\n    from scmoe.parallel import mesh"),
+        ("scmoe/moe/router.py", "if TYPE_CHECKING:\n    from scmoe.models.gpt import GPT"),
+        ("scmoe/moe/router.py", "from ..blocks import shortcut"),
+        ("scmoe/moe/router.py", "import torch.distributed as dist"),
+        ("scmoe/moe/router.py", "from torch import distributed"),
+        ("scmoe/moe/router.py", "import torch\ntorch.distributed.get_rank()"),
+        ("scmoe/moe/router.py", "import os\nos.environ['A']"),
+        ("scmoe/moe/router.py", "from os import environ"),
+        ("scmoe/moe/router.py", "import os\nos.getenv('A')"),
+        ("scmoe/schedule/schedule.py", "from torch import Tensor"),
+        ("scmoe/parallel/mesh.py", "import lightning"),
+        ("scmoe/parallel/mesh.py", "from scmoe.lightning.seam import is_fitting"),
+        ("scmoe/training/run/train.py", "from scmoe.experiments.engine.ranks import run_ranks"),
+        ("datamodules/text.py", "from scmoe.moe.tokens import Routing"),
+        ("datamodules/text.py", "from scmoe.experiments import train"),
+        ("experiments/engine/ranks.py", "from scmoe.experiments.bench.layer import bench_layer"),
+        ("experiments/bench/layer.py", "from scmoe.experiments.studies.batch import run"),
+    ],
+)
+def test_a_file_against_the_order_is_reported(path, source):
+    assert len(violations(path, source)) >= 1
+
+
+def test_imports_have_no_circle_of_files_or_folders():
+    folder = {path: str(PurePosixPath(path).parent) for path in TREES}
+    folders = {name: set[str]() for name in folder.values()}
+    for path, others in IMPORTS.items():
+        folders[folder[path]] |= {folder[other] for other in others} - {folder[path]}
+    for graph in (IMPORTS, folders):
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            pytest.fail(" > ".join(error.args[1]))
+
+
+def test_every_room_keeps_its_budget():
+    """A commit that raises a budget says so in its message."""
+    lines = Counter[str]()
+    for path, text in TEXTS.items():
+        lines[room_of(path)] += text.count("\n")
+    assert {room: n for room, n in lines.items() if n > (LIBRARY | LABORATORY)[room]} == {}
 
 
 def test_no_file_and_no_class_is_too_long():
-    assert {path: lines_of(path) for path in TREES if lines_of(path) > FILE_LINES} == {}
+    entries = [path for path in TREES if room_of(path) == "experiments"]
+    assert {path for path, text in TEXTS.items() if text.count("\n") > FILE_LINES} == set()
+    assert {path for path in entries if TEXTS[path].count("\n") > ENTRY_LINES} == set()
     for path, tree in TREES.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
@@ -30,29 +182,11 @@ def test_no_file_and_no_class_is_too_long():
                 assert size <= CLASS_LINES and methods <= CLASS_METHODS, f"{path} {node.name}: {size}, {methods}"
 
 
-def test_scripts_are_few_and_thin():
-    scripts = [path for path in TREES if path.startswith("experiments/")]
-    assert len(scripts) <= SCRIPTS
-    assert {path: lines_of(path) for path in scripts if lines_of(path) > SCRIPT_LINES} == {}
-
-
-def modules_imported(path: str) -> set[str]:
-    """Returns the product's files that a file imports, at its top or inside a function."""
-    names = set()
-    for node in ast.walk(TREES[path]):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    names |= {name.removeprefix("scmoe.") for name in names}  # scmoe/datamodules is a link to datamodules
-    return {file for name in names if (file := f"{name.replace('.', '/')}.py") in TREES}
-
-
-def test_imports_have_no_circle():
-    try:
-        TopologicalSorter({path: modules_imported(path) for path in TREES}).prepare()
-    except CycleError as error:
-        pytest.fail(" > ".join(error.args[1]))
+def test_file_names_are_unique():
+    """A verb's entry may have the name of what it calls."""
+    rooms = [PurePosixPath(path).name for path in TREES if room_of(path) != "experiments"]
+    twice = [name for name, n in Counter(rooms).items() if n > 1 and name not in ("__init__.py", "__main__.py")]
+    assert twice == []
 
 
 def test_hasattr_is_rare():

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scmoe.parallel.dense_shards import local
-from scmoe.parallel.lightning_seam import is_compiled
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.torch_seam import is_compiled
 
 
 class Guard:

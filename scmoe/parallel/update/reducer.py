@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scmoe.parallel.lightning_seam import call_after_backward
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.torch_seam import call_after_backward
 from scmoe.parallel.update.pacing import BUCKET_MB, Pacer
 
 

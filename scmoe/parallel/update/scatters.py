@@ -19,8 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.futures import Future
 
 from scmoe.parallel.dense_shards import reshard
-from scmoe.parallel.lightning_seam import has_gradient_hooks, scatter_by
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.torch_seam import has_gradient_hooks, scatter_by
 from scmoe.parallel.update.pacing import Pacer
 
 SUMS_OF_A_UNIT = 3  # at most: of its dense weights, of those in float32, and of its experts

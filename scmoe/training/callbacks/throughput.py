@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from scmoe.analysis.cost import forward_flops, training_flops
-from scmoe.analysis.peak import peak_tflops
+from scmoe.footprint.model_cost import forward_flops, training_flops
+from scmoe.footprint.peak import peak_tflops
 from scmoe.training.callbacks.log_lines import logs_now
 
 

@@ -16,13 +16,13 @@ from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.inference.generate import generate
 from scmoe.inference.stopping import Stopping
+from scmoe.lightning.seam import count_steps_from
 from scmoe.models.decoder import Decoder
-from scmoe.parallel.lightning_seam import count_steps_from
-from scmoe.training.callbacks.memory import Memory
+from scmoe.training.callbacks.peak_memory import Memory
 from scmoe.training.callbacks.skipped_images import SkippedImages
 from scmoe.training.callbacks.throughput import Throughput
 from scmoe.training.moe_module import MoEModule
-from scmoe.training.run import report
+from scmoe.training.run import printout
 from scmoe.training.run.directory import relative
 from scmoe.training.run.wandb_logger import sync_command
 
@@ -40,7 +40,7 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
         count_steps_from(trainer, steps - 1)  # the row is that of the last step, which is counted from 0
         trainer.validate(module, data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    total, active = report.total_and_active(report.count_parameters(module.model))
+    total, active = printout.total_and_active(printout.count_parameters(module.model))
     callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
     throughput = next(c for c in callbacks if isinstance(c, Throughput))
     memory = next(c for c in callbacks if isinstance(c, Memory)).most
@@ -103,8 +103,8 @@ def resume_command(run_dir: Path, steps: int, config: Config) -> str:
 
 def print_summary(run_dir: Path, summary: Mapping[str, Any], samples: list[str], config: Config) -> None:
     """Print the summary's panel, and the commands that can follow, ready to copy."""
-    run, console = relative(run_dir), report.console()
-    console.print(report.summary_panel(summary, samples))
+    run, console = relative(run_dir), printout.console()
+    console.print(printout.summary_panel(summary, samples))
     commands = {}
     if not config.trainer.fast_dev_run:  # which cannot go on
         commands["resume"] = resume_command(run_dir, summary["steps"], config)

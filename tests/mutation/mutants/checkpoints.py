@@ -80,10 +80,10 @@ MUTANTS = (
         "        assert len(words) == 625 and (gauss is None or gauss)\n",
     )
     .caught_by(f"{UNIT}/test_random_state.py::test_restored_generators_draw_the_same_numbers"),
-    Mutant("saved-between-accumulated-batches", 8, f"{PARALLEL}/lightning_seam.py")
+    Mutant("saved-between-accumulated-batches", 8, "scmoe/lightning/seam.py")
     .replaces("    if not is_fitting(trainer) or stepped:\n", "    if not is_fitting(trainer) or not stepped:\n")
     .caught_by(f"{FAULTS}/test_resume.py::test_fault_08_no_checkpoint_is_made_between_the_batches_of_a_step"),
-    Mutant("saved-again-in-next-step", 8, f"{PARALLEL}/lightning_seam.py")
+    Mutant("saved-again-in-next-step", 8, "scmoe/lightning/seam.py")
     .replaces(
         "            callback._last_global_step_saved = trainer.global_step\n",
         "            assert callback._last_global_step_saved >= 0\n",

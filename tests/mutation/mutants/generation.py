@@ -41,10 +41,10 @@ MUTANTS = (
     Mutant("a-rank-reads-the-first-experts", 0, "scmoe/parallel/checkpoint/export.py")
     .replaces("get_slice(name)[ids.start : ids.stop]", "get_slice(name)[: len(ids)]")
     .caught_by(PARTS),
-    Mutant("generation-fails-alone", 61, "scmoe/training/run/on_ranks.py")
+    Mutant("generation-fails-alone", 61, "scmoe/runs/on_ranks.py")
     .replaces("        trainer.strategy.on_exception(error)\n", "        assert error\n")
     .caught_by(f"{FAULTS}/test_generation.py::test_61_a_rank_that_dies_while_texts_are_generated_ends_all"),
-    Mutant("a-long-prompt-starts-ranks", 63, "scmoe/studies/generation.py")
+    Mutant("a-long-prompt-starts-ranks", 63, "scmoe/runs/continuation.py")
     .replaces("        encoded(request, data.tokenizer, config)  # so", "        # so")
     .caught_by(f"{FAULTS}/test_generation.py::test_63_a_request_that_cannot_be_met_starts_no_rank"),
     Mutant("a-text-takes-the-last-piece's-logits", 0, f"{INFERENCE}/passes.py")
@@ -53,10 +53,10 @@ MUTANTS = (
     Mutant("a-rank-stops-reading-first", 61, f"{INFERENCE}/passes.py")
     .replaces("not passes.all_ranks(start >= longest)", "start < longest")
     .caught_by(PARTS),
-    Mutant("ranks-plan-by-their-own-times", 0, f"{PARALLEL}/inference_planner.py")
+    Mutant("ranks-plan-by-their-own-times", 0, "scmoe/planning/inference_planner.py")
     .replaces("group).amax(0)", "group)[dist.get_rank(group)]")
     .caught_by(f"{PLANNED}::test_overlap_is_planned_where_it_makes_a_pass_faster"),
-    Mutant("overlap-is-planned-for-no-gain", 0, f"{PARALLEL}/inference_planner.py")
+    Mutant("overlap-is-planned-for-no-gain", 0, "scmoe/planning/inference_planner.py")
     .replaces("(1 - LEAST_GAIN) * seconds", "seconds")
     .caught_by(f"{PLANNED}::test_overlap_that_gains_too_little_is_planned_sequential"),
 )

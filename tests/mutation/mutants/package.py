@@ -17,28 +17,28 @@ MUTANTS = (
     Mutant("extends-knows-no-names", 0, "scmoe/config/load.py")
     .replaces("find(parent, path.parent)", "path.parent / parent")
     .caught_by(f"{SHIPPED}::test_a_file_may_extend_a_shipped_one_by_name"),
-    Mutant("own-bug-taken-for-a-missing-package", 0, "experiments/__init__.py")
+    Mutant("own-bug-taken-for-a-missing-package", 0, "experiments/engine/command_line.py")
     .replaces("        if lacks is None:\n            raise\n", "")
     .caught_by(f"{UNIT}/test_extras.py"),
     Mutant("verb-imports-torch-before-parsing", 0, "experiments/evaluate.py")
     .replaces("import json\n", "import json\n\nimport torch as torch\n")
     .caught_by(f"{COMMANDS}::test_every_verb_shows_its_help_and_refuses_a_wrong_option_without_torch"),
-    Mutant("half-a-command-succeeds", 0, "experiments/__init__.py")
+    Mutant("half-a-command-succeeds", 0, "experiments/engine/command_line.py")
     .replaces('if act.__name__ == "help_print" and words and', "if act is None and")
     .caught_by(f"{COMMANDS}::test_what_no_verb_can_mean_is_refused_in_one_line"),
-    Mutant("hyphens-are-options", 0, "experiments/__init__.py")
+    Mutant("hyphens-are-options", 0, "experiments/engine/command_line.py")
     .replaces("allow_leading_hyphen=True", "allow_leading_hyphen=False")
     .caught_by(f"{COMMANDS}::test_overrides_and_options_may_be_mixed"),
     Mutant("scmoe-is-thought-to-be-on-path", 0, "scmoe/config/program.py")
     .replaces("if not beside.exists() or", "if beside.exists() or")
     .caught_by(f"{COMMANDS}::test_the_next_command_is_named_as_it_works_here"),
-    Mutant("interrupted-job-begins-again", 0, "scmoe/studies/job.py")
+    Mutant("interrupted-job-begins-again", 0, "experiments/studies/job.py")
     .replaces('re.sub(r"\\btrain(\\.py)?$", r"resume\\1", program)', "program")
     .caught_by(f"{UNIT}/test_table.py"),
-    Mutant("drop-in-experts-not-averaged", 0, f"{PARALLEL}/drop_in.py")
+    Mutant("drop-in-experts-not-averaged", 0, "scmoe/api.py")
     .replaces("    ExpertGradientReducer([*shards.values()], context)  # its hooks keep it\n", "")
     .caught_by(f"{DROP_IN}::test_two_ranks_give_the_outputs_and_gradients_of_one"),
-    Mutant("drop-in-balance-of-one-rank", 0, f"{PARALLEL}/drop_in.py")
+    Mutant("drop-in-balance-of-one-rank", 0, "scmoe/api.py")
     .replaces(
         "        dist.all_reduce(sums_LE2, group=None if group is context else group)\n",
         "        sums_LE2 = sums_LE2 * 2\n",

@@ -8,52 +8,52 @@ TWO_HOPS = f"{DIST}/test_hierarchical.py::test_two_hops_change_no_bit"
 
 MUTANTS = (
     # ------------------------------------------------------------------ transfers
-    Mutant("buffer-not-held", 17, f"{PARALLEL}/all_to_all.py")
+    Mutant("buffer-not-held", 17, "scmoe/parallel/wire/all_to_all.py")
     .replaces(
         "self.exchange(self.source, traffic)\n", "self.exchange(self.source, traffic)\n        self.source = None\n"
     )
     .caught_by(f"{FAULTS}/test_experts.py::test_17_buffers_are_held_until_the_wait_and_no_longer"),
-    Mutant("no-wait-forward", 18, f"{PARALLEL}/all_to_all.py")
+    Mutant("no-wait-forward", 18, "scmoe/parallel/wire/all_to_all.py")
     .replaces("        transfer.finish()\n        return rows.view_as(rows)\n", "        return rows.view_as(rows)\n")
     .caught_by(f"{DIST}/test_negative_controls.py::test_late_transfers_change_no_bit"),
-    Mutant("no-wait-backward", 18, f"{PARALLEL}/all_to_all.py")
+    Mutant("no-wait-backward", 18, "scmoe/parallel/wire/all_to_all.py")
     .replaces("        transfer.finish()\n        grad, transfer.grad", "        grad, transfer.grad")
     .caught_by(f"{DIST}/test_negative_controls.py::test_late_transfers_change_no_bit"),
-    Mutant("backward-waits-at-once", 0, f"{PARALLEL}/all_to_all.py")
+    Mutant("backward-waits-at-once", 0, "scmoe/parallel/wire/all_to_all.py")
     .replaces(
         "        transfer.grad = transfer.launch(grad, backward=True)\n",
         "        transfer.grad = transfer.launch(grad, backward=True)\n        transfer.work.wait()\n",
     )
     .caught_by(f"{DIST}/test_all_to_all.py::test_a_transfer_hides_behind_the_work_forward_and_backward"),
-    Mutant("rows-left-grouped-by-sender", 0, f"{PARALLEL}/dispatcher.py")
+    Mutant("rows-left-grouped-by-sender", 0, "scmoe/parallel/wire/all_to_all_dispatcher.py")
     .replaces(
         "order_R = self.experts_of_rows(counts, rows_RD.shape[0]).argsort(stable=True)",
         "order_R = torch.arange(sum(counts.traffic.received), device=rows_RD.device)",
     )
     .caught_by(EP),
-    Mutant("ceiling-of-the-total", 31, f"{PARALLEL}/dispatcher.py")
+    Mutant("ceiling-of-the-total", 31, "scmoe/parallel/wire/all_to_all_dispatcher.py")
     .replaces("fair = sum(received) / len(received)", "fair = sum(received)")
     .caught_by("tests/faults/test_ceiling.py::test_31_the_ceiling_is_a_multiple_of_the_fair_share"),
     # ------------------------------------------------------------------ two hops
-    Mutant("second-hop-rows-of-another-place", 0, f"{PARALLEL}/hierarchical.py")
+    Mutant("second-hop-rows-of-another-place", 0, "scmoe/parallel/wire/hierarchical.py")
     .replaces("by_place[:, place, node]", "by_place[node, :, :, place].T")
     .caught_by(f"{UNIT}/test_hierarchical.py::test_two_hops_equal_one"),
-    Mutant("blocks-stay-in-their-order", 0, f"{PARALLEL}/hierarchical.py")
+    Mutant("blocks-stay-in-their-order", 0, "scmoe/parallel/wire/hierarchical.py")
     .replaces("for b in range(width) for piece in pieces[b::width]", "for piece in pieces")
     .caught_by(f"{UNIT}/test_hierarchical.py::test_two_hops_equal_one"),
-    Mutant("second-hop-not-regrouped", 0, f"{PARALLEL}/hierarchical.py")
+    Mutant("second-hop-not-regrouped", 0, "scmoe/parallel/wire/hierarchical.py")
     .replaces("regrouped = swap_blocks(met, hops.between)\n        return", "regrouped = met\n        return")
     .caught_by(TWO_HOPS),
-    Mutant("arrived-rows-left-by-place", 0, f"{PARALLEL}/hierarchical.py")
+    Mutant("arrived-rows-left-by-place", 0, "scmoe/parallel/wire/hierarchical.py")
     .replaces("swap_blocks(self.arrived, self.blocks, self.target)", "self.target.copy_(self.arrived)")
     .caught_by(TWO_HOPS),
-    Mutant("second-hop-waits-for-nothing", 18, f"{PARALLEL}/hierarchical.py")
+    Mutant("second-hop-waits-for-nothing", 18, "scmoe/parallel/wire/hierarchical.py")
     .replaces("        first.wait()\n", "")
     .caught_by(TWO_HOPS),
     Mutant("way-back-of-the-way-there", 0, f"{MOE}/dispatcher.py")
     .replaces("self.sent, self.by_rank.T)", "self.sent, self.by_rank)")
     .caught_by(TWO_HOPS),
-    Mutant("each-rank-chooses-for-itself", 0, f"{PARALLEL}/fastest_exchange.py")
+    Mutant("each-rank-chooses-for-itself", 0, "scmoe/parallel/wire/fastest_exchange.py")
     .replaces("        dist.all_reduce(slowest, dist.ReduceOp.MAX, self.group)\n", "")
     .caught_by(TWO_HOPS),
     Mutant("parts-of-nodes-accepted", 76, f"{PARALLEL}/mesh.py")
@@ -66,7 +66,7 @@ MUTANTS = (
     Mutant("no-mean-over-EDP", 21, f"{PARALLEL}/update/reducer.py")
     .replaces("            flat /= self.context.edp_size\n", "")
     .caught_by(DP),
-    Mutant("no_sync-ignored", 0, f"{PARALLEL}/strategy.py")
+    Mutant("no_sync-ignored", 0, "scmoe/lightning/strategy.py")
     .replaces("self.reducer.enabled = False", "self.reducer.enabled = True")
     .caught_by(f"{DIST}/test_strategy.py::test_expert_gradients_are_sent_once_a_step[2]"),
     Mutant("gradients-beside-rows", 0, f"{PARALLEL}/update/pacing.py")
@@ -78,13 +78,13 @@ MUTANTS = (
     Mutant("paced-sum-for-mean", 21, f"{PARALLEL}/update/pacing.py")
     .replaces(".mul_(1 / dist.get_world_size(self.group))", "")
     .caught_by(f"{DIST}/test_strategy.py::test_when_gradients_are_sent_changes_no_bit[2]"),
-    Mutant("error-of-a-transfer-raised-once", 0, f"{PARALLEL}/all_to_all.py")
+    Mutant("error-of-a-transfer-raised-once", 0, "scmoe/parallel/wire/all_to_all.py")
     .replaces("                works[0].wait()  #", "                works.pop(0).wait()\n                continue  #")
     .caught_by(f"{UNIT}/test_pacing.py::test_an_error_of_rows_reaches_both_that_wait_for_them"),
     Mutant("gradients-sent-before-they-exist", 0, "scmoe/schedule/limit.py")
     .replaces("end = max(end, ready + after)", "end = max(end, after)")
     .caught_by(f"{UNIT}/test_limit.py"),
-    Mutant("experts-given-to-DDP", 25, f"{PARALLEL}/strategy.py")
+    Mutant("experts-given-to-DDP", 25, "scmoe/lightning/strategy.py")
     .replaces(
         "hide_from_ddp(self.module, [name for name, _ in expert_parameters(self.module)])",
         "hide_from_ddp(self.module, [])",
@@ -111,19 +111,19 @@ MUTANTS = (
     Mutant("update-despite-non-finite-norm", 27, f"{PARALLEL}/update/guard.py")
     .replaces("        if torch.isfinite(norm):\n", "        if norm.numel() == 1:\n")
     .caught_by("tests/faults/test_not_finite.py::test_27_one_process_stops_too"),
-    Mutant("unclipped-modules-not-watched", 27, f"{PARALLEL}/update/clipping.py")
+    Mutant("unclipped-modules-not-watched", 27, "scmoe/lightning/guarded_update.py")
     .replaces(
         "        else:\n            self.clip_by_norm(optimizer, None)",
         "        else:\n            self.clip_by_norm(optimizer, None) if clip_val > 0 else None",
     )
     .caught_by(f"{FAULTS}/test_not_finite.py::test_27_a_module_that_does_not_clip_by_norm_is_watched_too[not at all]"),
-    Mutant("steps-by-hand-not-watched", 27, f"{PARALLEL}/update/clipping.py")
+    Mutant("steps-by-hand-not-watched", 27, "scmoe/lightning/guarded_update.py")
     .replaces(
         "            self.clip_by_norm(optimizer, None)\n        elif",
         "            assert optimizer is not None\n        elif",
     )
     .caught_by(f"{FAULTS}/test_not_finite.py::test_27_a_module_that_steps_by_hand_is_watched_too[output]"),
-    Mutant("clipping-past-strategy-accepted", 27, f"{PARALLEL}/update/clipping.py")
+    Mutant("clipping-past-strategy-accepted", 27, "scmoe/lightning/guarded_update.py")
     .replaces("        elif self.norm is None:\n", "        elif self.guard is None:\n")
     .caught_by(f"{FAULTS}/test_not_finite.py::test_27_a_module_that_clips_by_other_means_is_refused[2]"),
     # ------------------------------------------------------------------ seeding
@@ -136,7 +136,7 @@ MUTANTS = (
     Mutant("dense-weights-drawn-by-rank", 25, "scmoe/models/decoder.py")
     .replaces('named_generator(f"{seed}/{name}")', 'named_generator(f"{seed + torch.distributed.get_rank()}/{name}")')
     .caught_by(EP),
-    Mutant("ranks-drop-the-same-features", 25, f"{PARALLEL}/strategy.py")
+    Mutant("ranks-drop-the-same-features", 25, "scmoe/lightning/strategy.py")
     .replaces(" % 2**62 + self.global_rank)", " % 2**62)")
     .caught_by(f"{DIST}/test_ep_equality.py::test_each_rank_drops_different_features"),
 )

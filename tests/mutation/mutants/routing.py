@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutation.mutant import DIST, FAULTS, MOE, ORACLE, PARALLEL, UNIT, Mutant
+from tests.mutation.mutant import DIST, FAULTS, MOE, ORACLE, UNIT, Mutant
 
 MUTANTS = (
     # ------------------------------------------------------------------ routing
@@ -32,7 +32,7 @@ MUTANTS = (
     Mutant("buffer-one-row-too-long", 31, f"{MOE}/buffers.py")
     .replaces("(places(rank_TK, num_ranks) < size)", "(places(rank_TK, num_ranks) <= size)")
     .caught_by(f"{UNIT}/test_layout.py::test_a_buffer_holds_the_first_copies_of_its_rank_in_the_order_of_its_experts"),
-    Mutant("empty-buffer-rows-computed", 31, f"{PARALLEL}/buffered.py")
+    Mutant("empty-buffer-rows-computed", 31, "scmoe/parallel/wire/buffered.py")
     .replaces("contiguous(), right=True)", "contiguous(), right=False)")
     .caught_by(f"{FAULTS}/test_capacity.py::test_29_enough_slots_are_bit_identical_to_dropless"),
     Mutant("overflow-never-refused", 31, "scmoe/training/moe_module.py")
@@ -64,19 +64,19 @@ MUTANTS = (
     .replaces("torch.cat(chunks) if", "torch.cat(chunks[::-1]) if")
     .caught_by(f"{ORACLE}::test_chunks_equal_oracle"),
     # ------------------------------------------------------------------ planner
-    Mutant("planner-measures-other-chunks", 0, f"{PARALLEL}/planner.py")
+    Mutant("planner-measures-other-chunks", 0, "scmoe/planning/planner.py")
     .replaces("if fixed else set(chunk_counts))", "if fixed else {1, *chunk_counts})")
     .caught_by(f"{DIST}/test_planner.py::test_a_fixed_number_of_chunks_is_kept_in_every_step_and_no_bit_changes[2]"),
-    Mutant("planner-takes-the-slower", 0, f"{PARALLEL}/planner.py")
+    Mutant("planner-takes-the-slower", 0, "scmoe/planning/planner.py")
     .replaces("return [min(zip(seconds", "return [max(zip(seconds")
     .caught_by(f"{DIST}/test_planner.py::test_two_chunk_counts_are_measured_then_tried_and_the_faster_is_chosen"),
-    Mutant("planner-ignores-drift", 0, f"{PARALLEL}/planner.py")
+    Mutant("planner-ignores-drift", 0, "scmoe/planning/planner.py")
     .replaces("self.drifted == DRIFTED_IN_TURN", "self.drifted < 0")
     .caught_by(f"{DIST}/test_planner.py::test_after_drift_all_ranks_make_the_same_new_choice"),
-    Mutant("noise-logged-as-hidden", 0, f"{PARALLEL}/planner.py")
+    Mutant("noise-logged-as-hidden", 0, "scmoe/planning/planner.py")
     .replaces("if share >= LEAST_SHARE else None", "if share else None")
     .caught_by(f"{UNIT}/test_planner_lines.py::test_a_hidden_share_is_none_where_communication_is_below_the_noise"),
-    Mutant("planner-leaves-transfers-blocking", 0, f"{PARALLEL}/planner.py")
+    Mutant("planner-leaves-transfers-blocking", 0, "scmoe/planning/planner.py")
     .replaces("if self.choices else self.own)", "if self.choices else self.own, blocking=True)")
     .caught_by(f"{DIST}/test_planner.py::test_a_closed_planner_leaves_nothing_on_the_blocks[4]"),
     # ------------------------------------------------------------------ rows of the experts

@@ -7,53 +7,53 @@ from tests.mutation.mutant import DATA, DIST, FAULTS, PARALLEL, UNIT, Mutant
 RUN, RUN_FILES = "scmoe/training/run", f"{FAULTS}/test_run_files.py"
 MUTANTS = (
     # ------------------------------------------------------------------ stopping
-    Mutant("stop-requests-not-shared", 12, f"{PARALLEL}/job/stopping.py")
+    Mutant("stop-requests-not-shared", 12, "scmoe/lightning/stop_signal.py")
     .replaces(
         "(dist.all_reduce(sums, group=self.group, async_op=True), sums)",
         "(dist.all_reduce(sums.clone(), group=self.group, async_op=True), sums)",
     )
     .caught_by(f"{DIST}/test_poll.py"),
-    Mutant("sigterm-ignored-during-validation", 12, f"{PARALLEL}/job/lockstep.py")
+    Mutant("sigterm-ignored-during-validation", 12, "scmoe/lightning/lockstep.py")
     .replaces("            self.polls_left = int(fewest)\n", "            self.polls_left = 0\n")
     .caught_by(f"{FAULTS}/test_stop.py::test_12_sigterm_during_validation_stops_the_run_there[1]"),
-    Mutant("stopped-validation-not-repeated", 12, f"{PARALLEL}/lightning_seam.py")
+    Mutant("stopped-validation-not-repeated", 12, "scmoe/lightning/seam.py")
     .replaces(
         "        progress.reset()\n    if is_fitting(trainer) and trainer.validating:\n",
         "        assert progress.current.started\n    if is_fitting(trainer) and trainer.validating is None:\n",
     )
     .caught_by(f"{FAULTS}/test_stop.py::test_12_sigterm_during_validation_stops_the_run_there[1]"),
-    Mutant("best-checkpoint-lost-after-stop", 12, f"{PARALLEL}/job/lockstep.py")
+    Mutant("best-checkpoint-lost-after-stop", 12, "scmoe/lightning/lockstep.py")
     .replaces(
         "        self.has_begun = False\n        self.ask",
         "        seam.mark_step_as_saved(self.module.trainer)\n        self.ask",
     )
     .caught_by(f"{FAULTS}/test_stop.py::test_12_a_stop_during_validation_loses_no_best_checkpoint[4]"),
-    Mutant("sigterm-left-to-lightning", 12, f"{PARALLEL}/lightning_seam.py")
+    Mutant("sigterm-left-to-lightning", 12, "scmoe/lightning/seam.py")
     .replaces("        if number != signal.SIGTERM:\n", "        if number:\n")
     .caught_by(f"{FAULTS}/test_stop_any_time.py::test_12_sigterm_in_an_evaluation_ends_it_and_saves_nothing[test]"),
-    Mutant("no-poll-after-last-step", 12, f"{PARALLEL}/job/lockstep.py")
+    Mutant("no-poll-after-last-step", 12, "scmoe/lightning/lockstep.py")
     .replaces("            self.ask_and_wait()  # so that", "            assert self.stop  # so that")
     .caught_by(
         f"{FAULTS}/test_stop_any_time.py::"
         "test_12_sigterm_before_the_first_step_or_after_the_last_is_not_lost[after the last step]"
     ),
-    Mutant("sigterm-flag-without-polls", 12, f"{PARALLEL}/job/lockstep.py")
+    Mutant("sigterm-flag-without-polls", 12, "scmoe/lightning/lockstep.py")
     .replaces(
         "                self.ask_and_wait()\n            self.stop.give_back()\n",
         "                self.ask_and_wait()\n",
     )
     .caught_by(f"{FAULTS}/test_stop_any_time.py::test_12_where_ranks_cannot_ask_each_other_a_process_ends_at_once"),
-    Mutant("early-validation-after-stop", 12, f"{PARALLEL}/job/lockstep.py")
+    Mutant("early-validation-after-stop", 12, "scmoe/lightning/lockstep.py")
     .replaces("            seam.forget_started_batch(trainer)\n", "")
     .caught_by(f"{FAULTS}/test_stop.py::test_12_a_resumed_run_validates_after_the_same_steps"),
-    Mutant("ctrl-c-not-handled", 12, f"{PARALLEL}/job/stopping.py")
+    Mutant("ctrl-c-not-handled", 12, "scmoe/lightning/stop_signal.py")
     .replaces("SIGNALS = (signal.SIGTERM, signal.SIGINT)", "SIGNALS = (signal.SIGTERM,)")
     .caught_by(f"{FAULTS}/test_stop.py::test_12_ctrl_c_stops_the_run_as_sigterm_does"),
     # ------------------------------------------------------------------ ordinary use
-    Mutant("last-step-not-saved", 38, f"{PARALLEL}/lightning_seam.py")
+    Mutant("last-step-not-saved", 38, "scmoe/lightning/seam.py")
     .replaces("        if self.save_top_k and self._last", "        if not self.save_top_k and self._last")
     .caught_by(f"{RUN_FILES}::test_38_a_finished_run_has_the_checkpoint_of_its_summary"),
-    Mutant("older-step-kept-after-resume", 38, f"{PARALLEL}/lightning_seam.py")
+    Mutant("older-step-kept-after-resume", 38, "scmoe/lightning/seam.py")
     .replaces("int(step[1]) < trainer.global_step:", "int(step[1]) < 0:")
     .caught_by(f"{RUN_FILES}::test_38_a_resumed_run_keeps_only_its_own_last_step"),
     Mutant("resume-accepts-another-experiment", 39, f"{RUN}/resume.py")
@@ -68,22 +68,22 @@ MUTANTS = (
     Mutant("every-rank-opens-the-run", 40, f"{RUN}/lifetime.py")
     .replaces("    if not is_rank_zero():\n", "    if False:\n")
     .caught_by(f"{RUN_FILES}::test_40_only_rank_0_writes_into_the_run_directory"),
-    Mutant("one-rank-saves-after-exception", 13, f"{PARALLEL}/job/fail_fast.py")
+    Mutant("one-rank-saves-after-exception", 13, "scmoe/lightning/fail_fast.py")
     .replaces(
         "        return self.context.world_size > 1 and was_interrupted(self.module.trainer)\n",
         "        return self.context.world_size < 1 and was_interrupted(self.module.trainer)\n",
     )
     .caught_by(f"{FAULTS}/test_guards.py::test_13_callbacks_that_save_after_an_exception_wait_for_no_rank"),
-    Mutant("link-to-skipped-save", 13, f"{PARALLEL}/job/fail_fast.py")
+    Mutant("link-to-skipped-save", 13, "scmoe/lightning/fail_fast.py")
     .replaces("super().is_global_zero and not self.is_alone", "super().is_global_zero")
     .caught_by(
         f"{FAULTS}/test_guards.py::test_13_callbacks_that_save_after_an_exception_wait_for_no_rank[0-save_on_exception]"
     ),
-    Mutant("ranks-poll-unequal-times", 16, f"{PARALLEL}/job/lockstep.py")
+    Mutant("ranks-poll-unequal-times", 16, "scmoe/lightning/lockstep.py")
     .replaces("self.poll.smallest(sum(batches))", "sum(batches)")
     .caught_by(f"{FAULTS}/test_stop.py::test_12_ranks_with_different_numbers_of_validation_batches_agree_too"),
     # ------------------------------------------------------------------ ranks and workers that fail
-    Mutant("roll-call-omits-missing-ranks", 14, f"{PARALLEL}/job/roll_call.py")
+    Mutant("roll-call-omits-missing-ranks", 14, "scmoe/lightning/roll_call.py")
     .replaces(
         "        except RuntimeError:\n            absent.append(rank)\n    return",
         "        except RuntimeError:\n            pass\n    return",
@@ -92,13 +92,13 @@ MUTANTS = (
     Mutant("groups-ignore-timeout", 14, f"{PARALLEL}/mesh.py")
     .replaces("ranks.tolist(), timeout=timeout, group_desc", "ranks.tolist(), group_desc")
     .caught_by(f"{FAULTS}/test_guards.py::test_14_no_group_waits_longer_than_the_timeout"),
-    Mutant("different-collectives-not-reported", 15, f"{PARALLEL}/job/debug.py")
+    Mutant("different-collectives-not-reported", 15, "scmoe/lightning/debug.py")
     .replaces("        if len(set(of_ranks)) > 1:\n", "        if len(set(of_ranks)) > 2:\n")
     .caught_by(f"{FAULTS}/test_collectives.py::test_15_collectives_in_another_order_are_named"),
-    Mutant("object-collectives-not-compared", 15, f"{PARALLEL}/job/debug.py")
+    Mutant("object-collectives-not-compared", 15, "scmoe/lightning/debug.py")
     .replaces("for name in (*TENSORS, *OBJECTS)),", "for name in TENSORS),")
     .caught_by(f"{FAULTS}/test_collectives.py::test_15_every_kind_of_collective_is_watched"),
-    Mutant("uneven-batches-accepted", 16, f"{PARALLEL}/job/lockstep.py")
+    Mutant("uneven-batches-accepted", 16, "scmoe/lightning/lockstep.py")
     .replaces("    if context.world_size == 1:\n", "    if context.world_size > 1:\n")
     .caught_by(f"{FAULTS}/test_batches.py::test_16_each_loader_is_counted"),
     Mutant("dead-worker-sample-unknown", 19, f"{DATA}/watched.py")
@@ -114,7 +114,7 @@ MUTANTS = (
     Mutant("new-column-without-header", 32, "scmoe/training/run/csv_logger.py")
     .replaces("            writer.metrics_keys = keys\n", "            assert isinstance(keys, list)\n")
     .caught_by(f"{FAULTS}/test_logging.py::test_32_a_full_disk_ends_no_run_that_logs"),
-    Mutant("unwritable-picture-ends-run", 32, "scmoe/training/run/writing.py")
+    Mutant("unwritable-picture-ends-run", 32, "scmoe/training/files.py")
     .replaces('        warn_once(f"{path} is not written: {error.strerror or error}")\n', "        raise\n")
     .caught_by(f"{FAULTS}/test_logging.py::test_32_a_run_on_a_full_disk_loses_its_figures_and_ends_normally"),
     Mutant("environment-variables-stored", 33, "scmoe/training/run/directory.py")
@@ -146,7 +146,7 @@ MUTANTS = (
     Mutant("launcher-not-asked", 50, f"{RUN}/machine.py")
     .replaces("        if launcher.detect():\n", "        if not launcher:\n")
     .caught_by(f"{FAULTS}/test_machine.py::test_50_ranks_that_nobody_starts_are_not_waited_for"),
-    Mutant("pure-float16-accepted", 54, f"{PARALLEL}/update/clipping.py")
+    Mutant("pure-float16-accepted", 54, "scmoe/lightning/guarded_update.py")
     .replaces('plugin.precision in ("16-true", "16-mixed")', 'plugin.precision == "16-mixed"')
     .caught_by(f"{FAULTS}/test_lightning_users.py::test_54_float16_without_a_scaler_is_refused_too"),
     Mutant("damaged-directory-read", 56, f"{PARALLEL}/checkpoint/loading.py")
@@ -156,7 +156,7 @@ MUTANTS = (
     .caught_by(
         f"{FAULTS}/test_lightning_users.py::test_56_a_damaged_directory_is_refused_and_other_checkpoints_are_read_as_before"
     ),
-    Mutant("averaging-copies-accepted", 57, f"{PARALLEL}/refused_callbacks.py")
+    Mutant("averaging-copies-accepted", 57, "scmoe/lightning/refused_callbacks.py")
     .replaces("        if isinstance(callback, COPYING):\n", "        if callback is COPYING:\n")
     .caught_by(
         f"{FAULTS}/test_lightning_users.py::test_57_callbacks_that_average_weights_in_a_copy_are_refused_by_name"

@@ -10,7 +10,7 @@ BUILT = f"{DIST}/test_built_in_parts.py::test_no_rank_holds_more_than_its_part_a
 SHARDS = f"{PARALLEL}/dense_shards.py"
 
 MUTANTS = (
-    Mutant("split-loss-not-divided", 21, f"{PARALLEL}/dense_strategy.py")
+    Mutant("split-loss-not-divided", 21, "scmoe/lightning/dense_strategy.py")
     .replaces("closure_loss / self.world_size if", "closure_loss if")
     .caught_by(f"{FOUR}[clipped, EP 2]"),
     Mutant("split-divided-by-fsdp-too", 21, SHARDS)
@@ -35,32 +35,32 @@ MUTANTS = (
         "    blocks, whole = apart + units(module), [module]",
     )
     .caught_by(f"{RUNS}::test_fsdp_starts_no_collective_inside_an_open_stream"),
-    Mutant("whole-weights-after-validation", 41, f"{PARALLEL}/job/lockstep.py")
+    Mutant("whole-weights-after-validation", 41, "scmoe/lightning/lockstep.py")
     .replaces("        reshard(self.module)  #", "        assert self.module  #")
     .caught_by(f"{RUNS}::test_a_users_own_module_is_split_and_equal_to_replicated"),
     Mutant("split-experts-saved-as-whole", 71, f"{PARALLEL}/checkpoint/state.py")
     .replaces("over_edp = Shard(1) if isinstance(experts, DTensor) else Replicate()", "over_edp = Replicate()")
     .caught_by(f"{FAULTS}/test_sharded.py::test_71_a_checkpoint_of_any_layout_is_read_in_any_other[layouts0]"),
-    Mutant("whole-before-it-is-split", 0, "scmoe/training/build/model.py")
+    Mutant("whole-before-it-is-split", 0, "scmoe/training/assembly/model.py")
     .replaces(
         '        with torch.device("meta"):\n            model = build_network',
         "        with torch.device(device):\n            model = build_network",
     )
     .caught_by(BUILT),
-    Mutant("files-read-whole", 0, "scmoe/training/init_from/upcycle.py")
+    Mutant("files-read-whole", 0, "scmoe/init_from/upcycle.py")
     .replaces(
         "    for name, source in found.items():\n",
         "    whole = [checkpoint.read(source, None) for source in found.values()]\n"
         "    for name, source in found.items():\n",
     )
     .caught_by(BUILT),
-    Mutant("experts-read-by-local-number", 0, "scmoe/training/init_from/upcycle.py")
+    Mutant("experts-read-by-local-number", 0, "scmoe/init_from/upcycle.py")
     .replaces("zip(module.expert_ids, own[name], strict=True)", "enumerate(own[name])")
     .caught_by(BUILT),
     Mutant("buffers-stay-on-meta", 0, "scmoe/models/swin.py")
     .replaces("torch.empty_like(buffer, device=self.attention.proj.weight.device)", "torch.empty_like(buffer)")
     .caught_by(f"{DIST}/test_swin_equality.py::test_two_ranks_equal_one[pos2, sharded]"),
-    Mutant("split-otherwise-accepted", 74, f"{PARALLEL}/dense_strategy.py")
+    Mutant("split-otherwise-accepted", 74, "scmoe/lightning/dense_strategy.py")
     .replaces("if first is not None and found != wanted:", "if first is None and found != wanted:")
     .caught_by(f"{FAULTS}/test_sharded.py::test_74_a_module_that_is_split_is_not_trained_as_replicated"),
     Mutant("split-sums-read-too-early", 21, f"{PARALLEL}/update/scatters.py")

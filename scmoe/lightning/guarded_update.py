@@ -1,0 +1,95 @@
+"""Between backward and update: one global gradient norm, and no update without a check by the guard (faults 22, 27).
+
+Lightning's precision plugins clip by the norm of what a rank holds. It differs from rank to rank, because each holds
+other experts. They also check nothing if nothing is clipped. Left out: a torch optimizer that is stepped without
+Lightning (`use_pl_optimizer=False`).
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from scmoe.lightning.seam import original_after_closure, replace_after_closure
+from scmoe.parallel.mesh import ParallelContext, expert_parameters
+from scmoe.parallel.update.clipping import clip_grad_norm
+from scmoe.parallel.update.guard import Guard
+
+
+class GuardedUpdate:
+    """Replaces the functions of a precision plugin that run between backward and update.
+
+    norm: the global gradient norm of the last update, before clipping; None before it is computed.
+    """
+
+    def __init__(self, plugin: Any, module: nn.Module, context: ParallelContext) -> None:
+        check_precision(plugin)
+        self.plugin, self.original, self.module, self.context = plugin, type(plugin), module, context
+        self.guard = Guard(module)
+        self.norm: Tensor | None = None
+        plugin.pre_backward, plugin.clip_gradients = self.before_backward, self.clip
+        plugin.clip_grad_by_norm = self.clip_by_norm
+        replace_after_closure(plugin, self.after_backward)
+
+    def before_backward(self, loss: Tensor, module: Any) -> Tensor:
+        self.guard.note_loss(loss)
+        return self.original.pre_backward(self.plugin, loss, module)
+
+    def after_backward(self, module: Any, optimizer: Optimizer) -> None:
+        """Everything that happens before this optimizer's update.
+
+        FloatingPointError, on every rank: a gradient is not finite. RuntimeError: the module clips in another way.
+        """
+        self.norm = None
+        original_after_closure(self.plugin, module, optimizer)
+        if not module.automatic_optimization:  # such a module may clip whenever it likes
+            self.clip_by_norm(optimizer, None)
+        elif self.norm is None:
+            raise RuntimeError(
+                f"{type(module).__name__}.configure_gradient_clipping did not call self.clip_gradients, so no update "
+                "was made: each rank would clip by a norm of its own, and a NaN would pass; call "
+                "self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm) there"
+            )
+
+    def clip(self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: str = "norm") -> None:
+        """Gradients that are not clipped by their norm are checked all the same.
+
+        The plugin itself does not clip by the norm: that of bf16-mixed refuses a fused optimizer, which would undo the
+        scale of gradients only later. Only float16 has such a scale.
+        """
+        if clip_val > 0 and gradient_clip_algorithm == "norm":
+            self.clip_by_norm(optimizer, clip_val)
+        else:
+            self.clip_by_norm(optimizer, None)
+            self.original.clip_gradients(self.plugin, optimizer, clip_val, gradient_clip_algorithm)
+
+    def clip_by_norm(self, optimizer: Optimizer, clip_val: float | None) -> None:
+        """Compute the global norm, clip by it (clip_val None: change nothing) and check it."""
+        order = {p: i for i, p in enumerate(self.module.parameters())}  # the norm's last bits depend on the order
+        held = (p for group in optimizer.param_groups for p in group["params"])
+        shards = {p for _, p in expert_parameters(self.module)}
+        parameters = sorted(held, key=lambda p: order.get(p, len(order)))
+        norm = clip_grad_norm(parameters, shards, clip_val, self.context, self.guard.loss_as_zero())
+        self.guard.check(norm, self.context)
+        self.norm = norm
+
+    def remove(self) -> None:
+        self.guard.remove()
+        for name in ("pre_backward", "clip_gradients", "clip_grad_by_norm"):
+            vars(self.plugin).pop(name, None)
+        replace_after_closure(self.plugin, None)
+
+
+def guard_updates(plugin: Any, module: nn.Module, context: ParallelContext) -> GuardedUpdate:
+    """Return the GuardedUpdate of `module` in this precision plugin; the first call for a module installs it."""
+    installed = plugin.clip_gradients.__self__
+    if isinstance(installed, GuardedUpdate) and installed.module is module:
+        return installed
+    return GuardedUpdate(plugin, module, context)
+
+
+def check_precision(plugin: Any) -> None:
+    """Raise ValueError for float16: unscaled gradients vanish in it, and a scaler skips a step on one rank alone."""
+    if plugin is not None and plugin.precision in ("16-true", "16-mixed"):
+        allowed = "32-true, bf16-mixed, bf16-true, 64-true"
+        raise ValueError(f"trainer.precision is {plugin.precision}, allowed: {allowed}; float16 has too small a range")

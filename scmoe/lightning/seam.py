@@ -1,0 +1,163 @@
+"""The only file that uses undocumented names of Lightning; each function says what it gives. torch's: torch_seam.py.
+
+An upgrade can rename or change any of them without notice, so tests/unit/test_private_names.py checks each name and
+refuses its use elsewhere. `trainer` is always a Lightning Trainer, `plugin` a precision plugin.
+"""
+
+import re
+import signal
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import rank_zero_only
+from torch.optim import Optimizer
+
+
+def is_fitting(trainer: Any) -> bool:
+    """Return whether the Trainer runs `fit`, its validations and sanity check included."""
+    return bool(trainer.state.fn == "fit")
+
+
+def without_inference_mode(trainer: Any) -> None:
+    """Let validation, test and prediction run under no_grad.
+
+    In inference mode, which Lightning uses where the backend is not gloo, FSDP cannot gather weights."""
+    for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):  # that of fit uses no_grad
+        loop.inference_mode = False
+
+
+def was_interrupted(trainer: Any) -> bool:
+    """Return whether the Trainer's run has ended with an exception on this rank."""
+    return bool(trainer.state.status == TrainerStatus.INTERRUPTED)
+
+
+def accumulated_batches(trainer: Any) -> int:
+    """Return how many batches have left gradients that no update has used yet."""
+    done = trainer.fit_loop.epoch_loop.batch_progress
+    stepped = done.is_last_batch and done.current.processed == done.current.ready
+    if not is_fitting(trainer) or stepped:
+        return 0
+    return int(done.current.processed % trainer.accumulate_grad_batches)
+
+
+def restart_validation(trainer: Any) -> None:
+    """Reset the progress of the running validation, so that a run resumed from a checkpoint saved now does all of it.
+    A sanity check leaves no trace in a checkpoint."""
+    progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    if is_fitting(trainer) and (trainer.validating or trainer.sanity_checking):
+        progress.reset()
+    if is_fitting(trainer) and trainer.validating:
+        progress.increment_ready()
+        progress.increment_started()
+
+
+def forget_started_batch(trainer: Any) -> None:
+    """Do not count the batch that was started but not run before a stop: Lightning places validations by this count."""
+    trainer.fit_loop.epoch_loop.batch_progress.total.reset_on_restart()
+
+
+def forget_stopped_validation(trainer: Any) -> None:
+    """Subtract the batches of a validation that a stop has cut off from the run's total."""
+    trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
+
+
+def count_steps_from(trainer: Any, step: int) -> None:
+    """Let the next row be logged under this step; after a stop between two batches Lightning's count is one ahead."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = step
+
+
+def mark_step_as_saved(trainer: Any) -> None:
+    """Let every ModelCheckpoint know that the current step is saved already.
+
+    A resumed ModelCheckpoint does not know. It would save again after the first batch, which with accumulation lies in
+    the middle of a step, and overwrite the checkpoint that the run was resumed from.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if hasattr(callback, "_last_global_step_saved"):
+            callback._last_global_step_saved = trainer.global_step
+
+
+def rank_without_trainer() -> int:
+    """Return this process's global rank as its launcher's environment variables give it."""
+    return int(rank_zero_only.rank)  # type: ignore[attr-defined]
+
+
+def started_ranks(strategy: Any) -> Sequence[subprocess.Popen[bytes]]:
+    """Return the processes of local ranks 1, 2, ... if this process has started them as subprocesses."""
+    return getattr(strategy.launcher, "procs", [])
+
+
+def leave_sigterm_alone(trainer: Any) -> None:
+    """Keep Lightning from setting its handler of SIGTERM; it sets those of other signals as before."""
+    connector = trainer._signal_connector
+    register = type(connector)._register_signal
+
+    def register_others(number: int, handler: Any) -> None:
+        if number != signal.SIGTERM:
+            register(number, handler)
+
+    connector._register_signal = register_others
+
+
+def skip_sigterm_broadcast(trainer: Any) -> None:
+    """Remove the blocking broadcast from rank 0 by which Lightning asks for SIGTERM before every batch."""
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
+def prefer_buckets(strategy: Any, megabytes: float) -> None:
+    """Let the DDP that the Strategy will make reduce buckets of this size, unless the user has named another."""
+    strategy._ddp_kwargs.setdefault("bucket_cap_mb", megabytes)
+
+
+def replace_after_closure(plugin: Any, hook: Callable[[Any, Optimizer], None] | None) -> None:
+    """Call hook(module, optimizer) after backward and before the update, in place of the plugin's own function.
+
+    None puts the plugin's own function back.
+    """
+    vars(plugin).pop("_after_closure", None)
+    if hook is not None:
+        plugin._after_closure = hook
+
+
+def original_after_closure(plugin: Any, module: Any, optimizer: Optimizer) -> None:
+    """Do what a precision plugin itself does between backward and update: call hooks, then let the module clip."""
+    type(plugin)._after_closure(plugin, module, optimizer)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps the newest checkpoint alone, as `step=N.ckpt`: of every n-th step, of a stop, of the end of training.
+
+    Lightning's own saves nothing at the end, and leaves the checkpoint from which a run was resumed. With another
+    save_top_k, -1 or 0, it keeps all checkpoints or makes none.
+    """
+
+    def __init__(self, folder: Path | None, every_n_steps: int) -> None:
+        super().__init__(folder, "{step}", every_n_train_steps=every_n_steps)
+
+    def save(self, trainer: Any) -> None:
+        """Save the current step. Every rank must call it."""
+        assert self.dirpath is not None, "the Trainer has set it"
+        self.best_model_path = str(Path(self.dirpath) / f"step={trainer.global_step}.ckpt")
+        self._save_checkpoint(trainer, self.best_model_path)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.save_top_k and self._last_global_step_saved != trainer.global_step:
+            self.save(trainer)
+
+    def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        for path in Path(filepath).parent.glob("step=*.ckpt") if self.save_top_k == 1 else ():
+            step = re.fullmatch(r"step=(\d+)\.ckpt", path.name)
+            if step and int(step[1]) < trainer.global_step:
+                trainer.strategy.remove_checkpoint(path)  # once the new one is complete
+
+
+class StepProgressBar(RichProgressBar):
+    """Lightning's rich progress bar without the epoch: a training is one long epoch of steps here."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"

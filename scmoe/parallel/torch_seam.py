@@ -1,0 +1,82 @@
+"""The only file that uses undocumented names of torch. Each function says what it gives.
+
+An upgrade can rename or change any of them without notice, so tests/unit/test_private_names.py checks each name and
+refuses its use elsewhere.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.autograd import Variable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.tensor import Shard
+from torch.nn.parallel import DistributedDataParallel
+
+
+def hide_from_ddp(module: nn.Module, names: Iterable[str]) -> None:
+    """Make DDP ignore these parameters (names from `module`), beside those that it ignores already."""
+    ignored = {*getattr(module, "_ddp_params_and_buffers_to_ignore", []), *names}
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sorted(ignored))
+
+
+def split_over(mesh: DeviceMesh, dim: int) -> ShardPlacementResult:
+    """Return the placement with which FSDP splits a parameter on `dim` over the last axis of a mesh; over the first of
+    two axes it keeps copies. Call it once for a mesh: FSDP refuses two placements for one process group."""
+    kind = FSDPMeshInfo(mesh, shard_mesh_dim=0) if mesh.ndim == 1 else HSDPMeshInfo(mesh, 1, 0)
+    return ShardPlacementResult(Shard(dim), kind)
+
+
+def gather_as_kept(unit: FSDPModule, place: ShardPlacementResult) -> None:
+    """Let a unit's parameters that `place` has split be gathered in their own dtype, whatever the unit's policy says.
+    Call it before the first forward."""
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for group in unit._get_fsdp_state()._fsdp_param_groups:
+        if group.mesh_info is place.mesh_info:
+            group.mp_policy = policy
+            for parameter in group.fsdp_params:  # from torch 2.15 on each has its own
+                parameter.mp_policy = policy
+
+
+def gather_in_background(module: FSDPModule, wanted: bool) -> None:
+    """Let all units in `module` begin a gather and wait for it where its weights are used, not at once."""
+    module._set_unshard_async_op(wanted)
+
+
+def scatter_by(unit: FSDPModule, scatter: Any) -> Callable[[], None]:
+    """Let `scatter` sum and split a unit's gradients, until the function that this returns is called. FSDP's own setter
+    refuses units of several process groups."""
+    groups = unit._get_fsdp_state()._fsdp_param_groups
+    own = [group._reduce_scatter_comm for group in groups]
+
+    def put_back() -> None:
+        for group, usual in zip(groups, own, strict=True):
+            group._reduce_scatter_comm = usual
+
+    for group in groups:
+        group._reduce_scatter_comm = scatter
+    return put_back
+
+
+def has_gradient_hooks(parameter: nn.Parameter) -> bool:
+    """Return whether hooks run when the parameter's gradient is added up (post-accumulate-grad hooks)."""
+    return bool(parameter._post_accumulate_grad_hooks)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether `module.compile()` was called."""
+    return module._compiled_call_impl is not None
+
+
+def allow_graphs(number: int) -> None:
+    """Let torch.compile keep as many graphs of one function; with more than 8, it would leave the others uncompiled."""
+    import torch._dynamo  # here, as it takes a second
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, number)
+
+
+def call_after_backward(callback: Callable[[], None]) -> None:
+    """Call back when the backward pass that runs now is complete. Only a hook of that pass may ask for it."""
+    Variable._execution_engine.queue_callback(callback)

@@ -1,0 +1,172 @@
+"""Builds the blocks of a configuration: an architecture wires the parts of any model family.
+
+An architecture is a function (config, context, parts of each layer) -> blocks, registered by its name.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from scmoe.blocks.double_gate import DoubleGateBlock, share_moe
+from scmoe.blocks.moe_block import MoEBlock
+from scmoe.blocks.rotary import Rotary
+from scmoe.blocks.shortcut import ShortcutBlock
+from scmoe.blocks.standard import DenseBlock, SharedExpertBlock, TopKBlock
+from scmoe.blocks.sublayers import MLP, Attention, Residual
+from scmoe.config.fields import Config
+from scmoe.config.registry import ARCHITECTURES
+from scmoe.config.rules import ACTIVATIONS, SHORTCUTS, resolve_ep_size
+from scmoe.models.llama import NORM_EPS
+from scmoe.moe.coefficient import COEFFICIENT_GATES
+from scmoe.moe.dispatcher import Narrowed
+from scmoe.moe.experts import Experts
+from scmoe.moe.router import Router
+from scmoe.moe.stream import MoEStream
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.schedule.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the blocks of a family are made of, at one width."""
+
+    dim: int
+    ffn_dim: int
+    norm: Callable[[], nn.Module]
+    mlp: Callable[[], nn.Module]  # of Block-MLP and of the shared expert
+    attention: Callable[[], nn.Module]
+    after: Callable[[], nn.Module]  # applied to a sub-layer's output before it is added: dropout
+    activation: str = "gelu"  # of the routed experts
+
+    def attention_sublayer(self) -> Residual:
+        return Residual(self.norm(), self.attention(), self.after())
+
+    def mlp_sublayer(self) -> Residual:
+        return Residual(self.norm(), self.mlp(), self.after())
+
+
+def decoder_parts(
+    config: Config,
+    norm: Callable[[int], nn.Module],
+    bias: bool = True,
+    rotary: Callable[[], Rotary | None] = lambda: None,
+) -> Parts:
+    model = config.model
+    dim, ffn_dim = model.dim, model.ffn_dim or 4 * model.dim
+    activation = model.activation or ACTIVATIONS[model.family]
+    return Parts(
+        dim,
+        ffn_dim,
+        norm=lambda: norm(dim),
+        mlp=lambda: MLP(dim, ffn_dim, bias=bias, activation=activation),
+        attention=lambda: Attention(dim, model.heads, bias=bias, kv_heads=model.kv_heads, rotary=rotary()),
+        after=lambda: nn.Dropout(model.dropout),
+        activation=activation,
+    )
+
+
+PARTS: dict[str, Callable[[Config], Parts]] = {
+    "gpt": partial(decoder_parts, norm=nn.LayerNorm),
+    "llama": partial(decoder_parts, norm=partial(nn.RMSNorm, eps=NORM_EPS), bias=False, rotary=Rotary),
+}
+register_architecture = ARCHITECTURES.register
+
+
+def build_blocks(config: Config, context: ParallelContext) -> list[nn.Module]:
+    """Return the blocks of a model with equal layers."""
+    return stack(config, context, [PARTS[config.model.family](config)] * config.model.layers)
+
+
+def stack(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    """Return the blocks of layers, given the parts of each."""
+    return ARCHITECTURES[config.moe.architecture](config, context, parts)
+
+
+@register_architecture("dense")
+def dense(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    return [DenseBlock([layer.attention_sublayer(), layer.mlp_sublayer()]) for layer in parts]
+
+
+@register_architecture("top_k")
+def top_k(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    return moe_blocks(TopKBlock, config, context, parts)
+
+
+@register_architecture("shared_expert")
+def shared_expert(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    return moe_blocks(SharedExpertBlock, config, context, parts)
+
+
+@register_architecture("scmoe")
+def scmoe(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    return moe_blocks(ShortcutBlock, config, context, parts)
+
+
+@register_architecture("dgmoe")
+def dgmoe(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    return moe_blocks(DoubleGateBlock, config, context, parts)
+
+
+@register_architecture("dgmoe_share")
+def dgmoe_share(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    blocks = dgmoe(config, context, parts)
+    share_moe(blocks)
+    return blocks
+
+
+def moe_blocks(
+    block: type[MoEBlock], config: Config, context: ParallelContext, parts: Sequence[Parts]
+) -> list[nn.Module]:
+    """Return blocks with an MoE each: one for each layer (every=1), or pairs of Block-MLP and Block-MoE (every=2)."""
+    every = config.moe.every
+    return [
+        moe_block(block, config, context, parts[i + every - 1], sublayers_before(parts[i : i + every]), first=i == 0)
+        for i in range(0, len(parts), every)
+    ]
+
+
+def sublayers_before(parts: Sequence[Parts]) -> list[Residual]:
+    """Return the sub-layers before the MoE of one layer (attention), or of a pair (attention, MLP, attention)."""
+    first, *second = parts
+    sublayers = [first.attention_sublayer()]
+    if second:
+        sublayers += [first.mlp_sublayer(), second[0].attention_sublayer()]
+    return sublayers
+
+
+def moe_block(
+    block: type[MoEBlock], config: Config, context: ParallelContext, parts: Parts, sublayers: Sequence[Any], first: bool
+) -> nn.Module:
+    """Return one block with an MoE. first: the model's first MoE module, whose tap may be elsewhere."""
+    moe, has_tap = config.moe, block.architecture in SHORTCUTS
+    position = (moe.first_position if first else None) or moe.position
+    tap = position if has_tap else None
+    schedule = Schedule(block.architecture, tap, config.schedule.slot, config.schedule.chunks or 1)
+    optional: dict[str, Any] = {}
+    if has_tap:
+        following = sublayers[len(sublayers) - schedule.sublayers_after_tap]  # the sub-layer after the tap
+        optional["tap_norm"] = following.norm if moe.tap_norm == "shared" else parts.norm()
+    if "shared_expert" in schedule.window:
+        optional |= {"shared_expert": parts.mlp(), "coefficient": COEFFICIENT_GATES[moe.combine](parts.dim)}
+    stream, reads_tap = build_stream(config, context, parts), moe.coefficient_input == "tap"
+    needed = sublayers, parts.norm(), stream, schedule, parts.after()
+    return block(*needed, coefficient_reads_tap=reads_tap, **optional)
+
+
+def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoEStream:
+    moe = config.moe
+    gate = {"renormalise": moe.renormalise, "noisy": moe.noisy, "balanced": moe.balanced_routing}
+    router = Router(parts.dim, moe.num_experts, moe.top_k, **gate)
+    local = context.local_experts(moe.num_experts)
+    experts = Experts(parts.dim, parts.ffn_dim, moe.num_experts, local, parts.activation)
+    ep_size = max(context.ep_size, resolve_ep_size(config))  # an estimate for many ranks is made in one process
+    buffer = min(moe.dropless_ceiling or ep_size, ep_size) if moe.rows == "buffers" and ep_size > 1 else None
+    dispatcher = context.dispatcher(moe.num_experts, moe.dropless_ceiling, buffer is not None)
+    if config.strategy.wire_dtype is not None and context.ep_size > 1:
+        dispatcher = Narrowed(dispatcher, getattr(torch, config.strategy.wire_dtype))
+    filled = moe.rows == "filled" or (moe.rows == "auto" and config.trainer.accelerator == "cpu")
+    return MoEStream(router, experts, dispatcher, moe.capacity_factor, filled, buffer)
