@@ -1,7 +1,7 @@
 """Dry runs beside the estimate: one of a config, or a table over presets, layouts, precisions and recompute.
 
 The dry run takes rank 0's training step on fake tensors (testbed/dry_run); the estimate computes the same numbers from
-the model's modules (studies/estimate.py).
+the model's modules (experiments/dryrun/estimated.py).
 """
 
 from collections.abc import Iterator, Sequence

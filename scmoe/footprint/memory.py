@@ -1,7 +1,7 @@
 """Memory of a rank: weights, gradients and the optimizer's moments are exact, activations are an estimate.
 
     weights       one number per parameter that the rank holds: the replicated ones, and 1 / EP of the experts; where
-                  dense weights are split over ranks, its parts of both (analysis/split.py)
+                  dense weights are split over ranks, its parts of both (footprint/split.py)
     gradients     the same
     optimizer     AdamW: two moments per parameter, and a step count of 4 bytes per tensor; Muon: one moment
 
@@ -23,7 +23,7 @@ shared expert or experts module is there while its backward runs. Under autocast
 norms are float32, and each product keeps a narrow copy of its weight.
 
 `total` is what is there when most is. The experts' gradients come while activations go, so it is less than the sum:
-analysis/step_memory.py looks at each block's backward, and says what is there besides. Not counted: the allocator's
+footprint/step_memory.py looks at each block's backward, and says what is there besides. Not counted: the allocator's
 gaps.
 """
 

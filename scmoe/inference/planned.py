@@ -1,4 +1,4 @@
-"""Prefill and decode that run as planned: each shape has a plan of its own (parallel/inference_planner.py)."""
+"""Prefill and decode that run as planned: each shape has a plan of its own (planning/inference_planner.py)."""
 
 import copy
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 <runs_dir>/sweeps/<sweep>/   sweep.json             the sweep as it was begun
                              trial-003/<stamp>-.../ run directories
-                             lock  states/  logs/   studies/job.py
+                             lock  states/  logs/   experiments/studies/job.py
 """
 
 import csv

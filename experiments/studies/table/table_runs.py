@@ -1,7 +1,7 @@
 """The runs of a table, rows x seeds, each an ordinary training.
 
     <runs_dir>/tables/<table>-<scale>/   runs/<row>-seed<s>/<stamp>-.../   run directories
-                                         lock  states/  logs/              studies/job.py
+                                         lock  states/  logs/              experiments/studies/job.py
 
 Rows see the same data in the same order: they share everything but `model`, `moe`, `schedule`, an extension's `options`
 and the learning rate, which a search may have chosen for each architecture. A weight's initial value depends on its

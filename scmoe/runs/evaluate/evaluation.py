@@ -1,6 +1,6 @@
 """Evaluates a checkpoint of a run from top to bottom: test split, perplexity, tasks. Every rank calls `evaluate`.
 
-Ranks share the experts and not the batches (parallel/rank_zero.py), so the results do not depend on their number.
+Ranks share the experts and not the batches (runs/evaluate/rank_zero.py), so the results do not depend on their number.
 """
 
 import json

@@ -1,0 +1,72 @@
+"""One clock for every measurement: variants in turn, round after round; ratios within a round; medians and quartiles.
+
+The speed of a shared machine drifts, so a variant is compared only with what ran in the same round. Where ranks measure
+together, a round counts as the slowest rank has it.
+"""
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+from statistics import median, quantiles
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+CPU = torch.device("cpu")
+Name = TypeVar("Name", bound=Hashable)
+
+
+def seconds(run: Callable[[], Any], device: torch.device = CPU) -> float:
+    """Return the time of one call: on the host's clock, on CUDA between two events of the current stream."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start_event.record()
+    run()
+    end_event.record()
+    end_event.synchronize()
+    return start_event.elapsed_time(end_event) / 1e3
+
+
+def in_turn(
+    variants: Mapping[Name, Callable[[], Any]],
+    rounds: int,
+    warm_up: int = 1,
+    over_ranks: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> dict[Name, np.ndarray]:
+    """Run all variants once in each round, after rounds to warm up that are left out.
+
+    variants: each returns what it has measured, a number or a sequence of numbers. over_ranks: every rank calls this,
+    and each number is that of the slowest rank. say: is told of each round. Returns [rounds], or [numbers, rounds].
+    """
+    measured = []
+    for i in range(warm_up + rounds):
+        if say is not None:
+            say(f"round {max(0, i + 1 - warm_up)} of {rounds}, {len(variants)} variants")
+        measured.append([run() for run in variants.values()])
+    values = np.asarray(measured[warm_up:], dtype=np.float64)
+    if over_ranks:
+        values = slowest(values)
+    return {name: values[:, i].T for i, name in enumerate(variants)}
+
+
+def slowest(values: Any) -> np.ndarray:
+    """Return the maximum of each number over all ranks. Every rank must call it. values: numbers, nested equally."""
+    worst = torch.as_tensor(np.asarray(values, dtype=np.float64))
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return worst.numpy()
+
+
+def middle(values: Any) -> float:
+    """Return the median of one number's rounds."""
+    return float(median(values))
+
+
+def quartiles(values: Any) -> list[float]:
+    """Return the first and the third quartile."""
+    first, _, third = quantiles(values, n=4)
+    return [float(first), float(third)]
