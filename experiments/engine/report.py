@@ -18,7 +18,7 @@ from rich.table import Column, Table
 @dataclass(frozen=True)
 class Report:
     """title: conditions. rows: values by the row's name. columns: the format of a cell by its heading, such as
-    {"ms": "{ms:.1f}"}; a row that lacks a value of a column has an empty cell there. first: the heading of the names."""
+    {"ms": "{ms:.1f}"}; where a row lacks the value, the cell is empty. first: the heading of the names."""
 
     title: str
     rows: Mapping[str, Mapping[str, Any]]
