@@ -25,11 +25,11 @@ def main(
         format: one file, or a folder
         out: default: RUN/export/model.safetensors, with config.yaml; RUN/export/hf
     """
-    from scmoe.config.extensions import named
     from scmoe.config.load import to_yaml
-    from scmoe.runs.hf_folder import write_folder
+    from scmoe.config.registry import named
     from scmoe.init_from.settings import model_settings
     from scmoe.parallel.checkpoint.export import consolidate
+    from scmoe.runs.hf_folder import write_folder
     from scmoe.training.assembly.data import kept_tokenizer, tokenizer_of
     from scmoe.training.assembly.model import build_model_on_meta
     from scmoe.training.run.resume import REFUSED_SINCE, config_of, find_checkpoint, refuse_other_model

@@ -4,9 +4,8 @@ import json
 import sys
 from typing import Any
 
-from scmoe.config.extras import require
+from scmoe.config.extras import require, scmoe
 from scmoe.config.leaves import ConfigError
-from scmoe.config.program import scmoe
 from scmoe.experiments.engine.command_line import KeyValue, call
 
 

@@ -16,13 +16,13 @@ from scmoe.lightning.known_to_lightning import teach_lightning
 if TYPE_CHECKING:  # the table NAMES, for type checkers and editors
     from scmoe.api import MoE, ScMoEBlock, data_parallel, load_balance_loss
     from scmoe.config.load import load as load_config
-    from scmoe.runs.trained import load_trained as load
     from scmoe.inference.generate import generate, stream
     from scmoe.inference.passes import Passes
     from scmoe.inference.sampling import Sampling
     from scmoe.inference.stopping import Stopping
     from scmoe.lightning.strategy import ExpertParallelStrategy
     from scmoe.parallel.mesh import ParallelContext
+    from scmoe.runs.trained import load_trained as load
     from scmoe.training.assembly.blocks import register_architecture
     from scmoe.training.assembly.data import register_dataset
     from scmoe.training.assembly.model import build_model, register_family

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from scmoe.runs.hf_config import OURS, our_config
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.runs.hf_config import OURS, our_config
 from scmoe.training.assembly.model import build_network
 
 IGNORE = -100

@@ -12,9 +12,8 @@ from rich.table import Column, Table
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load
+from scmoe.config.load import SHIPPED, load
 from scmoe.config.rules import resolve_ep_size
-from scmoe.config.shipped import SHIPPED
 from scmoe.experiments.dryrun.counted_step import DryRun, dry_run
 from scmoe.experiments.dryrun.estimated import estimate
 

@@ -13,9 +13,8 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from scmoe import __version__
-from scmoe.config.extras import explained
+from scmoe.config.extras import explained, scmoe
 from scmoe.config.leaves import ConfigError
-from scmoe.config.program import scmoe
 
 VERBS = {
     "train": "train a model",

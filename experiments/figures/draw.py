@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
-from scmoe.config.program import scmoe
 from scmoe.experiments.figures.explained import pair, timelines
 from scmoe.experiments.figures.scenarios import draw_shares, draw_speeds, read_reports
 from scmoe.probes.gating import draw_gating

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
-from scmoe.config.program import scmoe
 from scmoe.experiments.bench.speed_chart import KINDS, PIPELINED, conditions, name_of
 from scmoe.probes.charts import (
     BLUE,

@@ -5,8 +5,7 @@ Presets are the files of configs/model. Models are built on the meta device, so 
 
 from rich.table import Column, Table
 
-from scmoe.config.load import load
-from scmoe.config.shipped import SHIPPED
+from scmoe.config.load import SHIPPED, load
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.run.printout import count_parameters, total_and_active
 

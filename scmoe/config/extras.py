@@ -1,5 +1,8 @@
-"""Packages that only some verbs need, the extra of pyproject.toml that brings each, and how to install it."""
+"""This installation: how a user calls `scmoe`, and how to install packages that only some verbs need."""
 
+import shlex
+import shutil
+import sys
 from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,3 +51,16 @@ def install_command(*modules: str) -> str:
         stated = []
     needed = [repr(name) for name, _, extra in stated if extra.strip("\"'") in extras]
     return f"pip install {' '.join(needed or modules)}"
+
+
+def scmoe(*words: object) -> str:
+    """Return the command `scmoe WORDS`, for messages that name the next command, ready to copy.
+
+    Where PATH does not find this Python's `scmoe`, such as in a checkout used through `make`, it is named by its path.
+    """
+    beside = Path(sys.executable).with_name("scmoe")
+    if not beside.exists() or shutil.which("scmoe") == str(beside):
+        program = Path("scmoe")
+    else:
+        program = beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside
+    return shlex.join(map(str, (program, *words)))

@@ -6,8 +6,8 @@ from textwrap import wrap
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import leaves, show
+from scmoe.config.load import shipped_and_own
 from scmoe.config.registry import CALLBACKS
-from scmoe.config.shipped import shipped_and_own
 
 WIDTHS = (27, 22, 11, 54)  # key, type, default, help; 120 characters with two spaces between
 CATALOGUE = {

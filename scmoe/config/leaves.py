@@ -1,5 +1,6 @@
 """Walks a tree of dataclasses whose fields are options, and describes their values for help and error messages."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import field, fields, is_dataclass
 from types import UnionType
@@ -9,7 +10,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 def option(
     default: Any, help: str, range: str | None = None, names: Callable[[], tuple[str, ...]] | None = None
 ) -> Any:
-    """Return a field with its default, the line that `--help` shows, and the name of its range in RANGES.
+    """Return a field with its default, the line that `--help` shows, and its range (`in_range`).
 
     names: gives the texts that are allowed, of a Registry.
     """
@@ -79,3 +80,23 @@ def show(value: Any) -> str:
     """Return a value as a user would type it, cut if it is long."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def in_range(text: str, value: float) -> bool:
+    """Return whether a value is in a range, which is written as messages and `--help` show it.
+
+    text: `A to B`, `above A, at most B`, or `A or more, below B`; numbers such as 64, 1e6, 2^17 or 2^31 - 1.
+    """
+    low, high = re.split(r" to |, at most | or more, below ", text.removeprefix("above "))
+    least, most = _number(low), _number(high)
+    if text.startswith("above "):
+        return least < value <= most
+    if " below " in text:
+        return least <= value < most
+    return least <= value <= most
+
+
+def _number(text: str) -> float:
+    base, _, power = text.removesuffix(" - 1").partition("^")
+    number = int(base) ** int(power) if power else float(base)
+    return number - 1 if text.endswith(" - 1") else number

@@ -1,6 +1,6 @@
 """Reads YAML files and overrides into a validated `Config`, and writes it back.
 
-A YAML file may name other files under `extends:`, relative to itself or as shipped.py finds them. Later sources
+A YAML file may name other files under `extends:`, relative to itself or as `find` finds them. Later sources
 override earlier ones: defaults, the extended files in their order, the file, the command line.
 
 All values in a file are read as text, and the field's type decides what a text means: `1e-3` is a number in optim.lr
@@ -9,6 +9,7 @@ repeated keys are errors.
 """
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
@@ -20,13 +21,13 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
 
-from scmoe.config.extensions import import_extensions, named, refuse_kept
+from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, leaves, show
-from scmoe.config.program import scmoe
+from scmoe.config.registry import import_extensions, named, refuse_kept
 from scmoe.config.rules import validate
-from scmoe.config.shipped import find
 
+SHIPPED = Path(__file__).parents[1] / "configs"  # in a checkout a link, in an installed package a folder
 _LEAVES = {leaf.key: leaf for leaf in leaves(Config())}
 _SECTIONS = {key.rpartition(".")[0] for key in _LEAVES if "." in key}
 _MAPPINGS = tuple(f"{leaf.key}." for leaf in _LEAVES.values() if leaf.type == dict[str, Any])
@@ -36,7 +37,7 @@ _NULL = ("", "~", "null", "None")
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Return the validated configuration of a YAML file and overrides `key=value` or `--key=value`.
 
-    path: a file or a name that shipped.py finds; None for the defaults only. Raises ConfigError, in one line, for a
+    path: a file or a name that `find` finds; None for the defaults only. Raises ConfigError, in one line, for a
     file that cannot be read, an unknown key, a value of another type or range, and a combination that cannot run.
     """
     tree = copy.deepcopy(_defaults())
@@ -49,7 +50,7 @@ def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     """Return the validated configuration of a text of `to_yaml`, kept in a run or an export, and overrides.
 
     A kept configuration runs no code: its callbacks are left out. Its extensions are refused unless an override names
-    them or they are imported already (extensions.py). source: its name in messages.
+    them or they are imported already (registry.py). source: its name in messages.
     """
     tree = copy.deepcopy(_defaults())
     mapping = parse_yaml(text, source)
@@ -80,7 +81,8 @@ def _finished(tree: DictConfig, overrides: Sequence[str], sources: Sequence[str]
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
     import_extensions(config.extensions)
-    validate(config, " and ".join([*sources, *["command line"] * bool(overrides)]) or "defaults")
+    given = [*sources, "command line"] if overrides else sources
+    validate(config, " and ".join(given) or "defaults")
     return config
 
 
@@ -231,3 +233,24 @@ def parse_yaml(text: str, source: str) -> Any:
     except (yaml.YAMLError, RecursionError) as error:  # forbidden characters; nesting that is too deep
         raise ConfigError(f"{source}: bad YAML: {error}") from error
     return "" if value is None else value
+
+
+def find(name: str | Path, folder: Path = Path()) -> Path:
+    """Return the file of a configuration: in a folder (the current one) first, then among those that come with scmoe.
+
+    name: quickstart, quickstart.yaml, configs/quickstart.yaml, experiment/table3/small. If there is no such file,
+    return folder / name, so that reading it is the error.
+    """
+    name = str(name)
+    for path in (folder / name, folder / "configs" / name, SHIPPED / name.removeprefix("configs/")):
+        for file in (str(path), f"{path}.yaml"):
+            if os.path.isfile(file):  # no error for a name that no file can have
+                return Path(file)
+    return folder / name
+
+
+def shipped_and_own() -> dict[str, Path]:
+    """Return all configurations that `find` finds by name from the current folder: configs/quickstart.yaml, ..."""
+    roots = (SHIPPED, Path("configs"))
+    found = {f"configs/{file.relative_to(root)}": file for root in roots for file in root.rglob("*.yaml")}
+    return dict(sorted(found.items()))

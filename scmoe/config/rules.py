@@ -4,19 +4,18 @@ An error is raised before a process starts or a file is written, in one line tha
 depends on the machine (does it have the GPUs, does the data exist); that is checked where it is used.
 """
 
+import inspect
 import math
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from scmoe.config.data_rules import data_rules
-from scmoe.config.extension_rules import extension_rules
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError, Rule, flatten, leaves, show
-from scmoe.config.ranges import RANGES
-from scmoe.config.registry import ARCHITECTURES
+from scmoe.config.leaves import ConfigError, Rule, flatten, in_range, leaves, show
+from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, IMAGES, TEXTS
 from scmoe.schedule.schedule import Schedule
 
 # Architectures with a tap, and the architecture of their schedules.
@@ -53,10 +52,26 @@ OWN_ARGUMENTS = {
 }
 
 
+SMALLEST_VOCABULARY = {"bpe": 257, "gpt2": 50257}  # bpe: all bytes and the end-of-text token
+MOST_SYNTHETIC = 4096  # sequences of a validation
+LEAST_IDS = 2  # with one, there is nothing to predict
+
+# Fields that have no meaning for images, and fields that have a meaning for images only.
+NOT_FOR_IMAGES = (
+    # swin: MLPs have 4 x the stage's dim, drop_path replaces dropout, and no norm before a sub-layer could be shared
+    *("model.ffn_dim", "model.kv_heads", "model.activation", "model.dropout", "moe.tap_norm"),
+    *("data.tokenizer", "data.vocab_size", "data.seq_len", "data.cache_dir"),
+)
+ONLY_FOR_IMAGES = (
+    *("model.patch_size", "model.window", "model.drop_path"),
+    *("data.image_size", "data.num_classes", "data.augment", "data.mixup", "data.cutmix", "data.label_smoothing"),
+)
+
+
 def validate(config: Config, source: str = "config") -> None:
     """Raise ConfigError for the first value or combination that cannot run. source: where it is from."""
     values = flatten(config)
-    checks = (_ranges, extension_rules, _model, _moe, _schedule, _ranks, _offload, data_rules, _analysis, _trainer)
+    checks = (_ranges, _extensions, _model, _moe, _schedule, _ranks, _offload, _data, _analysis, _trainer)
     for refused, key, allowed in chain.from_iterable(check(config) for check in checks):
         if refused:
             raise ConfigError(f"{source}: {key} is {show(values[key])}, allowed: {allowed}")
@@ -79,6 +94,19 @@ def last_step(config: Config) -> int:
 def validates(config: Config) -> bool:
     """Return whether a run validates at all."""
     return config.trainer.limit_val_batches != 0
+
+
+def shortened(config: Config) -> Config:
+    """Return the configuration of the trial where fast_dev_run is set, otherwise the configuration as it is.
+
+    One optimizer step and one batch of validation. The only logger is metrics.csv, and the only checkpoint is that of
+    the end.
+    """
+    if not config.trainer.fast_dev_run:
+        return config
+    trainer = replace(config.trainer, max_steps=1, log_every=1, limit_train_batches=None, limit_val_batches=1)
+    trainer = replace(trainer, save_top_k=0, early_stopping=None, profile_steps=None)
+    return replace(config, trainer=trainer, logger=replace(config.logger, mode="disabled", tensorboard=False))
 
 
 def _trainer(config: Config) -> Iterator[Rule]:
@@ -107,9 +135,9 @@ def _trainer(config: Config) -> Iterator[Rule]:
 def _ranges(config: Config) -> Iterator[Rule]:
     for leaf in leaves(config):
         finite = not isinstance(leaf.value, float) or math.isfinite(leaf.value)
-        in_range = leaf.range is None or leaf.value is None or RANGES[leaf.range](leaf.value)
+        inside = leaf.range is None or leaf.value is None or in_range(leaf.range, leaf.value)
         known = leaf.names is None or leaf.value in leaf.names()
-        yield not (finite and in_range and known), leaf.key, leaf.allowed
+        yield not (finite and inside and known), leaf.key, leaf.allowed
 
 
 def _model(config: Config) -> Iterator[Rule]:
@@ -133,7 +161,9 @@ def _model(config: Config) -> Iterator[Rule]:
 
 def _moe(config: Config) -> Iterator[Rule]:
     moe, layers, chosen = config.moe, config.model.layers, f"as moe.architecture={config.moe.architecture}"
-    dense, tapped, double = (moe.architecture in kinds for kinds in (("dense",), SHORTCUTS, ("dgmoe", "dgmoe_share")))
+    dense = moe.architecture == "dense"
+    tapped = moe.architecture in SHORTCUTS
+    double = moe.architecture in ("dgmoe", "dgmoe_share")
     own = moe.architecture not in ARCHITECTURES.built_in  # an extension's: which of these fields it reads is its own
     capped = moe.dropless_ceiling is not None and (dense or moe.capacity_factor is not None)
     yield capped, "moe.dropless_ceiling", "null, unless there are experts and moe.capacity_factor=null"
@@ -212,10 +242,10 @@ def _ranks(config: Config) -> Iterator[Rule]:
     dim, holders = config.model.dim, world // resolve_ep_size(config)
     swin = config.model.family == "swin"  # its MoEs are in the stages 3 and 4
     widths = (4 * dim, 8 * dim) if swin else (dim, config.model.ffn_dim or 4 * dim)
-    split = not dense and config.strategy.dense in ("sharded", "hybrid")
-    unequal = " and ".join(str(width) for width in widths if split and width % holders)
-    why = f"as a width of {unequal} is no multiple of the {holders} ranks that hold the same experts"
-    yield unequal, "strategy.dense", f"replicated, {why}; or raise strategy.ep_size"
+    if not dense and config.strategy.dense in ("sharded", "hybrid"):
+        odd = " and ".join(str(width) for width in widths if width % holders)
+        why = f"as a width of {odd} is no multiple of the {holders} ranks that hold the same experts"
+        yield odd != "", "strategy.dense", f"replicated, {why}; or raise strategy.ep_size"
     muon = config.optim.name == "muon" and config.strategy.dense != "replicated"
     yield muon, "strategy.dense", "replicated, with optim.name=muon, whose updates need whole matrices"
     paced = config.strategy.dense != "replicated" and config.strategy.reductions is not None
@@ -252,3 +282,69 @@ def _analysis(config: Config) -> Iterator[Rule]:
     no_hooks = "null, as trainer.compile=true runs no hooks"  # those that are added later to a compiled block
     yield compiled and gating, "analysis.gating_every", no_hooks
     yield compiled and similarity, "analysis.similarity_every", no_hooks
+
+
+def _data(config: Config) -> Iterator[Rule]:
+    """Check paths and vocabularies, and whether data and model fit together."""
+    data, read, named = config.data, config.data.path is not None, f"as data.name={config.data.name}"
+    yield data.name in ("text", "hf", "image_folder") and not read, "data.path", f"a path, {named} reads from it"
+    yield data.name in ("sotu", "synthetic", "digits") and read, "data.path", f"null, {named} reads no path"
+    yield data.name != "hf" and data.subset is not None, "data.subset", f"null, {named} has no subsets"
+    endless = data.name == "synthetic" and (data.val_sequences or 0) > MOST_SYNTHETIC
+    yield endless, "data.val_sequences", f"null or at most {MOST_SYNTHETIC}, {named} has no end"
+    no_files = data.name in DATASETS.built_in and data.name not in ("text", "image_folder")
+    yield data.on_error == "skip" and no_files, "data.on_error", f"raise, {named} has no files that could be left out"
+    smallest = SMALLEST_VOCABULARY.get(data.tokenizer, LEAST_IDS)
+    small = data.name in TEXTS and data.vocab_size < smallest
+    yield small, "data.vocab_size", f"{smallest} or more for data.tokenizer={data.tokenizer}"
+    yield data.vocab_size < LEAST_IDS, "data.vocab_size", f"{LEAST_IDS} or more"
+    yield from _images(config)
+
+
+def _images(config: Config) -> Iterator[Rule]:
+    """Check that model and data fit together, and that fields without a meaning for them have their defaults."""
+    model, data, images = config.model, config.data, config.data.name in IMAGES
+    wanted = model.family in FAMILIES.images
+    names = f"{'' if wanted else 'anything but '}{', '.join(IMAGES)}"
+    yield wanted != images, "data.name", f"{names} for model.family={model.family}"
+    if model.family not in FAMILIES.built_in:  # an extension's: which of these fields it reads is its own
+        return
+    values, defaults = flatten(config), flatten(type(config)())
+    for key in NOT_FOR_IMAGES if images else ONLY_FOR_IMAGES:
+        allowed = f"{show(defaults[key])}, as data.name={data.name} has {'' if images else 'no '}images"
+        yield values[key] != defaults[key], key, allowed
+    if not images:
+        return
+    step = 8 * model.patch_size  # three stages halve the feature map
+    yield data.image_size % step, "data.image_size", f"a multiple of 8 x model.patch_size, {step}"
+    widths = [data.image_size // model.patch_size // 2**stage for stage in range(4)]
+    cut = any(width > model.window and width % model.window for width in widths)
+    yield cut, "model.window", f"a divisor of the width of each larger feature map: {', '.join(map(str, widths))}"
+    pairs = 2 * config.trainer.devices * config.trainer.num_nodes * config.trainer.accumulate
+    odd = (data.mixup or data.cutmix) and data.global_batch_size % pairs
+    yield odd, "data.global_batch_size", f"a multiple of {pairs}, as mixup and cutmix need pairs in every rank's batch"
+
+
+def _extensions(config: Config) -> Iterator[Rule]:
+    """Check what comes from extensions, after they are imported.
+
+    Which fields an extension's architecture, model, data set or optimizer reads is its own. What measures or moves the
+    parts of scmoe's own architectures is refused with another one.
+    """
+    names = CALLBACKS.names()
+    known = " | ".join(names) or "{}, as no callback is registered; name its module in extensions"
+    for name, options in config.callbacks.items():
+        yield name not in names, "callbacks", known
+        yield not isinstance(options, dict), "callbacks", f"options of {name} by name, or {{}}"
+        try:
+            inspect.signature(CALLBACKS[name]).bind(**options)
+        except TypeError as error:
+            yield True, "callbacks", f"options that {name} has: {error}"
+    yield config.options and not config.extensions, "options", "{}, as only extensions read it"
+    if config.moe.architecture in ARCHITECTURES.built_in:
+        return
+    analysis, why = config.analysis, f"as moe.architecture={config.moe.architecture} is an extension's"
+    yield config.schedule.auto, "schedule.auto", f"false, {why}, which the planner cannot price"
+    yield config.offload.way != "resident", "offload.way", f"resident, {why}, whose gates are not known"
+    yield analysis.gating_every is not None, "analysis.gating_every", f"null, {why}, whose gates are not known"
+    yield analysis.similarity_every is not None, "analysis.similarity_every", f"null, {why}, whose taps are not known"

@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from scmoe.config.fields import Config
-from scmoe.runs.hf_config import OURS, hf_config
 from scmoe.init_from.families import READERS, in_their_layout
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import check_same_model, read_named, tensors_of
 from scmoe.parallel.checkpoint.saving import write_whole
+from scmoe.runs.hf_config import OURS, hf_config
 from scmoe.training.assembly.model import build_model_on_meta
 
 SHARD_BYTES = 5 * 10**9

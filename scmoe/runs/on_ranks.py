@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scmoe.config.extensions import named
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load_kept
+from scmoe.config.registry import named
 from scmoe.init_from.settings import check_settings, settings
 from scmoe.parallel.checkpoint.export import EXPORT, load_weights, read_settings
 from scmoe.training.assembly.model import build_module

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten
 from scmoe.config.load import parse_yaml, to_yaml
-from scmoe.config.program import scmoe
 from scmoe.training.run.run_state import read_state
 
 WIDTH = 1000  # without a terminal: one line for each run, however long, which can be searched and copied

@@ -7,12 +7,12 @@ import torch
 
 from scmoe.config.fields import Config
 from scmoe.config.load import load_kept
-from scmoe.runs.hf_config import OURS, dropless, our_config, read_config
 from scmoe.init_from.pretrained import read_hf, stored_in
 from scmoe.init_from.upcycle import fill
 from scmoe.parallel.checkpoint.export import load_weights
 from scmoe.parallel.checkpoint.loading import check_same_model, load_model
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.runs.hf_config import OURS, dropless, our_config, read_config
 from scmoe.training.assembly.model import build_model
 from scmoe.training.run.resume import Which, config_of, find_checkpoint
 

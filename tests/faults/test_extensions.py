@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import scmoe
+from scmoe.config.extras import scmoe as scmoe_command
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.config.program import scmoe as scmoe_command
 from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, OPTIMIZERS
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.training.run.lifetime import open_run

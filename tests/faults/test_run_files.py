@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from scmoe.config.extras import scmoe
 from scmoe.config.load import load
-from scmoe.config.program import scmoe
 from scmoe.experiments.engine.command_line import call
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.parallel.checkpoint.durable import verify

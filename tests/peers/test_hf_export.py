@@ -16,10 +16,10 @@ import scmoe
 from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.datamodules.tokenizer import make_tokenizer
-from scmoe.runs.hf_folder import write_folder
-from scmoe.runs.hf_config import hf_config
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.saving import write_whole
+from scmoe.runs.hf_config import hf_config
+from scmoe.runs.hf_folder import write_folder
 from tests.support.models import assert_close, tiny_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")

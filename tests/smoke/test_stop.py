@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 
-from scmoe.config.program import scmoe
+from scmoe.config.extras import scmoe
 from scmoe.parallel.checkpoint.durable import newest_good, verify
 from tests.support.commands import resume_in_ranks, rows_of
 

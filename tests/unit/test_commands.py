@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from scmoe import __version__
-from scmoe.config.program import scmoe
+from scmoe.config.extras import scmoe
 from scmoe.experiments.engine.command_line import VERBS, app_of, call
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 # A room may import itself and what stands above it. The laboratory imports the library, never the other way.
 LIBRARY = {  # room: lines at most
     "scmoe/schedule": 260,
-    "scmoe/config": 1290,
+    "scmoe/config": 1220,
     "scmoe/moe": 1170,
     "scmoe/blocks": 500,
     "scmoe/models": 350,
@@ -36,7 +36,7 @@ LIBRARY = {  # room: lines at most
     "scmoe/__init__.py": 130,
 }
 LABORATORY = {
-    "experiments/engine": 740,
+    "experiments/engine": 790,
     "experiments/faults": 530,
     "experiments/dryrun": 680,
     "experiments/bench": 3770,

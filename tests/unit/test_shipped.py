@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load
-from scmoe.config.shipped import SHIPPED, find, shipped_and_own
+from scmoe.config.load import SHIPPED, find, load, shipped_and_own
 from scmoe.experiments.studies.sweep.sweep_file import read
 from scmoe.experiments.studies.table.rows import load_table
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from scmoe.config.program import scmoe
+from scmoe.config.extras import scmoe
 from scmoe.experiments.engine.command_line import call
 from tests.support.commands import Done
 

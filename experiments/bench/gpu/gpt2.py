@@ -24,7 +24,7 @@ def pieces(place: Place) -> Pieces:
 
 
 def measure_step(place: Place) -> dict[str, Any]:
-    """Returns rates of a step, medians over rounds. MFU is training FLOPs (footprint/model_cost.py) over what the device could
+    """Returns rates of a step, medians over rounds. MFU is training FLOPs (model_cost.py) over what the device could
     do: by its datasheet, and by a product of two large bf16 matrices that is measured in turn with the step."""
     device, config = place.torch_device, tiny(GPT2_MOE_SMALL) if place.tiny else GPT2_MOE_SMALL
     seq_len, model = config.data.seq_len, build_model_on_meta(config)

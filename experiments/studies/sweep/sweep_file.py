@@ -17,9 +17,8 @@ import yaml
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
-from scmoe.config.load import load
+from scmoe.config.load import find, load
 from scmoe.config.rules import NAME
-from scmoe.config.shipped import find
 from scmoe.experiments.studies.checks import COUNT, MAPPING, NUMBER, TEXT, Rule, check, is_number, one_of, refusal
 from scmoe.experiments.studies.sweep.axis import Axis, read_axis
 

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from scmoe.config import extensions
+from scmoe.config import registry
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.studies.batch import Batch
 from scmoe.experiments.studies.digest import digest_of
@@ -82,7 +82,7 @@ def _job(sweep: Sweep, state: State) -> Job:
     arguments = [sweep.config, *words(state.results["parameters"]), *sweep.overrides, *own]
     folder, base = sweep.folder, sweep.base
     options = [word for word in words(state.results["parameters"]) if word.startswith("callbacks.")]
-    again = [*extensions.words(base.extensions, base.callbacks), *options]
+    again = [*registry.words(base.extensions, base.callbacks), *options]
     return Job(name, f"trial {number}{of}", folder, folder / name, arguments, sweep.launcher, again, state=state)
 
 

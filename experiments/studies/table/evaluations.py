@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from scmoe.config import extensions
+from scmoe.config import registry
 from scmoe.experiments.studies.job import Job, State
 from scmoe.experiments.studies.table.kept import look_up
 from scmoe.experiments.studies.table.rows import Scale, Table
@@ -49,7 +49,7 @@ class Evaluations:
         run.job.keep()
         name, study = f"{run.job.name}-evaluation", run.job.study
         title = f"evaluation of {run.row.name}, seed {run.seed}"
-        words = [str(run.state.run_dir), *extensions.words(run.config.extensions, {}), *self.words]
+        words = [str(run.state.run_dir), *registry.words(run.config.extensions, {}), *self.words]
         job = Job(name, title, study, study / "no-run-of-an-evaluation", words, EVALUATE)
         self.of[job] = run
         return job

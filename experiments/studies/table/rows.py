@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import parse_yaml
-from scmoe.config.shipped import SHIPPED, find
+from scmoe.config.load import SHIPPED, find, parse_yaml
 from scmoe.experiments.studies.checks import LIST, MAPPING, TEXT, Rule, check, one_of, refusal
 
 FOLDER = SHIPPED / "experiment"

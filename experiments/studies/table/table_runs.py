@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 
-from scmoe.config import extensions
+from scmoe.config import registry
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten
 from scmoe.config.load import load, to_yaml
@@ -64,7 +64,7 @@ def plan_runs(table: Table, scale: Scale, folder: Path, seeds: int, overrides: S
         config = load(scale.config, words)
         title = f"run {number} of {seeds * len(table.rows)} ({row.name}, seed {seed})"
         own = partial(same_config, config=config)
-        again = extensions.words(config.extensions, config.callbacks)
+        again = registry.words(config.extensions, config.callbacks)
         job = Job(name, title, folder, folder / "runs" / name, [str(scale.config), *words], again=again, is_own=own)
         runs.append(Run(row, seed, config, job))
     first = flatten(runs[0].config)

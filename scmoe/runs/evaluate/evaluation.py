@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scmoe.config.extensions import named
 from scmoe.config.fields import Config
-from scmoe.config.registry import IMAGES
+from scmoe.config.registry import IMAGES, named
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.moe.stream import dropless

@@ -14,11 +14,10 @@ from torch import nn
 
 from scmoe.blocks.recompute import recompute_activations
 from scmoe.blocks.sublayers import MLP
-from scmoe.config.extensions import import_extensions
 from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
-from scmoe.config.registry import FAMILIES, IMAGES, OPTIMIZERS
+from scmoe.config.registry import FAMILIES, IMAGES, OPTIMIZERS, import_extensions
 from scmoe.init_from.pretrained import read_export, read_hf
 from scmoe.init_from.settings import check_settings, settings
 from scmoe.init_from.upcycle import fill

@@ -16,8 +16,8 @@ class Throughput(Callback):
     time/model_tflops of one device and, where its peak is known, time/mfu.
 
     samples: sequences, or images, of one batch on all ranks. seq_len: tokens of a sequence, each counted; None: images
-    are counted. peak: TFLOP/s of a device; None: as footprint/peak.py knows it. Time for validation and checkpoints does
-    not count. `mean` is the rate of all batches but the first, which includes allocation and warm-up; None where there
+    are counted. peak: TFLOP/s of a device; None: as footprint/peak.py knows it. Validation and checkpoints do not
+    count. `mean` is the rate of all batches but the first, which includes allocation and warm-up; None where there
     are no others.
     """
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
 
-from scmoe.config.extensions import words
+from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
 from scmoe.config.load import to_yaml
-from scmoe.config.program import scmoe
+from scmoe.config.registry import words
 from scmoe.parallel.checkpoint.durable import checkpoints, read_manifest
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.redact import redacted

@@ -16,10 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from scmoe.config.extensions import named, words
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.load import load_text, parse_yaml, read_text
+from scmoe.config.registry import named, words
 from scmoe.config.rules import last_step
 from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, checkpoints, newest_good, read_manifest, verify
 from scmoe.parallel.checkpoint.loading import read_meta

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from scmoe.config.extensions import words
+from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
-from scmoe.config.program import scmoe
+from scmoe.config.registry import words
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule

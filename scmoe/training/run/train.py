@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scmoe.config.fields import Config
-from scmoe.config.trial import shortened
+from scmoe.config.rules import shortened
 from scmoe.datamodules.text import TextDataModule
 from scmoe.training.assembly.data import build_datamodule, check_tokenizer, prepare_data
 from scmoe.training.assembly.model import build_module

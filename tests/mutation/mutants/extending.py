@@ -21,7 +21,7 @@ MUTANTS = (
     Mutant("name-registered-twice", 70, "scmoe/config/registry.py")
     .replaces("            if name in self.makers:\n", "            if not name:\n")
     .caught_by(f"{FAULTS}/test_extensions.py::test_70_an_extension_that_cannot_be_used_gives_one_line"),
-    Mutant("extension-s-error-in-many-lines", 70, "scmoe/config/extensions.py")
+    Mutant("extension-s-error-in-many-lines", 70, "scmoe/config/registry.py")
     .replaces("        except Exception as error:", "        except ImportError as error:")
     .caught_by(f"{FAULTS}/test_extensions.py::test_70_an_extension_that_cannot_be_used_gives_one_line"),
     Mutant("spawned-rank-knows-no-extension", 0, "scmoe/training/assembly/model.py")

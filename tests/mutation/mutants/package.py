@@ -8,7 +8,7 @@ SITE, HOOKS = f"{UNIT}/test_docs_site.py", "docs/hooks"
 DROP_IN, SHIPPED = f"{DIST}/test_drop_in.py", f"{UNIT}/test_shipped.py"
 COMMANDS = f"{UNIT}/test_commands.py"
 MUTANTS = (
-    Mutant("shipped-config-hides-the-users", 0, "scmoe/config/shipped.py")
+    Mutant("shipped-config-hides-the-users", 0, "scmoe/config/load.py")
     .replaces(
         'folder / name, folder / "configs" / name, SHIPPED / name.removeprefix("configs/")',
         'SHIPPED / name.removeprefix("configs/"), folder / name, folder / "configs" / name',
@@ -29,7 +29,7 @@ MUTANTS = (
     Mutant("hyphens-are-options", 0, "experiments/engine/command_line.py")
     .replaces("allow_leading_hyphen=True", "allow_leading_hyphen=False")
     .caught_by(f"{COMMANDS}::test_overrides_and_options_may_be_mixed"),
-    Mutant("scmoe-is-thought-to-be-on-path", 0, "scmoe/config/program.py")
+    Mutant("scmoe-is-thought-to-be-on-path", 0, "scmoe/config/extras.py")
     .replaces("if not beside.exists() or", "if beside.exists() or")
     .caught_by(f"{COMMANDS}::test_the_next_command_is_named_as_it_works_here"),
     Mutant("interrupted-job-begins-again", 0, "experiments/studies/job.py")
