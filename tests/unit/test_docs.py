@@ -19,7 +19,9 @@ PAGES = [
 ]
 HISTORY = [ROOT / "CHANGELOG.md", ROOT / "docs/log.md"]  # these may name things that were removed
 TOP = ("scmoe", "datamodules", "experiments", "tests", "configs", "docs")
-PACKAGES = tuple(f"{path.name}/" for path in (ROOT / "scmoe").iterdir() if (path / "__init__.py").exists())
+PACKAGES = tuple(  # runs/ in a page is the folder of a user's runs
+    f"{path.name}/" for path in (ROOT / "scmoe").iterdir() if (path / "__init__.py").exists() and path.name != "runs"
+)
 BELOW_TESTS = tuple(f"{path.name}/" for path in (ROOT / "tests").iterdir() if path.is_dir())
 
 
@@ -107,7 +109,12 @@ def test_every_command_exists(page):
     """Commands are `python -m MODULE`, `make TARGET` and `scmoe VERB`."""
     text = "\n".join([*code(page), commands(page)])
     modules = re.findall(r"-m ((?:experiments|tests)(?:\.\w+)+)", text)
-    gone = [name for name in modules if not (ROOT / f"{name.replace('.', '/')}.py").exists()]
+    places = {name: ROOT / name.replace(".", "/") for name in modules}
+    gone = [
+        name
+        for name, path in places.items()
+        if not (path.with_suffix(".py").exists() or (path / "__main__.py").exists())
+    ]
     targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M)
     gone += [name for name in re.findall(r"^make ([a-z0-9-]+)", text, re.M) if name not in targets]
     verbs = {name.replace("_", "-") for name in VERBS}

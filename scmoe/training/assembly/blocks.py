@@ -52,12 +52,12 @@ class Parts:
 def decoder_parts(
     config: Config,
     norm: Callable[[int], nn.Module],
+    activation: str,
     bias: bool = True,
     rotary: Callable[[], Rotary | None] = lambda: None,
 ) -> Parts:
     model = config.model
-    dim, ffn_dim = model.dim, model.ffn_dim or 4 * model.dim
-    activation = model.activation or ACTIVATIONS[model.family]
+    dim, ffn_dim, activation = model.dim, model.ffn_dim or 4 * model.dim, model.activation or activation
     return Parts(
         dim,
         ffn_dim,
@@ -70,8 +70,14 @@ def decoder_parts(
 
 
 PARTS: dict[str, Callable[[Config], Parts]] = {
-    "gpt": partial(decoder_parts, norm=nn.LayerNorm),
-    "llama": partial(decoder_parts, norm=partial(nn.RMSNorm, eps=NORM_EPS), bias=False, rotary=Rotary),
+    "gpt": partial(decoder_parts, norm=nn.LayerNorm, activation=ACTIVATIONS["gpt"]),
+    "llama": partial(
+        decoder_parts,
+        norm=partial(nn.RMSNorm, eps=NORM_EPS),
+        activation=ACTIVATIONS["llama"],
+        bias=False,
+        rotary=Rotary,
+    ),
 }
 register_architecture = ARCHITECTURES.register
 
