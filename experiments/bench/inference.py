@@ -22,7 +22,7 @@ from scmoe.experiments.bench.pairs import Setting, default_schedule, make_block
 from scmoe.experiments.engine import links
 from scmoe.inference.passes import Shape
 from scmoe.inference.planned import PASSES, a_pass
-from scmoe.models.gpt import GPT
+from scmoe.models.decoder import GPT
 from scmoe.moe.dispatcher import Blocking, Dispatcher, Pending, Ready, Receipt, Traffic
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
 from scmoe.planning.inference_planner import InferencePlan, best_schedules, pass_seconds, plan_inference

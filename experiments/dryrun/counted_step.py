@@ -24,7 +24,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from scmoe.blocks.recompute import recompute_activations
+from scmoe.blocks.sublayers import recompute_activations
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import IMAGES

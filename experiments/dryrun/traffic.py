@@ -19,8 +19,7 @@ from scmoe.blocks.double_gate import DoubleGateBlock
 from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.footprint.model_cost import COMPUTE_BYTES
 from scmoe.footprint.split import Split
-from scmoe.moe.buffers import buffer_size
-from scmoe.moe.layout import expert_capacity
+from scmoe.moe.layout import buffer_size, expert_capacity
 
 INTEGER = 8  # bytes
 

@@ -1,14 +1,42 @@
-"""The parts of a Transformer block: attention, MLP, and the residual sub-layer around each."""
+"""The parts of a Transformer block: attention with rotary positions, MLP, and the residual sub-layer around each."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from scmoe.blocks.kv_cache import KVCache
-from scmoe.blocks.rotary import Rotary
 from scmoe.moe.activation import ACTIVATIONS
+from scmoe.moe.experts import Experts
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding (RoPE) in LLaMA's form: features i and i + d/2 of a head are turned as one plane.
+
+        (a, b) at position s  ->  (a cos - b sin, b cos + a sin),   angle = s theta^(-2i/d)
+
+    So the product of a query and a key depends on their distance only. It turns [..., S, d] with an even d, and has no
+    weights. Each call computes the angles again, in float32 or wider: no buffer exists that a change of dtype could
+    round.
+    """
+
+    def __init__(self, theta: float = 10000.0) -> None:
+        super().__init__()
+        self.theta = theta
+
+    def forward(self, x_Sd: Tensor, positions_S: Tensor | None = None) -> Tensor:
+        """positions_S: may have dimensions before S, as x; None: 0 to S - 1."""
+        seq_len, size = x_Sd.shape[-2:]
+        wide = torch.promote_types(x_Sd.dtype, torch.float32)
+        powers_d = torch.arange(0, size, 2, device=x_Sd.device).to(wide) / size
+        positions_S = torch.arange(seq_len, device=x_Sd.device) if positions_S is None else positions_S
+        angles_Sd = positions_S.to(wide)[..., None] * self.theta**-powers_d
+        cos_Sd, sin_Sd = angles_Sd.cos(), angles_Sd.sin()
+        a_Sd, b_Sd = x_Sd.chunk(2, dim=-1)
+        return torch.cat([a_Sd * cos_Sd - b_Sd * sin_Sd, b_Sd * cos_Sd + a_Sd * sin_Sd], dim=-1).to(x_Sd.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -102,3 +130,34 @@ def outermost(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[
     """Yields the modules of these classes that are not inside a sub-layer."""
     inside = {child for m in model.modules() if isinstance(m, Residual) for child in m.modules() if child is not m}
     yield from (module for module in model.modules() if isinstance(module, kinds) and module not in inside)
+
+
+def compile_sublayers(model: nn.Module) -> int:
+    """Compiles every sub-layer and shared expert of `model` and returns their number. A first step takes seconds.
+
+    A whole block cannot be one graph: the MoE stream's layout and transfers are not compiled, and each of them would be
+    a graph break. Sub-layers of equal shape share one graph.
+    """
+    parts = list(outermost(model, (Residual, MLP)))
+    for part in parts:
+        part.compile()
+    return len(parts)
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Makes every sub-layer, shared expert and Experts module of `model` keep its input, not its activations.
+
+    Routing, layout and transfers are not repeated in backward: a second routing could differ (noise, ties), and a
+    second transfer would cost the time that the shortcut hides.
+    """
+    for module in outermost(model, (Residual, MLP, Experts)):
+        module.forward = recomputed(module.forward)
+
+
+def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns `forward` with checkpointing. As a function of its own, unlike a partial, it can be compiled."""
+
+    def recompute(*args: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False)
+
+    return recompute

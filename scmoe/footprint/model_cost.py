@@ -28,7 +28,7 @@ from scmoe.moe.stream import MoEStream
 WEIGHT_BYTES = {"32-true": 4, "bf16-mixed": 4, "bf16-true": 2, "64-true": 8}  # of a weight, its gradient, its moments
 COMPUTE_BYTES = {"32-true": 4, "bf16-mixed": 2, "bf16-true": 2, "64-true": 8}  # of activations and sent rows
 KINDS = {SelfAttention: "attention", MLP: "MLP", Router: "gate"}
-RECOMPUTED = ("attention", "MLP", "shared expert", "experts")  # by blocks/recompute.py
+RECOMPUTED = ("attention", "MLP", "shared expert", "experts")  # by blocks/sublayers.py
 
 
 def moe_uses(model: nn.Module) -> Iterator[tuple[MoEStream, int]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scmoe.models.llama import NORM_EPS
+from scmoe.models.decoder import NORM_EPS
 
 Names = dict[str, list[str]]  # our name: their names, which are concatenated along the first dim
 

@@ -1,4 +1,4 @@
-"""What language models share: the decoder and weight initialisation."""
+"""The language models: what they share, and GPT-2's and LLaMA-2's choice of parts."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ class LMOutput(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, norm, output products. GPT (gpt.py) and LLaMA (llama.py) choose the parts.
+    """Embedding, blocks, norm, output products. GPT and Llama choose the parts.
 
     blocks: each is called as block(x_BSD, mask_BS), with a KVCache where there is one, and returns an MoEOutput.
     positions: learned embeddings of the positions; None: the blocks know the positions (rotary).
@@ -99,3 +99,27 @@ class Decoder(nn.Module):
     def rows_per_sample(self, seq_len: int) -> dict[nn.Module, float]:
         """Rows that each module sees of one sample: its tokens."""
         return dict.fromkeys(self.modules(), float(seq_len))
+
+
+class GPT(Decoder):
+    """GPT-2: learned positions, pre-norm, tied embeddings."""
+
+    def __init__(
+        self, vocab_size: int, max_seq_len: int, dim: int, blocks: Sequence[nn.Module], dropout: float = 0.0
+    ) -> None:
+        positions = nn.Embedding(max_seq_len, dim)
+        super().__init__(vocab_size, max_seq_len, dim, blocks, nn.LayerNorm(dim), dropout, positions)
+        self.head.weight = self.tokens.weight
+
+
+NORM_EPS = 1e-5  # of every RMSNorm
+
+
+class Llama(Decoder):
+    """LLaMA-2: no position embeddings, RMSNorm, output weights of its own, no biases. Rotary positions and
+    grouped-query attention are in the blocks (blocks/sublayers.py), SwiGLU in MLPs and experts."""
+
+    def __init__(
+        self, vocab_size: int, max_seq_len: int, dim: int, blocks: Sequence[nn.Module], dropout: float = 0.0
+    ) -> None:
+        super().__init__(vocab_size, max_seq_len, dim, blocks, nn.RMSNorm(dim, NORM_EPS), dropout)

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from scmoe.moe.balance import router_stats
-from scmoe.moe.buffers import arrange_buffers, buffer_size
 from scmoe.moe.dispatcher import Dispatcher, Pending, Receipt
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import (
     Layout,
+    arrange_buffers,
     arrange_filled,
     arrange_slots,
+    buffer_size,
     decode,
     drop_beyond,
     encode,
@@ -52,7 +53,7 @@ class MoEStream(Operators):
     capacity_factor: slots of an expert, as a multiple of its fair share of this rank's tokens; None: dropless.
     filled: send and compute only the filled slots. The host must know how many there are: this is free on a CPU, and a
     synchronisation on a GPU.
-    buffer: dropless rows between ranks are in buffers of this multiple of a rank's fair share (moe/buffers.py), without
+    buffer: dropless rows between ranks are in buffers of this multiple of a rank's fair share (moe/layout.py), without
     host synchronisation.
     """
 

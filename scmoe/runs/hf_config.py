@@ -18,7 +18,7 @@ from scmoe.config.load import load_text
 from scmoe.config.registry import ARCHITECTURES
 from scmoe.init_from.families import READERS
 from scmoe.init_from.settings import settings
-from scmoe.models.llama import NORM_EPS
+from scmoe.models.decoder import NORM_EPS
 
 OURS = "scmoe"
 GPT2_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}

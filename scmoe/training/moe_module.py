@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.aggregation import SumMetric
 
-from scmoe.blocks.compiled import compile_sublayers
+from scmoe.blocks.sublayers import compile_sublayers
 from scmoe.datamodules.positioned import IGNORE
 from scmoe.lightning.guarded_update import guard_updates
 from scmoe.lightning.seam import count_steps_from

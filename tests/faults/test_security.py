@@ -14,7 +14,7 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.models.gpt import GPT
+from scmoe.models.decoder import GPT
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_model
 from scmoe.parallel.checkpoint.state import from_json

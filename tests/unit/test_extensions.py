@@ -18,7 +18,7 @@ from scmoe.experiments.dryrun.estimated import estimate
 from scmoe.experiments.engine.command_line import call
 from scmoe.footprint.kinds import parts as parts_of
 from scmoe.init_from.settings import model_settings
-from scmoe.models.gpt import GPT
+from scmoe.models.decoder import GPT
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.hf_config import hf_config

@@ -11,9 +11,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scmoe.moe.buffers import arrange_buffers
 from scmoe.moe.dispatcher import ChunkCounts, LocalDispatcher
-from scmoe.moe.layout import Layout, arrange_filled, arrange_slots, decode, drop_beyond, encode, expert_capacity, gather
+from scmoe.moe.layout import (
+    Layout,
+    arrange_buffers,
+    arrange_filled,
+    arrange_slots,
+    decode,
+    drop_beyond,
+    encode,
+    expert_capacity,
+    gather,
+)
 from tests import reference
 
 

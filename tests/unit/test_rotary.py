@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from scmoe.blocks.rotary import Rotary
-from scmoe.blocks.sublayers import Attention
+from scmoe.blocks.sublayers import Attention, Rotary
 from tests import reference
 from tests.support.models import assert_close, randomise
 

@@ -11,7 +11,7 @@ from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
 
 
 class BufferedDispatcher(AllToAllDispatcher):
-    """The dispatcher for rows in buffers (moe/buffers.py). All ranks send equally many rows, empty ones included."""
+    """The dispatcher for rows in buffers (moe/layout.py). All ranks send equally many rows, empty ones included."""
 
     def announced(self, work: Any, by_rank: Tensor, rank: int) -> Announced:
         return OnDevice(work, by_rank[:, :, rank])

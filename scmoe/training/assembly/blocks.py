@@ -13,14 +13,13 @@ from torch import nn
 
 from scmoe.blocks.double_gate import DoubleGateBlock, share_moe
 from scmoe.blocks.moe_block import MoEBlock
-from scmoe.blocks.rotary import Rotary
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import DenseBlock, SharedExpertBlock, TopKBlock
-from scmoe.blocks.sublayers import MLP, Attention, Residual
+from scmoe.blocks.sublayers import MLP, Attention, Residual, Rotary
 from scmoe.config.fields import Config
 from scmoe.config.registry import ARCHITECTURES
 from scmoe.config.rules import ACTIVATIONS, SHORTCUTS, resolve_ep_size
-from scmoe.models.llama import NORM_EPS
+from scmoe.models.decoder import NORM_EPS
 from scmoe.moe.coefficient import COEFFICIENT_GATES
 from scmoe.moe.dispatcher import Narrowed
 from scmoe.moe.experts import Experts

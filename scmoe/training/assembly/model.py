@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scmoe.blocks.recompute import recompute_activations
-from scmoe.blocks.sublayers import MLP
+from scmoe.blocks.sublayers import MLP, recompute_activations
 from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
@@ -21,8 +20,7 @@ from scmoe.config.registry import FAMILIES, IMAGES, OPTIMIZERS, import_extension
 from scmoe.init_from.pretrained import read_export, read_hf
 from scmoe.init_from.settings import check_settings, settings
 from scmoe.init_from.upcycle import fill
-from scmoe.models.gpt import GPT
-from scmoe.models.llama import Llama
+from scmoe.models.decoder import GPT, Llama
 from scmoe.parallel.dense_shards import materialise, put, shard
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly import optimizers  # noqa: F401  it registers them

@@ -20,7 +20,8 @@ MUTANTS = (
     .caught_by(f"{UNIT}/test_router.py::test_weights_and_their_gradient_for_the_gate"),
     Mutant("last-copies-kept-first", 29, f"{MOE}/layout.py")
     .replaces(
-        "order_N = ids_N.argsort(stable=True)", "order_N = ids_N.numel() - 1 - ids_N.flip(0).argsort(stable=True)"
+        "second choice\n    order_N = ids_N.argsort(stable=True)",
+        "second choice\n    order_N = ids_N.numel() - 1 - ids_N.flip(0).argsort(stable=True)",
     )
     .caught_by(f"{UNIT}/test_layout.py::test_exactly_the_oracles_copies_are_kept"),
     Mutant("empty-slots-have-gradients", 29, f"{MOE}/layout.py")
@@ -29,7 +30,7 @@ MUTANTS = (
         "weights_R = weights_TK.reshape(-1, 1)[copies_R.clamp(max=weights_TK.numel() - 1)]",
     )
     .caught_by(f"{FAULTS}/test_capacity.py::test_29_enough_slots_are_bit_identical_to_dropless"),
-    Mutant("buffer-one-row-too-long", 31, f"{MOE}/buffers.py")
+    Mutant("buffer-one-row-too-long", 31, "scmoe/moe/layout.py")
     .replaces("(places(rank_TK, num_ranks) < size)", "(places(rank_TK, num_ranks) <= size)")
     .caught_by(f"{UNIT}/test_layout.py::test_a_buffer_holds_the_first_copies_of_its_rank_in_the_order_of_its_experts"),
     Mutant("empty-buffer-rows-computed", 31, "scmoe/parallel/wire/buffered.py")
