@@ -22,10 +22,8 @@ from scmoe.moe.dispatcher import Blocking, Dispatcher, LocalDispatcher, Narrowed
 from scmoe.moe.experts import Experts
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.wire.all_to_all import Carried, Exchange, Link, all_to_all
-from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
-from scmoe.parallel.wire.buffered import BufferedDispatcher
-from scmoe.parallel.wire.fastest_exchange import FastestExchange
-from scmoe.parallel.wire.hierarchical import hierarchical
+from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher, BufferedDispatcher
+from scmoe.parallel.wire.hierarchical import FastestExchange, hierarchical
 
 EXCHANGES = ("auto", "flat", "hierarchical")
 

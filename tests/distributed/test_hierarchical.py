@@ -25,7 +25,7 @@ from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext, build_context, check_experts
 from scmoe.parallel.wire import all_to_all as flat_module
 from scmoe.parallel.wire.all_to_all import Transfer, all_to_all
-from scmoe.parallel.wire.fastest_exchange import FastestExchange
+from scmoe.parallel.wire.hierarchical import FastestExchange
 from tests.support.trainings import tiny, train
 from tests.support.transfers import Late, Shuffled, delayed
 

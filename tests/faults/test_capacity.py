@@ -15,8 +15,7 @@ from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import Routing
-from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
-from scmoe.parallel.wire.buffered import BufferedDispatcher
+from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher, BufferedDispatcher
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition

@@ -1,7 +1,8 @@
 """Sends rows to the experts' ranks and back by All-to-All over an expert-parallel group.
 
 Rank r of the group holds experts r E/EP .. (r+1) E/EP - 1, so rows grouped by expert are grouped by rank. They arrive
-grouped by (sender, local expert) and are regrouped by local expert after the wait.
+grouped by (sender, local expert) and are regrouped by local expert after the wait. Two dispatchers: the one knows on
+the host how many rows travel; the other has buffers of fixed size and counts that stay on the device.
 """
 
 from dataclasses import dataclass
@@ -128,3 +129,28 @@ def check_ceiling(received: list[int], ceiling: float) -> None:
             f"{ceiling:g} x the fair share of {fair:g} (moe.dropless_ceiling); raise it, or moe.load_balance_coef, or "
             "drop tokens with moe.capacity_factor"
         )
+
+
+class BufferedDispatcher(AllToAllDispatcher):
+    """The dispatcher for rows in buffers (moe/layout.py). All ranks send equally many rows, empty ones included."""
+
+    def announced(self, work: Any, by_rank: Tensor, rank: int) -> Announced:
+        return OnDevice(work, by_rank[:, :, rank])
+
+    def experts_of_rows(self, counts: ChunkCounts, num_sent: int) -> Tensor:
+        """[R]: the local expert of each row that arrives. Empty rows get the number of experts: they sort last."""
+        ends_e = counts.counts_from_e.cumsum(1)  # of each sender's rows; the empty ones come after them
+        places = torch.arange(num_sent // self.ep_size, device=ends_e.device)
+        return torch.searchsorted(ends_e, places.expand(self.ep_size, -1).contiguous(), right=True).flatten()
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """The counts of all ranks, on their way; the host reads none of them. to_here: [sender, chunk, e]."""
+
+    work: Any
+    to_here: Tensor
+
+    def wait(self) -> list[ChunkCounts]:
+        self.work.wait()
+        return [ChunkCounts(None, counts_from_e) for counts_from_e in self.to_here.unbind(1)]

@@ -53,7 +53,7 @@ MUTANTS = (
     Mutant("way-back-of-the-way-there", 0, f"{MOE}/dispatcher.py")
     .replaces("self.sent, self.by_rank.T)", "self.sent, self.by_rank)")
     .caught_by(TWO_HOPS),
-    Mutant("each-rank-chooses-for-itself", 0, "scmoe/parallel/wire/fastest_exchange.py")
+    Mutant("each-rank-chooses-for-itself", 0, "scmoe/parallel/wire/hierarchical.py")
     .replaces("        dist.all_reduce(slowest, dist.ReduceOp.MAX, self.group)\n", "")
     .caught_by(TWO_HOPS),
     Mutant("parts-of-nodes-accepted", 76, f"{PARALLEL}/mesh.py")

@@ -33,7 +33,7 @@ MUTANTS = (
     Mutant("buffer-one-row-too-long", 31, "scmoe/moe/layout.py")
     .replaces("(places(rank_TK, num_ranks) < size)", "(places(rank_TK, num_ranks) <= size)")
     .caught_by(f"{UNIT}/test_layout.py::test_a_buffer_holds_the_first_copies_of_its_rank_in_the_order_of_its_experts"),
-    Mutant("empty-buffer-rows-computed", 31, "scmoe/parallel/wire/buffered.py")
+    Mutant("empty-buffer-rows-computed", 31, "scmoe/parallel/wire/all_to_all_dispatcher.py")
     .replaces("contiguous(), right=True)", "contiguous(), right=False)")
     .caught_by(f"{FAULTS}/test_capacity.py::test_29_enough_slots_are_bit_identical_to_dropless"),
     Mutant("overflow-never-refused", 31, "scmoe/training/moe_module.py")
