@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments import KeyValue, call
+from scmoe.experiments.engine.command_line import KeyValue, call
 
 
 def main(config: str, /, *overrides: KeyValue) -> None:
@@ -17,7 +17,7 @@ def main(config: str, /, *overrides: KeyValue) -> None:
         overrides: key=value, such as data.path=FOLDER
     """
     from scmoe.config.load import load
-    from scmoe.training.build.data import build_datamodule, prepare_data
+    from scmoe.training.assembly.data import build_datamodule, prepare_data
 
     settings = load(config, overrides)
     data = build_datamodule(replace(settings, data=replace(settings.data, on_error="skip")))  # it notes each file

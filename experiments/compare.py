@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from scmoe.experiments import call
+from scmoe.experiments.engine.command_line import call
 
 
 def main(run: str, /, *more: str, out: Path = Path("runs/compare.png")) -> None:
@@ -17,11 +17,11 @@ def main(run: str, /, *more: str, out: Path = Path("runs/compare.png")) -> None:
         out: picture
     """
     from scmoe.config.extras import require
-    from scmoe.studies.runs import console, open_run
+    from scmoe.runs.seen import console, open_run
 
     require("compare", "matplotlib")
     runs = [open_run(name) for name in (run, *more)]
-    from scmoe.studies.compare import differences_table, draw, results_table
+    from scmoe.experiments.studies.compare import differences_table, draw, results_table
 
     letters = [chr(ord("a") + i) if i < 26 else str(i + 1) for i in range(len(runs))]
     console().print(results_table(runs, letters), differences_table(runs, letters), sep="\n")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments import KeyValue, call
+from scmoe.experiments.engine.command_line import KeyValue, call
 
 RANKS = ("trainer.devices", "trainer.num_nodes", "strategy.ep_size")  # the fields that ep and dp set
 
@@ -52,8 +52,8 @@ def main(config: str, /, *words: KeyValue) -> None:
         words: ep=N and dp=N for the ranks, and key=value
     """
     settings, ep_size, dp_size = read(config, words)
-    from scmoe.studies.estimate import estimate, estimate_table
-    from scmoe.training.run.report import console
+    from scmoe.experiments.dryrun.estimated import estimate, estimate_table
+    from scmoe.training.run.printout import console
 
     facts = estimate(settings, ep_size, dp_size)
     console().print(estimate_table(facts))

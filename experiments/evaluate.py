@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from scmoe.experiments import call
+from scmoe.experiments.engine.command_line import call
 
 
 def main(
@@ -34,9 +34,9 @@ def main(
         stride: tokens that a window scores (default: half the context)
         limit: questions of a task, the first ones (default: all)
     """
-    from scmoe.studies.evaluate.evaluation import Request, evaluate
-    from scmoe.studies.evaluate.results import shown
-    from scmoe.training.run.report import console
+    from scmoe.runs.evaluate.evaluation import Request, evaluate
+    from scmoe.runs.evaluate.kept_results import shown
+    from scmoe.training.run.printout import console
 
     names = None if tasks is None else () if tasks == "none" else tuple(tasks.split(","))
     found = evaluate(run.resolve(), Request(which, names, data, text, stride, limit, overrides))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments import KeyValue, call
+from scmoe.experiments.engine.command_line import KeyValue, call
 
 
 def main(
@@ -27,11 +27,11 @@ def main(
     """
     from scmoe.config.extensions import named
     from scmoe.config.load import to_yaml
+    from scmoe.init_from.settings import model_settings
     from scmoe.parallel.checkpoint.export import consolidate
-    from scmoe.training.build.data import kept_tokenizer, tokenizer_of
-    from scmoe.training.build.model import build_model_on_meta
-    from scmoe.training.hf.folder import write_folder
-    from scmoe.training.init_from.settings import model_settings
+    from scmoe.runs.hf_folder import write_folder
+    from scmoe.training.assembly.data import kept_tokenizer, tokenizer_of
+    from scmoe.training.assembly.model import build_model_on_meta
     from scmoe.training.run.resume import REFUSED_SINCE, config_of, find_checkpoint, refuse_other_model
 
     run_dir = run.resolve()

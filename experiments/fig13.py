@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments import call
+from scmoe.experiments.engine.command_line import call
 
 Architecture = Literal["scmoe_pos1", "scmoe_pos2", "scmoe_pos3", "shared_expert", "top2"]
 
@@ -38,8 +38,8 @@ def main(
         raise ConfigError(f"--{bad[0].replace('_', '-')} is {above_0[bad[0]]}, allowed: above 0")
     if architectures is not None:
         given["architectures"] = tuple(architectures)
-    from scmoe.testbed.offload import Setting
-    from scmoe.testbed.offload_report import QUICK, bench_offload
+    from scmoe.experiments.bench.offload import Setting
+    from scmoe.experiments.bench.offload_report import QUICK, bench_offload
 
     settings: dict[str, Any] = (QUICK if quick else {}) | given
     print(json.dumps(bench_offload(out, Setting(**settings))))

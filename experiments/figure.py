@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments import call
+from scmoe.experiments.engine.command_line import call
 
 
 def main(number: Literal[0, 1, 4, 7, 8, 9, 10], /, *sources: str, out: Path | None = None) -> None:
@@ -33,8 +33,8 @@ def main(number: Literal[0, 1, 4, 7, 8, 9, 10], /, *sources: str, out: Path | No
     from scmoe.config.extras import require
 
     require("figure", "matplotlib")
-    from scmoe.studies.figures.draw import draw_figure
-    from scmoe.studies.figures.pages import write_pages
+    from scmoe.experiments.figures.draw import draw_figure
+    from scmoe.experiments.figures.pages import write_pages
 
     files = draw_figure(number, sources, out) if number else write_pages(out)
     print(json.dumps({"figure": number, "files": [str(path) for path in files]}))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments import HYPHENS, OneEach, call
+from scmoe.experiments.engine.command_line import HYPHENS, OneEach, call
 
 
 def main(
@@ -60,7 +60,7 @@ def main(
         raise ConfigError(f"--out is {str(out)!r}, allowed: another file than that of --prompts")
     from scmoe.inference.prompts import Prompt, check_prompt, read_prompts
     from scmoe.inference.sampling import Sampling
-    from scmoe.studies.generation import Request, generate_texts, speed_lines, to_file
+    from scmoe.runs.continuation import Request, generate_texts, speed_lines, to_file
 
     try:
         sampling = Sampling(temperature, top_k or None, top_p, repetition_penalty)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments import call
+from scmoe.experiments.engine.command_line import call
 
 OLDEST_TORCH = (2, 10)
 
@@ -33,9 +33,9 @@ def main(
     """
     import torch
 
-    from scmoe.testbed.gpu_check.parts import PARTS, Place
-    from scmoe.testbed.gpu_check.report import write_report
-    from scmoe.testbed.gpu_check.runner import run_parts
+    from scmoe.experiments.bench.gpu.gpu_parts import PARTS, Place
+    from scmoe.experiments.bench.gpu.gpu_report import write_report
+    from scmoe.experiments.bench.gpu.runner import run_parts
 
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         raise ConfigError(f"torch is {torch.__version__}, allowed: 2.10 or later")

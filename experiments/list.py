@@ -2,7 +2,7 @@
 
 import sys
 
-from scmoe.experiments import KeyValue, call
+from scmoe.experiments.engine.command_line import KeyValue, call
 
 
 def main(*extensions: KeyValue) -> None:

@@ -3,7 +3,7 @@
 import json
 import sys
 
-from scmoe.experiments import call
+from scmoe.experiments.engine.command_line import call
 
 
 def main(*presets: str) -> None:
@@ -15,8 +15,8 @@ def main(*presets: str) -> None:
     Args:
         presets: names of files in configs/model, without .yaml (default: all)
     """
-    from scmoe.studies.parameters import ARCHITECTURES, PRESETS, count, parameters_table
-    from scmoe.training.run.report import console
+    from scmoe.experiments.studies.parameters import ARCHITECTURES, PRESETS, count, parameters_table
+    from scmoe.training.run.printout import console
 
     names = presets or sorted(path.stem for path in PRESETS.glob("*.yaml"))
     counts = {name: {architecture: count(name, architecture) for architecture in ARCHITECTURES} for name in names}

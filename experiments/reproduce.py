@@ -4,7 +4,7 @@ import json
 import re
 import sys
 
-from scmoe.experiments import call
+from scmoe.experiments.engine.command_line import call
 from scmoe.experiments.table import USUAL, Options, commands
 
 
@@ -21,8 +21,8 @@ def main(*overrides: str, tables: list[str] | None = None, options: Options = US
         tables: such as table3 (default: tables 1 to 7)
     """
     request = options.request(overrides)
-    from scmoe.studies.reproduce import reproduce
-    from scmoe.studies.table.rows import load_table, table_names
+    from scmoe.experiments.studies.table.reproduce import reproduce
+    from scmoe.experiments.studies.table.rows import load_table, table_names
 
     numbered = [name for name in table_names() if re.fullmatch(r"table\d+", name)]
     names = tables or [name for name in numbered if options.scale in load_table(name).scales] or numbered

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments import KeyValue, call
+from scmoe.experiments.engine.command_line import KeyValue, call
 
 
 def main(run: Path, /, *overrides: KeyValue) -> None:

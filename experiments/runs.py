@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments import call
+from scmoe.experiments.engine.command_line import call
 
 
 def main(folder: Path = Path("runs"), /, *, last: int = 30) -> None:
@@ -17,7 +17,7 @@ def main(folder: Path = Path("runs"), /, *, last: int = 30) -> None:
         folder: where to look
         last: how many of the newest
     """
-    from scmoe.studies.runs import console, find_runs, table_of
+    from scmoe.runs.seen import console, find_runs, table_of
 
     if not folder.is_dir():
         raise ConfigError(f"the folder of runs is {str(folder)!r}, allowed: an existing folder")

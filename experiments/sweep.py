@@ -7,7 +7,7 @@ from typing import Any
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.config.program import scmoe
-from scmoe.experiments import KeyValue, call
+from scmoe.experiments.engine.command_line import KeyValue, call
 
 
 def run_here(sweep: Any, again: str) -> int:
@@ -15,9 +15,9 @@ def run_here(sweep: Any, again: str) -> int:
     require("sweep", "matplotlib")
     if sweep.method == "bayes":
         require("method bayes (grid and random do not)", "optuna")
-    from scmoe.studies.runs import console
-    from scmoe.studies.sweep.report import rich_table, write_report
-    from scmoe.studies.sweep.trials import run_trials
+    from scmoe.experiments.studies.sweep.sweep_report import rich_table, write_report
+    from scmoe.experiments.studies.sweep.trials import run_trials
+    from scmoe.runs.seen import console
 
     trials, signum = run_trials(sweep)
     summary, screen = write_report(sweep, trials), console()
@@ -45,7 +45,7 @@ def main(file: str, /, *overrides: KeyValue, local: bool = False) -> int:
         overrides: key=value, for every trial
         local: run it here, also where there is a key
     """
-    from scmoe.studies.sweep.sweep_file import read
+    from scmoe.experiments.studies.sweep.sweep_file import read
 
     if wrong := [word for word in overrides if "=" not in word]:
         raise ConfigError(f"command line: {wrong[0]!r}, allowed: --local, key=value")
@@ -54,7 +54,7 @@ def main(file: str, /, *overrides: KeyValue, local: bool = False) -> int:
         from scmoe.training.run.wandb_logger import has_wandb_key
 
         if has_wandb_key():
-            from scmoe.studies.sweep.wandb_sweep import run_online
+            from scmoe.experiments.studies.sweep.wandb_sweep import run_online
 
             path, code = run_online(sweep, lambda line: print(line, flush=True))
             print(json.dumps({"sweep": path, "exit_code": code}), flush=True)

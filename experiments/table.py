@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from cyclopts import Parameter
 
-from scmoe.experiments import OneEach, call
+from scmoe.experiments.engine.command_line import OneEach, call
 
 if TYPE_CHECKING:
-    from scmoe.studies.table.make import Commands, Request
+    from scmoe.experiments.studies.table.make import Commands, Request
 
 
 @Parameter(name="*")
@@ -39,7 +39,7 @@ class Options:
         from scmoe.config.load import load
 
         require("a table", "matplotlib", "scipy")
-        from scmoe.studies.table.make import Request
+        from scmoe.experiments.studies.table.make import Request
 
         runs_dir = load(None, [word for word in overrides if word.removeprefix("--").startswith("runs_dir=")]).runs_dir
         for folder in self.from_:
@@ -55,8 +55,8 @@ USUAL = Options()
 
 
 def commands() -> "Commands":
-    from scmoe.studies.runs import console
-    from scmoe.studies.table.make import Commands
+    from scmoe.experiments.studies.table.make import Commands
+    from scmoe.runs.seen import console
 
     screen = console()
     return Commands(call, lambda line: screen.print(line, soft_wrap=True, markup=False))
@@ -74,8 +74,8 @@ def main(table: str, /, *overrides: str, options: Options = USUAL) -> int:
         overrides: key=value, for every run
     """
     request = options.request(overrides)
-    from scmoe.studies.table.make import make_table, plan_table
-    from scmoe.studies.table.rows import load_table
+    from scmoe.experiments.studies.table.make import make_table, plan_table
+    from scmoe.experiments.studies.table.rows import load_table
 
     here = commands()
     plan = plan_table(load_table(table), request, here.say)

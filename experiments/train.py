@@ -6,7 +6,7 @@ import sys
 from cyclopts import App
 
 from scmoe.config.help import help_text
-from scmoe.experiments import KeyValue, call
+from scmoe.experiments.engine.command_line import KeyValue, call
 
 main = App(name="train", help_epilogue=help_text())
 

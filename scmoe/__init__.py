@@ -11,23 +11,23 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from scmoe.parallel.known_to_lightning import teach_lightning
+from scmoe.lightning.known_to_lightning import teach_lightning
 
 if TYPE_CHECKING:  # the table NAMES, for type checkers and editors
+    from scmoe.api import MoE, ScMoEBlock, data_parallel, load_balance_loss
     from scmoe.config.load import load as load_config
     from scmoe.inference.generate import generate, stream
     from scmoe.inference.passes import Passes
     from scmoe.inference.sampling import Sampling
     from scmoe.inference.stopping import Stopping
-    from scmoe.parallel.drop_in import MoE, ScMoEBlock, data_parallel, load_balance_loss
+    from scmoe.lightning.strategy import ExpertParallelStrategy
     from scmoe.parallel.mesh import ParallelContext
-    from scmoe.parallel.strategy import ExpertParallelStrategy
-    from scmoe.training.build.blocks import register_architecture
-    from scmoe.training.build.data import register_dataset
-    from scmoe.training.build.model import build_model, register_family
-    from scmoe.training.build.optimizers import register_optimizer
-    from scmoe.training.build.trainer import register_callback
-    from scmoe.training.hf.load import load_trained as load
+    from scmoe.runs.trained import load_trained as load
+    from scmoe.training.assembly.blocks import register_architecture
+    from scmoe.training.assembly.data import register_dataset
+    from scmoe.training.assembly.model import build_model, register_family
+    from scmoe.training.assembly.optimizers import register_optimizer
+    from scmoe.training.assembly.trainer import register_callback
 
 __version__ = "0.2.0"
 __all__ = [
@@ -52,20 +52,20 @@ __all__ = [
     "stream",
 ]
 NAMES = {  # name: module and the name there
-    "MoE": ("scmoe.parallel.drop_in", "MoE"),
-    "ScMoEBlock": ("scmoe.parallel.drop_in", "ScMoEBlock"),
-    "data_parallel": ("scmoe.parallel.drop_in", "data_parallel"),
-    "load_balance_loss": ("scmoe.parallel.drop_in", "load_balance_loss"),
+    "MoE": ("scmoe.api", "MoE"),
+    "ScMoEBlock": ("scmoe.api", "ScMoEBlock"),
+    "data_parallel": ("scmoe.api", "data_parallel"),
+    "load_balance_loss": ("scmoe.api", "load_balance_loss"),
     "ParallelContext": ("scmoe.parallel.mesh", "ParallelContext"),
-    "ExpertParallelStrategy": ("scmoe.parallel.strategy", "ExpertParallelStrategy"),
+    "ExpertParallelStrategy": ("scmoe.lightning.strategy", "ExpertParallelStrategy"),
     "load_config": ("scmoe.config.load", "load"),
-    "build_model": ("scmoe.training.build.model", "build_model"),
-    "register_architecture": ("scmoe.training.build.blocks", "register_architecture"),
-    "register_callback": ("scmoe.training.build.trainer", "register_callback"),
-    "register_dataset": ("scmoe.training.build.data", "register_dataset"),
-    "register_family": ("scmoe.training.build.model", "register_family"),
-    "register_optimizer": ("scmoe.training.build.optimizers", "register_optimizer"),
-    "load": ("scmoe.training.hf.load", "load_trained"),
+    "build_model": ("scmoe.training.assembly.model", "build_model"),
+    "register_architecture": ("scmoe.training.assembly.blocks", "register_architecture"),
+    "register_callback": ("scmoe.training.assembly.trainer", "register_callback"),
+    "register_dataset": ("scmoe.training.assembly.data", "register_dataset"),
+    "register_family": ("scmoe.training.assembly.model", "register_family"),
+    "register_optimizer": ("scmoe.training.assembly.optimizers", "register_optimizer"),
+    "load": ("scmoe.runs.trained", "load_trained"),
     "generate": ("scmoe.inference.generate", "generate"),
     "stream": ("scmoe.inference.generate", "stream"),
     "Passes": ("scmoe.inference.passes", "Passes"),

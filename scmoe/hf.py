@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Pret
 from transformers.modeling_outputs import CausalLMOutput
 
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build.model import build_network
-from scmoe.training.hf.config import OURS, our_config
+from scmoe.runs.hf_config import OURS, our_config
+from scmoe.training.assembly.model import build_network
 
 IGNORE = -100
 

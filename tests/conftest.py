@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from scmoe.testbed.ranks import PRELOADED
+from scmoe.experiments.engine.ranks import PRELOADED
 
 PRELOADED.append("scmoe.training.run.train")  # with wandb: many tests run commands in ranks
 pytest.register_assert_rewrite("tests.support")  # so that a failing assert there shows its values

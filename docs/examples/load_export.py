@@ -14,7 +14,7 @@ import torch
 from scmoe.config.load import load
 from scmoe.parallel.checkpoint.export import load_weights
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build.model import build_model
+from scmoe.training.assembly.model import build_model
 
 
 def load_export(file: Path) -> Any:

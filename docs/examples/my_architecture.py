@@ -18,10 +18,10 @@ from scmoe.blocks.kv_cache import KVCache
 from scmoe.config.fields import Config
 from scmoe.datamodules.sequences import SequenceDataModule, TokenSplits
 from scmoe.moe.stream import MoEStream
+from scmoe.moe.tokens import MoEOutput
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.tokens import MoEOutput
-from scmoe.training.build.blocks import Parts, build_stream
-from scmoe.training.optimizers import Trained
+from scmoe.training.assembly.blocks import Parts, build_stream
+from scmoe.training.muon import Trained
 
 
 class ParallelBlock(nn.Module):

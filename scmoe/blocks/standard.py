@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.moe_block import MoEBlock
-from scmoe.tokens import MoEOutput
+from scmoe.moe.tokens import MoEOutput
 
 
 class DenseBlock(nn.Module):

@@ -12,7 +12,7 @@ from scmoe.moe.activation import ACTIVATIONS
 
 
 class SelfAttention(nn.Module):
-    """The base of every attention module: what it says about itself to analysis/cost.py and analysis/memory.py."""
+    """The base of every attention module: what it says about itself to footprint/model_cost.py and footprint/memory.py."""
 
     dim: int
 

@@ -1,4 +1,4 @@
-"""Prefill and decode that run as planned: each shape has a plan of its own (parallel/inference_planner.py)."""
+"""Prefill and decode that run as planned: each shape has a plan of its own (planning/inference_planner.py)."""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.inference.passes import Shape, decode, prefill
 from scmoe.models.decoder import Decoder
 from scmoe.moe.stream import dropless
-from scmoe.parallel.inference_planner import InferencePlan, plan_inference
+from scmoe.planning.inference_planner import InferencePlan, plan_inference
 
 PASSES: dict[Shape, int] = {"prefill": 1, "decode": 5}  # timed together
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.sublayers import MLP, Attention
 from scmoe.moe.experts import Experts, named_generator
-from scmoe.tokens import RouterStats
+from scmoe.moe.tokens import RouterStats
 
 
 class LMOutput(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scmoe.blocks.sublayers import SelfAttention
 from scmoe.moe.experts import Experts, named_generator
-from scmoe.tokens import RouterStats
+from scmoe.moe.tokens import RouterStats
 
 STD = 0.02  # of all products, as in timm
 

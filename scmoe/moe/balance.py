@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scmoe.moe.layout import Layout, count
-from scmoe.tokens import RouterStats, Routing
+from scmoe.moe.tokens import RouterStats, Routing
 
 
 def router_stats(routing: Routing, layout: Layout, mask_T: Tensor | None) -> RouterStats:

@@ -3,7 +3,7 @@
 `dispatch` and `combine` start a transfer and return a Pending; `wait()` returns the rows. Other work runs in between.
 Where experts get different numbers of rows, `announce` exchanges the numbers of all chunks first, in one transfer that
 starts at the gate.
-This file has the protocol, the dispatcher of one rank, and two wrappers; parallel/dispatcher.py has that of many ranks.
+This file has the protocol, the dispatcher of one rank, and two wrappers; parallel/wire/all_to_all_dispatcher.py has that of many ranks.
 """
 
 from collections.abc import Callable, Sequence

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.profiler import record_function
 
-from scmoe.schedule.timeline import TRANSFERS, Span
+from scmoe.schedule.play import TRANSFERS, Span
 
 Direction = Literal["forward", "backward"]
 

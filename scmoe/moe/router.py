@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scmoe.tokens import Routing
+from scmoe.moe.tokens import Routing
 
 
 class Router(nn.Module):

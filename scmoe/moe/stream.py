@@ -32,7 +32,7 @@ from scmoe.moe.layout import (
 )
 from scmoe.moe.operators import Operators
 from scmoe.moe.router import Router
-from scmoe.tokens import MoEOutput, RouterStats, Routing
+from scmoe.moe.tokens import MoEOutput, RouterStats, Routing
 
 
 class StreamState(NamedTuple):

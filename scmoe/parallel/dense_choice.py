@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from scmoe.parallel.container import memory_limit
+from scmoe.footprint.container import memory_limit
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 ROOM = 0.8  # of a rank's memory; the rest is for buffers of transfers and the allocator's gaps

@@ -79,7 +79,7 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
     bfloat16 copy by autocast, kept until backward. Routers and vectors (norms, biases, head scales) stay in float32.
     ValueError: an expert's width is not a multiple of the number of ranks that hold this expert.
     """
-    from scmoe.parallel.lightning_seam import gather_as_kept, split_over  # here, as it imports Lightning
+    from scmoe.lightning.seam import gather_as_kept, split_over  # here, as it imports Lightning
 
     assert context.mesh is not None and context.dense_mesh is not None and context.exact_mesh is not None
     experts = dict(expert_parameters(module))
@@ -118,7 +118,7 @@ def prefetch(module: nn.Module, wanted: bool = True) -> None:
 
     On CPUs alone, where FSDP would wait for each gather. On GPUs it gathers on a stream, ahead of the computation.
     """
-    from scmoe.parallel.lightning_seam import gather_in_background
+    from scmoe.lightning.seam import gather_in_background
 
     mesh = next(p.device_mesh for p in module.parameters() if isinstance(p, DTensor))
     if mesh.device_type == "cpu":

@@ -21,11 +21,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from scmoe.moe.dispatcher import Blocking, Dispatcher, LocalDispatcher, Narrowed
 from scmoe.moe.experts import Experts
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.all_to_all import Carried, Exchange, Link, all_to_all
-from scmoe.parallel.buffered import BufferedDispatcher
-from scmoe.parallel.dispatcher import AllToAllDispatcher
-from scmoe.parallel.fastest_exchange import FastestExchange
-from scmoe.parallel.hierarchical import hierarchical
+from scmoe.parallel.wire.all_to_all import Carried, Exchange, Link, all_to_all
+from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
+from scmoe.parallel.wire.buffered import BufferedDispatcher
+from scmoe.parallel.wire.fastest_exchange import FastestExchange
+from scmoe.parallel.wire.hierarchical import hierarchical
 
 EXCHANGES = ("auto", "flat", "hierarchical")
 

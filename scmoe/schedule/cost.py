@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from scmoe.schedule.play import elapsed, play
 from scmoe.schedule.schedule import Schedule
-from scmoe.schedule.timeline import elapsed, play
 
 PER_CHUNK = ("dispatch", "experts", "combine")
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from scmoe.datamodules.positioned import IGNORE
-from scmoe.tokens import RouterStats
+from scmoe.moe.tokens import RouterStats
 from scmoe.training.moe_module import MoEModule, cross_entropy_sum
 
 

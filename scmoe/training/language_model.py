@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from scmoe.datamodules.positioned import IGNORE
-from scmoe.tokens import RouterStats
+from scmoe.moe.tokens import RouterStats
 from scmoe.training.moe_module import MoEModule, cross_entropy_sum, exact_sum
 
 

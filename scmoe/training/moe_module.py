@@ -19,12 +19,12 @@ from torchmetrics.aggregation import SumMetric
 
 from scmoe.blocks.compiled import compile_sublayers
 from scmoe.datamodules.positioned import IGNORE
+from scmoe.lightning.seam import allow_graphs, count_steps_from
 from scmoe.moe.balance import integer_sums, load_balance_loss, load_metrics, router_z_loss
-from scmoe.parallel.lightning_seam import allow_graphs, count_steps_from
+from scmoe.moe.tokens import RouterStats
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 from scmoe.parallel.update.clipping import guard_updates
-from scmoe.tokens import RouterStats
-from scmoe.training.optimizers import Trained, adamw
+from scmoe.training.muon import Trained, adamw
 
 
 class MoEModule(LightningModule):

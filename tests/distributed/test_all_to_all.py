@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.dispatcher import Blocking, Traffic
-from scmoe.parallel.all_to_all import Transfer, all_to_all, point_to_point
-from scmoe.parallel.dispatcher import AllToAllDispatcher
-from scmoe.testbed.ranks import run_ranks
+from scmoe.parallel.wire.all_to_all import Transfer, all_to_all, point_to_point
+from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
 
 pytestmark = pytest.mark.dist
 
@@ -179,7 +179,7 @@ def time_stamps(rank: int, world_size: int, overlap: bool) -> dict[str, list[tup
     dist.init_process_group("gloo")
     log: list[tuple[str, float]] = []
     rows, other = (torch.ones(4, DIM, requires_grad=True) for _ in range(2))
-    with patch("scmoe.parallel.all_to_all.point_to_point", logged(point_to_point, log)):
+    with patch("scmoe.parallel.wire.all_to_all.point_to_point", logged(point_to_point, log)):
         transfer = Transfer(all_to_all(None)).start(rows)
         if overlap:
             worked = Work.apply(other, log)

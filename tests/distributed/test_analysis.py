@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from scmoe.config.load import load
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_module
-from scmoe.training.build.trainer import build_callbacks, build_trainer
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_module
+from scmoe.training.assembly.trainer import build_callbacks, build_trainer
 from tests.support.architectures import overrides
 
 pytestmark = pytest.mark.dist

@@ -11,14 +11,14 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_model
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.parallel.strategy import ExpertParallelStrategy
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_model, build_module
-from scmoe.training.build.trainer import build_trainer
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_model, build_module
+from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
 from tests.support.trainings import tiny
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from scmoe.experiments.bench import emulated
+from scmoe.experiments.bench.overlap import Bench, Variant, find_rate
+from scmoe.experiments.bench.pairs import Setting
+from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.operators import Recorder
 from scmoe.schedule.schedule import Schedule
-from scmoe.testbed import emulated
-from scmoe.testbed.overlap import Bench, Variant, find_rate
-from scmoe.testbed.pairs import Setting
-from scmoe.testbed.ranks import run_ranks
 
 SMALL = dict(dim=64, ffn_dim=128, tokens=512, seq_len=64, compute="real", shaped=False, bus=True)
 

@@ -9,9 +9,9 @@ from unittest.mock import patch
 
 import pytest
 
-from scmoe.experiments import call
+from scmoe.experiments.engine.command_line import call
+from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.experts import Experts
-from scmoe.testbed.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
 

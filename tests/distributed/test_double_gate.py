@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from scmoe.testbed.ranks import run_ranks
+from scmoe.experiments.engine.ranks import run_ranks
 from tests.support.comparison import TOLERANCE
 from tests.support.resuming import HALF, fit, largest_difference, whole
 from tests.support.trainings import tiny

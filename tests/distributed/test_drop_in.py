@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import nn
 
 import scmoe
+from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.experts import Experts
 from scmoe.parallel.dense_shards import local, make_equal, shard, with_dense_mesh
 from scmoe.parallel.mesh import ParallelContext, build_context
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.blocks import build_blocks
+from scmoe.training.assembly.blocks import build_blocks
 from tests.support.forked import python
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from scmoe.config.fields import Config
-from scmoe.testbed.ranks import run_ranks
+from scmoe.experiments.engine.ranks import run_ranks
 from tests.support.cases import ARCHITECTURES, CHUNKED, CLIP, FOUR, ONE, OTHERS, SLOTS, SLOTS_ON_FOUR, TWO
 from tests.support.comparison import MOMENTS, TOLERANCE, assemble, assert_same, assert_same_bits, difference
 from tests.support.trainings import train_cases

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from scmoe.config.load import load
-from scmoe.experiments import call
+from scmoe.experiments.engine.command_line import call
+from scmoe.experiments.engine.ranks import RankError, run_ranks
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.parallel.rank_zero import run_on_rank_zero
-from scmoe.studies.evaluate import results
-from scmoe.testbed.ranks import RankError, run_ranks
+from scmoe.runs.evaluate import kept_results as results
+from scmoe.runs.evaluate.rank_zero import run_on_rank_zero
 from tests.support.commands import Done, command_in_ranks, train_in_ranks
 from tests.support.sentences import DATA, NO_DATA, sentences
 from tests.support.wandb_server import wandb_server

@@ -7,14 +7,14 @@ from safetensors.torch import load_file
 
 import scmoe
 from scmoe.config.load import load
-from scmoe.experiments import call
-from scmoe.offload.migration import offload_experts
+from scmoe.experiments.engine.command_line import call
+from scmoe.inference.offload.migration import offload_experts
 from scmoe.parallel.checkpoint.durable import newest_good, verify
 from scmoe.parallel.checkpoint.export import load_weights
 from scmoe.parallel.checkpoint.loading import load_model
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build.model import build_model
-from scmoe.training.build.offloaded import load_offloaded, store_experts
+from scmoe.runs.offloaded import load_offloaded, store_experts
+from scmoe.training.assembly.model import build_model
 from tests.support.commands import train_in_ranks
 
 pytestmark = pytest.mark.dist

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.model import build_module
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.training.assembly.model import build_module
 from tests.support.comparison import TOLERANCE
 from tests.support.resuming import HALF, fit, largest_difference, whole
 from tests.support.trainings import tiny

@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from scmoe.config.load import load
-from scmoe.experiments import call
+from scmoe.experiments.engine.command_line import call
+from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.inference.generate import generate as generate_here
 from scmoe.inference.passes import Passes
 from scmoe.inference.sampling import GREEDY
 from scmoe.inference.stopping import Stopping
 from scmoe.parallel.mesh import ParallelContext, build_context
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.model import build_model
+from scmoe.training.assembly.model import build_model
 from tests.support.commands import Done, command_in_ranks, train_in_ranks
 from tests.support.models import tiny
 from tests.support.sentences import sentences
@@ -140,7 +140,7 @@ def here(*words: str) -> Done:
     ],
 )
 def test_a_wrong_request_is_one_line_before_a_model_is_built(run_dir, monkeypatch, words, says):
-    monkeypatch.setattr("scmoe.studies.generation.start_ranks", lambda *_: pytest.fail("a model is built"))
+    monkeypatch.setattr("scmoe.runs.continuation.start_ranks", lambda *_: pytest.fail("a model is built"))
     done = here(str(run_dir), *words)
     assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done
     assert says in done.err
@@ -149,7 +149,7 @@ def test_a_wrong_request_is_one_line_before_a_model_is_built(run_dir, monkeypatc
 def test_a_plan_is_refused_where_two_blocks_share_one_module(monkeypatch):
     words = ("data.name=sotu", "data.vocab_size=300", "moe.architecture=dgmoe_share", "model.layers=4")
     config = load("configs/debug.yaml", [*words, "trainer.devices=2"])
-    monkeypatch.setattr("scmoe.studies.generation.find_weights", lambda *_: (Path("step=1.ckpt"), config))
+    monkeypatch.setattr("scmoe.runs.continuation.find_weights", lambda *_: (Path("step=1.ckpt"), config))
     done = here("runs/none", "--plan")
     assert done.code == 2 and "--plan is given, allowed: unless moe.architecture=dgmoe_share" in done.err
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.trainer import build_trainer
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.callbacks.gradient_norms import GradientNorms
 from tests.support.trainings import RecordingModel, tiny

@@ -15,17 +15,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from scmoe.api import MoE
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.lightning.debug import CompareCollectives
 from scmoe.moe.dispatcher import Narrowed, Traffic
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel import all_to_all as flat_module
-from scmoe.parallel.all_to_all import Transfer, all_to_all
-from scmoe.parallel.drop_in import MoE
-from scmoe.parallel.fastest_exchange import FastestExchange
-from scmoe.parallel.job.debug import CompareCollectives
 from scmoe.parallel.mesh import ParallelContext, build_context, check_experts
-from scmoe.testbed.ranks import run_ranks
+from scmoe.parallel.wire import all_to_all as flat_module
+from scmoe.parallel.wire.all_to_all import Transfer, all_to_all
+from scmoe.parallel.wire.fastest_exchange import FastestExchange
 from tests.support.trainings import tiny, train
 from tests.support.transfers import Late, Shuffled, delayed
 

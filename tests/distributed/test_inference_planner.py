@@ -11,16 +11,16 @@ from torch import nn
 
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.shortcut import ShortcutBlock
+from scmoe.experiments.bench.emulated import EmulatedOperator
+from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import Dispatcher
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.dispatcher import AllToAllDispatcher
-from scmoe.parallel.inference_planner import InferencePlan, fastest, plan_inference
+from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
+from scmoe.planning.inference_planner import InferencePlan, fastest, plan_inference
 from scmoe.schedule.schedule import Schedule
-from scmoe.testbed.emulated import EmulatedOperator
-from scmoe.testbed.ranks import run_ranks
 from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_sublayers
 
 pytestmark = [pytest.mark.dist, pytest.mark.inference]

@@ -8,10 +8,10 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from scmoe.config.load import load
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_module
-from scmoe.training.build.trainer import build_trainer
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_module
+from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.run.resume import resumption
 from scmoe.training.run.train import train

@@ -17,11 +17,11 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from scmoe.parallel.strategy import ExpertParallelStrategy
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_module
-from scmoe.training.build.trainer import seed_everything
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.lightning.strategy import ExpertParallelStrategy
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_module
+from scmoe.training.assembly.trainer import seed_everything
 from scmoe.training.callbacks.data_position import DataPosition
 from tests.support.forked import python
 from tests.support.trainings import tiny

@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from scmoe.testbed import links
-from scmoe.testbed.ranks import run_ranks
+from scmoe.experiments.engine import links
+from scmoe.experiments.engine.ranks import run_ranks
 
 WHY_NOT = links.why_not()
 pytestmark = [
@@ -51,7 +51,7 @@ def inside(function: str) -> list[str]:
     """Returns the command of a program that enters its own network and runs a function of this file on two ranks."""
     code = (
         "import sys, json; from scmoe.testbed import links; links.enter(); "
-        "from scmoe.testbed.ranks import PRELOADED, run_ranks; PRELOADED[2:] = []; "  # these ranks need torch alone
+        "from scmoe.experiments.engine.ranks import PRELOADED, run_ranks; PRELOADED[2:] = []; "  # these ranks need torch alone
         f"from tests.distributed.test_links import {function}; "
         f"print(json.dumps(run_ranks({function}, 2, own_links=True)))"
     )

@@ -11,11 +11,11 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.parallel.checkpoint import durable
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_module
-from scmoe.training.build.trainer import build_trainer, seed_everything
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_module
+from scmoe.training.assembly.trainer import build_trainer, seed_everything
 from scmoe.training.callbacks.data_position import DataPosition
 from tests.support.trainings import tiny
 

@@ -19,10 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scmoe.parallel import all_to_all, strategy
-from scmoe.parallel.all_to_all import Transfer
+from scmoe.experiments.engine.ranks import RankError, run_ranks
+from scmoe.lightning import strategy
 from scmoe.parallel.update.reducer import ExpertGradientReducer
-from scmoe.testbed.ranks import RankError, run_ranks
+from scmoe.parallel.wire import all_to_all
+from scmoe.parallel.wire.all_to_all import Transfer
 from tests.support.cases import EP2
 from tests.support.comparison import TOLERANCE, assemble, assert_same, assert_same_bits, difference
 from tests.support.trainings import tiny, train, train_cases

@@ -4,12 +4,12 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
+from scmoe.experiments.engine.ranks import RankError, run_ranks
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.stream import MoEStream
-from scmoe.testbed.ranks import RankError, run_ranks
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_module
-from scmoe.training.build.trainer import build_trainer
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_module
+from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.language_model import LanguageModel
 from tests.support.trainings import tiny

@@ -14,20 +14,20 @@ from torch import nn
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import TopKBlock
+from scmoe.experiments.bench.emulated import EmulatedOperator
+from scmoe.experiments.engine.ranks import RankError, run_ranks
 from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel import planner as planning
-from scmoe.parallel import pricing
-from scmoe.parallel.dispatcher import AllToAllDispatcher
-from scmoe.parallel.planner import DRIFTED_IN_TURN, STEPS_EACH, TRIES_EACH, WARMUP_STEPS, Planner
-from scmoe.parallel.pricing import OPERATORS, LayerChoice
+from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
+from scmoe.planning import planner as planning
+from scmoe.planning import pricing
+from scmoe.planning.planner import DRIFTED_IN_TURN, STEPS_EACH, TRIES_EACH, WARMUP_STEPS, Planner
+from scmoe.planning.pricing import OPERATORS, LayerChoice
 from scmoe.schedule.cost import OperatorTimes, best_schedule, slots
 from scmoe.schedule.schedule import Schedule
-from scmoe.testbed.emulated import EmulatedOperator
-from scmoe.testbed.ranks import RankError, run_ranks
 from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_sublayers
 
 pytestmark = pytest.mark.dist

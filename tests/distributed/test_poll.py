@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from scmoe.parallel.job.stopping import Poll
-from scmoe.testbed.ranks import run_ranks
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.lightning.stop_signal import Poll
 
 pytestmark = pytest.mark.dist
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from scmoe.testbed.ranks import run_ranks
+from scmoe.experiments.engine.ranks import run_ranks
 from tests.support.comparison import assemble, assert_same, assert_same_bits
 from tests.support.sharded import EIGHT, FOUR, ONE
 from tests.support.trainings import train_cases

@@ -21,14 +21,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from scmoe.api import ScMoEBlock
 from scmoe.blocks.moe_block import MoEBlock
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.lightning import dense_strategy
+from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.moe.operators import Recorder
 from scmoe.moe.router import Router
-from scmoe.parallel import dense_strategy
-from scmoe.parallel.drop_in import ScMoEBlock
 from scmoe.parallel.mesh import expert_parameters
-from scmoe.parallel.strategy import ExpertParallelStrategy
-from scmoe.testbed.ranks import run_ranks
 from tests.support.comparison import TOLERANCE
 from tests.support.resuming import HALF, fit, largest_difference
 from tests.support.sharded import words

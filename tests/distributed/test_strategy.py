@@ -21,14 +21,14 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from scmoe.parallel.strategy import ExpertParallelStrategy
+from scmoe.experiments.engine.ranks import RankError, run_ranks
+from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.update.pacing import PIECE_MB, Pacer
 from scmoe.parallel.update.reducer import ExpertGradientReducer
-from scmoe.testbed.ranks import RankError, run_ranks
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_model
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_model
 from scmoe.training.language_model import LanguageModel
-from scmoe.training.optimizers import adamw
+from scmoe.training.muon import adamw
 from tests.support.comparison import TOLERANCE
 from tests.support.resuming import HALF, WHOLE, fit, largest_difference, whole
 from tests.support.trainings import tiny, train

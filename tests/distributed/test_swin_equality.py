@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from scmoe.config.fields import Config
 from scmoe.config.load import load
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_model
-from scmoe.training.build.trainer import build_trainer
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_model
+from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.image_classifier import ImageClassifier
 from tests.support.architectures import SWIN_ON_RANKS, overrides

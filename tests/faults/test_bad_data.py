@@ -17,8 +17,8 @@ from PIL import Image
 from scmoe.config.load import load
 from scmoe.datamodules.positioned import IGNORE
 from scmoe.datamodules.sources import text
-from scmoe.experiments import call
-from scmoe.training.build.data import build_datamodule
+from scmoe.experiments.engine.command_line import call
+from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.callbacks.skipped_images import SkippedImages
 
 pytestmark = [pytest.mark.faults, pytest.mark.representative]

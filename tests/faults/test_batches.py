@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from scmoe.datamodules import sequences
-from scmoe.parallel.job.lockstep import check_even
+from scmoe.lightning.lockstep import check_even
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build.data import build_datamodule
+from scmoe.training.assembly.data import build_datamodule
 from tests.support.failing import MODEL, failure, fit
 from tests.support.trainings import tiny
 

@@ -9,16 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.activation import Activation
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.buffered import BufferedDispatcher
-from scmoe.parallel.dispatcher import AllToAllDispatcher
-from scmoe.testbed.ranks import run_ranks
-from scmoe.tokens import Routing
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.trainer import build_trainer
+from scmoe.moe.tokens import Routing
+from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
+from scmoe.parallel.wire.buffered import BufferedDispatcher
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.callbacks.expert_load import ExpertLoad
 from tests.support.models import assert_close, randomise

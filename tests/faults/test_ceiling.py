@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.dispatcher import AllToAllDispatcher, ReadByHost, check_ceiling
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.model import build_module
+from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher, ReadByHost, check_ceiling
+from scmoe.training.assembly.model import build_module
 from tests.support.failing import failure, fit
 from tests.support.trainings import tiny
 

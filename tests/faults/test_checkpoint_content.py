@@ -14,15 +14,15 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.experiments.faults import reshard, tiny_run
+from scmoe.experiments.faults.tiny_run import LAST, NEW, OLD
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_checkpoint, load_model
 from scmoe.parallel.checkpoint.saving import Saving
 from scmoe.parallel.checkpoint.state import FULL
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
-from scmoe.testbed.faults import reshard, tiny_run
-from scmoe.testbed.faults.tiny_run import LAST, NEW, OLD
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.model import build_model
+from scmoe.training.assembly.model import build_model
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
+from scmoe.experiments.engine.ranks import RankError, run_ranks
+from scmoe.experiments.faults import flip, kill, tiny_run
+from scmoe.experiments.faults.tiny_run import LAST, NEW, OLD
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_checkpoint, load_model
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.testbed.faults import flip, kill, tiny_run
-from scmoe.testbed.faults.tiny_run import LAST, NEW, OLD
-from scmoe.testbed.ranks import RankError, run_ranks
-from scmoe.training.build.model import build_model
+from scmoe.training.assembly.model import build_model
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scmoe.parallel.job.debug import CompareCollectives, OrderError
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.model import build_module
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.lightning.debug import CompareCollectives, OrderError
+from scmoe.training.assembly.model import build_module
 from tests.support.failing import MODEL, failure, fit
 from tests.support.trainings import tiny
 

@@ -8,10 +8,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch._dynamo.utils import counters
 
 from scmoe.config.load import load
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_module
-from scmoe.training.build.trainer import build_trainer
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_module
+from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch.distributed as dist
 
-from scmoe.experiments import call
+from scmoe.experiments.engine.command_line import call
 from scmoe.training.run import train as run
 from tests.support.configs import IMPOSSIBLE
 

@@ -13,12 +13,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.parallel.strategy import ExpertParallelStrategy
-from scmoe.testbed.ranks import run_ranks
 from tests.support.failing import failure
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]

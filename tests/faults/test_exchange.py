@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.mesh import build_context
-from scmoe.parallel.strategy import ExpertParallelStrategy
-from scmoe.testbed.ranks import run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]
 TIMEOUT_S = 5.0  # also of the set-up of the groups, in which a busy machine may take seconds

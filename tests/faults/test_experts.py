@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.router import Router
-from scmoe.parallel.all_to_all import Transfer
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.trainer import build_trainer
+from scmoe.parallel.wire.all_to_all import Transfer
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.collapse import PATIENCE
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.callbacks.expert_load import ExpertLoad

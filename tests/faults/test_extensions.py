@@ -14,7 +14,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.config.program import scmoe as scmoe_command
 from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, OPTIMIZERS
-from scmoe.testbed.ranks import run_ranks
+from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.training.run.lifetime import open_run
 from tests.support.commands import Done, command_here
 
@@ -141,7 +141,10 @@ BAD = {
     "imports": ("import a_module_that_is_not_there\n", "No module named 'a_module_that_is_not_there' ("),
     "several": ("raise ValueError('a\\nb')\n", "ValueError: a b ("),
     "built_in": (REGISTERS.format("architecture", "top_k", "", "print"), "has it"),
-    "optimizer": (REGISTERS.format("optimizer", "adamw", "", "print"), "scmoe.training.build.optimizers.adamw has it"),
+    "optimizer": (
+        REGISTERS.format("optimizer", "adamw", "", "print"),
+        "scmoe.training.assembly.optimizers.adamw has it",
+    ),
     "twice": (2 * REGISTERS.format("dataset", "twice", ", images=True", "print"), "builtins.print has it"),
     "dotted": (REGISTERS.format("family", "a.b", "", "print"), "the name is 'a.b', allowed: letters"),
 }

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.experiments import call
+from scmoe.experiments.engine.command_line import call
 from tests.support.commands import ROOT, train_in_ranks
 from tests.support.sentences import sentences
 
@@ -113,7 +113,7 @@ def test_62_ctrl_c_ends_all_ranks(run_dir, tmp_path):
     ],
 )
 def test_63_a_request_that_cannot_be_met_starts_no_rank(run_dir, monkeypatch, words, says):
-    monkeypatch.setattr("scmoe.studies.generation.start_ranks", lambda *_: pytest.fail("ranks are started"))
+    monkeypatch.setattr("scmoe.runs.continuation.start_ranks", lambda *_: pytest.fail("ranks are started"))
     words = [word.replace("PROMPTS", str(run_dir.parents[1] / "prompts.jsonl")) for word in words]
     with contextlib.redirect_stderr(io.StringIO()) as err:
         assert call("generate", str(run_dir), *words) == 2

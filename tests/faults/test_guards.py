@@ -25,14 +25,14 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor
 
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.lightning.roll_call import LEFT_ALONE, roll_call
+from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.job.roll_call import LEFT_ALONE, roll_call
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.parallel.strategy import ExpertParallelStrategy
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_module
-from scmoe.training.build.trainer import build_trainer
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_module
+from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
 from tests.support.failing import MODEL, failure, fit
 from tests.support.trainings import tiny
@@ -130,7 +130,7 @@ def broken(*args, **kwargs):
         raise RuntimeError(f"rank {rank} is broken")
     return healthy(*args, **kwargs)
 setattr(owner, name, staticmethod(broken) if static else broken)
-from scmoe.experiments import call
+from scmoe.experiments.engine.command_line import call
 sys.exit(call("train", *sys.argv[5:]))
 """
 PHASES = {  # where a rank fails, and in which call of it

@@ -17,12 +17,12 @@ from lightning.pytorch.utilities.model_summary import summarize
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.parallel.strategy import ExpertParallelStrategy
-from scmoe.testbed.ranks import run_ranks
 from scmoe.training.language_model import LanguageModel
 from tests.support.failing import failure
 

@@ -10,9 +10,9 @@ import pytest
 from torch.distributed import DistNetworkError
 
 from scmoe.config.load import load
-from scmoe.experiments import call
-from scmoe.parallel import container
-from scmoe.parallel.strategy import ExpertParallelStrategy
+from scmoe.experiments.engine.command_line import call
+from scmoe.footprint import container
+from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.training.run import machine
 from scmoe.training.run.machine import check_machine, is_rank_zero
 from scmoe.training.run.wandb_logger import wandb_mode

@@ -14,15 +14,15 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 
+from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.guard import Guard
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_model
-from scmoe.training.build.trainer import build_trainer
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_model
+from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.language_model import LanguageModel
-from scmoe.training.optimizers import adamw
+from scmoe.training.muon import adamw
 from tests.support.failing import failure
 from tests.support.trainings import tiny
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scmoe.testbed.ranks import run_ranks
+from scmoe.experiments.engine.ranks import run_ranks
 from tests.support.comparison import assemble
 from tests.support.long_training import BF16, BF16_STEPS, CLIP, FP32, FP64, OPTIMIZERS, STEPS, TRAINING, fit
 from tests.support.trainings import tiny

@@ -13,9 +13,9 @@ import time
 import pytest
 import torch
 
-from scmoe.offload import migration, store
-from scmoe.offload.migration import WAYS, offload_experts
-from scmoe.offload.store import StoreError, write_store
+from scmoe.inference.offload import migration, store
+from scmoe.inference.offload.migration import WAYS, offload_experts
+from scmoe.inference.offload.store import StoreError, write_store
 from tests.support.models import tiny, tiny_batch, tiny_model
 from tests.support.offloading import Failing, stored
 

@@ -8,10 +8,10 @@ from unittest.mock import patch
 
 import pytest
 
+from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.dispatcher import Blocking
-from scmoe.parallel import all_to_all
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.testbed.ranks import run_ranks
+from scmoe.parallel.wire import all_to_all
 from tests.support.comparison import assert_same_bits
 from tests.support.long_training import FP32, OPTIMIZERS, TRAINING, fit
 from tests.support.trainings import tiny

@@ -16,12 +16,13 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.experiments.faults import interrupted as resume
+from scmoe.experiments.faults import reshard, tiny_run
 from scmoe.parallel.checkpoint import durable, saving
-from scmoe.testbed.faults import reshard, resume, tiny_run
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_module
-from scmoe.training.build.trainer import build_trainer, seed_everything
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_module
+from scmoe.training.assembly.trainer import build_trainer, seed_everything
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.language_model import LanguageModel
 

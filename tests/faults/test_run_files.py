@@ -14,13 +14,13 @@ from safetensors import safe_open
 
 from scmoe.config.load import load
 from scmoe.config.program import scmoe
-from scmoe.experiments import call
+from scmoe.experiments.engine.command_line import call
+from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.parallel.checkpoint.durable import verify
-from scmoe.studies.runs import SeenRun
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_module
-from scmoe.training.build.trainer import build_trainer
+from scmoe.runs.seen import SeenRun
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_module
+from scmoe.training.assembly.trainer import build_trainer
 from tests.support.commands import command_here, resume_in_ranks, train_in_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]

@@ -13,16 +13,16 @@ import pytest
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
+from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.models.gpt import GPT
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_model
 from scmoe.parallel.checkpoint.state import from_json
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_model, build_model_on_meta, build_module
-from scmoe.training.build.trainer import build_callbacks, build_trainer
-from scmoe.training.run import redact
+from scmoe.training import redact
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_model, build_model_on_meta, build_module
+from scmoe.training.assembly.trainer import build_callbacks, build_trainer
 from scmoe.training.run.directory import create_run_dir
 from tests.support.commands import CANARY, EXACT, TRAIN, run
 from tests.support.trainings import tiny

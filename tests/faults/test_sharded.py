@@ -12,15 +12,16 @@ import pytest
 from torch import Tensor
 
 from scmoe.config.leaves import ConfigError
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.experiments.faults import flip, kill, reshard, tiny_run
+from scmoe.experiments.faults import interrupted as resume
+from scmoe.lightning.stop_signal import EXIT_CODE
+from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.dense_choice import pick_dense, states_bytes
-from scmoe.parallel.job.stopping import EXIT_CODE
-from scmoe.parallel.strategy import ExpertParallelStrategy
-from scmoe.testbed.faults import flip, kill, reshard, resume, tiny_run
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_module
-from scmoe.training.build.trainer import build_trainer
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_module
+from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.language_model import LanguageModel
 from tests.support.cases import ARCHITECTURES, SLOTS
 from tests.support.comparison import assemble, assert_same, assert_same_bits

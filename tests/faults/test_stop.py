@@ -17,13 +17,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.experiments.faults import tiny_run
+from scmoe.lightning.stop_signal import EXIT_CODE
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.job.stopping import EXIT_CODE
-from scmoe.testbed.faults import tiny_run
-from scmoe.testbed.ranks import run_ranks
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_module
-from scmoe.training.build.trainer import build_callbacks, build_trainer, seed_everything
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_module
+from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.language_model import LanguageModel
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]

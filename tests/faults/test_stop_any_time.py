@@ -17,15 +17,15 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from scmoe.experiments.engine.ranks import RankError, run_ranks
+from scmoe.experiments.faults import tiny_run
+from scmoe.lightning.stop_signal import EXIT_CODE
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.job.stopping import EXIT_CODE
-from scmoe.testbed.faults import tiny_run
-from scmoe.testbed.ranks import RankError, run_ranks
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_model
-from scmoe.training.build.trainer import build_callbacks, build_trainer, seed_everything
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_model
+from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.language_model import LanguageModel
-from scmoe.training.optimizers import adamw
+from scmoe.training.muon import adamw
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 

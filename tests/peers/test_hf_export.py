@@ -18,8 +18,8 @@ from scmoe.config.load import load
 from scmoe.datamodules.tokenizer import make_tokenizer
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.saving import write_whole
-from scmoe.training.hf.config import hf_config
-from scmoe.training.hf.folder import write_folder
+from scmoe.runs.hf_config import hf_config
+from scmoe.runs.hf_folder import write_folder
 from tests.support.models import assert_close, tiny_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")
@@ -150,7 +150,7 @@ def test_the_registered_class_generates_trains_and_refuses_padding_on_the_left(t
 def test_init_from_reads_mixtral_and_qwen2_moe(tmp_path):
     """Weights of an exported folder start another training, under the names that transformers gives them."""
     from scmoe.parallel.mesh import ParallelContext
-    from scmoe.training.build.model import build_model_to_train
+    from scmoe.training.assembly.model import build_model_to_train
 
     for i, words in enumerate(words for words, kind in KINDS.items() if kind in ("mixtral", "qwen2_moe")):
         (tmp_path / str(i)).mkdir()

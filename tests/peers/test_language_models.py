@@ -13,9 +13,9 @@ from torch import nn
 
 from scmoe.config.fields import Config
 from scmoe.config.load import load
+from scmoe.init_from.pretrained import read_hf
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build.model import build_model_to_train
-from scmoe.training.init_from.pretrained import read_hf
+from scmoe.training.assembly.model import build_model_to_train
 from tests.support.models import assert_close, gradients, randomise
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")

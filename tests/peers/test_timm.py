@@ -13,7 +13,7 @@ import torch
 from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build.model import build_model, build_model_on_meta
+from scmoe.training.assembly.model import build_model, build_model_on_meta
 from tests.support.models import assert_close, gradients, randomise
 
 pytest.importorskip("timm", reason="the extra `vision` is not installed: timm")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from scmoe.experiments import call
+from scmoe.experiments.engine.command_line import call
 
 pytestmark = [pytest.mark.smoke, pytest.mark.inference]
 

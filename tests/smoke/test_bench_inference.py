@@ -5,11 +5,11 @@ from unittest.mock import patch
 
 import pytest
 
-from scmoe.parallel import inference_planner
-from scmoe.testbed.inference import BLOCKS, SHAPES, measure
-from scmoe.testbed.inference_report import WAYS, draw, summary
-from scmoe.testbed.pairs import Setting
-from scmoe.testbed.ranks import run_ranks
+from scmoe.experiments.bench.inference import BLOCKS, SHAPES, measure
+from scmoe.experiments.bench.inference_report import WAYS, draw, summary
+from scmoe.experiments.bench.pairs import Setting
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.planning import inference_planner
 
 pytestmark = [pytest.mark.dist, pytest.mark.smoke, pytest.mark.inference]
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from scmoe.experiments import call
-from scmoe.testbed import growth, links, overlap_report, timeline
-from scmoe.testbed.pairs import Setting
-from scmoe.testbed.ranks import run_ranks
+from scmoe.experiments.bench import growth, overlap_report, timeline
+from scmoe.experiments.bench.pairs import Setting
+from scmoe.experiments.engine import links
+from scmoe.experiments.engine.command_line import call
+from scmoe.experiments.engine.ranks import run_ranks
 from tests.support.commands import run
 
 pytestmark = [pytest.mark.dist, pytest.mark.smoke]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.testbed.gpu_check.parts import PARTS, Part, Place
-from scmoe.testbed.gpu_check.report import write_report
-from scmoe.testbed.gpu_check.runner import run_parts
+from scmoe.experiments.bench.gpu.gpu_parts import PARTS, Part, Place
+from scmoe.experiments.bench.gpu.gpu_report import write_report
+from scmoe.experiments.bench.gpu.runner import run_parts
 from tests.support.commands import run
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
@@ -38,7 +38,7 @@ def without_packages(tmp_path):
 def test_all_parts_run_on_a_cpu_without_some_packages_and_leave_eight_files(without_packages, tmp_path):
     out = tmp_path / "out"
     script = f"import sys; sys.path.insert(0, {str(without_packages)!r})\n"
-    script += "from scmoe.experiments import call\n"
+    script += "from scmoe.experiments.engine.command_line import call\n"
     script += f"sys.exit(call('gpu-check', '--device', 'cpu', '--tiny', '--out', {str(out)!r}))"
     done = run("-c", script)
     assert done.summary["parts"] == dict.fromkeys(PARTS, "ok"), done.err

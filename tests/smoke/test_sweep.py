@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from scmoe.config.load import load
-from scmoe.studies.runs import find_runs, open_run
+from scmoe.runs.seen import find_runs, open_run
 from tests.support.commands import ROOT, run
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.timeout(600)]

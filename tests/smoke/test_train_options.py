@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from scmoe.parallel.checkpoint.durable import verify
-from scmoe.studies.runs import SeenRun
+from scmoe.runs.seen import SeenRun
 from scmoe.training.run.resume import find_checkpoint
 from tests.support.commands import ROOT, Done, resume_in_ranks, rows_of, train_in_ranks
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scmoe.testbed.gpu_check.parts import Place
+from scmoe.experiments.bench.gpu.gpu_parts import Place
 
 
 def pieces(place: Place, second: str, argument: str = "") -> dict[str, Callable[[], Any]]:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from scmoe.experiments import call
-from scmoe.testbed.ranks import run_ranks
+from scmoe.experiments.engine.command_line import call
+from scmoe.experiments.engine.ranks import run_ranks
 from tests.support.forked import python
 
 ROOT = Path(__file__).parents[2]

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from scmoe.config.fields import Config
-from scmoe.testbed.ranks import GRACE_S, RankError, run_ranks
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_module
-from scmoe.training.build.trainer import build_trainer
+from scmoe.experiments.engine.ranks import GRACE_S, RankError, run_ranks
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_module
+from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.language_model import LanguageModel
 

@@ -30,11 +30,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scmoe.config.fields import Config
 from scmoe.config.load import load
+from scmoe.experiments.dryrun.counting import tensors_in
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 from scmoe.parallel.update.guard import Guard
 from scmoe.parallel.update.reducer import ExpertGradientReducer
-from scmoe.testbed.dry_run.counting import tensors_in
-from scmoe.training.build.model import build_module
+from scmoe.training.assembly.model import build_module
 from tests.support import broken_steps
 from tests.support.architectures import overrides
 

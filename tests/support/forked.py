@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scmoe.testbed.ranks import PRELOADED
+from scmoe.experiments.engine.ranks import PRELOADED
 
 
 def python(*arguments: str, cwd: Path, env: Mapping[str, str], timeout_s: float) -> tuple[int, str, str]:

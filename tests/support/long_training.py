@@ -10,8 +10,8 @@ from torch import Tensor
 from scmoe.config.fields import Config
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import expert_parameters
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.trainer import build_trainer
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.language_model import LanguageModel
 from tests.support.trainings import RecordingModel

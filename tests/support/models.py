@@ -15,7 +15,7 @@ from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build.model import build_model
+from scmoe.training.assembly.model import build_model
 
 TINY = (
     "model.layers=2",

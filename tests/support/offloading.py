@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scmoe.offload.cache import FileReader
-from scmoe.offload.store import Key, Store, write_store
+from scmoe.inference.offload.cache import FileReader
+from scmoe.inference.offload.store import Key, Store, write_store
 from tests.support.architectures import overrides
 from tests.support.models import tiny, tiny_model
 

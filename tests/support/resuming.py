@@ -11,9 +11,9 @@ from torch import Tensor
 
 from scmoe.config.fields import Config
 from scmoe.parallel.mesh import expert_parameters
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_module
-from scmoe.training.build.trainer import build_trainer
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_module
+from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
 from tests.support.trainings import whole as gathered
 

@@ -25,13 +25,13 @@ from scmoe.moe.experts import Experts
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.dense_shards import put, reshard
 from scmoe.parallel.mesh import expert_parameters
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_model
-from scmoe.training.build.trainer import build_trainer
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_model
+from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.language_model import LanguageModel
 from scmoe.training.moe_module import MoEModule
-from scmoe.training.optimizers import adamw
+from scmoe.training.muon import adamw
 from tests.support.architectures import overrides
 
 TINY = (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scmoe.parallel import all_to_all
+from scmoe.parallel.wire import all_to_all
 
 POISON = 7.0  # is in a buffer until its rows arrive; NaN would show even where a real error is too small to show
 

@@ -10,9 +10,9 @@ import torch
 
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_module
-from scmoe.training.build.trainer import build_callbacks, build_trainer
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_module
+from scmoe.training.assembly.trainer import build_callbacks, build_trainer
 from scmoe.training.callbacks.analysis import Analysis
 from scmoe.training.run.loggers import build_loggers, close_loggers
 from tests.support.models import hooks

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scmoe.moe.balance import integer_sums, load_balance_loss, load_metrics, router_stats, router_z_loss
 from scmoe.moe.layout import arrange_filled, arrange_slots
-from scmoe.tokens import RouterStats, Routing
+from scmoe.moe.tokens import RouterStats, Routing
 from tests import reference
 from tests.support.models import assert_close
 

@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 
-from scmoe.experiments import call
-from scmoe.experiments.bench_pairs import overlap
+from scmoe.experiments.bench.overlap import Seconds, Variant, nearest, through_link
+from scmoe.experiments.bench.overlap_report import DEFAULTS
+from scmoe.experiments.bench.verbs_pairs import overlap
+from scmoe.experiments.engine.command_line import call
 from scmoe.schedule.schedule import Schedule
-from scmoe.testbed.overlap import Seconds, Variant, nearest, through_link
-from scmoe.testbed.overlap_report import DEFAULTS
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import pytest
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.datamodules.tokenizer import make_tokenizer
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_model_on_meta, build_module
-from scmoe.training.run.on_ranks import config_without_training
-from scmoe.training.run.report import count_parameters, total_and_active
+from scmoe.runs.on_ranks import config_without_training
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_model_on_meta, build_module
+from scmoe.training.run.printout import count_parameters, total_and_active
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(
@@ -50,7 +50,7 @@ def test_every_parameter_is_counted_once():
 @pytest.mark.parametrize("architecture", ("dense", "top_k", "shared_expert", "scmoe"))
 def test_each_rank_holds_a_share_of_the_experts_and_counts_all_of_them(architecture):
     from scmoe.parallel.mesh import ParallelContext
-    from scmoe.training.build.model import build_model
+    from scmoe.training.assembly.model import build_model
 
     words = [f"moe.architecture={architecture}", "model.dim=32", "data.vocab_size=300", "moe.noisy=false"]
     if architecture != "dense":

@@ -8,8 +8,8 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_module
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_module
 from scmoe.training.callbacks.collapse import PATIENCE, CollapseAlarm
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.callbacks.expert_load import ExpertLoad

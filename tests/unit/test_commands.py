@@ -11,7 +11,7 @@ import pytest
 
 from scmoe import __version__
 from scmoe.config.program import scmoe
-from scmoe.experiments import VERBS, app_of, call
+from scmoe.experiments.engine.command_line import VERBS, app_of, call
 
 ROOT = Path(__file__).parents[2]
 SUBVERBS = [("bench", what) for what in ("layer", "overlap", "growth", "guard", "generation", "inference", "timeline")]
@@ -22,7 +22,7 @@ HEAVY = ("torch", "matplotlib", "wandb", "lightning", "scipy", "optuna")
 WALK = f"""
 import contextlib, io, json, runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
-from scmoe.experiments import main
+from scmoe.experiments.engine.command_line import main
 
 def answer(run, *argv):
     sys.argv = [*argv]

@@ -13,9 +13,9 @@ from torch import nn
 
 from scmoe.config.load import load
 from scmoe.moe.router import Router
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_model, build_module
-from scmoe.training.build.trainer import build_trainer
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_model, build_module
+from scmoe.training.assembly.trainer import build_trainer
 from tests.support.models import tiny
 
 OPTIM = ("optim.lr=0.25", "optim.weight_decay=0.03", "optim.beta1=0.6", "optim.beta2=0.7", "optim.eps=1e-5")

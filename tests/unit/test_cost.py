@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scmoe.schedule.cost import OperatorTimes, exposed_time, mismatch, overlap_efficiency, slots
+from scmoe.schedule.play import draw, elapsed, play
 from scmoe.schedule.schedule import ARCHITECTURES, Schedule
-from scmoe.schedule.timeline import draw, elapsed, play
 
 OPERATORS = (
     "route",

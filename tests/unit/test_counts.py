@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from scmoe.config.load import load
-from scmoe.experiments import call
+from scmoe.experiments.engine.command_line import call
+from scmoe.experiments.studies import parameters
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.studies import parameters
-from scmoe.training.build.model import build_model
+from scmoe.training.assembly.model import build_model
 
 XL = "configs/model/gpt3_moe_xl.yaml"
 

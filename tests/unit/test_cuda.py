@@ -10,19 +10,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from scmoe.experiments.bench import emulated
+from scmoe.experiments.bench.overlap import Bench, Variant
+from scmoe.experiments.bench.pairs import Setting
+from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.dispatcher import Blocking, Dispatcher, LocalDispatcher
 from scmoe.moe.experts import Experts
 from scmoe.moe.operators import Recorder
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.all_to_all import Transfer
-from scmoe.parallel.dispatcher import AllToAllDispatcher
+from scmoe.parallel.wire.all_to_all import Transfer
+from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
 from scmoe.schedule.cost import best_schedule, slots
 from scmoe.schedule.schedule import Schedule
-from scmoe.testbed import emulated
-from scmoe.testbed.overlap import Bench, Variant
-from scmoe.testbed.pairs import Setting
-from scmoe.testbed.ranks import run_ranks
 from tests.support.models import assert_close, gradients, randomise
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]

@@ -10,7 +10,7 @@ import pytest
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import leaves
-from scmoe.experiments import VERBS
+from scmoe.experiments.engine.command_line import VERBS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [

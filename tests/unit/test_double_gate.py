@@ -16,8 +16,8 @@ from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.schedule.schedule import Schedule
-from scmoe.training.build.model import build_model, build_module
-from scmoe.training.run.report import count_parameters, total_and_active
+from scmoe.training.assembly.model import build_model, build_module
+from scmoe.training.run.printout import count_parameters, total_and_active
 from tests.support.models import DIM, EXPERTS, randomise, tiny, tiny_batch, tiny_model, tiny_stream, tiny_sublayers
 from tests.support.recording import Log, Recorded, RecordingDispatcher, between
 

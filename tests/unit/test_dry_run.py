@@ -11,10 +11,10 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from scmoe.config.leaves import ConfigError
 from scmoe.config.rules import resolve_ep_size
-from scmoe.studies.dry_run import load_for
-from scmoe.studies.estimate import estimate
-from scmoe.testbed.dry_run.counting import Counting
-from scmoe.testbed.dry_run.step import check, dry_run
+from scmoe.experiments.dryrun.counted_step import check, dry_run
+from scmoe.experiments.dryrun.counting import Counting
+from scmoe.experiments.dryrun.dry_runs import load_for
+from scmoe.experiments.dryrun.estimated import estimate
 
 TINY, RANKS, SAMPLES = "configs/model/gpt3_moe_xl_tiny.yaml", 16, 8
 CASES = {

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from scmoe.config.leaves import ConfigError
-from scmoe.studies.evaluate.own_tasks import CHOICES, NEAR, OWN_TASKS, cloze, next_sentence, sentences_of
-from scmoe.studies.evaluate.scoring import Score
-from scmoe.studies.evaluate.tasks import Question, Task, read_task
+from scmoe.runs.evaluate.own_tasks import CHOICES, NEAR, OWN_TASKS, cloze, next_sentence, sentences_of
+from scmoe.runs.evaluate.scoring import Score
+from scmoe.runs.evaluate.tasks import Question, Task, read_task
 from tests.support.sentences import DATA, NO_DATA, sentences
 
 SIX = {"piqa": 1838, "winogrande": 1267, "boolq": 3270, "arc_easy": 2376, "openbook_qa": 500, "math_qa": 2983}
@@ -105,7 +105,7 @@ class Lookup:
     """A model that likes some texts: the log-likelihood of an answer is minus its length, or 0 if it is liked."""
 
     def __init__(self, liked: set[tuple[str, str]]) -> None:
-        from scmoe.studies.evaluate.lm_eval_adapter import ModelOfRun
+        from scmoe.runs.evaluate.lm_eval_adapter import ModelOfRun
 
         self.model = ModelOfRun(lambda pairs: [self.score(*pair) for pair in pairs], None)  # type: ignore[arg-type]
         self.model.ids_of = lambda context, continuation: (context, continuation)  # type: ignore[method-assign]
@@ -116,7 +116,7 @@ class Lookup:
 
 
 def test_lm_eval_counts_what_the_model_prefers():
-    adapter = pytest.importorskip("scmoe.studies.evaluate.lm_eval_adapter", reason="needs the extra `eval`")
+    adapter = pytest.importorskip("scmoe.runs.evaluate.lm_eval_adapter", reason="needs the extra `eval`")
     questions = [Question(f"{{{{q}}}} {i}", ("aaaa", "bb", "cccccc"), i % 3) for i in range(30)]
     task = Task("letters", questions, "acc", "here")
     none = adapter.ask(Lookup(set()).model, task, None)
@@ -130,7 +130,7 @@ def test_lm_eval_counts_what_the_model_prefers():
 
 
 def test_where_beginnings_differ_the_end_is_scored():
-    adapter = pytest.importorskip("scmoe.studies.evaluate.lm_eval_adapter", reason="needs the extra `eval`")
+    adapter = pytest.importorskip("scmoe.runs.evaluate.lm_eval_adapter", reason="needs the extra `eval`")
     questions = [Question("", (f"he {i}", f"she {i}"), i % 2, "runs.") for i in range(40)]
     liked = {(f"she {i}", " runs.") for i in range(40)}
     found = adapter.ask(Lookup(liked).model, Task("pronouns", questions, "acc", "here"), None)
@@ -141,7 +141,7 @@ def test_where_beginnings_differ_the_end_is_scored():
 
 
 def test_a_context_and_its_answer_are_encoded_as_one_text():
-    adapter = pytest.importorskip("scmoe.studies.evaluate.lm_eval_adapter", reason="needs the extra `eval`")
+    adapter = pytest.importorskip("scmoe.runs.evaluate.lm_eval_adapter", reason="needs the extra `eval`")
     from scmoe.datamodules.tokenizer import make_tokenizer
 
     tokenizer = make_tokenizer("bpe", 400, TEXT)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from scmoe.training import files as writing
 from scmoe.training.callbacks.expert_load import ExpertLoad, draw_load
-from scmoe.training.run import writing
 
 
 def trainer(step: int) -> Any:

@@ -9,23 +9,23 @@ import torch
 from torch import nn
 
 import docs.examples.my_architecture  # noqa: F401  else the fixture would forget what it registers
-from scmoe.analysis.parts import parts as parts_of
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.config.extensions import words
 from scmoe.config.help import catalogue
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, OPTIMIZERS, Registry
-from scmoe.experiments import call
+from scmoe.experiments.dryrun.estimated import estimate
+from scmoe.experiments.engine.command_line import call
+from scmoe.footprint.kinds import parts as parts_of
+from scmoe.init_from.settings import model_settings
 from scmoe.models.gpt import GPT
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.studies.estimate import estimate
-from scmoe.training.build.blocks import decoder_parts, moe_blocks, stack
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_model, build_model_on_meta, build_module
-from scmoe.training.hf.config import hf_config
-from scmoe.training.init_from.settings import model_settings
+from scmoe.runs.hf_config import hf_config
+from scmoe.training.assembly.blocks import decoder_parts, moe_blocks, stack
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_model, build_model_on_meta, build_module
 from tests.support.models import TINY
 
 EXTENSION = "extensions=[docs.examples.my_architecture]"

@@ -13,14 +13,14 @@ import pytest
 from matplotlib.figure import Figure
 
 from scmoe.config.load import load, to_yaml
-from scmoe.experiments import call
-from scmoe.parallel.pricing import OPERATORS, STREAM, LayerChoice
+from scmoe.experiments.bench import growth, overlap_report, speed_chart
+from scmoe.experiments.bench.overlap import Seconds, Variant
+from scmoe.experiments.bench.pairs import ROWS, USUAL_ROWS, Setting, default_schedule
+from scmoe.experiments.engine.command_line import call
+from scmoe.experiments.figures.headline import draw_headline
+from scmoe.experiments.figures.scenarios import SCENARIOS, module_share, read_reports
+from scmoe.planning.pricing import OPERATORS, STREAM, LayerChoice
 from scmoe.schedule.cost import OperatorTimes
-from scmoe.studies.figures.headline import draw_headline
-from scmoe.studies.figures.scenarios import SCENARIOS, module_share, read_reports
-from scmoe.testbed import growth, overlap_report, speed_chart
-from scmoe.testbed.overlap import Seconds, Variant
-from scmoe.testbed.pairs import ROWS, USUAL_ROWS, Setting, default_schedule
 from tests.support.pictures import assert_readable, assert_values_off_the_bars
 
 ROOT = Path(__file__).parents[2]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from scmoe.analysis.gating import GatingProbe, draw_gating, gating_means, gating_metrics, gating_sums
 from scmoe.config.load import load
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build.model import build_model
+from scmoe.probes.gating import GatingProbe, draw_gating, gating_means, gating_metrics, gating_sums
+from scmoe.training.assembly.model import build_model
 from tests.support.models import assert_close, hooks, randomise, tiny, tiny_batch, tiny_model
 
 

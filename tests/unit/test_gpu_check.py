@@ -14,12 +14,13 @@ from torch import nn
 
 from scmoe.config.fields import Config
 from scmoe.config.load import load
-from scmoe.schedule.timeline import Span
-from scmoe.testbed.gpu_check import pictures, report
-from scmoe.testbed.gpu_check.events import device_work, host_waits, operator_ms, within
-from scmoe.testbed.gpu_check.models import GPT2_MOE_SMALL, QUICKSTART
-from scmoe.testbed.gpu_check.parts import LIMIT_S, PARTS
-from scmoe.testbed.gpu_check.timing import compare
+from scmoe.experiments.bench.gpu import gpu_report as report
+from scmoe.experiments.bench.gpu import pictures
+from scmoe.experiments.bench.gpu.events import device_work, host_waits, operator_ms, within
+from scmoe.experiments.bench.gpu.gpu_models import GPT2_MOE_SMALL, QUICKSTART
+from scmoe.experiments.bench.gpu.gpu_parts import LIMIT_S, PARTS
+from scmoe.experiments.bench.gpu.timing import compare
+from scmoe.schedule.play import Span
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,7 +7,7 @@ import torch
 from torch.func import functional_call
 
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build.blocks import build_blocks
+from scmoe.training.assembly.blocks import build_blocks
 from tests.support.models import randomise, tiny
 
 BLOCKS = {

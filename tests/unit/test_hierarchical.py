@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from scmoe.moe.dispatcher import Traffic
-from scmoe.parallel.hierarchical import Blocks, column_sums, equal_hops, hops_of, row_sums, swap_blocks
+from scmoe.parallel.wire.hierarchical import Blocks, column_sums, equal_hops, hops_of, row_sums, swap_blocks
 
 
 @st.composite

@@ -16,7 +16,7 @@ from scmoe.config.load import load
 from scmoe.datamodules.image_sources import ImageSplits, digits, fashion_mnist, image_folder, open_images, read_idx
 from scmoe.datamodules.images import ImageDataModule
 from scmoe.datamodules.positioned import IGNORE
-from scmoe.training.build.data import build_datamodule
+from scmoe.training.assembly.data import build_datamodule
 
 
 def write_idx(file: Path, array: np.ndarray) -> None:

@@ -25,9 +25,9 @@ LAYER = {package: layer for layer, packages in enumerate(LAYERS) for package in 
 ONLY_IN = {
     "torch.distributed": ("scmoe/parallel/", "scmoe/testbed/"),
     "lightning": (
-        *("scmoe/training/", "datamodules/", "scmoe/parallel/lightning_seam.py"),
-        *("scmoe/parallel/strategy.py", "scmoe/parallel/job/fail_fast.py", "scmoe/parallel/known_to_lightning.py"),
-        "scmoe/parallel/refused_callbacks.py",
+        *("scmoe/training/", "datamodules/", "scmoe/lightning/seam.py"),
+        *("scmoe/lightning/strategy.py", "scmoe/lightning/fail_fast.py", "scmoe/lightning/known_to_lightning.py"),
+        "scmoe/lightning/refused_callbacks.py",
     ),
     "pytorch_lightning": (),  # its other name
     "os.environ": ("scmoe/parallel/mesh.py", "scmoe/training/run/", "scmoe/testbed/"),
@@ -93,7 +93,7 @@ def test_every_package_has_a_layer():
     ("path", "source"),
     [
         ("scmoe/moe/router.py", "from scmoe.blocks.shortcut import ShortcutBlock"),
-        ("scmoe/moe/router.py", "import scmoe.training.build.model"),
+        ("scmoe/moe/router.py", "import scmoe.training.assembly.model"),
         ("scmoe/moe/router.py", "def f():\n    from scmoe import parallel"),
         ("scmoe/moe/router.py", "if TYPE_CHECKING:\n    from scmoe.models.gpt import GPT"),
         ("scmoe/moe/router.py", "from ..blocks import shortcut"),
@@ -105,18 +105,18 @@ def test_every_package_has_a_layer():
         ("scmoe/moe/router.py", "import os\nos.getenv('A')"),
         ("scmoe/moe/router.py", "from scmoe.datamodules.text import TextDataModule"),
         ("scmoe/schedule/schedule.py", "from torch import Tensor"),
-        ("scmoe/tokens.py", "from scmoe.config.fields import Config"),
+        ("scmoe/moe/tokens.py", "from scmoe.config.fields import Config"),
         ("scmoe/parallel/mesh.py", "import lightning"),
         ("scmoe/models/decoder.py", "from scmoe.inference.generate import generate"),
-        ("scmoe/inference/generate.py", "from scmoe.training.build.model import build_model"),
-        ("scmoe/parallel/planner.py", "from scmoe.offload.store import Store"),
-        ("scmoe/training/build/model.py", "from scmoe.experiments.train import main"),
-        ("scmoe/training/run.py", "from scmoe.testbed.ranks import ranks"),
-        ("datamodules/text.py", "from scmoe.tokens import Routing"),
-        ("datamodules/text.py", "from scmoe.experiments import train"),
+        ("scmoe/inference/generate.py", "from scmoe.training.assembly.model import build_model"),
+        ("scmoe/planning/planner.py", "from scmoe.inference.offload.store import Store"),
+        ("scmoe/training/assembly/model.py", "from scmoe.experiments.train import main"),
+        ("scmoe/training/run.py", "from scmoe.experiments.engine.ranks import ranks"),
+        ("datamodules/text.py", "from scmoe.moe.tokens import Routing"),
+        ("datamodules/text.py", "from scmoe.experiments.engine.command_line import train"),
         ("experiments/train.py", "import lightning.pytorch"),
-        ("scmoe/studies/batch.py", "from scmoe.experiments.train import main"),
-        ("scmoe/testbed/layer.py", "from scmoe.studies.runs import SeenRun"),
+        ("experiments/studies/batch.py", "from scmoe.experiments.train import main"),
+        ("experiments/bench/layer.py", "from scmoe.runs.seen import SeenRun"),
     ],
 )
 def test_bad_source_is_reported(path, source):
@@ -126,9 +126,9 @@ def test_bad_source_is_reported(path, source):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("scmoe/training/build/data.py", "from scmoe.datamodules.text import TextDataModule\nimport lightning"),
-        ("scmoe/parallel/strategy.py", "from lightning.pytorch import Trainer\nimport torch.distributed"),
-        ("scmoe/schedule/timeline.py", "import matplotlib.pyplot"),
+        ("scmoe/training/assembly/data.py", "from scmoe.datamodules.text import TextDataModule\nimport lightning"),
+        ("scmoe/lightning/strategy.py", "from lightning.pytorch import Trainer\nimport torch.distributed"),
+        ("scmoe/schedule/play.py", "import matplotlib.pyplot"),
         ("scmoe/config/load.py", "from scmoe.config.rules import validate\nimport os\nos.cpu_count()"),
         ("experiments/train.py", "from scmoe.training.run.train import train\nfrom scmoe.experiments.report import a"),
     ],

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from scmoe.analysis.memory import activations, rank_memory
-from scmoe.analysis.split import Split
-from scmoe.analysis.stages import stages
-from scmoe.analysis.step_memory import narrow_copies
 from scmoe.config.fields import Config
 from scmoe.config.load import load
+from scmoe.footprint.memory import activations, rank_memory
+from scmoe.footprint.split import Split
+from scmoe.footprint.stages import stages
+from scmoe.footprint.step_memory import narrow_copies
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build.model import build_model, build_model_on_meta, build_module, updated_by_muon
+from scmoe.training.assembly.model import build_model, build_model_on_meta, build_module, updated_by_muon
 from tests.support.models import OneOfTwo, tiny
 
 DTYPES = {"32-true": torch.float32, "64-true": torch.float64, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32}

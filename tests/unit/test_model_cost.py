@@ -7,13 +7,20 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from scmoe.analysis.cost import forward_flops, moe_uses, rank_parameters, routed_copies, training_flops, transfer_bytes
-from scmoe.analysis.traffic import rows_of_block
 from scmoe.config.load import load
+from scmoe.experiments.dryrun.traffic import rows_of_block
+from scmoe.footprint.model_cost import (
+    forward_flops,
+    moe_uses,
+    rank_parameters,
+    routed_copies,
+    training_flops,
+    transfer_bytes,
+)
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build.model import build_model, build_model_on_meta
-from scmoe.training.run.report import count_parameters, total_and_active
+from scmoe.training.assembly.model import build_model, build_model_on_meta
+from scmoe.training.run.printout import count_parameters, total_and_active
 from tests.support.models import OneOfTwo, tiny, tiny_batch, tiny_model
 
 MODELS = {

@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from scmoe.config.load import load
-from scmoe.training.build.data import build_datamodule
-from scmoe.training.build.model import build_module
+from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.model import build_module
 from tests.support.models import tiny
 
 

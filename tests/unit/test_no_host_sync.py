@@ -14,16 +14,16 @@ import torch
 import torch.distributed as dist
 
 from scmoe.blocks.shortcut import ShortcutBlock
+from scmoe.experiments.bench.emulated import free
 from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import ChunkCounts, Dispatcher, LocalDispatcher, Ready, Traffic
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.all_to_all import buffer_for
-from scmoe.parallel.buffered import BufferedDispatcher
-from scmoe.parallel.dispatcher import AllToAllDispatcher, ReadByHost
+from scmoe.parallel.wire.all_to_all import buffer_for
+from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher, ReadByHost
+from scmoe.parallel.wire.buffered import BufferedDispatcher
 from scmoe.schedule.schedule import Schedule
-from scmoe.testbed.emulated import free
 from tests.support.models import DIM, EXPERTS, FFN, tiny_sublayers
 
 

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from scmoe.offload import migration
-from scmoe.offload.cache import Cache, FileReader
-from scmoe.offload.migration import WAYS, offload_experts
-from scmoe.offload.store import Store, expert_layers, write_store
-from scmoe.training.build.offloaded import load_offloaded, store_experts
+from scmoe.inference.offload import migration
+from scmoe.inference.offload.cache import Cache, FileReader
+from scmoe.inference.offload.migration import WAYS, offload_experts
+from scmoe.inference.offload.store import Store, expert_layers, write_store
+from scmoe.runs.offloaded import load_offloaded, store_experts
 from tests.support.architectures import EVERY_BLOCK, TABLES
 from tests.support.exports import export
 from tests.support.models import tiny, tiny_batch
@@ -180,7 +180,7 @@ def test_a_model_is_built_without_its_experts_in_memory(tmp_path, monkeypatch):
     whole = export(config, tmp_path / "model.safetensors").float().eval()
     source, path = tmp_path / "model.safetensors", tmp_path / "store.safetensors"
     alive, most, names = [0], [0], set()
-    from scmoe.training.build import offloaded as build
+    from scmoe.runs import offloaded as build
 
     reader = build.reader
 

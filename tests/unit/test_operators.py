@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from scmoe.blocks.shortcut import ShortcutBlock
+from scmoe.experiments.bench.emulated import EmulatedExperts, EmulatedOperator
 from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import Blocking, LocalDispatcher
 from scmoe.moe.operators import Recorder
 from scmoe.moe.router import Router
-from scmoe.parallel.pricing import OPERATORS, measured
+from scmoe.planning.pricing import OPERATORS, measured
 from scmoe.schedule.schedule import Schedule
-from scmoe.testbed.emulated import EmulatedExperts, EmulatedOperator
 from tests.support.models import DIM, EXPERTS, gradients, randomise, tiny_stream
 from tests.support.recording import Log, recorded_shortcut_block
 

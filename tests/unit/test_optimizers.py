@@ -9,8 +9,8 @@ from torch import nn
 from scmoe.moe.experts import Experts
 from scmoe.parallel.checkpoint.state import optimizer_state
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build.model import build_module
-from scmoe.training.optimizers import MuonAndAdamW, Trained, adamw
+from scmoe.training.assembly.model import build_module
+from scmoe.training.muon import MuonAndAdamW, Trained, adamw
 from tests.support.models import tiny, tiny_batch
 
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from scmoe.parallel import all_to_all
-from scmoe.parallel.all_to_all import Carried, Link
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.pacing import IN_FLIGHT, Pacer, is_paced
 from scmoe.parallel.update.scatters import SUMS_OF_A_UNIT, PacedScatter
+from scmoe.parallel.wire import all_to_all
+from scmoe.parallel.wire.all_to_all import Carried, Link
 
 SOON_S = 0.05  # in which a piece would begin that does not wait; the thread needs less than 1 ms
 

@@ -14,11 +14,11 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from scmoe import charts
 from scmoe.config.leaves import ConfigError
-from scmoe.studies.figures.pages import DRAW, PAGES, RESULTS, pictures, tables
-from scmoe.studies.table.rows import load_table
-from scmoe.testbed.speed_chart import PAPERS, name_of
+from scmoe.experiments.bench.speed_chart import PAPERS, name_of
+from scmoe.experiments.figures.pages import DRAW, PAGES, RESULTS, pictures, tables
+from scmoe.experiments.studies.table.rows import load_table
+from scmoe.probes import charts
 from tests import terminal
 from tests.support.pictures import assert_readable, assert_values_off_the_bars
 

@@ -8,9 +8,9 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from scmoe.parallel import planner as planning
-from scmoe.parallel.planner import Overlap, Planner
-from scmoe.parallel.pricing import LayerChoice
+from scmoe.planning import planner as planning
+from scmoe.planning.planner import Overlap, Planner
+from scmoe.planning.pricing import LayerChoice
 from scmoe.schedule.cost import OperatorTimes
 from scmoe.schedule.schedule import Schedule
 from scmoe.training.callbacks.adaptive_schedule import plan_lines, what_ran

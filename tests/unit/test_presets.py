@@ -9,8 +9,8 @@ import torch
 
 from scmoe.config.load import load
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build.model import build_model, build_model_on_meta
-from scmoe.training.run.report import count_parameters, total_and_active
+from scmoe.training.assembly.model import build_model, build_model_on_meta
+from scmoe.training.run.printout import count_parameters, total_and_active
 from tests.support.architectures import TABLES, overrides
 from tests.support.models import randomise
 

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
+from scmoe.init_from.pretrained import READERS, read_export
+from scmoe.init_from.settings import settings
+from scmoe.init_from.upcycle import fill
 from scmoe.parallel.checkpoint.export import FORMAT_VERSION
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build.model import build_model, build_model_to_train
-from scmoe.training.init_from.pretrained import READERS, read_export
-from scmoe.training.init_from.settings import settings
-from scmoe.training.init_from.upcycle import fill
+from scmoe.training.assembly.model import build_model, build_model_to_train
 from tests.support.exports import FAMILIES, dense, export
 from tests.support.models import tiny, tiny_model
 

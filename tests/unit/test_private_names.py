@@ -32,8 +32,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.nn.parallel import DistributedDataParallel
 
-from scmoe.parallel.lightning_seam import without_inference_mode
-from scmoe.parallel.strategy import ExpertParallelStrategy
+from scmoe.lightning.seam import without_inference_mode
+from scmoe.lightning.strategy import ExpertParallelStrategy
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,11 +58,11 @@ OTHERS = {
     "_fingerprint",  # Hugging Face data sets have it
 }
 DRY_RUN = {  # what fake tensors, their modes and their groups are called; test_dry_run.py uses each
-    "scmoe/testbed/dry_run/counting.py": {
+    "experiments/dryrun/counting.py": {
         *("_guards", "_python_dispatch", "_cdata", "_scaled_dot_product_flash_attention_for_cpu"),
         "_scaled_dot_product_flash_attention_for_cpu_backward",
     },
-    "scmoe/testbed/dry_run/step.py": {"_subclasses", "_internal"},
+    "experiments/dryrun/counted_step.py": {"_subclasses", "_internal"},
 }
 OTHERS |= set().union(*DRY_RUN.values())
 UNDOCUMENTED = {  # undocumented names without an underscore
@@ -70,9 +70,9 @@ UNDOCUMENTED = {  # undocumented names without an underscore
     *("epoch_loop", "val_loop", "batch_progress", "TrainerStatus", "procs", "rank_zero_only", "pl_load"),
 }
 PYTHONS = {"_fields", "_getframe", "_replace"}
-SEAM = "scmoe/parallel/lightning_seam.py"
+SEAM = "scmoe/lightning/seam.py"
 ELSEWHERE = {(path, name) for path, names in DRY_RUN.items() for name in names}
-ELSEWHERE |= {("datamodules/sources.py", "_fingerprint"), ("scmoe/parallel/known_to_lightning.py", "pl_load")}
+ELSEWHERE |= {("datamodules/sources.py", "_fingerprint"), ("scmoe/lightning/known_to_lightning.py", "pl_load")}
 
 
 @pytest.mark.parametrize("name", SIGNATURES)

@@ -7,7 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from scmoe.config.load import load
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build.model import build_model
+from scmoe.training.assembly.model import build_model
 
 TINY = "model.dim=32 model.heads=2 model.layers=4 moe.num_experts=4 moe.top_k=2 moe.noisy=true model.dropout=0.1"
 SIZES = "data.name=synthetic data.vocab_size=64 data.seq_len=16"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.utilities import rank_zero_only
 
 from scmoe.config.load import load
-from scmoe.studies.evaluate.results import keep_results, read_results
+from scmoe.runs.evaluate.kept_results import keep_results, read_results
 from scmoe.training.run import lifetime
 from scmoe.training.run.csv_logger import csv_logger
 from scmoe.training.run.directory import SLUG_CHARS, create_run_dir, slug_of

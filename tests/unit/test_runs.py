@@ -12,9 +12,10 @@ import pytest
 
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load, to_yaml
-from scmoe.experiments import call
-from scmoe.studies import compare, runs
-from scmoe.training.run.state import read_state, refuse_running, start_of, write_state
+from scmoe.experiments.engine.command_line import call
+from scmoe.experiments.studies import compare
+from scmoe.runs import seen as runs
+from scmoe.training.run.run_state import read_state, refuse_running, start_of, write_state
 
 ROOT = Path(__file__).parents[2]
 METRICS = """step,train/loss,val/loss,time/tokens_per_s

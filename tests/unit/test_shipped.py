@@ -9,8 +9,8 @@ import pytest
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.config.shipped import SHIPPED, find, shipped_and_own
-from scmoe.studies.sweep.sweep_file import read
-from scmoe.studies.table.rows import load_table
+from scmoe.experiments.studies.sweep.sweep_file import read
+from scmoe.experiments.studies.table.rows import load_table
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from scmoe.analysis.cost import forward_flops
-from scmoe.analysis.peak import BF16_TFLOPS, peak_tflops
+from scmoe.footprint.model_cost import forward_flops
+from scmoe.footprint.peak import BF16_TFLOPS, peak_tflops
 from scmoe.training.callbacks import step_times, throughput
 from scmoe.training.callbacks.step_times import StepTimes
 from scmoe.training.callbacks.throughput import Throughput

@@ -13,7 +13,7 @@ from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream, dropless
-from scmoe.tokens import MoEOutput
+from scmoe.moe.tokens import MoEOutput
 from tests.support.models import DIM, EXPERTS, FFN, assert_close, gradients, tiny, tiny_batch, tiny_model, tiny_stream
 
 MASK_BS = torch.tensor([[True] * 8 + [False] * 4, [True] * 3 + [False] * 9])

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scmoe.config.leaves import ConfigError
-from scmoe.studies.sweep.axis import DISTRIBUTIONS, read_axis
-from scmoe.studies.sweep.sweep_file import read
+from scmoe.experiments.studies.sweep.axis import DISTRIBUTIONS, read_axis
+from scmoe.experiments.studies.sweep.sweep_file import read
 from tests.support.sweeps import GOOD
 
 ROOT = Path(__file__).parents[2]

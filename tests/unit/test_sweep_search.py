@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from scmoe.config.load import load
-from scmoe.studies.sweep.report import draw, markdown, ranked, write_report
-from scmoe.studies.sweep.search import Trial, bands, best, hopeless, propose, total
-from scmoe.studies.sweep.sweep_file import Sweep, read
+from scmoe.experiments.studies.sweep.search import Trial, bands, best, hopeless, propose, total
+from scmoe.experiments.studies.sweep.sweep_file import Sweep, read
+from scmoe.experiments.studies.sweep.sweep_report import draw, markdown, ranked, write_report
 from tests.support.sweeps import GOOD
 
 LR = {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-1}

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from scmoe.config.program import scmoe
-from scmoe.experiments import call
+from scmoe.experiments.engine.command_line import call
 from tests.support.commands import Done
 
 ROOT = Path(__file__).parents[2]

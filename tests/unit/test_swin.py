@@ -13,8 +13,8 @@ from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build.model import build_model, build_model_on_meta
-from scmoe.training.run.report import count_parameters, total_and_active
+from scmoe.training.assembly.model import build_model, build_model_on_meta
+from scmoe.training.run.printout import count_parameters, total_and_active
 from tests.reference_swin import SwinSpec, swin
 from tests.support.architectures import SWIN_WITH_ORACLE, overrides
 from tests.support.models import assert_close, gradients, randomise

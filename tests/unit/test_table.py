@@ -13,13 +13,13 @@ import pytest
 
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load, to_yaml
-from scmoe.studies.batch import Batch
-from scmoe.studies.job import Job, State, lock_of
-from scmoe.studies.progress import clock
-from scmoe.studies.table.evaluations import Evaluations
-from scmoe.studies.table.rows import Row, Scale, load_table
-from scmoe.studies.table.runs import Run, plan_runs, read_states, same_config
-from scmoe.studies.table.trainings import make_runs
+from scmoe.experiments.studies.batch import Batch
+from scmoe.experiments.studies.job import Job, State, lock_of
+from scmoe.experiments.studies.progress import clock
+from scmoe.experiments.studies.table.evaluations import Evaluations
+from scmoe.experiments.studies.table.rows import Row, Scale, load_table
+from scmoe.experiments.studies.table.table_runs import Run, plan_runs, read_states, same_config
+from scmoe.experiments.studies.table.trainings import make_runs
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs/experiment"

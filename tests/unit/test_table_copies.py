@@ -10,15 +10,15 @@ import pytest
 
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
+from scmoe.experiments.studies.digest import digest_of
+from scmoe.experiments.studies.job import State
+from scmoe.experiments.studies.table.copies import adopt, save
+from scmoe.experiments.studies.table.evaluations import Evaluations
+from scmoe.experiments.studies.table.kept import data_of, look_up
+from scmoe.experiments.studies.table.make import Commands, Request, make_table, plan_table
+from scmoe.experiments.studies.table.rows import load_table
+from scmoe.experiments.studies.table.table_runs import Run, plan_runs, read_states
 from scmoe.experiments.table import Options
-from scmoe.studies.digest import digest_of
-from scmoe.studies.job import State
-from scmoe.studies.table.copies import adopt, save
-from scmoe.studies.table.evaluations import Evaluations
-from scmoe.studies.table.kept import data_of, look_up
-from scmoe.studies.table.make import Commands, Request, make_table, plan_table
-from scmoe.studies.table.rows import load_table
-from scmoe.studies.table.runs import Run, plan_runs, read_states
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs/experiment"

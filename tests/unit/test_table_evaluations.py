@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from scmoe.config.load import to_yaml
-from scmoe.studies.job import State, lock_of
-from scmoe.studies.table import evaluations
-from scmoe.studies.table.copies import adopt
-from scmoe.studies.table.evaluations import Evaluations
-from scmoe.studies.table.rows import load_table
-from scmoe.studies.table.runs import Run, plan_runs
-from scmoe.studies.table.trainings import make_runs
+from scmoe.experiments.studies.job import State, lock_of
+from scmoe.experiments.studies.table import evaluations
+from scmoe.experiments.studies.table.copies import adopt
+from scmoe.experiments.studies.table.evaluations import Evaluations
+from scmoe.experiments.studies.table.rows import load_table
+from scmoe.experiments.studies.table.table_runs import Run, plan_runs
+from scmoe.experiments.studies.table.trainings import make_runs
 
 CONFIGS = Path(__file__).parents[2] / "configs/experiment"
 TEXT = "../shared/data/wikitext-2/test.txt"  # as Table 7 has it

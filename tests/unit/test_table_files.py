@@ -14,13 +14,13 @@ import torch
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.experiments import call
+from scmoe.experiments.bench.pairs import ROWS
+from scmoe.experiments.engine.command_line import call
+from scmoe.experiments.studies.table.launch import check_memory, write_launch_files
+from scmoe.experiments.studies.table.rows import load_table
+from scmoe.experiments.studies.table.table_runs import plan_runs
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.studies.table.launch import check_memory, write_launch_files
-from scmoe.studies.table.rows import load_table
-from scmoe.studies.table.runs import plan_runs
-from scmoe.testbed.pairs import ROWS
-from scmoe.training.build.model import build_model, build_model_on_meta
+from scmoe.training.assembly.model import build_model, build_model_on_meta
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs/experiment"

@@ -8,13 +8,13 @@ from random import Random
 
 import pytest
 
-from scmoe.studies.job import State
-from scmoe.studies.table.equal_time import loss_at, step_reached
-from scmoe.studies.table.report import markdown, write_report
-from scmoe.studies.table.results import results
-from scmoe.studies.table.rows import load_table
-from scmoe.studies.table.runs import plan_runs
-from scmoe.testbed.pairs import USUAL_ROWS
+from scmoe.experiments.bench.pairs import USUAL_ROWS
+from scmoe.experiments.studies.job import State
+from scmoe.experiments.studies.table.equal_time import loss_at, step_reached
+from scmoe.experiments.studies.table.results import results
+from scmoe.experiments.studies.table.rows import load_table
+from scmoe.experiments.studies.table.table_report import markdown, write_report
+from scmoe.experiments.studies.table.table_runs import plan_runs
 
 CONFIGS = Path(__file__).parents[2] / "configs/experiment"
 COMMAND = "make table TABLE=table3 SCALE=smoke"

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from scmoe.config.leaves import ConfigError
-from scmoe.studies.table.evaluations import Evaluations
-from scmoe.studies.table.make import Request, plan_table
-from scmoe.studies.table.rows import load_table
-from scmoe.studies.table.runs import plan_runs
+from scmoe.experiments.studies.table.evaluations import Evaluations
+from scmoe.experiments.studies.table.make import Request, plan_table
+from scmoe.experiments.studies.table.rows import load_table
+from scmoe.experiments.studies.table.table_runs import plan_runs
 
 CONFIGS = Path(__file__).parents[2] / "configs/experiment"
 

@@ -6,9 +6,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from scmoe.studies.job import lock_of
-from scmoe.studies.table import speeds
-from scmoe.studies.table.rows import load_table
+from scmoe.experiments.studies.job import lock_of
+from scmoe.experiments.studies.table import speeds
+from scmoe.experiments.studies.table.rows import load_table
 
 CONFIGS = Path(__file__).parents[2] / "configs/experiment"
 # A fake `bench overlap`: it writes its words as the report of the share.

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from scmoe.init_from.pretrained import read_export
+from scmoe.init_from.upcycle import fill
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.build.model import build_model
-from scmoe.training.init_from.pretrained import read_export
-from scmoe.training.init_from.upcycle import fill
+from scmoe.training.assembly.model import build_model
 from tests.support.exports import FAMILIES, dense, export
 from tests.support.models import assert_close, tiny, tiny_batch
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from scmoe.lightning.seam import original_after_closure, replace_after_closure
 from scmoe.parallel.dense_shards import copies, local
-from scmoe.parallel.lightning_seam import original_after_closure, replace_after_closure
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 from scmoe.parallel.update.guard import Guard
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from scmoe.lightning.seam import is_compiled
 from scmoe.parallel.dense_shards import local
-from scmoe.parallel.lightning_seam import is_compiled
 from scmoe.parallel.mesh import ParallelContext
 
 

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from scmoe.parallel.all_to_all import Link
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.wire.all_to_all import Link
 
 REDUCTIONS = ("ddp", "paced")
 PIECE_MB, IN_FLIGHT = 1.0, 2  # with one in flight the link is idle until every rank has begun the next

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scmoe.parallel.lightning_seam import call_after_backward
+from scmoe.lightning.seam import call_after_backward
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.pacing import BUCKET_MB, Pacer
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.futures import Future
 
+from scmoe.lightning.seam import has_gradient_hooks, scatter_by
 from scmoe.parallel.dense_shards import reshard
-from scmoe.parallel.lightning_seam import has_gradient_hooks, scatter_by
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.pacing import Pacer
 

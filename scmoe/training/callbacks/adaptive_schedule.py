@@ -10,11 +10,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from scmoe.blocks.moe_block import moe_blocks_of
-from scmoe.parallel.plan_file import plan_from_json, plan_to_json
-from scmoe.parallel.planner import Overlap, Planner
-from scmoe.parallel.pricing import LayerChoice
+from scmoe.planning.plan_file import plan_from_json, plan_to_json
+from scmoe.planning.planner import Overlap, Planner
+from scmoe.planning.pricing import LayerChoice
 from scmoe.training.callbacks.log_lines import logs_now
-from scmoe.training.run.writing import write_json
+from scmoe.training.files import write_json
 
 
 class AdaptiveSchedule(Callback):

@@ -15,9 +15,9 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from scmoe.analysis.gating import GatingProbe
-from scmoe.analysis.similarity import SimilarityProbe
-from scmoe.training.run.writing import try_to_draw, try_to_write
+from scmoe.probes.gating import GatingProbe
+from scmoe.probes.similarity import SimilarityProbe
+from scmoe.training.files import try_to_draw, try_to_write
 
 Probe = GatingProbe | SimilarityProbe
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from scmoe.blocks.double_gate import DoubleGateBlock
 from scmoe.blocks.moe_block import moe_blocks_of
-from scmoe.charts import SMALL, chart, title
 from scmoe.config.extras import install_command
 from scmoe.moe.balance import load_metrics
+from scmoe.probes.charts import SMALL, chart, title
 from scmoe.training.callbacks.collapse import CollapseAlarm
 from scmoe.training.callbacks.log_lines import logs_now
-from scmoe.training.run.writing import try_to_append, try_to_draw, try_to_write
+from scmoe.training.files import try_to_append, try_to_draw, try_to_write
 
 CELLS = 16  # of a heat map with numbers in its cells, in a row; with more experts they would not be readable
 

@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from scmoe.config.fields import Config
 from scmoe.config.load import to_yaml
-from scmoe.training.run.redact import redacted
+from scmoe.training.redact import redacted
 
 
 class KeptConfig(Callback):

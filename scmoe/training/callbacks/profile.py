@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.profiler import ProfilerActivity, profile
 
-from scmoe.training.run.writing import try_to_write
+from scmoe.training.files import try_to_write
 
 
 class ProfileSteps(Callback):

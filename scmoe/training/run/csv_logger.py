@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger
 
-from scmoe.training.run.writing import warn_once
+from scmoe.training.files import warn_once
 
 
 def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:

@@ -11,14 +11,14 @@ from scmoe.config.fields import Config
 from scmoe.config.load import to_yaml
 from scmoe.config.program import scmoe
 from scmoe.parallel.checkpoint.durable import checkpoints, read_manifest
-from scmoe.training.build.model import build_model_on_meta
+from scmoe.training.assembly.model import build_model_on_meta
+from scmoe.training.redact import redacted
 from scmoe.training.run.directory import create_run_dir, relative, write_config
 from scmoe.training.run.loggers import build_loggers, close_loggers, describe
 from scmoe.training.run.machine import is_rank_zero
-from scmoe.training.run.redact import redacted
-from scmoe.training.run.report import config_tree, console, count_parameters, model_table
+from scmoe.training.run.printout import config_tree, console, count_parameters, model_table
 from scmoe.training.run.resume import record_of
-from scmoe.training.run.state import write_state
+from scmoe.training.run.run_state import write_state
 
 
 @contextmanager

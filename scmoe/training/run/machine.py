@@ -17,17 +17,17 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
-from scmoe.analysis.cost import forward_flops, training_flops
-from scmoe.analysis.memory import rank_memory
 from scmoe.config.extras import install_command, require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, Rule, flatten, show
 from scmoe.config.registry import IMAGES
 from scmoe.config.rules import resolve_ep_size
-from scmoe.parallel.container import memory_in_use, memory_limit
-from scmoe.parallel.lightning_seam import rank_without_trainer
-from scmoe.training.build.model import build_model_on_meta, updated_by_muon
-from scmoe.training.build.trainer import cpu_threads
+from scmoe.footprint.container import memory_in_use, memory_limit
+from scmoe.footprint.memory import rank_memory
+from scmoe.footprint.model_cost import forward_flops, training_flops
+from scmoe.lightning.seam import rank_without_trainer
+from scmoe.training.assembly.model import build_model_on_meta, updated_by_muon
+from scmoe.training.assembly.trainer import cpu_threads
 from scmoe.training.run.wandb_logger import wandb_mode
 
 LAUNCHERS: dict[str, type[ClusterEnvironment]] = {"torchrun": TorchElasticEnvironment, "SLURM": SLURMEnvironment}

@@ -23,7 +23,7 @@ from scmoe.config.load import load_text, parse_yaml, read_text
 from scmoe.config.rules import last_step
 from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, checkpoints, newest_good, read_manifest, verify
 from scmoe.parallel.checkpoint.loading import read_meta
-from scmoe.training.build.data import kept_tokenizer
+from scmoe.training.assembly.data import kept_tokenizer
 from scmoe.training.run.directory import relative
 
 REFUSED_SINCE = ("strategy.wire_dtype=null",)  # where it has no effect, earlier versions accepted it

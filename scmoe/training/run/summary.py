@@ -16,13 +16,13 @@ from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.inference.generate import generate
 from scmoe.inference.stopping import Stopping
+from scmoe.lightning.seam import count_steps_from
 from scmoe.models.decoder import Decoder
-from scmoe.parallel.lightning_seam import count_steps_from
-from scmoe.training.callbacks.memory import Memory
+from scmoe.training.callbacks.peak_memory import Memory
 from scmoe.training.callbacks.skipped_images import SkippedImages
 from scmoe.training.callbacks.throughput import Throughput
 from scmoe.training.moe_module import MoEModule
-from scmoe.training.run import report
+from scmoe.training.run import printout as report
 from scmoe.training.run.directory import relative
 from scmoe.training.run.wandb_logger import sync_command
 

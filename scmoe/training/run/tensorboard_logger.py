@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from scmoe.training.run.writing import warn_once
+from scmoe.training.files import warn_once
 
 
 def tensorboard_logger(run_dir: Path, resumed_step: int | None) -> TensorBoardLogger:

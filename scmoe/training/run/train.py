@@ -10,18 +10,18 @@ from typing import Any
 from scmoe.config.fields import Config
 from scmoe.config.trial import shortened
 from scmoe.datamodules.text import TextDataModule
-from scmoe.training.build.data import build_datamodule, check_tokenizer, prepare_data
-from scmoe.training.build.model import build_module
-from scmoe.training.build.trainer import build_callbacks, build_trainer, seed_everything
+from scmoe.training.assembly.data import build_datamodule, check_tokenizer, prepare_data
+from scmoe.training.assembly.model import build_module
+from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
+from scmoe.training.files import write_json
 from scmoe.training.run.directory import relative
 from scmoe.training.run.host_memory import keep_freed_memory
 from scmoe.training.run.lifetime import open_run
 from scmoe.training.run.loggers import log_best_checkpoint, log_results
 from scmoe.training.run.machine import check_machine, is_rank_zero
 from scmoe.training.run.resume import Resumed, set_aside_later, summary_if_done
-from scmoe.training.run.state import refuse_running
+from scmoe.training.run.run_state import refuse_running
 from scmoe.training.run.summary import print_summary, sample_text, say_done, summarise
-from scmoe.training.run.writing import write_json
 
 
 def train(config: Config, overrides: Sequence[str] = (), resumed: Resumed | None = None) -> dict[str, Any] | None:

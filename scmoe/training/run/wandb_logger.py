@@ -21,8 +21,8 @@ from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.parallel.checkpoint.durable import MANIFEST
-from scmoe.training.run.redact import redacted
-from scmoe.training.run.writing import warn_once, write_json
+from scmoe.training.files import warn_once, write_json
+from scmoe.training.redact import redacted
 
 HAS_WANDB = find_spec("wandb") is not None
 WANDB_TROUBLE: tuple[type[Exception], ...] = (OSError,)

@@ -41,10 +41,10 @@ MUTANTS = (
     Mutant("a-rank-reads-the-first-experts", 0, "scmoe/parallel/checkpoint/export.py")
     .replaces("get_slice(name)[ids.start : ids.stop]", "get_slice(name)[: len(ids)]")
     .caught_by(PARTS),
-    Mutant("generation-fails-alone", 61, "scmoe/training/run/on_ranks.py")
+    Mutant("generation-fails-alone", 61, "scmoe/runs/on_ranks.py")
     .replaces("        trainer.strategy.on_exception(error)\n", "        assert error\n")
     .caught_by(f"{FAULTS}/test_generation.py::test_61_a_rank_that_dies_while_texts_are_generated_ends_all"),
-    Mutant("a-long-prompt-starts-ranks", 63, "scmoe/studies/generation.py")
+    Mutant("a-long-prompt-starts-ranks", 63, "scmoe/runs/continuation.py")
     .replaces("        encoded(request, data.tokenizer, config)  # so", "        # so")
     .caught_by(f"{FAULTS}/test_generation.py::test_63_a_request_that_cannot_be_met_starts_no_rank"),
     Mutant("a-text-takes-the-last-piece's-logits", 0, f"{INFERENCE}/passes.py")

@@ -8,10 +8,10 @@ FAKE_CUDA = f"{UNIT}/test_fake_cuda.py::test_a_training_step_stays_on_its_device
 
 MUTANTS = (
     # ------------------------------------------------------------------ training
-    Mutant("module-does-not-pickle", 0, "scmoe/training/build/model.py")
+    Mutant("module-does-not-pickle", 0, "scmoe/training/assembly/model.py")
     .replaces("partial(build_model_to_train, config),", "lambda context: build_model_to_train(config, context),")
     .caught_by(f"{UNIT}/test_build.py::test_a_module_can_be_sent_to_a_spawned_process"),
-    Mutant("norm-weights-decay", 0, "scmoe/training/optimizers.py")
+    Mutant("norm-weights-decay", 0, "scmoe/training/muon.py")
     .replaces('"weight_decay": 0.0}', '"weight_decay": weight_decay}')
     .caught_by(f"{UNIT}/test_module.py::test_matrices_decay_and_nothing_else"),
     # ------------------------------------------------------------------ a device
@@ -38,16 +38,16 @@ MUTANTS = (
     .replaces("dgate_RF, dup_RF = out_RF2.chunk(2, dim=-1)", "dup_RF, dgate_RF = out_RF2.chunk(2, dim=-1)")
     .caught_by(f"{UNIT}/test_activation.py::test_formula_and_derivative[swiglu]"),
     # ------------------------------------------------------------------ checkpoints from elsewhere
-    Mutant("shared-expert-not-doubled", 0, "scmoe/training/init_from/upcycle.py")
+    Mutant("shared-expert-not-doubled", 0, "scmoe/init_from/upcycle.py")
     .replaces("return 2 * weight if", "return weight if")
     .caught_by(f"{UNIT}/test_upcycling.py::test_upcycled_equals_dense[pos2]"),
-    Mutant("weights-written-before-checks", 0, "scmoe/training/init_from/upcycle.py")
+    Mutant("weights-written-before-checks", 0, "scmoe/init_from/upcycle.py")
     .replaces(
         "    if problems:\n        raise",
         "    for name, weight in found.items():\n        own[name].copy_(weight)\n    if problems:\n        raise",
     )
     .caught_by(f"{UNIT}/test_pretrained.py::test_nothing_is_written_where_a_tensor_is_missing"),
-    Mutant("export-settings-not-compared", 0, "scmoe/training/build/model.py")
+    Mutant("export-settings-not-compared", 0, "scmoe/training/assembly/model.py")
     .replaces("        check_settings(settings(config), checkpoint.settings)\n", "")
     .caught_by(f"{UNIT}/test_pretrained.py::test_an_export_into_another_model_is_refused_by_key"),
     Mutant("llama-prefix-kept", 0, f"{DATA}/tokenizer.py")

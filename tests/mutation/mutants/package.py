@@ -32,7 +32,7 @@ MUTANTS = (
     Mutant("scmoe-is-thought-to-be-on-path", 0, "scmoe/config/program.py")
     .replaces("if not beside.exists() or", "if beside.exists() or")
     .caught_by(f"{COMMANDS}::test_the_next_command_is_named_as_it_works_here"),
-    Mutant("interrupted-job-begins-again", 0, "scmoe/studies/job.py")
+    Mutant("interrupted-job-begins-again", 0, "experiments/studies/job.py")
     .replaces('re.sub(r"\\btrain(\\.py)?$", r"resume\\1", program)', "program")
     .caught_by(f"{UNIT}/test_table.py"),
     Mutant("drop-in-experts-not-averaged", 0, f"{PARALLEL}/drop_in.py")

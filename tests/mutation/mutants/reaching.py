@@ -29,10 +29,10 @@ MUTANTS = (
         '(row["paper"][found["metric"]], row["ours"]) for row in found["rows"]',
     )
     .caught_by(f"{UNIT}/test_table_report.py::test_the_order_of_a_table_with_two_models_is_that_of_differences"),
-    Mutant("resumed-job-without-its-extensions", 0, "scmoe/studies/job.py")
+    Mutant("resumed-job-without-its-extensions", 0, "experiments/studies/job.py")
     .replaces("str(run_dir), *self.again]", "str(run_dir)]")
     .caught_by(f"{UNIT}/test_table_runs.py::test_a_run_with_extensions_is_resumed_and_evaluated_with_them"),
-    Mutant("nan-is-a-value", 0, "scmoe/studies/sweep/search.py")
+    Mutant("nan-is-a-value", 0, "experiments/studies/sweep/search.py")
     .replaces("self.history and math.isfinite(self.history[-1]) else None", "self.history else None")
     .caught_by(f"{UNIT}/test_sweep_search.py::test_a_trial_that_ends_with_nan_teaches_bayes_nothing"),
     Mutant("samples-outside-the-precision", 0, "scmoe/training/run/summary.py")
@@ -43,7 +43,7 @@ MUTANTS = (
     Mutant("muon-on-parts-of-matrices", 0, "scmoe/config/rules.py")
     .replaces('config.optim.name == "muon" and config.strategy.dense != "replicated"', "False")
     .caught_by("tests/faults/test_sharded.py::test_74_a_layout_that_cannot_be_is_refused_by_key"),
-    Mutant("a-ceiling-for-each-chunk", 31, "scmoe/parallel/dispatcher.py")
+    Mutant("a-ceiling-for-each-chunk", 31, "scmoe/parallel/wire/all_to_all_dispatcher.py")
     .replaces(
         "check_ceiling(rows.sum((0, 1)).tolist(), self.ceiling)",
         "[check_ceiling(r, self.ceiling) for r in rows.sum(0).tolist()]",
@@ -58,7 +58,7 @@ MUTANTS = (
     Mutant("every-machine-has-a-rank-0", 0, "scmoe/training/run/machine.py")
     .replaces("rank_without_trainer() == 0 and node == 0", "rank_without_trainer() == 0")
     .caught_by("tests/faults/test_machine.py::test_49_only_the_first_machines_first_process_is_rank_0"),
-    Mutant("gradients-of-earlier-batches-forgotten", 0, "scmoe/analysis/step_memory.py")
+    Mutant("gradients-of-earlier-batches-forgotten", 0, "scmoe/footprint/step_memory.py")
     .replaces("earlier = (all_experts + alone * sum(sizes)) * accumulates", "earlier = 0.0")
     .caught_by(f"{UNIT}/test_memory.py::test_a_batch_after_the_first_begins_with_gradients[replicated]"),
     Mutant("comment-cuts-a-value", 0, "scmoe/config/load.py")

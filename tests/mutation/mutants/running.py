@@ -114,7 +114,7 @@ MUTANTS = (
     Mutant("new-column-without-header", 32, "scmoe/training/run/csv_logger.py")
     .replaces("            writer.metrics_keys = keys\n", "            assert isinstance(keys, list)\n")
     .caught_by(f"{FAULTS}/test_logging.py::test_32_a_full_disk_ends_no_run_that_logs"),
-    Mutant("unwritable-picture-ends-run", 32, "scmoe/training/run/writing.py")
+    Mutant("unwritable-picture-ends-run", 32, "scmoe/training/files.py")
     .replaces('        warn_once(f"{path} is not written: {error.strerror or error}")\n', "        raise\n")
     .caught_by(f"{FAULTS}/test_logging.py::test_32_a_run_on_a_full_disk_loses_its_figures_and_ends_normally"),
     Mutant("environment-variables-stored", 33, "scmoe/training/run/directory.py")

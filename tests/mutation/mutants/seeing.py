@@ -20,7 +20,7 @@ MUTANTS = (
     Mutant("validation-counts-as-data-time", 0, f"{CALLBACKS}/step_times.py")
     .replaces("def on_validation_start(self, *_: Any) -> None:", "def unused(self, *_: Any) -> None:")
     .caught_by(f"{UNIT}/test_step_times.py"),
-    Mutant("mfu-counts-empty-slots", 0, "scmoe/analysis/cost.py")
+    Mutant("mfu-counts-empty-slots", 0, "scmoe/footprint/model_cost.py")
     .replaces("if empty_slots else copies)", "if True else copies)")
     .caught_by(f"{UNIT}/test_step_times.py"),
     Mutant("freed-storages-count", 0, f"{DRY_RUN}/counting.py")
@@ -29,10 +29,10 @@ MUTANTS = (
     Mutant("all-reduce-sends-once", 0, f"{DRY_RUN}/counting.py")
     .replaces('(1 + (name == "allreduce_")) * max(sizes)', "max(sizes)")
     .caught_by(f"{UNIT}/test_dry_run.py"),
-    Mutant("last-block-is-gathered-twice", 0, "scmoe/analysis/split.py")
+    Mutant("last-block-is-gathered-twice", 0, "scmoe/footprint/split.py")
     .replaces("units(self.model)[:-1]", "units(self.model)")
     .caught_by(f"{UNIT}/test_dry_run.py"),
-    Mutant("loss-has-no-gradients", 0, "scmoe/analysis/stages.py")
+    Mutant("loss-has-no-gradients", 0, "scmoe/footprint/stages.py")
     .replaces("2 * logits", "0 * logits")
     .caught_by(f"{UNIT}/test_dry_run.py"),
     Mutant("load-table-keeps-rows-that-come-again", 0, f"{CALLBACKS}/expert_load.py")
@@ -50,16 +50,16 @@ MUTANTS = (
     Mutant("exported-gate-always-renormalises", 0, f"{HF}/config.py")
     .replaces('"norm_topk_prob": moe.renormalise and moe.top_k > 1', '"norm_topk_prob": True')
     .caught_by(f"{PEERS}::test_logits_and_weights"),
-    Mutant("exported-queries-cut-in-thirds", 0, "scmoe/training/init_from/families.py")
+    Mutant("exported-queries-cut-in-thirds", 0, "scmoe/init_from/families.py")
     .replaces('sizes = [settings["model.dim"], keys, keys]', "assert keys")
     .caught_by(f"{PEERS}::test_logits_and_weights"),
     Mutant("loaded-model-drops-tokens", 0, f"{HF}/config.py")
     .replaces("replace(config.moe, capacity_factor=None, ", "replace(config.moe, ")
     .caught_by(f"{DIST}/test_export.py::test_a_run_of_two_ranks_is_loaded_from_any_form"),
-    Mutant("values-on-bars", 0, "scmoe/charts.py")
+    Mutant("values-on-bars", 0, "scmoe/probes/charts.py")
     .replaces("axis.text(1.02 * end, y, bar.text", "axis.text(0.5 * bar.value, y, bar.text")
     .caught_by(f"{UNIT}/test_pictures.py::test_the_pictures_of_the_docs_are_readable"),
-    Mutant("digest-without-values", 0, "scmoe/charts.py")
+    Mutant("digest-without-values", 0, "scmoe/probes/charts.py")
     .replaces("return paths, numbers(part.get_offsets()), numbers(part.get_edgecolor())", "return len(paths)")
     .caught_by(f"{UNIT}/test_pictures.py::test_a_picture_is_stale_if_a_value_a_name_or_a_colour_has_changed"),
 )

@@ -41,20 +41,20 @@ MUTANTS = (
     Mutant("split-experts-saved-as-whole", 71, f"{PARALLEL}/checkpoint/state.py")
     .replaces("over_edp = Shard(1) if isinstance(experts, DTensor) else Replicate()", "over_edp = Replicate()")
     .caught_by(f"{FAULTS}/test_sharded.py::test_71_a_checkpoint_of_any_layout_is_read_in_any_other[layouts0]"),
-    Mutant("whole-before-it-is-split", 0, "scmoe/training/build/model.py")
+    Mutant("whole-before-it-is-split", 0, "scmoe/training/assembly/model.py")
     .replaces(
         '        with torch.device("meta"):\n            model = build_network',
         "        with torch.device(device):\n            model = build_network",
     )
     .caught_by(BUILT),
-    Mutant("files-read-whole", 0, "scmoe/training/init_from/upcycle.py")
+    Mutant("files-read-whole", 0, "scmoe/init_from/upcycle.py")
     .replaces(
         "    for name, source in found.items():\n",
         "    whole = [checkpoint.read(source, None) for source in found.values()]\n"
         "    for name, source in found.items():\n",
     )
     .caught_by(BUILT),
-    Mutant("experts-read-by-local-number", 0, "scmoe/training/init_from/upcycle.py")
+    Mutant("experts-read-by-local-number", 0, "scmoe/init_from/upcycle.py")
     .replaces("zip(module.expert_ids, own[name], strict=True)", "enumerate(own[name])")
     .caught_by(BUILT),
     Mutant("buffers-stay-on-meta", 0, "scmoe/models/swin.py")

@@ -1,0 +1,10 @@
+"""Imports what most parts need, once, in the server from which their processes are forked."""
+
+from contextlib import suppress
+from importlib import import_module
+
+from scmoe.experiments.engine.ranks import PRELOADED
+
+for name in PRELOADED:
+    with suppress(Exception):  # a part that needs it raises the same error, where it is reported
+        import_module(name)

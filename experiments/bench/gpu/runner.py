@@ -1,0 +1,116 @@
+"""Runs parts one after another, each in a process of its own that is killed when its clock runs out.
+
+A part that raises, crashes, hangs or lacks a package is reported, and the next one starts. A part writes a file after
+every piece, so what it has measured before it ended stays. The processes are forked from a server that has imported the
+library, which takes seconds, once.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from scmoe.experiments.bench.gpu.gpu_parts import HERE, Part, Place
+
+TAIL_LINES = 30  # of an output or a traceback
+GRACE_S = 10.0  # for a killed process to end; one that waits in the driver may not
+
+
+def run_parts(parts: Mapping[str, Part], place: Place) -> dict[str, dict[str, Any]]:
+    """Returns for each part its state, seconds and pieces; `why`, where the state is not ok.
+
+    state: ok | failed (a piece raised, or the process ended) | stopped (its clock ran out) | missing (a package).
+    """
+    found = {}
+    # the server must not start CUDA, or no process forked from it could; torch then asks the driver's monitor instead
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (name, part) in enumerate(parts.items(), 1):
+            start = time.monotonic()
+            print(
+                f"part {number} of {len(parts)}: {part.what}, {part.clock_s:g} s at most", file=sys.stderr, flush=True
+            )
+            found[name] = {**run_part(part, place, Path(folder, name)), "clock_s": part.clock_s, "what": part.what}
+            found[name]["seconds"] = round(time.monotonic() - start, 1)
+            reason = f": {found[name]['why'].splitlines()[-1]}" if "why" in found[name] else ""
+            print(f"  {found[name]['state']} after {found[name]['seconds']:g} s{reason}", file=sys.stderr, flush=True)
+    return found
+
+
+def run_part(part: Part, place: Place, work: Path) -> dict[str, Any]:
+    """Runs one part in a process. work: where its results and its output are kept, under two suffixes."""
+    if lacking := [name for name in part.packages if find_spec(name) is None]:
+        return {"state": "missing", "why": f"not installed: {', '.join(lacking)}", "pieces": {}}
+    results, output = work.with_suffix(".json"), work.with_suffix(".txt")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f"{HERE}.preload"])
+    process: Any = context.Process(target=_become_part, args=(part, place, results, output))
+    if isinstance(started := attempt(process.start), dict):
+        return {"state": "failed", "why": started["error"], "pieces": {}}
+    process.join(part.clock_s)
+    code = process.exitcode
+    try:  # what the part has started ends with it
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has ended, or does not lead a group yet
+        process.kill()
+    process.join(GRACE_S)
+    pieces = json.loads(results.read_text()) if results.exists() else {}
+    if code is None:
+        why = f"stopped by its clock after {len(pieces)} pieces; the end of its output:\n{tail(output)}"
+        return {"state": "stopped", "why": why, "pieces": pieces}
+    if code != 0:
+        why = f"the process ended with {code} after {len(pieces)} pieces; the end of its output:\n{tail(output)}"
+        return {"state": "failed", "why": why, "pieces": pieces}
+    if errors := list(errors_in(pieces)):
+        return {"state": "failed", "why": errors[0], "pieces": pieces}
+    return {"state": "ok", "pieces": pieces}
+
+
+def attempt(measure: Callable[[], Any]) -> Any:
+    """Returns what `measure` returns, or {"error": the end of its traceback}."""
+    try:
+        return measure()
+    except Exception:  # of any kind: it is reported with the part, and the other parts go on
+        return {"error": "\n".join(traceback.format_exc().splitlines()[-TAIL_LINES:])}
+
+
+def errors_in(value: Any) -> Iterator[str]:
+    """Yields the errors of `attempt` at any depth."""
+    if isinstance(value, dict):
+        if "error" in value:
+            yield value["error"]
+        for inner in value.values():
+            yield from errors_in(inner)
+
+
+def tail(path: Path) -> str:
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return "\n".join(lines[-TAIL_LINES:]) or "(nothing)"
+
+
+def _become_part(part: Part, place: Place, results: Path, output: Path) -> None:
+    os.setsid()
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    multiprocessing.set_start_method(None, force=True)  # data workers start in the usual way
+    if place.device == "cpu":
+        import torch
+
+        torch.set_num_threads(1)
+    pieces = import_module(part.module).pieces(place, *part.arguments)
+    done: dict[str, Any] = {}
+    for name, measure in pieces.items():
+        print(name, flush=True)
+        done[name] = attempt(measure)
+        partial = results.with_suffix(".partial")
+        partial.write_text(json.dumps(done))
+        partial.replace(results)

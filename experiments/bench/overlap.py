@@ -1,0 +1,295 @@
+"""The measurement of `bench overlap` on one rank: a pair of blocks under every schedule, on links whose rate gives a
+share of communication.
+
+    share of communication   s = 1 - T_free / T_sequential, forward, of a standard top-2 pair; hiding all communication
+                             speeds the pair up by 1 / (1 - s) at most
+    rounds                   all variants in turn, then again; ratios are taken within a round
+"""
+
+import itertools
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from statistics import median
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from scmoe.experiments.bench import emulated
+from scmoe.experiments.bench.pairs import ROWS, Setting, Step, default_schedule, make_block
+from scmoe.experiments.engine import links
+from scmoe.experiments.engine.profiles import peak_bytes
+from scmoe.moe.dispatcher import Blocking, Dispatcher
+from scmoe.moe.operators import Recorder
+from scmoe.parallel.mesh import build_context, expert_parameters
+from scmoe.parallel.wire.all_to_all import Carried, Exchange, Link, all_to_all
+from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
+from scmoe.planning.planner import Planner
+from scmoe.planning.pricing import LayerChoice
+from scmoe.schedule.cost import slots
+from scmoe.schedule.schedule import Schedule
+
+SEARCH_ROUNDS = 15  # at each rate; with fewer, the error at a share of 0.15 is as large as the transfers are long
+TRIALS = 2  # of each schedule
+WITHIN = 8  # rate of a rank's link within its node, over that of the node's card
+NEAR, FINALISTS = 1.03, 3  # up to FINALISTS schedules of a row go into the rounds: those NEAR the best in the trials
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A block with a schedule. way: overlapped, sequential (each transfer is waited for at once), free, or alone (free,
+    and gradients stay on their ranks)."""
+
+    block: str
+    schedule: Schedule
+    way: str = "overlapped"
+
+
+class Seconds(NamedTuple):
+    """The times of a variant: this rank's in one round, or arrays over rounds, of the slowest rank in each.
+
+    cpu: processor time of the process. update: part of `train`."""
+
+    forward: Any
+    train: Any
+    train_forward: Any
+    cpu_forward: Any
+    cpu_train: Any
+    update: Any = 0.0
+
+    @property
+    def backward(self) -> Any:
+        return self.train - self.train_forward
+
+
+class Bench:
+    """Holds all blocks of one rank, and measures variants of them."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.device = setting, torch.device(setting.device)
+        self.group = dist.new_group()
+        torch.manual_seed(0)
+        names = dict.fromkeys(["top2", *(ROWS[row][0] for row in setting.rows)])
+        pairs = range(setting.pairs)
+        dtype = getattr(torch, setting.dtype)
+        self.stacks = {n: [make_block(n, setting, self.group).to(self.device, dtype) for _ in pairs] for n in names}
+        link = Link()
+        exchange = Carried(exchange_of(setting) or all_to_all(self.group), link)
+        self.paid = AllToAllDispatcher(self.group, setting.num_experts, exchange=exchange)
+        if setting.bus:
+            self.set_rate(1.0)
+        self.free = AllToAllDispatcher(self.group, setting.num_experts, exchange=emulated.free)
+        self.steps = {n: Step(stack, setting, link) for n, stack in self.stacks.items()}
+        shape = setting.tokens // setting.seq_len, setting.seq_len, setting.dim
+        self.x = torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True)
+        self.iterations = 0  # timed so far: an inference and a training step each
+
+    def set_rate(self, rate: float) -> None:
+        """Sets the rate at which this rank sends, in Mbit/s or as a multiple of its bus's, or its node's card sends."""
+        if self.setting.bus:
+            exchange = emulated.over_the_bus(self.device, rate)
+            self.paid = AllToAllDispatcher(self.group, self.setting.num_experts, exchange=exchange)
+        else:
+            set_rates(rate, self.setting.nodes)
+
+    def set(self, variant: Variant, recorder: Recorder | None = None) -> Step:
+        """Makes the blocks run as the variant says. recorder: notes operators, and transfers that overlap."""
+        paid = self.paid if recorder is None else self.paid.recorded_by(recorder)
+        # a transfer that is waited for at once is an operator like any other
+        ways: dict[str, Dispatcher] = {"overlapped": paid, "sequential": Blocking(self.paid), "free": self.free}
+        ways["alone"] = self.free
+        for block in self.stacks[variant.block]:
+            block.run_as(variant.schedule, ways[variant.way], recorder)
+        return self.steps[variant.block]
+
+    def now(self) -> tuple[float, float]:
+        """Wall-clock and processor time in seconds, after the device has finished."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter(), time.process_time()
+
+    @torch.no_grad()
+    def infer(self, variant: Variant) -> tuple[float, float]:
+        """Wall-clock and processor seconds of a forward pass without gradients."""
+        step = self.set(variant)
+        dist.barrier()
+        (t0, c0), _, (t1, c1) = self.now(), step.model(self.x), self.now()
+        return t1 - t0, c1 - c0
+
+    def seconds(self, variant: Variant) -> Seconds:
+        (forward, cpu_forward), step = self.infer(variant), self.steps[variant.block]
+        dist.barrier()
+        with step.without_reduction() if variant.way == "alone" else nullcontext():
+            (t0, c0), y, (t1, _) = self.now(), step.model(self.x), self.now()
+            step.backward(y)
+        t2, _ = self.now()
+        step.update()
+        t3, c3 = self.now()
+        step.model.zero_grad()
+        self.x.grad = None
+        self.iterations += 1
+        return Seconds(forward, t3 - t0, t1 - t0, cpu_forward, c3 - c0, t3 - t2)
+
+    def rounds(self, variants: Sequence[Variant], rounds: int, what: str = "") -> dict[Variant, Seconds]:
+        """Runs all variants in turn, `rounds` times."""
+        times = []
+        for i in range(rounds):
+            show(f"{what}round {i + 1} of {rounds}, {len(variants)} variants")
+            times.append([self.seconds(v) for v in variants])
+        return {v: Seconds(*own) for v, own in zip(variants, slowest(times).transpose(1, 2, 0), strict=True)}
+
+    def choose(self, block: str, chunk_counts: Sequence[int]) -> LayerChoice:
+        """The planner's choice, made from training steps as in a run."""
+        step = self.set(Variant(block, default_schedule(block)))
+        planner = Planner(self.stacks[block], None, self.device, chunk_counts)
+        while not planner.has_chosen:
+            planner.begin_step()
+            step.train(self.x)
+            planner.end_step()
+        return planner.choices[0]
+
+    def gradients(self, block: str) -> list[tuple[float, int]]:
+        """Return (ready, bytes) of each gradient that is summed over ranks (all but the experts'). ready: when it is
+        computed, as a share of the time of backward without transfers."""
+        step = self.set(Variant(block, default_schedule(block), "alone"))
+        shards = {p for _, p in expert_parameters(step.model)}
+        ready: dict[nn.Parameter, float] = {}
+
+        def note(p: nn.Parameter) -> None:
+            ready[p] = self.now()[0]
+
+        hooks = [p.register_post_accumulate_grad_hook(note) for p in step.model.parameters() if p not in shards]
+        with step.without_reduction():
+            y, start = step.model(self.x), self.now()[0]
+            step.backward(y)
+        whole = self.now()[0] - start
+        for hook in hooks:
+            hook.remove()
+        step.model.zero_grad()
+        return [((at - start) / whole, p.nbytes) for p, at in ready.items()]
+
+    def peak_mb(self, variant: Variant) -> float:
+        """Most memory that a training step holds over what it finds."""
+        step = self.set(variant)
+        return peak_bytes(self.device, lambda: step.train(self.x)) / 2**20
+
+
+def exchange_of(setting: Setting) -> Exchange | None:
+    """How rows travel between the setting's nodes. Every rank must call it."""
+    if setting.exchange == "flat":
+        return None
+    place = dist.get_world_size(), torch.device("cpu"), timedelta(seconds=300)
+    return build_context(*place, setting.exchange, dist.get_world_size() // setting.nodes, show).exchange
+
+
+def set_rates(mbit: float, nodes: int) -> None:
+    """Sets the rate at which this rank sends; with several nodes that of its node's card, and its own to WITHIN times
+    as much. Every rank must call it."""
+    if nodes > 1:
+        node, place = divmod(dist.get_rank(), dist.get_world_size() // nodes)
+        if place == 0:
+            links.set_card_rate(node, mbit)
+    links.set_rate(mbit if nodes == 1 else WITHIN * mbit)
+    dist.barrier()
+
+
+def slowest(values: list[Any]) -> Any:
+    """The maximum of each number over all ranks, as an array. values: nested lists or tuples, of equal lengths."""
+    worst = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return worst.numpy()
+
+
+def show(line: str) -> None:
+    """Prints a line of progress, on one rank."""
+    if dist.get_rank() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Any]:
+    """Runs on every rank; the caller uses rank 0's result.
+
+    Measures, round by round, the best schedules of each row, the planner's choice, and each block sequential and free.
+    Planning and trials warm all of them up. The best of a row is the best by its rounds, because a trial is too short
+    to separate schedules with similar times."""
+    dist.init_process_group("gloo")
+    bench = Bench(setting)
+    rate = find_rate(bench) if setting.shaped or setting.bus else None
+    choices, chosen, candidates = {}, {}, {}
+    for row in setting.rows:
+        show(f"planning {row}")
+        block, counts = ROWS[row]
+        choices[row] = bench.choose(block, counts)
+        chosen[row] = Variant(block, choices[row].schedule)
+        candidates[row] = [Variant(block, s) for c in counts for s in slots(replace(default_schedule(block), chunks=c))]
+    tried = bench.rounds(list(itertools.chain(*candidates.values())), TRIALS, "trying every schedule: ")
+    finalists = {row: [*nearest(variants, tried), chosen[row]] for row, variants in candidates.items()}
+    ways = ("sequential", "free", "alone") if setting.level == "iteration" else ("sequential", "free")
+    references = [Variant(b, default_schedule(b), way) for b in bench.stacks for way in ways]
+    measured = dict.fromkeys(itertools.chain(references, *finalists.values()))
+    times = bench.rounds(list(measured), setting.rounds)
+    best = {row: min(variants, key=lambda v: median(times[v].train)) for row, variants in finalists.items()}
+    peaks = {row: bench.peak_mb(v) for row, v in best.items()}
+    gradients = {block: bench.gradients(block) for block in bench.stacks}
+    found = dict(rate=rate, choices=choices, best=best, chosen=chosen, times=times, peaks=peaks, gradients=gradients)
+    return {**found, "iterations": bench.iterations}
+
+
+def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> list[Variant]:
+    """The variants whose training steps were NEAR the best in the trials, FINALISTS at most."""
+    seconds = {v: min(tried[v].train) for v in variants}  # a disturbance only makes a trial longer
+    ranked = sorted(variants, key=lambda v: seconds[v])
+    return [v for v in ranked[:FINALISTS] if seconds[v] <= NEAR * seconds[ranked[0]]]
+
+
+class Timed(Protocol):
+    """What find_rate requires of a bench."""
+
+    setting: Setting
+
+    def set_rate(self, rate: float) -> None: ...
+
+    def infer(self, variant: Variant) -> tuple[float, float]:
+        """Wall-clock seconds of a forward pass without gradients, and another number."""
+
+
+def through_link(ranks: int, nodes: int) -> float:
+    """The rows that leave by a link (the rank's own, or its node's card), as a multiple of the rows of one rank."""
+    return 1 - 1 / ranks if nodes == 1 else ranks / nodes * (1 - 1 / nodes)
+
+
+def find_rate(bench: Timed) -> float:
+    """Sets the rate (Bench.set_rate) and returns it: the given one, or the one at which communication is the wanted
+    share of a sequential top-2 pair."""
+    s, wanted = bench.setting, bench.setting.share
+    if s.link_mbit is not None:
+        bench.set_rate(s.link_mbit)
+        return s.link_mbit
+    pair = [Variant("top2", default_schedule("top2"), way) for way in ("sequential", "free")]
+
+    def forward(variants: Sequence[Variant]) -> Any:
+        """[variants, rounds] seconds. A first round, to warm up, is left out."""
+        return slowest([[bench.infer(v)[0] for v in variants] for _ in range(1 + SEARCH_ROUNDS)])[1:].T
+
+    t_free = median(forward(pair[1:])[0])
+    ranks = dist.get_world_size()
+    sent_bits = 2 * 2 * s.pairs * s.tokens * s.dim * 32 * through_link(ranks, s.nodes)
+    rate = 1.0 if s.bus else sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
+    for _ in range(8):
+        bench.set_rate(rate)
+        sequential, free = forward(pair)
+        share = median(1 - free / sequential)
+        where = f"bus at {rate:.3g} of its rate" if s.bus else f"links at {rate:.0f} Mbit/s"
+        show(f"{where}: communication share {share:.3f}, wanted {wanted:g}")
+        if abs(share - wanted) < 0.01:
+            break
+        factor = share / (1 - share) / (wanted / (1 - wanted))
+        rate *= min(2.0, max(0.5, factor))  # a disturbed measurement must not stop the link
+    else:
+        bench.set_rate(rate)
+    return rate

@@ -1,0 +1,145 @@
+"""One pair's operators, measured and planned, as charts in the manner of Fig. 7, and Chrome traces of training steps.
+
+The five timelines of the figure (ROWS) run on shaped links as in `bench overlap`.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from scmoe.config.extras import require
+from scmoe.config.leaves import ConfigError
+from scmoe.experiments.bench.overlap import Bench, Variant, find_rate
+from scmoe.experiments.bench.pairs import Setting
+from scmoe.experiments.engine.profiles import recorded
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.moe.operators import Direction, Recorder
+from scmoe.planning.plan_file import plan_from_json
+from scmoe.planning.pricing import DIRECTIONS, LayerChoice, from_tap
+from scmoe.schedule.cost import per_chunk
+from scmoe.schedule.play import Span, draw, elapsed, play
+
+STEPS = 5
+ROWS = {  # title: (block, way, numbers of chunks to choose from)
+    "Top-2, sequential": ("top2", "sequential", (1,)),
+    "Top-2, pipelined": ("top2", "overlapped", (2,)),
+    "Shared expert, pipelined": ("shared_expert", "overlapped", (2,)),
+    "ScMoE {}, overlapped": ("{}", "overlapped", (1,)),
+    "ScMoE {}, overlapped and pipelined": ("{}", "overlapped", (2,)),
+}
+
+
+def bench_timeline(share: float, compute: str, position: str, ranks: int, out: Path) -> dict[str, Any]:
+    """Write a Gantt chart of forward and one of backward into `out`, and a Chrome trace of a training step of each
+    timeline, operators named scmoe/<name> (open it in ui.perfetto.dev).
+
+    share: communication share of sequential top-2, forward. The caller has entered a network namespace (links.py).
+    """
+    require("bench timeline", "matplotlib")
+    setting = Setting(share, compute=compute)
+    out.mkdir(parents=True, exist_ok=True)
+    rate, timelines = run_ranks(watch, ranks, setting, position, out, timeout_s=900, own_links=True)[0]
+    for direction in DIRECTIONS:
+        machine = f"{compute} compute, {ranks} ranks, links of {rate:.0f} Mbit/s"
+        path = out / f"{direction}.png"
+        draw(timelines[direction], path, f"One pair from the tap to its end, {direction}: {machine}", "ms")
+        print(f"drawn: {path}")
+    traces = [str(path) for path in sorted(out.glob("*.json"))]
+    print(f"traces: {', '.join(traces)}")
+    return {"link_mbit": rate, "traces": traces}
+
+
+def check(ranks: int) -> None:
+    """Raise ConfigError for a number of ranks that cannot share the experts."""
+    if ranks < 2 or Setting.num_experts % ranks:
+        raise ConfigError(f"--ranks is {ranks}, allowed: divisors of the {Setting.num_experts} experts from 2 on")
+
+
+def draw_plan(run_dir: Path) -> dict[str, Any]:
+    """Draw the plan of a run, forward and backward, into its folder `analysis`. ConfigError: it has no plan."""
+    path = run_dir / "plan.json"
+    try:
+        choices = plan_from_json(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--run is {str(run_dir)!r}, allowed: a run with schedule=auto that has chosen: {error}"
+        ) from error
+    pictures = [run_dir / "analysis" / f"plan-{direction}.png" for direction in DIRECTIONS]
+    pictures[0].parent.mkdir(exist_ok=True)
+    for direction, picture in zip(DIRECTIONS, pictures, strict=True):
+        rows = {}
+        for layer, choice in enumerate(choices, 1):
+            schedule = choice.schedule
+            title = f"MoE layer {layer}: {schedule.name}, slot {schedule.slot}, {schedule.chunks} chunk(s)"
+            rows[f"MoE layer {layer}, sequential"] = planned_spans(choice, direction, sequential=True)
+            rows[title] = planned_spans(choice, direction, sequential=False)
+        draw(
+            rows,
+            picture,
+            f"The plan of {run_dir.resolve().name}, from the tap to the end of a block, {direction}",
+            "ms",
+        )
+        print(f"drawn: {picture}")
+    return {"pictures": [str(picture) for picture in pictures]}
+
+
+def watch(rank: int, world_size: int, setting: Setting, position: str, out: Path) -> tuple[float, dict[str, Any]]:
+    """Runs on every rank. Returns the rate (Bench.set_rate), and by direction {title: spans in ms}."""
+    dist.init_process_group("gloo")
+    bench = Bench(setting)
+    rate = find_rate(bench)  # of the links, or of the bus
+    timelines: dict[str, dict[str, list[Span]]] = {direction: {} for direction in DIRECTIONS}
+    for title, (block, way, chunks) in ROWS.items():
+        title, block = title.format(position.capitalize().replace("s", "s-")), block.format(position)
+        choice = bench.choose(block, chunks)
+        variant = Variant(block, choice.schedule, way)
+        for direction in DIRECTIONS:
+            timelines[direction][f"{title}: planned"] = planned_spans(choice, direction, way == "sequential")
+            timelines[direction][f"{title}: measured"] = measured_spans(bench, variant, direction)
+        trace(bench, variant, out / f"{block}-{way}-{choice.schedule.chunks}-chunks.json")
+    return rate, timelines
+
+
+def planned_spans(choice: LayerChoice, direction: Direction, sequential: bool) -> list[Span]:
+    """The spans that the cost model predicts, in ms."""
+    schedule = choice.schedule
+    known = per_chunk(schedule, getattr(choice.times[schedule.chunks], direction))
+    operators = schedule.operators() if direction == "forward" else schedule.backward_operators()
+    return play(operators, {op: 1e3 * t for op, t in known.items()}, sequential)
+
+
+def measured_spans(bench: Bench, variant: Variant, direction: Direction) -> list[Span]:
+    """The spans of the median of STEPS training steps after a first one, in ms."""
+    steps = []
+    for _ in range(1 + STEPS):
+        recorder = Recorder(bench.device)
+        step = bench.set(variant, recorder)
+        dist.barrier()
+        step.train(bench.x)
+        _, spans = from_tap(recorder.spans(direction), direction)
+        start = min(span.start for span in spans)
+        steps.append([Span(s.operator, 1e3 * (s.start - start), 1e3 * (s.end - start)) for s in spans])
+    return in_turn(sorted(steps[1:], key=elapsed)[STEPS // 2])
+
+
+def in_turn(spans: list[Span]) -> list[Span]:
+    """Shortens transfers, which are noted from their launch on, to the time on the link: it carries one at a time."""
+    shown, free = [], 0.0
+    for span in sorted(spans, key=lambda span: span.end):
+        if span.is_transfer:
+            span = replace(span, start=max(span.start, free))
+            free = span.end
+        shown.append(span)
+    return shown
+
+
+def trace(bench: Bench, variant: Variant, path: Path) -> None:
+    """Profiles one training step; rank 0 writes a Chrome trace to `path`."""
+    step = bench.set(variant)
+    dist.barrier()
+    found = recorded(bench.device, lambda: step.train(bench.x))
+    if dist.get_rank() == 0:
+        found.export_chrome_trace(str(path))

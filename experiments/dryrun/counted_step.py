@@ -1,0 +1,216 @@
+"""A training step of rank 0 of a job of any size, in one process: tensors have shapes and dtypes, but no numbers.
+
+Tensors are fake (torch's FakeTensorMode), and so is the process group: a collective takes its tensors and returns. The
+step is the library's own: forward, backward with DDP and the experts' reducer or with FSDP2, the global gradient norm,
+AdamW, whose moments exist from the start. `counting.py` counts.
+
+Tensors are on the CPU, where torch needs no GPU; experts and RMSNorm run as on a GPU unless trainer.accelerator is cpu.
+Left out: time, streams, the allocator's gaps, Lightning's loop, the guard's sums, what autocast does on a GPU alone.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import Function
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from scmoe.blocks.recompute import recompute_activations
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError, show
+from scmoe.config.registry import IMAGES
+from scmoe.config.rules import resolve_ep_size
+from scmoe.experiments.dryrun.counting import Counting
+from scmoe.lightning.seam import hide_from_ddp
+from scmoe.moe import experts
+from scmoe.parallel.dense_shards import local, materialise, shard, with_dense_mesh
+from scmoe.parallel.mesh import ParallelContext, build_context, expert_parameters
+from scmoe.parallel.update.clipping import clip_grad_norm
+from scmoe.parallel.update.reducer import ExpertGradientReducer
+from scmoe.training.assembly.model import build_module, build_network
+
+CPU, TIMEOUT = torch.device("cpu"), timedelta(seconds=60)
+DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Bytes of rank 0, FLOPs of its batch, bytes of each collective in a step.
+
+    weights, gradients, optimizer: totals. peak: bytes at the moment of peak memory, by the phase that allocated them:
+    `gradients` are DDP's buckets; the experts' gradients are allocated in `backward`."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    peak: dict[str, int]
+    flops: int
+    collectives: dict[str, int]
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for settings that a dry run cannot show: shapes that depend on data, more than one batch."""
+    trainer, moe, why = config.trainer, config.moe, "the number of rows must not depend on the data"
+    dense, buffers, narrow = moe.architecture == "dense", moe.rows == "buffers", trainer.precision.startswith("bf16")
+    dropless = moe.capacity_factor is None and not buffers
+    filled = moe.rows == "filled" or (moe.rows == "auto" and trainer.accelerator == "cpu")
+    rules = [
+        (trainer.compile, "trainer.compile", "false"),
+        (trainer.accumulate > 1, "trainer.accumulate", "1, as one batch is run"),
+        (config.strategy.dense == "auto", "strategy.dense", "replicated | sharded | hybrid"),
+        (not dense and dropless, "moe.capacity_factor", f"a number, or moe.rows=buffers with a ceiling: {why}"),
+        (not dense and not dropless and filled, "moe.rows", f"slots: {why}"),
+        (buffers and not narrow, "trainer.precision", "bf16-mixed | bf16-true for moe.rows=buffers, as torch has it"),
+    ]
+    for refused, key, allowed in rules:
+        if refused:
+            section, _, name = key.partition(".")
+            raise ConfigError(f"dry run: {key} is {show(getattr(getattr(config, section), name))}, allowed: {allowed}")
+
+
+def dry_run(config: Config) -> DryRun:
+    """Run one step of rank 0. The config says how many ranks there are. Raises ConfigError."""
+    check(config)
+    trainer = config.trainer
+    world_size = trainer.devices * trainer.num_nodes
+    with fake_ranks(world_size, resolve_ep_size(config)) as context, ExitStack() as inside:
+        if (dense := config.strategy.dense) != "replicated":
+            context = with_dense_mesh(context, dense, trainer.devices, CPU, TIMEOUT)
+        with torch.device("meta"):
+            model = build_network(config, context).to(DTYPES.get(trainer.precision, torch.float32))
+        module: Any = build_module(config)
+        module.model, module.parallel_context = model, context
+        inside.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # those on meta
+        if trainer.accelerator != "cpu":
+            inside.enter_context(patch.object(experts, "choose_mlps", choose_mlps_on_gpu))
+            inside.enter_context(patch.object(nn.functional, "rms_norm", rms_norm_on_gpu))
+        return step(config, module)
+
+
+def step(config: Config, module: Any) -> DryRun:
+    """module: its model is on the meta device. FakeTensorMode must be on."""
+    model, context = module.model, module.parallel_context
+    precision, split = config.trainer.precision, context.dense_mesh is not None
+    if split:
+        shard(model, context, precision)
+    materialise(model, CPU)
+    for owner in model.modules():
+        for name, buffer in [*owner.named_buffers(recurse=False)]:
+            setattr(owner, name, torch.empty_like(buffer, device=CPU))
+    if config.trainer.recompute:
+        recompute_activations(model)
+    optimizer = module.configure_optimizers()["optimizer"]
+    module.log, module.optimizers = lambda *_, **__: None, lambda: optimizer  # they ask the Trainer
+    parameters, shards = list(model.parameters()), {p for _, p in expert_parameters(model)}
+    for p in parameters:  # so that the moments are there before the step
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    batch = make_batch(config, context)
+
+    counting = Counting()
+    counting.add([*parameters, *model.buffers()])
+    counting.phase = "optimizer"
+    counting.add(value for state in optimizer.state.values() for value in state.values())
+    counting.phase = "batch"
+    counting.add(batch.values())
+    with counting, counting.resizing():
+        if not split:
+            counting.phase = "gradients"
+            module.model = with_ddp(model, context, shards)
+        counting.phase = "forward"
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            loss = module.training_step(batch, 0)["loss"]
+        counting.phase = "backward"
+        (loss / context.world_size if split else loss).backward()
+        del loss
+        counting.phase = "update"
+        clip_grad_norm(parameters, shards, config.trainer.gradient_clip, context)
+        optimizer.step()
+    moments = [local(value) for state in optimizer.state.values() for value in state.values()]
+    return DryRun(
+        weights=sum(local(p).nbytes for p in parameters),
+        gradients=sum(local(p.grad).nbytes for p in parameters),
+        optimizer=sum(moment.nbytes for moment in moments),
+        peak=dict(counting.peak),
+        flops=counting.flops,
+        collectives=dict(counting.collectives),
+    )
+
+
+@contextmanager
+def fake_ranks(world_size: int, ep_size: int) -> Iterator[ParallelContext]:
+    """Give the place of rank 0 among ranks that do not exist. All groups are there, and send nothing."""
+    new_group = dist.new_group
+
+    def new_fake_group(*args: Any, **given: Any) -> Any:
+        return new_group(*args, **given | {"backend": "fake"})
+
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        with patch.object(dist, "new_group", new_fake_group):  # gloo's would look for the others
+            context = build_context(ep_size, CPU, TIMEOUT)
+        yield context if world_size > 1 else ParallelContext()
+    finally:
+        dist.destroy_process_group()
+
+
+def with_ddp(model: Any, context: ParallelContext, shards: set[nn.Parameter]) -> Any:
+    """As ExpertParallelStrategy does: dense gradients in DDP's buckets, the experts' in a reducer of their own."""
+    ExpertGradientReducer([p for p in model.parameters() if p in shards], context)
+    if context.world_size == 1:
+        return model
+    hide_from_ddp(model, [name for name, _ in expert_parameters(model)])
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False)
+    ddp.register_comm_hook(None, reduce)
+    return ddp
+
+
+def reduce(_: Any, bucket: dist.GradBucket) -> Future[Tensor]:
+    """What DDP does by itself, but its own future has no result in a fake group."""
+    dist.all_reduce(bucket.buffer())
+    done: Future[Tensor] = Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+def choose_mlps_on_gpu(_: Tensor, counts_e: Tensor | None) -> experts.MLPs:
+    return experts.batched_mlps if counts_e is None else experts.grouped_mlps
+
+
+def rms_norm_on_gpu(x: Tensor, shape: Any, weight: Tensor, eps: float | None) -> Tensor:
+    """A GPU's kernel needs equal dtypes."""
+    return OneKernel.apply(x, weight) if x.dtype == weight.dtype else torch.rms_norm(x, shape, weight, eps)
+
+
+class OneKernel(Function):
+    """Keeps and returns what a GPU's RMSNorm does, without numbers; the host computes it in steps, which keep more."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1]))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, _):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def make_batch(config: Config, context: ParallelContext) -> dict[str, Tensor]:
+    data = config.data
+    samples = data.global_batch_size // context.world_size
+    if data.name in IMAGES:
+        images = torch.zeros(samples, 3, data.image_size, data.image_size)
+        return {"images": images, "labels": torch.zeros(samples, data.num_classes)}
+    ids = torch.zeros(samples, data.seq_len, dtype=torch.int64)
+    return {"input_ids": ids, "labels": ids}

@@ -1,0 +1,100 @@
+"""The `scmoe` command. Each verb is a script of this folder whose `main` is a typed function (or an App of several).
+
+Its signature and its docstring are its command line, which cyclopts reads (docs/decisions/0032-command-line.md).
+Scripts import torch, Lightning and the like inside the function, so `--help` and a wrong request are answered at once.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated, Any, TypeVar
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+
+from scmoe import __version__
+from scmoe.config.extras import explained
+from scmoe.config.leaves import ConfigError
+from scmoe.config.program import scmoe
+
+VERBS = {
+    "train": "train a model",
+    "resume": "resume a run",
+    "generate": "continue texts with a run's model",
+    "evaluate": "score a run's model: test split, perplexity, tasks",
+    "export": "write a run's weights as one file, or as a Hugging Face folder",
+    "sweep": "search over parameters, at W&B or on this machine",
+    "table": "run a table of the paper, and compare",
+    "reproduce": "run all tables of the paper in turn",
+    "runs": "list runs",
+    "compare": "compare curves and configs of runs",
+    "list": "list configs, models, data sets, architectures",
+    "params": "count the parameters of presets and architectures",
+    "check-data": "read all data of a config, and name files that cannot be read",
+    "estimate": "estimate what a training costs, without starting it",
+    "dryrun": "run one step of a job of any size on tensors without numbers, and count",
+    "bench": "measure the layer, exchanges, overlap, growth, the guard, generation, one pair's timeline",
+    "gpu-check": "check everything on one GPU, in nine minutes",
+    "figure": "draw a figure of the paper, from a run or from reports",
+    "fig13": "measure and draw Fig. 13, offloaded experts",
+    "faults": "break checkpoints on purpose and count what survives",
+}
+HELP_COLUMNS = 120  # where standard output is no terminal
+HYPHENS = Parameter(allow_leading_hyphen=True)
+KeyValue = Annotated[str, HYPHENS]  # --key=value is an override too
+Item = TypeVar("Item")
+OneEach = Annotated[
+    Sequence[Item], Parameter(consume_multiple=False, allow_repeating=None)
+]  # --stop a --stop b, not --stop a b
+
+
+def main() -> None:
+    sys.exit(call(*sys.argv[1:]))
+
+
+def call(*words: str) -> int:
+    """Run `scmoe WORDS` in this process. Return its exit code: for a wrong request or a missing package 2, and the
+    reason is one line on standard error."""
+    try:
+        act, given, _ = app_of(*words[:1]).parse_args([*words], exit_on_error=False, print_error=False)
+        if act.__name__ == "help_print" and words and not {"-h", "--help"} & {*words}:
+            raise ConfigError(f"{words[0]} is incomplete, allowed: see {scmoe(words[0], '--help')}")
+        return act(*given.args, **given.kwargs) or 0
+    except CycloptsError as error:
+        verb = [word for word in words[:1] if word in VERBS]
+        print(f"error: {' '.join(str(error).split())} See {scmoe(*verb, '--help')}", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        lacks = explained(error)
+        if lacks is None:
+            raise
+        print(f"error: {lacks}", file=sys.stderr)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def app_of(verb: str = "") -> App:
+    """Return the command line. The script of `verb` is imported, any other one only where it is needed."""
+    console = Console()
+    app = App(
+        name="scmoe",
+        help="Shortcut-connected expert parallelism: train, measure, compare.",
+        help_format="plaintext",
+        version=f"scmoe {__version__}",
+        console=console if console.is_terminal else Console(width=HELP_COLUMNS),
+        default_parameter=Parameter(negative=(), consume_multiple=True, allow_repeating=True, show_default=default),
+        suppress_keyboard_interrupt=False,
+    )
+    for place, (name, what) in enumerate(VERBS.items()):
+        module = f"scmoe.experiments.{name.replace('-', '_')}"
+        if name == verb:
+            app.command(import_module(module).main, name=name)
+        else:
+            app.command(f"{module}:main", name=name, help=what, sort_key=place)
+    app.register_install_completion_command()
+    return app
+
+
+def default(value: Any) -> str | None:
+    """Return a default as the help shows it; None for one that says nothing."""
+    return None if value is None or value is False or value == () else str(value)

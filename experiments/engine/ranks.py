@@ -1,0 +1,211 @@
+"""Runs a function in N processes on this machine, with torchrun's variables, and returns the N results.
+
+Processes are forked from a server that has imported torch, Lightning and this library, so a rank starts in 0.1 s. They
+are not forked from the caller, because its autograd threads and locks do not survive a fork. The caller hosts the store
+at which the ranks meet, as torchrun's agent does, so no other program can take its port between choice and use. A rank
+ends when the caller's end of its pipe closes, so no process outlives the caller. The ranks are connected by the
+loopback device, or by links with a rate (links.py).
+"""
+
+import io
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scmoe.experiments.engine import links
+from scmoe.parallel.mesh import use_loopback_for_gloo
+
+PRELOADED = ["torch", "torch.distributed", "lightning.pytorch", "scmoe.training.assembly.trainer", __name__]
+GRACE_S = 0.5
+
+
+class RankError(RuntimeError):
+    """A rank raised, ended without a result, or took too long. The message starts with the first failure."""
+
+
+class _Report(NamedTuple):
+    """What a rank sends at its end. time_s: on the machine's monotonic clock. failure: a traceback."""
+
+    time_s: float
+    result: Any
+    failure: str | None
+
+
+def run_ranks(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120.0,
+    own_links: bool = False,
+    nodes: int = 1,
+    grace_s: float = GRACE_S,
+) -> list[Any]:
+    """Returns [fn(rank, world_size, *args) for each rank], each run in its own process with one torch thread.
+
+    fn: a function of a module. The variables that torchrun sets are set, so a Trainer or `init_process_group` joins the
+    ranks. args and results are pickled. No rank ends before all have their results, so none misses a peer at the end.
+    own_links: each rank in its own network namespace (links.py); call `links.enter` first.
+    nodes: the variables are those of torchrun on so many machines. With own_links each node has a network card.
+    grace_s: after a first failure, how long others that failed at the same time may take to report.
+    Raises RankError. Every process has ended by then, and on return.
+    """
+    assert links.inside() or not own_links
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes, pipes = [], []
+    try:
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            given = theirs, rank, world_size, nodes, store.port, own_links, fn, *args
+            process = context.Process(target=_run_rank, args=given)
+            process.start()
+            theirs.close()
+            processes.append(process)
+            pipes.append(ours)
+            if own_links:
+                _attach(ours, process.pid, rank, rank * nodes // world_size if nodes > 1 else None)
+        return _collect(pipes, timeout_s, grace_s)
+    finally:
+        for pipe in pipes:
+            pipe.close()
+        for process in processes:
+            _end(process)
+
+
+def run_alone(fn: Callable[..., Any], *args: Any) -> Any:
+    """Returns fn(0, 1, *args), run in this process as the only rank. Call it once in a process: its group stays."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    _set_variables(0, 1, 1, "127.0.0.1", store.port)
+    return fn(0, 1, *args)
+
+
+def _attach(pipe: Connection, pid: int | None, rank: int, node: int | None) -> None:
+    try:
+        pipe.recv_bytes()  # the rank has left the caller's namespace
+    except EOFError:
+        raise RankError(f"rank {rank} ended before it had a network namespace") from None
+    assert pid is not None
+    links.attach(pid, rank, node)
+    pipe.send_bytes(b"attached")
+
+
+def _collect(pipes: list[Connection], timeout_s: float, grace_s: float) -> list[Any]:
+    reports: dict[int, _Report] = {}
+    deadline = time.monotonic() + timeout_s
+    while len(reports) < len(pipes):
+        waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in reports}
+        ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        failed = any(report.failure for report in reports.values())
+        if not ready and not failed:
+            raise RankError(f"no result within {timeout_s:g} s from rank {', '.join(map(str, waiting.values()))}")
+        if not ready:
+            break
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            reports[waiting[pipe]] = _receive(pipe)
+        if not failed and any(report.failure for report in reports.values()):
+            deadline = time.monotonic() + grace_s
+    if failures := {rank: report for rank, report in reports.items() if report.failure}:
+        first, *later = sorted(failures, key=lambda rank: failures[rank].time_s)
+        lines = [f"rank {first} of {len(pipes)} failed first:\n{failures[first].failure}"]
+        lines += [f"rank {rank}, later: {str(failures[rank].failure).splitlines()[-1]}" for rank in later]
+        raise RankError("\n".join(lines))
+    return [reports[rank].result for rank in range(len(pipes))]
+
+
+def _receive(pipe: Connection) -> _Report:
+    try:
+        return pickle.loads(pipe.recv_bytes())  # safe: only the rank can write into its pipe
+    except (EOFError, ConnectionError):
+        return _Report(0.0, None, "the process ended without a report: killed, or out of memory")  # peers fail later
+
+
+def _end(process: Any) -> None:
+    """Kills the process and all processes that it has started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has ended, or does not lead a group yet
+        process.kill()
+    process.join()
+    process.close()
+
+
+def _run_rank(
+    pipe: Connection,
+    rank: int,
+    world_size: int,
+    nodes: int,
+    port: int,
+    own_links: bool,
+    fn: Callable[..., Any],
+    *args: Any,
+) -> None:
+    os.setsid()
+    if own_links:
+        links.leave()
+        pipe.send_bytes(b"left")
+        pipe.recv_bytes()
+        links.bring_up(rank)
+    multiprocessing.set_start_method(None, force=True)  # data workers start in the usual way
+    threading.Thread(target=_end_with_caller, args=(pipe,), daemon=True).start()
+    _set_variables(rank, world_size, nodes, links.BRIDGE_ADDRESS if own_links else "127.0.0.1", port)
+    torch.set_num_threads(1)
+    try:
+        result = fn(rank, world_size, *args)
+        report = _dumps(_Report(time.monotonic(), result, None))
+    except BaseException:
+        report = pickle.dumps(_Report(time.monotonic(), None, traceback.format_exc()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pipe.send_bytes(report)
+    threading.Event().wait()  # until the caller closes the pipe
+
+
+class _Pickler(pickle.Pickler):
+    """Writes a tensor as its bytes. Torch's own way makes a file in memory for each, which takes ten times as long."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is not Tensor or value.requires_grad or value.layout != torch.strided or value.numel() == 0:
+            return NotImplemented
+        data = value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return _tensor, (data, value.dtype, value.shape)
+
+
+def _dumps(report: _Report) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file).dump(report)
+    return file.getvalue()
+
+
+def _tensor(data: bytes, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+
+
+def _set_variables(rank: int, world_size: int, nodes: int, address: str, port: int) -> None:
+    """Sets torchrun's variables."""
+    places = world_size // nodes
+    node, place = divmod(rank, places)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), GROUP_RANK=str(node))
+    os.environ.update(LOCAL_RANK=str(place), LOCAL_WORLD_SIZE=str(places))
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    os.environ.update(TORCHELASTIC_RUN_ID="ranks", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+    use_loopback_for_gloo()
+
+
+def _end_with_caller(pipe: Connection) -> None:
+    """Ends this rank when the pipe closes; the caller sends nothing through it."""
+    wait([pipe])
+    os.killpg(0, signal.SIGKILL)

@@ -1,0 +1,174 @@
+"""Fig. 1 and Fig. 8: how much time All-to-All takes, and what hiding it gains, in the paper's hardware scenarios.
+
+Both are drawn from reports of `bench overlap`, one for each scenario, which is emulated by its share of communication.
+The paper prints the share f of the MoE module's time. The bench takes the share s of a top-2 pair, which is smaller,
+because a pair has attention and an MLP too. With REST the time of these over the module's computation,
+
+    s = f / (f + (1 - f) (1 + REST))
+
+REST follows from 8xA30-PCIe, where f is 0.60 and Table 1's rows imply an s of 0.52. For 8xA800-NVLink the formula then
+gives 0.11, which is what Table 2's rows imply.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scmoe.config.leaves import ConfigError
+from scmoe.config.program import scmoe
+from scmoe.experiments.bench.speed_chart import KINDS, PIPELINED, conditions, name_of
+from scmoe.probes.charts import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    RED,
+    SKY,
+    SMALL,
+    Bar,
+    bar_legend,
+    chart,
+    grouped_bars,
+    heading,
+    height_of,
+    title,
+)
+from scmoe.schedule.play import TRANSFERS
+
+PCIE_MODULE, PCIE_PAIR = 0.60, 0.52
+REST = (1 / PCIE_PAIR - 1) / (1 / PCIE_MODULE - 1) - 1
+COLORS = {"All-to-All": RED, "gate, encode, experts, decode": ORANGE, "attention and MLP": BLUE}
+COLORS_OF = {  # of a kind's bars, one chunk and pipelined
+    ("forward", ""): BLUE,
+    ("forward", ", pipelined"): SKY,
+    ("train", ""): GREEN,
+    ("train", ", pipelined"): "#7fd1b9",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Scenario:
+    """One of the paper's machines. module_share: share of All-to-All in the MoE module's time (section 3 and Fig. 1).
+
+    hidden: the share of ScMoE's communication that is hidden. over: ScMoE's speed over that of other rows, per pair.
+    """
+
+    name: str
+    module_share: float
+    hidden: float
+    over: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def pair_share(self) -> float:
+        """The share of All-to-All in the forward time of a top-2 pair, in steps of 0.01."""
+        f = self.module_share
+        return round(f / (f + (1 - f) * (1 + REST)), 2)
+
+
+PCIE_OVER = {"shared_expert": 1.27, "top2_pipelined": 1.42, "top1_pipelined": 1.15}
+SCENARIOS = (
+    Scenario("8xA30-PCIe", PCIE_MODULE, 0.70, PCIE_OVER),
+    Scenario("16xA800, two nodes", 0.50, 1.0, {"shared_expert": 1.24, "top2_pipelined": 1.43}),
+    Scenario("8xA800-NVLink", 0.15, 1.0),
+)
+Reports = dict[Scenario, dict[str, Any]]
+
+
+def read_reports(sources: Sequence[Path]) -> Reports:
+    """Return the report of each scenario that has one, in the paper's order. Raises ConfigError.
+
+    sources: files that `bench overlap` has written, or folders of them. Its option --share says which scenario it is.
+    """
+    paths = [file for path in sources for file in (sorted(path.glob("overlap-*.json")) if path.is_dir() else [path])]
+    shares = {scenario.pair_share: scenario for scenario in SCENARIOS}
+    allowed = ", ".join(f"{share:g} ({scenario.name})" for share, scenario in shares.items())
+    found: Reports = {}
+    for path in paths:
+        try:
+            report = json.loads(path.read_text())
+            scenario = shares.get(report["wanted_share"])
+            complete, level = {"top2_operators_ms", "fastest_scmoe"} <= report.keys(), report["level"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is no report of bench overlap: {error!r}") from error
+        if scenario is None:
+            raise ConfigError(f"{path} was measured at --share {report['wanted_share']}, allowed: {allowed}")
+        if not complete:
+            raise ConfigError(f"{path} has the rows {', '.join(report['rows'])}, required: top2 and one of ScMoE")
+        if level != "block":
+            raise ConfigError(f"{path} is of --level {level}, allowed: block")
+        if scenario in found:
+            one = "allowed: one of each; name the files in place of their folder"
+            raise ConfigError(f"{path} is the second report at --share {scenario.pair_share:g}, {one}")
+        found[scenario] = report
+    if not found:
+        where = ", ".join(map(str, sources)) or "nothing"
+        writes = f"{scmoe('bench', 'overlap')} writes them"
+        raise ConfigError(f"reports of bench overlap are looked for in {where}: none is there; {writes}")
+    return {scenario: found[scenario] for scenario in SCENARIOS if scenario in found}
+
+
+def module_share(report: dict[str, Any], kind: str) -> float:
+    """Return the share of All-to-All in the time of top-2's MoE module. kind: forward or train."""
+    operators = report["top2_operators_ms"][kind]
+    return sum(operators[transfer] for transfer in TRANSFERS) / sum(operators.values())
+
+
+def draw_shares(reports: Reports, path: Path) -> None:
+    """Draw Fig. 1: the time of a sequential top-2 pair as All-to-All, the module's computation, and the rest."""
+    with chart(path, 1.4 + 1.6 * len(reports)) as figure:
+        for axis, (scenario, report) in zip(_panels(figure, [1] * len(reports)), reports.items(), strict=True):
+            for place, (kind, word) in enumerate(KINDS.items()):
+                share, of_module = 1 - 1 / report[f"limit_{kind}"], module_share(report, kind)
+                widths = share, share / of_module - share, 1 - share / of_module
+                for i, color in enumerate(COLORS.values()):
+                    axis.barh(place, widths[i], 0.4, left=sum(widths[:i]), color=color)
+                text = f"{word}: {100 * share:.0f} % of the pair, {100 * of_module:.0f} % of the MoE module"
+                axis.text(0, place - 0.25, text, va="bottom", fontsize=SMALL)
+            axis.set(ylim=(1.3, -0.7), xlim=(0, 1))
+            axis.set_yticks([])
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+            of_module, of_pair = 100 * scenario.module_share, 100 * scenario.pair_share
+            title(axis, f"{scenario.name}\npaper: {of_module:.0f} % of the MoE module, so {of_pair:.0f} % of a pair")
+        heading(figure, f"Fig. 1: All-to-All in sequential top-2, {conditions(*reports.values())}")
+        bar_legend(figure, COLORS, ncols=1)
+
+
+def draw_speeds(reports: Reports, path: Path) -> None:
+    """Draw Fig. 8: a panel of speed-ups for each scenario, and in numbers how much faster ScMoE is."""
+    panels = {scenario: _speeds(scenario, report) for scenario, report in reports.items()}
+    heights = [height_of(groups) for groups in panels.values()]
+    with chart(path, 1.9 + 0.9 * len(panels) + sum(heights)) as figure:
+        axes = _panels(figure, heights)
+        for axis, (scenario, groups) in zip(axes, panels.items(), strict=True):
+            grouped_bars(axis, groups, room=0.45)
+            report = reports[scenario]
+            hidden = report["rows"][report["fastest_scmoe"]["row"]]["overlap_forward"]
+            share = f"{scenario.name}: {100 * report['comm_share']:.0f} % of top-2's inference is All-to-All"
+            title(axis, f"{share}\n{100 * hidden:.0f} % of ScMoE's is hidden (paper: {100 * scenario.hidden:.0f} %)")
+        axes[-1].set_xlabel("speed-up over sequential top-2,\nthen that of ScMoE over the row")
+        first = next(iter(reports.values()))
+        heading(figure, f"Fig. 8: a pair of blocks, {conditions(*reports.values())}")
+        colors = {KINDS[kind] + way: color for (kind, way), color in COLORS_OF.items()}
+        limit = "limit: all of top-2's communication hidden"
+        bar_legend(figure, colors, f"quartiles of {first['rounds']} rounds", limit)
+
+
+def _speeds(scenario: Scenario, report: dict[str, Any]) -> dict[str, list[Bar]]:
+    """Return for each architecture its bars of inference, then those of training."""
+    groups: dict[str, list[Bar]] = {}
+    for kind in KINDS:
+        for row, own in report["rows"].items():
+            value, text = own[f"{kind}_speedup"], ""
+            if not row.startswith("scmoe"):
+                printed = f" (paper: {scenario.over[row]:.2f})" if row in scenario.over else ""
+                text = f"   {report['fastest_scmoe']['over'][kind][row][1]:.2f}{printed}"
+            way = ", pipelined" if row.endswith(PIPELINED) else ""
+            color = COLORS_OF[kind, way]
+            bar = Bar(value, color, f"{value:.2f}{text}", own[f"{kind}_quartiles"], report[f"limit_{kind}"])
+            groups.setdefault(name_of(row), []).append(bar)
+    return groups
+
+
+def _panels(figure: Any, heights: Sequence[float]) -> Any:
+    return figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]

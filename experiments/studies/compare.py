@@ -1,0 +1,70 @@
+"""Runs side by side: their results, how their configs differ, and their curves over the tokens (images) they saw."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import fill
+
+from matplotlib import colormaps
+from matplotlib.ticker import EngFormatter
+from rich import box
+from rich.table import Column, Table
+from rich.text import Text
+
+from scmoe.probes.charts import chart
+from scmoe.runs.seen import SeenRun, differences
+
+PANELS = {"train/loss": "Training (single batches)", "val/loss": "Validation"}
+STYLES = ("-", "--", ":")  # for more runs than colours
+
+
+def results_table(runs: Sequence[SeenRun], letters: Sequence[str]) -> Table:
+    names = ("steps", "best val loss", "last val loss", "tokens (images)/s")
+    numbers = [Column(name, justify="right") for name in names]
+    table = Table("", "run", "state", *numbers, box=box.SIMPLE_HEAD, pad_edge=False)
+    for letter, run in zip(letters, runs, strict=True):
+        curve, speed = run.curve("val/loss"), run.per_s
+        losses = [f"{run.best_loss:.4f}", f"{curve[-1][1]:.4f}"] if curve else ["", ""]
+        steps = f"{run.steps}/{run.config['trainer.max_steps']}"
+        table.add_row(letter, Text(str(run.path)), run.state, steps, *losses, f"{speed:,.0f}" if speed else "")
+    return table
+
+
+def differences_table(runs: Sequence[SeenRun], letters: Sequence[str]) -> Table | str:
+    """Return a line for each key that is not equal in all runs."""
+    found = differences(runs)
+    if not found:
+        return "the configs are the same"
+    table = Table("differs in", *letters, box=box.SIMPLE_HEAD, pad_edge=False)
+    for key, values in found.items():
+        table.add_row(key, *map(Text, values))
+    return table
+
+
+def labels_of(runs: Sequence[SeenRun], letters: Sequence[str]) -> list[str]:
+    """Return for each run its letter, its name, and the values in which the runs differ."""
+    found = differences(runs)
+    labels = []
+    for i, (letter, run) in enumerate(zip(letters, runs, strict=True)):
+        words = [f"{key.rpartition('.')[2]} {values[i]}" for key, values in found.items() if not key.endswith("_every")]
+        labels.append(f"{letter}: {run.config['name']}" + (f" ({', '.join(words[:6])})" if words else ""))
+    return labels
+
+
+def draw(runs: Sequence[SeenRun], letters: Sequence[str], path: Path) -> None:
+    """Draw the training loss above and the validation loss below, one colour a run."""
+    colors = colormaps["tab10"].colors  # type: ignore[attr-defined]
+    with chart(path, 6.2 + 0.2 * len(runs)) as figure:
+        axes = figure.subplots(2, 1, sharex=True, sharey=True)
+        for i, (run, label) in enumerate(zip(runs, labels_of(runs, letters), strict=True)):
+            style = {"color": colors[i % 10], "linestyle": STYLES[i // 10 % len(STYLES)], "label": fill(label, 80)}
+            for axis, metric in zip(axes, PANELS, strict=True):
+                points = run.curve(metric)
+                marker = "o" if metric == "val/loss" else None
+                xs_ys = zip(*points, strict=True) if points else ((), ())
+                axis.plot(*xs_ys, linewidth=1.4, marker=marker, markersize=4, **style)
+        for axis, name in zip(axes, PANELS.values(), strict=True):
+            axis.set(title=name, ylabel="loss, nats", xlim=(0, None))
+            axis.grid()
+        axes[1].set_xlabel(" or ".join(sorted({run.counts for run in runs})))
+        axes[1].xaxis.set_major_formatter(EngFormatter(sep=""))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=1)

@@ -1,0 +1,126 @@
+"""One job of a study, and what is kept of it.
+
+<study>/lock                  held by the process that runs the study and, by inheritance, by all its trainings
+        states/<job>.json     what is known of a job: whole or absent
+        logs/<job>.log        what its training printed
+"""
+
+import fcntl
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from scmoe.config.leaves import ConfigError
+from scmoe.parallel.checkpoint.durable import write_durably
+from scmoe.training.files import write_aside
+
+TRAIN = (sys.executable, "-m", "scmoe.experiments.train")
+LOG_TAIL = 4096  # bytes
+
+
+@dataclass
+class State:
+    """What is known of a job. `results` belong to the study: its summary, or a trial's values."""
+
+    status: str = "waiting"  # or running | finished | stopped (early) | failed | cut
+    run_dir: str | None = None
+    seconds: float = 0.0  # of all its sessions
+    done: float = 0.0  # share of its steps
+    error: str | None = None
+    results: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status in ("finished", "stopped", "failed")
+
+
+@dataclass(eq=False)
+class Job:
+    """One training of a study. arguments: of the command that starts it; the launcher's last word names the program.
+    again: extensions and callbacks that the resume command must name, because a kept configuration runs no code.
+    is_own: whether a run directory belongs to this job, not to an earlier job of this name with another config."""
+
+    name: str
+    title: str
+    study: Path
+    home: Path  # the folder of its run directories
+    arguments: Sequence[str]
+    launcher: Sequence[str] = TRAIN
+    again: Sequence[str] = ()
+    is_own: Callable[[Path], bool] = lambda run_dir: True
+    state: State = field(default_factory=State)
+
+    @property
+    def log(self) -> Path:
+        return self.study / "logs" / f"{self.name}.log"
+
+    @property
+    def state_file(self) -> Path:
+        return self.study / "states" / f"{self.name}.json"
+
+    def run_dirs(self) -> list[Path]:
+        """Return the run directories of this job, the newest first."""
+        found = sorted((path.parent for path in self.home.glob("*/config.yaml")), reverse=True)
+        return [run_dir for run_dir in found if self.is_own(run_dir)]
+
+    def to_resume(self) -> Path | None:
+        """Return the newest run directory that has a checkpoint."""
+        return next((run_dir for run_dir in self.run_dirs() if any(run_dir.glob("checkpoints/*.ckpt"))), None)
+
+    def command(self, run_dir: Path | None) -> list[str]:
+        """Return the command that resumes a run; None: the one that begins the job."""
+        if run_dir is None:
+            return [*self.launcher, *self.arguments]
+        *start, program = self.launcher
+        return [*start, re.sub(r"\btrain(\.py)?$", r"resume\1", program), str(run_dir), *self.again]
+
+    def read(self) -> State:
+        """Set the state from its file. The caller holds the lock, so a job that was running has been interrupted."""
+        self.state = State(**json.loads(self.state_file.read_text())) if self.state_file.exists() else State()
+        if self.state.status == "running":
+            self.state.status = "cut"
+        return self.state
+
+    def keep(self) -> None:
+        write_whole(self.state_file, asdict(self.state))
+
+
+def write_whole(path: Path, values: dict[str, Any]) -> None:
+    """Write JSON so that the file is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, lambda partial: write_durably(partial, json.dumps(values, indent=2) + "\n"))
+
+
+@contextmanager
+def lock_of(study: Path) -> Iterator[IO[str]]:
+    """Hold the lock of a study. Raises ConfigError where another process holds it."""
+    study.mkdir(parents=True, exist_ok=True)
+    with (study / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"{study}: another process is running this study; wait for it or stop it") from error
+        yield lock
+
+
+def fraction(log: Path) -> float:
+    """Return how far a training is, by the last step in its log."""
+    steps = re.findall(r"^step (\d+)/(\d+) ", _tail(log), re.MULTILINE)
+    return min(1.0, int(steps[-1][0]) / int(steps[-1][1])) if steps else 0.0
+
+
+def last_line(log: Path) -> str:
+    lines = [line.strip() for line in _tail(log).splitlines() if line.strip()]
+    return lines[-1].removeprefix("[rank0]: ")[:200] if lines else "it printed nothing"
+
+
+def _tail(log: Path) -> str:
+    with suppress(FileNotFoundError), log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_TAIL))
+        return file.read().decode(errors="replace")
+    return ""

@@ -1,0 +1,143 @@
+"""What a sweep writes into its folder: results.csv, summary.md, chart.png and best.yaml."""
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
+from rich.table import Column, Table
+from rich.text import Text
+
+from scmoe.config.load import load, to_yaml
+from scmoe.experiments.studies.sweep.search import Trial, best
+from scmoe.experiments.studies.sweep.sweep_file import Sweep, words
+from scmoe.probes.charts import SMALL, WIDTH, chart, heading
+
+NUMBERED = 12  # up to this many trials, the chart shows their numbers
+COLORS = {"finished": "#1b6ca8", "stopped": "#8a817c", "failed": "#c1292e", "best": "#e09f3e"}
+LABELS = {"finished": "finished", "stopped": "stopped early", "failed": "failed"}
+
+
+def write_report(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
+    """Write the files, as far as the trials have come. Returns the summary."""
+    with (sweep.folder / "results.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["trial", "state", *sweep.axes, sweep.metric, "steps", "seconds", "run_dir", "reason"])
+        for t in trials:
+            values = (t.parameters[name] for name in sweep.axes)
+            rows.writerow([t.number, t.state, *values, t.value, t.steps, round(t.seconds, 1), t.run_dir, t.reason])
+    (sweep.folder / "summary.md").write_text(markdown(sweep, trials))
+    draw(sweep, trials, sweep.folder / "chart.png")
+    states, path = Counter(trial.state for trial in trials), sweep.folder / "best.yaml"
+    counts = {"finished": states["finished"] + states["stopped"], "failed": states["failed"]}
+    found: dict[str, Any] = {"trials": len(trials), **counts, "best": None}
+    if (first := best(sweep, trials)) is not None:
+        config = load(sweep.config, [*sweep.overrides, *words(first.parameters)])
+        origin = f"# Trial {first.number} of the sweep {sweep.name}, {sweep.metric} {first.value:.6g}."
+        path.write_text(f"{origin}\n{to_yaml(config)}")
+        result = {"trial": first.number, sweep.metric: first.value, "parameters": first.parameters}
+        found["best"] = {**result, "run_dir": first.run_dir, "config": str(path)}
+    return found
+
+
+def ranked(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials, the best first, those without a result last."""
+    order, sign = {"finished": 0, "stopped": 1}, 1 if sweep.minimize else -1
+    return sorted(trials, key=lambda trial: (order.get(trial.state, 2), sign * (trial.value or 0.0)))
+
+
+def _cells(sweep: Sweep, trial: Trial) -> list[str]:
+    """Return the texts of `_head`'s columns."""
+    given = [trial.parameters[name] for name in sweep.axes]
+    values = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in given]
+    value = "" if trial.value is None or trial.state == "failed" else f"{trial.value:.4f}"
+    return [str(trial.number), trial.state, *values, value, str(trial.steps), f"{trial.seconds:.0f} s", trial.reason]
+
+
+def _head(sweep: Sweep) -> list[str]:
+    return ["trial", "state", *sweep.axes, sweep.metric, "steps", "time", "why"]
+
+
+def markdown(sweep: Sweep, trials: Sequence[Trial]) -> str:
+    rows = [_head(sweep), ["---"] * len(_head(sweep)), *(_cells(sweep, trial) for trial in ranked(sweep, trials))]
+    lines = ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
+    return f"# Sweep {sweep.name}: {sweep.method}, {_goal(sweep)}\n\n" + "\n".join(lines) + "\n\n![](chart.png)\n"
+
+
+def rich_table(sweep: Sweep, trials: Sequence[Trial]) -> Table:
+    columns = [Column(name, no_wrap=name != "why") for name in _head(sweep)]
+    table = Table(*columns, title=f"sweep {sweep.name}: {_goal(sweep)}", title_justify="left", title_style="bold")
+    for trial in ranked(sweep, trials):
+        style = {"failed": "red", "stopped": "dim"}.get(trial.state, "bold" if trial is best(sweep, trials) else "")
+        table.add_row(*map(Text, _cells(sweep, trial)), style=style)  # Text: a reason may hold brackets
+    return table
+
+
+def _goal(sweep: Sweep) -> str:
+    return f"{sweep.metric}, {'lowest' if sweep.minimize else 'highest'} first"
+
+
+def draw(sweep: Sweep, trials: Sequence[Trial], path: Path) -> None:
+    """Draw the metric over each parameter that varies, one panel each. Failed trials are marked at the upper edge."""
+    varied = [name for name in sweep.axes if len({str(trial.parameters[name]) for trial in trials}) > 1]
+    shown = varied or list(sweep.axes)[:1]
+    counts = [f"{n} {word}" for state, word in LABELS.items() if (n := sum(trial.state == state for trial in trials))]
+    with chart(path, 4.2, max(WIDTH, 3.4 * len(shown) + 0.8)) as figure:
+        panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for panel, name in zip(panels, shown, strict=True):
+            _slice(panel, sweep, trials, name)
+        panels[0].set_ylabel(sweep.metric)
+        words = f"Sweep {sweep.name}: {', '.join(counts) or 'no trial has ended'}"
+        heading(figure, words)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=4)
+
+
+def _slice(panel: Axes, sweep: Sweep, trials: Sequence[Trial], name: str) -> None:
+    values = [trial.parameters[name] for trial in trials]
+    numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    categories = sorted({str(value) for value in values}) if not numeric else []
+    floats = numeric and any(isinstance(value, float) for value in values)
+    if floats and min(values) > 0 and max(values) / min(values) >= 20:
+        panel.set_xscale("log")
+        panel.xaxis.set_minor_formatter(NullFormatter())
+
+    def x(trial: Trial) -> float:
+        value = trial.parameters[name]
+        return float(value) if numeric else float(categories.index(str(value)))
+
+    def dots(some: Sequence[Trial], color: str, label: str, **style: Any) -> None:
+        if some:
+            points = [x(t) for t in some], [t.history[-1] for t in some]
+            panel.scatter(*points, color=COLORS[color], label=label, **style)
+
+    judged = [t for t in trials if t.state in ("finished", "stopped") and t.history]
+    for state, marker in (("finished", "o"), ("stopped", "v")):
+        dots([t for t in judged if t.state == state], state, LABELS[state], s=42, marker=marker, alpha=0.9)
+    text: dict[str, Any] = {"textcoords": "offset points", "fontsize": SMALL}
+    for t in judged if len(trials) <= NUMBERED else []:
+        panel.annotate(str(t.number), (x(t), t.history[-1]), (5, 5), color="#555555", **text)
+    if (first := best(sweep, trials)) is not None and first.value is not None:
+        label = f"best: trial {first.number}, {first.value:.4g}"
+        dots([first], "best", label, s=190, marker="*", edgecolors="black", linewidths=0.6)
+    panel.margins(0.08, 0.15)
+    low, high = panel.get_xlim() if judged else (-math.inf, math.inf)
+    edge = panel.get_xaxis_transform()  # y from 0 to 1
+    for i, t in enumerate(t for t in trials if t.state == "failed"):
+        place = min(max(x(t), low), high)
+        cross: dict[str, Any] = {"s": 48, "marker": "x", "clip_on": False, "label": None if i else "failed"}
+        panel.scatter([place], [0.97], c=COLORS["failed"], transform=edge, **cross)
+        if place != x(t):  # it lies outside: its value is written, and the axis stays as wide as the others need
+            text |= {"xycoords": edge, "ha": "right", "va": "center", "color": COLORS["failed"]}
+            panel.annotate(f"{x(t):.3g} ", (place, 0.97), (-6, 0), **text)
+    if judged:
+        panel.set_xlim(low, high)
+    if categories:
+        panel.set_xticks(range(len(categories)), categories)
+        panel.set_xlim(-0.5, len(categories) - 0.5)
+    panel.set_xlabel(name)
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,122 @@
+"""The trials of a sweep on this machine, one after the other: each an ordinary training.
+
+<runs_dir>/sweeps/<sweep>/   sweep.json             the sweep as it was begun
+                             trial-003/<stamp>-.../ run directories
+                             lock  states/  logs/   experiments/studies/job.py
+"""
+
+import csv
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from scmoe.config import extensions
+from scmoe.config.leaves import ConfigError
+from scmoe.experiments.studies.batch import Batch
+from scmoe.experiments.studies.digest import digest_of
+from scmoe.experiments.studies.job import Job, State, lock_of, write_whole
+from scmoe.experiments.studies.progress import Watch
+from scmoe.experiments.studies.sweep.search import Trial, best, hopeless, propose, total
+from scmoe.experiments.studies.sweep.sweep_file import Sweep, words
+
+
+def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
+    """Resume the interrupted trial, then run new ones until the search proposes no more.
+
+    Returns all trials, and the signal that stopped them, or 0. Raises ConfigError where another process runs this
+    sweep, where the sweep is not as it was begun, and where a trial has not logged the sweep's metric.
+    """
+
+    def next_job() -> Job | None:
+        trials = [trial_of(job) for job in jobs]
+        if trials and trials[-1].state == "finished" and not trials[-1].history:
+            raise ConfigError(_unknown_metric(sweep, trials[-1]))
+        if (proposed := propose(sweep, trials)) is None:
+            return None
+        results = {key: asdict(proposed)[key] for key in ("number", "point", "parameters", "history", "steps")}
+        jobs.append(_job(sweep, State(results=results)))
+        return jobs[-1]
+
+    def look(job: Job) -> bool:
+        job.state.results |= _logged(sweep, job)
+        others = [trial_of(other) for other in jobs if other is not job and other.state.status != "failed"]
+        return hopeless(sweep, trial_of(job), others)
+
+    def judge(job: Job) -> None:
+        trial = trial_of(job)
+        if trial.history and trial.value is None:
+            job.state.status, job.state.error = "failed", f"its last {sweep.metric} is {trial.history[-1]}"
+
+    def result(job: Job) -> str:
+        value = trial_of(job).value
+        return "" if value is None else f"{sweep.metric} {value:.4f}"
+
+    def best_so_far() -> str:
+        first = best(sweep, [trial_of(job) for job in jobs])
+        return f"best {first.value:.4g}" if first and first.value is not None else ""
+
+    watch = Watch(result, best_so_far)
+    with lock_of(sweep.folder) as lock, watch.bar:
+        jobs = _begun(sweep)
+        if ended := sum(job.state.has_ended for job in jobs):
+            watch.say(f"{ended} trials have ended already")
+        batch = Batch(jobs, 1, total(sweep), watch, propose=next_job, look=look, judge=judge)
+        signum = batch.run(lock)
+        return [trial_of(job) for job in jobs], signum
+
+
+def trial_of(job: Job) -> Trial:
+    """Return a job as the search sees it."""
+    state = job.state
+    facts: dict[str, Any] = {"seconds": state.seconds, "run_dir": state.run_dir or "", "reason": state.error or ""}
+    return Trial(**state.results, state=state.status, **facts)
+
+
+def _job(sweep: Sweep, state: State) -> Job:
+    number, of = state.results["number"], f" of {total(sweep)}" if total(sweep) else ""
+    name = f"trial-{number:03}"
+    own = [f"name={name}", f"runs_dir={sweep.folder}", f"logger.group={sweep.name}"]
+    if project := sweep.raw.get("project"):
+        own.append(f"logger.project={project}")
+    arguments = [sweep.config, *words(state.results["parameters"]), *sweep.overrides, *own]
+    folder, base = sweep.folder, sweep.base
+    options = [word for word in words(state.results["parameters"]) if word.startswith("callbacks.")]
+    again = [*extensions.words(base.extensions, base.callbacks), *options]
+    return Job(name, f"trial {number}{of}", folder, folder / name, arguments, sweep.launcher, again, state=state)
+
+
+def _begun(sweep: Sweep) -> list[Job]:
+    """Return the trials of earlier calls. Raises ConfigError if they were another sweep's; run_cap may change."""
+    path = sweep.folder / "sweep.json"
+    same = {key: value for key, value in sweep.raw.items() if key not in ("run_cap", "name", "description")}
+    now: dict[str, Any] = json.loads(json.dumps(same)) | {sweep.config: digest_of(sweep.base)}
+    was = {sweep.config: digest_of(sweep.base)} | (json.loads(path.read_text()) if path.exists() else now)
+    if changed := [key for key in {**was, **now} if was.get(key) != now.get(key)]:
+        allowed = "the file as it was, another name, or that folder removed"
+        raise ConfigError(f"{', '.join(changed)} is not as it was when {sweep.folder} was begun, allowed: {allowed}")
+    write_whole(path, now)
+    found = [State(**json.loads(kept.read_text())) for kept in (sweep.folder / "states").glob("trial-*.json")]
+    jobs = [_job(sweep, state) for state in sorted(found, key=lambda state: state.results["number"])]
+    for job in jobs:
+        job.read()
+    return jobs
+
+
+def _logged(sweep: Sweep, job: Job) -> dict[str, Any]:
+    """Return the metric's history and the steps of the trial's newest run; {} before it has logged anything."""
+    metrics = next((run_dir / "metrics.csv" for run_dir in job.run_dirs()), None)
+    if metrics is None or not metrics.exists():
+        return {}
+    with metrics.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    history = [float(row[sweep.metric]) for row in rows if row.get(sweep.metric)]
+    steps = max((int(row["step"]) + 1 for row in rows if row.get("step")), default=0)
+    most = int(job.state.results["parameters"].get("trainer.max_steps", sweep.base.trainer.max_steps))
+    return {"history": history, "steps": min(steps, most)}  # the last validation is logged after the last step
+
+
+def _unknown_metric(sweep: Sweep, trial: Trial) -> str:
+    with (Path(trial.run_dir) / "metrics.csv").open(newline="") as file:
+        known = ", ".join(name for name in next(csv.reader(file), []) if "/" in name)
+    return f"metric.name is {sweep.metric!r}, which trial {trial.number} has not logged, allowed: {known}"

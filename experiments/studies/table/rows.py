@@ -1,0 +1,228 @@
+"""A table's file: its metrics, its rows with the paper's values, and the scales at which it can be run.
+
+metrics   the first decides: rows are compared, drawn and ordered by it
+rows      overrides of the scale's config; each is compared with its baseline
+scales    config, seeds, and what is done after the trainings: `evaluate` and `bench`, the words of two commands
+"""
+
+import math
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os.path import normpath
+from pathlib import Path
+from typing import Any
+
+from scmoe.config.leaves import ConfigError
+from scmoe.config.load import parse_yaml
+from scmoe.config.shipped import SHIPPED, find
+from scmoe.experiments.studies.checks import LIST, MAPPING, TEXT, Rule, check, one_of, refusal
+
+FOLDER = SHIPPED / "experiment"
+SOURCES = ("summary", "evaluation", "speed", "paper")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """source: summary (of a run), evaluation (of a run), speed (the testbed), paper (not measured here)."""
+
+    name: str
+    unit: str
+    better: str  # lower | higher
+    source: str
+    keys: tuple[str, ...]  # dotted, in the source; the metric is their mean
+    times: float  # the source's value is multiplied by this
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    groups: tuple[str, ...]  # parts of the table that show it
+    paper: Mapping[str, float]  # by metric
+    overrides: tuple[str, ...]  # key=value, on the config of the scale
+    baseline: str  # the row that it is compared with; its own name: it is one
+    speed: str | None = None  # the testbed's row of the same architecture
+    setting: str | None = None  # one of the scale's `settings`
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.baseline == self.name
+
+
+@dataclass(frozen=True)
+class Scale:
+    config: Path
+    seeds: int  # 1 to this
+    jobs: int | None  # runs in parallel; 0: all in one process; None: launch files only
+    minutes: float = 0.0  # of the whole table at this scale, as measured or calculated in its file's header
+    evaluate: tuple[str, ...] | None = None  # the evaluate command's words after the run; None: no evaluation
+    bench: tuple[str, ...] | None = None  # the words of `bench overlap`; None: no speeds
+    shares: tuple[float, ...] | None = None  # those of the table's shares that are measured at this scale; None: all
+    otherwise: str | None = None  # the scale that is run where the config's data set is not on this machine
+    gpu_gib: float = 80.0  # memory of a GPU for which launch files are written
+    # key=value by name, for the rows that name it: the size of a model, or a learning rate, differs between scales
+    settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str
+    title: str
+    metrics: tuple[Metric, ...]
+    baseline: str
+    rows: tuple[Row, ...]
+    scales: Mapping[str, Scale]
+    share: float | None = None  # share of communication at which the testbed measures speeds
+    equal_time: tuple[float, ...] = ()  # shares at which losses are compared at equal time
+
+    @property
+    def decides(self) -> Metric:
+        return self.metrics[0]
+
+    @property
+    def comparisons(self) -> int:
+        return sum(not row.is_baseline for row in self.rows)
+
+    @property
+    def shares(self) -> list[float]:
+        """All shares of communication at which speeds are measured."""
+        return sorted({*self.equal_time, *([] if self.share is None else [self.share])})
+
+    def metrics_from(self, source: str) -> list[Metric]:
+        return [metric for metric in self.metrics if metric.source == source]
+
+    def row(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
+
+
+def table_names(root: Path = FOLDER) -> list[str]:
+    return sorted(found.parent.name for found in root.glob("*/table.yaml"))
+
+
+def load_table(name: str, root: Path | None = None) -> Table:
+    """Read the table of <root>/<name>/table.yaml. Raises ConfigError, in one line, for what cannot be read.
+
+    root: None: configs/experiment of the current folder, or the shipped one where it has no such table.
+    """
+    path = root / name / "table.yaml" if root else find(f"configs/experiment/{name}/table.yaml")
+    if not path.is_file():
+        raise ConfigError(f"table is {name!r}, allowed: {', '.join(table_names(root or FOLDER))}")
+    try:
+        return _table(name, path.parent, parse_yaml(path.read_text(encoding="utf-8"), "the file"))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _table(name: str, folder: Path, tree: Any) -> Table:
+    check("", tree, TABLE, ("title", "metrics", "baseline", "scales", "rows"))
+    metrics = tuple(_metric(key, entry) for key, entry in tree["metrics"].items())
+    rows = [_row(entry, tree["baseline"], [metric.name for metric in metrics]) for entry in tree["rows"]]
+    names = [row.name for row in rows]
+    if len({row.slug for row in rows}) < len(rows):
+        raise ConfigError("rows have the same name, allowed: names that differ in letters or digits")
+    for key, baseline in [("baseline", tree["baseline"]), *((f"baseline of {r.name!r}", r.baseline) for r in rows)]:
+        if baseline not in names:
+            raise refusal(key, baseline, ", ".join(map(repr, names)))
+    scales = {scale: _scale(scale, folder, entry, tree["scales"]) for scale, entry in tree["scales"].items()}
+    for scale, made in scales.items():
+        for row in rows:
+            if row.setting is not None and row.setting not in made.settings:
+                allowed = f"{', '.join(made.settings) or 'none'} at scale {scale}"
+                raise refusal(f"setting of {row.name!r}", row.setting, allowed)
+    share, equal_time = tree.get("share"), tuple(map(float, tree.get("equal_time", ())))
+    at = None if share is None else float(share)
+    table = Table(name, tree["title"], metrics, tree["baseline"], tuple(rows), scales, at, equal_time)
+    if table.metrics_from("speed") and table.share is None:
+        raise ConfigError("share is missing, allowed: a number between 0 and 1, at which the metrics of speed hold")
+    return table
+
+
+def _metric(name: str, entry: Any) -> Metric:
+    place = f"metrics.{name}"
+    check(place, entry, METRIC, ("unit", "better", "from"))
+    keys = entry.get("key", name)
+    times = float(entry.get("times", 1))
+    return Metric(name, entry["unit"], entry["better"], entry["from"], _words(keys), times)
+
+
+def _row(entry: Any, baseline: str, metrics: list[str]) -> Row:
+    check("a row", entry, ROW, ("name", "groups", "paper", "overrides"))
+    place = f"paper of {entry['name']!r}"
+    check(place, entry["paper"], dict.fromkeys(metrics, PAPER))
+    words = _overrides(entry["overrides"])
+    paper = {metric: float(value) for metric, value in entry["paper"].items()}
+    own_baseline = entry.get("baseline", baseline)
+    optional = entry.get("speed"), entry.get("setting")
+    return Row(entry["name"], tuple(entry["groups"]), paper, words, own_baseline, *optional)
+
+
+def _scale(name: str, folder: Path, entry: Any, scales: Mapping[str, Any]) -> Scale:
+    check(f"scales.{name}", entry, SCALE, ("config", "seeds", "jobs"))
+    otherwise = entry.get("otherwise")
+    if otherwise is not None and otherwise not in scales:
+        raise refusal(f"scales.{name}.otherwise", otherwise, ", ".join(scales))
+    given: dict[str, Any] = {key: tuple(shlex.split(entry[key])) for key in ("evaluate", "bench") if key in entry}
+    given |= {key: float(entry[key]) for key in ("minutes", "gpu_gib") if key in entry}
+    given |= {"shares": tuple(map(float, entry["shares"]))} if "shares" in entry else {}
+    jobs = None if entry["jobs"] == "launch" else int(entry["jobs"])
+    settings = {name: _overrides(own) for name, own in entry.get("settings", {}).items()}
+    config = Path(normpath(folder / entry["config"]))
+    return Scale(config, int(entry["seeds"]), jobs, otherwise=otherwise, settings=settings, **given)
+
+
+def _overrides(entry: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(f"{key}={value}" for key, value in entry.items())
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _number(text: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+    try:
+        return isinstance(text, str) and math.isfinite(float(text)) and least < float(text) < most
+    except ValueError:
+        return False
+
+
+# parse_yaml gives texts
+PAPER: Rule = (_number, "a number, such as 3.27")
+ABOVE_0: Rule = (lambda text: _number(text, 0), "a number above 0")
+SHARE: Rule = (lambda text: _number(text, 0, 1), "a number between 0 and 1")
+MANY: Rule = (lambda value: isinstance(value, list) and all(map(SHARE[0], value)), "a list of numbers between 0 and 1")
+TEXTS: Rule = (lambda value: isinstance(value, str) or (isinstance(value, list) and bool(value)), "a text or a list")
+VALUES: Rule = (lambda value: isinstance(value, dict), "a mapping of keys to values")
+SETTINGS: Rule = (lambda v: isinstance(v, dict) and all(map(VALUES[0], v.values())), "names, each with a mapping")
+TABLE: dict[str, Rule] = {
+    **dict.fromkeys(("title", "baseline"), TEXT),
+    **dict.fromkeys(("metrics", "scales"), MAPPING),
+    "share": SHARE,
+    "equal_time": MANY,
+    "rows": LIST,
+}
+METRIC: dict[str, Rule] = {
+    "unit": TEXT,
+    "better": one_of("lower", "higher"),
+    "from": one_of(*SOURCES),
+    "key": TEXTS,
+    "times": PAPER,
+}
+ROW: dict[str, Rule] = {
+    **dict.fromkeys(("name", "baseline", "speed", "setting"), TEXT),
+    "groups": LIST,
+    **dict.fromkeys(("paper", "overrides"), VALUES),
+}
+SCALE: dict[str, Rule] = {
+    **dict.fromkeys(("config", "evaluate", "bench", "otherwise"), TEXT),
+    "seeds": (lambda text: str(text).isdecimal() and int(text) > 0, "1 or more"),
+    "jobs": (lambda text: text == "launch" or str(text).isdecimal(), "0 or more | launch"),
+    "minutes": ABOVE_0,
+    "settings": SETTINGS,
+    "shares": MANY,
+    "gpu_gib": ABOVE_0,
+}

@@ -1,0 +1,170 @@
+"""The cache: what the device holds of the experts, and the two ways in which an expert gets there.
+
+    host      a thread reads from the store's file into a slot in memory
+    CUDA      a stream of its own copies from pinned host memory into a slot on the device; not run yet, see
+              docs/offload.md
+
+All MoE layers share the slots: an expert of a layer is needed once for each token, so the slots serve one layer after
+the other, and the smallest cache holds the experts that one token needs in one layer. If no slot is free, the least
+recently used expert is evicted. Slots are made once; nothing else on the device grows with the number of experts.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from scmoe.inference.offload.store import Key, Store, StoreError
+
+
+class Fetch(Protocol):
+    def wait(self) -> Any:
+        """Returns once the expert is in its slot; on a device, the current stream waits."""
+
+
+class Source(Protocol):
+    def start(self, key: Key, slot: Tensor) -> Fetch:
+        """Starts to copy an expert into a slot. Fetches end in the order in which they were started."""
+
+    def close(self) -> None:
+        """Ends what is in flight, and returns when nothing is."""
+
+
+class Reading(NamedTuple):
+    future: "Future[None]"
+
+    def wait(self) -> None:
+        self.future.result()
+
+
+class FileReader:
+    """Reads from the store's file, in one thread. rate_mb_s: reads no faster than this, for experiments; in 10^6 bytes
+    a second."""
+
+    def __init__(self, store: Store, rate_mb_s: float | None = None) -> None:
+        self.store, self.rate_mb_s = store, rate_mb_s
+        self.thread, self.stop = ThreadPoolExecutor(1, "experts"), Event()
+
+    def start(self, key: Key, slot: Tensor) -> Fetch:
+        return Reading(self.thread.submit(self._read, key, slot))
+
+    def close(self) -> None:
+        self.stop.set()
+        self.thread.shutdown(cancel_futures=True)
+
+    def _read(self, key: Key, slot: Tensor) -> None:
+        begin = time.perf_counter()
+
+        def pace(done: int) -> None:
+            due = 0.0 if self.rate_mb_s is None else begin + done / (1e6 * self.rate_mb_s) - time.perf_counter()
+            if self.stop.wait(due) if due > 0 else self.stop.is_set():
+                raise StoreError("the cache was closed")
+
+        self.store.read_into(key, slot, pace)
+
+
+class PinnedCopies:
+    """Holds all experts in pinned host memory, and copies them on a stream of its own."""
+
+    def __init__(self, store: Store, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.pinned = {
+            key: torch.empty(store.num_bytes(key), dtype=torch.uint8, pin_memory=True) for key in store.places
+        }
+        for key, target in self.pinned.items():
+            store.read_into(key, target)
+
+    def start(self, key: Key, slot: Tensor) -> Fetch:
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # the slot's last expert may still be computing
+        with torch.cuda.stream(self.stream):
+            slot[: self.pinned[key].numel()].copy_(self.pinned[key], non_blocking=True)
+        return self.stream.record_event()
+
+    def close(self) -> None:
+        self.stream.synchronize()
+        self.pinned.clear()
+
+
+class Held(NamedTuple):
+    slot: Tensor  # bytes
+    fetch: Fetch
+
+
+class Cache:
+    """Slots for experts. Use it as a context manager, or close it: that ends its thread and closes the store.
+
+    ahead: number of experts that one call of `prefetch` fetches or keeps, at most `slots`; 1: none is fetched before
+    its turn.
+    """
+
+    def __init__(self, store: Store, source: Source, slots: int, ahead: int, device: torch.device) -> None:
+        largest = max(store.num_bytes(key) for key in store.places)
+        self.store, self.source, self.slots, self.ahead = store, source, slots, ahead
+        self.free = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(slots)]
+        self.held = OrderedDict[Key, Held]()  # those used last at the end
+        self.closed = False
+        self.needed = self.hits = 0
+
+    def __enter__(self) -> "Cache":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits for the thread to end. A model whose experts were here cannot be called afterwards."""
+        if not self.closed:
+            self.closed = True
+            self.source.close()
+            self.store.close()
+            self.held.clear()
+            self.free.clear()
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the needed experts that were here, or on their way, when the gate named them."""
+        return self.hits / max(1, self.needed)
+
+    def in_turn(self, layer: str, counts: Sequence[int]) -> list[Key]:
+        """Returns the experts of a layer that have rows, in the order to compute them: those that are here first, since
+        their slots are then free for the others."""
+        return sorted(((layer, e) for e, rows in enumerate(counts) if rows), key=lambda key: key not in self.held)
+
+    def count(self, keys: Sequence[Key]) -> None:
+        """Notes for `hit_rate` that the gate has named these experts."""
+        self.needed += len(keys)
+        self.hits += sum(key in self.held for key in keys)
+
+    def prefetch(self, keys: Sequence[Key]) -> None:
+        """Starts to fetch, of the first `ahead` keys, those that are not in the cache. Evicts none of these keys."""
+        if self.closed:
+            raise RuntimeError("the cache of this model's experts was closed: offload the model again")
+        wanted = keys[: self.ahead]
+        for key in wanted:
+            if key in self.held:
+                self.held.move_to_end(key)
+                continue
+            if not self.free:
+                oldest = next(other for other in self.held if other not in wanted)
+                self.free.append(self.held.pop(oldest).slot)
+            slot = self.free.pop()
+            self.held[key] = Held(slot, self.source.start(key, slot))
+
+    def weights(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
+        """Prefetches, waits for the first of these experts and returns its w_in_DF and w_out_FD, which are valid until
+        the next call. Raises StoreError, with the cache closed, if it could not be fetched."""
+        self.prefetch(keys)
+        key = keys[0]
+        slot, fetch = self.held[key]
+        try:
+            fetch.wait()
+        except (OSError, StoreError) as error:
+            self.close()
+            layer, e = key
+            raise StoreError(f"expert {e} of {layer} could not be fetched: {error}") from error
+        return self.store.weights(key, slot)

@@ -1,0 +1,157 @@
+"""Expert offloading: migration of routed experts to the device beside the backbone (section A.3, Fig. 13).
+
+    blocking       the experts that the gate names are fetched and waited for at once
+    determinate    they are fetched while the backbone runs, and waited for when the experts run, at the last slot. In
+                   ScMoE the gate names them at the tap, early enough to hide the fetch
+    speculative    the next MoE layer's gate is applied to this layer's representation, and its choice is fetched ahead,
+                   as Pre-gated MoE does. A wrong guess costs time: the gate's own choice is fetched late
+
+Migration is a dispatcher: no row is sent, and what is waited for are weights. Results are bit-identical to those of
+resident experts on a CPU, because each expert's products are the same, whatever way its weights came.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scmoe.blocks.moe_block import moe_blocks_of
+from scmoe.inference.offload.cache import Cache, FileReader, PinnedCopies, Source
+from scmoe.inference.offload.store import Key, Store, expert_layers
+from scmoe.moe.dispatcher import Announced, Blocking, ChunkCounts, LocalDispatcher, Pending, Ready, Receipt
+from scmoe.moe.experts import Experts, choose_mlps
+from scmoe.moe.router import Router
+
+WAYS = ("blocking", "determinate", "speculative")
+
+
+class OffloadedExperts(nn.Module):
+    """Experts without parameters: computes one expert after another with weights from the cache, so that computing one
+    hides fetching the next. For inference only."""
+
+    def __init__(self, experts: Experts, cache: Cache, layer: str) -> None:
+        super().__init__()
+        self.num_experts, self.expert_ids, self.act = experts.num_experts, experts.expert_ids, experts.act
+        self.cache, self.layer = cache, layer
+
+    def forward(self, rows_RD: Tensor, counts_e: Tensor) -> Tensor:
+        """rows_RD: grouped by expert. counts_e: rows of each. Returns [R, D] in the same order."""
+        if torch.is_grad_enabled() and rows_RD.requires_grad:
+            raise RuntimeError("offloaded experts have no gradients: call the model inside torch.inference_mode()")
+        y_RD, counts = torch.empty_like(rows_RD), counts_e.tolist()
+        xs, ys = rows_RD.split(counts), y_RD.split(counts)
+        left, mlps = self.cache.in_turn(self.layer, counts), choose_mlps(rows_RD, None)
+        with torch.autocast(rows_RD.device.type, enabled=False):
+            while left:
+                w_in_1DF, w_out_1FD = (w[None].to(rows_RD.dtype) for w in self.cache.weights(left))
+                _, e = left.pop(0)
+                ys[e].copy_(mlps(xs[e], w_in_1DF, w_out_1FD, None, self.act))
+        return y_RD
+
+
+@dataclass(frozen=True)
+class Fetching:
+    """The dispatcher of one rank whose experts of this layer are in the cache: dispatch starts to fetch those that have
+    rows. Blocking(Fetching) is the blocking baseline, with a cache that fetches none ahead.
+
+    guessed: name and router of the MoE layer whose experts are fetched too, by a guess; None: no guess.
+    """
+
+    cache: Cache
+    layer: str
+    guessed: tuple[str, Router] | None = None
+
+    def announce(self, counts_PE: Tensor) -> Announced:
+        return LocalDispatcher().announce(counts_PE)
+
+    def dispatch(self, rows_RD: Tensor, counts: ChunkCounts | None) -> tuple[Pending, Receipt]:
+        assert counts is not None, "the numbers of rows are known where only filled slots are computed"
+        needed = self.cache.in_turn(self.layer, counts.counts_from_e[0].tolist())
+        self.cache.count(needed)
+        self.cache.prefetch(needed if self.guessed is None else needed + guess(*self.guessed, rows_RD))
+        return Fetched(self.cache, needed, rows_RD), Receipt(counts.counts_from_e[0])
+
+    def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
+        return Ready(rows_RD)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Waits for the first expert; OffloadedExperts waits for each of the others when its turn comes."""
+
+    cache: Cache
+    needed: list[Key]
+    rows_RD: Tensor
+
+    def wait(self) -> Tensor:
+        if self.needed:
+            self.cache.weights(self.needed)
+        return self.rows_RD
+
+
+def guess(layer: str, router: Router, rows_RD: Tensor) -> list[Key]:
+    """Returns the experts that a layer's gate would choose for the rows of an earlier layer."""
+    return [(layer, e) for e in router(rows_RD).topk_ids_TK.unique().tolist()]
+
+
+def offload_experts(
+    model: nn.Module, path: Path, *, way: str = "determinate", slots: int | None = None, rate_mb_s: float | None = None
+) -> Cache:
+    """Replaces the experts of a whole model by offloaded ones, which come from the store at `path`. Returns the cache:
+    close it when the model is not needed any more.
+
+    model: in evaluation mode; its Experts may be on the meta device. slots: experts that the device holds, of all
+    layers together; None: what one token needs of a layer, and as much again of the next. rate_mb_s: a bound for
+    experiments, in 10^6 bytes a second; on a CPU only.
+    Raises ValueError for what cannot be honoured, StoreError for a store that is missing, cut, changed or another
+    model's.
+    """
+    store = Store(path, model)
+    try:
+        return attach(model, store, way=way, slots=slots, rate_mb_s=rate_mb_s)
+    except BaseException:
+        store.close()
+        raise
+
+
+def attach(
+    model: nn.Module, store: Store, *, way: str, slots: int | None = None, rate_mb_s: float | None = None
+) -> Cache:
+    """The same with an open store, which the cache will close."""
+    blocks = moe_blocks_of(model)
+    names = {experts: name for name, experts in expert_layers(model).items()}
+    top_k = max(block.moe.router.top_k for block in blocks)
+    slots = min(2 * top_k, len(store.places)) if slots is None else slots
+    device = blocks[0].moe.router.gate.weight.device
+    check(way, slots, top_k, len(store.places))
+    if rate_mb_s is not None and (rate_mb_s <= 0 or device.type != "cpu"):
+        raise ValueError(f"rate_mb_s is {rate_mb_s}, allowed: above 0, with the model on a CPU (it is on {device})")
+    if model.training:
+        raise ValueError("the model is in training mode, allowed: model.eval(), as offloaded experts are not trained")
+    if not all(block.moe.filled for block in blocks):
+        raise ValueError("the model computes empty slots too, allowed: dropless (capacity_factor None) or rows=filled")
+    source: Source = FileReader(store, rate_mb_s) if device.type == "cpu" else PinnedCopies(store, device)
+    cache = Cache(store, source, slots, 1 if way == "blocking" else slots, device)
+    layers = [(names[block.moe.experts], block.moe.router) for block in blocks]
+    for block, (layer, _), following in zip(blocks, layers, [*layers[1:], None], strict=True):
+        fetching = Fetching(cache, layer, following if way == "speculative" else None)
+        last = replace(block.schedule, expert_slot=len(block.schedule.window), chunks=1)
+        block.run_as(last, Blocking(fetching) if way == "blocking" else fetching)
+    for experts, name in names.items():
+        stream: Any = model.get_submodule(name.rpartition(".")[0])
+        stream.experts = OffloadedExperts(experts, cache, name)
+    return cache
+
+
+def check(way: str, slots: int, top_k: int, num_experts: int) -> None:
+    """Raises ValueError for an unknown way, and for a number of slots that it cannot use."""
+    if way not in WAYS:
+        raise ValueError(f"way is {way!r}, allowed: {', '.join(WAYS)}; a resident model is one that is not offloaded")
+    guesses = top_k if way == "speculative" else 0
+    if not top_k + guesses <= slots <= num_experts:
+        why = f"a token needs {top_k} expert(s) of a layer" + (
+            f", and {guesses} guessed of the next" if guesses else ""
+        )
+        raise ValueError(f"slots is {slots}, allowed: {top_k + guesses} to {num_experts}, as {why}")

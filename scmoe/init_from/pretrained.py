@@ -1,0 +1,109 @@
+"""Reads weights under our names: folders of transformers' models (families.py), and files of `make export`.
+
+Only local safetensors and JSON files are read: no download, no pickle. Names and shapes are read at once, and each
+weight, or each expert of a stack, when upcycle.py copies it into a model.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from scmoe.init_from.families import READERS, in_our_layout
+from scmoe.parallel.checkpoint.export import read_settings
+
+
+class Checkpoint(NamedTuple):
+    """The weights in files, and what is known about them.
+
+    problems: messages about what is missing, unknown or different; with any, no weight may be read.
+    """
+
+    weights: dict[str, Tensor]  # under our names, in the layout of our parameters, on the meta device
+    read: Callable[[str, int | None], Tensor]  # reads one of them; of a stack of experts, the expert of this number
+    labels: dict[str, str]  # the name of each in the files
+    settings: dict[str, Any]  # the config's keys that the weights belong to, as far as the files say
+    problems: list[str]
+
+
+def read_export(file: Path) -> Checkpoint:
+    """Read a file of `make export`, dense or MoE. Raises ValueError for any other file."""
+    settings, stored = read_settings(file), stored_in([file])
+    weights = {name: tensor.on_meta for name, tensor in stored.items()}
+    return Checkpoint(weights, lambda name, e: stored[name].read(e), {name: name for name in stored}, settings, [])
+
+
+def read_hf(folder: Path) -> Checkpoint:
+    """Read a folder of transformers' `save_pretrained`: config.json and *.safetensors. Raises ValueError for others."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{folder}: config.json cannot be read: {error}") from error
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} has no weights in *.safetensors; other formats are not read")
+    family = config.get("model_type") if isinstance(config, dict) else None
+    if family not in READERS:
+        raise ValueError(f"{folder}: model_type is {family!r}, allowed: {', '.join(READERS)}")
+    stored = stored_in(files)
+    try:
+        settings, problems, names = READERS[family](config)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{folder}: config.json is not that of a {family}: {error!r}") from error
+    theirs = {name.removeprefix("transformer.").removeprefix("model."): tensor for name, tensor in stored.items()}
+    wanted = {part for parts in names.values() for part in parts}
+    unused: tuple[str, ...] = ("attn.bias", "attn.masked_bias", "rotary_emb.inv_freq")  # masks and angles in old files
+    if config.get("tie_word_embeddings", family == "gpt2"):
+        unused += ("lm_head.weight",)
+    problems += [f"{name} is missing" for name in sorted(wanted - theirs.keys())]
+    problems += [f"{name} is unknown" for name in sorted(theirs.keys() - wanted) if not name.endswith(unused)]
+    experts = settings.get("moe.num_experts", 0)
+
+    def read(ours: str, expert: int | None) -> Tensor:
+        parts = names[ours]
+        if expert is not None:
+            each = len(parts) // experts
+            parts = parts[each * expert : each * (expert + 1)]
+        weight = in_our_layout(family, ours, torch.cat([theirs[part].read() for part in parts]), 1)
+        return weight if expert is None else weight[0]
+
+    checkpoint = Checkpoint({}, read, {}, settings, problems)
+    for ours, parts in names.items():
+        found = [theirs[part].on_meta for part in parts if part in theirs]
+        if len(found) < len(parts):
+            continue
+        checkpoint.labels[ours] = " + ".join(parts)
+        if len({w.shape[1:] for w in found}) > 1 or any(w.dim() == 0 for w in found):
+            problems.append(f"{' + '.join(parts)} have shapes {', '.join(str(tuple(w.shape)) for w in found)}")
+            continue
+        checkpoint.weights[ours] = in_our_layout(family, ours, torch.cat(found), experts)
+    return checkpoint
+
+
+class Stored(NamedTuple):
+    """A tensor in a file of which only the header is read. The file is mapped into memory: ranks of a node share it."""
+
+    file: Any  # of safe_open, which stays open
+    name: str
+    on_meta: Tensor
+
+    def read(self, row: int | None = None) -> Tensor:
+        """Return the tensor, or one row of its first dim."""
+        return self.file.get_tensor(self.name) if row is None else self.file.get_slice(self.name)[row]
+
+
+def stored_in(paths: list[Path]) -> dict[str, Stored]:
+    """Return the tensors of safetensors files by name. Raises ValueError for other files."""
+    stored: dict[str, Stored] = {}
+    for path in paths:
+        try:
+            file: Any = safe_open(path, framework="pt")
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        stored |= {n: Stored(file, n, torch.empty(shape, device="meta")) for n, shape in shapes.items()}
+    return stored

@@ -1,0 +1,123 @@
+"""Copies the weights of a checkpoint into a model, unchanged, or from a dense checkpoint into an MoE ("upcycling").
+
+An upcycled model gives the dense model's output up to rounding, as long as no copy is dropped (moe.capacity_factor):
+
+    standard top-k          each expert is the MLP, and the gate's weights sum to one (top_k >= 2, renormalised)
+    shared-expert, ScMoE    the shared expert is the MLP, with twice its W_out where a coefficient gate halves it (the
+                            gate's weights are 0, and sigmoid(0) = 1/2); experts have the MLP's W_in and W_out = 0, so
+                            the routed output starts at 0 and grows in training
+
+The tap's own norm is the MLP's norm. The router's gate keeps its drawn weights. Under expert parallelism a rank takes
+the experts that it holds. Shapes are compared on the meta device; then one weight, or one expert, is read at a time.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scmoe.blocks.shortcut import ShortcutBlock
+from scmoe.blocks.standard import SharedExpertBlock, TopKBlock
+from scmoe.init_from.pretrained import Checkpoint
+from scmoe.moe.coefficient import DirectAdd
+from scmoe.moe.experts import Experts
+
+
+@torch.no_grad()
+def fill(model: Any, checkpoint: Checkpoint, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
+    """Set every weight of `model` from the checkpoint. Raises ValueError, before any is set, naming all mismatches.
+
+    put: copies a value into a weight, or into the part of a weight that this rank holds."""
+    own = dict(model.named_parameters())
+    upcycled = any(".moe." in name for name in own) and not any(".moe." in name for name in checkpoint.weights)
+    if upcycled:
+        check_upcycling(model, checkpoint)
+    sources = {name: dense_name(name, model) if upcycled else name for name in own}
+    problems = list(checkpoint.problems)
+    share = upcycled_weight if upcycled else own_share
+    found: dict[str, str] = {}
+    for name, source in sources.items():
+        if source is None:  # a gate
+            continue
+        if source not in checkpoint.weights:
+            problems += [f"{source} is missing"] * (not checkpoint.problems)  # these already name the cause
+            continue
+        found[name], weight, wanted = source, checkpoint.weights[source], own[name].shape
+        if share(name, weight, model).shape != wanted:
+            allowed = f"a shape that gives {name} {tuple(wanted)}"
+            problems.append(f"{checkpoint.labels[source]} is {tuple(weight.shape)}, allowed: {allowed}")
+    unused = checkpoint.weights.keys() - set(sources.values())
+    problems += [f"{checkpoint.labels[name]} is unknown" for name in sorted(unused)]
+    if problems:
+        raise ValueError("; ".join(dict.fromkeys(problems)))
+    for name, source in found.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, Experts) and not upcycled:
+            for expert, w in zip(module.expert_ids, own[name], strict=True):
+                put(w, checkpoint.read(source, expert))
+        else:
+            put(own[name], share(name, checkpoint.read(source, None), model))
+    if upcycled:
+        for block in model.blocks:
+            if has_halves(block):
+                block.coefficient.gate.weight.zero_()
+
+
+def check_upcycling(model: Any, checkpoint: Checkpoint) -> None:
+    """Raise ValueError where the model cannot give the dense model's output."""
+    for block in model.blocks:
+        if isinstance(block, TopKBlock):
+            if not block.moe.router.renormalise:
+                raise ValueError("a dense checkpoint into a top_k MoE requires moe.top_k >= 2 and moe.renormalise")
+            if any(name.endswith(".f.w_in.bias") for name in checkpoint.weights):
+                raise ValueError("experts have no biases, but the checkpoint's MLPs do; allowed: a shared expert")
+        elif not isinstance(block, (SharedExpertBlock, ShortcutBlock)):
+            raise ValueError("a dense checkpoint into an MoE requires moe.architecture top_k, shared_expert or scmoe")
+
+
+def dense_name(name: str, model: Any) -> str | None:
+    """Return the dense model's name of a parameter of an MoE model; None where the dense model has none.
+
+    A pair holds attention, MLP and attention of two dense blocks; with moe.every=1, a block holds one attention. The
+    MLP of the last of these dense blocks, with its norm, becomes the MoE module.
+    """
+    match = re.fullmatch(
+        r"blocks\.(\d+)\.(?:sublayers\.(\d)|(norm|tap_norm|shared_expert|moe|coefficient))\.(.+)", name
+    )
+    if match is None:
+        return name
+    block, sublayer, part, rest = match.groups()
+    blocks_each = (len(model.blocks[int(block)].sublayers) + 1) // 2
+    if sublayer is not None:
+        return f"blocks.{blocks_each * int(block) + int(sublayer) // 2}.sublayers.{int(sublayer) % 2}.{rest}"
+    mlp = f"blocks.{blocks_each * (int(block) + 1) - 1}.sublayers.1"
+    if part == "moe":
+        return {"experts.w_in_eDF": f"{mlp}.f.w_in.weight", "experts.w_out_eFD": f"{mlp}.f.w_out.weight"}.get(rest)
+    return {"shared_expert": f"{mlp}.f.{rest}", "coefficient": None}.get(part, f"{mlp}.norm.{rest}")
+
+
+def upcycled_weight(name: str, weight: Tensor, model: Any) -> Tensor:
+    """Return the parameter `name` of an MoE model, made from the dense model's weight."""
+    if not name.startswith("blocks."):
+        return own_share(name, weight, model)
+    block, path = model.blocks[int(name.split(".")[1])], name.split(".", 2)[2]
+    if path.startswith("moe.experts.") and weight.dim() == 2:
+        copies = weight.T.expand(len(block.moe.experts.expert_ids), -1, -1)
+        grown = path.endswith("w_out_eFD") and not isinstance(block, TopKBlock)
+        return weight.new_zeros(()).expand_as(copies) if grown else copies
+    return 2 * weight if path.startswith("shared_expert.w_out.") and has_halves(block) else weight
+
+
+def own_share(name: str, weight: Tensor, model: Any) -> Tensor:
+    """Return the part of a weight that this model holds: this rank's experts, the first max_seq_len positions."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, Experts) and weight.dim() == 3:
+        return weight[module.expert_ids.start : module.expert_ids.stop]
+    return weight[: model.max_seq_len] if name == "positions.weight" and weight.dim() == 2 else weight
+
+
+def has_halves(block: Any) -> bool:
+    """Return whether a gate weighs shared and routed output. With weights of 0 it halves the shared output."""
+    return not isinstance(block, TopKBlock) and not isinstance(block.coefficient, DirectAdd)

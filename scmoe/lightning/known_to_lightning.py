@@ -1,0 +1,39 @@
+"""Makes Lightning know the strategy's name, and read a checkpoint that is a directory of ours.
+
+Called by `import scmoe`, perhaps while other files of scmoe are being imported, so all imports are inside functions.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def teach_lightning() -> None:
+    from lightning.fabric.plugins.io import torch_io
+    from lightning.pytorch.core import saving
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    what = "DDP for dense weights, expert parallelism for experts"
+    StrategyRegistry.register("expert_parallel", expert_parallel, what, override=True)
+    for module in (saving, torch_io):  # load_from_checkpoint, and a Trainer with any other strategy
+        module.pl_load = reading_directories(module.pl_load)  # type: ignore[attr-defined]
+
+
+def expert_parallel(**arguments: Any) -> Any:
+    from scmoe.lightning.strategy import ExpertParallelStrategy
+
+    return ExpertParallelStrategy(**arguments)
+
+
+def reading_directories(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `load`, which reads one file, with our directories read by one process too."""
+
+    def read(path: Any, *args: Any, **kwargs: Any) -> Any:
+        from scmoe.parallel.checkpoint.durable import MANIFEST
+        from scmoe.parallel.checkpoint.loading import read_for_lightning
+
+        if isinstance(path, (str, Path)) and (Path(path) / MANIFEST).is_file():
+            return read_for_lightning(Path(path))
+        return load(path, *args, **kwargs)
+
+    return read

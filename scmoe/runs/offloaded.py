@@ -1,0 +1,86 @@
+"""Builds a model with offloaded experts from a checkpoint or an export, without ever holding all experts in memory.
+
+The network is built on the meta device. `store_experts` copies the experts from file to file, one layer at a time;
+`load_offloaded` reads the other weights alone. Language models only: vision models have tensors that are no weights.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError
+from scmoe.inference.offload.cache import Cache
+from scmoe.inference.offload.migration import offload_experts
+from scmoe.inference.offload.store import Read, StoreError, expert_layers, write_store
+from scmoe.parallel.checkpoint.export import exported_by_name
+from scmoe.parallel.checkpoint.loading import weights_by_name
+from scmoe.training.assembly.model import build_model_on_meta
+from scmoe.training.assembly.trainer import cpu_threads
+from scmoe.training.run.directory import relative
+
+
+def store_experts(config: Config, source: Path, path: Path) -> None:
+    """Write the experts of a checkpoint (a directory) or of a file of `make export` into the store at `path`.
+
+    Raises ValueError for a broken source, or another model's."""
+    model = build_model_on_meta(config)
+    write_store(path, model, reader(source, model))
+
+
+@contextmanager
+def offloaded(config: Config, source: Path) -> Iterator[tuple[Any, Cache]]:
+    """Give the model of a checkpoint or an export as config.offload says, and its cache, which is closed at the end.
+
+    The store is offload/<name of the source>.experts.safetensors beside the checkpoints, or beside the export. It is
+    written where it is missing. Raises ConfigError for what cannot be honoured, and for a store that cannot be used.
+    """
+    folder = (source.parents[1] if source.is_dir() else source.parent) / "offload"
+    path, offload = folder / f"{source.name}.experts.safetensors", config.offload
+    torch.set_num_threads(cpu_threads(config))
+    torch.use_deterministic_algorithms(config.trainer.deterministic)
+    on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    try:
+        if not path.exists():
+            folder.mkdir(exist_ok=True)
+            print(f"experts are written to {relative(path)}", file=sys.stderr, flush=True)
+            store_experts(config, source, path)
+        how: dict[str, Any] = {"way": offload.way, "slots": offload.slots, "rate_mb_s": offload.rate_mb_s}
+        model, cache = load_offloaded(config, source, path, device=device, **how)
+    except (OSError, ValueError) as error:
+        way_out = f"; remove {relative(path)} and it is written again" if isinstance(error, StoreError) else ""
+        raise ConfigError(f"offload: {error}{way_out}") from error
+    with cache, torch.inference_mode():
+        yield model, cache
+
+
+def load_offloaded(
+    config: Config,
+    source: Path,
+    path: Path,
+    *,
+    device: torch.device | None = None,
+    way: str = "determinate",
+    slots: int | None = None,
+    rate_mb_s: float | None = None,
+) -> tuple[nn.Module, Cache]:
+    """Return the model in evaluation mode, with experts from the store at `path`, and the cache, to be closed at the
+    end. The arguments after `path` and the errors are those of `offload_experts`."""
+    model = build_model_on_meta(config).eval()
+    read, of_experts = reader(source, model), tuple(f"{layer}." for layer in expert_layers(model))
+    own = {p: name for name, p in model.named_parameters() if not name.startswith(of_experts)}
+    filled = {p: nn.Parameter(read(name).to(device, p.dtype), requires_grad=False) for p, name in own.items()}
+    tied = model.named_parameters(remove_duplicate=False)  # a tied weight is filled under each of its names
+    model.load_state_dict({name: filled[p] for name, p in tied if p in filled}, strict=False, assign=True)
+    return model, offload_experts(model, path, way=way, slots=slots, rate_mb_s=rate_mb_s)
+
+
+def reader(source: Path, model: nn.Module) -> Read:
+    """Return a function that reads a parameter of `model` by name. ValueError: the source belongs to another model."""
+    return weights_by_name(source, model, "model.") if source.is_dir() else exported_by_name(source, model)

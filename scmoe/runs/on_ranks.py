@@ -1,0 +1,98 @@
+"""Puts the model of a run or of an export on its ranks, for commands that do not train: evaluate, generate."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from scmoe.config.extensions import named
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError
+from scmoe.config.load import load_kept
+from scmoe.init_from.settings import check_settings, settings
+from scmoe.parallel.checkpoint.export import EXPORT, load_weights, read_settings
+from scmoe.training.assembly.model import build_module
+from scmoe.training.assembly.trainer import build_trainer
+from scmoe.training.moe_module import MoEModule
+from scmoe.training.run.machine import check_devices, check_resident
+from scmoe.training.run.resume import REFUSED_SINCE, Which, config_of, find_checkpoint, refuse_other_model
+from scmoe.training.run.train import hush_lightning
+
+# By default. A product of one row differs in its last bits with the number of threads.
+ALONE = (
+    *("trainer.devices=1", "trainer.num_nodes=1", "trainer.threads=1", "strategy.ep_size=null"),
+    *("strategy.dense=replicated", "strategy.exchange=auto", "strategy.wire_dtype=null"),
+)
+# What only helps training, and what would make results depend on the number of ranks.
+WITHOUT = (
+    *("trainer.progress=false", "trainer.compile=false", "trainer.recompute=false", "schedule.auto=false"),
+    *("moe.dropless_ceiling=null", "moe.overflow=drop", "strategy.wire_dtype=null", "strategy.reductions=null"),
+)
+
+
+def find_weights(run: Path, which: Which, overrides: Sequence[str]) -> tuple[Path, Config]:
+    """Return a run's checkpoint, or the exported file itself, and the configuration with which it is used.
+
+    Raises ConfigError where there is none, and as `config_without_training` does.
+    """
+    if run.suffix != EXPORT:
+        checkpoint = find_checkpoint(run, which)
+        return checkpoint, config_without_training(partial(config_of, run, checkpoint), checkpoint, overrides)
+    config = config_without_training(partial(load_kept, run.parent / "config.yaml"), run, overrides)
+    try:
+        check_settings(settings(config), read_settings(run))
+    except ValueError as error:
+        raise ConfigError(f"{run} cannot be used with the config.yaml beside it: {error}") from error
+    return run, config
+
+
+def config_without_training(read: Callable[[Sequence[str]], Config], weights: Path, overrides: Sequence[str]) -> Config:
+    """Return the configuration with which a run's weights are used. read: gives it with overrides.
+
+    Raises ConfigError for an override that would make another model, and for ranks or devices that are not here.
+    """
+    was = read([*named(overrides), *REFUSED_SINCE])
+    refuse_other_model(read([*ALONE, *overrides]), was, weights)
+    # The counts of rows are then announced, so that each rank may have another number of them.
+    rows = f"moe.rows={'auto' if was.moe.architecture == 'dense' else 'filled'}"
+    config = read([*ALONE, *overrides, *WITHOUT, rows])
+    if config.strategy.dense != "replicated":  # FSDP does not run in inference mode
+        raise ConfigError(f"strategy.dense is {config.strategy.dense!r}, allowed: replicated, where nothing is trained")
+    check_devices(config)
+    return config
+
+
+def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:
+    """Start the ranks and read the weights; return the module and its Trainer. Every rank must call it.
+
+    Each rank builds and reads only its experts. The module is on its device, in evaluation mode. ValueError: the file
+    is broken, or holds another model.
+    """
+    check_resident(config)
+    hush_lightning()
+    module = build_module(replace(config, init_from=None))
+    trainer = build_trainer(config, [], [])
+    exported = weights.suffix == EXPORT
+    with warnings.catch_warnings():
+        for message in (".*callbacks used to create the checkpoint.*", ".*across ranks is zero.*"):
+            warnings.filterwarnings("ignore", message)
+        # without batches it starts the ranks, and places and reads the model
+        checkpoint: dict[str, Any] = {} if exported else {"ckpt_path": weights, "weights_only": True}
+        trainer.validate(module, [], verbose=False, **checkpoint)
+    if exported:
+        with ending_together(trainer):
+            load_weights(weights, module.model)
+    return module.to(trainer.strategy.root_device).eval(), trainer
+
+
+@contextmanager
+def ending_together(trainer: Any) -> Iterator[None]:
+    """End all ranks where this one raises inside, and name a rank that does not answer, as in training."""
+    try:
+        yield
+    except BaseException as error:
+        trainer.strategy.on_exception(error)
+        raise

@@ -1,0 +1,181 @@
+"""Runs as their directories show them: state, best loss, speed, curves, and how their configs differ."""
+
+import csv
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError, flatten
+from scmoe.config.load import parse_yaml, to_yaml
+from scmoe.config.program import scmoe
+from scmoe.training.run.run_state import read_state
+
+WIDTH = 1000  # without a terminal: one line for each run, however long, which can be searched and copied
+COLORS = {"finished": "green", "running": "cyan", "failed": "red", "cut": "yellow"}
+NOT_COMPARED = ("name", "runs_dir", "logger.")  # where a run is kept, not what it is
+
+
+def console() -> Console:
+    """Return a terminal's console, or a very wide one."""
+    made = Console(highlight=False)
+    return made if made.is_terminal else Console(highlight=False, width=WIDTH)
+
+
+@dataclass(frozen=True)
+class SeenRun:
+    """A run directory, read without building its model."""
+
+    path: Path
+
+    @cached_property
+    def config(self) -> dict[str, str]:
+        """Dotted keys and texts, as last resumed; a key that the run's version did not have is at its default."""
+        resumed = sorted(self.path.glob("config-from-*.yaml"), key=lambda path: int(path.stem.rpartition("-")[2]))
+        newest = [self.path / "config.yaml", *resumed][-1]
+        return {**DEFAULTS, **flat(newest.read_text(encoding="utf-8"))}
+
+    @cached_property
+    def metrics(self) -> list[dict[str, float]]:
+        """The rows of metrics.csv without empty cells."""
+        path = self.path / "metrics.csv"
+        if not path.exists():
+            return []
+        with path.open(newline="") as file:
+            return [{k: float(v) for k, v in row.items() if k and v} for row in csv.DictReader(file)]
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        path = self.path / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    @property
+    def state(self) -> str:
+        return read_state(self.path)
+
+    @property
+    def steps(self) -> int:
+        """The number of steps, as far as they are logged. A validation after the last step has one row more."""
+        rows = [row for row in self.metrics if "train/loss" in row] or self.metrics
+        return max((int(row["step"]) + 1 for row in rows), default=0)
+
+    @property
+    def best_loss(self) -> float | None:
+        return min((loss for _, loss in self.curve("val/loss")), default=None)
+
+    @property
+    def counts(self) -> str:
+        """The unit of the run's data: tokens or images."""
+        return "images" if self.config["model.family"] == "swin" else "tokens"
+
+    @property
+    def per_s(self) -> float | None:
+        """Tokens (images) a second: the summary's value, else the last logged one."""
+        name = f"{self.counts}_per_s"
+        speeds = [row[f"time/{name}"] for row in self.metrics if f"time/{name}" in row]
+        return self.summary.get(name) or (speeds[-1] if speeds else None)
+
+    @property
+    def begun(self) -> float:
+        """When it was started: the stamp in the directory's name; else the time of its config."""
+        try:
+            return datetime.strptime(self.path.name[:15], "%Y%m%d-%H%M%S").timestamp()
+        except ValueError:
+            return (self.path / "config.yaml").stat().st_mtime
+
+    def curve(self, metric: str) -> list[tuple[float, float]]:
+        """Return points (tokens or images, value) of a metric. A row's step is the last one before it, from 0."""
+        per_step = int(self.config["data.global_batch_size"])
+        per_step *= int(self.config["data.seq_len"]) if self.counts == "tokens" else 1
+        return [((row["step"] + 1) * per_step, row[metric]) for row in self.metrics if metric in row]
+
+
+def flat(text: str) -> dict[str, str]:
+    """Return dotted keys and texts of a config.yaml of any version of this project."""
+    found: dict[str, str] = {}
+    for key, value in parse_yaml(text, "config.yaml").items():
+        is_section = isinstance(value, dict) and key not in ("callbacks", "options")  # they have no fields
+        found |= {f"{key}.{k}": str(v) for k, v in value.items()} if is_section else {key: str(value)}
+    return found
+
+
+DEFAULTS = flat(to_yaml(Config()))
+
+
+def find_runs(folder: Path) -> list[SeenRun]:
+    """Return all run directories below a folder, the newest first."""
+    found = [SeenRun(path.parent) for path in folder.rglob("overrides.txt") if (path.parent / "config.yaml").exists()]
+    return sorted(found, key=lambda run: run.begun, reverse=True)
+
+
+def open_run(name: str, folder: Path = Path("runs")) -> SeenRun:
+    """Return a run by its directory, or by its path below the folder of runs. Raises ConfigError if there is none."""
+    for path in (Path(name), folder / name):
+        if (path / "config.yaml").exists():
+            return SeenRun(path.resolve() if path.is_symlink() else path)
+    raise ConfigError(f"run is {name!r}, allowed: the directory of a run; {scmoe('runs')} lists them")
+
+
+def differences(runs: Sequence[SeenRun]) -> dict[str, list[str]]:
+    """Return the keys that are not equal in all runs, and their values by run."""
+    keys = [key for key in flatten(Config()) if not key.startswith(NOT_COMPARED)]
+    columns = {key: [run.config[key] for run in runs] for key in keys}
+    return {key: values for key, values in columns.items() if len(set(values)) > 1}
+
+
+def own_words(runs: Sequence[SeenRun]) -> dict[SeenRun, str]:
+    """Return for each run the fields that differ from more than half of its experiment: `optim.lr=0.01`.
+
+    An experiment is the runs in the folder of one sweep or one table, or else of one name.
+    """
+    by_home: dict[Path, list[SeenRun]] = {}
+    for run in runs:
+        folders = run.path.absolute().parents[:3]
+        home = next((folder for folder in folders if folder.parent.name in ("sweeps", "tables")), folders[0])
+        by_home.setdefault(home, []).append(run)
+    words: dict[SeenRun, list[str]] = {run: [] for run in runs}
+    for together in by_home.values():
+        for key, values in differences(together).items():
+            usual, times = Counter(values).most_common(1)[0]
+            for run, value in zip(together, values, strict=True):
+                words[run] += [f"{key}={value}"] * (value != usual or times <= len(values) / 2)
+    return {run: " ".join(own) for run, own in words.items()}
+
+
+def table_of(runs: Sequence[SeenRun], folder: Path) -> Table:
+    names = ("steps", "best val loss", "tokens/s", "age")
+    numbers = [Column(name, justify="right", no_wrap=True) for name in names]
+    state, words_column = Column("state", no_wrap=True), Column("differs in", overflow="fold")
+    columns = [Column("run", overflow="fold"), state, *numbers, words_column]
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    words = own_words(runs)
+    for run in runs:
+        best, speed = run.best_loss, run.per_s
+        table.add_row(
+            Text(str(run.path.relative_to(folder))),
+            Text(run.state, style=COLORS.get(run.state, "")),
+            f"{run.steps}/{run.config['trainer.max_steps']}",
+            "" if best is None else f"{best:.4f}",
+            "" if speed is None else f"{speed:,.0f}" + ("" if run.counts == "tokens" else " images/s"),
+            age(time.time() - run.begun),
+            Text(words[run]),
+        )
+    return table
+
+
+def age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"

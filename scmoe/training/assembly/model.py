@@ -1,0 +1,167 @@
+"""Builds the network and the LightningModule of a configuration. A family puts its model around blocks (blocks.py).
+
+A family is a function (config, context) -> network, registered by its name.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from scmoe.blocks.recompute import recompute_activations
+from scmoe.blocks.sublayers import MLP
+from scmoe.config.extensions import import_extensions
+from scmoe.config.extras import require
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError, show
+from scmoe.config.registry import FAMILIES, IMAGES, OPTIMIZERS
+from scmoe.init_from.pretrained import read_export, read_hf
+from scmoe.init_from.settings import check_settings, settings
+from scmoe.init_from.upcycle import fill
+from scmoe.models.gpt import GPT
+from scmoe.models.llama import Llama
+from scmoe.parallel.dense_shards import materialise, put, shard
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.training.assembly import optimizers  # noqa: F401  it registers them
+from scmoe.training.assembly.blocks import Parts, build_blocks, stack
+from scmoe.training.image_classifier import ImageClassifier
+from scmoe.training.language_model import LanguageModel
+from scmoe.training.moe_module import MoEModule
+
+register_family = FAMILIES.register
+OF_A_NETWORK = ("blocks", "steps", "norm", "head", "init_weights", "rows_per_sample")
+
+
+def build_model(config: Config, context: ParallelContext | None = None) -> Any:
+    """Return the network with this rank's experts and weights drawn from the seed. context: None: all experts.
+
+    If the context splits dense weights over ranks, so is the model, and no rank ever holds it whole: it is split on the
+    meta device, then one weight is drawn after the other."""
+    context = context or ParallelContext()
+    if context.dense_mesh is not None:
+        device = torch.get_default_device()  # the rank's: Lightning sets it while a model is built
+        with torch.device("meta"):
+            model = build_network(config, context)
+        shard(model, context, config.trainer.precision)
+        materialise(model, device)
+        model.init_weights(config.seed, put)
+    else:
+        model = build_network(config, context)
+        model.init_weights(config.seed)
+    if config.trainer.recompute:
+        recompute_activations(model)
+    return model
+
+
+def build_model_to_train(config: Config, context: ParallelContext) -> Any:
+    """Return the network at the start of a training, with weights drawn from the seed or read from init_from.
+
+    Raises ConfigError where init_from cannot be read or holds the weights of another model.
+    """
+    model = build_model(config, context)
+    if config.init_from is None:
+        return model
+    kind, _, path = config.init_from.partition(":")
+    try:
+        checkpoint = read_hf(Path(path)) if kind == "hf" else read_export(Path(path))
+        check_settings(settings(config), checkpoint.settings)
+        fill(model, checkpoint, put)
+    except ValueError as error:
+        raise ConfigError(f"init_from is {show(config.init_from)}: {error}") from error
+    return model
+
+
+def build_model_on_meta(config: Config) -> Any:
+    """Return the whole network without memory for its weights, to count parameters."""
+    with torch.device("meta"):
+        return build_network(config, ParallelContext())
+
+
+def build_network(config: Config, context: ParallelContext) -> Any:
+    """Return the network with weights that are not set yet. ConfigError: an extension's lacks what a network has."""
+    import_extensions(config.extensions)  # a spawned rank has not read the configuration
+    network = FAMILIES[config.model.family](config, context)
+    if missing := [name for name in OF_A_NETWORK if getattr(network, name, None) is None]:
+        lacks = f"whose network lacks {', '.join(missing)}; scmoe.models.decoder.Decoder has all that a network needs"
+        raise ConfigError(f"model.family is {show(config.model.family)}, {lacks}")
+    return network
+
+
+@register_family("gpt")
+def build_gpt(config: Config, context: ParallelContext) -> Any:
+    return build_decoder(GPT, config, context)
+
+
+@register_family("llama")
+def build_llama(config: Config, context: ParallelContext) -> Any:
+    return build_decoder(Llama, config, context)
+
+
+def build_decoder(decoder: Callable[..., Any], config: Config, context: ParallelContext) -> Any:
+    blocks = build_blocks(config, context)
+    return decoder(config.data.vocab_size, config.data.seq_len, config.model.dim, blocks, config.model.dropout)
+
+
+@register_family("swin", images=True)
+def build_swin(config: Config, context: ParallelContext) -> Any:
+    """Build SwinV2-MoE (Table 9): stage 3 has the configured architecture, stage 4 standard top-2."""
+    require("model.family swin", "timm")
+    from scmoe.models.swin import PostNorm, ShiftedWindows, Swin
+
+    model, data, moe = config.model, config.data, config.moe
+    depths = (2, 2, model.layers, 2)
+
+    def parts(stage: int, i: int) -> Parts:
+        dim, heads = model.dim * 2**stage, model.heads * 2**stage
+        grid = data.image_size // model.patch_size // 2**stage
+        drop_path = model.drop_path * (sum(depths[:stage]) + i) / (sum(depths) - 1)
+        return Parts(
+            dim,
+            4 * dim,
+            norm=nn.Identity,  # SwinV2 normalises after the sub-layer
+            mlp=lambda: MLP(dim, 4 * dim),
+            attention=lambda: ShiftedWindows(dim, heads, grid, model.window, shifted=i % 2 == 1),
+            after=lambda: PostNorm(dim, drop_path),
+        )
+
+    dense = replace(config, moe=replace(moe, architecture="dense"))
+    top_2 = replace(
+        config,
+        moe=replace(moe, architecture="top_k", top_k=min(2, moe.num_experts)),
+        schedule=replace(config.schedule, slot=None),  # it is that of stage 3
+    )
+    configs = (dense, dense, config, dense if moe.architecture == "dense" else top_2)
+    stages = [
+        stack(configs[stage], context, [parts(stage, i) for i in range(depth)]) for stage, depth in enumerate(depths)
+    ]
+    return Swin(data.image_size, model.patch_size, model.dim, data.num_classes, stages)
+
+
+def build_module(config: Config) -> MoEModule:
+    images = config.data.name in IMAGES
+    task = partial(ImageClassifier, num_classes=config.data.num_classes) if images else LanguageModel
+    return task(
+        partial(build_model_to_train, config),  # not a lambda: spawned processes get it pickled
+        max_steps=config.trainer.max_steps,
+        min_lr_ratio=config.optim.min_lr_ratio,
+        warmup_steps=config.optim.warmup_steps,
+        make_optimizer=partial(OPTIMIZERS[config.optim.name], config),
+        gradient_clip=config.trainer.gradient_clip,
+        load_balance_coef=config.moe.load_balance_coef,
+        z_loss_coef=config.moe.z_loss_coef,
+        refuse_overflow=config.moe.overflow == "refuse",
+        compiled=config.trainer.compile,
+    )
+
+
+def updated_by_muon(config: Config, model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a model of this config that Muon updates; none with another optimizer."""
+    if config.optim.name != "muon":
+        return []
+    module = build_module(config)
+    module.model = model
+    return module.trained().matrices
