@@ -7,6 +7,7 @@ ranks. Each purpose has its own process group, so that collectives of two purpos
 
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -122,6 +123,30 @@ class ParallelContext:
         dist.broadcast_object_list(failure, group=self.checkpoint_group)
         if failure[0] is not None:
             raise failure[0]
+
+    def together(self, work: Callable[[], Any]) -> None:
+        """Do long work on every rank, each its own, and raise on every rank what the first of them raises.
+
+        Ranks ask each other every second who still works, so the work may take longer than a collective's timeout."""
+        failures: list[Any] = [None] * self.world_size
+
+        def do() -> None:
+            try:
+                work()
+            except Exception as error:
+                failures[self.rank] = error
+
+        thread = threading.Thread(target=do, name="together", daemon=True)
+        thread.start()
+        done = torch.zeros(1, dtype=torch.int64)
+        while not done:
+            thread.join(timeout=1)
+            done.fill_(not thread.is_alive())
+            dist.all_reduce(done, dist.ReduceOp.MIN, group=self.checkpoint_group)
+        dist.all_gather_object(failures, failures[self.rank], group=self.checkpoint_group)
+        for failure in failures:
+            if failure is not None:
+                raise failure
 
 
 def build_context(

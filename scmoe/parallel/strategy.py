@@ -8,6 +8,7 @@ loaded on any number of ranks. `job/` adds how ranks start, stop and fail togeth
 The LightningModule finds its place in the mesh in `self.parallel_context`, set before `configure_model` is called.
 """
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,20 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.callbacks import Callback, ModelSummary
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from scmoe.parallel.checkpoint.saving import Checkpoints
-from scmoe.parallel.checkpoint.state import model_state, optimizer_state, tied_weights
+from scmoe.parallel.checkpoint.state import check_can_be_saved, model_state, optimizer_state, tied_weights
 from scmoe.parallel.dense_shards import check_dense
 from scmoe.parallel.job.debug import CompareCollectives
 from scmoe.parallel.job.lockstep import LockstepStrategy
-from scmoe.parallel.lightning_seam import accumulated_batches, hide_from_ddp, is_fitting, prefer_buckets
+from scmoe.parallel.lightning_seam import (
+    accumulated_batches,
+    hide_from_ddp,
+    is_fitting,
+    prefer_buckets,
+    was_interrupted,
+)
 from scmoe.parallel.mesh import EXCHANGES, build_context, check_experts, expert_parameters, use_loopback_for_gloo
 from scmoe.parallel.refused_callbacks import check_callbacks
 from scmoe.parallel.update.clipping import check_precision, guard_updates
@@ -92,6 +99,7 @@ class ExpertParallelStrategy(LockstepStrategy):
         self.async_checkpoint, self.full_checkpoint = async_checkpoint, full_checkpoint
         self.reductions = reductions
         self.reducer: ExpertGradientReducer
+        self.in_training = False  # from `setup` for fit to the end of training
         self.at_teardown = ExitStack()  # removes what `setup` has hooked into the module, the plugin and torch
 
     def setup_environment(self) -> None:
@@ -128,7 +136,9 @@ class ExpertParallelStrategy(LockstepStrategy):
             compare.install()
             self.at_teardown.callback(compare.remove)
         if is_fitting(trainer):
-            self.trained = self.module
+            self.trained, self.in_training = self.module, True
+            trainer.callbacks.append(postponed := SavePostponed())  # last, as all state of the step is then complete
+            self.at_teardown.callback(trainer.callbacks.remove, postponed)
             shards = [] if self.is_split else [p for _, p in expert_parameters(self.module)]
             paced = is_paced(self.reductions, self.root_device) and not self.is_split  # which auto decides in `setup`
             pacer = self.at_teardown.enter_context(pacing(self.model, self.context)) if paced else None
@@ -140,6 +150,7 @@ class ExpertParallelStrategy(LockstepStrategy):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        check_can_be_saved(self.module.trainer)
         check_experts(self.module, self.context)
         known = self.reducer.bucket_of
         new = {name: p for name, p in expert_parameters(self.module) if p.requires_grad and p not in known}
@@ -148,6 +159,7 @@ class ExpertParallelStrategy(LockstepStrategy):
             raise ValueError(f"{added[0]} was added after fit had begun, allowed: in configure_model or setup")
 
     def teardown(self) -> None:
+        self.in_training = False
         super().teardown()
         self.at_teardown.close()
 
@@ -172,17 +184,32 @@ class ExpertParallelStrategy(LockstepStrategy):
             why = "saving takes all ranks, and this rank does not know where the others are"
             warnings.warn(f"no checkpoint is saved after an exception: {why}", stacklevel=1)
             return
-        if accumulated := accumulated_batches(self.module.trainer):
-            raise ValueError(
-                f"a checkpoint after {accumulated} of the {self.module.trainer.accumulate_grad_batches} batches of a "
-                "step would lose their gradients, allowed: after a step; ModelCheckpoint(every_n_train_steps=...) "
-                "saves there"
-            )
-        self.checkpoints.save(Path(self.broadcast(filepath)), state | {"tied_weights": tied_weights(self.module)})
+        path = Path(self.broadcast(filepath))
+        if accumulated_batches(self.module.trainer) and self.takes_steps:
+            rank_zero_warn("a checkpoint inside a step is saved at its end, as gradients are in no checkpoint")
+            self.checkpoints.postponed[path] = "optimizer_states" not in state
+            return
+        self.checkpoints.save(path, state | {"tied_weights": tied_weights(self.module)})
+        if not self.takes_steps:  # else nothing would complete it
+            self.checkpoints.finish()
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether a training goes on, so that a save may be completed later."""
+        return self.in_training and not was_interrupted(self.module.trainer)
 
     def remove_checkpoint(self, filepath: Any) -> None:
-        if not self.is_alone:
-            self.checkpoints.remove(Path(filepath))
+        """Remove a checkpoint. The path may be from a checkpoint that another person has written."""
+        if self.is_alone:
+            return
+        trainer, path = self.module.trainer, Path(filepath)
+        folders = [folder for c in trainer.checkpoint_callbacks if (folder := getattr(c, "dirpath", None))]
+        inside = any(Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(f)) for f in folders)
+        # Lightning's tuner keeps its own beside the checkpoints
+        if path.name != ".." and (inside or path.parent == Path(trainer.default_root_dir)):
+            self.checkpoints.remove(path)
+        else:
+            rank_zero_warn(f"{path} is not removed: it is outside the folders of this Trainer's checkpoints")
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return model_state(self.module, self.context)
@@ -194,7 +221,29 @@ class ExpertParallelStrategy(LockstepStrategy):
         """Read weights and optimizer state in place and return the rest. Nothing in the files can execute code."""
         if not is_fitting(self.module.trainer):
             self.trained = None
-        return self.checkpoints.load(Path(self.broadcast(checkpoint_path)), self.module, self.optimizers)
+        optimizers = self.optimizers if is_fitting(self.module.trainer) else []
+        path = Path(self.broadcast(checkpoint_path))
+        return self.checkpoints.load(path, self.module, optimizers, self.module.strict_loading)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Do nothing: load_checkpoint has read the weights already."""
+
+
+class SavePostponed(Callback):
+    """Saves what was requested inside a step: once it is taken, or at the end of a training that ends inside it."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if not accumulated_batches(trainer):
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Any, *_: Any) -> None:
+        if accumulated_batches(trainer) and trainer.strategy.checkpoints.postponed:
+            rank_zero_warn("training ended inside a step: checkpoints hold the step before, without its gradients")
+        trainer.strategy.in_training = False
+        self.save(trainer)
+
+    def save(self, trainer: Any) -> None:
+        postponed = trainer.strategy.checkpoints.postponed
+        while postponed:
+            path = next(iter(postponed))
+            trainer.save_checkpoint(path, postponed.pop(path))

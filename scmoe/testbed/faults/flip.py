@@ -12,7 +12,7 @@ from scmoe.testbed.ranks import run_ranks
 from scmoe.training.build.model import build_model
 
 
-def write_old(rank: int, world_size: int, folder: Path, dense: str) -> None:
+def write_old(rank: int, world_size: int, folder: Path, dense: str = "replicated") -> None:
     save_marked(one_step(world_size, folder, *WAYS[dense]), folder / "checkpoints" / LAST, OLD)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scmoe.config.leaves import ConfigError
+from scmoe.parallel.checkpoint.durable import start_of
 from scmoe.training.run.writing import write_json
 
 FILE = "state.json"
@@ -40,13 +41,3 @@ def refuse_running(run_dir: Path) -> None:
     if kept["started"] is not None and start_of(kept["pid"]) == kept["started"]:
         what = f"process {kept['pid']} is training {run_dir}"
         raise ConfigError(f"{what}, allowed: a run that no process is training; stop that process first")
-
-
-def start_of(pid: int) -> str | None:
-    """Return when the process started, in clock ticks since boot; None if it does not exist or there is no /proc."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    state, *fields = stat.rpartition(")")[2].split()
-    return None if state in "ZX" else fields[18]  # Z: it has ended, and its parent has not read its exit code
