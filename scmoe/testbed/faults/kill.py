@@ -1,7 +1,7 @@
 """Ranks are killed at every file operation of a save that overwrites a checkpoint, in the foreground and background.
 
-Operations are found by Python's audit events, and by os.fsync and durable.exchange, which have none. Left out: loss of power (what fsync has
-promised counts as kept), and kills within one write, which only kills at random times can meet.
+Operations are found by Python's audit events, and by os.fsync and durable.exchange, which have none. Left out: loss of
+power (what fsync has promised counts as kept), and kills within one write, which only kills at random times can meet.
 """
 
 import os

@@ -56,13 +56,19 @@ def open_run(
         state = "finished"
     except SystemExit:
         state = "cut"
-        saved = checkpoints(run_dir / "checkpoints")
-        command = scmoe("resume", relative(run_dir), *words(config.extensions, config.callbacks))
-        what = f"to continue: {command}" if saved else "no step was saved, start it again"
-        print(f"stopped; {what}", flush=True)
+        print(f"stopped; {how_to_continue(config, run_dir)}", flush=True)
+        raise
+    except Exception as error:
+        error.add_note(how_to_continue(config, run_dir))
         raise
     finally:
         try:
             close_loggers(loggers, "success" if state == "finished" else "failed")
         finally:
             write_state(run_dir, state)
+
+
+def how_to_continue(config: Config, run_dir: Path) -> str:
+    saved = checkpoints(run_dir / "checkpoints")
+    command = scmoe("resume", relative(run_dir), *words(config.extensions, config.callbacks))
+    return f"to continue: {command}" if saved else "no step was saved, start it again"

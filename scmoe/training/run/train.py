@@ -10,6 +10,7 @@ from typing import Any
 from scmoe.config.fields import Config
 from scmoe.config.trial import shortened
 from scmoe.datamodules.text import TextDataModule
+from scmoe.parallel.checkpoint.durable import BrokenCheckpoint
 from scmoe.training.build.data import build_datamodule, check_tokenizer, prepare_data
 from scmoe.training.build.model import build_module
 from scmoe.training.build.trainer import build_callbacks, build_trainer, seed_everything
@@ -18,7 +19,7 @@ from scmoe.training.run.host_memory import keep_freed_memory
 from scmoe.training.run.lifetime import open_run
 from scmoe.training.run.loggers import log_best_checkpoint, log_results
 from scmoe.training.run.machine import check_machine, is_rank_zero
-from scmoe.training.run.resume import Resumed, set_aside_later, summary_if_done
+from scmoe.training.run.resume import Resumed, set_aside, set_aside_later, summary_if_done
 from scmoe.training.run.state import refuse_running
 from scmoe.training.run.summary import print_summary, sample_text, say_done, summarise
 from scmoe.training.run.writing import write_json
@@ -50,7 +51,13 @@ def train(config: Config, overrides: Sequence[str] = (), resumed: Resumed | None
             set_aside_later(directory, step)
         module = build_module(config if checkpoint is None else replace(config, init_from=None))  # it has the weights
         trainer = build_trainer(config, build_callbacks(config, directory), loggers)
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        try:
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        except BrokenCheckpoint as error:  # its content; names and sizes were verified before
+            if directory is not None and checkpoint is not None:
+                set_aside(directory, [checkpoint])
+                error.add_note("the damaged checkpoint is set aside: resume again to go on from the one before it")
+            raise
         summary = summarise(trainer, module, data)
         if directory is not None:
             summary = {"run_dir": str(relative(directory)), **summary}
