@@ -199,17 +199,12 @@ class ExpertParallelStrategy(LockstepStrategy):
         return self.in_training and not was_interrupted(self.module.trainer)
 
     def remove_checkpoint(self, filepath: Any) -> None:
-        """Remove a checkpoint. The path may be from a checkpoint that another person has written."""
         if self.is_alone:
             return
-        trainer, path = self.module.trainer, Path(filepath)
-        folders = [folder for c in trainer.checkpoint_callbacks if (folder := getattr(c, "dirpath", None))]
-        inside = any(Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(f)) for f in folders)
-        # Lightning's tuner keeps its own beside the checkpoints
-        if path.name != ".." and (inside or path.parent == Path(trainer.default_root_dir)):
-            self.checkpoints.remove(path)
+        if is_of_trainer(Path(filepath), self.module.trainer):
+            self.checkpoints.remove(Path(filepath))
         else:
-            rank_zero_warn(f"{path} is not removed: it is outside the folders of this Trainer's checkpoints")
+            rank_zero_warn(f"{filepath} is not removed: it is outside the folders of this Trainer's checkpoints")
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return model_state(self.module, self.context)
@@ -227,6 +222,14 @@ class ExpertParallelStrategy(LockstepStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Do nothing: load_checkpoint has read the weights already."""
+
+
+def is_of_trainer(path: Path, trainer: Any) -> bool:
+    """Return whether a checkpoint is in a folder of this Trainer. Its path may be from a file of another person."""
+    folders = [folder for c in trainer.checkpoint_callbacks if (folder := getattr(c, "dirpath", None))]
+    inside = any(Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(f)) for f in folders)
+    of_tuner = path.parent == Path(trainer.default_root_dir)
+    return path.name != ".." and (inside or of_tuner)
 
 
 class SavePostponed(Callback):
