@@ -20,6 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, random_split
 
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.parallel.update.pacing import PIECE_MB, Pacer
@@ -211,6 +212,63 @@ def test_when_gradients_are_sent_changes_no_bit(ranks):
         for name, (ddp, paced) in found.items():
             assert ddp.keys() == paced.keys() and any(g.any() for g in ddp.values()), name
             assert not [key for key, g in ddp.items() if not torch.equal(g, paced[key])], name
+
+
+# ---------------------------------------------------------------------- samplers without a generator of their own
+
+
+class Seeing(LightningModule):
+    """Notes the samples that this rank sees and the numbers that it draws in its steps, as dropout does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.seen: list[list[int]] = []
+        self.held_out: list[int] = []
+        self.drawn: list[float] = []
+
+    def train_dataloader(self) -> Any:
+        train, held_out = random_split(TensorDataset(torch.arange(16)), [12, 4])
+        self.held_out = list(held_out.indices)
+        return DataLoader(train, batch_size=2, sampler=SubsetRandomSampler(range(12)))
+
+    def on_train_epoch_start(self) -> None:
+        self.seen.append([])
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        self.seen[-1] += batch[0].tolist()
+        self.drawn += torch.rand(1 + self.global_rank).tolist()  # as for texts of different lengths
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def sampled(rank: int, world_size: int, strategy: str) -> tuple[list[list[int]], list[int], list[float]]:
+    torch.manual_seed(1)
+    module = Seeing()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        strategy=strategy,
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module)
+    return module.seen, module.held_out, module.drawn
+
+
+def test_samplers_without_a_generator_give_every_sample_to_one_rank():
+    """Each rank draws the order of all samples and takes every second one. What steps draw must differ all the same."""
+    (mine, held_out, my_draws), (theirs, also_held_out, their_draws) = run_ranks(sampled, 2, "expert_parallel")
+    assert held_out == also_held_out
+    for here, there in zip(mine, theirs, strict=True):
+        assert sorted(here + there + held_out) == list(range(16))
+    assert mine[0] != mine[1] and len(mine) == 2
+    assert not {*my_draws} & {*their_draws}
 
 
 # ---------------------------------------------------------------------- a user's own Trainer
