@@ -140,7 +140,7 @@ class ExpertParallelStrategy(LockstepStrategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         check_experts(self.module, self.context)
-        known = self.reducer.bucket_of
+        known = {*self.reducer.shards}
         new = {name: p for name, p in expert_parameters(self.module) if p.requires_grad and p not in known}
         added = [name for name, p in new.items() if not isinstance(p, DTensor)]
         if added:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, random_split
 
+from scmoe.parallel.drop_in import MoE
+from scmoe.parallel.mesh import ParallelContext, build_context, expert_parameters
 from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.parallel.update.pacing import PIECE_MB, Pacer
 from scmoe.parallel.update.reducer import ExpertGradientReducer
@@ -172,6 +176,51 @@ def count_expert_reductions(rank: int, world_size: int, accumulate: int) -> int:
 def test_expert_gradients_are_sent_once_a_step(accumulate):
     """Only a count shows this: sending them after every batch would give the same numbers, as a mean of means."""
     assert run_ranks(count_expert_reductions, 2, accumulate) == [2, 2]
+
+
+# ---------------------------------------------------------------------- experts that are frozen for a time
+
+
+def with_frozen(rank: int, world_size: int) -> dict[tuple[int, bool], list[torch.Tensor | None]]:
+    """Returns this rank's expert gradients of two modules, by EP degree and whether they were frozen at first: of a
+    step in which the first module's experts stay frozen, and of a step in which they do not."""
+    dist.init_process_group("gloo")
+    found = {}
+    for ep_size in (1, 2):
+        context = build_context(ep_size, torch.device("cpu"), timedelta(seconds=60))
+        for frozen in (False, True):
+            torch.manual_seed(1)
+            module = torch.nn.ModuleList(MoE(16, 4, ffn_dim=32, group=context) for _ in range(2))
+            module[0].experts.requires_grad_(not frozen)
+            shards = [p for _, p in expert_parameters(module)]
+            ExpertGradientReducer(shards, context)
+            of_steps: list[torch.Tensor | None] = []
+            for _ in range(2):
+                x = torch.randn(8, 16, generator=torch.Generator().manual_seed(rank))
+                sum(moe(x)[0].square().mean() for moe in module).backward()
+                of_steps += [None if p.grad is None else p.grad.clone() for p in shards]
+                module.requires_grad_().zero_grad()
+            found[ep_size, frozen] = of_steps
+    return found
+
+
+def test_experts_that_are_unfrozen_during_training_have_the_gradients_of_others():
+    mine, theirs = run_ranks(with_frozen, 2)
+    for rank in (mine, theirs):
+        for ep_size in (1, 2):
+            always, unfrozen = rank[ep_size, False], rank[ep_size, True]
+            assert unfrozen[:2] == [None, None]
+            assert all(map(torch.equal, always[2:], unfrozen[2:])), f"EP {ep_size}"
+    assert all(map(torch.equal, mine[1, True][2:], theirs[1, True][2:]))
+    assert not any(map(torch.equal, mine[2, True][2:], theirs[2, True][2:]))
+
+
+def test_a_rank_with_all_experts_does_not_copy_their_gradients():
+    p = torch.nn.Parameter(torch.ones(3))
+    with patch.object(ExpertGradientReducer, "_scale") as copied:
+        ExpertGradientReducer([p], ParallelContext())
+        p.sum().backward()
+    assert not copied.called and p.grad is not None and p.grad.eq(1).all()
 
 
 # ---------------------------------------------------------------------- when gradients are sent
