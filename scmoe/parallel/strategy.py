@@ -145,18 +145,28 @@ class ExpertParallelStrategy(LockstepStrategy):
             self.reducer = ExpertGradientReducer(shards, self.context, pacer)
             self.at_teardown.callback(self.reducer.remove)
             self.at_teardown.callback(guard_updates(self.precision_plugin, self.module, self.context).remove)
-            # weights were drawn equal on all ranks; what is drawn from here on (dropout, gate noise) must differ
-            torch.manual_seed(torch.initial_seed() * 1_000_003 % 2**62 + self.global_rank)
+            torch.cuda.manual_seed(self._seed_of_rank())
 
     def on_train_start(self) -> None:
         super().on_train_start()
         check_can_be_saved(self.module.trainer)
         check_experts(self.module, self.context)
-        known = self.reducer.bucket_of
+        known = {*self.reducer.shards}
         new = {name: p for name, p in expert_parameters(self.module) if p.requires_grad and p not in known}
         added = [name for name, p in new.items() if not isinstance(p, DTensor)]
         if added:
             raise ValueError(f"{added[0]} was added after fit had begun, allowed: in configure_model or setup")
+
+    def _seed_of_rank(self) -> int:
+        return int(torch.randint(2**62, (), device="cpu")) + self.global_rank
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Inside, ranks draw different numbers, for dropout and gate noise. Outside, they draw equal ones: each rank
+        draws the order of all samples and takes its share of them."""
+        seed = self._seed_of_rank()
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(seed)
+            return super().training_step(*args, **kwargs)
 
     def teardown(self) -> None:
         self.in_training = False

@@ -45,7 +45,7 @@ PASSED_ON = ("async_checkpoint", "full_checkpoint", "dense", "reductions", "exch
 
 
 def seed_everything(config: Config) -> None:
-    """Seed the global generators equally on all ranks. The strategy makes them differ once the weights are drawn."""
+    """Seed the global generators equally on all ranks. The strategy lets them differ inside training steps."""
     lightning.pytorch.seed_everything(config.seed, verbose=False)
 
 
