@@ -53,7 +53,7 @@ def generating(run_dir: Path, out: Path):
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
     )
     try:
-        deadline = time.monotonic() + 2 * PATIENCE_S
+        deadline = time.monotonic() + 3 * PATIENCE_S
         while not (out.exists() and out.stat().st_size) and process.poll() is None:
             assert time.monotonic() < deadline, "no text is written"
             time.sleep(0.1)
