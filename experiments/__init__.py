@@ -54,7 +54,7 @@ def main() -> None:
 
 def call(*words: str) -> int:
     """Run `scmoe WORDS` in this process. Return its exit code: for a wrong request or a missing package 2, and the
-    reason is one line on standard error."""
+    reason is one line on standard error; after Ctrl-C 130."""
     try:
         act, given, _ = app_of(*words[:1]).parse_args([*words], exit_on_error=False, print_error=False)
         if act.__name__ == "help_print" and words and not {"-h", "--help"} & {*words}:
@@ -70,6 +70,8 @@ def call(*words: str) -> int:
         print(f"error: {lacks}", file=sys.stderr)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
     return 2
 
 

@@ -181,9 +181,11 @@ def build_context(
         return dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout, group_desc=name, **options)[0]
 
     def urgent_by_rows(ranks: Tensor, name: str) -> Any:  # a transfer's kernels are short, and other ranks wait for it
-        on_gpu = device.type == "cuda"
-        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if on_gpu else None
-        return by_rows(ranks, name, pg_options=options)
+        if device.type != "cuda":
+            return by_rows(ranks, name)
+        from scmoe.parallel.lightning_seam import urgent  # here, as a model of one's own may not need Lightning
+
+        return by_rows(ranks, name, pg_options=urgent(timeout))
 
     ep_group, counts_group, edp_group = urgent_by_rows(grid, "ep"), by_rows(grid, "counts"), by_rows(grid.T, "edp")
     gradient_group = dist.new_group(timeout=timeout, group_desc="gradients") if device.type == "cpu" else None

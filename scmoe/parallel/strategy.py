@@ -36,6 +36,7 @@ from scmoe.parallel.lightning_seam import (
     is_fitting,
     prefer_buckets,
     was_interrupted,
+    set_default_timeout,
 )
 from scmoe.parallel.mesh import EXCHANGES, build_context, check_experts, expert_parameters, use_loopback_for_gloo
 from scmoe.parallel.refused_callbacks import check_callbacks
@@ -44,13 +45,15 @@ from scmoe.parallel.update.pacing import BUCKET_MB, is_paced, pacing
 from scmoe.parallel.update.reducer import ExpertGradientReducer
 
 LONGEST_S = 1e6  # what a timeout may be
+START_TIMEOUT_S = 600.0  # for ranks to meet: they import, read data and build their modules at different speeds
 
 
 class ExpertParallelStrategy(LockstepStrategy):
     """Splits experts over groups of `ep_size` ranks; everything else is replicated on all ranks, or split as well.
 
     ep_size: number of ranks that share one set of experts; None: all ranks.
-    timeout_s: seconds that a collective may take before the job ends with an error.
+    timeout_s: seconds that a collective may take before the job ends with an error. Until all ranks have met and built
+        their modules the limit is START_TIMEOUT_S, if that is longer.
     async_checkpoint: training continues while a checkpoint is written; the files are complete some steps later.
     debug_collectives: ranks compare every collective before they take part in it; slow.
     full_checkpoint: rank 0 merges the shards of all ranks into one file.
@@ -93,7 +96,8 @@ class ExpertParallelStrategy(LockstepStrategy):
         if exchange not in EXCHANGES:
             raise ValueError(f"exchange is {exchange!r}, allowed: {' | '.join(EXCHANGES)}")
         self.timeout, self.exchange = timedelta(seconds=timeout_s), exchange
-        super().__init__(**{"gradient_as_bucket_view": True, **ddp, "timeout": self.timeout})
+        self.start_timeout = max(self.timeout, timedelta(seconds=START_TIMEOUT_S))
+        super().__init__(**{"gradient_as_bucket_view": True, **ddp, "timeout": self.start_timeout})
         self.ep_size, self.debug_collectives = ep_size, debug_collectives
         self.dense, self.dense_estimates = dense, dense_estimates
         self.async_checkpoint, self.full_checkpoint = async_checkpoint, full_checkpoint
@@ -109,10 +113,9 @@ class ExpertParallelStrategy(LockstepStrategy):
         try:
             super().setup_environment()
         except (DistNetworkError, DistStoreError) as error:
-            seconds = self.timeout.total_seconds()
             raise TimeoutError(
-                f"the ranks did not find each other within strategy.timeout_s, {seconds:g} s, allowed: more than the "
-                "slowest rank takes to start; or some were not started, or MASTER_ADDR cannot be reached from them"
+                f"the ranks did not find each other within {self.start_timeout.total_seconds():g} s; start all of "
+                "them, and check that each can reach MASTER_ADDR; a larger strategy.timeout_s lets them wait longer"
             ) from error
         if self.context.mesh is None:
             ep_size = self.world_size if self.ep_size is None else self.ep_size
@@ -123,6 +126,8 @@ class ExpertParallelStrategy(LockstepStrategy):
         self.module.parallel_context = self.context
 
     def setup(self, trainer: Any) -> None:
+        self.barrier()
+        set_default_timeout(self.timeout)
         check_experts(self.module, self.context)
         if self.context.ep_size > 1 and any(isinstance(callback, ModelSummary) for callback in trainer.callbacks):
             rank_zero_info(f"The model summary counts this rank's experts: 1 of {self.context.ep_size} parts of them.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -320,6 +321,25 @@ def test_60_a_trainer_takes_the_strategy_by_name_and_clips_as_with_ddp():
     torch.testing.assert_close(split, whole, rtol=0, atol=1e-5)
     unclipped, _ = run_ranks(fit_by_name, 2, "expert_parallel", None)
     assert (unclipped - split).abs().max() > 1e-2
+
+
+def handlers(rank: int, world_size: int) -> dict[str, list[Any]]:
+    """Returns the handlers of SIGINT and SIGTERM before a Trainer's first run and after each."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    trainer = Trainer(devices=1, strategy="expert_parallel", max_steps=1, enable_checkpointing=False, **QUIET)
+    module = Model(16)
+    module.validation_step = module.test_step = lambda batch, batch_idx: None
+    found = {"before": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]}
+    for verb in ("fit", "validate", "test", "predict"):
+        getattr(trainer, verb)(module, data())
+        found[verb] = [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    return found
+
+
+def test_12_after_a_run_ctrl_c_and_sigterm_do_what_they_did_before():
+    """In a notebook Ctrl-C is KeyboardInterrupt again."""
+    before, *after = run_ranks(handlers, 1)[0].values()
+    assert after == [before] * 4
 
 
 # ---------------------------------------------------------------------- 51, 54: arguments of the strategy

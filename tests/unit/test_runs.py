@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load, to_yaml
 from scmoe.experiments import call
 from scmoe.studies import compare, runs
-from scmoe.training.run.state import read_state, refuse_running, start_of, write_state
+from scmoe.training.run.state import SILENT_S, read_state, refuse_running, show_life, start_of, write_state
 
 ROOT = Path(__file__).parents[2]
 METRICS = """step,train/loss,val/loss,time/tokens_per_s
@@ -65,6 +66,9 @@ def test_a_killed_run_is_cut(tmp_path):
         assert read_state(tmp_path) == "cut"
     (tmp_path / "state.json").write_text(json.dumps(kept | {"pid": ended.pid, "host": "elsewhere"}))
     assert read_state(tmp_path) == "running", "a process of another machine is not visible"
+    silent_since = time.time() - SILENT_S - 60
+    os.utime(tmp_path / "state.json", (silent_since, silent_since))
+    assert read_state(tmp_path) == "cut"
 
 
 def test_a_run_that_is_running_cannot_be_resumed_by_another_process(tmp_path):
@@ -81,6 +85,27 @@ def test_a_run_that_is_running_cannot_be_resumed_by_another_process(tmp_path):
         path.write_text(json.dumps(kept))
         other.communicate(b"\n")
     refuse_running(tmp_path)  # it has ended
+
+
+def test_a_run_that_another_machine_trains_cannot_be_resumed_until_it_is_silent(tmp_path):
+    write_state(tmp_path, "running")
+    path = tmp_path / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"host": "elsewhere"}))
+    with pytest.raises(ConfigError, match=rf"process {os.getpid()} on elsewhere is training {tmp_path}; stop it first"):
+        refuse_running(tmp_path)
+    silent_since = time.time() - SILENT_S - 60
+    os.utime(path, (silent_since, silent_since))
+    refuse_running(tmp_path)
+
+
+def test_a_living_run_touches_its_state(tmp_path, monkeypatch):
+    monkeypatch.setattr("scmoe.training.run.state.BEAT_S", 0.01)
+    write_state(tmp_path, "running")
+    os.utime(tmp_path / "state.json", (0, 0))
+    ended = show_life(tmp_path)
+    while (tmp_path / "state.json").stat().st_mtime == 0:
+        time.sleep(0.01)
+    ended.set()
 
 
 def test_a_process_that_has_ended_counts_as_gone_before_its_parent_asks():

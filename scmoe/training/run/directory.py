@@ -90,12 +90,12 @@ def environment() -> dict[str, Any]:
 
 
 def git(*command: str) -> str | None:
-    """Return what git prints; None where there is no git or no repository."""
+    """Return what git prints; None where there is no git or no repository. The content of files may have any bytes."""
     try:
-        done = subprocess.run(["git", *command], capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(["git", *command], capture_output=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return done.stdout.decode(errors="replace").strip()
 
 
 def relative(path: Path) -> Path:

@@ -18,7 +18,7 @@ from scmoe.training.run.machine import is_rank_zero
 from scmoe.training.run.redact import redacted
 from scmoe.training.run.report import config_tree, console, count_parameters, model_table
 from scmoe.training.run.resume import record_of
-from scmoe.training.run.state import write_state
+from scmoe.training.run.state import show_life, write_state
 
 
 @contextmanager
@@ -43,6 +43,7 @@ def open_run(
     loggers: list[Logger] = []
     state = "failed"
     write_state(run_dir, "running")
+    ended = show_life(run_dir)
     try:
         out = console()
         out.print(config_tree(kept, f"config of {relative(run_dir)}"))
@@ -62,6 +63,7 @@ def open_run(
         error.add_note(how_to_continue(config, run_dir))
         raise
     finally:
+        ended.set()
         try:
             close_loggers(loggers, "success" if state == "finished" else "failed")
         finally:
