@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from unittest.mock import patch
 
 import pytest
 import torch
 
-from scmoe.parallel import planner as planning
 from scmoe.parallel.planner import Overlap, Planner
 from scmoe.parallel.pricing import LayerChoice
 from scmoe.schedule.cost import OperatorTimes
@@ -34,6 +32,8 @@ def test_what_ran_says_how_much_communication_there_is_to_hide():
     line = what_ran([choice, choice], Overlap([0.05, 0.05], [0.5, 0.07], [0.75, None]), "gloo")
     assert line.startswith("ran: gloo, slot 1 x 1 (slot x chunks): 100.0 ms of all MoE windows a step, predicted ")
     assert line.endswith("forward 75 % hidden of 50 %, backward too little to measure (7 %)")
+    disturbed = what_ran([choice], Overlap([0.05, 0.05], [0.5, 0.4], [0.75, None]), "gloo")
+    assert "not measurable" in disturbed and "-" not in disturbed.split("backward")[1]
 
 
 def test_a_hidden_share_is_none_where_communication_is_below_the_noise():
@@ -42,9 +42,8 @@ def test_a_hidden_share_is_none_where_communication_is_below_the_noise():
     forward = {"dispatch": 0.025, "combine": 0.025, "attention": 0.05}
     backward = {"dispatch": 0.0005, "combine": 0.0005, "attention": 0.05}
     planner.choices = [LayerChoice(Schedule("scmoe", "pos1", 1), {1: OperatorTimes(forward, backward)}, (0.1, 0.051))]
-    planner.group, planner.first_seconds, planner.drifted = None, None, 0
-    with patch.object(planning, "gather", lambda sample, group: sample[None]):
-        planner.note_overlap(torch.tensor([[[0.06], [0.06]]]))
+    planner.first_seconds, planner.drifted = None, 0
+    planner.note_overlap(torch.tensor([[[0.06], [0.0505]]]))
     assert planner.overlap is not None
     assert planner.overlap.efficiency == [pytest.approx(0.8), None]
     assert planner.overlap.shares == [pytest.approx(0.5), pytest.approx(1 / 51, abs=1e-6)]
