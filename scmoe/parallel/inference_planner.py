@@ -98,7 +98,7 @@ def best_schedules(
     group: Any,
     device: torch.device,
     chunk_counts: Sequence[int],
-    ep_size: int | None,
+    ep_size: int | None = None,
 ) -> dict[int, tuple[Schedule, ...]]:
     """Returns the best schedule of each MoE layer, by number of chunks; arguments as above."""
     own = [block.schedule for block in blocks]

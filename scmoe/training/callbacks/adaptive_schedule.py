@@ -89,7 +89,8 @@ class AdaptiveSchedule(Callback):
         self.planner.end_step()
         choices, overlap = self.planner.choices, self.planner.overlap
         if choices and choices is not self.shown:
-            self.shown, self.show_what_ran = choices, True
+            self.show_what_ran |= [c.schedule for c in choices] != [c.schedule for c in self.shown]
+            self.shown = choices
             if self.auto and trainer.is_global_zero:
                 print("\n".join(plan_lines(choices)), file=sys.stderr, flush=True)
                 if self.plan is not None:
