@@ -11,7 +11,7 @@ from scmoe.config.fields import Config
 from scmoe.config.trial import shortened
 from scmoe.datamodules.text import TextDataModule
 from scmoe.training.build.data import build_datamodule, check_tokenizer, prepare_data
-from scmoe.training.build.model import build_module
+from scmoe.training.build.model import build_model_on_meta, build_module, initial_weights
 from scmoe.training.build.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.run.directory import relative
 from scmoe.training.run.host_memory import keep_freed_memory
@@ -41,9 +41,11 @@ def train(config: Config, overrides: Sequence[str] = (), resumed: Resumed | None
     seed_everything(config)
     data = build_datamodule(config)
     if is_rank_zero():
+        kind, _, path = ((config.init_from or "") if checkpoint is None else "").partition(":")
+        if kind:
+            initial_weights(config, build_model_on_meta(config))  # its checks, before data is prepared
         prepare_data(data)
-        kind, _, path = (config.init_from or "").partition(":")
-        if checkpoint is None and kind == "scmoe" and isinstance(data, TextDataModule):
+        if kind == "scmoe" and isinstance(data, TextDataModule):
             check_tokenizer(data, Path(path))
     with open_run(config, overrides, run_dir, checkpoint) as (directory, loggers):
         if directory is not None and step is not None:
