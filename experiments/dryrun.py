@@ -37,7 +37,7 @@ def main(config: str, /, *words: KeyValue) -> None:
     """
     sizes, overrides = read(words)
     from scmoe.config.load import load
-    from scmoe.studies.dry_run import compare, dry_run_table, load_for, preset_rows
+    from scmoe.studies.dry_run import compare, dry_run_table, load_for, preset_rows, with_slots
     from scmoe.training.run.report import console
 
     ranks, samples = sizes.get("ranks"), sizes.get("samples", 1)
@@ -48,7 +48,10 @@ def main(config: str, /, *words: KeyValue) -> None:
             console().print(" ".join(cells))
             rows.append(row)
         return print(json.dumps(rows))
-    settings = load(config, overrides) if ranks is None else load_for(config, ranks, samples, overrides)
+    given = load(config, overrides) if ranks is None else load_for(config, ranks, samples, overrides)
+    settings = with_slots(given)
+    if settings != given:
+        print("moe.rows=slots is set: a dry run has no data, so it counts every slot of the capacity", file=sys.stderr)
     run, facts = compare(settings)
     world = settings.trainer.devices * settings.trainer.num_nodes
     console().print(dry_run_table(run, facts, f"dry run of rank 0 of {world}, dense weights {settings.strategy.dense}"))
