@@ -70,6 +70,14 @@ def test_44_unreadable_texts_are_skipped_and_counted(tmp_path, capsys):
     assert "".join("".join(documents) for documents in source.documents.values()) == LINE * 80
 
 
+def test_44_a_link_to_a_text_that_is_gone_is_named(tmp_path):
+    folder_of(tmp_path, a=LINE.encode() * 40)
+    (tmp_path / "b.txt").symlink_to("gone.txt")
+    with pytest.raises(ValueError, match=r"b\.txt cannot be read"):
+        text(tmp_path)
+    assert len(text(tmp_path, skip=True).skipped) == 1
+
+
 @pytest.fixture
 def images(tmp_path):
     """Returns a folder of six training and four validation images; one of each is damaged."""
