@@ -27,7 +27,7 @@ def read(words: Sequence[str]) -> tuple[dict[str, int], list[str]]:
 def main(config: str, /, *words: KeyValue) -> None:
     """Run one training step of rank 0 of a large job in this process, on tensors without numbers, and count.
 
-    The last line on standard output is JSON.
+    Standard output is JSON.
 
     Args:
         config: a YAML file or the name of a shipped one; or presets, which runs every preset in each layout of dense

@@ -12,8 +12,7 @@ def main(*overrides: str, tables: list[str] | None = None, options: Options = US
     """Run all tables of the paper in turn, at one scale, and set our values beside the paper's.
 
     What each table costs is said first. Finished runs are skipped and interrupted ones are resumed, failed ones do not
-    end it; Ctrl-C stops with a checkpoint of each. The last line on standard output is JSON: rows with a result by
-    table.
+    end it; Ctrl-C stops with a checkpoint of each. Standard output is JSON: rows with a result by table.
     Exit codes: 1, something failed; 2, the request was wrong; 130, stopped.
 
     Args:

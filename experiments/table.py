@@ -58,7 +58,7 @@ def commands() -> "Commands":
     from scmoe.studies.runs import console
     from scmoe.studies.table.make import Commands
 
-    screen = console()
+    screen = console(stderr=True)
     return Commands(call, lambda line: screen.print(line, soft_wrap=True, markup=False))
 
 
@@ -66,7 +66,7 @@ def main(table: str, /, *overrides: str, options: Options = USUAL) -> int:
     """Run a table of the paper and set our values beside the paper's.
 
     Finished runs are skipped and interrupted ones are resumed; Ctrl-C stops with a checkpoint of each. The files are in
-    <runs_dir>/tables/<table>-<scale>; the last line on standard output is a summary as JSON.
+    <runs_dir>/tables/<table>-<scale>; standard output is a summary as JSON.
     Exit codes: 1, a run failed; 2, the request was wrong; 130, stopped.
 
     Args:

@@ -1,5 +1,6 @@
 """A run from its directory to its last state: opened before training, closed and marked however training ends."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,7 +60,7 @@ def open_run(
         saved = checkpoints(run_dir / "checkpoints")
         command = scmoe("resume", relative(run_dir), *words(config.extensions, config.callbacks))
         what = f"to continue: {command}" if saved else "no step was saved, start it again"
-        print(f"stopped; {what}", flush=True)
+        print(f"stopped; {what}", file=sys.stderr, flush=True)
         raise
     finally:
         try:
