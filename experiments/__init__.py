@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated, Any, TypeVar
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 from rich.console import Console
 
 from scmoe import __version__
@@ -62,7 +62,9 @@ def call(*words: str) -> int:
         return act(*given.args, **given.kwargs) or 0
     except CycloptsError as error:
         verb = [word for word in words[:1] if word in VERBS]
-        print(f"error: {' '.join(str(error).split())} See {scmoe(*verb, '--help')}", file=sys.stderr)
+        lacks_run = isinstance(error, MissingArgumentError) and error.argument and error.argument.name == "RUN"
+        example = " RUN is the directory of a run, such as runs/latest." if lacks_run else ""
+        print(f"error: {' '.join(str(error).split())}{example} See {scmoe(*verb, '--help')}", file=sys.stderr)
     except ModuleNotFoundError as error:
         lacks = explained(error)
         if lacks is None:

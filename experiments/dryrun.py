@@ -52,8 +52,9 @@ def main(config: str, /, *words: KeyValue) -> None:
     settings = with_slots(given)
     if settings != given:
         print("moe.rows=slots is set: a dry run has no data, so it counts every slot of the capacity", file=sys.stderr)
-    run, facts = compare(settings)
     world = settings.trainer.devices * settings.trainer.num_nodes
+    print(f"one step of rank 0 of {world:,} ranks is run on tensors without numbers", file=sys.stderr, flush=True)
+    run, facts = compare(settings)
     console().print(dry_run_table(run, facts, f"dry run of rank 0 of {world}, dense weights {settings.strategy.dense}"))
     print(json.dumps(facts))
 

@@ -21,7 +21,9 @@ def main(run: Path, /, *overrides: KeyValue) -> None:
     """
     run_dir = run.resolve()
     if not any(run_dir.glob("checkpoints/*")):
-        raise ConfigError(f"the run is {str(run)!r}, allowed: a run that has a checkpoint")
+        from scmoe.training.run.directory import why_no_checkpoint
+
+        raise ConfigError(why_no_checkpoint(run_dir))
     from scmoe.training.run.resume import resumption, step_of
 
     step, settings = step_of(overrides)

@@ -73,12 +73,15 @@ def main(table: str, /, *overrides: str, options: Options = USUAL) -> int:
         table: a folder of configs/experiment with a table.yaml, such as table3
         overrides: key=value, for every run
     """
+    from scmoe.studies.table.rows import check_scale, load_table
+
+    rows = load_table(table)
+    check_scale(rows, options.scale)
     request = options.request(overrides)
     from scmoe.studies.table.make import make_table, plan_table
-    from scmoe.studies.table.rows import load_table
 
     here = commands()
-    plan = plan_table(load_table(table), request, here.say)
+    plan = plan_table(rows, request, here.say)
     seeds = len(plan.runs) // len(plan.table.rows)
     here.say(f"{plan.table.title}: {len(plan.table.rows)} rows x {seeds} seeds, in {plan.folder}")
     made = make_table(plan, request, here)

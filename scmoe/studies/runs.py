@@ -66,9 +66,11 @@ class SeenRun:
 
     @property
     def steps(self) -> int:
-        """The number of steps, as far as they are logged. A validation after the last step has one row more."""
+        """The number of steps, as far as logged or saved. A validation after the last step has one row more."""
         rows = [row for row in self.metrics if "train/loss" in row] or self.metrics
-        return max((int(row["step"]) + 1 for row in rows), default=0)
+        logged = [int(row["step"]) + 1 for row in rows]
+        saved = [int(path.stem.rpartition("=")[2]) for path in self.path.glob("checkpoints/step=*.ckpt")]
+        return max([*logged, *saved], default=0)
 
     @property
     def best_loss(self) -> float | None:

@@ -132,7 +132,7 @@ def test_a_run_too_short_to_plan_says_so_in_one_line(tmp_path):
 def test_a_run_without_a_checkpoint_cannot_be_resumed(tmp_path):
     done = run("-m", "experiments.resume", str(tmp_path))
     assert done.code == 2
-    assert "allowed: a run that has a checkpoint" in done.err
+    assert f"{tmp_path} has no whole last checkpoint" in done.err
 
 
 def test_a_wrong_key_is_an_error_of_one_line():

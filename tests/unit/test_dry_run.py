@@ -71,6 +71,7 @@ def test_a_config_for_cpus_is_dry_run_with_all_slots_and_the_command_says_so(cap
     assert call("dryrun", "configs/debug.yaml", "moe.rows=slots") == 0
     asked = capsys.readouterr()
     assert json.loads(alone.out) == json.loads(asked.out)
+    assert "rank 0 of 1 ranks" in alone.err, "it is said before the work begins"
     assert "moe.rows=slots" in alone.err and "moe.rows=slots" not in asked.err
     assert call("dryrun", "configs/debug.yaml", "moe.rows=filled") == 2, "it is not what was asked for"
 
