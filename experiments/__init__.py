@@ -61,8 +61,8 @@ def call(*words: str) -> int:
             raise ConfigError(f"{words[0]} is incomplete, allowed: see {scmoe(words[0], '--help')}")
         return act(*given.args, **given.kwargs) or 0
     except CycloptsError as error:
-        verb = [word for word in words[:1] if word in VERBS]
-        print(f"error: {' '.join(str(error).split())} See {scmoe(*verb, '--help')}", file=sys.stderr)
+        said = " ".join(str(error).split()).replace("RUN requires an argument", "RUN is missing, such as runs/latest")
+        print(f"error: {said} See {scmoe(*(w for w in words[:1] if w in VERBS), '--help')}", file=sys.stderr)
     except ModuleNotFoundError as error:
         lacks = explained(error)
         if lacks is None:

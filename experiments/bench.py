@@ -10,7 +10,7 @@ from scmoe.experiments import call
 from scmoe.experiments.bench_links import exchange, inference, timeline
 from scmoe.experiments.bench_pairs import Count, Share, growth, overlap
 
-main = App(name="bench", help="Measure on this machine. The last line on standard output is JSON.")
+main = App(name="bench", help="Measure on this machine. Standard output is JSON.")
 
 
 @main.command

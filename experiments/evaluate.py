@@ -21,8 +21,8 @@ def main(
 ) -> None:
     """Evaluate a checkpoint of a run: loss of the test split, perplexity of a text, multiple-choice tasks.
 
-    The results go to RUN/evaluation.json and to the run's own W&B run. The last line on standard output is the results
-    as JSON. They do not depend on the number of ranks (trainer.devices=2).
+    The results go to RUN/evaluation.json and to the run's own W&B run. Standard output is the results as
+    JSON. They do not depend on the number of ranks (trainer.devices=2).
 
     Args:
         run: a run's directory, such as runs/latest

@@ -248,7 +248,10 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 class StepProgressBar(RichProgressBar):
-    """Lightning's rich progress bar without the epoch: a training is one long epoch of steps here."""
+    """Lightning's rich progress bar, on standard error, without the epoch: a training is one long epoch of steps."""
+
+    def __init__(self) -> None:
+        super().__init__(console_kwargs={"stderr": True})
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"

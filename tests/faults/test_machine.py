@@ -1,5 +1,5 @@
 """What a run asks of its machine is checked before it starts: sizes (46-48), devices and launchers (49-51), folders
-(52), W&B's variables (53). Each refusal is one line, and no run directory is made."""
+and initial weights (52), W&B's variables (53). Each refusal is one line, and no run directory is made."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from scmoe.parallel.strategy import ExpertParallelStrategy
 from scmoe.training.run import machine
 from scmoe.training.run.machine import check_machine, is_rank_zero
 from scmoe.training.run.wandb_logger import wandb_mode
+from tests.support.exports import dense, export
 
 pytestmark = [pytest.mark.faults, pytest.mark.representative]
 
@@ -161,7 +162,7 @@ def test_51_ranks_that_do_not_find_each_other_in_time_say_which_setting_to_raise
         strategy.setup_environment()
 
 
-# ---------------------------------------------------------------------- 52: folders
+# ---------------------------------------------------------------------- 52: folders, initial weights
 
 
 @pytest.mark.parametrize("key", ["runs_dir", "data.cache_dir"])
@@ -171,6 +172,23 @@ def test_52_a_folder_that_cannot_be_written_is_refused(key, tmp_path, capsys):
     for folder in ("/proc/nowhere", str(tmp_path / "file" / "below")):
         line = refusal(capsys, tmp_path, *text, f"{key}={folder}")
         assert f"{key} is '{folder[:40]}" in line and ", allowed: a folder that can be written: " in line
+
+
+def test_52_initial_weights_that_do_not_fit_are_refused_before_data_is_prepared(tmp_path, capsys):
+    """Of two ranks the other one is not started either."""
+    (tmp_path / "data.txt").write_text("It was a bright cold day, and the clocks were striking.\n" * 200)
+    (tmp_path / "no.safetensors").write_text("nothing")
+    (tmp_path / "hf").mkdir()
+    export(dense("gpt"), tmp_path / "other.safetensors")
+    text = ("data.name=text", f"data.path={tmp_path}/data.txt", f"data.cache_dir={tmp_path}/cache")
+    for kind, name in (
+        *(("scmoe", "nowhere.safetensors"), ("scmoe", "no.safetensors"), ("scmoe", "other.safetensors")),
+        *(("hf", "nowhere"), ("hf", "hf")),
+    ):
+        weights = f"init_from={kind}:{tmp_path / name}"
+        line = refusal(capsys, tmp_path, *text, "data.vocab_size=300", "trainer.devices=2", weights)
+        assert line.startswith("error: init_from is ")
+        assert not (tmp_path / "cache").exists()
 
 
 # ---------------------------------------------------------------------- 53: variables of W&B

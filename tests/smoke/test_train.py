@@ -68,7 +68,6 @@ def test_the_last_line_is_the_summary(launched, joined, alone):
         assert summary["bits_per_byte"] == pytest.approx(summary["val_loss"] / math.log(2), rel=1e-5), (
             "a token is a byte"
         )
-        assert done.out.count('"val_loss"') == 1, "only rank 0 prints"
 
 
 def test_launched_and_joined_ranks_train_the_same(launched, joined):
@@ -134,7 +133,7 @@ def test_a_run_too_short_to_plan_says_so_in_one_line(tmp_path):
 def test_a_run_without_a_checkpoint_cannot_be_resumed(tmp_path):
     done = run("-m", "experiments.resume", str(tmp_path))
     assert done.code == 2
-    assert "allowed: a run that has a checkpoint" in done.err
+    assert f"{tmp_path} has no whole last checkpoint" in done.err
 
 
 def test_a_wrong_key_is_an_error_of_one_line():
@@ -148,4 +147,4 @@ def test_weights_and_biases_offline(alone):
     done, run_dir = alone
     (offline,) = (run_dir / "wandb").glob("offline-run-*")
     assert list(offline.glob("run-*.wandb"))
-    assert f"wandb sync {offline}" in done.out.replace("\n", "")
+    assert f"wandb sync {offline}" in done.err.replace("\n", "")

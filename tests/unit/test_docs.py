@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -145,3 +147,9 @@ def test_a_wrong_name_is_found(tmp_path):
         "moe/none.py",
         "scmoe/*.txt",
     ]
+
+
+def test_the_example_that_reads_an_export_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["load_export.py", str(tmp_path / "model.safetensors")])
+    with pytest.raises(SystemExit, match=r"there is no file .*`make export` writes it"):
+        runpy.run_path(str(ROOT / "docs/examples/load_export.py"), run_name="__main__")

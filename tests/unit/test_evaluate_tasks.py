@@ -66,10 +66,11 @@ def test_a_text_without_enough_sentences_is_refused():
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        (["{"], "line 1: JSONDecodeError"),
+        (["{"], "line 1: it is not JSON"),
         ([json.dumps(LINE), json.dumps(LINE | {"gold": 2})], r"line 2: .*gold is 2, allowed: 0 to 1"),
         ([json.dumps(LINE | {"choices": ["one"]})], "line 1: .*two or more texts"),
-        ([json.dumps({"query": "Why?"})], "line 1: KeyError"),
+        ([json.dumps({"query": "Why?"})], "line 1: choices is missing, allowed"),
+        (["[1]"], "line 1: a value has another form, allowed"),
         ([], "has 0 questions"),
     ],
 )

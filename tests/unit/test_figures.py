@@ -118,7 +118,7 @@ def drawn(monkeypatch):
 def files(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Path]:
     """Runs the command and returns its files by suffix."""
     assert call("figure", *words) == 0
-    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    summary = json.loads(capsys.readouterr().out)
     assert summary["figure"] == int(words[0])
     return {Path(name).suffix: Path(name) for name in summary["files"]}
 

@@ -192,6 +192,26 @@ def test_a_run_without_metrics_can_be_compared(folder):
     assert call("compare", str(empty), str(folder / "latest"), "--out", str(folder / "c.png")) == 0
 
 
+def test_steps_that_are_saved_count_where_they_are_not_logged(folder):
+    cut = make_run(folder, "debug/20261101-130000-cut", state="cut")
+    (cut / "checkpoints/step=9.ckpt").mkdir(parents=True)
+    assert runs.open_run(str(cut)).steps == 9
+
+
+@pytest.mark.parametrize("verb", ["resume", "export"])
+def test_a_folder_that_is_no_run_is_named_as_what_it_is(verb, tmp_path, capsys):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text("{}")
+    for name, says in (
+        ("nowhere", "there is no folder "),
+        ("hf", "Hugging Face"),
+        ("", "has no whole last checkpoint"),
+    ):
+        assert call(verb, str(tmp_path / name)) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert says in line and str(tmp_path / name) in line
+
+
 @pytest.mark.parametrize("verb", ("runs", "compare"))
 def test_a_missing_run_is_reported_in_one_line(verb, tmp_path, capsys):
     assert call(verb, str(tmp_path / "no")) == 2

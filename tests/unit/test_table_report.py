@@ -9,6 +9,7 @@ from random import Random
 import pytest
 
 from scmoe.studies.job import State
+from scmoe.studies.table import chart
 from scmoe.studies.table.equal_time import loss_at, step_reached
 from scmoe.studies.table.report import markdown, write_report
 from scmoe.studies.table.results import results
@@ -94,6 +95,18 @@ def test_files(made):
     assert "Spearman" in text
     assert found["rows"][0]["ours"]["n"] == 3
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[2:])
+
+
+def test_the_chart_at_equal_time_says_what_was_not_measured(made, tmp_path, monkeypatch):
+    table, runs = made
+    said: list[str] = []
+    monkeypatch.setattr(chart, "heading", lambda figure, text: said.append(text))
+    chart.draw_equal_time(results(table, "smoke", runs, COMMAND), tmp_path / "tokens.png")
+    write_speeds(runs[0].job.study, 0.52)
+    chart.draw_equal_time(results(table, "smoke", runs, COMMAND), tmp_path / "time.png")
+    assert ["no speed was measured" in text for text in said] == [True, False]
+    (absent,) = [row.name for row in table.rows if row.speed is None and not row.is_baseline]
+    assert all(chart.in_paper(absent) in text for text in said)
 
 
 def test_a_difference_is_decided_by_its_corrected_p(made):

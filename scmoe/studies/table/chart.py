@@ -84,10 +84,15 @@ def draw_equal_time(found: Mapping[str, Any], path: Path) -> None:
                     axis.hlines(place + shift, minus["low"], minus["high"], color=COLORS[i], linewidth=2)
                 axis.plot(minus["mean"], place + shift, "D", color=COLORS[i], markersize=7, label=label)
         _name_rows(axis, names)
-        axis.set_xlabel("validation loss minus the baseline's at the same time\nmean and interval; left is better")
+        same = "time" if len(columns) > 1 else "step"
+        axis.set_xlabel(f"validation loss minus the baseline's at the same {same}\nmean and interval; left is better")
         _plain(axis)
         _legend(figure, axis, ncols=1)
-        heading(figure, f"Quality at equal time, {found['scale']}\n{found['title']}")
+        what = "Quality at equal time" if len(columns) > 1 else "Quality at equal tokens: no speed was measured"
+        compared = [row["name"] for row in found["rows"] if row["minus_baseline"] is not None]
+        absent = [name for name in compared if name not in names]
+        without = f"\nwithout a measured speed, so not shown: {', '.join(map(in_paper, absent))}" if absent else ""
+        heading(figure, f"{what}, {found['scale']}\n{found['title']}{without}")
 
 
 def form_of(unit: str) -> str:

@@ -89,7 +89,7 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
         functions = SimilarityProbe, similarity_mean, similarity_metrics, draw_similarity
         callbacks.append(Analysis("similarity", every, analysis, *functions))
     if trainer.progress:
-        callbacks.append(StepProgressBar() if sys.stdout.isatty() else LogLines())
+        callbacks.append(StepProgressBar() if sys.stderr.isatty() else LogLines())
     return callbacks + [CALLBACKS[name](**options) for name, options in config.callbacks.items()]
 
 
@@ -134,7 +134,7 @@ def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequen
         "log_every_n_steps": trainer.log_every,
         "deterministic": trainer.deterministic,
         "use_distributed_sampler": False,
-        "enable_progress_bar": trainer.progress and sys.stdout.isatty(),
+        "enable_progress_bar": trainer.progress and sys.stderr.isatty(),
         "enable_model_summary": False,
         "callbacks": [*callbacks, set_threads],
         "logger": list(loggers),

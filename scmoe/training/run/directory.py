@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from scmoe.config.program import scmoe
 from scmoe.training.run.redact import redacted
 from scmoe.training.run.writing import write_aside
 
@@ -102,3 +103,11 @@ def relative(path: Path) -> Path:
     """Return the path as a user in this working directory would type it."""
     path = path.absolute()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def why_no_checkpoint(run_dir: Path, which: str = "last") -> str:
+    if not run_dir.exists():
+        return f"there is no folder {run_dir}. Give the directory of a run; {scmoe('runs')} lists them."
+    if (run_dir / "config.json").exists():
+        return f"{run_dir} is a Hugging Face folder, not a run. Load it in Python: scmoe.load(FOLDER)."
+    return f"{run_dir} has no whole {which} checkpoint. Give the directory of a run that has saved one."

@@ -1,5 +1,6 @@
 """A run from its directory to its last state: opened before training, closed and marked however training ends."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +58,7 @@ def open_run(
         state = "finished"
     except SystemExit:
         state = "cut"
-        print(f"stopped; {how_to_continue(config, run_dir)}", flush=True)
+        print(f"stopped; {how_to_continue(config, run_dir)}", file=sys.stderr, flush=True)
         raise
     except Exception as error:
         error.add_note(how_to_continue(config, run_dir))

@@ -24,7 +24,7 @@ from scmoe.config.rules import last_step
 from scmoe.parallel.checkpoint.durable import UNREAD, BrokenCheckpoint, checkpoints, newest_good, read_manifest, verify
 from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.training.build.data import kept_tokenizer
-from scmoe.training.run.directory import relative
+from scmoe.training.run.directory import relative, why_no_checkpoint
 
 REFUSED_SINCE = ("strategy.wire_dtype=null",)  # where it has no effect, earlier versions accepted it
 STEP = re.compile(r"(--)?step=")
@@ -51,7 +51,7 @@ def find_checkpoint(run_dir: Path, which: Which = "last", step: int | None = Non
         newest = newest_good(folder, share=share)
         return best_checkpoint(newest, folder) if which == "best" else newest
     except FileNotFoundError as error:
-        raise ConfigError(f"{run_dir} has no whole {which} checkpoint, allowed: a run that has saved one") from error
+        raise ConfigError(why_no_checkpoint(run_dir, which)) from error
 
 
 def best_checkpoint(newest: Path, folder: Path) -> Path:
