@@ -45,8 +45,7 @@ def write_folder(
         old.unlink(missing_ok=True)
     write_weights(checkpoint, folder, content, list(groups(stored, shard_bytes)))
     ends = {key: content[key] for key in ("bos_token_id", "eos_token_id") if content[key] is not None}
-    cached = {"use_cache": False} if content["model_type"] == OURS else {}
-    write_json_durably(folder / "generation_config.json", {**ends, **cached, "max_length": config.data.seq_len})
+    write_json_durably(folder / "generation_config.json", {**ends, "max_length": config.data.seq_len})
     if tokenizer is not None:
         write_tokenizer(folder, tokenizer, config.data.seq_len)
     write_json_durably(folder / "config.json", content)
