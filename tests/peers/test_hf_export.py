@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import scmoe
@@ -217,6 +219,25 @@ def test_the_load_balance_loss_is_added_where_router_logits_are_asked_for(tmp_pa
     assert found.loss.item() == pytest.approx(plain.loss.item() + 0.5 * balance)
     model.config.output_router_logits, model.config.router_aux_loss_coef = True, 2.0
     assert model(ids(), labels=ids()).loss.item() == pytest.approx(plain.loss.item() + 2 * balance)
+
+
+@pytest.mark.parametrize("words", ["moe.architecture=scmoe moe.top_k=2", "moe.architecture=dense"])
+def test_the_model_card_says_what_the_model_is_and_loads_it(words, tmp_path):
+    words += " data.name=text data.path=/home/somebody/texts"
+    model, kind = exported(words, tmp_path, tokenizer=make_tokenizer("bpe", 300, [TEXT]))
+    card = tmp_path / "hf" / "README.md"
+    _, head, text = card.read_text().split("---\n")
+    assert yaml.safe_load(head)["library_name"] == "transformers" and "license" not in yaml.safe_load(head)
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in text and "for 3 of 200" in text
+    assert ("2 of 6 experts" in text) == (kind == "scmoe") and "somebody" not in card.read_text()
+    (code,), (settings,) = (re.findall(f"```{name}\n(.*?)```", text, re.DOTALL) for name in ("python", "yaml"))
+    assert yaml.safe_load(settings)["model"]["dim"] == 16 and ("import scmoe.hf" in code) == (kind == "scmoe")
+    names: dict[str, Any] = {}
+    exec(code.replace("FOLDER", str(tmp_path / "hf")), names)
+    assert names["model"].config.model_type == kind and names["tokenizer"].eos_token_id is not None
+    card.write_text("edited")
+    write_folder(tmp_path / "step=3.ckpt", tmp_path / "hf", config_of(words))
+    assert card.read_text() == "edited"
 
 
 def test_init_from_reads_mixtral_and_qwen2_moe(tmp_path):
