@@ -149,7 +149,10 @@ def test_a_wrong_name_is_found(tmp_path):
     ]
 
 
-def test_the_example_that_reads_an_export_says_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["load_export.py", str(tmp_path / "model.safetensors")])
-    with pytest.raises(SystemExit, match=r"there is no file .*`make export` writes it"):
-        runpy.run_path(str(ROOT / "docs/examples/load_export.py"), run_name="__main__")
+@pytest.mark.parametrize("name", ["load_export.py", "load_hf.py"])
+def test_an_example_without_its_export_says_in_one_line_how_to_write_it(name, tmp_path, monkeypatch):
+    if name == "load_hf.py":
+        pytest.importorskip("transformers", reason="transformers is not installed (extra `hf`)")
+    monkeypatch.setattr(sys, "argv", [name, str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match=r"^.*none does not exist\. Write it with: make export.*$"):
+        runpy.run_path(str(ROOT / "docs/examples" / name), run_name="__main__")

@@ -1,4 +1,4 @@
-"""Multiple-choice tasks as plain values, and how they are read from a folder of JSON lines.
+"""Multiple-choice tasks as plain values, and how they are read from a folder of JSON lines; tasks of lm-eval.
 
 A line of NAME.jsonl is one question, in one of two forms:
 
@@ -47,6 +47,13 @@ class Task(NamedTuple):
         if len({question.choices for question in self.questions}) > 1:
             return None
         return max(Counter(question.gold for question in self.questions).values()) / len(self.questions)
+
+
+class Registered(NamedTuple):
+    """A task, a group or a tag of lm-eval, under its own name. loaded: of lm-eval's TaskManager, with the data."""
+
+    name: str
+    loaded: Any
 
 
 def read_task(name: str, folder: Path) -> Task:
