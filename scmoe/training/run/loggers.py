@@ -22,7 +22,7 @@ def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> li
     elif config.logger.mode == "auto" and not HAS_WANDB:
         print(f"only metrics.csv is written; W&B needs wandb: {install_command('wandb')}", file=sys.stderr)
     if config.logger.tensorboard:
-        loggers.append(tensorboard_logger(run_dir, resumed_step))
+        loggers.append(tensorboard_logger(run_dir, config, resumed_step))
     return loggers
 
 
