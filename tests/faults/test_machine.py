@@ -3,6 +3,7 @@ and initial weights (52), W&B's variables (53). Each refusal is one line, and no
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from scmoe.config.load import load
 from scmoe.experiments import call
 from scmoe.parallel import container
 from scmoe.parallel.strategy import ExpertParallelStrategy
+from scmoe.training.build.trainer import cpu_threads
 from scmoe.training.run import machine
 from scmoe.training.run.machine import check_machine, is_rank_zero
 from scmoe.training.run.wandb_logger import wandb_mode
@@ -80,6 +82,17 @@ def test_47_the_limit_of_memory_is_a_ranks_share(monkeypatch, tmp_path):
     assert machine.free_gib(one) == 0.75, "a quarter is in use; pages of files are given back"
     (tmp_path / "memory.max").write_text("max\n")
     assert machine.free_gib(one) > 1.0
+
+
+def test_47_a_machine_without_proc_is_measured_by_all_its_memory_and_cores(monkeypatch, tmp_path):
+    """As macOS is, whose Python has no sched_getaffinity either."""
+    one, two = (load("configs/debug.yaml", [f"trainer.devices={n}", "trainer.threads=null"]) for n in (1, 2))
+    free = machine.free_gib(one)
+    monkeypatch.setattr(container, "GROUP", tmp_path)
+    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert free <= machine.free_gib(one) == 2 * machine.free_gib(two)
+    assert (cpu_threads(one), cpu_threads(two)) == (os.cpu_count(), max(1, os.cpu_count() // 2))
 
 
 def test_48_a_step_of_hours_is_refused_by_the_limit_that_lifts(tmp_path, capsys):

@@ -192,9 +192,13 @@ def test_tensorboard_gets_the_metrics_or_is_refused(tmp_path):
         assert "logger.tensorboard is True, allowed: false, as TensorBoard is not installed" in done.err
         pytest.skip("tensorboard is not installed (extra `tensorboard`)")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     folder = run_dir(done)
     found = EventAccumulator(str(folder / "tensorboard"))
     found.Reload()
     logged = {event.step: event.value for event in found.Scalars("train/loss")}
     assert logged == pytest.approx(column(folder, "train/loss"))
+    content = found.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    values = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert (values["optim.lr"].number_value, values["moe.architecture"].string_value) == (1e-3, "scmoe")

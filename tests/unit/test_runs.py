@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load, to_yaml
 from scmoe.experiments import call
 from scmoe.studies import compare, runs
 from scmoe.training.run.state import SILENT_S, read_state, refuse_running, show_life, start_of, write_state
+from tests.support.pictures import assert_readable
 
 ROOT = Path(__file__).parents[2]
 METRICS = """step,train/loss,val/loss,time/tokens_per_s
@@ -184,6 +186,21 @@ def test_runs_are_compared(folder, capsys):
     assert compare.labels_of(seen, "ab") == ["a: debug (position pos2)", "b: debug (position pos3)"]
     assert call("compare", names[0], names[0], "--out", str(picture)) == 0
     assert "the configs are the same" in capsys.readouterr().out
+
+
+def test_every_run_of_a_comparison_is_seen(folder, tmp_path, monkeypatch):
+    """Curves that are equal do not hide each other, a curve of one point has a dot, and the legend is not cut off."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    changed = ("trainer.max_steps=4000", "optim.warmup_steps=1000", "data.global_batch_size=8", "data.workers=1")
+    run = make_run(folder, "debug/20261101-120005-f", "name=a_comparison_of_runs", *changed, "moe.position=pos3")
+    (run / "metrics.csv").write_text("".join(METRICS.splitlines(keepends=True)[:2]))
+    seen = [runs.open_run(str(path)) for path in (folder / "latest", folder / "latest", run)]
+    compare.draw(seen, "abc", tmp_path / "c.png")
+    assert_readable(figures[0])
+    first, twin, short = figures[0].axes[0].lines
+    assert (first.get_xydata() == twin.get_xydata()).all() and first.get_linestyle() != twin.get_linestyle()
+    assert len(short.get_xydata()) == 1 and short.get_marker() == "o"
 
 
 def test_a_run_without_metrics_can_be_compared(folder):

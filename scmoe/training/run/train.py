@@ -18,7 +18,7 @@ from scmoe.training.build.trainer import build_callbacks, build_trainer, seed_ev
 from scmoe.training.run.directory import relative
 from scmoe.training.run.host_memory import keep_freed_memory
 from scmoe.training.run.lifetime import open_run
-from scmoe.training.run.loggers import log_best_checkpoint, log_results
+from scmoe.training.run.loggers import log_best_checkpoint, log_inputs, log_results
 from scmoe.training.run.machine import check_machine, is_rank_zero
 from scmoe.training.run.resume import Resumed, set_aside, set_aside_later, summary_if_done
 from scmoe.training.run.state import refuse_running
@@ -52,6 +52,8 @@ def train(config: Config, overrides: Sequence[str] = (), resumed: Resumed | None
         for text in doubts(config, data):
             warn_once(text)
     with open_run(config, overrides, run_dir, checkpoint) as (directory, loggers):
+        if directory is not None:
+            log_inputs(loggers, config, data.state_dict())
         if directory is not None and step is not None:
             set_aside_later(directory, step)
         module = build_module(config if checkpoint is None else replace(config, init_from=None))  # it has the weights
