@@ -35,8 +35,8 @@ from scmoe.parallel.lightning_seam import (
     hide_from_ddp,
     is_fitting,
     prefer_buckets,
-    was_interrupted,
     set_default_timeout,
+    was_interrupted,
 )
 from scmoe.parallel.mesh import EXCHANGES, build_context, check_experts, expert_parameters, use_loopback_for_gloo
 from scmoe.parallel.refused_callbacks import check_callbacks
