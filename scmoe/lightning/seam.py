@@ -8,9 +8,11 @@ import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
@@ -98,13 +100,16 @@ def started_ranks(strategy: Any) -> Sequence[subprocess.Popen[bytes]]:
     return getattr(strategy.launcher, "procs", [])
 
 
-def leave_sigterm_alone(trainer: Any) -> None:
-    """Keep Lightning from setting its handler of SIGTERM; it sets those of other signals as before."""
+def leave_stop_signals_alone(trainer: Any) -> None:
+    """Keep Lightning from setting handlers of SIGTERM and SIGINT; it sets those of other signals as before.
+
+    At its end it would put back the handlers that it found when training began: the Strategy's, which has ended then.
+    """
     connector = trainer._signal_connector
     register = type(connector)._register_signal
 
     def register_others(number: int, handler: Any) -> None:
-        if number != signal.SIGTERM:
+        if number not in (signal.SIGTERM, signal.SIGINT):
             register(number, handler)
 
     connector._register_signal = register_others
@@ -113,6 +118,19 @@ def leave_sigterm_alone(trainer: Any) -> None:
 def skip_sigterm_broadcast(trainer: Any) -> None:
     """Remove the blocking broadcast from rank 0 by which Lightning asks for SIGTERM before every batch."""
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
+def set_default_timeout(timeout: timedelta) -> None:
+    """Let no later collective of the default process group wait longer. Single receives over gloo keep their limit."""
+    dist.distributed_c10d._set_pg_timeout(timeout)
+
+
+def urgent(timeout: timedelta) -> Any:
+    """Return options of a group of NCCL whose kernels go before those of other groups. Torch warns of a group whose
+    options have another timeout than the group."""
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout
+    return options
 
 
 def hide_from_ddp(module: nn.Module, names: Iterable[str]) -> None:
@@ -230,7 +248,10 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 class StepProgressBar(RichProgressBar):
-    """Lightning's rich progress bar without the epoch: a training is one long epoch of steps here."""
+    """Lightning's rich progress bar, on standard error, without the epoch: a training is one long epoch of steps."""
+
+    def __init__(self) -> None:
+        super().__init__(console_kwargs={"stderr": True})
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"
