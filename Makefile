@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 	  command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) not found; scmoe needs Python 3.11 to 3.13" >&2; exit 1; }; \
 	  $(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("setup: $(PYTHON) is Python %d.%d; scmoe needs 3.11 to 3.13 (make setup PYTHON=python3.12)" % v)' && \
 	  $(PYTHON) -m venv --clear $(VENV); }
-	@echo "setup: installing into $(VENV) (some minutes the first time: torch is large)" >&2
+	@echo "setup: installing into $(VENV) (5 to 10 minutes the first time, without further lines: torch is large)" >&2
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt $(PIP_ARGS) -e ".[dev]"
 	@$(PY) -m compileall -qq -j 0 $(VENV)/lib >/dev/null 2>&1 || true  # on all cores; pip compiles one file at a time
 	@touch $@

@@ -68,7 +68,8 @@ def text(path: Path, skip: bool = False) -> Source:
         names = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
         return _in_memory({split: [_split_file(path, stems)] for split, stems in names.items()}, str(path))
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md") and file.is_file())
+        texts = (file for file in path.rglob("*") if file.suffix in (".txt", ".md"))
+        files = sorted(file for file in texts if file.is_file() or not file.exists())  # a dangling link is named later
     elif path.is_file():
         files = [path]
     else:

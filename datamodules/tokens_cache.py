@@ -116,6 +116,8 @@ def is_whole(folder: Path) -> bool:
 
 def _write(folder: Path, content: str, source: Source, kind: str, vocab_size: int) -> None:
     console = Console(stderr=True)
+    if not console.is_terminal:  # which shows no bars
+        console.print("preparing data: text is read and cut into tokens, once for this text", soft_wrap=True)
     train_texts = source.documents["train"]
     if kind == "bpe":
         train_texts = track(train_texts, "reading text for BPE", console=console, transient=True)

@@ -10,7 +10,7 @@ from scmoe.experiments.engine.command_line import KeyValue, call
 def main(config: str, /, *overrides: KeyValue) -> None:
     """Read all data of a config, and name each file that cannot be read. No training is started.
 
-    Exit code 2: a file cannot be read, or the data cannot be used at all.
+    Exit code 2: a file cannot be read, unless data.on_error=skip; or the data cannot be used at all.
 
     Args:
         config: a YAML file, or the name of a shipped one
@@ -21,13 +21,17 @@ def main(config: str, /, *overrides: KeyValue) -> None:
 
     settings = load(config, overrides)
     data = build_datamodule(replace(settings, data=replace(settings.data, on_error="skip")))  # it notes each file
-    prepare_data(data)
-    found = data.unreadable()
+    prepare_data(data, warn=False)
+    found, name = data.unreadable(), settings.data.name
     for line in found:
         print(line)
-    if found:
-        raise ConfigError(f"{len(found)} files cannot be read, allowed: repair or remove them, or data.on_error=skip")
-    print(f"all data of {settings.data.name} can be read")
+    if not found:
+        print(f"all data of {name} can be read")
+    elif settings.data.on_error == "skip":
+        print(f"{len(found)} file(s) cannot be read and will be skipped; all other data of {name} can be read")
+    else:
+        them = "Repair or remove them; data.on_error=skip trains without them."
+        raise ConfigError(f"{len(found)} file(s) cannot be read. {them}")
 
 
 if __name__ == "__main__":

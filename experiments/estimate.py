@@ -45,7 +45,7 @@ def main(config: str, /, *words: KeyValue) -> None:
     """Estimate what a training costs, without starting it: parameters, FLOPs, bytes of All-to-All, memory of a rank.
 
     ep ranks share one set of experts, dp such sets are replicas: ep x dp ranks, data parallel over all of them. What is
-    not given is as CONFIG sets it. The last line on standard output is JSON.
+    not given is as CONFIG sets it. Standard output is JSON.
 
     Args:
         config: a YAML file, such as configs/quickstart.yaml, or the name of a shipped one

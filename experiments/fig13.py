@@ -20,7 +20,7 @@ def main(
     limit_s: float | None = None,
     out: Path = Path("runs/fig13"),
 ) -> None:
-    """Measure Fig. 13 on this machine: latency and memory of resident and offloaded experts. The last line is JSON.
+    """Measure Fig. 13 on this machine: latency and memory of resident and offloaded experts. Standard output is JSON.
 
     Experts are in a file in the page cache, and the device is this process's memory.
 

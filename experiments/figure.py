@@ -10,7 +10,7 @@ from scmoe.experiments.engine.command_line import call
 
 
 def main(number: Literal[0, 1, 4, 7, 8, 9, 10], /, *sources: str, out: Path | None = None) -> None:
-    """Draw a figure of the paper, or all of the docs. The last line on standard output is JSON: the figure, its files.
+    """Draw a figure of the paper, or all of the docs. Standard output is JSON: the figure, its files.
 
     1   share of All-to-All in the time               reports of `bench overlap`, or their folder
     4   a pair of blocks with the shortcut            nothing

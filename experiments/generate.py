@@ -71,10 +71,7 @@ def main(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     shown = (lambda text: print(), partial(print, end="", flush=True))
-    try:
-        speed = generate_texts(run.resolve(), request, *(shown if out is None else (to_file(out),)))
-    except KeyboardInterrupt:
-        return 130
+    speed = generate_texts(run.resolve(), request, *(shown if out is None else (to_file(out),)))
     if speed is not None:
         print(*speed_lines(speed), sep="\n", file=sys.stderr)
         if out is not None:

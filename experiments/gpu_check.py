@@ -22,7 +22,7 @@ def main(
     """Check scmoe on one GPU in nine minutes: tests, speed of the layer, overlap, GPT2-MoE-Small, a short training.
 
     Each part runs in its own process with its own clock. The folder gets report.md, results.json, pictures and traces,
-    at most 8 files. The last line on standard output is JSON with the state of each part; the exit code is 0 if all are
+    at most 8 files. Standard output is JSON with the state of each part; the exit code is 0 if all are
     ok.
 
     Args:

@@ -9,7 +9,7 @@ from scmoe.experiments.engine.command_line import call
 def main(*presets: str) -> None:
     """Count the parameters of presets and architectures, and show the paper's totals beside them.
 
-    The last line on standard output is JSON: {preset: {architecture: {"total": ..., "active": ...}}}; active parameters
+    Standard output is JSON: {preset: {architecture: {"total": ..., "active": ...}}}; active parameters
     are those that one token uses.
 
     Args:

@@ -12,20 +12,22 @@ def main(*overrides: str, tables: list[str] | None = None, options: Options = US
     """Run all tables of the paper in turn, at one scale, and set our values beside the paper's.
 
     What each table costs is said first. Finished runs are skipped and interrupted ones are resumed, failed ones do not
-    end it; Ctrl-C stops with a checkpoint of each. The last line on standard output is JSON: rows with a result by
-    table.
+    end it; Ctrl-C stops with a checkpoint of each. Standard output is JSON: rows with a result by table.
     Exit codes: 1, something failed; 2, the request was wrong; 130, stopped.
 
     Args:
         overrides: key=value, for every run
         tables: such as table3 (default: tables 1 to 7)
     """
-    request = options.request(overrides)
-    from scmoe.experiments.studies.table.reproduce import reproduce
-    from scmoe.experiments.studies.table.rows import load_table, table_names
+    from scmoe.experiments.studies.table.rows import check_scale, load_table, table_names
 
     numbered = [name for name in table_names() if re.fullmatch(r"table\d+", name)]
     names = tables or [name for name in numbered if options.scale in load_table(name).scales] or numbered
+    for name in names:
+        check_scale(load_table(name), options.scale)
+    request = options.request(overrides)
+    from scmoe.experiments.studies.table.reproduce import reproduce
+
     if left := [name for name in numbered if name not in names and not tables]:
         commands().say(f"without {', '.join(left)}, which have no scale {options.scale}")
     found = reproduce(names, request, commands())

@@ -9,8 +9,8 @@ from scmoe.experiments.engine.command_line import KeyValue, call
 
 
 def main(run: Path, /, *overrides: KeyValue) -> None:
-    """Resume a run from its newest checkpoint, or from that of a step. The last line on standard output is the run's
-    summary as JSON.
+    """Resume a run from its newest checkpoint, or from that of a step. Standard output is the run's summary as
+    JSON, and everything else goes to standard error.
 
     Exit codes: 2, the request was wrong and nothing was started; 143 or 130, stopped by SIGTERM or Ctrl-C with a
     checkpoint.
@@ -21,7 +21,9 @@ def main(run: Path, /, *overrides: KeyValue) -> None:
     """
     run_dir = run.resolve()
     if not any(run_dir.glob("checkpoints/*")):
-        raise ConfigError(f"the run is {str(run)!r}, allowed: a run that has a checkpoint")
+        from scmoe.training.run.directory import why_no_checkpoint
+
+        raise ConfigError(why_no_checkpoint(run_dir))
     from scmoe.training.run.resume import resumption, step_of
 
     step, settings = step_of(overrides)

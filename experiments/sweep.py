@@ -19,7 +19,7 @@ def run_here(sweep: Any, again: str) -> int:
     from scmoe.runs.seen import console
 
     trials, signum = run_trials(sweep)
-    summary, screen = write_report(sweep, trials), console()
+    summary, screen = write_report(sweep, trials), console(stderr=True)
     screen.print(rich_table(sweep, trials))
     lines = [f"results      {sweep.folder}"]
     if summary["best"]:
@@ -35,8 +35,8 @@ def main(file: str, /, *overrides: KeyValue, local: bool = False) -> int:
     """Search over parameters, as a W&B sweep file says.
 
     With a W&B key the sweep is W&B's: it is created there, an agent starts here, and others may join from anywhere.
-    Without a key, or with --local, the same file runs here; the same command resumes it. The last line on standard
-    output is then {"trials": .., "finished": .., "failed": .., "best": ..}.
+    Without a key, or with --local, the same file runs here; the same command resumes it. Standard output is then
+    {"trials": .., "finished": .., "failed": .., "best": ..}.
     Exit codes: 2, the request was wrong and nothing was started; 1, no trial finished; 130 or 143, stopped.
 
     Args:
@@ -55,7 +55,7 @@ def main(file: str, /, *overrides: KeyValue, local: bool = False) -> int:
         if has_wandb_key():
             from scmoe.experiments.studies.sweep.wandb_sweep import run_online
 
-            path, code = run_online(sweep, lambda line: print(line, flush=True))
+            path, code = run_online(sweep, lambda line: print(line, file=sys.stderr, flush=True))
             print(json.dumps({"sweep": path, "exit_code": code}), flush=True)
             return code if code >= 0 else 128 - code
     return run_here(sweep, scmoe("sweep", file, "--local", *overrides))

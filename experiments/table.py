@@ -58,7 +58,7 @@ def commands() -> "Commands":
     from scmoe.experiments.studies.table.make import Commands
     from scmoe.runs.seen import console
 
-    screen = console()
+    screen = console(stderr=True)
     return Commands(call, lambda line: screen.print(line, soft_wrap=True, markup=False))
 
 
@@ -66,19 +66,22 @@ def main(table: str, /, *overrides: str, options: Options = USUAL) -> int:
     """Run a table of the paper and set our values beside the paper's.
 
     Finished runs are skipped and interrupted ones are resumed; Ctrl-C stops with a checkpoint of each. The files are in
-    <runs_dir>/tables/<table>-<scale>; the last line on standard output is a summary as JSON.
+    <runs_dir>/tables/<table>-<scale>; standard output is a summary as JSON.
     Exit codes: 1, a run failed; 2, the request was wrong; 130, stopped.
 
     Args:
         table: a folder of configs/experiment with a table.yaml, such as table3
         overrides: key=value, for every run
     """
+    from scmoe.experiments.studies.table.rows import check_scale, load_table
+
+    rows = load_table(table)
+    check_scale(rows, options.scale)
     request = options.request(overrides)
     from scmoe.experiments.studies.table.make import make_table, plan_table
-    from scmoe.experiments.studies.table.rows import load_table
 
     here = commands()
-    plan = plan_table(load_table(table), request, here.say)
+    plan = plan_table(rows, request, here.say)
     seeds = len(plan.runs) // len(plan.table.rows)
     here.say(f"{plan.table.title}: {len(plan.table.rows)} rows x {seeds} seeds, in {plan.folder}")
     made = make_table(plan, request, here)

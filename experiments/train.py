@@ -13,7 +13,7 @@ main = App(name="train", help_epilogue=help_text())
 
 @main.default
 def start(config: str, /, *overrides: KeyValue) -> None:
-    """Train a model. The last line on standard output is the run's summary as JSON.
+    """Train a model. Standard output is the run's summary as JSON, and everything else goes to standard error.
 
     Exit codes: 2, the request was wrong and nothing was started; 143 or 130, stopped by SIGTERM or Ctrl-C with a
     checkpoint.

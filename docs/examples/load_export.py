@@ -25,7 +25,10 @@ def load_export(file: Path) -> Any:
 
 
 def main() -> None:
-    model = load_export(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/latest/export/model.safetensors"))
+    file = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/latest/export/model.safetensors")
+    if not file.exists():
+        sys.exit(f"{file} does not exist. Write it with: make export")
+    model = load_export(file)
     ids = torch.zeros(1, 8, dtype=torch.int64)  # eight end-of-text tokens
     with torch.inference_mode():
         probabilities = model(ids).logits_BSV[0, -1].softmax(-1)

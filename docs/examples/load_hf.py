@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,6 +16,8 @@ import scmoe.hf  # noqa: F401  # transformers now knows the architectures that o
 
 def main() -> None:
     folder = sys.argv[1] if len(sys.argv) > 1 else "runs/latest/export/hf"
+    if not Path(folder).exists():
+        sys.exit(f"{folder} does not exist. Write it with: make export FORMAT=hf")
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer("My fellow citizens", return_tensors="pt")

@@ -4,6 +4,7 @@
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -80,4 +81,5 @@ class Surprise(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         if trainer.is_global_zero and trainer.global_step % self.every == 0:
-            print(f"step {trainer.global_step}: between {math.exp(outputs['loss'].item()):.0f} tokens")
+            tokens = math.exp(outputs["loss"].item())
+            print(f"step {trainer.global_step}: between {tokens:.0f} tokens", file=sys.stderr)

@@ -10,7 +10,7 @@ from scmoe.experiments.bench.verbs_links import exchange, inference, timeline
 from scmoe.experiments.bench.verbs_pairs import Count, Share, growth, overlap
 from scmoe.experiments.engine.command_line import call
 
-main = App(name="bench", help="Measure on this machine. The last line on standard output is JSON.")
+main = App(name="bench", help="Measure on this machine. Standard output is JSON.")
 
 
 @main.command

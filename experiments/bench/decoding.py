@@ -58,7 +58,7 @@ def bench_generation(batch: int, prompt: int, tokens: int, threads: int, rounds:
     table = Table(Column("operator of a step"), Column("ms", justify="right"), title="Decoding, in place, median")
     for name in operators_ms[0]:
         table.add_row(name, f"{median([own[name] for own in operators_ms]):.3f}")
-    Console(width=100).print(table, show(result, batch, prompt, tokens))
+    Console(stderr=True, width=100).print(table, show(result, batch, prompt, tokens))
     return result
 
 

@@ -49,7 +49,7 @@ def bench_exchange(
             speed = "{:.2f} [{:.2f} {:.2f}]".format(row["speedup"], *row["quartiles"])
             cells = f"{row['ms']:.2f}", f"{100 * row['hidden']:.0f} %", f"{row['pieces']:.2f}", speed
             table.add_row(kb, way, *cells, "chosen" if auto == way else "")
-    Console(width=120).print(table)
+    Console(stderr=True, width=120).print(table)
     return {"nodes": nodes, "ranks": ranks, "between_mbit": between_mbit, "rounds": rounds, **report}
 
 

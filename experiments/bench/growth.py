@@ -89,7 +89,7 @@ def show(report: dict[str, list[dict[str, Any]]]) -> None:
             rows = (f"{r['forward_speedup']:.2f}, {r['train_speedup']:.2f}" for r in list(p["rows"].values())[1:])
             first = (str(p[of]), str(p["ranks"]), f"{p['link_mbit']:.0f}", f"{p['comm_share']:.2f}")
             table.add_row(*first, *limits, f"{p['rows']['top2']['train_ms']:.0f} ms", *rows)
-        Console(width=150).print(table)
+        Console(stderr=True, width=150).print(table)
 
 
 def draw(report: dict[str, list[dict[str, Any]]], path: Path) -> None:

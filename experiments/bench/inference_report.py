@@ -125,7 +125,7 @@ def show(report: dict[str, Any]) -> None:
             quartiles = "[{:.2f} {:.2f}]".format(*own["quartiles"])
             speed = f"{own['ms']:.1f}", f"{row[f'{shape}_tokens_per_s']:,.0f}"
             table.add_row(name, *ways, f"{own['limit']:.2f}", own["auto"], quartiles, *speed)
-        Console(width=170).print(table)
+        Console(stderr=True, width=170).print(table)
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

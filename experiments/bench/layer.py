@@ -106,7 +106,7 @@ def bench_layer(
         table.add_row(name, *ms, *(f"{ratio:.3f}" for ratio in ratios[name]))
     limit = [f"{value * 1e3:.1f}" for value in np.median(np.maximum(times[PRODUCTS], moved), axis=-1)]
     table.add_row(f"roofline, {bandwidth / 1e9:.1f} GB/s", *limit, *(f"{ratio:.3f}" for ratio in roofline))
-    Console(width=120).print(table)
+    Console(stderr=True, width=120).print(table)
     names = {
         PRODUCTS: "",
         BATCHED: "_over_batched",

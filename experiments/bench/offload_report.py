@@ -88,8 +88,8 @@ def show(report: dict[str, Any], setting: Setting) -> None:
         numbers = (f"{peaks[way]:.0f} ({peaks[way] / whole:.2f})" for way in (RESIDENT, *COLORS))
         memory.add_row(name_of(architecture), f"{own['memory']['fixed_mb']:.0f}", *numbers)
     for each in (table, memory):
-        Console(width=170).print(each)
-    print(f"equal bits: {equal_bits(report)}")
+        Console(stderr=True, width=170).print(each)
+    print(f"equal bits: {equal_bits(report)}", file=sys.stderr)
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

@@ -231,4 +231,4 @@ def show(report: dict[str, Any]) -> None:
         ratios = [f"{r[k]:.3f}" for k in ("auto_over_best", "measured_over_model")]
         of_limit = [f"{r['of_limit']:.3f}"] if "of_limit" in r else []
         table.add_row(name, *speed, *hidden, *schedules, *ratios, f"{r['peak_mb']:.0f} MB", *of_limit)
-    Console(width=150).print(table)
+    Console(stderr=True, width=150).print(table)

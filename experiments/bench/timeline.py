@@ -4,6 +4,7 @@ The five timelines of the figure (ROWS) run on shaped links as in `bench overlap
 """
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,9 @@ def bench_timeline(share: float, compute: str, position: str, ranks: int, out: P
         machine = f"{compute} compute, {ranks} ranks, links of {rate:.0f} Mbit/s"
         path = out / f"{direction}.png"
         draw(timelines[direction], path, f"One pair from the tap to its end, {direction}: {machine}", "ms")
-        print(f"drawn: {path}")
+        print(f"drawn: {path}", file=sys.stderr)
     traces = [str(path) for path in sorted(out.glob("*.json"))]
-    print(f"traces: {', '.join(traces)}")
+    print(f"traces: {', '.join(traces)}", file=sys.stderr)
     return {"link_mbit": rate, "traces": traces}
 
 
@@ -83,7 +84,7 @@ def draw_plan(run_dir: Path) -> dict[str, Any]:
             f"The plan of {run_dir.resolve().name}, from the tap to the end of a block, {direction}",
             "ms",
         )
-        print(f"drawn: {picture}")
+        print(f"drawn: {picture}", file=sys.stderr)
     return {"pictures": [str(picture) for picture in pictures]}
 
 

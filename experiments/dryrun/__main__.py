@@ -27,7 +27,7 @@ def read(words: Sequence[str]) -> tuple[dict[str, int], list[str]]:
 def main(config: str, /, *words: KeyValue) -> None:
     """Run one training step of rank 0 of a large job in this process, on tensors without numbers, and count.
 
-    The last line on standard output is JSON.
+    Standard output is JSON.
 
     Args:
         config: a YAML file or the name of a shipped one; or presets, which runs every preset in each layout of dense
@@ -37,7 +37,7 @@ def main(config: str, /, *words: KeyValue) -> None:
     """
     sizes, overrides = read(words)
     from scmoe.config.load import load
-    from scmoe.experiments.dryrun.dry_runs import compare, dry_run_table, load_for, preset_rows
+    from scmoe.experiments.dryrun.dry_runs import compare, dry_run_table, load_for, preset_rows, with_slots
     from scmoe.training.run.printout import console
 
     ranks, samples = sizes.get("ranks"), sizes.get("samples", 1)
@@ -48,9 +48,13 @@ def main(config: str, /, *words: KeyValue) -> None:
             console().print(" ".join(cells))
             rows.append(row)
         return print(json.dumps(rows))
-    settings = load(config, overrides) if ranks is None else load_for(config, ranks, samples, overrides)
-    run, facts = compare(settings)
+    given = load(config, overrides) if ranks is None else load_for(config, ranks, samples, overrides)
+    settings = with_slots(given)
+    if settings != given:
+        print("moe.rows=slots is set: a dry run has no data, so it counts every slot of the capacity", file=sys.stderr)
     world = settings.trainer.devices * settings.trainer.num_nodes
+    print(f"one step of rank 0 of {world:,} ranks is run on tensors without numbers", file=sys.stderr, flush=True)
+    run, facts = compare(settings)
     console().print(dry_run_table(run, facts, f"dry run of rank 0 of {world}, dense weights {settings.strategy.dense}"))
     print(json.dumps(facts))
 

@@ -5,6 +5,7 @@ the model's modules (experiments/dryrun/estimated.py).
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -39,6 +40,13 @@ def load_for(source: Any, ranks: int, samples: int, overrides: Sequence[str]) ->
     nodes = ranks // int(node) if node.isdecimal() and int(node) > 0 else 1  # else `load` refuses trainer.devices
     sizes = [f"trainer.num_nodes={nodes}", f"data.global_batch_size={ranks * samples}"]
     return load(source, [f"trainer.devices={node}", *overrides, *sizes])
+
+
+def with_slots(config: Config) -> Config:
+    """Return the config with moe.rows=slots where `auto` would mean filled slots, whose number depends on the data."""
+    moe, on_cpu = config.moe, config.trainer.accelerator == "cpu"
+    limited = moe.architecture != "dense" and moe.capacity_factor is not None
+    return replace(config, moe=replace(moe, rows="slots")) if limited and on_cpu and moe.rows == "auto" else config
 
 
 def compare(config: Config) -> tuple[DryRun, dict[str, Any]]:
@@ -76,6 +84,6 @@ def preset_rows(ranks: int, samples: int, overrides: Sequence[str]) -> Iterator[
     presets = sorted((SHIPPED / "model").glob("*.yaml"))
     for path, dense, precision, recompute in product(presets, WAYS, PRECISIONS, RECOMPUTE):
         words = [f"strategy.dense={dense}", f"trainer.precision={precision}", f"trainer.recompute={recompute}"]
-        facts = compare(load_for(path, ranks, samples, [*overrides, *words]))[1]
+        facts = compare(with_slots(load_for(path, ranks, samples, [*overrides, *words])))[1]
         sizes = {key: round(facts[key], 6) for key in ("peak_gib", "states_gib", "estimate_gib", "error")}
         yield {"preset": path.stem, "dense": dense, "precision": precision, "recompute": recompute == "true", **sizes}

@@ -54,15 +54,15 @@ def main() -> None:
 
 def call(*words: str) -> int:
     """Run `scmoe WORDS` in this process. Return its exit code: for a wrong request or a missing package 2, and the
-    reason is one line on standard error."""
+    reason is one line on standard error; after Ctrl-C 130."""
     try:
         act, given, _ = app_of(*words[:1]).parse_args([*words], exit_on_error=False, print_error=False)
         if act.__name__ == "help_print" and words and not {"-h", "--help"} & {*words}:
             raise ConfigError(f"{words[0]} is incomplete, allowed: see {scmoe(words[0], '--help')}")
         return act(*given.args, **given.kwargs) or 0
     except CycloptsError as error:
-        verb = [word for word in words[:1] if word in VERBS]
-        print(f"error: {' '.join(str(error).split())} See {scmoe(*verb, '--help')}", file=sys.stderr)
+        said = " ".join(str(error).split()).replace("RUN requires an argument", "RUN is missing, such as runs/latest")
+        print(f"error: {said} See {scmoe(*(w for w in words[:1] if w in VERBS), '--help')}", file=sys.stderr)
     except ModuleNotFoundError as error:
         lacks = explained(error)
         if lacks is None:
@@ -70,6 +70,8 @@ def call(*words: str) -> int:
         print(f"error: {lacks}", file=sys.stderr)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
     return 2
 
 

@@ -12,7 +12,7 @@ from scmoe.experiments.engine.command_line import call
 Dense = Literal["replicated", "sharded"]
 main = App(
     name="faults",
-    help="Break checkpoints on purpose and count what survives (faults 1-10 of docs/faults.md). The last line is JSON.",
+    help="Break checkpoints on purpose, count what survives (faults 1-10 of docs/faults.md). Standard output is JSON.",
 )
 
 

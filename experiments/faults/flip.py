@@ -12,7 +12,7 @@ from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model
 
 
-def write_old(rank: int, world_size: int, folder: Path, dense: str) -> None:
+def write_old(rank: int, world_size: int, folder: Path, dense: str = "replicated") -> None:
     save_marked(one_step(world_size, folder, *WAYS[dense]), folder / "checkpoints" / LAST, OLD)
 
 

@@ -1,7 +1,7 @@
 """Ranks are killed at every file operation of a save that overwrites a checkpoint, in the foreground and background.
 
-Operations are found by Python's audit events, and by os.fsync, which has none. Left out: loss of power (what fsync has
-promised counts as kept), and kills within one write, which only kills at random times can meet.
+Operations are found by Python's audit events, and by os.fsync and durable.exchange, which have none. Left out: loss of
+power (what fsync has promised counts as kept), and kills within one write, which only kills at random times can meet.
 """
 
 import os
@@ -34,14 +34,18 @@ def at_each_operation(act: Callable[[str], None]) -> None:
         if changes and not isinstance(args[0], int):
             act(f"{event} {os.fsdecode(args[0])}")
 
-    fsync = os.fsync
+    fsync, exchange = os.fsync, durable.exchange
 
     def audited_fsync(fd: Any) -> None:
         act("os.fsync")
         fsync(fd)
 
+    def audited_exchange(one: Path, other: Path) -> bool:
+        act(f"exchange {one}")
+        return exchange(one, other)
+
     sys.addaudithook(hook)
-    os.fsync = audited_fsync
+    os.fsync, durable.exchange = audited_fsync, audited_exchange
 
 
 def save_over(

@@ -18,15 +18,13 @@ from typing import Any
 
 from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench.speed_chart import KINDS, PIPELINED, conditions, name_of
+from scmoe.experiments.bench.speed_chart import KINDS, PIPELINED, conditions, name_of, speed_bars
 from scmoe.probes.charts import (
     BLUE,
-    GREEN,
     ORANGE,
     RED,
     SKY,
     SMALL,
-    Bar,
     bar_legend,
     chart,
     grouped_bars,
@@ -39,12 +37,6 @@ from scmoe.schedule.play import TRANSFERS
 PCIE_MODULE, PCIE_PAIR = 0.60, 0.52
 REST = (1 / PCIE_PAIR - 1) / (1 / PCIE_MODULE - 1) - 1
 COLORS = {"All-to-All": RED, "gate, encode, experts, decode": ORANGE, "attention and MLP": BLUE}
-COLORS_OF = {  # of a kind's bars, one chunk and pipelined
-    ("forward", ""): BLUE,
-    ("forward", ", pipelined"): SKY,
-    ("train", ""): GREEN,
-    ("train", ", pipelined"): "#7fd1b9",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,39 +127,41 @@ def draw_shares(reports: Reports, path: Path) -> None:
 
 
 def draw_speeds(reports: Reports, path: Path) -> None:
-    """Draw Fig. 8: a panel of speed-ups for each scenario, and in numbers how much faster ScMoE is."""
-    panels = {scenario: _speeds(scenario, report) for scenario, report in reports.items()}
-    heights = [height_of(groups) for groups in panels.values()]
-    with chart(path, 1.9 + 0.9 * len(panels) + sum(heights)) as figure:
-        axes = _panels(figure, heights)
-        for axis, (scenario, groups) in zip(axes, panels.items(), strict=True):
-            grouped_bars(axis, groups, room=0.45)
-            report = reports[scenario]
-            hidden = report["rows"][report["fastest_scmoe"]["row"]]["overlap_forward"]
-            share = f"{scenario.name}: {100 * report['comm_share']:.0f} % of top-2's inference is All-to-All"
-            title(axis, f"{share}\n{100 * hidden:.0f} % of ScMoE's is hidden (paper: {100 * scenario.hidden:.0f} %)")
-        axes[-1].set_xlabel("speed-up over sequential top-2,\nthen that of ScMoE over the row")
+    """Draw Fig. 8: for each scenario a panel of inference and one of training, and how much faster ScMoE is."""
+    panels = {
+        scenario: {kind: speed_bars(report, kind, None) for kind in KINDS} for scenario, report in reports.items()
+    }
+    heights = [height_of(groups["train"]) for groups in panels.values()]
+    with chart(path, 1.9 + sum(heights) + sum(0.55 + 0.17 * len(_words(*each)) for each in reports.items())) as figure:
+        rows = figure.subplots(len(panels), len(KINDS), sharey="row", height_ratios=heights, squeeze=False)
+        for axes, (scenario, of_kinds) in zip(rows, panels.items(), strict=True):
+            for axis, (kind, groups) in zip(axes, of_kinds.items(), strict=True):
+                grouped_bars(axis, groups)
+                axis.annotate(KINDS[kind], (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points")
+            axes[0].set_title("\n".join(_words(scenario, reports[scenario])), pad=24)
+        for axis in rows[-1]:
+            axis.set_xlabel("speed-up over\nsequential top-2")
         first = next(iter(reports.values()))
-        heading(figure, f"Fig. 8: a pair of blocks, {conditions(*reports.values())}")
-        colors = {KINDS[kind] + way: color for (kind, way), color in COLORS_OF.items()}
+        heading(figure, f"Fig. 8: a pair of blocks, {conditions(*reports.values())}\nRatios are of inference, training")
+        colors = {"one chunk": BLUE, "pipelined (2 or 4 chunks)": SKY}
         limit = "limit: all of top-2's communication hidden"
-        bar_legend(figure, colors, f"quartiles of {first['rounds']} rounds", limit)
+        bar_legend(figure, colors, f"quartiles of {first['rounds']} rounds", limit, ncols=1)
 
 
-def _speeds(scenario: Scenario, report: dict[str, Any]) -> dict[str, list[Bar]]:
-    """Return for each architecture its bars of inference, then those of training."""
-    groups: dict[str, list[Bar]] = {}
-    for kind in KINDS:
-        for row, own in report["rows"].items():
-            value, text = own[f"{kind}_speedup"], ""
-            if not row.startswith("scmoe"):
-                printed = f" (paper: {scenario.over[row]:.2f})" if row in scenario.over else ""
-                text = f"   {report['fastest_scmoe']['over'][kind][row][1]:.2f}{printed}"
-            way = ", pipelined" if row.endswith(PIPELINED) else ""
-            color = COLORS_OF[kind, way]
-            bar = Bar(value, color, f"{value:.2f}{text}", own[f"{kind}_quartiles"], report[f"limit_{kind}"])
-            groups.setdefault(name_of(row), []).append(bar)
-    return groups
+def _words(scenario: Scenario, report: dict[str, Any]) -> list[str]:
+    """Return what is above a scenario's panels: its shares, and ScMoE's speed over that of other rows."""
+    fastest = report["fastest_scmoe"]
+    hidden = 100 * report["rows"][fastest["row"]]["overlap_forward"]
+    lines = [
+        f"{scenario.name}: {100 * report['comm_share']:.0f} % of inference is All-to-All,",
+        f"{hidden:.0f} % of ScMoE's is hidden (paper: {100 * scenario.hidden:.0f} %)",
+    ]
+    for row in scenario.over or ("shared_expert",):
+        values = ", ".join(f"{fastest['over'][kind][row][1]:.2f}" for kind in KINDS)
+        name = f"pipelined {name_of(row).removeprefix('Standard ')}" if row.endswith(PIPELINED) else name_of(row)
+        printed = f" (paper: {scenario.over[row]:.2f})" if scenario.over else ""
+        lines.append(f"ScMoE over {name}: {values}{printed}")
+    return lines
 
 
 def _panels(figure: Any, heights: Sequence[float]) -> Any:

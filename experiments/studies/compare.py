@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.ticker import EngFormatter
@@ -14,7 +15,9 @@ from scmoe.probes.charts import chart
 from scmoe.runs.seen import SeenRun, differences
 
 PANELS = {"train/loss": "Training (single batches)", "val/loss": "Validation"}
-STYLES = ("-", "--", ":")  # for more runs than colours
+STYLES = ("-", "--", ":")  # for more runs than colours, and for runs whose curves are equal
+MARKERS = ("o", "x", "+")  # of validations, likewise
+LETTERS = 60  # of a line of the legend
 
 
 def results_table(runs: Sequence[SeenRun], letters: Sequence[str]) -> Table:
@@ -55,13 +58,19 @@ def draw(runs: Sequence[SeenRun], letters: Sequence[str], path: Path) -> None:
     colors = colormaps["tab10"].colors  # type: ignore[attr-defined]
     with chart(path, 6.2 + 0.2 * len(runs)) as figure:
         axes = figure.subplots(2, 1, sharex=True, sharey=True)
+        curves: list[list[Any]] = []
         for i, (run, label) in enumerate(zip(runs, labels_of(runs, letters), strict=True)):
-            style = {"color": colors[i % 10], "linestyle": STYLES[i // 10 % len(STYLES)], "label": fill(label, 80)}
-            for axis, metric in zip(axes, PANELS, strict=True):
-                points = run.curve(metric)
-                marker = "o" if metric == "val/loss" else None
-                xs_ys = zip(*points, strict=True) if points else ((), ())
-                axis.plot(*xs_ys, linewidth=1.4, marker=marker, markersize=4, **style)
+            own = [run.curve(metric) for metric in PANELS]
+            twins = curves.count(own)
+            curves.append(own)
+            line = {"color": colors[i % 10], "linestyle": STYLES[(i // 10 + twins) % len(STYLES)], "linewidth": 1.4}
+            marker = {"marker": MARKERS[twins % len(MARKERS)], "markersize": 4 + 2 * twins}
+            if twins:
+                label += f"; same curves as {letters[curves.index(own)]}"
+            line["label"] = fill(label, LETTERS, break_on_hyphens=False)
+            for axis, metric, points in zip(axes, PANELS, own, strict=True):
+                dots = marker if metric == "val/loss" or len(points) == 1 else {}
+                axis.plot(*(zip(*points, strict=True) if points else ((), ())), **line, **dots)
         for axis, name in zip(axes, PANELS.values(), strict=True):
             axis.set(title=name, ylabel="loss, nats", xlim=(0, None))
             axis.grid()

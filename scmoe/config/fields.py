@@ -182,7 +182,9 @@ class StrategyConfig:
     ep_size: int | None = option(
         None, "expert-parallel ranks; null: most that divide experts and devices", "1 to 2^31 - 1"
     )
-    timeout_s: float = option(300.0, "seconds that a collective may take; after that the job ends", "10 to 1e6")
+    timeout_s: float = option(
+        300.0, "seconds that a collective may take, then the job ends; ranks have 600 s or more to start", "10 to 1e6"
+    )
     async_checkpoint: bool = option(False, "continue training while a checkpoint is written")
     full_checkpoint: bool = option(False, "rank 0 collects the tensors of all ranks and writes one file")
     wire_dtype: Literal["bfloat16"] | None = option(None, "type of rows between ranks; null: that of the experts")

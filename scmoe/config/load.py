@@ -123,7 +123,11 @@ def read_text(path: Path, extended: str = "") -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a path with a null byte
-        hint = f"; {scmoe('list')} shows all names" if isinstance(error, FileNotFoundError) else ""
+        hint = ""
+        if isinstance(error, FileNotFoundError):
+            names = [Path(name).stem for name in shipped_and_own()]
+            near = "".join(f"; did you mean {name}?" for name in get_close_matches(path.stem, names, 1))
+            hint = f"{near}; {scmoe('list')} shows all names"
         raise ConfigError(f"{path}{extended}: cannot be read: {error}{hint}") from error
 
 
@@ -136,14 +140,16 @@ def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
         if (key, value) == ("schedule", "auto"):
             key, value = "schedule.auto", "true"
         if key in _SECTIONS:
-            raise ConfigError(f"{source}: {key} is {show(value)}, allowed: a mapping of keys to values")
+            allowed = f"{'auto or ' if key == 'schedule' else ''}a mapping of keys to values"
+            raise ConfigError(f"{source}: {key} is {show(value)}, allowed: {allowed}")
         if key.startswith(_MAPPINGS):
             OmegaConf.update(tree, key, _guessed(value, f"{source}: {key}"), force_add=True)
             continue
         if key not in _LEAVES:
             raise ConfigError(f"{source}: unknown key {show(key)}, {_hint(key)}")
         leaf = _LEAVES[key]
-        refusal = f"{source}: {key} is {show(value)}, allowed: {leaf.allowed}"
+        allowed = "a text that is not empty" if leaf.type is str and leaf.names is None else leaf.allowed
+        refusal = f"{source}: {key} is {show(value)}, allowed: {allowed}"
         if f"{key}." in _MAPPINGS:
             if value != {}:  # one with entries comes entry by entry
                 raise ConfigError(refusal)

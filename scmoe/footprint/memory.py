@@ -61,7 +61,7 @@ def rank_memory(
     split = Split(model, dense, ep_size, dp_size, node_size, precision)
     parameters = list(model.parameters())
     weights = sum(split.held(p) for p in parameters) * split.width
-    found = stages(model, seq_len, precision, on_gpu, dense)
+    found = stages(model, seq_len, precision, on_gpu)
     kept, repeated = kept_and_repeated(found, recompute)
     narrow = sum(narrow_copies(split, stage, recompute) for stage in found)
     optimizer = 2 * weights + 4 * len(parameters) - sum(split.held(p) * split.width + 4 for p in by_muon)

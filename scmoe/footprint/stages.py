@@ -9,7 +9,6 @@ from torch import nn
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.sublayers import MLP, Residual, SelfAttention
 from scmoe.footprint.model_cost import COMPUTE_BYTES, own_moe_uses, rows_sent
-from scmoe.models.decoder import Decoder
 from scmoe.moe.coefficient import CG1, CG2
 
 
@@ -30,18 +29,12 @@ class Stage:
     stream: float = 0.0
 
 
-def stages(model: Any, seq_len: int, precision: str, on_gpu: bool, dense: str = "replicated") -> list[Stage]:
-    """Return what comes before the blocks, the blocks in their order, and what comes after them.
-
-    dense: where dense weights are split, embeddings of tokens are gathered in bfloat16, and the residual stream has
-    their width.
-    """
+def stages(model: Any, seq_len: int, precision: str, on_gpu: bool) -> list[Stage]:
+    """Return what comes before the blocks, the blocks in their order, and what comes after them."""
     c = COMPUTE_BYTES[precision]
     wide = max(4, c)  # what stays in float32
-    narrow = dense != "replicated" or not isinstance(model, Decoder)
-    stream = 4 if precision == "bf16-mixed" and not narrow else c  # of the residual stream
-    # RMSNorm is one kernel on a GPU, if its weight, which is in float32, is not wider than the residual stream
-    steps = 2 if stream < 4 and precision == "bf16-mixed" else 0 if on_gpu else 1
+    stream = 4 if precision == "bf16-mixed" else c  # of the residual stream
+    steps = 0 if on_gpu else 1  # RMSNorm is one kernel on a GPU
     rows = model.rows_per_sample(seq_len)
     last = Stage({*model.norm.modules(), *model.head.modules()})
     of_blocks = [Stage(set(block.modules())) for block in model.steps]
@@ -87,8 +80,6 @@ def stages(model: Any, seq_len: int, precision: str, on_gpu: bool, dense: str = 
 def _kept_by(module: Any, c: int, stream: int, steps: int) -> float:
     """Bytes of one row that the module itself keeps, without its submodules. steps: wide rows that RMSNorm keeps."""
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        if isinstance(module, nn.RMSNorm) and steps == 2:
-            stream = 0  # its input is kept wide alone
         return module.weight.numel() * (stream + c + isinstance(module, nn.RMSNorm) * steps * max(4, c))
     if isinstance(module, SelfAttention):
         return module.kept_bytes(c)

@@ -28,7 +28,7 @@ class PlannedPasses:
         self.plans[shape].run(self.blocks, self.dispatchers)
 
 
-def plan_passes(model: Decoder, batch_size: int, prompt: int, group: Any) -> PlannedPasses:
+def plan_passes(model: Decoder, batch_size: int, prompt: int, group: Any, ep_size: int) -> PlannedPasses:
     """Measures both shapes and returns their plans. Every rank must call it; each with its own numbers.
 
     prompt: tokens of a text that one prefill reads. Random tokens are read, since times hardly depend on which."""
@@ -36,7 +36,9 @@ def plan_passes(model: Decoder, batch_size: int, prompt: int, group: Any) -> Pla
     ids_BS = torch.randint(vocab_size, (batch_size, prompt), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.inference_mode(), dropless(model):
         plans = {
-            shape: plan_inference(moe_blocks_of(model), a_pass(model, shape, ids_BS), group, device, passes=passes)
+            shape: plan_inference(
+                moe_blocks_of(model), a_pass(model, shape, ids_BS), group, device, passes=passes, ep_size=ep_size
+            )
             for shape, passes in PASSES.items()
         }
     return PlannedPasses(model, plans)

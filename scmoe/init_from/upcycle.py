@@ -30,8 +30,27 @@ def fill(model: Any, checkpoint: Checkpoint, put: Callable[[Tensor, Tensor], Any
     """Set every weight of `model` from the checkpoint. Raises ValueError, before any is set, naming all mismatches.
 
     put: copies a value into a weight, or into the part of a weight that this rank holds."""
+    found = sources_of(model, checkpoint)
+    own, upcycled = dict(model.named_parameters()), is_upcycled(model, checkpoint)
+    share = upcycled_weight if upcycled else own_share
+    for name, source in found.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, Experts) and not upcycled:
+            for expert, w in zip(module.expert_ids, own[name], strict=True):
+                put(w, checkpoint.read(source, expert))
+        else:
+            put(own[name], share(name, checkpoint.read(source, None), model))
+    if upcycled:
+        for block in model.blocks:
+            if has_halves(block):
+                block.coefficient.gate.weight.zero_()
+
+
+def sources_of(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return for each weight of `model`, which may be on the meta device, the name of that in the checkpoint from which
+    it is set. No weight is read. Raises ValueError naming all mismatches."""
     own = dict(model.named_parameters())
-    upcycled = any(".moe." in name for name in own) and not any(".moe." in name for name in checkpoint.weights)
+    upcycled = is_upcycled(model, checkpoint)
     if upcycled:
         check_upcycling(model, checkpoint)
     sources = {name: dense_name(name, model) if upcycled else name for name in own}
@@ -52,17 +71,12 @@ def fill(model: Any, checkpoint: Checkpoint, put: Callable[[Tensor, Tensor], Any
     problems += [f"{checkpoint.labels[name]} is unknown" for name in sorted(unused)]
     if problems:
         raise ValueError("; ".join(dict.fromkeys(problems)))
-    for name, source in found.items():
-        module = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(module, Experts) and not upcycled:
-            for expert, w in zip(module.expert_ids, own[name], strict=True):
-                put(w, checkpoint.read(source, expert))
-        else:
-            put(own[name], share(name, checkpoint.read(source, None), model))
-    if upcycled:
-        for block in model.blocks:
-            if has_halves(block):
-                block.coefficient.gate.weight.zero_()
+    return found
+
+
+def is_upcycled(model: Any, checkpoint: Checkpoint) -> bool:
+    names = [name for name, _ in model.named_parameters()]
+    return any(".moe." in name for name in names) and not any(".moe." in name for name in checkpoint.weights)
 
 
 def check_upcycling(model: Any, checkpoint: Checkpoint) -> None:

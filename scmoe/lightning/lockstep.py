@@ -54,7 +54,7 @@ class LockstepStrategy(DenseWeightsStrategy):
     def setup(self, trainer: Any) -> None:
         self.stop, self.poll = StopSignal(), Poll(self.context.control_group, num_flags=2)
         self.stop.take()
-        seam.leave_sigterm_alone(trainer)
+        seam.leave_stop_signals_alone(trainer)
         super().setup(trainer)
 
     def on_train_start(self) -> None:

@@ -91,13 +91,16 @@ def started_ranks(strategy: Any) -> Sequence[subprocess.Popen[bytes]]:
     return getattr(strategy.launcher, "procs", [])
 
 
-def leave_sigterm_alone(trainer: Any) -> None:
-    """Keep Lightning from setting its handler of SIGTERM; it sets those of other signals as before."""
+def leave_stop_signals_alone(trainer: Any) -> None:
+    """Keep Lightning from setting handlers of SIGTERM and SIGINT; it sets those of other signals as before.
+
+    At its end it would put back the handlers that it found when training began: the Strategy's, which has ended then.
+    """
     connector = trainer._signal_connector
     register = type(connector)._register_signal
 
     def register_others(number: int, handler: Any) -> None:
-        if number != signal.SIGTERM:
+        if number not in (signal.SIGTERM, signal.SIGINT):
             register(number, handler)
 
     connector._register_signal = register_others
@@ -157,7 +160,10 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 class StepProgressBar(RichProgressBar):
-    """Lightning's rich progress bar without the epoch: a training is one long epoch of steps here."""
+    """Lightning's rich progress bar, on standard error, without the epoch: a training is one long epoch of steps."""
+
+    def __init__(self) -> None:
+        super().__init__(console_kwargs={"stderr": True})
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"

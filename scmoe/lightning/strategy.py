@@ -8,6 +8,7 @@ loaded on any number of ranks. `job/` adds how ranks start, stop and fail togeth
 The LightningModule finds its place in the mesh in `self.parallel_context`, set before `configure_model` is called.
 """
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.callbacks import Callback, ModelSummary
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -28,23 +29,25 @@ from scmoe.lightning.debug import CompareCollectives
 from scmoe.lightning.guarded_update import check_precision, guard_updates
 from scmoe.lightning.lockstep import LockstepStrategy
 from scmoe.lightning.refused_callbacks import check_callbacks
-from scmoe.lightning.seam import accumulated_batches, is_fitting, prefer_buckets
+from scmoe.lightning.seam import accumulated_batches, is_fitting, prefer_buckets, was_interrupted
 from scmoe.parallel.checkpoint.saving import Checkpoints
-from scmoe.parallel.checkpoint.state import model_state, optimizer_state, tied_weights
+from scmoe.parallel.checkpoint.state import check_can_be_saved, model_state, optimizer_state, tied_weights
 from scmoe.parallel.dense_shards import check_dense
 from scmoe.parallel.mesh import EXCHANGES, build_context, check_experts, expert_parameters, use_loopback_for_gloo
-from scmoe.parallel.torch_seam import hide_from_ddp
+from scmoe.parallel.torch_seam import hide_from_ddp, set_default_timeout
 from scmoe.parallel.update.pacing import BUCKET_MB, is_paced, pacing
 from scmoe.parallel.update.reducer import ExpertGradientReducer
 
 LONGEST_S = 1e6  # what a timeout may be
+START_TIMEOUT_S = 600.0  # for ranks to meet: they import, read data and build their modules at different speeds
 
 
 class ExpertParallelStrategy(LockstepStrategy):
     """Splits experts over groups of `ep_size` ranks; everything else is replicated on all ranks, or split as well.
 
     ep_size: number of ranks that share one set of experts; None: all ranks.
-    timeout_s: seconds that a collective may take before the job ends with an error.
+    timeout_s: seconds that a collective may take before the job ends with an error. Until all ranks have met and built
+        their modules the limit is START_TIMEOUT_S, if that is longer.
     async_checkpoint: training continues while a checkpoint is written; the files are complete some steps later.
     debug_collectives: ranks compare every collective before they take part in it; slow.
     full_checkpoint: rank 0 merges the shards of all ranks into one file.
@@ -87,12 +90,14 @@ class ExpertParallelStrategy(LockstepStrategy):
         if exchange not in EXCHANGES:
             raise ValueError(f"exchange is {exchange!r}, allowed: {' | '.join(EXCHANGES)}")
         self.timeout, self.exchange = timedelta(seconds=timeout_s), exchange
-        super().__init__(**{"gradient_as_bucket_view": True, **ddp, "timeout": self.timeout})
+        self.start_timeout = max(self.timeout, timedelta(seconds=START_TIMEOUT_S))
+        super().__init__(**{"gradient_as_bucket_view": True, **ddp, "timeout": self.start_timeout})
         self.ep_size, self.debug_collectives = ep_size, debug_collectives
         self.dense, self.dense_estimates = dense, dense_estimates
         self.async_checkpoint, self.full_checkpoint = async_checkpoint, full_checkpoint
         self.reductions = reductions
         self.reducer: ExpertGradientReducer
+        self.in_training = False  # from `setup` for fit to the end of training
         self.at_teardown = ExitStack()  # removes what `setup` has hooked into the module, the plugin and torch
 
     def setup_environment(self) -> None:
@@ -102,10 +107,9 @@ class ExpertParallelStrategy(LockstepStrategy):
         try:
             super().setup_environment()
         except (DistNetworkError, DistStoreError) as error:
-            seconds = self.timeout.total_seconds()
             raise TimeoutError(
-                f"the ranks did not find each other within strategy.timeout_s, {seconds:g} s, allowed: more than the "
-                "slowest rank takes to start; or some were not started, or MASTER_ADDR cannot be reached from them"
+                f"the ranks did not find each other within {self.start_timeout.total_seconds():g} s; start all of "
+                "them, and check that each can reach MASTER_ADDR; a larger strategy.timeout_s lets them wait longer"
             ) from error
         if self.context.mesh is None:
             ep_size = self.world_size if self.ep_size is None else self.ep_size
@@ -116,6 +120,8 @@ class ExpertParallelStrategy(LockstepStrategy):
         self.module.parallel_context = self.context
 
     def setup(self, trainer: Any) -> None:
+        self.barrier()
+        set_default_timeout(self.timeout)
         check_experts(self.module, self.context)
         if self.context.ep_size > 1 and any(isinstance(callback, ModelSummary) for callback in trainer.callbacks):
             rank_zero_info(f"The model summary counts this rank's experts: 1 of {self.context.ep_size} parts of them.")
@@ -129,26 +135,40 @@ class ExpertParallelStrategy(LockstepStrategy):
             compare.install()
             self.at_teardown.callback(compare.remove)
         if is_fitting(trainer):
-            self.trained = self.module
+            self.trained, self.in_training = self.module, True
+            trainer.callbacks.append(postponed := SavePostponed())  # last, as all state of the step is then complete
+            self.at_teardown.callback(trainer.callbacks.remove, postponed)
             shards = [] if self.is_split else [p for _, p in expert_parameters(self.module)]
             paced = is_paced(self.reductions, self.root_device) and not self.is_split  # which auto decides in `setup`
             pacer = self.at_teardown.enter_context(pacing(self.model, self.context)) if paced else None
             self.reducer = ExpertGradientReducer(shards, self.context, pacer)
             self.at_teardown.callback(self.reducer.remove)
             self.at_teardown.callback(guard_updates(self.precision_plugin, self.module, self.context).remove)
-            # weights were drawn equal on all ranks; what is drawn from here on (dropout, gate noise) must differ
-            torch.manual_seed(torch.initial_seed() * 1_000_003 % 2**62 + self.global_rank)
+            torch.cuda.manual_seed(self._seed_of_rank())
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        check_can_be_saved(self.module.trainer)
         check_experts(self.module, self.context)
-        known = self.reducer.bucket_of
+        known = {*self.reducer.shards}
         new = {name: p for name, p in expert_parameters(self.module) if p.requires_grad and p not in known}
         added = [name for name, p in new.items() if not isinstance(p, DTensor)]
         if added:
             raise ValueError(f"{added[0]} was added after fit had begun, allowed: in configure_model or setup")
 
+    def _seed_of_rank(self) -> int:
+        return int(torch.randint(2**62, (), device="cpu")) + self.global_rank
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Inside, ranks draw different numbers, for dropout and gate noise. Outside, they draw equal ones: each rank
+        draws the order of all samples and takes its share of them."""
+        seed = self._seed_of_rank()
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(seed)
+            return super().training_step(*args, **kwargs)
+
     def teardown(self) -> None:
+        self.in_training = False
         super().teardown()
         self.at_teardown.close()
 
@@ -173,17 +193,27 @@ class ExpertParallelStrategy(LockstepStrategy):
             why = "saving takes all ranks, and this rank does not know where the others are"
             warnings.warn(f"no checkpoint is saved after an exception: {why}", stacklevel=1)
             return
-        if accumulated := accumulated_batches(self.module.trainer):
-            raise ValueError(
-                f"a checkpoint after {accumulated} of the {self.module.trainer.accumulate_grad_batches} batches of a "
-                "step would lose their gradients, allowed: after a step; ModelCheckpoint(every_n_train_steps=...) "
-                "saves there"
-            )
-        self.checkpoints.save(Path(self.broadcast(filepath)), state | {"tied_weights": tied_weights(self.module)})
+        path = Path(self.broadcast(filepath))
+        if accumulated_batches(self.module.trainer) and self.takes_steps:
+            rank_zero_warn("a checkpoint inside a step is saved at its end, as gradients are in no checkpoint")
+            self.checkpoints.postponed[path] = "optimizer_states" not in state
+            return
+        self.checkpoints.save(path, state | {"tied_weights": tied_weights(self.module)})
+        if not self.takes_steps:  # else nothing would complete it
+            self.checkpoints.finish()
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether a training goes on, so that a save may be completed later."""
+        return self.in_training and not was_interrupted(self.module.trainer)
 
     def remove_checkpoint(self, filepath: Any) -> None:
-        if not self.is_alone:
+        if self.is_alone:
+            return
+        if is_of_trainer(Path(filepath), self.module.trainer):
             self.checkpoints.remove(Path(filepath))
+        else:
+            rank_zero_warn(f"{filepath} is not removed: it is outside the folders of this Trainer's checkpoints")
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return model_state(self.module, self.context)
@@ -195,7 +225,37 @@ class ExpertParallelStrategy(LockstepStrategy):
         """Read weights and optimizer state in place and return the rest. Nothing in the files can execute code."""
         if not is_fitting(self.module.trainer):
             self.trained = None
-        return self.checkpoints.load(Path(self.broadcast(checkpoint_path)), self.module, self.optimizers)
+        optimizers = self.optimizers if is_fitting(self.module.trainer) else []
+        path = Path(self.broadcast(checkpoint_path))
+        return self.checkpoints.load(path, self.module, optimizers, self.module.strict_loading)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Do nothing: load_checkpoint has read the weights already."""
+
+
+def is_of_trainer(path: Path, trainer: Any) -> bool:
+    """Return whether a checkpoint is in a folder of this Trainer. Its path may be from a file of another person."""
+    folders = [folder for c in trainer.checkpoint_callbacks if (folder := getattr(c, "dirpath", None))]
+    inside = any(Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(f)) for f in folders)
+    of_tuner = path.parent == Path(trainer.default_root_dir)
+    return path.name != ".." and (inside or of_tuner)
+
+
+class SavePostponed(Callback):
+    """Saves what was requested inside a step: once it is taken, or at the end of a training that ends inside it."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if not accumulated_batches(trainer):
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Any, *_: Any) -> None:
+        if accumulated_batches(trainer) and trainer.strategy.checkpoints.postponed:
+            rank_zero_warn("training ended inside a step: checkpoints hold the step before, without its gradients")
+        trainer.strategy.in_training = False
+        self.save(trainer)
+
+    def save(self, trainer: Any) -> None:
+        postponed = trainer.strategy.checkpoints.postponed
+        while postponed:
+            path = next(iter(postponed))
+            trainer.save_checkpoint(path, postponed.pop(path))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.sublayers import MLP, Attention
+from scmoe.models.units import residual_stream
 from scmoe.moe.experts import Experts, named_generator
 from scmoe.moe.tokens import RouterStats
 
@@ -59,7 +60,7 @@ class Decoder(nn.Module):
         seq_len = ids_BS.shape[1] if cache is None else cache.longest
         if seq_len > self.max_seq_len:
             raise ValueError(f"a sequence has {seq_len} tokens, allowed: up to data.seq_len, {self.max_seq_len}")
-        x_BSD = self.tokens(ids_BS)
+        x_BSD = residual_stream(self.tokens(ids_BS))
         if self.positions is not None:
             steps_S = torch.arange(seq_len, device=ids_BS.device) if cache is None else cache.positions_BS
             x_BSD = x_BSD + self.positions(steps_S)

@@ -16,6 +16,7 @@ from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2Block
 from torch import Tensor, nn
 
 from scmoe.blocks.sublayers import SelfAttention
+from scmoe.models.units import residual_stream
 from scmoe.moe.experts import Experts, named_generator
 from scmoe.moe.tokens import RouterStats
 
@@ -121,7 +122,7 @@ class Swin(nn.Module):
         x_BHWD = self.patches(images_BCHW)
         all_stats: list[RouterStats] = []
         for merge, stage in zip(self.merges, self.stages, strict=True):
-            x_BHWD = merge(x_BHWD)
+            x_BHWD = residual_stream(merge(x_BHWD))
             mask_BHW = None if mask_B is None else mask_B[:, None, None].expand(x_BHWD.shape[:3])
             for block in stage:
                 x_BHWD, stats = block(x_BHWD, mask_BHW)

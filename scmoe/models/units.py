@@ -1,9 +1,11 @@
-"""Which modules FSDP gathers as one unit, and which parameters it gathers in float32, if dense weights are split."""
+"""Which modules FSDP gathers as one unit, and which parameters it gathers in float32, if dense weights are split; and
+the type of the residual stream, which does not depend on it."""
 
 import math
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from scmoe.moe.router import Router
 
@@ -34,3 +36,9 @@ def exact_parameters(module: nn.Module) -> set[nn.Parameter]:
     of heads)."""
     routers = {p for m in module.modules() if isinstance(m, Router) for p in m.parameters()}
     return routers | {p for p in module.parameters() if math.prod(p.shape[1:]) == 1}
+
+
+def residual_stream(x: Tensor) -> Tensor:
+    """Return x in float32 or wider under autocast, where what comes before the blocks may be gathered in bfloat16: then
+    every block adds to it in float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if torch.is_autocast_enabled(x.device.type) else x

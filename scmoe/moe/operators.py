@@ -39,6 +39,7 @@ class Recorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.zero: Any = None  # the time from which `spans` counts, as `now` gave it; None: any
         self.marks: list[Mark] = []
         self.transfers: list[tuple[Direction, str, Any, Any]] = []  # name, start, end; times as in Mark
         self.watchers: list[threading.Thread] = []
@@ -97,9 +98,10 @@ class Recorder:
 
     def _clock(self) -> Callable[[Any], float]:
         if self.device.type != "cuda" or not self.marks:
-            return float
+            zero = self.zero or 0.0
+            return lambda seconds: seconds - zero
         torch.cuda.synchronize(self.device)
-        first = self.marks[0].time
+        first = self.zero or self.marks[0].time
         return lambda event: first.elapsed_time(event) / 1e3
 
 

@@ -148,7 +148,7 @@ def local(tensor: Tensor) -> Tensor:
 def make_equal(module: nn.Module, context: ParallelContext) -> None:
     """Broadcast each part of a weight from the first rank that holds it to the others, as DDP does for whole weights.
 
-    The parts differ if the module was built after an earlier fit: the generators of the ranks differ from then on."""
+    The parts differ if the ranks' generators differed when the module was built."""
     groups = {p: context.edp_group for _, p in expert_parameters(module) if context.edp_size > 1}
     for p in module.parameters():
         if isinstance(p, DTensor):

@@ -7,6 +7,7 @@ ranks. Each purpose has its own process group, so that collectives of two purpos
 
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -121,6 +122,30 @@ class ParallelContext:
         if failure[0] is not None:
             raise failure[0]
 
+    def together(self, work: Callable[[], Any]) -> None:
+        """Do long work on every rank, each its own, and raise on every rank what the first of them raises.
+
+        Ranks ask each other every second who still works, so the work may take longer than a collective's timeout."""
+        failures: list[Any] = [None] * self.world_size
+
+        def do() -> None:
+            try:
+                work()
+            except Exception as error:
+                failures[self.rank] = error
+
+        thread = threading.Thread(target=do, name="together", daemon=True)
+        thread.start()
+        done = torch.zeros(1, dtype=torch.int64)
+        while not done:
+            thread.join(timeout=1)
+            done.fill_(not thread.is_alive())
+            dist.all_reduce(done, dist.ReduceOp.MIN, group=self.checkpoint_group)
+        dist.all_gather_object(failures, failures[self.rank], group=self.checkpoint_group)
+        for failure in failures:
+            if failure is not None:
+                raise failure
+
 
 def build_context(
     ep_size: int,
@@ -154,9 +179,11 @@ def build_context(
         return dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout, group_desc=name, **options)[0]
 
     def urgent_by_rows(ranks: Tensor, name: str) -> Any:  # a transfer's kernels are short, and other ranks wait for it
-        on_gpu = device.type == "cuda"
-        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if on_gpu else None
-        return by_rows(ranks, name, pg_options=options)
+        if device.type != "cuda":
+            return by_rows(ranks, name)
+        from scmoe.parallel.torch_seam import urgent
+
+        return by_rows(ranks, name, pg_options=urgent(timeout))
 
     ep_group, counts_group, edp_group = urgent_by_rows(grid, "ep"), by_rows(grid, "counts"), by_rows(grid.T, "edp")
     gradient_group = dist.new_group(timeout=timeout, group_desc="gradients") if device.type == "cpu" else None

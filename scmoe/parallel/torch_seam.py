@@ -5,8 +5,10 @@ refuses its use elsewhere.
 """
 
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
@@ -80,3 +82,16 @@ def allow_graphs(number: int) -> None:
 def call_after_backward(callback: Callable[[], None]) -> None:
     """Call back when the backward pass that runs now is complete. Only a hook of that pass may ask for it."""
     Variable._execution_engine.queue_callback(callback)
+
+
+def set_default_timeout(timeout: timedelta) -> None:
+    """Let no later collective of the default process group wait longer. Single receives over gloo keep their limit."""
+    dist.distributed_c10d._set_pg_timeout(timeout)
+
+
+def urgent(timeout: timedelta) -> Any:
+    """Return options of a group of NCCL whose kernels go before those of other groups. Torch warns of a group whose
+    options have another timeout than the group."""
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout
+    return options

@@ -24,7 +24,7 @@ from torch import Tensor
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.operators import Recorder
-from scmoe.planning.pricing import gather, measured, price
+from scmoe.planning.pricing import gather, measured, price, start_clocks
 from scmoe.schedule.schedule import Schedule
 
 WARMUP_PASSES, PASSES_EACH, ROUNDS = 2, 3, 7
@@ -62,15 +62,17 @@ def plan_inference(
     device: torch.device,
     chunk_counts: Sequence[int] = (1, 2, 4),
     passes: int = 1,
+    ep_size: int | None = None,
 ) -> InferencePlan:
     """Returns the plan for passes like `forward`, and leaves the blocks as they were. Every rank must call it.
 
     forward: runs one pass without gradients, each time of the same shape, through all `blocks`. group: the ranks whose
     times count; they must run the same number of passes. passes: timed together, where one is too short to time.
+    ep_size: consecutive ranks of the group that exchange rows; None: all.
     """
     own, dispatchers = tuple(block.schedule for block in blocks), [block.moe.dispatcher for block in blocks]
     ways = {"sequential": InferencePlan(own, False, {})}
-    for chunks, schedules in best_schedules(blocks, forward, group, device, chunk_counts).items():
+    for chunks, schedules in best_schedules(blocks, forward, group, device, chunk_counts, ep_size).items():
         ways[f"overlapped x {chunks}"] = InferencePlan(schedules, True, {})
     rounds: list[list[float]] = []
     for _ in range(ROUNDS):
@@ -96,6 +98,7 @@ def best_schedules(
     group: Any,
     device: torch.device,
     chunk_counts: Sequence[int],
+    ep_size: int | None = None,
 ) -> dict[int, tuple[Schedule, ...]]:
     """Returns the best schedule of each MoE layer, by number of chunks; arguments as above."""
     own = [block.schedule for block in blocks]
@@ -105,26 +108,31 @@ def best_schedules(
     for _ in range(PASSES_EACH):
         for chunks, own_samples in samples.items():
             schedules = [replace(schedule, chunks=chunks) for schedule in own]
-            own_samples.append(operator_seconds(blocks, schedules, forward, device))
+            own_samples.append(operator_seconds(blocks, schedules, forward, group, device, ep_size))
     return {
         chunks: tuple(choice.schedule for choice in choices)
-        for chunks, choices in price(samples, own, group, fixed=False).items()
+        for chunks, choices in price(samples, own, fixed=False).items()
     }
 
 
 def operator_seconds(
-    blocks: Sequence[MoEBlock], schedules: Sequence[Schedule], forward: Callable[[], Any], device: torch.device
+    blocks: Sequence[MoEBlock],
+    schedules: Sequence[Schedule],
+    forward: Callable[[], Any],
+    group: Any,
+    device: torch.device,
+    ep_size: int | None,
 ) -> Tensor:
-    """[L, 1, OPERATORS + 1] seconds of one pass with transfers one at a time (pricing.measured)."""
+    """[L, 1, OPERATORS + 2] seconds of one pass with transfers one at a time (pricing.measured)."""
     before = [(block.schedule, block.moe.dispatcher) for block in blocks]
     recorders = [Recorder(device) for _ in blocks]
     for block, schedule, recorder in zip(blocks, schedules, recorders, strict=True):
         block.run_as(schedule, Blocking(block.moe.dispatcher), recorder)
+    start_clocks(recorders, group)
     forward()
     for block, (schedule, dispatcher) in zip(blocks, before, strict=True):
         block.run_as(schedule, dispatcher)
-    each = zip(recorders, schedules, strict=True)
-    return torch.stack([measured(recorder, schedule, ("forward",)) for recorder, schedule in each])
+    return measured(recorders, schedules, group, ep_size, ("forward",))
 
 
 def pass_seconds(forward: Callable[[], Any], group: Any, device: torch.device, passes: int) -> float:

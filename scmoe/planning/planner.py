@@ -5,8 +5,8 @@ The planner uses ordinary training steps. Their results stay bit-identical for e
     warm up     as configured
     measure     transfers one at a time (`Blocking`), some steps with each number of chunks in turn: the time of every
                 operator and transfer, forward and backward
-    price       the times of all ranks are gathered; for each number of chunks, the best slot of each MoE layer is
-                computed (pricing.py)
+    price       by the times of the slowest rank; for each number of chunks, the best slot of each MoE layer is computed
+                (pricing.py)
     try         with several numbers of chunks: some steps with each in turn, at its best slots; only this shows what
                 more chunks cost in parallel with computation
     agree       every rank chooses per MoE layer; rank 0's choice is broadcast, and each rank compares it with its own
@@ -25,21 +25,23 @@ from torch import Tensor
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.operators import Recorder
-from scmoe.planning.pricing import LayerChoice, gather, measured, price
+from scmoe.planning.pricing import LayerChoice, measured, price, start_clocks
 from scmoe.schedule.cost import overlap_efficiency
 from scmoe.schedule.schedule import Schedule
 
 WARMUP_STEPS, STEPS_EACH, TRIES_EACH = 3, 3, 5  # the last two: with each number of chunks
 REFERENCES = ("sequential", "free")  # times of a choice: each transfer waited for at once, and without transfers
 LEAST_SHARE = 0.1  # of communication: below it, its hidden part is smaller than the noise of the times
+NOISE = 0.05  # of a hidden part: further below 0 or above 1, the step was disturbed
 DRIFT, DRIFTED_IN_TURN = 1.5, 3  # a drifted step takes DRIFT times as long or as short; so many in turn
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """One timed step, all layers together, the mean over ranks; forward and backward.
+    """One timed step, all layers together, of the slowest rank (pricing.py); forward and backward.
 
-    shares: of communication in the time without overlap. efficiency: the hidden part of it; None below LEAST_SHARE.
+    shares: of communication in the time without overlap. efficiency: the hidden part of it, 0 to 1 + NOISE; None where
+    it cannot be measured: below LEAST_SHARE, and in a disturbed step.
     """
 
     seconds: list[float]
@@ -55,6 +57,7 @@ class Planner:
     chunk_counts: numbers of chunks to choose from; no measured or chosen step runs with another, so with a single one
     every result stays bit-identical.
     fixed: keep the schedules as they are and only measure the overlap. All blocks must have one number of chunks then.
+    ep_size: consecutive ranks of the group that exchange rows; None: all.
     """
 
     def __init__(
@@ -64,8 +67,10 @@ class Planner:
         device: torch.device,
         chunk_counts: Sequence[int] = (1, 2, 4),
         fixed: bool = False,
+        ep_size: int | None = None,
     ) -> None:
         self.blocks, self.group, self.device, self.fixed = list(blocks), group, device, fixed
+        self.ep_size = ep_size
         self.own = [block.schedule for block in blocks]
         self.chunk_counts = sorted({s.chunks for s in self.own} if fixed else set(chunk_counts))
         assert len(self.chunk_counts) == 1 or not fixed
@@ -132,6 +137,7 @@ class Planner:
             schedules = [choice.schedule for choice in choices]
         if what in ("measure", "try") or (what == "run" and timed):
             self.recorders = [Recorder(self.device) for _ in self.blocks]
+            start_clocks(self.recorders, self.group)
         self.run_as(schedules, what == "measure", self.recorders)
 
     def end_step(self) -> None:
@@ -143,14 +149,14 @@ class Planner:
             return
         schedules = [block.schedule for block in self.blocks]
         self.run_as(schedules)
-        sample = torch.stack([measured(r, s) for r, s in zip(recorders, schedules, strict=True)])
+        sample = measured(recorders, schedules, self.group, self.ep_size)
         if what == "run":
             self.note_overlap(sample)
             return
         if what == "measure":
             self.samples[chunks].append(sample)
             if all(len(samples) == STEPS_EACH for samples in self.samples.values()):
-                self.priced = price(self.samples, self.own, self.group, self.fixed)
+                self.priced = price(self.samples, self.own, self.fixed)
         else:
             self.tried[chunks].append(sample[..., -1].sum(-1))
         if self.has_chosen:
@@ -180,16 +186,16 @@ class Planner:
         """The number of chunks of each layer that took the least time when it was tried."""
         if len(self.chunk_counts) == 1:
             return self.chunk_counts * len(self.blocks)
-        mine = torch.stack([torch.stack(tried) for tried in self.tried.values()])
-        seconds_CL = gather(mine, self.group).mean(0).amin(1)  # a disturbance only makes a step longer
+        tried = torch.stack([torch.stack(own) for own in self.tried.values()])
+        seconds_CL = tried.amin(1)  # a disturbance only makes a step longer
         return [min(zip(seconds, self.chunk_counts, strict=True))[1] for seconds in seconds_CL.T.tolist()]
 
     def note_overlap(self, sample_L2O: Tensor) -> None:
         """Computes the overlap of a timed step, and measures again after DRIFTED_IN_TURN drifted ones."""
-        seconds = gather(sample_L2O[:, :, -1].sum(0), self.group).mean(0).tolist()
+        seconds = sample_L2O[:, :, -1].sum(0).tolist()
         sequential, free = ([sum(getattr(c, kind)[d] for c in self.choices) for d in (0, 1)] for kind in REFERENCES)
         shares = [1 - f / s for s, f in zip(sequential, free, strict=True)]
-        hidden = map(overlap_efficiency, seconds, sequential, free)
+        hidden = map(hidden_part, seconds, sequential, free)
         efficiency = [e if share >= LEAST_SHARE else None for e, share in zip(hidden, shares, strict=True)]
         self.overlap = Overlap(seconds, shares, efficiency)
         if self.first_seconds is None:
@@ -198,3 +204,9 @@ class Planner:
         self.drifted = 0 if 1 / DRIFT <= ratio <= DRIFT else self.drifted + 1
         if self.drifted == DRIFTED_IN_TURN:
             self.restart()
+
+
+def hidden_part(overlapped: float, sequential: float, free: float) -> float | None:
+    """The hidden part of communication (cost.overlap_efficiency), 0 to 1 + NOISE. None: the step was disturbed."""
+    part = overlap_efficiency(overlapped, sequential, free)
+    return max(0.0, part) if -NOISE <= part <= 1 + NOISE else None

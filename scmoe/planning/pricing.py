@@ -1,5 +1,13 @@
 """From measured seconds to a choice: the time of every operator, and the best schedule of each MoE layer by
-schedule/cost.py. planner.py decides which steps are measured."""
+schedule/cost.py. planner.py decides which steps are measured.
+
+With uneven routing ranks compute and send for different times, and wait for each other. So all times are those of the
+slowest rank: an operator begins when the last rank of its EP group begins it, and ends when the last one ends it.
+Waiting for a late peer counts for no operator. Experts wait for no peer, so theirs is the longest time of a rank: with
+chunks, the busiest rank computes while its peers still receive the last chunk.
+The ranks' clocks are compared at an all-reduce (`start_clocks`), not by the time of day: clocks of two machines differ,
+and CUDA events have no common clock.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +29,8 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What one MoE layer runs as, and why. Times are in seconds, transfers one at a time, the mean over ranks."""
+    """What one MoE layer runs as, and why. Times are in seconds, transfers one at a time, of the slowest rank of an EP
+    group, the mean over these groups."""
 
     schedule: Schedule
     times: dict[int, OperatorTimes]  # by number of chunks
@@ -49,21 +58,66 @@ class LayerChoice:
         return self.sequential[0] - forward, self.sequential[1] - backward
 
 
-def measured(recorder: Recorder, schedule: Schedule, directions: Sequence[Direction] = DIRECTIONS) -> Tensor:
-    """[directions, OPERATORS + 1] seconds: the time of each operator between the tap and the end of the block, summed
-    over chunks, then the time from the tap to the end. directions: forward alone is inference."""
+def start_clocks(recorders: Sequence[Recorder], group: Any) -> None:
+    """Lets the recorders of all ranks count from one moment: the end of an all-reduce, which all ranks leave within the
+    latency of a message. Every rank must call it. On CUDA the moment is noted on the stream, and the host does not
+    wait."""
+    dist.all_reduce(torch.zeros(1, device=device_of(group)), group=group)
+    zero = recorders[0].now()
+    for recorder in recorders:
+        recorder.zero = zero
+
+
+def measured(
+    recorders: Sequence[Recorder],
+    schedules: Sequence[Schedule],
+    group: Any,
+    ep_size: int | None = None,
+    directions: Sequence[Direction] = DIRECTIONS,
+) -> Tensor:
+    """[L, directions, OPERATORS + 2] seconds, equal on all ranks: the time of each operator between the tap and the end
+    of the block, summed over chunks; the time from the tap to the end, had no experts run while a peer still received;
+    and that time as it was. Of the slowest rank as above, the mean over EP groups. Every rank must call it, and
+    `start_clocks` before the operators run.
+
+    ep_size: consecutive ranks of `group` that exchange rows; None: all. directions: forward alone is inference."""
+    own = [noted(recorder, schedule, directions) for recorder, schedule in zip(recorders, schedules, strict=True)]
+    times_R = gather(torch.cat(own, 1), group)
+    times_GR = times_R.unflatten(0, (-1, ep_size or len(times_R)))
+    layers = times_GR.split([times_N.shape[1] for times_N in own], 3)
+    return torch.stack([seconds_of(times, schedule) for times, schedule in zip(layers, schedules, strict=True)])
+
+
+def noted(recorder: Recorder, schedule: Schedule, directions: Sequence[Direction]) -> Tensor:
+    """[directions, N, 2]: when each operator between the tap and the end of the block begins and ends on this rank, in
+    the order of `names_of`. One that was not noted takes no time, at the tap."""
     rows = []
     for direction in directions:
         tap, spans = from_tap(recorder.spans(direction), direction)
-        row, ends = [], []
-        for operator in OPERATORS:
-            count = schedule.operators().count(operator)
-            own = [span for span in spans if span.operator == operator][:count]
-            ends += [abs(t - tap) for span in own for t in (span.start, span.end)]
-            total = sum(span.end - span.start for span in own)
-            row.append(total if operator in PER_CHUNK else total / max(1, len(own)))
-        rows.append([*row, max(ends)])
+        times = {op: [(span.start, span.end) for span in spans if span.operator == op] for op in OPERATORS}
+        rows.append([times[op].pop(0) if times[op] else (tap, tap) for op in names_of(schedule)])
     return torch.tensor(rows, dtype=torch.float64)
+
+
+def names_of(schedule: Schedule) -> list[str]:
+    """The schedule's operators in the order of OPERATORS."""
+    return sorted(schedule.operators(), key=OPERATORS.index)
+
+
+def seconds_of(times_GRdN2: Tensor, schedule: Schedule) -> Tensor:
+    """[directions, OPERATORS + 2] seconds, as `measured`. times_GRdN2: as `noted`, of each EP group and rank."""
+    begin_GdN, end_GdN = times_GRdN2.amax(1).unbind(-1)
+    took_dN = (end_GdN - begin_GdN).mean(0)
+    experts = [name == "experts" for name in names_of(schedule)]
+    longest_dN = (times_GRdN2[..., 1] - times_GRdN2[..., 0]).amax(1).mean(0)[:, experts]
+    hidden_d = (longest_dN - took_dN[:, experts]).sum(1)
+    took_dN[:, experts] = longest_dN
+    seconds = []
+    for operator in OPERATORS:
+        own = took_dN[:, [name == operator for name in names_of(schedule)]]
+        seconds.append(own.sum(1) if operator in PER_CHUNK else own.sum(1) / max(1, own.shape[1]))
+    elapsed_d = (end_GdN.amax(-1) - begin_GdN.amin(-1)).mean(0)
+    return torch.stack([*seconds, elapsed_d + hidden_d, elapsed_d], 1)
 
 
 def from_tap(spans: Sequence[Span], direction: Direction) -> tuple[float, list[Span]]:
@@ -76,23 +130,17 @@ def from_tap(spans: Sequence[Span], direction: Direction) -> tuple[float, list[S
 
 
 def price(
-    samples: Mapping[int, Sequence[Tensor]], own: Sequence[Schedule], group: Any, fixed: bool
+    samples: Mapping[int, Sequence[Tensor]], own: Sequence[Schedule], fixed: bool
 ) -> dict[int, list[LayerChoice]]:
-    """The best choice of every layer, by number of chunks; equal on all ranks.
+    """The best choice of every layer, by number of chunks; equal on all ranks, as the samples are.
 
-    samples: by number of chunks, ascending, what `measured` returned for each step, stacked over layers
-    [L, directions, O + 1].
+    samples: by number of chunks, ascending, what `measured` returned for each step.
     own: the configured schedule of each layer. fixed: it is the only choice.
     """
     steps = [torch.stack(list(own_samples)) for own_samples in samples.values()]
-    mine = torch.stack([own_steps.median(0).values for own_steps in steps])
+    seconds = torch.stack([own_steps.median(0).values for own_steps in steps])
     once = [i for i, op in enumerate(OPERATORS) if op not in PER_CHUNK]  # the number of chunks does not change these
-    mine[..., once] = torch.cat(steps).median(0).values[..., once]
-    gathered = gather(mine, group)
-    seconds = gathered.mean(0)
-    for i, op in enumerate(OPERATORS):
-        if op in TRANSFERS:  # a rank that waits for a late peer measures more than the transfer
-            seconds[..., i] = gathered[..., i].amin(0)
+    seconds[..., once] = torch.cat(steps).median(0).values[..., once]
     layers = [price_layer(list(samples), seconds[:, layer], schedule, fixed) for layer, schedule in enumerate(own)]
     return {chunks: [choices[chunks] for choices in layers] for chunks in samples}
 
@@ -102,7 +150,7 @@ def price_layer(chunk_counts: Sequence[int], seconds_C2O: Tensor, own: Schedule,
     times = {}
     for chunks, directions in zip(chunk_counts, seconds_C2O.tolist(), strict=True):
         times[chunks] = OperatorTimes(*(dict(zip(OPERATORS, seconds, strict=False)) for seconds in directions))
-    sequential = tuple(seconds_C2O[0, :, -1].tolist())  # with the fewest chunks
+    sequential = tuple(seconds_C2O[0, :, -2].tolist())  # with the fewest chunks
 
     def best(chunks: int) -> Schedule:
         return own if fixed else best_schedule(slots(replace(own, chunks=chunks)), times)
@@ -112,8 +160,13 @@ def price_layer(chunk_counts: Sequence[int], seconds_C2O: Tensor, own: Schedule,
 
 def gather(values: Tensor, group: Any) -> Tensor:
     """[ranks, ...] on the host: the values of all ranks."""
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else None
-    values = values.to(device) if device else values
+    values = values.to(device_of(group))
     all_values = values.new_empty(dist.get_world_size(group), *values.shape)
     dist.all_gather(list(all_values), values.contiguous(), group=group)
     return all_values.cpu()
+
+
+def device_of(group: Any) -> torch.device:
+    """Where the group's collectives have their tensors."""
+    nccl = dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

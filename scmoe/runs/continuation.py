@@ -187,7 +187,8 @@ def passes_of(
         as_set = sorted({f"{b.schedule.name}, slot {b.schedule.slot} x {b.schedule.chunks}" for b in blocks})
         return passes, dict.fromkeys(("prefill", "decode"), "as configured: " + (", ".join(as_set) or "dense"))
     longest = max(map(len, prompts))
-    planned = plan_passes(model, request.batch_size, min(longest, request.piece or longest), None)
+    prompt = min(longest, request.piece or longest)
+    planned = plan_passes(model, request.batch_size, prompt, None, context.ep_size)
     return replace(passes, begin=planned), {shape: str(plan) for shape, plan in planned.plans.items()}
 
 

@@ -3,6 +3,7 @@
     config.json  generation_config.json
     model.safetensors, or model-00001-of-0000N.safetensors with model.safetensors.index.json above SHARD_BYTES
     tokenizer.json  tokenizer_config.json     of a model of text
+    README.md    the model card; one that is there stays, as it may have been edited
 
 Tensors are read and written file by file, so memory holds one of these files.
 """
@@ -19,6 +20,7 @@ from scmoe.init_from.families import READERS, in_their_layout
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import check_same_model, read_named, tensors_of
 from scmoe.parallel.checkpoint.saving import write_whole
+from scmoe.runs.card import model_card
 from scmoe.runs.hf_config import OURS, hf_config
 from scmoe.training.assembly.model import build_model_on_meta
 
@@ -45,10 +47,12 @@ def write_folder(
         old.unlink(missing_ok=True)
     write_weights(checkpoint, folder, content, list(groups(stored, shard_bytes)))
     ends = {key: content[key] for key in ("bos_token_id", "eos_token_id") if content[key] is not None}
-    cached = {"use_cache": False} if content["model_type"] == OURS else {}
-    write_json_durably(folder / "generation_config.json", {**ends, **cached, "max_length": config.data.seq_len})
+    write_json_durably(folder / "generation_config.json", {**ends, "max_length": config.data.seq_len})
     if tokenizer is not None:
         write_tokenizer(folder, tokenizer, config.data.seq_len)
+    if not (folder / "README.md").exists():
+        step, parameters = durable.read_manifest(checkpoint)["step"], sum(p.numel() for p in own.values())
+        durable.write_durably(folder / "README.md", model_card(config, content, step, parameters))
     write_json_durably(folder / "config.json", content)
     return content["model_type"]
 

@@ -1,5 +1,6 @@
 """Puts the model of a run or of an export on its ranks, for commands that do not train: evaluate, generate."""
 
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -90,9 +91,16 @@ def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:
 
 @contextmanager
 def ending_together(trainer: Any) -> Iterator[None]:
-    """End all ranks where this one raises inside, and name a rank that does not answer, as in training."""
+    """End all ranks where this one raises inside, and name a rank that does not answer, as in training.
+
+    Ctrl-C ends in exit code 130, on a rank that Lightning's launcher has started in 0: on any other code the launcher
+    would kill rank 0.
+    """
     try:
         yield
+    except KeyboardInterrupt as error:
+        trainer.strategy.on_exception(error)
+        raise SystemExit(0 if trainer.strategy.is_launched else 128 + signal.SIGINT) from error
     except BaseException as error:
         trainer.strategy.on_exception(error)
         raise

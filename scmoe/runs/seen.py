@@ -27,10 +27,10 @@ COLORS = {"finished": "green", "running": "cyan", "failed": "red", "cut": "yello
 NOT_COMPARED = ("name", "runs_dir", "logger.")  # where a run is kept, not what it is
 
 
-def console() -> Console:
-    """Return a terminal's console, or a very wide one."""
-    made = Console(highlight=False)
-    return made if made.is_terminal else Console(highlight=False, width=WIDTH)
+def console(stderr: bool = False) -> Console:
+    """Return a terminal's console, or a very wide one. stderr: on standard error, where standard output is JSON."""
+    made = Console(stderr=stderr, highlight=False)
+    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=WIDTH)
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,11 @@ class SeenRun:
 
     @property
     def steps(self) -> int:
-        """The number of steps, as far as they are logged. A validation after the last step has one row more."""
+        """The number of steps, as far as logged or saved. A validation after the last step has one row more."""
         rows = [row for row in self.metrics if "train/loss" in row] or self.metrics
-        return max((int(row["step"]) + 1 for row in rows), default=0)
+        logged = [int(row["step"]) + 1 for row in rows]
+        saved = [int(path.stem.rpartition("=")[2]) for path in self.path.glob("checkpoints/step=*.ckpt")]
+        return max([*logged, *saved], default=0)
 
     @property
     def best_loss(self) -> float | None:

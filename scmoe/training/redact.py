@@ -7,7 +7,9 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 STARS = "*****"
-NAMES = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)  # of environment variables that hold keys
+NAMES = re.compile(  # of environment variables that hold keys; PWD and OLDPWD are folders
+    r"(KEY|KEY_ID|TOKEN|SECRET|PASSWORD|PASSWD|_PWD|CREDENTIALS?)$", re.IGNORECASE
+)
 SHORTEST = 8  # characters of a key; a shorter value would also match harmless text
 SHAPES = re.compile(
     r"(?<![\w/])[0-9a-f]{40}(?![\w/])"  # W&B's; within a path it is the name of a snapshot

@@ -22,11 +22,10 @@ from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
-from scmoe.planning import planner as planning
 from scmoe.planning import pricing
 from scmoe.planning.planner import DRIFTED_IN_TURN, STEPS_EACH, TRIES_EACH, WARMUP_STEPS, Planner
-from scmoe.planning.pricing import OPERATORS, LayerChoice
-from scmoe.schedule.cost import OperatorTimes, best_schedule, slots
+from scmoe.planning.pricing import OPERATORS, LayerChoice, names_of
+from scmoe.schedule.cost import PER_CHUNK, OperatorTimes, best_schedule, slots
 from scmoe.schedule.schedule import Schedule
 from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_sublayers
 
@@ -63,6 +62,7 @@ def training(rank: int, world_size: int, kind: str) -> tuple[list[torch.Tensor],
         if kind != "none":
             planner.begin_step(timed=step % 2 == 0)
             blocking += isinstance(blocks[0].moe.dispatcher, Blocking)
+            assert not planner.recorders or None not in {recorder.zero for recorder in planner.recorders}
         for block in blocks:
             x = block(x).y_BSD
         x.square().mean().backward()
@@ -101,12 +101,18 @@ SLOW_MLP = QUICK | {"mlp": 0.1, "dispatch": 0.1}  # dispatch hides behind the ML
 SLOW_ATTENTION = QUICK | {"attention": 0.3, "dispatch": 0.3}  # behind attention: slot 2
 
 
-def rigged(seconds: dict[str, float], rank: int, chunks: int, window: dict[int, float] | None = None) -> torch.Tensor:
-    """Returns a layer's times: each rank has its own, and with twice the chunks every transfer takes twice the time.
+def rigged(
+    seconds: dict[str, float], rank: int, schedule: Schedule, window: dict[int, float] | None = None
+) -> torch.Tensor:
+    """Returns what `noted` would: each rank has its own times, and with twice the chunks transfers take twice the time.
 
     window: the time from tap to end by number of chunks; None: the sum of the operators' times."""
-    row = [s * (1 + 0.1 * rank) * (chunks if op in ("dispatch", "combine") else 1) for op, s in seconds.items()]
-    return torch.tensor([[*row, (window or {}).get(chunks, sum(row))]] * 2, dtype=torch.float64)
+    chunks = schedule.chunks
+    row = {op: s * (1 + 0.1 * rank) * (chunks if op in ("dispatch", "combine") else 1) for op, s in seconds.items()}
+    end = (window or {}).get(chunks, sum(row.values()))
+    took = {op: s / (chunks if op in PER_CHUNK else 1) for op, s in row.items()}
+    times = [[end - took[op], end] if op == "decode" else [0.0, took[op]] for op in names_of(schedule)]
+    return torch.tensor([times] * 2, dtype=torch.float64)
 
 
 class Log(NamedTuple):
@@ -139,10 +145,10 @@ def planned_training(
     )
     log, step = Log([], [], []), 0
 
-    def times(recorder: object, schedule: Schedule) -> torch.Tensor:
-        return rigged(SLOW_MLP if step < drifts_at else SLOW_ATTENTION, rank, schedule.chunks, window)
+    def times(recorder: object, schedule: Schedule, directions: object) -> torch.Tensor:
+        return rigged(SLOW_MLP if step < drifts_at else SLOW_ATTENTION, rank, schedule, window)
 
-    with patch.object(planning, "measured", times):
+    with patch.object(pricing, "noted", times):
         for step in range(steps):
             x = torch.randn(2, 8, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * step + rank))
             if planner is not None:
@@ -219,7 +225,7 @@ def closed(rank: int, world_size: int, steps: int) -> tuple[bool, Schedule]:
     dist.init_process_group("gloo")
     blocks = build(rank, world_size)
     planner = Planner(blocks, None, torch.device("cpu"), (1,))
-    with patch.object(planning, "measured", lambda recorder, schedule: rigged(SLOW_MLP, rank, 1)):
+    with patch.object(pricing, "noted", lambda recorder, schedule, directions: rigged(SLOW_MLP, rank, schedule)):
         for _ in range(steps):
             planner.begin_step(timed=True)
             planner.end_step()
@@ -257,7 +263,7 @@ def drift(rank: int, world_size: int) -> list[bool]:
     restarted = []
     for seconds in (1.0, 1.1, 2.0, 0.9, 2.0, 2.0, 2.0):  # one slow step is noise, three in turn are not
         planner.steps = 1000
-        sample = torch.zeros(2, 2, len(OPERATORS) + 1, dtype=torch.float64)
+        sample = torch.zeros(2, 2, len(OPERATORS) + 2, dtype=torch.float64)
         sample[..., -1] = seconds
         planner.note_overlap(sample)
         restarted.append(planner.steps == 0)

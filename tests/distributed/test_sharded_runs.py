@@ -62,7 +62,8 @@ def resumed_in_layouts(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 class Watched(RecordingModel):
-    """Notes the types in which weights are gathered, and when FSDP's collectives start in and around MoE streams."""
+    """Notes the types of gathered weights and of the residual stream, and when FSDP's collectives start in and around
+    MoE streams."""
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -80,10 +81,11 @@ class Watched(RecordingModel):
         embedding.register_forward_pre_hook(lambda *_: self.begun.append(len(self.collectives)))
         attention = self.model.blocks[0].sublayers[0]
         attention.register_forward_pre_hook(lambda sublayer, _: self.note("matrix", sublayer.f.qkv.weight))
+        attention.register_forward_pre_hook(lambda _, inputs: self.note("stream", inputs[0]))
 
-    def note(self, name: str, weight: Tensor) -> None:
-        assert not isinstance(weight, DTensor)
-        self.gathered[name] = weight.dtype
+    def note(self, name: str, tensor: Tensor) -> None:
+        assert not isinstance(tensor, DTensor)
+        self.gathered[name] = tensor.dtype
 
     def while_open(self) -> list[float]:
         """Returns when collectives of FSDP started while a block's stream was open: from dispatch to decode, and in
@@ -195,7 +197,8 @@ def own_module(rank: int, dense: str, folder: Path) -> dict[str, Any]:
     values.append(second.test(module, loader, verbose=False)[0]["test"])
     fresh = Own()
     values.append(trainer(4).validate(fresh, loader, ckpt_path=folder / "after.ckpt", verbose=False)[0]["val"])
-    again = Own()  # drawn after the first fit, which has made the ranks' generators differ
+    torch.manual_seed(rank)
+    again = Own()  # its experts are drawn different on each rank
     trainer(1).fit(again, loader)
     found["experts of a second fit"] = [whole(p) for _, p in expert_parameters(again)]
     found["inference mode"] = first.validate_loop.inference_mode
@@ -251,7 +254,8 @@ def test_weights_are_gathered_while_the_unit_before_computes(four):
 
 def test_under_bf16_mixed_matrices_are_gathered_in_bfloat16_and_gates_in_float32(four):
     for rank in four:
-        assert rank["precisions"]["bf16"]["gathered"] == {"gate": torch.float32, "matrix": torch.bfloat16}
+        types = rank["precisions"]["bf16"]["gathered"]
+        assert types == {"gate": torch.float32, "matrix": torch.bfloat16, "stream": torch.float32}
 
 
 def assert_near(ranks: list[dict[str, Any]], name: str, losses: list[Tensor], tolerance: float) -> None:
@@ -274,7 +278,7 @@ def test_other_precisions_and_compiled_sublayers(one):
     ):
         assert_near(ranks, name, one[1], tolerance)
         for rank in ranks:
-            assert rank[name]["gathered"] == {"gate": dtype, "matrix": dtype}
+            assert rank[name]["gathered"] == {"gate": dtype, "matrix": dtype, "stream": dtype}
             assert rank[name]["while open"] == []
 
 

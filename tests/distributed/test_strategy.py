@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,17 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, random_split
 
+from scmoe.api import MoE
 from scmoe.experiments.engine.ranks import RankError, run_ranks
 from scmoe.lightning.strategy import ExpertParallelStrategy
+from scmoe.parallel.mesh import ParallelContext, build_context, expert_parameters
 from scmoe.parallel.update.pacing import PIECE_MB, Pacer
 from scmoe.parallel.update.reducer import ExpertGradientReducer
 from scmoe.training.assembly.data import build_datamodule
@@ -173,6 +178,51 @@ def test_expert_gradients_are_sent_once_a_step(accumulate):
     assert run_ranks(count_expert_reductions, 2, accumulate) == [2, 2]
 
 
+# ---------------------------------------------------------------------- experts that are frozen for a time
+
+
+def with_frozen(rank: int, world_size: int) -> dict[tuple[int, bool], list[torch.Tensor | None]]:
+    """Returns this rank's expert gradients of two modules, by EP degree and whether they were frozen at first: of a
+    step in which the first module's experts stay frozen, and of a step in which they do not."""
+    dist.init_process_group("gloo")
+    found = {}
+    for ep_size in (1, 2):
+        context = build_context(ep_size, torch.device("cpu"), timedelta(seconds=60))
+        for frozen in (False, True):
+            torch.manual_seed(1)
+            module = torch.nn.ModuleList(MoE(16, 4, ffn_dim=32, group=context) for _ in range(2))
+            module[0].experts.requires_grad_(not frozen)
+            shards = [p for _, p in expert_parameters(module)]
+            ExpertGradientReducer(shards, context)
+            of_steps: list[torch.Tensor | None] = []
+            for _ in range(2):
+                x = torch.randn(8, 16, generator=torch.Generator().manual_seed(rank))
+                sum(moe(x)[0].square().mean() for moe in module).backward()
+                of_steps += [None if p.grad is None else p.grad.clone() for p in shards]
+                module.requires_grad_().zero_grad()
+            found[ep_size, frozen] = of_steps
+    return found
+
+
+def test_experts_that_are_unfrozen_during_training_have_the_gradients_of_others():
+    mine, theirs = run_ranks(with_frozen, 2)
+    for rank in (mine, theirs):
+        for ep_size in (1, 2):
+            always, unfrozen = rank[ep_size, False], rank[ep_size, True]
+            assert unfrozen[:2] == [None, None]
+            assert all(map(torch.equal, always[2:], unfrozen[2:])), f"EP {ep_size}"
+    assert all(map(torch.equal, mine[1, True][2:], theirs[1, True][2:]))
+    assert not any(map(torch.equal, mine[2, True][2:], theirs[2, True][2:]))
+
+
+def test_a_rank_with_all_experts_does_not_copy_their_gradients():
+    p = torch.nn.Parameter(torch.ones(3))
+    with patch.object(ExpertGradientReducer, "_scale") as copied:
+        ExpertGradientReducer([p], ParallelContext())
+        p.sum().backward()
+    assert not copied.called and p.grad is not None and p.grad.eq(1).all()
+
+
 # ---------------------------------------------------------------------- when gradients are sent
 
 
@@ -211,6 +261,63 @@ def test_when_gradients_are_sent_changes_no_bit(ranks):
         for name, (ddp, paced) in found.items():
             assert ddp.keys() == paced.keys() and any(g.any() for g in ddp.values()), name
             assert not [key for key, g in ddp.items() if not torch.equal(g, paced[key])], name
+
+
+# ---------------------------------------------------------------------- samplers without a generator of their own
+
+
+class Seeing(LightningModule):
+    """Notes the samples that this rank sees and the numbers that it draws in its steps, as dropout does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.seen: list[list[int]] = []
+        self.held_out: list[int] = []
+        self.drawn: list[float] = []
+
+    def train_dataloader(self) -> Any:
+        train, held_out = random_split(TensorDataset(torch.arange(16)), [12, 4])
+        self.held_out = list(held_out.indices)
+        return DataLoader(train, batch_size=2, sampler=SubsetRandomSampler(range(12)))
+
+    def on_train_epoch_start(self) -> None:
+        self.seen.append([])
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        self.seen[-1] += batch[0].tolist()
+        self.drawn += torch.rand(1 + self.global_rank).tolist()  # as for texts of different lengths
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def sampled(rank: int, world_size: int, strategy: str) -> tuple[list[list[int]], list[int], list[float]]:
+    torch.manual_seed(1)
+    module = Seeing()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        strategy=strategy,
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module)
+    return module.seen, module.held_out, module.drawn
+
+
+def test_samplers_without_a_generator_give_every_sample_to_one_rank():
+    """Each rank draws the order of all samples and takes every second one. What steps draw must differ all the same."""
+    (mine, held_out, my_draws), (theirs, also_held_out, their_draws) = run_ranks(sampled, 2, "expert_parallel")
+    assert held_out == also_held_out
+    for here, there in zip(mine, theirs, strict=True):
+        assert sorted(here + there + held_out) == list(range(16))
+    assert mine[0] != mine[1] and len(mine) == 2
+    assert not {*my_draws} & {*their_draws}
 
 
 # ---------------------------------------------------------------------- a user's own Trainer

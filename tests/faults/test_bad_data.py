@@ -65,9 +65,17 @@ def test_44_unreadable_texts_are_skipped_and_counted(tmp_path, capsys):
     assert call("train", *settings) == 0
     said = capsys.readouterr()
     assert "warning: 2 files are skipped: data.path: " in said.err and "b.txt has zero bytes" in said.err
-    assert json.loads(said.out.splitlines()[-1])["skipped"] == 2
+    assert json.loads(said.out)["skipped"] == 2
     source = text(folder, skip=True)
     assert "".join("".join(documents) for documents in source.documents.values()) == LINE * 80
+
+
+def test_44_a_link_to_a_text_that_is_gone_is_named(tmp_path):
+    folder_of(tmp_path, a=LINE.encode() * 40)
+    (tmp_path / "b.txt").symlink_to("gone.txt")
+    with pytest.raises(ValueError, match=r"b\.txt cannot be read"):
+        text(tmp_path)
+    assert len(text(tmp_path, skip=True).skipped) == 1
 
 
 @pytest.fixture
@@ -132,7 +140,7 @@ def test_45_check_data_names_every_unreadable_file(images, tmp_path, capsys):
         "train/ant/1.png",
         "val/bee/0.png",
     ]
-    assert said.err.splitlines()[-1].startswith("error: 2 files cannot be read, allowed: ")
+    assert said.err.splitlines()[-1].startswith("error: 2 file(s) cannot be read. ")
     for broken in ("train/ant/1.png", "val/bee/0.png"):
         (images / broken).unlink()
     assert call("check-data", *swin(images)) == 0
@@ -143,7 +151,11 @@ def test_45_check_data_reads_texts_too(tmp_path, capsys):
     folder_of(tmp_path, a=LINE.encode() * 40, b=bytes(100))
     words = ["data.name=text", f"data.path={tmp_path}", f"data.cache_dir={tmp_path}/cache", "data.vocab_size=300"]
     assert call("check-data", "configs/debug.yaml", *words) == 2
-    assert "b.txt has zero bytes" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "b.txt has zero bytes" in said.out and "skipped" not in said.err, "a training would not skip it"
+    assert call("check-data", "configs/debug.yaml", *words, "data.on_error=skip") == 0, "it may be a gate"
+    said = capsys.readouterr()
+    assert "b.txt has zero bytes" in said.out and said.out.splitlines()[-1].startswith("1 file(s) ") and not said.err
     assert call("check-data", "configs/debug.yaml") == 0, "data without files can be checked too"
 
 

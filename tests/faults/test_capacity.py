@@ -1,4 +1,7 @@
-"""Faults 29 and 30: drops are logged, enough slots give the dropless result, and padding takes no slot."""
+"""Faults 29 and 30: drops are logged, enough slots give the dropless result, and padding takes no slot.
+
+Outside training, ranks may have different numbers of tokens.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
+from scmoe.api import MoE
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.activation import Activation
 from scmoe.moe.experts import Experts
@@ -166,3 +172,43 @@ def pad(rank: int, world_size: int, factor: float | None) -> None:
 @pytest.mark.parametrize("factor", [None, 8.0, 0.7])
 def test_30_padding_takes_no_slot_and_changes_nothing(factor):
     run_ranks(pad, 2, factor)
+
+
+# ---------------------------------------------------------------------- different numbers of tokens on ranks
+
+
+class Predicting(LightningModule):
+    def configure_model(self) -> None:
+        torch.manual_seed(1)
+        self.moe = MoE(DIM, EXPERTS, ffn_dim=FFN, capacity_factor=2.0, group=self.parallel_context).double()
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
+        return batch[0], self.moe(batch[0])[0]
+
+
+def predictions(rank: int, world_size: int) -> list[tuple[int, Tensor]]:
+    """Returns for each batch its number of samples, and how far the result is from that of all experts in a process."""
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        strategy="expert_parallel",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    x_BSD = torch.randn(7, TOKENS, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    results = trainer.predict(Predicting(), DataLoader(TensorDataset(x_BSD), batch_size=2))
+    torch.manual_seed(1)
+    whole = MoE(DIM, EXPERTS, ffn_dim=FFN, capacity_factor=2.0).double()
+    with torch.no_grad():
+        return [(len(x), (whole(x)[0] - y).abs().max()) for x, y in results]  # type: ignore[misc,union-attr]
+
+
+@pytest.mark.representative
+def test_ranks_may_have_different_numbers_of_tokens_outside_training():
+    """Lightning gives four of seven samples to the first rank. All slots would then be exchanges of different sizes."""
+    sizes = []
+    for found in run_ranks(predictions, 2):
+        assert all(error <= TOLERANCE for _, error in found)
+        sizes.append([size for size, _ in found])
+    assert sizes == [[2, 2], [2, 1]]

@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.experiments.faults import reshard, tiny_run
@@ -56,12 +57,12 @@ def test_fault_07_a_slow_save_holds_the_step_at_which_it_started(background, tmp
 
 
 def note_what_is_hashed(rank: int, world_size: int, folder: Path, background: bool) -> dict[str, list[str]]:
-    """Returns the hashed files by their reader: a background thread, or the main thread while it saves or finishes."""
+    """Returns the hashed files by their reader: a background thread, or the rank while it saves, finishes or loads."""
     trainer, fingerprint, read = tiny_run.one_step(world_size, folder), durable.fingerprint, {}
     moment = "saving"
 
     def noted(path: Path) -> dict[str, Any]:
-        who = moment if threading.current_thread() is threading.main_thread() else "a thread"
+        who = moment if threading.current_thread().name in ("MainThread", "together") else "a thread"
         read.setdefault(who, []).append(path.name)
         return fingerprint(path)
 
@@ -70,10 +71,12 @@ def note_what_is_hashed(rank: int, world_size: int, folder: Path, background: bo
         saving = Saving(path, tiny_run.state(trainer, OLD), trainer.strategy.context, background)
         moment = "finishing"
         saving.finish()
+        moment = "loading"
+        load_checkpoint(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
     return read
 
 
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [pytest.param(False, marks=pytest.mark.representative), True])
 def test_fault_07_each_rank_hashes_its_own_shard_where_it_writes_it(background, tmp_path):
     """Otherwise rank 0 would read all shards at the end, while training waits."""
     ranks = run_ranks(note_what_is_hashed, 2, tmp_path, background)
@@ -81,7 +84,33 @@ def test_fault_07_each_rank_hashes_its_own_shard_where_it_writes_it(background, 
     shards = [name for name in files_of(tmp_path / "checkpoints" / LAST) if name.startswith("shard")]
     assert [name for read in ranks for name in read[writer]] == shards
     assert [read.get("finishing") for read in ranks] == [["meta.json"], None]
+    loaded = [name for read in ranks for name in read["loading"]]
+    assert sorted(loaded) == ["meta.json", *shards] and all(len(read["loading"]) for read in ranks), "each file once"
     assert durable.verify(tmp_path / "checkpoints" / LAST) == OLD
+
+
+def work_together(rank: int, world_size: int, folder: Path) -> tuple[int, str]:
+    """Rank 1 works long, and fails. Returns the number of collectives meanwhile, and what is raised."""
+    context, all_reduce, asked = tiny_run.one_step(world_size, folder).strategy.context, dist.all_reduce, []
+
+    def work() -> None:
+        if rank == 1:
+            time.sleep(2.2)
+            raise OSError("of rank 1")
+
+    with patch.object(dist, "all_reduce", lambda *args, **kw: asked.append(1) or all_reduce(*args, **kw)):
+        try:
+            context.together(work)
+        except OSError as error:
+            return len(asked), str(error)
+    return len(asked), ""
+
+
+@pytest.mark.representative
+def test_fault_07_no_rank_waits_in_one_collective_for_the_long_work_of_another(tmp_path):
+    """Reading a checkpoint may take longer than strategy.timeout_s."""
+    for asked, said in run_ranks(work_together, 2, tmp_path):
+        assert asked >= 3 and said == "of rank 1"
 
 
 def write_full(rank: int, world_size: int, folder: Path, background: bool) -> dict[str, Any]:

@@ -216,7 +216,7 @@ def test_26_a_collapsed_router_is_measured_and_named():
     (metrics, said), (others, silent) = run_ranks(collapse, 2, 20.0)
     assert metrics == others, "metrics count the tokens of all ranks"
     assert (metrics["moe/load_max"], metrics["moe/load_entropy"], metrics["moe/dead_experts"]) == (8.0, 0.0, 7.0)
-    assert [line.partition(" gets ")[0] for line in said] == ["MoE layer 1 of 1: the router has collapsed, expert 0"]
+    assert [line.partition(" gets ")[0] for line in said] == ["MoE layer 0: the router has collapsed, expert 0"]
     assert not silent, "only rank 0 warns"
 
 

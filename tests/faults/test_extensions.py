@@ -85,7 +85,7 @@ def train_and_use(rank: int, world_size: int, folder: Path) -> None:
     named = (f"extensions=[{name}]", f"callbacks.{name}.every=7")
     trained = command("train", *TINY, f"runs_dir={folder}/runs", *named)
     assert (trained.code, done()) == (0, "imported called with 7"), trained.err
-    assert f"trainer.max_steps=4 '{named[0]}' {named[1]}" in trained.out
+    assert f"trainer.max_steps=4 '{named[0]}' {named[1]}" in trained.err
     run, file = str(folder / "runs/latest"), str(folder / "model.safetensors")
     exported = command("export", run, "--out", file)
     assert (exported.code, done()) == (0, ""), "the program has imported it already"
@@ -111,9 +111,9 @@ def train_and_use(rank: int, world_size: int, folder: Path) -> None:
     assert (resumed.code, done()) == (0, "called with 8"), resumed.err
     (checkpoint,) = (folder / "runs/latest/checkpoints").glob("step=3.ckpt")
     stopped = open_run(load("configs/debug.yaml", named), (), folder / "runs/latest", checkpoint)
-    with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out, stopped:
+    with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as err, stopped:
         raise SystemExit
-    assert f"to continue: {scmoe_command('resume', folder / 'runs/latest', *named)}" in out.getvalue()
+    assert f"to continue: {scmoe_command('resume', folder / 'runs/latest', *named)}" in err.getvalue()
 
 
 @pytest.mark.parametrize("kept", ["extensions: [planted]", "extends: planted", "- a", "callbacks: {planted: 3}"])

@@ -12,10 +12,12 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from scmoe.experiments.engine.command_line import call
+from scmoe.runs.on_ranks import ending_together
 from tests.support.commands import ROOT, train_in_ranks
 from tests.support.sentences import sentences
 
@@ -51,7 +53,7 @@ def generating(run_dir: Path, out: Path):
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
     )
     try:
-        deadline = time.monotonic() + 2 * PATIENCE_S
+        deadline = time.monotonic() + 3 * PATIENCE_S
         while not (out.exists() and out.stat().st_size) and process.poll() is None:
             assert time.monotonic() < deadline, "no text is written"
             time.sleep(0.1)
@@ -99,7 +101,30 @@ def test_62_ctrl_c_ends_all_ranks(run_dir, tmp_path):
     with generating(run_dir, tmp_path / "out.jsonl") as (process, other):
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         said_at_the_end(process, other)
-    assert process.returncode != 0  # 130, or 1 where the other rank was gone first
+    assert process.returncode == 130
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize(("is_launched", "code"), [(False, 130), (True, 0)], ids=["rank 0", "a rank that it started"])
+def test_62_ctrl_c_is_the_exit_code_of_rank_0_alone(is_launched, code):
+    """Lightning's launcher kills rank 0 where another rank ends with any other code than 0."""
+    told = []
+    trainer = SimpleNamespace(strategy=SimpleNamespace(on_exception=told.append, is_launched=is_launched))
+    with pytest.raises(SystemExit) as end, ending_together(trainer):
+        raise KeyboardInterrupt
+    assert end.value.code == code and len(told) == 1
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize(
+    ("verb", "first"), [("generate", "generation.find_weights"), ("evaluate", "evaluate.evaluation.find_checkpoint")]
+)
+def test_62_ctrl_c_before_ranks_exist_is_exit_code_130(verb, first, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"scmoe.studies.{first}", interrupted)
+    assert call(verb, str(tmp_path)) == 130
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.lightning.roll_call import LEFT_ALONE, roll_call
-from scmoe.lightning.strategy import ExpertParallelStrategy
+from scmoe.lightning.strategy import START_TIMEOUT_S, ExpertParallelStrategy
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.data import build_datamodule
@@ -45,19 +45,27 @@ ROOT = Path(__file__).parents[2]
 # ---------------------------------------------------------------------- 14: how long a rank waits
 
 
-def timeouts(rank: int, world_size: int, seconds: float) -> set[float]:
-    """Returns the timeouts of all process groups of a run, in s."""
+def timeouts(rank: int, world_size: int, seconds: float) -> tuple[list[float], set[float]]:
+    """Returns the timeout of the default group while modules are built, then those of all process groups, in s."""
+
+    def of(group: Any) -> float:
+        return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
     config = tiny(f"{MODEL} strategy.timeout_s={seconds} strategy.debug_collectives=true", world_size)
-    fit(config)
+    module, starting = build_module(config), []
+    module.setup = lambda stage: starting.append(of(dist.group.WORLD))  # type: ignore[method-assign]
+    fit(config, module)
     groups = dist.distributed_c10d._world.pg_map
     assert {group.group_desc for group in groups} >= {"ep", "edp", "checkpoint", "control", "debug"}
-    return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
+    return starting, {of(group) for group in groups}
 
 
-def test_14_no_group_waits_longer_than_the_timeout():
+@pytest.mark.representative
+def test_14_ranks_have_long_to_start_and_then_no_group_waits_longer_than_the_timeout():
     """gloo waits half an hour by default, and new groups do not inherit the timeout of the first one."""
-    assert run_ranks(timeouts, 2, 37.0) == [{37.0}, {37.0}]
-    assert ExpertParallelStrategy()._timeout == timedelta(minutes=5)
+    assert run_ranks(timeouts, 2, 37.0) == [([START_TIMEOUT_S], {37.0})] * 2
+    assert ExpertParallelStrategy(timeout_s=1000.0).start_timeout == timedelta(seconds=1000)
+    assert ExpertParallelStrategy().timeout == timedelta(minutes=5)
 
 
 # ---------------------------------------------------------------------- 13: callbacks that save after an exception
@@ -142,7 +150,7 @@ PHASES = {  # where a rank fails, and in which call of it
     "validation": ("scmoe.training.language_model:LanguageModel.validation_step", 1),
     "save": ("scmoe.parallel.checkpoint.saving:dcp.save", 1),
 }
-TIMEOUT_S, LONG_S = 30.0, 100.0  # also for ranks to meet, on a machine that does other work
+TIMEOUT_S, LONG_S = 30.0, 100.0
 ENDLESS = ("trainer.max_steps=1000000", "trainer.val_every=1000000", "trainer.checkpoint_every=1000000")
 OFTEN = ("trainer.val_every=2", "trainer.checkpoint_every=3")
 SLACK_S = 30.0  # for the interpreter's end and Lightning's observer, which looks every 5 s

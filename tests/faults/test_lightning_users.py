@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +118,137 @@ def test_56_this_librarys_own_modules_say_what_load_from_checkpoint_lacks():
         LanguageModel.load_from_checkpoint("runs/latest")
 
 
+# ---------------------------------------------------------------------- 56: saving and loading as Lightning does
+
+
+class Grouped(Model):
+    """Has a parameter group more than Model."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = [{"params": list(part.parameters())} for part in (self.moe.router, self.moe.experts)]
+        return torch.optim.AdamW(groups, lr=0.1)
+
+
+class Partial(Model):
+    """Its checkpoints lack the router."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.strict_loading = False
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        del checkpoint["state_dict"]["moe.router.gate.weight"]
+
+
+class Reading(Model):
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"].clear()
+
+
+def weights_of(module: Model) -> dict[str, Tensor]:
+    return {
+        "router": module.moe.router.gate.weight.detach().clone(),
+        "expert": module.moe.experts.w_in_eDF.detach().clone(),
+    }
+
+
+def used(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    """Saves and loads in many ways, on the ranks of one start. Returns what came of each."""
+    (folder / str(rank)).mkdir(parents=True)
+    found: dict[str, Any] = {}
+
+    def trained(module: Model, background: bool = False, **given: Any) -> Any:
+        saver = ModelCheckpoint(folder / "saver", save_top_k=0)
+        strategy = ExpertParallelStrategy(async_checkpoint=background)
+        trainer = Trainer(devices=world_size, strategy=strategy, max_steps=1, callbacks=[saver], **QUIET)
+        trainer.fit(module, data(), **given)
+        return trainer
+
+    def error(act: Any) -> str:
+        try:
+            act()
+        except (OSError, TypeError, ValueError) as refused:
+            return str(refused)
+        return ""
+
+    for background in (True, False):
+        module = Model(16)
+        trainer = trained(module, background)
+        trainer.save_checkpoint(folder / f"after-{background}.ckpt")
+        found[f"after {background}"] = sorted(path.name for path in folder.glob("*after*"))
+
+    (optimizer,) = trainer.optimizers
+    before = len(optimizer.state)
+    trainer.predict(Grouped(16), data(), ckpt_path=folder / "after-False.ckpt")
+    found["foreign state"] = len(optimizer.state) - before
+    saved = {"ckpt_path": folder / "after-True.ckpt"}
+    found["groups"] = error(lambda: trained(Grouped(16), **saved))
+    found["state_dict"] = error(lambda: trained(Reading(16), **saved))
+
+    first, other = Partial(16), Partial(16)
+    partial = trained(first)
+    partial.save_checkpoint(folder / "partial.ckpt")
+    torch.manual_seed(7)
+    partial.predict(other, data())  # gives it weights
+    own = weights_of(other)
+    partial.predict(other, data(), ckpt_path=folder / "partial.ckpt")
+    found["kept router"] = torch.equal(weights_of(other)["router"], own["router"])
+    found["loaded experts"] = torch.equal(weights_of(other)["expert"], weights_of(first)["expert"])
+    found["strict"] = error(lambda: partial.predict(Model(16), data(), ckpt_path=folder / "partial.ckpt"))
+
+    victim = folder / "victim"
+    victim.mkdir(exist_ok=True)
+    for path in (folder / "saver" / ".." / "victim", folder / "saver" / ".."):
+        trainer.strategy.remove_checkpoint(path)
+    trainer.strategy.barrier()
+    found["victim"] = victim.exists()
+
+    trainer = trained(Model(16))
+    os.chdir(folder / str(rank))  # as on nodes that share no storage
+    found["not shared"] = error(lambda: trainer.save_checkpoint("own.ckpt"))
+    found["left"] = os.listdir()
+    return found
+
+
+@pytest.fixture(scope="module")
+def users(tmp_path_factory) -> list[dict[str, Any]]:
+    return run_ranks(used, 2, tmp_path_factory.mktemp("users"))
+
+
+def test_56_a_checkpoint_that_is_saved_after_fit_is_complete_at_once(users):
+    """Also with async_checkpoint: nothing would complete it later."""
+    for found in users:
+        assert found["after True"] == ["after-True.ckpt"]
+        assert found["after False"] == ["after-False.ckpt", "after-True.ckpt"]
+
+
+def test_56_prediction_with_a_checkpoint_leaves_the_optimizers_of_fit_alone(users):
+    assert [found["foreign state"] for found in users] == [0, 0]
+
+
+def test_56_other_optimizers_than_the_checkpoints_are_refused_by_group(users):
+    for found in users:
+        assert "1 parameter groups of optimizer 0, which begin with moe." in found["groups"]
+
+
+def test_56_strict_loading_and_on_load_checkpoint_are_honoured_or_refused(users):
+    for found in users:
+        assert found["kept router"] and found["loaded experts"]
+        assert "holds another model: model.moe.router.gate.weight is absent there" in found["strict"]
+        assert "on_load_checkpoint reads checkpoint['state_dict']" in found["state_dict"]
+
+
+def test_56_nothing_outside_the_folders_of_checkpoints_is_removed(users):
+    """The paths may come from another person's checkpoint."""
+    assert all(found["victim"] for found in users)
+
+
+def test_04_a_folder_that_nodes_do_not_share_is_an_error_of_the_save(users):
+    for found in users:
+        assert "the folder must be on storage that all nodes share" in found["not shared"]
+        assert found["left"] == []
+
+
 # ---------------------------------------------------------------------- 57: callbacks that copy the module
 
 
@@ -188,6 +321,25 @@ def test_60_a_trainer_takes_the_strategy_by_name_and_clips_as_with_ddp():
     torch.testing.assert_close(split, whole, rtol=0, atol=1e-5)
     unclipped, _ = run_ranks(fit_by_name, 2, "expert_parallel", None)
     assert (unclipped - split).abs().max() > 1e-2
+
+
+def handlers(rank: int, world_size: int) -> dict[str, list[Any]]:
+    """Returns the handlers of SIGINT and SIGTERM before a Trainer's first run and after each."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    trainer = Trainer(devices=1, strategy="expert_parallel", max_steps=1, enable_checkpointing=False, **QUIET)
+    module = Model(16)
+    module.validation_step = module.test_step = lambda batch, batch_idx: None
+    found = {"before": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]}
+    for verb in ("fit", "validate", "test", "predict"):
+        getattr(trainer, verb)(module, data())
+        found[verb] = [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    return found
+
+
+def test_12_after_a_run_ctrl_c_and_sigterm_do_what_they_did_before():
+    """In a notebook Ctrl-C is KeyboardInterrupt again."""
+    before, *after = run_ranks(handlers, 1)[0].values()
+    assert after == [before] * 4
 
 
 # ---------------------------------------------------------------------- 51, 54: arguments of the strategy

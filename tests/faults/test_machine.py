@@ -1,8 +1,9 @@
 """What a run asks of its machine is checked before it starts: sizes (46-48), devices and launchers (49-51), folders
-(52), W&B's variables (53). Each refusal is one line, and no run directory is made."""
+and initial weights (52), W&B's variables (53). Each refusal is one line, and no run directory is made."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from scmoe.config.load import load
 from scmoe.experiments.engine.command_line import call
 from scmoe.footprint import container
 from scmoe.lightning.strategy import ExpertParallelStrategy
+from scmoe.training.assembly.trainer import cpu_threads
 from scmoe.training.run import machine
 from scmoe.training.run.machine import check_machine, is_rank_zero
 from scmoe.training.run.wandb_logger import wandb_mode
+from tests.support.exports import dense, export
 
 pytestmark = [pytest.mark.faults, pytest.mark.representative]
 
@@ -79,6 +82,17 @@ def test_47_the_limit_of_memory_is_a_ranks_share(monkeypatch, tmp_path):
     assert machine.free_gib(one) == 0.75, "a quarter is in use; pages of files are given back"
     (tmp_path / "memory.max").write_text("max\n")
     assert machine.free_gib(one) > 1.0
+
+
+def test_47_a_machine_without_proc_is_measured_by_all_its_memory_and_cores(monkeypatch, tmp_path):
+    """As macOS is, whose Python has no sched_getaffinity either."""
+    one, two = (load("configs/debug.yaml", [f"trainer.devices={n}", "trainer.threads=null"]) for n in (1, 2))
+    free = machine.free_gib(one)
+    monkeypatch.setattr(container, "GROUP", tmp_path)
+    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert free <= machine.free_gib(one) == 2 * machine.free_gib(two)
+    assert (cpu_threads(one), cpu_threads(two)) == (os.cpu_count(), max(1, os.cpu_count() // 2))
 
 
 def test_48_a_step_of_hours_is_refused_by_the_limit_that_lifts(tmp_path, capsys):
@@ -157,11 +171,11 @@ def test_51_ranks_that_do_not_find_each_other_in_time_say_which_setting_to_raise
     strategy = ExpertParallelStrategy(timeout_s=11)
     monkeypatch.setattr(ExpertParallelStrategy.__mro__[1], "setup_environment", too_late)
     strategy._lightning_module = type("Module", (), {"trainer": type("T", (), {"callbacks": []})})()  # type: ignore
-    with pytest.raises(TimeoutError, match=r"within strategy\.timeout_s, 11 s, allowed: more than the slowest rank"):
+    with pytest.raises(TimeoutError, match=r"within 600 s; start all of them, .*; a larger strategy\.timeout_s"):
         strategy.setup_environment()
 
 
-# ---------------------------------------------------------------------- 52: folders
+# ---------------------------------------------------------------------- 52: folders, initial weights
 
 
 @pytest.mark.parametrize("key", ["runs_dir", "data.cache_dir"])
@@ -171,6 +185,23 @@ def test_52_a_folder_that_cannot_be_written_is_refused(key, tmp_path, capsys):
     for folder in ("/proc/nowhere", str(tmp_path / "file" / "below")):
         line = refusal(capsys, tmp_path, *text, f"{key}={folder}")
         assert f"{key} is '{folder[:40]}" in line and ", allowed: a folder that can be written: " in line
+
+
+def test_52_initial_weights_that_do_not_fit_are_refused_before_data_is_prepared(tmp_path, capsys):
+    """Of two ranks the other one is not started either."""
+    (tmp_path / "data.txt").write_text("It was a bright cold day, and the clocks were striking.\n" * 200)
+    (tmp_path / "no.safetensors").write_text("nothing")
+    (tmp_path / "hf").mkdir()
+    export(dense("gpt"), tmp_path / "other.safetensors")
+    text = ("data.name=text", f"data.path={tmp_path}/data.txt", f"data.cache_dir={tmp_path}/cache")
+    for kind, name in (
+        *(("scmoe", "nowhere.safetensors"), ("scmoe", "no.safetensors"), ("scmoe", "other.safetensors")),
+        *(("hf", "nowhere"), ("hf", "hf")),
+    ):
+        weights = f"init_from={kind}:{tmp_path / name}"
+        line = refusal(capsys, tmp_path, *text, "data.vocab_size=300", "trainer.devices=2", weights)
+        assert line.startswith("error: init_from is ")
+        assert not (tmp_path / "cache").exists()
 
 
 # ---------------------------------------------------------------------- 53: variables of W&B

@@ -13,7 +13,9 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from scmoe.experiments.engine.ranks import run_ranks
@@ -88,31 +90,54 @@ def test_fault_08_the_random_states_of_python_and_numpy_are_restored_too(tmp_pat
     assert all(tiny_run.same(a, b) for (a,), (b,) in zip(resumed, uninterrupted, strict=True))
 
 
-def save_at(rank: int, world_size: int, folder: Path, batches: int) -> str:
-    """Returns the error of a save after this many of a step's two batches, or no text."""
-
-    class SaveAt(Callback):
-        def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if batch_idx + 1 == 2 + batches:
-                trainer.save_checkpoint(folder / "asked.ckpt")
-
-    config = tiny_run.tiny(world_size, "trainer.accumulate=2", "trainer.max_steps=3")
-    seed_everything(config)
-    trainer = build_trainer(config, [DataPosition(), SaveAt()], [])
-    try:
-        trainer.fit(build_module(config), build_datamodule(config))
-    except ValueError as error:
-        return str(error)
-    return ""
+STOPPED = 5  # batches after which the second training ends, inside its third step
 
 
-def test_fault_08_no_checkpoint_is_made_between_the_batches_of_a_step(tmp_path):
-    """Its gradients would be lost, and the resumed run would differ without an error."""
-    for said in run_ranks(save_at, 2, tmp_path, 1):
-        assert said.startswith("a checkpoint after 1 of the 2 batches of a step would lose their gradients, allowed: ")
-    assert not list(tmp_path.iterdir())
-    assert run_ranks(save_at, 2, tmp_path, 2) == ["", ""]
-    assert durable.verify(tmp_path / "asked.ckpt") == 2
+class Watch(Callback):
+    """Notes what is in a folder before each batch. stop_after: training stops after so many batches."""
+
+    def __init__(self, folder: Path, stop_after: int | None) -> None:
+        self.folder, self.stop_after = folder, stop_after
+        self.seen: list[list[str]] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.seen.append([path.name for path in self.folder.glob("*.ckpt")])
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.should_stop = self.stop_after == batch_idx + 1
+
+
+def saved_inside_steps(rank: int, world_size: int, folder: Path) -> tuple[list[list[str]], list[dict[str, Tensor]]]:
+    """Trains steps of two batches with a default ModelCheckpoint and a validation after the third batch. Returns what
+    is in its folder before each batch, and how three runs end: this one, one that resumes from its first checkpoint,
+    and one that stops inside a step."""
+    ends, watched = [], []
+    first = folder / "0" / "epoch=0-step=1.ckpt"
+    for i, resume_from, stop_after in ((0, None, None), (1, first, None), (2, None, STOPPED)):
+        config = tiny_run.tiny(world_size, "trainer.accumulate=2", "trainer.max_steps=4", "data.val_sequences=16")
+        seed_everything(config)
+        watched.append(Watch(folder / str(i), stop_after))
+        best = ModelCheckpoint(folder / str(i), save_top_k=-1)
+        trainer: Any = build_trainer(config, [DataPosition(), watched[-1], best], [])
+        trainer.val_check_interval, trainer.limit_val_batches = stop_after or 3, 1
+        trainer.fit(build_module(config), build_datamodule(config), ckpt_path=resume_from, weights_only=True)
+        ends.append(dict(tiny_run.tensors(trainer)))
+        ends[-1]["consumed"] = torch.tensor(trainer.datamodule.consumed_samples)
+        assert not trainer.strategy.checkpoints.postponed
+    return watched[0].seen, ends
+
+
+@pytest.mark.representative
+def test_fault_08_a_checkpoint_that_is_requested_inside_a_step_is_saved_at_its_end(tmp_path):
+    """Gradients are in no checkpoint. It has the name that the callback expects, and a run that resumes from it ends
+    as the uninterrupted one. A training that ends inside a step saves at its end."""
+    name = "epoch=0-step=1.ckpt"
+    for seen, (whole, resumed, _) in run_ranks(saved_inside_steps, 2, tmp_path):
+        assert [name in there for there in seen] == [False] * 4 + [True] * 4
+        assert tiny_run.same(whole, resumed)
+    assert durable.verify(tmp_path / "0" / name) == 2, "the step that was taken"
+    (last,) = (tmp_path / "2").iterdir()
+    assert (last.name, durable.verify(last)) == ("epoch=0-step=2.ckpt", 2)
 
 
 def fit_steps(rank: int, world_size: int, folder: Path, steps: int, resume_from: Path | None) -> None:

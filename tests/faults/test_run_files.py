@@ -15,12 +15,14 @@ from safetensors import safe_open
 from scmoe.config.extras import scmoe
 from scmoe.config.load import load
 from scmoe.experiments.engine.command_line import call
-from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.experiments.engine.ranks import RankError, run_ranks
+from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.durable import verify
 from scmoe.runs.seen import SeenRun
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_trainer
+from scmoe.training.run.resume import resumption
 from tests.support.commands import command_here, resume_in_ranks, train_in_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]
@@ -177,3 +179,22 @@ def test_40_only_rank_0_writes_into_the_run_directory(tmp_path):
         first, second = run_ranks(written, 2, tmp_path, verb, arguments)
         assert any(path.endswith("state.json") or ".tmp-state.json" in path for path in first), "the hook sees writes"
         assert second == set()
+
+
+# ---------------------------------------------------------------------- 5: a damaged checkpoint
+
+
+def test_05_a_damaged_checkpoint_is_read_once_and_set_aside(run_dir, monkeypatch):
+    """Choosing the checkpoint reads no file, as each rank does it. Loading finds the damage, and the next resumption
+    takes the one before it. The error says how."""
+    damaged = run_dir / "checkpoints" / LEFT[1]
+    shard = next(damaged.glob("shard*"))
+    shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "fingerprint", lambda path: pytest.fail(f"{path} is read"))
+        assert resumption(run_dir, ["trainer.devices=1", "trainer.max_steps=4"])[1].checkpoint == damaged
+    with pytest.raises(RankError, match=r"BrokenCheckpoint: .*is damaged") as caught:
+        resume_in_ranks(1, str(run_dir), "trainer.devices=1", "trainer.max_steps=4")
+    assert scmoe("resume", run_dir) in str(caught.value)
+    assert saved(run_dir) == LEFT[:1] and len(list((run_dir / "set-aside").iterdir())) == 1
+    assert resumption(run_dir, ["trainer.devices=1", "trainer.max_steps=4"])[1].checkpoint.name == LEFT[0]

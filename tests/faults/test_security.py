@@ -104,6 +104,18 @@ assert train.train(config, overrides)["steps"] == 2
 """
 
 
+@pytest.mark.representative
+@pytest.mark.parametrize(
+    ("name", "holds_a_key"),
+    [
+        *[(name, True) for name in ("A_TOKEN", "DB_PASSWD", "db_pwd", "MY_CREDENTIALS", "AWS_ACCESS_KEY_ID")],
+        *[(name, False) for name in ("PWD", "OLDPWD", "A_KEYBOARD")],
+    ],
+)
+def test_33_a_variable_that_holds_a_key_is_known_by_its_name(name, holds_a_key):
+    assert redact.redacted("/home/me/work", {name: "/home/me/work"}) == ("*****" if holds_a_key else "/home/me/work")
+
+
 def test_33_text_that_is_no_key_is_not_redacted():
     """Such texts are a snapshot's folder, a commit's short name, a short value, a variable that holds no key."""
     for text in ("/hub/snapshots/" + "0123456789" * 4 + "/model", "0123456789abcdef", "a short word", "hf_hub"):

@@ -6,16 +6,21 @@ float32: sums of another order differ by 1e-6 of the largest logit; the bound is
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file, save_file
 
 import scmoe
 from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.datamodules.tokenizer import make_tokenizer
+from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.saving import write_whole
 from scmoe.runs.hf_config import hf_config
@@ -124,27 +129,115 @@ def test_the_tokenizer_gives_the_same_ids(words, tmp_path):
     assert loaded.eos_token_id == tokenizer.end_of_text == theirs(tmp_path / "hf").config.eos_token_id
 
 
-def test_the_registered_class_generates_trains_and_refuses_padding_on_the_left(tmp_path):
-    exported("moe.architecture=scmoe", tmp_path, tokenizer=make_tokenizer("bpe", 300, [TEXT]))
-    model, start = theirs(tmp_path / "hf"), ids()[:, :4]
-    given = {"input_ids": start, "attention_mask": torch.ones_like(start)}  # as a tokenizer returns them
-    written = model.generate(**given, max_new_tokens=5, do_sample=False, eos_token_id=None)
-    expected = start
-    with torch.inference_mode():
-        for _ in range(5):
-            expected = torch.cat([expected, model.model(expected).logits_BSV[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(written, expected)
-    model(ids(), labels=ids()).loss.backward()
-    assert all(p.grad is not None for p in model.parameters())
-    mask = torch.ones(2, LENGTH, dtype=torch.int64)
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("words", ["moe.architecture=scmoe", f"{LLAMA} moe.architecture=dgmoe moe.noisy=false"])
+def test_padding_on_the_left_changes_no_token(words, use_cache, tmp_path):
+    """Each text of a batch continues as alone, and as the network itself says without a cache. In float64."""
+    exported(words, tmp_path)
+    model, lengths, new, seen = theirs(tmp_path / "hf").double(), (2, 6, 4), 6, []
+    texts = [ids()[0, :length] for length in lengths]
+    padded = torch.stack([torch.nn.functional.pad(text, (max(lengths) - len(text), 0)) for text in texts])
+    mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+    how = {"max_new_tokens": new, "do_sample": False, "use_cache": use_cache}
+    model.model.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    together = model.generate(padded, attention_mask=mask.long(), **how)[:, max(lengths) :]
+    assert seen == ([max(lengths)] + [1] * (new - 1) if use_cache else [*range(max(lengths), max(lengths) + new)])
+    assert len(set(together.flatten().tolist())) > 6
+    for row, text in enumerate(texts):
+        expected = text[None]
+        with torch.inference_mode():
+            for _ in range(new):
+                expected = torch.cat([expected, model.model(expected).logits_BSV[:, -1:].argmax(-1)], dim=1)
+        assert torch.equal(together[row], expected[0, len(text) :])
+        assert torch.equal(model.generate(text[None], attention_mask=torch.ones(1, len(text)), **how), expected)
+
+
+def test_the_registered_class_is_saved_and_refuses_what_it_does_not_read(tmp_path):
+    exported("moe.architecture=scmoe", tmp_path)
+    model, mask = theirs(tmp_path / "hf"), torch.ones(2, LENGTH, dtype=torch.int64)
     mask[0, -3:] = 0
-    assert torch.isfinite(model(ids(), attention_mask=mask).logits[0, :-3]).all()
-    with pytest.raises(ValueError, match="padding before tokens"):
-        model(ids(), attention_mask=mask.flip(1))
+    with torch.inference_mode():
+        alone = model(ids()[:1, :-3]).logits[0]
+        assert_close(model(ids(), attention_mask=mask).logits[0, :-3], alone, 1e-5)
+        assert len(model(ids(), return_dict=False)) == 1 and model(ids(), logits_to_keep=1).logits.shape[1] == 1
+    static = transformers.StaticCache(config=model.config, max_cache_len=LENGTH)
+    for wrong in (
+        {"position_ids": ids()},
+        {"inputs_embeds": ids()},
+        {"attention_mask": mask[:, 1:]},
+        {"cache": static},
+    ):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            model(ids(), **wrong)
     model.save_pretrained(tmp_path / "again")
     again = scmoe.load(tmp_path / "again")
     for name, p in model.model.named_parameters():
         assert torch.equal(p, again.get_parameter(name)), name
+
+
+def test_weights_that_a_folder_lacks_are_drawn_as_for_a_training(tmp_path):
+    exported("moe.architecture=scmoe", tmp_path)
+    whole, file = theirs(tmp_path / "hf"), tmp_path / "hf" / "model.safetensors"
+    fresh = transformers.AutoModelForCausalLM.from_config(whole.config)
+    assert fresh.model.tokens.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert fresh(ids(), labels=ids()).loss.item() == pytest.approx(math.log(300), abs=0.1)
+    weights, gone = load_file(file), "model.blocks.0.moe.experts.w_in_eDF"
+    del weights[gone]
+    save_file(weights, file, {"format": "pt"})
+    read = dict(theirs(tmp_path / "hf").named_parameters())
+    assert read.pop(gone).std().item() == pytest.approx(0.02, rel=0.1)
+    for name, p in read.items():
+        assert torch.equal(p, whole.get_parameter(name)), name
+
+
+def test_losses_of_accumulated_batches_add_up_to_that_of_one_batch(tmp_path):
+    """transformers' Trainer gives the number of labels of all batches, and does not divide by the number of batches."""
+    exported("moe.architecture=scmoe", tmp_path)
+    model, labels = theirs(tmp_path / "hf").double(), ids().clone()
+    labels[0, :5] = -100
+    model(ids(), labels=labels).loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    assert model.accepts_loss_kwargs
+    parts = [
+        model(row[None], labels=own[None], num_items_in_batch=torch.tensor(LENGTH - 5 + LENGTH - 1)).loss
+        for row, own in zip(ids(), labels, strict=True)
+    ]
+    sum(parts).backward()
+    assert sum(parts).item() == pytest.approx(model(ids(), labels=labels).loss.item())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], msg=name)
+
+
+def test_the_load_balance_loss_is_added_where_router_logits_are_asked_for(tmp_path):
+    exported("moe.architecture=scmoe moe.load_balance_coef=0.5", tmp_path)
+    model = theirs(tmp_path / "hf")
+    stats = model.model(ids()).stats
+    balance = load_balance_loss(stats, integer_sums(stats)).item()
+    plain, found = model(ids(), labels=ids()), model(ids(), labels=ids(), output_router_logits=True)
+    assert plain.aux_loss is None and found.aux_loss.item() == pytest.approx(balance)
+    assert found.loss.item() == pytest.approx(plain.loss.item() + 0.5 * balance)
+    model.config.output_router_logits, model.config.router_aux_loss_coef = True, 2.0
+    assert model(ids(), labels=ids()).loss.item() == pytest.approx(plain.loss.item() + 2 * balance)
+
+
+@pytest.mark.parametrize("words", ["moe.architecture=scmoe moe.top_k=2", "moe.architecture=dense"])
+def test_the_model_card_says_what_the_model_is_and_loads_it(words, tmp_path):
+    words += " data.name=text data.path=/home/somebody/texts"
+    model, kind = exported(words, tmp_path, tokenizer=make_tokenizer("bpe", 300, [TEXT]))
+    card = tmp_path / "hf" / "README.md"
+    _, head, text = card.read_text().split("---\n")
+    assert yaml.safe_load(head)["library_name"] == "transformers" and "license" not in yaml.safe_load(head)
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in text and "for 3 of 200" in text
+    assert ("2 of 6 experts" in text) == (kind == "scmoe") and "somebody" not in card.read_text()
+    (code,), (settings,) = (re.findall(f"```{name}\n(.*?)```", text, re.DOTALL) for name in ("python", "yaml"))
+    assert yaml.safe_load(settings)["model"]["dim"] == 16 and ("import scmoe.hf" in code) == (kind == "scmoe")
+    names: dict[str, Any] = {}
+    exec(code.replace("FOLDER", str(tmp_path / "hf")), names)
+    assert names["model"].config.model_type == kind and names["tokenizer"].eos_token_id is not None
+    card.write_text("edited")
+    write_folder(tmp_path / "step=3.ckpt", tmp_path / "hf", config_of(words))
+    assert card.read_text() == "edited"
 
 
 def test_init_from_reads_mixtral_and_qwen2_moe(tmp_path):

@@ -104,7 +104,7 @@ def folder(tmp_path_factory):
 
 
 def run(command, folder):
-    """Returns what the command prints on standard output."""
+    """Returns what the command prints on standard output and on standard error."""
     env = {
         name: value
         for name, value in os.environ.items()
@@ -116,7 +116,7 @@ def run(command, folder):
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=250, env=env)
         code, out, err = done.returncode, done.stdout, done.stderr
     assert code == 0, f"{command}\n{out}\n{err}"
-    return out
+    return out, err
 
 
 def test_the_quickstart_is_three_commands():
@@ -136,17 +136,17 @@ def test_every_command_runs(command, folder):
     """Commands run in the order of the pages: resume and generate use the newest run."""
     words = SHORT.get(command, shlex.split(command))
     if words[0] == "make" and command not in (*AS_WRITTEN, *ELSEWHERE):
-        (line,) = run(["make", "--dry-run", *words[1:]], folder).splitlines()
+        (line,) = run(["make", "--dry-run", *words[1:]], folder)[0].splitlines()
         words = shlex.split(line)
-    out = run(words, folder)
-    assert SAYS.get(command, "") in out
+    out, err = run(words, folder)
+    assert SAYS.get(command, "") in out + err
     assert out.strip(), "the command prints nothing"
 
 
 @pytest.mark.parametrize("command", commands("docs/benchmarks.md"))
 def test_every_benchmark_has_a_target(command, folder):
     words = shlex.split(command, comments=True)
-    assert "experiments." in run([words[0], "--dry-run", *words[1:]], folder)
+    assert "experiments." in run([words[0], "--dry-run", *words[1:]], folder)[0]
 
 
 def test_every_logged_metric_is_in_the_table(folder):

@@ -39,7 +39,7 @@ def test_every_row_of_every_table_has_results(reproduced):
 
 
 def test_costs_and_time_left_are_said_before_a_table_begins(reproduced):
-    lines = reproduced[1].out.splitlines()
+    lines = reproduced[1].err.splitlines()
     assert (
         len([line for line in lines if re.match(r"table\d at smoke: \d+ runs of \d+ rows, about 15 s, in ", line)]) == 7
     )

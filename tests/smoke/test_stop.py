@@ -42,11 +42,11 @@ def test_12_a_run_that_is_stopped_saves_and_exits_with_the_signals_code(tmp_path
         else:
             for rank in ranks:
                 os.kill((run.pid, other)[rank], signal.SIGTERM)
-        out, _ = run.communicate(timeout=PATIENCE_S)
+        out, err = run.communicate(timeout=PATIENCE_S)
     finally:
         run.kill()
-    assert run.returncode == (130 if ranks == "ctrl-c" else 143), out
-    assert f"to continue: {scmoe('resume', tmp_path)}" in out.splitlines()[-1]
+    assert run.returncode == (130 if ranks == "ctrl-c" else 143), err
+    assert f"to continue: {scmoe('resume', tmp_path)}" in err and not out
     checkpoints = tmp_path / "latest" / "checkpoints"
     step = verify(newest_good(checkpoints))
     assert [path.name for path in checkpoints.iterdir()] == [f"step={step}.ckpt"]

@@ -112,7 +112,7 @@ def test_limits_end_a_run_and_shorten_validations(tmp_path):
 def test_a_run_without_validation_says_so(tmp_path):
     done = train(tmp_path, "trainer.limit_val_batches=0", "trainer.profile_steps=null")
     assert done.summary["val_loss"] is None and done.summary["steps"] == 4
-    assert "none, as trainer.limit_val_batches is 0" in done.out
+    assert "none, as trainer.limit_val_batches is 0" in done.err
     assert not column(run_dir(done), "val/loss")
     assert set(checkpoints(run_dir(done))) == {"step=4.ckpt"}
 
@@ -125,7 +125,7 @@ def test_a_text_run_with_split_weights_in_half_precision_ends_with_samples(tmp_p
     folder = run_dir(train(tmp_path, *text, *split, ranks=2))
     (folder / "summary.json").unlink()
     done = resume_in_ranks(2, str(folder))
-    assert done.summary["steps"] == 4 and "│ sample" in done.out, done.err
+    assert done.summary["steps"] == 4 and "│ sample" in done.err, done.err
 
 
 def test_overfitting_repeats_the_first_batches_also_when_it_is_resumed(tmp_path):
@@ -192,9 +192,13 @@ def test_tensorboard_gets_the_metrics_or_is_refused(tmp_path):
         assert "logger.tensorboard is True, allowed: false, as TensorBoard is not installed" in done.err
         pytest.skip("tensorboard is not installed (extra `tensorboard`)")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     folder = run_dir(done)
     found = EventAccumulator(str(folder / "tensorboard"))
     found.Reload()
     logged = {event.step: event.value for event in found.Scalars("train/loss")}
     assert logged == pytest.approx(column(folder, "train/loss"))
+    content = found.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    values = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert (values["optim.lr"].number_value, values["moe.architecture"].string_value) == (1e-3, "scmoe")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,7 @@ def test_the_last_line_is_the_summary(trained):
     summary = trained[0].summary
     assert list(summary) == [*SUMMARY.split(), "val_accuracy", "data", "images_per_s"]
     assert summary["bits_per_byte"] is None and summary["unigram_bits_per_byte"] is None, "images have no bytes"
-    assert summary["perplexity"] == pytest.approx(math.exp(summary["val_loss"]), rel=1e-6)  # float32
+    assert summary["perplexity"] is None, "images have no next token"
     assert summary["tokens_per_s"] == pytest.approx(64 * summary["images_per_s"]), (
         "16 x 16 pixels have 64 patches of 2 x 2"
     )

@@ -45,7 +45,7 @@ def scenario(folder: Path) -> None:
     from scmoe.training.callbacks.expert_load import draw_load
     from scmoe.training.run import train as run
     from scmoe.training.run import wandb_logger
-    from scmoe.training.run.loggers import build_loggers, close_loggers, log_results
+    from scmoe.training.run.loggers import build_loggers, close_loggers, log_inputs, log_results
     from scmoe.training.run.resume import resumption
 
     def training(server: WandbServer, name: str, *overrides: str, run_dir: Path | None = None) -> dict[str, Any]:
@@ -93,6 +93,7 @@ def scenario(folder: Path) -> None:
             run_dir = there / str(i)
             run_dir.mkdir()
             loggers = build_loggers(load(None, ["logger.mode=online", *words]), run_dir, None)
+            log_inputs(loggers, load(None, ["data.tokenizer=/home/me/tokenizer.json"]), {"data": "a", "tokenizer": "b"})
             log_results(loggers, 7, ["a text", "another"], there / "load.png")
             close_loggers(loggers)
         runs = [asdict(run) for run in server.runs.values()]
@@ -152,6 +153,10 @@ def column(run: dict[str, Any], metric: str) -> list[Any]:
     return [row[metric] for row in run["history"] if metric in row]
 
 
+def of_type(report: dict[str, Any], *types: str) -> list[dict[str, Any]]:
+    return [artifact for artifact in report["artifacts"] if artifact["type"] in types]
+
+
 def best_of(report: dict[str, Any]) -> float:
     return min(column(report["runs"][0], "val/bits_per_byte"))
 
@@ -184,12 +189,22 @@ def test_samples_arrive_as_a_table_and_the_load_as_a_picture(reports):
     run, _ = reports["described"]["runs"]
     assert run["summary"]["samples"]["_type"] == "table-file" and run["summary"]["samples"]["nrows"] == 2
     assert run["summary"]["moe/expert_load"]["_type"] == "image-file"
-    assert {artifact["type"] for artifact in reports["described"]["artifacts"]} == {"run_table"}
+    assert len(of_type(reports["described"], "run_table")) == 2
+
+
+def test_the_data_and_the_tokenizer_arrive_as_names_and_hashes(reports):
+    for artifact in of_type(reports["described"], "dataset", "tokenizer"):
+        assert artifact["committed"] and artifact["files"] == [f"{artifact['type']}.json"], "none of the text"
+    data, tokenizer = of_type(reports["described"], "dataset", "tokenizer")[:2]
+    assert (data["name"], data["metadata"]) == ("dataset-sotu", {"name": "sotu", "subset": None, "content": "a"})
+    assert (tokenizer["name"], tokenizer["metadata"]["content"]) == ("tokenizer-tokenizer.json", "b")
+    (of_run,) = of_type(reports["online"], "dataset")
+    assert of_run["metadata"]["name"] == "synthetic" and of_run["metadata"]["content"]
 
 
 def test_the_best_checkpoint_arrives_as_a_model(reports):
-    (artifact,) = reports["online"]["artifacts"]
-    assert (artifact["type"], artifact["committed"]) == ("model", True)
+    (artifact,) = of_type(reports["online"], "model")
+    assert artifact["committed"]
     assert "best" in artifact["aliases"]
     checkpoint = Path(
         reports["online"]["summary"]["run_dir"], "checkpoints", f"best-step={artifact['metadata']['step']}.ckpt"
@@ -217,9 +232,9 @@ def test_an_offline_run_is_synced_completely(reports):
         assert arrived[key] == online[key]
     assert column(arrived, "train/loss") == column(online, "train/loss")
     assert column(arrived, "val/loss") == column(online, "val/loss")
-    (artifact,) = report["artifacts"]
-    assert (artifact["type"], artifact["committed"]) == ("model", True)
-    assert artifact["files"] == sorted(reports["online"]["artifacts"][0]["files"])
+    for kind in ("model", "dataset"):
+        (artifact,), (of_online,) = of_type(report, kind), of_type(reports["online"], kind)
+        assert artifact["committed"] and artifact["files"] == sorted(of_online["files"])
 
 
 def result(report: dict[str, Any]) -> dict[str, Any]:

@@ -35,8 +35,9 @@ class Done(NamedTuple):
 
     @property
     def summary(self) -> dict[str, Any]:
+        """What a verb gives to other programs: standard output, which is JSON alone."""
         assert self.code == 0, self.err
-        return json.loads(self.out.splitlines()[-1])
+        return json.loads(self.out)
 
 
 def run(*arguments: str, **variables: str) -> Done:

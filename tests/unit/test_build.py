@@ -9,9 +9,10 @@ from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.datamodules.tokenizer import make_tokenizer
 from scmoe.runs.on_ranks import config_without_training
-from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.assembly.data import build_datamodule, prepare_data
 from scmoe.training.assembly.model import build_model_on_meta, build_module
 from scmoe.training.run.printout import count_parameters, total_and_active
+from scmoe.training.run.train import doubts
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(
@@ -102,3 +103,15 @@ def test_a_module_can_be_sent_to_a_spawned_process():
     module.configure_model()
     total, _ = total_and_active(count_parameters(build_model_on_meta(config)))
     assert sum(p.numel() for p in module.parameters()) == total
+
+
+def test_what_a_user_has_hardly_meant_is_said(tmp_path):
+    """A warm-up that does not end, and more ids than a tokenizer of this text can have. The text repeats a line."""
+    (tmp_path / "a.txt").write_text("It was a bright cold day, and the clocks were striking.\n" * 400)
+    words = ["data.name=text", f"data.path={tmp_path}", f"data.cache_dir={tmp_path}/cache", "trainer.max_steps=9"]
+    found = []
+    for vocabulary, warmup in ((257, 9), (4096, 10)):
+        config = load(None, [*words, f"data.vocab_size={vocabulary}", f"optim.warmup_steps={warmup}", "data.seq_len=8"])
+        prepare_data(data := build_datamodule(config))
+        found.append([text.partition(" is ")[0] for text in doubts(config, data)])
+    assert found == [[], ["optim.warmup_steps", "data.vocab_size"]]

@@ -31,7 +31,7 @@ def test_a_collapsed_layer_is_named_once_with_its_expert_and_share():
     alarm, sums = CollapseAlarm(), window([25, 25, 25, 25], [5, 5, 80, 10])
     assert alarms(alarm, sums, PATIENCE - 1) == []
     (line,) = alarms(alarm, sums, 1)
-    assert line.startswith("MoE layer 2 of 2: the router has collapsed, expert 2 gets 80% of the tokens (fair: 25%)")
+    assert line.startswith("MoE layer 1: the router has collapsed, expert 2 gets 80% of the tokens (fair: 25%)")
     assert alarms(alarm, window([25, 25, 25, 25], [25, 25, 25, 25]), 1) == alarms(alarm, sums, 3 * PATIENCE) == []
 
 
@@ -102,5 +102,5 @@ def train(steps: int, rigged: bool) -> list[str]:
 def test_a_run_with_a_rigged_router_warns_in_one_line():
     assert train(PATIENCE + 3, rigged=False) == []
     (line,) = train(PATIENCE + 3, rigged=True)
-    assert line.startswith("MoE layer 2 of 2: the router has collapsed, expert 0 gets 100% of the tokens")
+    assert line.startswith("MoE layer 1: the router has collapsed, expert 0 gets 100% of the tokens")
     assert "\n" not in line

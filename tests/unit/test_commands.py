@@ -12,6 +12,7 @@ import pytest
 from scmoe import __version__
 from scmoe.config.extras import scmoe
 from scmoe.experiments.engine.command_line import VERBS, app_of, call
+from scmoe.experiments.table import Options
 
 ROOT = Path(__file__).parents[2]
 SUBVERBS = [("bench", what) for what in ("layer", "overlap", "growth", "guard", "generation", "inference", "timeline")]
@@ -74,6 +75,19 @@ def test_what_no_verb_can_mean_is_refused_in_one_line(words, capsys):
     assert call(*words.split()) == 2
     said = capsys.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 1) and words.split()[-1].upper() in said.err.upper()
+
+
+@pytest.mark.parametrize("verb", ["generate", "evaluate", "export", "resume"])
+def test_a_missing_run_is_asked_for_by_example(verb, capsys):
+    assert call(verb) == 2
+    assert "runs/latest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("table", "table3"), ("reproduce",)])
+def test_a_scale_that_no_table_has_is_refused_before_packages_are_imported(words, capsys, monkeypatch):
+    monkeypatch.setattr(Options, "request", None)  # it imports torch
+    assert call(*words, "--scale", "nonsense") == 2
+    assert "--scale is 'nonsense', allowed for table" in capsys.readouterr().err
 
 
 OF_TABLE = "options=Options(scale='small', jobs=None, seeds=None, from_=[PosixPath('a'), PosixPath('b')], to=None)"

@@ -138,6 +138,8 @@ def test_the_error_for_a_typo_names_the_key_and_the_nearest_key():
     assert refusal(None, "optim.lrr=1") == "command line: unknown key 'optim.lrr', did you mean optim.lr?"
     assert "did you mean optim.lr?" in refusal(None, "lr=1")
     assert "did you mean moe.top_k?" in refusal(None, "model.top_k=1")
+    assert refusal(None, "schedule=foo").endswith("allowed: auto or a mapping of keys to values")
+    assert refusal(None, "name=").endswith("name is '', allowed: a text that is not empty")
 
 
 @pytest.mark.parametrize(("key", "overrides"), IMPOSSIBLE, ids=[overrides for _, overrides in IMPOSSIBLE])
@@ -185,7 +187,7 @@ def test_possible_combination_passes(overrides):
         ("name=???", "name is '???'"),
         ("_target_=os.system", "unknown key '_target_'"),
         ("moe._target_=os.system", "unknown key 'moe._target_'"),
-        ("name=${oc.env:HOME}", "name is '${oc.env:HOME}', allowed: str; no interpolation"),
+        ("name=${oc.env:HOME}", "name is '${oc.env:HOME}', allowed: a text that is not empty; no interpolation"),
         ("logger.tags=[a, '${oc.env:HOME}']", "logger.tags is ['a', '${oc.env:HOME}']"),
     ],
 )

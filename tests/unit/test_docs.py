@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,3 +154,12 @@ def test_a_wrong_name_is_found(tmp_path):
         "moe/none.py",
         "scmoe/*.txt",
     ]
+
+
+@pytest.mark.parametrize("name", ["load_export.py", "load_hf.py"])
+def test_an_example_without_its_export_says_in_one_line_how_to_write_it(name, tmp_path, monkeypatch):
+    if name == "load_hf.py":
+        pytest.importorskip("transformers", reason="transformers is not installed (extra `hf`)")
+    monkeypatch.setattr(sys, "argv", [name, str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match=r"^.*none does not exist\. Write it with: make export.*$"):
+        runpy.run_path(str(ROOT / "docs/examples" / name), run_name="__main__")

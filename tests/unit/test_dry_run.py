@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from scmoe.experiments.dryrun.counted_step import check, dry_run
 from scmoe.experiments.dryrun.counting import Counting
 from scmoe.experiments.dryrun.dry_runs import load_for
 from scmoe.experiments.dryrun.estimated import estimate
+from scmoe.experiments.engine.command_line import call
 
 TINY, RANKS, SAMPLES = "configs/model/gpt3_moe_xl_tiny.yaml", 16, 8
 CASES = {
@@ -60,6 +63,17 @@ def test_counting_equals_torchs_tracker_where_its_hooks_hold_nothing():
             model(x).sum().backward()
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     assert counting.peak.total() == peak > 128 * 64 * 4
+
+
+def test_a_config_for_cpus_is_dry_run_with_all_slots_and_the_command_says_so(capsys):
+    assert call("dryrun", "configs/debug.yaml") == 0
+    alone = capsys.readouterr()
+    assert call("dryrun", "configs/debug.yaml", "moe.rows=slots") == 0
+    asked = capsys.readouterr()
+    assert json.loads(alone.out) == json.loads(asked.out)
+    assert "rank 0 of 1 ranks" in alone.err, "it is said before the work begins"
+    assert "moe.rows=slots" in alone.err and "moe.rows=slots" not in asked.err
+    assert call("dryrun", "configs/debug.yaml", "moe.rows=filled") == 2, "it is not what was asked for"
 
 
 @pytest.mark.parametrize(

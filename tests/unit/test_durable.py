@@ -5,6 +5,8 @@ import errno
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ FILES = {"meta.json": b'{"lr": 0.1}', "shard-1.safetensors": bytes(range(200)), 
 
 
 def write(path, step, files=FILES):
-    partial = durable.partial_path(path, "0123abcd")
+    partial = durable.partial_path(path, durable.new_token())
     partial.mkdir(parents=True)
     for name, content in files.items():
         (partial / name).write_bytes(content)
@@ -73,8 +75,24 @@ class Killed(BaseException):
     """This is not an Exception, so `except Exception` does not catch it."""
 
 
+def can_exchange(folder):
+    """Returns whether two names can be exchanged in this folder."""
+    one, other = folder / "one", folder / "other"
+    one.mkdir(), other.mkdir()
+    exchanged = durable.exchange(one, other)
+    one.rmdir(), other.rmdir()
+    return exchanged
+
+
 def test_a_kill_at_any_call_leaves_the_old_or_the_new_checkpoint(tmp_path, monkeypatch):
-    """The kill comes at every file operation of a commit over an existing checkpoint, one after the other."""
+    """The kill comes at every file operation of a commit over an existing checkpoint, one after the other, by an
+    exchange of names (if there is one here) and by two renames."""
+    kill_at_any_call(tmp_path / "exchange", monkeypatch)
+    monkeypatch.setattr(durable, "exchange", lambda one, other: False)
+    kill_at_any_call(tmp_path / "renames", monkeypatch)
+
+
+def kill_at_any_call(tmp_path, monkeypatch):
     calls = 0
 
     def count(function, deadline):
@@ -93,6 +111,7 @@ def test_a_kill_at_any_call_leaves_the_old_or_the_new_checkpoint(tmp_path, monke
         with monkeypatch.context() as patch:
             for name in ("rename", "fsync", "open"):
                 patch.setattr(os, name, count(getattr(os, name), deadline))
+            patch.setattr(durable, "exchange", count(durable.exchange, deadline))
             patch.setattr(shutil, "rmtree", count(shutil.rmtree, deadline))
             patch.setattr(builtins, "open", count(open, deadline))
             try:
@@ -197,6 +216,121 @@ def test_a_checkpoint_whose_disk_fails_is_named_and_passed_over(tmp_path, monkey
         assert durable.newest_good(tmp_path).name == "step=1.ckpt"
 
 
+def test_the_name_of_a_replaced_checkpoint_is_never_missing(tmp_path, monkeypatch):
+    """Lightning's ckpt_path="last" would start from the beginning at such a moment."""
+    if not can_exchange(tmp_path):
+        pytest.skip("this file system cannot exchange two names")
+    write(tmp_path / "last.ckpt", 1)
+    rename, seen = os.rename, []
+    monkeypatch.setattr(os, "rename", lambda a, b: (rename(a, b), seen.append((tmp_path / "last.ckpt").exists())))
+    write(tmp_path / "last.ckpt", 2)
+    assert all(seen) and durable.verify(tmp_path / "last.ckpt") == 2
+
+
+def test_new_folders_are_durable(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(durable, "sync", synced.append)
+    durable.make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir() and set(synced) == {tmp_path, tmp_path / "a"}
+
+
+def another_process_writes(path, step):
+    """Begins a checkpoint in another process, which waits. Returns that process and the partial directory."""
+    lines = "import sys; from pathlib import Path; from scmoe.parallel.checkpoint import durable"
+    lines += "\npartial = durable.partial_path(Path(sys.argv[1]), durable.new_token())"
+    lines += "\npartial.mkdir(); print(partial, flush=True); sys.stdin.read()"
+    given = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writer = subprocess.Popen([sys.executable, "-c", lines, str(path)], **given)
+    return writer, Path(writer.stdout.readline().strip())
+
+
+def test_two_writers_of_one_folder_leave_each_others_checkpoints_alone(tmp_path):
+    """Also between the two renames of the other one. Once it is killed, its leftovers are removed."""
+    write(tmp_path / "theirs.ckpt", 1)
+    writer, partial = another_process_writes(tmp_path / "theirs.ckpt", 2)
+    try:
+        moved = tmp_path / partial.name.replace(".tmp-", ".old-")
+        os.rename(tmp_path / "theirs.ckpt", moved)
+        write(tmp_path / "mine.ckpt", 3)
+        durable.sweep(tmp_path, "theirs.ckpt")
+        assert sorted(os.listdir(tmp_path)) == sorted([partial.name, moved.name, "mine.ckpt"])
+    finally:
+        writer.kill()
+        writer.communicate()
+    durable.sweep(tmp_path, "mine.ckpt")
+    assert sorted(os.listdir(tmp_path)) == ["mine.ckpt", "theirs.ckpt"]
+    assert durable.verify(tmp_path / "theirs.ckpt") == 1
+
+
+def test_what_another_machine_writes_is_swept_if_it_is_replaced_or_a_day_old(tmp_path):
+    names = {name: f".{name}.ckpt.tmp-0123abcd-00000000-1-1" for name in ("mine", "fresh", "old")}
+    for name in names.values():
+        (tmp_path / name).mkdir()
+    os.utime(tmp_path / names["old"], (1, 1))
+    durable.sweep(tmp_path, "mine.ckpt")
+    assert os.listdir(tmp_path) == [names["fresh"]]
+
+
+def test_links_and_files_are_removed_and_replaced(tmp_path, monkeypatch):
+    """`save_last="link"` makes links. Nothing that a link points to changes."""
+    write(tmp_path / "a.ckpt", 1)
+    for way in ("exchange", "renames"):
+        for name, target in (("link.ckpt", "a.ckpt"), ("dangling.ckpt", "nowhere")):
+            (tmp_path / name).symlink_to(target)
+        (tmp_path / "file.ckpt").write_text("")
+        for name in ("link.ckpt", "dangling.ckpt", "file.ckpt"):
+            write(tmp_path / name, 2)
+            assert durable.verify(tmp_path / name) == 2, way
+            durable.remove(tmp_path / name)
+        monkeypatch.setattr(durable, "exchange", lambda one, other: False)
+    (tmp_path / "link.ckpt").symlink_to("a.ckpt")
+    (tmp_path / "dangling.ckpt").symlink_to("nowhere")
+    (tmp_path / "file.ckpt").write_text("")
+    for name in ("link.ckpt", "dangling.ckpt", "file.ckpt"):
+        durable.remove(tmp_path / name)
+    assert os.listdir(tmp_path) == ["a.ckpt"] and durable.verify(tmp_path / "a.ckpt") == 1
+
+
+def test_what_nfs_keeps_of_a_removed_file_does_not_break_a_checkpoint(tmp_path):
+    write(tmp_path / "a.ckpt", 1)
+    (tmp_path / "a.ckpt" / ".nfs000000000001").write_bytes(b"shard")
+    assert durable.verify(tmp_path / "a.ckpt") == 1
+
+
+def test_a_checkpoint_of_one_file_is_of_another_strategy(tmp_path):
+    (tmp_path / "one.ckpt").write_bytes(b"PK")
+    with pytest.raises(durable.BrokenCheckpoint, match="another strategy"):
+        durable.verify(tmp_path / "one.ckpt")
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o022])
+def test_a_replaced_file_has_the_rights_that_the_umask_leaves(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with durable.replacing(tmp_path / "a") as partial:
+            partial.unlink()  # as a writer does that renames a file of its own
+            os.close(os.open(partial, os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_share_of_the_files_is_read_and_all_sizes_are_compared(tmp_path, monkeypatch):
+    """Ranks verify a checkpoint together: each file is read once."""
+    for step in (1, 2):
+        write(tmp_path / f"step={step}.ckpt", step)
+    path, fingerprint, read = tmp_path / "step=2.ckpt", durable.fingerprint, []
+    monkeypatch.setattr(durable, "fingerprint", lambda path: read.append(path.name) or fingerprint(path))
+    for rank in (0, 1):
+        assert durable.verify(path, slice(rank, None, 2)) == 2
+    assert sorted(read) == sorted(FILES)
+    read.clear()
+    os.truncate(path / "shard-2.safetensors", 5)
+    with pytest.warns(UserWarning, match=r"passed over: .*shard-2\.safetensors is damaged"):
+        assert durable.newest_good(tmp_path, share=durable.UNREAD).name == "step=1.ckpt"
+    assert read == []
+
+
 def test_sweeping_leaves_what_no_writer_has_named(tmp_path):
     mine = (".notes.tmp-2024", ".my.old-drafts", ".a.ckpt.tmp-0123ABCD", ".a.ckpt.old-0123abcd9", ".tmp-0123abcd")
     for name in mine:
@@ -207,5 +341,7 @@ def test_sweeping_leaves_what_no_writer_has_named(tmp_path):
     (tmp_path / ".a.ckpt.tmp-0123abcd").mkdir()
     write(tmp_path / "b.ckpt", 1)
     os.rename(tmp_path / "b.ckpt", tmp_path / ".b.ckpt.old-0123abcd")
-    durable.sweep(tmp_path)
+    durable.sweep(tmp_path, "a.ckpt")
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, ".b.ckpt.old-0123abcd"])
+    durable.sweep(tmp_path, "b.ckpt")
     assert sorted(os.listdir(tmp_path)) == sorted([*kept, "b.ckpt"])

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from scmoe.config.leaves import ConfigError
+from scmoe.datamodules.tokenizer import make_tokenizer
+from scmoe.inference.generate import generate
+from scmoe.inference.sampling import Sampling
+from scmoe.inference.stopping import Stopping
+from scmoe.runs.evaluate.kept_results import tasks_table
 from scmoe.runs.evaluate.own_tasks import CHOICES, NEAR, OWN_TASKS, cloze, next_sentence, sentences_of
-from scmoe.runs.evaluate.scoring import Score
+from scmoe.runs.evaluate.scoring import Score, Scorer
 from scmoe.runs.evaluate.tasks import Question, Task, read_task
+from tests.support.models import tiny, tiny_model
 from tests.support.sentences import DATA, NO_DATA, sentences
 
 SIX = {"piqa": 1838, "winogrande": 1267, "boolq": 3270, "arc_easy": 2376, "openbook_qa": 500, "math_qa": 2983}
@@ -66,10 +74,11 @@ def test_a_text_without_enough_sentences_is_refused():
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        (["{"], "line 1: JSONDecodeError"),
+        (["{"], "line 1: it is not JSON"),
         ([json.dumps(LINE), json.dumps(LINE | {"gold": 2})], r"line 2: .*gold is 2, allowed: 0 to 1"),
         ([json.dumps(LINE | {"choices": ["one"]})], "line 1: .*two or more texts"),
-        ([json.dumps({"query": "Why?"})], "line 1: KeyError"),
+        ([json.dumps({"query": "Why?"})], "line 1: choices is missing, allowed"),
+        (["[1]"], "line 1: a value has another form, allowed"),
         ([], "has 0 questions"),
     ],
 )
@@ -142,8 +151,6 @@ def test_where_beginnings_differ_the_end_is_scored():
 
 def test_a_context_and_its_answer_are_encoded_as_one_text():
     adapter = pytest.importorskip("scmoe.runs.evaluate.lm_eval_adapter", reason="needs the extra `eval`")
-    from scmoe.datamodules.tokenizer import make_tokenizer
-
     tokenizer = make_tokenizer("bpe", 400, TEXT)
     model = adapter.ModelOfRun(None, tokenizer)
     for context, answer in (
@@ -156,3 +163,85 @@ def test_a_context_and_its_answer_are_encoded_as_one_text():
         assert ids[0] == tokenizer.end_of_text
         assert np.array_equal(ids[1:], tokenizer.encode(context + answer))
         assert tokenizer.decode(ids[first:]) == (" " * context.endswith(" ") + answer)
+
+
+# ---------------------------------------------------------------------- lm-eval's own tasks
+
+CHOOSE = """
+task: choose
+dataset_path: json
+dataset_kwargs: {data_files: {validation: FOLDER/rows}}
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "{{query}}"
+doc_to_target: gold
+doc_to_choice: choices
+"""
+WRITE = """
+task: write
+dataset_path: json
+dataset_kwargs: {data_files: {validation: FOLDER/rows}}
+output_type: generate_until
+validation_split: validation
+doc_to_text: "{{query}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["STOP"], max_gen_toks: 6}
+metric_list: [{metric: exact_match}]
+"""
+
+
+def lm_eval_folder(folder: Path, rows: list[dict[str, object]]) -> Path:
+    (folder / "rows").write_text("\n".join(map(json.dumps, rows)))
+    for name, text in {"choose": CHOOSE, "write": WRITE, "lost": CHOOSE.replace("task: choose", "task: lost")}.items():
+        file = "rows" if name != "lost" else "none"
+        (folder / f"{name}.yaml").write_text(text.replace("FOLDER/rows", f"{folder}/{file}"))
+    return folder
+
+
+@pytest.fixture
+def adapter(tmp_path, monkeypatch):
+    """lm-eval's data sets are cached in the test's folder, and its own list, which takes seconds, is not read."""
+    adapter = pytest.importorskip("scmoe.runs.evaluate.lm_eval_adapter", reason="needs the extra `eval`")
+    manager = adapter.TaskManager
+    monkeypatch.setattr(adapter, "TaskManager", lambda **how: manager(**{**how, "include_defaults": False}))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return adapter
+
+
+def test_a_task_of_lm_eval_is_asked_under_its_own_name(adapter, tmp_path):
+    rows = [{"query": f"{i}?", "choices": ["aaaa", "bb"], "gold": int(i < 3)} for i in range(4)]
+    task = adapter.load_registered(["choose"], lm_eval_folder(tmp_path, rows))["choose"]
+    found = adapter.ask_all(Lookup(set()).model, [task], 3)
+    assert found.keys() == {"choose"}
+    assert (found["choose"]["accuracy"], found["choose"]["questions"], found["choose"]["of"]) == (1.0, 3, 4)
+    assert found["choose"]["interval"][0] == pytest.approx(0.025 ** (1 / 3))
+    assert tasks_table(found).row_count == 1
+
+
+def test_answers_that_the_model_writes_are_those_of_generate(adapter, tmp_path):
+    """In float64, for prompts of unequal length, and for one that is longer than the context."""
+    tokenizer = make_tokenizer("bpe", 300, TEXT)
+    network = tiny_model(tiny("data.vocab_size=300", "data.seq_len=16", "moe.capacity_factor=null")).eval()
+    prompts = [TEXT[0][:5], TEXT[1][:11], TEXT[2][:300]]
+    ids = [[tokenizer.end_of_text, *tokenizer.encode(prompt).tolist()][-10:] for prompt in prompts]
+    assert len(ids[2]) == 10 and len(ids[0]) < len(ids[1])
+    stopping = Stopping(6, frozenset({tokenizer.end_of_text}), decode=tokenizer.decode)
+    texts = [stopping.text(generate(network, [one], stopping, Sampling(temperature=0))[0].ids) for one in ids]
+    stop = texts[1][-1]
+    rows = [{"query": p, "answer": t.partition(stop)[0]} for p, t in zip(prompts, texts, strict=True)]
+    task_file = lm_eval_folder(tmp_path, rows) / "write.yaml"
+    task_file.write_text(task_file.read_text().replace('"STOP"', json.dumps(stop)))
+    model = adapter.ModelOfRun(Scorer(torch.no_grad()(network), 16, torch.device("cpu")), tokenizer)
+    task = adapter.load_registered(["write"], tmp_path)["write"]
+    found = adapter.ask_registered(model, task, None)["write"]
+    assert (found["accuracy"], found["judged_by"], found["questions"]) == (1.0, "exact_match", 3)
+    assert len(set(texts)) == 3, "the model says something"
+    for asked in ({"do_sample": True, "temperature": 1.0}, {"max_gen_toks": 16}):
+        with pytest.raises(ConfigError):
+            model.prompt("", asked)
+
+
+@pytest.mark.parametrize("name", ["lost", "nowhere"])
+def test_a_task_that_lm_eval_cannot_load_is_one_line(name, adapter, tmp_path):
+    with pytest.raises(ConfigError, match=rf"^.*{name}.*$"):
+        adapter.load_registered([name], lm_eval_folder(tmp_path, [LINE]))

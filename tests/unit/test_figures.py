@@ -118,7 +118,7 @@ def drawn(monkeypatch):
 def files(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Path]:
     """Runs the command and returns its files by suffix."""
     assert call("figure", *words) == 0
-    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    summary = json.loads(capsys.readouterr().out)
     assert summary["figure"] == int(words[0])
     return {Path(name).suffix: Path(name) for name in summary["files"]}
 
@@ -158,6 +158,23 @@ def test_charts_of_the_bench_are_readable(tmp_path, drawn):
     for figure in drawn:
         assert_readable(figure)
         assert_values_off_the_bars(figure)
+
+
+def test_the_limit_of_top2_is_drawn_at_rows_of_as_much_computation():
+    groups = speed_chart.speed_bars(report_of(0.52, tuple(ROWS)), "forward", None)
+    without = {name for name, bars in groups.items() if all(bar.limit is None for bar in bars)}
+    assert without == {speed_chart.name_of(row) for row in ("top1", "top3", "scmoe2") if row in ROWS}
+    assert all(bar.limit is not None for name, bars in groups.items() if name not in without for bar in bars)
+
+
+def test_the_headline_says_that_our_top2_is_pipelined_where_it_is(tmp_path, drawn):
+    report, prefill = report_of(0.52, tuple(ROWS)), json.loads(PREFILL.read_text())
+    for speedup in (0.9, 1.2):
+        report["rows"]["top2_pipelined"]["train_speedup"] = speedup
+        draw_headline({"training": report, "inference": prefill}, tmp_path / "h.png")
+        assert_readable(drawn[-1])
+    names = [figure.axes[0].get_yticklabels()[0].get_text() for figure in drawn]
+    assert names[0] == speed_chart.name_of("top2") != names[1]
 
 
 def test_the_share_of_a_pair_follows_from_that_of_the_module():

@@ -103,7 +103,7 @@ def test_the_estimate_of_activations_is_within_a_tenth_of_what_autograd_keeps(ca
     measured, model = kept_for_backward(config, precision)
     kept, recomputed = activations(model, 64, precision, recompute, on_gpu=False)
     split = Split(model, "replicated", 1, 1, 1, precision)
-    copies = sum(narrow_copies(split, stage, recompute) for stage in stages(model, 64, precision, False, "replicated"))
+    copies = sum(narrow_copies(split, stage, recompute) for stage in stages(model, 64, precision, False))
     estimate = SAMPLES * kept + copies
     assert abs(estimate / measured - 1) < 0.1
     assert (recomputed > 0) == recompute

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 
+from scmoe.models.units import exact_parameters
 from tests.support.models import assert_close, gradients, tiny, tiny_batch, tiny_model
 
 FAMILIES = {"gpt": (), "llama": ("model.family=llama", "model.kv_heads=1")}
@@ -38,3 +41,21 @@ def test_mixed_precision(config):
     assert (logits.float() - exact).norm() < 0.1 * exact.norm()
     logits.float().square().mean().backward()
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in gradients(model).values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_are_gathered_in_bfloat16_leave_the_residual_stream_in_float32(family):
+    """Sharded weights are. The stream through many blocks then rounds no more than with replicated weights."""
+    config = tiny(*FAMILIES[family], "moe.architecture=dense", "model.layers=24", "data.seq_len=64")
+    model, (ids, _) = tiny_model(config, torch.float32), tiny_batch(config)
+    gathered = deepcopy(model)
+    for p in {*gathered.parameters()} - exact_parameters(gathered):
+        p.data = p.data.bfloat16()
+    types = []
+    for module in (*gathered.blocks, gathered.norm):
+        module.register_forward_pre_hook(lambda _, inputs: types.append(inputs[0].dtype))
+    exact = model(ids).logits_BSV
+    with torch.autocast("cpu", torch.bfloat16):
+        sharded, replicated = ((m(ids).logits_BSV - exact).norm() for m in (gathered, model))
+    assert {*types} == {torch.float32}
+    assert sharded < 1.3 * replicated

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +21,17 @@ from scmoe.training.run.summary import resume_command
 from tests.support.commands import rows_of
 
 LONG = [f"moe.{key}=0.12345" for key in ("capacity_factor", "load_balance_coef", "z_loss_coef", "dropless_ceiling")]
+
+
+def test_a_run_starts_in_a_tree_with_a_change_that_is_not_utf8(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a"]
+    Path("latin.txt").write_text("a\n")
+    for command in (["init", "-q"], ["add", "latin.txt"], ["commit", "-qm", "before"]):
+        subprocess.run([*git, *command], check=True)
+    Path("latin.txt").write_bytes(b"\xe9\n")
+    run_dir = create_run_dir(tmp_path / "runs", "a", [], "")
+    assert "\n-a\n+\ufffd" in json.loads((run_dir / "env.json").read_text())["git_diff"]
 
 
 @pytest.mark.parametrize(

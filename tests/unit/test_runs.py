@@ -6,16 +6,19 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load, to_yaml
 from scmoe.experiments.engine.command_line import call
 from scmoe.experiments.studies import compare
 from scmoe.runs import seen as runs
-from scmoe.training.run.run_state import read_state, refuse_running, start_of, write_state
+from scmoe.training.run.run_state import SILENT_S, read_state, refuse_running, show_life, start_of, write_state
+from tests.support.pictures import assert_readable
 
 ROOT = Path(__file__).parents[2]
 METRICS = """step,train/loss,val/loss,time/tokens_per_s
@@ -66,6 +69,9 @@ def test_a_killed_run_is_cut(tmp_path):
         assert read_state(tmp_path) == "cut"
     (tmp_path / "state.json").write_text(json.dumps(kept | {"pid": ended.pid, "host": "elsewhere"}))
     assert read_state(tmp_path) == "running", "a process of another machine is not visible"
+    silent_since = time.time() - SILENT_S - 60
+    os.utime(tmp_path / "state.json", (silent_since, silent_since))
+    assert read_state(tmp_path) == "cut"
 
 
 def test_a_run_that_is_running_cannot_be_resumed_by_another_process(tmp_path):
@@ -82,6 +88,27 @@ def test_a_run_that_is_running_cannot_be_resumed_by_another_process(tmp_path):
         path.write_text(json.dumps(kept))
         other.communicate(b"\n")
     refuse_running(tmp_path)  # it has ended
+
+
+def test_a_run_that_another_machine_trains_cannot_be_resumed_until_it_is_silent(tmp_path):
+    write_state(tmp_path, "running")
+    path = tmp_path / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"host": "elsewhere"}))
+    with pytest.raises(ConfigError, match=rf"process {os.getpid()} on elsewhere is training {tmp_path}; stop it first"):
+        refuse_running(tmp_path)
+    silent_since = time.time() - SILENT_S - 60
+    os.utime(path, (silent_since, silent_since))
+    refuse_running(tmp_path)
+
+
+def test_a_living_run_touches_its_state(tmp_path, monkeypatch):
+    monkeypatch.setattr("scmoe.training.run.run_state.BEAT_S", 0.01)
+    write_state(tmp_path, "running")
+    os.utime(tmp_path / "state.json", (0, 0))
+    ended = show_life(tmp_path)
+    while (tmp_path / "state.json").stat().st_mtime == 0:
+        time.sleep(0.01)
+    ended.set()
 
 
 def test_a_process_that_has_ended_counts_as_gone_before_its_parent_asks():
@@ -162,10 +189,45 @@ def test_runs_are_compared(folder, capsys):
     assert "the configs are the same" in capsys.readouterr().out
 
 
+def test_every_run_of_a_comparison_is_seen(folder, tmp_path, monkeypatch):
+    """Curves that are equal do not hide each other, a curve of one point has a dot, and the legend is not cut off."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    changed = ("trainer.max_steps=4000", "optim.warmup_steps=1000", "data.global_batch_size=8", "data.workers=1")
+    run = make_run(folder, "debug/20261101-120005-f", "name=a_comparison_of_runs", *changed, "moe.position=pos3")
+    (run / "metrics.csv").write_text("".join(METRICS.splitlines(keepends=True)[:2]))
+    seen = [runs.open_run(str(path)) for path in (folder / "latest", folder / "latest", run)]
+    compare.draw(seen, "abc", tmp_path / "c.png")
+    assert_readable(figures[0])
+    first, twin, short = figures[0].axes[0].lines
+    assert (first.get_xydata() == twin.get_xydata()).all() and first.get_linestyle() != twin.get_linestyle()
+    assert len(short.get_xydata()) == 1 and short.get_marker() == "o"
+
+
 def test_a_run_without_metrics_can_be_compared(folder):
     empty = make_run(folder, "debug/20261101-130000-empty", state="running")
     os.remove(empty / "metrics.csv")
     assert call("compare", str(empty), str(folder / "latest"), "--out", str(folder / "c.png")) == 0
+
+
+def test_steps_that_are_saved_count_where_they_are_not_logged(folder):
+    cut = make_run(folder, "debug/20261101-130000-cut", state="cut")
+    (cut / "checkpoints/step=9.ckpt").mkdir(parents=True)
+    assert runs.open_run(str(cut)).steps == 9
+
+
+@pytest.mark.parametrize("verb", ["resume", "export"])
+def test_a_folder_that_is_no_run_is_named_as_what_it_is(verb, tmp_path, capsys):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text("{}")
+    for name, says in (
+        ("nowhere", "there is no folder "),
+        ("hf", "Hugging Face"),
+        ("", "has no whole last checkpoint"),
+    ):
+        assert call(verb, str(tmp_path / name)) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert says in line and str(tmp_path / name) in line
 
 
 @pytest.mark.parametrize("verb", ("runs", "compare"))

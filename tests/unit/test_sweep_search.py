@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from scmoe.config.load import load
 from scmoe.experiments.studies.sweep.search import Trial, bands, best, hopeless, propose, total
 from scmoe.experiments.studies.sweep.sweep_file import Sweep, read
 from scmoe.experiments.studies.sweep.sweep_report import draw, markdown, ranked, write_report
+from tests.support.pictures import assert_readable
 from tests.support.sweeps import GOOD
 
 LR = {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-1}
@@ -159,3 +161,19 @@ def test_a_chart_without_results_is_drawn(sweep_of, tmp_path):
     draw(sweep_of(), [], tmp_path / "chart.png")
     draw(sweep_of(), [trial(1, state="failed")], tmp_path / "chart.png")
     assert Path(tmp_path / "chart.png").exists()
+
+
+def test_a_failed_trial_stands_at_its_own_category(sweep_of, tmp_path, monkeypatch):
+    """Only the finished trial sets the range of numbers; a category has its place whether its trials fail or not."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    path = "scmoe:no-such-file/of/any/model"
+    sweep = sweep_of(method="grid", parameters={"init_from": {"values": [None, path]}})
+    states = {None: "finished", path: "failed"}
+    trials = [Trial(i, {}, {"init_from": value}, state, [3.0], 3) for i, (value, state) in enumerate(states.items())]
+    draw(sweep, trials, tmp_path / "chart.png")
+    (panel,) = figures[0].axes
+    (failed,) = [dots for dots in panel.collections if dots.get_label() == "failed"]
+    names = [label.get_text().replace("\n", "") for label in panel.get_xticklabels()]
+    assert names[round(failed.get_offsets()[0, 0])] == path
+    assert_readable(figures[0])

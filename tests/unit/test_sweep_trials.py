@@ -81,14 +81,14 @@ def test_a_failed_trial_is_marked_and_the_best_is_named(start, tmp_path):
     assert (best["trial"], best["val/loss"]) == (2, pytest.approx(1 / 6))
     assert [row["state"] for row in rows(tmp_path)] == ["finished", "finished", "failed", "finished"]
     assert rows(tmp_path)[2]["reason"] == "exit code 1: FloatingPointError: [no] number"
-    lines = done.err.splitlines()
+    lines = [line for line in done.err.splitlines() if line.startswith("trial ")]
     assert [line.split(":")[0] for line in lines] == [
         f"trial {i} of 4 {row['state']}" for i, row in enumerate(rows(tmp_path), 1)
     ]
     assert all("left" in line for line in lines[:-1]), "each line but the last shows the time that is left"
     again = end(start(project="mine"))
-    assert again.out.splitlines()[-1] == done.out.splitlines()[-1]
-    assert again.err.splitlines() == ["4 trials have ended already"]
+    assert again.out == done.out
+    assert again.err.splitlines()[0] == "4 trials have ended already"
     configs = sorted((tmp_path / "sweeps/s").glob("trial-*/*/config.yaml"))
     assert len(configs) == 4, "nothing was run twice"
     config = yaml.safe_load(configs[0].read_text())
@@ -115,7 +115,7 @@ def test_a_cut_sweep_is_resumed(signum, start, tmp_path):
     assert done.code == 128 + signum, done.err
     assert not alive(tmp_path)
     again = scmoe("sweep", tmp_path / "s.yaml", "--local", f"runs_dir={tmp_path}")
-    assert f"go on        {again}" in done.out.splitlines()
+    assert f"go on        {again}" in done.err.splitlines()
     assert [row["state"] for row in rows(tmp_path)] == ["finished", "cut"]
     before = list(first.glob("*/config.yaml")) + list(second.glob("*/config.yaml"))
     assert any(second.glob("*/checkpoints/*.ckpt"))
@@ -180,7 +180,7 @@ def test_a_metric_that_is_never_logged_ends_the_sweep_with_its_name(start):
 def test_a_sweep_with_only_failed_trials_is_an_error(start):
     done = end(start(parameters={"optim.lr": {"values": [1, 1.0]}}))
     assert done.code == 1
-    assert json.loads(done.out.splitlines()[-1]) == {"trials": 2, "finished": 0, "failed": 2, "best": None}
+    assert json.loads(done.out) == {"trials": 2, "finished": 0, "failed": 2, "best": None}
 
 
 def test_a_wrong_request_is_answered_in_one_line(capsys, monkeypatch):

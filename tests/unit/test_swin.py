@@ -106,6 +106,15 @@ def test_slots_change_no_bit(architecture):
         assert all(torch.equal(a, b) for a, b in zip(outcome(slot), first, strict=True)), slot
 
 
+def test_the_residual_stream_is_in_float32_under_autocast():
+    model, types = build_model(tiny("architecture=dense"), ParallelContext()), []
+    for module in (*model.blocks, model.norm):
+        module.register_forward_pre_hook(lambda _, inputs: types.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images().float())
+    assert {*types} == {torch.float32} and len(types) > 4
+
+
 def test_filler_is_routed_nowhere():
     """An image next to filler has the same logits as alone, even with a capacity; only its tokens are counted."""
     model = randomise(build_model(tiny("architecture=scmoe", "moe.capacity_factor=1"), ParallelContext()).double())

@@ -257,6 +257,7 @@ def test_a_field_that_is_newer_than_the_run_counts_unless_it_is_at_its_default(t
         "".join(line for line in to_yaml(config).splitlines(True) if "z_loss_coef" not in line)
     )
     assert same_config(tmp_path, config)
+    assert same_config(tmp_path, load(ROOT / "configs/debug.yaml", ["logger.group=another"])), "the same training"
     assert not same_config(tmp_path, load(ROOT / "configs/debug.yaml", ["moe.z_loss_coef=0.1"]))
 
 

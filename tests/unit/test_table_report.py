@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from random import Random
 
 import pytest
+from matplotlib.figure import Figure
 
 from scmoe.experiments.bench.pairs import USUAL_ROWS
 from scmoe.experiments.studies.job import State
+from scmoe.experiments.studies.table.chart import draw_differences, draw_equal_time, without_speed
 from scmoe.experiments.studies.table.equal_time import loss_at, step_reached
 from scmoe.experiments.studies.table.results import results
 from scmoe.experiments.studies.table.rows import load_table
@@ -61,6 +64,7 @@ def made(planned):
     by_name["scmoe-pos-2-cg-1-seed2"].job.state = State("failed", error="exit code 1: no memory")
     by_name["scmoe-pos-3-cg-1-seed3"].job.state = State("cut", seconds=3.0)
     runs[0].job.study.mkdir(exist_ok=True)
+    shutil.rmtree(runs[0].job.study / "speed", ignore_errors=True)
     return table, runs
 
 
@@ -85,7 +89,7 @@ def test_results(made):
 def test_files(made):
     table, runs = made
     paths = write_report(table, "smoke", runs, COMMAND)
-    assert [path.name for path in paths] == ["table.md", "results.json", "chart.png", "equal_time.png"]
+    assert [path.name for path in paths] == ["table.md", "results.json", "chart.png"], "no speed is measured"
     text, found = paths[0].read_text(), json.loads(paths[1].read_text())
     parts = text.partition("## Quality at equal time")
     assert parts[0].count("| ScMoE Pos-2, CG-1 |") == 2, "the row is in both of its groups"
@@ -93,7 +97,41 @@ def test_files(made):
     assert "Incomplete: ScMoE Pos-2, CG-1: 1 failed, 0 to run; ScMoE Pos-3, CG-1: 0 failed, 1 to run." in text
     assert "Spearman" in text
     assert found["rows"][0]["ours"]["n"] == 3
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[2:])
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+    write_speeds(runs[0].job.study, 0.52)
+    *_, at_equal_time = write_report(table, "smoke", runs, COMMAND)
+    assert at_equal_time.name == "equal_time.png" and at_equal_time.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interval_that_goes_on_beyond_the_scale_has_an_arrow(made, monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    table, runs = made
+    for run in runs:
+        run.job.state = (
+            state_of(5 + run.seed % 2 / 10 * (not run.row.is_baseline), run.digest) if run.seed < 3 else State()
+        )
+    found = results(table, "smoke", runs, COMMAND)
+    draw_differences(found, tmp_path / "chart.png")
+    compared = [row["minus_baseline"] for row in found["rows"] if row["minus_baseline"]]
+    assert all(minus["low"] < -1 and minus["high"] > 1 for minus in compared), "of two seeds with 0 and 0.1"
+    ours = figures[0].axes[1]
+    arrows = [line.get_marker() for line in ours.lines if line.get_marker() in "<>"]
+    assert arrows == ["<", ">"] * len(compared)
+    figures[0].canvas.draw()
+    assert "0" in [label.get_text() for label in ours.get_xticklabels()], "not 0.0000, which touches its neighbours"
+
+
+def test_a_row_without_a_speed_is_named_where_it_is_left_out(made, monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    table, runs = made
+    write_speeds(runs[0].job.study, 0.52)
+    found = results(table, "smoke", runs, COMMAND)
+    assert without_speed(found) == ["ScMoE Pos-2 (L0 Pos-1), CG-1"]
+    draw_equal_time(found, tmp_path / "chart.png")
+    assert "L0 Pos-1" in figures[0].get_suptitle()
+    assert "L0 Pos-1" in markdown(found).partition("## Quality at equal time")[2].partition("val_loss:")[0]
 
 
 def test_a_difference_is_decided_by_its_corrected_p(made):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from scmoe.config.leaves import ConfigError
+from scmoe.config.load import load
 from scmoe.experiments.studies.table.evaluations import Evaluations
 from scmoe.experiments.studies.table.make import Request, plan_table
 from scmoe.experiments.studies.table.rows import load_table
@@ -34,6 +35,13 @@ def test_runs_of_several_ranks_need_processes(tmp_path):
     with pytest.raises(ConfigError, match="--jobs is 0, allowed for runs of several ranks: 1 or more"):
         plan_table(load_table("table3", CONFIGS), request, print)
     assert plan_table(load_table("table3", CONFIGS), replace(request, jobs=1), print).jobs == 1
+
+
+def test_the_runs_of_a_table_are_a_group_of_wandb_unless_another_is_named(tmp_path):
+    table = load_table("table3", CONFIGS)
+    for words, group in (([], "table3-smoke"), (["logger.group=mine"], "mine")):
+        run = plan_runs(table, table.scales["smoke"], tmp_path / "table3-smoke", 1, words)[0]
+        assert run.config.logger.group == load(run.job.arguments[0], run.job.arguments[1:]).logger.group == group
 
 
 def test_a_run_with_extensions_is_resumed_and_evaluated_with_them(tmp_path):

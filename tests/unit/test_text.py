@@ -75,12 +75,13 @@ def test_hugging_face_rows_become_documents(tmp_path, monkeypatch):
     assert hugging_face(str(tmp_path / "rows"), None).content == source.content
 
 
-def test_cache_is_reused_for_equal_content_and_rebuilt_for_other(make, folder, tmp_path):
+def test_cache_is_reused_for_equal_content_and_rebuilt_for_other(make, folder, tmp_path, capsys):
     first = make().cache.folder
+    assert capsys.readouterr().err.count("preparing data: ") == 1, "it takes minutes, and without a terminal has no bar"
     built = (first / "header.json").stat().st_mtime_ns
     folder.rename(tmp_path / "moved")
     assert make(path=str(tmp_path / "moved")).cache.folder == first  # the text matters, not its path
-    assert (first / "header.json").stat().st_mtime_ns == built
+    assert (first / "header.json").stat().st_mtime_ns == built and "preparing" not in capsys.readouterr().err
     assert make(path=str(tmp_path / "moved"), vocab_size=310).cache.folder != first
     (tmp_path / "moved" / "c.md").open("a").write("one more line\n")
     assert make(path=str(tmp_path / "moved")).cache.folder != first

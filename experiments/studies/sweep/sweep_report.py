@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -18,6 +19,7 @@ from scmoe.experiments.studies.sweep.sweep_file import Sweep, words
 from scmoe.probes.charts import SMALL, WIDTH, chart, heading
 
 NUMBERED = 12  # up to this many trials, the chart shows their numbers
+LETTERS = 40  # of all categories of a panel, on one line
 COLORS = {"finished": "#1b6ca8", "stopped": "#8a817c", "failed": "#c1292e", "best": "#e09f3e"}
 LABELS = {"finished": "finished", "stopped": "stopped early", "failed": "failed"}
 
@@ -124,7 +126,7 @@ def _slice(panel: Axes, sweep: Sweep, trials: Sequence[Trial], name: str) -> Non
         label = f"best: trial {first.number}, {first.value:.4g}"
         dots([first], "best", label, s=190, marker="*", edgecolors="black", linewidths=0.6)
     panel.margins(0.08, 0.15)
-    low, high = panel.get_xlim() if judged else (-math.inf, math.inf)
+    low, high = panel.get_xlim() if judged and numeric else (-math.inf, math.inf)
     edge = panel.get_xaxis_transform()  # y from 0 to 1
     for i, t in enumerate(t for t in trials if t.state == "failed"):
         place = min(max(x(t), low), high)
@@ -133,10 +135,11 @@ def _slice(panel: Axes, sweep: Sweep, trials: Sequence[Trial], name: str) -> Non
         if place != x(t):  # it lies outside: its value is written, and the axis stays as wide as the others need
             text |= {"xycoords": edge, "ha": "right", "va": "center", "color": COLORS["failed"]}
             panel.annotate(f"{x(t):.3g} ", (place, 0.97), (-6, 0), **text)
-    if judged:
+    if judged and numeric:
         panel.set_xlim(low, high)
     if categories:
-        panel.set_xticks(range(len(categories)), categories)
+        letters = max(LETTERS // len(categories), 5)
+        panel.set_xticks(range(len(categories)), [fill(name, letters) for name in categories])
         panel.set_xlim(-0.5, len(categories) - 0.5)
     panel.set_xlabel(name)
     panel.grid(alpha=0.25)

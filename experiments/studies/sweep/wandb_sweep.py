@@ -44,7 +44,8 @@ def run_online(sweep: Sweep, say: Callable[[str], None]) -> tuple[str, int]:
     say(f"agents may join from other machines, each in its copy of this folder, with:\n    {join}")
     agent = [sys.executable, "-m", "wandb", "agent", "--forward-signals", sweep_path]
     places = [str(Path(sys.executable).parent), str(sweep.folder.absolute())]
-    process = subprocess.Popen(["/bin/sh", "-c", SETTINGS, *places, *agent], start_new_session=True)
+    command = ["/bin/sh", "-c", SETTINGS, *places, *agent]
+    process = subprocess.Popen(command, stdout=2, start_new_session=True)  # 2: standard error, for summaries of trials
     stopped: list[int] = []
 
     def stop(signum: int, _: Any) -> None:

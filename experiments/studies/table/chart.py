@@ -13,7 +13,7 @@ from scmoe.probes.charts import BLUE, GREEN, ORANGE, PAPER, SKY, SMALL, chart, h
 OURS, SEED = BLUE, SKY
 COLORS = (PAPER, ORANGE, OURS, GREEN)
 SHORT_NAME = 17  # letters that fit beside a chart on one line
-BEYOND = 1.6  # the scale reaches this many times as far as any seed; an interval of few seeds may be cut off there
+BEYOND = 1.6  # the scale reaches this many times as far as any seed; arrows show an interval that goes on
 
 
 def draw_differences(found: Mapping[str, Any], path: Path) -> None:
@@ -42,7 +42,10 @@ def draw_differences(found: Mapping[str, Any], path: Path) -> None:
             _draw_ours(ours, row["minus_baseline"], place, signed)
         farthest = max((abs(x) for row in rows for x in row["minus_baseline"]["by_seed"].values()), default=0.0)
         if farthest:
-            ours.set_xlim(-BEYOND * farthest, BEYOND * farthest)
+            edge = BEYOND * farthest
+            ours.set_xlim(-edge, edge)
+            for row, place in zip(rows, places, strict=True):
+                _mark_cut(ours, row["minus_baseline"], place, edge)
         _name_rows(panels[0], [row["name"] for row in rows])
         several = len({row["baseline"] for row in rows}) > 1
         baseline = "each row's baseline" if several else in_paper(rows[0]["baseline"])
@@ -66,6 +69,13 @@ def _draw_ours(axis: Axes, minus: Mapping[str, Any], place: float, signed: str) 
     _label(axis, signed.format(minus["mean"]), minus["mean"], place)
 
 
+def _mark_cut(axis: Axes, minus: Mapping[str, Any], place: float, edge: float) -> None:
+    """Draw an arrow at each end of an interval that lies beyond the edges of the scale."""
+    for end, x, marker in ((minus["low"], -edge, "<"), (minus["high"], edge, ">")):
+        if end is not None and abs(end) > edge:
+            axis.plot(x, place, marker, color=OURS, markersize=7, clip_on=False)
+
+
 def draw_equal_time(found: Mapping[str, Any], path: Path) -> None:
     """Draw each row's difference to its baseline in validation loss: at equal tokens, and at equal time by share."""
     columns = found["equal_time"]
@@ -87,7 +97,14 @@ def draw_equal_time(found: Mapping[str, Any], path: Path) -> None:
         axis.set_xlabel("validation loss minus the baseline's at the same time\nmean and interval; left is better")
         _plain(axis)
         _legend(figure, axis, ncols=1)
-        heading(figure, f"Quality at equal time, {found['scale']}\n{found['title']}")
+        left_out = [f"without a measured speed: {in_paper(name)}" for name in without_speed(found)]
+        heading(figure, "\n".join([f"Quality at equal time, {found['scale']}", found["title"], *left_out]))
+
+
+def without_speed(found: Mapping[str, Any]) -> list[str]:
+    """Return the rows of a table that its results at equal time leave out."""
+    there = found["equal_time"]["equal_tokens"]["rows"]
+    return [row["name"] for row in found["rows"] if row["name"] not in there]
 
 
 def form_of(unit: str) -> str:
@@ -117,6 +134,7 @@ def in_paper(name: str) -> str:
 def _plain(axis: Axes) -> None:
     axis.axvline(0, color="black", linewidth=0.8)
     axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.xaxis.set_major_formatter(lambda x, _: f"{round(x, 9) + 0:g}".replace("-", "\N{MINUS SIGN}"))
     axis.grid(axis="x")
     axis.spines["left"].set_visible(False)
     axis.tick_params(axis="y", length=0)

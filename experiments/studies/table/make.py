@@ -12,7 +12,7 @@ from scmoe.experiments.studies.job import Job, State, lock_of
 from scmoe.experiments.studies.table.copies import adopt, save
 from scmoe.experiments.studies.table.evaluations import Evaluations
 from scmoe.experiments.studies.table.launch import check_memory, write_launch_files
-from scmoe.experiments.studies.table.rows import Scale, Table
+from scmoe.experiments.studies.table.rows import Scale, Table, check_scale
 from scmoe.experiments.studies.table.speeds import measure_speeds
 from scmoe.experiments.studies.table.table_report import write_report
 from scmoe.experiments.studies.table.table_runs import Run, plan_runs, read_states
@@ -73,8 +73,7 @@ class Made:
 def plan_table(table: Table, request: Request, say: Callable[[str], None]) -> Plan:
     """Return the plan of a request. Raises ConfigError, in one line, for what cannot be honoured."""
     name = request.scale
-    if name not in table.scales:
-        raise ConfigError(f"--scale is {name!r}, allowed for {table.name}: {', '.join(table.scales)}")
+    check_scale(table, name)
     scale = table.scales[name]
     for row in table.rows:
         if row.speed is not None and row.speed not in ROWS:

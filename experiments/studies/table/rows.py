@@ -117,6 +117,12 @@ def load_table(name: str, root: Path | None = None) -> Table:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def check_scale(table: Table, scale: str) -> None:
+    """Raise ConfigError for a scale that the table does not have."""
+    if scale not in table.scales:
+        raise ConfigError(f"--scale is {scale!r}, allowed for {table.name}: {', '.join(table.scales)}")
+
+
 def _table(name: str, folder: Path, tree: Any) -> Table:
     check("", tree, TABLE, ("title", "metrics", "baseline", "scales", "rows"))
     metrics = tuple(_metric(key, entry) for key, entry in tree["metrics"].items())

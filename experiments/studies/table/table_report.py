@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from scmoe.experiments.studies.progress import clock
-from scmoe.experiments.studies.table.chart import draw_differences, draw_equal_time, form_of
+from scmoe.experiments.studies.table.chart import draw_differences, draw_equal_time, form_of, without_speed
 from scmoe.experiments.studies.table.results import results
 from scmoe.experiments.studies.table.rows import Table
 from scmoe.experiments.studies.table.statistics import FAR_DEVIATIONS, FAR_SHARE, POWER, rank_correlation
@@ -23,7 +23,7 @@ def write_report(table: Table, scale: str, runs: Sequence[Run], command: str) ->
     (folder / "table.md").write_text(markdown(found))
     draw_differences(found, folder / "chart.png")
     names = ["table.md", "results.json", "chart.png"]
-    if found["equal_time"]:
+    if len(found["equal_time"]) > 1:  # a speed has been measured
         draw_equal_time(found, folder / "equal_time.png")
         names.append("equal_time.png")
     return [folder / name for name in names]
@@ -173,6 +173,8 @@ def _equal_time(found: Mapping[str, Any]) -> list[str]:
                 cell += f" {minus['mean']:+.4f}, p {_p(minus)}"
             cells.append(cell)
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    if left_out := without_speed(found):
+        lines += ["", f"Left out, as the testbed has no such row to measure: {'; '.join(left_out)}."]
     return lines
 
 

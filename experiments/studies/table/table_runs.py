@@ -60,7 +60,9 @@ def plan_runs(table: Table, scale: Scale, folder: Path, seeds: int, overrides: S
     for number, (seed, row) in enumerate(product(range(1, seeds + 1), table.rows), 1):
         name = f"{row.slug}-seed{seed}"
         setting = scale.settings[row.setting] if row.setting is not None else ()
-        words = (*setting, *row.overrides, *overrides, f"name={name}", f"seed={seed}", f"runs_dir={folder / 'runs'}")
+        group = f"logger.group={folder.name}"  # of W&B; overrides may name another one
+        own_words = f"name={name}", f"seed={seed}", f"runs_dir={folder / 'runs'}"
+        words = (*setting, *row.overrides, group, *overrides, *own_words)
         config = load(scale.config, words)
         title = f"run {number} of {seeds * len(table.rows)} ({row.name}, seed {seed})"
         own = partial(same_config, config=config)
@@ -90,6 +92,7 @@ def read_states(runs: Sequence[Run]) -> None:
 
 
 def same_config(run_dir: Path, config: Config) -> bool:
-    """Is this a run of this config? A field that is newer than the run counts unless it is at its default."""
+    """Is this a run of this config, wherever it is logged? A field that is newer than the run counts unless it has its
+    default."""
     was = SeenRun(run_dir).config
-    return all(was[key] == value for key, value in flat(to_yaml(config)).items())
+    return all(was[key] == value for key, value in flat(to_yaml(config)).items() if not key.startswith("logger."))

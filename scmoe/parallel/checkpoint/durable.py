@@ -1,32 +1,52 @@
 """Writes a directory that is complete or absent, even if the writer is killed at any moment (faults 1-6).
 
 The directory is written under a hidden name in the same folder, sealed with a manifest of every file's size and
-SHA-256, and renamed. Readers check the seal. The next writer removes what a killed one has left.
+SHA-256, and renamed. Readers check the seal. The next writer removes what a killed one has left: the hidden name says
+which process writes.
 """
 
+import ctypes
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
+import time
 import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-ASIDE = re.compile(r"\.(.+)\.(old|tmp)-[0-9a-f]{8}")  # names given by `partial_path` and `commit`
+# names given by `partial_path` and `commit`; the last three groups are the machine, the process and its start
+ASIDE = re.compile(r"\.(.+)\.(old|tmp)-([0-9a-f]{8}(?:-([0-9a-f]{8})-(\d+)-(\d+))?)")
+UNREAD = slice(0)  # `verify` reads none of the files
+DAY_S = 86400
 
 
 class BrokenCheckpoint(ValueError):
     """A checkpoint differs from what was written; the message names the file."""
 
 
+def new_token() -> str:
+    """Return the end of a partial directory's name: 8 random digits, and this process."""
+    return f"{uuid.uuid4().hex[:8]}-{_machine()}-{os.getpid()}-{start_of(os.getpid()) or 0}"
+
+
 def partial_path(path: Path, token: str) -> Path:
-    """Return where a directory is written before it is renamed to `path`. token: 8 hexadecimal digits."""
+    """Return where a directory is written before it is renamed to `path`."""
     return path.parent / f".{path.name}.tmp-{token}"
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; each is durable."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync(path.parent)
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
@@ -38,12 +58,28 @@ def commit(partial: Path, path: Path, step: int, files: dict[str, dict[str, Any]
     """Seal `partial` and rename it to `path`. files: name and fingerprint of all files in it."""
     write_durably(partial / MANIFEST, _seal({"step": step, "files": files}))
     sync(partial)
-    old = path.parent / f".{path.name}.old-{uuid.uuid4().hex[:8]}"
-    if path.exists():
+    old = partial
+    if not os.path.lexists(path):
+        os.rename(partial, path)
+    elif not exchange(partial, path):
+        old = path.parent / partial.name.replace(f".{path.name}.tmp-", f".{path.name}.old-")
         os.rename(path, old)  # killed here, `sweep` puts it back
-    os.rename(partial, path)
+        os.rename(partial, path)
     sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if old.is_symlink() or old.is_file():
+        old.unlink()
+    else:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange two names at once. Return False where the system, or this file system, cannot do that."""
+    at_working_directory, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):
+        return False
+    return bool(rename(at_working_directory, os.fsencode(one), at_working_directory, os.fsencode(other), both) == 0)
 
 
 @contextmanager
@@ -51,22 +87,29 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield the path of a new file beside `path`, which it replaces at the end, and not if writing it fails."""
     partial = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the process's umask says; safetensors would let only this user read it
         yield partial
-        partial.chmod(0o644)  # so that other users can read it
+        partial.chmod(mode)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def verify(path: Path) -> int:
-    """Read all files and return the step. BrokenCheckpoint: one is missing, added, cut, changed or cannot be read."""
+def verify(path: Path, share: slice = slice(None)) -> int:
+    """Read all files and return the step. BrokenCheckpoint: one is missing, added, cut, changed or cannot be read.
+
+    share: which of the files, in the order of their names, are read; of the others only the size is compared."""
     manifest = read_manifest(path)
     present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
+    present = {name for name in present if not Path(name).name.startswith(".nfs")}  # NFS keeps what a reader holds open
     if odd := sorted(present ^ manifest["files"].keys()):
         raise BrokenCheckpoint(f"{path / odd[0]} is {'not of this checkpoint' if odd[0] in present else 'missing'}")
+    read = sorted(manifest["files"])[share]
     for name, expected in manifest["files"].items():
         try:
-            whole = (path / name).stat().st_size == expected["bytes"] and fingerprint(path / name) == expected
+            whole = (path / name).stat().st_size == expected["bytes"]
+            whole = whole and (name not in read or fingerprint(path / name) == expected)
         except OSError as error:
             raise BrokenCheckpoint(f"{path / name} cannot be read: {error.strerror}") from error
         if not whole:
@@ -76,6 +119,11 @@ def verify(path: Path) -> int:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """Return {"step", "files"} of a checkpoint. BrokenCheckpoint: it has no manifest, or a damaged one."""
+    if path.is_file():
+        raise BrokenCheckpoint(
+            f"{path} is one file, which another strategy of Lightning has saved; ExpertParallelStrategy reads only the "
+            "directories that it has saved itself. Load the file's state_dict into the module before fit instead"
+        )
     if not (path / MANIFEST).is_file():
         raise BrokenCheckpoint(f"{path} is not a complete checkpoint: it has no {MANIFEST}")
     try:
@@ -97,11 +145,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return [*folder.glob("*.ckpt"), *moved]
 
 
-def newest_good(folder: Path, prefix: str = "") -> Path:
+def newest_good(folder: Path, prefix: str = "", share: slice = slice(None)) -> Path:
     """Return the complete checkpoint of the latest step; a warning names each broken one. Ranks may call it at once.
 
-    prefix: of the names to choose from. Manifests say which is the newest. All files are read of that one only, or of
-    the next one if it is broken.
+    prefix: of the names to choose from. Manifests say which is the newest. Files are read of that one only, or of the
+    next one if it is broken. share: as in `verify`.
     FileNotFoundError: there is none.
     """
     found = []
@@ -114,7 +162,7 @@ def newest_good(folder: Path, prefix: str = "") -> Path:
             warnings.warn(f"passed over: {error}", stacklevel=2)
     for _, _, path in sorted(found, reverse=True):
         try:
-            verify(path)
+            verify(path, share)
         except BrokenCheckpoint as error:
             warnings.warn(f"passed over: {error}", stacklevel=2)
         else:
@@ -123,23 +171,58 @@ def newest_good(folder: Path, prefix: str = "") -> Path:
 
 
 def remove(path: Path) -> None:
-    """Remove a directory, if there is one. If killed meanwhile, it leaves no incomplete one under this name."""
-    if not path.exists():
-        return
-    aside = partial_path(path, uuid.uuid4().hex[:8])
-    os.rename(path, aside)
-    shutil.rmtree(aside)
+    """Remove a directory, if there is one. If killed meanwhile, it leaves no incomplete one under this name. Of a link
+    only the link itself is removed."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        aside = partial_path(path, new_token())
+        os.rename(path, aside)
+        shutil.rmtree(aside)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed writers left in `folder`, and restore what one had moved aside."""
-    for aside, name in _asides(folder, "old"):
-        if (folder / name).exists():
-            shutil.rmtree(aside)
-        else:
-            os.rename(aside, folder / name)
+def sweep(folder: Path, name: str = "") -> None:
+    """Remove what killed writers left in `folder`, and restore what one had moved aside. What another process still
+    writes stays. name: of the checkpoint that is written next."""
+    for aside, moved in _asides(folder, "old"):
+        if not _is_being_written(aside, name):
+            with suppress(OSError):  # its writer has meanwhile ended, or another process sweeps as well
+                if (folder / moved).exists():
+                    shutil.rmtree(aside)
+                else:
+                    os.rename(aside, folder / moved)
     for partial, _ in _asides(folder, "tmp"):
-        shutil.rmtree(partial)
+        if not _is_being_written(partial, name):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_being_written(aside: Path, name: str) -> bool:
+    """Return whether another process may still write it. A process of another machine cannot be seen from here: it
+    counts as ended if it wrote under the name that is written next, or changed nothing for a day."""
+    named = ASIDE.fullmatch(aside.name)
+    assert named is not None, "it is one of _asides"
+    if named[4] == _machine() and named[6] != "0":
+        return named[5] != str(os.getpid()) and start_of(int(named[5])) == named[6]
+    with suppress(OSError):
+        return named[1] != name and time.time() - aside.stat().st_mtime < DAY_S
+    return False
+
+
+def _machine() -> str:
+    """Return 8 digits for this host and its process ids; a container has its own ids, perhaps under the host's name."""
+    with suppress(OSError):
+        return hashlib.sha256(f"{platform.node()} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:8]
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def start_of(pid: int) -> str | None:
+    """Return when the process started, in clock ticks since boot; None if it does not exist or there is no /proc."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    state, *fields = stat.rpartition(")")[2].split()
+    return None if state in "ZX" else fields[18]  # Z: it has ended, and its parent has not read its exit code
 
 
 def _asides(folder: Path, kind: str) -> Iterator[tuple[Path, str]]:

@@ -52,7 +52,7 @@ def read_for_lightning(path: Path) -> dict[str, Any]:
     meta = read_meta(path)
     meta.pop("param_groups", None)
     weights = {name.removeprefix("model."): tensor for name, tensor in read_whole(path, "model.").items()}
-    weights |= {name: weights[first] for name, first in meta.pop("tied_weights", {}).items()}
+    weights |= {name: weights[first] for name, first in meta.pop("tied_weights", {}).items() if first in weights}
     return {**meta, "state_dict": weights}
 
 
@@ -65,21 +65,26 @@ def _fill(tensors: dict[str, Tensor], reader: HuggingFaceStorageReader) -> None:
 
 @torch.no_grad()
 def load_checkpoint(
-    path: Path, module: nn.Module, optimizers: Sequence[Optimizer], context: ParallelContext
+    path: Path, module: nn.Module, optimizers: Sequence[Optimizer], context: ParallelContext, strict: bool = True
 ) -> dict[str, Any]:
     """Read a checkpoint into the module and the optimizers and return the rest.
 
-    The key "rng_states" holds this rank's states, if as many ranks wrote as read. ValueError: no whole checkpoint, or
-    another model's.
+    strict: both must have the same tensors; if not, the others stay as they are. Each rank verifies its share of the
+    files. The key "rng_states" holds this rank's states, if as many ranks wrote as read. ValueError: no whole
+    checkpoint, or another model's.
     """
-    with context.same_error_on_all_ranks():
-        if context.rank == 0:
-            durable.verify(path)
-    meta = read_meta(path)
+    context.together(lambda: durable.verify(path, slice(context.rank, None, context.world_size)))
+    meta = WithoutTensors(read_meta(path))
     stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     wanted: dict[str, Tensor] = {f"model.{name}": t for name, t in model_state(module, context).items()}
-    check_same_model(path, wanted, _stored_shapes(stored))
+    there = _stored_shapes(stored)
+    if not strict:
+        wanted = {name: t for name, t in wanted.items() if name in there}
+        there = {name: there[name] for name in wanted}
+    check_same_model(path, wanted, there)
     groups = meta.pop("param_groups", [])
+    if optimizers and groups:
+        _check_same_groups(path, [optimizer.param_groups for optimizer in optimizers], groups)
     for i, (optimizer, saved_groups) in enumerate(zip(optimizers, groups, strict=False)):
         wanted.update(_allocate_state(f"optimizer_{i}", module, optimizer, stored, context))
         for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
@@ -90,6 +95,33 @@ def load_checkpoint(
         wanted |= {f"rng.{name}.{context.rank}": state for name, state in meta["rng_states"].items()}
     dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), process_group=context.checkpoint_group)
     return meta
+
+
+class WithoutTensors(dict[str, Any]):
+    """A checkpoint without its tensors, as `on_load_checkpoint` receives it."""
+
+    def __missing__(self, key: str) -> Any:
+        if key not in ("state_dict", "optimizer_states"):
+            raise KeyError(key)
+        raise ValueError(
+            f"on_load_checkpoint reads checkpoint[{key!r}], which ExpertParallelStrategy does not give: each rank has "
+            "read its part of the tensors in place before the hook. Change the module's weights in the hook instead, "
+            "or set strict_loading=False to load a checkpoint that lacks some of them"
+        )
+
+
+def _check_same_groups(path: Path, here: Sequence[Any], there: Sequence[Any]) -> None:
+    """Raise ValueError for other optimizers, or other numbers of parameter groups, than the checkpoint's."""
+    if len(here) != len(there):
+        numbers = f"{path} is of a training with {len(there)} optimizers, and configure_optimizers made {len(here)}"
+        raise ValueError(f"{numbers}. Make as many as there, or load only the weights")
+    for i, (groups, saved_groups) in enumerate(zip(here, there, strict=True)):
+        if len(groups) != len(saved_groups):
+            firsts = ", ".join(str(next(iter(group["params"]), "no weight")) for group in saved_groups)
+            raise ValueError(
+                f"{path} has {len(saved_groups)} parameter groups of optimizer {i}, which begin with {firsts}; here it "
+                f"has {len(groups)}. Make the same groups in configure_optimizers, or load only the weights"
+            )
 
 
 @torch.no_grad()
@@ -137,7 +169,8 @@ def _allocate_state(
             size, dtype = stored[key].size, stored[key].properties.dtype
             device = p.device if len(size) or steps_on_device else "cpu"
             like = size == p.shape or (p in shards and len(size) == p.dim() and size[1:] == p.shape[1:])
-            if like and dtype == stored[f"model.{name}"].properties.dtype:
+            weight = stored.get(f"model.{name}")
+            if like and weight is not None and dtype == weight.properties.dtype:
                 dtype = p.dtype  # moments have the type of their weight, which may be another one now
             value = torch.empty_like(p, dtype=dtype) if like else torch.empty(size, dtype=dtype, device=device)
             optimizer.state[p][key.removeprefix(start)] = value

@@ -4,7 +4,7 @@ At most one checkpoint of a run is being written, and none is removed before its
 """
 
 import json
-import uuid
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_checkpoint, read_whole
-from scmoe.parallel.checkpoint.state import FULL, META, set_rng_states, split, to_json
+from scmoe.parallel.checkpoint.state import FULL, META, set_rng_states, split, to_text
 from scmoe.parallel.mesh import ParallelContext
 
 DTYPES = {  # as safetensors calls them
@@ -45,18 +45,19 @@ class Saving:
         the end rank 0 merges all shards into one file, in its memory."""
         self.path, self.context, self.step, self.full = path, context, checkpoint["global_step"], full
         tensors, meta = split(checkpoint, context)
-        self.meta = json.dumps(to_json(meta))
-        token: list[Any] = [uuid.uuid4().hex[:8]]
+        token: list[Any] = [durable.new_token()]
         dist.broadcast_object_list(token, group=context.checkpoint_group)
         self.partial = durable.partial_path(path, token[0])
-        with context.same_error_on_all_ranks():
-            if context.rank == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                durable.sweep(path.parent)
-                self.partial.mkdir()
-        self.writer = _ShardWriter(self.partial)
-        save = dcp.async_save if background else dcp.save
-        with self._loudly():
+        self.meta = ""
+        with self._all_or_nothing():
+            with context.same_error_on_all_ranks():
+                if context.rank == 0:
+                    self.meta = to_text(meta)
+                    durable.make_folder(path.parent)
+                    durable.sweep(path.parent, path.name)
+                    self.partial.mkdir()
+            self.writer = _ShardWriter(self.partial)
+            save = dcp.async_save if background else dcp.save
             writing = save(tensors, storage_writer=self.writer, process_group=context.checkpoint_group)
         self.writing: Any = writing if background else None
 
@@ -69,28 +70,45 @@ class Saving:
 
         OSError, on every rank: for example, the disk is full; older checkpoints are still complete.
         """
-        with self._loudly():
+        with self._all_or_nothing():
             if self.writing is not None:
                 self.writing.result()
-        context = self.context
-        shares: list[dict[str, Any]] | None = [{}] * context.world_size if context.rank == 0 else None
-        dist.gather_object(self.writer.fingerprints, shares, group=context.checkpoint_group)
-        with context.same_error_on_all_ranks():
-            if shares is not None:
-                files = {name: fingerprint for share in shares for name, fingerprint in share.items()}
-                if self.full:
-                    _merge(self.partial)
-                    files = {FULL: durable.fingerprint(self.partial / FULL)}
-                durable.write_durably(self.partial / META, self.meta)
-                files[META] = durable.fingerprint(self.partial / META)
-                durable.commit(self.partial, self.path, self.step, files)
+            context = self.context
+            shares: list[dict[str, Any]] | None = [{}] * context.world_size if context.rank == 0 else None
+            dist.gather_object(self.writer.fingerprints, shares, group=context.checkpoint_group)
+            context.together(lambda: None if shares is None else self._seal(shares))
+
+    def _seal(self, shares: Sequence[dict[str, Any]]) -> None:
+        """Complete the checkpoint, on rank 0. shares: fingerprints of the files of each rank."""
+        files = {name: fingerprint for share in shares for name, fingerprint in share.items()}
+        sizes = {file.name: file.stat().st_size for file in self.partial.iterdir()}
+        for rank, share in enumerate(shares):
+            for name, fingerprint in share.items():
+                if sizes.get(name) != fingerprint["bytes"]:
+                    raise OSError(
+                        f"{self.path} could not be written: {name}, written by rank {rank}, is not there for rank 0; "
+                        "the folder must be on storage that all nodes share"
+                    )
+        if self.full:
+            _merge(self.partial)
+            files = {FULL: durable.fingerprint(self.partial / FULL)}
+        durable.write_durably(self.partial / META, self.meta)
+        files[META] = durable.fingerprint(self.partial / META)
+        durable.commit(self.partial, self.path, self.step, files)
 
     @contextmanager
-    def _loudly(self) -> Iterator[None]:
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Leave nothing behind an error, which every rank raises. A partial checkpoint would keep a full disk full."""
         try:
             yield
-        except dcp.CheckpointException as error:  # a BaseException, raised on every rank
-            raise OSError(f"{self.path} could not be written; older checkpoints are unchanged: {error}") from error
+        except dcp.CheckpointException as error:  # a BaseException
+            shutil.rmtree(self.partial, ignore_errors=True)
+            rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+            what = f"{self.path} could not be written; older checkpoints are unchanged"
+            raise OSError(f"{what}: rank {rank}: {type(cause).__name__}: {cause}") from None
+        except Exception:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            raise
 
 
 class Checkpoints:
@@ -99,6 +117,7 @@ class Checkpoints:
     def __init__(self, context: ParallelContext, background: bool, full: bool) -> None:
         self.context, self.background, self.full = context, background, full
         self.saving: Saving | None = None
+        self.postponed: dict[Path, bool] = {}  # to be saved once the step is taken; whether weights only
         self.asked_about: Saving | None = None  # the save that the last `is_writing` of all ranks was about
         self.outdated: list[Path] = []  # removed once the save that replaces them is complete
         self.rng_states: dict[str, Tensor] | None = None  # loaded and not yet restored
@@ -127,17 +146,20 @@ class Checkpoints:
             saving.finish()
             outdated, self.outdated = self.outdated, []
             for path in outdated:
-                self.remove(path)
+                if path not in self.postponed:
+                    self.remove(path)
 
     def remove(self, path: Path) -> None:
-        if self.saving is not None:
+        self.postponed.pop(path, None)
+        if self.saving is not None or self.postponed:
             self.outdated.append(path)
         elif self.context.rank == 0:
             durable.remove(path)
 
-    def load(self, path: Path, module: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+    def load(self, path: Path, module: nn.Module, optimizers: Sequence[Optimizer], strict: bool) -> dict[str, Any]:
         """Read tensors into the module and the optimizers and return the rest. ValueError: see `load_checkpoint`."""
-        state = load_checkpoint(path, module, optimizers, self.context)
+        self.finish()
+        state = load_checkpoint(path, module, optimizers, self.context, strict)
         self.rng_states = state.pop("rng_states", None)
         return state
 

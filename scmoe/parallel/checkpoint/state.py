@@ -9,8 +9,10 @@ A DTensor says which slice of a weight a rank holds. Nothing in these files can 
 when it is read.
 """
 
+import json
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from scmoe.parallel.dense_shards import local
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 META = "meta.json"
+MARKS = {"__tensor__", "__tuple__", "__items__"}  # keys by which `from_json` knows what is no JSON
 FULL = "all.safetensors"
 
 
@@ -97,16 +100,45 @@ def to_json(x: Any) -> Any:
     if isinstance(x, (list, tuple)):
         return [to_json(v) for v in x]
     if isinstance(x, dict):
-        if all(isinstance(k, str) for k in x):
+        if all(isinstance(k, str) for k in x) and not MARKS & x.keys():
             return {k: to_json(v) for k, v in x.items()}
-        return {"__items__": [[to_json(k), to_json(v)] for k, v in x.items()]}
+        return {"__items__": [[_key_to_json(k), to_json(v)] for k, v in x.items()]}
     if isinstance(x, Path):
         return str(x)
     raise TypeError(f"a checkpoint holds tensors and plain values, not {type(x).__name__}: {x!r:.80}")
 
 
+def _key_to_json(x: Any) -> Any:
+    return {"__tuple__": [_key_to_json(v) for v in x]} if isinstance(x, tuple) else to_json(x)
+
+
+def to_text(x: Any) -> str:
+    """Return the JSON text of `to_json`, which `from_json` can read. TypeError: as `to_json`, or it cannot be read."""
+    text = json.dumps(to_json(x))
+    json.loads(text, object_hook=from_json)
+    return text
+
+
+def check_can_be_saved(trainer: Any) -> None:
+    """Raise TypeError for hyper-parameters, or for state of a callback, that a checkpoint could not hold."""
+    states: dict[str, Any] = {}
+    for holder in (trainer.lightning_module, trainer.datamodule):
+        if holder is not None:
+            states[f"a hyper-parameter of {type(holder).__name__}"] = holder.hparams
+    for callback in trainer.callbacks:
+        with suppress(Exception):  # it may not have a state before the first step
+            states[f"the state of the callback {type(callback).__name__}"] = callback.state_dict()
+    for what, state in states.items():
+        try:
+            to_text(state)
+        except TypeError as error:
+            raise TypeError(f"{what} cannot be saved: {error}. Convert it, or leave it out") from error
+
+
 def from_json(x: dict[str, Any]) -> Any:
     """The object_hook for a text of `to_json`: called for each JSON object, the inner ones first."""
+    if "__tuple__" in x:
+        return tuple(x["__tuple__"])
     if "__tensor__" in x:
         dtype = getattr(torch, x["dtype"])
         assert isinstance(dtype, torch.dtype)

@@ -23,6 +23,7 @@ class ExpertGradientReducer:
 
     Buckets fill in reverse order of registration, which is roughly the order of backward. They are sent strictly in
     order, so that all ranks send them in the same order. While not `enabled`, gradients accumulate on this rank only.
+    A frozen shard is in no bucket; it may be frozen or unfrozen between steps, on all ranks together.
 
     pacer: sums over that group when rows leave its link free; None: full buckets are sent at once.
     """
@@ -31,18 +32,26 @@ class ExpertGradientReducer:
         self.context, self.enabled = context, True
         at_once: Callable[[Tensor], Any] = partial(dist.all_reduce, group=context.edp_group, async_op=True)
         self.start = pacer.start if pacer else at_once
-        bucket_mb = BUCKET_MB if pacer else 25.0  # as DDP's
-        self.buckets = list(_buckets([p for p in reversed(shards) if p.requires_grad], int(bucket_mb * 2**20)))
-        self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
-        self.hooks = []
-        for p in self.bucket_of:
-            self.hooks += [p.register_hook(self._scale), p.register_post_accumulate_grad_hook(self._ready)]
-        self._reset()
+        self.bucket_bytes = int((BUCKET_MB if pacer else 25.0) * 2**20)  # as DDP's
+        self.shards = [*reversed(shards)]
+        self.hooks: list[Any] = []
+        for p in self.shards:
+            trained = p.requires_grad
+            p.requires_grad_()  # else torch accepts no hooks
+            self.hooks.append(p.register_post_accumulate_grad_hook(self._ready))
+            if context.ep_size > 1:
+                self.hooks.append(p.register_hook(self._scale))
+            p.requires_grad_(trained)
+        self.listening = False
 
-    def _reset(self) -> None:
+    def _listen(self) -> None:
+        """Begin a backward pass."""
+        self.listening = True
+        self.buckets = list(_buckets([p for p in self.shards if p.requires_grad], self.bucket_bytes))
+        self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
         self.missing = [len(bucket) for bucket in self.buckets]
         self.in_flight: list[tuple[Any, Tensor, list[Tensor]]] = []
-        self.listening = False
+        call_after_backward(self._finish)
 
     def _scale(self, grad: Tensor) -> Tensor:
         return grad / self.context.ep_size
@@ -51,8 +60,7 @@ class ExpertGradientReducer:
         if not self.enabled or self.context.edp_size == 1:
             return
         if not self.listening:
-            self.listening = True
-            call_after_backward(self._finish)
+            self._listen()
         self.missing[self.bucket_of[p]] -= 1
         while len(self.in_flight) < len(self.buckets) and self.missing[len(self.in_flight)] == 0:
             self._launch(len(self.in_flight))
@@ -75,7 +83,7 @@ class ExpertGradientReducer:
             flat /= self.context.edp_size
             for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
                 g.copy_(mean.view_as(g))
-        self._reset()
+        self.listening = False
 
     def remove(self) -> None:
         for hook in self.hooks:

@@ -48,8 +48,8 @@ def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
         assert material is not None
         return measure(forward, model, material, config, device)
 
-    def of_its_dtype(inputs: Tensor, mask: Tensor) -> Any:
-        return model(plugin.convert_input(inputs), mask)
+    def of_its_dtype(inputs: Tensor, mask: Tensor | None, *rest: Any) -> Any:
+        return model(plugin.convert_input(inputs), mask, *rest)
 
     with ending_together(trainer), torch.inference_mode(), plugin.val_step_context():
         found = run_on_rank_zero(work, of_its_dtype, padding_of(config, device), module.parallel_context)

@@ -92,7 +92,8 @@ def tasks_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for name, task in tasks.items():
-        (low, high), one_answer = task["interval"], "" if task["one_answer"] is None else f"{task['one_answer']:.3f}"
-        numbers = f"{task['accuracy']:.3f}", f"{low:.3f} to {high:.3f}", f"{task['chance']:.3f}", one_answer
-        table.add_row(name, *numbers, f"{task['questions']:,} of {task['of']:,}", task["verdict"])
+        interval = "" if task["interval"] is None else "{:.3f} to {:.3f}".format(*task["interval"])
+        guesses = ("" if task[key] is None else f"{task[key]:.3f}" for key in ("chance", "one_answer"))
+        questions = "" if task["questions"] is None else f"{task['questions']:,} of {task['of']:,}"
+        table.add_row(name, f"{task['accuracy']:.3f}", interval, *guesses, questions, task["verdict"])
     return table

@@ -12,7 +12,7 @@ from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.runs.evaluate.held_out_text import Text, open_text
 from scmoe.runs.evaluate.own_tasks import OWN_TASKS
-from scmoe.runs.evaluate.tasks import Task, read_task
+from scmoe.runs.evaluate.tasks import Registered, Task, read_task
 from scmoe.training.assembly.data import build_datamodule, check_tokenizer, kept_data, prepare_data
 from scmoe.training.files import warn_once
 from scmoe.training.run.resume import Which
@@ -22,8 +22,9 @@ from scmoe.training.run.resume import Which
 class Request:
     """What to evaluate. tasks: names; None: those made from the text, if the run is on text.
 
-    folder: of the tasks' JSON lines. text: a file; None: the test split. stride: of the sliding window; None: half the
-    context. limit: questions of a task; None: all. overrides: `key=value`, of the keys that a resumed run may change.
+    folder: of the tasks' JSON lines, or of lm-eval's YAML files. text: a file; None: the test split. stride: of the
+    sliding window; None: half the context. limit: questions of a task; None: all. overrides: `key=value`, of the keys
+    that a resumed run may change.
     """
 
     which: Which = "last"
@@ -41,7 +42,7 @@ class Material:
 
     data: PositionedDataModule
     text: Text | None
-    tasks: list[Task]
+    tasks: list[Task | Registered]
     stride: int
     limit: int | None
 
@@ -72,19 +73,27 @@ def read_material(config: Config, weights: Path, request: Request) -> Material:
     return Material(data, text, tasks, stride, request.limit)
 
 
-def read_tasks(text: Text, request: Request) -> list[Task]:
-    """Return the tasks that are asked for. ConfigError: one is not there, or lm-eval is not installed."""
+def read_tasks(text: Text, request: Request) -> list[Task | Registered]:
+    """Return the tasks that are asked for. ConfigError: one or its data is not there, or lm-eval is not installed."""
     names = tuple(OWN_TASKS) if request.tasks is None else request.tasks
     if request.folder is not None and OWN_TASKS.keys() >= set(names):
         raise ConfigError(f"--data is {str(request.folder)!r}, allowed: with --tasks that names files of it")
     if names:
         require("--tasks (other than none)", "lm_eval")
-    tasks = []
+    files = [] if request.folder is None else [file.stem for file in request.folder.glob("*.jsonl")]
+    others = [name for name in names if name not in OWN_TASKS and name not in files]
+    registered = {}
+    if others:
+        from scmoe.runs.evaluate.lm_eval_adapter import load_registered  # here, as it needs the extra `eval`
+
+        registered = load_registered(others, request.folder)
+    tasks: list[Task | Registered] = []
     for name in names:
         if name in OWN_TASKS:
             tasks.append(OWN_TASKS[name](text.documents, text.name))
-        elif request.folder is None:
-            raise ConfigError(f"--tasks has {name!r}, allowed: {', '.join(OWN_TASKS)}, or others with --data FOLDER")
+        elif name in registered:
+            tasks.append(registered[name])
         else:
+            assert request.folder is not None
             tasks.append(read_task(name, request.folder))
     return tasks

@@ -15,8 +15,8 @@ from torch import Tensor
 from scmoe.parallel.mesh import ParallelContext
 
 T = TypeVar("T")
-Forward = Callable[[Tensor, Tensor], Any]
-"""Computes the model's output for (inputs, mask): its first entry is the logits."""
+Forward = Callable[..., Any]
+"""Computes the model's output for (inputs, mask, and what else it reads): its first entry is the logits."""
 
 
 def run_on_rank_zero(
@@ -33,11 +33,11 @@ def run_on_rank_zero(
         return None
     in_step = True
 
-    def forward(inputs: Tensor, mask: Tensor) -> Any:
+    def forward(inputs: Tensor, mask: Tensor | None, *rest: Any) -> Any:
         nonlocal in_step
         _another_pass(context, True)
         in_step = False
-        output = model(inputs, mask)
+        output = model(inputs, mask, *rest)
         in_step = True
         return output
 

@@ -1,4 +1,4 @@
-"""Multiple-choice tasks as plain values, and how they are read from a folder of JSON lines.
+"""Multiple-choice tasks as plain values, and how they are read from a folder of JSON lines; tasks of lm-eval.
 
 A line of NAME.jsonl is one question, in one of two forms:
 
@@ -49,6 +49,13 @@ class Task(NamedTuple):
         return max(Counter(question.gold for question in self.questions).values()) / len(self.questions)
 
 
+class Registered(NamedTuple):
+    """A task, a group or a tag of lm-eval, under its own name. loaded: of lm-eval's TaskManager, with the data."""
+
+    name: str
+    loaded: Any
+
+
 def read_task(name: str, folder: Path) -> Task:
     """Return the task of folder/NAME.jsonl. ConfigError: there is none, or a line is no question."""
     path = folder / f"{name}.jsonl"
@@ -61,10 +68,19 @@ def read_task(name: str, folder: Path) -> Task:
             try:
                 questions.append(question_of(json.loads(line), PROMPTS.get(name, "")))
             except (KeyError, TypeError, ValueError) as error:
-                raise ConfigError(f"{path}, line {number}: {error!r}, allowed: query, choices and gold") from error
+                allowed = "allowed: a JSON object with query, choices and gold"
+                raise ConfigError(f"{path}, line {number}: {why_no_question(error)}, {allowed}") from error
     if not questions or len({question.end is None for question in questions}) > 1:
         raise ConfigError(f"{path} has {len(questions)} questions, allowed: one or more, all of one form")
     return Task(name, questions, "acc", str(path))
+
+
+def why_no_question(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"{error.args[0]} is missing"
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not JSON: {error.msg} at character {error.pos + 1}"
+    return "a value has another form" if isinstance(error, TypeError) else str(error)
 
 
 def question_of(line: dict[str, Any], prompt: str) -> Question:

@@ -22,8 +22,11 @@ from scmoe.parallel.checkpoint.loading import read_meta
 register_dataset = DATASETS.register
 
 
-def prepare_data(data: PositionedDataModule) -> None:
-    """Download, tokenize and check the data, before other ranks are started. ConfigError: it cannot be used."""
+def prepare_data(data: PositionedDataModule, warn: bool = True) -> None:
+    """Download, tokenize and check the data, before other ranks are started. ConfigError: it cannot be used.
+
+    warn: say that files are skipped.
+    """
     try:
         data.prepare_data()
         data.setup("fit")
@@ -31,7 +34,7 @@ def prepare_data(data: PositionedDataModule) -> None:
         raise explained(error) or error from error
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
-    if data.skipped:
+    if data.skipped and warn:
         more = "; scmoe check-data lists all" if len(data.skipped) > 1 else ""
         print(f"warning: {len(data.skipped)} files are skipped: {data.skipped[0]}{more}", file=sys.stderr, flush=True)
 

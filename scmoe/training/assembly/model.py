@@ -17,9 +17,9 @@ from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import FAMILIES, IMAGES, OPTIMIZERS, import_extensions
-from scmoe.init_from.pretrained import read_export, read_hf
+from scmoe.init_from.pretrained import Checkpoint, read_export, read_hf
 from scmoe.init_from.settings import check_settings, settings
-from scmoe.init_from.upcycle import fill
+from scmoe.init_from.upcycle import fill, sources_of
 from scmoe.models.decoder import GPT, Llama
 from scmoe.parallel.dense_shards import materialise, put, shard
 from scmoe.parallel.mesh import ParallelContext
@@ -60,16 +60,24 @@ def build_model_to_train(config: Config, context: ParallelContext) -> Any:
     Raises ConfigError where init_from cannot be read or holds the weights of another model.
     """
     model = build_model(config, context)
-    if config.init_from is None:
-        return model
-    kind, _, path = config.init_from.partition(":")
+    if config.init_from is not None:
+        fill(model, initial_weights(config, model), put)
+    return model
+
+
+def initial_weights(config: Config, model: Any) -> Checkpoint:
+    """Return what init_from names; of its weights only names and shapes are read. model: may be on the meta device.
+
+    Raises ConfigError where it cannot be read or holds the weights of another model.
+    """
+    kind, _, path = (config.init_from or "").partition(":")
     try:
         checkpoint = read_hf(Path(path)) if kind == "hf" else read_export(Path(path))
         check_settings(settings(config), checkpoint.settings)
-        fill(model, checkpoint, put)
+        sources_of(model, checkpoint)
     except ValueError as error:
         raise ConfigError(f"init_from is {show(config.init_from)}: {error}") from error
-    return model
+    return checkpoint
 
 
 def build_model_on_meta(config: Config) -> Any:

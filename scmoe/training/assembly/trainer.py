@@ -45,7 +45,7 @@ PASSED_ON = ("async_checkpoint", "full_checkpoint", "dense", "reductions", "exch
 
 
 def seed_everything(config: Config) -> None:
-    """Seed the global generators equally on all ranks. The strategy makes them differ once the weights are drawn."""
+    """Seed the global generators equally on all ranks. The strategy lets them differ inside training steps."""
     lightning.pytorch.seed_everything(config.seed, verbose=False)
 
 
@@ -89,13 +89,14 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
         functions = SimilarityProbe, similarity_mean, similarity_metrics, draw_similarity
         callbacks.append(Analysis("similarity", every, analysis, *functions))
     if trainer.progress:
-        callbacks.append(StepProgressBar() if sys.stdout.isatty() else LogLines())
+        callbacks.append(StepProgressBar() if sys.stderr.isatty() else LogLines())
     return callbacks + [CALLBACKS[name](**options) for name, options in config.callbacks.items()]
 
 
 def cpu_threads(config: Config) -> int:
     """Return the CPU threads of one rank."""
-    return config.trainer.threads or max(1, len(os.sched_getaffinity(0)) // config.trainer.devices)
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
+    return config.trainer.threads or max(1, here // config.trainer.devices)
 
 
 def dense_estimates(config: Config) -> dict[str, float]:
@@ -134,7 +135,7 @@ def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequen
         "log_every_n_steps": trainer.log_every,
         "deterministic": trainer.deterministic,
         "use_distributed_sampler": False,
-        "enable_progress_bar": trainer.progress and sys.stdout.isatty(),
+        "enable_progress_bar": trainer.progress and sys.stderr.isatty(),
         "enable_model_summary": False,
         "callbacks": [*callbacks, set_threads],
         "logger": list(loggers),

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.planning.plan_file import plan_from_json, plan_to_json
-from scmoe.planning.planner import Overlap, Planner
+from scmoe.planning.planner import LEAST_SHARE, Overlap, Planner
 from scmoe.planning.pricing import LayerChoice
 from scmoe.training.callbacks.log_lines import logs_now
 from scmoe.training.files import write_json
@@ -19,7 +19,7 @@ from scmoe.training.files import write_json
 
 class AdaptiveSchedule(Callback):
     """Logs overlap/forward and overlap/backward: the shares of the communication that each logged step has hidden,
-    where there is enough of it to measure.
+    where it can be measured.
 
     auto: choose slot and chunks by measurement, and again where the times drift; otherwise only measure.
     chunks: the numbers of chunks to choose from.
@@ -43,7 +43,7 @@ class AdaptiveSchedule(Callback):
             if self.auto:
                 rank_zero_warn("schedule: auto has nothing to choose, as every rank has all experts")
             return
-        self.planner = Planner(blocks, None, pl_module.device, self.chunks, fixed=not self.auto)
+        self.planner = Planner(blocks, None, pl_module.device, self.chunks, not self.auto, context.ep_size)
         if self.auto and self.take_kept_plan(trainer):
             return
         batches = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
@@ -89,7 +89,8 @@ class AdaptiveSchedule(Callback):
         self.planner.end_step()
         choices, overlap = self.planner.choices, self.planner.overlap
         if choices and choices is not self.shown:
-            self.shown, self.show_what_ran = choices, True
+            self.show_what_ran |= [c.schedule for c in choices] != [c.schedule for c in self.shown]
+            self.shown = choices
             if self.auto and trainer.is_global_zero:
                 print("\n".join(plan_lines(choices)), file=sys.stderr, flush=True)
                 if self.plan is not None:
@@ -140,8 +141,11 @@ def what_ran(choices: list[LayerChoice], overlap: Overlap, backend: str) -> str:
     hidden = []
     for direction, share, part in zip(("forward", "backward"), overlap.shares, overlap.efficiency, strict=True):
         whole = f"{100 * share:.0f} %"
-        found = f"too little to measure ({whole})" if part is None else f"{100 * part:.0f} % hidden of {whole}"
-        hidden.append(f"{direction} {found}")
+        if part is None:
+            why = "too little to measure" if share < LEAST_SHARE else "not measurable, perhaps the machine is busy"
+            hidden.append(f"{direction} {why} ({whole})")
+        else:
+            hidden.append(f"{direction} {100 * part:.0f} % hidden of {whole}")
     return (
         f"ran: {backend}, {', '.join(ran)} (slot x chunks): {measured:.1f} ms of all MoE windows a step, predicted "
         f"{predicted:.1f}; communication, as a share of the time without overlap: {', '.join(hidden)}"

@@ -24,7 +24,7 @@ class CollapseAlarm:
         self.spoken: set[int] = set()
 
     def __call__(self, sums_LE2: Tensor) -> list[str]:
-        """Return a message for each layer that has now collapsed. sums_LE2: `integer_sums` of a window."""
+        """Return a message for each layer, from 0, that has now collapsed. sums_LE2: `integer_sums` of a window."""
         lines = []
         for layer, (*counts_E, tokens, _) in enumerate(sums_LE2.tolist()):
             busiest = max(range(len(counts_E)), key=counts_E.__getitem__)
@@ -35,7 +35,7 @@ class CollapseAlarm:
             if self.windows[layer] == PATIENCE and layer not in self.spoken:
                 self.spoken.add(layer)
                 lines.append(
-                    f"MoE layer {layer + 1} of {len(sums_LE2)}: the router has collapsed, expert {busiest} gets"
+                    f"MoE layer {layer}: the router has collapsed, expert {busiest} gets"
                     f" {share:.0%} of the tokens (fair: {fair:.0%}) for {PATIENCE} logged steps in a row; try a higher"
                     " moe.load_balance_coef or a lower optim.lr"
                 )

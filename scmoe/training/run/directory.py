@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from scmoe.config.extras import scmoe
 from scmoe.training.files import write_aside
 from scmoe.training.redact import redacted
 
@@ -90,15 +91,23 @@ def environment() -> dict[str, Any]:
 
 
 def git(*command: str) -> str | None:
-    """Return what git prints; None where there is no git or no repository."""
+    """Return what git prints; None where there is no git or no repository. The content of files may have any bytes."""
     try:
-        done = subprocess.run(["git", *command], capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(["git", *command], capture_output=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return done.stdout.decode(errors="replace").strip()
 
 
 def relative(path: Path) -> Path:
     """Return the path as a user in this working directory would type it."""
     path = path.absolute()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def why_no_checkpoint(run_dir: Path, which: str = "last") -> str:
+    if not run_dir.exists():
+        return f"there is no folder {run_dir}. Give the directory of a run; {scmoe('runs')} lists them."
+    if (run_dir / "config.json").exists():
+        return f"{run_dir} is a Hugging Face folder, not a run. Load it in Python: scmoe.load(FOLDER)."
+    return f"{run_dir} has no whole {which} checkpoint. Give the directory of a run that has saved one."

@@ -1,5 +1,6 @@
 """A run from its directory to its last state: opened before training, closed and marked however training ends."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from scmoe.training.run.loggers import build_loggers, close_loggers, describe
 from scmoe.training.run.machine import is_rank_zero
 from scmoe.training.run.printout import config_tree, console, count_parameters, model_table
 from scmoe.training.run.resume import record_of
-from scmoe.training.run.run_state import write_state
+from scmoe.training.run.run_state import show_life, write_state
 
 
 @contextmanager
@@ -43,6 +44,7 @@ def open_run(
     loggers: list[Logger] = []
     state = "failed"
     write_state(run_dir, "running")
+    ended = show_life(run_dir)
     try:
         out = console()
         out.print(config_tree(kept, f"config of {relative(run_dir)}"))
@@ -56,13 +58,20 @@ def open_run(
         state = "finished"
     except SystemExit:
         state = "cut"
-        saved = checkpoints(run_dir / "checkpoints")
-        command = scmoe("resume", relative(run_dir), *words(config.extensions, config.callbacks))
-        what = f"to continue: {command}" if saved else "no step was saved, start it again"
-        print(f"stopped; {what}", flush=True)
+        print(f"stopped; {how_to_continue(config, run_dir)}", file=sys.stderr, flush=True)
+        raise
+    except Exception as error:
+        error.add_note(how_to_continue(config, run_dir))
         raise
     finally:
+        ended.set()
         try:
             close_loggers(loggers, "success" if state == "finished" else "failed")
         finally:
             write_state(run_dir, state)
+
+
+def how_to_continue(config: Config, run_dir: Path) -> str:
+    saved = checkpoints(run_dir / "checkpoints")
+    command = scmoe("resume", relative(run_dir), *words(config.extensions, config.callbacks))
+    return f"to continue: {command}" if saved else "no step was saved, start it again"

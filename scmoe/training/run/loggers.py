@@ -1,14 +1,16 @@
 """The loggers of a run: the one of metrics.csv, W&B's unless it is disabled, TensorBoard's if it is wanted."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from scmoe.config.extras import install_command
 from scmoe.config.fields import Config
+from scmoe.training.redact import redacted
 from scmoe.training.run.csv_logger import csv_logger
 from scmoe.training.run.tensorboard_logger import SteadyTensorBoardLogger, tensorboard_logger
 from scmoe.training.run.wandb_logger import HAS_WANDB, SteadyWandbLogger, wandb_logger, wandb_mode
@@ -22,7 +24,7 @@ def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> li
     elif config.logger.mode == "auto" and not HAS_WANDB:
         print(f"only metrics.csv is written; W&B needs wandb: {install_command('wandb')}", file=sys.stderr)
     if config.logger.tensorboard:
-        loggers.append(tensorboard_logger(run_dir, resumed_step))
+        loggers.append(tensorboard_logger(run_dir, config, resumed_step))
     return loggers
 
 
@@ -44,6 +46,20 @@ def log_results(loggers: Sequence[Logger], step: int, samples: Sequence[str], lo
                 )
             if load.exists():
                 logger.log_at_the_end("moe/expert_load", wandb.Image(str(load)), step)
+
+
+def log_inputs(loggers: Sequence[Logger], config: Config, state: Mapping[str, Any]) -> None:
+    """Tell W&B which data set and tokenizer a training reads, by names and hashes. state: of the datamodule."""
+    data = redacted(config.data)
+    name = str(data.path) if data.name == "hf" else data.name
+    inputs = {"dataset": (name, {"name": name, "subset": data.subset, "content": state.get("data")})}
+    if "tokenizer" in state:
+        name = data.tokenizer if data.tokenizer in ("bpe", "gpt2") else Path(data.tokenizer).name
+        inputs["tokenizer"] = (name, {"name": name, "content": state["tokenizer"]})
+    for logger in loggers:
+        if isinstance(logger, SteadyWandbLogger):
+            for kind, (name, facts) in inputs.items():
+                logger.log_input(kind, name, facts)
 
 
 def log_best_checkpoint(loggers: Sequence[Logger], callbacks: Iterable[object]) -> None:

@@ -35,6 +35,7 @@ OF_NODE = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")  # without a launcher, how
 THREAD_FLOPS, GPU_FLOPS = 1e10, 1e13  # a second, of a CPU thread and of a GPU: less than most of them do
 FEW_THREADS = 64  # which any machine can start, however few cores it has
 GIB = 2**30
+MEMINFO = Path("/proc/meminfo")
 PROCESS_GIB = 0.3  # of a process with torch and Lightning, on a CPU
 
 
@@ -165,6 +166,12 @@ def free_gib(config: Config) -> float:
     devices = config.trainer.devices
     if has_gpus(config):
         return min(torch.cuda.get_device_properties(i).total_memory for i in range(devices)) / GIB
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = float(lines["MemAvailable"].split()[0]) * 1024
-    return min(free, memory_limit() - memory_in_use()) / GIB / devices
+    return min(_free_bytes(), memory_limit() - memory_in_use()) / GIB / devices
+
+
+def _free_bytes() -> float:
+    """Return the free memory of this machine; where there is no /proc, as on macOS, all of it."""
+    if not MEMINFO.exists():
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
+    return float(lines["MemAvailable"].split()[0]) * 1024

@@ -99,6 +99,6 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
 
 
 def console() -> Console:
-    """Return a console on standard output: as wide as the terminal, or 100 columns without one."""
-    terminal = Console(highlight=False)
-    return terminal if terminal.is_terminal else Console(highlight=False, width=100)
+    """Return a console on standard error, as standard output is JSON: as wide as the terminal, or 100 columns."""
+    terminal = Console(stderr=True, highlight=False)
+    return terminal if terminal.is_terminal else Console(stderr=True, highlight=False, width=100)

@@ -21,10 +21,10 @@ from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.load import load_text, parse_yaml, read_text
 from scmoe.config.registry import named, words
 from scmoe.config.rules import last_step
-from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, checkpoints, newest_good, read_manifest, verify
+from scmoe.parallel.checkpoint.durable import UNREAD, BrokenCheckpoint, checkpoints, newest_good, read_manifest, verify
 from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.training.assembly.data import kept_tokenizer
-from scmoe.training.run.directory import relative
+from scmoe.training.run.directory import relative, why_no_checkpoint
 
 REFUSED_SINCE = ("strategy.wire_dtype=null",)  # where it has no effect, earlier versions accepted it
 STEP = re.compile(r"(--)?step=")
@@ -39,19 +39,19 @@ MAY_CHANGE = (
 MUST_STAY = ("trainer.overfit_batches", "trainer.accumulate")
 
 
-def find_checkpoint(run_dir: Path, which: Which = "last", step: int | None = None) -> Path:
+def find_checkpoint(run_dir: Path, which: Which = "last", step: int | None = None, share: slice = slice(None)) -> Path:
     """Return the run's checkpoint of the latest step, the one with the best validation, or that of a step.
 
-    Raises ConfigError for a run that has no such checkpoint.
+    share: which of its files are read, as in `verify`. Raises ConfigError for a run that has no such checkpoint.
     """
     folder = run_dir / "checkpoints"
     if step is not None:
-        return checkpoint_of(folder, step)
+        return checkpoint_of(folder, step, share)
     try:
-        newest = newest_good(folder)
+        newest = newest_good(folder, share=share)
         return best_checkpoint(newest, folder) if which == "best" else newest
     except FileNotFoundError as error:
-        raise ConfigError(f"{run_dir} has no whole {which} checkpoint, allowed: a run that has saved one") from error
+        raise ConfigError(why_no_checkpoint(run_dir, which)) from error
 
 
 def best_checkpoint(newest: Path, folder: Path) -> Path:
@@ -74,7 +74,7 @@ def best_checkpoint(newest: Path, folder: Path) -> Path:
     return newest_good(folder, "best-")
 
 
-def checkpoint_of(folder: Path, step: int) -> Path:
+def checkpoint_of(folder: Path, step: int, share: slice) -> Path:
     """Return the whole checkpoint of this step. ConfigError: there is none."""
     steps: dict[int, Path] = {}
     for path in checkpoints(folder):
@@ -84,7 +84,7 @@ def checkpoint_of(folder: Path, step: int) -> Path:
         allowed = f"allowed: a step whose checkpoint is kept, {', '.join(map(str, sorted(steps)))}"
         raise ConfigError(f"step is {step}, {allowed}; trainer.save_top_k keeps more of them")
     try:
-        verify(steps[step])
+        verify(steps[step], share)
     except BrokenCheckpoint as error:
         raise ConfigError(f"step is {step}, allowed: the step of a whole checkpoint: {error}") from error
     return steps[step]
@@ -100,7 +100,12 @@ def set_aside_later(run_dir: Path, step: int) -> None:
         with suppress(BrokenCheckpoint):
             if read_manifest(path)["step"] > step:
                 later.append(path)
-    for path in later:
+    set_aside(run_dir, later)
+
+
+def set_aside(run_dir: Path, paths: Sequence[Path]) -> None:
+    """Move files or checkpoints to set-aside/ of the run."""
+    for path in paths:
         aside = run_dir / "set-aside" / f"{path.name}-{uuid.uuid4().hex[:8]}"
         aside.parent.mkdir(exist_ok=True)
         path.rename(aside)
@@ -138,13 +143,13 @@ class Resumed(NamedTuple):
 
 
 def resumption(run_dir: Path, overrides: Sequence[str], step: int | None = None) -> tuple[Config, Resumed]:
-    """Return the configuration of a run that goes on from its last checkpoint, or from that of a step, whose files are
-    read and verified. Nothing is written.
+    """Return the configuration of a run that goes on from its last checkpoint, or from that of a step. Nothing is
+    written. Of its files only names and sizes are verified: every rank does this, and reads its share of them later.
 
     Raises ConfigError for a run without such a checkpoint, for a setting that would make another model or experiment,
     and for fewer steps than are done.
     """
-    checkpoint = find_checkpoint(run_dir, step=step)
+    checkpoint = find_checkpoint(run_dir, step=step, share=UNREAD)
     done = read_manifest(checkpoint)["step"]
     was = config_of(run_dir, checkpoint, [*named(overrides), *REFUSED_SINCE])
     earlier = record_of(run_dir, done)  # the run was resumed from here before, and saved no later checkpoint

@@ -49,15 +49,13 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
         limit = trainer.limit_val_batches  # a number of batches; 1.0: all
         part = isinstance(limit, int) and limit < len(data.val_dataloader())
         unigram, tokens, of_images = None if part else data.unigram_bits_per_byte(), 1, {}
-    else:  # a token of an image is a patch, its perplexity is over classes, and it has no bytes of text
+    else:  # a token of an image is a patch; it has no perplexity and no bytes of text
         unigram, tokens = None, getattr(getattr(module.model, "patches", None), "num_patches", 0)
         name = getattr(data, "name", type(data).__name__)
         of_images = {"val_accuracy": metrics.get("val/accuracy"), "data": name, "images_per_s": rate}
-    loss = metrics.get("val/loss")
-    exp_loss = None if loss is None else torch.tensor(loss).exp().item()  # inf, not an error, where the loss is huge
     return {
-        "val_loss": loss,
-        "perplexity": metrics.get("val/perplexity", exp_loss),
+        "val_loss": metrics.get("val/loss"),
+        "perplexity": metrics.get("val/perplexity"),
         "bits_per_byte": metrics.get("val/bits_per_byte"),
         "unigram_bits_per_byte": unigram,
         "tokens_per_s": rate * tokens if rate and tokens else None,

@@ -2,24 +2,26 @@
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from scmoe.config.fields import Config
 from scmoe.config.rules import shortened
+from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.text import TextDataModule
+from scmoe.parallel.checkpoint.durable import BrokenCheckpoint
 from scmoe.training.assembly.data import build_datamodule, check_tokenizer, prepare_data
-from scmoe.training.assembly.model import build_module
+from scmoe.training.assembly.model import build_model_on_meta, build_module, initial_weights
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
-from scmoe.training.files import write_json
+from scmoe.training.files import warn_once, write_json
 from scmoe.training.run.directory import relative
 from scmoe.training.run.host_memory import keep_freed_memory
 from scmoe.training.run.lifetime import open_run
-from scmoe.training.run.loggers import log_best_checkpoint, log_results
+from scmoe.training.run.loggers import log_best_checkpoint, log_inputs, log_results
 from scmoe.training.run.machine import check_machine, is_rank_zero
-from scmoe.training.run.resume import Resumed, set_aside_later, summary_if_done
+from scmoe.training.run.resume import Resumed, set_aside, set_aside_later, summary_if_done
 from scmoe.training.run.run_state import refuse_running
 from scmoe.training.run.summary import print_summary, sample_text, say_done, summarise
 
@@ -41,16 +43,28 @@ def train(config: Config, overrides: Sequence[str] = (), resumed: Resumed | None
     seed_everything(config)
     data = build_datamodule(config)
     if is_rank_zero():
+        kind, _, path = ((config.init_from or "") if checkpoint is None else "").partition(":")
+        if kind:
+            initial_weights(config, build_model_on_meta(config))  # its checks, before data is prepared
         prepare_data(data)
-        kind, _, path = (config.init_from or "").partition(":")
-        if checkpoint is None and kind == "scmoe" and isinstance(data, TextDataModule):
+        if kind == "scmoe" and isinstance(data, TextDataModule):
             check_tokenizer(data, Path(path))
+        for text in doubts(config, data):
+            warn_once(text)
     with open_run(config, overrides, run_dir, checkpoint) as (directory, loggers):
+        if directory is not None:
+            log_inputs(loggers, config, data.state_dict())
         if directory is not None and step is not None:
             set_aside_later(directory, step)
         module = build_module(config if checkpoint is None else replace(config, init_from=None))  # it has the weights
         trainer = build_trainer(config, build_callbacks(config, directory), loggers)
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        try:
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        except BrokenCheckpoint as error:  # its content; names and sizes were verified before
+            if directory is not None and checkpoint is not None:
+                set_aside(directory, [checkpoint])
+                error.add_note("the damaged checkpoint is set aside: resume again to go on from the one before it")
+            raise
         summary = summarise(trainer, module, data)
         if directory is not None:
             summary = {"run_dir": str(relative(directory)), **summary}
@@ -63,6 +77,18 @@ def train(config: Config, overrides: Sequence[str] = (), resumed: Resumed | None
         return None
     print_summary(directory, summary, samples, config)
     return summary
+
+
+def doubts(config: Config, data: PositionedDataModule) -> Iterator[str]:
+    """Yield what a user has hardly meant, although it can be run."""
+    warmup, steps = config.optim.warmup_steps, config.trainer.max_steps
+    if warmup > steps and not config.trainer.fast_dev_run:
+        yield f"optim.warmup_steps is {warmup} and trainer.max_steps {steps}: the rate never reaches optim.lr"
+    if isinstance(data, TextDataModule) and data.tokenizer_kind == "bpe":
+        found = data.tokenizer.vocab_size
+        if found < data.vocab_size:
+            unused = f"the last {data.vocab_size - found} rows of the embedding are never trained"
+            yield f"data.vocab_size is {data.vocab_size}, but this text gives a tokenizer of {found} tokens: {unused}"
 
 
 def hush_lightning() -> None:

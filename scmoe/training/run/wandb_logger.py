@@ -3,6 +3,7 @@
 import json
 import netrc
 import os
+import re
 import shlex
 import sys
 import uuid
@@ -164,6 +165,18 @@ class SteadyWandbLogger(WandbLogger):
     def log_at_the_end(self, key: str, value: Any, step: int) -> None:
         """Log a picture or a table."""
         self._try(lambda: self.experiment.log({key: value, STEP: step}), (Exception,))
+
+    def log_input(self, kind: str, name: str, facts: Mapping[str, Any]) -> None:
+        """Log an artifact that says which data set, or tokenizer, the run reads. It holds these facts and no text."""
+        self._try(lambda: self._describe(kind, name, facts), (Exception,))
+
+    def _describe(self, kind: str, name: str, facts: Mapping[str, Any]) -> None:
+        allowed = re.sub(r"[^\w.-]", "-", f"{kind}-{name}")[:100]
+        artifact = wandb.Artifact(allowed, type=kind, metadata=dict(facts))
+        path = Path(self.experiment.settings.sync_dir, f"{kind}.json")
+        write_json(path, facts)
+        artifact.add_file(str(path), policy="immutable", skip_cache=True)  # equal facts are the same version
+        self.experiment.log_artifact(artifact)
 
     def log_checkpoint(self, checkpoint: Path, metric: str, value: float) -> None:
         """Log an artifact of type model with the alias `best`.

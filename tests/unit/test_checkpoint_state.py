@@ -1,0 +1,72 @@
+"""What a checkpoint holds beside tensors is read back as it was, or refused before anything is written."""
+
+import enum
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+
+from scmoe.parallel.checkpoint.state import check_can_be_saved, from_json, to_text
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+def read_back(x):
+    return json.loads(to_text(x), object_hook=from_json)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        {(1, 2): 3, ("a", (None, 0.5)): [1, {"b": True}]},
+        {0: "zero", None: "none", 1.5: {(): "empty"}},
+        {"__items__": 5, "__tuple__": {"__tensor__": (1,)[0]}},
+    ],
+)
+def test_any_dictionary_is_read_back(x):
+    assert read_back(x) == x
+
+
+def test_tensors_and_paths_are_read_back():
+    found = read_back({("k", 1): torch.tensor([1.5]), "path": Path("a/b"), "pair": (1, 2)})
+    assert torch.equal(found[("k", 1)], torch.tensor([1.5]))
+    assert (found["path"], found["pair"]) == ("a/b", [1, 2])
+
+
+@pytest.mark.parametrize("x", [np.int64(1), Colour.RED, torch.float32, {1, 2}, {frozenset([1]): 2}])
+def test_what_cannot_be_read_back_is_refused(x):
+    with pytest.raises(TypeError, match="plain values"):
+        to_text({"x": x})
+
+
+class Stateful(Callback):
+    def __init__(self, value):
+        self.value = value
+
+    def state_dict(self):
+        return {"value": self.value}
+
+
+class Unready(Callback):
+    def state_dict(self):
+        raise AttributeError("best is not known before the first validation")
+
+
+def trainer_of(hparams, *callbacks):
+    module = LightningModule()
+    module.save_hyperparameters(hparams)
+    return SimpleNamespace(lightning_module=module, datamodule=None, callbacks=[*callbacks])
+
+
+def test_hyper_parameters_and_callbacks_that_cannot_be_saved_are_refused_by_name():
+    check_can_be_saved(trainer_of({"dim": 16}, Stateful({(1, 2): 0.5}), Unready()))
+    with pytest.raises(TypeError, match=r"hyper-parameter of LightningModule .*int64"):
+        check_can_be_saved(trainer_of({"dim": np.int64(16)}))
+    with pytest.raises(TypeError, match=r"callback Stateful .*Colour"):
+        check_can_be_saved(trainer_of({}, Stateful(Colour.RED)))
