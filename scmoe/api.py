@@ -28,6 +28,7 @@ from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import RouterStats
 from scmoe.parallel.mesh import ParallelContext, check_experts, expert_parameters
+from scmoe.parallel.update.wrap import wrap
 from scmoe.schedule.schedule import SUBLAYERS, Schedule
 
 
@@ -105,18 +106,14 @@ def data_parallel(module: nn.Module, group: Any) -> DistributedDataParallel:
     mean of the ranks' losses. A LightningModule needs `ExpertParallelStrategy` instead, which does this too.
 
     ValueError: the experts of the module do not belong to this rank of the group."""
-    from scmoe.parallel.torch_seam import hide_from_ddp  # here, as they import Lightning
-    from scmoe.parallel.update.reducer import ExpertGradientReducer
-
     if group is None and dist.get_world_size() > 1 and any(True for _ in expert_parameters(module)):
         own = "the group that shares the experts; if every rank has all experts, DistributedDataParallel is enough"
         raise ValueError(f"group is None on several ranks, allowed: {own}")
     context = context_of(group)
     check_experts(module, context)
-    shards = dict(expert_parameters(module))
-    hide_from_ddp(module, shards)
-    ExpertGradientReducer([*shards.values()], context)  # its hooks keep it
-    return DistributedDataParallel(module, process_group=group, gradient_as_bucket_view=True)
+    ddp = wrap(module, context, "ddp", process_group=group).module
+    assert isinstance(ddp, DistributedDataParallel)
+    return ddp
 
 
 def context_of(group: Any) -> ParallelContext:

@@ -111,9 +111,14 @@ def skip_sigterm_broadcast(trainer: Any) -> None:
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 
-def prefer_buckets(strategy: Any, megabytes: float) -> None:
-    """Let the DDP that the Strategy will make reduce buckets of this size, unless the user has named another."""
-    strategy._ddp_kwargs.setdefault("bucket_cap_mb", megabytes)
+def ddp_arguments(strategy: Any) -> dict[str, Any]:
+    """Return the arguments with which DDPStrategy would make its DistributedDataParallel."""
+    return {"device_ids": strategy.determine_ddp_device_ids(), **strategy._ddp_kwargs}
+
+
+def register_ddp_hooks(strategy: Any) -> None:
+    """Register the communication hooks that were given to DDPStrategy."""
+    strategy._register_ddp_hooks()
 
 
 def replace_after_closure(plugin: Any, hook: Callable[[Any, Optimizer], None] | None) -> None:

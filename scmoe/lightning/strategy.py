@@ -1,48 +1,61 @@
 """`Trainer(strategy="expert_parallel")`: DDP or FSDP2 for dense weights, expert parallelism for `Experts` modules.
 
 Launchers, ranks, the bucketed and overlapped reduction of dense gradients, no_sync and precision plugins are those of
-Lightning's DDPStrategy. This file adds process groups before `configure_model`, expert shards outside DDP with a
-reducer of their own, one global gradient norm, dropout that differs from rank to rank, and checkpoints that can be
-loaded on any number of ranks. `job/` adds how ranks start, stop and fail together.
+Lightning's DDPStrategy. One class with parts, which each hook names in order:
+
+    job           job.py: ranks start and stop together; roll_call.py: a rank that raises ends all of them
+    wrapped       parallel/update/wrap.py: DDP or FSDP2, the experts' reducer, pacing
+    guard         guarded_update.py: one global gradient norm, and no update without a check
+    checkpoints   parallel/checkpoint/: can be loaded on any number of ranks
 
 The LightningModule finds its place in the mesh in `self.parallel_context`, set before `configure_model` is called.
 """
 
 import os
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback, ModelSummary
+from lightning.pytorch.callbacks import ModelSummary, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import Precision
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from scmoe.lightning import seam
 from scmoe.lightning.debug import CompareCollectives
 from scmoe.lightning.guarded_update import check_precision, guard_updates
-from scmoe.lightning.lockstep import LockstepStrategy
-from scmoe.lightning.refused_callbacks import check_callbacks
-from scmoe.lightning.seam import accumulated_batches, is_fitting, prefer_buckets, was_interrupted
+from scmoe.lightning.job import Job, SavePostponed
+from scmoe.lightning.roll_call import end_job_at_exit, note_absent
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.checkpoint.state import check_can_be_saved, model_state, optimizer_state, tied_weights
-from scmoe.parallel.dense_shards import check_dense
-from scmoe.parallel.mesh import EXCHANGES, build_context, check_experts, expert_parameters, use_loopback_for_gloo
+from scmoe.parallel.dense_choice import estimates_of, memory_of_rank, pick_dense
+from scmoe.parallel.dense_shards import check_dense, check_placements, is_sharded, make_equal, shard, with_dense_mesh
+from scmoe.parallel.mesh import (
+    EXCHANGES,
+    ParallelContext,
+    build_context,
+    check_experts,
+    expert_parameters,
+    use_loopback_for_gloo,
+)
 from scmoe.parallel.torch_seam import hide_from_ddp, set_default_timeout
-from scmoe.parallel.update.pacing import BUCKET_MB, is_paced, pacing
-from scmoe.parallel.update.reducer import ExpertGradientReducer
+from scmoe.parallel.update.wrap import Wrapped, wrap
 
 LONGEST_S = 1e6  # what a timeout may be
 START_TIMEOUT_S = 600.0  # for ranks to meet: they import, read data and build their modules at different speeds
 
 
-class ExpertParallelStrategy(LockstepStrategy):
+class ExpertParallelStrategy(DDPStrategy):
     """Splits experts over groups of `ep_size` ranks; everything else is replicated on all ranks, or split as well.
 
     ep_size: number of ranks that share one set of experts; None: all ranks.
@@ -64,7 +77,14 @@ class ExpertParallelStrategy(LockstepStrategy):
     other rank. With "spawn" (the module must be picklable) or "fork" (for notebooks) all ranks are child processes,
     which end with `fit`: this process then has the metrics and the checkpoints, but not the trained weights, and a
     SIGTERM must go to the children; this process then ends with an error instead of exit code 143.
+
+    A rank that has raised takes part in no further collective: the other ranks may be anywhere, and waiting for them
+    would hide the error. Callbacks that save after an exception (OnExceptionCheckpoint,
+    ModelCheckpoint(save_on_exception=True)) find every collective skipped.
     """
+
+    restore_checkpoint_after_setup = True  # shards, optimizers and groups must exist before a checkpoint can be read
+    lightning_restore_optimizer = False  # load_checkpoint does it
 
     restore_checkpoint_after_setup = True  # shards, optimizers and groups must exist before a checkpoint can be read
     lightning_restore_optimizer = False  # load_checkpoint does it
@@ -89,16 +109,36 @@ class ExpertParallelStrategy(LockstepStrategy):
         check_dense(dense, ddp if reductions is None else ddp | {"reductions": reductions})
         if exchange not in EXCHANGES:
             raise ValueError(f"exchange is {exchange!r}, allowed: {' | '.join(EXCHANGES)}")
-        self.timeout, self.exchange = timedelta(seconds=timeout_s), exchange
+        self.timeout = timedelta(seconds=timeout_s)
         self.start_timeout = max(self.timeout, timedelta(seconds=START_TIMEOUT_S))
-        super().__init__(**{"gradient_as_bucket_view": True, **ddp, "timeout": self.start_timeout})
-        self.ep_size, self.debug_collectives = ep_size, debug_collectives
+        super().__init__(**{**ddp, "timeout": self.start_timeout})
+        self.ep_size, self.exchange, self.reductions = ep_size, exchange, reductions
         self.dense, self.dense_estimates = dense, dense_estimates
+        self.debug_collectives = debug_collectives
         self.async_checkpoint, self.full_checkpoint = async_checkpoint, full_checkpoint
-        self.reductions = reductions
-        self.reducer: ExpertGradientReducer
+        self.context = ParallelContext()
+        self.job = Job()
+        self.wrapped: Wrapped
+        self.checkpoints: Checkpoints
+        self.parent: int | None = None  # process id of local rank 0, if that process has started this one
         self.in_training = False  # from `setup` for fit to the end of training
         self.at_teardown = ExitStack()  # removes what `setup` has hooked into the module, the plugin and torch
+
+    # ------------------------------------------------------------------ the rank and its place
+
+    @property
+    def module(self) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @property
+    def is_launched(self) -> bool:
+        """Whether another rank of this job has started this process, rather than torchrun or SLURM."""
+        return isinstance(self.cluster_environment, LightningEnvironment) and self.local_rank > 0
+
+    @property
+    def is_split(self) -> bool:
+        return self.context.dense_mesh is not None
 
     def setup_environment(self) -> None:
         check_callbacks(self.module.trainer.callbacks)
@@ -111,13 +151,35 @@ class ExpertParallelStrategy(LockstepStrategy):
                 f"the ranks did not find each other within {self.start_timeout.total_seconds():g} s; start all of "
                 "them, and check that each can reach MASTER_ADDR; a larger strategy.timeout_s lets them wait longer"
             ) from error
+        if self.is_launched:
+            self.parent = os.getppid()
         if self.context.mesh is None:
             ep_size = self.world_size if self.ep_size is None else self.ep_size
             network = self.exchange, self.num_processes, self._say
-            self.context = build_context(ep_size, self.root_device, self.timeout, *network)
-            self.set_dense_mesh(self.dense, self.dense_estimates)
+            self._use(build_context(ep_size, self.root_device, self.timeout, *network))
+            self._split(self.dense, self.dense_estimates)
             self.checkpoints = Checkpoints(self.context, self.async_checkpoint, self.full_checkpoint)
-        self.module.parallel_context = self.context
+        self._use(self.context)
+
+    def _use(self, context: ParallelContext) -> None:
+        self.context = self.job.context = self.module.parallel_context = context
+
+    def _split(self, how: str, estimates: Mapping[str, float] | None) -> None:
+        """Set `context.dense_mesh` if dense weights are split. Every rank must call it. how: auto is decided by rank 0,
+        from the estimates, and stays open without them."""
+        if how == "auto" and estimates is not None:
+            memory = memory_of_rank(self.root_device, self.num_processes)
+            how, why = self.broadcast(pick_dense(estimates, memory))
+            self._say(f"strategy.dense=auto: dense weights are {how}; {why}")
+        if how in ("sharded", "hybrid"):
+            self._use(with_dense_mesh(self.context, how, self.num_processes, self.root_device, self.timeout))
+
+    def _say(self, line: str) -> None:
+        """Print on rank 0. Lightning's own loggers may be silent."""
+        if self.global_rank == 0:
+            print(line, file=sys.stderr, flush=True)
+
+    # ------------------------------------------------------------------ setup and teardown
 
     def setup(self, trainer: Any) -> None:
         self.barrier()
@@ -125,36 +187,89 @@ class ExpertParallelStrategy(LockstepStrategy):
         check_experts(self.module, self.context)
         if self.context.ep_size > 1 and any(isinstance(callback, ModelSummary) for callback in trainer.callbacks):
             rank_zero_info(f"The model summary counts this rank's experts: 1 of {self.context.ep_size} parts of them.")
-        # else DDP would overwrite every rank's experts with rank 0's, then average gradients of different experts
-        hide_from_ddp(self.module, [name for name, _ in expert_parameters(self.module)])
-        if is_paced(self.reductions, self.root_device):
-            prefer_buckets(self, BUCKET_MB)
-        super().setup(trainer)
+        self.job.open(trainer, self.checkpoints, self.is_launched)
+        super().setup(trainer)  # calls model_to_device and, for fit, configure_ddp
+        make_equal(self.module, self.context)
+        if self.is_split:
+            seam.without_inference_mode(trainer)
+            self.model = Steps(self.module)  # so that hooks of FSDP on the LightningModule itself run around its steps
         if self.debug_collectives:
             compare = CompareCollectives(self.timeout)
             compare.install()
             self.at_teardown.callback(compare.remove)
-        if is_fitting(trainer):
-            self.trained, self.in_training = self.module, True
+        if seam.is_fitting(trainer):
+            self.job.trained, self.in_training = self.module, True
             trainer.callbacks.append(postponed := SavePostponed())  # last, as all state of the step is then complete
             self.at_teardown.callback(trainer.callbacks.remove, postponed)
-            shards = [] if self.is_split else [p for _, p in expert_parameters(self.module)]
-            paced = is_paced(self.reductions, self.root_device) and not self.is_split  # which auto decides in `setup`
-            pacer = self.at_teardown.enter_context(pacing(self.model, self.context)) if paced else None
-            self.reducer = ExpertGradientReducer(shards, self.context, pacer)
-            self.at_teardown.callback(self.reducer.remove)
             self.at_teardown.callback(guard_updates(self.precision_plugin, self.module, self.context).remove)
             torch.cuda.manual_seed(self._seed_of_rank())
 
+    def model_to_device(self) -> None:
+        if self.dense == "auto" and self.dense_estimates is None and not self.is_split:
+            self._split("auto", estimates_of(self.module, self.context, self.num_processes))
+        if self.is_split and not is_sharded(self.module):
+            shard(self.module, self.context, self.precision_plugin.precision)
+        check_placements(self.module, self.context)
+        # else DDP would overwrite every rank's experts with rank 0's, then average gradients of different experts
+        own = self.module.named_parameters() if self.is_split else expert_parameters(self.module)
+        hide_from_ddp(self.module, [name for name, _ in own])
+        super().model_to_device()
+
+    def configure_ddp(self) -> None:
+        if self.is_split:
+            self.wrapped = wrap(self.module, self.context)
+        else:
+            ddp = seam.ddp_arguments(self)
+            self.wrapped = wrap(self.module, self.context, self.reductions, **ddp)
+            self.model = self.wrapped.module
+            seam.register_ddp_hooks(self)
+        self.at_teardown.callback(self.wrapped.close)
+
+    def teardown(self) -> None:
+        self.in_training = False
+        self.job.close()
+        if self.is_split:  # DDP's moves weights to the CPU, away from the mesh that they belong to
+            assert self.cluster_environment is not None and self.accelerator is not None
+            self.cluster_environment.teardown()
+            self.precision_plugin.teardown()
+            self.accelerator.teardown()
+        else:
+            super().teardown()
+        self.at_teardown.close()
+
+    @DDPStrategy.precision_plugin.setter  # type: ignore[attr-defined]
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        check_precision(plugin)
+        DDPStrategy.precision_plugin.fset(self, plugin)  # type: ignore[attr-defined]
+
+    # ------------------------------------------------------------------ steps
+
     def on_train_start(self) -> None:
-        super().on_train_start()
+        self.job.begin_training()
         check_can_be_saved(self.module.trainer)
         check_experts(self.module, self.context)
-        known = {*self.reducer.shards}
-        new = {name: p for name, p in expert_parameters(self.module) if p.requires_grad and p not in known}
+        known = self.wrapped.reducer.shards if self.wrapped.reducer else ()
+        new = {name: p for name, p in expert_parameters(self.module) if p.requires_grad and p not in {*known}}
         added = [name for name, p in new.items() if not isinstance(p, DTensor)]
         if added:
             raise ValueError(f"{added[0]} was added after fit had begun, allowed: in configure_model or setup")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.job.begin_batch(batch_idx)
+
+    def on_validation_start(self) -> None:
+        self.job.begin_validation()
+
+    def on_test_start(self) -> None:
+        self.job.begin("test", self.module.trainer.num_test_batches)
+
+    def on_predict_start(self) -> None:
+        self.job.begin("predict", self.module.trainer.num_predict_batches)
+
+    def on_validation_end(self) -> None:
+        self.job.end_evaluation()
+
+    on_test_end = on_predict_end = on_validation_end
 
     def _seed_of_rank(self) -> int:
         return int(torch.randint(2**62, (), device="cpu")) + self.global_rank
@@ -167,24 +282,55 @@ class ExpertParallelStrategy(LockstepStrategy):
             torch.default_generator.manual_seed(seed)
             return super().training_step(*args, **kwargs)
 
-    def teardown(self) -> None:
-        self.in_training = False
-        super().teardown()
-        self.at_teardown.close()
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.job.ask_if_all_can()
+        return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.job.ask_if_all_can()
+        return super().test_step(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.job.ask_if_all_can()
+        return super().predict_step(*args, **kwargs)
+
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with self.wrapped.during_backward():
+            return super().backward(self.wrapped.own_part(closure_loss), *args, **kwargs)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        self.reducer.enabled = False
-        try:
-            with super().block_backward_sync():
-                yield
-        finally:
-            self.reducer.enabled = True
+        with self.wrapped.no_sync():
+            yield
 
-    @DDPStrategy.precision_plugin.setter  # type: ignore[attr-defined]
-    def precision_plugin(self, plugin: Precision | None) -> None:
-        check_precision(plugin)
-        DDPStrategy.precision_plugin.fset(self, plugin)  # type: ignore[attr-defined]
+    # ------------------------------------------------------------------ a rank that has raised
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether this rank has raised and the other ranks may not know of it."""
+        return self.context.world_size > 1 and seam.was_interrupted(self.module.trainer)
+
+    @property
+    def is_global_zero(self) -> bool:
+        """False on every rank that is alone: it must not remove or link checkpoints, because the save was skipped."""
+        return super().is_global_zero and not self.is_alone
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if not self.is_alone:
+            super().barrier(*args, **kwargs)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj if self.is_alone else super().broadcast(obj, src)
+
+    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        return tensor if self.is_alone else super().reduce(tensor, *args, **kwargs)
+
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if self.context.world_size > 1:
+            end_job_at_exit(seam.started_ranks(self), note_absent(exception, self.context), self.parent)
+
+    # ------------------------------------------------------------------ checkpoints
 
     def save_checkpoint(self, state: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if storage_options is not None:
@@ -194,7 +340,7 @@ class ExpertParallelStrategy(LockstepStrategy):
             warnings.warn(f"no checkpoint is saved after an exception: {why}", stacklevel=1)
             return
         path = Path(self.broadcast(filepath))
-        if accumulated_batches(self.module.trainer) and self.takes_steps:
+        if seam.accumulated_batches(self.module.trainer) and self.takes_steps:
             rank_zero_warn("a checkpoint inside a step is saved at its end, as gradients are in no checkpoint")
             self.checkpoints.postponed[path] = "optimizer_states" not in state
             return
@@ -205,7 +351,7 @@ class ExpertParallelStrategy(LockstepStrategy):
     @property
     def takes_steps(self) -> bool:
         """Whether a training goes on, so that a save may be completed later."""
-        return self.in_training and not was_interrupted(self.module.trainer)
+        return self.in_training and not seam.was_interrupted(self.module.trainer)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if self.is_alone:
@@ -223,9 +369,9 @@ class ExpertParallelStrategy(LockstepStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read weights and optimizer state in place and return the rest. Nothing in the files can execute code."""
-        if not is_fitting(self.module.trainer):
-            self.trained = None
-        optimizers = self.optimizers if is_fitting(self.module.trainer) else []
+        if not seam.is_fitting(self.module.trainer):
+            self.job.trained = None
+        optimizers = self.optimizers if seam.is_fitting(self.module.trainer) else []
         path = Path(self.broadcast(checkpoint_path))
         return self.checkpoints.load(path, self.module, optimizers, self.module.strict_loading)
 
@@ -241,21 +387,14 @@ def is_of_trainer(path: Path, trainer: Any) -> bool:
     return path.name != ".." and (inside or of_tuner)
 
 
-class SavePostponed(Callback):
-    """Saves what was requested inside a step: once it is taken, or at the end of a training that ends inside it."""
+COPYING = (WeightAveraging, StochasticWeightAveraging)  # their copy of the module would hold one rank's experts
 
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if not accumulated_batches(trainer):
-            self.save(trainer)
 
-    def on_train_end(self, trainer: Any, *_: Any) -> None:
-        if accumulated_batches(trainer) and trainer.strategy.checkpoints.postponed:
-            rank_zero_warn("training ended inside a step: checkpoints hold the step before, without its gradients")
-        trainer.strategy.in_training = False
-        self.save(trainer)
-
-    def save(self, trainer: Any) -> None:
-        postponed = trainer.strategy.checkpoints.postponed
-        while postponed:
-            path = next(iter(postponed))
-            trainer.save_checkpoint(path, postponed.pop(path))
+def check_callbacks(callbacks: Iterable[Any]) -> None:
+    """Raise ValueError for a callback that averages weights in a copy of the module."""
+    for callback in callbacks:
+        if isinstance(callback, COPYING):
+            raise ValueError(
+                f"the callback {type(callback).__name__} keeps a copy of the module, with one rank's experts alone; "
+                "allowed with expert_parallel: callbacks that do not copy it; average weights of checkpoints instead"
+            )

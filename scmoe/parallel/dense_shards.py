@@ -128,6 +128,19 @@ def prefetch(module: nn.Module, wanted: bool = True) -> None:
         gather_in_background(in_order[0], wanted)
 
 
+def check_placements(module: nn.Module, context: ParallelContext) -> None:
+    """Raise ValueError for a module that an earlier fit has split in another way: its optimizers would fail."""
+    wanted = None if context.dense_mesh is None else context.dense_mesh.ndim
+    first = next(iter(module.parameters()), None)
+    found = first.device_mesh.ndim if isinstance(first, DTensor) else None
+    if first is not None and found != wanted:
+        names = {None: "replicated", 1: "sharded", 2: "hybrid"}
+        raise ValueError(
+            f"dense is {names[wanted]}, but an earlier run has made this module's weights {names[found]}; allowed: "
+            f"dense={names[found]}, or a new module that loads the checkpoint"
+        )
+
+
 def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in module.parameters())
 
@@ -181,3 +194,14 @@ def materialise(module: nn.Module, device: torch.device) -> None:
             if p.is_meta:
                 made.setdefault(p, nn.Parameter(torch.empty_like(p, device=device), p.requires_grad))
                 setattr(owner, name, made[p])
+
+
+class Steps(nn.Module):
+    """Calls a LightningModule as a module: its steps then run inside the hooks of its forward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)

@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.lightning.stop_signal import Poll
+from scmoe.lightning.job import Poll
 
 pytestmark = pytest.mark.dist
 

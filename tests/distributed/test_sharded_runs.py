@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from scmoe.api import ScMoEBlock
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.lightning import dense_strategy
+from scmoe.lightning import strategy
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.moe.operators import Recorder
 from scmoe.moe.router import Router
@@ -216,7 +216,7 @@ def on_four(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 
 def on_two(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     """With a byte of memory, auto takes the last way, sharded, once the module has its weights."""
-    with patch.object(dense_strategy, "memory_of_rank", lambda *_: 1.0):
+    with patch.object(strategy, "memory_of_rank", lambda *_: 1.0):
         return {dense: own_module(rank, dense, folder / dense) for dense in ("replicated", "auto")}
 
 

@@ -7,13 +7,13 @@ from tests.mutation.mutant import DATA, DIST, FAULTS, PARALLEL, UNIT, Mutant
 RUN, RUN_FILES = "scmoe/training/run", f"{FAULTS}/test_run_files.py"
 MUTANTS = (
     # ------------------------------------------------------------------ stopping
-    Mutant("stop-requests-not-shared", 12, "scmoe/lightning/stop_signal.py")
+    Mutant("stop-requests-not-shared", 12, "scmoe/lightning/job.py")
     .replaces(
         "(dist.all_reduce(sums, group=self.group, async_op=True), sums)",
         "(dist.all_reduce(sums.clone(), group=self.group, async_op=True), sums)",
     )
     .caught_by(f"{DIST}/test_poll.py"),
-    Mutant("sigterm-ignored-during-validation", 12, "scmoe/lightning/lockstep.py")
+    Mutant("sigterm-ignored-during-validation", 12, "scmoe/lightning/job.py")
     .replaces("            self.polls_left = int(fewest)\n", "            self.polls_left = 0\n")
     .caught_by(f"{FAULTS}/test_stop.py::test_12_sigterm_during_validation_stops_the_run_there[1]"),
     Mutant("stopped-validation-not-repeated", 12, "scmoe/lightning/seam.py")
@@ -22,7 +22,7 @@ MUTANTS = (
         "        assert progress.current.started\n    if is_fitting(trainer) and trainer.validating is None:\n",
     )
     .caught_by(f"{FAULTS}/test_stop.py::test_12_sigterm_during_validation_stops_the_run_there[1]"),
-    Mutant("best-checkpoint-lost-after-stop", 12, "scmoe/lightning/lockstep.py")
+    Mutant("best-checkpoint-lost-after-stop", 12, "scmoe/lightning/job.py")
     .replaces(
         "        self.has_begun = False\n        self.ask",
         "        seam.mark_step_as_saved(self.module.trainer)\n        self.ask",
@@ -31,22 +31,22 @@ MUTANTS = (
     Mutant("sigterm-left-to-lightning", 12, "scmoe/lightning/seam.py")
     .replaces("        if number != signal.SIGTERM:\n", "        if number:\n")
     .caught_by(f"{FAULTS}/test_stop_any_time.py::test_12_sigterm_in_an_evaluation_ends_it_and_saves_nothing[test]"),
-    Mutant("no-poll-after-last-step", 12, "scmoe/lightning/lockstep.py")
+    Mutant("no-poll-after-last-step", 12, "scmoe/lightning/job.py")
     .replaces("            self.ask_and_wait()  # so that", "            assert self.stop  # so that")
     .caught_by(
         f"{FAULTS}/test_stop_any_time.py::"
         "test_12_sigterm_before_the_first_step_or_after_the_last_is_not_lost[after the last step]"
     ),
-    Mutant("sigterm-flag-without-polls", 12, "scmoe/lightning/lockstep.py")
+    Mutant("sigterm-flag-without-polls", 12, "scmoe/lightning/job.py")
     .replaces(
         "                self.ask_and_wait()\n            self.stop.give_back()\n",
         "                self.ask_and_wait()\n",
     )
     .caught_by(f"{FAULTS}/test_stop_any_time.py::test_12_where_ranks_cannot_ask_each_other_a_process_ends_at_once"),
-    Mutant("early-validation-after-stop", 12, "scmoe/lightning/lockstep.py")
+    Mutant("early-validation-after-stop", 12, "scmoe/lightning/job.py")
     .replaces("            seam.forget_started_batch(trainer)\n", "")
     .caught_by(f"{FAULTS}/test_stop.py::test_12_a_resumed_run_validates_after_the_same_steps"),
-    Mutant("ctrl-c-not-handled", 12, "scmoe/lightning/stop_signal.py")
+    Mutant("ctrl-c-not-handled", 12, "scmoe/lightning/job.py")
     .replaces("SIGNALS = (signal.SIGTERM, signal.SIGINT)", "SIGNALS = (signal.SIGTERM,)")
     .caught_by(f"{FAULTS}/test_stop.py::test_12_ctrl_c_stops_the_run_as_sigterm_does"),
     # ------------------------------------------------------------------ ordinary use
@@ -74,12 +74,12 @@ MUTANTS = (
         "        return self.context.world_size < 1 and was_interrupted(self.module.trainer)\n",
     )
     .caught_by(f"{FAULTS}/test_guards.py::test_13_callbacks_that_save_after_an_exception_wait_for_no_rank"),
-    Mutant("link-to-skipped-save", 13, "scmoe/lightning/fail_fast.py")
+    Mutant("link-to-skipped-save", 13, "scmoe/lightning/strategy.py")
     .replaces("super().is_global_zero and not self.is_alone", "super().is_global_zero")
     .caught_by(
         f"{FAULTS}/test_guards.py::test_13_callbacks_that_save_after_an_exception_wait_for_no_rank[0-save_on_exception]"
     ),
-    Mutant("ranks-poll-unequal-times", 16, "scmoe/lightning/lockstep.py")
+    Mutant("ranks-poll-unequal-times", 16, "scmoe/lightning/job.py")
     .replaces("self.poll.smallest(sum(batches))", "sum(batches)")
     .caught_by(f"{FAULTS}/test_stop.py::test_12_ranks_with_different_numbers_of_validation_batches_agree_too"),
     # ------------------------------------------------------------------ ranks and workers that fail
@@ -156,7 +156,7 @@ MUTANTS = (
     .caught_by(
         f"{FAULTS}/test_lightning_users.py::test_56_a_damaged_directory_is_refused_and_other_checkpoints_are_read_as_before"
     ),
-    Mutant("averaging-copies-accepted", 57, "scmoe/lightning/refused_callbacks.py")
+    Mutant("averaging-copies-accepted", 57, "scmoe/lightning/strategy.py")
     .replaces("        if isinstance(callback, COPYING):\n", "        if callback is COPYING:\n")
     .caught_by(
         f"{FAULTS}/test_lightning_users.py::test_57_callbacks_that_average_weights_in_a_copy_are_refused_by_name"

@@ -60,7 +60,7 @@ MUTANTS = (
     Mutant("buffers-stay-on-meta", 0, "scmoe/models/swin.py")
     .replaces("torch.empty_like(buffer, device=self.attention.proj.weight.device)", "torch.empty_like(buffer)")
     .caught_by(f"{DIST}/test_swin_equality.py::test_two_ranks_equal_one[pos2, sharded]"),
-    Mutant("split-otherwise-accepted", 74, "scmoe/lightning/dense_strategy.py")
+    Mutant("split-otherwise-accepted", 74, "scmoe/parallel/dense_shards.py")
     .replaces("if first is not None and found != wanted:", "if first is None and found != wanted:")
     .caught_by(f"{FAULTS}/test_sharded.py::test_74_a_module_that_is_split_is_not_trained_as_replicated"),
     Mutant("split-sums-read-too-early", 21, f"{PARALLEL}/update/scatters.py")

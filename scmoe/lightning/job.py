@@ -1,0 +1,232 @@
+"""Ranks start together, with equally many batches, and stop together, at the same step (faults 12 and 16).
+
+SIGTERM or Ctrl-C on any rank sets a flag. Ranks exchange their flags at every step and read the sum one step later, so
+all of them stop at one step, with exit code 143 or 130 and, if they were training, with one complete checkpoint.
+Lightning's own handler broadcasts inside the signal handler, while other ranks are in other collectives: a deadlock. So
+it is not installed.
+"""
+
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from scmoe.lightning import seam
+from scmoe.parallel.checkpoint.saving import Checkpoints
+from scmoe.parallel.dense_shards import reshard
+from scmoe.parallel.mesh import ParallelContext
+
+EXIT_CODE = 128 + signal.SIGTERM
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignal:
+    """The process's SIGTERM and SIGINT (Ctrl-C) as a flag, `received`. Only the main thread can take signals."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self.exit_code = EXIT_CODE
+        self.before: dict[int, Any] = {}  # the handlers that were replaced
+
+    def take(self) -> None:
+        """From here on a signal only sets the flag, unless it is ignored; a second Ctrl-C interrupts at once."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if number not in self.before and signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._note) or signal.SIG_DFL
+
+    def give_back(self) -> None:
+        """From here on a signal does what it did before `take`; by default SIGTERM ends the process at once."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def _note(self, number: int, _: Any) -> None:
+        self.received, self.exit_code = True, 128 + number
+        if number == signal.SIGINT:
+            signal.signal(number, self.before[number])
+
+
+class Poll:
+    """Sums flags over all ranks. Each sum is started in one call and read in the next, so that no call waits for it.
+
+    group: a gloo group of all ranks that carries nothing else at the same time.
+    """
+
+    def __init__(self, group: Any, num_flags: int) -> None:
+        self.group, self.num_flags = group, num_flags
+        self.in_flight: tuple[dist.Work, Tensor] | None = None
+
+    def any_rank(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether any rank raised it in the call before. All ranks must call it equally often."""
+        answers = self.close()
+        sums = torch.tensor(flags, dtype=torch.int64)
+        self.in_flight = (dist.all_reduce(sums, group=self.group, async_op=True), sums)
+        return answers
+
+    def smallest(self, count: float) -> float:
+        """Wait for the smallest count of all ranks. Every rank must call it."""
+        least = torch.tensor(count, dtype=torch.float64)
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=self.group)
+        return least.item()
+
+    def close(self) -> list[bool]:
+        """Wait for the sum in flight and return it; all False if there is none."""
+        if self.in_flight is None:
+            return [False] * self.num_flags
+        work, sums = self.in_flight
+        work.wait()
+        self.in_flight = None
+        return [bool(n) for n in sums]
+
+
+def check_even(stage: str, batches: Sequence[float], context: ParallelContext) -> None:
+    """Raise ValueError on every rank if ranks have different numbers of batches. Every rank must call it.
+
+    A rank without a next batch would leave the others waiting in a collective until the timeout.
+    batches: one number for each loader; inf if its length is unknown.
+    """
+    if context.world_size == 1:
+        return
+    of_ranks: list[Any] = [None] * context.world_size
+    dist.all_gather_object(of_ranks, [float(n) for n in batches], group=context.control_group)
+    if any(counts != of_ranks[0] for counts in of_ranks):
+        counts = "; ".join(f"rank {rank}: {' + '.join(f'{n:g}' for n in ns)}" for rank, ns in enumerate(of_ranks))
+        raise ValueError(
+            f"ranks have different numbers of {stage} batches ({counts}), allowed: the same number on each rank; "
+            f"pad the last batches, or set limit_{stage}_batches"
+        )
+
+
+class Job:
+    """The part of the Strategy that keeps ranks in step. `open` comes before everything else, `close` at the end.
+
+    context: the rank's place. is_launched: another rank of this job has started this process.
+    """
+
+    def __init__(self) -> None:
+        self.context = ParallelContext()
+        self.is_launched = False
+        self.stop = StopSignal()
+        self.trained: Any = None  # the module, while it holds the weights of its last step of training
+        self.has_begun = False  # the first batch of this training
+        self.polls_left = 0  # batches of this validation, test or prediction at which all ranks can still ask
+        self.poll: Poll
+        self.trainer: Any
+        self.checkpoints: Checkpoints
+
+    def open(self, trainer: Any, checkpoints: Checkpoints, is_launched: bool) -> None:
+        self.trainer, self.checkpoints, self.is_launched = trainer, checkpoints, is_launched
+        self.stop, self.poll = StopSignal(), Poll(self.context.control_group, num_flags=2)
+        self.stop.take()
+        seam.leave_stop_signals_alone(trainer)
+
+    def begin_training(self) -> None:
+        check_even("train", [self.trainer.num_training_batches], self.context)
+        self.has_begun = False
+        self.ask()  # so that no rank begins the first batch if one was stopped before it
+        seam.skip_sigterm_broadcast(self.trainer)
+
+    def begin_batch(self, batch_idx: int) -> None:
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.ask()
+        self.checkpoints.restore_random_state()  # not earlier: making data loaders draws from the generator
+        if not self.has_begun:  # not earlier: a validation that runs again may find this step to be the best
+            self.has_begun = True
+            seam.mark_step_as_saved(self.trainer)
+
+    def begin_validation(self) -> None:
+        trainer = self.trainer
+        self.begin("val", trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
+        if not trainer.sanity_checking:
+            seam.forget_stopped_validation(trainer)
+
+    def begin(self, stage: str, batches: Sequence[float]) -> None:
+        """Let ranks ask at as many batches as the rank with the fewest has. If that number is unknown they cannot ask,
+        and a SIGTERM ends the process at once."""
+        if self.context.ep_size > 1 or self.context.dense_mesh is not None:  # else nothing keeps ranks in step
+            check_even(stage, batches, self.context)
+        fewest = self.poll.smallest(sum(batches))
+        can_stop = not seam.accumulated_batches(self.trainer)  # else the step must end first
+        if fewest == float("inf"):
+            if can_stop:
+                self.ask_and_wait()
+            self.stop.give_back()
+        elif can_stop:
+            self.polls_left = int(fewest)
+
+    def ask_if_all_can(self) -> None:
+        if self.polls_left > 0:
+            self.polls_left -= 1
+            self.ask()
+
+    def end_evaluation(self) -> None:
+        self.polls_left = 0
+        self.stop.take()
+        reshard(self.trainer.lightning_module)  # what follows finds the weights that optimizers hold
+
+    def ask(self) -> None:
+        """Ask all ranks whether one still writes a checkpoint or must stop, and act on the answers of the last call."""
+        still_writing, stop = self.poll.any_rank(self.checkpoints.is_writing(), self.stop.received)
+        self.checkpoints.finish_unless(still_writing)
+        if stop:
+            self._save_and_exit()
+
+    def ask_and_wait(self) -> None:
+        """Ask once all ranks are here, and act on the answer at once."""
+        dist.barrier(group=self.context.control_group)
+        self.ask()
+        self.ask()
+
+    def _save_and_exit(self) -> None:
+        """Save a checkpoint, if there is anything new to save, and exit; all ranks do this at the same step.
+
+        A rank that Lightning's launcher has started exits with 0: any other code would make the launcher kill rank 0,
+        which may still be closing loggers.
+        """
+        trainer = self.trainer
+        if self.trained is trainer.lightning_module and not seam.accumulated_batches(trainer):
+            self.checkpoints.restore_random_state()
+            seam.restart_validation(trainer)
+            seam.forget_started_batch(trainer)
+            if isinstance(last := trainer.checkpoint_callback, seam.LastCheckpoint):
+                last.save(trainer)
+            else:
+                folder = getattr(last, "dirpath", None) or trainer.default_root_dir
+                trainer.save_checkpoint(Path(folder) / f"step={trainer.global_step}.ckpt")
+        self.checkpoints.finish()
+        raise SystemExit(0 if self.is_launched else self.stop.exit_code)
+
+    def close(self) -> None:
+        if not seam.was_interrupted(self.trainer):  # else other ranks may never come here
+            self.checkpoints.finish()
+            self.ask_and_wait()  # so that a stop during or after the last step still ends in 143
+            self.poll.close()
+        self.stop.give_back()
+
+
+class SavePostponed(Callback):
+    """Saves what was requested inside a step: once it is taken, or at the end of a training that ends inside it."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if not seam.accumulated_batches(trainer):
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Any, *_: Any) -> None:
+        if seam.accumulated_batches(trainer) and trainer.strategy.checkpoints.postponed:
+            rank_zero_warn("training ended inside a step: checkpoints hold the step before, without its gradients")
+        trainer.strategy.in_training = False
+        self.save(trainer)
+
+    def save(self, trainer: Any) -> None:
+        postponed = trainer.strategy.checkpoints.postponed
+        while postponed:
+            path = next(iter(postponed))
+            trainer.save_checkpoint(path, postponed.pop(path))
