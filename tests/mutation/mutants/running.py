@@ -29,7 +29,7 @@ MUTANTS = (
     )
     .caught_by(f"{FAULTS}/test_stop.py::test_12_a_stop_during_validation_loses_no_best_checkpoint[4]"),
     Mutant("sigterm-left-to-lightning", 12, "scmoe/lightning/seam.py")
-    .replaces("        if number != signal.SIGTERM:\n", "        if number:\n")
+    .replaces("        if number not in (signal.SIGTERM, signal.SIGINT):\n", "        if number:\n")
     .caught_by(f"{FAULTS}/test_stop_any_time.py::test_12_sigterm_in_an_evaluation_ends_it_and_saves_nothing[test]"),
     Mutant("no-poll-after-last-step", 12, "scmoe/lightning/job.py")
     .replaces("            self.ask_and_wait()  # so that", "            assert self.stop  # so that")
@@ -68,10 +68,10 @@ MUTANTS = (
     Mutant("every-rank-opens-the-run", 40, f"{RUN}/lifetime.py")
     .replaces("    if not is_rank_zero():\n", "    if False:\n")
     .caught_by(f"{RUN_FILES}::test_40_only_rank_0_writes_into_the_run_directory"),
-    Mutant("one-rank-saves-after-exception", 13, "scmoe/lightning/fail_fast.py")
+    Mutant("one-rank-saves-after-exception", 13, "scmoe/lightning/strategy.py")
     .replaces(
-        "        return self.context.world_size > 1 and was_interrupted(self.module.trainer)\n",
-        "        return self.context.world_size < 1 and was_interrupted(self.module.trainer)\n",
+        "        return self.context.world_size > 1 and seam.was_interrupted(self.module.trainer)\n",
+        "        return self.context.world_size < 1 and seam.was_interrupted(self.module.trainer)\n",
     )
     .caught_by(f"{FAULTS}/test_guards.py::test_13_callbacks_that_save_after_an_exception_wait_for_no_rank"),
     Mutant("link-to-skipped-save", 13, "scmoe/lightning/strategy.py")
@@ -98,7 +98,7 @@ MUTANTS = (
     Mutant("object-collectives-not-compared", 15, "scmoe/lightning/debug.py")
     .replaces("for name in (*TENSORS, *OBJECTS)),", "for name in TENSORS),")
     .caught_by(f"{FAULTS}/test_collectives.py::test_15_every_kind_of_collective_is_watched"),
-    Mutant("uneven-batches-accepted", 16, "scmoe/lightning/lockstep.py")
+    Mutant("uneven-batches-accepted", 16, "scmoe/lightning/job.py")
     .replaces("    if context.world_size == 1:\n", "    if context.world_size > 1:\n")
     .caught_by(f"{FAULTS}/test_batches.py::test_16_each_loader_is_counted"),
     Mutant("dead-worker-sample-unknown", 19, f"{DATA}/watched.py")
