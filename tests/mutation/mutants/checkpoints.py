@@ -85,7 +85,9 @@ MUTANTS = (
     .caught_by(f"{UNIT}/test_random_state.py::test_restored_generators_draw_the_same_numbers"),
     Mutant("saved-between-accumulated-batches", 8, "scmoe/lightning/seam.py")
     .replaces("    if not is_fitting(trainer) or stepped:\n", "    if not is_fitting(trainer) or not stepped:\n")
-    .caught_by(f"{FAULTS}/test_resume.py::test_fault_08_no_checkpoint_is_made_between_the_batches_of_a_step"),
+    .caught_by(
+        f"{FAULTS}/test_resume.py::test_fault_08_a_checkpoint_that_is_requested_inside_a_step_is_saved_at_its_end"
+    ),
     Mutant("saved-again-in-next-step", 8, "scmoe/lightning/seam.py")
     .replaces(
         "            callback._last_global_step_saved = trainer.global_step\n",

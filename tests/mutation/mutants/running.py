@@ -91,7 +91,9 @@ MUTANTS = (
     .caught_by(f"{FAULTS}/test_guards.py::test_14_a_roll_call_names_the_missing_ranks"),
     Mutant("groups-ignore-timeout", 14, f"{PARALLEL}/mesh.py")
     .replaces("ranks.tolist(), timeout=timeout, group_desc", "ranks.tolist(), group_desc")
-    .caught_by(f"{FAULTS}/test_guards.py::test_14_no_group_waits_longer_than_the_timeout"),
+    .caught_by(
+        f"{FAULTS}/test_guards.py::test_14_ranks_have_long_to_start_and_then_no_group_waits_longer_than_the_timeout"
+    ),
     Mutant("different-collectives-not-reported", 15, "scmoe/lightning/debug.py")
     .replaces("        if len(set(of_ranks)) > 1:\n", "        if len(set(of_ranks)) > 2:\n")
     .caught_by(f"{FAULTS}/test_collectives.py::test_15_collectives_in_another_order_are_named"),
