@@ -62,16 +62,19 @@ def measured(recorder: Recorder, schedule: Schedule, directions: Sequence[Direct
             ends += [abs(t - tap) for span in own for t in (span.start, span.end)]
             total = sum(span.end - span.start for span in own)
             row.append(total if operator in PER_CHUNK else total / max(1, len(own)))
-        rows.append([*row, max(ends)])
+        rows.append([*row, max(ends, default=0.0)])
     return torch.tensor(rows, dtype=torch.float64)
 
 
 def from_tap(spans: Sequence[Span], direction: Direction) -> tuple[float, list[Span]]:
-    """Return the time at the tap, and the spans from the tap to the end of the block; backward is the mirror."""
+    """Return the time at the tap, and the spans from the tap to the end of the block; backward is the mirror.
+
+    If everything before the block is frozen, backward ends before the gate; its last span then counts as the tap."""
     if direction == "forward":
         tap = next(span.start for span in spans if span.operator == "route")
         return tap, [span for span in spans if span.start >= tap]
-    tap = max(span.end for span in spans if span.operator == "route")
+    of_gate = [span for span in spans if span.operator == "route"]
+    tap = max((span.end for span in of_gate or spans), default=0.0)
     return tap, [span for span in spans if span.end <= tap][::-1]
 
 
