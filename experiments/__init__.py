@@ -43,9 +43,8 @@ HELP_COLUMNS = 120  # where standard output is no terminal
 HYPHENS = Parameter(allow_leading_hyphen=True)
 KeyValue = Annotated[str, HYPHENS]  # --key=value is an override too
 Item = TypeVar("Item")
-OneEach = Annotated[
-    Sequence[Item], Parameter(consume_multiple=False, allow_repeating=None)
-]  # --stop a --stop b, not --stop a b
+# --stop a --stop b, not --stop a b
+OneEach = Annotated[Sequence[Item], Parameter(consume_multiple=False, allow_repeating=None)]
 
 
 def main() -> None:
@@ -61,8 +60,7 @@ def call(*words: str) -> int:
             raise ConfigError(f"{words[0]} is incomplete, allowed: see {scmoe(words[0], '--help')}")
         return act(*given.args, **given.kwargs) or 0
     except CycloptsError as error:
-        verb = [word for word in words[:1] if word in VERBS]
-        print(f"error: {' '.join(str(error).split())} See {scmoe(*verb, '--help')}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())} See {scmoe(*{*words[:1]} & {*VERBS}, '--help')}", file=sys.stderr)
     except ModuleNotFoundError as error:
         lacks = explained(error)
         if lacks is None:
