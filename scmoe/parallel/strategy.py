@@ -38,7 +38,14 @@ from scmoe.parallel.lightning_seam import (
     set_default_timeout,
     was_interrupted,
 )
-from scmoe.parallel.mesh import EXCHANGES, build_context, check_experts, expert_parameters, use_loopback_for_gloo
+from scmoe.parallel.mesh import (
+    EXCHANGES,
+    build_context,
+    check_experts,
+    expert_parameters,
+    order_launches_of_nccl,
+    use_loopback_for_gloo,
+)
 from scmoe.parallel.refused_callbacks import check_callbacks
 from scmoe.parallel.update.clipping import check_precision, guard_updates
 from scmoe.parallel.update.pacing import BUCKET_MB, is_paced, pacing
@@ -108,6 +115,7 @@ class ExpertParallelStrategy(LockstepStrategy):
 
     def setup_environment(self) -> None:
         check_callbacks(self.module.trainer.callbacks)
+        order_launches_of_nccl()
         if self.num_nodes == 1:
             use_loopback_for_gloo()
         try:
