@@ -102,7 +102,7 @@ def test_a_block_is_priced_where_all_before_it_is_frozen(frozen):
     block.run_as(block.schedule, block.moe.dispatcher, recorder)
     y_BSD = block(torch.randn(2, 6, DIM, dtype=torch.float64)).y_BSD
     (y_BSD.sum() + torch.zeros((), requires_grad=True)).backward()
-    forward, backward = measured(recorder, block.schedule)[:, [OPERATORS.index("route"), -1]].tolist()
+    forward, backward = measured(recorder, block.schedule, None)[:, [OPERATORS.index("route"), -1]].tolist()
     assert min(forward) > 0 and backward[0] == 0 and (backward[1] == 0) == frozen
 
 
