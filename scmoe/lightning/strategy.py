@@ -39,7 +39,14 @@ from scmoe.lightning.seam import (
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.checkpoint.state import check_can_be_saved, model_state, optimizer_state, tied_weights
 from scmoe.parallel.dense_shards import check_dense
-from scmoe.parallel.mesh import EXCHANGES, build_context, check_experts, expert_parameters, use_loopback_for_gloo
+from scmoe.parallel.mesh import (
+    EXCHANGES,
+    build_context,
+    check_experts,
+    expert_parameters,
+    order_launches_of_nccl,
+    use_loopback_for_gloo,
+)
 from scmoe.parallel.update.clipping import check_precision, guard_updates
 from scmoe.parallel.update.pacing import BUCKET_MB, is_paced, pacing
 from scmoe.parallel.update.reducer import ExpertGradientReducer
@@ -108,6 +115,7 @@ class ExpertParallelStrategy(LockstepStrategy):
 
     def setup_environment(self) -> None:
         check_callbacks(self.module.trainer.callbacks)
+        order_launches_of_nccl()
         if self.num_nodes == 1:
             use_loopback_for_gloo()
         try:
