@@ -43,9 +43,8 @@ HELP_COLUMNS = 120  # where standard output is no terminal
 HYPHENS = Parameter(allow_leading_hyphen=True)
 KeyValue = Annotated[str, HYPHENS]  # --key=value is an override too
 Item = TypeVar("Item")
-OneEach = Annotated[
-    Sequence[Item], Parameter(consume_multiple=False, allow_repeating=None)
-]  # --stop a --stop b, not --stop a b
+# --stop a --stop b, not --stop a b
+OneEach = Annotated[Sequence[Item], Parameter(consume_multiple=False, allow_repeating=None)]
 
 
 def main() -> None:

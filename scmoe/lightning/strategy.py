@@ -54,6 +54,7 @@ from scmoe.parallel.mesh import (
     build_context,
     check_experts,
     expert_parameters,
+    order_launches_of_nccl,
     use_loopback_for_gloo,
 )
 from scmoe.parallel.torch_seam import hide_from_ddp, set_default_timeout
@@ -150,6 +151,7 @@ class ExpertParallelStrategy(DDPStrategy):
 
     def setup_environment(self) -> None:
         check_callbacks(self.module.trainer.callbacks)
+        order_launches_of_nccl()
         if self.num_nodes == 1:
             use_loopback_for_gloo()
         try:

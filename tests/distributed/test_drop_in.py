@@ -1,5 +1,6 @@
 """The drop-in block is the block that a configuration builds, and gives on two ranks what it gives on one."""
 
+import io
 import os
 import re
 import socket
@@ -55,6 +56,15 @@ def test_wrong_numbers_are_refused(given, message):
     make = scmoe.MoE if "activation" in given else partial(scmoe.ScMoEBlock, heads=2)
     with pytest.raises(ValueError, match=re.escape(message)):
         make(**{"dim": 16, "num_experts": 4, **given})
+
+
+@pytest.mark.parametrize("make", [partial(scmoe.ScMoEBlock, heads=2), partial(scmoe.MoE, activation="swiglu")])
+def test_a_module_with_experts_can_be_pickled(make):
+    module, file = make(16, num_experts=4), io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    again, x_BSD = torch.load(file, weights_only=False), torch.randn(2, 8, 16)
+    assert torch.equal(again(x_BSD)[0], module(x_BSD)[0])
 
 
 # ---------------------------------------------------------------------- on two ranks

@@ -12,9 +12,9 @@ pytestmark = [pytest.mark.smoke, pytest.mark.inference]
 
 
 def test_a_small_bench_prints_a_table_and_json():
-    with contextlib.redirect_stdout(io.StringIO()) as out:
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         assert call("bench", "generation", "--prompt", "8", "--tokens", "6", "--rounds", "2", "--batch", "2") == 0
     found = json.loads(out.getvalue())
     assert found["decode_over_operators"] > 1 and found["cached_over_uncached"] > 0
     assert found["tpot_ms"] > 0 and found["ttft_ms"] > 0
-    assert "shared_expert" in out.getvalue() and "head" in out.getvalue()
+    assert "shared_expert" in err.getvalue() and "head" in err.getvalue()
