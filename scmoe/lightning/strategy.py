@@ -14,14 +14,14 @@ The LightningModule finds its place in the mesh in `self.parallel_context`, set 
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ModelSummary, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 
 from scmoe.lightning import seam
 from scmoe.lightning.debug import CompareCollectives
-from scmoe.lightning.guarded_update import check_precision, guard_updates
+from scmoe.lightning.guarded_update import check_callbacks, check_precision, guard_updates
 from scmoe.lightning.job import Job, SavePostponed
 from scmoe.lightning.roll_call import end_job_at_exit, note_absent
 from scmoe.parallel.checkpoint.saving import Checkpoints
@@ -395,16 +395,3 @@ def is_of_trainer(path: Path, trainer: Any) -> bool:
     inside = any(Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(f)) for f in folders)
     of_tuner = path.parent == Path(trainer.default_root_dir)
     return path.name != ".." and (inside or of_tuner)
-
-
-COPYING = (WeightAveraging, StochasticWeightAveraging)  # their copy of the module would hold one rank's experts
-
-
-def check_callbacks(callbacks: Iterable[Any]) -> None:
-    """Raise ValueError for a callback that averages weights in a copy of the module."""
-    for callback in callbacks:
-        if isinstance(callback, COPYING):
-            raise ValueError(
-                f"the callback {type(callback).__name__} keeps a copy of the module, with one rank's experts alone; "
-                "allowed with expert_parallel: callbacks that do not copy it; average weights of checkpoints instead"
-            )

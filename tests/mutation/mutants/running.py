@@ -158,7 +158,7 @@ MUTANTS = (
     .caught_by(
         f"{FAULTS}/test_lightning_users.py::test_56_a_damaged_directory_is_refused_and_other_checkpoints_are_read_as_before"
     ),
-    Mutant("averaging-copies-accepted", 57, "scmoe/lightning/strategy.py")
+    Mutant("averaging-copies-accepted", 57, "scmoe/lightning/guarded_update.py")
     .replaces("        if isinstance(callback, COPYING):\n", "        if callback is COPYING:\n")
     .caught_by(
         f"{FAULTS}/test_lightning_users.py::test_57_callbacks_that_average_weights_in_a_copy_are_refused_by_name"
