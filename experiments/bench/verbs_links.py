@@ -16,7 +16,7 @@ def inference(
     """Prefill and decode between ranks, sequential, overlapped and as planned."""
     given = locals()
     from scmoe.experiments.bench.decoding import bench_generation
-    from scmoe.experiments.bench.inference_report import bench_inference
+    from scmoe.experiments.bench.inference import bench_inference
     from scmoe.experiments.engine import links
 
     links.require()

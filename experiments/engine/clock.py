@@ -40,18 +40,17 @@ def in_turn(
 ) -> dict[Name, np.ndarray]:
     """Run all variants once in each round, after rounds to warm up that are left out.
 
-    variants: each returns what it has measured, a number or a sequence of numbers. over_ranks: every rank calls this,
-    and each number is that of the slowest rank. say: is told of each round. Returns [rounds], or [numbers, rounds].
+    variants: each returns what it has measured, a number or nested sequences of numbers. over_ranks: every rank calls
+    this, and each number is that of the slowest rank. say: is told of each round. Returns [..., rounds] by variant.
     """
-    measured = []
+    measured: dict[Name, list[Any]] = {name: [] for name in variants}
     for i in range(warm_up + rounds):
         if say is not None:
             say(f"round {max(0, i + 1 - warm_up)} of {rounds}, {len(variants)} variants")
-        measured.append([run() for run in variants.values()])
-    values = np.asarray(measured[warm_up:], dtype=np.float64)
-    if over_ranks:
-        values = slowest(values)
-    return {name: values[:, i].T for i, name in enumerate(variants)}
+        for name, run in variants.items():
+            measured[name].append(run())
+    kept = {name: np.asarray(values[warm_up:], dtype=np.float64) for name, values in measured.items()}
+    return {name: np.moveaxis(slowest(values) if over_ranks else values, 0, -1) for name, values in kept.items()}
 
 
 def slowest(values: Any) -> np.ndarray:
@@ -62,7 +61,7 @@ def slowest(values: Any) -> np.ndarray:
 
 
 def middle(values: Any) -> float:
-    """Return the median of one number's rounds."""
+    """Return the median."""
     return float(median(values))
 
 
