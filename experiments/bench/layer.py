@@ -6,16 +6,16 @@ the measured bandwidth, read once in each pass, their gradients written once. A 
 Variants run in turn, round after round, and ratios are taken within a round, since the machine's speed drifts.
 """
 
-import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Column, Table
 from torch import Tensor, nn
 
+from scmoe.experiments.engine.clock import CPU, in_turn, seconds
+from scmoe.experiments.engine.report import Report
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
@@ -25,7 +25,8 @@ from scmoe.training.run.host_memory import keep_freed_memory
 WARM_UP = 2  # rounds
 READ_BYTES = 1 << 30  # more than any cache holds
 PRODUCTS, BATCHED, LAYER = "dense products", "batched products of the experts", "MoE layer"
-KINDS = ((0, "forward"), (1, "train"))
+GELU, DROPLESS = "dense products with GELU", "MoE layer, dropless"
+KEYS = {PRODUCTS: "", BATCHED: "_over_batched", GELU: "_with_gelu", DROPLESS: "_over_dropless"}  # of ratios, as JSON
 
 
 class DenseProducts(nn.Module):
@@ -78,55 +79,46 @@ def bench_layer(
     rows = torch.randn(tokens * top_k, dim, requires_grad=True)
     variants: dict[str, tuple[nn.Module, Tensor]] = {
         PRODUCTS: (DenseProducts(dim, ffn_dim, nn.Identity()), rows),
-        "dense products with GELU": (DenseProducts(dim, ffn_dim, nn.GELU()), rows),
+        GELU: (DenseProducts(dim, ffn_dim, nn.GELU()), rows),
         LAYER: (MoEStream(router, module, LocalDispatcher(), capacity, filled=True), x),
     }
     if tokens * top_k % experts == 0:
         variants[BATCHED] = BatchedProducts(dim, ffn_dim, experts), rows
     if capacity is not None:
-        variants["MoE layer, dropless"] = MoEStream(router, module, LocalDispatcher()), x
+        variants[DROPLESS] = MoEStream(router, module, LocalDispatcher()), x
     if find_spec("transformers"):  # with three products an expert, of 2/3 of the width
         block = mixtral_block(dim, 2 * ffn_dim // 3 // 8 * 8, experts, top_k, "grouped_mm")
         variants["transformers, grouped, as many FLOPs"] = random_weights(block, x.device), x
-    measured = [[(forward(*v), train(*v)) for v in variants.values()] for _ in range(WARM_UP + rounds)][WARM_UP:]
-    times = dict(zip(variants, np.array(measured).transpose(1, 2, 0), strict=True))  # [forward and train, rounds]
-    ratios = {name: np.median(times[LAYER] / own, axis=-1) for name, own in times.items()}
+    times = in_turn({name: forward_and_train(*variant) for name, variant in variants.items()}, rounds, WARM_UP)
     bandwidth = read_bytes_per_s()
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     moved = np.array([[weights], [3 * weights]]) / bandwidth  # weights read in each pass, gradients written
-    roofline = np.median(times[LAYER] / np.maximum(times[PRODUCTS], moved), axis=-1)
+    roofline = f"roofline, {bandwidth / 1e9:.1f} GB/s"
+    times[roofline] = np.maximum(times[PRODUCTS], moved)
+    ms = {name: 1e3 * np.median(own, axis=-1) for name, own in times.items()}  # forward, train
+    ratios = {name: np.median(times[LAYER] / own, axis=-1) for name, own in times.items()}
 
     sizes = f"D={dim} F={ffn_dim} E={experts}, {tokens} tokens, top-{top_k}, capacity factor {capacity or 'none'}"
-    title = f"MoE layer, {sizes}, {threads} thread(s), medians of {rounds} rounds"
-    columns = ("forward ms", "forward + backward ms", "MoE layer over it: forward", "forward + backward")
-    numbers = (Column(name, justify="right") for name in columns)
-    table = Table("variant", *numbers, title=title, title_justify="left")
-    for name, own in times.items():
-        ms = [f"{value * 1e3:.1f}" for value in np.median(own, axis=-1)]
-        table.add_row(name, *ms, *(f"{ratio:.3f}" for ratio in ratios[name]))
-    limit = [f"{value * 1e3:.1f}" for value in np.median(np.maximum(times[PRODUCTS], moved), axis=-1)]
-    table.add_row(f"roofline, {bandwidth / 1e9:.1f} GB/s", *limit, *(f"{ratio:.3f}" for ratio in roofline))
-    Console(width=120).print(table)
-    names = {
-        PRODUCTS: "",
-        BATCHED: "_over_batched",
-        "dense products with GELU": "_with_gelu",
-        "MoE layer, dropless": "_over_dropless",
+    columns = {
+        "forward ms": "{ms[0]:.1f}",
+        "forward + backward ms": "{ms[1]:.1f}",
+        "MoE layer over it: forward": "{ratio[0]:.3f}",
+        "forward + backward": "{ratio[1]:.3f}",
     }
-    found = {f"{kind}_ratio{names[name]}": ratios[name][i] for name in ratios if name in names for i, kind in KINDS}
-    found |= {"roofline_ratio": roofline[1], "roofline_ratio_forward": roofline[0], "gb_per_s": bandwidth / 1e9}
-    return {name: float(value) for name, value in found.items()}
+    rows = {name: {"ms": ms[name], "ratio": ratios[name]} for name in times}
+    Report(f"MoE layer, {sizes}, {threads} thread(s), medians of {rounds} rounds", rows, columns, "variant").show()
+    found: dict[str, Any] = {}
+    for name, key in KEYS.items():
+        if name in ratios:
+            found[f"forward_ratio{key}"], found[f"train_ratio{key}"] = ratios[name].tolist()
+    found["roofline_ratio_forward"], found["roofline_ratio"] = ratios[roofline].tolist()
+    return {**found, "gb_per_s": bandwidth / 1e9}
 
 
 def read_bytes_per_s() -> float:
     """Return the bandwidth of this process's threads when they read numbers that are in no cache; the best of five."""
     numbers = torch.ones(READ_BYTES // 4)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        numbers.sum()
-        seconds.append(time.perf_counter() - start)
-    return READ_BYTES / min(seconds)
+    return READ_BYTES / min(seconds(numbers.sum) for _ in range(5))
 
 
 def mixtral_block(dim: int, ffn_dim: int, num_experts: int, top_k: int, implementation: str) -> nn.Module:
@@ -148,20 +140,23 @@ def random_weights(module: Any, device: torch.device) -> Any:
     return module
 
 
-@torch.no_grad()
-def forward(module: nn.Module, x: Tensor) -> float:
-    """Return the seconds of a forward pass."""
-    start = time.perf_counter()
-    module(x)
-    return time.perf_counter() - start
+def forward_and_train(module: nn.Module, x: Tensor, device: torch.device = CPU) -> Callable[[], tuple[float, float]]:
+    """Return what gives the seconds of a forward pass without gradients, and of one with backward into gradients that
+    do not exist yet, as after zero_grad()."""
 
+    def output() -> Tensor:
+        out = module(x)
+        return out if isinstance(out, Tensor) else out.y_BSD
 
-def train(module: nn.Module, x: Tensor) -> float:
-    """Return the seconds of forward and backward, into gradients that do not exist yet, as after zero_grad()."""
-    module.zero_grad()
-    x.grad = None
-    start = time.perf_counter()
-    out = module(x)
-    y = out if isinstance(out, Tensor) else out.y_BSD
-    y.backward(torch.ones_like(y))
-    return time.perf_counter() - start
+    def train() -> None:
+        y = output()
+        y.backward(torch.ones_like(y))
+
+    def both() -> tuple[float, float]:
+        with torch.no_grad():
+            forward = seconds(output, device)
+        module.zero_grad()
+        x.grad = None
+        return forward, seconds(train, device)
+
+    return both
