@@ -56,7 +56,7 @@ def guard(*overrides: str) -> None:
     Args:
         overrides: key=value, of a small model's config
     """
-    from scmoe.experiments.bench.guard_cost import guard_cost
+    from scmoe.experiments.bench.step_cost import guard_cost
 
     print(json.dumps(guard_cost(overrides) | {"overrides": overrides}))
 
@@ -78,7 +78,7 @@ def dense(
         share: communication share of a sequential top-2 pair, on shaped links (default: the loopback device)
     """
     given = locals()
-    from scmoe.experiments.bench.dense_cost import bench_dense
+    from scmoe.experiments.bench.step_cost import bench_dense
     from scmoe.experiments.engine import links
 
     if ranks % 2 or ranks % ep_size:
