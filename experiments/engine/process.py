@@ -3,9 +3,12 @@
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 
 def anonymous_mb() -> float:
@@ -36,7 +39,16 @@ def peak_mb(step: Callable[[Any], object], batches: Iterable[Any]) -> float:
     return max(seen)
 
 
-def waited_s() -> float:
+def undisturbed(run: Callable[[], Result], max_wait: float) -> tuple[Result, float | None]:
+    """Returns what `run` returns and its seconds; None for these if the threads of this process were ready to run and
+    had no core for more than a share max_wait of them."""
+    waited, begun = _waited_s(), time.perf_counter()
+    result = run()
+    seconds = time.perf_counter() - begun
+    return result, seconds if _waited_s() - waited <= max_wait * seconds else None
+
+
+def _waited_s() -> float:
     """Returns the seconds that the threads of this process have been ready to run and had no core, so far."""
     threads = os.listdir("/proc/self/task")
     return sum(int(Path(f"/proc/self/task/{t}/schedstat").read_text().split()[1]) for t in threads) / 1e9

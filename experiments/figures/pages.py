@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench import growth, inference, offload_report, speed_chart
+from scmoe.experiments.bench import growth, inference, offload, speed_chart
 from scmoe.experiments.figures.concepts import CONCEPTS
 from scmoe.experiments.figures.draw import EXPLAINED, PAGES, draw_measured
 from scmoe.experiments.figures.headline import REPORTS, draw_headline
@@ -26,7 +26,7 @@ DRAW: dict[str, Callable[[Any, Path], None]] = {  # by the first words of a repo
     "overlap-": speed_chart.draw,
     "inference-": inference.draw,
     "growth": growth.draw,
-    "figure-13": offload_report.draw,
+    "figure-13": offload.draw,
     "figure-9": draw_measured,
     "figure-10": draw_measured,
 }
