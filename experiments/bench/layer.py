@@ -1,12 +1,22 @@
-"""The time of the MoE layer over that of the dense products that it contains, and over its roofline.
+"""The time of the MoE layer over that of the dense products that it contains, on this machine and on one GPU.
 
 The roofline is the longer of two times: the dense products', and that of moving the experts' weights through memory at
 the measured bandwidth, read once in each pass, their gradients written once. A dense product reads one expert's worth.
 
 Variants run in turn, round after round, and ratios are taken within a round, since the machine's speed drifts.
+
+The part `layer` of `make gpu-check` (on_device) has the layer in float32 and bfloat16, with 8 and 64 experts:
+
+    fixed capacity   over two batched products on as many rows
+    dropless         over two grouped products on as many rows
+    transformers     its Mixtral block and our dropless layer, both SwiGLU, of the same shapes and so of equal FLOPs
+
+There the products have no activation between them. Tokens are dealt to the experts in turn, so every expert has as many
+rows as in the products; beside transformers an untrained gate chooses.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,16 +24,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scmoe.experiments.engine.clock import CPU, in_turn, seconds
+from scmoe.experiments.engine.clock import CPU, in_turn, middle, seconds
+from scmoe.experiments.engine.isolated import Pieces, Place, attempt
 from scmoe.experiments.engine.report import Report
+from scmoe.moe.activation import Activation
 from scmoe.moe.dispatcher import LocalDispatcher
-from scmoe.moe.experts import Experts
+from scmoe.moe.experts import Experts, batched_mlps, grouped_mlps
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.training.run.host_memory import keep_freed_memory
 
-WARM_UP = 2  # rounds
+Made = tuple[nn.Module, Tensor]  # a module and its input
+WARM_UP, WARM_UP_ON_DEVICE = 2, 3  # rounds
 READ_BYTES = 1 << 30  # more than any cache holds
+TOP_K = 2  # on a device
+NO_ACTIVATION = Activation(lambda h: h, lambda h: h, lambda h, out: out.copy_(h), lambda da, h, out: out.copy_(da))
 PRODUCTS, BATCHED, LAYER = "dense products", "batched products of the experts", "MoE layer"
 GELU, DROPLESS = "dense products with GELU", "MoE layer, dropless"
 KEYS = {PRODUCTS: "", BATCHED: "_over_batched", GELU: "_with_gelu", DROPLESS: "_over_dropless"}  # of ratios, as JSON
@@ -77,7 +92,7 @@ def bench_layer(
     router = Router(dim, experts, top_k)
     x = torch.randn(1, tokens, dim, requires_grad=True)
     rows = torch.randn(tokens * top_k, dim, requires_grad=True)
-    variants: dict[str, tuple[nn.Module, Tensor]] = {
+    variants: dict[str, Made] = {
         PRODUCTS: (DenseProducts(dim, ffn_dim, nn.Identity()), rows),
         GELU: (DenseProducts(dim, ffn_dim, nn.GELU()), rows),
         LAYER: (MoEStream(router, module, LocalDispatcher(), capacity, filled=True), x),
@@ -105,8 +120,8 @@ def bench_layer(
         "MoE layer over it: forward": "{ratio[0]:.3f}",
         "forward + backward": "{ratio[1]:.3f}",
     }
-    rows = {name: {"ms": ms[name], "ratio": ratios[name]} for name in times}
-    Report(f"MoE layer, {sizes}, {threads} thread(s), medians of {rounds} rounds", rows, columns, "variant").show()
+    shown = {name: {"ms": ms[name], "ratio": ratios[name]} for name in times}
+    Report(f"MoE layer, {sizes}, {threads} thread(s), medians of {rounds} rounds", shown, columns, "variant").show()
     found: dict[str, Any] = {}
     for name, key in KEYS.items():
         if name in ratios:
@@ -160,3 +175,109 @@ def forward_and_train(module: nn.Module, x: Tensor, device: torch.device = CPU) 
         return forward, seconds(train, device)
 
     return both
+
+
+def compare(
+    device: torch.device, variants: Mapping[str, Callable[[], Made]], over: Mapping[str, str], rounds: int
+) -> dict[str, Any]:
+    """Return for each variant its median forward_ms and train_ms, and its ratios to the variant that `over` names.
+
+    variants: functions that make a module and its input. One that cannot be made or run has its error instead.
+    """
+    found: dict[str, Any] = {}
+    runs: dict[str, Callable[[], Any]] = {}
+
+    def first(make: Callable[[], Made]) -> Callable[[], Any]:
+        run = forward_and_train(*make(), device)
+        run()
+        return run
+
+    for name, make in variants.items():
+        made = attempt(partial(first, make))
+        if isinstance(made, dict):
+            found[name] = made
+        else:
+            runs[name] = made
+    times = in_turn(runs, rounds, WARM_UP_ON_DEVICE)
+    for name, (forward, train) in times.items():
+        found[name] = {"forward_ms": 1e3 * middle(forward), "train_ms": 1e3 * middle(train)}
+    for name, other in over.items():
+        if name in times and other in times:
+            forward, train = times[name] / times[other]
+            found[name] |= {"over": other, "forward_ratio": middle(forward), "train_ratio": middle(train)}
+    return {name: found[name] for name in variants}
+
+
+class Products(nn.Module):
+    """The two products of every expert on rows of equal numbers. way: batched_mlps or grouped_mlps."""
+
+    def __init__(self, experts: Experts, way: Callable[..., Tensor], counts_E: Tensor | None) -> None:
+        super().__init__()
+        self.experts, self.way, self.counts_E = experts, way, counts_E
+
+    def forward(self, rows_RD: Tensor) -> Tensor:
+        return self.way(rows_RD, self.experts.w_in_eDF, self.experts.w_out_eFD, self.counts_E, NO_ACTIVATION)
+
+
+def on_device(place: Place) -> Pieces:
+    sizes = dict(dim=32, ffn_dim=96, tokens=64) if place.tiny else dict(dim=1024, ffn_dim=4096, tokens=8192)
+    rounds = 3 if place.tiny else 15
+    device = torch.device(place.device)
+    found: dict[str, Callable[[], Any]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for num_experts in (8, 64):
+            cell = partial(measure, device, dtype, num_experts, rounds, **sizes)
+            found[f"{str(dtype).removeprefix('torch.')}, {num_experts} experts"] = cell
+    return found
+
+
+def measure(
+    device: torch.device, dtype: torch.dtype, num_experts: int, rounds: int, dim: int, ffn_dim: int, tokens: int
+) -> dict[str, Any]:
+    """Returns times and ratios of all variants. SwiGLU has three products, so its hidden width is 2/3 of ffn_dim."""
+
+    narrow = 2 * ffn_dim // 3 // 8 * 8
+
+    def experts(activation: str = "gelu", width: int = ffn_dim) -> Experts:
+        with torch.device("meta"):
+            module = Experts(dim, width, num_experts, activation=activation)
+        return random_weights(module.to(dtype), device)
+
+    def products(way: Callable[..., Tensor], counts_E: Tensor | None) -> Made:
+        rows = torch.randn(tokens * TOP_K, dim, device=device, dtype=dtype, requires_grad=True)
+        return Products(experts(), way, counts_E), rows
+
+    def layer(capacity_factor: float | None) -> Made:
+        router = random_weights(Router(dim, num_experts, TOP_K, balanced=True).to(dtype), device)
+        return MoEStream(router, experts(), LocalDispatcher(), capacity_factor), tokens_of(device, dtype, tokens, dim)
+
+    def swiglu() -> Made:
+        router = random_weights(Router(dim, num_experts, TOP_K).to(dtype), device)
+        stream = MoEStream(router, experts("swiglu", narrow), LocalDispatcher())
+        return stream, tokens_of(device, dtype, tokens, dim)
+
+    def mixtral(implementation: str) -> Made:
+        block = mixtral_block(dim, narrow, num_experts, TOP_K, implementation)
+        return random_weights(block.to(dtype), device), tokens_of(device, dtype, tokens, dim)
+
+    each = torch.full((num_experts,), tokens * TOP_K // num_experts, device=device)
+    variants: dict[str, Callable[[], Made]] = {
+        "products, batched": lambda: products(batched_mlps, None),
+        "products, grouped": lambda: products(grouped_mlps, each),
+        "layer, fixed capacity": lambda: layer(1.0),
+        "layer, dropless": lambda: layer(None),
+        "layer, dropless, SwiGLU": swiglu,
+    }
+    over = {"layer, fixed capacity": "products, batched", "layer, dropless": "products, grouped"}
+    sizes: dict[str, Any] = {"tokens": tokens, "top_k": TOP_K, "dim": dim, "ffn_dim": ffn_dim}
+    if find_spec("transformers") is None:
+        sizes["transformers"] = "not compared: transformers is missing"
+    else:
+        for implementation in ("eager", "grouped_mm"):
+            name = f"transformers' Mixtral block, {implementation}"
+            variants[name], over[name] = partial(mixtral, implementation), "layer, dropless, SwiGLU"
+    return {**sizes, "variants": compare(device, variants, over, rounds)}
+
+
+def tokens_of(device: torch.device, dtype: torch.dtype, tokens: int, dim: int) -> Tensor:
+    return torch.randn(1, tokens, dim, device=device, dtype=dtype, requires_grad=True)

@@ -31,8 +31,8 @@ from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.extras import require
 from scmoe.config.load import load
 from scmoe.experiments.bench.speed_chart import name_of
-from scmoe.experiments.engine.clock import CPU, middle
-from scmoe.experiments.engine.process import anonymous_mb, peak_mb, undisturbed
+from scmoe.experiments.engine.clock import CPU, middle, undisturbed
+from scmoe.experiments.engine.profiles import anonymous_mb, peak_mb
 from scmoe.experiments.engine.report import Report, write_json
 from scmoe.inference.offload.cache import Cache, FileReader
 from scmoe.inference.offload.migration import WAYS, attach

@@ -4,8 +4,10 @@ The speed of a shared machine drifts, so a variant is compared only with what ra
 together, a round counts as the slowest rank has it.
 """
 
+import os
 import time
 from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, TypeVar
 
@@ -15,6 +17,7 @@ import torch.distributed as dist
 
 CPU = torch.device("cpu")
 Name = TypeVar("Name", bound=Hashable)
+Result = TypeVar("Result")
 
 
 def seconds(run: Callable[[], Any], device: torch.device = CPU) -> float:
@@ -29,6 +32,21 @@ def seconds(run: Callable[[], Any], device: torch.device = CPU) -> float:
     end_event.record()
     end_event.synchronize()
     return start_event.elapsed_time(end_event) / 1e3
+
+
+def undisturbed(run: Callable[[], Result], max_wait: float) -> tuple[Result, float | None]:
+    """Returns what `run` returns and its seconds; None for these if the threads of this process were ready to run and
+    had no core for more than a share max_wait of them."""
+    waited, begun = _waited_s(), time.perf_counter()
+    result = run()
+    seconds = time.perf_counter() - begun
+    return result, seconds if _waited_s() - waited <= max_wait * seconds else None
+
+
+def _waited_s() -> float:
+    """Returns the seconds that the threads of this process have been ready to run and had no core, so far."""
+    threads = os.listdir("/proc/self/task")
+    return sum(int(Path(f"/proc/self/task/{t}/schedstat").read_text().split()[1]) for t in threads) / 1e9
 
 
 def in_turn(
