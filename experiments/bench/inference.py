@@ -22,8 +22,9 @@ from torch import Tensor
 
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
+from scmoe.experiments.bench import emulated
 from scmoe.experiments.bench.overlap import Variant, find_rate, say
-from scmoe.experiments.bench.pairs import Setting, default_schedule, make_block
+from scmoe.experiments.bench.pairs import Setting, check_ranks, default_schedule, make_block
 from scmoe.experiments.bench.speed_chart import PAPERS, Printed, name_of
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, quartiles
@@ -32,7 +33,7 @@ from scmoe.experiments.engine.report import Report, write_json
 from scmoe.inference.passes import Shape
 from scmoe.inference.planned import PASSES, a_pass
 from scmoe.models.gpt import GPT
-from scmoe.moe.dispatcher import Blocking, Dispatcher, Pending, Ready, Receipt, Traffic
+from scmoe.moe.dispatcher import Blocking, Dispatcher, Pending, Ready, Receipt
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
 from scmoe.planning.inference_planner import InferencePlan, best_schedules, pass_seconds, plan_inference
 from scmoe.probes.charts import BLUE, PAPER, RED, Bar, bar_legend, chart, grouped_bars, heading, height_of
@@ -64,12 +65,6 @@ class Free:
         return self.inner.combine(rows_RD, receipt)
 
 
-def keep(rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Any]:
-    """An exchange without a network: every rank keeps its rows, which must be as many as it would receive."""
-    assert traffic is None or sum(traffic.sent) == sum(traffic.received)
-    return rows, Ready(rows)
-
-
 class Way(NamedTuple):
     """How one model runs in passes of one shape. name: sequential, overlapped x 2, free."""
 
@@ -89,7 +84,7 @@ class InferenceBench:
         torch.manual_seed(0)
         self.models = {name: self.model(name) for name in BLOCKS}
         self.paid = AllToAllDispatcher(self.group, setting.num_experts)
-        self.free = Free(AllToAllDispatcher(self.group, setting.num_experts, exchange=keep))
+        self.free = Free(AllToAllDispatcher(self.group, setting.num_experts, exchange=emulated.free))
         self.passes = {}
         for shape, texts in (("prefill", 1), ("decode", batch)):
             ids_BS = torch.randint(VOCABULARY, (texts, setting.tokens))
@@ -170,14 +165,12 @@ def bench_inference(share: float, prompt: int, batch: int, rounds: int, ranks: i
 
 def check(prompt: int, batch: int, ranks: int) -> None:
     """Raise ConfigError for what cannot be measured."""
+    check_ranks(ranks)
     experts = Setting.num_experts
-    if ranks < 2 or experts % ranks:
-        raise ConfigError(f"--ranks is {ranks}, allowed: divisors of the {experts} experts from 2 on")
     for option, tokens in (("prompt", prompt), ("batch", batch)):
         if tokens < experts or tokens % experts:
-            raise ConfigError(
-                f"--{option} is {tokens}, allowed: multiples of {experts}, so that experts get equal shares"
-            )
+            allowed = f"multiples of {experts}, so that experts get equal shares"
+            raise ConfigError(f"--{option} is {tokens}, allowed: {allowed}")
 
 
 def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) -> dict[str, Any]:

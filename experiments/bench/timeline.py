@@ -4,6 +4,7 @@ The five timelines of the figure (ROWS) run on shaped links as in `bench overlap
 """
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,16 +48,10 @@ def bench_timeline(share: float, compute: str, position: str, ranks: int, out: P
         machine = f"{compute} compute, {ranks} ranks, links of {rate:.0f} Mbit/s"
         path = out / f"{direction}.png"
         draw(timelines[direction], path, f"One pair from the tap to its end, {direction}: {machine}", "ms")
-        print(f"drawn: {path}")
+        print(f"drawn: {path}", file=sys.stderr)
     traces = [str(path) for path in sorted(out.glob("*.json"))]
-    print(f"traces: {', '.join(traces)}")
+    print(f"traces: {', '.join(traces)}", file=sys.stderr)
     return {"link_mbit": rate, "traces": traces}
-
-
-def check(ranks: int) -> None:
-    """Raise ConfigError for a number of ranks that cannot share the experts."""
-    if ranks < 2 or Setting.num_experts % ranks:
-        raise ConfigError(f"--ranks is {ranks}, allowed: divisors of the {Setting.num_experts} experts from 2 on")
 
 
 def draw_plan(run_dir: Path) -> dict[str, Any]:
@@ -83,7 +78,7 @@ def draw_plan(run_dir: Path) -> dict[str, Any]:
             f"The plan of {run_dir.resolve().name}, from the tap to the end of a block, {direction}",
             "ms",
         )
-        print(f"drawn: {picture}")
+        print(f"drawn: {picture}", file=sys.stderr)
     return {"pictures": [str(picture) for picture in pictures]}
 
 
@@ -123,10 +118,10 @@ def measured_spans(bench: Bench, variant: Variant, direction: Direction) -> list
         _, spans = from_tap(recorder.spans(direction), direction)
         start = min(span.start for span in spans)
         steps.append([Span(s.operator, 1e3 * (s.start - start), 1e3 * (s.end - start)) for s in spans])
-    return in_turn(sorted(steps[1:], key=elapsed)[STEPS // 2])
+    return one_at_a_time(sorted(steps[1:], key=elapsed)[STEPS // 2])
 
 
-def in_turn(spans: list[Span]) -> list[Span]:
+def one_at_a_time(spans: list[Span]) -> list[Span]:
     """Shortens transfers, which are noted from their launch on, to the time on the link: it carries one at a time."""
     shown, free = [], 0.0
     for span in sorted(spans, key=lambda span: span.end):
