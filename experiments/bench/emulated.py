@@ -58,7 +58,7 @@ class EmulatedExperts(nn.Module):
 
 
 def free(rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Work]:
-    """Free communication: every rank keeps its rows, as if they came from its peers. It must send as many as it gets."""
+    """Free communication: every rank keeps its rows, as if they came from its peers: as many as it sends."""
     assert traffic is None or sum(traffic.sent) == sum(traffic.received)
     return rows, Ready(rows)
 

@@ -110,8 +110,8 @@ def bench_layer(
     moved = np.array([[weights], [3 * weights]]) / bandwidth  # weights read in each pass, gradients written
     roofline = f"roofline, {bandwidth / 1e9:.1f} GB/s"
     times[roofline] = np.maximum(times[PRODUCTS], moved)
-    ms = {name: 1e3 * np.median(own, axis=-1) for name, own in times.items()}  # forward, train
-    ratios = {name: np.median(times[LAYER] / own, axis=-1) for name, own in times.items()}
+    ms = {name: [1e3 * middle(kind) for kind in own] for name, own in times.items()}  # forward, train
+    ratios = {name: [middle(kind) for kind in times[LAYER] / own] for name, own in times.items()}
 
     sizes = f"D={dim} F={ffn_dim} E={experts}, {tokens} tokens, top-{top_k}, capacity factor {capacity or 'none'}"
     columns = {
@@ -125,8 +125,8 @@ def bench_layer(
     found: dict[str, Any] = {}
     for name, key in KEYS.items():
         if name in ratios:
-            found[f"forward_ratio{key}"], found[f"train_ratio{key}"] = ratios[name].tolist()
-    found["roofline_ratio_forward"], found["roofline_ratio"] = ratios[roofline].tolist()
+            found[f"forward_ratio{key}"], found[f"train_ratio{key}"] = ratios[name]
+    found["roofline_ratio_forward"], found["roofline_ratio"] = ratios[roofline]
     return {**found, "gb_per_s": bandwidth / 1e9}
 
 
