@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scmoe.config.shipped import SHIPPED
 from torch import Tensor
 from torch.profiler import record_function
 
 from scmoe.config.fields import Config
+from scmoe.config.load import SHIPPED
 from scmoe.experiments.bench import emulated, speed_chart
 from scmoe.experiments.bench.overlap import measure
 from scmoe.experiments.bench.overlap_report import summary
