@@ -176,4 +176,21 @@ MUTANTS = (
     Mutant("experts-not-divisible", 37, "scmoe/config/rules.py")
     .replaces("moe.num_experts % ep_size\n", "moe.num_experts < ep_size\n")
     .caught_by(f"{UNIT}/test_config.py::test_impossible_combination_names_its_key"),
+    Mutant("initial-weights-checked-late", 0, "scmoe/training/run/train.py")
+    .replaces(
+        "            initial_weights(config, build_model_on_meta(config))  # its checks, before data is prepared",
+        "            pass",
+    )
+    .caught_by(
+        "tests/faults/test_machine.py::test_52_initial_weights_that_do_not_fit_are_refused_before_data_is_prepared"
+    ),
+    Mutant("skipped-files-fail-the-gate", 0, "experiments/check_data.py")
+    .replaces('    elif settings.data.on_error == "skip":', "    elif False:")
+    .caught_by("tests/faults/test_bad_data.py::test_45_check_data_reads_texts_too"),
+    Mutant("saved-steps-not-counted", 0, "scmoe/runs/seen.py")
+    .replaces("[*logged, *saved]", "logged")
+    .caught_by("tests/unit/test_runs.py::test_steps_that_are_saved_count_where_they_are_not_logged"),
+    Mutant("dangling-links-passed-over", 0, "datamodules/sources.py")
+    .replaces("file.is_file() or not file.exists()", "file.is_file()")
+    .caught_by("tests/faults/test_bad_data.py::test_44_a_link_to_a_text_that_is_gone_is_named"),
 )
