@@ -193,4 +193,35 @@ MUTANTS = (
     Mutant("dangling-links-passed-over", 0, "datamodules/sources.py")
     .replaces("file.is_file() or not file.exists()", "file.is_file()")
     .caught_by("tests/faults/test_bad_data.py::test_44_a_link_to_a_text_that_is_gone_is_named"),
+    Mutant("ctrl-c-left-to-lightning", 0, "scmoe/lightning/seam.py")
+    .replaces("not in (signal.SIGTERM, signal.SIGINT)", "not in (signal.SIGTERM,)")
+    .caught_by("tests/faults/test_lightning_users.py::test_12_after_a_run_ctrl_c_and_sigterm_do_what_they_did_before"),
+    Mutant("timeout-of-the-start-stays", 0, "scmoe/lightning/strategy.py")
+    .replaces("        set_default_timeout(self.timeout)\n", "        set_default_timeout(self.start_timeout)\n")
+    .caught_by(
+        "tests/faults/test_guards.py::test_14_ranks_have_long_to_start_and_then_no_group_waits_longer_than_the_timeout"
+    ),
+    Mutant("no-time-to-start", 0, "scmoe/lightning/strategy.py")
+    .replaces('"timeout": self.start_timeout}', '"timeout": self.timeout}')
+    .caught_by(
+        "tests/faults/test_guards.py::test_14_ranks_have_long_to_start_and_then_no_group_waits_longer_than_the_timeout"
+    ),
+    Mutant("launched-rank-ends-with-130", 0, "scmoe/runs/on_ranks.py")
+    .replaces(
+        "SystemExit(0 if trainer.strategy.is_launched else 128 + signal.SIGINT)", "SystemExit(128 + signal.SIGINT)"
+    )
+    .caught_by("tests/faults/test_generation.py::test_62_ctrl_c_is_the_exit_code_of_rank_0_alone"),
+    Mutant("run-of-another-machine-taken", 0, "scmoe/training/run/run_state.py")
+    .replaces("        if not _is_silent(path):\n", "        if kept is None:\n")
+    .caught_by("tests/unit/test_runs.py::test_a_run_that_another_machine_trains_cannot_be_resumed_until_it_is_silent"),
+    Mutant("passwords-kept", 0, "scmoe/training/redact.py")
+    .replaces("|_PWD|", "|PWD|")
+    .caught_by("tests/faults/test_security.py::test_33_a_variable_that_holds_a_key_is_known_by_its_name"),
+    Mutant("nccl-order-forced", 0, "scmoe/parallel/mesh.py")
+    .replaces(
+        'os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")', 'os.environ.update(NCCL_LAUNCH_ORDER_IMPLICIT="1")'
+    )
+    .caught_by(
+        "tests/unit/test_groups.py::test_nccl_starts_kernels_in_the_order_of_their_launch_unless_the_user_has_chosen"
+    ),
 )
