@@ -14,7 +14,7 @@ from scmoe.experiments import VERBS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 HISTORY = [ROOT / "CHANGELOG.md", ROOT / "docs/log.md"]  # these may name things that were removed
@@ -145,3 +145,10 @@ def test_a_wrong_name_is_found(tmp_path):
         "moe/none.py",
         "scmoe/*.txt",
     ]
+
+
+def test_workflows_name_the_commits_of_their_actions():
+    """A tag can be moved to other code."""
+    files = sorted((ROOT / ".github/workflows").glob("*.yml"))
+    used = [word for file in files for word in re.findall(r"uses: (\S+)", file.read_text())]
+    assert used and not [word for word in used if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", word)]
