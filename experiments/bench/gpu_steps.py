@@ -8,7 +8,7 @@ pair.
 import gzip
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from math import prod
@@ -221,7 +221,7 @@ def train(place: Place) -> dict[str, Any]:
     }
 
 
-def setting_at(place: Place, share: float, rows: Sequence[str] = tuple(USUAL_ROWS)) -> Setting:
+def setting_at(place: Place, share: float, rows: Iterable[str] = USUAL_ROWS) -> Setting:
     """Returns the pair that is measured: real computation, transfers over the bus."""
     sizes = TINY_PAIR if place.tiny else PAIR
     return Setting(share, compute="real", device=place.device, shaped=False, bus=True, rows=tuple(rows), **sizes)
