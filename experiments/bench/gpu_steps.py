@@ -8,7 +8,7 @@ pair.
 import gzip
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from math import prod
@@ -28,20 +28,10 @@ from scmoe.experiments.bench.overlap import measure
 from scmoe.experiments.bench.overlap_report import summary
 from scmoe.experiments.bench.pairs import USUAL_ROWS, Setting
 from scmoe.experiments.bench.timeline import watch
-from scmoe.experiments.engine import gantt
+from scmoe.experiments.engine import gantt, profiles
 from scmoe.experiments.engine.bare import train_bare
 from scmoe.experiments.engine.clock import in_turn, middle, seconds
 from scmoe.experiments.engine.isolated import Pieces, Place
-from scmoe.experiments.engine.profiles import (
-    device_work,
-    events_of,
-    host_waits,
-    operator_ms,
-    peak_bytes,
-    recorded,
-    spans,
-    within,
-)
 from scmoe.experiments.engine.ranks import run_alone
 from scmoe.footprint.memory import rank_memory
 from scmoe.footprint.model_cost import forward_flops, training_flops
@@ -60,6 +50,7 @@ TINY_MODEL = (
 )
 WARM_UP = 3  # steps
 SAMPLES = 8  # of a profiled step
+PHASES = ("forward", "backward", "update")
 BATCHES = (64, 32, 16, 8, 4, 2, 1)  # samples of a step of GPT2-MoE-Small: the most that fit
 ROOM = 0.75  # of the free memory, for the estimate
 LEAST_FALL = 0.5  # nats per token, from the first tenth of the steps to the last
@@ -128,10 +119,11 @@ def profile_step(place: Place, trace: str | None, *overrides: str) -> dict[str, 
     step = TrainStep(config, torch.device(place.device), 2 if place.tiny else SAMPLES)
     for _ in range(WARM_UP):
         step()
-    found = events_of(recorded(torch.device(place.device), step), place.out / trace if trace else None)
-    events = within(found, "step")
-    waits = host_waits(events)
-    if place.device == "cuda" and not device_work(events)["kernels"]:
+    kept_at = place.out / trace if trace else None
+    found = profiles.events_of(profiles.recorded(step.device, step), kept_at)
+    events = profiles.within(found, "step")
+    waits = profiles.host_waits(events)
+    if place.device == "cuda" and not profiles.device_work(events)["kernels"]:
         raise RuntimeError("the profiler has recorded no kernel of the step, so it cannot trace this device")
     if waits and config.moe.capacity_factor is not None:
         raise RuntimeError(f"with fixed capacity the host waited for the device: {waits}")
@@ -140,8 +132,8 @@ def profile_step(place: Place, trace: str | None, *overrides: str) -> dict[str, 
         "seq_len": config.data.seq_len,
         "host_waits": sum(waits.values()),
         "waits": waits,
-        "operators_forward_ms": operator_ms(events),
-        "phases": {phase: device_work(within(found, phase)) for phase in ("forward", "backward", "update")},
+        "operators_forward_ms": profiles.operator_ms(events),
+        "phases": {phase: profiles.device_work(profiles.within(found, phase)) for phase in PHASES},
     }
 
 
@@ -173,7 +165,7 @@ def measure_step(place: Place) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     sheet = peak_tflops(name, "bf16-mixed")
     estimate = estimated(samples=samples)
-    peak = step.held_bytes() + peak_bytes(device, step)
+    peak = step.held_bytes() + profiles.peak_bytes(device, step)
     return {
         "samples": samples,
         "seq_len": seq_len,
@@ -221,7 +213,7 @@ def train(place: Place) -> dict[str, Any]:
     }
 
 
-def setting_at(place: Place, share: float, rows: Sequence[str] = tuple(USUAL_ROWS)) -> Setting:
+def setting_at(place: Place, share: float, rows: Iterable[str] = USUAL_ROWS) -> Setting:
     """Returns the pair that is measured: real computation, transfers over the bus."""
     sizes = TINY_PAIR if place.tiny else PAIR
     return Setting(share, compute="real", device=place.device, shaped=False, bus=True, rows=tuple(rows), **sizes)
@@ -269,8 +261,8 @@ def transfers(place: Place) -> dict[str, Any]:
     facts["gb_per_s_there_and_back"] = x.nbytes / 1e6 / facts["transfer_ms"]
     facts["both_over_longer"] = facts["both_ms"] / max(facts["transfer_ms"], facts["compute_ms"])
     if device.type == "cuda":
-        events = spans(events_of(recorded(device, transfer)))
-        work = device_work(events)
+        events = profiles.spans(profiles.events_of(profiles.recorded(device, transfer)))
+        work = profiles.device_work(events)
         blocks = [prod(e["args"]["grid"]) for e in events if e["cat"] == "kernel"]
         there = torch.cuda.get_device_properties(device).multi_processor_count
         facts |= {"copies": work["copies"], "kernels": work["kernels"]}

@@ -85,8 +85,8 @@ class InferenceBench:
         self.models = {name: self.model(name) for name in BLOCKS}
         self.paid = AllToAllDispatcher(self.group, setting.num_experts)
         self.free = Free(AllToAllDispatcher(self.group, setting.num_experts, exchange=emulated.free))
-        self.passes = {}
-        for shape, texts in (("prefill", 1), ("decode", batch)):
+        self.passes: dict[tuple[str, Shape], Any] = {}
+        for shape, texts in zip(SHAPES, (1, batch), strict=True):
             ids_BS = torch.randint(VOCABULARY, (texts, setting.tokens))
             self.passes |= {(name, shape): a_pass(model, shape, ids_BS) for name, model in self.models.items()}
 
@@ -109,9 +109,9 @@ class InferenceBench:
 
     def run_as(self, block: str, schedule: Schedule, dispatcher: Dispatcher) -> list[Any]:
         """Sets how a model's block runs. Returns its blocks: this one."""
-        (own,) = self.models[block].blocks
-        own.run_as(schedule, dispatcher)
-        return [own]
+        blocks: list[Any] = list(self.models[block].blocks)
+        blocks[0].run_as(schedule, dispatcher)
+        return blocks
 
     def ways(self, block: str, shape: Shape) -> list[Way]:
         """All ways of a model in one shape, at the best slots for it."""

@@ -235,8 +235,10 @@ def measure(
     device: torch.device, dtype: torch.dtype, num_experts: int, rounds: int, dim: int, ffn_dim: int, tokens: int
 ) -> dict[str, Any]:
     """Returns times and ratios of all variants. SwiGLU has three products, so its hidden width is 2/3 of ffn_dim."""
-
     narrow = 2 * ffn_dim // 3 // 8 * 8
+
+    def x() -> Tensor:
+        return torch.randn(1, tokens, dim, device=device, dtype=dtype, requires_grad=True)
 
     def experts(activation: str = "gelu", width: int = ffn_dim) -> Experts:
         with torch.device("meta"):
@@ -249,16 +251,15 @@ def measure(
 
     def layer(capacity_factor: float | None) -> Made:
         router = random_weights(Router(dim, num_experts, TOP_K, balanced=True).to(dtype), device)
-        return MoEStream(router, experts(), LocalDispatcher(), capacity_factor), tokens_of(device, dtype, tokens, dim)
+        return MoEStream(router, experts(), LocalDispatcher(), capacity_factor), x()
 
     def swiglu() -> Made:
         router = random_weights(Router(dim, num_experts, TOP_K).to(dtype), device)
-        stream = MoEStream(router, experts("swiglu", narrow), LocalDispatcher())
-        return stream, tokens_of(device, dtype, tokens, dim)
+        return MoEStream(router, experts("swiglu", narrow), LocalDispatcher()), x()
 
     def mixtral(implementation: str) -> Made:
         block = mixtral_block(dim, narrow, num_experts, TOP_K, implementation)
-        return random_weights(block.to(dtype), device), tokens_of(device, dtype, tokens, dim)
+        return random_weights(block.to(dtype), device), x()
 
     each = torch.full((num_experts,), tokens * TOP_K // num_experts, device=device)
     variants: dict[str, Callable[[], Made]] = {
@@ -277,7 +278,3 @@ def measure(
             name = f"transformers' Mixtral block, {implementation}"
             variants[name], over[name] = partial(mixtral, implementation), "layer, dropless, SwiGLU"
     return {**sizes, "variants": compare(device, variants, over, rounds)}
-
-
-def tokens_of(device: torch.device, dtype: torch.dtype, tokens: int, dim: int) -> Tensor:
-    return torch.randn(1, tokens, dim, device=device, dtype=dtype, requires_grad=True)
