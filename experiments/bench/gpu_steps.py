@@ -33,11 +33,13 @@ from scmoe.experiments.engine.bare import train_bare
 from scmoe.experiments.engine.clock import in_turn, middle, seconds
 from scmoe.experiments.engine.isolated import Pieces, Place
 from scmoe.experiments.engine.ranks import run_alone
+from scmoe.experiments.engine.step import Step
 from scmoe.footprint.memory import rank_memory
 from scmoe.footprint.model_cost import forward_flops, training_flops
 from scmoe.footprint.peak import peak_tflops
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.update.wrap import Wrapped
 from scmoe.schedule.play import Span
 from scmoe.training.assembly.model import build_model, build_model_on_meta
 
@@ -73,15 +75,16 @@ class TrainStep:
 
     def __init__(self, config: Config, device: torch.device, samples: int) -> None:
         self.config, self.device, self.samples = config, device, samples
-        self.model: Any = build_model(config, ParallelContext()).to(device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
+        model = build_model(config, ParallelContext()).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        self.step = Step(Wrapped(model, 1), ParallelContext(), optimizer, clip=1.0)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(config.data.vocab_size, (samples, config.data.seq_len + 1), generator=generator)
         self.ids = ids.to(device)
 
     def loss(self) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16):
-            logits_BSV, stats = self.model(self.ids[:, :-1])
+            logits_BSV, stats = self.step.model(self.ids[:, :-1])
         nats = F.cross_entropy(logits_BSV.flatten(0, 1).float(), self.ids[:, 1:].flatten())
         return nats + self.config.moe.load_balance_coef * load_balance_loss(stats, integer_sums(stats))
 
@@ -90,16 +93,10 @@ class TrainStep:
             with record_function("forward"):
                 loss = self.loss()
             with record_function("backward"):
-                loss.backward()
+                self.step.backward(loss)
             with record_function("update"):
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-
-    def held_bytes(self) -> int:
-        """Bytes of weights and optimizer state."""
-        state = [v for own in self.optimizer.state.values() for v in own.values() if isinstance(v, Tensor)]
-        return sum(t.nbytes for t in [*self.model.parameters(), *state])
+                self.step.update()
+                self.step.zero_grad()
 
 
 def profiled(place: Place) -> Pieces:
@@ -165,7 +162,7 @@ def measure_step(place: Place) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     sheet = peak_tflops(name, "bf16-mixed")
     estimate = estimated(samples=samples)
-    peak = step.held_bytes() + profiles.peak_bytes(device, step)
+    peak = step.step.held_bytes() + profiles.peak_bytes(device, step)
     return {
         "samples": samples,
         "seq_len": seq_len,

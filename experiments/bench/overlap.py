@@ -21,10 +21,11 @@ import torch.distributed as dist
 from torch import nn
 
 from scmoe.experiments.bench import emulated
-from scmoe.experiments.bench.pairs import ROWS, Setting, Step, default_schedule, make_block
+from scmoe.experiments.bench.pairs import ROWS, Setting, default_schedule, make_block, make_step
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.clock import CPU, in_turn, middle
 from scmoe.experiments.engine.profiles import peak_bytes
+from scmoe.experiments.engine.step import Step
 from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.operators import Recorder
 from scmoe.parallel.mesh import build_context, expert_parameters
@@ -85,7 +86,7 @@ class Bench:
         if setting.bus:
             self.set_rate(1.0)
         self.free = AllToAllDispatcher(self.group, setting.num_experts, exchange=emulated.free)
-        self.steps = {n: Step(stack, setting, link) for n, stack in self.stacks.items()}
+        self.steps = {n: make_step(stack, setting, self.group, link) for n, stack in self.stacks.items()}
         shape = setting.tokens // setting.seq_len, setting.seq_len, setting.dim
         self.x = torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True)
         self.iterations = 0  # timed so far: an inference and a training step each
@@ -134,11 +135,11 @@ class Bench:
         forward, cpu_forward = self.forward(variant)
         step = self.steps[variant.block]
         dist.barrier()
-        with step.without_reduction() if variant.way == "alone" else nullcontext():
+        with step.wrapped.no_sync() if variant.way == "alone" else nullcontext():
             t0, c0 = self.now()
             y = step.model(self.x)
             t1, _ = self.now()
-            step.backward(y)
+            step.backward(y, torch.ones_like(y))
         t2, _ = self.now()
         step.update()
         t3, c3 = self.now()
@@ -174,9 +175,9 @@ class Bench:
             ready[p] = self.now()[0]
 
         hooks = [p.register_post_accumulate_grad_hook(note) for p in step.model.parameters() if p not in shards]
-        with step.without_reduction():
+        with step.wrapped.no_sync():
             y, start = step.model(self.x), self.now()[0]
-            step.backward(y)
+            step.backward(y, torch.ones_like(y))
         whole = self.now()[0] - start
         for hook in hooks:
             hook.remove()

@@ -1,14 +1,12 @@
 """The pairs of blocks that `bench overlap` measures: every architecture, of real or of emulated operators."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.shortcut import ShortcutBlock
@@ -16,13 +14,13 @@ from scmoe.blocks.standard import SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP, Attention, Residual
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench.emulated import EmulatedExperts, EmulatedOperator
+from scmoe.experiments.engine.step import Step
 from scmoe.moe.coefficient import CG1
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.mesh import expert_parameters
-from scmoe.parallel.torch_seam import hide_from_ddp
-from scmoe.parallel.update.pacing import BUCKET_MB, Pacer, is_paced
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.update.wrap import Wrapped, wrap
 from scmoe.parallel.wire.all_to_all import Link
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
 from scmoe.schedule.schedule import POSITIONS, Schedule
@@ -121,37 +119,20 @@ def make_block(name: str, setting: Setting, group: Any, capacity_factor: float |
     return ShortcutBlock(sublayers, norms[1], stream, schedule, tap_norm=norms[0], **parts)
 
 
-class Step:
-    """A training step; at iteration level with the gradients' reduction and the optimizer's step. link: the rows'."""
+def make_step(stack: Sequence[nn.Module], setting: Setting, group: Any, link: Link) -> Step:
+    """Return a training step of blocks; at iteration level with the gradients' reduction and the optimizer's step.
 
-    def __init__(self, stack: Sequence[nn.Module], setting: Setting, link: Link) -> None:
-        self.model: nn.Module = Stack(*stack)
-        self.optimizer: torch.optim.Optimizer | None = None
-        if setting.level == "iteration":
-            hide_from_ddp(self.model, [name for name, _ in expert_parameters(self.model)])
-            self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
-            paced = is_paced(setting.reductions, torch.device(setting.device))
-            self.model = DistributedDataParallel(
-                self.model, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB if paced else None
-            )
-            if paced:
-                self.model.register_comm_hook(None, Pacer(dist.new_group(), link).mean_of_bucket)
-
-    def backward(self, y: Tensor) -> None:
-        y.backward(torch.ones_like(y))
-
-    def update(self) -> None:
-        if self.optimizer is not None:
-            self.optimizer.step()
-
-    def train(self, x: Tensor) -> None:
-        self.backward(self.model(x))
-        self.update()
-        self.model.zero_grad()
-
-    def without_reduction(self) -> AbstractContextManager[None]:
-        """Inside, every rank keeps its own gradients."""
-        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+    group: of the experts. link: the rows'.
+    """
+    model = Stack(*stack)
+    ranks = dist.get_world_size(group)
+    if setting.level == "block":
+        return Step(Wrapped(model, 1), ParallelContext())
+    context = ParallelContext(
+        dist.get_rank(group), ranks, ranks, ep_group=group, gradient_group=dist.new_group(), link=link
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    return Step(wrap(model, context, setting.reductions), context, optimizer)
 
 
 class Stack(nn.Sequential):

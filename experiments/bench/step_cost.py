@@ -15,7 +15,6 @@ a GPU the guard's small reductions cost kernel launches, which this does not mea
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from scmoe.config.fields import Config
 from scmoe.config.load import load
@@ -33,14 +31,12 @@ from scmoe.experiments.bench.overlap import Bench, find_rate
 from scmoe.experiments.bench.pairs import Setting
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, seconds
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.parallel.dense_shards import local, prefetch, with_dense_mesh
-from scmoe.parallel.mesh import ParallelContext, build_context, expert_parameters
-from scmoe.parallel.torch_seam import hide_from_ddp
+from scmoe.experiments.engine.step import Step
+from scmoe.parallel.dense_shards import with_dense_mesh
+from scmoe.parallel.mesh import ParallelContext, build_context
 from scmoe.parallel.update.clipping import clip_grad_norm
 from scmoe.parallel.update.guard import Guard
-from scmoe.parallel.update.pacing import BUCKET_MB, pacing
-from scmoe.parallel.update.reducer import ExpertGradientReducer
-from scmoe.parallel.update.scatters import paced_scatters
+from scmoe.parallel.update.wrap import wrap
 from scmoe.training.assembly.model import build_model
 
 WARM_UP, GUARD_ROUNDS = 2, 15
@@ -82,7 +78,7 @@ def measure(
             "ms": 1e3 * middle(wall),
             "time_ratio": middle(wall / times["replicated"][0]),
             "processor_ratio": middle(processor / times["replicated"][1]),
-            "states_mib": steps[way].states_bytes() / 2**20,
+            "states_mib": steps[way].states_bytes / 2**20,
         }
         if mbit is not None:
             report[way]["link_ms"] = 1e3 * middle(sent) * 8 / (mbit * 1e6)
@@ -111,42 +107,23 @@ class Training:
     """A model with its optimizer, on this rank. Calling it takes a step. hidden: gathers and sums, as in a run."""
 
     def __init__(self, context: ParallelContext, batch: int, config: Config, hidden: bool = True) -> None:
-        self.context, self.model = context, build_model(config, context)
-        experts = list(expert_parameters(self.model))
-        self.shards, self.parameters = {p for _, p in experts}, list(self.model.parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters, fused=True)
-        self.split = context.dense_mesh is not None
-        self.run: Any = self.model
-        self.scatters, self.until_end = None, ExitStack()  # if it were freed, pacers would stop
-        if not self.split:
-            hide_from_ddp(self.model, [name for name, _ in experts])
-            self.run = DistributedDataParallel(self.model, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB)
-            pacer = self.until_end.enter_context(pacing(self.run, context))
-            ExpertGradientReducer([p for _, p in experts], context, pacer)
-        elif not hidden:
-            prefetch(self.model, False)
-        elif context.dense_mesh is not None and context.dense_mesh.ndim == 1:
-            self.scatters = self.until_end.enter_context(paced_scatters(self.model, context))
+        model = build_model(config, context)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        self.step = Step(wrap(model, context, hidden=hidden), context, optimizer, clip=1.0)
         self.ids = torch.randint(config.data.vocab_size, (batch, config.data.seq_len + 1))
+        self.states_bytes = 0  # with the gradients of the last step
 
     def __call__(self) -> tuple[float, float, float]:
         """Return wall-clock and processor seconds, and bytes that this rank has sent to its link, if it has one."""
         dist.barrier()
         sent, wall, processor = sent_bytes(), time.perf_counter(), time.process_time()
-        loss = nats(self.run, self.ids)
-        with self.scatters.during_backward() if self.scatters else nullcontext():
-            (loss / self.context.world_size if self.split else loss).backward()
-        clip_grad_norm(self.parameters, self.shards, 1.0, self.context)
-        self.optimizer.step()
+        self.step.backward(nats(self.step.model, self.ids))
+        self.step.update()
         dist.barrier()
         taken = time.perf_counter() - wall, time.process_time() - processor, sent_bytes() - sent
-        self.gradients = sum(local(p.grad).nbytes for p in self.parameters if p.grad is not None)
-        self.optimizer.zero_grad()
+        self.states_bytes = self.step.held_bytes()
+        self.step.zero_grad()
         return taken
-
-    def states_bytes(self) -> int:
-        moments = (local(t) for state in self.optimizer.state.values() for t in state.values())
-        return self.gradients + sum(local(t).nbytes for t in self.parameters) + sum(t.nbytes for t in moments)
 
 
 def sent_bytes() -> int:

@@ -40,15 +40,17 @@ class Wrapped:
 
     def own_part(self, loss: Tensor) -> Tensor:
         """Return what this rank's backward begins with. FSDP sums gradients over ranks and divides nothing."""
-        return loss if isinstance(self.module, DistributedDataParallel) else loss / self.world_size
+        averaged = isinstance(self.module, DistributedDataParallel) or self.world_size == 1
+        return loss if averaged else loss / self.world_size
 
     def during_backward(self) -> Any:
         """Return a context in which backward runs."""
         return self.scatters.during_backward() if self.scatters else nullcontext()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
+        """gradient: of the loss, if that is no single number."""
         with self.during_backward():
-            self.own_part(loss).backward()
+            self.own_part(loss).backward(gradient)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

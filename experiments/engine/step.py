@@ -1,0 +1,61 @@
+"""One training step without a Trainer, for everything in the laboratory that trains: benches and the check of a GPU.
+
+The model is wrapped as the Strategy wraps it (scmoe/parallel/update/wrap.py), and clipped as the Strategy clips.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from scmoe.parallel.dense_shards import local
+from scmoe.parallel.mesh import ParallelContext, expert_parameters
+from scmoe.parallel.update.clipping import clip_grad_norm
+from scmoe.parallel.update.wrap import Wrapped
+
+
+class Step:
+    """Call `model` for the forward pass, then `backward`, `update` and `zero_grad`.
+
+    optimizer: None: nothing is updated. clip: the largest global gradient norm; None: the norm is not computed.
+    """
+
+    def __init__(
+        self, wrapped: Wrapped, context: ParallelContext, optimizer: Optimizer | None = None, clip: float | None = None
+    ) -> None:
+        self.wrapped, self.context, self.optimizer, self.clip = wrapped, context, optimizer, clip
+        self.model = wrapped.module
+        self.parameters = list(self.model.parameters())
+        self.shards = {p for _, p in expert_parameters(self.model)}
+
+    def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
+        """gradient: of the loss, if that is no single number."""
+        self.wrapped.backward(loss, gradient)
+
+    def update(self) -> None:
+        if self.clip is not None:
+            clip_grad_norm(self.parameters, self.shards, self.clip, self.context)
+        if self.optimizer is not None:
+            self.optimizer.step()
+
+    def train(self, *inputs: Tensor) -> None:
+        """Take a whole step, whose loss is the sum of the outputs."""
+        y = self.model(*inputs)
+        self.backward(y, torch.ones_like(y))
+        self.update()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad()
+
+    def held_bytes(self) -> int:
+        """Return the bytes on this rank of weights, of the optimizer's state, and of the gradients that exist."""
+        state = [] if self.optimizer is None else self.optimizer.state.values()
+        moments = [value for own in state for value in own.values() if isinstance(value, Tensor)]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return bytes_of(self.parameters) + bytes_of(moments) + bytes_of(gradients)
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(local(tensor).nbytes for tensor in tensors)
