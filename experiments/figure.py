@@ -33,7 +33,7 @@ def main(number: Literal[0, 1, 4, 7, 8, 9, 10], /, *sources: str, out: Path | No
     from scmoe.config.extras import require
 
     require("figure", "matplotlib")
-    from scmoe.experiments.figures.draw import draw_figure
+    from scmoe.experiments.figures.measured import draw_figure
     from scmoe.experiments.figures.pages import write_pages
 
     files = draw_figure(number, sources, out) if number else write_pages(out)

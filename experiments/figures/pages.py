@@ -14,9 +14,16 @@ from typing import Any
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench import growth, inference_report, offload_report, speed_chart
 from scmoe.experiments.figures.concepts import CONCEPTS
-from scmoe.experiments.figures.draw import EXPLAINED, PAGES, draw_measured
-from scmoe.experiments.figures.headline import REPORTS, draw_headline
-from scmoe.experiments.figures.scenarios import draw_shares, draw_speeds, read_reports
+from scmoe.experiments.figures.measured import (
+    EXPLAINED,
+    HEADLINE,
+    PAGES,
+    draw_headline,
+    draw_measured,
+    draw_shares,
+    draw_speeds,
+    read_reports,
+)
 from scmoe.experiments.studies.table.chart import draw_differences, draw_equal_time
 from scmoe.experiments.studies.table.table_report import markdown
 
@@ -49,7 +56,7 @@ def pictures() -> dict[str, Callable[[Path], None]]:
         found[path.parent.name] = partial(draw_differences, results)
         if len(results["equal_time"]) > 1:
             found[f"{path.parent.name}-equal-time"] = partial(draw_equal_time, results)
-    if kept := {word: read(reports[name]) for word, name in REPORTS.items() if name in reports}:
+    if kept := {word: read(reports[name]) for word, name in HEADLINE.items() if name in reports}:
         found["headline"] = partial(draw_headline, kept)
     return found
 
