@@ -92,6 +92,7 @@ class PositionedDataModule(LightningDataModule):
         self, dataset: Any, order: Any, num_batches: int, start: Callable[[], int], collate: Callable[..., Any] | None
     ) -> DataLoader:
         rank, world = self.rank_and_world()
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         if self.workers:
             dataset = Watched(dataset, self.workers)
             self.watching.append(dataset)
@@ -101,6 +102,7 @@ class PositionedDataModule(LightningDataModule):
             collate_fn=collate,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
+            pin_memory=on_gpu,  # else a copy to the GPU waits for the stream
             # For the seeds of workers. Else each start of a loader would draw from the global generator, and dropout
             # would depend on whether there was a validation.
             generator=torch.Generator().manual_seed(self.seed + rank),

@@ -5,7 +5,7 @@
     all-gather         weights that are split: a block's before forward and before backward, the last one's once
     reduce-scatter     their gradients: 12 B a parameter with the two gathers; 8 B where weights are gathered in bf16
     broadcast          DDP's, of SwinV2's masks and coordinates before each forward
-    small ones         routers' sums and the number of targets, the gradient norm, counts of dropless rows
+    small ones         routers' sums and the number of targets, losses, the gradient norm, counts of dropless rows
 
 A rank's own share counts too; of N ranks, (N - 1) / N of the bytes travel. An all-reduce sends its tensor twice.
 """
@@ -41,7 +41,8 @@ def step_traffic(
         sent["all_to_all ep"] += 4 * num_rows * block.moe.experts.w_in_eDF.shape[1] * width * accumulate
         sent["all_gather counts"] += counts * INTEGER * accumulate
     sums = sum(block.moe.router.num_experts + 2 for block in blocks) + 1  # of each router, and the number of targets
-    sent["all_reduce all"] += 2 * (sums * INTEGER * accumulate + max(4, split.width))
+    losses = 3 if blocks else 1  # the task's, and the routers' two
+    sent["all_reduce all"] += 2 * (sums * INTEGER * accumulate + max(4, split.width) * (losses * accumulate + 1))
     if split.dense == "replicated":
         sent["broadcast all"] += sum(buffer.nbytes for buffer in split.model.buffers()) * accumulate
     for p in split.model.parameters():

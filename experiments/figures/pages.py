@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench import growth, inference_report, offload_report, speed_chart
+from scmoe.experiments.bench import growth, inference, offload, speed_chart
+from scmoe.experiments.engine.clock import middle
 from scmoe.experiments.engine.report import Report
 from scmoe.experiments.figures.concepts import CONCEPTS
 from scmoe.experiments.figures.measured import (
@@ -44,9 +45,9 @@ GENERATED = re.compile(r"(?<=<!-- make figures writes this part -->\n).*(?=<!-- 
 FIGURE_8 = PAGES / "figure-8"  # what `make figure8` has measured
 DRAW: dict[str, Callable[[Any, Path], None]] = {  # by the first words of a report's name
     "overlap-": speed_chart.draw,
-    "inference-": inference_report.draw,
+    "inference-": inference.draw,
     "growth": growth.draw,
-    "figure-13": offload_report.draw,
+    "figure-13": offload.draw,
     "figure-9": draw_measured,
     "figure-10": draw_measured,
 }
@@ -124,11 +125,12 @@ def page_and_data(name: str, said: dict[str, Any]) -> tuple[Path, dict[str, Any]
         return page, said, {"scenarios": [scenario_row(*each) for each in read_reports([FIGURE_8]).items()]}
     data = read(path if path.exists() else PAGES / f"{name}.json")
     if isinstance(data, list):
-        return page, said, {"rows": data, "largest": max(abs(row["error"]) for row in data)}
+        errors = [abs(row["error"]) for row in data]
+        return page, said, {"rows": data, "largest": max(errors), "median": middle(errors)}
     if "table" in data:
         return page, *of_a_table(said, data)
     if name == "figure-13":
-        data["paper"] = offload_report.PAPERS
+        data["paper"] = offload.PAPERS
     elif data.get("wanted_share") in speed_chart.PAPERS:
         data["paper"] = speed_chart.PAPERS[data["wanted_share"]].rows
     return page, said, data
@@ -199,7 +201,7 @@ def tables_of(name: str, data: dict[str, Any]) -> list[Report]:
     return make(data) if make else []
 
 
-def overlap(report: dict[str, Any]) -> list[Report]:
+def overlap_tables(report: dict[str, Any]) -> list[Report]:
     title = (
         "Links of {link_mbit:.0f} Mbit/s, {ranks} ranks, {compute} compute, communication share {comm_share:.3f}, "
         "limit {limit_forward:.2f} forward and {limit_train:.2f} training, {rounds} rounds, {iterations} iterations:"
@@ -216,7 +218,7 @@ def overlap(report: dict[str, Any]) -> list[Report]:
     return [Report(title.format_map(report), report["rows"], columns)]
 
 
-def inference(report: dict[str, Any]) -> list[Report]:
+def inference_tables(report: dict[str, Any]) -> list[Report]:
     columns = {
         "sequential": "{ways[sequential]:.2f}",
         "1, 2, 4 chunks": "{ways[overlapped x 1]:.2f}, {ways[overlapped x 2]:.2f}, {ways[overlapped x 4]:.2f}",
@@ -233,7 +235,7 @@ def inference(report: dict[str, Any]) -> list[Report]:
     return found
 
 
-def growing(report: dict[str, Any]) -> list[Report]:
+def growth_tables(report: dict[str, Any]) -> list[Report]:
     both = "{{rows[{0}][forward_speedup]:.2f}}, {{rows[{0}][train_speedup]:.2f}}".format
     columns = {
         "share": "{comm_share:.2f}",
@@ -248,7 +250,7 @@ def growing(report: dict[str, Any]) -> list[Report]:
     return [Report(title, rows, columns, "a rank's tokens, ranks or experts")]
 
 
-def offloading(report: dict[str, Any]) -> list[Report]:
+def offload_tables(report: dict[str, Any]) -> list[Report]:
     latencies, memory = {}, {}
     for name, own in report["architectures"].items():
         memory[name] = own["memory"]
@@ -270,7 +272,7 @@ def offloading(report: dict[str, Any]) -> list[Report]:
     return [latency, Report("Peak memory beyond the fixed weights, MB:", memory, peaks)]
 
 
-def hardware(data: dict[str, Any]) -> list[Report]:
+def scenario_tables(data: dict[str, Any]) -> list[Report]:
     over = "{{paper_over[{0}]}}; {{over[forward][{0}][1]:.2f}}, {{over[train][{0}][1]:.2f}}".format
     columns = {
         "share of the pair": "{paper_share:.0%}; {share:.0%}",
@@ -282,7 +284,7 @@ def hardware(data: dict[str, Any]) -> list[Report]:
     return [Report(title, {row["name"]: row for row in data["scenarios"]}, columns, "scenario")]
 
 
-def presets(data: dict[str, Any]) -> list[Report]:
+def preset_tables(data: dict[str, Any]) -> list[Report]:
     rows = dict[str, dict[str, Any]]()
     for case in data["rows"]:
         if not case["preset"].endswith("_tiny"):
@@ -298,12 +300,12 @@ def presets(data: dict[str, Any]) -> list[Report]:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[Report]]] = {  # by the first words of an experiment's name
-    "overlap-": overlap,
-    "inference-": inference,
-    "growth": growing,
-    "figure-13": offloading,
-    "figure-8": hardware,
-    "dryrun": presets,
+    "overlap-": overlap_tables,
+    "inference-": inference_tables,
+    "growth": growth_tables,
+    "figure-13": offload_tables,
+    "figure-8": scenario_tables,
+    "dryrun": preset_tables,
 }
 
 

@@ -5,8 +5,10 @@ other experts. They also check nothing if nothing is clipped. Left out: a torch 
 Lightning (`use_pl_optimizer=False`).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -93,3 +95,16 @@ def check_precision(plugin: Any) -> None:
     if plugin is not None and plugin.precision in ("16-true", "16-mixed"):
         allowed = "32-true, bf16-mixed, bf16-true, 64-true"
         raise ValueError(f"trainer.precision is {plugin.precision}, allowed: {allowed}; float16 has too small a range")
+
+
+COPYING = (WeightAveraging, StochasticWeightAveraging)  # their copy of the module would hold one rank's experts
+
+
+def check_callbacks(callbacks: Iterable[Any]) -> None:
+    """Raise ValueError for a callback that averages weights in a copy of the module."""
+    for callback in callbacks:
+        if isinstance(callback, COPYING):
+            raise ValueError(
+                f"the callback {type(callback).__name__} keeps a copy of the module, with one rank's experts alone; "
+                "allowed with expert_parallel: callbacks that do not copy it; average weights of checkpoints instead"
+            )

@@ -9,12 +9,16 @@ import signal
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
+
+BAR, WIDE = 10, 120  # columns of the progress bar, and of a terminal that has room for all metrics on its line
 
 
 def is_fitting(trainer: Any) -> bool:
@@ -165,10 +169,24 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 class StepProgressBar(RichProgressBar):
-    """Lightning's rich progress bar, on standard error, without the epoch: a training is one long epoch of steps."""
+    """Lightning's rich progress bar, on standard error, without the epoch: a training is one long epoch of steps.
+
+    In a terminal of fewer than WIDE columns each metric has its own line, so that its value stands beside its name.
+    """
 
     def __init__(self) -> None:
-        super().__init__(console_kwargs={"stderr": True})
+        between = " " if get_terminal_size().columns >= WIDE else "\n"
+        super().__init__(theme=RichProgressBarTheme(metrics_text_delimiter=between), console_kwargs={"stderr": True})
+
+    def configure_columns(self, trainer: Any) -> list[Any]:
+        """Return a short bar, and no batches per second, which the logged throughput says."""
+        description, bar, batches, time, _ = super().configure_columns(trainer)
+        bar.bar_width = BAR
+        return [description, bar, batches, time]
+
+    def get_metrics(self, *arguments: Any) -> dict[str, Any]:
+        """Return the metrics without the logger's version."""
+        return {name: value for name, value in super().get_metrics(*arguments).items() if name != "v_num"}
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"

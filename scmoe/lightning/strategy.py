@@ -3,7 +3,7 @@
 Launchers, ranks, the bucketed and overlapped reduction of dense gradients, no_sync and precision plugins are those of
 Lightning's DDPStrategy. One class with parts, which each hook names in order:
 
-    job           job.py: ranks start and stop together; roll_call.py: a rank that raises ends all of them
+    job           lockstep.py: ranks start and stop together; roll_call.py: a rank that raises ends all of them
     wrapped       parallel/update/wrap.py: DDP or FSDP2, the experts' reducer, pacing
     guard         guarded_update.py: one global gradient norm, and no update without a check
     checkpoints   parallel/checkpoint/: can be loaded on any number of ranks
@@ -14,14 +14,14 @@ The LightningModule finds its place in the mesh in `self.parallel_context`, set 
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ModelSummary, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
@@ -33,8 +33,8 @@ from torch.optim import Optimizer
 
 from scmoe.lightning import seam
 from scmoe.lightning.debug import CompareCollectives
-from scmoe.lightning.guarded_update import check_precision, guard_updates
-from scmoe.lightning.job import Job, SavePostponed
+from scmoe.lightning.guarded_update import check_callbacks, check_precision, guard_updates
+from scmoe.lightning.lockstep import Job, SavePostponed
 from scmoe.lightning.roll_call import end_job_at_exit, note_absent
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.checkpoint.state import check_can_be_saved, model_state, optimizer_state, tied_weights
@@ -54,6 +54,7 @@ from scmoe.parallel.mesh import (
     build_context,
     check_experts,
     expert_parameters,
+    order_launches_of_nccl,
     use_loopback_for_gloo,
 )
 from scmoe.parallel.torch_seam import hide_from_ddp, set_default_timeout
@@ -150,6 +151,7 @@ class ExpertParallelStrategy(DDPStrategy):
 
     def setup_environment(self) -> None:
         check_callbacks(self.module.trainer.callbacks)
+        order_launches_of_nccl()
         if self.num_nodes == 1:
             use_loopback_for_gloo()
         try:
@@ -393,16 +395,3 @@ def is_of_trainer(path: Path, trainer: Any) -> bool:
     inside = any(Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(f)) for f in folders)
     of_tuner = path.parent == Path(trainer.default_root_dir)
     return path.name != ".." and (inside or of_tuner)
-
-
-COPYING = (WeightAveraging, StochasticWeightAveraging)  # their copy of the module would hold one rank's experts
-
-
-def check_callbacks(callbacks: Iterable[Any]) -> None:
-    """Raise ValueError for a callback that averages weights in a copy of the module."""
-    for callback in callbacks:
-        if isinstance(callback, COPYING):
-            raise ValueError(
-                f"the callback {type(callback).__name__} keeps a copy of the module, with one rank's experts alone; "
-                "allowed with expert_parallel: callbacks that do not copy it; average weights of checkpoints instead"
-            )

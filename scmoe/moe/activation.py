@@ -27,14 +27,26 @@ class Activation(NamedTuple):
     widening: int = 1  # columns of h for each column of act(h)
 
 
+def gelu_in_place(h_RF: Tensor, approximate: str) -> Tensor:
+    return gelu_into(h_RF, h_RF, approximate)
+
+
+def gelu_into(h_RF: Tensor, out_RF: Tensor, approximate: str) -> Tensor:
+    return torch.ops.aten.gelu.out(h_RF, approximate=approximate, out=out_RF)
+
+
+def gelu_backward_into(da_RF: Tensor, h_RF: Tensor, out_RF: Tensor, approximate: str) -> Tensor:
+    return torch.ops.aten.gelu_backward.grad_input(da_RF, h_RF, approximate=approximate, grad_input=out_RF)
+
+
 def gelu(approximate: str) -> Activation:
-    def into(h_RF: Tensor, out_RF: Tensor) -> Tensor:
-        return torch.ops.aten.gelu.out(h_RF, approximate=approximate, out=out_RF)
-
-    def backward_into(da_RF: Tensor, h_RF: Tensor, out_RF: Tensor) -> Tensor:
-        return torch.ops.aten.gelu_backward.grad_input(da_RF, h_RF, approximate=approximate, grad_input=out_RF)
-
-    return Activation(partial(F.gelu, approximate=approximate), lambda h_RF: into(h_RF, h_RF), into, backward_into)
+    """Its functions are those of this module, so that a module with experts can be pickled."""
+    return Activation(
+        partial(F.gelu, approximate=approximate),
+        partial(gelu_in_place, approximate=approximate),
+        partial(gelu_into, approximate=approximate),
+        partial(gelu_backward_into, approximate=approximate),
+    )
 
 
 def swiglu(h_RF2: Tensor) -> Tensor:

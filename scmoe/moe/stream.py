@@ -67,6 +67,8 @@ class MoEStream(Operators):
         buffer: float | None = None,
     ) -> None:
         super().__init__()
+        if capacity_factor is not None and not 0 < capacity_factor <= 1e6:
+            raise ValueError(f"capacity_factor is {capacity_factor}, allowed: None, or above 0 and at most 1e6")
         self.router, self.experts, self.dispatcher = router, experts, dispatcher
         self.capacity_factor, self.filled = capacity_factor, filled or capacity_factor is None
         self.buffer = buffer
@@ -120,19 +122,23 @@ class MoEStream(Operators):
         routing = self.router(x_TD, mask_T, excluded_T1)
         return routing, self.arrange(routing.topk_ids_TK, mask_T, chunks)
 
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that share the experts."""
+        return self.experts.num_experts // len(self.experts.expert_ids)
+
     def arrange(self, ids_TK: Tensor, mask_T: Tensor | None, chunks: int) -> Layout:
         """Dropless: in buffers, or filled. With a capacity: filled slots alone, or all slots. Outside training, ranks
         may have different numbers of tokens and therefore of slots, so they announce the filled ones."""
         (T, K), E, factor = ids_TK.shape, self.router.num_experts, self.capacity_factor
-        ranks = E // len(self.experts.expert_ids)
-        if self.buffer is not None and ranks > 1:
+        if self.buffer is not None and (ranks := self.num_ranks) > 1:
             return arrange_buffers(ids_TK, E, ranks, buffer_size(T, K, ranks, self.buffer), chunks)
         if factor is None:
             return arrange_filled(ids_TK, E, chunks, padded=mask_T is not None)
         capacity = expert_capacity(T, E, K, factor)
         # padding adds no capacity: the slots that it would bring stay empty, so that shapes depend on no data
         room = capacity if mask_T is None else rounded_up(factor * mask_T.sum().double() * K / E)
-        if self.filled or (ranks > 1 and not self.training):
+        if self.filled or (not self.training and self.num_ranks > 1):
             return arrange_filled(drop_beyond(ids_TK, E, room), E, chunks)
         return arrange_slots(ids_TK, E, capacity, chunks, room)
 

@@ -254,6 +254,13 @@ def check_experts(module: nn.Module, context: ParallelContext) -> None:
                 )
 
 
+def order_launches_of_nccl() -> None:
+    """Let NCCL start the kernels of all groups in the order of their launch, which is equal on all ranks, unless the
+    user has chosen (docs/decisions/0038-nodes.md). Call it before the first group is made."""
+    if torch.version.cuda:  # not on ROCm, where crashes with it are known
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+
+
 def use_loopback_for_gloo() -> None:
     """Let gloo use the loopback interface on one machine, unless the user has named another: by default it uses the
     host name's address, which many laptops and containers cannot reach."""

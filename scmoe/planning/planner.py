@@ -194,9 +194,9 @@ class Planner:
         """Computes the overlap of a timed step, and measures again after DRIFTED_IN_TURN drifted ones."""
         seconds = sample_L2O[:, :, -1].sum(0).tolist()
         sequential, free = ([sum(getattr(c, kind)[d] for c in self.choices) for d in (0, 1)] for kind in REFERENCES)
-        shares = [1 - f / s for s, f in zip(sequential, free, strict=True)]
-        hidden = map(hidden_part, seconds, sequential, free)
-        efficiency = [e if share >= LEAST_SHARE else None for e, share in zip(hidden, shares, strict=True)]
+        shares = [1 - f / s if s else 0.0 for s, f in zip(sequential, free, strict=True)]  # 0: backward without MoE
+        each = zip(shares, seconds, sequential, free, strict=True)
+        efficiency = [hidden_part(*times) if share >= LEAST_SHARE else None for share, *times in each]
         self.overlap = Overlap(seconds, shares, efficiency)
         if self.first_seconds is None:
             self.first_seconds = sum(seconds)

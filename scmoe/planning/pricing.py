@@ -121,11 +121,14 @@ def seconds_of(times_GRdN2: Tensor, schedule: Schedule) -> Tensor:
 
 
 def from_tap(spans: Sequence[Span], direction: Direction) -> tuple[float, list[Span]]:
-    """Return the time at the tap, and the spans from the tap to the end of the block; backward is the mirror."""
+    """Return the time at the tap, and the spans from the tap to the end of the block; backward is the mirror.
+
+    If everything before the block is frozen, backward ends before the gate; its last span then counts as the tap."""
     if direction == "forward":
         tap = next(span.start for span in spans if span.operator == "route")
         return tap, [span for span in spans if span.start >= tap]
-    tap = max(span.end for span in spans if span.operator == "route")
+    of_gate = [span for span in spans if span.operator == "route"]
+    tap = max((span.end for span in of_gate or spans), default=0.0)
     return tap, [span for span in spans if span.end <= tap][::-1]
 
 

@@ -100,6 +100,7 @@ class MoEModule(LightningModule):
         load_sums_LE2, all_targets = self.global_sums(stats, num_targets)
         world_size = self.parallel_context.world_size
         loss = task_loss = nats * world_size / all_targets
+        shown = {"train/loss": task_loss.detach()}
         if load_sums_LE2 is not None:
             balance = load_balance_loss(stats, load_sums_LE2, world_size)
             z = router_z_loss(stats, load_sums_LE2, world_size)
@@ -107,10 +108,11 @@ class MoEModule(LightningModule):
             if self.refuse_overflow:
                 dropped = load_sums_LE2[:, -1].sum()
                 self.overflow = dropped if self.overflow is None else self.overflow + dropped
-            self.log_of_step("train/load_balance_loss", balance.detach())
-            self.log_of_step("train/router_z_loss", z.detach())
+            shown |= {"train/load_balance_loss": balance.detach(), "train/router_z_loss": z.detach()}
         self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
-        self.log_of_step("train/loss", task_loss.detach(), prog_bar=True, sync_dist=True)
+        means = self.parallel_context.sum_over_ranks(torch.stack([*shown.values()])) / world_size
+        for name, mean in zip(shown, means, strict=True):
+            self.log_of_step(name, mean, prog_bar=name == "train/loss")
         return {"loss": loss, "load_sums_LE2": load_sums_LE2}
 
     def log_of_step(self, name: str, value: Tensor, **how: Any) -> None:

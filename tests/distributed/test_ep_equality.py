@@ -55,6 +55,13 @@ def test_four_ranks_equal_one(case, one, four):
     assert_same(four[case], one[FOUR[case][0]])
 
 
+def test_every_rank_logs_the_losses_of_all_ranks(one, two):
+    for rank in two["pos2, EP 2"]:
+        for name in ("train/loss", "train/load_balance_loss"):
+            for own, whole in zip(rank["logged"][name], one["pos2"][name], strict=True):
+                assert abs(own - whole) <= TOLERANCE
+
+
 def test_no_gradient_is_near_the_tolerance(one):
     """If a gradient were near it, the comparisons above would prove nothing about this gradient."""
     for name in ARCHITECTURES:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 from scmoe.datamodules.text import TextDataModule
 from scmoe.datamodules.tokenizer import END_OF_TEXT
@@ -35,7 +36,8 @@ def open_texts(folder: Path, cache: Path, rank: int = 0, world: int = 1, **chang
 
 
 def opened(data: Any, rank: int = 0, world: int = 1) -> Any:
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world) if world > 1 else None
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world, strategy=strategy) if world > 1 else None
     data.prepare_data()
     data.setup()
     return data

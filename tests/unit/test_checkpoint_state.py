@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 
+from scmoe.parallel.checkpoint.loading import check_same_groups
 from scmoe.parallel.checkpoint.state import check_can_be_saved, from_json, to_text
 
 
@@ -70,3 +71,13 @@ def test_hyper_parameters_and_callbacks_that_cannot_be_saved_are_refused_by_name
         check_can_be_saved(trainer_of({"dim": np.int64(16)}))
     with pytest.raises(TypeError, match=r"callback Stateful .*Colour"):
         check_can_be_saved(trainer_of({}, Stateful(Colour.RED)))
+
+
+def test_another_number_of_optimizers_or_groups_is_refused():
+    """Lightning would drop the state of an optimizer in silence."""
+    one, two = [{"params": ["a"]}], [{"params": ["a"]}, {"params": []}]
+    check_same_groups(Path("x.ckpt"), [one, two], [one, two])
+    with pytest.raises(ValueError, match="2 optimizers, and configure_optimizers made 1"):
+        check_same_groups(Path("x.ckpt"), [one], [one, two])
+    with pytest.raises(ValueError, match="2 parameter groups of optimizer 0, which begin with a, no weight; here"):
+        check_same_groups(Path("x.ckpt"), [one], [two])

@@ -5,6 +5,7 @@ There is no NCCL here, so the calls are recorded.
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -87,6 +88,19 @@ def test_two_hops_require_groups_of_several_whole_nodes(ep_size, places):
         groups_of(0, 12 if places == 3 else 8, ep_size, "cpu", "hierarchical", places)
     names = {given["group_desc"] for given in groups_of(0, 8, 4, "cpu", "auto", places)[0]}
     assert names.isdisjoint({"within", "between"}), "auto is flat there"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "chosen", "used"), [("13.0", None, "1"), ("13.0", "0", "0"), (None, None, None)], ids=str
+)
+def test_nccl_starts_kernels_in_the_order_of_their_launch_unless_the_user_has_chosen(cuda, chosen, used, monkeypatch):
+    name = "NCCL_LAUNCH_ORDER_IMPLICIT"
+    monkeypatch.setenv(name, chosen or "")  # so that it is restored
+    if chosen is None:
+        del os.environ[name]
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    mesh.order_launches_of_nccl()
+    assert os.environ.get(name) == used
 
 
 def test_gloo_needs_no_start():

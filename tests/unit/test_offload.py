@@ -214,6 +214,7 @@ def test_a_model_is_built_without_its_experts_in_memory(tmp_path, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_on_a_gpu_every_way_gives_the_same_bits(tmp_path):
     """Resident experts there are computed by grouped products, which round otherwise."""
+    pytest.importorskip("omegaconf", reason="not installed: omegaconf")
     model, path = stored("position=pos2 top_k=2", tmp_path)
     model, found = model.to("cuda"), []
     ids = IDS.to("cuda")

@@ -15,7 +15,7 @@ from scmoe.moe.dispatcher import Blocking, LocalDispatcher
 from scmoe.moe.operators import Recorder
 from scmoe.moe.router import Router
 from scmoe.planning import pricing
-from scmoe.planning.pricing import OPERATORS, measured
+from scmoe.planning.pricing import DIRECTIONS, OPERATORS, measured, noted, seconds_of
 from scmoe.schedule.schedule import Schedule
 from tests.support.models import DIM, EXPERTS, gradients, randomise, tiny_stream
 from tests.support.recording import Log, recorded_shortcut_block
@@ -90,6 +90,22 @@ def test_measured_times_are_those_of_the_operators():
         for operator, seconds in least.items():
             assert times[direction, OPERATORS.index(operator)] >= factor * seconds, operator
         assert times[direction, -1] >= times[direction, : len(OPERATORS)].sum() * 0.999  # they run one after another
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["before the block", "the block too"])
+def test_a_block_is_priced_where_all_before_it_is_frozen(frozen):
+    """Its backward then ends before the gate, or does not begin."""
+    block, recorder = recorded_shortcut_block(Schedule("scmoe", "pos2", 1), 2.0, Log(), Blocking), Recorder(CPU)
+    block.requires_grad_(not frozen)
+    block.sublayers.requires_grad_(False)
+    block.tap_norm.requires_grad_(False)
+    block.run_as(block.schedule, block.moe.dispatcher, recorder)
+    y_BSD = block(torch.randn(2, 6, DIM, dtype=torch.float64)).y_BSD
+    (y_BSD.sum() + torch.zeros((), requires_grad=True)).backward()
+    times_dN2 = noted(recorder, block.schedule, DIRECTIONS)
+    seconds_dO = seconds_of(times_dN2[None, None], block.schedule)
+    forward, backward = seconds_dO[:, [OPERATORS.index("route"), -1]].tolist()
+    assert min(forward) > 0 and backward[0] == 0 and (backward[1] == 0) == frozen
 
 
 def test_an_operator_without_a_gradient_is_timed_forward_only():

@@ -7,6 +7,8 @@ and shows its name.
 
 import ast
 import inspect
+import re
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins import MixedPrecision, Precision
@@ -33,7 +36,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.nn.parallel import DistributedDataParallel
 
-from scmoe.lightning.seam import without_inference_mode
+from scmoe.lightning.seam import StepProgressBar, without_inference_mode
 from scmoe.lightning.strategy import ExpertParallelStrategy
 
 ROOT = Path(__file__).parents[2]
@@ -272,3 +275,19 @@ def test_files_of_distributed_checkpoints(tmp_path):
         "a": ((2,), torch.float32),
         "b": ((), torch.float32),
     }
+
+
+def test_a_narrow_terminal_shows_each_metric_beside_its_value(monkeypatch):
+    class Model(BoringModel):
+        def training_step(self, batch, index):
+            self.log_dict({"train/loss": 5.198, "time/tokens_per_s": 6541.845}, prog_bar=True)
+            return super().training_step(batch, index)
+
+    monkeypatch.setenv("COLUMNS", "80")
+    bar, written = StepProgressBar(), StringIO()
+    bar._console_kwargs = {"file": written, "width": 80, "force_terminal": True}
+    off = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    Trainer(max_steps=3, limit_val_batches=0, callbacks=[bar], accelerator="cpu", **off).fit(Model())
+    lines = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", written.getvalue()).splitlines()
+    for shown in ("train/loss: 5.198", "time/tokens_per_s: 6541.845"):
+        assert any(line.rstrip().endswith(shown) for line in lines), shown

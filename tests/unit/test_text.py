@@ -6,6 +6,7 @@ import json
 import pickle
 from functools import partial
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -253,3 +254,12 @@ def test_synthetic_module_keeps_the_same_laws():
     windows = list(make().val_dataloader())
     assert sum(batch["num_bytes"].sum().item() for batch in windows) == 6 * 8
     assert make().unigram_bits_per_byte() == pytest.approx(6, abs=0.02)  # log2 64, and the counts' noise
+
+
+@pytest.mark.parametrize("device", ("cpu", "cuda"))
+def test_batches_for_a_gpu_lie_in_pinned_memory(device):
+    data = SyntheticDataModule(vocab_size=64, seq_len=8, global_batch_size=4, num_batches=5, val_sequences=6)
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1, strategy=strategy)
+    loaders = data.train_dataloader(), data.val_dataloader()
+    assert [loader.pin_memory for loader in loaders] == [device == "cuda"] * 2

@@ -84,7 +84,7 @@ def load_checkpoint(
     check_same_model(path, wanted, there)
     groups = meta.pop("param_groups", [])
     if optimizers and groups:
-        _check_same_groups(path, [optimizer.param_groups for optimizer in optimizers], groups)
+        check_same_groups(path, [optimizer.param_groups for optimizer in optimizers], groups)
     for i, (optimizer, saved_groups) in enumerate(zip(optimizers, groups, strict=False)):
         wanted.update(_allocate_state(f"optimizer_{i}", module, optimizer, stored, context))
         for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
@@ -110,7 +110,7 @@ class WithoutTensors(dict[str, Any]):
         )
 
 
-def _check_same_groups(path: Path, here: Sequence[Any], there: Sequence[Any]) -> None:
+def check_same_groups(path: Path, here: Sequence[Any], there: Sequence[Any]) -> None:
     """Raise ValueError for other optimizers, or other numbers of parameter groups, than the checkpoint's."""
     if len(here) != len(there):
         numbers = f"{path} is of a training with {len(there)} optimizers, and configure_optimizers made {len(here)}"

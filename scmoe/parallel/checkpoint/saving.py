@@ -81,10 +81,10 @@ class Saving:
     def _seal(self, shares: Sequence[dict[str, Any]]) -> None:
         """Complete the checkpoint, on rank 0. shares: fingerprints of the files of each rank."""
         files = {name: fingerprint for share in shares for name, fingerprint in share.items()}
-        sizes = {file.name: file.stat().st_size for file in self.partial.iterdir()}
         for rank, share in enumerate(shares):
             for name, fingerprint in share.items():
-                if sizes.get(name) != fingerprint["bytes"]:
+                file = self.partial / name  # asked by its name: NFS may list a folder as it was
+                if not file.exists() or file.stat().st_size != fingerprint["bytes"]:
                     raise OSError(
                         f"{self.path} could not be written: {name}, written by rank {rank}, is not there for rank 0; "
                         "the folder must be on storage that all nodes share"

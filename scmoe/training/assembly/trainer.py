@@ -95,8 +95,8 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
 
 def cpu_threads(config: Config) -> int:
     """Return the CPU threads of one rank."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
-    return config.trainer.threads or max(1, here // config.trainer.devices)
+    usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # macOS has no such function
+    return config.trainer.threads or max(1, len(usable(0)) // config.trainer.devices)
 
 
 def dense_estimates(config: Config) -> dict[str, float]:

@@ -36,7 +36,7 @@ class SteadyTensorBoardLogger(TensorBoardLogger):
         package = "torch.utils.tensorboard" if find_spec("tensorboard") else "tensorboardX"
         self.hparams.update(values)
         for part in import_module(f"{package}.summary").hparams(values, dict.fromkeys(SHOWN, 0.0)):
-            self.experiment._get_file_writer().add_summary(part)
+            self.experiment.file_writer.add_summary(part)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self._try(super().log_metrics, metrics, step)

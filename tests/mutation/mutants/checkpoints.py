@@ -7,13 +7,16 @@ from tests.mutation.mutant import DATA, DIST, DP, FAULTS, KILLED, PARALLEL, UNIT
 MUTANTS = (
     # ------------------------------------------------------------------ checkpoints
     Mutant("commit-by-copying", 1, f"{PARALLEL}/checkpoint/durable.py")
-    .replaces("    os.rename(partial, path)\n", "    shutil.copytree(partial, path)\n    shutil.rmtree(partial)\n")
+    .replaces(
+        "        os.rename(partial, path)\n    elif",
+        "        shutil.copytree(partial, path)\n        shutil.rmtree(partial)\n    elif",
+    )
     .caught_by(KILLED),
     Mutant("old-checkpoint-removed-first", 3, f"{PARALLEL}/checkpoint/durable.py")
     .replaces("        os.rename(path, old)  #", "        shutil.rmtree(path)  #")
     .caught_by(KILLED),
     Mutant("manifest-checks-only-sizes", 5, f"{PARALLEL}/checkpoint/durable.py")
-    .replaces(" and fingerprint(path / name) == expected\n", "\n")
+    .replaces(" or fingerprint(path / name) == expected)", " or True)")
     .caught_by(f"{UNIT}/test_durable.py::test_any_flipped_bit_is_found"),
     Mutant("manifest-seal-not-checked", 5, f"{PARALLEL}/checkpoint/durable.py")
     .replaces(
@@ -25,21 +28,21 @@ MUTANTS = (
     .replaces('sorted(present ^ manifest["files"].keys())', 'sorted(manifest["files"].keys() - present)')
     .caught_by(f"{UNIT}/test_durable.py::test_a_shard_of_another_save_is_refused"),
     Mutant("sweep-leaves-partial-saves", 6, f"{PARALLEL}/checkpoint/durable.py")
-    .replaces("        shutil.rmtree(partial)\n", "        partial.exists()\n")
+    .replaces("            shutil.rmtree(partial, ignore_errors=True)\n", "            partial.exists()\n")
     .caught_by(KILLED),
     Mutant("sweep-removes-moved-checkpoint", 1, f"{PARALLEL}/checkpoint/durable.py")
-    .replaces("            os.rename(aside, folder / name)\n", "            shutil.rmtree(aside)\n")
+    .replaces("                    os.rename(aside, folder / moved)\n", "                    shutil.rmtree(aside)\n")
     .caught_by(KILLED),
     Mutant("sweep-removes-similar-names", 6, f"{PARALLEL}/checkpoint/durable.py")
-    .replaces('-[0-9a-f]{8}")', '-.*")')
+    .replaces('-([0-9a-f]{8}(?:-([0-9a-f]{8})-(\\d+)-(\\d+))?)")', '-(.*(?:-(x)-(x)-(x))?)")')
     .caught_by(f"{UNIT}/test_durable.py::test_sweeping_leaves_what_no_writer_has_named"),
     Mutant("every-checkpoint-read-fully", 5, f"{PARALLEL}/checkpoint/durable.py")
     .replaces('found.append((read_manifest(path)["step"],', "found.append((verify(path),")
     .caught_by(f"{UNIT}/test_durable.py::test_only_the_newest_whole_checkpoint_is_read"),
     Mutant("rank-0-hashes-all-shards", 7, f"{PARALLEL}/checkpoint/saving.py")
     .replaces(
-        "                files[META] = durable.fingerprint(self.partial / META)\n",
-        "                files = {file.name: durable.fingerprint(file) for file in self.partial.iterdir()}\n",
+        "        files[META] = durable.fingerprint(self.partial / META)\n",
+        "        files = {file.name: durable.fingerprint(file) for file in self.partial.iterdir()}\n",
     )
     .caught_by(
         f"{FAULTS}/test_checkpoint_content.py::test_fault_07_each_rank_hashes_its_own_shard_where_it_writes_it[True]"
@@ -82,7 +85,9 @@ MUTANTS = (
     .caught_by(f"{UNIT}/test_random_state.py::test_restored_generators_draw_the_same_numbers"),
     Mutant("saved-between-accumulated-batches", 8, "scmoe/lightning/seam.py")
     .replaces("    if not is_fitting(trainer) or stepped:\n", "    if not is_fitting(trainer) or not stepped:\n")
-    .caught_by(f"{FAULTS}/test_resume.py::test_fault_08_no_checkpoint_is_made_between_the_batches_of_a_step"),
+    .caught_by(
+        f"{FAULTS}/test_resume.py::test_fault_08_a_checkpoint_that_is_requested_inside_a_step_is_saved_at_its_end"
+    ),
     Mutant("saved-again-in-next-step", 8, "scmoe/lightning/seam.py")
     .replaces(
         "            callback._last_global_step_saved = trainer.global_step\n",
@@ -95,4 +100,63 @@ MUTANTS = (
         '    write_whole(read_whole(folder, "model."), folder / FULL)\n',
     )
     .caught_by(f"{FAULTS}/test_checkpoint_content.py::test_fault_09_one_full_file_is_read_at_any_ep_degree[False]"),
+    Mutant("saves-of-others-swept", 0, "scmoe/parallel/checkpoint/durable.py")
+    .replaces(
+        "        return named[5] != str(os.getpid()) and start_of(int(named[5])) == named[6]\n",
+        "        return False\n",
+    )
+    .caught_by("tests/unit/test_durable.py::test_two_writers_of_one_folder_leave_each_others_checkpoints_alone"),
+    Mutant("name-missing-for-a-moment", 0, "scmoe/parallel/checkpoint/durable.py")
+    .replaces("    elif not exchange(partial, path):\n", "    else:\n")
+    .caught_by("tests/unit/test_durable.py::test_the_name_of_a_replaced_checkpoint_is_never_missing"),
+    Mutant("umask-ignored", 0, "scmoe/parallel/checkpoint/durable.py")
+    .replaces("        partial.chmod(mode)\n", "        partial.chmod(0o644)\n")
+    .caught_by("tests/unit/test_durable.py::test_a_replaced_file_has_the_rights_that_the_umask_leaves"),
+    Mutant("every-rank-reads-all-files", 0, "scmoe/parallel/checkpoint/durable.py")
+    .replaces('sorted(manifest["files"])[share]', 'sorted(manifest["files"])')
+    .caught_by("tests/unit/test_durable.py::test_a_share_of_the_files_is_read_and_all_sizes_are_compared"),
+    Mutant("tuples-as-keys-unreadable", 0, "scmoe/parallel/checkpoint/state.py")
+    .replaces("[[_key_to_json(k), to_json(v)]", "[[to_json(k), to_json(v)]")
+    .caught_by("tests/unit/test_checkpoint_state.py::test_any_dictionary_is_read_back"),
+    Mutant("hyper-parameters-not-checked", 0, "scmoe/parallel/checkpoint/state.py")
+    .replaces("] = holder.hparams\n", "] = {}\n")
+    .caught_by(
+        "tests/unit/test_checkpoint_state.py::test_hyper_parameters_and_callbacks_that_cannot_be_saved_are_refused_by_name"
+    ),
+    Mutant("save-after-fit-not-completed", 0, "scmoe/lightning/strategy.py")
+    .replaces("        if not self.takes_steps:  # else", "        if self.is_alone:  # else")
+    .caught_by(
+        "tests/faults/test_lightning_users.py::test_56_a_checkpoint_that_is_saved_after_fit_is_complete_at_once"
+    ),
+    Mutant("optimizers-read-for-a-test", 0, "scmoe/lightning/strategy.py")
+    .replaces("self.optimizers if seam.is_fitting(self.module.trainer) else []", "self.optimizers")
+    .caught_by(
+        "tests/faults/test_lightning_users.py::test_56_prediction_with_a_checkpoint_leaves_the_optimizers_of_fit_alone"
+    ),
+    Mutant("save-inside-a-step", 0, "scmoe/lightning/strategy.py")
+    .replaces(
+        "if seam.accumulated_batches(self.module.trainer) and self.takes_steps:",
+        "if seam.accumulated_batches(self.module.trainer) < 0:",
+    )
+    .caught_by(
+        "tests/faults/test_resume.py::test_fault_08_a_checkpoint_that_is_requested_inside_a_step_is_saved_at_its_end"
+    ),
+    Mutant("anything-removed", 0, "scmoe/lightning/strategy.py")
+    .replaces('return path.name != ".." and (inside or of_tuner)', "return bool(path.name) or inside or of_tuner")
+    .caught_by("tests/faults/test_lightning_users.py::test_56_nothing_outside_the_folders_of_checkpoints_is_removed"),
+    Mutant("all-ranks-verify-all", 0, "scmoe/parallel/checkpoint/loading.py")
+    .replaces("slice(context.rank, None, context.world_size)", "slice(None)")
+    .caught_by(
+        "tests/faults/test_checkpoint_content.py::test_fault_07_each_rank_hashes_its_own_shard_where_it_writes_it"
+    ),
+    Mutant("long-work-in-one-collective", 0, "scmoe/parallel/mesh.py")
+    .replaces("            thread.join(timeout=1)\n", "            thread.join()\n")
+    .caught_by(
+        "tests/faults/test_checkpoint_content.py::test_fault_07_no_rank_waits_in_one_collective_for_the_long_work_of_another"
+    ),
+    Mutant("unshared-folder-accepted", 0, "scmoe/parallel/checkpoint/saving.py")
+    .replaces("if not file.exists() or file", "if file.exists() and file")
+    .caught_by(
+        "tests/faults/test_lightning_users.py::test_04_a_folder_that_nodes_do_not_share_is_an_error_of_the_save"
+    ),
 )

@@ -42,7 +42,10 @@ MUTANTS = (
     .replaces("get_slice(name)[ids.start : ids.stop]", "get_slice(name)[: len(ids)]")
     .caught_by(PARTS),
     Mutant("generation-fails-alone", 61, "scmoe/runs/on_ranks.py")
-    .replaces("        trainer.strategy.on_exception(error)\n", "        assert error\n")
+    .replaces(
+        "BaseException as error:\n        trainer.strategy.on_exception(error)\n",
+        "BaseException as error:\n        assert error\n",
+    )
     .caught_by(f"{FAULTS}/test_generation.py::test_61_a_rank_that_dies_while_texts_are_generated_ends_all"),
     Mutant("a-long-prompt-starts-ranks", 63, "scmoe/runs/continuation.py")
     .replaces("        encoded(request, data.tokenizer, config)  # so", "        # so")

@@ -35,8 +35,8 @@ MUTANTS = (
     Mutant("interrupted-job-begins-again", 0, "experiments/studies/job.py")
     .replaces('re.sub(r"\\btrain(\\.py)?$", r"resume\\1", program)', "program")
     .caught_by(f"{UNIT}/test_table.py"),
-    Mutant("drop-in-experts-not-averaged", 0, "scmoe/api.py")
-    .replaces("    ExpertGradientReducer([*shards.values()], context)  # its hooks keep it\n", "")
+    Mutant("drop-in-experts-not-averaged", 0, "scmoe/parallel/update/wrap.py")
+    .replaces("([*shards.values()], context, pacer)", "([], context, pacer)")
     .caught_by(f"{DROP_IN}::test_two_ranks_give_the_outputs_and_gradients_of_one"),
     Mutant("drop-in-balance-of-one-rank", 0, "scmoe/api.py")
     .replaces(

@@ -66,7 +66,7 @@ MUTANTS = (
     Mutant("no-mean-over-EDP", 21, f"{PARALLEL}/update/reducer.py")
     .replaces("            flat /= self.context.edp_size\n", "")
     .caught_by(DP),
-    Mutant("no_sync-ignored", 0, "scmoe/lightning/strategy.py")
+    Mutant("no_sync-ignored", 0, "scmoe/parallel/update/wrap.py")
     .replaces("self.reducer.enabled = False", "self.reducer.enabled = True")
     .caught_by(f"{DIST}/test_strategy.py::test_expert_gradients_are_sent_once_a_step[2]"),
     Mutant("gradients-beside-rows", 0, f"{PARALLEL}/update/pacing.py")
@@ -84,10 +84,10 @@ MUTANTS = (
     Mutant("gradients-sent-before-they-exist", 0, "scmoe/schedule/limit.py")
     .replaces("end = max(end, ready + after)", "end = max(end, after)")
     .caught_by(f"{UNIT}/test_limit.py"),
-    Mutant("experts-given-to-DDP", 25, "scmoe/lightning/strategy.py")
+    Mutant("experts-given-to-DDP", 25, "scmoe/parallel/torch_seam.py")
     .replaces(
-        "hide_from_ddp(self.module, [name for name, _ in expert_parameters(self.module)])",
-        "hide_from_ddp(self.module, [])",
+        'getattr(module, "_ddp_params_and_buffers_to_ignore", []), *names}',
+        'getattr(module, "_ddp_params_and_buffers_to_ignore", [])}',
     )
     .caught_by(EP),
     Mutant("early-experts-accepted", 41, f"{PARALLEL}/mesh.py")
@@ -137,6 +137,60 @@ MUTANTS = (
     .replaces('named_generator(f"{seed}/{name}")', 'named_generator(f"{seed + torch.distributed.get_rank()}/{name}")')
     .caught_by(EP),
     Mutant("ranks-drop-the-same-features", 25, "scmoe/lightning/strategy.py")
-    .replaces(" % 2**62 + self.global_rank)", " % 2**62)")
+    .replaces('device="cpu")) + self.global_rank', 'device="cpu"))')
     .caught_by(f"{DIST}/test_ep_equality.py::test_each_rank_drops_different_features"),
+    Mutant("cheap-rank-prices-transfers", 0, "scmoe/planning/pricing.py")
+    .replaces("times_GRdN2.amax(1).unbind(-1)", "times_GRdN2.mean(1).unbind(-1)")
+    .caught_by("tests/unit/test_pricing.py::test_prices_are_those_of_the_slowest_rank"),
+    Mutant("experts-priced-from-the-last-begin", 0, "scmoe/planning/pricing.py")
+    .replaces("took_dN[:, experts] = longest_dN", "pass")
+    .caught_by("tests/unit/test_pricing.py::test_prices_are_those_of_the_slowest_rank"),
+    Mutant("all-groups-one-price", 0, "scmoe/planning/pricing.py")
+    .replaces("(-1, ep_size or len(times_R))", "(-1, len(times_R))")
+    .caught_by("tests/unit/test_pricing.py::test_each_ep_group_has_prices_of_its_own_and_their_mean_counts"),
+    Mutant("clocks-of-ranks-compared", 0, "scmoe/moe/operators.py")
+    .replaces("return lambda seconds: seconds - zero", "return float")
+    .caught_by("tests/unit/test_pricing.py::test_prices_are_those_of_the_slowest_rank"),
+    Mutant("negative-shares-logged", 0, "scmoe/planning/planner.py")
+    .replaces("if -NOISE <= part <= 1 + NOISE else None", "if part <= 1 + NOISE else None")
+    .caught_by("tests/unit/test_pricing.py::test_a_disturbed_step_has_no_hidden_part"),
+    Mutant("clocks-not-started", 0, "scmoe/planning/planner.py")
+    .replaces("            start_clocks(self.recorders, self.group)\n", "")
+    .caught_by("tests/distributed/test_planner.py::test_the_choice_is_equal_on_all_ranks_and_changes_no_bit"),
+    Mutant("ran-said-again", 0, "scmoe/training/callbacks/adaptive_schedule.py")
+    .replaces(
+        "self.show_what_ran |= [c.schedule for c in choices] != [c.schedule for c in self.shown]",
+        "self.show_what_ran = True",
+    )
+    .caught_by(
+        "tests/unit/test_planner_lines.py::test_what_ran_is_said_once_for_a_schedule_and_only_measured_shares_are_logged"
+    ),
+    Mutant("steps-draw-from-the-samplers-generator", 0, "scmoe/lightning/strategy.py")
+    .replaces("        with torch.random.fork_rng(devices=()):\n", "        with ExitStack():\n")
+    .caught_by("tests/distributed/test_strategy.py::test_samplers_without_a_generator_give_every_sample_to_one_rank"),
+    Mutant("frozen-experts-waited-for", 0, "scmoe/parallel/update/reducer.py")
+    .replaces("[p for p in self.shards if p.requires_grad]", "self.shards")
+    .caught_by(
+        "tests/distributed/test_strategy.py::test_experts_that_are_unfrozen_during_training_have_the_gradients_of_others"
+    ),
+    Mutant("stream-in-bfloat16", 0, "scmoe/models/decoder.py")
+    .replaces("residual_stream(self.tokens(ids_BS))", "self.tokens(ids_BS)")
+    .caught_by(
+        "tests/unit/test_models.py::test_weights_that_are_gathered_in_bfloat16_leave_the_residual_stream_in_float32"
+    ),
+    Mutant("slots-sent-unannounced", 0, "scmoe/moe/stream.py")
+    .replaces("self.filled or (not self.training and self.num_ranks > 1)", "self.filled")
+    .caught_by("tests/faults/test_capacity.py::test_ranks_may_have_different_numbers_of_tokens_outside_training"),
+    Mutant("losses-of-rank-0-logged", 0, "scmoe/training/moe_module.py")
+    .replaces(
+        "self.parallel_context.sum_over_ranks(torch.stack([*shown.values()])) / world_size",
+        "torch.stack([*shown.values()])",
+    )
+    .caught_by("tests/distributed/test_ep_equality.py::test_every_rank_logs_the_losses_of_all_ranks"),
+    Mutant("frozen-start-not-priced", 0, "scmoe/planning/pricing.py")
+    .replaces("of_gate or spans", "of_gate")
+    .caught_by("tests/unit/test_operators.py::test_a_block_is_priced_where_all_before_it_is_frozen"),
+    Mutant("guard-keeps-every-batch", 0, "scmoe/parallel/update/guard.py")
+    .replaces("self.trace[name] * 0 + total", "total")
+    .caught_by("tests/faults/test_not_finite.py::test_27_batches_without_a_check_keep_no_more_than_one_batch"),
 )

@@ -62,4 +62,31 @@ MUTANTS = (
     Mutant("digest-without-values", 0, "scmoe/probes/charts.py")
     .replaces("return paths, numbers(part.get_offsets()), numbers(part.get_edgecolor())", "return len(paths)")
     .caught_by(f"{UNIT}/test_pictures.py::test_a_picture_is_stale_if_a_value_a_name_or_a_colour_has_changed"),
+    Mutant("hf-padding-attended", 0, "scmoe/hf.py")
+    .replaces("mask_BL[:, None, None] & (keys_L < queries_S1)", "(keys_L < queries_S1)")
+    .caught_by("tests/peers/test_hf_export.py::test_padding_on_the_left_changes_no_token"),
+    Mutant("hf-loss-of-each-batch", 0, "scmoe/hf.py")
+    .replaces("loss * counted / num_items_in_batch", "loss")
+    .caught_by("tests/peers/test_hf_export.py::test_losses_of_accumulated_batches_add_up_to_that_of_one_batch"),
+    Mutant("hf-missing-weights-unset", 0, "scmoe/hf.py")
+    .replaces("                p.copy_(weight)", "                pass")
+    .caught_by("tests/peers/test_hf_export.py::test_weights_that_a_folder_lacks_are_drawn_as_for_a_training"),
+    Mutant("card-of-a-user-replaced", 0, "scmoe/runs/hf_folder.py")
+    .replaces('if not (folder / "README.md").exists():', "if True:")
+    .caught_by("tests/peers/test_hf_export.py::test_the_model_card_says_what_the_model_is_and_loads_it"),
+    Mutant("written-answers-lose-the-question", 0, "scmoe/runs/evaluate/lm_eval_adapter.py")
+    .replaces("[new - longest :]", "[-longest:]")
+    .caught_by("tests/unit/test_evaluate_tasks.py::test_answers_that_the_model_writes_are_those_of_generate"),
+    Mutant("failed-trial-at-another-category", 0, "experiments/studies/sweep/sweep_report.py")
+    .replaces("if judged and numeric else (-math.inf, math.inf)", "if judged else (-math.inf, math.inf)")
+    .caught_by("tests/unit/test_sweep_search.py::test_a_failed_trial_stands_at_its_own_category"),
+    Mutant("equal-curves-hidden", 0, "experiments/studies/compare.py")
+    .replaces("twins = curves.count(own)", "twins = 0")
+    .caught_by("tests/unit/test_runs.py::test_every_run_of_a_comparison_is_seen"),
+    Mutant("batches-not-pinned", 0, "datamodules/positioned.py")
+    .replaces("pin_memory=on_gpu,", "pin_memory=False,")
+    .caught_by("tests/unit/test_text.py::test_batches_for_a_gpu_lie_in_pinned_memory"),
+    Mutant("wide-bar-in-a-narrow-terminal", 0, "scmoe/lightning/seam.py")
+    .replaces('>= WIDE else "\\n"', '>= 0 else "\\n"')
+    .caught_by("tests/unit/test_private_names.py::test_a_narrow_terminal_shows_each_metric_beside_its_value"),
 )

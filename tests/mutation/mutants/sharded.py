@@ -10,8 +10,8 @@ BUILT = f"{DIST}/test_built_in_parts.py::test_no_rank_holds_more_than_its_part_a
 SHARDS = f"{PARALLEL}/dense_shards.py"
 
 MUTANTS = (
-    Mutant("split-loss-not-divided", 21, "scmoe/lightning/dense_strategy.py")
-    .replaces("closure_loss / self.world_size if", "closure_loss if")
+    Mutant("split-loss-not-divided", 21, "scmoe/parallel/update/wrap.py")
+    .replaces("else loss / self.world_size", "else loss")
     .caught_by(f"{FOUR}[clipped, EP 2]"),
     Mutant("split-divided-by-fsdp-too", 21, SHARDS)
     .replaces("part.set_gradient_divide_factor(1.0)", "part.set_gradient_divide_factor(2.0)")
@@ -36,7 +36,7 @@ MUTANTS = (
     )
     .caught_by(f"{RUNS}::test_fsdp_starts_no_collective_inside_an_open_stream"),
     Mutant("whole-weights-after-validation", 41, "scmoe/lightning/lockstep.py")
-    .replaces("        reshard(self.module)  #", "        assert self.module  #")
+    .replaces("        reshard(self.trainer.lightning_module)  #", "        assert self.trainer  #")
     .caught_by(f"{RUNS}::test_a_users_own_module_is_split_and_equal_to_replicated"),
     Mutant("split-experts-saved-as-whole", 71, f"{PARALLEL}/checkpoint/state.py")
     .replaces("over_edp = Shard(1) if isinstance(experts, DTensor) else Replicate()", "over_edp = Replicate()")
