@@ -101,11 +101,11 @@ timeline: $(READY)  ## one pair's operators, measured and planned (Fig. 7), and 
 gpu-check:  ## check everything on one GPU in nine minutes, into the folder OUT; ARGS="--device cpu --tiny" for a trial
 	@$(or $(wildcard $(PY)),$(PYTHON)) -m experiments.gpu_check $(if $(OUT),--out $(OUT)) $(ARGS)
 
-figures: $(READY)  ## draw the pictures of the README and docs, and write their tables, from what is kept there
+figures: $(READY)  ## draw the pictures of the docs and write the pages of results, from what is kept there
 	@$(PY) -m experiments.figure 0 $(ARGS)
 
 # A line for each report that a picture of the docs is drawn from. Minutes are those of an idle machine, estimated from
-# the tables of docs/benchmarks.md except those of growth and inference.
+# the iterations that docs/results counts, except those of growth and inference.
 KEPT := docs/figures
 KEEP := $(PY) -m experiments.bench
 REPORTS := $(addprefix $(KEPT)/, $(addsuffix .json, \

@@ -18,7 +18,7 @@ def main(number: Literal[0, 1, 4, 7, 8, 9, 10], /, *sources: str, out: Path | No
     8   speed-ups in three hardware scenarios         reports of `bench overlap`, or their folder
     9   gating over training                          a run with analysis.gating_every
     10  similarity of representations (also 14, 15)   a run with analysis.similarity_every
-    0   all pictures and tables of the docs           what is kept in docs/figures and docs/results
+    0   all pictures and pages of results             what is kept in docs/figures and docs/results
 
     PNG and PDF go to the folder `analysis` of the run, to that of the first report, or (0, 4, 7; PNG) to docs/figures.
     9 and 10 also write what they draw, as JSON.
@@ -33,7 +33,7 @@ def main(number: Literal[0, 1, 4, 7, 8, 9, 10], /, *sources: str, out: Path | No
     from scmoe.config.extras import require
 
     require("figure", "matplotlib")
-    from scmoe.experiments.figures.draw import draw_figure
+    from scmoe.experiments.figures.measured import draw_figure
     from scmoe.experiments.figures.pages import write_pages
 
     files = draw_figure(number, sources, out) if number else write_pages(out)

@@ -1,6 +1,6 @@
-"""The drawings of docs/concepts.md: windows, slots, chunks, and the ranks that share experts.
+"""Drawings of the README and docs that show no measurement: pairs, windows, slots, chunks, ranks and timelines.
 
-The timelines are the cost model's, with the assumed operator times of `explained.py`.
+The timelines are the cost model's: the operator times below are assumed, and stand in the titles.
 """
 
 from pathlib import Path
@@ -9,14 +9,62 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
 from scmoe.experiments.engine.gantt import COLORS, DARK, OTHER, draw
-from scmoe.experiments.figures.explained import TIMES
 from scmoe.probes.charts import PAPER, SMALL, chart
-from scmoe.schedule.cost import OperatorTimes, elapsed_time, per_chunk
+from scmoe.schedule.cost import OperatorTimes, best_schedule, elapsed_time, per_chunk
 from scmoe.schedule.cost import slots as all_slots
 from scmoe.schedule.play import play
 from scmoe.schedule.schedule import POSITIONS, Schedule
 
+# Units of one MLP: attention 3 (as in the testbed's emulated compute), and transfers such that a top-2 pair spends
+# about half its time in them (testbed: share 0.52).
+TIMES = {
+    "attention": 3.0,
+    **dict.fromkeys(("mlp", "shared_expert", "experts"), 1.0),
+    **dict.fromkeys(("dispatch", "combine"), 2.45),
+    **dict.fromkeys(("route", "encode", "decode"), 0.1),
+}
+TOP2_TIMES = {**TIMES, **{op: 2 * TIMES[op] for op in ("experts", "dispatch", "combine")}}  # twice the rows
 UNIT = "time from the tap, in units of one MLP"
+
+
+def timelines(path: Path) -> None:
+    """Draw a standard top-2 pair that waits for its transfers, and ScMoE at Pos-2 with the best slot (Fig. 7)."""
+    standard = ("attention", "mlp", "attention", *Schedule("top_k").operators())
+    schedule = best_schedule(all_slots(Schedule("scmoe", "pos2")), {1: OperatorTimes(TIMES)})
+    shortcut = ("attention", *schedule.operators())
+    pairs = {"Standard top-2, sequential": play(standard, TOP2_TIMES, sequential=True)}
+    pairs[f"ScMoE (Pos-2), experts at slot {schedule.slot}"] = play(shortcut, TIMES)
+    title = "One pair, forward, by the cost model (attention 3, MLP 1, All-to-All of one expert per token 2.45)"
+    draw(pairs, path, title, "time, in units of one MLP")
+
+
+def pair(path: Path) -> None:
+    """Draw Block-MLP and Block-MoE with the shortcut at Pos-2 (Fig. 4)."""
+    with chart(path, 2.8) as figure:
+        axis = _canvas(figure.subplots(), 20.8, 6.6, bottom=-0.5)
+        backbone, stream = 4.4, 1.5
+        for i, label in enumerate(("Attention", "MLP", "Attention", "Shared\nexpert")):
+            x = 2.5 + 4 * i
+            _box(axis, x - 1.08, backbone, 2.16, label)
+            _arrow(axis, (max(0.0, x - 2.75), backbone), (x - 1.25, backbone))
+        _arrow(axis, (15.75, backbone), (18.2, backbone))
+        for i, label in enumerate(("Gate,\nencode", "Dispatch", "Experts", "Combine", "Decode")):
+            x = 5.8 + 2.9 * i
+            _box(axis, x - 1.08, stream, 2.16, label)
+            _arrow(axis, (x - 1.65 if i else 4.1, stream), (x - 1.25, stream))
+        axis.plot([4.1, 4.1], [backbone, stream], color="black", linewidth=1.3)
+        axis.text(3.9, 2.9, "shortcut\n(tap, Pos-2)", ha="right", va="center", fontsize=SMALL)
+        axis.plot([18.6, 18.9], [stream, stream], color="black", linewidth=1.3)
+        _arrow(axis, (18.9, stream), (18.9, backbone - 0.6))
+        axis.text(
+            18.9, backbone, "+", fontsize=14, ha="center", va="center", bbox={"boxstyle": "circle", "fc": "white"}
+        )
+        _arrow(axis, (19.5, backbone), (20.8, backbone))
+        axis.text(0.3, 5.9, "Block-MLP (layer l)", fontweight="bold")
+        axis.text(9.0, 5.9, "Block-MoE (layer l+1)", fontweight="bold")
+        axis.plot([8.5, 8.5], [3.2, 6.4], color="#999999", linestyle="--", linewidth=1)
+        note = "MoE stream: its All-to-All (dispatch, combine) runs in\nparallel with the backbone"
+        axis.text(0.3, -0.4, note, fontsize=SMALL, style="italic")
 
 
 def windows(path: Path) -> None:
@@ -26,7 +74,7 @@ def windows(path: Path) -> None:
         lefts = (3.0, 7.2, 11.4, 15.6)
         for left, label in zip(lefts, ("Attention", "MLP", "Attention", "Shared\nexpert"), strict=True):
             _arrow(axis, (left - 1.4, 6.6), (left, 6.6))
-            _box(axis, left, 6.6, 2.8, label, COLORS[label.lower().replace("\n", "_")])
+            _box(axis, left, 6.6, 2.8, label)
         _arrow(axis, (18.4, 6.6), (19.9, 6.6))
         axis.text(3.0, 8.0, "Block-MLP", fontweight="bold", fontsize=9, va="center")
         axis.text(11.4, 8.0, "Block-MoE", fontweight="bold", fontsize=9, va="center")
@@ -52,11 +100,11 @@ def slots(path: Path) -> None:
 
 def chunks(path: Path) -> None:
     """Draw the MoE stream of standard top-2 whole and in chunks: one chunk's experts hide another's transfer."""
-    top2 = {**TIMES, **{op: 2 * TIMES[op] for op in ("experts", "dispatch", "combine")}}
     choices = [Schedule("top_k", chunks=n) for n in (1, 2, 4)]
     names = ["1 chunk", "2 chunks", "4 chunks"]
     lines = {
-        name: play(choice.operators(), per_chunk(choice, top2)) for name, choice in zip(names, choices, strict=True)
+        name: play(choice.operators(), per_chunk(choice, TOP2_TIMES))
+        for name, choice in zip(names, choices, strict=True)
     }
     draw(lines, path, "Standard top-2: the rows of its MoE stream in chunks", UNIT)
 
@@ -90,14 +138,15 @@ def ranks(path: Path) -> None:
 CONCEPTS = windows, slots, chunks, ranks
 
 
-def _canvas(axis: Axes, width: float, height: float) -> Axes:
-    axis.set(xlim=(0, width), ylim=(0, height))
+def _canvas(axis: Axes, width: float, height: float, bottom: float = 0.0) -> Axes:
+    axis.set(xlim=(0, width), ylim=(bottom, height))
     axis.axis("off")
     return axis
 
 
-def _box(axis: Axes, left: float, y: float, width: float, words: str, color: str) -> None:
-    """Draw a box around the height y, with words in it."""
+def _box(axis: Axes, left: float, y: float, width: float, words: str, color: str | None = None) -> None:
+    """Draw a box around the height y, with words in it. color: None is that of the operator of this name."""
+    color = color or COLORS.get(words.lower().replace("\n", "_"), PAPER)
     ink = "white" if color in (*DARK, PAPER) else "black"
     axis.add_patch(FancyBboxPatch((left, y - 0.55), width, 1.1, boxstyle="round,pad=0.1", color=color))
     axis.text(left + width / 2, y, words, ha="center", va="center", color=ink, fontsize=SMALL, linespacing=0.95)

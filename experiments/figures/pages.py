@@ -1,27 +1,48 @@
-"""Draws all pictures and tables of the docs from stored reports and results.
+"""Draws the pictures of the docs, and writes the pages of docs/results, all from stored reports and results.
 
 A measuring command with `--out docs/figures` writes its report, NAME.json, and NAME.png. `table --to docs/results`
-writes NAME/results.json. This file draws a picture for each report and for each table, and the pictures of assumed
-operator times, which need no measurement.
+writes NAME/results.json. docs/results/NAME.json has the table of a measurement without a report. This file draws a
+picture for each report and for each table, and the pictures of assumed operator times, which need no measurement.
+
+conditions.json says what a report does not: title, command, date, machine, a short reading, and which of its numbers
+the overview shows (`results`, texts that `str.format` fills in). A NAME.json of docs/results says so itself.
 """
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench import growth, inference, offload, speed_chart
+from scmoe.experiments.engine.clock import middle
+from scmoe.experiments.engine.report import Report
 from scmoe.experiments.figures.concepts import CONCEPTS
-from scmoe.experiments.figures.draw import EXPLAINED, PAGES, draw_measured
-from scmoe.experiments.figures.headline import REPORTS, draw_headline
-from scmoe.experiments.figures.scenarios import draw_shares, draw_speeds, read_reports
+from scmoe.experiments.figures.measured import (
+    EXPLAINED,
+    HEADLINE,
+    PAGES,
+    PCIE_OVER,
+    Scenario,
+    draw_headline,
+    draw_measured,
+    draw_shares,
+    draw_speeds,
+    module_share,
+    read_reports,
+)
 from scmoe.experiments.studies.table.chart import draw_differences, draw_equal_time
 from scmoe.experiments.studies.table.table_report import markdown
 
 RESULTS = Path("docs/results")
-SCENARIOS = PAGES / "figure-8"
+CONDITIONS = RESULTS / "conditions.json"
+OVERVIEW = RESULTS / "README.md"
+GENERATED = re.compile(r"(?<=<!-- make figures writes this part -->\n).*(?=<!-- end of this part -->)", re.DOTALL)
+FIGURE_8 = PAGES / "figure-8"  # what `make figure8` has measured
 DRAW: dict[str, Callable[[Any, Path], None]] = {  # by the first words of a report's name
     "overlap-": speed_chart.draw,
     "inference-": inference.draw,
@@ -41,35 +62,251 @@ def pictures() -> dict[str, Callable[[Path], None]]:
         if kind is None:
             raise ConfigError(f"{path} is no report that is drawn, allowed: names that begin with {' | '.join(DRAW)}")
         found[name] = partial(DRAW[kind], read(path))
-    if any(SCENARIOS.glob("*.json")):  # what `make figure8` has measured
-        scenarios = read_reports([SCENARIOS])
+    if any(FIGURE_8.glob("*.json")):
+        scenarios = read_reports([FIGURE_8])
         found |= {"figure-1": partial(draw_shares, scenarios), "figure-8": partial(draw_speeds, scenarios)}
     for path in sorted(RESULTS.glob("table[1-7]-*/results.json")):
         results = read(path)
         found[path.parent.name] = partial(draw_differences, results)
         if len(results["equal_time"]) > 1:
             found[f"{path.parent.name}-equal-time"] = partial(draw_equal_time, results)
-    if kept := {word: read(reports[name]) for word, name in REPORTS.items() if name in reports}:
+    if kept := {word: read(reports[name]) for word, name in HEADLINE.items() if name in reports}:
         found["headline"] = partial(draw_headline, kept)
     return found
 
 
-def tables() -> dict[Path, str]:
-    """Return the text of each table of the docs by its file."""
-    return {path.with_name("table.md"): markdown(read(path)) for path in sorted(RESULTS.glob("*/results.json"))}
-
-
 def write_pages(out: Path | None) -> list[Path]:
-    """Draw all pictures of the docs into `out`; None: where the docs show them, and write all tables. Returns the
-    files."""
+    """Draw all pictures of the docs into `out`; None: where the docs show them, and write all pages of results.
+    Returns the files."""
     files = []
     for name, draw in pictures().items():
         files.append((out or PAGES) / f"{name}.png")
         draw(files[-1])
-    for path, text in tables().items() if out is None else ():
+    for path, text in pages().items() if out is None else ():
         path.write_text(text)
         files.append(path)
     return files
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment. said: title, command, date, machine, group, reading, results. data: what its numbers are from."""
+
+    name: str
+    page: Path
+    said: Mapping[str, Any]
+    data: dict[str, Any]
+
+    @property
+    def link(self) -> str:
+        return str(self.page.relative_to(RESULTS))
+
+
+def pages() -> dict[Path, str]:
+    """Return the text of each page of results by its file: one for each experiment, and the overview."""
+    found = {each.page: text_of(each) for each in experiments()}
+    found[OVERVIEW] = GENERATED.sub(lambda _: overview(experiments()), OVERVIEW.read_text())
+    return found
+
+
+def experiments() -> list[Experiment]:
+    measured = [Experiment(name, *page_and_data(name, said)) for name, said in read(CONDITIONS).items()]
+    others = {path: read(path) for path in sorted(RESULTS.glob("*.json")) if path != CONDITIONS}
+    return measured + [Experiment(path.stem, path.with_suffix(".md"), said, said) for path, said in others.items()]
+
+
+def page_and_data(name: str, said: dict[str, Any]) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """Return the file of an experiment's page, what is said of it, and its data with the paper's values."""
+    results = RESULTS / name / "results.json"
+    if results.exists():
+        return results.with_name("table.md"), *of_a_table(said, read(results))
+    page, path = RESULTS / f"{name}.md", RESULTS / f"{name}.json"
+    if name == FIGURE_8.name:
+        return page, said, {"scenarios": [scenario_row(*each) for each in read_reports([FIGURE_8]).items()]}
+    data = read(path if path.exists() else PAGES / f"{name}.json")
+    if isinstance(data, list):
+        errors = [abs(row["error"]) for row in data]
+        return page, said, {"rows": data, "largest": max(errors), "median": middle(errors)}
+    if "table" in data:
+        return page, *of_a_table(said, data)
+    if name == "figure-13":
+        data["paper"] = offload.PAPERS
+    elif data.get("wanted_share") in speed_chart.PAPERS:
+        data["paper"] = speed_chart.PAPERS[data["wanted_share"]].rows
+    return page, said, data
+
+
+def of_a_table(said: dict[str, Any], data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a table of the paper says of itself, unless `said` does, and its data, rows also by their names."""
+    day = data["dates"][-1]
+    own = {"title": data["title"], "command": data["command"], "machine": data["machines"][0]}
+    own["date"] = f"{day[:4]}-{day[4:6]}-{day[6:]}"
+    return own | said, {**data, "by_name": {row["name"]: row for row in data["rows"]}}
+
+
+def text_of(each: Experiment) -> str:
+    """Return an experiment's page. A table of the paper has its title and its conditions in its own text."""
+    said, up = each.said, "../" * len(each.page.relative_to(RESULTS).parts)
+    shown = [f"![{words}]({up}figures/{name}.png)" for name, words in said.get("pictures", {}).items()]
+    if "table" in each.data:
+        title, rest = markdown(each.data).split("\n\n", 1)
+        parts = [title, said["reading"], *shown, rest]
+    else:
+        command = f"`{said['command']}`, " if "command" in said else ""
+        origin = f"{command}{said['date']}, {said['machine']}{said.get('note', '')}. [Method]({up[3:]}method.md)."
+        tables = [table.markdown() for table in tables_of(each.name, each.data)]
+        parts = [f"# {said['title']}", origin, said["reading"], *tables, *shown]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def overview(found: Sequence[Experiment]) -> str:
+    """Return a table for each group of experiments, with a row for each result, and links to the others' pages."""
+    columns = {name: f"{{{name}}}" for name in ("ours", "limit", "paper")}
+    columns |= {"command": "`{command}`", "date, machine": "{date}, {machine}", "page": "[numbers]({link})"}
+    parts = []
+    for group in dict.fromkeys(each.said["group"] for each in found):
+        rows, others = {}, []
+        for each in (each for each in found if each.said["group"] == group):
+            for what, numbers in each.said["results"].items():
+                filled = {column: text.format_map(each.data) for column, text in numbers.items()}
+                rows[what] = {**each.said, **filled, "link": each.link}
+            if not each.said["results"]:
+                others.append(f"[{each.said['title']}]({each.link})")
+        parts += [f"## {group}", Report("", rows, columns, "what").markdown()]
+        parts += [f"Also: {', '.join(others)}."] if others else []
+    return "\n" + "\n\n".join(part.strip() for part in parts) + "\n\n"
+
+
+def scenario_row(scenario: Scenario, report: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of one hardware scenario, the paper's beside ours."""
+    fastest = report["fastest_scmoe"]
+    return {
+        "name": scenario.name,
+        "share": report["comm_share"],
+        "paper_share": scenario.pair_share,
+        "module": module_share(report, "forward"),
+        "paper_module": scenario.module_share,
+        "hidden": report["rows"][fastest["row"]]["overlap_forward"],
+        "paper_hidden": scenario.hidden,
+        "over": fastest["over"],
+        "paper_over": {row: scenario.over.get(row, "-") for row in PCIE_OVER},
+    }
+
+
+def tables_of(name: str, data: dict[str, Any]) -> list[Report]:
+    """Return the tables of an experiment's page."""
+    if "tables" in data:
+        return [Report(**table) for table in data["tables"]]
+    make = next((make for start, make in TABLES.items() if name.startswith(start)), None)
+    return make(data) if make else []
+
+
+def overlap_tables(report: dict[str, Any]) -> list[Report]:
+    title = (
+        "Links of {link_mbit:.0f} Mbit/s, {ranks} ranks, {compute} compute, communication share {comm_share:.3f}, "
+        "limit {limit_forward:.2f} forward and {limit_train:.2f} training, {rounds} rounds, {iterations} iterations:"
+    )
+    columns = {
+        "forward": "{forward_speedup:.2f}",
+        "training": "{train_speedup:.2f} [{train_quartiles[0]:.2f}, {train_quartiles[1]:.2f}]",
+        "hidden forward, backward": "{overlap_forward:.0%}, {overlap_backward:.0%}",
+        "slot x chunks": "{slot} x {chunks}",
+    }
+    if report["level"] == "iteration":  # its limit has the gradients, which differ from row to row
+        columns |= {"gradients, MB": "{gradient_mb:.0f}", "limit": "{limit_train:.2f}", "of it": "{of_limit:.3f}"}
+    columns["auto / best"] = "{auto_over_best:.3f}"
+    return [Report(title.format_map(report), report["rows"], columns)]
+
+
+def inference_tables(report: dict[str, Any]) -> list[Report]:
+    columns = {
+        "sequential": "{ways[sequential]:.2f}",
+        "1, 2, 4 chunks": "{ways[overlapped x 1]:.2f}, {ways[overlapped x 2]:.2f}, {ways[overlapped x 4]:.2f}",
+        "plan": "{speedup:.2f} [{quartiles[0]:.2f}, {quartiles[1]:.2f}]",
+        "limit": "{limit:.2f}",
+        "ms": "{ms:.1f}",
+    }
+    found = []
+    for shape, words in (("prefill", "{prompt} tokens a rank"), ("decode", "one token of {batch} texts a rank")):
+        rows = {name: row[shape] for name, row in report["rows"].items()}
+        share = f"communication share {report['comm_share'][shape]:.2f}"
+        title = f"{shape.capitalize()}, {words.format_map(report)}, links of {report['link_mbit']:.0f} Mbit/s, {share}:"
+        found.append(Report(title, rows, columns))
+    return found
+
+
+def growth_tables(report: dict[str, Any]) -> list[Report]:
+    both = "{{rows[{0}][forward_speedup]:.2f}}, {{rows[{0}][train_speedup]:.2f}}".format
+    columns = {
+        "share": "{comm_share:.2f}",
+        "limit": "{limit_forward:.2f}, {limit_train:.2f}",
+        "top-2, ms": "{rows[top2][forward_ms]:.0f}, {rows[top2][train_ms]:.0f}",
+        **{row: both(row) for row in growth.SHOWN},
+        "peak, MB": "{rows[scmoe_pos2][peak_mb]:.0f}, {rows[scmoe_pos2_pipelined][peak_mb]:.0f}",
+    }
+    rows = {f"{point[of]} {of}": point for of, points in report.items() for point in points}
+    kinds = ", ".join(f"{of} {points[0]['compute']}" for of, points in report.items())
+    title = f"Compute: {kinds}. Two values are forward, training; of the peak, `scmoe_pos2` and `scmoe_pos2_pipelined`."
+    return [Report(title, rows, columns, "a rank's tokens, ranks or experts")]
+
+
+def offload_tables(report: dict[str, Any]) -> list[Report]:
+    latencies, memory = {}, {}
+    for name, own in report["architectures"].items():
+        memory[name] = own["memory"]
+        for case in own["cases"]:
+            if case["ways"] and case["tokens"] == 1:
+                latencies[f"{name}, {case['rate_mb_s']:,.0f}"] = case
+    ways = {f"{way}, ms": f"{{ways[{way}][latency_ms]:.1f}}" for way in ("resident", "blocking", "determinate")}
+    columns = {
+        **ways,
+        "taken away": "{ways[determinate][hidden]:.0%}",
+        "limit": "{ways[determinate][bound]:.0%}",
+        "speculative, ms": "{ways[speculative][latency_ms]:.1f}",
+        "hit rate": "{ways[speculative][hit_rate]:.0%}",
+        "times kept": "{kept} of {tried}",
+    }
+    peaks = {"fixed weights": "{fixed_mb:.0f}"}
+    peaks |= {way: f"{{peak_mb[{way}]:.0f}}" for way in ("resident", "determinate")}
+    latency = Report("Latency of the MoE block, one token:", latencies, columns, "row, MB/s")
+    return [latency, Report("Peak memory beyond the fixed weights, MB:", memory, peaks)]
+
+
+def scenario_tables(data: dict[str, Any]) -> list[Report]:
+    over = "{{paper_over[{0}]}}; {{over[forward][{0}][1]:.2f}}, {{over[train][{0}][1]:.2f}}".format
+    columns = {
+        "share of the pair": "{paper_share:.0%}; {share:.0%}",
+        "of the MoE module": "{paper_module:.0%}; {module:.0%}",
+        "hidden": "{paper_hidden:.0%}; {hidden:.0%}",
+        **{f"over {row}": over(row) for row in PCIE_OVER},
+    }
+    title = "In each cell the paper's value, then ours; speeds of the faster Pos-2 in inference, training."
+    return [Report(title, {row["name"]: row for row in data["scenarios"]}, columns, "scenario")]
+
+
+def preset_tables(data: dict[str, Any]) -> list[Report]:
+    rows = dict[str, dict[str, Any]]()
+    for case in data["rows"]:
+        if not case["preset"].endswith("_tiny"):
+            cells = rows.setdefault(f"{case['preset']}, {case['dense']}", {})
+            cells[f"{case['precision']}, {case['recompute']}"] = case
+    columns = {}
+    for precision, recompute in product(("32-true", "bf16-mixed"), (False, True)):
+        cell = f"{{{precision}, {recompute}[peak_gib]:.3g}} ({{{precision}, {recompute}[error]:+.1%}})"
+        columns[precision + (", recompute" if recompute else "")] = cell
+    return [
+        Report("Peak of rank 0 by the dry run, GiB (error of the estimate):", rows, columns, "preset, dense weights")
+    ]
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], list[Report]]] = {  # by the first words of an experiment's name
+    "overlap-": overlap_tables,
+    "inference-": inference_tables,
+    "growth": growth_tables,
+    "figure-13": offload_tables,
+    "figure-8": scenario_tables,
+    "dryrun": preset_tables,
+}
 
 
 def read(path: Path) -> Any:

@@ -17,8 +17,7 @@ from scmoe.experiments.bench import growth, overlap_report, speed_chart
 from scmoe.experiments.bench.overlap import Measured, Seconds, Variant
 from scmoe.experiments.bench.pairs import ROWS, USUAL_ROWS, Setting, default_schedule
 from scmoe.experiments.engine.command_line import call
-from scmoe.experiments.figures.headline import draw_headline
-from scmoe.experiments.figures.scenarios import SCENARIOS, module_share, read_reports
+from scmoe.experiments.figures.measured import SCENARIOS, draw_headline, module_share, read_reports
 from scmoe.planning.pricing import OPERATORS, STREAM, LayerChoice
 from scmoe.schedule.cost import OperatorTimes
 from tests.support.pictures import assert_readable, assert_values_off_the_bars

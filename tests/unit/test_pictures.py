@@ -1,9 +1,10 @@
-"""The pictures and tables of the docs are those that `make figures` would make now; all readers can read them."""
+"""The pictures and pages of results are those that `make figures` would make now; all readers can read them."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench.speed_chart import PAPERS, name_of
-from scmoe.experiments.figures.pages import DRAW, PAGES, RESULTS, pictures, tables
+from scmoe.experiments.figures.pages import CONDITIONS, DRAW, PAGES, RESULTS, experiments, pages, pictures
 from scmoe.experiments.studies.table.rows import load_table
 from scmoe.probes import charts
 from tests import terminal
@@ -45,11 +46,43 @@ def test_every_picture_of_the_docs_shows_what_its_report_says(drawn):
     assert not stale, "make figures draws them again"
 
 
-def test_every_table_of_the_docs_says_what_its_results_say(monkeypatch):
+def test_every_page_of_results_says_what_its_json_says(monkeypatch):
     monkeypatch.chdir(ROOT)
-    made = tables()
-    assert made.keys() == set(RESULTS.glob("*/table.md"))
+    made = pages()
+    assert made.keys() == {*RESULTS.rglob("*.md")} - {RESULTS / "method.md"}
     assert not [path for path, text in made.items() if path.read_text() != text], "make figures writes them again"
+
+
+def test_every_report_has_a_page(monkeypatch):
+    """Of tables `results.json` is the report; the picture of Fig. 10 is on the page of Fig. 9."""
+    monkeypatch.chdir(ROOT)
+    reports = {path.stem for path in PAGES.glob("*.json")} - {"figure-10"} | {"figure-8"}
+    results = {path.relative_to(RESULTS).with_suffix("") for path in RESULTS.rglob("*.json") if path != CONDITIONS}
+    names = {str(path.parent if path.name == "results" else path) for path in results if "states" not in path.parts}
+    found = experiments()
+    assert {each.name for each in found} == reports | names and len(found) == len(reports | names)
+    assert {each.name for each in found if not len(each.said["reading"].split()) <= 80} == set()
+    shown = {name for each in found for name in each.said.get("pictures", ())}
+    assert {name for name in pictures() if name.startswith((*DRAW, "figure-", "table"))} == shown
+
+
+def test_a_page_has_the_numbers_of_its_json(tmp_path, monkeypatch):
+    """A report that is measured again changes its page and the overview, and a number that is not there is an error."""
+    for folder in (PAGES, RESULTS):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("states", "*.png"))
+    monkeypatch.chdir(tmp_path)
+    name = "overlap-real-block-2-ranks-share-0.52"
+    path, before = PAGES / f"{name}.json", pages()
+    report = json.loads(path.read_text())
+    report["rows"]["scmoe_pos3"]["train_speedup"] = 7.654
+    path.write_text(json.dumps(report))
+    after = pages()
+    assert {page for page in after if after[page] != before[page]} == {RESULTS / f"{name}.md", RESULTS / "README.md"}
+    assert all("| 7.65" in after[page] for page in (RESULTS / f"{name}.md", RESULTS / "README.md"))
+    del report["rows"]["scmoe_pos3"]
+    path.write_text(json.dumps(report))
+    with pytest.raises(KeyError, match="scmoe_pos3"):
+        pages()
 
 
 def test_every_picture_of_the_docs_has_a_report(drawn):

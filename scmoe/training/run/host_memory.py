@@ -2,7 +2,7 @@
 
 glibc returns large blocks to the kernel when they are freed. Every step then gets its activations and gradients as new
 pages, which the kernel fills with zeros at their first use: 4 to 20 % of a step's time on two CPU ranks
-(docs/benchmarks.md, "The layer").
+(docs/results/layer.md).
 """
 
 import ctypes

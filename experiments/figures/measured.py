@@ -1,0 +1,323 @@
+"""The figures that show measurements: the paper's by their numbers, and the first picture of the README.
+
+Fig. 1 and 8, how much time All-to-All takes and what hiding it gains, are drawn from reports of `bench overlap`: one
+for each of the paper's hardware scenarios, which is emulated by its share of communication. The paper prints the share
+f of the MoE module's time. The bench takes the share s of a top-2 pair, which is smaller, because a pair has attention
+and an MLP too. With REST the time of these over the module's computation,
+
+    s = f / (f + (1 - f) (1 + REST))
+
+REST follows from 8xA30-PCIe, where f is 0.60 and Table 1's rows imply an s of 0.52. For 8xA800-NVLink the formula then
+gives 0.11, which is what Table 2's rows imply.
+
+Fig. 9 and 10 are drawn from a run that has measured them. Fig. 4 and 7 need no measurement (concepts.py).
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from scmoe.config.extras import scmoe
+from scmoe.config.leaves import ConfigError
+from scmoe.experiments.bench.speed_chart import KINDS, PAPERS, PIPELINED, conditions, name_of, speed_bars
+from scmoe.experiments.figures.concepts import pair, timelines
+from scmoe.probes.charts import (
+    BLUE,
+    ORANGE,
+    PAPER,
+    RED,
+    SKY,
+    SMALL,
+    Bar,
+    bar_legend,
+    chart,
+    grouped_bars,
+    heading,
+    height_of,
+    title,
+)
+from scmoe.probes.gating import draw_gating
+from scmoe.probes.similarity import draw_similarity
+from scmoe.runs.seen import open_run
+from scmoe.schedule.play import TRANSFERS
+
+PCIE_MODULE, PCIE_PAIR = 0.60, 0.52
+REST = (1 / PCIE_PAIR - 1) / (1 / PCIE_MODULE - 1) - 1
+COLORS = {"All-to-All": RED, "gate, encode, experts, decode": ORANGE, "attention and MLP": BLUE}
+
+
+@dataclass(frozen=True, eq=False)
+class Scenario:
+    """One of the paper's machines. module_share: share of All-to-All in the MoE module's time (section 3 and Fig. 1).
+
+    hidden: the share of ScMoE's communication that is hidden. over: ScMoE's speed over that of other rows, per pair.
+    """
+
+    name: str
+    module_share: float
+    hidden: float
+    over: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def pair_share(self) -> float:
+        """The share of All-to-All in the forward time of a top-2 pair, in steps of 0.01."""
+        f = self.module_share
+        return round(f / (f + (1 - f) * (1 + REST)), 2)
+
+
+PCIE_OVER = {"shared_expert": 1.27, "top2_pipelined": 1.42, "top1_pipelined": 1.15}
+SCENARIOS = (
+    Scenario("8xA30-PCIe", PCIE_MODULE, 0.70, PCIE_OVER),
+    Scenario("16xA800, two nodes", 0.50, 1.0, {"shared_expert": 1.24, "top2_pipelined": 1.43}),
+    Scenario("8xA800-NVLink", 0.15, 1.0),
+)
+Reports = dict[Scenario, dict[str, Any]]
+
+
+def read_reports(sources: Sequence[Path]) -> Reports:
+    """Return the report of each scenario that has one, in the paper's order. Raises ConfigError.
+
+    sources: files that `bench overlap` has written, or folders of them. Its option --share says which scenario it is.
+    """
+    paths = [file for path in sources for file in (sorted(path.glob("overlap-*.json")) if path.is_dir() else [path])]
+    shares = {scenario.pair_share: scenario for scenario in SCENARIOS}
+    allowed = ", ".join(f"{share:g} ({scenario.name})" for share, scenario in shares.items())
+    found: Reports = {}
+    for path in paths:
+        try:
+            report = json.loads(path.read_text())
+            scenario = shares.get(report["wanted_share"])
+            complete, level = {"top2_operators_ms", "fastest_scmoe"} <= report.keys(), report["level"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is no report of bench overlap: {error!r}") from error
+        if scenario is None:
+            raise ConfigError(f"{path} was measured at --share {report['wanted_share']}, allowed: {allowed}")
+        if not complete:
+            raise ConfigError(f"{path} has the rows {', '.join(report['rows'])}, required: top2 and one of ScMoE")
+        if level != "block":
+            raise ConfigError(f"{path} is of --level {level}, allowed: block")
+        if scenario in found:
+            one = "allowed: one of each; name the files in place of their folder"
+            raise ConfigError(f"{path} is the second report at --share {scenario.pair_share:g}, {one}")
+        found[scenario] = report
+    if not found:
+        where = ", ".join(map(str, sources)) or "nothing"
+        writes = f"{scmoe('bench', 'overlap')} writes them"
+        raise ConfigError(f"reports of bench overlap are looked for in {where}: none is there; {writes}")
+    return {scenario: found[scenario] for scenario in SCENARIOS if scenario in found}
+
+
+def module_share(report: dict[str, Any], kind: str) -> float:
+    """Return the share of All-to-All in the time of top-2's MoE module. kind: forward or train."""
+    operators = report["top2_operators_ms"][kind]
+    return sum(operators[transfer] for transfer in TRANSFERS) / sum(operators.values())
+
+
+def draw_shares(reports: Reports, path: Path) -> None:
+    """Draw Fig. 1: the time of a sequential top-2 pair as All-to-All, the module's computation, and the rest."""
+    with chart(path, 1.4 + 1.6 * len(reports)) as figure:
+        for axis, (scenario, report) in zip(_panels(figure, [1] * len(reports)), reports.items(), strict=True):
+            for place, (kind, word) in enumerate(KINDS.items()):
+                share, of_module = 1 - 1 / report[f"limit_{kind}"], module_share(report, kind)
+                widths = share, share / of_module - share, 1 - share / of_module
+                for i, color in enumerate(COLORS.values()):
+                    axis.barh(place, widths[i], 0.4, left=sum(widths[:i]), color=color)
+                text = f"{word}: {100 * share:.0f} % of the pair, {100 * of_module:.0f} % of the MoE module"
+                axis.text(0, place - 0.25, text, va="bottom", fontsize=SMALL)
+            axis.set(ylim=(1.3, -0.7), xlim=(0, 1))
+            axis.set_yticks([])
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+            of_module, of_pair = 100 * scenario.module_share, 100 * scenario.pair_share
+            title(axis, f"{scenario.name}\npaper: {of_module:.0f} % of the MoE module, so {of_pair:.0f} % of a pair")
+        heading(figure, f"Fig. 1: All-to-All in sequential top-2, {conditions(*reports.values())}")
+        bar_legend(figure, COLORS, ncols=1)
+
+
+def draw_speeds(reports: Reports, path: Path) -> None:
+    """Draw Fig. 8: for each scenario a panel of inference and one of training, and how much faster ScMoE is."""
+    panels = {
+        scenario: {kind: speed_bars(report, kind, None) for kind in KINDS} for scenario, report in reports.items()
+    }
+    heights = [height_of(groups["train"]) for groups in panels.values()]
+    with chart(path, 1.9 + sum(heights) + sum(0.55 + 0.17 * len(_words(*each)) for each in reports.items())) as figure:
+        rows = figure.subplots(len(panels), len(KINDS), sharey="row", height_ratios=heights, squeeze=False)
+        for axes, (scenario, of_kinds) in zip(rows, panels.items(), strict=True):
+            for axis, (kind, groups) in zip(axes, of_kinds.items(), strict=True):
+                grouped_bars(axis, groups)
+                axis.annotate(KINDS[kind], (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points")
+            axes[0].set_title("\n".join(_words(scenario, reports[scenario])), pad=24)
+        for axis in rows[-1]:
+            axis.set_xlabel("speed-up over\nsequential top-2")
+        first = next(iter(reports.values()))
+        heading(figure, f"Fig. 8: a pair of blocks, {conditions(*reports.values())}\nRatios are of inference, training")
+        colors = {"one chunk": BLUE, "pipelined (2 or 4 chunks)": SKY}
+        limit = "limit: all of top-2's communication hidden"
+        bar_legend(figure, colors, f"quartiles of {first['rounds']} rounds", limit, ncols=1)
+
+
+def _words(scenario: Scenario, report: dict[str, Any]) -> list[str]:
+    """Return what is above a scenario's panels: its shares, and ScMoE's speed over that of other rows."""
+    fastest = report["fastest_scmoe"]
+    hidden = 100 * report["rows"][fastest["row"]]["overlap_forward"]
+    lines = [
+        f"{scenario.name}: {100 * report['comm_share']:.0f} % of inference is All-to-All,",
+        f"{hidden:.0f} % of ScMoE's is hidden (paper: {100 * scenario.hidden:.0f} %)",
+    ]
+    for row in scenario.over or ("shared_expert",):
+        values = ", ".join(f"{fastest['over'][kind][row][1]:.2f}" for kind in KINDS)
+        name = f"pipelined {name_of(row).removeprefix('Standard ')}" if row.endswith(PIPELINED) else name_of(row)
+        printed = f" (paper: {scenario.over[row]:.2f})" if scenario.over else ""
+        lines.append(f"ScMoE over {name}: {values}{printed}")
+    return lines
+
+
+def _panels(figure: Any, heights: Sequence[float]) -> Any:
+    return figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+
+
+HEADLINE_SHARE = 0.52
+HEADLINE = {
+    "training": f"overlap-real-block-2-ranks-share-{HEADLINE_SHARE}",
+    "inference": f"inference-2-ranks-share-{HEADLINE_SHARE}",
+}
+HEADLINE_ROWS = ("top2", "shared_expert", "scmoe_pos1", "scmoe_pos2", "scmoe_pos3")
+
+
+def draw_headline(reports: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw a panel for each report: each row in the faster of one chunk and several (training), or as planned.
+
+    reports: by the keys of HEADLINE.
+    """
+    bar_of = {"training": training_bar, "inference": inference_bar}
+    panels = {word: [bar_of[word](report, row) for row in HEADLINE_ROWS] for word, report in reports.items()}
+    printed = PAPERS[HEADLINE_SHARE]
+    names = {row: name_of(row) for row in HEADLINE_ROWS}
+    if all(pipelined for (_, pipelined), *_ in panels.values()):  # beside the paper's top-2, which waits
+        names["top2"] += ",\nours pipelined"
+    with chart(path, 4.5) as figure:
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, (word, bars) in zip(axes, panels.items(), strict=True):
+            kind = "train" if word == "training" else "forward"
+            papers = [printed.rows[row][kind] for row in HEADLINE_ROWS]
+            groups = {
+                names[row]: [bar, Bar(paper, PAPER, f"{paper:.2f}")]
+                for row, (bar, _), paper in zip(HEADLINE_ROWS, bars, papers, strict=True)
+            }
+            grouped_bars(axis, groups)
+            what = "a pair of blocks" if word == "training" else f"{reports[word]['prompt']} tokens a rank"
+            axis.set(title=f"{word},\n{what}", xlabel="speed-up over\nsequential top-2")
+        heading(figure, "ScMoE where about half of top-2's inference is communication")
+        colors = {"this testbed, chosen schedule: 2 ranks on one CPU, shaped links": BLUE, printed.where: PAPER}
+        rounds = " and ".join(sorted({str(report["rounds"]) for report in reports.values()}))
+        bar_legend(figure, colors, f"quartiles of {rounds} rounds", "limit: no communication", ncols=1)
+
+
+def training_bar(report: dict[str, Any], row: str) -> tuple[Bar, bool]:
+    """Return the bar of the faster of one chunk and several, and whether it has several."""
+    ways = {name: own for name, own in report["rows"].items() if name in (row, row + PIPELINED)}
+    name = max(ways, key=lambda name: ways[name]["train_speedup"])
+    value = ways[name]["train_speedup"]
+    bar = Bar(value, BLUE, f"{value:.2f}", ways[name]["train_quartiles"], report["limit_train"])
+    return bar, name.endswith(PIPELINED)
+
+
+def inference_bar(report: dict[str, Any], row: str) -> tuple[Bar, bool]:
+    """Return the bar of the planned way, and whether it has several chunks."""
+    own = report["rows"][row]["prefill"]
+    value = own["speedup"]
+    way = own["auto"]  # such as `overlapped x 2`
+    return Bar(value, BLUE, f"{value:.2f}", own["quartiles"], own["limit"]), way not in ("sequential", "overlapped x 1")
+
+
+PAGES = Path("docs/figures")
+EXPLAINED = {4: pair, 7: timelines}
+OF_REPORTS = {1: draw_shares, 8: draw_speeds}
+OF_A_RUN = {9: ("gating", draw_gating), 10: ("similarity", draw_similarity)}
+ARCHITECTURE_WORDS = {
+    "scmoe": "ScMoE",
+    "dgmoe": "DGMoE",
+    "dgmoe_share": "DGMoE-Share",
+    "top_k": "Standard top-{moe.top_k}",
+    "shared_expert": "Shared-expert",
+    "dense": "dense",
+}
+TAPPED = ("scmoe", "dgmoe", "dgmoe_share")  # the architectures that have a position
+
+
+class Drawing(NamedTuple):
+    """A figure that is still to be drawn: the folder of its sources, its name there, and what draws it into a file."""
+
+    folder: Path
+    name: str
+    draw: Callable[[Path], None]
+    suffixes: tuple[str, ...] = (".png", ".pdf")
+
+
+def draw_figure(number: int, sources: Sequence[str], out: Path | None) -> list[Path]:
+    """Draw a figure of the paper and return its files: PNG, and PDF for print. Raises ConfigError.
+
+    sources: the directory of a run, or files and folders of reports of `bench overlap`. out: None: beside the sources.
+    """
+    if number in EXPLAINED:
+        drawing = explained(number, sources)
+    elif number in OF_A_RUN:
+        drawing = of_a_run(number, sources)
+    else:
+        reports = read_reports([Path(source) for source in sources])
+        folder = Path(sources[0])
+        folder = folder if folder.is_dir() else folder.parent
+        drawing = Drawing(folder, f"figure-{number}", partial(OF_REPORTS[number], reports))
+    files = [(out or drawing.folder) / (drawing.name + suffix) for suffix in drawing.suffixes]
+    for path in files:
+        drawing.draw(path)
+    return files
+
+
+def explained(number: int, sources: Sequence[str]) -> Drawing:
+    """Return a picture of the docs. It has no measurement."""
+    if sources:
+        measured = f"{scmoe('bench', 'timeline')} measures Fig. 7"
+        raise ConfigError(f"Fig. {number} is drawn from {sources[0]!r}, allowed: nothing; {measured}")
+    draw = EXPLAINED[number]
+    return Drawing(PAGES, draw.__name__, draw, (".png",))
+
+
+def of_a_run(number: int, sources: Sequence[str]) -> Drawing:
+    """Return a picture of what the callback `Analysis` has measured in a run."""
+    if len(sources) != 1:
+        raise ConfigError(f"Fig. {number} is drawn from {' '.join(sources) or 'nothing'}, allowed: one run")
+    name, _ = OF_A_RUN[number]
+    run = open_run(sources[0])
+    path, key = run.path / "analysis" / f"{name}.npz", f"analysis.{name}_every"
+    if not path.exists():
+        value = "null" if run.config[key] == "None" else run.config[key]
+        required = f"Fig. {number} requires a run that was trained with {key}=N, N in optimizer steps"
+        raise ConfigError(f"{key} is {value} in {run.path}, and there is no analysis/{name}.npz; {required}")
+    with np.load(path, allow_pickle=False) as stored:
+        found = {"number": number, "words": words_of(number, run.config)}
+        found |= {name: stored[name].tolist() for name in ("steps", "labels", "values")}
+    return Drawing(path.parent, f"figure-{number}", partial(draw_measured, found), (".png", ".pdf", ".json"))
+
+
+def words_of(number: int, config: Mapping[str, str]) -> str:
+    """Return the title of a figure of a run: its model as the paper would name it, and its data."""
+    architecture, family = config["moe.architecture"], config["model.family"].upper()
+    position = f" ({config['moe.position'].replace('pos', 'Pos-')})" if architecture in TAPPED else ""
+    name = ARCHITECTURE_WORDS.get(architecture, architecture).replace("{moe.top_k}", config["moe.top_k"]) + position
+    size = f"{config['model.layers']} layers, width {config['model.dim']}"
+    return f"Fig. {number}: {family}, {size}, {name}, {config['data.name']}"
+
+
+def draw_measured(found: dict[str, Any], path: Path) -> None:
+    """Draw Fig. 9 or 10 into a file; into a .json, write what it is drawn from."""
+    if path.suffix == ".json":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found) + "\n")
+        return
+    _, draw = OF_A_RUN[found["number"]]
+    draw(found["steps"], found["labels"], np.array(found["values"]), path, words=found["words"])
