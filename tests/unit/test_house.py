@@ -36,10 +36,10 @@ LIBRARY = {  # room: lines at most
     "scmoe/__init__.py": 120,
 }
 LABORATORY = {
-    "experiments/engine": 1060,
+    "experiments/engine": 1120,
     "experiments/faults": 530,
     "experiments/dryrun": 680,
-    "experiments/bench": 3280,
+    "experiments/bench": 3220,
     "experiments/studies": 2970,
     "experiments/figures": 800,
     "experiments": 850,  # the entries: a file for each verb
