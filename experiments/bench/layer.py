@@ -20,7 +20,7 @@ from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.training.run.host_memory import keep_freed_memory
+from scmoe.training.run.machine import keep_freed_memory
 
 WARM_UP = 2  # rounds
 READ_BYTES = 1 << 30  # more than any cache holds

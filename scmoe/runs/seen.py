@@ -20,7 +20,7 @@ from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten
 from scmoe.config.load import parse_yaml, to_yaml
-from scmoe.training.run.run_state import read_state
+from scmoe.training.run.directory import read_state
 
 WIDTH = 1000  # without a terminal: one line for each run, however long, which can be searched and copied
 COLORS = {"finished": "green", "running": "cyan", "failed": "red", "cut": "yellow"}
@@ -126,7 +126,7 @@ def open_run(name: str, folder: Path = Path("runs")) -> SeenRun:
     for path in (Path(name), folder / name):
         if (path / "config.yaml").exists():
             return SeenRun(path.resolve() if path.is_symlink() else path)
-    raise ConfigError(f"run is {name!r}, allowed: the directory of a run; {scmoe('runs')} lists them")
+    raise ConfigError(f"There is no run {name!r}. Give the directory of a run; {scmoe('runs')} lists them.")
 
 
 def differences(runs: Sequence[SeenRun]) -> dict[str, list[str]]:

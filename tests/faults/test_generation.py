@@ -133,7 +133,7 @@ def test_62_ctrl_c_before_ranks_exist_is_exit_code_130(verb, first, tmp_path, mo
         (["--max-tokens", "48"], "1 tokens and max_tokens is 48, allowed: 48 together"),
         (["--prompt", "Peace" * 60], "shorten the prompt"),
         (["--temperature", "nan"], "temperature is nan, allowed: 0"),
-        (["--out", "/none/out.jsonl", "--prompts", "PROMPTS"], "--out is /none/out.jsonl, allowed: a file"),
+        (["--out", "/none/out.jsonl", "--prompts", "PROMPTS"], "--out is /none/out.jsonl, which cannot be written"),
         (["trainer.devices=3", "strategy.ep_size=2"], "strategy.ep_size is 2, allowed"),
     ],
 )

@@ -10,9 +10,8 @@ from lightning.pytorch import Trainer
 
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
-from scmoe.training.callbacks.collapse import PATIENCE, CollapseAlarm
-from scmoe.training.callbacks.data_position import DataPosition
-from scmoe.training.callbacks.expert_load import ExpertLoad
+from scmoe.training.callbacks.bookkeeping import DataPosition
+from scmoe.training.callbacks.expert_load import PATIENCE, CollapseAlarm, ExpertLoad
 from tests.support.models import tiny
 
 TOKENS = 100

@@ -50,12 +50,12 @@ CLASS_LINES, CLASS_METHODS = 180, 25
 HASATTR = 2
 ONLY_IN = {  # outer module: where it may be used
     "torch.distributed": (
-        *("scmoe/parallel/", "scmoe/planning/", "scmoe/lightning/", "scmoe/api.py", "scmoe/runs/evaluate/rank_zero.py"),
+        *("scmoe/parallel/", "scmoe/planning/", "scmoe/lightning/", "scmoe/api.py", "scmoe/runs/evaluate/scoring.py"),
         "experiments/",
     ),
     "lightning": ("scmoe/lightning/", "scmoe/training/", "datamodules/", "experiments/"),
     "pytorch_lightning": (),  # its other name
-    "os.environ": ("scmoe/parallel/mesh.py", "scmoe/training/run/", "scmoe/training/redact.py", "experiments/"),
+    "os.environ": ("scmoe/parallel/mesh.py", "scmoe/training/run/", "scmoe/training/files.py", "experiments/"),
     "os.getenv": (),
     "os.putenv": (),
 }

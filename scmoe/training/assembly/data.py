@@ -69,8 +69,18 @@ def synthetic(config: Config, position: Mapping[str, Any]) -> PositionedDataModu
 @register_dataset("hf")
 def text(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
     data, skip = config.data, config.data.on_error == "skip"
-    files = data.name, data.path, data.subset, data.tokenizer, data.vocab_size, data.cache_dir, skip
-    return TextDataModule(*files, seq_len=data.seq_len, val_sequences=data.val_sequences, **position)
+    return TextDataModule(
+        data.name,
+        data.path,
+        data.subset,
+        data.tokenizer,
+        data.vocab_size,
+        data.cache_dir,
+        skip,
+        seq_len=data.seq_len,
+        val_sequences=data.val_sequences,
+        **position,
+    )
 
 
 @register_dataset("fashion_mnist", images=True)
@@ -112,10 +122,10 @@ def check_tokenizer(data: TextDataModule, weights: Path) -> None:
     A text that has changed makes another `bpe`."""
     kept = kept_tokenizer(weights)
     if kept is not None and kept != data.tokenizer.digest:
-        given = f"data.path={data.path} and data.tokenizer={data.tokenizer_kind} give"
+        given = f"data.path={data.path} and data.tokenizer={data.tokenizer_kind}"
         raise ConfigError(
-            f"{given} another tokenizer than that of the training, whose ids mean other words, allowed: the text of "
-            "the training, or the tokenizer.json that was made from it"
+            f"{given} give another tokenizer than in training, so token ids would mean other words. Use the text of "
+            "the training, or the tokenizer.json that was made from it."
         )
 
 

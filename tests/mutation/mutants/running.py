@@ -65,7 +65,7 @@ MUTANTS = (
     Mutant("weights-read-with-edited-config", 39, f"{RUN}/resume.py")
     .replaces("    if text is None:\n", "    if checkpoint:\n")
     .caught_by(f"{RUN_FILES}::test_39_weights_have_the_settings_that_they_were_trained_with"),
-    Mutant("every-rank-opens-the-run", 40, f"{RUN}/lifetime.py")
+    Mutant("every-rank-opens-the-run", 40, "scmoe/training/run/train.py")
     .replaces("    if not is_rank_zero():\n", "    if False:\n")
     .caught_by(f"{RUN_FILES}::test_40_only_rank_0_writes_into_the_run_directory"),
     Mutant("one-rank-saves-after-exception", 13, "scmoe/lightning/strategy.py")
@@ -113,7 +113,7 @@ MUTANTS = (
     Mutant("killed-wandb-ends-run", 32, "scmoe/training/run/wandb_logger.py")
     .replaces("WANDB_TROUBLE = (wandb.Error, OSError)", "WANDB_TROUBLE = (wandb.errors.CommError,)")
     .caught_by(f"{FAULTS}/test_logging.py::test_32_a_killed_wandb_process_does_not_end_the_run"),
-    Mutant("new-column-without-header", 32, "scmoe/training/run/csv_logger.py")
+    Mutant("new-column-without-header", 32, "scmoe/training/run/loggers.py")
     .replaces("            writer.metrics_keys = keys\n", "            assert isinstance(keys, list)\n")
     .caught_by(f"{FAULTS}/test_logging.py::test_32_a_full_disk_ends_no_run_that_logs"),
     Mutant("unwritable-picture-ends-run", 32, "scmoe/training/files.py")
