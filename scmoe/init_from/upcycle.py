@@ -61,7 +61,8 @@ def sources_of(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
         if source is None:  # a gate
             continue
         if source not in checkpoint.weights:
-            problems += [f"{source} is missing"] * (not checkpoint.problems)  # these already name the cause
+            if not checkpoint.problems:  # these already name the cause
+                problems.append(f"{source} is missing")
             continue
         found[name], weight, wanted = source, checkpoint.weights[source], own[name].shape
         if share(name, weight, model).shape != wanted:

@@ -238,12 +238,16 @@ def native_config(config: Config) -> dict[str, Any] | None:
 
 def own_config(config: Config) -> dict[str, Any]:
     """Return the config.json of a model that only this project has: its sections of our configuration."""
-    data = {"name": "synthetic", "vocab_size": config.data.vocab_size, "seq_len": config.data.seq_len}
-    sections = {name: asdict(getattr(dropless(config), name)) for name in ("model", "moe", "schedule")}
+    kept = dropless(config)
     return {
         "model_type": OURS,
         "architectures": ["ScMoEForCausalLM"],
-        "scmoe": {**sections, "data": data},
+        "scmoe": {
+            "model": asdict(kept.model),
+            "moe": asdict(kept.moe),
+            "schedule": asdict(kept.schedule),
+            "data": {"name": "synthetic", "vocab_size": config.data.vocab_size, "seq_len": config.data.seq_len},
+        },
         "vocab_size": config.data.vocab_size,
         "hidden_size": config.model.dim,
         "num_hidden_layers": config.model.layers,
@@ -279,8 +283,17 @@ def model_card(config: Config, content: dict[str, Any], step: int, parameters: i
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")' if has_tokenizer else "",
     ]
-    settings = {name: asdict(getattr(config, name)) for name in ("model", "moe", "optim")}
-    settings["trainer"] = {key: getattr(trainer, key) for key in ("precision", "gradient_clip", "accumulate")}
+    settings = {
+        "model": asdict(config.model),
+        "moe": asdict(moe),
+        "optim": asdict(config.optim),
+        "trainer": {
+            "precision": trainer.precision,
+            "gradient_clip": trainer.gradient_clip,
+            "accumulate": trainer.accumulate,
+        },
+        "seed": config.seed,
+    }
     return CARD.format(
         head=yaml.safe_dump(head, sort_keys=False),
         family=config.model.family,
@@ -293,5 +306,5 @@ def model_card(config: Config, content: dict[str, Any], step: int, parameters: i
         data=f"the data set {data.path}" if of_hub else f"data.name={data.name}",
         moe="" if dense else f" Each token goes to {moe.top_k} of {moe.num_experts} experts; none is dropped.",
         loading="".join(f"{line}\n" for line in loading if line),
-        settings=yaml.safe_dump({**settings, "seed": config.seed}, sort_keys=False),
+        settings=yaml.safe_dump(settings, sort_keys=False),
     )

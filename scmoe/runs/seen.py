@@ -151,7 +151,8 @@ def own_words(runs: Sequence[SeenRun]) -> dict[SeenRun, str]:
         for key, values in differences(together).items():
             usual, times = Counter(values).most_common(1)[0]
             for run, value in zip(together, values, strict=True):
-                words[run] += [f"{key}={value}"] * (value != usual or times <= len(values) / 2)
+                if value != usual or times <= len(values) / 2:
+                    words[run].append(f"{key}={value}")
     return {run: " ".join(own) for run, own in words.items()}
 
 

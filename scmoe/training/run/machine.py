@@ -7,11 +7,12 @@ import ctypes
 import inspect
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -61,14 +62,17 @@ def check_machine(config: Config, first: bool) -> None:
         require("analysis", "matplotlib")
     check_devices(config)
     if first:
-        check_folders(config)
-        check_size(config)
+        _refuse(config, _folders, _size)
 
 
 def check_devices(config: Config) -> None:
     """Raise ConfigError for devices or ranks that are not here."""
+    _refuse(config, _packages, _devices, _launcher)
+
+
+def _refuse(config: Config, *checks: Callable[[Config], Iterator[Rule]]) -> None:
     values = flatten(config)
-    for refused, key, allowed in chain(_packages(config), _devices(config), _launcher(config)):
+    for refused, key, allowed in chain.from_iterable(check(config) for check in checks):
         if refused:
             raise ConfigError(f"{key} is {show(values[key])}, allowed: {allowed}")
 
@@ -121,14 +125,13 @@ def _launcher(config: Config) -> Iterator[Rule]:
     yield trainer.num_nodes > 1 and missing, "trainer.num_nodes", alone
 
 
-def check_folders(config: Config) -> None:
-    """Raise ConfigError for a folder in which the run could not write."""
+def _folders(config: Config) -> Iterator[Rule]:
     folders = {"runs_dir": config.runs_dir}
     if config.data.name not in (*IMAGES, "synthetic"):
         folders["data.cache_dir"] = config.data.cache_dir
     for key, folder in folders.items():
-        if why := why_not_writable(Path(folder)):
-            raise ConfigError(f"{key} is {show(folder)}, which cannot be written: {why}. Give another folder.")
+        why = why_not_writable(Path(folder))
+        yield why, key, f"a folder that can be written: {why}"
 
 
 def why_not_writable(folder: Path) -> str | None:
@@ -141,39 +144,24 @@ def why_not_writable(folder: Path) -> str | None:
         return str(error)
 
 
-def check_size(config: Config) -> None:
-    """Raise ConfigError for a run that is estimated to need more memory than there is, or too much time for a step."""
-    trainer, data, gpu, model = config.trainer, config.data, has_gpus(config), build_model_on_meta(config)
-    ep_size, world = resolve_ep_size(config), trainer.devices * trainer.num_nodes
+def _size(config: Config) -> Iterator[Rule]:
+    trainer, data, gpu = config.trainer, config.data, has_gpus(config)
+    model, ep_size, world = build_model_on_meta(config), resolve_ep_size(config), trainer.devices * trainer.num_nodes
     samples = data.global_batch_size // (world * trainer.accumulate)
-    memory = rank_memory(
-        model,
-        seq_len=data.seq_len,
-        samples=samples,
-        precision=trainer.precision,
-        ep_size=ep_size,
-        dp_size=world // ep_size,
-        recompute=trainer.recompute,
-        on_gpu=gpu,
-        dense="sharded" if config.strategy.dense == "auto" else config.strategy.dense,  # the way that needs least
-        node_size=trainer.devices,
-        by_muon=updated_by_muon(config, model),
-        accumulate=trainer.accumulate,
-    )
-    needed, limit = memory["total"] / GIB + (0 if gpu else PROCESS_GIB), trainer.max_memory_gib or free_gib(config)
-    if needed > limit:
-        there = f"trainer.max_memory_gib is {limit:.3g}" if trainer.max_memory_gib else f"{limit:.3g} GiB are free"
-        raise ConfigError(
-            f"Not enough memory: a rank needs about {needed:.3g} GiB, {there}. Use more ranks, trainer.recompute=true "
-            f"or a smaller batch; trainer.max_memory_gib={needed:.3g} starts it anyway."
-        )
+    given: dict[str, Any] = {"ep_size": ep_size, "dp_size": world // ep_size, "recompute": trainer.recompute}
+    given |= {"seq_len": data.seq_len, "samples": samples, "precision": trainer.precision, "on_gpu": gpu}
+    dense = "sharded" if config.strategy.dense == "auto" else config.strategy.dense  # the way that needs least
+    given |= {"dense": dense, "node_size": trainer.devices, "by_muon": updated_by_muon(config, model)}
+    given |= {"accumulate": trainer.accumulate}
+    needed = rank_memory(model, **given)["total"] / GIB + (0 if gpu else PROCESS_GIB)
+    limit = trainer.max_memory_gib or free_gib(config)
+    free = "" if trainer.max_memory_gib else f" of {limit:.3g} free"
+    why = f"as a rank is estimated to need {needed:.3g} GiB{free}"
+    yield needed > limit, "trainer.max_memory_gib", f"{needed:.3g} or more to start all the same, {why}"
     flops = training_flops(forward_flops(model, data.seq_len), trainer.recompute) * samples * trainer.accumulate
     seconds = flops / (GPU_FLOPS if gpu else THREAD_FLOPS * cpu_threads(config))
-    if seconds > trainer.max_step_s:
-        raise ConfigError(
-            f"A step takes about {seconds:.3g} s, trainer.max_step_s is {trainer.max_step_s:g}. Use more ranks or a "
-            f"smaller batch; trainer.max_step_s={seconds:.3g} starts it anyway."
-        )
+    why = f"as a step is estimated to take {seconds:.3g} s"
+    yield seconds > trainer.max_step_s, "trainer.max_step_s", f"{seconds:.3g} or more to start all the same, {why}"
 
 
 def free_gib(config: Config) -> float:
@@ -197,7 +185,7 @@ def keep_freed_memory() -> bool:
 
     glibc returns large blocks to the kernel when they are freed. Every step then gets its activations and gradients as
     new pages, which the kernel fills with zeros at their first use: 4 to 20 % of a step's time on two CPU ranks
-    (docs/benchmarks.md, "The layer").
+    (measured with `make bench`).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl and macOS have none
     return mallopt is not None and all(mallopt(key, NEVER) == 1 for key in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD))

@@ -56,7 +56,7 @@ MUTANTS = (
     .caught_by(f"{UNIT}/test_stream.py::test_a_batch_of_padding_alone_gives_zeros"),
     Mutant("collapse-never-reported", 26, "scmoe/training/callbacks/expert_load.py")
     .replaces("self.windows.get(layer, 0) + 1 if collapsed else 0", "1 if collapsed else 0")
-    .caught_by(f"{UNIT}/test_collapse.py::test_a_collapsed_layer_is_named_once_with_its_expert_and_share"),
+    .caught_by(f"{UNIT}/test_expert_load.py::test_a_collapsed_layer_is_named_once_with_its_expert_and_share"),
     # ------------------------------------------------------------------ schedule
     Mutant("slot-ignored", 0, "scmoe/blocks/shortcut.py")
     .replaces("            if slot == self.schedule.slot:\n", "            if slot == 0:\n")
