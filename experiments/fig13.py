@@ -38,8 +38,7 @@ def main(
         raise ConfigError(f"--{bad[0].replace('_', '-')} is {above_0[bad[0]]}, allowed: above 0")
     if architectures is not None:
         given["architectures"] = tuple(architectures)
-    from scmoe.experiments.bench.offload import Setting
-    from scmoe.experiments.bench.offload_report import QUICK, bench_offload
+    from scmoe.experiments.bench.offload import QUICK, Setting, bench_offload
 
     settings: dict[str, Any] = (QUICK if quick else {}) | given
     print(json.dumps(bench_offload(out, Setting(**settings))))

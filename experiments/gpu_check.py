@@ -33,9 +33,8 @@ def main(
     """
     import torch
 
-    from scmoe.experiments.bench.gpu.gpu_parts import PARTS, Place
-    from scmoe.experiments.bench.gpu.gpu_report import write_report
-    from scmoe.experiments.bench.gpu.runner import run_parts
+    from scmoe.experiments.bench.gpu import PARTS, write_report
+    from scmoe.experiments.engine.isolated import Place, run_parts
 
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         raise ConfigError(f"torch is {torch.__version__}, allowed: 2.10 or later")

@@ -49,7 +49,8 @@ def MoE(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, allowed: {' | '.join(ACTIVATIONS)}")
     context = context_of(group)
-    experts = Experts(dim, ffn_dim or 4 * dim, num_experts, context.local_experts(num_experts), activation)
+    ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
+    experts = Experts(dim, ffn_dim, num_experts, context.local_experts(num_experts), activation)
     return MoEStream(Router(dim, num_experts, top_k), experts, context.dispatcher(num_experts), capacity_factor)
 
 
@@ -75,7 +76,7 @@ def ScMoEBlock(
     """
     if combine not in COEFFICIENT_GATES:
         raise ValueError(f"combine is {combine!r}, allowed: {' | '.join(COEFFICIENT_GATES)}")
-    ffn_dim = ffn_dim or 4 * dim
+    ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
     parts = {"attention": lambda: Attention(dim, heads), "mlp": lambda: MLP(dim, ffn_dim)}
     return ShortcutBlock(
         [Residual(nn.LayerNorm(dim), parts[name](), nn.Dropout(dropout)) for name in SUBLAYERS],

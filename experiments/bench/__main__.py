@@ -1,15 +1,25 @@
-"""`scmoe bench` measures on this machine. What needs several ranks is in bench_pairs.py and bench_links.py."""
+"""`scmoe bench` measures on this machine what one rank does, and pairs of blocks and exchanges between ranks.
+
+A command imports what it measures with inside itself, so that its help and a wrong request are answered at once.
+"""
 
 import json
 import sys
+from pathlib import Path
+from typing import Annotated, Literal
 
-from cyclopts import App
+from cyclopts import App, Parameter, validators
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench.verbs_links import exchange, inference, timeline
-from scmoe.experiments.bench.verbs_pairs import Count, Share, growth, overlap
 from scmoe.experiments.engine.command_line import call
 
+OUT, TIMELINE = Path("runs/bench"), Path("runs/timeline")
+Compute = Literal["real", "emulated"]
+Grows = Literal["tokens", "ranks", "experts"]
+Rounds = Annotated[int, Parameter(validator=validators.Number(gte=2))]  # of which quartiles are taken
+Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+Positive = Annotated[float, Parameter(validator=validators.Number(gt=0))]
+Share = Annotated[float, Parameter(validator=validators.Number(gt=0, lt=1))]
 main = App(name="bench", help="Measure on this machine. Standard output is JSON.")
 
 
@@ -56,7 +66,7 @@ def guard(*overrides: str) -> None:
     Args:
         overrides: key=value, of a small model's config
     """
-    from scmoe.experiments.bench.guard_cost import guard_cost
+    from scmoe.experiments.bench.step_cost import guard_cost
 
     print(json.dumps(guard_cost(overrides) | {"overrides": overrides}))
 
@@ -78,7 +88,7 @@ def dense(
         share: communication share of a sequential top-2 pair, on shaped links (default: the loopback device)
     """
     given = locals()
-    from scmoe.experiments.bench.dense_cost import bench_dense
+    from scmoe.experiments.bench.step_cost import bench_dense
     from scmoe.experiments.engine import links
 
     if ranks % 2 or ranks % ep_size:
@@ -89,8 +99,145 @@ def dense(
     print(json.dumps(bench_dense(**given) | given))
 
 
-for command in (overlap, growth, inference, exchange, timeline):
-    main.command(command)
+@main.command
+def overlap(
+    *,
+    share: float | None = None,
+    link_mbit: Positive | None = None,
+    ranks: Count | None = None,
+    nodes: Count = 1,
+    exchange: Literal["flat", "hierarchical", "auto"] = "flat",
+    compute: Compute | None = None,
+    level: Literal["block", "iteration"] = "block",
+    reductions: Literal["ddp", "paced"] | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    rounds: Rounds = 9,
+    rows: list[str] | None = None,
+    dim: Count | None = None,
+    ffn_dim: Count | None = None,
+    tokens: Count | None = None,
+    heads: Count | None = None,
+    seq_len: Count | None = None,
+    num_experts: Count | None = None,
+    attention_ms: Positive | None = None,
+    attention_to_mlp: Positive | None = None,
+    out: Path = OUT,
+) -> None:
+    """How much of the All-to-All every architecture and schedule hides.
+
+    Args:
+        share: communication share of sequential top-2, forward (default: 0.52)
+        link_mbit: rate of the links; by default it is searched for the share
+        ranks: (default: 2; on cuda 1)
+        nodes: on which the ranks are; the rate is that of the nodes' network cards
+        exchange: between nodes
+        compute: (default: emulated; on cuda real)
+        reductions: of gradients, at level iteration (default: paced, on a GPU ddp)
+        device: cuda: one GPU, rows over its bus
+        rows: rows to measure (default: all)
+        dim: (default: 512)
+        ffn_dim: (default: 2048)
+        tokens: (default: 1024)
+        heads: (default: 8)
+        seq_len: (default: 256)
+        num_experts: (default: 8)
+        attention_ms: (default: 45)
+        attention_to_mlp: (default: 3)
+    """
+    given = {name: value for name, value in locals().items() if value is not None}
+    from scmoe.experiments.bench.overlap_report import bench_overlap
+
+    print(json.dumps(bench_overlap(given)))
+
+
+@main.command
+def growth(
+    *, of: list[Grows] | None = None, points: list[int] | None = None, rounds: Rounds = 5, out: Path = OUT
+) -> None:
+    """How the time of a pair of blocks, and what overlap saves of it, grow.
+
+    Args:
+        of: (default: all three)
+        points: its values, with one --of
+    """
+    names = of or ["tokens", "ranks", "experts"]
+    if points and len(names) > 1:
+        raise ConfigError("--points goes with one --of")
+    from scmoe.experiments.bench import growth
+    from scmoe.experiments.engine import links
+
+    growth.check(names[0], points or [])
+    links.require()
+    print(json.dumps(growth.bench_growth(names, points, rounds, out)))
+
+
+@main.command
+def inference(
+    *, share: Share = 0.52, ranks: int = 2, prompt: int = 512, batch: int = 8, rounds: Rounds = 9, out: Path = OUT
+) -> None:
+    """Prefill and decode between ranks, sequential, overlapped and as planned."""
+    given = locals()
+    from scmoe.experiments.bench.decoding import bench_generation
+    from scmoe.experiments.bench.inference import bench_inference
+    from scmoe.experiments.engine import links
+
+    links.require()
+    report = bench_inference(**given)
+    cached = bench_generation(batch=4, prompt=32, tokens=256, rounds=3, threads=1)["cached_over_uncached"]
+    print(json.dumps(report | {"cached_over_uncached": cached}))
+
+
+@main.command
+def exchange(
+    *,
+    nodes: int = 2,
+    ranks: int = 4,
+    between_mbit: Positive = 500.0,
+    kilobytes: list[Count] | None = None,
+    rounds: Rounds = 15,
+) -> None:
+    """Flat and hierarchical All-to-All on nodes, by size of the messages.
+
+    Args:
+        between_mbit: rate of a node's network card
+        kilobytes: of a rank for each other rank (default: 1 4 16 64 256 1024)
+    """
+    from scmoe.experiments.bench.exchange import bench_exchange, why_no_nodes
+    from scmoe.experiments.engine.links import require
+
+    if refused := why_no_nodes(nodes, ranks):
+        raise ConfigError(refused)
+    require(nodes)
+    print(json.dumps(bench_exchange(nodes, ranks, between_mbit, kilobytes or [1, 4, 16, 64, 256, 1024], rounds)))
+
+
+@main.command
+def timeline(
+    *,
+    share: Share = 0.52,
+    ranks: int = 2,
+    compute: Compute = "emulated",
+    position: Literal["pos1", "pos2", "pos3"] = "pos2",
+    run: Path | None = None,
+    out: Path = TIMELINE,
+) -> None:
+    """One pair's operators, measured and planned (Fig. 7), and Chrome traces.
+
+    Args:
+        run: draw the plan of this run with schedule=auto instead; nothing is measured
+    """
+    from scmoe.experiments.bench import timeline
+    from scmoe.experiments.bench.pairs import check_ranks
+    from scmoe.experiments.engine import links
+
+    if run is not None:
+        if (share, ranks, compute, position, out) != (0.52, 2, "emulated", "pos2", TIMELINE):
+            raise ConfigError("--run is given, allowed: alone, as a run's plan is drawn and nothing is measured")
+        return print(json.dumps(timeline.draw_plan(run)))
+    check_ranks(ranks)
+    links.require()
+    print(json.dumps(timeline.bench_timeline(share, compute, position, ranks, out)))
+
 
 if __name__ == "__main__":
     sys.exit(call("bench", *sys.argv[1:]))

@@ -58,8 +58,8 @@ class EmulatedExperts(nn.Module):
 
 
 def free(rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Work]:
-    """Free communication: every rank keeps its rows, as if they came from its peers. Equal numbers only."""
-    assert traffic is None
+    """Free communication: every rank keeps its rows, as if they came from its peers: as many as it sends."""
+    assert traffic is None or sum(traffic.sent) == sum(traffic.received)
     return rows, Ready(rows)
 
 

@@ -8,14 +8,10 @@ Each point is measured as by `bench overlap`. Points are measured one after anot
 shared machine drift between them.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Column, Table
 
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
@@ -23,6 +19,7 @@ from scmoe.experiments.bench.overlap import measure
 from scmoe.experiments.bench.overlap_report import summary, why_uneven
 from scmoe.experiments.bench.pairs import Setting
 from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.experiments.engine.report import Report, write_json
 from scmoe.probes.charts import BLUE, GREEN, ORANGE, SKY, chart, heading, title
 
 POINTS = {"tokens": (512, 1024, 2048), "ranks": (2, 4, 8), "experts": (8, 32, 128)}
@@ -40,7 +37,6 @@ def bench_growth(of: Sequence[str], points: Sequence[int] | None, rounds: int, o
     of: keys of POINTS. points: values for a single key. The caller has entered a network namespace (links.py).
     """
     require("bench growth", "matplotlib")
-    out.mkdir(parents=True, exist_ok=True)
     report: dict[str, list[dict[str, Any]]] = {name: [] for name in of}
     so_far = out / "growth.json.part"  # if a later point fails, the earlier ones stay there
     for name, found in report.items():
@@ -49,7 +45,7 @@ def bench_growth(of: Sequence[str], points: Sequence[int] | None, rounds: int, o
             setting, ranks = at(name, value, found[0]["link_mbit"] if found else None, rounds)
             result = run_ranks(measure, ranks, setting, timeout_s=1800, own_links=True)[0]
             found.append({**summary(setting, ranks, result), name: value})
-            so_far.write_text(json.dumps(report, indent=1))
+            write_json(so_far, report)
     so_far.replace(out / "growth.json")
     show(report)
     draw(report, out / "growth.png")
@@ -78,18 +74,19 @@ def at(of: str, value: int, link_mbit: float | None, rounds: int) -> tuple[Setti
 
 
 def show(report: dict[str, list[dict[str, Any]]]) -> None:
+    columns = {
+        "ranks": "{ranks}",
+        "Mbit/s": "{link_mbit:.0f}",
+        "share": "{comm_share:.2f}",
+        "limit fwd": "{limit_forward:.2f}",
+        "train": "{limit_train:.2f}",
+        "top-2 train": "{rows[top2][train_ms]:.0f} ms",
+    }
+    for row, (word, *_) in SHOWN.items():
+        columns[f"{word}: fwd, train"] = f"{{rows[{row}][forward_speedup]:.2f}}, {{rows[{row}][train_speedup]:.2f}}"
     for of, points in report.items():
-        names = (of, "ranks", "Mbit/s", "share", "limit fwd", "train", "top-2 train")
-        columns = [Column(name, justify="right", no_wrap=True) for name in names]
-        columns += [Column(f"{word}: fwd, train", justify="right") for word, *_ in SHOWN.values()]
         title = f"{of}: {points[0]['compute']} compute; speed-ups over top-2"
-        table = Table(*columns, title=title, title_justify="left")
-        for p in points:
-            limits = (f"{p[f'limit_{kind}']:.2f}" for kind in ("forward", "train"))
-            rows = (f"{r['forward_speedup']:.2f}, {r['train_speedup']:.2f}" for r in list(p["rows"].values())[1:])
-            first = (str(p[of]), str(p["ranks"]), f"{p['link_mbit']:.0f}", f"{p['comm_share']:.2f}")
-            table.add_row(*first, *limits, f"{p['rows']['top2']['train_ms']:.0f} ms", *rows)
-        Console(stderr=True, width=150).print(table)
+        Report(title, {str(point[of]): point for point in points}, columns, of).show()
 
 
 def draw(report: dict[str, list[dict[str, Any]]], path: Path) -> None:

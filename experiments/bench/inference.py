@@ -1,35 +1,48 @@
-"""The measurement of `bench inference` on one rank: small GPTs of one pair of blocks, on links whose rate gives prefill
-a share of communication.
+"""`bench inference`: what overlap gains in prefill and in decode, in small GPTs of one pair of blocks, on links whose
+rate gives prefill a share of communication.
 
     prefill   each rank reads a prompt into an empty cache: the time to the first token
     decode    each rank reads one token of each of `batch` texts, whose prompts are in the cache: the time of a token
     ways      sequential; overlapped with 1, 2 and 4 chunks, at the best slots for the shape; free, without transfers
     auto      the way that the plan of inference takes
 
-The models are dropless and their experts get equal shares. Ways run in turn, round after round.
+The models are dropless and their experts get equal shares. Ratios are to sequential top-2 in the same shape, taken
+round by round, medians. A row's limit is its own time without transfers.
 """
 
-from collections.abc import Sequence
+import sys
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scmoe.experiments.bench.overlap import Variant, find_rate, show, slowest
-from scmoe.experiments.bench.pairs import Setting, default_schedule, make_block
+from scmoe.config.extras import require
+from scmoe.config.leaves import ConfigError
+from scmoe.experiments.bench import emulated
+from scmoe.experiments.bench.overlap import Variant, find_rate, say
+from scmoe.experiments.bench.pairs import Setting, check_ranks, default_schedule, make_block
+from scmoe.experiments.bench.speed_chart import PAPERS, Printed, name_of
 from scmoe.experiments.engine import links
+from scmoe.experiments.engine.clock import CPU, in_turn, middle, quartiles
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.experiments.engine.report import Report, write_json
 from scmoe.inference.passes import Shape
 from scmoe.inference.planned import PASSES, a_pass
 from scmoe.models.decoder import GPT
-from scmoe.moe.dispatcher import Blocking, Dispatcher, Pending, Ready, Receipt, Traffic
+from scmoe.moe.dispatcher import Blocking, Dispatcher, Pending, Ready, Receipt
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
 from scmoe.planning.inference_planner import InferencePlan, best_schedules, pass_seconds, plan_inference
+from scmoe.probes.charts import BLUE, PAPER, RED, Bar, bar_legend, chart, grouped_bars, heading, height_of
 from scmoe.schedule.schedule import Schedule
 
 BLOCKS = ("top2", "top1", "shared_expert", "pos1", "pos2", "pos3")
 CHUNKS = (1, 2, 4)
+OVERLAPPED = tuple(f"overlapped x {chunks}" for chunks in CHUNKS)
+WAYS = ("sequential", *OVERLAPPED)
 VOCABULARY = 1024
 SHAPES: tuple[Shape, ...] = ("prefill", "decode")
 
@@ -52,12 +65,6 @@ class Free:
         return self.inner.combine(rows_RD, receipt)
 
 
-def keep(rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Any]:
-    """An exchange without a network: every rank keeps its rows, which must be as many as it would receive."""
-    assert traffic is None or sum(traffic.sent) == sum(traffic.received)
-    return rows, Ready(rows)
-
-
 class Way(NamedTuple):
     """How one model runs in passes of one shape. name: sequential, overlapped x 2, free."""
 
@@ -72,21 +79,16 @@ class InferenceBench:
 
     def __init__(self, setting: Setting, batch: int) -> None:
         assert setting.compute == "real" and setting.tokens == setting.seq_len
-        self.setting, self.device = setting, torch.device("cpu")
+        self.setting = setting
         self.group = dist.new_group()
         torch.manual_seed(0)
         self.models = {name: self.model(name) for name in BLOCKS}
         self.paid = AllToAllDispatcher(self.group, setting.num_experts)
-        self.free = Free(AllToAllDispatcher(self.group, setting.num_experts, exchange=keep))
-        prompts = {
-            shape: torch.randint(VOCABULARY, (texts, setting.tokens))
-            for shape, texts in zip(SHAPES, (1, batch), strict=True)
-        }
-        self.passes = {
-            (name, shape): a_pass(model, shape, ids_BS)
-            for name, model in self.models.items()
-            for shape, ids_BS in prompts.items()
-        }
+        self.free = Free(AllToAllDispatcher(self.group, setting.num_experts, exchange=emulated.free))
+        self.passes = {}
+        for shape, texts in (("prefill", 1), ("decode", batch)):
+            ids_BS = torch.randint(VOCABULARY, (texts, setting.tokens))
+            self.passes |= {(name, shape): a_pass(model, shape, ids_BS) for name, model in self.models.items()}
 
     def model(self, name: str) -> GPT:
         s = self.setting
@@ -96,30 +98,32 @@ class InferenceBench:
     def set_rate(self, mbit: float) -> None:
         links.set_rate(mbit)
 
-    def infer(self, variant: Variant) -> tuple[float, float]:
-        """Seconds of a prefill; the second number, of processor time, is not measured here."""
-        return self.seconds(Way(variant.block, "prefill", variant.way, variant.schedule)), 0.0
+    def infer(self, variant: Variant) -> float:
+        """Seconds of a prefill."""
+        return self.seconds(Way(variant.block, "prefill", variant.way, variant.schedule))
 
     def seconds(self, way: Way) -> float:
-        paid: Dispatcher = self.paid if way.name.startswith("overlapped") else Blocking(self.paid)
-        self.blocks(way.block)[0].run_as(way.schedule, self.free if way.name == "free" else paid)
-        return pass_seconds(self.passes[way.block, way.shape], self.group, self.device, PASSES[way.shape])
+        dispatcher: Any = self.paid if way.name.startswith("overlapped") else Blocking(self.paid)
+        self.run_as(way.block, way.schedule, self.free if way.name == "free" else dispatcher)
+        return pass_seconds(self.passes[way.block, way.shape], self.group, CPU, PASSES[way.shape])
 
-    def blocks(self, block: str) -> list[Any]:
-        return list(self.models[block].blocks)
+    def run_as(self, block: str, schedule: Schedule, dispatcher: Dispatcher) -> list[Any]:
+        """Sets how a model's block runs. Returns its blocks: this one."""
+        (own,) = self.models[block].blocks
+        own.run_as(schedule, dispatcher)
+        return [own]
 
     def ways(self, block: str, shape: Shape) -> list[Way]:
         """All ways of a model in one shape, at the best slots for it."""
-        (own,) = self.blocks(block)
-        own.run_as(default_schedule(block), self.paid)
-        best = best_schedules([own], self.passes[block, shape], self.group, self.device, CHUNKS)
+        schedule = default_schedule(block)
+        blocks = self.run_as(block, schedule, self.paid)
+        best = best_schedules(blocks, self.passes[block, shape], self.group, CPU, CHUNKS)
         overlapped = [Way(block, shape, f"overlapped x {chunks}", best[chunks][0]) for chunks in CHUNKS]
-        return [Way(block, shape, name, default_schedule(block)) for name in ("sequential", "free")] + overlapped
+        return [Way(block, shape, "sequential", schedule), Way(block, shape, "free", schedule), *overlapped]
 
     def plan(self, block: str, shape: Shape) -> InferencePlan:
-        blocks = self.blocks(block)
-        blocks[0].run_as(default_schedule(block), self.paid)
-        return plan_inference(blocks, self.passes[block, shape], self.group, self.device, CHUNKS, PASSES[shape])
+        blocks = self.run_as(block, default_schedule(block), self.paid)
+        return plan_inference(blocks, self.passes[block, shape], self.group, CPU, CHUNKS, PASSES[shape])
 
 
 def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[str, Any]:
@@ -131,17 +135,146 @@ def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[st
         plans: dict[tuple[str, str], InferencePlan] = {}
         ways: list[Way] = []
         for block in BLOCKS:
-            show(f"planning {block}")
+            say(f"planning {block}")
             for shape in SHAPES:
                 plans[block, shape] = bench.plan(block, shape)
                 ways += bench.ways(block, shape)
-        return {"rate": rate, "plans": plans, "times": rounds(bench, ways, setting.rounds)}
+        runs = {way: partial(bench.seconds, way) for way in ways}
+        times = in_turn(runs, setting.rounds, over_ranks=True, say=say)
+        return {"rate": rate, "plans": plans, "times": times}
 
 
-def rounds(bench: InferenceBench, ways: Sequence[Way], number: int) -> dict[Way, Any]:
-    """Runs all ways in turn, `number` times after one to warm up; of each round the slowest rank's seconds."""
-    seconds = []
-    for i in range(number + 1):
-        show(f"round {i} of {number}, {len(ways)} ways")
-        seconds.append([bench.seconds(way) for way in ways])
-    return dict(zip(ways, slowest(seconds[1:]).T, strict=True))
+def bench_inference(share: float, prompt: int, batch: int, rounds: int, ranks: int, out: Path) -> dict[str, Any]:
+    """Measure, print a table, and write chart and figures into the folder `out`. Returns the report.
+
+    share: of communication in a sequential top-2 prefill of `prompt` tokens a rank. batch: texts that a rank decodes.
+    The program must be in a network namespace (links.enter). ConfigError: an option that cannot be honoured.
+    """
+    require("bench inference", "matplotlib")
+    check(prompt, batch, ranks)
+    setting = Setting(share, compute="real", rounds=rounds, tokens=prompt, seq_len=prompt)
+    result = run_ranks(measure, ranks, setting, batch, timeout_s=3600, own_links=True)[0]
+    report = summary(setting, batch, ranks, result)
+    show(report)
+    name = f"inference-{ranks}-ranks-share-{share:g}"
+    write_json(out / f"{name}.json", report)
+    draw(report, out / f"{name}.png")
+    print(f"chart and figures: {out / name}.png, .json", file=sys.stderr)
+    return report
+
+
+def check(prompt: int, batch: int, ranks: int) -> None:
+    """Raise ConfigError for what cannot be measured."""
+    check_ranks(ranks)
+    experts = Setting.num_experts
+    for option, tokens in (("prompt", prompt), ("batch", batch)):
+        if tokens < experts or tokens % experts:
+            allowed = f"multiples of {experts}, so that experts get equal shares"
+            raise ConfigError(f"--{option} is {tokens}, allowed: {allowed}")
+
+
+def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) -> dict[str, Any]:
+    """Return the medians of the rounds, by row. result: what `measure` returned on rank 0."""
+    times = {(way.block, way.shape, way.name): seconds for way, seconds in result["times"].items()}
+    schedules = {(way.block, way.shape, way.name): way.schedule for way in result["times"]}
+
+    def shape_of(block: str, shape: str) -> dict[str, Any]:
+        top2 = times["top2", shape, "sequential"]
+        plan: InferencePlan = result["plans"][block, shape]
+        auto = f"overlapped x {plan.schedules[0].chunks}" if plan.overlapped else "sequential"
+        ratios = {name: top2 / times[block, shape, name] for name in (*WAYS, "free")}
+        return {
+            "speedup": middle(ratios[auto]),
+            "quartiles": quartiles(ratios[auto]),
+            "auto": auto,
+            "ms": 1e3 * middle(times[block, shape, auto]),
+            "limit": middle(ratios["free"]),
+            "gain": middle(times[block, shape, "sequential"] / times[block, shape, auto]),
+            "ways": {name: middle(ratios[name]) for name in WAYS},
+            "slots": {name: schedules[block, shape, name].slot for name in OVERLAPPED},
+        }
+
+    def row(block: str) -> dict[str, Any]:
+        prefill, decode = (shape_of(block, shape) for shape in SHAPES)
+        return {
+            "prefill_speedup": prefill["speedup"],
+            "decode_speedup": decode["speedup"],
+            "ttft_ms": prefill["ms"],
+            "tpot_ms": decode["ms"],
+            "prefill_tokens_per_s": 1e3 * ranks * setting.tokens / prefill["ms"],
+            "decode_tokens_per_s": 1e3 * ranks * batch / decode["ms"],
+            "prefill": prefill,
+            "decode": decode,
+        }
+
+    shares = {shape: middle(1 - times["top2", shape, "free"] / times["top2", shape, "sequential"]) for shape in SHAPES}
+    return {
+        "wanted_share": setting.share,
+        "comm_share": shares,
+        "link_mbit": result["rate"],
+        "ranks": ranks,
+        "prompt": setting.tokens,
+        "batch": batch,
+        "rounds": setting.rounds,
+        "rows": {name_in_report(block): row(block) for block in BLOCKS},
+    }
+
+
+def name_in_report(block: str) -> str:
+    return f"scmoe_{block}" if default_schedule(block).architecture == "scmoe" else block
+
+
+def show(report: dict[str, Any]) -> None:
+    shares = report["comm_share"]
+    words = (
+        f"{report['ranks']} ranks, prompts of {report['prompt']} tokens, {report['batch']} texts decoded a rank; "
+        f"communication share of sequential top-2: prefill {shares['prefill']:.2f}, decode {shares['decode']:.2f}; "
+        f"medians of {report['rounds']} rounds"
+    )
+    columns = {way: f"{{ways[{way}]:.2f}}" for way in WAYS}
+    columns |= {
+        "free: limit": "{limit:.2f}",
+        "auto": "{auto}",
+        "[quartiles]": "[{quartiles[0]:.2f} {quartiles[1]:.2f}]",
+    }
+    columns |= {"ms": "{ms:.1f}", "tokens/s": "{tokens_per_s:,.0f}"}
+    for shape in SHAPES:
+        rows = {
+            name: row[shape] | {"tokens_per_s": row[f"{shape}_tokens_per_s"]} for name, row in report["rows"].items()
+        }
+        Report(words, rows, columns, shape).show()
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Draw each row sequential and as planned, with its limit, for prefill and decode."""
+    paper = PAPERS.get(report["wanted_share"])
+    panels = {shape: bars(report, shape, paper if shape == "prefill" else None) for shape in SHAPES}
+    lines = 3 if paper else 2
+    with chart(path, 2.5 + height_of(panels["prefill"], lines)) as figure:
+        for axis, (shape, groups) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+            grouped_bars(axis, groups, lines=lines)
+            tokens = f"{report['prompt']} tokens" if shape == "prefill" else f"{report['batch']} texts"
+            share = 100 * report["comm_share"][shape]
+            axis.set(title=f"{shape}, {tokens} a rank,\n{share:.0f} % communication")
+            axis.set_xlabel("speed-up over\nsequential top-2")
+        links = f"links of {report['link_mbit']:.0f} Mbit/s between {report['ranks']} ranks on one CPU"
+        heading(figure, f"Inference, a pair of blocks, real compute, {links}")
+        colors = {"sequential": RED, "as planned": BLUE} | ({paper.where: PAPER} if paper else {})
+        quartiles = f"quartiles of {report['rounds']} rounds"
+        bar_legend(figure, colors, quartiles, "limit: the same row without transfers", ncols=1)
+
+
+def bars(report: dict[str, Any], shape: str, paper: Printed | None) -> dict[str, list[Bar]]:
+    """Return the bars of each architecture: sequential, as planned, and the paper's inference."""
+    groups = {}
+    for row, both in report["rows"].items():
+        own = both[shape]
+        sequential, planned = own["ways"]["sequential"], own["speedup"]
+        group = [
+            Bar(sequential, RED, f"{sequential:.2f}", limit=own["limit"]),
+            Bar(planned, BLUE, f"{planned:.2f}", own["quartiles"], own["limit"]),
+        ]
+        if paper and row in paper.rows:
+            group.append(Bar(paper.rows[row]["forward"], PAPER, f"{paper.rows[row]['forward']:.2f}"))
+        groups[name_of(row)] = group
+    return groups

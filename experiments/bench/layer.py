@@ -1,31 +1,47 @@
-"""The time of the MoE layer over that of the dense products that it contains, and over its roofline.
+"""The time of the MoE layer over that of the dense products that it contains, on this machine and on one GPU.
 
 The roofline is the longer of two times: the dense products', and that of moving the experts' weights through memory at
 the measured bandwidth, read once in each pass, their gradients written once. A dense product reads one expert's worth.
 
 Variants run in turn, round after round, and ratios are taken within a round, since the machine's speed drifts.
+
+The part `layer` of `make gpu-check` (on_device) has the layer in float32 and bfloat16, with 8 and 64 experts:
+
+    fixed capacity   over two batched products on as many rows
+    dropless         over two grouped products on as many rows
+    transformers     its Mixtral block and our dropless layer, both SwiGLU, of the same shapes and so of equal FLOPs
+
+There the products have no activation between them. Tokens are dealt to the experts in turn, so every expert has as many
+rows as in the products; beside transformers an untrained gate chooses.
 """
 
-import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Column, Table
 from torch import Tensor, nn
 
+from scmoe.experiments.engine.clock import CPU, in_turn, middle, seconds
+from scmoe.experiments.engine.isolated import Pieces, Place, attempt
+from scmoe.experiments.engine.report import Report
+from scmoe.moe.activation import Activation
 from scmoe.moe.dispatcher import LocalDispatcher
-from scmoe.moe.experts import Experts
+from scmoe.moe.experts import Experts, batched_mlps, grouped_mlps
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.training.run.machine import keep_freed_memory
 
-WARM_UP = 2  # rounds
+Made = tuple[nn.Module, Tensor]  # a module and its input
+WARM_UP, WARM_UP_ON_DEVICE = 2, 3  # rounds
 READ_BYTES = 1 << 30  # more than any cache holds
+TOP_K = 2  # on a device
+NO_ACTIVATION = Activation(lambda h: h, lambda h: h, lambda h, out: out.copy_(h), lambda da, h, out: out.copy_(da))
 PRODUCTS, BATCHED, LAYER = "dense products", "batched products of the experts", "MoE layer"
-KINDS = ((0, "forward"), (1, "train"))
+GELU, DROPLESS = "dense products with GELU", "MoE layer, dropless"
+KEYS = {PRODUCTS: "", BATCHED: "_over_batched", GELU: "_with_gelu", DROPLESS: "_over_dropless"}  # of ratios, as JSON
 
 
 class DenseProducts(nn.Module):
@@ -76,57 +92,48 @@ def bench_layer(
     router = Router(dim, experts, top_k)
     x = torch.randn(1, tokens, dim, requires_grad=True)
     rows = torch.randn(tokens * top_k, dim, requires_grad=True)
-    variants: dict[str, tuple[nn.Module, Tensor]] = {
+    variants: dict[str, Made] = {
         PRODUCTS: (DenseProducts(dim, ffn_dim, nn.Identity()), rows),
-        "dense products with GELU": (DenseProducts(dim, ffn_dim, nn.GELU()), rows),
+        GELU: (DenseProducts(dim, ffn_dim, nn.GELU()), rows),
         LAYER: (MoEStream(router, module, LocalDispatcher(), capacity, filled=True), x),
     }
     if tokens * top_k % experts == 0:
         variants[BATCHED] = BatchedProducts(dim, ffn_dim, experts), rows
     if capacity is not None:
-        variants["MoE layer, dropless"] = MoEStream(router, module, LocalDispatcher()), x
+        variants[DROPLESS] = MoEStream(router, module, LocalDispatcher()), x
     if find_spec("transformers"):  # with three products an expert, of 2/3 of the width
         block = mixtral_block(dim, 2 * ffn_dim // 3 // 8 * 8, experts, top_k, "grouped_mm")
         variants["transformers, grouped, as many FLOPs"] = random_weights(block, x.device), x
-    measured = [[(forward(*v), train(*v)) for v in variants.values()] for _ in range(WARM_UP + rounds)][WARM_UP:]
-    times = dict(zip(variants, np.array(measured).transpose(1, 2, 0), strict=True))  # [forward and train, rounds]
-    ratios = {name: np.median(times[LAYER] / own, axis=-1) for name, own in times.items()}
+    times = in_turn({name: forward_and_train(*variant) for name, variant in variants.items()}, rounds, WARM_UP)
     bandwidth = read_bytes_per_s()
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     moved = np.array([[weights], [3 * weights]]) / bandwidth  # weights read in each pass, gradients written
-    roofline = np.median(times[LAYER] / np.maximum(times[PRODUCTS], moved), axis=-1)
+    roofline = f"roofline, {bandwidth / 1e9:.1f} GB/s"
+    times[roofline] = np.maximum(times[PRODUCTS], moved)
+    ms = {name: [1e3 * middle(kind) for kind in own] for name, own in times.items()}  # forward, train
+    ratios = {name: [middle(kind) for kind in times[LAYER] / own] for name, own in times.items()}
 
     sizes = f"D={dim} F={ffn_dim} E={experts}, {tokens} tokens, top-{top_k}, capacity factor {capacity or 'none'}"
-    title = f"MoE layer, {sizes}, {threads} thread(s), medians of {rounds} rounds"
-    columns = ("forward ms", "forward + backward ms", "MoE layer over it: forward", "forward + backward")
-    numbers = (Column(name, justify="right") for name in columns)
-    table = Table("variant", *numbers, title=title, title_justify="left")
-    for name, own in times.items():
-        ms = [f"{value * 1e3:.1f}" for value in np.median(own, axis=-1)]
-        table.add_row(name, *ms, *(f"{ratio:.3f}" for ratio in ratios[name]))
-    limit = [f"{value * 1e3:.1f}" for value in np.median(np.maximum(times[PRODUCTS], moved), axis=-1)]
-    table.add_row(f"roofline, {bandwidth / 1e9:.1f} GB/s", *limit, *(f"{ratio:.3f}" for ratio in roofline))
-    Console(stderr=True, width=120).print(table)
-    names = {
-        PRODUCTS: "",
-        BATCHED: "_over_batched",
-        "dense products with GELU": "_with_gelu",
-        "MoE layer, dropless": "_over_dropless",
+    columns = {
+        "forward ms": "{ms[0]:.1f}",
+        "forward + backward ms": "{ms[1]:.1f}",
+        "MoE layer over it: forward": "{ratio[0]:.3f}",
+        "forward + backward": "{ratio[1]:.3f}",
     }
-    found = {f"{kind}_ratio{names[name]}": ratios[name][i] for name in ratios if name in names for i, kind in KINDS}
-    found |= {"roofline_ratio": roofline[1], "roofline_ratio_forward": roofline[0], "gb_per_s": bandwidth / 1e9}
-    return {name: float(value) for name, value in found.items()}
+    shown = {name: {"ms": ms[name], "ratio": ratios[name]} for name in times}
+    Report(f"MoE layer, {sizes}, {threads} thread(s), medians of {rounds} rounds", shown, columns, "variant").show()
+    found: dict[str, Any] = {}
+    for name, key in KEYS.items():
+        if name in ratios:
+            found[f"forward_ratio{key}"], found[f"train_ratio{key}"] = ratios[name]
+    found["roofline_ratio_forward"], found["roofline_ratio"] = ratios[roofline]
+    return {**found, "gb_per_s": bandwidth / 1e9}
 
 
 def read_bytes_per_s() -> float:
     """Return the bandwidth of this process's threads when they read numbers that are in no cache; the best of five."""
     numbers = torch.ones(READ_BYTES // 4)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        numbers.sum()
-        seconds.append(time.perf_counter() - start)
-    return READ_BYTES / min(seconds)
+    return READ_BYTES / min(seconds(numbers.sum) for _ in range(5))
 
 
 def mixtral_block(dim: int, ffn_dim: int, num_experts: int, top_k: int, implementation: str) -> nn.Module:
@@ -148,20 +155,129 @@ def random_weights(module: Any, device: torch.device) -> Any:
     return module
 
 
-@torch.no_grad()
-def forward(module: nn.Module, x: Tensor) -> float:
-    """Return the seconds of a forward pass."""
-    start = time.perf_counter()
-    module(x)
-    return time.perf_counter() - start
+def forward_and_train(module: nn.Module, x: Tensor, device: torch.device = CPU) -> Callable[[], tuple[float, float]]:
+    """Return what gives the seconds of a forward pass without gradients, and of one with backward into gradients that
+    do not exist yet, as after zero_grad()."""
+
+    def output() -> Tensor:
+        out = module(x)
+        return out if isinstance(out, Tensor) else out.y_BSD
+
+    def train() -> None:
+        y = output()
+        y.backward(torch.ones_like(y))
+
+    def both() -> tuple[float, float]:
+        with torch.no_grad():
+            forward = seconds(output, device)
+        module.zero_grad()
+        x.grad = None
+        return forward, seconds(train, device)
+
+    return both
 
 
-def train(module: nn.Module, x: Tensor) -> float:
-    """Return the seconds of forward and backward, into gradients that do not exist yet, as after zero_grad()."""
-    module.zero_grad()
-    x.grad = None
-    start = time.perf_counter()
-    out = module(x)
-    y = out if isinstance(out, Tensor) else out.y_BSD
-    y.backward(torch.ones_like(y))
-    return time.perf_counter() - start
+def compare(
+    device: torch.device, variants: Mapping[str, Callable[[], Made]], over: Mapping[str, str], rounds: int
+) -> dict[str, Any]:
+    """Return for each variant its median forward_ms and train_ms, and its ratios to the variant that `over` names.
+
+    variants: functions that make a module and its input. One that cannot be made or run has its error instead.
+    """
+    found: dict[str, Any] = {}
+    runs: dict[str, Callable[[], Any]] = {}
+
+    def first(make: Callable[[], Made]) -> Callable[[], Any]:
+        run = forward_and_train(*make(), device)
+        run()
+        return run
+
+    for name, make in variants.items():
+        made = attempt(partial(first, make))
+        if isinstance(made, dict):
+            found[name] = made
+        else:
+            runs[name] = made
+    times = in_turn(runs, rounds, WARM_UP_ON_DEVICE)
+    for name, (forward, train) in times.items():
+        found[name] = {"forward_ms": 1e3 * middle(forward), "train_ms": 1e3 * middle(train)}
+    for name, other in over.items():
+        if name in times and other in times:
+            forward, train = times[name] / times[other]
+            found[name] |= {"over": other, "forward_ratio": middle(forward), "train_ratio": middle(train)}
+    return {name: found[name] for name in variants}
+
+
+class Products(nn.Module):
+    """The two products of every expert on rows of equal numbers. way: batched_mlps or grouped_mlps."""
+
+    def __init__(self, experts: Experts, way: Callable[..., Tensor], counts_E: Tensor | None) -> None:
+        super().__init__()
+        self.experts, self.way, self.counts_E = experts, way, counts_E
+
+    def forward(self, rows_RD: Tensor) -> Tensor:
+        return self.way(rows_RD, self.experts.w_in_eDF, self.experts.w_out_eFD, self.counts_E, NO_ACTIVATION)
+
+
+def on_device(place: Place) -> Pieces:
+    sizes = dict(dim=32, ffn_dim=96, tokens=64) if place.tiny else dict(dim=1024, ffn_dim=4096, tokens=8192)
+    rounds = 3 if place.tiny else 15
+    device = torch.device(place.device)
+    found: dict[str, Callable[[], Any]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for num_experts in (8, 64):
+            cell = partial(measure, device, dtype, num_experts, rounds, **sizes)
+            found[f"{str(dtype).removeprefix('torch.')}, {num_experts} experts"] = cell
+    return found
+
+
+def measure(
+    device: torch.device, dtype: torch.dtype, num_experts: int, rounds: int, dim: int, ffn_dim: int, tokens: int
+) -> dict[str, Any]:
+    """Returns times and ratios of all variants. SwiGLU has three products, so its hidden width is 2/3 of ffn_dim."""
+
+    narrow = 2 * ffn_dim // 3 // 8 * 8
+
+    def experts(activation: str = "gelu", width: int = ffn_dim) -> Experts:
+        with torch.device("meta"):
+            module = Experts(dim, width, num_experts, activation=activation)
+        return random_weights(module.to(dtype), device)
+
+    def products(way: Callable[..., Tensor], counts_E: Tensor | None) -> Made:
+        rows = torch.randn(tokens * TOP_K, dim, device=device, dtype=dtype, requires_grad=True)
+        return Products(experts(), way, counts_E), rows
+
+    def layer(capacity_factor: float | None) -> Made:
+        router = random_weights(Router(dim, num_experts, TOP_K, balanced=True).to(dtype), device)
+        return MoEStream(router, experts(), LocalDispatcher(), capacity_factor), tokens_of(device, dtype, tokens, dim)
+
+    def swiglu() -> Made:
+        router = random_weights(Router(dim, num_experts, TOP_K).to(dtype), device)
+        stream = MoEStream(router, experts("swiglu", narrow), LocalDispatcher())
+        return stream, tokens_of(device, dtype, tokens, dim)
+
+    def mixtral(implementation: str) -> Made:
+        block = mixtral_block(dim, narrow, num_experts, TOP_K, implementation)
+        return random_weights(block.to(dtype), device), tokens_of(device, dtype, tokens, dim)
+
+    each = torch.full((num_experts,), tokens * TOP_K // num_experts, device=device)
+    variants: dict[str, Callable[[], Made]] = {
+        "products, batched": lambda: products(batched_mlps, None),
+        "products, grouped": lambda: products(grouped_mlps, each),
+        "layer, fixed capacity": lambda: layer(1.0),
+        "layer, dropless": lambda: layer(None),
+        "layer, dropless, SwiGLU": swiglu,
+    }
+    over = {"layer, fixed capacity": "products, batched", "layer, dropless": "products, grouped"}
+    sizes: dict[str, Any] = {"tokens": tokens, "top_k": TOP_K, "dim": dim, "ffn_dim": ffn_dim}
+    if find_spec("transformers") is None:
+        sizes["transformers"] = "not compared: transformers is missing"
+    else:
+        for implementation in ("eager", "grouped_mm"):
+            name = f"transformers' Mixtral block, {implementation}"
+            variants[name], over[name] = partial(mixtral, implementation), "layer, dropless, SwiGLU"
+    return {**sizes, "variants": compare(device, variants, over, rounds)}
+
+
+def tokens_of(device: torch.device, dtype: torch.dtype, tokens: int, dim: int) -> Tensor:
+    return torch.randn(1, tokens, dim, device=device, dtype=dtype, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The measurement of `fig13`: a language model whose experts are resident or offloaded, in every way (Fig. 13).
+"""`fig13`: latency and memory of a language model whose experts are resident or offloaded, in every way (Fig. 13).
 
     variants    resident, blocking, determinate, speculative: models that share all weights but the experts'
     rate        the cache is memory and the store is a file in the page cache, read at a bounded rate: that at which
@@ -11,26 +11,35 @@ One torch thread, so that the thread that reads has a core. A token is computed 
 """
 
 import copy
+import math
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from scmoe.blocks.moe_block import moe_blocks_of
+from scmoe.config.extras import require
 from scmoe.config.load import load
-from scmoe.experiments.engine.process import anonymous_mb, peak_mb, waited_s
+from scmoe.experiments.bench.speed_chart import name_of
+from scmoe.experiments.engine.clock import CPU, middle, undisturbed
+from scmoe.experiments.engine.profiles import anonymous_mb, peak_mb
+from scmoe.experiments.engine.report import Report, write_json
 from scmoe.inference.offload.cache import Cache, FileReader
 from scmoe.inference.offload.migration import WAYS, attach
 from scmoe.inference.offload.store import Store, expert_layers, write_store
 from scmoe.moe.operators import Recorder
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.probes.charts import BLUE, PAPER, RED, SKY, Bar, bar_legend, chart, grouped_bars, heading, height_of, title
 from scmoe.schedule.play import Span
 from scmoe.training.assembly.model import build_model
 
@@ -43,6 +52,12 @@ ARCHITECTURES = {  # in the order of measuring: the first one gives the rates
 }
 RESIDENT = "resident"
 TRIALS = 2  # of a rate
+QUICK: dict[str, Any] = dict(
+    dim=64, ffn_dim=128, heads=2, pairs=2, tokens=(1, 8), rounds=2, limit_s=2.0, max_wait=float("inf")
+)
+# Blocking's extra latency over an MoE block's; the share of it that migration hides; the share of peak memory saved
+PAPERS = {"GPT2-MoE-Medium": (0.8, 0.75, 0.5), "GPT3-MoE-XL": (2.4, 0.25, 0.6)}
+COLORS = {"blocking": RED, "determinate": BLUE, "speculative": SKY}
 
 
 @dataclass(frozen=True)
@@ -120,7 +135,7 @@ def find_rate(variants: dict[str, nn.Module], caches: dict[str, Cache], cost: fl
         times = rounds(two, caches, min(setting.tokens), few)
         if not times.kept:
             raise RuntimeError(f"the process had no core in {setting.limit_s:g} s: measure on a quieter machine")
-        resident_s, blocking_s = (median(own) for own in times.seconds.values())
+        resident_s, blocking_s = (middle(own) for own in times.seconds.values())
         wanted_s = cost * block_and_window(times.operators, variants[RESIDENT])[0]
         extra_s = (blocking_s - resident_s) / setting.pairs if fetch_s else wanted_s
         fetch_s = max(wanted_s / 2, (fetch_s or wanted_s) + wanted_s - extra_s)
@@ -130,15 +145,11 @@ def find_rate(variants: dict[str, nn.Module], caches: dict[str, Cache], cost: fl
 
 def build(setting: Setting, architecture: str) -> nn.Module:
     s = setting
-    sizes = (
-        f"model.layers={2 * s.pairs}",
-        f"model.dim={s.dim}",
-        f"model.heads={s.heads}",
-        f"model.ffn_dim={s.ffn_dim}",
-    )
+    model = (f"layers={2 * s.pairs}", f"dim={s.dim}", f"heads={s.heads}", f"ffn_dim={s.ffn_dim}")
     data = ("data.name=synthetic", "data.vocab_size=256", f"data.seq_len={max(*s.tokens, 8)}")
-    moe = (f"moe.num_experts={s.num_experts}", "moe.capacity_factor=null")
-    return build_model(load(None, [*sizes, *data, *moe, *ARCHITECTURES[architecture]]), ParallelContext()).eval()
+    moe = (f"moe.num_experts={s.num_experts}", "moe.capacity_factor=null", *ARCHITECTURES[architecture])
+    config = load(None, [*(f"model.{size}" for size in model), *data, *moe])
+    return build_model(config, ParallelContext()).eval()
 
 
 @contextmanager
@@ -169,17 +180,15 @@ def rounds(variants: dict[str, nn.Module], caches: dict[str, Cache], tokens: int
     for cache in caches.values():
         cache.needed = cache.hits = 0
     while times.kept < setting.rounds and (time.monotonic() < deadline or not times.tried):
-        ids, logits = torch.randint(256, (1, tokens)), dict[str, Tensor]()
+        ids = torch.randint(256, (1, tokens))
+        logits: dict[str, Tensor] = {}
         for name, variant in variants.items():
-            waited, begin = waited_s(), time.perf_counter()
-            out = variant(ids)
-            seconds = time.perf_counter() - begin
-            if waited_s() - waited <= setting.max_wait * seconds:
-                times.seconds[name].append(seconds)
+            out, seconds = undisturbed(partial(variant, ids), setting.max_wait)
             logits[name] = out.logits_BSV
-        waited, begin = waited_s(), time.perf_counter()
-        operators = in_place(variants[RESIDENT], ids)
-        if waited_s() - waited <= setting.max_wait * (time.perf_counter() - begin):
+            if seconds is not None:
+                times.seconds[name].append(seconds)
+        operators, seconds = undisturbed(partial(in_place, variants[RESIDENT], ids), setting.max_wait)
+        if seconds is not None:
             times.operators += operators
         times.active += [float((stats.counts_E > 0).sum()) for stats in out.stats]
         times.equal_bits &= all(torch.equal(y, logits[RESIDENT]) for y in logits.values())
@@ -200,10 +209,10 @@ def figures(times: Times, model: nn.Module, setting: Setting, rate: float) -> di
     block_s, window_s = block_and_window(times.operators, model)
     active = sum(times.active) / len(times.active)
     fetch_s = active * setting.expert_mb / rate
-    experts_s = median(duration(spans, "experts") for spans in times.operators) * (1 - 1 / active)
-    middle = {name: median(own) for name, own in times.seconds.items()}
-    extra = {name: (s - middle[RESIDENT]) / setting.pairs for name, s in middle.items()}
-    windows = {"determinate": window_s, "speculative": middle[RESIDENT] / setting.pairs}
+    experts_s = middle(duration(spans, "experts") for spans in times.operators) * (1 - 1 / active)
+    taken = {name: middle(own) for name, own in times.seconds.items()}
+    extra = {name: (s - taken[RESIDENT]) / setting.pairs for name, s in taken.items()}
+    windows = {"determinate": window_s, "speculative": taken[RESIDENT] / setting.pairs}
     ways: dict[str, Any] = {RESIDENT: {"latency_ms": 1e3 * block_s, "hidden": None, "bound": None, "hit_rate": None}}
     for way in WAYS:
         bound = min(1.0, (windows[way] + experts_s) / fetch_s) if way in windows else 0.0
@@ -216,7 +225,7 @@ def figures(times: Times, model: nn.Module, setting: Setting, rate: float) -> di
 def in_place(model: nn.Module, ids: Tensor) -> list[list[Span]]:
     """Runs the resident model and returns the operators of each block. Alone they would be faster, with their weights
     in the processor's caches."""
-    recorders = [Recorder(torch.device("cpu")) for _ in moe_blocks_of(model)]
+    recorders = [Recorder(CPU) for _ in moe_blocks_of(model)]
     for block, recorder in zip(moe_blocks_of(model), recorders, strict=True):
         block.run_as(block.schedule, block.moe.dispatcher, recorder)
     model(ids)
@@ -236,7 +245,7 @@ def block_and_window(operators: list[list[Span]], model: nn.Module) -> tuple[flo
         block.append(attentions[-1] + sum(s for name, s in others.items() if name != "mlp"))
         of_window = sum(others[name] for name in window if name != "attention")
         between.append(of_window + sum(attentions[len(attentions) - window.count("attention") :]))
-    return median(block), median(between)
+    return middle(block), middle(between)
 
 
 def duration(spans: list[Span], operator: str) -> float:
@@ -257,3 +266,123 @@ def peaks(model: nn.Module, path: Path, tokens: int, setting: Setting) -> dict[s
         del variant, cache
     weights = sum(p.nbytes for p in model.parameters() if not p.is_meta) / 1e6
     return {"fixed_mb": weights, "peak_mb": {way: mb - fixed for way, mb in found.items()}}
+
+
+def bench_offload(out: Path, setting: Setting) -> dict[str, Any]:
+    """Measure every architecture, print tables, write chart and figures into `out`; return the rows of one token."""
+    require("fig13", "matplotlib")
+    report, rates = dict[str, Any](), None
+    for architecture in sorted(setting.architectures, key=list(ARCHITECTURES).index):
+        print(f"measuring {name_of(architecture)}", file=sys.stderr)
+        with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+            report[architecture] = alone.submit(measure, setting, architecture, rates).result()
+        rates = report[architecture]["rates"]
+    show(report, setting)
+    found = {"rows": rows_of(report), "equal_bits": equal_bits(report)}
+    whole = {**found, "setting": asdict(setting), "architectures": report}
+    write_json(out / "figure-13.json", whole)
+    draw(whole, out / "figure-13.png")
+    print(f"chart and figures: {out / 'figure-13'}.png, .json", file=sys.stderr)
+    return found
+
+
+def rows_of(report: dict[str, Any]) -> dict[str, Any]:
+    """Return {architecture: {way: figures}} of the first case, which has the fewest tokens and the lowest cost."""
+    found = {}
+    for architecture, own in report.items():
+        case, peaks = own["cases"][0], own["memory"]["peak_mb"]
+        same = {"tokens": case["tokens"], "rate_mb_s": case["rate_mb_s"]}
+        found[architecture] = {w: {**f, "peak_mb": peaks[w], **same} for w, f in case["ways"].items()}
+    return found
+
+
+def equal_bits(report: dict[str, Any]) -> bool:
+    return all(case["equal_bits"] for own in report.values() for case in own["cases"])
+
+
+def show(report: dict[str, Any], setting: Setting) -> None:
+    s = setting
+    title = (
+        f"width {s.dim}, {s.ffn_dim} in an expert, {s.num_experts} experts, {s.pairs} MoE layers, fp32, one thread; "
+        f"a time is kept if the process waited for a core during at most {s.max_wait:.0%} of it; medians"
+    )
+    rows, memory = {}, {}
+    for architecture, own in report.items():
+        for case in own["cases"]:
+            row = {**case, **case["ways"]}  # without ways where no time was kept
+            if case["ways"]:
+                resident_ms = row[RESIDENT]["latency_ms"]
+                row["more"] = {way: row[way]["latency_ms"] / resident_ms - 1 for way in COLORS}
+            rows[f"{name_of(architecture)}, {case['tokens']} tokens, {case['rate_mb_s']:.0f} MB/s"] = row
+        peaks = own["memory"]["peak_mb"]
+        whole = peaks[RESIDENT] or math.nan  # experts of --quick fit into pages that the process has
+        shares = {way: peak / whole for way, peak in peaks.items()}
+        memory[name_of(architecture)] = {"fixed": own["memory"]["fixed_mb"], "peak": peaks, "share": shares}
+    columns = {
+        "resident ms": f"{{{RESIDENT}[latency_ms]:.1f}}",
+        "window ms": "{window_ms:.1f}",
+        "fetch ms": "{fetch_ms:.1f}",
+        "blocking": "{more[blocking]:+.0%}",
+        "determinate": "{more[determinate]:+.0%}",
+        "hidden, of it": "{determinate[hidden]:.0%}",
+        "bound": "{determinate[bound]:.0%}",
+        "speculative": "{more[speculative]:+.0%}",
+        "hidden": "{speculative[hidden]:.0%}",
+        "hit rate": "{speculative[hit_rate]:.0%}",
+        "kept": "{kept} of {tried}",
+    }
+    Report(title, rows, columns, "architecture").show()
+    peaks = {way: f"{{peak[{way}]:.0f}} ({{share[{way}]:.2f}})" for way in (RESIDENT, *COLORS)}
+    Report("peak beyond the fixed weights, MB", memory, {"fixed MB": "{fixed:.0f}", **peaks}, "architecture").show()
+    print(f"equal bits: {equal_bits(report)}", file=sys.stderr)
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Draw a panel for each rate, latency over that of resident experts, and one for the memory."""
+    report, tokens = found["architectures"], min(found["setting"]["tokens"])
+    rates = next(iter(report.values()))["rates"]
+    panels = {}
+    for rate, model in zip(rates, PAPERS, strict=False):
+        words = f"MoE block, {tokens} token{'s' if tokens > 1 else ''}, experts fetched at {rate / 1e3:.1f} GB/s"
+        panels[f"{words}:\n% longer than with resident experts"] = latency_bars(report, rate, model)
+    panels["Peak memory, fixed weights and experts or slots:\n% of that with resident experts"] = memory_bars(report)
+    heights = [height_of(groups) for groups in panels.values()]
+    with chart(path, 0.9 + 0.8 * len(panels) + sum(heights)) as figure:
+        axes = figure.subplots(len(heights), 1, height_ratios=heights)
+        for axis, (words, groups) in zip(axes, panels.items(), strict=True):
+            grouped_bars(axis, groups, room=0.22)
+            title(axis, words)
+        heading(figure, "Fig. 13: experts fetched while the backbone runs, on one CPU")
+        names = COLORS | {"paper (its machine)": PAPER}
+        bar_legend(figure, names)
+
+
+def latency_bars(report: dict[str, Any], rate: float, model: str) -> dict[str, list[Bar]]:
+    """Return how much longer a block takes at this rate, in %, and the paper's model for which the rate stands."""
+    cost, hidden, _ = PAPERS[model]
+    groups = {model: [percent(share, PAPER, f" {way}") for way, share in paper_ways(cost, hidden).items()]}
+    for architecture, own in report.items():
+        case = next(case for case in own["cases"] if case["rate_mb_s"] == rate)
+        if ways := case["ways"]:
+            resident = ways[RESIDENT]["latency_ms"]
+            more = {way: ways[way]["latency_ms"] / resident - 1 for way in COLORS if way in ways}
+            groups[name_of(architecture)] = [percent(share, COLORS[way]) for way, share in more.items()]
+    return groups
+
+
+def paper_ways(cost: float, hidden: float) -> dict[str, float]:
+    return {"blocking": cost, "determinate": cost * (1 - hidden)}
+
+
+def memory_bars(report: dict[str, Any]) -> dict[str, list[Bar]]:
+    """Return all weights on the device and the activations, as a share of that with resident experts."""
+    groups = {model: [percent(1 - less, PAPER)] for model, (_, _, less) in PAPERS.items()}
+    for architecture, own in report.items():
+        fixed, peaks = own["memory"]["fixed_mb"], own["memory"]["peak_mb"]
+        share = (fixed + peaks["determinate"]) / (fixed + peaks[RESIDENT])
+        groups[name_of(architecture)] = [percent(share, COLORS["determinate"])]
+    return groups
+
+
+def percent(share: float, color: str, words: str = "") -> Bar:
+    return Bar(100 * share, color, f"{100 * share:.0f}{words}")

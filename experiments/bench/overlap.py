@@ -6,14 +6,14 @@ share of communication.
     rounds                   all variants in turn, then again; ratios are taken within a round
 """
 
-import itertools
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from statistics import median
+from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from torch import nn
 from scmoe.experiments.bench import emulated
 from scmoe.experiments.bench.pairs import ROWS, Setting, Step, default_schedule, make_block
 from scmoe.experiments.engine import links
+from scmoe.experiments.engine.clock import CPU, in_turn, middle
 from scmoe.experiments.engine.profiles import peak_bytes
 from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.operators import Recorder
@@ -99,12 +100,13 @@ class Bench:
 
     def set(self, variant: Variant, recorder: Recorder | None = None) -> Step:
         """Makes the blocks run as the variant says. recorder: notes operators, and transfers that overlap."""
-        paid = self.paid if recorder is None else self.paid.recorded_by(recorder)
-        # a transfer that is waited for at once is an operator like any other
-        ways: dict[str, Dispatcher] = {"overlapped": paid, "sequential": Blocking(self.paid), "free": self.free}
-        ways["alone"] = self.free
+        dispatcher: Dispatcher = self.free
+        if variant.way == "overlapped":
+            dispatcher = self.paid if recorder is None else self.paid.recorded_by(recorder)
+        elif variant.way == "sequential":  # a transfer that is waited for at once is an operator like any other
+            dispatcher = Blocking(self.paid)
         for block in self.stacks[variant.block]:
-            block.run_as(variant.schedule, ways[variant.way], recorder)
+            block.run_as(variant.schedule, dispatcher, recorder)
         return self.steps[variant.block]
 
     def now(self) -> tuple[float, float]:
@@ -113,19 +115,29 @@ class Bench:
             torch.cuda.synchronize(self.device)
         return time.perf_counter(), time.process_time()
 
+    def infer(self, variant: Variant) -> float:
+        """Wall-clock seconds of a forward pass without gradients."""
+        return self.forward(variant)[0]
+
     @torch.no_grad()
-    def infer(self, variant: Variant) -> tuple[float, float]:
+    def forward(self, variant: Variant) -> tuple[float, float]:
         """Wall-clock and processor seconds of a forward pass without gradients."""
         step = self.set(variant)
         dist.barrier()
-        (t0, c0), _, (t1, c1) = self.now(), step.model(self.x), self.now()
+        t0, c0 = self.now()
+        step.model(self.x)
+        t1, c1 = self.now()
         return t1 - t0, c1 - c0
 
     def seconds(self, variant: Variant) -> Seconds:
-        (forward, cpu_forward), step = self.infer(variant), self.steps[variant.block]
+        """The times of a forward pass and then of a training step."""
+        forward, cpu_forward = self.forward(variant)
+        step = self.steps[variant.block]
         dist.barrier()
         with step.without_reduction() if variant.way == "alone" else nullcontext():
-            (t0, c0), y, (t1, _) = self.now(), step.model(self.x), self.now()
+            t0, c0 = self.now()
+            y = step.model(self.x)
+            t1, _ = self.now()
             step.backward(y)
         t2, _ = self.now()
         step.update()
@@ -135,13 +147,11 @@ class Bench:
         self.iterations += 1
         return Seconds(forward, t3 - t0, t1 - t0, cpu_forward, c3 - c0, t3 - t2)
 
-    def rounds(self, variants: Sequence[Variant], rounds: int, what: str = "") -> dict[Variant, Seconds]:
+    def rounds(self, variants: Iterable[Variant], rounds: int, what: str = "") -> dict[Variant, Seconds]:
         """Runs all variants in turn, `rounds` times."""
-        times = []
-        for i in range(rounds):
-            show(f"{what}round {i + 1} of {rounds}, {len(variants)} variants")
-            times.append([self.seconds(v) for v in variants])
-        return {v: Seconds(*own) for v, own in zip(variants, slowest(times).transpose(1, 2, 0), strict=True)}
+        runs = {variant: partial(self.seconds, variant) for variant in variants}
+        times = in_turn(runs, rounds, warm_up=0, over_ranks=True, say=lambda line: say(what + line))
+        return {variant: Seconds(*own) for variant, own in times.items()}
 
     def choose(self, block: str, chunk_counts: Sequence[int]) -> LayerChoice:
         """The planner's choice, made from training steps as in a run."""
@@ -183,8 +193,8 @@ def exchange_of(setting: Setting) -> Exchange | None:
     """How rows travel between the setting's nodes. Every rank must call it."""
     if setting.exchange == "flat":
         return None
-    place = dist.get_world_size(), torch.device("cpu"), timedelta(seconds=300)
-    return build_context(*place, setting.exchange, dist.get_world_size() // setting.nodes, show).exchange
+    ranks, timeout = dist.get_world_size(), timedelta(seconds=300)
+    return build_context(ranks, CPU, timeout, setting.exchange, ranks // setting.nodes, say).exchange
 
 
 def set_rates(mbit: float, nodes: int) -> None:
@@ -198,20 +208,27 @@ def set_rates(mbit: float, nodes: int) -> None:
     dist.barrier()
 
 
-def slowest(values: list[Any]) -> Any:
-    """The maximum of each number over all ranks, as an array. values: nested lists or tuples, of equal lengths."""
-    worst = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    return worst.numpy()
-
-
-def show(line: str) -> None:
+def say(line: str) -> None:
     """Prints a line of progress, on one rank."""
     if dist.get_rank() == 0:
         print(line, file=sys.stderr, flush=True)
 
 
-def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Any]:
+class Measured(NamedTuple):
+    """rate: Bench.set_rate's, None without one. By row: the planner's choice, the best variant, the planner's, and the
+    memory of a step in MB. times: of each variant. gradients: by block (Bench.gradients). iterations: timed in all."""
+
+    rate: float | None
+    choices: dict[str, LayerChoice]
+    best: dict[str, Variant]
+    chosen: dict[str, Variant]
+    peaks: dict[str, float]
+    times: dict[Variant, Seconds]
+    gradients: dict[str, list[tuple[float, int]]]
+    iterations: int
+
+
+def measure(rank: int, world_size: int, setting: Setting) -> Measured:
     """Runs on every rank; the caller uses rank 0's result.
 
     Measures, round by round, the best schedules of each row, the planner's choice, and each block sequential and free.
@@ -220,24 +237,22 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Any]:
     dist.init_process_group("gloo")
     bench = Bench(setting)
     rate = find_rate(bench) if setting.shaped or setting.bus else None
-    choices, chosen, candidates = {}, {}, {}
+    choices, candidates = {}, {}
     for row in setting.rows:
-        show(f"planning {row}")
+        say(f"planning {row}")
         block, counts = ROWS[row]
         choices[row] = bench.choose(block, counts)
-        chosen[row] = Variant(block, choices[row].schedule)
         candidates[row] = [Variant(block, s) for c in counts for s in slots(replace(default_schedule(block), chunks=c))]
-    tried = bench.rounds(list(itertools.chain(*candidates.values())), TRIALS, "trying every schedule: ")
+    chosen = {row: Variant(ROWS[row][0], choice.schedule) for row, choice in choices.items()}
+    tried = bench.rounds(chain(*candidates.values()), TRIALS, "trying every schedule: ")
     finalists = {row: [*nearest(variants, tried), chosen[row]] for row, variants in candidates.items()}
     ways = ("sequential", "free", "alone") if setting.level == "iteration" else ("sequential", "free")
-    references = [Variant(b, default_schedule(b), way) for b in bench.stacks for way in ways]
-    measured = dict.fromkeys(itertools.chain(references, *finalists.values()))
-    times = bench.rounds(list(measured), setting.rounds)
-    best = {row: min(variants, key=lambda v: median(times[v].train)) for row, variants in finalists.items()}
+    references = [Variant(block, default_schedule(block), way) for block in bench.stacks for way in ways]
+    times = bench.rounds(chain(references, *finalists.values()), setting.rounds)
+    best = {row: min(variants, key=lambda v: middle(times[v].train)) for row, variants in finalists.items()}
     peaks = {row: bench.peak_mb(v) for row, v in best.items()}
     gradients = {block: bench.gradients(block) for block in bench.stacks}
-    found = dict(rate=rate, choices=choices, best=best, chosen=chosen, times=times, peaks=peaks, gradients=gradients)
-    return {**found, "iterations": bench.iterations}
+    return Measured(rate, choices, best, chosen, peaks, times, gradients, bench.iterations)
 
 
 def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> list[Variant]:
@@ -254,8 +269,7 @@ class Timed(Protocol):
 
     def set_rate(self, rate: float) -> None: ...
 
-    def infer(self, variant: Variant) -> tuple[float, float]:
-        """Wall-clock seconds of a forward pass without gradients, and another number."""
+    def infer(self, variant: Variant) -> float: ...
 
 
 def through_link(ranks: int, nodes: int) -> float:
@@ -270,22 +284,22 @@ def find_rate(bench: Timed) -> float:
     if s.link_mbit is not None:
         bench.set_rate(s.link_mbit)
         return s.link_mbit
-    pair = [Variant("top2", default_schedule("top2"), way) for way in ("sequential", "free")]
+    sequential, free = (Variant("top2", default_schedule("top2"), way) for way in ("sequential", "free"))
 
-    def forward(variants: Sequence[Variant]) -> Any:
-        """[variants, rounds] seconds. A first round, to warm up, is left out."""
-        return slowest([[bench.infer(v)[0] for v in variants] for _ in range(1 + SEARCH_ROUNDS)])[1:].T
+    def forward(*variants: Variant) -> dict[Variant, Any]:
+        runs = {variant: partial(bench.infer, variant) for variant in variants}
+        return in_turn(runs, SEARCH_ROUNDS, over_ranks=True)
 
-    t_free = median(forward(pair[1:])[0])
+    t_free = middle(forward(free)[free])
     ranks = dist.get_world_size()
     sent_bits = 2 * 2 * s.pairs * s.tokens * s.dim * 32 * through_link(ranks, s.nodes)
     rate = 1.0 if s.bus else sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
     for _ in range(8):
         bench.set_rate(rate)
-        sequential, free = forward(pair)
-        share = median(1 - free / sequential)
+        times = forward(sequential, free)
+        share = middle(1 - times[free] / times[sequential])
         where = f"bus at {rate:.3g} of its rate" if s.bus else f"links at {rate:.0f} Mbit/s"
-        show(f"{where}: communication share {share:.3f}, wanted {wanted:g}")
+        say(f"{where}: communication share {share:.3f}, wanted {wanted:g}")
         if abs(share - wanted) < 0.01:
             break
         factor = share / (1 - share) / (wanted / (1 - wanted))

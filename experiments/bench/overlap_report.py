@@ -3,31 +3,27 @@
 Ratios are to sequential top-2, taken round by round, medians.
 """
 
-import json
 import sys
-from collections.abc import Sequence
 from dataclasses import fields
-from statistics import median, quantiles
 from typing import Any
 
+import numpy as np
 import torch
-from numpy import asarray
-from rich.console import Console
-from rich.table import Column, Table
 
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench.exchange import why_no_nodes
-from scmoe.experiments.bench.overlap import Seconds, Variant, measure, through_link
+from scmoe.experiments.bench.overlap import Measured, Seconds, Variant, measure, through_link
 from scmoe.experiments.bench.pairs import ROWS, TOP_K, Setting, default_schedule
 from scmoe.experiments.bench.speed_chart import draw, ranks_of
 from scmoe.experiments.engine import links
+from scmoe.experiments.engine.clock import middle, quartiles
 from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.experiments.engine.report import Report, write_json
 from scmoe.schedule.cost import OperatorTimes, exposed_time, overlap_efficiency
 from scmoe.schedule.limit import least_time
 
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Setting)}
-KINDS = ("forward", "train")
 PAYLOAD = 1448 / 1514  # of what a link carries; the rest is headers of TCP, IP and Ethernet
 OF_COMPUTE = {"ffn_dim": "real", "heads": "real", "attention_ms": "emulated", "attention_to_mlp": "emulated"}
 
@@ -62,7 +58,7 @@ def bench_overlap(options: dict[str, Any]) -> dict[str, Any]:
     name = f"overlap-{setting.compute}-{setting.level}-{machine}-{at}"
     show(report)
     draw(report, out / f"{name}.png")
-    (out / f"{name}.json").write_text(json.dumps(report, indent=1))
+    write_json(out / f"{name}.json", report)
     print(f"chart and figures: {out / name}.png, .json", file=sys.stderr)
     return report
 
@@ -107,104 +103,110 @@ def why_uneven(tokens: int, seq_len: int, num_experts: int, ranks: int) -> str |
     return None
 
 
-def summary(setting: Setting, ranks: int, result: dict[str, Any]) -> dict[str, Any]:
-    """Return the medians of the rounds, by row. result: what `measure` returned on rank 0."""
-    times = result["times"]
-    best = {name: times[variant] for name, variant in result["best"].items()}
-    iteration = setting.level == "iteration"
-
-    def references(block: str) -> list[Seconds]:
-        return [times[Variant(block, default_schedule(block), way)] for way in ("sequential", "free")]
-
-    baseline, baseline_free = references("top2")
-    limited = iteration and setting.shaped  # a limit with gradients needs the rate of the links
-
-    def least(block: str) -> Any:
-        alone = times[Variant(block, default_schedule(block), "alone")]
-        return least_times(setting, ranks, result["rate"], block, alone, result["gradients"][block])
-
-    def gradient_mb(block: str) -> float:
-        return sum(size for _, size in result["gradients"][block]) / 2**20
-
-    def row(name: str) -> dict[str, Any]:
-        schedule, chosen = result["best"][name].schedule, result["chosen"][name]
-        own, block = best[name], ROWS[name][0]
-        sequential, free = references(block)
-        forward, train = baseline.forward / own.forward, baseline.train / own.train
-        exposed = setting.pairs * exposed_time(schedule, result["choices"][name].times[schedule.chunks])
-        return {
-            "forward_ms": 1e3 * median(own.forward),
-            "train_ms": 1e3 * median(own.train),
-            "forward_speedup": median(forward),
-            "train_speedup": median(train),
-            "forward_quartiles": quantiles(forward, n=4)[::2],
-            "train_quartiles": quantiles(train, n=4)[::2],
-            "overlap_forward": median(overlap_efficiency(own.forward, sequential.forward, free.forward)),
-            "overlap_backward": median(overlap_efficiency(own.backward, sequential.backward, free.backward)),
-            "slot": schedule.slot,
-            "chunks": schedule.chunks,
-            "auto_slot": chosen.schedule.slot,
-            "auto_chunks": chosen.schedule.chunks,
-            "auto_over_best": median(times[chosen].train / own.train),
-            "measured_over_model": median(own.train) / (median(free.train) + exposed),
-            "peak_mb": result["peaks"][name],
-            "links": "bus" if setting.bus else "shaped" if setting.shaped else "loopback",
-            "compute": setting.compute,
-            **({"gradient_mb": gradient_mb(block)} if iteration else {}),
-            **({"limit_train": median(baseline.train / least(block))} if limited else {}),
-            **({"of_limit": median(least(block) / own.train)} if limited else {}),
-        }
-
-    def over(reference: str) -> dict[str, Any]:
-        """Return the quartiles of each row's times over those of one row."""
-
-        def quartiles(own: Seconds, kind: str) -> list[float]:
-            return quantiles(getattr(own, kind) / getattr(best[reference], kind), n=4)
-
-        return {kind: {name: quartiles(own, kind) for name, own in best.items()} for kind in KINDS}
-
-    rows = {name: row(name) for name in setting.rows}
-    scmoe = min((name for name in rows if name.startswith("scmoe")), key=lambda n: rows[n]["train_ms"], default=None)
-    fastest = max(rows, key=lambda name: rows[name]["forward_speedup"])
-    limit_forward = median(baseline.forward / baseline_free.forward)
-    return {
+def summary(setting: Setting, ranks: int, found: Measured) -> dict[str, Any]:
+    """Return the medians of the rounds, by row. found: what `measure` returned on rank 0."""
+    sequential, free = way_of(found, "top2", "sequential"), way_of(found, "top2", "free")
+    limit_forward = middle(sequential.forward / free.forward)
+    least = least_times(setting, ranks, found, "top2") if has_limit(setting) else free.train
+    report: dict[str, Any] = {
         "wanted_share": setting.share if setting.link_mbit is None else None,
         "comm_share": 1 - 1 / limit_forward,
-        "link_mbit": None if setting.bus else result["rate"],
-        **({"bus_rate": result["rate"]} if setting.bus else {}),
+        "link_mbit": None if setting.bus else found.rate,
         "ranks": ranks,
-        **({"nodes": setting.nodes, "exchange": setting.exchange} if setting.nodes > 1 else {}),
         "device": torch.cuda.get_device_name() if setting.device == "cuda" else "cpu",
         "compute": setting.compute,
         "level": setting.level,
-        **({"gradient_mb": gradient_mb("top2"), "reductions": setting.reductions} if iteration else {}),
         "rounds": setting.rounds,
-        "iterations": result["iterations"],
+        "iterations": found.iterations,
         "limit_forward": limit_forward,
-        "limit_train": median(baseline.train / (least("top2") if limited else baseline_free.train)),
-        "transfer_cpu_ms_forward": median(1e3 * baseline.cpu_forward - 1e3 * baseline_free.cpu_forward),
-        "transfer_cpu_ms_train": median(1e3 * baseline.cpu_train - 1e3 * baseline_free.cpu_train),
-        "fastest_forward": {
-            "row": fastest,
-            "over": {name: median(own.forward / best[fastest].forward) for name, own in best.items()},
-        },
-        **({"fastest_scmoe": {"row": scmoe, "over": over(scmoe)}} if scmoe else {}),
-        **({"top2_operators_ms": operators_ms(result["choices"]["top2"].times[1])} if "top2" in rows else {}),
-        "rows": rows,
+        "limit_train": middle(sequential.train / least),
+        "transfer_cpu_ms_forward": middle(1e3 * sequential.cpu_forward - 1e3 * free.cpu_forward),
+        "transfer_cpu_ms_train": middle(1e3 * sequential.cpu_train - 1e3 * free.cpu_train),
     }
+    if setting.bus:
+        report["bus_rate"] = found.rate
+    if setting.nodes > 1:
+        report |= {"nodes": setting.nodes, "exchange": setting.exchange}
+    if setting.level == "iteration":
+        report |= {"gradient_mb": gradient_mb(found, "top2"), "reductions": setting.reductions}
+    rows = {name: row_of(setting, ranks, found, name) for name in setting.rows}
+    best = {name: found.times[variant] for name, variant in found.best.items()}
+    fastest = max(rows, key=lambda name: rows[name]["forward_speedup"])
+    over_fastest = {name: middle(own.forward / best[fastest].forward) for name, own in best.items()}
+    report["fastest_forward"] = {"row": fastest, "over": over_fastest}
+    if scmoe := [name for name in rows if name.startswith("scmoe")]:
+        quickest = min(scmoe, key=lambda name: rows[name]["train_ms"])
+        forward = {name: all_quartiles(own.forward / best[quickest].forward) for name, own in best.items()}
+        train = {name: all_quartiles(own.train / best[quickest].train) for name, own in best.items()}
+        report["fastest_scmoe"] = {"row": quickest, "over": {"forward": forward, "train": train}}
+    if "top2" in rows:
+        report["top2_operators_ms"] = operators_ms(found.choices["top2"].times[1])
+    return {**report, "rows": rows}
 
 
-def least_times(
-    setting: Setting, ranks: int, mbit: float, block: str, alone: Seconds, gradients: Sequence[tuple[float, int]]
-) -> Any:
-    """Return the least time of an iteration in each round, by schedule/limit.py. alone: times without transfers.
-    gradients: when each can start, as a part of backward, and its bytes. A ring sends 2 (ranks - 1) / ranks of them."""
-    bytes_per_s, sent = mbit * 1e6 / 8 * PAYLOAD, 1 - 1 / ranks
+def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str, Any]:
+    """Return the figures of one row: its best schedule beside sequential top-2."""
+    block, schedule, chosen = ROWS[name][0], found.best[name].schedule, found.chosen[name]
+    own, top2 = found.times[found.best[name]], way_of(found, "top2", "sequential")
+    sequential, free = way_of(found, block, "sequential"), way_of(found, block, "free")
+    forward, train = top2.forward / own.forward, top2.train / own.train
+    exposed = setting.pairs * exposed_time(schedule, found.choices[name].times[schedule.chunks])
+    row = {
+        "forward_ms": 1e3 * middle(own.forward),
+        "train_ms": 1e3 * middle(own.train),
+        "forward_speedup": middle(forward),
+        "train_speedup": middle(train),
+        "forward_quartiles": quartiles(forward),
+        "train_quartiles": quartiles(train),
+        "overlap_forward": middle(overlap_efficiency(own.forward, sequential.forward, free.forward)),
+        "overlap_backward": middle(overlap_efficiency(own.backward, sequential.backward, free.backward)),
+        "slot": schedule.slot,
+        "chunks": schedule.chunks,
+        "auto_slot": chosen.schedule.slot,
+        "auto_chunks": chosen.schedule.chunks,
+        "auto_over_best": middle(found.times[chosen].train / own.train),
+        "measured_over_model": middle(own.train) / (middle(free.train) + exposed),
+        "peak_mb": found.peaks[name],
+        "links": "bus" if setting.bus else "shaped" if setting.shaped else "loopback",
+        "compute": setting.compute,
+    }
+    if setting.level == "iteration":
+        row["gradient_mb"] = gradient_mb(found, block)
+    if has_limit(setting):
+        least = least_times(setting, ranks, found, block)
+        row |= {"limit_train": middle(top2.train / least), "of_limit": middle(least / own.train)}
+    return row
+
+
+def way_of(found: Measured, block: str, way: str) -> Seconds:
+    return found.times[Variant(block, default_schedule(block), way)]
+
+
+def has_limit(setting: Setting) -> bool:
+    """Whether an iteration's limit is known, which has gradients: it requires the rate of the links."""
+    return setting.level == "iteration" and setting.shaped
+
+
+def gradient_mb(found: Measured, block: str) -> float:
+    return sum(size for _, size in found.gradients[block]) / 2**20
+
+
+def all_quartiles(values: Any) -> list[float]:
+    first, third = quartiles(values)
+    return [first, middle(values), third]
+
+
+def least_times(setting: Setting, ranks: int, found: Measured, block: str) -> Any:
+    """Return the least time of an iteration in each round, by schedule/limit.py, from its times without transfers. A
+    ring sends 2 (ranks - 1) / ranks of the gradients' bytes."""
+    assert found.rate is not None
+    alone = way_of(found, block, "alone")
+    bytes_per_s, sent = found.rate * 1e6 / 8 * PAYLOAD, 1 - 1 / ranks
     of_a_rank = 2 * setting.pairs * TOP_K.get(block, 1) * setting.tokens * setting.dim * 4
     rows = of_a_rank * through_link(ranks, setting.nodes) / bytes_per_s
-    sums = [(part, 2 * sent * size / bytes_per_s) for part, size in gradients]
+    sums = [(part, 2 * sent * size / bytes_per_s) for part, size in found.gradients[block]]
     rounds = zip(alone.train_forward, alone.backward - alone.update, alone.update, strict=True)
-    return asarray([least_time(f, b, u, rows, [(part * b, s) for part, s in sums]) for f, b, u in rounds])
+    return np.asarray([least_time(f, b, u, rows, [(part * b, s) for part, s in sums]) for f, b, u in rounds])
 
 
 def operators_ms(times: OperatorTimes) -> dict[str, dict[str, float]]:
@@ -219,16 +221,17 @@ def show(report: dict[str, Any]) -> None:
         f"{report['comm_share']:.2f}; limit {report['limit_forward']:.2f} forward, {report['limit_train']:.2f} "
         f"training; medians of {report['rounds']} rounds, [quartiles]"
     )
-    columns = ["forward", "training", "hidden fwd", "bwd", "slot x chunks", "auto", "/ best", "/ model", "peak"]
-    columns += ["of its limit"] * ("reductions" in report)
-    numbers = (Column(column, justify="right", no_wrap=True) for column in columns)
-    table = Table(Column("row", no_wrap=True), *numbers, title=title, title_justify="left")
-    cell = "{:.2f} [{:.2f} {:.2f}]".format
-    for name, r in report["rows"].items():
-        speed = [cell(r[f"{kind}_speedup"], *r[f"{kind}_quartiles"]) for kind in ("forward", "train")]
-        hidden = [f"{100 * r[f'overlap_{d}']:.0f} %" for d in ("forward", "backward")]
-        schedules = f"{r['slot']} x {r['chunks']}", f"{r['auto_slot']} x {r['auto_chunks']}"
-        ratios = [f"{r[k]:.3f}" for k in ("auto_over_best", "measured_over_model")]
-        of_limit = [f"{r['of_limit']:.3f}"] if "of_limit" in r else []
-        table.add_row(name, *speed, *hidden, *schedules, *ratios, f"{r['peak_mb']:.0f} MB", *of_limit)
-    Console(stderr=True, width=150).print(table)
+    columns = {
+        "forward": "{forward_speedup:.2f} [{forward_quartiles[0]:.2f} {forward_quartiles[1]:.2f}]",
+        "training": "{train_speedup:.2f} [{train_quartiles[0]:.2f} {train_quartiles[1]:.2f}]",
+        "hidden fwd": "{overlap_forward:.0%}",
+        "bwd": "{overlap_backward:.0%}",
+        "slot x chunks": "{slot} x {chunks}",
+        "auto": "{auto_slot} x {auto_chunks}",
+        "/ best": "{auto_over_best:.3f}",
+        "/ model": "{measured_over_model:.3f}",
+        "peak": "{peak_mb:.0f} MB",
+    }
+    if report["level"] == "iteration":
+        columns["of its limit"] = "{of_limit:.3f}"
+    Report(title, report["rows"], columns).show()

@@ -14,6 +14,7 @@ from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP, Attention, Residual
+from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench.emulated import EmulatedExperts, EmulatedOperator
 from scmoe.moe.coefficient import CG1
 from scmoe.moe.experts import Experts
@@ -71,6 +72,12 @@ class Setting:
     def pairs(self) -> int:
         """Pairs in a row."""
         return 2 if self.level == "iteration" else 1
+
+
+def check_ranks(ranks: int) -> None:
+    """Raise ConfigError for a number of ranks that cannot share the usual number of experts."""
+    if ranks < 2 or Setting.num_experts % ranks:
+        raise ConfigError(f"--ranks is {ranks}, allowed: divisors of the {Setting.num_experts} experts from 2 on")
 
 
 def default_schedule(block: str) -> Schedule:

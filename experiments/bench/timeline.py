@@ -54,12 +54,6 @@ def bench_timeline(share: float, compute: str, position: str, ranks: int, out: P
     return {"link_mbit": rate, "traces": traces}
 
 
-def check(ranks: int) -> None:
-    """Raise ConfigError for a number of ranks that cannot share the experts."""
-    if ranks < 2 or Setting.num_experts % ranks:
-        raise ConfigError(f"--ranks is {ranks}, allowed: divisors of the {Setting.num_experts} experts from 2 on")
-
-
 def draw_plan(run_dir: Path) -> dict[str, Any]:
     """Draw the plan of a run, forward and backward, into its folder `analysis`. ConfigError: it has no plan."""
     path = run_dir / "plan.json"
@@ -124,10 +118,10 @@ def measured_spans(bench: Bench, variant: Variant, direction: Direction) -> list
         _, spans = from_tap(recorder.spans(direction), direction)
         start = min(span.start for span in spans)
         steps.append([Span(s.operator, 1e3 * (s.start - start), 1e3 * (s.end - start)) for s in spans])
-    return in_turn(sorted(steps[1:], key=elapsed)[STEPS // 2])
+    return one_at_a_time(sorted(steps[1:], key=elapsed)[STEPS // 2])
 
 
-def in_turn(spans: list[Span]) -> list[Span]:
+def one_at_a_time(spans: list[Span]) -> list[Span]:
     """Shortens transfers, which are noted from their launch on, to the time on the link: it carries one at a time."""
     shown, free = [], 0.0
     for span in sorted(spans, key=lambda span: span.end):

@@ -4,8 +4,10 @@ The speed of a shared machine drifts, so a variant is compared only with what ra
 together, a round counts as the slowest rank has it.
 """
 
+import os
 import time
 from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, TypeVar
 
@@ -15,6 +17,7 @@ import torch.distributed as dist
 
 CPU = torch.device("cpu")
 Name = TypeVar("Name", bound=Hashable)
+Result = TypeVar("Result")
 
 
 def seconds(run: Callable[[], Any], device: torch.device = CPU) -> float:
@@ -31,6 +34,21 @@ def seconds(run: Callable[[], Any], device: torch.device = CPU) -> float:
     return start_event.elapsed_time(end_event) / 1e3
 
 
+def undisturbed(run: Callable[[], Result], max_wait: float) -> tuple[Result, float | None]:
+    """Returns what `run` returns and its seconds; None for these if the threads of this process were ready to run and
+    had no core for more than a share max_wait of them."""
+    waited, begun = _waited_s(), time.perf_counter()
+    result = run()
+    seconds = time.perf_counter() - begun
+    return result, seconds if _waited_s() - waited <= max_wait * seconds else None
+
+
+def _waited_s() -> float:
+    """Returns the seconds that the threads of this process have been ready to run and had no core, so far."""
+    threads = os.listdir("/proc/self/task")
+    return sum(int(Path(f"/proc/self/task/{t}/schedstat").read_text().split()[1]) for t in threads) / 1e9
+
+
 def in_turn(
     variants: Mapping[Name, Callable[[], Any]],
     rounds: int,
@@ -40,18 +58,17 @@ def in_turn(
 ) -> dict[Name, np.ndarray]:
     """Run all variants once in each round, after rounds to warm up that are left out.
 
-    variants: each returns what it has measured, a number or a sequence of numbers. over_ranks: every rank calls this,
-    and each number is that of the slowest rank. say: is told of each round. Returns [rounds], or [numbers, rounds].
+    variants: each returns what it has measured, a number or nested sequences of numbers. over_ranks: every rank calls
+    this, and each number is that of the slowest rank. say: is told of each round. Returns [..., rounds] by variant.
     """
-    measured = []
+    measured: dict[Name, list[Any]] = {name: [] for name in variants}
     for i in range(warm_up + rounds):
         if say is not None:
             say(f"round {max(0, i + 1 - warm_up)} of {rounds}, {len(variants)} variants")
-        measured.append([run() for run in variants.values()])
-    values = np.asarray(measured[warm_up:], dtype=np.float64)
-    if over_ranks:
-        values = slowest(values)
-    return {name: values[:, i].T for i, name in enumerate(variants)}
+        for name, run in variants.items():
+            measured[name].append(run())
+    kept = {name: np.asarray(values[warm_up:], dtype=np.float64) for name, values in measured.items()}
+    return {name: np.moveaxis(slowest(values) if over_ranks else values, 0, -1) for name, values in kept.items()}
 
 
 def slowest(values: Any) -> np.ndarray:
@@ -62,7 +79,7 @@ def slowest(values: Any) -> np.ndarray:
 
 
 def middle(values: Any) -> float:
-    """Return the median of one number's rounds."""
+    """Return the median."""
     return float(median(values))
 
 

@@ -10,11 +10,11 @@ from importlib import import_module
 from typing import Annotated, Any, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
-from rich.console import Console
 
 from scmoe import __version__
 from scmoe.config.extras import explained, scmoe
 from scmoe.config.leaves import ConfigError
+from scmoe.experiments.engine.report import console
 
 VERBS = {
     "train": "train a model",
@@ -76,13 +76,13 @@ def call(*words: str) -> int:
 
 def app_of(verb: str = "") -> App:
     """Return the command line. The script of `verb` is imported, any other one only where it is needed."""
-    console = Console()
+    screen = console(stderr=False)
     app = App(
         name="scmoe",
         help="Shortcut-connected expert parallelism: train, measure, compare.",
         help_format="plaintext",
         version=f"scmoe {__version__}",
-        console=console if console.is_terminal else Console(width=HELP_COLUMNS),
+        console=screen if screen.is_terminal else console(HELP_COLUMNS, stderr=False),
         default_parameter=Parameter(negative=(), consume_multiple=True, allow_repeating=True, show_default=default),
         suppress_keyboard_interrupt=False,
     )

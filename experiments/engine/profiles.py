@@ -1,13 +1,17 @@
-"""What torch's profiler recorded, as plain events, and the memory that a step takes.
+"""What a step takes: its operators, kernels, waits and memory by torch's profiler, its memory by Linux.
 
 Events are those of a Chrome trace: dictionaries with `cat`, `name`, `ts` and `dur` in microseconds, `tid` and `args`.
+A kernel belongs to the operator (scmoe/<name>) inside which the host launched it. Operators are named in forward only.
 """
 
 import gzip
 import itertools
 import json
+import re
 import tempfile
-from collections.abc import Callable
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 Event = dict[str, Any]
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+CALLS = ("cuda_runtime", "cuda_driver")
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cuStreamSynchronize")
+PREFIX = "scmoe/"
+TOP = 10  # kernels that are listed
 
 
 def recorded(device: torch.device, step: Callable[[], object], memory: bool = False) -> profile:
@@ -49,3 +58,103 @@ def peak_bytes(device: torch.device, step: Callable[[], object]) -> int:
     events = [e for e in events_of(recorded(device, step, memory=True)) if e.get("name") == "[memory]"]
     changes = (e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"]))  # below 0 where memory is freed
     return max(itertools.accumulate(changes))
+
+
+def spans(events: Iterable[Event]) -> list[Event]:
+    """Returns the events that have a begin and an end."""
+    return [e for e in events if e.get("ph") == "X" and "cat" in e]
+
+
+def within(events: Iterable[Event], name: str) -> list[Event]:
+    """Returns the events that the host began inside the range `name` (record_function), on any thread, and the work of
+    the device that it launched there."""
+    events = spans(events)
+    outer = next(e for e in events if e["name"] == name and e["cat"] == "user_annotation")
+    inside = [e for e in events if e["cat"] not in ON_DEVICE and contains(outer, e)]
+    launched = {e["args"]["correlation"] for e in inside if e["cat"] in CALLS}
+    return inside + [e for e in events if e["cat"] in ON_DEVICE and e["args"].get("correlation") in launched]
+
+
+def contains(outer: Event, inner: Event) -> bool:
+    return outer["ts"] <= inner["ts"] < outer["ts"] + outer["dur"]
+
+
+def innermost(events: Sequence[Event], call: Event, kinds: tuple[str, ...], prefix: str = "") -> str | None:
+    """Returns the name of the shortest range around a call on its thread."""
+    around = [e for e in events if e["cat"] in kinds and e["tid"] == call["tid"] and contains(e, call)]
+    around = [e for e in around if e is not call and e["name"].startswith(prefix)]
+    return min(around, key=lambda e: e["dur"])["name"] if around else None
+
+
+def operator_ms(events: Sequence[Event]) -> dict[str, float]:
+    """Returns the milliseconds of each operator in forward: of its work on the device, or, without one, on the host."""
+    ranges = [e for e in events if e["cat"] == "user_annotation" and e["name"].startswith(PREFIX)]
+    found: defaultdict[str, float] = defaultdict(float)
+    if not any(e["cat"] in ON_DEVICE for e in events):
+        for e in ranges:
+            found[e["name"].removeprefix(PREFIX)] += e["dur"] / 1e3
+        return dict(found)
+    operator_of = {
+        call["args"]["correlation"]: innermost(ranges, call, ("user_annotation",), PREFIX)
+        for call in events
+        if call["cat"] in CALLS
+    }
+    for e in events:
+        if e["cat"] in ON_DEVICE and (name := operator_of.get(e["args"].get("correlation"))):
+            found[name.removeprefix(PREFIX)] += e["dur"] / 1e3
+    return dict(found)
+
+
+def device_work(events: Sequence[Event]) -> dict[str, Any]:
+    """Returns the number of kernels and copies, their milliseconds, and the kernels that take the most."""
+    kernels = [e for e in events if e["cat"] == "kernel"]
+    copies = [e for e in events if e["cat"] in ON_DEVICE and e["cat"] != "kernel"]
+    by_name: Counter[str] = Counter()
+    for e in kernels:
+        by_name[e["name"][:80]] += e["dur"] / 1e3
+    return {
+        "kernels": len(kernels),
+        "kernel_ms": sum(e["dur"] for e in kernels) / 1e3,
+        "copies": len(copies),
+        "copy_ms": sum(e["dur"] for e in copies) / 1e3,
+        "longest_kernels_ms": dict(by_name.most_common(TOP)),
+    }
+
+
+def host_waits(events: Sequence[Event]) -> dict[str, int]:
+    """Returns how often the host waited for the device, by call, operator of torch and operator of the block."""
+    waits: Counter[str] = Counter()
+    for call in events:
+        if call["cat"] in CALLS and call["name"] in WAITS:
+            torchs = innermost(events, call, ("cpu_op",)) or "outside an operator"
+            ours = innermost(events, call, ("user_annotation",), PREFIX)
+            waits[f"{call['name']} in {torchs}" + (f" of {ours}" if ours else "")] += 1
+    return dict(waits)
+
+
+def anonymous_mb() -> float:
+    """Returns RssAnon in MB: memory that no file backs."""
+    found = re.search(r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    assert found is not None
+    return int(found[1]) * 1024 / 1e6
+
+
+def peak_mb(step: Callable[[Any], object], batches: Iterable[Any]) -> float:
+    """Returns the most anonymous memory that the process holds while `step` runs on each batch. A thread looks every
+    millisecond, so a shorter peak inside a step may be missed."""
+    seen, done = [anonymous_mb()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            seen.append(anonymous_mb())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        for batch in batches:
+            step(batch)
+            seen.append(anonymous_mb())
+    finally:
+        done.set()
+        watcher.join()
+    return max(seen)

@@ -1,11 +1,12 @@
 """One report for every measurement: a title that gives the conditions, rows, and columns with their formats.
 
-Report("2 ranks, medians of 9 rounds", {"top2": {"ms": 12.3, "quartiles": [11.9, 12.8]}},
-       {"ms": "{ms:.1f}", "[quartiles]": "[{quartiles[0]:.1f} {quartiles[1]:.1f}]"}).show()
+    rows = {"top2": {"ms": 12.3, "quartiles": [11.9, 12.8]}}
+    Report("medians of 9 rounds", rows, {"ms": "{ms:.1f}", "[quartiles]": "[{quartiles[0]:.1f} {quartiles[1]:.1f}]"})
+
+`bullets_and_tables` needs no columns: it shows any nested dictionaries as Markdown.
 """
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
+
+WIDTH = 170  # columns of the widest table, also where a terminal has fewer
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,11 @@ class Report:
         table = Table(Column(self.first, no_wrap=True), *numbers, title=self.title, title_justify="left")
         for cells in self.cells():
             table.add_row(*cells)
-        console(width=150).print(table)
+        console(WIDTH).print(table)
 
     def markdown(self) -> str:
         """Return the table as GitHub's Markdown, below its title."""
-        heads = [self.first, *self.columns]
-        lines = [heads, ["---"] * len(heads), *self.cells()]
-        return "\n".join([self.title, "", *(f"| {' | '.join(cells)} |" for cells in lines), ""])
+        return "\n".join([self.title, "", *markdown_table([self.first, *self.columns], self.cells()), ""])
 
 
 def _cell(text: str, row: Mapping[str, Any]) -> str:
@@ -50,22 +51,57 @@ def _cell(text: str, row: Mapping[str, Any]) -> str:
         return ""
 
 
-def console(width: int | None = None) -> Console:
-    """Return the console of tables and notes: standard error, so that standard output is JSON alone. width: of a table
-    that no terminal limits."""
-    return Console(stderr=True, width=None if width is None or sys.stderr.isatty() else width)
+def console(width: int | None = None, stderr: bool = True) -> Console:
+    """Return a console on standard error, as standard output is JSON alone. width: in columns; None: the terminal's."""
+    return Console(stderr=stderr, width=width)
 
 
 def write_json(path: Path, report: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Write a report, without the values that are None."""
+    """Write a report into a file, whose folder need not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(without_none(report), indent=1))
+    path.write_text(json.dumps(report, indent=1))
 
 
-def without_none(value: Any) -> Any:
-    """Return nested dictionaries and lists without keys whose value is None."""
-    if isinstance(value, Mapping):
-        return {key: without_none(one) for key, one in value.items() if one is not None}
+def bullets_and_tables(value: Any) -> list[str]:
+    """Return a value's lines as Markdown: plain entries as a list, each dictionary of dictionaries as a table."""
+    if not isinstance(value, dict):
+        return [in_one_line(value)]
+    if "error" in value:
+        return ["```text", value["error"], "```"]
+    tables = {key: own for key, own in value.items() if _is_table(own)}
+    lines = bullets({key: own for key, own in value.items() if key not in tables})
+    for key, rows in tables.items():
+        lines += ["", f"{key}:", "", *table_of(rows)]
+    return lines
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(row, dict) for row in value.values())
+
+
+def bullets(values: Mapping[str, Any]) -> list[str]:
+    return [f"- {key}: {in_one_line(value)}" for key, value in values.items()]
+
+
+def table_of(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a Markdown table with a line for each row and a column for each key that a row has."""
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    cells = [[name, *(in_one_line(row.get(key, "")) for key in columns)] for name, row in rows.items()]
+    return markdown_table(["", *columns], cells)
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in GitHub's Markdown."""
+    cells = [[cell.replace("|", "/") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *cells)]
+
+
+def in_one_line(value: Any) -> str:
+    """Return a value on one line; numbers with four digits."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
     if isinstance(value, list | tuple):
-        return [without_none(one) for one in value]
-    return value
+        return ", ".join(map(in_one_line, value))
+    if isinstance(value, dict):
+        return "; ".join(f"{key} {in_one_line(own)}" for key, own in value.items())
+    return str(value).replace("\n", " ")

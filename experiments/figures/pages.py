@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench import growth, inference_report, offload_report, speed_chart
+from scmoe.experiments.bench import growth, inference, offload, speed_chart
 from scmoe.experiments.figures.concepts import CONCEPTS
 from scmoe.experiments.figures.draw import EXPLAINED, PAGES, draw_measured
 from scmoe.experiments.figures.headline import REPORTS, draw_headline
@@ -24,9 +24,9 @@ RESULTS = Path("docs/results")
 SCENARIOS = PAGES / "figure-8"
 DRAW: dict[str, Callable[[Any, Path], None]] = {  # by the first words of a report's name
     "overlap-": speed_chart.draw,
-    "inference-": inference_report.draw,
+    "inference-": inference.draw,
     "growth": growth.draw,
-    "figure-13": offload_report.draw,
+    "figure-13": offload.draw,
     "figure-9": draw_measured,
     "figure-10": draw_measured,
 }

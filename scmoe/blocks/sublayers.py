@@ -80,6 +80,8 @@ class Attention(SelfAttention):
 
     def forward(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
         """cache: has the keys and values of the tokens before x; those of x are appended."""
+        if x_BSD.dim() != 3:
+            raise ValueError(f"x has the shape {tuple(x_BSD.shape)}, allowed: (batch, sequence, {self.dim})")
         all_BHSd = self.qkv(x_BSD).unflatten(-1, (self.heads + 2 * self.kv_heads, -1)).transpose(1, 2)
         q_BHSd, k_BHSd, v_BHSd = all_BHSd.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         if self.rotary is not None:
@@ -106,6 +108,8 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, ffn_dim: int, bias: bool = True, activation: str = "gelu") -> None:
         super().__init__()
+        if ffn_dim < 1:
+            raise ValueError(f"ffn_dim is {ffn_dim}, allowed: 1 or more")
         self.dim, self.act = dim, ACTIVATIONS[activation]
         self.w_in = nn.Linear(dim, self.act.widening * ffn_dim, bias=bias)
         self.w_out = nn.Linear(ffn_dim, dim, bias=bias)

@@ -41,8 +41,12 @@ def gelu_backward_into(da_RF: Tensor, h_RF: Tensor, out_RF: Tensor, approximate:
 
 def gelu(approximate: str) -> Activation:
     """Its functions are those of this module, so that a module with experts can be pickled."""
-    functions = (F.gelu, gelu_in_place, gelu_into, gelu_backward_into)
-    return Activation(*(partial(f, approximate=approximate) for f in functions))
+    return Activation(
+        partial(F.gelu, approximate=approximate),
+        partial(gelu_in_place, approximate=approximate),
+        partial(gelu_into, approximate=approximate),
+        partial(gelu_backward_into, approximate=approximate),
+    )
 
 
 def swiglu(h_RF2: Tensor) -> Tensor:

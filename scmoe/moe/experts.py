@@ -32,8 +32,8 @@ class Experts(nn.Module):
         self, dim: int, ffn_dim: int, num_experts: int, expert_ids: range | None = None, activation: str = "gelu"
     ) -> None:
         super().__init__()
-        if dim % 8 or ffn_dim % 8:
-            raise ValueError(f"dim is {dim} and ffn_dim is {ffn_dim}, allowed: multiples of 8")
+        if dim % 8 or ffn_dim % 8 or min(dim, ffn_dim) < 8:
+            raise ValueError(f"dim is {dim} and ffn_dim is {ffn_dim}, allowed: multiples of 8 above 0")
         self.num_experts = num_experts
         self.expert_ids = range(num_experts) if expert_ids is None else expert_ids
         self.act = ACTIVATIONS[activation]

@@ -67,6 +67,8 @@ class MoEStream(Operators):
         buffer: float | None = None,
     ) -> None:
         super().__init__()
+        if capacity_factor is not None and not 0 < capacity_factor <= 1e6:
+            raise ValueError(f"capacity_factor is {capacity_factor}, allowed: None, or above 0 and at most 1e6")
         self.router, self.experts, self.dispatcher = router, experts, dispatcher
         self.capacity_factor, self.filled = capacity_factor, filled or capacity_factor is None
         self.buffer = buffer

@@ -98,9 +98,8 @@ def ending_together(trainer: Any) -> Iterator[None]:
     """
     try:
         yield
-    except KeyboardInterrupt as error:
-        trainer.strategy.on_exception(error)
-        raise SystemExit(0 if trainer.strategy.is_launched else 128 + signal.SIGINT) from error
     except BaseException as error:
         trainer.strategy.on_exception(error)
+        if isinstance(error, KeyboardInterrupt):
+            raise SystemExit(0 if trainer.strategy.is_launched else 128 + signal.SIGINT) from error
         raise

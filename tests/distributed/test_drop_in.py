@@ -1,6 +1,7 @@
 """The drop-in block is the block that a configuration builds, and gives on two ranks what it gives on one."""
 
 import io
+import math
 import os
 import re
 import socket
@@ -48,6 +49,9 @@ def test_it_is_the_block_of_a_configuration(position, combine):
         ({"heads": 3}, "heads is 3, allowed: divisors of dim"),
         ({"top_k": 5}, "top_k is 5, allowed: 1..num_experts"),
         ({"expert_slot": 9}, "slot is 9, allowed"),
+        *(({"capacity_factor": f}, f"capacity_factor is {f}, allowed: None, or above 0") for f in (-1, 0.0, math.nan)),
+        *(({"ffn_dim": n}, f"ffn_dim is {n}, allowed: 1 or more") for n in (-8, 0)),
+        ({"activation": "swiglu", "ffn_dim": 0}, "dim is 16 and ffn_dim is 0, allowed: multiples of 8"),
         ({"activation": "relu"}, "activation is 'relu', allowed: gelu | gelu_tanh | swiglu"),
     ],
     ids=str,
@@ -56,6 +60,12 @@ def test_wrong_numbers_are_refused(given, message):
     make = scmoe.MoE if "activation" in given else partial(scmoe.ScMoEBlock, heads=2)
     with pytest.raises(ValueError, match=re.escape(message)):
         make(**{"dim": 16, "num_experts": 4, **given})
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (1, 2, 8, 16)], ids=str)
+def test_an_input_without_batch_or_with_more_is_refused(shape):
+    with pytest.raises(ValueError, match=re.escape(f"x has the shape {shape}, allowed: (batch, sequence, 16)")):
+        scmoe.ScMoEBlock(16, 2, 4)(torch.randn(shape))
 
 
 @pytest.mark.parametrize("make", [partial(scmoe.ScMoEBlock, heads=2), partial(scmoe.MoE, activation="swiglu")])

@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.lightning.job import Poll
+from scmoe.lightning.lockstep import Poll
 
 pytestmark = pytest.mark.dist
 

@@ -61,8 +61,9 @@ def timeouts(rank: int, world_size: int, seconds: float) -> tuple[list[float], s
 
 
 @pytest.mark.representative
-def test_14_ranks_have_long_to_start_and_then_no_group_waits_longer_than_the_timeout():
-    """gloo waits half an hour by default, and new groups do not inherit the timeout of the first one."""
+def test_14_no_group_waits_longer_than_the_timeout():
+    """gloo waits half an hour by default, and new groups do not inherit the timeout of the first one. Ranks have longer
+    to start."""
     assert run_ranks(timeouts, 2, 37.0) == [([START_TIMEOUT_S], {37.0})] * 2
     assert ExpertParallelStrategy(timeout_s=1000.0).start_timeout == timedelta(seconds=1000)
     assert ExpertParallelStrategy().timeout == timedelta(minutes=5)

@@ -197,7 +197,8 @@ def used(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     found["strict"] = error(lambda: partial.predict(Model(16), data(), ckpt_path=folder / "partial.ckpt"))
 
     victim = folder / "victim"
-    victim.mkdir(exist_ok=True)
+    for there in (victim, folder / "saver"):
+        there.mkdir(exist_ok=True)
     for path in (folder / "saver" / ".." / "victim", folder / "saver" / ".."):
         trainer.strategy.remove_checkpoint(path)
     trainer.strategy.barrier()

@@ -15,7 +15,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.experiments.faults import flip, kill, reshard, tiny_run
 from scmoe.experiments.faults import interrupted as resume
-from scmoe.lightning.job import EXIT_CODE
+from scmoe.lightning.lockstep import EXIT_CODE
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.dense_choice import pick_dense, states_bytes

@@ -5,8 +5,7 @@ from unittest.mock import patch
 
 import pytest
 
-from scmoe.experiments.bench.inference import BLOCKS, SHAPES, measure
-from scmoe.experiments.bench.inference_report import WAYS, draw, summary
+from scmoe.experiments.bench.inference import BLOCKS, SHAPES, WAYS, draw, measure, summary
 from scmoe.experiments.bench.pairs import Setting
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.planning import inference_planner

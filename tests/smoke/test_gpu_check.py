@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.experiments.bench.gpu.gpu_parts import PARTS, Part, Place
-from scmoe.experiments.bench.gpu.gpu_report import write_report
-from scmoe.experiments.bench.gpu.runner import run_parts
+from scmoe.experiments.bench.gpu import PARTS, write_report
+from scmoe.experiments.engine.isolated import Part, Place, run_parts
 from tests.support.commands import run
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
@@ -22,7 +21,7 @@ FILES = {
     *("report.md", "results.json", "overlap-0.52.png", "overlap-0.15.png", "forward.png", "backward.png"),
     *("pair.json.gz", "step.json.gz"),
 }
-MISUSED = ("wandb", "omegaconf", "timm", "scipy", "optuna")  # packages that the check must not need
+MISUSED = ("wandb", "timm", "scipy", "optuna")  # packages that the check must not need
 
 
 @pytest.fixture
@@ -64,13 +63,13 @@ def test_all_parts_run_on_a_cpu_without_some_packages_and_leave_eight_files(with
 
 
 def test_a_part_that_fails_hangs_crashes_or_lacks_a_package_is_reported_and_the_rest_goes_on(tmp_path):
-    pid_file, module = tmp_path / "pid", "tests.support.check_parts"
+    pid_file, module = tmp_path / "pid", "tests.support.check_parts:pieces"
     parts = {
         "fails": Part("Fails", module, 30, (), ("fail",)),
         "hangs": Part("Hangs", module, 5, (), ("hang", str(pid_file))),
         "crashes": Part("Crashes", module, 30, (), ("crash",)),
         "lacks": Part("Lacks a package", module, 30, ("json", "no_such_package"), ("measure",)),
-        "is_no_module": Part("Cannot be imported", "tests.support.no_such_module", 30, ()),
+        "is_no_module": Part("Cannot be imported", "tests.support.no_such_module:pieces", 30, ()),
         "is fine": Part("Measures", module, 30, (), ("measure",)),
     }
     out = tmp_path / "out"

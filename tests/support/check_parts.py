@@ -1,4 +1,4 @@
-"""This module has parts of a GPU check that fail, hang and crash, for tests of the runner."""
+"""Parts that fail, hang and crash, for tests of what runs them in isolation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scmoe.experiments.bench.gpu.gpu_parts import Place
+from scmoe.experiments.engine.isolated import Place
 
 
 def pieces(place: Place, second: str, argument: str = "") -> dict[str, Callable[[], Any]]:

@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
+from scmoe.experiments.bench.__main__ import overlap
 from scmoe.experiments.bench.overlap import Seconds, Variant, nearest, through_link
 from scmoe.experiments.bench.overlap_report import DEFAULTS
-from scmoe.experiments.bench.verbs_pairs import overlap
 from scmoe.experiments.engine.command_line import call
 from scmoe.schedule.schedule import Schedule
 

@@ -16,7 +16,7 @@ from scmoe.experiments.engine.command_line import VERBS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 HISTORY = [ROOT / "CHANGELOG.md", ROOT / "docs/log.md"]  # these may name things that were removed
@@ -163,3 +163,10 @@ def test_an_example_without_its_export_says_in_one_line_how_to_write_it(name, tm
     monkeypatch.setattr(sys, "argv", [name, str(tmp_path / "none")])
     with pytest.raises(SystemExit, match=r"^.*none does not exist\. Write it with: make export.*$"):
         runpy.run_path(str(ROOT / "docs/examples" / name), run_name="__main__")
+
+
+def test_workflows_name_the_commits_of_their_actions():
+    """A tag can be moved to other code."""
+    files = sorted((ROOT / ".github/workflows").glob("*.yml"))
+    used = [word for file in files for word in re.findall(r"uses: (\S+)", file.read_text())]
+    assert used and not [word for word in used if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", word)]

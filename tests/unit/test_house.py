@@ -17,36 +17,37 @@ TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 # A room may import itself and what stands above it. The laboratory imports the library, never the other way.
 LIBRARY = {  # room: lines at most
     "scmoe/schedule": 260,
-    "scmoe/config": 1220,
-    "scmoe/moe": 1170,
-    "scmoe/blocks": 500,
+    "scmoe/config": 1230,
+    "scmoe/moe": 1180,
+    "scmoe/blocks": 480,
     "scmoe/models": 350,
-    "scmoe/planning": 520,
-    "scmoe/probes": 450,
-    "scmoe/inference": 1010,
-    "scmoe/footprint": 670,
-    "scmoe/parallel": 2570,
-    "scmoe/api.py": 140,
-    "scmoe/init_from": 510,
-    "scmoe/lightning": 1180,
+    "scmoe/planning": 590,
+    "scmoe/probes": 440,
+    "scmoe/inference": 1000,
+    "scmoe/footprint": 640,
+    "scmoe/parallel": 2740,
+    "scmoe/api.py": 130,
+    "scmoe/init_from": 520,
+    "scmoe/lightning": 1160,
     "datamodules": 1400,
-    "scmoe/training": 3200,
-    "scmoe/runs": 1800,
-    "scmoe/hf.py": 90,
-    "scmoe/__init__.py": 130,
+    "scmoe/training": 3350,
+    "scmoe/runs": 1960,
+    "scmoe/hf.py": 160,
+    "scmoe/__init__.py": 120,
 }
 LABORATORY = {
-    "experiments/engine": 790,
+    "experiments/engine": 1060,
     "experiments/faults": 530,
     "experiments/dryrun": 680,
-    "experiments/bench": 3770,
-    "experiments/studies": 3280,
+    "experiments/bench": 3280,
+    "experiments/studies": 2970,
     "experiments/figures": 600,
     "experiments": 850,  # the entries: a file for each verb
 }
 ROOMS = [*LIBRARY, *LABORATORY]
 FILE_LINES, ENTRY_LINES = 400, 100
 CLASS_LINES, CLASS_METHODS = 180, 25
+LONG_CLASSES = {"ExpertParallelStrategy": (330, 45)}  # one class with parts, where Lightning has many hooks
 HASATTR = 2
 ONLY_IN = {  # outer module: where it may be used
     "torch.distributed": (
@@ -57,6 +58,14 @@ ONLY_IN = {  # outer module: where it may be used
     "pytorch_lightning": (),  # its other name
     "os.environ": ("scmoe/parallel/mesh.py", "scmoe/training/run/", "scmoe/training/files.py", "experiments/"),
     "os.getenv": (),
+    **{
+        f"{module}.{name}": ("scmoe/", "experiments/engine/clock.py", "experiments/studies/table/statistics.py")
+        for module, name in (("statistics", "median"), ("statistics", "quantiles"), ("np", "median"))
+    },
+    "rich.console.Console": (
+        *("scmoe/", "datamodules/", "experiments/engine/report.py", "experiments/faults/tiny_run.py"),
+        *("experiments/studies/progress.py", "experiments/list.py"),
+    ),
     "os.putenv": (),
 }
 
@@ -144,6 +153,8 @@ def test_every_file_keeps_the_order_of_rooms():
         ("datamodules/text.py", "from scmoe.experiments import train"),
         ("experiments/engine/ranks.py", "from scmoe.experiments.bench.layer import bench_layer"),
         ("experiments/bench/layer.py", "from scmoe.experiments.studies.batch import run"),
+        ("experiments/bench/layer.py", "from statistics import median"),
+        ("experiments/bench/layer.py", "from rich.console import Console"),
     ],
 )
 def test_a_file_against_the_order_is_reported(path, source):
@@ -179,7 +190,8 @@ def test_no_file_and_no_class_is_too_long():
             if isinstance(node, ast.ClassDef):
                 methods = sum(isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) for child in node.body)
                 size = node.end_lineno - node.lineno + 1
-                assert size <= CLASS_LINES and methods <= CLASS_METHODS, f"{path} {node.name}: {size}, {methods}"
+                most_lines, most_methods = LONG_CLASSES.get(node.name, (CLASS_LINES, CLASS_METHODS))
+                assert size <= most_lines and methods <= most_methods, f"{path} {node.name}: {size}, {methods}"
 
 
 def test_file_names_are_unique():

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from scmoe.experiments.bench.inference import BLOCKS, SHAPES, Way
-from scmoe.experiments.bench.inference_report import OVERLAPPED, WAYS, name_in_report, summary
+from scmoe.experiments.bench.inference import BLOCKS, OVERLAPPED, SHAPES, WAYS, Way, name_in_report, summary
 from scmoe.experiments.bench.pairs import Setting, default_schedule
 
 ROUNDS = np.array([1.0, 1.25, 1.5])  # a machine that slows down: ratios are the same in every round

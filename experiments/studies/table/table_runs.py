@@ -92,7 +92,6 @@ def read_states(runs: Sequence[Run]) -> None:
 
 
 def same_config(run_dir: Path, config: Config) -> bool:
-    """Is this a run of this config, wherever it is logged? A field that is newer than the run counts unless it has its
-    default."""
+    """Is this a run of this config, wherever it is logged? A newer field than the run counts unless at its default."""
     was = SeenRun(run_dir).config
     return all(was[key] == value for key, value in flat(to_yaml(config)).items() if not key.startswith("logger."))

@@ -23,8 +23,7 @@ class Guard:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.trace: list[tuple[str, Tensor]] = []  # what was computed, and the sum of its entries
-        self.losses: list[Tensor] = []
+        self.trace: dict[str, Tensor] = {}  # by what was computed: the sum of its entries
         compiled = {inner for child in module.modules() if is_compiled(child) for inner in child.modules()}
         self.hooks = [
             child.register_forward_hook(self._watch(name or type(child).__name__))
@@ -35,25 +34,27 @@ class Guard:
     def _watch(self, name: str) -> Any:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.requires_grad and torch.is_grad_enabled():
-                self.trace.append((f"output of {name}", output.detach().sum()))
-                output.register_hook(lambda grad: self.trace.append((f"gradient into {name}", grad.sum())))
+                self._note(f"output of {name}", output.detach().sum())
+                output.register_hook(lambda grad: self._note(f"gradient into {name}", grad.sum()))
 
         return hook
 
+    def _note(self, name: str, total: Tensor) -> None:
+        """Keep one number a name, however many batches there are; what was not finite once stays so."""
+        self.trace[name] = total if name not in self.trace else self.trace[name] * 0 + total
+
     def note_loss(self, loss: Tensor) -> None:
         """Must be called for each batch, before its backward."""
-        self.trace.append(("loss", loss.detach()))
-        self.losses.append(loss.detach())
+        self._note("loss", loss.detach().sum())
 
     def loss_as_zero(self) -> Tensor | float:
         """Return 0, or NaN if a loss since the last check was not finite; to be added to a sum over ranks."""
-        return torch.stack(self.losses).mul(0).sum() if self.losses else 0.0
+        return self.trace["loss"] * 0 if "loss" in self.trace else 0.0
 
     def check(self, norm: Tensor, context: ParallelContext) -> None:
         """norm: the global gradient norm. FloatingPointError, on every rank: it is not finite."""
         if torch.isfinite(norm):
             self.trace.clear()
-            self.losses.clear()
             return
         found: list[Any] = [self._first()]
         if context.world_size > 1:
@@ -69,7 +70,7 @@ class Guard:
         for name, p in self.module.named_parameters():
             if not local(p).isfinite().all():
                 return f"weight {name}"
-        for name, total in self.trace:
+        for name, total in self.trace.items():
             if not total.isfinite():
                 return name
         for name, p in self.module.named_parameters():

@@ -100,4 +100,63 @@ MUTANTS = (
         '    write_whole(read_whole(folder, "model."), folder / FULL)\n',
     )
     .caught_by(f"{FAULTS}/test_checkpoint_content.py::test_fault_09_one_full_file_is_read_at_any_ep_degree[False]"),
+    Mutant("saves-of-others-swept", 0, "scmoe/parallel/checkpoint/durable.py")
+    .replaces(
+        "        return named[5] != str(os.getpid()) and start_of(int(named[5])) == named[6]\n",
+        "        return False\n",
+    )
+    .caught_by("tests/unit/test_durable.py::test_two_writers_of_one_folder_leave_each_others_checkpoints_alone"),
+    Mutant("name-missing-for-a-moment", 0, "scmoe/parallel/checkpoint/durable.py")
+    .replaces("    elif not exchange(partial, path):\n", "    else:\n")
+    .caught_by("tests/unit/test_durable.py::test_the_name_of_a_replaced_checkpoint_is_never_missing"),
+    Mutant("umask-ignored", 0, "scmoe/parallel/checkpoint/durable.py")
+    .replaces("        partial.chmod(mode)\n", "        partial.chmod(0o644)\n")
+    .caught_by("tests/unit/test_durable.py::test_a_replaced_file_has_the_rights_that_the_umask_leaves"),
+    Mutant("every-rank-reads-all-files", 0, "scmoe/parallel/checkpoint/durable.py")
+    .replaces('sorted(manifest["files"])[share]', 'sorted(manifest["files"])')
+    .caught_by("tests/unit/test_durable.py::test_a_share_of_the_files_is_read_and_all_sizes_are_compared"),
+    Mutant("tuples-as-keys-unreadable", 0, "scmoe/parallel/checkpoint/state.py")
+    .replaces("[[_key_to_json(k), to_json(v)]", "[[to_json(k), to_json(v)]")
+    .caught_by("tests/unit/test_checkpoint_state.py::test_any_dictionary_is_read_back"),
+    Mutant("hyper-parameters-not-checked", 0, "scmoe/parallel/checkpoint/state.py")
+    .replaces("] = holder.hparams\n", "] = {}\n")
+    .caught_by(
+        "tests/unit/test_checkpoint_state.py::test_hyper_parameters_and_callbacks_that_cannot_be_saved_are_refused_by_name"
+    ),
+    Mutant("save-after-fit-not-completed", 0, "scmoe/lightning/strategy.py")
+    .replaces("        if not self.takes_steps:  # else", "        if self.is_alone:  # else")
+    .caught_by(
+        "tests/faults/test_lightning_users.py::test_56_a_checkpoint_that_is_saved_after_fit_is_complete_at_once"
+    ),
+    Mutant("optimizers-read-for-a-test", 0, "scmoe/lightning/strategy.py")
+    .replaces("self.optimizers if seam.is_fitting(self.module.trainer) else []", "self.optimizers")
+    .caught_by(
+        "tests/faults/test_lightning_users.py::test_56_prediction_with_a_checkpoint_leaves_the_optimizers_of_fit_alone"
+    ),
+    Mutant("save-inside-a-step", 0, "scmoe/lightning/strategy.py")
+    .replaces(
+        "if seam.accumulated_batches(self.module.trainer) and self.takes_steps:",
+        "if seam.accumulated_batches(self.module.trainer) < 0:",
+    )
+    .caught_by(
+        "tests/faults/test_resume.py::test_fault_08_a_checkpoint_that_is_requested_inside_a_step_is_saved_at_its_end"
+    ),
+    Mutant("anything-removed", 0, "scmoe/lightning/strategy.py")
+    .replaces('return path.name != ".." and (inside or of_tuner)', "return bool(path.name) or inside or of_tuner")
+    .caught_by("tests/faults/test_lightning_users.py::test_56_nothing_outside_the_folders_of_checkpoints_is_removed"),
+    Mutant("all-ranks-verify-all", 0, "scmoe/parallel/checkpoint/loading.py")
+    .replaces("slice(context.rank, None, context.world_size)", "slice(None)")
+    .caught_by(
+        "tests/faults/test_checkpoint_content.py::test_fault_07_each_rank_hashes_its_own_shard_where_it_writes_it"
+    ),
+    Mutant("long-work-in-one-collective", 0, "scmoe/parallel/mesh.py")
+    .replaces("            thread.join(timeout=1)\n", "            thread.join()\n")
+    .caught_by(
+        "tests/faults/test_checkpoint_content.py::test_fault_07_no_rank_waits_in_one_collective_for_the_long_work_of_another"
+    ),
+    Mutant("unshared-folder-accepted", 0, "scmoe/parallel/checkpoint/saving.py")
+    .replaces("if not file.exists() or file", "if file.exists() and file")
+    .caught_by(
+        "tests/faults/test_lightning_users.py::test_04_a_folder_that_nodes_do_not_share_is_an_error_of_the_save"
+    ),
 )

@@ -165,4 +165,32 @@ MUTANTS = (
     .caught_by(
         "tests/unit/test_planner_lines.py::test_what_ran_is_said_once_for_a_schedule_and_only_measured_shares_are_logged"
     ),
+    Mutant("steps-draw-from-the-samplers-generator", 0, "scmoe/lightning/strategy.py")
+    .replaces("        with torch.random.fork_rng(devices=()):\n", "        with ExitStack():\n")
+    .caught_by("tests/distributed/test_strategy.py::test_samplers_without_a_generator_give_every_sample_to_one_rank"),
+    Mutant("frozen-experts-waited-for", 0, "scmoe/parallel/update/reducer.py")
+    .replaces("[p for p in self.shards if p.requires_grad]", "self.shards")
+    .caught_by(
+        "tests/distributed/test_strategy.py::test_experts_that_are_unfrozen_during_training_have_the_gradients_of_others"
+    ),
+    Mutant("stream-in-bfloat16", 0, "scmoe/models/decoder.py")
+    .replaces("residual_stream(self.tokens(ids_BS))", "self.tokens(ids_BS)")
+    .caught_by(
+        "tests/unit/test_models.py::test_weights_that_are_gathered_in_bfloat16_leave_the_residual_stream_in_float32"
+    ),
+    Mutant("slots-sent-unannounced", 0, "scmoe/moe/stream.py")
+    .replaces("self.filled or (not self.training and self.num_ranks > 1)", "self.filled")
+    .caught_by("tests/faults/test_capacity.py::test_ranks_may_have_different_numbers_of_tokens_outside_training"),
+    Mutant("losses-of-rank-0-logged", 0, "scmoe/training/moe_module.py")
+    .replaces(
+        "self.parallel_context.sum_over_ranks(torch.stack([*shown.values()])) / world_size",
+        "torch.stack([*shown.values()])",
+    )
+    .caught_by("tests/distributed/test_ep_equality.py::test_every_rank_logs_the_losses_of_all_ranks"),
+    Mutant("frozen-start-not-priced", 0, "scmoe/planning/pricing.py")
+    .replaces("of_gate or spans", "of_gate")
+    .caught_by("tests/unit/test_operators.py::test_a_block_is_priced_where_all_before_it_is_frozen"),
+    Mutant("guard-keeps-every-batch", 0, "scmoe/parallel/update/guard.py")
+    .replaces("self.trace[name] * 0 + total", "total")
+    .caught_by("tests/faults/test_not_finite.py::test_27_batches_without_a_check_keep_no_more_than_one_batch"),
 )

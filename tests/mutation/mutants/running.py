@@ -7,13 +7,13 @@ from tests.mutation.mutant import DATA, DIST, FAULTS, PARALLEL, UNIT, Mutant
 RUN, RUN_FILES = "scmoe/training/run", f"{FAULTS}/test_run_files.py"
 MUTANTS = (
     # ------------------------------------------------------------------ stopping
-    Mutant("stop-requests-not-shared", 12, "scmoe/lightning/job.py")
+    Mutant("stop-requests-not-shared", 12, "scmoe/lightning/lockstep.py")
     .replaces(
         "(dist.all_reduce(sums, group=self.group, async_op=True), sums)",
         "(dist.all_reduce(sums.clone(), group=self.group, async_op=True), sums)",
     )
     .caught_by(f"{DIST}/test_poll.py"),
-    Mutant("sigterm-ignored-during-validation", 12, "scmoe/lightning/job.py")
+    Mutant("sigterm-ignored-during-validation", 12, "scmoe/lightning/lockstep.py")
     .replaces("            self.polls_left = int(fewest)\n", "            self.polls_left = 0\n")
     .caught_by(f"{FAULTS}/test_stop.py::test_12_sigterm_during_validation_stops_the_run_there[1]"),
     Mutant("stopped-validation-not-repeated", 12, "scmoe/lightning/seam.py")
@@ -22,7 +22,7 @@ MUTANTS = (
         "        assert progress.current.started\n    if is_fitting(trainer) and trainer.validating is None:\n",
     )
     .caught_by(f"{FAULTS}/test_stop.py::test_12_sigterm_during_validation_stops_the_run_there[1]"),
-    Mutant("best-checkpoint-lost-after-stop", 12, "scmoe/lightning/job.py")
+    Mutant("best-checkpoint-lost-after-stop", 12, "scmoe/lightning/lockstep.py")
     .replaces(
         "        self.has_begun = False\n        self.ask",
         "        seam.mark_step_as_saved(self.module.trainer)\n        self.ask",
@@ -31,22 +31,22 @@ MUTANTS = (
     Mutant("sigterm-left-to-lightning", 12, "scmoe/lightning/seam.py")
     .replaces("        if number not in (signal.SIGTERM, signal.SIGINT):\n", "        if number:\n")
     .caught_by(f"{FAULTS}/test_stop_any_time.py::test_12_sigterm_in_an_evaluation_ends_it_and_saves_nothing[test]"),
-    Mutant("no-poll-after-last-step", 12, "scmoe/lightning/job.py")
+    Mutant("no-poll-after-last-step", 12, "scmoe/lightning/lockstep.py")
     .replaces("            self.ask_and_wait()  # so that", "            assert self.stop  # so that")
     .caught_by(
         f"{FAULTS}/test_stop_any_time.py::"
         "test_12_sigterm_before_the_first_step_or_after_the_last_is_not_lost[after the last step]"
     ),
-    Mutant("sigterm-flag-without-polls", 12, "scmoe/lightning/job.py")
+    Mutant("sigterm-flag-without-polls", 12, "scmoe/lightning/lockstep.py")
     .replaces(
         "                self.ask_and_wait()\n            self.stop.give_back()\n",
         "                self.ask_and_wait()\n",
     )
     .caught_by(f"{FAULTS}/test_stop_any_time.py::test_12_where_ranks_cannot_ask_each_other_a_process_ends_at_once"),
-    Mutant("early-validation-after-stop", 12, "scmoe/lightning/job.py")
+    Mutant("early-validation-after-stop", 12, "scmoe/lightning/lockstep.py")
     .replaces("            seam.forget_started_batch(trainer)\n", "")
     .caught_by(f"{FAULTS}/test_stop.py::test_12_a_resumed_run_validates_after_the_same_steps"),
-    Mutant("ctrl-c-not-handled", 12, "scmoe/lightning/job.py")
+    Mutant("ctrl-c-not-handled", 12, "scmoe/lightning/lockstep.py")
     .replaces("SIGNALS = (signal.SIGTERM, signal.SIGINT)", "SIGNALS = (signal.SIGTERM,)")
     .caught_by(f"{FAULTS}/test_stop.py::test_12_ctrl_c_stops_the_run_as_sigterm_does"),
     # ------------------------------------------------------------------ ordinary use
@@ -79,7 +79,7 @@ MUTANTS = (
     .caught_by(
         f"{FAULTS}/test_guards.py::test_13_callbacks_that_save_after_an_exception_wait_for_no_rank[0-save_on_exception]"
     ),
-    Mutant("ranks-poll-unequal-times", 16, "scmoe/lightning/job.py")
+    Mutant("ranks-poll-unequal-times", 16, "scmoe/lightning/lockstep.py")
     .replaces("self.poll.smallest(sum(batches))", "sum(batches)")
     .caught_by(f"{FAULTS}/test_stop.py::test_12_ranks_with_different_numbers_of_validation_batches_agree_too"),
     # ------------------------------------------------------------------ ranks and workers that fail
@@ -91,16 +91,14 @@ MUTANTS = (
     .caught_by(f"{FAULTS}/test_guards.py::test_14_a_roll_call_names_the_missing_ranks"),
     Mutant("groups-ignore-timeout", 14, f"{PARALLEL}/mesh.py")
     .replaces("ranks.tolist(), timeout=timeout, group_desc", "ranks.tolist(), group_desc")
-    .caught_by(
-        f"{FAULTS}/test_guards.py::test_14_ranks_have_long_to_start_and_then_no_group_waits_longer_than_the_timeout"
-    ),
+    .caught_by(f"{FAULTS}/test_guards.py::test_14_no_group_waits_longer_than_the_timeout"),
     Mutant("different-collectives-not-reported", 15, "scmoe/lightning/debug.py")
     .replaces("        if len(set(of_ranks)) > 1:\n", "        if len(set(of_ranks)) > 2:\n")
     .caught_by(f"{FAULTS}/test_collectives.py::test_15_collectives_in_another_order_are_named"),
     Mutant("object-collectives-not-compared", 15, "scmoe/lightning/debug.py")
     .replaces("for name in (*TENSORS, *OBJECTS)),", "for name in TENSORS),")
     .caught_by(f"{FAULTS}/test_collectives.py::test_15_every_kind_of_collective_is_watched"),
-    Mutant("uneven-batches-accepted", 16, "scmoe/lightning/job.py")
+    Mutant("uneven-batches-accepted", 16, "scmoe/lightning/lockstep.py")
     .replaces("    if context.world_size == 1:\n", "    if context.world_size > 1:\n")
     .caught_by(f"{FAULTS}/test_batches.py::test_16_each_loader_is_counted"),
     Mutant("dead-worker-sample-unknown", 19, f"{DATA}/watched.py")
@@ -176,4 +174,48 @@ MUTANTS = (
     Mutant("experts-not-divisible", 37, "scmoe/config/rules.py")
     .replaces("moe.num_experts % ep_size\n", "moe.num_experts < ep_size\n")
     .caught_by(f"{UNIT}/test_config.py::test_impossible_combination_names_its_key"),
+    Mutant("initial-weights-checked-late", 0, "scmoe/training/run/train.py")
+    .replaces(
+        "            initial_weights(config, build_model_on_meta(config))  # its checks, before data is prepared",
+        "            pass",
+    )
+    .caught_by(
+        "tests/faults/test_machine.py::test_52_initial_weights_that_do_not_fit_are_refused_before_data_is_prepared"
+    ),
+    Mutant("skipped-files-fail-the-gate", 0, "experiments/check_data.py")
+    .replaces('    elif settings.data.on_error == "skip":', "    elif False:")
+    .caught_by("tests/faults/test_bad_data.py::test_45_check_data_reads_texts_too"),
+    Mutant("saved-steps-not-counted", 0, "scmoe/runs/seen.py")
+    .replaces("[*logged, *saved]", "logged")
+    .caught_by("tests/unit/test_runs.py::test_steps_that_are_saved_count_where_they_are_not_logged"),
+    Mutant("dangling-links-passed-over", 0, "datamodules/sources.py")
+    .replaces("file.is_file() or not file.exists()", "file.is_file()")
+    .caught_by("tests/faults/test_bad_data.py::test_44_a_link_to_a_text_that_is_gone_is_named"),
+    Mutant("ctrl-c-left-to-lightning", 0, "scmoe/lightning/seam.py")
+    .replaces("not in (signal.SIGTERM, signal.SIGINT)", "not in (signal.SIGTERM,)")
+    .caught_by("tests/faults/test_lightning_users.py::test_12_after_a_run_ctrl_c_and_sigterm_do_what_they_did_before"),
+    Mutant("timeout-of-the-start-stays", 0, "scmoe/lightning/strategy.py")
+    .replaces("        set_default_timeout(self.timeout)\n", "        set_default_timeout(self.start_timeout)\n")
+    .caught_by("tests/faults/test_guards.py::test_14_no_group_waits_longer_than_the_timeout"),
+    Mutant("no-time-to-start", 0, "scmoe/lightning/strategy.py")
+    .replaces('"timeout": self.start_timeout}', '"timeout": self.timeout}')
+    .caught_by("tests/faults/test_guards.py::test_14_no_group_waits_longer_than_the_timeout"),
+    Mutant("launched-rank-ends-with-130", 0, "scmoe/runs/on_ranks.py")
+    .replaces(
+        "SystemExit(0 if trainer.strategy.is_launched else 128 + signal.SIGINT)", "SystemExit(128 + signal.SIGINT)"
+    )
+    .caught_by("tests/faults/test_generation.py::test_62_ctrl_c_is_the_exit_code_of_rank_0_alone"),
+    Mutant("run-of-another-machine-taken", 0, "scmoe/training/run/run_state.py")
+    .replaces("        if not _is_silent(path):\n", "        if kept is None:\n")
+    .caught_by("tests/unit/test_runs.py::test_a_run_that_another_machine_trains_cannot_be_resumed_until_it_is_silent"),
+    Mutant("passwords-kept", 0, "scmoe/training/redact.py")
+    .replaces("|_PWD|", "|PWD|")
+    .caught_by("tests/faults/test_security.py::test_33_a_variable_that_holds_a_key_is_known_by_its_name"),
+    Mutant("nccl-order-forced", 0, "scmoe/parallel/mesh.py")
+    .replaces(
+        'os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")', 'os.environ.update(NCCL_LAUNCH_ORDER_IMPLICIT="1")'
+    )
+    .caught_by(
+        "tests/unit/test_groups.py::test_nccl_starts_kernels_in_the_order_of_their_launch_unless_the_user_has_chosen"
+    ),
 )

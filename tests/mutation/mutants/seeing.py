@@ -80,4 +80,16 @@ MUTANTS = (
     Mutant("written-answers-lose-the-question", 0, "scmoe/runs/evaluate/lm_eval_adapter.py")
     .replaces("[new - longest :]", "[-longest:]")
     .caught_by("tests/unit/test_evaluate_tasks.py::test_answers_that_the_model_writes_are_those_of_generate"),
+    Mutant("failed-trial-at-another-category", 0, "experiments/studies/sweep/sweep_report.py")
+    .replaces("if judged and numeric else (-math.inf, math.inf)", "if judged else (-math.inf, math.inf)")
+    .caught_by("tests/unit/test_sweep_search.py::test_a_failed_trial_stands_at_its_own_category"),
+    Mutant("equal-curves-hidden", 0, "experiments/studies/compare.py")
+    .replaces("twins = curves.count(own)", "twins = 0")
+    .caught_by("tests/unit/test_runs.py::test_every_run_of_a_comparison_is_seen"),
+    Mutant("batches-not-pinned", 0, "datamodules/positioned.py")
+    .replaces("pin_memory=on_gpu,", "pin_memory=False,")
+    .caught_by("tests/unit/test_text.py::test_batches_for_a_gpu_lie_in_pinned_memory"),
+    Mutant("wide-bar-in-a-narrow-terminal", 0, "scmoe/lightning/seam.py")
+    .replaces('>= WIDE else "\\n"', '>= 0 else "\\n"')
+    .caught_by("tests/unit/test_private_names.py::test_a_narrow_terminal_shows_each_metric_beside_its_value"),
 )

@@ -35,7 +35,7 @@ MUTANTS = (
         "    blocks, whole = apart + units(module), [module]",
     )
     .caught_by(f"{RUNS}::test_fsdp_starts_no_collective_inside_an_open_stream"),
-    Mutant("whole-weights-after-validation", 41, "scmoe/lightning/job.py")
+    Mutant("whole-weights-after-validation", 41, "scmoe/lightning/lockstep.py")
     .replaces("        reshard(self.trainer.lightning_module)  #", "        assert self.trainer  #")
     .caught_by(f"{RUNS}::test_a_users_own_module_is_split_and_equal_to_replicated"),
     Mutant("split-experts-saved-as-whole", 71, f"{PARALLEL}/checkpoint/state.py")

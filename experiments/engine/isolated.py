@@ -1,8 +1,9 @@
 """Runs parts one after another, each in a process of its own that is killed when its clock runs out.
 
-A part that raises, crashes, hangs or lacks a package is reported, and the next one starts. A part writes a file after
-every piece, so what it has measured before it ended stays. The processes are forked from a server that has imported the
-library, which takes seconds, once.
+A part is a function that returns named pieces; each measures one thing and returns values that JSON has. A piece that
+raises costs its own result only. A part that raises, crashes, hangs or lacks a package is reported, and the next one
+starts. A part writes a file after every piece, so what it has measured before it ended stays. The processes are forked
+from a server that has imported the library, which takes seconds, once.
 """
 
 import json
@@ -14,15 +15,38 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from scmoe.experiments.bench.gpu.gpu_parts import HERE, Part, Place
-
+Pieces = Mapping[str, Callable[[], Any]]
 TAIL_LINES = 30  # of an output or a traceback
 GRACE_S = 10.0  # for a killed process to end; one that waits in the driver may not
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the parts run. device: cuda | cpu, on which torch has one thread. tiny: small sizes, for a trial. out: the
+    folder of pictures and traces."""
+
+    device: str
+    tiny: bool
+    out: Path
+
+
+@dataclass(frozen=True)
+class Part:
+    """what: a heading of the report. pieces: `module:function`, imported in the part's process. clock_s: after this
+    time the part is stopped; pieces that are done stay. packages: names to import, without which the part does not
+    start. arguments: of the function, after the place."""
+
+    what: str
+    pieces: str
+    clock_s: float
+    packages: tuple[str, ...]
+    arguments: tuple[Any, ...] = ()
 
 
 def run_parts(parts: Mapping[str, Part], place: Place) -> dict[str, dict[str, Any]]:
@@ -36,14 +60,17 @@ def run_parts(parts: Mapping[str, Part], place: Place) -> dict[str, dict[str, An
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, part) in enumerate(parts.items(), 1):
             start = time.monotonic()
-            print(
-                f"part {number} of {len(parts)}: {part.what}, {part.clock_s:g} s at most", file=sys.stderr, flush=True
-            )
-            found[name] = {**run_part(part, place, Path(folder, name)), "clock_s": part.clock_s, "what": part.what}
-            found[name]["seconds"] = round(time.monotonic() - start, 1)
-            reason = f": {found[name]['why'].splitlines()[-1]}" if "why" in found[name] else ""
-            print(f"  {found[name]['state']} after {found[name]['seconds']:g} s{reason}", file=sys.stderr, flush=True)
+            say(f"part {number} of {len(parts)}: {part.what}, {part.clock_s:g} s at most")
+            own = run_part(part, place, Path(folder, name))
+            own |= {"clock_s": part.clock_s, "what": part.what, "seconds": round(time.monotonic() - start, 1)}
+            reason = f": {own['why'].splitlines()[-1]}" if "why" in own else ""
+            say(f"  {own['state']} after {own['seconds']:g} s{reason}")
+            found[name] = own
     return found
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def run_part(part: Part, place: Place, work: Path) -> dict[str, Any]:
@@ -52,7 +79,7 @@ def run_part(part: Part, place: Place, work: Path) -> dict[str, Any]:
         return {"state": "missing", "why": f"not installed: {', '.join(lacking)}", "pieces": {}}
     results, output = work.with_suffix(".json"), work.with_suffix(".txt")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"{HERE}.preload"])
+    context.set_forkserver_preload(["scmoe.experiments.engine.preload"])
     process: Any = context.Process(target=_become_part, args=(part, place, results, output))
     if isinstance(started := attempt(process.start), dict):
         return {"state": "failed", "why": started["error"], "pieces": {}}
@@ -64,12 +91,10 @@ def run_part(part: Part, place: Place, work: Path) -> dict[str, Any]:
         process.kill()
     process.join(GRACE_S)
     pieces = json.loads(results.read_text()) if results.exists() else {}
-    if code is None:
-        why = f"stopped by its clock after {len(pieces)} pieces; the end of its output:\n{tail(output)}"
-        return {"state": "stopped", "why": why, "pieces": pieces}
     if code != 0:
-        why = f"the process ended with {code} after {len(pieces)} pieces; the end of its output:\n{tail(output)}"
-        return {"state": "failed", "why": why, "pieces": pieces}
+        ended = "stopped by its clock" if code is None else f"the process ended with {code}"
+        why = f"{ended} after {len(pieces)} pieces; the end of its output:\n{tail(output)}"
+        return {"state": "stopped" if code is None else "failed", "why": why, "pieces": pieces}
     if errors := list(errors_in(pieces)):
         return {"state": "failed", "why": errors[0], "pieces": pieces}
     return {"state": "ok", "pieces": pieces}
@@ -106,7 +131,8 @@ def _become_part(part: Part, place: Place, results: Path, output: Path) -> None:
         import torch
 
         torch.set_num_threads(1)
-    pieces = import_module(part.module).pieces(place, *part.arguments)
+    module, _, function = part.pieces.partition(":")
+    pieces: Pieces = getattr(import_module(module), function)(place, *part.arguments)
     done: dict[str, Any] = {}
     for name, measure in pieces.items():
         print(name, flush=True)

@@ -1,50 +1,50 @@
-"""Step time and states of dense weights that are replicated (DDP), or split over all ranks or a node's (FSDP2).
+"""What a training step costs: with dense weights that are split, and with the guard against NaN and Inf.
 
-Ranks on this machine, one thread each: forward, backward, clipping and AdamW of a configured model on random tokens,
-variants in turn. The ranks are joined by the loopback device, or by links of the rate at which the transfers of a
-sequential top-2 pair of this size are a share of its forward time. `at_once` is sharded as FSDP does it on gloo: it
-waits for each gather and each sum.
+A step is forward, backward, clipping and AdamW of a configured model on random tokens, on one thread of each rank.
+Variants run in turn, and ratios are taken within a round.
+
+`bench dense`, dense weights that are replicated (DDP), or split over all ranks or a node's (FSDP2). The ranks are
+joined by the loopback device, or by links of the rate at which the transfers of a sequential top-2 pair of this size
+are a share of its forward time. `at_once` is sharded as FSDP does it on gloo: it waits for each gather and each sum.
 
     link    time in which a rank's link carries what it sends in a step: rows, gathers, scatters, sums
+
+`bench guard`, one process with the guard's hooks and its check (fault 27), and without. It holds for this processor: on
+a GPU the guard's small reductions cost kernel launches, which this does not measure.
 """
 
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.experiments.bench.overlap import Bench, find_rate
 from scmoe.experiments.bench.pairs import Setting
+from scmoe.experiments.engine.clock import CPU, in_turn, middle, seconds
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.parallel.dense_shards import local, prefetch, with_dense_mesh
 from scmoe.parallel.mesh import ParallelContext, build_context, expert_parameters
 from scmoe.parallel.torch_seam import hide_from_ddp
 from scmoe.parallel.update.clipping import clip_grad_norm
+from scmoe.parallel.update.guard import Guard
 from scmoe.parallel.update.pacing import BUCKET_MB, pacing
 from scmoe.parallel.update.reducer import ExpertGradientReducer
 from scmoe.parallel.update.scatters import paced_scatters
 from scmoe.training.assembly.model import build_model
 
-WARM_UP = 2
+WARM_UP, GUARD_ROUNDS = 2, 15
 SIZE = ("data.name=synthetic", "data.seq_len=128", "data.vocab_size=4096", "model.layers=4", "model.dim=256")
-
-
-class Step(NamedTuple):
-    """Wall-clock and processor seconds of a step, and bytes that this rank has sent to its link, if it has one."""
-
-    seconds: float
-    processor: float
-    sent: float
 
 
 def bench_dense(
@@ -63,32 +63,32 @@ def measure(
     """Runs on every rank; the caller uses rank 0's result."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    config, timeout, device = load(None, [*SIZE, *overrides]), timedelta(seconds=600), torch.device("cpu")
+    config, timeout = load(None, [*SIZE, *overrides]), timedelta(seconds=600)
     mbit = None if share is None else find_rate(Bench(pair_of(config, share, batch)))
-    context = build_context(ep_size, device, timeout)
-    sharded = with_dense_mesh(context, "sharded", world_size // 2, device, timeout)
+    context = build_context(ep_size, CPU, timeout)
+    sharded = with_dense_mesh(context, "sharded", world_size // 2, CPU, timeout)
     steps = {
         "replicated": Training(context, batch, config),
         "sharded": Training(sharded, batch, config),
         "at_once": Training(sharded, batch, config, hidden=False),
     }
     if world_size > 3:
-        hybrid = with_dense_mesh(context, "hybrid", world_size // 2, device, timeout)
+        hybrid = with_dense_mesh(context, "hybrid", world_size // 2, CPU, timeout)
         steps["hybrid"] = Training(hybrid, batch, config)
-    times = [{way: step() for way, step in steps.items()} for _ in range(WARM_UP + rounds)][WARM_UP:]
-
-    def of(way: str) -> dict[str, float]:
-        own, base = [t[way] for t in times], [t["replicated"] for t in times]
-        pairs = list(zip(own, base, strict=True))
-        report = {
-            "ms": 1e3 * median(t.seconds for t in own),
-            "time_ratio": median(t.seconds / b.seconds for t, b in pairs),
-            "processor_ratio": median(t.processor / b.processor for t, b in pairs),
+    times = in_turn(steps, rounds, WARM_UP)
+    report: dict[str, Any] = {}
+    for way, (wall, processor, sent) in times.items():
+        report[way] = {
+            "ms": 1e3 * middle(wall),
+            "time_ratio": middle(wall / times["replicated"][0]),
+            "processor_ratio": middle(processor / times["replicated"][1]),
             "states_mib": steps[way].states_bytes() / 2**20,
         }
-        return report if mbit is None else report | {"link_ms": 1e3 * median(t.sent for t in own) * 8 / (mbit * 1e6)}
-
-    return {way: of(way) for way in steps} | ({} if mbit is None else {"link_mbit": mbit})
+        if mbit is not None:
+            report[way]["link_ms"] = 1e3 * middle(sent) * 8 / (mbit * 1e6)
+    if mbit is not None:
+        report["link_mbit"] = mbit
+    return report
 
 
 def pair_of(config: Config, share: float, batch: int) -> Setting:
@@ -129,19 +129,20 @@ class Training:
             self.scatters = self.until_end.enter_context(paced_scatters(self.model, context))
         self.ids = torch.randint(config.data.vocab_size, (batch, config.data.seq_len + 1))
 
-    def __call__(self) -> Step:
+    def __call__(self) -> tuple[float, float, float]:
+        """Return wall-clock and processor seconds, and bytes that this rank has sent to its link, if it has one."""
         dist.barrier()
-        sent, start = sent_bytes(), (time.perf_counter(), time.process_time())
-        loss = F.cross_entropy(self.run(self.ids[:, :-1])[0].flatten(0, 1), self.ids[:, 1:].flatten())
+        sent, wall, processor = sent_bytes(), time.perf_counter(), time.process_time()
+        loss = nats(self.run, self.ids)
         with self.scatters.during_backward() if self.scatters else nullcontext():
             (loss / self.context.world_size if self.split else loss).backward()
         clip_grad_norm(self.parameters, self.shards, 1.0, self.context)
         self.optimizer.step()
         dist.barrier()
-        step = Step(time.perf_counter() - start[0], time.process_time() - start[1], sent_bytes() - sent)
+        taken = time.perf_counter() - wall, time.process_time() - processor, sent_bytes() - sent
         self.gradients = sum(local(p.grad).nbytes for p in self.parameters if p.grad is not None)
         self.optimizer.zero_grad()
-        return step
+        return taken
 
     def states_bytes(self) -> int:
         moments = (local(t) for state in self.optimizer.state.values() for t in state.values())
@@ -155,3 +156,38 @@ def sent_bytes() -> int:
         if device.strip() == "eth0":
             return int(counters.split()[8])
     return 0
+
+
+def guard_cost(overrides: Sequence[str]) -> dict[str, float]:
+    """Return medians in ms, and the guard's share of a step. overrides: key=value, over SIZE."""
+    torch.set_num_threads(1)
+    config, context = load(None, [*SIZE, *overrides]), ParallelContext()
+    model = build_model(config, context)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.data.vocab_size, (4, config.data.seq_len + 1), generator=generator)
+
+    def step(guarded: bool) -> None:
+        guard = Guard(model) if guarded else None  # includes making its hooks: an upper bound
+        loss = nats(model, ids)
+        if guard is not None:
+            guard.note_loss(loss)
+        loss.backward()
+        zero = 0.0 if guard is None else guard.loss_as_zero()
+        norm = clip_grad_norm(model.parameters(), set(), 1.0, context, zero)
+        if guard is not None:
+            guard.check(norm, context)
+            guard.remove()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    runs = {guarded: partial(seconds, partial(step, guarded)) for guarded in (True, False)}
+    times = in_turn(runs, GUARD_ROUNDS, WARM_UP)
+    with_ms, without_ms = (1e3 * middle(times[guarded]) for guarded in (True, False))
+    share = middle(times[True] / times[False] - 1)
+    return {"rounds": GUARD_ROUNDS, "with_ms": with_ms, "without_ms": without_ms, "share_of_a_step": share}
+
+
+def nats(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return the loss of tokens [B, S + 1]."""
+    return F.cross_entropy(model(ids[:, :-1])[0].flatten(0, 1), ids[:, 1:].flatten())

@@ -1,0 +1,45 @@
+"""The clock runs variants in turn and leaves the rounds to warm up out; the report shows what its rows have."""
+
+from __future__ import annotations
+
+from scmoe.experiments.engine.clock import in_turn, middle, quartiles, undisturbed
+from scmoe.experiments.engine.report import Report, bullets_and_tables
+
+
+def test_variants_run_in_turn_and_rounds_to_warm_up_are_left_out():
+    ran, said = [], []
+
+    def run(name, *numbers):
+        ran.append(name)
+        return [len(ran) + number for number in numbers]
+
+    runs = {"a": lambda: run("a", 0, 0.5), "b": lambda: run("b", 0)}
+    found = in_turn(runs, rounds=2, warm_up=1, say=said.append)
+    assert ran == ["a", "b"] * 3
+    assert found["a"].tolist() == [[3, 5], [3.5, 5.5]] and found["b"].tolist() == [[4, 6]], "[numbers, rounds]"
+    assert said == [f"round {i} of 2, 2 variants" for i in range(3)]
+    assert in_turn({"c": lambda: 7}, rounds=3)["c"].tolist() == [7, 7, 7]
+
+
+def test_medians_and_quartiles():
+    assert (middle([3, 1, 2]), quartiles([1, 2, 3, 4, 5, 6, 7])) == (2, [2, 6])
+
+
+def test_a_time_is_undisturbed_if_the_process_had_its_core():
+    assert undisturbed(lambda: 7, float("inf"))[1] > 0
+    assert undisturbed(lambda: 7, -1) == (7, None)
+
+
+def test_a_cell_is_empty_where_a_row_lacks_its_value():
+    rows = {"a": {"ms": 1.26, "of": [1, 2]}, "b": {"ms": None}}
+    report = Report("conditions", rows, {"ms": "{ms:.1f}", "second": "{of[1]}"})
+    assert report.cells() == [["a", "1.3", "2"], ["b", "", ""]]
+    table = ["| row | ms | second |", "| --- | --- | --- |", "| a | 1.3 | 2 |", "| b |  |  |"]
+    assert report.markdown().splitlines() == ["conditions", "", *table]
+
+
+def test_nested_values_are_bullets_and_tables():
+    lines = bullets_and_tables({"a": 0.123456, "rows": {"x|y": {"ms": 1.0}, "z": {"error": "broken\nhere"}}})
+    head = ["- a: 0.1235", "", "rows:", "", "|  | ms | error |", "| --- | --- | --- |"]
+    assert lines == [*head, "| x/y | 1 |  |", "| z |  | broken here |"]
+    assert bullets_and_tables({"error": "a\nb"}) == ["```text", "a\nb", "```"]
