@@ -181,7 +181,7 @@ MUTANTS = (
     Mutant("slots-sent-unannounced", 0, "scmoe/moe/stream.py")
     .replaces("self.filled or (not self.training and self.num_ranks > 1)", "self.filled")
     .caught_by("tests/faults/test_capacity.py::test_ranks_may_have_different_numbers_of_tokens_outside_training"),
-    Mutant("losses-of-rank-0-logged", 0, "scmoe/training/moe_module.py")
+    Mutant("losses-of-rank-0-logged", 0, "scmoe/training/modules.py")
     .replaces(
         "self.parallel_context.sum_over_ranks(torch.stack([*shown.values()])) / world_size",
         "torch.stack([*shown.values()])",
