@@ -31,7 +31,7 @@ from scmoe.inference.stopping import Stopping
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.on_ranks import ending_together, find_weights, start_ranks
 from scmoe.runs.trained import offloaded
-from scmoe.training.assembly.data import build_datamodule, check_tokenizer, prepare_data
+from scmoe.training.assembly.data import build_datamodule, prepare_data
 from scmoe.training.run.directory import relative
 from scmoe.training.run.machine import is_rank_zero
 from scmoe.training.run.resume import Which
@@ -83,8 +83,7 @@ def generate_texts(
     if not isinstance(data, TextDataModule):
         raise ConfigError(f"{run} was trained on {config.data.name} data, but only a run on text can continue texts.")
     if is_rank_zero():
-        prepare_data(data)
-        check_tokenizer(data, weights)
+        prepare_data(data, weights)
         encoded(request, data.tokenizer, config)  # so that a prompt that is too long starts no rank
     with placed(config, weights) as (model, context, cache):
         prompts = encoded(request, data.tokenizer, config)

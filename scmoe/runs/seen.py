@@ -136,7 +136,7 @@ def differences(runs: Sequence[SeenRun]) -> dict[str, list[str]]:
     return {key: values for key, values in columns.items() if len(set(values)) > 1}
 
 
-def own_words(runs: Sequence[SeenRun]) -> dict[SeenRun, str]:
+def differing_fields(runs: Sequence[SeenRun]) -> dict[SeenRun, str]:
     """Return for each run the fields that differ from more than half of its experiment: `optim.lr=0.01`.
 
     An experiment is the runs in the folder of one sweep or one table, or else of one name.
@@ -162,7 +162,7 @@ def table_of(runs: Sequence[SeenRun], folder: Path) -> Table:
     state, words_column = Column("state", no_wrap=True), Column("differs in", overflow="fold")
     columns = [Column("run", overflow="fold"), state, *numbers, words_column]
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-    words = own_words(runs)
+    words = differing_fields(runs)
     for run in runs:
         best, speed = run.best_loss, run.per_s
         table.add_row(

@@ -28,7 +28,7 @@ from scmoe.runs.evaluate.kept_results import keep_results, log_to_wandb, read_re
 from scmoe.runs.evaluate.scoring import Forward, Scorer, Text, open_text, run_on_rank_zero, score_test_split, score_text
 from scmoe.runs.evaluate.tasks import OWN_TASKS, Registered, Task, read_task
 from scmoe.runs.on_ranks import config_without_training, ending_together, start_ranks
-from scmoe.training.assembly.data import build_datamodule, check_tokenizer, kept_data, prepare_data
+from scmoe.training.assembly.data import build_datamodule, kept_data, prepare_data
 from scmoe.training.files import warn_once
 from scmoe.training.run.directory import relative
 from scmoe.training.run.machine import is_rank_zero
@@ -69,14 +69,13 @@ class Material:
 def read_material(config: Config, weights: Path, request: Request) -> Material:
     """Open data, text and tasks. ConfigError: one is missing, or has no meaning for this run or its weights."""
     data, seq_len = build_datamodule(config), config.data.seq_len
-    prepare_data(data)
+    prepare_data(data, weights)
     if kept_data(data, weights) not in (None, data.identity()["data"]):
         warn_once("the data are not those of the training, so the split test may hold what was trained on")
-    if isinstance(data, TextDataModule):
-        check_tokenizer(data, weights)
-    else:
+    if not isinstance(data, TextDataModule):
         given = {"--text": request.text, "--tasks": request.tasks, "--data": request.folder, "--limit": request.limit}
-        given |= {} if isinstance(data, SequenceDataModule) else {"--stride": request.stride}
+        if not isinstance(data, SequenceDataModule):
+            given["--stride"] = request.stride
         if unused := [name for name, value in given.items() if value not in (None, ())]:
             raise ConfigError(f"{unused[0]} needs a run on text; this one has data.name={config.data.name}.")
     stride = max(1, seq_len // 2) if request.stride is None else request.stride

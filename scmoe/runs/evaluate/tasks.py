@@ -84,10 +84,10 @@ def read_task(name: str, folder: Path) -> Task:
             try:
                 questions.append(question_of(json.loads(line), PROMPTS.get(name, "")))
             except (KeyError, TypeError, ValueError) as error:
-                allowed = "allowed: a JSON object with query, choices and gold"
-                raise ConfigError(f"{path}, line {number}: {why_no_question(error)}, {allowed}") from error
+                form = "A question is a JSON object with query, choices and gold."
+                raise ConfigError(f"{path}, line {number}: {why_no_question(error)}. {form}") from error
     if not questions or len({question.end is None for question in questions}) > 1:
-        raise ConfigError(f"{path} has {len(questions)} questions, allowed: one or more, all of one form")
+        raise ConfigError(f"{path} has {len(questions)} questions, but needs one or more, all of one form.")
     return Task(name, questions, "acc", str(path))
 
 

@@ -22,10 +22,10 @@ from scmoe.parallel.checkpoint.loading import read_meta
 register_dataset = DATASETS.register
 
 
-def prepare_data(data: PositionedDataModule, warn: bool = True) -> None:
+def prepare_data(data: PositionedDataModule, weights: Path | None = None, warn: bool = True) -> None:
     """Download, tokenize and check the data, before other ranks are started. ConfigError: it cannot be used.
 
-    warn: say that files are skipped.
+    weights: a checkpoint or an export that reads it. warn: say that files are skipped.
     """
     try:
         data.prepare_data()
@@ -37,6 +37,8 @@ def prepare_data(data: PositionedDataModule, warn: bool = True) -> None:
     if data.skipped and warn:
         more = "; scmoe check-data lists all" if len(data.skipped) > 1 else ""
         print(f"warning: {len(data.skipped)} files are skipped: {data.skipped[0]}{more}", file=sys.stderr, flush=True)
+    if weights is not None and isinstance(data, TextDataModule):
+        check_tokenizer(data, weights)
 
 
 def build_datamodule(config: Config) -> PositionedDataModule:
@@ -107,12 +109,11 @@ def images(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
 
 def tokenizer_of(config: Config, weights: Path) -> Tokenizer | None:
     """Return the tokenizer of a text data set, prepared if it is not yet; None for other data. ConfigError: no data, or
-    as `check_tokenizer`."""
+    data with another tokenizer than that of the weights."""
     data = build_datamodule(config)
     if not isinstance(data, TextDataModule):
         return None
-    prepare_data(data)
-    check_tokenizer(data, weights)
+    prepare_data(data, weights)
     return data.tokenizer
 
 

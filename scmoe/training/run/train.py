@@ -19,7 +19,7 @@ from scmoe.config.rules import shortened
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, checkpoints, read_manifest
-from scmoe.training.assembly.data import build_datamodule, check_tokenizer, prepare_data
+from scmoe.training.assembly.data import build_datamodule, prepare_data
 from scmoe.training.assembly.model import build_model_on_meta, build_module, initial_weights
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.files import redacted, warn_once, write_json
@@ -82,9 +82,7 @@ def prepare(config: Config, data: PositionedDataModule) -> None:
     kind, _, path = (config.init_from or "").partition(":")
     if kind:
         initial_weights(config, build_model_on_meta(config))  # its checks, before data is prepared
-    prepare_data(data)
-    if kind == "scmoe" and isinstance(data, TextDataModule):
-        check_tokenizer(data, Path(path))
+    prepare_data(data, Path(path) if kind == "scmoe" else None)
     for text in doubts(config, data):
         warn_once(text)
 
