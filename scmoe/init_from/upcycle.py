@@ -88,7 +88,7 @@ def check_upcycling(model: Any, checkpoint: Checkpoint) -> None:
                 raise ValueError("a dense checkpoint into a top_k MoE requires moe.top_k >= 2 and moe.renormalise")
             if any(name.endswith(".f.w_in.bias") for name in checkpoint.weights):
                 raise ValueError(
-                    "experts have no biases, but the checkpoint's MLPs do; use an architecture with a shared expert"
+                    "experts have no biases, but the checkpoint's MLPs do; a shared expert may have them"
                 )
         elif not isinstance(block, (SharedExpertBlock, ShortcutBlock)):
             raise ValueError("a dense checkpoint into an MoE requires moe.architecture top_k, shared_expert or scmoe")
