@@ -27,7 +27,7 @@ def main(
     """
     from scmoe.config.load import to_yaml
     from scmoe.config.registry import named
-    from scmoe.init_from.settings import model_settings
+    from scmoe.init_from.pretrained import model_settings
     from scmoe.parallel.checkpoint.export import consolidate
     from scmoe.runs.hf_folder import write_folder
     from scmoe.training.assembly.data import kept_tokenizer, tokenizer_of

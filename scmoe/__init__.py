@@ -25,8 +25,7 @@ if TYPE_CHECKING:  # the table NAMES, for type checkers and editors
     from scmoe.runs.trained import load_trained as load
     from scmoe.training.assembly.blocks import register_architecture
     from scmoe.training.assembly.data import register_dataset
-    from scmoe.training.assembly.model import build_model, register_family
-    from scmoe.training.assembly.optimizers import register_optimizer
+    from scmoe.training.assembly.model import build_model, register_family, register_optimizer
     from scmoe.training.assembly.trainer import register_callback
 
 __version__ = "0.2.0"
@@ -64,7 +63,7 @@ NAMES = {  # name: module and the name there
     "register_callback": ("scmoe.training.assembly.trainer", "register_callback"),
     "register_dataset": ("scmoe.training.assembly.data", "register_dataset"),
     "register_family": ("scmoe.training.assembly.model", "register_family"),
-    "register_optimizer": ("scmoe.training.assembly.optimizers", "register_optimizer"),
+    "register_optimizer": ("scmoe.training.assembly.model", "register_optimizer"),
     "load": ("scmoe.runs.trained", "load_trained"),
     "generate": ("scmoe.inference.generate", "generate"),
     "stream": ("scmoe.inference.generate", "stream"),

@@ -19,7 +19,7 @@ from transformers.utils import can_return_tuple
 
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.runs.hf_config import OURS, our_config
+from scmoe.runs.hf_folder import OURS, our_config
 from scmoe.training.assembly.model import build_network
 
 IGNORE = -100

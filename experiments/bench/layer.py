@@ -32,7 +32,7 @@ from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Experts, batched_mlps, grouped_mlps
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.training.run.host_memory import keep_freed_memory
+from scmoe.training.run.machine import keep_freed_memory
 
 Made = tuple[nn.Module, Tensor]  # a module and its input
 WARM_UP, WARM_UP_ON_DEVICE = 2, 3  # rounds

@@ -132,8 +132,14 @@ def read_qwen2_moe(config: dict[str, Any]) -> Reading:
 
 
 def moe_settings(architecture: str, experts: int, top_k: int, renormalise: bool, every: int) -> dict[str, Any]:
-    keys = {"num_experts": experts, "top_k": top_k, "renormalise": renormalise, "noisy": False, "every": every}
-    return {"moe.architecture": architecture, **{f"moe.{key}": value for key, value in keys.items()}}
+    return {
+        "moe.architecture": architecture,
+        "moe.num_experts": experts,
+        "moe.top_k": top_k,
+        "moe.renormalise": renormalise,
+        "moe.noisy": False,
+        "moe.every": every,
+    }
 
 
 def moe_names(

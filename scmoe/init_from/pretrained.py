@@ -1,11 +1,12 @@
 """Reads weights under our names: folders of transformers' models (families.py), and files of `make export`.
 
 Only local safetensors and JSON files are read: no download, no pickle. Names and shapes are read at once, and each
-weight, or each expert of a stack, when upcycle.py copies it into a model.
+weight, or each expert of a stack, when upcycle.py copies it into a model. The settings that determine a model are
+compared with those of the weights.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from scmoe.config.fields import Config
+from scmoe.config.leaves import flatten, show
+from scmoe.config.registry import ARCHITECTURES, FAMILIES
+from scmoe.config.rules import ACTIVATIONS, SHORTCUTS
 from scmoe.init_from.families import READERS, in_our_layout
 from scmoe.parallel.checkpoint.export import read_settings
 
@@ -39,17 +44,11 @@ def read_export(file: Path) -> Checkpoint:
 
 def read_hf(folder: Path) -> Checkpoint:
     """Read a folder of transformers' `save_pretrained`: config.json and *.safetensors. Raises ValueError for others."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder}: config.json cannot be read: {error}") from error
+    config = read_config(folder, tuple(READERS))
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} has no weights in *.safetensors; other formats are not read")
-    family = config.get("model_type") if isinstance(config, dict) else None
-    if family not in READERS:
-        raise ValueError(f"{folder}: model_type is {family!r}, allowed: {', '.join(READERS)}")
-    stored = stored_in(files)
+    family, stored = config["model_type"], stored_in(files)
     try:
         settings, problems, names = READERS[family](config)
     except (KeyError, TypeError, ZeroDivisionError) as error:
@@ -84,6 +83,18 @@ def read_hf(folder: Path) -> Checkpoint:
     return checkpoint
 
 
+def read_config(folder: Path, families: tuple[str, ...]) -> dict[str, Any]:
+    """Return the content of config.json. ValueError: there is none, or its model_type is none of these families."""
+    try:
+        content: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        family = content["model_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{folder}: config.json cannot be read: {error!r}") from error
+    if family not in families:
+        raise ValueError(f"{folder}: model_type is {family!r}, allowed: {', '.join(families)}")
+    return content
+
+
 class Stored(NamedTuple):
     """A tensor in a file of which only the header is read. The file is mapped into memory: ranks of a node share it."""
 
@@ -107,3 +118,46 @@ def stored_in(paths: list[Path]) -> dict[str, Stored]:
             raise ValueError(f"{path} cannot be read: {error}") from error
         stored |= {n: Stored(file, n, torch.empty(shape, device="meta")) for n, shape in shapes.items()}
     return stored
+
+
+def check_settings(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    """Raise ValueError naming all keys in which a checkpoint's settings differ. A dense one may become any MoE."""
+    other = [
+        f"{key} is {show(here[key]) if key in here else 'unknown'}, allowed: {show(value)}"
+        for key, value in there.items()
+        if here.get(key, there) != value and (key, value) != ("moe.architecture", "dense")
+    ]
+    if other:
+        raise ValueError(f"its weights belong to a model with other settings: {'; '.join(other)}")
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Return the config's values by key, with null resolved where other values determine it."""
+    model, moe = config.model, config.moe
+    resolved: dict[str, Any] = {"moe.first_position": moe.first_position or moe.position}
+    if model.family in ACTIVATIONS:
+        resolved["model.ffn_dim"] = model.ffn_dim or 4 * model.dim
+        resolved["model.activation"] = model.activation or ACTIVATIONS[model.family]
+        resolved |= {"model.kv_heads": model.kv_heads or model.heads}
+    return flatten(config) | resolved
+
+
+def model_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that a model must share to take these weights. An export has them in its header."""
+    architecture, keys = config.moe.architecture, ["model.family", "model.layers", "model.dim", "model.heads"]
+    if config.model.family in FAMILIES.images:
+        keys += ["model.patch_size", "model.window", "data.image_size", "data.num_classes"]
+    else:
+        keys += ["model.kv_heads", "model.ffn_dim", "model.activation", "data.vocab_size"]
+    keys.append("moe.architecture")
+    if architecture != "dense":
+        keys += ["moe.num_experts", "moe.top_k", "moe.renormalise", "moe.noisy", "moe.every"]
+    own = architecture not in ARCHITECTURES.built_in  # an extension's, which may read all of these
+    if architecture in SHORTCUTS or own:
+        keys += ["moe.position", "moe.first_position", "moe.tap_norm"]
+    if architecture in ("shared_expert", "scmoe") or own:
+        keys += ["moe.combine", "moe.coefficient_input"]
+    if config.extensions:
+        keys.append("options")
+    here = settings_of(config)
+    return {key: here[key] for key in keys}

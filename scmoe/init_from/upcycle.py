@@ -61,7 +61,8 @@ def sources_of(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
         if source is None:  # a gate
             continue
         if source not in checkpoint.weights:
-            problems += [f"{source} is missing"] * (not checkpoint.problems)  # these already name the cause
+            if not checkpoint.problems:  # these already name the cause
+                problems.append(f"{source} is missing")
             continue
         found[name], weight, wanted = source, checkpoint.weights[source], own[name].shape
         if share(name, weight, model).shape != wanted:
@@ -86,7 +87,7 @@ def check_upcycling(model: Any, checkpoint: Checkpoint) -> None:
             if not block.moe.router.renormalise:
                 raise ValueError("a dense checkpoint into a top_k MoE requires moe.top_k >= 2 and moe.renormalise")
             if any(name.endswith(".f.w_in.bias") for name in checkpoint.weights):
-                raise ValueError("experts have no biases, but the checkpoint's MLPs do; allowed: a shared expert")
+                raise ValueError("experts have no biases, but the checkpoint's MLPs do; a shared expert may have them")
         elif not isinstance(block, (SharedExpertBlock, ShortcutBlock)):
             raise ValueError("a dense checkpoint into an MoE requires moe.architecture top_k, shared_expert or scmoe")
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,9 @@ from scmoe.inference.prompts import Prompt
 from scmoe.inference.sampling import Sampling
 from scmoe.inference.stopping import Stopping
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.runs.offloaded import offloaded
 from scmoe.runs.on_ranks import ending_together, find_weights, start_ranks
-from scmoe.training.assembly.data import build_datamodule, check_tokenizer, prepare_data
+from scmoe.runs.trained import offloaded
+from scmoe.training.assembly.data import build_datamodule, prepare_data
 from scmoe.training.run.directory import relative
 from scmoe.training.run.machine import is_rank_zero
 from scmoe.training.run.resume import Which
@@ -77,20 +76,14 @@ def generate_texts(
     before another rank starts.
     """
     weights, config = find_weights(run, request.which, request.overrides)
-    if config.data.name in (*IMAGES, "synthetic"):
-        raise ConfigError(f"{run} was trained on {config.data.name} data, allowed: a run on text")
-    if request.plan and resolve_ep_size(config) == 1:
-        raise ConfigError("--plan is given, allowed: with experts on several ranks, such as trainer.devices=2")
-    if request.plan and config.moe.architecture not in ARCHITECTURES.built_in:
-        raise ConfigError(f"--plan is given, allowed: with an architecture of scmoe, not {config.moe.architecture}")
-    if request.plan and config.moe.architecture == "dgmoe_share":
-        raise ConfigError("--plan is given, allowed: unless moe.architecture=dgmoe_share, as two pairs share one MoE")
-    data = build_datamodule(config)
+    if request.plan:
+        check_plan(config)
+    is_text = config.data.name not in (*IMAGES, "synthetic")  # else no data need be there
+    data = build_datamodule(config) if is_text else None
     if not isinstance(data, TextDataModule):
-        raise ConfigError(f"{run} was trained on {config.data.name} data, allowed: a run on text")
+        raise ConfigError(f"{run} was trained on {config.data.name} data, but only a run on text can continue texts.")
     if is_rank_zero():
-        prepare_data(data)
-        check_tokenizer(data, weights)
+        prepare_data(data, weights)
         encoded(request, data.tokenizer, config)  # so that a prompt that is too long starts no rank
     with placed(config, weights) as (model, context, cache):
         prompts = encoded(request, data.tokenizer, config)
@@ -100,6 +93,17 @@ def generate_texts(
     if cache is not None:
         speed["offload"] = {**asdict(config.offload), "slots": cache.slots, "hit_rate": cache.hit_rate}
     return {"run": str(relative(run)), "weights": weights.name, "dropless": True, **speed}
+
+
+def check_plan(config: Config) -> None:
+    """Raise ConfigError where --plan has nothing to measure."""
+    architecture = config.moe.architecture
+    if resolve_ep_size(config) == 1:
+        raise ConfigError("--plan needs experts on several ranks, such as trainer.devices=2.")
+    if architecture not in ARCHITECTURES.built_in:
+        raise ConfigError(f"--plan does not work with moe.architecture={architecture}, which an extension defines.")
+    if architecture == "dgmoe_share":
+        raise ConfigError("--plan does not work with moe.architecture=dgmoe_share: two pairs share one MoE module.")
 
 
 @contextmanager
@@ -150,17 +154,11 @@ def write_all(
     most = request.max_tokens or min(USUAL_TOKENS, model.max_seq_len - max(map(len, prompts)))
     stopping = Stopping(most, frozenset({tokenizer.end_of_text}), request.stop_strings, tokenizer.decode)
     passes, what_ran = passes_of(model, context, prompts, request)
-    tokens, seconds, first_s = 0, 0.0, None
+    tokens, clock = 0, Clock()
     for start in range(0, len(prompts), block := request.batch_size * context.world_size):
         own = slice(start + context.rank, start + block, context.world_size)
-        given = model, prompts[own], stopping, request.sampling, seeds[own], passes
-        begun = time.perf_counter()
-        steps = stream(*given)
-        first = next(steps)
-        first_s = first_s or time.perf_counter() - begun
-        steps = chain([first], steps)
+        steps = clock.timed(stream(model, prompts[own], stopping, request.sampling, seeds[own], passes))
         texts = collect(shown(steps, stopping, show) if show else steps, len(prompts[own]))
-        seconds += time.perf_counter() - begun
         of_ranks = context.gather_on_rank_zero(texts)
         if of_ranks is None:
             continue
@@ -169,12 +167,34 @@ def write_all(
             ids, reason = of_ranks[rank][place]
             tokens += len(ids)
             text, seed = request.prompts[number]
-            continued = {"prompt": text, "seed": seed, "text": stopping.text(ids)}
-            write({**continued, "tokens": len(ids), "ended": reason})
+            write({"prompt": text, "seed": seed, "text": stopping.text(ids), "tokens": len(ids), "ended": reason})
     if context.rank != 0:
         return None
-    rates = {"tokens_per_s": tokens / seconds, "first_token_ms": 1e3 * (first_s or 0.0)}
-    return {"texts": len(prompts), "tokens": tokens, "seconds": seconds, **rates, "ran": what_ran}
+    return {
+        "texts": len(prompts),
+        "tokens": tokens,
+        "seconds": clock.seconds,
+        "tokens_per_s": tokens / clock.seconds,
+        "first_token_ms": 1e3 * (clock.first_s or 0.0),
+        "ran": what_ran,
+    }
+
+
+class Clock:
+    """Times generations: `seconds` of all, and `first_s` until the first step of the first one."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.first_s: float | None = None
+
+    def timed(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """Pass the steps on."""
+        begun = time.perf_counter()
+        for step in steps:
+            if self.first_s is None:
+                self.first_s = time.perf_counter() - begun
+            yield step
+        self.seconds += time.perf_counter() - begun
 
 
 def passes_of(
@@ -210,7 +230,7 @@ def to_file(path: Path) -> Callable[[dict[str, Any]], None]:
     try:
         file = path.open("a", encoding="utf-8") if is_rank_zero() else None
     except OSError as error:
-        raise ConfigError(f"--out is {path}, allowed: a file that can be written: {error}") from error
+        raise ConfigError(f"--out is {path}, which cannot be written: {error}") from error
 
     earlier = path.is_file()  # a pipe holds nothing to remove
 

@@ -1,32 +1,71 @@
-"""Writes a folder of Hugging Face's form from a checkpoint. transformers is not needed for it.
+"""Folders of Hugging Face's form: config.json, weights, tokenizer and model card. transformers is not needed for them.
 
     config.json  generation_config.json
     model.safetensors, or model-00001-of-0000N.safetensors with model.safetensors.index.json above SHARD_BYTES
     tokenizer.json  tokenizer_config.json     of a model of text
     README.md    the model card; one that is there stays, as it may have been edited
 
-Tensors are read and written file by file, so memory holds one of these files.
+config.json is that of transformers' own model where there is an equal one, else ours:
+
+    dense GPT, dense LLaMA                                 gpt2, llama
+    LLaMA, top-k in every block, top_k >= 2, renormalised  mixtral
+    LLaMA, shared-expert, CG-1                             qwen2_moe
+    ScMoE, DGMoE and everything else                       scmoe: the classes that `import scmoe.hf` registers
+
+transformers' models drop no token. So `dropless` is what a folder's configuration means (decision 28).
 """
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor
 
 from scmoe.config.fields import Config
+from scmoe.config.load import load_text
+from scmoe.config.registry import ARCHITECTURES
 from scmoe.init_from.families import READERS, in_their_layout
+from scmoe.init_from.pretrained import settings_of
+from scmoe.models.decoder import NORM_EPS
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import check_same_model, read_named, tensors_of
 from scmoe.parallel.checkpoint.saving import write_whole
-from scmoe.runs.card import model_card
-from scmoe.runs.hf_config import OURS, hf_config
 from scmoe.training.assembly.model import build_model_on_meta
 
+OURS = "scmoe"
+GPT2_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
 STORED = "model.model."  # what the names of the network's weights begin with in a checkpoint
+
+CARD = """---
+{head}---
+
+# {family}, {architecture}
+
+A language model with {parameters:,} parameters, trained with scmoe for {step:,} of {steps:,} optimizer steps of \
+{batch:,} sequences with {seq_len:,} tokens each, on {data}.{moe}
+
+## Load it
+
+```python
+{loading}```
+
+`scmoe.load("FOLDER")` returns the same network without transformers.
+
+## Settings of the training
+
+```yaml
+{settings}```
+
+## Licence and limits
+
+No licence is set. Choose one with a line `license:` at the top. Add what the model is for and how it was evaluated \
+(`make evaluate`). It was not trained to follow instructions, or to be safe.
+"""
 
 
 def write_folder(
@@ -98,10 +137,174 @@ def renamed(content: dict[str, Any], ours: str, weight: Tensor) -> Iterator[tupl
 def write_tokenizer(folder: Path, tokenizer: Any, seq_len: int) -> None:
     tokenizer.save(folder / "tokenizer.json")
     end = tokenizer.end_token
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "pad_token": end}
-    rest = {"model_max_length": seq_len, "clean_up_tokenization_spaces": False, "add_prefix_space": False}
-    write_json_durably(folder / "tokenizer_config.json", {**settings, **rest})
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end,
+        "eos_token": end,
+        "pad_token": end,
+        "model_max_length": seq_len,
+        "clean_up_tokenization_spaces": False,
+        "add_prefix_space": False,
+    }
+    write_json_durably(folder / "tokenizer_config.json", settings)
 
 
 def write_json_durably(path: Path, content: dict[str, Any]) -> None:
     durable.write_durably(path, json.dumps(content, indent=2) + "\n")
+
+
+def dropless(config: Config) -> Config:
+    """Return the configuration for one process that keeps every token's copies: what a model means without a batch."""
+    moe = replace(config.moe, capacity_factor=None, dropless_ceiling=None, rows="auto", overflow="drop")
+    return replace(config, init_from=None, moe=moe, strategy=type(config.strategy)(), trainer=type(config.trainer)())
+
+
+def hf_config(config: Config, end_of_text: int | None) -> dict[str, Any]:
+    """Return the content of config.json. end_of_text: an id, or None. ValueError: it is no language model."""
+    if config.model.family not in ("gpt", "llama"):
+        raise ValueError(f"model.family is {config.model.family}, allowed with --format hf: gpt | llama")
+    if config.moe.architecture not in ARCHITECTURES.built_in:
+        extension = f"an extension defines moe.architecture={config.moe.architecture}"
+        raise ValueError(f"--format hf cannot export the model: {extension}. Use --format safetensors.")
+    content = native_config(config) or own_config(config)
+    ends = {} if end_of_text is None else {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    return {**content, "bos_token_id": None, "eos_token_id": None, **ends, "dtype": "float32"}
+
+
+def native_config(config: Config) -> dict[str, Any] | None:
+    """Return the config.json of transformers' own equal model; None where it has none."""
+    model, moe, given = config.model, config.moe, settings_of(config)
+    heads, width, kv_heads = model.heads, given["model.ffn_dim"], given["model.kv_heads"]
+    if model.family == "gpt":
+        if moe.architecture != "dense" or kv_heads != heads or given["model.activation"] not in GPT2_ACTIVATIONS:
+            return None
+        return {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "n_layer": model.layers,
+            "n_embd": model.dim,
+            "n_head": heads,
+            "n_inner": width,
+            "resid_pdrop": model.dropout,
+            "embd_pdrop": model.dropout,
+            "attn_pdrop": 0.0,
+            "n_positions": config.data.seq_len,
+            "vocab_size": config.data.vocab_size,
+            "layer_norm_epsilon": 1e-5,
+            "activation_function": GPT2_ACTIVATIONS[given["model.activation"]],
+        }
+    unlike = moe.architecture != "dense" and (moe.noisy or moe.balanced_routing)
+    if unlike or given["model.activation"] != "swiglu":
+        return None
+    common = {
+        "hidden_size": model.dim,
+        "intermediate_size": width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": config.data.vocab_size,
+        "max_position_embeddings": config.data.seq_len,
+        "rms_norm_eps": NORM_EPS,
+        "rope_theta": 10000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+    if moe.architecture == "dense":
+        bias = {"attention_bias": False, "mlp_bias": False}
+        return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **common, **bias}
+    if moe.architecture == "top_k" and moe.every == 1 and moe.top_k > 1 and moe.renormalise:
+        mixtral: dict[str, Any] = {
+            "num_local_experts": moe.num_experts,
+            "num_experts_per_tok": moe.top_k,
+            "sliding_window": None,
+        }
+        return {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], **common, **mixtral}
+    if moe.architecture == "shared_expert" and moe.combine == "cg1":
+        experts: dict[str, Any] = {
+            "num_experts": moe.num_experts,
+            "num_experts_per_tok": moe.top_k,
+            "norm_topk_prob": moe.renormalise and moe.top_k > 1,
+            "moe_intermediate_size": width,
+            "shared_expert_intermediate_size": width,
+            "decoder_sparse_step": moe.every,
+            "mlp_only_layers": [],
+            "qkv_bias": False,
+            "use_sliding_window": False,
+        }
+        return {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], **common, **experts}
+    return None
+
+
+def own_config(config: Config) -> dict[str, Any]:
+    """Return the config.json of a model that only this project has: its sections of our configuration."""
+    kept = dropless(config)
+    return {
+        "model_type": OURS,
+        "architectures": ["ScMoEForCausalLM"],
+        "scmoe": {
+            "model": asdict(kept.model),
+            "moe": asdict(kept.moe),
+            "schedule": asdict(kept.schedule),
+            "data": {"name": "synthetic", "vocab_size": config.data.vocab_size, "seq_len": config.data.seq_len},
+        },
+        "vocab_size": config.data.vocab_size,
+        "hidden_size": config.model.dim,
+        "num_hidden_layers": config.model.layers,
+        "num_attention_heads": config.model.heads,
+        "max_position_embeddings": config.data.seq_len,
+        "tie_word_embeddings": config.model.family == "gpt",
+    }
+
+
+def our_config(content: dict[str, Any], source: str) -> Config:
+    """Return our configuration for a config.json. ValueError: it has a setting that our models do not support."""
+    if content.get("model_type") == OURS:
+        return load_text(json.dumps(content["scmoe"]), source)
+    given, problems, _ = READERS[content["model_type"]](content)
+    if problems:
+        raise ValueError(f"{source}: {'; '.join(problems)}")
+    length = content.get("n_positions") or content.get("max_position_embeddings")
+    data = {"data.seq_len": length, "data.name": "synthetic"}
+    return load_text(json.dumps({"moe.architecture": "dense", **given, **data, "moe.capacity_factor": None}), source)
+
+
+def model_card(config: Config, content: dict[str, Any], step: int, parameters: int) -> str:
+    """Return the text. content: of config.json. parameters: their number."""
+    moe, data, trainer = config.moe, config.data, config.trainer
+    of_hub, dense, has_tokenizer = data.name == "hf", moe.architecture == "dense", content["eos_token_id"] is not None
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    head["tags"] = ["scmoe"] if dense else ["scmoe", "mixture-of-experts"]
+    if of_hub:
+        head["datasets"] = [data.path]
+    loading = [
+        "import scmoe.hf  # transformers then knows the model" if content["model_type"] == OURS else "",
+        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if has_tokenizer else ''}\n",
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")' if has_tokenizer else "",
+    ]
+    settings = {
+        "model": asdict(config.model),
+        "moe": asdict(moe),
+        "optim": asdict(config.optim),
+        "trainer": {
+            "precision": trainer.precision,
+            "gradient_clip": trainer.gradient_clip,
+            "accumulate": trainer.accumulate,
+        },
+        "seed": config.seed,
+    }
+    return CARD.format(
+        head=yaml.safe_dump(head, sort_keys=False),
+        family=config.model.family,
+        architecture=moe.architecture,
+        parameters=parameters,
+        step=step,
+        steps=trainer.max_steps,
+        batch=data.global_batch_size,
+        seq_len=data.seq_len,
+        data=f"the data set {data.path}" if of_hub else f"data.name={data.name}",
+        moe="" if dense else f" Each token goes to {moe.top_k} of {moe.num_experts} experts; none is dropped.",
+        loading="".join(f"{line}\n" for line in loading if line),
+        settings=yaml.safe_dump(settings, sort_keys=False),
+    )

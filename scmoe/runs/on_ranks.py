@@ -13,14 +13,14 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load_kept
 from scmoe.config.registry import named
-from scmoe.init_from.settings import check_settings, settings
+from scmoe.init_from.pretrained import check_settings, settings_of
 from scmoe.parallel.checkpoint.export import EXPORT, load_weights, read_settings
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.moe_module import MoEModule
+from scmoe.training.modules import MoEModule
 from scmoe.training.run.machine import check_devices, check_resident
 from scmoe.training.run.resume import REFUSED_SINCE, Which, config_of, find_checkpoint, refuse_other_model
-from scmoe.training.run.train import hush_lightning
+from scmoe.training.run.train import silence_lightning
 
 # By default. A product of one row differs in its last bits with the number of threads.
 ALONE = (
@@ -44,7 +44,7 @@ def find_weights(run: Path, which: Which, overrides: Sequence[str]) -> tuple[Pat
         return checkpoint, config_without_training(partial(config_of, run, checkpoint), checkpoint, overrides)
     config = config_without_training(partial(load_kept, run.parent / "config.yaml"), run, overrides)
     try:
-        check_settings(settings(config), read_settings(run))
+        check_settings(settings_of(config), read_settings(run))
     except ValueError as error:
         raise ConfigError(f"{run} cannot be used with the config.yaml beside it: {error}") from error
     return run, config
@@ -73,7 +73,7 @@ def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:
     is broken, or holds another model.
     """
     check_resident(config)
-    hush_lightning()
+    silence_lightning()
     module = build_module(replace(config, init_from=None))
     trainer = build_trainer(config, [], [])
     exported = weights.suffix == EXPORT

@@ -20,7 +20,7 @@ from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten
 from scmoe.config.load import parse_yaml, to_yaml
-from scmoe.training.run.run_state import read_state
+from scmoe.training.run.directory import read_state
 
 WIDTH = 1000  # without a terminal: one line for each run, however long, which can be searched and copied
 COLORS = {"finished": "green", "running": "cyan", "failed": "red", "cut": "yellow"}
@@ -126,7 +126,7 @@ def open_run(name: str, folder: Path = Path("runs")) -> SeenRun:
     for path in (Path(name), folder / name):
         if (path / "config.yaml").exists():
             return SeenRun(path.resolve() if path.is_symlink() else path)
-    raise ConfigError(f"run is {name!r}, allowed: the directory of a run; {scmoe('runs')} lists them")
+    raise ConfigError(f"There is no run {name!r}. Give the directory of a run; {scmoe('runs')} lists them.")
 
 
 def differences(runs: Sequence[SeenRun]) -> dict[str, list[str]]:
@@ -136,7 +136,7 @@ def differences(runs: Sequence[SeenRun]) -> dict[str, list[str]]:
     return {key: values for key, values in columns.items() if len(set(values)) > 1}
 
 
-def own_words(runs: Sequence[SeenRun]) -> dict[SeenRun, str]:
+def differing_fields(runs: Sequence[SeenRun]) -> dict[SeenRun, str]:
     """Return for each run the fields that differ from more than half of its experiment: `optim.lr=0.01`.
 
     An experiment is the runs in the folder of one sweep or one table, or else of one name.
@@ -151,7 +151,8 @@ def own_words(runs: Sequence[SeenRun]) -> dict[SeenRun, str]:
         for key, values in differences(together).items():
             usual, times = Counter(values).most_common(1)[0]
             for run, value in zip(together, values, strict=True):
-                words[run] += [f"{key}={value}"] * (value != usual or times <= len(values) / 2)
+                if value != usual or times <= len(values) / 2:
+                    words[run].append(f"{key}={value}")
     return {run: " ".join(own) for run, own in words.items()}
 
 
@@ -161,7 +162,7 @@ def table_of(runs: Sequence[SeenRun], folder: Path) -> Table:
     state, words_column = Column("state", no_wrap=True), Column("differs in", overflow="fold")
     columns = [Column("run", overflow="fold"), state, *numbers, words_column]
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-    words = own_words(runs)
+    words = differing_fields(runs)
     for run in runs:
         best, speed = run.best_loss, run.per_s
         table.add_row(

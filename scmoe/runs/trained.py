@@ -1,19 +1,36 @@
-"""Loads a trained model into one process, from whatever holds it: a run, an exported file, a folder of Hugging Face."""
+"""Loads a trained model into one process, from a run, an exported file or a folder of Hugging Face; whole, or with its
+experts offloaded.
 
+No process ever holds all experts that are offloaded: the network is built on the meta device, `store_experts` copies
+the experts from file to file, one layer at a time, and `load_offloaded` reads the other weights alone. Language models
+only: vision models have tensors that are no weights.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load_kept
-from scmoe.init_from.pretrained import read_hf, stored_in
+from scmoe.inference.offload.cache import Cache
+from scmoe.inference.offload.migration import offload_experts
+from scmoe.inference.offload.store import Read, StoreError, expert_layers, write_store
+from scmoe.init_from.families import READERS
+from scmoe.init_from.pretrained import read_config, read_hf, stored_in
 from scmoe.init_from.upcycle import fill
-from scmoe.parallel.checkpoint.export import load_weights
-from scmoe.parallel.checkpoint.loading import check_same_model, load_model
+from scmoe.parallel.checkpoint.export import exported_by_name, load_weights
+from scmoe.parallel.checkpoint.loading import check_same_model, load_model, weights_by_name
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.runs.hf_config import OURS, dropless, our_config, read_config
-from scmoe.training.assembly.model import build_model
+from scmoe.runs.hf_folder import OURS, dropless, our_config
+from scmoe.training.assembly.model import build_model, build_model_on_meta
+from scmoe.training.assembly.trainer import cpu_threads
+from scmoe.training.run.directory import relative
 from scmoe.training.run.resume import Which, config_of, find_checkpoint
 
 
@@ -32,8 +49,8 @@ def load_trained(path: str | Path, which: Which = "last") -> Any:
         load_weights(path, model)
         return model
     if not (path / "checkpoints").is_dir():
-        allowed = "the directory of a run, a .safetensors file of make export, a folder with config.json"
-        raise ValueError(f"{path} holds no model, allowed: {allowed}")
+        give = "Give the directory of a run, a .safetensors file of make export, or a folder with config.json."
+        raise ValueError(f"{path} holds no model. {give}")
     checkpoint = find_checkpoint(path, which)
     model = build(config_of(path, checkpoint))
     load_model(checkpoint, model, prefix="model.")
@@ -47,7 +64,7 @@ def build(config: Config) -> Any:
 @torch.no_grad()
 def load_folder(folder: Path) -> Any:
     """Return the model of a folder of Hugging Face's form, written by `make export` or by transformers."""
-    content = read_config(folder)
+    content = read_config(folder, (OURS, *READERS))
     model = build(our_config(content, str(folder / "config.json")))
     if content["model_type"] != OURS:
         fill(model, read_hf(folder))
@@ -60,3 +77,65 @@ def load_folder(folder: Path) -> Any:
     for name, p in own.items():
         p.copy_(theirs[name].read())
     return model
+
+
+def store_experts(config: Config, source: Path, path: Path) -> None:
+    """Write the experts of a checkpoint (a directory) or of a file of `make export` into the store at `path`.
+
+    Raises ValueError for a broken source, or another model's."""
+    model = build_model_on_meta(config)
+    write_store(path, model, reader(source, model))
+
+
+@contextmanager
+def offloaded(config: Config, source: Path) -> Iterator[tuple[Any, Cache]]:
+    """Give the model of a checkpoint or an export as config.offload says, and its cache, which is closed at the end.
+
+    The store is offload/<name of the source>.experts.safetensors beside the checkpoints, or beside the export. It is
+    written where it is missing. Raises ConfigError for what cannot be honoured, and for a store that cannot be used.
+    """
+    folder = (source.parents[1] if source.is_dir() else source.parent) / "offload"
+    path, offload = folder / f"{source.name}.experts.safetensors", config.offload
+    torch.set_num_threads(cpu_threads(config))
+    torch.use_deterministic_algorithms(config.trainer.deterministic)
+    on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    try:
+        if not path.exists():
+            folder.mkdir(exist_ok=True)
+            print(f"experts are written to {relative(path)}", file=sys.stderr, flush=True)
+            store_experts(config, source, path)
+        model, cache = load_offloaded(
+            config, source, path, device=device, way=offload.way, slots=offload.slots, rate_mb_s=offload.rate_mb_s
+        )
+    except (OSError, ValueError) as error:
+        way_out = f"; remove {relative(path)} and it is written again" if isinstance(error, StoreError) else ""
+        raise ConfigError(f"offload: {error}{way_out}") from error
+    with cache, torch.inference_mode():
+        yield model, cache
+
+
+def load_offloaded(
+    config: Config,
+    source: Path,
+    path: Path,
+    *,
+    device: torch.device | None = None,
+    way: str = "determinate",
+    slots: int | None = None,
+    rate_mb_s: float | None = None,
+) -> tuple[nn.Module, Cache]:
+    """Return the model in evaluation mode, with experts from the store at `path`, and the cache, to be closed at the
+    end. The arguments after `path` and the errors are those of `offload_experts`."""
+    model = build_model_on_meta(config).eval()
+    read, of_experts = reader(source, model), tuple(f"{layer}." for layer in expert_layers(model))
+    own = {p: name for name, p in model.named_parameters() if not name.startswith(of_experts)}
+    filled = {p: nn.Parameter(read(name).to(device, p.dtype), requires_grad=False) for p, name in own.items()}
+    tied = model.named_parameters(remove_duplicate=False)  # a tied weight is filled under each of its names
+    model.load_state_dict({name: filled[p] for name, p in tied if p in filled}, strict=False, assign=True)
+    return model, offload_experts(model, path, way=way, slots=slots, rate_mb_s=rate_mb_s)
+
+
+def reader(source: Path, model: nn.Module) -> Read:
+    """Return a function that reads a parameter of `model` by name. ValueError: the source belongs to another model."""
+    return weights_by_name(source, model, "model.") if source.is_dir() else exported_by_name(source, model)

@@ -1,17 +1,30 @@
-"""Writes files that a run can do without (fault 32): a full disk costs these files and one warning, not the run.
+"""Writes files that a run can do without, and removes keys from what a run keeps of itself.
 
-Each file is written under another name and renamed, so an earlier version of it stays whole. Checkpoints are written
-elsewhere (durable.py): for them a full disk is an error.
+A full disk costs these files and one warning, not the run (fault 32). Each file is written under another name and
+renamed, so an earlier version of it stays whole. Checkpoints are written elsewhere (durable.py): for them a full disk
+is an error. Keys are in configs, command lines and changes to the code (fault 33).
 """
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+STARS = "*****"
+KEY_NAMES = re.compile(  # of environment variables that hold keys; PWD and OLDPWD are folders
+    r"(KEY|KEY_ID|TOKEN|SECRET|PASSWORD|PASSWD|_PWD|CREDENTIALS?)$", re.IGNORECASE
+)
+SHORTEST_KEY = 8  # characters of a key; a shorter value would also match harmless text
+KEY_SHAPES = re.compile(
+    r"(?<![\w/])[0-9a-f]{40}(?![\w/])"  # W&B's; within a path it is the name of a snapshot
+    r"|wandb_v\d+_\w{20,}|hf_[A-Za-z0-9]{20,}"
+)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -66,3 +79,25 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
 @cache
 def warn_once(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def redacted(value: Any, variables: Mapping[str, str] = os.environ) -> Any:
+    """Return `value` with stars for keys, in texts, lists, mappings and dataclasses.
+
+    Keys are what looks like one of W&B or Hugging Face, and the lines of variables with one of KEY_NAMES.
+    """
+    lines = {line.strip() for name, text in variables.items() if KEY_NAMES.search(name) for line in text.splitlines()}
+    keys = sorted((line for line in lines if len(line) >= SHORTEST_KEY), key=len, reverse=True)
+    return _starred(value, re.compile("|".join([*map(re.escape, keys), KEY_SHAPES.pattern])))
+
+
+def _starred(value: Any, keys: re.Pattern[str]) -> Any:
+    if isinstance(value, str):
+        return keys.sub(STARS, value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_starred(v, keys) for v in value)
+    if isinstance(value, dict):
+        return {k: _starred(v, keys) for k, v in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _starred(getattr(value, f.name), keys) for f in fields(value)})
+    return value

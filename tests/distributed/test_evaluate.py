@@ -18,7 +18,7 @@ from scmoe.experiments.engine.command_line import call
 from scmoe.experiments.engine.ranks import RankError, run_ranks
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.evaluate import kept_results as results
-from scmoe.runs.evaluate.rank_zero import run_on_rank_zero
+from scmoe.runs.evaluate.scoring import run_on_rank_zero
 from tests.support.commands import Done, command_in_ranks, train_in_ranks
 from tests.support.sentences import DATA, NO_DATA, sentences
 from tests.support.wandb_server import wandb_server
@@ -116,11 +116,11 @@ def here(*words: str) -> Done:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--data", "folder"], "--data is 'folder', allowed: with --tasks that names files of it"),
+        (["--data", "folder"], "--data is 'folder', but --tasks names no file of it"),
         (["--stride", "33"], "--stride is 33, allowed: 1 to 32"),
         (["--limit", "0"], "--limit is 0, allowed: 1 or more"),
-        (["--limit", "5", "--tasks", "none"], "--limit is 5, allowed: with --tasks, whose questions it counts"),
-        (["--text", "/none.txt"], "--text is '/none.txt', allowed: a file of UTF-8 text"),
+        (["--limit", "5", "--tasks", "none"], "--limit counts questions of --tasks"),
+        (["--text", "/none.txt"], "--text is '/none.txt', which cannot be read"),
         (["moe.top_k=2"], "moe.top_k is 2, allowed: 1"),
         (["strategy.dense=sharded"], "strategy.dense is 'sharded', allowed: replicated, where nothing is trained"),
     ],

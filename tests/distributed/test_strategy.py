@@ -32,7 +32,7 @@ from scmoe.parallel.update.pacing import PIECE_MB, Pacer
 from scmoe.parallel.update.reducer import ExpertGradientReducer
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model
-from scmoe.training.language_model import LanguageModel
+from scmoe.training.modules import LanguageModel
 from scmoe.training.muon import adamw
 from tests.support.comparison import TOLERANCE
 from tests.support.resuming import HALF, WHOLE, fit, largest_difference, whole

@@ -18,8 +18,8 @@ from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model
 from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.data_position import DataPosition
-from scmoe.training.image_classifier import ImageClassifier
+from scmoe.training.callbacks.bookkeeping import DataPosition
+from scmoe.training.modules import ImageClassifier
 from tests.support.architectures import SWIN_ON_RANKS, overrides
 from tests.support.comparison import TOLERANCE, assemble, assert_same
 from tests.support.parts import Built, build_in_parts, split_context

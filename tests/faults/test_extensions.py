@@ -15,7 +15,8 @@ from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, OPTIMIZERS
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.training.run.lifetime import open_run
+from scmoe.training.run.resume import Resumed
+from scmoe.training.run.train import open_run
 from tests.support.commands import Done, command_here
 
 pytestmark = [pytest.mark.faults, pytest.mark.representative]
@@ -110,7 +111,7 @@ def train_and_use(rank: int, world_size: int, folder: Path) -> None:
     resumed = command("resume", *resume, named[0], f"callbacks.{name}.every=8")
     assert (resumed.code, done()) == (0, "called with 8"), resumed.err
     (checkpoint,) = (folder / "runs/latest/checkpoints").glob("step=3.ckpt")
-    stopped = open_run(load("configs/debug.yaml", named), (), folder / "runs/latest", checkpoint)
+    stopped = open_run(load("configs/debug.yaml", named), (), Resumed(folder / "runs/latest", checkpoint, None))
     with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as err, stopped:
         raise SystemExit
     assert f"to continue: {scmoe_command('resume', folder / 'runs/latest', *named)}" in err.getvalue()
@@ -141,10 +142,7 @@ BAD = {
     "imports": ("import a_module_that_is_not_there\n", "No module named 'a_module_that_is_not_there' ("),
     "several": ("raise ValueError('a\\nb')\n", "ValueError: a b ("),
     "built_in": (REGISTERS.format("architecture", "top_k", "", "print"), "has it"),
-    "optimizer": (
-        REGISTERS.format("optimizer", "adamw", "", "print"),
-        "scmoe.training.assembly.optimizers.adamw has it",
-    ),
+    "optimizer": (REGISTERS.format("optimizer", "adamw", "", "print"), "assembly.model.build_adamw has it"),
     "twice": (2 * REGISTERS.format("dataset", "twice", ", images=True", "print"), "builtins.print has it"),
     "dotted": (REGISTERS.format("family", "a.b", "", "print"), "the name is 'a.b', allowed: letters"),
 }

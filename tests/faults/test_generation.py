@@ -117,13 +117,13 @@ def test_62_ctrl_c_is_the_exit_code_of_rank_0_alone(is_launched, code):
 
 @pytest.mark.representative
 @pytest.mark.parametrize(
-    ("verb", "first"), [("generate", "generation.find_weights"), ("evaluate", "evaluate.evaluation.find_checkpoint")]
+    ("verb", "first"), [("generate", "continuation.find_weights"), ("evaluate", "evaluate.evaluation.find_checkpoint")]
 )
 def test_62_ctrl_c_before_ranks_exist_is_exit_code_130(verb, first, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"scmoe.studies.{first}", interrupted)
+    monkeypatch.setattr(f"scmoe.runs.{first}", interrupted)
     assert call(verb, str(tmp_path)) == 130
 
 
@@ -133,7 +133,7 @@ def test_62_ctrl_c_before_ranks_exist_is_exit_code_130(verb, first, tmp_path, mo
         (["--max-tokens", "48"], "1 tokens and max_tokens is 48, allowed: 48 together"),
         (["--prompt", "Peace" * 60], "shorten the prompt"),
         (["--temperature", "nan"], "temperature is nan, allowed: 0"),
-        (["--out", "/none/out.jsonl", "--prompts", "PROMPTS"], "--out is /none/out.jsonl, allowed: a file"),
+        (["--out", "/none/out.jsonl", "--prompts", "PROMPTS"], "--out is /none/out.jsonl, which cannot be written"),
         (["trainer.devices=3", "strategy.ep_size=2"], "strategy.ep_size is 2, allowed"),
     ],
 )

@@ -33,7 +33,7 @@ from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.data_position import DataPosition
+from scmoe.training.callbacks.bookkeeping import DataPosition
 from tests.support.failing import MODEL, failure, fit
 from tests.support.trainings import tiny
 
@@ -143,12 +143,12 @@ from scmoe.experiments.engine.command_line import call
 sys.exit(call("train", *sys.argv[5:]))
 """
 PHASES = {  # where a rank fails, and in which call of it
-    "setup": ("scmoe.training.language_model:LanguageModel.configure_model", 1),
-    "step": ("scmoe.training.language_model:LanguageModel.training_step", 4),
+    "setup": ("scmoe.training.modules:LanguageModel.configure_model", 1),
+    "step": ("scmoe.training.modules:LanguageModel.training_step", 4),
     "forward": ("scmoe.moe.experts:Experts.forward", 4),  # between dispatch and combine
     "backward": ("scmoe.moe.experts:_MLPsInTurn.backward", 3),
     "update": ("torch.optim:AdamW.step", 3),
-    "validation": ("scmoe.training.language_model:LanguageModel.validation_step", 1),
+    "validation": ("scmoe.training.modules:LanguageModel.validation_step", 1),
     "save": ("scmoe.parallel.checkpoint.saving:dcp.save", 1),
 }
 TIMEOUT_S, LONG_S = 30.0, 100.0

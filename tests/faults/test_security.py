@@ -19,10 +19,10 @@ from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_model
 from scmoe.parallel.checkpoint.state import from_json
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training import redact
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model, build_model_on_meta, build_module
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer
+from scmoe.training.files import redacted
 from scmoe.training.run.directory import create_run_dir
 from tests.support.commands import CANARY, EXACT, TRAIN, run
 from tests.support.trainings import tiny
@@ -113,16 +113,16 @@ assert train.train(config, overrides)["steps"] == 2
     ],
 )
 def test_33_a_variable_that_holds_a_key_is_known_by_its_name(name, holds_a_key):
-    assert redact.redacted("/home/me/work", {name: "/home/me/work"}) == ("*****" if holds_a_key else "/home/me/work")
+    assert redacted("/home/me/work", {name: "/home/me/work"}) == ("*****" if holds_a_key else "/home/me/work")
 
 
 def test_33_text_that_is_no_key_is_not_redacted():
     """Such texts are a snapshot's folder, a commit's short name, a short value, a variable that holds no key."""
     for text in ("/hub/snapshots/" + "0123456789" * 4 + "/model", "0123456789abcdef", "a short word", "hf_hub"):
-        assert redact.redacted(text, {"A_KEY": "short", "HOME": text}) == text
+        assert redacted(text, {"A_KEY": "short", "HOME": text}) == text
     given = {"a": ["xx 12345678", 3, None], "b": ("12345678",)}
-    assert redact.redacted(given, {"A_KEY": "12345678"}) == {"a": ["xx *****", 3, None], "b": ("*****",)}
-    assert redact.redacted(load(None, []), {}) == load(None, [])
+    assert redacted(given, {"A_KEY": "12345678"}) == {"a": ["xx *****", 3, None], "b": ("*****",)}
+    assert redacted(load(None, []), {}) == load(None, [])
 
 
 # ---------------------------------------------------------------------- 34: checkpoints

@@ -22,7 +22,7 @@ from scmoe.parallel.dense_choice import pick_dense, states_bytes
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.language_model import LanguageModel
+from scmoe.training.modules import LanguageModel
 from tests.support.cases import ARCHITECTURES, SLOTS
 from tests.support.comparison import assemble, assert_same, assert_same_bits
 from tests.support.failing import failure

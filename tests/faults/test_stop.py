@@ -24,7 +24,7 @@ from scmoe.parallel.checkpoint import durable
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
-from scmoe.training.language_model import LanguageModel
+from scmoe.training.modules import LanguageModel
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 

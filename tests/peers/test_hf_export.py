@@ -23,8 +23,7 @@ from scmoe.datamodules.tokenizer import make_tokenizer
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.saving import write_whole
-from scmoe.runs.hf_config import hf_config
-from scmoe.runs.hf_folder import write_folder
+from scmoe.runs.hf_folder import hf_config, write_folder
 from tests.support.models import assert_close, tiny_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")

@@ -71,4 +71,4 @@ def test_images_are_evaluated_on_the_whole_split_and_refuse_tasks(trained):
     for option, value in (("--tasks", "cloze"), ("--limit", "5"), ("--stride", "5")):
         refused = command_in_ranks("evaluate", 1, run_dir, option, value)
         assert (refused.code, len(refused.err.splitlines())) == (2, 1)
-        assert f"{option} is given, allowed: for a run on text; this one has data.name=digits" in refused.err
+        assert f"{option} needs a run on text; this one has data.name=digits" in refused.err

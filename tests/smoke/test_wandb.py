@@ -46,6 +46,7 @@ def scenario(folder: Path) -> None:
     from scmoe.training.run import train as run
     from scmoe.training.run import wandb_logger
     from scmoe.training.run.loggers import build_loggers, close_loggers, log_inputs, log_results
+    from scmoe.training.run.printout import sync_command
     from scmoe.training.run.resume import resumption
 
     def training(server: WandbServer, name: str, *overrides: str, run_dir: Path | None = None) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def scenario(folder: Path) -> None:
     with wandb_server() as server:
         training(server, "offline", "logger.mode=offline")
         assert not server.requests
-        command = wandb_logger.sync_command((folder / "offline" / "latest").resolve())
+        command = sync_command((folder / "offline" / "latest").resolve())
         assert command is not None
         sync = [sys.executable, "-m", *command.split()]
         there = {"cwd": folder, "env": {**os.environ, **server.variables}}  # it logs into cwd

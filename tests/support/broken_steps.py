@@ -13,7 +13,7 @@ from scmoe.blocks.sublayers import MLP
 from scmoe.moe.experts import Experts, batched_mlps
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.moe_module import MoEModule
+from scmoe.training.modules import MoEModule
 
 READ = "the host reads a number of the device"
 Fault = Callable[[], AbstractContextManager[Any]]

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from scmoe.config.fields import Config
-from scmoe.init_from.settings import model_settings
+from scmoe.init_from.pretrained import model_settings
 from scmoe.parallel.checkpoint.export import FORMAT_VERSION
 from tests.support.models import tiny, tiny_model
 

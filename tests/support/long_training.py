@@ -12,8 +12,8 @@ from scmoe.moe.router import Router
 from scmoe.parallel.mesh import expert_parameters
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.data_position import DataPosition
-from scmoe.training.language_model import LanguageModel
+from scmoe.training.callbacks.bookkeeping import DataPosition
+from scmoe.training.modules import LanguageModel
 from tests.support.trainings import RecordingModel
 
 STEPS, BF16_STEPS, CLIP = 100, 30, 0.5

@@ -14,7 +14,7 @@ from scmoe.parallel.mesh import expert_parameters
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.data_position import DataPosition
+from scmoe.training.callbacks.bookkeeping import DataPosition
 from tests.support.trainings import whole as gathered
 
 HALF, WHOLE = 3, 6

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scmoe.runs.evaluate.held_out_text import Text, score_text
-from scmoe.runs.evaluate.scoring import Scorer, windows_of
+from scmoe.runs.evaluate.scoring import Scorer, Text, score_text, windows_of
 from tests.support.models import tiny, tiny_model
 
 CONTEXT, VOCABULARY = 12, 64

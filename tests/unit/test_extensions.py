@@ -17,11 +17,11 @@ from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, 
 from scmoe.experiments.dryrun.estimated import estimate
 from scmoe.experiments.engine.command_line import call
 from scmoe.footprint.kinds import parts as parts_of
-from scmoe.init_from.settings import model_settings
+from scmoe.init_from.pretrained import model_settings
 from scmoe.models.decoder import GPT
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.runs.hf_config import hf_config
+from scmoe.runs.hf_folder import hf_config
 from scmoe.training.assembly.blocks import decoder_parts, moe_blocks, stack
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model, build_model_on_meta, build_module
@@ -100,9 +100,7 @@ def test_costs_are_estimated_from_the_modules_and_an_export_for_hugging_face_is_
     )
     assert facts["all_to_all_bytes_forward"] == scmoe["all_to_all_bytes_forward"] > 0
     assert 0 < facts["flops_forward"] < scmoe["flops_forward"], "it has no shared expert"
-    with pytest.raises(
-        ValueError, match=r"moe\.architecture is parallel, allowed with --format hf: an architecture of"
-    ):
+    with pytest.raises(ValueError, match=r"an extension defines moe\.architecture=parallel"):
         hf_config(config, None)
 
 

@@ -215,7 +215,7 @@ def test_what_a_figure_cannot_be_drawn_from_is_said_in_one_line(tmp_path, capsys
     for words, message in (
         (["9", run], "analysis.gating_every is null"),
         (["9"], "Fig. 9 is drawn from nothing, allowed: one run"),
-        (["10", tmp_path / "no"], "run is '"),
+        (["10", tmp_path / "no"], "There is no run '"),
         (["7", run], "allowed: nothing"),
         (["1"], "none is there"),
         (["1", tmp_path / "no"], "none is there"),

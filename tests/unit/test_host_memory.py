@@ -6,13 +6,13 @@ import os
 
 import pytest
 
-from scmoe.training.run.host_memory import keep_freed_memory
+from scmoe.training.run.machine import keep_freed_memory
 from tests.support.commands import ROOT
 from tests.support.forked import python
 
 FILL_TWICE = """
 import resource, sys, torch
-from scmoe.training.run.host_memory import keep_freed_memory
+from scmoe.training.run.machine import keep_freed_memory
 if "keep" in sys.argv:
     keep_freed_memory()
 for _ in range(2):

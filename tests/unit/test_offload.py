@@ -16,7 +16,7 @@ from scmoe.inference.offload import migration
 from scmoe.inference.offload.cache import Cache, FileReader
 from scmoe.inference.offload.migration import WAYS, offload_experts
 from scmoe.inference.offload.store import Store, expert_layers, write_store
-from scmoe.runs.offloaded import load_offloaded, store_experts
+from scmoe.runs.trained import load_offloaded, store_experts
 from tests.support.architectures import EVERY_BLOCK, TABLES
 from tests.support.exports import export
 from tests.support.models import tiny, tiny_batch
@@ -180,7 +180,7 @@ def test_a_model_is_built_without_its_experts_in_memory(tmp_path, monkeypatch):
     whole = export(config, tmp_path / "model.safetensors").float().eval()
     source, path = tmp_path / "model.safetensors", tmp_path / "store.safetensors"
     alive, most, names = [0], [0], set()
-    from scmoe.runs import offloaded as build
+    from scmoe.runs import trained as build
 
     reader = build.reader
 

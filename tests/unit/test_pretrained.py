@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
-from scmoe.init_from.pretrained import READERS, read_export
-from scmoe.init_from.settings import settings
+from scmoe.init_from.pretrained import READERS, read_export, settings_of
 from scmoe.init_from.upcycle import fill
 from scmoe.parallel.checkpoint.export import FORMAT_VERSION
 from scmoe.parallel.mesh import ParallelContext
@@ -192,7 +191,7 @@ def test_an_export_into_another_model_is_refused_by_key(change, tmp_path):
     file, key = tmp_path / "model.safetensors", change.partition("=")[0]
     export(tiny(), file)
     message = refusal(tiny(change, f"init_from=scmoe:{file}"))
-    came, allowed = (show(settings(config)[key]) for config in (tiny(change), tiny()))
+    came, allowed = (show(settings_of(config)[key]) for config in (tiny(change), tiny()))
     assert came != allowed and f"{key} is {came}, allowed: {allowed}" in message
 
 

@@ -13,11 +13,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from scmoe.config.load import load
 from scmoe.runs.evaluate.kept_results import keep_results, read_results
-from scmoe.training.run import lifetime
-from scmoe.training.run.csv_logger import csv_logger
+from scmoe.training.run import train
 from scmoe.training.run.directory import SLUG_CHARS, create_run_dir, slug_of
-from scmoe.training.run.lifetime import open_run
-from scmoe.training.run.summary import resume_command
+from scmoe.training.run.loggers import csv_logger
+from scmoe.training.run.printout import resume_command
+from scmoe.training.run.resume import Resumed
+from scmoe.training.run.train import open_run
 from tests.support.commands import rows_of
 
 LONG = [f"moe.{key}=0.12345" for key in ("capacity_factor", "load_balance_coef", "z_loss_coef", "dropless_ceiling")]
@@ -81,10 +82,10 @@ def test_two_runs_of_one_second_have_two_directories(tmp_path):
 )
 def test_a_run_is_marked_and_closed_however_it_ends(error, state, tmp_path, monkeypatch):
     closed = []
-    monkeypatch.setattr(lifetime, "close_loggers", lambda loggers, status: closed.append((len(loggers), status)))
+    monkeypatch.setattr(train, "close_loggers", lambda loggers, status: closed.append((len(loggers), status)))
     raised = None
     try:
-        with open_run(load(None, ["logger.mode=disabled", f"runs_dir={tmp_path}"]), [], None, None) as (directory, _):
+        with open_run(load(None, ["logger.mode=disabled", f"runs_dir={tmp_path}"]), [], None) as (directory, _):
             assert json.loads((directory / "state.json").read_text())["state"] == "running"
             if error is not None:
                 raise error
@@ -96,15 +97,15 @@ def test_a_run_is_marked_and_closed_however_it_ends(error, state, tmp_path, monk
 
 
 def test_a_run_that_cannot_open_its_loggers_has_failed(tmp_path, monkeypatch):
-    monkeypatch.setattr(lifetime, "build_loggers", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError), open_run(load(None, [f"runs_dir={tmp_path}"]), [], None, None):
+    monkeypatch.setattr(train, "build_loggers", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError), open_run(load(None, [f"runs_dir={tmp_path}"]), [], None):
         pass
     assert json.loads((tmp_path / "latest" / "state.json").read_text())["state"] == "failed"
 
 
 def test_other_ranks_open_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    with open_run(load(None, [f"runs_dir={tmp_path}"]), [], tmp_path / "a", None) as opened:
+    with open_run(load(None, [f"runs_dir={tmp_path}"]), [], Resumed(tmp_path / "a", tmp_path, None)) as opened:
         assert opened == (None, [])
     assert not list(tmp_path.iterdir())
 

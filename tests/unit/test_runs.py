@@ -17,7 +17,7 @@ from scmoe.config.load import load, to_yaml
 from scmoe.experiments.engine.command_line import call
 from scmoe.experiments.studies import compare
 from scmoe.runs import seen as runs
-from scmoe.training.run.run_state import SILENT_S, read_state, refuse_running, show_life, start_of, write_state
+from scmoe.training.run.directory import SILENT_S, read_state, refuse_running, show_life, start_of, write_state
 from tests.support.pictures import assert_readable
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_a_run_that_is_running_cannot_be_resumed_by_another_process(tmp_path):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         kept = json.loads(path.read_text()) | {"pid": other.pid, "started": start_of(other.pid)}
         path.write_text(json.dumps(kept))
-        with pytest.raises(ConfigError, match=f"process {other.pid} is training .*, allowed: a run that no process"):
+        with pytest.raises(ConfigError, match=f"process {other.pid} is training {tmp_path}"):
             refuse_running(tmp_path)
         path.write_text(json.dumps(kept | {"state": "cut"}))
         refuse_running(tmp_path)
@@ -102,7 +102,7 @@ def test_a_run_that_another_machine_trains_cannot_be_resumed_until_it_is_silent(
 
 
 def test_a_living_run_touches_its_state(tmp_path, monkeypatch):
-    monkeypatch.setattr("scmoe.training.run.run_state.BEAT_S", 0.01)
+    monkeypatch.setattr("scmoe.training.run.directory.BEAT_S", 0.01)
     write_state(tmp_path, "running")
     os.utime(tmp_path / "state.json", (0, 0))
     ended = show_life(tmp_path)

@@ -14,8 +14,8 @@ from rich.table import Table
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.training.files import warn_once, write_json
+from scmoe.training.run.directory import read_state
 from scmoe.training.run.loggers import close_loggers
-from scmoe.training.run.run_state import read_state
 from scmoe.training.run.wandb_logger import wandb_logger, wandb_mode
 
 FILE = "evaluation.json"
@@ -27,9 +27,9 @@ def read_results(run_dir: Path) -> dict[str, Any]:
     try:
         kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read, allowed: what an evaluation has written: {error}") from error
+        raise ConfigError(f"{path} cannot be read: {error}. Move it away, and evaluate again.") from error
     if not isinstance(kept, dict):
-        raise ConfigError(f"{path} is a {type(kept).__name__}, allowed: a JSON object, as an evaluation has written")
+        raise ConfigError(f"{path} is not what an evaluation writes. Move it away, and evaluate again.")
     return kept
 
 

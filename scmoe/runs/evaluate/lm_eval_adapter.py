@@ -119,8 +119,7 @@ class ModelOfRun(LM):
 def ask(model: ModelOfRun, task: Task, limit: int | None) -> dict[str, Any]:
     """Return the accuracy of a model in the first `limit` questions of a task, with its interval and chance level.
 
-    interval: where the true accuracy is with 95 % confidence (binomial, Clopper and Pearson). one_answer: the accuracy
-    of the best constant answer, where all questions have the same choices (yes or no, A to D).
+    one_answer: the accuracy of the best constant answer, where all questions have the same choices (yes or no, A to D).
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its advice is for its own command line
     asked = task._replace(questions=task.questions[:limit])
@@ -129,19 +128,25 @@ def ask(model: ModelOfRun, task: Task, limit: int | None) -> dict[str, Any]:
     found = answered["results"][task.name]
     metrics = {metric: float(found[f"{metric},none"]) for metric in METRICS if f"{metric},none" in found}
     accuracy, number = metrics[task.metric], len(asked.questions)
-    interval = binomtest(round(accuracy * number), number).proportion_ci(CONFIDENCE)
+    low, high = interval_of(accuracy, number)
     return {
         "accuracy": accuracy,
-        "interval": [float(interval.low), float(interval.high)],
+        "interval": [low, high],
         "chance": asked.chance,
         "one_answer": asked.one_answer,
-        "verdict": verdict(interval.low, interval.high, asked.chance, asked.one_answer),
+        "verdict": verdict(low, high, asked.chance, asked.one_answer),
         "questions": number,
         "of": len(task.questions),
         "from": task.origin,
         "judged_by": task.metric,
         **metrics,
     }
+
+
+def interval_of(mean: float, number: int) -> list[float]:
+    """Return where the true mean of `number` ones and zeros is with 95 % confidence (binomial, Clopper and Pearson)."""
+    bounds = binomtest(round(mean * number), number).proportion_ci(CONFIDENCE)
+    return [float(bounds.low), float(bounds.high)]
 
 
 def verdict(low: float, high: float, chance: float, one_answer: float | None = None) -> str:
@@ -216,8 +221,7 @@ def ask_registered(model: ModelOfRun, task: Registered, limit: int | None) -> di
         counts = answered["n-samples"].get(name, {"effective": None, "original": None})
         number, mean, interval = counts["effective"], metrics[judges[0]], None
         if number and judges[0].split(",")[0] in OF_ONES:
-            bounds = binomtest(round(mean * number), number).proportion_ci(CONFIDENCE)
-            interval = [float(bounds.low), float(bounds.high)]
+            interval = interval_of(mean, number)
         found[name] = {
             "accuracy": mean,
             "interval": interval,

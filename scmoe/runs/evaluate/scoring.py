@@ -1,22 +1,75 @@
-"""Scores tokens with a language model: the log-likelihood of a text, or of an answer after a question.
+"""Scores a model on rank 0: the log-likelihood of a text or of an answer, and the loss of the whole test split.
 
-A sequence is longer than the model's context in general, so windows slide over it. Each token is scored once, in a
+Sequences are usually longer than the model's context, so windows slide over them. Each token is scored once, in a
 window that shows the model at least `context - stride` of the tokens before it, or all of them where there are fewer.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from scmoe.datamodules.positioned import IGNORE
-from scmoe.runs.evaluate.rank_zero import Forward
+from scmoe.config.leaves import ConfigError
+from scmoe.datamodules.positioned import IGNORE, PositionedDataModule
+from scmoe.datamodules.sequences import SequenceDataModule
+from scmoe.datamodules.text import TextDataModule
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.training.modules import cross_entropy_sum
 
 BATCH_TOKENS = 2048  # of a batch, padding included: with a vocabulary of 50,000 its logits take 0.4 GB
+TEST_SPLIT = "test split"
+T = TypeVar("T")
+Forward = Callable[..., Any]
+"""Computes the model's output for (inputs, mask, and what else it reads): its first entry is the logits."""
+
+
+def run_on_rank_zero(
+    work: Callable[[Forward], T], model: Forward, padding: tuple[Tensor, Tensor], context: ParallelContext
+) -> T | None:
+    """Return work(forward) on rank 0, and None on the others. Every rank must call it.
+
+    Every forward pass needs all ranks of an expert-parallel group. Rank 0 announces each pass, and the others take part
+    in it with a batch of padding alone. Padding is routed nowhere, so the experts get rank 0's rows and no others:
+    products are those of one process.
+
+    padding: inputs and mask of the smallest batch without any real sample. An error of `work` is raised on rank 0, and
+    the other ranks return.
+    """
+    if context.rank != 0:
+        while _another_pass(context, True):
+            model(*padding)
+        return None
+    others_wait = True  # for the next announcement
+
+    def forward(inputs: Tensor, mask: Tensor | None, *rest: Any) -> Any:
+        nonlocal others_wait
+        _another_pass(context, True)
+        others_wait = False
+        output = model(inputs, mask, *rest)
+        others_wait = True
+        return output
+
+    try:
+        return work(forward)
+    finally:
+        if others_wait:  # else the others are inside a pass and would not receive it
+            _another_pass(context, False)
+
+
+def _another_pass(context: ParallelContext, more: bool) -> bool:
+    """Return on every rank what rank 0 says: whether another pass comes."""
+    if context.world_size == 1:
+        return more
+    flag = torch.tensor([more], dtype=torch.uint8)
+    dist.broadcast(flag, src=0, group=context.control_group)
+    return bool(flag.item())
 
 
 class Window(NamedTuple):
@@ -103,3 +156,74 @@ def batches(windows: Sequence[tuple[int, Window]]) -> Iterator[Sequence[tuple[in
 
 def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def score_test_split(forward: Forward, data: PositionedDataModule, device: torch.device) -> dict[str, Any]:
+    """Return the loss of the test split in nats per token (image), and bits per byte of text or accuracy of images.
+
+    It is computed as a validation of one rank computes it: the windows of a text do not overlap, and experts have the
+    run's own capacity. Images have two splits: there the test split is the one of validation, whole.
+    """
+    of_text = isinstance(data, SequenceDataModule)
+    nats, hits, targets, num_bytes = 0.0, 0, 0, 0
+    for batch in data.test_dataloader():
+        inputs, labels = batch["input_ids" if of_text else "images"], batch["labels"]
+        mask = batch["padding_mask"] if of_text else labels != IGNORE
+        logits_NC = forward(inputs.to(device), mask.to(device))[0].flatten(0, -2)
+        labels_N = labels.flatten().to(device)
+        nats += cross_entropy_sum(logits_NC, labels_N).item()
+        hits += int((logits_NC.argmax(-1) == labels_N).sum())
+        targets += int((labels_N != IGNORE).sum())
+        num_bytes += int(batch["num_bytes"].sum()) if of_text else 0
+    loss = nats / targets
+    if of_text:
+        return {"split": "test", "loss": loss, "tokens": targets, "bits_per_byte": nats / num_bytes / math.log(2)}
+    return {"split": "val", "loss": loss, "images": targets, "accuracy": hits / targets}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as tokens. The first is not scored: the end of text, as before each document, where there is one."""
+
+    name: str
+    ids: np.ndarray
+    documents: list[str]
+
+
+def open_text(data: SequenceDataModule, file: Path | None) -> Text:
+    """Return the test split (of synthetic tokens too), or a UTF-8 file as one document.
+
+    ConfigError: the file cannot be read, or has no words.
+    """
+    test = np.asarray(data.splits.tokens["test"][:], np.int64)
+    if not isinstance(data, TextDataModule):
+        return Text(TEST_SPLIT, test, [])
+    end = data.tokenizer.end_of_text
+    if file is None:
+        documents = (part[part != end] for part in np.split(test, np.flatnonzero(test == end) + 1))
+        return Text(TEST_SPLIT, np.r_[end, test], [data.tokenizer.decode(part) for part in documents])
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--text is {str(file)!r}, which cannot be read as UTF-8 text: {error}") from error
+    if not text.strip():
+        raise ConfigError(f"--text is {str(file)!r}, which has no words. Give another file.")
+    return Text(str(file), np.r_[end, data.tokenizer.encode(text)], [text])
+
+
+def score_text(scorer: Scorer, text: Text, stride: int, token_bytes_V: np.ndarray) -> dict[str, Any]:
+    """Return loss, perplexity and bits per byte of a text. Every token is scored once, dropless.
+
+    stride: tokens that a window scores; it shows at least context - stride tokens before each.
+    """
+    (score,) = scorer([(text.ids, 1)], stride)
+    loss, num_bytes = -score.log_likelihood / score.num_tokens, int(token_bytes_V[text.ids[1:]].sum())
+    return {
+        "text": text.name,
+        "loss": loss,
+        "perplexity": float(np.exp(loss)),
+        "bits_per_byte": -score.log_likelihood / num_bytes / math.log(2),
+        "tokens": score.num_tokens,
+        "window": scorer.context,
+        "stride": stride,
+    }

@@ -151,21 +151,35 @@ def moe_block(
     position = (moe.first_position if first else None) or moe.position
     tap = position if has_tap else None
     schedule = Schedule(block.architecture, tap, config.schedule.slot, config.schedule.chunks or 1)
-    optional: dict[str, Any] = {}
+    tap_norm = shared_expert = coefficient = None
     if has_tap:
         following = sublayers[len(sublayers) - schedule.sublayers_after_tap]  # the sub-layer after the tap
-        optional["tap_norm"] = following.norm if moe.tap_norm == "shared" else parts.norm()
+        tap_norm = following.norm if moe.tap_norm == "shared" else parts.norm()
     if "shared_expert" in schedule.window:
-        optional |= {"shared_expert": parts.mlp(), "coefficient": COEFFICIENT_GATES[moe.combine](parts.dim)}
-    stream, reads_tap = build_stream(config, context, parts), moe.coefficient_input == "tap"
-    needed = sublayers, parts.norm(), stream, schedule, parts.after()
-    return block(*needed, coefficient_reads_tap=reads_tap, **optional)
+        shared_expert, coefficient = parts.mlp(), COEFFICIENT_GATES[moe.combine](parts.dim)
+    return block(
+        sublayers,
+        parts.norm(),
+        build_stream(config, context, parts),
+        schedule,
+        parts.after(),
+        tap_norm=tap_norm,
+        shared_expert=shared_expert,
+        coefficient=coefficient,
+        coefficient_reads_tap=moe.coefficient_input == "tap",
+    )
 
 
 def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoEStream:
     moe = config.moe
-    gate = {"renormalise": moe.renormalise, "noisy": moe.noisy, "balanced": moe.balanced_routing}
-    router = Router(parts.dim, moe.num_experts, moe.top_k, **gate)
+    router = Router(
+        parts.dim,
+        moe.num_experts,
+        moe.top_k,
+        renormalise=moe.renormalise,
+        noisy=moe.noisy,
+        balanced=moe.balanced_routing,
+    )
     local = context.local_experts(moe.num_experts)
     experts = Experts(parts.dim, parts.ffn_dim, moe.num_experts, local, parts.activation)
     ep_size = max(context.ep_size, resolve_ep_size(config))  # an estimate for many ranks is made in one process

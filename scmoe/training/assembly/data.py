@@ -22,10 +22,10 @@ from scmoe.parallel.checkpoint.loading import read_meta
 register_dataset = DATASETS.register
 
 
-def prepare_data(data: PositionedDataModule, warn: bool = True) -> None:
+def prepare_data(data: PositionedDataModule, weights: Path | None = None, warn: bool = True) -> None:
     """Download, tokenize and check the data, before other ranks are started. ConfigError: it cannot be used.
 
-    warn: say that files are skipped.
+    weights: a checkpoint or an export that reads it. warn: say that files are skipped.
     """
     try:
         data.prepare_data()
@@ -37,6 +37,8 @@ def prepare_data(data: PositionedDataModule, warn: bool = True) -> None:
     if data.skipped and warn:
         more = "; scmoe check-data lists all" if len(data.skipped) > 1 else ""
         print(f"warning: {len(data.skipped)} files are skipped: {data.skipped[0]}{more}", file=sys.stderr, flush=True)
+    if weights is not None and isinstance(data, TextDataModule):
+        check_tokenizer(data, weights)
 
 
 def build_datamodule(config: Config) -> PositionedDataModule:
@@ -69,8 +71,18 @@ def synthetic(config: Config, position: Mapping[str, Any]) -> PositionedDataModu
 @register_dataset("hf")
 def text(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
     data, skip = config.data, config.data.on_error == "skip"
-    files = data.name, data.path, data.subset, data.tokenizer, data.vocab_size, data.cache_dir, skip
-    return TextDataModule(*files, seq_len=data.seq_len, val_sequences=data.val_sequences, **position)
+    return TextDataModule(
+        data.name,
+        data.path,
+        data.subset,
+        data.tokenizer,
+        data.vocab_size,
+        data.cache_dir,
+        skip,
+        seq_len=data.seq_len,
+        val_sequences=data.val_sequences,
+        **position,
+    )
 
 
 @register_dataset("fashion_mnist", images=True)
@@ -97,12 +109,11 @@ def images(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
 
 def tokenizer_of(config: Config, weights: Path) -> Tokenizer | None:
     """Return the tokenizer of a text data set, prepared if it is not yet; None for other data. ConfigError: no data, or
-    as `check_tokenizer`."""
+    data with another tokenizer than that of the weights."""
     data = build_datamodule(config)
     if not isinstance(data, TextDataModule):
         return None
-    prepare_data(data)
-    check_tokenizer(data, weights)
+    prepare_data(data, weights)
     return data.tokenizer
 
 
@@ -112,10 +123,10 @@ def check_tokenizer(data: TextDataModule, weights: Path) -> None:
     A text that has changed makes another `bpe`."""
     kept = kept_tokenizer(weights)
     if kept is not None and kept != data.tokenizer.digest:
-        given = f"data.path={data.path} and data.tokenizer={data.tokenizer_kind} give"
+        given = f"data.path={data.path} and data.tokenizer={data.tokenizer_kind}"
         raise ConfigError(
-            f"{given} another tokenizer than that of the training, whose ids mean other words, allowed: the text of "
-            "the training, or the tokenizer.json that was made from it"
+            f"{given} give another tokenizer than in training, so token ids would mean other words. Use the text of "
+            "the training, or the tokenizer.json that was made from it."
         )
 
 

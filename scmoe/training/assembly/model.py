@@ -1,6 +1,8 @@
-"""Builds the network and the LightningModule of a configuration. A family puts its model around blocks (blocks.py).
+"""Builds the network, the LightningModule and the optimizer of a configuration.
 
-A family is a function (config, context) -> network, registered by its name.
+A family is a function (config, context) -> network, registered by its name, that puts its model around blocks
+(blocks.py). An optimizer is a function (config, parameters that are trained) -> optimizer. Clipping and the schedule of
+the learning rate are the LightningModule's.
 """
 
 from collections.abc import Callable
@@ -11,25 +13,24 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from scmoe.blocks.sublayers import MLP, recompute_activations
 from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import FAMILIES, IMAGES, OPTIMIZERS, import_extensions
-from scmoe.init_from.pretrained import Checkpoint, read_export, read_hf
-from scmoe.init_from.settings import check_settings, settings
+from scmoe.init_from.pretrained import Checkpoint, check_settings, read_export, read_hf, settings_of
 from scmoe.init_from.upcycle import fill, sources_of
 from scmoe.models.decoder import GPT, Llama
 from scmoe.parallel.dense_shards import materialise, put, shard
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.assembly import optimizers  # noqa: F401  it registers them
 from scmoe.training.assembly.blocks import Parts, build_blocks, stack
-from scmoe.training.image_classifier import ImageClassifier
-from scmoe.training.language_model import LanguageModel
-from scmoe.training.moe_module import MoEModule
+from scmoe.training.modules import ImageClassifier, LanguageModel, MoEModule
+from scmoe.training.muon import MuonAndAdamW, Trained, adamw
 
 register_family = FAMILIES.register
+register_optimizer = OPTIMIZERS.register
 OF_A_NETWORK = ("blocks", "steps", "norm", "head", "init_weights", "rows_per_sample")
 
 
@@ -73,7 +74,7 @@ def initial_weights(config: Config, model: Any) -> Checkpoint:
     kind, _, path = (config.init_from or "").partition(":")
     try:
         checkpoint = read_hf(Path(path)) if kind == "hf" else read_export(Path(path))
-        check_settings(settings(config), checkpoint.settings)
+        check_settings(settings_of(config), checkpoint.settings)
         sources_of(model, checkpoint)
     except ValueError as error:
         raise ConfigError(f"init_from is {show(config.init_from)}: {error}") from error
@@ -170,3 +171,22 @@ def updated_by_muon(config: Config, model: nn.Module) -> list[nn.Parameter]:
     module = build_module(config)
     module.model = model
     return module.trained().matrices
+
+
+@register_optimizer("adamw")
+def build_adamw(config: Config, parameters: Trained) -> Optimizer:
+    optim, betas = config.optim, (config.optim.beta1, config.optim.beta2)
+    return adamw(parameters, lr=optim.lr, weight_decay=optim.weight_decay, betas=betas, eps=optim.eps)
+
+
+@register_optimizer("muon")
+def build_muon(config: Config, parameters: Trained) -> Optimizer:
+    optim = config.optim
+    return MuonAndAdamW(
+        parameters,
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        momentum=optim.momentum,
+    )

@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +22,14 @@ from scmoe.footprint.model_cost import WEIGHT_BYTES, rank_parameters
 from scmoe.lightning.seam import LastCheckpoint, StepProgressBar
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.dense_choice import states_bytes
-from scmoe.probes.gating import GatingProbe, draw_gating, gating_means, gating_metrics
-from scmoe.probes.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
-from scmoe.training.callbacks.analysis import Analysis
-from scmoe.training.callbacks.data_position import DataPosition
+from scmoe.training.callbacks.analysis import SIMILARITY, Analysis, gating
+from scmoe.training.callbacks.bookkeeping import DataPosition, KeptConfig, LogLines, SkippedImages
 from scmoe.training.callbacks.expert_load import ExpertLoad
-from scmoe.training.callbacks.gradient_norms import GradientNorms
-from scmoe.training.callbacks.kept_config import KeptConfig
-from scmoe.training.callbacks.log_lines import LogLines
-from scmoe.training.callbacks.peak_memory import Memory
-from scmoe.training.callbacks.profile import ProfileSteps
-from scmoe.training.callbacks.skipped_images import SkippedImages
-from scmoe.training.callbacks.step_times import StepTimes
-from scmoe.training.callbacks.throughput import Throughput
+from scmoe.training.callbacks.measurements import GradientNorms, Memory, ProfileSteps, StepTimes, Throughput
 
 register_callback = CALLBACKS.register
-# fields of config.strategy
-PASSED_ON = ("async_checkpoint", "full_checkpoint", "dense", "reductions", "exchange", "debug_collectives")
 
 
 def seed_everything(config: Config) -> None:
@@ -66,8 +54,9 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
         LastCheckpoint(checkpoints, trainer.checkpoint_every),
     ]
     if validates(config) and trainer.save_top_k:
-        name, kept = "best-{step}", trainer.save_top_k
-        callbacks.append(ModelCheckpoint(checkpoints, name, monitor=best, mode=mode, save_top_k=kept))
+        callbacks.append(
+            ModelCheckpoint(checkpoints, "best-{step}", monitor=best, mode=mode, save_top_k=trainer.save_top_k)
+        )
     if trainer.early_stopping is not None:
         callbacks.append(
             EarlyStopping(best, patience=trainer.early_stopping, mode=mode, check_on_train_epoch_end=False)
@@ -75,22 +64,34 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
     if trainer.profile_steps is not None:
         callbacks.append(ProfileSteps(trainer.profile_steps, run_dir))
     if config.moe.architecture not in ("dense", "dgmoe_share"):
-        chunks, plan = config.schedule.chunks, run_dir / "plan.json" if run_dir else None
-        settings = {key: getattr(trainer, key) for key in ("num_nodes", "precision", "threads", "compile", "recompute")}
-        settings |= {key: getattr(config.strategy, key) for key in ("wire_dtype", "exchange", "dense", "reductions")}
-        tried = (1, 2, 4) if chunks is None else (chunks,)
-        callbacks.append(AdaptiveSchedule(config.schedule.auto, tried, plan, settings))
+        chunks = (1, 2, 4) if config.schedule.chunks is None else (config.schedule.chunks,)
+        plan = run_dir / "plan.json" if run_dir else None
+        callbacks.append(AdaptiveSchedule(config.schedule.auto, chunks, plan, timing_conditions(config)))
     if images and data.on_error == "skip":
         callbacks.append(SkippedImages())
-    if (every := config.analysis.gating_every) is not None:
-        probe = partial(GatingProbe, position=config.moe.position)
-        callbacks.append(Analysis("gating", every, analysis, probe, gating_means, gating_metrics, draw_gating))
-    if (every := config.analysis.similarity_every) is not None:
-        functions = SimilarityProbe, similarity_mean, similarity_metrics, draw_similarity
-        callbacks.append(Analysis("similarity", every, analysis, *functions))
+    if config.analysis.gating_every is not None:
+        callbacks.append(Analysis(gating(config.moe.position), config.analysis.gating_every, analysis))
+    if config.analysis.similarity_every is not None:
+        callbacks.append(Analysis(SIMILARITY, config.analysis.similarity_every, analysis))
     if trainer.progress:
         callbacks.append(StepProgressBar() if sys.stderr.isatty() else LogLines())
     return callbacks + [CALLBACKS[name](**options) for name, options in config.callbacks.items()]
+
+
+def timing_conditions(config: Config) -> dict[str, Any]:
+    """Return the settings that change how long operators take: a plan is valid for these only."""
+    trainer, strategy = config.trainer, config.strategy
+    return {
+        "num_nodes": trainer.num_nodes,
+        "precision": trainer.precision,
+        "threads": trainer.threads,
+        "compile": trainer.compile,
+        "recompute": trainer.recompute,
+        "wire_dtype": strategy.wire_dtype,
+        "exchange": strategy.exchange,
+        "dense": strategy.dense,
+        "reductions": strategy.reductions,
+    }
 
 
 def cpu_threads(config: Config) -> int:
@@ -110,40 +111,49 @@ def dense_estimates(config: Config) -> dict[str, float]:
     return {way: size + samples * (kept + repeated) for way, size in states}
 
 
+def build_strategy(config: Config) -> ExpertParallelStrategy:
+    strategy = config.strategy
+    return ExpertParallelStrategy(
+        resolve_ep_size(config),
+        strategy.timeout_s,
+        async_checkpoint=strategy.async_checkpoint,
+        full_checkpoint=strategy.full_checkpoint,
+        dense=strategy.dense,
+        dense_estimates=dense_estimates(config) if strategy.dense == "auto" else None,
+        reductions=strategy.reductions,
+        exchange=strategy.exchange,
+        debug_collectives=strategy.debug_collectives,
+    )
+
+
 def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> Trainer:
     """ConfigError: Lightning's Trainer does not take trainer.extra."""
-    trainer, strategy = config.trainer, config.strategy
-    threads = cpu_threads(config)
+    trainer, strategy, threads = config.trainer, build_strategy(config), cpu_threads(config)
     set_threads = LambdaCallback(setup=lambda *_, **__: torch.set_num_threads(threads))  # after Lightning's launcher
-    passed_on = {name: getattr(strategy, name) for name in PASSED_ON}
-    estimates = dense_estimates(config) if strategy.dense == "auto" else None
-    arguments: dict[str, Any] = {
-        "accelerator": trainer.accelerator,
-        "devices": trainer.devices,
-        "num_nodes": trainer.num_nodes,
-        "strategy": ExpertParallelStrategy(
-            resolve_ep_size(config), strategy.timeout_s, dense_estimates=estimates, **passed_on
-        ),
-        "precision": trainer.precision,
-        "max_steps": last_step(config),
-        "max_epochs": -1,
-        "accumulate_grad_batches": trainer.accumulate,
-        "val_check_interval": trainer.val_every * trainer.accumulate,
-        "check_val_every_n_epoch": None,
-        "limit_val_batches": trainer.limit_val_batches,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": trainer.log_every,
-        "deterministic": trainer.deterministic,
-        "use_distributed_sampler": False,
-        "enable_progress_bar": trainer.progress and sys.stderr.isatty(),
-        "enable_model_summary": False,
-        "callbacks": [*callbacks, set_threads],
-        "logger": list(loggers),
-    }
     try:
-        return Trainer(**arguments, **trainer.extra)
+        return Trainer(
+            accelerator=trainer.accelerator,
+            devices=trainer.devices,
+            num_nodes=trainer.num_nodes,
+            strategy=strategy,
+            precision=trainer.precision,
+            max_steps=last_step(config),
+            max_epochs=-1,
+            accumulate_grad_batches=trainer.accumulate,
+            val_check_interval=trainer.val_every * trainer.accumulate,
+            check_val_every_n_epoch=None,
+            limit_val_batches=trainer.limit_val_batches,
+            num_sanity_val_steps=0,
+            log_every_n_steps=trainer.log_every,
+            deterministic=trainer.deterministic,
+            use_distributed_sampler=False,
+            enable_progress_bar=trainer.progress and sys.stderr.isatty(),
+            enable_model_summary=False,
+            callbacks=[*callbacks, set_threads],
+            logger=list(loggers),
+            **trainer.extra,
+        )
     except (TypeError, ValueError, MisconfigurationException) as error:
         if not trainer.extra:
             raise
-        allowed = "allowed: further arguments of Lightning's Trainer"
-        raise ConfigError(f"trainer.extra is {show(trainer.extra)}, {allowed}: {error}") from error
+        raise ConfigError(f"Lightning's Trainer does not take trainer.extra {show(trainer.extra)}: {error}") from error

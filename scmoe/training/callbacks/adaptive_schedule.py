@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.planning.plan_file import plan_from_json, plan_to_json
 from scmoe.planning.planner import LEAST_SHARE, Overlap, Planner
 from scmoe.planning.pricing import LayerChoice
-from scmoe.training.callbacks.log_lines import logs_now
+from scmoe.training.callbacks.bookkeeping import logs_now
 from scmoe.training.files import write_json
 
 
@@ -36,14 +36,13 @@ class AdaptiveSchedule(Callback):
         self.shown: list[LayerChoice] = []
         self.show_what_ran = False
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        context: Any = pl_module.parallel_context
-        blocks = moe_blocks_of(pl_module)
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
+        blocks, context = moe_blocks_of(module), module.parallel_context
         if context.ep_size == 1 or not blocks:
             if self.auto:
                 rank_zero_warn("schedule: auto has nothing to choose, as every rank has all experts")
             return
-        self.planner = Planner(blocks, None, pl_module.device, self.chunks, not self.auto, context.ep_size)
+        self.planner = Planner(blocks, None, module.device, self.chunks, not self.auto, context.ep_size)
         if self.auto and self.take_kept_plan(trainer):
             return
         batches = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
@@ -77,13 +76,11 @@ class AdaptiveSchedule(Callback):
     def on_exception(self, *_: Any) -> None:
         self.on_train_end()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if self.planner is not None:
             self.planner.begin_step(timed=logs_now(trainer, batch_idx))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.planner is None:
             return
         self.planner.end_step()
@@ -98,7 +95,7 @@ class AdaptiveSchedule(Callback):
                     write_json(self.plan, kept)
         if overlap is not None and logs_now(trainer, batch_idx):
             hidden = zip(("overlap/forward", "overlap/backward"), overlap.efficiency, strict=True)
-            pl_module.log_dict({name: share for name, share in hidden if share is not None})
+            module.log_dict({name: share for name, share in hidden if share is not None})
             if self.show_what_ran and trainer.is_global_zero:
                 print(what_ran(choices, overlap, self.planner.backend), file=sys.stderr, flush=True)
             self.show_what_ran = False

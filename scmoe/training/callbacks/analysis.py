@@ -7,19 +7,41 @@ Values are over the tokens of all ranks. While the disk is full, they are kept i
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from scmoe.probes.gating import GatingProbe
-from scmoe.probes.similarity import SimilarityProbe
+from scmoe.probes.gating import GatingProbe, draw_gating, gating_means, gating_metrics
+from scmoe.probes.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
 from scmoe.training.files import try_to_draw, try_to_write
 
 Probe = GatingProbe | SimilarityProbe
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What is measured. attach: makes the probe. average: turns its result, summed over ranks, into values, which
+    metrics and draw take."""
+
+    name: str
+    attach: Callable[[Any], Probe]
+    average: Callable[[Tensor], Tensor]
+    metrics: Callable[[Any], dict[str, float]]
+    draw: Callable[[Any, Any, Any, Path], None]
+
+
+def gating(position: str) -> Quantity:
+    """Return Fig. 9's quantity. position: of the tap."""
+    probe = partial(GatingProbe, position=position)
+    return Quantity("gating", probe, gating_means, gating_metrics, draw_gating)
+
+
+SIMILARITY = Quantity("similarity", SimilarityProbe, similarity_mean, similarity_metrics, draw_similarity)
 
 
 class Analysis(Callback):
@@ -27,27 +49,17 @@ class Analysis(Callback):
 
     every: optimizer steps between two measurements; the first one is in the first step.
     folder: where rank 0 writes; None on other ranks.
-    attach: makes the probe. average: turns its result, summed over ranks, into values; metrics and draw take those.
     """
 
-    def __init__(
-        self,
-        name: str,
-        every: int,
-        folder: Path | None,
-        attach: Callable[[Any], Probe],
-        average: Callable[[Tensor], Tensor],
-        metrics: Callable[[Any], dict[str, float]],
-        draw: Callable[[Any, Any, Any, Path], None],
-    ) -> None:
-        self.every = every
-        self.table, self.picture = (folder and folder / (name + suffix) for suffix in (".npz", ".png"))
-        self.attach, self.average, self.metrics, self.draw = attach, average, metrics, draw
+    def __init__(self, quantity: Quantity, every: int, folder: Path | None) -> None:
+        self.quantity, self.every = quantity, every
+        self.table = folder and folder / f"{quantity.name}.npz"
+        self.picture = folder and folder / f"{quantity.name}.png"
         self.probe: Probe | None = None
         self.labels: list[str] = []
         self.records: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
         """Keep what a resumed run measured before the step that it continues from."""
         if self.table is not None and self.table.exists():
             with np.load(self.table, allow_pickle=False) as stored:
@@ -55,30 +67,29 @@ class Analysis(Callback):
                 before = zip(stored["steps"].tolist(), stored["values"], strict=True)
                 self.records = {step: values for step, values in before if step < trainer.global_step}
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step % self.every == 0 and batch_idx % trainer.accumulate_grad_batches == 0:
-            self.step, self.probe = trainer.global_step, self.attach(pl_module.model)
+            self.step, self.probe = trainer.global_step, self.quantity.attach(module.model)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
         if self.probe is None:
             return
         probe, self.probe = self.probe, None
         probe.remove()
-        context: Any = pl_module.parallel_context
-        total = context.sum_over_ranks(probe.result())
-        values = self.average(total).cpu().numpy()
+        total = module.parallel_context.sum_over_ranks(probe.result())
+        values = self.quantity.average(total).cpu().numpy()
         for logger in trainer.loggers:
-            logger.log_metrics(self.metrics(values), self.step)
+            logger.log_metrics(self.quantity.metrics(values), self.step)
         self.labels, self.records[self.step] = probe.labels(), values
         if self.table is not None:
             steps, labels, values = self._all()
             try_to_write(self.table, lambda path: np.savez(path, steps=steps, labels=labels, values=values))
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, module: Any) -> None:
         if self.picture is not None and self.records:
-            try_to_draw(self.picture, partial(self.draw, *self._all()))
+            try_to_draw(self.picture, partial(self.quantity.draw, *self._all()))
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, module: Any, exception: BaseException) -> None:
         if self.probe is not None:
             self.probe.remove()
             self.probe = None

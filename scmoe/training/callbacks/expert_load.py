@@ -5,12 +5,13 @@
 """
 
 import csv
+from collections.abc import Collection
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -19,11 +20,11 @@ from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.extras import install_command
 from scmoe.moe.balance import load_metrics
 from scmoe.probes.charts import SMALL, chart, title
-from scmoe.training.callbacks.collapse import CollapseAlarm
-from scmoe.training.callbacks.log_lines import logs_now
+from scmoe.training.callbacks.bookkeeping import logs_now
 from scmoe.training.files import try_to_append, try_to_draw, try_to_write
 
 CELLS = 16  # of a heat map with numbers in its cells, in a row; with more experts they would not be readable
+PATIENCE = 5  # logged windows in a row
 
 
 class ExpertLoad(Callback):
@@ -39,9 +40,9 @@ class ExpertLoad(Callback):
         self.last: list[list[int]] = []  # the integer sums of the last log
         self.alarm = CollapseAlarm()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
         """Keep the rows of a resumed run before the step that it continues from."""
-        blocks = enumerate(moe_blocks_of(pl_module))
+        blocks = enumerate(moe_blocks_of(module))
         self.alarm = CollapseAlarm({layer for layer, block in blocks if isinstance(block, DoubleGateBlock)})
         if self.table is not None and self.table.exists():
             with self.table.open(newline="") as file:
@@ -50,16 +51,14 @@ class ExpertLoad(Callback):
             kept = [*rows[:1], *(row for row in whole[1:] if int(row[0]) < trainer.global_step)]
             try_to_write(self.table, lambda path: path.write_text(as_csv(kept)))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         sums_LE2 = outputs["load_sums_LE2"]
         if sums_LE2 is None:
             return
         self.sums_LE2 = sums_LE2 if self.sums_LE2 is None else self.sums_LE2 + sums_LE2
         if logs_now(trainer, batch_idx):
             load = load_metrics(self.sums_LE2)
-            pl_module.log_dict({f"moe/{name}": value.float() for name, value in load.items()})
+            module.log_dict({f"moe/{name}": value.float() for name, value in load.items()})
             for line in self.alarm(self.sums_LE2):
                 rank_zero_warn(line)
             if self.table is not None:
@@ -74,7 +73,7 @@ class ExpertLoad(Callback):
         rows = [[step, layer, *counts_E, dropped] for layer, (*counts_E, _, dropped) in enumerate(self.last)]
         try_to_append(table, as_csv([*header, *rows]))
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, module: Any) -> None:
         if self.picture is None or not self.last:
             return
         if find_spec("matplotlib") is None:
@@ -100,7 +99,46 @@ def draw_load(counts_LE: list[list[int]], path: Path) -> None:
             for layer, row in enumerate(share_LE):
                 for expert, share in enumerate(row):
                     axis.text(expert, layer, f"{share:.1f}", ha="center", va="center", fontsize=SMALL)
-        ticks = {f"{name}ticks": range(0, n, -(-n // CELLS)) for name, n in (("x", num_experts), ("y", num_layers))}
-        axis.set(xlabel="expert", ylabel="MoE layer", **ticks)
+        axis.set(xlabel="expert", ylabel="MoE layer")
+        axis.set_xticks(range(0, num_experts, -(-num_experts // CELLS)))
+        axis.set_yticks(range(0, num_layers, -(-num_layers // CELLS)))
         title(axis, "Load: copies over the fair share, last logged steps")
         figure.colorbar(image, ax=axis, extend="max")
+
+
+class CollapseAlarm:
+    """Detects a collapsed router (fault 26): one that keeps sending nearly all tokens to few experts.
+
+    An expert that gets more tokens learns faster, so it gets even more (Shazeer et al. 2017). A busy expert alone is no
+    fault: many times the fair share is usual at the start. The alarm therefore needs two conditions at once, and is
+    raised once for each layer.
+
+        how much    an expert is chosen by more than (K/E + 1) / 2 of all tokens, where each token chooses K of E
+                    experts: this limit is halfway between its fair share, K/E, and all tokens
+        how long    in each of PATIENCE logged windows in a row
+
+    doubled: the layers whose sums count each token twice, those of DGMoE.
+    """
+
+    def __init__(self, doubled: Collection[int] = ()) -> None:
+        self.doubled = doubled
+        self.windows: dict[int, int] = {}  # layer: number of windows in a row in which it was collapsed
+        self.spoken: set[int] = set()
+
+    def __call__(self, sums_LE2: Tensor) -> list[str]:
+        """Return a message for each layer, from 0, that has now collapsed. sums_LE2: `integer_sums` of a window."""
+        lines = []
+        for layer, (*counts_E, tokens, _) in enumerate(sums_LE2.tolist()):
+            busiest = max(range(len(counts_E)), key=counts_E.__getitem__)
+            tokens = max(tokens / (2 if layer in self.doubled else 1), 1)
+            share, fair = counts_E[busiest] / tokens, sum(counts_E) / tokens / len(counts_E)
+            collapsed = fair < 1 and share > (fair + 1) / 2
+            self.windows[layer] = self.windows.get(layer, 0) + 1 if collapsed else 0
+            if self.windows[layer] == PATIENCE and layer not in self.spoken:
+                self.spoken.add(layer)
+                lines.append(
+                    f"MoE layer {layer}: the router has collapsed, expert {busiest} gets"
+                    f" {share:.0%} of the tokens (fair: {fair:.0%}) for {PATIENCE} logged steps in a row; try a higher"
+                    " moe.load_balance_coef or a lower optim.lr"
+                )
+        return lines

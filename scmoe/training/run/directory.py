@@ -1,4 +1,4 @@
-"""The directory of a run: its name, and what is needed to run it again.
+"""The directory of a run: its name, what is needed to run it again, and its state.
 
     runs/<experiment>/<stamp>-<slug>/   config.yaml  config-from-<step>.yaml  overrides.txt  env.json  metrics.csv
                                         summary.json  plan.json  checkpoints/  wandb/  wandb_run.json  state.json
@@ -14,19 +14,25 @@ import platform
 import re
 import subprocess
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from scmoe.config.extras import scmoe
-from scmoe.training.files import write_aside
-from scmoe.training.redact import redacted
+from scmoe.config.leaves import ConfigError
+from scmoe.parallel.checkpoint.durable import start_of
+from scmoe.training.files import redacted, write_aside, write_json
 
-SAY_NOTHING = re.compile(r"name|runs_dir|logger\..*|trainer\.progress|data\.cache_dir")  # keys that no name needs
+UNNAMED_KEYS = re.compile(r"name|runs_dir|logger\..*|trainer\.progress|data\.cache_dir")  # not in a run's name
 VALUE_CHARS, SLUG_CHARS = 24, 64  # of one value, and of all; with the stamp well below a file system's 255 bytes
+STATE = "state.json"
+BEAT_S, SILENT_S = 60.0, 600.0  # the second is longer than clocks of machines differ, and than a shared disk is away
 
 
 def create_run_dir(root: Path, experiment: str, overrides: Sequence[str], config_yaml: str) -> Path:
@@ -51,7 +57,7 @@ def slug_of(overrides: Sequence[str]) -> str:
     are too many values, the slug shows a part and ends with a digest. So different overrides have different slugs.
     """
     pairs = dict(o.removeprefix("--").partition("=")[::2] for o in overrides)
-    kept = [(key, value) for key, value in pairs.items() if not SAY_NOTHING.fullmatch(key)]
+    kept = [(key, value) for key, value in pairs.items() if not UNNAMED_KEYS.fullmatch(key)]
     kept.sort(key=lambda pair: pair[0] == "trainer.max_steps")
     whole = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in kept)
     short = "-".join(f"{key.rpartition('.')[2]}-{value[:VALUE_CHARS]}" for key, value in kept)
@@ -111,3 +117,58 @@ def why_no_checkpoint(run_dir: Path, which: str = "last") -> str:
     if (run_dir / "config.json").exists():
         return f"{run_dir} is a Hugging Face folder, not a run. Load it in Python: scmoe.load(FOLDER)."
     return f"{run_dir} has no whole {which} checkpoint. Give the directory of a run that has saved one."
+
+
+# The state of a run is running, finished, failed or cut. A killed process cannot write `cut`. It leaves `running`
+# behind, with its id and start time; where that process no longer exists, `running` is read as `cut`. Another machine
+# cannot see the process, so a run touches its file while it lives; on another machine it counts as running until the
+# file has not been touched for SILENT_S.
+
+
+def write_state(run_dir: Path, state: str) -> None:
+    """Write the state of the run that this process makes."""
+    process = {"pid": os.getpid(), "started": start_of(os.getpid()), "host": platform.node()}
+    write_json(run_dir / STATE, {"state": state, **process})
+
+
+def show_life(run_dir: Path) -> threading.Event:
+    """Touch the state's file every BEAT_S, until the event that this returns is set."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT_S):
+            with suppress(OSError):
+                os.utime(run_dir / STATE)
+
+    threading.Thread(target=beat, name="show-life", daemon=True).start()
+    return ended
+
+
+def read_state(run_dir: Path) -> str:
+    """Return running, finished, failed or cut. An old run without state.json is finished if it has a summary."""
+    if not (path := run_dir / STATE).exists():
+        return "finished" if (run_dir / "summary.json").exists() else "cut"
+    kept: dict[str, Any] = json.loads(path.read_text())
+    return "cut" if kept["state"] == "running" and not _lives(kept, path) else kept["state"]
+
+
+def refuse_running(run_dir: Path) -> None:
+    """Raise ConfigError if another process is training this run: two would write the same files."""
+    path = run_dir / STATE
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"state": "cut"}
+    if kept["state"] != "running" or not _lives(kept, path):
+        return
+    if kept["host"] != platform.node():
+        raise ConfigError(
+            f"process {kept['pid']} on {kept['host']} is training {run_dir}; stop it first, or, if it was killed, "
+            f"wait {SILENT_S / 60:g} minutes from then on, or delete {path}"
+        )
+    if kept["pid"] != os.getpid() and kept["started"] is not None:
+        raise ConfigError(f"process {kept['pid']} is training {run_dir}; stop it first")
+
+
+def _lives(kept: dict[str, Any], path: Path) -> bool:
+    """Return whether the process of a state file exists; on another machine, whether it was touched lately."""
+    if kept["host"] == platform.node():
+        return start_of(kept["pid"]) == kept["started"]
+    return time.time() - path.stat().st_mtime <= SILENT_S

@@ -86,7 +86,7 @@ def checkpoint_of(folder: Path, step: int, share: slice) -> Path:
     try:
         verify(steps[step], share)
     except BrokenCheckpoint as error:
-        raise ConfigError(f"step is {step}, allowed: the step of a whole checkpoint: {error}") from error
+        raise ConfigError(f"The checkpoint of step {step} is damaged: {error}. Give another step.") from error
     return steps[step]
 
 

@@ -1,29 +1,33 @@
 """Trains one configuration, from its run directory to its report. Every rank calls `train`."""
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.loggers import Logger
+
+from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
+from scmoe.config.load import to_yaml
+from scmoe.config.registry import words
 from scmoe.config.rules import shortened
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.text import TextDataModule
-from scmoe.parallel.checkpoint.durable import BrokenCheckpoint
-from scmoe.training.assembly.data import build_datamodule, check_tokenizer, prepare_data
+from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, checkpoints, read_manifest
+from scmoe.training.assembly.data import build_datamodule, prepare_data
 from scmoe.training.assembly.model import build_model_on_meta, build_module, initial_weights
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
-from scmoe.training.files import warn_once, write_json
-from scmoe.training.run.directory import relative
-from scmoe.training.run.host_memory import keep_freed_memory
-from scmoe.training.run.lifetime import open_run
-from scmoe.training.run.loggers import log_best_checkpoint, log_inputs, log_results
-from scmoe.training.run.machine import check_machine, is_rank_zero
-from scmoe.training.run.resume import Resumed, set_aside, set_aside_later, summary_if_done
-from scmoe.training.run.run_state import refuse_running
-from scmoe.training.run.summary import print_summary, sample_text, say_done, summarise
+from scmoe.training.files import redacted, warn_once, write_json
+from scmoe.training.run.directory import create_run_dir, refuse_running, relative, show_life, write_config, write_state
+from scmoe.training.run.loggers import build_loggers, close_loggers, describe, log_inputs, log_results
+from scmoe.training.run.machine import check_machine, is_rank_zero, keep_freed_memory
+from scmoe.training.run.printout import console, print_start, print_summary, sample_text, say_done, summarise
+from scmoe.training.run.resume import Resumed, record_of, set_aside, set_aside_later, summary_if_done
 
 
 def train(config: Config, overrides: Sequence[str] = (), resumed: Resumed | None = None) -> dict[str, Any] | None:
@@ -32,37 +36,31 @@ def train(config: Config, overrides: Sequence[str] = (), resumed: Resumed | None
     resumed: the run to continue; None starts a new run. A run that is done is not touched.
     """
     config = shortened(config)
-    run_dir, checkpoint, step = resumed or (None, None, None)
-    if resumed is not None and (done := summary_if_done(resumed, config)) is not None:
-        return say_done(resumed.run_dir, done, config) if is_rank_zero() else None
-    if run_dir is not None and is_rank_zero():
-        refuse_running(run_dir)
-    hush_lightning()
+    if resumed is not None:
+        if (done := summary_if_done(resumed, config)) is not None:
+            return say_done(resumed.run_dir, done, config) if is_rank_zero() else None
+        if is_rank_zero():
+            refuse_running(resumed.run_dir)
+    silence_lightning()
     check_machine(config, is_rank_zero())
     keep_freed_memory()
     seed_everything(config)
     data = build_datamodule(config)
+    weights = replace(config, init_from=None) if resumed is not None else config  # a checkpoint has weights of its own
     if is_rank_zero():
-        kind, _, path = ((config.init_from or "") if checkpoint is None else "").partition(":")
-        if kind:
-            initial_weights(config, build_model_on_meta(config))  # its checks, before data is prepared
-        prepare_data(data)
-        if kind == "scmoe" and isinstance(data, TextDataModule):
-            check_tokenizer(data, Path(path))
-        for text in doubts(config, data):
-            warn_once(text)
-    with open_run(config, overrides, run_dir, checkpoint) as (directory, loggers):
+        prepare(weights, data)
+    with open_run(config, overrides, resumed) as (directory, loggers):
         if directory is not None:
             log_inputs(loggers, config, data.state_dict())
-        if directory is not None and step is not None:
-            set_aside_later(directory, step)
-        module = build_module(config if checkpoint is None else replace(config, init_from=None))  # it has the weights
+            if resumed is not None and resumed.step is not None:
+                set_aside_later(directory, resumed.step)
+        module = build_module(weights)
         trainer = build_trainer(config, build_callbacks(config, directory), loggers)
         try:
-            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+            trainer.fit(module, data, ckpt_path=resumed and resumed.checkpoint, weights_only=True)
         except BrokenCheckpoint as error:  # its content; names and sizes were verified before
-            if directory is not None and checkpoint is not None:
-                set_aside(directory, [checkpoint])
+            if directory is not None and resumed is not None:
+                set_aside(directory, [resumed.checkpoint])
                 error.add_note("the damaged checkpoint is set aside: resume again to go on from the one before it")
             raise
         summary = summarise(trainer, module, data)
@@ -71,12 +69,72 @@ def train(config: Config, overrides: Sequence[str] = (), resumed: Resumed | None
             write_json(directory / "summary.json", summary)
         samples = sample_text(trainer, module, data)
         if directory is not None:
-            log_results(loggers, trainer.global_step, samples, directory / "analysis" / "expert_load.png")
-        log_best_checkpoint(loggers, trainer.checkpoint_callbacks)
+            load = directory / "analysis" / "expert_load.png"
+            log_results(loggers, trainer.global_step, samples, load, trainer.checkpoint_callbacks)
     if directory is None or not trainer.is_global_zero:
         return None
     print_summary(directory, summary, samples, config)
     return summary
+
+
+def prepare(config: Config, data: PositionedDataModule) -> None:
+    """Prepare the data before other ranks are started. ConfigError: they, or what init_from names, cannot be used."""
+    kind, _, path = (config.init_from or "").partition(":")
+    if kind:
+        initial_weights(config, build_model_on_meta(config))  # its checks, before data is prepared
+    prepare_data(data, Path(path) if kind == "scmoe" else None)
+    for text in doubts(config, data):
+        warn_once(text)
+
+
+@contextmanager
+def open_run(
+    config: Config, overrides: Sequence[str], resumed: Resumed | None
+) -> Iterator[tuple[Path | None, list[Logger]]]:
+    """Open the run and print what it will do; on exit, close its loggers and write its last state.
+
+    It yields the directory and the loggers; on ranks other than 0, None and none.
+    resumed: the run to continue, whose config.yaml stays as the run began; None creates a directory.
+    The last state is `finished`, `cut` where the Strategy was asked to stop and has saved (SystemExit), else `failed`.
+    """
+    if not is_rank_zero():
+        yield None, []
+        return
+    kept, checkpoint, step = redacted(config), None, None
+    if resumed is None:
+        run_dir = create_run_dir(Path(config.runs_dir), config.name, overrides, to_yaml(kept))
+    else:
+        run_dir, checkpoint, step = resumed.run_dir, resumed.checkpoint, read_manifest(resumed.checkpoint)["step"]
+        write_config(record_of(run_dir, step), to_yaml(kept))
+    loggers: list[Logger] = []
+    state = "failed"
+    write_state(run_dir, "running")
+    ended = show_life(run_dir)
+    try:
+        print_start(kept, run_dir, checkpoint)
+        loggers = build_loggers(config, run_dir, step)
+        console().print(f"metrics go to {' and to '.join(map(describe, loggers))}")
+        yield run_dir, loggers
+        state = "finished"
+    except SystemExit:
+        state = "cut"
+        print(f"stopped; {how_to_continue(config, run_dir)}", file=sys.stderr, flush=True)
+        raise
+    except Exception as error:
+        error.add_note(how_to_continue(config, run_dir))
+        raise
+    finally:
+        ended.set()
+        try:
+            close_loggers(loggers, "success" if state == "finished" else "failed")
+        finally:
+            write_state(run_dir, state)
+
+
+def how_to_continue(config: Config, run_dir: Path) -> str:
+    saved = checkpoints(run_dir / "checkpoints")
+    command = scmoe("resume", relative(run_dir), *words(config.extensions, config.callbacks))
+    return f"to continue: {command}" if saved else "no step was saved, start it again"
 
 
 def doubts(config: Config, data: PositionedDataModule) -> Iterator[str]:
@@ -91,7 +149,7 @@ def doubts(config: Config, data: PositionedDataModule) -> Iterator[str]:
             yield f"data.vocab_size is {data.vocab_size}, but this text gives a tokenizer of {found} tokens: {unused}"
 
 
-def hush_lightning() -> None:
+def silence_lightning() -> None:
     """Silence the messages and warnings of Lightning that do not apply here."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -4,7 +4,6 @@ import json
 import netrc
 import os
 import re
-import shlex
 import sys
 import uuid
 from collections.abc import Callable, Mapping
@@ -22,8 +21,7 @@ from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.parallel.checkpoint.durable import MANIFEST
-from scmoe.training.files import warn_once, write_json
-from scmoe.training.redact import redacted
+from scmoe.training.files import redacted, warn_once, write_json
 
 HAS_WANDB = find_spec("wandb") is not None
 WANDB_TROUBLE: tuple[type[Exception], ...] = (OSError,)
@@ -111,7 +109,8 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
         x_disable_meta=redacted(sys.argv) != sys.argv,  # W&B's metadata hold the command line, keys too
     )
     wandb.setup(settings)  # silent from here on; the messages below are enough
-    common: dict[str, Any] = dict(  # where None stands, W&B takes its own variable: WANDB_ENTITY, WANDB_TAGS, ...
+    start = partial(  # where None stands, W&B takes its own variable: WANDB_ENTITY, WANDB_TAGS, ...
+        wandb.init,
         entity=entity,
         project=project,
         name=os.environ.get("WANDB_NAME") or f"{run_dir.parent.name}/{run_dir.name}",
@@ -126,19 +125,18 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
         settings=settings,
     )
     try:
-        run = wandb.init(mode=resolved, **common)
+        run = start(mode=resolved)
     except WANDB_TROUBLE as error:
         reason = str(error).splitlines()[0]
         if mode != "auto" or offline:
             raise ConfigError(f"logger.mode is {resolved}, allowed here: offline | disabled: {reason}") from error
         print(f"warning: Weights & Biases goes offline: {reason}", file=sys.stderr, flush=True)
         wandb.teardown()  # otherwise its process would see the id as in use
-        run = wandb.init(mode="offline", **common)
-    write_json(
-        record, {"id": run_id, "project": run.project or project, "entity": run.entity or None, "mode": resolved}
-    )
+        run = start(mode="offline")
+    kept = {"id": run_id, "project": run.project or project, "entity": run.entity or None, "mode": resolved}
+    write_json(record, kept)
     define_metrics(run)
-    return SteadyWandbLogger(experiment=run)
+    return SafeWandbLogger(experiment=run)
 
 
 def define_metrics(run: Any) -> None:
@@ -151,16 +149,16 @@ def define_metrics(run: Any) -> None:
             run.define_metric(name, step_metric=STEP, step_sync=True, summary=summary)
 
 
-class SteadyWandbLogger(WandbLogger):
+class SafeWandbLogger(WandbLogger):
     """Stops logging with one warning where Lightning's logger would end the training, as when W&B's process dies."""
 
     lost = False
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self._try(lambda: super(SteadyWandbLogger, self).log_metrics(metrics, step))
+        self._try(lambda: super(SafeWandbLogger, self).log_metrics(metrics, step))
 
     def log_hyperparams(self, params: Any) -> None:
-        self._try(lambda: super(SteadyWandbLogger, self).log_hyperparams(params))
+        self._try(lambda: super(SafeWandbLogger, self).log_hyperparams(params))
 
     def log_at_the_end(self, key: str, value: Any, step: int) -> None:
         """Log a picture or a table."""
@@ -215,9 +213,3 @@ class SteadyWandbLogger(WandbLogger):
             # as a new run: the rows that have arrived would come twice
             again = f"wandb sync --include-online --id {uuid.uuid4().hex[:8]} {kept}"
             warn_once(f"Weights & Biases receives nothing more of this run: {reason}; to upload all of it: {again}")
-
-
-def sync_command(run_dir: Path) -> str | None:
-    """Return the command that uploads an offline run to W&B; None where there is none."""
-    offline = sorted((run_dir / "wandb").glob("offline-run-*"))
-    return shlex.join(["wandb", "sync", *map(str, offline)]) if offline else None

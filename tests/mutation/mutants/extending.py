@@ -33,7 +33,7 @@ MUTANTS = (
     Mutant("muon-estimated-as-adamw", 0, "scmoe/training/assembly/model.py")
     .replaces("return module.trained().matrices", "return module.trained().matrices[:0]")
     .caught_by(f"{UNIT}/test_memory.py::test_state_has_exactly_the_bytes_of_a_real_rank"),
-    Mutant("stopped-run-forgets-its-extensions", 0, "scmoe/training/run/lifetime.py")
+    Mutant("stopped-run-forgets-its-extensions", 0, "scmoe/training/run/train.py")
     .replaces(", *words(config.extensions, config.callbacks))", ", *words([], {}))")
     .caught_by(KEPT),
     Mutant("muon-scaled-by-orientation", 0, "scmoe/training/muon.py")

@@ -48,7 +48,7 @@ MUTANTS = (
     )
     .caught_by(f"{UNIT}/test_pretrained.py::test_nothing_is_written_where_a_tensor_is_missing"),
     Mutant("export-settings-not-compared", 0, "scmoe/training/assembly/model.py")
-    .replaces("        check_settings(settings(config), checkpoint.settings)\n", "")
+    .replaces("        check_settings(settings_of(config), checkpoint.settings)\n", "")
     .caught_by(f"{UNIT}/test_pretrained.py::test_an_export_into_another_model_is_refused_by_key"),
     Mutant("llama-prefix-kept", 0, f"{DATA}/tokenizer.py")
     .replaces("            inner = _without_prefix(inner)\n", "")
@@ -58,8 +58,6 @@ MUTANTS = (
     .replaces("        sizes = own | sizes\n", '        sizes = {"ep": 1, "dp": 1} | sizes\n')
     .caught_by(f"{UNIT}/test_counts.py::test_an_estimate_uses_the_configs_ranks_unless_others_are_given"),
     Mutant("analysis-of-one-rank", 0, "scmoe/training/callbacks/analysis.py")
-    .replaces(
-        "        total = context.sum_over_ranks(probe.result())\n", "        total, _ = probe.result(), context\n"
-    )
+    .replaces("total = module.parallel_context.sum_over_ranks(probe.result())", "total = probe.result()")
     .caught_by(f"{DIST}/test_analysis.py::test_two_ranks_measure_the_same_as_one"),
 )

@@ -60,7 +60,7 @@ MUTANTS = (
     Mutant("determinate-fetch-waits-at-the-gate", 0, f"{OFFLOAD}/migration.py")
     .replaces('Blocking(fetching) if way == "blocking" else fetching', "Blocking(fetching)")
     .caught_by(f"{LAWS}::test_fetching_begins_at_the_gate_and_only_blocking_waits_there[determinate]"),
-    Mutant("all-experts-read-with-the-rest", 0, "scmoe/runs/offloaded.py")
+    Mutant("all-experts-read-with-the-rest", 0, "scmoe/runs/trained.py")
     .replaces("if not name.startswith(of_experts)}", "if name.startswith(of_experts) or name}")
     .caught_by(f"{LAWS}::test_a_model_is_built_without_its_experts_in_memory"),
 )

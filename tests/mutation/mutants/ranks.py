@@ -105,7 +105,7 @@ MUTANTS = (
     Mutant("balance-loss-depends-on-ranks", 24, f"{MOE}/balance.py")
     .replaces("score_sums_LE * world_size / tokens_L", "score_sums_LE / tokens_L")
     .caught_by(f"{UNIT}/test_balance.py::test_mean_over_ranks_is_the_loss_of_the_global_batch"),
-    Mutant("balance-loss-of-own-tokens", 24, "scmoe/training/moe_module.py")
+    Mutant("balance-loss-of-own-tokens", 24, "scmoe/training/modules.py")
     .replaces("load_balance_loss(stats, load_sums_LE2, world_size)", "load_balance_loss(stats, integer_sums(stats), 1)")
     .caught_by(EP),
     Mutant("update-despite-non-finite-norm", 27, f"{PARALLEL}/update/guard.py")
@@ -181,7 +181,7 @@ MUTANTS = (
     Mutant("slots-sent-unannounced", 0, "scmoe/moe/stream.py")
     .replaces("self.filled or (not self.training and self.num_ranks > 1)", "self.filled")
     .caught_by("tests/faults/test_capacity.py::test_ranks_may_have_different_numbers_of_tokens_outside_training"),
-    Mutant("losses-of-rank-0-logged", 0, "scmoe/training/moe_module.py")
+    Mutant("losses-of-rank-0-logged", 0, "scmoe/training/modules.py")
     .replaces(
         "self.parallel_context.sum_over_ranks(torch.stack([*shown.values()])) / world_size",
         "torch.stack([*shown.values()])",

@@ -11,8 +11,8 @@ MUTANTS = (
     Mutant("z-loss-not-passed-on", 0, f"{BUILD}/model.py")
     .replaces("z_loss_coef=config.moe.z_loss_coef,", "z_loss_coef=0.0,")
     .caught_by(f"{REACHES}::test_the_module_has_the_values_of_the_config"),
-    Mutant("betas-not-passed-on", 0, f"{BUILD}/optimizers.py")
-    .replaces('"betas": (optim.beta1, optim.beta2)', '"betas": (0.9, 0.95)')
+    Mutant("betas-not-passed-on", 0, f"{BUILD}/model.py")
+    .replaces("betas = config.optim, (config.optim.beta1, config.optim.beta2)", "betas = config.optim, (0.9, 0.95)")
     .caught_by(f"{REACHES}::test_the_optimizer_has_the_values_of_the_config"),
     Mutant("mixup-not-passed-on", 0, f"{BUILD}/data.py")
     .replaces("mixup=data.mixup,", "mixup=0.0,")
@@ -35,7 +35,7 @@ MUTANTS = (
     Mutant("nan-is-a-value", 0, "experiments/studies/sweep/search.py")
     .replaces("self.history and math.isfinite(self.history[-1]) else None", "self.history else None")
     .caught_by(f"{UNIT}/test_sweep_search.py::test_a_trial_that_ends_with_nan_teaches_bayes_nothing"),
-    Mutant("samples-outside-the-precision", 0, "scmoe/training/run/summary.py")
+    Mutant("samples-outside-the-precision", 0, "scmoe/training/run/printout.py")
     .replaces("with trainer.precision_plugin.val_step_context(), eager:", "with eager:")
     .caught_by(
         "tests/smoke/test_train_options.py::test_a_text_run_with_split_weights_in_half_precision_ends_with_samples"
@@ -52,7 +52,7 @@ MUTANTS = (
     Mutant("pairs-for-scmoes-names-alone", 0, f"{BUILD}/blocks.py")
     .replaces("block.architecture in SHORTCUTS", "config.moe.architecture in SHORTCUTS")
     .caught_by(f"{UNIT}/test_extensions.py::test_an_architecture_may_reuse_pairs_and_bring_a_router"),
-    Mutant("offloaded-on-all-threads", 0, "scmoe/runs/offloaded.py")
+    Mutant("offloaded-on-all-threads", 0, "scmoe/runs/trained.py")
     .replaces("    torch.set_num_threads(cpu_threads(config))\n", "")
     .caught_by("tests/distributed/test_generation.py::test_offloaded_experts_write_the_same_texts"),
     Mutant("every-machine-has-a-rank-0", 0, "scmoe/training/run/machine.py")

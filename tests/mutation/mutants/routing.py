@@ -36,7 +36,7 @@ MUTANTS = (
     Mutant("empty-buffer-rows-computed", 31, "scmoe/parallel/wire/all_to_all_dispatcher.py")
     .replaces("contiguous(), right=True)", "contiguous(), right=False)")
     .caught_by(f"{FAULTS}/test_capacity.py::test_29_enough_slots_are_bit_identical_to_dropless"),
-    Mutant("overflow-never-refused", 31, "scmoe/training/moe_module.py")
+    Mutant("overflow-never-refused", 31, "scmoe/training/modules.py")
     .replaces("        if dropped:\n", "        if dropped < 0:\n")
     .caught_by(f"{FAULTS}/test_ceiling.py::test_31_rows_beyond_a_buffer_are_dropped_or_refused_on_all_ranks"),
     Mutant("filled-rows-keep-what-is-dropped", 29, f"{MOE}/layout.py")
@@ -54,9 +54,9 @@ MUTANTS = (
     Mutant("no-rows-no-gradient", 20, f"{MOE}/layout.py")
     .replaces("    if num_rows == 0:\n", "    if num_rows < 0:\n")
     .caught_by(f"{UNIT}/test_stream.py::test_a_batch_of_padding_alone_gives_zeros"),
-    Mutant("collapse-never-reported", 26, "scmoe/training/callbacks/collapse.py")
+    Mutant("collapse-never-reported", 26, "scmoe/training/callbacks/expert_load.py")
     .replaces("self.windows.get(layer, 0) + 1 if collapsed else 0", "1 if collapsed else 0")
-    .caught_by(f"{UNIT}/test_collapse.py::test_a_collapsed_layer_is_named_once_with_its_expert_and_share"),
+    .caught_by(f"{UNIT}/test_expert_load.py::test_a_collapsed_layer_is_named_once_with_its_expert_and_share"),
     # ------------------------------------------------------------------ schedule
     Mutant("slot-ignored", 0, "scmoe/blocks/shortcut.py")
     .replaces("            if slot == self.schedule.slot:\n", "            if slot == 0:\n")

@@ -65,7 +65,7 @@ MUTANTS = (
     Mutant("weights-read-with-edited-config", 39, f"{RUN}/resume.py")
     .replaces("    if text is None:\n", "    if checkpoint:\n")
     .caught_by(f"{RUN_FILES}::test_39_weights_have_the_settings_that_they_were_trained_with"),
-    Mutant("every-rank-opens-the-run", 40, f"{RUN}/lifetime.py")
+    Mutant("every-rank-opens-the-run", 40, "scmoe/training/run/train.py")
     .replaces("    if not is_rank_zero():\n", "    if False:\n")
     .caught_by(f"{RUN_FILES}::test_40_only_rank_0_writes_into_the_run_directory"),
     Mutant("one-rank-saves-after-exception", 13, "scmoe/lightning/strategy.py")
@@ -111,7 +111,7 @@ MUTANTS = (
     Mutant("killed-wandb-ends-run", 32, "scmoe/training/run/wandb_logger.py")
     .replaces("WANDB_TROUBLE = (wandb.Error, OSError)", "WANDB_TROUBLE = (wandb.errors.CommError,)")
     .caught_by(f"{FAULTS}/test_logging.py::test_32_a_killed_wandb_process_does_not_end_the_run"),
-    Mutant("new-column-without-header", 32, "scmoe/training/run/csv_logger.py")
+    Mutant("new-column-without-header", 32, "scmoe/training/run/loggers.py")
     .replaces("            writer.metrics_keys = keys\n", "            assert isinstance(keys, list)\n")
     .caught_by(f"{FAULTS}/test_logging.py::test_32_a_full_disk_ends_no_run_that_logs"),
     Mutant("unwritable-picture-ends-run", 32, "scmoe/training/files.py")
@@ -176,8 +176,8 @@ MUTANTS = (
     .caught_by(f"{UNIT}/test_config.py::test_impossible_combination_names_its_key"),
     Mutant("initial-weights-checked-late", 0, "scmoe/training/run/train.py")
     .replaces(
-        "            initial_weights(config, build_model_on_meta(config))  # its checks, before data is prepared",
-        "            pass",
+        "        initial_weights(config, build_model_on_meta(config))  # its checks, before data is prepared",
+        "        pass",
     )
     .caught_by(
         "tests/faults/test_machine.py::test_52_initial_weights_that_do_not_fit_are_refused_before_data_is_prepared"
@@ -205,10 +205,10 @@ MUTANTS = (
         "SystemExit(0 if trainer.strategy.is_launched else 128 + signal.SIGINT)", "SystemExit(128 + signal.SIGINT)"
     )
     .caught_by("tests/faults/test_generation.py::test_62_ctrl_c_is_the_exit_code_of_rank_0_alone"),
-    Mutant("run-of-another-machine-taken", 0, "scmoe/training/run/run_state.py")
-    .replaces("        if not _is_silent(path):\n", "        if kept is None:\n")
+    Mutant("run-of-another-machine-taken", 0, "scmoe/training/run/directory.py")
+    .replaces("    return time.time() - path.stat().st_mtime <= SILENT_S\n", "    return False\n")
     .caught_by("tests/unit/test_runs.py::test_a_run_that_another_machine_trains_cannot_be_resumed_until_it_is_silent"),
-    Mutant("passwords-kept", 0, "scmoe/training/redact.py")
+    Mutant("passwords-kept", 0, "scmoe/training/files.py")
     .replaces("|_PWD|", "|PWD|")
     .caught_by("tests/faults/test_security.py::test_33_a_variable_that_holds_a_key_is_known_by_its_name"),
     Mutant("nccl-order-forced", 0, "scmoe/parallel/mesh.py")

@@ -11,14 +11,17 @@ MUTANTS = (
     Mutant("norm-of-experts-not-averaged", 0, "scmoe/parallel/update/clipping.py")
     .replaces("total_norm(gradients, device).square() / holders", "total_norm(gradients, device).square()")
     .caught_by(f"{DIST}/test_gradient_norms.py"),
-    Mutant("norm-of-experts-of-one-rank", 0, f"{CALLBACKS}/gradient_norms.py")
+    Mutant("norm-of-experts-of-one-rank", 0, "scmoe/training/callbacks/measurements.py")
     .replaces("context.sum_over_ranks(parts_K)", "parts_K")
     .caught_by(f"{DIST}/test_gradient_norms.py"),
-    Mutant("step-times-wait-for-the-device", 0, f"{CALLBACKS}/step_times.py")
+    Mutant("step-times-wait-for-the-device", 0, "scmoe/training/callbacks/measurements.py")
     .replaces("return isinstance(mark, float) or mark.query()", "return True")
     .caught_by(f"{UNIT}/test_step_times.py"),
-    Mutant("validation-counts-as-data-time", 0, f"{CALLBACKS}/step_times.py")
-    .replaces("def on_validation_start(self, *_: Any) -> None:", "def unused(self, *_: Any) -> None:")
+    Mutant("validation-counts-as-data-time", 0, f"{CALLBACKS}/measurements.py")
+    .replaces(
+        "    def on_validation_start(self, *_: Any) -> None:\n        self.left",
+        "    def unused(self) -> None:\n        self.left",
+    )
     .caught_by(f"{UNIT}/test_step_times.py"),
     Mutant("mfu-counts-empty-slots", 0, "scmoe/footprint/model_cost.py")
     .replaces("if empty_slots else copies)", "if True else copies)")
@@ -47,13 +50,13 @@ MUTANTS = (
     Mutant("later-checkpoints-stay", 0, f"{RUN}/resume.py")
     .replaces('if read_manifest(path)["step"] > step:', "if step < 0:")
     .caught_by(f"{OPTIONS}::test_a_run_goes_on_from_a_chosen_step_as_it_did_before"),
-    Mutant("exported-gate-always-renormalises", 0, "scmoe/runs/hf_config.py")
+    Mutant("exported-gate-always-renormalises", 0, "scmoe/runs/hf_folder.py")
     .replaces('"norm_topk_prob": moe.renormalise and moe.top_k > 1', '"norm_topk_prob": True')
     .caught_by(f"{PEERS}::test_logits_and_weights"),
     Mutant("exported-queries-cut-in-thirds", 0, "scmoe/init_from/families.py")
     .replaces('sizes = [settings["model.dim"], keys, keys]', "assert keys")
     .caught_by(f"{PEERS}::test_logits_and_weights"),
-    Mutant("loaded-model-drops-tokens", 0, "scmoe/runs/hf_config.py")
+    Mutant("loaded-model-drops-tokens", 0, "scmoe/runs/hf_folder.py")
     .replaces("replace(config.moe, capacity_factor=None, ", "replace(config.moe, ")
     .caught_by(f"{DIST}/test_export.py::test_a_run_of_two_ranks_is_loaded_from_any_form"),
     Mutant("values-on-bars", 0, "scmoe/probes/charts.py")

@@ -1,7 +1,7 @@
-"""The LightningModule that language models and image classifiers share: losses over routers and ranks, one optimizer.
+"""The LightningModules: losses over routers and ranks with one optimizer, for language models and for images.
 
-Only `parallel_context` knows about ranks. `language_model.py` and `image_classifier.py` add what a batch is and how
-predictions are measured.
+Only `parallel_context` knows about ranks. `LanguageModel` and `ImageClassifier` add what a batch is and how predictions
+are measured.
 """
 
 import math
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.aggregation import SumMetric
+from torchmetrics.classification import MulticlassAccuracy
 
 from scmoe.blocks.sublayers import compile_sublayers
 from scmoe.datamodules.positioned import IGNORE
@@ -70,8 +71,8 @@ class MoEModule(LightningModule):
         """As Lightning's, but `make_model` and `max_steps` must be given again: a checkpoint holds no functions."""
         if "make_model" not in given:
             raise TypeError(
-                f"{cls.__name__}.load_from_checkpoint lacks make_model, allowed: "
-                "make_model=partial(scmoe.build_model, config), max_steps=...; scmoe.load(RUN) loads a run's model"
+                f"{cls.__name__}.load_from_checkpoint lacks make_model. Give it make_model=partial(scmoe.build_model, "
+                "config) and max_steps=...; scmoe.load(RUN) loads a run's model."
             )
         return super().load_from_checkpoint(checkpoint_path, *args, **given)
 
@@ -203,8 +204,8 @@ class MoEModule(LightningModule):
         dropped, self.overflow = 0 if self.overflow is None else int(self.overflow), None
         if dropped:
             raise MemoryError(
-                f"{dropped} routed copies of this step were beyond a rank's buffer, no update was made, allowed with "
-                "moe.overflow=refuse: none; raise moe.dropless_ceiling or moe.load_balance_coef, or moe.overflow=drop"
+                f"{dropped} routed copies of this step did not fit into a rank's buffer, so no update was made. Raise "
+                "moe.dropless_ceiling or moe.load_balance_coef, or set moe.overflow=drop."
             )
 
 
@@ -219,3 +220,57 @@ def exact_sum() -> SumMetric:
     metric = SumMetric(nan_strategy="disable")
     metric.set_dtype(torch.float64)
     return metric
+
+
+class LanguageModel(MoEModule):
+    """Predicts the next token. Validation logs val/loss, val/perplexity and val/bits_per_byte."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.val_bytes = exact_sum()
+
+    def task_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[RouterStats]]:
+        logits_BSV, stats = self.model(batch["input_ids"], batch.get("padding_mask"))
+        nats = cross_entropy_sum(logits_BSV.flatten(0, 1), batch["labels"].flatten())
+        return nats, (batch["labels"] != IGNORE).sum(), stats
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.note_validation(*self.task_loss(batch))
+        self.val_bytes.update(batch["num_bytes"].sum())
+
+    def on_validation_epoch_end(self) -> None:
+        nats, tokens = self.finish_validation()
+        self.log("val/perplexity", (nats / tokens).exp())
+        self.log("val/bits_per_byte", nats / self.val_bytes.compute() / math.log(2))
+        self.val_bytes.reset()
+
+
+class ImageClassifier(MoEModule):
+    """Classifies images [B, 3, S, S]. Labels are probabilities [B, C] in training and classes [B] in validation.
+
+    Validation logs val/loss and val/accuracy, over all ranks.
+    """
+
+    def __init__(self, *args: Any, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro", ignore_index=IGNORE)
+
+    def task_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[RouterStats]]:
+        labels_BC = batch["labels"]
+        logits_BC, stats = self.model(batch["images"])
+        return cross_entropy_sum(logits_BC, labels_BC), torch.full((), len(labels_BC), device=labels_BC.device), stats
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        labels_B = batch["labels"]
+        mask_B = labels_B != IGNORE  # filler gives all ranks the same number of batches
+        logits_BC, stats = self.model(batch["images"], mask_B)
+        self.note_validation(cross_entropy_sum(logits_BC, labels_B), mask_B.sum(), stats)
+        self.val_accuracy.update(logits_BC, labels_B)
+
+    def on_validation_epoch_end(self) -> None:
+        self.finish_validation()
+        self.log("val/accuracy", self.val_accuracy.compute(), prog_bar=True)
+        self.val_accuracy.reset()
+
+    def never_decays(self) -> set[nn.Parameter]:
+        return getattr(self.model, "no_weight_decay", set)()  # an extension's network may have none
