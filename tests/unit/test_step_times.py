@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from scmoe.footprint.model_cost import forward_flops
-from scmoe.footprint.peak import BF16_TFLOPS, peak_tflops
+from scmoe.footprint.model_cost import BF16_TFLOPS, forward_flops, peak_tflops
 from scmoe.training.callbacks import step_times, throughput
 from scmoe.training.callbacks.log_lines import LogLines
 from scmoe.training.callbacks.step_times import StepTimes

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from scmoe.footprint.kinds import parts
+from scmoe.footprint.model_cost import parts
 from scmoe.parallel.mesh import expert_parameters
 from scmoe.parallel.update.clipping import squares
 from scmoe.training.callbacks.log_lines import logs_now

@@ -11,8 +11,7 @@ from rich.text import Text
 from rich.tree import Tree
 from torch import nn
 
-from scmoe.footprint.kinds import parts
-from scmoe.footprint.model_cost import routed_copies
+from scmoe.footprint.model_cost import parts, routed_copies
 from scmoe.moe.experts import Experts
 
 
