@@ -9,6 +9,7 @@ import gzip
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from math import prod
@@ -34,9 +35,8 @@ from scmoe.experiments.engine.clock import in_turn, middle, seconds
 from scmoe.experiments.engine.isolated import Pieces, Place
 from scmoe.experiments.engine.ranks import run_alone
 from scmoe.experiments.engine.step import Step
-from scmoe.footprint.memory import rank_memory
-from scmoe.footprint.model_cost import forward_flops, training_flops
-from scmoe.footprint.peak import peak_tflops
+from scmoe.footprint.memory import Job, rank_memory
+from scmoe.footprint.model_cost import forward_flops, peak_tflops, training_flops
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.wrap import Wrapped
@@ -144,30 +144,28 @@ def measure_step(place: Place) -> dict[str, Any]:
     device could do: by its datasheet, and by a product of two large bf16 matrices, measured in turn with the step."""
     device, config = torch.device(place.device), config_of(place, GPT2, "data.name=synthetic")
     seq_len, model = config.data.seq_len, build_model_on_meta(config)
-
-    sizes: dict[str, Any] = dict(ep_size=1, dp_size=1, seq_len=seq_len, precision="bf16-mixed", recompute=False)
-    estimated = partial(rank_memory, model, on_gpu=device.type == "cuda", **sizes)
-    samples = 2
+    job = Job(samples=2, seq_len=seq_len, precision="bf16-mixed", on_gpu=device.type == "cuda")
     if not place.tiny:
         free = ROOM * torch.cuda.mem_get_info(device)[0]
-        samples = next(n for n in BATCHES if estimated(samples=n)["total"] < free or n == BATCHES[-1])
-    step = TrainStep(config, device, samples)
+        jobs = [replace(job, samples=samples) for samples in BATCHES]
+        job = next((job for job in jobs if rank_memory(model, job)["total"] < free), jobs[-1])
+    step = TrainStep(config, device, job.samples)
     size = 256 if place.tiny else 8192
     square = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     runs = {"step": partial(seconds, step, device), "product": partial(seconds, lambda: square @ square, device)}
     times = in_turn(runs, 3 if place.tiny else 10, WARM_UP)
     step_s = middle(times["step"])
     product_flops = 2 * size**3 / middle(times["product"])
-    achieved = samples * training_flops(forward_flops(model, seq_len, empty_slots=False)) / step_s
+    achieved = job.samples * training_flops(forward_flops(model, seq_len, empty_slots=False)) / step_s
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     sheet = peak_tflops(name, "bf16-mixed")
-    estimate = estimated(samples=samples)
+    estimate = rank_memory(model, job)
     peak = step.step.held_bytes() + profiles.peak_bytes(device, step)
     return {
-        "samples": samples,
+        "samples": job.samples,
         "seq_len": seq_len,
         "step_ms": 1e3 * step_s,
-        "tokens_per_s": samples * seq_len / step_s,
+        "tokens_per_s": job.samples * seq_len / step_s,
         "tflops_per_s": achieved / 1e12,
         "mfu_of_datasheet": None if sheet is None else achieved / (1e12 * sheet),
         "mfu_of_measured_product": achieved / product_flops,

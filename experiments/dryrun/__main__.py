@@ -2,10 +2,17 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
+
+from rich.table import Column, Table
 
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.engine.command_line import KeyValue, call
+
+GIB = 2**30
+WAYS, PRECISIONS, RECOMPUTE = ("replicated", "sharded"), ("32-true", "bf16-mixed"), ("false", "true")  # of presets
 
 
 def read(words: Sequence[str]) -> tuple[dict[str, int], list[str]]:
@@ -24,6 +31,42 @@ def read(words: Sequence[str]) -> tuple[dict[str, int], list[str]]:
     return sizes, overrides
 
 
+def facts_of(run: Any) -> dict[str, Any]:
+    """Return what the command prints of a DryRun."""
+    return {
+        "peak_gib": sum(run.peak.values()) / GIB,
+        "states_gib": (run.weights + run.gradients + run.optimizer) / GIB,
+        "flops": run.flops,
+        "collectives": run.collectives,
+    }
+
+
+def dry_run_table(run: Any, title: str) -> Table:
+    made = Table("of rank 0", Column("number", justify="right"), title=title, title_justify="left")
+    for name in ("weights", "gradients", "optimizer"):
+        made.add_row(f"GiB of {name}", f"{getattr(run, name) / GIB:,.4g}", end_section=name == "optimizer")
+    for phase, size in run.peak.items():
+        made.add_row(f"GiB at the peak, made in {phase}", f"{size / GIB:,.4g}")
+    made.add_row("GiB at the peak", f"{sum(run.peak.values()) / GIB:,.4g}", end_section=True)
+    made.add_row("TFLOPs of a step", f"{run.flops / 1e12:,.4g}", end_section=True)
+    for name, size in run.collectives.items():
+        made.add_row(f"MiB of a step: {name}", f"{size / 2**20:,.4g}")
+    return made
+
+
+def preset_rows(ranks: int, samples: int, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield a dry run of every preset with each layout of dense weights, in two precisions, with recompute or not."""
+    from scmoe.config.load import SHIPPED
+    from scmoe.experiments.dryrun.counted_step import dry_run, load_for, with_slots
+
+    presets = sorted((SHIPPED / "model").glob("*.yaml"))
+    for path, dense, precision, recompute in product(presets, WAYS, PRECISIONS, RECOMPUTE):
+        words = [f"strategy.dense={dense}", f"trainer.precision={precision}", f"trainer.recompute={recompute}"]
+        facts = facts_of(dry_run(with_slots(load_for(path, ranks, samples, [*overrides, *words]))))
+        row = {"preset": path.stem, "dense": dense, "precision": precision, "recompute": recompute == "true"}
+        yield row | {key: round(facts[key], 6) for key in ("peak_gib", "states_gib")}
+
+
 def main(config: str, /, *words: KeyValue) -> None:
     """Run one training step of rank 0 of a large job in this process, on tensors without numbers, and count.
 
@@ -37,7 +80,7 @@ def main(config: str, /, *words: KeyValue) -> None:
     """
     sizes, overrides = read(words)
     from scmoe.config.load import load
-    from scmoe.experiments.dryrun.dry_runs import compare, dry_run_table, load_for, preset_rows, with_slots
+    from scmoe.experiments.dryrun.counted_step import dry_run, load_for, with_slots
     from scmoe.training.run.printout import console
 
     ranks, samples = sizes.get("ranks"), sizes.get("samples", 1)
@@ -54,9 +97,9 @@ def main(config: str, /, *words: KeyValue) -> None:
         print("moe.rows=slots is set: a dry run has no data, so it counts every slot of the capacity", file=sys.stderr)
     world = settings.trainer.devices * settings.trainer.num_nodes
     print(f"one step of rank 0 of {world:,} ranks is run on tensors without numbers", file=sys.stderr, flush=True)
-    run, facts = compare(settings)
-    console().print(dry_run_table(run, facts, f"dry run of rank 0 of {world}, dense weights {settings.strategy.dense}"))
-    print(json.dumps(facts))
+    run = dry_run(settings)
+    console().print(dry_run_table(run, f"dry run of rank 0 of {world}, dense weights {settings.strategy.dense}"))
+    print(json.dumps(facts_of(run)))
 
 
 if __name__ == "__main__":

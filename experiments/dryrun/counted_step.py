@@ -8,9 +8,9 @@ Tensors are on the CPU, where torch needs no GPU; experts and RMSNorm run as on 
 Left out: time, streams, the allocator's gaps, Lightning's loop, the guard's sums, what autocast does on a GPU alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 from unittest.mock import patch
@@ -21,23 +21,23 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Function
 from torch.futures import Future
-from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from scmoe.blocks.sublayers import recompute_activations
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
+from scmoe.config.load import load
 from scmoe.config.registry import IMAGES
 from scmoe.config.rules import resolve_ep_size
 from scmoe.experiments.dryrun.counting import Counting
 from scmoe.moe import experts
 from scmoe.parallel.dense_shards import local, materialise, shard, with_dense_mesh
 from scmoe.parallel.mesh import ParallelContext, build_context, expert_parameters
-from scmoe.parallel.torch_seam import hide_from_ddp
 from scmoe.parallel.update.clipping import clip_grad_norm
-from scmoe.parallel.update.reducer import ExpertGradientReducer
+from scmoe.parallel.update.wrap import wrap
 from scmoe.training.assembly.model import build_module, build_network
 
+NODE = 8  # ranks of a node, where there are more and trainer.devices is not given
 CPU, TIMEOUT = torch.device("cpu"), timedelta(seconds=60)
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
 
@@ -55,6 +55,32 @@ class DryRun:
     peak: dict[str, int]
     flops: int
     collectives: dict[str, int]
+
+
+def load_for(source: Any, ranks: int, samples: int, overrides: Sequence[str]) -> Config:
+    """Return the config on so many ranks with so many samples each, on nodes of NODE ranks, or of trainer.devices if
+    an override sets them.
+
+    ConfigError: ranks is no multiple of a node's, an override sets what ranks and samples decide, or a rule is broken.
+    """
+    given = dict(override.removeprefix("--").split("=", 1) for override in overrides if "=" in override)
+    for key in ("trainer.num_nodes", "data.global_batch_size"):
+        if key in given:
+            raise ConfigError(f"command line: {key} is {given[key]}, allowed: ranks=N samples=N, which set it")
+    node = given.get("trainer.devices", str(min(NODE, ranks)))
+    if node.isdecimal() and int(node) > 0 and ranks % int(node):
+        allowed = f"multiples of the ranks of a node, {node}; trainer.devices=N sets another number"
+        raise ConfigError(f"command line: ranks is {ranks}, allowed: {allowed}")
+    nodes = ranks // int(node) if node.isdecimal() and int(node) > 0 else 1  # else `load` refuses trainer.devices
+    sizes = [f"trainer.num_nodes={nodes}", f"data.global_batch_size={ranks * samples}"]
+    return load(source, [f"trainer.devices={node}", *overrides, *sizes])
+
+
+def with_slots(config: Config) -> Config:
+    """Return the config with moe.rows=slots where `auto` would mean filled slots, whose number depends on the data."""
+    moe, on_cpu = config.moe, config.trainer.accelerator == "cpu"
+    limited = moe.architecture != "dense" and moe.capacity_factor is not None
+    return replace(config, moe=replace(moe, rows="slots")) if limited and on_cpu and moe.rows == "auto" else config
 
 
 def check(config: Config) -> None:
@@ -124,9 +150,10 @@ def step(config: Config, module: Any) -> DryRun:
     counting.phase = "batch"
     counting.add(batch.values())
     with counting, counting.resizing():
-        if not split:
+        if not split and context.world_size > 1:
             counting.phase = "gradients"
-            module.model = with_ddp(model, context, shards)
+            module.model = wrap(model, context, "ddp", init_sync=False).module
+            module.model.register_comm_hook(None, reduce)
         counting.phase = "forward"
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
             loss = module.training_step(batch, 0)["loss"]
@@ -162,17 +189,6 @@ def fake_ranks(world_size: int, ep_size: int) -> Iterator[ParallelContext]:
         yield context if world_size > 1 else ParallelContext()
     finally:
         dist.destroy_process_group()
-
-
-def with_ddp(model: Any, context: ParallelContext, shards: set[nn.Parameter]) -> Any:
-    """As ExpertParallelStrategy does: dense gradients in DDP's buckets, the experts' in a reducer of their own."""
-    ExpertGradientReducer([p for p in model.parameters() if p in shards], context)
-    if context.world_size == 1:
-        return model
-    hide_from_ddp(model, [name for name, _ in expert_parameters(model)])
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False)
-    ddp.register_comm_hook(None, reduce)
-    return ddp
 
 
 def reduce(_: Any, bucket: dist.GradBucket) -> Future[Tensor]:

@@ -1,71 +1,132 @@
 """What a training costs, without starting it: parameters, FLOPs, bytes of collectives, memory of a rank.
 
 ep ranks share one set of experts, dp such sets are replicas: ep x dp ranks, data parallel over all of them. Numbers are
-read off the model on the meta device; the formulas are in scmoe/footprint: cost.py, traffic.py, memory.py and
-step_memory.py. `scmoe dryrun` checks them (testbed/dry_run).
+computed from the model on the meta device, by the formulas of scmoe/footprint and those of collectives below. What a
+rank sends in one training step:
+
+    All-to-All         dispatch and combine of each MoE module, and the gradients of both: 4 times the rows in buffers
+    all-reduce         DDP's dense gradients, and the experts' over the ranks that hold the same ones: 8 B a parameter
+    all-gather         weights that are split: a block's before forward and before backward, the last one's once
+    reduce-scatter     their gradients: 12 B a parameter with the two gathers; 8 B where weights are gathered in bf16
+    broadcast          DDP's, of SwinV2's masks and coordinates before each forward
+    small ones         routers' sums and the number of targets, the gradient norm, counts of dropless rows
+
+A rank's own share counts too; of N ranks, (N - 1) / N of the bytes travel. An all-reduce sends its tensor twice.
 """
 
+import math
+from collections import Counter
 from typing import Any
 
 from rich.table import Column, Table
+from torch import nn
 
+from scmoe.blocks.double_gate import DoubleGateBlock
+from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.registry import IMAGES
-from scmoe.experiments.dryrun.traffic import step_traffic
-from scmoe.footprint.memory import rank_memory
+from scmoe.footprint.memory import Job, Split, rank_memory
 from scmoe.footprint.model_cost import forward_flops, moe_uses, rank_parameters, training_flops, transfer_bytes
-from scmoe.footprint.split import Split
+from scmoe.moe.layout import buffer_size, expert_capacity
 from scmoe.training.assembly.model import build_model_on_meta, updated_by_muon
 from scmoe.training.run.printout import count_parameters, total_and_active
 
 MIB = 2**20
+INTEGER = 8  # bytes
 MOMENTS = {"adamw": "AdamW's two moments", "muon": "Muon's moment of matrices, AdamW's two of the rest"}
 
 
-def estimate(config: Config, ep_size: int, dp_size: int) -> dict[str, Any]:
-    """Return the costs of a config on ep_size x dp_size ranks: per token (image), and for one rank."""
-    trainer, data, dense = config.trainer, config.data, config.strategy.dense
-    if dense == "auto":
+def estimate(config: Config) -> dict[str, Any]:
+    """Return the costs of a config: per token (image), and for one rank."""
+    job = Job.of(config)
+    if job.dense == "auto":
         raise ConfigError("strategy.dense is auto, allowed in an estimate: replicated | sharded | hybrid")
     model = build_model_on_meta(config)
     total, active = total_and_active(count_parameters(model))
-    replicated, experts = rank_parameters(model, ep_size)
-    samples = data.global_batch_size // (ep_size * dp_size * trainer.accumulate)
-    unit, tokens = ("image", 1) if config.data.name in IMAGES else ("token", data.seq_len)
-    forward = forward_flops(model, data.seq_len)
-    wire_bytes = None if config.strategy.wire_dtype is None else 2
-    sent, rows = transfer_bytes(model, trainer.precision, wire_bytes), model.rows_per_sample(data.seq_len)
+    replicated, experts = rank_parameters(model, job.ep_size)
+    unit, tokens = ("image", 1) if config.data.name in IMAGES else ("token", job.seq_len)
+    forward = forward_flops(model, job.seq_len)
+    sent, rows = transfer_bytes(model, job.precision, job.wire_bytes), model.rows_per_sample(job.seq_len)
     together = sum(size * rows[moe] for size, (moe, _) in zip(sent, moe_uses(model), strict=True)) / tokens
-    given: dict[str, Any] = {"ep_size": ep_size, "dp_size": dp_size}
-    given |= {"precision": trainer.precision, "recompute": trainer.recompute}
-    on_gpu = trainer.accelerator != "cpu"
-    layout: dict[str, Any] = {"dense": dense, "node_size": trainer.devices}
-    batch: dict[str, Any] = {"seq_len": data.seq_len, "samples": samples}
-    update: dict[str, Any] = {"by_muon": updated_by_muon(config, model), "accumulate": trainer.accumulate}
-    memory = rank_memory(model, **batch, on_gpu=on_gpu, **given, **layout, **update)
-    split = Split(model, dense, ep_size, dp_size, trainer.devices, trainer.precision)
-    collectives = step_traffic(split, **batch, accumulate=trainer.accumulate, wire_bytes=wire_bytes)
     return {
-        **given,
+        "ep_size": job.ep_size,
+        "dp_size": job.dp_size,
+        "precision": job.precision,
+        "recompute": job.recompute,
         "optimizer": config.optim.name,
-        "dense": dense,
-        "samples_per_rank": samples,
+        "dense": job.dense,
+        "samples_per_rank": job.samples,
         "params_total": total,
         "params_active": active,
         "params_per_rank": replicated + experts,
         "params_per_rank_experts": experts,
         "unit": unit,
         "flops_forward": sum(forward.values()) / tokens,
-        "flops_training": training_flops(forward, trainer.recompute) / tokens,
+        "flops_training": training_flops(forward, job.recompute) / tokens,
         "flops_forward_by_kind": {kind: flops / tokens for kind, flops in forward.items()},
         "all_to_all_bytes_per_token_and_transfer": sent,
         "all_to_all_bytes_forward": 2 * together,
         "all_to_all_bytes_training": 4 * together,
-        "all_to_all_share_that_travels": (ep_size - 1) / ep_size,
-        "memory_bytes": memory,
-        "collectives_bytes": collectives,
+        "all_to_all_share_that_travels": (job.ep_size - 1) / job.ep_size,
+        "memory_bytes": rank_memory(model, job, updated_by_muon(config, model)),
+        "collectives_bytes": step_traffic(Split(model, job)),
     }
+
+
+def step_traffic(split: Split) -> dict[str, int]:
+    """Return bytes by collective and group (`all`: all ranks; the others as ParallelContext names them)."""
+    sent, job = Counter[str](), split.job
+    if job.ranks == 1:
+        return {}
+    blocks = moe_blocks_of(split.model)
+    rows = split.model.rows_per_sample(job.seq_len)
+    for block in blocks if job.ep_size > 1 else ():
+        num_rows, counts = rows_of_block(block, round(job.samples * rows[block.moe]), job.ep_size)
+        width = job.wire_bytes or job.compute_bytes
+        sent["all_to_all ep"] += 4 * num_rows * block.moe.experts.w_in_eDF.shape[1] * width * job.accumulate
+        sent["all_gather counts"] += counts * INTEGER * job.accumulate
+    sums = sum(block.moe.router.num_experts + 2 for block in blocks) + 1  # of each router, and the number of targets
+    losses = 3 if blocks else 1  # the task's, and the routers' two
+    scalars = max(4, split.width) * (losses * job.accumulate + 1)  # the losses, and the gradient norm
+    sent["all_reduce all"] += 2 * (sums * INTEGER * job.accumulate + scalars)
+    if job.dense == "replicated":
+        sent["broadcast all"] += sum(buffer.nbytes for buffer in split.model.buffers()) * job.accumulate
+    for p in split.model.parameters():
+        add_weight(split, p, sent)
+    return {name: size for name, size in sent.items() if size}
+
+
+def add_weight(split: Split, p: nn.Parameter, sent: Counter[str]) -> None:
+    """Add what a parameter and its gradient send."""
+    is_expert, shards, job = p in split.experts, split.shards(p), split.job
+    copies = (job.dp_size if is_expert else job.ranks) // shards
+    if job.dense == "replicated":
+        if copies > 1:
+            sent["all_reduce edp" if is_expert else "all_reduce all"] += 2 * split.held(p) * split.width
+        return
+    mesh = "exact" if job.precision == "bf16-mixed" and p in split.exact else "dense"
+    group = "edp" if is_expert else f"{mesh}-shards"
+    if shards > 1:
+        gathers = 1 if p in split.outside or p in split.units[-1] else 2  # backward begins with the last unit
+        sent[f"all_gather {group}"] += gathers * split.gathered_bytes(p) * job.accumulate
+        sent[f"reduce_scatter {group}"] += split.summed_bytes(p) * job.accumulate
+    if copies > 1:
+        sent[f"all_reduce {mesh}-copies"] += 2 * split.summed_bytes(p) // shards * job.accumulate
+
+
+def rows_of_block(block: MoEBlock, tokens: int, ep_size: int) -> tuple[int, int]:
+    """Return the rows of one transfer, summed over the gates of a block, and the announced counts."""
+    moe, chunks = block.moe, block.schedule.chunks
+    num_experts, top_k = moe.router.num_experts, moe.router.top_k
+    gates = 2 if isinstance(block, DoubleGateBlock) else 1
+    if moe.buffer is not None:
+        part = math.ceil(buffer_size(tokens, top_k, ep_size, moe.buffer) / chunks)
+        return gates * chunks * ep_size * part, gates * ep_size * chunks * num_experts
+    if moe.capacity_factor is None or moe.filled:  # as many as there are; with a capacity, at most
+        return gates * tokens * top_k, gates * ep_size * chunks * num_experts
+    capacity = expert_capacity(tokens, num_experts, top_k, moe.capacity_factor)
+    return gates * chunks * num_experts * math.ceil(capacity / chunks), 0
 
 
 def estimate_table(facts: dict[str, Any]) -> Table:
@@ -92,9 +153,9 @@ def estimate_table(facts: dict[str, Any]) -> Table:
     notes = {
         "weights": f"dense weights {facts['dense']}",
         "optimizer": MOMENTS.get(facts["optimizer"], f"AdamW's two moments; {facts['optimizer']} may differ"),
-        "gathered": "the largest block while its weights are whole",
-        "activations": f"estimate, batch of {facts['samples_per_rank']} a rank, recompute {recompute}",
-        "total": "when most is there, without the allocator's gaps: the experts' gradients come while activations go",
+        "gathered": "at most: gathered blocks, bfloat16 copies, gradients on their way",
+        "activations": f"at most, batch of {facts['samples_per_rank']} a rank, recompute {recompute}",
+        "total": "upper bound on the peak of the step, without fragmentation",
     }
     for name, size in facts["memory_bytes"].items():
         made.add_row(f"MiB of a rank: {name}", f"{size / MIB:,.0f}", notes.get(name, ""), end_section=name == "total")

@@ -40,21 +40,14 @@ class Rotary(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """The base of every attention module: what it says about itself to scmoe/footprint/."""
+    """The base of every attention module: what scmoe/footprint/ asks of it."""
 
     dim: int
+    heads: int
 
     def context(self, seq_len: int) -> int:
         """Number of rows that each row attends to, masked ones included."""
         raise NotImplementedError
-
-    def kept_bytes(self, width: int) -> float:
-        """Bytes that autograd keeps of one row, without the submodules. width: bytes of a number."""
-        raise NotImplementedError
-
-    def kept_once_bytes(self, width: int) -> float:
-        """Bytes that autograd keeps of a batch, whatever its size."""
-        return 0.0
 
 
 class Attention(SelfAttention):
@@ -96,11 +89,6 @@ class Attention(SelfAttention):
 
     def context(self, seq_len: int) -> int:
         return seq_len
-
-    def kept_bytes(self, width: int) -> float:
-        """Q, K, V and their result, K and Q again where they are turned; a number of 4 bytes for each head."""
-        share = self.kv_heads / self.heads
-        return self.dim * width * (2 + 2 * share + (0 if self.rotary is None else 1 + share)) + 4 * self.heads
 
 
 class MLP(nn.Module):

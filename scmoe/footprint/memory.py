@@ -1,87 +1,294 @@
-"""Memory of a rank: weights, gradients and the optimizer's moments are exact, activations are an estimate.
+"""Memory of a rank of a training: exact weights, gradients and moments, and an upper bound on the rest of a step.
 
     weights       one number per parameter that the rank holds: the replicated ones, and 1 / EP of the experts; where
-                  dense weights are split over ranks, its parts of both (footprint/split.py)
+                  dense weights are split over ranks, its parts of both
     gradients     the same
     optimizer     AdamW: two moments per parameter, and a step count of 4 bytes per tensor; Muon: one moment
+    gathered      weights and gradients beside its own: gathered blocks, bfloat16 copies, gradients on their way
+    activations   what autograd keeps of a batch, and what the backward of one part allocates
 
-Activations are what autograd keeps between forward and backward. The table counts numbers per row: D is the width, F
-the width inside an MLP, R the rows at the experts (empty slots included); w and a are 1 for GELU and 2 for SwiGLU:
+`total` is the larger of two moments, the loss and the backward of the busiest block. It is an upper bound: gradients
+count in full, though backward allocates most of them while it frees activations (docs/decisions/0037-dry-run.md has
+bound / peak). It holds for an even load of dropless experts. Not counted: the allocator's gaps, and SwinV2's position
+bias, which is kept once a batch.
 
-    norm                  2 D                     its input and its output; of the tap's norm only the output
-    attention             (1 + 2 kv/h) D + D      Q, K, V and their result; + (1 + kv/h) D with rotary positions
-    window attention      7 D + 2 h S             SwinV2's: normed Q and K as well as Q, K, V; scores of the window's S
+What autograd keeps, in numbers a row. D is the width, F the width inside an MLP, R the rows at the experts (empty slots
+included); w and a are 1 for GELU and 2 for SwiGLU:
+
+    norm                  2 D                     its input and its output; on a CPU RMSNorm keeps a third
+    attention             (1 + 2 kv/h) D + D      Q, K, V and their result; Q, K, V again with rotary positions
+    window attention      7 D + 2 h S             Q, K, V, normed Q and K; scores of the window's S
     MLP, shared expert    (w + a) F               before and after the activation function
     experts               R (2 D + w F)           rows, results, before the function; + R a F on a GPU
-    gate                  3 E, in float32         + x in float32 where rows are narrower; 3 indices of 8 bytes a row
+    gate                  3 E + D, in float32     and 3 indices of 8 bytes a row
     coefficient           D (CG-1) or 2 D (CG-2)
-    dropout               D, on a GPU in bytes
-    head                  V, in float32           log-probabilities
+    dropout               D
+    logits                3 V, in float32         log-probabilities, their gradient and that of the logits
 
-With activation checkpointing only the inputs of sub-layers are kept, D each, and the inside of the largest sub-layer,
-shared expert or experts module is there while its backward runs. Under autocast the residual stream and the inputs of
-norms are float32, and each product keeps a narrow copy of its weight.
-
-`total` is what is there when most is. The experts' gradients come while activations go, so it is less than the sum:
-footprint/step_memory.py looks at each block's backward, and says what is there besides. Not counted: the allocator's
-gaps.
+With activation checkpointing only the inputs of sub-layers are kept, D each. The largest sub-layer, shared expert or
+experts module is computed again in its backward, with as many gradients. Under autocast the residual stream and the
+inputs of norms are float32.
 """
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from scmoe.footprint.split import Split
-from scmoe.footprint.stages import Stage, stages
-from scmoe.footprint.step_memory import narrow_copies, step_peak
+from scmoe.blocks.sublayers import MLP, Attention, Residual, SelfAttention, outermost
+from scmoe.config.fields import Config
+from scmoe.config.rules import resolve_ep_size
+from scmoe.footprint.model_cost import COMPUTE_BYTES, WEIGHT_BYTES, moe_uses, own_moe_uses, rows_sent
+from scmoe.models.units import exact_parameters, units
+from scmoe.moe.coefficient import CG1, CG2
+from scmoe.moe.experts import Experts
+
+CONTAINER = Path("/sys/fs/cgroup")  # the control group of this process, version 2
 
 
-def rank_memory(
-    model: Any,
-    *,
-    seq_len: int,
-    samples: int,
-    precision: str,
-    ep_size: int,
-    dp_size: int,
-    recompute: bool,
-    on_gpu: bool,
-    dense: str = "replicated",
-    node_size: int = 1,
-    by_muon: Collection[nn.Parameter] = (),
-    accumulate: int = 1,
-) -> dict[str, int]:
-    """Bytes on rank 0: weights, gradients, optimizer, the largest block while it is gathered (0: none is), activations,
-    and the total when most is there.
+@dataclass(frozen=True)
+class Job:
+    """What a training asks of each of its ranks.
 
-    model: the whole model, on any device. samples: samples of one rank in one batch. dp_size: number of ranks that hold
-    the same experts. dense: replicated, sharded or hybrid; node_size: ranks of a node. by_muon: parameters that Muon
-    updates; AdamW updates the others. accumulate: batches of a step."""
-    split = Split(model, dense, ep_size, dp_size, node_size, precision)
+    ranks: all of the job; ep_size of them share one set of experts, and node_size are on a node. samples: of a rank in
+    one batch; accumulate: batches of a step. dense: replicated, sharded or hybrid. wire_bytes: of a number that is sent
+    between experts; None: as it is computed."""
+
+    ranks: int = 1
+    ep_size: int = 1
+    node_size: int = 1
+    samples: int = 1
+    seq_len: int = 1
+    accumulate: int = 1
+    precision: str = "32-true"
+    dense: str = "replicated"
+    recompute: bool = False
+    on_gpu: bool = True
+    wire_bytes: int | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> "Job":
+        """dense may be auto, which must be replaced before memory or traffic is asked."""
+        trainer, data = config.trainer, config.data
+        ranks = trainer.devices * trainer.num_nodes
+        return cls(
+            ranks=ranks,
+            ep_size=resolve_ep_size(config),
+            node_size=trainer.devices,
+            samples=data.global_batch_size // (ranks * trainer.accumulate),
+            seq_len=data.seq_len,
+            accumulate=trainer.accumulate,
+            precision=trainer.precision,
+            dense=config.strategy.dense,
+            recompute=trainer.recompute,
+            on_gpu=trainer.accelerator != "cpu",
+            wire_bytes=None if config.strategy.wire_dtype is None else 2,
+        )
+
+    @property
+    def dp_size(self) -> int:
+        """Number of ranks that hold the same experts."""
+        return self.ranks // self.ep_size
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of a number that a product returns."""
+        return COMPUTE_BYTES[self.precision]
+
+    @property
+    def wide_bytes(self) -> int:
+        """Bytes of a number that stays in float32 or wider."""
+        return max(4, self.compute_bytes)
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes of a number of the residual stream."""
+        return self.wide_bytes if self.precision == "bf16-mixed" else self.compute_bytes
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which part of each parameter a rank holds, and what it gathers and sums. model: the whole model, on any device.
+
+        replicated    dense weights whole on every rank; experts whole on the ranks that hold the same ones (edp)
+        sharded       dense weights over all ranks, experts over edp, each block gathered as one unit (FSDP2)
+        hybrid        dense weights over the ranks of a node, with a copy on each node; experts over edp
+
+    Dense weights are split on dim 0, of which each rank but the last has the same number of rows, rounded up; what is
+    gathered has as many rows on every rank. Experts are split on dim 1, evenly. Under bf16-mixed, matrices are gathered
+    in bfloat16, but routers and vectors in float32, and all gradients are summed in float32.
+    """
+
+    model: Any
+    job: Job
+
+    @cached_property
+    def experts(self) -> set[nn.Parameter]:
+        return {p for m in self.model.modules() if isinstance(m, Experts) for p in m.parameters()}
+
+    @cached_property
+    def exact(self) -> set[nn.Parameter]:
+        """The parameters that stay in float32 when the others are gathered in bfloat16."""
+        return exact_parameters(self.model)
+
+    @cached_property
+    def units(self) -> list[set[nn.Parameter]]:
+        """The parameters that are gathered together, in the order of forward: usually those of a block."""
+        return [{p for block in unit for p in block.parameters()} for unit in units(self.model)]
+
+    @cached_property
+    def outside(self) -> set[nn.Parameter]:
+        """The parameters outside blocks, which stay gathered from forward to the end of backward."""
+        return set(self.model.parameters()).difference(*self.units)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number of a weight."""
+        return WEIGHT_BYTES[self.job.precision]
+
+    def shards(self, p: nn.Parameter) -> int:
+        """Number of ranks over which a parameter is split, beside the split of experts over EP."""
+        if self.job.dense == "replicated":
+            return 1
+        if p in self.experts:
+            return self.job.dp_size
+        return self.job.node_size if self.job.dense == "hybrid" else self.job.ranks
+
+    def held(self, p: nn.Parameter) -> int:
+        """Numbers of a parameter on rank 0."""
+        if p in self.experts:
+            return p.numel() // self.job.ep_size // self.shards(p)
+        return math.ceil(p.shape[0] / self.shards(p)) * (p.numel() // p.shape[0])
+
+    def gathered_bytes(self, p: nn.Parameter) -> int:
+        """Bytes of a parameter while it is whole, padding included."""
+        narrow = self.job.precision == "bf16-mixed" and p not in self.exact
+        return self.held(p) * self.shards(p) * (2 if narrow else self.width)
+
+    def summed_bytes(self, p: nn.Parameter) -> int:
+        """Bytes of a gradient in the sum over ranks."""
+        return self.held(p) * self.shards(p) * (4 if self.job.precision.startswith("bf16") else self.width)
+
+
+def rank_memory(model: Any, job: Job, by_muon: Collection[nn.Parameter] = ()) -> dict[str, int]:
+    """Return bytes on rank 0: weights, gradients, optimizer; at most: gathered, activations, and the total at the peak.
+
+    model: the whole model, on any device. by_muon: parameters that Muon updates; AdamW updates the others."""
+    split = Split(model, job)
     parameters = list(model.parameters())
-    weights = sum(split.held(p) for p in parameters) * split.width
-    found = stages(model, seq_len, precision, on_gpu)
-    kept, repeated = kept_and_repeated(found, recompute)
-    narrow = sum(narrow_copies(split, stage, recompute) for stage in found)
+    weights = sum(map(split.held, parameters)) * split.width
     optimizer = 2 * weights + 4 * len(parameters) - sum(split.held(p) * split.width + 4 for p in by_muon)
-    moment = step_peak(split, found, samples, recompute, accumulate > 1)
+    gathered_at_loss, gathered_in_block = gathered(split)
+    kept_at_loss, kept_in_block = activations(model, job)
+    working = max(gathered_at_loss + kept_at_loss, gathered_in_block + kept_in_block)
+    constant = sum(buffer.nbytes for buffer in model.buffers())
     return {
         "weights": weights,
         "gradients": weights,
         "optimizer": optimizer,
-        "gathered": 0 if dense == "replicated" else max(map(split.gathered_block, model.blocks)),
-        "activations": round(samples * (kept + repeated)) + narrow,
-        "total": weights + optimizer + round(moment) + sum(buffer.nbytes for buffer in model.buffers()),
+        "gathered": max(gathered_at_loss, gathered_in_block),
+        "activations": max(kept_at_loss, kept_in_block),
+        "total": 2 * weights + optimizer + working + constant,
     }
 
 
-def activations(model: Any, seq_len: int, precision: str, recompute: bool, on_gpu: bool = True) -> tuple[float, float]:
-    """Bytes of one sample: what autograd keeps, and the largest part that is computed again at one time."""
-    return kept_and_repeated(stages(model, seq_len, precision, on_gpu), recompute)
+def gathered(split: Split) -> tuple[int, int]:
+    """Return bytes of weights and gradients beside those that a rank holds: at the loss, and in a block's backward.
+
+    replicated    autocast's copies of matrices; in backward one gradient before it is added, and the experts' gradients
+                  while they are averaged
+    split         the weights outside blocks and one block; in backward the head's gradient, a block and the one before
+                  it, one gradient before it is put in order, and the block's gradients in the reduce-scatter
+    """
+    job, parameters = split.job, list(split.model.parameters())
+    if job.dense == "replicated":
+        narrow = 0
+        if job.precision == "bf16-mixed":
+            narrow = 2 * sum(split.held(p) for p in parameters if p not in split.exact | split.experts)
+            for moe, copies in moe_uses(split.model):  # every gate of a block has its own
+                narrow += 2 * (copies // moe.router.top_k) * sum(map(split.held, moe.experts.parameters()))
+        averaged = sum(map(split.held, split.experts)) if job.dp_size > 1 else 0
+        return narrow, narrow + split.width * (max(map(split.held, parameters)) + averaged)
+    most, before = sum(map(split.summed_bytes, split.outside)), 0
+    for unit in split.units:
+        sizes = [split.gathered_bytes(p) for p in unit]
+        most = max(most, before + sum(sizes) + max(sizes) + sum(map(split.summed_bytes, unit)))
+        before = sum(sizes)
+    outside = sum(map(split.gathered_bytes, split.outside))
+    head = sum(map(split.gathered_bytes, split.model.head.parameters()))
+    return outside + before, outside + head + most
 
 
-def kept_and_repeated(found: Sequence[Stage], recompute: bool) -> tuple[float, float]:
-    if recompute:
-        return sum(s.kept + s.inputs for s in found), max(max(s.inside.values(), default=0.0) for s in found)
-    return sum(s.kept + sum(s.inside.values()) for s in found), 0.0
+def activations(model: Any, job: Job) -> tuple[int, int]:
+    """Return bytes of a batch's activations and their gradients: at the loss, and in the busiest block's backward."""
+    rows = model.rows_per_sample(job.seq_len)
+    of_steps = {module for step in model.steps for module in step.modules()}
+    kept = sum(rows.get(module, 0.0) * kept_by(module, 0, job) for module in model.modules() if module not in of_steps)
+    busiest = 0.0
+    for step in model.steps:
+        outside, inputs, parts = kept_in(step, rows, job)
+        kept += outside + (inputs if job.recompute else sum(parts))
+        largest = max(parts, default=0.0)  # its gradients, and itself where it is computed again
+        busiest = max(busiest, kept + (2 * largest if job.recompute else largest))
+    logits = rows[model.head] * model.head.out_features * job.wide_bytes
+    return round(job.samples * (kept + 3 * logits)), round(job.samples * busiest)
+
+
+def kept_in(step: nn.Module, rows: Mapping[nn.Module, float], job: Job) -> tuple[float, float, list[float]]:
+    """Return the bytes of one sample that autograd keeps in a step of forward: outside the parts that checkpointing
+    computes again, as inputs of these parts, and inside each of them."""
+    parts = list(outermost(step, (Residual, MLP)))
+    residuals = [part for part in parts if isinstance(part, Residual)]
+    dim = residuals[0].f.dim if residuals else 0
+    inside = [sum(rows.get(module, 0.0) * kept_by(module, dim, job) for module in part.modules()) for part in parts]
+    outside = sum(rows.get(module, 0.0) * kept_by(module, dim, job) for module in step.modules()) - sum(inside)
+    for moe, copies in own_moe_uses(step):
+        gates = copies // moe.router.top_k
+        num_rows = rows_sent(moe, copies) * rows[moe]
+        _, width, hidden = moe.experts.w_in_eDF.shape
+        if job.on_gpu:
+            hidden += moe.experts.act.widening * moe.experts.w_out_eFD.shape[1]
+        outside += num_rows * (2 * width * job.compute_bytes + 3 * 8)
+        outside += gates * rows[moe] * (3 * moe.router.num_experts + width) * job.wide_bytes
+        inside += [num_rows / gates * hidden * job.compute_bytes for _ in range(gates)]
+    return outside, sum(rows[part] for part in residuals) * dim * job.stream_bytes, inside
+
+
+def kept_by(module: Any, dim: int, job: Job) -> float:
+    """Return the bytes of one row that autograd keeps in a module, without its submodules. dim: of the stream."""
+    c = job.compute_bytes
+    if isinstance(module, nn.LayerNorm):
+        return module.weight.numel() * (job.stream_bytes + c)
+    if isinstance(module, nn.RMSNorm):  # it is one kernel on a GPU
+        return module.weight.numel() * (job.stream_bytes + c + (0 if job.on_gpu else job.wide_bytes))
+    if isinstance(module, Attention):
+        turned = 0 if module.rotary is None else module.qkv.out_features
+        return c * (module.qkv.out_features + turned + module.dim)
+    if isinstance(module, SelfAttention):  # not one kernel: it keeps its scores
+        return c * 7 * module.dim + (c + job.wide_bytes) * module.heads * module.context(job.seq_len)
+    if isinstance(module, MLP):
+        return c * (module.w_in.out_features + module.act.widening * module.w_out.in_features)
+    if isinstance(module, (CG1, CG2)):
+        return c * module.gate.in_features * module.gate.out_features
+    if isinstance(module, nn.Dropout) and module.p > 0:
+        return dim * (1 if job.on_gpu else c)
+    return 0.0
+
+
+def memory_limit() -> float:
+    """Return the bytes that the container of this process may use; infinite without a limit."""
+    file = CONTAINER / "memory.max"
+    limit = file.read_text().strip() if file.exists() else "max"
+    return math.inf if limit == "max" else float(limit)
+
+
+def memory_in_use() -> float:
+    """Return the bytes that the container uses, without pages of files that are not in use: they are given back."""
+    if not (CONTAINER / "memory.current").exists():
+        return 0.0
+    stat = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
+    return float((CONTAINER / "memory.current").read_text()) - float(stat.get("inactive_file", 0))

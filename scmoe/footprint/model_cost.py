@@ -1,5 +1,5 @@
-"""What a model costs, computed from its modules: products, transfers, parameters of a rank. Nothing is run; the model
-may be on the meta device.
+"""What a model costs, computed from its modules: products, transfers, parameters; and what a GPU computes at its peak.
+Nothing is run; the model may be on the meta device.
 
 A multiplication and an addition count as two FLOPs, so the product of a row and a matrix W costs 2 |W|:
 
@@ -20,15 +20,46 @@ from typing import Any
 from torch import nn
 
 from scmoe.blocks.double_gate import DoubleGateBlock
-from scmoe.blocks.sublayers import MLP, SelfAttention
+from scmoe.blocks.sublayers import MLP, Attention, SelfAttention
+from scmoe.moe.coefficient import CG1, CG2
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 
 WEIGHT_BYTES = {"32-true": 4, "bf16-mixed": 4, "bf16-true": 2, "64-true": 8}  # of a weight, its gradient, its moments
 COMPUTE_BYTES = {"32-true": 4, "bf16-mixed": 2, "bf16-true": 2, "64-true": 8}  # of activations and sent rows
-KINDS = {SelfAttention: "attention", MLP: "MLP", Router: "gate"}
+PRODUCTS = {SelfAttention: "attention", MLP: "MLP", Router: "gate"}  # kinds of FLOPs, beside those of experts and head
 RECOMPUTED = ("attention", "MLP", "shared expert", "experts")  # by blocks/sublayers.py
+PARTS: dict[type[nn.Module], str] = {  # kinds of parameters
+    nn.Embedding: "embedding",
+    nn.LayerNorm: "norms",
+    nn.RMSNorm: "norms",
+    Attention: "attention",
+    MLP: "MLP",
+    Router: "gates",
+    CG1: "gates",
+    CG2: "gates",
+    Experts: "experts",
+}
+NAMED_PARTS = {  # by name, before the class
+    "shared_expert": "shared expert",
+    "attention": "attention",  # timm's
+    "patches": "patches",
+    "merges": "patches",
+    "head": "output",
+    "other": "other",
+}
+BF16_TFLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100-PCIE-40GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA H100 80GB HBM3": 989.4,  # SXM
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H100 NVL": 835.5,
+    "NVIDIA H200": 989.4,  # SXM
+    "NVIDIA H200 NVL": 835.5,
+}
 
 
 def moe_uses(model: nn.Module) -> Iterator[tuple[MoEStream, int]]:
@@ -72,7 +103,7 @@ def forward_flops(model: Any, seq_len: int, empty_slots: bool = True) -> dict[st
     rows, flops = model.rows_per_sample(seq_len), defaultdict[str, float](float)
     kind_of = {model.head: "head"}
     for name, module in model.named_modules():
-        kinds = (kind for base, kind in KINDS.items() if isinstance(module, base))
+        kinds = (kind for base, kind in PRODUCTS.items() if isinstance(module, base))
         kind = "shared expert" if name.endswith("shared_expert") else next(kinds, None)
         if kind:
             kind_of |= dict.fromkeys(module.modules(), kind)
@@ -115,3 +146,34 @@ def rank_parameters(model: nn.Module, ep_size: int) -> tuple[int, int]:
     experts = {p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
     replicated = sum(p.numel() for p in model.parameters() if p not in experts)
     return replicated, sum(p.numel() for p in experts) // ep_size
+
+
+def parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, set[nn.Parameter]]]:
+    """Yield the kind of each part, its module, and its parameters without those of earlier parts (tied weights).
+
+    Every parameter is in one part; what is in no known module is in the last one, "other".
+    """
+    seen: set[nn.Parameter] = set()
+    for name, module in [*model.named_modules(), ("other", model)]:  # the model itself last: the rest
+        kind = NAMED_PARTS.get(name.rpartition(".")[2]) or next(
+            (kind for base, kind in PARTS.items() if isinstance(module, base)), None
+        )
+        own = set(module.parameters()) - seen if kind else set()
+        if kind and own:
+            seen |= own
+            yield kind, module, own
+
+
+def peak_tflops(device_name: str | None, precision: str) -> float | None:
+    """Return the TFLOP/s of a GPU of this name; None where they are not known: another card, float32, a CPU (None).
+
+    It is the denominator of MFU: the vendor's rate of bfloat16 products on tensor cores, dense (data sheets of NVIDIA
+    print the rate with sparsity, which is twice that). Names are exact, as torch.cuda.get_device_name gives them:
+    variants of one card differ by a third. Without tensor cores float32 has another peak, and a CPU's depends on its
+    clock, its load and its threads.
+
+        A100   https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
+        H100   https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet
+        H200   https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446
+    """
+    return BF16_TFLOPS.get(device_name or "") if precision.startswith("bf16") else None

@@ -41,7 +41,7 @@ class ShiftedWindows(SelfAttention):
         block: Any = SwinTransformerV2Block(dim, grid, heads, window, window // 2 if shifted else 0)
         self.attention, self.window, self.shift = block.attn, block.window_size, block.shift_size
         self.register_buffer("mask", block.attn_mask, persistent=False)
-        self.dim, self.grid = dim, grid
+        self.dim, self.heads, self.grid = dim, heads, grid
 
     def reset_parameters(self) -> None:
         """Set what is not drawn: scales, biases, and the buffers (tables, mask), which move to the weights' device."""
@@ -66,17 +66,6 @@ class ShiftedWindows(SelfAttention):
 
     def context(self, seq_len: int) -> int:
         return math.prod(self.window)
-
-    def kept_bytes(self, width: int) -> float:
-        """Normed Q and K as well as Q, K, V; the result; scores of the window, wide and as they are multiplied."""
-        scores = self.attention.num_heads * math.prod(self.window)
-        return width * 7 * self.dim + (max(4, width) + width) * scores
-
-    def kept_once_bytes(self, width: int) -> float:
-        """The position bias: hidden numbers of every distance, and the sigmoid of every pair of places."""
-        distances = math.prod(2 * side - 1 for side in self.window)
-        pairs = math.prod(self.window) ** 2 * self.attention.num_heads
-        return width * (distances * self.attention.cpb_mlp[0].out_features + pairs)
 
 
 class PostNorm(nn.Module):

@@ -1,12 +1,12 @@
 """dense=auto: the first of replicated, hybrid and sharded that a rank's memory has room for."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from scmoe.footprint.container import memory_limit
+from scmoe.footprint.memory import memory_limit
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 ROOM = 0.8  # of a rank's memory; the rest is for buffers of transfers and the allocator's gaps
@@ -20,17 +20,10 @@ def pick_dense(estimates: Mapping[str, float], memory: float) -> tuple[str, str]
     return how, f"a rank of {memory / GIB:.3g} GiB is estimated to need, in GiB: {needed}"
 
 
-def states_bytes(
-    dense: float, experts: float, edp_size: int, world_size: int, node_size: int
-) -> Iterator[tuple[str, float]]:
-    """Yield each way of keeping dense weights with a rank's bytes of weights, gradients and AdamW's two moments.
-
-    dense, experts: bytes of a rank's weights before they are split; edp_size ranks hold the same experts. There is no
-    `hybrid` where a node has one rank or all."""
-    yield "replicated", 4 * (dense + experts)
-    if 1 < node_size < world_size:
-        yield "hybrid", 4 * (dense / node_size + experts / edp_size)
-    yield "sharded", 4 * (dense / world_size + experts / edp_size)
+def ways(world_size: int, node_size: int) -> list[str]:
+    """Return the ways of keeping dense weights, the least communication first. There is no `hybrid` where a node has
+    one rank or all."""
+    return ["replicated", "hybrid", "sharded"] if 1 < node_size < world_size else ["replicated", "sharded"]
 
 
 def estimates_of(module: nn.Module, context: ParallelContext, node_size: int) -> dict[str, float]:
@@ -38,9 +31,12 @@ def estimates_of(module: nn.Module, context: ParallelContext, node_size: int) ->
     activations, whose size is not known here. module: with this rank's experts."""
     experts = sum(p.nbytes for _, p in expert_parameters(module))
     dense = sum(p.nbytes for p in module.parameters()) - experts
-    return {
-        way: 2 * size for way, size in states_bytes(dense, experts, context.edp_size, context.world_size, node_size)
+    weights = {
+        "replicated": dense + experts,
+        "hybrid": dense / node_size + experts / context.edp_size,
+        "sharded": dense / context.world_size + experts / context.edp_size,
     }
+    return {way: 8 * weights[way] for way in ways(context.world_size, node_size)}
 
 
 def memory_of_rank(device: torch.device, node_size: int) -> float:

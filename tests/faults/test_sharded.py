@@ -15,13 +15,15 @@ from scmoe.config.leaves import ConfigError
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.experiments.faults import flip, kill, reshard, tiny_run
 from scmoe.experiments.faults import interrupted as resume
+from scmoe.footprint.model_cost import rank_parameters
 from scmoe.lightning.lockstep import EXIT_CODE
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.dense_choice import pick_dense, states_bytes
+from scmoe.parallel.dense_choice import estimates_of, pick_dense, ways
+from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.data import build_datamodule
-from scmoe.training.assembly.model import build_module
-from scmoe.training.assembly.trainer import build_trainer
+from scmoe.training.assembly.model import build_model_on_meta, build_module
+from scmoe.training.assembly.trainer import build_trainer, dense_estimates
 from scmoe.training.modules import LanguageModel
 from tests.support.cases import ARCHITECTURES, SLOTS
 from tests.support.comparison import assemble, assert_same, assert_same_bits
@@ -183,9 +185,19 @@ def test_74_a_module_that_is_split_is_not_trained_as_replicated():
 
 @pytest.mark.representative
 def test_74_auto_takes_the_first_way_that_has_room():
-    """GPT3-MoE-XL of docs/strategy.md on 64 ranks in nodes of 8, EP 8: GiB of weights, gradients, and moments."""
-    ways = dict(states_bytes(dense=3.0, experts=6.0, edp_size=8, world_size=64, node_size=8))
-    assert ways == {"replicated": 36.0, "hybrid": 4.5, "sharded": 3.1875}
-    picked = [pick_dense(ways, memory)[0] for memory in (45.1, 44.9, 5.7, 5.5, 1.0)]
+    """A rank of 64 in nodes of 8, EP 8: twice its weights, gradients, and two moments."""
+    model = build_model_on_meta(tiny("", 1))
+    dense, experts = (4 * number for number in rank_parameters(model, 1))
+    estimates = estimates_of(model, ParallelContext(world_size=64, ep_size=8), node_size=8)
+    split = {"hybrid": dense / 8 + experts / 8, "sharded": dense / 64 + experts / 8}
+    assert estimates == {"replicated": 8 * (dense + experts)} | {way: 8 * size for way, size in split.items()}
+    needed = {"replicated": 36.0, "hybrid": 4.5, "sharded": 3.1875}
+    picked = [pick_dense(needed, memory)[0] for memory in (45.1, 44.9, 5.7, 5.5, 1.0)]
     assert picked == ["replicated", "hybrid", "hybrid", "sharded", "sharded"]
-    assert list(dict(states_bytes(3.0, 6.0, 2, 4, 4))) == ["replicated", "sharded"]
+    assert ways(4, node_size=4) == ["replicated", "sharded"]
+
+
+@pytest.mark.representative
+def test_74_auto_of_a_config_counts_activations():
+    few, many = (dense_estimates(tiny(f"strategy.dense=auto data.global_batch_size={n}", 4)) for n in (8, 64))
+    assert list(few) == ["replicated", "sharded"] and all(many[way] > few[way] for way in few)

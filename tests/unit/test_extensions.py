@@ -16,7 +16,7 @@ from scmoe.config.load import load
 from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, OPTIMIZERS, Registry, words
 from scmoe.experiments.dryrun.estimated import estimate
 from scmoe.experiments.engine.command_line import call
-from scmoe.footprint.kinds import parts as parts_of
+from scmoe.footprint.model_cost import parts as parts_of
 from scmoe.init_from.pretrained import model_settings
 from scmoe.models.decoder import GPT
 from scmoe.moe.router import Router
@@ -95,9 +95,7 @@ def test_fields_that_an_extension_may_read_are_free():
 
 def test_costs_are_estimated_from_the_modules_and_an_export_for_hugging_face_is_refused():
     config = load(None, [*TINY, *PARALLEL])
-    facts, scmoe = (
-        estimate(load(None, [*TINY, *words]), 2, 1) for words in (PARALLEL, ("moe.every=1", "moe.position=pos1"))
-    )
+    facts, scmoe = (estimate(load(None, [*TINY, *words])) for words in (PARALLEL, ("moe.every=1", "moe.position=pos1")))
     assert facts["all_to_all_bytes_forward"] == scmoe["all_to_all_bytes_forward"] > 0
     assert 0 < facts["flops_forward"] < scmoe["flops_forward"], "it has no shared expert"
     with pytest.raises(ValueError, match=r"an extension defines moe\.architecture=parallel"):

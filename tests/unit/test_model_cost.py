@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scmoe.config.load import load
-from scmoe.experiments.dryrun.traffic import rows_of_block
+from scmoe.experiments.dryrun.estimated import rows_of_block
 from scmoe.footprint.model_cost import (
     forward_flops,
     moe_uses,

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from scmoe.footprint.model_cost import forward_flops
-from scmoe.footprint.peak import BF16_TFLOPS, peak_tflops
+from scmoe.footprint.model_cost import BF16_TFLOPS, forward_flops, peak_tflops
 from scmoe.training.callbacks import measurements
 from scmoe.training.callbacks.bookkeeping import LogLines
 from scmoe.training.callbacks.measurements import StepTimes, Throughput

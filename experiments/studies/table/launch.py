@@ -3,7 +3,6 @@
 import shlex
 from collections.abc import Iterator, Sequence
 
-from scmoe.config.rules import resolve_ep_size
 from scmoe.experiments.dryrun.estimated import estimate
 from scmoe.experiments.studies.table.rows import Table
 from scmoe.experiments.studies.table.table_runs import Run
@@ -43,8 +42,7 @@ def write_launch_files(runs: Sequence[Run]) -> list[str]:
 def check_memory(table: Table, runs: Sequence[Run], gpu_gib: float) -> Iterator[tuple[str, bool]]:
     """Yield for each row a line with what `make estimate` says of its run, and whether it fits a GPU of that memory."""
     for run in runs[: len(table.rows)]:
-        trainer, data, ep_size = run.config.trainer, run.config.data, resolve_ep_size(run.config)
-        facts = estimate(run.config, ep_size, trainer.devices * trainer.num_nodes // ep_size)
+        trainer, data, facts = run.config.trainer, run.config.data, estimate(run.config)
         samples = trainer.max_steps * data.global_batch_size
         seen = samples if facts["unit"] == "image" else samples * data.seq_len
         gib, flops = facts["memory_bytes"]["total"] / 2**30, facts["flops_training"] * seen

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import CALLBACKS, IMAGES
 from scmoe.config.rules import last_step, resolve_ep_size, validates
-from scmoe.footprint.memory import activations
-from scmoe.footprint.model_cost import WEIGHT_BYTES, rank_parameters
+from scmoe.footprint.memory import Job, rank_memory
 from scmoe.lightning.seam import LastCheckpoint, StepProgressBar
 from scmoe.lightning.strategy import ExpertParallelStrategy
-from scmoe.parallel.dense_choice import states_bytes
+from scmoe.parallel.dense_choice import ways
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
 from scmoe.training.callbacks.analysis import SIMILARITY, Analysis, gating
@@ -101,14 +101,9 @@ def cpu_threads(config: Config) -> int:
 
 
 def dense_estimates(config: Config) -> dict[str, float]:
-    """Return for each way of keeping dense weights the bytes that a rank is estimated to need, activations included."""
-    trainer, data, model, ep_size = config.trainer, config.data, build_model_on_meta(config), resolve_ep_size(config)
-    world, width = trainer.devices * trainer.num_nodes, WEIGHT_BYTES[trainer.precision]
-    dense, experts = (width * number for number in rank_parameters(model, ep_size))
-    on_gpu, samples = trainer.accelerator != "cpu", data.global_batch_size // (world * trainer.accumulate)
-    kept, repeated = activations(model, data.seq_len, trainer.precision, trainer.recompute, on_gpu)
-    states = states_bytes(dense, experts, world // ep_size, world, trainer.devices)
-    return {way: size + samples * (kept + repeated) for way, size in states}
+    """Return for each way of keeping dense weights the bytes that a rank needs at most, activations included."""
+    job, model = Job.of(config), build_model_on_meta(config)
+    return {way: rank_memory(model, replace(job, dense=way))["total"] for way in ways(job.ranks, job.node_size)}
 
 
 def build_strategy(config: Config) -> ExpertParallelStrategy:

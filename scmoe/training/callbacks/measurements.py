@@ -12,9 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from scmoe.footprint.kinds import parts
-from scmoe.footprint.model_cost import forward_flops, training_flops
-from scmoe.footprint.peak import peak_tflops
+from scmoe.footprint.model_cost import forward_flops, parts, peak_tflops, training_flops
 from scmoe.parallel.mesh import expert_parameters
 from scmoe.parallel.update.clipping import squares
 from scmoe.training.callbacks.bookkeeping import logs_now
@@ -103,7 +101,7 @@ class Throughput(Callback):
     time/model_tflops of one device and, where its peak is known, time/mfu.
 
     samples: sequences, or images, of one batch on all ranks. seq_len: tokens of a sequence, each counted; None: images
-    are counted. peak: TFLOP/s of a device; None: as footprint/peak.py knows it. Validation and checkpoints do not
+    are counted. peak: TFLOP/s of a device; None: as footprint/model_cost.py knows it. Validation and checkpoints do not
     count. `mean` is the rate of all batches but the first, which includes allocation and warm-up; None where there
     are no others.
     """

@@ -8,11 +8,11 @@ import inspect
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from difflib import get_close_matches
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -22,9 +22,7 @@ from scmoe.config.extras import install_command, require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, Rule, flatten, show
 from scmoe.config.registry import IMAGES
-from scmoe.config.rules import resolve_ep_size
-from scmoe.footprint.container import memory_in_use, memory_limit
-from scmoe.footprint.memory import rank_memory
+from scmoe.footprint.memory import Job, memory_in_use, memory_limit, rank_memory
 from scmoe.footprint.model_cost import forward_flops, training_flops
 from scmoe.lightning.seam import rank_without_trainer
 from scmoe.training.assembly.model import build_model_on_meta, updated_by_muon
@@ -37,6 +35,7 @@ THREAD_FLOPS, GPU_FLOPS = 1e10, 1e13  # a second, of a CPU thread and of a GPU: 
 FEW_THREADS = 64  # which any machine can start, however few cores it has
 GIB = 2**30
 MEMINFO = Path("/proc/meminfo")
+ROUNDED_UP = 1.005  # so that three digits are not less than the number
 PROCESS_GIB = 0.3  # of a process with torch and Lightning, on a CPU
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 NEVER = 2**31 - 1  # bytes; a C int
@@ -62,7 +61,8 @@ def check_machine(config: Config, first: bool) -> None:
         require("analysis", "matplotlib")
     check_devices(config)
     if first:
-        _refuse(config, _folders, _size)
+        _refuse(config, _folders)
+        check_size(config)
 
 
 def check_devices(config: Config) -> None:
@@ -144,24 +144,27 @@ def why_not_writable(folder: Path) -> str | None:
         return str(error)
 
 
-def _size(config: Config) -> Iterator[Rule]:
-    trainer, data, gpu = config.trainer, config.data, has_gpus(config)
-    model, ep_size, world = build_model_on_meta(config), resolve_ep_size(config), trainer.devices * trainer.num_nodes
-    samples = data.global_batch_size // (world * trainer.accumulate)
-    given: dict[str, Any] = {"ep_size": ep_size, "dp_size": world // ep_size, "recompute": trainer.recompute}
-    given |= {"seq_len": data.seq_len, "samples": samples, "precision": trainer.precision, "on_gpu": gpu}
-    dense = "sharded" if config.strategy.dense == "auto" else config.strategy.dense  # the way that needs least
-    given |= {"dense": dense, "node_size": trainer.devices, "by_muon": updated_by_muon(config, model)}
-    given |= {"accumulate": trainer.accumulate}
-    needed = rank_memory(model, **given)["total"] / GIB + (0 if gpu else PROCESS_GIB)
-    limit = trainer.max_memory_gib or free_gib(config)
-    free = "" if trainer.max_memory_gib else f" of {limit:.3g} free"
-    why = f"as a rank is estimated to need {needed:.3g} GiB{free}"
-    yield needed > limit, "trainer.max_memory_gib", f"{needed:.3g} or more to start all the same, {why}"
-    flops = training_flops(forward_flops(model, data.seq_len), trainer.recompute) * samples * trainer.accumulate
+def check_size(config: Config) -> None:
+    """Raise ConfigError if a rank needs more memory, or a step more time, than the limits allow."""
+    trainer, gpu, model = config.trainer, has_gpus(config), build_model_on_meta(config)
+    job = replace(Job.of(config), on_gpu=gpu)
+    if job.dense == "auto":
+        job = replace(job, dense="sharded")  # the way that needs least
+    needed = rank_memory(model, job, updated_by_muon(config, model))["total"] / GIB + (0 if gpu else PROCESS_GIB)
+    limit, given = trainer.max_memory_gib or free_gib(config), trainer.max_memory_gib is not None
+    if needed > limit:
+        room = f"trainer.max_memory_gib is {limit:.3g}" if given else f"{limit:.3g} GiB are free"
+        raise ConfigError(
+            f"Not enough memory: a rank needs about {needed:.3g} GiB, {room}. Use more ranks, trainer.recompute=true "
+            f"or a smaller batch; trainer.max_memory_gib={ROUNDED_UP * needed:.3g} starts it anyway."
+        )
+    flops = training_flops(forward_flops(model, job.seq_len), job.recompute) * job.samples * job.accumulate
     seconds = flops / (GPU_FLOPS if gpu else THREAD_FLOPS * cpu_threads(config))
-    why = f"as a step is estimated to take {seconds:.3g} s"
-    yield seconds > trainer.max_step_s, "trainer.max_step_s", f"{seconds:.3g} or more to start all the same, {why}"
+    if seconds > trainer.max_step_s:
+        raise ConfigError(
+            f"Not enough time: a step takes about {seconds:.3g} s, trainer.max_step_s is {trainer.max_step_s:g}. Use "
+            f"more ranks, a smaller model or batch; trainer.max_step_s={ROUNDED_UP * seconds:.3g} starts it anyway."
+        )
 
 
 def free_gib(config: Config) -> float:

@@ -23,8 +23,7 @@ from scmoe.config.registry import words
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
-from scmoe.footprint.kinds import parts
-from scmoe.footprint.model_cost import routed_copies
+from scmoe.footprint.model_cost import parts, routed_copies
 from scmoe.inference.generate import generate
 from scmoe.inference.stopping import Stopping
 from scmoe.lightning.seam import count_steps_from

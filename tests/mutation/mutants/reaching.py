@@ -58,9 +58,9 @@ MUTANTS = (
     Mutant("every-machine-has-a-rank-0", 0, "scmoe/training/run/machine.py")
     .replaces("rank_without_trainer() == 0 and node == 0", "rank_without_trainer() == 0")
     .caught_by("tests/faults/test_machine.py::test_49_only_the_first_machines_first_process_is_rank_0"),
-    Mutant("gradients-of-earlier-batches-forgotten", 0, "scmoe/footprint/step_memory.py")
-    .replaces("earlier = (all_experts + alone * sum(sizes)) * accumulates", "earlier = 0.0")
-    .caught_by(f"{UNIT}/test_memory.py::test_a_batch_after_the_first_begins_with_gradients[replicated]"),
+    Mutant("gradients-of-earlier-batches-forgotten", 0, "scmoe/footprint/memory.py")
+    .replaces('"total": 2 * weights + optimizer', '"total": weights + optimizer')
+    .caught_by(f"{UNIT}/test_memory.py::test_state_has_exactly_the_bytes_of_a_real_rank"),
     Mutant("comment-cuts-a-value", 0, "scmoe/config/load.py")
     .replaces('if "#" in text and', "if False and")
     .caught_by(f"{UNIT}/test_config.py::test_bad_override"),

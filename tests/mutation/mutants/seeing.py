@@ -32,12 +32,12 @@ MUTANTS = (
     Mutant("all-reduce-sends-once", 0, f"{DRY_RUN}/counting.py")
     .replaces('(1 + (name == "allreduce_")) * max(sizes)', "max(sizes)")
     .caught_by(f"{UNIT}/test_dry_run.py"),
-    Mutant("last-block-is-gathered-twice", 0, "scmoe/footprint/split.py")
-    .replaces("units(self.model)[:-1]", "units(self.model)")
+    Mutant("last-block-is-gathered-twice", 0, f"{DRY_RUN}/estimated.py")
+    .replaces("1 if p in split.outside or p in split.units[-1] else 2", "1 if p in split.outside else 2")
     .caught_by(f"{UNIT}/test_dry_run.py"),
-    Mutant("loss-has-no-gradients", 0, "scmoe/footprint/stages.py")
-    .replaces("2 * logits", "0 * logits")
-    .caught_by(f"{UNIT}/test_dry_run.py"),
+    Mutant("loss-has-no-gradients", 0, "scmoe/footprint/memory.py")
+    .replaces("kept + 3 * logits", "kept + logits")
+    .caught_by(f"{UNIT}/test_memory.py"),
     Mutant("load-table-keeps-rows-that-come-again", 0, f"{CALLBACKS}/expert_load.py")
     .replaces("if int(row[0]) < trainer.global_step", "if row")
     .caught_by(f"{UNIT}/test_expert_load.py"),
