@@ -1,10 +1,13 @@
-"""Ranks are killed at every file operation of a save that overwrites a checkpoint, in the foreground and background.
+"""Checkpoints are damaged: ranks are killed at every file operation of a save that overwrites one, or one bit changes.
 
-Operations are found by Python's audit events, and by os.fsync and durable.exchange, which have none. Left out: loss of
-power (what fsync has promised counts as kept), and kills within one write, which only kills at random times can meet.
+A killed save, in the foreground or background, must leave the old checkpoint or the new one whole. Operations are found
+by Python's audit events, and by os.fsync and durable.exchange, which have none. Left out: loss of power (what fsync has
+promised counts as kept), and kills within one write, which only kills at random times can meet.
+Every reader must refuse a checkpoint of which a bit has changed.
 """
 
 import os
+import random as rng
 import signal
 import sys
 import tempfile
@@ -18,9 +21,23 @@ from typing import Any
 import torch
 
 from scmoe.experiments.engine.ranks import RankError, run_ranks
-from scmoe.experiments.faults.tiny_run import LAST, NEW, OLD, WAYS, one_step, progress, save_marked, spread, tensors
+from scmoe.experiments.faults.tiny_run import (
+    LAST,
+    NEW,
+    OLD,
+    WAYS,
+    load_into,
+    one_step,
+    progress,
+    save_marked,
+    spread,
+    tensors,
+    tiny,
+)
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.checkpoint.loading import load_checkpoint
+from scmoe.parallel.checkpoint.loading import load_model
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.training.assembly.model import build_model
 
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -113,7 +130,7 @@ def inspect(rank: int, world_size: int, folders: list[Path]) -> list[dict[str, i
             durable.newest_good(folder)  # before the leftovers are removed
             durable.sweep(folder)
             path = durable.newest_good(folder)
-            load_checkpoint(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
+            load_into(trainer, path)
         except (FileNotFoundError, durable.BrokenCheckpoint):
             lost = True
         else:
@@ -151,3 +168,30 @@ def kill(points: int | None = None, random: int = 0, dense: str = "replicated") 
         (found,) = run_ranks(inspect, 1, folders)
         totals = {key: sum(entry[key] for entry in found) for key in ("lost", "mixed", "leftovers")}
         return {"kill_points": len(kills), "killed": deaths, **totals}
+
+
+def write_old(rank: int, world_size: int, folder: Path, dense: str = "replicated") -> None:
+    save_marked(one_step(world_size, folder, *WAYS[dense]), folder / "checkpoints" / LAST, OLD)
+
+
+def flip(count: int, dense: str = "replicated") -> dict[str, int]:
+    """refused: how often the reader raised and named the file. dense: where the dense weights of the run were."""
+    with tempfile.TemporaryDirectory() as name:
+        run_ranks(write_old, 2, Path(name), dense)
+        path, draw, refused = Path(name) / "checkpoints" / LAST, rng.Random(0), 0
+        model = build_model(tiny(1), ParallelContext())
+        load_model(path, model, "model.")
+        files = sorted(path.iterdir())
+        for _ in progress(range(count), "flipping"):
+            file = draw.choice(files)
+            whole = file.read_bytes()
+            content = bytearray(whole)
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            file.write_bytes(content)
+            try:
+                load_model(path, model, "model.")
+            except durable.BrokenCheckpoint as error:
+                refused += str(file) in str(error)
+            file.write_bytes(whole)
+        load_model(path, model, "model.")
+    return {"flips": count, "refused": refused}
