@@ -7,7 +7,6 @@ Every reader must refuse a checkpoint of which a bit has changed.
 """
 
 import os
-import random as rng
 import signal
 import sys
 import tempfile
@@ -16,24 +15,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
 
 from scmoe.experiments.engine.ranks import RankError, run_ranks
-from scmoe.experiments.faults.tiny_run import (
-    LAST,
-    NEW,
-    OLD,
-    WAYS,
-    load_into,
-    one_step,
-    progress,
-    save_marked,
-    spread,
-    tensors,
-    tiny,
-)
+from scmoe.experiments.faults import tiny_run
+from scmoe.experiments.faults.tiny_run import LAST, NEW, OLD, WAYS
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_model
 from scmoe.parallel.mesh import ParallelContext
@@ -78,14 +67,14 @@ def save_over(
 ) -> dict[str, Any]:
     """Save each of the steps over the one before, and kill the victim ("first", "last" or "all" ranks) at an operation
     of the last save, or some seconds after its start. Returns a surviving rank's file operations and its seconds."""
-    trainer = one_step(world_size, folder, *WAYS[dense])
+    trainer = tiny_run.one_step(world_size, folder, *WAYS[dense])
     pids = folder / "pids"
     pids.mkdir(parents=True, exist_ok=True)
     (pids / str(rank)).write_text(str(os.getpid()))
     trainer.strategy.barrier()  # every rank has written its id, over that of an earlier call
     *before, last = steps
     for step in before:
-        save_marked(trainer, folder / "checkpoints" / LAST, step)
+        tiny_run.save_marked(trainer, folder / "checkpoints" / LAST, step)
     done: list[str] = []
 
     def note(what: str) -> None:
@@ -104,7 +93,7 @@ def save_over(
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel ends the process, whatever it is doing
         signal.setitimer(signal.ITIMER_REAL, after_s)
     start = time.monotonic()
-    save_marked(trainer, folder / "checkpoints" / LAST, last, background)
+    tiny_run.save_marked(trainer, folder / "checkpoints" / LAST, last, background)
     signal.setitimer(signal.ITIMER_REAL, 0)
     return {"operations": done, "seconds": time.monotonic() - start}
 
@@ -122,7 +111,7 @@ def killed(folder: Path, victim: str, background: bool = False, **when: Any) -> 
 
 def inspect(rank: int, world_size: int, folders: list[Path]) -> list[dict[str, int]]:
     """Return what a new process finds of each checkpoint: 1 if lost, 1 if it mixes steps, the number of leftovers."""
-    trainer = one_step(world_size, folders[0].parent / "inspect")
+    trainer = tiny_run.one_step(world_size, folders[0].parent / "inspect")
     found = []
     for folder in folders:
         lost = mixed = False
@@ -130,11 +119,11 @@ def inspect(rank: int, world_size: int, folders: list[Path]) -> list[dict[str, i
             durable.newest_good(folder)  # before the leftovers are removed
             durable.sweep(folder)
             path = durable.newest_good(folder)
-            load_into(trainer, path)
+            tiny_run.load_into(trainer, path)
         except (FileNotFoundError, durable.BrokenCheckpoint):
             lost = True
         else:
-            steps = {float(value) for t in tensors(trainer).values() for value in t.unique()}
+            steps = {float(value) for t in tiny_run.tensors(trainer).values() for value in t.unique()}
             mixed = steps not in ({OLD}, {NEW}) or steps != {durable.verify(path)}
         found.append({"lost": int(lost), "mixed": int(mixed), "leftovers": len(os.listdir(folder)) - 1})
     return found
@@ -151,7 +140,9 @@ def kill(points: int | None = None, random: int = 0, dense: str = "replicated") 
             record = ranks[0 if victim == "first" else -1]
             operations = range(len(record["operations"]))
             for who in (victim, "all") if victim == "first" else (victim,):
-                kills += [(who, {"background": background, "operation": i}) for i in spread(operations, points)]
+                kills += [
+                    (who, {"background": background, "operation": i}) for i in tiny_run.spread(operations, points)
+                ]
         draw = torch.Generator().manual_seed(0)
         for i in range(random):
             moment = torch.rand((), generator=draw).item() * 1.2 * record["seconds"]
@@ -159,7 +150,7 @@ def kill(points: int | None = None, random: int = 0, dense: str = "replicated") 
             kills.append((("first", "last", "all")[i % 3], when))
 
         folders, deaths = [], 0
-        for i, (who, when) in enumerate(progress(kills, "killing")):
+        for i, (who, when) in enumerate(tiny_run.progress(kills, "killing")):
             died = killed(root / str(i), who, **when, dense=dense)
             if "operation" in when and not died:
                 raise RuntimeError(f"{who} survived operation {when['operation']}: operations differ between saves")
@@ -171,18 +162,18 @@ def kill(points: int | None = None, random: int = 0, dense: str = "replicated") 
 
 
 def write_old(rank: int, world_size: int, folder: Path, dense: str = "replicated") -> None:
-    save_marked(one_step(world_size, folder, *WAYS[dense]), folder / "checkpoints" / LAST, OLD)
+    tiny_run.save_marked(tiny_run.one_step(world_size, folder, *WAYS[dense]), folder / "checkpoints" / LAST, OLD)
 
 
 def flip(count: int, dense: str = "replicated") -> dict[str, int]:
     """refused: how often the reader raised and named the file. dense: where the dense weights of the run were."""
     with tempfile.TemporaryDirectory() as name:
         run_ranks(write_old, 2, Path(name), dense)
-        path, draw, refused = Path(name) / "checkpoints" / LAST, rng.Random(0), 0
-        model = build_model(tiny(1), ParallelContext())
+        path, draw, refused = Path(name) / "checkpoints" / LAST, Random(0), 0
+        model = build_model(tiny_run.tiny(1), ParallelContext())
         load_model(path, model, "model.")
         files = sorted(path.iterdir())
-        for _ in progress(range(count), "flipping"):
+        for _ in tiny_run.progress(range(count), "flipping"):
             file = draw.choice(files)
             whole = file.read_bytes()
             content = bytearray(whole)

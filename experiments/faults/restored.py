@@ -16,23 +16,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.experiments.faults.tiny_run import (
-    EXPERTS,
-    LAST,
-    OLD,
-    WAYS,
-    fit,
-    load_into,
-    mark,
-    named_tensors,
-    one_step,
-    progress,
-    same,
-    spread,
-    state,
-    tensors,
-    tiny,
-)
+from scmoe.experiments.faults import tiny_run
+from scmoe.experiments.faults.tiny_run import EXPERTS, LAST, OLD, WAYS
 from scmoe.parallel.checkpoint.saving import Saving
 
 RESUME_STEPS = 6
@@ -45,7 +30,7 @@ def run(
 
     They validate after every step, which restarts data loaders in between.
     """
-    config = tiny(
+    config = tiny_run.tiny(
         world_size,
         *("trainer.accumulate=2", f"trainer.max_steps={RESUME_STEPS}", "trainer.checkpoint_every=1"),
         *(f"data.workers={workers}", f"strategy.ep_size={world_size}"),
@@ -53,10 +38,10 @@ def run(
     )
     ends = []
     for i, path in enumerate(resume_from or [None]):
-        trainer = fit(config, folder / str(i), path)
+        trainer = tiny_run.fit(config, folder / str(i), path)
         lr = torch.tensor(trainer.optimizers[0].param_groups[0]["lr"], dtype=torch.float64)
         consumed = torch.tensor(trainer.datamodule.consumed_samples)
-        ends.append({**tensors(trainer), "lr": lr, "consumed": consumed})
+        ends.append({**tiny_run.tensors(trainer), "lr": lr, "consumed": consumed})
     return ends
 
 
@@ -65,15 +50,15 @@ def resume(
 ) -> dict[str, int]:
     """steps: the number of steps to resume from, None: all. dense: where dense weights are."""
     compared = bit_equal = 0
-    for world_size, loaders in progress([(w, n) for w in worlds for n in workers], "resuming"):
+    for world_size, loaders in tiny_run.progress([(w, n) for w in worlds for n in workers], "resuming"):
         with tempfile.TemporaryDirectory() as name:
             straight = run_ranks(run, world_size, loaders, dense, Path(name) / "straight", [])
             saved = [Path(name) / "straight/0/checkpoints" / f"step={i}.ckpt" for i in range(1, RESUME_STEPS)]
-            saved = spread(saved, steps)
+            saved = tiny_run.spread(saved, steps)
             resumed = run_ranks(run, world_size, loaders, dense, Path(name) / "resumed", saved)
         compared += len(saved)
         for i in range(len(saved)):
-            bit_equal += all(same(ends[i], end) for ends, (end,) in zip(resumed, straight, strict=True))
+            bit_equal += all(tiny_run.same(ends[i], end) for ends, (end,) in zip(resumed, straight, strict=True))
     return {"compared": compared, "bit_equal": bit_equal}
 
 
@@ -102,14 +87,14 @@ ALL = (
 
 def trained(rank: int, folder: Path, layout: Layout) -> Any:
     os.environ.update(LOCAL_RANK=str(rank % layout.devices), GROUP_RANK=str(rank // layout.devices))
-    return one_step(layout.ranks, folder, *layout.overrides())
+    return tiny_run.one_step(layout.ranks, folder, *layout.overrides())
 
 
 def write_whole(rank: int, world_size: int, folder: Path, layout: Layout | None = None) -> dict[str, Tensor]:
     """Save the state after one step, where moments and experts all differ. Returns it. layout: None: EP over all."""
     trainer = trained(rank, folder, layout or Layout(world_size, world_size))
     path, context = folder / "checkpoints" / LAST, trainer.strategy.context
-    Saving(path, state(trainer, OLD), context, background=False).finish()
+    Saving(path, tiny_run.state(trainer, OLD), context, background=False).finish()
     return gathered(trainer)
 
 
@@ -118,15 +103,15 @@ def read_all(
 ) -> list[dict[str, Tensor]]:
     trainer, found = trained(rank, folder, layout or Layout(world_size, world_size)), []
     for path in paths:
-        mark(trainer, -1)
-        load_into(trainer, path)
+        tiny_run.mark(trainer, -1)
+        tiny_run.load_into(trainer, path)
         found.append(gathered(trainer))
     return found
 
 
 def gathered(trainer: Any) -> dict[str, Tensor]:
     """Return weights and moments with this rank's experts, whole."""
-    named = named_tensors(trainer).items()
+    named = tiny_run.named_tensors(trainer).items()
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in named}
 
 
@@ -135,16 +120,12 @@ def whole(ranks: list[dict[str, Tensor]], ep_size: int | None = None) -> dict[st
     same ones. ep_size: None: all ranks."""
     together, ep_size = {}, ep_size or len(ranks)
     for name, t in ranks[0].items():
-        if ".experts." in name and t.dim():
-            together[name] = torch.cat([rank[name] for rank in ranks[:ep_size]])
-            assert len(together[name]) == EXPERTS
-            held = (ranks[i % ep_size][name] for i in range(len(ranks)))
-        else:
-            together[name] = t
-            held = (t for _ in ranks)
-        assert all(torch.equal(rank[name], value) for rank, value in zip(ranks, held, strict=True)), (
-            f"replicas of {name} differ"
-        )
+        of_experts = ".experts." in name and t.dim()
+        together[name] = torch.cat([rank[name] for rank in ranks[:ep_size]]) if of_experts else t
+        assert not of_experts or len(together[name]) == EXPERTS
+        for i, rank in enumerate(ranks):
+            held = ranks[i % ep_size][name] if of_experts else t
+            assert torch.equal(rank[name], held), f"replicas of {name} differ"
     return together
 
 
@@ -156,11 +137,11 @@ def reshard(layouts: Sequence[Layout] | None = None, dense: str = "replicated") 
     with tempfile.TemporaryDirectory() as name:
         folders = [Path(name) / str(i) for i in range(len(layouts))]
         paths, written = [folder / "checkpoints" / LAST for folder in folders], []
-        for layout, folder in zip(progress(layouts, "writing"), folders, strict=True):
+        for layout, folder in zip(tiny_run.progress(layouts, "writing"), folders, strict=True):
             written.append(whole(run_ranks(write_whole, layout.ranks, folder, layout), layout.ep_size))
-        for layout, folder in zip(progress(layouts, "reading"), folders, strict=True):
+        for layout, folder in zip(tiny_run.progress(layouts, "reading"), folders, strict=True):
             ranks = run_ranks(read_all, layout.ranks, folder / "read", paths, layout)
             for i, expected in enumerate(written):
                 pairs += 1
-                equal += same(whole([found[i] for found in ranks], layout.ep_size), expected)
+                equal += tiny_run.same(whole([found[i] for found in ranks], layout.ep_size), expected)
     return {"pairs": pairs, "equal": equal}
