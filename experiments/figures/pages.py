@@ -17,8 +17,7 @@ from scmoe.experiments.figures.concepts import CONCEPTS
 from scmoe.experiments.figures.draw import EXPLAINED, PAGES, draw_measured
 from scmoe.experiments.figures.headline import REPORTS, draw_headline
 from scmoe.experiments.figures.scenarios import draw_shares, draw_speeds, read_reports
-from scmoe.experiments.studies.table.chart import draw_differences, draw_equal_time
-from scmoe.experiments.studies.table.table_report import markdown
+from scmoe.experiments.studies.table.table_report import draw_differences, draw_equal_time, markdown
 
 RESULTS = Path("docs/results")
 SCENARIOS = PAGES / "figure-8"

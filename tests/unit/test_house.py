@@ -58,12 +58,11 @@ ONLY_IN = {  # outer module: where it may be used
     "os.environ": ("scmoe/parallel/mesh.py", "scmoe/training/run/", "scmoe/training/redact.py", "experiments/"),
     "os.getenv": (),
     **{
-        f"{module}.{name}": ("scmoe/", "experiments/engine/clock.py", "experiments/studies/table/statistics.py")
+        f"{module}.{name}": ("scmoe/", "experiments/engine/clock.py", "experiments/studies/table/results.py")
         for module, name in (("statistics", "median"), ("statistics", "quantiles"), ("np", "median"))
     },
     "rich.console.Console": (
-        *("scmoe/", "datamodules/", "experiments/engine/report.py", "experiments/faults/tiny_run.py"),
-        *("experiments/studies/progress.py", "experiments/list.py"),
+        *("scmoe/", "datamodules/", "experiments/engine/report.py", "experiments/studies/batch.py"),
     ),
     "os.putenv": (),
 }
