@@ -11,19 +11,19 @@ def main(*extensions: KeyValue) -> None:
     Args:
         extensions: extensions=[...], modules whose names are listed too
     """
-    from rich.console import Console
     from rich.table import Column, Table
 
     from scmoe.config.help import catalogue
     from scmoe.config.load import load
+    from scmoe.experiments.engine.report import console
 
     load(None, extensions)
-    console = Console()
+    screen = console(stderr=False)
     for title, rows in catalogue().items():
         table = Table(Column(style="cyan", no_wrap=True), show_header=False, box=None, padding=(0, 2))
         for row in rows:
             table.add_row(*filter(None, row))
-        console.print(f"[bold]{title}[/bold]", table, "", sep="\n")
+        screen.print(f"[bold]{title}[/bold]", table, "", sep="\n")
 
 
 if __name__ == "__main__":

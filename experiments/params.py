@@ -1,9 +1,37 @@
-"""`scmoe params` counts parameters."""
+"""`scmoe params` counts parameters of presets and architectures, and shows the totals of the paper's Table 8 and A.7.
+
+Presets are the files of configs/model. Models are built on the meta device, so they need no memory.
+"""
 
 import json
 import sys
 
+from rich.table import Column, Table
+
+from scmoe.config.load import SHIPPED, load
 from scmoe.experiments.engine.command_line import call
+
+PRESETS = SHIPPED / "model"
+# Positions share a row: a tap's norm has the same size everywhere. So do CG-1, CG-2 and Direct Add, to 2 D a module.
+ARCHITECTURES = {
+    "dense": "moe.architecture=dense",
+    "top_1": "moe.architecture=top_k moe.top_k=1",
+    "top_2": "moe.architecture=top_k moe.top_k=2",
+    "top_3": "moe.architecture=top_k moe.top_k=3",
+    "shared_expert": "moe.architecture=shared_expert moe.top_k=1",
+    "scmoe": "moe.architecture=scmoe moe.top_k=1",
+    "scmoe_2": "moe.architecture=scmoe moe.top_k=2",
+    "dgmoe": "moe.architecture=dgmoe moe.top_k=1",
+    "dgmoe_share": "moe.architecture=dgmoe_share moe.top_k=1",
+}
+PAPER = {  # Table 8's totals are those of standard top-2
+    ("gpt2_moe_small", "top_2"): "323M",
+    ("gpt2_moe_medium", "top_2"): "1.7B",
+    ("gpt3_moe_xl", "top_2"): "4.1B",
+    ("llama2_moe", "top_2"): "6.7B",
+    ("swinv2_moe_s", "dgmoe"): "157M",
+    ("swinv2_moe_s", "dgmoe_share"): "124M",
+}
 
 
 def main(*presets: str) -> None:
@@ -15,13 +43,33 @@ def main(*presets: str) -> None:
     Args:
         presets: names of files in configs/model, without .yaml (default: all)
     """
-    from scmoe.experiments.studies.parameters import ARCHITECTURES, PRESETS, count, parameters_table
     from scmoe.training.run.printout import console
 
     names = presets or sorted(path.stem for path in PRESETS.glob("*.yaml"))
     counts = {name: {architecture: count(name, architecture) for architecture in ARCHITECTURES} for name in names}
     console().print(parameters_table(counts))
     print(json.dumps(counts))
+
+
+def count(preset: str, architecture: str) -> dict[str, int]:
+    """Return all parameters, and those that one token uses."""
+    from scmoe.training.assembly.model import build_model_on_meta
+    from scmoe.training.run.printout import count_parameters, total_and_active
+
+    config = load(f"configs/model/{preset}.yaml", ARCHITECTURES[architecture].split())
+    total, active = total_and_active(count_parameters(build_model_on_meta(config)))
+    return {"total": total, "active": active}
+
+
+def parameters_table(counts: dict[str, dict[str, dict[str, int]]]) -> Table:
+    numbers = [Column(name, justify="right") for name in ("total", "active per token", "paper")]
+    made = Table("preset", "architecture", *numbers, title="parameters", title_justify="left", title_style="bold")
+    for preset, rows in counts.items():
+        for i, (architecture, sizes) in enumerate(rows.items()):
+            paper, name = PAPER.get((preset, architecture), ""), preset if i == 0 else ""
+            made.add_row(name, architecture, f"{sizes['total']:,}", f"{sizes['active']:,}", paper)
+        made.add_section()
+    return made
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ import json
 import re
 import sys
 
+from scmoe.config.extras import require
 from scmoe.experiments.engine.command_line import call
-from scmoe.experiments.table import USUAL, Options, commands
+from scmoe.experiments.studies.table.table_file import Options, check_scale, load_table, table_names
+from scmoe.experiments.table import USUAL, say
 
 
 def main(*overrides: str, tables: list[str] | None = None, options: Options = USUAL) -> int:
@@ -19,18 +21,16 @@ def main(*overrides: str, tables: list[str] | None = None, options: Options = US
         overrides: key=value, for every run
         tables: such as table3 (default: tables 1 to 7)
     """
-    from scmoe.experiments.studies.table.rows import check_scale, load_table, table_names
-
     numbered = [name for name in table_names() if re.fullmatch(r"table\d+", name)]
     names = tables or [name for name in numbered if options.scale in load_table(name).scales] or numbered
     for name in names:
         check_scale(load_table(name), options.scale)
-    request = options.request(overrides)
-    from scmoe.experiments.studies.table.reproduce import reproduce
+    require("a table", "matplotlib", "scipy")
+    from scmoe.experiments.studies.table.make import reproduce
 
     if left := [name for name in numbered if name not in names and not tables]:
-        commands().say(f"without {', '.join(left)}, which have no scale {options.scale}")
-    found = reproduce(names, request, commands())
+        say(f"without {', '.join(left)}, which have no scale {options.scale}")
+    found = reproduce(names, options, overrides, say)
     signal = found.pop("signal")
     print(json.dumps(found), flush=True)
     return 130 if signal else 1 if found["failed"] else 0

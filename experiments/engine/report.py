@@ -90,10 +90,11 @@ def table_of(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return markdown_table(["", *columns], cells)
 
 
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table in GitHub's Markdown."""
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = False) -> list[str]:
+    """Return the lines of a table in GitHub's Markdown. numbers: all columns but the first are at the right."""
     cells = [[cell.replace("|", "/") for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *cells)]
+    sides = ["---", *["---:" if numbers else "---" for _ in headings[1:]]]
+    return [f"| {' | '.join(row)} |" for row in (headings, sides, *cells)]
 
 
 def in_one_line(value: Any) -> str:

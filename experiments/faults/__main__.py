@@ -2,7 +2,6 @@
 
 import json
 import sys
-from importlib import import_module
 from typing import Literal
 
 from cyclopts import App
@@ -24,7 +23,9 @@ def kill(*, points: int | Literal["all"] = "all", random: int = 0, dense: Dense 
         points: operations per victim
         random: number of kills at random times in addition
     """
-    run("kill", points=None if points == "all" else points, random=random, dense=dense)
+    from scmoe.experiments.faults import damaged
+
+    print(json.dumps(damaged.kill(None if points == "all" else points, random, dense)))
 
 
 @main.command
@@ -34,7 +35,9 @@ def flip(*, count: int = 1000, dense: Dense = "replicated") -> None:
     Args:
         count: how often
     """
-    run("flip", count=count, dense=dense)
+    from scmoe.experiments.faults import damaged
+
+    print(json.dumps(damaged.flip(count, dense)))
 
 
 @main.command
@@ -44,7 +47,9 @@ def resume(*, steps: int | Literal["all"] = "all", dense: Dense = "replicated") 
     Args:
         steps: number of steps to resume from
     """
-    run("resume", steps=None if steps == "all" else steps, dense=dense)
+    from scmoe.experiments.faults import restored
+
+    print(json.dumps(restored.resume(None if steps == "all" else steps, dense=dense)))
 
 
 @main.command
@@ -54,12 +59,9 @@ def reshard(*, dense: Literal["replicated", "all"] = "replicated") -> None:
     Args:
         dense: replicated: EP 1, 2, 4, 8; all: replicated, sharded and hybrid dense weights
     """
-    run("reshard", dense=dense)
+    from scmoe.experiments.faults import restored
 
-
-def run(what: str, **given: int | str | None) -> None:
-    module = "interrupted" if what == "resume" else what
-    print(json.dumps(getattr(import_module(f"scmoe.experiments.faults.{module}"), what)(**given)))
+    print(json.dumps(restored.reshard(dense=dense)))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from scmoe.config.fields import Config
 from scmoe.config.load import load
+from scmoe.experiments.engine.report import console
+from scmoe.parallel.checkpoint.loading import load_checkpoint
 from scmoe.parallel.checkpoint.saving import Saving
 from scmoe.parallel.checkpoint.state import model_state, optimizer_state
 from scmoe.parallel.dense_shards import local, reshard
@@ -42,7 +43,7 @@ def spread(items: Sequence[Any], count: int | None) -> list[Any]:
 
 
 def progress(items: Sequence[Any], what: str) -> Iterable[Any]:
-    return track(items, what, console=Console(stderr=True), transient=True)
+    return track(items, what, console=console(), transient=True)
 
 
 def tiny(world_size: int, *overrides: str) -> Config:
@@ -105,6 +106,10 @@ def save_marked(trainer: Any, path: Path, step: int, background: bool = False) -
     if background:
         mark(trainer, NEXT)
     saving.finish()
+
+
+def load_into(trainer: Any, path: Path) -> None:
+    load_checkpoint(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

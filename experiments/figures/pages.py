@@ -35,8 +35,7 @@ from scmoe.experiments.figures.measured import (
     module_share,
     read_reports,
 )
-from scmoe.experiments.studies.table.chart import draw_differences, draw_equal_time
-from scmoe.experiments.studies.table.table_report import markdown
+from scmoe.experiments.studies.table.table_report import draw_differences, draw_equal_time, markdown
 
 RESULTS = Path("docs/results")
 CONDITIONS = RESULTS / "conditions.json"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -16,22 +17,25 @@ from dataclasses import dataclass, field
 from subprocess import DEVNULL, Popen
 from typing import IO, Any
 
-from scmoe.experiments.studies.job import Job, fraction, last_line
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from scmoe.experiments.engine.command_line import call
+from scmoe.experiments.studies.jobs import Job, clock, last_line
 
 STOPPED = (143, 130, -signal.SIGTERM, -signal.SIGINT)  # exit codes of a training that was asked to stop
 GRACE_S = 60.0  # time for a training that is asked to stop, to write its checkpoint
 POLL_S = 0.1
+SAY_EVERY_S = 60.0  # where there is no terminal
 
 
 @dataclass
 class Batch:
-    """Jobs to run, `slots` in parallel (0: one after the other in this process, by `here`).
+    """Jobs to run, `slots` in parallel (0: one after the other in this process).
 
     jobs: those known so far. propose: returns the next one after them, or None. look: reads a running job's results and
-    says whether to stop it early. judge: reads a finished job's results, may call it failed, and may return a job that
-    follows it at once. watch: is called now and then, and with each job that has ended. total: how many jobs there will
-    be, None: unlimited.
-    here: runs a verb of `scmoe` in this process, such as `here("train", ...)`, and returns its exit code.
+    says whether to stop it early. watch: is called now and then, and with each job that has ended. total: how many jobs
+    there will be, None: unlimited.
     """
 
     jobs: list[Job]
@@ -40,54 +44,53 @@ class Batch:
     watch: Callable[[Batch, Job | None], None]
     propose: Callable[[], Job | None] = lambda: None
     look: Callable[[Job], bool] = lambda job: False
-    judge: Callable[[Job], Job | None] = lambda job: None
-    here: Callable[..., int] | None = None
     waiting: list[Job] = field(default_factory=list)
-    worked_s: float = 0.0  # by all slots of this session
-    progress: float = 0.0  # of this session, in jobs
 
     def run(self, lock: IO[str], again: Sequence[str] = ("waiting", "cut")) -> int:
         """Run the jobs whose status is in `again`, then the proposed ones. Returns the signal that stopped it, or 0."""
         begun = [job for job in self.jobs if job.state.status in again]
         self.waiting += [job for job in begun if not self._has_ended_meanwhile(job)]
-        running: list[Running] = []
+        pool = Pool(self.slots, lock)
         with _stop_requests() as signals:
             try:
                 while True:
-                    while not signals and len(running) < max(1, self.slots):
-                        job = self.waiting.pop(0) if self.waiting else self.propose()
-                        if job is None:
-                            break
-                        running.append(Running(job, lock, self.here if self.slots == 0 else None))
-                    if not running:
+                    while not signals and not pool.is_full and (job := self._next()):
+                        pool.start(job)
+                    if not pool.running:
                         return signals[0] if signals else 0
-                    for one in list(running):
-                        if self._poll(one):
-                            running.remove(one)
-                            if self.slots == 0 and one.job.state.status == "cut":
-                                signals.append(signal.SIGINT if one.code == 130 else signal.SIGTERM)
-                        elif signals:
-                            one.stop(kill=len(signals) > 1)
-                    if running:
+                    for one in pool.poll():
+                        self._close(one)
+                        pool.running.remove(one)
+                        if self.slots == 0 and one.job.state.status == "cut":
+                            signals.append(signal.SIGINT if one.code == 130 else signal.SIGTERM)
+                    if signals:
+                        pool.stop(kill=len(signals) > 1)
+                    for one in pool.running:
+                        if self.look(one.job):
+                            one.stop(hopeless=True)
+                    if pool.running:
                         self.watch(self, None)
                         time.sleep(POLL_S)
             finally:
-                for one in running:  # after an error of this process: no training may outlive it
-                    one.stop(kill=True)
-                for one in running:
+                pool.stop(kill=True)  # after an error of this process: no training may outlive it
+                for one in pool.running:
                     self._close(one)
 
     def seconds_left(self) -> float | None:
         """Estimate from this session's progress; None: nothing to estimate from."""
-        if self.total is None or self.progress < 0.01:
+        progress = sum(job.progress for job in self.jobs)
+        if self.total is None or progress < 0.01:
             return None
-        left = self.total - self.done()
-        return left * self.worked_s / self.progress / max(1, self.slots)
+        worked_s = sum(job.worked_s for job in self.jobs)
+        return (self.total - self.done()) * worked_s / progress / max(1, self.slots)
 
     def done(self) -> float:
         """Return how many jobs are done; a part of one counts."""
         ended = [job for job in self.jobs if job.state.has_ended and job not in self.waiting]
         return len(ended) + sum(job.state.done for job in self.jobs if job not in ended)
+
+    def _next(self) -> Job | None:
+        return self.waiting.pop(0) if self.waiting else self.propose()
 
     def _has_ended_meanwhile(self, job: Job) -> bool:
         """Notice a training that came to its end after the process that started it had been killed."""
@@ -96,29 +99,12 @@ class Batch:
             self._settle(job, code=0)
         return ended
 
-    def _poll(self, one: Running) -> bool:
-        """Read how far a training is, and whether it has ended."""
-        code = one.poll()
-        state, now = one.job.state, time.monotonic()
-        self.worked_s += now - one.seen
-        state.seconds += now - one.seen
-        one.seen = now
-        before, state.done = state.done, max(state.done, fraction(one.job.log))
-        self.progress += state.done - before
-        if code is None:
-            if self.look(one.job):
-                one.hopeless = True
-                one.stop()
-            return False
-        self._close(one)
-        return True
-
     def _close(self, one: Running) -> None:
         one.end()
         before = one.job.state.done
         self._settle(one.job, one.code, one.asked is not None, one.hopeless)
         if one.job.state.status in ("finished", "stopped"):
-            self.progress += 1 - before
+            one.job.progress += 1 - before
         self.watch(self, one.job)
 
     def _settle(self, job: Job, code: int | None, asked: bool = False, hopeless: bool = False) -> None:
@@ -128,7 +114,7 @@ class Batch:
         self.look(job)
         if code == 0:
             state.status, state.done = "finished", 1.0
-            if following := self.judge(job):
+            if following := job.judge(job):
                 self.jobs.append(following)
                 self.waiting.insert(0, following)
         elif code in STOPPED or asked:  # a launcher ends with a code of its own
@@ -138,10 +124,34 @@ class Batch:
         job.keep()
 
 
+class Pool:
+    """Trainings that run at the same time, each in a process of its own. slots: 0: one at a time, in this process."""
+
+    def __init__(self, slots: int, lock: IO[str]) -> None:
+        self.slots, self.lock = slots, lock
+        self.running: list[Running] = []
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.running) >= max(1, self.slots)
+
+    def start(self, job: Job) -> None:
+        self.running.append(Running(job, self.lock, self.slots == 0))
+
+    def poll(self) -> list[Running]:
+        """Return the trainings that have ended."""
+        return [one for one in self.running if one.poll() is not None]
+
+    def stop(self, kill: bool) -> None:
+        """Ask all trainings to save a checkpoint and end."""
+        for one in self.running:
+            one.stop(kill)
+
+
 class Running:
     """A job whose training runs in a process of its own, or has run in this one."""
 
-    def __init__(self, job: Job, lock: IO[str], here: Callable[..., int] | None) -> None:
+    def __init__(self, job: Job, lock: IO[str], here: bool) -> None:
         self.job, self.seen, self.hopeless = job, time.monotonic(), False
         self.asked: float | None = None  # when it was asked to stop
         self.code: int | None = None
@@ -149,28 +159,33 @@ class Running:
         run_dir = job.to_resume()
         words = job.command(run_dir)
         job.state.status, job.state.error = "running", None
-        job.state.done *= run_dir is not None
+        if run_dir is None:
+            job.state.done = 0.0
         job.keep()
         job.log.parent.mkdir(parents=True, exist_ok=True)
         with job.log.open("w" if run_dir is None else "a") as log:
-            if here is not None:
+            if here:
                 program, *arguments = words[len(job.launcher) - 1 :]
-                self.code = _call(here, (program.rpartition(".")[2], *arguments), log)
+                self.code = _call((program.rpartition(".")[2], *arguments), log)
                 return
             # A session of its own: Ctrl-C reaches this process alone, which sends SIGTERM.
             held = (lock.fileno(),)
             self.process = Popen(words, stdin=DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=held)
 
     def poll(self) -> int | None:
-        """Return the exit code; None: it runs. A training that takes too long to stop is killed."""
+        """Note how far the training is. Return its exit code; None: it runs. It is killed if it is slow to stop."""
+        now = time.monotonic()
         if self.process is not None:
-            if self.asked is not None and time.monotonic() - self.asked > GRACE_S:
+            if self.asked is not None and now - self.asked > GRACE_S:
                 self.end()
             self.code = self.process.poll()
+        self.job.advance(now - self.seen)
+        self.seen = now
         return self.code
 
-    def stop(self, kill: bool = False) -> None:
-        """Ask the training to save a checkpoint and end."""
+    def stop(self, kill: bool = False, hopeless: bool = False) -> None:
+        """Ask the training to save a checkpoint and end. hopeless: because it is not worth its time."""
+        self.hopeless = self.hopeless or hopeless
         if self.process is not None and self.process.poll() is None:
             if self.asked is None:
                 self.asked = time.monotonic()
@@ -186,12 +201,12 @@ class Running:
             self.code = self.process.wait()
 
 
-def _call(here: Callable[..., int], words: Sequence[str], log: IO[str]) -> int:
+def _call(words: Sequence[str], log: IO[str]) -> int:
     """Run a training in this process: Python does not start again, but nothing can kill the training alone."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         with redirect_stdout(log), redirect_stderr(log):
-            return here(*words)
+            return call(*words)
     except SystemExit as end:  # it was asked to stop, and has saved
         return end.code if isinstance(end.code, int) else 1
     except Exception as error:  # a failed training does not end the batch
@@ -217,3 +232,33 @@ def _stop_requests() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Watch:
+    """Shows a batch on standard error: a bar on a terminal; elsewhere a line for each job and one a minute.
+
+    It is a batch's `watch`; enter its `bar`. result: the text of an ended job. note: the text at the end of the bar.
+    """
+
+    def __init__(self, result: Callable[[Job], str], note: Callable[[], str] = lambda: "") -> None:
+        self.result, self.note, self.said = result, note, time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total}"))
+        facts = (TimeElapsedColumn(), TextColumn("{task.fields[left]}"), TextColumn("{task.fields[note]}"))
+        screen = Console(file=sys.stderr)  # this one, also while a training in this process prints into its log
+        self.bar = Progress(*columns, *facts, console=screen, disable=not screen.is_terminal)
+        self.task = self.bar.add_task("", total=None, left="", note="")
+
+    def __call__(self, batch: Batch, ended: Job | None) -> None:
+        seconds = batch.seconds_left()
+        left = f"about {clock(seconds)} left" if seconds else ""
+        self.bar.update(self.task, completed=batch.done(), total=batch.total, left=left, note=self.note())
+        if ended:
+            facts = [ended.state.error or self.result(ended), clock(ended.state.seconds), left]
+            self.say(f"{ended.title} {ended.state.status}: {', '.join(filter(None, facts))}")
+        elif self.bar.disable and time.monotonic() - self.said > SAY_EVERY_S:
+            of = f" of {batch.total}" if batch.total else ""
+            self.say(f"{batch.done():.1f}{of} done{', ' if left else ''}{left}")
+
+    def say(self, line: str) -> None:
+        self.said = time.monotonic()
+        self.bar.console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)

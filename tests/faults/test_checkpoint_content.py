@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.experiments.faults import reshard, tiny_run
+from scmoe.experiments.faults import restored, tiny_run
 from scmoe.experiments.faults.tiny_run import LAST, NEW, OLD
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_checkpoint, load_model
@@ -114,7 +114,7 @@ def test_fault_07_no_rank_waits_in_one_collective_for_the_long_work_of_another(t
 
 
 def write_full(rank: int, world_size: int, folder: Path, background: bool) -> dict[str, Any]:
-    """Does what reshard.write_whole does, in one file."""
+    """Does what restored.write_whole does, in one file."""
     trainer, path = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST
     context = trainer.strategy.context
     Saving(path, tiny_run.state(trainer, OLD), context, background, full=True).finish()
@@ -124,13 +124,13 @@ def write_full(rank: int, world_size: int, folder: Path, background: bool) -> di
 @pytest.mark.parametrize("background", [False, True])
 def test_fault_09_one_full_file_is_read_at_any_ep_degree(background, tmp_path):
     """Weights and moments are equal to those of the ranks that saved them."""
-    expected = reshard.whole(run_ranks(write_full, 2, tmp_path, background))
+    expected = restored.whole(run_ranks(write_full, 2, tmp_path, background))
     path = tmp_path / "checkpoints" / LAST
     assert files_of(path) == [FULL, "manifest.json", "meta.json"]
     assert durable.verify(path) == OLD
     for world_size in (1, 2, 4):
-        ranks = run_ranks(reshard.read_all, world_size, tmp_path / str(world_size), [path])
-        assert tiny_run.same(reshard.whole([found for (found,) in ranks]), expected)
+        ranks = run_ranks(restored.read_all, world_size, tmp_path / str(world_size), [path])
+        assert tiny_run.same(restored.whole([found for (found,) in ranks]), expected)
 
 
 def put_together_without_room(rank: int, world_size: int, folder: Path) -> str:
@@ -169,10 +169,10 @@ def test_fault_08_a_run_resumed_from_one_full_file_is_bit_identical(tmp_path):
 
 def test_fault_10_all_experts_are_on_disk(tmp_path):
     """One process reads all experts from a checkpoint of two ranks with four experts each; no two experts are equal."""
-    ranks = run_ranks(reshard.write_whole, 2, tmp_path)
+    ranks = run_ranks(restored.write_whole, 2, tmp_path)
     model = build_model(tiny_run.tiny(1), ParallelContext())
     load_model(tmp_path / "checkpoints" / LAST, model, "model.")
-    saved = reshard.whole(ranks)
+    saved = restored.whole(ranks)
     for name, p in model.named_parameters():
         assert torch.equal(p, saved[f"model.{name}"]), name
     for name, _ in expert_parameters(model):

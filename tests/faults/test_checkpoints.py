@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from scmoe.experiments.engine.ranks import RankError, run_ranks
-from scmoe.experiments.faults import flip, kill, tiny_run
+from scmoe.experiments.faults import damaged, tiny_run
 from scmoe.experiments.faults.tiny_run import LAST, NEW, OLD
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_checkpoint, load_model
@@ -32,14 +32,14 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 def written(tmp_path_factory) -> Path:
     """Returns the folder of a checkpoint of step OLD by two ranks, EP 2; copy it before you change it."""
     folder = tmp_path_factory.mktemp("written")
-    run_ranks(flip.write_old, 2, folder)
+    run_ranks(damaged.write_old, 2, folder)
     return folder / "checkpoints"
 
 
 @pytest.fixture(scope="module")
 def after_kills() -> dict[str, int]:
     """Kills ranks that save in the foreground and in the background. Returns the totals."""
-    return kill.kill(points=4, random=6)
+    return damaged.kill(points=4, random=6)
 
 
 def test_fault_01_sigkill_during_a_save_loses_nothing(after_kills):
@@ -60,7 +60,7 @@ def save_over_by_renames(
 ) -> dict[str, Any]:
     """Does so where the file system cannot exchange two names, as NFS cannot."""
     durable.exchange = lambda one, other: False
-    return kill.save_over(rank, world_size, folder, victim, background, operation)
+    return damaged.save_over(rank, world_size, folder, victim, background, operation)
 
 
 @pytest.mark.parametrize("background", [pytest.param(False, marks=pytest.mark.representative), True])
@@ -75,7 +75,7 @@ def test_fault_01_sigkill_between_the_two_renames_loses_nothing(background, tmp_
     folder = tmp_path / "killed" / "checkpoints"
     assert not (folder / LAST).exists()
     assert durable.verify(durable.newest_good(folder)) == OLD
-    ((found,),) = run_ranks(kill.inspect, 1, [folder])
+    ((found,),) = run_ranks(damaged.inspect, 1, [folder])
     assert found == {"lost": 0, "mixed": 0, "leftovers": 0}
     assert durable.verify(folder / LAST) == OLD
 
@@ -90,13 +90,13 @@ KILLS = 20
 def test_fault_06_twenty_killed_saves_in_a_row_lose_nothing_and_do_not_fill_the_disk(tmp_path):
     """They use one folder, with no complete save between them: each sweeps the leftovers of those before it."""
     folder, draw = tmp_path / "run", random.Random(0)
-    operations = len(run_ranks(kill.save_over, 2, tmp_path, "first", False)[0]["operations"])
-    run_ranks(flip.write_old, 2, folder)
+    operations = len(run_ranks(damaged.save_over, 2, tmp_path, "first", False)[0]["operations"])
+    run_ranks(damaged.write_old, 2, folder)
     model, newest, kills, step = build_model(tiny_run.tiny(1), ParallelContext()), OLD, 0, NEW
     while kills < KILLS:
         step += 1
         victim, background = draw.choice(["first", "last", "all"]), draw.random() < 0.5
-        kills += kill.killed(folder, victim, background, operation=draw.randrange(operations), steps=[step])
+        kills += damaged.killed(folder, victim, background, operation=draw.randrange(operations), steps=[step])
         path = durable.newest_good(folder / "checkpoints")
         assert durable.verify(path) in (newest, step)
         newest = durable.verify(path)
@@ -117,7 +117,7 @@ def watch_overwriting(rank: int, world_size: int, folder: Path) -> list[int | No
     tiny_run.save_marked(trainer, path, OLD)
     seen: list[int | None] = []
     if rank == 0:
-        kill.at_each_operation(lambda what: seen.append(durable.verify(path) if path.exists() else None))
+        damaged.at_each_operation(lambda what: seen.append(durable.verify(path) if path.exists() else None))
     tiny_run.save_marked(trainer, path, NEW)
     return seen
 
@@ -193,7 +193,7 @@ def test_fault_04_a_disk_that_refuses_to_write_is_an_error_on_every_rank(trouble
 
 @pytest.mark.representative
 def test_fault_05_every_flipped_bit_is_refused():
-    assert flip.flip(100) == {"flips": 100, "refused": 100}
+    assert damaged.flip(100) == {"flips": 100, "refused": 100}
 
 
 def read(rank: int, world_size: int, folder: Path, path: Path) -> None:

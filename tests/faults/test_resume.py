@@ -19,8 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.experiments.faults import interrupted as resume
-from scmoe.experiments.faults import reshard, tiny_run
+from scmoe.experiments.faults import restored, tiny_run
 from scmoe.parallel.checkpoint import durable, saving
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
@@ -36,7 +35,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 def test_fault_08_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(world_size, workers):
     """The run has dropout, gate noise, shuffled samples, gradients accumulated over two batches, and a validation after
     every step. It resumes at the first step, one in the middle and the last but one."""
-    assert resume.resume(3, [world_size], [workers]) == {"compared": 3, "bit_equal": 3}
+    assert restored.resume(3, [world_size], [workers]) == {"compared": 3, "bit_equal": 3}
 
 
 def weights_after(rank: int, world_size: int, folder: Path, workers: int, val_every: int) -> dict[str, Tensor]:
@@ -57,12 +56,12 @@ def run_without_random_state(
     rank: int, world_size: int, dense: str, folder: Path, resume_from: list[Path]
 ) -> list[dict[str, Any]]:
     with patch.object(saving, "set_rng_states"):
-        return resume.run(rank, world_size, 0, dense, folder, resume_from)
+        return restored.run(rank, world_size, 0, dense, folder, resume_from)
 
 
 def test_fault_08_the_comparison_finds_a_random_state_that_is_not_restored(tmp_path):
     """Otherwise the comparison above would show nothing."""
-    ((uninterrupted,),) = run_ranks(resume.run, 1, 0, "replicated", tmp_path / "uninterrupted", [])
+    ((uninterrupted,),) = run_ranks(restored.run, 1, 0, "replicated", tmp_path / "uninterrupted", [])
     saved = [tmp_path / "uninterrupted" / "0" / "checkpoints" / "step=3.ckpt"]
     ((resumed,),) = run_ranks(run_without_random_state, 1, "replicated", tmp_path / "resumed", saved)
     assert not tiny_run.same(resumed, uninterrupted)
@@ -80,7 +79,7 @@ def run_that_draws(
         return result
 
     with patch.object(LanguageModel, "training_step", drawing):
-        return resume.run(rank, world_size, 0, dense, folder, resume_from)
+        return restored.run(rank, world_size, 0, dense, folder, resume_from)
 
 
 def test_fault_08_the_random_states_of_python_and_numpy_are_restored_too(tmp_path):
@@ -157,8 +156,8 @@ def test_fault_08_a_run_does_not_change_the_checkpoint_that_it_resumes_from(tmp_
 
 @pytest.mark.parametrize("degrees", [pytest.param((1, 2), marks=pytest.mark.representative), (1, 2, 4, 8)])
 def test_fault_09_another_ep_degree_reads_the_same_weights_and_moments(degrees):
-    layouts = [reshard.Layout(degree, degree) for degree in degrees]
-    assert reshard.reshard(layouts) == {"pairs": len(degrees) ** 2, "equal": len(degrees) ** 2}
+    layouts = [restored.Layout(degree, degree) for degree in degrees]
+    assert restored.reshard(layouts) == {"pairs": len(degrees) ** 2, "equal": len(degrees) ** 2}
 
 
 # ---------------------------------------------------------------------- the order of the samples

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.experiments.faults import flip, kill, reshard, tiny_run
-from scmoe.experiments.faults import interrupted as resume
+from scmoe.experiments.faults import damaged, restored, tiny_run
 from scmoe.footprint.model_cost import rank_parameters
 from scmoe.lightning.lockstep import EXIT_CODE
 from scmoe.lightning.strategy import ExpertParallelStrategy
@@ -64,21 +63,22 @@ def test_no_slot_changes_a_bit():
 
 
 @pytest.mark.parametrize(
-    "layouts", [[reshard.Layout(1, 1), reshard.Layout(2, 1, "sharded"), reshard.Layout(4, 2, "hybrid")], reshard.ALL]
+    "layouts",
+    [[restored.Layout(1, 1), restored.Layout(2, 1, "sharded"), restored.Layout(4, 2, "hybrid")], restored.ALL],
 )
 def test_71_a_checkpoint_of_any_layout_is_read_in_any_other(layouts):
-    assert reshard.reshard(layouts) == {"pairs": len(layouts) ** 2, "equal": len(layouts) ** 2}
+    assert restored.reshard(layouts) == {"pairs": len(layouts) ** 2, "equal": len(layouts) ** 2}
 
 
 def test_72_a_killed_save_of_split_weights_leaves_a_whole_checkpoint():
-    found = kill.kill(points=3, random=3, dense="sharded")
+    found = damaged.kill(points=3, random=3, dense="sharded")
     assert found["killed"] >= found["kill_points"] - 3
     assert (found["lost"], found["mixed"], found["leftovers"]) == (0, 0, 0)
 
 
 def test_72_a_flipped_bit_is_refused_and_a_resumed_run_is_bit_identical():
-    assert flip.flip(50, dense="sharded") == {"flips": 50, "refused": 50}
-    assert resume.resume(2, [2], [0], dense="sharded") == {"compared": 2, "bit_equal": 2}
+    assert damaged.flip(50, dense="sharded") == {"flips": 50, "refused": 50}
+    assert restored.resume(2, [2], [0], dense="sharded") == {"compared": 2, "bit_equal": 2}
 
 
 # ---------------------------------------------------------------------- ranks that fail or stop

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from scmoe.config.load import load
-from scmoe.experiments.studies.table.rows import load_table
+from scmoe.experiments.studies.table.table_file import load_table
 from tests.support.commands import ROOT, run
 
 SMOKE = ("--scale", "smoke", "analysis.expert_load=false")  # its chart takes a fifth of such a run

@@ -16,7 +16,7 @@ import yaml
 
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.studies.sweep.sweep_file import read
-from scmoe.experiments.studies.sweep.wandb_sweep import run_online
+from scmoe.experiments.studies.sweep.trials import run_online
 from tests.support.commands import ROOT
 from tests.support.wandb_server import environment, wandb_server
 

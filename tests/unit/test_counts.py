@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from scmoe.config.load import load
+from scmoe.experiments import params as parameters
 from scmoe.experiments.engine.command_line import call
-from scmoe.experiments.studies import parameters
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model
 

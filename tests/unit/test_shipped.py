@@ -9,7 +9,7 @@ import pytest
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import SHIPPED, find, load, shipped_and_own
 from scmoe.experiments.studies.sweep.sweep_file import read
-from scmoe.experiments.studies.table.rows import load_table
+from scmoe.experiments.studies.table.table_file import load_table
 
 ROOT = Path(__file__).parents[2]
 

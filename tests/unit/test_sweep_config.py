@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.studies.sweep.axis import DISTRIBUTIONS, read_axis
-from scmoe.experiments.studies.sweep.sweep_file import read
+from scmoe.experiments.studies.sweep.sweep_file import DISTRIBUTIONS, read, read_axis
 from tests.support.sweeps import GOOD
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""A table's files show differences, decisions, speeds and losses at equal time, and where runs are missing."""
+"""A table's results have differences, decisions, speeds and losses at equal time; its page and charts show them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ import pytest
 from matplotlib.figure import Figure
 
 from scmoe.experiments.bench.pairs import USUAL_ROWS
-from scmoe.experiments.studies.job import State
-from scmoe.experiments.studies.table.chart import draw_differences, draw_equal_time, without_speed
-from scmoe.experiments.studies.table.equal_time import loss_at, step_reached
-from scmoe.experiments.studies.table.results import results
-from scmoe.experiments.studies.table.rows import load_table
-from scmoe.experiments.studies.table.table_report import markdown, write_report
-from scmoe.experiments.studies.table.table_runs import plan_runs
+from scmoe.experiments.studies.jobs import State
+from scmoe.experiments.studies.table.results import loss_at, results, step_reached
+from scmoe.experiments.studies.table.table_file import Table, load_table
+from scmoe.experiments.studies.table.table_report import (
+    draw_differences,
+    draw_equal_time,
+    markdown,
+    without_speed,
+    write_report,
+)
+from scmoe.experiments.studies.table.table_runs import Run, plan_runs
 
 CONFIGS = Path(__file__).parents[2] / "configs/experiment"
-COMMAND = "make table TABLE=table3 SCALE=smoke"
+POS1, POS2, POS3 = (f"ScMoE Pos-{i}, CG-1" for i in (1, 2, 3))
 SPEEDS = {"top2": 1.0, "top1": 1.5, "shared_expert": 1.2, "scmoe_pos1": 1.4, "scmoe_pos2": 1.5, "scmoe_pos3": 1.6}
 
 
@@ -68,19 +72,38 @@ def made(planned):
     return table, runs
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    found: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: found.append(figure))
+    return found
+
+
+def of(table: Table, runs: list[Run]) -> tuple[dict, dict]:
+    """Returns the results, and their rows by name."""
+    found = results(table, "smoke", runs, "make table TABLE=table3 SCALE=smoke")
+    return found, {row["name"]: row for row in found["rows"]}
+
+
+def planned_of(name: str, folder: Path, seeds: int) -> tuple[Table, list[Run]]:
+    table = load_table(name, CONFIGS)
+    runs = plan_runs(table, table.scales["smoke"], folder / f"{name}-smoke", seeds)
+    runs[0].job.study.mkdir()
+    return table, runs
+
+
 def test_results(made):
     table, runs = made
-    found = results(table, "smoke", runs, COMMAND)
-    rows = {row["name"]: row for row in found["rows"]}
+    found, rows = of(table, runs)
     assert list(rows) == [row.name for row in table.rows]
-    top2, shared, cg1 = (rows[name] for name in ("top-2", "shared-expert, CG-2", "ScMoE Pos-2, CG-1"))
+    top2, shared, cg1 = (rows[name] for name in ("top-2", "shared-expert, CG-2", POS2))
     assert top2["minus_baseline"] is None
     assert top2["paper"] == {"val_loss": 3.270405, "difference": 0.0}
     assert shared["paper"]["difference"] == pytest.approx(3.240592 - 3.270405)
     assert shared["ours"]["n"] == shared["minus_baseline"]["n"] == 3
     assert shared["minus_baseline"]["mean"] == pytest.approx(0.01 + 0.001, abs=1e-9)
     assert (cg1["ours"]["n"], cg1["minus_baseline"]["n"], cg1["failed"]) == (2, 2, {2: "exit code 1: no memory"})
-    assert rows["ScMoE Pos-3, CG-1"]["unfinished"] == [3]
+    assert rows[POS3]["unfinished"] == [3]
     assert found["tokens_per_run"] == 4 * 8 * 16
     assert found["runs"] == {"finished": 22, "failed": 1}
     assert list(found["power"]["seeds_needed"]) == ["0.029", "0.046"], "the paper's smallest and largest difference"
@@ -88,30 +111,25 @@ def test_results(made):
 
 def test_files(made):
     table, runs = made
-    paths = write_report(table, "smoke", runs, COMMAND)
-    assert [path.name for path in paths] == ["table.md", "results.json", "chart.png"], "no speed is measured"
-    text, found = paths[0].read_text(), json.loads(paths[1].read_text())
+    page, kept, chart = write_report(table, "smoke", runs, "")
+    text = page.read_text()
     parts = text.partition("## Quality at equal time")
-    assert parts[0].count("| ScMoE Pos-2, CG-1 |") == 2, "the row is in both of its groups"
+    assert parts[0].count(f"| {POS2} |") == 2, "the row is in both of its groups"
     assert parts[0].count("| top-2 |") == 1
-    assert "Incomplete: ScMoE Pos-2, CG-1: 1 failed, 0 to run; ScMoE Pos-3, CG-1: 0 failed, 1 to run." in text
-    assert "Spearman" in text
-    assert found["rows"][0]["ours"]["n"] == 3
-    assert paths[2].read_bytes().startswith(b"\x89PNG")
+    assert f"Incomplete: {POS2}: 1 failed, 0 to run; {POS3}: 0 failed, 1 to run." in text
+    assert json.loads(kept.read_text())["rows"][0]["ours"]["n"] == 3
     write_speeds(runs[0].job.study, 0.52)
-    *_, at_equal_time = write_report(table, "smoke", runs, COMMAND)
-    assert at_equal_time.name == "equal_time.png" and at_equal_time.read_bytes().startswith(b"\x89PNG")
+    *_, at_equal_time = write_report(table, "smoke", runs, "")
+    assert [path.name for path in (chart, at_equal_time)] == ["chart.png", "equal_time.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (chart, at_equal_time))
 
 
-def test_an_interval_that_goes_on_beyond_the_scale_has_an_arrow(made, monkeypatch, tmp_path):
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+def test_an_interval_that_goes_on_beyond_the_scale_has_an_arrow(made, figures, tmp_path):
     table, runs = made
     for run in runs:
-        run.job.state = (
-            state_of(5 + run.seed % 2 / 10 * (not run.row.is_baseline), run.digest) if run.seed < 3 else State()
-        )
-    found = results(table, "smoke", runs, COMMAND)
+        loss = 5.1 if run.seed == 1 and not run.row.is_baseline else 5.0
+        run.job.state = state_of(loss, run.digest) if run.seed < 3 else State()
+    found, _ = of(table, runs)
     draw_differences(found, tmp_path / "chart.png")
     compared = [row["minus_baseline"] for row in found["rows"] if row["minus_baseline"]]
     assert all(minus["low"] < -1 and minus["high"] > 1 for minus in compared), "of two seeds with 0 and 0.1"
@@ -122,12 +140,10 @@ def test_an_interval_that_goes_on_beyond_the_scale_has_an_arrow(made, monkeypatc
     assert "0" in [label.get_text() for label in ours.get_xticklabels()], "not 0.0000, which touches its neighbours"
 
 
-def test_a_row_without_a_speed_is_named_where_it_is_left_out(made, monkeypatch, tmp_path):
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+def test_a_row_without_a_speed_is_named_where_it_is_left_out(made, figures, tmp_path):
     table, runs = made
     write_speeds(runs[0].job.study, 0.52)
-    found = results(table, "smoke", runs, COMMAND)
+    found, _ = of(table, runs)
     assert without_speed(found) == ["ScMoE Pos-2 (L0 Pos-1), CG-1"]
     draw_equal_time(found, tmp_path / "chart.png")
     assert "L0 Pos-1" in figures[0].get_suptitle()
@@ -137,17 +153,14 @@ def test_a_row_without_a_speed_is_named_where_it_is_left_out(made, monkeypatch, 
 def test_a_difference_is_decided_by_its_corrected_p(made):
     table, runs = made
     for run in runs:
-        ahead = 0.05 if run.row.name == "ScMoE Pos-2, CG-1" else 0.002
+        ahead = 0.05 if run.row.name == POS2 else 0.002
         noise = Random(f"{run.row.name}{run.seed}").uniform(-0.003, 0.003)
         run.job.state = state_of(4.0 + run.seed - (0 if run.row.is_baseline else ahead) + noise, run.digest)
-    rows = {row["name"]: row for row in results(table, "smoke", runs, COMMAND)["rows"]}
-    minus = rows["ScMoE Pos-2, CG-1"]["minus_baseline"]
+    found, rows = of(table, runs)
+    minus = rows[POS2]["minus_baseline"]
     assert minus["decided"] and minus["p"] < 0.05 and minus["high"] < 0
-    assert not rows["ScMoE Pos-1, CG-1"]["minus_baseline"]["decided"]
-    text = markdown(results(table, "smoke", runs, COMMAND))
-    assert (
-        "val_loss: decided (corrected p < 0.05): ScMoE Pos-2, CG-1 is below top-2. Not decided: shared-expert" in text
-    )
+    assert not rows[POS1]["minus_baseline"]["decided"]
+    assert f"val_loss: decided (corrected p < 0.05): {POS2} is below top-2. Not decided: shared" in markdown(found)
 
 
 def test_a_row_without_a_run_is_empty(made):
@@ -155,12 +168,14 @@ def test_a_row_without_a_run_is_empty(made):
     for run in runs:
         if run.row is table.rows[1] or run.seed > 1:
             run.job.state = State()
-    text = markdown(results(table, "smoke", runs, COMMAND))
-    assert "| shared-expert, CG-2 |  | 3.2406 | -0.0298 | (0) |  |  |  | (0) |" in text
-    row = "| ScMoE Pos-2, Direct Add | 2.00M (1.00M) | 3.2368 | -0.0336 | 5.1220 (1) | 5.1220, 5.1220 to 5.1220, 0 |"
-    assert f"{row} +0.0220 |  | (1) |" in text
-    assert "Spearman" not in text
-    write_report(table, "smoke", runs, COMMAND)
+    found, rows = of(table, runs)
+    assert (rows["shared-expert, CG-2"]["ours"]["n"], rows["shared-expert, CG-2"]["params_total"]) == (0, None)
+    one = rows["ScMoE Pos-2, Direct Add"]
+    assert (one["ours"]["std"], one["minus_baseline"]["mean"]) == (None, pytest.approx(0.022))
+    assert (one["minus_baseline"]["low"], one["minus_baseline"]["p"]) == (None, None)
+    text = markdown(found)
+    assert "| shared-expert, CG-2 |  | 3.2406 | -0.0298 | (0) |  |  |  | (0) |" in text and "Spearman" not in text
+    write_report(table, "smoke", runs, "")
 
 
 def test_at_equal_time_the_fastest_row_is_at_its_end_and_slower_ones_are_earlier(made):
@@ -169,25 +184,21 @@ def test_at_equal_time_the_fastest_row_is_at_its_end_and_slower_ones_are_earlier
     for run in runs:
         run.job.state = state_of(5.0 + run.seed / 10, run.digest)
     write_speeds(runs[0].job.study, 0.52)
-    found = results(table, "smoke", runs, COMMAND)["equal_time"]
+    results_of_all, _ = of(table, runs)
+    found = results_of_all["equal_time"]
     assert list(found) == ["equal_tokens", "0.52"], "0.15 has not been measured"
     at_time = found["0.52"]["rows"]
-    assert at_time["ScMoE Pos-3, CG-1"]["loss"]["mean"] == pytest.approx(5.2)
+    assert at_time[POS3]["loss"]["mean"] == pytest.approx(5.2)
     assert at_time["top-2"]["loss"]["mean"] == pytest.approx(5.2 + 0.15)
-    assert at_time["ScMoE Pos-3, CG-1"]["minus_baseline"]["mean"] == pytest.approx(-0.15)
-    assert found["equal_tokens"]["rows"]["ScMoE Pos-3, CG-1"]["minus_baseline"]["mean"] == pytest.approx(0)
+    assert at_time[POS3]["minus_baseline"]["mean"] == pytest.approx(-0.15)
+    assert found["equal_tokens"]["rows"][POS3]["minus_baseline"]["mean"] == pytest.approx(0)
     assert "ScMoE Pos-2 (L0 Pos-1), CG-1" not in at_time, "the testbed has no such row"
+    assert "Speed-ups at a share of 0.52 (0.53 as measured)" in markdown(results_of_all)
 
 
 def test_the_fastest_row_is_read_at_its_last_step_whatever_its_speed():
     speeds = [1 + i / 10_000 for i in range(15_000)]
     assert all(step_reached(steps, x, x) == steps for steps in (600, 1500, 2048) for x in speeds)
-
-
-def test_a_table_of_one_metric_says_how_its_speeds_were_measured(made):
-    table, runs = made
-    write_speeds(runs[0].job.study, 0.52)
-    assert "Speed-ups at a share of 0.52 (0.53 as measured)" in markdown(results(table, "smoke", runs, COMMAND))
 
 
 def test_a_curve_is_read_between_its_points_and_not_outside():
@@ -197,31 +208,26 @@ def test_a_curve_is_read_between_its_points_and_not_outside():
 
 
 def test_speeds_stand_beside_the_papers_and_a_missing_one_says_why(tmp_path):
-    table = load_table("table1", CONFIGS)
-    runs = plan_runs(table, table.scales["smoke"], tmp_path / "table1-smoke", 1)
+    table, runs = planned_of("table1", tmp_path, 1)
     for run in runs:
         run.job.state = state_of(5.0, run.digest, val_accuracy=0.5)
-    runs[0].job.study.mkdir()
-    rows = {row["name"]: row["others"] for row in results(table, "smoke", runs, COMMAND)["rows"]}
-    assert rows["ScMoE Pos-2"]["training speed-up"]["ours"]["why"].startswith("not measured")
+    _, rows = of(table, runs)
+    assert rows["ScMoE Pos-2"]["others"]["training speed-up"]["ours"]["why"].startswith("not measured")
     write_speeds(runs[0].job.study, 0.52)
-    found = results(table, "smoke", runs, COMMAND)
-    own = {row["name"]: row["others"] for row in found["rows"]}["ScMoE Pos-2"]["training speed-up"]["ours"]
+    found, rows = of(table, runs)
+    own = rows["ScMoE Pos-2"]["others"]["training speed-up"]["ours"]
     assert (own["mean"], own["quartiles"], own["n"], own["links"]) == (1.5, [1.1, 1.9], 9, "shaped")
     assert found["rows"][0]["ours"]["mean"] == 50.0, "a share of images is shown in percent, as in the paper"
-    text = markdown(found)
     row = "| ScMoE Pos-2 | paper 1.43; ours 1.50 [1.10, 1.90] | paper 1.66; ours 1.75 [1.10, 2.00] |"
-    assert row in text and "2 ranks, shaped links" in text
+    assert row in markdown(found)
 
 
 def test_sizes_are_compared_with_their_own_baseline(tmp_path):
-    table = load_table("table6", CONFIGS)
-    runs = plan_runs(table, table.scales["smoke"], tmp_path / "table6-smoke", 2)
+    table, runs = planned_of("table6", tmp_path, 2)
     for run in runs:
         large = run.config.model.dim == 16
         run.job.state = state_of(5.0, run.digest, val_accuracy=0.6 if large else 0.5)
-    found = results(table, "smoke", runs, COMMAND)
-    rows = {row["name"]: row for row in found["rows"]}
+    found, rows = of(table, runs)
     assert {rows[f"ScMoE Pos-2, {size}"]["minus_baseline"]["mean"] for size in "SB"} == {0.0}
     assert rows["ScMoE Pos-2, B"]["paper"]["difference"] == pytest.approx(80.56 - 80.48)
     assert rows["DGMoE-Share Pos-2, S"]["paper"]["difference"] == pytest.approx(78.45 - 79.33)
@@ -230,16 +236,12 @@ def test_sizes_are_compared_with_their_own_baseline(tmp_path):
 
 def test_the_order_of_a_table_with_two_models_is_that_of_differences(tmp_path):
     """Medium is better than Small in both; within each the order is the reverse of the paper's."""
-    table = load_table("table7", CONFIGS)
-    runs = plan_runs(table, table.scales["smoke"], tmp_path / "table7-smoke", 2)
+    table, runs = planned_of("table7", tmp_path, 2)
     baselines = {row.name: table.row(row.baseline).paper["zero-shot perplexity"] for row in table.rows}
     for run in runs:
         theirs = baselines[run.row.name]
         ours = 2 * theirs - run.row.paper["zero-shot perplexity"] + 0.01 * run.seed
-        found = {"texts": {"../shared/data/wikitext-2/test.txt": {"perplexity": ours}}}
         run.job.state = state_of(4.0, run.digest)
-        run.job.state.results["evaluation"] = found
-    runs[0].job.study.mkdir(exist_ok=True)
-    text = markdown(results(table, "smoke", runs, COMMAND))
+        run.job.state.results["evaluation"] = {"texts": {"../shared/data/wikitext-2/test.txt": {"perplexity": ours}}}
+    text = markdown(of(table, runs)[0])
     assert "Order of the 6 differences, ours against the paper's: Spearman's rank correlation -1.00 (p 0.00)" in text
-    assert "The metric is zero-shot perplexity per token" in text

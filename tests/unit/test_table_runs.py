@@ -1,54 +1,196 @@
-"""A table refuses what would make its runs others than they say, and its jobs name what a kept run does not import."""
+"""Runs of a table differ only in their model, are not made twice here or elsewhere, and can be launched elsewhere."""
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load
-from scmoe.experiments.studies.table.evaluations import Evaluations
-from scmoe.experiments.studies.table.make import Request, plan_table
-from scmoe.experiments.studies.table.rows import load_table
-from scmoe.experiments.studies.table.table_runs import plan_runs
+from scmoe.config.load import load, to_yaml
+from scmoe.experiments.studies.jobs import State, digest_of
+from scmoe.experiments.studies.table.table_file import Row, load_table
+from scmoe.experiments.studies.table.table_runs import (
+    Run,
+    adopt,
+    check_memory,
+    data_of,
+    look_up,
+    plan_runs,
+    read_states,
+    same_config,
+    save,
+    write_launch_files,
+)
 
-CONFIGS = Path(__file__).parents[2] / "configs/experiment"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs/experiment"
+DEBUG = ROOT / "configs/debug.yaml"
+
+
+def runs_of(name: str, folder: Path, *overrides: str, scale: str = "smoke", seeds: int = 1) -> list[Run]:
+    table = load_table(name, CONFIGS)
+    return plan_runs(table, table.scales[scale], folder / f"tables/{name}-{scale}", seeds, overrides)
+
+
+def take(runs: list[Run], folder: Path) -> int:
+    return adopt(runs, [folder], lambda state: True)
+
+
+def finish(runs: list[Run]) -> None:
+    for run in runs:
+        run.job.state = State("finished", "/somewhere", 9.0, 1.0, results={"digest": run.digest, "summary": {}})
+        run.job.keep()
 
 
 @pytest.mark.parametrize(
     ("name", "scale", "override"),
     [
         ("table6", "digits", "model.dim=32"),  # a row of the model B would be one of the model S, under its old name
+        ("table4", "smoke", "--name=mine"),
         *(("table3", "small", override) for override in ("optim.lr=1e-3", "moe.top_k=2", "seed=3")),
     ],
 )
 def test_an_override_of_what_a_row_or_its_setting_sets_is_refused(name, scale, override, tmp_path):
-    table = load_table(name, CONFIGS)
     with pytest.raises(ConfigError, match=f"{override} is given, allowed: keys other than"):
-        plan_runs(table, table.scales[scale], tmp_path, 1, [override])
+        runs_of(name, tmp_path, override, scale=scale)
 
 
-def test_runs_of_several_ranks_need_processes(tmp_path):
-    request = Request("smoke", ["trainer.devices=2", f"runs_dir={tmp_path}"])
-    with pytest.raises(ConfigError, match="--jobs is 0, allowed for runs of several ranks: 1 or more"):
-        plan_table(load_table("table3", CONFIGS), request, print)
-    assert plan_table(load_table("table3", CONFIGS), replace(request, jobs=1), print).jobs == 1
+def test_a_row_may_differ_from_others_in_its_model_learning_rate_and_options(tmp_path, monkeypatch):
+    monkeypatch.setattr("scmoe.config.rules._extensions", lambda config: ())
+    table = load_table("table3", CONFIGS)
+    scale = replace(table.scales["smoke"], config=DEBUG, settings={})
+
+    def plan(*overrides: str) -> list[Run]:
+        rows = (Row("top-2", ("a",), {}, (), "top-2"), Row("other", ("a",), {}, overrides, "top-2"))
+        return plan_runs(replace(table, rows=rows), scale, tmp_path, 1)
+
+    configs = [run.config for run in plan("optim.lr=0.02", "options.routers=4")]
+    assert [(config.optim.lr, config.options) for config in configs] == [(1e-3, {}), (0.02, {"routers": 4})]
+    with pytest.raises(ConfigError, match=r"row 'other' sets data.seq_len"):
+        plan("data.seq_len=32")
+
+
+def test_a_setting_holds_at_its_own_scale(tmp_path):
+    rates = {
+        scale: {run.row.name: run.config.optim.lr for run in runs_of("table3", tmp_path, scale=scale)}
+        for scale in ("small", "paper")
+    }
+    assert rates["small"]["top-2"] == 6e-3 and rates["small"]["ScMoE Pos-2, CG-1"] == 1.2e-2
+    assert set(rates["paper"].values()) == {3e-4}
 
 
 def test_the_runs_of_a_table_are_a_group_of_wandb_unless_another_is_named(tmp_path):
-    table = load_table("table3", CONFIGS)
     for words, group in (([], "table3-smoke"), (["logger.group=mine"], "mine")):
-        run = plan_runs(table, table.scales["smoke"], tmp_path / "table3-smoke", 1, words)[0]
+        run = runs_of("table3", tmp_path, *words)[0]
         assert run.config.logger.group == load(run.job.arguments[0], run.job.arguments[1:]).logger.group == group
 
 
-def test_a_run_with_extensions_is_resumed_and_evaluated_with_them(tmp_path):
-    """What is kept in a run imports nothing, so the commands name the modules and callbacks again."""
-    words = ["extensions=[docs.examples.my_architecture]", "callbacks.surprise.every=3"]
-    table = load_table("table7", CONFIGS)
-    run = plan_runs(table, table.scales["smoke"], tmp_path, 1, words)[0]
-    assert run.job.command(tmp_path / "run")[-3:] == [str(tmp_path / "run"), *words]
-    evaluations = Evaluations(table, replace(table.scales["small"], evaluate=("--tasks", "none")))
-    assert words[0] in evaluations.job(run).arguments and words[1] not in evaluations.job(run).arguments
+def test_a_field_that_is_newer_than_the_run_counts_unless_it_is_at_its_default(tmp_path):
+    config = load(DEBUG)
+    (tmp_path / "config.yaml").write_text(
+        "".join(line for line in to_yaml(config).splitlines(True) if "z_loss_coef" not in line)
+    )
+    assert same_config(tmp_path, config)
+    assert same_config(tmp_path, load(DEBUG, ["logger.group=another"])), "the same training"
+    assert not same_config(tmp_path, load(DEBUG, ["moe.z_loss_coef=0.1"]))
+
+
+@pytest.mark.parametrize("override", ("optim.lr=0.5", "seed=2", "data.seq_len=32", "moe.top_k=2"))
+def test_a_value_that_can_change_a_result_changes_the_digest(override):
+    assert digest_of(load(DEBUG, [override])) != digest_of(load(DEBUG))
+
+
+@pytest.mark.parametrize("override", ("name=other", "runs_dir=elsewhere", "logger.mode=auto", "data.cache_dir=tmp"))
+def test_where_a_run_is_kept_does_not_change_its_digest(override):
+    assert digest_of(load(DEBUG, [override])) == digest_of(load(DEBUG))
+
+
+def test_a_table_takes_the_equal_runs_of_another_table(tmp_path):
+    finish(runs_of("table1", tmp_path))
+    runs = runs_of("table5", tmp_path)
+    read_states(runs)
+    assert take(runs, tmp_path / "tables") == 4, "the rows with CG-1"
+    assert [run.row.name for run in runs if run.state.status == "finished"] == [
+        *("shared-expert, CG-1", "ScMoE Pos-1, CG-1", "ScMoE Pos-2, CG-1", "ScMoE Pos-3, CG-1")
+    ]
+    assert runs[0].state.results["from"] == "table1-smoke"
+    other = runs_of("table5", tmp_path / "other", "trainer.max_steps=5")
+    assert take(other, tmp_path / "tables") == 0
+    assert {run.state.status for run in other} == {"waiting"}
+
+
+def test_another_machine_goes_on_from_what_is_committed(tmp_path):
+    here, there, committed = tmp_path / "here", tmp_path / "there", tmp_path / "results"
+    first = runs_of("table4", here, seeds=2)
+    with pytest.raises(ConfigError, match="no run of table4-smoke is finished"):
+        save(first, committed)
+    finish(first[:3])
+    (first[0].job.study / "results.json").write_text('{"rows": []}')
+    (first[0].job.study / "table.md").write_text("# Table 4")
+    folder = save(first, committed)
+    assert folder == committed / "table4-smoke" and json.loads((folder / "results.json").read_text()) == {"rows": []}
+    assert len(list((folder / "states").iterdir())) == 3
+    assert take(runs_of("table4", there, seeds=2), committed) == 3
+    again = runs_of("table4", there, seeds=2)
+    read_states(again)
+    assert [run.state.status for run in again] == ["finished"] * 3 + ["waiting"] * 5
+    assert again[0].state.run_dir is None, "its directory is on the other machine"
+
+
+def test_a_dotted_key_leads_to_a_number_or_to_none():
+    tree = {"tasks": {"piqa": {"acc": 0.5, "name": "piqa"}}, "flag": True}
+    assert look_up(tree, "tasks.piqa.acc") == 0.5
+    assert look_up({"loss": math.nan}, "loss") is None, "a run that ends with NaN has failed"
+    assert look_up({"texts": {"test.txt": {"perplexity": 30}}}, "texts.test.txt.perplexity") == 30.0
+    for key in ("tasks.piqa.name", "tasks.race.acc", "flag", "tasks.piqa.acc.x"):
+        assert look_up(tree, key) is None
+
+
+def test_the_data_of_a_run_are_those_of_its_checkpoints(tmp_path):
+    folder = tmp_path / "checkpoints/step=4.ckpt"
+    folder.mkdir(parents=True)
+    assert data_of(tmp_path) is None
+    meta = {"config": "name: debug", "TextDataModule": {"consumed_samples": 32, "data": "abc", "seed": 1}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert data_of(tmp_path) == "abc"
+
+
+def test_launch_files_hold_every_run(tmp_path):
+    runs = runs_of("table7", tmp_path, scale="paper")
+    for command in write_launch_files(runs):
+        path = Path(command.removeprefix("bash "))
+        subprocess.run(["bash", "-n", path], check=True)
+        assert started(path, tmp_path) == [run.config for run in runs]
+
+
+def started(script: Path, folder: Path) -> list[Config]:
+    """Returns the configs that a launch file starts; fake torchrun and sbatch commands record their arguments."""
+    calls = folder / "launched"
+    calls.write_text("")
+    for name in (".venv/bin/torchrun", "sbatch"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f'#!/bin/bash\nprintf "%s\\n" "$CONFIG $*" >> {calls}\n')
+        (folder / name).chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    subprocess.run(["bash", script.absolute()], cwd=folder, env=environment, check=True)
+    configs = []
+    for line in calls.read_text().splitlines():
+        (config,) = (word for word in line.split() if word.endswith(".yaml"))
+        configs.append(load(config, [word for word in line.split() if "=" in word and not word.startswith("--")]))
+    return configs
+
+
+def test_a_run_that_does_not_fit_its_gpu_is_said(tmp_path):
+    table, runs = load_table("table7", CONFIGS), runs_of("table7", tmp_path, scale="paper")
+    found = {gib: [fits for _, fits in check_memory(table, runs, gib)] for gib in (1.0, 1e6)}
+    assert found == {1.0: [False] * 8, 1e6: [True] * 8}
+    (line, *_) = (line for line, _ in check_memory(table, runs, 80))
+    assert re.fullmatch(r"top-2, Small: 0\.\d\dB parameters, \S+ FLOPs, \d+ GiB of a GPU: fits 80 GiB", line)

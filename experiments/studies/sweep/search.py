@@ -12,7 +12,6 @@ from itertools import islice
 from random import Random
 from typing import Any
 
-from scmoe.experiments.studies.sweep.axis import Axis
 from scmoe.experiments.studies.sweep.sweep_file import Sweep, grid
 
 # A point of the search space: for each parameter the index of its choice, or the quantile of its distribution. Only
@@ -65,7 +64,7 @@ def propose(sweep: Sweep, trials: Sequence[Trial]) -> Trial | None:
     number = len(trials) + 1
     if sweep.method == "bayes":
         point = _bayes(sweep, trials)
-        return Trial(number, point, {name: _value(sweep.axes[name], place) for name, place in point.items()})
+        return Trial(number, point, {name: sweep.axes[name].at(place) for name, place in point.items()})
     if sweep.method == "grid":
         parameters = next(islice(grid(sweep), len(trials), None), None)
         return None if parameters is None else Trial(number, {}, parameters)
@@ -79,10 +78,6 @@ def total(sweep: Sweep) -> int | None:
     if sweep.method == "grid":
         sizes.append(math.prod(len(axis.grid) for axis in sweep.axes.values()))
     return min(sizes, default=None)
-
-
-def _value(axis: Axis, place: int | float) -> Any:
-    return axis.quantile(place) if axis.choices is None else axis.choices[int(place)]
 
 
 def _bayes(sweep: Sweep, trials: Sequence[Trial]) -> Point:

@@ -2,15 +2,18 @@
 
 The rules are those of W&B's sweep configuration; the names and values of parameters are those of scmoe.config. A wrong
 file is refused before the first trial. Left out, since nothing here could run it: Launch jobs, several metrics, own
-schedulers, nested parameters, and the beta distributions.
+schedulers, nested parameters, and the distributions beta and q_beta.
 """
 
+import math
 import random
 import sys
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import accumulate, islice, product
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import yaml
@@ -19,33 +22,102 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.load import find, load
 from scmoe.config.rules import NAME
-from scmoe.experiments.studies.checks import COUNT, MAPPING, NUMBER, TEXT, Rule, check, is_number, one_of, refusal
-from scmoe.experiments.studies.sweep.axis import Axis, read_axis
+from scmoe.experiments.studies import checks
+from scmoe.experiments.studies.checks import Rule, check, refusal
 
+ANY: Rule = (lambda value: True, "a value")
+POSITIVE: Rule = (lambda value: checks.is_number(value) and value > 0, "a number above 0")
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("name", "description", "program", "project", "entity"), TEXT),
-    **{"method": one_of("grid", "random", "bayes"), "run_cap": COUNT, "parameters": MAPPING},
-    **dict.fromkeys(("metric", "early_terminate"), (lambda value: True, "")),  # checked by themselves
+    **dict.fromkeys(("name", "description", "program", "project", "entity"), checks.TEXT),
+    "method": checks.one_of("grid", "random", "bayes"),
+    "run_cap": checks.COUNT,
+    "parameters": checks.MAPPING,
+    **dict.fromkeys(("metric", "early_terminate"), ANY),  # checked by themselves
     "command": (
         lambda value: isinstance(value, list) and all(isinstance(word, str) for word in value),
         "[..., experiments.train, CONFIG, key=value ..., ${args_no_hyphens}], program experiments/train.py",
     ),
 }
 METRIC: dict[str, Rule] = {
-    "name": (TEXT[0], "the name of a metric, such as val/loss"),
-    "goal": one_of("minimize", "maximize"),
-    "target": NUMBER,
-    "impute": one_of("latest", "best", "worst"),
-    "impute_while_running": one_of("latest", "best", "worst", "false"),
+    "name": (checks.TEXT[0], "the name of a metric, such as val/loss"),
+    "goal": checks.one_of("minimize", "maximize"),
+    "target": checks.NUMBER,
+    "impute": checks.one_of("latest", "best", "worst"),
+    "impute_while_running": checks.one_of("latest", "best", "worst", "false"),
 }
 HYPERBAND: dict[str, Rule] = {
-    "type": one_of("hyperband"),
-    **dict.fromkeys(("min_iter", "max_iter", "s"), COUNT),
-    "eta": (lambda value: is_number(value) and value > 1, "a number above 1"),
+    "type": checks.one_of("hyperband"),
+    **dict.fromkeys(("min_iter", "max_iter", "s"), checks.COUNT),
+    "eta": (lambda value: checks.is_number(value) and value > 1, "a number above 1"),
     "strict": (lambda value: isinstance(value, bool), "true | false"),
 }
+BOUNDED = ("int_uniform", "uniform", "log_uniform", "log_uniform_values", "inv_log_uniform", "inv_log_uniform_values")
+DISTRIBUTIONS = {  # and their keys, which are required unless they have a default
+    "constant": "value",
+    "categorical": "values",
+    "categorical_w_probabilities": "values probabilities",
+    **dict.fromkeys(BOUNDED, "min max"),
+    **dict.fromkeys(("q_uniform", "q_log_uniform", "q_log_uniform_values"), "min max q"),
+    **dict.fromkeys(("normal", "log_normal"), "mu sigma"),
+    **dict.fromkeys(("q_normal", "q_log_normal"), "mu sigma q"),
+}
+DEFAULTS = {"mu": 0, "sigma": 1, "q": 1}
+AXIS = {
+    **dict.fromkeys(("distribution", "value"), ANY),
+    **dict.fromkeys(("values", "probabilities"), checks.LIST),
+    **dict.fromkeys(("sigma", "q"), POSITIVE),
+    **dict.fromkeys(("min", "max", "mu"), checks.NUMBER),
+}
+GRID = ("constant", "categorical", "categorical_w_probabilities", "int_uniform", "q_uniform")
 TRAIN = ("experiments.train", "scmoe.experiments.train")  # the first exists in a checkout only
 PROBES = 20  # number of combinations in which a value is tried before it is refused
+
+
+@dataclass(frozen=True)
+class Axis:
+    """spec: the parameter's keys in the file, and DEFAULTS."""
+
+    distribution: str
+    spec: dict[str, Any]
+
+    @property
+    def choices(self) -> Sequence[Any] | None:
+        """The values to choose from; None for a distribution over numbers."""
+        if self.distribution == "constant":
+            return [self.spec["value"]]
+        return self.spec["values"] if self.distribution.startswith("categorical") else None
+
+    @property
+    def grid(self) -> Sequence[Any]:
+        if self.choices is not None:
+            return self.choices
+        low, high, step = self.spec["min"], self.spec["max"], self.spec["q"]
+        return [low + i * step for i in range(int((high - low) / step + 1e-9) + 1)]
+
+    def at(self, place: int | float) -> Any:
+        """Return the choice of an index, or the quantile of a distribution over numbers."""
+        return self.quantile(place) if self.choices is None else self.choices[int(place)]
+
+    def quantile(self, u: float) -> Any:
+        """Return the value below which a share u of the distribution lies; of choices the one at u."""
+        if (choices := self.choices) is not None:
+            ends = list(accumulate(self.spec.get("probabilities", [1] * len(choices))))
+            return choices[min(bisect_right(ends, u * ends[-1]), len(choices) - 1)]
+        kind, q = self.distribution.removeprefix("q_"), self.spec["q"]
+        if kind.endswith("normal"):
+            x = NormalDist(self.spec["mu"], self.spec["sigma"]).inv_cdf(min(max(u, 1e-9), 1 - 1e-9))
+        else:
+            low, high = self.spec["min"], self.spec["max"]
+            if kind == "int_uniform":
+                return min(high, low + math.floor(u * (high - low + 1)))
+            if kind.endswith("log_uniform_values"):
+                low, high = math.log(low), math.log(high)
+            x = low + u * (high - low)
+            if kind == "inv_log_uniform":  # log 1/x is uniform
+                x = -x
+        if "log" in kind:
+            x = math.exp(x)
+        return round(x / q) * q if self.distribution.startswith("q_") else x
 
 
 @dataclass(frozen=True)
@@ -170,3 +242,35 @@ def _points(sweep: Sweep) -> Iterator[dict[str, Any]]:
     draw = random.Random(0)
     while True:
         yield {name: axis.quantile(draw.random()) for name, axis in sweep.axes.items()}
+
+
+def read_axis(name: str, spec: Any, method: str) -> Axis:
+    """Return a parameter's axis. A missing name of the distribution is filled in as W&B does. Raises ConfigError."""
+    key = f"parameters.{name}"
+    if not isinstance(spec, dict):
+        raise refusal(key, spec, "a mapping with value, values, or a distribution")
+    if "parameters" in spec:
+        raise ConfigError(f"{key} is nested, allowed: its fields by dotted names, such as {name}.x")
+    kind = spec.get("distribution")
+    if kind is None:
+        guesses = {"value": "constant", "probabilities": "categorical_w_probabilities", "values": "categorical"}
+        integers = checks.is_int(spec.get("min")) and checks.is_int(spec.get("max"))
+        guess = "int_uniform" if integers else "uniform"
+        kind = next((guess for given, guess in guesses.items() if given in spec), guess)
+    if kind not in DISTRIBUTIONS:
+        raise refusal(f"{key}.distribution", kind, " | ".join(DISTRIBUTIONS))
+    fields = DISTRIBUTIONS[kind].split()
+    rules = {field: AXIS[field] for field in ("distribution", *fields)}
+    check(key, spec, rules, [field for field in fields if field not in DEFAULTS])
+    if method == "grid" and kind not in GRID:
+        raise refusal(f"{key}.distribution", kind, f"{' | '.join(GRID)} for method grid")
+    shares, values = spec.get("probabilities"), spec.get("values", [])
+    if shares and not (len(shares) == len(values) and all(checks.is_number(share) and share >= 0 for share in shares)):
+        raise refusal(f"{key}.probabilities", shares, "a number for each value, 0 or more")
+    if kind == "int_uniform" and not (checks.is_int(spec["min"]) and checks.is_int(spec["max"])):
+        raise refusal(f"{key}.min", spec["min"], "whole numbers for min and max of int_uniform")
+    if "min" in spec and spec["min"] >= spec["max"]:
+        raise refusal(f"{key}.min", spec["min"], f"less than max, {spec['max']}")
+    if kind.endswith("_values") and spec["min"] <= 0:
+        raise refusal(f"{key}.min", spec["min"], f"above 0 for {kind}")
+    return Axis(kind, {**DEFAULTS, **spec})

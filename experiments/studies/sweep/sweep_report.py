@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from scmoe.config.load import load, to_yaml
+from scmoe.experiments.engine.report import markdown_table
 from scmoe.experiments.studies.sweep.search import Trial, best
 from scmoe.experiments.studies.sweep.sweep_file import Sweep, words
 from scmoe.probes.charts import SMALL, WIDTH, chart, heading
@@ -52,6 +53,10 @@ def ranked(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
     return sorted(trials, key=lambda trial: (order.get(trial.state, 2), sign * (trial.value or 0.0)))
 
 
+def _head(sweep: Sweep) -> list[str]:
+    return ["trial", "state", *sweep.axes, sweep.metric, "steps", "time", "why"]
+
+
 def _cells(sweep: Sweep, trial: Trial) -> list[str]:
     """Return the texts of `_head`'s columns."""
     given = [trial.parameters[name] for name in sweep.axes]
@@ -60,14 +65,9 @@ def _cells(sweep: Sweep, trial: Trial) -> list[str]:
     return [str(trial.number), trial.state, *values, value, str(trial.steps), f"{trial.seconds:.0f} s", trial.reason]
 
 
-def _head(sweep: Sweep) -> list[str]:
-    return ["trial", "state", *sweep.axes, sweep.metric, "steps", "time", "why"]
-
-
 def markdown(sweep: Sweep, trials: Sequence[Trial]) -> str:
-    rows = [_head(sweep), ["---"] * len(_head(sweep)), *(_cells(sweep, trial) for trial in ranked(sweep, trials))]
-    lines = ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
-    return f"# Sweep {sweep.name}: {sweep.method}, {_goal(sweep)}\n\n" + "\n".join(lines) + "\n\n![](chart.png)\n"
+    lines = markdown_table(_head(sweep), [_cells(sweep, trial) for trial in ranked(sweep, trials)])
+    return "\n".join([f"# Sweep {sweep.name}: {sweep.method}, {_goal(sweep)}", "", *lines, "", "![](chart.png)", ""])
 
 
 def rich_table(sweep: Sweep, trials: Sequence[Trial]) -> Table:
@@ -93,8 +93,7 @@ def draw(sweep: Sweep, trials: Sequence[Trial], path: Path) -> None:
         for panel, name in zip(panels, shown, strict=True):
             _slice(panel, sweep, trials, name)
         panels[0].set_ylabel(sweep.metric)
-        words = f"Sweep {sweep.name}: {', '.join(counts) or 'no trial has ended'}"
-        heading(figure, words)
+        heading(figure, f"Sweep {sweep.name}: {', '.join(counts) or 'no trial has ended'}")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=4)
 
 

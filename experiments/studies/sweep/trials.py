@@ -1,24 +1,33 @@
-"""The trials of a sweep on this machine, one after the other: each an ordinary training.
+"""The trials of a sweep: each an ordinary training, one after the other on this machine, or proposed by W&B.
 
 <runs_dir>/sweeps/<sweep>/   sweep.json             the sweep as it was begun
                              trial-003/<stamp>-.../ run directories
-                             lock  states/  logs/   experiments/studies/job.py
+                             lock  states/  logs/   experiments/studies/jobs.py
 """
 
 import csv
 import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from scmoe.config import registry
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.studies.batch import Batch
-from scmoe.experiments.studies.digest import digest_of
-from scmoe.experiments.studies.job import Job, State, lock_of, write_whole
-from scmoe.experiments.studies.progress import Watch
+from scmoe.experiments.studies.batch import Batch, Watch
+from scmoe.experiments.studies.jobs import Job, State, digest_of, lock_of, write_whole
 from scmoe.experiments.studies.sweep.search import Trial, best, hopeless, propose, total
 from scmoe.experiments.studies.sweep.sweep_file import Sweep, words
+
+# The agent calls `python`, which must be this interpreter, and keeps its notes in the sweep's folder.
+SETTINGS = 'PATH="$0:$PATH"; export PATH WANDB_DIR="$1"; shift; exec "$@"'
 
 
 def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
@@ -43,11 +52,6 @@ def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
         others = [trial_of(other) for other in jobs if other is not job and other.state.status != "failed"]
         return hopeless(sweep, trial_of(job), others)
 
-    def judge(job: Job) -> None:
-        trial = trial_of(job)
-        if trial.history and trial.value is None:
-            job.state.status, job.state.error = "failed", f"its last {sweep.metric} is {trial.history[-1]}"
-
     def result(job: Job) -> str:
         value = trial_of(job).value
         return "" if value is None else f"{sweep.metric} {value:.4f}"
@@ -61,7 +65,7 @@ def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
         jobs = _begun(sweep)
         if ended := sum(job.state.has_ended for job in jobs):
             watch.say(f"{ended} trials have ended already")
-        batch = Batch(jobs, 1, total(sweep), watch, propose=next_job, look=look, judge=judge)
+        batch = Batch(jobs, 1, total(sweep), watch, propose=next_job, look=look)
         signum = batch.run(lock)
         return [trial_of(job) for job in jobs], signum
 
@@ -71,6 +75,12 @@ def trial_of(job: Job) -> Trial:
     state = job.state
     facts: dict[str, Any] = {"seconds": state.seconds, "run_dir": state.run_dir or "", "reason": state.error or ""}
     return Trial(**state.results, state=state.status, **facts)
+
+
+def _judge(job: Job, metric: str) -> None:
+    trial = trial_of(job)
+    if trial.history and trial.value is None:
+        job.fail(f"its last {metric} is {trial.history[-1]}")
 
 
 def _job(sweep: Sweep, state: State) -> Job:
@@ -83,7 +93,8 @@ def _job(sweep: Sweep, state: State) -> Job:
     folder, base = sweep.folder, sweep.base
     options = [word for word in words(state.results["parameters"]) if word.startswith("callbacks.")]
     again = [*registry.words(base.extensions, base.callbacks), *options]
-    return Job(name, f"trial {number}{of}", folder, folder / name, arguments, sweep.launcher, again, state=state)
+    title, judge = f"trial {number}{of}", partial(_judge, metric=sweep.metric)
+    return Job(name, title, folder, folder / name, arguments, sweep.launcher, again, judge=judge, state=state)
 
 
 def _begun(sweep: Sweep) -> list[Job]:
@@ -120,3 +131,47 @@ def _unknown_metric(sweep: Sweep, trial: Trial) -> str:
     with (Path(trial.run_dir) / "metrics.csv").open(newline="") as file:
         known = ", ".join(name for name in next(csv.reader(file), []) if "/" in name)
     return f"metric.name is {sweep.metric!r}, which trial {trial.number} has not logged, allowed: {known}"
+
+
+def run_online(sweep: Sweep, say: Callable[[str], None]) -> tuple[str, int]:
+    """Create the sweep at W&B and run an agent, which takes trials until the server has no more.
+
+    say: receives the commands that create such a sweep, join it and resume it. Returns the sweep's path at W&B and an
+    exit code. Raises ConfigError where W&B does not take the sweep.
+    """
+    import wandb
+
+    from scmoe.training.run.wandb_logger import wandb_mode, wandb_project
+
+    if (mode := wandb_mode(sweep.base)) not in ("auto", "online"):
+        allowed = "with a key: auto | online; or --local"
+        raise ConfigError(f"logger.mode is {mode!r}, W&B would see no trial, allowed {allowed}")
+    project = sweep.raw.get("project") or wandb_project(sweep.base)
+    try:
+        entity = sweep.raw.get("entity") or sweep.base.logger.entity or wandb.Api().default_entity
+        with redirect_stdout(sys.stderr):
+            sweep_path = f"{entity}/{project}/{wandb.sweep(sweep.raw, entity, project)}"
+    except (wandb.Error, OSError, ValueError) as error:  # ValueError: the answer is none that wandb can read
+        raise ConfigError(f"Weights & Biases takes no sweep, allowed here: --local: {error}") from error
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    given, join = sweep.folder / "sweep.yaml", f"PATH=$PWD/.venv/bin:$PATH wandb agent {sweep_path}"
+    given.write_text(yaml.safe_dump(sweep.raw, sort_keys=False))
+    say(f"the sweep was created at W&B, as by:\n    wandb sweep --entity {entity} --project {project} {given}")
+    say(f"agents may join from other machines, each in its copy of this folder, with:\n    {join}")
+    agent = [sys.executable, "-m", "wandb", "agent", "--forward-signals", sweep_path]
+    places = [str(Path(sys.executable).parent), str(sweep.folder.absolute())]
+    command = ["/bin/sh", "-c", SETTINGS, *places, *agent]
+    process = subprocess.Popen(command, stdout=2, start_new_session=True)  # 2: standard error, for summaries of trials
+    stopped: list[int] = []
+
+    def stop(signum: int, _: Any) -> None:
+        stopped.append(signum)
+        process.terminate()  # the agent sends it to its trial, which saves; at a second signal it waits no longer
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    code = process.wait()
+    if stopped:
+        code = 128 + stopped[0]
+        say(f"go on        {join}")
+    return sweep_path, code

@@ -1,67 +1,87 @@
-"""One table from beginning to end: its trainings, evaluations and speeds, then its files."""
+"""Tables from beginning to end: their trainings, evaluations and speeds, then their files.
 
+A run is evaluated right after its training, and the results for its last checkpoint go into the run's state. So a state
+that is kept, or committed, lacks nothing for which the run's weights would be needed.
+
+Speeds of architectures are measured on the testbed, last and alone, since other work on the machine would change them.
+<table's folder>/speed/ has the reports of `bench overlap`, one for each share of communication.
+"""
+
+import json
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import IO, Any
 
+from scmoe.config import registry
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.experiments.bench.pairs import ROWS
+from scmoe.experiments.studies.batch import Batch, Watch
 from scmoe.experiments.studies.checks import refusal
-from scmoe.experiments.studies.job import Job, State, lock_of
-from scmoe.experiments.studies.table.copies import adopt, save
-from scmoe.experiments.studies.table.evaluations import Evaluations
-from scmoe.experiments.studies.table.launch import check_memory, write_launch_files
-from scmoe.experiments.studies.table.rows import Scale, Table, check_scale
-from scmoe.experiments.studies.table.speeds import measure_speeds
+from scmoe.experiments.studies.jobs import Job, State, clock, lock_of
+from scmoe.experiments.studies.table.results import read_speeds
+from scmoe.experiments.studies.table.table_file import Options, Scale, Table, check_scale, load_table
 from scmoe.experiments.studies.table.table_report import write_report
-from scmoe.experiments.studies.table.table_runs import Run, plan_runs, read_states
-from scmoe.experiments.studies.table.trainings import make_runs
+from scmoe.experiments.studies.table.table_runs import (
+    Run,
+    adopt,
+    check_memory,
+    look_up,
+    plan_runs,
+    read_states,
+    results_of,
+    save,
+    write_launch_files,
+)
+from scmoe.runs.seen import SeenRun
 from scmoe.training.assembly.data import build_datamodule
 
-
-@dataclass(frozen=True)
-class Request:
-    """What a table is asked to do. jobs, seeds: None: those of the scale. sources: folders with states of equal runs.
-    to: the folder that results and states are copied into."""
-
-    scale: str
-    overrides: Sequence[str] = ()
-    jobs: int | None = None
-    seeds: int | None = None
-    sources: Sequence[Path] = ()
-    to: Path | None = None
-
-
-@dataclass(frozen=True)
-class Commands:
-    """here: runs a verb in this process, as of Batch, for jobs=0. say: prints a line."""
-
-    here: Callable[..., int]
-    say: Callable[[str], None]
+EVALUATE = (sys.executable, "-m", "scmoe.experiments.evaluate")
+BENCH = (sys.executable, "-m", "scmoe.experiments.bench")
+AGAIN = ("waiting", "cut", "failed")  # states of jobs that are made, or made again
+Say = Callable[[str], None]  # prints a line
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A table at a scale, with all its runs; nothing is started yet."""
+    """A table at a scale, with all its runs; nothing is started yet. jobs: as of Scale. overrides: of all runs.
+    sources: folders with states of equal runs."""
 
     table: Table
     scale_name: str
-    scale: Scale
+    options: Options
+    overrides: Sequence[str]
     jobs: int | None
     runs: list[Run]
-    command: str  # the make command of this table, without runs_dir, --from and --to
+    sources: list[Path]
+
+    @property
+    def scale(self) -> Scale:
+        return self.table.scales[self.scale_name]
 
     @property
     def folder(self) -> Path:
         return self.runs[0].job.study
+
+    @property
+    def command(self) -> str:
+        """The make command of this table, without runs_dir, --from and --to."""
+        seeds = len(self.runs) // len(self.table.rows)
+        words = [word for word in self.overrides if not word.removeprefix("--").startswith("runs_dir=")]
+        if seeds != self.scale.seeds:
+            words.insert(0, f"--seeds {seeds}")
+        arguments = f' ARGS="{" ".join(words)}"' if words else ""
+        return f"make table TABLE={self.table.name} SCALE={self.scale_name}{arguments}"
 
 
 @dataclass
 class Made:
     """The outcome of a table. failed: trainings, evaluations and measurements. signal: that stopped it, or 0."""
 
-    plan: Plan
     finished: int = 0
     failed: int = 0
     cut: int = 0
@@ -70,88 +90,42 @@ class Made:
     files: list[Path] = field(default_factory=list)
 
 
-def plan_table(table: Table, request: Request, say: Callable[[str], None]) -> Plan:
-    """Return the plan of a request. Raises ConfigError, in one line, for what cannot be honoured."""
-    name = request.scale
+def plan_table(table: Table, options: Options, overrides: Sequence[str], say: Say) -> Plan:
+    """Return the plan of a table. Raises ConfigError, in one line, for what cannot be honoured."""
+    name, to = options.scale, options.to
     check_scale(table, name)
-    scale = table.scales[name]
     for row in table.rows:
         if row.speed is not None and row.speed not in ROWS:
             raise refusal(f"{table.name}: speed of {row.name!r}", row.speed, " | ".join(ROWS))
-    if scale.otherwise is not None and (missing := _missing_data(scale, request.overrides)):
-        say(f"{table.name} runs at scale {scale.otherwise}, not {name}: {missing}")
-        name, scale = scale.otherwise, table.scales[scale.otherwise]
-    jobs = scale.jobs if request.jobs is None else request.jobs
-    seeds = scale.seeds if request.seeds is None else request.seeds
+    for folder in options.from_:
+        if not any(folder.glob("*/states/*.json")):
+            allowed = "a folder of tables that has <table>-<scale>/states/, such as docs/results"
+            raise refusal("--from", str(folder), allowed)
+    otherwise = table.scales[name].otherwise
+    if otherwise is not None and (missing := _missing_data(table.scales[name], overrides)):
+        say(f"{table.name} runs at scale {otherwise}, not {name}: {missing}")
+        name = otherwise
+    scale = table.scales[name]
+    jobs = scale.jobs if options.jobs is None else options.jobs
+    seeds = scale.seeds if options.seeds is None else options.seeds
     if seeds < 1 or (jobs or 0) < 0:
         raise ConfigError(f"--seeds is {seeds}, --jobs is {jobs}, allowed: 1 or more, 0 or more")
-    folder = Path(load(scale.config, request.overrides).runs_dir) / "tables" / f"{table.name}-{name}"
-    if request.to is not None and (request.to / folder.name).resolve() == folder.resolve():
-        raise refusal("--to", str(request.to), "a folder other than that of the tables, such as docs/results")
-    runs = plan_runs(table, scale, folder, seeds, request.overrides)
+    tables = Path(load(scale.config, overrides).runs_dir) / "tables"
+    study = tables / f"{table.name}-{name}"
+    if to is not None and (to / study.name).resolve() == study.resolve():
+        raise refusal("--to", str(to), "a folder other than that of the tables, such as docs/results")
+    runs = plan_runs(table, scale, study, seeds, overrides)
     trainer = runs[0].config.trainer
-    if jobs is None and request.to is not None:
-        raise refusal("--to", str(request.to), "at a scale whose runs are made here")
+    if jobs is None and to is not None:
+        raise refusal("--to", str(to), "at a scale whose runs are made here")
     if jobs is None and trainer.num_nodes > 1:
         raise ConfigError(f"trainer.num_nodes is {trainer.num_nodes}, allowed in launch files: 1")
     if jobs == 0 and trainer.devices * trainer.num_nodes > 1:  # Lightning's launcher would start this command again
         raise ConfigError("--jobs is 0, allowed for runs of several ranks: 1 or more, as each needs its own processes")
-    words = [] if seeds == scale.seeds else [f"--seeds {seeds}"]
-    words += [word for word in request.overrides if not word.removeprefix("--").startswith("runs_dir=")]
-    arguments = f' ARGS="{" ".join(words)}"' if words else ""
-    return Plan(table, name, scale, jobs, runs, f"make table TABLE={table.name} SCALE={name}{arguments}")
-
-
-def make_table(plan: Plan, request: Request, commands: Commands) -> Made:
-    """Do what is left of a table and write its files. The same call resumes one that was stopped."""
-    table, runs, made = plan.table, plan.runs, Made(plan)
-    if plan.jobs is None:
-        commands.say(f"{plan.scale_name} is not run here; start it elsewhere with one of:")
-        for command in write_launch_files(runs):
-            commands.say(f"  {command}")
-        for line, fits in check_memory(table, runs, plan.scale.gpu_gib):
-            commands.say(line)
-            made.failed += not fits
-        made.rows = len(table.rows)
-        return made
-    needed = list(dict.fromkeys(["val_loss", *(key for m in table.metrics_from("summary") for key in m.keys)]))
-    evaluations = Evaluations(table, plan.scale)
-    speeds: list[Job] = []
-    with lock_of(plan.folder) as lock:
-        read_states(runs)
-        lost = [run for run in runs if run.state.status == "finished" and not evaluations.can_use(run.state)]
-        for run in lost:
-            run.job.state = State()
-        if found := adopt(runs, request.sources, evaluations):
-            commands.say(f"{found} of {len(runs)} runs are taken from runs of equal configuration")
-        if again := sum(run.state.status == "waiting" for run in lost):
-            commands.say(f"{again} finished runs are trained again: an evaluation is missing, and so are their weights")
-        made.signal = make_runs(runs, lock, plan.jobs, needed, evaluations, commands.here)
-        if not made.signal:
-            speeds, made.signal = measure_speeds(table, plan.scale, plan.folder, lock)
-    jobs = [*(run.job for run in runs), *evaluations.of, *speeds]
-    for job in jobs:
-        if job.state.status == "failed":
-            commands.say(f"failed: {job.title}: {job.state.error}; its log: {job.log}")
-    made.finished = sum(run.state.status == "finished" for run in runs)
-    made.failed = sum(job.state.status == "failed" for job in jobs)
-    made.cut = sum(job.state.status == "cut" for job in jobs)
-    made.rows = len({run.row.name for run in runs if run.state.status == "finished"})
-    if files := _of_other_data(runs):
-        made.failed += 1
-        commands.say(f"failed: the report, as runs have read different data; remove {' '.join(map(str, files))}")
-    elif made.finished:
-        made.files = write_report(table, plan.scale_name, runs, plan.command)
-        if request.to is not None:
-            made.files.append(save(runs, request.to))
-    return made
-
-
-def _of_other_data(runs: Sequence[Run]) -> list[Path]:
-    """Return the state files of runs that have read other data than the newest one. Earlier versions noted no data."""
-    noted = [run for run in runs if run.state.status == "finished" and run.state.results.get("data")]
-    newest = max(noted, key=lambda run: run.job.state_file.stat().st_mtime, default=None)
-    return [run.job.state_file for run in noted if newest and run.state.results["data"] != newest.state.results["data"]]
+    sources = [tables, *options.from_]  # tables have rows in common
+    if to is not None:
+        sources.append(to)  # what is in it will be replaced
+    return Plan(table, name, options, overrides, jobs, runs, sources)
 
 
 def _missing_data(scale: Scale, overrides: Sequence[str]) -> str | None:
@@ -162,3 +136,225 @@ def _missing_data(scale: Scale, overrides: Sequence[str]) -> str | None:
     except ConfigError as error:
         return str(error)
     return None
+
+
+def make_table(plan: Plan, say: Say) -> Made:
+    """Do what is left of a table and write its files. The same call resumes one that was stopped."""
+    table, runs, made = plan.table, plan.runs, Made()
+    if plan.jobs is None:
+        say(f"{plan.scale_name} is not run here; start it elsewhere with one of:")
+        for command in write_launch_files(runs):
+            say(f"  {command}")
+        for line, fits in check_memory(table, runs, plan.scale.gpu_gib):
+            say(line)
+            made.failed += not fits
+        made.rows = len(table.rows)
+        return made
+    evaluations = Evaluations(table, plan.scale)
+    speeds: list[Job] = []
+    with lock_of(plan.folder) as lock:
+        _take_up(runs, plan.sources, evaluations, say)
+        needed = dict.fromkeys(["val_loss", *(key for m in table.metrics_from("summary") for key in m.keys)])
+        made.signal = make_runs(runs, lock, plan.jobs, [*needed], evaluations)
+        if not made.signal:
+            speeds, made.signal = measure_speeds(table, plan.scale, plan.folder, lock)
+    jobs = [*(run.job for run in runs), *evaluations.jobs, *speeds]
+    for job in jobs:
+        made.failed += job.state.status == "failed"
+        made.cut += job.state.status == "cut"
+        if job.state.status == "failed":
+            say(f"failed: {job.title}: {job.state.error}; its log: {job.log}")
+    finished = [run for run in runs if run.state.status == "finished"]
+    made.finished, made.rows = len(finished), len({run.row.name for run in finished})
+    if files := _of_other_data(finished):
+        made.failed += 1
+        say(f"failed: the report, as runs have read different data; remove {' '.join(map(str, files))}")
+    elif finished:
+        made.files = write_report(table, plan.scale_name, runs, plan.command)
+        if plan.options.to is not None:
+            made.files.append(save(runs, plan.options.to))
+    return made
+
+
+def _take_up(runs: Sequence[Run], sources: Sequence[Path], evaluations: "Evaluations", say: Say) -> None:
+    """Set the states of runs: those of earlier calls, and of equal runs in the folders `sources`.
+
+    A state that lacks an evaluation is of use only where the run's weights are.
+    """
+    read_states(runs)
+    lost = [run for run in runs if run.state.status == "finished" and not evaluations.can_use(run.state)]
+    for run in lost:
+        run.job.state = State()
+    if found := adopt(runs, sources, evaluations.can_use):
+        say(f"{found} of {len(runs)} runs are taken from runs of equal configuration")
+    if again := sum(run.state.status == "waiting" for run in lost):
+        say(f"{again} finished runs are trained again: an evaluation is missing, and so are their weights")
+
+
+def _of_other_data(finished: Sequence[Run]) -> list[Path]:
+    """Return the state files of runs that have read other data than the newest one. Earlier versions noted no data."""
+    noted = [run for run in finished if run.state.results.get("data")]
+    newest = max(noted, key=lambda run: run.job.state_file.stat().st_mtime, default=None)
+    return [run.job.state_file for run in noted if newest and run.state.results["data"] != newest.state.results["data"]]
+
+
+def make_runs(runs: Sequence[Run], lock: IO[str], jobs: int, needed: Sequence[str], evaluations: "Evaluations") -> int:
+    """Train and evaluate what is not finished, `jobs` in parallel (0: all in this process).
+
+    needed: keys of the summary without which a training has failed. What failed is tried again. Returns the signal that
+    ended it, or 0. The caller has read the states and holds the lock.
+    """
+
+    def judge(job: Job, run: Run) -> Job | None:
+        done = next((seen for seen in map(SeenRun, job.run_dirs()) if seen.summary), None)
+        missing = [key for key in needed if done is None or look_up(done.summary, key) is None]
+        if done is None or missing:
+            job.fail(f"it ended without a finite {', '.join(missing)} in its summary")
+            return None
+        job.state.run_dir, job.state.results = str(done.path), results_of(done, run.digest)
+        return evaluations.job(run)
+
+    def result(job: Job) -> str:
+        if job in evaluations.jobs:
+            return ""
+        summary = job.state.results.get("summary")
+        if not summary:
+            return "the same command resumes it"
+        return ", ".join(f"{key} {look_up(summary, key):.4f}" for key in needed)
+
+    for run in runs:
+        run.job.judge = partial(judge, run=run)
+    finished = [run for run in runs if run.state.status == "finished"]
+    first = [job for run in finished if (job := evaluations.job(run))]
+    total = len(runs) + len(first) + evaluations.wanted * (len(runs) - len(finished))
+    watch = Watch(result)
+    with watch.bar:
+        if finished:
+            watch.say(f"{len(finished)} of {len(runs)} runs are finished already")
+        return Batch([*first, *(run.job for run in runs)], jobs, total, watch).run(lock, AGAIN)
+
+
+class Evaluations:
+    """Makes the evaluations' jobs and reads their results. `jobs` has those that were made."""
+
+    def __init__(self, table: Table, scale: Scale) -> None:
+        self.needed = [key for metric in table.metrics_from("evaluation") for key in metric.keys]
+        self.words = list(scale.evaluate or ())
+        self.wanted = scale.evaluate is not None and bool(self.needed)
+        self.jobs: list[Job] = []
+
+    def lacking(self, state: State) -> bool:
+        """Does a finished run lack a metric of an evaluation, or was it evaluated by another command?"""
+        kept = state.results
+        return self.wanted and (kept.get("evaluated_by") != self.words or bool(self._missing(kept.get("evaluation"))))
+
+    def can_use(self, state: State) -> bool:
+        """Does a finished run lack nothing, or can it be evaluated here, because its weights are on this machine?"""
+        weights = Path(state.run_dir).glob("checkpoints/*.ckpt") if state.run_dir else ()
+        return not self.lacking(state) or any(weights)
+
+    def job(self, run: Run) -> Job | None:
+        """Return the job that evaluates a finished run; None: nothing is lacking.
+
+        What another command has found is dropped, so that a table never compares two kinds of evaluation.
+        """
+        if not self.lacking(run.state):
+            return None
+        for key in ("evaluation", "evaluated_by"):
+            run.state.results.pop(key, None)
+        run.job.keep()
+        name, study = f"{run.job.name}-evaluation", run.job.study
+        title = f"evaluation of {run.row.name}, seed {run.seed}"
+        words = [str(run.state.run_dir), *registry.words(run.config.extensions, {}), *self.words]
+        home = study / "no-run-of-an-evaluation"
+        self.jobs.append(Job(name, title, study, home, words, EVALUATE, judge=partial(self.judge, run=run)))
+        return self.jobs[-1]
+
+    def judge(self, job: Job, run: Run) -> None:
+        """Put what a finished evaluation has found into the state of its run. It has failed if a metric is missing."""
+        path = Path(job.arguments[0]) / "evaluation.json"  # an entry for each checkpoint
+        entries = json.loads(path.read_text()) if path.exists() else {}
+        found: dict[str, Any] = max(entries.values(), key=lambda entry: entry["step"], default={})
+        if missing := self._missing(found):
+            job.fail(f"it ended without a finite {', '.join(missing)} in evaluation.json")
+        else:
+            run.state.results |= {"evaluation": found, "evaluated_by": self.words}
+            run.job.keep()
+
+    def _missing(self, found: Any) -> list[str]:
+        return [key for key in self.needed if look_up(found, key) is None]
+
+
+def measure_speeds(table: Table, scale: Scale, folder: Path, lock: IO[str]) -> tuple[list[Job], int]:
+    """Measure the rows' speeds at every share of the table, unless it was done by the same command before.
+
+    Returns the jobs, of which failed ones say why, and the signal that stopped them, or 0.
+    """
+    if scale.bench is None:
+        return [], 0
+
+    def judge(job: Job) -> None:
+        job.state.results = {"command": list(job.arguments)}
+
+    rows = dict.fromkeys(["top2", *(row.speed for row in table.rows if row.speed)])
+    jobs = []
+    for share in table.shares if scale.shares is None else scale.shares:
+        name, title, home = f"speed-{share:g}", f"speed at a share of {share:g}", folder / "no-run-of-a-measurement"
+        words = ["overlap", "--share", f"{share:g}", "--rows", *rows, "--out", str(folder / "speed"), *scale.bench]
+        job = Job(name, title, folder, home, words, BENCH, judge=judge)
+        if job.read().results != {"command": words} or share not in read_speeds(folder):
+            job.state.status = "waiting"
+            for old in (folder / "speed").glob(f"*-share-{share:g}.*"):  # its name holds what was measured
+                old.unlink()
+        jobs.append(job)
+    watch = Watch(lambda job: "")
+    with watch.bar:
+        return jobs, Batch(jobs, 1, len(jobs), watch).run(lock, AGAIN)
+
+
+def reproduce(names: Sequence[str], options: Options, overrides: Sequence[str], say: Say) -> dict[str, Any]:
+    """Make tables in turn, as one study that can be stopped and continued. A failed run ends neither its table nor the
+    study. Return {tables: rows with a result by number, failed, cut, seconds, signal}.
+
+    The cost of every table is said before the first begins; its file states the minutes. After each table the time left
+    is corrected by the time that the earlier ones took. Raises ConfigError for an error in the options or in a table's
+    file before anything starts.
+    """
+    plans = {name: plan_table(load_table(name), options, overrides, say) for name in names}
+    costs = [seconds_to_do(plan) for plan in plans.values()]
+    for (name, plan), cost in zip(plans.items(), costs, strict=True):
+        about = f", about {clock(cost)}" if cost else ""
+        rows = f"{len(plan.runs)} runs of {len(plan.table.rows)} rows"
+        say(f"{name} at {plan.scale_name}: {rows}{about}, in {plan.folder}")
+    found: dict[str, Any] = {"tables": {}, "failed": 0, "cut": 0, "seconds": 0.0, "signal": 0}
+    started = time.monotonic()
+    for i, (name, plan) in enumerate(plans.items()):
+        before, left = sum(costs[:i]), sum(costs[i:])
+        ratio = (time.monotonic() - started) / before if before else 1.0  # of measured over stated time
+        if left:
+            say(f"{len(plans) - i} of {len(plans)} tables to do, about {clock(left * ratio)} left")
+        say(plan.table.title)
+        try:
+            made = make_table(plan, say)
+        except ConfigError as error:  # such as another process in this table's folder
+            say(f"failed: {name}: {error}")
+            made = Made(failed=1)
+        else:
+            found["tables"][name.removeprefix("table")] = made.rows
+        for path in made.files:
+            say(str(path))
+        found["failed"] += made.failed
+        found["cut"] += made.cut
+        found["signal"] = made.signal
+        if made.signal:
+            say("stopped; the same command continues")
+            break
+    found["seconds"] = round(time.monotonic() - started, 1)
+    return found
+
+
+def seconds_to_do(plan: Plan) -> float:
+    """Return the stated time of a table for the part of its runs that is not finished; 0 for launch files."""
+    read_states(plan.runs)
+    to_do = sum(run.state.status != "finished" for run in plan.runs)
+    return 60 * plan.scale.minutes * to_do / (len(plan.table.rows) * plan.scale.seeds)

@@ -2,21 +2,50 @@
 
 ours, minus_baseline   of the first metric, which decides; `others` has the same for each other metric
 power                  how many seeds a difference of the paper's size needs, by the measured spread
-equal_time             losses at equal time (equal_time.py), where the table's file asks for them
+equal_time             losses at equal time, where the table's file asks for them: what a row's speed is worth
+
+A difference is taken seed by seed, since rows with the same seed see the same data and start with the same weights; the
+test is Student's t on these differences, two-sided. A table compares several rows, so its numbers are corrected:
+
+    p          Holm's step-down correction over the table's comparisons
+    low, high  Bonferroni's simultaneous intervals: each at 1 - 0.05 / comparisons, together they hold at 95 %
+
+Holm decides a little more than Bonferroni, so a difference can be decided while its interval just touches 0.
+
+Equal time: a row that is x times as fast as sequential top-2 makes its steps in 1/x of the time. At the time at which
+the fastest row ends, a row of speed x has made steps * x / max(x) of its steps; its loss there is read off its own
+validation curve, between two validations on a straight line. The learning rate of every row decays over all its steps,
+so a slower row is compared before the end of its decay: a schedule made for the shorter run would bring it closer.
 """
 
+import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise, permutations
+from pathlib import Path
+from statistics import median
 from typing import Any
 
-from scmoe.experiments.studies.table.equal_time import at_equal_time
-from scmoe.experiments.studies.table.kept import look_up
-from scmoe.experiments.studies.table.rows import Metric, Row, Table
-from scmoe.experiments.studies.table.speeds import read_speeds
-from scmoe.experiments.studies.table.statistics import ALPHA, compare, describe, holm, pooled, seeds_needed
-from scmoe.experiments.studies.table.table_runs import Run
+import numpy
 
+from scmoe.experiments.studies.table.table_file import Metric, Row, Table
+from scmoe.experiments.studies.table.table_runs import Run, look_up
+
+ALPHA, POWER = 0.05, 0.8
+FAR_DEVIATIONS, FAR_SHARE = 5, 0.01  # a value is far from its median beyond 5 MAD, and beyond 1 % of the median
+MOST_SEEDS = 10_000
+MOST_ORDERED = 8  # rows of which all orders are counted
+ROUNDING = 1e-9  # differences that vary by less than this share of the values are equal
+SPEED = "train_speedup"  # of one pair of blocks, forward and backward, over sequential top-2
 Values = Mapping[int, float]  # by seed
+Report = Mapping[str, Any]  # of `bench overlap`
+
+
+def read_speeds(folder: Path) -> dict[float, dict[str, Any]]:
+    """Return the reports of `bench overlap` by share, as its files in <folder>/speed/ are named."""
+    reports = sorted((folder / "speed").glob("*-share-*.json"))
+    return {float(path.stem.rpartition("-share-")[2]): json.loads(path.read_text()) for path in reports}
 
 
 def results(table: Table, scale: str, runs: Sequence[Run], command: str) -> dict[str, Any]:
@@ -44,7 +73,7 @@ def results(table: Table, scale: str, runs: Sequence[Run], command: str) -> dict
 
 
 def _column(
-    table: Table, metric: Metric, finished: Sequence[Run], speeds: Mapping[float, Mapping[str, Any]]
+    table: Table, metric: Metric, finished: Sequence[Run], speeds: Mapping[float, Report]
 ) -> dict[str, dict[str, Any]]:
     """Return {ours, minus_baseline} of one metric by the row's name."""
     if metric.source == "speed":
@@ -56,17 +85,25 @@ def _column(
         numbers = [number for number in found if number is not None]
         if len(numbers) == len(metric.keys):
             values[run.row.name][run.seed] = metric.times * sum(numbers) / len(numbers)
-    compared = [row for row in table.rows if not row.is_baseline]
-    minus = {r.name: compare(values[r.name], values[r.baseline], table.comparisons) for r in compared}
-    for row, p in zip(compared, holm([minus[r.name]["p"] for r in compared], table.comparisons), strict=True):
-        minus[row.name] |= {"p": p, "decided": p is not None and p < ALPHA}
+    minus = differences(table.rows, values)
     return {
         name: {"ours": {**describe(of), "by_seed": of}, "minus_baseline": minus.get(name)}
         for name, of in values.items()
     }
 
 
-def _speed(metric: Metric, row: Row, report: Mapping[str, Any] | None) -> dict[str, Any]:
+def differences(rows: Sequence[Row], values: Mapping[str, Values]) -> dict[str, dict[str, Any]]:
+    """Return the differences of rows to their baselines by name: as of `compare`, p corrected, and whether they are
+    decided. values: by the row's name; a row that has none, or whose baseline has none, is left out."""
+    compared = [r for r in rows if not r.is_baseline and r.name in values and r.baseline in values]
+    minus = {r.name: compare(values[r.name], values[r.baseline], len(compared)) for r in compared}
+    for own, p in zip(minus.values(), holm([own["p"] for own in minus.values()], len(compared)), strict=True):
+        own["p"] = p
+        own["decided"] = p is not None and p < ALPHA
+    return minus
+
+
+def _speed(metric: Metric, row: Row, report: Report | None) -> dict[str, Any]:
     """Return a speed-up of the row's architecture over sequential top-2, with quartiles over rounds, or why there is
     none. A mean over seeds does not exist: the testbed measures an architecture, not a run."""
     if row.speed is None:
@@ -113,10 +150,10 @@ def _power(table: Table, column: Mapping[str, dict[str, Any]]) -> dict[str, Any]
     """Return how many seeds the smallest and the largest of the paper's differences need, by the spread of ours."""
     stds = [own["minus_baseline"]["std"] for own in column.values() if own["minus_baseline"]]
     known = [std for std in stds if std is not None]
-    differences = [abs(d) for row in table.rows if (d := _paper_difference(table, row)) and not row.is_baseline]
-    if not differences or not any(known):
+    papers = [abs(d) for row in table.rows if (d := _paper_difference(table, row)) and not row.is_baseline]
+    if not papers or not any(known):
         return None
-    asked = dict.fromkeys(float(f"{difference:.2g}") for difference in (min(differences), max(differences)))
+    asked = dict.fromkeys(float(f"{difference:.2g}") for difference in (min(papers), max(papers)))
     needed = {f"{d:g}": seeds_needed(pooled(known), d, table.comparisons) for d in asked}
     return {"pooled_std": pooled(known), "largest_std": max(known), "seeds_needed": needed}
 
@@ -150,7 +187,148 @@ def _circumstances(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _of_testbed(report: Mapping[str, Any]) -> dict[str, Any]:
+def _of_testbed(report: Report) -> dict[str, Any]:
     """Return what a reader must know of a measurement of speeds."""
     names = ("comm_share", "link_mbit", "ranks", "compute", "level", "rounds", "limit_forward", "limit_train")
     return {name: report[name] for name in names} | {"links": next(iter(report["rows"].values()))["links"]}
+
+
+def at_equal_time(table: Table, finished: Sequence[Run], speeds: Mapping[float, Report]) -> dict[str, dict[str, Any]]:
+    """Return {share of communication, as text: {comm_share, rows}}. rows: for each row that has a speed, its speed, the
+    step reached, the loss at that step over seeds and its difference to the baseline. `equal_tokens`: all speeds are 1.
+
+    Empty if the table's file has no equal_time. A share without measured speeds is left out.
+    """
+    if not table.equal_time:
+        return {}
+    measured = {row.name: row.speed for row in table.rows if row.speed is not None}
+    found = {"equal_tokens": {"comm_share": 0.0, "rows": _at_speeds(table, finished, dict.fromkeys(measured, 1.0))}}
+    for share in table.equal_time:
+        if share in speeds:
+            of_rows = {name: speeds[share]["rows"][speed][SPEED] for name, speed in measured.items()}
+            rows = _at_speeds(table, finished, of_rows)
+            found[f"{share:g}"] = {"comm_share": speeds[share]["comm_share"], "rows": rows}
+    return found
+
+
+def _at_speeds(table: Table, finished: Sequence[Run], speeds: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """Return speed, step, loss and minus_baseline by row. speeds: by row."""
+    losses: dict[str, dict[int, float]] = {name: {} for name in speeds}
+    steps = {name: 0.0 for name in speeds}
+    for run in finished:
+        if (name := run.row.name) in speeds:
+            steps[name] = step_reached(run.config.trainer.max_steps, speeds[name], max(speeds.values()))
+            loss = loss_at(run.state.results["curve"], steps[name])
+            if loss is not None:
+                losses[name][run.seed] = loss
+    minus = differences(table.rows, losses)
+    return {
+        name: {
+            "speed": speeds[name],
+            "step": round(steps[name]),
+            "loss": {**describe(losses[name]), "by_seed": losses[name]},
+            "minus_baseline": minus.get(name),
+        }
+        for name in speeds
+    }
+
+
+def step_reached(steps: int, speed: float, fastest: float) -> float:
+    """Return how many of its steps a row has made when the fastest one ends, which has made exactly all."""
+    return steps * (speed / fastest)
+
+
+def loss_at(curve: Sequence[Sequence[float]], step: float) -> float | None:
+    """Return the loss at a step, between two points of the curve on a straight line; None outside the curve."""
+    for (before, earlier), (after, later) in pairwise(curve):
+        if before <= step <= after:
+            return earlier + (later - earlier) * (step - before) / (after - before)
+    return next((loss for at, loss in curve if at == step), None)
+
+
+def describe(values: Mapping[int, float]) -> dict[str, Any]:
+    """Return mean, std (of a sample; None for one value), n, median and range of values by seed.
+
+    far: how many values are more than 5 median absolute deviations, and more than 1 % of the median, from the median.
+    """
+    n, all_values = len(values), list(values.values())
+    if n == 0:
+        return {"mean": None, "std": None, "n": 0, "median": None, "range": None, "far": 0}
+    mean, middle = math.fsum(all_values) / n, median(all_values)
+    squares = math.fsum((value - mean) ** 2 for value in all_values)
+    distances = [abs(value - middle) for value in all_values]
+    allowed = max(FAR_DEVIATIONS * median(distances), FAR_SHARE * abs(middle))
+    return {
+        "mean": mean,
+        "std": math.sqrt(squares / (n - 1)) if n > 1 else None,
+        "n": n,
+        "median": middle,
+        "range": [min(all_values), max(all_values)],
+        "far": sum(distance > allowed for distance in distances),
+    }
+
+
+def compare(values: Mapping[int, float], baseline: Mapping[int, float], comparisons: int = 1) -> dict[str, Any]:
+    """Return the differences over the seeds that both have: mean, std, n, interval (low, high), p and by_seed.
+
+    comparisons: of the table, by which the interval is widened; p is corrected by `holm`, over all rows at once.
+    low, high and p are None for fewer than two pairs and for differences that are all equal.
+    """
+    from scipy import stats
+
+    by_seed = {seed: values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())}
+    facts = describe(by_seed)
+    found = {name: facts[name] for name in ("mean", "std", "n")} | {"low": None, "high": None, "p": None}
+    spread = max(by_seed.values(), default=0.0) - min(by_seed.values(), default=0.0)
+    # accuracies have few values: their differences can be equal but for rounding, which a test would take for certainty
+    if spread > ROUNDING * max(map(abs, [*values.values(), *baseline.values()]), default=0.0):
+        test = stats.ttest_1samp(list(by_seed.values()), 0.0)
+        interval = test.confidence_interval(1 - ALPHA / comparisons)
+        found |= {"low": float(interval.low), "high": float(interval.high), "p": float(test.pvalue)}
+    return {**found, "by_seed": by_seed}
+
+
+def holm(ps: Sequence[float | None], comparisons: int) -> list[float | None]:
+    """Return the p-values corrected for that many comparisons by Holm's method; a None counts as one not yet made."""
+    corrected: list[float | None] = [None] * len(ps)
+    least = 0.0
+    for rank, (p, place) in enumerate(sorted((p, place) for place, p in enumerate(ps) if p is not None)):
+        least = max(least, min(1.0, p * (comparisons - rank)))
+        corrected[place] = least
+    return corrected
+
+
+def seeds_needed(std: float, difference: float, comparisons: int = 1) -> int | None:
+    """Return the smallest number of seeds at which the paired t-test finds a difference in 80 % of all repetitions.
+
+    std: standard deviation of the paired differences, above 0. The test is two-sided at 0.05 / comparisons; its power
+    is that of the noncentral t distribution, without the side of the wrong sign, which scipy cannot compute everywhere
+    and which is below 1e-3 of it. None: more than 10,000 seeds.
+    """
+    from scipy import stats
+
+    for n in range(2, MOST_SEEDS + 1):
+        critical = stats.t.ppf(1 - ALPHA / comparisons / 2, n - 1)
+        shift = abs(difference) / std * math.sqrt(n)
+        if stats.nct.sf(critical, n - 1, shift) >= POWER:
+            return n
+    return None
+
+
+def pooled(stds: Sequence[float]) -> float:
+    """Return the standard deviation that has the mean of the variances."""
+    return math.sqrt(math.fsum(std**2 for std in stds) / len(stds))
+
+
+def rank_correlation(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+    """Return Spearman's rank correlation of pairs, and its two-sided p. For few pairs, where the usual formula does not
+    hold, p is exact: the share of all orders that correlate at least as strongly."""
+    from scipy import stats
+
+    ours, theirs = zip(*pairs, strict=True)
+    test = stats.spearmanr(ours, theirs)
+    if len(pairs) > MOST_ORDERED:
+        return float(test.statistic), float(test.pvalue)
+    ranks, fixed = stats.rankdata(ours), stats.rankdata(theirs)
+    orders = numpy.array([*permutations(ranks - ranks.mean())]) @ (fixed - fixed.mean())
+    return float(test.statistic), float((abs(orders) > abs(orders[0]) - 1e-9).mean())

@@ -1,16 +1,26 @@
 """What a table writes into its folder: results.json, table.md and charts, our values beside the paper's."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scmoe.experiments.studies.progress import clock
-from scmoe.experiments.studies.table.chart import draw_differences, draw_equal_time, form_of, without_speed
-from scmoe.experiments.studies.table.results import results
-from scmoe.experiments.studies.table.rows import Table
-from scmoe.experiments.studies.table.statistics import FAR_DEVIATIONS, FAR_SHARE, POWER, rank_correlation
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from scmoe.experiments.engine.report import markdown_table
+from scmoe.experiments.studies.jobs import clock
+from scmoe.experiments.studies.table.results import FAR_DEVIATIONS, FAR_SHARE, POWER, rank_correlation, results
+from scmoe.experiments.studies.table.table_file import Table
 from scmoe.experiments.studies.table.table_runs import Run
+from scmoe.probes.charts import BLUE, GREEN, ORANGE, PAPER, SKY, SMALL, chart, heading
+
+Results = Mapping[str, Any]  # of a table, or a part of them
+OURS, SEED = BLUE, SKY
+COLORS = (PAPER, ORANGE, OURS, GREEN)
+SHORT_NAME = 17  # letters that fit beside a chart on one line
+BEYOND = 1.6  # the scale reaches this many times as far as any seed; arrows show an interval that goes on
 
 
 def write_report(table: Table, scale: str, runs: Sequence[Run], command: str) -> list[Path]:
@@ -29,64 +39,58 @@ def write_report(table: Table, scale: str, runs: Sequence[Run], command: str) ->
     return [folder / name for name in names]
 
 
-def markdown(found: Mapping[str, Any]) -> str:
+def markdown(found: Results) -> str:
     """Return a part for each group of rows; a row that belongs to two is shown in both."""
     finished, failed = found["runs"]["finished"], found["runs"]["failed"]
-    head = "row | parameters (active) | paper | paper: minus baseline | ours: mean ± std (n) | median, range, far"
-    head += " | ours: minus baseline | interval | p (n)"
-    m, form = found["comparisons"], form_of(found["unit"])
+    metric, unit, form = found["metric"], found["unit"], form_of(found["unit"])
+    with_unit = f"{metric} {unit}" if unit.startswith("per ") else f"{metric} in {unit}"
     lines = [
         f"# {found['title']}",
         "",
         f"Scale `{found['scale']}`: {found['model']}; {found['data']}, {found['seen']}, {finished} runs finished, "
-        f"{failed} failed. The metric is {_with_unit(found)}; {_better(found)}.",
-        f"Differences are taken seed by seed. p is that of a paired t-test over seeds, two-sided, corrected for {m} "
-        f"comparisons by Holm's method; the intervals are Bonferroni's and hold together at 95 %. far: values further "
-        f"than {FAR_DEVIATIONS} median absolute deviations and {100 * FAR_SHARE:g} % from their row's median.",
+        f"{failed} failed. The metric is {with_unit}; {found['metrics'][metric]['better']} is better.",
+        f"Differences are taken seed by seed. p is that of a paired t-test over seeds, two-sided, corrected for "
+        f"{found['comparisons']} comparisons by Holm's method; the intervals are Bonferroni's and hold together at "
+        f"95 %. far: values further than {FAR_DEVIATIONS} median absolute deviations and {100 * FAR_SHARE:g} % from "
+        "their row's median.",
     ]
+    columns = ["row", "parameters (active)", "paper", "paper: minus baseline", "ours: mean ± std (n)"]
+    columns += ["median, range, far", "ours: minus baseline", "interval", "p (n)"]
     for group in dict.fromkeys(group for row in found["rows"] for group in row["groups"]):
-        lines += ["", f"## {group[0].upper()}{group[1:]}", "", f"| {head} |", "| --- |" + " ---: |" * 8]
-        lines += [_line(row, found["metric"], form) for row in found["rows"] if group in row["groups"]]
+        cells = [_cells(row, metric, form) for row in found["rows"] if group in row["groups"]]
+        lines += ["", f"## {group[0].upper()}{group[1:]}", "", *markdown_table(columns, cells, numbers=True)]
     lines += [*_other_metrics(found), *_speeds(found), *_equal_time(found), "", *_decisions(found)]
     if power := found["power"]:
-        needed = [
-            f"a difference of {d} needs {n or 'more than 10,000'} seeds" for d, n in power["seeds_needed"].items()
-        ]
+        seeds = (f"a difference of {d} needs {n or 'more than 10,000'} seeds" for d, n in power["seeds_needed"].items())
         pooled, largest = form.format(power["pooled_std"]), form.format(power["largest_std"])
         lines += [
             "",
             f"Power: differences of this spread (standard deviation {pooled} over all rows, at most {largest}) need "
-            f"this many seeds to be found with probability {POWER:g}: {', '.join(needed)}. These are the paper's "
+            f"this many seeds to be found with probability {POWER:g}: {', '.join(seeds)}. These are the paper's "
             "smallest and largest difference.",
         ]
-    lines += [*_order(found), *_origin(found)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_order(found), *_origin(found)]) + "\n"
 
 
-def _line(row: Mapping[str, Any], metric: str, form: str) -> str:
-    paper, ours, minus = row["paper"], row["ours"], row["minus_baseline"]
+def _cells(row: Results, metric: str, form: str) -> list[str]:
+    paper, ours, minus, signed = row["paper"], row["ours"], row["minus_baseline"], form.replace(":", ":+")
     size = f"{row['params_total'] / 1e6:.2f}M ({row['params_active'] / 1e6:.2f}M)" if row["params_total"] else ""
-    signed = form.replace(":", ":+")
-    difference = "" if minus is None else _numbers("", signed, paper["difference"])
-    cells = [row["name"], size, _numbers("", form, paper.get(metric)), difference]
-    cells += [_spread(ours, form), _robust(ours, form)]
+    robust = (
+        f"{form.format(ours['median'])}, {_numbers(' to ', form, *ours['range'])}, {ours['far']}" if ours["n"] else ""
+    )
+    cells = [row["name"], size, _numbers("", form, paper.get(metric))]
     if minus is None:
-        return f"| {' | '.join([*cells, '', '', ''])} |"
+        return [*cells, "", _spread(ours, form), robust, "", "", ""]
     interval = _numbers(" to ", signed, minus["low"], minus["high"])
-    return f"| {' | '.join([*cells, _numbers('', signed, minus['mean']), interval, _p(minus)])} |"
+    cells += [_numbers("", signed, paper["difference"]), _spread(ours, form), robust]
+    return [*cells, _numbers("", signed, minus["mean"]), interval, _p(minus)]
 
 
-def _spread(ours: Mapping[str, Any], form: str) -> str:
+def _spread(ours: Results, form: str) -> str:
     return f"{_numbers(' ± ', form, ours['mean'], ours['std'])} ({ours['n']})".strip()
 
 
-def _robust(ours: Mapping[str, Any], form: str) -> str:
-    if not ours["n"]:
-        return ""
-    return f"{form.format(ours['median'])}, {_numbers(' to ', form, *ours['range'])}, {ours['far']}"
-
-
-def _p(minus: Mapping[str, Any]) -> str:
+def _p(minus: Results) -> str:
     p = minus["p"]
     return f"{'' if p is None else f'{p:.3f} ' if p >= 0.001 else '< 0.001 '}({minus['n']})"
 
@@ -96,39 +100,30 @@ def _numbers(between: str, form: str, *values: float | None) -> str:
     return between.join(form.format(value) for value in values if value is not None)
 
 
-def _with_unit(found: Mapping[str, Any]) -> str:
-    metric, unit = found["metric"], found["unit"]
-    return f"{metric} {unit}" if unit.startswith("per ") else f"{metric} in {unit}"
-
-
-def _better(found: Mapping[str, Any]) -> str:
-    return f"{found['metrics'][found['metric']]['better']} is better"
-
-
-def _other_metrics(found: Mapping[str, Any]) -> list[str]:
+def _other_metrics(found: Results) -> list[str]:
     """Return a table of the metrics that do not decide, the paper's value and ours in each cell."""
     names = list(found["metrics"])[1:]
     if not names:
         return []
-    units = [f"{name}, {found['metrics'][name]['unit']}" for name in names]
-    lines = ["", "## Other metrics", "", f"| row | {' | '.join(units)} |", "| --- |" + " ---: |" * len(names)]
-    for row in found["rows"]:
-        cells = []
-        for name in names:
-            paper, ours = row["paper"].get(name), row["others"][name]["ours"]
-            spread = ours.get("quartiles") or ()
-            own = f"{ours['mean']:.2f} [{_numbers(', ', '{:.2f}', *spread)}]" if spread else ""
-            if not spread and ours["mean"] is not None:
-                own = _spread(ours, form_of(found["metrics"][name]["unit"]))
-            cells.append(f"paper {_numbers('', '{:g}', paper) or '-'}; ours {own or '-'}")
-        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
-    whys = {
-        own["ours"]["why"]: name for row in found["rows"] for name, own in row["others"].items() if "why" in own["ours"]
-    }
-    return [*lines, *(line for why in whys for line in ("", f"A speed without a number: {why}."))]
+
+    def cell(row: Results, name: str) -> str:
+        ours, paper = row["others"][name]["ours"], _numbers("", "{:g}", row["paper"].get(name))
+        if spread := ours.get("quartiles"):
+            own = f"{ours['mean']:.2f} [{_numbers(', ', '{:.2f}', *spread)}]"
+        else:
+            own = "-" if ours["mean"] is None else _spread(ours, form_of(found["metrics"][name]["unit"]))
+        return f"paper {paper or '-'}; ours {own}"
+
+    columns = ["row", *(f"{name}, {found['metrics'][name]['unit']}" for name in names)]
+    cells = [[row["name"], *(cell(row, name) for name in names)] for row in found["rows"]]
+    lines = ["", "## Other metrics", "", *markdown_table(columns, cells, numbers=True)]
+    ours = [other["ours"] for row in found["rows"] for other in row["others"].values()]
+    for why in dict.fromkeys(own["why"] for own in ours if "why" in own):
+        lines += ["", f"A speed without a number: {why}."]
+    return lines
 
 
-def _speeds(found: Mapping[str, Any]) -> list[str]:
+def _speeds(found: Results) -> list[str]:
     """Return a sentence for each share of communication: how its speeds were measured."""
     lines = []
     for share, speed in found["speeds"].items():
@@ -142,12 +137,22 @@ def _speeds(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _equal_time(found: Mapping[str, Any]) -> list[str]:
+def _equal_time(found: Results) -> list[str]:
     """Return the table of losses at equal tokens and at equal time."""
-    columns = found["equal_time"]
-    if not columns:
+    shares = found["equal_time"]
+    if not shares:
         return []
-    heads = ["equal tokens" if share == "equal_tokens" else f"equal time, share {share}" for share in columns]
+
+    def cell(own: Results) -> str:
+        loss, minus = own["loss"], own["minus_baseline"]
+        text = "-" if loss["mean"] is None else f"{loss['mean']:.4f} [{own['step']:,}]"
+        if minus and minus["mean"] is not None:
+            text += f" {minus['mean']:+.4f}, p {_p(minus)}"
+        return text
+
+    columns = ["equal tokens" if share == "equal_tokens" else f"equal time, share {share}" for share in shares]
+    names = list(shares["equal_tokens"]["rows"])
+    cells = [[name, *(cell(column["rows"][name]) for column in shares.values())] for name in names]
     lines = [
         "",
         "## Quality at equal time",
@@ -157,28 +162,16 @@ def _equal_time(found: Mapping[str, Any]) -> list[str]:
         "slower row is read off its own curve at the step that it has reached by then, before its learning rate has "
         "come down to its end. In brackets: that step; then the difference to the baseline at the same time and its "
         "corrected p.",
-        "",
-        f"| row | {' | '.join(heads)} |",
-        "| --- |" + " ---: |" * len(heads),
     ]
-    if len(columns) == 1:
-        lines.insert(4, "No speed has been measured at this scale, or the measurement failed.")
-    for name in columns["equal_tokens"]["rows"]:
-        cells = []
-        for column in columns.values():
-            own = column["rows"][name]
-            loss, minus = own["loss"], own["minus_baseline"]
-            cell = "-" if loss["mean"] is None else f"{loss['mean']:.4f} [{own['step']:,}]"
-            if minus and minus["mean"] is not None:
-                cell += f" {minus['mean']:+.4f}, p {_p(minus)}"
-            cells.append(cell)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    if len(shares) == 1:
+        lines.append("No speed has been measured at this scale, or the measurement failed.")
+    lines += ["", *markdown_table(["row", *columns], cells, numbers=True)]
     if left_out := without_speed(found):
         lines += ["", f"Left out, as the testbed has no such row to measure: {'; '.join(left_out)}."]
     return lines
 
 
-def _decisions(found: Mapping[str, Any]) -> list[str]:
+def _decisions(found: Results) -> list[str]:
     """Return a sentence for each compared metric: which differences are decided and which are not."""
     lines = []
     for metric in found["metrics"]:
@@ -202,7 +195,7 @@ def _decisions(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _order(found: Mapping[str, Any]) -> list[str]:
+def _order(found: Results) -> list[str]:
     """Return whether differences are in the paper's order. Values are not compared: a table may have two models."""
     compared = [(row["paper"]["difference"], row["minus_baseline"]) for row in found["rows"] if row["minus_baseline"]]
     pairs = [(theirs, ours["mean"]) for theirs, ours in compared if theirs is not None]
@@ -214,7 +207,7 @@ def _order(found: Mapping[str, Any]) -> list[str]:
     return ["", f"{order} {statistic:+.2f} (p {p:.2f})."]
 
 
-def _origin(found: Mapping[str, Any]) -> list[str]:
+def _origin(found: Results) -> list[str]:
     days = [f"{date[:4]}-{date[4:6]}-{date[6:]}" for date in found["dates"]]
     commits = [commit[:9] for commit in found["git_commits"]]
     lines = [
@@ -228,3 +221,135 @@ def _origin(found: Mapping[str, Any]) -> list[str]:
     incomplete = (row for row in found["rows"] if row["failed"] or row["unfinished"])
     missing = [f"{row['name']}: {len(row['failed'])} failed, {len(row['unfinished'])} to run" for row in incomplete]
     return lines + (["", f"Incomplete: {'; '.join(missing)}."] if missing else [])
+
+
+def draw_differences(found: Results, path: Path) -> None:
+    """Draw the differences to the baselines: the paper's, where it prints them, and ours.
+
+    Ours have a dot for each seed, their mean and its interval.
+    """
+    rows = [row for row in found["rows"] if row["minus_baseline"] is not None]
+    places = range(len(rows), 0, -1)
+    papers = [row["paper"]["difference"] for row in rows]
+    printed = any(paper is not None for paper in papers)
+    signed = form_of(found["unit"]).replace(":", ":+")
+    with chart(path, 2.4 + 0.5 * len(rows)) as figure:
+        panels = figure.subplots(1, 1 + printed, sharey=True, squeeze=False)[0]
+        if printed:
+            panels[0].set_title("Paper")
+            for paper, place in zip(papers, places, strict=True):
+                if paper is not None:
+                    panels[0].hlines(place, 0, paper, color=PAPER, linewidth=1.5)
+                    panels[0].plot(paper, place, "D", color=PAPER, markersize=7)
+                    _label(panels[0], signed.format(paper), paper, place)
+            panels[0].margins(x=0.2)
+        ours = panels[-1]
+        ours.set_title(f"Ours, {found['scale']}")
+        for row, place in zip(rows, places, strict=True):
+            _draw_ours(ours, row["minus_baseline"], place, signed)
+        farthest = max((abs(x) for row in rows for x in row["minus_baseline"]["by_seed"].values()), default=0.0)
+        if farthest:
+            edge = BEYOND * farthest
+            ours.set_xlim(-edge, edge)
+            for row, place in zip(rows, places, strict=True):
+                _mark_cut(ours, row["minus_baseline"], place, edge)
+        _name_rows(panels[0], [row["name"] for row in rows])
+        several = len({row["baseline"] for row in rows}) > 1
+        baseline = "each row's baseline" if several else in_paper(rows[0]["baseline"])
+        for axis in panels:
+            axis.set_xlabel(f"{found['metric'].replace('_', ' ')} minus\n{baseline},\n{found['unit']}")
+            _plain(axis)
+        _legend(figure, ours, ncols=3)
+        side = "left" if found["metrics"][found["metric"]]["better"] == "lower" else "right"
+        note = f"{side} is better" + ("; the two scales differ" if printed else "")
+        heading(figure, f"{found['title']}\n{note}")
+
+
+def _draw_ours(axis: Axes, minus: Results, place: float, signed: str) -> None:
+    if minus["mean"] is None:
+        return
+    seeds = list(minus["by_seed"].values())
+    _draw_mean(axis, minus, place, OURS, "mean", "interval of the mean")
+    axis.plot(seeds, [place] * len(seeds), "o", color=SEED, markersize=4, label="one seed")
+    _label(axis, signed.format(minus["mean"]), minus["mean"], place)
+
+
+def _draw_mean(axis: Axes, minus: Results, place: float, color: str, mean: str, interval: str = "") -> None:
+    """Draw a difference and its interval, with these labels."""
+    if minus["low"] is not None:
+        axis.hlines(place, minus["low"], minus["high"], color=color, linewidth=2, label=interval)
+    axis.plot(minus["mean"], place, "D", color=color, markersize=7, label=mean)
+
+
+def _mark_cut(axis: Axes, minus: Results, place: float, edge: float) -> None:
+    """Draw an arrow at each end of an interval that lies beyond the edges of the scale."""
+    for end, x, marker in ((minus["low"], -edge, "<"), (minus["high"], edge, ">")):
+        if end is not None and abs(end) > edge:
+            axis.plot(x, place, marker, color=OURS, markersize=7, clip_on=False)
+
+
+def draw_equal_time(found: Results, path: Path) -> None:
+    """Draw each row's difference to its baseline in validation loss: at equal tokens, and at equal time by share."""
+    columns = found["equal_time"]
+    of_rows = columns["equal_tokens"]["rows"]
+    names = [name for name, own in of_rows.items() if own["minus_baseline"] is not None]
+    with chart(path, 2.0 + 0.7 * len(names)) as figure:
+        axis = figure.subplots()
+        for i, (share, column) in enumerate(columns.items()):
+            label = "equal tokens" if share == "equal_tokens" else f"equal time, share of communication {share}"
+            shift = 0.22 * ((len(columns) - 1) / 2 - i)
+            for place, name in zip(range(len(names), 0, -1), names, strict=True):
+                minus = column["rows"][name]["minus_baseline"]
+                if minus["mean"] is not None:
+                    _draw_mean(axis, minus, place + shift, COLORS[i], label)
+        _name_rows(axis, names)
+        axis.set_xlabel("validation loss minus the baseline's at the same time\nmean and interval; left is better")
+        _plain(axis)
+        _legend(figure, axis, ncols=1)
+        left_out = [f"without a measured speed: {in_paper(name)}" for name in without_speed(found)]
+        heading(figure, "\n".join([f"Quality at equal time, {found['scale']}", found["title"], *left_out]))
+
+
+def without_speed(found: Results) -> list[str]:
+    """Return the rows of a table that its results at equal time leave out."""
+    there = found["equal_time"]["equal_tokens"]["rows"]
+    return [row["name"] for row in found["rows"] if row["name"] not in there]
+
+
+def form_of(unit: str) -> str:
+    """Return the format of a metric's values: a loss in nats with four decimals, others with two, as in the paper."""
+    return "{:.4f}" if unit.startswith("nats") else "{:.2f}"
+
+
+def _legend(figure: Any, axis: Axes, ncols: int) -> None:
+    handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=ncols)
+
+
+def _name_rows(axis: Axes, names: list[str]) -> None:
+    words = [in_paper(name) for name in names]
+    words = [name if len(name) <= SHORT_NAME else name.replace(", ", ",\n").replace(") (", ")\n(") for name in words]
+    axis.set_yticks(range(len(names), 0, -1), words)
+    axis.set_ylim(0.3, len(names) + 0.9)
+
+
+def in_paper(name: str) -> str:
+    """Return a row's name as the paper writes it."""
+    name = re.sub(r"\b(Pos-\d)(?! in)", r"(\1)", name, count=1)
+    return re.sub(r"^top-", "Standard top-", name).replace("shared-expert", "Shared-expert")
+
+
+def _plain(axis: Axes) -> None:
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.xaxis.set_major_formatter(lambda x, _: f"{round(x, 9) + 0:g}".replace("-", "\N{MINUS SIGN}"))
+    axis.grid(axis="x")
+    axis.spines["left"].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+
+
+def _label(axis: Axes, text: str, x: float, y: float) -> None:
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # the line at 0 may cross a figure
+    place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": SMALL, "color": "#444444"}
+    axis.annotate(text, (x, y), (0, 7), bbox=behind, **place)

@@ -1,30 +1,52 @@
-"""The runs of a table, rows x seeds, each an ordinary training.
+"""The runs of a table, rows x seeds, each an ordinary training; what is kept of them; launch files for elsewhere.
 
     <runs_dir>/tables/<table>-<scale>/   runs/<row>-seed<s>/<stamp>-.../   run directories
-                                         lock  states/  logs/              experiments/studies/job.py
+                                         lock  states/  logs/              experiments/studies/jobs.py
 
 Rows see the same data in the same order: they share everything but `model`, `moe`, `schedule`, an extension's `options`
 and the learning rate, which a search may have chosen for each architecture. A weight's initial value depends on its
 name and the seed, so what two rows have in common starts with equal values. A run counts as this table's only if its
 config is the same as it would be now.
+
+A state file has all that a report reads of a run, so it outlives the run's directory and its machine. It also holds a
+digest of the run's config: a run of equal digest need not be made again, whether it belongs to another table (Tables 1,
+5 and 6 have rows in common) or was made on another machine and committed (docs/results/).
 """
 
-from collections.abc import Sequence
+import json
+import math
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from scmoe.config import registry
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten
 from scmoe.config.load import load, to_yaml
-from scmoe.experiments.studies.digest import digest_of
-from scmoe.experiments.studies.job import Job, State
-from scmoe.experiments.studies.table.rows import Row, Scale, Table
+from scmoe.experiments.dryrun.estimated import estimate
+from scmoe.experiments.studies.jobs import Job, State, digest_of
+from scmoe.experiments.studies.table.table_file import Row, Scale, Table
+from scmoe.parallel.checkpoint.loading import read_meta
+from scmoe.parallel.checkpoint.state import META
 from scmoe.runs.seen import SeenRun, flat
 
 OWN = ("model.", "moe.", "schedule.", "optim.lr", "options", "name")  # keys in which rows may differ
+TORCHRUN = """\
+#!/bin/bash
+# {title} for one machine with {devices} GPUs, one run after the other. From the repository's folder: bash {path}
+# Resume an interrupted run with: torchrun ... -m experiments.resume RUN_DIR
+set -uo pipefail
+"""
+SLURM = """\
+#!/bin/bash
+# {title} for a cluster: a job for each run, of {devices} GPUs on one node. From the repository's folder: bash {path}
+# experiments/train.sbatch and docs/clusters.md say what a cluster must have.
+set -euo pipefail
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,3 +117,108 @@ def same_config(run_dir: Path, config: Config) -> bool:
     """Is this a run of this config, wherever it is logged? A newer field than the run counts unless at its default."""
     was = SeenRun(run_dir).config
     return all(was[key] == value for key, value in flat(to_yaml(config)).items() if not key.startswith("logger."))
+
+
+def results_of(run: SeenRun, digest: str) -> dict[str, Any]:
+    """Return the results that a state keeps of a finished run. curve: points (steps done, validation loss)."""
+    environment = json.loads((run.path / "env.json").read_text())
+    last = int(run.config["trainer.max_steps"])  # after which the last validation is logged
+    curve = {min(int(row["step"]) + 1, last): row["val/loss"] for row in run.metrics if "val/loss" in row}
+    return {
+        "digest": digest,
+        "data": data_of(run.path),
+        "summary": {key: value for key, value in run.summary.items() if key != "run_dir"},
+        "curve": sorted(curve.items()),
+        "environment": {
+            "machine": f"{environment['cpus']} CPU cores, {environment['platform'].partition('-')[0]}",
+            "torch": environment["packages"]["torch"],
+            "git_commit": environment["git_commit"],
+            "date": run.path.name[:8],
+        },
+    }
+
+
+def data_of(run_dir: Path) -> str | None:
+    """Return the digest of the data that a run has read, as its checkpoints have it; None: it has none."""
+    metas = (read_meta(path) for path in sorted(run_dir.glob("checkpoints/*.ckpt")) if (path / META).exists())
+    parts = (part for meta in metas for part in meta.values() if isinstance(part, dict))
+    return next((str(part["data"]) for part in parts if "consumed_samples" in part), None)
+
+
+def look_up(tree: Any, dotted: str) -> float | None:
+    """Return the finite number under a dotted key of nested mappings; None: none. A name may have dots in it."""
+    if not isinstance(tree, dict):
+        return None
+    if dotted in tree:
+        found = tree[dotted]
+        is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
+        return float(found) if is_number and math.isfinite(found) else None
+    below = (look_up(tree[key], dotted[len(key) + 1 :]) for key in tree if dotted.startswith(f"{key}."))
+    return next((found for found in below if found is not None), None)
+
+
+def adopt(runs: Sequence[Run], folders: Iterable[Path], can_use: Callable[[State], bool]) -> int:
+    """Give runs that are not finished the state of an equal run in <folder>/*/states/. Returns how many it gave."""
+    wanted = [run for run in runs if run.state.status != "finished"]
+    found: dict[str, tuple[Path, State]] = {}
+    for path in [path for folder in folders for path in sorted(folder.glob("*/states/*.json"))] if wanted else ():
+        state = State(**json.loads(path.read_text()))
+        if state.status == "finished" and can_use(state) and (digest := state.results.get("digest")):
+            found.setdefault(digest, (path, state))
+    given = [run for run in wanted if run.digest in found]
+    for run in given:
+        path, run.job.state = found[run.digest]
+        if (table := path.parent.parent.name) != run.job.study.name:  # else it is a copy of this one
+            run.job.state.results["from"] = table
+        run.job.keep()
+    return len(given)
+
+
+def save(runs: Sequence[Run], to: Path) -> Path:
+    """Copy the results, as JSON and as a page, and the states of finished runs into <to>/<table>-<scale>/.
+
+    Raises ConfigError if no run is finished."""
+    study = runs[0].job.study
+    finished = [run for run in runs if run.state.status == "finished"]
+    if not finished:
+        raise ConfigError(f"--to is {str(to)!r}, and no run of {study.name} is finished; there is nothing to copy")
+    folder = to / study.name
+    (folder / "states").mkdir(parents=True, exist_ok=True)
+    results = json.loads((study / "results.json").read_text())
+    for row in results["rows"]:
+        row["run_dirs"] = []  # they stay on this machine
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (folder / "table.md").write_text((study / "table.md").read_text())
+    for run in finished:
+        state = json.loads(run.job.state_file.read_text()) | {"run_dir": None}
+        (folder / "states" / run.job.state_file.name).write_text(json.dumps(state) + "\n")
+    return folder
+
+
+def write_launch_files(runs: Sequence[Run]) -> list[str]:
+    """Write torchrun.sh and slurm.sh into the table's folder. Returns the commands that start them."""
+    folder, devices, config = runs[0].job.study, runs[0].config.trainer.devices, shlex.quote(runs[0].job.arguments[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    torchrun = f".venv/bin/torchrun --standalone --nproc-per-node={devices} -m experiments.train {config}"
+    sbatch = f"CONFIG={config} sbatch --nodes=1 --ntasks-per-node={devices} --gpus-per-node={devices}"
+    scripts = {folder / "torchrun.sh": TORCHRUN, folder / "slurm.sh": SLURM}
+    for path, head in scripts.items():
+        lines = [head.format(title=f"{folder.name}: {len(runs)} runs", devices=devices, path=path)]
+        for run in runs:
+            start = torchrun if head is TORCHRUN else f"{sbatch} --job-name={run.job.name} experiments/train.sbatch"
+            lines.append(f"{start} {shlex.join(run.job.arguments[1:])}\n")
+        path.write_text("".join(lines))
+    return [f"bash {path}" for path in scripts]
+
+
+def check_memory(table: Table, runs: Sequence[Run], gpu_gib: float) -> Iterator[tuple[str, bool]]:
+    """Yield for each row a line with what `make estimate` says of its run, and whether it fits a GPU of that memory."""
+    for run in runs[: len(table.rows)]:
+        trainer, data, facts = run.config.trainer, run.config.data, estimate(run.config)
+        samples = trainer.max_steps * data.global_batch_size
+        seen = samples if facts["unit"] == "image" else samples * data.seq_len
+        gib, flops = facts["memory_bytes"]["total"] / 2**30, facts["flops_training"] * seen
+        fits = gib <= gpu_gib
+        does = "fits" if fits else "does not fit"
+        size = f"{facts['params_total'] / 1e9:.2f}B parameters, {flops:.2g} FLOPs"
+        yield f"{run.row.name}: {size}, {gib:.0f} GiB of a GPU: {does} {gpu_gib:g} GiB", fits

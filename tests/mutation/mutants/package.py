@@ -32,9 +32,9 @@ MUTANTS = (
     Mutant("scmoe-is-thought-to-be-on-path", 0, "scmoe/config/extras.py")
     .replaces("if not beside.exists() or", "if beside.exists() or")
     .caught_by(f"{COMMANDS}::test_the_next_command_is_named_as_it_works_here"),
-    Mutant("interrupted-job-begins-again", 0, "experiments/studies/job.py")
+    Mutant("interrupted-job-begins-again", 0, "experiments/studies/jobs.py")
     .replaces('re.sub(r"\\btrain(\\.py)?$", r"resume\\1", program)', "program")
-    .caught_by(f"{UNIT}/test_table.py"),
+    .caught_by(f"{UNIT}/test_table_make.py"),
     Mutant("drop-in-experts-not-averaged", 0, "scmoe/parallel/update/wrap.py")
     .replaces("([*shards.values()], context, pacer)", "([], context, pacer)")
     .caught_by(f"{DROP_IN}::test_two_ranks_give_the_outputs_and_gradients_of_one"),

@@ -29,9 +29,9 @@ MUTANTS = (
         '(row["paper"][found["metric"]], row["ours"]) for row in found["rows"]',
     )
     .caught_by(f"{UNIT}/test_table_report.py::test_the_order_of_a_table_with_two_models_is_that_of_differences"),
-    Mutant("resumed-job-without-its-extensions", 0, "experiments/studies/job.py")
+    Mutant("resumed-job-without-its-extensions", 0, "experiments/studies/jobs.py")
     .replaces("str(run_dir), *self.again]", "str(run_dir)]")
-    .caught_by(f"{UNIT}/test_table_runs.py::test_a_run_with_extensions_is_resumed_and_evaluated_with_them"),
+    .caught_by(f"{UNIT}/test_table_make.py::test_a_run_with_extensions_is_resumed_and_evaluated_with_them"),
     Mutant("nan-is-a-value", 0, "experiments/studies/sweep/search.py")
     .replaces("self.history and math.isfinite(self.history[-1]) else None", "self.history else None")
     .caught_by(f"{UNIT}/test_sweep_search.py::test_a_trial_that_ends_with_nan_teaches_bayes_nothing"),

@@ -101,7 +101,7 @@ MUTANTS = (
     Mutant("uneven-batches-accepted", 16, "scmoe/lightning/lockstep.py")
     .replaces("    if context.world_size == 1:\n", "    if context.world_size > 1:\n")
     .caught_by(f"{FAULTS}/test_batches.py::test_16_each_loader_is_counted"),
-    Mutant("dead-worker-sample-unknown", 19, f"{DATA}/watched.py")
+    Mutant("dead-worker-sample-unknown", 19, f"{DATA}/positioned.py")
     .replaces(
         "            self.reading_W2[worker.id] = torch.tensor([os.getpid(), i])\n",
         "            assert worker.id < len(self.reading_W2)\n",

@@ -1,7 +1,9 @@
-"""Ranks are killed at every file operation of a save that overwrites a checkpoint, in the foreground and background.
+"""Checkpoints are damaged: ranks are killed at every file operation of a save that overwrites one, or one bit changes.
 
-Operations are found by Python's audit events, and by os.fsync and durable.exchange, which have none. Left out: loss of
-power (what fsync has promised counts as kept), and kills within one write, which only kills at random times can meet.
+A killed save, in the foreground or background, must leave the old checkpoint or the new one whole. Operations are found
+by Python's audit events, and by os.fsync and durable.exchange, which have none. Left out: loss of power (what fsync has
+promised counts as kept), and kills within one write, which only kills at random times can meet.
+Every reader must refuse a checkpoint of which a bit has changed.
 """
 
 import os
@@ -13,14 +15,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
 
 from scmoe.experiments.engine.ranks import RankError, run_ranks
-from scmoe.experiments.faults.tiny_run import LAST, NEW, OLD, WAYS, one_step, progress, save_marked, spread, tensors
+from scmoe.experiments.faults import tiny_run
+from scmoe.experiments.faults.tiny_run import LAST, NEW, OLD, WAYS
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.checkpoint.loading import load_checkpoint
+from scmoe.parallel.checkpoint.loading import load_model
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.training.assembly.model import build_model
 
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -61,14 +67,14 @@ def save_over(
 ) -> dict[str, Any]:
     """Save each of the steps over the one before, and kill the victim ("first", "last" or "all" ranks) at an operation
     of the last save, or some seconds after its start. Returns a surviving rank's file operations and its seconds."""
-    trainer = one_step(world_size, folder, *WAYS[dense])
+    trainer = tiny_run.one_step(world_size, folder, *WAYS[dense])
     pids = folder / "pids"
     pids.mkdir(parents=True, exist_ok=True)
     (pids / str(rank)).write_text(str(os.getpid()))
     trainer.strategy.barrier()  # every rank has written its id, over that of an earlier call
     *before, last = steps
     for step in before:
-        save_marked(trainer, folder / "checkpoints" / LAST, step)
+        tiny_run.save_marked(trainer, folder / "checkpoints" / LAST, step)
     done: list[str] = []
 
     def note(what: str) -> None:
@@ -87,7 +93,7 @@ def save_over(
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel ends the process, whatever it is doing
         signal.setitimer(signal.ITIMER_REAL, after_s)
     start = time.monotonic()
-    save_marked(trainer, folder / "checkpoints" / LAST, last, background)
+    tiny_run.save_marked(trainer, folder / "checkpoints" / LAST, last, background)
     signal.setitimer(signal.ITIMER_REAL, 0)
     return {"operations": done, "seconds": time.monotonic() - start}
 
@@ -105,7 +111,7 @@ def killed(folder: Path, victim: str, background: bool = False, **when: Any) -> 
 
 def inspect(rank: int, world_size: int, folders: list[Path]) -> list[dict[str, int]]:
     """Return what a new process finds of each checkpoint: 1 if lost, 1 if it mixes steps, the number of leftovers."""
-    trainer = one_step(world_size, folders[0].parent / "inspect")
+    trainer = tiny_run.one_step(world_size, folders[0].parent / "inspect")
     found = []
     for folder in folders:
         lost = mixed = False
@@ -113,11 +119,11 @@ def inspect(rank: int, world_size: int, folders: list[Path]) -> list[dict[str, i
             durable.newest_good(folder)  # before the leftovers are removed
             durable.sweep(folder)
             path = durable.newest_good(folder)
-            load_checkpoint(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
+            tiny_run.load_into(trainer, path)
         except (FileNotFoundError, durable.BrokenCheckpoint):
             lost = True
         else:
-            steps = {float(value) for t in tensors(trainer).values() for value in t.unique()}
+            steps = {float(value) for t in tiny_run.tensors(trainer).values() for value in t.unique()}
             mixed = steps not in ({OLD}, {NEW}) or steps != {durable.verify(path)}
         found.append({"lost": int(lost), "mixed": int(mixed), "leftovers": len(os.listdir(folder)) - 1})
     return found
@@ -134,7 +140,9 @@ def kill(points: int | None = None, random: int = 0, dense: str = "replicated") 
             record = ranks[0 if victim == "first" else -1]
             operations = range(len(record["operations"]))
             for who in (victim, "all") if victim == "first" else (victim,):
-                kills += [(who, {"background": background, "operation": i}) for i in spread(operations, points)]
+                kills += [
+                    (who, {"background": background, "operation": i}) for i in tiny_run.spread(operations, points)
+                ]
         draw = torch.Generator().manual_seed(0)
         for i in range(random):
             moment = torch.rand((), generator=draw).item() * 1.2 * record["seconds"]
@@ -142,7 +150,7 @@ def kill(points: int | None = None, random: int = 0, dense: str = "replicated") 
             kills.append((("first", "last", "all")[i % 3], when))
 
         folders, deaths = [], 0
-        for i, (who, when) in enumerate(progress(kills, "killing")):
+        for i, (who, when) in enumerate(tiny_run.progress(kills, "killing")):
             died = killed(root / str(i), who, **when, dense=dense)
             if "operation" in when and not died:
                 raise RuntimeError(f"{who} survived operation {when['operation']}: operations differ between saves")
@@ -151,3 +159,30 @@ def kill(points: int | None = None, random: int = 0, dense: str = "replicated") 
         (found,) = run_ranks(inspect, 1, folders)
         totals = {key: sum(entry[key] for entry in found) for key in ("lost", "mixed", "leftovers")}
         return {"kill_points": len(kills), "killed": deaths, **totals}
+
+
+def write_old(rank: int, world_size: int, folder: Path, dense: str = "replicated") -> None:
+    tiny_run.save_marked(tiny_run.one_step(world_size, folder, *WAYS[dense]), folder / "checkpoints" / LAST, OLD)
+
+
+def flip(count: int, dense: str = "replicated") -> dict[str, int]:
+    """refused: how often the reader raised and named the file. dense: where the dense weights of the run were."""
+    with tempfile.TemporaryDirectory() as name:
+        run_ranks(write_old, 2, Path(name), dense)
+        path, draw, refused = Path(name) / "checkpoints" / LAST, Random(0), 0
+        model = build_model(tiny_run.tiny(1), ParallelContext())
+        load_model(path, model, "model.")
+        files = sorted(path.iterdir())
+        for _ in tiny_run.progress(range(count), "flipping"):
+            file = draw.choice(files)
+            whole = file.read_bytes()
+            content = bytearray(whole)
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            file.write_bytes(content)
+            try:
+                load_model(path, model, "model.")
+            except durable.BrokenCheckpoint as error:
+                refused += str(file) in str(error)
+            file.write_bytes(whole)
+        load_model(path, model, "model.")
+    return {"flips": count, "refused": refused}

@@ -8,18 +8,20 @@ scales    config, seeds, and what is done after the trainings: `evaluate` and `b
 import math
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os.path import normpath
 from pathlib import Path
 from typing import Any
 
+from cyclopts import Parameter
+
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import SHIPPED, find, parse_yaml
+from scmoe.experiments.engine.command_line import OneEach
 from scmoe.experiments.studies.checks import LIST, MAPPING, TEXT, Rule, check, one_of, refusal
 
 FOLDER = SHIPPED / "experiment"
-SOURCES = ("summary", "evaluation", "speed", "paper")
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,26 @@ class Table:
         return next(row for row in self.rows if row.name == name)
 
 
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Options:
+    """The options that `table` and `reproduce` share.
+
+    Args:
+        scale: one of table.yaml: smoke | small | digits | paper
+        jobs: number of runs in parallel; 0: all in this process
+        seeds: seeds 1 to this
+        from_: take the results of runs of equal configuration from this folder, such as docs/results; may be repeated
+        to: copy results and states of finished runs into this folder, after taking those that it has
+    """
+
+    scale: str = "smoke"
+    jobs: int | None = None
+    seeds: int | None = None
+    from_: OneEach[Path] = ()
+    to: Path | None = None
+
+
 def table_names(root: Path = FOLDER) -> list[str]:
     return sorted(found.parent.name for found in root.glob("*/table.yaml"))
 
@@ -126,44 +148,42 @@ def check_scale(table: Table, scale: str) -> None:
 def _table(name: str, folder: Path, tree: Any) -> Table:
     check("", tree, TABLE, ("title", "metrics", "baseline", "scales", "rows"))
     metrics = tuple(_metric(key, entry) for key, entry in tree["metrics"].items())
-    rows = [_row(entry, tree["baseline"], [metric.name for metric in metrics]) for entry in tree["rows"]]
-    names = [row.name for row in rows]
+    rows = tuple(_row(entry, tree["baseline"], [metric.name for metric in metrics]) for entry in tree["rows"])
     if len({row.slug for row in rows}) < len(rows):
         raise ConfigError("rows have the same name, allowed: names that differ in letters or digits")
-    for key, baseline in [("baseline", tree["baseline"]), *((f"baseline of {r.name!r}", r.baseline) for r in rows)]:
-        if baseline not in names:
-            raise refusal(key, baseline, ", ".join(map(repr, names)))
+    names = ", ".join(repr(row.name) for row in rows)
+    baselines = {"baseline": tree["baseline"], **{f"baseline of {row.name!r}": row.baseline for row in rows}}
+    for key, baseline in baselines.items():
+        if baseline not in [row.name for row in rows]:
+            raise refusal(key, baseline, names)
     scales = {scale: _scale(scale, folder, entry, tree["scales"]) for scale, entry in tree["scales"].items()}
     for scale, made in scales.items():
         for row in rows:
             if row.setting is not None and row.setting not in made.settings:
                 allowed = f"{', '.join(made.settings) or 'none'} at scale {scale}"
                 raise refusal(f"setting of {row.name!r}", row.setting, allowed)
-    share, equal_time = tree.get("share"), tuple(map(float, tree.get("equal_time", ())))
-    at = None if share is None else float(share)
-    table = Table(name, tree["title"], metrics, tree["baseline"], tuple(rows), scales, at, equal_time)
+    share = float(tree["share"]) if "share" in tree else None
+    table = Table(name, tree["title"], metrics, tree["baseline"], rows, scales, share, _floats(tree.get("equal_time")))
     if table.metrics_from("speed") and table.share is None:
         raise ConfigError("share is missing, allowed: a number between 0 and 1, at which the metrics of speed hold")
     return table
 
 
 def _metric(name: str, entry: Any) -> Metric:
-    place = f"metrics.{name}"
-    check(place, entry, METRIC, ("unit", "better", "from"))
+    check(f"metrics.{name}", entry, METRIC, ("unit", "better", "from"))
     keys = entry.get("key", name)
-    times = float(entry.get("times", 1))
-    return Metric(name, entry["unit"], entry["better"], entry["from"], _words(keys), times)
+    keys = (keys,) if isinstance(keys, str) else tuple(keys)
+    return Metric(name, entry["unit"], entry["better"], entry["from"], keys, float(entry.get("times", 1)))
 
 
 def _row(entry: Any, baseline: str, metrics: list[str]) -> Row:
     check("a row", entry, ROW, ("name", "groups", "paper", "overrides"))
-    place = f"paper of {entry['name']!r}"
-    check(place, entry["paper"], dict.fromkeys(metrics, PAPER))
-    words = _overrides(entry["overrides"])
+    check(f"paper of {entry['name']!r}", entry["paper"], dict.fromkeys(metrics, PAPER))
     paper = {metric: float(value) for metric, value in entry["paper"].items()}
-    own_baseline = entry.get("baseline", baseline)
-    optional = entry.get("speed"), entry.get("setting")
-    return Row(entry["name"], tuple(entry["groups"]), paper, words, own_baseline, *optional)
+    words, own_baseline = _overrides(entry["overrides"]), entry.get("baseline", baseline)
+    return Row(
+        entry["name"], tuple(entry["groups"]), paper, words, own_baseline, entry.get("speed"), entry.get("setting")
+    )
 
 
 def _scale(name: str, folder: Path, entry: Any, scales: Mapping[str, Any]) -> Scale:
@@ -171,21 +191,26 @@ def _scale(name: str, folder: Path, entry: Any, scales: Mapping[str, Any]) -> Sc
     otherwise = entry.get("otherwise")
     if otherwise is not None and otherwise not in scales:
         raise refusal(f"scales.{name}.otherwise", otherwise, ", ".join(scales))
-    given: dict[str, Any] = {key: tuple(shlex.split(entry[key])) for key in ("evaluate", "bench") if key in entry}
-    given |= {key: float(entry[key]) for key in ("minutes", "gpu_gib") if key in entry}
-    given |= {"shares": tuple(map(float, entry["shares"]))} if "shares" in entry else {}
-    jobs = None if entry["jobs"] == "launch" else int(entry["jobs"])
-    settings = {name: _overrides(own) for name, own in entry.get("settings", {}).items()}
-    config = Path(normpath(folder / entry["config"]))
-    return Scale(config, int(entry["seeds"]), jobs, otherwise=otherwise, settings=settings, **given)
+    return Scale(
+        config=Path(normpath(folder / entry["config"])),
+        seeds=int(entry["seeds"]),
+        jobs=None if entry["jobs"] == "launch" else int(entry["jobs"]),
+        minutes=float(entry.get("minutes", Scale.minutes)),
+        evaluate=tuple(shlex.split(entry["evaluate"])) if "evaluate" in entry else None,
+        bench=tuple(shlex.split(entry["bench"])) if "bench" in entry else None,
+        shares=_floats(entry["shares"]) if "shares" in entry else None,
+        otherwise=otherwise,
+        gpu_gib=float(entry.get("gpu_gib", Scale.gpu_gib)),
+        settings={setting: _overrides(own) for setting, own in entry.get("settings", {}).items()},
+    )
 
 
 def _overrides(entry: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(f"{key}={value}" for key, value in entry.items())
 
 
-def _words(value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
+def _floats(texts: Sequence[str] | None) -> tuple[float, ...]:
+    return tuple(map(float, texts or ()))
 
 
 def _number(text: Any, least: float = -math.inf, most: float = math.inf) -> bool:
@@ -199,21 +224,24 @@ def _number(text: Any, least: float = -math.inf, most: float = math.inf) -> bool
 PAPER: Rule = (_number, "a number, such as 3.27")
 ABOVE_0: Rule = (lambda text: _number(text, 0), "a number above 0")
 SHARE: Rule = (lambda text: _number(text, 0, 1), "a number between 0 and 1")
-MANY: Rule = (lambda value: isinstance(value, list) and all(map(SHARE[0], value)), "a list of numbers between 0 and 1")
-TEXTS: Rule = (lambda value: isinstance(value, str) or (isinstance(value, list) and bool(value)), "a text or a list")
+SHARES: Rule = (
+    lambda value: isinstance(value, list) and all(map(SHARE[0], value)),
+    "a list of numbers between 0 and 1",
+)
+TEXTS: Rule = (lambda value: isinstance(value, str) or LIST[0](value), "a text or a list")
 VALUES: Rule = (lambda value: isinstance(value, dict), "a mapping of keys to values")
 SETTINGS: Rule = (lambda v: isinstance(v, dict) and all(map(VALUES[0], v.values())), "names, each with a mapping")
 TABLE: dict[str, Rule] = {
     **dict.fromkeys(("title", "baseline"), TEXT),
     **dict.fromkeys(("metrics", "scales"), MAPPING),
     "share": SHARE,
-    "equal_time": MANY,
+    "equal_time": SHARES,
     "rows": LIST,
 }
 METRIC: dict[str, Rule] = {
     "unit": TEXT,
     "better": one_of("lower", "higher"),
-    "from": one_of(*SOURCES),
+    "from": one_of("summary", "evaluation", "speed", "paper"),
     "key": TEXTS,
     "times": PAPER,
 }
@@ -228,6 +256,6 @@ SCALE: dict[str, Rule] = {
     "jobs": (lambda text: text == "launch" or str(text).isdecimal(), "0 or more | launch"),
     "minutes": ABOVE_0,
     "settings": SETTINGS,
-    "shares": MANY,
+    "shares": SHARES,
     "gpu_gib": ABOVE_0,
 }

@@ -3,6 +3,9 @@
 <study>/lock                  held by the process that runs the study and, by inheritance, by all its trainings
         states/<job>.json     what is known of a job: whole or absent
         logs/<job>.log        what its training printed
+
+Runs of equal `digest_of` have equal results, so a table takes them. A sweep goes on only if its base config's is
+unchanged.
 """
 
 import fcntl
@@ -12,15 +15,21 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
+from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
+from scmoe.config.load import to_yaml
 from scmoe.parallel.checkpoint.durable import write_durably
+from scmoe.runs.seen import DEFAULTS, flat
 from scmoe.training.files import write_aside
 
 TRAIN = (sys.executable, "-m", "scmoe.experiments.train")
 LOG_TAIL = 4096  # bytes
+# where a run is kept and how it is shown: nothing that changes a result
+NOT_IN_DIGEST = ("name", "runs_dir", "logger.", "data.cache_dir", "trainer.progress", "trainer.max_memory_gib")
 
 
 @dataclass
@@ -43,7 +52,8 @@ class State:
 class Job:
     """One training of a study. arguments: of the command that starts it; the launcher's last word names the program.
     again: extensions and callbacks that the resume command must name, because a kept configuration runs no code.
-    is_own: whether a run directory belongs to this job, not to an earlier job of this name with another config."""
+    is_own: whether a run directory belongs to this job, not to an earlier job of this name with another config.
+    judge: reads the finished job's results, may call it failed, and may return a job that follows it at once."""
 
     name: str
     title: str
@@ -53,7 +63,10 @@ class Job:
     launcher: Sequence[str] = TRAIN
     again: Sequence[str] = ()
     is_own: Callable[[Path], bool] = lambda run_dir: True
+    judge: Callable[["Job"], "Job | None"] = lambda job: None
     state: State = field(default_factory=State)
+    worked_s: float = 0.0  # in this session
+    progress: float = 0.0  # of this session, as a share of the job
 
     @property
     def log(self) -> Path:
@@ -86,6 +99,17 @@ class Job:
             self.state.status = "cut"
         return self.state
 
+    def advance(self, seconds: float) -> None:
+        """Add this time, and note how far the log says that the training is."""
+        before = self.state.done
+        self.state.done = max(before, fraction(self.log))
+        self.state.seconds += seconds
+        self.worked_s += seconds
+        self.progress += self.state.done - before
+
+    def fail(self, why: str) -> None:
+        self.state.status, self.state.error = "failed", why
+
     def keep(self) -> None:
         write_whole(self.state_file, asdict(self.state))
 
@@ -108,6 +132,13 @@ def lock_of(study: Path) -> Iterator[IO[str]]:
         yield lock
 
 
+def digest_of(config: Config) -> str:
+    """Return a hash of the values that can change a result. Defaults are left out: a new field changes no digest."""
+    values = flat(to_yaml(config)).items()
+    own = {key: value for key, value in values if value != DEFAULTS[key] and not key.startswith(NOT_IN_DIGEST)}
+    return sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def fraction(log: Path) -> float:
     """Return how far a training is, by the last step in its log."""
     steps = re.findall(r"^step (\d+)/(\d+) ", _tail(log), re.MULTILINE)
@@ -117,6 +148,12 @@ def fraction(log: Path) -> float:
 def last_line(log: Path) -> str:
     lines = [line.strip() for line in _tail(log).splitlines() if line.strip()]
     return lines[-1].removeprefix("[rank0]: ")[:200] if lines else "it printed nothing"
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 def _tail(log: Path) -> str:

@@ -8,7 +8,7 @@ import numpy
 import pytest
 from scipy import stats
 
-from scmoe.experiments.studies.table.statistics import compare, describe, holm, pooled, rank_correlation, seeds_needed
+from scmoe.experiments.studies.table.results import compare, describe, holm, pooled, rank_correlation, seeds_needed
 
 
 def test_mean_and_sample_deviation():

@@ -1,23 +1,18 @@
-"""The tables of configs/experiment build, hold the paper's values and write launch files; mistakes are refused."""
+"""The tables of configs/experiment build and hold the paper's values; mistakes are refused."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.experiments.bench.pairs import ROWS
-from scmoe.experiments.engine.command_line import call
-from scmoe.experiments.studies.table.launch import check_memory, write_launch_files
-from scmoe.experiments.studies.table.rows import load_table
+from scmoe.experiments.studies.table.table_file import load_table
 from scmoe.experiments.studies.table.table_runs import plan_runs
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model, build_model_on_meta
@@ -39,16 +34,6 @@ def test_every_row_builds_at_every_scale(name, tmp_path):
         assert len({run.job.name for run in runs}) == len(table.rows) * seeds
         for run in runs[: len(table.rows)]:
             build_model_on_meta(run.config)
-
-
-def test_a_setting_holds_at_its_own_scale(tmp_path):
-    table = load_table("table3", CONFIGS)
-    rates = {
-        scale: {run.row.name: run.config.optim.lr for run in plan_runs(table, table.scales[scale], tmp_path, 1)}
-        for scale in ("small", "paper")
-    }
-    assert rates["small"]["top-2"] == 6e-3 and rates["small"]["ScMoE Pos-2, CG-1"] == 1.2e-2
-    assert set(rates["paper"].values()) == {3e-4}
 
 
 PAPER = {  # the paper's tables, row by row in the order of the files
@@ -114,13 +99,6 @@ def test_the_evaluations_of_a_scale_make_its_metrics(name):
             assert keys and all(key.startswith(made) for key in keys)
 
 
-def test_an_override_of_what_rows_set_is_refused(tmp_path):
-    table = load_table("table4", CONFIGS)
-    for word in ("moe.top_k=1", "seed=7", "--name=mine"):
-        with pytest.raises(ConfigError, match=f"{word} is given, allowed: keys other than"):
-            plan_runs(table, table.scales["smoke"], tmp_path, 1, [word])
-
-
 def test_table3_trains_as_the_paper_does():
     table = load_table("table3", CONFIGS)
     small = load(table.scales["small"].config)
@@ -180,53 +158,6 @@ def test_a_table_that_is_wrong_is_refused(tmp_path, change, says):
     (tmp_path / "table3/table.yaml").write_text(text.replace(*change, 1))
     with pytest.raises(ConfigError, match=says.replace("|", r"\|")):
         load_table("table3", tmp_path)
-
-
-def test_launch_files_hold_every_run(tmp_path):
-    table = load_table("table7", CONFIGS)
-    runs = plan_runs(table, table.scales["paper"], tmp_path, 1)
-    for command in write_launch_files(runs):
-        path = Path(command.removeprefix("bash "))
-        subprocess.run(["bash", "-n", path], check=True)
-        assert started(path, tmp_path) == [run.config for run in runs]
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (("trainer.num_nodes=2",), "trainer.num_nodes is 2, allowed in launch files: 1"),
-        (("--to", "kept"), "--to is 'kept', allowed: at a scale whose runs are made here"),
-    ],
-)
-def test_launch_files_refuse_what_they_cannot_hold(words, says, tmp_path, capsys):
-    assert call("table", "table3", "--scale", "paper", f"runs_dir={tmp_path}", *words) == 2
-    assert says in capsys.readouterr().err
-
-
-def test_a_run_that_does_not_fit_its_gpu_is_said(tmp_path):
-    table = load_table("table7", CONFIGS)
-    runs = plan_runs(table, table.scales["paper"], tmp_path, 1)
-    found = {gib: [fits for _, fits in check_memory(table, runs, gib)] for gib in (1.0, 1e6)}
-    assert found == {1.0: [False] * 8, 1e6: [True] * 8}
-    (line, *_) = (line for line, _ in check_memory(table, runs, 80))
-    assert re.fullmatch(r"top-2, Small: 0\.\d\dB parameters, \S+ FLOPs, \d+ GiB of a GPU: fits 80 GiB", line)
-
-
-def started(script: Path, folder: Path) -> list[Config]:
-    """Returns the configs that a launch file starts; fake torchrun and sbatch commands record their arguments."""
-    calls = folder / "launched"
-    calls.write_text("")
-    for name in (".venv/bin/torchrun", "sbatch"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f'#!/bin/bash\nprintf "%s\\n" "$CONFIG $*" >> {calls}\n')
-        (folder / name).chmod(0o755)
-    environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
-    subprocess.run(["bash", script.absolute()], cwd=folder, env=environment, check=True)
-    configs = []
-    for line in calls.read_text().splitlines():
-        (config,) = (word for word in line.split() if word.endswith(".yaml"))
-        configs.append(load(config, [word for word in line.split() if "=" in word and not word.startswith("--")]))
-    return configs
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(CONFIGS)))
