@@ -108,7 +108,7 @@ def add_weight(split: Split, p: nn.Parameter, sent: Counter[str]) -> None:
     mesh = "exact" if job.precision == "bf16-mixed" and p in split.exact else "dense"
     group = "edp" if is_expert else f"{mesh}-shards"
     if shards > 1:
-        gathers = 1 if p in split.outside or p in split.units[-1] else 2  # backward begins with the last unit
+        gathers = 1 if p in split.outside or p in split.blocks[-1] else 2  # backward begins with the last block
         sent[f"all_gather {group}"] += gathers * split.gathered_bytes(p) * job.accumulate
         sent[f"reduce_scatter {group}"] += split.summed_bytes(p) * job.accumulate
     if copies > 1:

@@ -34,7 +34,6 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -46,8 +45,6 @@ from scmoe.footprint.model_cost import COMPUTE_BYTES, WEIGHT_BYTES, moe_uses, ow
 from scmoe.models.units import exact_parameters, units
 from scmoe.moe.coefficient import CG1, CG2
 from scmoe.moe.experts import Experts
-
-CONTAINER = Path("/sys/fs/cgroup")  # the control group of this process, version 2
 
 
 @dataclass(frozen=True)
@@ -136,14 +133,15 @@ class Split:
         return exact_parameters(self.model)
 
     @cached_property
-    def units(self) -> list[set[nn.Parameter]]:
-        """The parameters that are gathered together, in the order of forward: usually those of a block."""
+    def blocks(self) -> list[set[nn.Parameter]]:
+        """The parameters that are gathered together, in the order of forward: those of a block, or of two that share
+        some."""
         return [{p for block in unit for p in block.parameters()} for unit in units(self.model)]
 
     @cached_property
     def outside(self) -> set[nn.Parameter]:
         """The parameters outside blocks, which stay gathered from forward to the end of backward."""
-        return set(self.model.parameters()).difference(*self.units)
+        return set(self.model.parameters()).difference(*self.blocks)
 
     @property
     def width(self) -> int:
@@ -208,15 +206,16 @@ def gathered(split: Split) -> tuple[int, int]:
     if job.dense == "replicated":
         narrow = 0
         if job.precision == "bf16-mixed":
-            narrow = 2 * sum(split.held(p) for p in parameters if p not in split.exact | split.experts)
+            apart = split.exact | split.experts
+            narrow = 2 * sum(split.held(p) for p in parameters if p not in apart)
             for moe, copies in moe_uses(split.model):  # every gate of a block has its own
                 narrow += 2 * (copies // moe.router.top_k) * sum(map(split.held, moe.experts.parameters()))
         averaged = sum(map(split.held, split.experts)) if job.dp_size > 1 else 0
         return narrow, narrow + split.width * (max(map(split.held, parameters)) + averaged)
     most, before = sum(map(split.summed_bytes, split.outside)), 0
-    for unit in split.units:
-        sizes = [split.gathered_bytes(p) for p in unit]
-        most = max(most, before + sum(sizes) + max(sizes) + sum(map(split.summed_bytes, unit)))
+    for block in split.blocks:
+        sizes = [split.gathered_bytes(p) for p in block]
+        most = max(most, before + sum(sizes) + max(sizes) + sum(map(split.summed_bytes, block)))
         before = sum(sizes)
     outside = sum(map(split.gathered_bytes, split.outside))
     head = sum(map(split.gathered_bytes, split.model.head.parameters()))
@@ -243,7 +242,7 @@ def kept_in(step: nn.Module, rows: Mapping[nn.Module, float], job: Job) -> tuple
     computes again, as inputs of these parts, and inside each of them."""
     parts = list(outermost(step, (Residual, MLP)))
     residuals = [part for part in parts if isinstance(part, Residual)]
-    dim = residuals[0].f.dim if residuals else 0
+    dim: Any = residuals[0].f.dim if residuals else 0
     inside = [sum(rows.get(module, 0.0) * kept_by(module, dim, job) for module in part.modules()) for part in parts]
     outside = sum(rows.get(module, 0.0) * kept_by(module, dim, job) for module in step.modules()) - sum(inside)
     for moe, copies in own_moe_uses(step):
@@ -277,18 +276,3 @@ def kept_by(module: Any, dim: int, job: Job) -> float:
     if isinstance(module, nn.Dropout) and module.p > 0:
         return dim * (1 if job.on_gpu else c)
     return 0.0
-
-
-def memory_limit() -> float:
-    """Return the bytes that the container of this process may use; infinite without a limit."""
-    file = CONTAINER / "memory.max"
-    limit = file.read_text().strip() if file.exists() else "max"
-    return math.inf if limit == "max" else float(limit)
-
-
-def memory_in_use() -> float:
-    """Return the bytes that the container uses, without pages of files that are not in use: they are given back."""
-    if not (CONTAINER / "memory.current").exists():
-        return 0.0
-    stat = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
-    return float((CONTAINER / "memory.current").read_text()) - float(stat.get("inactive_file", 0))

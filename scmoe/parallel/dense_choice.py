@@ -1,16 +1,18 @@
 """dense=auto: the first of replicated, hybrid and sharded that a rank's memory has room for."""
 
+import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from scmoe.footprint.memory import memory_limit
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 ROOM = 0.8  # of a rank's memory; the rest is for buffers of transfers and the allocator's gaps
 GIB = 2**30
+CONTAINER = Path("/sys/fs/cgroup")  # the control group of this process, version 2
 
 
 def pick_dense(estimates: Mapping[str, float], memory: float) -> tuple[str, str]:
@@ -45,3 +47,18 @@ def memory_of_rank(device: torch.device, node_size: int) -> float:
         return float(torch.cuda.get_device_properties(device).total_memory)
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return min(memory, memory_limit()) / node_size
+
+
+def memory_limit() -> float:
+    """Return the bytes that the container of this process may use; infinite without a limit."""
+    file = CONTAINER / "memory.max"
+    limit = file.read_text().strip() if file.exists() else "max"
+    return math.inf if limit == "max" else float(limit)
+
+
+def memory_in_use() -> float:
+    """Return the bytes that the container uses, without pages of files that are not in use: they are given back."""
+    if not (CONTAINER / "memory.current").exists():
+        return 0.0
+    stat = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
+    return float((CONTAINER / "memory.current").read_text()) - float(stat.get("inactive_file", 0))

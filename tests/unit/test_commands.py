@@ -11,34 +11,25 @@ import pytest
 
 from scmoe import __version__
 from scmoe.config.extras import scmoe
-from scmoe.experiments.engine.command_line import VERBS, app_of, call
-from scmoe.experiments.table import Options
+from scmoe.experiments.engine.command_line import ROOMS, VERBS, app_of, call
 
 ROOT = Path(__file__).parents[2]
 SUBVERBS = [("bench", what) for what in ("layer", "overlap", "growth", "guard", "generation", "inference", "timeline")]
 SUBVERBS += [("faults", what) for what in ("kill", "flip", "resume", "reshard")]
 HEAVY = ("torch", "matplotlib", "wandb", "lightning", "scipy", "optuna")
-# This program calls each verb as `scmoe VERB` and as `python -m experiments.VERB`, and prints for each of its arguments
-# the exit code and what was printed, twice, and which heavy packages were imported by then.
+# This program calls each verb as `scmoe VERB`, and prints for each of its arguments the exit code, what was printed,
+# and which heavy packages were imported by then.
 WALK = f"""
-import contextlib, io, json, runpy, sys
+import contextlib, io, json, sys
 sys.path.insert(0, {str(ROOT)!r})
-from scmoe.experiments.engine.command_line import main
-
-def answer(run, *argv):
-    sys.argv = [*argv]
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        try:
-            run()
-        except SystemExit as end:
-            return end.code, out.getvalue(), err.getvalue()
+from scmoe.experiments.engine.command_line import call
 
 for words in json.loads(sys.argv[1]):
     for last in ("--help", "--no-such-option"):
-        module = "experiments." + words[0].replace("-", "_")
-        as_scmoe = answer(main, "scmoe", *words, last)
-        as_module = answer(lambda: runpy.run_module(module, run_name="__main__"), module, *words[1:], last)
-        print(json.dumps([words, last, as_scmoe, as_module, [name for name in {HEAVY} if name in sys.modules]]))
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            code = call(*words, last)
+        heavy = [name for name in {HEAVY} if name in sys.modules]
+        print(json.dumps([words, last, code, out.getvalue(), err.getvalue(), heavy]))
 """
 
 
@@ -48,9 +39,8 @@ def test_every_verb_shows_its_help_and_refuses_a_wrong_option_without_torch(tmp_
     done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == 2 * len(asked), done.stderr
-    for words, last, as_scmoe, as_module, heavy in answers:
-        assert as_scmoe == as_module and heavy == [], (words, last, heavy)
-        code, out, err = as_scmoe
+    for words, last, code, out, err, heavy in answers:
+        assert heavy == [], words
         if last == "--help":
             assert (code, err) == (0, "") and out.startswith(f"Usage: scmoe {' '.join(words)}"), (words, out, err)
         else:
@@ -85,7 +75,7 @@ def test_a_missing_run_is_asked_for_by_example(verb, capsys):
 
 @pytest.mark.parametrize("words", [("table", "table3"), ("reproduce",)])
 def test_a_scale_that_no_table_has_is_refused_before_packages_are_imported(words, capsys, monkeypatch):
-    monkeypatch.setattr(Options, "request", None)  # it imports torch
+    monkeypatch.setattr(f"scmoe.experiments.{words[0]}.require", None)
     assert call(*words, "--scale", "nonsense") == 2
     assert "--scale is 'nonsense', allowed for table" in capsys.readouterr().err
 
@@ -133,7 +123,11 @@ def test_every_shell_completes_every_verb(shell):
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
-def test_every_verb_is_a_script():
-    scripts = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"__init__"}
-    folders = {path.parent.name for path in (ROOT / "experiments").glob("*/__main__.py")}
-    assert scripts | folders == {verb.replace("-", "_") for verb in VERBS}
+def test_every_verb_is_a_script_which_calls_it():
+    """So `python -m experiments.VERB` is `scmoe VERB`."""
+    scripts = {path.stem: path for path in (ROOT / "experiments").glob("*.py")}
+    scripts |= {verb: ROOT / "experiments" / verb / "__main__.py" for verb in ROOMS}
+    assert scripts.keys() - {"__init__"} == {verb.replace("-", "_") for verb in VERBS}
+    for verb in VERBS:
+        last = scripts[verb.replace("-", "_")].read_text().splitlines()[-1]
+        assert last == f'    sys.exit(call("{verb}", *sys.argv[1:]))'

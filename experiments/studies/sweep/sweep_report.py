@@ -142,4 +142,3 @@ def _slice(panel: Axes, sweep: Sweep, trials: Sequence[Trial], name: str) -> Non
         panel.set_xlim(-0.5, len(categories) - 0.5)
     panel.set_xlabel(name)
     panel.grid(alpha=0.25)
-    panel.spines[["top", "right"]].set_visible(False)

@@ -175,23 +175,16 @@ def _decisions(found: Results) -> list[str]:
     """Return a sentence for each compared metric: which differences are decided and which are not."""
     lines = []
     for metric in found["metrics"]:
-        decided: list[str] = []
-        open_: list[str] = []
+        decided, open_ = [], []
         for row in found["rows"]:
-            own = row if metric == found["metric"] else row["others"][metric]
-            minus = own["minus_baseline"]
-            if minus is None or minus["mean"] is None:
-                continue
-            side = "above" if minus["mean"] > 0 else "below"
-            if minus["decided"]:
-                decided.append(f"{row['name']} is {side} {row['baseline']}")
-            else:
+            minus = (row if metric == found["metric"] else row["others"][metric])["minus_baseline"]
+            if minus is not None and minus["decided"]:
+                decided.append(f"{row['name']} is {'above' if minus['mean'] > 0 else 'below'} {row['baseline']}")
+            elif minus is not None and minus["mean"] is not None:
                 open_.append(row["name"])
         if decided or open_:
-            lines.append(
-                f"{metric}: decided (corrected p < 0.05): {'; '.join(decided) or 'nothing'}. "
-                f"Not decided: {'; '.join(open_) or 'nothing'}."
-            )
+            sentence = f"{metric}: decided (corrected p < 0.05): {'; '.join(decided) or 'nothing'}."
+            lines.append(f"{sentence} Not decided: {'; '.join(open_) or 'nothing'}.")
     return lines
 
 
@@ -208,19 +201,22 @@ def _order(found: Results) -> list[str]:
 
 
 def _origin(found: Results) -> list[str]:
-    days = [f"{date[:4]}-{date[4:6]}-{date[6:]}" for date in found["dates"]]
-    commits = [commit[:9] for commit in found["git_commits"]]
-    lines = [
-        "",
-        f"`{found['command']}` ({found['config']}), {', '.join(days)}, {clock(found['seconds_of_all_runs'])} of runs, "
-        f"{', '.join(found['machines'])}, torch {', '.join(found['torch'])}, commit {', '.join(commits)}.",
-    ]
+    days = ", ".join(f"{date[:4]}-{date[4:6]}-{date[6:]}" for date in found["dates"])
+    machines, torch = ", ".join(found["machines"]), ", ".join(found["torch"])
+    commits = ", ".join(commit[:9] for commit in found["git_commits"])
+    command = f"`{found['command']}` ({found['config']}), {days}, {clock(found['seconds_of_all_runs'])} of runs"
+    lines = ["", f"{command}, {machines}, torch {torch}, commit {commits}."]
     if found["taken_from"]:
-        origins = [f"{count} from {name}" for name, count in found["taken_from"].items()]
-        lines += ["", f"Runs of equal configuration that were not made again: {', '.join(origins)}."]
-    incomplete = (row for row in found["rows"] if row["failed"] or row["unfinished"])
-    missing = [f"{row['name']}: {len(row['failed'])} failed, {len(row['unfinished'])} to run" for row in incomplete]
-    return lines + (["", f"Incomplete: {'; '.join(missing)}."] if missing else [])
+        origins = ", ".join(f"{count} from {name}" for name, count in found["taken_from"].items())
+        lines += ["", f"Runs of equal configuration that were not made again: {origins}."]
+    missing = [
+        f"{row['name']}: {len(row['failed'])} failed, {len(row['unfinished'])} to run"
+        for row in found["rows"]
+        if row["failed"] or row["unfinished"]
+    ]
+    if missing:
+        lines += ["", f"Incomplete: {'; '.join(missing)}."]
+    return lines
 
 
 def draw_differences(found: Results, path: Path) -> None:
@@ -253,13 +249,10 @@ def draw_differences(found: Results, path: Path) -> None:
             ours.set_xlim(-edge, edge)
             for row, place in zip(rows, places, strict=True):
                 _mark_cut(ours, row["minus_baseline"], place, edge)
-        _name_rows(panels[0], [row["name"] for row in rows])
         several = len({row["baseline"] for row in rows}) > 1
         baseline = "each row's baseline" if several else in_paper(rows[0]["baseline"])
-        for axis in panels:
-            axis.set_xlabel(f"{found['metric'].replace('_', ' ')} minus\n{baseline},\n{found['unit']}")
-            _plain(axis)
-        _legend(figure, ours, ncols=3)
+        below = f"{found['metric'].replace('_', ' ')} minus\n{baseline},\n{found['unit']}"
+        _explain(figure, panels, [row["name"] for row in rows], below, 3)
         side = "left" if found["metrics"][found["metric"]]["better"] == "lower" else "right"
         note = f"{side} is better" + ("; the two scales differ" if printed else "")
         heading(figure, f"{found['title']}\n{note}")
@@ -302,10 +295,8 @@ def draw_equal_time(found: Results, path: Path) -> None:
                 minus = column["rows"][name]["minus_baseline"]
                 if minus["mean"] is not None:
                     _draw_mean(axis, minus, place + shift, COLORS[i], label)
-        _name_rows(axis, names)
-        axis.set_xlabel("validation loss minus the baseline's at the same time\nmean and interval; left is better")
-        _plain(axis)
-        _legend(figure, axis, ncols=1)
+        below = "validation loss minus the baseline's at the same time\nmean and interval; left is better"
+        _explain(figure, [axis], names, below, 1)
         left_out = [f"without a measured speed: {in_paper(name)}" for name in without_speed(found)]
         heading(figure, "\n".join([f"Quality at equal time, {found['scale']}", found["title"], *left_out]))
 
@@ -321,32 +312,29 @@ def form_of(unit: str) -> str:
     return "{:.4f}" if unit.startswith("nats") else "{:.2f}"
 
 
-def _legend(figure: Any, axis: Axes, ncols: int) -> None:
-    handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=ncols)
-
-
-def _name_rows(axis: Axes, names: list[str]) -> None:
+def _explain(figure: Any, panels: Sequence[Axes], names: list[str], below: str, columns: int) -> None:
+    """Name the rows at the left, what is drawn below each panel, and the marks in a legend of so many columns."""
     words = [in_paper(name) for name in names]
     words = [name if len(name) <= SHORT_NAME else name.replace(", ", ",\n").replace(") (", ")\n(") for name in words]
-    axis.set_yticks(range(len(names), 0, -1), words)
-    axis.set_ylim(0.3, len(names) + 0.9)
+    panels[0].set_yticks(range(len(names), 0, -1), words)
+    panels[0].set_ylim(0.3, len(names) + 0.9)
+    for axis in panels:
+        axis.set_xlabel(below)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.xaxis.set_major_formatter(lambda x, _: f"{round(x, 9) + 0:g}".replace("-", "\N{MINUS SIGN}"))
+        axis.grid(axis="x")
+        axis.spines["left"].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+    handles, labels = panels[-1].get_legend_handles_labels()
+    if marks := dict(zip(labels, handles, strict=True)):
+        figure.legend(marks.values(), marks.keys(), loc="outside lower left", ncols=columns)
 
 
 def in_paper(name: str) -> str:
     """Return a row's name as the paper writes it."""
     name = re.sub(r"\b(Pos-\d)(?! in)", r"(\1)", name, count=1)
     return re.sub(r"^top-", "Standard top-", name).replace("shared-expert", "Shared-expert")
-
-
-def _plain(axis: Axes) -> None:
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.xaxis.set_major_locator(MaxNLocator(4))
-    axis.xaxis.set_major_formatter(lambda x, _: f"{round(x, 9) + 0:g}".replace("-", "\N{MINUS SIGN}"))
-    axis.grid(axis="x")
-    axis.spines["left"].set_visible(False)
-    axis.tick_params(axis="y", length=0)
 
 
 def _label(axis: Axes, text: str, x: float, y: float) -> None:

@@ -33,7 +33,7 @@ MUTANTS = (
     .replaces('(1 + (name == "allreduce_")) * max(sizes)', "max(sizes)")
     .caught_by(f"{UNIT}/test_dry_run.py"),
     Mutant("last-block-is-gathered-twice", 0, f"{DRY_RUN}/estimated.py")
-    .replaces("1 if p in split.outside or p in split.units[-1] else 2", "1 if p in split.outside else 2")
+    .replaces("1 if p in split.outside or p in split.blocks[-1] else 2", "1 if p in split.outside else 2")
     .caught_by(f"{UNIT}/test_dry_run.py"),
     Mutant("loss-has-no-gradients", 0, "scmoe/footprint/memory.py")
     .replaces("kept + 3 * logits", "kept + logits")
