@@ -1,0 +1,122 @@
+"""Whoever trains wraps the model by one function: the Strategy, `data_parallel` and the laboratory's step give the
+gradients of one process, in float64 up to the order of sums.
+"""
+
+from __future__ import annotations
+
+import ast
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+import scmoe
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.experiments.engine.step import Step
+from scmoe.moe.experts import Experts
+from scmoe.parallel.mesh import ParallelContext, build_context
+from scmoe.parallel.update.wrap import Wrapped, wrap
+
+ROOT = Path(__file__).parents[2]
+DIM, EXPERTS, RANKS = 8, 4, 2
+pytestmark = pytest.mark.dist
+
+
+class Model(nn.Module):
+    """A block; dense weights and experts are drawn by their names, so equal on any number of ranks."""
+
+    def __init__(self, group: object = None) -> None:
+        super().__init__()
+        self.block = scmoe.ScMoEBlock(DIM, 2, EXPERTS, group=group)
+        generator = torch.Generator().manual_seed(0)
+        for module in self.modules():
+            if isinstance(module, Experts):
+                module.init_weights("experts", 0.2, 0.2)
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.2, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self.double()
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.block(x_BSD)[0].square().mean()
+
+
+class Module(LightningModule):
+    def configure_model(self) -> None:
+        self.model = Model(self.parallel_context)
+
+    def training_step(self, x_BSD: Tensor, _: int) -> Tensor:
+        return self.model(x_BSD)
+
+    def on_before_optimizer_step(self, optimizer: object) -> None:
+        self.found = gradients(self.model)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the gradients by name; of experts those that this rank holds."""
+    return {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def batch() -> Tensor:
+    """[ranks, B, S, D]"""
+    return torch.randn(RANKS, 2, 4, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def of_all_callers(rank: int, world_size: int, folder: str) -> dict[str, dict[str, Tensor]]:
+    x_BSD, module = batch()[rank], Module()
+    trainer = Trainer(
+        **{"strategy": scmoe.ExpertParallelStrategy(), "accelerator": "cpu", "devices": world_size, "max_steps": 1},
+        **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+        default_root_dir=folder,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader([x_BSD], batch_size=None))
+    found = {"Strategy": module.found}
+    context = build_context(world_size, torch.device("cpu"), timedelta(seconds=60))
+    whole = dist.new_group()
+    for name in ("data_parallel", "paced", "ddp"):
+        model = Model(whole if name == "data_parallel" else context)
+        if name == "data_parallel":
+            wrapped = Wrapped(scmoe.data_parallel(model, whole), world_size)
+        else:
+            wrapped = wrap(model, context, name)
+        step = Step(wrapped, context)
+        step.backward(step.model(x_BSD))
+        found[name] = gradients(model)
+        wrapped.close()
+    return found
+
+
+def test_all_callers_give_the_gradients_of_one_process(tmp_path):
+    model = Model()
+    step = Step(Wrapped(model, 1), ParallelContext())
+    for x_BSD in batch():
+        step.backward(step.model(x_BSD) / RANKS)
+    expected = gradients(model)
+    of_ranks = run_ranks(of_all_callers, RANKS, str(tmp_path))
+    for rank, callers in enumerate(of_ranks):
+        for caller, found in callers.items():
+            assert found.keys() == expected.keys(), caller
+            for name, gradient in found.items():
+                whole = expected[name]
+                if gradient.shape != whole.shape:  # this rank's experts
+                    whole = whole.chunk(RANKS)[rank]
+                assert torch.allclose(gradient, whole, rtol=1e-10, atol=1e-12), f"{caller}: {name}"
+
+
+def test_one_place_wraps_in_ddp():
+    places = [
+        path.relative_to(ROOT).as_posix()
+        for room in ("scmoe", "datamodules", "experiments")
+        for path in (ROOT / room).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("DistributedDataParallel")
+    ]
+    assert places == ["scmoe/parallel/update/wrap.py"]
