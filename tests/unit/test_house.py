@@ -48,6 +48,16 @@ ROOMS = [*LIBRARY, *LABORATORY]
 FILE_LINES, ENTRY_LINES = 400, 100
 CLASS_LINES, CLASS_METHODS = 180, 25
 LONG_CLASSES = {"ExpertParallelStrategy": (330, 45)}  # one class with parts, where Lightning has many hooks
+SMALL_FILE = 80  # lines; a smaller file with one importer is a part of it, but for these
+SMALL_FILES = {
+    "datamodules/synthetic.py": "a data set is a file",
+    "experiments/engine/bare.py": "imports Lightning, which its one user does without where it is missing",
+    "experiments/studies/compare.py": "what the verb compare draws",
+    "experiments/table.py": "an entry; reproduce calls it",
+    "scmoe/lightning/known_to_lightning.py": "runs while Lightning is imported",
+    "scmoe/schedule/limit.py": "the least time of a training step is an idea of its own",
+}
+CLOSURES = {"scmoe/moe/stream.py": 14, "scmoe/lightning/strategy.py": 34, "scmoe/training/run/train.py": 96}  # files
 HASATTR = 2
 ONLY_IN = {  # outer module: where it may be used
     "torch.distributed": (
@@ -198,6 +208,23 @@ def test_file_names_are_unique():
     rooms = [PurePosixPath(path).name for path in TREES if room_of(path) != "experiments"]
     twice = [name for name, n in Counter(rooms).items() if n > 1 and name not in ("__init__.py", "__main__.py")]
     assert twice == []
+
+
+def test_a_small_file_with_one_importer_is_one_of_a_few():
+    importers = Counter(other for others in IMPORTS.values() for other in others)
+    small = {path for path, text in TEXTS.items() if importers[path] == 1 and 0 < text.count("\n") < SMALL_FILE}
+    assert small <= SMALL_FILES.keys()
+
+
+def test_few_files_are_read_for_a_stream_a_strategy_or_a_training():
+    for path, most in CLOSURES.items():
+        seen, todo = {path}, [path]
+        while todo:
+            new = IMPORTS[todo.pop()] - seen
+            seen |= new
+            todo += new
+        read = {file for file in seen if TEXTS[file]}
+        assert len(read) <= most, f"{path}: {len(read)}"
 
 
 def test_hasattr_is_rare():
