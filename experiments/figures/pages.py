@@ -19,7 +19,6 @@ from typing import Any
 
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench import growth, inference, offload, speed_chart
-from scmoe.experiments.engine.clock import middle
 from scmoe.experiments.engine.report import Report
 from scmoe.experiments.figures.concepts import CONCEPTS
 from scmoe.experiments.figures.measured import (
@@ -124,8 +123,7 @@ def page_and_data(name: str, said: dict[str, Any]) -> tuple[Path, dict[str, Any]
         return page, said, {"scenarios": [scenario_row(*each) for each in read_reports([FIGURE_8]).items()]}
     data = read(path if path.exists() else PAGES / f"{name}.json")
     if isinstance(data, list):
-        errors = [abs(row["error"]) for row in data]
-        return page, said, {"rows": data, "largest": max(errors), "median": middle(errors)}
+        return page, said, {"rows": data}
     if "table" in data:
         return page, *of_a_table(said, data)
     if name == "figure-13":
@@ -291,11 +289,8 @@ def preset_tables(data: dict[str, Any]) -> list[Report]:
             cells[f"{case['precision']}, {case['recompute']}"] = case
     columns = {}
     for precision, recompute in product(("32-true", "bf16-mixed"), (False, True)):
-        cell = f"{{{precision}, {recompute}[peak_gib]:.3g}} ({{{precision}, {recompute}[error]:+.1%}})"
-        columns[precision + (", recompute" if recompute else "")] = cell
-    return [
-        Report("Peak of rank 0 by the dry run, GiB (error of the estimate):", rows, columns, "preset, dense weights")
-    ]
+        columns[precision + (", recompute" if recompute else "")] = f"{{{precision}, {recompute}[peak_gib]:.3g}}"
+    return [Report("Peak of rank 0, GiB:", rows, columns, "preset, dense weights")]
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[Report]]] = {  # by the first words of an experiment's name

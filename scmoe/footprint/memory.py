@@ -17,7 +17,7 @@ included); w and a are 1 for GELU and 2 for SwiGLU:
 
     norm                  2 D                     its input and its output; on a CPU RMSNorm keeps a third
     attention             (1 + 2 kv/h) D + D      Q, K, V and their result; Q, K, V again with rotary positions
-    window attention      7 D + 2 h S             Q, K, V, normed Q and K; scores of the window's S
+    window attention      7 D + 2 h S             Q, K, V, normed Q and K; scores of the window's S, in float32
     MLP, shared expert    (w + a) F               before and after the activation function
     experts               R (2 D + w F)           rows, results, before the function; + R a F on a GPU
     gate                  3 E + D, in float32     and 3 indices of 8 bytes a row
@@ -268,7 +268,7 @@ def kept_by(module: Any, dim: int, job: Job) -> float:
         turned = 0 if module.rotary is None else module.qkv.out_features
         return c * (module.qkv.out_features + turned + module.dim)
     if isinstance(module, SelfAttention):  # not one kernel: it keeps its scores
-        return c * 7 * module.dim + (c + job.wide_bytes) * module.heads * module.context(job.seq_len)
+        return c * 7 * module.dim + 2 * job.wide_bytes * module.heads * module.context(job.seq_len)
     if isinstance(module, MLP):
         return c * (module.w_in.out_features + module.act.widening * module.w_out.in_features)
     if isinstance(module, (CG1, CG2)):
