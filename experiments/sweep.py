@@ -53,7 +53,7 @@ def main(file: str, /, *overrides: KeyValue, local: bool = False) -> int:
         from scmoe.training.run.wandb_logger import has_wandb_key
 
         if has_wandb_key():
-            from scmoe.experiments.studies.sweep.wandb_sweep import run_online
+            from scmoe.experiments.studies.sweep.trials import run_online
 
             path, code = run_online(sweep, lambda line: print(line, file=sys.stderr, flush=True))
             print(json.dumps({"sweep": path, "exit_code": code}), flush=True)

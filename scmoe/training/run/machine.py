@@ -28,7 +28,6 @@ from scmoe.lightning.seam import rank_without_trainer
 from scmoe.parallel.dense_choice import memory_in_use, memory_limit
 from scmoe.training.assembly.model import build_model_on_meta, updated_by_muon
 from scmoe.training.assembly.trainer import cpu_threads
-from scmoe.training.run.wandb_logger import wandb_mode
 
 LAUNCHERS: dict[str, type[ClusterEnvironment]] = {"torchrun": TorchElasticEnvironment, "SLURM": SLURMEnvironment}
 OF_NODE = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")  # without a launcher, how the machines of a job find each other
@@ -56,6 +55,8 @@ def check_machine(config: Config, first: bool) -> None:
 
     first: this is rank 0, which alone checks folders and free memory: they can change while the other ranks start.
     """
+    from scmoe.training.run.wandb_logger import wandb_mode  # here, as benches run where W&B cannot be imported
+
     wandb_mode(config)
     check_resident(config)
     if config.analysis.gating_every or config.analysis.similarity_every:
