@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scmoe.experiments.engine.ranks import RankError, run_ranks
+from scmoe.lightning import strategy
 from scmoe.parallel.update import wrap
 from scmoe.parallel.update.reducer import ExpertGradientReducer
 from scmoe.parallel.wire import all_to_all
@@ -56,7 +57,9 @@ BROKEN: dict[str, Callable[[], list[Any]]] = {
     "late": lambda: [patch.object(all_to_all, "point_to_point", delayed(Late))],
     "shuffled": lambda: [patch.object(all_to_all, "point_to_point", delayed(Shuffled))],
     "no 1/EP scale": lambda: [patch.object(ExpertGradientReducer, "_scale", lambda self, grad: grad)],
-    "no DDP ignore list": lambda: [patch.object(wrap, "hide_from_ddp", lambda module, names: None)],
+    "no DDP ignore list": lambda: [
+        patch.object(caller, "hide_from_ddp", lambda module, names: None) for caller in (strategy, wrap)
+    ],
     "no wait, forward": lambda: [
         patch.object(all_to_all, "point_to_point", delayed(Late)),
         patch.object(Transfer, "finish", finish_without_waiting(backward=False)),
