@@ -29,7 +29,7 @@ def main(number: Literal[0, 1, 4, 7, 8, 9, 10], /, *sources: str, out: Path | No
         out: folder of the files
     """
     if number == 0 and sources:
-        raise ConfigError(f"0 is drawn from {sources[0]!r}, allowed: nothing; its reports are in docs/figures")
+        raise ConfigError(f"Picture 0 shows the reports in docs/figures. Leave {sources[0]!r} out")
     from scmoe.config.extras import require
 
     require("figure", "matplotlib")

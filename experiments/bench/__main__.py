@@ -232,7 +232,7 @@ def timeline(
 
     if run is not None:
         if (share, ranks, compute, position, out) != (0.52, 2, "emulated", "pos2", TIMELINE):
-            raise ConfigError("--run is given, allowed: alone, as a run's plan is drawn and nothing is measured")
+            raise ConfigError("--run draws the plan of a run and measures nothing. Leave the other options out")
         return print(json.dumps(timeline.draw_plan(run)))
     check_ranks(ranks)
     links.require()

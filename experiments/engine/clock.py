@@ -59,7 +59,7 @@ def in_turn(
     """Run all variants once in each round, after rounds to warm up that are left out.
 
     variants: each returns what it has measured, a number or nested sequences of numbers. over_ranks: every rank calls
-    this, and each number is that of the slowest rank. say: is told of each round. Returns [..., rounds] by variant.
+    this, and each number is that of the slowest rank. say: gets a line a round. Returns [..., rounds] by variant.
     """
     measured: dict[Name, list[Any]] = {name: [] for name in variants}
     for i in range(warm_up + rounds):

@@ -281,8 +281,8 @@ def draw_figure(number: int, sources: Sequence[str], out: Path | None) -> list[P
 def explained(number: int, sources: Sequence[str]) -> Drawing:
     """Return a picture of the docs. It has no measurement."""
     if sources:
-        measured = f"{scmoe('bench', 'timeline')} measures Fig. 7"
-        raise ConfigError(f"Fig. {number} is drawn from {sources[0]!r}, allowed: nothing; {measured}")
+        measured = f"To measure Fig. 7, run {scmoe('bench', 'timeline')}"
+        raise ConfigError(f"Fig. {number} is a drawing without data. Leave {sources[0]!r} out. {measured}")
     draw = EXPLAINED[number]
     return Drawing(PAGES, draw.__name__, draw, (".png",))
 
@@ -290,7 +290,7 @@ def explained(number: int, sources: Sequence[str]) -> Drawing:
 def of_a_run(number: int, sources: Sequence[str]) -> Drawing:
     """Return a picture of what the callback `Analysis` has measured in a run."""
     if len(sources) != 1:
-        raise ConfigError(f"Fig. {number} is drawn from {' '.join(sources) or 'nothing'}, allowed: one run")
+        raise ConfigError(f"Fig. {number} shows one run, and {len(sources)} are given. Give one run directory")
     name, _ = OF_A_RUN[number]
     run = open_run(sources[0])
     path, key = run.path / "analysis" / f"{name}.npz", f"analysis.{name}_every"

@@ -220,7 +220,7 @@ class ExpertParallelStrategy(DDPStrategy):
         if self.is_split and not is_sharded(self.module):
             shard(self.module, self.context, self.precision_plugin.precision)
         check_placements(self.module, self.context)
-        # else DDP would overwrite every rank's experts with rank 0's, then average gradients of different experts
+        # else every rank's experts would be overwritten with rank 0's: by DDP, and by Lightning where it does not fit
         own = self.module.named_parameters() if self.is_split else expert_parameters(self.module)
         hide_from_ddp(self.module, [name for name, _ in own])
         super().model_to_device()
@@ -262,7 +262,7 @@ class ExpertParallelStrategy(DDPStrategy):
         new = {name: p for name, p in expert_parameters(self.module) if p.requires_grad and p not in {*known}}
         added = [name for name, p in new.items() if not isinstance(p, DTensor)]
         if added:
-            raise ValueError(f"{added[0]} was added after fit had begun, allowed: in configure_model or setup")
+            raise ValueError(f"{added[0]} was added after fit had begun. Add experts in configure_model or setup")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.job.begin_batch(batch_idx)

@@ -1,5 +1,5 @@
-"""Whoever trains wraps the model by one function: the Strategy, `data_parallel` and the laboratory's step give the
-gradients of one process, in float64 up to the order of sums.
+"""All code that trains wraps its model with `wrap`: the Strategy, `data_parallel` and the step of the benches. Their
+gradients are those of one process, in float64 up to the order of sums.
 """
 
 from __future__ import annotations

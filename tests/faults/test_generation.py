@@ -108,11 +108,11 @@ def test_62_ctrl_c_ends_all_ranks(run_dir, tmp_path):
 @pytest.mark.parametrize(("is_launched", "code"), [(False, 130), (True, 0)], ids=["rank 0", "a rank that it started"])
 def test_62_ctrl_c_is_the_exit_code_of_rank_0_alone(is_launched, code):
     """Lightning's launcher kills rank 0 where another rank ends with any other code than 0."""
-    told = []
-    trainer = SimpleNamespace(strategy=SimpleNamespace(on_exception=told.append, is_launched=is_launched))
+    errors = []
+    trainer = SimpleNamespace(strategy=SimpleNamespace(on_exception=errors.append, is_launched=is_launched))
     with pytest.raises(SystemExit) as end, ending_together(trainer):
         raise KeyboardInterrupt
-    assert end.value.code == code and len(told) == 1
+    assert end.value.code == code and len(errors) == 1
 
 
 @pytest.mark.representative

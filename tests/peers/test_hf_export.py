@@ -222,13 +222,13 @@ def test_the_load_balance_loss_is_added_where_router_logits_are_asked_for(tmp_pa
 
 @pytest.mark.parametrize("words", ["moe.architecture=scmoe moe.top_k=2", "moe.architecture=dense"])
 def test_the_model_card_says_what_the_model_is_and_loads_it(words, tmp_path):
-    words += " data.name=text data.path=/home/somebody/texts"
+    words += " data.name=text data.path=/data/hidden/texts"
     model, kind = exported(words, tmp_path, tokenizer=make_tokenizer("bpe", 300, [TEXT]))
     card = tmp_path / "hf" / "README.md"
     _, head, text = card.read_text().split("---\n")
     assert yaml.safe_load(head)["library_name"] == "transformers" and "license" not in yaml.safe_load(head)
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in text and "for 3 of 200" in text
-    assert ("2 of 6 experts" in text) == (kind == "scmoe") and "somebody" not in card.read_text()
+    assert ("2 of 6 experts" in text) == (kind == "scmoe") and "/data/hidden" not in card.read_text()
     (code,), (settings,) = (re.findall(f"```{name}\n(.*?)```", text, re.DOTALL) for name in ("python", "yaml"))
     assert yaml.safe_load(settings)["model"]["dim"] == 16 and ("import scmoe.hf" in code) == (kind == "scmoe")
     names: dict[str, Any] = {}

@@ -94,7 +94,7 @@ def scenario(folder: Path) -> None:
             run_dir = there / str(i)
             run_dir.mkdir()
             loggers = build_loggers(load(None, ["logger.mode=online", *words]), run_dir, None)
-            log_inputs(loggers, load(None, ["data.tokenizer=/home/me/tokenizer.json"]), {"data": "a", "tokenizer": "b"})
+            log_inputs(loggers, load(None, ["data.tokenizer=/data/tokenizer.json"]), {"data": "a", "tokenizer": "b"})
             log_results(loggers, 7, ["a text", "another"], there / "load.png")
             close_loggers(loggers)
         runs = [asdict(run) for run in server.runs.values()]

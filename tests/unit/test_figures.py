@@ -214,9 +214,9 @@ def test_what_a_figure_cannot_be_drawn_from_is_said_in_one_line(tmp_path, capsys
     rows.write_text(json.dumps(report_of(0.42, ("top2", "top1"))))
     for words, message in (
         (["9", run], "analysis.gating_every is null"),
-        (["9"], "Fig. 9 is drawn from nothing, allowed: one run"),
+        (["9"], "Fig. 9 shows one run, and 0 are given"),
         (["10", tmp_path / "no"], "There is no run '"),
-        (["7", run], "allowed: nothing"),
+        (["7", run], "is a drawing without data"),
         (["1"], "none is there"),
         (["1", tmp_path / "no"], "none is there"),
         (["8", tmp_path / "no.json"], "is no report of bench overlap"),
@@ -224,7 +224,7 @@ def test_what_a_figure_cannot_be_drawn_from_is_said_in_one_line(tmp_path, capsys
         (["8", other], "was measured at --share 0.3, allowed: 0.52 (8xA30-PCIe), 0.42 (16xA800, two nodes), 0.11"),
         (["8", twice, twice], "is the second report at --share 0.52, allowed: one of each; name the files in place"),
         (["1", of_iteration], "is of --level iteration, allowed: block"),
-        (["0", run], "0 is drawn from"),
+        (["0", run], "Picture 0 shows the reports"),
         (["8", rows], "has the rows top2, top1, required: top2 and one of ScMoE"),
     ):
         assert call("figure", *map(str, words)) == 2, words
