@@ -20,6 +20,7 @@ from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.evaluate import kept_results as results
 from scmoe.runs.evaluate.scoring import run_on_rank_zero
 from tests.support.commands import Done, command_in_ranks, train_in_ranks
+from tests.support.lm_eval_tasks import write_task, writing
 from tests.support.sentences import DATA, NO_DATA, sentences
 from tests.support.wandb_server import wandb_server
 
@@ -31,17 +32,6 @@ ARCHITECTURES = {  # with a capacity that drops, chunks, and what only ranks hav
 }
 
 ABC = "abcdefghijklmnopqrstuvwxyz the of and"
-WRITE = """
-task: write
-dataset_path: json
-dataset_kwargs: {data_files: {validation: FOLDER/rows}}
-output_type: generate_until
-validation_split: validation
-doc_to_text: "{{query}}"
-doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["."], max_gen_toks: 8}
-metric_list: [{metric: chrf}]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +66,7 @@ def test_ranks_change_no_bit(runs, name, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason="needs the extra `eval`")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "rows").write_text("\n".join(json.dumps({"query": "The " * n, "answer": ABC}) for n in range(12)))
-    (tmp_path / "write.yaml").write_text(WRITE.replace("FOLDER", str(tmp_path)))
+    write_task(tmp_path, "write", writing(".", 8, "chrf"))
     asked = ("--limit", "12", "--tasks", "cloze,next_sentence,write", "--data", str(tmp_path))
     alone = evaluated(1, runs[name], *asked)
     assert set(alone) >= {"test_loss", "perplexity", "tasks"}

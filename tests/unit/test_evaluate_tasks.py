@@ -28,6 +28,7 @@ from scmoe.runs.evaluate.tasks import (
     read_task,
     sentences_of,
 )
+from tests.support.lm_eval_tasks import CHOOSE, write_task, writing
 from tests.support.models import tiny, tiny_model
 from tests.support.sentences import DATA, NO_DATA, sentences
 
@@ -176,34 +177,11 @@ def test_a_context_and_its_answer_are_encoded_as_one_text():
 
 # ---------------------------------------------------------------------- lm-eval's own tasks
 
-CHOOSE = """
-task: choose
-dataset_path: json
-dataset_kwargs: {data_files: {validation: FOLDER/rows}}
-output_type: multiple_choice
-validation_split: validation
-doc_to_text: "{{query}}"
-doc_to_target: gold
-doc_to_choice: choices
-"""
-WRITE = """
-task: write
-dataset_path: json
-dataset_kwargs: {data_files: {validation: FOLDER/rows}}
-output_type: generate_until
-validation_split: validation
-doc_to_text: "{{query}}"
-doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["STOP"], max_gen_toks: 6}
-metric_list: [{metric: exact_match}]
-"""
-
 
 def lm_eval_folder(folder: Path, rows: list[dict[str, object]]) -> Path:
     (folder / "rows").write_text("\n".join(map(json.dumps, rows)))
-    for name, text in {"choose": CHOOSE, "write": WRITE, "lost": CHOOSE.replace("task: choose", "task: lost")}.items():
-        file = "rows" if name != "lost" else "none"
-        (folder / f"{name}.yaml").write_text(text.replace("FOLDER/rows", f"{folder}/{file}"))
+    write_task(folder, "choose", CHOOSE)
+    write_task(folder, "lost", CHOOSE, rows="none")
     return folder
 
 
@@ -238,8 +216,7 @@ def test_answers_that_the_model_writes_are_those_of_generate(adapter, tmp_path):
     texts = [stopping.text(generate(network, [one], stopping, Sampling(temperature=0))[0].ids) for one in ids]
     stop = texts[1][-1]
     rows = [{"query": p, "answer": t.partition(stop)[0]} for p, t in zip(prompts, texts, strict=True)]
-    task_file = lm_eval_folder(tmp_path, rows) / "write.yaml"
-    task_file.write_text(task_file.read_text().replace('"STOP"', json.dumps(stop)))
+    write_task(lm_eval_folder(tmp_path, rows), "write", writing(stop, 6, "exact_match"))
     model = adapter.ModelOfRun(Scorer(torch.no_grad()(network), 16, torch.device("cpu")), tokenizer)
     task = adapter.load_registered(["write"], tmp_path)["write"]
     found = adapter.ask_registered(model, task, None)["write"]
