@@ -12,7 +12,8 @@ import torch
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.experiments.bench.pairs import ROWS
-from scmoe.experiments.studies.table.table_file import load_table
+from scmoe.experiments.studies.table.make import plan_table
+from scmoe.experiments.studies.table.table_file import Options, load_table
 from scmoe.experiments.studies.table.table_runs import plan_runs
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model, build_model_on_meta
@@ -167,3 +168,25 @@ def test_an_experiment_opens_with_the_papers_values_its_command_and_its_cost(pat
     found = re.findall(r"^#   (paper|command|cost)  +\S", head[0], re.MULTILINE)
     assert found == ["paper", "command", "cost"]
     assert re.search(r"\d\.\d|\d{2}\.\d", head[0])
+
+
+def test_what_a_table_cannot_honour_is_refused(tmp_path):
+    table, own = load_table("table4", CONFIGS), [f"runs_dir={tmp_path}"]
+    for options, words, says in (
+        (Options(to=tmp_path / "tables"), (), "--to is .*, allowed: a folder other than that of the tables"),
+        (Options(from_=(tmp_path,)), (), "--from is .*, allowed: a folder of tables that has"),
+        (Options(seeds=0), (), "--seeds is 0"),
+        (Options("paper", to=tmp_path), (), "--to is .*, allowed: at a scale whose runs are made here"),
+        (Options("paper"), ("trainer.num_nodes=2",), "trainer.num_nodes is 2, allowed in launch files: 1"),
+        (Options(), ("trainer.devices=2",), "--jobs is 0, allowed for runs of several ranks: 1 or more"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            plan_table(table, options, [*own, *words], print)
+    assert plan_table(table, Options(jobs=1), [*own, "trainer.devices=2"], print).jobs == 1
+
+
+def test_a_plan_has_what_was_asked_for(tmp_path):
+    words = [f"runs_dir={tmp_path}", "optim.lr=0.1"]
+    plan = plan_table(load_table("table4", CONFIGS), Options(seeds=3, to=tmp_path), words, print)
+    assert plan.command == 'make table TABLE=table4 SCALE=smoke ARGS="--seeds 3 optim.lr=0.1"'
+    assert plan.sources == [tmp_path / "tables", tmp_path], "what is in the folder of results is taken before"

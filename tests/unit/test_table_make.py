@@ -19,9 +19,9 @@ from scmoe.experiments.studies import batch
 from scmoe.experiments.studies.batch import Batch
 from scmoe.experiments.studies.jobs import Job, State, clock, lock_of
 from scmoe.experiments.studies.table import make
-from scmoe.experiments.studies.table.make import Evaluations, make_runs, make_table, measure_speeds, plan_table
+from scmoe.experiments.studies.table.make import Evaluations, make_runs, measure_speeds
 from scmoe.experiments.studies.table.results import read_speeds
-from scmoe.experiments.studies.table.table_file import Options, Row, Scale, load_table
+from scmoe.experiments.studies.table.table_file import Row, Scale, load_table
 from scmoe.experiments.studies.table.table_runs import Run, adopt, plan_runs, read_states
 
 ROOT = Path(__file__).parents[2]
@@ -391,38 +391,3 @@ def test_speeds_are_measured_at_every_share_until_the_command_changes(tmp_path, 
     measure("--rounds", "2")
     assert {path: path.stat().st_mtime_ns for path in (folder / "speed").iterdir()} == before
     assert measure("--rounds", "5")[-1] == "5"
-
-
-def test_what_a_table_cannot_honour_is_refused(tmp_path):
-    table, own = load_table("table4", CONFIGS), [f"runs_dir={tmp_path}"]
-    for options, words, says in (
-        (Options(to=tmp_path / "tables"), (), "--to is .*, allowed: a folder other than that of the tables"),
-        (Options(from_=(tmp_path,)), (), "--from is .*, allowed: a folder of tables that has"),
-        (Options(seeds=0), (), "--seeds is 0"),
-        (Options("paper", to=tmp_path), (), "--to is .*, allowed: at a scale whose runs are made here"),
-        (Options("paper"), ("trainer.num_nodes=2",), "trainer.num_nodes is 2, allowed in launch files: 1"),
-        (Options(), ("trainer.devices=2",), "--jobs is 0, allowed for runs of several ranks: 1 or more"),
-    ):
-        with pytest.raises(ConfigError, match=says):
-            plan_table(table, options, [*own, *words], print)
-    assert plan_table(table, Options(jobs=1), [*own, "trainer.devices=2"], print).jobs == 1
-
-
-def test_a_plan_has_what_was_asked_for(tmp_path):
-    words = [f"runs_dir={tmp_path}", "optim.lr=0.1"]
-    plan = plan_table(load_table("table4", CONFIGS), Options(seeds=3, to=tmp_path), words, print)
-    assert plan.command == 'make table TABLE=table4 SCALE=smoke ARGS="--seeds 3 optim.lr=0.1"'
-    assert plan.sources == [tmp_path / "tables", tmp_path], "what is in the folder of results is taken before"
-
-
-def test_no_report_is_made_over_runs_that_have_read_different_data(tmp_path):
-    """The text behind data.path was edited between two calls. Earlier versions' states do not say what was read."""
-    said: list[str] = []
-    plan = plan_table(load_table("table4", CONFIGS), Options(seeds=1), [f"runs_dir={tmp_path}"], print)
-    for i, run in enumerate(plan.runs):
-        results = {"digest": run.digest, "summary": {}, "data": (None, "old", "new", "new")[i]}
-        run.job.state = State("finished", "/somewhere", results=results)
-        run.job.keep()
-    made = make_table(plan, said.append)
-    assert (made.finished, made.failed, made.files) == (4, 1, [])
-    assert str(plan.runs[1].job.state_file) in said[-1]

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from scmoe.experiments.bench.pairs import USUAL_ROWS
 from scmoe.experiments.studies.jobs import State
+from scmoe.experiments.studies.table.make import make_table, plan_table
 from scmoe.experiments.studies.table.results import loss_at, results, step_reached
-from scmoe.experiments.studies.table.table_file import Table, load_table
+from scmoe.experiments.studies.table.table_file import Options, Table, load_table
 from scmoe.experiments.studies.table.table_report import (
     draw_differences,
     draw_equal_time,
@@ -245,3 +246,16 @@ def test_the_order_of_a_table_with_two_models_is_that_of_differences(tmp_path):
         run.job.state.results["evaluation"] = {"texts": {"../shared/data/wikitext-2/test.txt": {"perplexity": ours}}}
     text = markdown(of(table, runs)[0])
     assert "Order of the 6 differences, ours against the paper's: Spearman's rank correlation -1.00 (p 0.00)" in text
+
+
+def test_no_report_is_made_over_runs_that_have_read_different_data(tmp_path):
+    """The text behind data.path was edited between two calls. Earlier versions' states do not say what was read."""
+    said: list[str] = []
+    plan = plan_table(load_table("table4", CONFIGS), Options(seeds=1), [f"runs_dir={tmp_path}"], print)
+    for i, run in enumerate(plan.runs):
+        results = {"digest": run.digest, "summary": {}, "data": (None, "old", "new", "new")[i]}
+        run.job.state = State("finished", "/somewhere", results=results)
+        run.job.keep()
+    made = make_table(plan, said.append)
+    assert (made.finished, made.failed, made.files) == (4, 1, [])
+    assert str(plan.runs[1].job.state_file) in said[-1]
