@@ -95,9 +95,6 @@ class ExpertParallelStrategy(DDPStrategy):
     restore_checkpoint_after_setup = True  # shards, optimizers and groups must exist before a checkpoint can be read
     lightning_restore_optimizer = False  # load_checkpoint does it
 
-    restore_checkpoint_after_setup = True  # shards, optimizers and groups must exist before a checkpoint can be read
-    lightning_restore_optimizer = False  # load_checkpoint does it
-
     def __init__(
         self,
         ep_size: int | None = None,
