@@ -28,7 +28,7 @@ def test_catalogue_has_files_and_choices():
 
 
 def test_help_and_refusals_do_not_import_torch():
-    modules = ["config.help", "config.load", "parallel.checkpoint.durable", "training.run.run_state"]
+    modules = ["config.help", "config.load", "parallel.checkpoint.durable", "training.run.directory"]
     code = "import sys\n" + "".join(f"import scmoe.{name}\n" for name in modules)
     code += "assert not {'torch', 'lightning', 'numpy'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
