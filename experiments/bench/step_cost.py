@@ -30,7 +30,6 @@ from scmoe.config.load import load
 from scmoe.experiments.bench.overlap import Bench, find_rate
 from scmoe.experiments.bench.pairs import Setting
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, seconds
-from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.experiments.engine.step import Step
 from scmoe.parallel.dense_shards import with_dense_mesh
 from scmoe.parallel.mesh import ParallelContext, build_context
@@ -43,24 +42,18 @@ WARM_UP, GUARD_ROUNDS = 2, 15
 SIZE = ("data.name=synthetic", "data.seq_len=128", "data.vocab_size=4096", "model.layers=4", "model.dim=256")
 
 
-def bench_dense(
-    ranks: int, ep_size: int, batch: int, rounds: int, share: float | None, overrides: Sequence[str]
-) -> dict[str, Any]:
-    """Return medians. hybrid has two nodes. batch: sequences of a rank. overrides: key=value, over SIZE. share: of
-    communication; the caller has entered a network namespace. None: loopback."""
-    given = ep_size, batch, rounds, share, tuple(overrides)
-    report, *_ = run_ranks(measure, ranks, *given, timeout_s=3600, own_links=share is not None)
-    return report
-
-
-def measure(
+def dense_cost(
     rank: int, world_size: int, ep_size: int, batch: int, rounds: int, share: float | None, overrides: Sequence[str]
 ) -> dict[str, Any]:
-    """Runs on every rank; the caller uses rank 0's result."""
+    """Runs on every rank; the caller uses rank 0's result: medians. hybrid has two nodes. batch: sequences of a rank.
+    share: of communication, on links of the rank's own; None: loopback. overrides: key=value, over SIZE."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     config, timeout = load(None, [*SIZE, *overrides]), timedelta(seconds=600)
-    mbit = None if share is None else find_rate(Bench(pair_of(config, share, batch)))
+    mbit = None
+    if share is not None:
+        bench = Bench(pair_of(config, share, batch))
+        mbit = find_rate(bench.setting, bench.set_rate, bench.infer)
     context = build_context(ep_size, CPU, timeout)
     sharded = with_dense_mesh(context, "sharded", world_size // 2, CPU, timeout)
     steps = {

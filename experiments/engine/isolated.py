@@ -85,11 +85,7 @@ def run_part(part: Part, place: Place, work: Path) -> dict[str, Any]:
         return {"state": "failed", "why": started["error"], "pieces": {}}
     process.join(part.clock_s)
     code = process.exitcode
-    try:  # what the part has started ends with it
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # it has ended, or does not lead a group yet
-        process.kill()
-    process.join(GRACE_S)
+    end(process, GRACE_S)
     pieces = json.loads(results.read_text()) if results.exists() else {}
     if code != 0:
         ended = "stopped by its clock" if code is None else f"the process ended with {code}"
@@ -98,6 +94,15 @@ def run_part(part: Part, place: Place, work: Path) -> dict[str, Any]:
     if errors := list(errors_in(pieces)):
         return {"state": "failed", "why": errors[0], "pieces": pieces}
     return {"state": "ok", "pieces": pieces}
+
+
+def end(process: Any, wait_s: float | None = None) -> None:
+    """Kills a process and all processes that it has started. wait_s: for its end; None: until it has ended."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has ended, or does not lead a group yet
+        process.kill()
+    process.join(wait_s)
 
 
 def attempt(measure: Callable[[], Any]) -> Any:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scmoe.experiments.engine import links
+from scmoe.experiments.engine.isolated import end
 from scmoe.parallel.mesh import use_loopback_for_gloo
 
 PRELOADED = ["torch", "torch.distributed", "lightning.pytorch", "scmoe.training.assembly.trainer", __name__]
@@ -82,7 +83,8 @@ def run_ranks(
         for pipe in pipes:
             pipe.close()
         for process in processes:
-            _end(process)
+            end(process)
+            process.close()
 
 
 def run_alone(fn: Callable[..., Any], *args: Any) -> Any:
@@ -131,16 +133,6 @@ def _receive(pipe: Connection) -> _Report:
         return pickle.loads(pipe.recv_bytes())  # safe: only the rank can write into its pipe
     except (EOFError, ConnectionError):
         return _Report(0.0, None, "the process ended without a report: killed, or out of memory")  # peers fail later
-
-
-def _end(process: Any) -> None:
-    """Kills the process and all processes that it has started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # it has ended, or does not lead a group yet
-        process.kill()
-    process.join()
-    process.close()
 
 
 def _run_rank(
