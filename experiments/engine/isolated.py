@@ -2,8 +2,7 @@
 
 A part is a function that returns named pieces; each measures one thing and returns values that JSON has. A piece that
 raises costs its own result only. A part that raises, crashes, hangs or lacks a package is reported, and the next one
-starts. A part writes a file after every piece, so what it has measured before it ended stays. The processes are forked
-from a server that has imported the library, which takes seconds, once.
+starts. A part writes a file after every piece, so what it has measured before it ended stays.
 """
 
 import json

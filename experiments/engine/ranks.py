@@ -1,10 +1,8 @@
 """Runs a function in N processes on this machine, with torchrun's variables, and returns the N results.
 
 Processes are forked from a server that has imported torch, Lightning and this library, so a rank starts in 0.1 s. They
-are not forked from the caller, because its autograd threads and locks do not survive a fork. The caller hosts the store
-at which the ranks meet, as torchrun's agent does, so no other program can take its port between choice and use. A rank
-ends when the caller's end of its pipe closes, so no process outlives the caller. The ranks are connected by the
-loopback device, or by links with a rate (links.py).
+are not forked from the caller: its autograd threads and locks do not survive a fork. The caller hosts the store at
+which the ranks meet, so no other program can take its port. A rank ends when the caller's end of its pipe closes.
 """
 
 import io
@@ -55,12 +53,11 @@ def run_ranks(
 ) -> list[Any]:
     """Returns [fn(rank, world_size, *args) for each rank], each run in its own process with one torch thread.
 
-    fn: a function of a module. The variables that torchrun sets are set, so a Trainer or `init_process_group` joins the
-    ranks. args and results are pickled. No rank ends before all have their results, so none misses a peer at the end.
-    own_links: each rank in its own network namespace (links.py); call `links.enter` first.
+    fn: a function of a module; a Trainer or `init_process_group` in it joins the ranks. args and results are pickled.
+    No rank ends before all have their results. Raises RankError. Every process has ended by then, and on return.
+    own_links: each rank in its own network namespace (links.py); call `links.enter` first. Else on the loopback device.
     nodes: the variables are those of torchrun on so many machines. With own_links each node has a network card.
     grace_s: after a first failure, how long others that failed at the same time may take to report.
-    Raises RankError. Every process has ended by then, and on return.
     """
     assert links.inside() or not own_links
     context = multiprocessing.get_context("forkserver")
@@ -70,8 +67,8 @@ def run_ranks(
     try:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            given = theirs, rank, world_size, nodes, store.port, own_links, fn, *args
-            process = context.Process(target=_run_rank, args=given)
+            place = rank, world_size, nodes, store.port, own_links
+            process = context.Process(target=_run_rank, args=(theirs, *place, fn, *args))
             process.start()
             theirs.close()
             processes.append(process)
@@ -136,14 +133,7 @@ def _receive(pipe: Connection) -> _Report:
 
 
 def _run_rank(
-    pipe: Connection,
-    rank: int,
-    world_size: int,
-    nodes: int,
-    port: int,
-    own_links: bool,
-    fn: Callable[..., Any],
-    *args: Any,
+    pipe: Connection, rank: int, world_size: int, nodes: int, port: int, own_links: bool, fn: Any, *args: Any
 ) -> None:
     os.setsid()
     if own_links:

@@ -1,4 +1,4 @@
-"""Fault 15: the debug mode names collectives that ranks start in different orders."""
+"""The debug mode names collectives that ranks start in different orders."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def swap_two_sums(rank: int, world_size: int, compared: bool) -> list[float]:
 
 
 @pytest.mark.representative
-def test_15_collectives_in_another_order_are_named():
+def test_collectives_in_another_order_are_named():
     assert run_ranks(swap_two_sums, 2, False) == [[101.0, 101.0]] * 2, "sums are wrong and there is no error"
     message = failure(swap_two_sums, 2, True)
     assert "OrderError: collective 0 is not the same on all ranks; rank 0: all_reduce of torch.float32 (1,)" in message
@@ -89,7 +89,7 @@ def swap_each(rank: int, world_size: int) -> dict[str, str]:
     return said
 
 
-def test_15_every_kind_of_collective_is_watched():
+def test_every_kind_of_collective_is_watched():
     """Lightning's own collectives send objects. Different objects or numbers of rows are no error."""
     for said in run_ranks(swap_each, 2):
         assert tuple(said) == COLLECTIVES
@@ -99,24 +99,23 @@ def test_15_every_kind_of_collective_is_watched():
             )
 
 
-def add_a_sum(rank: int, world_size: int, what: str) -> None:
+def add_a_sum(rank: int, world_size: int) -> None:
     """Rank 1 starts one collective more than rank 0 in its second step."""
     config = tiny(f"{MODEL} trainer.accumulate=1 strategy.debug_collectives=true strategy.timeout_s=20", world_size)
     module = build_module(config)
 
     def one_more() -> None:
         if module.global_step == 1:
-            dist.all_reduce(torch.zeros(3)) if what == "all_reduce" else dist.barrier()
+            dist.all_reduce(torch.zeros(3))
 
     if rank == 1:
         module.on_after_backward = one_more
     fit(config, module)
 
 
-@pytest.mark.parametrize("what, says", [("all_reduce", r"all_reduce of torch\.float32 \(3,\)"), ("barrier", "barrier")])
-def test_15_the_debug_mode_of_a_run_names_the_first_difference(what, says):
-    message = failure(add_a_sum, 2, what)
-    here = rf"rank 1: {says} in group default at test_collectives\.py:\d+"
+def test_the_debug_mode_of_a_run_names_the_first_difference():
+    message = failure(add_a_sum, 2)
+    here = r"rank 1: all_reduce of torch\.float32 \(3,\) in group default at test_collectives\.py:\d+"
     assert re.search(rf"collective \d+ is not the same on all ranks; rank 0: \S+ .*; {here}", message), message
 
 
@@ -128,6 +127,6 @@ def trained_weights(rank: int, world_size: int, debug: bool) -> dict[str, Tensor
     return weights
 
 
-def test_15_comparing_changes_no_number():
+def test_comparing_changes_no_number():
     for plain, compared in zip(run_ranks(trained_weights, 2, False), run_ranks(trained_weights, 2, True), strict=True):
         assert all(torch.equal(plain[name], compared[name]) for name in plain)
