@@ -47,7 +47,6 @@ def dense_cost(
 ) -> dict[str, Any]:
     """Runs on every rank; the caller uses rank 0's result: medians. hybrid has two nodes. batch: sequences of a rank.
     share: of communication, on links of the rank's own; None: loopback. overrides: key=value, over SIZE."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     config, timeout = load(None, [*SIZE, *overrides]), timedelta(seconds=600)
     mbit = None
