@@ -13,6 +13,7 @@ from cyclopts import App, Parameter, validators
 
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench.pairs import Count, Positive, Rounds, Setting, check_ranks
+from scmoe.experiments.engine import links
 from scmoe.experiments.engine.command_line import call
 
 OUT, TIMELINE = Path("runs/bench"), Path("runs/timeline")
@@ -89,7 +90,6 @@ def dense(
     """
     given = locals()
     from scmoe.experiments.bench.step_cost import dense_cost
-    from scmoe.experiments.engine import links
     from scmoe.experiments.engine.ranks import run_ranks
 
     if ranks % 2 or ranks % ep_size:
@@ -152,7 +152,6 @@ def growth(
     if points and len(names) > 1:
         raise ConfigError("--points goes with one --of")
     from scmoe.experiments.bench import growth
-    from scmoe.experiments.engine import links
 
     growth.check(names[0], points or [])
     links.require()
@@ -167,7 +166,6 @@ def inference(
     given = locals()
     from scmoe.experiments.bench.decoding import bench_generation
     from scmoe.experiments.bench.inference import bench_inference
-    from scmoe.experiments.engine import links
 
     links.require()
     report = bench_inference(**given)
@@ -191,11 +189,10 @@ def exchange(
         kilobytes: of a rank for each other rank (default: 1 4 16 64 256 1024)
     """
     from scmoe.experiments.bench.exchange import bench_exchange, why_no_nodes
-    from scmoe.experiments.engine.links import require
 
     if refused := why_no_nodes(nodes, ranks):
         raise ConfigError(refused)
-    require(nodes)
+    links.require(nodes)
     print(json.dumps(bench_exchange(nodes, ranks, between_mbit, kilobytes or [1, 4, 16, 64, 256, 1024], rounds)))
 
 
@@ -215,7 +212,6 @@ def timeline(
         run: draw the plan of this run with schedule=auto instead; nothing is measured
     """
     from scmoe.experiments.bench import timeline
-    from scmoe.experiments.engine import links
 
     if run is not None:
         if (share, ranks, compute, position, out) != (0.52, 2, "emulated", "pos2", TIMELINE):
