@@ -50,8 +50,20 @@ def dense_cost(
     config, timeout = load(None, [*SIZE, *overrides]), timedelta(seconds=600)
     mbit = None
     if share is not None:
-        bench = Bench(pair_of(config, share, batch))
-        mbit = find_rate(bench.setting, bench.set_rate, bench.infer)
+        model, seq_len = config.model, config.data.seq_len
+        pair = Setting(
+            share,
+            compute="real",
+            dim=model.dim,
+            ffn_dim=model.ffn_dim or 4 * model.dim,
+            heads=model.heads,
+            tokens=batch * seq_len,
+            seq_len=seq_len,
+            num_experts=config.moe.num_experts,
+            rows=(),
+        )
+        bench = Bench(pair)
+        mbit = find_rate(pair, bench.set_rate, bench.infer)
     context = build_context(ep_size, CPU, timeout)
     sharded = with_dense_mesh(context, "sharded", world_size // 2, CPU, timeout)
     steps = {
@@ -76,22 +88,6 @@ def dense_cost(
     if mbit is not None:
         report["link_mbit"] = mbit
     return report
-
-
-def pair_of(config: Config, share: float, batch: int) -> Setting:
-    """Return a pair of the model's size, for which the links' rate is searched."""
-    model, tokens = config.model, batch * config.data.seq_len
-    return Setting(
-        share,
-        compute="real",
-        dim=model.dim,
-        ffn_dim=model.ffn_dim or 4 * model.dim,
-        heads=model.heads,
-        tokens=tokens,
-        seq_len=config.data.seq_len,
-        num_experts=config.moe.num_experts,
-        rows=(),
-    )
 
 
 class Training:
