@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from scmoe.config.leaves import ConfigError
+from scmoe.experiments.bench.pairs import Count, Positive
 from scmoe.experiments.engine.command_line import call
 
 Architecture = Literal["scmoe_pos1", "scmoe_pos2", "scmoe_pos3", "shared_expert", "top2"]
@@ -15,9 +15,9 @@ def main(
     *,
     quick: bool = False,
     architectures: list[Architecture] | None = None,
-    tokens: list[int] | None = None,
-    rounds: int | None = None,
-    limit_s: float | None = None,
+    tokens: list[Count] | None = None,
+    rounds: Count | None = None,
+    limit_s: Positive | None = None,
     out: Path = Path("runs/fig13"),
 ) -> None:
     """Measure Fig. 13 on this machine: latency and memory of resident and offloaded experts. Standard output is JSON.
@@ -32,15 +32,12 @@ def main(
         limit_s: seconds for each case (default: 10)
         out: folder
     """
-    above_0: dict[str, Any] = {"tokens": tokens, "rounds": rounds, "limit_s": limit_s}
-    given = {name: tuple(sorted(set(v))) if isinstance(v, list) else v for name, v in above_0.items() if v is not None}
-    if bad := [name for name, value in given.items() if min(value if isinstance(value, tuple) else (value,)) <= 0]:
-        raise ConfigError(f"--{bad[0].replace('_', '-')} is {above_0[bad[0]]}, allowed: above 0")
-    if architectures is not None:
-        given["architectures"] = tuple(architectures)
     from scmoe.experiments.bench.offload import QUICK, Setting, bench_offload
 
-    settings: dict[str, Any] = (QUICK if quick else {}) | given
+    given: dict[str, Any] = {"rounds": rounds, "limit_s": limit_s}
+    given["architectures"] = None if architectures is None else tuple(architectures)
+    given["tokens"] = None if tokens is None else tuple(sorted(set(tokens)))
+    settings = (QUICK if quick else {}) | {name: value for name, value in given.items() if value is not None}
     print(json.dumps(bench_offload(out, Setting(**settings))))
 
 

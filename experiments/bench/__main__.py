@@ -5,20 +5,21 @@ A command imports what it measures with inside itself, so that its help and a wr
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import App, Parameter, validators
 
 from scmoe.config.leaves import ConfigError
+from scmoe.experiments.bench.pairs import Count, Positive, Rounds, Setting, check_ranks
+from scmoe.experiments.engine import links
 from scmoe.experiments.engine.command_line import call
 
 OUT, TIMELINE = Path("runs/bench"), Path("runs/timeline")
+USUAL = Setting()
 Compute = Literal["real", "emulated"]
 Grows = Literal["tokens", "ranks", "experts"]
-Rounds = Annotated[int, Parameter(validator=validators.Number(gte=2))]  # of which quartiles are taken
-Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
-Positive = Annotated[float, Parameter(validator=validators.Number(gt=0))]
 Share = Annotated[float, Parameter(validator=validators.Number(gt=0, lt=1))]
 main = App(name="bench", help="Measure on this machine. Standard output is JSON.")
 
@@ -88,66 +89,53 @@ def dense(
         share: communication share of a sequential top-2 pair, on shaped links (default: the loopback device)
     """
     given = locals()
-    from scmoe.experiments.bench.step_cost import bench_dense
-    from scmoe.experiments.engine import links
+    from scmoe.experiments.bench.step_cost import dense_cost
+    from scmoe.experiments.engine.ranks import run_ranks
 
     if ranks % 2 or ranks % ep_size:
         raise ConfigError(f"--ranks is {ranks}, allowed: multiples of 2 nodes and of --ep-size ({ep_size})")
     if share is not None:
         links.require()
-
-    print(json.dumps(bench_dense(**given) | given))
+    args = ep_size, batch, rounds, share, overrides
+    report, *_ = run_ranks(dense_cost, ranks, *args, timeout_s=3600, own_links=share is not None)
+    print(json.dumps(report | given))
 
 
 @main.command
 def overlap(
     *,
     share: float | None = None,
-    link_mbit: Positive | None = None,
     ranks: Count | None = None,
-    nodes: Count = 1,
-    exchange: Literal["flat", "hierarchical", "auto"] = "flat",
     compute: Compute | None = None,
-    level: Literal["block", "iteration"] = "block",
     reductions: Literal["ddp", "paced"] | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
-    rounds: Rounds = 9,
-    rows: list[str] | None = None,
-    dim: Count | None = None,
-    ffn_dim: Count | None = None,
-    tokens: Count | None = None,
-    heads: Count | None = None,
-    seq_len: Count | None = None,
-    num_experts: Count | None = None,
-    attention_ms: Positive | None = None,
-    attention_to_mlp: Positive | None = None,
+    setting: Setting = USUAL,
     out: Path = OUT,
 ) -> None:
     """How much of the All-to-All every architecture and schedule hides.
 
     Args:
         share: communication share of sequential top-2, forward (default: 0.52)
-        link_mbit: rate of the links; by default it is searched for the share
         ranks: (default: 2; on cuda 1)
-        nodes: on which the ranks are; the rate is that of the nodes' network cards
-        exchange: between nodes
         compute: (default: emulated; on cuda real)
         reductions: of gradients, at level iteration (default: paced, on a GPU ddp)
         device: cuda: one GPU, rows over its bus
-        rows: rows to measure (default: all)
-        dim: (default: 512)
-        ffn_dim: (default: 2048)
-        tokens: (default: 1024)
-        heads: (default: 8)
-        seq_len: (default: 256)
-        num_experts: (default: 8)
-        attention_ms: (default: 45)
-        attention_to_mlp: (default: 3)
     """
-    given = {name: value for name, value in locals().items() if value is not None}
+    if share is not None and setting.link_mbit is not None:
+        raise ConfigError("--share and --link-mbit exclude each other: the rate is searched for the share, or given")
+    if reductions is not None and setting.level != "iteration":
+        raise ConfigError(f"--reductions belongs to --level iteration, and --level is {setting.level}")
+    gpu = device == "cuda"
+    setting = replace(
+        setting,
+        share=Setting.share if share is None else share,
+        compute=compute or ("real" if gpu else "emulated"),
+        reductions=reductions or ("ddp" if gpu else "paced"),
+        device=device,
+    )
     from scmoe.experiments.bench.overlap_report import bench_overlap
 
-    print(json.dumps(bench_overlap(given)))
+    print(json.dumps(bench_overlap(setting, ranks or (1 if gpu else 2), out)))
 
 
 @main.command
@@ -164,7 +152,6 @@ def growth(
     if points and len(names) > 1:
         raise ConfigError("--points goes with one --of")
     from scmoe.experiments.bench import growth
-    from scmoe.experiments.engine import links
 
     growth.check(names[0], points or [])
     links.require()
@@ -179,7 +166,6 @@ def inference(
     given = locals()
     from scmoe.experiments.bench.decoding import bench_generation
     from scmoe.experiments.bench.inference import bench_inference
-    from scmoe.experiments.engine import links
 
     links.require()
     report = bench_inference(**given)
@@ -203,11 +189,10 @@ def exchange(
         kilobytes: of a rank for each other rank (default: 1 4 16 64 256 1024)
     """
     from scmoe.experiments.bench.exchange import bench_exchange, why_no_nodes
-    from scmoe.experiments.engine.links import require
 
     if refused := why_no_nodes(nodes, ranks):
         raise ConfigError(refused)
-    require(nodes)
+    links.require(nodes)
     print(json.dumps(bench_exchange(nodes, ranks, between_mbit, kilobytes or [1, 4, 16, 64, 256, 1024], rounds)))
 
 
@@ -227,8 +212,6 @@ def timeline(
         run: draw the plan of this run with schedule=auto instead; nothing is measured
     """
     from scmoe.experiments.bench import timeline
-    from scmoe.experiments.bench.pairs import check_ranks
-    from scmoe.experiments.engine import links
 
     if run is not None:
         if (share, ranks, compute, position, out) != (0.52, 2, "emulated", "pos2", TIMELINE):

@@ -19,29 +19,33 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from torch.profiler import record_function
 
 from scmoe.config.fields import Config
 from scmoe.config.load import SHIPPED
+from scmoe.config.rules import resolve_ep_size
 from scmoe.experiments.bench import emulated, speed_chart
 from scmoe.experiments.bench.overlap import measure
 from scmoe.experiments.bench.overlap_report import summary
 from scmoe.experiments.bench.pairs import USUAL_ROWS, Setting
 from scmoe.experiments.bench.timeline import watch
 from scmoe.experiments.engine import gantt, profiles
-from scmoe.experiments.engine.bare import train_bare
 from scmoe.experiments.engine.clock import in_turn, middle, seconds
 from scmoe.experiments.engine.isolated import Pieces, Place
 from scmoe.experiments.engine.ranks import run_alone
 from scmoe.experiments.engine.step import Step
 from scmoe.footprint.memory import Job, rank_memory
 from scmoe.footprint.model_cost import forward_flops, peak_tflops, training_flops
+from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.wrap import Wrapped
 from scmoe.schedule.play import Span
-from scmoe.training.assembly.model import build_model, build_model_on_meta
+from scmoe.training.assembly.data import build_datamodule, prepare_data
+from scmoe.training.assembly.model import build_model, build_model_on_meta, build_module
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout
 GPT2 = "experiment/gpt2_moe_small.yaml"  # Table 8
@@ -302,3 +306,36 @@ def drawn(draw: Callable[..., None], what: Any, path: Path, *words: str) -> str:
         return "not drawn: matplotlib is missing"
     draw(what, path, *words)
     return path.name
+
+
+def train_bare(config: Config) -> list[float]:
+    """Trains without a run directory, loggers, checkpoints or validation. Returns the loss of every step, with the
+    balance losses, in nats per token. ConfigError: the data cannot be used.
+
+    It reads the config's model, moe, data, optim, `strategy.ep_size` and, of its trainer, accelerator, devices,
+    precision and steps.
+    """
+    losses: list[Tensor] = []  # on the device, so that nothing waits for them
+
+    def keep(trainer: Trainer, module: Any, outputs: Any, *_: Any) -> None:
+        losses.append(outputs["loss"].detach())
+
+    data = build_datamodule(config)
+    prepare_data(data)
+    trainer = Trainer(
+        accelerator=config.trainer.accelerator,
+        devices=config.trainer.devices,
+        strategy=ExpertParallelStrategy(resolve_ep_size(config)),
+        precision=config.trainer.precision,
+        max_steps=config.trainer.max_steps,
+        max_epochs=-1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[LambdaCallback(on_train_batch_end=keep)],
+    )
+    trainer.fit(build_module(config), data)
+    return [loss.item() for loss in losses]

@@ -59,7 +59,7 @@ def check(of: str, points: Sequence[int]) -> None:
         setting, ranks = at(of, value, None, 2)
         if value < 1 or ranks < 2:
             raise ConfigError(f"--points has {value}, allowed: {2 if of == 'ranks' else 1} or more")
-        if uneven := why_uneven(setting.tokens, setting.seq_len, setting.num_experts, ranks):
+        if uneven := why_uneven(setting, ranks):
             raise ConfigError(f"--points has {value}: {uneven}")
 
 

@@ -24,8 +24,9 @@ from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench import emulated
 from scmoe.experiments.bench.overlap import Variant, find_rate, say
-from scmoe.experiments.bench.pairs import Setting, check_ranks, default_schedule, make_block
+from scmoe.experiments.bench.pairs import Setting, check_ranks, default_schedule
 from scmoe.experiments.bench.speed_chart import PAPERS, Printed, name_of
+from scmoe.experiments.bench.stacks import make_block
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, quartiles
 from scmoe.experiments.engine.ranks import run_ranks
@@ -95,9 +96,6 @@ class InferenceBench:
         block = make_block(name, s, self.group, capacity_factor=None)
         return GPT(VOCABULARY, s.seq_len + 1, s.dim, [block]).eval()
 
-    def set_rate(self, mbit: float) -> None:
-        links.set_rate(mbit)
-
     def infer(self, variant: Variant) -> float:
         """Seconds of a prefill."""
         return self.seconds(Way(variant.block, "prefill", variant.way, variant.schedule))
@@ -131,7 +129,7 @@ def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[st
     dist.init_process_group("gloo")
     with torch.inference_mode():
         bench = InferenceBench(setting, batch)
-        rate = find_rate(bench) if setting.shaped else None
+        rate = find_rate(setting, links.set_rate, bench.infer) if setting.shaped else None
         plans: dict[tuple[str, str], InferencePlan] = {}
         ways: list[Way] = []
         for block in BLOCKS:

@@ -8,20 +8,21 @@ share of communication.
 
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from scmoe.experiments.bench import emulated
-from scmoe.experiments.bench.pairs import ROWS, Setting, default_schedule, make_block, make_step
+from scmoe.experiments.bench.pairs import ROWS, Setting, default_schedule
+from scmoe.experiments.bench.stacks import make_block, make_step
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.clock import CPU, in_turn, middle
 from scmoe.experiments.engine.profiles import peak_bytes
@@ -29,7 +30,7 @@ from scmoe.experiments.engine.step import Step
 from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.operators import Recorder
 from scmoe.parallel.mesh import build_context, expert_parameters
-from scmoe.parallel.wire.all_to_all import Carried, Exchange, Link, all_to_all
+from scmoe.parallel.wire.all_to_all import Carried, Link, all_to_all
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
 from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import LayerChoice
@@ -80,9 +81,12 @@ class Bench:
         pairs = range(setting.pairs)
         dtype = getattr(torch, setting.dtype)
         self.stacks = {n: [make_block(n, setting, self.group).to(self.device, dtype) for _ in pairs] for n in names}
-        link = Link()
-        exchange = Carried(exchange_of(setting) or all_to_all(self.group), link)
-        self.paid = AllToAllDispatcher(self.group, setting.num_experts, exchange=exchange)
+        link, exchange = Link(), all_to_all(self.group)
+        if setting.exchange != "flat":
+            ranks, timeout = dist.get_world_size(), timedelta(seconds=300)
+            context = build_context(ranks, CPU, timeout, setting.exchange, ranks // setting.nodes, say)
+            exchange = context.exchange or exchange
+        self.paid = AllToAllDispatcher(self.group, setting.num_experts, exchange=Carried(exchange, link))
         if setting.bus:
             self.set_rate(1.0)
         self.free = AllToAllDispatcher(self.group, setting.num_experts, exchange=emulated.free)
@@ -190,14 +194,6 @@ class Bench:
         return peak_bytes(self.device, lambda: step.train(self.x)) / 2**20
 
 
-def exchange_of(setting: Setting) -> Exchange | None:
-    """How rows travel between the setting's nodes. Every rank must call it."""
-    if setting.exchange == "flat":
-        return None
-    ranks, timeout = dist.get_world_size(), timedelta(seconds=300)
-    return build_context(ranks, CPU, timeout, setting.exchange, ranks // setting.nodes, say).exchange
-
-
 def set_rates(mbit: float, nodes: int) -> None:
     """Sets the rate at which this rank sends; with several nodes that of its node's card, and its own to WITHIN times
     as much. Every rank must call it."""
@@ -237,7 +233,7 @@ def measure(rank: int, world_size: int, setting: Setting) -> Measured:
     to separate schedules with similar times."""
     dist.init_process_group("gloo")
     bench = Bench(setting)
-    rate = find_rate(bench) if setting.shaped or setting.bus else None
+    rate = find_rate(setting, bench.set_rate, bench.infer) if setting.shaped or setting.bus else None
     choices, candidates = {}, {}
     for row in setting.rows:
         say(f"planning {row}")
@@ -263,41 +259,26 @@ def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> li
     return [v for v in ranked[:FINALISTS] if seconds[v] <= NEAR * seconds[ranked[0]]]
 
 
-class Timed(Protocol):
-    """What find_rate requires of a bench."""
-
-    setting: Setting
-
-    def set_rate(self, rate: float) -> None: ...
-
-    def infer(self, variant: Variant) -> float: ...
-
-
 def through_link(ranks: int, nodes: int) -> float:
     """The rows that leave by a link (the rank's own, or its node's card), as a multiple of the rows of one rank."""
     return 1 - 1 / ranks if nodes == 1 else ranks / nodes * (1 - 1 / nodes)
 
 
-def find_rate(bench: Timed) -> float:
+def find_rate(s: Setting, set_rate: Callable[[float], None], infer: Callable[[Variant], float]) -> float:
     """Sets the rate (Bench.set_rate) and returns it: the given one, or the one at which communication is the wanted
-    share of a sequential top-2 pair."""
-    s, wanted = bench.setting, bench.setting.share
+    share of a sequential top-2 pair. infer: returns the seconds of a forward pass of that pair."""
     if s.link_mbit is not None:
-        bench.set_rate(s.link_mbit)
+        set_rate(s.link_mbit)
         return s.link_mbit
     sequential, free = (Variant("top2", default_schedule("top2"), way) for way in ("sequential", "free"))
-
-    def forward(*variants: Variant) -> dict[Variant, Any]:
-        runs = {variant: partial(bench.infer, variant) for variant in variants}
-        return in_turn(runs, SEARCH_ROUNDS, over_ranks=True)
-
-    t_free = middle(forward(free)[free])
-    ranks = dist.get_world_size()
-    sent_bits = 2 * 2 * s.pairs * s.tokens * s.dim * 32 * through_link(ranks, s.nodes)
+    runs = {variant: partial(infer, variant) for variant in (sequential, free)}
+    t_free = middle(in_turn({free: runs[free]}, SEARCH_ROUNDS, over_ranks=True)[free])
+    wanted, sent = s.share, through_link(dist.get_world_size(), s.nodes)
+    sent_bits = 2 * 2 * s.pairs * s.tokens * s.dim * 32 * sent
     rate = 1.0 if s.bus else sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
     for _ in range(8):
-        bench.set_rate(rate)
-        times = forward(sequential, free)
+        set_rate(rate)
+        times = in_turn(runs, SEARCH_ROUNDS, over_ranks=True)
         share = middle(1 - times[free] / times[sequential])
         where = f"bus at {rate:.3g} of its rate" if s.bus else f"links at {rate:.0f} Mbit/s"
         say(f"{where}: communication share {share:.3f}, wanted {wanted:g}")
@@ -306,5 +287,5 @@ def find_rate(bench: Timed) -> float:
         factor = share / (1 - share) / (wanted / (1 - wanted))
         rate *= min(2.0, max(0.5, factor))  # a disturbed measurement must not stop the link
     else:
-        bench.set_rate(rate)
+        set_rate(rate)
     return rate

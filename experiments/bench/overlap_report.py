@@ -4,7 +4,8 @@ Ratios are to sequential top-2, taken round by round, medians.
 """
 
 import sys
-from dataclasses import fields
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,33 +24,27 @@ from scmoe.experiments.engine.report import Report, write_json
 from scmoe.schedule.cost import OperatorTimes, exposed_time, overlap_efficiency
 from scmoe.schedule.limit import least_time
 
-DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Setting)}
 PAYLOAD = 1448 / 1514  # of what a link carries; the rest is headers of TCP, IP and Ethernet
 OF_COMPUTE = {"ffn_dim": "real", "heads": "real", "attention_ms": "emulated", "attention_to_mlp": "emulated"}
 
 
-def bench_overlap(options: dict[str, Any]) -> dict[str, Any]:
+def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
     """Measure, print a table, and write chart and figures into the folder `out`. Returns the report.
 
-    options: fields of Setting, `ranks` and `out`, those that were given; ConfigError for one that cannot be honoured.
-    The program starts again in a network namespace, where links can be shaped.
+    ConfigError: an option that cannot be honoured. The program starts again in a network namespace, where links can be
+    shaped.
     """
     require("bench overlap", "matplotlib")
-    gpu, out = options["device"] == "cuda", options.pop("out")
-    defaults = DEFAULTS | {"share": 0.52, "ranks": 1 if gpu else 2, "compute": "real" if gpu else "emulated"}
-    defaults["reductions"] = "ddp" if gpu else "paced"
-    values = defaults | options
-    if refused := why_refused(options, values):
+    if refused := why_refused(setting, ranks):
         raise ConfigError(refused)
-    missing = "one GPU has no links" if gpu else links.why_not() if not links.inside() else None
-    if missing is None:
-        links.enter(values["nodes"])
+    gpu = setting.device == "cuda"
+    missing = None if gpu or links.inside() else links.why_not()
+    setting = replace(setting, shaped=not gpu and missing is None, bus=gpu)
+    if setting.shaped:
+        links.enter(setting.nodes)
     elif not gpu:
         print(f"links cannot be shaped here ({missing}): loopback as it is, marked in every row", file=sys.stderr)
-    ranks, rows = values.pop("ranks"), tuple(values["rows"])
-    setting = Setting(**values | {"rows": rows, "shaped": missing is None, "bus": gpu})
-    own_links = missing is None
-    result = run_ranks(measure, ranks, setting, timeout_s=3600, own_links=own_links, nodes=setting.nodes)[0]
+    result = run_ranks(measure, ranks, setting, timeout_s=3600, own_links=setting.shaped, nodes=setting.nodes)[0]
     report = summary(setting, ranks, result)
     machine = "cuda" if gpu else f"{ranks}-ranks"
     if setting.nodes > 1:
@@ -63,43 +58,39 @@ def bench_overlap(options: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def why_refused(given: dict[str, Any], values: dict[str, Any]) -> str | None:
-    """Return why the first option that cannot be honoured is refused; None: all can. values: given, or defaults."""
-    if given["device"] == "cuda":
-        if "link_mbit" in given:
+def why_refused(setting: Setting, ranks: int) -> str | None:
+    """Return why the first option that cannot be honoured is refused; None: all can."""
+    if setting.device == "cuda":
+        if setting.link_mbit is not None:
             return "--link-mbit belongs to links, and one GPU has none: its rows go over its bus"
-        if values["ranks"] != 1:
-            return f"--ranks is {values['ranks']}, allowed with --device cuda: 1"
-        if values["compute"] != "real":
+        if ranks != 1:
+            return f"--ranks is {ranks}, allowed with --device cuda: 1"
+        if setting.compute != "real":
             return "--compute is emulated, allowed with --device cuda: real (a host that sleeps keeps no GPU busy)"
         if not torch.cuda.is_available():
             return "--device is cuda, and there is no CUDA device here"
-    elif values["ranks"] < 2:
-        return f"--ranks is {values['ranks']}, allowed: 2 or more, as one rank sends nothing"
-    if values["nodes"] != 1 and (refused := why_no_nodes(values["nodes"], values["ranks"])):
+    elif ranks < 2:
+        return f"--ranks is {ranks}, allowed: 2 or more, as one rank sends nothing"
+    if setting.nodes != 1 and (refused := why_no_nodes(setting.nodes, ranks)):
         return refused
-    if values["nodes"] == 1 and values["exchange"] != "flat":
-        return f"--exchange is {values['exchange']}, allowed with --nodes 1: flat"
-    if "share" in given and "link_mbit" in given:
-        return "--share and --link-mbit exclude each other: the rate is searched for the share, or given"
-    if "reductions" in given and values["level"] != "iteration":
-        return f"--reductions belongs to --level iteration, and --level is {values['level']}"
+    if setting.nodes == 1 and setting.exchange != "flat":
+        return f"--exchange is {setting.exchange}, allowed with --nodes 1: flat"
     for name, compute in OF_COMPUTE.items():
-        if name in given and compute != values["compute"]:
-            return f"--{name.replace('_', '-')} belongs to {compute} compute, and --compute is {values['compute']}"
-    if not 0 < values["share"] < 1:
-        return f"--share is {values['share']:g}, allowed: above 0 and below 1"
-    if unknown := [row for row in values["rows"] if row not in ROWS]:
+        if compute != setting.compute and getattr(setting, name) != getattr(Setting, name):
+            return f"--{name.replace('_', '-')} belongs to {compute} compute, and --compute is {setting.compute}"
+    if not 0 < setting.share < 1:
+        return f"--share is {setting.share:g}, allowed: above 0 and below 1"
+    if unknown := [row for row in setting.rows if row not in ROWS]:
         return f"--rows has {unknown[0]}, allowed: {' | '.join(ROWS)}"
-    return why_uneven(*(values[name] for name in ("tokens", "seq_len", "num_experts", "ranks")))
+    return why_uneven(setting, ranks)
 
 
-def why_uneven(tokens: int, seq_len: int, num_experts: int, ranks: int) -> str | None:
+def why_uneven(setting: Setting, ranks: int) -> str | None:
     """Return why tokens cannot be cut into sequences, or experts be shared by ranks; None: both can."""
-    if tokens % seq_len:
-        return f"--tokens is {tokens}, allowed: multiples of --seq-len ({seq_len})"
-    if num_experts % ranks:
-        return f"--num-experts is {num_experts}, allowed: multiples of --ranks ({ranks})"
+    if setting.tokens % setting.seq_len:
+        return f"--tokens is {setting.tokens}, allowed: multiples of --seq-len ({setting.seq_len})"
+    if setting.num_experts % ranks:
+        return f"--num-experts is {setting.num_experts}, allowed: multiples of --ranks ({ranks})"
     return None
 
 

@@ -1,31 +1,17 @@
-"""The pairs of blocks that `bench overlap` measures: every architecture, of real or of emulated operators."""
+"""What the benches of pairs of blocks can be asked for. Nothing here imports torch, so the command line reads it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Literal
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from cyclopts import Parameter, validators
 
-from scmoe.blocks.moe_block import MoEBlock
-from scmoe.blocks.shortcut import ShortcutBlock
-from scmoe.blocks.standard import SharedExpertBlock, TopKBlock
-from scmoe.blocks.sublayers import MLP, Attention, Residual
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench.emulated import EmulatedExperts, EmulatedOperator
-from scmoe.experiments.engine.step import Step
-from scmoe.moe.coefficient import CG1
-from scmoe.moe.experts import Experts
-from scmoe.moe.layout import rows_of
-from scmoe.moe.router import Router
-from scmoe.moe.stream import MoEStream
-from scmoe.parallel.mesh import ParallelContext
-from scmoe.parallel.update.wrap import Wrapped, wrap
-from scmoe.parallel.wire.all_to_all import Link
-from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
 from scmoe.schedule.schedule import POSITIONS, Schedule
 
+Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+Positive = Annotated[float, Parameter(validator=validators.Number(gt=0))]
+Rounds = Annotated[int, Parameter(validator=validators.Number(gte=2))]  # of which quartiles are taken
+INNER = Parameter(parse=False)  # no option of `bench overlap`, or one whose default depends on others
 CHUNKS = {"": (1,), "_pipelined": (2, 4)}  # numbers of chunks to choose from
 USUAL_ROWS = {  # row: (block, numbers of chunks); top2, top2_pipelined, ..., scmoe_pos1, ..., scmoe_pos1_pipelined, ...
     **{name + way: (name, CHUNKS[way]) for name in ("top2", "top1", "shared_expert") for way in CHUNKS},
@@ -36,36 +22,46 @@ ROWS = USUAL_ROWS | {name: (name, CHUNKS[""]) for name in ("top3", "scmoe2")}
 TOP_K = {"top2": 2, "top3": 3, "scmoe2": 2}  # routed experts of a token; 1 in all other blocks
 
 
+@Parameter(name="*")
 @dataclass(frozen=True)
 class Setting:
-    """share: share of communication, reached by a search for the links' rate; link_mbit: the rate itself, without a
-    search. tokens: tokens of one rank, in sequences of seq_len. attention_ms, attention_to_mlp: time of an attention,
-    and its ratio to an MLP's; for emulated compute only. shaped: whether the links have a rate at all. bus: rows go
-    over the device's bus instead of links (emulated.over_the_bus), and the share is reached by its rate. reductions: of
-    the gradients, as the Strategy's. nodes: the rate is that of their network cards; with 1, of every rank's link.
-    exchange: flat | hierarchical | auto."""
+    """A measurement of pairs.
 
-    share: float
-    link_mbit: float | None = None
-    compute: str = "emulated"
-    level: str = "block"
-    rounds: int = 9
-    dim: int = 512
-    ffn_dim: int = 2048
-    heads: int = 8
-    tokens: int = 1024
-    seq_len: int = 256
-    num_experts: int = 8
-    attention_ms: float = 45.0
-    attention_to_mlp: float = 3.0
-    shaped: bool = True
-    device: str = "cpu"
-    dtype: str = "float32"
-    bus: bool = False
-    reductions: str = "paced"
-    nodes: int = 1
-    exchange: str = "flat"
-    rows: tuple[str, ...] = tuple(USUAL_ROWS)
+    share: of communication, reached by a search for the links' rate. compute: real | emulated. shaped: whether the
+    links have a rate at all. bus: rows go over the device's bus instead of links (emulated.over_the_bus), and the share
+    is reached by its rate. reductions: of the gradients, as the Strategy's.
+
+    Args:
+        link_mbit: rate of the links; by default it is searched for the share
+        nodes: on which the ranks are; the rate is that of the nodes' network cards
+        exchange: between nodes
+        rows: rows to measure
+        tokens: of one rank, in sequences of --seq-len
+        attention_ms: time of an emulated attention
+        attention_to_mlp: its ratio to that of an emulated MLP
+    """
+
+    share: Annotated[float, INNER] = 0.52
+    link_mbit: Positive | None = None
+    compute: Annotated[str, INNER] = "emulated"
+    level: Literal["block", "iteration"] = "block"
+    rounds: Rounds = 9
+    dim: Count = 512
+    ffn_dim: Count = 2048
+    heads: Count = 8
+    tokens: Count = 1024
+    seq_len: Count = 256
+    num_experts: Count = 8
+    attention_ms: Positive = 45.0
+    attention_to_mlp: Positive = 3.0
+    shaped: Annotated[bool, INNER] = True
+    device: Annotated[str, INNER] = "cpu"
+    dtype: Annotated[str, INNER] = "float32"
+    bus: Annotated[bool, INNER] = False
+    reductions: Annotated[str, INNER] = "paced"
+    nodes: Count = 1
+    exchange: Literal["flat", "hierarchical", "auto"] = "flat"
+    rows: Annotated[tuple[str, ...], Parameter(show_default=lambda _: "all")] = tuple(USUAL_ROWS)
 
     @property
     def pairs(self) -> int:
@@ -86,63 +82,3 @@ def default_schedule(block: str) -> Schedule:
     if block == "scmoe2":
         return Schedule("scmoe", "pos2")
     return Schedule("shared_expert" if block == "shared_expert" else "top_k")
-
-
-def make_block(name: str, setting: Setting, group: Any, capacity_factor: float | None = 1.0) -> MoEBlock:
-    """A pair with this rank's share of the experts. name: a block's name in ROWS. capacity_factor: None: dropless."""
-    s, schedule, emulated = setting, default_schedule(name), setting.compute == "emulated"
-    mlp_ms = s.attention_ms / s.attention_to_mlp
-
-    weighs = s.level == "iteration"  # else no gradient travels
-
-    def attention() -> nn.Module:
-        return EmulatedOperator(s.attention_ms, weighs * 4 * s.dim**2) if emulated else Attention(s.dim, s.heads)
-
-    def mlp() -> nn.Module:
-        return EmulatedOperator(mlp_ms, weighs * 2 * s.dim * s.ffn_dim) if emulated else MLP(s.dim, s.ffn_dim)
-
-    sublayers = [attention(), mlp(), attention()]
-    if not emulated:
-        sublayers = [Residual(nn.LayerNorm(s.dim), part) for part in sublayers]
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    own = range(rank * s.num_experts // ranks, (rank + 1) * s.num_experts // ranks)
-    us_per_row = mlp_ms * 1e3 / s.tokens
-    if emulated:
-        experts: Any = EmulatedExperts(us_per_row, s.num_experts, own)
-    else:
-        experts = Experts(s.dim, s.ffn_dim, s.num_experts, own)
-    # every expert gets its fair share, so that the time does not depend on the choices of an untrained gate
-    router = Router(s.dim, s.num_experts, TOP_K.get(name, 1), balanced=True)
-    stream = MoEStream(router, experts, AllToAllDispatcher(group, s.num_experts), rows_of(capacity_factor))
-    if name in ("top1", "top2", "top3"):
-        return TopKBlock(sublayers, nn.LayerNorm(s.dim), stream, schedule)
-    norms = [nn.LayerNorm(s.dim) for _ in range(2)]
-    parts: dict[str, Any] = {"shared_expert": mlp(), "coefficient": CG1(s.dim)}
-    if name == "shared_expert":
-        return SharedExpertBlock(sublayers, norms[0], stream, schedule, **parts)
-    return ShortcutBlock(sublayers, norms[1], stream, schedule, tap_norm=norms[0], **parts)
-
-
-def make_step(stack: Sequence[nn.Module], setting: Setting, group: Any, link: Link) -> Step:
-    """Return a training step of blocks; at iteration level with the gradients' reduction and the optimizer's step.
-
-    group: of the experts. link: the rows'.
-    """
-    model = Stack(*stack)
-    ranks = dist.get_world_size(group)
-    if setting.level == "block":
-        return Step(Wrapped(model, 1), ParallelContext())
-    context = ParallelContext(
-        dist.get_rank(group), ranks, ranks, ep_group=group, gradient_group=dist.new_group(), link=link
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    return Step(wrap(model, context, setting.reductions), context, optimizer)
-
-
-class Stack(nn.Sequential):
-    """Blocks in a row."""
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        for block in self:
-            x_BSD = block(x_BSD).y_BSD
-        return x_BSD

@@ -30,7 +30,6 @@ from scmoe.config.load import load
 from scmoe.experiments.bench.overlap import Bench, find_rate
 from scmoe.experiments.bench.pairs import Setting
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, seconds
-from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.experiments.engine.step import Step
 from scmoe.parallel.dense import with_dense_mesh
 from scmoe.parallel.mesh import ParallelContext, build_context
@@ -42,24 +41,29 @@ WARM_UP, GUARD_ROUNDS = 2, 15
 SIZE = ("data.name=synthetic", "data.seq_len=128", "data.vocab_size=4096", "model.layers=4", "model.dim=256")
 
 
-def bench_dense(
-    ranks: int, ep_size: int, batch: int, rounds: int, share: float | None, overrides: Sequence[str]
-) -> dict[str, Any]:
-    """Return medians. hybrid has two nodes. batch: sequences of a rank. overrides: key=value, over SIZE. share: of
-    communication; the caller has entered a network namespace. None: loopback."""
-    given = ep_size, batch, rounds, share, tuple(overrides)
-    report, *_ = run_ranks(measure, ranks, *given, timeout_s=3600, own_links=share is not None)
-    return report
-
-
-def measure(
+def dense_cost(
     rank: int, world_size: int, ep_size: int, batch: int, rounds: int, share: float | None, overrides: Sequence[str]
 ) -> dict[str, Any]:
-    """Runs on every rank; the caller uses rank 0's result."""
-    torch.set_num_threads(1)
+    """Runs on every rank; the caller uses rank 0's result: medians. hybrid has two nodes. batch: sequences of a rank.
+    share: of communication, on links of the rank's own; None: loopback. overrides: key=value, over SIZE."""
     dist.init_process_group("gloo")
     config, timeout = load(None, [*SIZE, *overrides]), timedelta(seconds=600)
-    mbit = None if share is None else find_rate(Bench(pair_of(config, share, batch)))
+    mbit = None
+    if share is not None:
+        model, seq_len = config.model, config.data.seq_len
+        pair = Setting(
+            share,
+            compute="real",
+            dim=model.dim,
+            ffn_dim=model.ffn_dim or 4 * model.dim,
+            heads=model.heads,
+            tokens=batch * seq_len,
+            seq_len=seq_len,
+            num_experts=config.moe.num_experts,
+            rows=(),
+        )
+        bench = Bench(pair)
+        mbit = find_rate(pair, bench.set_rate, bench.infer)
     context = build_context(ep_size, CPU, timeout)
     sharded = with_dense_mesh(context, "sharded", world_size // 2, CPU, timeout)
     steps = {
@@ -84,22 +88,6 @@ def measure(
     if mbit is not None:
         report["link_mbit"] = mbit
     return report
-
-
-def pair_of(config: Config, share: float, batch: int) -> Setting:
-    """Return a pair of the model's size, for which the links' rate is searched."""
-    model, tokens = config.model, batch * config.data.seq_len
-    return Setting(
-        share,
-        compute="real",
-        dim=model.dim,
-        ffn_dim=model.ffn_dim or 4 * model.dim,
-        heads=model.heads,
-        tokens=tokens,
-        seq_len=config.data.seq_len,
-        num_experts=config.moe.num_experts,
-        rows=(),
-    )
 
 
 class Training:

@@ -59,33 +59,29 @@ def draw_plan(run_dir: Path) -> dict[str, Any]:
     try:
         choices = plan_from_json(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--run is {str(run_dir)!r}, allowed: a run with schedule=auto that has chosen: {error}"
-        ) from error
-    pictures = [run_dir / "analysis" / f"plan-{direction}.png" for direction in DIRECTIONS]
-    pictures[0].parent.mkdir(exist_ok=True)
-    for direction, picture in zip(DIRECTIONS, pictures, strict=True):
+        allowed = "a run with schedule=auto that has chosen"
+        raise ConfigError(f"--run is {str(run_dir)!r}, allowed: {allowed}: {error}") from error
+    pictures = []
+    for direction in DIRECTIONS:
         rows = {}
         for layer, choice in enumerate(choices, 1):
             schedule = choice.schedule
             title = f"MoE layer {layer}: {schedule.name}, slot {schedule.slot}, {schedule.chunks} chunk(s)"
             rows[f"MoE layer {layer}, sequential"] = planned_spans(choice, direction, sequential=True)
             rows[title] = planned_spans(choice, direction, sequential=False)
-        draw(
-            rows,
-            picture,
-            f"The plan of {run_dir.resolve().name}, from the tap to the end of a block, {direction}",
-            "ms",
-        )
+        picture = run_dir / "analysis" / f"plan-{direction}.png"
+        words = f"The plan of {run_dir.resolve().name}, from the tap to the end of a block, {direction}"
+        draw(rows, picture, words, "ms")
         print(f"drawn: {picture}", file=sys.stderr)
-    return {"pictures": [str(picture) for picture in pictures]}
+        pictures.append(str(picture))
+    return {"pictures": pictures}
 
 
 def watch(rank: int, world_size: int, setting: Setting, position: str, out: Path) -> tuple[float, dict[str, Any]]:
     """Runs on every rank. Returns the rate (Bench.set_rate), and by direction {title: spans in ms}."""
     dist.init_process_group("gloo")
     bench = Bench(setting)
-    rate = find_rate(bench)  # of the links, or of the bus
+    rate = find_rate(setting, bench.set_rate, bench.infer)  # of the links, or of the bus
     timelines: dict[str, dict[str, list[Span]]] = {direction: {} for direction in DIRECTIONS}
     for title, (block, way, chunks) in ROWS.items():
         title, block = title.format(position.capitalize().replace("s", "s-")), block.format(position)

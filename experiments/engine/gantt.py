@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from scmoe.probes.charts import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, SMALL, chart, heading
 from scmoe.schedule.play import Span, elapsed
@@ -24,13 +23,8 @@ def draw(timelines: Mapping[str, Sequence[Span]], path: Path, words: str, unit: 
                 axis.barh(row, length, left=span.start, height=0.9, color=color, edgecolor="white")
                 label = span.operator.replace("_", "\n")
                 if length > 0.0155 * end * (1 + max(map(len, label.split("\n")))):  # room for the letters
-                    place = (span.start + span.end) / 2, row
-                    style: Any = {
-                        "color": "white" if color in DARK else "black",
-                        "fontsize": SMALL,
-                        "linespacing": 0.85,
-                    }
-                    axis.text(*place, label, ha="center", va="center", **style)
+                    x, ink = (span.start + span.end) / 2, "white" if color in DARK else "black"
+                    axis.text(x, row, label, ha="center", va="center", color=ink, fontsize=SMALL, linespacing=0.85)
             axis.vlines(elapsed(spans), -3 * i - 1.5, -3 * i + 0.5, color="black", linewidth=1)
             axis.text(elapsed(spans), -3 * i - 0.5, f" {elapsed(spans):.1f}", va="center", fontsize=9)
             axis.text(0, -3 * i + 0.6, name, fontweight="bold", va="bottom")

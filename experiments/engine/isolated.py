@@ -2,8 +2,7 @@
 
 A part is a function that returns named pieces; each measures one thing and returns values that JSON has. A piece that
 raises costs its own result only. A part that raises, crashes, hangs or lacks a package is reported, and the next one
-starts. A part writes a file after every piece, so what it has measured before it ended stays. The processes are forked
-from a server that has imported the library, which takes seconds, once.
+starts. A part writes a file after every piece, so what it has measured before it ended stays.
 """
 
 import json
@@ -85,11 +84,7 @@ def run_part(part: Part, place: Place, work: Path) -> dict[str, Any]:
         return {"state": "failed", "why": started["error"], "pieces": {}}
     process.join(part.clock_s)
     code = process.exitcode
-    try:  # what the part has started ends with it
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # it has ended, or does not lead a group yet
-        process.kill()
-    process.join(GRACE_S)
+    end(process, GRACE_S)
     pieces = json.loads(results.read_text()) if results.exists() else {}
     if code != 0:
         ended = "stopped by its clock" if code is None else f"the process ended with {code}"
@@ -98,6 +93,15 @@ def run_part(part: Part, place: Place, work: Path) -> dict[str, Any]:
     if errors := list(errors_in(pieces)):
         return {"state": "failed", "why": errors[0], "pieces": pieces}
     return {"state": "ok", "pieces": pieces}
+
+
+def end(process: Any, wait_s: float | None = None) -> None:
+    """Kills a process and all processes that it has started. wait_s: for its end; None: until it has ended."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has ended, or does not lead a group yet
+        process.kill()
+    process.join(wait_s)
 
 
 def attempt(measure: Callable[[], Any]) -> Any:

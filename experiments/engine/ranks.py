@@ -1,10 +1,8 @@
 """Runs a function in N processes on this machine, with torchrun's variables, and returns the N results.
 
 Processes are forked from a server that has imported torch, Lightning and this library, so a rank starts in 0.1 s. They
-are not forked from the caller, because its autograd threads and locks do not survive a fork. The caller hosts the store
-at which the ranks meet, as torchrun's agent does, so no other program can take its port between choice and use. A rank
-ends when the caller's end of its pipe closes, so no process outlives the caller. The ranks are connected by the
-loopback device, or by links with a rate (links.py).
+are not forked from the caller: its autograd threads and locks do not survive a fork. The caller hosts the store at
+which the ranks meet, so no other program can take its port. A rank ends when the caller's end of its pipe closes.
 """
 
 import io
@@ -25,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scmoe.experiments.engine import links
+from scmoe.experiments.engine.isolated import end
 from scmoe.parallel.mesh import use_loopback_for_gloo
 
 PRELOADED = ["torch", "torch.distributed", "lightning.pytorch", "scmoe.training.assembly.trainer", __name__]
@@ -54,12 +53,11 @@ def run_ranks(
 ) -> list[Any]:
     """Returns [fn(rank, world_size, *args) for each rank], each run in its own process with one torch thread.
 
-    fn: a function of a module. The variables that torchrun sets are set, so a Trainer or `init_process_group` joins the
-    ranks. args and results are pickled. No rank ends before all have their results, so none misses a peer at the end.
-    own_links: each rank in its own network namespace (links.py); call `links.enter` first.
+    fn: a function of a module; a Trainer or `init_process_group` in it joins the ranks. args and results are pickled.
+    No rank ends before all have their results. Raises RankError. Every process has ended by then, and on return.
+    own_links: each rank in its own network namespace (links.py); call `links.enter` first. Else on the loopback device.
     nodes: the variables are those of torchrun on so many machines. With own_links each node has a network card.
     grace_s: after a first failure, how long others that failed at the same time may take to report.
-    Raises RankError. Every process has ended by then, and on return.
     """
     assert links.inside() or not own_links
     context = multiprocessing.get_context("forkserver")
@@ -69,8 +67,8 @@ def run_ranks(
     try:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            given = theirs, rank, world_size, nodes, store.port, own_links, fn, *args
-            process = context.Process(target=_run_rank, args=given)
+            place = rank, world_size, nodes, store.port, own_links
+            process = context.Process(target=_run_rank, args=(theirs, *place, fn, *args))
             process.start()
             theirs.close()
             processes.append(process)
@@ -82,7 +80,8 @@ def run_ranks(
         for pipe in pipes:
             pipe.close()
         for process in processes:
-            _end(process)
+            end(process)
+            process.close()
 
 
 def run_alone(fn: Callable[..., Any], *args: Any) -> Any:
@@ -133,25 +132,8 @@ def _receive(pipe: Connection) -> _Report:
         return _Report(0.0, None, "the process ended without a report: killed, or out of memory")  # peers fail later
 
 
-def _end(process: Any) -> None:
-    """Kills the process and all processes that it has started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # it has ended, or does not lead a group yet
-        process.kill()
-    process.join()
-    process.close()
-
-
 def _run_rank(
-    pipe: Connection,
-    rank: int,
-    world_size: int,
-    nodes: int,
-    port: int,
-    own_links: bool,
-    fn: Callable[..., Any],
-    *args: Any,
+    pipe: Connection, rank: int, world_size: int, nodes: int, port: int, own_links: bool, fn: Any, *args: Any
 ) -> None:
     os.setsid()
     if own_links:

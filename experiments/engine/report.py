@@ -68,15 +68,12 @@ def bullets_and_tables(value: Any) -> list[str]:
         return [in_one_line(value)]
     if "error" in value:
         return ["```text", value["error"], "```"]
-    tables = {key: own for key, own in value.items() if _is_table(own)}
+    maps = {key: own for key, own in value.items() if isinstance(own, dict) and own}
+    tables = {key: own for key, own in maps.items() if all(isinstance(row, dict) for row in own.values())}
     lines = bullets({key: own for key, own in value.items() if key not in tables})
     for key, rows in tables.items():
         lines += ["", f"{key}:", "", *table_of(rows)]
     return lines
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(row, dict) for row in value.values())
 
 
 def bullets(values: Mapping[str, Any]) -> list[str]:

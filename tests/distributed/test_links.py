@@ -62,7 +62,13 @@ def interfaces() -> set[str]:
     return set(os.listdir("/sys/class/net"))
 
 
-@pytest.mark.parametrize("user", [False, True], ids=["as this user", "in a user namespace"])
+@pytest.mark.parametrize(
+    "user",
+    [
+        pytest.param(False, id="as this user"),
+        pytest.param(True, id="in a user namespace", marks=pytest.mark.faults),  # slow, and as the other
+    ],
+)
 def test_a_link_carries_no_more_than_its_rate(user, monkeypatch):
     if user:  # root can use one, too
         done = subprocess.run(["unshare", "--user", "--map-root-user", "--net", "true"], capture_output=True, text=True)

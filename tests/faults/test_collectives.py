@@ -1,4 +1,4 @@
-"""Fault 15: the debug mode names collectives that ranks start in different orders."""
+"""The debug mode names collectives that ranks start in different orders."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def swap_two_sums(rank: int, world_size: int, compared: bool) -> list[float]:
 
 
 @pytest.mark.representative
-def test_15_collectives_in_another_order_are_named():
+def test_collectives_in_another_order_are_named():
     assert run_ranks(swap_two_sums, 2, False) == [[101.0, 101.0]] * 2, "sums are wrong and there is no error"
     message = failure(swap_two_sums, 2, True)
     assert "OrderError: collective 0 is not the same on all ranks; rank 0: all_reduce of torch.float32 (1,)" in message
     assert re.search(r"rank 0: \S+ .* at test_collectives\.py:\d+; rank 1: \S+ .* at test_collectives\.py:\d+", message)
 
 
-def take_part(name: str, rank: int, world_size: int) -> None:
-    """Takes part in one collective; objects have a different type on each rank."""
+def arguments_of(rank: int, world_size: int) -> dict[str, tuple[Any, ...]]:
+    """Returns the arguments of each collective; objects have a different type on each rank."""
     x, both = torch.ones(2, 3), [torch.ones(2, 3) for _ in range(world_size)]
     thing: Any = (x, "a text")[rank]
     root = rank == 0
-    arguments: dict[str, tuple[Any, ...]] = {
+    return {
         "gather": (x, both if root else None),
         "scatter": (x, both if root else None),
         "all_gather": (both, x),
@@ -63,13 +63,9 @@ def take_part(name: str, rank: int, world_size: int) -> None:
         "gather_object": (thing, [None] * world_size if root else None),
         "scatter_object_list": ([None], ["a", 1] if root else None),
     }
-    getattr(dist, name)(*arguments[name])
 
 
-COLLECTIVES = (
-    *("gather", "scatter", "all_gather", "reduce_scatter", "all_gather_into_tensor", "reduce_scatter_tensor"),
-    *("all_to_all", "broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list"),
-)
+COLLECTIVES = list(arguments_of(0, 2))
 NOT_ON_GLOO = ("reduce_scatter", "all_to_all")
 
 
@@ -80,43 +76,41 @@ def swap_each(rank: int, world_size: int) -> dict[str, str]:
     compare.install()
     for name in COLLECTIVES:
         if name not in NOT_ON_GLOO:
-            take_part(name, rank, world_size)
+            getattr(dist, name)(*arguments_of(rank, world_size)[name])
         try:
-            take_part(name, rank, world_size) if rank == 0 else dist.barrier()
+            getattr(dist, name)(*arguments_of(rank, world_size)[name]) if rank == 0 else dist.barrier()
         except OrderError as error:
             said[name] = str(error)
     compare.remove()
     return said
 
 
-def test_15_every_kind_of_collective_is_watched():
+def test_every_kind_of_collective_is_watched():
     """Lightning's own collectives send objects. Different objects or numbers of rows are no error."""
     for said in run_ranks(swap_each, 2):
-        assert tuple(said) == COLLECTIVES
+        assert list(said) == COLLECTIVES
         for name, message in said.items():
-            assert re.search(
-                rf"rank 0: {name} .*at test_collectives\.py:\d+; rank 1: barrier in group default", message
-            )
+            here = rf"rank 0: {name} .*at test_collectives\.py:\d+; rank 1: barrier in group default"
+            assert re.search(here, message)
 
 
-def add_a_sum(rank: int, world_size: int, what: str) -> None:
+def add_a_sum(rank: int, world_size: int) -> None:
     """Rank 1 starts one collective more than rank 0 in its second step."""
     config = tiny(f"{MODEL} trainer.accumulate=1 strategy.debug_collectives=true strategy.timeout_s=20", world_size)
     module = build_module(config)
 
     def one_more() -> None:
         if module.global_step == 1:
-            dist.all_reduce(torch.zeros(3)) if what == "all_reduce" else dist.barrier()
+            dist.all_reduce(torch.zeros(3))
 
     if rank == 1:
         module.on_after_backward = one_more
     fit(config, module)
 
 
-@pytest.mark.parametrize("what, says", [("all_reduce", r"all_reduce of torch\.float32 \(3,\)"), ("barrier", "barrier")])
-def test_15_the_debug_mode_of_a_run_names_the_first_difference(what, says):
-    message = failure(add_a_sum, 2, what)
-    here = rf"rank 1: {says} in group default at test_collectives\.py:\d+"
+def test_the_debug_mode_of_a_run_names_the_first_difference():
+    message = failure(add_a_sum, 2)
+    here = r"rank 1: all_reduce of torch\.float32 \(3,\) in group default at test_collectives\.py:\d+"
     assert re.search(rf"collective \d+ is not the same on all ranks; rank 0: \S+ .*; {here}", message), message
 
 
@@ -128,6 +122,6 @@ def trained_weights(rank: int, world_size: int, debug: bool) -> dict[str, Tensor
     return weights
 
 
-def test_15_comparing_changes_no_number():
+def test_comparing_changes_no_number():
     for plain, compared in zip(run_ranks(trained_weights, 2, False), run_ranks(trained_weights, 2, True), strict=True):
         assert all(torch.equal(plain[name], compared[name]) for name in plain)

@@ -1,4 +1,4 @@
-"""Fault 76: two hops where ranks are not on two levels, or with a rank that does not take part."""
+"""Two hops where ranks are not on two levels, or with a rank that does not take part."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TIMEOUT_S = 5.0  # also of the set-up of the groups, in which a busy machine may
     ],
     ids=["one node", "within a node", "within a node by default", "unequal numbers", "one rank on a node"],
 )
-def test_76_two_hops_without_two_levels_are_refused_before_the_start(layout):
+def test_two_hops_without_two_levels_are_refused_before_the_start(layout):
     words = [*layout.split(), "data.global_batch_size=24"]
     for way in ("auto", "flat"):
         load(None, [*words, f"strategy.exchange={way}"])
@@ -38,28 +38,24 @@ def test_76_two_hops_without_two_levels_are_refused_before_the_start(layout):
         load(None, [*words, "strategy.exchange=hierarchical"])
 
 
-def test_76_an_unknown_exchange_is_refused():
+def test_an_unknown_exchange_is_refused():
     with pytest.raises(ValueError, match=r"exchange is 'two', allowed: auto \| flat \| hierarchical"):
         ExpertParallelStrategy(exchange="two")
 
 
-def absent(rank: int, world_size: int) -> tuple[float, bool]:
-    """Rank 3 takes no part. Returns how long this rank waited, and whether it got an error."""
+def absent(rank: int, world_size: int) -> float:
+    """Rank 3 takes no part. Returns how long this rank waited for it, until it got an error."""
     dist.init_process_group("gloo")
     context = build_context(4, torch.device("cpu"), timedelta(seconds=TIMEOUT_S), "hierarchical", 2)
     start = time.monotonic()
     if rank == 3:
         time.sleep(TIMEOUT_S + 1)
-        return 0.0, True
-    assert context.exchange is not None
-    try:
-        context.exchange(torch.ones(4, 2), None)[1].wait()
-    except RuntimeError:
-        return time.monotonic() - start, True
-    return time.monotonic() - start, False
+    else:
+        with pytest.raises(RuntimeError):
+            context.exchange(torch.ones(4, 2), None)[1].wait()
+    return time.monotonic() - start
 
 
-def test_76_a_rank_that_is_absent_ends_the_wait_of_both_hops():
+def test_a_rank_that_is_absent_ends_the_wait_of_both_hops():
     """Rank 2 waits for its first hop, and ranks 0 and 1 for their second hops from ranks 2 and 3."""
-    for seconds, failed in run_ranks(absent, 4, nodes=2):
-        assert failed and seconds < 60, "gloo's own timeout is half an hour"
+    assert max(run_ranks(absent, 4, nodes=2)) < 60, "gloo's own timeout is half an hour"

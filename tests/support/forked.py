@@ -10,13 +10,13 @@ import atexit
 import multiprocessing
 import os
 import runpy
-import signal
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from scmoe.experiments.engine.isolated import end
 from scmoe.experiments.engine.ranks import PRELOADED
 
 
@@ -34,8 +34,7 @@ def python(*arguments: str, cwd: Path, env: Mapping[str, str], timeout_s: float)
         process.join(timeout_s)
         late = process.exitcode is None
         if late:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.join()
+            end(process)
         ended = process.exitcode, out.read_text(), err.read_text()
         process.close()
     if late:
@@ -52,8 +51,8 @@ def _become(arguments: tuple[str, ...], cwd: Path, env: dict[str, str], out: Pat
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
     multiprocessing.set_start_method(None, force=True)  # data workers start in the usual way
     is_module = arguments[0] == "-m"
-    name, *sys.argv[1:] = arguments[is_module:]
-    sys.argv[0] = name
+    sys.argv[:] = arguments[is_module:]
+    name = sys.argv[0]
     sys.orig_argv = [sys.executable, *arguments]
     sys.path.insert(0, "" if is_module else str(Path(name).parent))
     try:

@@ -92,7 +92,7 @@ OF_TABLE = "options=Options(scale='small', jobs=None, seeds=None, from_=[PosixPa
         ("generate r --stop x a=1 --stop y --prompt -x", ("r", "a=1", "prompt=-x", "stop=['x', 'y']")),
         ("table t --scale smoke --from a a=1 --from b --scale small", ("t", "a=1", OF_TABLE)),  # the last one counts
         ("gpu-check --tiny --parts layer gpt2", ("tiny=True", "parts=['layer', 'gpt2']")),
-        ("bench overlap --share .5 --rows top2 top1", ("share=0.5", "rows=['top2', 'top1']")),
+        ("bench growth --of tokens ranks --rounds 3", ("of=['tokens', 'ranks']", "rounds=3")),
         ("faults kill --points 3", ("points=3",)),
         ("faults kill --points all", ("points=all",)),
     ],

@@ -53,7 +53,6 @@ LONG_CLASSES = {"ExpertParallelStrategy": (330, 45)}  # one class with parts, wh
 SMALL_FILE = 80  # lines; a smaller file with one importer is a part of it, but for these
 SMALL_FILES = {
     "datamodules/synthetic.py": "a data set is a file",
-    "experiments/engine/bare.py": "imports Lightning, which its one user does without where it is missing",
     "experiments/studies/compare.py": "what the verb compare draws",
     "experiments/table.py": "an entry; reproduce calls it",
     "scmoe/lightning/known_to_lightning.py": "runs while Lightning is imported",
