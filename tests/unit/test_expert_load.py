@@ -18,8 +18,8 @@ from lightning.pytorch import Trainer
 from scmoe.training import files as writing
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
+from scmoe.training.callbacks.analysis import PATIENCE, CollapseAlarm, ExpertLoad, draw_load
 from scmoe.training.callbacks.bookkeeping import DataPosition
-from scmoe.training.callbacks.expert_load import PATIENCE, CollapseAlarm, ExpertLoad, draw_load
 from tests.support.models import tiny
 
 
