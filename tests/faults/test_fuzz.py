@@ -72,11 +72,11 @@ def fuzz(examples: int) -> None:
 
 @pytest.mark.representative
 @pytest.mark.timeout(600)
-def test_55_drawn_configurations_train_or_are_refused_in_one_line():
+def test_drawn_configurations_train_or_are_refused_in_one_line():
     fuzz(12)
 
 
 @pytest.mark.fuzz
 @pytest.mark.timeout(3600)
-def test_55_five_hundred_drawn_configurations_train_or_are_refused_in_one_line():
+def test_five_hundred_drawn_configurations_train_or_are_refused_in_one_line():
     fuzz(500)

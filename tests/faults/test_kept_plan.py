@@ -42,7 +42,7 @@ def resume(run_dir: Path, ranks: int, *overrides: str) -> str:
     return "\n".join(line for line in done.err.splitlines() if line.startswith("plan: "))
 
 
-def test_43_a_resumed_run_goes_on_with_the_plan_of_its_directory(run_dir):
+def test_a_resumed_run_goes_on_with_the_plan_of_its_directory(run_dir):
     """Its plan is put in place of the measured one, with a slot that no measurement of tiny operators would choose."""
     path = run_dir / "plan.json"
     plan = json.loads(path.read_text())
@@ -63,18 +63,18 @@ def test_43_a_resumed_run_goes_on_with_the_plan_of_its_directory(run_dir):
     ],
     ids=["chunks", "ranks", "precision"],
 )
-def test_43_a_plan_of_other_conditions_is_measured_again(overrides, reason, run_dir):
+def test_a_plan_of_other_conditions_is_measured_again(overrides, reason, run_dir):
     ranks = 4 if "trainer.devices=4" in overrides else 2
     assert f"plan: measured again, as {reason} since " in resume(run_dir, ranks, *overrides)
 
 
 @pytest.mark.parametrize("content", ["{", '{"layers": [{"schedule": {}}], "conditions": {}}', "[]"])
-def test_43_a_damaged_plan_is_named_and_measured_again(content, run_dir):
+def test_a_damaged_plan_is_named_and_measured_again(content, run_dir):
     (run_dir / "plan.json").write_text(content)
     assert f"plan: {run_dir / 'plan.json'} is not used: " in resume(run_dir, 2)
 
 
-def test_43_a_plan_survives_its_file_and_is_drawn(planned, capsys, tmp_path):
+def test_a_plan_survives_its_file_and_is_drawn(planned, capsys, tmp_path):
     plan = json.loads((planned / "plan.json").read_text())
     choices = plan_from_json(plan)
     assert plan_to_json(choices, plan["conditions"], plan["step"]) == plan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -11,18 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scmoe.config.fields import Config, LoggerConfig
-from scmoe.config.leaves import ConfigError, flatten, leaves
+from scmoe.config.leaves import ConfigError, flatten
 from scmoe.config.load import load, to_yaml
 from scmoe.config.rules import resolve_ep_size
 from tests.support.configs import IMPOSSIBLE
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-# Hardware profiles, sweeps and tables are YAML of another shape.
-YAMLS = [
-    path
-    for path in sorted(CONFIGS.rglob("*.yaml"))
-    if path.parent.name not in ("cluster", "sweep") and path.name != "table.yaml"
-]
 
 
 def refusal(path: Path | None, *overrides: str) -> str:
@@ -48,14 +39,6 @@ def write(tmp_path):
 # What loads
 
 
-def test_every_yaml_loads_and_starts_with_a_comment(write):
-    """A config that is saved with changes and loaded again stays equal."""
-    for path in YAMLS:
-        config = load(path, ["logger.tags=[a,'1',null]", "seed=7"])
-        assert load(write("config.yaml", to_yaml(config))) == config, path
-        assert path.read_text(encoding="utf-8").startswith("# "), path
-
-
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", fullmatch=True)
 texts = st.text(st.characters(exclude_categories=["Cs"])).filter(
     lambda text: "${" not in text and text not in ("", "~", "null", "None", "???")
@@ -77,9 +60,6 @@ def test_any_text_and_number_survives_saving(tmp_path_factory, name, runs_dir, g
 
 def test_an_empty_config_has_the_defaults(write):
     assert load(None) == load(write("empty.yaml", "")) == load(write("comment.yaml", "# nothing\n")) == Config()
-
-
-def test_config_is_frozen():
     with pytest.raises(FrozenInstanceError):
         load(None).seed = 2
 
@@ -225,51 +205,10 @@ def test_bad_file_is_named(write, text, message):
     assert "bad.yaml" in line and message in line
 
 
-def test_a_missing_or_binary_file_is_refused(tmp_path):
-    assert "absent.yaml: cannot be read" in refusal(tmp_path / "absent.yaml")
+def test_a_missing_or_binary_file_or_a_circle_is_refused(tmp_path, write):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    assert "binary.yaml: cannot be read" in refusal(tmp_path / "binary.yaml")
-
-
-def test_extends_in_a_circle_is_refused(write):
+    for name in ("absent.yaml", "binary.yaml"):
+        assert f"{name}: cannot be read" in refusal(tmp_path / name)
     write("a.yaml", "extends: b.yaml\n")
     assert "extends itself" in refusal(write("b.yaml", "extends: a.yaml\n"))
     assert "extends itself" in refusal(write("self.yaml", "extends: ./self.yaml\n"))
-
-
-def test_one_hundred_bad_inputs_run_nothing(tmp_path, write):
-    """Misspelt keys, values of the wrong type and payloads, in files and overrides, each give one ConfigError line."""
-    rng = random.Random(0)
-    trace = tmp_path / "executed"
-    payloads = [
-        f"!!python/object/apply:os.system ['touch {trace}']",
-        f"!!python/object/new:subprocess.Popen [['touch', '{trace}']]",
-        f"!!python/name:os.system\n  touch {trace}",
-        f"{{_target_: os.system, command: 'touch {trace}'}}",
-        "'${oc.env:HOME}'",
-        "'${oc.create:{a: 1}}'",
-        "{a: {b: 1}}",
-        "[[a], {b: c}]",
-        "'${'",
-    ]
-    everything = [leaf for leaf in leaves(Config()) if leaf.key != "trainer.extra"]  # which takes any plain value
-    numbers = [leaf for leaf in everything if leaf.range]
-    for round in range(100):
-        leaf = rng.choice(everything)
-        kind = round % 4
-        if kind == 0:
-            at = rng.randrange(len(leaf.key))
-            pair = leaf.key[:at] + rng.choice("xyzq_.-") + leaf.key[at:], "1"
-        elif kind == 1:
-            pair = rng.choice(numbers).key, rng.choice(["word", "[1, 2]", "1.5.2", "true", "-3", "nan", "-inf", "0x1g"])
-        elif kind == 2:
-            pair = leaf.key, rng.choice(payloads)
-        else:
-            pair = (
-                "name",
-                rng.choice(["../x", "/etc/x", "a/../../b", "..", "-x", "a b", "a\\b", "$(ls)", "`ls`", "a;ls"]),
-            )
-        key, value = pair
-        refusal(None, f"{key}={value}")
-        refusal(write("bad.yaml", f"{key}: {value}\n"))
-    assert not trace.exists()

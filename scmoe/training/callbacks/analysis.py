@@ -117,11 +117,10 @@ def draw_load(counts_LE: list[list[int]], path: Path) -> None:
 
 
 class CollapseAlarm:
-    """Detects a collapsed router (fault 26): one that keeps sending nearly all tokens to few experts.
+    """Detects a collapsed router: one that keeps sending nearly all tokens to few experts.
 
     An expert that gets more tokens learns faster, so it gets even more (Shazeer et al. 2017). A busy expert alone is no
-    fault: many times the fair share is usual at the start. The alarm therefore needs two conditions at once, and is
-    raised once for each layer.
+    fault: many times the fair share is usual at the start. The alarm is raised once for each layer, where both hold:
 
         how much    an expert is chosen by more than (K/E + 1) / 2 of all tokens, where each token chooses K of E
                     experts: this limit is halfway between its fair share, K/E, and all tokens
@@ -147,9 +146,9 @@ class CollapseAlarm:
             if self.windows[layer] == PATIENCE and layer not in self.spoken:
                 self.spoken.add(layer)
                 lines.append(
-                    f"MoE layer {layer}: the router has collapsed, expert {busiest} gets"
-                    f" {share:.0%} of the tokens (fair: {fair:.0%}) for {PATIENCE} logged steps in a row; try a higher"
-                    " moe.load_balance_coef or a lower optim.lr"
+                    f"MoE layer {layer}: the router has collapsed, expert {busiest} gets {share:.0%} of the tokens "
+                    f"(fair: {fair:.0%}) for {PATIENCE} logged steps in a row; try a higher moe.load_balance_coef or a "
+                    "lower optim.lr"
                 )
         return lines
 
@@ -171,8 +170,7 @@ class Quantity:
 
 def gating(position: str) -> Quantity:
     """Return Fig. 9's quantity. position: of the tap."""
-    probe = partial(GatingProbe, position=position)
-    return Quantity("gating", probe, gating_means, gating_metrics, draw_gating)
+    return Quantity("gating", partial(GatingProbe, position=position), gating_means, gating_metrics, draw_gating)
 
 
 SIMILARITY = Quantity("similarity", SimilarityProbe, similarity_mean, similarity_metrics, draw_similarity)
@@ -223,10 +221,9 @@ class Analysis(Callback):
         if self.picture is not None and self.records:
             try_to_draw(self.picture, partial(self.quantity.draw, *self._all()))
 
-    def on_exception(self, trainer: Trainer, module: Any, exception: BaseException) -> None:
+    def on_exception(self, *_: Any) -> None:
         if self.probe is not None:
             self.probe.remove()
-            self.probe = None
 
     def _all(self) -> tuple[list[int], list[str], np.ndarray]:
         """Return steps, labels and values of all measurements."""
