@@ -1,5 +1,5 @@
-"""Data that cannot be used is one line that names the file or the split, before a process or run starts (42); files
-that cannot be read are named, or skipped and counted (44); all of them are found before a training (45)."""
+"""Data that cannot be used is one line that names the file or the split, before a process or run starts; files that
+cannot be read are named, or skipped and counted; all of them are found before a training."""
 
 from __future__ import annotations
 

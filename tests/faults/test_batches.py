@@ -1,4 +1,4 @@
-"""Faults 16 and 19: uneven batches are refused before the first batch, and a data worker that fails is named."""
+"""Uneven batches are refused before the first batch, and a data worker that fails is named."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.trainings import tiny
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 
-# ---------------------------------------------------------------------- 16: uneven batches
+# ---------------------------------------------------------------------- uneven batches
 
 
 def shorten(rank: int, world_size: int, loader: str, how: str = "") -> None:
@@ -66,7 +66,7 @@ def test_each_loader_is_counted():
     )
 
 
-# ---------------------------------------------------------------------- 19: a data worker dies
+# ---------------------------------------------------------------------- a data worker dies
 
 
 def break_worker(rank: int, world_size: int, how: str) -> None:

@@ -1,4 +1,4 @@
-"""Faults 69, 70: what a run keeps imports and runs nothing; an extension that cannot be used is named in one line."""
+"""What a run keeps imports and runs nothing; an extension that cannot be used is named in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fault 18: overlap changes no bit, however late transfers arrive and in whatever order."""
+"""Overlap changes no bit, however late transfers arrive and in whatever order."""
 
 from __future__ import annotations
 
