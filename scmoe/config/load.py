@@ -217,12 +217,10 @@ def _pairs(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _hint(key: str) -> str:
-    """Suggest the known key that was likely meant: the field of this name, else one of similar spelling."""
+    """Suggest the known key that was likely meant: the field of this name or of the most similar one."""
     by_name = {known.rpartition(".")[2]: known for known in reversed(_LEAVES)}
-    name = key.rpartition(".")[2]
-    near = [by_name[name]] if name in by_name else get_close_matches(key, _LEAVES, 1)
-    near = near or [by_name[match] for match in get_close_matches(name, by_name, 1)]
-    return f"did you mean {near[0]}?" if near else "see --help for all keys"
+    near = get_close_matches(key.rpartition(".")[2], by_name, 1)
+    return f"did you mean {by_name[near[0]]}?" if near else "see --help for all keys"
 
 
 class _Loader(yaml.BaseLoader):
