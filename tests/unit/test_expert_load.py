@@ -6,6 +6,7 @@ The alarm for a collapsed router ignores busy experts and short peaks, and warns
 from __future__ import annotations
 
 import csv
+import resource
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from scmoe.training import files as writing
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.analysis import PATIENCE, CollapseAlarm, ExpertLoad, draw_load
 from scmoe.training.callbacks.bookkeeping import DataPosition
+from scmoe.training.files import try_to_append
 from tests.support.models import tiny
 
 
@@ -67,30 +68,17 @@ def test_a_resumed_run_keeps_whole_rows_before_its_step(tmp_path):
     assert rows(tmp_path) == [HEADER, *expected(1), *expected(3)]
 
 
-def test_a_text_that_cannot_be_appended_leaves_the_file_as_it_was(tmp_path, monkeypatch, capsys):
+def test_a_text_that_cannot_be_appended_leaves_the_file_as_it_was(tmp_path, capsys):
     path = tmp_path / "table.csv"
-    writing.try_to_append(path, "one\n")
-
-    class Full:
-        def __init__(self, path: Path, *_: Any, **__: Any) -> None:
-            self.file = open(path, "a")  # noqa: SIM115
-
-        def __enter__(self) -> Any:
-            return self
-
-        def write(self, text: str) -> None:
-            self.file.write(text[:2])
-            self.file.close()
-            raise OSError(28, "No space left on device")
-
-        def __exit__(self, *_: Any) -> None:
-            pass
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", lambda self, *_, **__: Full(self))  # a class would not get the path
-        writing.try_to_append(path, "two\n")
+    try_to_append(path, "one\n")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6, limit[1]))  # bytes: half of the next line fits
+    try:
+        try_to_append(path, "two\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert path.read_text() == "one\n"
-    assert "gets no more rows: No space left" in capsys.readouterr().err
+    assert "gets no more rows: File too large" in capsys.readouterr().err
 
 
 def test_the_picture_is_drawn_for_few_and_many_experts(tmp_path):
