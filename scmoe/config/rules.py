@@ -113,7 +113,7 @@ def _ranges(config: Config) -> Refusals:
 
 
 def _extensions(config: Config) -> Refusals:
-    """Check callbacks and their options, after the extensions are imported."""
+    """Check callbacks and options, after the extensions are imported."""
     names = CALLBACKS.names()
     for name, options in config.callbacks.items():
         if name not in names:
@@ -124,6 +124,8 @@ def _extensions(config: Config) -> Refusals:
             inspect.signature(CALLBACKS[name]).bind(**options)
         except TypeError as error:
             yield "callbacks", f"options that {name} has: {error}"
+    if config.options and not config.extensions:
+        yield "options", "{}, as only extensions read it"
 
 
 def _unused(config: Config) -> Refusals:
@@ -163,18 +165,13 @@ def _unused(config: Config) -> Refusals:
         (family not in ("gpt", "llama"), f"model.family={family} reads no checkpoint", "init_from"),
         (config.optim.name == "adamw", "optim.name=adamw has optim.beta1", "optim.momentum"),
         (config.optim.name == "muon", "optim.name=muon updates whole matrices", "strategy.dense"),
-        (
-            strategy.dense != "replicated",
-            "only strategy.dense=replicated lets DDP sum gradients",
-            "strategy.reductions",
-        ),
+        (strategy.dense != "replicated", "DDP sums with strategy.dense=replicated only", "strategy.reductions"),
         (trainer.limit_val_batches == 0, "trainer.limit_val_batches=0 validates nothing", "trainer.early_stopping"),
         # Hooks that are added later to a compiled block do not run.
         (trainer.compile, "trainer.compile=true runs no hooks", "analysis.gating_every", "analysis.similarity_every"),
         (config.offload.way == "resident", "offload.way=resident fetches none", "offload.slots", "offload.rate_mb_s"),
         (trainer.precision != "32-true", "only experts of trainer.precision=32-true are fetched", "offload.way"),
         (trainer.devices * trainer.num_nodes > 1, "each of several ranks holds experts of its own", "offload.way"),
-        (not config.extensions, "only extensions read it", "options"),
     )
     values, defaults = flatten(config), flatten(Config())
     for unused, why, *keys in unread:
