@@ -140,6 +140,7 @@ def _unused(config: Config) -> Refusals:
     no_shared_expert = not extension and moe.architecture not in ("shared_expert", "scmoe")
     no_files = data.name in DATASETS.built_in and data.name not in ("text", "image_folder")
     images = data.name in IMAGES
+    fits = family in FAMILIES.built_in and images == (family in FAMILIES.images)  # else data.name is refused
     unread = (
         # condition, why, fields
         (dense, f"{wiring} has no experts", "moe.dropless_ceiling", "moe.rows", "schedule.slot", "schedule.auto"),
@@ -160,8 +161,8 @@ def _unused(config: Config) -> Refusals:
         (data.name in ("sotu", "synthetic", "digits"), f"{name} reads no path", "data.path"),
         (data.name != "hf", f"{name} has no subsets", "data.subset"),
         (no_files, f"{name} has no files that could be left out", "data.on_error"),
-        (family in FAMILIES.built_in and images, f"{name} has images", *NOT_FOR_IMAGES),
-        (family in FAMILIES.built_in and not images, f"{name} has no images", *ONLY_FOR_IMAGES),
+        (fits and images, f"{name} has images", *NOT_FOR_IMAGES),
+        (fits and not images, f"{name} has no images", *ONLY_FOR_IMAGES),
         (family not in ("gpt", "llama"), f"model.family={family} reads no checkpoint", "init_from"),
         (config.optim.name == "adamw", "optim.name=adamw has optim.beta1", "optim.momentum"),
         (config.optim.name == "muon", "optim.name=muon updates whole matrices", "strategy.dense"),
