@@ -7,36 +7,37 @@ and the command line, `leaves.py` walks it, `help.py` prints it.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from scmoe.config.leaves import option
+from scmoe.config.leaves import Range, option
 from scmoe.config.registry import ARCHITECTURES, DATASETS, FAMILIES, OPTIMIZERS
+
+COUNT, COUNT_OR_0 = Range(1, 2**31 - 1), Range(0, 2**31 - 1)
+WIDTH, IDS, PIXELS = Range(1, 2**17), Range(1, 2**24), Range(1, 2**14)
+SHARE, BELOW_1 = Range(0, 1), Range(0, 1, "most")
+WEIGHT, ABOVE_0 = Range(0, 1000), Range(0, 1e6, "least")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     family: str = option("gpt", "model family", names=FAMILIES.names)
-    layers: int = option(
-        4, "blocks; a pair is Block-MLP + Block-MoE. swin: those of stage 3; others have 2", "1 to 1000"
-    )
-    dim: int = option(256, "width of the residual stream (D). swin: that of stage 1; it doubles per stage", "1 to 2^17")
-    heads: int = option(
-        4, "attention heads; must divide dim. swin: those of stage 1; they double per stage", "1 to 2^17"
-    )
-    kv_heads: int | None = option(None, "heads of keys and values; must divide heads; null: same as heads", "1 to 2^17")
-    ffn_dim: int | None = option(None, "hidden width of every MLP and expert (F); null: 4 x dim", "1 to 2^17")
+    layers: int = option(4, "blocks; a pair is Block-MLP + Block-MoE. swin: of stage 3; others have 2", Range(1, 1000))
+    dim: int = option(256, "width of the residual stream (D). swin: that of stage 1; it doubles per stage", WIDTH)
+    heads: int = option(4, "attention heads; must divide dim. swin: those of stage 1; they double per stage", WIDTH)
+    kv_heads: int | None = option(None, "heads of keys and values; must divide heads; null: same as heads", WIDTH)
+    ffn_dim: int | None = option(None, "hidden width of every MLP and expert (F); null: 4 x dim", WIDTH)
     activation: Literal["gelu", "gelu_tanh", "swiglu"] | None = option(
         None, "activation in MLPs and experts; gelu_tanh: as in GPT-2; null: swiglu for llama, else gelu"
     )
-    dropout: float = option(0.0, "dropout probability after each sub-layer and on the embeddings", "0 or more, below 1")
-    patch_size: int = option(4, "swin: width of a patch in pixels", "1 to 2^14")
-    window: int = option(12, "swin: width of an attention window in tokens, at most the feature map's", "1 to 2^14")
-    drop_path: float = option(0.0, "swin: stochastic depth, from 0 up to this in the last block", "0 or more, below 1")
+    dropout: float = option(0.0, "dropout probability after each sub-layer and on the embeddings", BELOW_1)
+    patch_size: int = option(4, "swin: width of a patch in pixels", PIXELS)
+    window: int = option(12, "swin: width of an attention window in tokens, at most the feature map's", PIXELS)
+    drop_path: float = option(0.0, "swin: stochastic depth, from 0 up to this in the last block", BELOW_1)
 
 
 @dataclass(frozen=True)
 class MoEConfig:
     architecture: str = option("scmoe", "wiring of the MoE module", names=ARCHITECTURES.names)
-    num_experts: int = option(8, "routed experts of one MoE module (E)", "1 to 2^16")
-    top_k: int = option(1, "routed experts per token (K); swin: those of stage 3; stage 4 uses 2", "1 to 2^16")
+    num_experts: int = option(8, "routed experts of one MoE module (E)", Range(1, 2**16))
+    top_k: int = option(1, "routed experts per token (K); swin: those of stage 3; stage 4 uses 2", Range(1, 2**16))
     position: Literal["pos1", "pos2", "pos3"] = option("pos2", "where ScMoE and DGMoE tap the preceding layer")
     first_position: Literal["pos1", "pos2", "pos3"] | None = option(
         None, "position of the first MoE module only (pos1: 'L0 Pos-1' of the paper); null: as position"
@@ -45,9 +46,7 @@ class MoEConfig:
     coefficient_input: Literal["current", "tap"] = option("current", "what the coefficient gate reads")
     tap_norm: Literal["own", "shared"] = option("own", "norm of the tap; shared: that of the sub-layer after the tap")
     every: Literal[1, 2] = option(2, "MoE in every block (1) or in every second block (2)")
-    capacity_factor: float | None = option(
-        2.0, "slots of an expert, in multiples of its fair share; null: dropless", "above 0, at most 1e6"
-    )
+    capacity_factor: float | None = option(2.0, "an expert's slots over its fair share; null: dropless", ABOVE_0)
     rows: Literal["auto", "filled", "slots", "buffers"] = option(
         "auto",
         "which rows are sent; filled: filled slots only; slots: all slots of the capacity; buffers: dropless, a buffer "
@@ -58,22 +57,20 @@ class MoEConfig:
         "drop", "rows=buffers: drop copies beyond a buffer and count them, or raise an error after the step"
     )
     dropless_ceiling: float | None = option(
-        None, "dropless: rows that a rank may receive, in multiples of its fair share; null: no limit", "1 to 1e6"
+        None, "dropless: rows that a rank may receive, in multiples of its fair share; null: no limit", Range(1, 1e6)
     )
     renormalise: bool = option(True, "top_k >= 2: divide the kept experts' probabilities by their sum (Eq. 2)")
     noisy: bool = option(False, "add noise to the gate's logits in training (Eq. 4)")
     balanced_routing: bool = option(False, "deal tokens to experts in turn: a bound for speed, not a model")
-    load_balance_coef: float = option(0.01, "weight of the load-balance loss", "0 to 1000")
-    z_loss_coef: float = option(0.0, "weight of the router z-loss", "0 to 1000")
+    load_balance_coef: float = option(0.01, "weight of the load-balance loss", WEIGHT)
+    z_loss_coef: float = option(0.0, "weight of the router z-loss", WEIGHT)
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     auto: bool = option(False, "measure operators in the first steps, then choose. Short form: schedule=auto")
-    slot: int | None = option(None, "backbone operators before the experts; null: half of the window", "0 to 64")
-    chunks: int | None = option(
-        None, "chunks of the MoE stream's rows, pipelined; null: 1 or auto's choice", "1 to 1024"
-    )
+    slot: int | None = option(None, "backbone operators before the experts; null: half of the window", Range(0, 64))
+    chunks: int | None = option(None, "pipelined chunks of the MoE stream; null: 1 or auto's choice", Range(1, 1024))
 
 
 @dataclass(frozen=True)
@@ -86,17 +83,17 @@ class DataConfig:
     )
     subset: str | None = option(None, "hf: configuration of the data set")
     tokenizer: str = option("bpe", "bpe: trained on the training split; gpt2; or the path of a tokenizer.json")
-    vocab_size: int = option(4096, "vocabulary (V); gpt2 has 50257", "1 to 2^24")
-    seq_len: int = option(256, "tokens per sequence (S)", "1 to 2^24")
-    global_batch_size: int = option(32, "sequences (images) per optimizer step, of all ranks together", "1 to 2^31 - 1")
-    val_sequences: int | None = option(None, "sequences (images) that a validation uses; null: all", "1 to 2^31 - 1")
-    image_size: int = option(192, "images: width and height of the model's input in pixels", "1 to 2^14")
-    num_classes: int = option(1000, "images: number of classes of the data set", "1 to 2^24")
+    vocab_size: int = option(4096, "vocabulary (V); gpt2 has 50257", IDS)
+    seq_len: int = option(256, "tokens per sequence (S)", IDS)
+    global_batch_size: int = option(32, "sequences (images) per optimizer step, of all ranks together", COUNT)
+    val_sequences: int | None = option(None, "sequences (images) that a validation uses; null: all", COUNT)
+    image_size: int = option(192, "images: width and height of the model's input in pixels", PIXELS)
+    num_classes: int = option(1000, "images: number of classes of the data set", IDS)
     augment: Literal["none", "imagenet"] = option("none", "images: imagenet adds crops, flips, RandAugment, erasing")
-    mixup: float = option(0.0, "images: alpha of mixup; 0: no mixup", "0 to 1000")
-    cutmix: float = option(0.0, "images: alpha of cutmix; with mixup, each gets half the batches; 0: none", "0 to 1000")
-    label_smoothing: float = option(0.0, "images: probability that is spread over all classes", "0 or more, below 1")
-    workers: int = option(0, "data-loading processes per rank", "0 to 64")
+    mixup: float = option(0.0, "images: alpha of mixup; 0: no mixup", WEIGHT)
+    cutmix: float = option(0.0, "images: alpha of cutmix; with mixup, each gets half the batches; 0: none", WEIGHT)
+    label_smoothing: float = option(0.0, "images: probability that is spread over all classes", BELOW_1)
+    workers: int = option(0, "data-loading processes per rank", Range(0, 64))
     on_error: Literal["raise", "skip"] = option(
         "raise", "files that cannot be read: raise an error, or skip them (of images, take the next) and count them"
     )
@@ -105,85 +102,62 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: str = option(
-        "adamw",
-        "optimizer; muon: Muon for the matrices, each expert's by itself, AdamW for the rest",
-        names=OPTIMIZERS.names,
-    )
+    name: str = option("adamw", "muon: for matrices, each expert's by itself, AdamW for others", names=OPTIMIZERS.names)
     lr: float = option(
-        1e-3, "peak learning rate; muon: of both, as its updates are scaled to AdamW's", "above 0, at most 1"
+        1e-3, "peak learning rate; muon: of both, as updates are scaled to AdamW's", Range(0, 1, "least")
     )
-    min_lr_ratio: float = option(0.1, "final learning rate, as a share of the peak", "0 to 1")
-    warmup_steps: int = option(50, "linear warm-up, in optimizer steps", "0 to 2^31 - 1")
-    weight_decay: float = option(0.1, "decay of matrices; norms, biases and position embeddings have none", "0 to 1")
-    beta1: float = option(0.9, "decay of AdamW's running mean of gradients", "0 or more, below 1")
-    beta2: float = option(0.95, "decay of AdamW's running mean of squared gradients", "0 or more, below 1")
-    eps: float = option(1e-8, "epsilon of AdamW, added to the root of that mean", "1e-16 to 1")
-    momentum: float = option(0.95, "muon: decay of its running mean of gradients", "0 or more, below 1")
+    min_lr_ratio: float = option(0.1, "final learning rate, as a share of the peak", SHARE)
+    warmup_steps: int = option(50, "linear warm-up, in optimizer steps", COUNT_OR_0)
+    weight_decay: float = option(0.1, "decay of matrices; norms, biases and position embeddings have none", SHARE)
+    beta1: float = option(0.9, "decay of AdamW's running mean of gradients", BELOW_1)
+    beta2: float = option(0.95, "decay of AdamW's running mean of squared gradients", BELOW_1)
+    eps: float = option(1e-8, "epsilon of AdamW, added to the root of that mean", Range(1e-16, 1))
+    momentum: float = option(0.95, "muon: decay of its running mean of gradients", BELOW_1)
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = option("auto", "device type")
-    devices: int = option(1, "processes per machine: one per GPU, or CPU ranks", "1 to 2^31 - 1")
-    num_nodes: int = option(1, "number of machines", "1 to 2^31 - 1")
-    max_steps: int = option(200, "optimizer steps", "1 to 2^31 - 1")
-    accumulate: int = option(1, "batches accumulated for one optimizer step", "1 to 2^31 - 1")
+    devices: int = option(1, "processes per machine: one per GPU, or CPU ranks", COUNT)
+    num_nodes: int = option(1, "number of machines", COUNT)
+    max_steps: int = option(200, "optimizer steps", COUNT)
+    accumulate: int = option(1, "batches accumulated for one optimizer step", COUNT)
     precision: Literal["32-true", "bf16-mixed", "bf16-true", "64-true"] = option("32-true", "Lightning's precision")
-    gradient_clip: float | None = option(1.0, "largest global gradient norm; null: no clipping", "above 0, at most 1e6")
-    val_every: int = option(100, "optimizer steps between validations", "1 to 2^31 - 1")
-    log_every: int = option(10, "optimizer steps between logged metrics", "1 to 2^31 - 1")
-    checkpoint_every: int = option(100, "optimizer steps between checkpoints", "1 to 2^31 - 1")
+    gradient_clip: float | None = option(1.0, "largest global gradient norm; null: no clipping", ABOVE_0)
+    val_every: int = option(100, "optimizer steps between validations", COUNT)
+    log_every: int = option(10, "optimizer steps between logged metrics", COUNT)
+    checkpoint_every: int = option(100, "optimizer steps between checkpoints", COUNT)
     recompute: bool = option(False, "activation checkpointing of attention, MLPs and experts, not of routing")
     compile: bool = option(False, "torch.compile each sub-layer and shared expert")
     deterministic: bool = option(False, "use deterministic algorithms only")
-    threads: int | None = option(None, "CPU threads per process; null: CPU cores / devices", "1 to 1024")
+    threads: int | None = option(None, "CPU threads per process; null: CPU cores / devices", Range(1, 1024))
     max_memory_gib: float | None = option(
-        None,
-        "a run does not start if a rank is estimated to need more, GiB; null: its share of what is free",
-        "above 0, at most 1e6",
+        None, "a run does not start if a rank is estimated to need more, GiB; null: its share of what is free", ABOVE_0
     )
-    max_step_s: float = option(
-        600.0,
-        "a run does not start if an optimizer step is estimated to take more seconds; see docs/faults.md",
-        "above 0, at most 1e6",
-    )
-    early_stopping: int | None = option(
-        None, "end after this many validations in a row without a new best one; null: never", "1 to 2^31 - 1"
-    )
-    save_top_k: int = option(1, "checkpoints of the best validations that are kept", "0 to 2^31 - 1")
+    max_step_s: float = option(600.0, "estimated seconds of a step above which no run starts; docs/faults.md", ABOVE_0)
+    early_stopping: int | None = option(None, "end after this many validations without a new best; null: never", COUNT)
+    save_top_k: int = option(1, "checkpoints of the best validations that are kept", COUNT_OR_0)
     limit_train_batches: int | None = option(
-        None, "end after so many batches, with the learning rate of all max_steps; null: no limit", "1 to 2^31 - 1"
+        None, "end after so many batches, with the learning rate of all max_steps; null: no limit", COUNT
     )
     limit_val_batches: int | None = option(
-        None, "batches of a validation, of all ranks together; 0: no validation; null: all", "0 to 2^31 - 1"
+        None, "batches of a validation, of all ranks together; 0: no validation; null: all", COUNT_OR_0
     )
-    overfit_batches: int | None = option(
-        None, "train on the first so many batches again and again; null: on all data", "1 to 2^31 - 1"
-    )
+    overfit_batches: int | None = option(None, "repeat the first so many batches; null: train on all data", COUNT)
     fast_dev_run: bool = option(False, "a trial: one step, one validation batch, no logger but metrics.csv")
-    profile_steps: str | None = option(
-        None, "steps A to B - 1, as A:B, are recorded by torch.profiler on every rank, into traces/"
-    )
+    profile_steps: str | None = option(None, "A:B records steps A to B - 1 by torch.profiler on every rank, in traces/")
     peak_tflops: float | None = option(
-        None,
-        "TFLOP/s of one device at its best, for time/mfu; null: known GPUs in bf16, else no MFU",
-        "above 0, at most 1e6",
+        None, "TFLOP/s of one device at its best, for time/mfu; null: known GPUs in bf16, else no MFU", ABOVE_0
     )
-    extra: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "further arguments of Lightning's Trainer, such as trainer.extra.max_time=00:01:00:00"},
-    )
+    extra: dict[str, Any] = option({}, "more arguments of Lightning's Trainer: trainer.extra.max_time=00:01:00:00")
     progress: bool = option(True, "show progress: a bar in a terminal, else a line per logged step")
 
 
 @dataclass(frozen=True)
 class StrategyConfig:
-    ep_size: int | None = option(
-        None, "expert-parallel ranks; null: most that divide experts and devices", "1 to 2^31 - 1"
-    )
+    ep_size: int | None = option(None, "expert-parallel ranks; null: most that divide experts and devices", COUNT)
     timeout_s: float = option(
-        300.0, "seconds that a collective may take, then the job ends; ranks have 600 s or more to start", "10 to 1e6"
+        300.0, "seconds that a collective may take, then the job ends; a start has 600 s or more", Range(10, 1e6)
     )
     async_checkpoint: bool = option(False, "continue training while a checkpoint is written")
     full_checkpoint: bool = option(False, "rank 0 collects the tensors of all ranks and writes one file")
@@ -196,8 +170,7 @@ class StrategyConfig:
     )
     debug_collectives: bool = option(False, "check before each collective that all ranks call the same one; slow")
     dense: Literal["replicated", "sharded", "hybrid", "auto"] = option(
-        "replicated",
-        "dense weights: on every rank; split over all ranks; over the ranks of a node; auto: by the memory of a rank",
+        "replicated", "dense weights: on every rank; split over all ranks, or those of a node; auto: by a rank's memory"
     )
 
 
@@ -207,18 +180,16 @@ class OffloadConfig:
         "resident", "where experts are while text is generated: on the device, or fetched from a file; docs/offload.md"
     )
     slots: int | None = option(
-        None, "experts on the device, of all layers together; null: twice what a token needs of one", "1 to 2^31 - 1"
+        None, "experts on the device, of all layers together; null: twice what a token needs of one", COUNT
     )
-    rate_mb_s: float | None = option(
-        None, "bound on fetching, in 10^6 bytes a second, for experiments; null: none", "above 0, at most 1e6"
-    )
+    rate_mb_s: float | None = option(None, "limit of fetching, in 10^6 bytes a second; null: none", ABOVE_0)
 
 
 @dataclass(frozen=True)
 class AnalysisConfig:
     expert_load: bool = option(True, "keep each expert's load of logged steps in a table; draw it as a heat map")
-    gating_every: int | None = option(None, "optimizer steps between measurements of Fig. 9", "1 to 2^31 - 1")
-    similarity_every: int | None = option(None, "optimizer steps between measurements of Fig. 10", "1 to 2^31 - 1")
+    gating_every: int | None = option(None, "optimizer steps between measurements of Fig. 9", COUNT)
+    similarity_every: int | None = option(None, "optimizer steps between measurements of Fig. 10", COUNT)
 
 
 @dataclass(frozen=True)
@@ -232,25 +203,17 @@ class LoggerConfig:
     group: str | None = option(None, "W&B group; null: as WANDB_RUN_GROUP says")
     job_type: str | None = option(None, "W&B job type; null: as WANDB_JOB_TYPE says, else train")
     notes: str | None = option(None, "W&B notes, a text about the run; null: as WANDB_NOTES says")
-    tags: list[str] = field(default_factory=list, metadata={"help": "W&B tags; []: as WANDB_TAGS says"})
+    tags: list[str] = option([], "W&B tags; []: as WANDB_TAGS says")
 
 
 @dataclass(frozen=True)
 class Config:
     name: str = option("scmoe", "name of the experiment; runs are kept in <runs_dir>/<name>/")
-    seed: int = option(1, "seed of weights, data order and dropout", "0 to 2^32 - 1")
+    seed: int = option(1, "seed of weights, data order and dropout", Range(0, 2**32 - 1))
     runs_dir: str = option("runs", "folder of all run directories")
-    extensions: list[str] = field(
-        default_factory=list,
-        metadata={"help": "modules of your own to import, which register names; docs/extending.md"},
-    )
-    callbacks: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "registered callbacks and their options, such as callbacks.my_callback.every=10"},
-    )
-    options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "what your extensions read, such as options.my_option=3"}
-    )
+    extensions: list[str] = option([], "modules of your own to import, which register names; docs/extending.md")
+    callbacks: dict[str, Any] = option({}, "registered callbacks and their options: callbacks.my_callback.every=10")
+    options: dict[str, Any] = option({}, "what your extensions read, such as options.my_option=3")
     init_from: str | None = option(
         None, "initial weights: hf:FOLDER (transformers) or scmoe:FILE (make export); dense into MoE: upcycled"
     )

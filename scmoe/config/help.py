@@ -5,7 +5,7 @@ from pathlib import Path
 from textwrap import wrap
 
 from scmoe.config.fields import Config
-from scmoe.config.leaves import leaves, show
+from scmoe.config.leaves import leaves, plain
 from scmoe.config.load import shipped_and_own
 from scmoe.config.registry import CALLBACKS
 
@@ -23,7 +23,7 @@ CATALOGUE = {
 def help_text() -> str:
     """Return every field with its type, default and meaning, in columns of together 120 characters."""
     rows = [("key", "type", "default", "meaning")]
-    rows += [(leaf.key, leaf.allowed, _plain(leaf.value), leaf.help) for leaf in leaves(Config())]
+    rows += [(leaf.key, leaf.allowed, plain(leaf.value), leaf.help) for leaf in leaves(Config())]
     return "\n".join(line for row in rows for line in _lines(row))
 
 
@@ -33,20 +33,14 @@ def catalogue() -> dict[str, list[tuple[str, str]]]:
     The first comment of a file says what it is.
     """
     choices = {leaf.key: leaf.choices for leaf in leaves(Config())}
-    files = [(name, _first_comment(path)) for name, path in shipped_and_own().items()]
-    return {
-        "Configurations": [(name, text) for name, text in files if not name.startswith("configs/sweep/")],
-        "Sweeps": [(name, text) for name, text in files if name.startswith("configs/sweep/")],
-        **{title: [(f"{key}={choice}", "") for choice in choices[key]] for title, key in CATALOGUE.items()},
-        **({"Callbacks": [(f"callbacks.{name}", "") for name in CALLBACKS.names()]} if CALLBACKS.names() else {}),
-    }
-
-
-def _plain(value: object) -> str:
-    """Return a default as YAML writes it, without quotes."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return value if isinstance(value, str) else show(value)
+    found: dict[str, list[tuple[str, str]]] = {"Configurations": [], "Sweeps": []}
+    for name, path in shipped_and_own().items():
+        title = "Sweeps" if name.startswith("configs/sweep/") else "Configurations"
+        found[title].append((name, _first_comment(path)))
+    found |= {title: [(f"{key}={choice}", "") for choice in choices[key]] for title, key in CATALOGUE.items()}
+    if CALLBACKS.names():
+        found["Callbacks"] = [(f"callbacks.{name}", "") for name in CALLBACKS.names()]
+    return found
 
 
 def _lines(row: tuple[str, ...]) -> list[str]:

@@ -1,29 +1,11 @@
 """Walks a tree of dataclasses whose fields are options, and describes their values for help and error messages."""
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import field, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-
-def option(
-    default: Any, help: str, range: str | None = None, names: Callable[[], tuple[str, ...]] | None = None
-) -> Any:
-    """Return a field with its default, the line that `--help` shows, and its range (`in_range`).
-
-    names: gives the texts that are allowed, of a Registry.
-    """
-    return field(default=default, metadata={"help": help, "range": range, "names": names})
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    """Return every value under its dotted key, as loggers take it."""
-    return {leaf.key: leaf.value for leaf in leaves(tree)}
-
-
-# Whether a value is refused, its key, and what is allowed instead.
-Rule = tuple[object, str, str]
+Rule = tuple[object, str, str]  # whether a value is refused, its key, and what is allowed instead
 
 
 class ConfigError(ValueError):
@@ -33,6 +15,49 @@ class ConfigError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
+class Range(NamedTuple):
+    """The numbers from `least` to `most`. without: the end that is not one of them."""
+
+    least: float
+    most: float
+    without: Literal["least", "most"] | None = None
+
+    def has(self, value: float) -> bool:
+        inside = self.least <= value <= self.most
+        return inside and (self.without is None or value != getattr(self, self.without))
+
+    def __str__(self) -> str:
+        least, most = number(self.least), number(self.most)
+        forms = {"least": f"above {least}, at most {most}", "most": f"{least} or more, below {most}"}
+        return forms.get(self.without or "", f"{least} to {most}")
+
+
+def number(value: float) -> str:
+    """Return a number as `--help` shows it; large ones as 2^17, 2^31 - 1 or 1e6."""
+    for power in range(14, 33):
+        if value in (2**power, 2**power - 1):
+            return f"2^{power}" if value == 2**power else f"2^{power} - 1"
+    return f"{value:g}".replace("e+0", "e")
+
+
+def option(
+    default: Any, help: str, range: Range | None = None, names: Callable[[], tuple[str, ...]] | None = None
+) -> Any:
+    """Return a field with its default, the line that `--help` shows, and its range.
+
+    names: gives the texts that are allowed, of a Registry.
+    """
+    metadata = {"help": help, "range": range, "names": names}
+    if isinstance(default, list | dict):  # each Config has its own
+        return field(default_factory=type(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Return every value under its dotted key, as loggers take it."""
+    return {leaf.key: leaf.value for leaf in leaves(tree)}
+
+
 class Leaf(NamedTuple):
     """One field of the tree with its value."""
 
@@ -40,8 +65,8 @@ class Leaf(NamedTuple):
     type: Any
     value: Any
     help: str
-    range: str | None
-    names: Callable[[], tuple[str, ...]] | None = None
+    range: Range | None
+    names: Callable[[], tuple[str, ...]] | None
 
     @property
     def types(self) -> tuple[Any, ...]:
@@ -72,8 +97,7 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[Leaf]:
         if is_dataclass(value):
             yield from leaves(value, key + ".")
         else:
-            more = entry.metadata.get("range"), entry.metadata.get("names")
-            yield Leaf(key, types[entry.name], value, entry.metadata["help"], *more)
+            yield Leaf(key, types[entry.name], value, **entry.metadata)
 
 
 def show(value: Any) -> str:
@@ -82,21 +106,8 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def in_range(text: str, value: float) -> bool:
-    """Return whether a value is in a range, which is written as messages and `--help` show it.
-
-    text: `A to B`, `above A, at most B`, or `A or more, below B`; numbers such as 64, 1e6, 2^17 or 2^31 - 1.
-    """
-    low, high = re.split(r" to |, at most | or more, below ", text.removeprefix("above "))
-    least, most = _number(low), _number(high)
-    if text.startswith("above "):
-        return least < value <= most
-    if " below " in text:
-        return least <= value < most
-    return least <= value <= most
-
-
-def _number(text: str) -> float:
-    base, _, power = text.removesuffix(" - 1").partition("^")
-    number = int(base) ** int(power) if power else float(base)
-    return number - 1 if text.endswith(" - 1") else number
+def plain(value: Any) -> str:
+    """Return a default as YAML writes it, without quotes."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) else show(value)

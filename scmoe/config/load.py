@@ -11,6 +11,7 @@ repeated keys are errors.
 import copy
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from difflib import get_close_matches
 from functools import cache
@@ -19,7 +20,6 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ValidationError
 
 from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
@@ -43,7 +43,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     tree = copy.deepcopy(_defaults())
     if path is not None:
         _merge_file(tree, find(path), ())
-    return _finished(tree, overrides, [] if path is None else [str(path)])
+    return _finished(tree, overrides, "" if path is None else str(path))
 
 
 def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
@@ -53,14 +53,11 @@ def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     them or they are imported already (registry.py). source: its name in messages.
     """
     tree = copy.deepcopy(_defaults())
-    mapping = parse_yaml(text, source)
-    if not isinstance(mapping, dict):
-        raise ConfigError(f"{source}: the file is {show(mapping)}, allowed: a mapping of keys to values")
-    _merge(tree, mapping, source)
+    _merge(tree, _mapping(parse_yaml(text, source), source), source)
     OmegaConf.update(tree, "callbacks", {}, merge=False)
     if not named(overrides):
         refuse_kept(tree.extensions, source)
-    return _finished(tree, overrides, [source])
+    return _finished(tree, overrides, source)
 
 
 def load_kept(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -68,8 +65,8 @@ def load_kept(path: Path, overrides: Sequence[str] = ()) -> Config:
     return load_text(read_text(path), str(path), overrides)
 
 
-def _finished(tree: DictConfig, overrides: Sequence[str], sources: Sequence[str]) -> Config:
-    """Merge the overrides into the tree and validate it. sources: where its values are from."""
+def _finished(tree: DictConfig, overrides: Sequence[str], source: str) -> Config:
+    """Merge the overrides into the tree and validate it. source: where its values are from; "" for the defaults."""
     for override in overrides:
         key, equals, text = override.removeprefix("--").partition("=")
         if not equals:
@@ -81,8 +78,9 @@ def _finished(tree: DictConfig, overrides: Sequence[str], sources: Sequence[str]
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
     import_extensions(config.extensions)
-    given = [*sources, "command line"] if overrides else sources
-    validate(config, " and ".join(given) or "defaults")
+    if overrides:
+        source = f"{source} and command line" if source else "command line"
+    validate(config, source or "defaults")
     return config
 
 
@@ -106,9 +104,7 @@ def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> Non
     text, identity = read_text(path, f", which {children[-1]} extends" if children else ""), path.resolve()
     if identity in children:
         raise ConfigError(f"{path}: extends itself: {' > '.join(map(str, (*children, identity)))}")
-    mapping = parse_yaml(text, str(path)) or {}  # an empty file is an empty mapping
-    if not isinstance(mapping, dict):
-        raise ConfigError(f"{path}: the file is {show(mapping)}, allowed: a mapping of keys to values")
+    mapping = _mapping(parse_yaml(text, str(path)) or {}, str(path))  # an empty file is an empty mapping
     extends = mapping.pop("extends", [])
     parents = [extends] if isinstance(extends, str) else extends
     if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
@@ -116,6 +112,12 @@ def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> Non
     for parent in parents:
         _merge_file(tree, find(parent, path.parent), (*children, identity))
     _merge(tree, mapping, str(path))
+
+
+def _mapping(value: Any, source: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{source}: the file is {show(value)}, allowed: a mapping of keys to values")
+    return value
 
 
 def read_text(path: Path, extended: str = "") -> str:
@@ -132,6 +134,7 @@ def read_text(path: Path, extended: str = "") -> str:
 
 
 def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
+    """Put the values of a mapping into the tree."""
     seen: set[str] = set()
     for key, value in _pairs(mapping):
         if key in seen:  # once in a section and once as a dotted key
@@ -139,60 +142,69 @@ def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
         seen.add(key)
         if (key, value) == ("schedule", "auto"):
             key, value = "schedule.auto", "true"
-        if key in _SECTIONS:
-            allowed = f"{'auto or ' if key == 'schedule' else ''}a mapping of keys to values"
-            raise ConfigError(f"{source}: {key} is {show(value)}, allowed: {allowed}")
-        if key.startswith(_MAPPINGS):
-            OmegaConf.update(tree, key, _guessed(value, f"{source}: {key}"), force_add=True)
-            continue
-        if key not in _LEAVES:
+        in_mapping = key.startswith(_MAPPINGS)
+        if not in_mapping and key not in _LEAVES and key not in _SECTIONS:
             raise ConfigError(f"{source}: unknown key {show(key)}, {_hint(key)}")
-        leaf = _LEAVES[key]
-        allowed = "a text that is not empty" if leaf.type is str and leaf.names is None else leaf.allowed
-        refusal = f"{source}: {key} is {show(value)}, allowed: {allowed}"
-        if f"{key}." in _MAPPINGS:
-            if value != {}:  # one with entries comes entry by entry
-                raise ConfigError(refusal)
-            OmegaConf.update(tree, key, {}, merge=False)
-            continue
-        texts = value if isinstance(value, list) else [value]
-        if not all(isinstance(text, str) for text in texts):
-            raise ConfigError(refusal)
-        if any("${" in text or text == "???" for text in texts):  # OmegaConf's interpolation and missing value
-            raise ConfigError(refusal + "; no interpolation")
-        if isinstance(value, str):
-            if leaf.type is bool and value.lower() not in ("true", "false"):  # OmegaConf reads any number as true
-                raise ConfigError(refusal)
-            choices = {str(choice): choice for choice in leaf.choices}
-            value = None if value in _NULL else choices.get(value, value)
         try:
-            OmegaConf.update(tree, key, value, merge=False)
-        except ValidationError as error:
-            raise ConfigError(refusal) from error
+            typed = _guessed(value) if in_mapping else _typed(key, value)
+            OmegaConf.update(tree, key, typed, merge=in_mapping, force_add=in_mapping)
+        except ValueError as error:  # OmegaConf's ValidationError is one
+            hint = "; no interpolation" if "${" in str(value) else ""
+            raise ConfigError(f"{source}: {key} is {show(value)}, allowed: {_allowed(key)}{hint}") from error
+
+
+def _allowed(key: str) -> str:
+    """Return the values of a key, for error messages."""
+    if key in _SECTIONS:
+        return f"{'auto or ' if key == 'schedule' else ''}a mapping of keys to values"
+    if key.startswith(_MAPPINGS):
+        return "plain values and lists"
+    leaf = _LEAVES[key]
+    return "a text that is not empty" if leaf.type is str and leaf.names is None else leaf.allowed
+
+
+def _typed(key: str, value: Any) -> Any:
+    """Return a text, or a list of texts, as OmegaConf takes it for a field. ValueError: the field has no such value."""
+    if key in _SECTIONS:
+        raise ValueError
+    leaf = _LEAVES[key]
+    if leaf.type == dict[str, Any] and value == {}:  # one with entries comes entry by entry
+        return {}
+    if isinstance(value, list) and leaf.type == list[str]:
+        return [_text(each) for each in value]
+    text = _text(value)
+    if leaf.type == dict[str, Any] or (leaf.type is bool and text.lower() not in ("true", "false")):
+        raise ValueError  # OmegaConf reads any number as true
+    choices = {str(choice): choice for choice in leaf.choices}
+    return None if text in _NULL else choices.get(text, text)
+
+
+def _guessed(value: Any) -> Any:
+    """Return a value of a mapping whose entries have no type here: null, true or false, a number, else a text."""
+    if isinstance(value, list):
+        return [_guessed(each) for each in value]
+    if value == {}:  # a callback without options
+        return {}
+    text = _text(value)
+    if text in _NULL or text.lower() in ("true", "false"):
+        return None if text in _NULL else text.lower() == "true"
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(text)
+    return text
+
+
+def _text(value: Any) -> str:
+    """Return a text of YAML. ValueError: another value, or OmegaConf's signs for interpolation and a missing value."""
+    if not isinstance(value, str) or "${" in value or value == "???":
+        raise ValueError
+    return value
 
 
 def _comment_in(text: str) -> str:
     """Return what YAML leaves out at the end of a value, from # on."""
     tokens = [token for token in yaml.scan(text) if token.end_mark.index > token.start_mark.index]
     return text[tokens[-1].end_mark.index if tokens else 0 :].strip()
-
-
-def _guessed(value: Any, what: str) -> Any:
-    """Return a value of a mapping whose entries have no type here: null, true or false, a number, else a text."""
-    if isinstance(value, list):
-        return [_guessed(each, what) for each in value]
-    if value == {}:  # a callback without options
-        return {}
-    if not isinstance(value, str) or "${" in value or value == "???":
-        raise ConfigError(f"{what} is {show(value)}, allowed: plain values and lists; no interpolation")
-    if value in _NULL or value.lower() in ("true", "false"):
-        return None if value in _NULL else value.lower() == "true"
-    for number in (int, float):
-        try:
-            return number(value)
-        except ValueError:
-            pass
-    return value
 
 
 def _pairs(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -205,12 +217,10 @@ def _pairs(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _hint(key: str) -> str:
-    """Suggest the known key that was likely meant: the field of this name, else one of similar spelling."""
+    """Suggest the known key that was likely meant: the field of this name or of the most similar one."""
     by_name = {known.rpartition(".")[2]: known for known in reversed(_LEAVES)}
-    name = key.rpartition(".")[2]
-    near = [by_name[name]] if name in by_name else get_close_matches(key, _LEAVES, 1)
-    near = near or [by_name[match] for match in get_close_matches(name, by_name, 1)]
-    return f"did you mean {near[0]}?" if near else "see --help for all keys"
+    near = get_close_matches(key.rpartition(".")[2], by_name, 1)
+    return f"did you mean {by_name[near[0]]}?" if near else "see --help for all keys"
 
 
 class _Loader(yaml.BaseLoader):

@@ -1,5 +1,5 @@
-"""Data that cannot be used is one line that names the file or the split, before a process or run starts (42); files
-that cannot be read are named, or skipped and counted (44); all of them are found before a training (45)."""
+"""Data that cannot be used is one line that names the file or the split, before a process or run starts; files that
+cannot be read are named, or skipped and counted; all of them are found before a training."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def folder_of(tmp_path: Path, **files: bytes) -> Path:
     ],
     ids=["Latin-1", "UTF-16", "binary", "empty folder", "empty file", "too short"],
 )
-def test_42_data_that_cannot_be_used_is_one_line(files, message, tmp_path, capsys):
+def test_data_that_cannot_be_used_is_one_line(files, message, tmp_path, capsys):
     folder, runs = tmp_path / "data", tmp_path / "runs"
     folder.mkdir()
     folder_of(folder, **files)
@@ -56,7 +56,7 @@ def test_42_data_that_cannot_be_used_is_one_line(files, message, tmp_path, capsy
     assert not runs.exists(), "no run was started"
 
 
-def test_44_unreadable_texts_are_skipped_and_counted(tmp_path, capsys):
+def test_unreadable_texts_are_skipped_and_counted(tmp_path, capsys):
     folder, runs = tmp_path / "data", tmp_path / "runs"
     folder.mkdir()
     folder_of(folder, a=LINE.encode() * 40, b=bytes(100), c="é".encode("latin-1"), d=LINE.encode() * 40)
@@ -70,7 +70,7 @@ def test_44_unreadable_texts_are_skipped_and_counted(tmp_path, capsys):
     assert "".join("".join(documents) for documents in source.documents.values()) == LINE * 80
 
 
-def test_44_a_link_to_a_text_that_is_gone_is_named(tmp_path):
+def test_a_link_to_a_text_that_is_gone_is_named(tmp_path):
     folder_of(tmp_path, a=LINE.encode() * 40)
     (tmp_path / "b.txt").symlink_to("gone.txt")
     with pytest.raises(ValueError, match=r"b\.txt cannot be read"):
@@ -97,7 +97,7 @@ def swin(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_44_a_damaged_image_is_named_when_it_is_met(images, workers):
+def test_a_damaged_image_is_named_when_it_is_met(images, workers):
     data = build_datamodule(
         load(swin(images)[0], [*swin(images)[1:], f"data.workers={workers}", "trainer.max_steps=3"])
     )
@@ -107,7 +107,7 @@ def test_44_a_damaged_image_is_named_when_it_is_met(images, workers):
         list(data.val_dataloader())
 
 
-def test_44_damaged_images_are_replaced_in_training_left_out_of_validation_and_counted(images):
+def test_damaged_images_are_replaced_in_training_left_out_of_validation_and_counted(images):
     data = build_datamodule(load(swin(images)[0], [*swin(images)[1:], "data.on_error=skip", "trainer.max_steps=3"]))
     train_batches, val_batches = list(data.train_dataloader()), list(data.val_dataloader())
     assert sum(int(batch["skipped"].sum()) for batch in train_batches) == 1, "three batches of two are one epoch"
@@ -116,7 +116,7 @@ def test_44_damaged_images_are_replaced_in_training_left_out_of_validation_and_c
     assert sorted(torch.cat([batch["labels"] for batch in val_batches]).tolist()) == [IGNORE, 0, 0, 1]
 
 
-def test_44_the_count_of_skipped_images_is_logged_and_in_the_summary():
+def test_the_count_of_skipped_images_is_logged_and_in_the_summary():
     """Two ranks have met 2 and 3 of them."""
 
     class Module(LightningModule):
@@ -133,7 +133,7 @@ def test_44_the_count_of_skipped_images_is_logged_and_in_the_summary():
     assert module.logged == {"data/skipped": 5.0} and counted.total(module) == 5
 
 
-def test_45_check_data_names_every_unreadable_file(images, tmp_path, capsys):
+def test_check_data_names_every_unreadable_file(images, tmp_path, capsys):
     assert call("check-data", *swin(images)) == 2
     said = capsys.readouterr()
     assert [re.findall(r"\w+/\w+/\d\.png", line)[0] for line in said.out.splitlines()] == [
@@ -147,7 +147,7 @@ def test_45_check_data_names_every_unreadable_file(images, tmp_path, capsys):
     assert capsys.readouterr().out == "all data of image_folder can be read\n"
 
 
-def test_45_check_data_reads_texts_too(tmp_path, capsys):
+def test_check_data_reads_texts_too(tmp_path, capsys):
     folder_of(tmp_path, a=LINE.encode() * 40, b=bytes(100))
     words = ["data.name=text", f"data.path={tmp_path}", f"data.cache_dir={tmp_path}/cache", "data.vocab_size=300"]
     assert call("check-data", "configs/debug.yaml", *words) == 2
@@ -164,7 +164,7 @@ def test_45_check_data_reads_texts_too(tmp_path, capsys):
     [{"a": b"word " * 400}, {"a": b"word " * 300, "b": b"word " * 300}, {"a": LINE.encode() * 40}],
     ids=["one line", "two files of one line each", "many lines"],
 )
-def test_42_a_text_of_long_lines_is_cut_inside_a_line(files, tmp_path):
+def test_a_text_of_long_lines_is_cut_inside_a_line(files, tmp_path):
     whole = b"".join(files.values()).decode()
     source = text(folder_of(tmp_path, **files))
     parts = {split: "".join(documents) for split, documents in source.documents.items()}

@@ -1,4 +1,4 @@
-"""Faults 16 and 19: uneven batches are refused before the first batch, and a data worker that fails is named."""
+"""Uneven batches are refused before the first batch, and a data worker that fails is named."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.trainings import tiny
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 
-# ---------------------------------------------------------------------- 16: uneven batches
+# ---------------------------------------------------------------------- uneven batches
 
 
 def shorten(rank: int, world_size: int, loader: str, how: str = "") -> None:
@@ -40,7 +40,7 @@ def shorten(rank: int, world_size: int, loader: str, how: str = "") -> None:
 @pytest.mark.parametrize(
     ("loader", "how"), [("train", ""), ("val", ""), ("val", "strategy.ep_size=1 strategy.dense=sharded")]
 )
-def test_16_uneven_batches_are_refused_before_the_first(loader, how):
+def test_uneven_batches_are_refused_before_the_first(loader, how):
     """The refusal comes at once, not minutes later from the timeout of a collective."""
     message = failure(shorten, 2, f"{loader}_dataloader", how, all_fail=True)
     counts = r"rank 0: (\d+); rank 1: (\d+)"
@@ -58,7 +58,7 @@ def count_batches(rank: int, world_size: int) -> None:
     check_even("val", [3, 4 + rank], context)
 
 
-def test_16_each_loader_is_counted():
+def test_each_loader_is_counted():
     message = failure(count_batches, 2)
     assert (
         "different numbers of val batches (rank 0: 3 + 4; rank 1: 3 + 5), allowed: the same number on each rank"
@@ -66,7 +66,7 @@ def test_16_each_loader_is_counted():
     )
 
 
-# ---------------------------------------------------------------------- 19: a data worker dies
+# ---------------------------------------------------------------------- a data worker dies
 
 
 def break_worker(rank: int, world_size: int, how: str) -> None:
@@ -93,7 +93,7 @@ def break_worker(rank: int, world_size: int, how: str) -> None:
 
 
 @pytest.mark.parametrize("how, says", [("dies", "worker .* exited unexpectedly"), ("raises", "no such file")])
-def test_19_a_data_worker_that_fails_is_named_with_its_sample(how, says):
+def test_a_data_worker_that_fails_is_named_with_its_sample(how, says):
     message = failure(break_worker, 2, how)
     assert message.startswith("rank 1 of 2 failed first:")
     assert re.search(says, message)

@@ -25,8 +25,8 @@ from scmoe.moe.tokens import Routing
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.trainer import build_trainer
+from scmoe.training.callbacks.analysis import ExpertLoad
 from scmoe.training.callbacks.bookkeeping import DataPosition
-from scmoe.training.callbacks.expert_load import ExpertLoad
 from tests.support.models import assert_close, randomise
 from tests.support.trainings import RecordingModel, tiny
 

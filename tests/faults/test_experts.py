@@ -21,8 +21,8 @@ from scmoe.moe.router import Router
 from scmoe.parallel.wire.all_to_all import Transfer
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.trainer import build_trainer
+from scmoe.training.callbacks.analysis import PATIENCE, ExpertLoad
 from scmoe.training.callbacks.bookkeeping import DataPosition
-from scmoe.training.callbacks.expert_load import PATIENCE, ExpertLoad
 from tests.support.comparison import assemble, difference
 from tests.support.trainings import RecordingModel, tiny, train
 

@@ -1,4 +1,4 @@
-"""Faults 69, 70: what a run keeps imports and runs nothing; an extension that cannot be used is named in one line."""
+"""What a run keeps imports and runs nothing; an extension that cannot be used is named in one line."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def modules(tmp_path, monkeypatch):
     made.forget()
 
 
-def test_69_what_a_run_keeps_is_not_imported_and_its_callbacks_do_not_run(tmp_path):
+def test_what_a_run_keeps_is_not_imported_and_its_callbacks_do_not_run(tmp_path):
     run_ranks(train_and_use, 1, tmp_path)
 
 
@@ -118,7 +118,7 @@ def train_and_use(rank: int, world_size: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", ["extensions: [planted]", "extends: planted", "- a", "callbacks: {planted: 3}"])
-def test_69_a_config_beside_an_export_is_not_trusted(kept, modules, tmp_path):
+def test_a_config_beside_an_export_is_not_trusted(kept, modules, tmp_path):
     """It imports nothing, and extends no other file; its callbacks are left out, whatever they are."""
     modules.write("planted")
     (tmp_path / "model.safetensors").touch()
@@ -149,7 +149,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_70_an_extension_that_cannot_be_used_gives_one_line(case, modules):
+def test_an_extension_that_cannot_be_used_gives_one_line(case, modules):
     text, *says = BAD[case]
     line = refusal(f"extensions=[{modules.write(f'bad_{case}', text)}]")
     assert line.startswith(f"extensions: bad_{case} cannot be imported: ")
@@ -158,17 +158,17 @@ def test_70_an_extension_that_cannot_be_used_gives_one_line(case, modules):
 
 
 @pytest.mark.parametrize("name", ["a/b", "../x", ".x", "a b", "os.system(x)", "a.", "-m", "é"])
-def test_70_a_text_that_is_no_name_of_a_module_gives_one_line(name):
+def test_a_text_that_is_no_name_of_a_module_gives_one_line(name):
     assert "allowed: names of modules, such as my_package.my_module" in refusal(f"extensions=['{name}']")
 
 
-def test_70_a_module_that_is_not_there_gives_one_line():
+def test_a_module_that_is_not_there_gives_one_line():
     line = refusal("extensions=[my_package.my_module]")
     assert line.endswith("there is no module my_package; install its package, or set PYTHONPATH to its folder")
     assert "there is no module tests.nothing" in refusal("extensions=[tests.nothing]")
 
 
-def test_70_callbacks_and_options_are_checked_before_anything_starts(modules, monkeypatch):
+def test_callbacks_and_options_are_checked_before_anything_starts(modules, monkeypatch):
     monkeypatch.setattr(CALLBACKS, "makers", {})  # another test may have imported an extension
     assert refusal("callbacks.x.every=2").endswith(
         "allowed: {}, as no callback is registered; name its module in extensions"

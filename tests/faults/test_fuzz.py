@@ -1,4 +1,4 @@
-"""Fault 55: any configuration ends in one line that names a key, or trains. `pytest -m fuzz` draws 500."""
+"""Any configuration ends in one line that names a key, or trains. `pytest -m fuzz` draws 500."""
 
 from __future__ import annotations
 
@@ -32,12 +32,8 @@ def check(words: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         own = [f"runs_dir={folder}/runs", f"data.cache_dir={folder}/cache", "trainer.max_steps=2", *LIMITS]
         env = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "PYTEST_", "MASTER_"))}
-        env |= {
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(ROOT),
-            "SCMOE_LIMIT_GIB": str(GROWTH_GIB),
-        }
+        env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        env |= {"PYTHONPATH": str(ROOT), "SCMOE_LIMIT_GIB": str(GROWTH_GIB)}
         before = time.monotonic()
         arguments = "-m", "tests.support.limited_train", str(ROOT / "configs/debug.yaml"), *own, *words
         code, out, err = python(*arguments, cwd=Path(folder), env=env, timeout_s=ENDS_WITHIN_S)
@@ -72,11 +68,11 @@ def fuzz(examples: int) -> None:
 
 @pytest.mark.representative
 @pytest.mark.timeout(600)
-def test_55_drawn_configurations_train_or_are_refused_in_one_line():
+def test_drawn_configurations_train_or_are_refused_in_one_line():
     fuzz(12)
 
 
 @pytest.mark.fuzz
 @pytest.mark.timeout(3600)
-def test_55_five_hundred_drawn_configurations_train_or_are_refused_in_one_line():
+def test_five_hundred_drawn_configurations_train_or_are_refused_in_one_line():
     fuzz(500)

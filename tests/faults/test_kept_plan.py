@@ -1,4 +1,4 @@
-"""Fault 43: a resumed run would measure its schedule again, and perhaps choose another one, which changes bits."""
+"""A resumed run would measure its schedule again, and perhaps choose another one, which changes bits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from scmoe.experiments.engine.command_line import call
 from scmoe.planning.pricing import plan_from_json, plan_to_json
+from scmoe.training.callbacks.adaptive_schedule import read_plan
 from tests.support.commands import resume_in_ranks, train_in_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]
@@ -42,7 +43,7 @@ def resume(run_dir: Path, ranks: int, *overrides: str) -> str:
     return "\n".join(line for line in done.err.splitlines() if line.startswith("plan: "))
 
 
-def test_43_a_resumed_run_goes_on_with_the_plan_of_its_directory(run_dir):
+def test_a_resumed_run_goes_on_with_the_plan_of_its_directory(run_dir):
     """Its plan is put in place of the measured one, with a slot that no measurement of tiny operators would choose."""
     path = run_dir / "plan.json"
     plan = json.loads(path.read_text())
@@ -54,27 +55,28 @@ def test_43_a_resumed_run_goes_on_with_the_plan_of_its_directory(run_dir):
     assert json.loads(path.read_text())["layers"][0]["schedule"] == plan["layers"][0]["schedule"]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "reason"),
-    [
-        (("schedule.chunks=2",), "chunks was [1, 2, 4] and is [2]"),
-        (("strategy.ep_size=2", "trainer.devices=4"), "ranks was 2 and is 4"),
-        (("trainer.precision=bf16-mixed",), "precision was 32-true and is bf16-mixed"),
-    ],
-    ids=["chunks", "ranks", "precision"],
-)
-def test_43_a_plan_of_other_conditions_is_measured_again(overrides, reason, run_dir):
-    ranks = 4 if "trainer.devices=4" in overrides else 2
-    assert f"plan: measured again, as {reason} since " in resume(run_dir, ranks, *overrides)
+def test_a_plan_of_other_conditions_is_measured_again(run_dir):
+    assert "plan: measured again, as chunks was [1, 2, 4] and is [2] since " in resume(run_dir, 2, "schedule.chunks=2")
+
+
+@pytest.mark.parametrize("key, other", [("ranks", 4), ("ep_size", 4), ("precision", "bf16-mixed"), ("new", 1)])
+def test_each_condition_counts(key, other, planned, capsys):
+    path = planned / "plan.json"
+    plan = json.loads(path.read_text())
+    assert read_plan(path, plan["conditions"]) == plan
+    assert read_plan(path, plan["conditions"] | {key: other}) is None
+    was = plan["conditions"].get(key, "not kept")
+    assert f"plan: measured again, as {key} was {was} and is {other} since " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["{", '{"layers": [{"schedule": {}}], "conditions": {}}', "[]"])
-def test_43_a_damaged_plan_is_named_and_measured_again(content, run_dir):
-    (run_dir / "plan.json").write_text(content)
-    assert f"plan: {run_dir / 'plan.json'} is not used: " in resume(run_dir, 2)
+def test_a_damaged_plan_is_named_and_not_used(content, tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    path.write_text(content)
+    assert read_plan(path, {}) is None and f"plan: {path} is not used: " in capsys.readouterr().err
 
 
-def test_43_a_plan_survives_its_file_and_is_drawn(planned, capsys, tmp_path):
+def test_a_plan_survives_its_file_and_is_drawn(planned, capsys, tmp_path):
     plan = json.loads((planned / "plan.json").read_text())
     choices = plan_from_json(plan)
     assert plan_to_json(choices, plan["conditions"], plan["step"]) == plan

@@ -1,4 +1,4 @@
-"""Fault 18: overlap changes no bit, however late transfers arrive and in whatever order."""
+"""Overlap changes no bit, however late transfers arrive and in whatever order."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def fit_ways(rank: int, world_size: int, words: str) -> dict[str, dict[str, Any]
 
 
 @pytest.mark.parametrize("chunks", (1, pytest.param(2, marks=pytest.mark.representative)))
-def test_18_overlapped_is_bit_identical_to_sequential(chunks):
+def test_overlapped_is_bit_identical_to_sequential(chunks):
     words = f"{TRAINING} {OPTIMIZERS['adamw']} {FP32} strategy.ep_size=2 schedule.chunks={chunks} trainer.max_steps=10"
     ranks = run_ranks(fit_ways, 2, words, timeout_s=300)
     records = {name: [rank[name] for rank in ranks] for name in WAYS}

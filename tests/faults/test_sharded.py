@@ -149,7 +149,7 @@ def test_75_sigterm_to_one_rank_saves_one_step_and_the_resumed_run_is_bit_identi
         ),
         (
             "strategy.dense=auto optim.name=muon",
-            "strategy.dense is 'auto', allowed: replicated, with optim.name=muon, whose updates",
+            "strategy.dense is 'auto', allowed: replicated, as optim.name=muon updates whole",
         ),
         ("strategy.dense=whole", "strategy.dense is 'whole', allowed: replicated | sharded | hybrid | auto"),
     ],

@@ -29,6 +29,7 @@ IMPOSSIBLE = [
     ("schedule.slot", "moe.architecture=dgmoe schedule.slot=3 moe.position=pos2"),
     ("analysis.gating_every", "moe.architecture=dense analysis.gating_every=5"),
     ("analysis.gating_every", "moe.architecture=top_k moe.num_experts=1 moe.top_k=1 analysis.gating_every=5"),
+    ("analysis.gating_every", "analysis.gating_every=0"),
     ("strategy.wire_dtype", "strategy.wire_dtype=bfloat16"),
     ("analysis.similarity_every", "trainer.compile=true analysis.similarity_every=5"),
     ("schedule.slot", "schedule.slot=4"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from hypothesis import strategies as st
@@ -41,9 +40,8 @@ def usual(leaf: Leaf) -> st.SearchStrategy[str]:
         return st.sampled_from([str(choice) for choice in leaf.choices])
     if leaf.type is bool:
         return st.sampled_from(["true", "false"])
-    numbers = [text for text in re.findall(r"[\d.e^-]+", leaf.range or "") if text[0].isdigit()]
-    ends = [float(base) ** float(power or 1) for base, _, power in (text.partition("^") for text in numbers)]
-    low, high = min(ends, default=0), MOST.get(leaf.key, max([*ends, 2]))
+    low, high = (leaf.range.least, leaf.range.most) if leaf.range else (0, 2)
+    high = MOST.get(leaf.key, high)
     if int in leaf.types:
         small = st.integers(int(low), int(min(high, low + 64))).map(str)
         return small | st.sampled_from([str(int(low)), str(int(high)), str(int(high) - 1), str(int(high) // 3)])

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
@@ -100,23 +99,3 @@ def test_a_resumed_run_keeps_earlier_measurements(finished):
     with np.load(run_dir / "analysis" / "gating.npz", allow_pickle=False) as stored:
         assert stored["steps"].tolist() == [0, 2, 4, 6]
         assert np.array_equal(stored["values"][:2], before[:2])
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (
-            ["moe.architecture=dense", "analysis.gating_every=2"],
-            "analysis.gating_every is 2, allowed: null, as moe.arch",
-        ),
-        (
-            ["trainer.compile=true", "analysis.similarity_every=2"],
-            "analysis.similarity_every is 2, allowed: null, as tr",
-        ),
-        (["analysis.gating_every=0"], "analysis.gating_every is 0, allowed: int | null, 1 to 2^31 - 1"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused(words, message):
-    with pytest.raises(ConfigError) as error:
-        load(None, words)
-    assert message in str(error.value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -11,18 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scmoe.config.fields import Config, LoggerConfig
-from scmoe.config.leaves import ConfigError, flatten, leaves
+from scmoe.config.leaves import ConfigError, flatten
 from scmoe.config.load import load, to_yaml
 from scmoe.config.rules import resolve_ep_size
 from tests.support.configs import IMPOSSIBLE
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-# Hardware profiles, sweeps and tables are YAML of another shape.
-YAMLS = [
-    path
-    for path in sorted(CONFIGS.rglob("*.yaml"))
-    if path.parent.name not in ("cluster", "sweep") and path.name != "table.yaml"
-]
 
 
 def refusal(path: Path | None, *overrides: str) -> str:
@@ -48,14 +39,6 @@ def write(tmp_path):
 # What loads
 
 
-def test_every_yaml_loads_and_starts_with_a_comment(write):
-    """A config that is saved with changes and loaded again stays equal."""
-    for path in YAMLS:
-        config = load(path, ["logger.tags=[a,'1',null]", "seed=7"])
-        assert load(write("config.yaml", to_yaml(config))) == config, path
-        assert path.read_text(encoding="utf-8").startswith("# "), path
-
-
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", fullmatch=True)
 texts = st.text(st.characters(exclude_categories=["Cs"])).filter(
     lambda text: "${" not in text and text not in ("", "~", "null", "None", "???")
@@ -77,9 +60,6 @@ def test_any_text_and_number_survives_saving(tmp_path_factory, name, runs_dir, g
 
 def test_an_empty_config_has_the_defaults(write):
     assert load(None) == load(write("empty.yaml", "")) == load(write("comment.yaml", "# nothing\n")) == Config()
-
-
-def test_config_is_frozen():
     with pytest.raises(FrozenInstanceError):
         load(None).seed = 2
 
@@ -134,14 +114,6 @@ def test_expert_parallel_ranks_by_default():
 # What is refused
 
 
-def test_the_error_for_a_typo_names_the_key_and_the_nearest_key():
-    assert refusal(None, "optim.lrr=1") == "command line: unknown key 'optim.lrr', did you mean optim.lr?"
-    assert "did you mean optim.lr?" in refusal(None, "lr=1")
-    assert "did you mean moe.top_k?" in refusal(None, "model.top_k=1")
-    assert refusal(None, "schedule=foo").endswith("allowed: auto or a mapping of keys to values")
-    assert refusal(None, "name=").endswith("name is '', allowed: a text that is not empty")
-
-
 @pytest.mark.parametrize(("key", "overrides"), IMPOSSIBLE, ids=[overrides for _, overrides in IMPOSSIBLE])
 def test_impossible_combination_names_its_key(key, overrides):
     line = refusal(None, *overrides.split())
@@ -166,13 +138,16 @@ def test_possible_combination_passes(overrides):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("optim.lrr=1", "command line: unknown key 'optim.lrr', did you mean optim.lr?"),
+        ("lr=1", "did you mean optim.lr?"),
+        ("model.top_k=1", "did you mean moe.top_k?"),
+        ("schedule=foo", "schedule is 'foo', allowed: auto or a mapping of keys to values"),
+        ("name=", "name is '', allowed: a text that is not empty"),
         ("optim.lr=fast", "optim.lr is 'fast', allowed: float, above 0"),
         ("model.layers=2.5", "model.layers is '2.5', allowed: int"),
-        ("model.layers=true", "model.layers is 'true', allowed: int"),
         ("model.layers=null", "model.layers is 'null', allowed: int"),
         ("model.layers=[1]", "model.layers is ['1'], allowed: int"),
         ("moe.position=pos4", "moe.position is 'pos4', allowed: pos1 | pos2 | pos3"),
-        ("moe.every=3", "moe.every is '3', allowed: 1 | 2"),
         ("moe.noisy=7", "moe.noisy is '7', allowed: true | false"),
         ("logger.tags=a", "logger.tags is 'a', allowed: list[str]"),
         ("trainer.extra=a", "trainer.extra is 'a', allowed: mapping"),
@@ -180,13 +155,11 @@ def test_possible_combination_passes(overrides):
         ("logger.group={}", "logger.group is {}, allowed: str | null"),
         ("optim=3", "optim is '3', allowed: a mapping"),
         ("seed", "'seed' has no value"),
-        ("--seed", "'--seed' has no value"),
         ("extends=base.yaml", "unknown key 'extends'"),
         ("name=[a", "bad YAML"),
         ("data.path=/data/set #1", "data.path ends with the comment '#1', allowed: data.path='\"...\"'"),
         ("name=???", "name is '???'"),
         ("_target_=os.system", "unknown key '_target_'"),
-        ("moe._target_=os.system", "unknown key 'moe._target_'"),
         ("name=${oc.env:HOME}", "name is '${oc.env:HOME}', allowed: a text that is not empty; no interpolation"),
         ("logger.tags=[a, '${oc.env:HOME}']", "logger.tags is ['a', '${oc.env:HOME}']"),
     ],
@@ -225,51 +198,10 @@ def test_bad_file_is_named(write, text, message):
     assert "bad.yaml" in line and message in line
 
 
-def test_a_missing_or_binary_file_is_refused(tmp_path):
-    assert "absent.yaml: cannot be read" in refusal(tmp_path / "absent.yaml")
+def test_a_missing_or_binary_file_or_a_circle_is_refused(tmp_path, write):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    assert "binary.yaml: cannot be read" in refusal(tmp_path / "binary.yaml")
-
-
-def test_extends_in_a_circle_is_refused(write):
+    for name in ("absent.yaml", "binary.yaml"):
+        assert f"{name}: cannot be read" in refusal(tmp_path / name)
     write("a.yaml", "extends: b.yaml\n")
     assert "extends itself" in refusal(write("b.yaml", "extends: a.yaml\n"))
     assert "extends itself" in refusal(write("self.yaml", "extends: ./self.yaml\n"))
-
-
-def test_one_hundred_bad_inputs_run_nothing(tmp_path, write):
-    """Misspelt keys, values of the wrong type and payloads, in files and overrides, each give one ConfigError line."""
-    rng = random.Random(0)
-    trace = tmp_path / "executed"
-    payloads = [
-        f"!!python/object/apply:os.system ['touch {trace}']",
-        f"!!python/object/new:subprocess.Popen [['touch', '{trace}']]",
-        f"!!python/name:os.system\n  touch {trace}",
-        f"{{_target_: os.system, command: 'touch {trace}'}}",
-        "'${oc.env:HOME}'",
-        "'${oc.create:{a: 1}}'",
-        "{a: {b: 1}}",
-        "[[a], {b: c}]",
-        "'${'",
-    ]
-    everything = [leaf for leaf in leaves(Config()) if leaf.key != "trainer.extra"]  # which takes any plain value
-    numbers = [leaf for leaf in everything if leaf.range]
-    for round in range(100):
-        leaf = rng.choice(everything)
-        kind = round % 4
-        if kind == 0:
-            at = rng.randrange(len(leaf.key))
-            pair = leaf.key[:at] + rng.choice("xyzq_.-") + leaf.key[at:], "1"
-        elif kind == 1:
-            pair = rng.choice(numbers).key, rng.choice(["word", "[1, 2]", "1.5.2", "true", "-3", "nan", "-inf", "0x1g"])
-        elif kind == 2:
-            pair = leaf.key, rng.choice(payloads)
-        else:
-            pair = (
-                "name",
-                rng.choice(["../x", "/etc/x", "a/../../b", "..", "-x", "a b", "a\\b", "$(ls)", "`ls`", "a;ls"]),
-            )
-        key, value = pair
-        refusal(None, f"{key}={value}")
-        refusal(write("bad.yaml", f"{key}: {value}\n"))
-    assert not trace.exists()

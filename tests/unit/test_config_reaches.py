@@ -50,15 +50,8 @@ def test_the_module_has_the_values_of_the_config():
     module = build_module(tiny(*(f"{key}={value}" for key, value in words.items())))
     assert {key: getattr(module, key.partition(".")[2]) for key in words} == words
     assert not module.refuse_overflow and not module.compiled
-    other = build_module(
-        tiny(
-            "moe.rows=buffers",
-            "moe.overflow=refuse",
-            "moe.capacity_factor=null",
-            "moe.dropless_ceiling=2",
-            "trainer.compile=true",
-        )
-    )
+    buffers = ("moe.rows=buffers", "moe.overflow=refuse", "moe.capacity_factor=null", "moe.dropless_ceiling=2")
+    other = build_module(tiny(*buffers, "trainer.compile=true"))
     assert other.refuse_overflow and other.compiled
 
 

@@ -34,7 +34,7 @@ def test_the_page_of_fields_has_each_field_once_with_its_default_and_range():
     assert [row[0] for row in rows] == [row[1] for row in rows] == list(every)
     for key, _, kind, limits, default, meaning in rows:
         leaf = every[key]
-        assert limits == (leaf.range or "") and kind + (f", {limits}" if limits else "") == leaf.allowed
+        assert limits == str(leaf.range or "") and kind + (f", {limits}" if limits else "") == leaf.allowed
         assert default == {"True": "true", "False": "false", "None": "null"}.get(repr(leaf.value), str(leaf.value)), key
         assert meaning and "<" not in meaning and not re.search(r"(?<!\\)\|", meaning), key
     assert set(config_reference.SECTIONS) <= {key.rpartition(".")[0] for key in every}

@@ -1,11 +1,12 @@
 """The table of each expert's load has what the routers chose, also in a resumed run and after a kill.
 
-The alarm for a collapsed router (fault 26) ignores busy experts and short peaks, and warns once per layer.
+The alarm for a collapsed router ignores busy experts and short peaks, and warns once per layer.
 """
 
 from __future__ import annotations
 
 import csv
+import resource
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 
-from scmoe.training import files as writing
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
+from scmoe.training.assembly.trainer import build_trainer
+from scmoe.training.callbacks.analysis import PATIENCE, CollapseAlarm, ExpertLoad, draw_load
 from scmoe.training.callbacks.bookkeeping import DataPosition
-from scmoe.training.callbacks.expert_load import PATIENCE, CollapseAlarm, ExpertLoad, draw_load
+from scmoe.training.files import try_to_append
 from tests.support.models import tiny
 
 
@@ -67,30 +68,17 @@ def test_a_resumed_run_keeps_whole_rows_before_its_step(tmp_path):
     assert rows(tmp_path) == [HEADER, *expected(1), *expected(3)]
 
 
-def test_a_text_that_cannot_be_appended_leaves_the_file_as_it_was(tmp_path, monkeypatch, capsys):
+def test_a_text_that_cannot_be_appended_leaves_the_file_as_it_was(tmp_path, capsys):
     path = tmp_path / "table.csv"
-    writing.try_to_append(path, "one\n")
-
-    class Full:
-        def __init__(self, path: Path, *_: Any, **__: Any) -> None:
-            self.file = open(path, "a")  # noqa: SIM115
-
-        def __enter__(self) -> Any:
-            return self
-
-        def write(self, text: str) -> None:
-            self.file.write(text[:2])
-            self.file.close()
-            raise OSError(28, "No space left on device")
-
-        def __exit__(self, *_: Any) -> None:
-            pass
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", lambda self, *_, **__: Full(self))  # a class would not get the path
-        writing.try_to_append(path, "two\n")
+    try_to_append(path, "one\n")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6, limit[1]))  # bytes: half of the next line fits
+    try:
+        try_to_append(path, "two\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert path.read_text() == "one\n"
-    assert "gets no more rows: No space left" in capsys.readouterr().err
+    assert "gets no more rows: File too large" in capsys.readouterr().err
 
 
 def test_the_picture_is_drawn_for_few_and_many_experts(tmp_path):
@@ -100,7 +88,7 @@ def test_the_picture_is_drawn_for_few_and_many_experts(tmp_path):
         assert path.stat().st_size > 1000
 
 
-# ---------------------------------------------------------------------- 26: the alarm for a collapsed router
+# ---------------------------------------------------------------------- the alarm for a collapsed router
 
 TOKENS = 100
 
@@ -156,40 +144,21 @@ def test_a_break_resets_the_count():
     assert len(alarms(alarm, window_of([97, 1, 1, 1]), 1)) == 1
 
 
-def collapse_warnings(steps: int, rigged: bool) -> list[str]:
-    """Returns the collapse warnings of a run. rigged: the second MoE layer's gate sends every token to expert 0."""
-    words = (f"trainer.max_steps={steps}", "trainer.accelerator=cpu", "trainer.log_every=1", "trainer.progress=false")
-    config = tiny(*words, "model.layers=4", "moe.noisy=false", "optim.lr=1e-5", "data.global_batch_size=4")
+def test_a_run_with_a_rigged_router_warns_in_one_line():
+    """The gate of the second MoE layer sends every token to expert 0."""
+    words = (f"trainer.max_steps={PATIENCE + 3}", "trainer.accelerator=cpu", "trainer.log_every=1", "optim.lr=1e-5")
+    config = tiny(*words, "trainer.progress=false", "model.layers=4", "moe.noisy=false", "data.global_batch_size=4")
     module = build_module(config)
     module.configure_model()
-    if rigged:
-        with torch.no_grad():
-            block = module.model.blocks[1]
-            block.tap_norm.weight.zero_()
-            block.tap_norm.bias.fill_(1.0)
-            block.moe.router.gate.weight[1:] = 0.0
-            block.moe.router.gate.weight[0] = 1.0
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=steps,
-        log_every_n_steps=1,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        logger=False,
-        callbacks=[DataPosition(), ExpertLoad()],
-    )
+    with torch.no_grad():
+        block = module.model.blocks[1]
+        block.tap_norm.weight.zero_()
+        block.tap_norm.bias.fill_(1.0)
+        block.moe.router.gate.weight[1:] = 0.0
+        block.moe.router.gate.weight[0] = 1.0
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.fit(module, build_datamodule(config))
-    return [str(warning.message) for warning in caught if "collapsed" in str(warning.message)]
-
-
-def test_a_run_with_a_rigged_router_warns_in_one_line():
-    assert collapse_warnings(PATIENCE + 3, rigged=False) == []
-    (line,) = collapse_warnings(PATIENCE + 3, rigged=True)
+        build_trainer(config, [DataPosition(), ExpertLoad()], []).fit(module, build_datamodule(config))
+    (line,) = [str(warning.message) for warning in caught if "collapsed" in str(warning.message)]
     assert line.startswith("MoE layer 1: the router has collapsed, expert 0 gets 100% of the tokens")
     assert "\n" not in line

@@ -63,32 +63,16 @@ def test_a_registry_keeps_what_it_was_given():
 
 
 @pytest.mark.parametrize(
-    ("word", "says"),
-    [
-        (
-            "schedule=auto",
-            "schedule.auto is True, allowed: false, as moe.architecture=parallel is an extension's, which",
-        ),
-        ("offload.way=blocking", "offload.way is 'blocking', allowed: resident, as moe.architecture=parallel is an"),
-        ("analysis.gating_every=1", "analysis.gating_every is 1, allowed: null, as moe.architecture=parallel is an"),
-        ("analysis.similarity_every=1", "analysis.similarity_every is 1, allowed: null, as moe.architecture=parallel"),
-    ],
+    "word", ["schedule.auto=true", "offload.way=blocking", "analysis.gating_every=1", "analysis.similarity_every=1"]
 )
-def test_what_needs_scmoes_own_blocks_is_refused(word, says):
-    with pytest.raises(ConfigError) as caught:
+def test_what_needs_scmoes_own_blocks_is_refused(word):
+    with pytest.raises(ConfigError, match=rf"{word.partition('=')[0]} is .* as moe\.architecture=parallel is an ext"):
         load(None, [*PARALLEL, word])
-    assert says in str(caught.value)
 
 
 def test_fields_that_an_extension_may_read_are_free():
-    words = (
-        "moe.position=pos1",
-        "moe.first_position=pos3",
-        "moe.tap_norm=shared",
-        "moe.combine=cg2",
-        "schedule.slot=9",
-    )
-    config = load(None, [*PARALLEL, *words, "options.a=1"])
+    words = "moe.position=pos1 moe.first_position=pos3 moe.tap_norm=shared moe.combine=cg2 schedule.slot=9 options.a=1"
+    config = load(None, [*PARALLEL, *words.split()])
     kept = model_settings(config)
     assert (kept["moe.position"], kept["moe.combine"], kept["options"]) == ("pos1", "cg2", {"a": 1})
 

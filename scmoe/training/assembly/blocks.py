@@ -6,7 +6,6 @@ An architecture is a function (config, context, parts of each layer) -> blocks, 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -129,25 +128,18 @@ def moe_blocks(
 ) -> list[nn.Module]:
     """Return blocks with an MoE each: one for each layer (every=1), or pairs of Block-MLP and Block-MoE (every=2)."""
     every = config.moe.every
-    return [
-        moe_block(block, config, context, parts[i + every - 1], sublayers_before(parts[i : i + every]), first=i == 0)
-        for i in range(0, len(parts), every)
-    ]
-
-
-def sublayers_before(parts: Sequence[Parts]) -> list[Residual]:
-    """Return the sub-layers before the MoE of one layer (attention), or of a pair (attention, MLP, attention)."""
-    first, *second = parts
-    sublayers = [first.attention_sublayer()]
-    if second:
-        sublayers += [first.mlp_sublayer(), second[0].attention_sublayer()]
-    return sublayers
+    starts = range(0, len(parts), every)
+    return [moe_block(block, config, context, parts[i : i + every], first=i == 0) for i in starts]
 
 
 def moe_block(
-    block: type[MoEBlock], config: Config, context: ParallelContext, parts: Parts, sublayers: Sequence[Any], first: bool
+    block: type[MoEBlock], config: Config, context: ParallelContext, layers: Sequence[Parts], first: bool
 ) -> nn.Module:
-    """Return one block with an MoE. first: the model's first MoE module, whose tap may be elsewhere."""
+    """Return one block with an MoE. layers: its own, or those of a pair. first: the model's first MoE module, whose tap
+    may be elsewhere."""
+    parts, sublayers = layers[-1], [layers[0].attention_sublayer()]
+    if len(layers) == 2:
+        sublayers += [layers[0].mlp_sublayer(), parts.attention_sublayer()]
     moe, has_tap = config.moe, block.architecture in SHORTCUTS
     position = (moe.first_position if first else None) or moe.position
     tap = position if has_tap else None

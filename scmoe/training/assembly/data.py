@@ -4,7 +4,8 @@ A data set is a function (config, arguments of PositionedDataModule) -> datamodu
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,9 @@ def prepare_data(data: PositionedDataModule, weights: Path | None = None, warn: 
 
     weights: a checkpoint or an export that reads it. warn: say that files are skipped.
     """
-    try:
+    with errors_in_one_line():
         data.prepare_data()
         data.setup("fit")
-    except ModuleNotFoundError as error:
-        raise explained(error) or error from error
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from error
     if data.skipped and warn:
         more = "; scmoe check-data lists all" if len(data.skipped) > 1 else ""
         print(f"warning: {len(data.skipped)} files are skipped: {data.skipped[0]}{more}", file=sys.stderr, flush=True)
@@ -52,11 +49,18 @@ def build_datamodule(config: Config) -> PositionedDataModule:
         seed=config.seed,
         overfit=trainer.overfit_batches,
     )
-    try:
+    with errors_in_one_line():
         return DATASETS[data.name](config, position)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Turn what cannot be read, and a package that is missing, into ConfigError."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         raise explained(error) or error from error
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
 
 
@@ -70,7 +74,7 @@ def synthetic(config: Config, position: Mapping[str, Any]) -> PositionedDataModu
 @register_dataset("text")
 @register_dataset("hf")
 def text(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
-    data, skip = config.data, config.data.on_error == "skip"
+    data = config.data
     return TextDataModule(
         data.name,
         data.path,
@@ -78,7 +82,7 @@ def text(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
         data.tokenizer,
         data.vocab_size,
         data.cache_dir,
-        skip,
+        data.on_error == "skip",
         seq_len=data.seq_len,
         val_sequences=data.val_sequences,
         **position,
@@ -121,12 +125,10 @@ def check_tokenizer(data: TextDataModule, weights: Path) -> None:
     """Raise ConfigError if the ids of the prepared data mean other text than those with which the weights were trained.
 
     A text that has changed makes another `bpe`."""
-    kept = kept_tokenizer(weights)
-    if kept is not None and kept != data.tokenizer.digest:
-        given = f"data.path={data.path} and data.tokenizer={data.tokenizer_kind}"
+    if kept_tokenizer(weights) not in (None, data.tokenizer.digest):
         raise ConfigError(
-            f"{given} give another tokenizer than in training, so token ids would mean other words. Use the text of "
-            "the training, or the tokenizer.json that was made from it."
+            f"data.path={data.path} and data.tokenizer={data.tokenizer_kind} give another tokenizer than in training, "
+            "so token ids would mean other words. Use the text of the training, or the tokenizer.json made from it."
         )
 
 
@@ -137,7 +139,5 @@ def kept_data(data: PositionedDataModule, weights: Path) -> Any:
 
 def kept_tokenizer(weights: Path) -> str | None:
     """Return the digest of the tokenizer with which a checkpoint or an export was trained; None: it has none."""
-    if weights.is_dir():
-        kept: str | None = read_meta(weights).get(TextDataModule.__qualname__, {}).get("tokenizer")
-        return kept
-    return read_header(weights).get("tokenizer")
+    kept = read_meta(weights).get(TextDataModule.__qualname__, {}) if weights.is_dir() else read_header(weights)
+    return kept.get("tokenizer")

@@ -24,9 +24,8 @@ from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.dense import ways
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
-from scmoe.training.callbacks.analysis import SIMILARITY, Analysis, gating
+from scmoe.training.callbacks.analysis import SIMILARITY, Analysis, ExpertLoad, gating
 from scmoe.training.callbacks.bookkeeping import DataPosition, KeptConfig, LogLines, SkippedImages
-from scmoe.training.callbacks.expert_load import ExpertLoad
 from scmoe.training.callbacks.measurements import GradientNorms, Memory, ProfileSteps, StepTimes, Throughput
 
 register_callback = CALLBACKS.register
@@ -39,14 +38,16 @@ def seed_everything(config: Config) -> None:
 
 def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
     """run_dir: on rank 0; None on other ranks, where ModelCheckpoint gets its folder from rank 0."""
-    data, trainer = config.data, config.trainer
+    data, trainer, measured = config.data, config.trainer, config.analysis
     checkpoints, analysis = (run_dir / name if run_dir else None for name in ("checkpoints", "analysis"))
     images, micro_batch = data.name in IMAGES, data.global_batch_size // trainer.accumulate
     best, mode = ("val/accuracy", "max") if images else ("val/bits_per_byte", "min")
+    chunks = (1, 2, 4) if config.schedule.chunks is None else (config.schedule.chunks,)
+    plan = run_dir / "plan.json" if run_dir else None
     callbacks: list[Callback] = [
         DataPosition(),
         KeptConfig(config),
-        ExpertLoad(analysis if config.analysis.expert_load else None),
+        ExpertLoad(analysis if measured.expert_load else None),
         Throughput(micro_batch, None if images else data.seq_len, trainer.peak_tflops),
         StepTimes(),
         GradientNorms(),
@@ -54,25 +55,20 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
         LastCheckpoint(checkpoints, trainer.checkpoint_every),
     ]
     if validates(config) and trainer.save_top_k:
-        callbacks.append(
-            ModelCheckpoint(checkpoints, "best-{step}", monitor=best, mode=mode, save_top_k=trainer.save_top_k)
-        )
-    if trainer.early_stopping is not None:
-        callbacks.append(
-            EarlyStopping(best, patience=trainer.early_stopping, mode=mode, check_on_train_epoch_end=False)
-        )
+        kept = trainer.save_top_k
+        callbacks.append(ModelCheckpoint(checkpoints, "best-{step}", monitor=best, mode=mode, save_top_k=kept))
+    if (patience := trainer.early_stopping) is not None:
+        callbacks.append(EarlyStopping(best, patience=patience, mode=mode, check_on_train_epoch_end=False))
     if trainer.profile_steps is not None:
         callbacks.append(ProfileSteps(trainer.profile_steps, run_dir))
     if config.moe.architecture not in ("dense", "dgmoe_share"):
-        chunks = (1, 2, 4) if config.schedule.chunks is None else (config.schedule.chunks,)
-        plan = run_dir / "plan.json" if run_dir else None
         callbacks.append(AdaptiveSchedule(config.schedule.auto, chunks, plan, timing_conditions(config)))
     if images and data.on_error == "skip":
         callbacks.append(SkippedImages())
-    if config.analysis.gating_every is not None:
-        callbacks.append(Analysis(gating(config.moe.position), config.analysis.gating_every, analysis))
-    if config.analysis.similarity_every is not None:
-        callbacks.append(Analysis(SIMILARITY, config.analysis.similarity_every, analysis))
+    if measured.gating_every is not None:
+        callbacks.append(Analysis(gating(config.moe.position), measured.gating_every, analysis))
+    if measured.similarity_every is not None:
+        callbacks.append(Analysis(SIMILARITY, measured.similarity_every, analysis))
     if trainer.progress:
         callbacks.append(StepProgressBar() if sys.stderr.isatty() else LogLines())
     return callbacks + [CALLBACKS[name](**options) for name, options in config.callbacks.items()]

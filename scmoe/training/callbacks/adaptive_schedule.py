@@ -90,8 +90,7 @@ class AdaptiveSchedule(Callback):
             if self.auto and trainer.is_global_zero:
                 print("\n".join(plan_lines(choices)), file=sys.stderr, flush=True)
                 if self.plan is not None:
-                    kept = plan_to_json(choices, self.conditions(trainer), trainer.global_step)
-                    write_json(self.plan, kept)
+                    write_json(self.plan, plan_to_json(choices, self.conditions(trainer), trainer.global_step))
         if overlap is not None and logs_now(trainer, batch_idx):
             hidden = zip(("overlap/forward", "overlap/backward"), overlap.efficiency, strict=True)
             module.log_dict({name: share for name, share in hidden if share is not None})

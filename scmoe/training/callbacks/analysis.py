@@ -1,24 +1,157 @@
-"""Measures Fig. 9 and Fig. 10 during training: at intervals a probe is attached for one batch, then removed.
+"""What a run measures of its routers and sub-layers, and keeps in <run>/analysis/: the experts' load, Fig. 9, Fig. 10.
 
-    <run>/analysis/gating.npz       steps [n], labels [L], values [n, L, 4]       gating.png
-                   similarity.npz   steps [n], labels [N], values [n, N, N]       similarity.png
+    expert_load.csv   a row for each logged step and MoE layer: copies of each expert, dropped copies
+    expert_load.png   the last row of each layer as a heat map
+    gating.npz        steps [n], labels [L], values [n, L, 4]                              gating.png
+    similarity.npz    steps [n], labels [N], values [n, N, N]                              similarity.png
 
-Values are over the tokens of all ranks. While the disk is full, they are kept in memory.
+Values are over the tokens of all ranks. For Fig. 9 and 10 a probe is attached for one batch at intervals, then removed;
+while the disk is full, their values are kept in memory.
 """
 
-from collections.abc import Callable
+import csv
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from scmoe.blocks.double_gate import DoubleGateBlock
+from scmoe.blocks.moe_block import moe_blocks_of
+from scmoe.config.extras import install_command
+from scmoe.moe.balance import load_metrics
+from scmoe.probes.charts import SMALL, chart, title
 from scmoe.probes.gating import GatingProbe, draw_gating, gating_means, gating_metrics
 from scmoe.probes.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
-from scmoe.training.files import try_to_draw, try_to_write
+from scmoe.training.callbacks.bookkeeping import logs_now
+from scmoe.training.files import try_to_append, try_to_draw, try_to_write
+
+CELLS = 16  # of a heat map with numbers in its cells, in a row; with more experts they would not be readable
+PATIENCE = 5  # logged windows in a row
+
+
+class ExpertLoad(Callback):
+    """Logs moe/load_max, moe/load_entropy, moe/dead_experts and moe/drop_share over the batches since the last log.
+
+    folder: where the load of each expert is kept and drawn; None: nowhere.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.table = folder and folder / "expert_load.csv"
+        self.picture = folder and folder / "expert_load.png"
+        self.sums_LE2: Tensor | None = None
+        self.last: list[list[int]] = []  # the integer sums of the last log
+        self.alarm = CollapseAlarm()
+
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
+        """Keep the rows of a resumed run before the step that it continues from."""
+        blocks = enumerate(moe_blocks_of(module))
+        self.alarm = CollapseAlarm({layer for layer, block in blocks if isinstance(block, DoubleGateBlock)})
+        if self.table is not None and self.table.exists():
+            with self.table.open(newline="") as file:
+                rows = list(csv.reader(file))
+            whole = [row for row in rows if len(row) == len(rows[0])]  # a killed run may have left half a row
+            kept = [*rows[:1], *(row for row in whole[1:] if int(row[0]) < trainer.global_step)]
+            try_to_write(self.table, lambda path: path.write_text(as_csv(kept)))
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        sums_LE2 = outputs["load_sums_LE2"]
+        if sums_LE2 is None:
+            return
+        self.sums_LE2 = sums_LE2 if self.sums_LE2 is None else self.sums_LE2 + sums_LE2
+        if logs_now(trainer, batch_idx):
+            load = load_metrics(self.sums_LE2)
+            module.log_dict({f"moe/{name}": value.float() for name, value in load.items()})
+            for line in self.alarm(self.sums_LE2):
+                rank_zero_warn(line)
+            if self.table is not None:
+                self.last = self.sums_LE2.tolist()
+                self.keep(self.table, trainer.global_step - 1)
+            self.sums_LE2 = None
+
+    def keep(self, table: Path, step: int) -> None:
+        """Append the last sums to the table. step: as in metrics.csv."""
+        experts = [f"expert_{i}" for i in range(len(self.last[0]) - 2)]
+        header = [] if table.exists() else [["step", "layer", *experts, "dropped"]]
+        rows = [[step, layer, *counts_E, dropped] for layer, (*counts_E, _, dropped) in enumerate(self.last)]
+        try_to_append(table, as_csv([*header, *rows]))
+
+    def on_train_end(self, trainer: Trainer, module: Any) -> None:
+        if self.picture is None or not self.last:
+            return
+        if find_spec("matplotlib") is None:
+            rank_zero_warn(f"no heat map of the experts' load is drawn; it needs {install_command('matplotlib')}")
+        else:
+            try_to_draw(self.picture, lambda path: draw_load([counts_E for *counts_E, _, _ in self.last], path))
+
+
+def as_csv(rows: list[list[Any]]) -> str:
+    text = StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def draw_load(counts_LE: list[list[int]], path: Path) -> None:
+    """Draw the copies of each expert over the fair share of its layer, for every MoE layer."""
+    num_layers, num_experts = len(counts_LE), len(counts_LE[0])
+    share_LE = [[count * num_experts / max(sum(counts_E), 1) for count in counts_E] for counts_E in counts_LE]
+    with chart(path, min(1.6 + 0.35 * num_layers, 8.0)) as figure:
+        axis = figure.add_subplot()
+        image = axis.imshow(share_LE, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
+        if num_experts <= CELLS:
+            for layer, row in enumerate(share_LE):
+                for expert, share in enumerate(row):
+                    axis.text(expert, layer, f"{share:.1f}", ha="center", va="center", fontsize=SMALL)
+        axis.set(xlabel="expert", ylabel="MoE layer")
+        axis.set_xticks(range(0, num_experts, -(-num_experts // CELLS)))
+        axis.set_yticks(range(0, num_layers, -(-num_layers // CELLS)))
+        title(axis, "Load: copies over the fair share, last logged steps")
+        figure.colorbar(image, ax=axis, extend="max")
+
+
+class CollapseAlarm:
+    """Detects a collapsed router: one that keeps sending nearly all tokens to few experts.
+
+    An expert that gets more tokens learns faster, so it gets even more (Shazeer et al. 2017). A busy expert alone is no
+    fault: many times the fair share is usual at the start. The alarm is raised once for each layer, where both hold:
+
+        how much    an expert is chosen by more than (K/E + 1) / 2 of all tokens, where each token chooses K of E
+                    experts: this limit is halfway between its fair share, K/E, and all tokens
+        how long    in each of PATIENCE logged windows in a row
+
+    doubled: the layers whose sums count each token twice, those of DGMoE.
+    """
+
+    def __init__(self, doubled: Collection[int] = ()) -> None:
+        self.doubled = doubled
+        self.windows: dict[int, int] = {}  # layer: number of windows in a row in which it was collapsed
+        self.spoken: set[int] = set()
+
+    def __call__(self, sums_LE2: Tensor) -> list[str]:
+        """Return a message for each layer, from 0, that has now collapsed. sums_LE2: `integer_sums` of a window."""
+        lines = []
+        for layer, (*counts_E, tokens, _) in enumerate(sums_LE2.tolist()):
+            busiest = max(range(len(counts_E)), key=counts_E.__getitem__)
+            tokens = max(tokens / (2 if layer in self.doubled else 1), 1)
+            share, fair = counts_E[busiest] / tokens, sum(counts_E) / tokens / len(counts_E)
+            collapsed = fair < 1 and share > (fair + 1) / 2
+            self.windows[layer] = self.windows.get(layer, 0) + 1 if collapsed else 0
+            if self.windows[layer] == PATIENCE and layer not in self.spoken:
+                self.spoken.add(layer)
+                lines.append(
+                    f"MoE layer {layer}: the router has collapsed, expert {busiest} gets {share:.0%} of the tokens "
+                    f"(fair: {fair:.0%}) for {PATIENCE} logged steps in a row; try a higher moe.load_balance_coef or a "
+                    "lower optim.lr"
+                )
+        return lines
+
 
 Probe = GatingProbe | SimilarityProbe
 
@@ -37,8 +170,7 @@ class Quantity:
 
 def gating(position: str) -> Quantity:
     """Return Fig. 9's quantity. position: of the tap."""
-    probe = partial(GatingProbe, position=position)
-    return Quantity("gating", probe, gating_means, gating_metrics, draw_gating)
+    return Quantity("gating", partial(GatingProbe, position=position), gating_means, gating_metrics, draw_gating)
 
 
 SIMILARITY = Quantity("similarity", SimilarityProbe, similarity_mean, similarity_metrics, draw_similarity)
@@ -89,10 +221,9 @@ class Analysis(Callback):
         if self.picture is not None and self.records:
             try_to_draw(self.picture, partial(self.quantity.draw, *self._all()))
 
-    def on_exception(self, trainer: Trainer, module: Any, exception: BaseException) -> None:
+    def on_exception(self, *_: Any) -> None:
         if self.probe is not None:
             self.probe.remove()
-            self.probe = None
 
     def _all(self) -> tuple[list[int], list[str], np.ndarray]:
         """Return steps, labels and values of all measurements."""

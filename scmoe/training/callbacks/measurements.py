@@ -42,9 +42,8 @@ class StepTimes(Callback):
 
     def mark(self, device: torch.device) -> None:
         if device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
         else:
             self.marks.append(time.perf_counter())
 
@@ -97,13 +96,12 @@ def seconds_between(start: Any, end: Any) -> float:
 
 
 class Throughput(Callback):
-    """Logs time/<name>, such as time/tokens_per_s, the rate of all ranks since the last log, and what follows from it:
-    time/model_tflops of one device and, where its peak is known, time/mfu.
+    """Logs time/tokens_per_s or time/images_per_s, the rate of all ranks since the last log without validation and
+    checkpoints; time/model_tflops of one device and, where its peak is known, time/mfu.
 
-    samples: sequences, or images, of one batch on all ranks. seq_len: tokens of a sequence, each counted; None: images
-    are counted. peak: TFLOP/s of a device; None: as footprint/model_cost.py knows it. Validation and checkpoints do not
-    count. `mean` is the rate of all batches but the first, which includes allocation and warm-up; None where there
-    are no others.
+    samples: sequences, or images, of one batch on all ranks. seq_len: tokens of a sequence; None: images are counted.
+    peak: TFLOP/s of a device; None: as footprint/model_cost.py knows it. `mean` is the rate of all batches but the
+    first, which includes allocation and warm-up; None where there are no others.
     """
 
     def __init__(self, samples: int, seq_len: int | None, peak: float | None = None) -> None:
@@ -123,9 +121,8 @@ class Throughput(Callback):
     def utilisation(self, rate: float | None) -> dict[str, float | None]:
         """Return the model's TFLOP/s of one device at this rate, and its share of the peak if that is known."""
         tflops = None if rate is None else rate / self.count * self.tflops
-        if self.peak is None:
-            return {"model_tflops": tflops}
-        return {"model_tflops": tflops, "mfu": tflops and tflops / self.peak}
+        share = {} if self.peak is None else {"mfu": tflops and tflops / self.peak}
+        return {"model_tflops": tflops, **share}
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
         forward = forward_flops(module.model, self.seq_len or 0, empty_slots=False)
@@ -243,23 +240,23 @@ class ProfileSteps(Callback):
             self.running.start()
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
-        if self.running is not None and trainer.global_step == self.end:
-            self.write(trainer.global_rank, module.device)
+        if trainer.global_step == self.end:
+            self.on_train_end(trainer, module)
 
     def on_train_end(self, trainer: Trainer, module: Any) -> None:
-        if self.running is not None:  # the run ends before the last step that was asked for
-            self.write(trainer.global_rank, module.device)
+        """Write the trace. The run may end before the last step that was asked for."""
+        if module.device.type == "cuda":
+            torch.cuda.synchronize(module.device)  # so that the trace holds the kernels of the last step
+        if (found := self.stop()) is not None:
+            assert self.folder is not None
+            path = self.folder / "traces" / f"steps-{self.first}-{self.end}-rank-{trainer.global_rank}.json.gz"
+            try_to_write(path, lambda partial: found.export_chrome_trace(str(partial)))
 
     def on_exception(self, *_: Any) -> None:
-        if self.running is not None:
-            self.running.stop()
-            self.running = None
+        self.stop()
 
-    def write(self, rank: int, device: torch.device) -> None:
-        assert self.running is not None and self.folder is not None
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # so that the trace holds the kernels of the last step
-        self.running.stop()
+    def stop(self) -> profile | None:
         found, self.running = self.running, None
-        path = self.folder / "traces" / f"steps-{self.first}-{self.end}-rank-{rank}.json.gz"
-        try_to_write(path, lambda partial: found.export_chrome_trace(str(partial)))
+        if found is not None:
+            found.stop()
+        return found
