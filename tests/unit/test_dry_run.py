@@ -12,8 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.dryrun.counted_step import check, dry_run, load_for
-from scmoe.experiments.dryrun.counting import Counting
+from scmoe.experiments.dryrun.counted_step import Counting, check, dry_run, load_for
 from scmoe.experiments.dryrun.estimated import estimate
 from scmoe.experiments.engine.command_line import call
 
