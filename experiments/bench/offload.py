@@ -263,9 +263,11 @@ def bench_offload(out: Path, setting: Setting) -> dict[str, Any]:
         with ProcessPoolExecutor(1, get_context("spawn")) as alone:
             report[architecture] = alone.submit(measure, setting, architecture, rates).result()
         rates = report[architecture]["rates"]
-    show(report, setting)
-    found = {"rows": rows_of(report), "equal_bits": equal_bits(report)}
+    equal_bits = all(case["equal_bits"] for own in report.values() for case in own["cases"])
+    found = {"rows": rows_of(report), "equal_bits": equal_bits}
     whole = {**found, "setting": asdict(setting), "architectures": report}
+    show(report, setting)
+    print(f"equal bits: {equal_bits}", file=sys.stderr)
     write_json(out / "figure-13.json", whole)
     draw(whole, out / "figure-13.png")
     print(f"chart and figures: {out / 'figure-13'}.png, .json", file=sys.stderr)
@@ -280,10 +282,6 @@ def rows_of(report: dict[str, Any]) -> dict[str, Any]:
         same = {"tokens": case["tokens"], "rate_mb_s": case["rate_mb_s"]}
         found[architecture] = {w: {**f, "peak_mb": peaks[w], **same} for w, f in case["ways"].items()}
     return found
-
-
-def equal_bits(report: dict[str, Any]) -> bool:
-    return all(case["equal_bits"] for own in report.values() for case in own["cases"])
 
 
 def show(report: dict[str, Any], setting: Setting) -> None:
@@ -317,7 +315,6 @@ def show(report: dict[str, Any], setting: Setting) -> None:
     Report(title, rows, columns, "architecture").show()
     peaks = {way: f"{{peak[{way}]:.0f}} ({{share[{way}]:.2f}})" for way in (RESIDENT, *COLORS)}
     Report("peak beyond the fixed weights, MB", memory, {"fixed MB": "{fixed:.0f}", **peaks}, "architecture").show()
-    print(f"equal bits: {equal_bits(report)}", file=sys.stderr)
 
 
 def more_latency(case: dict[str, Any]) -> dict[str, float]:
