@@ -17,7 +17,6 @@ import torch
 from scmoe.experiments.engine.isolated import Part, Pieces, Place
 from scmoe.experiments.engine.report import bullets, bullets_and_tables, table_of
 
-LIMIT_S = 510  # of all clocks together; half a minute of the nine is left for imports and the report
 FILES, TOTAL_MB = 8, 60  # the most that a check leaves
 NAMED = ("torch", "triton", "lightning", "numpy", "matplotlib", "transformers")
 HERE = "scmoe.experiments.bench"
