@@ -37,7 +37,7 @@ from scmoe.moe.dispatcher import Blocking, Dispatcher, Pending, Ready, Receipt
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
 from scmoe.planning.inference_planner import InferencePlan, best_schedules, pass_seconds, plan_inference
 from scmoe.probes.charts import BLUE, PAPER, RED, Bar, bar_legend, chart, grouped_bars, heading, height_of
-from scmoe.schedule.schedule import Schedule
+from scmoe.schedule.schedule import POSITIONS, Schedule
 
 BLOCKS = ("top2", "top1", "shared_expert", "pos1", "pos2", "pos3")
 CHUNKS = (1, 2, 4)
@@ -209,12 +209,8 @@ def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) ->
         "prompt": setting.tokens,
         "batch": batch,
         "rounds": setting.rounds,
-        "rows": {name_in_report(block): row(block) for block in BLOCKS},
+        "rows": {f"scmoe_{block}" if block in POSITIONS else block: row(block) for block in BLOCKS},
     }
-
-
-def name_in_report(block: str) -> str:
-    return f"scmoe_{block}" if default_schedule(block).architecture == "scmoe" else block
 
 
 def show(report: dict[str, Any]) -> None:

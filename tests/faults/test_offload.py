@@ -17,7 +17,7 @@ from scmoe.inference.offload import migration, store
 from scmoe.inference.offload.migration import WAYS, offload_experts
 from scmoe.inference.offload.store import StoreError, write_store
 from tests.support.models import tiny, tiny_batch, tiny_model
-from tests.support.offloading import Failing, stored
+from tests.support.offloading import DROPLESS, Failing, stored
 
 pytestmark = [pytest.mark.faults, pytest.mark.inference, pytest.mark.representative]
 IDS, _ = tiny_batch(tiny())
@@ -47,7 +47,7 @@ def test_a_store_that_is_missing_cut_changed_or_another_models_is_named(tmp_path
     refused(model, tmp_path / "none", "cannot be opened: No such file")
     _, other_path = stored("position=pos2", tmp_path, seed=1)
     refused(model, other_path, "belongs to a model with other weights")
-    refused(tiny_model(tiny("model.ffn_dim=32"), torch.float32).eval(), path, "another model's experts")
+    refused(tiny_model(tiny("model.ffn_dim=32", DROPLESS), torch.float32).eval(), path, "another model's experts")
     refused(copy.deepcopy(model).double(), path, "another model's experts: .*F32.*F64")
     text, size = tmp_path / "text", path.stat().st_size
     text.write_text("no store")
