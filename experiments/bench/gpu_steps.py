@@ -58,9 +58,8 @@ ROOM = 0.75  # of the free memory, for the estimate
 LEAST_FALL = 0.5  # nats per token, from the first tenth of the steps to the last
 SHARE = 0.52  # of communication, in the pictures
 PAIR: dict[str, Any] = dict(dim=1024, ffn_dim=4096, heads=16, tokens=16384, seq_len=1024, dtype="bfloat16", rounds=9)
-TINY_PAIR: dict[str, Any] = PAIR | dict(
-    dim=32, ffn_dim=64, heads=2, tokens=64, seq_len=32, rounds=2, rows=("top2", "scmoe_pos2", "scmoe_pos2_pipelined")
-)
+TINY_ROWS = ("top2", "shared_expert", "scmoe_pos2", "scmoe_pos2_pipelined")
+TINY_PAIR = PAIR | dict(dim=32, ffn_dim=64, heads=2, tokens=64, seq_len=32, rounds=2, rows=TINY_ROWS)
 KEPT = "pos2-overlapped-1-chunks.json"  # of the traces, by timeline.py
 
 
