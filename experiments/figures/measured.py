@@ -41,8 +41,7 @@ from scmoe.probes.charts import (
     height_of,
     title,
 )
-from scmoe.probes.gating import draw_gating
-from scmoe.probes.similarity import draw_similarity
+from scmoe.probes.representations import draw_gating, draw_similarity
 from scmoe.runs.seen import open_run
 from scmoe.schedule.play import TRANSFERS
 
