@@ -3,8 +3,6 @@
 The roofline is the longer of two times: the dense products', and that of moving the experts' weights through memory at
 the measured bandwidth, read once in each pass, their gradients written once. A dense product reads one expert's worth.
 
-Variants run in turn, round after round, and ratios are taken within a round, since the machine's speed drifts.
-
 The part `layer` of `make gpu-check` (on_device) has the layer in float32 and bfloat16, with 8 and 64 experts:
 
     fixed capacity   over two batched products on as many rows
