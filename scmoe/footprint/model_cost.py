@@ -67,16 +67,12 @@ BF16_TFLOPS = {
 
 
 def moe_uses(model: nn.Module) -> Iterator[tuple[MoEStream, int]]:
-    """Yields each MoE module once for every block that uses it, with the copies of a token that the block routes."""
+    """Yields each MoE module once for every block that uses it, with the copies of a token that the block routes. model:
+    may be a block."""
     for block in model.modules():
-        yield from own_moe_uses(block)
-
-
-def own_moe_uses(block: nn.Module) -> Iterator[tuple[MoEStream, int]]:
-    """Yields the MoE module of a block, with the copies of a token that the block routes; nothing for other modules."""
-    for child in block.children():
-        if isinstance(child, MoEStream):
-            yield child, child.router.top_k * (2 if isinstance(block, DoubleGateBlock) else 1)
+        for child in block.children():
+            if isinstance(child, MoEStream):
+                yield child, child.router.top_k * (2 if isinstance(block, DoubleGateBlock) else 1)
 
 
 def routed_copies(model: nn.Module) -> dict[Experts, int]:
