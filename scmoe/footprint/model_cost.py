@@ -67,8 +67,7 @@ BF16_TFLOPS = {
 
 
 def moe_uses(model: nn.Module) -> Iterator[tuple[MoEStream, int]]:
-    """Yields each MoE module once for every block that uses it, with the copies of a token that the block routes. model:
-    may be a block."""
+    """Yields each MoE module once for every block that uses it, with the copies of a token that the block routes."""
     for block in model.modules():
         for child in block.children():
             if isinstance(child, MoEStream):
