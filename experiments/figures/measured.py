@@ -41,7 +41,8 @@ from scmoe.probes.charts import (
     height_of,
     title,
 )
-from scmoe.probes.representations import draw_gating, draw_similarity
+from scmoe.probes.gating import draw_gating
+from scmoe.probes.similarity import draw_similarity
 from scmoe.runs.seen import open_run
 from scmoe.schedule.play import TRANSFERS
 

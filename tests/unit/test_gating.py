@@ -12,7 +12,7 @@ from torch import nn
 from scmoe.config.load import load
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.probes.representations import GatingProbe, gating_means, gating_metrics, gating_sums
+from scmoe.probes.gating import GatingProbe, gating_means, gating_metrics, gating_sums
 from scmoe.training.assembly.model import build_model
 from tests.support.models import assert_close, hooks, randomise, tiny, tiny_batch, tiny_model
 

@@ -16,16 +16,8 @@ import numpy as np
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from scmoe.probes.representations import (
-    GatingProbe,
-    SimilarityProbe,
-    draw_gating,
-    draw_similarity,
-    gating_means,
-    gating_metrics,
-    similarity_mean,
-    similarity_metrics,
-)
+from scmoe.probes.gating import GatingProbe, draw_gating, gating_means, gating_metrics
+from scmoe.probes.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
 from scmoe.training.files import try_to_draw, try_to_write
 
 Probe = GatingProbe | SimilarityProbe
