@@ -48,7 +48,7 @@ FEW = ("top2", "shared_expert", "pos2")
 
 def measure_briefly(rank: int, world_size: int, setting: Setting, batch: int) -> Any:
     """Measures few blocks and plans from few passes: a plan's times are not looked at here."""
-    with patch.object(inference, "BLOCKS", FEW), patch.multiple(inference_planner, ROUNDS=2, PASSES_EACH=1):
+    with patch.object(inference, "BLOCKS", FEW), patch.object(inference_planner, "ROUNDS", 2):
         return measure(rank, world_size, setting, batch)
 
 
