@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scmoe.blocks.moe_block import MoEBlock
+from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.load import load
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, seconds
 from scmoe.experiments.engine.report import Report
@@ -105,15 +105,11 @@ def recorded(model: Any) -> Iterator[Recorder]:
     def note(begins: bool) -> None:
         recorder.marks.append(Mark("head", "forward", begins, recorder.now()))
 
-    blocks = [block for block in model.blocks if isinstance(block, MoEBlock)]
-    before = model.head.register_forward_pre_hook(lambda *_: note(True))
-    after = model.head.register_forward_hook(lambda *_: note(False))
-    for block in blocks:
+    begins = model.head.register_forward_pre_hook(lambda *_: note(True))
+    ends = model.head.register_forward_hook(lambda *_: note(False))
+    for block in moe_blocks_of(model):
         block.run_as(block.schedule, block.moe.dispatcher, recorder)
-    try:
+    with begins, ends:  # these remove the hooks
         yield recorder
-    finally:
-        for block in blocks:
-            block.run_as(block.schedule, block.moe.dispatcher)
-        before.remove()
-        after.remove()
+    for block in moe_blocks_of(model):
+        block.run_as(block.schedule, block.moe.dispatcher)

@@ -17,7 +17,6 @@ import torch
 from scmoe.experiments.engine.isolated import Part, Pieces, Place
 from scmoe.experiments.engine.report import bullets, bullets_and_tables, table_of
 
-LIMIT_S = 510  # of all clocks together; half a minute of the nine is left for imports and the report
 FILES, TOTAL_MB = 8, 60  # the most that a check leaves
 NAMED = ("torch", "triton", "lightning", "numpy", "matplotlib", "transformers")
 HERE = "scmoe.experiments.bench"
@@ -27,11 +26,11 @@ PARTS = {
     "tests": Part("The tests that need a GPU", f"{HERE}.gpu:tests", 110, ("pytest", "hypothesis", *MODELS)),
     "layer": Part("The MoE layer over its dense products", f"{HERE}.layer:on_device", 70, ("numpy", "rich")),
     "step": Part("A step's operators and waits of the host", f"{HERE}.gpu_steps:profiled", 50, CONFIGS),
-    "overlap-0.52": Part("Overlap, communication share 0.52", f"{HERE}.gpu_steps:overlap", 70, MODELS, (0.52,)),
-    "overlap-0.15": Part("Overlap, communication share 0.15", f"{HERE}.gpu_steps:overlap", 70, MODELS, (0.15,)),
+    "overlap-0.52": Part("Overlap, communication share 0.52", f"{HERE}.gpu_steps:overlap", 70, CONFIGS, (0.52,)),
+    "overlap-0.15": Part("Overlap, communication share 0.15", f"{HERE}.gpu_steps:overlap", 70, CONFIGS, (0.15,)),
     "gpt2": Part("GPT2-MoE-Small, a training step", f"{HERE}.gpu_steps:gpt2", 45, CONFIGS),
     "training": Part("A short training in bf16", f"{HERE}.gpu_steps:training", 50, (*CONFIGS, "tokenizers")),
-    "pictures": Part("Dispatch beside attention", f"{HERE}.gpu_steps:pictures", 45, MODELS),
+    "pictures": Part("Dispatch beside attention", f"{HERE}.gpu_steps:pictures", 45, CONFIGS),
 }
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout
 ON_ONE_GPU = ("tests/unit/test_cuda.py", "tests/unit/test_offload.py")

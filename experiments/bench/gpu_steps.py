@@ -8,7 +8,7 @@ pair.
 import gzip
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -25,12 +25,12 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from scmoe.config.fields import Config
-from scmoe.config.load import SHIPPED
+from scmoe.config.load import SHIPPED, load
 from scmoe.config.rules import resolve_ep_size
 from scmoe.experiments.bench import emulated, speed_chart
 from scmoe.experiments.bench.overlap import measure
 from scmoe.experiments.bench.overlap_report import summary
-from scmoe.experiments.bench.pairs import USUAL_ROWS, Setting
+from scmoe.experiments.bench.pairs import Setting
 from scmoe.experiments.bench.timeline import watch
 from scmoe.experiments.engine import gantt, profiles
 from scmoe.experiments.engine.clock import in_turn, middle, seconds
@@ -62,15 +62,13 @@ ROOM = 0.75  # of the free memory, for the estimate
 LEAST_FALL = 0.5  # nats per token, from the first tenth of the steps to the last
 SHARE = 0.52  # of communication, in the pictures
 PAIR: dict[str, Any] = dict(dim=1024, ffn_dim=4096, heads=16, tokens=16384, seq_len=1024, dtype="bfloat16", rounds=9)
-TINY_PAIR: dict[str, Any] = dict(dim=32, ffn_dim=64, heads=2, tokens=64, seq_len=32, dtype="bfloat16", rounds=2)
-TINY_ROWS = ("top2", "scmoe_pos2", "scmoe_pos2_pipelined")
+TINY_ROWS = ("top2", "shared_expert", "scmoe_pos2", "scmoe_pos2_pipelined")
+TINY_PAIR = PAIR | dict(dim=32, ffn_dim=64, heads=2, tokens=64, seq_len=32, rounds=2, rows=TINY_ROWS)
 KEPT = "pos2-overlapped-1-chunks.json"  # of the traces, by timeline.py
 
 
 def config_of(place: Place, name: str, *overrides: str) -> Config:
     """Returns a shipped configuration for one device."""
-    from scmoe.config.load import load  # it needs OmegaConf, which the pairs do not
-
     return load(SHIPPED / name, [*ON_ONE, *overrides, *(TINY_MODEL if place.tiny else ())])
 
 
@@ -139,13 +137,13 @@ def profile_step(place: Place, trace: str | None, *overrides: str) -> dict[str, 
 
 
 def gpt2(place: Place) -> Pieces:
-    """GPT2-MoE-Small, one training step at its own shape: tokens/s, MFU, peak memory."""
     return {"training step": lambda: measure_step(place)}
 
 
 def measure_step(place: Place) -> dict[str, Any]:
-    """Returns rates of a step, medians over rounds. MFU is training FLOPs (footprint/model_cost.py) over what the
-    device could do: by its datasheet, and by a product of two large bf16 matrices, measured in turn with the step."""
+    """Returns rates of a step of GPT2-MoE-Small at its own shape, medians over rounds, and its peak memory. MFU is
+    training FLOPs (footprint/model_cost.py) over what the device could do: by its datasheet, and by a product of two
+    large bf16 matrices, measured in turn with the step."""
     device, config = torch.device(place.device), config_of(place, GPT2, "data.name=synthetic")
     seq_len, model = config.data.seq_len, build_model_on_meta(config)
     job = Job(samples=2, seq_len=seq_len, precision="bf16-mixed", on_gpu=device.type == "cuda")
@@ -182,13 +180,12 @@ def measure_step(place: Place) -> dict[str, Any]:
 
 
 def training(place: Place) -> Pieces:
-    """The quickstart's model trains in bf16 on one device with our Strategy, and its loss falls. The text is the
-    project's own pages in docs/, which every checkout has."""
     return {"training": lambda: train(place)}
 
 
 def train(place: Place) -> dict[str, Any]:
-    """Returns the loss in tenths of the training, and tokens/s. RuntimeError: it has not fallen by LEAST_FALL."""
+    """Trains the quickstart's model in bf16 with our Strategy, on the pages in docs/, which every checkout has. Returns
+    the loss in tenths of the training. RuntimeError: it has not fallen by LEAST_FALL."""
     accelerator = "gpu" if place.device == "cuda" else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         words = ("data.name=text", f"data.path={ROOT / 'docs'}", f"data.cache_dir={folder}")
@@ -212,10 +209,10 @@ def train(place: Place) -> dict[str, Any]:
     }
 
 
-def setting_at(place: Place, share: float, rows: Iterable[str] = USUAL_ROWS) -> Setting:
+def setting_at(place: Place, share: float) -> Setting:
     """Returns the pair that is measured: real computation, transfers over the bus."""
     sizes = TINY_PAIR if place.tiny else PAIR
-    return Setting(share, compute="real", device=place.device, shaped=False, bus=True, rows=tuple(rows), **sizes)
+    return Setting(share, compute="real", device=place.device, shaped=False, bus=True, **sizes)
 
 
 def overlap(place: Place, share: float) -> Pieces:
@@ -225,7 +222,7 @@ def overlap(place: Place, share: float) -> Pieces:
 
 def overlapped_rows(place: Place, share: float) -> dict[str, Any]:
     """Returns the report of `bench overlap`, and draws it."""
-    setting = setting_at(place, share, TINY_ROWS if place.tiny else USUAL_ROWS)
+    setting = setting_at(place, share)
     found = run_alone(measure, setting)
     report = summary(setting, 1, found)
     report["chart"] = drawn(speed_chart.draw, report, place.out / f"overlap-{share:g}.png")
@@ -270,13 +267,12 @@ def transfers(place: Place) -> dict[str, Any]:
 
 
 def pictures(place: Place) -> Pieces:
-    """The operators of one pair on the device's streams, forward and backward, as in Fig. 7, and a trace. `beside` says
-    in numbers what the pictures show."""
     return {"timelines": lambda: timelines(place)}
 
 
 def timelines(place: Place) -> dict[str, Any]:
-    """Returns for each measured timeline its milliseconds and `beside`; draws both directions and keeps one trace."""
+    """Draws the operators of one pair on the device's streams, forward and backward, as in Fig. 7, and keeps a trace.
+    Returns for each measured timeline its milliseconds and `beside`, which says in numbers what the pictures show."""
     with tempfile.TemporaryDirectory() as folder:
         rate, found = run_alone(watch, setting_at(place, SHARE), "pos2", Path(folder))
         (place.out / "pair.json.gz").write_bytes(gzip.compress(Path(folder, KEPT).read_bytes()))

@@ -38,7 +38,7 @@ from scmoe.moe.dispatcher import Blocking, Dispatcher, Pending, Ready, Receipt
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher, ReadByHost
 from scmoe.planning.inference_planner import InferencePlan, best_schedules, pass_seconds, plan_inference
 from scmoe.probes.charts import BLUE, PAPER, RED, Bar, bar_legend, chart, grouped_bars, heading, height_of
-from scmoe.schedule.schedule import Schedule
+from scmoe.schedule.schedule import POSITIONS, Schedule
 
 BLOCKS = ("top2", "top1", "shared_expert", "pos1", "pos2", "pos3")
 CHUNKS = (1, 2, 4)
@@ -83,18 +83,16 @@ class InferenceBench:
         self.setting = setting
         self.group = dist.new_group()
         torch.manual_seed(0)
-        self.models = {name: self.model(name) for name in BLOCKS}
+        self.models: dict[str, Any] = {}
+        for name in BLOCKS:
+            block = make_block(name, setting, self.group, capacity_factor=None)
+            self.models[name] = GPT(VOCABULARY, setting.seq_len + 1, setting.dim, [block]).eval()
         self.paid = AllToAllDispatcher(self.group, setting.num_experts)
         self.free = Free(AllToAllDispatcher(self.group, setting.num_experts, exchange=emulated.free))
         self.passes: dict[tuple[str, Shape], Any] = {}
         for shape, texts in zip(SHAPES, (1, batch), strict=True):
             ids_BS = torch.randint(VOCABULARY, (texts, setting.tokens))
             self.passes |= {(name, shape): a_pass(model, shape, ids_BS) for name, model in self.models.items()}
-
-    def model(self, name: str) -> GPT:
-        s = self.setting
-        block = make_block(name, s, self.group, capacity_factor=None)
-        return GPT(VOCABULARY, s.seq_len + 1, s.dim, [block]).eval()
 
     def infer(self, variant: Variant) -> float:
         """Seconds of a prefill."""
@@ -105,11 +103,11 @@ class InferenceBench:
         self.run_as(way.block, way.schedule, self.free if way.name == "free" else dispatcher)
         return pass_seconds(self.passes[way.block, way.shape], self.group, CPU, PASSES[way.shape])
 
-    def run_as(self, block: str, schedule: Schedule, dispatcher: Dispatcher) -> list[Any]:
+    def run_as(self, name: str, schedule: Schedule, dispatcher: Dispatcher) -> list[Any]:
         """Sets how a model's block runs. Returns its blocks: this one."""
-        blocks: list[Any] = list(self.models[block].blocks)
-        blocks[0].run_as(schedule, dispatcher)
-        return blocks
+        (block,) = self.models[name].blocks
+        block.run_as(schedule, dispatcher)
+        return [block]
 
     def ways(self, block: str, shape: Shape) -> list[Way]:
         """All ways of a model in one shape, at the best slots for it."""
@@ -149,7 +147,12 @@ def bench_inference(share: float, prompt: int, batch: int, rounds: int, ranks: i
     The program must be in a network namespace (links.enter). ConfigError: an option that cannot be honoured.
     """
     require("bench inference", "matplotlib")
-    check(prompt, batch, ranks)
+    check_ranks(ranks)
+    experts = Setting.num_experts
+    for option, tokens in (("prompt", prompt), ("batch", batch)):
+        if tokens < experts or tokens % experts:
+            allowed = f"multiples of {experts}, so that experts get equal shares"
+            raise ConfigError(f"--{option} is {tokens}, allowed: {allowed}")
     setting = Setting(share, compute="real", rounds=rounds, tokens=prompt, seq_len=prompt)
     result = run_ranks(measure, ranks, setting, batch, timeout_s=3600, own_links=True)[0]
     report = summary(setting, batch, ranks, result)
@@ -159,16 +162,6 @@ def bench_inference(share: float, prompt: int, batch: int, rounds: int, ranks: i
     draw(report, out / f"{name}.png")
     print(f"chart and figures: {out / name}.png, .json", file=sys.stderr)
     return report
-
-
-def check(prompt: int, batch: int, ranks: int) -> None:
-    """Raise ConfigError for what cannot be measured."""
-    check_ranks(ranks)
-    experts = Setting.num_experts
-    for option, tokens in (("prompt", prompt), ("batch", batch)):
-        if tokens < experts or tokens % experts:
-            allowed = f"multiples of {experts}, so that experts get equal shares"
-            raise ConfigError(f"--{option} is {tokens}, allowed: {allowed}")
 
 
 def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) -> dict[str, Any]:
@@ -214,12 +207,8 @@ def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) ->
         "prompt": setting.tokens,
         "batch": batch,
         "rounds": setting.rounds,
-        "rows": {name_in_report(block): row(block) for block in BLOCKS},
+        "rows": {f"scmoe_{block}" if block in POSITIONS else block: row(block) for block in BLOCKS},
     }
-
-
-def name_in_report(block: str) -> str:
-    return f"scmoe_{block}" if default_schedule(block).architecture == "scmoe" else block
 
 
 def show(report: dict[str, Any]) -> None:
@@ -229,13 +218,14 @@ def show(report: dict[str, Any]) -> None:
         f"communication share of sequential top-2: prefill {shares['prefill']:.2f}, decode {shares['decode']:.2f}; "
         f"medians of {report['rounds']} rounds"
     )
-    columns = {way: f"{{ways[{way}]:.2f}}" for way in WAYS}
-    columns |= {
+    columns = {
+        **{way: f"{{ways[{way}]:.2f}}" for way in WAYS},
         "free: limit": "{limit:.2f}",
         "auto": "{auto}",
         "[quartiles]": "[{quartiles[0]:.2f} {quartiles[1]:.2f}]",
+        "ms": "{ms:.1f}",
+        "tokens/s": "{tokens_per_s:,.0f}",
     }
-    columns |= {"ms": "{ms:.1f}", "tokens/s": "{tokens_per_s:,.0f}"}
     for shape in SHAPES:
         rows = {
             name: row[shape] | {"tokens_per_s": row[f"{shape}_tokens_per_s"]} for name, row in report["rows"].items()

@@ -3,8 +3,6 @@
 The roofline is the longer of two times: the dense products', and that of moving the experts' weights through memory at
 the measured bandwidth, read once in each pass, their gradients written once. A dense product reads one expert's worth.
 
-Variants run in turn, round after round, and ratios are taken within a round, since the machine's speed drifts.
-
 The part `layer` of `make gpu-check` (on_device) has the layer in float32 and bfloat16, with 8 and 64 experts:
 
     fixed capacity   over two batched products on as many rows
@@ -58,17 +56,15 @@ class DenseProducts(nn.Module):
         return self.between(rows_RD @ self.w_in) @ self.w_out
 
 
-class BatchedProducts(nn.Module):
-    """The experts' own products for equal numbers of rows, as two batched ones: what each expert's weights cost."""
+class ExpertProducts(nn.Module):
+    """The two products of every expert on rows of equal numbers. way: batched_mlps or grouped_mlps."""
 
-    def __init__(self, dim: int, ffn_dim: int, experts: int) -> None:
+    def __init__(self, experts: Experts, way: Callable[..., Tensor], counts_E: Tensor | None = None) -> None:
         super().__init__()
-        self.w_in = nn.Parameter(torch.randn(experts, dim, ffn_dim) * 0.02)
-        self.w_out = nn.Parameter(torch.randn(experts, ffn_dim, dim) * 0.02)
+        self.experts, self.way, self.counts_E = experts, way, counts_E
 
     def forward(self, rows_RD: Tensor) -> Tensor:
-        rows_eCD = rows_RD.unflatten(0, (len(self.w_in), -1))
-        return torch.bmm(torch.bmm(rows_eCD, self.w_in), self.w_out).view_as(rows_RD)
+        return self.way(rows_RD, self.experts.w_in_eDF, self.experts.w_out_eFD, self.counts_E, NO_ACTIVATION)
 
 
 def bench_layer(
@@ -99,7 +95,7 @@ def bench_layer(
         LAYER: (MoEStream(router, module, LocalDispatcher(), rows_of(capacity, filled=True)), x),
     }
     if tokens * top_k % experts == 0:
-        variants[BATCHED] = BatchedProducts(dim, ffn_dim, experts), rows
+        variants[BATCHED] = ExpertProducts(random_weights(Experts(dim, ffn_dim, experts), CPU), batched_mlps), rows
     if capacity is not None:
         variants[DROPLESS] = MoEStream(router, module, LocalDispatcher()), x
     if find_spec("transformers"):  # with three products an expert, of 2/3 of the width
@@ -209,17 +205,6 @@ def compare(
     return {name: found[name] for name in variants}
 
 
-class Products(nn.Module):
-    """The two products of every expert on rows of equal numbers. way: batched_mlps or grouped_mlps."""
-
-    def __init__(self, experts: Experts, way: Callable[..., Tensor], counts_E: Tensor | None) -> None:
-        super().__init__()
-        self.experts, self.way, self.counts_E = experts, way, counts_E
-
-    def forward(self, rows_RD: Tensor) -> Tensor:
-        return self.way(rows_RD, self.experts.w_in_eDF, self.experts.w_out_eFD, self.counts_E, NO_ACTIVATION)
-
-
 def on_device(place: Place) -> Pieces:
     sizes = dict(dim=32, ffn_dim=96, tokens=64) if place.tiny else dict(dim=1024, ffn_dim=4096, tokens=8192)
     rounds = 3 if place.tiny else 15
@@ -248,15 +233,11 @@ def measure(
 
     def products(way: Callable[..., Tensor], counts_E: Tensor | None) -> Made:
         rows = torch.randn(tokens * TOP_K, dim, device=device, dtype=dtype, requires_grad=True)
-        return Products(experts(), way, counts_E), rows
+        return ExpertProducts(experts(), way, counts_E), rows
 
-    def layer(capacity_factor: float | None) -> Made:
-        router = random_weights(Router(dim, num_experts, TOP_K, balanced=True).to(dtype), device)
-        return MoEStream(router, experts(), LocalDispatcher(), rows_of(capacity_factor)), x()
-
-    def swiglu() -> Made:
-        router = random_weights(Router(dim, num_experts, TOP_K).to(dtype), device)
-        return MoEStream(router, experts("swiglu", narrow), LocalDispatcher()), x()
+    def layer(own: Experts, capacity_factor: float | None, balanced: bool) -> Made:
+        router = random_weights(Router(dim, num_experts, TOP_K, balanced=balanced).to(dtype), device)
+        return MoEStream(router, own, LocalDispatcher(), rows_of(capacity_factor)), x()
 
     def mixtral(implementation: str) -> Made:
         block = mixtral_block(dim, narrow, num_experts, TOP_K, implementation)
@@ -266,9 +247,9 @@ def measure(
     variants: dict[str, Callable[[], Made]] = {
         "products, batched": lambda: products(batched_mlps, None),
         "products, grouped": lambda: products(grouped_mlps, each),
-        "layer, fixed capacity": lambda: layer(1.0),
-        "layer, dropless": lambda: layer(None),
-        "layer, dropless, SwiGLU": swiglu,
+        "layer, fixed capacity": lambda: layer(experts(), 1.0, balanced=True),
+        "layer, dropless": lambda: layer(experts(), None, balanced=True),
+        "layer, dropless, SwiGLU": lambda: layer(experts("swiglu", narrow), None, balanced=False),
     }
     over = {"layer, fixed capacity": "products, batched", "layer, dropless": "products, grouped"}
     sizes: dict[str, Any] = {"tokens": tokens, "top_k": TOP_K, "dim": dim, "ffn_dim": ffn_dim}

@@ -15,9 +15,9 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
@@ -35,12 +35,11 @@ from scmoe.experiments.engine.clock import CPU, middle, undisturbed
 from scmoe.experiments.engine.profiles import anonymous_mb, peak_mb
 from scmoe.experiments.engine.report import Report, write_json
 from scmoe.inference.offload.cache import Cache, FileReader
-from scmoe.inference.offload.migration import WAYS, attach
-from scmoe.inference.offload.store import Store, expert_layers, write_store
+from scmoe.inference.offload.migration import WAYS, offload_experts
+from scmoe.inference.offload.store import expert_layers, write_store
 from scmoe.moe.operators import Recorder
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.probes.charts import BLUE, PAPER, RED, SKY, Bar, bar_legend, chart, grouped_bars, heading, height_of, title
-from scmoe.schedule.play import Span
 from scmoe.training.assembly.model import build_model
 
 ARCHITECTURES = {  # in the order of measuring: the first one gives the rates
@@ -51,6 +50,7 @@ ARCHITECTURES = {  # in the order of measuring: the first one gives the rates
     "top2": ("moe.architecture=top_k", "moe.top_k=2"),
 }
 RESIDENT = "resident"
+Operators = dict[str, list[float]]  # the seconds of each execution of a block's operators
 TRIALS = 2  # of a rate
 QUICK: dict[str, Any] = dict(
     dim=64, ffn_dim=128, heads=2, pairs=2, tokens=(1, 8), rounds=2, limit_s=2.0, max_wait=float("inf")
@@ -87,7 +87,7 @@ class Times:
     """Of one case: the kept times by variant, in seconds, and what was counted."""
 
     seconds: dict[str, list[float]]
-    operators: list[list[Span]] = field(default_factory=list)  # of each resident block
+    operators: list[Operators] = field(default_factory=list)  # of each resident block
     hit_rate: dict[str, float] = field(default_factory=dict)
     active: list[float] = field(default_factory=list)  # experts that had rows, per layer
     tried: int = 0
@@ -108,7 +108,9 @@ def measure(setting: Setting, architecture: str, rates: tuple[float, ...] | None
     with tempfile.TemporaryDirectory(prefix="scmoe-offload-") as folder, torch.inference_mode():
         path = Path(folder, "experts.safetensors")
         write_store(path, model)
-        with offloaded(model, path) as (variants, caches):
+        with ExitStack() as closing:
+            variants = {RESIDENT: model} | {way: sharing(model) for way in WAYS}
+            caches = [closing.enter_context(offload_experts(variants[way], path, way=way)) for way in WAYS]
             if rates is None:
                 rates = tuple(find_rate(variants, caches, cost, setting) for cost in setting.costs)
             for rate in rates:
@@ -120,13 +122,13 @@ def measure(setting: Setting, architecture: str, rates: tuple[float, ...] | None
     return {"cases": cases, "memory": memory, "rates": rates}
 
 
-def set_rate(caches: dict[str, Cache], rate_mb_s: float) -> None:
-    for cache in caches.values():
+def set_rate(caches: list[Cache], rate_mb_s: float) -> None:
+    for cache in caches:
         assert isinstance(cache.source, FileReader)
         cache.source.rate_mb_s = rate_mb_s
 
 
-def find_rate(variants: dict[str, nn.Module], caches: dict[str, Cache], cost: float, setting: Setting) -> float:
+def find_rate(variants: dict[str, nn.Module], caches: list[Cache], cost: float, setting: Setting) -> float:
     """Returns the rate at which blocking makes a block longer by `cost` of its time. More than the fetch counts: the
     thread's start, and what the fetch drives out of the processor's caches."""
     two, fetch_s = {name: variants[name] for name in (RESIDENT, "blocking")}, 0.0
@@ -152,32 +154,17 @@ def build(setting: Setting, architecture: str) -> nn.Module:
     return build_model(config, ParallelContext()).eval()
 
 
-@contextmanager
-def offloaded(model: nn.Module, path: Path) -> Iterator[tuple[dict[str, nn.Module], dict[str, Cache]]]:
-    """Yields the model, under its name, and a copy for each way that shares all weights but the experts', with its
-    cache."""
-    variants, caches = {RESIDENT: model}, dict[str, Cache]()
-    try:
-        for way in WAYS:
-            variants[way] = sharing(model)
-            caches[way] = attach(variants[way], Store(path, variants[way]), way=way)
-        yield variants, caches
-    finally:
-        for cache in caches.values():
-            cache.close()
-
-
 def sharing(model: nn.Module) -> nn.Module:
     """Returns a copy of a model that shares its weights."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def rounds(variants: dict[str, nn.Module], caches: dict[str, Cache], tokens: int, setting: Setting) -> Times:
+def rounds(variants: dict[str, nn.Module], caches: list[Cache], tokens: int, setting: Setting) -> Times:
     """Runs all variants in turn until enough times of each are kept, or the time is over."""
     times, deadline = Times({name: [] for name in variants}), time.monotonic() + setting.limit_s
     for variant in variants.values():
         variant(torch.randint(256, (1, tokens)))  # to warm up
-    for cache in caches.values():
+    for cache in caches:
         cache.needed = cache.hits = 0
     while times.kept < setting.rounds and (time.monotonic() < deadline or not times.tried):
         ids = torch.randint(256, (1, tokens))
@@ -193,7 +180,7 @@ def rounds(variants: dict[str, nn.Module], caches: dict[str, Cache], tokens: int
         times.active += [float((stats.counts_E > 0).sum()) for stats in out.stats]
         times.equal_bits &= all(torch.equal(y, logits[RESIDENT]) for y in logits.values())
         times.tried += 1
-    times.hit_rate = {name: cache.hit_rate for name, cache in caches.items()}
+    times.hit_rate = {way: cache.hit_rate for way, cache in zip(WAYS, caches, strict=True)}
     return times
 
 
@@ -209,7 +196,7 @@ def figures(times: Times, model: nn.Module, setting: Setting, rate: float) -> di
     block_s, window_s = block_and_window(times.operators, model)
     active = sum(times.active) / len(times.active)
     fetch_s = active * setting.expert_mb / rate
-    experts_s = middle(duration(spans, "experts") for spans in times.operators) * (1 - 1 / active)
+    experts_s = middle(sum(own["experts"]) for own in times.operators) * (1 - 1 / active)
     taken = {name: middle(own) for name, own in times.seconds.items()}
     extra = {name: (s - taken[RESIDENT]) / setting.pairs for name, s in taken.items()}
     windows = {"determinate": window_s, "speculative": taken[RESIDENT] / setting.pairs}
@@ -222,34 +209,33 @@ def figures(times: Times, model: nn.Module, setting: Setting, rate: float) -> di
     return {**case, **ms, "active": active, "blocking_costs": extra["blocking"] / block_s, "ways": ways}
 
 
-def in_place(model: nn.Module, ids: Tensor) -> list[list[Span]]:
+def in_place(model: nn.Module, ids: Tensor) -> list[Operators]:
     """Runs the resident model and returns the operators of each block. Alone they would be faster, with their weights
     in the processor's caches."""
-    recorders = [Recorder(CPU) for _ in moe_blocks_of(model)]
-    for block, recorder in zip(moe_blocks_of(model), recorders, strict=True):
+    blocks, found = moe_blocks_of(model), list[Operators]()
+    recorders = [Recorder(CPU) for _ in blocks]
+    for block, recorder in zip(blocks, recorders, strict=True):
         block.run_as(block.schedule, block.moe.dispatcher, recorder)
     model(ids)
-    for block in moe_blocks_of(model):
+    for block, recorder in zip(blocks, recorders, strict=True):
         block.run_as(block.schedule, block.moe.dispatcher)
-    return [recorder.spans("forward") for recorder in recorders]
+        found.append(defaultdict(list))
+        for span in recorder.spans("forward"):
+            found[-1][span.operator].append(span.end - span.start)
+    return found
 
 
-def block_and_window(operators: list[list[Span]], model: nn.Module) -> tuple[float, float]:
+def block_and_window(operators: list[Operators], model: nn.Module) -> tuple[float, float]:
     """Returns the seconds of a resident MoE block (its attention, MoE module and shared expert), and of the backbone's
     operators between gate and experts: medians."""
     window = moe_blocks_of(model)[0].schedule.window
     block, between = [], []
-    for spans in operators:
-        attentions = [span.end - span.start for span in spans if span.operator == "attention"]
-        others = {name: duration(spans, name) for name in {span.operator for span in spans} - {"attention"}}
-        block.append(attentions[-1] + sum(s for name, s in others.items() if name != "mlp"))
-        of_window = sum(others[name] for name in window if name != "attention")
-        between.append(of_window + sum(attentions[len(attentions) - window.count("attention") :]))
+    for own in operators:
+        *_, last_attention = own["attention"]
+        block.append(last_attention + sum(sum(s) for name, s in own.items() if name not in ("attention", "mlp")))
+        # of several executions of an operator, the last ones are in the window
+        between.append(sum(sum(own[name][-window.count(name) :]) for name in set(window)))
     return middle(block), middle(between)
-
-
-def duration(spans: list[Span], operator: str) -> float:
-    return sum(span.end - span.start for span in spans if span.operator == operator)
 
 
 def peaks(model: nn.Module, path: Path, tokens: int, setting: Setting) -> dict[str, Any]:
@@ -261,9 +247,9 @@ def peaks(model: nn.Module, path: Path, tokens: int, setting: Setting) -> dict[s
     fixed = anonymous_mb()
     for way in WAYS:
         variant = sharing(model)
-        with attach(variant, Store(path, variant), way=way) as cache:
+        with offload_experts(variant, path, way=way):
             found[way] = peak_mb(variant, batches)
-        del variant, cache
+        del variant
     weights = sum(p.nbytes for p in model.parameters() if not p.is_meta) / 1e6
     return {"fixed_mb": weights, "peak_mb": {way: mb - fixed for way, mb in found.items()}}
 
@@ -277,9 +263,11 @@ def bench_offload(out: Path, setting: Setting) -> dict[str, Any]:
         with ProcessPoolExecutor(1, get_context("spawn")) as alone:
             report[architecture] = alone.submit(measure, setting, architecture, rates).result()
         rates = report[architecture]["rates"]
-    show(report, setting)
-    found = {"rows": rows_of(report), "equal_bits": equal_bits(report)}
+    equal_bits = all(case["equal_bits"] for own in report.values() for case in own["cases"])
+    found = {"rows": rows_of(report), "equal_bits": equal_bits}
     whole = {**found, "setting": asdict(setting), "architectures": report}
+    show(report, setting)
+    print(f"equal bits: {equal_bits}", file=sys.stderr)
     write_json(out / "figure-13.json", whole)
     draw(whole, out / "figure-13.png")
     print(f"chart and figures: {out / 'figure-13'}.png, .json", file=sys.stderr)
@@ -296,10 +284,6 @@ def rows_of(report: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def equal_bits(report: dict[str, Any]) -> bool:
-    return all(case["equal_bits"] for own in report.values() for case in own["cases"])
-
-
 def show(report: dict[str, Any], setting: Setting) -> None:
     s = setting
     title = (
@@ -309,11 +293,8 @@ def show(report: dict[str, Any], setting: Setting) -> None:
     rows, memory = {}, {}
     for architecture, own in report.items():
         for case in own["cases"]:
-            row = {**case, **case["ways"]}  # without ways where no time was kept
-            if case["ways"]:
-                resident_ms = row[RESIDENT]["latency_ms"]
-                row["more"] = {way: row[way]["latency_ms"] / resident_ms - 1 for way in COLORS}
-            rows[f"{name_of(architecture)}, {case['tokens']} tokens, {case['rate_mb_s']:.0f} MB/s"] = row
+            name = f"{name_of(architecture)}, {case['tokens']} tokens, {case['rate_mb_s']:.0f} MB/s"
+            rows[name] = {**case, **case["ways"], "more": more_latency(case)}
         peaks = own["memory"]["peak_mb"]
         whole = peaks[RESIDENT] or math.nan  # experts of --quick fit into pages that the process has
         shares = {way: peak / whole for way, peak in peaks.items()}
@@ -334,7 +315,13 @@ def show(report: dict[str, Any], setting: Setting) -> None:
     Report(title, rows, columns, "architecture").show()
     peaks = {way: f"{{peak[{way}]:.0f}} ({{share[{way}]:.2f}})" for way in (RESIDENT, *COLORS)}
     Report("peak beyond the fixed weights, MB", memory, {"fixed MB": "{fixed:.0f}", **peaks}, "architecture").show()
-    print(f"equal bits: {equal_bits(report)}", file=sys.stderr)
+
+
+def more_latency(case: dict[str, Any]) -> dict[str, float]:
+    """Return the latency of a block in each way over that with resident experts, less 1; empty where no time was
+    kept."""
+    ways = case["ways"]
+    return {way: ways[way]["latency_ms"] / ways[RESIDENT]["latency_ms"] - 1 for way in COLORS if way in ways}
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
@@ -353,25 +340,19 @@ def draw(found: dict[str, Any], path: Path) -> None:
             grouped_bars(axis, groups, room=0.22)
             title(axis, words)
         heading(figure, "Fig. 13: experts fetched while the backbone runs, on one CPU")
-        names = COLORS | {"paper (its machine)": PAPER}
-        bar_legend(figure, names)
+        bar_legend(figure, COLORS | {"paper (its machine)": PAPER})
 
 
 def latency_bars(report: dict[str, Any], rate: float, model: str) -> dict[str, list[Bar]]:
     """Return how much longer a block takes at this rate, in %, and the paper's model for which the rate stands."""
     cost, hidden, _ = PAPERS[model]
-    groups = {model: [percent(share, PAPER, f" {way}") for way, share in paper_ways(cost, hidden).items()]}
+    printed = {"blocking": cost, "determinate": cost * (1 - hidden)}
+    groups = {model: [percent(share, PAPER, f" {way}") for way, share in printed.items()]}
     for architecture, own in report.items():
         case = next(case for case in own["cases"] if case["rate_mb_s"] == rate)
-        if ways := case["ways"]:
-            resident = ways[RESIDENT]["latency_ms"]
-            more = {way: ways[way]["latency_ms"] / resident - 1 for way in COLORS if way in ways}
+        if more := more_latency(case):
             groups[name_of(architecture)] = [percent(share, COLORS[way]) for way, share in more.items()]
     return groups
-
-
-def paper_ways(cost: float, hidden: float) -> dict[str, float]:
-    return {"blocking": cost, "determinate": cost * (1 - hidden)}
 
 
 def memory_bars(report: dict[str, Any]) -> dict[str, list[Bar]]:

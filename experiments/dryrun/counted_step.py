@@ -2,26 +2,35 @@
 
 Tensors are fake (torch's FakeTensorMode), and so is the process group: a collective takes its tensors and returns. The
 step is the library's own: forward, backward with DDP and the experts' reducer or with FSDP2, the global gradient norm,
-AdamW, whose moments exist from the start. `counting.py` counts.
+AdamW, whose moments exist from the start. What operators do is counted from their calls alone, without hooks: torch's
+own trackers, MemTracker and FlopCounterMode, put hooks on every module, and these hold gradients of outputs and what
+activation checkpointing computes again longer than autograd does (docs/decisions/0037-dry-run.md).
 
 Tensors are on the CPU, where torch needs no GPU; experts and RMSNorm run as on a GPU unless trainer.accelerator is cpu.
 Left out: time, streams, the allocator's gaps, Lightning's loop, the guard's sums, what autocast does on a GPU alone.
 """
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from operator import attrgetter
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Function
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from scmoe.blocks.sublayers import recompute_activations
 from scmoe.config.fields import Config
@@ -29,7 +38,6 @@ from scmoe.config.leaves import ConfigError, show
 from scmoe.config.load import load
 from scmoe.config.registry import IMAGES
 from scmoe.config.rules import resolve_ep_size
-from scmoe.experiments.dryrun.counting import Counting
 from scmoe.moe import experts
 from scmoe.parallel.dense import local, materialise, shard, with_dense_mesh
 from scmoe.parallel.mesh import ParallelContext, build_context, expert_parameters
@@ -40,6 +48,14 @@ from scmoe.training.assembly.model import build_module, build_network
 NODE = 8  # ranks of a node, where there are more and trainer.devices is not given
 CPU, TIMEOUT = torch.device("cpu"), timedelta(seconds=60)
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
+COLLECTIVES = {  # by the operator that torch calls
+    "allreduce_": "all_reduce",
+    "alltoall_base_": "all_to_all",
+    "allgather_": "all_gather",
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "broadcast_": "broadcast",
+}
 
 
 @dataclass(frozen=True)
@@ -67,13 +83,14 @@ def load_for(source: Any, ranks: int, samples: int, overrides: Sequence[str]) ->
     for key in ("trainer.num_nodes", "data.global_batch_size"):
         if key in given:
             raise ConfigError(f"command line: {key} is {given[key]}, allowed: ranks=N samples=N, which set it")
-    node = given.get("trainer.devices", str(min(NODE, ranks)))
-    if node.isdecimal() and int(node) > 0 and ranks % int(node):
+    devices = given.get("trainer.devices", str(min(NODE, ranks)))
+    node = int(devices) if devices.isdecimal() else 0
+    if node and ranks % node:
         allowed = f"multiples of the ranks of a node, {node}; trainer.devices=N sets another number"
         raise ConfigError(f"command line: ranks is {ranks}, allowed: {allowed}")
-    nodes = ranks // int(node) if node.isdecimal() and int(node) > 0 else 1  # else `load` refuses trainer.devices
+    nodes = ranks // node if node else 1  # without a number above 0, `load` refuses trainer.devices
     sizes = [f"trainer.num_nodes={nodes}", f"data.global_batch_size={ranks * samples}"]
-    return load(source, [f"trainer.devices={node}", *overrides, *sizes])
+    return load(source, [f"trainer.devices={devices}", *overrides, *sizes])
 
 
 def with_slots(config: Config) -> Config:
@@ -99,8 +116,7 @@ def check(config: Config) -> None:
     ]
     for refused, key, allowed in rules:
         if refused:
-            section, _, name = key.partition(".")
-            raise ConfigError(f"dry run: {key} is {show(getattr(getattr(config, section), name))}, allowed: {allowed}")
+            raise ConfigError(f"dry run: {key} is {show(attrgetter(key)(config))}, allowed: {allowed}")
 
 
 def dry_run(config: Config) -> DryRun:
@@ -230,3 +246,97 @@ def make_batch(config: Config, context: ParallelContext) -> dict[str, Tensor]:
         return {"images": images, "labels": torch.zeros(samples, data.num_classes)}
     ids = torch.zeros(samples, data.seq_len, dtype=torch.int64)
     return {"input_ids": ids, "labels": ids}
+
+
+class Counting(TorchDispatchMode):
+    """Counts while it is entered, in a FakeTensorMode. A storage counts from the operator that makes it until nothing
+    refers to it.
+
+    live: bytes by the phase in which their storage was made. peak: `live` when its sum was largest. flops: of products
+    and attention. collectives: bytes by operator and group, `sent_bytes` of each call.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = "weights"
+        self.live, self.peak, self.collectives = Counter[str](), Counter[str](), Counter[str]()
+        self.flops = 0
+        self.sizes: dict[int, tuple[str, int]] = {}  # phase and bytes of each storage
+        self.fake = active_fake_mode()
+
+    def add(self, tensors: Iterable[Any]) -> None:
+        """Count tensors that were made before, in the current phase."""
+        for tensor in tensors:
+            storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+            key = storage._cdata
+            if key not in self.sizes:
+                self.sizes[key] = self.phase, 0
+                self._resize(key, storage.nbytes())
+                weakref.finalize(storage, self._resize, key, None)
+
+    def _resize(self, key: int, size: int | None) -> None:
+        """Note that a storage has so many bytes; None: it is gone."""
+        phase, before = self.sizes.pop(key)
+        self.live[phase] += (size or 0) - before
+        if size is not None:
+            self.sizes[key] = phase, size
+            if self.live.total() > self.peak.total():
+                self.peak = self.live.copy()
+
+    @contextmanager
+    def resizing(self) -> Iterator[None]:
+        """Inside, storages that FSDP empties and fills again count with their new size; operators do not show it."""
+        resize = torch.UntypedStorage.resize_
+
+        def counted(storage: torch.UntypedStorage, size: int) -> Any:
+            resized = resize(storage, size)
+            if storage._cdata in self.sizes:
+                self._resize(storage._cdata, storage.nbytes())
+            return resized
+
+        with patch.object(torch.UntypedStorage, "resize_", counted):
+            yield
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it calls again, with this rank's parts
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if active_fake_mode() is self.fake:  # else DTensor asks for a shape
+            self.add(tensors_in([out]))
+            self.flops += flops_of(func.overloadpacket, args, kwargs, out)
+            if func.namespace == "c10d":
+                name, size = sent_bytes(func, args)
+                self.collectives[name] += size
+        return out
+
+
+def flops_of(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Return FLOPs of products and attention. torch does not count attention of the CPU; its backward has twice those
+    of forward, as for every product: the scores that a kernel computes again are not counted."""
+    aten = torch.ops.aten
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        return sdpa_flop_count(*(t.shape for t in args[:3]))
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return 2 * sdpa_flop_count(*(t.shape for t in args[1:4]))
+    return flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+
+
+def sent_bytes(func: Any, args: Any) -> tuple[str, int]:
+    """Return a collective's name and group, and the bytes that a rank sends in it, its own share included.
+
+    An all-reduce is a reduce-scatter and an all-gather, so it sends its tensor twice. The others send the larger of
+    what goes in and what comes out."""
+    name = func.name().partition("::")[2].partition(".")[0]
+    group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
+    sizes = [sum(t.nbytes for t in tensors_in([arg])) for arg in args]
+    who = "all" if group.group_desc == "default_pg" else group.group_desc
+    return f"{COLLECTIVES[name]} {who}", (1 + (name == "allreduce_")) * max(sizes)
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from tensors_in(value)

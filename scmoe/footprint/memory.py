@@ -41,7 +41,7 @@ from torch import nn
 from scmoe.blocks.sublayers import MLP, Attention, Residual, SelfAttention, outermost
 from scmoe.config.fields import Config
 from scmoe.config.rules import resolve_ep_size
-from scmoe.footprint.model_cost import COMPUTE_BYTES, WEIGHT_BYTES, moe_uses, own_moe_uses, rows_sent
+from scmoe.footprint.model_cost import COMPUTE_BYTES, WEIGHT_BYTES, moe_uses, rows_sent
 from scmoe.models.units import exact_parameters, units
 from scmoe.moe.coefficient import CG1, CG2
 from scmoe.moe.experts import Experts
@@ -245,7 +245,7 @@ def kept_in(step: nn.Module, rows: Mapping[nn.Module, float], job: Job) -> tuple
     dim: Any = residuals[0].f.dim if residuals else 0
     inside = [sum(rows.get(module, 0.0) * kept_by(module, dim, job) for module in part.modules()) for part in parts]
     outside = sum(rows.get(module, 0.0) * kept_by(module, dim, job) for module in step.modules()) - sum(inside)
-    for moe, copies in own_moe_uses(step):
+    for moe, copies in moe_uses(step):
         gates = copies // moe.router.top_k
         num_rows = rows_sent(moe, copies) * rows[moe]
         _, width, hidden = moe.experts.w_in_eDF.shape

@@ -14,7 +14,7 @@ The masked half of causal attention counts, as is usual for kernels. Not counted
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -29,7 +29,11 @@ from scmoe.moe.stream import MoEStream
 
 WEIGHT_BYTES = {"32-true": 4, "bf16-mixed": 4, "bf16-true": 2, "64-true": 8}  # of a weight, its gradient, its moments
 COMPUTE_BYTES = {"32-true": 4, "bf16-mixed": 2, "bf16-true": 2, "64-true": 8}  # of activations and sent rows
-PRODUCTS = {SelfAttention: "attention", MLP: "MLP", Router: "gate"}  # kinds of FLOPs, beside those of experts and head
+PRODUCTS: dict[type[nn.Module], str] = {  # kinds of FLOPs, beside those of experts and head
+    SelfAttention: "attention",
+    MLP: "MLP",
+    Router: "gate",
+}
 RECOMPUTED = ("attention", "MLP", "shared expert", "experts")  # by blocks/sublayers.py
 PARTS: dict[type[nn.Module], str] = {  # kinds of parameters
     nn.Embedding: "embedding",
@@ -66,14 +70,9 @@ BF16_TFLOPS = {
 def moe_uses(model: nn.Module) -> Iterator[tuple[MoEStream, int]]:
     """Yields each MoE module once for every block that uses it, with the copies of a token that the block routes."""
     for block in model.modules():
-        yield from own_moe_uses(block)
-
-
-def own_moe_uses(block: nn.Module) -> Iterator[tuple[MoEStream, int]]:
-    """Yields the MoE module of a block, with the copies of a token that the block routes; nothing for other modules."""
-    for child in block.children():
-        if isinstance(child, MoEStream):
-            yield child, child.router.top_k * (2 if isinstance(block, DoubleGateBlock) else 1)
+        for child in block.children():
+            if isinstance(child, MoEStream):
+                yield child, child.router.top_k * (2 if isinstance(block, DoubleGateBlock) else 1)
 
 
 def routed_copies(model: nn.Module) -> dict[Experts, int]:
@@ -106,9 +105,7 @@ def forward_flops(model: Any, seq_len: int, empty_slots: bool = True) -> dict[st
     rows, flops = model.rows_per_sample(seq_len), defaultdict[str, float](float)
     kind_of = {model.head: "head"}
     for name, module in model.named_modules():
-        kinds = (kind for base, kind in PRODUCTS.items() if isinstance(module, base))
-        kind = "shared expert" if name.endswith("shared_expert") else next(kinds, None)
-        if kind:
+        if kind := "shared expert" if name.endswith("shared_expert") else kind_in(PRODUCTS, module):
             kind_of |= dict.fromkeys(module.modules(), kind)
     for module in model.modules():
         kind = kind_of.get(module, "other")
@@ -158,22 +155,22 @@ def parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, set[nn.Parameter]]
     """
     seen: set[nn.Parameter] = set()
     for name, module in [*model.named_modules(), ("other", model)]:  # the model itself last: the rest
-        kind = NAMED_PARTS.get(name.rpartition(".")[2]) or next(
-            (kind for base, kind in PARTS.items() if isinstance(module, base)), None
-        )
-        own = set(module.parameters()) - seen if kind else set()
-        if kind and own:
+        kind = NAMED_PARTS.get(name.rpartition(".")[2]) or kind_in(PARTS, module)
+        if kind and (own := set(module.parameters()) - seen):
             seen |= own
             yield kind, module, own
 
 
+def kind_in(kinds: Mapping[type[nn.Module], str], module: nn.Module) -> str | None:
+    return next((kind for base, kind in kinds.items() if isinstance(module, base)), None)
+
+
 def peak_tflops(device_name: str | None, precision: str) -> float | None:
-    """Return the TFLOP/s of a GPU of this name; None where they are not known: another card, float32, a CPU (None).
+    """Return the TFLOP/s of a GPU of this name, as torch.cuda.get_device_name gives it; None where they are not known:
+    another card, float32, a CPU (None). Variants of one card differ by a third.
 
     It is the denominator of MFU: the vendor's rate of bfloat16 products on tensor cores, dense (data sheets of NVIDIA
-    print the rate with sparsity, which is twice that). Names are exact, as torch.cuda.get_device_name gives them:
-    variants of one card differ by a third. Without tensor cores float32 has another peak, and a CPU's depends on its
-    clock, its load and its threads.
+    print the rate with sparsity, which is twice that).
 
         A100   https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
         H100   https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet

@@ -30,10 +30,9 @@ def read_prompts(path: Path, first_seed: int) -> list[Prompt]:
             form = '{"prompt": "a text"}, and a number as "seed" if wanted'
             raise ValueError(f"{path}, line {number + 1} is {line[:80]}, allowed: {form}")
         prompts.append(Prompt(given["prompt"], given.get("seed", first_seed + number)))
+        check_prompt(prompts[-1], f"{path}, line {number + 1}:")
     if not prompts:
         raise ValueError(f"{path} is empty, allowed: one prompt a line, as JSON")
-    for number, prompt in enumerate(prompts):
-        check_prompt(prompt, f"{path}, line {number + 1}:")
     return prompts
 
 

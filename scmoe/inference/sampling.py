@@ -41,7 +41,8 @@ GREEDY = Sampling(temperature=0.0, top_k=None)
 
 def choose(logits_BV: Tensor, sampling: Sampling, had_BV: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Returns [B] token ids. had_BV: whether a text has a token already. generators: of each text, on the host."""
-    device, logits_BV = logits_BV.device, penalised(_wide(logits_BV), sampling.repetition_penalty, had_BV)
+    device, wide_BV = logits_BV.device, logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
+    logits_BV = penalised(wide_BV, sampling.repetition_penalty, had_BV)
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     if torch.are_deterministic_algorithms_enabled():
@@ -77,7 +78,3 @@ def keep_top_p(logits_BV: Tensor, top_p: float) -> Tensor:
     removed_BV = ascending_BV.softmax(-1).cumsum(-1) <= 1 - top_p
     removed_BV[:, -1] = False  # the likeliest stays
     return logits_BV.masked_fill(removed_BV.scatter(-1, order_BV, removed_BV), -torch.inf)
-
-
-def _wide(logits_BV: Tensor) -> Tensor:
-    return logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))

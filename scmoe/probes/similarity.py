@@ -7,6 +7,7 @@ the stages of SwinV2, the entry is NaN.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -54,25 +55,22 @@ class SimilarityProbe:
             for sublayer in block.sublayers:
                 is_mlp = isinstance(sublayer.f, MLP)
                 name = f"{layer} {'MLP' if is_mlp else 'attention'}"
-                self.handles.append(sublayer.register_forward_hook(self._keep_output(name)))
+                self.handles.append(sublayer.register_forward_hook(partial(self._keep, name)))
                 layer += is_mlp
             if isinstance(block, MoEBlock):
-                self.handles.append(block.register_forward_hook(self._keep_output(f"{layer} MoE")))
+                self.handles.append(block.register_forward_hook(partial(self._keep, f"{layer} MoE")))
                 layer += 1
-
-    def _keep(self, name: str, value: Any) -> None:
-        """value: of a sub-layer, or of a block, which returns an MoEOutput."""
-        x_TD = (value if isinstance(value, Tensor) else value.y_BSD).detach().flatten(0, -2)
-        step = -(-len(x_TD) // self.max_tokens)
-        self.kept.append((name, x_TD[::step].clone()))
 
     def _keep_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Keeps the first block's input, and every input of a new width; others are the output of the block before."""
         if not self.kept or self.kept[-1][1].shape[-1] != args[0].shape[-1]:
-            self._keep("input", args[0])
+            self._keep("input", module, args, args[0])
 
-    def _keep_output(self, name: str) -> Any:
-        return lambda module, args, output: self._keep(name, output)
+    def _keep(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """output: of a sub-layer, or of a block, which returns an MoEOutput."""
+        x_TD = (output if isinstance(output, Tensor) else output.y_BSD).detach().flatten(0, -2)
+        step = -(-len(x_TD) // self.max_tokens)
+        self.kept.append((name, x_TD[::step].clone()))
 
     def result(self) -> Tensor:
         """[N, N + 1]: this rank's matrix, and a column of ones that counts ranks when results are added up."""

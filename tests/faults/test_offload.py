@@ -1,4 +1,4 @@
-"""Faults 64 to 68: stores that are no longer this model's, too few slots, fetches that fail, Ctrl-C, misuse."""
+"""Offloading with stores that are no longer this model's, too few slots, fetches that fail, Ctrl-C, misuse."""
 
 from __future__ import annotations
 
@@ -18,38 +18,37 @@ from scmoe.inference.offload.migration import WAYS, offload_experts
 from scmoe.inference.offload.store import StoreError, write_store
 from scmoe.moe.layout import Capacity
 from tests.support.models import tiny, tiny_batch, tiny_model
-from tests.support.offloading import Failing, stored
+from tests.support.offloading import DROPLESS, Failing, stored
 
 pytestmark = [pytest.mark.faults, pytest.mark.inference, pytest.mark.representative]
 IDS, _ = tiny_batch(tiny())
 
 
+@pytest.fixture(autouse=True)
+def no_thread_and_no_file_is_left():
+    before = open_files()
+    yield
+    assert open_files() == before
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("experts")]
+
+
 def open_files():
-    return sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if fd_exists(fd))
-
-
-def fd_exists(fd):
-    return os.path.lexists(f"/proc/self/fd/{fd}")
-
-
-def readers():
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("experts")]
+    places = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    return sorted(os.readlink(place) for place in places if os.path.lexists(place))
 
 
 def refused(model, path, message):
-    before = open_files()
     with pytest.raises(StoreError, match=message) as error:
         offload_experts(copy.deepcopy(model), path)
     assert str(path) in str(error.value)
-    assert open_files() == before and not readers()
 
 
-def test_64_a_store_that_is_missing_cut_changed_or_another_models_is_named(tmp_path):
+def test_a_store_that_is_missing_cut_changed_or_another_models_is_named(tmp_path):
     model, path = stored("position=pos2", tmp_path)
     refused(model, tmp_path / "none", "cannot be opened: No such file")
     _, other_path = stored("position=pos2", tmp_path, seed=1)
     refused(model, other_path, "belongs to a model with other weights")
-    refused(tiny_model(tiny("model.ffn_dim=32"), torch.float32).eval(), path, "another model's experts")
+    refused(tiny_model(tiny("model.ffn_dim=32", DROPLESS), torch.float32).eval(), path, "another model's experts")
     refused(copy.deepcopy(model).double(), path, "another model's experts: .*F32.*F64")
     text, size = tmp_path / "text", path.stat().st_size
     text.write_text("no store")
@@ -63,7 +62,7 @@ def test_64_a_store_that_is_missing_cut_changed_or_another_models_is_named(tmp_p
     refused(model, tmp_path / "longer", "something was added")
 
 
-def test_64_any_flipped_bit_is_found(tmp_path):
+def test_any_flipped_bit_is_found(tmp_path):
     model, path = stored("position=pos2", tmp_path)
     whole, draw = path.read_bytes(), random.Random(0)
     header = 8 + int.from_bytes(whole[:8], "little")
@@ -74,44 +73,37 @@ def test_64_any_flipped_bit_is_found(tmp_path):
         refused(model, path, ".")
 
 
-@pytest.mark.parametrize(
-    ("way", "slots", "message"),
-    [
-        ("determinate", 1, "slots is 1, allowed: 2 to 18, as a token needs 2 expert"),
-        ("speculative", 3, "slots is 3, allowed: 4 to 18, as a token needs 2 .*, and 2 guessed of the next"),
+def test_slots_that_are_too_few_or_too_many_are_refused_with_what_is_needed(tmp_path):
+    model, path = stored("position=pos2 top_k=2", tmp_path)
+    refusals = [
+        ("determinate", 1, "slots is 1, allowed: 2 to 18"),
+        ("speculative", 3, "slots is 3, allowed: 4 to 18"),
         ("blocking", 19, "slots is 19, allowed: 2 to 18"),
         ("resident", 2, "way is 'resident', allowed: blocking, determinate, speculative"),
-    ],
-)
-def test_65_slots_that_are_too_few_or_too_many_are_refused_with_what_is_needed(way, slots, message, tmp_path):
-    model, path = stored("position=pos2 top_k=2", tmp_path)
-    before = open_files()
-    with pytest.raises(ValueError, match=message):
-        offload_experts(model, path, way=way, slots=slots)
-    assert open_files() == before and not readers()
+    ]
+    for way, slots, message in refusals:
+        with pytest.raises(ValueError, match=message):
+            offload_experts(model, path, way=way, slots=slots)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_66_a_fetch_that_fails_ends_the_generation_with_the_experts_name(way, tmp_path, monkeypatch):
+def test_a_fetch_that_fails_ends_the_generation_with_the_experts_name(way, tmp_path, monkeypatch):
     monkeypatch.setattr(migration, "FileReader", Failing)
     model, path = stored("position=pos2", tmp_path)
-    before = open_files()
     offload_experts(model, path, way=way)
     with pytest.raises(StoreError, match=r"expert \d of blocks\.\d\.moe\.experts could not be fetched: .*Input/output"):
         generate(model)
-    assert not readers() and open_files() == before
     with pytest.raises(RuntimeError, match="closed: offload the model again"):
         generate(model)
 
 
-def test_66_a_store_that_is_cut_during_the_generation_is_named(tmp_path):
+def test_a_store_that_is_cut_during_the_generation_is_named(tmp_path):
     model, path = stored("position=pos2", tmp_path)
     offload_experts(model, path)
     generate(model)
     os.truncate(path, 4000)
     with pytest.raises(StoreError, match=rf"expert \d of blocks.*{path} ends at byte"):
         generate(model)
-    assert not readers()
 
 
 def generate(model):
@@ -120,10 +112,10 @@ def generate(model):
             model(IDS[:1, i : i + 1])
 
 
-def test_67_ctrl_c_leaves_no_thread_and_no_file(tmp_path):
+def test_ctrl_c_leaves_no_thread_and_no_file(tmp_path):
     """The reader is in the middle of an expert that takes 15 s at its rate."""
     model, path = stored("position=pos2", tmp_path)
-    before, begin = open_files(), time.monotonic()
+    begin = time.monotonic()
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     try:
@@ -131,11 +123,11 @@ def test_67_ctrl_c_leaves_no_thread_and_no_file(tmp_path):
             generate(model)
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert time.monotonic() - begin < 10 and not readers() and open_files() == before
+    assert time.monotonic() - begin < 10
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_67_ctrl_c_while_a_store_is_written_leaves_the_old_one(tmp_path, monkeypatch):
+def test_ctrl_c_while_a_store_is_written_leaves_the_old_one(tmp_path, monkeypatch):
     model, path = stored("position=pos2", tmp_path)
     before = path.read_bytes()
 
@@ -149,7 +141,7 @@ def test_67_ctrl_c_while_a_store_is_written_leaves_the_old_one(tmp_path, monkeyp
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_68_what_offloading_cannot_honour_is_refused(tmp_path):
+def test_what_offloading_cannot_honour_is_refused(tmp_path):
     model, path = stored("position=pos2", tmp_path)
     for rate in (0, -1.0):
         with pytest.raises(ValueError, match=r"rate_mb_s is .*, allowed: above 0"):
@@ -168,4 +160,3 @@ def test_68_what_offloading_cannot_honour_is_refused(tmp_path):
     dense = tiny_model(tiny("moe.architecture=dense"), torch.float32).eval()
     with pytest.raises(ValueError, match="no routed experts"):
         write_store(tmp_path / "dense", dense)
-    assert not readers()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from scmoe.experiments.bench.gpu import PARTS, write_report
+from scmoe.experiments.engine.command_line import call
 from scmoe.experiments.engine.isolated import Part, Place, run_parts
 from tests.support.commands import run
 
@@ -24,19 +25,12 @@ FILES = {
 MISUSED = ("wandb", "timm", "scipy", "optuna")  # packages that the check must not need
 
 
-@pytest.fixture
-def without_packages(tmp_path):
-    """Returns a folder that, early in sys.path, makes the import of some packages fail."""
-    folder = tmp_path / "packages"
+def test_all_parts_run_on_a_cpu_without_some_packages_and_leave_eight_files(tmp_path):
+    out, packages = tmp_path / "out", tmp_path / "packages"
     for name in MISUSED:
-        (folder / name).mkdir(parents=True)
-        (folder / name / "__init__.py").write_text(f"raise ImportError('{name} is not needed')\n")
-    return folder
-
-
-def test_all_parts_run_on_a_cpu_without_some_packages_and_leave_eight_files(without_packages, tmp_path):
-    out = tmp_path / "out"
-    script = f"import sys; sys.path.insert(0, {str(without_packages)!r})\n"
+        (packages / name).mkdir(parents=True)
+        (packages / name / "__init__.py").write_text(f"raise ImportError('{name} is not needed')\n")
+    script = f"import sys; sys.path.insert(0, {str(packages)!r})\n"
     script += "from scmoe.experiments.engine.command_line import call\n"
     script += f"sys.exit(call('gpu-check', '--device', 'cpu', '--tiny', '--out', {str(out)!r}))"
     done = run("-c", script)
@@ -111,6 +105,6 @@ def is_running(pid: int) -> bool:
         ("--device cpu --tiny --out tests", "--out is 'tests', allowed: a new or empty folder"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused(options, message):
-    done = run("-m", "experiments.gpu_check", *options.split())
-    assert done.code == 2 and done.err.startswith(f"error: {message}")
+def test_what_cannot_be_honoured_is_refused(options, message, capsys):
+    assert call("gpu-check", *options.split()) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")

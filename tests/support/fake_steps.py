@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scmoe.config.fields import Config
 from scmoe.config.load import load
-from scmoe.experiments.dryrun.counting import tensors_in
+from scmoe.experiments.dryrun.counted_step import make_batch, tensors_in
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 from scmoe.parallel.update.guard import Guard
 from scmoe.parallel.update.reducer import ExpertGradientReducer
@@ -39,8 +39,10 @@ from tests.support import broken_steps
 from tests.support.architectures import overrides
 
 CUDA = torch.device("cuda", 0)
-BATCH = 4
-ALL = ("model.layers=2", "moe.num_experts=4", "moe.noisy=true", "moe.z_loss_coef=0.01", "optim.warmup_steps=1")
+ALL = (
+    *("model.layers=2", "moe.num_experts=4", "moe.noisy=true", "moe.z_loss_coef=0.01", "optim.warmup_steps=1"),
+    "data.global_batch_size=4",
+)
 TEXT = (
     *("model.dim=16", "model.heads=2", "model.ffn_dim=24", "model.dropout=0.1"),
     *("data.name=synthetic", "data.vocab_size=64", "data.seq_len=12", "trainer.max_steps=2"),
@@ -156,16 +158,11 @@ class AnyDevice(CPUAccelerator):
 
 def batches(config: Config, fake: FakeTensorMode) -> Iterator[dict[str, Tensor]]:
     """Yields batches of the host, one for each step; the second has padding, if it is of text."""
-    data = config.data
     with fake:
-        if config.model.family == "swin":
-            images = torch.zeros(BATCH, 3, data.image_size, data.image_size)
-            each = [{"images": images, "labels": torch.zeros(BATCH, data.num_classes)}] * 2
-        else:
-            ids = torch.zeros(BATCH, data.seq_len, dtype=torch.long)
-            text = {"input_ids": ids, "labels": ids}
-            each = [text, text | {"padding_mask": ids == 0}]
-    yield from each
+        batch = make_batch(config, ParallelContext())
+        padding = {"padding_mask": batch["input_ids"] == 0} if "input_ids" in batch else {}
+    yield batch
+    yield batch | padding
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,24 +31,18 @@ class Late:
     def __init__(self, store: Store) -> None:
         self.store, self.queue = store, list[tuple[Key, Tensor | None]]()  # None: it has arrived
 
-    def start(self, key: Key, slot: Tensor) -> LateFetch:
+    def start(self, key: Key, slot: Tensor) -> Callable[[], None]:
         self.queue.append((key, slot))
-        return LateFetch(self, len(self.queue))
+        return partial(self.wait, len(self.queue))
+
+    def wait(self, number: int) -> None:
+        for i, (key, slot) in enumerate(self.queue[:number]):
+            if slot is not None:
+                self.store.read_into(key, slot)
+                self.queue[i] = key, None
 
     def close(self) -> None:
         """Nothing is in flight: fetches run where they are waited for."""
-
-
-class LateFetch:
-    def __init__(self, source: Late, number: int) -> None:
-        self.source, self.number = source, number
-
-    def wait(self) -> None:
-        queue = self.source.queue
-        for i, (key, slot) in enumerate(queue[: self.number]):
-            if slot is not None:
-                self.source.store.read_into(key, slot)
-                queue[i] = key, None
 
 
 class Failing(FileReader):

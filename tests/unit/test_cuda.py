@@ -30,10 +30,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 SMALL = dict(dim=64, ffn_dim=128, tokens=128, seq_len=32, compute="real", device="cuda", shaped=False, bus=True)
 
 
+def small_bench() -> Bench:
+    dist.init_process_group("gloo")
+    return Bench(Setting(0.5, rows=("scmoe_pos2",), **SMALL))
+
+
 def results(rank: int, world_size: int) -> dict[str, list[torch.Tensor]]:
     """Returns output and gradients of a ScMoE pair under several schedules."""
-    dist.init_process_group("gloo")
-    bench = Bench(Setting(0.5, rows=("scmoe_pos2",), **SMALL))
+    bench = small_bench()
     found = {}
     for way, slot in [("sequential", 1), *(("overlapped", slot) for slot in range(4))]:
         step = bench.set(Variant("pos2", Schedule("scmoe", "pos2", slot), way))
@@ -54,8 +58,7 @@ def test_every_slot_is_bit_identical_to_sequential():
 
 
 def recorded(rank: int, world_size: int) -> list[str]:
-    dist.init_process_group("gloo")
-    bench = Bench(Setting(0.5, rows=("scmoe_pos2",), **SMALL))
+    bench = small_bench()
     recorder = Recorder(bench.device)
     step = bench.set(Variant("pos2", Schedule("scmoe", "pos2", 1), "sequential"), recorder)
     assert isinstance(bench.stacks["pos2"][0].moe.dispatcher, Blocking)
@@ -71,8 +74,7 @@ def test_operators_are_timed_by_events():
 
 def steps_without_host_waits(rank: int, world_size: int, schedule: Schedule, way: str, autocast: bool) -> None:
     """Raises RuntimeError if the host waits for the device, except in the first step, which allocates and compiles."""
-    dist.init_process_group("gloo")
-    bench = Bench(Setting(0.5, rows=("scmoe_pos2",), **SMALL))
+    bench = small_bench()
     step = bench.set(Variant("pos2", schedule, way))
     for mode in ("default", "error"):
         torch.cuda.set_sync_debug_mode(mode)
@@ -111,8 +113,7 @@ def test_experts_equal_those_on_a_cpu(dtype, tolerance, counts, activation):
 
 
 def planned(rank: int, world_size: int) -> None:
-    dist.init_process_group("gloo")
-    bench = Bench(Setting(0.5, rows=("scmoe_pos2",), **SMALL))
+    bench = small_bench()
     choice = bench.choose("pos2", (1, 2))
     assert list(choice.times) == [1, 2]
     for times in choice.times.values():

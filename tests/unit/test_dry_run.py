@@ -12,8 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.dryrun.counted_step import check, dry_run, load_for
-from scmoe.experiments.dryrun.counting import Counting
+from scmoe.experiments.dryrun.counted_step import Counting, check, dry_run, load_for
 from scmoe.experiments.dryrun.estimated import estimate
 from scmoe.experiments.engine.command_line import call
 
@@ -74,20 +73,19 @@ def test_a_config_for_cpus_is_dry_run_with_all_slots_and_the_command_says_so(cap
 
 
 @pytest.mark.parametrize(
-    ("ranks", "words", "message"),
+    ("words", "refused"),
     [
-        (12, "", "ranks is 12, allowed: multiples of the ranks of a node, 8"),
-        (16, "trainer.devices=0", "trainer.devices is 0"),
-        (16, "data.global_batch_size=16", "data.global_batch_size is 16, allowed: ranks=N samples=N"),
-        (16, "strategy.ep_size=16", "strategy.ep_size is 16, allowed: a divisor of moe.num_experts, 8"),
-        (16, "moe.capacity_factor=null", "moe.capacity_factor is null, allowed: a number, or moe.rows=buffers"),
-        (16, "trainer.accelerator=cpu", "moe.rows is 'auto', allowed: slots"),
-        (16, "moe.capacity_factor=null moe.rows=buffers moe.dropless_ceiling=2", "trainer.precision is '32-true'"),
-        (16, "trainer.accumulate=2", "trainer.accumulate is 2, allowed: 1"),
-        (16, "strategy.dense=auto", "strategy.dense is 'auto', allowed: replicated | sharded | hybrid"),
+        ("trainer.devices=6", "ranks is 16"),
+        ("trainer.devices=0", "trainer.devices is 0"),
+        ("data.global_batch_size=16", "data.global_batch_size is 16"),
+        ("strategy.ep_size=16", "strategy.ep_size is 16"),
+        ("moe.capacity_factor=null", "moe.capacity_factor is null"),
+        ("trainer.accelerator=cpu", "moe.rows is 'auto'"),
+        ("moe.capacity_factor=null moe.rows=buffers moe.dropless_ceiling=2", "trainer.precision is '32-true'"),
+        ("trainer.accumulate=2", "trainer.accumulate is 2"),
+        ("strategy.dense=auto", "strategy.dense is 'auto'"),
     ],
 )
-def test_what_cannot_be_dry_run_is_refused_in_a_line(ranks, words, message):
-    with pytest.raises(ConfigError, match=message.replace("|", r"\|")) as raised:
-        check(load_for(TINY, ranks, 2, words.split()))
-    assert "\n" not in str(raised.value)
+def test_what_cannot_be_dry_run_is_refused_in_a_line(words, refused):
+    with pytest.raises(ConfigError, match=f"^[^\n]*{refused}, allowed: [^\n]*$"):
+        check(load_for(TINY, RANKS, 2, words.split()))

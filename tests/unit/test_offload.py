@@ -16,7 +16,7 @@ from scmoe.inference.offload import migration
 from scmoe.inference.offload.cache import Cache, FileReader
 from scmoe.inference.offload.migration import WAYS, offload_experts
 from scmoe.inference.offload.store import Store, expert_layers, write_store
-from scmoe.runs.trained import load_offloaded, store_experts
+from scmoe.runs import trained
 from tests.support.architectures import EVERY_BLOCK, TABLES
 from tests.support.exports import export
 from tests.support.models import tiny, tiny_batch
@@ -46,11 +46,7 @@ def test_every_way_gives_the_bits_of_resident_experts(words, tmp_path):
             offloaded = copy.deepcopy(model)
             with offload_experts(offloaded, path, way=way, slots=slots):
                 assert equal(logits(offloaded), expected), (way, slots)
-                assert not expert_layers_left(offloaded)
-
-
-def expert_layers_left(model):
-    return [name for name, _ in model.named_parameters() if "experts.w_" in name]
+                assert not [name for name, _ in offloaded.named_parameters() if "experts.w_" in name]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -100,23 +96,23 @@ def test_the_cache_never_exceeds_its_slots_and_returns_the_right_expert(store, s
         if is_guess:
             cache.prefetch(wanted)
         else:
-            assert all(map(torch.equal, cache.weights(wanted), EXPECTED[wanted[0]]))
+            assert equal(cache.weights(wanted), store.expected[wanted[0]])
         assert cache.held.keys() >= set(wanted[: cache.ahead])
         assert [key for key, _ in cache.source.queue[started:]] == missing
         used = [*cache.free, *(held.slot for held in cache.held.values())]
         assert sorted(slot.data_ptr() for slot in used) == places
 
 
-EXPECTED: dict = {}
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
+    """A store, and the weights of its experts as `expected`."""
     model, path = stored("position=pos2", tmp_path_factory.mktemp("store"))
-    for layer, experts in expert_layers(model).items():
-        for e in experts.expert_ids:
-            EXPECTED[layer, e] = experts.w_in_eDF[e].detach(), experts.w_out_eFD[e].detach()
     store = Store(path, model)
+    store.expected = {
+        (layer, e): (own.w_in_eDF[e], own.w_out_eFD[e])
+        for layer, own in expert_layers(model).items()
+        for e in own.expert_ids
+    }
     yield store
     store.close()
 
@@ -141,7 +137,8 @@ def test_fetching_begins_at_the_gate_and_only_blocking_waits_there(way, tmp_path
         )
         with torch.inference_mode():
             counts = model(IDS[:1, :1]).stats[0].counts_E
-    needed = {(key, e) for key in list(expert_layers_of(cache))[:1] for e in counts.nonzero().flatten().tolist()}
+    layer, _ = next(iter(cache.store.places))
+    needed = {(layer, e) for e in counts.nonzero().flatten().tolist()}
     ((held, arrived),) = seen
     if way == "determinate":
         assert held == needed and arrived == [False, False]
@@ -149,21 +146,17 @@ def test_fetching_begins_at_the_gate_and_only_blocking_waits_there(way, tmp_path
         assert held < needed and arrived == [True]
 
 
-def expert_layers_of(cache):
-    return dict.fromkeys(layer for layer, _ in cache.store.places)
-
-
 def test_a_rate_bounds_the_reader(store):
     key = next(iter(store.places))
     rate = store.num_bytes(key) / 1e6 / 0.05  # MB/s: 50 ms an expert
     reader, slot = FileReader(store, rate), torch.empty(store.num_bytes(key), dtype=torch.uint8)
     begin = time.perf_counter()
-    reader.start(key, slot).wait()
+    reader.start(key, slot)()
     assert time.perf_counter() - begin >= 0.05
     reader.close()
 
 
-def test_a_store_is_a_safetensors_file_of_the_experts(tmp_path):
+def test_a_store_is_a_safetensors_file_of_the_experts_and_the_same_when_it_is_written_again(tmp_path):
     model, path = stored("architecture=top_k", tmp_path, torch.bfloat16)
     with safe_open(path, framework="pt") as file:
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -172,17 +165,18 @@ def test_a_store_is_a_safetensors_file_of_the_experts(tmp_path):
         for e in experts.expert_ids:
             assert torch.equal(found[f"{layer}.{e}.w_in_DF"], experts.w_in_eDF[e])
             assert torch.equal(found[f"{layer}.{e}.w_out_FD"], experts.w_out_eFD[e])
+    before = path.read_bytes()
+    write_store(path, model)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_model_is_built_without_its_experts_in_memory(tmp_path, monkeypatch):
-    """Not more than two layers' experts are alive at once while the store is written, and none is read afterwards."""
+    """At most two layers' experts are alive at once while the store is written, and none is read afterwards."""
     config = tiny("model.layers=8", DROPLESS, "moe.position=pos2")
     whole = export(config, tmp_path / "model.safetensors").float().eval()
     source, path = tmp_path / "model.safetensors", tmp_path / "store.safetensors"
-    alive, most, names = [0], [0], set()
-    from scmoe.runs import trained as build
-
-    reader = build.reader
+    alive, most, names = [], [], set()
+    reader = trained.reader
 
     def counted(source, model):
         read = reader(source, model)
@@ -191,19 +185,18 @@ def test_a_model_is_built_without_its_experts_in_memory(tmp_path, monkeypatch):
             tensor = read(name)
             if ".experts." in name:
                 names.add(name)
-                alive[0] += tensor.nbytes
-                most[0] = max(most[0], alive[0])
-                weakref.finalize(tensor, lambda size: alive.__setitem__(0, alive[0] - size), tensor.nbytes)
+                alive.append(weakref.ref(tensor))
+                most.append(sum(t.nbytes for ref in alive if (t := ref()) is not None))
             return tensor
 
         return read_and_count
 
-    monkeypatch.setattr(build, "reader", counted)
-    store_experts(config, source, path)
+    monkeypatch.setattr(trained, "reader", counted)
+    trained.store_experts(config, source, path)
     layer = 2 * sum(p.nbytes for p in expert_layers(whole)["blocks.0.moe.experts"].parameters())  # in float64
-    assert len(names) == 8 and 0 < most[0] <= 2 * layer
+    assert len(names) == 8 and max(most) <= 2 * layer
     names.clear()
-    model, cache = load_offloaded(config, source, path)
+    model, cache = trained.load_offloaded(config, source, path)
     with cache:
         assert not names and not [name for name, p in model.named_parameters() if p.is_meta]
         assert model.head.weight is model.tokens.weight
@@ -226,10 +219,3 @@ def test_on_a_gpu_every_way_gives_the_same_bits(tmp_path):
                 found.append(offloaded(ids).logits_BSV)
     assert all(torch.equal(y, found[0]) for y in found)
     torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-3)  # products in TF32 at most
-
-
-def test_a_store_written_again_is_the_same_file(tmp_path):
-    model, path = stored("position=pos1", tmp_path)
-    before = path.read_bytes()
-    write_store(path, model)
-    assert path.read_bytes() == before and sorted(file.name for file in tmp_path.iterdir()) == [path.name]

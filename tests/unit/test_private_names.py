@@ -65,11 +65,10 @@ OTHERS = {
     "_is_hf_initialized",  # transformers marks weights that it has read; tests/peers/test_hf_export.py holds it
 }
 DRY_RUN = {  # what fake tensors, their modes and their groups are called; test_dry_run.py uses each
-    "experiments/dryrun/counting.py": {
-        *("_guards", "_python_dispatch", "_cdata", "_scaled_dot_product_flash_attention_for_cpu"),
-        "_scaled_dot_product_flash_attention_for_cpu_backward",
-    },
-    "experiments/dryrun/counted_step.py": {"_subclasses", "_internal"},
+    "experiments/dryrun/counted_step.py": {
+        *("_subclasses", "_internal", "_guards", "_python_dispatch", "_cdata"),
+        *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"),
+    }
 }
 OTHERS |= set().union(*DRY_RUN.values())
 UNDOCUMENTED = {  # undocumented names without an underscore

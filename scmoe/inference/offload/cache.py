@@ -11,49 +11,32 @@ recently used expert is evicted. Slots are made once; nothing else on the device
 
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from threading import Event
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from scmoe.inference.offload.store import Key, Store, StoreError
 
-
-class Fetch(Protocol):
-    def wait(self) -> Any:
-        """Returns once the expert is in its slot; on a device, the current stream waits."""
-
-
-class Source(Protocol):
-    def start(self, key: Key, slot: Tensor) -> Fetch:
-        """Starts to copy an expert into a slot. Fetches end in the order in which they were started."""
-
-    def close(self) -> None:
-        """Ends what is in flight, and returns when nothing is."""
-
-
-class Reading(NamedTuple):
-    future: "Future[None]"
-
-    def wait(self) -> None:
-        self.future.result()
+Wait = Callable[[], Any]  # returns once an expert is in its slot; on a device, the current stream waits
 
 
 class FileReader:
-    """Reads from the store's file, in one thread. rate_mb_s: reads no faster than this, for experiments; in 10^6 bytes
-    a second."""
+    """Reads from the store's file, in one thread, one expert after the other. rate_mb_s: reads no faster than this, for
+    experiments; in 10^6 bytes a second."""
 
     def __init__(self, store: Store, rate_mb_s: float | None = None) -> None:
         self.store, self.rate_mb_s = store, rate_mb_s
         self.thread, self.stop = ThreadPoolExecutor(1, "experts"), Event()
 
-    def start(self, key: Key, slot: Tensor) -> Fetch:
-        return Reading(self.thread.submit(self._read, key, slot))
+    def start(self, key: Key, slot: Tensor) -> Wait:
+        return self.thread.submit(self._read, key, slot).result
 
     def close(self) -> None:
+        """Ends what is in flight, and returns when nothing is."""
         self.stop.set()
         self.thread.shutdown(cancel_futures=True)
 
@@ -69,7 +52,7 @@ class FileReader:
 
 
 class PinnedCopies:
-    """Holds all experts in pinned host memory, and copies them on a stream of its own."""
+    """Holds all experts in pinned host memory, and copies them on a stream of its own, one after the other."""
 
     def __init__(self, store: Store, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
@@ -79,20 +62,23 @@ class PinnedCopies:
         for key, target in self.pinned.items():
             store.read_into(key, target)
 
-    def start(self, key: Key, slot: Tensor) -> Fetch:
+    def start(self, key: Key, slot: Tensor) -> Wait:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))  # the slot's last expert may still be computing
         with torch.cuda.stream(self.stream):
             slot[: self.pinned[key].numel()].copy_(self.pinned[key], non_blocking=True)
-        return self.stream.record_event()
+        return self.stream.record_event().wait
 
     def close(self) -> None:
         self.stream.synchronize()
         self.pinned.clear()
 
 
+Source = FileReader | PinnedCopies
+
+
 class Held(NamedTuple):
     slot: Tensor  # bytes
-    fetch: Fetch
+    wait: Wait
 
 
 class Cache:
@@ -160,9 +146,9 @@ class Cache:
         the next call. Raises StoreError, with the cache closed, if it could not be fetched."""
         self.prefetch(keys)
         key = keys[0]
-        slot, fetch = self.held[key]
+        slot, wait = self.held[key]
         try:
-            fetch.wait()
+            wait()
         except (OSError, StoreError) as error:
             self.close()
             layer, e = key

@@ -109,38 +109,32 @@ def offload_experts(
     Raises ValueError for what cannot be honoured, StoreError for a store that is missing, cut, changed or another
     model's.
     """
-    store = Store(path, model)
-    try:
-        return attach(model, store, way=way, slots=slots, rate_mb_s=rate_mb_s)
-    except BaseException:
-        store.close()
-        raise
-
-
-def attach(
-    model: nn.Module, store: Store, *, way: str, slots: int | None = None, rate_mb_s: float | None = None
-) -> Cache:
-    """The same with an open store, which the cache will close."""
-    blocks = moe_blocks_of(model)
-    names = {experts: name for name, experts in expert_layers(model).items()}
+    blocks, layers = moe_blocks_of(model), expert_layers(model)
     top_k = max(block.moe.router.top_k for block in blocks)
-    slots = min(2 * top_k, len(store.places)) if slots is None else slots
+    num_experts = sum(experts.num_experts for experts in layers.values())
+    slots = min(2 * top_k, num_experts) if slots is None else slots
     device = blocks[0].moe.router.gate.weight.device
-    check(way, slots, top_k, len(store.places))
+    check(way, slots, top_k, num_experts)
     if rate_mb_s is not None and (rate_mb_s <= 0 or device.type != "cpu"):
         raise ValueError(f"rate_mb_s is {rate_mb_s}, allowed: above 0, with the model on a CPU (it is on {device})")
     if model.training:
         raise ValueError("the model is in training mode, allowed: model.eval(), as offloaded experts are not trained")
     if any(isinstance(block.moe.rows, Capacity) and not block.moe.rows.filled for block in blocks):
         raise ValueError("the model computes empty slots too, allowed: dropless (capacity_factor None) or rows=filled")
-    source: Source = FileReader(store, rate_mb_s) if device.type == "cpu" else PinnedCopies(store, device)
+    store = Store(path, model)
+    try:
+        source: Source = FileReader(store, rate_mb_s) if device.type == "cpu" else PinnedCopies(store, device)
+    except BaseException:
+        store.close()
+        raise
     cache = Cache(store, source, slots, 1 if way == "blocking" else slots, device)
-    layers = [(names[block.moe.experts], block.moe.router) for block in blocks]
-    for block, (layer, _), following in zip(blocks, layers, [*layers[1:], None], strict=True):
+    names = {experts: name for name, experts in layers.items()}
+    gates = [(names[block.moe.experts], block.moe.router) for block in blocks]
+    for block, (layer, _), following in zip(blocks, gates, [*gates[1:], None], strict=True):
         fetching = Fetching(cache, layer, following if way == "speculative" else None)
         last = replace(block.schedule, expert_slot=len(block.schedule.window), chunks=1)
         block.run_as(last, Blocking(fetching) if way == "blocking" else fetching)
-    for experts, name in names.items():
+    for name, experts in layers.items():
         stream: Any = model.get_submodule(name.rpartition(".")[0])
         stream.experts = OffloadedExperts(experts, cache, name)
     return cache
