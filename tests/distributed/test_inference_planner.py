@@ -14,10 +14,11 @@ from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.experiments.bench.emulated import EmulatedOperator
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.coefficient import CG1
-from scmoe.moe.dispatcher import Dispatcher
+from scmoe.moe.dispatcher import Traffic
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
+from scmoe.parallel.wire.all_to_all import Exchange, all_to_all
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
 from scmoe.planning.inference_planner import InferencePlan, fastest, plan_inference
 from scmoe.schedule.schedule import Schedule
@@ -27,32 +28,23 @@ pytestmark = [pytest.mark.dist, pytest.mark.inference]
 
 
 @dataclass(frozen=True)
-class Late:
-    """Rows arrive `seconds` after they were sent, whatever the processor does meanwhile."""
-
-    inner: Dispatcher
-    seconds: float
-
-    def announce(self, counts_PE: torch.Tensor) -> Any:
-        return self.inner.announce(counts_PE)
-
-    def dispatch(self, rows_RD: torch.Tensor, counts: Any) -> Any:
-        pending, receipt = self.inner.dispatch(rows_RD, counts)
-        return Arrival(pending, time.perf_counter() + self.seconds), receipt
-
-    def combine(self, rows_RD: torch.Tensor, receipt: Any) -> Any:
-        return Arrival(self.inner.combine(rows_RD, receipt), time.perf_counter() + self.seconds)
-
-
-@dataclass(frozen=True)
 class Arrival:
     inner: Any
     at: float
 
-    def wait(self) -> torch.Tensor:
-        rows_RD = self.inner.wait()
+    def wait(self) -> None:
+        self.inner.wait()
         time.sleep(max(0.0, self.at - time.perf_counter()))
-        return rows_RD
+
+
+def late(seconds: float) -> Exchange:
+    """Rows arrive so many seconds after they were sent, whatever the processor does meanwhile."""
+
+    def exchange(rows: torch.Tensor, traffic: Traffic | None) -> tuple[torch.Tensor, Arrival]:
+        arrived, work = all_to_all(dist.group.WORLD)(rows, traffic)
+        return arrived, Arrival(work, time.perf_counter() + seconds)
+
+    return exchange
 
 
 def plan(rank: int, world_size: int, attention_ms: float, transfer_ms: float) -> tuple[InferencePlan, bool]:
@@ -60,7 +52,7 @@ def plan(rank: int, world_size: int, attention_ms: float, transfer_ms: float) ->
     same bits as before, with the block's own schedule."""
     dist.init_process_group("gloo")
     own = range(rank * EXPERTS // world_size, (rank + 1) * EXPERTS // world_size)
-    dispatcher = Late(AllToAllDispatcher(dist.group.WORLD, EXPERTS), transfer_ms / 1e3)
+    dispatcher = AllToAllDispatcher(dist.group.WORLD, EXPERTS, exchange=late(transfer_ms / 1e3))
     stream = MoEStream(Router(DIM, EXPERTS, 1), Experts(DIM, FFN, EXPERTS, own), dispatcher)
     sublayers = tiny_sublayers()
     sublayers[2] = nn.Sequential(sublayers[2], EmulatedOperator(attention_ms))

@@ -50,6 +50,15 @@ def build(rank: int, world_size: int) -> list[MoEBlock]:
     ]
 
 
+def train(blocks: list[MoEBlock], optimizer: torch.optim.Optimizer, seed: int) -> None:
+    x = torch.randn(2, 8, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    for block in blocks:
+        x = block(x).y_BSD
+    x.square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def training(rank: int, world_size: int, kind: str) -> tuple[list[torch.Tensor], list[LayerChoice], int]:
     """Returns weights after some SGD steps, the choices, and how many steps waited for each transfer at once."""
     dist.init_process_group("gloo")
@@ -58,16 +67,11 @@ def training(rank: int, world_size: int, kind: str) -> tuple[list[torch.Tensor],
     planner = Planner(blocks, None, torch.device("cpu"), chunk_counts=(1,), fixed=kind == "fixed")
     blocking = 0
     for step in range(WARMUP_STEPS + STEPS_EACH + 4):
-        x = torch.randn(2, 8, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * step + rank))
         if kind != "none":
             planner.begin_step(timed=step % 2 == 0)
             blocking += isinstance(blocks[0].moe.dispatcher, Blocking)
             assert not planner.recorders or None not in {recorder.zero for recorder in planner.recorders}
-        for block in blocks:
-            x = block(x).y_BSD
-        x.square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train(blocks, optimizer, seed=10 * step + rank)
         if kind != "none":
             planner.end_step()
     assert all(block.recorder is None and block.moe.recorder is None for block in blocks)
@@ -150,15 +154,10 @@ def planned_training(
 
     with patch.object(pricing, "noted", times):
         for step in range(steps):
-            x = torch.randn(2, 8, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * step + rank))
             if planner is not None:
                 planner.begin_step(timed=True)
             log.ran.append((blocks[0].schedule.slot, blocks[0].schedule.chunks))
-            for block in blocks:
-                x = block(x).y_BSD
-            x.square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            train(blocks, optimizer, seed=10 * step + rank)
             if planner is not None:
                 planner.end_step()
                 if planner.choices and planner.choices not in log.choices:

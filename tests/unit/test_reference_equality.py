@@ -128,14 +128,6 @@ def test_schedule_changes_no_bit_over_slots_and_rounding_over_chunks(case, capac
             assert all(torch.equal(other[name], value) for name, value in first.items()), (slot, chunks)
 
 
-@pytest.mark.parametrize("chunks", (2, 3))
-@pytest.mark.parametrize("capacity", CAPACITIES)
-def test_chunks_equal_oracle(capacity, chunks):
-    check_against_oracle(
-        config_of(LANGUAGE_WITH_ORACLE["scmoe-2"], f"moe.capacity_factor={capacity}", f"schedule.chunks={chunks}")
-    )
-
-
 @pytest.mark.parametrize("architecture", ("top-2", "shared-cg2", "pos1", "pos2", "pos3", "scmoe-every-block", "dgmoe"))
 def test_padding_changes_no_logit(architecture):
     """The mask reaches every router: 4 tokens of padding after 8 real ones change none of their logits or counts."""
