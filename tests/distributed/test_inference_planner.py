@@ -10,10 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 from scmoe.blocks.moe_block import MoEBlock
-from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.experiments.bench.emulated import EmulatedOperator
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import Traffic
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
@@ -22,7 +20,7 @@ from scmoe.parallel.wire.all_to_all import Exchange, all_to_all
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
 from scmoe.planning.inference_planner import InferencePlan, fastest, plan_inference
 from scmoe.schedule.schedule import Schedule
-from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_sublayers
+from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_shortcut, tiny_sublayers
 
 pytestmark = [pytest.mark.dist, pytest.mark.inference]
 
@@ -56,10 +54,8 @@ def plan(rank: int, world_size: int, attention_ms: float, transfer_ms: float) ->
     stream = MoEStream(Router(DIM, EXPERTS, 1), Experts(DIM, FFN, EXPERTS, own), dispatcher)
     sublayers = tiny_sublayers()
     sublayers[2] = nn.Sequential(sublayers[2], EmulatedOperator(attention_ms))
-    norms = [nn.LayerNorm(DIM) for _ in range(2)]
-    parts = {"tap_norm": norms[0], "shared_expert": nn.Linear(DIM, DIM), "coefficient": CG1(DIM)}
     schedule = Schedule("scmoe", "pos2", 3)
-    block: MoEBlock = randomise(ShortcutBlock(sublayers, norms[1], stream, schedule, **parts).double())
+    block: MoEBlock = randomise(tiny_shortcut(stream, schedule, sublayers).double())
     x = torch.randn(2, 8, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
     with torch.no_grad():
         before = block(x).y_BSD

@@ -16,7 +16,6 @@ from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import TopKBlock
 from scmoe.experiments.bench.emulated import EmulatedOperator
 from scmoe.experiments.engine.ranks import RankError, run_ranks
-from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
@@ -27,7 +26,7 @@ from scmoe.planning.planner import DRIFTED_IN_TURN, STEPS_EACH, TRIES_EACH, WARM
 from scmoe.planning.pricing import OPERATORS, LayerChoice, names_of
 from scmoe.schedule.cost import PER_CHUNK, OperatorTimes, best_schedule, slots
 from scmoe.schedule.schedule import Schedule
-from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_sublayers
+from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_shortcut, tiny_sublayers
 
 pytestmark = pytest.mark.dist
 
@@ -40,14 +39,11 @@ def build(rank: int, world_size: int) -> list[MoEBlock]:
         dispatcher = AllToAllDispatcher(dist.group.WORLD, EXPERTS)
         return MoEStream(Router(DIM, EXPERTS, 1), Experts(DIM, FFN, EXPERTS, own), dispatcher, 2.0)
 
-    norms = [nn.LayerNorm(DIM) for _ in range(3)]
     slow = tiny_sublayers()
     slow[2] = nn.Sequential(slow[2], EmulatedOperator(20.0))
-    parts = {"tap_norm": norms[0], "shared_expert": nn.Linear(DIM, DIM), "coefficient": CG1(DIM)}
-    shortcut = ShortcutBlock(slow, norms[1], stream(), Schedule("scmoe", "pos2", 3), **parts)
-    return [
-        randomise(b.double()) for b in (shortcut, TopKBlock(tiny_sublayers(), norms[2], stream(), Schedule("top_k")))
-    ]
+    shortcut = tiny_shortcut(stream(), Schedule("scmoe", "pos2", 3), slow)
+    standard = TopKBlock(tiny_sublayers(), nn.LayerNorm(DIM), stream(), Schedule("top_k"))
+    return [randomise(block.double()) for block in (shortcut, standard)]
 
 
 def train(blocks: list[MoEBlock], optimizer: torch.optim.Optimizer, seed: int) -> None:

@@ -113,14 +113,6 @@ def test_the_preceding_halfs_transfers_hide_behind_the_backbone_and_backward_mir
     assert log.backward == log.forward[::-1]
 
 
-def test_impossible_blocks_are_refused():
-    norm, tap_norm, schedule = nn.LayerNorm(DIM), nn.LayerNorm(DIM), Schedule("dgmoe", "pos2")
-    with pytest.raises(ValueError, match="the block has 1 sub-layers, allowed at position pos2: 2 or more"):
-        DoubleGateBlock(tiny_sublayers()[:1], norm, tiny_stream(1), schedule, tap_norm=tap_norm)
-    with pytest.raises(ValueError, match="top_k is 2, allowed where an MoE module gates twice: 1"):
-        DoubleGateBlock(tiny_sublayers(), norm, tiny_stream(2), schedule, tap_norm=tap_norm)
-
-
 # ---------------------------------------------------------------------- DGMoE-Share
 
 

@@ -10,14 +10,13 @@ from torch import nn
 
 import scmoe.moe.stream
 from scmoe.blocks.double_gate import DoubleGateBlock
-from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP
 from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import ARCHITECTURES, SUBLAYERS, Schedule
-from tests.support.models import DIM, FFN, tiny_stream, tiny_sublayers
+from tests.support.models import DIM, FFN, tiny_shortcut, tiny_stream, tiny_sublayers
 
 EVERY_WINDOW = [Schedule(name, position) for name, each in ARCHITECTURES.items() for position in each or (None,)]
 EVERY_SLOT = [schedule for window in EVERY_WINDOW for schedule in slots(window)]
@@ -97,10 +96,15 @@ def test_impossible_schedules_are_refused(arguments, message):
         Schedule(*arguments)
 
 
-def test_shortcut_block_refuses_too_few_sublayers():
-    parts = {"tap_norm": nn.LayerNorm(DIM), "shared_expert": MLP(DIM, FFN), "coefficient": CG1(DIM)}
-    with pytest.raises(ValueError, match="the block has 1 sub-layers, allowed at position pos2: 2 or more"):
-        ShortcutBlock(tiny_sublayers()[:1], nn.LayerNorm(DIM), tiny_stream(), Schedule("scmoe", "pos2"), **parts)
+def test_impossible_blocks_are_refused():
+    norm, tap_norm, twice = nn.LayerNorm(DIM), nn.LayerNorm(DIM), Schedule("dgmoe", "pos2")
+    too_few = "the block has 1 sub-layers, allowed at position pos2: 2 or more"
+    with pytest.raises(ValueError, match=too_few):
+        tiny_shortcut(tiny_stream(), Schedule("scmoe", "pos2"), tiny_sublayers()[:1])
+    with pytest.raises(ValueError, match=too_few):
+        DoubleGateBlock(tiny_sublayers()[:1], norm, tiny_stream(1), twice, tap_norm=tap_norm)
+    with pytest.raises(ValueError, match="top_k is 2, allowed where an MoE module gates twice: 1"):
+        DoubleGateBlock(tiny_sublayers(), norm, tiny_stream(2), twice, tap_norm=tap_norm)
 
 
 # The order in which the blocks run
@@ -146,8 +150,7 @@ def executed(schedule: Schedule, capacity_factor: float | None, monkeypatch) -> 
     elif schedule.architecture == "dgmoe":
         block = DoubleGateBlock(sublayers, norm, stream, schedule, tap_norm=nn.LayerNorm(DIM))
     else:
-        parts = {"tap_norm": nn.LayerNorm(DIM), "shared_expert": shared_expert, "coefficient": CG1(DIM)}
-        block = ShortcutBlock(sublayers, norm, stream, schedule, **parts)
+        block = tiny_shortcut(stream, schedule, sublayers, shared_expert)
     block.double()(torch.randn(2, 5, DIM, dtype=torch.float64))
     before_tap = 3 - schedule.sublayers_after_tap
     assert log[:before_tap] == ["attention", "mlp", "attention"][:before_tap]
