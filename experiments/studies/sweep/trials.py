@@ -118,7 +118,7 @@ def _logged(sweep: Sweep, job: Job) -> dict[str, Any]:
     if not rows:
         return {}
     history = [row[sweep.metric] for row in rows if sweep.metric in row]
-    steps = max(int(row["step"]) + 1 for row in rows)
+    steps = max((int(row["step"]) + 1 for row in rows if "step" in row), default=0)
     most = int(job.state.results["parameters"].get("trainer.max_steps", sweep.base.trainer.max_steps))
     return {"history": history, "steps": min(steps, most)}  # the last validation is logged after the last step
 
