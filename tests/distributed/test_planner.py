@@ -18,6 +18,7 @@ from scmoe.experiments.bench.emulated import EmulatedOperator
 from scmoe.experiments.engine.ranks import RankError, run_ranks
 from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.experts import Experts
+from scmoe.moe.layout import Capacity
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
@@ -37,7 +38,7 @@ def build(rank: int, world_size: int) -> list[MoEBlock]:
 
     def stream() -> MoEStream:
         dispatcher = AllToAllDispatcher(dist.group.WORLD, EXPERTS)
-        return MoEStream(Router(DIM, EXPERTS, 1), Experts(DIM, FFN, EXPERTS, own), dispatcher, 2.0)
+        return MoEStream(Router(DIM, EXPERTS, 1), Experts(DIM, FFN, EXPERTS, own), dispatcher, Capacity(2.0))
 
     slow = tiny_sublayers()
     slow[2] = nn.Sequential(slow[2], EmulatedOperator(20.0))
