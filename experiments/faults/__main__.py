@@ -61,7 +61,7 @@ def reshard(*, dense: Literal["replicated", "all"] = "replicated") -> None:
     """
     from scmoe.experiments.faults import restored
 
-    print(json.dumps(restored.reshard(dense=dense)))
+    print(json.dumps(restored.reshard(restored.EP if dense == "replicated" else restored.ALL)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """Checkpoints are damaged: ranks are killed at every file operation of a save that overwrites one, or one bit changes.
 
-A killed save, in the foreground or background, must leave the old checkpoint or the new one whole. Operations are found
-by Python's audit events, and by os.fsync and durable.exchange, which have none. Left out: loss of power (what fsync has
-promised counts as kept), and kills within one write, which only kills at random times can meet.
-Every reader must refuse a checkpoint of which a bit has changed.
+A killed save, in the foreground or background, must leave the old checkpoint or the new one whole. Every reader must
+refuse a checkpoint of which a bit has changed. Left out: loss of power (what fsync has promised counts as kept), and
+kills within one write, which only kills at random times can meet.
 """
 
 import os
@@ -33,7 +32,10 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def at_each_operation(act: Callable[[str], None]) -> None:
-    """From now on, call act(what) before every operation by which this process changes files."""
+    """From now on, call act(what) before every operation by which this process changes files.
+
+    They are found by Python's audit events, and by os.fsync and durable.exchange, which have none.
+    """
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         changes = event in CHANGES or (event == "open" and isinstance(args[2], int) and args[2] & WRITING)
@@ -130,19 +132,16 @@ def inspect(rank: int, world_size: int, folders: list[Path]) -> list[dict[str, i
 
 
 def kill(points: int | None = None, random: int = 0, dense: str = "replicated") -> dict[str, int]:
-    """points: operations per victim, None: all. random: number of kills at random times in addition. dense: where the
-    dense weights of the killed runs are."""
+    """Kill saves and inspect what is left. The options are those of `scmoe faults kill`; points None: all."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         kills: list[tuple[str, dict[str, Any]]] = []
         for background, victim in product((False, True), ("first", "last")):
             ranks = run_ranks(partial(save_over, dense=dense), 2, root / f"{victim}-{background}", victim, background)
             record = ranks[0 if victim == "first" else -1]
-            operations = range(len(record["operations"]))
+            operations = tiny_run.spread(range(len(record["operations"])), points)
             for who in (victim, "all") if victim == "first" else (victim,):
-                kills += [
-                    (who, {"background": background, "operation": i}) for i in tiny_run.spread(operations, points)
-                ]
+                kills += [(who, {"background": background, "operation": i}) for i in operations]
         draw = torch.Generator().manual_seed(0)
         for i in range(random):
             moment = torch.rand((), generator=draw).item() * 1.2 * record["seconds"]
@@ -166,7 +165,7 @@ def write_old(rank: int, world_size: int, folder: Path, dense: str = "replicated
 
 
 def flip(count: int, dense: str = "replicated") -> dict[str, int]:
-    """refused: how often the reader raised and named the file. dense: where the dense weights of the run were."""
+    """refused: how often the reader raised and named the file."""
     with tempfile.TemporaryDirectory() as name:
         run_ranks(write_old, 2, Path(name), dense)
         path, draw, refused = Path(name) / "checkpoints" / LAST, Random(0), 0

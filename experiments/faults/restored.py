@@ -30,12 +30,10 @@ def run(
 
     They validate after every step, which restarts data loaders in between.
     """
-    config = tiny_run.tiny(
-        world_size,
-        *("trainer.accumulate=2", f"trainer.max_steps={RESUME_STEPS}", "trainer.checkpoint_every=1"),
-        *(f"data.workers={workers}", f"strategy.ep_size={world_size}"),
-        *("trainer.val_every=1", "data.val_sequences=16", *WAYS[dense]),
-    )
+    steps = "trainer.accumulate=2", f"trainer.max_steps={RESUME_STEPS}", "trainer.checkpoint_every=1"
+    validation = "trainer.val_every=1", "data.val_sequences=16"
+    ranks = f"data.workers={workers}", f"strategy.ep_size={world_size}", *WAYS[dense]
+    config = tiny_run.tiny(world_size, *steps, *validation, *ranks)
     ends = []
     for i, path in enumerate(resume_from or [None]):
         trainer = tiny_run.fit(config, folder / str(i), path)
@@ -78,7 +76,7 @@ class Layout(NamedTuple):
 
 
 EP = tuple(Layout(ep, ep) for ep in (1, 2, 4, 8))
-ALL = (
+ALL = (  # every way of keeping dense weights
     *(Layout(1, 1), Layout(2, 2), Layout(4, 2), Layout(1, 1, "sharded"), Layout(2, 1, "sharded")),
     *(Layout(4, ep, dense) for dense in ("sharded", "hybrid") for ep in (1, 2, 4)),
     *(Layout(8, 2, "sharded"), Layout(8, 4, "hybrid")),
@@ -118,21 +116,20 @@ def gathered(trainer: Any) -> dict[str, Tensor]:
 def whole(ranks: list[dict[str, Tensor]], ep_size: int | None = None) -> dict[str, Tensor]:
     """Concatenate the experts by their global ids; the rest must be equal on all ranks, and experts on ranks with the
     same ones. ep_size: None: all ranks."""
-    together, ep_size = {}, ep_size or len(ranks)
+    together, ep_size = dict(ranks[0]), ep_size or len(ranks)
     for name, t in ranks[0].items():
-        of_experts = ".experts." in name and t.dim()
-        together[name] = torch.cat([rank[name] for rank in ranks[:ep_size]]) if of_experts else t
-        assert not of_experts or len(together[name]) == EXPERTS
+        holders = ranks[:1]
+        if ".experts." in name and t.dim():
+            holders = ranks[:ep_size]
+            together[name] = torch.cat([rank[name] for rank in holders])
+            assert len(together[name]) == EXPERTS
         for i, rank in enumerate(ranks):
-            held = ranks[i % ep_size][name] if of_experts else t
-            assert torch.equal(rank[name], held), f"replicas of {name} differ"
+            assert torch.equal(rank[name], holders[i % len(holders)][name]), f"replicas of {name} differ"
     return together
 
 
-def reshard(layouts: Sequence[Layout] | None = None, dense: str = "replicated") -> dict[str, int]:
-    """layouts: all pairs of them. None: those of `dense`: EP 1, 2, 4, 8 on as many ranks, or (all) every way of keeping
-    dense weights."""
-    layouts = layouts or {"replicated": EP, "all": ALL}[dense]
+def reshard(layouts: Sequence[Layout]) -> dict[str, int]:
+    """Write a checkpoint in each layout and read it in all of them."""
     pairs = equal = 0
     with tempfile.TemporaryDirectory() as name:
         folders = [Path(name) / str(i) for i in range(len(layouts))]

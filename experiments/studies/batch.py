@@ -48,33 +48,40 @@ class Batch:
 
     def run(self, lock: IO[str], again: Sequence[str] = ("waiting", "cut")) -> int:
         """Run the jobs whose status is in `again`, then the proposed ones. Returns the signal that stopped it, or 0."""
-        begun = [job for job in self.jobs if job.state.status in again]
-        self.waiting += [job for job in begun if not self._has_ended_meanwhile(job)]
-        pool = Pool(self.slots, lock)
+        for begun in [job for job in self.jobs if job.state.status in again]:
+            if begun.state.status == "cut" and any((path / "summary.json").exists() for path in begun.run_dirs()):
+                self._settle(begun, code=0)  # it came to its end after the process that started it had been killed
+            else:
+                self.waiting.append(begun)
+        running: list[Running] = []
         with _stop_requests() as signals:
             try:
                 while True:
-                    while not signals and not pool.is_full and (job := self._next()):
-                        pool.start(job)
-                    if not pool.running:
+                    while not signals and len(running) < max(1, self.slots) and (job := self._next()):
+                        running.append(Running(job, lock, here=self.slots == 0))
+                    if not running:
                         return signals[0] if signals else 0
-                    for one in pool.poll():
-                        self._close(one)
-                        pool.running.remove(one)
-                        if self.slots == 0 and one.job.state.status == "cut":
-                            signals.append(signal.SIGINT if one.code == 130 else signal.SIGTERM)
-                    if signals:
-                        pool.stop(kill=len(signals) > 1)
-                    for one in pool.running:
-                        if self.look(one.job):
-                            one.stop(hopeless=True)
-                    if pool.running:
-                        self.watch(self, None)
-                        time.sleep(POLL_S)
-            finally:
-                pool.stop(kill=True)  # after an error of this process: no training may outlive it
-                for one in pool.running:
+                    self._follow(running, signals)
+            finally:  # after an error of this process: no training may outlive it
+                for one in running:
+                    one.stop(kill=True)
                     self._close(one)
+
+    def _follow(self, running: list[Running], signals: list[int]) -> None:
+        """Close the trainings that have ended, and stop those that must not go on."""
+        for one in [one for one in running if one.poll() is not None]:
+            self._close(one)
+            running.remove(one)
+            if self.slots == 0 and one.job.state.status == "cut":
+                signals.append(signal.SIGINT if one.code == 130 else signal.SIGTERM)
+        for one in running:
+            if signals:
+                one.stop(kill=len(signals) > 1)
+            if self.look(one.job):
+                one.stop(hopeless=True)
+        if running:
+            self.watch(self, None)
+            time.sleep(POLL_S)
 
     def seconds_left(self) -> float | None:
         """Estimate from this session's progress; None: nothing to estimate from."""
@@ -91,13 +98,6 @@ class Batch:
 
     def _next(self) -> Job | None:
         return self.waiting.pop(0) if self.waiting else self.propose()
-
-    def _has_ended_meanwhile(self, job: Job) -> bool:
-        """Notice a training that came to its end after the process that started it had been killed."""
-        ended = job.state.status == "cut" and any((path / "summary.json").exists() for path in job.run_dirs())
-        if ended:
-            self._settle(job, code=0)
-        return ended
 
     def _close(self, one: Running) -> None:
         one.end()
@@ -122,30 +122,6 @@ class Batch:
         else:
             state.status, state.error = "failed", f"exit code {code}: {last_line(job.log)}"
         job.keep()
-
-
-class Pool:
-    """Trainings that run at the same time, each in a process of its own. slots: 0: one at a time, in this process."""
-
-    def __init__(self, slots: int, lock: IO[str]) -> None:
-        self.slots, self.lock = slots, lock
-        self.running: list[Running] = []
-
-    @property
-    def is_full(self) -> bool:
-        return len(self.running) >= max(1, self.slots)
-
-    def start(self, job: Job) -> None:
-        self.running.append(Running(job, self.lock, self.slots == 0))
-
-    def poll(self) -> list[Running]:
-        """Return the trainings that have ended."""
-        return [one for one in self.running if one.poll() is not None]
-
-    def stop(self, kill: bool) -> None:
-        """Ask all trainings to save a checkpoint and end."""
-        for one in self.running:
-            one.stop(kill)
 
 
 class Running:

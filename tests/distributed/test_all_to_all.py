@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.moe.dispatcher import Blocking, Traffic
+from scmoe.moe.dispatcher import Traffic
 from scmoe.parallel.wire.all_to_all import Transfer, all_to_all, point_to_point
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
 
@@ -111,24 +111,6 @@ def test_combine_undoes_dispatch(world_size, equal):
     run_ranks(dispatch_and_combine, world_size, equal)
 
 
-def blocking_is_the_same(rank: int, world_size: int) -> None:
-    dist.init_process_group("gloo")
-    counts = uneven_counts(world_size, world_size * LOCAL_EXPERTS)[rank]
-    results = []
-    for wrap in (lambda dispatcher: dispatcher, Blocking):
-        mine = random(int(counts.sum()), DIM, seed=rank).requires_grad_()
-        dispatcher = wrap(AllToAllDispatcher(None, len(counts)))
-        pending, receipt = dispatcher.dispatch(mine, dispatcher.announce(counts[None]).wait()[0])
-        back = dispatcher.combine(pending.wait().square(), receipt).wait()
-        back.sum().backward()
-        results.append((back, mine.grad))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_waiting_at_once_changes_no_bit():
-    run_ranks(blocking_is_the_same, 2)
-
-
 # ---------------------------------------------------------------------- when
 
 WORK_S = 0.02  # long enough that the order of events does not depend on chance
@@ -201,7 +183,6 @@ def test_a_transfer_hides_behind_the_work_forward_and_backward():
         for way in ("forward", "backward"):
             assert [name for name, _ in events[way]] == ["launch", "work begins", "work ends", "finish"], way
             times = dict(events[way])
-            assert times["launch"] <= times["work begins"] <= times["work ends"] <= times["finish"], way
             assert times["finish"] - times["launch"] >= WORK_S, way
 
 

@@ -10,38 +10,19 @@ import torch.distributed as dist
 from torch import nn
 
 from scmoe.blocks.moe_block import MoEBlock
-from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.experiments.bench.emulated import EmulatedOperator
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.moe.coefficient import CG1
-from scmoe.moe.dispatcher import Dispatcher
+from scmoe.moe.dispatcher import Traffic
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
+from scmoe.parallel.wire.all_to_all import Exchange, all_to_all
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
 from scmoe.planning.inference_planner import InferencePlan, fastest, plan_inference
 from scmoe.schedule.schedule import Schedule
-from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_sublayers
+from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_shortcut, tiny_sublayers
 
 pytestmark = [pytest.mark.dist, pytest.mark.inference]
-
-
-@dataclass(frozen=True)
-class Late:
-    """Rows arrive `seconds` after they were sent, whatever the processor does meanwhile."""
-
-    inner: Dispatcher
-    seconds: float
-
-    def announce(self, counts_PE: torch.Tensor) -> Any:
-        return self.inner.announce(counts_PE)
-
-    def dispatch(self, rows_RD: torch.Tensor, counts: Any) -> Any:
-        pending, receipt = self.inner.dispatch(rows_RD, counts)
-        return Arrival(pending, time.perf_counter() + self.seconds), receipt
-
-    def combine(self, rows_RD: torch.Tensor, receipt: Any) -> Any:
-        return Arrival(self.inner.combine(rows_RD, receipt), time.perf_counter() + self.seconds)
 
 
 @dataclass(frozen=True)
@@ -49,10 +30,19 @@ class Arrival:
     inner: Any
     at: float
 
-    def wait(self) -> torch.Tensor:
-        rows_RD = self.inner.wait()
+    def wait(self) -> None:
+        self.inner.wait()
         time.sleep(max(0.0, self.at - time.perf_counter()))
-        return rows_RD
+
+
+def late(seconds: float) -> Exchange:
+    """Rows arrive so many seconds after they were sent, whatever the processor does meanwhile."""
+
+    def exchange(rows: torch.Tensor, traffic: Traffic | None) -> tuple[torch.Tensor, Arrival]:
+        arrived, work = all_to_all(dist.group.WORLD)(rows, traffic)
+        return arrived, Arrival(work, time.perf_counter() + seconds)
+
+    return exchange
 
 
 def plan(rank: int, world_size: int, attention_ms: float, transfer_ms: float) -> tuple[InferencePlan, bool]:
@@ -60,14 +50,12 @@ def plan(rank: int, world_size: int, attention_ms: float, transfer_ms: float) ->
     same bits as before, with the block's own schedule."""
     dist.init_process_group("gloo")
     own = range(rank * EXPERTS // world_size, (rank + 1) * EXPERTS // world_size)
-    dispatcher = Late(AllToAllDispatcher(dist.group.WORLD, EXPERTS), transfer_ms / 1e3)
+    dispatcher = AllToAllDispatcher(dist.group.WORLD, EXPERTS, exchange=late(transfer_ms / 1e3))
     stream = MoEStream(Router(DIM, EXPERTS, 1), Experts(DIM, FFN, EXPERTS, own), dispatcher)
     sublayers = tiny_sublayers()
     sublayers[2] = nn.Sequential(sublayers[2], EmulatedOperator(attention_ms))
-    norms = [nn.LayerNorm(DIM) for _ in range(2)]
-    parts = {"tap_norm": norms[0], "shared_expert": nn.Linear(DIM, DIM), "coefficient": CG1(DIM)}
     schedule = Schedule("scmoe", "pos2", 3)
-    block: MoEBlock = randomise(ShortcutBlock(sublayers, norms[1], stream, schedule, **parts).double())
+    block: MoEBlock = randomise(tiny_shortcut(stream, schedule, sublayers).double())
     x = torch.randn(2, 8, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
     with torch.no_grad():
         before = block(x).y_BSD

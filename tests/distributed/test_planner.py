@@ -16,7 +16,6 @@ from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import TopKBlock
 from scmoe.experiments.bench.emulated import EmulatedOperator
 from scmoe.experiments.engine.ranks import RankError, run_ranks
-from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Capacity
@@ -28,7 +27,7 @@ from scmoe.planning.planner import DRIFTED_IN_TURN, STEPS_EACH, TRIES_EACH, WARM
 from scmoe.planning.pricing import OPERATORS, LayerChoice, names_of
 from scmoe.schedule.cost import PER_CHUNK, OperatorTimes, best_schedule, slots
 from scmoe.schedule.schedule import Schedule
-from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_sublayers
+from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_shortcut, tiny_sublayers
 
 pytestmark = pytest.mark.dist
 
@@ -41,14 +40,20 @@ def build(rank: int, world_size: int) -> list[MoEBlock]:
         dispatcher = AllToAllDispatcher(dist.group.WORLD, EXPERTS)
         return MoEStream(Router(DIM, EXPERTS, 1), Experts(DIM, FFN, EXPERTS, own), dispatcher, Capacity(2.0))
 
-    norms = [nn.LayerNorm(DIM) for _ in range(3)]
     slow = tiny_sublayers()
     slow[2] = nn.Sequential(slow[2], EmulatedOperator(20.0))
-    parts = {"tap_norm": norms[0], "shared_expert": nn.Linear(DIM, DIM), "coefficient": CG1(DIM)}
-    shortcut = ShortcutBlock(slow, norms[1], stream(), Schedule("scmoe", "pos2", 3), **parts)
-    return [
-        randomise(b.double()) for b in (shortcut, TopKBlock(tiny_sublayers(), norms[2], stream(), Schedule("top_k")))
-    ]
+    shortcut = tiny_shortcut(stream(), Schedule("scmoe", "pos2", 3), slow)
+    standard = TopKBlock(tiny_sublayers(), nn.LayerNorm(DIM), stream(), Schedule("top_k"))
+    return [randomise(block.double()) for block in (shortcut, standard)]
+
+
+def train(blocks: list[MoEBlock], optimizer: torch.optim.Optimizer, seed: int) -> None:
+    x = torch.randn(2, 8, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    for block in blocks:
+        x = block(x).y_BSD
+    x.square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def training(rank: int, world_size: int, kind: str) -> tuple[list[torch.Tensor], list[LayerChoice], int]:
@@ -59,16 +64,11 @@ def training(rank: int, world_size: int, kind: str) -> tuple[list[torch.Tensor],
     planner = Planner(blocks, None, torch.device("cpu"), chunk_counts=(1,), fixed=kind == "fixed")
     blocking = 0
     for step in range(WARMUP_STEPS + STEPS_EACH + 4):
-        x = torch.randn(2, 8, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * step + rank))
         if kind != "none":
             planner.begin_step(timed=step % 2 == 0)
             blocking += isinstance(blocks[0].moe.dispatcher, Blocking)
             assert not planner.recorders or None not in {recorder.zero for recorder in planner.recorders}
-        for block in blocks:
-            x = block(x).y_BSD
-        x.square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train(blocks, optimizer, seed=10 * step + rank)
         if kind != "none":
             planner.end_step()
     assert all(block.recorder is None and block.moe.recorder is None for block in blocks)
@@ -151,15 +151,10 @@ def planned_training(
 
     with patch.object(pricing, "noted", times):
         for step in range(steps):
-            x = torch.randn(2, 8, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * step + rank))
             if planner is not None:
                 planner.begin_step(timed=True)
             log.ran.append((blocks[0].schedule.slot, blocks[0].schedule.chunks))
-            for block in blocks:
-                x = block(x).y_BSD
-            x.square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            train(blocks, optimizer, seed=10 * step + rank)
             if planner is not None:
                 planner.end_step()
                 if planner.choices and planner.choices not in log.choices:

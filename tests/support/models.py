@@ -8,14 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.sublayers import MLP, Attention, Residual
 from scmoe.config.fields import Config
+from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import rows_of
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.model import build_model
 
 TINY = (
@@ -94,6 +97,19 @@ def tiny_sublayers(dim: int = DIM) -> list[nn.Module]:
     """Returns the sublayers of a pair: attention, MLP, attention."""
     parts = [Attention(dim, 2), MLP(dim, FFN), Attention(dim, 2)]
     return [Residual(nn.LayerNorm(dim), part) for part in parts]
+
+
+def tiny_shortcut(
+    stream: MoEStream,
+    schedule: Schedule,
+    sublayers: list[nn.Module] | None = None,
+    shared_expert: nn.Module | None = None,
+) -> ShortcutBlock:
+    """Returns a ScMoE pair with CG-1."""
+    shared_expert = shared_expert or MLP(DIM, FFN)
+    norm, tap_norm, coefficient = nn.LayerNorm(DIM), nn.LayerNorm(DIM), CG1(DIM)
+    parts = {"tap_norm": tap_norm, "shared_expert": shared_expert, "coefficient": coefficient}
+    return ShortcutBlock(sublayers or tiny_sublayers(), norm, stream, schedule, **parts)
 
 
 def hooks(model: nn.Module) -> int:

@@ -9,10 +9,9 @@ from torch.autograd import Function
 
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.sublayers import MLP
-from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import Announced, ChunkCounts, Dispatcher, LocalDispatcher, Pending, Receipt
 from scmoe.schedule.schedule import Schedule
-from tests.support.models import DIM, FFN, randomise, tiny_stream, tiny_sublayers
+from tests.support.models import DIM, FFN, randomise, tiny_shortcut, tiny_stream, tiny_sublayers
 
 
 class _Mark(Function):
@@ -91,9 +90,7 @@ def recorded_shortcut_block(
     names = ("attention", "mlp", "attention")
     sublayers = [Recorded(name, sublayer, log) for name, sublayer in zip(names, tiny_sublayers(), strict=True)]
     shared_expert = Recorded("shared_expert", MLP(DIM, FFN), log)
-    parts = {"tap_norm": nn.LayerNorm(DIM), "shared_expert": shared_expert, "coefficient": CG1(DIM)}
-    block = ShortcutBlock(sublayers, nn.LayerNorm(DIM), stream, schedule, **parts)
-    return randomise(block.double(), seed=1)
+    return randomise(tiny_shortcut(stream, schedule, sublayers, shared_expert).double(), seed=1)
 
 
 def between(log: list[str], first: str, last: str) -> list[str]:

@@ -39,6 +39,7 @@ def test_dgmoe_share_differs_from_the_paper_by_one_expert_per_shared_pair():
 
 
 def test_params_prints_json_for_the_given_preset(capsys):
+    assert {path.stem for path in Path("configs/model").glob("*.yaml")} >= {preset for preset, _ in parameters.PAPER}
     assert call("params", "gpt2_moe_small_tiny") == 0
     counts = last_line(capsys)
     assert counts.keys() == {"gpt2_moe_small_tiny"}
@@ -47,10 +48,6 @@ def test_params_prints_json_for_the_given_preset(capsys):
     total = sum(p.numel() for p in model.parameters())
     idle = sum(p.numel() for p in model.parameters() if p.dim() == 3) * 7 // 8  # only experts have stacked weights
     assert counts["gpt2_moe_small_tiny"]["scmoe"] == {"total": total, "active": total - idle}
-
-
-def test_the_papers_presets_exist():
-    assert {path.stem for path in Path("configs/model").glob("*.yaml")} >= {p for p, _ in parameters.PAPER}
 
 
 def test_an_estimate_equals_a_calculation_by_hand(capsys):
@@ -108,14 +105,8 @@ def test_recomputing_costs_flops_and_saves_memory(capsys):
         ([XL, "dp=two"], "dp is 'two', allowed: a number of ranks, 1 or more"),
         ([XL, "ep=3"], "strategy.ep_size is 3, allowed: a divisor of moe.num_experts, 8"),
         ([XL, "ep=8", "model.depth=3"], "unknown key 'model.depth'"),
-        (
-            [XL, "ep=4", "strategy.ep_size=8"],
-            "strategy.ep_size and ep or dp, allowed: one of the two ways to set the ranks",
-        ),
-        (
-            ["configs/model/llama2_moe.yaml", "ep=16"],
-            "strategy.ep_size is 16, allowed: a divisor of moe.num_experts, 8",
-        ),
+        ([XL, "ep=4", "strategy.ep_size=8"], "strategy.ep_size and ep or dp"),
+        (["configs/model/llama2_moe.yaml", "ep=16"], "strategy.ep_size is 16, allowed: a divisor of"),
         ([XL, "moe.architecture=dense", "ep=2"], "strategy.ep_size is 2, allowed: 1 or null"),
     ],
 )

@@ -1,7 +1,7 @@
-"""DGMoE gives the two halves of a token distinct experts, follows its schedule, and can share one module in two pairs.
+"""DGMoE gives the two halves of a token distinct experts, hides transfers, and can share one module in two pairs.
 
-test_reference_equality.py compares outputs and gradients with Eq. 23; tests/distributed/test_double_gate.py tests
-several ranks and checkpoints.
+test_reference_equality.py compares outputs and gradients with Eq. 23, test_schedule.py the order of operators;
+tests/distributed/test_double_gate.py tests several ranks and checkpoints.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-import scmoe.moe.stream
 from scmoe.blocks.double_gate import DoubleGateBlock, add_stats, share_moe
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
@@ -94,25 +93,6 @@ def test_both_halves_count_as_load():
 # ---------------------------------------------------------------------- schedule
 
 
-@pytest.mark.parametrize("chunks", (1, 2))
-@pytest.mark.parametrize("position, slot", [(p, s) for p in (1, 2, 3) for s in range(p + 1)])
-def test_the_block_executes_the_schedules_operators_then_the_current_half(position, slot, chunks, monkeypatch):
-    log: list[str] = []
-    for name in ("encode", "decode"):
-        real = getattr(scmoe.moe.stream, name)
-        monkeypatch.setattr(scmoe.moe.stream, name, lambda *a, n=name, real=real: (log.append(n), real(*a))[1])
-    schedule = Schedule("dgmoe", f"pos{position}", slot, chunks)
-    block = double_gate_block(schedule)
-    parts = (block.moe.router, block.moe.experts, *block.sublayers)
-    for name, module in zip(("route", "experts", "attention", "mlp", "attention"), parts, strict=True):
-        module.register_forward_pre_hook(lambda *_, name=name: log.append(name))
-    block(torch.randn(2, 5, DIM, dtype=torch.float64))
-    here = [o for o in schedule.operators() if o not in ("dispatch", "combine", "current")]
-    current = [o for o in Schedule("top_k", None, 0, chunks).operators() if o not in ("dispatch", "combine")]
-    before_tap = ["attention", "mlp", "attention"][: 3 - position]
-    assert log == before_tap + here[:-1] + current + ["decode"]
-
-
 @pytest.mark.parametrize("position, slot", [(p, s) for p in (1, 2, 3) for s in range(p + 1)])
 def test_the_preceding_halfs_transfers_hide_behind_the_backbone_and_backward_mirrors_forward(position, slot):
     """Combine also hides behind the current half's experts; the current half's own transfers are exposed."""
@@ -131,14 +111,6 @@ def test_the_preceding_halfs_transfers_hide_behind_the_backbone_and_backward_mir
     assert between(log.forward, "combine 0 start", "combine 0 wait") == [*after, "experts"]
     assert between(log.forward, "dispatch 1 start", "combine 1 wait") == ["experts"]
     assert log.backward == log.forward[::-1]
-
-
-def test_impossible_blocks_are_refused():
-    norm, tap_norm, schedule = nn.LayerNorm(DIM), nn.LayerNorm(DIM), Schedule("dgmoe", "pos2")
-    with pytest.raises(ValueError, match="the block has 1 sub-layers, allowed at position pos2: 2 or more"):
-        DoubleGateBlock(tiny_sublayers()[:1], norm, tiny_stream(1), schedule, tap_norm=tap_norm)
-    with pytest.raises(ValueError, match="top_k is 2, allowed where an MoE module gates twice: 1"):
-        DoubleGateBlock(tiny_sublayers(), norm, tiny_stream(2), schedule, tap_norm=tap_norm)
 
 
 # ---------------------------------------------------------------------- DGMoE-Share

@@ -13,9 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.experiments.bench.emulated import free
-from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import ChunkCounts, Dispatcher, LocalDispatcher, Ready, Traffic
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Buffers, rows_of
@@ -24,7 +22,7 @@ from scmoe.moe.stream import MoEStream
 from scmoe.parallel.wire.all_to_all import buffer_for
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher, ReadByHost
 from scmoe.schedule.schedule import Schedule
-from tests.support.models import DIM, EXPERTS, FFN, tiny_sublayers
+from tests.support.models import DIM, EXPERTS, FFN, tiny_shortcut
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +50,7 @@ def run(
     """Runs forward and backward of a ScMoE pair, the losses on the routing included."""
     rows = rows_of(factor) if buffer is None else Buffers(buffer)
     stream = MoEStream(Router(DIM, EXPERTS, 2), Experts(DIM, FFN, EXPERTS, experts), dispatcher, rows)
-    norm, tap_norm = (torch.nn.LayerNorm(DIM) for _ in range(2))
-    parts = {"tap_norm": tap_norm, "shared_expert": torch.nn.Linear(DIM, DIM), "coefficient": CG1(DIM)}
-    block = ShortcutBlock(tiny_sublayers(), norm, stream, schedule, **parts).to("meta", dtype)
+    block = tiny_shortcut(stream, schedule).to("meta", dtype)
     x = torch.empty(2, 12, DIM, device="meta", dtype=dtype, requires_grad=True)
     y, stats = block(x, torch.empty(2, 12, dtype=torch.bool, device="meta") if masked else None)
     assert stats is not None and stats.counts_E.shape == (EXPERTS,)

@@ -6,18 +6,15 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch import nn
 
-from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.experiments.bench.emulated import EmulatedExperts, EmulatedOperator
-from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import Blocking, LocalDispatcher
 from scmoe.moe.operators import Recorder
 from scmoe.moe.router import Router
 from scmoe.planning import pricing
 from scmoe.planning.pricing import DIRECTIONS, OPERATORS, measured, noted, seconds_of
 from scmoe.schedule.schedule import Schedule
-from tests.support.models import DIM, EXPERTS, gradients, randomise, tiny_stream
+from tests.support.models import DIM, EXPERTS, gradients, randomise, tiny_shortcut, tiny_stream
 from tests.support.recording import Log, recorded_shortcut_block
 
 CPU = torch.device("cpu")
@@ -75,9 +72,8 @@ def test_measured_times_are_those_of_the_operators():
     schedule = Schedule("scmoe", "pos2", 1)
     stream = tiny_stream(1, 2.0, Blocking(LocalDispatcher()))
     stream.experts = EmulatedExperts(1000.0, EXPERTS, range(EXPERTS))
-    parts = [EmulatedOperator(ms) for ms in (1.0, 4.0, 2.0)]
-    others = {"tap_norm": nn.LayerNorm(DIM), "shared_expert": EmulatedOperator(3.0), "coefficient": CG1(DIM)}
-    block = ShortcutBlock(parts, nn.LayerNorm(DIM), stream, schedule, **others).double()
+    sublayers = [EmulatedOperator(ms) for ms in (1.0, 4.0, 2.0)]
+    block = tiny_shortcut(stream, schedule, sublayers, EmulatedOperator(3.0)).double()
     recorder = Recorder(CPU)
     block.run_as(schedule, stream.dispatcher, recorder)
     x_BSD = torch.randn(1, 6, DIM, dtype=torch.float64, requires_grad=True)

@@ -97,6 +97,7 @@ def test_the_others_exist():
     assert hasattr(nn.Module(), "_compiled_call_impl")
     assert torch._dynamo.config.recompile_limit >= 8
     assert callable(Variable._execution_engine.queue_callback)
+    assert rank_zero_only.rank == 0, "known before a Trainer exists"
     assert "_ddp_params_and_buffers_to_ignore" in inspect.getsource(DistributedDataParallel.__init__)
     assert DDPStrategy(bucket_cap_mb=3.0)._ddp_kwargs == {"bucket_cap_mb": 3.0}
     assert "backend_options._timeout" in inspect.getsource(distributed_c10d._new_process_group_helper)
@@ -195,18 +196,8 @@ def test_hooks_of_a_strategy():
     stages = {f"on_{stage}_{end}" for stage in ("validation", "test", "predict") for end in ("start", "end")}
     hooks = {
         *("on_train_start", "on_train_batch_start", "on_exception"),
-        *(
-            "setup_environment",
-            "setup",
-            "model_to_device",
-            "configure_ddp",
-            "backward",
-            "block_backward_sync",
-            "barrier",
-            "broadcast",
-            "reduce",
-            "teardown",
-        ),
+        *("setup_environment", "setup", "model_to_device", "configure_ddp", "teardown"),
+        *("backward", "block_backward_sync", "barrier", "broadcast", "reduce"),
         *("validation_step", "test_step", "predict_step"),
         *("save_checkpoint", "remove_checkpoint", "load_checkpoint", "load_model_state_dict", "optimizer_state"),
         *("lightning_module_state_dict", "restore_checkpoint_after_setup", "lightning_restore_optimizer"),
@@ -227,13 +218,8 @@ def test_a_precision_plugin_clips_by_these_names():
         assert list(inspect.signature(plugin.clip_grad_by_norm).parameters) == clip[:-1]
         assert list(inspect.signature(plugin.pre_backward).parameters) == ["self", "tensor", "module"]
     assert "self._after_closure(model, optimizer)" in inspect.getsource(Precision._wrap_closure)
-    assert "self.precision_plugin.pre_backward(closure_loss, self.lightning_module)" in inspect.getsource(
-        DDPStrategy.backward
-    )
-
-
-def test_the_rank_is_known_before_a_trainer_exists():
-    assert rank_zero_only.rank == 0
+    calls_it = "self.precision_plugin.pre_backward(closure_loss, self.lightning_module)"
+    assert calls_it in inspect.getsource(DDPStrategy.backward)
 
 
 def test_loops_that_only_compute_outputs_can_run_without_inference_mode():

@@ -61,10 +61,6 @@ def test_bf16_never_reaches_the_logits(top_k, parameters):
     assert_close(routing.logits_TE.double(), x.double() @ gate.gate.weight.double().T, 1e-6)
 
 
-def test_float64_is_not_narrowed_to_float32():
-    assert {t.dtype for t in router()(tokens())[1:]} == {torch.float64}
-
-
 def test_huge_logits_stay_finite_under_bf16_autocast():
     """Fault 28: logits of +-7e4 overflow float16, and bf16 rounds them to multiples of 256."""
     gate = Router(DIM, EXPERTS, 2)
@@ -78,9 +74,8 @@ def test_huge_logits_stay_finite_under_bf16_autocast():
     assert routing.topk_ids_TK.tolist() == [[0, 2], [1, 5], [0, 2]]
     expected = torch.tensor([1.0, 0.0]).sigmoid()[0]  # two logits that differ by 1 are not tied
     assert_close(routing.topk_weights_TK[0], torch.stack([expected, 1 - expected]), 1e-6)
-    (
-        routing.topk_weights_TK.sum() + routing.scores_TE.square().sum() + routing.logits_TE.logsumexp(-1).sum()
-    ).backward()
+    total = routing.topk_weights_TK.sum() + routing.scores_TE.square().sum() + routing.logits_TE.logsumexp(-1).sum()
+    total.backward()
     assert all(t.isfinite().all() for t in routing[1:])
     assert gate.gate.weight.grad.isfinite().all()
 

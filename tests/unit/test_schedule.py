@@ -9,18 +9,17 @@ import torch
 from torch import nn
 
 import scmoe.moe.stream
-from scmoe.blocks.shortcut import ShortcutBlock
+from scmoe.blocks.double_gate import DoubleGateBlock
 from scmoe.blocks.standard import SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP
 from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import ARCHITECTURES, SUBLAYERS, Schedule
-from tests.support.models import DIM, FFN, tiny_stream, tiny_sublayers
+from tests.support.models import DIM, FFN, tiny_shortcut, tiny_stream, tiny_sublayers
 
 EVERY_WINDOW = [Schedule(name, position) for name, each in ARCHITECTURES.items() for position in each or (None,)]
 EVERY_SLOT = [schedule for window in EVERY_WINDOW for schedule in slots(window)]
-WITHOUT_DGMOE = [s for s in EVERY_SLOT if s.architecture != "dgmoe"]  # test_double_gate.py tests dgmoe
 
 
 def test_windows_are_the_papers():
@@ -97,10 +96,15 @@ def test_impossible_schedules_are_refused(arguments, message):
         Schedule(*arguments)
 
 
-def test_shortcut_block_refuses_too_few_sublayers():
-    parts = {"tap_norm": nn.LayerNorm(DIM), "shared_expert": MLP(DIM, FFN), "coefficient": CG1(DIM)}
-    with pytest.raises(ValueError, match="the block has 1 sub-layers, allowed at position pos2: 2 or more"):
-        ShortcutBlock(tiny_sublayers()[:1], nn.LayerNorm(DIM), tiny_stream(), Schedule("scmoe", "pos2"), **parts)
+def test_impossible_blocks_are_refused():
+    norm, tap_norm, twice = nn.LayerNorm(DIM), nn.LayerNorm(DIM), Schedule("dgmoe", "pos2")
+    too_few = "the block has 1 sub-layers, allowed at position pos2: 2 or more"
+    with pytest.raises(ValueError, match=too_few):
+        tiny_shortcut(tiny_stream(), Schedule("scmoe", "pos2"), tiny_sublayers()[:1])
+    with pytest.raises(ValueError, match=too_few):
+        DoubleGateBlock(tiny_sublayers()[:1], norm, tiny_stream(1), twice, tap_norm=tap_norm)
+    with pytest.raises(ValueError, match="top_k is 2, allowed where an MoE module gates twice: 1"):
+        DoubleGateBlock(tiny_sublayers(), norm, tiny_stream(2), twice, tap_norm=tap_norm)
 
 
 # The order in which the blocks run
@@ -120,7 +124,8 @@ class LoggingDispatcher(LocalDispatcher):
 
 
 def executed(schedule: Schedule, capacity_factor: float | None, monkeypatch) -> tuple[str, ...]:
-    """Returns the operators in the order in which a block starts them, from the tap on."""
+    """Returns the operators in the order in which a block starts them, from the tap on. "current" of dgmoe is its
+    second MoE module."""
     log: list[str] = []
 
     def logged(f, name: str):
@@ -128,7 +133,8 @@ def executed(schedule: Schedule, capacity_factor: float | None, monkeypatch) -> 
 
     for name in ("encode", "decode"):
         monkeypatch.setattr(scmoe.moe.stream, name, logged(getattr(scmoe.moe.stream, name), name))
-    stream = tiny_stream(2, capacity_factor, LoggingDispatcher(log))
+    dispatcher = LoggingDispatcher(log)
+    stream = tiny_stream(1 if schedule.architecture == "dgmoe" else 2, capacity_factor, dispatcher)
     sublayers, norm, shared_expert = tiny_sublayers(), nn.LayerNorm(DIM), MLP(DIM, FFN)
     named = zip(
         ("route", "experts", "shared_expert", "attention", "mlp", "attention"),
@@ -141,11 +147,12 @@ def executed(schedule: Schedule, capacity_factor: float | None, monkeypatch) -> 
         block = TopKBlock(sublayers, norm, stream, schedule)
     elif schedule.architecture == "shared_expert":
         block = SharedExpertBlock(sublayers, norm, stream, schedule, shared_expert=shared_expert, coefficient=CG1(DIM))
+    elif schedule.architecture == "dgmoe":
+        block = DoubleGateBlock(sublayers, norm, stream, schedule, tap_norm=nn.LayerNorm(DIM))
     else:
-        parts = {"tap_norm": nn.LayerNorm(DIM), "shared_expert": shared_expert, "coefficient": CG1(DIM)}
-        block = ShortcutBlock(sublayers, norm, stream, schedule, **parts)
+        block = tiny_shortcut(stream, schedule, sublayers, shared_expert)
     block.double()(torch.randn(2, 5, DIM, dtype=torch.float64))
-    before_tap = len(log) - len(schedule.operators())
+    before_tap = 3 - schedule.sublayers_after_tap
     assert log[:before_tap] == ["attention", "mlp", "attention"][:before_tap]
     return tuple(log[before_tap:])
 
@@ -153,6 +160,10 @@ def executed(schedule: Schedule, capacity_factor: float | None, monkeypatch) -> 
 @pytest.mark.parametrize("capacity_factor", (None, 2.0), ids=("dropless", "capacity"))
 @pytest.mark.parametrize("chunks", (1, 2, 3))
 def test_blocks_execute_the_operators_of_their_schedule(chunks, capacity_factor):
-    for schedule in [replace(schedule, chunks=chunks) for schedule in WITHOUT_DGMOE]:
+    for schedule in [replace(schedule, chunks=chunks) for schedule in EVERY_SLOT]:
+        expected = schedule.operators()
+        if "current" in expected:  # the second module runs before the first one's decode
+            *before, _, decode = expected
+            expected = (*before, *Schedule("top_k", chunks=chunks).operators(), decode)
         with pytest.MonkeyPatch.context() as monkeypatch:
-            assert executed(schedule, capacity_factor, monkeypatch) == schedule.operators(), schedule
+            assert executed(schedule, capacity_factor, monkeypatch) == expected, schedule

@@ -12,7 +12,7 @@ from scmoe.moe.balance import integer_sums
 from scmoe.moe.layout import Buffers, Capacity, rows_of
 from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import MoEOutput
-from tests.support.models import DIM, EXPERTS, assert_close, gradients, tiny, tiny_batch, tiny_model, tiny_stream
+from tests.support.models import DIM, EXPERTS, assert_close, gradients, tiny_stream
 
 MASK_BS = torch.tensor([[True] * 8 + [False] * 4, [True] * 3 + [False] * 9])
 
@@ -150,21 +150,6 @@ def test_forward_keeps_no_state_and_streams_may_be_open_at_once():
     together = [stream.finish(state).y_BSD for state in reversed(states)]
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     assert {name: value for name, value in vars(stream).items() if not name.startswith("_")} == before
-
-
-@pytest.mark.parametrize("capacity_factor", (None, 1.0))
-def test_a_step_in_bf16_autocast_is_near_float32_and_its_losses_are_float32(capacity_factor):
-    config = tiny("moe.top_k=2", f"moe.capacity_factor={capacity_factor or 'null'}")
-    ids, _ = tiny_batch(config)
-    model = tiny_model(config, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        logits, (stats,) = model(ids)
-    (logits.float().square().mean() + stats.score_sums_E.square().sum() + stats.z_sum).backward()
-    assert stats.score_sums_E.dtype == stats.z_sum.dtype == torch.float32
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
-    exact = model(ids).logits_BSV
-    # bf16 has 8 bits, 4e-3; the median, since a token whose two best experts tie may go to the other one
-    assert (logits.float() - exact).abs().median() < 0.05 * exact.std()
 
 
 def test_rows_travel_in_the_dtype_of_autocast():

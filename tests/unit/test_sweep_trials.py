@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,8 @@ import yaml
 
 from scmoe.config.extras import scmoe
 from scmoe.experiments.engine.command_line import call
-from tests.support.commands import Done
+from tests.support.commands import ROOT, Done
 
-ROOT = Path(__file__).parents[2]
 SWEEP: dict[str, Any] = {
     "program": "experiments/train.py",
     "command": [
@@ -35,20 +35,31 @@ SWEEP: dict[str, Any] = {
 }
 
 
+def words_of(folder: Path, pause: str = "0@0", **changes: Any) -> list[str]:
+    """Writes the sweep s.yaml with these changes, and returns the command that runs it."""
+    config = {**SWEEP, **changes}
+    config["command"] = [pause if word == "0@0" else word for word in config["command"]]
+    (folder / "s.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return ["sweep", str(folder / "s.yaml"), "--local", f"runs_dir={folder}"]
+
+
 @pytest.fixture
-def start(tmp_path):
-    """Returns a function that starts the sweep of a file with these changes, and returns its process."""
+def sweep(tmp_path, monkeypatch, capsys) -> Callable[..., Done]:
+    """Returns a function that runs the sweep in this process."""
 
-    def start(name: str = "s", pause: str = "0@0", **changes: Any) -> subprocess.Popen[str]:
-        config = {**SWEEP, **changes}
-        config["command"] = [pause if word == "0@0" else word for word in config["command"]]
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        words = [str(tmp_path / f"{name}.yaml"), "--local", f"runs_dir={tmp_path}"]
-        pipe = subprocess.PIPE
-        command = [sys.executable, "-m", "experiments.sweep", *words]
-        return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    def sweep(**changes: Any) -> Done:
+        code = call(*words_of(tmp_path, **changes))
+        return Done(code, *capsys.readouterr())
 
-    return start
+    monkeypatch.chdir(ROOT)
+    return sweep
+
+
+def start(folder: Path, pause: str) -> subprocess.Popen[str]:
+    verb, *words = words_of(folder, pause)
+    command = [sys.executable, "-m", f"experiments.{verb}", *words]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
 def end(process: subprocess.Popen[str]) -> Done:
@@ -56,12 +67,12 @@ def end(process: subprocess.Popen[str]) -> Done:
     return Done(process.returncode, out, err)
 
 
-def rows(tmp_path: Path, name: str = "s") -> list[dict[str, str]]:
-    with (tmp_path / "sweeps" / name / "results.csv").open(newline="") as file:
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "sweeps/s/results.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def until(there: Any) -> None:
+def until(there: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not there():
         assert time.monotonic() < deadline, "it takes too long"
@@ -74,19 +85,20 @@ def alive(folder: Path) -> list[str]:
     return [pid for pid in found if int(pid) != os.getpid()]
 
 
-def test_a_failed_trial_is_marked_and_the_best_is_named(start, tmp_path):
-    done = end(start(project="mine"))
+def test_failed_trials_are_marked_and_the_best_is_named(sweep, tmp_path):
+    """The third trial raises, and the fourth one ends with NaN."""
+    changes = {"project": "mine", "parameters": {"optim.lr": {"values": [1e-1, 1e-2, 1.0, 0.5]}}}
+    done = sweep(**changes)
     best = done.summary.pop("best")
-    assert done.summary | {"best": None} == {"trials": 4, "finished": 3, "failed": 1, "best": None}
+    assert done.summary | {"best": None} == {"trials": 4, "finished": 2, "failed": 2, "best": None}
     assert (best["trial"], best["val/loss"]) == (2, pytest.approx(1 / 6))
-    assert [row["state"] for row in rows(tmp_path)] == ["finished", "finished", "failed", "finished"]
-    assert rows(tmp_path)[2]["reason"] == "exit code 1: FloatingPointError: [no] number"
+    states, reasons = zip(*((row["state"], row["reason"]) for row in rows(tmp_path)), strict=True)
+    assert states == ("finished", "finished", "failed", "failed")
+    assert reasons[2:] == ("exit code 1: FloatingPointError: [no] number", "its last val/loss is nan")
     lines = [line for line in done.err.splitlines() if line.startswith("trial ")]
-    assert [line.split(":")[0] for line in lines] == [
-        f"trial {i} of 4 {row['state']}" for i, row in enumerate(rows(tmp_path), 1)
-    ]
+    assert [line.split(":")[0] for line in lines] == [f"trial {i} of 4 {s}" for i, s in enumerate(states, 1)]
     assert all("left" in line for line in lines[:-1]), "each line but the last shows the time that is left"
-    again = end(start(project="mine"))
+    again = sweep(**changes)
     assert again.out == done.out
     assert again.err.splitlines()[0] == "4 trials have ended already"
     configs = sorted((tmp_path / "sweeps/s").glob("trial-*/*/config.yaml"))
@@ -98,16 +110,9 @@ def test_a_failed_trial_is_marked_and_the_best_is_named(start, tmp_path):
     assert "optim.lr" in (tmp_path / "sweeps/s/summary.md").read_text()
 
 
-def test_a_trial_that_ends_with_nan_has_failed(start, tmp_path):
-    done = end(start(parameters={"optim.lr": {"values": [0.5, 1e-3]}}))
-    assert [row["state"] for row in rows(tmp_path)] == ["failed", "finished"]
-    assert rows(tmp_path)[0]["reason"] == "its last val/loss is nan"
-    assert done.summary["best"]["trial"] == 2
-
-
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_cut_sweep_is_resumed(signum, start, tmp_path):
-    process = start(pause="0.5@0.01")
+def test_a_cut_sweep_is_resumed(signum, sweep, tmp_path):
+    process = start(tmp_path, "0.5@0.01")
     first, second = (tmp_path / "sweeps/s" / name for name in ("trial-001", "trial-002"))
     until(lambda: any(second.glob("*/metrics.csv")))
     os.killpg(process.pid, signum)  # a terminal signals the whole group
@@ -119,68 +124,60 @@ def test_a_cut_sweep_is_resumed(signum, start, tmp_path):
     assert [row["state"] for row in rows(tmp_path)] == ["finished", "cut"]
     before = list(first.glob("*/config.yaml")) + list(second.glob("*/config.yaml"))
     assert any(second.glob("*/checkpoints/*.ckpt"))
-    again = end(start(pause="0.5@0.01"))
-    assert again.summary["finished"] == 3, "three trials finished, one failed"
+    assert sweep(pause="0.5@0.01").summary["finished"] == 3, "three trials finished, one failed"
     assert before == list(first.glob("*/config.yaml")) + list(second.glob("*/config.yaml")), "in the same directories"
     assert [row["steps"] for row in rows(tmp_path)] == ["6", "6", "0", "6"]
 
 
-def test_a_killed_sweep_keeps_its_state_and_holds_its_lock_while_its_trial_runs(start, tmp_path):
-    process = start(pause="0.3@0.1")
+def test_a_killed_sweep_keeps_its_state_and_holds_its_lock_while_its_trial_runs(sweep, tmp_path):
+    process = start(tmp_path, "0.3@0.1")
     until(lambda: any((tmp_path / "sweeps/s/trial-001").glob("*/metrics.csv")))
     process.kill()
     process.wait()
     (left,) = map(int, alive(tmp_path))
     os.kill(left, signal.SIGSTOP)  # so that it holds the lock while the next sweep starts
     try:
-        refused = end(start(pause="0.3@0.1"))
+        refused = sweep(pause="0.3@0.1")
     finally:
         os.kill(left, signal.SIGCONT)
     assert refused.code == 2
     assert "another process is running this study" in refused.err
     until(lambda: not alive(tmp_path))
-    assert end(start(pause="0.3@0.1")).summary["finished"] == 3
+    assert sweep(pause="0.3@0.1").summary["finished"] == 3
 
 
-def test_hyperband_stops_trials_early(start, tmp_path):
+def test_hyperband_stops_trials_early(sweep, tmp_path):
     rule = {"type": "hyperband", "min_iter": 2, "eta": 4}
     space = {"optim.lr": {"values": [1e-2, 1e-5]}}
-    done = end(start(pause="0.5@1e-5", early_terminate=rule, parameters=space))
+    done = sweep(pause="0.5@1e-5", early_terminate=rule, parameters=space)
     assert [row["state"] for row in rows(tmp_path)] == ["finished", "stopped"]
     assert int(rows(tmp_path)[1]["steps"]) < 6
     assert (done.summary["finished"], done.summary["best"]["trial"]) == (2, 1)
 
 
-def test_a_changed_file_is_refused_and_a_higher_run_cap_is_not(start, tmp_path):
-    assert end(start(run_cap=1)).code == 0
-    changed = end(start(run_cap=1, parameters={"optim.lr": {"value": 0.5}}))
-    assert changed.code == 2
-    assert "parameters is not as it was" in changed.err
-    assert end(start(run_cap=2)).summary["trials"] == 2
-
-
-def test_a_changed_config_is_refused_and_the_best_one_stays(start, tmp_path):
-    base, command = tmp_path / "base.yaml", list(SWEEP["command"])
+def test_a_changed_sweep_or_config_is_refused_and_a_higher_run_cap_is_not(sweep, tmp_path):
+    base = tmp_path / "base.yaml"
     base.write_text(f"extends: {ROOT}/configs/debug.yaml\n")
-    command[command.index("configs/debug.yaml")] = str(base)
-    assert end(start(run_cap=1, command=command)).code == 0
+    command = [str(base) if word == "configs/debug.yaml" else word for word in SWEEP["command"]]
+    assert sweep(run_cap=1, command=command).code == 0
     best = (tmp_path / "sweeps/s/best.yaml").read_bytes()
+    changed = sweep(run_cap=1, command=command, parameters={"optim.lr": {"value": 0.5}})
+    assert changed.code == 2 and "parameters is not as it was" in changed.err
     base.write_text(f"extends: {ROOT}/configs/debug.yaml\nseed: 5\n")
-    changed = end(start(run_cap=1, command=command))
+    changed = sweep(run_cap=1, command=command)
     assert changed.code == 2 and f"{base} is not as it was" in changed.err
     assert (tmp_path / "sweeps/s/best.yaml").read_bytes() == best
+    base.write_text(f"extends: {ROOT}/configs/debug.yaml\n")
+    assert sweep(run_cap=2, command=command).summary["trials"] == 2
 
 
-def test_a_metric_that_is_never_logged_ends_the_sweep_with_its_name(start):
-    done = end(start(metric={"name": "val/los"}))
-    assert done.code == 2
-    assert "metric.name is 'val/los', which trial 1 has not logged, allowed: val/loss" in done.err
-
-
-def test_a_sweep_with_only_failed_trials_is_an_error(start):
-    done = end(start(parameters={"optim.lr": {"values": [1, 1.0]}}))
+def test_a_sweep_without_a_result_is_an_error(sweep):
+    done = sweep(parameters={"optim.lr": {"values": [1, 1.0]}})
     assert done.code == 1
     assert json.loads(done.out) == {"trials": 2, "finished": 0, "failed": 2, "best": None}
+    done = sweep(metric={"name": "val/los"}, name="misspelt")
+    assert done.code == 2
+    assert "metric.name is 'val/los', which trial 1 has not logged, allowed: val/loss" in done.err
 
 
 def test_a_wrong_request_is_answered_in_one_line(capsys, monkeypatch):

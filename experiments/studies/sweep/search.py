@@ -40,13 +40,10 @@ class Trial:
 
 
 def best(sweep: Sweep, trials: Sequence[Trial]) -> Trial | None:
+    """Return the first of the finished trials with the best value; None: there is none."""
     sign = 1 if sweep.minimize else -1
-    values = [
-        (sign * trial.value, i)
-        for i, trial in enumerate(trials)
-        if trial.state == "finished" and trial.value is not None
-    ]
-    return trials[min(values)[1]] if values else None
+    judged = [trial for trial in trials if trial.state == "finished" and trial.value is not None]
+    return min(judged, key=lambda trial: sign * (trial.value or 0.0), default=None)
 
 
 def target_reached(sweep: Sweep, trials: Sequence[Trial]) -> bool:
@@ -112,8 +109,7 @@ def bands(rule: dict[str, Any]) -> list[int]:
     """Return the numbers of values at which a trial is judged: max_iter / eta^i, i = 1..s, or min_iter * eta^i."""
     eta = rule.get("eta", 3)
     if "max_iter" in rule:
-        places = [int(rule["max_iter"] / eta**i) for i in range(1, rule["s"] + 1)]
-        return sorted({place for place in places if place >= 1})
+        return sorted({int(rule["max_iter"] / eta**i) for i in range(1, rule["s"] + 1)} - {0})
     return [int(rule["min_iter"] * eta**i) for i in range(20)]
 
 

@@ -251,11 +251,11 @@ def read_axis(name: str, spec: Any, method: str) -> Axis:
         raise refusal(key, spec, "a mapping with value, values, or a distribution")
     if "parameters" in spec:
         raise ConfigError(f"{key} is nested, allowed: its fields by dotted names, such as {name}.x")
+    are_ints = checks.is_int(spec.get("min")) and checks.is_int(spec.get("max"))
     kind = spec.get("distribution")
     if kind is None:
         guesses = {"value": "constant", "probabilities": "categorical_w_probabilities", "values": "categorical"}
-        integers = checks.is_int(spec.get("min")) and checks.is_int(spec.get("max"))
-        guess = "int_uniform" if integers else "uniform"
+        guess = "int_uniform" if are_ints else "uniform"
         kind = next((guess for given, guess in guesses.items() if given in spec), guess)
     if kind not in DISTRIBUTIONS:
         raise refusal(f"{key}.distribution", kind, " | ".join(DISTRIBUTIONS))
@@ -267,7 +267,7 @@ def read_axis(name: str, spec: Any, method: str) -> Axis:
     shares, values = spec.get("probabilities"), spec.get("values", [])
     if shares and not (len(shares) == len(values) and all(checks.is_number(share) and share >= 0 for share in shares)):
         raise refusal(f"{key}.probabilities", shares, "a number for each value, 0 or more")
-    if kind == "int_uniform" and not (checks.is_int(spec["min"]) and checks.is_int(spec["max"])):
+    if kind == "int_uniform" and not are_ints:
         raise refusal(f"{key}.min", spec["min"], "whole numbers for min and max of int_uniform")
     if "min" in spec and spec["min"] >= spec["max"]:
         raise refusal(f"{key}.min", spec["min"], f"less than max, {spec['max']}")

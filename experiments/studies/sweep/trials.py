@@ -5,15 +5,13 @@
                              lock  states/  logs/   experiments/studies/jobs.py
 """
 
-import csv
 import json
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,7 @@ from scmoe.experiments.studies.batch import Batch, Watch
 from scmoe.experiments.studies.jobs import Job, State, digest_of, lock_of, write_whole
 from scmoe.experiments.studies.sweep.search import Trial, best, hopeless, propose, total
 from scmoe.experiments.studies.sweep.sweep_file import Sweep, words
-
-# The agent calls `python`, which must be this interpreter, and keeps its notes in the sweep's folder.
-SETTINGS = 'PATH="$0:$PATH"; export PATH WANDB_DIR="$1"; shift; exec "$@"'
+from scmoe.runs.seen import SeenRun
 
 
 def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
@@ -40,10 +36,12 @@ def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
     def next_job() -> Job | None:
         trials = [trial_of(job) for job in jobs]
         if trials and trials[-1].state == "finished" and not trials[-1].history:
-            raise ConfigError(_unknown_metric(sweep, trials[-1]))
+            rows, number = SeenRun(Path(trials[-1].run_dir)).metrics, trials[-1].number
+            known = ", ".join(dict.fromkeys(name for row in rows for name in row if "/" in name))
+            raise ConfigError(f"metric.name is {sweep.metric!r}, which trial {number} has not logged, allowed: {known}")
         if (proposed := propose(sweep, trials)) is None:
             return None
-        results = {key: asdict(proposed)[key] for key in ("number", "point", "parameters", "history", "steps")}
+        results = {key: vars(proposed)[key] for key in ("number", "point", "parameters", "history", "steps")}
         jobs.append(_job(sweep, State(results=results)))
         return jobs[-1]
 
@@ -77,12 +75,6 @@ def trial_of(job: Job) -> Trial:
     return Trial(**state.results, state=state.status, **facts)
 
 
-def _judge(job: Job, metric: str) -> None:
-    trial = trial_of(job)
-    if trial.history and trial.value is None:
-        job.fail(f"its last {metric} is {trial.history[-1]}")
-
-
 def _job(sweep: Sweep, state: State) -> Job:
     number, of = state.results["number"], f" of {total(sweep)}" if total(sweep) else ""
     name = f"trial-{number:03}"
@@ -93,7 +85,13 @@ def _job(sweep: Sweep, state: State) -> Job:
     folder, base = sweep.folder, sweep.base
     options = [word for word in words(state.results["parameters"]) if word.startswith("callbacks.")]
     again = [*registry.words(base.extensions, base.callbacks), *options]
-    title, judge = f"trial {number}{of}", partial(_judge, metric=sweep.metric)
+
+    def judge(job: Job) -> None:
+        trial = trial_of(job)
+        if trial.history and trial.value is None:
+            job.fail(f"its last {sweep.metric} is {trial.history[-1]}")
+
+    title = f"trial {number}{of}"
     return Job(name, title, folder, folder / name, arguments, sweep.launcher, again, judge=judge, state=state)
 
 
@@ -116,21 +114,13 @@ def _begun(sweep: Sweep) -> list[Job]:
 
 def _logged(sweep: Sweep, job: Job) -> dict[str, Any]:
     """Return the metric's history and the steps of the trial's newest run; {} before it has logged anything."""
-    metrics = next((run_dir / "metrics.csv" for run_dir in job.run_dirs()), None)
-    if metrics is None or not metrics.exists():
+    rows = next((SeenRun(run_dir).metrics for run_dir in job.run_dirs()), [])
+    if not rows:
         return {}
-    with metrics.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    history = [float(row[sweep.metric]) for row in rows if row.get(sweep.metric)]
-    steps = max((int(row["step"]) + 1 for row in rows if row.get("step")), default=0)
+    history = [row[sweep.metric] for row in rows if sweep.metric in row]
+    steps = max((int(row["step"]) + 1 for row in rows if "step" in row), default=0)
     most = int(job.state.results["parameters"].get("trainer.max_steps", sweep.base.trainer.max_steps))
     return {"history": history, "steps": min(steps, most)}  # the last validation is logged after the last step
-
-
-def _unknown_metric(sweep: Sweep, trial: Trial) -> str:
-    with (Path(trial.run_dir) / "metrics.csv").open(newline="") as file:
-        known = ", ".join(name for name in next(csv.reader(file), []) if "/" in name)
-    return f"metric.name is {sweep.metric!r}, which trial {trial.number} has not logged, allowed: {known}"
 
 
 def run_online(sweep: Sweep, say: Callable[[str], None]) -> tuple[str, int]:
@@ -159,9 +149,11 @@ def run_online(sweep: Sweep, say: Callable[[str], None]) -> tuple[str, int]:
     say(f"the sweep was created at W&B, as by:\n    wandb sweep --entity {entity} --project {project} {given}")
     say(f"agents may join from other machines, each in its copy of this folder, with:\n    {join}")
     agent = [sys.executable, "-m", "wandb", "agent", "--forward-signals", sweep_path]
-    places = [str(Path(sys.executable).parent), str(sweep.folder.absolute())]
-    command = ["/bin/sh", "-c", SETTINGS, *places, *agent]
-    process = subprocess.Popen(command, stdout=2, start_new_session=True)  # 2: standard error, for summaries of trials
+    # The agent calls `python`, which must be this interpreter, and keeps its notes in the sweep's folder.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    settings = {**os.environ, "PATH": path, "WANDB_DIR": str(sweep.folder.absolute())}
+    # 2: standard error, for summaries of trials
+    process = subprocess.Popen(agent, env=settings, stdout=2, start_new_session=True)
     stopped: list[int] = []
 
     def stop(signum: int, _: Any) -> None:
