@@ -25,7 +25,7 @@ from zipfile import ZipFile
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.mutation.mutate import copy_tree
+from tests.support.trees import copy_tree
 
 ROOT = Path(__file__).parents[1]
 SHORT = ("trainer.max_steps=2", "trainer.val_every=2", "trainer.log_every=1", "data.val_sequences=8")

@@ -55,7 +55,7 @@ def sweep(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
     return records
 
 
-def test_29_drops_are_logged_and_enough_slots_are_dropless():
+def test_drops_are_logged_and_enough_slots_are_dropless():
     """1e-12 allows products over rows with empty slots to sum in another order. A test below compares the bits."""
     ranks = run_ranks(sweep, 2)
     for records in ranks:
@@ -130,7 +130,7 @@ def exactly(rank: int, world_size: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.representative), torch.float64])
-def test_29_enough_slots_are_bit_identical_to_dropless(dtype):
+def test_enough_slots_are_bit_identical_to_dropless(dtype):
     """Compares outputs, and the gradients of tokens, gate weights and experts; these sum over both ranks' rows."""
     run_ranks(exactly, 2, dtype)
 
@@ -170,7 +170,7 @@ def pad(rank: int, world_size: int, factor: float | None) -> None:
 
 
 @pytest.mark.parametrize("factor", [None, 8.0, 0.7])
-def test_30_padding_takes_no_slot_and_changes_nothing(factor):
+def test_padding_takes_no_slot_and_changes_nothing(factor):
     run_ranks(pad, 2, factor)
 
 

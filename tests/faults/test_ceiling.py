@@ -37,7 +37,7 @@ def all_to_one(rank: int, world_size: int, ceiling: str) -> None:
         assert all(isinstance(m.dispatcher, AllToAllDispatcher) for m in module.modules() if isinstance(m, MoEStream))
 
 
-def test_31_rows_beyond_a_buffer_are_dropped_or_refused_on_all_ranks():
+def test_rows_beyond_a_buffer_are_dropped_or_refused_on_all_ranks():
     """All rows go to one of two ranks, whose buffers have room for three quarters of them."""
     run_ranks(all_to_one, 2, "1.5 moe.rows=buffers")
     message = failure(all_to_one, 2, "1.5 moe.rows=buffers moe.overflow=refuse", all_fail=True)
@@ -47,7 +47,7 @@ def test_31_rows_beyond_a_buffer_are_dropped_or_refused_on_all_ranks():
 
 
 @pytest.mark.representative
-def test_31_a_ceiling_ends_all_ranks_before_memory_is_allocated():
+def test_a_ceiling_ends_all_ranks_before_memory_is_allocated():
     message = failure(all_to_one, 2, "1.5", all_fail=True)
     assert re.search(r"CeilingError: rank 0 of .* would receive \d+ rows, allowed: 1.5 x the fair share", message)
     assert re.search(r"rank [01], later: .*CeilingError: rank 0 ", message), "the same error on both ranks"
@@ -55,14 +55,14 @@ def test_31_a_ceiling_ends_all_ranks_before_memory_is_allocated():
     run_ranks(all_to_one, 2, "null")
 
 
-def test_31_chunks_do_not_change_what_a_ceiling_allows():
+def test_chunks_do_not_change_what_a_ceiling_allows():
     """The first chunk goes to rank 0 and the second to rank 1, so that both receive their fair share."""
     rows = torch.tensor([[[[4], [0]], [[0], [4]]]] * 2)  # [sender, chunk, receiver, e]
     counts = ReadByHost(SimpleNamespace(wait=lambda: None), rows, rank=0, ceiling=1.0).wait()
     assert [chunk.traffic.received for chunk in counts] == [[4, 4], [0, 0]]
 
 
-def test_31_the_ceiling_is_a_multiple_of_the_fair_share():
+def test_the_ceiling_is_a_multiple_of_the_fair_share():
     check_ceiling([15, 5], 1.5)
     check_ceiling([0, 0], 1.0)
     with pytest.raises(MemoryError, match=r"rank 1 .* would receive 16 rows, allowed: 1.5 x the fair share of 10 "):

@@ -52,7 +52,7 @@ def save_slowly_then_train_on(rank: int, world_size: int, folder: Path, backgrou
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_fault_07_a_slow_save_holds_the_step_at_which_it_started(background, tmp_path):
+def test_a_slow_save_holds_the_step_at_which_it_started(background, tmp_path):
     assert run_ranks(save_slowly_then_train_on, 2, tmp_path, background) == [{OLD}, {OLD}]
 
 
@@ -77,7 +77,7 @@ def note_what_is_hashed(rank: int, world_size: int, folder: Path, background: bo
 
 
 @pytest.mark.parametrize("background", [pytest.param(False, marks=pytest.mark.representative), True])
-def test_fault_07_each_rank_hashes_its_own_shard_where_it_writes_it(background, tmp_path):
+def test_each_rank_hashes_its_own_shard_where_it_writes_it(background, tmp_path):
     """Otherwise rank 0 would read all shards at the end, while training waits."""
     ranks = run_ranks(note_what_is_hashed, 2, tmp_path, background)
     writer = "a thread" if background else "saving"
@@ -107,7 +107,7 @@ def work_together(rank: int, world_size: int, folder: Path) -> tuple[int, str]:
 
 
 @pytest.mark.representative
-def test_fault_07_no_rank_waits_in_one_collective_for_the_long_work_of_another(tmp_path):
+def test_no_rank_waits_in_one_collective_for_the_long_work_of_another(tmp_path):
     """Reading a checkpoint may take longer than strategy.timeout_s."""
     for asked, said in run_ranks(work_together, 2, tmp_path):
         assert asked >= 3 and said == "of rank 1"
@@ -122,7 +122,7 @@ def write_full(rank: int, world_size: int, folder: Path, background: bool) -> di
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_fault_09_one_full_file_is_read_at_any_ep_degree(background, tmp_path):
+def test_one_full_file_is_read_at_any_ep_degree(background, tmp_path):
     """Weights and moments are equal to those of the ranks that saved them."""
     expected = restored.whole(run_ranks(write_full, 2, tmp_path, background))
     path = tmp_path / "checkpoints" / LAST
@@ -148,7 +148,7 @@ def put_together_without_room(rank: int, world_size: int, folder: Path) -> str:
     return "nothing"
 
 
-def test_fault_04_no_room_for_one_full_file_is_an_error_on_every_rank(tmp_path):
+def test_no_room_for_one_full_file_is_an_error_on_every_rank(tmp_path):
     for said in run_ranks(put_together_without_room, 2, tmp_path, timeout_s=60):
         assert re.search("all.safetensors could not be written: .*File too large", said), said
     assert durable.verify(durable.newest_good(tmp_path / "checkpoints")) == OLD
@@ -159,7 +159,7 @@ def run_four_steps(rank: int, world_size: int, folder: Path, resume_from: Path |
     return dict(tiny_run.tensors(tiny_run.fit(tiny_run.tiny(world_size, *words), folder, resume_from)))
 
 
-def test_fault_08_a_run_resumed_from_one_full_file_is_bit_identical(tmp_path):
+def test_a_run_resumed_from_one_full_file_is_bit_identical(tmp_path):
     uninterrupted = run_ranks(run_four_steps, 2, tmp_path / "uninterrupted", None)
     saved = tmp_path / "uninterrupted" / "checkpoints" / "step=2.ckpt"
     assert FULL in files_of(saved)
@@ -167,7 +167,7 @@ def test_fault_08_a_run_resumed_from_one_full_file_is_bit_identical(tmp_path):
     assert all(tiny_run.same(a, b) for a, b in zip(resumed, uninterrupted, strict=True))
 
 
-def test_fault_10_all_experts_are_on_disk(tmp_path):
+def test_all_experts_are_on_disk(tmp_path):
     """One process reads all experts from a checkpoint of two ranks with four experts each; no two experts are equal."""
     ranks = run_ranks(restored.write_whole, 2, tmp_path)
     model = build_model(tiny_run.tiny(1), ParallelContext())

@@ -32,7 +32,7 @@ def graphs(rank: int, world_size: int, words: str) -> tuple[list[int], float, in
 
 
 @pytest.mark.parametrize("words", ["model.layers=4", "model.family=llama trainer.recompute=true"])
-def test_58_nothing_is_compiled_again_after_the_first_validation(words):
+def test_nothing_is_compiled_again_after_the_first_validation(words):
     """Each kind of part has a graph with gradients and one without, however many layers there are."""
     counts, loss, breaks = run_ranks(graphs, 1, f"{words} trainer.compile=true", timeout_s=280)[0]
     assert counts == [2 * len(KINDS)] * 3 and breaks == 0

@@ -71,10 +71,10 @@ def fit(rank: int, world_size: int, when: str, ep_size: int | None) -> None:
         ("added", r"ValueError: more\.experts\.w_in_eDF was added after fit had begun\. Add experts in configure"),
     ],
 )
-def test_41_experts_that_the_strategy_cannot_shard_are_refused(when, message):
+def test_experts_that_the_strategy_cannot_shard_are_refused(when, message):
     assert re.search(message, failure(fit, 2, when, None))
 
 
-def test_41_experts_in_configure_model_are_accepted():
+def test_experts_in_configure_model_are_accepted():
     run_ranks(fit, 2, "in configure_model", None)
     run_ranks(fit, 2, "in __init__", 1)  # each rank has all experts, whose gradients are averaged

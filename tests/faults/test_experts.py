@@ -58,7 +58,7 @@ def lazily(rows: Tensor, traffic: None) -> tuple[Tensor, LazyWork]:
 
 
 @pytest.mark.representative
-def test_17_buffers_are_held_until_the_wait_and_no_longer():
+def test_buffers_are_held_until_the_wait_and_no_longer():
     """This holds in forward and backward. The caller drops its rows at once, and new tensors take the free memory."""
     x = torch.randn(8, 4, requires_grad=True)
     transfer = Transfer(lazily).start(2 * x)
@@ -124,7 +124,7 @@ def assert_equal(actual: dict[str, list[Tensor]], expected: dict[str, list[Tenso
     assert smallest > 1e6 * TOLERANCE, "a gradient is too small for this comparison"
 
 
-def test_20_experts_without_a_token_have_zero_gradients(many, one):
+def test_experts_without_a_token_have_zero_gradients(many, one):
     """Half of all experts have no token. With EP 2 and EP 4, some ranks compute on no rows."""
     ranks = many["starved"]
     error, where = difference(assemble(ranks), one["starved"])
@@ -135,11 +135,11 @@ def test_20_experts_without_a_token_have_zero_gradients(many, one):
             assert any(busy[:4]) and not any(busy[4:])
 
 
-def test_21_expert_gradients_have_the_scale_of_one_process(many, one):
+def test_expert_gradients_have_the_scale_of_one_process(many, one):
     assert_equal(only(assemble(many["task"]), "experts"), only(one["task"], "experts"))
 
 
-def test_22_one_global_norm_clips_all_ranks_equally(many, one):
+def test_one_global_norm_clips_all_ranks_equally(many, one):
     """The 2-norm, which clips, all gradients and the weights after the update are equal to those of one process."""
     ours, theirs = assemble(many["clipped"]), one["clipped"]
     assert len({tuple(map(float, rank["logged"]["train/grad_norm"])) for rank in many["clipped"]}) == 1, "norms differ"
@@ -153,17 +153,17 @@ def test_22_one_global_norm_clips_all_ranks_equally(many, one):
     assert difference(*after)[0] <= TOLERANCE
 
 
-def test_23_the_router_learns_from_the_task_as_in_one_process(many, one):
+def test_the_router_learns_from_the_task_as_in_one_process(many, one):
     assert_equal(only(assemble(many["task"]), "router"), only(one["task"], "router"))
 
 
-def test_24_the_auxiliary_losses_do_not_depend_on_the_ranks(many, one):
+def test_the_auxiliary_losses_do_not_depend_on_the_ranks(many, one):
     """They are trained alone: next to the task's gradient a wrong factor would be small."""
     assert_equal(only(assemble(many["aux"]), "router"), only(one["aux"], "router"))
     assert difference(assemble(many["aux"]), one["aux"])[0] <= TOLERANCE
 
 
-def test_25_drawn_weights_do_not_depend_on_the_ranks(many, one):
+def test_drawn_weights_do_not_depend_on_the_ranks(many, one):
     """They are bit-identical, and no two experts are equal. `assemble` compares the replicas."""
     drawn = {k: v for k, v in assemble(many["task"]).items() if k.endswith(" drawn")}
     assert difference(drawn, {k: one["task"][k] for k in drawn})[0] == 0.0
@@ -211,7 +211,7 @@ def collapse(rank: int, world_size: int, logit: float) -> tuple[dict[str, float]
     return {name: float(value) for name, value in trainer.callback_metrics.items() if "moe/" in name}, said
 
 
-def test_26_a_collapsed_router_is_measured_and_named():
+def test_a_collapsed_router_is_measured_and_named():
     (metrics, said), (others, silent) = run_ranks(collapse, 2, 20.0)
     assert metrics == others, "metrics count the tokens of all ranks"
     assert (metrics["moe/load_max"], metrics["moe/load_entropy"], metrics["moe/dead_experts"]) == (8.0, 0.0, 7.0)
@@ -244,7 +244,7 @@ def huge_logits(rank: int, world_size: int) -> tuple[list[tuple[torch.dtype, flo
     return seen, [float(loss) for loss in record["logged"]["train/loss"]], finite
 
 
-def test_28_huge_logits_are_float32_under_bf16():
+def test_huge_logits_are_float32_under_bf16():
     for seen, losses, finite in run_ranks(huge_logits, 2):
         assert {dtype for dtype, _ in seen} == {torch.float32}
         assert seen[0][1] == pytest.approx(7e4, rel=1e-4), "in bf16 the logit would be 70144 or 69632"

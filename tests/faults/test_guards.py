@@ -61,7 +61,7 @@ def timeouts(rank: int, world_size: int, seconds: float) -> tuple[list[float], s
 
 
 @pytest.mark.representative
-def test_14_no_group_waits_longer_than_the_timeout():
+def test_no_group_waits_longer_than_the_timeout():
     """gloo waits half an hour by default, and new groups do not inherit the timeout of the first one. Ranks have longer
     to start."""
     assert run_ranks(timeouts, 2, 37.0) == [([START_TIMEOUT_S], {37.0})] * 2
@@ -107,7 +107,7 @@ def raise_and_save(rank: int, world_size: int, bad: int, how: str, folder: Path)
 
 @pytest.mark.parametrize("how", ["OnExceptionCheckpoint", "save_on_exception"])
 @pytest.mark.parametrize("bad", [pytest.param(0, marks=pytest.mark.representative), 1])
-def test_13_callbacks_that_save_after_an_exception_wait_for_no_rank(bad, how, tmp_path):
+def test_callbacks_that_save_after_an_exception_wait_for_no_rank(bad, how, tmp_path):
     """The other rank is in a collective of training, so saving would hang and hide the error."""
     message = failure(raise_and_save, 2, bad, how, tmp_path)
     assert message.startswith(f"rank {bad} of 2 failed first:\nTraceback")
@@ -216,12 +216,12 @@ FAILS = [(1, phase) for phase in PHASES] + [(0, "forward")]
     "rank, phase",
     [pytest.param(*fail, marks=[pytest.mark.representative] * (fail == (1, "forward"))) for fail in FAILS],
 )
-def test_13_a_rank_that_raises_ends_all_ranks_and_its_error_comes_first(tmp_path, rank, phase):
+def test_a_rank_that_raises_ends_all_ranks_and_its_error_comes_first(tmp_path, rank, phase):
     assert_all_end(start_failing(tmp_path, "raises", rank, phase, overrides=OFTEN), rank)
 
 
 @pytest.mark.parametrize("rank", (0, 1))
-def test_13_callbacks_that_save_after_an_exception_save_nothing_of_a_real_run(tmp_path, rank):
+def test_callbacks_that_save_after_an_exception_save_nothing_of_a_real_run(tmp_path, rank):
     assert_all_end(start_failing(tmp_path, "raises", rank, "step", SAVING), rank)
     assert not [*tmp_path.rglob("*.ckpt")]
 
@@ -240,7 +240,7 @@ def assert_all_end(run: subprocess.Popen[str], rank: int) -> None:
 
 @pytest.mark.parametrize("how", (signal.SIGKILL, signal.SIGSTOP))
 @pytest.mark.parametrize("rank", (0, 1))
-def test_14_a_rank_killed_or_stopped_ends_the_run(tmp_path, rank, how):
+def test_a_rank_killed_or_stopped_ends_the_run(tmp_path, rank, how):
     run = start(tmp_path, "-m", "experiments.train")
     try:
         assert any(line.startswith("step 3/") for line in run.stderr), "the run does not train"
@@ -262,7 +262,7 @@ def call(rank: int, world_size: int, silent: list[int]) -> list[int] | None:
 
 
 @pytest.mark.representative
-def test_14_a_roll_call_names_the_missing_ranks():
+def test_a_roll_call_names_the_missing_ranks():
     """The roll call has its own timeout; run_ranks would end the ranks before the groups' timeout of half an hour."""
     assert run_ranks(call, 4, [2, 3]) == [[2, 3], [], None, None]
     assert run_ranks(call, 2, [0]) == [None, [0]]
@@ -270,7 +270,7 @@ def test_14_a_roll_call_names_the_missing_ranks():
 
 
 @pytest.mark.parametrize("rank", (0, 1))
-def test_14_a_rank_that_is_stuck_is_ended(tmp_path, rank):
+def test_a_rank_that_is_stuck_is_ended(tmp_path, rank):
     """The rank is in an endless loop, so only SIGKILL can end it."""
     run = start_failing(tmp_path, "stuck", rank, "step")
     try:

@@ -84,7 +84,7 @@ def trained(request, tmp_path_factory) -> tuple[Path, Tensor]:
 # ---------------------------------------------------------------------- 56: a checkpoint that is a directory
 
 
-def test_56_load_from_checkpoint_reads_a_directory_of_any_number_of_ranks(trained):
+def test_load_from_checkpoint_reads_a_directory_of_any_number_of_ranks(trained):
     checkpoint, expected = trained
     assert checkpoint.is_dir()
     module = Model.load_from_checkpoint(checkpoint)
@@ -93,13 +93,13 @@ def test_56_load_from_checkpoint_reads_a_directory_of_any_number_of_ranks(traine
         torch.testing.assert_close(torch.cat([module.moe(rows)[0] for (rows,) in data()]), expected, rtol=0, atol=1e-6)
 
 
-def test_56_a_trainer_without_the_strategy_reads_a_directory(trained):
+def test_a_trainer_without_the_strategy_reads_a_directory(trained):
     checkpoint, expected = trained
     (first, second) = Trainer(devices=1, **QUIET).predict(Model(16), data(), ckpt_path=checkpoint)
     torch.testing.assert_close(torch.cat([first, second]), expected, rtol=0, atol=1e-6)
 
 
-def test_56_a_damaged_directory_is_refused_and_other_checkpoints_are_read_as_before(trained, tmp_path):
+def test_a_damaged_directory_is_refused_and_other_checkpoints_are_read_as_before(trained, tmp_path):
     checkpoint, _ = trained
     trainer = Trainer(devices=1, max_steps=1, enable_checkpointing=False, **QUIET)
     trainer.fit(Model(16), data())
@@ -113,7 +113,7 @@ def test_56_a_damaged_directory_is_refused_and_other_checkpoints_are_read_as_bef
         Model.load_from_checkpoint(broken)
 
 
-def test_56_this_librarys_own_modules_say_what_load_from_checkpoint_lacks():
+def test_this_librarys_own_modules_say_what_load_from_checkpoint_lacks():
     with pytest.raises(TypeError, match=r"LanguageModel\.load_from_checkpoint lacks make_model\."):
         LanguageModel.load_from_checkpoint("runs/latest")
 
@@ -216,35 +216,35 @@ def users(tmp_path_factory) -> list[dict[str, Any]]:
     return run_ranks(used, 2, tmp_path_factory.mktemp("users"))
 
 
-def test_56_a_checkpoint_that_is_saved_after_fit_is_complete_at_once(users):
+def test_a_checkpoint_that_is_saved_after_fit_is_complete_at_once(users):
     """Also with async_checkpoint: nothing would complete it later."""
     for found in users:
         assert found["after True"] == ["after-True.ckpt"]
         assert found["after False"] == ["after-False.ckpt", "after-True.ckpt"]
 
 
-def test_56_prediction_with_a_checkpoint_leaves_the_optimizers_of_fit_alone(users):
+def test_prediction_with_a_checkpoint_leaves_the_optimizers_of_fit_alone(users):
     assert [found["foreign state"] for found in users] == [0, 0]
 
 
-def test_56_other_optimizers_than_the_checkpoints_are_refused_by_group(users):
+def test_other_optimizers_than_the_checkpoints_are_refused_by_group(users):
     for found in users:
         assert "1 parameter groups of optimizer 0, which begin with moe." in found["groups"]
 
 
-def test_56_strict_loading_and_on_load_checkpoint_are_honoured_or_refused(users):
+def test_strict_loading_and_on_load_checkpoint_are_honoured_or_refused(users):
     for found in users:
         assert found["kept router"] and found["loaded experts"]
         assert "holds another model: model.moe.router.gate.weight is absent there" in found["strict"]
         assert "on_load_checkpoint reads checkpoint['state_dict']" in found["state_dict"]
 
 
-def test_56_nothing_outside_the_folders_of_checkpoints_is_removed(users):
+def test_nothing_outside_the_folders_of_checkpoints_is_removed(users):
     """The paths may come from another person's checkpoint."""
     assert all(found["victim"] for found in users)
 
 
-def test_04_a_folder_that_nodes_do_not_share_is_an_error_of_the_save(users):
+def test_a_folder_that_nodes_do_not_share_is_an_error_of_the_save(users):
     for found in users:
         assert "the folder must be on storage that all nodes share" in found["not shared"]
         assert found["left"] == []
@@ -259,7 +259,7 @@ def fit_averaged(rank: int, world_size: int, folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["EMAWeightAveraging", "StochasticWeightAveraging"])
-def test_57_callbacks_that_average_weights_in_a_copy_are_refused_by_name(name, tmp_path):
+def test_callbacks_that_average_weights_in_a_copy_are_refused_by_name(name, tmp_path):
     assert f"ValueError: the callback {name} keeps a copy" in failure(fit_averaged, 2, tmp_path, name)
 
 
@@ -281,7 +281,7 @@ def summarised(rank: int, world_size: int) -> tuple[int, list[str]]:
     return summarize(module).total_parameters, [line for line in said if "experts" in line]
 
 
-def test_59_a_model_summary_says_that_it_counts_this_ranks_experts():
+def test_a_model_summary_says_that_it_counts_this_ranks_experts():
     (first, said), (_, nothing) = run_ranks(summarised, 2)
     gate, expert = 16 * 8, 2 * 16 * 32
     assert first == gate + 4 * expert
@@ -292,14 +292,14 @@ def test_59_a_model_summary_says_that_it_counts_this_ranks_experts():
 
 
 @pytest.mark.parametrize("lines", ["import scmoe\n{}", "{}\nimport scmoe"], ids=["before Lightning", "after Lightning"])
-def test_60_importing_scmoe_makes_the_strategy_known(lines):
+def test_importing_scmoe_makes_the_strategy_known(lines):
     program = lines.format("from lightning.pytorch import Trainer")
     program += '\nprint(type(Trainer(strategy="expert_parallel", accelerator="cpu", logger=False).strategy).__name__)'
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.stdout == "ExpertParallelStrategy\n", done.stderr
 
 
-def test_60_importing_scmoe_imports_neither_torch_nor_lightning():
+def test_importing_scmoe_imports_neither_torch_nor_lightning():
     program = "import sys, scmoe; print({'torch', 'lightning'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "set()\n"
 
@@ -316,7 +316,7 @@ def fit_by_name(rank: int, world_size: int, strategy: str, clip: float | None = 
         return torch.cat([module.moe(rows)[0] for (rows,) in data()])
 
 
-def test_60_a_trainer_takes_the_strategy_by_name_and_clips_as_with_ddp():
+def test_a_trainer_takes_the_strategy_by_name_and_clips_as_with_ddp():
     """With `ddp` every rank trains all experts, so the result is the same but for the order of sums."""
     (split, _), (whole, _) = run_ranks(fit_by_name, 2, "expert_parallel"), run_ranks(fit_by_name, 2, "ddp")
     torch.testing.assert_close(split, whole, rtol=0, atol=1e-5)
@@ -337,7 +337,7 @@ def handlers(rank: int, world_size: int) -> dict[str, list[Any]]:
     return found
 
 
-def test_12_after_a_run_ctrl_c_and_sigterm_do_what_they_did_before():
+def test_after_a_run_ctrl_c_and_sigterm_do_what_they_did_before():
     """In a notebook Ctrl-C is KeyboardInterrupt again."""
     before, *after = run_ranks(handlers, 1)[0].values()
     assert after == [before] * 4
@@ -357,11 +357,11 @@ def test_12_after_a_run_ctrl_c_and_sigterm_do_what_they_did_before():
     ],
     ids=str,
 )
-def test_51_arguments_that_no_run_could_have_are_refused(arguments, message):
+def test_arguments_that_no_run_could_have_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         ExpertParallelStrategy(**arguments)
 
 
-def test_54_float16_without_a_scaler_is_refused_too():
+def test_float16_without_a_scaler_is_refused_too():
     with pytest.raises(ValueError, match=r"trainer\.precision is 16-true, allowed: 32-true, bf16-mixed"):
         Trainer(devices=2, strategy=ExpertParallelStrategy(), plugins=[HalfPrecision("16-true")], **QUIET)
