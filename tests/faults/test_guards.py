@@ -42,7 +42,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 ROOT = Path(__file__).parents[2]
 
 
-# ---------------------------------------------------------------------- 14: how long a rank waits
+# ---------------------------------------------------------------------- how long a rank waits
 
 
 def timeouts(rank: int, world_size: int, seconds: float) -> tuple[list[float], set[float]]:
@@ -69,7 +69,7 @@ def test_no_group_waits_longer_than_the_timeout():
     assert ExpertParallelStrategy().timeout == timedelta(minutes=5)
 
 
-# ---------------------------------------------------------------------- 13: callbacks that save after an exception
+# ---------------------------------------------------------------------- callbacks that save after an exception
 
 
 class Broken(RuntimeError):
@@ -118,7 +118,7 @@ def test_callbacks_that_save_after_an_exception_wait_for_no_rank(bad, how, tmp_p
     assert left == {"step=2.ckpt": 2, **last}, "the checkpoint is whole, and the link to it is kept"
 
 
-# ---------------------------------------------------------------------- 13, 14: a real run, whose ranks are processes
+# ---------------------------------------------------------------------- a real run, whose ranks are processes
 
 # The train command with a rank that fails. argv: how, that rank, where, in which call, then the command's arguments.
 FAILING = """

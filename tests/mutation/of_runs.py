@@ -103,7 +103,7 @@ MUTANTS = (
     Mutant("optimizers-read-for-a-test", f"{LIGHTNING}/strategy.py")
     .replaces("self.optimizers if seam.is_fitting(self.module.trainer) else []", "self.optimizers")
     .caught_by(
-        f"{FAULTS}/test_lightning_users.py::test_prediction_with_a_checkpoint_leaves_the_optimizers_of_fit_alone"
+        f"{FAULTS}/test_lightning_users.py::test_loading_changes_no_optimizer_of_fit_and_refuses_other_groups_and_hooks"
     ),
     Mutant("anything-removed", f"{LIGHTNING}/strategy.py")
     .replaces('return path.name != ".." and (inside or of_tuner)', "return bool(path.name) or inside or of_tuner")
@@ -177,7 +177,7 @@ MUTANTS = (
     .caught_by(f"{FAULTS}/test_collectives.py::test_every_kind_of_collective_is_watched"),
     Mutant("early-experts-accepted", f"{PARALLEL}/mesh.py")
     .replaces("isinstance(child, Experts) and child.expert_ids", "child is None and child.expert_ids")
-    .caught_by(f"{FAULTS}/test_early_experts.py::test_experts_that_the_strategy_cannot_shard_are_refused"),
+    .caught_by(f"{FAULTS}/test_lightning_users.py::test_experts_that_the_strategy_cannot_shard_are_refused"),
     Mutant("averaging-copies-accepted", f"{LIGHTNING}/guarded_update.py")
     .replaces("        if isinstance(callback, COPYING):\n", "        if callback is COPYING:\n")
     .caught_by(f"{FAULTS}/test_lightning_users.py::test_callbacks_that_average_weights_in_a_copy_are_refused_by_name"),
