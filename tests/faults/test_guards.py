@@ -174,12 +174,11 @@ def start(
 
 
 def start_failing(
-    tmp_path: Path, how: str, rank: int, phase: str, before: str = "", overrides: tuple[str, ...] = ENDLESS
+    tmp_path: Path, how: str, rank: int, phase: str, timeout_s: float = TIMEOUT_S, overrides: tuple[str, ...] = ENDLESS
 ) -> subprocess.Popen[str]:
     script = tmp_path / "failing.py"
-    script.write_text(before + FAILING)
+    script.write_text(FAILING)
     place, call = PHASES[phase]
-    timeout_s = LONG_S if how == "raises" else TIMEOUT_S  # connections close, so no rank waits that long
     return start(tmp_path, str(script), how, str(rank), place, str(call), overrides=overrides, timeout_s=timeout_s)
 
 
@@ -194,21 +193,6 @@ def end(run: subprocess.Popen[str]) -> None:
     run.wait()
 
 
-# This code adds callbacks that save after an exception; it comes before FAILING.
-SAVING = """
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from scmoe.training.run import train
-build_callbacks = train.build_callbacks
-def and_more(config, run_dir):
-    callbacks = build_callbacks(config, run_dir)
-    for callback in callbacks:
-        if isinstance(callback, ModelCheckpoint):
-            callback.save_on_exception = True
-    return [*callbacks, OnExceptionCheckpoint(config.runs_dir)]
-train.build_callbacks = and_more
-"""
-
-
 FAILS = [(1, phase) for phase in PHASES] + [(0, "forward")]
 
 
@@ -217,17 +201,7 @@ FAILS = [(1, phase) for phase in PHASES] + [(0, "forward")]
     [pytest.param(*fail, marks=[pytest.mark.representative] * (fail == (1, "forward"))) for fail in FAILS],
 )
 def test_a_rank_that_raises_ends_all_ranks_and_its_error_comes_first(tmp_path, rank, phase):
-    assert_all_end(start_failing(tmp_path, "raises", rank, phase, overrides=OFTEN), rank)
-
-
-@pytest.mark.parametrize("rank", (0, 1))
-def test_callbacks_that_save_after_an_exception_save_nothing_of_a_real_run(tmp_path, rank):
-    assert_all_end(start_failing(tmp_path, "raises", rank, "step", SAVING), rank)
-    assert not [*tmp_path.rglob("*.ckpt")]
-
-
-def assert_all_end(run: subprocess.Popen[str], rank: int) -> None:
-    """All ranks end, and the first traceback is that of the broken rank."""
+    run = start_failing(tmp_path, "raises", rank, phase, LONG_S, OFTEN)  # connections close, so no rank waits that long
     try:
         _, said = run.communicate(timeout=2 * LONG_S)  # until every rank has closed its stderr
     finally:
