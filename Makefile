@@ -197,7 +197,7 @@ ci: lint  ## run lint, types, docs, the wheel's test and all tests: what a chang
 	@$(MAKE) --no-print-directory test
 
 clean:  ## remove caches and build leftovers (keeps .venv, runs/ and .cache/)
-	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist mutants *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './runs/*' -prune -exec rm -rf {} +
 	@echo "clean: caches and build leftovers are gone"
 	@echo "clean: kept $(VENV), runs/ and .cache/ (prepared data); rm -r them by hand"
