@@ -8,6 +8,7 @@ EP = f"{DIST}/test_negative_controls.py::test_with_nothing_broken_two_ranks_equa
 DP = f"{DIST}/test_strategy.py::test_a_run_resumed_in_another_layout_equals_an_uninterrupted_one[2-ep_sizes0]"
 TWO_HOPS = f"{DIST}/test_hierarchical.py::test_two_hops_change_no_bit"
 FOUR = f"{DIST}/test_sharded.py::test_four_ranks_equal_one"
+NOT_FINITE = f"{FAULTS}/test_not_finite.py::test_a_number_that_is_not_finite_stops_all_ranks_before_the_update"
 RUNS = f"{DIST}/test_sharded_runs.py"
 
 MUTANTS = (
@@ -34,7 +35,7 @@ MUTANTS = (
     .caught_by(f"{UNIT}/test_pacing.py::test_an_error_of_rows_reaches_both_that_wait_for_them"),
     Mutant("rows-left-grouped-by-sender", f"{WIRE}/all_to_all_dispatcher.py")
     .replaces(
-        "order_R = self.experts_of_rows(counts, rows_RD.shape[0]).argsort(stable=True)",
+        "order_R = experts_of_rows(counts, rows_RD.shape[0]).argsort(stable=True)",
         "order_R = torch.arange(sum(counts.traffic.received), device=rows_RD.device)",
     )
     .caught_by(EP),
@@ -87,10 +88,10 @@ MUTANTS = (
         'getattr(module, "_ddp_params_and_buffers_to_ignore", [])}',
     )
     .caught_by(EP),
-    Mutant("norm-of-own-shards", f"{UPDATE}/clipping.py")
+    Mutant("norm-of-own-shards", f"{UPDATE}/guard.py")
     .replaces("parts[context.edp_size].append", "parts[context.world_size].append")
     .caught_by(EP),
-    Mutant("norm-of-experts-not-averaged", f"{UPDATE}/clipping.py")
+    Mutant("norm-of-experts-not-averaged", f"{UPDATE}/guard.py")
     .replaces("total_norm(gradients, device).square() / holders", "total_norm(gradients, device).square()")
     .caught_by(f"{DIST}/test_gradient_norms.py"),
     Mutant("update-despite-non-finite-norm", f"{UPDATE}/guard.py")
@@ -101,13 +102,13 @@ MUTANTS = (
         "        else:\n            self.clip_by_norm(optimizer, None)",
         "        else:\n            self.clip_by_norm(optimizer, None) if clip_val > 0 else None",
     )
-    .caught_by(f"{FAULTS}/test_not_finite.py::test_a_module_that_does_not_clip_by_norm_is_watched_too[not at all]"),
+    .caught_by(f"{NOT_FINITE}[output-not at all]"),
     Mutant("steps-by-hand-not-watched", f"{LIGHTNING}/guarded_update.py")
     .replaces(
         "            self.clip_by_norm(optimizer, None)\n        elif",
         "            assert optimizer is not None\n        elif",
     )
-    .caught_by(f"{FAULTS}/test_not_finite.py::test_a_module_that_steps_by_hand_is_watched_too[output]"),
+    .caught_by(f"{NOT_FINITE}[output-by hand]"),
     Mutant("clipping-past-strategy-accepted", f"{LIGHTNING}/guarded_update.py")
     .replaces("        elif self.norm is None:\n", "        elif self.guard is None:\n")
     .caught_by(f"{FAULTS}/test_not_finite.py::test_a_module_that_clips_by_other_means_is_refused[2]"),
@@ -124,29 +125,29 @@ MUTANTS = (
     Mutant("split-loss-not-divided", f"{UPDATE}/wrap.py")
     .replaces("else loss / self.world_size", "else loss")
     .caught_by(f"{FOUR}[clipped, EP 2]"),
-    Mutant("split-divided-by-fsdp-too", f"{PARALLEL}/dense_shards.py")
+    Mutant("split-divided-by-fsdp-too", f"{PARALLEL}/dense.py")
     .replaces("part.set_gradient_divide_factor(1.0)", "part.set_gradient_divide_factor(2.0)")
     .caught_by(f"{FOUR}[clipped, EP 2]"),
-    Mutant("split-experts-over-the-wrong-group", f"{PARALLEL}/dense_shards.py")
+    Mutant("split-experts-over-the-wrong-group", f"{PARALLEL}/dense.py")
     .replaces('split_over(context.mesh["edp"], 1)', 'split_over(context.mesh["ep"], 1)')
     .caught_by(f"{FOUR}[clipped, EP 2]"),
-    Mutant("split-copies-counted-twice", f"{PARALLEL}/dense_shards.py")
+    Mutant("split-copies-counted-twice", f"{PARALLEL}/dense.py")
     .replaces("if placement.is_replicate()), 1)", "if placement.is_replicate() and size == 0), 1)")
     .caught_by(f"{FOUR}[norm, recompute, hybrid, EP 1]"),
-    Mutant("split-gate-rounded", f"{PARALLEL}/dense_shards.py")
+    Mutant("split-gate-rounded", f"{PARALLEL}/dense.py")
     .replaces("            gather_as_kept(part, in_float32)\n", "")
     .caught_by(f"{RUNS}::test_under_bf16_mixed_matrices_are_gathered_in_bfloat16_and_gates_in_float32"),
-    Mutant("split-experts-gathered-in-the-stream", f"{PARALLEL}/dense_shards.py")
+    Mutant("split-experts-gathered-in-the-stream", f"{PARALLEL}/dense.py")
     .replaces(
         "blocks, whole = units(module), [module]",
         "apart = [[m] for m in module.modules() if type(m).__name__ == 'Experts']\n"
         "    blocks, whole = apart + units(module), [module]",
     )
     .caught_by(f"{RUNS}::test_fsdp_starts_no_collective_inside_an_open_stream"),
-    Mutant("split-sums-read-too-early", f"{UPDATE}/scatters.py")
+    Mutant("split-sums-read-too-early", f"{UPDATE}/wrap.py")
     .replaces("p.grad is not None or p.dtype", "p.dtype")
     .caught_by(f"{FOUR}[clipped, EP 2]", f"{UNIT}/test_pacing.py::test_sums_that_are_read_at_once_are_waited_for"),
-    Mutant("split-backward-ends-before-its-sums", f"{UPDATE}/scatters.py")
+    Mutant("split-backward-ends-before-its-sums", f"{UPDATE}/wrap.py")
     .replaces("            yield\n            self.wait()", "            yield")
     .caught_by(f"{UNIT}/test_pacing.py::test_backward_of_split_weights_goes_on_until_one_units_sums_are_missing"),
     Mutant("whole-weights-after-validation", f"{LIGHTNING}/lockstep.py")
