@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +40,14 @@ class Model(LightningModule):
         self.save_hyperparameters()
         self.dim, self.parallel_context = dim, ParallelContext()
 
+    def stream(self) -> MoEStream:
+        context = self.parallel_context
+        experts = Experts(self.dim, 32, 8, context.local_experts(8))
+        return MoEStream(Router(self.dim, 8, 1), experts, context.dispatcher(8))
+
     def configure_model(self) -> None:
         if not hasattr(self, "moe"):
-            context = self.parallel_context
-            experts = Experts(self.dim, 32, 8, context.local_experts(8))
-            self.moe = MoEStream(Router(self.dim, 8, 1), experts, context.dispatcher(8))
+            self.moe = self.stream()
             self.same_gate = self.moe.router.gate  # a tied weight, as that of a language model's head
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -253,7 +255,7 @@ class Early(Model):
 
     def on_train_start(self) -> None:
         if self.when == "added":
-            self.more = MoEStream(Router(16, 8, 1), Experts(16, 32, 8, range(8)), self.parallel_context.dispatcher(8))
+            self.more = self.stream()
 
 
 def fit_early(rank: int, world_size: int, when: str, ep_size: int | None) -> None:
@@ -338,7 +340,7 @@ def fit_by_name(rank: int, world_size: int) -> list[Tensor]:
         given = {"max_steps": 2, "gradient_clip_val": clip, "enable_checkpointing": False}
         trainer = Trainer(devices=world_size, strategy=strategy, **given, **QUIET)
         module = Model(16)
-        module.configure_optimizers = partial(torch.optim.SGD, module.parameters(), lr=10.0)
+        module.configure_optimizers = lambda module=module: torch.optim.SGD(module.parameters(), lr=10.0)
         trainer.fit(module, data())
         found.append(predictions_of(module))
     return found
