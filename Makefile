@@ -7,7 +7,8 @@ VENV  := .venv
 PY    := $(VENV)/bin/python
 READY := $(VENV)/.installed
 # One thread a process. Three test files run in parallel on two cores, since tests also wait: for links, servers, timeouts.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# A run ends when a worker dies: pytest-xdist would wait forever for the one that replaces it.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -166,8 +167,10 @@ test-dist: $(READY)  ## run the tests that start several processes
 test-faults: $(READY)  ## run the whole fault suite: kills, broken disks, damage, resuming, resharding
 	@$(PYTEST) -m faults $(ARGS)
 
-mutate: $(READY)  ## put known bugs into copies of the tree and check that the tests catch them
-	@$(PY) -m tests.mutation.mutate $(ARGS)
+mutate: $(READY)  ## put known bugs into a copy of the tree, then mutmut's into the core (CORE="scmoe.moe.router.*")
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist load --max-worker-restart=0 tests/mutation/mutate.py $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m mutmut run $(if $(CORE),"$(CORE)")
+	@$(PY) -m mutmut results
 
 wheel-test: $(READY)  ## build the wheel, install it away from the checkout, and run verbs there
 	@OMP_NUM_THREADS=1 $(PY) -m tests.wheel $(ARGS)
@@ -194,7 +197,7 @@ ci: lint  ## run lint, types, docs, the wheel's test and all tests: what a chang
 	@$(MAKE) --no-print-directory test
 
 clean:  ## remove caches and build leftovers (keeps .venv, runs/ and .cache/)
-	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist mutants *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './runs/*' -prune -exec rm -rf {} +
 	@echo "clean: caches and build leftovers are gone"
 	@echo "clean: kept $(VENV), runs/ and .cache/ (prepared data); rm -r them by hand"

@@ -169,10 +169,11 @@ def test_every_name_is_found_and_no_other():
         _ = scmoe.Moe
 
 
-def test_the_block_needs_no_lightning():
-    program = "import sys, scmoe; scmoe.ScMoEBlock(16, 2); print({'lightning', 'omegaconf', 'rich'} & {*sys.modules})"
+def test_importing_the_package_needs_no_torch_and_the_block_no_lightning():
+    program = "import sys, scmoe; print({'torch', 'lightning'} & {*sys.modules}); scmoe.ScMoEBlock(16, 2)"
+    program += "; print({'lightning', 'omegaconf', 'rich'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "set()\n", done.stderr
+    assert done.stdout == "set()\nset()\n", done.stderr
 
 
 # ---------------------------------------------------------------------- the examples of README and docs/

@@ -47,91 +47,68 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(weight, b[name]) for name, weight in a.items())
 
 
-def prepared(
-    world_size: int, folder: Path, background: bool, last: Any, stop_after: int | None = None
-) -> tuple[Trainer, Any, Any]:
-    config = tiny(f"position=pos2 model.dropout=0.1 strategy.ep_size=2 trainer.max_steps={len(SCORES)}", world_size)
-    seed_everything(config)
-    best = ModelCheckpoint(
-        folder, "{step}", monitor="score", mode="min", save_top_k=2, save_last=last, every_n_train_steps=1
-    )
-    trainer = build_trainer(config, [Score(stop_after), best], [])
-    trainer.strategy.async_checkpoint = background
-    trainer.limit_val_batches = 0  # otherwise Lightning saves the last step in a validation, and there is none
-    return trainer, build_module(config), build_datamodule(config)
+class Run(NamedTuple):
+    """best: the best checkpoints that the callback knows, the best first. found: weights at the end. tested: for each
+    batch of a test of the best, whether the weights were those of the best step."""
+
+    best: list[str]
+    found: dict[str, torch.Tensor]
+    tested: list[bool]
 
 
 def fit(
-    rank: int,
-    world_size: int,
     folder: Path,
     background: bool,
     last: Any,
-    resume_from: Any,
+    resume_from: Any = None,
     stop_after: int | None = None,
-) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """Returns the best paths that the callback knows, the best first, and the weights at the end."""
-    trainer, module, data = prepared(world_size, folder, background, last, stop_after)
+    test: bool = False,
+) -> Run:
+    words = f"strategy.ep_size=2 strategy.async_checkpoint={background} trainer.max_steps={len(SCORES)}"
+    config = tiny(f"position=pos2 model.dropout=0.1 {words}", 2)
+    seed_everything(config)
+    keeping: dict[str, Any] = dict(monitor="score", mode="min", save_top_k=2, save_last=last, every_n_train_steps=1)
+    score, best = Score(stop_after), ModelCheckpoint(folder, "{step}", **keeping)
+    trainer, module, data = build_trainer(config, [score, best], []), build_module(config), build_datamodule(config)
+    trainer.limit_val_batches = 0  # otherwise Lightning saves the last step in a validation, and there is none
     trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
-    best: Any = trainer.checkpoint_callback
     known = sorted(best.best_k_models, key=lambda path: best.best_k_models[path])
     assert best.best_model_path == known[0]
-    return [Path(path).name for path in known], weights(module)
+    found, tested = weights(module), list[bool]()
+    if test:
+        module.test_step = lambda batch, batch_idx: tested.append(same(weights(module), score.weights_after[4]))
+        trainer.test(module, data, ckpt_path="best", weights_only=True, verbose=False)
+    return Run([Path(path).name for path in known], found, tested)
 
 
-class Whole(NamedTuple):
-    """A run that was not interrupted. ranks: what `fit` returned. steps: of each checkpoint that it left."""
-
-    background: bool
-    folder: Path
-    ranks: list[tuple[list[str], dict[str, torch.Tensor]]]
-    steps: dict[str, int]
+def steps_in(folder: Path) -> dict[str, int]:
+    return {path.name: durable.verify(path) for path in folder.iterdir()}
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["foreground", "background"])
-def whole(request, tmp_path_factory) -> Whole:
-    folder = tmp_path_factory.mktemp("whole")
-    ranks = run_ranks(fit, 2, folder, request.param, True, None)
-    return Whole(request.param, folder, ranks, {path.name: durable.verify(path) for path in folder.iterdir()})
-
-
-def test_the_best_two_and_the_last_exist_and_are_complete(whole, tmp_path):
-    linked = run_ranks(fit, 2, tmp_path, whole.background, "link", None)
-    assert [known for known, _ in whole.ranks + linked] == [["step=4.ckpt", "step=2.ckpt"]] * 4
-    assert whole.steps == {"step=2.ckpt": 2, "step=4.ckpt": 4, "last.ckpt": 6}
-    steps = {path.name: durable.verify(path) for path in tmp_path.iterdir()}
-    assert steps == whole.steps | {"last.ckpt": 4}, "a link points to the last that was saved"
-
-
-def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one_and_keeps_the_best(whole):
-    resumed = run_ranks(fit, 2, whole.folder, whole.background, True, whole.folder / "step=4.ckpt")
-    for (known, got), (_, expected) in zip(resumed, whole.ranks, strict=True):
-        assert known == ["step=4.ckpt", "step=2.ckpt"], "the checkpoint holds the best of the first run"
-        assert same(got, expected)
+def in_all_ways(rank: int, world_size: int, folder: Path, background: bool) -> tuple[dict[str, Run], dict[str, Any]]:
+    """Returns the runs by name, and the steps of the checkpoints that they left."""
+    runs, left = {"whole": fit(folder / "whole", background, True, test=True)}, {"whole": steps_in(folder / "whole")}
+    runs["linked"], left["linked"] = fit(folder / "linked", background, "link"), steps_in(folder / "linked")
+    runs["resumed"] = fit(folder / "whole", background, True, folder / "whole/step=4.ckpt")
+    runs["stopped"] = fit(folder / "stopped", background, True, "last", stop_after=3)  # there is no last: from step 0
+    left["stopped"] = steps_in(folder / "stopped")
+    runs["from last"] = fit(folder / "stopped", background, True, "last")
+    left["from last"] = steps_in(folder / "stopped")
+    return runs, left
 
 
 @pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
-def test_a_stopped_run_resumes_from_lightning_s_own_last(whole, tmp_path):
-    """The first run finds no last checkpoint and starts from the beginning."""
-    run_ranks(fit, 2, tmp_path, whole.background, True, "last", 3)
-    assert durable.verify(tmp_path / "last.ckpt") == 3
-    resumed = run_ranks(fit, 2, tmp_path, whole.background, True, "last")
-    assert all(same(got, expected) for (_, got), (_, expected) in zip(resumed, whole.ranks, strict=True))
-    assert durable.verify(tmp_path / "last.ckpt") == len(SCORES)
-
-
-def fit_and_test_the_best(rank: int, world_size: int, folder: Path, background: bool) -> list[bool]:
-    """Returns, for each batch of the test, whether the weights were those of the best step."""
-    trainer, module, data = prepared(world_size, folder, background, True)
-    trainer.fit(module, data)
-    score, seen = trainer.callbacks[0], []
-    assert isinstance(score, Score) and same(weights(module), score.weights_after[6])
-    module.test_step = lambda batch, batch_idx: seen.append(same(weights(module), score.weights_after[4]))
-    trainer.test(module, data, ckpt_path="best", weights_only=True, verbose=False)
-    return seen
-
-
-@pytest.mark.parametrize("background", [False, True])
-def test_lightning_tests_its_own_best(background, tmp_path):
-    for seen in run_ranks(fit_and_test_the_best, 2, tmp_path, background):
-        assert seen and all(seen)
+@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+def test_the_best_two_and_the_last_are_kept_and_resumed_from(background, tmp_path):
+    (first, left), (second, _) = run_ranks(in_all_ways, 2, tmp_path, background)
+    assert left["whole"] == {"step=2.ckpt": 2, "step=4.ckpt": 4, "last.ckpt": 6}
+    assert left["linked"] == left["whole"] | {"last.ckpt": 4}, "a link points to the last that was saved"
+    assert left["stopped"]["last.ckpt"] == 3 and left["from last"]["last.ckpt"] == len(SCORES)
+    for runs in (first, second):
+        for name in ("whole", "linked", "resumed"):
+            assert runs[name].best == ["step=4.ckpt", "step=2.ckpt"], "the checkpoint holds the best of the first run"
+        whole = runs["whole"]
+        assert whole.tested and all(whole.tested), "Lightning tests its own best"
+        assert not same(whole.found, runs["stopped"].found)
+        for name in ("linked", "resumed", "from last"):
+            assert same(runs[name].found, whole.found), name

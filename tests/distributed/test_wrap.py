@@ -1,5 +1,5 @@
-"""All code that trains wraps its model with `wrap`: the Strategy, `data_parallel` and the step of the benches. Their
-gradients are those of one process, in float64 up to the order of sums.
+"""All code that trains wraps its model with `wrap`: the Strategy, the step of the benches, and `data_parallel`, which
+test_drop_in.py compares. Their gradients are those of one process, in float64 up to the order of sums.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -80,13 +79,9 @@ def of_all_callers(rank: int, world_size: int, folder: str) -> dict[str, dict[st
     trainer.fit(module, torch.utils.data.DataLoader([x_BSD], batch_size=None))
     found = {"Strategy": module.found}
     context = build_context(world_size, torch.device("cpu"), timedelta(seconds=60))
-    whole = dist.new_group()
-    for name in ("data_parallel", "paced", "ddp"):
-        model = Model(whole if name == "data_parallel" else context)
-        if name == "data_parallel":
-            wrapped = Wrapped(scmoe.data_parallel(model, whole), world_size)
-        else:
-            wrapped = wrap(model, context, name)
+    for name in ("paced", "ddp"):
+        model = Model(context)
+        wrapped = wrap(model, context, name)
         step = Step(wrapped, context)
         step.backward(step.model(x_BSD))
         found[name] = gradients(model)

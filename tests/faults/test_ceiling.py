@@ -18,7 +18,13 @@ from tests.support.trainings import tiny
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 
-def all_to_one(rank: int, world_size: int, ceiling: str) -> None:
+def all_to_one(rank: int, world_size: int, *ceilings: str) -> None:
+    """Trains once for each ceiling. All rows go to one of two ranks: twice the fair share, and no more."""
+    for ceiling in ceilings:
+        train_collapsed(world_size, ceiling)
+
+
+def train_collapsed(world_size: int, ceiling: str) -> None:
     config = tiny(f"position=pos2 moe.dropless_ceiling={ceiling} strategy.ep_size=2", world_size)
     module = build_module(config)
     configure = module.configure_model
@@ -37,32 +43,35 @@ def all_to_one(rank: int, world_size: int, ceiling: str) -> None:
         assert all(isinstance(m.dispatcher, AllToAllDispatcher) for m in module.modules() if isinstance(m, MoEStream))
 
 
-def test_31_rows_beyond_a_buffer_are_dropped_or_refused_on_all_ranks():
-    """All rows go to one of two ranks, whose buffers have room for three quarters of them."""
-    run_ranks(all_to_one, 2, "1.5 moe.rows=buffers")
-    message = failure(all_to_one, 2, "1.5 moe.rows=buffers moe.overflow=refuse", all_fail=True)
-    assert re.search(r"MemoryError: \d+ routed copies of this step did not fit", message)
-    assert re.search(r"rank [01], later: .*MemoryError: \d+ routed copies", message), "the same error on both ranks"
-    run_ranks(all_to_one, 2, "2 moe.rows=buffers moe.overflow=refuse")
+@pytest.mark.representative
+@pytest.mark.parametrize(
+    ("words", "first"),
+    [
+        ("1.5", r"CeilingError: rank 0 of .* would receive \d+ rows, allowed: 1.5 x the fair share"),
+        ("1.5 moe.rows=buffers moe.overflow=refuse", r"MemoryError: \d+ routed copies of this step did not fit"),
+    ],
+)
+def test_a_ceiling_ends_all_ranks(words, first):
+    """Before memory is allocated, or after the step in which a buffer was full. Both ranks have the same error."""
+    message = failure(all_to_one, 2, words, all_fail=True)
+    assert re.search(first, message)
+    assert re.search(rf"rank [01], later: .*{first.split()[0]}", message)
 
 
 @pytest.mark.representative
-def test_31_a_ceiling_ends_all_ranks_before_memory_is_allocated():
-    message = failure(all_to_one, 2, "1.5", all_fail=True)
-    assert re.search(r"CeilingError: rank 0 of .* would receive \d+ rows, allowed: 1.5 x the fair share", message)
-    assert re.search(r"rank [01], later: .*CeilingError: rank 0 ", message), "the same error on both ranks"
-    run_ranks(all_to_one, 2, "2")  # all rows on one of two ranks are twice the fair share, and no more
-    run_ranks(all_to_one, 2, "null")
+def test_what_a_ceiling_allows():
+    """Buffers for three quarters of the rows drop the others where that is not refused."""
+    run_ranks(all_to_one, 2, "2", "null", "1.5 moe.rows=buffers", "2 moe.rows=buffers moe.overflow=refuse")
 
 
-def test_31_chunks_do_not_change_what_a_ceiling_allows():
+def test_chunks_do_not_change_what_a_ceiling_allows():
     """The first chunk goes to rank 0 and the second to rank 1, so that both receive their fair share."""
     rows = torch.tensor([[[[4], [0]], [[0], [4]]]] * 2)  # [sender, chunk, receiver, e]
     counts = ReadByHost(SimpleNamespace(wait=lambda: None), rows, rank=0, ceiling=1.0).wait()
     assert [chunk.traffic.received for chunk in counts] == [[4, 4], [0, 0]]
 
 
-def test_31_the_ceiling_is_a_multiple_of_the_fair_share():
+def test_the_ceiling_is_a_multiple_of_the_fair_share():
     check_ceiling([15, 5], 1.5)
     check_ceiling([0, 0], 1.0)
     with pytest.raises(MemoryError, match=r"rank 1 .* would receive 16 rows, allowed: 1.5 x the fair share of 10 "):

@@ -1,4 +1,4 @@
-"""Faults 4 and 7-10: what a checkpoint holds, which rank hashes it, and checkpoints in one full file."""
+"""Faults 4 and 7 to 10: what a checkpoint holds, which rank hashes it, and checkpoints in one full file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.experiments.faults import restored, tiny_run
 from scmoe.experiments.faults.tiny_run import LAST, NEW, OLD
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.checkpoint.loading import load_checkpoint, load_model
+from scmoe.parallel.checkpoint.loading import load_model
 from scmoe.parallel.checkpoint.saving import Saving
 from scmoe.parallel.checkpoint.state import FULL
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
@@ -32,33 +32,38 @@ def files_of(path: Path) -> list[str]:
     return sorted(file.name for file in path.iterdir())
 
 
-def save_slowly_then_train_on(rank: int, world_size: int, folder: Path, background: bool) -> set[float]:
-    """Overwrites every tensor with NEW while or after a checkpoint of OLD is written. Returns what is read back."""
+def save_slowly_then_train_on(rank: int, world_size: int, folder: Path) -> set[float]:
+    """Overwrites every tensor while or after a checkpoint of OLD is written. Returns what is read back."""
     trainer, path, fsync = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST, os.fsync
-    for t in tiny_run.tensors(trainer).values():
-        t.fill_(OLD)
 
     def slow(handle: int) -> None:
         time.sleep(0.3)
         fsync(handle)
 
-    os.fsync = slow
-    saving = Saving(path, tiny_run.state(trainer, OLD), trainer.strategy.context, background)
-    for t in tiny_run.tensors(trainer).values():
-        t.fill_(NEW)
-    saving.finish()
-    load_checkpoint(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
-    return {float(value) for t in tiny_run.tensors(trainer).values() for value in t.unique()}
+    found = set()
+    with patch.object(os, "fsync", slow):
+        for background in (False, True):
+            tiny_run.save_marked(trainer, path, OLD, background)
+            tiny_run.mark(trainer, NEW)
+            tiny_run.load_into(trainer, path)
+            found |= {float(value) for t in tiny_run.tensors(trainer).values() for value in t.unique()}
+    return found
 
 
-@pytest.mark.parametrize("background", [False, True])
-def test_fault_07_a_slow_save_holds_the_step_at_which_it_started(background, tmp_path):
-    assert run_ranks(save_slowly_then_train_on, 2, tmp_path, background) == [{OLD}, {OLD}]
+@pytest.mark.representative
+def test_a_slow_save_holds_the_step_at_which_it_started(tmp_path):
+    assert run_ranks(save_slowly_then_train_on, 2, tmp_path) == [{OLD}, {OLD}]
 
 
-def note_what_is_hashed(rank: int, world_size: int, folder: Path, background: bool) -> dict[str, list[str]]:
+def note_what_is_hashed(rank: int, world_size: int, folder: Path) -> list[dict[str, list[str]]]:
+    """Saves in the foreground, then in the background. Returns of each what `noted_in` does."""
+    trainer = tiny_run.one_step(world_size, folder)
+    return [noted_in(trainer, folder / f"{background}.ckpt", background) for background in (False, True)]
+
+
+def noted_in(trainer: Any, path: Path, background: bool) -> dict[str, list[str]]:
     """Returns the hashed files by their reader: a background thread, or the rank while it saves, finishes or loads."""
-    trainer, fingerprint, read = tiny_run.one_step(world_size, folder), durable.fingerprint, {}
+    fingerprint, read = durable.fingerprint, {}
     moment = "saving"
 
     def noted(path: Path) -> dict[str, Any]:
@@ -67,26 +72,25 @@ def note_what_is_hashed(rank: int, world_size: int, folder: Path, background: bo
         return fingerprint(path)
 
     with patch.object(durable, "fingerprint", noted):
-        path = folder / "checkpoints" / LAST
         saving = Saving(path, tiny_run.state(trainer, OLD), trainer.strategy.context, background)
         moment = "finishing"
         saving.finish()
         moment = "loading"
-        load_checkpoint(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
+        tiny_run.load_into(trainer, path)
     return read
 
 
-@pytest.mark.parametrize("background", [pytest.param(False, marks=pytest.mark.representative), True])
-def test_fault_07_each_rank_hashes_its_own_shard_where_it_writes_it(background, tmp_path):
+@pytest.mark.representative
+def test_each_rank_hashes_its_own_shard_where_it_writes_it(tmp_path):
     """Otherwise rank 0 would read all shards at the end, while training waits."""
-    ranks = run_ranks(note_what_is_hashed, 2, tmp_path, background)
-    writer = "a thread" if background else "saving"
-    shards = [name for name in files_of(tmp_path / "checkpoints" / LAST) if name.startswith("shard")]
-    assert [name for read in ranks for name in read[writer]] == shards
-    assert [read.get("finishing") for read in ranks] == [["meta.json"], None]
-    loaded = [name for read in ranks for name in read["loading"]]
-    assert sorted(loaded) == ["meta.json", *shards] and all(len(read["loading"]) for read in ranks), "each file once"
-    assert durable.verify(tmp_path / "checkpoints" / LAST) == OLD
+    ways = zip(*run_ranks(note_what_is_hashed, 2, tmp_path), strict=True)
+    for ranks, writer, name in zip(ways, ("saving", "a thread"), ("False.ckpt", "True.ckpt"), strict=True):
+        shards = [file for file in files_of(tmp_path / name) if file.startswith("shard")]
+        assert [file for read in ranks for file in read[writer]] == shards
+        assert [read.get("finishing") for read in ranks] == [["meta.json"], None]
+        loaded = [file for read in ranks for file in read["loading"]]
+        assert sorted(loaded) == ["meta.json", *shards] and all(read["loading"] for read in ranks), "each file once"
+        assert durable.verify(tmp_path / name) == OLD
 
 
 def work_together(rank: int, world_size: int, folder: Path) -> tuple[int, str]:
@@ -107,30 +111,32 @@ def work_together(rank: int, world_size: int, folder: Path) -> tuple[int, str]:
 
 
 @pytest.mark.representative
-def test_fault_07_no_rank_waits_in_one_collective_for_the_long_work_of_another(tmp_path):
+def test_no_rank_waits_in_one_collective_for_the_long_work_of_another(tmp_path):
     """Reading a checkpoint may take longer than strategy.timeout_s."""
     for asked, said in run_ranks(work_together, 2, tmp_path):
         assert asked >= 3 and said == "of rank 1"
 
 
-def write_full(rank: int, world_size: int, folder: Path, background: bool) -> dict[str, Any]:
-    """Does what restored.write_whole does, in one file."""
-    trainer, path = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST
-    context = trainer.strategy.context
-    Saving(path, tiny_run.state(trainer, OLD), context, background, full=True).finish()
+def write_full(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    """Does what restored.write_whole does, in one file, in the foreground and in the background."""
+    trainer = tiny_run.one_step(world_size, folder)
+    for background in (False, True):
+        state, context = tiny_run.state(trainer, OLD), trainer.strategy.context
+        Saving(folder / f"{background}.ckpt", state, context, background, full=True).finish()
     return tiny_run.tensors(trainer)
 
 
-@pytest.mark.parametrize("background", [False, True])
-def test_fault_09_one_full_file_is_read_at_any_ep_degree(background, tmp_path):
+def test_one_full_file_is_read_at_any_ep_degree(tmp_path):
     """Weights and moments are equal to those of the ranks that saved them."""
-    expected = restored.whole(run_ranks(write_full, 2, tmp_path, background))
-    path = tmp_path / "checkpoints" / LAST
-    assert files_of(path) == [FULL, "manifest.json", "meta.json"]
-    assert durable.verify(path) == OLD
+    expected = restored.whole(run_ranks(write_full, 2, tmp_path))
+    paths = [tmp_path / f"{background}.ckpt" for background in (False, True)]
+    for path in paths:
+        assert files_of(path) == [FULL, "manifest.json", "meta.json"]
+        assert durable.verify(path) == OLD
     for world_size in (1, 2, 4):
-        ranks = run_ranks(restored.read_all, world_size, tmp_path / str(world_size), [path])
-        assert tiny_run.same(restored.whole([found for (found,) in ranks]), expected)
+        ranks = run_ranks(restored.read_all, world_size, tmp_path / str(world_size), paths)
+        for found in zip(*ranks, strict=True):
+            assert tiny_run.same(restored.whole(list(found)), expected)
 
 
 def put_together_without_room(rank: int, world_size: int, folder: Path) -> str:
@@ -148,7 +154,7 @@ def put_together_without_room(rank: int, world_size: int, folder: Path) -> str:
     return "nothing"
 
 
-def test_fault_04_no_room_for_one_full_file_is_an_error_on_every_rank(tmp_path):
+def test_no_room_for_one_full_file_is_an_error_on_every_rank(tmp_path):
     for said in run_ranks(put_together_without_room, 2, tmp_path, timeout_s=60):
         assert re.search("all.safetensors could not be written: .*File too large", said), said
     assert durable.verify(durable.newest_good(tmp_path / "checkpoints")) == OLD
@@ -159,7 +165,7 @@ def run_four_steps(rank: int, world_size: int, folder: Path, resume_from: Path |
     return dict(tiny_run.tensors(tiny_run.fit(tiny_run.tiny(world_size, *words), folder, resume_from)))
 
 
-def test_fault_08_a_run_resumed_from_one_full_file_is_bit_identical(tmp_path):
+def test_a_run_resumed_from_one_full_file_is_bit_identical(tmp_path):
     uninterrupted = run_ranks(run_four_steps, 2, tmp_path / "uninterrupted", None)
     saved = tmp_path / "uninterrupted" / "checkpoints" / "step=2.ckpt"
     assert FULL in files_of(saved)
@@ -167,7 +173,7 @@ def test_fault_08_a_run_resumed_from_one_full_file_is_bit_identical(tmp_path):
     assert all(tiny_run.same(a, b) for a, b in zip(resumed, uninterrupted, strict=True))
 
 
-def test_fault_10_all_experts_are_on_disk(tmp_path):
+def test_all_experts_are_on_disk(tmp_path):
     """One process reads all experts from a checkpoint of two ranks with four experts each; no two experts are equal."""
     ranks = run_ranks(restored.write_whole, 2, tmp_path)
     model = build_model(tiny_run.tiny(1), ParallelContext())

@@ -19,7 +19,11 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 KINDS = ("attention", "MLP", "shared expert")
 
 
-def graphs(rank: int, world_size: int, words: str) -> tuple[list[int], float, int]:
+def both(rank: int, world_size: int, words: str) -> list[tuple[list[int], float, int]]:
+    return [graphs(f"{words} trainer.compile={compiled}") for compiled in ("false", "true")]
+
+
+def graphs(words: str) -> tuple[list[int], float, int]:
     """Trains six steps with a validation after every second one. Returns the number of graphs after each, the last
     loss, and the number of graph breaks."""
     config = load("configs/debug.yaml", [*words.split(), "trainer.max_steps=6", "trainer.val_every=2"])
@@ -32,9 +36,8 @@ def graphs(rank: int, world_size: int, words: str) -> tuple[list[int], float, in
 
 
 @pytest.mark.parametrize("words", ["model.layers=4", "model.family=llama trainer.recompute=true"])
-def test_58_nothing_is_compiled_again_after_the_first_validation(words):
+def test_nothing_is_compiled_again_after_the_first_validation(words):
     """Each kind of part has a graph with gradients and one without, however many layers there are."""
-    counts, loss, breaks = run_ranks(graphs, 1, f"{words} trainer.compile=true", timeout_s=280)[0]
+    ((none, plain, _), (counts, loss, breaks)) = run_ranks(both, 1, words, timeout_s=280)[0]
     assert counts == [2 * len(KINDS)] * 3 and breaks == 0
-    none, plain, _ = run_ranks(graphs, 1, f"{words} trainer.compile=false")[0]
     assert none == [0] * 3 and loss == pytest.approx(plain, rel=1e-5)

@@ -42,7 +42,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 ROOT = Path(__file__).parents[2]
 
 
-# ---------------------------------------------------------------------- 14: how long a rank waits
+# ---------------------------------------------------------------------- how long a rank waits
 
 
 def timeouts(rank: int, world_size: int, seconds: float) -> tuple[list[float], set[float]]:
@@ -61,7 +61,7 @@ def timeouts(rank: int, world_size: int, seconds: float) -> tuple[list[float], s
 
 
 @pytest.mark.representative
-def test_14_no_group_waits_longer_than_the_timeout():
+def test_no_group_waits_longer_than_the_timeout():
     """gloo waits half an hour by default, and new groups do not inherit the timeout of the first one. Ranks have longer
     to start."""
     assert run_ranks(timeouts, 2, 37.0) == [([START_TIMEOUT_S], {37.0})] * 2
@@ -69,7 +69,7 @@ def test_14_no_group_waits_longer_than_the_timeout():
     assert ExpertParallelStrategy().timeout == timedelta(minutes=5)
 
 
-# ---------------------------------------------------------------------- 13: callbacks that save after an exception
+# ---------------------------------------------------------------------- callbacks that save after an exception
 
 
 class Broken(RuntimeError):
@@ -107,7 +107,7 @@ def raise_and_save(rank: int, world_size: int, bad: int, how: str, folder: Path)
 
 @pytest.mark.parametrize("how", ["OnExceptionCheckpoint", "save_on_exception"])
 @pytest.mark.parametrize("bad", [pytest.param(0, marks=pytest.mark.representative), 1])
-def test_13_callbacks_that_save_after_an_exception_wait_for_no_rank(bad, how, tmp_path):
+def test_callbacks_that_save_after_an_exception_wait_for_no_rank(bad, how, tmp_path):
     """The other rank is in a collective of training, so saving would hang and hide the error."""
     message = failure(raise_and_save, 2, bad, how, tmp_path)
     assert message.startswith(f"rank {bad} of 2 failed first:\nTraceback")
@@ -118,7 +118,7 @@ def test_13_callbacks_that_save_after_an_exception_wait_for_no_rank(bad, how, tm
     assert left == {"step=2.ckpt": 2, **last}, "the checkpoint is whole, and the link to it is kept"
 
 
-# ---------------------------------------------------------------------- 13, 14: a real run, whose ranks are processes
+# ---------------------------------------------------------------------- a real run, whose ranks are processes
 
 # The train command with a rank that fails. argv: how, that rank, where, in which call, then the command's arguments.
 FAILING = """
@@ -174,12 +174,11 @@ def start(
 
 
 def start_failing(
-    tmp_path: Path, how: str, rank: int, phase: str, before: str = "", overrides: tuple[str, ...] = ENDLESS
+    tmp_path: Path, how: str, rank: int, phase: str, timeout_s: float = TIMEOUT_S, overrides: tuple[str, ...] = ENDLESS
 ) -> subprocess.Popen[str]:
     script = tmp_path / "failing.py"
-    script.write_text(before + FAILING)
+    script.write_text(FAILING)
     place, call = PHASES[phase]
-    timeout_s = LONG_S if how == "raises" else TIMEOUT_S  # connections close, so no rank waits that long
     return start(tmp_path, str(script), how, str(rank), place, str(call), overrides=overrides, timeout_s=timeout_s)
 
 
@@ -194,21 +193,6 @@ def end(run: subprocess.Popen[str]) -> None:
     run.wait()
 
 
-# This code adds callbacks that save after an exception; it comes before FAILING.
-SAVING = """
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from scmoe.training.run import train
-build_callbacks = train.build_callbacks
-def and_more(config, run_dir):
-    callbacks = build_callbacks(config, run_dir)
-    for callback in callbacks:
-        if isinstance(callback, ModelCheckpoint):
-            callback.save_on_exception = True
-    return [*callbacks, OnExceptionCheckpoint(config.runs_dir)]
-train.build_callbacks = and_more
-"""
-
-
 FAILS = [(1, phase) for phase in PHASES] + [(0, "forward")]
 
 
@@ -216,18 +200,8 @@ FAILS = [(1, phase) for phase in PHASES] + [(0, "forward")]
     "rank, phase",
     [pytest.param(*fail, marks=[pytest.mark.representative] * (fail == (1, "forward"))) for fail in FAILS],
 )
-def test_13_a_rank_that_raises_ends_all_ranks_and_its_error_comes_first(tmp_path, rank, phase):
-    assert_all_end(start_failing(tmp_path, "raises", rank, phase, overrides=OFTEN), rank)
-
-
-@pytest.mark.parametrize("rank", (0, 1))
-def test_13_callbacks_that_save_after_an_exception_save_nothing_of_a_real_run(tmp_path, rank):
-    assert_all_end(start_failing(tmp_path, "raises", rank, "step", SAVING), rank)
-    assert not [*tmp_path.rglob("*.ckpt")]
-
-
-def assert_all_end(run: subprocess.Popen[str], rank: int) -> None:
-    """All ranks end, and the first traceback is that of the broken rank."""
+def test_a_rank_that_raises_ends_all_ranks_and_its_error_comes_first(tmp_path, rank, phase):
+    run = start_failing(tmp_path, "raises", rank, phase, LONG_S, OFTEN)  # connections close, so no rank waits that long
     try:
         _, said = run.communicate(timeout=2 * LONG_S)  # until every rank has closed its stderr
     finally:
@@ -240,7 +214,7 @@ def assert_all_end(run: subprocess.Popen[str], rank: int) -> None:
 
 @pytest.mark.parametrize("how", (signal.SIGKILL, signal.SIGSTOP))
 @pytest.mark.parametrize("rank", (0, 1))
-def test_14_a_rank_killed_or_stopped_ends_the_run(tmp_path, rank, how):
+def test_a_rank_killed_or_stopped_ends_the_run(tmp_path, rank, how):
     run = start(tmp_path, "-m", "experiments.train")
     try:
         assert any(line.startswith("step 3/") for line in run.stderr), "the run does not train"
@@ -262,7 +236,7 @@ def call(rank: int, world_size: int, silent: list[int]) -> list[int] | None:
 
 
 @pytest.mark.representative
-def test_14_a_roll_call_names_the_missing_ranks():
+def test_a_roll_call_names_the_missing_ranks():
     """The roll call has its own timeout; run_ranks would end the ranks before the groups' timeout of half an hour."""
     assert run_ranks(call, 4, [2, 3]) == [[2, 3], [], None, None]
     assert run_ranks(call, 2, [0]) == [None, [0]]
@@ -270,7 +244,7 @@ def test_14_a_roll_call_names_the_missing_ranks():
 
 
 @pytest.mark.parametrize("rank", (0, 1))
-def test_14_a_rank_that_is_stuck_is_ended(tmp_path, rank):
+def test_a_rank_that_is_stuck_is_ended(tmp_path, rank):
     """The rank is in an endless loop, so only SIGKILL can end it."""
     run = start_failing(tmp_path, "stuck", rank, "step")
     try:

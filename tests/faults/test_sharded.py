@@ -66,17 +66,17 @@ def test_no_slot_changes_a_bit():
     "layouts",
     [[restored.Layout(1, 1), restored.Layout(2, 1, "sharded"), restored.Layout(4, 2, "hybrid")], restored.ALL],
 )
-def test_71_a_checkpoint_of_any_layout_is_read_in_any_other(layouts):
+def test_a_checkpoint_of_any_layout_is_read_in_any_other(layouts):
     assert restored.reshard(layouts) == {"pairs": len(layouts) ** 2, "equal": len(layouts) ** 2}
 
 
-def test_72_a_killed_save_of_split_weights_leaves_a_whole_checkpoint():
+def test_a_killed_save_of_split_weights_leaves_a_whole_checkpoint():
     found = damaged.kill(points=3, random=3, dense="sharded")
     assert found["killed"] >= found["kill_points"] - 3
     assert (found["lost"], found["mixed"], found["leftovers"]) == (0, 0, 0)
 
 
-def test_72_a_flipped_bit_is_refused_and_a_resumed_run_is_bit_identical():
+def test_a_flipped_bit_is_refused_and_a_resumed_run_is_bit_identical():
     assert damaged.flip(50, dense="sharded") == {"flips": 50, "refused": 50}
     assert restored.resume(2, [2], [0], dense="sharded") == {"compared": 2, "bit_equal": 2}
 
@@ -102,7 +102,7 @@ def poisoned(rank: int, world_size: int) -> None:
 
 
 @pytest.mark.representative
-def test_73_a_nan_on_one_rank_stops_all_before_the_update():
+def test_a_nan_on_one_rank_stops_all_before_the_update():
     """Each rank searches the origin in its own part of the weights; a collective there would wait for ever."""
     said = failure(poisoned, 2, all_fail=True)
     origin = "rank 1: output of model.blocks.0.moe.experts"
@@ -126,7 +126,7 @@ def stopped(rank: int, world_size: int, folder: Path, resume_from: Path | None, 
             return end.code
 
 
-def test_75_sigterm_to_one_rank_saves_one_step_and_the_resumed_run_is_bit_identical(tmp_path):
+def test_sigterm_to_one_rank_saves_one_step_and_the_resumed_run_is_bit_identical(tmp_path):
     assert run_ranks(stopped, 2, tmp_path / "stopped", None, 1) == [EXIT_CODE] * 2
     (saved,) = (tmp_path / "stopped" / "checkpoints").iterdir()
     assert 2 <= durable.verify(saved) < 5
@@ -154,14 +154,14 @@ def test_75_sigterm_to_one_rank_saves_one_step_and_the_resumed_run_is_bit_identi
         ("strategy.dense=whole", "strategy.dense is 'whole', allowed: replicated | sharded | hybrid | auto"),
     ],
 )
-def test_74_a_layout_that_cannot_be_is_refused_by_key(text, says):
+def test_a_layout_that_cannot_be_is_refused_by_key(text, says):
     with pytest.raises(ConfigError) as error:
         tiny(text, 4)
     assert says in str(error.value)
 
 
 @pytest.mark.representative
-def test_74_arguments_of_ddp_and_unknown_ways_are_refused():
+def test_arguments_of_ddp_and_unknown_ways_are_refused():
     with pytest.raises(ValueError, match="find_unused_parameters is an argument of DDP, allowed: with dense='replic"):
         ExpertParallelStrategy(dense="sharded", find_unused_parameters=True)
     with pytest.raises(ValueError, match="dense is 'split', allowed: replicated, sharded, hybrid, auto"):
@@ -176,7 +176,7 @@ def fitted_twice(rank: int, world_size: int) -> None:
     build_trainer(other, [], []).fit(module, build_datamodule(other))
 
 
-def test_74_a_module_that_is_split_is_not_trained_as_replicated():
+def test_a_module_that_is_split_is_not_trained_as_replicated():
     said = failure(fitted_twice, 1)
     assert (
         "ValueError: dense is replicated, but an earlier run has made this module's weights sharded; allowed:" in said
@@ -184,7 +184,7 @@ def test_74_a_module_that_is_split_is_not_trained_as_replicated():
 
 
 @pytest.mark.representative
-def test_74_auto_takes_the_first_way_that_has_room():
+def test_auto_takes_the_first_way_that_has_room():
     """A rank of 64 in nodes of 8, EP 8: twice its weights, gradients, and two moments."""
     model = build_model_on_meta(tiny("", 1))
     dense, experts = (4 * number for number in rank_parameters(model, 1))
@@ -198,6 +198,6 @@ def test_74_auto_takes_the_first_way_that_has_room():
 
 
 @pytest.mark.representative
-def test_74_auto_of_a_config_counts_activations():
+def test_auto_of_a_config_counts_activations():
     few, many = (dense_estimates(tiny(f"strategy.dense=auto data.global_batch_size={n}", 4)) for n in (8, 64))
     assert list(few) == ["replicated", "sharded"] and all(many[way] > few[way] for way in few)

@@ -13,7 +13,6 @@ CLIPPED = f"trainer.accumulate=2 trainer.gradient_clip={CLIP}"
 ONE = {  # trainings of one process
     "clipped": f"position=pos2 top_k=2 {CLIPPED}",
     "norm": f"position=pos3 tap_norm=shared {CLIPPED}",
-    "short": "position=pos3 trainer.max_steps=1",
     **{name: ARCHITECTURES[name] for name in ("dgmoe-share", "pos3")},
 }
 
@@ -31,7 +30,6 @@ FOUR = {
     "pos3, slot 1": ("pos3", f"position=pos3 schedule.slot=1 schedule.chunks=2 {words('sharded', 2, 4)}"),
     "pos3, sequential": ("pos3", f"position=pos3 schedule.chunks=2 sequential {words('sharded', 2, 4)}"),
 }
-EIGHT = {"hybrid, EP 4": ("short", f"{ONE['short']} {words('hybrid', 4, 8)}")}
 
 # The whole suite: every architecture both ways, with EP 1, 2 and 4 in turn on four ranks, and 2 and 4 on eight.
 EVERY_ON_FOUR = {

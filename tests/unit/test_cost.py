@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scmoe.experiments.engine.gantt import draw
-from scmoe.schedule.cost import OperatorTimes, exposed_time, mismatch, overlap_efficiency, slots
+from scmoe.schedule.cost import (
+    OperatorTimes,
+    best_schedule,
+    elapsed_time,
+    exposed_time,
+    mismatch,
+    overlap_efficiency,
+    slots,
+)
 from scmoe.schedule.play import elapsed, play
 from scmoe.schedule.schedule import ARCHITECTURES, Schedule
 
@@ -34,6 +42,24 @@ def test_exposed_time_is_what_the_backbone_does_not_cover(schedule, times):
         assert exposed_time(schedule, direction) == pytest.approx(expected, abs=1e-9)
     found = mismatch(schedule, OperatorTimes(times))
     assert found == abs(before - times["dispatch"]) + abs(after - times["combine"])
+
+
+def test_a_mismatch_counts_no_time_for_an_operator_that_has_none():
+    schedule = Schedule("scmoe", "pos2", expert_slot=1)
+    times = dict.fromkeys(schedule.operators(), 3.0)
+    for operator in schedule.window + schedule.after_window:
+        without = {op: time for op, time in times.items() if op != operator}
+        assert mismatch(schedule, OperatorTimes(without)) == mismatch(schedule, OperatorTimes(times | {operator: 0.0}))
+
+
+def test_the_best_schedule_is_the_first_of_the_fastest():
+    one, two = (slots(Schedule("scmoe", "pos2", chunks=chunks)) for chunks in (1, 2))
+    times = dict.fromkeys(OPERATORS, 1.0) | {"dispatch": 3.0, "combine": 3.0}
+    slower = {op: 2 * time for op, time in times.items()}
+    by_chunks = {1: OperatorTimes(times), 2: OperatorTimes(slower)}
+    fastest = min(elapsed_time(choice, by_chunks[1]) for choice in one)
+    equal = [choice for choice in one if elapsed_time(choice, by_chunks[1]) == fastest]
+    assert len(equal) > 1 and best_schedule([*two, *one], by_chunks) == equal[0]
 
 
 @pytest.mark.parametrize(("overlapped", "efficiency"), [(10, 1), (15, 0.5), (20, 0), (22, -0.2)])
