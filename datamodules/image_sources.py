@@ -8,7 +8,6 @@ import hashlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,8 +88,6 @@ def open_images(name: str, path: str | None) -> ImageSplits:
 
 def digits() -> ImageSplits:
     """Returns the 1,797 handwritten digits (UCI) of scikit-learn: 8 x 8 pixels of 16 shades."""
-    if find_spec("sklearn") is None:
-        raise ModuleNotFoundError("data.name digits needs scikit-learn", name="sklearn")
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -122,8 +119,6 @@ def fashion_mnist(folder: Path) -> ImageSplits:
 
 def image_folder(folder: Path) -> ImageSplits:
     """Opens folders train and val with a folder of images for each class, numbered in order of name, as ImageNet-1K."""
-    if find_spec("torchvision") is None:
-        raise ModuleNotFoundError("data.name image_folder needs torchvision", name="torchvision")
     from torchvision.datasets import ImageFolder
 
     try:

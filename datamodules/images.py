@@ -4,10 +4,10 @@
     val         {"images", "labels": int64 [B]}; filler has label -100 and only zeros
     both        "skipped": int64 [B], the number of unreadable images that each sample replaces
 
-Order and resuming are those of text: the position determines the sample (`order.py`). Random crops, colours and erased
-parts depend on the seed and the position, random mixing on the position of the batch's first sample, so the number of
-workers or an interruption changes nothing. Mixing pairs the images of one rank's batch: with it, and only with it, the
-number of ranks changes what is trained on.
+Order and resuming are those of text: the position determines the sample (`positioned.py`). Random crops, colours and
+erased parts depend on the seed and the position, random mixing on the position of the batch's first sample, so the
+number of workers or an interruption changes nothing. Mixing pairs the images of one rank's batch: with it, and only
+with it, the number of ranks changes what is trained on.
 """
 
 import random
@@ -27,8 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from scmoe.datamodules.image_sources import Images, ImageSplits, UnreadableImage
-from scmoe.datamodules.order import SampleOrder
-from scmoe.datamodules.positioned import IGNORE, PositionedDataModule
+from scmoe.datamodules.positioned import IGNORE, PositionedDataModule, SampleOrder
 
 Augment = Literal["none", "imagenet"]
 

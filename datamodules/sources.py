@@ -96,8 +96,6 @@ def hugging_face(name: str, subset: str | None) -> Source:
 
     Its splits are train, validation and test. The last rows of train replace a missing split.
     """
-    if find_spec("datasets") is None:
-        raise ModuleNotFoundError("data.name hf needs the package datasets", name="datasets")
     import datasets
 
     found = datasets.load_dataset(name, subset)

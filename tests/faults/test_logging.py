@@ -10,7 +10,7 @@ import pytest
 
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.training.run import wandb_logger
+from scmoe.training.run import loggers as run_loggers
 from scmoe.training.run.loggers import build_loggers, close_loggers
 from tests.support.commands import CANARY, rows_of, run
 
@@ -22,7 +22,7 @@ NO_SERVER = "http://127.0.0.1:9"  # no server listens at the port `discard`
 def no_server(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", CANARY)
     monkeypatch.setenv("WANDB_BASE_URL", NO_SERVER)
-    monkeypatch.setattr(wandb_logger, "INIT_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(run_loggers, "INIT_TIMEOUT_S", 1.0)
 
 
 def wandb_loggers(run_dir: Path, mode: str) -> list[Any]:

@@ -16,8 +16,8 @@ from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel import dense_choice
 from scmoe.training.assembly.trainer import cpu_threads
 from scmoe.training.run import machine
+from scmoe.training.run.loggers import wandb_mode
 from scmoe.training.run.machine import check_machine, is_rank_zero
-from scmoe.training.run.wandb_logger import wandb_mode
 from tests.support.exports import dense, export
 
 pytestmark = [pytest.mark.faults, pytest.mark.representative]

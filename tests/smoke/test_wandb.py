@@ -43,8 +43,8 @@ def scenario(folder: Path) -> None:
 
     from scmoe.config.load import load
     from scmoe.training.callbacks.expert_load import draw_load
+    from scmoe.training.run import loggers as run_loggers
     from scmoe.training.run import train as run
-    from scmoe.training.run import wandb_logger
     from scmoe.training.run.loggers import build_loggers, close_loggers, log_inputs, log_results
     from scmoe.training.run.printout import sync_command
     from scmoe.training.run.resume import resumption
@@ -115,7 +115,7 @@ def scenario(folder: Path) -> None:
             if trainer.global_step == 3:
                 server.close()
 
-    plain, wandb_logger.FINISH_TIMEOUT_S = run.build_callbacks, 2.0
+    plain, run_loggers.FINISH_TIMEOUT_S = run.build_callbacks, 2.0
     run.build_callbacks = lambda *arguments: [*plain(*arguments), Trouble()]
     server = WandbServer()
     training(server, "trouble", "logger.mode=auto")
@@ -129,7 +129,7 @@ def scenario(folder: Path) -> None:
         runs = [asdict(run) for run in server.runs.values()]
         (folder / "uploaded.json").write_text(json.dumps({"said": said, "runs": runs, "artifacts": []}))
 
-    wandb_logger.INIT_TIMEOUT_S = 2.0
+    run_loggers.INIT_TIMEOUT_S = 2.0
     for answer in ("error", "nothing"):
         with wandb_server() as server:
             server.answer = answer

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from scmoe.datamodules.order import SampleOrder
+from scmoe.datamodules.positioned import SampleOrder
+from scmoe.datamodules.sequences import SyntheticDataModule, SyntheticTokens
 from scmoe.datamodules.sources import hugging_face, sotu, text
-from scmoe.datamodules.synthetic import SyntheticDataModule, SyntheticTokens
 from scmoe.datamodules.tokenizer import END_OF_TEXT, make_tokenizer
 from tests.support.texts import open_texts, opened, write_texts
 
@@ -33,6 +33,10 @@ def global_batches(ranks, loader="train_dataloader", key="input_ids"):
     """Interleaves the ranks' batches into the global ones: row r + W k is row k of rank r."""
     loaders = zip(*(getattr(data, loader)() for data in ranks), strict=True)
     return [torch.stack([batch[key] for batch in batches], dim=1).flatten(0, 1) for batches in loaders]
+
+
+def bytes_of(data, split):
+    return json.loads((data.folder / "header.json").read_text())["splits"][split]["bytes"]
 
 
 # --- sources and cache
@@ -77,35 +81,35 @@ def test_hugging_face_rows_become_documents(tmp_path, monkeypatch):
 
 
 def test_cache_is_reused_for_equal_content_and_rebuilt_for_other(make, folder, tmp_path, capsys):
-    first = make().cache.folder
+    first = make().folder
     assert capsys.readouterr().err.count("preparing data: ") == 1, "it takes minutes, and without a terminal has no bar"
     built = (first / "header.json").stat().st_mtime_ns
     folder.rename(tmp_path / "moved")
-    assert make(path=str(tmp_path / "moved")).cache.folder == first  # the text matters, not its path
+    assert make(path=str(tmp_path / "moved")).folder == first  # the text matters, not its path
     assert (first / "header.json").stat().st_mtime_ns == built and "preparing" not in capsys.readouterr().err
-    assert make(path=str(tmp_path / "moved"), vocab_size=310).cache.folder != first
+    assert make(path=str(tmp_path / "moved"), vocab_size=310).folder != first
     (tmp_path / "moved" / "c.md").open("a").write("one more line\n")
-    assert make(path=str(tmp_path / "moved")).cache.folder != first
+    assert make(path=str(tmp_path / "moved")).folder != first
     assert {path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()} == {"text"}  # no temporary folder
 
 
 @pytest.mark.parametrize("damage", ["train.bin", "tokenizer.json", "header.json"])
 def test_damaged_cache_is_rebuilt(make, damage):
-    cache = make().cache
-    before = {file.name: file.read_bytes() for file in cache.folder.iterdir()}
+    folder = make().folder
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert set(before) == {"tokenizer.json", "train.bin", "val.bin", "test.bin", "header.json"}
-    (cache.folder / damage).write_bytes(before[damage][:-2])
+    (folder / damage).write_bytes(before[damage][:-2])
     make()
-    assert {file.name: file.read_bytes() for file in cache.folder.iterdir()} == before
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_cache_holds_the_documents(make, folder):
     data = make()
     documents = text(folder).documents
-    for split, tokens in data.cache.tokens.items():
+    for split, tokens in data.splits.tokens.items():
         assert data.tokenizer.decode(tokens[:]) == "".join(document + END_OF_TEXT for document in documents[split])
-        assert data.cache.num_bytes[split] == sum(len(document.encode()) for document in documents[split])
-    assert len(pickle.dumps(data.cache.tokens["train"])) < 500  # a worker gets the path, not the tokens
+        assert bytes_of(data, split) == sum(len(document.encode()) for document in documents[split])
+    assert len(pickle.dumps(data.splits.tokens["train"])) < 500  # a worker gets the path, not the tokens
 
 
 # --- order, ranks and resuming
@@ -117,8 +121,8 @@ def test_labels_are_the_next_tokens(make):
     assert set(batch) == {"input_ids", "labels"}
     assert all(value.shape == (4, 16) and value.dtype == torch.int64 for value in batch.values())
     assert torch.equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])
-    first = SampleOrder((len(data.cache.tokens["train"]) - 1) // 16, seed=5)(np.arange(1)).item()
-    assert batch["labels"][0].tolist() == data.cache.tokens["train"][first * 16 + 1 : first * 16 + 17].tolist()
+    first = SampleOrder((len(data.splits.tokens["train"]) - 1) // 16, seed=5)(np.arange(1)).item()
+    assert batch["labels"][0].tolist() == data.splits.tokens["train"][first * 16 + 1 : first * 16 + 17].tolist()
 
 
 def test_every_world_size_sees_the_same_global_batches(make):
@@ -187,7 +191,7 @@ def test_epochs_are_permutations_and_batches_cross_them():
 
 def test_validation_covers_every_target_once(make):
     data = make()
-    tokens = torch.from_numpy(data.cache.tokens["val"][:].astype(np.int64))
+    tokens = torch.from_numpy(data.splits.tokens["val"][:].astype(np.int64))
     windows = list(data.val_dataloader())
     labels, inputs, mask = (
         torch.cat([batch[key] for batch in windows]) for key in ("labels", "input_ids", "padding_mask")
@@ -196,7 +200,7 @@ def test_validation_covers_every_target_once(make):
     assert torch.equal(labels[mask], tokens[1:]) and torch.equal(inputs[mask], tokens[:-1])
     assert (inputs[~mask] == 0).all()
     first_bytes = len(data.tokenizer.decode(tokens[:1].tolist()).encode())
-    assert sum(batch["num_bytes"].sum().item() for batch in windows) == data.cache.num_bytes["val"] - first_bytes
+    assert sum(batch["num_bytes"].sum().item() for batch in windows) == bytes_of(data, "val") - first_bytes
 
 
 @pytest.mark.parametrize("val_sequences", [None, 7])

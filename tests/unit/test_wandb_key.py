@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scmoe.training.run.wandb_logger import has_wandb_key
+from scmoe.training.run.loggers import has_wandb_key
 
 ENTRY = "machine {} login user password {}\n"
 

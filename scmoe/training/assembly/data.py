@@ -13,7 +13,7 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.registry import DATASETS
 from scmoe.datamodules.positioned import PositionedDataModule
-from scmoe.datamodules.synthetic import SyntheticDataModule
+from scmoe.datamodules.sequences import SyntheticDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.datamodules.tokenizer import Tokenizer
 from scmoe.parallel.checkpoint.export import read_header

@@ -55,7 +55,7 @@ def check_machine(config: Config, first: bool) -> None:
 
     first: this is rank 0, which alone checks folders and free memory: they can change while the other ranks start.
     """
-    from scmoe.training.run.wandb_logger import wandb_mode  # here, as benches run where W&B cannot be imported
+    from scmoe.training.run.loggers import wandb_mode  # here, as benches run where W&B cannot be imported
 
     wandb_mode(config)
     check_resident(config)
