@@ -31,7 +31,7 @@ def wandb_loggers(run_dir: Path, mode: str) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_32_auto_goes_offline_where_no_server_answers(no_server, tmp_path, capsys):
+def test_auto_goes_offline_where_no_server_answers(no_server, tmp_path, capsys):
     loggers = wandb_loggers(tmp_path, "auto")
     try:
         assert loggers[1].experiment.offline
@@ -45,13 +45,13 @@ def test_32_auto_goes_offline_where_no_server_answers(no_server, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_32_online_without_a_server_is_an_error(no_server, tmp_path):
+def test_online_without_a_server_is_an_error(no_server, tmp_path):
     with pytest.raises(ConfigError, match=r"^logger.mode is online, allowed here: offline \| disabled: "):
         wandb_loggers(tmp_path, "online")
 
 
 @pytest.mark.slow
-def test_32_a_killed_wandb_process_does_not_end_the_run(tmp_path, capsys):
+def test_a_killed_wandb_process_does_not_end_the_run(tmp_path, capsys):
     """This runs in its own process, because W&B has one service for all runs of a process."""
     done = run("-c", KILLED, str(tmp_path))
     assert done.code == 0, done.err
@@ -80,7 +80,7 @@ print("went on")
 
 
 @pytest.mark.slow
-def test_32_a_full_disk_ends_no_run_that_logs(tmp_path):
+def test_a_full_disk_ends_no_run_that_logs(tmp_path):
     """No file can grow beyond 8 kB, W&B's or ours, until there is space again."""
     done = run("-c", FULL, str(tmp_path))
     assert done.code == 0, done.err
@@ -111,7 +111,7 @@ print("went on")
 
 
 @pytest.mark.slow
-def test_32_a_run_on_a_full_disk_loses_its_figures_and_ends_normally(tmp_path):
+def test_a_run_on_a_full_disk_loses_its_figures_and_ends_normally(tmp_path):
     """From the first batch on no file can grow beyond 20 bytes, so that none of the run's files can be written."""
     done = run("-c", NO_ROOM, str(tmp_path))
     assert done.code == 0, done.err

@@ -120,14 +120,14 @@ PLACES = {
 @pytest.mark.parametrize(
     "place", [pytest.param(p, marks=[pytest.mark.representative] * (p not in ("output inf", "loss"))) for p in PLACES]
 )
-def test_27_a_number_that_is_not_finite_stops_all_ranks_before_the_update(place):
+def test_a_number_that_is_not_finite_stops_all_ranks_before_the_update(place):
     message = failure(poison, 2, place, all_fail=True)
     assert re.search(rf"first not finite: (rank 0: [^;]*; )?rank 1: {re.escape(PLACES[place])}", message), message
     assert message.count("weights as they were: True") == 2 and "weights as they were: False" not in message, message
 
 
 @pytest.mark.parametrize("clip", ["not at all", "by value"])
-def test_27_a_module_that_does_not_clip_by_norm_is_watched_too(clip):
+def test_a_module_that_does_not_clip_by_norm_is_watched_too(clip):
     message = failure(poison, 2, "output", clip)
     assert re.search(rf"first not finite: (rank 0: [^;]*; )?rank 1: {PLACES['output']}", message), message
     assert "weights as they were: True" in message and "weights as they were: False" not in message
@@ -135,7 +135,7 @@ def test_27_a_module_that_does_not_clip_by_norm_is_watched_too(clip):
 
 @pytest.mark.representative
 @pytest.mark.parametrize("place", ["output", "loss inf"])
-def test_27_a_module_that_steps_by_hand_is_watched_too(place):
+def test_a_module_that_steps_by_hand_is_watched_too(place):
     message = failure(poison, 2, place, "by hand")
     assert re.search(rf"first not finite: (rank 0: [^;]*; )?rank 1: {re.escape(PLACES[place])}", message), message
     assert "weights as they were: True" in message and "weights as they were: False" not in message
@@ -155,7 +155,7 @@ def clipped(rank: int, world_size: int, by_hand: bool, clip: float | None) -> li
     return [p.detach().clone() for p in module.parameters()]
 
 
-def test_27_clipping_by_hand_uses_the_global_norm():
+def test_clipping_by_hand_uses_the_global_norm():
     by_hand, by_trainer, not_clipped = (
         run_ranks(clipped, 2, *how) for how in ((True, 0.05), (False, 0.05), (True, None))
     )
@@ -165,14 +165,14 @@ def test_27_clipping_by_hand_uses_the_global_norm():
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_27_a_module_that_clips_by_other_means_is_refused(world_size):
+def test_a_module_that_clips_by_other_means_is_refused(world_size):
     message = failure(poison, world_size, "", "past the strategy")
     assert "RuntimeError: PastTheStrategy.configure_gradient_clipping did not call self.clip_gradients" in message
     assert "call self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm) there" in message
     assert "weights as they were: True" in message and "weights as they were: False" not in message
 
 
-def test_27_one_process_stops_too():
+def test_one_process_stops_too():
     assert "first not finite: rank 0: output of model.blocks.0.moe.experts" in failure(poison, 1, "output")
 
 
@@ -185,7 +185,7 @@ class Counted(nn.Module):
         return self.inner(x)
 
 
-def test_27_good_steps_keep_nothing_and_start_no_collective():
+def test_good_steps_keep_nothing_and_start_no_collective():
     module = Counted()
     guard = Guard(module)
     with patch.object(dist, "all_gather_object") as gather:
@@ -200,7 +200,7 @@ def test_27_good_steps_keep_nothing_and_start_no_collective():
 
 
 @pytest.mark.representative
-def test_27_batches_without_a_check_keep_no_more_than_one_batch():
+def test_batches_without_a_check_keep_no_more_than_one_batch():
     """Optimizers may be stepped past Lightning, which then calls no check. A NaN among many losses is remembered."""
     module = Counted()
     guard = Guard(module)

@@ -59,7 +59,7 @@ def run(
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.representative)])
-def test_12_sigterm_during_validation_stops_the_run_there(victim, tmp_path):
+def test_sigterm_during_validation_stops_the_run_there(victim, tmp_path):
     ends = run_ranks(run, 2, tmp_path / "stopped", None, victim)
     assert [code for code, _, _ in ends] == [EXIT_CODE] * 2
     assert ends[0][1] == ends[1][1], "all ranks stop at the same batch"
@@ -76,7 +76,7 @@ def test_12_sigterm_during_validation_stops_the_run_there(victim, tmp_path):
 
 
 @pytest.mark.representative
-def test_12_ctrl_c_stops_the_run_as_sigterm_does(tmp_path):
+def test_ctrl_c_stops_the_run_as_sigterm_does(tmp_path):
     ends = run_ranks(run, 2, tmp_path, None, 1, signal.SIGINT)
     assert [code for code, _, _ in ends] == [EXIT_CODE, 128 + signal.SIGINT], "each rank by the signal that it received"
     (saved,) = (tmp_path / "checkpoints").iterdir()
@@ -111,7 +111,7 @@ NINE = ("trainer.max_steps=9", "trainer.val_every=3")
 
 
 @pytest.mark.representative
-def test_12_a_resumed_run_validates_after_the_same_steps(tmp_path):
+def test_a_resumed_run_validates_after_the_same_steps(tmp_path):
     """Lightning counts the batch before which a run was stopped, and would validate one step too early."""
     assert run_ranks(validations, 2, tmp_path, None, 3) == [(EXIT_CODE, [3])] * 2
     (saved,) = (tmp_path / "checkpoints").glob("step=*.ckpt")
@@ -152,7 +152,7 @@ def keep_best(
 
 
 @pytest.mark.parametrize("stop_at", [2, 4])
-def test_12_a_stop_during_validation_loses_no_best_checkpoint(stop_at, tmp_path):
+def test_a_stop_during_validation_loses_no_best_checkpoint(stop_at, tmp_path):
     """This holds for the earlier best one, and for the one that the repeated validation finds to be the best."""
     uninterrupted, folder = run_ranks(keep_best, 2, tmp_path / "uninterrupted", None, None), tmp_path / "stopped"
     assert [*uninterrupted[0][1]] == ["best-step=4.ckpt", "best-step=6.ckpt"]
@@ -196,7 +196,7 @@ def uneven(rank: int, world_size: int, folder: Path) -> tuple[Any, int]:
     return None, validated
 
 
-def test_12_ranks_with_different_numbers_of_validation_batches_agree_too(tmp_path):
+def test_ranks_with_different_numbers_of_validation_batches_agree_too(tmp_path):
     """Ranks ask as often as all of them can, then at the next training step; that answer is read one step later."""
     assert run_ranks(uneven, 2, tmp_path) == [(EXIT_CODE, BATCHES), (EXIT_CODE, BATCHES - 1)]
     (saved,) = (tmp_path / "checkpoints").glob("step=*")

@@ -114,7 +114,7 @@ WHEN = {"set up": 0, "sanity check": 0, "before the first step": 0, "in the last
 
 
 @pytest.mark.parametrize("when", [*WHEN, pytest.param("after the last step", marks=pytest.mark.representative)])
-def test_12_sigterm_before_the_first_step_or_after_the_last_is_not_lost(when, uninterrupted, tmp_path):
+def test_sigterm_before_the_first_step_or_after_the_last_is_not_lost(when, uninterrupted, tmp_path):
     step = WHEN.get(when, STEPS)
     stopped = run_ranks(fit, 2, tmp_path, when, STEPS, None)
     assert [(code, at) for code, at, _ in stopped] == [(EXIT_CODE, step)] * 2
@@ -139,7 +139,7 @@ def evaluate(rank: int, world_size: int, folder: Path, verb: str) -> tuple[Any, 
 
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
-def test_12_sigterm_in_an_evaluation_ends_it_and_saves_nothing(verb, tmp_path):
+def test_sigterm_in_an_evaluation_ends_it_and_saves_nothing(verb, tmp_path):
     (code, evaluated), other = run_ranks(evaluate, 2, tmp_path, verb)
     assert (code, evaluated) == other
     assert code == EXIT_CODE and AT_BATCH < evaluated < BATCHES
@@ -158,7 +158,7 @@ def evaluate_what_was_trained(rank: int, world_size: int, folder: Path, load: Pa
     return None
 
 
-def test_12_sigterm_in_a_validation_after_a_fit_saves_only_trained_weights(tmp_path):
+def test_sigterm_in_a_validation_after_a_fit_saves_only_trained_weights(tmp_path):
     assert run_ranks(evaluate_what_was_trained, 2, tmp_path / "trained", None) == [EXIT_CODE] * 2
     (saved,) = (tmp_path / "trained").rglob("*.ckpt")
     assert (saved.name, durable.verify(saved)) == (f"step={STEPS}.ckpt", STEPS)
@@ -185,7 +185,7 @@ def validate_without_length(rank: int, world_size: int, folder: Path, when: str)
     return [(stage, handler == signal.SIG_DFL) for stage, handler in module.handlers]
 
 
-def test_12_where_ranks_cannot_ask_each_other_a_process_ends_at_once(tmp_path):
+def test_where_ranks_cannot_ask_each_other_a_process_ends_at_once(tmp_path):
     for handlers in run_ranks(validate_without_length, 2, tmp_path, ""):
         assert set(handlers) == {("train", False), ("validate", True)}
         assert handlers[-1] == ("train", False), "after the validation SIGTERM sets a flag again"

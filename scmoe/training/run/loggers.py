@@ -206,19 +206,15 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
     start in another mode.
     """
     config = redacted(config)
-    mode, project, logger = wandb_mode(config), wandb_project(config), config.logger
+    mode, logger = wandb_mode(config), config.logger
     # Without a key, W&B would ask for one, or raise.
     offline = mode == "offline" or (mode == "auto" and not has_wandb_key())
     resolved: Literal["online", "offline"] = "offline" if offline else "online"
     record = run_dir / "wandb_run.json"
-    if record.exists():
-        kept = json.loads(record.read_text())
-        # the variables may have changed since, and a sweep decides the project and the entity of its trials
-        run_id, project = kept["id"], logger.project or kept["project"]
-        entity = logger.entity or kept.get("entity")
-    else:
-        run_id = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]  # a sweep's agent sets the id of its trial
-        entity = logger.entity
+    # The variables may have changed since, and a sweep decides the id, the project and the entity of its trials.
+    kept = json.loads(record.read_text()) if record.exists() else {}
+    run_id = kept.get("id") or os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
+    project = logger.project or kept.get("project") or wandb_project(config)
     settings = wandb.Settings(
         console="off",
         silent=True,
@@ -231,7 +227,7 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
     wandb.setup(settings)  # silent from here on; the messages below are enough
     start = partial(  # where None stands, W&B takes its own variable: WANDB_ENTITY, WANDB_TAGS, ...
         wandb.init,
-        entity=entity,
+        entity=logger.entity or kept.get("entity"),
         project=project,
         name=os.environ.get("WANDB_NAME") or f"{run_dir.parent.name}/{run_dir.name}",
         id=run_id,
