@@ -30,7 +30,7 @@ from tests.support.trainings import tiny
 pytestmark = [pytest.mark.faults]
 
 
-# ---------------------------------------------------------------------- 33: keys
+# ---------------------------------------------------------------------- keys
 
 
 KEYS = {
@@ -112,7 +112,7 @@ def test_text_that_is_no_key_is_not_redacted():
     assert redacted(load(None, []), {}) == load(None, [])
 
 
-# ---------------------------------------------------------------------- 34: checkpoints
+# ---------------------------------------------------------------------- checkpoints
 
 
 class Payload:
@@ -198,7 +198,7 @@ def test_a_dtype_in_meta_must_be_a_dtype(dtype):
         from_json({"__tensor__": [1], "dtype": dtype})
 
 
-# ---------------------------------------------------------------------- 35: YAML
+# ---------------------------------------------------------------------- YAML
 
 YAML = (
     "model:\n  _target_: os.system\n  _args_: ['touch {proof}']\n",
@@ -247,7 +247,7 @@ def test_no_value_of_a_config_names_a_class():
     assert GPT is type(build_model_on_meta(load(None, ["data.name=synthetic"])))
 
 
-# ---------------------------------------------------------------------- 36: names
+# ---------------------------------------------------------------------- names
 
 NAMES = (
     *("../x", "..", ".", "/x", "a/b", "a/../../b", "..\\x", "a\\b", "C:x", "~", "~/x", "~root", "$HOME", "`id`"),

@@ -19,14 +19,14 @@ from scmoe.datamodules.tokenizer import END_OF_TEXT, make_tokenizer
 from tests.support.texts import open_texts, opened, write_texts
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return write_texts(tmp_path / "texts")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("data") / "texts")
 
 
-@pytest.fixture
-def make(folder, tmp_path):
-    return partial(open_texts, folder, tmp_path / "cache")
+@pytest.fixture(scope="module")
+def make(folder):
+    return partial(open_texts, folder, folder.parent / "cache")
 
 
 def global_batches(ranks, loader="train_dataloader", key="input_ids"):
@@ -80,7 +80,9 @@ def test_hugging_face_rows_become_documents(tmp_path, monkeypatch):
     assert hugging_face(str(tmp_path / "rows"), None).content == source.content
 
 
-def test_cache_is_reused_for_equal_content_and_rebuilt_for_other(make, folder, tmp_path, capsys):
+def test_cache_is_reused_for_equal_content_and_rebuilt_for_other(tmp_path, capsys):
+    folder = write_texts(tmp_path / "texts")
+    make = partial(open_texts, folder, tmp_path / "cache")
     first = make().folder
     assert capsys.readouterr().err.count("preparing data: ") == 1, "it takes minutes, and without a terminal has no bar"
     built = (first / "header.json").stat().st_mtime_ns
@@ -94,12 +96,12 @@ def test_cache_is_reused_for_equal_content_and_rebuilt_for_other(make, folder, t
 
 
 @pytest.mark.parametrize("damage", ["train.bin", "tokenizer.json", "header.json"])
-def test_damaged_cache_is_rebuilt(make, damage):
-    folder = make().folder
+def test_damaged_cache_is_rebuilt(make, damage, tmp_path):
+    folder = make(cache_dir=str(tmp_path)).folder
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert set(before) == {"tokenizer.json", "train.bin", "val.bin", "test.bin", "header.json"}
     (folder / damage).write_bytes(before[damage][:-2])
-    make()
+    make(cache_dir=str(tmp_path))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
@@ -160,7 +162,7 @@ def test_resume_is_exact_with_another_world_size(make, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader", "test_dataloader"])
+@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
 def test_a_loader_leaves_the_global_generator_as_it_is(make, loader, workers):
     """If it did not, dropout would differ after a validation and after a resume."""
     before, batches = torch.get_rng_state(), getattr(make(workers=workers), loader)()
@@ -193,9 +195,8 @@ def test_validation_covers_every_target_once(make):
     data = make()
     tokens = torch.from_numpy(data.splits.tokens["val"][:].astype(np.int64))
     windows = list(data.val_dataloader())
-    labels, inputs, mask = (
-        torch.cat([batch[key] for batch in windows]) for key in ("labels", "input_ids", "padding_mask")
-    )
+    keys = ("labels", "input_ids", "padding_mask")
+    labels, inputs, mask = (torch.cat([batch[key] for batch in windows]) for key in keys)
     assert torch.equal(mask, labels != -100) and mask.dtype == torch.bool and not mask.all()
     assert torch.equal(labels[mask], tokens[1:]) and torch.equal(inputs[mask], tokens[:-1])
     assert (inputs[~mask] == 0).all()
@@ -205,11 +206,10 @@ def test_validation_covers_every_target_once(make):
 
 @pytest.mark.parametrize("val_sequences", [None, 7])
 def test_validation_is_the_same_for_every_world_size(make, val_sequences):
+    how = {"val_sequences": val_sequences, "global_batch_size": 24, "vocab_size": 258}
+
     def scored(world):
-        ranks = [
-            make(rank, world, val_sequences=val_sequences, global_batch_size=24, vocab_size=258)
-            for rank in range(world)
-        ]
+        ranks = [make(rank, world, **how) for rank in range(world)]
         labels = torch.cat(global_batches(ranks, "val_dataloader", "labels"))
         shapes = {tuple(batch["labels"].shape) for data in ranks for batch in data.val_dataloader()}
         assert shapes == {(12 // world, 16)}
@@ -245,13 +245,13 @@ def test_synthetic_tokens_are_a_function_of_the_position():
     assert counts.min() > 600 and counts.max() < 970  # 781 are expected, the standard deviation is 28
 
 
+def synthetic():
+    return SyntheticDataModule(vocab_size=64, seq_len=8, global_batch_size=4, num_batches=5, val_sequences=6)
+
+
 def test_synthetic_module_keeps_the_same_laws():
     def make(rank=0, world=1):
-        return opened(
-            SyntheticDataModule(vocab_size=64, seq_len=8, global_batch_size=4, num_batches=5, val_sequences=6),
-            rank,
-            world,
-        )
+        return opened(synthetic(), rank, world)
 
     alone, shared = global_batches([make()]), global_batches([make(rank, 2) for rank in range(2)])
     assert len(alone) == 5 and all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
@@ -262,8 +262,7 @@ def test_synthetic_module_keeps_the_same_laws():
 
 @pytest.mark.parametrize("device", ("cpu", "cuda"))
 def test_batches_for_a_gpu_lie_in_pinned_memory(device):
-    data = SyntheticDataModule(vocab_size=64, seq_len=8, global_batch_size=4, num_batches=5, val_sequences=6)
-    strategy = SimpleNamespace(root_device=torch.device(device))
+    data, strategy = synthetic(), SimpleNamespace(root_device=torch.device(device))
     data.trainer = SimpleNamespace(global_rank=0, world_size=1, strategy=strategy)
     loaders = data.train_dataloader(), data.val_dataloader()
     assert [loader.pin_memory for loader in loaders] == [device == "cuda"] * 2
