@@ -26,6 +26,7 @@ from scmoe.training.assembly.model import build_model
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.modules import LanguageModel
 from scmoe.training.muon import adamw
+from tests.support.resuming import exit_code
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -96,11 +97,8 @@ def fit(
 ) -> tuple[Any, int, dict[str, Tensor]]:
     """Returns a run's exit code, its last step and its tensors."""
     trainer, module, data = build(rank, world_size, folder, when, f"trainer.max_steps={steps}")
-    before, code = signal.getsignal(signal.SIGTERM), None
-    try:
-        trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
-    except SystemExit as end:
-        code = end.code
+    before = signal.getsignal(signal.SIGTERM)
+    code = exit_code(lambda: trainer.fit(module, data, ckpt_path=resume_from, weights_only=True))
     assert signal.getsignal(signal.SIGTERM) == before, "the earlier handler is restored"
     return code, trainer.global_step, {name: t.clone() for name, t in tiny_run.tensors(trainer).items()}
 
@@ -128,12 +126,9 @@ def test_sigterm_before_the_first_step_or_after_the_last_is_not_lost(when, unint
 
 def evaluate(rank: int, world_size: int, folder: Path, verb: str) -> tuple[Any, int]:
     trainer, module, data = build(rank, world_size, folder, "evaluated")
-    before, code = signal.getsignal(signal.SIGTERM), None
+    before = signal.getsignal(signal.SIGTERM)
     data.setup()
-    try:
-        getattr(trainer, verb)(module, data.val_dataloader())
-    except SystemExit as end:
-        code = end.code
+    code = exit_code(lambda: getattr(trainer, verb)(module, data.val_dataloader()))
     assert signal.getsignal(signal.SIGTERM) == before, "the earlier handler is restored"
     return code, module.evaluated
 
@@ -151,11 +146,8 @@ def evaluate_what_was_trained(rank: int, world_size: int, folder: Path, load: Pa
     trainer, module, data = build(rank, world_size, folder, "", f"trainer.max_steps={STEPS}")
     trainer.fit(module, data)
     module.when = "evaluated"
-    try:
-        trainer.validate(module, data.val_dataloader(), ckpt_path=load, weights_only=True)
-    except SystemExit as end:
-        return end.code
-    return None
+    loader = data.val_dataloader()
+    return exit_code(lambda: trainer.validate(module, loader, ckpt_path=load, weights_only=True))
 
 
 def test_sigterm_in_a_validation_after_a_fit_saves_only_trained_weights(tmp_path):
