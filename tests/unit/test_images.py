@@ -13,8 +13,15 @@ import torch
 from PIL import Image
 
 from scmoe.config.load import load
-from scmoe.datamodules.image_sources import ImageSplits, digits, fashion_mnist, image_folder, open_images, read_idx
-from scmoe.datamodules.images import ImageDataModule
+from scmoe.datamodules.images import (
+    ImageDataModule,
+    ImageSplits,
+    digits,
+    fashion_mnist,
+    image_folder,
+    open_images,
+    read_idx,
+)
 from scmoe.datamodules.positioned import IGNORE
 from scmoe.training.assembly.data import build_datamodule
 
@@ -220,10 +227,3 @@ def test_workers_change_nothing(fashion):
     splits = fashion_mnist(fashion)
     alone, together = (batches(module(splits, augment="imagenet", num_batches=3, workers=n)) for n in (0, 2))
     assert all(torch.equal(a["images"], b["images"]) for a, b in zip(alone, together, strict=True))
-
-
-@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
-def test_a_loader_leaves_the_global_generator_as_it_is(fashion, loader):
-    before = torch.get_rng_state()
-    next(iter(getattr(module(fashion_mnist(fashion), augment="imagenet"), loader)()))
-    assert torch.equal(torch.get_rng_state(), before)

@@ -14,7 +14,7 @@ import torch
 
 from scmoe.datamodules.positioned import SampleOrder
 from scmoe.datamodules.sequences import SyntheticDataModule, SyntheticTokens
-from scmoe.datamodules.sources import hugging_face, sotu, text
+from scmoe.datamodules.text import hugging_face, sotu, text
 from scmoe.datamodules.tokenizer import END_OF_TEXT, make_tokenizer
 from tests.support.texts import open_texts, opened, write_texts
 

@@ -89,8 +89,7 @@ def text(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
 @register_dataset("digits", images=True)
 @register_dataset("image_folder", images=True)
 def images(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
-    from scmoe.datamodules.image_sources import open_images  # here, as they need the extra `vision`
-    from scmoe.datamodules.images import ImageDataModule
+    from scmoe.datamodules.images import ImageDataModule, open_images  # here, as they need the extra `vision`
 
     data = config.data
     return ImageDataModule(

@@ -155,10 +155,10 @@ def read_state(run_dir: Path) -> str:
 
 def refuse_running(run_dir: Path) -> None:
     """Raise ConfigError if another process is training this run: two would write the same files."""
-    path = run_dir / STATE
-    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"state": "cut"}
-    if kept["state"] != "running" or not _lives(kept, path):
+    if read_state(run_dir) != "running":
         return
+    path = run_dir / STATE
+    kept: dict[str, Any] = json.loads(path.read_text())
     if kept["host"] != platform.node():
         raise ConfigError(
             f"process {kept['pid']} on {kept['host']} is training {run_dir}; stop it first, or, if it was killed, "
