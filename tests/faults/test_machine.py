@@ -66,7 +66,7 @@ def test_a_run_that_needs_more_memory_than_there_is_is_refused_by_the_limit_that
     assert number_in(line, r"a rank needs about (\S+) GiB") > number_in(line, r"(\S+) GiB are free")
     line = refusal(capsys, tmp_path, "trainer.max_memory_gib=0.1")
     needed = number_in(line, r"trainer\.max_memory_gib=(\S+) starts it anyway")
-    check_machine(load("configs/debug.yaml", [f"trainer.max_memory_gib={needed}"]), first=True)
+    check_machine(load("configs/debug.yaml", [f"trainer.max_memory_gib={needed}"]))
 
 
 def test_the_limit_of_memory_is_a_ranks_share(monkeypatch, tmp_path):
@@ -97,7 +97,7 @@ def test_a_step_of_hours_is_refused_by_the_limit_that_lifts(tmp_path, capsys):
     long = ("data.seq_len=1000000", "trainer.max_memory_gib=1000")
     line = refusal(capsys, tmp_path, *long)
     seconds = number_in(line, r"trainer\.max_step_s=(\S+) starts it anyway")
-    check_machine(load("configs/debug.yaml", [*long, f"trainer.max_step_s={seconds}"]), first=True)
+    check_machine(load("configs/debug.yaml", [*long, f"trainer.max_step_s={seconds}"]))
 
 
 # ---------------------------------------------------------------------- devices and launchers
