@@ -124,6 +124,7 @@ def test_a_text_run_without_validation_says_so_and_ends_with_samples(tmp_path):
     assert done.summary["steps"] == 4 and "│ sample" in done.err, done.err
 
 
+@pytest.mark.faults
 def test_overfitting_repeats_the_first_batches_also_when_it_is_resumed(tmp_path):
     """At a learning rate near 0 the same batch has the same loss."""
     words = ("trainer.overfit_batches=2", "trainer.max_steps=5", "optim.lr=1e-30", "moe.noisy=false")
@@ -137,6 +138,7 @@ def test_overfitting_repeats_the_first_batches_also_when_it_is_resumed(tmp_path)
     assert list(column(folder, "train/loss").values()) == [*losses, losses[1]]
 
 
+@pytest.mark.faults
 def test_a_resumed_run_may_have_another_precision_and_not_another_accumulate(tmp_path):
     """Moments take the type of their weights. Lightning counts batches, so an update would fall between two steps."""
     folder = run_dir(train(tmp_path))
@@ -149,6 +151,7 @@ def test_a_resumed_run_may_have_another_precision_and_not_another_accumulate(tmp
     assert column(folder, "train/lr")[4] == pytest.approx(expected, rel=1e-6), "the first step has the new cosine, too"
 
 
+@pytest.mark.faults
 def test_losses_of_a_step_are_those_of_all_its_batches(tmp_path):
     """The same samples in one batch and in two; dropout, noise and a loss that is no mean over samples would differ."""
     words = (*EXACT, "model.dropout=0", "moe.load_balance_coef=0", "trainer.precision=64-true")

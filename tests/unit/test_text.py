@@ -135,6 +135,11 @@ def test_every_world_size_sees_the_same_global_batches(make):
         assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
 
 
+def test_overfitting_repeats_the_first_batches(make):
+    repeated, whole = global_batches([make(overfit=2)]), global_batches([make()])
+    assert all(torch.equal(a, b) for a, b in zip(repeated, whole[:2] * 5, strict=True))
+
+
 def test_ranks_must_divide_the_micro_batch(make):
     with pytest.raises(ValueError, match=r"data\.global_batch_size is 8; allowed: multiples of .* 3 x 2$"):
         make(0, 3).train_dataloader()
