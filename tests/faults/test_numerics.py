@@ -139,21 +139,16 @@ def say(what: str, **figures: Any) -> None:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_fp64_equals_one_process_at_every_step(layout, optimizer):
-    found = errors(assemble(many(layout, f"fp64 {optimizer}")), one(f"fp64 {optimizer}"))
-    say(f"{layout}, fp64, {optimizer}, {STEPS} steps", **found)
-    assert max(found.values()) <= FP64_TOLERANCE
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("layout", RECOMPUTED_LAYOUTS)
-def test_fp64_equals_one_process_with_recomputed_activations(layout, optimizer):
-    """The one process keeps all activations. Every batch is routed once in each layer: backward uses the routing of
-    forward."""
-    ranks = many(layout, f"fp64 recomputed {optimizer}")
+@pytest.mark.parametrize(
+    ("layout", "what"),
+    [*((layout, "fp64") for layout in LAYOUTS), *((layout, "fp64 recomputed") for layout in RECOMPUTED_LAYOUTS)],
+)
+def test_fp64_equals_one_process_at_every_step(layout, what, optimizer):
+    """The one process keeps all activations. Every batch is routed once in each layer, also where activations are
+    recomputed: backward uses the routing of forward."""
+    ranks = many(layout, f"{what} {optimizer}")
     found = errors(assemble(ranks), one(f"fp64 {optimizer}"))
-    say(f"{layout}, fp64, {optimizer}, recomputed, {STEPS} steps", **found)
+    say(f"{layout}, {what}, {optimizer}, {STEPS} steps", **found)
     assert max(found.values()) <= FP64_TOLERANCE
     for rank in ranks:
         layers = set(rank["routed"])
