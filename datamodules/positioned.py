@@ -1,12 +1,18 @@
-"""A datamodule with a position in the data, which checkpoints keep. Samples may be anything.
+"""Which sample comes when, on which rank: a function of the global sample position only.
 
-Run the Trainer with `use_distributed_sampler=False`, and call `advance()` at the end of every training batch. The order
-of samples is explained in `order.py`.
+Training sees positions p = 0, 1, 2, ...; position p is sample `permutation(p // N)[p % N]` of the N samples. A
+micro-batch takes the next M positions and deals them to the ranks in turn. Hence any number of ranks sees the same
+global batches in the same order, batches run on across epochs, and one number is all that resuming needs.
+
+`PositionedDataModule` keeps this number in checkpoints. Run the Trainer with `use_distributed_sampler=False`, and call
+`advance()` at the end of every training batch.
 """
 
 import os
 import re
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,11 +20,57 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from scmoe.datamodules.order import Batches, Repeated
-
 DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")  # it was killed, or has exited
 RAISED = re.compile(r"in DataLoader worker process (\d+)")
 IGNORE = -100  # the label that cross_entropy leaves out
+
+
+@lru_cache(maxsize=1)
+def permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """Maps positions to samples. Each epoch is another permutation of the samples."""
+
+    num_samples: int
+    seed: int
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Returns the samples at `positions`, both int64 of one shape. positions: ascending."""
+        epochs, places = np.divmod(positions, self.num_samples)
+        samples = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            samples[here] = permutation(self.num_samples, self.seed, int(epoch))[places[here]]
+        return samples
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A batch sampler that yields this rank's share of every micro-batch from position `start()` on.
+
+    order: positions to the items of a data set.
+    `len` is the number of micro-batches of the whole training, also after a resume: Lightning subtracts those that are
+    done. The position is read once, when iteration starts, as workers then fetch ahead of the training.
+    """
+
+    order: Callable[[np.ndarray], np.ndarray]
+    num_batches: int
+    micro_batch: int
+    rank: int
+    world: int
+    start: Callable[[], int]
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        end = self.num_batches * self.micro_batch
+        for first in range(self.start(), end - self.micro_batch + 1, self.micro_batch):
+            positions = np.arange(first + self.rank, first + self.micro_batch, self.world)
+            yield self.order(positions).tolist()
 
 
 class PositionedDataModule(LightningDataModule):
@@ -80,9 +132,12 @@ class PositionedDataModule(LightningDataModule):
         self, dataset: Dataset, order: Callable[..., Any], collate: Callable[..., Any] | None = None
     ) -> DataLoader:
         """Return the loader of the training from the current position on. order: positions to items of `dataset`."""
-        if self.overfit is not None:
-            order = Repeated(order, self.overfit * self.micro_batch)
-        return self._loader(dataset, order, self.num_batches, lambda: self.consumed_samples, collate)
+        period = (self.overfit or self.num_batches) * self.micro_batch
+
+        def repeated(positions: np.ndarray) -> np.ndarray:
+            return order(positions % period)
+
+        return self._loader(dataset, repeated, self.num_batches, lambda: self.consumed_samples, collate)
 
     def eval_loader(self, dataset: Sized) -> DataLoader:
         """Return a loader that gives all ranks equally many batches of one shape, as all must take part in collectives.

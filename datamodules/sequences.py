@@ -1,11 +1,11 @@
-"""Turns a flat array of tokens into batches; `TextDataModule` and `SyntheticDataModule` share this.
+"""Turns a flat array of tokens into batches, for text (`text.py`) and for the synthetic tokens of benchmarks.
 
     training    {"input_ids", "labels"}: int64 [B, S], labels are the next tokens
     val, test   also "num_bytes": int64 [B], UTF-8 bytes of a window's targets, and "padding_mask": bool [B, S], True
                 at real tokens. Windows do not overlap and cover every target once; the last one is padded. Padding and
                 filler windows have input id 0, label -100 and no bytes.
 
-The order of samples is in `order.py`, the position of a training in `positioned.py`.
+The order of samples is in `positioned.py`.
 """
 
 from collections.abc import Mapping
@@ -16,8 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from scmoe.datamodules.order import SampleOrder
-from scmoe.datamodules.positioned import IGNORE, PositionedDataModule
+from scmoe.datamodules.positioned import IGNORE, PositionedDataModule, SampleOrder
 
 COUNT_CHUNK = 1 << 24  # tokens counted at a time
 
@@ -136,3 +135,54 @@ class SequenceDataModule(PositionedDataModule):
 
     def identity(self) -> dict[str, Any]:
         return {"data": self.splits.content, "seed": self.seed, "seq_len": self.seq_len}
+
+
+@dataclass(frozen=True)
+class SyntheticTokens:
+    """Gives `length` pseudo-random ids below `vocab_size`, without a file or a tokenizer. stream: the split's number.
+
+    Token t of a stream is a hash of (seed, t), so any slice can be computed anywhere, in any order. All ids are equally
+    likely and independent: there is nothing to learn, and the loss stays at ln V.
+    """
+
+    seed: int
+    stream: int
+    length: int
+    vocab_size: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        counter = np.arange(*part.indices(self.length), dtype=np.uint64)
+        key = _mix(_mix(np.array([self.seed], np.uint64)) + np.uint64(self.stream))
+        return (_mix(counter + key) % np.uint64(self.vocab_size)).astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64 (Steele, Lea, Flood 2014): a bijection of uint64 that turns a counter into pseudo-random numbers."""
+    x = x * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class SyntheticDataModule(SequenceDataModule):
+    """Has 65,536 sequences for training and `val_sequences` (None: 64) each for validation and test.
+
+    Each token counts as one byte, so bits per byte are bits per token.
+    """
+
+    def __init__(self, vocab_size: int = 4096, **sequences: Any) -> None:
+        super().__init__(**sequences)
+        self.vocab_size = vocab_size
+
+    @cached_property
+    def splits(self) -> TokenSplits:
+        held_out = self.val_sequences or 64
+        sequences = {"train": 1 << 16, "val": held_out, "test": held_out}
+        tokens = {
+            split: SyntheticTokens(self.seed, stream, count * self.seq_len + 1, self.vocab_size)
+            for stream, (split, count) in enumerate(sequences.items())
+        }
+        return TokenSplits(tokens, np.ones(self.vocab_size, np.int64), f"synthetic-{self.vocab_size}")

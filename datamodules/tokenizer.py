@@ -77,8 +77,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of `text`, int64, without special tokens."""
-        parts = [self._encode(piece) for piece in pieces(text)]
-        return np.concatenate([np.empty(0, np.int64), *(np.asarray(ids, np.int64) for ids in parts)])
+        return np.array([i for piece in pieces(text) for i in self._encode(piece)], np.int64)
 
     def _encode(self, piece: str) -> list[int]:
         if self._bytes is None:

@@ -50,7 +50,7 @@ def main(file: str, /, *overrides: KeyValue, local: bool = False) -> int:
         raise ConfigError(f"command line: {wrong[0]!r}, allowed: --local, key=value")
     sweep = read(file, overrides)
     if not local:
-        from scmoe.training.run.wandb_logger import has_wandb_key
+        from scmoe.training.run.loggers import has_wandb_key
 
         if has_wandb_key():
             from scmoe.experiments.studies.sweep.trials import run_online

@@ -22,9 +22,8 @@ from typing import IO, Any
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import to_yaml
-from scmoe.parallel.checkpoint.durable import write_durably
+from scmoe.parallel.checkpoint.durable import replacing, write_durably
 from scmoe.runs.seen import DEFAULTS, flat
-from scmoe.training.files import write_aside
 
 TRAIN = (sys.executable, "-m", "scmoe.experiments.train")
 LOG_TAIL = 4096  # bytes
@@ -117,7 +116,8 @@ class Job:
 def write_whole(path: Path, values: dict[str, Any]) -> None:
     """Write JSON so that the file is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(path, lambda partial: write_durably(partial, json.dumps(values, indent=2) + "\n"))
+    with replacing(path) as partial:
+        write_durably(partial, json.dumps(values, indent=2) + "\n")
 
 
 @contextmanager

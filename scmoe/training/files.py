@@ -1,8 +1,8 @@
 """Writes files that a run can do without, and removes keys from what a run keeps of itself.
 
-A full disk costs these files and one warning, not the run (fault 32). Each file is written under another name and
-renamed, so an earlier version of it stays whole. Checkpoints are written elsewhere (durable.py): for them a full disk
-is an error. Keys are in configs, command lines and changes to the code (fault 33).
+A full disk costs these files and one warning, not the run (fault 32); an earlier version stays whole. What a run
+cannot do without is written by durable.py: for it a full disk is an error. Keys are in configs, command lines and
+changes to the code (fault 33).
 """
 
 import json
@@ -33,9 +33,15 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def try_to_write(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` make a file of another name with the same suffix, then rename it to `path`."""
+    partial = path.with_name(f".tmp-{path.name}")
     try:
-        write_aside(path, write)
+        path.parent.mkdir(exist_ok=True)
+        write(partial)
+        os.replace(partial, path)
     except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         warn_once(f"{path} is not written: {error.strerror or error}")
 
 
@@ -58,22 +64,6 @@ def try_to_append(path: Path, text: str) -> None:
         with suppress(OSError):
             path.unlink(missing_ok=True) if size is None else os.truncate(path, size)
         warn_once(f"{path} gets no more rows: {error.strerror or error}")
-
-
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a file of another name with the same suffix, then rename it to `path`.
-
-    Raises OSError where it cannot be written, such as on a full disk; an earlier version is then unchanged.
-    """
-    partial = path.with_name(f".tmp-{path.name}")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        write(partial)
-        os.replace(partial, path)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
 
 
 @cache

@@ -16,7 +16,7 @@ from PIL import Image
 
 from scmoe.config.load import load
 from scmoe.datamodules.positioned import IGNORE
-from scmoe.datamodules.sources import text
+from scmoe.datamodules.text import text
 from scmoe.experiments.engine.command_line import call
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.callbacks.bookkeeping import SkippedImages

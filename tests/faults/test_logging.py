@@ -3,55 +3,29 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.training.run import wandb_logger
-from scmoe.training.run.loggers import build_loggers, close_loggers
+from scmoe.training.run import loggers
 from tests.support.commands import CANARY, rows_of, run
 
 pytestmark = [pytest.mark.faults]
 NO_SERVER = "http://127.0.0.1:9"  # no server listens at the port `discard`
 
 
-@pytest.fixture
-def no_server(monkeypatch):
+@pytest.mark.slow
+def test_online_without_a_server_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_API_KEY", CANARY)
     monkeypatch.setenv("WANDB_BASE_URL", NO_SERVER)
-    monkeypatch.setattr(wandb_logger, "INIT_TIMEOUT_S", 1.0)
-
-
-def wandb_loggers(run_dir: Path, mode: str) -> list[Any]:
-    config = load(None, [f"logger.mode={mode}"])
-    return build_loggers(config, run_dir, resumed_step=None)
-
-
-@pytest.mark.slow
-def test_32_auto_goes_offline_where_no_server_answers(no_server, tmp_path, capsys):
-    loggers = wandb_loggers(tmp_path, "auto")
-    try:
-        assert loggers[1].experiment.offline
-        loggers[1].log_metrics({"a": 1.0}, 0)
-    finally:
-        close_loggers(loggers)
-    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 1
-    assert "goes offline" in warnings[0]
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-
-
-@pytest.mark.slow
-def test_32_online_without_a_server_is_an_error(no_server, tmp_path):
+    monkeypatch.setattr(loggers, "INIT_TIMEOUT_S", 1.0)
     with pytest.raises(ConfigError, match=r"^logger.mode is online, allowed here: offline \| disabled: "):
-        wandb_loggers(tmp_path, "online")
+        loggers.build_loggers(load(None, ["logger.mode=online"]), tmp_path, resumed_step=None)
 
 
 @pytest.mark.slow
-def test_32_a_killed_wandb_process_does_not_end_the_run(tmp_path, capsys):
+def test_a_killed_wandb_process_does_not_end_the_run(tmp_path, capsys):
     """This runs in its own process, because W&B has one service for all runs of a process."""
     done = run("-c", KILLED, str(tmp_path))
     assert done.code == 0, done.err
@@ -80,7 +54,7 @@ print("went on")
 
 
 @pytest.mark.slow
-def test_32_a_full_disk_ends_no_run_that_logs(tmp_path):
+def test_a_full_disk_ends_no_run_that_logs(tmp_path):
     """No file can grow beyond 8 kB, W&B's or ours, until there is space again."""
     done = run("-c", FULL, str(tmp_path))
     assert done.code == 0, done.err
@@ -111,7 +85,7 @@ print("went on")
 
 
 @pytest.mark.slow
-def test_32_a_run_on_a_full_disk_loses_its_figures_and_ends_normally(tmp_path):
+def test_a_run_on_a_full_disk_loses_its_figures_and_ends_normally(tmp_path):
     """From the first batch on no file can grow beyond 20 bytes, so that none of the run's files can be written."""
     done = run("-c", NO_ROOM, str(tmp_path))
     assert done.code == 0, done.err

@@ -1,5 +1,5 @@
-"""What a run asks of its machine is checked before it starts: sizes (46-48), devices and launchers (49-51), folders
-and initial weights (52), W&B's variables (53). Each refusal is one line, and no run directory is made."""
+"""What a run asks of its machine is checked before it starts: sizes, devices and launchers, folders and initial
+weights, W&B's variables. Each refusal is one line, and no run directory is made."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel import dense as dense_weights
 from scmoe.training.assembly.trainer import cpu_threads
 from scmoe.training.run import machine
+from scmoe.training.run.loggers import wandb_mode
 from scmoe.training.run.machine import check_machine, is_rank_zero
-from scmoe.training.run.wandb_logger import wandb_mode
 from tests.support.exports import dense, export
 
 pytestmark = [pytest.mark.faults, pytest.mark.representative]
@@ -38,7 +38,7 @@ def number_in(line: str, pattern: str) -> float:
     return float(found[1])
 
 
-# ---------------------------------------------------------------------- 46, 47, 48: sizes
+# ---------------------------------------------------------------------- sizes
 
 
 @pytest.mark.parametrize(
@@ -52,24 +52,24 @@ def number_in(line: str, pattern: str) -> float:
         ("moe.num_experts=1000000", "int, 1 to 2^16"),
     ],
 )
-def test_46_sizes_that_nothing_could_compute_are_refused(override, allowed, tmp_path, capsys):
+def test_sizes_that_nothing_could_compute_are_refused(override, allowed, tmp_path, capsys):
     assert f"allowed: {allowed}" in refusal(capsys, tmp_path, override)
 
 
-def test_46_without_experts_any_width_is_allowed():
+def test_without_experts_any_width_is_allowed():
     assert load("configs/debug.yaml", ["model.dim=36", "moe.architecture=dense"]).model.dim == 36
 
 
-def test_47_a_run_that_needs_more_memory_than_there_is_is_refused_by_the_limit_that_lifts(tmp_path, capsys):
+def test_a_run_that_needs_more_memory_than_there_is_is_refused_by_the_limit_that_lifts(tmp_path, capsys):
     large = ("moe.num_experts=60000", "model.dim=4096")
     line = refusal(capsys, tmp_path, *large)
     assert number_in(line, r"a rank needs about (\S+) GiB") > number_in(line, r"(\S+) GiB are free")
     line = refusal(capsys, tmp_path, "trainer.max_memory_gib=0.1")
     needed = number_in(line, r"trainer\.max_memory_gib=(\S+) starts it anyway")
-    check_machine(load("configs/debug.yaml", [f"trainer.max_memory_gib={needed}"]), first=True)
+    check_machine(load("configs/debug.yaml", [f"trainer.max_memory_gib={needed}"]))
 
 
-def test_47_the_limit_of_memory_is_a_ranks_share(monkeypatch, tmp_path):
+def test_the_limit_of_memory_is_a_ranks_share(monkeypatch, tmp_path):
     one, two = (load("configs/debug.yaml", [f"trainer.devices={n}"]) for n in (1, 2))
     assert machine.free_gib(two) == pytest.approx(machine.free_gib(one) / 2, rel=0.1)
     monkeypatch.setattr(dense_weights, "CONTAINER", tmp_path)
@@ -82,7 +82,7 @@ def test_47_the_limit_of_memory_is_a_ranks_share(monkeypatch, tmp_path):
     assert machine.free_gib(one) > 1.0
 
 
-def test_47_a_machine_without_proc_is_measured_by_all_its_memory_and_cores(monkeypatch, tmp_path):
+def test_a_machine_without_proc_is_measured_by_all_its_memory_and_cores(monkeypatch, tmp_path):
     """As macOS is, whose Python has no sched_getaffinity either."""
     one, two = (load("configs/debug.yaml", [f"trainer.devices={n}", "trainer.threads=null"]) for n in (1, 2))
     free = machine.free_gib(one)
@@ -93,41 +93,36 @@ def test_47_a_machine_without_proc_is_measured_by_all_its_memory_and_cores(monke
     assert (cpu_threads(one), cpu_threads(two)) == (os.cpu_count(), max(1, os.cpu_count() // 2))
 
 
-def test_48_a_step_of_hours_is_refused_by_the_limit_that_lifts(tmp_path, capsys):
+def test_a_step_of_hours_is_refused_by_the_limit_that_lifts(tmp_path, capsys):
     long = ("data.seq_len=1000000", "trainer.max_memory_gib=1000")
     line = refusal(capsys, tmp_path, *long)
     seconds = number_in(line, r"trainer\.max_step_s=(\S+) starts it anyway")
-    check_machine(load("configs/debug.yaml", [*long, f"trainer.max_step_s={seconds}"]), first=True)
+    check_machine(load("configs/debug.yaml", [*long, f"trainer.max_step_s={seconds}"]))
 
 
-# ---------------------------------------------------------------------- 49, 50, 51: devices and launchers
+# ---------------------------------------------------------------------- devices and launchers
 
 
-def test_49_a_gpu_that_is_not_there_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(machine.torch.cuda, "device_count", lambda: 0)
-    assert "trainer.accelerator is 'gpu', allowed: auto | cpu, as there is no GPU" in refusal(
-        capsys, tmp_path, "trainer.accelerator=gpu"
-    )
-
-
-def test_49_more_ranks_than_gpus_are_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(machine.torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: True)
-    overrides = "trainer.accelerator=auto", "trainer.devices=2"
-    assert "trainer.devices is 2, allowed: at most 1, the GPUs of this machine" in refusal(capsys, tmp_path, *overrides)
-    overrides = "trainer.accelerator=auto", "strategy.reductions=paced"
-    assert "strategy.reductions is 'paced', allowed: null | ddp on a GPU" in refusal(capsys, tmp_path, *overrides)
-
-
-def test_49_more_threads_than_a_machine_could_start_are_refused(tmp_path, capsys):
-    assert "trainer.threads is 1024, allowed: null or at most " in refusal(capsys, tmp_path, "trainer.threads=1024")
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "message"),
+    [
+        (0, ["trainer.accelerator=gpu"], "trainer.accelerator is 'gpu', allowed: auto | cpu, as there is no GPU"),
+        (1, ["trainer.accelerator=auto", "trainer.devices=2"], "trainer.devices is 2, allowed: at most 1, the GPUs"),
+        (1, ["trainer.accelerator=auto", "strategy.reductions=paced"], "strategy.reductions is 'paced', allowed: null"),
+        (0, ["trainer.threads=1024"], "trainer.threads is 1024, allowed: null or at most "),
+    ],
+)
+def test_devices_and_threads_that_are_not_there_are_refused(gpus, overrides, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(machine.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: gpus > 0)
+    assert message in refusal(capsys, tmp_path, *overrides)
 
 
 @pytest.mark.parametrize(
     ("variables", "is_first"),
     [({}, True), ({"NODE_RANK": "0"}, True), ({"NODE_RANK": "1"}, False), ({"NODE_RANK": "1", "RANK": "0"}, True)],
 )
-def test_49_only_the_first_machines_first_process_is_rank_0(variables, is_first, monkeypatch):
+def test_only_the_first_machines_first_process_is_rank_0(variables, is_first, monkeypatch):
     """Lightning's own launcher has not numbered the ranks yet, and each machine's process would write a run."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -152,7 +147,7 @@ SLURM = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NAME": "x
     ],
     ids=["torchrun", "SLURM", "no launcher", "half of the variables"],
 )
-def test_50_ranks_that_nobody_starts_are_not_waited_for(variables, overrides, message, tmp_path, capsys, monkeypatch):
+def test_ranks_that_nobody_starts_are_not_waited_for(variables, overrides, message, tmp_path, capsys, monkeypatch):
     for name in machine.OF_NODE:  # a Trainer of an earlier test may have left them
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -160,7 +155,7 @@ def test_50_ranks_that_nobody_starts_are_not_waited_for(variables, overrides, me
     assert re.search(message, refusal(capsys, tmp_path, *overrides))
 
 
-def test_51_ranks_that_do_not_find_each_other_in_time_say_which_setting_to_raise(monkeypatch):
+def test_ranks_that_do_not_find_each_other_in_time_say_which_setting_to_raise(monkeypatch):
     """The error of torch's store names a socket alone."""
 
     def too_late(*_: object) -> None:
@@ -173,11 +168,11 @@ def test_51_ranks_that_do_not_find_each_other_in_time_say_which_setting_to_raise
         strategy.setup_environment()
 
 
-# ---------------------------------------------------------------------- 52: folders, initial weights
+# ---------------------------------------------------------------------- folders, initial weights
 
 
 @pytest.mark.parametrize("key", ["runs_dir", "data.cache_dir"])
-def test_52_a_folder_that_cannot_be_written_is_refused(key, tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_is_refused(key, tmp_path, capsys):
     (tmp_path / "file").touch()
     text = "data.name=sotu", "data.vocab_size=300"
     for folder in ("/proc/nowhere", str(tmp_path / "file" / "below")):
@@ -185,7 +180,7 @@ def test_52_a_folder_that_cannot_be_written_is_refused(key, tmp_path, capsys):
         assert f"{key} is '{folder[:40]}" in line and ", allowed: a folder that can be written: " in line
 
 
-def test_52_initial_weights_that_do_not_fit_are_refused_before_data_is_prepared(tmp_path, capsys):
+def test_initial_weights_that_do_not_fit_are_refused_before_data_is_prepared(tmp_path, capsys):
     """Of two ranks the other one is not started either."""
     (tmp_path / "data.txt").write_text("It was a bright cold day, and the clocks were striking.\n" * 200)
     (tmp_path / "no.safetensors").write_text("nothing")
@@ -202,17 +197,17 @@ def test_52_initial_weights_that_do_not_fit_are_refused_before_data_is_prepared(
         assert not (tmp_path / "cache").exists()
 
 
-# ---------------------------------------------------------------------- 53: variables of W&B
+# ---------------------------------------------------------------------- variables of W&B
 
 
 @pytest.mark.parametrize("url", ["api.wandb.ai", "ftp://x", "http://[bad", "http://x:port", "http://"])
-def test_53_a_malformed_server_is_refused_unless_wandb_is_off(url, tmp_path, capsys, monkeypatch):
+def test_a_malformed_server_is_refused_unless_wandb_is_off(url, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", url)
     assert f"WANDB_BASE_URL is {url!r}, allowed: such as https://" in refusal(capsys, tmp_path, "logger.mode=offline")
     assert wandb_mode(load("configs/debug.yaml", ["logger.mode=disabled"])) == "disabled"
 
 
-def test_53_wandb_mode_decides_where_the_config_does_not(tmp_path, capsys, monkeypatch):
+def test_wandb_mode_decides_where_the_config_does_not(tmp_path, capsys, monkeypatch):
     auto, online = (load("configs/debug.yaml", [f"logger.mode={mode}"]) for mode in ("auto", "online"))
     for mode in ("online", "offline", "disabled"):
         monkeypatch.setenv("WANDB_MODE", mode)

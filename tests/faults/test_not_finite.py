@@ -93,6 +93,9 @@ CLIPS = {
 }
 
 
+UNCHANGED, CHANGED = (f"weights as they were: {same}" for same in (True, False))
+
+
 def poison(rank: int, world_size: int, place: str, clip: str = "by the module") -> None:
     config = tiny(f"position=pos2 trainer.accumulate=1 strategy.ep_size={world_size}", world_size)
     module = CLIPS[clip](lambda context: build_model(config, context), max_steps=3)
@@ -117,28 +120,24 @@ PLACES = {
 }
 
 
+REPRESENTATIVE = pytest.mark.representative
+
+
 @pytest.mark.parametrize(
-    "place", [pytest.param(p, marks=[pytest.mark.representative] * (p not in ("output inf", "loss"))) for p in PLACES]
+    ("place", "clip"),
+    [
+        *(pytest.param(place, "by the module", marks=REPRESENTATIVE) for place in ("output", "backward", "loss inf")),
+        *(("output inf", "by the module"), ("loss", "by the module"), ("output", "not at all"), ("output", "by value")),
+        *(pytest.param(place, "by hand", marks=REPRESENTATIVE) for place in ("output", "loss inf")),
+    ],
 )
-def test_27_a_number_that_is_not_finite_stops_all_ranks_before_the_update(place):
-    message = failure(poison, 2, place, all_fail=True)
+def test_a_number_that_is_not_finite_stops_all_ranks_before_the_update(place, clip):
+    """Modules are watched however they clip, and if they step by hand."""
+    message = failure(poison, 2, place, clip, all_fail=clip == "by the module")
     assert re.search(rf"first not finite: (rank 0: [^;]*; )?rank 1: {re.escape(PLACES[place])}", message), message
-    assert message.count("weights as they were: True") == 2 and "weights as they were: False" not in message, message
-
-
-@pytest.mark.parametrize("clip", ["not at all", "by value"])
-def test_27_a_module_that_does_not_clip_by_norm_is_watched_too(clip):
-    message = failure(poison, 2, "output", clip)
-    assert re.search(rf"first not finite: (rank 0: [^;]*; )?rank 1: {PLACES['output']}", message), message
-    assert "weights as they were: True" in message and "weights as they were: False" not in message
-
-
-@pytest.mark.representative
-@pytest.mark.parametrize("place", ["output", "loss inf"])
-def test_27_a_module_that_steps_by_hand_is_watched_too(place):
-    message = failure(poison, 2, place, "by hand")
-    assert re.search(rf"first not finite: (rank 0: [^;]*; )?rank 1: {re.escape(PLACES[place])}", message), message
-    assert "weights as they were: True" in message and "weights as they were: False" not in message
+    assert UNCHANGED in message and CHANGED not in message
+    if clip == "by the module":
+        assert message.count(UNCHANGED) == 2, message
 
 
 def clipped(rank: int, world_size: int, by_hand: bool, clip: float | None) -> list[Tensor]:
@@ -155,7 +154,7 @@ def clipped(rank: int, world_size: int, by_hand: bool, clip: float | None) -> li
     return [p.detach().clone() for p in module.parameters()]
 
 
-def test_27_clipping_by_hand_uses_the_global_norm():
+def test_clipping_by_hand_uses_the_global_norm():
     by_hand, by_trainer, not_clipped = (
         run_ranks(clipped, 2, *how) for how in ((True, 0.05), (False, 0.05), (True, None))
     )
@@ -165,14 +164,14 @@ def test_27_clipping_by_hand_uses_the_global_norm():
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_27_a_module_that_clips_by_other_means_is_refused(world_size):
+def test_a_module_that_clips_by_other_means_is_refused(world_size):
     message = failure(poison, world_size, "", "past the strategy")
     assert "RuntimeError: PastTheStrategy.configure_gradient_clipping did not call self.clip_gradients" in message
     assert "call self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm) there" in message
-    assert "weights as they were: True" in message and "weights as they were: False" not in message
+    assert UNCHANGED in message and CHANGED not in message
 
 
-def test_27_one_process_stops_too():
+def test_one_process_stops_too():
     assert "first not finite: rank 0: output of model.blocks.0.moe.experts" in failure(poison, 1, "output")
 
 
@@ -185,7 +184,7 @@ class Counted(nn.Module):
         return self.inner(x)
 
 
-def test_27_good_steps_keep_nothing_and_start_no_collective():
+def test_good_steps_keep_nothing_and_start_no_collective():
     module = Counted()
     guard = Guard(module)
     with patch.object(dist, "all_gather_object") as gather:
@@ -200,7 +199,7 @@ def test_27_good_steps_keep_nothing_and_start_no_collective():
 
 
 @pytest.mark.representative
-def test_27_batches_without_a_check_keep_no_more_than_one_batch():
+def test_batches_without_a_check_keep_no_more_than_one_batch():
     """Optimizers may be stepped past Lightning, which then calls no check. A NaN among many losses is remembered."""
     module = Counted()
     guard = Guard(module)

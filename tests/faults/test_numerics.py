@@ -138,26 +138,17 @@ def say(what: str, **figures: Any) -> None:
     print("\n" + json.dumps({"numerics": what, **figures}))
 
 
-def rounded(figures: dict[str, float]) -> dict[str, float]:
-    return {name: float(f"{value:.2e}") for name, value in figures.items()}
-
-
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_fp64_equals_one_process_at_every_step(layout, optimizer):
-    found = errors(assemble(many(layout, f"fp64 {optimizer}")), one(f"fp64 {optimizer}"))
-    say(f"{layout}, fp64, {optimizer}, {STEPS} steps", **rounded(found))
-    assert max(found.values()) <= FP64_TOLERANCE
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("layout", RECOMPUTED_LAYOUTS)
-def test_fp64_equals_one_process_with_recomputed_activations(layout, optimizer):
-    """The one process keeps all activations. Every batch is routed once in each layer: backward uses the routing of
-    forward."""
-    ranks = many(layout, f"fp64 recomputed {optimizer}")
+@pytest.mark.parametrize(
+    ("layout", "what"),
+    [*((layout, "fp64") for layout in LAYOUTS), *((layout, "fp64 recomputed") for layout in RECOMPUTED_LAYOUTS)],
+)
+def test_fp64_equals_one_process_at_every_step(layout, what, optimizer):
+    """The one process keeps all activations. Every batch is routed once in each layer, also where activations are
+    recomputed: backward uses the routing of forward."""
+    ranks = many(layout, f"{what} {optimizer}")
     found = errors(assemble(ranks), one(f"fp64 {optimizer}"))
-    say(f"{layout}, fp64, {optimizer}, recomputed, {STEPS} steps", **rounded(found))
+    say(f"{layout}, {what}, {optimizer}, {STEPS} steps", **found)
     assert max(found.values()) <= FP64_TOLERANCE
     for rank in ranks:
         layers = set(rank["routed"])
@@ -189,7 +180,7 @@ def test_replicas_are_bit_identical(layout):
 def test_fp32_one_step_from_equal_weights(layout, optimizer):
     """The step has two batches and is clipped. The qkv bias under AdamW is left out, see `errors`."""
     found = errors(assemble(many(layout, f"fp32 one step {optimizer}")), one(f"fp32 one step {optimizer}"), True)
-    say(f"{layout}, fp32, {optimizer}, one step, relative to the largest entry", **rounded(found))
+    say(f"{layout}, fp32, {optimizer}, one step, relative to the largest entry", **found)
     if optimizer == "adamw":
         del found["qkv bias"]
     assert max(found.values()) <= FP32_TOLERANCE
@@ -203,7 +194,7 @@ def test_fp32_drifts_no_more_than_another_order_of_sums(layout, optimizer):
     ours = errors(assemble(many(layout, f"fp32 {optimizer}")), start, relative=True)
     theirs = [errors(one(f"fp32 {optimizer} {places}"), start, relative=True) for places in (1, 3)]
     reordered = {kind: max(found[kind] for found in theirs) for kind in ours}
-    say(f"{layout}, fp32 drift, {optimizer}, {STEPS} steps", ours=rounded(ours), one_process=rounded(reordered))
+    say(f"{layout}, fp32 drift, {optimizer}, {STEPS} steps", ours=ours, one_process=reordered)
     assert all(reordered[kind] > 0 for kind in ours)
     assert all(ours[kind] <= DRIFT_FACTOR * reordered[kind] for kind in ours)
 

@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.representative)])
-def test_fault_08_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(world_size, workers):
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(world_size, workers):
     """The run has dropout, gate noise, shuffled samples, gradients accumulated over two batches, and a validation after
     every step. It resumes at the first step, one in the middle and the last but one."""
     assert restored.resume(3, [world_size], [workers]) == {"compared": 3, "bit_equal": 3}
@@ -46,7 +46,7 @@ def weights_after(rank: int, world_size: int, folder: Path, workers: int, val_ev
 
 @pytest.mark.representative
 @pytest.mark.parametrize("workers", [0, 2])
-def test_fault_08_validating_changes_no_dropout(workers, tmp_path):
+def test_validating_changes_no_dropout(workers, tmp_path):
     """Each validation starts a loader, which must not draw from the generator that dropout draws from."""
     seldom, often = (run_ranks(weights_after, 1, tmp_path / str(n), workers, n)[0] for n in (1000, 1))
     assert tiny_run.same(seldom, often)
@@ -59,7 +59,7 @@ def run_without_random_state(
         return restored.run(rank, world_size, 0, dense, folder, resume_from)
 
 
-def test_fault_08_the_comparison_finds_a_random_state_that_is_not_restored(tmp_path):
+def test_the_comparison_finds_a_random_state_that_is_not_restored(tmp_path):
     """Otherwise the comparison above would show nothing."""
     ((uninterrupted,),) = run_ranks(restored.run, 1, 0, "replicated", tmp_path / "uninterrupted", [])
     saved = [tmp_path / "uninterrupted" / "0" / "checkpoints" / "step=3.ckpt"]
@@ -82,7 +82,7 @@ def run_that_draws(
         return restored.run(rank, world_size, 0, dense, folder, resume_from)
 
 
-def test_fault_08_the_random_states_of_python_and_numpy_are_restored_too(tmp_path):
+def test_the_random_states_of_python_and_numpy_are_restored_too(tmp_path):
     uninterrupted = run_ranks(run_that_draws, 2, "replicated", tmp_path / "uninterrupted", [])
     saved = [tmp_path / "uninterrupted" / "0" / "checkpoints" / "step=3.ckpt"]
     resumed = run_ranks(run_that_draws, 2, "replicated", tmp_path / "resumed", saved)
@@ -127,7 +127,7 @@ def saved_inside_steps(rank: int, world_size: int, folder: Path) -> tuple[list[l
 
 
 @pytest.mark.representative
-def test_fault_08_a_checkpoint_that_is_requested_inside_a_step_is_saved_at_its_end(tmp_path):
+def test_a_checkpoint_that_is_requested_inside_a_step_is_saved_at_its_end(tmp_path):
     """Gradients are in no checkpoint. It has the name that the callback expects, and a run that resumes from it ends
     as the uninterrupted one. A training that ends inside a step saves at its end."""
     name = "epoch=0-step=1.ckpt"
@@ -144,7 +144,7 @@ def fit_steps(rank: int, world_size: int, folder: Path, steps: int, resume_from:
     tiny_run.fit(tiny_run.tiny(world_size, *words), folder, resume_from)
 
 
-def test_fault_08_a_run_does_not_change_the_checkpoint_that_it_resumes_from(tmp_path):
+def test_a_run_does_not_change_the_checkpoint_that_it_resumes_from(tmp_path):
     """Lightning's callback would save it again after the first batch, which is in the middle of the next step."""
     run_ranks(fit_steps, 2, tmp_path, 2, None)
     saved = tmp_path / "checkpoints" / "step=2.ckpt"
@@ -155,7 +155,7 @@ def test_fault_08_a_run_does_not_change_the_checkpoint_that_it_resumes_from(tmp_
 
 
 @pytest.mark.parametrize("degrees", [pytest.param((1, 2), marks=pytest.mark.representative), (1, 2, 4, 8)])
-def test_fault_09_another_ep_degree_reads_the_same_weights_and_moments(degrees):
+def test_another_ep_degree_reads_the_same_weights_and_moments(degrees):
     layouts = [restored.Layout(degree, degree) for degree in degrees]
     assert restored.reshard(layouts) == {"pairs": len(degrees) ** 2, "equal": len(degrees) ** 2}
 
@@ -187,7 +187,7 @@ def micro_batches(ranks: list[list[list[tuple[int, ...]]]]) -> list[set[tuple[in
     return [{sample for share in shares for sample in share} for shares in zip(*ranks, strict=True)]
 
 
-def test_fault_11_another_number_of_ranks_sees_the_same_batches_in_the_same_order(tmp_path):
+def test_another_number_of_ranks_sees_the_same_batches_in_the_same_order(tmp_path):
     """Six steps on two ranks are compared with two steps on two ranks and the rest on one or four."""
     uninterrupted = micro_batches(run_ranks(samples_seen, 2, tmp_path / "uninterrupted", 6, None))
     assert len(uninterrupted) == 12 and all(len(batch) == 8 for batch in uninterrupted)

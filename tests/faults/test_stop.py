@@ -25,6 +25,7 @@ from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.modules import LanguageModel
+from tests.support.resuming import before_each_validation_batch, exit_code
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -42,24 +43,23 @@ def run(
     """Returns a run's exit code, validation batches and final tensors. victim: the rank that receives the signal."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     validated: list[int] = []
-    validation_step = LanguageModel.validation_step
+    tensors: dict[str, Tensor] = {}
 
-    def noted(module: LanguageModel, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def note(module: LanguageModel, batch_idx: int) -> None:
         validated.append(batch_idx)
         if rank == victim and batch_idx == AT_BATCH:
             os.kill(os.getpid(), number)
-        validation_step(module, batch, batch_idx)
 
-    with patch.object(LanguageModel, "validation_step", noted):
-        try:
-            trainer = tiny_run.fit(tiny_run.tiny(world_size, *CONFIG), folder, resume_from)
-        except SystemExit as end:
-            return end.code, validated, {}
-    return None, validated, {name: t.clone() for name, t in tiny_run.tensors(trainer).items()}
+    def fit() -> None:
+        trainer = tiny_run.fit(tiny_run.tiny(world_size, *CONFIG), folder, resume_from)
+        tensors.update({name: t.clone() for name, t in tiny_run.tensors(trainer).items()})
+
+    with before_each_validation_batch(note):
+        return exit_code(fit), validated, tensors
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.representative)])
-def test_12_sigterm_during_validation_stops_the_run_there(victim, tmp_path):
+def test_sigterm_during_validation_stops_the_run_there(victim, tmp_path):
     ends = run_ranks(run, 2, tmp_path / "stopped", None, victim)
     assert [code for code, _, _ in ends] == [EXIT_CODE] * 2
     assert ends[0][1] == ends[1][1], "all ranks stop at the same batch"
@@ -76,7 +76,7 @@ def test_12_sigterm_during_validation_stops_the_run_there(victim, tmp_path):
 
 
 @pytest.mark.representative
-def test_12_ctrl_c_stops_the_run_as_sigterm_does(tmp_path):
+def test_ctrl_c_stops_the_run_as_sigterm_does(tmp_path):
     ends = run_ranks(run, 2, tmp_path, None, 1, signal.SIGINT)
     assert [code for code, _, _ in ends] == [EXIT_CODE, 128 + signal.SIGINT], "each rank by the signal that it received"
     (saved,) = (tmp_path / "checkpoints").iterdir()
@@ -88,30 +88,27 @@ def validations(
 ) -> tuple[Any, list[int]]:
     """Returns a run's exit code, and the steps after which it validated. stop_at: rank 1 receives SIGTERM in it."""
     steps: list[int] = []
-    training_step, validation_step = LanguageModel.training_step, LanguageModel.validation_step
+    training_step = LanguageModel.training_step
 
     def stopping(module: LanguageModel, batch: dict[str, Tensor], batch_idx: int) -> Any:
         if rank == 1 and module.global_step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         return training_step(module, batch, batch_idx)
 
-    def noted(module: LanguageModel, batch: dict[str, Tensor], batch_idx: int) -> None:
-        steps.extend([module.global_step] * (batch_idx == 0))
-        validation_step(module, batch, batch_idx)
+    def note(module: LanguageModel, batch_idx: int) -> None:
+        if batch_idx == 0:
+            steps.append(module.global_step)
 
-    with patch.object(LanguageModel, "training_step", stopping), patch.object(LanguageModel, "validation_step", noted):
-        try:
-            tiny_run.fit(tiny_run.tiny(world_size, *NINE, *CONFIG[3:]), folder, resume_from)
-        except SystemExit as end:
-            return end.code, steps
-    return None, steps
+    config = tiny_run.tiny(world_size, *NINE, *CONFIG[3:])
+    with patch.object(LanguageModel, "training_step", stopping), before_each_validation_batch(note):
+        return exit_code(lambda: tiny_run.fit(config, folder, resume_from)), steps
 
 
 NINE = ("trainer.max_steps=9", "trainer.val_every=3")
 
 
 @pytest.mark.representative
-def test_12_a_resumed_run_validates_after_the_same_steps(tmp_path):
+def test_a_resumed_run_validates_after_the_same_steps(tmp_path):
     """Lightning counts the batch before which a run was stopped, and would validate one step too early."""
     assert run_ranks(validations, 2, tmp_path, None, 3) == [(EXIT_CODE, [3])] * 2
     (saved,) = (tmp_path / "checkpoints").glob("step=*.ckpt")
@@ -129,30 +126,25 @@ def keep_best(
     """Returns a run's exit code and what its ModelCheckpoint knows: the scores of the checkpoints that it keeps, the
     best one, the last one, and the worst that it keeps. stop_at: rank 1 receives SIGTERM in this step's validation."""
     best = ModelCheckpoint(folder, "best-{step}", monitor="score", save_top_k=2, save_last=True)
-    validation_step = LanguageModel.validation_step
 
-    def noted(module: LanguageModel, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def note(module: LanguageModel, batch_idx: int) -> None:
         if rank == 1 and module.global_step == stop_at and batch_idx == AT_BATCH:
             os.kill(os.getpid(), signal.SIGTERM)
         module.log("score", SCORES[module.global_step])
-        validation_step(module, batch, batch_idx)
 
-    config, code = tiny_run.tiny(world_size, *BEST, f"trainer.checkpoint_every={tiny_run.NEVER}"), None
+    config = tiny_run.tiny(world_size, *BEST, f"trainer.checkpoint_every={tiny_run.NEVER}")
     seed_everything(config)
     trainer = build_trainer(config, [*build_callbacks(config, folder)[:1], best], [])
-    with patch.object(LanguageModel, "validation_step", noted):
-        try:
-            module, data = build_module(config), build_datamodule(config)
-            trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
-        except SystemExit as end:
-            code = end.code
+    module, data = build_module(config), build_datamodule(config)
+    with before_each_validation_batch(note):
+        code = exit_code(lambda: trainer.fit(module, data, ckpt_path=resume_from, weights_only=True))
     scores = {Path(path).name: float(score) for path, score in best.best_k_models.items()}
     paths = best.best_model_path, best.last_model_path, best.kth_best_model_path
     return code, scores, *(Path(path).name for path in paths)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("stop_at", [2, 4])
-def test_12_a_stop_during_validation_loses_no_best_checkpoint(stop_at, tmp_path):
+def test_a_stop_during_validation_loses_no_best_checkpoint(stop_at, tmp_path):
     """This holds for the earlier best one, and for the one that the repeated validation finds to be the best."""
     uninterrupted, folder = run_ranks(keep_best, 2, tmp_path / "uninterrupted", None, None), tmp_path / "stopped"
     assert [*uninterrupted[0][1]] == ["best-step=4.ckpt", "best-step=6.ckpt"]
@@ -177,26 +169,21 @@ def uneven(rank: int, world_size: int, folder: Path) -> tuple[Any, int]:
     data = build_datamodule(config)
     loader, validated = data.val_dataloader, 0
     data.val_dataloader = lambda: DataLoader(list(loader())[: BATCHES - rank], batch_size=None)  # type: ignore
-    validation_step = LanguageModel.validation_step
 
-    def noted(module: LanguageModel, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def note(module: LanguageModel, batch_idx: int) -> None:
         nonlocal validated
         validated += 1
         if rank == 1 and batch_idx == BATCHES - 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        validation_step(module, batch, batch_idx)
 
     seed_everything(config)
-    with patch.object(LanguageModel, "validation_step", noted):
-        trainer = build_trainer(config, build_callbacks(config, folder), [])
-        try:
-            trainer.fit(build_module(config), data)
-        except SystemExit as end:
-            return end.code, validated
-    return None, validated
+    trainer = build_trainer(config, build_callbacks(config, folder), [])
+    with before_each_validation_batch(note):
+        code = exit_code(lambda: trainer.fit(build_module(config), data))
+    return code, validated
 
 
-def test_12_ranks_with_different_numbers_of_validation_batches_agree_too(tmp_path):
+def test_ranks_with_different_numbers_of_validation_batches_agree_too(tmp_path):
     """Ranks ask as often as all of them can, then at the next training step; that answer is read one step later."""
     assert run_ranks(uneven, 2, tmp_path) == [(EXIT_CODE, BATCHES), (EXIT_CODE, BATCHES - 1)]
     (saved,) = (tmp_path / "checkpoints").glob("step=*")

@@ -26,6 +26,7 @@ from scmoe.training.assembly.model import build_model
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.modules import LanguageModel
 from scmoe.training.muon import adamw
+from tests.support.resuming import exit_code
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -96,11 +97,8 @@ def fit(
 ) -> tuple[Any, int, dict[str, Tensor]]:
     """Returns a run's exit code, its last step and its tensors."""
     trainer, module, data = build(rank, world_size, folder, when, f"trainer.max_steps={steps}")
-    before, code = signal.getsignal(signal.SIGTERM), None
-    try:
-        trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
-    except SystemExit as end:
-        code = end.code
+    before = signal.getsignal(signal.SIGTERM)
+    code = exit_code(lambda: trainer.fit(module, data, ckpt_path=resume_from, weights_only=True))
     assert signal.getsignal(signal.SIGTERM) == before, "the earlier handler is restored"
     return code, trainer.global_step, {name: t.clone() for name, t in tiny_run.tensors(trainer).items()}
 
@@ -114,7 +112,7 @@ WHEN = {"set up": 0, "sanity check": 0, "before the first step": 0, "in the last
 
 
 @pytest.mark.parametrize("when", [*WHEN, pytest.param("after the last step", marks=pytest.mark.representative)])
-def test_12_sigterm_before_the_first_step_or_after_the_last_is_not_lost(when, uninterrupted, tmp_path):
+def test_sigterm_before_the_first_step_or_after_the_last_is_not_lost(when, uninterrupted, tmp_path):
     step = WHEN.get(when, STEPS)
     stopped = run_ranks(fit, 2, tmp_path, when, STEPS, None)
     assert [(code, at) for code, at, _ in stopped] == [(EXIT_CODE, step)] * 2
@@ -128,18 +126,15 @@ def test_12_sigterm_before_the_first_step_or_after_the_last_is_not_lost(when, un
 
 def evaluate(rank: int, world_size: int, folder: Path, verb: str) -> tuple[Any, int]:
     trainer, module, data = build(rank, world_size, folder, "evaluated")
-    before, code = signal.getsignal(signal.SIGTERM), None
+    before = signal.getsignal(signal.SIGTERM)
     data.setup()
-    try:
-        getattr(trainer, verb)(module, data.val_dataloader())
-    except SystemExit as end:
-        code = end.code
+    code = exit_code(lambda: getattr(trainer, verb)(module, data.val_dataloader()))
     assert signal.getsignal(signal.SIGTERM) == before, "the earlier handler is restored"
     return code, module.evaluated
 
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
-def test_12_sigterm_in_an_evaluation_ends_it_and_saves_nothing(verb, tmp_path):
+def test_sigterm_in_an_evaluation_ends_it_and_saves_nothing(verb, tmp_path):
     (code, evaluated), other = run_ranks(evaluate, 2, tmp_path, verb)
     assert (code, evaluated) == other
     assert code == EXIT_CODE and AT_BATCH < evaluated < BATCHES
@@ -151,14 +146,11 @@ def evaluate_what_was_trained(rank: int, world_size: int, folder: Path, load: Pa
     trainer, module, data = build(rank, world_size, folder, "", f"trainer.max_steps={STEPS}")
     trainer.fit(module, data)
     module.when = "evaluated"
-    try:
-        trainer.validate(module, data.val_dataloader(), ckpt_path=load, weights_only=True)
-    except SystemExit as end:
-        return end.code
-    return None
+    loader = data.val_dataloader()
+    return exit_code(lambda: trainer.validate(module, loader, ckpt_path=load, weights_only=True))
 
 
-def test_12_sigterm_in_a_validation_after_a_fit_saves_only_trained_weights(tmp_path):
+def test_sigterm_in_a_validation_after_a_fit_saves_only_trained_weights(tmp_path):
     assert run_ranks(evaluate_what_was_trained, 2, tmp_path / "trained", None) == [EXIT_CODE] * 2
     (saved,) = (tmp_path / "trained").rglob("*.ckpt")
     assert (saved.name, durable.verify(saved)) == (f"step={STEPS}.ckpt", STEPS)
@@ -185,7 +177,7 @@ def validate_without_length(rank: int, world_size: int, folder: Path, when: str)
     return [(stage, handler == signal.SIG_DFL) for stage, handler in module.handlers]
 
 
-def test_12_where_ranks_cannot_ask_each_other_a_process_ends_at_once(tmp_path):
+def test_where_ranks_cannot_ask_each_other_a_process_ends_at_once(tmp_path):
     for handlers in run_ranks(validate_without_length, 2, tmp_path, ""):
         assert set(handlers) == {("train", False), ("validate", True)}
         assert handlers[-1] == ("train", False), "after the validation SIGTERM sets a flag again"

@@ -43,13 +43,21 @@ def scenario(folder: Path) -> None:
 
     from scmoe.config.load import load
     from scmoe.training.callbacks.analysis import draw_load
+    from scmoe.training.run import loggers as run_loggers
     from scmoe.training.run import train as run
-    from scmoe.training.run import wandb_logger
     from scmoe.training.run.loggers import build_loggers, close_loggers, log_inputs, log_results
     from scmoe.training.run.printout import sync_command
     from scmoe.training.run.resume import resumption
 
-    def training(server: WandbServer, name: str, *overrides: str, run_dir: Path | None = None) -> dict[str, Any]:
+    def report(name: str, server: WandbServer, **more: Any) -> None:
+        artifacts = [asdict(artifact) for artifact in server.artifacts]
+        for artifact in artifacts:
+            artifact["files"] = {file: len(content) for file, content in artifact["files"].items()}
+        found = {"runs": [asdict(run) for run in server.runs.values()], "artifacts": artifacts, **more}
+        (folder / f"{name}.json").write_text(json.dumps(found))
+
+    def training(server: WandbServer, name: str, *overrides: str, run_dir: Path | None = None) -> str:
+        """Returns what the training printed."""
         said = io.StringIO()
         with client(server), contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             if run_dir is None:
@@ -57,13 +65,13 @@ def scenario(folder: Path) -> None:
             else:
                 config, resumed = resumption(run_dir, overrides)
             summary = run.train(config, (), resumed)
-        assert summary is not None
-        runs, artifacts = [asdict(run) for run in server.runs.values()], [asdict(a) for a in server.artifacts]
-        for artifact in artifacts:
-            artifact["files"] = {file: len(content) for file, content in artifact["files"].items()}
-        report = {"summary": summary, "said": said.getvalue(), "runs": runs, "artifacts": artifacts}
-        (folder / f"{name}.json").write_text(json.dumps(report))
-        return summary
+        report(name, server, summary=summary, said=said.getvalue())
+        return said.getvalue()
+
+    def command(server: WandbServer, *words: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, **server.variables}
+        python = [sys.executable, "-m"]
+        return subprocess.run([*python, *words], cwd=folder, env=environment, capture_output=True, text=True)
 
     with wandb_server() as server:
         training(server, "online", "logger.mode=auto")
@@ -74,15 +82,10 @@ def scenario(folder: Path) -> None:
     with wandb_server() as server:
         training(server, "offline", "logger.mode=offline")
         assert not server.requests
-        command = sync_command((folder / "offline" / "latest").resolve())
-        assert command is not None
-        sync = [sys.executable, "-m", *command.split()]
-        there = {"cwd": folder, "env": {**os.environ, **server.variables}}  # it logs into cwd
-        done = subprocess.run(sync, capture_output=True, text=True, **there)
-        runs = [asdict(run) for run in server.runs.values()]
-        artifacts = [{**asdict(a), "files": sorted(a.files)} for a in server.artifacts]
-        report = {"said": done.stderr, "code": done.returncode, "runs": runs, "artifacts": artifacts}
-        (folder / "synced.json").write_text(json.dumps(report))
+        sync = sync_command((folder / "offline" / "latest").resolve())
+        assert sync is not None
+        done = command(server, *sync.split())
+        report("synced", server, said=done.stderr, code=done.returncode)
 
     with wandb_server() as server, client(server):
         described = {"WANDB_NOTES": "of the environment", "WANDB_TAGS": "c,d", "WANDB_JOB_TYPE": "probe"}
@@ -97,9 +100,7 @@ def scenario(folder: Path) -> None:
             log_inputs(loggers, load(None, ["data.tokenizer=/data/tokenizer.json"]), {"data": "a", "tokenizer": "b"})
             log_results(loggers, 7, ["a text", "another"], there / "load.png")
             close_loggers(loggers)
-        runs = [asdict(run) for run in server.runs.values()]
-        artifacts = [{**asdict(a), "files": sorted(a.files)} for a in server.artifacts]
-        (folder / "described.json").write_text(json.dumps({"runs": runs, "artifacts": artifacts}))
+        report("described", server)
         for name in described:
             del os.environ[name]
 
@@ -115,21 +116,17 @@ def scenario(folder: Path) -> None:
             if trainer.global_step == 3:
                 server.close()
 
-    plain, wandb_logger.FINISH_TIMEOUT_S = run.build_callbacks, 2.0
+    plain, run_loggers.FINISH_TIMEOUT_S = run.build_callbacks, 2.0
     run.build_callbacks = lambda *arguments: [*plain(*arguments), Trouble()]
     server = WandbServer()
-    training(server, "trouble", "logger.mode=auto")
+    said = training(server, "trouble", "logger.mode=auto")
     run.build_callbacks = plain
 
     with wandb_server() as server:
-        said = json.loads((folder / "trouble.json").read_text())["said"]
-        command = said.rpartition("to upload all of it: ")[2].splitlines()[0].split()
-        there = {"cwd": folder, "env": {**os.environ, **server.variables}}
-        subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, **there)
-        runs = [asdict(run) for run in server.runs.values()]
-        (folder / "uploaded.json").write_text(json.dumps({"said": said, "runs": runs, "artifacts": []}))
+        command(server, *said.rpartition("to upload all of it: ")[2].splitlines()[0].split())
+        report("uploaded", server)
 
-    wandb_logger.INIT_TIMEOUT_S = 2.0
+    run_loggers.INIT_TIMEOUT_S = 2.0
     for answer in ("error", "nothing"):
         with wandb_server() as server:
             server.answer = answer
@@ -156,12 +153,12 @@ def column(run: dict[str, Any], metric: str) -> list[Any]:
     return [row[metric] for row in run["history"] if metric in row]
 
 
+def losses(run: dict[str, Any]) -> list[list[Any]]:
+    return [column(run, name) for name in ("train/loss", "val/loss")]
+
+
 def of_type(report: dict[str, Any], *types: str) -> list[dict[str, Any]]:
     return [artifact for artifact in report["artifacts"] if artifact["type"] in types]
-
-
-def best_of(report: dict[str, Any]) -> float:
-    return min(column(report["runs"][0], "val/bits_per_byte"))
 
 
 def test_a_run_arrives_complete(reports):
@@ -197,7 +194,7 @@ def test_samples_arrive_as_a_table_and_the_load_as_a_picture(reports):
 
 def test_the_data_and_the_tokenizer_arrive_as_names_and_hashes(reports):
     for artifact in of_type(reports["described"], "dataset", "tokenizer"):
-        assert artifact["committed"] and artifact["files"] == [f"{artifact['type']}.json"], "none of the text"
+        assert artifact["committed"] and list(artifact["files"]) == [f"{artifact['type']}.json"], "none of the text"
     data, tokenizer = of_type(reports["described"], "dataset", "tokenizer")[:2]
     assert (data["name"], data["metadata"]) == ("dataset-sotu", {"name": "sotu", "subset": None, "content": "a"})
     assert (tokenizer["name"], tokenizer["metadata"]["content"]) == ("tokenizer-tokenizer.json", "b")
@@ -206,15 +203,14 @@ def test_the_data_and_the_tokenizer_arrive_as_names_and_hashes(reports):
 
 
 def test_the_best_checkpoint_arrives_as_a_model(reports):
-    (artifact,) = of_type(reports["online"], "model")
-    assert artifact["committed"]
-    assert "best" in artifact["aliases"]
+    (artifact,), bits = of_type(reports["online"], "model"), column(reports["online"]["runs"][0], "val/bits_per_byte")
+    assert artifact["committed"] and "best" in artifact["aliases"]
     checkpoint = Path(
         reports["online"]["summary"]["run_dir"], "checkpoints", f"best-step={artifact['metadata']['step']}.ckpt"
     )
     sizes = {str(file.relative_to(checkpoint)): file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()}
     assert artifact["files"] == sizes
-    assert artifact["metadata"]["val/bits_per_byte"] == pytest.approx(best_of(reports["online"]))
+    assert artifact["metadata"]["val/bits_per_byte"] == pytest.approx(min(bits))
 
 
 def test_a_resumed_run_is_the_same_run(reports):
@@ -230,14 +226,14 @@ def test_an_offline_run_is_synced_completely(reports):
     assert not reports["offline"]["runs"]
     report = reports["synced"]
     assert report["code"] == 0, report["said"]
+    assert "wandb sync " in reports["offline"]["said"], "the run says how"
     (arrived,), (online,) = report["runs"], reports["online"]["runs"]
     for key in ("project", "group", "tags", "exit_code"):
         assert arrived[key] == online[key]
-    assert column(arrived, "train/loss") == column(online, "train/loss")
-    assert column(arrived, "val/loss") == column(online, "val/loss")
+    assert losses(arrived) == losses(online)
     for kind in ("model", "dataset"):
         (artifact,), (of_online,) = of_type(report, kind), of_type(reports["online"], kind)
-        assert artifact["committed"] and artifact["files"] == sorted(of_online["files"])
+        assert artifact["committed"] and artifact["files"].keys() == of_online["files"].keys()
 
 
 def result(report: dict[str, Any]) -> dict[str, Any]:
@@ -263,8 +259,7 @@ def test_errors_then_no_answer_then_no_server_cause_one_warning(reports):
 
 def test_the_command_of_the_warning_uploads_every_row_once(reports):
     (arrived,), (online,) = reports["uploaded"]["runs"], reports["online"]["runs"]
-    assert column(arrived, "train/loss") == column(online, "train/loss")
-    assert column(arrived, "val/loss") == column(online, "val/loss")
+    assert losses(arrived) == losses(online)
 
 
 @pytest.mark.parametrize("answer", ["error", "nothing"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -15,6 +18,7 @@ from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.bookkeeping import DataPosition
+from scmoe.training.modules import LanguageModel
 from tests.support.trainings import whole as gathered
 
 HALF, WHOLE = 3, 6
@@ -41,6 +45,28 @@ def fit(
         "consumed": trainer.datamodule.consumed_samples,  # type: ignore[attr-defined]
         "lr": trainer.optimizers[0].param_groups[0]["lr"],
     }
+
+
+def exit_code(run: Callable[[], Any]) -> Any:
+    """Runs this and returns its exit code; None if it does not exit."""
+    try:
+        run()
+    except SystemExit as end:
+        return end.code
+    return None
+
+
+@contextmanager
+def before_each_validation_batch(note: Callable[[LanguageModel, int], Any]) -> Iterator[None]:
+    """Calls note(module, batch_idx) before each batch that a LanguageModel validates."""
+    validation_step = LanguageModel.validation_step
+
+    def noted(module: LanguageModel, batch: dict[str, Tensor], batch_idx: int) -> None:
+        note(module, batch_idx)
+        validation_step(module, batch, batch_idx)
+
+    with patch.object(LanguageModel, "validation_step", noted):
+        yield
 
 
 def whole(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -52,7 +52,6 @@ CLASS_LINES, CLASS_METHODS = 180, 25
 LONG_CLASSES = {"ExpertParallelStrategy": (330, 45)}  # one class with parts, where Lightning has many hooks
 SMALL_FILE = 80  # lines; a smaller file with one importer is a part of it, but for these
 SMALL_FILES = {
-    "datamodules/synthetic.py": "a data set is a file",
     "experiments/studies/compare.py": "what the verb compare draws",
     "experiments/table.py": "an entry; reproduce calls it",
     "scmoe/lightning/known_to_lightning.py": "runs while Lightning is imported",

@@ -78,7 +78,7 @@ UNDOCUMENTED = {  # undocumented names without an underscore
 PYTHONS = {"_fields", "_getframe", "_replace"}
 SEAMS = ("scmoe/lightning/seam.py", "scmoe/parallel/torch_seam.py")
 ELSEWHERE = {(path, name) for path, names in DRY_RUN.items() for name in names}
-ELSEWHERE |= {("datamodules/sources.py", "_fingerprint"), ("scmoe/lightning/known_to_lightning.py", "pl_load")}
+ELSEWHERE |= {("datamodules/text.py", "_fingerprint"), ("scmoe/lightning/known_to_lightning.py", "pl_load")}
 ELSEWHERE |= {("scmoe/hf.py", "_is_hf_initialized")}
 
 

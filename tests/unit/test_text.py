@@ -12,27 +12,31 @@ import numpy as np
 import pytest
 import torch
 
-from scmoe.datamodules.order import SampleOrder
-from scmoe.datamodules.sources import hugging_face, sotu, text
-from scmoe.datamodules.synthetic import SyntheticDataModule, SyntheticTokens
+from scmoe.datamodules.positioned import SampleOrder
+from scmoe.datamodules.sequences import SyntheticDataModule, SyntheticTokens
+from scmoe.datamodules.text import hugging_face, sotu, text
 from scmoe.datamodules.tokenizer import END_OF_TEXT, make_tokenizer
 from tests.support.texts import open_texts, opened, write_texts
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return write_texts(tmp_path / "texts")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("data") / "texts")
 
 
-@pytest.fixture
-def make(folder, tmp_path):
-    return partial(open_texts, folder, tmp_path / "cache")
+@pytest.fixture(scope="module")
+def make(folder):
+    return partial(open_texts, folder, folder.parent / "cache")
 
 
 def global_batches(ranks, loader="train_dataloader", key="input_ids"):
     """Interleaves the ranks' batches into the global ones: row r + W k is row k of rank r."""
     loaders = zip(*(getattr(data, loader)() for data in ranks), strict=True)
     return [torch.stack([batch[key] for batch in batches], dim=1).flatten(0, 1) for batches in loaders]
+
+
+def bytes_of(data, split):
+    return json.loads((data.folder / "header.json").read_text())["splits"][split]["bytes"]
 
 
 # --- sources and cache
@@ -76,36 +80,38 @@ def test_hugging_face_rows_become_documents(tmp_path, monkeypatch):
     assert hugging_face(str(tmp_path / "rows"), None).content == source.content
 
 
-def test_cache_is_reused_for_equal_content_and_rebuilt_for_other(make, folder, tmp_path, capsys):
-    first = make().cache.folder
+def test_cache_is_reused_for_equal_content_and_rebuilt_for_other(tmp_path, capsys):
+    folder = write_texts(tmp_path / "texts")
+    make = partial(open_texts, folder, tmp_path / "cache")
+    first = make().folder
     assert capsys.readouterr().err.count("preparing data: ") == 1, "it takes minutes, and without a terminal has no bar"
     built = (first / "header.json").stat().st_mtime_ns
     folder.rename(tmp_path / "moved")
-    assert make(path=str(tmp_path / "moved")).cache.folder == first  # the text matters, not its path
+    assert make(path=str(tmp_path / "moved")).folder == first  # the text matters, not its path
     assert (first / "header.json").stat().st_mtime_ns == built and "preparing" not in capsys.readouterr().err
-    assert make(path=str(tmp_path / "moved"), vocab_size=310).cache.folder != first
+    assert make(path=str(tmp_path / "moved"), vocab_size=310).folder != first
     (tmp_path / "moved" / "c.md").open("a").write("one more line\n")
-    assert make(path=str(tmp_path / "moved")).cache.folder != first
+    assert make(path=str(tmp_path / "moved")).folder != first
     assert {path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()} == {"text"}  # no temporary folder
 
 
 @pytest.mark.parametrize("damage", ["train.bin", "tokenizer.json", "header.json"])
-def test_damaged_cache_is_rebuilt(make, damage):
-    cache = make().cache
-    before = {file.name: file.read_bytes() for file in cache.folder.iterdir()}
+def test_damaged_cache_is_rebuilt(make, damage, tmp_path):
+    folder = make(cache_dir=str(tmp_path)).folder
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert set(before) == {"tokenizer.json", "train.bin", "val.bin", "test.bin", "header.json"}
-    (cache.folder / damage).write_bytes(before[damage][:-2])
-    make()
-    assert {file.name: file.read_bytes() for file in cache.folder.iterdir()} == before
+    (folder / damage).write_bytes(before[damage][:-2])
+    make(cache_dir=str(tmp_path))
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_cache_holds_the_documents(make, folder):
     data = make()
     documents = text(folder).documents
-    for split, tokens in data.cache.tokens.items():
+    for split, tokens in data.splits.tokens.items():
         assert data.tokenizer.decode(tokens[:]) == "".join(document + END_OF_TEXT for document in documents[split])
-        assert data.cache.num_bytes[split] == sum(len(document.encode()) for document in documents[split])
-    assert len(pickle.dumps(data.cache.tokens["train"])) < 500  # a worker gets the path, not the tokens
+        assert bytes_of(data, split) == sum(len(document.encode()) for document in documents[split])
+    assert len(pickle.dumps(data.splits.tokens["train"])) < 500  # a worker gets the path, not the tokens
 
 
 # --- order, ranks and resuming
@@ -117,8 +123,8 @@ def test_labels_are_the_next_tokens(make):
     assert set(batch) == {"input_ids", "labels"}
     assert all(value.shape == (4, 16) and value.dtype == torch.int64 for value in batch.values())
     assert torch.equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])
-    first = SampleOrder((len(data.cache.tokens["train"]) - 1) // 16, seed=5)(np.arange(1)).item()
-    assert batch["labels"][0].tolist() == data.cache.tokens["train"][first * 16 + 1 : first * 16 + 17].tolist()
+    first = SampleOrder((len(data.splits.tokens["train"]) - 1) // 16, seed=5)(np.arange(1)).item()
+    assert batch["labels"][0].tolist() == data.splits.tokens["train"][first * 16 + 1 : first * 16 + 17].tolist()
 
 
 def test_every_world_size_sees_the_same_global_batches(make):
@@ -127,6 +133,11 @@ def test_every_world_size_sees_the_same_global_batches(make):
     for world in (2, 4):
         shared = global_batches([make(rank, world) for rank in range(world)])
         assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+
+
+def test_overfitting_repeats_the_first_batches(make):
+    repeated, whole = global_batches([make(overfit=2)]), global_batches([make()])
+    assert all(torch.equal(a, b) for a, b in zip(repeated, whole[:2] * 5, strict=True))
 
 
 def test_ranks_must_divide_the_micro_batch(make):
@@ -156,7 +167,7 @@ def test_resume_is_exact_with_another_world_size(make, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader", "test_dataloader"])
+@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
 def test_a_loader_leaves_the_global_generator_as_it_is(make, loader, workers):
     """If it did not, dropout would differ after a validation and after a resume."""
     before, batches = torch.get_rng_state(), getattr(make(workers=workers), loader)()
@@ -187,25 +198,23 @@ def test_epochs_are_permutations_and_batches_cross_them():
 
 def test_validation_covers_every_target_once(make):
     data = make()
-    tokens = torch.from_numpy(data.cache.tokens["val"][:].astype(np.int64))
+    tokens = torch.from_numpy(data.splits.tokens["val"][:].astype(np.int64))
     windows = list(data.val_dataloader())
-    labels, inputs, mask = (
-        torch.cat([batch[key] for batch in windows]) for key in ("labels", "input_ids", "padding_mask")
-    )
+    keys = ("labels", "input_ids", "padding_mask")
+    labels, inputs, mask = (torch.cat([batch[key] for batch in windows]) for key in keys)
     assert torch.equal(mask, labels != -100) and mask.dtype == torch.bool and not mask.all()
     assert torch.equal(labels[mask], tokens[1:]) and torch.equal(inputs[mask], tokens[:-1])
     assert (inputs[~mask] == 0).all()
     first_bytes = len(data.tokenizer.decode(tokens[:1].tolist()).encode())
-    assert sum(batch["num_bytes"].sum().item() for batch in windows) == data.cache.num_bytes["val"] - first_bytes
+    assert sum(batch["num_bytes"].sum().item() for batch in windows) == bytes_of(data, "val") - first_bytes
 
 
 @pytest.mark.parametrize("val_sequences", [None, 7])
 def test_validation_is_the_same_for_every_world_size(make, val_sequences):
+    how = {"val_sequences": val_sequences, "global_batch_size": 24, "vocab_size": 258}
+
     def scored(world):
-        ranks = [
-            make(rank, world, val_sequences=val_sequences, global_batch_size=24, vocab_size=258)
-            for rank in range(world)
-        ]
+        ranks = [make(rank, world, **how) for rank in range(world)]
         labels = torch.cat(global_batches(ranks, "val_dataloader", "labels"))
         shapes = {tuple(batch["labels"].shape) for data in ranks for batch in data.val_dataloader()}
         assert shapes == {(12 // world, 16)}
@@ -241,13 +250,13 @@ def test_synthetic_tokens_are_a_function_of_the_position():
     assert counts.min() > 600 and counts.max() < 970  # 781 are expected, the standard deviation is 28
 
 
+def synthetic():
+    return SyntheticDataModule(vocab_size=64, seq_len=8, global_batch_size=4, num_batches=5, val_sequences=6)
+
+
 def test_synthetic_module_keeps_the_same_laws():
     def make(rank=0, world=1):
-        return opened(
-            SyntheticDataModule(vocab_size=64, seq_len=8, global_batch_size=4, num_batches=5, val_sequences=6),
-            rank,
-            world,
-        )
+        return opened(synthetic(), rank, world)
 
     alone, shared = global_batches([make()]), global_batches([make(rank, 2) for rank in range(2)])
     assert len(alone) == 5 and all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
@@ -258,8 +267,7 @@ def test_synthetic_module_keeps_the_same_laws():
 
 @pytest.mark.parametrize("device", ("cpu", "cuda"))
 def test_batches_for_a_gpu_lie_in_pinned_memory(device):
-    data = SyntheticDataModule(vocab_size=64, seq_len=8, global_batch_size=4, num_batches=5, val_sequences=6)
-    strategy = SimpleNamespace(root_device=torch.device(device))
+    data, strategy = synthetic(), SimpleNamespace(root_device=torch.device(device))
     data.trainer = SimpleNamespace(global_rank=0, world_size=1, strategy=strategy)
     loaders = data.train_dataloader(), data.val_dataloader()
     assert [loader.pin_memory for loader in loaders] == [device == "cuda"] * 2

@@ -13,17 +13,13 @@ from scmoe.datamodules.tokenizer import BYTES, GPT2, Tokenizer, make_tokenizer, 
 from tests.support.texts import STRANGE, WORDS, open_texts, write_texts
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return write_texts(tmp_path / "texts")
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return partial(open_texts, write_texts(folder / "texts"), folder / "cache")
 
 
-@pytest.fixture
-def make(folder, tmp_path):
-    return partial(open_texts, folder, tmp_path / "cache")
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def trained():
     return make_tokenizer("bpe", 300, [" ".join(WORDS * 20)])
 
@@ -111,11 +107,8 @@ def test_llamas_own_tokenizer_loses_nothing(form, make, tmp_path):
     tokenizer = Tokenizer.load(tmp_path / "llama.json")
     assert tokenizer.encode(strange).tolist() == ids.tolist()
     assert tokenizer.token_bytes()[ids].sum() == len(strange.encode())
-    assert (
-        tokenizer.end_of_text == data.tokenizer.end_of_text == 2
-        and 2 not in ids
-        and tokenizer.token_bytes()[:3].sum() == 0
-    )
+    assert tokenizer.end_of_text == data.tokenizer.end_of_text == 2 and 2 not in ids
+    assert tokenizer.token_bytes()[:3].sum() == 0
     theirs = llama(form).encode("of the union", add_special_tokens=False).ids
     assert theirs == [llama(form).token_to_id("▁"), *data.tokenizer.encode("of the union")]
 

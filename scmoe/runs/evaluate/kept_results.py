@@ -15,8 +15,7 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.training.files import warn_once, write_json
 from scmoe.training.run.directory import read_state
-from scmoe.training.run.loggers import close_loggers
-from scmoe.training.run.wandb_logger import wandb_logger, wandb_mode
+from scmoe.training.run.loggers import close_loggers, wandb_logger, wandb_mode
 
 FILE = "evaluation.json"
 

@@ -14,7 +14,7 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.registry import DATASETS
 from scmoe.datamodules.positioned import PositionedDataModule
-from scmoe.datamodules.synthetic import SyntheticDataModule
+from scmoe.datamodules.sequences import SyntheticDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.datamodules.tokenizer import Tokenizer
 from scmoe.parallel.checkpoint.export import read_header
@@ -93,8 +93,7 @@ def text(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
 @register_dataset("digits", images=True)
 @register_dataset("image_folder", images=True)
 def images(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
-    from scmoe.datamodules.image_sources import open_images  # here, as they need the extra `vision`
-    from scmoe.datamodules.images import ImageDataModule
+    from scmoe.datamodules.images import ImageDataModule, open_images  # here, as they need the extra `vision`
 
     data = config.data
     return ImageDataModule(

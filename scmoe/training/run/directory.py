@@ -26,8 +26,8 @@ from typing import Any
 
 from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
-from scmoe.parallel.checkpoint.durable import start_of
-from scmoe.training.files import redacted, write_aside, write_json
+from scmoe.parallel.checkpoint.durable import replacing, start_of
+from scmoe.training.files import redacted, write_json
 
 UNNAMED_KEYS = re.compile(r"name|runs_dir|logger\..*|trainer\.progress|data\.cache_dir")  # not in a run's name
 VALUE_CHARS, SLUG_CHARS = 24, 64  # of one value, and of all; with the stamp well below a file system's 255 bytes
@@ -67,7 +67,8 @@ def slug_of(overrides: Sequence[str]) -> str:
 
 def write_config(path: Path, config_yaml: str) -> None:
     """Raises OSError where it cannot write; an earlier file is then unchanged."""
-    write_aside(path, lambda partial: partial.write_text(config_yaml))
+    with replacing(path) as partial:
+        partial.write_text(config_yaml)
 
 
 def point_latest(root: Path, run_dir: Path) -> None:
@@ -154,10 +155,10 @@ def read_state(run_dir: Path) -> str:
 
 def refuse_running(run_dir: Path) -> None:
     """Raise ConfigError if another process is training this run: two would write the same files."""
-    path = run_dir / STATE
-    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"state": "cut"}
-    if kept["state"] != "running" or not _lives(kept, path):
+    if read_state(run_dir) != "running":
         return
+    path = run_dir / STATE
+    kept: dict[str, Any] = json.loads(path.read_text())
     if kept["host"] != platform.node():
         raise ConfigError(
             f"process {kept['pid']} on {kept['host']} is training {run_dir}; stop it first, or, if it was killed, "

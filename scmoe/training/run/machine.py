@@ -50,19 +50,19 @@ def is_rank_zero() -> bool:
     return rank_without_trainer() == 0 and node == 0
 
 
-def check_machine(config: Config, first: bool) -> None:
+def check_machine(config: Config) -> None:
     """Raise ConfigError if this machine cannot run the configuration, or not within the limits of memory and time.
 
-    first: this is rank 0, which alone checks folders and free memory: they can change while the other ranks start.
+    Rank 0 alone checks folders and free memory: they can change while the other ranks start.
     """
-    from scmoe.training.run.wandb_logger import wandb_mode  # here, as benches run where W&B cannot be imported
+    from scmoe.training.run.loggers import wandb_mode  # here, as benches run where W&B cannot be imported
 
     wandb_mode(config)
     check_resident(config)
     if config.analysis.gating_every or config.analysis.similarity_every:
         require("analysis", "matplotlib")
     check_devices(config)
-    if first:
+    if is_rank_zero():
         _refuse(config, _folders)
         check_size(config)
 

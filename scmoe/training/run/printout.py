@@ -1,10 +1,9 @@
-"""What a run prints: the resolved config and the model at its start; at its end its summary, samples of its text, and
-the commands that can follow."""
+"""What a run prints: its config and its model at the start; at the end its summary, samples of its text, and the
+commands that can follow."""
 
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from rich.tree import Tree
 from torch import nn
 
 from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
+from scmoe.config.load import to_yaml
 from scmoe.config.registry import words
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
@@ -36,17 +35,6 @@ from scmoe.training.modules import MoEModule
 from scmoe.training.run.directory import relative
 
 SAMPLES, SAMPLE_TOKENS = 3, 40
-
-
-def config_tree(config: Any, label: str = "config") -> Tree:
-    tree = Tree(Text(label, style="bold"))
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            tree.add(config_tree(value, field.name))
-        else:
-            tree.add(Text.assemble(f"{field.name}: ", (str("null" if value is None else value), "cyan")))
-    return tree
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
@@ -123,7 +111,7 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
 def print_start(config: Config, run_dir: Path, checkpoint: Path | None) -> None:
     """Print the configuration and the model, and the checkpoint that a resumed run continues from."""
     out = console()
-    out.print(config_tree(config, f"config of {relative(run_dir)}"))
+    out.print(f"config of {relative(run_dir)}:", to_yaml(config), sep="\n", soft_wrap=True, markup=False)
     out.print(model_table(count_parameters(build_model_on_meta(config))))
     if checkpoint is not None:
         out.print(f"continuing from {relative(checkpoint)}", soft_wrap=True)

@@ -39,14 +39,12 @@ MAY_CHANGE = (
 MUST_STAY = ("trainer.overfit_batches", "trainer.accumulate")
 
 
-def find_checkpoint(run_dir: Path, which: Which = "last", step: int | None = None, share: slice = slice(None)) -> Path:
-    """Return the run's checkpoint of the latest step, the one with the best validation, or that of a step.
+def find_checkpoint(run_dir: Path, which: Which = "last", share: slice = slice(None)) -> Path:
+    """Return the run's checkpoint of the latest step, or the one with the best validation.
 
     share: which of its files are read, as in `verify`. Raises ConfigError for a run that has no such checkpoint.
     """
     folder = run_dir / "checkpoints"
-    if step is not None:
-        return checkpoint_of(folder, step, share)
     try:
         newest = newest_good(folder, share=share)
         return best_checkpoint(newest, folder) if which == "best" else newest
@@ -74,17 +72,17 @@ def best_checkpoint(newest: Path, folder: Path) -> Path:
     return newest_good(folder, "best-")
 
 
-def checkpoint_of(folder: Path, step: int, share: slice) -> Path:
-    """Return the whole checkpoint of this step. ConfigError: there is none."""
+def checkpoint_of(run_dir: Path, step: int) -> Path:
+    """Return the checkpoint of this step, of which names and sizes are right. ConfigError: there is none."""
     steps: dict[int, Path] = {}
-    for path in checkpoints(folder):
+    for path in checkpoints(run_dir / "checkpoints"):
         with suppress(BrokenCheckpoint):
             steps[read_manifest(path)["step"]] = path
     if step not in steps:
         allowed = f"allowed: a step whose checkpoint is kept, {', '.join(map(str, sorted(steps)))}"
         raise ConfigError(f"step is {step}, {allowed}; trainer.save_top_k keeps more of them")
     try:
-        verify(steps[step], share)
+        verify(steps[step], UNREAD)
     except BrokenCheckpoint as error:
         raise ConfigError(f"The checkpoint of step {step} is damaged: {error}. Give another step.") from error
     return steps[step]
@@ -149,7 +147,7 @@ def resumption(run_dir: Path, overrides: Sequence[str], step: int | None = None)
     Raises ConfigError for a run without such a checkpoint, for a setting that would make another model or experiment,
     and for fewer steps than are done.
     """
-    checkpoint = find_checkpoint(run_dir, step=step, share=UNREAD)
+    checkpoint = find_checkpoint(run_dir, share=UNREAD) if step is None else checkpoint_of(run_dir, step)
     done = read_manifest(checkpoint)["step"]
     was = config_of(run_dir, checkpoint, [*named(overrides), *REFUSED_SINCE])
     earlier = record_of(run_dir, done)  # the run was resumed from here before, and saved no later checkpoint

@@ -42,7 +42,7 @@ def train(config: Config, overrides: Sequence[str] = (), resumed: Resumed | None
         if is_rank_zero():
             refuse_running(resumed.run_dir)
     silence_lightning()
-    check_machine(config, is_rank_zero())
+    check_machine(config)
     keep_freed_memory()
     seed_everything(config)
     data = build_datamodule(config)
