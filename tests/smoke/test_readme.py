@@ -1,8 +1,8 @@
-"""Every command of the README and of the pages runs, and so do their Python examples.
+"""The commands of the README and of the pages are understood, and run; so do their Python examples.
 
 They run in a folder of links to this checkout. Only the number of steps is reduced: the quickstart takes 3 of its steps
-and is resumed to 5. Where another test makes the same run, `make --dry-run` shows that the command starts it. A page's
-commands use what earlier ones have left: the README's `make train` leaves the newest run.
+and is resumed to 5. A page's commands use what earlier ones have left: the README's `make train` leaves the newest run.
+`make test` runs one command of each kind, `make test-faults` all of them, but for those that another test runs.
 
 `make train` runs as written. For the other targets, `make --dry-run` names the program, which then runs in a forked
 process, because a start of Python with torch costs five seconds.
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from scmoe.experiments.engine.command_line import app_of
 from tests.support.commands import undocumented
 from tests.support.forked import python
 
@@ -64,7 +65,6 @@ ELSEWHERE = {  # command: the test that makes its run
     ),
 }
 SHORT = {
-    **{command: ["make", "--dry-run", *shlex.split(command)[1:]] for command in ELSEWHERE},
     "make train": ["make", "train", f"ARGS={QUICK}"],
     'make resume ARGS="trainer.max_steps=400"': ["make", "resume", "ARGS=trainer.max_steps=5"],
     "make evaluate": ["make", "evaluate", "ARGS=--limit 5 --stride 256 --text docs/concepts.md"],
@@ -73,23 +73,25 @@ SHORT = {
         *("make", "train", f"ARGS=init_from=scmoe:exported/model.safetensors name=further {QUICK}")
     ],
 }
-SAYS = {
+ONE_OF_A_KIND = {  # command: what it says
+    "make setup": "",
     "make train": '"steps": 3',
-    "make test": "-m pytest",
-    "make train CONFIG=configs/quickstart_vision.yaml": "-m experiments.train configs/quickstart_vision.yaml",
-    "make sweep CONFIG=configs/sweep/smoke.yaml": "-m experiments.sweep configs/sweep/smoke.yaml",
-    "make reproduce SCALE=smoke": "-m experiments.reproduce --scale smoke",
+    "make generate": "",
+    "make runs": "",
     'make resume ARGS="trainer.max_steps=400"': '"steps": 5',
     "make evaluate": '"tasks": {"cloze": ',
-    "make fig13": '"equal_bits": true',
+    'make export ARGS="--out exported/model.safetensors"': "",
+    ".venv/bin/python docs/examples/load_export.py exported/model.safetensors": "likeliest next token",
     "make list": "configs/quickstart.yaml",
-    'make train CONFIG=docs/examples/my_architecture.yaml ARGS="trainer.devices=2"': "step 4: between",
-    'make list ARGS="extensions=[docs.examples.my_architecture]"': "moe.architecture=parallel",
     'make check-data CONFIG=configs/debug.yaml ARGS="data.name=text data.path=docs/decisions data.vocab_size=512"': (
         "all data of text can be read"
     ),
+}
+SAYS = ONE_OF_A_KIND | {
+    "make fig13": '"equal_bits": true',
+    'make train CONFIG=docs/examples/my_architecture.yaml ARGS="trainer.devices=2"': "step 4: between",
+    'make list ARGS="extensions=[docs.examples.my_architecture]"': "moe.architecture=parallel",
     ".venv/bin/python docs/examples/load_hf.py exported/hf": "ScMoEForCausalLM",
-    ".venv/bin/python docs/examples/load_export.py exported/model.safetensors": "likeliest next token",
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': "runs/further/",
 }
 
@@ -138,12 +140,38 @@ def test_every_page_with_commands_is_run_or_says_why_not():
     assert SMALL, "docs/clusters.md has a command that two CPU cores can run"
 
 
+def of_make(command: list[str], folder: Path) -> list[str]:
+    """Returns the lines that make would run."""
+    return run(["make", "--dry-run", *command[1:]], folder)[0].splitlines()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_understood(command, folder):
+    """What `make` starts, or the page itself, has words that the command line takes."""
+    words = shlex.split(command)
+    (line,) = of_make(words, folder)[-1:] if words[0] == "make" else [command]
+    if found := re.search(r"(?:-m experiments\.|/scmoe )(.*)", line):
+        verb, *arguments = shlex.split(found[1])
+        app_of(verb).parse_args([verb.replace("_", "-"), *arguments], exit_on_error=False, print_error=False)
+    else:
+        assert re.search(r"-m pytest|docs/examples/|echo", line)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(
+            command, marks=[pytest.mark.faults, *([pytest.mark.representative] if command in ONE_OF_A_KIND else [])]
+        )
+        for command in COMMANDS
+        if command not in ELSEWHERE
+    ],
+)
 def test_every_command_runs(command, folder):
     """Commands run in the order of the pages: resume and generate use the newest run."""
     words = SHORT.get(command, shlex.split(command))
-    if words[0] == "make" and command not in (*AS_WRITTEN, *ELSEWHERE):
-        (line,) = run(["make", "--dry-run", *words[1:]], folder)[0].splitlines()
+    if words[0] == "make" and command not in AS_WRITTEN:
+        (line,) = of_make(words, folder)
         words = shlex.split(line)
     out, err = run(words, folder)
     assert SAYS.get(command, "") in out + err
@@ -152,8 +180,7 @@ def test_every_command_runs(command, folder):
 
 @pytest.mark.parametrize("command", MEASURING)
 def test_every_measurement_has_a_target(command, folder):
-    words = shlex.split(command)
-    assert "experiments." in run([words[0], "--dry-run", *words[1:]], folder)[0]
+    assert "experiments." in "".join(of_make(shlex.split(command), folder))
 
 
 def test_every_logged_metric_is_in_the_table(folder):
