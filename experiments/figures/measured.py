@@ -177,39 +177,35 @@ def _words(scenario: Scenario, report: dict[str, Any]) -> list[str]:
 
 
 HEADLINE_SHARE = 0.52
-HEADLINE = {
-    "training": f"overlap-real-block-2-ranks-share-{HEADLINE_SHARE}",
-    "inference": f"inference-2-ranks-share-{HEADLINE_SHARE}",
-}
+HEADLINE = f"overlap-real-block-2-ranks-share-{HEADLINE_SHARE}", f"inference-2-ranks-share-{HEADLINE_SHARE}"
 HEADLINE_ROWS = ("top2", "shared_expert", "scmoe_pos1", "scmoe_pos2", "scmoe_pos3")
 
 
-def draw_headline(reports: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw a panel for each report: each row in the faster of one chunk and several (training), or as planned.
+def draw_headline(training: dict[str, Any], inference: dict[str, Any], path: Path) -> None:
+    """Draw a panel of training, with each row in the faster of one chunk and several, and one of inference, as planned.
 
-    reports: by the keys of HEADLINE.
+    training, inference: the reports that HEADLINE names.
     """
-    bar_of = {"training": training_bar, "inference": inference_bar}
-    panels = {word: [bar_of[word](report, row) for row in HEADLINE_ROWS] for word, report in reports.items()}
-    printed = PAPERS[HEADLINE_SHARE]
-    names = {row: name_of(row) for row in HEADLINE_ROWS}
+    panels = {
+        "train": [training_bar(training, row) for row in HEADLINE_ROWS],
+        "forward": [inference_bar(inference, row) for row in HEADLINE_ROWS],
+    }
+    titles = "training,\na pair of blocks", f"inference,\n{inference['prompt']} tokens a rank"
+    printed, names = PAPERS[HEADLINE_SHARE], {row: name_of(row) for row in HEADLINE_ROWS}
     if all(pipelined for (_, pipelined), *_ in panels.values()):  # beside the paper's top-2, which waits
         names["top2"] += ",\nours pipelined"
     with chart(path, 4.5) as figure:
-        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axis, (word, bars) in zip(axes, panels.items(), strict=True):
-            kind = "train" if word == "training" else "forward"
-            papers = [printed.rows[row][kind] for row in HEADLINE_ROWS]
-            groups = {
-                names[row]: [bar, Bar(paper, PAPER, f"{paper:.2f}")]
-                for row, (bar, _), paper in zip(HEADLINE_ROWS, bars, papers, strict=True)
-            }
+        axes = figure.subplots(1, 2, sharey=True)
+        for axis, words, (kind, bars) in zip(axes, titles, panels.items(), strict=True):
+            groups = {}
+            for row, (bar, _) in zip(HEADLINE_ROWS, bars, strict=True):
+                paper = printed.rows[row][kind]
+                groups[names[row]] = [bar, Bar(paper, PAPER, f"{paper:.2f}")]
             grouped_bars(axis, groups)
-            what = "a pair of blocks" if word == "training" else f"{reports[word]['prompt']} tokens a rank"
-            axis.set(title=f"{word},\n{what}", xlabel="speed-up over\nsequential top-2")
+            axis.set(title=words, xlabel="speed-up over\nsequential top-2")
         heading(figure, "ScMoE where about half of top-2's inference is communication")
         colors = {"this testbed, chosen schedule: 2 ranks on one CPU, shaped links": BLUE, printed.where: PAPER}
-        rounds = " and ".join(sorted({str(report["rounds"]) for report in reports.values()}))
+        rounds = " and ".join(sorted({str(report["rounds"]) for report in (training, inference)}))
         bar_legend(figure, colors, f"quartiles of {rounds} rounds", "limit: no communication", ncols=1)
 
 

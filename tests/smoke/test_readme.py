@@ -31,13 +31,6 @@ NOT_RUN = {
     f"docs/{name}.md": "needs eight GPUs; tests/unit/test_launch_files.py"
     for name in ("clusters", "how-to/gpus", "how-to/slurm")
 }
-MEASURING = sorted(  # the commands of the pages of results, which take hours
-    {
-        command
-        for page in (ROOT / "docs/results").rglob("*.md")
-        for command in re.findall(r"^`(make [^`]+)`", page.read_text(), re.MULTILINE)
-    }
-)
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -50,6 +43,8 @@ def commands(page: str) -> list[str]:
 
 SMALL = [line for line in commands("docs/clusters.md") if "configs/debug.yaml" in line]  # two processes, seconds
 COMMANDS = list(dict.fromkeys([line for page in PAGES for line in commands(page)] + SMALL))
+RESULTS = "\n".join(page.read_text() for page in sorted((ROOT / "docs/results").rglob("*.md")))
+MEASURING = sorted(set(re.findall(r"^`(make [^`]+)`", RESULTS, re.MULTILINE)))  # they take hours
 AS_WRITTEN, PYTHON = ("make setup", "make train"), ".venv/bin/python"
 QUICK = "trainer.max_steps=3 trainer.val_every=3 trainer.checkpoint_every=3 trainer.log_every=1 data.val_sequences=8"
 ELSEWHERE = {  # command: the test that makes its run
@@ -57,12 +52,10 @@ ELSEWHERE = {  # command: the test that makes its run
     "make train CONFIG=configs/quickstart_vision.yaml": "tests/smoke/test_vision.py",
     "make sweep CONFIG=configs/sweep/smoke.yaml": "tests/smoke/test_sweep.py",
     "make reproduce SCALE=smoke": "tests/smoke/test_reproduce.py",
-    'make train CONFIG=configs/debug.yaml ARGS="trainer.devices=2 schedule=auto trainer.max_steps=30"': (
-        "tests/smoke/test_train.py"
-    ),
-    'make train CONFIG=configs/debug.yaml ARGS="trainer.devices=2 schedule.slot=2 schedule.chunks=2"': (
-        "tests/smoke/test_train.py"
-    ),
+    **{
+        f'make train CONFIG=configs/debug.yaml ARGS="trainer.devices=2 {words}"': "tests/smoke/test_train.py"
+        for words in ("schedule=auto trainer.max_steps=30", "schedule.slot=2 schedule.chunks=2")
+    },
 }
 SHORT = {
     "make train": ["make", "train", f"ARGS={QUICK}"],
@@ -73,27 +66,29 @@ SHORT = {
         *("make", "train", f"ARGS=init_from=scmoe:exported/model.safetensors name=further {QUICK}")
     ],
 }
-ONE_OF_A_KIND = {  # command: what it says
-    "make setup": "",
+SAYS = {
     "make train": '"steps": 3',
-    "make generate": "",
-    "make runs": "",
     'make resume ARGS="trainer.max_steps=400"': '"steps": 5',
     "make evaluate": '"tasks": {"cloze": ',
-    'make export ARGS="--out exported/model.safetensors"': "",
-    ".venv/bin/python docs/examples/load_export.py exported/model.safetensors": "likeliest next token",
+    "make fig13": '"equal_bits": true',
     "make list": "configs/quickstart.yaml",
+    'make train CONFIG=docs/examples/my_architecture.yaml ARGS="trainer.devices=2"': "step 4: between",
+    'make list ARGS="extensions=[docs.examples.my_architecture]"': "moe.architecture=parallel",
     'make check-data CONFIG=configs/debug.yaml ARGS="data.name=text data.path=docs/decisions data.vocab_size=512"': (
         "all data of text can be read"
     ),
-}
-SAYS = ONE_OF_A_KIND | {
-    "make fig13": '"equal_bits": true',
-    'make train CONFIG=docs/examples/my_architecture.yaml ARGS="trainer.devices=2"': "step 4: between",
-    'make list ARGS="extensions=[docs.examples.my_architecture]"': "moe.architecture=parallel",
     ".venv/bin/python docs/examples/load_hf.py exported/hf": "ScMoEForCausalLM",
+    ".venv/bin/python docs/examples/load_export.py exported/model.safetensors": "likeliest next token",
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': "runs/further/",
 }
+SLOW = ("make fig13", *SMALL)
+KINDS = {command.removeprefix("make ").split()[0]: command for command in reversed(COMMANDS)}  # the first of each kind
+
+
+def with_marks(command: str) -> object:
+    quick = command in KINDS.values() and command not in SLOW
+    return pytest.param(command, marks=[pytest.mark.faults, *([pytest.mark.representative] if quick else [])])
+
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 
@@ -114,11 +109,8 @@ def folder(tmp_path_factory):
 
 def run(command, folder):
     """Returns what the command prints on standard output and on standard error."""
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
-    }
+    outer = ("ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
+    env = {name: value for name, value in os.environ.items() if name not in outer}
     if command[0] == PYTHON:
         code, out, err = python(*command[1:], cwd=folder, env=env, timeout_s=250)
     else:
@@ -151,22 +143,13 @@ def test_every_command_is_understood(command, folder):
     words = shlex.split(command)
     (line,) = of_make(words, folder)[-1:] if words[0] == "make" else [command]
     if found := re.search(r"(?:-m experiments\.|/scmoe )(.*)", line):
-        verb, *arguments = shlex.split(found[1])
-        app_of(verb).parse_args([verb.replace("_", "-"), *arguments], exit_on_error=False, print_error=False)
+        verb, *arguments = shlex.split(found[1].replace("check_data", "check-data"))
+        app_of(verb).parse_args([verb, *arguments], exit_on_error=False, print_error=False)
     else:
         assert re.search(r"-m pytest|docs/examples/|echo", line)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        pytest.param(
-            command, marks=[pytest.mark.faults, *([pytest.mark.representative] if command in ONE_OF_A_KIND else [])]
-        )
-        for command in COMMANDS
-        if command not in ELSEWHERE
-    ],
-)
+@pytest.mark.parametrize("command", [with_marks(command) for command in COMMANDS if command not in ELSEWHERE])
 def test_every_command_runs(command, folder):
     """Commands run in the order of the pages: resume and generate use the newest run."""
     words = SHORT.get(command, shlex.split(command))

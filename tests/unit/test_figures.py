@@ -149,9 +149,7 @@ def test_charts_of_the_bench_are_readable(tmp_path, drawn):
     speed_chart.draw(report_of(0.52, tuple(ROWS)), tmp_path / "overlap.png")
     points = [{**report_of(0.5, tuple(growth.ROWS)), "ranks": ranks} for ranks in (2, 4, 8)]
     growth.draw({"ranks": points}, tmp_path / "growth.png")
-    draw_headline(
-        {"training": report_of(0.52, tuple(ROWS)), "inference": json.loads(PREFILL.read_text())}, tmp_path / "h.png"
-    )
+    draw_headline(report_of(0.52, tuple(ROWS)), json.loads(PREFILL.read_text()), tmp_path / "h.png")
     assert len(drawn) == 3
     for figure in drawn:
         assert_readable(figure)
@@ -169,7 +167,7 @@ def test_the_headline_says_that_our_top2_is_pipelined_where_it_is(tmp_path, draw
     report, prefill = report_of(0.52, tuple(ROWS)), json.loads(PREFILL.read_text())
     for speedup in (0.9, 1.2):
         report["rows"]["top2_pipelined"]["train_speedup"] = speedup
-        draw_headline({"training": report, "inference": prefill}, tmp_path / "h.png")
+        draw_headline(report, prefill, tmp_path / "h.png")
         assert_readable(drawn[-1])
     names = [figure.axes[0].get_yticklabels()[0].get_text() for figure in drawn]
     assert names[0] == speed_chart.name_of("top2") != names[1]

@@ -322,7 +322,7 @@ def reproduce(names: Sequence[str], options: Options, overrides: Sequence[str]) 
     Each table's file states its minutes; the time left is corrected by the time that the earlier tables took. Raises
     ConfigError for an error in the options or in a table's file before anything starts.
     """
-    plans = [plan_table(load_table(name), options, overrides) for name in names]
+    plans = [plan_table(load_table(name), options, overrides) for name in dict.fromkeys(names)]
     costs = []
     for plan in plans:
         read_states(plan.runs)
