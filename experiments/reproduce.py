@@ -7,7 +7,7 @@ import sys
 from scmoe.config.extras import require
 from scmoe.experiments.engine.command_line import call
 from scmoe.experiments.studies.table.table_file import Options, check_scale, load_table, table_names
-from scmoe.experiments.table import USUAL, say
+from scmoe.experiments.table import USUAL
 
 
 def main(*overrides: str, tables: list[str] | None = None, options: Options = USUAL) -> int:
@@ -26,11 +26,11 @@ def main(*overrides: str, tables: list[str] | None = None, options: Options = US
     for name in names:
         check_scale(load_table(name), options.scale)
     require("a table", "matplotlib", "scipy")
-    from scmoe.experiments.studies.table.make import reproduce
+    from scmoe.experiments.studies.table.make import reproduce, say
 
     if left := [name for name in numbered if name not in names and not tables]:
         say(f"without {', '.join(left)}, which have no scale {options.scale}")
-    found = reproduce(names, options, overrides, say)
+    found = reproduce(names, options, overrides)
     signal = found.pop("signal")
     print(json.dumps(found), flush=True)
     return 130 if signal else 1 if found["failed"] else 0

@@ -10,12 +10,6 @@ from scmoe.experiments.studies.table.table_file import Options, check_scale, loa
 USUAL = Options()
 
 
-def say(line: str) -> None:
-    from scmoe.runs.seen import console
-
-    console(stderr=True).print(line, soft_wrap=True, markup=False)
-
-
 def main(table: str, /, *overrides: str, options: Options = USUAL) -> int:
     """Run a table of the paper and set our values beside the paper's.
 
@@ -27,21 +21,17 @@ def main(table: str, /, *overrides: str, options: Options = USUAL) -> int:
         table: a folder of configs/experiment with a table.yaml, such as table3
         overrides: key=value, for every run
     """
-    rows = load_table(table)
-    check_scale(rows, options.scale)
+    read = load_table(table)
+    check_scale(read, options.scale)
     require("a table", "matplotlib", "scipy")
-    from scmoe.experiments.studies.table.make import make_table, plan_table
+    from scmoe.experiments.studies.table.make import make_table, plan_table, say
 
-    plan = plan_table(rows, options, overrides, say)
-    seeds = len(plan.runs) // len(plan.table.rows)
-    say(f"{plan.table.title}: {len(plan.table.rows)} rows x {seeds} seeds, in {plan.folder}")
-    made = make_table(plan, say)
-    for path in made.files:
-        say(str(path))
-    if made.signal:
-        say("stopped; the same command resumes it")
+    plan = plan_table(read, options, overrides)
+    seeds = len(plan.runs) // len(read.rows)
+    say(f"{read.title}: {len(read.rows)} rows x {seeds} seeds, in {plan.folder}")
+    made = make_table(plan)
     counts = {"finished": made.finished, "failed": made.failed, "cut": made.cut}
-    last = {"table": plan.table.name, "scale": plan.scale_name, **counts, "folder": str(plan.folder)}
+    last = {"table": read.name, "scale": plan.scale_name, **counts, "folder": str(plan.folder)}
     print(json.dumps(last), flush=True)
     return 130 if made.signal else 1 if made.failed else 0
 

@@ -89,23 +89,20 @@ def windows(path: Path) -> None:
 
 def slots(path: Path) -> None:
     """Draw ScMoE at Pos-2 with the experts at each slot of its window (section 3.2)."""
-    choices = all_slots(Schedule("scmoe", "pos2"))
-    best = min(elapsed_time(choice, OperatorTimes(TIMES)) for choice in choices)
+    times = {choice: elapsed_time(choice, OperatorTimes(TIMES)) for choice in all_slots(Schedule("scmoe", "pos2"))}
     lines = {}
-    for choice in choices:
-        note = ", shortest" if elapsed_time(choice, OperatorTimes(TIMES)) == best else ""
+    for choice, time in times.items():
+        note = ", shortest" if time == min(times.values()) else ""
         lines[f"slot {choice.slot}{note}"] = play(choice.operators(), TIMES)
     draw(lines, path, "ScMoE (Pos-2): the same pair with its experts at each slot", UNIT)
 
 
 def chunks(path: Path) -> None:
     """Draw the MoE stream of standard top-2 whole and in chunks: one chunk's experts hide another's transfer."""
-    choices = [Schedule("top_k", chunks=n) for n in (1, 2, 4)]
-    names = ["1 chunk", "2 chunks", "4 chunks"]
-    lines = {
-        name: play(choice.operators(), per_chunk(choice, TOP2_TIMES))
-        for name, choice in zip(names, choices, strict=True)
-    }
+    lines = {}
+    for n in (1, 2, 4):
+        choice = Schedule("top_k", chunks=n)
+        lines["1 chunk" if n == 1 else f"{n} chunks"] = play(choice.operators(), per_chunk(choice, TOP2_TIMES))
     draw(lines, path, "Standard top-2: the rows of its MoE stream in chunks", UNIT)
 
 

@@ -14,11 +14,10 @@ Fig. 9 and 10 are drawn from a run that has measured them. Fig. 4 and 7 need no 
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -121,7 +120,8 @@ def module_share(report: dict[str, Any], kind: str) -> float:
 def draw_shares(reports: Reports, path: Path) -> None:
     """Draw Fig. 1: the time of a sequential top-2 pair as All-to-All, the module's computation, and the rest."""
     with chart(path, 1.4 + 1.6 * len(reports)) as figure:
-        for axis, (scenario, report) in zip(_panels(figure, [1] * len(reports)), reports.items(), strict=True):
+        panels = figure.subplots(len(reports), 1, squeeze=False)[:, 0]
+        for axis, (scenario, report) in zip(panels, reports.items(), strict=True):
             for place, (kind, word) in enumerate(KINDS.items()):
                 share, of_module = 1 - 1 / report[f"limit_{kind}"], module_share(report, kind)
                 widths = share, share / of_module - share, 1 - share / of_module
@@ -176,44 +176,36 @@ def _words(scenario: Scenario, report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _panels(figure: Any, heights: Sequence[float]) -> Any:
-    return figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-
-
 HEADLINE_SHARE = 0.52
-HEADLINE = {
-    "training": f"overlap-real-block-2-ranks-share-{HEADLINE_SHARE}",
-    "inference": f"inference-2-ranks-share-{HEADLINE_SHARE}",
-}
+HEADLINE = f"overlap-real-block-2-ranks-share-{HEADLINE_SHARE}", f"inference-2-ranks-share-{HEADLINE_SHARE}"
 HEADLINE_ROWS = ("top2", "shared_expert", "scmoe_pos1", "scmoe_pos2", "scmoe_pos3")
 
 
-def draw_headline(reports: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw a panel for each report: each row in the faster of one chunk and several (training), or as planned.
+def draw_headline(training: dict[str, Any], inference: dict[str, Any], path: Path) -> None:
+    """Draw a panel of training, with each row in the faster of one chunk and several, and one of inference, as planned.
 
-    reports: by the keys of HEADLINE.
+    training, inference: the reports that HEADLINE names.
     """
-    bar_of = {"training": training_bar, "inference": inference_bar}
-    panels = {word: [bar_of[word](report, row) for row in HEADLINE_ROWS] for word, report in reports.items()}
-    printed = PAPERS[HEADLINE_SHARE]
-    names = {row: name_of(row) for row in HEADLINE_ROWS}
+    panels = {
+        "train": [training_bar(training, row) for row in HEADLINE_ROWS],
+        "forward": [inference_bar(inference, row) for row in HEADLINE_ROWS],
+    }
+    titles = "training,\na pair of blocks", f"inference,\n{inference['prompt']} tokens a rank"
+    printed, names = PAPERS[HEADLINE_SHARE], {row: name_of(row) for row in HEADLINE_ROWS}
     if all(pipelined for (_, pipelined), *_ in panels.values()):  # beside the paper's top-2, which waits
         names["top2"] += ",\nours pipelined"
     with chart(path, 4.5) as figure:
-        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axis, (word, bars) in zip(axes, panels.items(), strict=True):
-            kind = "train" if word == "training" else "forward"
-            papers = [printed.rows[row][kind] for row in HEADLINE_ROWS]
-            groups = {
-                names[row]: [bar, Bar(paper, PAPER, f"{paper:.2f}")]
-                for row, (bar, _), paper in zip(HEADLINE_ROWS, bars, papers, strict=True)
-            }
+        axes = figure.subplots(1, 2, sharey=True)
+        for axis, words, (kind, bars) in zip(axes, titles, panels.items(), strict=True):
+            groups = {}
+            for row, (bar, _) in zip(HEADLINE_ROWS, bars, strict=True):
+                paper = printed.rows[row][kind]
+                groups[names[row]] = [bar, Bar(paper, PAPER, f"{paper:.2f}")]
             grouped_bars(axis, groups)
-            what = "a pair of blocks" if word == "training" else f"{reports[word]['prompt']} tokens a rank"
-            axis.set(title=f"{word},\n{what}", xlabel="speed-up over\nsequential top-2")
+            axis.set(title=words, xlabel="speed-up over\nsequential top-2")
         heading(figure, "ScMoE where about half of top-2's inference is communication")
         colors = {"this testbed, chosen schedule: 2 ranks on one CPU, shaped links": BLUE, printed.where: PAPER}
-        rounds = " and ".join(sorted({str(report["rounds"]) for report in reports.values()}))
+        rounds = " and ".join(sorted({str(report["rounds"]) for report in (training, inference)}))
         bar_legend(figure, colors, f"quartiles of {rounds} rounds", "limit: no communication", ncols=1)
 
 
@@ -235,6 +227,7 @@ def inference_bar(report: dict[str, Any], row: str) -> tuple[Bar, bool]:
 
 
 PAGES = Path("docs/figures")
+PRINTED = (".png", ".pdf")
 EXPLAINED = {4: pair, 7: timelines}
 OF_REPORTS = {1: draw_shares, 8: draw_speeds}
 OF_A_RUN = {9: ("gating", draw_gating), 10: ("similarity", draw_similarity)}
@@ -249,46 +242,35 @@ ARCHITECTURE_WORDS = {
 TAPPED = ("scmoe", "dgmoe", "dgmoe_share")  # the architectures that have a position
 
 
-class Drawing(NamedTuple):
-    """A figure that is still to be drawn: the folder of its sources, its name there, and what draws it into a file."""
-
-    folder: Path
-    name: str
-    draw: Callable[[Path], None]
-    suffixes: tuple[str, ...] = (".png", ".pdf")
-
-
 def draw_figure(number: int, sources: Sequence[str], out: Path | None) -> list[Path]:
     """Draw a figure of the paper and return its files: PNG, and PDF for print. Raises ConfigError.
 
     sources: the directory of a run, or files and folders of reports of `bench overlap`. out: None: beside the sources.
     """
     if number in EXPLAINED:
-        drawing = explained(number, sources)
-    elif number in OF_A_RUN:
-        drawing = of_a_run(number, sources)
-    else:
-        reports = read_reports([Path(source) for source in sources])
-        folder = Path(sources[0])
-        folder = folder if folder.is_dir() else folder.parent
-        drawing = Drawing(folder, f"figure-{number}", partial(OF_REPORTS[number], reports))
-    files = [(out or drawing.folder) / (drawing.name + suffix) for suffix in drawing.suffixes]
+        return explained(number, sources, out or PAGES)
+    if number in OF_A_RUN:
+        return of_a_run(number, sources, out)
+    reports = read_reports([Path(source) for source in sources])
+    folder = Path(sources[0])
+    files = [(out or (folder if folder.is_dir() else folder.parent)) / f"figure-{number}{end}" for end in PRINTED]
     for path in files:
-        drawing.draw(path)
+        OF_REPORTS[number](reports, path)
     return files
 
 
-def explained(number: int, sources: Sequence[str]) -> Drawing:
-    """Return a picture of the docs. It has no measurement."""
+def explained(number: int, sources: Sequence[str], folder: Path) -> list[Path]:
+    """Draw a picture of the docs that has no measurement."""
     if sources:
         measured = f"To measure Fig. 7, run {scmoe('bench', 'timeline')}"
         raise ConfigError(f"Fig. {number} is a drawing without data. Leave {sources[0]!r} out. {measured}")
-    draw = EXPLAINED[number]
-    return Drawing(PAGES, draw.__name__, draw, (".png",))
+    path = folder / f"{EXPLAINED[number].__name__}.png"
+    EXPLAINED[number](path)
+    return [path]
 
 
-def of_a_run(number: int, sources: Sequence[str]) -> Drawing:
-    """Return a picture of what the callback `Analysis` has measured in a run."""
+def of_a_run(number: int, sources: Sequence[str], out: Path | None) -> list[Path]:
+    """Draw what the callback `Analysis` has measured in a run, and write it as JSON too."""
     if len(sources) != 1:
         raise ConfigError(f"Fig. {number} shows one run, and {len(sources)} are given. Give one run directory")
     name, _ = OF_A_RUN[number]
@@ -301,7 +283,11 @@ def of_a_run(number: int, sources: Sequence[str]) -> Drawing:
     with np.load(path, allow_pickle=False) as stored:
         found = {"number": number, "words": words_of(number, run.config)}
         found |= {name: stored[name].tolist() for name in ("steps", "labels", "values")}
-    return Drawing(path.parent, f"figure-{number}", partial(draw_measured, found), (".png", ".pdf", ".json"))
+    *drawn, data = [(out or path.parent) / f"figure-{number}{end}" for end in (*PRINTED, ".json")]
+    for file in drawn:
+        draw_measured(found, file)
+    data.write_text(json.dumps(found) + "\n")
+    return [*drawn, data]
 
 
 def words_of(number: int, config: Mapping[str, str]) -> str:
@@ -314,10 +300,6 @@ def words_of(number: int, config: Mapping[str, str]) -> str:
 
 
 def draw_measured(found: dict[str, Any], path: Path) -> None:
-    """Draw Fig. 9 or 10 into a file; into a .json, write what it is drawn from."""
-    if path.suffix == ".json":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found) + "\n")
-        return
+    """Draw Fig. 9 or 10 from what the figure's JSON holds."""
     _, draw = OF_A_RUN[found["number"]]
     draw(found["steps"], found["labels"], np.array(found["values"]), path, words=found["words"])

@@ -68,8 +68,8 @@ def pictures() -> dict[str, Callable[[Path], None]]:
         found[path.parent.name] = partial(draw_differences, results)
         if len(results["equal_time"]) > 1:
             found[f"{path.parent.name}-equal-time"] = partial(draw_equal_time, results)
-    if kept := {word: read(reports[name]) for word, name in HEADLINE.items() if name in reports}:
-        found["headline"] = partial(draw_headline, kept)
+    if reports.keys() >= {*HEADLINE}:
+        found["headline"] = partial(draw_headline, *(read(reports[name]) for name in HEADLINE))
     return found
 
 
@@ -95,16 +95,12 @@ class Experiment:
     said: Mapping[str, Any]
     data: dict[str, Any]
 
-    @property
-    def link(self) -> str:
-        return str(self.page.relative_to(RESULTS))
-
 
 def pages() -> dict[Path, str]:
     """Return the text of each page of results by its file: one for each experiment, and the overview."""
-    found = {each.page: text_of(each) for each in experiments()}
-    found[OVERVIEW] = GENERATED.sub(lambda _: overview(experiments()), OVERVIEW.read_text())
-    return found
+    every = experiments()
+    shown = GENERATED.sub(lambda _: overview(every), OVERVIEW.read_text())
+    return {each.page: text_of(each) for each in every} | {OVERVIEW: shown}
 
 
 def experiments() -> list[Experiment]:
@@ -164,11 +160,12 @@ def overview(found: Sequence[Experiment]) -> str:
     for group in dict.fromkeys(each.said["group"] for each in found):
         rows, others = {}, []
         for each in (each for each in found if each.said["group"] == group):
+            link = each.page.relative_to(RESULTS)
             for what, numbers in each.said["results"].items():
                 filled = {column: text.format_map(each.data) for column, text in numbers.items()}
-                rows[what] = {**each.said, **filled, "link": each.link}
+                rows[what] = {**each.said, **filled, "link": link}
             if not each.said["results"]:
-                others.append(f"[{each.said['title']}]({each.link})")
+                others.append(f"[{each.said['title']}]({link})")
         parts += [f"## {group}", Report("", rows, columns, "what").markdown()]
         parts += [f"Also: {', '.join(others)}."] if others else []
     return "\n" + "\n\n".join(part.strip() for part in parts) + "\n\n"

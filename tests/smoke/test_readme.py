@@ -1,8 +1,8 @@
-"""Every command of the README and of the pages runs, and so do their Python examples.
+"""The commands of the README and of the pages are understood, and run; so do their Python examples.
 
 They run in a folder of links to this checkout. Only the number of steps is reduced: the quickstart takes 3 of its steps
-and is resumed to 5. Where another test makes the same run, `make --dry-run` shows that the command starts it. A page's
-commands use what earlier ones have left: the README's `make train` leaves the newest run.
+and is resumed to 5. A page's commands use what earlier ones have left: the README's `make train` leaves the newest run.
+`make test` runs one command of each kind, `make test-faults` all of them, but for those that another test runs.
 
 `make train` runs as written. For the other targets, `make --dry-run` names the program, which then runs in a forked
 process, because a start of Python with torch costs five seconds.
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from scmoe.experiments.engine.command_line import app_of
 from tests.support.commands import undocumented
 from tests.support.forked import python
 
@@ -30,13 +31,6 @@ NOT_RUN = {
     f"docs/{name}.md": "needs eight GPUs; tests/unit/test_launch_files.py"
     for name in ("clusters", "how-to/gpus", "how-to/slurm")
 }
-MEASURING = sorted(  # the commands of the pages of results, which take hours
-    {
-        command
-        for page in (ROOT / "docs/results").rglob("*.md")
-        for command in re.findall(r"^`(make [^`]+)`", page.read_text(), re.MULTILINE)
-    }
-)
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -49,6 +43,8 @@ def commands(page: str) -> list[str]:
 
 SMALL = [line for line in commands("docs/clusters.md") if "configs/debug.yaml" in line]  # two processes, seconds
 COMMANDS = list(dict.fromkeys([line for page in PAGES for line in commands(page)] + SMALL))
+RESULTS = "\n".join(page.read_text() for page in sorted((ROOT / "docs/results").rglob("*.md")))
+MEASURING = sorted(set(re.findall(r"^`(make [^`]+)`", RESULTS, re.MULTILINE)))  # they take hours
 AS_WRITTEN, PYTHON = ("make setup", "make train"), ".venv/bin/python"
 QUICK = "trainer.max_steps=3 trainer.val_every=3 trainer.checkpoint_every=3 trainer.log_every=1 data.val_sequences=8"
 ELSEWHERE = {  # command: the test that makes its run
@@ -56,15 +52,12 @@ ELSEWHERE = {  # command: the test that makes its run
     "make train CONFIG=configs/quickstart_vision.yaml": "tests/smoke/test_vision.py",
     "make sweep CONFIG=configs/sweep/smoke.yaml": "tests/smoke/test_sweep.py",
     "make reproduce SCALE=smoke": "tests/smoke/test_reproduce.py",
-    'make train CONFIG=configs/debug.yaml ARGS="trainer.devices=2 schedule=auto trainer.max_steps=30"': (
-        "tests/smoke/test_train.py"
-    ),
-    'make train CONFIG=configs/debug.yaml ARGS="trainer.devices=2 schedule.slot=2 schedule.chunks=2"': (
-        "tests/smoke/test_train.py"
-    ),
+    **{
+        f'make train CONFIG=configs/debug.yaml ARGS="trainer.devices=2 {words}"': "tests/smoke/test_train.py"
+        for words in ("schedule=auto trainer.max_steps=30", "schedule.slot=2 schedule.chunks=2")
+    },
 }
 SHORT = {
-    **{command: ["make", "--dry-run", *shlex.split(command)[1:]] for command in ELSEWHERE},
     "make train": ["make", "train", f"ARGS={QUICK}"],
     'make resume ARGS="trainer.max_steps=400"': ["make", "resume", "ARGS=trainer.max_steps=5"],
     "make evaluate": ["make", "evaluate", "ARGS=--limit 5 --stride 256 --text docs/concepts.md"],
@@ -75,10 +68,6 @@ SHORT = {
 }
 SAYS = {
     "make train": '"steps": 3',
-    "make test": "-m pytest",
-    "make train CONFIG=configs/quickstart_vision.yaml": "-m experiments.train configs/quickstart_vision.yaml",
-    "make sweep CONFIG=configs/sweep/smoke.yaml": "-m experiments.sweep configs/sweep/smoke.yaml",
-    "make reproduce SCALE=smoke": "-m experiments.reproduce --scale smoke",
     'make resume ARGS="trainer.max_steps=400"': '"steps": 5',
     "make evaluate": '"tasks": {"cloze": ',
     "make fig13": '"equal_bits": true',
@@ -92,6 +81,14 @@ SAYS = {
     ".venv/bin/python docs/examples/load_export.py exported/model.safetensors": "likeliest next token",
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': "runs/further/",
 }
+SLOW = ("make fig13", *SMALL)
+KINDS = {command.removeprefix("make ").split()[0]: command for command in reversed(COMMANDS)}  # the first of each kind
+
+
+def with_marks(command: str) -> object:
+    quick = command in KINDS.values() and command not in SLOW
+    return pytest.param(command, marks=[pytest.mark.faults, *([pytest.mark.representative] if quick else [])])
+
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 
@@ -100,8 +97,8 @@ pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 def folder(tmp_path_factory):
     if not (ROOT / ".venv/.installed").exists():
         pytest.skip("the commands need the environment that `make setup` makes")
-    if (ROOT / ".venv/.installed").stat().st_mtime < (ROOT / "pyproject.toml").stat().st_mtime:
-        pytest.fail("pyproject.toml has changed: run `make setup`, or the commands would install the folder of links")
+    if subprocess.run(["make", "--question", ".venv/.installed"], cwd=ROOT, check=False).returncode:
+        pytest.fail("the environment is out of date: run `make setup`, or the commands install the folder of links")
     folder = tmp_path_factory.mktemp("checkout")
     (ROOT / ".cache").mkdir(exist_ok=True)  # prepared data may be shared
     places = ("configs", "datamodules", "docs", "experiments", "scmoe")
@@ -112,11 +109,8 @@ def folder(tmp_path_factory):
 
 def run(command, folder):
     """Returns what the command prints on standard output and on standard error."""
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
-    }
+    outer = ("ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
+    env = {name: value for name, value in os.environ.items() if name not in outer}
     if command[0] == PYTHON:
         code, out, err = python(*command[1:], cwd=folder, env=env, timeout_s=250)
     else:
@@ -138,12 +132,29 @@ def test_every_page_with_commands_is_run_or_says_why_not():
     assert SMALL, "docs/clusters.md has a command that two CPU cores can run"
 
 
+def of_make(command: list[str], folder: Path) -> list[str]:
+    """Returns the lines that make would run."""
+    return run(["make", "--dry-run", *command[1:]], folder)[0].splitlines()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_understood(command, folder):
+    """What `make` starts, or the page itself, has words that the command line takes."""
+    words = shlex.split(command)
+    (line,) = of_make(words, folder)[-1:] if words[0] == "make" else [command]
+    if found := re.search(r"(?:-m experiments\.|/scmoe )(.*)", line):
+        verb, *arguments = shlex.split(found[1].replace("check_data", "check-data"))
+        app_of(verb).parse_args([verb, *arguments], exit_on_error=False, print_error=False)
+    else:
+        assert re.search(r"-m pytest|docs/examples/|echo", line)
+
+
+@pytest.mark.parametrize("command", [with_marks(command) for command in COMMANDS if command not in ELSEWHERE])
 def test_every_command_runs(command, folder):
     """Commands run in the order of the pages: resume and generate use the newest run."""
     words = SHORT.get(command, shlex.split(command))
-    if words[0] == "make" and command not in (*AS_WRITTEN, *ELSEWHERE):
-        (line,) = run(["make", "--dry-run", *words[1:]], folder)[0].splitlines()
+    if words[0] == "make" and command not in AS_WRITTEN:
+        (line,) = of_make(words, folder)
         words = shlex.split(line)
     out, err = run(words, folder)
     assert SAYS.get(command, "") in out + err
@@ -152,8 +163,7 @@ def test_every_command_runs(command, folder):
 
 @pytest.mark.parametrize("command", MEASURING)
 def test_every_measurement_has_a_target(command, folder):
-    words = shlex.split(command)
-    assert "experiments." in run([words[0], "--dry-run", *words[1:]], folder)[0]
+    assert "experiments." in "".join(of_make(shlex.split(command), folder))
 
 
 def test_every_logged_metric_is_in_the_table(folder):

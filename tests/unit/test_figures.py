@@ -127,16 +127,15 @@ def test_reports_become_a_figure_beside_them(number, reports, drawn, capsys):
     found = files(capsys, str(number), str(reports))
     assert found[".png"] == reports / f"figure-{number}.png"
     assert found[".png"].read_bytes().startswith(b"\x89PNG") and found[".pdf"].read_bytes().startswith(b"%PDF")
-    assert len(drawn) == 2
     assert_readable(drawn[0])
 
 
-@pytest.mark.parametrize("number", [9, 10])
-@pytest.mark.parametrize("modules", [4, 48])
+@pytest.mark.parametrize(("number", "modules"), [(9, 4), (9, 48), (10, 4), (10, 48)])
 def test_a_run_becomes_a_figure_in_its_folder(number, modules, tmp_path, drawn, capsys):
     run = write_run(tmp_path / "run", "moe.architecture=dgmoe", layers=modules // 4, modules=modules)
     found = files(capsys, str(number), str(run))
     assert found[".png"] == run / f"analysis/figure-{number}.png" and found[".pdf"].exists()
+    assert json.loads(found[".json"].read_text())["steps"] == [0, 50, 100]
     assert_readable(drawn[0])
 
 
@@ -150,9 +149,7 @@ def test_charts_of_the_bench_are_readable(tmp_path, drawn):
     speed_chart.draw(report_of(0.52, tuple(ROWS)), tmp_path / "overlap.png")
     points = [{**report_of(0.5, tuple(growth.ROWS)), "ranks": ranks} for ranks in (2, 4, 8)]
     growth.draw({"ranks": points}, tmp_path / "growth.png")
-    draw_headline(
-        {"training": report_of(0.52, tuple(ROWS)), "inference": json.loads(PREFILL.read_text())}, tmp_path / "h.png"
-    )
+    draw_headline(report_of(0.52, tuple(ROWS)), json.loads(PREFILL.read_text()), tmp_path / "h.png")
     assert len(drawn) == 3
     for figure in drawn:
         assert_readable(figure)
@@ -170,7 +167,7 @@ def test_the_headline_says_that_our_top2_is_pipelined_where_it_is(tmp_path, draw
     report, prefill = report_of(0.52, tuple(ROWS)), json.loads(PREFILL.read_text())
     for speedup in (0.9, 1.2):
         report["rows"]["top2_pipelined"]["train_speedup"] = speedup
-        draw_headline({"training": report, "inference": prefill}, tmp_path / "h.png")
+        draw_headline(report, prefill, tmp_path / "h.png")
         assert_readable(drawn[-1])
     names = [figure.axes[0].get_yticklabels()[0].get_text() for figure in drawn]
     assert names[0] == speed_chart.name_of("top2") != names[1]

@@ -36,13 +36,18 @@ def drawn(monkeypatch):
     return found
 
 
-def test_every_picture_of_the_docs_shows_what_its_report_says(drawn):
-    stale = []
-    for name, draw in pictures().items():
+def test_the_pictures_of_the_docs_show_what_their_reports_say_and_are_readable(drawn):
+    made, stale = pictures(), []
+    assert {path.stem for path in PAGES.glob("*.png")} == made.keys()
+    for name, draw in made.items():
         draw(PAGES / f"{name}.png")
+        figure, metadata = drawn.pop()
         with Image.open(PAGES / f"{name}.png") as image:
-            if image.info.get("Description") != drawn[-1][1]["Description"]:
+            if image.info.get("Description") != metadata["Description"]:
                 stale.append(name)
+        assert_readable(figure)
+        if name.startswith(BARS):
+            assert_values_off_the_bars(figure)
     assert not stale, "make figures draws them again"
 
 
@@ -83,19 +88,6 @@ def test_a_page_has_the_numbers_of_its_json(tmp_path, monkeypatch):
     path.write_text(json.dumps(report))
     with pytest.raises(KeyError, match="scmoe_pos3"):
         pages()
-
-
-def test_every_picture_of_the_docs_has_a_report(drawn):
-    there = {path.stem for path in PAGES.glob("*.png")}
-    assert there == pictures().keys()
-
-
-def test_the_pictures_of_the_docs_are_readable(drawn):
-    for name, draw in pictures().items():
-        draw(PAGES / f"{name}.png")
-        assert_readable(drawn[-1][0])
-        if name.startswith(BARS):
-            assert_values_off_the_bars(drawn[-1][0])
 
 
 def test_a_picture_is_stale_if_a_value_a_name_or_a_colour_has_changed(drawn, monkeypatch):

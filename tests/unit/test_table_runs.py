@@ -103,14 +103,12 @@ def test_a_field_that_is_newer_than_the_run_counts_unless_it_is_at_its_default(t
     assert not same_config(tmp_path, load(DEBUG, ["moe.z_loss_coef=0.1"]))
 
 
-@pytest.mark.parametrize("override", ("optim.lr=0.5", "seed=2", "data.seq_len=32", "moe.top_k=2"))
-def test_a_value_that_can_change_a_result_changes_the_digest(override):
-    assert digest_of(load(DEBUG, [override])) != digest_of(load(DEBUG))
-
-
-@pytest.mark.parametrize("override", ("name=other", "runs_dir=elsewhere", "logger.mode=auto", "data.cache_dir=tmp"))
-def test_where_a_run_is_kept_does_not_change_its_digest(override):
-    assert digest_of(load(DEBUG, [override])) == digest_of(load(DEBUG))
+def test_only_values_that_can_change_a_result_change_the_digest():
+    own = digest_of(load(DEBUG))
+    for override in ("optim.lr=0.5", "seed=2", "data.seq_len=32", "moe.top_k=2"):
+        assert digest_of(load(DEBUG, [override])) != own, override
+    for override in ("name=other", "runs_dir=elsewhere", "logger.mode=auto", "data.cache_dir=tmp"):
+        assert digest_of(load(DEBUG, [override])) == own, override
 
 
 def test_a_table_takes_the_equal_runs_of_another_table(tmp_path):
@@ -130,8 +128,6 @@ def test_a_table_takes_the_equal_runs_of_another_table(tmp_path):
 def test_another_machine_goes_on_from_what_is_committed(tmp_path):
     here, there, committed = tmp_path / "here", tmp_path / "there", tmp_path / "results"
     first = runs_of("table4", here, seeds=2)
-    with pytest.raises(ConfigError, match="no run of table4-smoke is finished"):
-        save(first, committed)
     finish(first[:3])
     (first[0].job.study / "results.json").write_text('{"rows": []}')
     (first[0].job.study / "table.md").write_text("# Table 4")

@@ -10,8 +10,8 @@ Speeds of architectures are measured on the testbed, last and alone, since other
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -24,12 +24,13 @@ from scmoe.experiments.studies.batch import Batch, Watch
 from scmoe.experiments.studies.checks import refusal
 from scmoe.experiments.studies.jobs import Job, State, clock, lock_of
 from scmoe.experiments.studies.table.results import read_speeds
-from scmoe.experiments.studies.table.table_file import Options, Scale, Table, check_scale, load_table
+from scmoe.experiments.studies.table.table_file import Options, Scale, Table, load_table
 from scmoe.experiments.studies.table.table_report import write_report
 from scmoe.experiments.studies.table.table_runs import (
     Run,
     adopt,
     check_memory,
+    finished,
     look_up,
     plan_runs,
     read_states,
@@ -37,31 +38,37 @@ from scmoe.experiments.studies.table.table_runs import (
     save,
     write_launch_files,
 )
-from scmoe.runs.seen import SeenRun
+from scmoe.runs.seen import SeenRun, console
 from scmoe.training.assembly.data import build_datamodule
 
 EVALUATE = (sys.executable, "-m", "scmoe.experiments.evaluate")
 BENCH = (sys.executable, "-m", "scmoe.experiments.bench")
+RESUMES = "the same command resumes it"
 AGAIN = ("waiting", "cut", "failed")  # states of jobs that are made, or made again
-Say = Callable[[str], None]  # prints a line
+
+
+def say(line: str) -> None:
+    console(stderr=True).print(line, soft_wrap=True, markup=False)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A table at a scale, with all its runs; nothing is started yet. jobs: as of Scale. overrides: of all runs.
-    sources: folders with states of equal runs."""
+    """A table at a scale, with all its runs; nothing is started yet. overrides: of all runs."""
 
     table: Table
     scale_name: str
     options: Options
     overrides: Sequence[str]
-    jobs: int | None
     runs: list[Run]
-    sources: list[Path]
 
     @property
     def scale(self) -> Scale:
         return self.table.scales[self.scale_name]
+
+    @property
+    def jobs(self) -> int | None:
+        """As of Scale."""
+        return self.scale.jobs if self.options.jobs is None else self.options.jobs
 
     @property
     def folder(self) -> Path:
@@ -87,13 +94,13 @@ class Made:
     cut: int = 0
     signal: int = 0
     rows: int = 0  # with at least one finished run
-    files: list[Path] = field(default_factory=list)
 
 
-def plan_table(table: Table, options: Options, overrides: Sequence[str], say: Say) -> Plan:
-    """Return the plan of a table. Raises ConfigError, in one line, for what cannot be honoured."""
-    name, to = options.scale, options.to
-    check_scale(table, name)
+def plan_table(table: Table, options: Options, overrides: Sequence[str]) -> Plan:
+    """Return the plan of a table at a scale that it has. Raises ConfigError for what cannot be honoured.
+
+    Where the scale's data set is not on this machine, the plan is that of another scale, if the table names one.
+    """
     for row in table.rows:
         if row.speed is not None and row.speed not in ROWS:
             raise refusal(f"{table.name}: speed of {row.name!r}", row.speed, " | ".join(ROWS))
@@ -101,88 +108,84 @@ def plan_table(table: Table, options: Options, overrides: Sequence[str], say: Sa
         if not any(folder.glob("*/states/*.json")):
             allowed = "a folder of tables that has <table>-<scale>/states/, such as docs/results"
             raise refusal("--from", str(folder), allowed)
-    otherwise = table.scales[name].otherwise
-    if otherwise is not None and (missing := _missing_data(table.scales[name], overrides)):
-        say(f"{table.name} runs at scale {otherwise}, not {name}: {missing}")
-        name = otherwise
-    scale = table.scales[name]
-    jobs = scale.jobs if options.jobs is None else options.jobs
-    seeds = scale.seeds if options.seeds is None else options.seeds
-    if seeds < 1 or (jobs or 0) < 0:
-        raise ConfigError(f"--seeds is {seeds}, --jobs is {jobs}, allowed: 1 or more, 0 or more")
-    tables = Path(load(scale.config, overrides).runs_dir) / "tables"
-    study = tables / f"{table.name}-{name}"
-    if to is not None and (to / study.name).resolve() == study.resolve():
-        raise refusal("--to", str(to), "a folder other than that of the tables, such as docs/results")
-    runs = plan_runs(table, scale, study, seeds, overrides)
-    trainer = runs[0].config.trainer
-    if jobs is None and to is not None:
-        raise refusal("--to", str(to), "at a scale whose runs are made here")
-    if jobs is None and trainer.num_nodes > 1:
-        raise ConfigError(f"trainer.num_nodes is {trainer.num_nodes}, allowed in launch files: 1")
-    if jobs == 0 and trainer.devices * trainer.num_nodes > 1:  # Lightning's launcher would start this command again
-        raise ConfigError("--jobs is 0, allowed for runs of several ranks: 1 or more, as each needs its own processes")
-    sources = [tables, *options.from_]  # tables have rows in common
-    if to is not None:
-        sources.append(to)  # what is in it will be replaced
-    return Plan(table, name, options, overrides, jobs, runs, sources)
-
-
-def _missing_data(scale: Scale, overrides: Sequence[str]) -> str | None:
-    """Return why the scale's data set is not on this machine, or None."""
+    name, scale = options.scale, table.scales[options.scale]
     config = load(scale.config, overrides)
-    try:
-        build_datamodule(config)
-    except ConfigError as error:
-        return str(error)
-    return None
+    if scale.otherwise is not None:
+        try:
+            build_datamodule(config)
+        except ConfigError as missing:
+            say(f"{table.name} runs at scale {scale.otherwise}, not {name}: {missing}")
+            name, scale = scale.otherwise, table.scales[scale.otherwise]
+            config = load(scale.config, overrides)
+    seeds = scale.seeds if options.seeds is None else options.seeds
+    if seeds < 1 or (options.jobs or 0) < 0:
+        raise ConfigError(f"--seeds is {seeds}, --jobs is {options.jobs}, allowed: 1 or more, 0 or more")
+    folder = Path(config.runs_dir) / "tables" / f"{table.name}-{name}"
+    plan = Plan(table, name, options, overrides, plan_runs(table, scale, folder, seeds, overrides))
+    if (to := options.to) is not None:
+        if (to / folder.name).resolve() == folder.resolve():
+            raise refusal("--to", str(to), "a folder other than that of the tables, such as docs/results")
+        if plan.jobs is None:
+            raise refusal("--to", str(to), "at a scale whose runs are made here")
+    trainer = plan.runs[0].config.trainer
+    if plan.jobs is None and trainer.num_nodes > 1:
+        raise ConfigError(f"trainer.num_nodes is {trainer.num_nodes}, allowed in launch files: 1")
+    if plan.jobs == 0 and trainer.devices * trainer.num_nodes > 1:  # Lightning would start this command again
+        raise ConfigError("--jobs is 0, allowed for runs of several ranks: 1 or more, as each needs its own processes")
+    return plan
 
 
-def make_table(plan: Plan, say: Say) -> Made:
+def make_table(plan: Plan) -> Made:
     """Do what is left of a table and write its files. The same call resumes one that was stopped."""
-    table, runs, made = plan.table, plan.runs, Made()
+    table, runs = plan.table, plan.runs
     if plan.jobs is None:
         say(f"{plan.scale_name} is not run here; start it elsewhere with one of:")
         for command in write_launch_files(runs):
             say(f"  {command}")
+        made = Made(rows=len(table.rows))
         for line, fits in check_memory(table, runs, plan.scale.gpu_gib):
             say(line)
             made.failed += not fits
-        made.rows = len(table.rows)
         return made
     evaluations = Evaluations(table, plan.scale)
     speeds: list[Job] = []
     with lock_of(plan.folder) as lock:
-        _take_up(runs, plan.sources, evaluations, say)
+        _take_up(plan, evaluations)
         needed = dict.fromkeys(["val_loss", *(key for m in table.metrics_from("summary") for key in m.keys)])
-        made.signal = make_runs(runs, lock, plan.jobs, [*needed], evaluations)
-        if not made.signal:
-            speeds, made.signal = measure_speeds(table, plan.scale, plan.folder, lock)
+        signal = make_runs(runs, lock, plan.jobs, [*needed], evaluations)
+        if not signal:
+            speeds, signal = measure_speeds(table, plan.scale, plan.folder, lock)
     jobs = [*(run.job for run in runs), *evaluations.jobs, *speeds]
-    for job in jobs:
-        made.failed += job.state.status == "failed"
-        made.cut += job.state.status == "cut"
-        if job.state.status == "failed":
-            say(f"failed: {job.title}: {job.state.error}; its log: {job.log}")
-    finished = [run for run in runs if run.state.status == "finished"]
-    made.finished, made.rows = len(finished), len({run.row.name for run in finished})
-    if files := _of_other_data(finished):
+    failed = [job for job in jobs if job.state.status == "failed"]
+    for job in failed:
+        say(f"failed: {job.title}: {job.state.error}; its log: {job.log}")
+    done = finished(runs)
+    cut, rows = sum(job.state.status == "cut" for job in jobs), {run.row.name for run in done}
+    made = Made(len(done), len(failed), cut, signal, len(rows))
+    if other := _of_other_data(done):
         made.failed += 1
-        say(f"failed: the report, as runs have read different data; remove {' '.join(map(str, files))}")
-    elif finished:
-        made.files = write_report(table, plan.scale_name, runs, plan.command)
+        say(f"failed: the report, as runs have read different data; remove {' '.join(map(str, other))}")
+    elif done:
+        files = write_report(table, plan.scale_name, runs, plan.command)
         if plan.options.to is not None:
-            made.files.append(save(runs, plan.options.to))
+            files.append(save(runs, plan.options.to))
+        for path in files:
+            say(str(path))
+    if signal:
+        say("stopped; the same command resumes it")
     return made
 
 
-def _take_up(runs: Sequence[Run], sources: Sequence[Path], evaluations: "Evaluations", say: Say) -> None:
-    """Set the states of runs: those of earlier calls, and of equal runs in the folders `sources`.
+def _take_up(plan: Plan, evaluations: "Evaluations") -> None:
+    """Set the states of runs: those of earlier calls, and of equal runs of other tables and of the folders given.
 
     A state that lacks an evaluation is of use only where the run's weights are.
     """
+    runs, sources = plan.runs, [plan.folder.parent, *plan.options.from_]
+    if plan.options.to is not None:
+        sources.append(plan.options.to)  # what is in it will be replaced
     read_states(runs)
-    lost = [run for run in runs if run.state.status == "finished" and not evaluations.can_use(run.state)]
+    lost = [run for run in finished(runs) if not evaluations.can_use(run.state)]
     for run in lost:
         run.job.state = State()
     if found := adopt(runs, sources, evaluations.can_use):
@@ -191,9 +194,9 @@ def _take_up(runs: Sequence[Run], sources: Sequence[Path], evaluations: "Evaluat
         say(f"{again} finished runs are trained again: an evaluation is missing, and so are their weights")
 
 
-def _of_other_data(finished: Sequence[Run]) -> list[Path]:
+def _of_other_data(done: Sequence[Run]) -> list[Path]:
     """Return the state files of runs that have read other data than the newest one. Earlier versions noted no data."""
-    noted = [run for run in finished if run.state.results.get("data")]
+    noted = [run for run in done if run.state.results.get("data")]
     newest = max(noted, key=lambda run: run.job.state_file.stat().st_mtime, default=None)
     return [run.job.state_file for run in noted if newest and run.state.results["data"] != newest.state.results["data"]]
 
@@ -207,9 +210,9 @@ def make_runs(runs: Sequence[Run], lock: IO[str], jobs: int, needed: Sequence[st
 
     def judge(job: Job, run: Run) -> Job | None:
         done = next((seen for seen in map(SeenRun, job.run_dirs()) if seen.summary), None)
-        missing = [key for key in needed if done is None or look_up(done.summary, key) is None]
-        if done is None or missing:
-            job.fail(f"it ended without a finite {', '.join(missing)} in its summary")
+        lacks = missing(needed, done and done.summary)
+        if done is None or lacks:
+            job.fail(f"it ended without a finite {', '.join(lacks)} in its summary")
             return None
         job.state.run_dir, job.state.results = str(done.path), results_of(done, run.digest)
         return evaluations.job(run)
@@ -218,35 +221,39 @@ def make_runs(runs: Sequence[Run], lock: IO[str], jobs: int, needed: Sequence[st
         if job in evaluations.jobs:
             return ""
         summary = job.state.results.get("summary")
-        if not summary:
-            return "the same command resumes it"
-        return ", ".join(f"{key} {look_up(summary, key):.4f}" for key in needed)
+        return ", ".join(f"{key} {look_up(summary, key):.4f}" for key in needed) if summary else RESUMES
 
     for run in runs:
         run.job.judge = partial(judge, run=run)
-    finished = [run for run in runs if run.state.status == "finished"]
-    first = [job for run in finished if (job := evaluations.job(run))]
-    total = len(runs) + len(first) + evaluations.wanted * (len(runs) - len(finished))
+    done = finished(runs)
+    first = [job for run in done if (job := evaluations.job(run))]
+    total = len(runs) + len(first) + bool(evaluations.needed) * (len(runs) - len(done))
     watch = Watch(result)
     with watch.bar:
-        if finished:
-            watch.say(f"{len(finished)} of {len(runs)} runs are finished already")
+        if done:
+            watch.say(f"{len(done)} of {len(runs)} runs are finished already")
         return Batch([*first, *(run.job for run in runs)], jobs, total, watch).run(lock, AGAIN)
+
+
+def missing(keys: Sequence[str], found: Any) -> list[str]:
+    """Return the dotted keys that do not lead to a number."""
+    return [key for key in keys if look_up(found, key) is None]
 
 
 class Evaluations:
     """Makes the evaluations' jobs and reads their results. `jobs` has those that were made."""
 
     def __init__(self, table: Table, scale: Scale) -> None:
-        self.needed = [key for metric in table.metrics_from("evaluation") for key in metric.keys]
+        metrics = [] if scale.evaluate is None else table.metrics_from("evaluation")
+        self.needed = [key for metric in metrics for key in metric.keys]
         self.words = list(scale.evaluate or ())
-        self.wanted = scale.evaluate is not None and bool(self.needed)
         self.jobs: list[Job] = []
 
     def lacking(self, state: State) -> bool:
         """Does a finished run lack a metric of an evaluation, or was it evaluated by another command?"""
         kept = state.results
-        return self.wanted and (kept.get("evaluated_by") != self.words or bool(self._missing(kept.get("evaluation"))))
+        by_another = bool(self.needed) and kept.get("evaluated_by") != self.words
+        return by_another or bool(missing(self.needed, kept.get("evaluation")))
 
     def can_use(self, state: State) -> bool:
         """Does a finished run lack nothing, or can it be evaluated here, because its weights are on this machine?"""
@@ -275,14 +282,11 @@ class Evaluations:
         path = Path(job.arguments[0]) / "evaluation.json"  # an entry for each checkpoint
         entries = json.loads(path.read_text()) if path.exists() else {}
         found: dict[str, Any] = max(entries.values(), key=lambda entry: entry["step"], default={})
-        if missing := self._missing(found):
-            job.fail(f"it ended without a finite {', '.join(missing)} in evaluation.json")
+        if lacks := missing(self.needed, found):
+            job.fail(f"it ended without a finite {', '.join(lacks)} in evaluation.json")
         else:
             run.state.results |= {"evaluation": found, "evaluated_by": self.words}
             run.job.keep()
-
-    def _missing(self, found: Any) -> list[str]:
-        return [key for key in self.needed if look_up(found, key) is None]
 
 
 def measure_speeds(table: Table, scale: Scale, folder: Path, lock: IO[str]) -> tuple[list[Job], int]:
@@ -312,49 +316,39 @@ def measure_speeds(table: Table, scale: Scale, folder: Path, lock: IO[str]) -> t
         return jobs, Batch(jobs, 1, len(jobs), watch).run(lock, AGAIN)
 
 
-def reproduce(names: Sequence[str], options: Options, overrides: Sequence[str], say: Say) -> dict[str, Any]:
-    """Make tables in turn, as one study that can be stopped and continued. A failed run ends neither its table nor the
-    study. Return {tables: rows with a result by number, failed, cut, seconds, signal}.
+def reproduce(names: Sequence[str], options: Options, overrides: Sequence[str]) -> dict[str, Any]:
+    """Make tables in turn. Return {tables: rows with a result by number, failed, cut, seconds, signal}.
 
-    The cost of every table is said before the first begins; its file states the minutes. After each table the time left
-    is corrected by the time that the earlier ones took. Raises ConfigError for an error in the options or in a table's
-    file before anything starts.
+    Each table's file states its minutes; the time left is corrected by the time that the earlier tables took. Raises
+    ConfigError for an error in the options or in a table's file before anything starts.
     """
-    plans = {name: plan_table(load_table(name), options, overrides, say) for name in names}
-    costs = [seconds_to_do(plan) for plan in plans.values()]
-    for (name, plan), cost in zip(plans.items(), costs, strict=True):
-        about = f", about {clock(cost)}" if cost else ""
+    plans = [plan_table(load_table(name), options, overrides) for name in dict.fromkeys(names)]
+    costs = []
+    for plan in plans:
+        read_states(plan.runs)
+        to_do = len(plan.runs) - len(finished(plan.runs))
+        costs.append(60 * plan.scale.minutes * to_do / (len(plan.table.rows) * plan.scale.seeds))
+        about = f", about {clock(costs[-1])}" if costs[-1] else ""
         rows = f"{len(plan.runs)} runs of {len(plan.table.rows)} rows"
-        say(f"{name} at {plan.scale_name}: {rows}{about}, in {plan.folder}")
+        say(f"{plan.table.name} at {plan.scale_name}: {rows}{about}, in {plan.folder}")
     found: dict[str, Any] = {"tables": {}, "failed": 0, "cut": 0, "seconds": 0.0, "signal": 0}
     started = time.monotonic()
-    for i, (name, plan) in enumerate(plans.items()):
+    for i, plan in enumerate(plans):
         before, left = sum(costs[:i]), sum(costs[i:])
         ratio = (time.monotonic() - started) / before if before else 1.0  # of measured over stated time
         if left:
             say(f"{len(plans) - i} of {len(plans)} tables to do, about {clock(left * ratio)} left")
         say(plan.table.title)
         try:
-            made = make_table(plan, say)
+            made = make_table(plan)
+            found["tables"][plan.table.name.removeprefix("table")] = made.rows
         except ConfigError as error:  # such as another process in this table's folder
-            say(f"failed: {name}: {error}")
+            say(f"failed: {plan.table.name}: {error}")
             made = Made(failed=1)
-        else:
-            found["tables"][name.removeprefix("table")] = made.rows
-        for path in made.files:
-            say(str(path))
         found["failed"] += made.failed
         found["cut"] += made.cut
         found["signal"] = made.signal
         if made.signal:
-            say("stopped; the same command continues")
             break
     found["seconds"] = round(time.monotonic() - started, 1)
     return found
-
-
-def seconds_to_do(plan: Plan) -> float:
-    """Return the stated time of a table for the part of its runs that is not finished; 0 for launch files."""
-    read_states(plan.runs)
-    to_do = sum(run.state.status != "finished" for run in plan.runs)
-    return 60 * plan.scale.minutes * to_do / (len(plan.table.rows) * plan.scale.seeds)

@@ -30,7 +30,7 @@ from typing import Any
 import numpy
 
 from scmoe.experiments.studies.table.table_file import Metric, Row, Table
-from scmoe.experiments.studies.table.table_runs import Run, look_up
+from scmoe.experiments.studies.table.table_runs import Run, finished, look_up
 
 ALPHA, POWER = 0.05, 0.8
 FAR_DEVIATIONS, FAR_SHARE = 5, 0.01  # a value is far from its median beyond 5 MAD, and beyond 1 % of the median
@@ -51,8 +51,8 @@ def read_speeds(folder: Path) -> dict[float, dict[str, Any]]:
 def results(table: Table, scale: str, runs: Sequence[Run], command: str) -> dict[str, Any]:
     """Return what results.json holds, as far as the runs have come. command: the one that makes the table."""
     speeds = read_speeds(runs[0].job.study)
-    finished = [run for run in runs if run.state.status == "finished"]
-    columns = {metric.name: _column(table, metric, finished, speeds) for metric in table.metrics}
+    done = finished(runs)
+    columns = {metric.name: _column(table, metric, done, speeds) for metric in table.metrics}
     first = table.decides
     rows = [_row(table, row, [run for run in runs if run.row is row], columns) for row in table.rows]
     return {
@@ -68,19 +68,19 @@ def results(table: Table, scale: str, runs: Sequence[Run], command: str) -> dict
         "speeds": {f"{share:g}": _of_testbed(report) for share, report in speeds.items()},
         "power": _power(table, columns[first.name]),
         "rows": rows,
-        "equal_time": at_equal_time(table, finished, speeds),
+        "equal_time": at_equal_time(table, done, speeds),
     }
 
 
 def _column(
-    table: Table, metric: Metric, finished: Sequence[Run], speeds: Mapping[float, Report]
+    table: Table, metric: Metric, done: Sequence[Run], speeds: Mapping[float, Report]
 ) -> dict[str, dict[str, Any]]:
     """Return {ours, minus_baseline} of one metric by the row's name."""
     if metric.source == "speed":
         report = speeds.get(table.share or 0.0)
         return {row.name: {"ours": _speed(metric, row, report), "minus_baseline": None} for row in table.rows}
     values: dict[str, dict[int, float]] = {row.name: {} for row in table.rows}
-    for run in finished:
+    for run in done:
         found = [look_up(run.state.results.get(metric.source), key) for key in metric.keys]
         numbers = [number for number in found if number is not None]
         if len(numbers) == len(metric.keys):
@@ -154,31 +154,28 @@ def _power(table: Table, column: Mapping[str, dict[str, Any]]) -> dict[str, Any]
     if not papers or not any(known):
         return None
     asked = dict.fromkeys(float(f"{difference:.2g}") for difference in (min(papers), max(papers)))
-    needed = {f"{d:g}": seeds_needed(pooled(known), d, table.comparisons) for d in asked}
-    return {"pooled_std": pooled(known), "largest_std": max(known), "seeds_needed": needed}
+    pooled = math.sqrt(math.fsum(std**2 for std in known) / len(known))  # that of the mean variance
+    needed = {f"{d:g}": seeds_needed(pooled, d, table.comparisons) for d in asked}
+    return {"pooled_std": pooled, "largest_std": max(known), "seeds_needed": needed}
 
 
 def _circumstances(runs: Sequence[Run]) -> dict[str, Any]:
     """Return where, when and with which versions the runs ran."""
-    config = runs[0].config
-    data, trainer = config.data, config.trainer
-    unit, samples = "images" if config.model.family == "swin" else "tokens", trainer.max_steps * data.global_batch_size
-    seen = samples if unit == "images" else samples * data.seq_len
+    first, done = runs[0], finished(runs)
     models = dict.fromkeys(
         f"{run.config.model.layers} layers, width {run.config.model.dim}, {run.config.moe.num_experts} experts"
         for run in runs
     )
-    done = [run.state.results for run in runs if run.state.status == "finished"]
-    environments = [kept["environment"] for kept in done]
+    environments = [run.state.results["environment"] for run in done]
     return {
-        "config": runs[0].job.arguments[0],
-        "data": data.name,
+        "config": first.job.arguments[0],
+        "data": first.config.data.name,
         "model": "; ".join(models),
-        "steps": trainer.max_steps,
-        f"{unit}_per_run": seen,
-        "seen": f"{seen:,} {unit} a run",
-        "runs": {status: sum(run.state.status == status for run in runs) for status in ("finished", "failed")},
-        "taken_from": dict(Counter(kept["from"] for kept in done if "from" in kept)),
+        "steps": first.config.trainer.max_steps,
+        f"{first.unit}_per_run": first.seen,
+        "seen": f"{first.seen:,} {first.unit} a run",
+        "runs": {"finished": len(done), "failed": sum(run.state.status == "failed" for run in runs)},
+        "taken_from": dict(Counter(run.state.results["from"] for run in done if "from" in run.state.results)),
         "seconds_of_all_runs": round(sum(run.state.seconds for run in runs), 1),
         "machines": sorted({environment["machine"] for environment in environments}),
         "torch": sorted({environment["torch"] for environment in environments}),
@@ -193,7 +190,7 @@ def _of_testbed(report: Report) -> dict[str, Any]:
     return {name: report[name] for name in names} | {"links": next(iter(report["rows"].values()))["links"]}
 
 
-def at_equal_time(table: Table, finished: Sequence[Run], speeds: Mapping[float, Report]) -> dict[str, dict[str, Any]]:
+def at_equal_time(table: Table, done: Sequence[Run], speeds: Mapping[float, Report]) -> dict[str, dict[str, Any]]:
     """Return {share of communication, as text: {comm_share, rows}}. rows: for each row that has a speed, its speed, the
     step reached, the loss at that step over seeds and its difference to the baseline. `equal_tokens`: all speeds are 1.
 
@@ -202,20 +199,20 @@ def at_equal_time(table: Table, finished: Sequence[Run], speeds: Mapping[float, 
     if not table.equal_time:
         return {}
     measured = {row.name: row.speed for row in table.rows if row.speed is not None}
-    found = {"equal_tokens": {"comm_share": 0.0, "rows": _at_speeds(table, finished, dict.fromkeys(measured, 1.0))}}
+    found = {"equal_tokens": {"comm_share": 0.0, "rows": _at_speeds(table, done, dict.fromkeys(measured, 1.0))}}
     for share in table.equal_time:
         if share in speeds:
             of_rows = {name: speeds[share]["rows"][speed][SPEED] for name, speed in measured.items()}
-            rows = _at_speeds(table, finished, of_rows)
+            rows = _at_speeds(table, done, of_rows)
             found[f"{share:g}"] = {"comm_share": speeds[share]["comm_share"], "rows": rows}
     return found
 
 
-def _at_speeds(table: Table, finished: Sequence[Run], speeds: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+def _at_speeds(table: Table, done: Sequence[Run], speeds: Mapping[str, float]) -> dict[str, dict[str, Any]]:
     """Return speed, step, loss and minus_baseline by row. speeds: by row."""
     losses: dict[str, dict[int, float]] = {name: {} for name in speeds}
     steps = {name: 0.0 for name in speeds}
-    for run in finished:
+    for run in done:
         if (name := run.row.name) in speeds:
             steps[name] = step_reached(run.config.trainer.max_steps, speeds[name], max(speeds.values()))
             loss = loss_at(run.state.results["curve"], steps[name])
@@ -313,11 +310,6 @@ def seeds_needed(std: float, difference: float, comparisons: int = 1) -> int | N
         if stats.nct.sf(critical, n - 1, shift) >= POWER:
             return n
     return None
-
-
-def pooled(stds: Sequence[float]) -> float:
-    """Return the standard deviation that has the mean of the variances."""
-    return math.sqrt(math.fsum(std**2 for std in stds) / len(stds))
 
 
 def rank_correlation(pairs: list[tuple[float, float]]) -> tuple[float, float]:

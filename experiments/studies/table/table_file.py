@@ -8,8 +8,9 @@ scales    config, seeds, and what is done after the trainings: `evaluate` and `b
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from os.path import normpath
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,6 @@ class Table:
     name: str
     title: str
     metrics: tuple[Metric, ...]
-    baseline: str
     rows: tuple[Row, ...]
     scales: Mapping[str, Scale]
     share: float | None = None  # share of communication at which the testbed measures speeds
@@ -148,25 +148,23 @@ def check_scale(table: Table, scale: str) -> None:
 def _table(name: str, folder: Path, tree: Any) -> Table:
     check("", tree, TABLE, ("title", "metrics", "baseline", "scales", "rows"))
     metrics = tuple(_metric(key, entry) for key, entry in tree["metrics"].items())
-    rows = tuple(_row(entry, tree["baseline"], [metric.name for metric in metrics]) for entry in tree["rows"])
+    rows = tuple(_row(entry, tree["baseline"], tree["metrics"]) for entry in tree["rows"])
+    scales = {scale: _scale(scale, folder, entry, tree["scales"]) for scale, entry in tree["scales"].items()}
     if len({row.slug for row in rows}) < len(rows):
         raise ConfigError("rows have the same name, allowed: names that differ in letters or digits")
-    names = ", ".join(repr(row.name) for row in rows)
+    names = [row.name for row in rows]
     baselines = {"baseline": tree["baseline"], **{f"baseline of {row.name!r}": row.baseline for row in rows}}
     for key, baseline in baselines.items():
-        if baseline not in [row.name for row in rows]:
-            raise refusal(key, baseline, names)
-    scales = {scale: _scale(scale, folder, entry, tree["scales"]) for scale, entry in tree["scales"].items()}
-    for scale, made in scales.items():
-        for row in rows:
-            if row.setting is not None and row.setting not in made.settings:
-                allowed = f"{', '.join(made.settings) or 'none'} at scale {scale}"
-                raise refusal(f"setting of {row.name!r}", row.setting, allowed)
-    share = float(tree["share"]) if "share" in tree else None
-    table = Table(name, tree["title"], metrics, tree["baseline"], rows, scales, share, _floats(tree.get("equal_time")))
-    if table.metrics_from("speed") and table.share is None:
+        if baseline not in names:
+            raise refusal(key, baseline, ", ".join(map(repr, names)))
+    for (scale, made), row in product(scales.items(), rows):
+        if row.setting is not None and row.setting not in made.settings:
+            allowed = f"{', '.join(made.settings) or 'none'} at scale {scale}"
+            raise refusal(f"setting of {row.name!r}", row.setting, allowed)
+    if "share" not in tree and any(metric.source == "speed" for metric in metrics):
         raise ConfigError("share is missing, allowed: a number between 0 and 1, at which the metrics of speed hold")
-    return table
+    share = float(tree["share"]) if "share" in tree else None
+    return Table(name, tree["title"], metrics, rows, scales, share, _floats(tree.get("equal_time", ())))
 
 
 def _metric(name: str, entry: Any) -> Metric:
@@ -176,9 +174,9 @@ def _metric(name: str, entry: Any) -> Metric:
     return Metric(name, entry["unit"], entry["better"], entry["from"], keys, float(entry.get("times", 1)))
 
 
-def _row(entry: Any, baseline: str, metrics: list[str]) -> Row:
+def _row(entry: Any, baseline: str, metrics: Iterable[str]) -> Row:
     check("a row", entry, ROW, ("name", "groups", "paper", "overrides"))
-    check(f"paper of {entry['name']!r}", entry["paper"], dict.fromkeys(metrics, PAPER))
+    check(f"paper of {entry['name']!r}", entry["paper"], dict.fromkeys(metrics, NUMBER))
     paper = {metric: float(value) for metric, value in entry["paper"].items()}
     words, own_baseline = _overrides(entry["overrides"]), entry.get("baseline", baseline)
     return Row(
@@ -209,27 +207,28 @@ def _overrides(entry: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(f"{key}={value}" for key, value in entry.items())
 
 
-def _floats(texts: Sequence[str] | None) -> tuple[float, ...]:
-    return tuple(map(float, texts or ()))
+def _floats(texts: Sequence[str]) -> tuple[float, ...]:
+    return tuple(map(float, texts))
 
 
-def _number(text: Any, least: float = -math.inf, most: float = math.inf) -> bool:
-    try:
-        return isinstance(text, str) and math.isfinite(float(text)) and least < float(text) < most
-    except ValueError:
-        return False
+def _between(least: float, most: float, allowed: str) -> Rule:
+    """Return the rule of a finite number between two others, as a text, which is what parse_yaml gives."""
+
+    def is_allowed(text: Any) -> bool:
+        try:
+            return math.isfinite(float(text)) and least < float(text) < most
+        except (TypeError, ValueError):
+            return False
+
+    return is_allowed, allowed
 
 
-# parse_yaml gives texts
-PAPER: Rule = (_number, "a number, such as 3.27")
-ABOVE_0: Rule = (lambda text: _number(text, 0), "a number above 0")
-SHARE: Rule = (lambda text: _number(text, 0, 1), "a number between 0 and 1")
-SHARES: Rule = (
-    lambda value: isinstance(value, list) and all(map(SHARE[0], value)),
-    "a list of numbers between 0 and 1",
-)
-TEXTS: Rule = (lambda value: isinstance(value, str) or LIST[0](value), "a text or a list")
-VALUES: Rule = (lambda value: isinstance(value, dict), "a mapping of keys to values")
+NUMBER = _between(-math.inf, math.inf, "a number, such as 3.27")
+ABOVE_0 = _between(0, math.inf, "a number above 0")
+SHARE = _between(0, 1, "a number between 0 and 1")
+SHARES: Rule = (lambda v: isinstance(v, list) and all(map(SHARE[0], v)), "a list of numbers between 0 and 1")
+TEXTS: Rule = (lambda v: isinstance(v, str) or LIST[0](v), "a text or a list")
+VALUES: Rule = (lambda v: isinstance(v, dict), "a mapping of keys to values")
 SETTINGS: Rule = (lambda v: isinstance(v, dict) and all(map(VALUES[0], v.values())), "names, each with a mapping")
 TABLE: dict[str, Rule] = {
     **dict.fromkeys(("title", "baseline"), TEXT),
@@ -243,7 +242,7 @@ METRIC: dict[str, Rule] = {
     "better": one_of("lower", "higher"),
     "from": one_of("summary", "evaluation", "speed", "paper"),
     "key": TEXTS,
-    "times": PAPER,
+    "times": NUMBER,
 }
 ROW: dict[str, Rule] = {
     **dict.fromkeys(("name", "baseline", "speed", "setting"), TEXT),

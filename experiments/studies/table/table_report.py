@@ -20,7 +20,7 @@ Results = Mapping[str, Any]  # of a table, or a part of them
 OURS, SEED = BLUE, SKY
 COLORS = (PAPER, ORANGE, OURS, GREEN)
 SHORT_NAME = 17  # letters that fit beside a chart on one line
-BEYOND = 1.6  # the scale reaches this many times as far as any seed; arrows show an interval that goes on
+BEYOND = 1.6  # the axis reaches this many times as far as any seed
 
 
 def write_report(table: Table, scale: str, runs: Sequence[Run], command: str) -> list[Path]:
@@ -220,35 +220,17 @@ def _origin(found: Results) -> list[str]:
 
 
 def draw_differences(found: Results, path: Path) -> None:
-    """Draw the differences to the baselines: the paper's, where it prints them, and ours.
-
-    Ours have a dot for each seed, their mean and its interval.
-    """
+    """Draw the differences to the baselines: the paper's, where it prints them, and ours."""
     rows = [row for row in found["rows"] if row["minus_baseline"] is not None]
-    places = range(len(rows), 0, -1)
-    papers = [row["paper"]["difference"] for row in rows]
-    printed = any(paper is not None for paper in papers)
+    papers = _from_the_top([row["paper"]["difference"] for row in rows])
+    printed = any(paper is not None for paper in papers.values())
     signed = form_of(found["unit"]).replace(":", ":+")
     with chart(path, 2.4 + 0.5 * len(rows)) as figure:
         panels = figure.subplots(1, 1 + printed, sharey=True, squeeze=False)[0]
         if printed:
-            panels[0].set_title("Paper")
-            for paper, place in zip(papers, places, strict=True):
-                if paper is not None:
-                    panels[0].hlines(place, 0, paper, color=PAPER, linewidth=1.5)
-                    panels[0].plot(paper, place, "D", color=PAPER, markersize=7)
-                    _label(panels[0], signed.format(paper), paper, place)
-            panels[0].margins(x=0.2)
-        ours = panels[-1]
-        ours.set_title(f"Ours, {found['scale']}")
-        for row, place in zip(rows, places, strict=True):
-            _draw_ours(ours, row["minus_baseline"], place, signed)
-        farthest = max((abs(x) for row in rows for x in row["minus_baseline"]["by_seed"].values()), default=0.0)
-        if farthest:
-            edge = BEYOND * farthest
-            ours.set_xlim(-edge, edge)
-            for row, place in zip(rows, places, strict=True):
-                _mark_cut(ours, row["minus_baseline"], place, edge)
+            _draw_paper(panels[0], papers, signed)
+        panels[-1].set_title(f"Ours, {found['scale']}")
+        _draw_ours(panels[-1], _from_the_top([row["minus_baseline"] for row in rows]), signed)
         several = len({row["baseline"] for row in rows}) > 1
         baseline = "each row's baseline" if several else in_paper(rows[0]["baseline"])
         below = f"{found['metric'].replace('_', ' ')} minus\n{baseline},\n{found['unit']}"
@@ -258,13 +240,36 @@ def draw_differences(found: Results, path: Path) -> None:
         heading(figure, f"{found['title']}\n{note}")
 
 
-def _draw_ours(axis: Axes, minus: Results, place: float, signed: str) -> None:
-    if minus["mean"] is None:
-        return
-    seeds = list(minus["by_seed"].values())
-    _draw_mean(axis, minus, place, OURS, "mean", "interval of the mean")
-    axis.plot(seeds, [place] * len(seeds), "o", color=SEED, markersize=4, label="one seed")
-    _label(axis, signed.format(minus["mean"]), minus["mean"], place)
+def _from_the_top(values: Sequence[Any]) -> dict[int, Any]:
+    """Return the values by their heights in a chart, of which the last one is 1."""
+    return dict(zip(range(len(values), 0, -1), values, strict=True))
+
+
+def _draw_paper(axis: Axes, papers: Mapping[int, float | None], signed: str) -> None:
+    axis.set_title("Paper")
+    for place, paper in papers.items():
+        if paper is not None:
+            axis.hlines(place, 0, paper, color=PAPER, linewidth=1.5)
+            axis.plot(paper, place, "D", color=PAPER, markersize=7)
+            _label(axis, signed.format(paper), paper, place)
+    axis.margins(x=0.2)
+
+
+def _draw_ours(axis: Axes, differences: Mapping[int, Results], signed: str) -> None:
+    """Draw a dot for each seed, their mean and its interval; an arrow where that goes on beyond the axis."""
+    for place, minus in differences.items():
+        if minus["mean"] is not None:
+            seeds = list(minus["by_seed"].values())
+            _draw_mean(axis, minus, place, OURS, "mean", "interval of the mean")
+            axis.plot(seeds, [place] * len(seeds), "o", color=SEED, markersize=4, label="one seed")
+            _label(axis, signed.format(minus["mean"]), minus["mean"], place)
+    edge = BEYOND * max((abs(x) for minus in differences.values() for x in minus["by_seed"].values()), default=0.0)
+    if edge:
+        axis.set_xlim(-edge, edge)
+    for place, minus in differences.items():
+        for end, x, marker in ((minus["low"], -edge, "<"), (minus["high"], edge, ">")):
+            if end is not None and abs(end) > edge:
+                axis.plot(x, place, marker, color=OURS, markersize=7, clip_on=False)
 
 
 def _draw_mean(axis: Axes, minus: Results, place: float, color: str, mean: str, interval: str = "") -> None:
@@ -272,13 +277,6 @@ def _draw_mean(axis: Axes, minus: Results, place: float, color: str, mean: str, 
     if minus["low"] is not None:
         axis.hlines(place, minus["low"], minus["high"], color=color, linewidth=2, label=interval)
     axis.plot(minus["mean"], place, "D", color=color, markersize=7, label=mean)
-
-
-def _mark_cut(axis: Axes, minus: Results, place: float, edge: float) -> None:
-    """Draw an arrow at each end of an interval that lies beyond the edges of the scale."""
-    for end, x, marker in ((minus["low"], -edge, "<"), (minus["high"], edge, ">")):
-        if end is not None and abs(end) > edge:
-            axis.plot(x, place, marker, color=OURS, markersize=7, clip_on=False)
 
 
 def draw_equal_time(found: Results, path: Path) -> None:
@@ -291,7 +289,7 @@ def draw_equal_time(found: Results, path: Path) -> None:
         for i, (share, column) in enumerate(columns.items()):
             label = "equal tokens" if share == "equal_tokens" else f"equal time, share of communication {share}"
             shift = 0.22 * ((len(columns) - 1) / 2 - i)
-            for place, name in zip(range(len(names), 0, -1), names, strict=True):
+            for place, name in _from_the_top(names).items():
                 minus = column["rows"][name]["minus_baseline"]
                 if minus["mean"] is not None:
                     _draw_mean(axis, minus, place + shift, COLORS[i], label)

@@ -66,6 +66,21 @@ class Run:
     def digest(self) -> str:
         return digest_of(self.config)
 
+    @property
+    def unit(self) -> str:
+        return "images" if self.config.model.family == "swin" else "tokens"
+
+    @property
+    def seen(self) -> int:
+        """How many images or tokens the whole run reads."""
+        data = self.config.data
+        samples = self.config.trainer.max_steps * data.global_batch_size
+        return samples if self.unit == "images" else samples * data.seq_len
+
+
+def finished(runs: Iterable[Run]) -> list[Run]:
+    return [run for run in runs if run.state.status == "finished"]
+
 
 def plan_runs(table: Table, scale: Scale, folder: Path, seeds: int, overrides: Sequence[str] = ()) -> list[Run]:
     """Return all runs of a table, seed by seed, so that an interrupted table has whole comparisons in it.
@@ -80,24 +95,23 @@ def plan_runs(table: Table, scale: Scale, folder: Path, seeds: int, overrides: S
             raise ConfigError(f"{word} is given, allowed: keys other than {key}, which each run of a table sets itself")
     runs = []
     for number, (seed, row) in enumerate(product(range(1, seeds + 1), table.rows), 1):
-        name = f"{row.slug}-seed{seed}"
+        name, home = f"{row.slug}-seed{seed}", folder / "runs"
         setting = scale.settings[row.setting] if row.setting is not None else ()
         group = f"logger.group={folder.name}"  # of W&B; overrides may name another one
-        own_words = f"name={name}", f"seed={seed}", f"runs_dir={folder / 'runs'}"
+        own_words = f"name={name}", f"seed={seed}", f"runs_dir={home}"
         words = (*setting, *row.overrides, group, *overrides, *own_words)
         config = load(scale.config, words)
         title = f"run {number} of {seeds * len(table.rows)} ({row.name}, seed {seed})"
         own = partial(same_config, config=config)
         again = registry.words(config.extensions, config.callbacks)
-        job = Job(name, title, folder, folder / "runs" / name, [str(scale.config), *words], again=again, is_own=own)
+        job = Job(name, title, folder, home / name, [str(scale.config), *words], again=again, is_own=own)
         runs.append(Run(row, seed, config, job))
     first = flatten(runs[0].config)
     for run in runs[: len(table.rows)]:
         for key, value in flatten(run.config).items():
             if value != first[key] and not key.startswith(OWN):
-                raise ConfigError(
-                    f"row {run.row.name!r} sets {key}, allowed: keys that begin with {', '.join(OWN[:-1])}"
-                )
+                allowed = f"keys that begin with {', '.join(OWN[:-1])}"
+                raise ConfigError(f"row {run.row.name!r} sets {key}, allowed: {allowed}")
     return runs
 
 
@@ -175,13 +189,8 @@ def adopt(runs: Sequence[Run], folders: Iterable[Path], can_use: Callable[[State
 
 
 def save(runs: Sequence[Run], to: Path) -> Path:
-    """Copy the results, as JSON and as a page, and the states of finished runs into <to>/<table>-<scale>/.
-
-    Raises ConfigError if no run is finished."""
+    """Copy the results, as JSON and as a page, and the states of finished runs into <to>/<table>-<scale>/."""
     study = runs[0].job.study
-    finished = [run for run in runs if run.state.status == "finished"]
-    if not finished:
-        raise ConfigError(f"--to is {str(to)!r}, and no run of {study.name} is finished; there is nothing to copy")
     folder = to / study.name
     (folder / "states").mkdir(parents=True, exist_ok=True)
     results = json.loads((study / "results.json").read_text())
@@ -189,7 +198,7 @@ def save(runs: Sequence[Run], to: Path) -> Path:
         row["run_dirs"] = []  # they stay on this machine
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (folder / "table.md").write_text((study / "table.md").read_text())
-    for run in finished:
+    for run in finished(runs):
         state = json.loads(run.job.state_file.read_text()) | {"run_dir": None}
         (folder / "states" / run.job.state_file.name).write_text(json.dumps(state) + "\n")
     return folder
@@ -214,11 +223,9 @@ def write_launch_files(runs: Sequence[Run]) -> list[str]:
 def check_memory(table: Table, runs: Sequence[Run], gpu_gib: float) -> Iterator[tuple[str, bool]]:
     """Yield for each row a line with what `make estimate` says of its run, and whether it fits a GPU of that memory."""
     for run in runs[: len(table.rows)]:
-        trainer, data, facts = run.config.trainer, run.config.data, estimate(run.config)
-        samples = trainer.max_steps * data.global_batch_size
-        seen = samples if facts["unit"] == "image" else samples * data.seq_len
-        gib, flops = facts["memory_bytes"]["total"] / 2**30, facts["flops_training"] * seen
+        facts = estimate(run.config)
+        gib, flops = facts["memory_bytes"]["total"] / 2**30, facts["flops_training"] * run.seen
         fits = gib <= gpu_gib
-        does = "fits" if fits else "does not fit"
         size = f"{facts['params_total'] / 1e9:.2f}B parameters, {flops:.2g} FLOPs"
+        does = "fits" if fits else "does not fit"
         yield f"{run.row.name}: {size}, {gib:.0f} GiB of a GPU: {does} {gpu_gib:g} GiB", fits
