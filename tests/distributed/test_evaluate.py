@@ -17,7 +17,7 @@ from scmoe.runs.evaluate import evaluation
 from scmoe.runs.evaluate.scoring import run_on_rank_zero
 from tests.support.commands import called, command_in_ranks, train_on_text
 from tests.support.lm_eval_tasks import write_task, writing
-from tests.support.sentences import DATA, NO_DATA, sentences
+from tests.support.sentences import sentences
 from tests.support.wandb_server import wandb_server
 
 pytestmark = pytest.mark.dist
@@ -129,15 +129,6 @@ def test_trouble_with_wandb_loses_no_result(runs, monkeypatch, capsys):
     evaluation.log_to_wandb(run_dir, config, {"test": {"loss": 1.0}, "text": None, "tasks": {}, "step": 3})
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "no server" in err
-
-
-@pytest.mark.skipif(not DATA.is_dir(), reason=NO_DATA)
-def test_the_papers_tasks_are_asked(runs):
-    pytest.importorskip("lm_eval", reason="needs the extra `eval`")
-    names = "piqa,winogrande,boolq,arc_easy,openbook_qa,math_qa"
-    found = evaluated(1, runs["scmoe"], "--tasks", names, "--data", str(DATA), "--limit", "4")
-    assert list(found["tasks"]) == names.split(",")
-    assert all(0 <= task["acc"] <= 1 and task["questions"] == 4 for task in found["tasks"].values())
 
 
 # ---------------------------------------------------------------------- rank 0 and the others

@@ -84,7 +84,7 @@ def test_an_export_says_which_checkpoint_it_is(which, name, finished, tmp_path, 
 def test_an_export_replaces_no_other_config(finished, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("seed: 7\n")
     assert call("export", str(finished), "--out", str(tmp_path / "model.safetensors")) == 2
-    assert "whose folder has another config.yaml, allowed: another folder" in capsys.readouterr().err
+    assert "another config.yaml" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
     assert call("export", str(finished), "moe.position=pos1") == 2, "it would be called another model"
     assert "moe.position is 'pos1', allowed: 'pos2', as in" in capsys.readouterr().err
@@ -100,25 +100,25 @@ def test_a_resumed_run_keeps_only_its_own_last_step(run_dir):
 # ---------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize(
-    ("override", "allowed"),
-    [
-        ("model.dim=96", "32, as in"),
-        ("moe.position=pos3", "'pos2', as in"),
-        ("moe.top_k=2", "1, as in"),
-        ("data.seq_len=32", "16, as in"),
-        ("data.global_batch_size=8", "4, as in"),
-        ("optim.lr=1", "0.001, as in"),
-        ("seed=2", "1, as in"),
-        ("name=other", "'debug', as in"),
-        ("trainer.max_steps=2", "3 or more, as the run has done 3 steps"),
-    ],
-)
-def test_another_model_or_experiment_is_refused_and_nothing_is_written(override, allowed, run_dir, capsys):
+OTHERS = {
+    "model.dim=96": "32, as in",
+    "moe.position=pos3": "'pos2', as in",
+    "moe.top_k=2": "1, as in",
+    "data.seq_len=32": "16, as in",
+    "data.global_batch_size=8": "4, as in",
+    "optim.lr=1": "0.001, as in",
+    "seed=2": "1, as in",
+    "name=other": "'debug', as in",
+    "trainer.max_steps=2": "3 or more",
+}
+
+
+def test_another_model_or_experiment_is_refused_and_nothing_is_written(run_dir, capsys):
     before = contents(run_dir)
-    assert call("resume", str(run_dir), override) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {override.partition('=')[0]} is ") and f", allowed: {allowed}" in line
+    for override, allowed in OTHERS.items():
+        assert call("resume", str(run_dir), override) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {override.partition('=')[0]} is ") and f", allowed: {allowed}" in line
     assert contents(run_dir) == before
 
 
@@ -148,7 +148,7 @@ def test_a_run_that_is_done_has_nothing_to_do(run_dir, capsys):
     assert call("resume", str(run_dir)) == 0
     said = capsys.readouterr()
     assert json.loads(said.out) == json.loads((run_dir / "summary.json").read_text())
-    assert said.err.startswith(f"nothing to do: all 3 steps are done; for more: {scmoe('resume', run_dir)} trainer")
+    assert scmoe("resume", run_dir) in said.err
     assert contents(run_dir) == before
 
 
