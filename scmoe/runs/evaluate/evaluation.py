@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich import box
+from rich.table import Column, Table
 from torch import Tensor, nn
 
 from scmoe.config.extras import require
@@ -229,3 +231,30 @@ def metrics_of(found: Mapping[str, Any]) -> dict[str, float]:
     if found["text"]:
         metrics["eval/perplexity"] = found["text"]["perplexity"]
     return metrics | {f"eval/{name}": task["accuracy"] for name, task in found["tasks"].items()}
+
+
+def shown(found: Mapping[str, Any]) -> list[str | Table]:
+    """Return lines and a table that show the results of one evaluation, with their conditions."""
+    test, text = found["test"], found["text"]
+    rest = f"accuracy {test['accuracy']:.2%}" if "images" in test else f"{test['bits_per_byte']:.4f} bits per byte"
+    number = f"{test['images']:,} images" if "images" in test else f"{test['tokens']:,} tokens"
+    capacity = "dropless" if test["capacity_factor"] is None else f"capacity factor {test['capacity_factor']:g}"
+    parts: list[str | Table] = [f"split {test['split']}: loss {test['loss']:.4f}, {rest} ({number}, {capacity})"]
+    if text:
+        how = f"window {text['window']}, stride {text['stride']}, dropless"
+        parts.append(f"{text['text']}: perplexity {text['perplexity']:.2f} ({text['tokens']:,} tokens, {how})")
+    if found["tasks"]:
+        parts.append(tasks_table(found["tasks"]))
+    return parts
+
+
+def tasks_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
+    numbers = ("accuracy", "95 % interval", "chance", "one answer", "questions")
+    columns = [Column(name, justify="right", no_wrap=True) for name in numbers]
+    table = Table("task", *columns, Column(no_wrap=True), box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, task in tasks.items():
+        interval = "" if task["interval"] is None else "{:.3f} to {:.3f}".format(*task["interval"])
+        guesses = ("" if task[key] is None else f"{task[key]:.3f}" for key in ("chance", "one_answer"))
+        questions = "" if task["questions"] is None else f"{task['questions']:,} of {task['of']:,}"
+        table.add_row(name, f"{task['accuracy']:.3f}", interval, *guesses, questions, task["verdict"])
+    return table
