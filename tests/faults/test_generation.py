@@ -90,7 +90,6 @@ def test_a_rank_that_dies_while_texts_are_generated_ends_all(run_dir, tmp_path, 
     assert all(json.loads(line)["tokens"] for line in lines), "what is finished is kept"
 
 
-@pytest.mark.representative
 def test_ctrl_c_ends_all_ranks(run_dir, tmp_path):
     with generating(run_dir, tmp_path / "out.jsonl") as (process, other):
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does

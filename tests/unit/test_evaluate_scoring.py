@@ -63,22 +63,26 @@ def test_padding_and_other_texts_change_no_score(architecture):
     assert max(together_and_alone(scorer(dropless=False))) > 1e-3, "with a capacity they would"
 
 
+def text_scorer(surer: bool) -> Scorer:
+    """Returns a scorer of a model that knows nothing, or that predicts id 0, the surer the more tokens it has seen."""
+
+    def forward(inputs, mask):
+        logits = torch.zeros(*inputs.shape, VOCABULARY, dtype=torch.float64)
+        if surer:
+            logits[..., 0] = torch.arange(1, inputs.shape[1] + 1)
+        return (logits,)
+
+    return Scorer(forward, CONTEXT, torch.device("cpu"))
+
+
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary():
-    """Another one predicts id 0, the surer the more tokens it has seen: its loss is lower where a stride is smaller."""
-
-    def model(surer: bool):
-        def forward(inputs, mask):
-            logits = torch.zeros(*inputs.shape, VOCABULARY, dtype=torch.float64)
-            if surer:
-                logits[..., 0] = torch.arange(1, inputs.shape[1] + 1)
-            return (logits,)
-
-        return Scorer(forward, CONTEXT, torch.device("cpu"))
-
-    found = score_text(model(surer=False), Text("a text", ids(100), []), 5, np.full(VOCABULARY, 2))
+    found = score_text(text_scorer(surer=False), Text("a text", ids(100), []), 5, np.full(VOCABULARY, 2))
     assert found["perplexity"] == pytest.approx(VOCABULARY)
     assert found["bits_per_byte"] == pytest.approx(math.log2(VOCABULARY) / 2)
     assert (found["tokens"], found["window"], found["stride"]) == (99, CONTEXT, 5)
-    zeros = Text("zeros", np.zeros(100, np.int64), [])
-    by_stride = [score_text(model(surer=True), zeros, stride, np.ones(VOCABULARY))["loss"] for stride in (1, 3, 6, 12)]
+
+
+def test_more_context_is_shown_where_the_stride_is_smaller():
+    zeros, scorer = Text("zeros", np.zeros(100, np.int64), []), text_scorer(surer=True)
+    by_stride = [score_text(scorer, zeros, stride, np.ones(VOCABULARY))["loss"] for stride in (1, 3, 6, 12)]
     assert by_stride == sorted(by_stride) and by_stride[0] < by_stride[-1]
