@@ -35,8 +35,7 @@ def main(
         stride: tokens that a window scores (default: half the context)
         limit: questions of a task, the first ones (default: all)
     """
-    from scmoe.runs.evaluate.evaluation import Request, evaluate
-    from scmoe.runs.evaluate.kept_results import shown
+    from scmoe.runs.evaluate.evaluation import Request, evaluate, shown
     from scmoe.training.run.printout import console
 
     names = None if tasks is None else () if tasks == "none" else tuple(tasks.split(","))

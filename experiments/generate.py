@@ -70,8 +70,10 @@ def main(
         request = Request(texts, max_tokens, sampling, tuple(stop), which, batch_size, prefill_tokens, plan, overrides)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    shown = (lambda text: print(), partial(print, end="", flush=True))
-    speed = generate_texts(run.resolve(), request, *(shown if out is None else (to_file(out),)))
+    if out is None:
+        speed = generate_texts(run.resolve(), request, lambda text: print(), partial(print, end="", flush=True))
+    else:
+        speed = generate_texts(run.resolve(), request, to_file(out))
     if speed is not None:
         print(*speed_lines(speed), sep="\n", file=sys.stderr)
         if out is not None:

@@ -23,16 +23,13 @@ from scmoe.parallel.checkpoint.export import read_settings
 
 
 class Checkpoint(NamedTuple):
-    """The weights in files, and what is known about them.
-
-    problems: messages about what is missing, unknown or different; with any, no weight may be read.
-    """
+    """The weights in files, and what is known about them."""
 
     weights: dict[str, Tensor]  # under our names, in the layout of our parameters, on the meta device
     read: Callable[[str, int | None], Tensor]  # reads one of them; of a stack of experts, the expert of this number
     labels: dict[str, str]  # the name of each in the files
     settings: dict[str, Any]  # the config's keys that the weights belong to, as far as the files say
-    problems: list[str]
+    problems: list[str]  # what is missing, unknown or different; with any, no weight may be read
 
 
 def read_export(file: Path) -> Checkpoint:
@@ -70,17 +67,15 @@ def read_hf(folder: Path) -> Checkpoint:
         weight = in_our_layout(family, ours, torch.cat([theirs[part].read() for part in parts]), 1)
         return weight if expert is None else weight[0]
 
-    checkpoint = Checkpoint({}, read, {}, settings, problems)
-    for ours, parts in names.items():
-        found = [theirs[part].on_meta for part in parts if part in theirs]
-        if len(found) < len(parts):
-            continue
-        checkpoint.labels[ours] = " + ".join(parts)
+    labels = {ours: " + ".join(parts) for ours, parts in names.items() if theirs.keys() >= set(parts)}
+    weights: dict[str, Tensor] = {}
+    for ours, label in labels.items():
+        found = [theirs[part].on_meta for part in names[ours]]
         if len({w.shape[1:] for w in found}) > 1 or any(w.dim() == 0 for w in found):
-            problems.append(f"{' + '.join(parts)} have shapes {', '.join(str(tuple(w.shape)) for w in found)}")
-            continue
-        checkpoint.weights[ours] = in_our_layout(family, ours, torch.cat(found), experts)
-    return checkpoint
+            problems.append(f"{label} have shapes {', '.join(str(tuple(w.shape)) for w in found)}")
+        else:
+            weights[ours] = in_our_layout(family, ours, torch.cat(found), experts)
+    return Checkpoint(weights, read, labels, settings, problems)
 
 
 def read_config(folder: Path, families: tuple[str, ...]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from scmoe.moe.experts import Experts
 
 @torch.no_grad()
 def fill(model: Any, checkpoint: Checkpoint, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
-    """Set every weight of `model` from the checkpoint. Raises ValueError, before any is set, naming all mismatches.
+    """Set every weight of `model` from the checkpoint. ValueError, before any is set: it names all mismatches.
 
     put: copies a value into a weight, or into the part of a weight that this rank holds."""
     found = sources_of(model, checkpoint)
@@ -47,32 +47,29 @@ def fill(model: Any, checkpoint: Checkpoint, put: Callable[[Tensor, Tensor], Any
 
 
 def sources_of(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """Return for each weight of `model`, which may be on the meta device, the name of that in the checkpoint from which
-    it is set. No weight is read. Raises ValueError naming all mismatches."""
+    """Return for each weight of `model` the name of that in the checkpoint from which it is set; no weight is read.
+
+    model: may be on the meta device. ValueError: it names all mismatches."""
     own = dict(model.named_parameters())
     upcycled = is_upcycled(model, checkpoint)
     if upcycled:
         check_upcycling(model, checkpoint)
-    sources = {name: dense_name(name, model) if upcycled else name for name in own}
-    problems = list(checkpoint.problems)
-    share = upcycled_weight if upcycled else own_share
-    found: dict[str, str] = {}
+    named = {name: dense_name(name, model) if upcycled else name for name in own}
+    sources = {name: source for name, source in named.items() if source is not None}  # a gate has none
+    problems, share = list(checkpoint.problems), upcycled_weight if upcycled else own_share
     for name, source in sources.items():
-        if source is None:  # a gate
-            continue
-        if source not in checkpoint.weights:
+        weight, wanted = checkpoint.weights.get(source), own[name].shape
+        if weight is None:
             if not checkpoint.problems:  # these already name the cause
                 problems.append(f"{source} is missing")
-            continue
-        found[name], weight, wanted = source, checkpoint.weights[source], own[name].shape
-        if share(name, weight, model).shape != wanted:
+        elif share(name, weight, model).shape != wanted:
             allowed = f"a shape that gives {name} {tuple(wanted)}"
             problems.append(f"{checkpoint.labels[source]} is {tuple(weight.shape)}, allowed: {allowed}")
     unused = checkpoint.weights.keys() - set(sources.values())
     problems += [f"{checkpoint.labels[name]} is unknown" for name in sorted(unused)]
     if problems:
         raise ValueError("; ".join(dict.fromkeys(problems)))
-    return found
+    return sources
 
 
 def is_upcycled(model: Any, checkpoint: Checkpoint) -> bool:

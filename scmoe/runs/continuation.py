@@ -41,11 +41,9 @@ USUAL_TOKENS = 100
 
 @dataclass(frozen=True)
 class Request:
-    """What to write.
+    """What to write. max_tokens: None: USUAL_TOKENS, or what fits the context. batch_size: texts of a rank at a time.
 
-    prompts: one or more. max_tokens: None: USUAL_TOKENS, or what fits the context. stop_strings: each ends a text.
-    batch_size: texts of a rank at a time. piece: tokens of a prompt that one pass reads; None: all of them. plan:
-    measure first how prefill and decode run best between the ranks.
+    piece: tokens of a prompt that one pass reads; None: all. plan: measure first how prefill and decode run best.
     """
 
     prompts: Sequence[Prompt]
@@ -78,8 +76,7 @@ def generate_texts(
     weights, config = find_weights(run, request.which, request.overrides)
     if request.plan:
         check_plan(config)
-    is_text = config.data.name not in (*IMAGES, "synthetic")  # else no data need be there
-    data = build_datamodule(config) if is_text else None
+    data = build_datamodule(config) if config.data.name not in IMAGES else None  # images need not be there
     if not isinstance(data, TextDataModule):
         raise ConfigError(f"{run} was trained on {config.data.name} data, but only a run on text can continue texts.")
     if is_rank_zero():
@@ -191,8 +188,7 @@ class Clock:
         """Pass the steps on."""
         begun = time.perf_counter()
         for step in steps:
-            if self.first_s is None:
-                self.first_s = time.perf_counter() - begun
+            self.first_s = self.first_s or time.perf_counter() - begun
             yield step
         self.seconds += time.perf_counter() - begun
 
@@ -231,12 +227,12 @@ def to_file(path: Path) -> Callable[[dict[str, Any]], None]:
         file = path.open("a", encoding="utf-8") if is_rank_zero() else None
     except OSError as error:
         raise ConfigError(f"--out is {path}, which cannot be written: {error}") from error
-
     earlier = path.is_file()  # a pipe holds nothing to remove
 
     def write(text: dict[str, Any]) -> None:
         nonlocal earlier
-        if earlier and file is not None:
+        assert file is not None, "only rank 0 writes"
+        if earlier:
             file.truncate(0)
             earlier = False
         print(json.dumps(text, ensure_ascii=False), file=file, flush=True)

@@ -28,7 +28,7 @@ from scmoe.config.fields import Config
 from scmoe.config.load import load_text
 from scmoe.config.registry import ARCHITECTURES
 from scmoe.files.replacing import replacing, write_durably
-from scmoe.init_from.families import READERS, in_their_layout
+from scmoe.init_from.families import ALWAYS, KEYS, READERS, in_their_layout
 from scmoe.init_from.pretrained import settings_of
 from scmoe.models.decoder import NORM_EPS
 from scmoe.parallel.checkpoint import durable
@@ -37,6 +37,12 @@ from scmoe.parallel.checkpoint.saving import write_whole
 from scmoe.training.assembly.model import build_model_on_meta
 
 OURS = "scmoe"
+NATIVE = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+}
 GPT2_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
@@ -168,42 +174,27 @@ def hf_config(config: Config, end_of_text: int | None) -> dict[str, Any]:
         extension = f"an extension defines moe.architecture={config.moe.architecture}"
         raise ValueError(f"--format hf cannot export the model: {extension}. Use --format safetensors.")
     content = native_config(config) or own_config(config)
-    ends = {} if end_of_text is None else {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    return {**content, "bos_token_id": None, "eos_token_id": None, **ends, "dtype": "float32"}
+    return {**content, "bos_token_id": end_of_text, "eos_token_id": end_of_text, "dtype": "float32"}
 
 
 def native_config(config: Config) -> dict[str, Any] | None:
     """Return the config.json of transformers' own equal model; None where it has none."""
-    model, moe, given = config.model, config.moe, settings_of(config)
-    heads, width, kv_heads = model.heads, given["model.ffn_dim"], given["model.kv_heads"]
-    if model.family == "gpt":
-        if moe.architecture != "dense" or kv_heads != heads or given["model.activation"] not in GPT2_ACTIVATIONS:
-            return None
-        return {
-            "model_type": "gpt2",
-            "architectures": ["GPT2LMHeadModel"],
-            "n_layer": model.layers,
-            "n_embd": model.dim,
-            "n_head": heads,
-            "n_inner": width,
+    given, model = settings_of(config), config.model
+    activation, family = given["model.activation"], native_family(config)
+    if family is None:
+        return None
+    content: dict[str, Any] = {"model_type": family, "architectures": [NATIVE[family]]}
+    content |= {theirs: given[ours] for ours, theirs in KEYS[family].items()}
+    if family == "gpt2":
+        return content | {
             "resid_pdrop": model.dropout,
             "embd_pdrop": model.dropout,
             "attn_pdrop": 0.0,
             "n_positions": config.data.seq_len,
-            "vocab_size": config.data.vocab_size,
             "layer_norm_epsilon": 1e-5,
-            "activation_function": GPT2_ACTIVATIONS[given["model.activation"]],
+            "activation_function": GPT2_ACTIVATIONS[activation],
         }
-    unlike = moe.architecture != "dense" and (moe.noisy or moe.balanced_routing)
-    if unlike or given["model.activation"] != "swiglu":
-        return None
-    common = {
-        "hidden_size": model.dim,
-        "intermediate_size": width,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": config.data.vocab_size,
+    content |= ALWAYS[family] | {
         "max_position_embeddings": config.data.seq_len,
         "rms_norm_eps": NORM_EPS,
         "rope_theta": 10000.0,
@@ -211,30 +202,27 @@ def native_config(config: Config) -> dict[str, Any] | None:
         "hidden_act": "silu",
         "tie_word_embeddings": False,
     }
-    if moe.architecture == "dense":
-        bias = {"attention_bias": False, "mlp_bias": False}
-        return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **common, **bias}
+    if family == "qwen2_moe":
+        width = given["model.ffn_dim"]
+        content |= {"moe_intermediate_size": width, "shared_expert_intermediate_size": width}
+        content["norm_topk_prob"] = config.moe.renormalise and config.moe.top_k > 1
+    return content
+
+
+def native_family(config: Config) -> str | None:
+    """Return the model_type of transformers' own equal model; None where it has none."""
+    moe, given = config.moe, settings_of(config)
+    activation, dense = given["model.activation"], moe.architecture == "dense"
+    if config.model.family == "gpt":
+        equal = dense and given["model.kv_heads"] == config.model.heads and activation in GPT2_ACTIVATIONS
+        return "gpt2" if equal else None
+    if activation != "swiglu" or (not dense and (moe.noisy or moe.balanced_routing)):
+        return None
+    if dense:
+        return "llama"
     if moe.architecture == "top_k" and moe.every == 1 and moe.top_k > 1 and moe.renormalise:
-        mixtral: dict[str, Any] = {
-            "num_local_experts": moe.num_experts,
-            "num_experts_per_tok": moe.top_k,
-            "sliding_window": None,
-        }
-        return {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], **common, **mixtral}
-    if moe.architecture == "shared_expert" and moe.combine == "cg1":
-        experts: dict[str, Any] = {
-            "num_experts": moe.num_experts,
-            "num_experts_per_tok": moe.top_k,
-            "norm_topk_prob": moe.renormalise and moe.top_k > 1,
-            "moe_intermediate_size": width,
-            "shared_expert_intermediate_size": width,
-            "decoder_sparse_step": moe.every,
-            "mlp_only_layers": [],
-            "qkv_bias": False,
-            "use_sliding_window": False,
-        }
-        return {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], **common, **experts}
-    return None
+        return "mixtral"
+    return "qwen2_moe" if moe.architecture == "shared_expert" and moe.combine == "cg1" else None
 
 
 def own_config(config: Config) -> dict[str, Any]:
@@ -274,8 +262,8 @@ def model_card(config: Config, content: dict[str, Any], step: int, parameters: i
     """Return the text. content: of config.json. parameters: their number."""
     moe, data, trainer = config.moe, config.data, config.trainer
     of_hub, dense, has_tokenizer = data.name == "hf", moe.architecture == "dense", content["eos_token_id"] is not None
-    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    head["tags"] = ["scmoe"] if dense else ["scmoe", "mixture-of-experts"]
+    tags = ["scmoe"] if dense else ["scmoe", "mixture-of-experts"]
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     if of_hub:
         head["datasets"] = [data.path]
     loading = [
@@ -284,17 +272,8 @@ def model_card(config: Config, content: dict[str, Any], step: int, parameters: i
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")' if has_tokenizer else "",
     ]
-    settings = {
-        "model": asdict(config.model),
-        "moe": asdict(moe),
-        "optim": asdict(config.optim),
-        "trainer": {
-            "precision": trainer.precision,
-            "gradient_clip": trainer.gradient_clip,
-            "accumulate": trainer.accumulate,
-        },
-        "seed": config.seed,
-    }
+    how = {"precision": trainer.precision, "gradient_clip": trainer.gradient_clip, "accumulate": trainer.accumulate}
+    sections = {"model": asdict(config.model), "moe": asdict(moe), "optim": asdict(config.optim)}
     return CARD.format(
         head=yaml.safe_dump(head, sort_keys=False),
         family=config.model.family,
@@ -307,5 +286,5 @@ def model_card(config: Config, content: dict[str, Any], step: int, parameters: i
         data=f"the data set {data.path}" if of_hub else f"data.name={data.name}",
         moe="" if dense else f" Each token goes to {moe.top_k} of {moe.num_experts} experts; none is dropped.",
         loading="".join(f"{line}\n" for line in loading if line),
-        settings=yaml.safe_dump(settings, sort_keys=False),
+        settings=yaml.safe_dump({**sections, "trainer": how, "seed": config.seed}, sort_keys=False),
     )

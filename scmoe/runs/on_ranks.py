@@ -37,7 +37,7 @@ WITHOUT = (
 def find_weights(run: Path, which: Which, overrides: Sequence[str]) -> tuple[Path, Config]:
     """Return a run's checkpoint, or the exported file itself, and the configuration with which it is used.
 
-    Raises ConfigError where there is none, and as `config_without_training` does.
+    ConfigError: there is none, or as in `config_without_training`.
     """
     if run.suffix != EXPORT:
         checkpoint = find_checkpoint(run, which)
@@ -53,7 +53,7 @@ def find_weights(run: Path, which: Which, overrides: Sequence[str]) -> tuple[Pat
 def config_without_training(read: Callable[[Sequence[str]], Config], weights: Path, overrides: Sequence[str]) -> Config:
     """Return the configuration with which a run's weights are used. read: gives it with overrides.
 
-    Raises ConfigError for an override that would make another model, and for ranks or devices that are not here.
+    ConfigError: an override would make another model, or ranks or devices are not here.
     """
     was = read([*named(overrides), *REFUSED_SINCE])
     refuse_other_model(read([*ALONE, *overrides]), was, weights)
@@ -67,10 +67,9 @@ def config_without_training(read: Callable[[Sequence[str]], Config], weights: Pa
 
 
 def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:
-    """Start the ranks and read the weights; return the module and its Trainer. Every rank must call it.
+    """Start the ranks and read the weights; return the module, in evaluation mode, and its Trainer.
 
-    Each rank builds and reads only its experts. The module is on its device, in evaluation mode. ValueError: the file
-    is broken, or holds another model.
+    Every rank must call it, and builds and reads only its experts. ValueError: a broken file, or another model's.
     """
     check_resident(config)
     silence_lightning()

@@ -85,8 +85,8 @@ class SeenRun:
     def per_s(self) -> float | None:
         """Tokens (images) a second: the summary's value, else the last logged one."""
         name = f"{self.counts}_per_s"
-        speeds = [row[f"time/{name}"] for row in self.metrics if f"time/{name}" in row]
-        return self.summary.get(name) or (speeds[-1] if speeds else None)
+        logged = self.curve(f"time/{name}")
+        return self.summary.get(name) or (logged[-1][1] if logged else None)
 
     @property
     def begun(self) -> float:
@@ -107,8 +107,10 @@ def flat(text: str) -> dict[str, str]:
     """Return dotted keys and texts of a config.yaml of any version of this project."""
     found: dict[str, str] = {}
     for key, value in parse_yaml(text, "config.yaml").items():
-        is_section = isinstance(value, dict) and key not in ("callbacks", "options")  # they have no fields
-        found |= {f"{key}.{k}": str(v) for k, v in value.items()} if is_section else {key: str(value)}
+        if isinstance(value, dict) and key not in ("callbacks", "options"):  # they have no fields
+            found |= {f"{key}.{k}": str(v) for k, v in value.items()}
+        else:
+            found[key] = str(value)
     return found
 
 
@@ -157,11 +159,10 @@ def differing_fields(runs: Sequence[SeenRun]) -> dict[SeenRun, str]:
 
 
 def table_of(runs: Sequence[SeenRun], folder: Path) -> Table:
-    names = ("steps", "best val loss", "tokens/s", "age")
-    numbers = [Column(name, justify="right", no_wrap=True) for name in names]
-    state, words_column = Column("state", no_wrap=True), Column("differs in", overflow="fold")
-    columns = [Column("run", overflow="fold"), state, *numbers, words_column]
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(Column("run", overflow="fold"), Column("state", no_wrap=True), box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("steps", "best val loss", "tokens/s", "age"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("differs in", overflow="fold")
     words = differing_fields(runs)
     for run in runs:
         best, speed = run.best_loss, run.per_s

@@ -1,9 +1,8 @@
-"""Loads a trained model into one process, from a run, an exported file or a folder of Hugging Face; whole, or with its
-experts offloaded.
+"""Loads a trained model into one process, from a run, an exported file or a folder of Hugging Face.
 
-No process ever holds all experts that are offloaded: the network is built on the meta device, `store_experts` copies
-the experts from file to file, one layer at a time, and `load_offloaded` reads the other weights alone. Language models
-only: vision models have tensors that are no weights.
+Experts may be offloaded, so that the process never holds all of them: `store_experts` copies them from file to file,
+one layer at a time, and `load_offloaded` reads the other weights alone. It builds the network on the meta device, so
+only language models can be offloaded: vision models have tensors that are no weights.
 """
 
 import sys
@@ -24,7 +23,7 @@ from scmoe.inference.offload.store import Read, StoreError, expert_layers, write
 from scmoe.init_from.families import READERS
 from scmoe.init_from.pretrained import read_config, read_hf, stored_in
 from scmoe.init_from.upcycle import fill
-from scmoe.parallel.checkpoint.export import exported_by_name, load_weights
+from scmoe.parallel.checkpoint.export import EXPORT, exported_by_name, load_weights
 from scmoe.parallel.checkpoint.loading import check_same_model, load_model, weights_by_name
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.hf_folder import OURS, dropless, our_config
@@ -38,13 +37,13 @@ def load_trained(path: str | Path, which: Which = "last") -> Any:
     """Return the whole model in eval mode, on the CPU. It is dropless: no token's output depends on other texts.
 
     path: a run's directory, a .safetensors file of `make export` with config.yaml beside it, or a folder with
-    config.json. which: of a run, the last or the best checkpoint. ValueError: it is none of these, or is broken, or it
-    was trained with extensions that the program has not imported.
+    config.json. which: of a run's checkpoints. ValueError: it is none of these, or is broken, or it was trained with
+    extensions that the program has not imported.
     """
     path = Path(path)
     if (path / "config.json").exists():
         return load_folder(path)
-    if path.suffix == ".safetensors":
+    if path.suffix == EXPORT:
         model = build(load_kept(path.parent / "config.yaml"))
         load_weights(path, model)
         return model
@@ -69,10 +68,10 @@ def load_folder(folder: Path) -> Any:
     if content["model_type"] != OURS:
         fill(model, read_hf(folder))
         return model
-    stored = stored_in(sorted(folder.glob("*.safetensors")))
-    theirs = {name.removeprefix("model."): tensor for name, tensor in stored.items() if name != "model.head.weight"}
-    own = dict(model.named_parameters())
-    theirs |= {"head.weight": stored["model.head.weight"]} if "head.weight" in own else {}
+    own, stored = dict(model.named_parameters()), stored_in(sorted(folder.glob("*.safetensors")))
+    theirs = {name.removeprefix("model."): tensor for name, tensor in stored.items()}
+    if "head.weight" not in own:  # it is tied
+        theirs.pop("head.weight", None)
     check_same_model(folder, own, {name: tuple(tensor.on_meta.shape) for name, tensor in theirs.items()})
     for name, p in own.items():
         p.copy_(theirs[name].read())

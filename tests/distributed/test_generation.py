@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import re
 import shutil
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +20,7 @@ from scmoe.inference.sampling import GREEDY
 from scmoe.inference.stopping import Stopping
 from scmoe.parallel.mesh import ParallelContext, build_context
 from scmoe.training.assembly.model import build_model
-from tests.support.commands import Done, command_in_ranks, train_in_ranks
+from tests.support.commands import called, command_in_ranks, train_in_ranks, train_on_text
 from tests.support.models import tiny
 from tests.support.sentences import sentences
 
@@ -37,15 +34,11 @@ PROMPTS = ["Peace", "The union of people", "Labor and land. State", "Congress", 
 def run_dir(tmp_path_factory) -> Path:
     """Returns the directory of a run of two ranks on a small text, with an export; its experts drop tokens."""
     folder = tmp_path_factory.mktemp("generate")
-    (folder / "text.txt").write_text("\n".join(sentences(700, seed) for seed in range(4)))
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
-    text = ("data.name=text", f"data.path={folder}/text.txt", "data.vocab_size=300", f"data.cache_dir={folder}/cache")
-    sizes = ("data.seq_len=48", "trainer.devices=2", "trainer.max_steps=3", f"runs_dir={folder}", "name=text")
-    how = ("moe.noisy=false", "moe.capacity_factor=1", "schedule.chunks=2", "strategy.wire_dtype=bfloat16")
-    how += ("strategy.dense=sharded",)
-    done = train_in_ranks(2, "configs/debug.yaml", *text, *sizes, *how).summary
-    assert call("export", done["run_dir"]) == 0
-    return Path(done["run_dir"]).resolve()
+    sizes = ("data.seq_len=48", "trainer.max_steps=3", "moe.noisy=false", "moe.capacity_factor=1", "schedule.chunks=2")
+    run_dir = train_on_text(folder, 2, *sizes, "strategy.wire_dtype=bfloat16", "strategy.dense=sharded")
+    assert call("export", str(run_dir)) == 0
+    return run_dir
 
 
 def prompts_of(run_dir: Path) -> Path:
@@ -63,9 +56,13 @@ def written(world_size: int, weights: Path, run_dir: Path, out: Path, *words: st
     return lines
 
 
-def test_texts_do_not_depend_on_ranks_or_on_where_weights_are(run_dir, tmp_path):
+@pytest.fixture(scope="module")
+def alone(run_dir) -> list[dict[str, Any]]:
+    return written(1, run_dir, run_dir, run_dir / "alone.jsonl")
+
+
+def test_texts_do_not_depend_on_ranks_or_on_where_weights_are(run_dir, alone, tmp_path):
     """Two and four ranks have five prompts in blocks of four and eight, so some ranks have fewer texts, or none."""
-    alone = written(1, run_dir, run_dir, tmp_path / "1.jsonl")
     assert len({line["text"] for line in alone}) == len(PROMPTS)
     assert written(2, run_dir, run_dir, tmp_path / "2.jsonl") == alone
     assert written(4, run_dir, run_dir, tmp_path / "4.jsonl", "strategy.ep_size=2") == alone
@@ -77,13 +74,12 @@ def test_texts_do_not_depend_on_ranks_or_on_where_weights_are(run_dir, tmp_path)
     assert written(2, exported, run_dir, tmp_path / "export2.jsonl") == alone
 
 
-def test_one_text_is_shown_on_rank_0_as_it_comes(run_dir, tmp_path):
-    (expected, *_) = written(1, run_dir, run_dir, tmp_path / "1.jsonl")
+def test_one_text_is_shown_on_rank_0_as_it_comes(run_dir, alone):
     words = (str(run_dir), "--prompt", PROMPTS[0], "--max-tokens", str(NEW), "trainer.precision=64-true")
     for world_size in (1, 2):
         done = command_in_ranks("generate", world_size, *words, f"trainer.devices={world_size}")
-        assert (done.code, done.out) == (0, expected["text"] + "\n")
-        assert "tokens/s" in done.err and "dropless" in done.err and "step=3.ckpt" in done.err
+        assert (done.code, done.out) == (0, alone[0]["text"] + "\n")
+        assert "step=3.ckpt" in done.err
 
 
 def test_offloaded_experts_write_the_same_texts(run_dir, tmp_path):
@@ -91,11 +87,9 @@ def test_offloaded_experts_write_the_same_texts(run_dir, tmp_path):
 
     def texts(weights: Path, *words: str) -> tuple[list[str], dict[str, Any]]:
         out = tmp_path / "texts.jsonl"
-        done = here(str(weights), "--prompts", str(prompts_of(run_dir)), "--out", str(out), "--max-tokens", "6", *words)
-        assert done.code == 0, done.err
-        return [json.loads(line)["text"] for line in out.read_text().splitlines()], json.loads(
-            done.out.splitlines()[-1]
-        )
+        asked = ("--prompts", str(prompts_of(run_dir)), "--out", str(out), "--max-tokens", "6")
+        speed = called("generate", str(weights), *asked, *words).summary
+        return [json.loads(line)["text"] for line in out.read_text().splitlines()], speed
 
     expected, speed = texts(run_dir)
     assert "offload" not in speed
@@ -109,39 +103,35 @@ def test_offloaded_experts_write_the_same_texts(run_dir, tmp_path):
     assert texts(run_dir / "export/model.safetensors", "offload.way=determinate")[0] == expected
     store = run_dir / "offload/step=3.ckpt.experts.safetensors"
     store.write_bytes(store.read_bytes()[:-1])
-    cut = here(str(run_dir), "offload.way=blocking")
+    cut = called("generate", str(run_dir), "offload.way=blocking")
     assert cut.code == 2 and "it is cut" in cut.err and len(cut.err.splitlines()) == 1
     store.unlink()
-
-
-def here(*words: str) -> Done:
-    """Runs the command in this process."""
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = call("generate", *words)
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--max-tokens", "48"], "prompt 1 has 1 tokens and max_tokens is 48, allowed: 48 together"),
-        (["--prompt", ""], "the prompt is empty, allowed: a text"),
-        (["--temperature", "-1"], "temperature is -1, allowed: 0"),
-        (["--top-p", "0"], "top_p is 0, allowed: above 0, at most 1"),
+        (["--max-tokens", "48"], "prompt 1 has 1 tokens and max_tokens is 48, allowed: 48"),
+        (["--prompt", "Peace" * 60], "shorten the prompt"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--temperature", "nan"], "temperature is nan, allowed: 0"),
         (["--stop", ""], "a stop string is empty"),
         (["--seed", "-1"], "the seed is -1, allowed: 0 to 2^63 - 1"),
-        (["--prompts", "/none.jsonl", "--out", "/none.out"], "the prompts /none.jsonl cannot be read"),
-        (["--prefill-tokens", "0"], "prefill_tokens is 0, allowed: 1 or more"),
+        (["--prompts", "/none.jsonl", "--out", "/none.out"], "/none.jsonl cannot be read"),
+        (["--prompts", "PROMPTS", "--out", "PROMPTS"], "allowed: another file"),
+        (["--prompts", "PROMPTS", "--out", "/none/out.jsonl"], "--out is /none/out.jsonl"),
+        (["--prefill-tokens", "0"], "prefill_tokens is 0"),
         (["--plan"], "--plan needs experts on several ranks"),
-        (["offload.slots=2"], "offload.slots is 2, allowed: null, as offload.way=resident"),
-        (["offload.way=blocking", "trainer.devices=2"], "allowed: resident on several ranks"),
+        (["offload.slots=2"], "offload.slots is 2, allowed: null"),
+        (["offload.way=blocking", "trainer.devices=2"], "allowed: resident"),
         (["offload.way=speculative", "offload.slots=1"], "offload.slots is 1, allowed: null, or 2 or more"),
         (["moe.top_k=2"], "moe.top_k is 2, allowed: 1"),
+        (["trainer.devices=3", "strategy.ep_size=2"], "strategy.ep_size is 2, allowed"),
     ],
 )
 def test_a_wrong_request_is_one_line_before_a_model_is_built(run_dir, monkeypatch, words, says):
     monkeypatch.setattr("scmoe.runs.continuation.start_ranks", lambda *_: pytest.fail("a model is built"))
-    done = here(str(run_dir), *words)
+    done = called("generate", str(run_dir), *(word.replace("PROMPTS", str(prompts_of(run_dir))) for word in words))
     assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done
     assert says in done.err
 
@@ -150,43 +140,41 @@ def test_a_plan_is_refused_where_two_blocks_share_one_module(monkeypatch):
     words = ("data.name=sotu", "data.vocab_size=300", "moe.architecture=dgmoe_share", "model.layers=4")
     config = load("configs/debug.yaml", [*words, "trainer.devices=2"])
     monkeypatch.setattr("scmoe.runs.continuation.find_weights", lambda *_: (Path("step=1.ckpt"), config))
-    done = here("runs/none", "--plan")
-    assert done.code == 2 and "--plan does not work with moe.architecture=dgmoe_share" in done.err
+    done = called("generate", "runs/none", "--plan")
+    assert done.code == 2 and "moe.architecture=dgmoe_share" in done.err
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    "line",
     [
-        ("no json", "line 2: not JSON"),
-        ('{"text": "a"}', "line 2 is .*allowed: "),
-        ('{"prompt": 1}', "line 2 is .*allowed: "),
-        ('{"prompt": "a", "seed": true}', "line 2 is .*allowed: "),
-        ('{"prompt": ""}', "line 2: the prompt is empty"),
-        (f'{{"prompt": "a", "seed": {2**63}}}', "line 2: the seed is"),
+        "no json",
+        '{"text": "a"}',
+        '{"prompt": 1}',
+        '{"prompt": "a", "seed": true}',
+        '{"prompt": ""}',
+        f'{{"prompt": "a", "seed": {2**63}}}',
     ],
 )
-def test_a_wrong_line_of_prompts_is_named(run_dir, tmp_path, line, says):
+def test_a_wrong_line_of_prompts_is_named(tmp_path, line):
     (tmp_path / "wrong.jsonl").write_text(f'{{"prompt": "a"}}\n{line}\n')
-    done = here(str(run_dir), "--prompts", str(tmp_path / "wrong.jsonl"), "--out", str(tmp_path / "out"))
+    done = called("generate", "runs/none", "--prompts", str(tmp_path / "wrong.jsonl"), "--out", str(tmp_path / "out"))
     assert done.code == 2 and len(done.err.splitlines()) == 1
-    assert re.search(says, done.err), done.err
+    assert "wrong.jsonl, line 2" in done.err
 
 
-def test_a_refused_request_leaves_earlier_texts(run_dir, tmp_path):
+def test_a_refused_request_leaves_earlier_texts_and_others_replace_them(run_dir, alone, tmp_path):
     out, prompts = tmp_path / "out.jsonl", prompts_of(run_dir)
     out.write_text("earlier\n")
-    assert here(str(tmp_path / "no-run"), "--prompts", str(prompts), "--out", str(out)).code == 2
+    assert called("generate", str(tmp_path / "none"), "--prompts", str(prompts), "--out", str(out)).code == 2
     assert out.read_text() == "earlier\n"
-    done = here(str(run_dir), "--prompts", str(prompts), "--out", str(prompts))
-    assert done.code == 2 and "allowed: another file than that of --prompts" in done.err
-    written(1, run_dir, run_dir, out)
+    assert written(1, run_dir, run_dir, out) == alone
 
 
 def test_a_text_that_makes_another_tokenizer_is_refused(run_dir, tmp_path):
     """Its ids would mean other words to the weights."""
     (tmp_path / "other.txt").write_text("\n".join(sentences(700, seed) for seed in range(5, 9)))
     for weights in (run_dir, run_dir / "export/model.safetensors"):
-        done = here(str(weights), f"data.path={tmp_path}/other.txt")
+        done = called("generate", str(weights), f"data.path={tmp_path}/other.txt")
         assert done.code == 2 and "another tokenizer than in training" in done.err
     assert call("evaluate", str(run_dir), f"data.path={tmp_path}/other.txt") == 2
     start = (f"init_from=scmoe:{run_dir}/export/model.safetensors", f"data.path={tmp_path}/other.txt")
@@ -200,14 +188,14 @@ def test_an_edited_config_of_an_export_is_refused(run_dir, tmp_path):
     config = (exported / "config.yaml").read_text()
     assert "position: pos2" in config
     (tmp_path / "config.yaml").write_text(config.replace("position: pos2", "position: pos1"))
-    done = here(str(tmp_path / "model.safetensors"))
+    done = called("generate", str(tmp_path / "model.safetensors"))
     assert done.code == 2 and "moe.position is 'pos1', allowed: 'pos2'" in done.err
 
 
 def test_a_run_on_other_data_is_refused(tmp_path):
     words = ("configs/debug.yaml", "trainer.max_steps=1", "trainer.val_every=1", f"runs_dir={tmp_path}")
-    done = here(train_in_ranks(1, *words).summary["run_dir"], "--stop", "a")
-    assert done.code == 2 and "was trained on synthetic data, but only a run on text" in done.err
+    done = called("generate", train_in_ranks(1, *words).summary["run_dir"], "--stop", "a")
+    assert done.code == 2 and "synthetic data" in done.err
 
 
 # ---------------------------------------------------------------------- in lockstep

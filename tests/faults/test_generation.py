@@ -1,9 +1,8 @@
-"""Faults 61 to 63: ranks that die while texts are generated, Ctrl-C, and requests that cannot be met."""
+"""Ranks that die while texts are generated, and Ctrl-C. Requests that cannot be met: distributed/test_generation.py."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import signal
@@ -18,8 +17,7 @@ import pytest
 
 from scmoe.experiments.engine.command_line import call
 from scmoe.runs.on_ranks import ending_together
-from tests.support.commands import ROOT, train_in_ranks
-from tests.support.sentences import sentences
+from tests.support.commands import ROOT, train_on_text
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.inference]
 
@@ -29,12 +27,8 @@ TIMEOUT_S, PATIENCE_S = 15.0, 60.0  # of a collective; until all processes have 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("generate")
-    (folder / "text.txt").write_text("\n".join(sentences(700, seed) for seed in range(4)))
-    prompts = "".join(json.dumps({"prompt": "Peace"}) + "\n" for _ in range(20_000))
-    (folder / "prompts.jsonl").write_text(prompts)
-    text = ("data.name=text", f"data.path={folder}/text.txt", "data.vocab_size=300", f"data.cache_dir={folder}/cache")
-    sizes = ("data.seq_len=48", "trainer.max_steps=1", "trainer.val_every=1", f"runs_dir={folder}", "name=text")
-    return Path(train_in_ranks(1, "configs/debug.yaml", *text, *sizes).summary["run_dir"]).resolve()
+    (folder / "prompts.jsonl").write_text(20_000 * (json.dumps({"prompt": "Peace"}) + "\n"))
+    return train_on_text(folder, 1, "data.seq_len=48", "trainer.max_steps=1", "trainer.val_every=1")
 
 
 @contextlib.contextmanager
@@ -86,7 +80,7 @@ def said_at_the_end(process: subprocess.Popen[str], other: int) -> str:
 @pytest.mark.parametrize(
     ("rank", "how"), [pytest.param(1, signal.SIGKILL, marks=pytest.mark.representative), (0, signal.SIGSTOP)]
 )
-def test_61_a_rank_that_dies_while_texts_are_generated_ends_all(run_dir, tmp_path, rank, how):
+def test_a_rank_that_dies_while_texts_are_generated_ends_all(run_dir, tmp_path, rank, how):
     with generating(run_dir, tmp_path / "out.jsonl") as (process, other):
         os.kill((process.pid, other)[rank], how)
         said = said_at_the_end(process, other)
@@ -96,8 +90,7 @@ def test_61_a_rank_that_dies_while_texts_are_generated_ends_all(run_dir, tmp_pat
     assert all(json.loads(line)["tokens"] for line in lines), "what is finished is kept"
 
 
-@pytest.mark.representative
-def test_62_ctrl_c_ends_all_ranks(run_dir, tmp_path):
+def test_ctrl_c_ends_all_ranks(run_dir, tmp_path):
     with generating(run_dir, tmp_path / "out.jsonl") as (process, other):
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         said_at_the_end(process, other)
@@ -106,7 +99,7 @@ def test_62_ctrl_c_ends_all_ranks(run_dir, tmp_path):
 
 @pytest.mark.representative
 @pytest.mark.parametrize(("is_launched", "code"), [(False, 130), (True, 0)], ids=["rank 0", "a rank that it started"])
-def test_62_ctrl_c_is_the_exit_code_of_rank_0_alone(is_launched, code):
+def test_ctrl_c_is_the_exit_code_of_rank_0_alone(is_launched, code):
     """Lightning's launcher kills rank 0 where another rank ends with any other code than 0."""
     errors = []
     trainer = SimpleNamespace(strategy=SimpleNamespace(on_exception=errors.append, is_launched=is_launched))
@@ -119,27 +112,9 @@ def test_62_ctrl_c_is_the_exit_code_of_rank_0_alone(is_launched, code):
 @pytest.mark.parametrize(
     ("verb", "first"), [("generate", "continuation.find_weights"), ("evaluate", "evaluate.evaluation.find_checkpoint")]
 )
-def test_62_ctrl_c_before_ranks_exist_is_exit_code_130(verb, first, tmp_path, monkeypatch):
+def test_ctrl_c_before_ranks_exist_is_exit_code_130(verb, first, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"scmoe.runs.{first}", interrupted)
     assert call(verb, str(tmp_path)) == 130
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["--max-tokens", "48"], "1 tokens and max_tokens is 48, allowed: 48 together"),
-        (["--prompt", "Peace" * 60], "shorten the prompt"),
-        (["--temperature", "nan"], "temperature is nan, allowed: 0"),
-        (["--out", "/none/out.jsonl", "--prompts", "PROMPTS"], "--out is /none/out.jsonl, which cannot be written"),
-        (["trainer.devices=3", "strategy.ep_size=2"], "strategy.ep_size is 2, allowed"),
-    ],
-)
-def test_63_a_request_that_cannot_be_met_starts_no_rank(run_dir, monkeypatch, words, says):
-    monkeypatch.setattr("scmoe.runs.continuation.start_ranks", lambda *_: pytest.fail("ranks are started"))
-    words = [word.replace("PROMPTS", str(run_dir.parents[1] / "prompts.jsonl")) for word in words]
-    with contextlib.redirect_stderr(io.StringIO()) as err:
-        assert call("generate", str(run_dir), *words) == 2
-    assert says in err.getvalue() and err.getvalue().count("\n") == 1, err.getvalue()

@@ -1,4 +1,4 @@
-"""Faults of ordinary use: what a run leaves at its end (38), what resuming may change (39), and who writes (40)."""
+"""Faults of ordinary use: what a run leaves at its end, what resuming may change, and who writes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def saved(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-# ---------------------------------------------------------------------- 38: the end of a run
+# ---------------------------------------------------------------------- the end of a run
 
 
 def validated(rank: int, world_size: int, folder: Path, checkpoint: Path) -> float:
@@ -64,7 +64,7 @@ def validated(rank: int, world_size: int, folder: Path, checkpoint: Path) -> flo
     return metrics["val/loss"]
 
 
-def test_38_a_finished_run_has_the_checkpoint_of_its_summary(finished):
+def test_a_finished_run_has_the_checkpoint_of_its_summary(finished):
     assert saved(finished) == LEFT, "3 is not a multiple of checkpoint_every, and its save replaces the one of step 2"
     last, summary = finished / "checkpoints" / "step=3.ckpt", json.loads((finished / "summary.json").read_text())
     assert verify(last) == summary["steps"] == 3
@@ -73,7 +73,7 @@ def test_38_a_finished_run_has_the_checkpoint_of_its_summary(finished):
 
 
 @pytest.mark.parametrize("which, name", [("best", LEFT[0]), ("last", LEFT[1])])
-def test_38_an_export_says_which_checkpoint_it_is(which, name, finished, tmp_path, capsys):
+def test_an_export_says_which_checkpoint_it_is(which, name, finished, tmp_path, capsys):
     out = tmp_path / "model.safetensors"
     assert call("export", str(finished), "--which", which, "--out", str(out)) == 0
     assert capsys.readouterr().out == f"{out}, from the {which} checkpoint, {name}\n"
@@ -81,48 +81,48 @@ def test_38_an_export_says_which_checkpoint_it_is(which, name, finished, tmp_pat
         assert file.metadata()["checkpoint"] == name
 
 
-def test_38_an_export_replaces_no_other_config(finished, tmp_path, capsys):
+def test_an_export_replaces_no_other_config(finished, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("seed: 7\n")
     assert call("export", str(finished), "--out", str(tmp_path / "model.safetensors")) == 2
-    assert "whose folder has another config.yaml, allowed: another folder" in capsys.readouterr().err
+    assert "another config.yaml" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
     assert call("export", str(finished), "moe.position=pos1") == 2, "it would be called another model"
     assert "moe.position is 'pos1', allowed: 'pos2', as in" in capsys.readouterr().err
 
 
-def test_38_a_resumed_run_keeps_only_its_own_last_step(run_dir):
+def test_a_resumed_run_keeps_only_its_own_last_step(run_dir):
     resumed = resume_in_ranks(1, str(run_dir), "trainer.max_steps=5", "trainer.devices=1")
     assert resumed.summary["steps"] == 5
     assert [name for name in saved(run_dir) if name.startswith("step")] == ["step=5.ckpt"]
     assert SeenRun(run_dir).steps == 5
 
 
-# ---------------------------------------------------------------------- 39: resuming
+# ---------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize(
-    ("override", "allowed"),
-    [
-        ("model.dim=96", "32, as in"),
-        ("moe.position=pos3", "'pos2', as in"),
-        ("moe.top_k=2", "1, as in"),
-        ("data.seq_len=32", "16, as in"),
-        ("data.global_batch_size=8", "4, as in"),
-        ("optim.lr=1", "0.001, as in"),
-        ("seed=2", "1, as in"),
-        ("name=other", "'debug', as in"),
-        ("trainer.max_steps=2", "3 or more, as the run has done 3 steps"),
-    ],
-)
-def test_39_another_model_or_experiment_is_refused_and_nothing_is_written(override, allowed, run_dir, capsys):
+OTHERS = {
+    "model.dim=96": "32, as in",
+    "moe.position=pos3": "'pos2', as in",
+    "moe.top_k=2": "1, as in",
+    "data.seq_len=32": "16, as in",
+    "data.global_batch_size=8": "4, as in",
+    "optim.lr=1": "0.001, as in",
+    "seed=2": "1, as in",
+    "name=other": "'debug', as in",
+    "trainer.max_steps=2": "3 or more",
+}
+
+
+def test_another_model_or_experiment_is_refused_and_nothing_is_written(run_dir, capsys):
     before = contents(run_dir)
-    assert call("resume", str(run_dir), override) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {override.partition('=')[0]} is ") and f", allowed: {allowed}" in line
+    for override, allowed in OTHERS.items():
+        assert call("resume", str(run_dir), override) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {override.partition('=')[0]} is ") and f", allowed: {allowed}" in line
     assert contents(run_dir) == before
 
 
-def test_39_a_resumption_keeps_its_config_beside_the_first_one(run_dir):
+def test_a_resumption_keeps_its_config_beside_the_first_one(run_dir):
     first = (run_dir / "config.yaml").read_bytes()
     for steps, devices in ((4, 2), (5, 1)):
         more = (f"trainer.max_steps={steps}", f"trainer.devices={devices}")
@@ -132,7 +132,7 @@ def test_39_a_resumption_keeps_its_config_beside_the_first_one(run_dir):
     assert [(trainer.max_steps, trainer.devices) for trainer in kept] == [(4, 2), (5, 1)]
 
 
-def test_39_weights_have_the_settings_that_they_were_trained_with(run_dir, tmp_path):
+def test_weights_have_the_settings_that_they_were_trained_with(run_dir, tmp_path):
     """config.yaml was changed by hand to another model whose tensors have the same names and shapes."""
     config, out = run_dir / "config.yaml", tmp_path / "exported" / "model.safetensors"
     config.write_text(config.read_text().replace("position: pos2", "position: pos1", 1))
@@ -143,16 +143,16 @@ def test_39_weights_have_the_settings_that_they_were_trained_with(run_dir, tmp_p
     assert load(out.parent / "config.yaml").moe.position == "pos2"
 
 
-def test_39_a_run_that_is_done_has_nothing_to_do(run_dir, capsys):
+def test_a_run_that_is_done_has_nothing_to_do(run_dir, capsys):
     before = contents(run_dir)
     assert call("resume", str(run_dir)) == 0
     said = capsys.readouterr()
     assert json.loads(said.out) == json.loads((run_dir / "summary.json").read_text())
-    assert said.err.startswith(f"nothing to do: all 3 steps are done; for more: {scmoe('resume', run_dir)} trainer")
+    assert scmoe("resume", run_dir) in said.err
     assert contents(run_dir) == before
 
 
-# ---------------------------------------------------------------------- 40: who writes
+# ---------------------------------------------------------------------- who writes
 
 
 def written(rank: int, world_size: int, folder: Path, verb: str, arguments: tuple[str, ...]) -> set[str]:
@@ -172,7 +172,7 @@ def written(rank: int, world_size: int, folder: Path, verb: str, arguments: tupl
     return {path for path in found if "checkpoints/" not in path}
 
 
-def test_40_only_rank_0_writes_into_the_run_directory(tmp_path):
+def test_only_rank_0_writes_into_the_run_directory(tmp_path):
     new = ("configs/debug.yaml", "trainer.devices=2", *STEPS, f"runs_dir={tmp_path}", "logger.mode=offline")
     resumed = (str(tmp_path / "latest"), "trainer.max_steps=4")
     for verb, arguments in (("train", new), ("resume", resumed)):
@@ -181,10 +181,10 @@ def test_40_only_rank_0_writes_into_the_run_directory(tmp_path):
         assert second == set()
 
 
-# ---------------------------------------------------------------------- 5: a damaged checkpoint
+# ---------------------------------------------------------------------- a damaged checkpoint
 
 
-def test_05_a_damaged_checkpoint_is_read_once_and_set_aside(run_dir, monkeypatch):
+def test_a_damaged_checkpoint_is_read_once_and_set_aside(run_dir, monkeypatch):
     """Choosing the checkpoint reads no file, as each rank does it. Loading finds the damage, and the next resumption
     takes the one before it. The error says how."""
     damaged = run_dir / "checkpoints" / LEFT[1]

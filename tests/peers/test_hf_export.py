@@ -23,7 +23,9 @@ from scmoe.datamodules.tokenizer import make_tokenizer
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.saving import write_whole
-from scmoe.runs.hf_folder import hf_config, write_folder
+from scmoe.parallel.mesh import ParallelContext
+from scmoe.runs.hf_folder import write_folder
+from scmoe.training.assembly.model import build_model_to_train
 from tests.support.models import assert_close, tiny_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")
@@ -46,6 +48,8 @@ KINDS = {  # words: model_type
     "moe.architecture=scmoe moe.capacity_factor=0.5": "scmoe",
     f"{LLAMA} moe.architecture=scmoe moe.position=pos3 moe.combine=cg2 moe.coefficient_input=tap": "scmoe",
     "moe.architecture=dgmoe_share model.layers=4": "scmoe",
+    # a gate that transformers does not have
+    f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.balanced_routing=true": "scmoe",
 }
 LENGTH = 12
 TEXT = "My fellow citizens, the state of the union: naïve 🙂 \n\n  two  spaces."
@@ -97,11 +101,10 @@ def test_logits_and_weights(words, tmp_path):
         assert_close(loaded(ids()).logits, ours(ids()).logits_BSV, 1e-5)
         if "capacity" not in words:  # a folder's model drops nothing
             assert_close(ours(ids()).logits_BSV, model(ids()).logits_BSV, 1e-5)
-
-
-def test_a_gate_that_transformers_does_not_have_is_scmoes_own():
-    words = f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.balanced_routing=true"
-    assert hf_config(config_of(words), None)["model_type"] == "scmoe"
+    if kind != "scmoe":  # weights of the folder start another training
+        started = build_model_to_train(config_of(f"{words} init_from=hf:{tmp_path / 'hf'}"), ParallelContext())
+        for name, p in model.named_parameters():
+            assert torch.equal(p, started.get_parameter(name)), name
 
 
 def test_a_large_model_is_written_in_several_files(tmp_path):
@@ -118,10 +121,9 @@ def test_a_large_model_is_written_in_several_files(tmp_path):
     assert [path.name for path in (tmp_path / "hf").glob("model*")] == ["model.safetensors"], "old files are gone"
 
 
-@pytest.mark.parametrize("words", ["moe.architecture=dense", "moe.architecture=scmoe"])
-def test_the_tokenizer_gives_the_same_ids(words, tmp_path):
+def test_the_tokenizer_gives_the_same_ids(tmp_path):
     tokenizer = make_tokenizer("bpe", 300, [TEXT * 3])
-    exported(words, tmp_path, tokenizer=tokenizer)
+    exported("moe.architecture=scmoe", tmp_path, tokenizer=tokenizer)
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert loaded(TEXT)["input_ids"] == tokenizer.encode(TEXT).tolist()
     assert loaded.decode(loaded(TEXT)["input_ids"]) == TEXT
@@ -160,12 +162,8 @@ def test_the_registered_class_is_saved_and_refuses_what_it_does_not_read(tmp_pat
         assert_close(model(ids(), attention_mask=mask).logits[0, :-3], alone, 1e-5)
         assert len(model(ids(), return_dict=False)) == 1 and model(ids(), logits_to_keep=1).logits.shape[1] == 1
     static = transformers.StaticCache(config=model.config, max_cache_len=LENGTH)
-    for wrong in (
-        {"position_ids": ids()},
-        {"inputs_embeds": ids()},
-        {"attention_mask": mask[:, 1:]},
-        {"cache": static},
-    ):
+    wrong_ones = ({"position_ids": ids()}, {"inputs_embeds": ids()}, {"attention_mask": mask[:, 1:]}, {"cache": static})
+    for wrong in wrong_ones:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             model(ids(), **wrong)
     model.save_pretrained(tmp_path / "again")
@@ -237,17 +235,3 @@ def test_the_model_card_says_what_the_model_is_and_loads_it(words, tmp_path):
     card.write_text("edited")
     write_folder(tmp_path / "step=3.ckpt", tmp_path / "hf", config_of(words))
     assert card.read_text() == "edited"
-
-
-def test_init_from_reads_mixtral_and_qwen2_moe(tmp_path):
-    """Weights of an exported folder start another training, under the names that transformers gives them."""
-    from scmoe.parallel.mesh import ParallelContext
-    from scmoe.training.assembly.model import build_model_to_train
-
-    for i, words in enumerate(words for words, kind in KINDS.items() if kind in ("mixtral", "qwen2_moe")):
-        (tmp_path / str(i)).mkdir()
-        model, _ = exported(words, tmp_path / str(i))
-        config = config_of(f"{words} init_from=hf:{tmp_path / str(i) / 'hf'}")
-        started = build_model_to_train(config, ParallelContext())
-        for name, p in model.named_parameters():
-            assert torch.equal(p, started.get_parameter(name)), name

@@ -13,6 +13,7 @@ The tolerance is 1e-5 of the largest entry in float32: the same sums in another 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 import torch
@@ -86,27 +87,13 @@ def check_equal(
         assert_close(grad, expected[name], TOLERANCE, f"gradient of {name}")
 
 
-def test_mixtral():
-    from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
-
-    config = MixtralConfig(
-        hidden_size=DIM, intermediate_size=FFN, num_local_experts=EXPERTS, num_experts_per_tok=2, hidden_act="silu"
-    )
-    theirs, ours = MixtralSparseMoeBlock(config), stream(top_k=2)
-
-    def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:
-        return {"router.gate.weight": take(theirs.gate.weight), **stacked(theirs.experts, take)}
-
-    check_equal(ours, theirs, weights, lambda x: ours(x).y_BSD, theirs)
-
-
-def test_olmoe():
-    from transformers.models.olmoe.modeling_olmoe import OlmoeConfig, OlmoeSparseMoeBlock
-
-    config = OlmoeConfig(
-        hidden_size=DIM, intermediate_size=FFN, num_experts=EXPERTS, num_experts_per_tok=3, norm_topk_prob=False
-    )
-    theirs, ours = OlmoeSparseMoeBlock(config), stream(top_k=3, renormalise=False)
+@pytest.mark.parametrize(("family", "top_k", "renormalise"), [("Mixtral", 2, True), ("Olmoe", 3, False)])
+def test_experts_without_a_shared_one(family, top_k, renormalise):
+    modeling = import_module(f"transformers.models.{family.lower()}.modeling_{family.lower()}")
+    sizes = {"hidden_size": DIM, "intermediate_size": FFN, "num_experts_per_tok": top_k}
+    experts = {"num_local_experts": EXPERTS} if renormalise else {"num_experts": EXPERTS, "norm_topk_prob": False}
+    config = getattr(modeling, f"{family}Config")(**sizes, **experts)
+    theirs, ours = getattr(modeling, f"{family}SparseMoeBlock")(config), stream(top_k, renormalise)
 
     def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:
         return {"router.gate.weight": take(theirs.gate.weight), **stacked(theirs.experts, take)}

@@ -30,24 +30,17 @@ def test_top_p(top_p):
 
 
 @pytest.mark.parametrize("penalty", [0.7, 1.0, 1.3])
-def test_repetition_penalty(penalty):
+def test_all_in_their_order(penalty):
     ids = torch.randint(200, (5, 30), generator=torch.Generator().manual_seed(1))
     had = torch.zeros(5, 200, dtype=torch.bool).scatter_(1, ids, True)
     theirs = logits_process.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits())
     assert torch.equal(penalised(logits(), penalty, had), theirs)
-
-
-def test_all_in_their_order():
-    ids = torch.randint(200, (5, 30), generator=torch.Generator().manual_seed(1))
-    had = torch.zeros(5, 200, dtype=torch.bool).scatter_(1, ids, True)
-    theirs = logits()
     for warper in (
-        logits_process.RepetitionPenaltyLogitsProcessor(1.3),
         logits_process.TemperatureLogitsWarper(0.7),
         logits_process.TopKLogitsWarper(20),
         logits_process.TopPLogitsWarper(0.8),
     ):
         theirs = warper(ids, theirs)
-    ours = keep_top_p(keep_top_k(penalised(logits(), 1.3, had) / 0.7, 20), 0.8)
+    ours = keep_top_p(keep_top_k(penalised(logits(), penalty, had) / 0.7, 20), 0.8)
     assert torch.equal(ours, theirs)
     assert 5 < ours.isfinite().sum() < 5 * 20

@@ -17,6 +17,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from scmoe.experiments.engine.command_line import call
 from scmoe.experiments.engine.ranks import run_ranks
 from tests.support.forked import python
+from tests.support.sentences import sentences
 
 ROOT = Path(__file__).parents[2]
 SUMMARY = (
@@ -79,9 +80,22 @@ def command_here(rank: int, world_size: int, verb: str, arguments: tuple[str, ..
         del os.environ[name]
     os.environ |= variables
     rank_zero_only.rank = rank  # Lightning was imported before the rank had its variables
+    return called(verb, *arguments)
+
+
+def called(verb: str, *arguments: str) -> Done:
+    """Runs a verb in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         code = call(verb, *arguments)
     return Done(code, out.getvalue(), err.getvalue())
+
+
+def train_on_text(folder: Path, world_size: int, *overrides: str) -> Path:
+    """Trains configs/debug.yaml on a small text of made-up sentences; returns the run's directory."""
+    (folder / "text.txt").write_text("\n".join(sentences(700, seed) for seed in range(4)))
+    text = ("data.name=text", f"data.path={folder}/text.txt", "data.vocab_size=300", f"data.cache_dir={folder}/cache")
+    words = (f"trainer.devices={world_size}", f"runs_dir={folder}", "name=text", *overrides)
+    return Path(train_in_ranks(world_size, "configs/debug.yaml", *text, *words).summary["run_dir"]).resolve()
 
 
 def undocumented(metrics: Path) -> list[str]:

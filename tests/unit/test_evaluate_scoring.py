@@ -60,32 +60,29 @@ def together_and_alone(score: Scorer) -> list[float]:
 @pytest.mark.parametrize("architecture", ["scmoe", "top_k", "shared_expert", "dgmoe"])
 def test_padding_and_other_texts_change_no_score(architecture):
     assert max(together_and_alone(scorer(f"moe.architecture={architecture}"))) < 1e-11
+    assert max(together_and_alone(scorer(dropless=False))) > 1e-3, "with a capacity they would"
 
 
-def test_with_a_capacity_they_would():
-    assert max(together_and_alone(scorer(dropless=False))) > 1e-3
+def text_scorer(surer: bool) -> Scorer:
+    """Returns a scorer of a model that knows nothing, or that predicts id 0, the surer the more tokens it has seen."""
+
+    def forward(inputs, mask):
+        logits = torch.zeros(*inputs.shape, VOCABULARY, dtype=torch.float64)
+        if surer:
+            logits[..., 0] = torch.arange(1, inputs.shape[1] + 1)
+        return (logits,)
+
+    return Scorer(forward, CONTEXT, torch.device("cpu"))
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary():
-    def uniform(inputs, mask):
-        return (torch.zeros(*inputs.shape, VOCABULARY),)
-
-    text = Text("a text", ids(100), [])
-    found = score_text(Scorer(uniform, CONTEXT, torch.device("cpu")), text, 5, np.full(VOCABULARY, 2))
+    found = score_text(text_scorer(surer=False), Text("a text", ids(100), []), 5, np.full(VOCABULARY, 2))
     assert found["perplexity"] == pytest.approx(VOCABULARY)
     assert found["bits_per_byte"] == pytest.approx(math.log2(VOCABULARY) / 2)
     assert (found["tokens"], found["window"], found["stride"]) == (99, CONTEXT, 5)
 
 
 def test_more_context_is_shown_where_the_stride_is_smaller():
-    """A model that sees the number of tokens before a target: it predicts id 0, the surer the more it has seen."""
-
-    def surer(inputs, mask):
-        seen = torch.arange(1, inputs.shape[1] + 1).expand(inputs.shape).double()
-        logits = torch.zeros(*inputs.shape, VOCABULARY, dtype=torch.float64)
-        logits[..., 0] = seen
-        return (logits,)
-
-    text, score = Text("zeros", np.zeros(100, np.int64), []), Scorer(surer, CONTEXT, torch.device("cpu"))
-    by_stride = [score_text(score, text, stride, np.ones(VOCABULARY))["loss"] for stride in (1, 3, 6, 12)]
+    zeros, scorer = Text("zeros", np.zeros(100, np.int64), []), text_scorer(surer=True)
+    by_stride = [score_text(scorer, zeros, stride, np.ones(VOCABULARY))["loss"] for stride in (1, 3, 6, 12)]
     assert by_stride == sorted(by_stride) and by_stride[0] < by_stride[-1]

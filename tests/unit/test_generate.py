@@ -54,12 +54,10 @@ def test_tokens_are_those_without_a_cache_and_of_each_text_alone(family, name):
     written = ids_of(generate(model, PROMPTS, Stopping(NEW), GREEDY))
     assert written == [uncached(model, prompt) for prompt in PROMPTS]
     assert len({token for ids in written for token in ids}) > 5, "the texts are too simple to see a fault"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_are_those_without_a_cache_in_float32(family):
-    model = model_of("top_k=2", family, torch.float32)
-    assert ids_of(generate(model, PROMPTS, Stopping(NEW), GREEDY)) == [uncached(model, prompt) for prompt in PROMPTS]
+    if name == "pos2":
+        model = model.float()
+        written = ids_of(generate(model, PROMPTS, Stopping(NEW), GREEDY))
+        assert written == [uncached(model, prompt) for prompt in PROMPTS]
 
 
 def test_a_sampled_text_equals_itself_alone():
@@ -70,12 +68,10 @@ def test_a_sampled_text_equals_itself_alone():
     assert generate(model, PROMPTS, Stopping(NEW), sampling, [4, 4, 5, 6])[0] != together[0], "the seed counts"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("piece", [1, 3, 4])
+@pytest.mark.parametrize(("family", "piece"), [("gpt", 1), ("llama", 3), ("gpt", 4)])
 def test_a_prompt_in_pieces_equals_one_piece(family, piece):
     """Logits differ by rounding, since products of other sizes add up in another order."""
-    model, (prompt, *_) = model_of("top_k=2", family), PROMPTS[2:]
-    other = PROMPTS[3]
+    model, (prompt, other) = model_of("top_k=2", family), PROMPTS[2:]
     ids_BS = torch.tensor([prompt, other + [0] * (len(prompt) - len(other))])
     mask_BS = torch.arange(len(prompt)) < torch.tensor([[len(prompt)], [len(other)]])
     whole, pieces = KVCache(2, CONTEXT), KVCache(2, CONTEXT)
@@ -153,12 +149,12 @@ def test_a_prompt_of_a_file_may_have_any_character_within_its_line(tmp_path):
 @pytest.mark.parametrize(
     ("prompts", "given", "says"),
     [
-        ([[]], {}, "prompt 0 is empty, allowed: one token or more"),
-        ([[1], [1] * 32], {}, "prompt 1 has 32 tokens and max_tokens is 3, .* shorten the prompt"),
-        ([[1] * 30], {}, "prompt 0 has 30 tokens and max_tokens is 3, allowed: 32 together.* reduce max_tokens to 2"),
+        ([[]], {}, "prompt 0 is empty"),
+        ([[1], [1] * 32], {}, "prompt 1 has 32 tokens .* shorten the prompt"),
+        ([[1] * 30], {}, "prompt 0 has 30 tokens .*, allowed: 32 .* reduce max_tokens to 2"),
         ([[1, 64]], {}, "prompt 0 has ids 1 to 64, allowed: 0 to 63"),
         ([[-1, 5]], {}, "prompt 0 has ids -1 to 5, allowed: 0 to 63"),
-        ([[1]], {"seeds": [1, 2]}, "2 seeds are given, allowed: one for each of the 1 prompts"),
+        ([[1]], {"seeds": [1, 2]}, "2 seeds"),
     ],
 )
 def test_bad_prompts_are_refused(prompts, given, says):
@@ -167,45 +163,40 @@ def test_bad_prompts_are_refused(prompts, given, says):
 
 
 def test_a_model_in_training_is_refused():
-    with pytest.raises(ValueError, match=r"in training mode, allowed: evaluation mode; call model\.eval\(\)"):
+    with pytest.raises(ValueError, match="training mode"):
         stream(model_of().train(), PROMPTS, Stopping(3))
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "name"),
     [
-        (lambda: Sampling(temperature=-0.1), "temperature is -0.1, allowed: 0"),
-        (lambda: Sampling(temperature=float("nan")), "temperature is nan"),
-        (lambda: Sampling(top_k=0), "top_k is 0, allowed: 1 or more"),
-        (lambda: Sampling(top_p=0.0), "top_p is 0, allowed: above 0, at most 1"),
-        (lambda: Sampling(top_p=1.1), "top_p is 1.1, allowed"),
-        (lambda: Sampling(repetition_penalty=0.0), "repetition_penalty is 0, allowed"),
-        (lambda: Stopping(0), "max_tokens is 0, allowed: 1 or more"),
-        (lambda: Stopping(1, strings=("",), decode=str), "a stop string is empty"),
-        (lambda: Stopping(1, strings=("a",)), "stop strings are given without `decode`"),
+        (lambda: Sampling(temperature=-0.1), "temperature"),
+        (lambda: Sampling(temperature=float("nan")), "temperature"),
+        (lambda: Sampling(top_k=0), "top_k"),
+        (lambda: Sampling(top_p=0.0), "top_p"),
+        (lambda: Sampling(top_p=1.1), "top_p"),
+        (lambda: Sampling(repetition_penalty=0.0), "repetition_penalty"),
+        (lambda: Stopping(0), "max_tokens"),
+        (lambda: Stopping(1, strings=("",), decode=str), "stop string"),
+        (lambda: Stopping(1, strings=("a",)), "stop strings"),
     ],
 )
-def test_bad_settings_are_refused(make, says):
-    with pytest.raises(ValueError, match=says):
+def test_bad_settings_are_refused(make, name):
+    with pytest.raises(ValueError, match=name):
         make()
 
 
 def test_a_draw_never_takes_a_token_that_was_removed():
+    """Nor with deterministic algorithms, with which CUDA draws on the host: it has no deterministic cumsum."""
     logits_BV = torch.full((64, 8), -torch.inf)
     logits_BV[:, [2, 5]] = 0.0
-    generators = [torch.Generator().manual_seed(i) for i in range(64)]
-    drawn: Tensor = choose(logits_BV, Sampling(1.0, None), torch.zeros(64, 8, dtype=torch.bool), generators)
-    assert set(drawn.tolist()) == {2, 5} and 16 < (drawn == 2).sum() < 48
-
-
-def test_deterministic_algorithms_draw_the_same_tokens():
-    """On CUDA the draw then takes place on the host, as there is no deterministic cumsum; a host cannot show that."""
-    logits_BV, had_BV = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), torch.zeros(8, 64, dtype=bool)
 
     def drawn() -> Tensor:
-        return choose(logits_BV, Sampling(1.0, 20, 0.9), had_BV, [torch.Generator().manual_seed(i) for i in range(8)])
+        generators = [torch.Generator().manual_seed(i) for i in range(64)]
+        return choose(logits_BV, Sampling(1.0, None), torch.zeros(64, 8, dtype=torch.bool), generators)
 
     plain = drawn()
+    assert set(plain.tolist()) == {2, 5} and 16 < (plain == 2).sum() < 48
     try:
         torch.use_deterministic_algorithms(True)
         assert torch.equal(drawn(), plain)
@@ -219,5 +210,5 @@ def test_texts_of_several_ranks_are_refused_in_buffers():
     for module in model.modules():
         if isinstance(module, MoEStream):
             module.rows = Buffers(2.0)
-    with pytest.raises(ValueError, match=r"moe.rows is buffers, .* allowed for texts of several ranks: filled"):
+    with pytest.raises(ValueError, match=r"moe\.rows is buffers"):
         stream(model, PROMPTS, Stopping(2), passes=Passes(lambda statement: statement))

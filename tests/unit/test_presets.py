@@ -66,32 +66,14 @@ def test_a_twin_keeps_heads_experts_and_frequency(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "millions", "printed"),
+    ("name", "millions"),
     [
-        ("gpt2_moe_small", 322.6, "323M"),
-        ("gpt2_moe_medium", 1866.0, "1.9B"),  # Table 8 has 1.7B: docs/decisions/0010-table-8-sizes.md
-        ("gpt3_moe_xl", 4134.4, "4.1B"),
-        ("llama2_moe", 6725.0, "6.7B"),  # with the ffn_dim of docs/decisions/0011-llama2-moe.md
+        ("gpt2_moe_small", 322.6),  # Table 8: 323M
+        ("gpt2_moe_medium", 1866.0),  # Table 8: 1.7B, see docs/decisions/0010-table-8-sizes.md
+        ("gpt3_moe_xl", 4134.4),  # Table 8: 4.1B
+        ("llama2_moe", 6725.0),  # Table 8: 6.7B, with the ffn_dim of docs/decisions/0011-llama2-moe.md
     ],
 )
-def test_size_of_standard_top_2(name, millions, printed):
+def test_size_of_standard_top_2(name, millions):
     total, _ = total_and_active(count_parameters(build_model_on_meta(preset(name, TABLES["top-2"]))))
     assert round(total / 1e6, 1) == millions
-    assert printed == (f"{total / 1e6:.0f}M" if total < 1e9 else f"{total / 1e9:.1f}B")
-
-
-def test_readings_of_the_size_of_gpt2_moe_medium():
-    """The figures of docs/decisions/0010-table-8-sizes.md."""
-
-    def billions(*further: str) -> dict[str, float]:
-        words = ["moe.architecture=top_k", "moe.top_k=2", *further]
-        counts = count_parameters(build_model_on_meta(load(MODELS / "gpt2_moe_medium.yaml", words)))
-        return {kind: size / 1e9 for kind, (_, size, _) in counts.items()}
-
-    printed = billions()
-    assert round(printed["experts"] + printed["attention"], 2) == 1.71
-    assert round(sum(printed.values()) - printed["embedding"], 2) == 1.81
-    assert round(sum(billions("model.layers=22").values()), 2) == 1.71
-    assert round(sum(billions("moe.num_experts=14").values()), 2) == 1.66
-    assert round(sum(billions("model.ffn_dim=3584").values()), 2) == 1.65
-    assert round(sum(billions("moe.num_experts=8").values()), 2) == 1.06

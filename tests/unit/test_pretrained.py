@@ -57,21 +57,21 @@ def refusal(config: Config) -> str:
 # ---------------------------------------------------------------------- what is read
 
 
-def test_a_folder_is_read(tmp_path):
-    llama_folder(tmp_path)
-    model = start(dense("llama", f"init_from=hf:{tmp_path}"))
-    expected = tiny_model(dense("llama"), torch.float32)
-    for name, p in expected.named_parameters():
-        assert torch.equal(model.get_parameter(name), p), name
-
-
-@pytest.mark.parametrize("words", [(), ("moe.position=pos1",)], ids=("dense", "scmoe"))
-def test_an_export_of_the_same_architecture_is_read(words, tmp_path):
-    config = tiny(*words) if words else dense("gpt")
-    expected = export(config, tmp_path / "model.safetensors")
-    model = start(tiny(*(words or ("moe.architecture=dense",)), f"init_from=scmoe:{tmp_path}/model.safetensors"))
+def assert_starts_from(config: Config, expected: torch.nn.Module) -> None:
+    model = start(config)
     for name, p in expected.named_parameters():
         assert torch.equal(model.get_parameter(name), p.float()), name
+
+
+def test_a_folder_is_read(tmp_path):
+    llama_folder(tmp_path)
+    assert_starts_from(dense("llama", f"init_from=hf:{tmp_path}"), tiny_model(dense("llama"), torch.float32))
+
+
+@pytest.mark.parametrize("word", ["moe.architecture=dense", "moe.position=pos1"])
+def test_an_export_of_the_same_architecture_is_read(word, tmp_path):
+    expected = export(tiny(word), tmp_path / "model.safetensors")
+    assert_starts_from(tiny(word, f"init_from=scmoe:{tmp_path}/model.safetensors"), expected)
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -88,8 +88,7 @@ def test_all_tensors_that_do_not_fit_are_named_at_once_and_nothing_is_written(tm
         "layers.1.self_attn.k_proj.weight is missing",
         "lm_head.weight is missing",
         "layers.0.mlp.gate_proj.bias is unknown",
-        "layers.0.mlp.down_proj.weight is (16, 32), "
-        "allowed: a shape that gives blocks.0.sublayers.1.f.w_out.weight (16, 24)",
+        "layers.0.mlp.down_proj.weight is (16, 32)",
     ):
         assert part in message
     assert message.count(";") == 3
@@ -107,25 +106,20 @@ def test_nothing_is_written_where_a_tensor_is_missing(tmp_path):
 
 @pytest.mark.parametrize("shape", [(), (24,), (24, 16, 1)], ids=str)
 @pytest.mark.parametrize("words", ["architecture=dense", "architecture=top_k top_k=2"])
-@pytest.mark.parametrize("name", ["mlp.down_proj", "mlp.up_proj", "post_attention_layernorm"])
-def test_a_tensor_of_other_dimensions_is_refused_by_name(name, words, shape, tmp_path):
-    tensors = llama_folder(tmp_path)
-    tensors[f"model.layers.1.{name}.weight"] = torch.zeros(shape)
-    save_file(tensors, tmp_path / "model.safetensors")
-    overrides = [f"moe.{word}" for word in words.split()]
-    message = refusal(tiny(*FAMILIES["llama"], *overrides, f"init_from=hf:{tmp_path}"))
-    assert f"layers.1.{name}.weight" in message and str(tuple(shape)) in message
+def test_a_tensor_of_other_dimensions_is_refused_by_name(words, shape, tmp_path):
+    tensors, overrides = llama_folder(tmp_path), [f"moe.{word}" for word in words.split()]
+    for name in ("mlp.down_proj", "mlp.up_proj", "post_attention_layernorm"):
+        name = f"layers.1.{name}.weight"
+        save_file({**tensors, f"model.{name}": torch.zeros(shape)}, tmp_path / "model.safetensors")
+        message = refusal(tiny(*FAMILIES["llama"], *overrides, f"init_from=hf:{tmp_path}"))
+        assert name in message and str(tuple(shape)) in message
 
 
 @pytest.mark.parametrize(
     ("changes", "overrides", "said"),
     [
         ({"num_attention_heads": 4}, (), "model.heads is 2, allowed: 4"),
-        (
-            {"num_key_value_heads": 2},
-            ("data.vocab_size=65",),
-            "model.kv_heads is 1, allowed: 2; data.vocab_size is 65, allowed: 64",
-        ),
+        ({"num_key_value_heads": 2}, ("data.vocab_size=65",), "model.kv_heads is 1, allowed: 2; data.vocab_size is 65"),
         ({}, ("model.activation=gelu",), "model.activation is 'gelu', allowed: 'swiglu'"),
         ({}, ("model.family=gpt",), "model.family is 'gpt', allowed: 'llama'"),
         ({"rope_theta": 500000.0}, (), "rope_theta is 500000.0, allowed: 10000.0"),
@@ -144,17 +138,15 @@ def test_settings_that_shapes_do_not_show_are_checked(changes, overrides, said, 
 
 
 def test_a_folder_without_a_readable_checkpoint_is_refused(tmp_path):
-    def says(said: str) -> None:
-        assert said in refusal(dense("llama", f"init_from=hf:{tmp_path}"))
-
-    says("config.json cannot be read")
+    config = dense("llama", f"init_from=hf:{tmp_path}")
+    assert "config.json" in refusal(config)
     (tmp_path / "config.json").write_text("{")
-    says("config.json cannot be read")
+    assert "config.json" in refusal(config)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
-    says("has no weights in *.safetensors")
+    assert "has no weights in *.safetensors" in refusal(config)
     (tmp_path / "model.safetensors").write_bytes(b"no header")
-    says("model.safetensors cannot be read")
+    assert "model.safetensors cannot be read" in refusal(config)
 
 
 def test_an_export_of_another_format_is_refused(tmp_path):
@@ -166,26 +158,14 @@ def test_an_export_of_another_format_is_refused(tmp_path):
         assert "its header does not hold the model's settings" in refusal(dense("gpt", f"init_from=scmoe:{file}"))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "model.dim=32",
-        "model.heads=4",
-        "model.layers=4",
-        "model.ffn_dim=48",
-        "model.activation=gelu_tanh",
-        "data.vocab_size=65",
-        "moe.num_experts=8",
-        "moe.top_k=2",
-        "moe.architecture=shared_expert",
-        "moe.position=pos1",
-        "moe.first_position=pos1",
-        "moe.combine=cg2",
-        "moe.coefficient_input=tap",
-        "moe.tap_norm=shared",
-        "moe.noisy=true",
-    ],
+CHANGES = (
+    "model.dim=32 model.heads=4 model.layers=4 model.ffn_dim=48 model.activation=gelu_tanh data.vocab_size=65 "
+    "moe.num_experts=8 moe.top_k=2 moe.architecture=shared_expert moe.position=pos1 moe.first_position=pos1 "
+    "moe.combine=cg2 moe.coefficient_input=tap moe.tap_norm=shared moe.noisy=true"
 )
+
+
+@pytest.mark.parametrize("change", CHANGES.split())
 def test_an_export_into_another_model_is_refused_by_key(change, tmp_path):
     """Shapes do not show it: with another position or number of heads all tensors fit, and give another model."""
     file, key = tmp_path / "model.safetensors", change.partition("=")[0]
@@ -197,8 +177,7 @@ def test_an_export_into_another_model_is_refused_by_key(change, tmp_path):
 
 def test_settings_that_do_not_define_the_model_may_differ(tmp_path):
     """Keys of the training, and keys that this architecture does not read, may have other values."""
-    file = tmp_path / "model.safetensors"
-    top_2 = ("moe.architecture=top_k", "moe.top_k=2")
+    file, top_2 = tmp_path / "model.safetensors", ("moe.architecture=top_k", "moe.top_k=2")
     export(tiny(*top_2), file)
     start(tiny(*top_2, "moe.position=pos1", "moe.capacity_factor=null", "model.dropout=0.1", f"init_from=scmoe:{file}"))
 
@@ -209,16 +188,10 @@ def test_an_moe_does_not_become_dense(tmp_path):
     assert "moe.architecture is 'dense', allowed: 'scmoe'" in message
 
 
-@pytest.mark.parametrize("value", ["gpt2", "zip:file", "https://example.com/model"])
-def test_other_sources_are_refused(value):
-    with pytest.raises(ConfigError, match=r"init_from is .*, allowed: null, hf:FOLDER or scmoe:FILE"):
+@pytest.mark.parametrize("value", ["gpt2", "zip:file", "https://example.com/model", "scmoe:runs/latest/export/x"])
+def test_other_sources_and_the_link_to_the_newest_run_are_refused(value, tmp_path):
+    with pytest.raises(ConfigError, match="init_from is "):
         tiny(f"init_from={value}")
-
-
-def test_the_link_to_the_newest_run_is_refused_as_a_source(tmp_path):
-    for runs in ("runs", tmp_path):
-        with pytest.raises(ConfigError, match=r"init_from is .*, allowed: another path"):
-            tiny(f"runs_dir={runs}", f"init_from=scmoe:{runs}/latest/export/model.safetensors")
     tiny(f"runs_dir={tmp_path}", "init_from=scmoe:runs/latest/export/model.safetensors")
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.utilities import rank_zero_only
 
 from scmoe.config.load import load
-from scmoe.runs.evaluate.kept_results import keep_results, read_results
+from scmoe.runs.evaluate.evaluation import keep_results, read_results
 from scmoe.training.run import train
 from scmoe.training.run.directory import SLUG_CHARS, create_run_dir, slug_of
 from scmoe.training.run.loggers import csv_logger

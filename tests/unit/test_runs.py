@@ -53,7 +53,20 @@ def folder(tmp_path):
     return tmp_path
 
 
+def change_state(run_dir: Path, **changes: object) -> None:
+    path = run_dir / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def make_silent(run_dir: Path) -> None:
+    silent_since = time.time() - SILENT_S - 60
+    os.utime(run_dir / "state.json", (silent_since, silent_since))
+
+
 def test_the_state_is_what_was_written_while_the_process_lives(tmp_path):
+    assert read_state(tmp_path) == "cut"
+    (tmp_path / "summary.json").write_text("{}")
+    assert read_state(tmp_path) == "finished", "without a state, as in an older version"
     for state in ("finished", "failed", "cut", "running"):
         write_state(tmp_path, state)
         assert read_state(tmp_path) == state
@@ -61,43 +74,35 @@ def test_the_state_is_what_was_written_while_the_process_lives(tmp_path):
 
 def test_a_killed_run_is_cut(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
-    write_state(tmp_path, "running")
-    kept = json.loads((tmp_path / "state.json").read_text())
+    ended.wait()
     for change in ({"pid": ended.pid}, {"started": "0"}):  # no such process; another process of this id
-        ended.wait()
-        (tmp_path / "state.json").write_text(json.dumps(kept | change))
+        write_state(tmp_path, "running")
+        change_state(tmp_path, **change)
         assert read_state(tmp_path) == "cut"
-    (tmp_path / "state.json").write_text(json.dumps(kept | {"pid": ended.pid, "host": "elsewhere"}))
-    assert read_state(tmp_path) == "running", "a process of another machine is not visible"
-    silent_since = time.time() - SILENT_S - 60
-    os.utime(tmp_path / "state.json", (silent_since, silent_since))
-    assert read_state(tmp_path) == "cut"
 
 
-def test_a_run_that_is_running_cannot_be_resumed_by_another_process(tmp_path):
+def test_a_run_that_another_process_trains_cannot_be_resumed(tmp_path):
     write_state(tmp_path, "running")
     refuse_running(tmp_path)  # this process itself, as in a notebook
-    path = tmp_path / "state.json"
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        kept = json.loads(path.read_text()) | {"pid": other.pid, "started": start_of(other.pid)}
-        path.write_text(json.dumps(kept))
+        change_state(tmp_path, pid=other.pid, started=start_of(other.pid))
         with pytest.raises(ConfigError, match=f"process {other.pid} is training {tmp_path}"):
             refuse_running(tmp_path)
-        path.write_text(json.dumps(kept | {"state": "cut"}))
+        change_state(tmp_path, state="cut")
         refuse_running(tmp_path)
-        path.write_text(json.dumps(kept))
+        change_state(tmp_path, state="running")
         other.communicate(b"\n")
     refuse_running(tmp_path)  # it has ended
 
 
 def test_a_run_that_another_machine_trains_cannot_be_resumed_until_it_is_silent(tmp_path):
     write_state(tmp_path, "running")
-    path = tmp_path / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"host": "elsewhere"}))
-    with pytest.raises(ConfigError, match=rf"process {os.getpid()} on elsewhere is training {tmp_path}; stop it first"):
+    change_state(tmp_path, host="elsewhere", pid=2**22 + 1)  # its process is not visible here
+    assert read_state(tmp_path) == "running"
+    with pytest.raises(ConfigError, match="on elsewhere"):
         refuse_running(tmp_path)
-    silent_since = time.time() - SILENT_S - 60
-    os.utime(path, (silent_since, silent_since))
+    make_silent(tmp_path)
+    assert read_state(tmp_path) == "cut"
     refuse_running(tmp_path)
 
 
@@ -116,12 +121,6 @@ def test_a_process_that_has_ended_counts_as_gone_before_its_parent_asks():
     os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
     assert start_of(ended.pid) is None
     ended.wait()
-
-
-def test_a_run_without_a_state_file_is_cut_unless_it_has_a_summary(tmp_path):
-    assert read_state(tmp_path) == "cut"
-    (tmp_path / "summary.json").write_text("{}")
-    assert read_state(tmp_path) == "finished"
 
 
 def test_curves_are_over_tokens(folder):
@@ -149,12 +148,8 @@ def test_runs_are_listed_with_what_differs_in_their_experiment(folder, capsys):
     lines = [line.split() for line in out.splitlines() if "20261101" in line]
     names = [line[0].rpartition("-")[2] for line in lines]
     assert names == ["d", "c", "b", "a", "e", "e"], "the newest is first, and the link `latest` is not listed"
-    assert [line[1:5] for line in lines[:4]] == [
-        ["finished", "4/4", "4.2500", "300"],
-        ["finished", "4/4", "4.2500", "300"],
-        ["failed", "4/4", "4.2500", "300"],
-        ["finished", "4/4", "4.2500", "300"],
-    ]
+    assert [line[1] for line in lines[:4]] == ["finished", "finished", "failed", "finished"]
+    assert all(line[2:5] == ["4/4", "4.2500", "300"] for line in lines[:4])
     words = [[], ["optim.lr=0.5"], ["moe.position=pos3"], [], ["optim.lr=0.2"], ["optim.lr=0.1"]]
     assert [line[7:] for line in lines] == words, "where two runs differ, neither value is the usual one"
     assert "6 of 6 runs" in out
@@ -204,27 +199,19 @@ def test_every_run_of_a_comparison_is_seen(folder, tmp_path, monkeypatch):
     assert len(short.get_xydata()) == 1 and short.get_marker() == "o"
 
 
-def test_a_run_without_metrics_can_be_compared(folder):
-    empty = make_run(folder, "debug/20261101-130000-empty", state="running")
-    os.remove(empty / "metrics.csv")
-    assert call("compare", str(empty), str(folder / "latest"), "--out", str(folder / "c.png")) == 0
-
-
-def test_steps_that_are_saved_count_where_they_are_not_logged(folder):
+def test_a_run_without_metrics_can_be_compared_and_has_the_steps_that_are_saved(folder):
     cut = make_run(folder, "debug/20261101-130000-cut", state="cut")
+    os.remove(cut / "metrics.csv")
     (cut / "checkpoints/step=9.ckpt").mkdir(parents=True)
     assert runs.open_run(str(cut)).steps == 9
+    assert call("compare", str(cut), str(folder / "latest"), "--out", str(folder / "c.png")) == 0
 
 
 @pytest.mark.parametrize("verb", ["resume", "export"])
 def test_a_folder_that_is_no_run_is_named_as_what_it_is(verb, tmp_path, capsys):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/config.json").write_text("{}")
-    for name, says in (
-        ("nowhere", "there is no folder "),
-        ("hf", "Hugging Face"),
-        ("", "has no whole last checkpoint"),
-    ):
+    for name, says in (("nowhere", "no folder"), ("hf", "Hugging Face"), ("", "no whole last checkpoint")):
         assert call(verb, str(tmp_path / name)) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert says in line and str(tmp_path / name) in line

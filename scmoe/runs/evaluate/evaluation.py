@@ -1,18 +1,21 @@
 """Evaluates a checkpoint of a run from top to bottom: test split, perplexity, tasks. Every rank calls `evaluate`.
 
 Rank 0 reads data, text and tasks before other ranks start. Ranks share the experts and not the batches
-(runs/evaluate/scoring.py), so the results do not depend on their number.
+(runs/evaluate/scoring.py), so the results do not depend on their number. They are kept at W&B and in evaluation.json,
+which has an entry for each checkpoint.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from rich import box
+from rich.table import Column, Table
 from torch import Tensor, nn
 
 from scmoe.config.extras import require
@@ -23,26 +26,25 @@ from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.parallel.checkpoint.durable import read_manifest
-from scmoe.runs.evaluate.kept_results import keep_results, log_to_wandb, read_results
 from scmoe.runs.evaluate.scoring import Forward, Scorer, Text, open_text, run_on_rank_zero, score_test_split, score_text
 from scmoe.runs.evaluate.tasks import OWN_TASKS, Registered, Task, read_task
 from scmoe.runs.on_ranks import config_without_training, ending_together, start_ranks
 from scmoe.training.assembly.data import build_datamodule, kept_data, prepare_data
-from scmoe.training.files import warn_once
-from scmoe.training.run.directory import relative
+from scmoe.training.files import warn_once, write_json
+from scmoe.training.run.directory import read_state, relative
+from scmoe.training.run.loggers import close_loggers, wandb_logger, wandb_mode
 from scmoe.training.run.machine import is_rank_zero
 from scmoe.training.run.resume import REFUSED_SINCE, Which, config_of, find_checkpoint
 
+FILE = "evaluation.json"
 Found = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to evaluate. tasks: names; None: those made from the text, if the run is on text.
+    """What to evaluate: the arguments of `scmoe evaluate`. tasks: None: those made from the text, if there is one.
 
-    folder: of the tasks' JSON lines, or of lm-eval's YAML files. text: a file; None: the test split. stride: of the
-    sliding window; None: half the context. limit: questions of a task; None: all. overrides: `key=value`, of the keys
-    that a resumed run may change.
+    folder: of tasks. text: None: the test split. stride: None: half the context. limit: None: all questions.
     """
 
     which: Which = "last"
@@ -54,15 +56,13 @@ class Request:
     overrides: Sequence[str] = ()
 
 
-@dataclass(frozen=True)
-class Material:
-    """What rank 0 has read. text: None for images."""
+class Material(NamedTuple):
+    """What rank 0 has read. text: None for images. stride: of the sliding window."""
 
     data: PositionedDataModule
     text: Text | None
     tasks: list[Task | Registered]
     stride: int
-    limit: int | None
 
 
 def read_material(config: Config, weights: Path, request: Request) -> Material:
@@ -86,7 +86,7 @@ def read_material(config: Config, weights: Path, request: Request) -> Material:
     tasks = read_tasks(text, request) if text and isinstance(data, TextDataModule) else []
     if request.limit is not None and not tasks:
         raise ConfigError("--limit counts questions of --tasks, but there is no task. Name one, or leave --limit out.")
-    return Material(data, text, tasks, stride, request.limit)
+    return Material(data, text, tasks, stride)
 
 
 def read_tasks(text: Text, request: Request) -> list[Task | Registered]:
@@ -96,10 +96,9 @@ def read_tasks(text: Text, request: Request) -> list[Task | Registered]:
         raise ConfigError(f"--data is {str(request.folder)!r}, but --tasks names no file of it. Name one in --tasks.")
     if names:
         require("--tasks (other than none)", "lm_eval")
-    files = [] if request.folder is None else [file.stem for file in request.folder.glob("*.jsonl")]
-    others = [name for name in names if name not in OWN_TASKS and name not in files]
-    registered = {}
-    if others:
+    files = {} if request.folder is None else {file.stem: file for file in request.folder.glob("*.jsonl")}
+    registered: dict[str, Registered] = {}
+    if others := [name for name in names if name not in OWN_TASKS and name not in files]:
         from scmoe.runs.evaluate.lm_eval_adapter import load_registered  # here, as it needs the extra `eval`
 
         registered = load_registered(others, request.folder)
@@ -107,11 +106,8 @@ def read_tasks(text: Text, request: Request) -> list[Task | Registered]:
     for name in names:
         if name in OWN_TASKS:
             tasks.append(OWN_TASKS[name](text.documents, text.name))
-        elif name in registered:
-            tasks.append(registered[name])
         else:
-            assert request.folder is not None
-            tasks.append(read_task(name, request.folder))
+            tasks.append(read_task(files[name]) if name in files else registered[name])
     return tasks
 
 
@@ -122,14 +118,17 @@ def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
     """
     checkpoint = find_checkpoint(run_dir, request.which)
     config = config_without_training(partial(config_of, run_dir, checkpoint), checkpoint, request.overrides)
-    read_results(run_dir)
+    read_results(run_dir)  # its refusal, before other ranks start
     material = read_material(config, checkpoint, request) if is_rank_zero() else None
     module, trainer = start_ranks(config, checkpoint)
     device, plugin, model = trainer.strategy.root_device, trainer.precision_plugin, module.model
 
     def work(forward: Forward) -> Found:
         assert material is not None
-        return measure(forward, model, material, config, device)
+        scorer = Scorer(forward, config.data.seq_len, device)
+        found = measure(scorer, model, material, request.limit)
+        found["test"]["capacity_factor"] = config.moe.capacity_factor
+        return found
 
     def of_its_dtype(inputs: Tensor, mask: Tensor | None, *rest: Any, **named: Any) -> Any:
         return model(plugin.convert_input(inputs), mask, *rest, **named)
@@ -162,19 +161,97 @@ def padding_of(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.zeros(1, 1, dtype=torch.int64, device=device), mask[None]
 
 
-def measure(forward: Forward, model: nn.Module, material: Material, config: Config, device: torch.device) -> Found:
+def measure(scorer: Scorer, model: nn.Module, material: Material, limit: int | None) -> Found:
     """Return the results: {"test", "text", "tasks"}."""
     data, text = material.data, material.text
-    test = {**score_test_split(forward, data, device), "capacity_factor": config.moe.capacity_factor}
-    found: Found = {"test": test, "text": None, "tasks": {}}
+    found: Found = {"test": score_test_split(scorer, data), "text": None, "tasks": {}}
     if text is None:
         return found
     assert isinstance(data, SequenceDataModule)
-    scorer = Scorer(forward, config.data.seq_len, device)
     found["text"] = score_text(scorer, text, material.stride, data.splits.token_bytes_V)
     if material.tasks:
-        from scmoe.runs.evaluate.lm_eval_adapter import ModelOfRun, ask_all  # here, as it needs the extra `eval`
+        from scmoe.runs.evaluate.lm_eval_adapter import ModelOfRun, ask  # here, as it needs the extra `eval`
 
         assert isinstance(data, TextDataModule)
-        found["tasks"] = ask_all(ModelOfRun(scorer, data.tokenizer), material.tasks, material.limit)
+        for task in material.tasks:  # each alone, so that no score depends on which others are asked
+            found["tasks"] |= ask(ModelOfRun(scorer, data.tokenizer), task, limit)
     return found
+
+
+def read_results(run_dir: Path) -> dict[str, Any]:
+    """Return what earlier evaluations have found, by checkpoint. ConfigError: the file is no JSON object."""
+    path = run_dir / FILE
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}. Move it away, and evaluate again.") from error
+    if not isinstance(kept, dict):
+        raise ConfigError(f"{path} is not what an evaluation writes. Move it away, and evaluate again.")
+    return kept
+
+
+def keep_results(run_dir: Path, checkpoint: str, found: Mapping[str, Any], weights: str) -> None:
+    """Merge the results for a checkpoint into evaluation.json: texts and tasks by name, everything else as a whole.
+
+    weights: a digest of the checkpoint. A run that was resumed from an earlier step has another one of the same name,
+    whose results replace those of the first."""
+    kept, text = read_results(run_dir), found["text"]
+    earlier = kept.get(checkpoint, {})
+    if earlier.get("weights", weights) != weights:
+        earlier = {}
+    texts = {**earlier.get("texts", {}), **({text["text"]: text} if text else {})}
+    tasks = {**earlier.get("tasks", {}), **found["tasks"]}
+    one = {"step": found["step"], "weights": weights, "test": found["test"], "texts": texts, "tasks": tasks}
+    kept[checkpoint] = one
+    write_json(run_dir / FILE, kept)
+
+
+def log_to_wandb(run_dir: Path, config: Config, found: Mapping[str, Any]) -> None:
+    """Log the numbers in the run's own W&B run, if it has one. An error of W&B is one warning. config: the run's."""
+    if not (run_dir / "wandb_run.json").exists() or wandb_mode(config) == "disabled":
+        return
+    if read_state(run_dir) == "running":  # a second client would replace its rows
+        warn_once(f"Weights & Biases does not receive the evaluation while the run trains; it is in {run_dir / FILE}")
+        return
+    try:
+        logger = wandb_logger(run_dir, config)
+        logger.log_metrics(metrics_of(found), found["step"])
+        close_loggers([logger])
+    except Exception as error:  # the client raises errors of any kind, and the results are in the file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warn_once(f"Weights & Biases does not receive the evaluation: {reason}; it is in {run_dir / FILE}")
+
+
+def metrics_of(found: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of an evaluation under flat names."""
+    metrics = {f"eval/test_{key}": found["test"][key] for key in ("loss", "accuracy") if key in found["test"]}
+    if found["text"]:
+        metrics["eval/perplexity"] = found["text"]["perplexity"]
+    return metrics | {f"eval/{name}": task["accuracy"] for name, task in found["tasks"].items()}
+
+
+def shown(found: Mapping[str, Any]) -> list[str | Table]:
+    """Return lines and a table that show the results of one evaluation, with their conditions."""
+    test, text = found["test"], found["text"]
+    rest = f"accuracy {test['accuracy']:.2%}" if "images" in test else f"{test['bits_per_byte']:.4f} bits per byte"
+    number = f"{test['images']:,} images" if "images" in test else f"{test['tokens']:,} tokens"
+    capacity = "dropless" if test["capacity_factor"] is None else f"capacity factor {test['capacity_factor']:g}"
+    parts: list[str | Table] = [f"split {test['split']}: loss {test['loss']:.4f}, {rest} ({number}, {capacity})"]
+    if text:
+        how = f"window {text['window']}, stride {text['stride']}, dropless"
+        parts.append(f"{text['text']}: perplexity {text['perplexity']:.2f} ({text['tokens']:,} tokens, {how})")
+    if found["tasks"]:
+        parts.append(tasks_table(found["tasks"]))
+    return parts
+
+
+def tasks_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
+    numbers = ("accuracy", "95 % interval", "chance", "one answer", "questions")
+    columns = [Column(name, justify="right", no_wrap=True) for name in numbers]
+    table = Table("task", *columns, Column(no_wrap=True), box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, task in tasks.items():
+        interval = "" if task["interval"] is None else "{:.3f} to {:.3f}".format(*task["interval"])
+        guesses = ("" if task[key] is None else f"{task[key]:.3f}" for key in ("chance", "one_answer"))
+        questions = "" if task["questions"] is None else f"{task['questions']:,} of {task['of']:,}"
+        table.add_row(name, f"{task['accuracy']:.3f}", interval, *guesses, questions, task["verdict"])
+    return table

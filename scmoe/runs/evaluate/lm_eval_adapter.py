@@ -27,11 +27,11 @@ from scmoe.datamodules.tokenizer import Tokenizer
 from scmoe.inference.generate import padded
 from scmoe.inference.passes import decode, prefill
 from scmoe.inference.stopping import Stopping
-from scmoe.runs.evaluate.scoring import BATCH_TOKENS, Scorer
+from scmoe.runs.evaluate.scoring import Scorer, batches
 from scmoe.runs.evaluate.tasks import Registered, Task
 
-METRICS = ("acc", "acc_norm", "acc_mutual_info")
-OF_ONES = (*METRICS, "exact_match")  # the mean of ones and zeros; the first one that a task has judges it
+# Means of ones and zeros; the first one that a task of lm-eval has judges it.
+OF_ONES = ("acc", "acc_norm", "acc_mutual_info", "exact_match")
 CONFIDENCE = 0.95
 
 
@@ -62,13 +62,10 @@ class ModelOfRun(LM):
 
     def generate_until(self, requests: list[Instance], *_: Any, **__: Any) -> list[str]:
         prompts = [self.prompt(*request.args) for request in requests]
-        order = sorted(range(len(prompts)), key=lambda i: -prompts[i].length)  # the longest first: little padding
-        texts, start = [""] * len(prompts), 0
-        while start < len(order):
-            batch = order[start : start + max(1, BATCH_TOKENS // prompts[order[start]].length)]
+        texts = [""] * len(prompts)
+        for batch in batches(range(len(prompts)), lambda i: prompts[i].length):
             for i, text in zip(batch, self.write([prompts[i] for i in batch]), strict=True):
                 texts[i] = text
-            start += len(batch)
         return texts
 
     def prompt(self, context: str, asked: dict[str, Any]) -> Prompt:
@@ -116,31 +113,48 @@ class ModelOfRun(LM):
         return np.r_[self.tokenizer.end_of_text, whole], 1 + begin
 
 
-def ask(model: ModelOfRun, task: Task, limit: int | None) -> dict[str, Any]:
-    """Return the accuracy of a model in the first `limit` questions of a task, with its interval and chance level.
+def ask(model: ModelOfRun, task: Task | Registered, limit: int | None) -> dict[str, dict[str, Any]]:
+    """Return the accuracy of a model in the first `limit` questions of a task; of a group's tasks, and of the group.
 
-    one_answer: the accuracy of the best constant answer, where all questions have the same choices (yes or no, A to D).
+    accuracy: the metric `judged_by`, which may be another than an accuracy in a task of lm-eval. interval: None where
+    it is no mean of ones and zeros, or of a group. chance, one_answer: as in Task; None where they are not known.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its advice is for its own command line
-    asked = task._replace(questions=task.questions[:limit])
-    tasks = {"tasks": {task.name: as_lm_eval_task(asked)}}
-    answered: Any = lm_eval.evaluate(lm=model, task_dict=tasks, bootstrap_iters=0, log_samples=False)
-    found = answered["results"][task.name]
-    metrics = {metric: float(found[f"{metric},none"]) for metric in METRICS if f"{metric},none" in found}
-    accuracy, number = metrics[task.metric], len(asked.questions)
-    low, high = interval_of(accuracy, number)
-    return {
-        "accuracy": accuracy,
-        "interval": [low, high],
-        "chance": asked.chance,
-        "one_answer": asked.one_answer,
-        "verdict": verdict(low, high, asked.chance, asked.one_answer),
-        "questions": number,
-        "of": len(task.questions),
-        "from": task.origin,
-        "judged_by": task.metric,
-        **metrics,
-    }
+    loaded: Any = {"tasks": {task.name: as_lm_eval_task(task)}} if isinstance(task, Task) else task.loaded
+    answered: Any = lm_eval.evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+    found: dict[str, dict[str, Any]] = {}
+    for name, result in answered["results"].items():
+        numbers = {key: value for key, value in result.items() if "," in key and isinstance(value, int | float)}
+        metrics = {key.removesuffix(",none"): float(value) for key, value in numbers.items() if "_stderr," not in key}
+        if not metrics:
+            continue
+        judge = task.metric if isinstance(task, Task) else min(metrics, key=rank_of)
+        counts = answered["n-samples"].get(name, {"effective": None, "original": None})
+        is_mean = counts["effective"] and rank_of(judge) < len(OF_ONES)
+        found[name] = {
+            "accuracy": metrics[judge],
+            "interval": interval_of(metrics[judge], counts["effective"]) if is_mean else None,
+            "chance": None,
+            "one_answer": None,
+            "verdict": judge,
+            "questions": counts["effective"],
+            "of": counts["original"],
+            "from": f"lm-eval {task.name}",
+            "judged_by": judge,
+            **metrics,
+        }
+    if isinstance(task, Task):
+        asked, known = task._replace(questions=task.questions[:limit]), found[task.name]
+        known |= {"chance": asked.chance, "one_answer": asked.one_answer, "from": task.origin}
+        low, high = known["interval"]
+        known["verdict"] = verdict(low, high, asked.chance, asked.one_answer)
+    return found
+
+
+def rank_of(metric: str) -> int:
+    """Return the place of a metric among OF_ONES; their number for any other."""
+    name = metric.split(",")[0]
+    return OF_ONES.index(name) if name in OF_ONES else len(OF_ONES)
 
 
 def interval_of(mean: float, number: int) -> list[float]:
@@ -202,44 +216,4 @@ def load_registered(names: Sequence[str], folder: Path | None) -> dict[str, Regi
         if unsafe := [task for task, it in loaded["tasks"].items() if getattr(it, "UNSAFE_CODE", False)]:
             raise ConfigError(f"The task {unsafe[0]} of --tasks runs code that the model writes. Leave it out.")
         found[name] = Registered(name, loaded)
-    return found
-
-
-def ask_registered(model: ModelOfRun, task: Registered, limit: int | None) -> dict[str, dict[str, Any]]:
-    """Return what lm-eval finds for a task, or for each task of a group and the group itself, as `ask` does.
-
-    accuracy: the metric `judged_by`, which may be another than an accuracy. interval: None where it is no mean of ones
-    and zeros, or of a group. Chance is not known."""
-    answered: Any = lm_eval.evaluate(lm=model, task_dict=task.loaded, limit=limit, bootstrap_iters=0, log_samples=False)
-    found = {}
-    for name, result in answered["results"].items():
-        numbers = {key: value for key, value in result.items() if "," in key and isinstance(value, int | float)}
-        metrics = {key.removesuffix(",none"): float(value) for key, value in numbers.items() if "_stderr," not in key}
-        judges = sorted(metrics, key=lambda key: [*OF_ONES, key.split(",")[0]].index(key.split(",")[0]))
-        if not judges:
-            continue
-        counts = answered["n-samples"].get(name, {"effective": None, "original": None})
-        number, mean, interval = counts["effective"], metrics[judges[0]], None
-        if number and judges[0].split(",")[0] in OF_ONES:
-            interval = interval_of(mean, number)
-        found[name] = {
-            "accuracy": mean,
-            "interval": interval,
-            "chance": None,
-            "one_answer": None,
-            "verdict": judges[0],
-            "questions": number,
-            "of": counts["original"],
-            "from": f"lm-eval {task.name}",
-            "judged_by": judges[0],
-            **metrics,
-        }
-    return found
-
-
-def ask_all(model: ModelOfRun, tasks: Sequence[Task | Registered], limit: int | None) -> dict[str, dict[str, Any]]:
-    """Return the answers by task. Each task is asked alone, so that no score depends on which others are asked."""
-    found: dict[str, dict[str, Any]] = {}
-    for task in tasks:
-        found |= {task.name: ask(model, task, limit)} if isinstance(task, Task) else ask_registered(model, task, limit)
     return found

@@ -5,7 +5,7 @@ window that shows the model at least `context - stride` of the tokens before it,
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -107,8 +107,7 @@ class Scorer:
             for i, (ids, first) in enumerate(sequences)
             for window in windows_of(len(ids), first, self.context, stride or self.context)
         ]
-        windows.sort(key=lambda pair: pair[1].start - pair[1].stop)  # the longest first: little padding
-        for batch in batches(windows):
+        for batch in batches(windows, lambda pair: pair[1].stop - pair[1].start):
             nats_B, likeliest_B = self.score([sequences[i][0] for i, _ in batch], [window for _, window in batch])
             for (i, _), nats, likeliest in zip(batch, nats_B, likeliest_B, strict=True):
                 log_likelihoods[i] -= nats
@@ -145,13 +144,12 @@ def windows_of(num_tokens: int, first: int, context: int, stride: int) -> Iterat
         first = stop
 
 
-def batches(windows: Sequence[tuple[int, Window]]) -> Iterator[Sequence[tuple[int, Window]]]:
-    """Cut windows, the longest first, into batches of about BATCH_TOKENS with padding."""
-    start = 0
-    while start < len(windows):
-        longest = windows[start][1]
-        size = max(1, BATCH_TOKENS // (longest.stop - longest.start))
-        yield windows[start : start + size]
+def batches(items: Iterable[T], length: Callable[[T], int]) -> Iterator[Sequence[T]]:
+    """Cut items into batches of about BATCH_TOKENS with padding: the longest first, so there is little padding."""
+    ordered, start = sorted(items, key=length, reverse=True), 0
+    while start < len(ordered):
+        size = max(1, BATCH_TOKENS // length(ordered[start]))
+        yield ordered[start : start + size]
         start += size
 
 
@@ -159,18 +157,18 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def score_test_split(forward: Forward, data: PositionedDataModule, device: torch.device) -> dict[str, Any]:
+def score_test_split(scorer: Scorer, data: PositionedDataModule) -> dict[str, Any]:
     """Return the loss of the test split in nats per token (image), and bits per byte of text or accuracy of images.
 
     It is computed as a validation of one rank computes it: the windows of a text do not overlap, and experts have the
     run's own capacity. Images have two splits: there the test split is the one of validation, whole.
     """
-    of_text = isinstance(data, SequenceDataModule)
+    of_text, device = isinstance(data, SequenceDataModule), scorer.device
     nats, hits, targets, num_bytes = 0.0, 0, 0, 0
     for batch in data.test_dataloader():
         inputs, labels = batch["input_ids" if of_text else "images"], batch["labels"]
         mask = batch["padding_mask"] if of_text else labels != IGNORE
-        logits_NC = forward(inputs.to(device), mask.to(device))[0].flatten(0, -2)
+        logits_NC = scorer.forward(inputs.to(device), mask.to(device))[0].flatten(0, -2)
         labels_N = labels.flatten().to(device)
         nats += cross_entropy_sum(logits_NC, labels_N).item()
         hits += int((logits_NC.argmax(-1) == labels_N).sum())

@@ -72,23 +72,19 @@ class Registered(NamedTuple):
     loaded: Any
 
 
-def read_task(name: str, folder: Path) -> Task:
-    """Return the task of folder/NAME.jsonl. ConfigError: there is none, or a line is no question."""
-    path = folder / f"{name}.jsonl"
-    if not path.is_file():
-        there = ", ".join(sorted(file.stem for file in folder.glob("*.jsonl"))) or "none"
-        raise ConfigError(f"--tasks has {name!r}, allowed: cloze, next_sentence, or one of {folder}: {there}")
-    questions = []
+def read_task(path: Path) -> Task:
+    """Return the task of a file NAME.jsonl. ConfigError: a line is no question."""
+    questions, prompt = [], PROMPTS.get(path.stem, "")
     with path.open(encoding="utf-8") as file:  # str.splitlines would cut a text at U+2028, too
         for number, line in enumerate(file, 1):
             try:
-                questions.append(question_of(json.loads(line), PROMPTS.get(name, "")))
+                questions.append(question_of(json.loads(line), prompt))
             except (KeyError, TypeError, ValueError) as error:
                 form = "A question is a JSON object with query, choices and gold."
                 raise ConfigError(f"{path}, line {number}: {why_no_question(error)}. {form}") from error
     if not questions or len({question.end is None for question in questions}) > 1:
         raise ConfigError(f"{path} has {len(questions)} questions, but needs one or more, all of one form.")
-    return Task(name, questions, "acc", str(path))
+    return Task(path.stem, questions, "acc", str(path))
 
 
 def why_no_question(error: Exception) -> str:
