@@ -24,6 +24,7 @@ from scmoe.moe import balance
 from scmoe.moe.activation import ACTIVATIONS
 from scmoe.moe.coefficient import COEFFICIENT_GATES
 from scmoe.moe.experts import Experts
+from scmoe.moe.layout import rows_of
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import RouterStats
@@ -50,8 +51,9 @@ def MoE(
         raise ValueError(f"activation is {activation!r}, allowed: {' | '.join(ACTIVATIONS)}")
     context = context_of(group)
     ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
+    router, rows = Router(dim, num_experts, top_k), rows_of(capacity_factor)
     experts = Experts(dim, ffn_dim, num_experts, context.local_experts(num_experts), activation)
-    return MoEStream(Router(dim, num_experts, top_k), experts, context.dispatcher(num_experts), capacity_factor)
+    return MoEStream(router, experts, context.dispatcher(num_experts), rows)
 
 
 def ScMoEBlock(

@@ -23,7 +23,6 @@ from scmoe.inference.generate import stream
 from scmoe.inference.sampling import GREEDY
 from scmoe.inference.stopping import Stopping
 from scmoe.moe.operators import Mark, Recorder
-from scmoe.moe.stream import dropless
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model
 
@@ -91,11 +90,10 @@ def cached(
 
 @torch.inference_mode()
 def uncached(model: Any, ids_BS: Tensor, tokens: int) -> Tensor:
-    with dropless(model):
-        for _ in range(tokens):
-            last_B = torch.full((len(ids_BS),), ids_BS.shape[1] - 1)
-            next_B1 = model(ids_BS, last_B=last_B).logits_BSV.argmax(-1)
-            ids_BS = torch.cat([ids_BS, next_B1], 1)
+    for _ in range(tokens):
+        last_B = torch.full((len(ids_BS),), ids_BS.shape[1] - 1)
+        next_B1 = model(ids_BS, last_B=last_B, dropless=True).logits_BSV.argmax(-1)
+        ids_BS = torch.cat([ids_BS, next_B1], 1)
     return ids_BS
 
 

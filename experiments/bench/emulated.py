@@ -49,9 +49,9 @@ class EmulatedOperator(nn.Module):
 class EmulatedExperts(nn.Module):
     """Replaces moe.experts.Experts: the identity, after us_per_row microseconds for each row."""
 
-    def __init__(self, us_per_row: float) -> None:
+    def __init__(self, us_per_row: float, num_experts: int, expert_ids: range) -> None:
         super().__init__()
-        self.us_per_row = us_per_row
+        self.us_per_row, self.num_experts, self.expert_ids = us_per_row, num_experts, expert_ids
 
     def forward(self, rows_RD: Tensor, counts_e: Tensor | None) -> Tensor:
         return _Sleep.apply(rows_RD, self.us_per_row * rows_RD.shape[0] / 1e6)

@@ -34,7 +34,7 @@ from scmoe.inference.passes import Shape
 from scmoe.inference.planned import PASSES, a_pass
 from scmoe.models.decoder import GPT
 from scmoe.moe.dispatcher import Blocking, Dispatcher, Pending, Ready, Receipt
-from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
+from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher, ReadByHost
 from scmoe.planning.inference_planner import InferencePlan, best_schedules, pass_seconds, plan_inference
 from scmoe.probes.charts import BLUE, PAPER, RED, Bar, bar_legend, chart, grouped_bars, heading, height_of
 from scmoe.schedule.schedule import Schedule
@@ -56,7 +56,7 @@ class Free:
     def announce(self, counts_PE: Tensor) -> Any:
         ranks = self.inner.ep_size
         by_rank = counts_PE.expand(ranks, *counts_PE.shape).reshape(ranks, len(counts_PE), ranks, -1)
-        return self.inner.announced(Ready(None), by_rank, dist.get_rank(self.inner.group))
+        return ReadByHost(Ready(None), by_rank, dist.get_rank(self.inner.group), None)
 
     def dispatch(self, rows_RD: Tensor, counts: Any) -> tuple[Pending, Receipt]:
         return self.inner.dispatch(rows_RD, counts)

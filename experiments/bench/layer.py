@@ -30,6 +30,7 @@ from scmoe.experiments.engine.report import Report
 from scmoe.moe.activation import Activation
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Experts, batched_mlps, grouped_mlps
+from scmoe.moe.layout import rows_of
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.training.run.machine import keep_freed_memory
@@ -95,7 +96,7 @@ def bench_layer(
     variants: dict[str, Made] = {
         PRODUCTS: (DenseProducts(dim, ffn_dim, nn.Identity()), rows),
         GELU: (DenseProducts(dim, ffn_dim, nn.GELU()), rows),
-        LAYER: (MoEStream(router, module, LocalDispatcher(), capacity, filled=True), x),
+        LAYER: (MoEStream(router, module, LocalDispatcher(), rows_of(capacity, filled=True)), x),
     }
     if tokens * top_k % experts == 0:
         variants[BATCHED] = BatchedProducts(dim, ffn_dim, experts), rows
@@ -251,7 +252,7 @@ def measure(
 
     def layer(capacity_factor: float | None) -> Made:
         router = random_weights(Router(dim, num_experts, TOP_K, balanced=True).to(dtype), device)
-        return MoEStream(router, experts(), LocalDispatcher(), capacity_factor), x()
+        return MoEStream(router, experts(), LocalDispatcher(), rows_of(capacity_factor)), x()
 
     def swiglu() -> Made:
         router = random_weights(Router(dim, num_experts, TOP_K).to(dtype), device)

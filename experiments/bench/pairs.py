@@ -17,6 +17,7 @@ from scmoe.experiments.bench.emulated import EmulatedExperts, EmulatedOperator
 from scmoe.experiments.engine.step import Step
 from scmoe.moe.coefficient import CG1
 from scmoe.moe.experts import Experts
+from scmoe.moe.layout import rows_of
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
@@ -106,10 +107,13 @@ def make_block(name: str, setting: Setting, group: Any, capacity_factor: float |
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     own = range(rank * s.num_experts // ranks, (rank + 1) * s.num_experts // ranks)
     us_per_row = mlp_ms * 1e3 / s.tokens
-    experts: Any = EmulatedExperts(us_per_row) if emulated else Experts(s.dim, s.ffn_dim, s.num_experts, own)
+    if emulated:
+        experts: Any = EmulatedExperts(us_per_row, s.num_experts, own)
+    else:
+        experts = Experts(s.dim, s.ffn_dim, s.num_experts, own)
     # every expert gets its fair share, so that the time does not depend on the choices of an untrained gate
     router = Router(s.dim, s.num_experts, TOP_K.get(name, 1), balanced=True)
-    stream = MoEStream(router, experts, AllToAllDispatcher(group, s.num_experts), capacity_factor)
+    stream = MoEStream(router, experts, AllToAllDispatcher(group, s.num_experts), rows_of(capacity_factor))
     if name in ("top1", "top2", "top3"):
         return TopKBlock(sublayers, nn.LayerNorm(s.dim), stream, schedule)
     norms = [nn.LayerNorm(s.dim) for _ in range(2)]

@@ -32,10 +32,9 @@ from scmoe.experiments.bench.pairs import Setting
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, seconds
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.experiments.engine.step import Step
-from scmoe.parallel.dense_shards import with_dense_mesh
+from scmoe.parallel.dense import with_dense_mesh
 from scmoe.parallel.mesh import ParallelContext, build_context
-from scmoe.parallel.update.clipping import clip_grad_norm
-from scmoe.parallel.update.guard import Guard
+from scmoe.parallel.update.guard import Guard, clip_grad_norm
 from scmoe.parallel.update.wrap import wrap
 from scmoe.training.assembly.model import build_model
 

@@ -19,8 +19,7 @@ from scmoe.experiments.engine.gantt import draw
 from scmoe.experiments.engine.profiles import recorded
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.operators import Direction, Recorder
-from scmoe.planning.plan_file import plan_from_json
-from scmoe.planning.pricing import DIRECTIONS, LayerChoice, from_tap
+from scmoe.planning.pricing import DIRECTIONS, LayerChoice, from_tap, plan_from_json
 from scmoe.schedule.cost import per_chunk
 from scmoe.schedule.play import Span, elapsed, play
 

@@ -31,9 +31,9 @@ from scmoe.config.registry import IMAGES
 from scmoe.config.rules import resolve_ep_size
 from scmoe.experiments.dryrun.counting import Counting
 from scmoe.moe import experts
-from scmoe.parallel.dense_shards import local, materialise, shard, with_dense_mesh
+from scmoe.parallel.dense import local, materialise, shard, with_dense_mesh
 from scmoe.parallel.mesh import ParallelContext, build_context, expert_parameters
-from scmoe.parallel.update.clipping import clip_grad_norm
+from scmoe.parallel.update.guard import clip_grad_norm
 from scmoe.parallel.update.wrap import wrap
 from scmoe.training.assembly.model import build_module, build_network
 

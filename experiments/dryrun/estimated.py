@@ -28,7 +28,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.config.registry import IMAGES
 from scmoe.footprint.memory import Job, Split, rank_memory
 from scmoe.footprint.model_cost import forward_flops, moe_uses, rank_parameters, training_flops, transfer_bytes
-from scmoe.moe.layout import buffer_size, expert_capacity
+from scmoe.moe.layout import Buffers, Capacity, buffer_size, expert_capacity
 from scmoe.training.assembly.model import build_model_on_meta, updated_by_muon
 from scmoe.training.run.printout import count_parameters, total_and_active
 
@@ -120,13 +120,13 @@ def rows_of_block(block: MoEBlock, tokens: int, ep_size: int) -> tuple[int, int]
     moe, chunks = block.moe, block.schedule.chunks
     num_experts, top_k = moe.router.num_experts, moe.router.top_k
     gates = 2 if isinstance(block, DoubleGateBlock) else 1
-    if moe.buffer is not None:
-        part = math.ceil(buffer_size(tokens, top_k, ep_size, moe.buffer) / chunks)
+    if isinstance(moe.rows, Buffers):
+        part = math.ceil(buffer_size(tokens, top_k, ep_size, moe.rows.ceiling) / chunks)
         return gates * chunks * ep_size * part, gates * ep_size * chunks * num_experts
-    if moe.capacity_factor is None or moe.filled:  # as many as there are; with a capacity, at most
-        return gates * tokens * top_k, gates * ep_size * chunks * num_experts
-    capacity = expert_capacity(tokens, num_experts, top_k, moe.capacity_factor)
-    return gates * chunks * num_experts * math.ceil(capacity / chunks), 0
+    if isinstance(moe.rows, Capacity) and not moe.rows.filled:
+        capacity = expert_capacity(tokens, num_experts, top_k, moe.rows.factor)
+        return gates * chunks * num_experts * math.ceil(capacity / chunks), 0
+    return gates * tokens * top_k, gates * ep_size * chunks * num_experts  # with a capacity, at most
 
 
 def estimate_table(facts: dict[str, Any]) -> Table:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from scmoe.parallel.dense_shards import local
+from scmoe.parallel.dense import local
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
-from scmoe.parallel.update.clipping import clip_grad_norm
+from scmoe.parallel.update.guard import clip_grad_norm
 from scmoe.parallel.update.wrap import Wrapped
 
 

@@ -16,7 +16,7 @@ from scmoe.experiments.engine.report import console
 from scmoe.parallel.checkpoint.loading import load_checkpoint
 from scmoe.parallel.checkpoint.saving import Saving
 from scmoe.parallel.checkpoint.state import model_state, optimizer_state
-from scmoe.parallel.dense_shards import local, reshard
+from scmoe.parallel.dense import local, reshard
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything

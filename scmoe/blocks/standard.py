@@ -24,7 +24,9 @@ class DenseBlock(nn.Module):
         super().__init__()
         self.sublayers = nn.ModuleList(sublayers)
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
+    def forward(
+        self, x_BSD: Tensor, mask_BS: Tensor | None = None, dropless: bool = False, *cache: KVCache
+    ) -> MoEOutput:
         for sublayer in self.sublayers:
             x_BSD = sublayer(x_BSD, *cache)
         return MoEOutput(x_BSD, None)
@@ -35,9 +37,11 @@ class TopKBlock(MoEBlock):
 
     architecture = "top_k"
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
+    def forward(
+        self, x_BSD: Tensor, mask_BS: Tensor | None = None, dropless: bool = False, *cache: KVCache
+    ) -> MoEOutput:
         x_BSD = self.before_tap(x_BSD, *cache)
-        routed_BSD, stats = self.moe(self.norm(x_BSD), mask_BS, self.schedule.chunks)
+        routed_BSD, stats = self.moe(self.norm(x_BSD), mask_BS, self.schedule.chunks, dropless)
         return MoEOutput(x_BSD + self.after(routed_BSD), stats)
 
 
@@ -51,10 +55,12 @@ class SharedExpertBlock(MoEBlock):
     shared_expert: nn.Module
     coefficient: nn.Module
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
+    def forward(
+        self, x_BSD: Tensor, mask_BS: Tensor | None = None, dropless: bool = False, *cache: KVCache
+    ) -> MoEOutput:
         x_BSD = self.before_tap(x_BSD, *cache)
         u_BSD = self.norm(x_BSD)
-        state = self.moe.begin(u_BSD, mask_BS, self.schedule.chunks)
+        state = self.moe.begin(u_BSD, mask_BS, self.schedule.chunks, dropless)
         if self.schedule.slot == 0:
             state = self.moe.run_experts(state)
         shared_BSD = self.operator("shared_expert", self.shared_expert, u_BSD)

@@ -23,6 +23,7 @@ from scmoe.blocks.double_gate import DoubleGateBlock
 from scmoe.blocks.sublayers import MLP, Attention, SelfAttention
 from scmoe.moe.coefficient import CG1, CG2
 from scmoe.moe.experts import Experts
+from scmoe.moe.layout import Buffers, Capacity
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 
@@ -87,12 +88,14 @@ def rows_computed(moe: MoEStream, copies: int) -> float:
     """Rows that the experts compute for a token, empty slots included; where slots are filled alone, at most. A
     capacity counts as it is, not rounded up to whole slots and to equal chunks."""
     most = moe.router.num_experts / moe.router.top_k  # a token chooses an expert once
-    return copies * (1.0 if moe.filled else min(moe.capacity_factor or 1.0, most))
+    if isinstance(moe.rows, Capacity) and not moe.rows.filled:
+        return copies * min(moe.rows.factor, most)
+    return float(copies)
 
 
 def rows_sent(moe: MoEStream, copies: int) -> float:
     """Rows that are sent for a token, and for which the experts allocate memory; with buffers, empty rows count too."""
-    return copies * moe.buffer if moe.buffer else rows_computed(moe, copies)
+    return copies * moe.rows.ceiling if isinstance(moe.rows, Buffers) else rows_computed(moe, copies)
 
 
 def forward_flops(model: Any, seq_len: int, empty_slots: bool = True) -> dict[str, float]:

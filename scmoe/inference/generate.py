@@ -22,7 +22,8 @@ from scmoe.inference.passes import ALONE, Passes, decode, read_prompts
 from scmoe.inference.sampling import Sampling, choose
 from scmoe.inference.stopping import Reason, Stopping
 from scmoe.models.decoder import Decoder
-from scmoe.moe.stream import MoEStream, dropless
+from scmoe.moe.layout import Buffers
+from scmoe.moe.stream import MoEStream
 
 
 class Step(NamedTuple):
@@ -82,7 +83,8 @@ def stream(
     seeds = range(len(prompts)) if seeds is None else seeds
     if model.training:
         raise ValueError("the model is in training mode, allowed: evaluation mode; call model.eval()")
-    if passes.all_ranks is not bool and any(isinstance(m, MoEStream) and m.buffer is not None for m in model.modules()):
+    buffered = any(isinstance(m, MoEStream) and isinstance(m.rows, Buffers) for m in model.modules())
+    if buffered and passes.all_ranks is not bool:
         raise ValueError(
             "moe.rows is buffers, which needs equally many tokens on every rank, "
             "allowed for texts of several ranks: filled"
@@ -127,8 +129,7 @@ def _steps(
     going = [True] * len(prompts)
     cache = KVCache(batch_size, longest + stopping.max_tokens - 1, device)
     passes.begin("prefill")
-    with dropless(model):  # for passes only: between two steps the model is the caller's
-        logits_BV = read_prompts(model, ids_BS, mask_BS, cache, passes)
+    logits_BV = read_prompts(model, ids_BS, mask_BS, cache, passes)
     passes.begin("decode")
     ended = passes.all_ranks(not going)
     while not ended:
@@ -143,8 +144,7 @@ def _steps(
         ended = passes.all_ranks(not any(going))
         if not ended:
             had_BV.scatter_(1, ids_B[:, None], True)
-            with dropless(model):
-                logits_BV = decode(model, ids_B, going or [False], cache)
+            logits_BV = decode(model, ids_B, going or [False], cache)
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

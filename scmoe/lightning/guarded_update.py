@@ -14,8 +14,7 @@ from torch.optim import Optimizer
 
 from scmoe.lightning.seam import original_after_closure, replace_after_closure
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
-from scmoe.parallel.update.clipping import clip_grad_norm
-from scmoe.parallel.update.guard import Guard
+from scmoe.parallel.update.guard import Guard, clip_grad_norm
 
 
 class GuardedUpdate:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scmoe.lightning import seam
 from scmoe.parallel.checkpoint.saving import Checkpoints
-from scmoe.parallel.dense_shards import reshard
+from scmoe.parallel.dense import reshard
 from scmoe.parallel.mesh import ParallelContext
 
 EXIT_CODE = 128 + signal.SIGTERM

@@ -38,13 +38,15 @@ from scmoe.lightning.lockstep import Job, SavePostponed
 from scmoe.lightning.roll_call import end_job_at_exit, note_absent
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.checkpoint.state import check_can_be_saved, model_state, optimizer_state, tied_weights
-from scmoe.parallel.dense_choice import estimates_of, memory_of_rank, pick_dense
-from scmoe.parallel.dense_shards import (
+from scmoe.parallel.dense import (
     Steps,
     check_dense,
     check_placements,
+    estimates_of,
     is_sharded,
     make_equal,
+    memory_of_rank,
+    pick_dense,
     shard,
     with_dense_mesh,
 )

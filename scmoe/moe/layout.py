@@ -1,8 +1,15 @@
 """Encode and decode: tokens to expert-contiguous rows, and back.
 
 A layout chooses the row of each routed copy, `encode` fills the rows, `decode` sums a token's copies with their
-weights. With a capacity each expert takes C copies, first choices first, early tokens first, and the others are
-dropped. There are three layouts:
+weights. Which copies have a row is a value that the stream has, Rows:
+
+    Dropless()                every copy
+    Capacity(factor, filled)  of each expert C copies, `factor` times its fair share: first choices first, early tokens
+                              first. The others are dropped.
+    Buffers(ceiling)          dropless without waiting for the host: of each rank so many copies as its buffer holds,
+                              `ceiling` times its fair share. The others are dropped.
+
+There are three layouts:
 
     filled   every copy that is not dropped has a row; counts_PE holds the number of rows of each expert
     slots    each expert has C rows. Shapes depend on no data, so nothing waits for the host. An empty slot repeats
@@ -16,7 +23,8 @@ directions are gathers, forward and backward: a scatter-add would be slower and,
 """
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -218,3 +226,83 @@ def arrange_buffers(topk_ids_TK: Tensor, num_experts: int, num_ranks: int, size:
     tokens_R = (copies_R // K).where(copies_R < T * K, 0)
     group_N = (chunk_N * E + sorted_N).where(sorted_N < E, P * E)
     return Layout(rows_N.view(T, K), tokens_R, copies_R, count(group_N, P * E).view(P, E), P)
+
+
+# ---------------------------------------------------------------------- which copies have a row
+
+
+class Rows(Protocol):
+    def arrange(
+        self, ids_TK: Tensor, mask_T: Tensor | None, num_experts: int, num_ranks: int, chunks: int, training: bool
+    ) -> Layout:
+        """Chooses the row of each copy of this rank's tokens. mask_T False: padding, which takes no row. num_ranks:
+        ranks that share the experts. training: every rank has equally many tokens."""
+
+    def dropless(self, num_experts: int) -> "Rows":
+        """The arrangement that drops nothing and can be used with the same dispatcher."""
+
+
+@dataclass(frozen=True)
+class Dropless:
+    def arrange(
+        self, ids_TK: Tensor, mask_T: Tensor | None, num_experts: int, num_ranks: int, chunks: int, training: bool
+    ) -> Layout:
+        return arrange_filled(ids_TK, num_experts, chunks, padded=mask_T is not None)
+
+    def dropless(self, num_experts: int) -> Rows:
+        return self
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """filled: send and compute only the filled slots. The host must know how many there are: this is free on a CPU, and
+    a synchronisation on a GPU."""
+
+    factor: float
+    filled: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.factor <= 1e6:
+            raise ValueError(f"capacity_factor is {self.factor}, allowed: None, or above 0 and at most 1e6")
+
+    def arrange(
+        self, ids_TK: Tensor, mask_T: Tensor | None, num_experts: int, num_ranks: int, chunks: int, training: bool
+    ) -> Layout:
+        """Outside training ranks may have different numbers of tokens, and therefore of slots: they announce the
+        filled ones."""
+        num_tokens, top_k = ids_TK.shape
+        capacity = expert_capacity(num_tokens, num_experts, top_k, self.factor)
+        room: int | Tensor = capacity
+        if mask_T is not None:  # padding adds no capacity: its slots stay empty, so that shapes depend on no data
+            room = rounded_up(self.factor * mask_T.sum().double() * top_k / num_experts)
+        if self.filled or (not training and num_ranks > 1):
+            return arrange_filled(drop_beyond(ids_TK, num_experts, room), num_experts, chunks)
+        return arrange_slots(ids_TK, num_experts, capacity, chunks, room)
+
+    def dropless(self, num_experts: int) -> Rows:
+        return Dropless()
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Needs a dispatcher for buffers. On one rank there are none, and nothing is dropped."""
+
+    ceiling: float
+
+    def arrange(
+        self, ids_TK: Tensor, mask_T: Tensor | None, num_experts: int, num_ranks: int, chunks: int, training: bool
+    ) -> Layout:
+        if num_ranks == 1:
+            return Dropless().arrange(ids_TK, mask_T, num_experts, num_ranks, chunks, training)
+        num_tokens, top_k = ids_TK.shape
+        size = buffer_size(num_tokens, top_k, num_ranks, self.ceiling)
+        return arrange_buffers(ids_TK, num_experts, num_ranks, size, chunks)
+
+    def dropless(self, num_experts: int) -> Rows:
+        """Every rank must use the same layout, so buffers remain, with room for every copy."""
+        return Buffers(float(num_experts))
+
+
+def rows_of(capacity_factor: float | None, filled: bool = False) -> Rows:
+    """capacity_factor: None: dropless. Raises ValueError for one that is not above 0 or is above 1e6."""
+    return Dropless() if capacity_factor is None else Capacity(capacity_factor, filled)

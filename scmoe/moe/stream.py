@@ -9,28 +9,15 @@ Backward is the mirror: finish's backward starts the gradient's transfer, begin'
 In a compiled block the verbs themselves are not compiled, because their shapes depend on the data.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scmoe.moe.balance import router_stats
 from scmoe.moe.dispatcher import Dispatcher, Pending, Receipt
 from scmoe.moe.experts import Experts
-from scmoe.moe.layout import (
-    Layout,
-    arrange_buffers,
-    arrange_filled,
-    arrange_slots,
-    buffer_size,
-    decode,
-    drop_beyond,
-    encode,
-    expert_capacity,
-    rounded_up,
-)
+from scmoe.moe.layout import Dropless, Layout, Rows, decode, encode
 from scmoe.moe.operators import Operators
 from scmoe.moe.router import Router
 from scmoe.moe.tokens import MoEOutput, RouterStats, Routing
@@ -50,46 +37,38 @@ class StreamState(NamedTuple):
 class MoEStream(Operators):
     """Router, experts and the dispatcher between them.
 
-    capacity_factor: slots of an expert, as a multiple of its fair share of this rank's tokens; None: dropless.
-    filled: send and compute only the filled slots. The host must know how many there are: this is free on a CPU, and a
-    synchronisation on a GPU.
-    buffer: dropless rows between ranks are in buffers of this multiple of a rank's fair share (moe/layout.py), without
-    host synchronisation.
+    rows: how the rows are arranged (layout.py); None: dropless.
     """
 
-    def __init__(
-        self,
-        router: Router,
-        experts: Experts,
-        dispatcher: Dispatcher,
-        capacity_factor: float | None = None,
-        filled: bool = False,
-        buffer: float | None = None,
-    ) -> None:
+    def __init__(self, router: Router, experts: Experts, dispatcher: Dispatcher, rows: Rows | None = None) -> None:
         super().__init__()
-        if capacity_factor is not None and not 0 < capacity_factor <= 1e6:
-            raise ValueError(f"capacity_factor is {capacity_factor}, allowed: None, or above 0 and at most 1e6")
         self.router, self.experts, self.dispatcher = router, experts, dispatcher
-        self.capacity_factor, self.filled = capacity_factor, filled or capacity_factor is None
-        self.buffer = buffer
-        self.sums = True  # compute the router's sums, which losses and metrics read
+        self.rows = rows or Dropless()
+        self.num_ranks = experts.num_experts // len(experts.expert_ids)  # that share the experts
 
     @torch.compiler.disable
     def begin(
-        self, tap_BSD: Tensor, mask_BS: Tensor | None = None, chunks: int = 1, excluded_T1: Tensor | None = None
+        self,
+        tap_BSD: Tensor,
+        mask_BS: Tensor | None = None,
+        chunks: int = 1,
+        dropless: bool = False,
+        excluded_T1: Tensor | None = None,
     ) -> StreamState:
         """mask_BS False: padding, which is routed nowhere and takes no capacity.
 
         chunks: pieces of the rows, each with its own transfers, so that one's experts hide another's transfer.
+        dropless: drop nothing in this pass, whatever `rows` is. With a capacity a token's result depends on its batch.
+        For inference, not for training: the router's sums are not computed, and stats are None.
         excluded_T1: an expert that each token must not go to (DGMoE)."""
         x_TD = tap_BSD.flatten(0, -2)
         mask_T = None if mask_BS is None else mask_BS.flatten()
-        routing, layout = self.operator("route", self.route, x_TD, mask_T, chunks, excluded_T1)
+        routing, layout = self.operator("route", self.route, x_TD, mask_T, chunks, dropless, excluded_T1)
         announced = None if layout.counts_PE is None else self.dispatcher.announce(layout.counts_PE)
         rows = self.operator("encode", encode, _in_wire_dtype(x_TD), layout, announced)
         sent = [self.operator("dispatch", self.dispatcher.dispatch, *chunk) for chunk in rows]
         in_flight, receipts = [pending for pending, _ in sent], [receipt for _, receipt in sent]
-        stats = router_stats(routing, layout, mask_T) if self.sums else None
+        stats = None if dropless else router_stats(routing, layout, mask_T)
         return StreamState(tap_BSD.shape, routing, layout, stats, in_flight, receipts)
 
     @torch.compiler.disable
@@ -110,55 +89,25 @@ class MoEStream(Operators):
         return MoEOutput(y_TD.view(state.shape), state.stats)
 
     def forward(
-        self, x_BSD: Tensor, mask_BS: Tensor | None = None, chunks: int = 1, excluded_T1: Tensor | None = None
+        self,
+        x_BSD: Tensor,
+        mask_BS: Tensor | None = None,
+        chunks: int = 1,
+        dropless: bool = False,
+        excluded_T1: Tensor | None = None,
     ) -> MoEOutput:
         """The whole module at once: sum_i G(x)_i E_i(x) (Eq. 1)."""
-        return self.finish(self.run_experts(self.begin(x_BSD, mask_BS, chunks, excluded_T1)))
+        return self.finish(self.run_experts(self.begin(x_BSD, mask_BS, chunks, dropless, excluded_T1)))
 
     def route(
-        self, x_TD: Tensor, mask_T: Tensor | None, chunks: int, excluded_T1: Tensor | None
+        self, x_TD: Tensor, mask_T: Tensor | None, chunks: int, dropless: bool, excluded_T1: Tensor | None
     ) -> tuple[Routing, Layout]:
         """Where each token goes, and which row each of its copies takes."""
         routing = self.router(x_TD, mask_T, excluded_T1)
-        return routing, self.arrange(routing.topk_ids_TK, mask_T, chunks)
-
-    @property
-    def num_ranks(self) -> int:
-        """Ranks that share the experts."""
-        return self.experts.num_experts // len(self.experts.expert_ids)
-
-    def arrange(self, ids_TK: Tensor, mask_T: Tensor | None, chunks: int) -> Layout:
-        """Dropless: in buffers, or filled. With a capacity: filled slots alone, or all slots. Outside training, ranks
-        may have different numbers of tokens and therefore of slots, so they announce the filled ones."""
-        (T, K), E, factor = ids_TK.shape, self.router.num_experts, self.capacity_factor
-        if self.buffer is not None and (ranks := self.num_ranks) > 1:
-            return arrange_buffers(ids_TK, E, ranks, buffer_size(T, K, ranks, self.buffer), chunks)
-        if factor is None:
-            return arrange_filled(ids_TK, E, chunks, padded=mask_T is not None)
-        capacity = expert_capacity(T, E, K, factor)
-        # padding adds no capacity: the slots that it would bring stay empty, so that shapes depend on no data
-        room = capacity if mask_T is None else rounded_up(factor * mask_T.sum().double() * K / E)
-        if self.filled or (not self.training and self.num_ranks > 1):
-            return arrange_filled(drop_beyond(ids_TK, E, room), E, chunks)
-        return arrange_slots(ids_TK, E, capacity, chunks, room)
-
-
-@contextmanager
-def dropless(model: nn.Module) -> Iterator[None]:
-    """Run the model dropless inside, whatever its capacity. With a capacity a token's result depends on its batch.
-
-    For inference, not for training: the routers' sums are not computed, and stats are None."""
-    streams = [module for module in model.modules() if isinstance(module, MoEStream)]
-    before = [(stream.capacity_factor, stream.buffer, stream.filled, stream.sums) for stream in streams]
-    try:
-        for stream in streams:
-            # every rank must use the same layout, so buffers remain, but with room for every copy
-            buffer = None if stream.buffer is None else float(stream.router.num_experts)
-            stream.capacity_factor, stream.buffer, stream.filled, stream.sums = None, buffer, True, False
-        yield
-    finally:
-        for stream, values in zip(streams, before, strict=True):
-            stream.capacity_factor, stream.buffer, stream.filled, stream.sums = values
+        num_experts = self.router.num_experts
+        rows = self.rows.dropless(num_experts) if dropless else self.rows
+        ids_TK = routing.topk_ids_TK
+        return routing, rows.arrange(ids_TK, mask_T, num_experts, self.num_ranks, chunks, self.training)
 
 
 def _in_wire_dtype(x_TD: Tensor) -> Tensor:

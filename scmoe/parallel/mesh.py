@@ -23,7 +23,7 @@ from scmoe.moe.dispatcher import Blocking, Dispatcher, LocalDispatcher, Narrowed
 from scmoe.moe.experts import Experts
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.wire.all_to_all import Carried, Exchange, Link, all_to_all
-from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher, BufferedDispatcher
+from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
 from scmoe.parallel.wire.hierarchical import FastestExchange, hierarchical
 
 EXCHANGES = ("auto", "flat", "hierarchical")
@@ -37,7 +37,7 @@ class ParallelContext:
     `gradient_group` (on CPUs) dense gradients that are paced, `checkpoint_group` (gloo) checkpoints, `control_group`
     (gloo) requests to stop; the default group carries dense gradients that are not paced, losses and metrics. `link`
     knows the All-to-All in flight. `exchange`: how rows travel; None: flat, by one All-to-All over `ep_group`.
-    `dense_mesh`: the ranks over which dense weights are split (dense_shards.py); None: each rank holds them whole.
+    `dense_mesh`: the ranks over which dense weights are split (dense.py); None: each rank holds them whole.
     `exact_mesh`: the same ranks, for the weights that are gathered in float32.
     """
 
@@ -76,10 +76,9 @@ class ParallelContext:
         receives exactly its fair share and needs no ceiling. buffered: for rows in buffers."""
         if self.ep_size == 1:
             return LocalDispatcher()
-        exchange = self.carried()
-        if buffered:
-            return BufferedDispatcher(self.ep_group, num_experts, None, exchange, counts_group=self.counts_group)
-        return AllToAllDispatcher(self.ep_group, num_experts, ceiling, exchange, counts_group=self.counts_group)
+        return AllToAllDispatcher(
+            self.ep_group, num_experts, ceiling, self.carried(), counts_group=self.counts_group, buffered=buffered
+        )
 
     def carried(self) -> Exchange:
         """Return the exchange of rows. If gradients are paced, `link` keeps track of its transfers."""

@@ -3,8 +3,8 @@
 Prefill has many tokens and long transfers; decode has few tokens, and its transfers are all latency. So each shape has
 a plan of its own, which is measured on forward passes of that shape:
 
-    measure   transfers one at a time (`Blocking`), some passes with each number of chunks: the time of every operator
-    price     for each number of chunks, the best slot of every MoE layer by forward times alone (pricing.py)
+    measure   as in training (planner.py), by forward times alone: for each number of chunks, the best slot of every
+    price     MoE layer
     try       passes in turn, round after round: sequential, and overlapped with each number of chunks
     choose    the way with the least time; where overlap gains less than LEAST_GAIN, the plan is sequential
 
@@ -19,15 +19,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.moe.dispatcher import Blocking, Dispatcher
-from scmoe.moe.operators import Recorder
-from scmoe.planning.pricing import gather, measured, price, start_clocks
+from scmoe.planning.planner import Planner
+from scmoe.planning.pricing import gather
 from scmoe.schedule.schedule import Schedule
 
-WARMUP_PASSES, PASSES_EACH, ROUNDS = 2, 3, 7
+ROUNDS = 7
 LEAST_GAIN = 0.02  # of a pass; a smaller gain is within the noise, and sequential is simpler
 
 
@@ -86,12 +85,6 @@ def plan_inference(
     return replace(ways[fastest(seconds)], seconds=seconds)
 
 
-def fastest(seconds: Mapping[str, float]) -> str:
-    """Returns the way with the least time; sequential where that gains less than LEAST_GAIN."""
-    best = min(seconds, key=lambda way: seconds[way])
-    return best if seconds[best] <= (1 - LEAST_GAIN) * seconds["sequential"] else "sequential"
-
-
 def best_schedules(
     blocks: Sequence[MoEBlock],
     forward: Callable[[], Any],
@@ -101,38 +94,19 @@ def best_schedules(
     ep_size: int | None = None,
 ) -> dict[int, tuple[Schedule, ...]]:
     """Returns the best schedule of each MoE layer, by number of chunks; arguments as above."""
-    own = [block.schedule for block in blocks]
-    samples: dict[int, list[Tensor]] = {chunks: [] for chunks in sorted(set(chunk_counts))}
-    for _ in range(WARMUP_PASSES):
+    planner = Planner(blocks, group, device, chunk_counts, ep_size=ep_size, directions=("forward",))
+    while not planner.priced:
+        planner.begin_step()
         forward()
-    for _ in range(PASSES_EACH):
-        for chunks, own_samples in samples.items():
-            schedules = [replace(schedule, chunks=chunks) for schedule in own]
-            own_samples.append(operator_seconds(blocks, schedules, forward, group, device, ep_size))
-    return {
-        chunks: tuple(choice.schedule for choice in choices)
-        for chunks, choices in price(samples, own, fixed=False).items()
-    }
+        planner.end_step()
+    planner.close()
+    return {chunks: tuple(choice.schedule for choice in choices) for chunks, choices in planner.priced.items()}
 
 
-def operator_seconds(
-    blocks: Sequence[MoEBlock],
-    schedules: Sequence[Schedule],
-    forward: Callable[[], Any],
-    group: Any,
-    device: torch.device,
-    ep_size: int | None,
-) -> Tensor:
-    """[L, 1, OPERATORS + 2] seconds of one pass with transfers one at a time (pricing.measured)."""
-    before = [(block.schedule, block.moe.dispatcher) for block in blocks]
-    recorders = [Recorder(device) for _ in blocks]
-    for block, schedule, recorder in zip(blocks, schedules, recorders, strict=True):
-        block.run_as(schedule, Blocking(block.moe.dispatcher), recorder)
-    start_clocks(recorders, group)
-    forward()
-    for block, (schedule, dispatcher) in zip(blocks, before, strict=True):
-        block.run_as(schedule, dispatcher)
-    return measured(recorders, schedules, group, ep_size, ("forward",))
+def fastest(seconds: Mapping[str, float]) -> str:
+    """Returns the way with the least time; sequential where that gains less than LEAST_GAIN."""
+    best = min(seconds, key=lambda way: seconds[way])
+    return best if seconds[best] <= (1 - LEAST_GAIN) * seconds["sequential"] else "sequential"
 
 
 def pass_seconds(forward: Callable[[], Any], group: Any, device: torch.device, passes: int) -> float:

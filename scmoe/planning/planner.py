@@ -1,6 +1,7 @@
 """The adaptive schedule (section 3.2): measure the operators of this model on this hardware, then choose.
 
-The planner uses ordinary training steps. Their results stay bit-identical for every slot.
+The planner uses ordinary training steps. Their results stay bit-identical for every slot. inference_planner.py uses
+passes in place of steps, up to `price`.
 
     warm up     as configured
     measure     transfers one at a time (`Blocking`), some steps with each number of chunks in turn: the time of every
@@ -24,8 +25,8 @@ from torch import Tensor
 
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.moe.dispatcher import Blocking
-from scmoe.moe.operators import Recorder
-from scmoe.planning.pricing import LayerChoice, measured, price, start_clocks
+from scmoe.moe.operators import Direction, Recorder
+from scmoe.planning.pricing import DIRECTIONS, LayerChoice, measured, price, start_clocks
 from scmoe.schedule.cost import overlap_efficiency
 from scmoe.schedule.schedule import Schedule
 
@@ -58,6 +59,7 @@ class Planner:
     every result stays bit-identical.
     fixed: keep the schedules as they are and only measure the overlap. All blocks must have one number of chunks then.
     ep_size: consecutive ranks of the group that exchange rows; None: all.
+    directions: forward alone prices passes of inference.
     """
 
     def __init__(
@@ -68,9 +70,10 @@ class Planner:
         chunk_counts: Sequence[int] = (1, 2, 4),
         fixed: bool = False,
         ep_size: int | None = None,
+        directions: Sequence[Direction] = DIRECTIONS,
     ) -> None:
         self.blocks, self.group, self.device, self.fixed = list(blocks), group, device, fixed
-        self.ep_size = ep_size
+        self.ep_size, self.directions = ep_size, directions
         self.own = [block.schedule for block in blocks]
         self.chunk_counts = sorted({s.chunks for s in self.own} if fixed else set(chunk_counts))
         assert len(self.chunk_counts) == 1 or not fixed
@@ -149,7 +152,7 @@ class Planner:
             return
         schedules = [block.schedule for block in self.blocks]
         self.run_as(schedules)
-        sample = measured(recorders, schedules, self.group, self.ep_size)
+        sample = measured(recorders, schedules, self.group, self.ep_size, self.directions)
         if what == "run":
             self.note_overlap(sample)
             return

@@ -10,7 +10,7 @@ and CUDA events have no common clock.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -159,6 +159,43 @@ def price_layer(chunk_counts: Sequence[int], seconds_C2O: Tensor, own: Schedule,
         return own if fixed else best_schedule(slots(replace(own, chunks=chunks)), times)
 
     return {chunks: LayerChoice(best(chunks), times, sequential) for chunks in chunk_counts}
+
+
+def plan_to_json(choices: Sequence[LayerChoice], conditions: dict[str, Any], step: int) -> dict[str, Any]:
+    """Return the plan of a run as JSON values, with times in seconds. step: after which it was chosen.
+
+    {"step": 27, "conditions": {"ranks": 2, "ep_size": 2, ...},
+     "layers": [{"schedule": {"architecture": "scmoe", "position": "pos2", "expert_slot": 1, "chunks": 2},
+                 "predicted_s": 0.041, "exposed_s": 0.003, "eq11_slot": 2,
+                 "times_s": {"2": {"forward": {"attention": 0.004, ...}, "backward": {...}}},
+                 "sequential_s": [0.02, 0.05]}]}
+    """
+    layers = [
+        {
+            "schedule": asdict(choice.schedule),
+            "predicted_s": choice.predicted,
+            "exposed_s": choice.exposed,
+            "eq11_slot": choice.eq11.slot,
+            "times_s": {str(chunks): asdict(times) for chunks, times in choice.times.items()},
+            "sequential_s": list(choice.sequential),
+        }
+        for choice in choices
+    ]
+    return {"step": step, "conditions": conditions, "layers": layers}
+
+
+def plan_from_json(plan: dict[str, Any]) -> list[LayerChoice]:
+    """Return the choices of all layers. ValueError: this is no plan."""
+    try:
+        return [_choice(layer) for layer in plan["layers"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it is no plan: {error!r}") from error
+
+
+def _choice(layer: dict[str, Any]) -> LayerChoice:
+    times = {int(chunks): OperatorTimes(**directions) for chunks, directions in layer["times_s"].items()}
+    forward, backward = layer["sequential_s"]
+    return LayerChoice(Schedule(**layer["schedule"]), times, (forward, backward))
 
 
 def gather(values: Tensor, group: Any) -> Tensor:

@@ -27,6 +27,7 @@ from torch import Tensor
 from scmoe.config.fields import Config
 from scmoe.config.load import load_text
 from scmoe.config.registry import ARCHITECTURES
+from scmoe.files.replacing import replacing, write_durably
 from scmoe.init_from.families import READERS, in_their_layout
 from scmoe.init_from.pretrained import settings_of
 from scmoe.models.decoder import NORM_EPS
@@ -91,7 +92,7 @@ def write_folder(
         write_tokenizer(folder, tokenizer, config.data.seq_len)
     if not (folder / "README.md").exists():
         step, parameters = durable.read_manifest(checkpoint)["step"], sum(p.numel() for p in own.values())
-        durable.write_durably(folder / "README.md", model_card(config, content, step, parameters))
+        write_durably(folder / "README.md", model_card(config, content, step, parameters))
     write_json_durably(folder / "config.json", content)
     return content["model_type"]
 
@@ -114,7 +115,7 @@ def write_weights(checkpoint: Path, folder: Path, content: dict[str, Any], shard
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
         read = read_named(checkpoint, [STORED + name for name in group])
         theirs = {name: t for ours in group for name, t in renamed(content, ours, read.pop(STORED + ours))}
-        with durable.replacing(folder / file) as partial:
+        with replacing(folder / file) as partial:
             write_whole(theirs, partial, {"format": "pt"})
         places |= dict.fromkeys(theirs, file)
         total += sum(t.nbytes for t in theirs.values())
@@ -150,7 +151,7 @@ def write_tokenizer(folder: Path, tokenizer: Any, seq_len: int) -> None:
 
 
 def write_json_durably(path: Path, content: dict[str, Any]) -> None:
-    durable.write_durably(path, json.dumps(content, indent=2) + "\n")
+    write_durably(path, json.dumps(content, indent=2) + "\n")
 
 
 def dropless(config: Config) -> Config:

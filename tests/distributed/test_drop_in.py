@@ -20,7 +20,7 @@ from torch import nn
 import scmoe
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.experts import Experts
-from scmoe.parallel.dense_shards import local, make_equal, shard, with_dense_mesh
+from scmoe.parallel.dense import local, make_equal, shard, with_dense_mesh
 from scmoe.parallel.mesh import ParallelContext, build_context
 from scmoe.training.assembly.blocks import build_blocks
 from tests.support.forked import python

@@ -20,6 +20,7 @@ from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.lightning.debug import CompareCollectives
 from scmoe.moe.dispatcher import Narrowed, Traffic
 from scmoe.moe.experts import Experts
+from scmoe.moe.layout import Buffers, Capacity, Dropless
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext, build_context, check_experts
@@ -33,13 +34,13 @@ pytestmark = pytest.mark.dist
 
 NODES, PLACES, DIM, EXPERTS = 2, 2, 8, 8
 RANKS = NODES * PLACES
-STREAMS = {  # capacity factor, filled rows, buffer, chunks, rows' type on the network
-    "dropless": (None, True, None, 1, None),
-    "dropless, three chunks": (None, True, None, 3, None),
-    "dropless in bfloat16": (None, True, None, 2, torch.bfloat16),
-    "a capacity, filled": (1.0, True, None, 2, None),
-    "a capacity, all slots": (1.5, False, None, 2, None),
-    "buffers": (None, True, 3.0, 2, None),
+STREAMS = {  # how rows are arranged, chunks, rows' type on the network
+    "dropless": (Dropless(), 1, None),
+    "dropless, three chunks": (Dropless(), 3, None),
+    "dropless in bfloat16": (Dropless(), 2, torch.bfloat16),
+    "a capacity, filled": (Capacity(1.0, filled=True), 2, None),
+    "a capacity, all slots": (Capacity(1.5), 2, None),
+    "buffers": (Buffers(3.0), 2, None),
 }
 
 
@@ -80,12 +81,12 @@ def moved(context: ParallelContext, by_rank: Tensor | None, rank: int, way: str)
 
 def trained(context: ParallelContext, stream: tuple, rank: int) -> list[Tensor]:
     """Returns output and all gradients of an MoE module."""
-    factor, filled, buffer, chunks, wire = stream
+    rows, chunks, wire = stream
     torch.manual_seed(7)
     router, experts = Router(DIM, EXPERTS, 2), Experts(DIM, 16, EXPERTS, context.local_experts(EXPERTS))
-    dispatcher = context.dispatcher(EXPERTS, buffered=buffer is not None)
+    dispatcher = context.dispatcher(EXPERTS, buffered=isinstance(rows, Buffers))
     dispatcher = dispatcher if wire is None else Narrowed(dispatcher, wire)
-    moe: nn.Module = MoEStream(router, experts, dispatcher, factor, filled, buffer)
+    moe: nn.Module = MoEStream(router, experts, dispatcher, rows)
     x = random(3, 6, DIM, seed=rank).requires_grad_()
     y, _ = moe(x, chunks=chunks)
     y.square().sum().backward()

@@ -19,6 +19,7 @@ from scmoe.experiments.engine.ranks import RankError, run_ranks
 from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.experts import Experts
+from scmoe.moe.layout import Capacity
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
@@ -38,7 +39,7 @@ def build(rank: int, world_size: int) -> list[MoEBlock]:
 
     def stream() -> MoEStream:
         dispatcher = AllToAllDispatcher(dist.group.WORLD, EXPERTS)
-        return MoEStream(Router(DIM, EXPERTS, 1), Experts(DIM, FFN, EXPERTS, own), dispatcher, 2.0)
+        return MoEStream(Router(DIM, EXPERTS, 1), Experts(DIM, FFN, EXPERTS, own), dispatcher, Capacity(2.0))
 
     norms = [nn.LayerNorm(DIM) for _ in range(3)]
     slow = tiny_sublayers()

@@ -1,4 +1,4 @@
-"""Dense weights that are split over ranks change no result: N processes compute the same as one (dense_shards.py).
+"""Dense weights that are split over ranks change no result: N processes compute the same as one (dense.py).
 
 As in test_ep_equality.py, a tiny GPT takes three SGD steps through the real Strategy and Trainer, in float64, and
 losses, every gradient, norms, and the weights before and after are within 1e-12 of one process.

@@ -18,10 +18,11 @@ from scmoe.api import MoE
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.activation import Activation
 from scmoe.moe.experts import Experts
+from scmoe.moe.layout import Buffers, Capacity, Dropless, Rows, rows_of
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import Routing
-from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher, BufferedDispatcher
+from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.bookkeeping import DataPosition
@@ -110,23 +111,23 @@ def exactly(rank: int, world_size: int, dtype: torch.dtype) -> None:
     weights_TK = (0.5 ** torch.randint(3, (TOKENS, 2), generator=draw)).to(dtype)
 
     results = {}
-    ways: list[dict[str, Any]] = [{}, {"buffer": float(world_size)}]
+    ways: list[Rows] = [Dropless(), Buffers(float(world_size))]
     for factor in (EXPERTS / 2, float(EXPERTS)):  # a slot for each token, then for each copy
-        ways += [{"capacity_factor": factor, "filled": filled} for filled in (False, True)]
+        ways += [Capacity(factor, filled) for filled in (False, True)]
     for how in ways:
         for chunks in (1, 2):
             x, weights = x_BTD.clone().requires_grad_(), weights_TK.clone().requires_grad_()
-            dispatcher = (BufferedDispatcher if "buffer" in how else AllToAllDispatcher)(None, EXPERTS)
-            stream = MoEStream(Given(ids_TK, weights), experts, dispatcher, **how)
+            dispatcher = AllToAllDispatcher(None, EXPERTS, buffered=isinstance(how, Buffers))
+            stream = MoEStream(Given(ids_TK, weights), experts, dispatcher, how)
             y, stats = stream(x, None, chunks)
             assert int(stats.num_dropped) == 0
             y.backward(dy_BTD)
-            results[str(how), chunks] = [y.detach(), *(leaf.grad for leaf in (x, weights, *experts.parameters()))]
+            results[how, chunks] = [y.detach(), *(leaf.grad for leaf in (x, weights, *experts.parameters()))]
             experts.zero_grad()
-    dropless = results["{}", 1]
+    dropless = results[Dropless(), 1]
     assert all(t.abs().max() > 0 and torch.equal(4 * t, (4 * t).round()) for t in dropless)
-    for name, tensors in results.items():
-        assert all(torch.equal(t, expected) for t, expected in zip(tensors, dropless, strict=True)), name
+    for way, tensors in results.items():
+        assert all(torch.equal(t, expected) for t, expected in zip(tensors, dropless, strict=True)), way
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.representative), torch.float64])
@@ -147,7 +148,7 @@ def pad(rank: int, world_size: int, factor: float | None) -> None:
     experts = Experts(DIM, FFN, EXPERTS, range(rank * share, (rank + 1) * share))
     experts.init_weights("experts", 0.3, 0.3)
     router = randomise(Router(DIM, EXPERTS, 2), seed=0)
-    stream = MoEStream(router, experts, AllToAllDispatcher(None, EXPERTS), factor).double()
+    stream = MoEStream(router, experts, AllToAllDispatcher(None, EXPERTS), rows_of(factor)).double()
     draw = torch.Generator().manual_seed(rank)
     x_BSD = torch.randn(2, PADDED // 2, DIM, generator=draw, dtype=torch.float64)
     mask_BS = torch.zeros(PADDED, dtype=torch.bool)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from scmoe.experiments.engine.command_line import call
-from scmoe.planning.plan_file import plan_from_json, plan_to_json
+from scmoe.planning.pricing import plan_from_json, plan_to_json
 from tests.support.commands import resume_in_ranks, train_in_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]

@@ -13,7 +13,7 @@ from torch.distributed import DistNetworkError
 from scmoe.config.load import load
 from scmoe.experiments.engine.command_line import call
 from scmoe.lightning.strategy import ExpertParallelStrategy
-from scmoe.parallel import dense_choice
+from scmoe.parallel import dense as dense_weights
 from scmoe.training.assembly.trainer import cpu_threads
 from scmoe.training.run import machine
 from scmoe.training.run.loggers import wandb_mode
@@ -72,7 +72,7 @@ def test_a_run_that_needs_more_memory_than_there_is_is_refused_by_the_limit_that
 def test_the_limit_of_memory_is_a_ranks_share(monkeypatch, tmp_path):
     one, two = (load("configs/debug.yaml", [f"trainer.devices={n}"]) for n in (1, 2))
     assert machine.free_gib(two) == pytest.approx(machine.free_gib(one) / 2, rel=0.1)
-    monkeypatch.setattr(dense_choice, "CONTAINER", tmp_path)
+    monkeypatch.setattr(dense_weights, "CONTAINER", tmp_path)
     (tmp_path / "memory.max").write_text("1073741824\n")
     assert machine.free_gib(one) == 1.0
     (tmp_path / "memory.current").write_text("805306368\n")
@@ -86,7 +86,7 @@ def test_a_machine_without_proc_is_measured_by_all_its_memory_and_cores(monkeypa
     """As macOS is, whose Python has no sched_getaffinity either."""
     one, two = (load("configs/debug.yaml", [f"trainer.devices={n}", "trainer.threads=null"]) for n in (1, 2))
     free = machine.free_gib(one)
-    monkeypatch.setattr(dense_choice, "CONTAINER", tmp_path)
+    monkeypatch.setattr(dense_weights, "CONTAINER", tmp_path)
     monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.delattr(os, "sched_getaffinity")
     assert free <= machine.free_gib(one) == 2 * machine.free_gib(two)

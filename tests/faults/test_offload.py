@@ -16,6 +16,7 @@ import torch
 from scmoe.inference.offload import migration, store
 from scmoe.inference.offload.migration import WAYS, offload_experts
 from scmoe.inference.offload.store import StoreError, write_store
+from scmoe.moe.layout import Capacity
 from tests.support.models import tiny, tiny_batch, tiny_model
 from tests.support.offloading import Failing, stored
 
@@ -138,10 +139,11 @@ def test_67_ctrl_c_while_a_store_is_written_leaves_the_old_one(tmp_path, monkeyp
     model, path = stored("position=pos2", tmp_path)
     before = path.read_bytes()
 
-    def interrupted(*_):
+    def interrupted(shapes, read, partial, header):
+        partial.write_bytes(b"half of it")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store, "_digest_of_data", interrupted)
+    monkeypatch.setattr(store, "write_in_turn", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_store(path, model)
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == [path.name]
@@ -154,10 +156,10 @@ def test_68_what_offloading_cannot_honour_is_refused(tmp_path):
             offload_experts(model, path, rate_mb_s=rate)
     with pytest.raises(ValueError, match=r"in training mode, allowed: model\.eval\(\)"):
         offload_experts(model.train(), path)
-    model.eval().blocks[0].moe.filled = False
+    model.eval().blocks[0].moe.rows = Capacity(2.0, filled=False)
     with pytest.raises(ValueError, match="computes empty slots too, allowed: dropless"):
         offload_experts(model, path)
-    model.blocks[0].moe.filled = True
+    model.blocks[0].moe.rows = Capacity(2.0, filled=True)
     with offload_experts(model, path):
         with pytest.raises(RuntimeError, match=r"no gradients: call the model inside torch.inference_mode\(\)"):
             model(IDS)

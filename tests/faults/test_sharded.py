@@ -18,7 +18,7 @@ from scmoe.footprint.model_cost import rank_parameters
 from scmoe.lightning.lockstep import EXIT_CODE
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.dense_choice import estimates_of, pick_dense, ways
+from scmoe.parallel.dense import estimates_of, pick_dense, ways
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model_on_meta, build_module

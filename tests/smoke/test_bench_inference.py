@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.smoke, pytest.mark.inference]
 
 def measure_briefly(rank: int, world_size: int, setting: Setting, batch: int) -> Any:
     """Plans from few passes: a plan's times are not looked at here."""
-    with patch.multiple(inference_planner, ROUNDS=2, PASSES_EACH=1):
+    with patch.multiple(inference_planner, ROUNDS=2):
         return measure(rank, world_size, setting, batch)
 
 

@@ -12,6 +12,7 @@ from scmoe.blocks.sublayers import MLP, Attention, Residual
 from scmoe.config.fields import Config
 from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher
 from scmoe.moe.experts import Experts
+from scmoe.moe.layout import rows_of
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
@@ -85,7 +86,7 @@ def tiny_stream(
     dtype: torch.dtype = torch.float64,
 ) -> MoEStream:
     router, experts = Router(DIM, EXPERTS, top_k), Experts(DIM, FFN, EXPERTS)
-    stream = MoEStream(router, experts, dispatcher or LocalDispatcher(), capacity_factor)
+    stream = MoEStream(router, experts, dispatcher or LocalDispatcher(), rows_of(capacity_factor))
     return randomise(stream.to(dtype), seed)
 
 

@@ -17,7 +17,7 @@ from scmoe.config.fields import Config
 from scmoe.experiments.dryrun.counting import Counting
 from scmoe.models.units import units
 from scmoe.moe.experts import Experts
-from scmoe.parallel.dense_shards import local, put, with_dense_mesh
+from scmoe.parallel.dense import local, put, with_dense_mesh
 from scmoe.parallel.mesh import ParallelContext, build_context
 from scmoe.training.assembly.model import build_model_to_train
 

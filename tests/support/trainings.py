@@ -23,7 +23,7 @@ from scmoe.config.load import load
 from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.experts import Experts
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.dense_shards import put, reshard
+from scmoe.parallel.dense import put, reshard
 from scmoe.parallel.mesh import expert_parameters
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model

@@ -16,6 +16,7 @@ from scmoe.experiments.bench.pairs import Setting
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.dispatcher import Blocking, Dispatcher, LocalDispatcher
 from scmoe.moe.experts import Experts
+from scmoe.moe.layout import rows_of
 from scmoe.moe.operators import Recorder
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
@@ -132,7 +133,7 @@ def over_nccl(rank: int, world_size: int, factor: float | None, chunks: int) -> 
 
     def outcome(dispatcher: Dispatcher) -> list[torch.Tensor]:
         experts = randomise(Experts(16, 24, 8))
-        stream = MoEStream(randomise(Router(16, 8, 2)), experts, dispatcher, factor).to("cuda")
+        stream = MoEStream(randomise(Router(16, 8, 2)), experts, dispatcher, rows_of(factor)).to("cuda")
         x = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0)).to("cuda").requires_grad_()
         y = stream(x, None, chunks).y_BSD
         y.square().sum().backward()

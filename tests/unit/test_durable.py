@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from scmoe.files.replacing import replacing
 from scmoe.parallel.checkpoint import durable
 
 FILES = {"meta.json": b'{"lr": 0.1}', "shard-1.safetensors": bytes(range(200)), "shard-2.safetensors": b"\0" * 64}
@@ -307,7 +308,7 @@ def test_a_checkpoint_of_one_file_is_of_another_strategy(tmp_path):
 def test_a_replaced_file_has_the_rights_that_the_umask_leaves(tmp_path, umask):
     before = os.umask(umask)
     try:
-        with durable.replacing(tmp_path / "a") as partial:
+        with replacing(tmp_path / "a") as partial:
             partial.unlink()  # as a writer does that renames a file of its own
             os.close(os.open(partial, os.O_CREAT | os.O_WRONLY, 0o600))
     finally:

@@ -14,7 +14,8 @@ from scmoe.inference.generate import generate, stream
 from scmoe.inference.passes import Passes, decode, prefill, read_prompts
 from scmoe.inference.sampling import GREEDY, Sampling, choose
 from scmoe.inference.stopping import Stopping
-from scmoe.moe.stream import MoEStream, dropless
+from scmoe.moe.layout import Buffers
+from scmoe.moe.stream import MoEStream
 from tests.support.architectures import EVERY_BLOCK, TABLES, overrides
 from tests.support.models import assert_close, tiny, tiny_model
 
@@ -38,9 +39,8 @@ def model_of(words: str = "", family: str = "gpt", dtype: torch.dtype = torch.fl
 def uncached(model, prompt: list[int], new: int = NEW) -> list[int]:
     """Returns the likeliest tokens, each from a pass over the whole text so far."""
     ids = list(prompt)
-    with dropless(model):
-        for _ in range(new):
-            ids.append(int(model(torch.tensor([ids])).logits_BSV[0, -1].argmax()))
+    for _ in range(new):
+        ids.append(int(model(torch.tensor([ids]), dropless=True).logits_BSV[0, -1].argmax()))
     return ids[len(prompt) :]
 
 
@@ -78,53 +78,31 @@ def test_a_prompt_in_pieces_equals_one_piece(family, piece):
     other = PROMPTS[3]
     ids_BS = torch.tensor([prompt, other + [0] * (len(prompt) - len(other))])
     mask_BS = torch.arange(len(prompt)) < torch.tensor([[len(prompt)], [len(other)]])
-    with dropless(model):
-        whole, pieces = KVCache(2, CONTEXT), KVCache(2, CONTEXT)
-        expected = prefill(model, ids_BS, mask_BS, whole)
-        assert_close(read_prompts(model, ids_BS, mask_BS, pieces, Passes(piece=piece)), expected)
-        step = torch.tensor([3, 4]), [True, True]
-        assert_close(decode(model, *step, pieces), decode(model, *step, whole))
+    whole, pieces = KVCache(2, CONTEXT), KVCache(2, CONTEXT)
+    expected = prefill(model, ids_BS, mask_BS, whole)
+    assert_close(read_prompts(model, ids_BS, mask_BS, pieces, Passes(piece=piece)), expected)
+    step = torch.tensor([3, 4]), [True, True]
+    assert_close(decode(model, *step, pieces), decode(model, *step, whole))
 
 
 def test_padding_leaves_no_trace_in_the_cache():
     """A text that has ended brings padding to each pass: its length stays, and so do the others' logits."""
     model, cache = model_of(), KVCache(2, 6)
-    with dropless(model):
-        prefill(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.ones(2, 3, dtype=torch.bool), cache)
-        for token in (7, 8, 9):
-            logits_BV = decode(model, torch.tensor([0, token]), [False, True], cache)
-        assert cache.lengths_B.tolist() == [3, 6]
-        assert_close(logits_BV[1], model(torch.tensor([[4, 5, 6, 7, 8, 9]])).logits_BSV[0, -1].detach())
-        logits_BV = decode(model, torch.tensor([7, 0]), [True, False], cache)
-        assert_close(logits_BV[0], model(torch.tensor([[1, 2, 3, 7]])).logits_BSV[0, -1].detach())
-        with pytest.raises(ValueError, match="a text has 7 tokens, allowed: up to 6, the cache's capacity"):
-            decode(model, torch.tensor([7, 8]), [True, True], cache)
+    prefill(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.ones(2, 3, dtype=torch.bool), cache)
+    for token in (7, 8, 9):
+        logits_BV = decode(model, torch.tensor([0, token]), [False, True], cache)
+    assert cache.lengths_B.tolist() == [3, 6]
+    assert_close(logits_BV[1], model(torch.tensor([[4, 5, 6, 7, 8, 9]]), dropless=True).logits_BSV[0, -1].detach())
+    logits_BV = decode(model, torch.tensor([7, 0]), [True, False], cache)
+    assert_close(logits_BV[0], model(torch.tensor([[1, 2, 3, 7]]), dropless=True).logits_BSV[0, -1].detach())
+    with pytest.raises(ValueError, match="a text has 7 tokens, allowed: up to 6, the cache's capacity"):
+        decode(model, torch.tensor([7, 8]), [True, True], cache)
 
 
 def test_the_cache_holds_the_heads_of_keys_only():
     model, cache = model_of(family="llama"), KVCache(1, 5)
     prefill(model, torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool), cache)
     assert {buffer.shape for pair in cache.buffers.values() for buffer in pair} == {(6, 1, 8)}  # not 2 heads
-
-
-def test_the_model_is_dropless_in_passes_and_unchanged_between_them(monkeypatch):
-    """Also where two texts are open at a time: whichever ends first, the other one drops no token."""
-    model = model_of()
-    streams = [module for module in model.modules() if isinstance(module, MoEStream)]
-    arrange, inside = MoEStream.arrange, set()
-
-    def seen(self, *args):
-        inside.add((self.capacity_factor, self.filled, self.sums))
-        return arrange(self, *args)
-
-    monkeypatch.setattr(MoEStream, "arrange", seen)
-    before = [(m.capacity_factor, m.filled, m.sums) for m in streams]
-    first, second = (stream(model, PROMPTS, Stopping(3), GREEDY) for _ in range(2))
-    next(first), next(second)
-    assert [(m.capacity_factor, m.filled, m.sums) for m in streams] == before
-    list(first), list(second)
-    assert [(m.capacity_factor, m.filled, m.sums) for m in streams] == before
-    assert inside == {(None, True, False)} != set(before)
 
 
 def test_texts_end_where_they_should():
@@ -240,6 +218,6 @@ def test_texts_of_several_ranks_are_refused_in_buffers():
     model = model_of("position=pos2")
     for module in model.modules():
         if isinstance(module, MoEStream):
-            module.buffer = 2.0
+            module.rows = Buffers(2.0)
     with pytest.raises(ValueError, match=r"moe.rows is buffers, .* allowed for texts of several ranks: filled"):
         stream(model, PROMPTS, Stopping(2), passes=Passes(lambda statement: statement))

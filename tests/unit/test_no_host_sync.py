@@ -18,10 +18,11 @@ from scmoe.experiments.bench.emulated import free
 from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import ChunkCounts, Dispatcher, LocalDispatcher, Ready, Traffic
 from scmoe.moe.experts import Experts
+from scmoe.moe.layout import Buffers, rows_of
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.wire.all_to_all import buffer_for
-from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher, BufferedDispatcher, ReadByHost
+from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher, ReadByHost
 from scmoe.schedule.schedule import Schedule
 from tests.support.models import DIM, EXPERTS, FFN, tiny_sublayers
 
@@ -49,7 +50,8 @@ def run(
     buffer: float | None = None,
 ) -> None:
     """Runs forward and backward of a ScMoE pair, the losses on the routing included."""
-    stream = MoEStream(Router(DIM, EXPERTS, 2), Experts(DIM, FFN, EXPERTS, experts), dispatcher, factor, buffer=buffer)
+    rows = rows_of(factor) if buffer is None else Buffers(buffer)
+    stream = MoEStream(Router(DIM, EXPERTS, 2), Experts(DIM, FFN, EXPERTS, experts), dispatcher, rows)
     norm, tap_norm = (torch.nn.LayerNorm(DIM) for _ in range(2))
     parts = {"tap_norm": tap_norm, "shared_expert": torch.nn.Linear(DIM, DIM), "coefficient": CG1(DIM)}
     block = ShortcutBlock(tiny_sublayers(), norm, stream, schedule, **parts).to("meta", dtype)
@@ -81,9 +83,9 @@ def counted(rows: torch.Tensor, traffic: Traffic | None) -> tuple[torch.Tensor, 
     return buffer_for(rows, traffic), Ready(rows)
 
 
-def dropless(dispatcher_class: type[AllToAllDispatcher], chunks: int, buffer: float | None) -> None:
+def dropless(chunks: int, buffer: float | None) -> None:
     with patch.object(dist, "get_world_size", return_value=2):
-        dispatcher = dispatcher_class(None, EXPERTS, exchange=counted)
+        dispatcher = AllToAllDispatcher(None, EXPERTS, exchange=counted, buffered=buffer is not None)
     schedule = Schedule("scmoe", "pos2", chunks=chunks)
     with patch.object(dist, "all_gather", return_value=Ready(None)), patch.object(dist, "get_rank", return_value=0):
         run(dispatcher, range(EXPERTS // 2), schedule, None, False, torch.bfloat16, buffer)
@@ -105,16 +107,16 @@ READS: list[ReadByHost] = []
 def test_dropless_waits_for_the_device_once_a_layer(chunks, monkeypatch):
     """docs/decisions/0024-dropless.md has the list: with this one wait answered, nothing else asks the host."""
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-        dropless(AllToAllDispatcher, chunks, None)
+        dropless(chunks, None)
     READS.clear()
     monkeypatch.setattr(ReadByHost, "wait", known_counts)
-    dropless(AllToAllDispatcher, chunks, None)
+    dropless(chunks, None)
     assert len(READS) == 1
 
 
 @pytest.mark.parametrize("chunks", (1, 3))
 def test_buffers_ask_the_host_for_nothing(chunks):
-    dropless(BufferedDispatcher, chunks, 1.5)
+    dropless(chunks, 1.5)
 
 
 def test_dropless_on_one_rank_asks_the_host_for_nothing():

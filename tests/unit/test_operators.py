@@ -74,7 +74,7 @@ def test_measured_times_are_those_of_the_operators():
     """Emulated operators sleep for at least their time in forward, and twice as long in backward."""
     schedule = Schedule("scmoe", "pos2", 1)
     stream = tiny_stream(1, 2.0, Blocking(LocalDispatcher()))
-    stream.experts = EmulatedExperts(us_per_row=1000.0)
+    stream.experts = EmulatedExperts(1000.0, EXPERTS, range(EXPERTS))
     parts = [EmulatedOperator(ms) for ms in (1.0, 4.0, 2.0)]
     others = {"tap_norm": nn.LayerNorm(DIM), "shared_expert": EmulatedOperator(3.0), "coefficient": CG1(DIM)}
     block = ShortcutBlock(parts, nn.LayerNorm(DIM), stream, schedule, **others).double()

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.pacing import IN_FLIGHT, Pacer, is_paced
-from scmoe.parallel.update.scatters import SUMS_OF_A_UNIT, PacedScatter
+from scmoe.parallel.update.wrap import SUMS_OF_A_UNIT, PacedScatter
 from scmoe.parallel.wire import all_to_all
 from scmoe.parallel.wire.all_to_all import Carried, Link
 

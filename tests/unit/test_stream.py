@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from scmoe.moe.balance import integer_sums
-from scmoe.moe.dispatcher import LocalDispatcher
-from scmoe.moe.experts import Experts
-from scmoe.moe.router import Router
-from scmoe.moe.stream import MoEStream, dropless
+from scmoe.moe.layout import Buffers, Capacity, rows_of
+from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import MoEOutput
-from tests.support.models import DIM, EXPERTS, FFN, assert_close, gradients, tiny, tiny_batch, tiny_model, tiny_stream
+from tests.support.models import DIM, EXPERTS, assert_close, gradients, tiny, tiny_batch, tiny_model, tiny_stream
 
 MASK_BS = torch.tensor([[True] * 8 + [False] * 4, [True] * 3 + [False] * 9])
 
@@ -44,12 +42,10 @@ def outcome(
 
 def test_in_use_no_buffer_drops_a_token():
     """All tokens choose one expert, whose rank has room for its fair share of them in training."""
-    stream = MoEStream(Router(DIM, EXPERTS, 1), Experts(DIM, FFN, EXPERTS, range(2)), LocalDispatcher(), buffer=1.0)
-    ids_TK = torch.zeros(9, 1, dtype=torch.long)
-    assert stream.arrange(ids_TK, None, 1).num_dropped == 9 - 9 * 2 // EXPERTS
-    with dropless(stream):
-        assert stream.arrange(ids_TK, None, 1).num_dropped == 0
-    assert stream.buffer == 1.0
+    ids_TK, num_ranks = torch.zeros(9, 1, dtype=torch.long), EXPERTS // 2
+    rows = Buffers(1.0)
+    assert rows.arrange(ids_TK, None, EXPERTS, num_ranks, 1, True).num_dropped == 9 - 9 * 2 // EXPERTS
+    assert rows.dropless(EXPERTS).arrange(ids_TK, None, EXPERTS, num_ranks, 1, False).num_dropped == 0
 
 
 # ---------------------------------------------------------------------- padding (fault 30)
@@ -196,7 +192,7 @@ def test_filled_rows_give_what_slots_give(top_k, capacity_factor, chunks):
     """The same copies are dropped, with padding too; outputs and gradients differ by the products' rounding at most."""
     slots, filled = (exact_stream(top_k, capacity_factor) for _ in range(2))
     filled.load_state_dict(slots.state_dict())
-    filled.filled = True
+    filled.rows = rows_of(capacity_factor, filled=True)
     (expected, grads), (output, own) = (outcome(stream, tokens(), MASK_BS, chunks) for stream in (slots, filled))
     assert torch.equal(integer_sums([output.stats]), integer_sums([expected.stats]))
     assert_close(output.y_BSD, expected.y_BSD, 1e-12, "output")
@@ -206,7 +202,7 @@ def test_filled_rows_give_what_slots_give(top_k, capacity_factor, chunks):
 
 def test_filled_rows_are_as_many_as_the_copies_that_are_kept():
     stream, sizes = exact_stream(1, 2.0), []
-    stream.filled = True
+    stream.rows = Capacity(2.0, filled=True)
     stream.experts.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[0]))
     x = tokens()
     dropped = int(stream(x).stats.num_dropped)

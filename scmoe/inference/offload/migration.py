@@ -22,6 +22,7 @@ from scmoe.inference.offload.cache import Cache, FileReader, PinnedCopies, Sourc
 from scmoe.inference.offload.store import Key, Store, expert_layers
 from scmoe.moe.dispatcher import Announced, Blocking, ChunkCounts, LocalDispatcher, Pending, Ready, Receipt
 from scmoe.moe.experts import Experts, choose_mlps
+from scmoe.moe.layout import Capacity
 from scmoe.moe.router import Router
 
 WAYS = ("blocking", "determinate", "speculative")
@@ -130,7 +131,7 @@ def attach(
         raise ValueError(f"rate_mb_s is {rate_mb_s}, allowed: above 0, with the model on a CPU (it is on {device})")
     if model.training:
         raise ValueError("the model is in training mode, allowed: model.eval(), as offloaded experts are not trained")
-    if not all(block.moe.filled for block in blocks):
+    if any(isinstance(block.moe.rows, Capacity) and not block.moe.rows.filled for block in blocks):
         raise ValueError("the model computes empty slots too, allowed: dropless (capacity_factor None) or rows=filled")
     source: Source = FileReader(store, rate_mb_s) if device.type == "cpu" else PinnedCopies(store, device)
     cache = Cache(store, source, slots, 1 if way == "blocking" else slots, device)

@@ -12,23 +12,17 @@ missing or of another model is refused before the first token.
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from scmoe.files.replacing import replacing
+from scmoe.files.tensors import bytes_of, places_of, write_in_turn
 from scmoe.moe.experts import Experts
 
 FORMAT = "scmoe-experts-1"
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-}  # safetensors' names
 PIECE = 1 << 22  # bytes of one read
 Key = tuple[str, int]  # name of an Experts module in the model, expert
 Read = Callable[[str], Tensor]  # returns a parameter by its name
@@ -100,7 +94,7 @@ class Store:
             raise StoreError(f"{path} is no store of experts, or its header is damaged") from error
         if kind != FORMAT:
             raise StoreError(f"{path} has the format {kind}, allowed: {FORMAT}")
-        wanted = _entries(layers)
+        wanted = places_of(_shapes(layers))
         if differing := sorted(
             name for name in wanted.keys() | tensors.keys() if wanted.get(name) != tensors.get(name)
         ):
@@ -126,30 +120,23 @@ def write_store(path: Path, model: nn.Module, read: Read | None = None) -> None:
     """Write the experts of a model; the file is complete or absent.
 
     model: gives names and shapes; its weights too if `read` is None, and otherwise it may be on the meta device. One
-    layer's experts are in memory at a time."""
+    layer's experts are in memory at a time, and are read twice: for the digest, and for the file."""
     if read is None:
         read = dict(model.named_parameters()).__getitem__
     layers = expert_layers(model)
-    metadata = {"format": FORMAT, "model": digest_of_rest(model, read), "content": "0" * 64}
-    partial = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    try:
-        with open(partial, "wb+") as file:
-            file.write(_header(layers, metadata))
-            begin = file.tell()
-            for layer, experts in layers.items():
-                w_in_eDF, w_out_eFD = (read(f"{layer}.{name}") for name in ("w_in_eDF", "w_out_eFD"))
-                for w_in, w_out in zip(w_in_eDF, w_out_eFD, strict=True):
-                    for w, like in ((w_in, experts.w_in_eDF), (w_out, experts.w_out_eFD)):
-                        file.write(_bytes_of(w.to(like.dtype)))
-            file.flush()
-            metadata["content"] = _digest_of_data(file.fileno(), begin)
-            file.seek(0)
-            file.write(_header(layers, metadata))  # as long as before
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    shapes, stack = _shapes(layers), lru_cache(maxsize=2)(read)  # the two weights of one layer
+
+    def expert(name: str) -> Tensor:
+        layer, e, weight = name.rsplit(".", 2)
+        stacked = "w_in_eDF" if weight == "w_in_DF" else "w_out_eFD"
+        return stack(f"{layer}.{stacked}")[int(e)].to(shapes[name].dtype)
+
+    content = hashlib.sha256()
+    for name in shapes:
+        content.update(bytes_of(expert(name)))
+    header = {"format": FORMAT, "model": digest_of_rest(model, read), "content": content.hexdigest()}
+    with replacing(path) as partial:
+        write_in_turn(shapes, expert, partial, header)
 
 
 def expert_layers(model: nn.Module) -> dict[str, Experts]:
@@ -172,30 +159,18 @@ def digest_of_rest(model: nn.Module, read: Read | None = None) -> str:
     for name, p in sorted(model.named_parameters()):
         if not name.startswith(inside):
             digest.update(name.encode())
-            digest.update(_bytes_of(p if read is None else read(name).to(p.dtype)))
+            digest.update(bytes_of(p if read is None else read(name).to(p.dtype)))
     return digest.hexdigest()
 
 
-def _entries(layers: Mapping[str, Experts]) -> dict[str, Any]:
-    """Returns the header's entries, in the order of the data."""
-    entries, end = dict[str, Any](), 0
+def _shapes(layers: Mapping[str, Experts]) -> dict[str, Tensor]:
+    """Returns each weight's shape and dtype by its name in the store, in the order of the data."""
+    shapes = dict[str, Tensor]()
     for layer, experts in layers.items():
         for e in experts.expert_ids:
-            for name, stacked in (("w_in_DF", experts.w_in_eDF), ("w_out_FD", experts.w_out_eFD)):
-                begin, end = end, end + stacked[0].nbytes
-                place = {"dtype": DTYPES[stacked.dtype], "shape": list(stacked.shape[1:]), "data_offsets": [begin, end]}
-                entries[f"{layer}.{e}.{name}"] = place
-    return entries
-
-
-def _header(layers: Mapping[str, Experts], metadata: Mapping[str, str]) -> bytes:
-    text = json.dumps({"__metadata__": dict(metadata), **_entries(layers)}).encode()
-    text += b" " * (-len(text) % 8)  # safetensors aligns the data
-    return len(text).to_bytes(8, "little") + text
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            shapes[f"{layer}.{e}.w_in_DF"] = experts.w_in_eDF[0]
+            shapes[f"{layer}.{e}.w_out_FD"] = experts.w_out_eFD[0]
+    return shapes
 
 
 def _digest_of_data(file: int, begin: int) -> str:

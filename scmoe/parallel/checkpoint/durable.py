@@ -16,9 +16,11 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from scmoe.files.replacing import sync, write_durably
 
 MANIFEST = "manifest.json"
 # names given by `partial_path` and `commit`; the last three groups are the machine, the process and its start
@@ -80,20 +82,6 @@ def exchange(one: Path, other: Path) -> bool:
     except (AttributeError, OSError):
         return False
     return bool(rename(at_working_directory, os.fsencode(one), at_working_directory, os.fsencode(other), both) == 0)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield the path of a new file beside `path`, which it replaces at the end, and not if writing it fails."""
-    partial = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    try:
-        partial.touch()
-        mode = partial.stat().st_mode  # as the process's umask says; safetensors would let only this user read it
-        yield partial
-        partial.chmod(mode)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def verify(path: Path, share: slice = slice(None)) -> int:
@@ -233,23 +221,7 @@ def _asides(folder: Path, kind: str) -> Iterator[tuple[Path, str]]:
             yield path, named[1]
 
 
-def write_durably(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _seal(manifest: dict[str, Any]) -> str:
     """Return the manifest as text with its own hash; any other text is refused."""
     body = json.dumps(manifest, sort_keys=True)
     return json.dumps({**manifest, "seal": hashlib.sha256(body.encode()).hexdigest()}, sort_keys=True)
-
-
-def sync(path: Path) -> None:
-    """Make a file's content, or a folder's entries, durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,11 +9,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from scmoe.files.replacing import replacing
+from scmoe.files.tensors import write_in_turn
 from scmoe.moe.experts import Experts
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import check_same_model, read_named, tensors_of
-from scmoe.parallel.checkpoint.saving import write_in_turn
-from scmoe.parallel.dense_shards import put
+from scmoe.parallel.dense import put
 
 FORMAT_VERSION = "2"
 EXPORT = ".safetensors"  # how the name of an exported file ends
@@ -40,7 +41,7 @@ def consolidate(
     check_same_model(checkpoint, dict(model.named_parameters()), {name: tuple(t.shape) for name, t in weights.items()})
     header = {"format": "pt", "format_version": FORMAT_VERSION, "step": str(step), "settings": json.dumps(settings)}
     header |= {"checkpoint": checkpoint.name} | ({} if tokenizer is None else {"tokenizer": tokenizer})
-    with durable.replacing(out) as partial:
+    with replacing(out) as partial:
         write_in_turn(weights, lambda name: read_named(checkpoint, [start + name])[start + name], partial, header)
 
 

@@ -3,14 +3,12 @@
 At most one checkpoint of a run is being written, and none is removed before its successor is complete.
 """
 
-import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
@@ -22,16 +20,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.optim import Optimizer
 
+from scmoe.files.replacing import sync, write_durably
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_checkpoint, read_whole
 from scmoe.parallel.checkpoint.state import FULL, META, set_rng_states, split, to_text
 from scmoe.parallel.mesh import ParallelContext
-
-DTYPES = {  # as safetensors calls them
-    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
-    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
-    torch.bool: "BOOL",
-}
 
 
 class Saving:
@@ -92,7 +85,7 @@ class Saving:
         if self.full:
             _merge(self.partial)
             files = {FULL: durable.fingerprint(self.partial / FULL)}
-        durable.write_durably(self.partial / META, self.meta)
+        write_durably(self.partial / META, self.meta)
         files[META] = durable.fingerprint(self.partial / META)
         durable.commit(self.partial, self.path, self.step, files)
 
@@ -191,33 +184,7 @@ def write_whole(tensors: dict[str, Tensor], path: Path, header: dict[str, str] |
         save_file(tensors, path, metadata=header)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
-    durable.sync(path)
-
-
-def write_in_turn(
-    shapes: Mapping[str, Tensor], read: Callable[[str], Tensor], path: Path, header: dict[str, str] | None = None
-) -> None:
-    """Write one durable file, one tensor after another, so that memory holds one of them. OSError: as `write_whole`.
-
-    shapes: tensors with the types and shapes of what `read` gives by name. A safetensors file is the length of its
-    index in 8 bytes, the index in JSON, and the tensors' bytes without gaps; wide types come first, to be aligned."""
-    index: dict[str, Any] = {} if header is None else {"__metadata__": header}
-    end = 0
-    names = sorted(shapes, key=lambda name: -shapes[name].itemsize)
-    for name in names:
-        t = shapes[name]
-        start, end = end, end + t.nbytes
-        index[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
-    text = json.dumps(index).encode()
-    text += b" " * (-len(text) % 8)
-    try:
-        with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                file.write(read(name).contiguous().flatten().view(torch.uint8).numpy().data)
-    except OSError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
-    durable.sync(path)
+    sync(path)
 
 
 def _merge(folder: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
-from scmoe.parallel.dense_shards import local
+from scmoe.parallel.dense import local
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 META = "meta.json"

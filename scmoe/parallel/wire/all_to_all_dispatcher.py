@@ -1,10 +1,11 @@
 """Sends rows to the experts' ranks and back by All-to-All over an expert-parallel group.
 
 Rank r of the group holds experts r E/EP .. (r+1) E/EP - 1, so rows grouped by expert are grouped by rank. They arrive
-grouped by (sender, local expert) and are regrouped by local expert after the wait. Two dispatchers: the one knows on
-the host how many rows travel; the other has buffers of fixed size and counts that stay on the device.
+grouped by (sender, local expert) and are regrouped by local expert after the wait. The host knows how many rows travel,
+or rows are in buffers of fixed size and their numbers stay on the device.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ class AllToAllDispatcher:
     announced before the rows.
 
     counts_group: carries the announced numbers, so that they queue behind no rows; None: the group of the rows.
+    buffered: rows are in buffers (moe/layout.py): all ranks send equally many, empty ones included.
     ceiling: rows that a rank may receive, over its fair share; None: any number.
     exchange: how rows travel; None: by All-to-All over the group.
     recorder: notes the times of transfers that run in parallel; None: they are not noted.
@@ -41,24 +43,27 @@ class AllToAllDispatcher:
         exchange: Exchange | None = None,
         recorder: Recorder | None = None,
         counts_group: Any = None,
+        buffered: bool = False,
     ) -> None:
         self.group, self.num_experts, self.ceiling, self.recorder = group, num_experts, ceiling, recorder
-        self.counts_group = counts_group or group
+        self.counts_group, self.buffered = counts_group or group, buffered
         self.exchange = exchange or all_to_all(group)
         self.ep_size = dist.get_world_size(group)
 
     def recorded_by(self, recorder: Recorder) -> "AllToAllDispatcher":
         """The same dispatcher with a recorder."""
-        return type(self)(self.group, self.num_experts, self.ceiling, self.exchange, recorder, self.counts_group)
+        recorded = copy(self)
+        recorded.recorder = recorder
+        return recorded
 
     def announce(self, counts_PE: Tensor) -> Announced:
         """Every rank receives the counts of all ranks, so that all of them notice if one would receive too many."""
         gathered = counts_PE.new_empty(self.ep_size, *counts_PE.shape)
         work = dist.all_gather(list(gathered), counts_PE.contiguous(), group=self.counts_group, async_op=True)
         by_rank = gathered.view(self.ep_size, len(counts_PE), self.ep_size, -1)  # [sender, chunk, receiver, e]
-        return self.announced(work, by_rank, dist.get_rank(self.group))
-
-    def announced(self, work: Any, by_rank: Tensor, rank: int) -> Announced:
+        rank = dist.get_rank(self.group)
+        if self.buffered:
+            return OnDevice(work, by_rank[:, :, rank])
         return ReadByHost(work, by_rank, rank, self.ceiling)
 
     def dispatch(self, rows_RD: Tensor, counts: ChunkCounts | None) -> tuple[Pending, Receipt]:
@@ -67,18 +72,11 @@ class AllToAllDispatcher:
             return Arriving(self.start("dispatch", rows_RD), regroup), Receipt(None)
         transfer = self.start("dispatch", rows_RD, counts.traffic)
         # a stable sort by local expert groups the rows of all senders
-        order_R = self.experts_of_rows(counts, rows_RD.shape[0]).argsort(stable=True)
+        order_R = experts_of_rows(counts, rows_RD.shape[0]).argsort(stable=True)
         place_R = torch.empty_like(order_R)
         place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
         receipt = Receipt(counts.counts_from_e.sum(0), counts.traffic, order_R, place_R)
         return Arriving(transfer, lambda rows: gather(rows, order_R, place_R[:, None], complete=True)), receipt
-
-    def experts_of_rows(self, counts: ChunkCounts, num_sent: int) -> Tensor:
-        """[R]: the local expert of each row that arrives, in the order (sender, expert)."""
-        assert counts.traffic is not None
-        from_e = counts.counts_from_e
-        experts = torch.arange(from_e.numel(), device=from_e.device) % from_e.shape[1]
-        return experts.repeat_interleave(from_e.flatten(), output_size=sum(counts.traffic.received))
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
         if receipt.order_R is None:
@@ -114,6 +112,17 @@ class ReadByHost:
         ]
 
 
+def experts_of_rows(counts: ChunkCounts, num_sent: int) -> Tensor:
+    """[R]: the local expert of each row that arrives, in the order (sender, expert). In a buffer, empty rows follow
+    those of its sender; they get the number of experts, so that they sort last."""
+    from_e = counts.counts_from_e
+    if counts.traffic is not None:
+        experts = torch.arange(from_e.numel(), device=from_e.device) % from_e.shape[1]
+        return experts.repeat_interleave(from_e.flatten(), output_size=sum(counts.traffic.received))
+    places = torch.arange(num_sent // len(from_e), device=from_e.device)
+    return torch.searchsorted(from_e.cumsum(1), places.expand(len(from_e), -1).contiguous(), right=True).flatten()
+
+
 def swap(rows_RD: Tensor, outer: int, inner: int) -> Tensor:
     """Rows in the order (outer, inner) to (inner, outer): between senders and local experts, of equal numbers."""
     return rows_RD.view(outer, inner, -1, rows_RD.shape[1]).transpose(0, 1).reshape_as(rows_RD)
@@ -129,19 +138,6 @@ def check_ceiling(received: list[int], ceiling: float) -> None:
             f"{ceiling:g} x the fair share of {fair:g} (moe.dropless_ceiling); raise it, or moe.load_balance_coef, or "
             "drop tokens with moe.capacity_factor"
         )
-
-
-class BufferedDispatcher(AllToAllDispatcher):
-    """The dispatcher for rows in buffers (moe/layout.py). All ranks send equally many rows, empty ones included."""
-
-    def announced(self, work: Any, by_rank: Tensor, rank: int) -> Announced:
-        return OnDevice(work, by_rank[:, :, rank])
-
-    def experts_of_rows(self, counts: ChunkCounts, num_sent: int) -> Tensor:
-        """[R]: the local expert of each row that arrives. Empty rows get the number of experts: they sort last."""
-        ends_e = counts.counts_from_e.cumsum(1)  # of each sender's rows; the empty ones come after them
-        places = torch.arange(num_sent // self.ep_size, device=ends_e.device)
-        return torch.searchsorted(ends_e, places.expand(self.ep_size, -1).contiguous(), right=True).flatten()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from scmoe.config.registry import IMAGES, named
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
-from scmoe.moe.stream import dropless
 from scmoe.parallel.checkpoint.durable import read_manifest
 from scmoe.runs.evaluate.kept_results import keep_results, log_to_wandb, read_results
 from scmoe.runs.evaluate.scoring import Forward, Scorer, Text, open_text, run_on_rank_zero, score_test_split, score_text
@@ -132,8 +131,8 @@ def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
         assert material is not None
         return measure(forward, model, material, config, device)
 
-    def of_its_dtype(inputs: Tensor, mask: Tensor | None, *rest: Any) -> Any:
-        return model(plugin.convert_input(inputs), mask, *rest)
+    def of_its_dtype(inputs: Tensor, mask: Tensor | None, *rest: Any, **named: Any) -> Any:
+        return model(plugin.convert_input(inputs), mask, *rest, **named)
 
     with ending_together(trainer), torch.inference_mode(), plugin.val_step_context():
         found = run_on_rank_zero(work, of_its_dtype, padding_of(config, device), module.parallel_context)
@@ -172,11 +171,10 @@ def measure(forward: Forward, model: nn.Module, material: Material, config: Conf
         return found
     assert isinstance(data, SequenceDataModule)
     scorer = Scorer(forward, config.data.seq_len, device)
-    with dropless(model):  # under a capacity a score would depend on the other texts of its batch
-        found["text"] = score_text(scorer, text, material.stride, data.splits.token_bytes_V)
-        if material.tasks:
-            from scmoe.runs.evaluate.lm_eval_adapter import ModelOfRun, ask_all  # here, as it needs the extra `eval`
+    found["text"] = score_text(scorer, text, material.stride, data.splits.token_bytes_V)
+    if material.tasks:
+        from scmoe.runs.evaluate.lm_eval_adapter import ModelOfRun, ask_all  # here, as it needs the extra `eval`
 
-            assert isinstance(data, TextDataModule)
-            found["tasks"] = ask_all(ModelOfRun(scorer, data.tokenizer), material.tasks, material.limit)
+        assert isinstance(data, TextDataModule)
+        found["tasks"] = ask_all(ModelOfRun(scorer, data.tokenizer), material.tasks, material.limit)
     return found

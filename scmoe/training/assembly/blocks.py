@@ -23,6 +23,7 @@ from scmoe.models.decoder import NORM_EPS
 from scmoe.moe.coefficient import COEFFICIENT_GATES
 from scmoe.moe.dispatcher import Narrowed
 from scmoe.moe.experts import Experts
+from scmoe.moe.layout import Buffers, rows_of
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
@@ -183,9 +184,11 @@ def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoES
     local = context.local_experts(moe.num_experts)
     experts = Experts(parts.dim, parts.ffn_dim, moe.num_experts, local, parts.activation)
     ep_size = max(context.ep_size, resolve_ep_size(config))  # an estimate for many ranks is made in one process
-    buffer = min(moe.dropless_ceiling or ep_size, ep_size) if moe.rows == "buffers" and ep_size > 1 else None
-    dispatcher = context.dispatcher(moe.num_experts, moe.dropless_ceiling, buffer is not None)
+    filled = moe.rows == "filled" or (moe.rows == "auto" and config.trainer.accelerator == "cpu")
+    rows = rows_of(moe.capacity_factor, filled)
+    if moe.rows == "buffers" and ep_size > 1:
+        rows = Buffers(min(moe.dropless_ceiling or ep_size, ep_size))
+    dispatcher = context.dispatcher(moe.num_experts, moe.dropless_ceiling, isinstance(rows, Buffers))
     if config.strategy.wire_dtype is not None and context.ep_size > 1:
         dispatcher = Narrowed(dispatcher, getattr(torch, config.strategy.wire_dtype))
-    filled = moe.rows == "filled" or (moe.rows == "auto" and config.trainer.accelerator == "cpu")
-    return MoEStream(router, experts, dispatcher, moe.capacity_factor, filled, buffer)
+    return MoEStream(router, experts, dispatcher, rows)

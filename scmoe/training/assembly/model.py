@@ -23,7 +23,7 @@ from scmoe.config.registry import FAMILIES, IMAGES, OPTIMIZERS, import_extension
 from scmoe.init_from.pretrained import Checkpoint, check_settings, read_export, read_hf, settings_of
 from scmoe.init_from.upcycle import fill, sources_of
 from scmoe.models.decoder import GPT, Llama
-from scmoe.parallel.dense_shards import materialise, put, shard
+from scmoe.parallel.dense import materialise, put, shard
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.blocks import Parts, build_blocks, stack
 from scmoe.training.modules import ImageClassifier, LanguageModel, MoEModule

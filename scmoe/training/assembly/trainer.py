@@ -21,7 +21,7 @@ from scmoe.config.rules import last_step, resolve_ep_size, validates
 from scmoe.footprint.memory import Job, rank_memory
 from scmoe.lightning.seam import LastCheckpoint, StepProgressBar
 from scmoe.lightning.strategy import ExpertParallelStrategy
-from scmoe.parallel.dense_choice import ways
+from scmoe.parallel.dense import ways
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
 from scmoe.training.callbacks.analysis import SIMILARITY, Analysis, gating

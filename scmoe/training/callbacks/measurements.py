@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from scmoe.footprint.model_cost import forward_flops, parts, peak_tflops, training_flops
 from scmoe.parallel.mesh import expert_parameters
-from scmoe.parallel.update.clipping import squares
+from scmoe.parallel.update.guard import squares
 from scmoe.training.callbacks.bookkeeping import logs_now
 from scmoe.training.files import try_to_write
 

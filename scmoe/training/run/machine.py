@@ -25,7 +25,7 @@ from scmoe.config.registry import IMAGES
 from scmoe.footprint.memory import Job, rank_memory
 from scmoe.footprint.model_cost import forward_flops, training_flops
 from scmoe.lightning.seam import rank_without_trainer
-from scmoe.parallel.dense_choice import memory_in_use, memory_limit
+from scmoe.parallel.dense import memory_in_use, memory_limit
 from scmoe.training.assembly.model import build_model_on_meta, updated_by_muon
 from scmoe.training.assembly.trainer import cpu_threads
 

@@ -18,7 +18,7 @@ MUTANTS = (
     Mutant("weights-drawn-on-the-device", 0, f"{MOE}/experts.py")
     .replaces('generator=generator, device="cpu")', "generator=generator)")
     .caught_by(f"{FAKE_CUDA}[gpt-pos2-32-true]"),
-    Mutant("norm-of-nothing-on-the-host", 0, "scmoe/parallel/update/clipping.py")
+    Mutant("norm-of-nothing-on-the-host", 0, "scmoe/parallel/update/guard.py")
     .replaces(
         "torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)",
         "torch.nn.utils.get_total_norm(gradients)",

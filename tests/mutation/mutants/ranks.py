@@ -93,7 +93,7 @@ MUTANTS = (
     Mutant("early-experts-accepted", 41, f"{PARALLEL}/mesh.py")
     .replaces("isinstance(child, Experts) and child.expert_ids", "child is None and child.expert_ids")
     .caught_by(f"{FAULTS}/test_early_experts.py::test_41_experts_that_the_strategy_cannot_shard_are_refused"),
-    Mutant("norm-of-own-shards", 22, f"{PARALLEL}/update/clipping.py")
+    Mutant("norm-of-own-shards", 22, f"{PARALLEL}/update/guard.py")
     .replaces("parts[context.edp_size].append", "parts[context.world_size].append")
     .caught_by(EP),
     Mutant("router-gradient-lost", 23, f"{MOE}/stream.py")

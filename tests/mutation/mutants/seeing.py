@@ -8,7 +8,7 @@ CALLBACKS, RUN, OPTIONS = "scmoe/training/callbacks", "scmoe/training/run", "tes
 DRY_RUN = "experiments/dryrun"
 HF, PEERS = "scmoe/runs", "tests/peers/test_hf_export.py"
 MUTANTS = (
-    Mutant("norm-of-experts-not-averaged", 0, "scmoe/parallel/update/clipping.py")
+    Mutant("norm-of-experts-not-averaged", 0, "scmoe/parallel/update/guard.py")
     .replaces("total_norm(gradients, device).square() / holders", "total_norm(gradients, device).square()")
     .caught_by(f"{DIST}/test_gradient_norms.py"),
     Mutant("norm-of-experts-of-one-rank", 0, "scmoe/training/callbacks/measurements.py")

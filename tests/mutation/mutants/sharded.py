@@ -7,7 +7,7 @@ from tests.mutation.mutant import DIST, FAULTS, PARALLEL, UNIT, Mutant
 FOUR = f"{DIST}/test_sharded.py::test_four_ranks_equal_one"
 RUNS = f"{DIST}/test_sharded_runs.py"
 BUILT = f"{DIST}/test_built_in_parts.py::test_no_rank_holds_more_than_its_part_and_a_block"
-SHARDS = f"{PARALLEL}/dense_shards.py"
+SHARDS = f"{PARALLEL}/dense.py"
 
 MUTANTS = (
     Mutant("split-loss-not-divided", 21, "scmoe/parallel/update/wrap.py")
@@ -60,13 +60,13 @@ MUTANTS = (
     Mutant("buffers-stay-on-meta", 0, "scmoe/models/swin.py")
     .replaces("torch.empty_like(buffer, device=self.attention.proj.weight.device)", "torch.empty_like(buffer)")
     .caught_by(f"{DIST}/test_swin_equality.py::test_two_ranks_equal_one[pos2, sharded]"),
-    Mutant("split-otherwise-accepted", 74, "scmoe/parallel/dense_shards.py")
+    Mutant("split-otherwise-accepted", 74, "scmoe/parallel/dense.py")
     .replaces("if first is not None and found != wanted:", "if first is None and found != wanted:")
     .caught_by(f"{FAULTS}/test_sharded.py::test_74_a_module_that_is_split_is_not_trained_as_replicated"),
-    Mutant("split-sums-read-too-early", 21, f"{PARALLEL}/update/scatters.py")
+    Mutant("split-sums-read-too-early", 21, f"{PARALLEL}/update/wrap.py")
     .replaces("p.grad is not None or p.dtype", "p.dtype")
     .caught_by(f"{FOUR}[clipped, EP 2]", f"{UNIT}/test_pacing.py::test_sums_that_are_read_at_once_are_waited_for"),
-    Mutant("split-backward-ends-before-its-sums", 21, f"{PARALLEL}/update/scatters.py")
+    Mutant("split-backward-ends-before-its-sums", 21, f"{PARALLEL}/update/wrap.py")
     .replaces("            yield\n            self.wait()", "            yield")
     .caught_by(f"{UNIT}/test_pacing.py::test_backward_of_split_weights_goes_on_until_one_units_sums_are_missing"),
     Mutant("split-weights-gathered-one-after-another", 0, SHARDS)
