@@ -9,8 +9,11 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the path of a new file beside `path`, which it replaces at the end, and not if writing it fails."""
-    partial = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    """Yield the path of a new file beside `path`, which it replaces at the end, and not if writing it fails.
+
+    Its suffix is the same, as some writers choose the format by it.
+    """
+    partial = path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         partial.touch()
         mode = partial.stat().st_mode  # as the process's umask says; safetensors would let only this user read it

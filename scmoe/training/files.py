@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from scmoe.files.replacing import replacing
+
 STARS = "*****"
 KEY_NAMES = re.compile(  # of environment variables that hold keys; PWD and OLDPWD are folders
     r"(KEY|KEY_ID|TOKEN|SECRET|PASSWORD|PASSWD|_PWD|CREDENTIALS?)$", re.IGNORECASE
@@ -33,15 +35,12 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def try_to_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a file of another name with the same suffix, then rename it to `path`."""
-    partial = path.with_name(f".tmp-{path.name}")
+    """Have `write` make a file that replaces `path`; where it cannot be written, warn and leave `path` as it was."""
     try:
         path.parent.mkdir(exist_ok=True)
-        write(partial)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            write(partial)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         warn_once(f"{path} is not written: {error.strerror or error}")
 
 

@@ -85,7 +85,7 @@ ONCE = {  # what exists in one place: a pattern, and the files where it may stan
     r'"data_offsets": ': ("scmoe/files/tensors.py",),
     r"\bos\.(replace|rename)\(|\bpartial\.replace\(": (
         *("scmoe/files/replacing.py", "scmoe/parallel/checkpoint/durable.py"),
-        *("datamodules/tokens_cache.py", "scmoe/training/run/directory.py"),  # a folder, a link
+        *("datamodules/text.py", "scmoe/training/run/directory.py"),  # a folder, a link
     ),
 }
 

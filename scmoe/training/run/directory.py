@@ -26,7 +26,8 @@ from typing import Any
 
 from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
-from scmoe.parallel.checkpoint.durable import replacing, start_of
+from scmoe.files.replacing import replacing
+from scmoe.parallel.checkpoint.durable import start_of
 from scmoe.training.files import redacted, write_json
 
 UNNAMED_KEYS = re.compile(r"name|runs_dir|logger\..*|trainer\.progress|data\.cache_dir")  # not in a run's name
