@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath
@@ -77,6 +78,17 @@ ONLY_IN = {  # outer module: where it may be used
         *("scmoe/", "datamodules/", "experiments/engine/report.py", "experiments/studies/batch.py"),
     ),
     "os.putenv": (),
+}
+
+
+ONCE = {  # what exists in one place: a pattern, and the files where it may stand
+    r"\bDistributedDataParallel\(": ("scmoe/parallel/update/wrap.py",),
+    r"\bfully_shard\(": ("scmoe/parallel/dense.py",),
+    r'"data_offsets": ': ("scmoe/files/tensors.py",),
+    r"\bos\.(replace|rename)\(|\bpartial\.replace\(": (
+        *("scmoe/files/replacing.py", "scmoe/parallel/checkpoint/durable.py"),
+        *("datamodules/tokens_cache.py", "scmoe/training/run/directory.py"),  # a folder, a link
+    ),
 }
 
 
@@ -226,6 +238,28 @@ def test_few_files_are_read_for_a_stream_a_strategy_or_a_training():
             todo += new
         read = {file for file in seen if TEXTS[file]}
         assert len(read) <= most, f"{path}: {len(read)}"
+
+
+def test_some_things_exist_once():
+    for pattern, places in ONCE.items():
+        assert {path for path, text in TEXTS.items() if re.search(pattern, text)} <= {*places}, pattern
+
+
+def test_no_project_class_overrides_a_method_of_another():
+    """Subclasses of modules, Lightning's classes and protocols fill in what is missing; other classes are final."""
+    classes = {node.name: node for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    methods = {name: {m.name for m in node.body if isinstance(m, ast.FunctionDef)} for name, node in classes.items()}
+    for name, node in classes.items():
+        for base in {ast.unparse(base) for base in node.bases} & classes.keys():
+            if not fills_in(base, classes):
+                assert methods[name] & methods[base] <= {"__init__"}, f"{name} overrides {base}"
+
+
+def fills_in(name: str, classes: dict[str, ast.ClassDef]) -> bool:
+    """Returns whether a class derives from a Protocol, a module, or a class of Lightning."""
+    bases = {ast.unparse(base) for base in classes[name].bases}
+    outer = {"Protocol", "nn.Module", "LightningModule", "LightningDataModule"}
+    return bool(bases & outer) or any(fills_in(base, classes) for base in bases & classes.keys())
 
 
 def test_hasattr_is_rare():
