@@ -141,6 +141,5 @@ def _become_part(part: Part, place: Place, results: Path, output: Path) -> None:
     for name, measure in pieces.items():
         print(name, flush=True)
         done[name] = attempt(measure)
-        partial = results.with_suffix(".partial")
-        partial.write_text(json.dumps(done))
-        partial.replace(results)
+        with replacing(results) as partial:
+            partial.write_text(json.dumps(done))
