@@ -20,6 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from scmoe.files.replacing import replacing
+
 Pieces = Mapping[str, Callable[[], Any]]
 TAIL_LINES = 30  # of an output or a traceback
 GRACE_S = 10.0  # for a killed process to end; one that waits in the driver may not
