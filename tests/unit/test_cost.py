@@ -54,6 +54,7 @@ def test_a_mismatch_counts_no_time_for_an_operator_that_has_none():
 
 def test_the_best_schedule_is_the_first_of_the_fastest():
     one, two = (slots(Schedule("scmoe", "pos2", chunks=chunks)) for chunks in (1, 2))
+    assert [choice.expert_slot for choice in one] == list(range(len(one[0].window) + 1))
     times = dict.fromkeys(OPERATORS, 1.0) | {"dispatch": 3.0, "combine": 3.0}
     slower = {op: 2 * time for op, time in times.items()}
     by_chunks = {1: OperatorTimes(times), 2: OperatorTimes(slower)}
