@@ -38,7 +38,7 @@ LIBRARY = {  # room: lines at most
     "scmoe/__init__.py": 120,
 }
 LABORATORY = {
-    "experiments/engine": 1040,
+    "experiments/engine": 1050,
     "experiments/faults": 520,
     "experiments/dryrun": 620,
     "experiments/bench": 3140,
