@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter, validators
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench.pairs import Count, Positive, Rounds, Setting, check_ranks
+from scmoe.experiments.bench.pairs import USUAL_RATIO, Count, Positive, Rounds, Setting, check_ranks, tokens_for
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.command_line import call
 
@@ -109,6 +109,12 @@ def overlap(
     compute: Compute | None = None,
     reductions: Literal["ddp", "paced"] | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
+    dim: Count | None = None,
+    ffn_dim: Count | None = None,
+    heads: Count | None = None,
+    tokens: Count | None = None,
+    rows_per_gradient: Positive | None = None,
+    accumulate: Count | None = None,
     setting: Setting = USUAL,
     out: Path = OUT,
 ) -> None:
@@ -120,22 +126,71 @@ def overlap(
         compute: (default: emulated; on cuda real)
         reductions: of gradients, at level iteration (default: paced, on a GPU ddp)
         device: cuda: one GPU, rows over its bus
+        dim: (default: 512; at level iteration 256)
+        ffn_dim: (default: 4 times --dim)
+        heads: (default: 8; at level iteration 4)
+        tokens: of one rank in one batch (default: 1024; at level iteration as --rows-per-gradient)
+        rows_per_gradient: bytes of rows over bytes of gradients that a rank sends in a step of top-2, met by the tokens
+            of a batch (default: 3, as in the paper's SwinV2-MoE-S)
+        accumulate: batches of a step, whose gradients are summed once (default: 1)
     """
     if share is not None and setting.link_mbit is not None:
         raise ConfigError("--share and --link-mbit exclude each other: the rate is searched for the share, or given")
     if reductions is not None and setting.level != "iteration":
         raise ConfigError(f"--reductions belongs to --level iteration, and --level is {setting.level}")
+    if setting.level != "iteration" and (rows_per_gradient or accumulate):
+        name = "--rows-per-gradient" if rows_per_gradient else "--accumulate"
+        raise ConfigError(f"{name} belongs to --level iteration, and --level is {setting.level}")
+    if rows_per_gradient is not None and tokens is not None:
+        raise ConfigError("--rows-per-gradient and --tokens exclude each other: the tokens are found, or given")
     gpu = device == "cuda"
+    compute = compute or ("real" if gpu else "emulated")
+    if compute == "emulated" and (heads or (ffn_dim and setting.level == "block")):  # an iteration has its gradients
+        raise ConfigError(f"--{'heads' if heads else 'ffn-dim'} belongs to real compute, and --compute is emulated")
+    usual_dim, usual_heads = (256, 4) if setting.level == "iteration" else (Setting.dim, Setting.heads)
+    dim = dim or usual_dim
     setting = replace(
         setting,
+        dim=dim,
+        ffn_dim=ffn_dim or 4 * dim,
+        heads=heads or usual_heads,
+        tokens=tokens or Setting.tokens,
+        accumulate=accumulate or 1,
         share=Setting.share if share is None else share,
-        compute=compute or ("real" if gpu else "emulated"),
+        compute=compute,
         reductions=reductions or ("ddp" if gpu else "paced"),
         device=device,
     )
+    if setting.level == "iteration" and tokens is None:
+        ratio = rows_per_gradient or USUAL_RATIO
+        setting = replace(setting, tokens=tokens_for(ratio, setting), rows_per_gradient=ratio)
     from scmoe.experiments.bench.overlap_report import bench_overlap
 
     print(json.dumps(bench_overlap(setting, ranks or (1 if gpu else 2), out)))
+
+
+@main.command
+def train(
+    *overrides: str,
+    config: str = "quickstart",
+    share: Share = 0.52,
+    ranks: int = 2,
+    rounds: Count = 3,
+    rows: list[Literal["top2", "shared_expert", "scmoe_pos2", "scmoe_pos3"]] | None = None,
+    out: Path = OUT,
+) -> None:
+    """What a slow network costs `scmoe train` of each architecture, and what a shortcut hides of it.
+
+    Args:
+        overrides: key=value, of the config
+        share: communication share of a sequential top-2 pair of the config's sizes, forward
+        rows: the first is what the others are compared with (default: all)
+    """
+    check_ranks(ranks)
+    links.require()
+    from scmoe.experiments.bench.training import ARCHITECTURES, bench_train
+
+    print(json.dumps(bench_train(config, overrides, share, ranks, rounds, rows or list(ARCHITECTURES), out)))
 
 
 @main.command

@@ -38,7 +38,7 @@ from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import Schedule
 
 SEARCH_ROUNDS = 15  # at each rate; with fewer, the error at a share of 0.15 is as large as the transfers are long
-TRIALS = 2  # of each schedule
+TRIALS = 3  # of each schedule
 WITHIN = 8  # rate of a rank's link within its node, over that of the node's card
 NEAR, FINALISTS = 1.03, 3  # up to FINALISTS schedules of a row go into the rounds: those NEAR the best in the trials
 
@@ -56,7 +56,7 @@ class Variant:
 class Seconds(NamedTuple):
     """The times of a variant: this rank's in one round, or arrays over rounds, of the slowest rank in each.
 
-    cpu: processor time of the process. update: part of `train`."""
+    cpu: processor time of the process. train_forward, update: parts of `train`, the first of all batches of a step."""
 
     forward: Any
     train: Any
@@ -139,18 +139,22 @@ class Bench:
         forward, cpu_forward = self.forward(variant)
         step = self.steps[variant.block]
         dist.barrier()
-        with step.wrapped.no_sync() if variant.way == "alone" else nullcontext():
-            t0, c0 = self.now()
-            y = step.model(self.x)
-            t1, _ = self.now()
-            step.backward(y, torch.ones_like(y))
+        t0, c0 = self.now()
+        in_forward = 0.0
+        for batch in range(1, self.setting.accumulate + 1):
+            keeps = batch < self.setting.accumulate or variant.way == "alone"
+            with step.wrapped.no_sync() if keeps else nullcontext():
+                begin, _ = self.now()
+                y = step.model(self.x)
+                in_forward += self.now()[0] - begin
+                step.backward(y, torch.ones_like(y))
         t2, _ = self.now()
         step.update()
         t3, c3 = self.now()
         step.model.zero_grad()
         self.x.grad = None
         self.iterations += 1
-        return Seconds(forward, t3 - t0, t1 - t0, cpu_forward, c3 - c0, t3 - t2)
+        return Seconds(forward, t3 - t0, in_forward, cpu_forward, c3 - c0, t3 - t2)
 
     def rounds(self, variants: Iterable[Variant], rounds: int, what: str = "") -> dict[Variant, Seconds]:
         """Runs all variants in turn, `rounds` times."""
@@ -245,6 +249,8 @@ def measure(rank: int, world_size: int, setting: Setting) -> Measured:
     finalists = {row: [*nearest(variants, tried), chosen[row]] for row, variants in candidates.items()}
     ways = ("sequential", "free", "alone") if setting.level == "iteration" else ("sequential", "free")
     references = [Variant(block, default_schedule(block), way) for block in bench.stacks for way in ways]
+    if rate is not None:  # the machine's speed has drifted since the search
+        rate = find_rate(setting, bench.set_rate, bench.infer, rate)
     times = bench.rounds(chain(references, *finalists.values()), setting.rounds)
     best = {row: min(variants, key=lambda v: middle(times[v].train)) for row, variants in finalists.items()}
     peaks = {row: bench.peak_mb(v) for row, v in best.items()}
@@ -264,18 +270,21 @@ def through_link(ranks: int, nodes: int) -> float:
     return 1 - 1 / ranks if nodes == 1 else ranks / nodes * (1 - 1 / nodes)
 
 
-def find_rate(s: Setting, set_rate: Callable[[float], None], infer: Callable[[Variant], float]) -> float:
+def find_rate(
+    s: Setting, set_rate: Callable[[float], None], infer: Callable[[Variant], float], start: float | None = None
+) -> float:
     """Sets the rate (Bench.set_rate) and returns it: the given one, or the one at which communication is the wanted
-    share of a sequential top-2 pair. infer: returns the seconds of a forward pass of that pair."""
+    share of a sequential top-2 pair. infer: returns the seconds of a forward pass of that pair. start: begins there."""
     if s.link_mbit is not None:
         set_rate(s.link_mbit)
         return s.link_mbit
     sequential, free = (Variant("top2", default_schedule("top2"), way) for way in ("sequential", "free"))
     runs = {variant: partial(infer, variant) for variant in (sequential, free)}
-    t_free = middle(in_turn({free: runs[free]}, SEARCH_ROUNDS, over_ranks=True)[free])
-    wanted, sent = s.share, through_link(dist.get_world_size(), s.nodes)
-    sent_bits = 2 * 2 * s.pairs * s.tokens * s.dim * 32 * sent
-    rate = 1.0 if s.bus else sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
+    wanted, rate = s.share, 1.0 if start is None else start
+    if start is None and not s.bus:
+        t_free = middle(in_turn({free: runs[free]}, SEARCH_ROUNDS, over_ranks=True)[free])
+        sent_bits = 2 * 2 * s.pairs * s.tokens * s.dim * 32 * through_link(dist.get_world_size(), s.nodes)
+        rate = sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
     for _ in range(8):
         set_rate(rate)
         times = in_turn(runs, SEARCH_ROUNDS, over_ranks=True)

@@ -15,7 +15,7 @@ from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench.exchange import why_no_nodes
 from scmoe.experiments.bench.overlap import Measured, Seconds, Variant, measure, through_link
-from scmoe.experiments.bench.pairs import ROWS, TOP_K, Setting, default_schedule
+from scmoe.experiments.bench.pairs import ROWS, TOP_K, USUAL_RATIO, Setting, default_schedule
 from scmoe.experiments.bench.speed_chart import draw, ranks_of
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.clock import middle, quartiles
@@ -25,7 +25,7 @@ from scmoe.schedule.cost import OperatorTimes, exposed_time, overlap_efficiency
 from scmoe.schedule.limit import least_time
 
 PAYLOAD = 1448 / 1514  # of what a link carries; the rest is headers of TCP, IP and Ethernet
-OF_COMPUTE = {"ffn_dim": "real", "heads": "real", "attention_ms": "emulated", "attention_to_mlp": "emulated"}
+OF_EMULATED = ("attention_ms", "attention_to_mlp")
 
 
 def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
@@ -50,6 +50,8 @@ def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
     if setting.nodes > 1:
         machine += f"-{setting.nodes}-nodes-{setting.exchange}"
     at = f"share-{setting.share:g}" if setting.link_mbit is None else f"{setting.link_mbit:g}-mbit"
+    if setting.rows_per_gradient not in (None, USUAL_RATIO):
+        at += f"-ratio-{setting.rows_per_gradient:g}"
     name = f"overlap-{setting.compute}-{setting.level}-{machine}-{at}"
     show(report)
     draw(report, out / f"{name}.png")
@@ -75,9 +77,9 @@ def why_refused(setting: Setting, ranks: int) -> str | None:
         return refused
     if setting.nodes == 1 and setting.exchange != "flat":
         return f"--exchange is {setting.exchange}, allowed with --nodes 1: flat"
-    for name, compute in OF_COMPUTE.items():
-        if compute != setting.compute and getattr(setting, name) != getattr(Setting, name):
-            return f"--{name.replace('_', '-')} belongs to {compute} compute, and --compute is {setting.compute}"
+    for name in OF_EMULATED:
+        if setting.compute != "emulated" and getattr(setting, name) != getattr(Setting, name):
+            return f"--{name.replace('_', '-')} belongs to emulated compute, and --compute is {setting.compute}"
     if not 0 < setting.share < 1:
         return f"--share is {setting.share:g}, allowed: above 0 and below 1"
     if unknown := [row for row in setting.rows if row not in ROWS]:
@@ -119,7 +121,15 @@ def summary(setting: Setting, ranks: int, found: Measured) -> dict[str, Any]:
     if setting.nodes > 1:
         report |= {"nodes": setting.nodes, "exchange": setting.exchange}
     if setting.level == "iteration":
-        report |= {"gradient_mb": gradient_mb(found, "top2"), "reductions": setting.reductions}
+        report |= {
+            "gradient_mb": gradient_mb(found, "top2"),
+            "reductions": setting.reductions,
+            "rows_over_gradients": rows_over_gradients(setting, ranks, found, "top2"),
+            "wanted_ratio": setting.rows_per_gradient,
+            "accumulate": setting.accumulate,
+            "tokens": setting.tokens,
+            "dim": setting.dim,
+        }
     rows = {name: row_of(setting, ranks, found, name) for name in setting.rows}
     best = {name: found.times[variant] for name, variant in found.best.items()}
     fastest = max(rows, key=lambda name: rows[name]["forward_speedup"])
@@ -163,6 +173,7 @@ def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str
     }
     if setting.level == "iteration":
         row["gradient_mb"] = gradient_mb(found, block)
+        row["rows_over_gradients"] = rows_over_gradients(setting, ranks, found, block)
     if has_limit(setting):
         least = least_times(setting, ranks, found, block)
         row |= {"limit_train": middle(top2.train / least), "of_limit": middle(least / own.train)}
@@ -182,6 +193,19 @@ def gradient_mb(found: Measured, block: str) -> float:
     return sum(size for _, size in found.gradients[block]) / 2**20
 
 
+def row_bytes(setting: Setting, ranks: int, block: str) -> float:
+    """Return the bytes of rows that leave by a link in one direction of one batch: two transfers of each pair."""
+    rows = 2 * setting.pairs * TOP_K.get(block, 1) * setting.tokens * through_link(ranks, setting.nodes)
+    return rows * setting.dim * getattr(torch, setting.dtype).itemsize
+
+
+def rows_over_gradients(setting: Setting, ranks: int, found: Measured, block: str) -> float:
+    """Return the bytes of rows over the bytes of gradients that a rank sends in one training step, the latter by a ring
+    of all ranks."""
+    gradients = 2 * (1 - 1 / ranks) * gradient_mb(found, block) * 2**20
+    return 2 * setting.accumulate * row_bytes(setting, ranks, block) / gradients
+
+
 def all_quartiles(values: Any) -> list[float]:
     first, third = quartiles(values)
     return [first, middle(values), third]
@@ -189,15 +213,18 @@ def all_quartiles(values: Any) -> list[float]:
 
 def least_times(setting: Setting, ranks: int, found: Measured, block: str) -> Any:
     """Return the least time of an iteration in each round, by schedule/limit.py, from its times without transfers. A
-    ring sends 2 (ranks - 1) / ranks of the gradients' bytes."""
+    ring sends 2 (ranks - 1) / ranks of the gradients' bytes, all of them beside the last batch's backward."""
     assert found.rate is not None
-    alone = way_of(found, block, "alone")
-    bytes_per_s, sent = found.rate * 1e6 / 8 * PAYLOAD, 1 - 1 / ranks
-    of_a_rank = 2 * setting.pairs * TOP_K.get(block, 1) * setting.tokens * setting.dim * 4
-    rows = of_a_rank * through_link(ranks, setting.nodes) / bytes_per_s
-    sums = [(part, 2 * sent * size / bytes_per_s) for part, size in found.gradients[block]]
-    rounds = zip(alone.train_forward, alone.backward - alone.update, alone.update, strict=True)
-    return np.asarray([least_time(f, b, u, rows, [(part * b, s) for part, s in sums]) for f, b, u in rounds])
+    alone, batches = way_of(found, block, "alone"), setting.accumulate
+    bytes_per_s = found.rate * 1e6 / 8 * PAYLOAD
+    rows = row_bytes(setting, ranks, block) / bytes_per_s
+    sums = [(part, 2 * (1 - 1 / ranks) * size / bytes_per_s) for part, size in found.gradients[block]]
+    forward, backward = alone.train_forward / batches, (alone.backward - alone.update) / batches
+    least = []
+    for f, b, update in zip(forward, backward, alone.update, strict=True):
+        before = (batches - 1) * least_time(f, b, 0.0, rows, [])
+        least.append(before + least_time(f, b, update, rows, [(part * b, s) for part, s in sums]))
+    return np.asarray(least)
 
 
 def operators_ms(times: OperatorTimes) -> dict[str, dict[str, float]]:
@@ -224,5 +251,6 @@ def show(report: dict[str, Any]) -> None:
         "peak": "{peak_mb:.0f} MB",
     }
     if report["level"] == "iteration":
+        title += f"; {report['rows_over_gradients']:.2f} bytes of rows for a byte of gradients (top-2)"
         columns["of its limit"] = "{of_limit:.3f}"
     Report(title, report["rows"], columns).show()

@@ -12,6 +12,7 @@ Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 Positive = Annotated[float, Parameter(validator=validators.Number(gt=0))]
 Rounds = Annotated[int, Parameter(validator=validators.Number(gte=2))]  # of which quartiles are taken
 INNER = Parameter(parse=False)  # no option of `bench overlap`, or one whose default depends on others
+USUAL_RATIO = 3.0  # of bytes of rows to bytes of gradients in an iteration; 2.9 in the paper's SwinV2-MoE-S
 CHUNKS = {"": (1,), "_pipelined": (2, 4)}  # numbers of chunks to choose from
 USUAL_ROWS = {  # row: (block, numbers of chunks); top2, top2_pipelined, ..., scmoe_pos1, ..., scmoe_pos1_pipelined, ...
     **{name + way: (name, CHUNKS[way]) for name in ("top2", "top1", "shared_expert") for way in CHUNKS},
@@ -29,14 +30,15 @@ class Setting:
 
     share: of communication, reached by a search for the links' rate. compute: real | emulated. shaped: whether the
     links have a rate at all. bus: rows go over the device's bus instead of links (emulated.over_the_bus), and the share
-    is reached by its rate. reductions: of the gradients, as the Strategy's.
+    is reached by its rate. reductions: of the gradients, as the Strategy's. dim, ffn_dim, heads: of every block.
+    tokens: of one rank in one batch, in sequences of seq_len. accumulate: batches of a training step.
+    rows_per_gradient: the ratio for which the tokens were chosen (tokens_for); None: they were given.
 
     Args:
         link_mbit: rate of the links; by default it is searched for the share
         nodes: on which the ranks are; the rate is that of the nodes' network cards
         exchange: between nodes
         rows: rows to measure
-        tokens: of one rank, in sequences of --seq-len
         attention_ms: time of an emulated attention
         attention_to_mlp: its ratio to that of an emulated MLP
     """
@@ -46,11 +48,13 @@ class Setting:
     compute: Annotated[str, INNER] = "emulated"
     level: Literal["block", "iteration"] = "block"
     rounds: Rounds = 9
-    dim: Count = 512
-    ffn_dim: Count = 2048
-    heads: Count = 8
-    tokens: Count = 1024
+    dim: Annotated[int, INNER] = 512
+    ffn_dim: Annotated[int, INNER] = 2048
+    heads: Annotated[int, INNER] = 8
+    tokens: Annotated[int, INNER] = 1024
     seq_len: Count = 256
+    accumulate: Annotated[int, INNER] = 1
+    rows_per_gradient: Annotated[float | None, INNER] = None
     num_experts: Count = 8
     attention_ms: Positive = 45.0
     attention_to_mlp: Positive = 3.0
@@ -67,6 +71,17 @@ class Setting:
     def pairs(self) -> int:
         """Pairs in a row."""
         return 2 if self.level == "iteration" else 1
+
+
+def tokens_for(ratio: float, setting: Setting) -> int:
+    """Return the tokens of a batch with which a rank sends so many bytes of rows for a byte of dense gradients in a
+    training step of top-2, in whole sequences.
+
+    A pair sends 2 copies of a token, there and back, forward and backward, and a row of one rank in R leaves it with
+    probability 1 - 1 / R; a ring sends 2 (1 - 1 / R) of the gradients of two attentions and an MLP."""
+    gradients = 2 * (8 * setting.dim**2 + 2 * setting.dim * setting.ffn_dim)
+    rows_of_a_token = 4 * TOP_K["top2"] * setting.dim * setting.accumulate
+    return max(1, round(ratio * gradients / rows_of_a_token / setting.seq_len)) * setting.seq_len
 
 
 def check_ranks(ranks: int) -> None:

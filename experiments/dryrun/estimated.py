@@ -49,6 +49,9 @@ def estimate(config: Config) -> dict[str, Any]:
     forward = forward_flops(model, job.seq_len)
     sent, rows = transfer_bytes(model, job.precision, job.wire_bytes), model.rows_per_sample(job.seq_len)
     together = sum(size * rows[moe] for size, (moe, _) in zip(sent, moe_uses(model), strict=True)) / tokens
+    split = Split(model, job)
+    row_bytes = 4 * together * tokens * job.samples * job.accumulate * (1 - 1 / job.ep_size)
+    gradient_bytes = 2 * (1 - 1 / job.ranks) * replicated * split.width  # by a ring of all ranks
     return {
         "ep_size": job.ep_size,
         "dp_size": job.dp_size,
@@ -70,7 +73,8 @@ def estimate(config: Config) -> dict[str, Any]:
         "all_to_all_bytes_training": 4 * together,
         "all_to_all_share_that_travels": (job.ep_size - 1) / job.ep_size,
         "memory_bytes": rank_memory(model, job, updated_by_muon(config, model)),
-        "collectives_bytes": step_traffic(Split(model, job)),
+        "collectives_bytes": step_traffic(split),
+        "rows_over_gradients": row_bytes / gradient_bytes if job.ranks > 1 else None,
     }
 
 
@@ -161,4 +165,6 @@ def estimate_table(facts: dict[str, Any]) -> Table:
         made.add_row(f"MiB of a rank: {name}", f"{size / MIB:,.0f}", notes.get(name, ""), end_section=name == "total")
     for name, size in facts["collectives_bytes"].items():
         made.add_row(f"MiB of a step: {name}", f"{size / MIB:,.4g}", "bytes that a rank sends, its own share included")
+    if (ratio := facts["rows_over_gradients"]) is not None:
+        made.add_row("rows over gradients", f"{ratio:.3g}", "bytes that leave a rank in a step; gradients by a ring")
     return made

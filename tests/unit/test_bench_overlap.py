@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
 from scmoe.experiments.bench.overlap import Seconds, Variant, nearest, through_link
+from scmoe.experiments.bench.overlap_report import PAYLOAD, least_times, rows_over_gradients
+from scmoe.experiments.bench.pairs import Setting, tokens_for
 from scmoe.experiments.engine.command_line import call
 from scmoe.schedule.schedule import Schedule
 
@@ -23,6 +29,10 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA d
         ("overlap --compute real --attention-ms 4", "--attention-ms belongs to emulated compute"),
         ("overlap --heads 4", "--heads belongs to real compute"),
         ("overlap --reductions ddp", "--reductions belongs to --level iteration"),
+        ("overlap --ffn-dim 64", "--ffn-dim belongs to real compute"),
+        ("overlap --accumulate 2", "--accumulate belongs to --level iteration"),
+        ("overlap --rows-per-gradient 1", "--rows-per-gradient belongs to --level iteration"),
+        ("overlap --level iteration --rows-per-gradient 1 --tokens 256", "--rows-per-gradient and --tokens"),
         ("overlap --share 1.5", "--share is 1.5"),
         ("overlap --tokens 100 --seq-len 64", "--tokens is 100, allowed: multiples of --seq-len (64)"),
         ("overlap --rows top2 top9", "--rows has top9"),
@@ -53,6 +63,26 @@ def test_every_bench_refuses_before_it_measures(words, says, capsys):
 
 def test_the_rows_of_a_node_s_ranks_share_its_card():
     assert [through_link(*at) for at in ((2, 1), (4, 1), (4, 2), (8, 2))] == [0.5, 0.75, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(("ratio", "accumulate"), [(3.0, 1), (1.0, 1), (3.0, 4)])
+def test_the_tokens_of_a_batch_give_the_wanted_ratio_of_rows_and_gradients(ratio, accumulate):
+    """By the report's own count of both, with the gradients of two attentions and an MLP of each pair; two ranks."""
+    setting = Setting(level="iteration", dim=256, ffn_dim=1024, seq_len=16, accumulate=accumulate)
+    setting = replace(setting, tokens=tokens_for(ratio, setting))
+    weights = 2 * 4 * 256**2 + 2 * 256 * 1024
+    found = SimpleNamespace(gradients={"top2": [(0.5, 4 * weights)] * setting.pairs})
+    assert rows_over_gradients(setting, 2, found, "top2") == pytest.approx(ratio, rel=0.02)  # whole sequences
+
+
+def test_gradients_are_summed_beside_the_last_batch_only():
+    """Without gradients a step of four batches takes four times as long at least; with them, one sum longer."""
+    setting = Setting(level="iteration", accumulate=4)
+    alone = Seconds(1.0, np.full(2, 12.0), np.full(2, 4.0), 0.0, 0.0, np.zeros(2))
+    times = {Variant("top2", Schedule("top_k"), "alone"): alone}
+    for size, least in ((0, 12.0), (10**9, 10**9 * 8 / (1e8 * PAYLOAD) + 4.0 + 6.0)):
+        found = SimpleNamespace(rate=100.0, times=times, gradients={"top2": [(0.0, size)]})
+        assert least_times(setting, 2, found, "top2") == pytest.approx([least] * 2, rel=0.02)
 
 
 def test_schedules_near_the_best_by_trial_go_into_the_rounds():

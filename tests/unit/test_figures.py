@@ -48,7 +48,7 @@ def report_of(share: float, rows: tuple[str, ...] = SHOWN, **setting: Any) -> di
         best[row] = Variant(block, schedule, f"own {row}")
         times[best[row]] = seconds(1 - share, 2.3) if row.startswith("scmoe") else seconds(1.0, 2.5)
     peaks = dict.fromkeys(rows, 1.0)
-    gradients = {block: [] for block, _ in ROWS.values()}
+    gradients = {block: [(0.5, 2**20)] for block, _ in ROWS.values()}
     found = Measured(100.0, choices, best, best, peaks, times, gradients, iterations=9)
     return overlap_report.summary(Setting(share, rows=rows, **setting), 2, found)
 

@@ -1,0 +1,189 @@
+"""What a slow network costs `scmoe train`, and what a shortcut hides of it: the product itself, on links with a rate.
+
+Every architecture trains one configuration with the same data, seed and steps: with Lightning, logging, validation and
+checkpoints. They train in turn, round after round, on the links and on links without a rate; ratios are taken within a
+round. A step's time is the median of the second half of the run, when the schedule is chosen; validation and
+checkpoints are left out.
+
+    compute             a step on links without a rate
+    exposed rows        what the MoE windows of a step wait for transfers, forward and backward (planner.Overlap)
+    exposed gradients   what else a step takes longer than without a rate: sums that backward does not hide
+"""
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer
+
+from scmoe.config.extras import require
+from scmoe.config.fields import Config
+from scmoe.config.load import load
+from scmoe.experiments.bench.overlap import Bench, find_rate
+from scmoe.experiments.bench.pairs import Setting
+from scmoe.experiments.bench.speed_chart import name_of
+from scmoe.experiments.dryrun.estimated import estimate
+from scmoe.experiments.engine import links
+from scmoe.experiments.engine.clock import in_turn, middle
+from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.experiments.engine.report import Report, write_json
+from scmoe.probes.charts import chart, heading
+from scmoe.runs.seen import SeenRun
+from scmoe.training.assembly.trainer import register_callback
+from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
+from scmoe.training.run.train import train
+
+ARCHITECTURES = {  # the first is sequential: nothing can be hidden in it
+    "top2": ("moe.architecture=top_k", "moe.top_k=2"),
+    "shared_expert": ("moe.architecture=shared_expert", "schedule.auto=true"),
+    "scmoe_pos2": ("moe.position=pos2", "schedule.auto=true"),
+    "scmoe_pos3": ("moe.position=pos3", "schedule.auto=true"),
+}
+WAYS = ("links", "free")
+NUMBERS = ("step_s", "exposed_rows_s", "val_loss")
+WAITED: list[float] = []  # seconds of each timed step of this process's training
+
+
+class Windows(Callback):
+    """Notes what the MoE windows of each timed step wait for transfers."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        for callback in trainer.callbacks:
+            if isinstance(callback, AdaptiveSchedule) and callback.planner and callback.planner.overlap:
+                free = sum(sum(choice.free) for choice in callback.planner.choices)
+                WAITED.append(sum(callback.planner.overlap.seconds) - free)
+
+
+def bench_train(
+    config: str, overrides: Sequence[str], share: float, ranks: int, rounds: int, rows: Sequence[str], out: Path
+) -> dict[str, Any]:
+    """Measure, print a table, and write chart and figures into `out`. Returns the report.
+
+    share: of communication, of a sequential top-2 pair of the configuration's sizes. The caller has entered a network
+    namespace (links.py).
+    """
+    require("bench train", "matplotlib")
+    words = [*overrides, f"trainer.devices={ranks}", f"strategy.ep_size={ranks}"]
+    configs = {row: load(config, [*words, *ARCHITECTURES[row]]) for row in rows}
+    first = configs[rows[0]]
+    mbit = run_ranks(searched, ranks, pair_of(first, share), timeout_s=1800, own_links=True)[0]
+    print(f"links at {mbit:.0f} Mbit/s", file=sys.stderr)
+    curves: dict[str, list[tuple[float, float]]] = {}
+
+    def one(row: str, way: str) -> list[float]:
+        print(f"training {row}, {'links' if way == 'links' else 'links without a rate'}", file=sys.stderr)
+        own = [*words, *ARCHITECTURES[row]]
+        rate = mbit if way == "links" else None
+        found = run_ranks(trained, ranks, config, own, rate, timeout_s=3600, own_links=True)[0]
+        curves[row] = found["curve"]
+        return [found[name] for name in NUMBERS]
+
+    variants = {(row, way): partial(one, row, way) for row in rows for way in WAYS}
+    times = in_turn(variants, rounds, warm_up=0)
+    report: dict[str, Any] = {
+        "config": config,
+        "overrides": list(overrides),
+        "wanted_share": share,
+        "link_mbit": mbit,
+        "ranks": ranks,
+        "rounds": rounds,
+        "steps": first.trainer.max_steps,
+        "rows": {row: row_of(configs[row], times, row, rows[0], curves[row]) for row in rows},
+    }
+    title = f"{config}, {ranks} ranks, {mbit:.0f} Mbit/s; medians of {rounds} rounds"
+    columns = {
+        "tokens/s": "{tokens_per_s:.0f}",
+        "over the first": "{speedup:.2f}",
+        "step": "{step_s:.3f} s",
+        "compute": "{compute_s:.3f} s",
+        "exposed rows": "{exposed_rows_s:.3f} s",
+        "exposed gradients": "{exposed_gradients_s:.3f} s",
+        "rows/gradients": "{rows_over_gradients:.2f}",
+        "validation loss": "{val_loss:.3f}",
+    }
+    Report(title, report["rows"], columns).show()
+    name = out / f"train-share-{share:g}"
+    draw(report, name.with_name(f"{name.name}.png"))
+    write_json(name.with_name(f"{name.name}.json"), report)
+    return report
+
+
+def row_of(
+    config: Config, times: dict[tuple[str, str], Any], row: str, first: str, curve: list[tuple[float, float]]
+) -> dict[str, Any]:
+    """Return the figures of a row. curve: (tokens, validation loss)."""
+    (step, rows, losses), (free, _, _) = (times[row, way] for way in WAYS)
+    tokens = config.data.global_batch_size * config.data.seq_len
+    step_s = middle(step)
+    return {
+        "tokens_per_s": tokens / step_s,
+        "speedup": middle(times[first, "links"][0] / step),
+        "step_s": step_s,
+        "compute_s": middle(free),
+        "exposed_rows_s": middle(rows),
+        "exposed_gradients_s": middle(step - free - rows),
+        "rows_over_gradients": estimate(config)["rows_over_gradients"],
+        "val_loss": float(losses[-1]),
+        "val_losses": [[seen / tokens * step_s, loss] for seen, loss in curve],  # seconds of training
+    }
+
+
+def pair_of(config: Config, share: float) -> Setting:
+    """Return the top-2 pair of a configuration's sizes, on which the links' rate is searched."""
+    model, data, trainer = config.model, config.data, config.trainer
+    samples = data.global_batch_size // (trainer.devices * trainer.accumulate)
+    return Setting(
+        share,
+        compute="real",
+        dim=model.dim,
+        ffn_dim=model.ffn_dim or 4 * model.dim,
+        heads=model.heads,
+        tokens=samples * data.seq_len,
+        seq_len=data.seq_len,
+        num_experts=config.moe.num_experts,
+        rows=(),
+    )
+
+
+def searched(rank: int, world_size: int, pair: Setting) -> float:
+    """Runs on every rank. Returns the links' rate in Mbit/s."""
+    dist.init_process_group("gloo")
+    bench = Bench(pair)
+    return find_rate(pair, bench.set_rate, bench.infer)
+
+
+def trained(rank: int, world_size: int, config: str, words: Sequence[str], mbit: float | None) -> dict[str, Any]:
+    """Runs on every rank; the caller uses rank 0's result."""
+    links.set_rate(mbit)
+    register_callback("windows")(Windows)
+    with TemporaryDirectory() as folder:
+        runs = [] if rank else [f"runs_dir={folder}"]
+        summary = train(load(config, [*words, *runs, "callbacks.windows={}", "logger.mode=disabled"]))
+        if summary is None:
+            return {}
+        run = SeenRun(Path(summary["run_dir"]))
+        rates = [row["time/tokens_per_s"] for row in run.metrics if "time/tokens_per_s" in row]
+        tokens, curve = (
+            int(run.config["data.global_batch_size"]) * int(run.config["data.seq_len"]),
+            run.curve("val/loss"),
+        )
+        step_s, waited = tokens / middle(rates[len(rates) // 2 :]), middle(WAITED or [0.0])
+        return {"step_s": step_s, "exposed_rows_s": waited, "val_loss": curve[-1][1], "curve": curve}
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Draw the validation loss of each row against the seconds that its training took."""
+    with chart(path, 3.4) as figure:
+        axis = figure.subplots()
+        for row, found in report["rows"].items():
+            seconds, losses = np.asarray(found["val_losses"]).T
+            axis.plot(seconds, losses, marker="o", label=f"{name_of(row)}: {found['tokens_per_s']:.0f} tokens/s")
+        axis.set(xlabel="seconds of training, without validation and checkpoints", ylabel="validation loss")
+        axis.grid(axis="y")
+        axis.legend()
+        heading(figure, f"{report['config']} on {report['ranks']} ranks, links of {report['link_mbit']:.0f} Mbit/s")
