@@ -58,6 +58,7 @@ from scmoe.parallel.mesh import (
     expert_parameters,
     order_launches_of_nccl,
     use_loopback_for_gloo,
+    what_prevents_overlap,
 )
 from scmoe.parallel.torch_seam import hide_from_ddp, set_default_timeout
 from scmoe.parallel.update.wrap import Wrapped, wrap
@@ -162,6 +163,9 @@ class ExpertParallelStrategy(DDPStrategy):
             ) from error
         if self.is_launched:
             self.parent = os.getppid()
+        if self.root_device.type == "cuda":
+            for line in what_prevents_overlap():
+                self._say(f"warning: {line}")
         if self.context.mesh is None:
             ep_size = self.world_size if self.ep_size is None else self.ep_size
             network = self.exchange, self.num_processes, self._say

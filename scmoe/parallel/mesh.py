@@ -260,6 +260,23 @@ def order_launches_of_nccl() -> None:
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
 
 
+def what_prevents_overlap() -> list[str]:
+    """Return a line for each environment variable of this process with which a GPU hides less communication, or none.
+
+    The number of connections is read when CUDA starts, so it must be set before the command."""
+    lines = []
+    connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "8")  # CUDA's own default
+    if connections.isdecimal() and int(connections) < 8:
+        lines.append(
+            f"CUDA_DEVICE_MAX_CONNECTIONS is {connections}: kernels of different streams wait for each other in one "
+            "queue, so less communication is hidden. Set it to 8 to 32, or leave it out"
+        )
+    for name in ("CUDA_LAUNCH_BLOCKING", "TORCH_NCCL_BLOCKING_WAIT"):
+        if os.environ.get(name, "0") not in ("", "0"):
+            lines.append(f"{name} is set: the host waits for the device, so no communication is hidden. Leave it out")
+    return lines
+
+
 def use_loopback_for_gloo() -> None:
     """Let gloo use the loopback interface on one machine, unless the user has named another: by default it uses the
     host name's address, which many laptops and containers cannot reach."""

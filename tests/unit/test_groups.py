@@ -105,3 +105,23 @@ def test_nccl_starts_kernels_in_the_order_of_their_launch_unless_the_user_has_ch
 
 def test_gloo_needs_no_start():
     assert groups_of(0, 2, 2, "cpu")[1] == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({}, []),
+        ({"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_LAUNCH_BLOCKING": "0"}, []),
+        ({"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, ["CUDA_DEVICE_MAX_CONNECTIONS"]),
+        (
+            {"CUDA_LAUNCH_BLOCKING": "1", "TORCH_NCCL_BLOCKING_WAIT": "1"},
+            ["CUDA_LAUNCH_BLOCKING", "TORCH_NCCL_BLOCKING_WAIT"],
+        ),
+    ],
+)
+def test_variables_with_which_a_gpu_hides_less_are_named(variables, named, monkeypatch):
+    for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_LAUNCH_BLOCKING", "TORCH_NCCL_BLOCKING_WAIT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert [line.split()[0] for line in mesh.what_prevents_overlap()] == named
