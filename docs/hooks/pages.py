@@ -27,6 +27,7 @@ FIELD = re.compile(r"(?<![`\[])(`(\w+\.\w+)(?:=[^`\s]+)?`)(?![`\]])")
 FIELDS = {leaf.key for leaf in leaves(Config())}
 FENCE = re.compile(r"(```.*?```)", re.DOTALL)
 PYTHON = {  # pages of the Python reference: what each package is for
+    "files": "Files that are replaced safely, and safetensors that are written one tensor at a time.",
     "schedule": "The schedule as a value, its cost, and the timeline that it gives.",
     "moe": "Router, layout, experts, balance, and the MoE stream in three verbs.",
     "blocks": "Transformer blocks: standard, shared expert, ScMoE, DGMoE.",

@@ -23,6 +23,7 @@ from scmoe.inference.generate import stream
 from scmoe.inference.sampling import GREEDY
 from scmoe.inference.stopping import Stopping
 from scmoe.moe.operators import Mark, Recorder
+from scmoe.moe.stream import dropless
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model
 
@@ -90,10 +91,11 @@ def cached(
 
 @torch.inference_mode()
 def uncached(model: Any, ids_BS: Tensor, tokens: int) -> Tensor:
-    for _ in range(tokens):
-        last_B = torch.full((len(ids_BS),), ids_BS.shape[1] - 1)
-        next_B1 = model(ids_BS, last_B=last_B, dropless=True).logits_BSV.argmax(-1)
-        ids_BS = torch.cat([ids_BS, next_B1], 1)
+    with dropless(model):
+        for _ in range(tokens):
+            last_B = torch.full((len(ids_BS),), ids_BS.shape[1] - 1)
+            next_B1 = model(ids_BS, last_B=last_B).logits_BSV.argmax(-1)
+            ids_BS = torch.cat([ids_BS, next_B1], 1)
     return ids_BS
 
 

@@ -30,21 +30,17 @@ class DoubleGateBlock(MoEBlock):
     architecture = "dgmoe"
     tap_norm: nn.Module
 
-    def forward(
-        self, x_BSD: Tensor, mask_BS: Tensor | None = None, dropless: bool = False, *cache: KVCache
-    ) -> MoEOutput:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
         x_BSD = self.before_tap(x_BSD, *cache)
-        preceding = self.moe.begin(self.tap_norm(x_BSD), mask_BS, self.schedule.chunks, dropless)
+        preceding = self.moe.begin(self.tap_norm(x_BSD), mask_BS, self.schedule.chunks)
         for slot, sublayer in enumerate(self.after_tap()):
             if slot == self.schedule.slot:
                 preceding = self.moe.run_experts(preceding)
             x_BSD = self.operator(self.schedule.window[slot], sublayer, x_BSD, *cache)
         if self.schedule.slot == len(self.schedule.window):
             preceding = self.moe.run_experts(preceding)
-        h_BSD, not_to_T1 = self.norm(x_BSD), preceding.routing.topk_ids_TK
-        current_BSD, current_stats = self.operator(
-            "current", self.moe, h_BSD, mask_BS, self.schedule.chunks, dropless, not_to_T1
-        )
+        arguments = self.norm(x_BSD), mask_BS, self.schedule.chunks, preceding.routing.topk_ids_TK
+        current_BSD, current_stats = self.operator("current", self.moe, *arguments)
         preceding_BSD, preceding_stats = self.moe.finish(preceding)
         return MoEOutput(x_BSD + self.after(current_BSD + preceding_BSD), add_stats(current_stats, preceding_stats))
 

@@ -19,8 +19,7 @@ from scmoe.schedule.schedule import SUBLAYERS, Schedule
 class MoEBlock(Operators):
     """The base of the four architectures. A block is called as block(x_BSD, mask_BS) and returns an MoEOutput.
 
-    dropless: see MoEStream.begin. With a KVCache as a fourth argument its attention modules also read earlier tokens'
-    keys and values.
+    With a KVCache as a third argument its attention modules also read earlier tokens' keys and values.
 
     sublayers: of one block (attention) or of a pair (attention, MLP, attention).
     norm: reads the output of the last sub-layer.

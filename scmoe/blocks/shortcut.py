@@ -27,12 +27,10 @@ class ShortcutBlock(MoEBlock):
     shared_expert: nn.Module
     coefficient: nn.Module
 
-    def forward(
-        self, x_BSD: Tensor, mask_BS: Tensor | None = None, dropless: bool = False, *cache: KVCache
-    ) -> MoEOutput:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
         x_BSD = self.before_tap(x_BSD, *cache)
         tap_BSD = self.tap_norm(x_BSD)
-        state = self.moe.begin(tap_BSD, mask_BS, self.schedule.chunks, dropless)
+        state = self.moe.begin(tap_BSD, mask_BS, self.schedule.chunks)
         for slot, sublayer in enumerate(self.after_tap()):
             if slot == self.schedule.slot:
                 state = self.moe.run_experts(state)

@@ -24,9 +24,7 @@ class DenseBlock(nn.Module):
         super().__init__()
         self.sublayers = nn.ModuleList(sublayers)
 
-    def forward(
-        self, x_BSD: Tensor, mask_BS: Tensor | None = None, dropless: bool = False, *cache: KVCache
-    ) -> MoEOutput:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
         for sublayer in self.sublayers:
             x_BSD = sublayer(x_BSD, *cache)
         return MoEOutput(x_BSD, None)
@@ -37,11 +35,9 @@ class TopKBlock(MoEBlock):
 
     architecture = "top_k"
 
-    def forward(
-        self, x_BSD: Tensor, mask_BS: Tensor | None = None, dropless: bool = False, *cache: KVCache
-    ) -> MoEOutput:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
         x_BSD = self.before_tap(x_BSD, *cache)
-        routed_BSD, stats = self.moe(self.norm(x_BSD), mask_BS, self.schedule.chunks, dropless)
+        routed_BSD, stats = self.moe(self.norm(x_BSD), mask_BS, self.schedule.chunks)
         return MoEOutput(x_BSD + self.after(routed_BSD), stats)
 
 
@@ -55,12 +51,10 @@ class SharedExpertBlock(MoEBlock):
     shared_expert: nn.Module
     coefficient: nn.Module
 
-    def forward(
-        self, x_BSD: Tensor, mask_BS: Tensor | None = None, dropless: bool = False, *cache: KVCache
-    ) -> MoEOutput:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
         x_BSD = self.before_tap(x_BSD, *cache)
         u_BSD = self.norm(x_BSD)
-        state = self.moe.begin(u_BSD, mask_BS, self.schedule.chunks, dropless)
+        state = self.moe.begin(u_BSD, mask_BS, self.schedule.chunks)
         if self.schedule.slot == 0:
             state = self.moe.run_experts(state)
         shared_BSD = self.operator("shared_expert", self.shared_expert, u_BSD)

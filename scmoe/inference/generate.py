@@ -23,7 +23,7 @@ from scmoe.inference.sampling import Sampling, choose
 from scmoe.inference.stopping import Reason, Stopping
 from scmoe.models.decoder import Decoder
 from scmoe.moe.layout import Buffers
-from scmoe.moe.stream import MoEStream
+from scmoe.moe.stream import MoEStream, dropless
 
 
 class Step(NamedTuple):
@@ -129,7 +129,8 @@ def _steps(
     going = [True] * len(prompts)
     cache = KVCache(batch_size, longest + stopping.max_tokens - 1, device)
     passes.begin("prefill")
-    logits_BV = read_prompts(model, ids_BS, mask_BS, cache, passes)
+    with dropless(model):  # for passes only: between two steps the model is the caller's
+        logits_BV = read_prompts(model, ids_BS, mask_BS, cache, passes)
     passes.begin("decode")
     ended = passes.all_ranks(not going)
     while not ended:
@@ -144,7 +145,8 @@ def _steps(
         ended = passes.all_ranks(not any(going))
         if not ended:
             had_BV.scatter_(1, ids_B[:, None], True)
-            logits_BV = decode(model, ids_B, going or [False], cache)
+            with dropless(model):
+                logits_BV = decode(model, ids_B, going or [False], cache)
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ def prefill(model: Decoder, ids_BS: Tensor, mask_BS: Tensor, cache: KVCache) -> 
     cache.expect(mask_BS)
     last_B = (mask_BS.sum(1) - 1).clamp(min=0)
     padding_BS = None if mask_BS.all() else mask_BS
-    return model(ids_BS, padding_BS, cache, last_B, dropless=True).logits_BSV[:, 0]
+    return model(ids_BS, padding_BS, cache, last_B).logits_BSV[:, 0]
 
 
 @torch.no_grad()
@@ -62,5 +62,4 @@ def decode(model: Decoder, ids_B: Tensor, going: Sequence[bool], cache: KVCache)
     """Reads one token of each text and returns [B, V]. going False: the text has ended, and its token is padding."""
     going_B1 = torch.tensor(going, device=ids_B.device)[:, None]
     cache.expect(going_B1)
-    mask_B1 = None if all(going) else going_B1
-    return model(ids_B[:, None], mask_B1, cache, dropless=True).logits_BSV[:, 0]
+    return model(ids_B[:, None], None if all(going) else going_B1, cache).logits_BSV[:, 0]

@@ -11,6 +11,7 @@ from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.inference.passes import Shape, decode, prefill
 from scmoe.models.decoder import Decoder
+from scmoe.moe.stream import dropless
 from scmoe.planning.inference_planner import InferencePlan, plan_inference
 
 PASSES: dict[Shape, int] = {"prefill": 1, "decode": 5}  # timed together
@@ -33,7 +34,7 @@ def plan_passes(model: Decoder, batch_size: int, prompt: int, group: Any, ep_siz
     prompt: tokens of a text that one prefill reads. Random tokens are read, since times hardly depend on which."""
     vocab_size, device = model.head.out_features, model.head.weight.device
     ids_BS = torch.randint(vocab_size, (batch_size, prompt), generator=torch.Generator().manual_seed(0)).to(device)
-    with torch.inference_mode():
+    with torch.inference_mode(), dropless(model):
         plans = {
             shape: plan_inference(
                 moe_blocks_of(model), a_pass(model, shape, ids_BS), group, device, passes=passes, ep_size=ep_size

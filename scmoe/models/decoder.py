@@ -22,8 +22,7 @@ class LMOutput(NamedTuple):
 class Decoder(nn.Module):
     """Embedding, blocks, norm, output products. GPT and Llama choose the parts.
 
-    blocks: each is called as block(x_BSD, mask_BS, dropless), with a KVCache where there is one, and returns an
-    MoEOutput.
+    blocks: each is called as block(x_BSD, mask_BS), with a KVCache where there is one, and returns an MoEOutput.
     positions: learned embeddings of the positions; None: the blocks know the positions (rotary).
     """
 
@@ -52,17 +51,12 @@ class Decoder(nn.Module):
         return list(self.blocks)
 
     def forward(
-        self,
-        ids_BS: Tensor,
-        mask_BS: Tensor | None = None,
-        cache: KVCache | None = None,
-        last_B: Tensor | None = None,
-        dropless: bool = False,
+        self, ids_BS: Tensor, mask_BS: Tensor | None = None, cache: KVCache | None = None, last_B: Tensor | None = None
     ) -> LMOutput:
         """Returns the logits of each next token. mask_BS False: padding, at the end of a sequence.
 
         cache: holds the tokens before these; call `cache.expect` for these first. last_B: index of the one token in a
-        row whose logits are returned, as [B, 1, V]. dropless: for inference; drops no token and returns no stats."""
+        row whose logits are returned, as [B, 1, V]."""
         seq_len = ids_BS.shape[1] if cache is None else cache.longest
         if seq_len > self.max_seq_len:
             raise ValueError(f"a sequence has {seq_len} tokens, allowed: up to data.seq_len, {self.max_seq_len}")
@@ -73,7 +67,7 @@ class Decoder(nn.Module):
         given = () if cache is None else (cache,)
         x_BSD, all_stats = self.dropout(x_BSD), []
         for block in self.blocks:
-            x_BSD, stats = block(x_BSD, mask_BS, dropless, *given)
+            x_BSD, stats = block(x_BSD, mask_BS, *given)
             all_stats += [] if stats is None else [stats]
         if last_B is not None:
             x_BSD = x_BSD.take_along_dim(last_B[:, None, None], 1)

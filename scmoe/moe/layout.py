@@ -232,6 +232,11 @@ def arrange_buffers(topk_ids_TK: Tensor, num_experts: int, num_ranks: int, size:
 
 
 class Rows(Protocol):
+    """sums: whether the router's sums are computed, which losses and metrics read."""
+
+    @property
+    def sums(self) -> bool: ...
+
     def arrange(
         self, ids_TK: Tensor, mask_T: Tensor | None, num_experts: int, num_ranks: int, chunks: int, training: bool
     ) -> Layout:
@@ -239,18 +244,20 @@ class Rows(Protocol):
         ranks that share the experts. training: every rank has equally many tokens."""
 
     def dropless(self, num_experts: int) -> "Rows":
-        """The arrangement that drops nothing and can be used with the same dispatcher."""
+        """The arrangement for inference: it drops nothing, fits the same dispatcher, and computes no sums."""
 
 
 @dataclass(frozen=True)
 class Dropless:
+    sums: bool = True
+
     def arrange(
         self, ids_TK: Tensor, mask_T: Tensor | None, num_experts: int, num_ranks: int, chunks: int, training: bool
     ) -> Layout:
         return arrange_filled(ids_TK, num_experts, chunks, padded=mask_T is not None)
 
     def dropless(self, num_experts: int) -> Rows:
-        return self
+        return Dropless(sums=False)
 
 
 @dataclass(frozen=True)
@@ -260,6 +267,7 @@ class Capacity:
 
     factor: float
     filled: bool = False
+    sums = True
 
     def __post_init__(self) -> None:
         if not 0 < self.factor <= 1e6:
@@ -280,7 +288,7 @@ class Capacity:
         return arrange_slots(ids_TK, num_experts, capacity, chunks, room)
 
     def dropless(self, num_experts: int) -> Rows:
-        return Dropless()
+        return Dropless(sums=False)
 
 
 @dataclass(frozen=True)
@@ -288,6 +296,7 @@ class Buffers:
     """Needs a dispatcher for buffers. On one rank there are none, and nothing is dropped."""
 
     ceiling: float
+    sums: bool = True
 
     def arrange(
         self, ids_TK: Tensor, mask_T: Tensor | None, num_experts: int, num_ranks: int, chunks: int, training: bool
@@ -300,7 +309,7 @@ class Buffers:
 
     def dropless(self, num_experts: int) -> Rows:
         """Every rank must use the same layout, so buffers remain, with room for every copy."""
-        return Buffers(float(num_experts))
+        return Buffers(float(num_experts), sums=False)
 
 
 def rows_of(capacity_factor: float | None, filled: bool = False) -> Rows:

@@ -9,10 +9,12 @@ Backward is the mirror: finish's backward starts the gradient's transfer, begin'
 In a compiled block the verbs themselves are not compiled, because their shapes depend on the data.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scmoe.moe.balance import router_stats
 from scmoe.moe.dispatcher import Dispatcher, Pending, Receipt
@@ -48,27 +50,20 @@ class MoEStream(Operators):
 
     @torch.compiler.disable
     def begin(
-        self,
-        tap_BSD: Tensor,
-        mask_BS: Tensor | None = None,
-        chunks: int = 1,
-        dropless: bool = False,
-        excluded_T1: Tensor | None = None,
+        self, tap_BSD: Tensor, mask_BS: Tensor | None = None, chunks: int = 1, excluded_T1: Tensor | None = None
     ) -> StreamState:
         """mask_BS False: padding, which is routed nowhere and takes no capacity.
 
         chunks: pieces of the rows, each with its own transfers, so that one's experts hide another's transfer.
-        dropless: drop nothing in this pass, whatever `rows` is. With a capacity a token's result depends on its batch.
-        For inference, not for training: the router's sums are not computed, and stats are None.
         excluded_T1: an expert that each token must not go to (DGMoE)."""
         x_TD = tap_BSD.flatten(0, -2)
         mask_T = None if mask_BS is None else mask_BS.flatten()
-        routing, layout = self.operator("route", self.route, x_TD, mask_T, chunks, dropless, excluded_T1)
+        routing, layout = self.operator("route", self.route, x_TD, mask_T, chunks, excluded_T1)
         announced = None if layout.counts_PE is None else self.dispatcher.announce(layout.counts_PE)
         rows = self.operator("encode", encode, _in_wire_dtype(x_TD), layout, announced)
         sent = [self.operator("dispatch", self.dispatcher.dispatch, *chunk) for chunk in rows]
         in_flight, receipts = [pending for pending, _ in sent], [receipt for _, receipt in sent]
-        stats = None if dropless else router_stats(routing, layout, mask_T)
+        stats = router_stats(routing, layout, mask_T) if self.rows.sums else None
         return StreamState(tap_BSD.shape, routing, layout, stats, in_flight, receipts)
 
     @torch.compiler.disable
@@ -89,25 +84,35 @@ class MoEStream(Operators):
         return MoEOutput(y_TD.view(state.shape), state.stats)
 
     def forward(
-        self,
-        x_BSD: Tensor,
-        mask_BS: Tensor | None = None,
-        chunks: int = 1,
-        dropless: bool = False,
-        excluded_T1: Tensor | None = None,
+        self, x_BSD: Tensor, mask_BS: Tensor | None = None, chunks: int = 1, excluded_T1: Tensor | None = None
     ) -> MoEOutput:
         """The whole module at once: sum_i G(x)_i E_i(x) (Eq. 1)."""
-        return self.finish(self.run_experts(self.begin(x_BSD, mask_BS, chunks, dropless, excluded_T1)))
+        return self.finish(self.run_experts(self.begin(x_BSD, mask_BS, chunks, excluded_T1)))
 
     def route(
-        self, x_TD: Tensor, mask_T: Tensor | None, chunks: int, dropless: bool, excluded_T1: Tensor | None
+        self, x_TD: Tensor, mask_T: Tensor | None, chunks: int, excluded_T1: Tensor | None
     ) -> tuple[Routing, Layout]:
         """Where each token goes, and which row each of its copies takes."""
         routing = self.router(x_TD, mask_T, excluded_T1)
-        num_experts = self.router.num_experts
-        rows = self.rows.dropless(num_experts) if dropless else self.rows
-        ids_TK = routing.topk_ids_TK
-        return routing, rows.arrange(ids_TK, mask_T, num_experts, self.num_ranks, chunks, self.training)
+        ids_TK, num_experts = routing.topk_ids_TK, self.router.num_experts
+        return routing, self.rows.arrange(ids_TK, mask_T, num_experts, self.num_ranks, chunks, self.training)
+
+
+@contextmanager
+def dropless(model: nn.Module) -> Iterator[None]:
+    """Run the model dropless inside, whatever its rows. With a capacity a token's result depends on its batch.
+
+    For inference, not for training: the routers' sums are not computed, and stats are None. It holds for MoE modules in
+    blocks of users too, which know nothing of it."""
+    streams = [module for module in model.modules() if isinstance(module, MoEStream)]
+    before = [stream.rows for stream in streams]
+    try:
+        for stream in streams:
+            stream.rows = stream.rows.dropless(stream.router.num_experts)
+        yield
+    finally:
+        for stream, rows in zip(streams, before, strict=True):
+            stream.rows = rows
 
 
 def _in_wire_dtype(x_TD: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer
 from tests.support.architectures import overrides
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 TINY = (
     *("model.dim=16", "model.heads=2", "moe.num_experts=4", "moe.capacity_factor=null", "data.global_batch_size=8"),

@@ -77,9 +77,7 @@ def said_at_the_end(process: subprocess.Popen[str], other: int) -> str:
     return said
 
 
-@pytest.mark.parametrize(
-    ("rank", "how"), [pytest.param(1, signal.SIGKILL, marks=pytest.mark.representative), (0, signal.SIGSTOP)]
-)
+@pytest.mark.parametrize(("rank", "how"), [(1, signal.SIGKILL), (0, signal.SIGSTOP)])
 def test_a_rank_that_dies_while_texts_are_generated_ends_all(run_dir, tmp_path, rank, how):
     with generating(run_dir, tmp_path / "out.jsonl") as (process, other):
         os.kill((process.pid, other)[rank], how)

@@ -36,6 +36,7 @@ def test_text_that_is_missing_or_occurs_twice_is_named():
 
 
 @pytest.mark.dist
+@pytest.mark.faults
 def test_a_bug_is_caught_if_the_tests_fail_and_the_tree_stays_as_it_was(tmp_path):
     source = "def add(a, b):\n    return a + b\n"
     (tmp_path / "sums.py").write_text(source)

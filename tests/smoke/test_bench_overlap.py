@@ -49,6 +49,7 @@ def test_bench_overlap(tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(MISSING is not None, reason=f"links cannot be shaped here: {MISSING}")
 def test_bench_exchange_on_two_nodes():
     report = run("-m", "experiments.bench", "exchange", "--kilobytes", "1", "256", "--rounds", "2").summary

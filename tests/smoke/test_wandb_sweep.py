@@ -23,6 +23,7 @@ from tests.support.wandb_server import environment, wandb_server
 pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.timeout(600)]
 
 
+@pytest.mark.faults
 def test_a_sweep_through_an_agent(tmp_path):
     """The first of two trials is refused before it opens a run, which does not end the sweep. The run of the other one
     has the id of the agent."""

@@ -15,7 +15,7 @@ from scmoe.inference.passes import Passes, decode, prefill, read_prompts
 from scmoe.inference.sampling import GREEDY, Sampling, choose
 from scmoe.inference.stopping import Stopping
 from scmoe.moe.layout import Buffers
-from scmoe.moe.stream import MoEStream
+from scmoe.moe.stream import MoEStream, dropless
 from tests.support.architectures import EVERY_BLOCK, TABLES, overrides
 from tests.support.models import assert_close, tiny, tiny_model
 
@@ -40,8 +40,16 @@ def uncached(model, prompt: list[int], new: int = NEW) -> list[int]:
     """Returns the likeliest tokens, each from a pass over the whole text so far."""
     ids = list(prompt)
     for _ in range(new):
-        ids.append(int(model(torch.tensor([ids]), dropless=True).logits_BSV[0, -1].argmax()))
+        with dropless(model):
+            ids.append(int(model(torch.tensor([ids])).logits_BSV[0, -1].argmax()))
     return ids[len(prompt) :]
+
+
+@torch.inference_mode()
+def last_logits(model, ids: list[int]) -> torch.Tensor:
+    """Returns the logits of the next token, from a pass without a cache."""
+    with dropless(model):
+        return model(torch.tensor([ids])).logits_BSV[0, -1]
 
 
 def ids_of(continuations) -> list[list[int]]:
@@ -74,31 +82,42 @@ def test_a_prompt_in_pieces_equals_one_piece(family, piece):
     model, (prompt, other) = model_of("top_k=2", family), PROMPTS[2:]
     ids_BS = torch.tensor([prompt, other + [0] * (len(prompt) - len(other))])
     mask_BS = torch.arange(len(prompt)) < torch.tensor([[len(prompt)], [len(other)]])
-    whole, pieces = KVCache(2, CONTEXT), KVCache(2, CONTEXT)
-    expected = prefill(model, ids_BS, mask_BS, whole)
-    assert_close(read_prompts(model, ids_BS, mask_BS, pieces, Passes(piece=piece)), expected)
-    step = torch.tensor([3, 4]), [True, True]
-    assert_close(decode(model, *step, pieces), decode(model, *step, whole))
+    with dropless(model):
+        whole, pieces = KVCache(2, CONTEXT), KVCache(2, CONTEXT)
+        expected = prefill(model, ids_BS, mask_BS, whole)
+        assert_close(read_prompts(model, ids_BS, mask_BS, pieces, Passes(piece=piece)), expected)
+        step = torch.tensor([3, 4]), [True, True]
+        assert_close(decode(model, *step, pieces), decode(model, *step, whole))
 
 
 def test_padding_leaves_no_trace_in_the_cache():
     """A text that has ended brings padding to each pass: its length stays, and so do the others' logits."""
     model, cache = model_of(), KVCache(2, 6)
-    prefill(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.ones(2, 3, dtype=torch.bool), cache)
-    for token in (7, 8, 9):
-        logits_BV = decode(model, torch.tensor([0, token]), [False, True], cache)
-    assert cache.lengths_B.tolist() == [3, 6]
-    assert_close(logits_BV[1], model(torch.tensor([[4, 5, 6, 7, 8, 9]]), dropless=True).logits_BSV[0, -1].detach())
-    logits_BV = decode(model, torch.tensor([7, 0]), [True, False], cache)
-    assert_close(logits_BV[0], model(torch.tensor([[1, 2, 3, 7]]), dropless=True).logits_BSV[0, -1].detach())
-    with pytest.raises(ValueError, match="a text has 7 tokens, allowed: up to 6, the cache's capacity"):
-        decode(model, torch.tensor([7, 8]), [True, True], cache)
+    with dropless(model):
+        prefill(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.ones(2, 3, dtype=torch.bool), cache)
+        for token in (7, 8, 9):
+            logits_BV = decode(model, torch.tensor([0, token]), [False, True], cache)
+        assert cache.lengths_B.tolist() == [3, 6]
+        assert_close(logits_BV[1], last_logits(model, [4, 5, 6, 7, 8, 9]))
+        logits_BV = decode(model, torch.tensor([7, 0]), [True, False], cache)
+        assert_close(logits_BV[0], last_logits(model, [1, 2, 3, 7]))
+        with pytest.raises(ValueError, match="a text has 7 tokens, allowed: up to 6, the cache's capacity"):
+            decode(model, torch.tensor([7, 8]), [True, True], cache)
 
 
 def test_the_cache_holds_the_heads_of_keys_only():
     model, cache = model_of(family="llama"), KVCache(1, 5)
     prefill(model, torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool), cache)
     assert {buffer.shape for pair in cache.buffers.values() for buffer in pair} == {(6, 1, 8)}  # not 2 heads
+
+
+def test_a_model_is_unchanged_between_the_passes_of_two_texts():
+    model = model_of()
+    streams = [module for module in model.modules() if isinstance(module, MoEStream)]
+    before = [moe.rows for moe in streams]
+    first, second = (stream(model, PROMPTS, Stopping(3), GREEDY) for _ in range(2))
+    for steps in ([next(first), next(second)], [*first, *second]):
+        assert steps and [moe.rows for moe in streams] == before
 
 
 def test_texts_end_where_they_should():

@@ -25,6 +25,7 @@ from scmoe.config.registry import IMAGES, named
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
+from scmoe.moe.stream import dropless
 from scmoe.parallel.checkpoint.durable import read_manifest
 from scmoe.runs.evaluate.scoring import Forward, Scorer, Text, open_text, run_on_rank_zero, score_test_split, score_text
 from scmoe.runs.evaluate.tasks import OWN_TASKS, Registered, Task, read_task
@@ -130,8 +131,8 @@ def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
         found["test"]["capacity_factor"] = config.moe.capacity_factor
         return found
 
-    def of_its_dtype(inputs: Tensor, mask: Tensor | None, *rest: Any, **named: Any) -> Any:
-        return model(plugin.convert_input(inputs), mask, *rest, **named)
+    def of_its_dtype(inputs: Tensor, mask: Tensor | None, *rest: Any) -> Any:
+        return model(plugin.convert_input(inputs), mask, *rest)
 
     with ending_together(trainer), torch.inference_mode(), plugin.val_step_context():
         found = run_on_rank_zero(work, of_its_dtype, padding_of(config, device), module.parallel_context)
@@ -168,13 +169,14 @@ def measure(scorer: Scorer, model: nn.Module, material: Material, limit: int | N
     if text is None:
         return found
     assert isinstance(data, SequenceDataModule)
-    found["text"] = score_text(scorer, text, material.stride, data.splits.token_bytes_V)
-    if material.tasks:
-        from scmoe.runs.evaluate.lm_eval_adapter import ModelOfRun, ask  # here, as it needs the extra `eval`
+    with dropless(model):  # under a capacity a score would depend on the other texts of its batch
+        found["text"] = score_text(scorer, text, material.stride, data.splits.token_bytes_V)
+        if material.tasks:
+            from scmoe.runs.evaluate.lm_eval_adapter import ModelOfRun, ask  # here, as it needs the extra `eval`
 
-        assert isinstance(data, TextDataModule)
-        for task in material.tasks:  # each alone, so that no score depends on which others are asked
-            found["tasks"] |= ask(ModelOfRun(scorer, data.tokenizer), task, limit)
+            assert isinstance(data, TextDataModule)
+            for task in material.tasks:  # each alone, so that no score depends on which others are asked
+                found["tasks"] |= ask(ModelOfRun(scorer, data.tokenizer), task, limit)
     return found
 
 

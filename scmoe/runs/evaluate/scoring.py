@@ -48,11 +48,11 @@ def run_on_rank_zero(
         return None
     others_wait = True  # for the next announcement
 
-    def forward(inputs: Tensor, mask: Tensor | None, *rest: Any, **named: Any) -> Any:
+    def forward(inputs: Tensor, mask: Tensor | None, *rest: Any) -> Any:
         nonlocal others_wait
         _another_pass(context, True)
         others_wait = False
-        output = model(inputs, mask, *rest, **named)
+        output = model(inputs, mask, *rest)
         others_wait = True
         return output
 
@@ -125,8 +125,7 @@ class Scorer:
             labels_BS[row, first - 1 - start : stop - 1 - start] = torch.from_numpy(tokens[first:stop])
             mask_BS[row, : stop - 1 - start] = True
         labels_BS = labels_BS.to(self.device)
-        # under a capacity a score would depend on the other texts of its batch
-        logits_BSV = self.forward(inputs_BS.to(self.device), mask_BS.to(self.device), dropless=True)[0]
+        logits_BSV = self.forward(inputs_BS.to(self.device), mask_BS.to(self.device))[0]
         nats_BS = F.cross_entropy(_wide(logits_BSV).mT, labels_BS, ignore_index=IGNORE, reduction="none")
         likeliest_BS = (logits_BSV.argmax(-1) == labels_BS) | (labels_BS == IGNORE)
         return nats_BS.double().sum(1).tolist(), likeliest_BS.all(1).tolist()
