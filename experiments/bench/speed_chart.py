@@ -64,7 +64,11 @@ def draw(report: dict[str, Any], path: Path) -> None:
         what = "pair of blocks" if report["level"] == "block" else "iteration of two pairs"
         share = f"{100 * report['comm_share']:.0f} % of top-2's inference is communication"
         heading(figure, f"One {what}, {conditions(report)}: {share}")
-        colors = {"one chunk": BLUE, "pipelined (2 or 4 chunks)": SKY} | ({paper.where: PAPER} if paper else {})
+        colors = {"one chunk": BLUE}
+        if any(row.endswith(PIPELINED) for row in report["rows"]):
+            colors["pipelined (2 or 4 chunks)"] = SKY
+        if paper:
+            colors[paper.where] = PAPER
         quartiles = f"quartiles of {report['rounds']} rounds"
         bar_legend(figure, colors, quartiles, "limit: all communication hidden", ncols=1)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 
 from scmoe.config.extras import require
 from scmoe.config.fields import Config
@@ -52,7 +52,7 @@ WAITED: list[float] = []  # seconds of each timed step of this process's trainin
 class Windows(Callback):
     """Notes what the MoE windows of each timed step wait for transfers."""
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         for callback in trainer.callbacks:
             if isinstance(callback, AdaptiveSchedule) and callback.planner and callback.planner.overlap:
                 free = sum(sum(choice.free) for choice in callback.planner.choices)
@@ -95,7 +95,15 @@ def bench_train(
         "steps": first.trainer.max_steps,
         "rows": {row: row_of(configs[row], times, row, rows[0], curves[row]) for row in rows},
     }
-    title = f"{config}, {ranks} ranks, {mbit:.0f} Mbit/s; medians of {rounds} rounds"
+    table_of(report).show()
+    name = out / f"train-share-{share:g}"
+    draw(report, name.with_name(f"{name.name}.png"))
+    write_json(name.with_name(f"{name.name}.json"), report)
+    return report
+
+
+def table_of(report: dict[str, Any]) -> Report:
+    title = "{config}, {steps} steps, {ranks} ranks, links of {link_mbit:.0f} Mbit/s; medians of {rounds} rounds:"
     columns = {
         "tokens/s": "{tokens_per_s:.0f}",
         "over the first": "{speedup:.2f}",
@@ -106,11 +114,7 @@ def bench_train(
         "rows/gradients": "{rows_over_gradients:.2f}",
         "validation loss": "{val_loss:.3f}",
     }
-    Report(title, report["rows"], columns).show()
-    name = out / f"train-share-{share:g}"
-    draw(report, name.with_name(f"{name.name}.png"))
-    write_json(name.with_name(f"{name.name}.json"), report)
-    return report
+    return Report(title.format_map(report), report["rows"], columns)
 
 
 def row_of(

@@ -23,16 +23,14 @@ import numpy as np
 
 from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench.speed_chart import KINDS, PAPERS, PIPELINED, conditions, name_of, speed_bars
+from scmoe.experiments.bench.speed_chart import KINDS, PIPELINED, conditions, name_of, speed_bars
 from scmoe.experiments.figures.concepts import pair, timelines
 from scmoe.probes.charts import (
     BLUE,
     ORANGE,
-    PAPER,
     RED,
     SKY,
     SMALL,
-    Bar,
     bar_legend,
     chart,
     grouped_bars,
@@ -174,56 +172,6 @@ def _words(scenario: Scenario, report: dict[str, Any]) -> list[str]:
         printed = f" (paper: {scenario.over[row]:.2f})" if scenario.over else ""
         lines.append(f"ScMoE over {name}: {values}{printed}")
     return lines
-
-
-HEADLINE_SHARE = 0.52
-HEADLINE = f"overlap-real-block-2-ranks-share-{HEADLINE_SHARE}", f"inference-2-ranks-share-{HEADLINE_SHARE}"
-HEADLINE_ROWS = ("top2", "shared_expert", "scmoe_pos1", "scmoe_pos2", "scmoe_pos3")
-
-
-def draw_headline(training: dict[str, Any], inference: dict[str, Any], path: Path) -> None:
-    """Draw a panel of training, with each row in the faster of one chunk and several, and one of inference, as planned.
-
-    training, inference: the reports that HEADLINE names.
-    """
-    panels = {
-        "train": [training_bar(training, row) for row in HEADLINE_ROWS],
-        "forward": [inference_bar(inference, row) for row in HEADLINE_ROWS],
-    }
-    titles = "training,\na pair of blocks", f"inference,\n{inference['prompt']} tokens a rank"
-    printed, names = PAPERS[HEADLINE_SHARE], {row: name_of(row) for row in HEADLINE_ROWS}
-    if all(pipelined for (_, pipelined), *_ in panels.values()):  # beside the paper's top-2, which waits
-        names["top2"] += ",\nours pipelined"
-    with chart(path, 4.5) as figure:
-        axes = figure.subplots(1, 2, sharey=True)
-        for axis, words, (kind, bars) in zip(axes, titles, panels.items(), strict=True):
-            groups = {}
-            for row, (bar, _) in zip(HEADLINE_ROWS, bars, strict=True):
-                paper = printed.rows[row][kind]
-                groups[names[row]] = [bar, Bar(paper, PAPER, f"{paper:.2f}")]
-            grouped_bars(axis, groups)
-            axis.set(title=words, xlabel="speed-up over\nsequential top-2")
-        heading(figure, "ScMoE where about half of top-2's inference is communication")
-        colors = {"this testbed, chosen schedule: 2 ranks on one CPU, shaped links": BLUE, printed.where: PAPER}
-        rounds = " and ".join(sorted({str(report["rounds"]) for report in (training, inference)}))
-        bar_legend(figure, colors, f"quartiles of {rounds} rounds", "limit: no communication", ncols=1)
-
-
-def training_bar(report: dict[str, Any], row: str) -> tuple[Bar, bool]:
-    """Return the bar of the faster of one chunk and several, and whether it has several."""
-    ways = {name: own for name, own in report["rows"].items() if name in (row, row + PIPELINED)}
-    name = max(ways, key=lambda name: ways[name]["train_speedup"])
-    value = ways[name]["train_speedup"]
-    bar = Bar(value, BLUE, f"{value:.2f}", ways[name]["train_quartiles"], report["limit_train"])
-    return bar, name.endswith(PIPELINED)
-
-
-def inference_bar(report: dict[str, Any], row: str) -> tuple[Bar, bool]:
-    """Return the bar of the planned way, and whether it has several chunks."""
-    own = report["rows"][row]["prefill"]
-    value = own["speedup"]
-    way = own["auto"]  # such as `overlapped x 2`
-    return Bar(value, BLUE, f"{value:.2f}", own["quartiles"], own["limit"]), way not in ("sequential", "overlapped x 1")
 
 
 PAGES = Path("docs/figures")

@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench import growth, inference, offload, speed_chart
+from scmoe.experiments.bench import growth, inference, offload, speed_chart, training
 from scmoe.experiments.engine.report import Report
 from scmoe.experiments.figures.concepts import CONCEPTS
 from scmoe.experiments.figures.measured import (
     EXPLAINED,
-    HEADLINE,
     PAGES,
     PCIE_OVER,
     Scenario,
-    draw_headline,
     draw_measured,
     draw_shares,
     draw_speeds,
@@ -40,10 +38,12 @@ RESULTS = Path("docs/results")
 CONDITIONS = RESULTS / "conditions.json"
 OVERVIEW = RESULTS / "README.md"
 GENERATED = re.compile(r"(?<=<!-- make figures writes this part -->\n).*(?=<!-- end of this part -->)", re.DOTALL)
+HEADLINE = "overlap-real-iteration-2-ranks-share-0.52"  # the report that README shows
 FIGURE_8 = PAGES / "figure-8"  # what `make figure8` has measured
 DRAW: dict[str, Callable[[Any, Path], None]] = {  # by the first words of a report's name
     "overlap-": speed_chart.draw,
     "inference-": inference.draw,
+    "train-": training.draw,
     "growth": growth.draw,
     "figure-13": offload.draw,
     "figure-9": draw_measured,
@@ -68,8 +68,8 @@ def pictures() -> dict[str, Callable[[Path], None]]:
         found[path.parent.name] = partial(draw_differences, results)
         if len(results["equal_time"]) > 1:
             found[f"{path.parent.name}-equal-time"] = partial(draw_equal_time, results)
-    if reports.keys() >= {*HEADLINE}:
-        found["headline"] = partial(draw_headline, *(read(reports[name]) for name in HEADLINE))
+    if HEADLINE in found:
+        found["headline"] = found[HEADLINE]
     return found
 
 
@@ -293,6 +293,7 @@ def preset_tables(data: dict[str, Any]) -> list[Report]:
 TABLES: dict[str, Callable[[dict[str, Any]], list[Report]]] = {  # by the first words of an experiment's name
     "overlap-": overlap_tables,
     "inference-": inference_tables,
+    "train-": lambda report: [training.table_of(report)],
     "growth": growth_tables,
     "figure-13": offload_tables,
     "figure-8": scenario_tables,

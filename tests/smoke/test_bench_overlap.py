@@ -59,6 +59,21 @@ def test_bench_exchange_on_two_nodes():
         assert sizes["256"]["ms"] >= least, "rows of two ranks for two others share the node's card"
 
 
+@pytest.mark.faults
+@pytest.mark.skipif(MISSING is not None, reason=f"links cannot be shaped here: {MISSING}")
+def test_bench_train(tmp_path):
+    """Both architectures train the debug configuration on the links and without a rate."""
+    words = ("trainer.max_steps=60", "trainer.log_every=2", "trainer.val_every=30", "data.name=synthetic")
+    rows = ("--rows", "top2", "--rows", "scmoe_pos2", "--rounds", "1", "--out", str(tmp_path))
+    report = run("-m", "experiments.bench", "train", "--config", "debug", *rows, *words).summary
+    assert report["rows"].keys() == {"top2", "scmoe_pos2"} and report["rows"]["top2"]["speedup"] == 1.0
+    for row in report["rows"].values():
+        parts = row["compute_s"] + row["exposed_rows_s"] + row["exposed_gradients_s"]
+        assert parts == pytest.approx(row["step_s"]) and row["rows_over_gradients"] > 0
+        assert len(row["val_losses"]) == 2 and row["val_losses"][-1][1] == row["val_loss"]
+    assert (tmp_path / "train-share-0.52.png").exists()
+
+
 def without_rate(rank: int, world_size: int, measure: Callable[..., Any], setting: Setting, *args: Any) -> Any:
     links.set_rate = lambda mbit: None
     rate = setting.link_mbit or 100.0  # the command does not search for a rate that is given

@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-
 from scmoe.experiments.engine.command_line import call
 from scmoe.experiments.engine.ranks import run_ranks
 from tests.support.forked import python
@@ -79,7 +77,6 @@ def command_here(rank: int, world_size: int, verb: str, arguments: tuple[str, ..
     for name in [name for name in os.environ if name.startswith(("WANDB_", "PYTEST_"))]:
         del os.environ[name]
     os.environ |= variables
-    rank_zero_only.rank = rank  # Lightning was imported before the rank had its variables
     return called(verb, *arguments)
 
 

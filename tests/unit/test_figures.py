@@ -17,13 +17,12 @@ from scmoe.experiments.bench import growth, overlap_report, speed_chart
 from scmoe.experiments.bench.overlap import Measured, Seconds, Variant
 from scmoe.experiments.bench.pairs import ROWS, USUAL_ROWS, Setting, default_schedule
 from scmoe.experiments.engine.command_line import call
-from scmoe.experiments.figures.measured import SCENARIOS, draw_headline, module_share, read_reports
+from scmoe.experiments.figures.measured import SCENARIOS, module_share, read_reports
 from scmoe.planning.pricing import OPERATORS, STREAM, LayerChoice
 from scmoe.schedule.cost import OperatorTimes
 from tests.support.pictures import assert_readable, assert_values_off_the_bars
 
 ROOT = Path(__file__).parents[2]
-PREFILL = ROOT / "docs/figures/inference-2-ranks-share-0.52.json"
 SHOWN = tuple(row for row in USUAL_ROWS if "pos1" not in row and "pos3" not in row)  # as `make figure8`
 ROUNDS = np.array([1.0, 1.25, 1.5])  # a machine that slows down: ratios are the same in every round
 
@@ -149,8 +148,7 @@ def test_charts_of_the_bench_are_readable(tmp_path, drawn):
     speed_chart.draw(report_of(0.52, tuple(ROWS)), tmp_path / "overlap.png")
     points = [{**report_of(0.5, tuple(growth.ROWS)), "ranks": ranks} for ranks in (2, 4, 8)]
     growth.draw({"ranks": points}, tmp_path / "growth.png")
-    draw_headline(report_of(0.52, tuple(ROWS)), json.loads(PREFILL.read_text()), tmp_path / "h.png")
-    assert len(drawn) == 3
+    assert len(drawn) == 2
     for figure in drawn:
         assert_readable(figure)
         assert_values_off_the_bars(figure)
@@ -161,16 +159,6 @@ def test_the_limit_of_top2_is_drawn_at_rows_of_as_much_computation():
     without = {name for name, bars in groups.items() if all(bar.limit is None for bar in bars)}
     assert without == {speed_chart.name_of(row) for row in ("top1", "top3", "scmoe2") if row in ROWS}
     assert all(bar.limit is not None for name, bars in groups.items() if name not in without for bar in bars)
-
-
-def test_the_headline_says_that_our_top2_is_pipelined_where_it_is(tmp_path, drawn):
-    report, prefill = report_of(0.52, tuple(ROWS)), json.loads(PREFILL.read_text())
-    for speedup in (0.9, 1.2):
-        report["rows"]["top2_pipelined"]["train_speedup"] = speedup
-        draw_headline(report, prefill, tmp_path / "h.png")
-        assert_readable(drawn[-1])
-    names = [figure.axes[0].get_yticklabels()[0].get_text() for figure in drawn]
-    assert names[0] == speed_chart.name_of("top2") != names[1]
 
 
 def test_the_share_of_a_pair_follows_from_that_of_the_module():
