@@ -135,7 +135,7 @@ def _receive(pipe: Connection) -> _Report:
 def _run_rank(
     pipe: Connection, rank: int, world_size: int, nodes: int, port: int, own_links: bool, fn: Any, *args: Any
 ) -> None:
-    from lightning.fabric.utilities.rank_zero import rank_zero_only  # here: the caller need not import Lightning
+    from scmoe.lightning.seam import set_rank_without_trainer  # here: the caller need not import Lightning
 
     os.setsid()
     if own_links:
@@ -147,8 +147,7 @@ def _run_rank(
     threading.Thread(target=_end_with_caller, args=(pipe,), daemon=True).start()
     _set_variables(rank, world_size, nodes, links.BRIDGE_ADDRESS if own_links else "127.0.0.1", port)
     torch.set_num_threads(1)
-    # the server imported Lightning before the rank had its variables
-    rank_zero_only.rank = rank  # type: ignore[attr-defined]
+    set_rank_without_trainer(rank)
     try:
         result = fn(rank, world_size, *args)
         report = _dumps(_Report(time.monotonic(), result, None))

@@ -90,6 +90,11 @@ def rank_without_trainer() -> int:
     return int(rank_zero_only.rank)  # type: ignore[attr-defined]
 
 
+def set_rank_without_trainer(rank: int) -> None:
+    """Set what `rank_without_trainer` returns, for a process that imported Lightning before its variables were set."""
+    rank_zero_only.rank = rank  # type: ignore[attr-defined]
+
+
 def started_ranks(strategy: Any) -> Sequence[subprocess.Popen[bytes]]:
     """Return the processes of local ranks 1, 2, ... if this process has started them as subprocesses."""
     return getattr(strategy.launcher, "procs", [])

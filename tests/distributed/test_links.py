@@ -86,6 +86,7 @@ def test_a_link_carries_no_more_than_its_rate(user, monkeypatch):
     assert interfaces() == before
 
 
+@pytest.mark.faults
 def test_nothing_is_left_when_the_program_is_killed():
     before = interfaces()
     program = subprocess.Popen(inside("hang"), stdout=subprocess.PIPE, text=True)

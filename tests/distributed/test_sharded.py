@@ -32,6 +32,7 @@ def four() -> dict[str, list[dict[str, Any]]]:
     return {name: [records[name] for records in ranks] for name in FOUR}
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("case", FOUR)
 def test_four_ranks_equal_one(case, one, four):
     assert_same(four[case], one[FOUR[case][0]])

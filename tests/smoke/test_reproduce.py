@@ -14,7 +14,7 @@ from scmoe.experiments.studies.table.table_file import load_table
 from tests.support.commands import ROOT, Done, run
 
 SMOKE = ("--scale", "smoke", "--seeds", "1", "analysis.expert_load=false")  # its chart takes a fifth of such a run
-pytestmark = [pytest.mark.smoke, pytest.mark.dist]
+pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.faults]
 
 
 def reproduce(folder: Path, *words: str) -> Done:
@@ -47,7 +47,6 @@ def test_two_tables_are_made_and_share_equal_runs(tmp_path):
     assert results(tmp_path, 5)["taken_from"] == {"table1-smoke": 4}
 
 
-@pytest.mark.faults
 def test_all_tables_are_made_and_a_second_seed_adds_its_runs(tmp_path):
     assert_complete(tmp_path, reproduce(tmp_path), [*range(1, 8)])
     third = results(tmp_path, 3)
