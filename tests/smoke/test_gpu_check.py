@@ -25,6 +25,7 @@ FILES = {
 MISUSED = ("wandb", "timm", "scipy", "optuna")  # packages that the check must not need
 
 
+@pytest.mark.faults
 def test_all_parts_run_on_a_cpu_without_some_packages_and_leave_eight_files(tmp_path):
     out, packages = tmp_path / "out", tmp_path / "packages"
     for name in MISUSED:

@@ -16,6 +16,7 @@ from tests.support.commands import ROOT, run
 pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.timeout(600)]
 
 
+@pytest.mark.faults
 def test_a_sweep_of_trainings(tmp_path):
     """The sweep is configs/sweep/smoke.yaml with one learning rate. The first of its two trials fails."""
     sweep = yaml.safe_load((ROOT / "configs/sweep/smoke.yaml").read_text())
