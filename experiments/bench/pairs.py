@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter, validators
 
+from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.schedule.schedule import POSITIONS, Schedule
 
@@ -12,7 +13,7 @@ Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 Positive = Annotated[float, Parameter(validator=validators.Number(gt=0))]
 Rounds = Annotated[int, Parameter(validator=validators.Number(gte=2))]  # of which quartiles are taken
 INNER = Parameter(parse=False)  # no option of `bench overlap`, or one whose default depends on others
-USUAL_RATIO = 3.0  # of bytes of rows to bytes of gradients in an iteration; 2.9 in the paper's SwinV2-MoE-S
+USUAL_RATIO = 3.0  # bytes of rows for a byte of gradients in an iteration; the paper's: docs/results/method.md
 CHUNKS = {"": (1,), "_pipelined": (2, 4)}  # numbers of chunks to choose from
 USUAL_ROWS = {  # row: (block, numbers of chunks); top2, top2_pipelined, ..., scmoe_pos1, ..., scmoe_pos1_pipelined, ...
     **{name + way: (name, CHUNKS[way]) for name in ("top2", "top1", "shared_expert") for way in CHUNKS},
@@ -82,6 +83,22 @@ def tokens_for(ratio: float, setting: Setting) -> int:
     gradients = 2 * (8 * setting.dim**2 + 2 * setting.dim * setting.ffn_dim)
     rows_of_a_token = 4 * TOP_K["top2"] * setting.dim * setting.accumulate
     return max(1, round(ratio * gradients / rows_of_a_token / setting.seq_len)) * setting.seq_len
+
+
+def pair_of(config: Config, share: float, tokens: int) -> Setting:
+    """Return a pair of a configuration's sizes, on which the links' rate is searched. tokens: of one rank."""
+    model, data = config.model, config.data
+    return Setting(
+        share,
+        compute="real",
+        dim=model.dim,
+        ffn_dim=model.ffn_dim or 4 * model.dim,
+        heads=model.heads,
+        tokens=tokens,
+        seq_len=data.seq_len,
+        num_experts=config.moe.num_experts,
+        rows=(),
+    )
 
 
 def check_ranks(ranks: int) -> None:

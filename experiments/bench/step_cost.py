@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.experiments.bench.overlap import Bench, find_rate
-from scmoe.experiments.bench.pairs import Setting
+from scmoe.experiments.bench.pairs import pair_of
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, seconds
 from scmoe.experiments.engine.step import Step
 from scmoe.parallel.dense import with_dense_mesh
@@ -50,18 +50,7 @@ def dense_cost(
     config, timeout = load(None, [*SIZE, *overrides]), timedelta(seconds=600)
     mbit = None
     if share is not None:
-        model, seq_len = config.model, config.data.seq_len
-        pair = Setting(
-            share,
-            compute="real",
-            dim=model.dim,
-            ffn_dim=model.ffn_dim or 4 * model.dim,
-            heads=model.heads,
-            tokens=batch * seq_len,
-            seq_len=seq_len,
-            num_experts=config.moe.num_experts,
-            rows=(),
-        )
+        pair = pair_of(config, share, batch * config.data.seq_len)
         bench = Bench(pair)
         mbit = find_rate(pair, bench.set_rate, bench.infer)
     context = build_context(ep_size, CPU, timeout)

@@ -25,7 +25,7 @@ from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.experiments.bench.overlap import Bench, find_rate
-from scmoe.experiments.bench.pairs import Setting
+from scmoe.experiments.bench.pairs import Setting, pair_of
 from scmoe.experiments.bench.speed_chart import name_of
 from scmoe.experiments.dryrun.estimated import estimate
 from scmoe.experiments.engine import links
@@ -71,7 +71,9 @@ def bench_train(
     words = [*overrides, f"trainer.devices={ranks}", f"strategy.ep_size={ranks}"]
     configs = {row: load(config, [*words, *ARCHITECTURES[row]]) for row in rows}
     first = configs[rows[0]]
-    mbit = run_ranks(searched, ranks, pair_of(first, share), timeout_s=1800, own_links=True)[0]
+    samples = first.data.global_batch_size // (ranks * first.trainer.accumulate)
+    pair = pair_of(first, share, samples * first.data.seq_len)
+    mbit = run_ranks(searched, ranks, pair, timeout_s=1800, own_links=True)[0]
     print(f"links at {mbit:.0f} Mbit/s", file=sys.stderr)
     curves: dict[str, list[tuple[float, float]]] = {}
 
@@ -137,23 +139,6 @@ def row_of(
     }
 
 
-def pair_of(config: Config, share: float) -> Setting:
-    """Return the top-2 pair of a configuration's sizes, on which the links' rate is searched."""
-    model, data, trainer = config.model, config.data, config.trainer
-    samples = data.global_batch_size // (trainer.devices * trainer.accumulate)
-    return Setting(
-        share,
-        compute="real",
-        dim=model.dim,
-        ffn_dim=model.ffn_dim or 4 * model.dim,
-        heads=model.heads,
-        tokens=samples * data.seq_len,
-        seq_len=data.seq_len,
-        num_experts=config.moe.num_experts,
-        rows=(),
-    )
-
-
 def searched(rank: int, world_size: int, pair: Setting) -> float:
     """Runs on every rank. Returns the links' rate in Mbit/s."""
     dist.init_process_group("gloo")
@@ -166,8 +151,10 @@ def trained(rank: int, world_size: int, config: str, words: Sequence[str], mbit:
     links.set_rate(mbit)
     register_callback("windows")(Windows)
     with TemporaryDirectory() as folder:
-        runs = [] if rank else [f"runs_dir={folder}"]
-        summary = train(load(config, [*words, *runs, "callbacks.windows={}", "logger.mode=disabled"]))
+        own = [*words, "callbacks.windows={}", "logger.mode=disabled"]
+        if rank == 0:
+            own.append(f"runs_dir={folder}")
+        summary = train(load(config, own))
         if summary is None:
             return {}
         run = SeenRun(Path(summary["run_dir"]))
