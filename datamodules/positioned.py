@@ -1,7 +1,7 @@
 """Which sample comes when, on which rank: a function of the global sample position only.
 
 Training sees positions p = 0, 1, 2, ...; position p is sample `permutation(p // N)[p % N]` of the N samples. A
-micro-batch takes the next M positions and deals them to the ranks in turn. Hence any number of ranks sees the same
+micro-batch takes the next M positions, and the ranks take them in turn. So any number of ranks sees the same
 global batches in the same order, batches run on across epochs, and one number is all that resuming needs.
 
 `PositionedDataModule` keeps this number in checkpoints. Run the Trainer with `use_distributed_sampler=False`, and call

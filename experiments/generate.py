@@ -57,7 +57,7 @@ def main(
     if prompts is not None and prompt is not None:
         raise ConfigError("--prompt and --prompts exclude each other")
     if prompts is not None and out is not None and prompts.resolve() == out.resolve():
-        raise ConfigError(f"--out is {str(out)!r}, allowed: another file than that of --prompts")
+        raise ConfigError(f"--out is {str(out)!r}, which is the file of --prompts. Give another file.")
     from scmoe.inference.prompts import Prompt, check_prompt, read_prompts
     from scmoe.inference.sampling import Sampling
     from scmoe.runs.continuation import Request, generate_texts, speed_lines, to_file

@@ -118,7 +118,7 @@ def test_offloaded_experts_write_the_same_texts(run_dir, tmp_path):
         (["--stop", ""], "a stop string is empty"),
         (["--seed", "-1"], "the seed is -1, allowed: 0 to 2^63 - 1"),
         (["--prompts", "/none.jsonl", "--out", "/none.out"], "/none.jsonl cannot be read"),
-        (["--prompts", "PROMPTS", "--out", "PROMPTS"], "allowed: another file"),
+        (["--prompts", "PROMPTS", "--out", "PROMPTS"], "Give another file"),
         (["--prompts", "PROMPTS", "--out", "/none/out.jsonl"], "--out is /none/out.jsonl"),
         (["--prefill-tokens", "0"], "prefill_tokens is 0"),
         (["--plan"], "--plan needs experts on several ranks"),
