@@ -131,7 +131,7 @@ def overlap(
         heads: (default: 8; at level iteration 4)
         tokens: of one rank in one batch (default: 1024; at level iteration as --rows-per-gradient)
         rows_per_gradient: bytes of rows over bytes of gradients that a rank sends in a step of top-2, met by the tokens
-            of a batch (default: 3, as in the paper's SwinV2-MoE-S)
+            of a batch (default: 3)
         accumulate: batches of a step, whose gradients are summed once (default: 1)
     """
     if share is not None and setting.link_mbit is not None:
