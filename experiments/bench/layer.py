@@ -29,7 +29,7 @@ from scmoe.moe.activation import Activation
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Experts, batched_mlps, grouped_mlps
 from scmoe.moe.layout import rows_of
-from scmoe.moe.router import Router
+from scmoe.moe.router import Router, round_robin
 from scmoe.moe.stream import MoEStream
 from scmoe.training.run.machine import keep_freed_memory
 
@@ -236,7 +236,8 @@ def measure(
         return ExpertProducts(experts(), way, counts_E), rows
 
     def layer(own: Experts, capacity_factor: float | None, balanced: bool) -> Made:
-        router = random_weights(Router(dim, num_experts, TOP_K, balanced=balanced).to(dtype), device)
+        deal = round_robin(num_experts, TOP_K) if balanced else None
+        router = random_weights(Router(dim, num_experts, TOP_K, deal=deal).to(dtype), device)
         return MoEStream(router, own, LocalDispatcher(), rows_of(capacity_factor)), x()
 
     def mixtral(implementation: str) -> Made:

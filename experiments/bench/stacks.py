@@ -17,7 +17,7 @@ from scmoe.experiments.engine.step import Step
 from scmoe.moe.coefficient import CG1
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import rows_of
-from scmoe.moe.router import Router
+from scmoe.moe.router import Router, round_robin
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.wrap import Wrapped, wrap
@@ -49,7 +49,8 @@ def make_block(name: str, setting: Setting, group: Any, capacity_factor: float |
     else:
         experts = Experts(s.dim, s.ffn_dim, s.num_experts, own)
     # every expert gets its fair share, so that the time does not depend on the choices of an untrained gate
-    router = Router(s.dim, s.num_experts, TOP_K.get(name, 1), balanced=True)
+    top_k = TOP_K.get(name, 1)
+    router = Router(s.dim, s.num_experts, top_k, deal=round_robin(s.num_experts, top_k))
     stream = MoEStream(router, experts, AllToAllDispatcher(group, s.num_experts), rows_of(capacity_factor))
     if name in ("top1", "top2", "top3"):
         return TopKBlock(sublayers, nn.LayerNorm(s.dim), stream, schedule)

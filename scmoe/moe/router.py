@@ -5,6 +5,9 @@ For k = 1 a softmax over the kept logits is identically 1 and would give the gat
 docs/decisions/0001-gate.md for the reading used here. Losses on the routing are in balance.py.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +22,8 @@ class Router(nn.Module):
 
     renormalise: False leaves the raw probabilities for k >= 2 too (OLMoE, Qwen2-MoE).
     noisy: Eq. 4's noise in training.
-    balanced: deal the copies round-robin and ignore the gate's choice, for speed measurements.
+    deal: returns the expert ids [T, K] of tokens [T, D]; the gate's choice is ignored, its weights are not. For
+    measurements of speed, such as `round_robin`.
     Raises ValueError unless top_k is in 1..num_experts.
     """
 
@@ -31,12 +35,12 @@ class Router(nn.Module):
         *,
         renormalise: bool = True,
         noisy: bool = False,
-        balanced: bool = False,
+        deal: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k is {top_k}, allowed: 1..num_experts ({num_experts})")
-        self.num_experts, self.top_k, self.balanced = num_experts, top_k, balanced
+        self.num_experts, self.top_k, self.deal = num_experts, top_k, deal
         self.renormalise = renormalise and top_k > 1
         self.gate = nn.Linear(dim, num_experts, bias=False)
         self.noise = nn.Linear(dim, num_experts, bias=False) if noisy else None
@@ -61,11 +65,11 @@ class Router(nn.Module):
     def choose(self, x_TD: Tensor, logits_TE: Tensor, excluded_T1: Tensor | None) -> Tensor:
         """Return expert ids, the most likely first. DGMoE: the second most likely where the first is excluded_T1."""
         if excluded_T1 is None:
-            if self.balanced:
+            if self.deal is not None:
                 return self.deal(x_TD)
             return logits_TE.argmax(-1, keepdim=True) if self.top_k == 1 else logits_TE.topk(self.top_k).indices
         assert self.top_k == 1
-        if self.balanced:
+        if self.deal is not None:
             return (excluded_T1 + 1) % self.num_experts
         best_T1, second_T1 = logits_TE.topk(2).indices.split(1, dim=-1)
         return best_T1.where(best_T1 != excluded_T1, second_T1)
@@ -78,7 +82,12 @@ class Router(nn.Module):
             logits_TE = logits_TE + torch.randn_like(logits_TE) * spread_TE
         return logits_TE
 
-    def deal(self, x_TD: Tensor) -> Tensor:
-        """Expert ids 0, 1, 2, ... in turn for the T K copies."""
-        copies = torch.arange(x_TD.shape[0] * self.top_k, device=x_TD.device)
-        return (copies % self.num_experts).view(-1, self.top_k)
+
+def round_robin(num_experts: int, top_k: int) -> Callable[[Tensor], Tensor]:
+    """Return a deal of expert ids 0, 1, 2, ... in turn to the T K copies."""
+    return partial(_in_turn, num_experts, top_k)
+
+
+def _in_turn(num_experts: int, top_k: int, x_TD: Tensor) -> Tensor:
+    copies = torch.arange(x_TD.shape[0] * top_k, device=x_TD.device)
+    return (copies % num_experts).view(-1, top_k)

@@ -80,8 +80,8 @@ def test_routers_are_those_of_the_config():
         [m for m in build_model(tiny(*words)).modules() if isinstance(m, Router)]
         for words in (("moe.noisy=true",), ("moe.balanced_routing=true",))
     )
-    assert plain and not any(router.balanced for router in plain) and all(router.noise is not None for router in plain)
-    assert all(router.balanced and router.noise is None for router in balanced)
+    assert plain and not any(router.deal for router in plain) and all(router.noise is not None for router in plain)
+    assert all(router.deal and router.noise is None for router in balanced)
 
 
 @pytest.mark.parametrize("architecture", ("top_k", "scmoe", "dense"))

@@ -12,7 +12,7 @@ from torch import nn
 
 from scmoe.blocks.double_gate import DoubleGateBlock, add_stats, share_moe
 from scmoe.moe.experts import Experts
-from scmoe.moe.router import Router
+from scmoe.moe.router import Router, round_robin
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.model import build_model, build_module
@@ -52,7 +52,7 @@ def test_ties_do_not_select_the_taken_expert(value):
 
 
 def test_padding_takes_no_expert_and_a_balanced_gate_stays_balanced():
-    router, x_TD = Router(DIM, EXPERTS, 1, balanced=True), torch.randn(2 * EXPERTS, DIM)
+    router, x_TD = Router(DIM, EXPERTS, 1, deal=round_robin(EXPERTS, 1)), torch.randn(2 * EXPERTS, DIM)
     first = router(x_TD)
     second = router(x_TD, None, first.topk_ids_TK)
     assert (first.topk_ids_TK != second.topk_ids_TK).all()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from scmoe.moe.router import Router
+from scmoe.moe.router import Router, round_robin
 from tests import reference
 from tests.support.models import DIM, EXPERTS, assert_close, randomise
 
 
-def router(top_k: int = 2, dtype: torch.dtype = torch.float64, **switches: bool) -> Router:
+def router(top_k: int = 2, dtype: torch.dtype = torch.float64, **switches: Any) -> Router:
     return randomise(Router(DIM, EXPERTS, top_k, **switches).to(dtype))
 
 
@@ -101,7 +103,7 @@ def test_noise_is_that_of_eq_4_and_only_in_training():
 @pytest.mark.parametrize("num_tokens", (1, 5, 24))
 @pytest.mark.parametrize("top_k", (1, 2, 5))
 def test_balanced_routing_is_even_to_one_copy(top_k, num_tokens):
-    routing = router(top_k, balanced=True)(tokens(num_tokens))
+    routing = router(top_k, deal=round_robin(EXPERTS, top_k))(tokens(num_tokens))
     counts = torch.bincount(routing.topk_ids_TK.flatten(), minlength=EXPERTS)
     assert counts.sum() == num_tokens * top_k and counts.max() - counts.min() <= 1
     assert all(len(set(row)) == top_k for row in routing.topk_ids_TK.tolist())
@@ -114,10 +116,10 @@ def reference_weights(routing) -> torch.Tensor:
     return weights / weights.sum(1, keepdim=True) if weights.shape[1] > 1 else weights
 
 
-@pytest.mark.parametrize("balanced", (False, True))
-def test_padding_is_routed_nowhere(balanced):
+@pytest.mark.parametrize("deal", (None, round_robin(EXPERTS, 2)))
+def test_padding_is_routed_nowhere(deal):
     mask = torch.arange(20) % 3 > 0
-    routing = router(balanced=balanced)(tokens(), mask)
+    routing = router(deal=deal)(tokens(), mask)
     assert (routing.topk_ids_TK[~mask] == EXPERTS).all() and (routing.topk_weights_TK[~mask] == 0).all()
     assert (routing.topk_ids_TK[mask] < EXPERTS).all() and (routing.topk_weights_TK[mask] > 0).all()
 

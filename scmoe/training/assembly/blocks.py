@@ -23,7 +23,7 @@ from scmoe.moe.coefficient import COEFFICIENT_GATES
 from scmoe.moe.dispatcher import Narrowed
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Buffers, rows_of
-from scmoe.moe.router import Router
+from scmoe.moe.router import Router, round_robin
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.schedule.schedule import Schedule
@@ -171,7 +171,7 @@ def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoES
         moe.top_k,
         renormalise=moe.renormalise,
         noisy=moe.noisy,
-        balanced=moe.balanced_routing,
+        deal=round_robin(moe.num_experts, moe.top_k) if moe.balanced_routing else None,
     )
     local = context.local_experts(moe.num_experts)
     experts = Experts(parts.dim, parts.ffn_dim, moe.num_experts, local, parts.activation)
