@@ -122,8 +122,8 @@ $(KEPT)/overlap-real-block-2-ranks-share-0.52.json:  # 10 min
 $(KEPT)/overlap-real-block-2-ranks-share-0.15.json:  # 11 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.15 --compute real --rounds 15
 ITERATION := --share 0.52 --compute real --level iteration --rows top2 shared_expert scmoe_pos2 scmoe_pos3
-$(KEPT)/overlap-real-iteration-2-ranks-share-0.52.json:  # 8 min
-	@$(KEEP) overlap --out $(KEPT) $(ITERATION)
+$(KEPT)/overlap-real-iteration-2-ranks-share-0.52.json:  # 12 min
+	@$(KEEP) overlap --out $(KEPT) $(ITERATION) --rounds 15
 $(KEPT)/overlap-real-iteration-2-ranks-share-0.52-ratio-0.5.json:  # 18 min
 	@$(KEEP) overlap --out $(KEPT) $(ITERATION) --dim 512 --heads 8 --rows-per-gradient 0.5
 $(KEPT)/overlap-emulated-block-2-ranks-share-0.52.json:  # 9 min
