@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scmoe.schedule.cost import slots
-from scmoe.schedule.play import EVEN, TRANSFERS, Share, elapsed, play, play_ranks, shares
+from scmoe.schedule.play import EVEN, TRANSFERS, elapsed, play, play_ranks, shares
 from scmoe.schedule.schedule import ARCHITECTURES, Schedule
+from tests.support.played import hot_rank, step_ms
 
 OPERATORS = (
     *("route", "encode", "dispatch", "experts", "combine", "decode"),
@@ -20,12 +21,6 @@ OPERATORS = (
 TIMES = st.fixed_dictionaries({op: st.floats(0.1, 10.0) for op in OPERATORS})
 NAMES = [(name, position) for name, positions in ARCHITECTURES.items() for position in positions or (None,)]
 SCHEDULES = st.sampled_from([choice for name in NAMES for choice in slots(Schedule(*name))])
-
-
-def hot_rank(load: float, ranks: int) -> list[Share]:
-    """The shares where rank 0 gets `load` times its fair share of every rank's rows."""
-    row = [load / ranks] + [(1 - load / ranks) / (ranks - 1)] * (ranks - 1)
-    return shares([row] * ranks)
 
 
 @given(SCHEDULES, TIMES)
@@ -96,29 +91,13 @@ PROTOTYPE = {  # of a program that played the same ranks; medians of its measure
     Schedule("scmoe", "pos2", 1): ((1.82, 1.63), (1.65, 1.50), (1.43, 1.35), (1.26, 1.24)),
     Schedule("scmoe", "pos3", 2): ((2.13, 1.75), (2.06, 1.70), (1.85, 1.59), (1.58, 1.47)),
 }
-TOP_2 = Schedule("top_k")
-
-
-def pair(schedule: Schedule, load: float, sequential: bool = False) -> tuple[float, float]:
-    """Returns ms of forward and of a training step of a pair with 1,024 tokens of width 512 a rank, on two ranks with
-    links of 115 Mbit/s and an attention of 90 ms, which is 3 MLPs. Backward computes twice as long."""
-    top_k = 2 if schedule.architecture == "top_k" else 1
-    sent_ms = top_k * 512 * 512 * 4 * 8 / (115e6 * 1448 / 1514) * 1e3  # half of the rows leave; payload of a frame
-    times = {"attention": 90.0, "mlp": 30.0, "shared_expert": 30.0, "experts": 30.0 * top_k}
-    times |= {"dispatch": sent_ms, "combine": sent_ms}
-    back = {op: ms if op in TRANSFERS else 2 * ms for op, ms in times.items()}
-    after_tap = [op for op in schedule.window if op != "shared_expert"]
-    before = ("attention", "mlp", "attention")[: 3 - len(after_tap)]
-    rows = [hot_rank(load, 2)]
-    ends = [s[-1].end for s in play_ranks((*before, *schedule.operators()), times, rows, sequential)]
-    whole = play_ranks((*schedule.backward_operators(), *before[::-1]), back, rows, sequential, ends)
-    return max(ends), max(map(elapsed, whole))
 
 
 @pytest.mark.parametrize("schedule", PROTOTYPE, ids=str)
 def test_speed_ups_under_load_are_those_of_the_prototype(schedule):
     """It allows 0.01 for rounding, and for backward that begins on each rank when forward has ended there."""
-    even = pair(TOP_2, 1.0, sequential=True)
+    top_2 = Schedule("top_k")
+    even = step_ms(top_2, hot_rank(1.0, 2), sequential=True)
     for load, expected in zip(LOADS, PROTOTYPE[schedule], strict=True):
-        found = [e / own for e, own in zip(even, pair(schedule, load, schedule == TOP_2), strict=True)]
-        assert found == pytest.approx(expected, abs=0.0151), load
+        own = step_ms(schedule, hot_rank(load, 2), schedule == top_2)
+        assert [e / o for e, o in zip(even, own, strict=True)] == pytest.approx(expected, abs=0.0151), load
