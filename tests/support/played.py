@@ -56,11 +56,16 @@ def step_ms(
 
 def sample_of(schedule: Schedule, rows: Sequence[Share], sequential: bool, latency_ms: float = 0.0) -> torch.Tensor:
     """Returns what `pricing.measured` returns after this step of one layer, in ms."""
-    times = []
-    for of_ranks in play_step(schedule, rows, sequential, latency_ms):
-        times.append([])
-        for spans in of_ranks:
-            window = spans[-len(schedule.operators()) :] if not times[1:] else spans[: len(schedule.operators())]
-            by_name = {op: [(s.start, s.end) for s in window if s.operator == op] for op in OPERATORS}
-            times[-1].append([by_name[op].pop(0) for op in names_of(schedule)])
-    return seconds_of(torch.tensor(times, dtype=torch.float64).transpose(0, 1)[None], schedule)[None]
+    forward, backward = play_step(schedule, rows, sequential, latency_ms)
+    window = len(schedule.operators())
+    times_RdN2 = [
+        [in_order(before[-window:], schedule), in_order(after[:window], schedule)]
+        for before, after in zip(forward, backward, strict=True)
+    ]
+    return seconds_of(torch.tensor([times_RdN2], dtype=torch.float64), schedule)[None]
+
+
+def in_order(spans: Sequence[Span], schedule: Schedule) -> list[tuple[float, float]]:
+    """Returns start and end of each span, in the order of `noted`."""
+    times = {op: [(span.start, span.end) for span in spans if span.operator == op] for op in OPERATORS}
+    return [times[op].pop(0) for op in names_of(schedule)]

