@@ -176,9 +176,9 @@ def context_of(ranks: int, rank: int) -> Iterator[ParallelContext]:
         return
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
-        ep_group = dist.new_group([0, 1], group_desc="ep")
+        ep_group, counts_group = (dist.new_group([0, 1], group_desc=name) for name in ("ep", "counts"))
         edp_group = dist.new_group(range(rank, ranks, 2), group_desc="edp")
-        yield ParallelContext(rank, ranks, 2, None, ep_group, edp_group)
+        yield ParallelContext(rank, ranks, 2, None, ep_group, counts_group, edp_group)
     finally:
         dist.destroy_process_group()
 

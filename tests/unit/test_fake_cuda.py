@@ -87,6 +87,7 @@ def test_two_communicators_carry_rows_and_gradients_in_one_order_on_all_ranks(de
     first, second = (device(words, 4, None, rank).order for rank in (0, 1))
     assert first == second
     communicators = [group for _, group, _ in first]
+    assert set(communicators) == {"ep", "edp", "all"}, first
     assert communicators.count("ep") == 4 * chunks and communicators.count("edp") >= 1
     record_property("fake_cuda_steps", 2)
 
