@@ -100,7 +100,7 @@ def best_schedules(
         forward()
         planner.end_step()
     planner.close()
-    return {chunks: tuple(choice.schedule for choice in choices) for chunks, choices in planner.priced.items()}
+    return {chunks: tuple(choice.schedule for choice in choices) for chunks, (choices, *_) in planner.priced.items()}
 
 
 def fastest(seconds: Mapping[str, float]) -> str:

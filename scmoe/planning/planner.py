@@ -6,16 +6,15 @@ passes in place of steps, up to `price`.
     warm up     as configured
     measure     transfers one at a time (`Blocking`), some steps with each number of chunks in turn: the time of every
                 operator and transfer, forward and backward
-    price       by the times of the slowest rank; for each number of chunks, the best slot of each MoE layer is computed
-                (pricing.py)
-    try         with several numbers of chunks: some steps with each in turn, at its best slots; only this shows what
-                more chunks cost in parallel with computation
-    agree       every rank chooses per MoE layer; rank 0's choice is broadcast, and each rank compares it with its own
-    run         as chosen. Some steps are timed for the overlap efficiency; where they drift from the first that was
-                timed, the planner measures again
+    price       every slot with each number of chunks, by the times of the slowest rank (pricing.py)
+    try         whole training steps with the candidates of low price in turn, round after round, until one is left:
+                only a step shows what chunks cost in parallel with computation, and how rows and gradients share a link
+    agree       every rank chooses; rank 0's choice is broadcast, and each rank compares it with its own
+    run         as chosen. Some steps are timed for the overlap efficiency; where their times become unusual, the
+                planner measures again
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,15 +25,18 @@ from torch import Tensor
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.operators import Direction, Recorder
-from scmoe.planning.pricing import DIRECTIONS, LayerChoice, measured, price, start_clocks
+from scmoe.planning.pricing import DIRECTIONS, LayerChoice, measured, predicted, price, slowest, start_clocks
 from scmoe.schedule.cost import overlap_efficiency
 from scmoe.schedule.schedule import Schedule
 
-WARMUP_STEPS, STEPS_EACH, TRIES_EACH = 3, 3, 5  # the last two: with each number of chunks
+WARMUP_STEPS, STEPS_EACH = 3, 3  # the second: with each number of chunks
+NEAR, CANDIDATES = 1.1, 6  # tried: the best price of each number of chunks, and others up to NEAR times the lowest
+FEWEST_ROUNDS, MOST_TRIES = 5, 48  # the second: steps of all candidates together
+LOSS = 0.01  # of a step: trials need not tell candidates apart that differ by less
 REFERENCES = ("sequential", "free")  # times of a choice: each transfer waited for at once, and without transfers
 LEAST_SHARE = 0.1  # of communication: below it, its hidden part is smaller than the noise of the times
 NOISE = 0.05  # of a hidden part: further below 0 or above 1, the step was disturbed
-DRIFT, DRIFTED_IN_TURN = 1.5, 3  # a drifted step takes DRIFT times as long or as short; so many in turn
+DRIFT, DRIFTED_IN_TURN = 1.5, 3  # a drifted step takes DRIFT times as long or as short as usual; so many in turn
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Planner:
     fixed: keep the schedules as they are and only measure the overlap. All blocks must have one number of chunks then.
     ep_size: consecutive ranks of the group that exchange rows; None: all.
     directions: forward alone prices passes of inference.
+    batches: what is called a step here is one of so many batches of an optimizer's step. A trial takes as many.
     """
 
     def __init__(
@@ -71,32 +74,37 @@ class Planner:
         fixed: bool = False,
         ep_size: int | None = None,
         directions: Sequence[Direction] = DIRECTIONS,
+        batches: int = 1,
     ) -> None:
         self.blocks, self.group, self.device, self.fixed = list(blocks), group, device, fixed
-        self.ep_size, self.directions = ep_size, directions
+        self.ep_size, self.directions, self.batches = ep_size, directions, batches
         self.own = [block.schedule for block in blocks]
         self.chunk_counts = sorted({s.chunks for s in self.own} if fixed else set(chunk_counts))
         assert len(self.chunk_counts) == 1 or not fixed
         self.dispatchers = [block.moe.dispatcher for block in blocks]
-        several = len(self.chunk_counts) > 1
-        # (purpose, number of chunks) of each step before the choice
-        self.agenda = [("warm up", 0)] * WARMUP_STEPS
-        self.agenda += [("measure", chunks) for _ in range(STEPS_EACH) for chunks in self.chunk_counts]
-        self.agenda += [("try", chunks) for _ in range(TRIES_EACH * several) for chunks in self.chunk_counts]
-        self.steps_to_choose = len(self.agenda)
         self.choices: list[LayerChoice] = []
+        self.usual: list[float] = []  # seconds of the first timed step of each choice
         self.restart()
 
     def restart(self) -> None:
         """Measures again from the next step on."""
-        self.steps = 0
+        # purpose of each coming step until the next decision; number of chunks, or of the candidate
+        self.agenda = [("warm up", 0)] * WARMUP_STEPS
+        self.agenda += [("measure", chunks) for _ in range(STEPS_EACH) for chunks in self.chunk_counts]
         self.samples: dict[int, list[Tensor]] = {chunks: [] for chunks in self.chunk_counts}
-        self.tried: dict[int, list[Tensor]] = {chunks: [] for chunks in self.chunk_counts}
-        self.priced: dict[int, list[LayerChoice]] = {}
+        self.priced: dict[int, list[list[LayerChoice]]] = {}
+        self.candidates: list[list[LayerChoice]] = []
+        self.tried: dict[int, list[float]] = {}  # seconds of each round, of the candidates that are left
+        self.tries = 0
         self.overlap: Overlap | None = None
-        self.first_seconds: float | None = None
         self.drifted = 0
         self.recorders: list[Recorder] | None = None
+
+    @property
+    def steps_to_choose(self) -> int:
+        """The number of steps after which the choice is made, at most."""
+        several = not self.fixed and (len(self.chunk_counts) > 1 or any(schedule.window for schedule in self.own))
+        return WARMUP_STEPS + STEPS_EACH * len(self.chunk_counts) + MOST_TRIES * self.batches * several
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -108,7 +116,7 @@ class Planner:
 
     def take(self, choices: Sequence[LayerChoice]) -> None:
         """Runs as an earlier planner has chosen under equal conditions, without measuring first."""
-        self.choices, self.steps = list(choices), self.steps_to_choose
+        self.choices, self.agenda = list(choices), []
 
     def close(self) -> None:
         """Leaves the blocks as chosen, or as configured where there is no choice yet, without recorders."""
@@ -117,7 +125,7 @@ class Planner:
 
     @property
     def has_chosen(self) -> bool:
-        return self.steps >= self.steps_to_choose
+        return not self.agenda
 
     @property
     def backend(self) -> str:
@@ -126,44 +134,57 @@ class Planner:
 
     @property
     def doing(self) -> tuple[str, int]:
-        """Purpose of the coming step, and the number of chunks that it measures or tries."""
-        return ("run", 0) if self.has_chosen else self.agenda[self.steps]
+        """Purpose of the coming step, and the number of chunks that it measures, or of the candidate that it tries."""
+        return self.agenda[0] if self.agenda else ("run", 0)
 
     def begin_step(self, timed: bool = False) -> None:
         """timed: time this step if the choice has been made."""
-        what, chunks = self.doing
+        what, which = self.doing
         schedules = [block.schedule for block in self.blocks]
         if what == "measure":
-            schedules = [replace(schedule, chunks=chunks) for schedule in self.own]
+            schedules = [replace(schedule, chunks=which) for schedule in self.own]
         elif what != "warm up":
-            choices = self.priced[chunks] if what == "try" else self.choices
+            choices = self.candidates[which] if what == "try" else self.choices
             schedules = [choice.schedule for choice in choices]
-        if what in ("measure", "try") or (what == "run" and timed):
-            self.recorders = [Recorder(self.device) for _ in self.blocks]
+        notes = what == "measure" or (what == "run" and timed)
+        if notes or what == "try":  # a trial needs one clock
+            self.recorders = [Recorder(self.device) for _ in (self.blocks if notes else [None])]
             start_clocks(self.recorders, self.group)
-        self.run_as(schedules, what == "measure", self.recorders)
+        self.run_as(schedules, what == "measure", self.recorders if notes else None)
 
     def end_step(self) -> None:
         """Call it after the step that begin_step announced. Chooses when everything is measured."""
-        what, chunks = self.doing
+        what, which = self.doing
         recorders, self.recorders = self.recorders, None
-        self.steps += 1
+        self.agenda = self.agenda[1:]
         if recorders is None:
             return
-        schedules = [block.schedule for block in self.blocks]
-        self.run_as(schedules)
-        sample = measured(recorders, schedules, self.group, self.ep_size, self.directions)
-        if what == "run":
-            self.note_overlap(sample)
-            return
-        if what == "measure":
-            self.samples[chunks].append(sample)
-            if all(len(samples) == STEPS_EACH for samples in self.samples.values()):
-                self.priced = price(self.samples, self.own, self.fixed)
+        if what == "try":
+            self.tried[which][-1] += slowest(recorders[0], self.group)
         else:
-            self.tried[chunks].append(sample[..., -1].sum(-1))
-        if self.has_chosen:
-            self.choices = self.agree()
+            schedules = [block.schedule for block in self.blocks]
+            self.run_as(schedules)
+            sample = measured(recorders, schedules, self.group, self.ep_size, self.directions)
+            if what == "run":
+                self.note_overlap(sample)
+                return
+            self.samples[which].append(sample)
+        if not self.agenda:
+            self.decide()
+
+    def decide(self) -> None:
+        """After the measurement and after each round: tries the candidates that are left once more, or chooses."""
+        if not self.candidates:
+            self.priced = price(self.samples, self.own, self.fixed)
+            self.candidates = shortlist(self.priced)
+            self.tried = {i: [] for i in range(len(self.candidates))}
+        left = still_fastest(self.tried)
+        if len(left) == 1 or self.tries + len(left) > MOST_TRIES:
+            self.choices = self.agree(self.candidates[left[0]])
+            return
+        self.tried = {i: [*self.tried[i], 0.0] for i in left}
+        self.tries += len(left)
+        self.agenda = [("try", i) for i in left for _ in range(self.batches)]
 
     def run_as(
         self, schedules: Sequence[Schedule], blocking: bool = False, recorders: Sequence[Recorder] | None = None
@@ -172,9 +193,8 @@ class Planner:
             recorder = recorders[i] if recorders else None
             block.run_as(schedule, Blocking(dispatcher) if blocking else dispatcher, recorder)
 
-    def agree(self) -> list[LayerChoice]:
-        """The same choice on every rank. Raises RuntimeError if ranks chose differently."""
-        choices = [self.priced[chunks][layer] for layer, chunks in enumerate(self.fastest())]
+    def agree(self, choices: list[LayerChoice]) -> list[LayerChoice]:
+        """Returns the choices, which are the same on every rank. Raises RuntimeError if ranks chose differently."""
         mine = torch.tensor([[c.schedule.slot, c.schedule.chunks] for c in choices], device=self.device)
         first = mine.clone()
         dist.broadcast(first, group_src=0, group=self.group)
@@ -185,14 +205,6 @@ class Planner:
             )
         return choices
 
-    def fastest(self) -> list[int]:
-        """The number of chunks of each layer that took the least time when it was tried."""
-        if len(self.chunk_counts) == 1:
-            return self.chunk_counts * len(self.blocks)
-        tried = torch.stack([torch.stack(own) for own in self.tried.values()])
-        seconds_CL = tried.amin(1)  # a disturbance only makes a step longer
-        return [min(zip(seconds, self.chunk_counts, strict=True))[1] for seconds in seconds_CL.T.tolist()]
-
     def note_overlap(self, sample_L2O: Tensor) -> None:
         """Computes the overlap of a timed step, and measures again after DRIFTED_IN_TURN drifted ones."""
         seconds = sample_L2O[:, :, -1].sum(0).tolist()
@@ -200,13 +212,42 @@ class Planner:
         shares = [1 - f / s if s else 0.0 for s, f in zip(sequential, free, strict=True)]  # 0: backward without MoE
         each = zip(shares, seconds, sequential, free, strict=True)
         efficiency = [hidden_part(*times) if share >= LEAST_SHARE else None for share, *times in each]
+        if self.overlap is None:
+            self.usual.append(sum(seconds))
         self.overlap = Overlap(seconds, shares, efficiency)
-        if self.first_seconds is None:
-            self.first_seconds = sum(seconds)
-        ratio = sum(seconds) / self.first_seconds
-        self.drifted = 0 if 1 / DRIFT <= ratio <= DRIFT else self.drifted + 1
+        # where routing changes to and fro, both times become usual
+        usual = any(1 / DRIFT <= sum(seconds) / known <= DRIFT for known in self.usual)
+        self.drifted = 0 if usual else self.drifted + 1
         if self.drifted == DRIFTED_IN_TURN:
             self.restart()
+
+
+def shortlist(priced: Mapping[int, Sequence[list[LayerChoice]]]) -> list[list[LayerChoice]]:
+    """The candidates that are worth a trial: the best price of each number of chunks, and those NEAR the lowest.
+
+    priced: by number of chunks, those of the lowest price first. Prices of numbers of chunks cannot be compared: they
+    omit what more and smaller transfers cost, and what chunks gain under uneven rows (schedule/play.py)."""
+    best = [candidates[0] for candidates in priced.values()]
+    assert len(best) <= CANDIDATES
+    others = sorted((c for candidates in priced.values() for c in candidates[1:]), key=predicted)
+    highest = NEAR * min(map(predicted, best))
+    return best + [c for c in others if predicted(c) <= highest][: CANDIDATES - len(best)]
+
+
+def still_fastest(tried: Mapping[int, Sequence[float]]) -> list[int]:
+    """The candidate with the least time, then those that may be faster by more than LOSS: two standard errors of their
+    ratio to it allow it. Before FEWEST_ROUNDS, all.
+
+    tried: the seconds of each candidate in every round. What disturbs a round disturbs all of it, so times are compared
+    within rounds."""
+    names, rounds = list(tried), min(map(len, tried.values()))
+    if rounds < FEWEST_ROUNDS:
+        return names
+    seconds_CR = torch.tensor([*tried.values()], dtype=torch.float64)
+    first = int((seconds_CR / seconds_CR.quantile(0.5, 0)).quantile(0.5, 1).argmin())
+    ratios_CR = seconds_CR / seconds_CR[first]
+    least_C = ratios_CR.quantile(0.5, 1) - 2 * ratios_CR.std(1) / rounds**0.5
+    return [names[first], *(name for name, least in zip(names, least_C.tolist(), strict=True) if least < 1 - LOSS)]
 
 
 def hidden_part(overlapped: float, sequential: float, free: float) -> float | None:

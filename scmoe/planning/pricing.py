@@ -17,14 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scmoe.moe.operators import Direction, Recorder
-from scmoe.schedule.cost import PER_CHUNK, OperatorTimes, best_schedule, elapsed_time, exposed_time, mismatch, slots
+from scmoe.moe.operators import Direction, Mark, Recorder
+from scmoe.schedule.cost import PER_CHUNK, OperatorTimes, elapsed_time, exposed_time, mismatch, slots
 from scmoe.schedule.play import TRANSFERS, Span
 from scmoe.schedule.schedule import Schedule
 
 STREAM = ("route", "encode", "dispatch", "experts", "combine", "decode")
 OPERATORS = (*STREAM, "attention", "mlp", "shared_expert", "current")
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+ALIKE = 0.98  # of a price: layers that gain less by slots of their own differ by noise
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,14 @@ def start_clocks(recorders: Sequence[Recorder], group: Any) -> None:
     zero = recorders[0].now()
     for recorder in recorders:
         recorder.zero = zero
+
+
+def slowest(clock: Recorder, group: Any) -> float:
+    """Seconds from `start_clocks` until now, when the device has finished, of the slowest rank. Every rank must call
+    it."""
+    clock.marks += [Mark("step", "forward", True, clock.zero), Mark("step", "forward", False, clock.now())]
+    (step,) = clock.spans("forward")
+    return gather(torch.tensor([step.end], dtype=torch.float64), group).max().item()
 
 
 def measured(
@@ -134,8 +143,11 @@ def from_tap(spans: Sequence[Span], direction: Direction) -> tuple[float, list[S
 
 def price(
     samples: Mapping[int, Sequence[Tensor]], own: Sequence[Schedule], fixed: bool
-) -> dict[int, list[LayerChoice]]:
-    """The best choice of every layer, by number of chunks; equal on all ranks, as the samples are.
+) -> dict[int, list[list[LayerChoice]]]:
+    """Candidates by number of chunks, those of the lowest price first; equal on all ranks, as the samples are.
+
+    A candidate has one slot for all layers (where a window is shorter, its last). Where layers differ so much that the
+    best slot of each has a price below ALIKE times that, this is the first candidate.
 
     samples: by number of chunks, ascending, what `measured` returned for each step.
     own: the configured schedule of each layer. fixed: it is the only choice.
@@ -145,20 +157,35 @@ def price(
     once = [i for i, op in enumerate(OPERATORS) if op not in PER_CHUNK]  # the number of chunks does not change these
     seconds[..., once] = torch.cat(steps).median(0).values[..., once]
     layers = [price_layer(list(samples), seconds[:, layer], schedule, fixed) for layer, schedule in enumerate(own)]
-    return {chunks: [choices[chunks] for choices in layers] for chunks in samples}
+    candidates = {}
+    for chunks in samples:
+        by_slot = [layer[chunks] for layer in layers]
+        most = max(map(len, by_slot))
+        alike = [[choices[min(slot, len(choices) - 1)] for choices in by_slot] for slot in range(most)]
+        alike.sort(key=predicted)
+        best = [min(choices, key=lambda choice: choice.predicted) for choices in by_slot]
+        candidates[chunks] = [best, *alike] if predicted(best) < ALIKE * predicted(alike[0]) else alike
+    return candidates
 
 
-def price_layer(chunk_counts: Sequence[int], seconds_C2O: Tensor, own: Schedule, fixed: bool) -> dict[int, LayerChoice]:
-    """The best choice of one layer, by number of chunks."""
+def price_layer(
+    chunk_counts: Sequence[int], seconds_C2O: Tensor, own: Schedule, fixed: bool
+) -> dict[int, list[LayerChoice]]:
+    """The choices of one layer by number of chunks, in the order of slots."""
     times = {}
     for chunks, directions in zip(chunk_counts, seconds_C2O.tolist(), strict=True):
         times[chunks] = OperatorTimes(*(dict(zip(OPERATORS, seconds, strict=False)) for seconds in directions))
     sequential = tuple(seconds_C2O[0, :, -2].tolist())  # with the fewest chunks
+    choices = {}
+    for chunks in chunk_counts:
+        schedules = [own] if fixed else slots(replace(own, chunks=chunks))
+        choices[chunks] = [LayerChoice(schedule, times, sequential) for schedule in schedules]
+    return choices
 
-    def best(chunks: int) -> Schedule:
-        return own if fixed else best_schedule(slots(replace(own, chunks=chunks)), times)
 
-    return {chunks: LayerChoice(best(chunks), times, sequential) for chunks in chunk_counts}
+def predicted(choices: Sequence[LayerChoice]) -> float:
+    """Seconds of the windows of all layers."""
+    return sum(choice.predicted for choice in choices)
 
 
 def plan_to_json(choices: Sequence[LayerChoice], conditions: dict[str, Any], step: int) -> dict[str, Any]:

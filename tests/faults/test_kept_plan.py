@@ -15,7 +15,7 @@ from tests.support.commands import resume_in_ranks, train_in_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]
 
-CHOSEN = 27  # steps until the choice, of three numbers of chunks
+CHOSEN = 60  # steps until the choice at most, of three numbers of chunks
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_a_resumed_run_goes_on_with_the_plan_of_its_directory(run_dir):
     """Its plan is put in place of the measured one, with a slot that no measurement of tiny operators would choose."""
     path = run_dir / "plan.json"
     plan = json.loads(path.read_text())
-    assert (plan["step"], plan["conditions"]["ranks"]) == (CHOSEN, 2)
+    assert plan["step"] <= CHOSEN and plan["conditions"]["ranks"] == 2
     plan["layers"][0]["schedule"] |= {"expert_slot": 3, "chunks": 4}
     path.write_text(json.dumps(plan))
     said = resume(run_dir, 2)

@@ -54,7 +54,7 @@ ELSEWHERE = {  # command: the test that makes its run
     "make reproduce SCALE=smoke": "tests/smoke/test_reproduce.py",
     **{
         f'make train CONFIG=configs/debug.yaml ARGS="trainer.devices=2 {words}"': "tests/smoke/test_train.py"
-        for words in ("schedule=auto trainer.max_steps=30", "schedule.slot=2 schedule.chunks=2")
+        for words in ("schedule=auto trainer.max_steps=70", "schedule.slot=2 schedule.chunks=2")
     },
 }
 SHORT = {

@@ -84,13 +84,13 @@ def plan(folder: Path, *settings: str) -> Done:
 
 def test_a_run_plans_its_schedule_and_logs_its_overlap(tmp_path):
     done = plan(
-        tmp_path, "schedule.chunks=1", "trainer.max_steps=9", "trainer.val_every=9", "trainer.checkpoint_every=9"
+        tmp_path, "schedule.chunks=1", "trainer.max_steps=57", "trainer.val_every=57", "trainer.checkpoint_every=57"
     )
     metrics = ROOT / done.summary["run_dir"] / "metrics.csv"
     assert not undocumented(metrics)
     overlaps = ("overlap/forward", "overlap/backward")
     shares = {int(row["step"]): float(row[k]) for row in rows_of(metrics) for k in overlaps if k in row}
-    assert shares.keys() <= {6, 7, 8}, "logged steps after three of warm-up and three that are measured"
+    assert min(shares, default=6) >= 6, "logged steps after three of warm-up, three that are measured, and trials"
     assert all(0 <= share <= 1.05 for share in shares.values()), "where they cannot be measured, they are left out"
     assert "plan: MoE layer" in done.err
     (ran,) = [line for line in done.err.splitlines() if line.startswith("ran: ")]
@@ -100,4 +100,4 @@ def test_a_run_plans_its_schedule_and_logs_its_overlap(tmp_path):
 def test_a_run_too_short_to_plan_says_so_in_one_line(tmp_path):
     done = plan(tmp_path, "trainer.max_steps=2")
     (line,) = [line for line in done.err.splitlines() if "schedule: auto" in line]
-    assert done.code == 0 and "plans after 27 batches and 2 are left" in line and "plan: MoE" not in done.err
+    assert done.code == 0 and "may need 60 batches to choose and 2 are left" in line and "plan: MoE" not in done.err

@@ -70,13 +70,16 @@ class StepError(RuntimeError):
 
 
 class Outcome(NamedTuple):
-    """What a training did: optimizer steps, numbers read by the guard, transfers started, graphs, graph breaks."""
+    """What a training did: optimizer steps, numbers read by the guard, transfers started, graphs, graph breaks.
+
+    order: name, group and numbers of elements of each collective that sends rows, or sums over ranks."""
 
     steps: int
     reads: int
     exchanges: int
     graphs: int
     graph_breaks: int
+    order: list[tuple[str, str, int]]
 
 
 class Watch(TorchDispatchMode):
@@ -166,28 +169,43 @@ def batches(config: Config, fake: FakeTensorMode) -> Iterator[dict[str, Tensor]]
 
 
 @contextmanager
-def context_of(ranks: int) -> Iterator[ParallelContext]:
-    """Gives the place of rank 1 of `ranks`, EP 2, in groups that send nothing."""
+def context_of(ranks: int, rank: int) -> Iterator[ParallelContext]:
+    """Gives the place of rank 0 or 1 of `ranks`, EP 2, in groups that send nothing."""
     if ranks == 1:
         yield ParallelContext()
         return
-    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=ranks)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
-        ep_group, edp_group = dist.new_group([0, 1]), dist.new_group(range(1, ranks, 2))
-        yield ParallelContext(1, ranks, 2, None, ep_group, edp_group)
+        ep_group, counts_group = (dist.new_group([0, 1], group_desc=name) for name in ("ep", "counts"))
+        edp_group = dist.new_group(range(rank, ranks, 2), group_desc="edp")
+        yield ParallelContext(rank, ranks, 2, None, ep_group, counts_group, edp_group)
     finally:
         dist.destroy_process_group()
 
 
-def attempt(words: str, ranks: int = 1, broken: str | None = None) -> Outcome:
+@contextmanager
+def recorded(name: str, order: list[tuple[str, str, int]]) -> Iterator[None]:
+    """Notes in `order` each call of a collective, while it is open."""
+    real = getattr(dist, name)
+
+    def called(tensor: Tensor, *given: Any, **named: Any) -> Any:
+        group = named.get("group")
+        order.append((name, "all" if group is None else group.group_desc, tensor.numel()))
+        return real(tensor, *given, **named)
+
+    with patch.object(dist, name, called):
+        yield
+
+
+def attempt(words: str, ranks: int = 1, broken: str | None = None, rank: int = 1) -> Outcome:
     """Does what `train` does. Raises StepError where it raises."""
     try:
-        return train(words, ranks, broken)
+        return train(words, ranks, broken, rank)
     except Exception:  # of any kind: an error of torch cannot be pickled, its traceback can
         raise StepError(traceback.format_exc()) from None
 
 
-def train(words: str, ranks: int = 1, broken: str | None = None) -> Outcome:
+def train(words: str, ranks: int = 1, broken: str | None = None, rank: int = 1) -> Outcome:
     """Takes the steps of the training that `words` describe, on one rank or as one of several with EP 2.
 
     words: a family, then words of the config. A language model takes two steps, the second with padding; swin one.
@@ -200,8 +218,9 @@ def train(words: str, ranks: int = 1, broken: str | None = None) -> Outcome:
     counters.clear()
     compile = partial(torch.compile, backend="eager")  # traces as always, and generates no code of the device
     fault = broken_steps.FAULTS[broken][0]() if broken else nullcontext()
-    exchange = patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single)
-    with context_of(ranks) as context, fault, exchange as exchanges, patch.object(torch, "compile", compile):
+    order: list[tuple[str, str, int]] = []
+    rows, sums = (recorded(name, order) for name in ("all_to_all_single", "all_reduce"))
+    with context_of(ranks, rank) as context, fault, rows, sums, patch.object(torch, "compile", compile):
         module, strategy = build_module(config), OnFakeCuda(context)
         module.parallel_context = context
         module.log = lambda name, value, **_: None  # type: ignore[method-assign]  # Lightning's copies need numbers
@@ -221,4 +240,5 @@ def train(words: str, ranks: int = 1, broken: str | None = None) -> Outcome:
         without = [name for name, p in module.named_parameters() if p.grad is None or p.grad.device != CUDA]
         assert not without, f"no gradient on the device: {without}"
     breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
-    return Outcome(trainer.global_step, strategy.watch.reads, exchanges.call_count, graphs, breaks)
+    exchanges = sum(name == "all_to_all_single" for name, *_ in order)
+    return Outcome(trainer.global_step, strategy.watch.reads, exchanges, graphs, breaks, order)

@@ -77,6 +77,21 @@ def test_a_compiled_step_has_no_graph_break(device, record_property, words, grap
     record_property("fake_cuda_steps", done.steps)
 
 
+@pytest.mark.parametrize("chunks", (1, 2))
+@pytest.mark.parametrize("slot", [0, 3, *(pytest.param(slot, marks=pytest.mark.faults) for slot in (1, 2))])
+def test_two_communicators_carry_rows_and_gradients_in_one_order_on_all_ranks(device, record_property, slot, chunks):
+    """The device runs what the host launches, so the host's order is the order of both communicators together.
+
+    tests/distributed/test_orders.py has the orders of gloo, where a thread paces the gradients."""
+    words = f"gpt position=pos2 schedule.slot={slot} schedule.chunks={chunks} trainer.max_steps=1"
+    first, second = (device(words, 4, None, rank).order for rank in (0, 1))
+    assert first == second
+    communicators = [group for _, group, _ in first]
+    assert set(communicators) == {"ep", "edp", "all"}, first
+    assert communicators.count("ep") == 4 * chunks and communicators.count("edp") >= 1
+    record_property("fake_cuda_steps", 2)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_a_step_is_detected(device, fault):
     with pytest.raises(StepError, match=FAULTS[fault][1]):

@@ -18,12 +18,12 @@ TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 # A room may import itself and what stands above it. The laboratory imports the library, never the other way.
 LIBRARY = {  # room: lines at most
     "scmoe/files": 100,
-    "scmoe/schedule": 260,
+    "scmoe/schedule": 330,
     "scmoe/config": 1190,
     "scmoe/moe": 1240,
     "scmoe/blocks": 470,
     "scmoe/models": 340,
-    "scmoe/planning": 550,
+    "scmoe/planning": 620,
     "scmoe/probes": 440,
     "scmoe/inference": 950,
     "scmoe/footprint": 460,

@@ -22,7 +22,7 @@ def test_a_hidden_share_is_none_where_communication_is_below_the_noise():
     forward = {"dispatch": 0.025, "combine": 0.025, "attention": 0.05}
     backward = {"dispatch": 0.0005, "combine": 0.0005, "attention": 0.05}
     planner.choices = [LayerChoice(Schedule("scmoe", "pos1", 1), {1: OperatorTimes(forward, backward)}, (0.1, 0.051))]
-    planner.first_seconds, planner.drifted = None, 0
+    planner.usual, planner.overlap, planner.drifted = [], None, 0
     planner.note_overlap(torch.tensor([[[0.06], [0.0505]]]))
     assert planner.overlap is not None
     assert planner.overlap.efficiency == [pytest.approx(0.8), None]

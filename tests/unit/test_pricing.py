@@ -96,7 +96,7 @@ def seconds(recorders: list[Recorder], schedule: Schedule, ep_size: int | None =
 
 def priced(schedule: Schedule, ranks: int, load: float) -> LayerChoice:
     sample = seconds(step(schedule, ranks, load, sequential=True), schedule)
-    return price({schedule.chunks: [sample] * 3}, [schedule], fixed=True)[schedule.chunks][0]
+    return price({schedule.chunks: [sample] * 3}, [schedule], fixed=True)[schedule.chunks][0][0]
 
 
 @SKEW

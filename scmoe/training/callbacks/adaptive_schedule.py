@@ -41,14 +41,16 @@ class AdaptiveSchedule(Callback):
             if self.auto:
                 rank_zero_warn("schedule: auto has nothing to choose, as every rank has all experts")
             return
-        self.planner = Planner(blocks, None, module.device, self.chunks, not self.auto, context.ep_size)
+        in_a_step = trainer.accumulate_grad_batches
+        fixed = not self.auto
+        self.planner = Planner(blocks, None, module.device, self.chunks, fixed, context.ep_size, batches=in_a_step)
         if self.auto and self.take_kept_plan(trainer):
             return
-        batches = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
+        batches = (trainer.max_steps - trainer.global_step) * in_a_step
         if self.auto and batches <= self.planner.steps_to_choose:
             rank_zero_warn(
-                f"schedule: auto plans after {self.planner.steps_to_choose} batches and {batches} are left: all run as "
-                "configured; raise trainer.max_steps, or give schedule.slot and schedule.chunks"
+                f"schedule: auto may need {self.planner.steps_to_choose} batches to choose and {batches} are left: "
+                "perhaps all run without a choice; raise trainer.max_steps, or give schedule.slot and schedule.chunks"
             )
 
     def take_kept_plan(self, trainer: Trainer) -> bool:

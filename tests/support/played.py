@@ -1,0 +1,71 @@
+"""A pair of blocks with 1,024 tokens of width 512 a rank, played on ranks with links of 115 Mbit/s (schedule/play.py).
+
+Attention takes 90 ms and an MLP 30 ms; backward computes twice as long and sends the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from scmoe.planning.pricing import OPERATORS, names_of, seconds_of
+from scmoe.schedule.cost import OperatorTimes, per_chunk
+from scmoe.schedule.play import TRANSFERS, Share, Span, elapsed, play_ranks, shares
+from scmoe.schedule.schedule import SUBLAYERS, Schedule
+
+ROW_MS = 512 * 4 * 8 / (115e6 * 1448 / 1514) * 1e3  # payload of a frame
+
+
+def hot_rank(load: float, ranks: int, hot: int = 0) -> list[Share]:
+    """Returns the shares where the rank `hot` gets `load` times its fair share of every rank's rows."""
+    row = [(1 - load / ranks) / (ranks - 1)] * ranks
+    row[hot] = load / ranks
+    return shares([row] * ranks)
+
+
+def operator_ms(schedule: Schedule, ranks: int, latency_ms: float = 0.0) -> OperatorTimes:
+    """Returns the times of all operators with even rows. latency_ms: of each chunk's transfer."""
+    top_k = 2 if schedule.architecture == "top_k" else 1
+    transfer = top_k * 1024 * (1 - 1 / ranks) * ROW_MS + latency_ms * schedule.chunks
+    forward = {"attention": 90.0, "mlp": 30.0, "shared_expert": 30.0, "experts": 30.0 * top_k}
+    backward = {operator: 2 * ms for operator, ms in forward.items()}
+    return OperatorTimes(*(times | dict.fromkeys(TRANSFERS, transfer) for times in (forward, backward)))
+
+
+def play_step(
+    schedule: Schedule, rows: Sequence[Share], sequential: bool = False, latency_ms: float = 0.0
+) -> tuple[list[list[Span]], list[list[Span]]]:
+    """Returns the spans of each rank in forward, and in backward, which begins on each rank where its forward ends."""
+    times = operator_ms(schedule, len(rows), latency_ms)
+    before = SUBLAYERS[: 3 - schedule.sublayers_after_tap]
+    chunks = [rows] * schedule.chunks
+    forward = play_ranks((*before, *schedule.operators()), per_chunk(schedule, times.forward), chunks, sequential)
+    ends = [spans[-1].end for spans in forward]
+    back = (*schedule.backward_operators(), *before[::-1])
+    return forward, play_ranks(back, per_chunk(schedule, times.backward), chunks, sequential, ends)
+
+
+def step_ms(
+    schedule: Schedule, rows: Sequence[Share], sequential: bool = False, latency_ms: float = 0.0
+) -> tuple[float, float]:
+    """Returns the time of forward, and of the whole training step, of the slowest rank."""
+    forward, backward = play_step(schedule, rows, sequential, latency_ms)
+    return max(map(elapsed, forward)), max(map(elapsed, backward))
+
+
+def sample_of(schedule: Schedule, rows: Sequence[Share], sequential: bool, latency_ms: float = 0.0) -> torch.Tensor:
+    """Returns what `pricing.measured` returns after this step of one layer, in ms."""
+    forward, backward = play_step(schedule, rows, sequential, latency_ms)
+    window = len(schedule.operators())
+    times_RdN2 = [
+        [in_order(before[-window:], schedule), in_order(after[:window], schedule)]
+        for before, after in zip(forward, backward, strict=True)
+    ]
+    return seconds_of(torch.tensor([times_RdN2], dtype=torch.float64), schedule)[None]
+
+
+def in_order(spans: Sequence[Span], schedule: Schedule) -> list[tuple[float, float]]:
+    """Returns start and end of each span, in the order of `noted`."""
+    times = {op: [(span.start, span.end) for span in spans if span.operator == op] for op in OPERATORS}
+    return [times[op].pop(0) for op in names_of(schedule)]

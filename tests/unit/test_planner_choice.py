@@ -1,0 +1,155 @@
+"""The planner's choice on played ranks: close to the best schedule at every load, and kept while the busy rank moves.
+
+Ranks are those of tests/support/played.py, with 1 ms of latency for each transfer, so that chunks are not free.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from scmoe.planning import planner as planner_module
+from scmoe.planning.planner import CANDIDATES, MOST_TRIES, Planner, shortlist, still_fastest
+from scmoe.planning.pricing import LayerChoice, predicted
+from scmoe.schedule.cost import OperatorTimes, slots
+from scmoe.schedule.play import Share
+from scmoe.schedule.schedule import Schedule
+from tests.support.played import hot_rank, sample_of, step_ms
+
+CHUNKS = (1, 2, 4)
+LATENCY_MS = 1.0
+LOADS = (1.0, 1.3, 1.7, 2.0)
+SCHEDULES = [Schedule("top_k"), Schedule("shared_expert"), Schedule("scmoe", "pos2"), Schedule("scmoe", "pos3")]
+Rows = Callable[[int], list[Share]]  # those of a step
+
+
+class PlayedBlock:
+    """A block that has a schedule and computes nothing."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule, self.moe = schedule, SimpleNamespace(dispatcher=None)
+
+    def run_as(self, schedule: Schedule, dispatcher: Any, recorder: Any = None) -> None:
+        self.schedule = schedule
+
+
+@contextmanager
+def played(
+    own: Schedule, rows: Rows, noise: float = 0.0, **options: Any
+) -> Iterator[tuple[Planner, Callable[[], None]]]:
+    """Yields a planner and a function that takes a timed step on ranks with `rows` of that step."""
+    block, rng, steps, blocking = PlayedBlock(own), random.Random(0), 0, False
+
+    def measured(recorders: Any, schedules: list[Schedule], *_: Any) -> torch.Tensor:
+        return sample_of(schedules[0], rows(steps), blocking, LATENCY_MS) * rng.gauss(1, noise)
+
+    def slowest(*_: Any) -> float:
+        return step_ms(block.schedule, rows(steps), latency_ms=LATENCY_MS)[1] * rng.gauss(1, noise)
+
+    def step() -> None:
+        nonlocal steps, blocking
+        planner.begin_step(timed=True)
+        blocking = planner.doing[0] == "measure"
+        planner.end_step()
+        steps += 1
+
+    replaced = {"start_clocks": lambda *_: None, "measured": measured, "slowest": slowest}
+    broadcast = patch.object(planner_module.dist, "broadcast", lambda *_, **__: None)
+    with patch.multiple(planner_module, **replaced), broadcast:
+        planner = Planner([block], None, torch.device("cpu"), CHUNKS, **options)  # type: ignore[list-item]
+        yield planner, step
+
+
+def over_best(chosen: Schedule, rows: list[Share]) -> float:
+    """Returns the time of a step over that of the best schedule."""
+    every = [s for c in CHUNKS for s in slots(Schedule(chosen.architecture, chosen.position, chunks=c))]
+    best = min(step_ms(schedule, rows, latency_ms=LATENCY_MS)[1] for schedule in every)
+    return step_ms(chosen, rows, latency_ms=LATENCY_MS)[1] / best
+
+
+@pytest.mark.parametrize("ranks", (2, 4))
+@pytest.mark.parametrize("own", SCHEDULES, ids=lambda schedule: schedule.name)
+def test_the_choice_is_within_3_percent_of_the_best(own, ranks):
+    for load in LOADS:
+        rows = hot_rank(load, ranks)
+        with played(own, lambda step, rows=rows: rows, noise=0.02) as (planner, step):
+            for _ in range(planner.steps_to_choose):
+                step()
+            assert planner.choices and over_best(planner.choices[0].schedule, rows) <= 1.03, load
+
+
+@pytest.mark.parametrize("every", (1, 40))
+@pytest.mark.parametrize("own", [SCHEDULES[0], SCHEDULES[2]], ids=lambda schedule: schedule.name)
+def test_a_busy_rank_that_moves_does_not_restart_the_planner(own, every):
+    rows = [hot_rank(1.7, 4, hot) for hot in range(4)]
+    with played(own, lambda step: rows[step // every % 4], noise=0.02) as (planner, step):
+        while not planner.has_chosen:
+            step()
+        choices = planner.choices
+        for _ in range(320):
+            step()
+            assert planner.has_chosen and planner.choices is choices
+        assert over_best(choices[0].schedule, rows[0]) <= 1.03
+
+
+def test_a_load_that_comes_and_goes_is_measured_once():
+    """With it, windows take more than DRIFT times as long."""
+    rows = [hot_rank(load, 4) for load in (1.0, 2.4)]
+    with played(Schedule("top_k"), lambda step: rows[step // 60 % 2]) as (planner, step):
+        chosen = []
+        for _ in range(600):
+            step()
+            if planner.choices and (not chosen or planner.choices is not chosen[-1]):
+                chosen.append(planner.choices)
+        assert len(chosen) == 2
+
+
+def test_a_trial_takes_the_batches_of_a_step():
+    """One batch of each step also sums gradients, which takes 1 s, whichever batch the measurement ended with."""
+    rows = hot_rank(1.0, 2)
+    seen: list[Schedule] = []
+
+    def slowest(*_: Any) -> float:
+        seen.append(planner.blocks[0].schedule)
+        return 1.0 * (len(seen) % 4 == 3) + 0.1 * seen[-1].chunks
+
+    with played(Schedule("scmoe", "pos2"), lambda step: rows, batches=4) as (planner, step):
+        with patch.object(planner_module, "slowest", slowest):
+            while not planner.has_chosen:
+                step()
+        runs = [seen[i : i + 4] for i in range(0, len(seen), 4)]
+        assert all(len(set(run)) == 1 and len(run) == 4 for run in runs)
+        assert planner.choices[0].schedule.chunks == 1 and len(runs) <= MOST_TRIES
+
+
+def test_what_is_tried_are_the_best_of_each_number_of_chunks_and_those_near_the_lowest():
+    def candidate(chunks: int, ms: float) -> list[LayerChoice]:
+        times = {chunks: OperatorTimes({"attention": ms})}
+        return [LayerChoice(Schedule("scmoe", "pos1", 0, chunks), times, (1.0, 1.0))]
+
+    priced = {1: [candidate(1, ms) for ms in (10.0, 10.9, 11.2)], 2: [candidate(2, ms) for ms in (14.0, 14.1)]}
+    assert [predicted(choices) for choices in shortlist(priced)] == [10.0, 14.0, 10.9]
+    many = {1: [candidate(1, 10.0 + i / 100) for i in range(2 * CANDIDATES)]}
+    assert len(shortlist(many)) == CANDIDATES
+
+
+@pytest.mark.parametrize(
+    ("tried", "left"),
+    [
+        ({0: [1.0] * 4, 1: [2.0] * 4}, [0, 1]),  # too few rounds
+        ({0: [1.0] * 5, 1: [1.1] * 5}, [0]),
+        ({0: [1.0] * 5, 1: [1.0] * 5}, [0]),  # there is nothing to gain
+        ({0: [1.0, 2.0, 1.1, 1.0, 3.0], 1: [0.9, 1.8, 0.99, 0.9, 2.7]}, [1]),  # what disturbs a round disturbs both
+        ({0: [1.0, 1.2, 0.9, 1.1, 1.0], 1: [1.1, 1.0, 1.0, 1.0, 1.2]}, [0, 1]),  # not told apart
+        ({0: [1.0] * 5, 1: [1.2] * 4 + [0.2]}, [0, 1]),  # perhaps one step was short by chance
+    ],
+)
+def test_candidates_are_left_until_they_can_be_told_apart(tried, left):
+    assert sorted(still_fastest(tried)) == left
