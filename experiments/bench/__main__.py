@@ -14,7 +14,7 @@ from cyclopts import App, Parameter, validators
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench.pairs import USUAL_RATIO, Count, Positive, Rounds, Setting, check_ranks, tokens_for
 from scmoe.experiments.engine import links
-from scmoe.experiments.engine.command_line import call
+from scmoe.experiments.engine.command_line import OneEach, call
 
 OUT, TIMELINE = Path("runs/bench"), Path("runs/timeline")
 USUAL = Setting()
@@ -115,6 +115,7 @@ def overlap(
     tokens: Count | None = None,
     rows_per_gradient: Positive | None = None,
     accumulate: Count | None = None,
+    load: OneEach[str] = (),
     setting: Setting = USUAL,
     out: Path = OUT,
 ) -> None:
@@ -133,6 +134,7 @@ def overlap(
         rows_per_gradient: bytes of rows over bytes of gradients that a rank sends in a step of top-2, met by the tokens
             of a batch (default: 3)
         accumulate: batches of a step, whose gradients are summed once (default: 1)
+        load: uneven routing (bench/loads.py), measured beside the balanced one; each --load is one more
     """
     if share is not None and setting.link_mbit is not None:
         raise ConfigError("--share and --link-mbit exclude each other: the rate is searched for the share, or given")
@@ -159,6 +161,7 @@ def overlap(
         share=Setting.share if share is None else share,
         compute=compute,
         reductions=reductions or ("ddp" if gpu else "paced"),
+        loads=tuple(dict.fromkeys(load)),
         device=device,
     )
     if setting.level == "iteration" and tokens is None:

@@ -1,0 +1,101 @@
+"""What uneven routing costs: the part of a report of `bench overlap --load` that compares a load with the balanced one.
+
+    over balanced   time of a row at its best schedule, over its time at the balanced load and the schedule that is best
+                    there, in the same round
+    straggler       what of it is computation of the busiest rank: T_free(load) / T_free(balanced) - 1
+
+Speed-ups are over sequential top-2 at the same load, and hidden shares have T_sequential and T_free at the same load.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scmoe.experiments.bench.loads import BALANCED
+from scmoe.experiments.bench.overlap import Measured, way_of
+from scmoe.experiments.bench.pairs import ROWS
+from scmoe.experiments.bench.speed_chart import name_of, ranks_of
+from scmoe.experiments.engine.clock import middle, quartiles
+from scmoe.experiments.engine.report import Report
+from scmoe.probes.charts import chart, heading
+
+KEPT = ("overlap_forward", "overlap_backward", "forward_speedup", "train_speedup", "slot", "chunks")  # of the balanced
+
+
+def beside_balanced(found: Measured, control: Measured, row: str, balanced: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of a row at a load beside the balanced one. balanced: its figures there."""
+    block, own, even = ROWS[row][0], found.times[found.best[row]], found.times[control.best[row]]
+    free, even_free = (way_of(found, block, "free", load) for load in (found.load, BALANCED))
+    return {
+        "over_balanced_forward": middle(own.forward / even.forward),
+        "over_balanced_train": middle(own.train / even.train),
+        "over_balanced_quartiles": quartiles(own.train / even.train),
+        "straggler_forward": middle(free.forward / even_free.forward) - 1,
+        "straggler_train": middle(free.train / even_free.train) - 1,
+        "dropped": found.dropped[row],
+        "balanced": {key: balanced[key] for key in KEPT},
+    }
+
+
+def joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the only report, or {"loads": several of one run}."""
+    return reports[0] if len(reports) == 1 else {"loads": list(reports)}
+
+
+def reports_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return report.get("loads", [report])
+
+
+def tables(report: dict[str, Any]) -> list[Report]:
+    """Return a table for each load."""
+    columns = {
+        "imbalance": "{max_over_mean_ranks:.2f}, {max_over_mean_experts:.2f}",
+        "over balanced": "{over_balanced_forward:.2f}, {over_balanced_train:.2f}",
+        "straggler": "{straggler_forward:.0%}, {straggler_train:.0%}",
+        "over top-2": "{forward_speedup:.2f}, {train_speedup:.2f}",
+        "at balance": "{balanced[forward_speedup]:.2f}, {balanced[train_speedup]:.2f}",
+        "hidden": "{overlap_forward:.0%}, {overlap_backward:.0%}",
+        "hidden at balance": "{balanced[overlap_forward]:.0%}, {balanced[overlap_backward]:.0%}",
+        "slot x chunks": "{slot} x {chunks}",
+        "auto / best": "{auto_over_best:.3f}",
+        "/ model": "{measured_over_model:.3f}",
+        "dropped": "{dropped:.1%}",
+        "peak, MB": "{peak_mb:.0f}",
+    }
+    return [Report(words_of(own), own["rows"], columns) for own in reports_of(report)]
+
+
+def words_of(report: dict[str, Any]) -> str:
+    """Return the conditions of a load's report."""
+    load = report["load"]
+    machine = f"{report['compute']} compute, {ranks_of(report)}, {report['level']}, {report['layout']}"
+    words = (
+        f"{load['name']}: the busiest rank has {load['max_over_mean_ranks']:.2f} times the mean, the busiest expert "
+        f"{load['max_over_mean_experts']:.2f} times; {machine}, {report['rounds']} rounds, communication share "
+        f"{report['balanced_share']:.2f} at balance, {report['comm_share']:.2f} here"
+    )
+    return f"{words}. Of two values the first is forward, or of imbalance the ranks':"
+
+
+def show(report: dict[str, Any]) -> None:
+    for table in tables(report):
+        table.show()
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Draw the time of a training step over the balanced one against the load of the busiest rank: a line a row."""
+    reports = sorted(reports_of(report), key=lambda own: own["load"]["max_over_mean_ranks"])
+    with chart(path, 4.2) as figure:
+        axis = figure.subplots()
+        for row in reports[0]["rows"]:
+            found = [own["rows"][row] for own in reports]
+            at = [1.0, *(own["max_over_mean_ranks"] for own in found)]
+            words = name_of(row) + (", pipelined" if row.endswith("_pipelined") else "")
+            axis.plot(at, [1.0, *(own["over_balanced_train"] for own in found)], marker="o", label=words)
+            axis.vlines(at[1:], *zip(*(own["over_balanced_quartiles"] for own in found), strict=True), alpha=0.4)
+        axis.set(xlabel="rows of the busiest rank over the mean", ylabel="training step over its balanced one")
+        axis.grid(axis="y")
+        axis.legend()
+        first = reports[0]
+        share = f"communication share {first['balanced_share']:.2f}"
+        heading(figure, f"Uneven routing, {first['compute']} compute, {ranks_of(first)}, {share}")
