@@ -18,7 +18,7 @@ TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 # A room may import itself and what stands above it. The laboratory imports the library, never the other way.
 LIBRARY = {  # room: lines at most
     "scmoe/files": 100,
-    "scmoe/schedule": 260,
+    "scmoe/schedule": 330,
     "scmoe/config": 1190,
     "scmoe/moe": 1240,
     "scmoe/blocks": 470,
