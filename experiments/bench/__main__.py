@@ -180,6 +180,7 @@ def train(
     ranks: int = 2,
     rounds: Count = 3,
     rows: list[Literal["top2", "shared_expert", "scmoe_pos2", "scmoe_pos3"]] | None = None,
+    load: str | None = None,
     out: Path = OUT,
 ) -> None:
     """What a slow network costs `scmoe train` of each architecture, and what a shortcut hides of it.
@@ -188,12 +189,13 @@ def train(
         overrides: key=value, of the config
         share: communication share of a sequential top-2 pair of the config's sizes, forward
         rows: the first is what the others are compared with (default: all)
+        load: uneven routing (bench/loads.py) in place of the routers' choices, beside balanced routing
     """
     check_ranks(ranks)
     links.require()
     from scmoe.experiments.bench.training import ARCHITECTURES, bench_train
 
-    print(json.dumps(bench_train(config, overrides, share, ranks, rounds, rows or list(ARCHITECTURES), out)))
+    print(json.dumps(bench_train(config, overrides, share, ranks, rounds, rows or list(ARCHITECTURES), load, out)))
 
 
 @main.command
@@ -218,9 +220,20 @@ def growth(
 
 @main.command
 def inference(
-    *, share: Share = 0.52, ranks: int = 2, prompt: int = 512, batch: int = 8, rounds: Rounds = 9, out: Path = OUT
+    *,
+    share: Share = 0.52,
+    ranks: int = 2,
+    prompt: int = 512,
+    batch: int = 8,
+    rounds: Rounds = 9,
+    load: OneEach[str] = (),
+    out: Path = OUT,
 ) -> None:
-    """Prefill and decode between ranks, sequential, overlapped and as planned."""
+    """Prefill and decode between ranks, sequential, overlapped and as planned.
+
+    Args:
+        load: uneven routing (bench/loads.py), measured beside the balanced one; each --load is one more
+    """
     given = locals()
     from scmoe.experiments.bench.decoding import bench_generation
     from scmoe.experiments.bench.inference import bench_inference

@@ -229,8 +229,8 @@ class Bench:
 
 
 def set_rates(mbit: float, nodes: int) -> None:
-    """Sets the rate at which this rank sends; with several nodes that of its node's card, and its own to WITHIN times
-    as much. Every rank must call it."""
+    """Sets the rate at which this rank sends and receives; with several nodes that of its node's card, and its own to
+    WITHIN times as much. Every rank must call it."""
     if nodes > 1:
         node, place = divmod(dist.get_rank(), dist.get_world_size() // nodes)
         if place == 0:

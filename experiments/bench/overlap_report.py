@@ -55,19 +55,15 @@ def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
     at = f"share-{setting.share:g}" if setting.link_mbit is None else f"{setting.link_mbit:g}-mbit"
     if setting.rows_per_gradient not in (None, USUAL_RATIO):
         at += f"-ratio-{setting.rows_per_gradient:g}"
-    name = f"{setting.compute}-{setting.level}-{machine}-{at}"
+    if setting.layout is not None:
+        at += f"-{setting.layout.replace(':', '-')}"
+    name = f"{'uneven' if setting.loads else 'overlap'}-{setting.compute}-{setting.level}-{machine}-{at}"
     if setting.loads:
-        name = f"uneven-{name}"
-        report = uneven.joined(
-            [summary(setting, ranks, found[load], (found[BALANCED], report)) for load in setting.loads]
-        )
-        uneven.show(report)
-        uneven.draw(report, out / f"{name}.png")
-    else:
-        name = f"overlap-{name}"
-        show(report)
-        draw(report, out / f"{name}.png")
+        control = found[BALANCED], report
+        report = uneven.joined([summary(setting, ranks, found[load], control) for load in setting.loads])
     write_json(out / f"{name}.json", report)
+    (uneven.show if setting.loads else show)(report)
+    (uneven.draw if setting.loads else draw)(report, out / f"{name}.png")
     print(f"chart and figures: {out / name}.png, .json", file=sys.stderr)
     return report
 
@@ -130,7 +126,7 @@ def summary(
     of the balanced load in the same rounds, and its report, if this is another load."""
     sequential, free = way_of(found, "top2", "sequential"), way_of(found, "top2", "free")
     limit_forward = middle(sequential.forward / free.forward)
-    least = least_times(setting, ranks, found, "top2") if has_limit(setting) else free.train
+    least = least_times(setting, ranks, found, "top2") if has_limit(setting, found) else free.train
     report: dict[str, Any] = {
         "wanted_share": setting.share if setting.link_mbit is None else None,
         "comm_share": 1 - 1 / limit_forward,
@@ -166,7 +162,7 @@ def summary(
         report["load"] = {"name": found.load} | made_by(setting, ranks, found.load, "top2")
         report |= {"layout": setting.layout or "dropless", "balanced_share": balanced["comm_share"]}
         for name, row in rows.items():
-            row |= uneven.beside_balanced(found, even, name, balanced["rows"][name])
+            row |= uneven.beside_balanced(setting, ranks, found, even, name, balanced["rows"][name])
             row |= made_by(setting, ranks, found.load, ROWS[name][0])
     best = {name: found.times[variant] for name, variant in found.best.items()}
     fastest = max(rows, key=lambda name: rows[name]["forward_speedup"])
@@ -217,15 +213,15 @@ def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str
     if setting.level == "iteration":
         row["gradient_mb"] = gradient_mb(found, block)
         row["rows_over_gradients"] = rows_over_gradients(setting, ranks, found, block)
-    if has_limit(setting):
+    if has_limit(setting, found):
         least = least_times(setting, ranks, found, block)
         row |= {"limit_train": middle(top2.train / least), "of_limit": middle(least / own.train)}
     return row
 
 
-def has_limit(setting: Setting) -> bool:
-    """Whether an iteration's limit is known, which has gradients: it requires the rate of the links."""
-    return setting.level == "iteration" and setting.shaped
+def has_limit(setting: Setting, found: Measured) -> bool:
+    """Whether an iteration's limit is known, which has gradients: it requires the rate of the links, and even rows."""
+    return setting.level == "iteration" and setting.shaped and found.load == BALANCED
 
 
 def gradient_mb(found: Measured, block: str) -> float:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from scmoe.config.leaves import ConfigError
+from scmoe.experiments.bench import emulated
 from scmoe.experiments.bench.loads import (
     BALANCED,
     Now,
@@ -21,6 +25,7 @@ from scmoe.experiments.bench.loads import (
     why_impossible,
 )
 from scmoe.experiments.engine.command_line import call
+from scmoe.moe.dispatcher import Traffic
 from scmoe.probes.routing import Recorded, write_routing
 
 TOKENS, SEQUENCES, EXPERTS = 1024, 4, 8
@@ -51,7 +56,7 @@ def phases(name: str, place: Place) -> range:
 def test_tokens_choose_distinct_experts_and_all_copies_are_dealt(name, place):
     for phase in phases(name, place):
         ids_TK = ids_of(load_of(name), place, 0, TOKENS, phase)
-        assert ids_TK.shape == (TOKENS, place.top_k) and 0 <= int(ids_TK.min()) and int(ids_TK.max()) < EXPERTS
+        assert ids_TK.shape == (TOKENS, place.top_k) and int(ids_TK.min()) >= 0 and int(ids_TK.max()) < EXPERTS
         assert all(len({*ids}) == place.top_k for ids in ids_TK.tolist())
         wanted = shares(load_of(name), place, phase)
         counts = torch.bincount(ids_TK.flatten(), minlength=EXPERTS)
@@ -152,7 +157,10 @@ def test_a_recording_is_spread_over_any_number_of_steps(tmp_path):
         ("burst:1.7:0", "--load is burst:1.7:0, allowed: N of 1 or more"),
         ("ragged:1.3", "allowed with 2 ranks of 4 sequences: multiples of 0.25 from 1 to 1.75"),
         ("even", "--load is even, allowed: balanced | zipf:A"),
-        ("recorded:nowhere.safetensors", "--load is recorded:nowhere.safetensors: nowhere.safetensors is not a recorded"),
+        (
+            "recorded:nowhere.safetensors",
+            "--load is recorded:nowhere.safetensors: nowhere.safetensors is not a recorded",
+        ),
     ],
 )
 def test_an_impossible_load_is_refused_in_one_sentence(text, says, capsys):
@@ -166,3 +174,27 @@ def test_a_recording_of_other_experts_is_refused(tmp_path):
     assert "recordings of 16 experts" in str(why_impossible(load, Place(16, 1, 2), 4))
     with pytest.raises(ConfigError, match="allowed as step: 0, 10"):
         load_of(recording(tmp_path, 1) + ":7")
+
+
+@pytest.mark.parametrize(("sent", "received"), [(3, 5), (5, 3), (4, 4), (4, 0), (0, 4)])
+def test_free_transfers_bring_as_many_rows_as_the_peers_send(sent, received):
+    rows, traffic = torch.ones(sent, 2), Traffic([sent], [received], torch.tensor([[0]]))
+    target, work = emulated.free(rows, traffic)
+    work.wait()
+    assert target.shape == (received, 2) and target.sum() == 2 * min(sent, received)
+    back, _ = emulated.free(target, traffic.back())
+    assert back.shape == rows.shape
+
+
+def test_the_page_has_the_break_even_of_its_formulas():
+    """docs/uneven-routing.md: n (c + 2 (1 - 1/R) t) = w t in forward, n (3 c + 4 (1 - 1/R) t) = 2 w t in training."""
+    payload = 1448 / 1514  # of TCP in Ethernet's frames
+    cases = [(4096, 20e-3 / 1024, 4 * 512 * 8 / (172e6 * payload))]  # weights in rows, c, t
+    for dim, ffn_dim in ((2048, 768), (7168, 2048)):
+        cases += [(3 * ffn_dim, 6 * dim * ffn_dim / 400e12, 2 * dim / rate) for rate in (11e9, 45e9, 400e9)]
+    away = 1 - 1 / 8
+    expected = [[w, w * t / (c + 2 * away * t), 2 * w * t / (3 * c + 4 * away * t), w * t / c] for w, c, t in cases]
+    page = (Path(__file__).parents[2] / "docs/uneven-routing.md").read_text()
+    table = page.split("| experts and link (8 ranks) |")[1].split("\n\n")[0]
+    found = [[int(n) for n in re.findall(r"\| (\d+)(?= )", line)] for line in table.splitlines()[2:]]
+    assert found == [[round(n) for n in row] for row in expected]
