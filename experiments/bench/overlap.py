@@ -298,6 +298,7 @@ def measure_loads(rank: int, world_size: int, setting: Setting) -> dict[str, Mea
         rate = find_rate(setting, bench.set_rate, bench.infer, rate)
     times = bench.rounds(chain(references, *finalists.values()), setting.rounds)
     best = {at: min(variants, key=lambda v: middle(times[v].train)) for at, variants in finalists.items()}
+    bench.turns.clear()
     peaks = {at: bench.peak_mb(v) for at, v in best.items()}
     dropped = {at: bench.dropped(v) for at, v in best.items()} if setting.loads else {}
     gradients = {block: bench.gradients(block) for block in bench.stacks}

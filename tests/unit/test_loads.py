@@ -118,7 +118,8 @@ def recording(tmp_path, top_k: int, layers: int = 2) -> str:
     torch.manual_seed(0)
     ids = [torch.rand(2, 64, EXPERTS).argsort(-1)[..., :top_k] for _ in range(layers)]
     others = [[5, e] for e in (0, 1, 2)] + [[3, 5]]
-    ids[0][1] = torch.tensor(others * 16)[:, :top_k]
+    halves = [torch.randperm(32) + 32 * rank for rank in (0, 1)]
+    ids[0][1] = torch.tensor(others * 16)[torch.cat(halves), :top_k]
     write_routing(Recorded([0, 10], ids, EXPERTS, 2), tmp_path / "r.safetensors")
     return f"recorded:{tmp_path / 'r.safetensors'}"
 
@@ -126,9 +127,9 @@ def recording(tmp_path, top_k: int, layers: int = 2) -> str:
 def test_a_recording_is_replayed_with_its_first_choices(tmp_path):
     load, place = load_of(recording(tmp_path, 2) + ":10:0"), Place(EXPERTS, 1, 2)
     assert load.phases(2) == 1
-    for num_tokens in (16, 32, 128):  # fewer than the 32 recorded of a rank, as many, more
+    for num_tokens in (16, 32, 128):  # fewer than the 32 recorded ones of a rank, as many, more
         counts = torch.bincount(ids_of(load, place, 1, num_tokens).flatten(), minlength=EXPERTS)
-        assert counts[5] == pytest.approx(0.75 * num_tokens, rel=0.1) and counts[3] > 0
+        assert counts[5] == pytest.approx(0.75 * num_tokens, rel=0.3 if num_tokens < 32 else 0) and counts[3] > 0
     found = imbalance(load, place, 1, 32)
     assert (found["max_over_mean_ranks"], found["max_over_mean_experts"]) == (1.5, 6.0)
 
