@@ -81,20 +81,21 @@ def reports_of(report: dict[str, Any]) -> list[dict[str, Any]]:
 def tables(report: dict[str, Any]) -> list[Report]:
     """Return a table for each load."""
     columns = {
-        "imbalance": "{max_over_mean_ranks:.2f}, {max_over_mean_experts:.2f}",
+        "rank, expert": "{max_over_mean_ranks:.2f}, {max_over_mean_experts:.2f}",
         "over balanced": "{over_balanced_forward:.2f}, {over_balanced_train:.2f}",
         "straggler": "{straggler_forward:.0%}, {straggler_train:.0%}",
         "over top-2": "{forward_speedup:.2f}, {train_speedup:.2f}",
-        "at balance": "{balanced[forward_speedup]:.2f}, {balanced[train_speedup]:.2f}",
         "hidden": "{overlap_forward:.0%}, {overlap_backward:.0%}",
-        "hidden at balance": "{balanced[overlap_forward]:.0%}, {balanced[overlap_backward]:.0%}",
+        "at balance": "{balanced[overlap_forward]:.0%}, {balanced[overlap_backward]:.0%}",
         "slot x chunks": "{slot} x {chunks}",
         "auto / best": "{auto_over_best:.3f}",
         "/ model": "{measured_over_model:.3f}",
-        "dropped": "{dropped:.1%}",
-        "peak, MB": "{peak_mb:.0f}",
     }
-    return [Report(words_of(own), own["rows"], columns) for own in reports_of(report)]
+    of_layout = {"dropped": "{dropped:.1%}", "peak, MB": "{peak_mb:.0f}"}
+    return [
+        Report(words_of(own), own["rows"], columns if own["layout"] == "dropless" else columns | of_layout)
+        for own in reports_of(report)
+    ]
 
 
 def words_of(report: dict[str, Any]) -> str:
@@ -106,7 +107,7 @@ def words_of(report: dict[str, Any]) -> str:
         f"{load['max_over_mean_experts']:.2f} times; {machine}, {report['rounds']} rounds, communication share "
         f"{report['balanced_share']:.2f} at balance, {report['comm_share']:.2f} here"
     )
-    return f"{words}. Of two values the first is forward, or of imbalance the ranks':"
+    return f"{words}. First values are forward, second ones training, of `hidden` backward:"
 
 
 def show(report: dict[str, Any]) -> None:
