@@ -25,7 +25,7 @@ from torch import Tensor
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench import emulated
-from scmoe.experiments.bench.loads import BALANCED, Now, Place, imbalance, load_of, why_impossible
+from scmoe.experiments.bench.loads import BALANCED, Now, Place, imbalance, kinds_of, load_of, why_impossible
 from scmoe.experiments.bench.overlap import Variant, find_rate, say
 from scmoe.experiments.bench.pairs import TOP_K, Setting, check_ranks, default_schedule
 from scmoe.experiments.bench.speed_chart import PAPERS, Printed, name_of
@@ -183,7 +183,7 @@ def bench_inference(
     name = f"inference-{ranks}-ranks-share-{share:g}"
     if loads:
         report["loads"] = [at_load(setting, batch, ranks, found, own) for own in loads]
-        name = f"uneven-{name}"
+        name = f"uneven-{name}{kinds_of(loads)}"
         for own in report["loads"]:
             for table in tables_of_load(own):
                 table.show()

@@ -141,6 +141,11 @@ def why_impossible(load: Load, place: Place, sequences: int) -> str | None:
     return None
 
 
+def kinds_of(loads: Sequence[str]) -> str:
+    """Return the end of a report's name: -hot_rank, -hot_rank-recorded, or nothing without loads."""
+    return "".join(f"-{kind}" for kind in dict.fromkeys(load_of(load).kind for load in loads))
+
+
 # ---------------------------------------------------------------------- who gets how many copies
 
 

@@ -15,7 +15,7 @@ from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench import uneven
 from scmoe.experiments.bench.exchange import why_no_nodes
-from scmoe.experiments.bench.loads import BALANCED, Place, imbalance, load_of, why_impossible
+from scmoe.experiments.bench.loads import BALANCED, Place, imbalance, kinds_of, load_of, why_impossible
 from scmoe.experiments.bench.overlap import Measured, measure_loads, through_link, way_of
 from scmoe.experiments.bench.pairs import ROWS, TOP_K, USUAL_RATIO, Setting
 from scmoe.experiments.bench.speed_chart import draw, ranks_of
@@ -57,6 +57,7 @@ def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
         at += f"-ratio-{setting.rows_per_gradient:g}"
     if setting.layout is not None:
         at += f"-{setting.layout.replace(':', '-')}"
+    at += kinds_of(setting.loads)
     name = f"{'uneven' if setting.loads else 'overlap'}-{setting.compute}-{setting.level}-{machine}-{at}"
     if setting.loads:
         control = found[BALANCED], report
@@ -160,10 +161,12 @@ def summary(
     if control is not None:
         even, balanced = control
         report["load"] = {"name": found.load} | made_by(setting, ranks, found.load, "top2")
-        report |= {"layout": setting.layout or "dropless", "balanced_share": balanced["comm_share"]}
+        report |= {"layout": "dropless", "balanced_share": balanced["comm_share"]}
         for name, row in rows.items():
             row |= uneven.beside_balanced(setting, ranks, found, even, name, balanced["rows"][name])
             row |= made_by(setting, ranks, found.load, ROWS[name][0])
+    if setting.layout is not None:
+        report["layout"] = setting.layout
     best = {name: found.times[variant] for name, variant in found.best.items()}
     fastest = max(rows, key=lambda name: rows[name]["forward_speedup"])
     over_fastest = {name: middle(own.forward / best[fastest].forward) for name, own in best.items()}

@@ -71,7 +71,7 @@ def rows_of_layout(setting: Setting) -> Rows:
     try:
         if kind == "dropless" and not number:
             return Dropless()
-        if kind in ("capacity", "buffers"):
+        if kind in ("capacity", "buffers") and float(number) > 0:
             return Capacity(float(number)) if kind == "capacity" else Buffers(float(number))
     except ValueError:
         pass
