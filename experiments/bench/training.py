@@ -114,7 +114,8 @@ def bench_train(
         rate = None if way == "free" else mbit
         dealt = BALANCED if way == EVEN else routing
         found = run_ranks(trained, ranks, config, own, rate, dealt, timeout_s=3600, own_links=True)[0]
-        curves[row] = found["curve"]
+        if way == "links":
+            curves[row] = found["curve"]
         return [found[name] for name in NUMBERS]
 
     ways = WAYS if routing is None else (*WAYS, EVEN)
