@@ -119,7 +119,14 @@ def test_bench_overlap_at_two_loads(tiny_on_loopback, tmp_path, capsys):
     assert len(list(tmp_path.glob("uneven-*.png"))) == 1
 
 
-@pytest.mark.parametrize(("layout", "dropped"), [("capacity:1", 0.25), ("buffers:1", 0.25), ("buffers:2", 0.0)])
+@pytest.mark.parametrize(
+    ("layout", "dropped"),
+    [
+        ("capacity:1", 0.25),
+        pytest.param("buffers:1", 0.25, marks=pytest.mark.faults),  # as the first, by the other layout
+        pytest.param("buffers:2", 0.0, marks=pytest.mark.faults),
+    ],
+)
 def test_a_layout_drops_what_a_load_has_above_it(layout, dropped, tiny_on_loopback, tmp_path, capsys):
     """Of 1.5 times its share a rank takes one: it drops a third of three quarters of all copies."""
     words = ("--rows", "scmoe_pos3", "--rounds", "2", "--load", "hot_rank:1.5", "--layout", layout)
