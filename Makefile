@@ -113,9 +113,11 @@ REPORTS := $(addprefix $(KEPT)/, $(addsuffix .json, \
   overlap-real-block-2-ranks-share-0.52 overlap-real-block-2-ranks-share-0.15 overlap-real-iteration-2-ranks-share-0.52 \
   overlap-real-iteration-2-ranks-share-0.52-ratio-0.5 \
   overlap-emulated-block-2-ranks-share-0.52 overlap-emulated-block-2-ranks-share-0.35 \
-  overlap-emulated-block-4-ranks-share-0.35 growth inference-2-ranks-share-0.52 inference-2-ranks-share-0.15))
+  overlap-emulated-block-4-ranks-share-0.35 growth inference-2-ranks-share-0.52 inference-2-ranks-share-0.15 \
+  uneven-emulated-block-2-ranks-share-0.49-hot_rank uneven-emulated-block-4-ranks-share-0.49-hot_rank \
+  uneven-real-block-2-ranks-share-0.52-hot_rank uneven-real-iteration-2-ranks-share-0.52-hot_rank uneven-inference-2-ranks-share-0.52-hot_rank))
 
-reports: $(REPORTS)  ## measure what the docs' pictures show, 110 min on an idle machine; remove a report to measure it again
+reports: $(REPORTS)  ## measure what the docs' pictures show, 3.5 h on an idle machine; remove a report to measure it again
 $(REPORTS): | $(READY)
 $(KEPT)/overlap-real-block-2-ranks-share-0.52.json:  # 10 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.52 --compute real
@@ -136,6 +138,20 @@ $(KEPT)/growth.json:  # 23 min
 	@$(KEEP) growth --out $(KEPT)
 $(KEPT)/inference-2-ranks-share-%.json:  # 4 min
 	@$(KEEP) inference --out $(KEPT) --share $*
+# Uneven routing: all loads of a report in the same rounds, with a balanced control.
+UNEVEN := --load hot_rank:1.3 --load hot_rank:1.7
+UNEVEN_ROWS := --rows top2 shared_expert scmoe_pos2 scmoe_pos2_pipelined scmoe_pos3
+$(KEPT)/uneven-emulated-block-2-ranks-share-0.49-hot_rank.json:  # 25 min
+	@$(KEEP) overlap --out $(KEPT) --share 0.49 --attention-ms 90 $(UNEVEN) --load hot_rank:2 \
+	  $(UNEVEN_ROWS) top2_pipelined scmoe_pos1 scmoe_pos3_pipelined
+$(KEPT)/uneven-emulated-block-4-ranks-share-0.49-hot_rank.json:  # 25 min
+	@$(KEEP) overlap --out $(KEPT) --share 0.49 --attention-ms 90 --ranks 4 $(UNEVEN) --load hot_rank:2.5 $(UNEVEN_ROWS)
+$(KEPT)/uneven-real-block-2-ranks-share-0.52-hot_rank.json:  # 20 min
+	@$(KEEP) overlap --out $(KEPT) --share 0.52 --compute real $(UNEVEN) --load hot_rank:2 $(UNEVEN_ROWS) scmoe_pos3_pipelined
+$(KEPT)/uneven-real-iteration-2-ranks-share-0.52-hot_rank.json:  # 20 min
+	@$(KEEP) overlap --out $(KEPT) $(ITERATION) $(UNEVEN)
+$(KEPT)/uneven-inference-2-ranks-share-0.52-hot_rank.json:  # 12 min
+	@$(KEEP) inference --out $(KEPT) --share 0.52 $(UNEVEN) --load hot_rank:2
 
 recording: $(READY)  ## run the quickstart once more and draw its terminal into the README's picture
 	@$(PY) -m tests.terminal --from training docs/figures/train.svg make train

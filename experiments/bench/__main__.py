@@ -14,7 +14,7 @@ from cyclopts import App, Parameter, validators
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench.pairs import USUAL_RATIO, Count, Positive, Rounds, Setting, check_ranks, tokens_for
 from scmoe.experiments.engine import links
-from scmoe.experiments.engine.command_line import call
+from scmoe.experiments.engine.command_line import OneEach, call
 
 OUT, TIMELINE = Path("runs/bench"), Path("runs/timeline")
 USUAL = Setting()
@@ -115,6 +115,7 @@ def overlap(
     tokens: Count | None = None,
     rows_per_gradient: Positive | None = None,
     accumulate: Count | None = None,
+    load: OneEach[str] = (),
     setting: Setting = USUAL,
     out: Path = OUT,
 ) -> None:
@@ -133,6 +134,7 @@ def overlap(
         rows_per_gradient: bytes of rows over bytes of gradients that a rank sends in a step of top-2, met by the tokens
             of a batch (default: 3)
         accumulate: batches of a step, whose gradients are summed once (default: 1)
+        load: uneven routing (bench/loads.py), measured beside the balanced one; each --load is one more
     """
     if share is not None and setting.link_mbit is not None:
         raise ConfigError("--share and --link-mbit exclude each other: the rate is searched for the share, or given")
@@ -159,6 +161,7 @@ def overlap(
         share=Setting.share if share is None else share,
         compute=compute,
         reductions=reductions or ("ddp" if gpu else "paced"),
+        loads=tuple(dict.fromkeys(load)),
         device=device,
     )
     if setting.level == "iteration" and tokens is None:
@@ -177,6 +180,7 @@ def train(
     ranks: int = 2,
     rounds: Count = 3,
     rows: list[Literal["top2", "shared_expert", "scmoe_pos2", "scmoe_pos3"]] | None = None,
+    load: str | None = None,
     out: Path = OUT,
 ) -> None:
     """What a slow network costs `scmoe train` of each architecture, and what a shortcut hides of it.
@@ -185,12 +189,13 @@ def train(
         overrides: key=value, of the config
         share: communication share of a sequential top-2 pair of the config's sizes, forward
         rows: the first is what the others are compared with (default: all)
+        load: uneven routing (bench/loads.py) in place of the routers' choices, beside balanced routing
     """
     check_ranks(ranks)
     links.require()
     from scmoe.experiments.bench.training import ARCHITECTURES, bench_train
 
-    print(json.dumps(bench_train(config, overrides, share, ranks, rounds, rows or list(ARCHITECTURES), out)))
+    print(json.dumps(bench_train(config, overrides, share, ranks, rounds, rows or list(ARCHITECTURES), load, out)))
 
 
 @main.command
@@ -215,9 +220,20 @@ def growth(
 
 @main.command
 def inference(
-    *, share: Share = 0.52, ranks: int = 2, prompt: int = 512, batch: int = 8, rounds: Rounds = 9, out: Path = OUT
+    *,
+    share: Share = 0.52,
+    ranks: int = 2,
+    prompt: int = 512,
+    batch: int = 8,
+    rounds: Rounds = 9,
+    load: OneEach[str] = (),
+    out: Path = OUT,
 ) -> None:
-    """Prefill and decode between ranks, sequential, overlapped and as planned."""
+    """Prefill and decode between ranks, sequential, overlapped and as planned.
+
+    Args:
+        load: uneven routing (bench/loads.py), measured beside the balanced one; each --load is one more
+    """
     given = locals()
     from scmoe.experiments.bench.decoding import bench_generation
     from scmoe.experiments.bench.inference import bench_inference

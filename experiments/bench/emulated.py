@@ -34,31 +34,37 @@ class _Sleep(Function):
 class EmulatedOperator(nn.Module):
     """Replaces a sub-layer or a shared expert: the identity, after `ms` milliseconds.
 
-    num_weights: weights that change nothing and get gradients of 0, which travel like any other."""
+    num_weights: weights that change nothing and get gradients of 0, which travel like any other.
+    tokens: those that take `ms`; None: any number does."""
 
-    def __init__(self, ms: float, num_weights: int = 0) -> None:
+    def __init__(self, ms: float, num_weights: int = 0, tokens: int | None = None) -> None:
         super().__init__()
-        self.ms = ms
+        self.ms, self.tokens = ms, tokens
         self.weight = nn.Parameter(torch.zeros(num_weights)) if num_weights else None
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return _Sleep.apply(x_BSD, self.ms / 1e3, self.weight)
+        part = 1.0 if self.tokens is None else x_BSD.shape[:-1].numel() / self.tokens
+        return _Sleep.apply(x_BSD, part * self.ms / 1e3, self.weight)
 
 
 class EmulatedExperts(nn.Module):
-    """Replaces moe.experts.Experts: the identity, after us_per_row microseconds for each row."""
+    """Replaces moe.experts.Experts: the identity, after us_per_row microseconds for each row that is not empty."""
 
     def __init__(self, us_per_row: float, num_experts: int, expert_ids: range) -> None:
         super().__init__()
         self.us_per_row, self.num_experts, self.expert_ids = us_per_row, num_experts, expert_ids
 
     def forward(self, rows_RD: Tensor, counts_e: Tensor | None) -> Tensor:
-        return _Sleep.apply(rows_RD, self.us_per_row * rows_RD.shape[0] / 1e6)
+        num_rows = rows_RD.shape[0] if counts_e is None else int(counts_e.sum())
+        return _Sleep.apply(rows_RD, self.us_per_row * num_rows / 1e6)
 
 
 def free(rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Work]:
-    """Free communication: every rank keeps its rows, as if they came from its peers: as many as it sends."""
-    assert traffic is None or sum(traffic.sent) == sum(traffic.received)
+    """Free communication: every rank keeps its rows, as if they came from its peers. It gets as many as these would
+    send: where it has fewer, the others are zero."""
+    missing = 0 if traffic is None else sum(traffic.received) - len(rows)
+    if missing:
+        rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing > 0 else rows[:missing]
     return rows, Ready(rows)
 
 

@@ -6,11 +6,13 @@ rate gives prefill a share of communication.
     ways      sequential; overlapped with 1, 2 and 4 chunks, at the best slots for the shape; free, without transfers
     auto      the way that the plan of inference takes
 
-The models are dropless and their experts get equal shares. Ratios are to sequential top-2 in the same shape, taken
+The models are dropless. Their experts get equal shares, or with `--load` those of uneven routing (loads.py), measured
+beside the balanced one. Ratios are to sequential top-2 in the same shape, taken
 round by round, medians. A row's limit is its own time without transfers.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +25,12 @@ from torch import Tensor
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench import emulated
+from scmoe.experiments.bench.loads import BALANCED, Now, Place, imbalance, kinds_of, load_of, why_impossible
 from scmoe.experiments.bench.overlap import Variant, find_rate, say
-from scmoe.experiments.bench.pairs import Setting, check_ranks, default_schedule
+from scmoe.experiments.bench.pairs import TOP_K, Setting, check_ranks, default_schedule
 from scmoe.experiments.bench.speed_chart import PAPERS, Printed, name_of
 from scmoe.experiments.bench.stacks import make_block
+from scmoe.experiments.bench.uneven import draw_lines
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, quartiles
 from scmoe.experiments.engine.ranks import run_ranks
@@ -67,12 +71,13 @@ class Free:
 
 
 class Way(NamedTuple):
-    """How one model runs in passes of one shape. name: sequential, overlapped x 2, free."""
+    """How one model runs in passes of one shape. name: sequential, overlapped x 2, free. load: of its experts."""
 
     block: str
     shape: Shape
     name: str
     schedule: Schedule
+    load: str = BALANCED
 
 
 class InferenceBench:
@@ -84,8 +89,9 @@ class InferenceBench:
         self.group = dist.new_group()
         torch.manual_seed(0)
         self.models: dict[str, Any] = {}
+        self.now = Now(load_of(BALANCED))
         for name in BLOCKS:
-            block = make_block(name, setting, self.group, capacity_factor=None)
+            block = make_block(name, setting, self.group, self.now)
             self.models[name] = GPT(VOCABULARY, setting.seq_len + 1, setting.dim, [block]).eval()
         self.paid = AllToAllDispatcher(self.group, setting.num_experts)
         self.free = Free(AllToAllDispatcher(self.group, setting.num_experts, exchange=emulated.free))
@@ -99,6 +105,7 @@ class InferenceBench:
         return self.seconds(Way(variant.block, "prefill", variant.way, variant.schedule))
 
     def seconds(self, way: Way) -> float:
+        self.now.load = load_of(way.load)
         dispatcher: Any = self.paid if way.name.startswith("overlapped") else Blocking(self.paid)
         self.run_as(way.block, way.schedule, self.free if way.name == "free" else dispatcher)
         return pass_seconds(self.passes[way.block, way.shape], self.group, CPU, PASSES[way.shape])
@@ -109,41 +116,50 @@ class InferenceBench:
         block.run_as(schedule, dispatcher)
         return [block]
 
-    def ways(self, block: str, shape: Shape) -> list[Way]:
-        """All ways of a model in one shape, at the best slots for it."""
+    def ways(self, block: str, shape: Shape, load: str) -> list[Way]:
+        """All ways of a model in one shape, at the best slots for it at this load."""
+        self.now.load = load_of(load)
         schedule = default_schedule(block)
         blocks = self.run_as(block, schedule, self.paid)
         best = best_schedules(blocks, self.passes[block, shape], self.group, CPU, CHUNKS)
-        overlapped = [Way(block, shape, f"overlapped x {chunks}", best[chunks][0]) for chunks in CHUNKS]
-        return [Way(block, shape, "sequential", schedule), Way(block, shape, "free", schedule), *overlapped]
+        overlapped = [Way(block, shape, f"overlapped x {chunks}", best[chunks][0], load) for chunks in CHUNKS]
+        return [*(Way(block, shape, way, schedule, load) for way in ("sequential", "free")), *overlapped]
 
-    def plan(self, block: str, shape: Shape) -> InferencePlan:
+    def plan(self, block: str, shape: Shape, load: str) -> InferencePlan:
+        self.now.load = load_of(load)
         blocks = self.run_as(block, default_schedule(block), self.paid)
         return plan_inference(blocks, self.passes[block, shape], self.group, CPU, CHUNKS, PASSES[shape])
 
 
-def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[str, Any]:
-    """Runs on every rank; the caller uses rank 0's result: the rate, the plans, and seconds of each way by rounds."""
+def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[str, dict[str, Any]]:
+    """Runs on every rank; the caller uses rank 0's result: for each load, of balance first, the rate, the plans, and
+    seconds of each way by rounds."""
     dist.init_process_group("gloo")
     with torch.inference_mode():
         bench = InferenceBench(setting, batch)
         rate = find_rate(setting, links.set_rate, bench.infer) if setting.shaped else None
-        plans: dict[tuple[str, str], InferencePlan] = {}
+        plans: dict[str, dict[tuple[str, str], InferencePlan]] = {}
         ways: list[Way] = []
-        for block in BLOCKS:
-            say(f"planning {block}")
-            for shape in SHAPES:
-                plans[block, shape] = bench.plan(block, shape)
-                ways += bench.ways(block, shape)
+        for load in dict.fromkeys((BALANCED, *setting.loads)):
+            plans[load] = {}
+            for block in BLOCKS:
+                say(f"planning {block}" + (f" at {load}" if setting.loads else ""))
+                for shape in SHAPES:
+                    plans[load][block, shape] = bench.plan(block, shape, load)
+                    ways += bench.ways(block, shape, load)
         runs = {way: partial(bench.seconds, way) for way in ways}
         times = in_turn(runs, setting.rounds, over_ranks=True, say=say)
-        return {"rate": rate, "plans": plans, "times": times}
+        own = {load: {way: seconds for way, seconds in times.items() if way.load == load} for load in plans}
+        return {load: {"rate": rate, "plans": plans[load], "times": own[load]} for load in plans}
 
 
-def bench_inference(share: float, prompt: int, batch: int, rounds: int, ranks: int, out: Path) -> dict[str, Any]:
+def bench_inference(
+    share: float, prompt: int, batch: int, rounds: int, ranks: int, load: Sequence[str], out: Path
+) -> dict[str, Any]:
     """Measure, print a table, and write chart and figures into the folder `out`. Returns the report.
 
     share: of communication in a sequential top-2 prefill of `prompt` tokens a rank. batch: texts that a rank decodes.
+    load: of the experts, beside the balanced one, whose report then has one of each load in `loads`.
     The program must be in a network namespace (links.enter). ConfigError: an option that cannot be honoured.
     """
     require("bench inference", "matplotlib")
@@ -153,19 +169,84 @@ def bench_inference(share: float, prompt: int, batch: int, rounds: int, ranks: i
         if tokens < experts or tokens % experts:
             allowed = f"multiples of {experts}, so that experts get equal shares"
             raise ConfigError(f"--{option} is {tokens}, allowed: {allowed}")
-    setting = Setting(share, compute="real", rounds=rounds, tokens=prompt, seq_len=prompt)
-    result = run_ranks(measure, ranks, setting, batch, timeout_s=3600, own_links=True)[0]
-    report = summary(setting, batch, ranks, result)
+    loads, sizes = tuple(dict.fromkeys(load)), {"tokens": prompt, "seq_len": prompt}
+    setting = Setting(share, compute="real", rounds=rounds, loads=loads, layout="dropless", **sizes)
+    for own in map(load_of, loads):
+        if own.kind == "ragged":
+            raise ConfigError(f"--load is {own.name}, allowed: others, as prompts have equal lengths")
+        for top_k in {TOP_K.get(block, 1) for block in BLOCKS}:
+            if refused := why_impossible(own, Place(experts, top_k, ranks), setting.sequences):
+                raise ConfigError(refused)
+    found = run_ranks(measure, ranks, setting, batch, timeout_s=3600, own_links=True)[0]
+    report = summary(setting, batch, ranks, found[BALANCED])
     show(report)
     name = f"inference-{ranks}-ranks-share-{share:g}"
+    if loads:
+        report["loads"] = [at_load(setting, batch, ranks, found, own) for own in loads]
+        name = f"uneven-{name}{kinds_of(loads)}"
+        for own in report["loads"]:
+            for table in tables_of_load(own):
+                table.show()
     write_json(out / f"{name}.json", report)
-    draw(report, out / f"{name}.png")
+    (draw_loads if loads else draw)(report, out / f"{name}.png")
     print(f"chart and figures: {out / name}.png, .json", file=sys.stderr)
     return report
 
 
+def at_load(setting: Setting, batch: int, ranks: int, found: dict[str, Any], load: str) -> dict[str, Any]:
+    """Return the report of a load: for each row and shape also the planned way's time over its balanced one."""
+    report = {"load": {"name": load}, **summary(setting, batch, ranks, found[load])}
+    even = summary(setting, batch, ranks, found[BALANCED])
+    for block in BLOCKS:
+        row = f"scmoe_{block}" if block in POSITIONS else block
+        place = Place(setting.num_experts, TOP_K.get(block, 1), ranks)
+        for shape, tokens in zip(SHAPES, (setting.tokens, batch), strict=True):
+            uneven = imbalance(load_of(load), place, 1, tokens)
+            own, balanced = report["rows"][row][shape], even["rows"][row][shape]
+            times = [planned(found[at], block, shape, plan["auto"]) for at, plan in ((load, own), (BALANCED, balanced))]
+            over = times[0] / times[1]
+            own |= {"over_balanced": middle(over), "over_balanced_quartiles": quartiles(over), **uneven}
+            own["balanced"] = balanced["speedup"]
+            if (block, shape) == (BLOCKS[0], SHAPES[0]):
+                report["load"] |= uneven
+    return report
+
+
+def planned(result: dict[str, Any], block: str, shape: str, name: str) -> Any:
+    """Return the seconds of one way by rounds."""
+    return next(s for way, s in result["times"].items() if (way.block, way.shape, way.name) == (block, shape, name))
+
+
+def tables_of_load(report: dict[str, Any]) -> list[Report]:
+    """Return the rows at a load beside the balanced ones. Speed-ups are over sequential top-2 at the same load."""
+    columns = {
+        "imbalance: ranks, experts": "{max_over_mean_ranks:.2f}, {max_over_mean_experts:.2f}",
+        "over balanced": "{over_balanced:.2f}",
+        "auto": "{auto}",
+        "over top-2": "{speedup:.2f} [{quartiles[0]:.2f} {quartiles[1]:.2f}]",
+        "at balance": "{balanced:.2f}",
+        "free: limit": "{limit:.2f}",
+    }
+    words = f"{report['load']['name']}, medians of {report['rounds']} rounds"
+    rows = {shape: {name: row[shape] for name, row in report["rows"].items()} for shape in SHAPES}
+    return [Report(f"{shape}, {words}:", own, columns) for shape, own in rows.items()]
+
+
+def draw_loads(report: dict[str, Any], path: Path) -> None:
+    """Draw the time of a planned prefill over the balanced one against the load of the busiest rank: a line a row."""
+    reports = sorted(report["loads"], key=lambda own: own["load"]["max_over_mean_ranks"])
+    found = {row: [own["rows"][row]["prefill"] for own in reports] for row in report["rows"]}
+    lines = {
+        row: [(own["max_over_mean_ranks"], own["over_balanced"], own["over_balanced_quartiles"]) for own in every]
+        for row, every in found.items()
+    }
+    share = f"communication share {report['comm_share']['prefill']:.2f}"
+    words = f"Uneven routing, prefill of {report['prompt']} tokens, real compute, {report['ranks']} ranks, {share}"
+    draw_lines(lines, path, words, "prefill over its balanced one")
+
+
 def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) -> dict[str, Any]:
-    """Return the medians of the rounds, by row. result: what `measure` returned on rank 0."""
+    """Return the medians of the rounds, by row. result: what `measure` returned on rank 0 for one load."""
     times = {(way.block, way.shape, way.name): seconds for way, seconds in result["times"].items()}
     schedules = {(way.block, way.shape, way.name): way.schedule for way in result["times"]}
 

@@ -8,26 +8,29 @@ share of communication.
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from scmoe.experiments.bench import emulated
+from scmoe.experiments.bench.loads import BALANCED, Now, load_of, sequences_of
 from scmoe.experiments.bench.pairs import ROWS, Setting, default_schedule
-from scmoe.experiments.bench.stacks import make_block, make_step
+from scmoe.experiments.bench.stacks import make_block, make_step, rows_of_layout
 from scmoe.experiments.engine import links
-from scmoe.experiments.engine.clock import CPU, in_turn, middle
+from scmoe.experiments.engine.clock import CPU, in_turn, middle, slowest
 from scmoe.experiments.engine.profiles import peak_bytes
 from scmoe.experiments.engine.step import Step
 from scmoe.moe.dispatcher import Blocking, Dispatcher
+from scmoe.moe.layout import Buffers
 from scmoe.moe.operators import Recorder
 from scmoe.parallel.mesh import build_context, expert_parameters
 from scmoe.parallel.wire.all_to_all import Carried, Link, all_to_all
@@ -46,11 +49,12 @@ NEAR, FINALISTS = 1.03, 3  # up to FINALISTS schedules of a row go into the roun
 @dataclass(frozen=True)
 class Variant:
     """A block with a schedule. way: overlapped, sequential (each transfer is waited for at once), free, or alone (free,
-    and gradients stay on their ranks)."""
+    and gradients stay on their ranks). load: of its experts (loads.py)."""
 
     block: str
     schedule: Schedule
     way: str = "overlapped"
+    load: str = BALANCED
 
 
 class Seconds(NamedTuple):
@@ -80,26 +84,34 @@ class Bench:
         names = dict.fromkeys(["top2", *(ROWS[row][0] for row in setting.rows)])
         pairs = range(setting.pairs)
         dtype = getattr(torch, setting.dtype)
-        self.stacks = {n: [make_block(n, setting, self.group).to(self.device, dtype) for _ in pairs] for n in names}
+        self.now = Now(load_of(BALANCED))
+        self.stacks = {
+            n: [make_block(n, setting, self.group, self.now).to(self.device, dtype) for _ in pairs] for n in names
+        }
         link, exchange = Link(), all_to_all(self.group)
         if setting.exchange != "flat":
             ranks, timeout = dist.get_world_size(), timedelta(seconds=300)
             context = build_context(ranks, CPU, timeout, setting.exchange, ranks // setting.nodes, say)
             exchange = context.exchange or exchange
-        self.paid = AllToAllDispatcher(self.group, setting.num_experts, exchange=Carried(exchange, link))
+        buffered = isinstance(rows_of_layout(setting), Buffers)
+        self.dispatcher = partial(AllToAllDispatcher, self.group, setting.num_experts, buffered=buffered)
+        self.paid = self.dispatcher(exchange=Carried(exchange, link))
         if setting.bus:
             self.set_rate(1.0)
-        self.free = AllToAllDispatcher(self.group, setting.num_experts, exchange=emulated.free)
+        self.free = self.dispatcher(exchange=emulated.free)
         self.steps = {n: make_step(stack, setting, self.group, link) for n, stack in self.stacks.items()}
-        shape = setting.tokens // setting.seq_len, setting.seq_len, setting.dim
-        self.x = torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True)
+        self.inputs = {}
+        for load in dict.fromkeys((BALANCED, *setting.loads)):
+            own = sequences_of(load_of(load), setting.sequences, dist.get_world_size())[dist.get_rank()]
+            shape = own, setting.seq_len, setting.dim
+            self.inputs[load] = torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True)
         self.iterations = 0  # timed so far: an inference and a training step each
+        self.turns = Counter[Variant]()  # how often each variant ran in these rounds: the steps of its load
 
     def set_rate(self, rate: float) -> None:
         """Sets the rate at which this rank sends, in Mbit/s or as a multiple of its bus's, or its node's card sends."""
         if self.setting.bus:
-            exchange = emulated.over_the_bus(self.device, rate)
-            self.paid = AllToAllDispatcher(self.group, self.setting.num_experts, exchange=exchange)
+            self.paid = self.dispatcher(exchange=emulated.over_the_bus(self.device, rate))
         else:
             set_rates(rate, self.setting.nodes)
 
@@ -110,11 +122,17 @@ class Bench:
             dispatcher = self.paid if recorder is None else self.paid.recorded_by(recorder)
         elif variant.way == "sequential":  # a transfer that is waited for at once is an operator like any other
             dispatcher = Blocking(self.paid)
+        self.now.load, self.now.step = load_of(variant.load), self.turns[variant]
         for block in self.stacks[variant.block]:
             block.run_as(variant.schedule, dispatcher, recorder)
         return self.steps[variant.block]
 
-    def now(self) -> tuple[float, float]:
+    @property
+    def x(self) -> Tensor:
+        """This rank's input of a block, for the load of now."""
+        return self.inputs[self.now.load.name]
+
+    def time(self) -> tuple[float, float]:
         """Wall-clock and processor time in seconds, after the device has finished."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -129,9 +147,9 @@ class Bench:
         """Wall-clock and processor seconds of a forward pass without gradients."""
         step = self.set(variant)
         dist.barrier()
-        t0, c0 = self.now()
+        t0, c0 = self.time()
         step.model(self.x)
-        t1, c1 = self.now()
+        t1, c1 = self.time()
         return t1 - t0, c1 - c0
 
     def seconds(self, variant: Variant) -> Seconds:
@@ -139,37 +157,40 @@ class Bench:
         forward, cpu_forward = self.forward(variant)
         step = self.steps[variant.block]
         dist.barrier()
-        t0, c0 = self.now()
+        t0, c0 = self.time()
         in_forward = 0.0
         for batch in range(1, self.setting.accumulate + 1):
             keeps = batch < self.setting.accumulate or variant.way == "alone"
             with step.wrapped.no_sync() if keeps else nullcontext():
-                begin, _ = self.now()
+                begin, _ = self.time()
                 y = step.model(self.x)
-                in_forward += self.now()[0] - begin
+                in_forward += self.time()[0] - begin
                 step.backward(y, torch.ones_like(y))
-        t2, _ = self.now()
+        t2, _ = self.time()
         step.update()
-        t3, c3 = self.now()
+        t3, c3 = self.time()
         step.model.zero_grad()
         self.x.grad = None
         self.iterations += 1
+        self.turns[variant] += 1
         return Seconds(forward, t3 - t0, in_forward, cpu_forward, c3 - c0, t3 - t2)
 
     def rounds(self, variants: Iterable[Variant], rounds: int, what: str = "") -> dict[Variant, Seconds]:
-        """Runs all variants in turn, `rounds` times."""
+        """Runs all variants in turn, `rounds` times. A load that changes with the steps makes one in each round."""
+        self.turns.clear()
         runs = {variant: partial(self.seconds, variant) for variant in variants}
         times = in_turn(runs, rounds, warm_up=0, over_ranks=True, say=lambda line: say(what + line))
         return {variant: Seconds(*own) for variant, own in times.items()}
 
-    def choose(self, block: str, chunk_counts: Sequence[int]) -> LayerChoice:
+    def choose(self, block: str, chunk_counts: Sequence[int], load: str = BALANCED) -> LayerChoice:
         """The planner's choice, made from training steps as in a run."""
-        step = self.set(Variant(block, default_schedule(block)))
+        step = self.set(Variant(block, default_schedule(block), load=load))
         planner = Planner(self.stacks[block], None, self.device, chunk_counts)
         while not planner.has_chosen:
             planner.begin_step()
             step.train(self.x)
             planner.end_step()
+            self.now.step += 1
         return planner.choices[0]
 
     def gradients(self, block: str) -> list[tuple[float, int]]:
@@ -180,27 +201,36 @@ class Bench:
         ready: dict[nn.Parameter, float] = {}
 
         def note(p: nn.Parameter) -> None:
-            ready[p] = self.now()[0]
+            ready[p] = self.time()[0]
 
         hooks = [p.register_post_accumulate_grad_hook(note) for p in step.model.parameters() if p not in shards]
         with step.wrapped.no_sync():
-            y, start = step.model(self.x), self.now()[0]
+            y, start = step.model(self.x), self.time()[0]
             step.backward(y, torch.ones_like(y))
-        whole = self.now()[0] - start
+        whole = self.time()[0] - start
         for hook in hooks:
             hook.remove()
         step.model.zero_grad()
         return [((at - start) / whole, p.nbytes) for p, at in ready.items()]
 
     def peak_mb(self, variant: Variant) -> float:
-        """Most memory that a training step holds over what it finds."""
+        """Most memory that a training step of any rank holds over what it finds."""
         step = self.set(variant)
-        return peak_bytes(self.device, lambda: step.train(self.x)) / 2**20
+        return float(slowest(peak_bytes(self.device, lambda: step.train(self.x)) / 2**20))
+
+    @torch.no_grad()
+    def dropped(self, variant: Variant) -> float:
+        """Share of the routed copies of all ranks that the layout drops."""
+        self.set(variant)
+        _, stats = self.stacks[variant.block][0](self.x)
+        found = torch.stack([stats.num_dropped, stats.counts_E.sum()]).double()
+        dist.all_reduce(found)
+        return float(found[0] / found[1])
 
 
 def set_rates(mbit: float, nodes: int) -> None:
-    """Sets the rate at which this rank sends; with several nodes that of its node's card, and its own to WITHIN times
-    as much. Every rank must call it."""
+    """Sets the rate at which this rank sends and receives; with several nodes that of its node's card, and its own to
+    WITHIN times as much. Every rank must call it."""
     if nodes > 1:
         node, place = divmod(dist.get_rank(), dist.get_world_size() // nodes)
         if place == 0:
@@ -216,8 +246,9 @@ def say(line: str) -> None:
 
 
 class Measured(NamedTuple):
-    """rate: Bench.set_rate's, None without one. By row: the planner's choice, the best variant, the planner's, and the
-    memory of a step in MB. times: of each variant. gradients: by block (Bench.gradients). iterations: timed in all."""
+    """What was measured at one load. rate: Bench.set_rate's, None without one. By row: the planner's choice, the best
+    variant, the planner's, and the memory of a step in MB. times: of each variant, of all loads. gradients: by block
+    (Bench.gradients). iterations: timed in all. dropped: share of copies, by row."""
 
     rate: float | None
     choices: dict[str, LayerChoice]
@@ -227,10 +258,22 @@ class Measured(NamedTuple):
     times: dict[Variant, Seconds]
     gradients: dict[str, list[tuple[float, int]]]
     iterations: int
+    load: str = BALANCED
+    dropped: Mapping[str, float] = {}
+
+
+def way_of(found: Measured, block: str, way: str, load: str | None = None) -> Seconds:
+    """The times of a block's default schedule. load: None: that of `found`."""
+    return found.times[Variant(block, default_schedule(block), way, load or found.load)]
 
 
 def measure(rank: int, world_size: int, setting: Setting) -> Measured:
-    """Runs on every rank; the caller uses rank 0's result.
+    """Measures at the balanced load, as `measure_loads`."""
+    return measure_loads(rank, world_size, setting)[BALANCED]
+
+
+def measure_loads(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]:
+    """Runs on every rank; the caller uses rank 0's result. Returns what was measured at each load, of balance first.
 
     Measures, round by round, the best schedules of each row, the planner's choice, and each block sequential and free.
     Planning and trials warm all of them up. The best of a row is the best by its rounds, because a trial is too short
@@ -239,23 +282,35 @@ def measure(rank: int, world_size: int, setting: Setting) -> Measured:
     bench = Bench(setting)
     rate = find_rate(setting, bench.set_rate, bench.infer) if setting.shaped or setting.bus else None
     choices, candidates = {}, {}
-    for row in setting.rows:
-        say(f"planning {row}")
+    for load, row in product(bench.inputs, setting.rows):
+        say(f"planning {row}" + (f" at {load}" if setting.loads else ""))
         block, counts = ROWS[row]
-        choices[row] = bench.choose(block, counts)
-        candidates[row] = [Variant(block, s) for c in counts for s in slots(replace(default_schedule(block), chunks=c))]
-    chosen = {row: Variant(ROWS[row][0], choice.schedule) for row, choice in choices.items()}
+        choices[load, row] = bench.choose(block, counts, load)
+        schedules = [s for c in counts for s in slots(replace(default_schedule(block), chunks=c))]
+        candidates[load, row] = [Variant(block, schedule, load=load) for schedule in schedules]
+    chosen = {at: Variant(ROWS[at[1]][0], choice.schedule, load=at[0]) for at, choice in choices.items()}
     tried = bench.rounds(chain(*candidates.values()), TRIALS, "trying every schedule: ")
-    finalists = {row: [*nearest(variants, tried), chosen[row]] for row, variants in candidates.items()}
+    finalists = {at: [*nearest(variants, tried), chosen[at]] for at, variants in candidates.items()}
     ways = ("sequential", "free", "alone") if setting.level == "iteration" else ("sequential", "free")
-    references = [Variant(block, default_schedule(block), way) for block in bench.stacks for way in ways]
+    blocks = [(block, default_schedule(block)) for block in bench.stacks]
+    references = [Variant(*block, way, load) for load in bench.inputs for block in blocks for way in ways]
     if rate is not None:  # the machine's speed has drifted since the search
         rate = find_rate(setting, bench.set_rate, bench.infer, rate)
     times = bench.rounds(chain(references, *finalists.values()), setting.rounds)
-    best = {row: min(variants, key=lambda v: middle(times[v].train)) for row, variants in finalists.items()}
-    peaks = {row: bench.peak_mb(v) for row, v in best.items()}
+    best = {at: min(variants, key=lambda v: middle(times[v].train)) for at, variants in finalists.items()}
+    bench.turns.clear()
+    peaks = {at: bench.peak_mb(v) for at, v in best.items()}
+    dropped = {at: bench.dropped(v) for at, v in best.items()} if setting.loads else {}
     gradients = {block: bench.gradients(block) for block in bench.stacks}
-    return Measured(rate, choices, best, chosen, peaks, times, gradients, bench.iterations)
+
+    def of(load: str, found: Mapping[tuple[str, str], Any]) -> dict[str, Any]:
+        return {row: value for (own, row), value in found.items() if own == load}
+
+    found = {}
+    for load in bench.inputs:
+        rows = (of(load, values) for values in (choices, best, chosen, peaks))
+        found[load] = Measured(rate, *rows, times, gradients, bench.iterations, load, of(load, dropped))
+    return found
 
 
 def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> list[Variant]:

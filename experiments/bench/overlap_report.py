@@ -13,10 +13,13 @@ import torch
 
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
+from scmoe.experiments.bench import uneven
 from scmoe.experiments.bench.exchange import why_no_nodes
-from scmoe.experiments.bench.overlap import Measured, Seconds, Variant, measure, through_link
-from scmoe.experiments.bench.pairs import ROWS, TOP_K, USUAL_RATIO, Setting, default_schedule
+from scmoe.experiments.bench.loads import BALANCED, Place, imbalance, kinds_of, load_of, why_impossible
+from scmoe.experiments.bench.overlap import Measured, measure_loads, through_link, way_of
+from scmoe.experiments.bench.pairs import ROWS, TOP_K, USUAL_RATIO, Setting
 from scmoe.experiments.bench.speed_chart import draw, ranks_of
+from scmoe.experiments.bench.stacks import rows_of_layout
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.clock import middle, quartiles
 from scmoe.experiments.engine.ranks import run_ranks
@@ -44,18 +47,24 @@ def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
         links.enter(setting.nodes)
     elif not gpu:
         print(f"links cannot be shaped here ({missing}): loopback as it is, marked in every row", file=sys.stderr)
-    result = run_ranks(measure, ranks, setting, timeout_s=3600, own_links=setting.shaped, nodes=setting.nodes)[0]
-    report = summary(setting, ranks, result)
+    found = run_ranks(measure_loads, ranks, setting, timeout_s=3600, own_links=setting.shaped, nodes=setting.nodes)[0]
+    report = summary(setting, ranks, found[BALANCED])
     machine = "cuda" if gpu else f"{ranks}-ranks"
     if setting.nodes > 1:
         machine += f"-{setting.nodes}-nodes-{setting.exchange}"
     at = f"share-{setting.share:g}" if setting.link_mbit is None else f"{setting.link_mbit:g}-mbit"
     if setting.rows_per_gradient not in (None, USUAL_RATIO):
         at += f"-ratio-{setting.rows_per_gradient:g}"
-    name = f"overlap-{setting.compute}-{setting.level}-{machine}-{at}"
-    show(report)
-    draw(report, out / f"{name}.png")
+    if setting.layout is not None:
+        at += f"-{setting.layout.replace(':', '-')}"
+    at += kinds_of(setting.loads)
+    name = f"{'uneven' if setting.loads else 'overlap'}-{setting.compute}-{setting.level}-{machine}-{at}"
+    if setting.loads:
+        control = found[BALANCED], report
+        report = uneven.joined([summary(setting, ranks, found[load], control) for load in setting.loads])
     write_json(out / f"{name}.json", report)
+    (uneven.show if setting.loads else show)(report)
+    (uneven.draw if setting.loads else draw)(report, out / f"{name}.png")
     print(f"chart and figures: {out / name}.png, .json", file=sys.stderr)
     return report
 
@@ -71,6 +80,8 @@ def why_refused(setting: Setting, ranks: int) -> str | None:
             return "--compute is emulated, allowed with --device cuda: real (a host that sleeps keeps no GPU busy)"
         if not torch.cuda.is_available():
             return "--device is cuda, and there is no CUDA device here"
+        if setting.loads or setting.layout:
+            return "--load and --layout belong to links: rows over the bus of one GPU have equal numbers"
     elif ranks < 2:
         return f"--ranks is {ranks}, allowed: 2 or more, as one rank sends nothing"
     if setting.nodes != 1 and (refused := why_no_nodes(setting.nodes, ranks)):
@@ -84,7 +95,20 @@ def why_refused(setting: Setting, ranks: int) -> str | None:
         return f"--share is {setting.share:g}, allowed: above 0 and below 1"
     if unknown := [row for row in setting.rows if row not in ROWS]:
         return f"--rows has {unknown[0]}, allowed: {' | '.join(ROWS)}"
-    return why_uneven(setting, ranks)
+    return why_uneven(setting, ranks) or why_no_load(setting, ranks)
+
+
+def why_no_load(setting: Setting, ranks: int) -> str | None:
+    """Return why a load cannot be dealt; None: all can. Raises ConfigError for one that is none, as for a layout."""
+    rows_of_layout(setting)
+    for load in map(load_of, setting.loads):
+        for block in dict.fromkeys(["top2", *(ROWS[row][0] for row in setting.rows)]):
+            place = Place(setting.num_experts, TOP_K.get(block, 1), ranks)
+            if refused := why_impossible(load, place, setting.sequences):
+                return refused
+        if load.kind == "ragged" and setting.layout not in (None, "dropless"):
+            return f"--layout is {setting.layout}, allowed with --load {load.name}: dropless"
+    return None
 
 
 def why_uneven(setting: Setting, ranks: int) -> str | None:
@@ -96,11 +120,14 @@ def why_uneven(setting: Setting, ranks: int) -> str | None:
     return None
 
 
-def summary(setting: Setting, ranks: int, found: Measured) -> dict[str, Any]:
-    """Return the medians of the rounds, by row. found: what `measure` returned on rank 0."""
+def summary(
+    setting: Setting, ranks: int, found: Measured, control: tuple[Measured, dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Return the medians of the rounds, by row. found: what `measure` returned on rank 0. control: the same
+    of the balanced load in the same rounds, and its report, if this is another load."""
     sequential, free = way_of(found, "top2", "sequential"), way_of(found, "top2", "free")
     limit_forward = middle(sequential.forward / free.forward)
-    least = least_times(setting, ranks, found, "top2") if has_limit(setting) else free.train
+    least = least_times(setting, ranks, found, "top2") if has_limit(setting, found) else free.train
     report: dict[str, Any] = {
         "wanted_share": setting.share if setting.link_mbit is None else None,
         "comm_share": 1 - 1 / limit_forward,
@@ -131,6 +158,15 @@ def summary(setting: Setting, ranks: int, found: Measured) -> dict[str, Any]:
             "dim": setting.dim,
         }
     rows = {name: row_of(setting, ranks, found, name) for name in setting.rows}
+    if control is not None:
+        even, balanced = control
+        report["load"] = {"name": found.load} | made_by(setting, ranks, found.load, "top2")
+        report |= {"layout": "dropless", "balanced_share": balanced["comm_share"]}
+        for name, row in rows.items():
+            row |= uneven.beside_balanced(setting, ranks, found, even, name, balanced["rows"][name])
+            row |= made_by(setting, ranks, found.load, ROWS[name][0])
+    if setting.layout is not None:
+        report["layout"] = setting.layout
     best = {name: found.times[variant] for name, variant in found.best.items()}
     fastest = max(rows, key=lambda name: rows[name]["forward_speedup"])
     over_fastest = {name: middle(own.forward / best[fastest].forward) for name, own in best.items()}
@@ -143,6 +179,12 @@ def summary(setting: Setting, ranks: int, found: Measured) -> dict[str, Any]:
     if "top2" in rows:
         report["top2_operators_ms"] = operators_ms(found.choices["top2"].times[1])
     return {**report, "rows": rows}
+
+
+def made_by(setting: Setting, ranks: int, load: str, block: str) -> dict[str, float]:
+    """Return how uneven a load makes the routing of a block."""
+    place = Place(setting.num_experts, TOP_K.get(block, 1), ranks)
+    return imbalance(load_of(load), place, setting.sequences, setting.seq_len)
 
 
 def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str, Any]:
@@ -174,19 +216,15 @@ def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str
     if setting.level == "iteration":
         row["gradient_mb"] = gradient_mb(found, block)
         row["rows_over_gradients"] = rows_over_gradients(setting, ranks, found, block)
-    if has_limit(setting):
+    if has_limit(setting, found):
         least = least_times(setting, ranks, found, block)
         row |= {"limit_train": middle(top2.train / least), "of_limit": middle(least / own.train)}
     return row
 
 
-def way_of(found: Measured, block: str, way: str) -> Seconds:
-    return found.times[Variant(block, default_schedule(block), way)]
-
-
-def has_limit(setting: Setting) -> bool:
-    """Whether an iteration's limit is known, which has gradients: it requires the rate of the links."""
-    return setting.level == "iteration" and setting.shaped
+def has_limit(setting: Setting, found: Measured) -> bool:
+    """Whether an iteration's limit is known, which has gradients: it requires the rate of the links, and even rows."""
+    return setting.level == "iteration" and setting.shaped and found.load == BALANCED
 
 
 def gradient_mb(found: Measured, block: str) -> float:

@@ -34,12 +34,14 @@ class Setting:
     is reached by its rate. reductions: of the gradients, as the Strategy's. dim, ffn_dim, heads: of every block.
     tokens: of one rank in one batch, in sequences of seq_len. accumulate: batches of a training step.
     rows_per_gradient: the ratio for which the tokens were chosen (tokens_for); None: they were given.
+    loads: of the experts (loads.py), beside the balanced one, which is always measured.
 
     Args:
         link_mbit: rate of the links; by default it is searched for the share
         nodes: on which the ranks are; the rate is that of the nodes' network cards
         exchange: between nodes
         rows: rows to measure
+        layout: dropless | capacity:F | buffers:C (default: capacity:1, and dropless with --load)
         attention_ms: time of an emulated attention
         attention_to_mlp: its ratio to that of an emulated MLP
     """
@@ -67,6 +69,13 @@ class Setting:
     nodes: Count = 1
     exchange: Literal["flat", "hierarchical", "auto"] = "flat"
     rows: Annotated[tuple[str, ...], Parameter(show_default=lambda _: "all")] = tuple(USUAL_ROWS)
+    loads: Annotated[tuple[str, ...], INNER] = ()
+    layout: str | None = None
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of one rank in one batch."""
+        return self.tokens // self.seq_len
 
     @property
     def pairs(self) -> int:

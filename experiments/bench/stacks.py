@@ -11,13 +11,15 @@ from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP, Attention, Residual
+from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench.emulated import EmulatedExperts, EmulatedOperator
+from scmoe.experiments.bench.loads import Now, Place, deal
 from scmoe.experiments.bench.pairs import TOP_K, Setting, default_schedule
 from scmoe.experiments.engine.step import Step
 from scmoe.moe.coefficient import CG1
 from scmoe.moe.experts import Experts
-from scmoe.moe.layout import rows_of
-from scmoe.moe.router import Router, round_robin
+from scmoe.moe.layout import Buffers, Capacity, Dropless, Rows
+from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.wrap import Wrapped, wrap
@@ -25,18 +27,21 @@ from scmoe.parallel.wire.all_to_all import Link
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
 
 
-def make_block(name: str, setting: Setting, group: Any, capacity_factor: float | None = 1.0) -> MoEBlock:
-    """A pair with this rank's share of the experts. name: a block's name in ROWS. capacity_factor: None: dropless."""
+def make_block(name: str, setting: Setting, group: Any, now: Now) -> MoEBlock:
+    """A pair with this rank's share of the experts. name: a block's name in ROWS. now: the load, which the times depend
+    on in place of the choices of an untrained gate."""
     s, schedule, emulated = setting, default_schedule(name), setting.compute == "emulated"
     mlp_ms = s.attention_ms / s.attention_to_mlp
 
     weighs = s.level == "iteration"  # else no gradient travels
 
     def attention() -> nn.Module:
-        return EmulatedOperator(s.attention_ms, weighs * 4 * s.dim**2) if emulated else Attention(s.dim, s.heads)
+        weights = weighs * 4 * s.dim**2
+        return EmulatedOperator(s.attention_ms, weights, s.tokens) if emulated else Attention(s.dim, s.heads)
 
     def mlp() -> nn.Module:
-        return EmulatedOperator(mlp_ms, weighs * 2 * s.dim * s.ffn_dim) if emulated else MLP(s.dim, s.ffn_dim)
+        weights = weighs * 2 * s.dim * s.ffn_dim
+        return EmulatedOperator(mlp_ms, weights, s.tokens) if emulated else MLP(s.dim, s.ffn_dim)
 
     sublayers = [attention(), mlp(), attention()]
     if not emulated:
@@ -48,10 +53,9 @@ def make_block(name: str, setting: Setting, group: Any, capacity_factor: float |
         experts: Any = EmulatedExperts(us_per_row, s.num_experts, own)
     else:
         experts = Experts(s.dim, s.ffn_dim, s.num_experts, own)
-    # every expert gets its fair share, so that the time does not depend on the choices of an untrained gate
     top_k = TOP_K.get(name, 1)
-    router = Router(s.dim, s.num_experts, top_k, deal=round_robin(s.num_experts, top_k))
-    stream = MoEStream(router, experts, AllToAllDispatcher(group, s.num_experts), rows_of(capacity_factor))
+    router = Router(s.dim, s.num_experts, top_k, deal=deal(Place(s.num_experts, top_k, ranks), rank, now))
+    stream = MoEStream(router, experts, AllToAllDispatcher(group, s.num_experts), rows_of_layout(s))
     if name in ("top1", "top2", "top3"):
         return TopKBlock(sublayers, nn.LayerNorm(s.dim), stream, schedule)
     norms = [nn.LayerNorm(s.dim) for _ in range(2)]
@@ -59,6 +63,19 @@ def make_block(name: str, setting: Setting, group: Any, capacity_factor: float |
     if name == "shared_expert":
         return SharedExpertBlock(sublayers, norms[0], stream, schedule, **parts)
     return ShortcutBlock(sublayers, norms[1], stream, schedule, tap_norm=norms[0], **parts)
+
+
+def rows_of_layout(setting: Setting) -> Rows:
+    """Raises ConfigError for a layout that does not exist."""
+    kind, _, number = (setting.layout or ("dropless" if setting.loads else "capacity:1")).partition(":")
+    try:
+        if kind == "dropless" and not number:
+            return Dropless()
+        if kind in ("capacity", "buffers") and float(number) > 0:
+            return Capacity(float(number)) if kind == "capacity" else Buffers(float(number))
+    except ValueError:
+        pass
+    raise ConfigError(f"--layout is {setting.layout}, allowed: dropless | capacity:F | buffers:C, F and C above 0")
 
 
 def make_step(stack: Sequence[nn.Module], setting: Setting, group: Any, link: Link) -> Step:

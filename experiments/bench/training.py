@@ -8,6 +8,9 @@ checkpoints are left out.
     compute             a step on links without a rate
     exposed rows        what the MoE windows of a step wait for transfers, forward and backward (planner.Overlap)
     exposed gradients   what else a step takes longer than without a rate: sums that backward does not hide
+
+With a load (loads.py) routers deal tokens by it in place of their own choices, and each architecture also trains on the
+links with balanced routing. Losses mean nothing then.
 """
 
 import sys
@@ -23,7 +26,9 @@ from lightning.pytorch import Callback
 
 from scmoe.config.extras import require
 from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
+from scmoe.experiments.bench.loads import BALANCED, Now, Place, deal, imbalance, load_of, why_impossible
 from scmoe.experiments.bench.overlap import Bench, find_rate
 from scmoe.experiments.bench.pairs import Setting, pair_of
 from scmoe.experiments.bench.speed_chart import name_of
@@ -32,6 +37,7 @@ from scmoe.experiments.engine import links
 from scmoe.experiments.engine.clock import in_turn, middle
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.experiments.engine.report import Report, write_json
+from scmoe.moe.router import Router
 from scmoe.probes.charts import chart, heading
 from scmoe.runs.seen import SeenRun
 from scmoe.training.assembly.trainer import register_callback
@@ -45,7 +51,8 @@ ARCHITECTURES = {  # the first is sequential: nothing can be hidden in it
     "scmoe_pos3": ("moe.position=pos3", "schedule.auto=true"),
 }
 WAYS = ("links", "free")
-NUMBERS = ("step_s", "exposed_rows_s", "val_loss")
+EVEN = "balanced, links"  # with a load, the same on the links with balanced routing
+NUMBERS = ("step_s", "exposed_rows_s", "val_loss", "dropped")
 WAITED: list[float] = []  # seconds of each timed step of this process's training
 
 
@@ -59,13 +66,36 @@ class Windows(Callback):
                 WAITED.append(sum(callback.planner.overlap.seconds) - free)
 
 
+class Loaded(Callback):
+    """Lets every router of the model deal tokens by a load."""
+
+    def __init__(self, routing: str) -> None:
+        self.now = Now(load_of(routing))
+
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
+        for router in (part for part in module.modules() if isinstance(part, Router)):
+            place = Place(router.num_experts, router.top_k, dist.get_world_size())
+            router.deal = deal(place, dist.get_rank(), self.now)
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        self.now.step = trainer.global_step  # not the calls: recomputation calls a router twice
+
+
 def bench_train(
-    config: str, overrides: Sequence[str], share: float, ranks: int, rounds: int, rows: Sequence[str], out: Path
+    config: str,
+    overrides: Sequence[str],
+    share: float,
+    ranks: int,
+    rounds: int,
+    rows: Sequence[str],
+    routing: str | None,
+    out: Path,
 ) -> dict[str, Any]:
     """Measure, print a table, and write chart and figures into `out`. Returns the report.
 
-    share: of communication, of a sequential top-2 pair of the configuration's sizes. The caller has entered a network
-    namespace (links.py).
+    share: of communication, of a sequential top-2 pair of the configuration's sizes. routing: a load of the
+    experts; None: routers choose. The caller has entered a network namespace (links.py). ConfigError: the load cannot
+    be dealt.
     """
     require("bench train", "matplotlib")
     words = [*overrides, f"trainer.devices={ranks}", f"strategy.ep_size={ranks}"]
@@ -73,19 +103,23 @@ def bench_train(
     first = configs[rows[0]]
     samples = first.data.global_batch_size // (ranks * first.trainer.accumulate)
     pair = pair_of(first, share, samples * first.data.seq_len)
+    uneven = {} if routing is None else {row: made_by(routing, own, pair, ranks) for row, own in configs.items()}
     mbit = run_ranks(searched, ranks, pair, timeout_s=1800, own_links=True)[0]
     print(f"links at {mbit:.0f} Mbit/s", file=sys.stderr)
     curves: dict[str, list[tuple[float, float]]] = {}
 
     def one(row: str, way: str) -> list[float]:
-        print(f"training {row}, {'links' if way == 'links' else 'links without a rate'}", file=sys.stderr)
+        print(f"training {row}, {'links without a rate' if way == 'free' else way}", file=sys.stderr)
         own = [*words, *ARCHITECTURES[row]]
-        rate = mbit if way == "links" else None
-        found = run_ranks(trained, ranks, config, own, rate, timeout_s=3600, own_links=True)[0]
-        curves[row] = found["curve"]
+        rate = None if way == "free" else mbit
+        dealt = BALANCED if way == EVEN else routing
+        found = run_ranks(trained, ranks, config, own, rate, dealt, timeout_s=3600, own_links=True)[0]
+        if way == "links":
+            curves[row] = found["curve"]
         return [found[name] for name in NUMBERS]
 
-    variants = {(row, way): partial(one, row, way) for row in rows for way in WAYS}
+    ways = WAYS if routing is None else (*WAYS, EVEN)
+    variants = {(row, way): partial(one, row, way) for row in rows for way in ways}
     times = in_turn(variants, rounds, warm_up=0)
     report: dict[str, Any] = {
         "config": config,
@@ -97,8 +131,13 @@ def bench_train(
         "steps": first.trainer.max_steps,
         "rows": {row: row_of(configs[row], times, row, rows[0], curves[row]) for row in rows},
     }
+    if routing is not None:
+        report["load"] = {"name": routing, **uneven[rows[0]]}
+        for row, own in report["rows"].items():
+            over = middle(times[row, "links"][0] / times[row, EVEN][0])
+            own |= {"over_balanced": over, "dropped": middle(times[row, "links"][3]), **uneven[row]}
     table_of(report).show()
-    name = out / f"train-share-{share:g}"
+    name = out / f"{'' if routing is None else 'uneven-'}train-share-{share:g}"
     draw(report, name.with_name(f"{name.name}.png"))
     write_json(name.with_name(f"{name.name}.json"), report)
     return report
@@ -116,14 +155,29 @@ def table_of(report: dict[str, Any]) -> Report:
         "rows/gradients": "{rows_over_gradients:.2f}",
         "validation loss": "{val_loss:.3f}",
     }
+    if "load" in report:
+        title = f"{report['load']['name']}, {title}"
+        columns["busiest rank"] = "{max_over_mean_ranks:.2f}"
+        columns |= {"over balanced": "{over_balanced:.2f}", "dropped": "{dropped:.1%}"}
+        del columns["validation loss"]
     return Report(title.format_map(report), report["rows"], columns)
+
+
+def made_by(routing: str, config: Config, pair: Setting, ranks: int) -> dict[str, float]:
+    """Return how uneven a load makes a configuration's routing. Raises ConfigError where it cannot be dealt."""
+    if load_of(routing).kind == "ragged":
+        raise ConfigError(f"--load is {routing}, allowed: others, as all ranks train on equally many tokens")
+    place = Place(config.moe.num_experts, config.moe.top_k, ranks)
+    if refused := why_impossible(load_of(routing), place, pair.sequences):
+        raise ConfigError(refused)
+    return imbalance(load_of(routing), place, pair.sequences, pair.seq_len)
 
 
 def row_of(
     config: Config, times: dict[tuple[str, str], Any], row: str, first: str, curve: list[tuple[float, float]]
 ) -> dict[str, Any]:
     """Return the figures of a row. curve: (tokens, validation loss)."""
-    (step, rows, losses), (free, _, _) = (times[row, way] for way in WAYS)
+    (step, rows, losses, _), (free, *_) = (times[row, way] for way in WAYS)
     tokens = config.data.global_batch_size * config.data.seq_len
     step_s = middle(step)
     return {
@@ -146,10 +200,15 @@ def searched(rank: int, world_size: int, pair: Setting) -> float:
     return find_rate(pair, bench.set_rate, bench.infer)
 
 
-def trained(rank: int, world_size: int, config: str, words: Sequence[str], mbit: float | None) -> dict[str, Any]:
+def trained(
+    rank: int, world_size: int, config: str, words: Sequence[str], mbit: float | None, routing: str | None
+) -> dict[str, Any]:
     """Runs on every rank; the caller uses rank 0's result."""
     links.set_rate(mbit)
     register_callback("windows")(Windows)
+    if routing is not None:
+        register_callback("loaded")(partial(Loaded, routing))
+        words = [*words, "callbacks.loaded={}"]
     with TemporaryDirectory() as folder:
         own = [*words, "callbacks.windows={}", "logger.mode=disabled"]
         if rank == 0:
@@ -164,7 +223,9 @@ def trained(rank: int, world_size: int, config: str, words: Sequence[str], mbit:
             run.curve("val/loss"),
         )
         step_s, waited = tokens / middle(rates[len(rates) // 2 :]), middle(WAITED or [0.0])
-        return {"step_s": step_s, "exposed_rows_s": waited, "val_loss": curve[-1][1], "curve": curve}
+        dropped = middle([row["moe/drop_share"] for row in run.metrics if "moe/drop_share" in row] or [0.0])
+        found = {"step_s": step_s, "exposed_rows_s": waited, "val_loss": curve[-1][1], "dropped": dropped}
+        return found | {"curve": curve}
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

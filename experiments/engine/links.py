@@ -2,6 +2,9 @@
 
     rank 0 [eth0] --- link0 [bridge 10.77.0.254] link1 --- [eth0] rank 1        each eth0: tc tbf, a rate, no delay
 
+With more than two ranks each link0, link1, ... has the rate too, so a rank that all others send to receives no faster.
+With two ranks, what one receives is what the other sends.
+
 Ranks can be on several nodes: each node has a bridge of its own, and a network card, which its ranks share.
 
     ranks of node 0 --- [node0] up0 --- down0 [bridge] down1 --- up1 [node1] --- ranks of node 1    each up, down: tbf
@@ -109,18 +112,29 @@ def bring_up(rank: int) -> None:
 
 
 def set_rate(mbit: float | None) -> None:
-    """Sets the rate at which this rank sends, in Mbit/s; None: no limit."""
-    if mbit is None:
-        subprocess.run(["tc", "qdisc", "del", "dev", "eth0", "root"], capture_output=True)  # fails if there is none
-    else:
-        _run(f"tc qdisc replace dev eth0 root {_tbf(mbit)}")
+    """Sets the rate at which this rank sends and receives, in Mbit/s; None: no limit. A rank calls it."""
+    _shape("eth0", mbit)
+    if int(os.environ["WORLD_SIZE"]) > 2:
+        _shape(f"link{os.environ['RANK']}", mbit, _at_bridge())
 
 
 def set_card_rate(node: int, mbit: float) -> None:
     """Sets the rate at which all ranks of a node together send to other nodes and receive from them. A rank calls it:
     the card is in the namespace of its parent."""
     for device in (f"up{node}", f"down{node}"):
-        _run(f"nsenter --net=/proc/{os.getppid()}/ns/net tc qdisc replace dev {device} root {_tbf(mbit)}")
+        _shape(device, mbit, _at_bridge())
+
+
+def _at_bridge() -> str:
+    """The start of a command for the other ends of the ranks' links, which are in the namespace of their parent."""
+    return f"nsenter --net=/proc/{os.getppid()}/ns/net "
+
+
+def _shape(device: str, mbit: float | None, inside: str = "") -> None:
+    if mbit is None:
+        subprocess.run(f"{inside}tc qdisc del dev {device} root".split(), capture_output=True)  # fails if there is none
+    else:
+        _run(f"{inside}tc qdisc replace dev {device} root {_tbf(mbit)}")
 
 
 def _tbf(mbit: float) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench import growth, inference, offload, speed_chart, training
+from scmoe.experiments.bench import growth, inference, offload, speed_chart, training, uneven
 from scmoe.experiments.engine.report import Report
 from scmoe.experiments.figures.concepts import CONCEPTS
 from scmoe.experiments.figures.measured import (
@@ -42,6 +42,8 @@ HEADLINE = "overlap-real-iteration-2-ranks-share-0.52"  # the report that README
 FIGURE_8 = PAGES / "figure-8"  # what `make figure8` has measured
 DRAW: dict[str, Callable[[Any, Path], None]] = {  # by the first words of a report's name
     "overlap-": speed_chart.draw,
+    "uneven-inference-": inference.draw_loads,
+    "uneven-": uneven.draw,
     "inference-": inference.draw,
     "train-": training.draw,
     "growth": growth.draw,
@@ -292,6 +294,8 @@ def preset_tables(data: dict[str, Any]) -> list[Report]:
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[Report]]] = {  # by the first words of an experiment's name
     "overlap-": overlap_tables,
+    "uneven-inference-": lambda report: [table for own in report["loads"] for table in inference.tables_of_load(own)],
+    "uneven-": uneven.tables,
     "inference-": inference_tables,
     "train-": lambda report: [training.table_of(report)],
     "growth": growth_tables,

@@ -42,18 +42,31 @@ def exchange(rank: int, world_size: int) -> float:
     return time.perf_counter() - start
 
 
+def gather_on_one(rank: int, world_size: int) -> float:
+    """Returns the seconds in which all other ranks send a megabyte to rank 0, barriers included."""
+    dist.init_process_group("gloo")
+    links.set_rate(MBIT)
+    rows = torch.zeros(MEGABYTES * 2**20 // 4)
+    received = [torch.empty_like(rows) for _ in range(world_size)] if rank == 0 else None
+    dist.barrier()
+    start = time.perf_counter()
+    dist.gather(rows, received)
+    dist.barrier()
+    return time.perf_counter() - start
+
+
 def hang(rank: int, world_size: int) -> None:
     print(f"up {os.getpid()}", flush=True)
     time.sleep(600)
 
 
-def inside(function: str) -> list[str]:
-    """Returns the command of a program that enters its own network and runs a function of this file on two ranks."""
+def inside(function: str, ranks: int = 2) -> list[str]:
+    """Returns the command of a program that enters its own network and runs a function of this file on some ranks."""
     code = (
         "import sys, json; from scmoe.experiments.engine import links; links.enter(); "
         "from scmoe.experiments.engine.ranks import PRELOADED, run_ranks; PRELOADED[2:] = []; "  # only torch is needed
         f"from tests.distributed.test_links import {function}; "
-        f"print(json.dumps(run_ranks({function}, 2, own_links=True)))"
+        f"print(json.dumps(run_ranks({function}, {ranks}, own_links=True)))"
     )
     return [sys.executable, "-c", code, code]
 
@@ -84,6 +97,13 @@ def test_a_link_carries_no_more_than_its_rate(user, monkeypatch):
     seconds = json.loads(done.stdout.splitlines()[-1])
     assert min(seconds) >= least, seconds
     assert interfaces() == before
+
+
+def test_a_rank_receives_no_more_than_its_rate_from_several():
+    done = subprocess.run(inside("gather_on_one", 3), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    least = (2 * MEGABYTES * 2**20 * 8 - 128 * 1024 * 8) / (MBIT * 1e6)
+    assert json.loads(done.stdout.splitlines()[-1])[0] >= least
 
 
 @pytest.mark.faults

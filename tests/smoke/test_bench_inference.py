@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from scmoe.experiments.bench import inference
-from scmoe.experiments.bench.inference import BLOCKS, OVERLAPPED, SHAPES, WAYS, Way, draw, measure, summary
+from scmoe.experiments.bench.inference import BLOCKS, OVERLAPPED, SHAPES, WAYS, Way, at_load, draw, measure, summary
+from scmoe.experiments.bench.loads import BALANCED
 from scmoe.experiments.bench.pairs import Setting, default_schedule
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.planning import inference_planner
@@ -57,8 +59,9 @@ def measure_briefly(rank: int, world_size: int, setting: Setting, batch: int) ->
 def test_all_rows_are_measured_and_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "BLOCKS", FEW)
     setting = Setting(0.5, compute="real", rounds=2, dim=16, ffn_dim=32, heads=2, tokens=16, seq_len=16, shaped=False)
+    setting = replace(setting, loads=("hot_rank:2",), layout="dropless")
     found = run_ranks(measure_briefly, 2, setting, 8)[0]
-    report = summary(setting, 8, 2, found)
+    report = summary(setting, 8, 2, found[BALANCED])
     assert list(report["rows"]) == ["top2", "shared_expert", "scmoe_pos2"]
     for row in report["rows"].values():
         for shape in SHAPES:
@@ -67,3 +70,7 @@ def test_all_rows_are_measured_and_reported(tmp_path, monkeypatch):
             assert set(own["slots"].values()) <= {0, 1, 2, 3, 4}
     draw({**report, "link_mbit": 145.0}, tmp_path / "chart.png")  # `bench inference` always has links
     assert (tmp_path / "chart.png").stat().st_size > 10_000
+    uneven = at_load(setting, 8, 2, found, "hot_rank:2")
+    assert uneven["load"]["max_over_mean_ranks"] == 2.0
+    for row in uneven["rows"].values():
+        assert all(row[shape]["over_balanced"] > 0 and row[shape]["max_over_mean_ranks"] == 2 for shape in SHAPES)

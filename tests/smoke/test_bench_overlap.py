@@ -104,6 +104,37 @@ def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path, capsys):
     assert report["gradient_mb"] == report["rows"]["top2"]["gradient_mb"] == 2 * pair * 4 / 2**20
 
 
+def test_bench_overlap_at_two_loads(tiny_on_loopback, tmp_path, capsys):
+    """The loads are measured beside the balanced one, and a rank that gets all rows says so."""
+    loads = ("--load", "hot_rank:2", "--load", "burst:1.5:1")
+    assert call("bench", "overlap", *ROWS, *loads, "--compute", "real", "--out", str(tmp_path)) == 0
+    reports = json.loads(capsys.readouterr().out)["loads"]
+    assert [report["load"]["name"] for report in reports] == ["hot_rank:2", "burst:1.5:1"]
+    for report in reports:
+        check(report)
+        for row in report["rows"].values():
+            assert min(row["over_balanced_train"], row["over_balanced_forward"], row["measured_over_model"]) > 0
+            assert row["dropped"] == 0 and row["straggler_train"] > -1 and row["balanced"]["train_speedup"] > 0
+    assert all(row["max_over_mean_ranks"] == 2.0 for row in reports[0]["rows"].values())
+    assert len(list(tmp_path.glob("uneven-*.png"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "dropped"),
+    [
+        ("capacity:1", 0.25),
+        pytest.param("buffers:1", 0.25, marks=pytest.mark.faults),  # as the first, by the other layout
+        pytest.param("buffers:2", 0.0, marks=pytest.mark.faults),
+    ],
+)
+def test_a_layout_drops_what_a_load_has_above_it(layout, dropped, tiny_on_loopback, tmp_path, capsys):
+    """Of 1.5 times its share a rank takes one: it drops a third of three quarters of all copies."""
+    words = ("--rows", "scmoe_pos3", "--rounds", "2", "--load", "hot_rank:1.5", "--layout", layout)
+    assert call("bench", "overlap", *words, "--out", str(tmp_path)) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"].values()
+    assert row["dropped"] == dropped and row["measured_over_model"] is None
+
+
 def test_timeline(tiny_on_loopback, tmp_path):
     assert call("bench", "timeline", "--share", "0.3", "--out", str(tmp_path)) == 0
     assert {path.name for path in tmp_path.glob("*.png")} == {"forward.png", "backward.png"}

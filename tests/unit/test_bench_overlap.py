@@ -81,7 +81,7 @@ def test_gradients_are_summed_beside_the_last_batch_only():
     alone = Seconds(1.0, np.full(2, 12.0), np.full(2, 4.0), 0.0, 0.0, np.zeros(2))
     times = {Variant("top2", Schedule("top_k"), "alone"): alone}
     for size, least in ((0, 12.0), (10**9, 10**9 * 8 / (1e8 * PAYLOAD) + 4.0 + 6.0)):
-        found = SimpleNamespace(rate=100.0, times=times, gradients={"top2": [(0.0, size)]})
+        found = SimpleNamespace(rate=100.0, times=times, gradients={"top2": [(0.0, size)]}, load="balanced")
         assert least_times(setting, 2, found, "top2") == pytest.approx([least] * 2, rel=0.02)
 
 

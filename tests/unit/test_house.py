@@ -24,7 +24,7 @@ LIBRARY = {  # room: lines at most
     "scmoe/blocks": 470,
     "scmoe/models": 340,
     "scmoe/planning": 620,
-    "scmoe/probes": 440,
+    "scmoe/probes": 570,
     "scmoe/inference": 950,
     "scmoe/footprint": 460,
     "scmoe/parallel": 2670,
@@ -38,10 +38,10 @@ LIBRARY = {  # room: lines at most
     "scmoe/__init__.py": 120,
 }
 LABORATORY = {
-    "experiments/engine": 1050,
+    "experiments/engine": 1070,
     "experiments/faults": 520,
     "experiments/dryrun": 620,
-    "experiments/bench": 3460,
+    "experiments/bench": 4180,
     "experiments/studies": 2770,
     "experiments/figures": 720,
     "experiments": 840,  # the entries: a file for each verb

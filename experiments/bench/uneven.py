@@ -1,0 +1,146 @@
+"""What uneven routing costs: the part of a report of `bench overlap --load` that compares a load with the balanced one.
+
+    over balanced   time of a row at its best schedule, over its time at the balanced load and the schedule that is best
+                    there, in the same round
+    straggler       what of it is computation of the busiest rank: T_free(load) / T_free(balanced) - 1
+    model           T_free(balanced) and what the timeline of all ranks (schedule/play.py) adds to it, from the times
+                    of the operators at the balanced load and the rows of each rank. There is none where rows are
+                    dropped, nor where ranks have different numbers of tokens
+
+Speed-ups are over sequential top-2 at the same load, and hidden shares have T_sequential and T_free at the same load.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scmoe.experiments.bench.loads import BALANCED, Load, Place, counts_of, load_of
+from scmoe.experiments.bench.overlap import Measured, way_of
+from scmoe.experiments.bench.pairs import ROWS, TOP_K, Setting
+from scmoe.experiments.bench.speed_chart import name_of, ranks_of
+from scmoe.experiments.engine.clock import middle, quartiles
+from scmoe.experiments.engine.report import Report
+from scmoe.probes.charts import chart, heading
+from scmoe.schedule.cost import OperatorTimes, elapsed_time, exposed_time, per_chunk
+from scmoe.schedule.play import elapsed, play_ranks, shares
+from scmoe.schedule.schedule import Schedule
+
+KEPT = ("overlap_forward", "overlap_backward", "forward_speedup", "train_speedup", "slot", "chunks")  # of the balanced
+
+
+def beside_balanced(
+    setting: Setting, ranks: int, found: Measured, control: Measured, row: str, balanced: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the figures of a row at a load beside the balanced one. balanced: its figures there."""
+    block, own, even = ROWS[row][0], found.times[found.best[row]], found.times[control.best[row]]
+    schedule, load = found.best[row].schedule, load_of(found.load)
+    modelled = None
+    if load.kind != "ragged" and setting.layout in (None, "dropless"):
+        place, times = (
+            Place(setting.num_experts, TOP_K.get(block, 1), ranks),
+            control.choices[row].times[schedule.chunks],
+        )
+        computing = elapsed_time(schedule, times) - exposed_time(schedule, times)
+        window = [window_s(schedule, times, load, place, setting.tokens, step) for step in range(setting.rounds)]
+        modelled = middle(way_of(found, block, "free", BALANCED).train) + setting.pairs * (middle(window) - computing)
+    free, even_free = (way_of(found, block, "free", load) for load in (found.load, BALANCED))
+    return {
+        "over_balanced_forward": middle(own.forward / even.forward),
+        "over_balanced_train": middle(own.train / even.train),
+        "over_balanced_quartiles": quartiles(own.train / even.train),
+        "straggler_forward": middle(free.forward / even_free.forward) - 1,
+        "straggler_train": middle(free.train / even_free.train) - 1,
+        "measured_over_model": None if modelled is None else middle(own.train) / modelled,
+        "dropped": found.dropped[row],
+        "balanced": {key: balanced[key] for key in KEPT},
+    }
+
+
+def window_s(schedule: Schedule, times: OperatorTimes, load: Load, place: Place, tokens: int, step: int) -> float:
+    """Return the modelled seconds from the tap to the end of the block and back, in one step of a load.
+
+    times: of the operators at the balanced load. tokens: of each rank."""
+    counts_PRE = counts_of(load, place, [tokens] * place.ranks, load.phase(step, place.ranks), schedule.chunks)
+    rows_PRR = counts_PRE.unflatten(2, (place.ranks, -1)).sum(3).tolist()
+    own = [shares(rows_RR) for rows_RR in rows_PRR]
+    forward = play_ranks(schedule.operators(), per_chunk(schedule, times.forward), own)
+    starts = [spans[-1].end for spans in forward]
+    operators = schedule.backward_operators()
+    return max(map(elapsed, play_ranks(operators, per_chunk(schedule, times.backward), own, starts=starts)))
+
+
+def joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the only report, or {"loads": several of one run}."""
+    return reports[0] if len(reports) == 1 else {"loads": list(reports)}
+
+
+def reports_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return report.get("loads", [report])
+
+
+def tables(report: dict[str, Any]) -> list[Report]:
+    """Return a table for each load."""
+    columns = {
+        "rank, expert": "{max_over_mean_ranks:.2f}, {max_over_mean_experts:.2f}",
+        "over balanced": "{over_balanced_forward:.2f}, {over_balanced_train:.2f}",
+        "straggler": "{straggler_forward:.0%}, {straggler_train:.0%}",
+        "over top-2": "{forward_speedup:.2f}, {train_speedup:.2f}",
+        "hidden": "{overlap_forward:.0%}, {overlap_backward:.0%}",
+        "at balance": "{balanced[overlap_forward]:.0%}, {balanced[overlap_backward]:.0%}",
+        "slot x chunks": "{slot} x {chunks}",
+        "auto / best": "{auto_over_best:.3f}",
+        "/ model": "{measured_over_model:.3f}",
+    }
+    of_layout = {"dropped": "{dropped:.1%}", "peak, MB": "{peak_mb:.0f}"}
+    return [
+        Report(words_of(own), own["rows"], columns if own["layout"] == "dropless" else columns | of_layout)
+        for own in reports_of(report)
+    ]
+
+
+def words_of(report: dict[str, Any]) -> str:
+    """Return the conditions of a load's report."""
+    load = report["load"]
+    machine = f"{report['compute']} compute, {ranks_of(report)}, {report['level']}, {report['layout']}"
+    words = (
+        f"{load['name']}: the busiest rank has {load['max_over_mean_ranks']:.2f} times the mean, the busiest expert "
+        f"{load['max_over_mean_experts']:.2f} times; {machine}, {report['rounds']} rounds, communication share "
+        f"{report['balanced_share']:.2f} at balance, {report['comm_share']:.2f} here"
+    )
+    return f"{words}. First values are forward, second ones training, of `hidden` backward:"
+
+
+def show(report: dict[str, Any]) -> None:
+    for table in tables(report):
+        table.show()
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Draw the time of a training step over the balanced one against the load of the busiest rank: a line a row."""
+    reports = sorted(reports_of(report), key=lambda own: own["load"]["max_over_mean_ranks"])
+    found = {row: [own["rows"][row] for own in reports] for row in reports[0]["rows"]}
+    lines = {
+        row: [(own["max_over_mean_ranks"], own["over_balanced_train"], own["over_balanced_quartiles"]) for own in every]
+        for row, every in found.items()
+    }
+    first = reports[0]
+    share = f"communication share {first['balanced_share']:.2f}"
+    words = f"Uneven routing, {first['compute']} compute, {ranks_of(first)}, {share}"
+    draw_lines(lines, path, words, "training step over its balanced one")
+
+
+def draw_lines(
+    lines: Mapping[str, Sequence[tuple[float, float, Sequence[float]]]], path: Path, words: str, what: str
+) -> None:
+    """lines: for each row the imbalances, and at each the time over the balanced one and its quartiles."""
+    with chart(path, 4.2) as figure:
+        axis = figure.subplots()
+        for row, points in lines.items():
+            label = name_of(row) + (", pipelined" if row.endswith("_pipelined") else "")
+            at, over, quartiles = zip(*points, strict=True)
+            (line,) = axis.plot([1.0, *at], [1.0, *over], marker="o", label=label)
+            axis.vlines(at, *zip(*quartiles, strict=True), color=line.get_color())
+        axis.set(xlabel="rows of the busiest rank over the mean", ylabel=what)
+        axis.grid(axis="y")
+        axis.legend()
+        heading(figure, words)

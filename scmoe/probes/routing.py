@@ -1,0 +1,132 @@
+"""Recorded routings: the experts that the tokens of chosen training steps went to, and the file that keeps them.
+
+A safetensors file, or a folder of such files, each with some of the steps:
+
+    steps       int64 [S]    optimizer steps from 0, ascending
+    layer_<i>   [S, T, K]    expert ids of MoE layer i, the likeliest first, before any copy is dropped; their type is
+                             the smallest that holds num_experts, which is the id of a padding token
+    metadata    num_experts, num_ranks
+
+T are the tokens of one batch on all ranks, in the order of ranks: the first T / num_ranks are those of rank 0. Of a
+step that accumulates several batches, it is the first. In DGMoE, K is 2: the expert of the preceding layer's
+representation, then that of the current one. T and K may differ between layers, as between the stages of SwinV2.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from scmoe.files.tensors import write_in_turn
+from scmoe.moe.router import Router
+from scmoe.moe.tokens import Routing
+
+
+class Recorded(NamedTuple):
+    """Recorded routings of S optimizer steps, as above; ids of each MoE layer as int64 [S, T, K]."""
+
+    steps: list[int]
+    ids: list[Tensor]
+    num_experts: int
+    num_ranks: int
+
+
+class RoutingProbe:
+    """Keeps the experts that every router of a model chooses during one forward pass, by hooks; call `remove` then."""
+
+    def __init__(self, model: nn.Module) -> None:
+        routers = [module for module in model.modules() if isinstance(module, Router)]
+        self.num_experts = routers[0].num_experts
+        self.ids: list[Tensor] = []  # [T, K] of each call, in the order of calls
+        self.handles = [router.register_forward_hook(self._keep) for router in routers]
+
+    def _keep(self, router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
+        self.ids.append(routing.topk_ids_TK)
+
+    def result(self, num_layers: int) -> list[Tensor]:
+        """Return the ids [T, K] of each MoE layer in host memory, in a small type. A router that was called twice in
+        each layer (DGMoE) gives both choices side by side."""
+        calls, rest = divmod(len(self.ids), num_layers)
+        assert calls and not rest
+        layers = [torch.cat(self.ids[i : i + calls], dim=1) for i in range(0, len(self.ids), calls)]
+        return [ids_TK.to(type_of(self.num_experts)).cpu() for ids_TK in layers]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def type_of(num_experts: int) -> torch.dtype:
+    """Return the smallest integer type that holds num_experts itself, the id of a padding token."""
+    return next(t for t in (torch.uint8, torch.int16, torch.int32) if num_experts <= torch.iinfo(t).max)
+
+
+def write_routing(recorded: Recorded, path: Path) -> None:
+    """Write one file. Raises OSError where it cannot be written."""
+    small = type_of(recorded.num_experts)
+    tensors = {f"layer_{i}": ids_STK.to(small) for i, ids_STK in enumerate(recorded.ids)}
+    tensors["steps"] = torch.tensor(recorded.steps)
+    header = {"num_experts": str(recorded.num_experts), "num_ranks": str(recorded.num_ranks)}
+    write_in_turn(tensors, tensors.__getitem__, path, header)
+
+
+def read_routing(path: Path) -> Recorded:
+    """Read a file, or all files of a folder. Raises ValueError for what is not a recorded routing."""
+    paths = sorted(path.glob("[!.]*.safetensors")) if path.is_dir() else [path]
+    if not paths:
+        raise ValueError(f"{path} holds no recorded routing. Record one with analysis.record_routing=N.")
+    files = [_read_file(file) for file in paths]
+    first = files[0]
+    for file, recorded in zip(paths, files, strict=True):
+        if shape_of(recorded) != shape_of(first):
+            raise ValueError(f"{file} has other layers, tokens, experts or ranks than {paths[0]}. Read it by itself.")
+    steps = [step for recorded in files for step in recorded.steps]
+    if sorted(set(steps)) != steps:
+        raise ValueError(f"{path} has steps that are not in order, or twice: {steps}.")
+    return first._replace(steps=steps, ids=[torch.cat(layer) for layer in zip(*(f.ids for f in files), strict=True)])
+
+
+def shape_of(recorded: Recorded) -> list[Any]:
+    """Return what must be equal in the files of a folder: experts, ranks, and T and K of each layer."""
+    return [recorded.num_experts, recorded.num_ranks, *(ids_STK.shape[1:] for ids_STK in recorded.ids)]
+
+
+def _read_file(path: Path) -> Recorded:
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            num_experts, num_ranks = int(header["num_experts"]), int(header["num_ranks"])
+            steps, names = file.get_tensor("steps").tolist(), {*file.keys()} - {"steps"}
+            ids = [file.get_tensor(f"layer_{i}").long() for i in range(len(names))]
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a recorded routing: {error}. Record one with analysis.record_routing=N."
+        ) from error
+    for layer, ids_STK in enumerate(ids):
+        if ids_STK.dim() != 3 or len(ids_STK) != len(steps) or not within(ids_STK, num_experts):
+            raise ValueError(
+                f"{path}, layer {layer}: expert ids must be [steps, tokens, choices], from 0 to {num_experts}."
+            )
+    return Recorded(steps, ids, num_experts, num_ranks)
+
+
+def within(ids_STK: Tensor, num_experts: int) -> bool:
+    return not ids_STK.numel() or bool(ids_STK.min() >= 0 and ids_STK.max() <= num_experts)
+
+
+def counts_of(ids_STK: Tensor, num_experts: int) -> Tensor:
+    """[S, E] int64: the copies of each expert in each step; padding is left out."""
+    ids_SN = ids_STK.flatten(1)
+    zeros = ids_SN.new_zeros(len(ids_SN), num_experts + 1)
+    return zeros.scatter_add(1, ids_SN, torch.ones_like(ids_SN))[:, :num_experts]
+
+
+def selected(recorded: Recorded, steps: Sequence[int]) -> Recorded:
+    """Return some of the steps. Raises ValueError for one that is not there."""
+    if missing := sorted({*steps} - {*recorded.steps}):
+        raise ValueError(f"step {missing[0]} is not recorded, allowed: {', '.join(map(str, recorded.steps))}")
+    rows = [recorded.steps.index(step) for step in steps]
+    return recorded._replace(steps=[*steps], ids=[ids_STK[rows] for ids_STK in recorded.ids])

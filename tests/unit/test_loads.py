@@ -1,0 +1,201 @@
+"""Loads make the imbalance that their formulas say, for distinct experts of a token and equal chunks of tokens."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from scmoe.config.leaves import ConfigError
+from scmoe.experiments.bench import emulated
+from scmoe.experiments.bench.loads import (
+    BALANCED,
+    Now,
+    Place,
+    copies,
+    counts_of,
+    deal,
+    ids_of,
+    imbalance,
+    load_of,
+    sequences_of,
+    shares,
+    why_impossible,
+)
+from scmoe.experiments.engine.command_line import call
+from scmoe.moe.dispatcher import Traffic
+from scmoe.probes.routing import Recorded, write_routing
+
+TOKENS, SEQUENCES, EXPERTS = 1024, 4, 8
+LOADS = (
+    *("balanced", "zipf:0.5", "zipf:1.5", "spread:1", "hot_expert:3", "hot_rank:1.3", "hot_rank:2"),
+    *("empty_rank", "rotating:1.7:2", "burst:1.7:3", "ragged:1.25"),
+)
+PLACES = [Place(EXPERTS, top_k, ranks) for top_k in (1, 2) for ranks in (2, 4)]
+FORMULAS = {  # load: max over mean of ranks, of experts, with 2 ranks and 8 experts, one choice of a token
+    "balanced": (1.0, 1.0),
+    "hot_rank:1.7": (1.7, 1.7),
+    "rotating:1.7:1": (1.7, 1.7),
+    "burst:1.7:1": (1.7, 1.7),
+    "hot_expert:6": ((6 + 3 * 2 / 7) / 4, 6.0),  # skew.md section 2
+    "empty_rank": (2.0, 2.0),
+    "zipf:1": (1.533, 2.943),
+    "spread:1": (1.158, 2.943),
+    "ragged:1.5": (1.0, 1.0),
+}
+
+
+def phases(name: str, place: Place) -> range:
+    return range(load_of(name).phases(place.ranks))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", LOADS)
+def test_tokens_choose_distinct_experts_and_all_copies_are_dealt(name, place):
+    for phase in phases(name, place):
+        ids_TK = ids_of(load_of(name), place, 0, TOKENS, phase)
+        assert ids_TK.shape == (TOKENS, place.top_k) and int(ids_TK.min()) >= 0 and int(ids_TK.max()) < EXPERTS
+        assert all(len({*ids}) == place.top_k for ids in ids_TK.tolist())
+        wanted = shares(load_of(name), place, phase)
+        counts = torch.bincount(ids_TK.flatten(), minlength=EXPERTS)
+        assert sum(wanted) == pytest.approx(1) and max(wanted) <= 1 / place.top_k + 1e-9
+        assert counts.sum() == TOKENS * place.top_k
+        assert (counts - torch.tensor(wanted) * TOKENS * place.top_k).abs().max() <= 1, "largest remainders"
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", LOADS)
+def test_chunks_of_tokens_have_equal_loads(name, place):
+    """The rows of the busiest rank and of the busiest expert differ by 3 % at most between chunks."""
+    for chunks in (2, 4):
+        counts_PE = counts_of(load_of(name), place, [TOKENS], 0, chunks)[:, 0].double()
+        counts_PR = counts_PE.view(chunks, place.ranks, -1).sum(2)
+        for counts in (counts_PE, counts_PR):
+            busiest = counts[:, counts.sum(0).argmax()]
+            assert (busiest / busiest.mean() - 1).abs().max() < 0.03
+
+
+@pytest.mark.parametrize(("name", "expected"), FORMULAS.items())
+def test_the_imbalance_is_that_of_the_formula(name, expected):
+    found = imbalance(load_of(name), Place(EXPERTS, 1, 2), SEQUENCES, TOKENS // SEQUENCES)
+    assert (found["max_over_mean_ranks"], found["max_over_mean_experts"]) == pytest.approx(expected, rel=5e-3)
+    assert found["max_over_mean_tokens"] == (1.5 if name == "ragged:1.5" else 1.0)
+
+
+def test_heat_above_one_choice_of_every_token_goes_to_the_other_experts():
+    """Half of the copies of a top-2 routing at most; zipf:3 has 83 % for expert 0."""
+    own = shares(load_of("zipf:3"), Place(EXPERTS, 2, 2))
+    assert own[0] == 0.5 and sum(own) == pytest.approx(1) and max(own[1:]) <= 0.5
+
+
+def test_whole_copies_sum_to_the_total():
+    assert copies([0.4, 0.35, 0.25], 10) == [4, 4, 2] or copies([0.4, 0.35, 0.25], 10) == [4, 3, 3]
+    assert sum(copies([1 / 7] * 7, 100)) == 100
+
+
+def test_the_hot_rank_moves_and_a_burst_ends():
+    place, x_TD = Place(EXPERTS, 1, 2), torch.zeros(TOKENS, 4)
+
+    def of_rank_0(now: Now) -> float:
+        return float((deal(place, 0, now)(x_TD) < EXPERTS // 2).double().mean())
+
+    rotating = [of_rank_0(Now(load_of("rotating:1.7:2"), step)) for step in range(6)]
+    assert rotating == pytest.approx([0.85, 0.85, 0.15, 0.15, 0.85, 0.85], abs=0.01)
+    burst = [of_rank_0(Now(load_of("burst:1.7:1"), step)) for step in range(5)]
+    assert burst == pytest.approx([0.85, 0.5, 0.15, 0.5, 0.85], abs=0.01)
+
+
+def test_ragged_tokens_have_the_total_of_the_balanced_ones():
+    assert sequences_of(load_of("ragged:1.5"), 4, 2) == [6, 2]
+    assert sequences_of(load_of("ragged:1.25"), 4, 4) == [5, 4, 4, 3]
+    assert sequences_of(load_of(BALANCED), 4, 2) == [4, 4]
+
+
+def recording(tmp_path, top_k: int, layers: int = 2) -> str:
+    """Writes two steps of 64 tokens; in step 10, layer 0, three of four tokens go to expert 5."""
+    torch.manual_seed(0)
+    ids = [torch.rand(2, 64, EXPERTS).argsort(-1)[..., :top_k] for _ in range(layers)]
+    others = [[5, e] for e in (0, 1, 2)] + [[3, 5]]
+    halves = [torch.randperm(32) + 32 * rank for rank in (0, 1)]
+    ids[0][1] = torch.tensor(others * 16)[torch.cat(halves), :top_k]
+    write_routing(Recorded([0, 10], ids, EXPERTS, 2), tmp_path / "r.safetensors")
+    return f"recorded:{tmp_path / 'r.safetensors'}"
+
+
+def test_a_recording_is_replayed_with_its_first_choices(tmp_path):
+    load, place = load_of(recording(tmp_path, 2) + ":10:0"), Place(EXPERTS, 1, 2)
+    assert load.phases(2) == 1
+    for num_tokens in (16, 32, 128):  # fewer than the 32 recorded ones of a rank, as many, more
+        counts = torch.bincount(ids_of(load, place, 1, num_tokens).flatten(), minlength=EXPERTS)
+        assert counts[5] == pytest.approx(0.75 * num_tokens, rel=0.3 if num_tokens < 32 else 0) and counts[3] > 0
+    found = imbalance(load, place, 1, 32)
+    assert (found["max_over_mean_ranks"], found["max_over_mean_experts"]) == (1.5, 6.0)
+
+
+def test_a_second_choice_that_is_not_recorded_has_the_distribution_of_the_first(tmp_path):
+    load = load_of(recording(tmp_path, 1) + ":10:0")
+    ids_TK = ids_of(load, Place(EXPERTS, 2, 2), 0, 32)
+    assert all(first != second for first, second in ids_TK.tolist())
+    assert {*ids_TK[ids_TK[:, 0] == 5, 1].tolist()} == {3}, "the only other choice that was recorded"
+
+
+def test_a_recording_is_spread_over_any_number_of_steps(tmp_path):
+    load = load_of(recording(tmp_path, 1))
+    assert load.phases(2) == 4 and len({load.phase(step, 2) for step in range(4)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("hot_rank:5", "--load is hot_rank:5, allowed with 2 ranks: 1 to 2"),
+        ("hot_rank:nan", "--load is hot_rank:nan, allowed with 2 ranks: 1 to 2"),
+        ("hot_expert:6", "--load is hot_expert:6, allowed with top-2 of 8 experts: 1 to 4"),
+        ("zipf:-1", "--load is zipf:-1, allowed: 0 to 10"),
+        ("zipf:x", "--load is zipf:x, allowed: zipf:A"),
+        ("rotating:1.7", "--load is rotating:1.7, allowed: balanced | zipf:A"),
+        ("burst:1.7:0", "--load is burst:1.7:0, allowed: N of 1 or more"),
+        ("ragged:1.3", "allowed with 2 ranks of 4 sequences: multiples of 0.25 from 1 to 1.75"),
+        ("even", "--load is even, allowed: balanced | zipf:A"),
+        (
+            "recorded:nowhere.safetensors",
+            "--load is recorded:nowhere.safetensors: nowhere.safetensors is not a recorded",
+        ),
+    ],
+)
+def test_an_impossible_load_is_refused_in_one_sentence(text, says, capsys):
+    assert call("bench", "overlap", "--load", text) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+
+
+def test_a_recording_of_other_experts_is_refused(tmp_path):
+    load = load_of(recording(tmp_path, 1))
+    assert "recordings of 16 experts" in str(why_impossible(load, Place(16, 1, 2), 4))
+    with pytest.raises(ConfigError, match="allowed as step: 0, 10"):
+        load_of(recording(tmp_path, 1) + ":7")
+
+
+@pytest.mark.parametrize(("sent", "received"), [(3, 5), (5, 3), (4, 4), (4, 0), (0, 4)])
+def test_free_transfers_bring_as_many_rows_as_the_peers_send(sent, received):
+    rows, traffic = torch.ones(sent, 2), Traffic([sent], [received], torch.tensor([[0]]))
+    target, work = emulated.free(rows, traffic)
+    work.wait()
+    assert target.shape == (received, 2) and target.sum() == 2 * min(sent, received)
+    back, _ = emulated.free(target, traffic.back())
+    assert back.shape == rows.shape
+
+
+def test_the_page_has_the_break_even_of_its_formulas():
+    """docs/uneven-routing.md: n (c + 2 (1 - 1/R) t) = w t in forward, n (3 c + 4 (1 - 1/R) t) = 2 w t in training."""
+    payload = 1448 / 1514  # of TCP in Ethernet's frames
+    cases = [(4096, 20e-3 / 1024, 4 * 512 * 8 / (172e6 * payload))]  # weights in rows, c, t
+    for dim, ffn_dim in ((2048, 768), (7168, 2048)):
+        cases += [(3 * ffn_dim, 6 * dim * ffn_dim / 400e12, 2 * dim / rate) for rate in (11e9, 45e9, 400e9)]
+    away = 1 - 1 / 8
+    expected = [[w, w * t / (c + 2 * away * t), 2 * w * t / (3 * c + 4 * away * t), w * t / c] for w, c, t in cases]
+    page = (Path(__file__).parents[2] / "docs/uneven-routing.md").read_text()
+    table = page.split("| experts and link (8 ranks) |")[1].split("\n\n")[0]
+    found = [[int(n) for n in re.findall(r"\| (\d+)(?= )", line)] for line in table.splitlines()[2:]]
+    assert found == [[round(n) for n in row] for row in expected]
