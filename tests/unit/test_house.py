@@ -19,8 +19,8 @@ TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 LIBRARY = {  # room: lines at most
     "scmoe/files": 100,
     "scmoe/schedule": 260,
-    "scmoe/config": 1190,
-    "scmoe/moe": 1240,
+    "scmoe/config": 1195,
+    "scmoe/moe": 1265,
     "scmoe/blocks": 470,
     "scmoe/models": 340,
     "scmoe/planning": 550,
@@ -32,7 +32,7 @@ LIBRARY = {  # room: lines at most
     "scmoe/init_from": 500,
     "scmoe/lightning": 1160,
     "datamodules": 1320,
-    "scmoe/training": 3170,
+    "scmoe/training": 3275,
     "scmoe/runs": 1840,
     "scmoe/hf.py": 160,
     "scmoe/__init__.py": 120,
@@ -41,7 +41,7 @@ LABORATORY = {
     "experiments/engine": 1050,
     "experiments/faults": 520,
     "experiments/dryrun": 620,
-    "experiments/bench": 3460,
+    "experiments/bench": 3625,
     "experiments/studies": 2770,
     "experiments/figures": 720,
     "experiments": 840,  # the entries: a file for each verb
