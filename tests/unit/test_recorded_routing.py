@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scmoe.experiments.bench.routing import KEPT, KEPT_STEPS, SHOWN, drops, figures, loads
+from scmoe.experiments.bench.uneven import KEPT, KEPT_STEPS, SHOWN, drops, figures, loads
 from scmoe.moe.balance import load_max
 from scmoe.moe.router import Router
 from scmoe.probes.routing import Recorded, RoutingProbe, counts_of, read_routing, selected, shape_of, write_routing

@@ -139,11 +139,11 @@ def draw_load(counts_LE: list[list[int]], path: Path, over_training: Mapping[int
     load over training, as `worst_layers` returns it."""
     num_layers, num_experts = len(counts_LE), len(counts_LE[0])
     share_LE = [[count * num_experts / max(sum(counts_E), 1) for count in counts_E] for counts_E in counts_LE]
-    heights = [min(1.6 + 0.35 * num_layers, 8.0), 2.4 * (len(over_training) > 1)]
-    with chart(path, sum(heights)) as figure:
-        axis, *below = figure.subplots(2 if heights[1] else 1, height_ratios=[h for h in heights if h], squeeze=False)[
-            :, 0
-        ]
+    heights = [min(1.6 + 0.35 * num_layers, 8.0)]  # inches
+    if len(over_training) > 1:
+        heights.append(2.4)
+    with chart(path, sum(heights) + 0.6 * (len(heights) - 1)) as figure:
+        axis, *below = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
         image = axis.imshow(share_LE, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
         if num_experts <= CELLS:
             for layer, row in enumerate(share_LE):
@@ -168,8 +168,8 @@ def draw_load_over_training(axis: Any, worst: Mapping[int, Sequence[float]]) -> 
     axis.plot(steps, of_sums, color=BLUE, linestyle=":", linewidth=1.5, label="busiest expert of all steps together")
     axis.set(xlabel="optimizer step", ylim=(1, None))
     axis.grid(axis="y")
-    axis.legend(loc="upper right")
-    title(axis, "Worst layer's load over the fair share, steps since the last log")
+    axis.figure.legend(*axis.get_legend_handles_labels(), loc="outside lower left")
+    title(axis, "Load over the fair share since the last log, worst layer")
 
 
 class CollapseAlarm:

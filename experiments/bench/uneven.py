@@ -27,7 +27,7 @@ from scmoe.moe.layout import expert_capacity
 from scmoe.probes.charts import BLUE, GREEN, ORANGE, chart, heading
 from scmoe.probes.routing import Recorded, counts_of, read_routing, selected, write_routing
 
-TWIN = ("experiment/table3/small", "trainer.max_steps=1024")  # half of the table's steps
+TWIN = ("experiment/table3/small", "trainer.max_steps=512")  # a quarter of the steps of the table
 TOP_2 = ("moe.architecture=top_k", "moe.top_k=2")
 RUNS = {  # a training's name: its config, and what it changes
     "quickstart": ("quickstart",),
@@ -50,9 +50,11 @@ def bench_routing(names: Sequence[str], work: Path, out: Path) -> dict[str, Any]
     require("bench routing", "matplotlib")
     if unknown := [name for name in names if name not in RUNS]:
         raise ConfigError(f"{unknown[0]!r} is no training of this bench, allowed: {', '.join(RUNS)}")
-    report: dict[str, Any] = {"rows": {}, "curves": {}}
-    for name in names or RUNS:
-        recorded = read_routing(trained(name, work))
+    folders = {name: trained(name, work) for name in names or RUNS}
+    out.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {"rows": {}, "curves": []}
+    for name, folder in folders.items():
+        recorded = read_routing(folder)
         if name == SHOWN:
             report["curves"] = [curves(layer_SE) for layer_SE in loads(recorded)]
         if name in KEPT:
@@ -138,7 +140,7 @@ def tables(report: Mapping[str, Any]) -> list[Report]:
         columns = {part: four(when, part) for part in ("experts", "EP 2", "EP 4")}
         columns["sums of ten steps: experts, EP 4"] = f"{{{when}[sums of experts]:.2f}}, {{{when}[sums of EP 4]:.2f}}"
         columns["dropped, worst"] = f"{{{when}[dropped][1]:.0%}}, {{{when}[dropped][3]:.0%}}"
-        found.append(Report(f"{title}: median [quartiles] worst of single steps.", report["rows"], columns, "training"))
+        found.append(Report(f"{title}: median, quartiles and worst of single steps.", report["rows"], columns, "training"))
     return found
 
 
