@@ -139,8 +139,10 @@ def tables(report: Mapping[str, Any]) -> list[Report]:
     for when, title in words.items():
         columns = {part: four(when, part) for part in ("experts", "EP 2", "EP 4")}
         columns["sums of ten steps: experts, EP 4"] = f"{{{when}[sums of experts]:.2f}}, {{{when}[sums of EP 4]:.2f}}"
-        columns["dropped, worst"] = f"{{{when}[dropped][1]:.0%}}, {{{when}[dropped][3]:.0%}}"
-        found.append(Report(f"{title}: median, quartiles and worst of single steps.", report["rows"], columns, "training"))
+        columns["dropped: median, worst"] = f"{{{when}[dropped][1]:.0%}}, {{{when}[dropped][3]:.0%}}"
+        found.append(
+            Report(f"{title}: median, quartiles and worst of single steps.", report["rows"], columns, "training")
+        )
     return found
 
 
