@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train resume generate evaluate export sweep reproduce table table3 runs compare list check-data params estimate dryrun bench bench-overlap bench-inference bench-growth timeline gpu-check figures reports recording figure1 figure8 figure9 figure10 fig13 test test-fast test-dist test-faults mutate wheel-test lint format typecheck docs ci clean
+.PHONY: help setup train resume generate evaluate export sweep reproduce table table3 runs compare list check-data params estimate dryrun bench bench-overlap bench-inference bench-growth bench-routing timeline gpu-check figures reports recording figure1 figure8 figure9 figure10 fig13 test test-fast test-dist test-faults mutate wheel-test lint format typecheck docs ci clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [CONFIG=$(CONFIG)] [RUN=runs/...] [ARGS=\"optim.lr=1e-3 ...\"]"; echo
@@ -92,6 +92,9 @@ bench-overlap: $(READY)  ## how much each architecture hides; SHARES="0.52 0.35"
 bench-inference: $(READY)  ## prefill and decode of each architecture, at SHARES="0.52 0.15" of communication
 	@for share in $(or $(SHARES),0.52 0.15); do $(PY) -m experiments.bench inference --share $$share $(ARGS) || exit; done
 
+bench-routing: $(READY)  ## how uneven the routing of small trainings is in single steps, start and end
+	@$(PY) -m experiments.bench routing $(ARGS)
+
 bench-growth: $(READY)  ## measure the same while tokens, ranks or experts grow
 	@$(PY) -m experiments.bench growth $(ARGS)
 
@@ -113,9 +116,9 @@ REPORTS := $(addprefix $(KEPT)/, $(addsuffix .json, \
   overlap-real-block-2-ranks-share-0.52 overlap-real-block-2-ranks-share-0.15 overlap-real-iteration-2-ranks-share-0.52 \
   overlap-real-iteration-2-ranks-share-0.52-ratio-0.5 \
   overlap-emulated-block-2-ranks-share-0.52 overlap-emulated-block-2-ranks-share-0.35 \
-  overlap-emulated-block-4-ranks-share-0.35 growth inference-2-ranks-share-0.52 inference-2-ranks-share-0.15 \
-  uneven-emulated-block-2-ranks-share-0.49-hot_rank uneven-emulated-block-4-ranks-share-0.49-hot_rank \
-  uneven-real-block-2-ranks-share-0.52-hot_rank uneven-real-iteration-2-ranks-share-0.52-hot_rank uneven-inference-2-ranks-share-0.52-hot_rank))
+  overlap-emulated-block-4-ranks-share-0.35 growth routing inference-2-ranks-share-0.52 inference-2-ranks-share-0.15 \
+  $(addprefix uneven-, emulated-block-2-ranks-share-0.49-hot_rank emulated-block-4-ranks-share-0.49-hot_rank \
+  real-block-2-ranks-share-0.52-hot_rank real-iteration-2-ranks-share-0.52-hot_rank inference-2-ranks-share-0.52-hot_rank)))
 
 reports: $(REPORTS)  ## measure what the docs' pictures show, 3.5 h on an idle machine; remove a report to measure it again
 $(REPORTS): | $(READY)
@@ -134,6 +137,8 @@ $(KEPT)/overlap-emulated-block-2-ranks-share-0.35.json:  # 11 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.35 --attention-ms 60
 $(KEPT)/overlap-emulated-block-4-ranks-share-0.35.json:  # 8 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.35 --ranks 4 --attention-ms 60 --rounds 5
+$(KEPT)/routing.json:  # 25 min, seven trainings
+	@$(KEEP) routing --out $(KEPT)
 $(KEPT)/growth.json:  # 23 min
 	@$(KEEP) growth --out $(KEPT)
 $(KEPT)/inference-2-ranks-share-%.json:  # 4 min

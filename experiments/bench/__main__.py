@@ -245,6 +245,19 @@ def inference(
 
 
 @main.command
+def routing(*trainings: str, work: Path = Path("runs/routing"), out: Path = OUT) -> None:
+    """How uneven the routing of real trainings is in each step, at their start and end.
+
+    Args:
+        trainings: names (default: the quickstart with each balance rule, and small twins of Table 3)
+        work: folder of their runs; one that is there is not trained again
+    """
+    from scmoe.experiments.bench.uneven import bench_routing
+
+    print(json.dumps(bench_routing(trainings, work, out)["rows"]))
+
+
+@main.command
 def exchange(
     *,
     nodes: int = 2,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench import growth, inference, offload, speed_chart, training, uneven
+from scmoe.experiments.bench import growth, inference, offload, routing_study, speed_chart, training, uneven
 from scmoe.experiments.engine.report import Report
 from scmoe.experiments.figures.concepts import CONCEPTS
 from scmoe.experiments.figures.measured import (
@@ -47,6 +47,7 @@ DRAW: dict[str, Callable[[Any, Path], None]] = {  # by the first words of a repo
     "inference-": inference.draw,
     "train-": training.draw,
     "growth": growth.draw,
+    "routing": routing_study.draw,
     "figure-13": offload.draw,
     "figure-9": draw_measured,
     "figure-10": draw_measured,
@@ -299,6 +300,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[Report]]] = {  # by the first 
     "inference-": inference_tables,
     "train-": lambda report: [training.table_of(report)],
     "growth": growth_tables,
+    "routing": routing_study.tables,
     "figure-13": offload_tables,
     "figure-8": scenario_tables,
     "dryrun": preset_tables,

@@ -190,6 +190,9 @@ class AnalysisConfig:
     expert_load: bool = option(True, "keep each expert's load of logged steps in a table; draw it as a heat map")
     gating_every: int | None = option(None, "optimizer steps between measurements of Fig. 9", COUNT)
     similarity_every: int | None = option(None, "optimizer steps between measurements of Fig. 10", COUNT)
+    record_routing: int | None = option(
+        None, "optimizer steps between recorded ones, whose expert ids are kept in analysis/routing/", COUNT
+    )
 
 
 @dataclass(frozen=True)

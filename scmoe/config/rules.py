@@ -61,6 +61,7 @@ ONLY_FOR_IMAGES = (
     *("model.patch_size", "model.window", "model.drop_path"),
     *("data.image_size", "data.num_classes", "data.augment", "data.mixup", "data.cutmix", "data.label_smoothing"),
 )
+OF_GATES = ("offload.way", "analysis.gating_every", "analysis.record_routing")
 Refusals = Iterator[tuple[str, str]]  # a key, and what is allowed for it
 
 
@@ -144,9 +145,9 @@ def _unused(config: Config) -> Refusals:
     unread = (
         # condition, why, fields
         (dense, f"{wiring} has no experts", "moe.dropless_ceiling", "moe.rows", "schedule.slot", "schedule.auto"),
-        (dense, f"{wiring} has no experts", "offload.way", "analysis.gating_every"),
+        (dense, f"{wiring} has no experts", *OF_GATES),
         (extension, f"{wiring} is an extension's, which the planner cannot price", "schedule.auto"),
-        (extension, f"{wiring} is an extension's, whose gates are not known", "offload.way", "analysis.gating_every"),
+        (extension, f"{wiring} is an extension's, whose gates are not known", *OF_GATES),
         (extension, f"{wiring} is an extension's, whose taps are not known", "analysis.similarity_every"),
         (no_tap, f"{wiring} has no tap", "moe.first_position", "moe.tap_norm"),
         (not extension and moe.architecture != "scmoe", f"{wiring} reads no tap there", "moe.coefficient_input"),

@@ -51,6 +51,13 @@ def router_z_loss(stats: list[RouterStats], sums_LE2: Tensor, world_size: int = 
     return (z_sums_L * world_size / sums_LE2[:, -2].clamp(min=1)).mean()
 
 
+def load_max(counts_LE: Tensor, parts: int) -> Tensor:
+    """[L] float64: the copies of the busiest part over the fair share, 0 in a layer without any. parts: the number of
+    experts, or that of expert-parallel ranks, which hold neighbouring experts."""
+    loads_LP = counts_LE.double().unflatten(-1, (parts, -1)).sum(-1)
+    return loads_LP.amax(-1) * parts / loads_LP.sum(-1).clamp(min=1)
+
+
 def load_metrics(sums_LE2: Tensor) -> dict[str, Tensor]:
     """Metrics of how even the load is, from sums added up over ranks, and over steps where the caller does so.
 
@@ -67,8 +74,28 @@ def load_metrics(sums_LE2: Tensor) -> dict[str, Tensor]:
         -torch.xlogy(p_LE, p_LE).sum(1) / math.log(num_experts) if num_experts > 1 else torch.ones_like(p_LE[:, 0])
     )
     return {
-        "load_max": (p_LE.amax(1) * num_experts).max(),
+        "load_max": load_max(counts_LE, num_experts).max(),
         "load_entropy": entropy_L.mean(),
         "dead_experts": (counts_LE == 0).sum(),
         "drop_share": dropped_L.sum() / copies_L.sum(),
     }
+
+
+SINGLE_STEPS = ("step_load_max", "step_load_worst", "rank_load_max", "rank_load_worst", "step_drop", "step_drop_worst")
+
+
+def step_load(sums_LE2: Tensor, num_ranks: int) -> Tensor:
+    """[L, 3] float64: the load of one optimizer step, from its sums over ranks and batches: of the busiest expert and
+    of the busiest of num_ranks expert-parallel ranks, each over the fair share, and the share of copies dropped.
+
+    Sums over several steps hide what one step has: another expert is busy in each. With several groups of
+    expert-parallel ranks, the ranks of one place in them count as one."""
+    counts_LE, dropped_L = sums_LE2[:, :-2], sums_LE2[:, -1]
+    drop_L = dropped_L.double() / counts_LE.sum(1).clamp(min=1)
+    return torch.stack([load_max(counts_LE, counts_LE.shape[1]), load_max(counts_LE, num_ranks), drop_L], dim=1)
+
+
+def over_steps(loads: list[Tensor]) -> Tensor:
+    """[L, 6], as SINGLE_STEPS names them: the median and the worst of some steps, of each column of `step_load`."""
+    loads_SL3 = torch.stack(loads)
+    return torch.stack([loads_SL3.quantile(0.5, dim=0), loads_SL3.amax(0)], dim=-1).flatten(1)

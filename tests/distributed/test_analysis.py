@@ -1,4 +1,4 @@
-"""Two expert-parallel ranks measure the same values for Fig. 9 and 10 as one process.
+"""Two expert-parallel ranks measure the same values for Fig. 9 and 10 as one process, and record the same routing.
 
 The bound is 1e-9 in float64 after two steps of training: ranks do the same sums in another order, and distances are up
 to about 10.
@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from scmoe.config.load import load
 from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.probes.routing import read_routing
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer
@@ -25,7 +27,7 @@ TINY = (
     *("trainer.accelerator=cpu", "trainer.precision=64-true", "trainer.max_steps=3", "trainer.accumulate=2"),
     *("trainer.progress=false", "trainer.threads=1", "trainer.checkpoint_every=100", "trainer.val_every=100"),
     "optim.warmup_steps=1",
-    *("analysis.gating_every=2", "analysis.similarity_every=2"),
+    *("analysis.gating_every=2", "analysis.similarity_every=2", "analysis.record_routing=2", "moe.noisy=false"),
 )
 TEXT = "data.name=synthetic data.vocab_size=64 data.seq_len=8 model.layers=4"
 PICTURES = (
@@ -73,3 +75,16 @@ def test_two_ranks_measure_the_same_as_one(case, quantity, folder):
     assert np.nanmax(np.abs(last - first)) > 1e-6, "the weights have changed, so the ranks' gradients count, too"
     if quantity == "gating":
         assert np.isfinite(two["values"]).all() and (last[:, 1] > 0).all(), "a distance of 0 would show nothing"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_record_the_routing_of_one_in_their_order(case, folder):
+    """The ranks take the samples of a batch in turn, so the first rank has every other one."""
+    one, two = (read_routing(folder / str(n) / case / "analysis" / "routing") for n in (1, 2))
+    assert one.steps == two.steps == [0, 2] and (one.num_ranks, two.num_ranks) == (1, 2)
+    for ids_STK, of_ranks_STK in zip(one.ids, two.ids, strict=True):
+        num_samples = 4  # of the first of two batches
+        of_samples = ids_STK.unflatten(1, (num_samples, -1))
+        in_turn = torch.cat([of_samples[:, rank::2] for rank in range(2)], dim=1).flatten(1, 2)
+        assert torch.equal(in_turn, of_ranks_STK)
+        assert not torch.equal(ids_STK, of_ranks_STK)

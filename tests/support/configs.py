@@ -30,6 +30,8 @@ IMPOSSIBLE = [
     ("analysis.gating_every", "moe.architecture=dense analysis.gating_every=5"),
     ("analysis.gating_every", "moe.architecture=top_k moe.num_experts=1 moe.top_k=1 analysis.gating_every=5"),
     ("analysis.gating_every", "analysis.gating_every=0"),
+    ("analysis.record_routing", "moe.architecture=dense analysis.record_routing=5"),
+    ("analysis.record_routing", "analysis.record_routing=0"),
     ("strategy.wire_dtype", "strategy.wire_dtype=bfloat16"),
     ("analysis.similarity_every", "trainer.compile=true analysis.similarity_every=5"),
     ("schedule.slot", "schedule.slot=4"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from scmoe.config.load import load
+from scmoe.probes.routing import read_routing
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer
@@ -22,7 +23,7 @@ TINY = (
     *("trainer.accelerator=cpu", "trainer.progress=false", "trainer.threads=1", "trainer.log_every=100"),
     *("trainer.val_every=100", "trainer.checkpoint_every=4", "logger.mode=disabled", "trainer.accumulate=2"),
 )
-ON = ("analysis.gating_every=2", "analysis.similarity_every=3")
+ON = ("analysis.gating_every=2", "analysis.similarity_every=3", "analysis.record_routing=2")
 
 
 def fit(run_dir, *words, resume=False):
@@ -66,7 +67,9 @@ def test_an_analysis_that_is_off_adds_no_callback_and_no_hook(finished):
     guard = off[0]  # the guard's hooks are always there
     assert set(off[:-1]) == {guard}
     gating, similarity = 3 * 2, 2 * (1 + 3 + 1)
-    first_batches = {0: gating + similarity, 4: gating, 6: similarity, 8: gating}  # a step has two batches
+    routing = 2
+    first_batches = {0: gating + similarity + routing, 6: similarity}  # a step has two batches
+    first_batches |= dict.fromkeys((4, 8), gating + routing)
     assert [count - guard for count in on[:-1]] == [first_batches.get(batch, 0) for batch in range(12)]
     assert on[-1] == off[-1]
 
@@ -74,9 +77,11 @@ def test_an_analysis_that_is_off_adds_no_callback_and_no_hook(finished):
 def test_measurements_are_stored_logged_and_drawn(finished):
     run_dir, _, _ = finished
     folder = run_dir / "analysis"
-    assert {path.name for path in folder.iterdir()} == {
-        f"{n}.{s}" for n in ("gating", "similarity") for s in ("npz", "png")
-    }
+    pictured = {f"{n}.{s}" for n in ("gating", "similarity") for s in ("npz", "png")}
+    assert {path.name for path in folder.iterdir()} == pictured | {"routing"}
+    recorded = read_routing(folder / "routing")
+    assert recorded.steps == [0, 2, 4]
+    assert [tuple(ids_STK.shape) for ids_STK in recorded.ids] == [(3, 2 * 8, 2)] * 2, "the first batch: 2 of 4 texts"
     with np.load(folder / "gating.npz", allow_pickle=False) as stored:
         assert stored["steps"].tolist() == [0, 2, 4]
         assert stored["labels"].tolist() == ["MoE layer 0", "MoE layer 1"]
@@ -95,7 +100,12 @@ def test_a_resumed_run_keeps_earlier_measurements(finished):
     run_dir, _, _ = finished
     with np.load(run_dir / "analysis" / "gating.npz", allow_pickle=False) as stored:
         before = stored["values"]
+    recorded = read_routing(run_dir / "analysis" / "routing")
+    (run_dir / "analysis" / "routing" / "step-00000004.safetensors").write_bytes(b"of a step that is run again")
     fit(run_dir, *ON, "trainer.max_steps=7", resume=True)
     with np.load(run_dir / "analysis" / "gating.npz", allow_pickle=False) as stored:
         assert stored["steps"].tolist() == [0, 2, 4, 6]
         assert np.array_equal(stored["values"][:2], before[:2])
+    resumed = read_routing(run_dir / "analysis" / "routing")
+    assert resumed.steps == [0, 2, 4, 6]
+    assert all(torch.equal(a[:3], b) for a, b in zip(resumed.ids, recorded.ids, strict=True))

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scmoe.moe.balance import integer_sums, load_balance_loss, load_metrics, router_stats, router_z_loss
+from scmoe.moe.balance import (
+    integer_sums,
+    load_balance_loss,
+    load_max,
+    load_metrics,
+    over_steps,
+    router_stats,
+    router_z_loss,
+    step_load,
+)
 from scmoe.moe.layout import arrange_filled, arrange_slots
 from scmoe.moe.tokens import RouterStats, Routing
 from tests import reference
@@ -128,3 +137,24 @@ def test_metrics():
     assert metrics["drop_share"] == 4 / 16
     assert metrics["load_entropy"] == pytest.approx((0.8112781244591328 / 2 + 1) / 2)  # (3/4, 1/4): bits over 2
     assert load_metrics(torch.tensor([[8, 8, 0]]))["load_entropy"] == 1, "one expert is an even load"
+
+
+def test_sums_over_steps_hide_what_single_steps_have():
+    """One layer has another busy expert in each of four steps, the other has one step that is worse than the others."""
+    turning = torch.tensor([[13, 1, 1, 1, 16, 4], [1, 13, 1, 1, 16, 4], [1, 1, 13, 1, 16, 4], [1, 1, 1, 13, 16, 4]])
+    once = torch.tensor([[4, 4, 4, 4, 16, 0], [4, 4, 4, 4, 16, 0], [4, 4, 4, 4, 16, 0], [0, 0, 1, 15, 16, 8]])
+    steps_SL6 = torch.stack([turning, once], dim=1)
+    found = over_steps([step_load(sums_L6, 2) for sums_L6 in steps_SL6])
+    assert found.tolist() == [
+        [13 / 4, 13 / 4, 14 / 8, 14 / 8, 4 / 16, 4 / 16],  # median and worst of experts, of ranks, of drops
+        [1, 15 / 4, 1, 16 / 8, 0, 8 / 16],
+    ]
+    assert load_metrics(steps_SL6[:, :1].sum(0))["load_max"] == 1, "the sums say: even"
+    assert found.dtype == torch.float64
+
+
+def test_the_busiest_rank_has_neighbouring_experts():
+    counts_LE = torch.tensor([[3, 1, 0, 0], [0, 2, 2, 0], [0, 0, 0, 0]])
+    assert load_max(counts_LE, 4).tolist() == [3, 2, 0], "a layer without copies has no busiest expert"
+    assert load_max(counts_LE, 2).tolist() == [2, 1, 0]
+    assert load_max(counts_LE, 1).tolist() == [1, 1, 0]

@@ -14,21 +14,27 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
+from scmoe.moe.balance import SINGLE_STEPS, over_steps, step_load
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.analysis import PATIENCE, CollapseAlarm, ExpertLoad, draw_load
+from scmoe.training.callbacks.analysis import PATIENCE, CollapseAlarm, ExpertLoad, draw_load, worst_layers
 from scmoe.training.callbacks.bookkeeping import DataPosition
 from scmoe.training.files import try_to_append
 from tests.support.models import tiny
+from tests.support.pictures import assert_readable
 
 
-def trainer(step: int) -> Any:
-    return SimpleNamespace(accumulate_grad_batches=1, log_every_n_steps=2, global_step=step)
+def trainer(step: int, accumulate: int = 1) -> Any:
+    return SimpleNamespace(accumulate_grad_batches=accumulate, log_every_n_steps=2, global_step=step)
 
 
-MODULE = SimpleNamespace(log_dict=lambda row: None, modules=lambda: [])
+LOGGED: list[dict[str, torch.Tensor]] = []
+MODULE = SimpleNamespace(
+    log_dict=LOGGED.append, modules=lambda: [], parallel_context=SimpleNamespace(ep_size=3)
+)  # a rank for each expert
 
 
 def sums(step: int) -> torch.Tensor:
@@ -47,17 +53,48 @@ def rows(folder: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-HEADER = ["step", "layer", "expert_0", "expert_1", "expert_2", "dropped"]
+HEADER = ["step", "layer", "expert_0", "expert_1", "expert_2", "dropped", *SINGLE_STEPS]
 
 
 def expected(step: int) -> list[list[str]]:
-    both = (sums(step - 1) + sums(step)).tolist()
-    return [[str(x) for x in (step, layer, *row[:3], row[4])] for layer, row in enumerate(both)]
+    pair = sums(step - 1), sums(step)
+    single = over_steps([step_load(each, 3) for each in pair]).tolist()
+    both = [[step, layer, *row[:3], row[4]] for layer, row in enumerate(sum(pair).tolist())]
+    return [[*map(str, row), *(f"{x:.4g}" for x in more)] for row, more in zip(both, single, strict=True)]
 
 
 def test_rows_are_the_sums_since_the_last_log(tmp_path):
     train(ExpertLoad(tmp_path), 0, 5)
     assert rows(tmp_path) == [HEADER, *expected(1), *expected(3)]
+
+
+def test_the_load_of_a_step_is_that_of_all_its_batches():
+    """Two batches of a step are uneven the other way round, so the step is even; the second step is not."""
+    LOGGED.clear()
+    callback, (left, right) = ExpertLoad(), torch.tensor([[[6, 3, 0, 9, 0]], [[0, 3, 6, 9, 9]]])
+    for batch, sums_LE2 in enumerate((left, right, left, left)):
+        callback.on_train_batch_end(trainer(batch // 2, 2), MODULE, {"load_sums_LE2": sums_LE2}, None, batch)
+    (row,) = LOGGED
+    assert [row[f"moe/{name}"].item() for name in SINGLE_STEPS] == [1.5, 2.0, 1.5, 2.0, 0.25, 0.5]
+    assert row["moe/load_max"] == 1.5 and row["moe/drop_share"] == 0.25
+
+
+def test_a_table_of_an_earlier_version_goes_on(tmp_path):
+    """It has no loads of single steps: they stay empty, and the picture shows the steps that have them."""
+    old = tmp_path / "expert_load.csv"
+    old.write_text("step,layer,expert_0,expert_1,expert_2,dropped\n1,0,1,2,3,0\n1,1,3,2,1,4\n")
+    train(ExpertLoad(tmp_path), 2, 6)
+    empty = [""] * len(SINGLE_STEPS)
+    before = [["1", "0", "1", "2", "3", "0", *empty], ["1", "1", "3", "2", "1", "4", *empty]]
+    assert rows(tmp_path) == [HEADER, *before, *expected(3), *expected(5)]
+    assert [*worst_layers(old)] == [3, 5]
+
+
+def test_the_worst_layer_of_each_logged_step_is_found_in_the_table(tmp_path):
+    train(ExpertLoad(tmp_path), 0, 2)
+    found = [[float(x) for x in row[6:10]] for row in expected(1)]
+    of_sums = [3 * 6 / 11, 3 * 9 / 11]  # copies 1, 4, 6 and 0, 9, 2
+    assert worst_layers(tmp_path / "expert_load.csv") == {1: [max(of_sums), *map(max, *found)]}
 
 
 def test_a_resumed_run_keeps_whole_rows_before_its_step(tmp_path):
@@ -81,11 +118,15 @@ def test_a_text_that_cannot_be_appended_leaves_the_file_as_it_was(tmp_path, caps
     assert "gets no more rows: File too large" in capsys.readouterr().err
 
 
-def test_the_picture_is_drawn_for_few_and_many_experts(tmp_path):
-    for num_experts in (2, 64):
-        path = tmp_path / f"{num_experts}.png"
-        draw_load([list(range(num_experts)), [0] * num_experts], path)
-        assert path.stat().st_size > 1000
+def test_the_picture_is_drawn_for_few_and_many_experts_and_is_readable(tmp_path, monkeypatch):
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, metadata: drawn.append(figure))
+    over_training = {step: [1.2, 1.5, 3.4, 1.1, 1.9] for step in (9, 19, 29)}
+    for num_experts, steps in ((2, {}), (64, over_training), (8, {9: [1.0] * 5, 19: [1.0] * 5})):
+        draw_load([list(range(num_experts)), [0] * num_experts], tmp_path / "load.png", steps)
+        assert_readable(drawn[-1])
+    assert [len(figure.axes) for figure in drawn] == [2, 3, 3], "a heat map, its colours, and the load over training"
+    assert [len(figure.axes[1].lines) for figure in drawn[1:]] == [3, 1], "one rank is never uneven"
 
 
 # ---------------------------------------------------------------------- the alarm for a collapsed router

@@ -63,7 +63,11 @@ def test_a_registry_keeps_what_it_was_given():
 
 
 @pytest.mark.parametrize(
-    "word", ["schedule.auto=true", "offload.way=blocking", "analysis.gating_every=1", "analysis.similarity_every=1"]
+    "word",
+    [
+        *("schedule.auto=true", "offload.way=blocking", "analysis.gating_every=1", "analysis.similarity_every=1"),
+        "analysis.record_routing=1",
+    ],
 )
 def test_what_needs_scmoes_own_blocks_is_refused(word):
     with pytest.raises(ConfigError, match=rf"{word.partition('=')[0]} is .* as moe\.architecture=parallel is an ext"):

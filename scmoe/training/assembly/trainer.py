@@ -24,7 +24,7 @@ from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.dense import ways
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
-from scmoe.training.callbacks.analysis import SIMILARITY, Analysis, ExpertLoad, gating
+from scmoe.training.callbacks.analysis import SIMILARITY, Analysis, ExpertLoad, RecordRouting, gating
 from scmoe.training.callbacks.bookkeeping import DataPosition, KeptConfig, LogLines, SkippedImages
 from scmoe.training.callbacks.measurements import GradientNorms, Memory, ProfileSteps, StepTimes, Throughput
 
@@ -69,6 +69,8 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
         callbacks.append(Analysis(gating(config.moe.position), measured.gating_every, analysis))
     if measured.similarity_every is not None:
         callbacks.append(Analysis(SIMILARITY, measured.similarity_every, analysis))
+    if measured.record_routing is not None:
+        callbacks.append(RecordRouting(measured.record_routing, analysis))
     if trainer.progress:
         callbacks.append(StepProgressBar() if sys.stderr.isatty() else LogLines())
     return callbacks + [CALLBACKS[name](**options) for name, options in config.callbacks.items()]

@@ -1,7 +1,9 @@
 """What a run measures of its routers and sub-layers, and keeps in <run>/analysis/: the experts' load, Fig. 9, Fig. 10.
 
-    expert_load.csv   a row for each logged step and MoE layer: copies of each expert, dropped copies
-    expert_load.png   the last row of each layer as a heat map
+    expert_load.csv   a row for each logged step and MoE layer: copies of each expert, dropped copies, load of single
+                      steps (`SINGLE_STEPS`)
+    expert_load.png   the last row of each layer as a heat map, and the worst layer's load over training
+    routing/          a file for each recorded step (probes/routing.py)
     gating.npz        steps [n], labels [L], values [n, L, 4]                              gating.png
     similarity.npz    steps [n], labels [N], values [n, N, N]                              similarity.png
 
@@ -10,7 +12,7 @@ while the disk is full, their values are kept in memory.
 """
 
 import csv
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -26,11 +29,12 @@ from torch import Tensor
 from scmoe.blocks.double_gate import DoubleGateBlock
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.extras import install_command
-from scmoe.moe.balance import load_metrics
-from scmoe.probes.charts import SMALL, chart, title
+from scmoe.moe.balance import SINGLE_STEPS, load_metrics, over_steps, step_load
+from scmoe.probes.charts import BLUE, ORANGE, SMALL, chart, title
 from scmoe.probes.gating import GatingProbe, draw_gating, gating_means, gating_metrics
+from scmoe.probes.routing import Recorded, RoutingProbe, write_routing
 from scmoe.probes.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
-from scmoe.training.callbacks.bookkeeping import logs_now
+from scmoe.training.callbacks.bookkeeping import ends_step, logs_now
 from scmoe.training.files import try_to_append, try_to_draw, try_to_write
 
 CELLS = 16  # of a heat map with numbers in its cells, in a row; with more experts they would not be readable
@@ -38,15 +42,19 @@ PATIENCE = 5  # logged windows in a row
 
 
 class ExpertLoad(Callback):
-    """Logs moe/load_max, moe/load_entropy, moe/dead_experts and moe/drop_share over the batches since the last log.
+    """Logs moe/load_max, moe/load_entropy, moe/dead_experts and moe/drop_share of all steps since the last log, and
+    moe/<name> for `SINGLE_STEPS`: the median and the worst of these steps, in the worst layer.
 
     folder: where the load of each expert is kept and drawn; None: nowhere.
+    Everything stays on the device until a step is logged.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.table = folder and folder / "expert_load.csv"
         self.picture = folder and folder / "expert_load.png"
+        self.of_step: list[Tensor] = []  # the integer sums of each batch
         self.sums_LE2: Tensor | None = None
+        self.steps: list[Tensor] = []  # the load of each step since the last log
         self.last: list[list[int]] = []  # the integer sums of the last log
         self.alarm = CollapseAlarm()
 
@@ -54,42 +62,55 @@ class ExpertLoad(Callback):
         """Keep the rows of a resumed run before the step that it continues from."""
         blocks = enumerate(moe_blocks_of(module))
         self.alarm = CollapseAlarm({layer for layer, block in blocks if isinstance(block, DoubleGateBlock)})
+        self.of_step = []
         if self.table is not None and self.table.exists():
             with self.table.open(newline="") as file:
                 rows = list(csv.reader(file))
             whole = [row for row in rows if len(row) == len(rows[0])]  # a killed run may have left half a row
             kept = [*rows[:1], *(row for row in whole[1:] if int(row[0]) < trainer.global_step)]
+            if kept and SINGLE_STEPS[0] not in kept[0]:  # a table of an earlier version
+                kept = [[*kept[0], *SINGLE_STEPS], *([*row, *[""] * len(SINGLE_STEPS)] for row in kept[1:])]
             try_to_write(self.table, lambda path: path.write_text(as_csv(kept)))
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        sums_LE2 = outputs["load_sums_LE2"]
-        if sums_LE2 is None:
+        if outputs["load_sums_LE2"] is None:
             return
+        self.of_step.append(outputs["load_sums_LE2"])
+        if not ends_step(trainer, batch_idx):
+            return
+        sums_LE2, self.of_step = torch.stack(self.of_step).sum(0), []
+        self.steps.append(step_load(sums_LE2, module.parallel_context.ep_size))
         self.sums_LE2 = sums_LE2 if self.sums_LE2 is None else self.sums_LE2 + sums_LE2
         if logs_now(trainer, batch_idx):
-            load = load_metrics(self.sums_LE2)
+            load, single_L6 = load_metrics(self.sums_LE2), over_steps(self.steps)
+            load |= dict(zip(SINGLE_STEPS, single_L6.amax(0), strict=True))
             module.log_dict({f"moe/{name}": value.float() for name, value in load.items()})
             for line in self.alarm(self.sums_LE2):
                 rank_zero_warn(line)
             if self.table is not None:
                 self.last = self.sums_LE2.tolist()
-                self.keep(self.table, trainer.global_step - 1)
-            self.sums_LE2 = None
+                self.keep(self.table, trainer.global_step - 1, single_L6.tolist())
+            self.sums_LE2, self.steps = None, []
 
-    def keep(self, table: Path, step: int) -> None:
+    def keep(self, table: Path, step: int, single_L6: list[list[float]]) -> None:
         """Append the last sums to the table. step: as in metrics.csv."""
         experts = [f"expert_{i}" for i in range(len(self.last[0]) - 2)]
-        header = [] if table.exists() else [["step", "layer", *experts, "dropped"]]
-        rows = [[step, layer, *counts_E, dropped] for layer, (*counts_E, _, dropped) in enumerate(self.last)]
+        header = [] if table.exists() else [["step", "layer", *experts, "dropped", *SINGLE_STEPS]]
+        layers = enumerate(zip(self.last, single_L6, strict=True))
+        rows = [
+            [step, layer, *counts_E, dropped, *(f"{value:.4g}" for value in single)]
+            for layer, ((*counts_E, _, dropped), single) in layers
+        ]
         try_to_append(table, as_csv([*header, *rows]))
 
     def on_train_end(self, trainer: Trainer, module: Any) -> None:
-        if self.picture is None or not self.last:
+        if self.picture is None or self.table is None or not self.last:
             return
         if find_spec("matplotlib") is None:
             rank_zero_warn(f"no heat map of the experts' load is drawn; it needs {install_command('matplotlib')}")
         else:
-            try_to_draw(self.picture, lambda path: draw_load([counts_E for *counts_E, _, _ in self.last], path))
+            table, counts_LE = self.table, [counts_E for *counts_E, _, _ in self.last]
+            try_to_draw(self.picture, lambda path: draw_load(counts_LE, path, worst_layers(table)))
 
 
 def as_csv(rows: list[list[Any]]) -> str:
@@ -98,12 +119,31 @@ def as_csv(rows: list[list[Any]]) -> str:
     return text.getvalue()
 
 
-def draw_load(counts_LE: list[list[int]], path: Path) -> None:
-    """Draw the copies of each expert over the fair share of its layer, for every MoE layer."""
+def worst_layers(table: Path) -> dict[int, list[float]]:
+    """Return for each logged step in an ExpertLoad's table the worst layer's load: of the sums over steps, then
+    the first four of SINGLE_STEPS. Rows of an earlier version, without these, are left out."""
+    found: dict[int, list[float]] = {}
+    with table.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row[SINGLE_STEPS[0]]:
+                counts_E = [int(row[f"expert_{i}"]) for i in range(sum(name.startswith("expert_") for name in row))]
+                values = [max(counts_E) * len(counts_E) / max(sum(counts_E), 1)]
+                values += [float(row[name]) for name in SINGLE_STEPS[:4]]
+                before = found.get(step := int(row["step"]), values)
+                found[step] = [max(pair) for pair in zip(before, values, strict=True)]
+    return found
+
+
+def draw_load(counts_LE: list[list[int]], path: Path, over_training: Mapping[int, Sequence[float]]) -> None:
+    """Draw the copies of each expert over the fair share of its layer, for every MoE layer; below it the worst layer's
+    load over training, as `worst_layers` returns it."""
     num_layers, num_experts = len(counts_LE), len(counts_LE[0])
     share_LE = [[count * num_experts / max(sum(counts_E), 1) for count in counts_E] for counts_E in counts_LE]
-    with chart(path, min(1.6 + 0.35 * num_layers, 8.0)) as figure:
-        axis = figure.add_subplot()
+    heights = [min(1.6 + 0.35 * num_layers, 8.0)]  # inches
+    if len(over_training) > 1:
+        heights.append(2.4)
+    with chart(path, sum(heights) + 0.6 * (len(heights) - 1)) as figure:
+        axis, *below = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
         image = axis.imshow(share_LE, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
         if num_experts <= CELLS:
             for layer, row in enumerate(share_LE):
@@ -114,6 +154,22 @@ def draw_load(counts_LE: list[list[int]], path: Path) -> None:
         axis.set_yticks(range(0, num_layers, -(-num_layers // CELLS)))
         title(axis, "Load: copies over the fair share, last logged steps")
         figure.colorbar(image, ax=axis, extend="max")
+        for axis in below:
+            draw_load_over_training(axis, over_training)
+
+
+def draw_load_over_training(axis: Any, worst: Mapping[int, Sequence[float]]) -> None:
+    steps, columns = list(worst), list(zip(*worst.values(), strict=True))
+    of_sums, *single = columns
+    for (median, most), color, who in zip((single[:2], single[2:]), (BLUE, ORANGE), ("expert", "rank"), strict=True):
+        if max(most) > 1:  # one expert-parallel rank has everything
+            axis.fill_between(steps, median, most, color=color, alpha=0.25, linewidth=0)
+            axis.plot(steps, median, color=color, linewidth=1.5, label=f"busiest {who} of a step, median to worst")
+    axis.plot(steps, of_sums, color=BLUE, linestyle=":", linewidth=1.5, label="busiest expert of all steps together")
+    axis.set(xlabel="optimizer step", ylim=(1, None))
+    axis.grid(axis="y")
+    axis.figure.legend(*axis.get_legend_handles_labels(), loc="outside lower left")
+    title(axis, "Load over the fair share since the last log, worst layer")
 
 
 class CollapseAlarm:
@@ -228,3 +284,47 @@ class Analysis(Callback):
     def _all(self) -> tuple[list[int], list[str], np.ndarray]:
         """Return steps, labels and values of all measurements."""
         return list(self.records), self.labels, np.stack(list(self.records.values()))
+
+
+class RecordRouting(Callback):
+    """Keeps the experts that the tokens of all ranks go to, in a file for each recorded step (probes/routing.py).
+
+    every: optimizer steps between two recorded ones; the first one is step 0. Of a step that accumulates several
+    batches, the first is recorded. folder: where rank 0 writes; None on other ranks.
+    """
+
+    def __init__(self, every: int, folder: Path | None) -> None:
+        self.every, self.folder = every, folder and folder / "routing"
+        self.probe: RoutingProbe | None = None
+
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
+        """Keep what a resumed run recorded before the step that it continues from."""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob("step-*.safetensors"):
+                if int(path.stem.removeprefix("step-")) >= trainer.global_step:
+                    path.unlink()
+
+    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step % self.every == 0 and batch_idx % trainer.accumulate_grad_batches == 0:
+            self.step, self.probe = trainer.global_step, RoutingProbe(module.model)
+
+    def on_before_backward(self, *_: Any) -> None:
+        if self.probe is not None:
+            self.probe.remove()  # a module that is recomputed in backward routes again
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.probe is None:
+            return
+        probe, self.probe = self.probe, None
+        own = probe.result(len(outputs["load_sums_LE2"]))
+        of_ranks = module.parallel_context.gather_on_rank_zero(own)
+        if of_ranks is not None and self.folder is not None:
+            ids = [torch.cat(layer)[None] for layer in zip(*of_ranks, strict=True)]
+            recorded = Recorded([self.step], ids, probe.num_experts, len(of_ranks))
+            path = self.folder / f"step-{self.step:08}.safetensors"
+            try_to_write(path, lambda partial: write_routing(recorded, partial))
+
+    def on_exception(self, *_: Any) -> None:
+        if self.probe is not None:
+            self.probe.remove()

@@ -13,6 +13,11 @@ from scmoe.config.load import to_yaml
 from scmoe.training.files import redacted
 
 
+def ends_step(trainer: Trainer, batch_idx: int) -> bool:
+    """Return True at the last batch of an optimizer step."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
 def logs_now(trainer: Trainer, batch_idx: int) -> bool:
     """Return True at the last batch of every log_every_n_steps-th optimizer step."""
     steps, rest = divmod(batch_idx + 1, trainer.accumulate_grad_batches)

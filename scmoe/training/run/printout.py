@@ -98,6 +98,9 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
     if summary["load_max_ratio"] is not None:
         rows["expert load"] = f"busiest expert {summary['load_max_ratio']:.2f} x the mean, in the worst layer"
         rows["dropped"] = f"{summary['drop_share']:.2%} of routed tokens"
+    if summary["step_load_max"] is not None:
+        expert, rank = summary["step_load_max"], summary["rank_load_max"]
+        rows["load of a step"] = f"busiest expert {expert:.2f} x the mean, busiest rank {rank:.2f}, in the last steps"
     if summary["skipped"]:
         rows["skipped"] = f"{summary['skipped']:,} times a file that cannot be read (data.on_error=skip)"
     rows["run directory"] = str(summary["run_dir"])
@@ -162,6 +165,7 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
         "world_size": trainer.world_size,
         "drop_share": metrics.get("val/drop_share"),
         "load_max_ratio": metrics.get("val/load_max"),
+        **{name: metrics.get(f"moe/{name}") for name in ("step_load_max", "rank_load_max")},
         "skipped": len(data.skipped) + sum(c.total(module) for c in callbacks if isinstance(c, SkippedImages)),
         **of_images,
     }
