@@ -23,6 +23,7 @@ from scmoe.datamodules.positioned import IGNORE
 from scmoe.lightning.guarded_update import guard_updates
 from scmoe.lightning.seam import count_steps_from
 from scmoe.moe.balance import integer_sums, load_balance_loss, load_metrics, router_z_loss
+from scmoe.moe.stream import move_biases
 from scmoe.moe.tokens import RouterStats
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 from scmoe.parallel.torch_seam import allow_graphs
@@ -64,6 +65,7 @@ class MoEModule(LightningModule):
         self.recent: dict[str, deque[Tensor]] = {}  # values of the last batches of a step
         self.val_load_sums: Tensor | None = None
         self.overflow: Tensor | None = None
+        self.step_sums_LE2: Tensor | None = None  # load sums of the batches of a step, if there is a selection bias
         self.validated_step: int | None = None
 
     @classmethod
@@ -106,6 +108,7 @@ class MoEModule(LightningModule):
             balance = load_balance_loss(stats, load_sums_LE2, world_size)
             z = router_z_loss(stats, load_sums_LE2, world_size)
             loss = task_loss + self.load_balance_coef * balance + self.z_loss_coef * z
+            self.note_load(load_sums_LE2)
             if self.refuse_overflow:
                 dropped = load_sums_LE2[:, -1].sum()
                 self.overflow = dropped if self.overflow is None else self.overflow + dropped
@@ -129,6 +132,20 @@ class MoEModule(LightningModule):
         local_LE2 = integer_sums(stats)
         flat = self.parallel_context.sum_over_ranks(torch.cat([local_LE2.flatten(), num_targets[None]]))
         return flat[:-1].view_as(local_LE2), flat[-1]
+
+    def note_load(self, load_sums_LE2: Tensor) -> None:
+        """Add a batch's sums to those of its step, from which the selection biases are moved."""
+        if self.step_sums_LE2 is not None:
+            load_sums_LE2 = load_sums_LE2 + self.step_sums_LE2
+        self.step_sums_LE2 = load_sums_LE2
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Update, then move the selection biases by the load of all batches of the step. Where the guard refuses an
+        update, neither happens."""
+        super().optimizer_step(*args, **kwargs)
+        sums_LE2, self.step_sums_LE2 = self.step_sums_LE2, None
+        if sums_LE2 is not None:
+            move_biases(self.model, sums_LE2)
 
     def on_validation_epoch_start(self) -> None:
         """Let sums be exact in a module that bf16-true has moved to bfloat16, sums included."""
@@ -191,6 +208,7 @@ class MoEModule(LightningModule):
         """A plain Trainer clips and checks the same way as ExpertParallelStrategy, which has set this already."""
         guard_updates(self.trainer.precision_plugin, self, self.parallel_context)
         self.accumulated, self.recent = self.trainer.accumulate_grad_batches, {}
+        self.step_sums_LE2 = None  # a stop between a step's batches has left some; the step begins again
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         self.clip_gradients(optimizer, self.gradient_clip)

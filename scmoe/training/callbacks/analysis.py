@@ -38,7 +38,7 @@ PATIENCE = 5  # logged windows in a row
 
 
 class ExpertLoad(Callback):
-    """Logs moe/load_max, moe/load_entropy, moe/dead_experts and moe/drop_share over the batches since the last log.
+    """Logs moe/load_max, load_entropy, dead_experts, drop_share and real_experts over the batches since the last log.
 
     folder: where the load of each expert is kept and drawn; None: nowhere.
     """
