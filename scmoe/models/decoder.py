@@ -11,7 +11,7 @@ from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.sublayers import MLP, Attention
 from scmoe.models.units import residual_stream
 from scmoe.moe.experts import Experts, named_generator
-from scmoe.moe.scoring import SelectionBias
+from scmoe.moe.scores import SelectionBias
 from scmoe.moe.tokens import RouterStats
 
 

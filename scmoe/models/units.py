@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from scmoe.moe.router import Router
-from scmoe.moe.scoring import SelectionBias
+from scmoe.moe.scores import SelectionBias
 
 
 def units(module: nn.Module) -> list[list[nn.Module]]:

@@ -1,6 +1,6 @@
 """The gate (Eq. 2-5): which experts a token goes to, and with which weight.
 
-The paper's gate is a softmax; other scores, a scale and a selection bias are values of `Scoring` (scoring.py).
+The paper's gate is a softmax; other scores, a scale and a selection bias are values of `Scoring` (scores.py).
 H(x) = x W_gate + eps,  eps = N(0, 1) softplus(x W_noise) in training;  G(x) = softmax over the kept top k of H(x).
 For k = 1 a softmax over the kept logits is identically 1 and would give the gate no gradient; see
 docs/decisions/0001-gate.md for the reading used here. Losses on the routing are in balance.py.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scmoe.moe.scoring import THE_PAPERS, Scoring, SelectionBias
+from scmoe.moe.scores import THE_PAPERS, Scoring, SelectionBias
 from scmoe.moe.tokens import Routing
 
 LEAST = 1e-20  # of the sum of a token's kept scores: a selection bias may choose experts whose scores are 0

@@ -30,7 +30,7 @@ from scmoe.moe.coefficient import CG1, DirectAdd
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
-from scmoe.moe.scoring import Scoring, by_sign, in_proportion
+from scmoe.moe.scores import Scoring, by_sign, in_proportion
 from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import Routing
 from scmoe.schedule.schedule import Schedule

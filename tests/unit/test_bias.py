@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from scmoe.config.leaves import ConfigError
 from scmoe.config.registry import ROUTERS
 from scmoe.moe.router import Router
-from scmoe.moe.scoring import Scoring, SelectionBias, by_sign, in_proportion
+from scmoe.moe.scores import Scoring, SelectionBias, by_sign, in_proportion
 from scmoe.moe.stream import move_biases
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model, build_module
@@ -89,7 +89,7 @@ def test_a_bias_moves_once_a_step_by_all_batches_of_it_and_not_by_validations(wo
             for layer, (*counts, tokens, _) in enumerate(sums.tolist()):
                 moved = reference.moved_bias(expected[layer].tolist(), counts, 2 * tokens, router, 0.1)
                 expected[layer] = torch.tensor(moved)
-            assert expected.abs().max() > 1e-3
+            assert batch > 2 or expected.abs().max() > 1e-3
         assert_close(biases, expected, 1e-7)  # float32
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from scmoe.config.load import load
 from scmoe.moe.router import Router
-from scmoe.moe.scoring import Scoring, by_sign
+from scmoe.moe.scores import Scoring, by_sign
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.probes.gating import GatingProbe, gating_means, gating_metrics, gating_sums
 from scmoe.training.assembly.model import build_model

@@ -107,10 +107,9 @@ def test_router_equals_oracle(router, capacity):
     """randomise gives the selection biases values that change choices, for experts and zero experts."""
     config = config_of(ROUTERS[router], f"moe.capacity_factor={capacity}")
     answer = check_against_oracle(config)
-    chosen = sum(map(sum, answer.copies))
-    assert (chosen == 24 * config.moe.top_k * (len(answer.copies))) == (
-        config.moe.zero_experts == 0
-    ) or "dgmoe" in router
+    gates = 2 if "dgmoe" in config.moe.architecture else 1
+    all_copies = 24 * config.moe.top_k * gates * len(answer.copies)
+    assert (sum(map(sum, answer.copies)) < all_copies) == (config.moe.zero_experts > 0)
     assert (sum(answer.dropped) > 0) == (capacity == "1.0")
 
 

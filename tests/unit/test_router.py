@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scmoe.moe.router import Router, round_robin
-from scmoe.moe.scoring import Scoring
+from scmoe.moe.scores import Scoring
 from tests import reference
 from tests.support.models import DIM, EXPERTS, assert_close, randomise
 

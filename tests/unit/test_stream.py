@@ -13,7 +13,7 @@ from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Buffers, Capacity, rows_of
 from scmoe.moe.router import Router
-from scmoe.moe.scoring import Scoring
+from scmoe.moe.scores import Scoring
 from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import MoEOutput
 from tests.support.models import DIM, EXPERTS, FFN, assert_close, gradients, randomise, tiny_stream

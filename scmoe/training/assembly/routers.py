@@ -15,7 +15,7 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import ROUTERS
 from scmoe.moe.router import Router, round_robin
-from scmoe.moe.scoring import Scoring, by_sign, in_proportion
+from scmoe.moe.scores import Scoring, by_sign, in_proportion
 
 register_router = ROUTERS.register
 
