@@ -9,7 +9,7 @@ LongCat-Flash  the shortcut: the MoE reads the first sub-layer's post-attention 
                which is Pos-2 with a shared tap norm and Direct Add; zero experts, a selection bias, raw weights times
                gamma
 
-The tolerance is 1e-5 of the largest entry in float32, 1e-6 for DeepSeek-V3 and LongCat-Flash: the same sums in another
+The tolerance is 1e-5 of the largest entry in float32, 2e-6 for DeepSeek-V3 and LongCat-Flash: the same sums in another
 order, with rounding errors of 6e-8.
 """
 
@@ -40,7 +40,7 @@ pytest.importorskip("transformers", reason="transformers is not installed (extra
 pytestmark = pytest.mark.peers
 
 DIM, FFN, EXPERTS = 16, 24, 6
-TOLERANCE, CLOSE = 1e-5, 1e-6
+TOLERANCE, CLOSE = 1e-5, 2e-6
 SIGMOID = Scoring(torch.sigmoid, sums_to_one=False, scale=2.5, rule=by_sign)
 Take = Callable[[nn.Parameter], Tensor]  # returns the parameter, or its gradient
 
