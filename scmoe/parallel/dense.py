@@ -97,26 +97,26 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
     mixed = precision == "bf16-mixed"
     places = {p: over_edp for over_edp in [split_over(context.mesh["edp"], 1)] for p in experts.values()}
     in_float32 = split_over(context.exact_mesh, 0)
-    whole = whole_parameters(module)
+    unsplit = whole_parameters(module)
     if mixed:
         places |= dict.fromkeys(exact_parameters(module), in_float32)
     elif precision == "bf16-true":  # FSDP gathers parameters of one type together
-        places |= dict.fromkeys(router_parameters(module) - whole, in_float32)
+        places |= dict.fromkeys(router_parameters(module) - unsplit, in_float32)
     narrow = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if mixed else None,
         reduce_dtype=torch.float32 if precision.startswith("bf16") else None,
         cast_forward_inputs=False,
     )
-    blocks, outermost = units(module), [module]
-    for unit in [*blocks, outermost]:
-        backward_begins_here = unit is outermost or unit is blocks[-1]
+    blocks, whole = units(module), [module]
+    for unit in [*blocks, whole]:
+        backward_begins_here = unit is whole or unit is blocks[-1]
         fully_shard(
             unit if len(unit) > 1 else unit[0],
             mesh=context.dense_mesh,
             reshard_after_forward=not backward_begins_here,
             shard_placement_fn=places.get,
             mp_policy=narrow,
-            ignored_params=whole,
+            ignored_params=unsplit,
         )
         for part in (m for m in unit if isinstance(m, FSDPModule)):
             part.set_gradient_divide_factor(1.0)
