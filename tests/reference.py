@@ -42,6 +42,9 @@ class Spec(NamedTuple):
     tap_norm: str = "own"
     every: int = 2
     capacity_factor: float | None = None
+    router: str = "softmax"
+    router_scale: float = 1.0
+    leading_dense: tuple[int, ...] = ()
 
 
 class Routed(NamedTuple):
@@ -49,7 +52,7 @@ class Routed(NamedTuple):
 
     y: Tensor
     chosen: list[list[int]]  # experts of each token, most likely first
-    scores: Tensor  # [T, E]
+    scores: Tensor  # [T, E], which sum to one for each token; E counts zero experts
     logits: Tensor  # [T, E]
     dropped: int
 
@@ -60,7 +63,7 @@ class Answer(NamedTuple):
     load_balance_loss: Tensor | None
     z_loss: Tensor | None
     dropped: list[int]  # of each MoE layer
-    copies: list[list[int]]  # of each MoE layer: routed copies per expert, before any is dropped
+    copies: list[list[int]]  # of each MoE layer: routed copies per expert, before any is dropped, no zero experts
 
 
 # ---------------------------------------------------------------------- parts of a Transformer
@@ -137,19 +140,47 @@ def add_mlp(w: Weights, name: str, x: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- mixture of experts
 
 
-def gate(logits: Tensor, top_k: int, taken: int | None = None) -> tuple[list[int], list[Tensor]]:
+def scores_of(logits: Tensor, router: str) -> Tensor:
+    """Returns the scores of a token's experts: sigmoids for deepseek, else probabilities."""
+    return 1 / (1 + torch.exp(-logits)) if router == "deepseek" else torch.exp(logits - torch.logsumexp(logits, 0))
+
+
+def gate(
+    logits: Tensor,
+    top_k: int,
+    taken: int | None = None,
+    router: str = "softmax",
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+) -> tuple[list[int], list[Tensor]]:
     """Returns a token's experts, most likely first, and weights, from logits [E] (Eq. 2-5). taken: left out (A.2).
 
-    For k >= 2 the weights are a softmax over the kept logits. For k = 1 that would always be 1, so the weight is the
-    probability among all experts.
+    The weights are the scores of the kept experts, for k >= 2 over their sum: for the softmax that is a softmax over
+    the kept logits. LongCat's are the scores. bias: added to the scores for the choice alone.
     """
-    order = sorted(range(len(logits)), key=lambda i: -logits[i].item())
-    order = [i for i in order if i != taken]
-    kept = order[:top_k]
-    if top_k == 1:
-        return kept, [torch.exp(logits[kept[0]] - torch.logsumexp(logits, 0))]
-    total = sum(torch.exp(logits[i] - logits[order[0]]) for i in kept)
-    return kept, [torch.exp(logits[i] - logits[order[0]]) / total for i in kept]
+    scores = scores_of(logits, router)
+    preferred = scores if bias is None else scores + bias
+    order = sorted(range(len(logits)), key=lambda i: -preferred[i].item())
+    kept = [i for i in order if i != taken][:top_k]
+    total = 1 if top_k == 1 or router == "longcat" else sum(scores[i] for i in kept)
+    return kept, [scale * scores[i] / total for i in kept]
+
+
+def moved_bias(bias: list[float], copies: list[int], all_copies: int, router: str, rate: float) -> list[float]:
+    """Returns a selection bias after an update. bias: of experts, then of zero experts, whose bias stays.
+
+    copies: of each expert, in the whole step. all_copies: those to zero experts included. rate: relative to the score
+    of equal logits.
+    """
+    fair = all_copies / len(bias)
+    equal = 0.5 if router == "deepseek" else 1 / len(bias)
+    moved = list(bias)
+    for i, c in enumerate(copies):
+        lack = 1 - c / fair
+        if router != "longcat":
+            lack = 0 if c * len(bias) == all_copies else math.copysign(1, lack)
+        moved[i] += rate * equal * lack
+    return moved
 
 
 def noisy_logits(x: Tensor, w_gate: Tensor, w_noise: Tensor, normal: Tensor) -> Tensor:
@@ -158,12 +189,14 @@ def noisy_logits(x: Tensor, w_gate: Tensor, w_noise: Tensor, normal: Tensor) -> 
 
 
 def kept_copies(chosen: list[list[int]], num_experts: int, capacity: int | None) -> set[tuple[int, int]]:
-    """Returns the kept (token, choice) pairs: first choices before second ones, then early tokens before late ones."""
+    """Returns the kept (token, choice) pairs: first choices before second ones, then early tokens before late ones.
+
+    Choices of zero experts, from num_experts on, are not among them."""
     room = [math.inf if capacity is None else capacity] * num_experts
     kept = set()
     for k in range(len(chosen[0])):
         for t in range(len(chosen)):
-            if room[chosen[t][k]] > 0:
+            if chosen[t][k] < num_experts and room[chosen[t][k]] > 0:
                 room[chosen[t][k]] -= 1
                 kept.add((t, k))
     return kept
@@ -176,24 +209,31 @@ def capacity_of(num_tokens: int, num_experts: int, top_k: int, capacity_factor: 
     return math.ceil(Fraction(str(capacity_factor)) * num_tokens * top_k / num_experts)
 
 
-def routed_experts(
-    w: Weights, name: str, x: Tensor, top_k: int, capacity_factor: float | None, taken: list[int] | None = None
-) -> Routed:
-    """Computes sum_i G(x)_i E_i(x) for tokens x [T, D], one by one. taken: each token's expert to leave out (A.2)."""
+def routed_experts(w: Weights, name: str, x: Tensor, spec: Spec, taken: list[int] | None = None) -> Routed:
+    """Computes sum_i G(x)_i E_i(x) for tokens x [T, D], one by one. taken: each token's expert to leave out (A.2).
+
+    Ids from the number of experts on are zero experts, which return their input.
+    """
     w_gate, w_in, w_out = (w[f"{name}.{k}"] for k in ("router.gate.weight", "experts.w_in_eDF", "experts.w_out_eFD"))
-    num_tokens, num_experts = len(x), len(w_gate)
+    num_tokens, num_experts, top_k = len(x), len(w_in), spec.top_k
     logits = torch.stack([token @ w_gate.T for token in x])
-    gates = [gate(logits[t], top_k, taken[t] if taken else None) for t in range(num_tokens)]
+    how = spec.router, spec.router_scale, w.get(f"{name}.router.bias.weight")
+    gates = [gate(logits[t], top_k, taken[t] if taken else None, *how) for t in range(num_tokens)]
     chosen = [experts for experts, _ in gates]
-    kept = kept_copies(chosen, num_experts, capacity_of(num_tokens, num_experts, top_k, capacity_factor))
-    outputs = []
+    kept = kept_copies(chosen, num_experts, capacity_of(num_tokens, len(w_gate), top_k, spec.capacity_factor))
+    outputs, dropped = [], 0
     for t in range(num_tokens):
         y = torch.zeros_like(x[t])
         for k, (expert, weight) in enumerate(zip(*gates[t], strict=True)):
-            if (t, k) in kept:
+            if expert >= num_experts:
+                y = y + weight * x[t]
+            elif (t, k) in kept:
                 y = y + weight * (activate(x[t] @ w_in[expert], w_out.shape[1]) @ w_out[expert])
+            else:
+                dropped += 1
         outputs.append(y)
-    return Routed(torch.stack(outputs), chosen, logits.softmax(-1), logits, num_tokens * top_k - len(kept))
+    scores = torch.stack([scores_of(token, spec.router) for token in logits])
+    return Routed(torch.stack(outputs), chosen, scores / scores.sum(-1, keepdim=True), logits, dropped)
 
 
 def merge(combine: str, w_gate: Tensor | None, x: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
@@ -208,14 +248,24 @@ def merge(combine: str, w_gate: Tensor | None, x: Tensor, shared: Tensor, routed
     return e[..., :1] / e.sum(-1, keepdim=True) * shared + e[..., 1:] / e.sum(-1, keepdim=True) * routed
 
 
-def load_balance_loss(chosen: list[list[int]], scores: Tensor) -> Tensor:
-    """Returns E sum_i f_i P_i: f_i is the share of routed copies that expert i gets, P_i is its mean score."""
+def load_balance_loss(chosen: list[list[int]], scores: Tensor, zero_experts: int = 0) -> Tensor:
+    """Returns E sum_i f_i P_i: f_i is the share of routed copies that expert i gets, P_i is its mean score. The copies
+    of zero experts, the last ones, count as if they were spread evenly over these."""
     num_tokens, num_experts = scores.shape
     total = scores.new_zeros(())
     for i in range(num_experts):
         copies = sum(experts.count(i) for experts in chosen)
+        if i >= num_experts - zero_experts:
+            copies = sum(j >= num_experts - zero_experts for experts in chosen for j in experts) / zero_experts
         total = total + copies / (num_tokens * len(chosen[0])) * scores[:, i].sum() / num_tokens
     return num_experts * total
+
+
+def sequence_loss(chosen: list[list[int]], scores: Tensor, seq_len: int) -> Tensor:
+    """Returns the mean over sequences of their own load-balance losses (DeepSeek-V3)."""
+    starts = range(0, len(chosen), seq_len)
+    parts = [load_balance_loss(chosen[i : i + seq_len], scores[i : i + seq_len]) for i in starts]
+    return sum(parts) / len(parts)
 
 
 def z_loss(logits: Tensor) -> Tensor:
@@ -242,7 +292,7 @@ def moe_block(w: Weights, name: str, h_in: Tensor, spec: Spec, position: str, ow
         taps = {"pos1": h_in}  # the preceding block's output is this block's input
 
     def routed(x: Tensor, taken: list[int] | None = None) -> Routed:
-        result = routed_experts(w, f"{owner}.moe", x.flatten(0, 1), spec.top_k, spec.capacity_factor, taken)
+        result = routed_experts(w, f"{owner}.moe", x.flatten(0, 1), spec, taken)
         return result._replace(y=result.y.view_as(x))
 
     u = layer_norm(w, f"{name}.norm", h)
@@ -283,9 +333,13 @@ def gpt(w: Weights, spec: Spec, ids: Tensor, labels: Tensor) -> Answer:
             x = add_attention(w, f"blocks.{i}.sublayers.0", x, spec.heads)
             x = add_mlp(w, f"blocks.{i}.sublayers.1", x)
     else:
-        for i in range(spec.layers // spec.every):
-            position = spec.first_position if i == 0 and spec.first_position else spec.position
-            owner = i // 2 * 2 if spec.architecture == "dgmoe_share" else i
+        first = len(spec.leading_dense)
+        for i in range(first):
+            x = add_attention(w, f"blocks.{i}.sublayers.0", x, spec.heads)
+            x = add_mlp(w, f"blocks.{i}.sublayers.1", x)
+        for i in range(first, first + (spec.layers - first) // spec.every):
+            position = spec.first_position if i == first and spec.first_position else spec.position
+            owner = first + (i - first) // 2 * 2 if spec.architecture == "dgmoe_share" else i
             x, moe = moe_block(w, f"blocks.{i}", x, spec, position, f"blocks.{owner}")
             modules.append(moe)
     logits = layer_norm(w, "norm", x) @ w.get("head.weight", w["tokens.weight"]).T
@@ -293,7 +347,12 @@ def gpt(w: Weights, spec: Spec, ids: Tensor, labels: Tensor) -> Answer:
     token_loss = sum(torch.logsumexp(logits[b, s], 0) - logits[b, s, label] for b, s, label in targets) / len(targets)
     if not modules:
         return Answer(logits, token_loss, None, None, [], [])
-    balance = sum(load_balance_loss(m.chosen, m.scores) for m in modules) / len(modules)
+    experts = spec.num_experts or modules[0].scores.shape[1]
+    if spec.router == "deepseek":
+        balance = sum(sequence_loss(m.chosen, m.scores, ids.shape[1]) for m in modules) / len(modules)
+    else:
+        zero = modules[0].scores.shape[1] - experts
+        balance = sum(load_balance_loss(m.chosen, m.scores, zero) for m in modules) / len(modules)
     z = sum(z_loss(m.logits) for m in modules) / len(modules)
-    copies = [[sum(e.count(i) for e in m.chosen) for i in range(m.scores.shape[1])] for m in modules]
+    copies = [[sum(e.count(i) for e in m.chosen) for i in range(experts)] for m in modules]
     return Answer(logits, token_loss, balance, z, [m.dropped for m in modules], copies)

@@ -13,7 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tests.reference import Routed, Weights, both, layer_norm, linear, load_balance_loss, merge, mlp, routed_experts
+from tests.reference import (
+    Routed,
+    Spec,
+    Weights,
+    both,
+    layer_norm,
+    linear,
+    load_balance_loss,
+    merge,
+    mlp,
+    routed_experts,
+)
 
 
 class SwinSpec(NamedTuple):
@@ -130,7 +141,8 @@ def swin(w: Weights, spec: SwinSpec, images: Tensor) -> SwinAnswer:
 
         def routed(x: Tensor, taken: list[int] | None = None) -> Routed:
             top_k = spec.top_k if stage == 2 else 2
-            result = routed_experts(w, f"{owner}.moe", x.flatten(0, 2), top_k, spec.capacity_factor, taken)
+            part = Spec(architecture, 1, 1, top_k=top_k, capacity_factor=spec.capacity_factor)
+            result = routed_experts(w, f"{owner}.moe", x.flatten(0, 2), part, taken)
             return result._replace(y=result.y.view_as(x))
 
         if architecture == "top_k":  # Eq. 1

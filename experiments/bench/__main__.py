@@ -252,7 +252,7 @@ def routing(*trainings: str, work: Path = Path("runs/routing"), out: Path = OUT)
         trainings: names (default: the quickstart with each balance rule, and small twins of Table 3)
         work: folder of their runs; one that is there is not trained again
     """
-    from scmoe.experiments.bench.uneven import bench_routing
+    from scmoe.experiments.bench.routing_study import bench_routing
 
     print(json.dumps(bench_routing(trainings, work, out)["rows"]))
 

@@ -27,7 +27,14 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.registry import IMAGES
 from scmoe.footprint.memory import Job, Split, rank_memory
-from scmoe.footprint.model_cost import forward_flops, moe_uses, rank_parameters, training_flops, transfer_bytes
+from scmoe.footprint.model_cost import (
+    WEIGHT_BYTES,
+    forward_flops,
+    moe_uses,
+    rank_parameters,
+    training_flops,
+    transfer_bytes,
+)
 from scmoe.moe.layout import Buffers, Capacity, buffer_size, expert_capacity
 from scmoe.training.assembly.model import build_model_on_meta, updated_by_muon
 from scmoe.training.run.printout import count_parameters, total_and_active
@@ -51,7 +58,7 @@ def estimate(config: Config) -> dict[str, Any]:
     together = sum(size * rows[moe] for size, (moe, _) in zip(sent, moe_uses(model), strict=True)) / tokens
     split = Split(model, job)
     row_bytes = 4 * together * tokens * job.samples * job.accumulate * (1 - 1 / job.ep_size)
-    gradient_bytes = 2 * (1 - 1 / job.ranks) * replicated * split.width  # by a ring of all ranks
+    gradient_bytes = 2 * (1 - 1 / job.ranks) * replicated * WEIGHT_BYTES[job.precision]  # by a ring of all ranks
     return {
         "ep_size": job.ep_size,
         "dp_size": job.dp_size,
@@ -92,7 +99,7 @@ def step_traffic(split: Split) -> dict[str, int]:
         sent["all_gather counts"] += counts * INTEGER * job.accumulate
     sums = sum(block.moe.router.num_experts + 2 for block in blocks) + 1  # of each router, and the number of targets
     losses = 3 if blocks else 1  # the task's, and the routers' two
-    scalars = max(4, split.width) * (losses * job.accumulate + 1)  # the losses, and the gradient norm
+    scalars = max(4, WEIGHT_BYTES[job.precision]) * (losses * job.accumulate + 1)  # the losses, and the gradient norm
     sent["all_reduce all"] += 2 * (sums * INTEGER * job.accumulate + scalars)
     if job.dense == "replicated":
         sent["broadcast all"] += sum(buffer.nbytes for buffer in split.model.buffers()) * job.accumulate
@@ -103,13 +110,15 @@ def step_traffic(split: Split) -> dict[str, int]:
 
 def add_weight(split: Split, p: nn.Parameter, sent: Counter[str]) -> None:
     """Add what a parameter and its gradient send."""
+    if not p.requires_grad:
+        return
     is_expert, shards, job = p in split.experts, split.shards(p), split.job
     copies = (job.dp_size if is_expert else job.ranks) // shards
     if job.dense == "replicated":
         if copies > 1:
-            sent["all_reduce edp" if is_expert else "all_reduce all"] += 2 * split.held(p) * split.width
+            sent["all_reduce edp" if is_expert else "all_reduce all"] += 2 * split.held(p) * split.bytes_of(p)
         return
-    mesh = "exact" if job.precision == "bf16-mixed" and p in split.exact else "dense"
+    mesh = "exact" if job.precision.startswith("bf16") and p in split.exact else "dense"
     group = "edp" if is_expert else f"{mesh}-shards"
     if shards > 1:
         gathers = 1 if p in split.outside or p in split.blocks[-1] else 2  # backward begins with the last block
@@ -122,15 +131,16 @@ def add_weight(split: Split, p: nn.Parameter, sent: Counter[str]) -> None:
 def rows_of_block(block: MoEBlock, tokens: int, ep_size: int) -> tuple[int, int]:
     """Return the rows of one transfer, summed over the gates of a block, and the announced counts."""
     moe, chunks = block.moe, block.schedule.chunks
-    num_experts, top_k = moe.router.num_experts, moe.router.top_k
+    num_experts, num_ids, top_k = moe.router.num_experts, moe.router.num_ids, moe.router.top_k
     gates = 2 if isinstance(block, DoubleGateBlock) else 1
     if isinstance(moe.rows, Buffers):
         part = math.ceil(buffer_size(tokens, top_k, ep_size, moe.rows.ceiling) / chunks)
         return gates * chunks * ep_size * part, gates * ep_size * chunks * num_experts
     if isinstance(moe.rows, Capacity) and not moe.rows.filled:
-        capacity = expert_capacity(tokens, num_experts, top_k, moe.rows.factor)
+        capacity = expert_capacity(tokens, num_ids, top_k, moe.rows.factor)
         return gates * chunks * num_experts * math.ceil(capacity / chunks), 0
-    return gates * tokens * top_k, gates * ep_size * chunks * num_experts  # with a capacity, at most
+    real = round(tokens * top_k * num_experts / num_ids)  # if the load is even
+    return gates * real, gates * ep_size * chunks * num_experts  # with a capacity, at most
 
 
 def estimate_table(facts: dict[str, Any]) -> Table:

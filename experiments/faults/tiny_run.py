@@ -25,7 +25,7 @@ EXPERTS = 8
 NEVER = "1000000"
 TINY = (
     *("model.layers=2", "model.dim=8", "model.heads=2", "model.ffn_dim=8", "model.dropout=0.1"),
-    *(f"moe.num_experts={EXPERTS}", "moe.top_k=2", "moe.noisy=true"),
+    *(f"moe.num_experts={EXPERTS}", "moe.top_k=2", "moe.noisy=true", "moe.router=deepseek", "moe.bias_rate=0.1"),
     *("data.name=synthetic", "data.vocab_size=16", "data.seq_len=8", "data.global_batch_size=16"),
     *("optim.lr=0.01", "optim.warmup_steps=2", "logger.mode=disabled"),
     *("trainer.accelerator=cpu", "trainer.threads=1", "trainer.progress=false", f"trainer.val_every={NEVER}"),

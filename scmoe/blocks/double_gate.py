@@ -46,10 +46,16 @@ class DoubleGateBlock(MoEBlock):
 
 
 def add_stats(a: RouterStats | None, b: RouterStats | None) -> RouterStats | None:
-    """All fields are sums over tokens, so the result is that of routing twice as many tokens once."""
+    """All tensors are sums over tokens, so the result is that of routing twice as many tokens once."""
     if a is None or b is None:
         return None
-    return RouterStats(*(x + y for x, y in zip(a, b, strict=True)))
+    return a._replace(
+        counts_E=a.counts_E + b.counts_E,
+        score_sums_E=a.score_sums_E + b.score_sums_E,
+        z_sum=a.z_sum + b.z_sum,
+        num_tokens=a.num_tokens + b.num_tokens,
+        num_dropped=a.num_dropped + b.num_dropped,
+    )
 
 
 def share_moe(blocks: Sequence[nn.Module]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from scmoe.config.leaves import Range, option
-from scmoe.config.registry import ARCHITECTURES, DATASETS, FAMILIES, OPTIMIZERS
+from scmoe.config.registry import ARCHITECTURES, DATASETS, FAMILIES, OPTIMIZERS, ROUTERS
 
 COUNT, COUNT_OR_0 = Range(1, 2**31 - 1), Range(0, 2**31 - 1)
 WIDTH, IDS, PIXELS = Range(1, 2**17), Range(1, 2**24), Range(1, 2**14)
@@ -23,7 +23,7 @@ class ModelConfig:
     dim: int = option(256, "width of the residual stream (D). swin: that of stage 1; it doubles per stage", WIDTH)
     heads: int = option(4, "attention heads; must divide dim. swin: those of stage 1; they double per stage", WIDTH)
     kv_heads: int | None = option(None, "heads of keys and values; must divide heads; null: same as heads", WIDTH)
-    ffn_dim: int | None = option(None, "hidden width of every MLP and expert (F); null: 4 x dim", WIDTH)
+    ffn_dim: int | None = option(None, "hidden width of every MLP (F); null: 4 x dim", WIDTH)
     activation: Literal["gelu", "gelu_tanh", "swiglu"] | None = option(
         None, "activation in MLPs and experts; gelu_tanh: as in GPT-2; null: swiglu for llama, else gelu"
     )
@@ -38,6 +38,9 @@ class MoEConfig:
     architecture: str = option("scmoe", "wiring of the MoE module", names=ARCHITECTURES.names)
     num_experts: int = option(8, "routed experts of one MoE module (E)", Range(1, 2**16))
     top_k: int = option(1, "routed experts per token (K); swin: those of stage 3; stage 4 uses 2", Range(1, 2**16))
+    ffn_dim: int | None = option(None, "hidden width of a routed expert; null: model.ffn_dim", WIDTH)
+    zero_experts: int = option(0, "further experts that return their input, for which nothing is sent", Range(0, 2**16))
+    leading_dense: list[int] = option([], "hidden widths of the MLPs of dense blocks before all others; []: none")
     position: Literal["pos1", "pos2", "pos3"] = option("pos2", "where ScMoE and DGMoE tap the preceding layer")
     first_position: Literal["pos1", "pos2", "pos3"] | None = option(
         None, "position of the first MoE module only (pos1: 'L0 Pos-1' of the paper); null: as position"
@@ -59,7 +62,14 @@ class MoEConfig:
     dropless_ceiling: float | None = option(
         None, "dropless: rows that a rank may receive, in multiples of its fair share; null: no limit", Range(1, 1e6)
     )
-    renormalise: bool = option(True, "top_k >= 2: divide the kept experts' probabilities by their sum (Eq. 2)")
+    router: str = option("softmax", "scores, weights, selection bias; docs/routers.md", names=ROUTERS.names)
+    router_scale: float = option(1.0, "factor of the routed experts' weights (gamma)", ABOVE_0)
+    bias_rate: float | None = option(
+        None, "step of the selection bias over the score of equal logits; 0: it stays; null: the router's own", SHARE
+    )
+    renormalise: bool = option(
+        True, "router=softmax, top_k >= 2: divide the kept experts' probabilities by their sum (Eq. 2)"
+    )
     noisy: bool = option(False, "add noise to the gate's logits in training (Eq. 4)")
     balanced_routing: bool = option(False, "deal tokens to experts in turn: a bound for speed, not a model")
     load_balance_coef: float = option(0.01, "weight of the load-balance loss", WEIGHT)

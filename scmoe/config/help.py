@@ -13,6 +13,7 @@ WIDTHS = (27, 22, 11, 54)  # key, type, default, help; 120 characters with two s
 CATALOGUE = {
     "Model families": "model.family",
     "Architectures": "moe.architecture",
+    "Routers": "moe.router",
     "Positions": "moe.position",
     "Combining shared and routed experts": "moe.combine",
     "Data sets": "data.name",

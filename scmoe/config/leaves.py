@@ -83,7 +83,13 @@ class Leaf(NamedTuple):
     @property
     def allowed(self) -> str:
         """Type and range in words, such as `int | null, above 0`."""
-        names = {bool: "true | false", type(None): "null", list[str]: "list[str]", dict[str, Any]: "mapping"}
+        names = {
+            bool: "true | false",
+            type(None): "null",
+            list[str]: "list[str]",
+            list[int]: "list[int]",
+            dict[str, Any]: "mapping",
+        }
         others = [kind for kind in self.types if get_origin(kind) is not Literal and self.names is None]
         words = [*map(str, self.choices), *(names.get(kind, kind.__name__) for kind in others)]
         return " | ".join(words) + (f", {self.range}" if self.range else "")

@@ -170,7 +170,7 @@ def _typed(key: str, value: Any) -> Any:
     leaf = _LEAVES[key]
     if leaf.type == dict[str, Any] and value == {}:  # one with entries comes entry by entry
         return {}
-    if isinstance(value, list) and leaf.type == list[str]:
+    if isinstance(value, list) and leaf.type in (list[str], list[int]):
         return [_text(each) for each in value]
     text = _text(value)
     if leaf.type == dict[str, Any] or (leaf.type is bool and text.lower() not in ("true", "false")):

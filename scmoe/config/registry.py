@@ -62,6 +62,7 @@ TEXTS, PICTURES = ("sotu", "text", "hf"), ("fashion_mnist", "digits", "image_fol
 DATASETS = Registry("dataset", (*TEXTS, "synthetic", *PICTURES), images=PICTURES)
 IMAGES = DATASETS.images  # grows with what extensions register
 OPTIMIZERS = Registry("optimizer", ("adamw", "muon"))
+ROUTERS = Registry("router", ("softmax", "deepseek", "longcat"))
 CALLBACKS = Registry("callback")
 
 

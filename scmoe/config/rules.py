@@ -55,6 +55,7 @@ LEAST_IDS = 2  # with one, there is nothing to predict
 NOT_FOR_IMAGES = (
     # swin: MLPs have 4 x the stage's dim, drop_path replaces dropout, and no norm before a sub-layer could be shared
     *("model.ffn_dim", "model.kv_heads", "model.activation", "model.dropout", "moe.tap_norm"),
+    *("moe.ffn_dim", "moe.leading_dense"),
     *("data.tokenizer", "data.vocab_size", "data.seq_len", "data.cache_dir"),
 )
 ONLY_FOR_IMAGES = (
@@ -62,6 +63,7 @@ ONLY_FOR_IMAGES = (
     *("data.image_size", "data.num_classes", "data.augment", "data.mixup", "data.cutmix", "data.label_smoothing"),
 )
 OF_GATES = ("offload.way", "analysis.gating_every", "analysis.record_routing")
+OWN_WEIGHTS = ("deepseek", "longcat")  # routers whose weights do not depend on moe.renormalise
 Refusals = Iterator[tuple[str, str]]  # a key, and what is allowed for it
 
 
@@ -156,6 +158,11 @@ def _unused(config: Config) -> Refusals:
         (moe.capacity_factor is not None, "only moe.capacity_factor=null is dropless", "moe.dropless_ceiling"),
         (moe.rows != "buffers", "only moe.rows=buffers has buffers", "moe.overflow"),
         (moe.top_k == 1, "moe.top_k=1 always keeps the raw probability", "moe.renormalise"),
+        (moe.router in OWN_WEIGHTS, f"moe.router={moe.router} fixes it", "moe.renormalise"),
+        (dense, f"{wiring} has no experts", "moe.router", "moe.router_scale", "moe.bias_rate", "moe.zero_experts"),
+        (dense, f"{wiring} has no experts", "moe.ffn_dim", "moe.leading_dense"),
+        (moe.balanced_routing, "moe.balanced_routing=true ignores the gate's choice", "moe.bias_rate"),
+        (moe.balanced_routing, "moe.balanced_routing=true deals to other experts only", "moe.zero_experts"),
         (moe.num_experts == 1, "the gate has no choice with moe.num_experts=1", "analysis.gating_every"),
         (moe.architecture == "dgmoe_share", "two pairs share one MoE module", "schedule.auto"),
         (config.schedule.auto, "schedule.auto=true chooses it", "schedule.slot"),
@@ -211,19 +218,26 @@ def _moe(config: Config) -> Refusals:
     unit = 2 if model.family == "swin" else 8  # stages 3 and 4 are 4 and 8 times as wide
     if model.dim % unit:
         yield "model.dim", f"a multiple of {unit}: products of experts need rows aligned to 16 bytes"
-    if (model.ffn_dim or 8) % 8:
-        yield "model.ffn_dim", "null or a multiple of 8, as with model.dim"
+    if moe.ffn_dim is None and (model.ffn_dim or 8) % 8:
+        yield "model.ffn_dim", "null or a multiple of 8, as with model.dim; or give moe.ffn_dim"
+    if (moe.ffn_dim or 8) % 8:
+        yield "moe.ffn_dim", "null or a multiple of 8, as with model.dim"
     if moe.top_k > moe.num_experts:
         yield "moe.top_k", f"at most moe.num_experts, {moe.num_experts}"
-    if model.layers % moe.every:
-        yield "model.layers", f"a multiple of moe.every, {moe.every}"
+    others = model.layers - len(moe.leading_dense)
+    if others < moe.every or min(moe.leading_dense, default=1) < 1:
+        yield "moe.leading_dense", f"widths of 1 or more, at most {model.layers - moe.every} of model.layers"
+    if others % moe.every:
+        without = " plus the number of moe.leading_dense" if moe.leading_dense else ""
+        yield "model.layers", f"a multiple of moe.every, {moe.every}{without}"
     if moe.architecture in ("dgmoe", "dgmoe_share"):
         if moe.top_k != 1:
             yield "moe.top_k", f"1, as each of the two gates of {chosen} chooses one expert"
         if moe.num_experts < 2:
             yield "moe.num_experts", f"2 or more, as {chosen} gives each token two experts"
-    if moe.architecture == "dgmoe_share" and model.layers < 2 * moe.every:
-        yield "model.layers", f"{2 * moe.every} or more, as {chosen} shares one MoE module"
+    if moe.architecture == "dgmoe_share" and others < 2 * moe.every:
+        least = 2 * moe.every + len(moe.leading_dense)
+        yield "model.layers", f"{least} or more, as {chosen} shares one MoE module"
     if moe.architecture in SHORTCUTS and moe.every == 1:  # there is no Block-MLP: the tap is the block's own input
         if moe.position != "pos1":
             yield "moe.position", "pos1 where moe.every=1"
@@ -263,7 +277,7 @@ def _ranks(config: Config) -> Refusals:
     if strategy.dense in ("sharded", "hybrid") and not dense:
         dim, holders = config.model.dim, world // resolve_ep_size(config)
         swin = config.model.family == "swin"  # its MoEs are in the stages 3 and 4
-        widths = (4 * dim, 8 * dim) if swin else (dim, config.model.ffn_dim or 4 * dim)
+        widths = (4 * dim, 8 * dim) if swin else (dim, moe.ffn_dim or config.model.ffn_dim or 4 * dim)
         if odd := " and ".join(str(width) for width in widths if width % holders):
             why = f"a width of {odd} is no multiple of the {holders} ranks that hold the same experts"
             yield "strategy.dense", f"replicated, as {why}; or raise strategy.ep_size"

@@ -2,7 +2,7 @@
 
     weights       one number per parameter that the rank holds: the replicated ones, and 1 / EP of the experts; where
                   dense weights are split over ranks, its parts of both
-    gradients     the same
+    gradients     the same, without the routers' selection biases
     optimizer     AdamW: two moments per parameter, and a step count of 4 bytes per tensor; Muon: one moment
     gathered      weights and gradients beside its own: gathered blocks, bfloat16 copies, gradients on their way
     activations   what autograd keeps of a batch, and what the backward of one part allocates
@@ -42,7 +42,7 @@ from scmoe.blocks.sublayers import MLP, Attention, Residual, SelfAttention, oute
 from scmoe.config.fields import Config
 from scmoe.config.rules import resolve_ep_size
 from scmoe.footprint.model_cost import COMPUTE_BYTES, WEIGHT_BYTES, moe_uses, rows_sent
-from scmoe.models.units import exact_parameters, units
+from scmoe.models.units import exact_parameters, router_parameters, units, whole_parameters
 from scmoe.moe.coefficient import CG1, CG2
 from scmoe.moe.experts import Experts
 
@@ -129,28 +129,33 @@ class Split:
 
     @cached_property
     def exact(self) -> set[nn.Parameter]:
-        """The parameters that stay in float32 when the others are gathered in bfloat16."""
-        return exact_parameters(self.model)
+        """The parameters that stay in float32 when the others are gathered in bfloat16, or are kept in it."""
+        true = self.job.precision == "bf16-true"
+        return (router_parameters if true else exact_parameters)(self.model) - whole_parameters(self.model)
 
     @cached_property
     def blocks(self) -> list[set[nn.Parameter]]:
         """The parameters that are gathered together, in the order of forward: those of a block, or of two that share
         some."""
-        return [{p for block in unit for p in block.parameters()} for unit in units(self.model)]
+        return [{p for block in unit for p in block.parameters() if p.requires_grad} for unit in units(self.model)]
 
     @cached_property
     def outside(self) -> set[nn.Parameter]:
         """The parameters outside blocks, which stay gathered from forward to the end of backward."""
-        return set(self.model.parameters()).difference(*self.blocks)
+        return {p for p in self.model.parameters() if p.requires_grad}.difference(*self.blocks)
 
-    @property
-    def width(self) -> int:
-        """Bytes of a number of a weight."""
-        return WEIGHT_BYTES[self.job.precision]
+    @cached_property
+    def routers(self) -> set[nn.Parameter]:
+        return router_parameters(self.model)
+
+    def bytes_of(self, p: nn.Parameter) -> int:
+        """Bytes of a number of a weight. A router's is never narrower than float32."""
+        width = WEIGHT_BYTES[self.job.precision]
+        return max(4, width) if p in self.routers else width
 
     def shards(self, p: nn.Parameter) -> int:
         """Number of ranks over which a parameter is split, beside the split of experts over EP."""
-        if self.job.dense == "replicated":
+        if self.job.dense == "replicated" or not p.requires_grad:
             return 1
         if p in self.experts:
             return self.job.dp_size
@@ -165,11 +170,11 @@ class Split:
     def gathered_bytes(self, p: nn.Parameter) -> int:
         """Bytes of a parameter while it is whole, padding included."""
         narrow = self.job.precision == "bf16-mixed" and p not in self.exact
-        return self.held(p) * self.shards(p) * (2 if narrow else self.width)
+        return self.held(p) * self.shards(p) * (2 if narrow else self.bytes_of(p))
 
     def summed_bytes(self, p: nn.Parameter) -> int:
         """Bytes of a gradient in the sum over ranks."""
-        return self.held(p) * self.shards(p) * (4 if self.job.precision.startswith("bf16") else self.width)
+        return self.held(p) * self.shards(p) * (4 if self.job.precision.startswith("bf16") else self.bytes_of(p))
 
 
 def rank_memory(model: Any, job: Job, by_muon: Collection[nn.Parameter] = ()) -> dict[str, int]:
@@ -178,19 +183,20 @@ def rank_memory(model: Any, job: Job, by_muon: Collection[nn.Parameter] = ()) ->
     model: the whole model, on any device. by_muon: parameters that Muon updates; AdamW updates the others."""
     split = Split(model, job)
     parameters = list(model.parameters())
-    weights = sum(map(split.held, parameters)) * split.width
-    optimizer = 2 * weights + 4 * len(parameters) - sum(split.held(p) * split.width + 4 for p in by_muon)
+    trained = [p for p in parameters if p.requires_grad]
+    weights, gradients = (sum(split.held(p) * split.bytes_of(p) for p in some) for some in (parameters, trained))
+    optimizer = 2 * gradients + 4 * len(trained) - sum(split.held(p) * split.bytes_of(p) + 4 for p in by_muon)
     gathered_at_loss, gathered_in_block = gathered(split)
     kept_at_loss, kept_in_block = activations(model, job)
     working = max(gathered_at_loss + kept_at_loss, gathered_in_block + kept_in_block)
     constant = sum(buffer.nbytes for buffer in model.buffers())
     return {
         "weights": weights,
-        "gradients": weights,
+        "gradients": gradients,
         "optimizer": optimizer,
         "gathered": max(gathered_at_loss, gathered_in_block),
         "activations": max(kept_at_loss, kept_in_block),
-        "total": 2 * weights + optimizer + working + constant,
+        "total": weights + gradients + optimizer + working + constant,
     }
 
 
@@ -210,8 +216,9 @@ def gathered(split: Split) -> tuple[int, int]:
             narrow = 2 * sum(split.held(p) for p in parameters if p not in apart)
             for moe, copies in moe_uses(split.model):  # every gate of a block has its own
                 narrow += 2 * (copies // moe.router.top_k) * sum(map(split.held, moe.experts.parameters()))
-        averaged = sum(map(split.held, split.experts)) if job.dp_size > 1 else 0
-        return narrow, narrow + split.width * (max(map(split.held, parameters)) + averaged)
+        held = {p: split.held(p) * split.bytes_of(p) for p in parameters}
+        averaged = sum(held[p] for p in split.experts) if job.dp_size > 1 else 0
+        return narrow, narrow + max(held.values()) + averaged
     most, before = sum(map(split.summed_bytes, split.outside)), 0
     for block in split.blocks:
         sizes = [split.gathered_bytes(p) for p in block]
@@ -252,7 +259,7 @@ def kept_in(step: nn.Module, rows: Mapping[nn.Module, float], job: Job) -> tuple
         if job.on_gpu:
             hidden += moe.experts.act.widening * moe.experts.w_out_eFD.shape[1]
         outside += num_rows * (2 * width * job.compute_bytes + 3 * 8)
-        outside += gates * rows[moe] * (3 * moe.router.num_experts + width) * job.wide_bytes
+        outside += gates * rows[moe] * (3 * moe.router.num_ids + width) * job.wide_bytes
         inside += [num_rows / gates * hidden * job.compute_bytes for _ in range(gates)]
     return outside, sum(rows[part] for part in residuals) * dim * job.stream_bytes, inside
 

@@ -13,7 +13,7 @@ The masked half of causal attention counts, as is usual for kernels. Not counted
 (softmax, norms, activations, the layout of the MoE stream), and SwinV2's position bias, computed once a batch.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -75,21 +75,26 @@ def moe_uses(model: nn.Module) -> Iterator[tuple[MoEStream, int]]:
                 yield child, child.router.top_k * (2 if isinstance(block, DoubleGateBlock) else 1)
 
 
-def routed_copies(model: nn.Module) -> dict[Experts, int]:
+def routed_copies(model: nn.Module) -> dict[Experts, float]:
     """Copies of a token that each Experts module computes in one forward pass, summed over its uses."""
-    copies: Counter[Experts] = Counter()
+    copies = defaultdict[Experts, float](float)
     for moe, routed in moe_uses(model):
-        copies[moe.experts] += routed
+        copies[moe.experts] += real_copies(moe, routed)
     return dict(copies)
+
+
+def real_copies(moe: MoEStream, copies: int) -> float:
+    """Copies of a token that go to experts and not to zero experts, if the load is even."""
+    return copies * moe.router.num_experts / moe.router.num_ids
 
 
 def rows_computed(moe: MoEStream, copies: int) -> float:
     """Rows that the experts compute for a token, empty slots included; where slots are filled alone, at most. A
     capacity counts as it is, not rounded up to whole slots and to equal chunks."""
-    most = moe.router.num_experts / moe.router.top_k  # a token chooses an expert once
     if isinstance(moe.rows, Capacity) and not moe.rows.filled:
-        return copies * min(moe.rows.factor, most)
-    return float(copies)
+        most = copies * moe.router.num_experts / moe.router.top_k  # a token chooses an expert once
+        return min(moe.rows.factor * real_copies(moe, copies), most)
+    return real_copies(moe, copies)
 
 
 def rows_sent(moe: MoEStream, copies: int) -> float:
@@ -117,8 +122,10 @@ def forward_flops(model: Any, seq_len: int, empty_slots: bool = True) -> dict[st
             flops[kind] += rows[module] * 4 * module.context(seq_len) * module.dim
     for moe, copies in moe_uses(model):
         size = sum(p[0].numel() for p in moe.experts.parameters())
-        flops["experts"] += rows[moe] * 2 * size * (rows_computed(moe, copies) if empty_slots else copies)
-        gate = sum(p.numel() for p in moe.router.parameters())
+        flops["experts"] += (
+            rows[moe] * 2 * size * (rows_computed(moe, copies) if empty_slots else real_copies(moe, copies))
+        )
+        gate = sum(p.numel() for p in moe.router.parameters() if p.requires_grad)
         flops["gate"] += rows[moe] * 2 * gate * copies / moe.router.top_k
     return dict(flops)
 

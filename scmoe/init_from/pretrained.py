@@ -132,6 +132,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     resolved: dict[str, Any] = {"moe.first_position": moe.first_position or moe.position}
     if model.family in ACTIVATIONS:
         resolved["model.ffn_dim"] = model.ffn_dim or 4 * model.dim
+        resolved["moe.ffn_dim"] = moe.ffn_dim or resolved["model.ffn_dim"]
         resolved["model.activation"] = model.activation or ACTIVATIONS[model.family]
         resolved |= {"model.kv_heads": model.kv_heads or model.heads}
     return flatten(config) | resolved
@@ -146,7 +147,8 @@ def model_settings(config: Config) -> dict[str, Any]:
         keys += ["model.kv_heads", "model.ffn_dim", "model.activation", "data.vocab_size"]
     keys.append("moe.architecture")
     if architecture != "dense":
-        keys += ["moe.num_experts", "moe.top_k", "moe.renormalise", "moe.noisy", "moe.every"]
+        keys += ["moe.num_experts", "moe.top_k", "moe.renormalise", "moe.noisy", "moe.every", "moe.ffn_dim"]
+        keys += ["moe.router", "moe.router_scale", "moe.zero_experts", "moe.leading_dense"]
     own = architecture not in ARCHITECTURES.built_in  # an extension's, which may read all of these
     if architecture in SHORTCUTS or own:
         keys += ["moe.position", "moe.first_position", "moe.tap_norm"]

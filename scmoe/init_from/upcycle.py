@@ -81,8 +81,12 @@ def check_upcycling(model: Any, checkpoint: Checkpoint) -> None:
     """Raise ValueError where the model cannot give the dense model's output."""
     for block in model.blocks:
         if isinstance(block, TopKBlock):
-            if not block.moe.router.renormalise:
-                raise ValueError("a dense checkpoint into a top_k MoE requires moe.top_k >= 2 and moe.renormalise")
+            router = block.moe.router
+            if not router.normalise or router.scoring.scale != 1 or router.num_ids > router.num_experts:
+                raise ValueError(
+                    "a dense checkpoint into a top_k MoE requires moe.top_k >= 2 and weights that sum to one: "
+                    "moe.renormalise or moe.router=deepseek, moe.router_scale=1, moe.zero_experts=0"
+                )
             if any(name.endswith(".f.w_in.bias") for name in checkpoint.weights):
                 raise ValueError("experts have no biases, but the checkpoint's MLPs do; a shared expert may have them")
         elif not isinstance(block, (SharedExpertBlock, ShortcutBlock)):

@@ -11,6 +11,7 @@ from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.sublayers import MLP, Attention
 from scmoe.models.units import residual_stream
 from scmoe.moe.experts import Experts, named_generator
+from scmoe.moe.scores import SelectionBias
 from scmoe.moe.tokens import RouterStats
 
 
@@ -88,7 +89,7 @@ class Decoder(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, Experts):
                 module.init_weights(f"{seed}/{name}", std, std_out, put)
-            elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            elif isinstance(module, (nn.LayerNorm, nn.RMSNorm, SelectionBias)):
                 module.reset_parameters()
             elif isinstance(module, (nn.Linear, nn.Embedding)) and (module is not self.head or not tied):
                 generator = named_generator(f"{seed}/{name}")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from scmoe.blocks.sublayers import SelfAttention
 from scmoe.models.units import residual_stream
 from scmoe.moe.experts import Experts, named_generator
+from scmoe.moe.scores import SelectionBias
 from scmoe.moe.tokens import RouterStats
 
 STD = 0.02  # of all products, as in timm
@@ -128,7 +129,7 @@ class Swin(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, Experts):
                 module.init_weights(f"{seed}/{name}", STD, STD, put)
-            elif isinstance(module, (ShiftedWindows, nn.LayerNorm)):
+            elif isinstance(module, (ShiftedWindows, nn.LayerNorm, SelectionBias)):
                 module.reset_parameters()
             elif isinstance(module, nn.Linear):
                 generator = named_generator(f"{seed}/{name}")

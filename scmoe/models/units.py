@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from scmoe.moe.router import Router
+from scmoe.moe.scores import SelectionBias
 
 
 def units(module: nn.Module) -> list[list[nn.Module]]:
@@ -32,10 +33,23 @@ def _entries(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def exact_parameters(module: nn.Module) -> set[nn.Parameter]:
-    """Return what stays in float32 where matrices are gathered in bfloat16: routers, and vectors (norms, biases, scales
+    """Return what stays in float32 where matrices are gathered in bfloat16: routers (without selection biases, which
+    nothing gathers), and vectors (norms, biases, scales
     of heads)."""
-    routers = {p for m in module.modules() if isinstance(m, Router) for p in m.parameters()}
-    return routers | {p for p in module.parameters() if math.prod(p.shape[1:]) == 1}
+    return (
+        router_parameters(module) | {p for p in module.parameters() if math.prod(p.shape[1:]) == 1}
+    ) - whole_parameters(module)
+
+
+def router_parameters(module: nn.Module) -> set[nn.Parameter]:
+    """Return what is in float32 in a model of bfloat16 weights (bf16-true): routers."""
+    return {p for m in module.modules() if isinstance(m, Router) for p in m.parameters()}
+
+
+def whole_parameters(module: nn.Module) -> set[nn.Parameter]:
+    """Return what every rank keeps whole where dense weights are split: the routers' selection biases, of which each
+    rank moves its own by the same numbers."""
+    return {m.weight for m in module.modules() if isinstance(m, SelectionBias)}
 
 
 def residual_stream(x: Tensor) -> Tensor:

@@ -14,7 +14,11 @@ from scmoe.moe.layout import Layout, count
 from scmoe.moe.tokens import RouterStats, Routing
 
 
-def router_stats(routing: Routing, layout: Layout, mask_T: Tensor | None) -> RouterStats:
+def router_stats(
+    routing: Routing, layout: Layout, mask_T: Tensor | None, num_experts: int | None = None, seq_len: int | None = None
+) -> RouterStats:
+    """routing.scores_TE: must sum to one for each token. num_experts: without zero experts; None: there are none.
+    seq_len: of the sequences, if the load-balance loss is that of each sequence; None: it is that of the batch."""
     scores_TE, z_T = routing.scores_TE, routing.logits_TE.logsumexp(-1).square()
     (T, E), K = scores_TE.shape, routing.topk_ids_TK.shape[1]
     num_tokens = torch.full((), T, device=scores_TE.device)  # created on the device: nothing waits for the host
@@ -24,7 +28,22 @@ def router_stats(routing: Routing, layout: Layout, mask_T: Tensor | None) -> Rou
     ids_N = routing.topk_ids_TK.flatten()
     counts_E = count(ids_N, E)
     num_dropped = layout.num_dropped - (T - num_tokens) * K
-    return RouterStats(counts_E, scores_TE.sum(0), z_T.sum(), num_tokens, num_dropped)
+    if num_experts is not None and num_experts < E:  # a zero expert's copies need no row
+        counts_E, counts_Z = counts_E[:num_experts], counts_E[num_experts:]
+        num_dropped = num_dropped - counts_Z.sum()
+    if seq_len is not None:
+        copies_BE = copies_of_sequences(ids_N, T // seq_len, E).to(scores_TE.dtype)
+        f_BE = copies_BE / copies_BE.sum(1, keepdim=True).clamp(min=1)
+        scores_TE = scores_TE * f_BE.repeat_interleave(seq_len, 0)
+    return RouterStats(counts_E, scores_TE.sum(0), z_T.sum(), num_tokens, num_dropped, K, seq_len is not None)
+
+
+def copies_of_sequences(ids_N: Tensor, num_sequences: int, num_experts: int) -> Tensor:
+    """[B, E]: copies of each expert in each sequence. ids_N: the ids of one sequence after the other; num_experts means
+    none."""
+    sequence_N = torch.arange(len(ids_N), device=ids_N.device) // (len(ids_N) // num_sequences)
+    group_N = (sequence_N * num_experts + ids_N).where(ids_N < num_experts, num_sequences * num_experts)
+    return count(group_N, num_sequences * num_experts).view(num_sequences, num_experts)
 
 
 def integer_sums(stats: list[RouterStats]) -> Tensor:
@@ -36,13 +55,25 @@ def load_balance_loss(stats: list[RouterStats], sums_LE2: Tensor, world_size: in
     """Mean over layers of E sum_i f_i P_i (GShard, Switch): 1 for an even load, E where one expert takes all.
 
     f_i: share of the global batch's copies that goes to expert i. P_i: mean score of expert i over the global batch.
+    Per sequence (DeepSeek-V3, Eq. 17-20) f_i and P_i are those of a sequence, and the loss is the mean over sequences,
+    weighted by their tokens. E counts zero experts, each of which has the same share of their copies.
     stats: this rank's sums. sums_LE2: integer_sums, added up over world_size ranks.
     """
     score_sums_LE = torch.stack([s.score_sums_E for s in stats])
     counts_LE, tokens_L = sums_LE2[:, :-2], sums_LE2[:, -2]
-    f_LE = counts_LE.to(score_sums_LE.dtype) / counts_LE.sum(1, keepdim=True).clamp(min=1)
     share_LE = score_sums_LE * world_size / tokens_L[:, None].clamp(min=1)
-    return counts_LE.shape[1] * (f_LE * share_LE).sum(1).mean()
+    if stats[0].per_sequence:
+        return share_LE.shape[1] * share_LE.sum(1).mean()
+    counts_LE, copies_L1 = counts_LE.to(score_sums_LE.dtype), counts_LE.sum(1, keepdim=True)
+    if zero_experts := share_LE.shape[1] - counts_LE.shape[1]:
+        real_L1, copies_L1 = (
+            copies_L1,
+            torch.stack([n * s.top_k for n, s in zip(tokens_L, stats, strict=True)])[:, None],
+        )
+        each_L1 = (copies_L1 - real_L1).to(counts_LE.dtype) / zero_experts
+        counts_LE = torch.cat([counts_LE, each_L1.expand(-1, zero_experts)], 1)
+    f_LE = counts_LE / copies_L1.clamp(min=1)
+    return share_LE.shape[1] * (f_LE * share_LE).sum(1).mean()
 
 
 def router_z_loss(stats: list[RouterStats], sums_LE2: Tensor, world_size: int = 1) -> Tensor:
@@ -63,10 +94,11 @@ def load_metrics(sums_LE2: Tensor) -> dict[str, Tensor]:
 
     load_max: the busiest expert's copies over the fair share, worst layer. load_entropy: mean over layers; 1 for an
     even load, 0 where one expert takes all. dead_experts: experts without a token, summed over layers. drop_share:
-    share of all copies that was dropped.
+    share of all copies that was dropped. real_experts: copies of a token that go to an expert and not to a zero expert,
+    mean over layers.
     """
     sums_LE2 = sums_LE2.double()
-    counts_LE, dropped_L = sums_LE2[:, :-2], sums_LE2[:, -1]
+    counts_LE, tokens_L, dropped_L = sums_LE2[:, :-2], sums_LE2[:, -2], sums_LE2[:, -1]
     num_experts = counts_LE.shape[1]
     copies_L = counts_LE.sum(1).clamp(min=1)
     p_LE = counts_LE / copies_L[:, None]
@@ -78,6 +110,7 @@ def load_metrics(sums_LE2: Tensor) -> dict[str, Tensor]:
         "load_entropy": entropy_L.mean(),
         "dead_experts": (counts_LE == 0).sum(),
         "drop_share": dropped_L.sum() / copies_L.sum(),
+        "real_experts": (counts_LE.sum(1) / tokens_L.clamp(min=1)).mean(),
     }
 
 

@@ -238,10 +238,19 @@ class Rows(Protocol):
     def sums(self) -> bool: ...
 
     def arrange(
-        self, ids_TK: Tensor, mask_T: Tensor | None, num_experts: int, num_ranks: int, chunks: int, training: bool
+        self,
+        ids_TK: Tensor,
+        mask_T: Tensor | None,
+        num_experts: int,
+        num_ranks: int,
+        chunks: int,
+        training: bool,
+        zero_experts: int = 0,
     ) -> Layout:
         """Chooses the row of each copy of this rank's tokens. mask_T False: padding, which takes no row. num_ranks:
-        ranks that share the experts. training: every rank has equally many tokens."""
+        ranks that share the experts. training: every rank has equally many tokens. zero_experts: take copies away from
+        the experts, which have id num_experts (none) here; the fair share of a capacity is one in num_experts +
+        zero_experts. Which copies they are is data, so the host must read the number of rows."""
 
     def dropless(self, num_experts: int) -> "Rows":
         """The arrangement for inference: it drops nothing, fits the same dispatcher, and computes no sums."""
@@ -252,9 +261,16 @@ class Dropless:
     sums: bool = True
 
     def arrange(
-        self, ids_TK: Tensor, mask_T: Tensor | None, num_experts: int, num_ranks: int, chunks: int, training: bool
+        self,
+        ids_TK: Tensor,
+        mask_T: Tensor | None,
+        num_experts: int,
+        num_ranks: int,
+        chunks: int,
+        training: bool,
+        zero_experts: int = 0,
     ) -> Layout:
-        return arrange_filled(ids_TK, num_experts, chunks, padded=mask_T is not None)
+        return arrange_filled(ids_TK, num_experts, chunks, padded=mask_T is not None or zero_experts > 0)
 
     def dropless(self, num_experts: int) -> Rows:
         return Dropless(sums=False)
@@ -274,15 +290,22 @@ class Capacity:
             raise ValueError(f"capacity_factor is {self.factor}, allowed: None, or above 0 and at most 1e6")
 
     def arrange(
-        self, ids_TK: Tensor, mask_T: Tensor | None, num_experts: int, num_ranks: int, chunks: int, training: bool
+        self,
+        ids_TK: Tensor,
+        mask_T: Tensor | None,
+        num_experts: int,
+        num_ranks: int,
+        chunks: int,
+        training: bool,
+        zero_experts: int = 0,
     ) -> Layout:
         """Outside training ranks may have different numbers of tokens, and therefore of slots: they announce the
         filled ones."""
         num_tokens, top_k = ids_TK.shape
-        capacity = expert_capacity(num_tokens, num_experts, top_k, self.factor)
+        capacity = expert_capacity(num_tokens, num_experts + zero_experts, top_k, self.factor)
         room: int | Tensor = capacity
         if mask_T is not None:  # padding adds no capacity: its slots stay empty, so that shapes depend on no data
-            room = rounded_up(self.factor * mask_T.sum().double() * top_k / num_experts)
+            room = rounded_up(self.factor * mask_T.sum().double() * top_k / (num_experts + zero_experts))
         if self.filled or (not training and num_ranks > 1):
             return arrange_filled(drop_beyond(ids_TK, num_experts, room), num_experts, chunks)
         return arrange_slots(ids_TK, num_experts, capacity, chunks, room)
@@ -299,10 +322,17 @@ class Buffers:
     sums: bool = True
 
     def arrange(
-        self, ids_TK: Tensor, mask_T: Tensor | None, num_experts: int, num_ranks: int, chunks: int, training: bool
+        self,
+        ids_TK: Tensor,
+        mask_T: Tensor | None,
+        num_experts: int,
+        num_ranks: int,
+        chunks: int,
+        training: bool,
+        zero_experts: int = 0,
     ) -> Layout:
         if num_ranks == 1:
-            return Dropless().arrange(ids_TK, mask_T, num_experts, num_ranks, chunks, training)
+            return Dropless().arrange(ids_TK, mask_T, num_experts, num_ranks, chunks, training, zero_experts)
         num_tokens, top_k = ids_TK.shape
         size = buffer_size(num_tokens, top_k, num_ranks, self.ceiling)
         return arrange_buffers(ids_TK, num_experts, num_ranks, size, chunks)

@@ -4,6 +4,9 @@
     run_experts(state)  wait, compute, start combine
     finish(state)       wait, decode
 
+A zero expert returns its input (LongCat-Flash, arXiv 2509.01322). Its copies get no row, so nothing is sent or computed
+for them, and finish adds weight x tap.
+
 State travels in return values, so several streams may be open at once and nothing is left on the module.
 Backward is the mirror: finish's backward starts the gradient's transfer, begin's waits for the last one.
 In a compiled block the verbs themselves are not compiled, because their shapes depend on the data.
@@ -34,6 +37,7 @@ class StreamState(NamedTuple):
     stats: RouterStats | None
     in_flight: list[Pending]
     receipts: list[Receipt] | None  # None: the experts have run
+    tap_TD: Tensor | None  # what zero experts return; None: there are none
 
 
 class MoEStream(Operators):
@@ -63,8 +67,9 @@ class MoEStream(Operators):
         rows = self.operator("encode", encode, _in_wire_dtype(x_TD), layout, announced)
         sent = [self.operator("dispatch", self.dispatcher.dispatch, *chunk) for chunk in rows]
         in_flight, receipts = [pending for pending, _ in sent], [receipt for _, receipt in sent]
-        stats = router_stats(routing, layout, mask_T) if self.rows.sums else None
-        return StreamState(tap_BSD.shape, routing, layout, stats, in_flight, receipts)
+        stats = self.sums(routing, layout, mask_T, tap_BSD.shape) if self.rows.sums else None
+        kept_TD = x_TD if self.router.num_ids > self.router.num_experts else None
+        return StreamState(tap_BSD.shape, routing, layout, stats, in_flight, receipts, kept_TD)
 
     @torch.compiler.disable
     def run_experts(self, state: StreamState) -> StreamState:
@@ -81,6 +86,8 @@ class MoEStream(Operators):
         chunks = [pending.wait() for pending in state.in_flight]
         rows_RD = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
         y_TD = self.operator("decode", decode, rows_RD, state.routing.topk_weights_TK, state.layout)
+        if state.tap_TD is not None:
+            y_TD = y_TD + from_zero_experts(state.tap_TD, state.routing, self.router.num_experts).to(y_TD.dtype)
         return MoEOutput(y_TD.view(state.shape), state.stats)
 
     def forward(
@@ -94,8 +101,18 @@ class MoEStream(Operators):
     ) -> tuple[Routing, Layout]:
         """Where each token goes, and which row each of its copies takes."""
         routing = self.router(x_TD, mask_T, excluded_T1)
-        ids_TK, num_experts = routing.topk_ids_TK, self.router.num_experts
-        return routing, self.rows.arrange(ids_TK, mask_T, num_experts, self.num_ranks, chunks, self.training)
+        ids_TK, num_experts, zero_experts = routing.topk_ids_TK, self.router.num_experts, 0
+        if self.router.num_ids > num_experts:
+            ids_TK, zero_experts = ids_TK.clamp(max=num_experts), self.router.num_ids - num_experts
+        arguments = ids_TK, mask_T, num_experts, self.num_ranks, chunks, self.training, zero_experts
+        return routing, self.rows.arrange(*arguments)
+
+    def sums(self, routing: Routing, layout: Layout, mask_T: Tensor | None, shape: torch.Size) -> RouterStats:
+        """The sums of which losses and metrics are computed."""
+        scoring = self.router.scoring
+        seq_len = shape[1:-1].numel() if scoring.per_sequence else None
+        routing = routing._replace(scores_TE=scoring.shares(routing.scores_TE))
+        return router_stats(routing, layout, mask_T, self.router.num_experts, seq_len)
 
 
 @contextmanager
@@ -113,6 +130,32 @@ def dropless(model: nn.Module) -> Iterator[None]:
     finally:
         for stream, rows in zip(streams, before, strict=True):
             stream.rows = rows
+
+
+def move_biases(model: nn.Module, sums_LE2: Tensor) -> None:
+    """Move the selection bias of each router by the load of a step. sums_LE2: `integer_sums` over ranks and batches.
+
+    A module that several blocks share (DGMoE-Share) moves once, by the load of all of them. ValueError: blocks of one's
+    own return sums of other MoE modules than those that they hold."""
+    parents = [module for module in model.modules() if not isinstance(module, MoEStream)]
+    routers = [child.router for module in parents for child in module.children() if isinstance(child, MoEStream)]
+    if all(router.bias is None for router in routers):
+        return
+    if len(routers) != len(sums_LE2):
+        raise ValueError(
+            f"the blocks hold {len(routers)} MoE modules and return the sums of {len(sums_LE2)}, allowed: as many, in "
+            "the same order, where a router has a selection bias; moe.router=softmax has none"
+        )
+    for router in dict.fromkeys(routers):
+        sums_E2 = torch.stack([row for row, other in zip(sums_LE2, routers, strict=True) if other is router]).sum(0)
+        if router.bias is not None:
+            router.bias.move(sums_E2[:-2], sums_E2[-2] * router.top_k)
+
+
+def from_zero_experts(x_TD: Tensor, routing: Routing, num_experts: int) -> Tensor:
+    """The sum of the zero experts' outputs: each token times the weights of its copies to them."""
+    weights_TK = routing.topk_weights_TK.where(routing.topk_ids_TK >= num_experts, 0.0)
+    return weights_TK.sum(-1, keepdim=True).to(x_TD.dtype) * x_TD
 
 
 def _in_wire_dtype(x_TD: Tensor) -> Tensor:

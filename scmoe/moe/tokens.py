@@ -11,11 +11,12 @@ from torch import Tensor
 
 
 class Routing(NamedTuple):
-    """The router's decision. A padding token has expert id E (none) and weight 0."""
+    """The router's decision. A padding token has expert id E (none) and weight 0. With Z zero experts (stream.py) E
+    counts them too, here and in the names of scores."""
 
     topk_ids_TK: Tensor  # int64, 0..E
     topk_weights_TK: Tensor  # in the router's precision (float32 or wider)
-    scores_TE: Tensor  # softmax over all experts
+    scores_TE: Tensor  # of all experts; softmax or the scoring's own
     logits_TE: Tensor
 
 
@@ -25,11 +26,13 @@ class RouterStats(NamedTuple):
     They are sums, not means, because ranks may hold different numbers of real tokens, and sums add up over ranks.
     """
 
-    counts_E: Tensor  # routed copies per expert, before any is dropped; no gradient
-    score_sums_E: Tensor  # sum over tokens of scores; carries the gradient of the load-balance loss
+    counts_E: Tensor  # routed copies per expert, before any is dropped; no gradient; without zero experts
+    score_sums_E: Tensor  # sum over tokens of scores; carries the gradient of the load-balance loss; with zero experts
     z_sum: Tensor  # sum over tokens of logsumexp(logits)^2
     num_tokens: Tensor  # real tokens
     num_dropped: Tensor  # routed copies over an expert's capacity
+    top_k: int  # routed copies of a token, those to zero experts included
+    per_sequence: bool = False  # score_sums_E are multiplied by the load of each token's own sequence
 
 
 class MoEOutput(NamedTuple):

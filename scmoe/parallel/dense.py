@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from scmoe.models.units import exact_parameters, units
+from scmoe.models.units import exact_parameters, router_parameters, units, whole_parameters
 from scmoe.parallel.mesh import ParallelContext, expert_parameters, start_communicators
 
 ROOM = 0.8  # of a rank's memory; the rest is for buffers of transfers and the allocator's gaps
@@ -83,6 +83,7 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
 
     precision: Lightning's. Under bf16-mixed, matrices are gathered in bfloat16: gathered in float32, each would have a
     bfloat16 copy by autocast, kept until backward. Routers and vectors (norms, biases, head scales) stay in float32.
+    Under bf16-true routers alone are in float32. Selection biases are not split.
     ValueError: an expert's width is not a multiple of the number of ranks that hold this expert.
     """
     from scmoe.parallel.torch_seam import gather_as_kept, split_over  # here, as it imports Lightning
@@ -96,7 +97,11 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
     mixed = precision == "bf16-mixed"
     places = {p: over_edp for over_edp in [split_over(context.mesh["edp"], 1)] for p in experts.values()}
     in_float32 = split_over(context.exact_mesh, 0)
-    places |= dict.fromkeys(exact_parameters(module) if mixed else (), in_float32)
+    unsplit = whole_parameters(module)
+    if mixed:
+        places |= dict.fromkeys(exact_parameters(module), in_float32)
+    elif precision == "bf16-true":  # FSDP gathers parameters of one type together
+        places |= dict.fromkeys(router_parameters(module) - unsplit, in_float32)
     narrow = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if mixed else None,
         reduce_dtype=torch.float32 if precision.startswith("bf16") else None,
@@ -111,6 +116,7 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
             reshard_after_forward=not backward_begins_here,
             shard_placement_fn=places.get,
             mp_policy=narrow,
+            ignored_params=unsplit,
         )
         for part in (m for m in unit if isinstance(m, FSDPModule)):
             part.set_gradient_divide_factor(1.0)

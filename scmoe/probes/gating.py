@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from scmoe.blocks.double_gate import DoubleGateBlock
 from scmoe.blocks.moe_block import MoEBlock
+from scmoe.moe.router import Router
 from scmoe.probes.charts import PAPER, SMALL, chart, heading
 from scmoe.schedule.schedule import POSITIONS
 
@@ -34,7 +35,7 @@ PAPERS_MOST = 0.98  # the only number that the paper prints for Fig. 9: (a) in S
 
 
 @torch.no_grad()
-def gating_sums(current_TD: Tensor, preceding_TD: Tensor, gate_ED: Tensor, distinct: bool = False) -> Tensor:
+def gating_sums(current_TD: Tensor, preceding_TD: Tensor, router: Router, distinct: bool = False) -> Tensor:
     """[5] float64: the four quantities summed over tokens, then the number of tokens. Add them up over ranks.
 
     distinct: DGMoE's rule: the current representation does not go to the expert of the preceding one.
@@ -42,13 +43,21 @@ def gating_sums(current_TD: Tensor, preceding_TD: Tensor, gate_ED: Tensor, disti
     wide = torch.promote_types(current_TD.dtype, torch.float32)
     with torch.autocast(current_TD.device.type, enabled=False):
         current_TD, preceding_TD = current_TD.to(wide), preceding_TD.to(wide)
-        scores_TE, before_TE = ((x @ gate_ED.to(wide).T).softmax(-1) for x in (current_TD, preceding_TD))
-        repeated_T = scores_TE.argmax(-1) == before_TE.argmax(-1)
-        best_T2 = scores_TE.topk(2).values
-        score_T = best_T2[:, 1].where(repeated_T, best_T2[:, 0]) if distinct else best_T2[:, 0]
+        best_T2, scores_T2 = best_two(router, current_TD)
+        before_T2, scores_before_T2 = best_two(router, preceding_TD)
+        repeated_T = best_T2[:, 0] == before_T2[:, 0]
+        score_T = scores_T2[:, 1].where(repeated_T, scores_T2[:, 0]) if distinct else scores_T2[:, 0]
         distance_T = (current_TD - preceding_TD).norm(dim=-1)
-    columns = repeated_T, distance_T, score_T, before_TE.amax(-1), torch.ones_like(distance_T)
+    columns = repeated_T, distance_T, score_T, scores_before_T2[:, 0], torch.ones_like(distance_T)
     return torch.stack([column.double().sum() for column in columns])
+
+
+def best_two(router: Router, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """[T, 2]: the two experts that the gate prefers for each token, and their scores."""
+    logits_TE = router.without_noise(x_TD)
+    scores_TE = router.scoring.score(logits_TE)
+    ids_T2 = router.preference(logits_TE, scores_TE).topk(2).indices
+    return ids_T2, scores_TE.gather(-1, ids_T2)
 
 
 def gating_means(sums_L5: Tensor) -> Tensor:
@@ -84,8 +93,8 @@ class GatingProbe:
             mask = args[1] if len(args) > 1 else None
             if mask is None:
                 mask = torch.ones_like(current[..., 0], dtype=torch.bool)
-            gate, distinct = block.moe.router.gate.weight.detach(), isinstance(block, DoubleGateBlock)
-            self.sums.append(gating_sums(current[mask], preceding[mask], gate, distinct))
+            router, distinct = block.moe.router, isinstance(block, DoubleGateBlock)
+            self.sums.append(gating_sums(current[mask], preceding[mask], router, distinct))
 
         self.handles += [
             block.sublayers[tap].register_forward_pre_hook(note("preceding")),

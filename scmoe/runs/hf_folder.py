@@ -216,10 +216,12 @@ def native_family(config: Config) -> str | None:
     if config.model.family == "gpt":
         equal = dense and given["model.kv_heads"] == config.model.heads and activation in GPT2_ACTIVATIONS
         return "gpt2" if equal else None
-    if activation != "swiglu" or (not dense and (moe.noisy or moe.balanced_routing)):
-        return None
     if dense:
-        return "llama"
+        return "llama" if activation == "swiglu" else None
+    other_router = moe.noisy or moe.balanced_routing or moe.router != "softmax" or moe.router_scale != 1
+    other_shapes = moe.zero_experts or moe.leading_dense or given["moe.ffn_dim"] != given["model.ffn_dim"]
+    if activation != "swiglu" or other_router or moe.bias_rate or other_shapes:
+        return None
     if moe.architecture == "top_k" and moe.every == 1 and moe.top_k > 1 and moe.renormalise:
         return "mixtral"
     return "qwen2_moe" if moe.architecture == "shared_expert" and moe.combine == "cg1" else None

@@ -23,6 +23,7 @@ from scmoe.datamodules.positioned import IGNORE
 from scmoe.lightning.guarded_update import guard_updates
 from scmoe.lightning.seam import count_steps_from
 from scmoe.moe.balance import integer_sums, load_balance_loss, load_metrics, router_z_loss
+from scmoe.moe.stream import move_biases
 from scmoe.moe.tokens import RouterStats
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 from scmoe.parallel.torch_seam import allow_graphs
@@ -63,7 +64,7 @@ class MoEModule(LightningModule):
         self.accumulated = 1  # batches of a step
         self.recent: dict[str, deque[Tensor]] = {}  # values of the last batches of a step
         self.val_load_sums: Tensor | None = None
-        self.overflow: Tensor | None = None
+        self.step_sums_LE2: Tensor | None = None  # integer sums of the routers over the batches of a step
         self.validated_step: int | None = None
 
     @classmethod
@@ -106,9 +107,8 @@ class MoEModule(LightningModule):
             balance = load_balance_loss(stats, load_sums_LE2, world_size)
             z = router_z_loss(stats, load_sums_LE2, world_size)
             loss = task_loss + self.load_balance_coef * balance + self.z_loss_coef * z
-            if self.refuse_overflow:
-                dropped = load_sums_LE2[:, -1].sum()
-                self.overflow = dropped if self.overflow is None else self.overflow + dropped
+            earlier_LE2 = self.step_sums_LE2
+            self.step_sums_LE2 = load_sums_LE2 if earlier_LE2 is None else load_sums_LE2 + earlier_LE2
             shown |= {"train/load_balance_loss": balance.detach(), "train/router_z_loss": z.detach()}
         self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         means = self.parallel_context.sum_over_ranks(torch.stack([*shown.values()])) / world_size
@@ -129,6 +129,13 @@ class MoEModule(LightningModule):
         local_LE2 = integer_sums(stats)
         flat = self.parallel_context.sum_over_ranks(torch.cat([local_LE2.flatten(), num_targets[None]]))
         return flat[:-1].view_as(local_LE2), flat[-1]
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Update, then move the selection biases by the step's load. Where the guard refuses an update, do neither."""
+        super().optimizer_step(*args, **kwargs)
+        if self.step_sums_LE2 is not None:
+            move_biases(self.model, self.step_sums_LE2)
+        self.step_sums_LE2 = None
 
     def on_validation_epoch_start(self) -> None:
         """Let sums be exact in a module that bf16-true has moved to bfloat16, sums included."""
@@ -191,22 +198,24 @@ class MoEModule(LightningModule):
         """A plain Trainer clips and checks the same way as ExpertParallelStrategy, which has set this already."""
         guard_updates(self.trainer.precision_plugin, self, self.parallel_context)
         self.accumulated, self.recent = self.trainer.accumulate_grad_batches, {}
+        self.step_sums_LE2 = None  # a stop between a step's batches has left some; the step begins again
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         self.clip_gradients(optimizer, self.gradient_clip)
         norm = guard_updates(self.trainer.precision_plugin, self, self.parallel_context).norm
         assert norm is not None
         self.log("train/grad_norm", norm)
-        self.check_overflow()
+        if self.refuse_overflow and self.step_sums_LE2 is not None:
+            check_overflow(self.step_sums_LE2)
 
-    def check_overflow(self) -> None:
-        """Raise MemoryError, on every rank and before the update, if a copy of this step was beyond a buffer."""
-        dropped, self.overflow = 0 if self.overflow is None else int(self.overflow), None
-        if dropped:
-            raise MemoryError(
-                f"{dropped} routed copies of this step did not fit into a rank's buffer, so no update was made. Raise "
-                "moe.dropless_ceiling or moe.load_balance_coef, or set moe.overflow=drop."
-            )
+
+def check_overflow(step_sums_LE2: Tensor) -> None:
+    """Raise MemoryError, on every rank and before the update, if a copy of this step was beyond a buffer."""
+    if dropped := int(step_sums_LE2[:, -1].sum()):
+        raise MemoryError(
+            f"{dropped} routed copies of this step did not fit into a rank's buffer, so no update was made. Raise "
+            "moe.dropless_ceiling or moe.load_balance_coef, or set moe.overflow=drop."
+        )
 
 
 def cross_entropy_sum(logits_NC: Tensor, labels: Tensor) -> Tensor:

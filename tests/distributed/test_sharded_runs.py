@@ -270,7 +270,7 @@ def test_losses_under_bf16_mixed_are_near_those_in_float32(one, four):
 
 @pytest.mark.faults
 def test_other_precisions_and_compiled_sublayers(one):
-    """With weights in bfloat16 each update is rounded too."""
+    """With weights in bfloat16 each update is rounded too, but those of the gates."""
     names = ("fp32", "bf16 weights", "compiled")
     ranks = run_ranks(in_precisions, 4, names, timeout_s=280)
     for name, tolerance, dtype in zip(
@@ -278,7 +278,7 @@ def test_other_precisions_and_compiled_sublayers(one):
     ):
         assert_near(ranks, name, one[1], tolerance)
         for rank in ranks:
-            assert rank[name]["gathered"] == {"gate": dtype, "matrix": dtype, "stream": dtype}
+            assert rank[name]["gathered"] == {"gate": torch.float32, "matrix": dtype, "stream": dtype}
             assert rank[name]["while open"] == []
 
 

@@ -48,7 +48,10 @@ KINDS = {  # words: model_type
     "moe.architecture=scmoe moe.capacity_factor=0.5": "scmoe",
     f"{LLAMA} moe.architecture=scmoe moe.position=pos3 moe.combine=cg2 moe.coefficient_input=tap": "scmoe",
     "moe.architecture=dgmoe_share model.layers=4": "scmoe",
-    # a gate that transformers does not have
+    # gates and shapes that these model types do not have
+    f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.router=deepseek": "scmoe",
+    f"{LLAMA} moe.router=longcat moe.top_k=2 moe.router_scale=6 moe.zero_experts=2 moe.ffn_dim=32 "
+    "moe.leading_dense=[40,48]": "scmoe",
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.balanced_routing=true": "scmoe",
 }
 LENGTH = 12

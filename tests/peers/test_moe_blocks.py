@@ -4,16 +4,20 @@ Mixtral        top-2, SwiGLU: standard top-k (Eq. 1)
 OLMoE          top-k without renormalisation
 Qwen2-MoE      a shared expert weighed by a sigmoid: CG-1 (Eq. 15)
 Switch         top-1, the raw probability as weight
+DeepSeek-V3    sigmoid scores, a selection bias, normalised weights times gamma, a shared expert (Direct Add)
 LongCat-Flash  the shortcut: the MoE reads the first sub-layer's post-attention norm, its output is added at the end,
-               which is Pos-2 with a shared tap norm and Direct Add
+               which is Pos-2 with a shared tap norm and Direct Add; zero experts, a selection bias, raw weights times
+               gamma
 
-The tolerance is 1e-5 of the largest entry in float32: the same sums in another order, with rounding errors of 6e-8.
+The tolerance is 1e-5 of the largest entry in float32, 2e-6 for DeepSeek-V3 and LongCat-Flash: the same sums in another
+order, with rounding errors of 6e-8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +30,9 @@ from scmoe.moe.coefficient import CG1, DirectAdd
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
+from scmoe.moe.scores import Scoring, by_sign, in_proportion
 from scmoe.moe.stream import MoEStream
+from scmoe.moe.tokens import Routing
 from scmoe.schedule.schedule import Schedule
 from tests.support.models import assert_close, gradients, randomise
 
@@ -34,18 +40,20 @@ pytest.importorskip("transformers", reason="transformers is not installed (extra
 pytestmark = pytest.mark.peers
 
 DIM, FFN, EXPERTS = 16, 24, 6
-TOLERANCE = 1e-5
+TOLERANCE, CLOSE = 1e-5, 2e-6
+SIGMOID = Scoring(torch.sigmoid, sums_to_one=False, scale=2.5, rule=by_sign)
 Take = Callable[[nn.Parameter], Tensor]  # returns the parameter, or its gradient
 
 
-def stream(top_k: int, renormalise: bool = True) -> MoEStream:
-    router = Router(DIM, EXPERTS, top_k, renormalise=renormalise)
+def stream(top_k: int, scoring: Scoring = Scoring(), zero_experts: int = 0) -> MoEStream:  # noqa: B008
+    router = Router(DIM, EXPERTS, top_k, scoring=scoring, zero_experts=zero_experts)
     return MoEStream(router, Experts(DIM, FFN, EXPERTS, activation="swiglu"), LocalDispatcher())
 
 
 def stacked(experts: nn.Module, take: Take) -> dict[str, Tensor]:
     """Returns their experts' weights in our layout; theirs is [E, out, in], with gate above up."""
     w_in, w_out = take(experts.gate_up_proj), take(experts.down_proj)
+    w_in = w_in[: len(w_out)]  # LongCat-Flash's has rows of zero experts, which nothing reads
     return {"experts.w_in_eDF": w_in.transpose(1, 2), "experts.w_out_eFD": w_out.transpose(1, 2)}
 
 
@@ -64,9 +72,13 @@ def check_equal(
     weights: Callable[[nn.Module, Take], dict[str, Tensor]],
     run_ours: Callable[[Tensor], Tensor],
     run_theirs: Callable[[Tensor], Tensor],
+    tolerance: float = TOLERANCE,
 ) -> None:
     """Compares outputs and gradients; weights returns their parameters or gradients under our names, in our layout."""
     randomise(theirs.float())
+    for name, buffer in theirs.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(1)) / 10)
     with torch.no_grad():
         copies = weights(theirs, lambda p: p)
         assert copies.keys() == dict(ours.named_parameters()).keys()
@@ -76,15 +88,15 @@ def check_equal(
     x_BSD = torch.randn(2, 10, DIM, generator=generator)
     x, their_x = x_BSD.clone().requires_grad_(), x_BSD.clone().requires_grad_()
     y, their_y = run_ours(x), run_theirs(their_x)
-    assert_close(y, their_y, TOLERANCE, "output")
+    assert_close(y, their_y, tolerance, "output")
     dy = torch.randn(y.shape, generator=generator)
     (y * dy).sum().backward()
     (their_y * dy).sum().backward()
-    assert_close(x.grad, their_x.grad, TOLERANCE, "gradient of the input")
+    assert_close(x.grad, their_x.grad, tolerance, "gradient of the input")
     expected = weights(theirs, lambda p: p.grad)
     for name, grad in gradients(ours).items():
         assert expected[name].abs().max() > 1e-3, name
-        assert_close(grad, expected[name], TOLERANCE, f"gradient of {name}")
+        assert_close(grad, expected[name], tolerance, f"gradient of {name}")
 
 
 @pytest.mark.parametrize(("family", "top_k", "renormalise"), [("Mixtral", 2, True), ("Olmoe", 3, False)])
@@ -93,7 +105,7 @@ def test_experts_without_a_shared_one(family, top_k, renormalise):
     sizes = {"hidden_size": DIM, "intermediate_size": FFN, "num_experts_per_tok": top_k}
     experts = {"num_local_experts": EXPERTS} if renormalise else {"num_experts": EXPERTS, "norm_topk_prob": False}
     config = getattr(modeling, f"{family}Config")(**sizes, **experts)
-    theirs, ours = getattr(modeling, f"{family}SparseMoeBlock")(config), stream(top_k, renormalise)
+    theirs, ours = getattr(modeling, f"{family}SparseMoeBlock")(config), stream(top_k, Scoring(normalise=renormalise))
 
     def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:
         return {"router.gate.weight": take(theirs.gate.weight), **stacked(theirs.experts, take)}
@@ -114,7 +126,7 @@ def test_qwen2_moe():
     )
     theirs = Qwen2MoeSparseMoeBlock(config)
     shared_expert = MLP(DIM, 32, bias=False, activation="swiglu")
-    moe = stream(top_k=2, renormalise=False)
+    moe = stream(2, Scoring(normalise=False))
     schedule = Schedule("shared_expert", None, 0)
     ours = SharedExpertBlock([], nn.Identity(), moe, schedule, shared_expert=shared_expert, coefficient=CG1(DIM))
 
@@ -138,12 +150,6 @@ def test_switch_router():
     config = SwitchTransformersConfig(d_model=DIM, num_experts=EXPERTS, expert_capacity=100, router_jitter_noise=0.0)
     theirs, ours = SwitchTransformersTop1Router(config), Router(DIM, EXPERTS, 1)
 
-    def run_ours(x: Tensor) -> Tensor:
-        """Returns the logits, and the weight in the chosen expert's column, so that weight and choice are compared."""
-        routing = ours(x.flatten(0, 1))
-        column_TE = torch.zeros_like(routing.logits_TE).scatter(1, routing.topk_ids_TK, routing.topk_weights_TK)
-        return torch.stack([column_TE, routing.logits_TE])
-
     def run_theirs(x: Tensor) -> Tensor:
         one_hot, weight, logits = theirs(x.flatten(0, 1))
         return torch.stack([one_hot * weight, logits])
@@ -151,7 +157,80 @@ def test_switch_router():
     def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:
         return {"gate.weight": take(theirs.classifier.weight)}
 
-    check_equal(ours, theirs, weights, run_ours, run_theirs)
+    check_equal(ours, theirs, weights, lambda x: columns(*decision(ours(x.flatten(0, 1)))), run_theirs)
+
+
+def decision(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
+    return routing.logits_TE, routing.topk_weights_TK, routing.topk_ids_TK
+
+
+def columns(logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
+    """Returns the logits, and the weights in the chosen experts' columns, so that weights and choices are compared."""
+    return torch.stack([torch.zeros_like(logits_TE).scatter(1, ids_TK, weights_TK), logits_TE])
+
+
+def deepseek_config(num_experts: int, top_k: int) -> Any:
+    from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
+
+    sizes = {"hidden_size": DIM, "moe_intermediate_size": FFN, "n_routed_experts": num_experts, "n_shared_experts": 2}
+    router = {"num_experts_per_tok": top_k, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5}
+    return DeepseekV3Config(**sizes, **router, norm_topk_prob=True, rms_norm_eps=1e-2)
+
+
+def test_deepseek_v3_router():
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+    theirs, ours = DeepseekV3TopkRouter(deepseek_config(8, 3)), Router(DIM, 8, 3, scoring=SIGMOID)
+
+    def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:
+        return {"gate.weight": take(theirs.weight), "bias.weight": take(theirs.e_score_correction_bias)}
+
+    def run_ours(x: Tensor) -> Tensor:
+        return columns(*decision(ours(x.flatten(0, 1))))
+
+    check_equal(ours, theirs, weights, run_ours, lambda x: columns(*theirs(x)), CLOSE)
+
+
+def test_deepseek_v3_with_a_shared_expert():
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    theirs = DeepseekV3MoE(deepseek_config(EXPERTS, 3))
+    ours = SharedExpertBlock(
+        [],
+        nn.Identity(),
+        stream(3, SIGMOID),
+        Schedule("shared_expert", None, 0),
+        shared_expert=MLP(DIM, 2 * FFN, bias=False, activation="swiglu"),
+        coefficient=DirectAdd(DIM),
+    )
+
+    def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:
+        return {
+            **under("shared_expert", swiglu_mlp(theirs.shared_experts, take)),
+            "moe.router.gate.weight": take(theirs.gate.weight),
+            "moe.router.bias.weight": take(theirs.gate.e_score_correction_bias),
+            **under("moe", stacked(theirs.experts, take)),
+        }
+
+    check_equal(ours, theirs, weights, lambda x: ours(x).y_BSD - x, theirs, CLOSE)
+
+
+def test_longcat_flash_router():
+    from transformers.models.longcat_flash.configuration_longcat_flash import LongcatFlashConfig
+    from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashTopkRouter
+
+    sizes = {"hidden_size": DIM, "n_routed_experts": EXPERTS, "zero_expert_num": 3, "moe_topk": 3}
+    theirs = LongcatFlashTopkRouter(LongcatFlashConfig(**sizes, routed_scaling_factor=6.0))
+    scoring = Scoring(normalise=False, scale=6, rule=in_proportion)
+    ours = Router(DIM, EXPERTS, 3, scoring=scoring, zero_experts=3)
+
+    def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:
+        return {"gate.weight": take(theirs.classifier.weight), "bias.weight": take(theirs.e_score_correction_bias)}
+
+    def run_ours(x: Tensor) -> Tensor:
+        return columns(*decision(ours(x.flatten(0, 1))))
+
+    check_equal(ours, theirs, weights, run_ours, lambda x: columns(*theirs(x)), CLOSE)
 
 
 class Called(nn.Module):
@@ -165,7 +244,8 @@ class Called(nn.Module):
         return self.attention(hidden_states=x_BSD, position_embeddings=self.angles, attention_mask=None)[0]
 
 
-def test_longcat_flash():
+@pytest.mark.parametrize("zero_experts", (0, 3))
+def test_longcat_flash(zero_experts):
     """Norms, MLPs, gate, experts and all wiring are ours; the two attention modules are theirs."""
     from transformers.models.longcat_flash import modeling_longcat_flash as longcat
     from transformers.models.longcat_flash.configuration_longcat_flash import LongcatFlashConfig
@@ -173,8 +253,9 @@ def test_longcat_flash():
     sizes = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}
     config = LongcatFlashConfig(
         **{"hidden_size": DIM, "num_layers": 1, "num_attention_heads": 2, "head_dim": 4, **sizes},
-        **{"ffn_hidden_size": 32, "expert_ffn_hidden_size": FFN, "n_routed_experts": EXPERTS, "zero_expert_num": 0},
-        **{"moe_topk": 2, "routed_scaling_factor": 1.0, "attn_implementation": "sdpa"},
+        **{"ffn_hidden_size": 32, "expert_ffn_hidden_size": FFN, "n_routed_experts": EXPERTS},
+        **{"zero_expert_num": zero_experts, "moe_topk": 3, "routed_scaling_factor": 6.0, "rms_norm_eps": 1e-2},
+        attn_implementation="sdpa",
     )
     theirs, rotary = longcat.LongcatFlashDecoderLayer(config, 0), longcat.LongcatFlashRotaryEmbedding(config)
     angles = rotary(torch.zeros(1, 10, DIM), torch.arange(10)[None])
@@ -193,7 +274,7 @@ def test_longcat_flash():
         norm=norm(),
         shared_expert=mlp(),
         coefficient=DirectAdd(DIM),
-        moe=stream(top_k=2, renormalise=False),
+        moe=stream(3, Scoring(normalise=False, scale=6, rule=in_proportion), zero_experts),
         schedule=Schedule("scmoe", "pos2"),
     )
 
@@ -210,7 +291,11 @@ def test_longcat_flash():
             "norm.weight": take(theirs.post_attention_layernorm[1].weight),
             **under("shared_expert", swiglu_mlp(theirs.mlps[1], take)),
             "moe.router.gate.weight": take(theirs.mlp.router.classifier.weight),
+            "moe.router.bias.weight": take(theirs.mlp.router.e_score_correction_bias),
             **under("moe", stacked(theirs.mlp.experts, take)),
         }
 
-    check_equal(ours, theirs, weights, lambda x: ours(x).y_BSD, lambda x: theirs(x, position_embeddings=angles))
+    def run_theirs(x: Tensor) -> Tensor:
+        return theirs(x, position_embeddings=angles)
+
+    check_equal(ours, theirs, weights, lambda x: ours(x).y_BSD, run_theirs, CLOSE)

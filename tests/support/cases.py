@@ -9,8 +9,15 @@ LLAMA = "model.family=llama model.heads=4 model.kv_heads=2 trainer.max_steps=1" 
 ARCHITECTURES |= {f"llama, {name}": f"{text} {LLAMA}" for name, text in ARCHITECTURES.items()}
 CLIP = 0.25  # below every norm of this model
 CLIPPED = f"trainer.accumulate=2 trainer.gradient_clip={CLIP}"
+ROUTERS = {  # biases move visibly in three steps, by the load of both batches of each
+    "deepseek": "architecture=shared_expert router=deepseek top_k=3 router_scale=2.5 bias_rate=0.1 "
+    "trainer.accumulate=2",
+    "longcat": "router=longcat top_k=3 router_scale=6 zero_experts=4 bias_rate=1 tap_norm=shared combine=direct_add "
+    "ffn_dim=32 leading_dense=[40] model.layers=3 trainer.accumulate=2",
+}
 ONE = {
     **ARCHITECTURES,
+    **ROUTERS,
     "clipped": f"position=pos2 {CLIPPED}",
     "clipped top-2": f"architecture=top_k top_k=2 {CLIPPED}",
     "starved": "position=pos2 starved",
@@ -49,8 +56,11 @@ TWO = {
 }
 SLOTS_ON_FOUR = {key: words for key, words in SLOTS.items() if key[0] == "pos3" and key[2] == 2}  # the longest window
 FOUR = {
-    **{f"{name}, EP 4": (name, f"{ONE[name]} {EP4}") for name in ("pos2", "top-2", "clipped", "starved")},
-    **{f"{name}, DP 2 x EP 2": (name, f"{ONE[name]} {EP2}") for name in ("pos2", "top-2", "clipped", "clipped top-2")},
+    **{f"{name}, EP 4": (name, f"{ONE[name]} {EP4}") for name in ("pos2", "top-2", "clipped", "starved", *ROUTERS)},
+    **{
+        f"{name}, DP 2 x EP 2": (name, f"{ONE[name]} {EP2}")
+        for name in ("pos2", "top-2", "clipped", "clipped top-2", "longcat")
+    },
     "buffers, EP 4": ("pos2", f"position=pos2 {EP4} {BUFFERS}=4"),
     "pos2, DP 4": ("pos2", f"position=pos2 {EP1}"),
     **{f"{p}, slot {s}, chunks {c}": (p, f"{EP4} {text}") for (p, s, c), text in SLOTS_ON_FOUR.items()},

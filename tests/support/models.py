@@ -65,9 +65,10 @@ def tiny_batch(config: Config, batch_size: int = 2, seed: int = 0) -> tuple[Tens
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
     """Returns a copy of every gradient. AssertionError: a parameter has none."""
-    missing = [name for name, p in module.named_parameters() if p.grad is None]
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}  # no selection biases
+    missing = [name for name, p in trained.items() if p.grad is None]
     assert not missing, f"no gradient: {missing}"
-    return {name: p.grad.clone() for name, p in module.named_parameters()}
+    return {name: p.grad.clone() for name, p in trained.items()}
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12, what: str = "") -> None:

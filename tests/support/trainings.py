@@ -92,7 +92,7 @@ class Recording(MoEModule):
         return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, lambda step: 1.0)}
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        grads = {name: p.grad for name, p in self.model.named_parameters()}
+        grads = {name: p.grad for name, p in self.model.named_parameters() if p.requires_grad}
         self.gradients.append({name: None if g is None else whole(g) for name, g in grads.items()})
         super().configure_gradient_clipping(*args, **kwargs)
 

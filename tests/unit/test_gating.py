@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +12,26 @@ from torch import nn
 
 from scmoe.config.load import load
 from scmoe.moe.router import Router
+from scmoe.moe.scores import Scoring, by_sign
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.probes.gating import GatingProbe, gating_means, gating_metrics, gating_sums
 from scmoe.training.assembly.model import build_model
 from tests.support.models import assert_close, hooks, randomise, tiny, tiny_batch, tiny_model
+
+
+def gate_of(weight_ED: torch.Tensor, **switches: Any) -> Router:
+    router = Router(weight_ED.shape[1], weight_ED.shape[0], 1, **switches)
+    router.gate.weight.data.copy_(weight_ED)
+    return router
+
+
+def test_the_gates_own_scores_and_bias_are_used():
+    """Sigmoids of log 3 and 0 are 3/4 and 1/2; a bias of 1 lets the second expert be the preferred one."""
+    router = gate_of(torch.eye(2), scoring=Scoring(torch.sigmoid, sums_to_one=False, rule=by_sign))
+    x = torch.tensor([[math.log(3), 0.0]])
+    assert gating_sums(x, x, router)[2:4].tolist() == pytest.approx([0.75, 0.75])
+    router.bias.weight.data.copy_(torch.tensor([0.0, 1.0]))
+    assert gating_sums(x, x, router)[2:4].tolist() == pytest.approx([0.5, 0.5])
 
 
 def test_quantities_equal_those_by_hand():
@@ -22,17 +39,18 @@ def test_quantities_equal_those_by_hand():
     a, b = math.log(3), math.log(9)
     current = torch.tensor([[a, 0.0], [0.0, a], [b, 0.0]])
     preceding = torch.tensor([[b, 0.0], [a, 0.0], [b, 0.0]])
-    sums = gating_sums(current, preceding, torch.eye(2))
+    router = gate_of(torch.eye(2))
+    sums = gating_sums(current, preceding, router)
     distances = [b - a, math.hypot(a, a), 0.0]
     assert sums.tolist() == pytest.approx([2, sum(distances), 0.75 + 0.75 + 0.9, 0.9 + 0.75 + 0.9, 3])
     assert gating_means(sums[None])[0].tolist() == pytest.approx([x / 3 for x in sums[:4].tolist()])
     # DGMoE: if both would choose the same expert, the current one gets its second best: 1/4 and 1/10
-    assert gating_sums(current, preceding, torch.eye(2), distinct=True)[2].item() == pytest.approx(0.25 + 0.75 + 0.1)
+    assert gating_sums(current, preceding, router, distinct=True)[2].item() == pytest.approx(0.25 + 0.75 + 0.1)
 
 
 def test_sums_add_up_over_ranks_and_metrics_are_means_over_layers():
     x, y = torch.randn(2, 10, 4, generator=torch.Generator().manual_seed(0))
-    gate = torch.eye(4)
+    gate = gate_of(torch.eye(4))
     parts = gating_sums(x[:3], y[:3], gate) + gating_sums(x[3:], y[3:], gate)
     assert_close(parts, gating_sums(x, y, gate), 1e-6)  # float32 norms and softmax of other shapes
     metrics = gating_metrics(np.array([[0.5, 1.0, 0.2, 0.4], [0.7, 3.0, 0.4, 0.4]]))

@@ -32,6 +32,8 @@ MODELS = {
     "every-block": "moe.architecture=scmoe moe.position=pos1 moe.every=1",
     "dgmoe": "moe.architecture=dgmoe",
     "dgmoe_share": "moe.architecture=dgmoe_share model.layers=4",
+    "zero-experts": "moe.top_k=2 moe.router=longcat moe.zero_experts=6 moe.ffn_dim=40 moe.leading_dense=[56] "
+    "model.layers=3",
     "llama": "model.family=llama model.heads=4 model.kv_heads=2 moe.every=1 moe.position=pos1",
 }
 BATCH = 2
@@ -140,6 +142,18 @@ def test_filled_slots_are_sent_and_announced_alone():
 )
 def test_copies_of_a_token_over_all_uses_of_a_module(words, copies):
     assert list(routed_copies(build_model_on_meta(tiny(*words.split()))).values()) == copies
+
+
+def test_zero_experts_halve_what_is_sent_and_computed_where_they_are_as_many_as_experts():
+    """2 experts a token of 6 are 4 active ones with 12 ids: the gate is twice as large, a bias costs nothing."""
+    words = ("moe.router=longcat", "moe.top_k=4", "moe.capacity_factor=null", "model.layers=2")
+    plain, halved = (build_model_on_meta(tiny(*words, f"moe.zero_experts={zero}")) for zero in (0, 6))
+    (all_bytes,), half = transfer_bytes(plain, "32-true"), transfer_bytes(halved, "32-true")
+    assert half == [all_bytes / 2]
+    flops, less = forward_flops(plain, 12), forward_flops(halved, 12)
+    assert (less["experts"], less["gate"]) == (flops["experts"] / 2, 2 * flops["gate"])
+    (_, experts, active), (_, _, fewer) = (count_parameters(model)["experts"] for model in (plain, halved))
+    assert (active, fewer) == (experts * 4 // 6, experts * 2 // 6)
 
 
 def test_flops_of_pictures_are_what_torch_counts():

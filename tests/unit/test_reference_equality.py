@@ -57,12 +57,16 @@ def oracle(config: Config, model: torch.nn.Module) -> tuple[dict, dict, referenc
         moe.tap_norm,
         moe.every,
         moe.capacity_factor,
+        moe.router,
+        moe.router_scale,
+        tuple(moe.leading_dense),
     )
     answer = reference.gpt(weights, spec, *tiny_batch(config))
     values = {name: getattr(answer, name) for name in ("logits", "token_loss", "load_balance_loss", "z_loss")}
     values = {name: value for name, value in values.items() if value is not None}
     total(values).backward()
-    return values, {name: weight.grad for name, weight in weights.items()}, answer
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    return values, {name: weights[name].grad for name in trained}, answer
 
 
 def check_against_oracle(config: Config) -> reference.Answer:
@@ -84,6 +88,29 @@ def test_architecture_equals_oracle(architecture, capacity):
         assert sum(answer.dropped) == 0
     if capacity == "1.0":  # without drops the case would not test them
         assert sum(answer.dropped) > 0
+
+
+ROUTERS = {
+    "deepseek": "architecture=shared_expert router=deepseek top_k=3 router_scale=2.5",
+    "deepseek-top-1": "architecture=top_k router=deepseek",
+    "longcat": "router=longcat top_k=3 router_scale=6 zero_experts=3 tap_norm=shared combine=direct_add",
+    "longcat-dgmoe": "architecture=dgmoe router=longcat zero_experts=2",
+    "softmax-with-bias-and-zero-experts": "position=pos1 top_k=2 bias_rate=0.1 zero_experts=2",
+    "deepseek-with-zero-experts": "architecture=top_k every=1 top_k=2 router=deepseek zero_experts=2",
+    "widths-and-leading-dense-blocks": "architecture=dgmoe_share ffn_dim=40 leading_dense=[56,8] model.layers=6",
+}
+
+
+@pytest.mark.parametrize("capacity", ("null", "1.0"))
+@pytest.mark.parametrize("router", ROUTERS)
+def test_router_equals_oracle(router, capacity):
+    """randomise gives the selection biases values that change choices, for experts and zero experts."""
+    config = config_of(ROUTERS[router], f"moe.capacity_factor={capacity}")
+    answer = check_against_oracle(config)
+    gates = 2 if "dgmoe" in config.moe.architecture else 1
+    all_copies = 24 * config.moe.top_k * gates * len(answer.copies)
+    assert (sum(map(sum, answer.copies)) < all_copies) == (config.moe.zero_experts > 0)
+    assert (sum(answer.dropped) > 0) == (capacity == "1.0")
 
 
 @pytest.mark.parametrize("architecture", LANGUAGE_WITH_ORACLE)
@@ -163,9 +190,17 @@ def test_a_wrong_oracle_is_detected(change, monkeypatch):
         check_against_oracle(config)
 
 
+@pytest.mark.parametrize("change", [{"router": "softmax"}, {"router_scale": 1.0}], ids=str)
+def test_an_oracle_with_another_router_is_detected(change, monkeypatch):
+    honest = reference.gpt
+    monkeypatch.setattr(reference, "gpt", lambda w, spec, *batch: honest(w, spec._replace(**change), *batch))
+    with pytest.raises(AssertionError, match="differs"):
+        check_against_oracle(config_of(ROUTERS["deepseek"], "moe.capacity_factor=null"))
+
+
 def test_an_oracle_without_dgmoes_rule_is_detected(monkeypatch):
     honest = reference.gate
-    monkeypatch.setattr(reference, "gate", lambda logits, top_k, taken=None: honest(logits, top_k))
+    monkeypatch.setattr(reference, "gate", lambda logits, top_k, taken, *how: honest(logits, top_k, None, *how))
     with pytest.raises(AssertionError, match="differs"):
         check_against_oracle(config_of("architecture=dgmoe", "moe.capacity_factor=null"))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from scmoe.moe.router import Router, round_robin
+from scmoe.moe.scores import Scoring
 from tests import reference
 from tests.support.models import DIM, EXPERTS, assert_close, randomise
 
@@ -47,7 +48,7 @@ def test_weights_and_their_gradient_for_the_gate(top_k):
 
 @pytest.mark.parametrize("top_k", (2, 3, EXPERTS))
 def test_weights_without_renormalisation_are_probabilities_over_all_experts(top_k):
-    routing = router(top_k, renormalise=False)(tokens())
+    routing = router(top_k, scoring=Scoring(normalise=False))(tokens())
     assert torch.equal(routing.topk_ids_TK, router(top_k)(tokens()).topk_ids_TK)
     assert_close(routing.topk_weights_TK, routing.logits_TE.softmax(-1).gather(-1, routing.topk_ids_TK))
 

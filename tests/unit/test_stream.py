@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from scmoe.moe.balance import integer_sums
+from scmoe.moe.dispatcher import LocalDispatcher
+from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Buffers, Capacity, rows_of
+from scmoe.moe.router import Router
+from scmoe.moe.scores import Scoring
 from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import MoEOutput
-from tests.support.models import DIM, EXPERTS, assert_close, gradients, tiny_stream
+from tests.support.models import DIM, EXPERTS, FFN, assert_close, gradients, randomise, tiny_stream
 
 MASK_BS = torch.tensor([[True] * 8 + [False] * 4, [True] * 3 + [False] * 9])
 
@@ -46,6 +50,64 @@ def test_in_use_no_buffer_drops_a_token():
     rows = Buffers(1.0)
     assert rows.arrange(ids_TK, None, EXPERTS, num_ranks, 1, True).num_dropped == 9 - 9 * 2 // EXPERTS
     assert rows.dropless(EXPERTS).arrange(ids_TK, None, EXPERTS, num_ranks, 1, False).num_dropped == 0
+
+
+# ---------------------------------------------------------------------- zero experts
+
+
+class Counting(LocalDispatcher):
+    """Counts the rows that are sent."""
+
+    sent = 0
+
+    def dispatch(self, rows_RD, counts):
+        self.sent += len(rows_RD)
+        return super().dispatch(rows_RD, counts)
+
+
+def zero_stream(capacity_factor: float | None = None, weight: float = 0.0) -> MoEStream:
+    """Returns a stream whose gate prefers zero experts with a large `weight`, whatever the token."""
+    router = Router(DIM, EXPERTS, 2, scoring=Scoring(normalise=False, scale=6), zero_experts=3)
+    stream = MoEStream(router, Experts(DIM, FFN, EXPERTS), Counting(), rows_of(capacity_factor))
+    randomise(stream.double())
+    with torch.no_grad():
+        router.gate.weight[EXPERTS:, 0] += weight
+    return stream
+
+
+@pytest.mark.parametrize("mask_BS", (None, MASK_BS), ids=("whole", "padded"))
+@pytest.mark.parametrize("chunks", (1, 3))
+def test_nothing_is_sent_for_a_zero_expert(chunks, mask_BS):
+    stream, x = zero_stream(), tokens()
+    routing = stream.router(x.flatten(0, 1), None if mask_BS is None else mask_BS.flatten())
+    real = (routing.topk_ids_TK < EXPERTS).sum().item()
+    output = stream(x, mask_BS, chunks)
+    assert 0 < real < 2 * (24 if mask_BS is None else 11)
+    assert stream.dispatcher.sent == real == output.stats.counts_E.sum()
+    assert output.stats.num_dropped == 0
+
+
+def test_tokens_that_choose_only_zero_experts_send_nothing_and_come_back_scaled():
+    stream, x = zero_stream(weight=1e3), tokens()
+    x[..., 0] = 1.0
+    routing = stream.router(x.flatten(0, 1))
+    assert (routing.topk_ids_TK >= EXPERTS).all()
+    output, grads = outcome(stream, x)
+    assert stream.dispatcher.sent == 0 and output.stats.counts_E.sum() == 0
+    assert_close(output.y_BSD, x * routing.topk_weights_TK.sum(-1).view(2, 12, 1))
+    assert not grads["experts.w_in_eDF"].any() and grads["router.gate.weight"].any()
+
+
+def test_zero_experts_take_their_share_of_a_capacity():
+    """24 tokens x 2 copies over 6 + 3 ids: the fair share is 48 / 9, and a factor of 1.5 gives 8 slots, not 12."""
+    stream = zero_stream(1.5)
+    stream(tokens())
+    assert stream.dispatcher.sent == EXPERTS * 8
+
+
+def test_a_zero_expert_leaves_padding_alone():
+    output, grads = outcome(zero_stream(), tokens(), MASK_BS)
+    assert (output.y_BSD[~MASK_BS] == 0).all() and (grads["x"][~MASK_BS] == 0).all()
 
 
 # ---------------------------------------------------------------------- padding (fault 30)

@@ -94,7 +94,7 @@ class Fetched:
 
 def guess(layer: str, router: Router, rows_RD: Tensor) -> list[Key]:
     """Returns the experts that a layer's gate would choose for the rows of an earlier layer."""
-    return [(layer, e) for e in router(rows_RD).topk_ids_TK.unique().tolist()]
+    return [(layer, e) for e in router(rows_RD).topk_ids_TK.unique().tolist() if e < router.num_experts]
 
 
 def offload_experts(

@@ -23,10 +23,10 @@ from scmoe.moe.coefficient import COEFFICIENT_GATES
 from scmoe.moe.dispatcher import Narrowed
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Buffers, rows_of
-from scmoe.moe.router import Router, round_robin
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.schedule.schedule import Schedule
+from scmoe.training.assembly.routers import build_router
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Parts:
     """What the blocks of a family are made of, at one width."""
 
     dim: int
-    ffn_dim: int
+    ffn_dim: int  # of a routed expert
     norm: Callable[[], nn.Module]
-    mlp: Callable[[], nn.Module]  # of Block-MLP and of the shared expert
+    mlp: Callable[..., nn.Module]  # of Block-MLP and of the shared expert; ffn_dim: another width
     attention: Callable[[], nn.Module]
     after: Callable[[], nn.Module]  # applied to a sub-layer's output before it is added: dropout
     activation: str = "gelu"  # of the routed experts
@@ -44,8 +44,12 @@ class Parts:
     def attention_sublayer(self) -> Residual:
         return Residual(self.norm(), self.attention(), self.after())
 
-    def mlp_sublayer(self) -> Residual:
-        return Residual(self.norm(), self.mlp(), self.after())
+    def mlp_sublayer(self, *ffn_dim: int) -> Residual:
+        return Residual(self.norm(), self.mlp(*ffn_dim), self.after())
+
+    def dense_block(self, *ffn_dim: int) -> DenseBlock:
+        """ffn_dim: of its MLP, where it is another one than that of the other MLPs."""
+        return DenseBlock([self.attention_sublayer(), self.mlp_sublayer(*ffn_dim)])
 
 
 def decoder_parts(
@@ -59,9 +63,9 @@ def decoder_parts(
     dim, ffn_dim, activation = model.dim, model.ffn_dim or 4 * model.dim, model.activation or activation
     return Parts(
         dim,
-        ffn_dim,
+        config.moe.ffn_dim or ffn_dim,
         norm=lambda: norm(dim),
-        mlp=lambda: MLP(dim, ffn_dim, bias=bias, activation=activation),
+        mlp=lambda ffn_dim=ffn_dim: MLP(dim, ffn_dim, bias=bias, activation=activation),
         attention=lambda: Attention(dim, model.heads, bias=bias, kv_heads=model.kv_heads, rotary=rotary()),
         after=lambda: nn.Dropout(model.dropout),
         activation=activation,
@@ -93,7 +97,7 @@ def stack(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> l
 
 @register_architecture("dense")
 def dense(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    return [DenseBlock([layer.attention_sublayer(), layer.mlp_sublayer()]) for layer in parts]
+    return [layer.dense_block() for layer in parts]
 
 
 @register_architecture("top_k")
@@ -119,17 +123,20 @@ def dgmoe(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> l
 @register_architecture("dgmoe_share")
 def dgmoe_share(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
     blocks = dgmoe(config, context, parts)
-    share_moe(blocks)
+    share_moe([block for block in blocks if isinstance(block, MoEBlock)])
     return blocks
 
 
 def moe_blocks(
     block: type[MoEBlock], config: Config, context: ParallelContext, parts: Sequence[Parts]
 ) -> list[nn.Module]:
-    """Return blocks with an MoE each: one for each layer (every=1), or pairs of Block-MLP and Block-MoE (every=2)."""
-    every = config.moe.every
-    starts = range(0, len(parts), every)
-    return [moe_block(block, config, context, parts[i : i + every], first=i == 0) for i in starts]
+    """Return leading dense blocks, then blocks with an MoE each: one for each layer (every=1), or pairs of Block-MLP
+    and Block-MoE (every=2)."""
+    every, widths = config.moe.every, config.moe.leading_dense
+    dense_blocks = [layer.dense_block(width) for layer, width in zip(parts, widths, strict=False)]
+    starts = range(len(widths), len(parts), every)
+    first = len(widths)
+    return dense_blocks + [moe_block(block, config, context, parts[i : i + every], first=i == first) for i in starts]
 
 
 def moe_block(
@@ -164,15 +171,7 @@ def moe_block(
 
 
 def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoEStream:
-    moe = config.moe
-    router = Router(
-        parts.dim,
-        moe.num_experts,
-        moe.top_k,
-        renormalise=moe.renormalise,
-        noisy=moe.noisy,
-        deal=round_robin(moe.num_experts, moe.top_k) if moe.balanced_routing else None,
-    )
+    moe, router = config.moe, build_router(config, parts.dim)
     local = context.local_experts(moe.num_experts)
     experts = Experts(parts.dim, parts.ffn_dim, moe.num_experts, local, parts.activation)
     ep_size = max(context.ep_size, resolve_ep_size(config))  # an estimate for many ranks is made in one process

@@ -42,7 +42,7 @@ PATIENCE = 5  # logged windows in a row
 
 
 class ExpertLoad(Callback):
-    """Logs moe/load_max, moe/load_entropy, moe/dead_experts and moe/drop_share of all steps since the last log, and
+    """Logs moe/load_max, load_entropy, dead_experts, drop_share and real_experts of all steps since the last log, and
     moe/<name> for `SINGLE_STEPS`: the median and the worst of these steps, in the worst layer.
 
     folder: where the load of each expert is kept and drawn; None: nowhere.
