@@ -1,13 +1,31 @@
-"""Which modules FSDP gathers as one unit, and which parameters it gathers in float32, if dense weights are split; and
-the type of the residual stream, which does not depend on it."""
+"""The residual stream: its type, and its way through the blocks. Which modules FSDP gathers as one unit, and which
+parameters it gathers in float32, if dense weights are split."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from scmoe.blocks.kv_cache import KVCache
 from scmoe.moe.router import Router
+from scmoe.moe.tokens import HandedOn, RouterStats
+
+
+def through(
+    blocks: Iterable[nn.Module], x_BSD: Tensor, mask_BS: Tensor | None, *cache: KVCache
+) -> tuple[Tensor, list[RouterStats]]:
+    """Return the stream after the blocks, and the routers' sums of those that have one.
+
+    A block that follows one with HandedOn gets as `carry` what that one leaves."""
+    all_stats, carry_BSD = [], None
+    for block in blocks:
+        given = (x_BSD, mask_BS, *cache)
+        output = block(*given) if carry_BSD is None else block(*given, carry=carry_BSD)
+        carry_BSD = output.carry_BSD if isinstance(output, HandedOn) else None
+        x_BSD, stats, *_ = output
+        all_stats += [] if stats is None else [stats]
+    return x_BSD, all_stats
 
 
 def units(module: nn.Module) -> list[list[nn.Module]]:
