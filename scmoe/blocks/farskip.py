@@ -1,5 +1,5 @@
-"""FarSkip (arXiv 2511.11505): attention reads the stream without the routed output of the block before, and both kinds of
-experts read the block's own input.
+"""FarSkip (arXiv 2511.11505): attention reads the stream without the routed output of the block before, and all experts
+read the block's own input.
 
     X_l --+-----------------------> + -----------> + ---+--------> + --> X_{l+1}
           |                         ^              ^    |          ^

@@ -3,22 +3,23 @@ parameters it gathers in float32, if dense weights are split."""
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scmoe.blocks.kv_cache import KVCache
 from scmoe.moe.router import Router
 from scmoe.moe.tokens import HandedOn, RouterStats
 
 
 def through(
-    blocks: Iterable[nn.Module], x_BSD: Tensor, mask_BS: Tensor | None, *cache: KVCache
+    blocks: Iterable[nn.Module], x_BSD: Tensor, mask_BS: Tensor | None, *cache: Any
 ) -> tuple[Tensor, list[RouterStats]]:
     """Return the stream after the blocks, and the routers' sums of those that have one.
 
-    A block that follows one with HandedOn gets as `carry` what that one leaves."""
-    all_stats, carry_BSD = [], None
+    cache: a KVCache in generation. A block that follows one with HandedOn gets as `carry` what that one leaves."""
+    all_stats: list[RouterStats] = []
+    carry_BSD: Tensor | None = None
     for block in blocks:
         given = (x_BSD, mask_BS, *cache)
         output = block(*given) if carry_BSD is None else block(*given, carry=carry_BSD)

@@ -72,9 +72,9 @@ class GatingProbe:
 
     def _watch(self, block: MoEBlock) -> None:
         without_tap = max(0, len(block.sublayers) - POSITIONS[self.position])
-        reads_tap, tap_norm = block.tap_norm, block.tap_norm or block.norm
-        if reads_tap is None:
-            reads_tap = block.sublayers[without_tap]
+        reads_tap, tap_norm = block.tap_norm, block.tap_norm
+        if reads_tap is None or tap_norm is None:
+            reads_tap, tap_norm = block.sublayers[without_tap], block.norm
         seen: dict[str, Tensor] = {}
 
         def note(name: str) -> Any:

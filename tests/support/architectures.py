@@ -82,6 +82,7 @@ SWIN_WITH_ORACLE = {
     "dense": "architecture=dense",
     **TABLES,
     **EVERY_BLOCK,
+    "pos2-every-block": "position=pos2 every=1",
     "shared-cg2-top-2": "architecture=shared_expert combine=cg2 top_k=2",
     "pos2-cg2-reads-tap": "position=pos2 combine=cg2 coefficient_input=tap",
     "scmoe-2-pos1": "position=pos1 top_k=2",

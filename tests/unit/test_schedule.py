@@ -116,7 +116,7 @@ def test_impossible_blocks_are_refused():
 
 @pytest.mark.parametrize(("position", "carry", "given"), [("carried", None, "NoneType"), ("pos1", 0, "int")])
 def test_a_tap_in_the_preceding_block_must_be_handed_on(position, carry, given):
-    block = tiny_shortcut(tiny_stream(), Schedule("scmoe", position))
+    block = tiny_shortcut(tiny_stream(), Schedule("scmoe", position)).double()
     with pytest.raises(ValueError, match=f"carry is {given}, allowed for scmoe {position}"):
         block(torch.zeros(1, 2, DIM, dtype=torch.float64), carry=carry)
 
