@@ -62,6 +62,10 @@ ONLY_FOR_IMAGES = (
     *("model.patch_size", "model.window", "model.drop_path"),
     *("data.image_size", "data.num_classes", "data.augment", "data.mixup", "data.cutmix", "data.label_smoothing"),
 )
+OF_LATENTS = (
+    *("model.latent.q_rank", "model.latent.kv_rank", "model.latent.nope_dim", "model.latent.rope_dim"),
+    *("model.latent.value_dim", "model.latent.scaled", "model.latent.gated"),
+)
 Refusals = Iterator[tuple[str, str]]  # a key, and what is allowed for it
 
 
@@ -148,7 +152,6 @@ def _unused(config: Config) -> Refusals:
     no_tap = not extension and moe.architecture not in SHORTCUTS
     no_shared_expert = not extension and moe.architecture not in ("shared_expert", "scmoe", "farskip")
     farskip, latent = moe.architecture == "farskip", config.model.attention == "latent"
-    sizes = [leaf.key for leaf in leaves(config.model.latent, "model.latent.")]
     no_files = data.name in DATASETS.built_in and data.name not in ("text", "image_folder")
     images = data.name in IMAGES
     fits = family in FAMILIES.built_in and images == (family in FAMILIES.images)  # else data.name is refused
@@ -165,7 +168,7 @@ def _unused(config: Config) -> Refusals:
         (no_shared_expert, f"{wiring} has no shared expert to combine with", "moe.combine"),
         (farskip, f"{wiring} adds shared and routed output one after the other", "moe.combine", "moe.after_norm"),
         (farskip, f"the experts of {wiring} read one representation", "analysis.gating_every"),
-        (not latent, "only model.attention=latent has latents", *sizes),
+        (not latent, "only model.attention=latent has latents", *OF_LATENTS),
         (latent, "model.attention=latent has one latent for all heads", "model.kv_heads"),
         (family in FAMILIES.built_in and family != "llama", f"model.family={family} has full heads", "model.attention"),
         (moe.capacity_factor is not None, "only moe.capacity_factor=null is dropless", "moe.dropless_ceiling"),

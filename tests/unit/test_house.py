@@ -58,7 +58,7 @@ SMALL_FILES = {
     "scmoe/lightning/known_to_lightning.py": "runs while Lightning is imported",
     "scmoe/schedule/limit.py": "the least time of a training step is an idea of its own",
 }
-CLOSURES = {"scmoe/moe/stream.py": 14, "scmoe/lightning/strategy.py": 32, "scmoe/training/run/train.py": 88}  # files
+CLOSURES = {"scmoe/moe/stream.py": 14, "scmoe/lightning/strategy.py": 32, "scmoe/training/run/train.py": 90}  # files
 HASATTR = 2
 ONLY_IN = {  # outer module: where it may be used
     "torch.distributed": (
