@@ -26,12 +26,14 @@ from scmoe.parallel.checkpoint.saving import write_whole
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.hf_folder import write_folder
 from scmoe.training.assembly.model import build_model_to_train
+from tests.support.architectures import LATENT_ATTENTION, overrides
 from tests.support.models import assert_close, tiny_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")
 pytestmark = pytest.mark.peers
 
 LLAMA = "model.family=llama model.kv_heads=2"
+INSTELLA = " ".join(["model.family=llama", *overrides(LATENT_ATTENTION["instella"])])
 KINDS = {  # words: model_type
     "moe.architecture=dense model.activation=gelu_tanh": "gpt2",
     "moe.architecture=dense": "gpt2",
@@ -48,6 +50,9 @@ KINDS = {  # words: model_type
     "moe.architecture=scmoe moe.capacity_factor=0.5": "scmoe",
     f"{LLAMA} moe.architecture=scmoe moe.position=pos3 moe.combine=cg2 moe.coefficient_input=tap": "scmoe",
     "moe.architecture=dgmoe_share model.layers=4": "scmoe",
+    "moe.every=1 moe.after_norm=true": "scmoe",
+    f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.after_norm=true": "scmoe",  # Mixtral has no such norm
+    INSTELLA: "scmoe",
     # a gate that transformers does not have
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.balanced_routing=true": "scmoe",
 }
@@ -131,7 +136,9 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("words", ["moe.architecture=scmoe", f"{LLAMA} moe.architecture=dgmoe moe.noisy=false"])
+@pytest.mark.parametrize(
+    "words", ["moe.architecture=scmoe", f"{LLAMA} moe.architecture=dgmoe moe.noisy=false", INSTELLA]
+)
 def test_padding_on_the_left_changes_no_token(words, use_cache, tmp_path):
     """Each text of a batch continues as alone, and as the network itself says without a cache. In float64."""
     exported(words, tmp_path)
