@@ -30,7 +30,7 @@ from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import RouterStats
 from scmoe.parallel.mesh import ParallelContext, check_experts, expert_parameters
 from scmoe.parallel.update.wrap import wrap
-from scmoe.schedule.schedule import SUBLAYERS, Schedule
+from scmoe.schedule.schedule import POSITIONS, SUBLAYERS, Schedule
 
 
 def MoE(
@@ -76,6 +76,8 @@ def ScMoEBlock(
     It is called as y, stats = block(x) for x of [batch, sequence, dim].
     position: pos1 | pos2 | pos3. combine: direct_add | cg1 | cg2. expert_slot, chunks: those of `Schedule`.
     """
+    if position not in POSITIONS:  # the others need a block before
+        raise ValueError(f"position is {position!r}, allowed: {' | '.join(POSITIONS)}")
     if combine not in COEFFICIENT_GATES:
         raise ValueError(f"combine is {combine!r}, allowed: {' | '.join(COEFFICIENT_GATES)}")
     ffn_dim = 4 * dim if ffn_dim is None else ffn_dim

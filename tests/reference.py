@@ -7,6 +7,7 @@ tokens and experts one by one; gradients come from autograd. All fast code is co
     Eq. 6        gpt(..., Spec("shared_expert"))    Eq. 7-10   gpt(..., Spec("scmoe"))
     Eq. 14-16    merge                              capacity   kept_copies
     Eq. 23       gpt(..., Spec("dgmoe"))            A.7        gpt(..., Spec("dgmoe_share"))
+    FarSkip      gpt(..., Spec("farskip"))          latent attention, where the weights have latents
 
 The weights determine the family. GPT has position embeddings and biases. LLaMA has neither: it has RMSNorm, rotary
 positions, its own output weights, fewer heads of K and V if they have fewer rows, and SwiGLU if W_in is twice as wide
@@ -45,6 +46,7 @@ class Spec(NamedTuple):
     router: str = "softmax"
     router_scale: float = 1.0
     leading_dense: tuple[int, ...] = ()
+    scaled_latents: bool = False
 
 
 class Routed(NamedTuple):
@@ -69,9 +71,9 @@ class Answer(NamedTuple):
 # ---------------------------------------------------------------------- parts of a Transformer
 
 
-def layer_norm(w: Weights, name: str, x: Tensor) -> Tensor:
+def layer_norm(w: Weights, name: str, x: Tensor, eps: float = 1e-5) -> Tensor:
     if f"{name}.bias" not in w:  # RMSNorm
-        return x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-5) * w[f"{name}.weight"]
+        return x / torch.sqrt((x**2).mean(-1, keepdim=True) + eps) * w[f"{name}.weight"]
     mean = x.mean(-1, keepdim=True)
     variance = ((x - mean) ** 2).mean(-1, keepdim=True)
     return (x - mean) / torch.sqrt(variance + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
@@ -108,8 +110,49 @@ def rotate(x: Tensor) -> Tensor:
     return torch.cat([z.real, z.imag], -1)
 
 
-def attention(w: Weights, name: str, x: Tensor, heads: int) -> Tensor:
+def rotate_pairs(x: Tensor) -> Tensor:
+    """As rotate, but features 2 i and 2 i + 1 are one complex number."""
+    return rotate(torch.cat([x[:, 0::2], x[:, 1::2]], -1))
+
+
+def latent_attention(w: Weights, name: str, x: Tensor, spec: Spec) -> Tensor:
+    """Computes multi-head latent attention of x [B, S, D] as published, one sequence and head at a time."""
+    dim, seq_len, heads = x.shape[2], x.shape[1], spec.heads
+    kv_rank = len(w[f"{name}.kv_norm.weight"])
+    rope = len(w[f"{name}.kv_down.weight"]) - kv_rank
+    nope = len(w[f"{name}.q_up.weight"]) // heads - rope
+    value = len(w[f"{name}.kv_up.weight"]) // heads - nope
+    future = torch.ones(seq_len, seq_len, dtype=torch.bool).triu(1)
+    sequences = []
+    for sequence in x:
+        query = sequence
+        if f"{name}.q_down.weight" in w:
+            query = layer_norm(w, f"{name}.q_norm", linear(w, f"{name}.q_down", sequence), 1e-6)
+            query = query * math.sqrt(dim / query.shape[1] if spec.scaled_latents else 1)
+        down = linear(w, f"{name}.kv_down", sequence)
+        latent = layer_norm(w, f"{name}.kv_norm", down[:, :kv_rank], 1e-6)
+        latent = latent * math.sqrt(dim / kv_rank if spec.scaled_latents else 1)
+        shared_key = rotate_pairs(down[:, kv_rank:])
+        queries, keys_values = linear(w, f"{name}.q_up", query), linear(w, f"{name}.kv_up", latent)
+        outputs = []
+        for h in range(heads):
+            q = queries[:, h * (nope + rope) : (h + 1) * (nope + rope)]
+            kv = keys_values[:, h * (nope + value) : (h + 1) * (nope + value)]
+            match = q[:, :nope] @ kv[:, :nope].T + rotate_pairs(q[:, nope:]) @ shared_key.T
+            match = (match / math.sqrt(nope + rope)).masked_fill(future, -math.inf)
+            outputs.append(match.softmax(-1) @ kv[:, nope:])
+        y = torch.cat(outputs, -1)
+        if f"{name}.gate.weight" in w:
+            y = y / (1 + torch.exp(-linear(w, f"{name}.gate", sequence)))
+        sequences.append(linear(w, f"{name}.out", y))
+    return torch.stack(sequences)
+
+
+def attention(w: Weights, name: str, x: Tensor, spec: Spec) -> Tensor:
     """Computes causal attention of x [B, S, D], one sequence and head at a time. qkv has heads of Q, then K, then V."""
+    if f"{name}.kv_down.weight" in w:
+        return latent_attention(w, name, x, spec)
+    heads = spec.heads
     dim, seq_len = x.shape[2], x.shape[1]
     size = dim // heads
     kv_heads = (w[f"{name}.qkv.weight"].shape[0] // size - heads) // 2
@@ -129,8 +172,8 @@ def attention(w: Weights, name: str, x: Tensor, heads: int) -> Tensor:
     return torch.stack(sequences)
 
 
-def add_attention(w: Weights, name: str, x: Tensor, heads: int) -> Tensor:
-    return x + attention(w, f"{name}.f", layer_norm(w, f"{name}.norm", x), heads)
+def add_attention(w: Weights, name: str, x: Tensor, spec: Spec) -> Tensor:
+    return x + attention(w, f"{name}.f", layer_norm(w, f"{name}.norm", x), spec)
 
 
 def add_mlp(w: Weights, name: str, x: Tensor) -> Tensor:
@@ -278,42 +321,64 @@ PAIR = ("sublayers.0", "sublayers.1", "sublayers.2")  # names of attention l, ML
 FOLLOWING = {"pos1": -1, "pos2": -2, "pos3": -3}  # which of the sub-layers follows the tap, from the end
 
 
-def moe_block(w: Weights, name: str, h_in: Tensor, spec: Spec, position: str, owner: str) -> tuple[Tensor, Routed]:
-    """Computes a pair (Block-MLP, Block-MoE) or one Block-MoE. position: the tap's. owner: the block of its MoE."""
+class Left(NamedTuple):
+    """What a block leaves for the next one. after_attention: M_{l-1}. without_routed: FarSkip's Y_l."""
+
+    after_attention: Tensor | None = None
+    without_routed: Tensor | None = None
+
+
+def moe_block(
+    w: Weights, name: str, h_in: Tensor, spec: Spec, position: str, owner: str, left: Left
+) -> tuple[Tensor, Routed, Left]:
+    """Computes a pair (Block-MLP, Block-MoE) or one Block-MoE. position: the tap's. owner: the block of its MoE. left:
+    what the block before leaves."""
     names = [f"{name}.{part}" for part in (PAIR if spec.every == 2 else PAIR[:1])]
-    if spec.every == 2:
-        attention_l, mlp_l, attention_next = names
-        h_mh = add_attention(w, attention_l, h_in, spec.heads)  # H_l^MH
-        h_mlp = add_mlp(w, mlp_l, h_mh)  # H_l^MLP
-        h = add_attention(w, attention_next, h_mlp, spec.heads)  # H_{l+1}^MH
-        taps = {"pos1": h_mlp, "pos2": h_mh, "pos3": h_in}
-    else:
-        h = add_attention(w, names[0], h_in, spec.heads)
-        taps = {"pos1": h_in}  # the preceding block's output is this block's input
 
     def routed(x: Tensor, taken: list[int] | None = None) -> Routed:
         result = routed_experts(w, f"{owner}.moe", x.flatten(0, 1), spec, taken)
         return result._replace(y=result.y.view_as(x))
 
+    if spec.architecture == "farskip":
+        y_l = h_in if left.without_routed is None else left.without_routed
+        u = layer_norm(w, f"{name}.norm", h_in)
+        moe = routed(u)
+        attended = attention(w, f"{names[0]}.f", layer_norm(w, f"{names[0]}.norm", y_l), spec)
+        y_next = h_in + attended + mlp(w, f"{name}.shared_expert", u)
+        return y_next + moe.y, moe, Left(without_routed=y_next)
+    if spec.every == 2:
+        attention_l, mlp_l, attention_next = names
+        h_mh = add_attention(w, attention_l, h_in, spec)  # H_l^MH
+        h_mlp = add_mlp(w, mlp_l, h_mh)  # H_l^MLP
+        h = add_attention(w, attention_next, h_mlp, spec)  # H_{l+1}^MH
+        taps = {"pos1": h_mlp, "pos2": h_mh, "pos3": h_in}
+    else:
+        h = add_attention(w, names[0], h_in, spec)
+        # the preceding block's output is this block's input; its H^MH is what it leaves, but in the first block
+        taps = {"pos1": h_in, "pos2": h if left.after_attention is None else left.after_attention}
+
+    def add(y: Tensor) -> Tensor:
+        return h + (layer_norm(w, f"{name}.after.norm", y) if f"{name}.after.norm.weight" in w else y)
+
     u = layer_norm(w, f"{name}.norm", h)
     if spec.architecture == "top_k":  # Eq. 1
         moe = routed(u)
-        return h + moe.y, moe
+        return add(moe.y), moe, Left(h)
     tap_norm = f"{name}.tap_norm" if spec.tap_norm == "own" else f"{names[FOLLOWING[position]]}.norm"
     if spec.architecture in ("dgmoe", "dgmoe_share"):  # Eq. 23, A.7
         preceding = routed(layer_norm(w, tap_norm, taps[position]))
         current = routed(u, [experts[0] for experts in preceding.chosen])
-        return h + current.y + preceding.y, both(current, preceding)
+        return add(current.y + preceding.y), both(current, preceding), Left(h)
     shared = mlp(w, f"{name}.shared_expert", u)
     w_coefficient = w.get(f"{name}.coefficient.gate.weight")
     if spec.architecture == "shared_expert":  # Eq. 6
         moe = routed(u)
-        return h + merge(spec.combine, w_coefficient, u, shared, moe.y), moe
+        return add(merge(spec.combine, w_coefficient, u, shared, moe.y)), moe, Left(h)
     assert spec.architecture == "scmoe"  # Eq. 7-10
     tap = layer_norm(w, tap_norm, taps[position])
     moe = routed(tap)
     read = u if spec.coefficient_input == "current" else tap
-    return h + merge(spec.combine, w_coefficient, read, shared, moe.y), moe
+    return add(merge(spec.combine, w_coefficient, read, shared, moe.y)), moe, Left(h)
 
 
 def both(a: Routed, b: Routed) -> Routed:
@@ -328,19 +393,20 @@ def gpt(w: Weights, spec: Spec, ids: Tensor, labels: Tensor) -> Answer:
     rows = [[w["tokens.weight"][i] + positions[s] for s, i in enumerate(row)] for row in ids.tolist()]
     x = torch.stack([torch.stack(row) for row in rows])
     modules: list[Routed] = []
+    left = Left()
     if spec.architecture == "dense":
         for i in range(spec.layers):
-            x = add_attention(w, f"blocks.{i}.sublayers.0", x, spec.heads)
+            x = add_attention(w, f"blocks.{i}.sublayers.0", x, spec)
             x = add_mlp(w, f"blocks.{i}.sublayers.1", x)
     else:
         first = len(spec.leading_dense)
         for i in range(first):
-            x = add_attention(w, f"blocks.{i}.sublayers.0", x, spec.heads)
+            x = add_attention(w, f"blocks.{i}.sublayers.0", x, spec)
             x = add_mlp(w, f"blocks.{i}.sublayers.1", x)
         for i in range(first, first + (spec.layers - first) // spec.every):
             position = spec.first_position if i == first and spec.first_position else spec.position
             owner = first + (i - first) // 2 * 2 if spec.architecture == "dgmoe_share" else i
-            x, moe = moe_block(w, f"blocks.{i}", x, spec, position, f"blocks.{owner}")
+            x, moe, left = moe_block(w, f"blocks.{i}", x, spec, position, f"blocks.{owner}", left)
             modules.append(moe)
     logits = layer_norm(w, "norm", x) @ w.get("head.weight", w["tokens.weight"]).T
     targets = [(b, s, label) for b, row in enumerate(labels.tolist()) for s, label in enumerate(row)]

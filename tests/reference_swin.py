@@ -117,6 +117,7 @@ def window_attention(w: Weights, name: str, x: Tensor, heads: int, window: int, 
 
 def swin(w: Weights, spec: SwinSpec, images: Tensor) -> SwinAnswer:
     modules: list[Routed] = []
+    after_attention: list[Tensor] = []  # of the stage's blocks so far
 
     def add(name: str, h: Tensor, y: Tensor) -> Tensor:
         return h + layer_norm(w, f"{name}.after.norm", y)
@@ -137,7 +138,8 @@ def swin(w: Weights, spec: SwinSpec, images: Tensor) -> SwinAnswer:
             taps = {"pos1": h_mlp, "pos2": h_mh, "pos3": h_in}
         else:
             h = add_attention(f"{name}.sublayers.0", h_in, stage, i)
-            taps = {"pos1": h_in}
+            taps = {"pos1": h_in, "pos2": after_attention[-1] if after_attention else h}
+        after_attention.append(h)
 
         def routed(x: Tensor, taken: list[int] | None = None) -> Routed:
             top_k = spec.top_k if stage == 2 else 2
@@ -172,6 +174,7 @@ def swin(w: Weights, spec: SwinSpec, images: Tensor) -> SwinAnswer:
         architecture = "dense" if stage < 2 else spec.architecture
         if stage == 3 and architecture != "dense":
             architecture = "top_k"
+        after_attention.clear()
         for number, i in enumerate(range(0, depth, 1 if architecture == "dense" else spec.every)):
             name = f"stages.{stage}.{number}"
             if architecture == "dense":

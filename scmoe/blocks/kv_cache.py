@@ -17,6 +17,8 @@ from torch import Tensor, nn
 class KVCache:
     """Buffers of `capacity` tokens for each text. Those of an attention module are made at its first call of `extend`.
 
+    What is kept is the module's choice: keys and values of each head, or one latent and one key for all (latent.py).
+
     lengths_B: tokens of each text, with those of the next pass. positions_BS: of the next pass's tokens; 0: padding.
     """
 
@@ -47,10 +49,13 @@ class KVCache:
         self._seen = {"attn_mask": self._keys_L[: self.longest] <= self.positions_BS[:, None, :, None]}
 
     def extend(self, attention: nn.Module, k_BHSd: Tensor, v_BHSd: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Appends keys and values. Returns all of them [B, H, L, d], and the mask for scaled_dot_product_attention."""
+        """Appends keys and values. Returns all of them [B, H, L, d], and the mask for scaled_dot_product_attention.
+
+        Their sizes d may differ."""
         if attention not in self.buffers:
             (_, heads, _, size), rows = k_BHSd.shape, self.batch_size * (self.capacity + 1)
-            self.buffers[attention] = k_BHSd.new_zeros(rows, heads, size), v_BHSd.new_zeros(rows, heads, size)
+            values = v_BHSd.new_zeros(rows, heads, v_BHSd.shape[-1])
+            self.buffers[attention] = k_BHSd.new_zeros(rows, heads, size), values
         for buffer_NHd, new_BHSd in zip(self.buffers[attention], (k_BHSd, v_BHSd), strict=True):
             buffer_NHd.index_copy_(0, self._slots_N, new_BHSd.transpose(1, 2).flatten(0, 1))
         if self._is_first:

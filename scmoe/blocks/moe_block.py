@@ -2,7 +2,7 @@
 
     sub-layers before the tap -> begin -> sub-layers after the tap, with the experts at their slot -> finish
 
-Each architecture's forward fills this line with its own terms: standard.py, shortcut.py, double_gate.py.
+Each architecture's forward fills this line with its own terms: standard.py, shortcut.py, double_gate.py, farskip.py.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,14 @@ from scmoe.schedule.schedule import SUBLAYERS, Schedule
 
 
 class MoEBlock(Operators):
-    """The base of the four architectures. A block is called as block(x_BSD, mask_BS) and returns an MoEOutput.
+    """The base of all architectures. A block is called as block(x_BSD, mask_BS) and returns an MoEOutput.
 
-    With a KVCache as a third argument its attention modules also read earlier tokens' keys and values.
+    With a KVCache as a third argument its attention modules also read earlier tokens' keys and values. A block that
+    returns HandedOn leaves an activation for the next block, which gets it as `carry` (models/units.py).
 
     sublayers: of one block (attention) or of a pair (attention, MLP, attention).
-    norm: reads the output of the last sub-layer.
-    after: the MoE module's output passes through it before it is added: dropout; in SwinV2, a norm and drop path.
+    norm: reads the output of the last sub-layer; in FarSkip, the block's input.
+    after: the MoE module's output passes through it before it is added: a norm, dropout; in SwinV2, norm and drop path.
     tap_norm: reads the tap, where the architecture has one. shared_expert, coefficient: where it has a shared expert.
     coefficient_reads_tap: the coefficient gate reads the (normed) tap instead of the shared expert's input.
     Raises ValueError for a position that requires more sub-layers than there are, and for a top_k that is not 1 where
@@ -48,7 +49,8 @@ class MoEBlock(Operators):
         super().__init__()
         assert schedule.architecture == self.architecture
         assert (tap_norm is not None) == (schedule.position is not None)
-        assert (shared_expert is not None) == (coefficient is not None) == ("shared_expert" in schedule.window)
+        assert (shared_expert is not None) == ("shared_expert" in schedule.window)
+        assert (coefficient is not None) == (shared_expert is not None and schedule.architecture != "farskip")
         after_tap = schedule.sublayers_after_tap
         if len(sublayers) < after_tap:
             raise ValueError(

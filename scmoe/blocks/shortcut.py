@@ -10,13 +10,24 @@ position says which sub-layer the tap comes before:
     Pos-1  before the last attention: the preceding block's output      H_l^MLP
     Pos-2  before the MLP                                                H_l^MH
     Pos-3  before the first attention: the pair's input                  H_{l-1}
+
+With an MoE in every block, Pos-2 taps the *preceding* block after its attention. That block hands M on as the `carry`:
+
+    X_l -> attention --+--> M_l -> norm -> SE -> coefficient -> + M_l -> X_{l+1}
+                       |                           ^
+    M_{l-1} -> norm -> route, dispatch, experts, combine
+                       +---------------------------------------------> M_l
+
+The first block has no preceding one: its tap is its own M_0, and only the shared expert hides its transfers.
+NousResearch wires ScMoE in this way (torchtitan, models/moe/scmoe.py).
 """
 
 from torch import Tensor, nn
 
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.moe_block import MoEBlock
-from scmoe.moe.tokens import MoEOutput
+from scmoe.moe.tokens import HandedOn, MoEOutput
+from scmoe.schedule.schedule import BETWEEN_BLOCKS
 
 
 class ShortcutBlock(MoEBlock):
@@ -27,9 +38,15 @@ class ShortcutBlock(MoEBlock):
     shared_expert: nn.Module
     coefficient: nn.Module
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
+    def forward(
+        self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache, carry: Tensor | None = None
+    ) -> MoEOutput | HandedOn:
+        """carry: the preceding block's, for a tap that lies there. ValueError: it is missing."""
         x_BSD = self.before_tap(x_BSD, *cache)
-        tap_BSD = self.tap_norm(x_BSD)
+        if (carry is None) == (self.schedule.position == "carried"):
+            allowed = "what the block before leaves" if carry is None else "None, as it taps its own sub-layers"
+            raise ValueError(f"carry is {type(carry).__name__}, allowed for {self.schedule.name}: {allowed}")
+        tap_BSD = self.tap_norm(x_BSD if carry is None else carry)
         state = self.moe.begin(tap_BSD, mask_BS, self.schedule.chunks)
         for slot, sublayer in enumerate(self.after_tap()):
             if slot == self.schedule.slot:
@@ -43,4 +60,5 @@ class ShortcutBlock(MoEBlock):
             state = self.moe.run_experts(state)
         routed_BSD, stats = self.moe.finish(state)
         read_BSD = tap_BSD if self.coefficient_reads_tap else u_BSD
-        return MoEOutput(x_BSD + self.after(self.coefficient(read_BSD, shared_BSD, routed_BSD)), stats)
+        y_BSD = x_BSD + self.after(self.coefficient(read_BSD, shared_BSD, routed_BSD))
+        return HandedOn(y_BSD, stats, x_BSD) if self.schedule.position in BETWEEN_BLOCKS else MoEOutput(y_BSD, stats)

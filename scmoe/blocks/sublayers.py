@@ -40,10 +40,18 @@ class Rotary(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """The base of every attention module: what scmoe/footprint/ asks of it."""
+    """The base of every attention module: what scmoe/footprint/ and the models ask of it.
+
+    out: the product that writes to the residual stream, where a Decoder draws the weights."""
 
     dim: int
     heads: int
+    out: nn.Linear
+
+    @property
+    def mixed(self) -> int:
+        """Multiplications of a row for each row that it attends to: of keys, and of values, all heads together."""
+        return 2 * self.dim
 
     def context(self, seq_len: int) -> int:
         """Number of rows that each row attends to, masked ones included."""
@@ -108,14 +116,16 @@ class MLP(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + after(f(norm(x))). Pre-norm: a norm, and dropout after. Post-norm: no norm before, and the norm after."""
+    """x + after(f(norm(x))). Pre-norm: a norm, and dropout after. Post-norm: no norm before, and the norm after.
+
+    onto: what the result is added to instead of x (FarSkip)."""
 
     def __init__(self, norm: nn.Module, f: nn.Module, after: nn.Module | None = None) -> None:
         super().__init__()
         self.norm, self.f, self.after = norm, f, after or nn.Identity()
 
-    def forward(self, x_BSD: Tensor, *cache: KVCache) -> Tensor:
-        return x_BSD + self.after(self.f(self.norm(x_BSD), *cache))
+    def forward(self, x_BSD: Tensor, *cache: KVCache, onto: Tensor | None = None) -> Tensor:
+        return (x_BSD if onto is None else onto) + self.after(self.f(self.norm(x_BSD), *cache))
 
 
 def outermost(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:
@@ -149,7 +159,7 @@ def recompute_activations(model: nn.Module) -> None:
 def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Returns `forward` with checkpointing. As a function of its own, unlike a partial, it can be compiled."""
 
-    def recompute(*args: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False)
+    def recompute(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     return recompute

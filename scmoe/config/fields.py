@@ -17,11 +17,24 @@ WEIGHT, ABOVE_0 = Range(0, 1000), Range(0, 1e6, "least")
 
 
 @dataclass(frozen=True)
+class LatentConfig:
+    q_rank: int | None = option(None, "rank of the queries' latent; null: queries have none", WIDTH)
+    kv_rank: int = option(512, "rank of the latent of keys and values, which generation keeps", WIDTH)
+    nope_dim: int = option(128, "features of a head's queries and keys without a position", WIDTH)
+    rope_dim: int = option(64, "features of a head's queries, and of the one key of all heads, with a position", WIDTH)
+    value_dim: int = option(128, "features of a head's values", WIDTH)
+    scaled: bool = option(False, "multiply the latents by sqrt(dim / rank), as LongCat-Flash does")
+    gated: bool = option(False, "multiply the heads' results by a sigmoid of the input, as Instella does")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     family: str = option("gpt", "model family", names=FAMILIES.names)
     layers: int = option(4, "blocks; a pair is Block-MLP + Block-MoE. swin: of stage 3; others have 2", Range(1, 1000))
     dim: int = option(256, "width of the residual stream (D). swin: that of stage 1; it doubles per stage", WIDTH)
     heads: int = option(4, "attention heads; must divide dim. swin: those of stage 1; they double per stage", WIDTH)
+    attention: Literal["full", "latent"] = option("full", "latent: multi-head latent attention, sizes in model.latent")
+    latent: LatentConfig = LatentConfig()
     kv_heads: int | None = option(None, "heads of keys and values; must divide heads; null: same as heads", WIDTH)
     ffn_dim: int | None = option(None, "hidden width of every MLP (F); null: 4 x dim", WIDTH)
     activation: Literal["gelu", "gelu_tanh", "swiglu"] | None = option(
@@ -48,6 +61,7 @@ class MoEConfig:
     combine: Literal["direct_add", "cg1", "cg2"] = option("cg1", "how shared and routed outputs combine (Eq. 14-16)")
     coefficient_input: Literal["current", "tap"] = option("current", "what the coefficient gate reads")
     tap_norm: Literal["own", "shared"] = option("own", "norm of the tap; shared: that of the sub-layer after the tap")
+    after_norm: bool = option(False, "norm of the sum of shared and routed output, before it is added")
     every: Literal[1, 2] = option(2, "MoE in every block (1) or in every second block (2)")
     capacity_factor: float | None = option(2.0, "an expert's slots over its fair share; null: dropless", ABOVE_0)
     rows: Literal["auto", "filled", "slots", "buffers"] = option(

@@ -56,7 +56,9 @@ class Registry:
         return self.makers[name]
 
 
-ARCHITECTURES = Registry("architecture", ("dense", "top_k", "shared_expert", "scmoe", "dgmoe", "dgmoe_share"))
+ARCHITECTURES = Registry(
+    "architecture", ("dense", "top_k", "shared_expert", "scmoe", "dgmoe", "dgmoe_share", "farskip")
+)
 FAMILIES = Registry("family", ("gpt", "llama", "swin"), images=("swin",))
 TEXTS, PICTURES = ("sotu", "text", "hf"), ("fashion_mnist", "digits", "image_folder")
 DATASETS = Registry("dataset", (*TEXTS, "synthetic", *PICTURES), images=PICTURES)

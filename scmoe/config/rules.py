@@ -53,8 +53,9 @@ LEAST_IDS = 2  # with one, there is nothing to predict
 
 # Fields that have no meaning for images, and fields that have a meaning for images only.
 NOT_FOR_IMAGES = (
-    # swin: MLPs have 4 x the stage's dim, drop_path replaces dropout, and no norm before a sub-layer could be shared
-    *("model.ffn_dim", "model.kv_heads", "model.activation", "model.dropout", "moe.tap_norm"),
+    # swin: MLPs have 4 x the stage's dim, drop_path replaces dropout, no norm before a sub-layer could be shared, and
+    # there is one after the MoE module anyway
+    *("model.ffn_dim", "model.kv_heads", "model.activation", "model.dropout", "moe.tap_norm", "moe.after_norm"),
     *("moe.ffn_dim", "moe.leading_dense"),
     *("data.tokenizer", "data.vocab_size", "data.seq_len", "data.cache_dir"),
 )
@@ -64,6 +65,10 @@ ONLY_FOR_IMAGES = (
 )
 OF_GATES = ("offload.way", "analysis.gating_every", "analysis.record_routing")
 OWN_WEIGHTS = ("deepseek", "longcat")  # routers whose weights do not depend on moe.renormalise
+OF_LATENTS = (
+    *("model.latent.q_rank", "model.latent.kv_rank", "model.latent.nope_dim", "model.latent.rope_dim"),
+    *("model.latent.value_dim", "model.latent.scaled", "model.latent.gated"),
+)
 Refusals = Iterator[tuple[str, str]]  # a key, and what is allowed for it
 
 
@@ -72,6 +77,14 @@ def validate(config: Config, source: str = "config") -> None:
     for check in (_ranges, _extensions, _unused, _model, _moe, _schedule, _ranks, _offload, _data, _trainer):
         for key, allowed in check(config):
             raise ConfigError(f"{source}: {key} is {show(flatten(config)[key])}, allowed: {allowed}")
+
+
+def taps(config: Config) -> tuple[str, str]:
+    """Return where a shortcut's tap is in the first MoE block, and in the others, as Schedule.position."""
+    moe = config.moe
+    if moe.every == 1 and moe.position == "pos2":  # it lies in the preceding block, which the first one lacks
+        return "first", "carried"
+    return moe.first_position or moe.position, moe.position
 
 
 def resolve_ep_size(config: Config) -> int:
@@ -140,14 +153,15 @@ def _unused(config: Config) -> Refusals:
     name, wiring, dense = f"data.name={data.name}", f"moe.architecture={moe.architecture}", moe.architecture == "dense"
     extension, family = moe.architecture not in ARCHITECTURES.built_in, config.model.family
     no_tap = not extension and moe.architecture not in SHORTCUTS
-    no_shared_expert = not extension and moe.architecture not in ("shared_expert", "scmoe")
+    no_shared_expert = not extension and moe.architecture not in ("shared_expert", "scmoe", "farskip")
+    farskip, latent = moe.architecture == "farskip", config.model.attention == "latent"
     no_files = data.name in DATASETS.built_in and data.name not in ("text", "image_folder")
     images = data.name in IMAGES
     fits = family in FAMILIES.built_in and images == (family in FAMILIES.images)  # else data.name is refused
     unread = (
         # condition, why, fields
         (dense, f"{wiring} has no experts", "moe.dropless_ceiling", "moe.rows", "schedule.slot", "schedule.auto"),
-        (dense, f"{wiring} has no experts", *OF_GATES),
+        (dense, f"{wiring} has no experts", *OF_GATES, "moe.after_norm"),
         (extension, f"{wiring} is an extension's, which the planner cannot price", "schedule.auto"),
         (extension, f"{wiring} is an extension's, whose gates are not known", *OF_GATES),
         (extension, f"{wiring} is an extension's, whose taps are not known", "analysis.similarity_every"),
@@ -155,6 +169,11 @@ def _unused(config: Config) -> Refusals:
         (not extension and moe.architecture != "scmoe", f"{wiring} reads no tap there", "moe.coefficient_input"),
         (moe.combine == "direct_add", "moe.combine=direct_add has no coefficients", "moe.coefficient_input"),
         (no_shared_expert, f"{wiring} has no shared expert to combine with", "moe.combine"),
+        (farskip, f"{wiring} adds shared and routed output one after the other", "moe.combine", "moe.after_norm"),
+        (farskip, f"the experts of {wiring} read one representation", "analysis.gating_every"),
+        (not latent, "only model.attention=latent has latents", *OF_LATENTS),
+        (latent, "model.attention=latent has one latent for all heads", "model.kv_heads"),
+        (family in FAMILIES.built_in and family != "llama", f"model.family={family} has full heads", "model.attention"),
         (moe.capacity_factor is not None, "only moe.capacity_factor=null is dropless", "moe.dropless_ceiling"),
         (moe.rows != "buffers", "only moe.rows=buffers has buffers", "moe.overflow"),
         (moe.top_k == 1, "moe.top_k=1 always keeps the raw probability", "moe.renormalise"),
@@ -193,11 +212,13 @@ def _model(config: Config) -> Refusals:
     model, weights = config.model, config.init_from
     if not NAME.fullmatch(config.name):  # it becomes a folder in runs_dir and must not lead out of it
         yield "name", "letters, digits, '.', '_' and '-', a letter or digit first, at most 100 in all"
-    if model.dim % model.heads:
+    if model.attention == "full" and model.dim % model.heads:
         yield "model.dim", f"a multiple of model.heads, {model.heads}"
     if model.heads % (model.kv_heads or model.heads):
         yield "model.kv_heads", f"null or a divisor of model.heads, {model.heads}"
-    if model.family == "llama" and model.dim // model.heads % 2:
+    if model.latent.rope_dim % 2:
+        yield "model.latent.rope_dim", "an even number, as positions turn pairs of features"
+    if model.attention == "full" and model.family == "llama" and model.dim // model.heads % 2:
         yield "model.heads", f"a divisor of model.dim, {model.dim}, with an even quotient for rotary embedding"
     if weights is not None and not INIT_FROM.fullmatch(weights):
         yield "init_from", "null, hf:FOLDER or scmoe:FILE"
@@ -238,11 +259,20 @@ def _moe(config: Config) -> Refusals:
     if moe.architecture == "dgmoe_share" and others < 2 * moe.every:
         least = 2 * moe.every + len(moe.leading_dense)
         yield "model.layers", f"{least} or more, as {chosen} shares one MoE module"
-    if moe.architecture in SHORTCUTS and moe.every == 1:  # there is no Block-MLP: the tap is the block's own input
-        if moe.position != "pos1":
-            yield "moe.position", "pos1 where moe.every=1"
-        if moe.first_position not in (None, "pos1"):
+    if moe.architecture in SHORTCUTS and moe.every == 1:  # there is no Block-MLP between the taps
+        if moe.position == "pos3" or (moe.position == "pos2" and moe.architecture != "scmoe"):
+            allowed = "pos1 | pos2" if moe.architecture == "scmoe" else "pos1"
+            yield "moe.position", f"{allowed} where {chosen} and moe.every=1"
+        if moe.first_position is not None and moe.first_position != "pos1":
             yield "moe.first_position", "pos1 | null where moe.every=1"
+        if moe.position == "pos2" and moe.first_position is not None:
+            yield "moe.first_position", "null, as the first block's tap is its own where moe.every=1 and pos2"
+        if moe.position == "pos2" and moe.tap_norm == "shared":
+            yield "moe.tap_norm", "own, as the norm after the tap is the preceding block's where moe.every=1 and pos2"
+    if moe.architecture == "farskip" and moe.every != 1:
+        yield "moe.every", f"1, as {chosen} is a block with attention and an MoE module"
+    if moe.architecture == "farskip" and model.family in FAMILIES.images:
+        yield "moe.architecture", f"another one: {model.family} normalises the sum of what farskip adds one by one"
 
 
 def _schedule(config: Config) -> Refusals:
@@ -251,8 +281,7 @@ def _schedule(config: Config) -> Refusals:
         if schedule.chunks not in (None, 1):
             yield "schedule.chunks", "1 or null, as moe.architecture=dense has no MoE stream"
     elif schedule.slot is not None and moe.architecture in ARCHITECTURES.built_in:
-        positions = (moe.position, moe.first_position or moe.position) if moe.architecture in SHORTCUTS else (None,)
-        for position in positions:
+        for position in taps(config) if moe.architecture in SHORTCUTS else (None,):
             each = Schedule(SHORTCUTS.get(moe.architecture, moe.architecture), position)
             if schedule.slot > len(each.window):
                 yield "schedule.slot", f"0 to {len(each.window)} for {each.name}"

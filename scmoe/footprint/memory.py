@@ -17,6 +17,7 @@ included); w and a are 1 for GELU and 2 for SwiGLU:
 
     norm                  2 D                     its input and its output; on a CPU RMSNorm keeps a third
     attention             (1 + 2 kv/h) D + D      Q, K, V and their result; Q, K, V again with rotary positions
+    latent attention      4 Q + KV + V            Q, K twice; keys with values; the result, 4 times with a gate
     window attention      7 D + 2 h S             Q, K, V, normed Q and K; scores of the window's S, in float32
     MLP, shared expert    (w + a) F               before and after the activation function
     experts               R (2 D + w F)           rows, results, before the function; + R a F on a GPU
@@ -38,6 +39,7 @@ from typing import Any
 
 from torch import nn
 
+from scmoe.blocks.latent import LatentAttention
 from scmoe.blocks.sublayers import MLP, Attention, Residual, SelfAttention, outermost
 from scmoe.config.fields import Config
 from scmoe.config.rules import resolve_ep_size
@@ -274,6 +276,9 @@ def kept_by(module: Any, dim: int, job: Job) -> float:
     if isinstance(module, Attention):
         turned = 0 if module.rotary is None else module.qkv.out_features
         return c * (module.qkv.out_features + turned + module.dim)
+    if isinstance(module, LatentAttention):  # a key's part for all heads is copied to each
+        q, kv, v = module.q_up.out_features, module.kv_up.out_features, module.out.in_features
+        return c * (4 * q + kv + (4 if module.gate is not None else 1) * v)
     if isinstance(module, SelfAttention):  # not one kernel: it keeps its scores
         return c * 7 * module.dim + 2 * job.wide_bytes * module.heads * module.context(job.seq_len)
     if isinstance(module, MLP):

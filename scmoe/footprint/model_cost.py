@@ -4,7 +4,8 @@ Nothing is run; the model may be on the meta device.
 A multiplication and an addition count as two FLOPs, so the product of a row and a matrix W costs 2 |W|:
 
     forward    2 |W| of every Linear and convolution + 2 |W_expert| of every row that an expert computes
-               + 4 S D of every token's attention: Q K^T and its product with V over the whole context S
+               + 4 S D of every token's attention: Q K^T and its product with V over the whole context S;
+                 with latents, 2 S of the features of all heads' keys and values
     backward   twice that: each product has two, for its input and for its weight
     training   forward + backward, + forward again of what activation checkpointing repeats (an upper bound: torch
                leaves out the last product of each sub-layer, because its result is not used)
@@ -20,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from scmoe.blocks.double_gate import DoubleGateBlock
-from scmoe.blocks.sublayers import MLP, Attention, SelfAttention
+from scmoe.blocks.sublayers import MLP, SelfAttention
 from scmoe.moe.coefficient import CG1, CG2
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Buffers, Capacity
@@ -39,7 +40,7 @@ PARTS: dict[type[nn.Module], str] = {  # kinds of parameters
     nn.Embedding: "embedding",
     nn.LayerNorm: "norms",
     nn.RMSNorm: "norms",
-    Attention: "attention",
+    SelfAttention: "attention",
     MLP: "MLP",
     Router: "gates",
     CG1: "gates",
@@ -48,7 +49,6 @@ PARTS: dict[type[nn.Module], str] = {  # kinds of parameters
 }
 NAMED_PARTS = {  # by name, before the class
     "shared_expert": "shared expert",
-    "attention": "attention",  # timm's
     "patches": "patches",
     "merges": "patches",
     "head": "output",
@@ -119,7 +119,7 @@ def forward_flops(model: Any, seq_len: int, empty_slots: bool = True) -> dict[st
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             flops[kind] += rows[module] * 2 * module.weight.numel()
         elif isinstance(module, SelfAttention):
-            flops[kind] += rows[module] * 4 * module.context(seq_len) * module.dim
+            flops[kind] += rows[module] * 2 * module.context(seq_len) * module.mixed
     for moe, copies in moe_uses(model):
         size = sum(p[0].numel() for p in moe.experts.parameters())
         flops["experts"] += (

@@ -118,7 +118,7 @@ def llama_settings(family: str, config: dict[str, Any]) -> tuple[dict[str, Any],
     allowed = {"rms_norm_eps": NORM_EPS, "rope_theta": 10000.0, "rope_type": "default", "hidden_act": "silu"}
     problems = others(flat, {**allowed, "head_dim": dim // heads, **ALWAYS["llama"], **ALWAYS[family]})
     settings = {ours: flat[theirs] for ours, theirs in KEYS[family].items()}
-    return settings | {"model.family": "llama", "model.activation": "swiglu"}, problems
+    return settings | {"model.family": "llama", "model.activation": "swiglu", "model.attention": "full"}, problems
 
 
 def others(config: Mapping[str, Any], allowed: Mapping[str, Any]) -> list[str]:

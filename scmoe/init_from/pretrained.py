@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from scmoe.config.fields import Config
-from scmoe.config.leaves import flatten, show
+from scmoe.config.leaves import flatten, leaves, show
 from scmoe.config.registry import ARCHITECTURES, FAMILIES
 from scmoe.config.rules import ACTIVATIONS, SHORTCUTS
 from scmoe.init_from.families import READERS, in_our_layout
@@ -146,9 +146,11 @@ def model_settings(config: Config) -> dict[str, Any]:
     else:
         keys += ["model.kv_heads", "model.ffn_dim", "model.activation", "data.vocab_size"]
     keys.append("moe.architecture")
+    if config.model.attention == "latent":
+        keys += ["model.attention", *(leaf.key for leaf in leaves(config.model.latent, "model.latent."))]
     if architecture != "dense":
-        keys += ["moe.num_experts", "moe.top_k", "moe.renormalise", "moe.noisy", "moe.every", "moe.ffn_dim"]
-        keys += ["moe.router", "moe.router_scale", "moe.zero_experts", "moe.leading_dense"]
+        keys += ["moe.after_norm", "moe.num_experts", "moe.top_k", "moe.renormalise", "moe.noisy", "moe.every"]
+        keys += ["moe.ffn_dim", "moe.router", "moe.router_scale", "moe.zero_experts", "moe.leading_dense"]
     own = architecture not in ARCHITECTURES.built_in  # an extension's, which may read all of these
     if architecture in SHORTCUTS or own:
         keys += ["moe.position", "moe.first_position", "moe.tap_norm"]

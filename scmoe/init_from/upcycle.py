@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import SharedExpertBlock, TopKBlock
 from scmoe.init_from.pretrained import Checkpoint
@@ -80,6 +81,8 @@ def is_upcycled(model: Any, checkpoint: Checkpoint) -> bool:
 def check_upcycling(model: Any, checkpoint: Checkpoint) -> None:
     """Raise ValueError where the model cannot give the dense model's output."""
     for block in model.blocks:
+        if isinstance(block, MoEBlock) and any(True for _ in block.after.parameters()):
+            raise ValueError("a dense checkpoint into an MoE requires moe.after_norm=false: no norm follows its MLPs")
         if isinstance(block, TopKBlock):
             router = block.moe.router
             if not router.normalise or router.scoring.scale != 1 or router.num_ids > router.num_experts:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from scmoe.blocks.kv_cache import KVCache
-from scmoe.blocks.sublayers import MLP, Attention
-from scmoe.models.units import residual_stream
+from scmoe.blocks.sublayers import MLP, SelfAttention
+from scmoe.models.units import residual_stream, through
 from scmoe.moe.experts import Experts, named_generator
 from scmoe.moe.scores import SelectionBias
 from scmoe.moe.tokens import RouterStats
@@ -23,7 +23,8 @@ class LMOutput(NamedTuple):
 class Decoder(nn.Module):
     """Embedding, blocks, norm, output products. GPT and Llama choose the parts.
 
-    blocks: each is called as block(x_BSD, mask_BS), with a KVCache where there is one, and returns an MoEOutput.
+    blocks: each is called as block(x_BSD, mask_BS), with a KVCache where there is one, and returns an MoEOutput, or
+        HandedOn with what the next block gets.
     positions: learned embeddings of the positions; None: the blocks know the positions (rotary).
     """
 
@@ -66,10 +67,7 @@ class Decoder(nn.Module):
             steps_S = torch.arange(seq_len, device=ids_BS.device) if cache is None else cache.positions_BS
             x_BSD = x_BSD + self.positions(steps_S)
         given = () if cache is None else (cache,)
-        x_BSD, all_stats = self.dropout(x_BSD), []
-        for block in self.blocks:
-            x_BSD, stats = block(x_BSD, mask_BS, *given)
-            all_stats += [] if stats is None else [stats]
+        x_BSD, all_stats = through(self.blocks, self.dropout(x_BSD), mask_BS, *given)
         if last_B is not None:
             x_BSD = x_BSD.take_along_dim(last_B[:, None, None], 1)
         return LMOutput(self.head(self.norm(x_BSD)), all_stats)
@@ -82,7 +80,7 @@ class Decoder(nn.Module):
         rest of the model. So architectures that share a part start with equal weights there, and can be compared.
         put: copies a value into a weight, or into the part of a weight that this rank holds.
         """
-        attentions = [module for module in self.modules() if isinstance(module, Attention)]
+        attentions = [module for module in self.modules() if isinstance(module, SelfAttention)]
         std, std_out = 0.02, 0.02 / math.sqrt(2 * len(attentions))
         write_to_residual = {m.out for m in attentions} | {m.w_out for m in self.modules() if isinstance(m, MLP)}
         tied = self.head.weight is self.tokens.weight

@@ -16,7 +16,7 @@ from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2Block
 from torch import Tensor, nn
 
 from scmoe.blocks.sublayers import SelfAttention
-from scmoe.models.units import residual_stream
+from scmoe.models.units import residual_stream, through
 from scmoe.moe.experts import Experts, named_generator
 from scmoe.moe.scores import SelectionBias
 from scmoe.moe.tokens import RouterStats
@@ -114,9 +114,8 @@ class Swin(nn.Module):
         for merge, stage in zip(self.merges, self.stages, strict=True):
             x_BHWD = residual_stream(merge(x_BHWD))
             mask_BHW = None if mask_B is None else mask_B[:, None, None].expand(x_BHWD.shape[:3])
-            for block in stage:
-                x_BHWD, stats = block(x_BHWD, mask_BHW)
-                all_stats += [] if stats is None else [stats]
+            x_BHWD, stats = through(stage, x_BHWD, mask_BHW)
+            all_stats += stats
         return ClassifierOutput(self.head(self.norm(x_BHWD).mean((1, 2))), all_stats)
 
     @torch.no_grad()

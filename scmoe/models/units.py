@@ -1,14 +1,33 @@
-"""Which modules FSDP gathers as one unit, and which parameters it gathers in float32, if dense weights are split; and
-the type of the residual stream, which does not depend on it."""
+"""The residual stream: its type, and its way through the blocks. Which modules FSDP gathers as one unit, and which
+parameters it gathers in float32, if dense weights are split."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from scmoe.moe.router import Router
 from scmoe.moe.scores import SelectionBias
+from scmoe.moe.tokens import HandedOn, RouterStats
+
+
+def through(
+    blocks: Iterable[nn.Module], x_BSD: Tensor, mask_BS: Tensor | None, *cache: Any
+) -> tuple[Tensor, list[RouterStats]]:
+    """Return the stream after the blocks, and the routers' sums of those that have one.
+
+    cache: a KVCache in generation. A block that follows one with HandedOn gets as `carry` what that one leaves."""
+    all_stats: list[RouterStats] = []
+    carry_BSD: Tensor | None = None
+    for block in blocks:
+        given = (x_BSD, mask_BS, *cache)
+        output = block(*given) if carry_BSD is None else block(*given, carry=carry_BSD)
+        carry_BSD = output.carry_BSD if isinstance(output, HandedOn) else None
+        x_BSD, stats, *_ = output
+        all_stats += [] if stats is None else [stats]
+    return x_BSD, all_stats
 
 
 def units(module: nn.Module) -> list[list[nn.Module]]:

@@ -42,3 +42,14 @@ class MoEOutput(NamedTuple):
 
     y_BSD: Tensor
     stats: RouterStats | None
+
+
+class HandedOn(NamedTuple):
+    """Output of a block that leaves an activation for the next one, which is called with it as `carry`.
+
+    It is never an open stream: each block finishes the stream that it begins, so nothing else is communicated in
+    between."""
+
+    y_BSD: Tensor
+    stats: RouterStats | None
+    carry_BSD: Tensor

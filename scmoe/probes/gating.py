@@ -81,7 +81,9 @@ class GatingProbe:
 
     def _watch(self, block: MoEBlock) -> None:
         without_tap = max(0, len(block.sublayers) - POSITIONS[self.position])
-        tap, tap_norm = (without_tap, block.norm) if block.tap_norm is None else (block.tap, block.tap_norm)
+        reads_tap, tap_norm = block.tap_norm, block.tap_norm
+        if reads_tap is None or tap_norm is None:
+            reads_tap, tap_norm = block.sublayers[without_tap], block.norm
         seen: dict[str, Tensor] = {}
 
         def note(name: str) -> Any:
@@ -97,7 +99,7 @@ class GatingProbe:
             self.sums.append(gating_sums(current[mask], preceding[mask], router, distinct))
 
         self.handles += [
-            block.sublayers[tap].register_forward_pre_hook(note("preceding")),
+            reads_tap.register_forward_pre_hook(note("preceding")),
             block.norm.register_forward_pre_hook(note("current")),
             block.register_forward_hook(compare, prepend=True),  # before FSDP splits the weights again
         ]

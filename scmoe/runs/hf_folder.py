@@ -213,6 +213,8 @@ def native_family(config: Config) -> str | None:
     """Return the model_type of transformers' own equal model; None where it has none."""
     moe, given = config.moe, settings_of(config)
     activation, dense = given["model.activation"], moe.architecture == "dense"
+    if config.model.attention != "full" or moe.after_norm:
+        return None
     if config.model.family == "gpt":
         equal = dense and given["model.kv_heads"] == config.model.heads and activation in GPT2_ACTIVATIONS
         return "gpt2" if equal else None

@@ -7,18 +7,31 @@ tap, then the shared expert where the architecture has one (section 3.1):
     scmoe, pos1      attention, shared_expert                      slots 0..2
     scmoe, pos2      mlp, attention, shared_expert                 slots 0..3
     scmoe, pos3      attention, mlp, attention, shared_expert      slots 0..4
-    dgmoe            the same without the shared expert; its current half comes after the window
+    scmoe, carried   attention, shared_expert                      slots 0..2
+    scmoe, first     shared_expert                                 slots 0..1
+    farskip          attention, shared_expert                      slots 0..2
+    dgmoe            as scmoe without the shared expert; its current half comes after the window
     shared_expert    shared_expert                                 slots 0..1
     top_k            nothing                                       slot 0
 
 At slot k the experts run after k operators of the window.
+
+With an MoE in every block, the tap of Pos-2 lies in the preceding block, which hands it on (`carried`). The first block
+has no preceding one and taps its own sub-layers' output (`first`).
 """
 
 from dataclasses import dataclass
 
 SUBLAYERS = ("attention", "mlp", "attention")  # of a pair, in order; a block with an MoE in every block has the first
 POSITIONS = {"pos1": 1, "pos2": 2, "pos3": 3}  # sub-layers between the tap and the end of the block
-ARCHITECTURES = {"top_k": (), "shared_expert": (), "scmoe": tuple(POSITIONS), "dgmoe": tuple(POSITIONS)}
+BETWEEN_BLOCKS = {"carried": 1, "first": 0}  # the same for taps at Pos-2 with an MoE in every block
+ARCHITECTURES: dict[str, tuple[str, ...]] = {
+    "top_k": (),
+    "shared_expert": (),
+    "scmoe": (*POSITIONS, *BETWEEN_BLOCKS),
+    "dgmoe": tuple(POSITIONS),
+    "farskip": (),
+}
 
 
 @dataclass(frozen=True)
@@ -62,12 +75,15 @@ class Schedule:
 
     @property
     def sublayers_after_tap(self) -> int:
-        return 0 if self.position is None else POSITIONS[self.position]
+        if self.position is None:
+            return 1 if self.architecture == "farskip" else 0
+        return (POSITIONS | BETWEEN_BLOCKS)[self.position]
 
     @property
     def window(self) -> tuple[str, ...]:
         sublayers = SUBLAYERS[len(SUBLAYERS) - self.sublayers_after_tap :]
-        return (*sublayers, "shared_expert") if self.architecture in ("shared_expert", "scmoe") else sublayers
+        has_shared_expert = self.architecture in ("shared_expert", "scmoe", "farskip")
+        return (*sublayers, "shared_expert") if has_shared_expert else sublayers
 
     @property
     def after_window(self) -> tuple[str, ...]:

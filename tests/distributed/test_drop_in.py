@@ -45,7 +45,7 @@ def test_it_is_the_block_of_a_configuration(position, combine):
     ("given", "message"),
     [
         ({"combine": "cg3"}, "combine is 'cg3', allowed: direct_add | cg1 | cg2"),
-        ({"position": "pos4"}, "position is 'pos4', allowed for scmoe: pos1, pos2, pos3"),
+        ({"position": "carried"}, "position is 'carried', allowed: pos1 | pos2 | pos3"),
         ({"heads": 3}, "heads is 3, allowed: divisors of dim"),
         ({"top_k": 5}, "top_k is 5, allowed: 1..num_experts"),
         ({"expert_slot": 9}, "slot is 9, allowed"),

@@ -73,6 +73,12 @@ def test_a_slot_changes_no_bit(position, slot, chunks, two):
     assert_same_bits(two[f"{position}, slot {slot}, chunks {chunks}"], two[f"{position}, sequential, chunks {chunks}"])
 
 
+def test_a_slot_of_farskip_changes_no_bit(two):
+    """Its default is slot 1."""
+    for slot in (0, 2):
+        assert_same_bits(two[f"farskip, slot {slot}"], two["farskip, EP 2"])
+
+
 def test_a_slot_changes_no_bit_on_four_ranks(four):
     for position, slot, chunks in SLOTS_ON_FOUR:
         slots, sequential = (f"{position}, {way}, chunks {chunks}" for way in (f"slot {slot}", "sequential"))

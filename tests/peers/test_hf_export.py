@@ -26,12 +26,14 @@ from scmoe.parallel.checkpoint.saving import write_whole
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.hf_folder import write_folder
 from scmoe.training.assembly.model import build_model_to_train
+from tests.support.architectures import LATENT_ATTENTION, overrides
 from tests.support.models import assert_close, tiny_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")
 pytestmark = pytest.mark.peers
 
 LLAMA = "model.family=llama model.kv_heads=2"
+INSTELLA = " ".join(["model.family=llama", *overrides(LATENT_ATTENTION["instella"])])
 KINDS = {  # words: model_type
     "moe.architecture=dense model.activation=gelu_tanh": "gpt2",
     "moe.architecture=dense": "gpt2",
@@ -52,6 +54,9 @@ KINDS = {  # words: model_type
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.router=deepseek": "scmoe",
     f"{LLAMA} moe.router=longcat moe.top_k=2 moe.router_scale=6 moe.zero_experts=2 moe.ffn_dim=32 "
     "moe.leading_dense=[40,48]": "scmoe",
+    "moe.every=1 moe.after_norm=true": "scmoe",
+    f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.after_norm=true": "scmoe",  # Mixtral has no such norm
+    INSTELLA: "scmoe",
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.balanced_routing=true": "scmoe",
 }
 LENGTH = 12
@@ -134,7 +139,9 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("words", ["moe.architecture=scmoe", f"{LLAMA} moe.architecture=dgmoe moe.noisy=false"])
+@pytest.mark.parametrize(
+    "words", ["moe.architecture=scmoe", f"{LLAMA} moe.architecture=dgmoe moe.noisy=false", INSTELLA]
+)
 def test_padding_on_the_left_changes_no_token(words, use_cache, tmp_path):
     """Each text of a batch continues as alone, and as the network itself says without a cache. In float64."""
     exported(words, tmp_path)

@@ -31,10 +31,35 @@ EVERY_BLOCK = {  # LLaMA2-MoE, Table 2: the tap is always the block's own input,
     "scmoe-every-block": "position=pos1 every=1",
 }
 
+BETWEEN_BLOCKS = {  # a block leaves an activation for the next one
+    "pos2-every-block": "position=pos2 every=1 model.layers=3",
+    "farskip": "architecture=farskip every=1 top_k=2 model.layers=3",
+}
+LATENT = (
+    "model.attention=latent model.latent.kv_rank=8 model.latent.nope_dim=6 model.latent.rope_dim=4 "
+    "model.latent.value_dim=5"
+)
+LATENT_ATTENTION = {  # LLaMA alone has it
+    "latent": f"position=pos2 {LATENT}",
+    "longcat": f"position=pos2 top_k=2 tap_norm=shared combine=direct_add {LATENT} model.latent.q_rank=7 "
+    "model.latent.scaled=true",
+    "instella": f"architecture=farskip every=1 top_k=2 {LATENT} model.latent.gated=true",
+    "latent-dense": f"architecture=dense {LATENT} model.latent.q_rank=8 model.latent.gated=true",
+}
+AFTER_NORM = {
+    "top-2-after-norm": "architecture=top_k top_k=2 after_norm=true",
+    "shared-after-norm": "architecture=shared_expert after_norm=true",
+    "nvidia": "position=pos1 every=1 top_k=2 combine=direct_add after_norm=true",
+    "dgmoe-after-norm": "architecture=dgmoe after_norm=true",
+}
+
 # The architectures that each comparison goes through. Those of GPT and LLaMA on several ranks: tests/support/cases.py.
 LANGUAGE_WITH_ORACLE = {
     **TABLES,
     **EVERY_BLOCK,
+    **BETWEEN_BLOCKS,
+    **AFTER_NORM,
+    "pos2-every-block-cg2-reads-tap": "position=pos2 every=1 top_k=3 combine=cg2 coefficient_input=tap after_norm=true",
     "shared-top-2": "architecture=shared_expert top_k=2",
     "shared-top-3": "architecture=shared_expert top_k=3",
     "pos1-cg2": "position=pos1 combine=cg2",
@@ -57,6 +82,7 @@ SWIN_WITH_ORACLE = {
     "dense": "architecture=dense",
     **TABLES,
     **EVERY_BLOCK,
+    "pos2-every-block": "position=pos2 every=1",
     "shared-cg2-top-2": "architecture=shared_expert combine=cg2 top_k=2",
     "pos2-cg2-reads-tap": "position=pos2 combine=cg2 coefficient_input=tap",
     "scmoe-2-pos1": "position=pos1 top_k=2",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from tests.support.architectures import EVERY_BLOCK, TABLES
+from tests.support.architectures import AFTER_NORM, BETWEEN_BLOCKS, EVERY_BLOCK, LATENT_ATTENTION, TABLES
 
-ARCHITECTURES = TABLES | EVERY_BLOCK
+ARCHITECTURES = TABLES | EVERY_BLOCK | BETWEEN_BLOCKS
 LLAMA = "model.family=llama model.heads=4 model.kv_heads=2 trainer.max_steps=1"  # GPT takes three steps
 ARCHITECTURES |= {f"llama, {name}": f"{text} {LLAMA}" for name, text in ARCHITECTURES.items()}
+ARCHITECTURES |= {"nvidia": AFTER_NORM["nvidia"]}
+ARCHITECTURES |= {
+    name: f"{LATENT_ATTENTION[name]} model.family=llama model.heads=4 trainer.max_steps=1"
+    for name in ("longcat", "instella")
+}
 CLIP = 0.25  # below every norm of this model
 CLIPPED = f"trainer.accumulate=2 trainer.gradient_clip={CLIP}"
 ROUTERS = {  # biases move visibly in three steps, by the load of both batches of each
     "deepseek": "architecture=shared_expert router=deepseek top_k=3 router_scale=2.5 bias_rate=0.1 "
     "trainer.accumulate=2",
-    "longcat": "router=longcat top_k=3 router_scale=6 zero_experts=4 bias_rate=1 tap_norm=shared combine=direct_add "
+    "longcat router": "router=longcat top_k=3 router_scale=6 zero_experts=4 bias_rate=1 tap_norm=shared combine=direct_add "
     "ffn_dim=32 leading_dense=[40] model.layers=3 trainer.accumulate=2",
 }
 ONE = {
@@ -52,6 +57,7 @@ TWO = {
     **{f"buffers, chunks {c}": ("pos2", f"position=pos2 {EP2} {BUFFERS}=2 schedule.chunks={c}") for c in (1, 3)},
     "buffers, top-2": ("top-2", f"architecture=top_k top_k=2 {EP2} {BUFFERS}=2 moe.overflow=refuse"),
     "buffers, starved": ("starved", f"position=pos2 starved {EP2} {BUFFERS}=2"),
+    **{f"farskip, slot {s}": ("farskip", f"{ONE['farskip']} {EP2} schedule.slot={s}") for s in (0, 2)},
     "buffers, dgmoe": ("dgmoe", f"{ONE['dgmoe']} {EP2} {BUFFERS}=2"),
 }
 SLOTS_ON_FOUR = {key: words for key, words in SLOTS.items() if key[0] == "pos3" and key[2] == 2}  # the longest window
@@ -59,8 +65,9 @@ FOUR = {
     **{f"{name}, EP 4": (name, f"{ONE[name]} {EP4}") for name in ("pos2", "top-2", "clipped", "starved", *ROUTERS)},
     **{
         f"{name}, DP 2 x EP 2": (name, f"{ONE[name]} {EP2}")
-        for name in ("pos2", "top-2", "clipped", "clipped top-2", "longcat")
+        for name in ("pos2", "top-2", "clipped", "clipped top-2", "longcat router")
     },
+    **{f"{name}, EP 4": (name, f"{ONE[name]} {EP4}") for name in BETWEEN_BLOCKS},
     "buffers, EP 4": ("pos2", f"position=pos2 {EP4} {BUFFERS}=4"),
     "pos2, DP 4": ("pos2", f"position=pos2 {EP1}"),
     **{f"{p}, slot {s}, chunks {c}": (p, f"{EP4} {text}") for (p, s, c), text in SLOTS_ON_FOUR.items()},

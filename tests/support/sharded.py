@@ -13,7 +13,7 @@ CLIPPED = f"trainer.accumulate=2 trainer.gradient_clip={CLIP}"
 ONE = {  # trainings of one process
     "clipped": f"position=pos2 top_k=2 {CLIPPED}",
     "norm": f"position=pos3 tap_norm=shared {CLIPPED}",
-    **{name: ARCHITECTURES[name] for name in ("dgmoe-share", "pos3")},
+    **{name: ARCHITECTURES[name] for name in ("dgmoe-share", "pos3", "pos2-every-block", "instella")},
 }
 
 
@@ -27,6 +27,8 @@ FOUR = {
     "clipped, EP 2": ("clipped", f"{ONE['clipped']} {words('sharded', 2, 4)}"),
     "norm, recompute, hybrid, EP 1": ("norm", f"{ONE['norm']} trainer.recompute=true {words('hybrid', 1, 4)}"),
     "dgmoe-share, EP 4": ("dgmoe-share", f"{ONE['dgmoe-share']} {words('sharded', 4, 4)}"),
+    "pos2-every-block, EP 1": ("pos2-every-block", f"{ONE['pos2-every-block']} {words('sharded', 1, 4)}"),
+    "instella, EP 2": ("instella", f"{ONE['instella']} schedule.slot=2 {words('hybrid', 2, 4)}"),
     "pos3, slot 1": ("pos3", f"position=pos3 schedule.slot=1 schedule.chunks=2 {words('sharded', 2, 4)}"),
     "pos3, sequential": ("pos3", f"position=pos3 schedule.chunks=2 sequential {words('sharded', 2, 4)}"),
 }

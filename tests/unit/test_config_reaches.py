@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from scmoe.blocks.latent import LatentAttention, LatentSizes
 from scmoe.config.load import load
 from scmoe.moe.router import Router
 from scmoe.training.assembly.data import build_datamodule
@@ -82,6 +83,19 @@ def test_routers_are_those_of_the_config():
     )
     assert plain and not any(router.deal for router in plain) and all(router.noise is not None for router in plain)
     assert all(router.deal and router.noise is None for router in balanced)
+
+
+def test_latents_are_those_of_the_config():
+    sizes = {"q_rank": 7, "kv_rank": 9, "nope_dim": 6, "rope_dim": 4, "value_dim": 5}
+    words = [f"model.latent.{key}={value}" for key, value in sizes.items()]
+    words += ["model.family=llama", "model.attention=latent", "moe.after_norm=true"]
+    for scaled, gated in ((True, False), (False, True)):
+        switches = f"model.latent.scaled={scaled}", f"model.latent.gated={gated}"
+        model = build_model(tiny(*words, *switches))
+        found = [m for m in model.modules() if isinstance(m, LatentAttention)]
+        assert found and all(m.sizes == LatentSizes(**sizes) for m in found)
+        assert all((m.q_scale != 1, m.kv_scale != 1, m.gate is not None) == (scaled, scaled, gated) for m in found)
+    assert all(isinstance(block.after.norm, nn.RMSNorm) for block in model.blocks)
 
 
 @pytest.mark.parametrize("architecture", ("top_k", "scmoe", "dense"))

@@ -101,6 +101,18 @@ def test_any_block_can_be_measured_and_is_unchanged_afterwards(architecture, pos
     assert len(probe.sums) == 2, "a removed probe measures nothing more"
 
 
+def test_a_tap_in_the_preceding_block_is_read_there():
+    config = tiny("moe.every=1", "moe.position=pos2", "model.layers=3")
+    model, seen = tiny_model(config), []
+    for block in model.blocks:
+        block.tap_norm.register_forward_hook(lambda _, args, output: seen.append(output.detach().flatten(0, 1)))
+        block.norm.register_forward_hook(lambda _, args, output: seen.append(output.detach().flatten(0, 1)))
+    probe = GatingProbe(model)
+    model(tiny_batch(config)[0])
+    for block, preceding, current, sums in zip(model.blocks, seen[::2], seen[1::2], probe.sums, strict=True):
+        assert_close(sums, gating_sums(current, preceding, block.moe.router.gate.weight))
+
+
 def test_equal_representations_repeat_all_selections():
     """At Pos-1 of a block whose last attention writes nothing, current and preceding are equal."""
     config = tiny("moe.architecture=top_k")

@@ -16,15 +16,17 @@ from scmoe.inference.sampling import GREEDY, Sampling, choose
 from scmoe.inference.stopping import Stopping
 from scmoe.moe.layout import Buffers
 from scmoe.moe.stream import MoEStream, dropless
-from tests.support.architectures import EVERY_BLOCK, TABLES, overrides
+from tests.support.architectures import BETWEEN_BLOCKS, EVERY_BLOCK, LATENT, LATENT_ATTENTION, TABLES, overrides
 from tests.support.models import assert_close, tiny, tiny_model
 
 pytestmark = pytest.mark.inference
 
 CONTEXT, NEW = 32, 12
-ARCHITECTURES = {"dense": "architecture=dense", **TABLES, **EVERY_BLOCK}
-FAMILIES = {"gpt": (), "llama": ("model.family=llama", "model.kv_heads=1")}
+ARCHITECTURES = {"dense": "architecture=dense", **TABLES, **EVERY_BLOCK, **BETWEEN_BLOCKS}
+FAMILIES = {"gpt": (), "llama": ("model.family=llama", "model.kv_heads=1"), "latent": ("model.family=llama",)}
 CASES = [("gpt", name) for name in ARCHITECTURES]
+ARCHITECTURES |= LATENT_ATTENTION
+CASES += [("latent", name) for name in LATENT_ATTENTION]
 CASES += [("llama", name) for name in ("dense", "top-2", "shared-cg1", "pos1", "pos2", "pos3", "dgmoe-share")]
 PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [60, 61, 62, 63, 2]]  # 3, 1, 11 and 5 tokens
 
@@ -76,10 +78,10 @@ def test_a_sampled_text_equals_itself_alone():
     assert generate(model, PROMPTS, Stopping(NEW), sampling, [4, 4, 5, 6])[0] != together[0], "the seed counts"
 
 
-@pytest.mark.parametrize(("family", "piece"), [("gpt", 1), ("llama", 3), ("gpt", 4)])
+@pytest.mark.parametrize(("family", "piece"), [("gpt", 1), ("llama", 3), ("gpt", 4), ("latent", 3)])
 def test_a_prompt_in_pieces_equals_one_piece(family, piece):
     """Logits differ by rounding, since products of other sizes add up in another order."""
-    model, (prompt, other) = model_of("top_k=2", family), PROMPTS[2:]
+    model, (prompt, other) = model_of(f"top_k=2 {LATENT if family == 'latent' else ''}", family), PROMPTS[2:]
     ids_BS = torch.tensor([prompt, other + [0] * (len(prompt) - len(other))])
     mask_BS = torch.arange(len(prompt)) < torch.tensor([[len(prompt)], [len(other)]])
     with dropless(model):
@@ -109,6 +111,13 @@ def test_the_cache_holds_the_heads_of_keys_only():
     model, cache = model_of(family="llama"), KVCache(1, 5)
     prefill(model, torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool), cache)
     assert {buffer.shape for pair in cache.buffers.values() for buffer in pair} == {(6, 1, 8)}  # not 2 heads
+
+
+def test_the_cache_of_latent_attention_holds_one_latent_and_one_key():
+    model, cache = model_of(LATENT, "latent"), KVCache(1, 5)
+    prefill(model, torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool), cache)
+    shapes = [[tuple(buffer.shape) for buffer in pair] for pair in cache.buffers.values()]
+    assert shapes == [[(6, 1, 8), (6, 1, 4)]] * 2  # not 2 heads of 10 and 5 features
 
 
 def test_a_model_is_unchanged_between_the_passes_of_two_texts():

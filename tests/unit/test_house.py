@@ -19,9 +19,9 @@ TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 LIBRARY = {  # room: lines at most
     "scmoe/files": 100,
     "scmoe/schedule": 330,
-    "scmoe/config": 1225,
+    "scmoe/config": 1240,
     "scmoe/moe": 1470,
-    "scmoe/blocks": 475,
+    "scmoe/blocks": 690,
     "scmoe/models": 350,
     "scmoe/planning": 620,
     "scmoe/probes": 570,
@@ -29,7 +29,7 @@ LIBRARY = {  # room: lines at most
     "scmoe/footprint": 475,
     "scmoe/parallel": 2680,
     "scmoe/api.py": 140,
-    "scmoe/init_from": 505,
+    "scmoe/init_from": 510,
     "scmoe/lightning": 1160,
     "datamodules": 1320,
     "scmoe/training": 3275,
@@ -54,10 +54,12 @@ SMALL_FILE = 80  # lines; a smaller file with one importer is a part of it, but 
 SMALL_FILES = {
     "experiments/studies/compare.py": "what the verb compare draws",
     "experiments/table.py": "an entry; reproduce calls it",
+    "scmoe/blocks/farskip.py": "a wiring of its own, beside those that others import too",
     "scmoe/lightning/known_to_lightning.py": "runs while Lightning is imported",
     "scmoe/schedule/limit.py": "the least time of a training step is an idea of its own",
 }
 CLOSURES = {"scmoe/moe/stream.py": 14, "scmoe/lightning/strategy.py": 33, "scmoe/training/run/train.py": 89}  # files
+CLOSURES = {"scmoe/moe/stream.py": 14, "scmoe/lightning/strategy.py": 32, "scmoe/training/run/train.py": 90}  # files
 HASATTR = 2
 ONLY_IN = {  # outer module: where it may be used
     "torch.distributed": (

@@ -45,6 +45,10 @@ WIDE = (
     *("model.dim=128", "model.heads=4", "model.layers=4", "moe.num_experts=8"),
     *("data.name=synthetic", "data.vocab_size=512", "data.seq_len=64"),
 )
+LATENT_WIDE = (
+    "model.attention=latent model.latent.kv_rank=64 model.latent.nope_dim=24 model.latent.rope_dim=8 "
+    "model.latent.value_dim=32"
+)
 CASES = {
     "dense": "moe.architecture=dense",
     "top-2": "moe.architecture=top_k moe.top_k=2",
@@ -52,6 +56,11 @@ CASES = {
     "scmoe-shared-norm": "moe.architecture=scmoe moe.combine=cg2 moe.tap_norm=shared",
     "dgmoe": "moe.architecture=dgmoe",
     "dropless": "moe.architecture=shared_expert moe.capacity_factor=null",
+    "farskip": "moe.architecture=farskip moe.every=1 model.dropout=0.1",
+    "pos2-every-block": "moe.every=1 moe.after_norm=true",
+    "latent": f"model.family=llama moe.every=1 {LATENT_WIDE}",
+    "latent-gated": f"model.family=llama moe.architecture=dense {LATENT_WIDE} model.latent.q_rank=48 "
+    "model.latent.scaled=true model.latent.gated=true",
     "llama": "model.family=llama model.kv_heads=2 moe.every=1 moe.position=pos1",
     "swin": "model.dim=48 model.layers=4 model.window=6 data.image_size=96 data.num_classes=10",
 }

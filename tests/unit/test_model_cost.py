@@ -34,6 +34,11 @@ MODELS = {
     "dgmoe_share": "moe.architecture=dgmoe_share model.layers=4",
     "zero-experts": "moe.top_k=2 moe.router=longcat moe.zero_experts=6 moe.ffn_dim=40 moe.leading_dense=[56] "
     "model.layers=3",
+    "farskip": "moe.architecture=farskip moe.every=1 moe.top_k=2",
+    "pos2-every-block": "moe.every=1 moe.after_norm=true",
+    "instella": "model.family=llama moe.architecture=farskip moe.every=1 model.attention=latent model.latent.kv_rank=8 "
+    "model.latent.q_rank=6 model.latent.nope_dim=6 model.latent.rope_dim=4 model.latent.value_dim=5 "
+    "model.latent.gated=true",
     "llama": "model.family=llama model.heads=4 model.kv_heads=2 moe.every=1 moe.position=pos1",
 }
 BATCH = 2

@@ -15,7 +15,12 @@ SIZES = "data.name=synthetic data.vocab_size=64 data.seq_len=16"
 
 def step(architecture, recompute, monkeypatch):
     """Returns the logits with all gradients, the bytes kept for backward, and the number of router calls."""
-    overrides = [*TINY.split(), *SIZES.split(), f"moe.architecture={architecture}", f"trainer.recompute={recompute}"]
+    overrides = [
+        *TINY.split(),
+        *SIZES.split(),
+        *f"moe.architecture={architecture}".split(),
+        f"trainer.recompute={recompute}",
+    ]
     model = build_model(load(None, overrides), ParallelContext()).double()
     routed, forward, kept = [], Router.forward, {}
 
@@ -39,7 +44,7 @@ def step(architecture, recompute, monkeypatch):
     return [logits, *(p.grad for p in model.parameters())], activations, len(routed)
 
 
-@pytest.mark.parametrize("architecture", ("top_k", "shared_expert", "scmoe"))
+@pytest.mark.parametrize("architecture", ("top_k", "shared_expert", "scmoe", "farskip moe.every=1 model.layers=2"))
 def test_recomputing_changes_no_bit_and_keeps_less(architecture, monkeypatch):
     plain, kept, routed = step(architecture, False, monkeypatch)
     again, kept_again, routed_again = step(architecture, True, monkeypatch)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scmoe.config.fields import Config
 from scmoe.moe.balance import integer_sums, load_balance_loss, router_z_loss
 from tests import reference
-from tests.support.architectures import LANGUAGE_WITH_ORACLE, overrides
+from tests.support.architectures import LANGUAGE_WITH_ORACLE, LATENT_ATTENTION, overrides
 from tests.support.models import assert_close, gradients, tiny, tiny_batch, tiny_model
 
 CAPACITIES = ("null", "2.0", "1.0")
@@ -60,6 +60,7 @@ def oracle(config: Config, model: torch.nn.Module) -> tuple[dict, dict, referenc
         moe.router,
         moe.router_scale,
         tuple(moe.leading_dense),
+        config.model.latent.scaled,
     )
     answer = reference.gpt(weights, spec, *tiny_batch(config))
     values = {name: getattr(answer, name) for name in ("logits", "token_loss", "load_balance_loss", "z_loss")}
@@ -118,6 +119,12 @@ def test_architecture_of_llama_equals_oracle(architecture):
     check_against_oracle(config_of(LANGUAGE_WITH_ORACLE[architecture], "moe.capacity_factor=null", *LLAMA))
 
 
+@pytest.mark.parametrize("architecture", LATENT_ATTENTION)
+def test_latent_attention_equals_oracle(architecture):
+    words = LATENT_ATTENTION[architecture]
+    check_against_oracle(config_of(words, "model.family=llama", "moe.capacity_factor=null"))
+
+
 @pytest.mark.parametrize("family", [(), LLAMA, ("model.kv_heads=1",)], ids=("gpt", "llama", "gpt-one-kv-head"))
 def test_dense_equals_oracle(family):
     check_against_oracle(tiny("moe.architecture=dense", *family))
@@ -129,6 +136,8 @@ SCHEDULED = {
     "pos2": ("position=pos2 top_k=2", 3),
     "pos3": ("position=pos3 top_k=2", 4),
     "every-block": ("position=pos1 every=1", 2),
+    "pos2-every-block": ("position=pos2 every=1 top_k=2", 1),  # the first block's last slot
+    "farskip": (LANGUAGE_WITH_ORACLE["farskip"], 2),
     "dgmoe": ("architecture=dgmoe position=pos3", 3),
     "dgmoe-share": ("architecture=dgmoe_share position=pos2 model.layers=4", 2),
 }

@@ -10,6 +10,7 @@ from torch import nn
 
 import scmoe.moe.stream
 from scmoe.blocks.double_gate import DoubleGateBlock
+from scmoe.blocks.farskip import FarSkipBlock
 from scmoe.blocks.standard import SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP
 from scmoe.moe.coefficient import CG1
@@ -23,7 +24,8 @@ EVERY_SLOT = [schedule for window in EVERY_WINDOW for schedule in slots(window)]
 
 
 def test_windows_are_the_papers():
-    """Section 3.1: Pos-1 T_attn + T_SE, Pos-2 T_attn + T_SE + T_MLP, Pos-3 2 T_attn + T_SE + T_MLP."""
+    """Section 3.1: Pos-1 T_attn + T_SE, Pos-2 T_attn + T_SE + T_MLP, Pos-3 2 T_attn + T_SE + T_MLP. The last are not
+    the paper's."""
     windows = {s.name: sorted(s.window) for s in EVERY_WINDOW}
     assert windows == {
         "top_k": [],
@@ -31,6 +33,9 @@ def test_windows_are_the_papers():
         "scmoe pos1": ["attention", "shared_expert"],
         "scmoe pos2": ["attention", "mlp", "shared_expert"],
         "scmoe pos3": ["attention", "attention", "mlp", "shared_expert"],
+        "scmoe carried": ["attention", "shared_expert"],
+        "scmoe first": ["shared_expert"],
+        "farskip": ["attention", "shared_expert"],
         "dgmoe pos1": ["attention"],
         "dgmoe pos2": ["attention", "mlp"],
         "dgmoe pos3": ["attention", "attention", "mlp"],
@@ -81,8 +86,10 @@ def test_a_schedule_is_a_value():
     ("arguments", "message"),
     [
         (("pos2",), "architecture is 'pos2', allowed: top_k, shared_expert, scmoe, dgmoe"),
-        (("scmoe", "pos4"), "position is 'pos4', allowed for scmoe: pos1, pos2, pos3"),
-        (("scmoe",), "position is None, allowed for scmoe: pos1, pos2, pos3"),
+        (("scmoe", "pos4"), "position is 'pos4', allowed for scmoe: pos1, pos2, pos3, carried, first"),
+        (("scmoe",), "position is None, allowed for scmoe: pos1, pos2, pos3, carried, first"),
+        (("farskip", "pos1"), "position is 'pos1', allowed for farskip: None"),
+        (("farskip", None, 3), r"schedule.slot is 3, allowed for farskip: 0\.\.2"),
         (("top_k", "pos1"), "position is 'pos1', allowed for top_k: None"),
         (("scmoe", "pos2", 4), r"schedule.slot is 4, allowed for scmoe pos2: 0\.\.3"),
         (("scmoe", "pos1", -1), r"schedule.slot is -1, allowed for scmoe pos1: 0\.\.2"),
@@ -105,6 +112,13 @@ def test_impossible_blocks_are_refused():
         DoubleGateBlock(tiny_sublayers()[:1], norm, tiny_stream(1), twice, tap_norm=tap_norm)
     with pytest.raises(ValueError, match="top_k is 2, allowed where an MoE module gates twice: 1"):
         DoubleGateBlock(tiny_sublayers(), norm, tiny_stream(2), twice, tap_norm=tap_norm)
+
+
+@pytest.mark.parametrize(("position", "carry", "given"), [("carried", None, "NoneType"), ("pos1", 0, "int")])
+def test_a_tap_in_the_preceding_block_must_be_handed_on(position, carry, given):
+    block = tiny_shortcut(tiny_stream(), Schedule("scmoe", position)).double()
+    with pytest.raises(ValueError, match=f"carry is {given}, allowed for scmoe {position}"):
+        block(torch.zeros(1, 2, DIM, dtype=torch.float64), carry=carry)
 
 
 # The order in which the blocks run
@@ -149,9 +163,16 @@ def executed(schedule: Schedule, capacity_factor: float | None, monkeypatch) -> 
         block = SharedExpertBlock(sublayers, norm, stream, schedule, shared_expert=shared_expert, coefficient=CG1(DIM))
     elif schedule.architecture == "dgmoe":
         block = DoubleGateBlock(sublayers, norm, stream, schedule, tap_norm=nn.LayerNorm(DIM))
+    elif schedule.architecture == "farskip":
+        sublayers = sublayers[2:]
+        block = FarSkipBlock(sublayers, norm, stream, schedule, shared_expert=shared_expert)
     else:
         block = tiny_shortcut(stream, schedule, sublayers, shared_expert)
-    block.double()(torch.randn(2, 5, DIM, dtype=torch.float64))
+    x_BSD = torch.randn(2, 5, DIM, dtype=torch.float64)
+    carried = {"carry": x_BSD} if schedule.position == "carried" else {}
+    block.double()(x_BSD, **carried)
+    if schedule.architecture == "farskip":
+        return tuple(log)
     before_tap = 3 - schedule.sublayers_after_tap
     assert log[:before_tap] == ["attention", "mlp", "attention"][:before_tap]
     return tuple(log[before_tap:])

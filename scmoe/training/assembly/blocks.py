@@ -3,6 +3,7 @@
 An architecture is a function (config, context, parts of each layer) -> blocks, registered by its name.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,13 +12,15 @@ import torch
 from torch import nn
 
 from scmoe.blocks.double_gate import DoubleGateBlock, share_moe
+from scmoe.blocks.farskip import FarSkipBlock
+from scmoe.blocks.latent import LatentAttention, LatentSizes
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import DenseBlock, SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP, Attention, Residual, Rotary
 from scmoe.config.fields import Config
 from scmoe.config.registry import ARCHITECTURES
-from scmoe.config.rules import ACTIVATIONS, SHORTCUTS, resolve_ep_size
+from scmoe.config.rules import ACTIVATIONS, SHORTCUTS, resolve_ep_size, taps
 from scmoe.models.decoder import NORM_EPS
 from scmoe.moe.coefficient import COEFFICIENT_GATES
 from scmoe.moe.dispatcher import Narrowed
@@ -61,12 +64,20 @@ def decoder_parts(
 ) -> Parts:
     model = config.model
     dim, ffn_dim, activation = model.dim, model.ffn_dim or 4 * model.dim, model.activation or activation
+
+    def attention() -> nn.Module:
+        if model.attention == "full":
+            return Attention(dim, model.heads, bias=bias, kv_heads=model.kv_heads, rotary=rotary())
+        given = model.latent
+        sizes = LatentSizes(given.q_rank, given.kv_rank, given.nope_dim, given.rope_dim, given.value_dim)
+        return LatentAttention(dim, model.heads, sizes, Rotary(), given.scaled, given.gated)
+
     return Parts(
         dim,
         config.moe.ffn_dim or ffn_dim,
         norm=lambda: norm(dim),
         mlp=lambda ffn_dim=ffn_dim: MLP(dim, ffn_dim, bias=bias, activation=activation),
-        attention=lambda: Attention(dim, model.heads, bias=bias, kv_heads=model.kv_heads, rotary=rotary()),
+        attention=attention,
         after=lambda: nn.Dropout(model.dropout),
         activation=activation,
     )
@@ -115,6 +126,11 @@ def scmoe(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> l
     return moe_blocks(ShortcutBlock, config, context, parts)
 
 
+@register_architecture("farskip")
+def farskip(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    return moe_blocks(FarSkipBlock, config, context, parts)
+
+
 @register_architecture("dgmoe")
 def dgmoe(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
     return moe_blocks(DoubleGateBlock, config, context, parts)
@@ -147,22 +163,26 @@ def moe_block(
     parts, sublayers = layers[-1], [layers[0].attention_sublayer()]
     if len(layers) == 2:
         sublayers += [layers[0].mlp_sublayer(), parts.attention_sublayer()]
-    moe, has_tap = config.moe, block.architecture in SHORTCUTS
-    position = (moe.first_position if first else None) or moe.position
-    tap = position if has_tap else None
+    moe = config.moe
+    tap = taps(config)[0 if first else 1] if block.architecture in SHORTCUTS else None
     schedule = Schedule(block.architecture, tap, config.schedule.slot, config.schedule.chunks or 1)
     tap_norm = shared_expert = coefficient = None
-    if has_tap:
-        following = sublayers[len(sublayers) - schedule.sublayers_after_tap]  # the sub-layer after the tap
-        tap_norm = following.norm if moe.tap_norm == "shared" else parts.norm()
+    if tap is not None and moe.tap_norm == "own":
+        tap_norm = parts.norm()
+    elif tap is not None:
+        tap_norm = sublayers[len(sublayers) - schedule.sublayers_after_tap].norm  # of the sub-layer after the tap
     if "shared_expert" in schedule.window:
-        shared_expert, coefficient = parts.mlp(), COEFFICIENT_GATES[moe.combine](parts.dim)
+        shared_expert = parts.mlp()
+        coefficient = None if block is FarSkipBlock else COEFFICIENT_GATES[moe.combine](parts.dim)
+    after = parts.after()
+    if moe.after_norm:
+        after = nn.Sequential(OrderedDict(norm=parts.norm(), after=after))
     return block(
         sublayers,
         parts.norm(),
         build_stream(config, context, parts),
         schedule,
-        parts.after(),
+        after,
         tap_norm=tap_norm,
         shared_expert=shared_expert,
         coefficient=coefficient,

@@ -1,0 +1,113 @@
+"""Multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434): queries, and keys with values, through a low rank.
+
+    c_q = norm(W_qa x) s_q                      a query's latent; without one, q = W_q x
+    [q_h, r_h] = W_qb c_q                       of head h: without a position, and turned by it
+    [c, r] = W_kva x, c = norm(c) s_kv          latent of keys and values; one turned key for all heads
+    [k_h, v_h] = W_kvb c
+    A_h = softmax((q_h k_h + turn(r_h) turn(r)) / sqrt(nope + rope)) v_h
+    out = W_o [A_1 .. A_H], or W_o (sigmoid(W_g x) * [A_1 .. A_H]) with a gate
+
+A cache holds c and turn(r) of each token instead of keys and values of all heads. With earlier tokens in the cache,
+W_kvb is applied to queries and results instead of to every latent of the cache: q_h (W_k c) = (q_h W_k) c.
+
+s_q, s_kv: sqrt(D / rank) in LongCat-Flash, else 1. The gate is Instella's. The norms have an epsilon of their own. The
+turned features are adjacent pairs. YaRN is left out.
+Letters of dims here: c latent, n nope, r rope, v value, L tokens in the cache.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scmoe.blocks.kv_cache import KVCache
+from scmoe.blocks.sublayers import Rotary, SelfAttention
+
+LATENT_EPS = 1e-6  # of both norms, in every published model
+
+
+class LatentSizes(NamedTuple):
+    """Ranks of the latents, and features of a head: of queries and keys without and with a position, of values."""
+
+    q_rank: int | None  # None: queries have no latent
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+
+
+class LatentAttention(SelfAttention):
+    """Causal. scaled: the latents are multiplied by sqrt(dim / rank). gated: the heads' results by a sigmoid of x."""
+
+    def __init__(
+        self, dim: int, heads: int, sizes: LatentSizes, rotary: Rotary, scaled: bool = False, gated: bool = False
+    ) -> None:
+        super().__init__()
+        q_rank, kv_rank, nope, rope, value = sizes
+        if rope % 2:
+            raise ValueError(f"rope_dim is {rope}, allowed: even numbers, as positions turn pairs of features")
+        self.dim, self.heads, self.sizes, self.rotary = dim, heads, sizes, rotary
+        self.q_scale, self.kv_scale = ((dim / rank) ** 0.5 if scaled and rank else 1.0 for rank in (q_rank, kv_rank))
+        self.q_down = None if q_rank is None else nn.Linear(dim, q_rank, bias=False)
+        self.q_norm = None if q_rank is None else nn.RMSNorm(q_rank, LATENT_EPS)
+        self.q_up = nn.Linear(q_rank or dim, heads * (nope + rope), bias=False)
+        self.kv_down = nn.Linear(dim, kv_rank + rope, bias=False)
+        self.kv_norm = nn.RMSNorm(kv_rank, LATENT_EPS)
+        self.kv_up = nn.Linear(kv_rank, heads * (nope + value), bias=False)
+        self.gate = nn.Linear(dim, heads * value, bias=False) if gated else None
+        self.out = nn.Linear(heads * value, dim, bias=False)
+
+    def forward(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
+        """cache: has the latents of the tokens before x; those of x are appended."""
+        positions = None if cache is None else cache.positions_BS[:, None]
+        q_BHSn, q_BHSr = self.queries(x_BSD)
+        latent_BSc, k_BSr = self.kv_down(x_BSD).split([self.sizes.kv_rank, self.sizes.rope_dim], -1)
+        c_B1Sc, k_B1Sr = (self.kv_norm(latent_BSc) * self.kv_scale)[:, None], self.turn(k_BSr[:, None], positions)
+        q_BHSr = self.turn(q_BHSr, positions)
+        seen: dict[str, Any] = {"is_causal": True}
+        if cache is not None:
+            c_B1Sc, k_B1Sr, seen = cache.extend(self, c_B1Sc, k_B1Sr)
+        attend = self.of_latents if "is_causal" in seen else self.in_latents
+        y_BHSv = attend(q_BHSn, q_BHSr, c_B1Sc, k_B1Sr, seen)
+        y_BSv = y_BHSv.transpose(1, 2).flatten(2)
+        return self.out(y_BSv if self.gate is None else y_BSv * self.gate(x_BSD).sigmoid())
+
+    def queries(self, x_BSD: Tensor) -> list[Tensor]:
+        """[B, H, S, nope] and [B, H, S, rope], which is not turned yet."""
+        if self.q_down is not None and self.q_norm is not None:
+            x_BSD = self.q_norm(self.q_down(x_BSD)) * self.q_scale
+        q_BHSd = self.q_up(x_BSD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return q_BHSd.split([self.sizes.nope_dim, self.sizes.rope_dim], -1)
+
+    def of_latents(
+        self, q_BHSn: Tensor, q_BHSr: Tensor, c_B1Sc: Tensor, k_B1Sr: Tensor, seen: dict[str, Any]
+    ) -> Tensor:
+        """Attention with the keys and values of all heads, [B, H, S, value]. seen: what each query sees."""
+        kv_BHSd = self.kv_up(c_B1Sc[:, 0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k_BHSn, v_BHSv = kv_BHSd.split([self.sizes.nope_dim, self.sizes.value_dim], -1)
+        k_BHSd = torch.cat([k_BHSn, k_B1Sr.expand(-1, self.heads, -1, -1)], -1)
+        return F.scaled_dot_product_attention(torch.cat([q_BHSn, q_BHSr], -1), k_BHSd, v_BHSv, **seen)
+
+    def in_latents(
+        self, q_BHSn: Tensor, q_BHSr: Tensor, c_B1Lc: Tensor, k_B1Lr: Tensor, seen: dict[str, Any]
+    ) -> Tensor:
+        """The same without keys and values of the L tokens: queries meet latents, and the results are multiplied."""
+        nope, rope, value = self.sizes[2:]
+        w_Hnc, w_Hvc = self.kv_up.weight.unflatten(0, (self.heads, -1)).split([nope, value], 1)
+        q_BHSd = torch.cat([q_BHSn @ w_Hnc, q_BHSr], -1)
+        k_BHLd = torch.cat([c_B1Lc, k_B1Lr], -1).expand(-1, self.heads, -1, -1)
+        c_BHLc, scale = c_B1Lc.expand(-1, self.heads, -1, -1), (nope + rope) ** -0.5
+        y_BHSc = F.scaled_dot_product_attention(q_BHSd, k_BHLd, c_BHLc, **seen, scale=scale)
+        return y_BHSc @ w_Hvc.mT
+
+    def turn(self, x_Sd: Tensor, positions_S: Tensor | None) -> Tensor:
+        """Turns adjacent pairs; the result has the pairs' first features, then their second ones."""
+        return self.rotary(torch.cat([x_Sd[..., 0::2], x_Sd[..., 1::2]], -1), positions_S)
+
+    @property
+    def mixed(self) -> int:
+        return self.heads * (self.sizes.nope_dim + self.sizes.rope_dim + self.sizes.value_dim)
+
+    def context(self, seq_len: int) -> int:
+        return seq_len
