@@ -17,8 +17,8 @@ CLIPPED = f"trainer.accumulate=2 trainer.gradient_clip={CLIP}"
 ROUTERS = {  # biases move visibly in three steps, by the load of both batches of each
     "deepseek": "architecture=shared_expert router=deepseek top_k=3 router_scale=2.5 bias_rate=0.1 "
     "trainer.accumulate=2",
-    "longcat router": "router=longcat top_k=3 router_scale=6 zero_experts=4 bias_rate=1 tap_norm=shared combine=direct_add "
-    "ffn_dim=32 leading_dense=[40] model.layers=3 trainer.accumulate=2",
+    "longcat router": "router=longcat top_k=3 router_scale=6 zero_experts=4 bias_rate=1 tap_norm=shared "
+    "combine=direct_add ffn_dim=32 leading_dense=[40] model.layers=3 trainer.accumulate=2",
 }
 ONE = {
     **ARCHITECTURES,
