@@ -66,6 +66,8 @@ def test_a_training_step_stays_on_its_device(device, record_property, words, ran
     [
         ("gpt position=pos2 trainer.precision=bf16-mixed", 3),  # attention, MLP, shared expert
         ("llama architecture=dgmoe position=pos2 trainer.recompute=true", 2),
+        # attention that adds to its own input, in the first block, and to another one; shared expert
+        ("gpt architecture=farskip every=1 top_k=2", 3),
         # 3 kinds at 4 widths, attention with and without shift, except where the window is the whole map
         pytest.param("swin architecture=shared_expert trainer.precision=bf16-mixed", 15, marks=pytest.mark.faults),
     ],
