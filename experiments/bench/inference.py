@@ -169,8 +169,10 @@ def bench_inference(
         if tokens < experts or tokens % experts:
             allowed = f"multiples of {experts}, so that experts get equal shares"
             raise ConfigError(f"--{option} is {tokens}, allowed: {allowed}")
-    loads, sizes = tuple(dict.fromkeys(load)), {"tokens": prompt, "seq_len": prompt}
-    setting = Setting(share, compute="real", rounds=rounds, loads=loads, layout="dropless", **sizes)
+    loads = tuple(dict.fromkeys(load))
+    setting = Setting(
+        share, compute="real", rounds=rounds, tokens=prompt, seq_len=prompt, loads=loads, layout="dropless"
+    )
     for own in map(load_of, loads):
         if own.kind == "ragged":
             raise ConfigError(f"--load is {own.name}, allowed: others, as prompts have equal lengths")

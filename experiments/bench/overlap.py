@@ -306,11 +306,21 @@ def measure_loads(rank: int, world_size: int, setting: Setting) -> dict[str, Mea
     def of(load: str, found: Mapping[tuple[str, str], Any]) -> dict[str, Any]:
         return {row: value for (own, row), value in found.items() if own == load}
 
-    found = {}
-    for load in bench.inputs:
-        rows = (of(load, values) for values in (choices, best, chosen, peaks))
-        found[load] = Measured(rate, *rows, times, gradients, bench.iterations, load, of(load, dropped))
-    return found
+    return {
+        load: Measured(
+            rate,
+            of(load, choices),
+            of(load, best),
+            of(load, chosen),
+            of(load, peaks),
+            times,
+            gradients,
+            bench.iterations,
+            load,
+            of(load, dropped),
+        )
+        for load in bench.inputs
+    }
 
 
 def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> list[Variant]:
