@@ -15,6 +15,7 @@ At slot k the experts run after k operators of the window.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 SUBLAYERS = ("attention", "mlp", "attention")  # of a pair, in order; a block with an MoE in every block has the first
 POSITIONS = {"pos1": 1, "pos2": 2, "pos3": 3}  # sub-layers between the tap and the end of the block
@@ -64,7 +65,7 @@ class Schedule:
     def sublayers_after_tap(self) -> int:
         return 0 if self.position is None else POSITIONS[self.position]
 
-    @property
+    @cached_property
     def window(self) -> tuple[str, ...]:
         sublayers = SUBLAYERS[len(SUBLAYERS) - self.sublayers_after_tap :]
         return (*sublayers, "shared_expert") if self.architecture in ("shared_expert", "scmoe") else sublayers

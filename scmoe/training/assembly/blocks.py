@@ -63,7 +63,7 @@ def decoder_parts(
         norm=lambda: norm(dim),
         mlp=lambda: MLP(dim, ffn_dim, bias=bias, activation=activation),
         attention=lambda: Attention(dim, model.heads, bias=bias, kv_heads=model.kv_heads, rotary=rotary()),
-        after=lambda: nn.Dropout(model.dropout),
+        after=lambda: nn.Dropout(model.dropout) if model.dropout else nn.Identity(),
         activation=activation,
     )
 
