@@ -66,6 +66,6 @@ class KVCache:
             buffer_NHd.index_copy_(0, self._slots_N, new_BHSd.transpose(1, 2).flatten(0, 1))
         if "is_causal" in self._seen:
             return k_BHSd, v_BHSd, self._seen
-        size = self.batch_size, self.capacity + 1, *buffer_NHd.shape[1:]
-        keys, values = (buffer.view(size)[:, : self.longest] for buffer in self.buffers[attention])
+        by_text = self.batch_size, self.capacity + 1, *buffer_NHd.shape[1:]
+        keys, values = (buffer.view(by_text)[:, : self.longest] for buffer in self.buffers[attention])
         return keys.transpose(1, 2), values.transpose(1, 2), self._seen
