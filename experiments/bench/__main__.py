@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter, validators
 
+from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench.pairs import USUAL_RATIO, Count, Positive, Rounds, Setting, check_ranks, tokens_for
 from scmoe.experiments.engine import links
@@ -26,15 +27,20 @@ main = App(name="bench", help="Measure on this machine. Standard output is JSON.
 
 @main.command
 def generation(
-    *, batch: Count = 4, prompt: Count = 32, tokens: Count = 256, rounds: Count = 3, threads: Count = 1
+    *, batch: list[Count] | None = None, prompt: Count = 32, tokens: Count = 256, rounds: Count = 3, threads: Count = 1
 ) -> None:
-    """Generation with a cache and without."""
-    given = locals()
+    """Generation with a cache and without, and beside transformers' GPT-2.
+
+    Args:
+        batch: numbers of texts; the result is that of the last, and of each under `by_batch` (default: 1 4)
+    """
+    given = locals() | {"batch": (batch or [1, 4])[-1]}
     if tokens < 2:
         raise ConfigError(f"--tokens is {tokens}, allowed: 2 or more, as the first one is no decoding step")
+    require("bench generation", "transformers")
     from scmoe.experiments.bench.decoding import bench_generation
 
-    print(json.dumps(bench_generation(**given) | given))
+    print(json.dumps(bench_generation(batch or [1, 4], prompt, tokens, threads, rounds) | given))
 
 
 @main.command
@@ -235,13 +241,12 @@ def inference(
         load: uneven routing (bench/loads.py), measured beside the balanced one; each --load is one more
     """
     given = locals()
-    from scmoe.experiments.bench.decoding import bench_generation
+    from scmoe.experiments.bench.decoding import cached_over_uncached
     from scmoe.experiments.bench.inference import bench_inference
 
     links.require()
     report = bench_inference(**given)
-    cached = bench_generation(batch=4, prompt=32, tokens=256, rounds=3, threads=1)["cached_over_uncached"]
-    print(json.dumps(report | {"cached_over_uncached": cached}))
+    print(json.dumps(report | {"cached_over_uncached": cached_over_uncached(4, 32, 256, rounds=3)}))
 
 
 @main.command

@@ -1,74 +1,166 @@
-"""Generation with a cache over generation without one, and a decoding step over its operators' own times.
+"""Generation: with a cache over without, a decoding step over its operators, and transformers' GPT-2 beside ours.
 
-    uncached    each token is a pass over the whole text so far; logits of its last token alone, as with a cache
-    operators   those of the blocks and the vocabulary's product, timed in place; the rest of a step is norms, sums of
-                routers, masks, choosing tokens, and Python
+    uncached      each token is a pass over the whole text so far; logits of its last token alone, as with a cache
+    operators     those of the blocks and the vocabulary's product, timed in place; the rest of a step is norms, sums of
+                  residuals, masks, choosing tokens, and Python
+    transformers  `generate` of its GPT-2, which has the weights of our dense model
 
-Both kinds run in turn, round after round, on texts of the same greedy tokens, and ratios are taken within a round. The
-model has the quickstart's sizes and random weights; a document's end does not stop it.
+All kinds run in turn, round after round, on the same prompts, and ratios are taken within a round. The models have the
+quickstart's sizes and random weights; a document's end does not stop them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scmoe.blocks.moe_block import moe_blocks_of
+from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, seconds
 from scmoe.experiments.engine.report import Report
-from scmoe.inference.generate import stream
+from scmoe.inference.generate import generate, stream
 from scmoe.inference.sampling import GREEDY
 from scmoe.inference.stopping import Stopping
 from scmoe.moe.operators import Mark, Recorder
 from scmoe.moe.stream import dropless
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.runs.hf_folder import hf_config, renamed
 from scmoe.training.assembly.model import build_model
 
 CONFIG = "configs/quickstart.yaml"
-NUMBERS = ("cached_over_uncached", "decode_over_operators", "tpot_ms", "ttft_ms", "uncached_ms")
+USUAL = (4, 32, 256)  # batch, prompt, new tokens for which the first limit holds
+ROWS = {  # of the table: words, limit
+    "cached_over_uncached": ("without a cache over with one", "at least 9 for 4 texts"),
+    "decode_over_operators": ("a decoding step over the sum of its operators", "at most 1.15"),
+    "over_transformers": ("our dense GPT-2 over transformers', whole texts", "at most 1.2"),
+    "tpot_ms": ("a decoding step, ms", ""),
+    "tokens_per_s": ("tokens/s", ""),
+    "ttft_ms": ("first token, ms", ""),
+    "uncached_ms": ("texts without a cache, ms", ""),
+    "dense_ms": ("texts of our dense GPT-2, ms", ""),
+    "transformers_ms": ("texts of transformers' GPT-2, ms", ""),
+}
+Kind = Callable[[], list[float]]
 
 
-def bench_generation(batch: int, prompt: int, tokens: int, threads: int, rounds: int) -> dict[str, Any]:
-    """Print tables and return medians. Raises AssertionError where the two kinds of generation differ in a token."""
+def bench_generation(batches: Sequence[int], prompt: int, tokens: int, threads: int, rounds: int) -> dict[str, Any]:
+    """Print tables and return medians, of the last batch size and of each. It requires transformers.
+
+    Raises AssertionError where two kinds of generation differ in a token."""
     torch.set_num_threads(threads)
     config = load(CONFIG, [f"data.seq_len={prompt + tokens}"])
     model = build_model(config, ParallelContext()).eval()
-    ids_BS = torch.randint(config.data.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
-    cached(model, ids_BS, min(tokens, 8))  # the first calls of a process are slower
+    operators: dict[int, list[dict[str, float]]] = {batch: [] for batch in batches}  # ms, of each decoding step
+    dense_kinds = beside_transformers(replace(config, moe=replace(config.moe, architecture="dense")))
+    kinds: dict[tuple[int, str], Kind] = {}
+    for batch in batches:
+        ids_BS = drawn(config, batch, prompt)
+        of_batch = cache_kinds(model, ids_BS, tokens, operators[batch]) | dense_kinds(ids_BS, tokens)
+        kinds |= {(batch, name): kind for name, kind in of_batch.items()}
+    numbers = in_turn(kinds, rounds, warm_up=0)
+
+    def of(batch: int) -> dict[str, float]:
+        total_ms, tpot_ms, ttft_ms = numbers[batch, "cached"]
+        uncached_ms, over_operators, dense_ms, transformers_ms = (
+            numbers[batch, kind][0] for kind in ("uncached", "recorded", "dense", "transformers")
+        )
+        found = {
+            "cached_over_uncached": uncached_ms / total_ms,
+            "decode_over_operators": over_operators,
+            "over_transformers": dense_ms / transformers_ms,
+            "tpot_ms": tpot_ms,
+            "tokens_per_s": batch * 1e3 / tpot_ms,
+            "ttft_ms": ttft_ms,
+            "uncached_ms": uncached_ms,
+            "dense_ms": dense_ms,
+            "transformers_ms": transformers_ms,
+        }
+        return {name: middle(values) for name, values in found.items()}
+
+    by_batch = {batch: of(batch) for batch in batches}
+    show(by_batch, operators, prompt, tokens)
+    return by_batch[batches[-1]] | {"by_batch": by_batch}
+
+
+def cached_over_uncached(batch: int, prompt: int, tokens: int, rounds: int) -> float:
+    """Return the time of a generation without a cache over that with one, of one thread."""
+    torch.set_num_threads(1)
+    config = load(CONFIG, [f"data.seq_len={prompt + tokens}"])
+    model = build_model(config, ParallelContext()).eval()
+    kinds = cache_kinds(model, drawn(config, batch, prompt), tokens, [])
+    times = in_turn({name: kinds[name] for name in ("cached", "uncached")}, rounds, warm_up=0)
+    return middle(times["uncached"][0] / times["cached"][0])
+
+
+def drawn(config: Config, batch: int, prompt: int) -> Tensor:
+    """Return prompts of random tokens."""
+    return torch.randint(config.data.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
+
+
+def cache_kinds(model: Any, ids_BS: Tensor, tokens: int, operators: list[dict[str, float]]) -> dict[str, Kind]:
+    """Return generation with a cache, without, and with its operators recorded. Each returns times in ms: of all, a
+    step, the first token; of all; and a step over its operators, whose times it appends to `operators`."""
+    expected_BS = cached(model, ids_BS, tokens)[0]  # the first calls of a process are slower
     uncached(model, ids_BS, 2)
-    operators_ms: list[dict[str, float]] = []  # of each decoding step
 
-    def a_round() -> list[float]:
-        written_BS, steps_ms, _ = cached(model, ids_BS, tokens)
+    def with_cache() -> list[float]:
+        _, steps_ms, _ = cached(model, ids_BS, tokens)
+        return [sum(steps_ms), middle(steps_ms[1:]), steps_ms[0]]
 
-        def again() -> None:
-            assert torch.equal(uncached(model, ids_BS, tokens), written_BS), "the cache changes a token"
+    def without() -> list[float]:
+        return [timed_ms(lambda: uncached(model, ids_BS, tokens), expected_BS)]
 
-        uncached_ms = 1e3 * seconds(again)
+    def recorded_steps() -> list[float]:
         with recorded(model) as recorder:
-            _, recorded_ms, own = cached(model, ids_BS, tokens, recorder)
-        operators_ms.extend(own[1:])
-        over = [ms / sum(of_step.values()) for ms, of_step in zip(recorded_ms[1:], own[1:], strict=True)]
-        return [uncached_ms / sum(steps_ms), middle(over), middle(steps_ms[1:]), steps_ms[0], uncached_ms]
+            _, steps_ms, own = cached(model, ids_BS, tokens, recorder)
+        operators.extend(own[1:])
+        return [middle([ms / sum(of_step.values()) for ms, of_step in zip(steps_ms[1:], own[1:], strict=True)])]
 
-    numbers = in_turn({"round": a_round}, rounds, warm_up=0)["round"]
-    result = {name: middle(own) for name, own in zip(NUMBERS, numbers, strict=True)}
-    operators = {name: {"ms": middle([own[name] for own in operators_ms])} for name in operators_ms[0]}
-    Report("Decoding, in place, median", operators, {"ms": "{ms:.3f}"}, "operator of a step").show()
-    usual = (batch, prompt, tokens) == (4, 32, 256)  # for which the first limit holds
-    texts, per_s = f"{batch} x ({prompt} + {tokens}) tokens", batch * 1e3 / result["tpot_ms"]
-    rows = {
-        f"without a cache over with one, {texts}": ("cached_over_uncached", "at least 9" if usual else ""),
-        "a decoding step over the sum of its operators": ("decode_over_operators", "at most 1.3"),
-        f"time of a decoding step in ms ({per_s:.0f} tokens/s)": ("tpot_ms", ""),
-        "time to the first token in ms": ("ttft_ms", ""),
-    }
-    shown = {words: {"median": result[name], "limit": limit} for words, (name, limit) in rows.items()}
-    Report("", shown, {"median": "{median:.3g}", "limit": "{limit}"}, "generation").show()
-    return result
+    return {"cached": with_cache, "uncached": without, "recorded": recorded_steps}
+
+
+def beside_transformers(config: Config) -> Callable[[Tensor, int], dict[str, Kind]]:
+    """Return a function (prompts, tokens) -> `generate` of our dense model and of transformers' with equal weights.
+
+    Both return the time of all tokens in ms. config: of a dense model."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    ours = build_model(config, ParallelContext()).eval()
+    content = hf_config(config, None)
+    theirs = GPT2LMHeadModel(GPT2Config(**content)).eval()
+    weights = {name: w for own, p in ours.named_parameters() for name, w in renamed(content, own, p.detach())}
+    missing, unknown = theirs.load_state_dict(weights, strict=False)
+    assert not unknown and set(missing) <= {"lm_head.weight"}, "tied to the embedding; all others are set"
+
+    def kinds(ids_BS: Tensor, tokens: int) -> dict[str, Kind]:
+        def write_ours(new: int = tokens) -> Tensor:
+            written = generate(ours, ids_BS.tolist(), Stopping(new), GREEDY)
+            return torch.cat([ids_BS, torch.tensor([ids for ids, _ in written])], 1)
+
+        def write_theirs(new: int = tokens) -> Tensor:
+            mask_BS = torch.ones_like(ids_BS)
+            return theirs.generate(ids_BS, attention_mask=mask_BS, max_new_tokens=new, do_sample=False)
+
+        expected_BS = write_ours()
+        write_theirs(2)
+        return {
+            "dense": lambda: [timed_ms(write_ours, expected_BS)],
+            "transformers": lambda: [timed_ms(write_theirs, expected_BS)],
+        }
+
+    return kinds
+
+
+def timed_ms(write: Callable[[], Tensor], expected_BS: Tensor) -> float:
+    """Return the time of one call. Raises AssertionError where it returns other tokens than expected."""
+    texts: list[Tensor] = []
+    ms = 1e3 * seconds(lambda: texts.append(write()))
+    assert torch.equal(texts[0], expected_BS), "two kinds of generation differ in a token"
+    return ms
 
 
 def cached(
@@ -115,3 +207,22 @@ def recorded(model: Any) -> Iterator[Recorder]:
         yield recorder
     for block in moe_blocks_of(model):
         block.run_as(block.schedule, block.moe.dispatcher)
+
+
+def show(
+    by_batch: dict[int, dict[str, float]], operators: dict[int, list[dict[str, float]]], prompt: int, tokens: int
+) -> None:
+    medians = {
+        name: {f"batch {batch}": middle([own[name] for own in steps]) for batch, steps in operators.items()}
+        for name in next(iter(operators.values()))[0]
+    }
+    columns = {f"batch {batch}": f"{{batch {batch}:.3f}}" for batch in by_batch}
+    Report("Decoding, in place, median ms", medians, columns, "operator of a step").show()
+    rows = {
+        words: {f"batch {batch}": own[name] for batch, own in by_batch.items()} | {"limit": limit}
+        for name, (words, limit) in ROWS.items()
+    }
+    if (max(by_batch), prompt, tokens) != USUAL:
+        rows[ROWS["cached_over_uncached"][0]]["limit"] = ""
+    columns = {f"batch {batch}": f"{{batch {batch}:.3g}}" for batch in by_batch} | {"limit": "{limit}"}
+    Report(f"{prompt} + {tokens} tokens", rows, columns, "generation").show()

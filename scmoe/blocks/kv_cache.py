@@ -1,13 +1,14 @@
 """Keys and values of the tokens that each text of a batch has so far (KV cache). The caller holds it, no module does.
 
     cache = KVCache(batch_size, capacity)
-    cache.expect(mask_BS)             positions of the tokens that come next, and which keys each of them sees
+    cache.expect([1, 1, 0], 1)        positions of the tokens that come next, and which keys each of them sees
     model(ids_BS, mask_BS, cache)     each attention module appends its keys and values
 
 A pass may bring a whole prompt, a piece of one, or one new token of each text. Texts are padded at their end, so a
 token has the same position in every batch, and the first pass is causal attention without another mask.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,34 +20,44 @@ class KVCache:
 
     What is kept is the module's choice: keys and values of each head, or one latent and one key for all (latent.py).
 
-    lengths_B: tokens of each text, with those of the next pass. positions_BS: of the next pass's tokens; 0: padding.
+    lengths: tokens of each text, with those of the next pass; the host counts them, so nothing waits for the device.
+    positions_BS: of the next pass's tokens; 0: padding.
     """
 
     def __init__(self, batch_size: int, capacity: int, device: torch.device | None = None) -> None:
         self.batch_size, self.capacity = batch_size, capacity
-        self.lengths_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.longest = 0  # of lengths_B, known to the host
+        self.lengths, self.longest = [0] * batch_size, 0
         self.positions_BS: Tensor
         self.buffers: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # [B (capacity + 1), H, d]: keys, values
-        self._keys_L = torch.arange(capacity, device=device)
-        self._starts_B1 = torch.arange(batch_size, device=device)[:, None] * (capacity + 1)
+        self._places_L = torch.arange(capacity, device=device)
+        self._rows_B1 = torch.arange(batch_size, device=device)[:, None] * (capacity + 1)
         self._slots_N: Tensor  # row of the buffers for each expected token; padding's is the text's spare one, the last
-        self._is_first: bool
         self._seen: dict[str, Any]
 
-    def expect(self, mask_BS: Tensor) -> None:
-        """Makes place for the tokens of the next pass. mask_BS False: padding, at the end of a row, which is not kept.
+    def expect(self, new: Sequence[int], seq_len: int) -> None:
+        """Makes place for the tokens of the next pass.
 
-        Raises ValueError where a text would exceed the capacity."""
-        assert len(mask_BS) == self.batch_size
-        places_BS = self.lengths_B[:, None] + torch.arange(mask_BS.shape[1], device=mask_BS.device)
-        self.lengths_B = self.lengths_B + mask_BS.sum(1)
-        self._is_first, self.longest = self.longest == 0, int(self.lengths_B.max())
+        new: tokens of each text, at most seq_len; what follows them in a row of seq_len tokens is padding, which is not
+        kept. Raises ValueError where a text would exceed the capacity."""
+        starts_B1 = torch.tensor(self.lengths, device=self._places_L.device)[:, None]
+        is_first, self.lengths = self.longest == 0, [old + n for old, n in zip(self.lengths, new, strict=True)]
+        self.longest = max(self.lengths)
         if self.longest > self.capacity:
             raise ValueError(f"a text has {self.longest} tokens, allowed: up to {self.capacity}, the cache's capacity")
-        self.positions_BS = places_BS.where(mask_BS, 0)
-        self._slots_N = (self._starts_B1 + places_BS.where(mask_BS, self.capacity)).flatten()
-        self._seen = {"attn_mask": self._keys_L[: self.longest] <= self.positions_BS[:, None, :, None]}
+        steps_S = torch.arange(seq_len, device=starts_B1.device)
+        self.positions_BS = starts_B1 + steps_S
+        slots_BS = self._rows_B1 + self.positions_BS
+        if min(new) < seq_len:
+            is_token_BS = steps_S < torch.tensor(new, device=steps_S.device)[:, None]
+            self.positions_BS = self.positions_BS.where(is_token_BS, 0)
+            slots_BS = slots_BS.where(is_token_BS, self._rows_B1 + self.capacity)
+        self._slots_N = slots_BS.flatten()
+        if is_first:
+            self._seen = {"is_causal": True}
+        elif seq_len == 1 and min(self.lengths) == self.longest and min(new) == 1:
+            self._seen = {}  # the new tokens are all texts' last ones
+        else:
+            self._seen = {"attn_mask": self._places_L[: self.longest] <= self.positions_BS[:, None, :, None]}
 
     def extend(self, attention: nn.Module, k_BHSd: Tensor, v_BHSd: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Appends keys and values. Returns all of them [B, H, L, d], and the mask for scaled_dot_product_attention.
@@ -58,7 +69,7 @@ class KVCache:
             self.buffers[attention] = k_BHSd.new_zeros(rows, heads, size), values
         for buffer_NHd, new_BHSd in zip(self.buffers[attention], (k_BHSd, v_BHSd), strict=True):
             buffer_NHd.index_copy_(0, self._slots_N, new_BHSd.transpose(1, 2).flatten(0, 1))
-        if self._is_first:
-            return k_BHSd, v_BHSd, {"is_causal": True}
+        if "is_causal" in self._seen:
+            return k_BHSd, v_BHSd, self._seen
         keys, values = (b.unflatten(0, (self.batch_size, -1))[:, : self.longest] for b in self.buffers[attention])
         return keys.transpose(1, 2), values.transpose(1, 2), self._seen

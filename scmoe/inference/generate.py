@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.inference.passes import ALONE, Passes, decode, read_prompts
@@ -83,8 +83,8 @@ def stream(
     seeds = range(len(prompts)) if seeds is None else seeds
     if model.training:
         raise ValueError("the model is in training mode, allowed: evaluation mode; call model.eval()")
-    buffered = any(isinstance(m, MoEStream) and isinstance(m.rows, Buffers) for m in model.modules())
-    if buffered and passes.all_ranks is not bool:
+    moe = nn.ModuleList(module for module in model.modules() if isinstance(module, MoEStream))
+    if any(isinstance(module.rows, Buffers) for module in moe) and passes.all_ranks is not bool:
         raise ValueError(
             "moe.rows is buffers, which needs equally many tokens on every rank, "
             "allowed for texts of several ranks: filled"
@@ -96,7 +96,7 @@ def stream(
             raise ValueError(f"prompt {row} has ids {min(prompt)} to {max(prompt)}, allowed: 0 to {vocab_size - 1}")
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds are given, allowed: one for each of the {len(prompts)} prompts")
-    return _steps(model, prompts, stopping, sampling or Sampling(), seeds, passes)
+    return _steps(model, moe, prompts, stopping, sampling or Sampling(), seeds, passes)
 
 
 def check_length(length: int, max_tokens: int, context: int, name: str) -> None:
@@ -114,6 +114,7 @@ def check_length(length: int, max_tokens: int, context: int, name: str) -> None:
 @torch.no_grad()  # not inference mode, in which FSDP cannot begin
 def _steps(
     model: Decoder,
+    moe: nn.Module,
     prompts: Sequence[Sequence[int]],
     stopping: Stopping,
     sampling: Sampling,
@@ -129,7 +130,7 @@ def _steps(
     going = [True] * len(prompts)
     cache = KVCache(batch_size, longest + stopping.max_tokens - 1, device)
     passes.begin("prefill")
-    with dropless(model):  # for passes only: between two steps the model is the caller's
+    with dropless(moe):  # for passes only: between two steps the model is the caller's
         logits_BV = read_prompts(model, ids_BS, mask_BS, cache, passes)
     passes.begin("decode")
     ended = passes.all_ranks(not going)
@@ -144,8 +145,9 @@ def _steps(
         yield step
         ended = passes.all_ranks(not any(going))
         if not ended:
-            had_BV.scatter_(1, ids_B[:, None], True)
-            with dropless(model):
+            if sampling.repetition_penalty != 1:  # else nothing reads it
+                had_BV.scatter_(1, ids_B[:, None], True)
+            with dropless(moe):
                 logits_BV = decode(model, ids_B, going or [False], cache)
 
 

@@ -51,15 +51,16 @@ def prefill(model: Decoder, ids_BS: Tensor, mask_BS: Tensor, cache: KVCache) -> 
     """Reads prompts, or the next piece of each; returns [B, V], the logits after each row's last token.
 
     mask_BS False: padding, at the end of a row. A row of padding alone has logits without a meaning."""
-    cache.expect(mask_BS)
-    last_B = (mask_BS.sum(1) - 1).clamp(min=0)
-    padding_BS = None if mask_BS.all() else mask_BS
-    return model(ids_BS, padding_BS, cache, last_B).logits_BSV[:, 0]
+    new_B, seq_len = mask_BS.sum(1), ids_BS.shape[1]
+    new = new_B.tolist()
+    cache.expect(new, seq_len)
+    last_B = (new_B - 1).clamp(min=0)
+    return model(ids_BS, None if min(new) == seq_len else mask_BS, cache, last_B).logits_BSV[:, 0]
 
 
 @torch.no_grad()
 def decode(model: Decoder, ids_B: Tensor, going: Sequence[bool], cache: KVCache) -> Tensor:
     """Reads one token of each text and returns [B, V]. going False: the text has ended, and its token is padding."""
-    going_B1 = torch.tensor(going, device=ids_B.device)[:, None]
-    cache.expect(going_B1)
-    return model(ids_B[:, None], None if all(going) else going_B1, cache).logits_BSV[:, 0]
+    cache.expect(list(map(int, going)), 1)
+    mask_B1 = None if all(going) else torch.tensor(going, device=ids_B.device)[:, None]
+    return model(ids_B[:, None], mask_B1, cache).logits_BSV[:, 0]

@@ -42,7 +42,7 @@ class Decoder(nn.Module):
         self.max_seq_len = max_seq_len
         self.tokens = nn.Embedding(vocab_size, dim)
         self.positions = positions
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
         self.head = nn.Linear(dim, vocab_size, bias=False)

@@ -125,30 +125,42 @@ def mlps_in_turn(
     num_experts = w_in_eDF.shape[0]
     counts = [rows_RD.shape[0] // num_experts] * num_experts if counts_e is None else counts_e.tolist()
     filled = sum(counts)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (rows_RD, w_in_eDF, w_out_eFD))
-    y_RD = _MLPsInTurn.apply(rows_RD[:filled], w_in_eDF, w_out_eFD, counts, act, keep)
+    inputs = rows_RD[:filled], w_in_eDF, w_out_eFD
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        y_RD = _MLPsInTurn.apply(*inputs, counts, act)
+    else:
+        y_RD, _ = _in_turn(*inputs, counts, act, keep=False)
     if filled < rows_RD.shape[0]:
         y_RD = torch.cat([y_RD, y_RD.new_zeros(rows_RD.shape[0] - filled, rows_RD.shape[1])])
     return y_RD
 
 
+def _in_turn(
+    rows_RD: Tensor, w_in_eDF: Tensor, w_out_eFD: Tensor, counts: list[int], act: Activation, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns the experts' outputs and, with `keep`, all hidden rows before the activation."""
+    y_RD, most = torch.empty_like(rows_RD), max(counts)
+    hidden_RF = rows_RD.new_empty(rows_RD.shape[0] if keep else most, w_in_eDF.shape[2])
+    a_RF = rows_RD.new_empty(most if keep else 0, w_out_eFD.shape[1])
+    hs = hidden_RF.split(counts) if keep else [hidden_RF[:n] for n in counts]
+    experts = zip(rows_RD.split(counts), hs, y_RD.split(counts), w_in_eDF.unbind(), w_out_eFD.unbind(), strict=True)
+    for n, (x, h, y, w_in_DF, w_out_FD) in zip(counts, experts, strict=True):
+        if n > 0:  # few tokens leave most experts without rows
+            torch.mm(x, w_in_DF, out=h)
+            a = act.into(h, a_RF[:n]) if keep else act.in_place(h)
+            torch.mm(a, w_out_FD, out=y)
+    return y_RD, hidden_RF
+
+
 class _MLPsInTurn(Function):
     """Backward by hand saves memory and time: each expert's gradient is written into its place in the stack (autograd
     would build the stack again), the activation is computed again (autograd would keep a second [R, F]), and all
-    experts share the buffers in between, so that they stay in the cache. keep: there will be a backward."""
+    experts share the buffers in between, so that they stay in the cache."""
 
     @staticmethod
-    def forward(ctx, rows_RD, w_in_eDF, w_out_eFD, counts, act, keep):
-        y_RD, most = torch.empty_like(rows_RD), max(counts)
-        hidden_RF = rows_RD.new_empty(rows_RD.shape[0] if keep else most, w_in_eDF.shape[2])
-        a_RF = rows_RD.new_empty(most if keep else 0, w_out_eFD.shape[1])
-        hs = hidden_RF.split(counts) if keep else [hidden_RF[:n] for n in counts]
-        for i, (x, h, y) in enumerate(zip(rows_RD.split(counts), hs, y_RD.split(counts), strict=True)):
-            torch.mm(x, w_in_eDF[i], out=h)
-            a = act.into(h, a_RF[: len(h)]) if keep else act.in_place(h)
-            torch.mm(a, w_out_eFD[i], out=y)
-        if keep:
-            ctx.save_for_backward(rows_RD, w_in_eDF, w_out_eFD, hidden_RF)
+    def forward(ctx, rows_RD, w_in_eDF, w_out_eFD, counts, act):
+        y_RD, hidden_RF = _in_turn(rows_RD, w_in_eDF, w_out_eFD, counts, act, keep=True)
+        ctx.save_for_backward(rows_RD, w_in_eDF, w_out_eFD, hidden_RF)
         ctx.counts, ctx.act = counts, act
         return y_RD
 
@@ -167,4 +179,4 @@ class _MLPsInTurn(Function):
             ctx.act.backward_into(da, h, dh)
             torch.mm(x.T, dh, out=dw_in_eDF[i])
             torch.mm(dh, w_in_eDF[i].T, out=dx)
-        return dx_RD, dw_in_eDF, dw_out_eFD, None, None, None
+        return dx_RD, dw_in_eDF, dw_out_eFD, None, None

@@ -83,16 +83,19 @@ def arrange_filled(topk_ids_TK: Tensor, num_experts: int, num_chunks: int = 1, p
 
     padded: there may be such ids. Without them the host knows the number of rows and does not wait for it."""
     (T, K), E, P = topk_ids_TK.shape, num_experts, num_chunks
-    chunk_T = torch.arange(T, device=topk_ids_TK.device) // math.ceil(T / P)
-    group_N = (chunk_T[:, None] * E + topk_ids_TK).where(topk_ids_TK < E, P * E).flatten()
+    group_N = topk_ids_TK.flatten()
+    if P > 1:
+        chunk_T = torch.arange(T, device=topk_ids_TK.device) // math.ceil(T / P)
+        group_N = (chunk_T[:, None] * E + topk_ids_TK).where(topk_ids_TK < E, P * E).flatten()
     counts_PE = count(group_N, P * E).view(P, E)
     num_rows = int(counts_PE.sum()) if padded else T * K
     order_N = group_N.argsort(stable=True)
     rows_N = torch.empty_like(order_N)
     rows_N[order_N] = torch.arange(T * K, device=order_N.device)
     copies_R = order_N[:num_rows]
-    rows_TK = rows_N.clamp(max=num_rows).view(T, K)
-    return Layout(rows_TK, copies_R // K, copies_R, counts_PE, P, complete=num_rows == T * K)
+    complete = num_rows == T * K
+    rows_TK = (rows_N if complete else rows_N.clamp(max=num_rows)).view(T, K)
+    return Layout(rows_TK, copies_R if K == 1 else copies_R // K, copies_R, counts_PE, P, complete)
 
 
 def arrange_slots(
@@ -137,12 +140,24 @@ def encode(x_TD: Tensor, layout: Layout, announced: Announced | None) -> list[tu
 
 def decode(rows_RD: Tensor, weights_TK: Tensor, layout: Layout) -> Tensor:
     """y_t = sum_k w_tk rows[row of copy (t, k)]; a copy without a row adds nothing. Returns [T, D] in rows' dtype."""
-    return _Decode.apply(rows_RD, weights_TK.to(rows_RD.dtype), layout)
+    weights_TK = weights_TK.to(rows_RD.dtype)
+    if not torch.is_grad_enabled():
+        return _weighted_sum(rows_RD, weights_TK, layout)
+    return _Decode.apply(rows_RD, weights_TK, layout)
+
+
+def _weighted_sum(rows_RD: Tensor, weights_TK: Tensor, layout: Layout) -> Tensor:
+    y_TD = _pick(rows_RD, layout.rows_TK[:, 0], layout.complete).mul_(weights_TK[:, :1])
+    for k in range(1, weights_TK.shape[1]):
+        y_TD.addcmul_(_pick(rows_RD, layout.rows_TK[:, k], layout.complete), weights_TK[:, k : k + 1])
+    return y_TD
 
 
 def gather(x_TD: Tensor, tokens_R: Tensor, rows_TK: Tensor, complete: bool) -> Tensor:
     """x[tokens_R]. rows_TK must be the inverse of tokens_R, so that the gradient is a gather too. complete: every
     entry of rows_TK is a row."""
+    if not torch.is_grad_enabled():
+        return x_TD.index_select(0, tokens_R)
     return _Gather.apply(x_TD, tokens_R, rows_TK, complete)
 
 
@@ -176,13 +191,9 @@ class _Gather(Function):
 class _Decode(Function):
     @staticmethod
     def forward(ctx, rows_RD, weights_TK, layout):
-        rows_TK, complete = layout.rows_TK, layout.complete
-        ctx.save_for_backward(rows_RD, weights_TK, rows_TK, layout.tokens_R, layout.copies_R)
-        ctx.complete = complete
-        y_TD = _pick(rows_RD, rows_TK[:, 0], complete).mul_(weights_TK[:, :1])
-        for k in range(1, rows_TK.shape[1]):
-            y_TD.addcmul_(_pick(rows_RD, rows_TK[:, k], complete), weights_TK[:, k : k + 1])
-        return y_TD
+        ctx.save_for_backward(rows_RD, weights_TK, layout.rows_TK, layout.tokens_R, layout.copies_R)
+        ctx.complete = layout.complete
+        return _weighted_sum(rows_RD, weights_TK, layout)
 
     @staticmethod
     def backward(ctx, grad_TD):

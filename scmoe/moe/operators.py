@@ -111,12 +111,19 @@ class Operators(nn.Module):
     recorder: Recorder | None = None
 
     def operator(self, name: str, f: Callable[..., Any], *inputs: Any) -> Any:
+        if self.recorder is not None:
+            f, inputs = self.recorder.around, (name, f, *inputs)
+        if not torch.autograd._profiler_enabled():  # a range that nobody reads would cost as much as a small operator
+            return f(*inputs)
         with record_function(f"scmoe/{name}"):
-            return f(*inputs) if self.recorder is None else self.recorder.around(name, f, *inputs)
+            return f(*inputs)
 
 
 def _edge(recorder: Recorder, name: str, begins: bool, value: Any) -> Any:
     """Passes the tensors of `value` that carry a gradient through one edge, and returns the value with the results."""
+    if not torch.is_grad_enabled():
+        recorder.marks.append(Mark(name, "forward", begins, recorder.now()))
+        return value
     tensors: list[Tensor] = []
 
     def collect(tensor: Tensor) -> Tensor:

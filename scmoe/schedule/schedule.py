@@ -21,6 +21,7 @@ has no preceding one and taps its own sub-layers' output (`first`).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 SUBLAYERS = ("attention", "mlp", "attention")  # of a pair, in order; a block with an MoE in every block has the first
 POSITIONS = {"pos1": 1, "pos2": 2, "pos3": 3}  # sub-layers between the tap and the end of the block
@@ -79,7 +80,7 @@ class Schedule:
             return 1 if self.architecture == "farskip" else 0
         return (POSITIONS | BETWEEN_BLOCKS)[self.position]
 
-    @property
+    @cached_property
     def window(self) -> tuple[str, ...]:
         sublayers = SUBLAYERS[len(SUBLAYERS) - self.sublayers_after_tap :]
         has_shared_expert = self.architecture in ("shared_expert", "scmoe", "farskip")

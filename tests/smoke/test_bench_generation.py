@@ -1,4 +1,4 @@
-"""`bench generation` runs at a small size, and its two kinds of generation give the same tokens."""
+"""`bench generation` runs at a small size, and its kinds of generation give the same tokens, transformers' too."""
 
 import json
 
@@ -6,13 +6,15 @@ import pytest
 
 from scmoe.experiments.engine.command_line import call
 
+pytest.importorskip("transformers", reason="transformers is not installed (extra `hf`)")
 pytestmark = [pytest.mark.smoke, pytest.mark.inference]
 
 
 def test_a_small_bench_prints_a_table_and_json(capsys):
-    assert call("bench", "generation", "--prompt", "8", "--tokens", "6", "--rounds", "2", "--batch", "2") == 0
+    assert call("bench", "generation", "--prompt", "8", "--tokens", "6", "--rounds", "2", "--batch", "1", "2") == 0
     out, tables = capsys.readouterr()
     found = json.loads(out)
     assert found["decode_over_operators"] > 1 and found["cached_over_uncached"] > 0
-    assert found["tpot_ms"] > 0 and found["ttft_ms"] > 0
+    assert found["tpot_ms"] > 0 and found["ttft_ms"] > 0 and found["over_transformers"] > 0
+    assert found["batch"] == 2 and found["tpot_ms"] == found["by_batch"]["2"]["tpot_ms"] and "1" in found["by_batch"]
     assert "shared_expert" in tables and "head" in tables

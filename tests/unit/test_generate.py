@@ -99,7 +99,7 @@ def test_padding_leaves_no_trace_in_the_cache():
         prefill(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.ones(2, 3, dtype=torch.bool), cache)
         for token in (7, 8, 9):
             logits_BV = decode(model, torch.tensor([0, token]), [False, True], cache)
-        assert cache.lengths_B.tolist() == [3, 6]
+        assert cache.lengths == [3, 6]
         assert_close(logits_BV[1], last_logits(model, [4, 5, 6, 7, 8, 9]))
         logits_BV = decode(model, torch.tensor([7, 0]), [True, False], cache)
         assert_close(logits_BV[0], last_logits(model, [1, 2, 3, 7]))

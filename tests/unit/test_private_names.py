@@ -61,7 +61,7 @@ OTHERS = {
     *("_execution_engine", "_compiled_call_impl", "_ddp_kwargs"),
     *("_fully_shard", "_fsdp_common", "_get_fsdp_state", "_fsdp_param_groups"),
     *("_set_unshard_async_op", "_reduce_scatter_comm", "_post_accumulate_grad_hooks"),
-    *("_dynamo", "_timeout"),
+    *("_dynamo", "_timeout", "_profiler_enabled"),
     "_fingerprint",  # Hugging Face data sets have it
     "_is_hf_initialized",  # transformers marks weights that it has read; tests/peers/test_hf_export.py holds it
 }
@@ -81,6 +81,7 @@ SEAMS = ("scmoe/lightning/seam.py", "scmoe/parallel/torch_seam.py")
 ELSEWHERE = {(path, name) for path, names in DRY_RUN.items() for name in names}
 ELSEWHERE |= {("datamodules/text.py", "_fingerprint"), ("scmoe/lightning/known_to_lightning.py", "pl_load")}
 ELSEWHERE |= {("scmoe/hf.py", "_is_hf_initialized"), ("scmoe/moe/router.py", "_apply")}
+ELSEWHERE |= {("scmoe/moe/operators.py", "_profiler_enabled")}
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -96,6 +97,7 @@ def test_the_others_exist():
     assert inspect.getsource(_SignalConnector).count("signal.signal(") == 1, "only _register_signal sets handlers"
     assert "_batches_that_stepped" in inspect.getsource(_TrainingEpochLoop.on_load_checkpoint)
     assert hasattr(nn.Module(), "_compiled_call_impl")
+    assert torch.autograd._profiler_enabled() is False
     assert torch._dynamo.config.recompile_limit >= 8
     assert callable(Variable._execution_engine.queue_callback)
     assert rank_zero_only.rank == 0, "known before a Trainer exists"

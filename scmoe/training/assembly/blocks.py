@@ -78,7 +78,7 @@ def decoder_parts(
         norm=lambda: norm(dim),
         mlp=lambda ffn_dim=ffn_dim: MLP(dim, ffn_dim, bias=bias, activation=activation),
         attention=attention,
-        after=lambda: nn.Dropout(model.dropout),
+        after=lambda: nn.Dropout(model.dropout) if model.dropout else nn.Identity(),
         activation=activation,
     )
 
