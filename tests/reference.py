@@ -401,8 +401,11 @@ def gpt(w: Weights, spec: Spec, ids: Tensor, labels: Tensor) -> Answer:
     else:
         first = len(spec.leading_dense)
         for i in range(first):
-            x = add_attention(w, f"blocks.{i}.sublayers.0", x, spec)
-            x = add_mlp(w, f"blocks.{i}.sublayers.1", x)
+            attended = add_attention(w, f"blocks.{i}.sublayers.0", x, spec)
+            if spec.architecture == "farskip":  # both read the block's input
+                x = attended + add_mlp(w, f"blocks.{i}.sublayers.1", x) - x
+            else:
+                x = add_mlp(w, f"blocks.{i}.sublayers.1", attended)
         for i in range(first, first + (spec.layers - first) // spec.every):
             position = spec.first_position if i == first and spec.first_position else spec.position
             owner = first + (i - first) // 2 * 2 if spec.architecture == "dgmoe_share" else i

@@ -98,6 +98,7 @@ ROUTERS = {
     "longcat-dgmoe": "architecture=dgmoe router=longcat zero_experts=2",
     "softmax-with-bias-and-zero-experts": "position=pos1 top_k=2 bias_rate=0.1 zero_experts=2",
     "deepseek-with-zero-experts": "architecture=top_k every=1 top_k=2 router=deepseek zero_experts=2",
+    "farskip-after-a-dense-block": "architecture=farskip every=1 top_k=2 leading_dense=[56] model.layers=3",
     "widths-and-leading-dense-blocks": "architecture=dgmoe_share ffn_dim=40 leading_dense=[56,8] model.layers=6",
 }
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from scmoe.blocks.double_gate import DoubleGateBlock, share_moe
-from scmoe.blocks.farskip import FarSkipBlock
+from scmoe.blocks.farskip import FarSkipBlock, FarSkipDenseBlock
 from scmoe.blocks.latent import LatentAttention, LatentSizes
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.shortcut import ShortcutBlock
@@ -53,6 +53,9 @@ class Parts:
     def dense_block(self, *ffn_dim: int) -> DenseBlock:
         """ffn_dim: of its MLP, where it is another one than that of the other MLPs."""
         return DenseBlock([self.attention_sublayer(), self.mlp_sublayer(*ffn_dim)])
+
+    def farskip_dense_block(self, ffn_dim: int) -> FarSkipDenseBlock:
+        return FarSkipDenseBlock(self.attention_sublayer(), self.mlp_sublayer(ffn_dim))
 
 
 def decoder_parts(
@@ -149,10 +152,10 @@ def moe_blocks(
     """Return leading dense blocks, then blocks with an MoE each: one for each layer (every=1), or pairs of Block-MLP
     and Block-MoE (every=2)."""
     every, widths = config.moe.every, config.moe.leading_dense
-    dense_blocks = [layer.dense_block(width) for layer, width in zip(parts, widths, strict=False)]
+    dense = Parts.farskip_dense_block if block is FarSkipBlock else Parts.dense_block
+    leading = [dense(layer, width) for layer, width in zip(parts, widths, strict=False)]
     starts = range(len(widths), len(parts), every)
-    first = len(widths)
-    return dense_blocks + [moe_block(block, config, context, parts[i : i + every], first=i == first) for i in starts]
+    return leading + [moe_block(block, config, context, parts[i : i + every], first=i == starts[0]) for i in starts]
 
 
 def moe_block(
