@@ -4,7 +4,8 @@ A safetensors file, or a folder of such files, each with some of the steps:
 
     steps       int64 [S]    optimizer steps from 0, ascending
     layer_<i>   [S, T, K]    expert ids of MoE layer i, the likeliest first, before any copy is dropped; their type is
-                             the smallest that holds num_experts, which is the id of a padding token
+                             the smallest that holds num_experts, which is the id of a padding token's copies and of
+                             those to zero experts: nothing is sent for them
     metadata    num_experts, num_ranks
 
 T are the tokens of one batch on all ranks, in the order of ranks: the first T / num_ranks are those of rank 0. Of a
@@ -44,7 +45,7 @@ class RoutingProbe:
         self.handles = [router.register_forward_hook(self._keep) for router in routers]
 
     def _keep(self, router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
-        self.ids.append(routing.topk_ids_TK)
+        self.ids.append(routing.topk_ids_TK.clamp(max=self.num_experts))  # zero experts have ids above it
 
     def result(self, num_layers: int) -> list[Tensor]:
         """Return the ids [T, K] of each MoE layer in host memory, in a small type. A router that was called twice in
