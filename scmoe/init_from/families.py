@@ -46,6 +46,7 @@ ALWAYS: dict[str, dict[str, Any]] = {  # values that our models have
     "mixtral": {"sliding_window": None},
     "qwen2_moe": {"mlp_only_layers": [], "qkv_bias": False, "use_sliding_window": False},
 }
+PLAIN_ROUTER = {"moe.router": "softmax", "moe.router_scale": 1.0, "moe.noisy": False}
 # The parts of attention and MLP: our names, GPT-2's and LLaMA's.
 OURS = (("norm", "f.qkv", "f.out"), ("norm", "f.w_in", "f.w_out"))
 GPT2 = (("ln_1", "attn.c_attn", "attn.c_proj"), ("ln_2", "mlp.c_fc", "mlp.c_proj"))
@@ -88,7 +89,7 @@ def read_mixtral(config: dict[str, Any]) -> Reading:
     settings, problems = llama_settings("mixtral", config)
     if settings["moe.top_k"] < 2:
         problems.append(f"num_experts_per_tok is {settings['moe.top_k']}, allowed: 2 or more")
-    settings |= {"moe.architecture": "top_k", "moe.renormalise": True, "moe.noisy": False, "moe.every": 1}
+    settings |= {"moe.architecture": "top_k", "moe.renormalise": True, "moe.every": 1, **PLAIN_ROUTER}
     return settings, problems, outer_names(config) | moe_names(settings, "block_sparse_moe", ("w1", "w3", "w2"))
 
 
@@ -101,7 +102,7 @@ def read_qwen2_moe(config: dict[str, Any]) -> Reading:
     if settings["moe.every"] not in (1, 2) or (one and settings["moe.renormalise"]):
         problems.append("decoder_sparse_step allowed: 1 or 2; norm_topk_prob allowed for one expert per token: false")
     settings |= {"moe.architecture": "shared_expert", "moe.renormalise": one or settings["moe.renormalise"]}
-    settings |= {"moe.noisy": False, "moe.combine": "cg1", "moe.coefficient_input": "current"}
+    settings |= {"moe.combine": "cg1", "moe.coefficient_input": "current", **PLAIN_ROUTER}
     return settings, problems, outer_names(config) | moe_names(settings, "mlp", ("gate_proj", "up_proj", "down_proj"))
 
 

@@ -83,17 +83,21 @@ def check_upcycling(model: Any, checkpoint: Checkpoint) -> None:
     for block in model.blocks:
         if isinstance(block, MoEBlock) and any(True for _ in block.after.parameters()):
             raise ValueError("a dense checkpoint into an MoE requires moe.after_norm=false: no norm follows its MLPs")
+        if isinstance(block, MoEBlock) and block.moe.router.num_ids > block.moe.router.num_experts:
+            raise ValueError("a dense checkpoint into an MoE requires moe.zero_experts=0: these add their input")
         if isinstance(block, TopKBlock):
-            router = block.moe.router
-            if not router.normalise or router.scoring.scale != 1 or router.num_ids > router.num_experts:
+            if not block.moe.router.normalise or block.moe.router.scoring.scale != 1:
                 raise ValueError(
-                    "a dense checkpoint into a top_k MoE requires moe.top_k >= 2 and weights that sum to one: "
-                    "moe.renormalise or moe.router=deepseek, moe.router_scale=1, moe.zero_experts=0"
+                    "a dense checkpoint into a top_k MoE requires moe.top_k >= 2 and moe.renormalise (or "
+                    "moe.router=deepseek), and moe.router_scale=1, so that weights sum to one"
                 )
             if any(name.endswith(".f.w_in.bias") for name in checkpoint.weights):
                 raise ValueError("experts have no biases, but the checkpoint's MLPs do; a shared expert may have them")
         elif not isinstance(block, (SharedExpertBlock, ShortcutBlock)):
-            raise ValueError("a dense checkpoint into an MoE requires moe.architecture top_k, shared_expert or scmoe")
+            raise ValueError(
+                "a dense checkpoint into an MoE requires moe.architecture top_k, shared_expert or scmoe, and "
+                "moe.leading_dense=[]"
+            )
 
 
 def dense_name(name: str, model: Any) -> str | None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
-from scmoe.init_from.pretrained import READERS, read_export, settings_of
+from scmoe.init_from.pretrained import READERS, check_settings, read_export, settings_of
 from scmoe.init_from.upcycle import fill
 from scmoe.parallel.checkpoint.export import FORMAT_VERSION
 from scmoe.parallel.mesh import ParallelContext
@@ -137,6 +137,16 @@ def test_settings_that_shapes_do_not_show_are_checked(changes, overrides, said, 
     assert said in refusal(dense("llama", f"init_from=hf:{tmp_path}", *overrides))
 
 
+@pytest.mark.parametrize("family", ("mixtral", "qwen2_moe"))
+def test_an_moe_of_transformers_has_a_plain_router(family):
+    """No shape shows the scale of the weights."""
+    sizes = {"num_local_experts": 6, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    settings, problems, _ = READERS[family]({**LLAMA, **sizes, "shared_expert_intermediate_size": 24})
+    assert not problems
+    with pytest.raises(ValueError, match=r"moe\.router_scale is 2\.0, allowed: 1\.0"):
+        check_settings(settings_of(tiny("moe.router_scale=2")), settings)
+
+
 def test_a_folder_without_a_readable_checkpoint_is_refused(tmp_path):
     config = dense("llama", f"init_from=hf:{tmp_path}")
     assert "config.json" in refusal(config)
@@ -202,6 +212,8 @@ def test_other_sources_and_the_link_to_the_newest_run_are_refused(value, tmp_pat
         ("llama", "architecture=top_k top_k=2 renormalise=false", "requires moe.top_k >= 2 and moe.renormalise"),
         ("gpt", "architecture=top_k top_k=2", "experts have no biases, but the checkpoint's MLPs do"),
         ("llama", "architecture=dgmoe", "moe.architecture top_k, shared_expert or scmoe"),
+        ("gpt", "zero_experts=2", "requires moe.zero_experts=0"),
+        ("gpt", "every=1 position=pos1 leading_dense=[24]", "and moe.leading_dense=[]"),
     ],
 )
 def test_a_model_that_cannot_be_upcycled_is_refused(family, words, said, tmp_path):
