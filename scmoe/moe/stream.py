@@ -144,7 +144,7 @@ def move_biases(model: nn.Module, sums_LE2: Tensor) -> None:
     if len(routers) != len(sums_LE2):
         raise ValueError(
             f"the blocks hold {len(routers)} MoE modules and return the sums of {len(sums_LE2)}, allowed: as many, in "
-            "the same order, where a router has a selection bias; moe.router=softmax has none"
+            "the same order, where a router has a selection bias; moe.router=softmax has none without moe.bias_rate"
         )
     for router in dict.fromkeys(routers):
         sums_E2 = torch.stack([row for row, other in zip(sums_LE2, routers, strict=True) if other is router]).sum(0)

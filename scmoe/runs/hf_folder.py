@@ -222,7 +222,7 @@ def native_family(config: Config) -> str | None:
         return "llama" if activation == "swiglu" else None
     other_router = moe.noisy or moe.balanced_routing or moe.router != "softmax" or moe.router_scale != 1
     other_shapes = moe.zero_experts or moe.leading_dense or given["moe.ffn_dim"] != given["model.ffn_dim"]
-    if activation != "swiglu" or other_router or moe.bias_rate or other_shapes:
+    if activation != "swiglu" or other_router or moe.bias_rate is not None or other_shapes:
         return None
     if moe.architecture == "top_k" and moe.every == 1 and moe.top_k > 1 and moe.renormalise:
         return "mixtral"

@@ -124,6 +124,7 @@ def test_sums_of_other_modules_than_those_of_the_blocks_are_refused():
 def test_a_rate_of_0_keeps_the_bias_as_it_is():
     _, loads = fitted("moe.router=deepseek", "moe.bias_rate=0", "trainer.max_steps=1", limit_val_batches=0)
     assert not loads.biases[-1].any()
+    assert build_model(tiny("moe.bias_rate=0")).blocks[0].moe.router.bias is not None, "one that was trained is kept"
 
 
 def test_an_ablation_is_ten_lines_of_an_extension(monkeypatch):

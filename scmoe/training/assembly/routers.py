@@ -22,7 +22,7 @@ register_router = ROUTERS.register
 
 @register_router("softmax")
 def softmax(config: Config) -> Scoring:
-    return Scoring(normalise=config.moe.renormalise, rule=by_sign if config.moe.bias_rate else None)
+    return Scoring(normalise=config.moe.renormalise, rule=None if config.moe.bias_rate is None else by_sign)
 
 
 @register_router("deepseek")
