@@ -23,9 +23,9 @@ from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.engine.report import Report, write_json
 from scmoe.moe.balance import load_max
-from scmoe.moe.layout import expert_capacity
+from scmoe.moe.layout import count, expert_capacity
 from scmoe.probes.charts import BLUE, GREEN, ORANGE, chart, heading
-from scmoe.probes.routing import Recorded, counts_of, read_routing, selected, write_routing
+from scmoe.probes.routing import Recorded, read_routing, selected, write_routing
 
 TWIN = ("experiment/table3/small", "trainer.max_steps=512")  # a quarter of the steps of the table
 TOP_2 = ("moe.architecture=top_k", "moe.top_k=2")
@@ -89,7 +89,7 @@ def trained(name: str, work: Path) -> Path:
 
 def loads(recorded: Recorded) -> list[Tensor]:
     """Return for each MoE layer the copies of each expert in each step, [S, E]."""
-    return [counts_of(ids_STK, recorded.num_experts) for ids_STK in recorded.ids]
+    return [count(ids_STK.flatten(1), recorded.num_experts) for ids_STK in recorded.ids]
 
 
 def parts_of(num_experts: int) -> dict[str, int]:
@@ -107,7 +107,7 @@ def drops(ids_STK: Tensor, num_experts: int, num_ranks: int) -> Tensor:
     """Return the share of a layer's copies in each step that find no slot, [S]."""
     _, num_tokens, top_k = ids_STK.shape
     capacity = expert_capacity(num_tokens // num_ranks, num_experts, top_k, FACTOR)
-    of_ranks = torch.stack([counts_of(own, num_experts) for own in ids_STK.chunk(num_ranks, dim=1)])
+    of_ranks = torch.stack([count(own.flatten(1), num_experts) for own in ids_STK.chunk(num_ranks, dim=1)])
     return (of_ranks - capacity).clamp(min=0).sum((0, 2)) / of_ranks.sum((0, 2)).clamp(min=1)
 
 

@@ -32,18 +32,10 @@ def router_stats(
         counts_E, counts_Z = counts_E[:num_experts], counts_E[num_experts:]
         num_dropped = num_dropped - counts_Z.sum()
     if seq_len is not None:
-        copies_BE = copies_of_sequences(ids_N, T // seq_len, E).to(scores_TE.dtype)
+        copies_BE = count(ids_N.view(T // seq_len, -1), E).to(scores_TE.dtype)
         f_BE = copies_BE / copies_BE.sum(1, keepdim=True).clamp(min=1)
         scores_TE = scores_TE * f_BE.repeat_interleave(seq_len, 0)
     return RouterStats(counts_E, scores_TE.sum(0), z_T.sum(), num_tokens, num_dropped, K, seq_len is not None)
-
-
-def copies_of_sequences(ids_N: Tensor, num_sequences: int, num_experts: int) -> Tensor:
-    """[B, E]: copies of each expert in each sequence. ids_N: the ids of one sequence after the other; num_experts means
-    none."""
-    sequence_N = torch.arange(len(ids_N), device=ids_N.device) // (len(ids_N) // num_sequences)
-    group_N = (sequence_N * num_experts + ids_N).where(ids_N < num_experts, num_sequences * num_experts)
-    return count(group_N, num_sequences * num_experts).view(num_sequences, num_experts)
 
 
 def integer_sums(stats: list[RouterStats]) -> Tensor:
@@ -64,13 +56,11 @@ def load_balance_loss(stats: list[RouterStats], sums_LE2: Tensor, world_size: in
     share_LE = score_sums_LE * world_size / tokens_L[:, None].clamp(min=1)
     if stats[0].per_sequence:
         return share_LE.shape[1] * share_LE.sum(1).mean()
-    counts_LE, copies_L1 = counts_LE.to(score_sums_LE.dtype), counts_LE.sum(1, keepdim=True)
+    copies_L1 = of_experts_L1 = counts_LE.sum(1, keepdim=True)
+    counts_LE = counts_LE.to(score_sums_LE.dtype)
     if zero_experts := share_LE.shape[1] - counts_LE.shape[1]:
-        real_L1, copies_L1 = (
-            copies_L1,
-            torch.stack([n * s.top_k for n, s in zip(tokens_L, stats, strict=True)])[:, None],
-        )
-        each_L1 = (copies_L1 - real_L1).to(counts_LE.dtype) / zero_experts
+        copies_L1 = torch.stack([n * s.top_k for n, s in zip(tokens_L, stats, strict=True)])[:, None]
+        each_L1 = (copies_L1 - of_experts_L1).to(counts_LE.dtype) / zero_experts
         counts_LE = torch.cat([counts_LE, each_L1.expand(-1, zero_experts)], 1)
     f_LE = counts_LE / copies_L1.clamp(min=1)
     return share_LE.shape[1] * (f_LE * share_LE).sum(1).mean()

@@ -122,9 +122,11 @@ def invert(rows_N: Tensor, num_rows: int) -> Tensor:
     return copies_R[:num_rows]
 
 
-def count(group_N: Tensor, num_groups: int) -> Tensor:
-    """[num_groups]: how often each number occurs; num_groups itself is left out. bincount would wait for the device."""
-    return group_N.new_zeros(num_groups + 1).scatter_add_(0, group_N, torch.ones_like(group_N))[:num_groups]
+def count(groups_N: Tensor, num_groups: int) -> Tensor:
+    """[.., num_groups]: how often each number occurs in each row [.., N]; num_groups itself is left out. bincount would
+    wait for the device."""
+    zeros = groups_N.new_zeros(*groups_N.shape[:-1], num_groups + 1)
+    return zeros.scatter_add_(-1, groups_N, torch.ones_like(groups_N))[..., :num_groups]
 
 
 def encode(x_TD: Tensor, layout: Layout, announced: Announced | None) -> list[tuple[Tensor, ChunkCounts | None]]:

@@ -104,8 +104,8 @@ class MoEStream(Operators):
         ids_TK, num_experts, zero_experts = routing.topk_ids_TK, self.router.num_experts, 0
         if self.router.num_ids > num_experts:
             ids_TK, zero_experts = ids_TK.clamp(max=num_experts), self.router.num_ids - num_experts
-        arguments = ids_TK, mask_T, num_experts, self.num_ranks, chunks, self.training, zero_experts
-        return routing, self.rows.arrange(*arguments)
+        layout = self.rows.arrange(ids_TK, mask_T, num_experts, self.num_ranks, chunks, self.training, zero_experts)
+        return routing, layout
 
     def sums(self, routing: Routing, layout: Layout, mask_T: Tensor | None, shape: torch.Size) -> RouterStats:
         """The sums of which losses and metrics are computed."""

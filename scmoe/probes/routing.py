@@ -118,13 +118,6 @@ def within(ids_STK: Tensor, num_experts: int) -> bool:
     return not ids_STK.numel() or bool(ids_STK.min() >= 0 and ids_STK.max() <= num_experts)
 
 
-def counts_of(ids_STK: Tensor, num_experts: int) -> Tensor:
-    """[S, E] int64: the copies of each expert in each step; padding is left out."""
-    ids_SN = ids_STK.flatten(1)
-    zeros = ids_SN.new_zeros(len(ids_SN), num_experts + 1)
-    return zeros.scatter_add(1, ids_SN, torch.ones_like(ids_SN))[:, :num_experts]
-
-
 def selected(recorded: Recorded, steps: Sequence[int]) -> Recorded:
     """Return some of the steps. Raises ValueError for one that is not there."""
     if missing := sorted({*steps} - {*recorded.steps}):

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from scmoe.experiments.bench.routing_study import KEPT, KEPT_STEPS, SHOWN, drops, figures, loads
 from scmoe.moe.balance import load_max
+from scmoe.moe.layout import count
 from scmoe.moe.router import Router
-from scmoe.probes.routing import Recorded, RoutingProbe, counts_of, read_routing, selected, shape_of, write_routing
+from scmoe.probes.routing import Recorded, RoutingProbe, read_routing, selected, shape_of, write_routing
 from tests.support.models import hooks, tiny, tiny_batch, tiny_model
 
 FIGURES = Path(__file__).parents[2] / "docs" / "figures"
@@ -70,7 +71,7 @@ def test_the_probe_has_what_the_gates_choose(num_choices, words):
     assert [tuple(ids_TK.shape) for ids_TK in layers] == [(input_ids.numel(), num_choices)] * 2
     assert torch.equal(torch.cat(layers, 1), torch.cat(by_hand, 1))
     for ids_TK, own in zip(layers, stats, strict=True):
-        assert torch.equal(counts_of(ids_TK.long()[None], 4)[0], own.counts_E)
+        assert torch.equal(count(ids_TK.long().flatten(), 4), own.counts_E)
         assert ids_TK.dtype == torch.uint8
 
 
@@ -100,7 +101,7 @@ def test_a_folder_is_read_as_one_file(tmp_path):
 
 
 def test_padding_is_in_no_expert():
-    assert counts_of(torch.tensor([[[0, 3], [4, 4], [3, 1]]]), 4).tolist() == [[1, 1, 0, 2]]
+    assert count(torch.tensor([[0, 3, 4, 4, 3, 1], [2, 2, 2, 4, 4, 4]]), 4).tolist() == [[1, 1, 0, 2], [0, 0, 3, 0]]
 
 
 def cut(path: Path) -> None:
@@ -156,7 +157,7 @@ def test_the_bench_takes_single_steps_and_counts_drops_where_copies_come_from():
     ids_STK = torch.tensor(steps)[..., None]
     dropped_S = drops(ids_STK, num_experts=4, num_ranks=2)
     assert dropped_S.tolist() == [2 / 8, 0, 0]
-    found = figures(counts_of(ids_STK, 4).repeat(10, 1), dropped_S.repeat(10))
+    found = figures(count(ids_STK.flatten(1), 4).repeat(10, 1), dropped_S.repeat(10))
     assert found["experts"] == [1, 2, 2.5, 2.5] and found["EP 2"] == [1, 1, 1.5, 1.5]
     assert found["EP 4"] == found["experts"], "a rank has an expert"
     assert 1 <= found["sums of experts"] < 1.5 and found["dropped"] == [0, 0, 0.25, 0.25]
