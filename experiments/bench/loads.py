@@ -30,6 +30,7 @@ from torch import Tensor
 
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.engine.clock import middle
+from scmoe.moe.balance import load_max
 from scmoe.moe.router import round_robin
 from scmoe.probes.routing import read_routing
 
@@ -108,7 +109,7 @@ def recorded(text: str) -> Load:
     steps = range(len(found.steps)) if step is None else [found.steps.index(int(step))]
     ids = found.ids if layer is None else [found.ids[int(layer)]]
     entries = [ids_STK[s] for s in steps for ids_STK in ids]
-    entries = [ids_TK[(ids_TK < found.num_experts).all(-1)] for ids_TK in entries]  # no padding
+    entries = [ids_TK[(ids_TK < found.num_experts).all(-1)] for ids_TK in entries]  # no padding, no zero experts
     # any number of steps from the first on is spread over the whole recording
     return Load(text, "recorded", num_experts=found.num_experts, entries=[entries[i] for i in mixed(len(entries))])
 
@@ -138,6 +139,8 @@ def why_impossible(load: Load, place: Place, sequences: int) -> str | None:
         return (
             f"{said}: recordings of {experts} experts, as --num-experts is {experts}; it is one of {load.num_experts}"
         )
+    if load.kind == "recorded" and min(map(len, load.entries), default=0) < ranks:
+        return f"{said} with {ranks} ranks: recordings with a token for each rank, apart from padding"
     return None
 
 
@@ -287,9 +290,8 @@ def imbalance(load: Load, place: Place, sequences: int, seq_len: int) -> dict[st
     tokens = [seq_len * own for own in sequences_of(load, sequences, place.ranks)]
     found = []
     for phase in range(load.phases(place.ranks)):
-        counts_E = counts_of(load, place, tokens, phase).sum((0, 1)).double()
-        by_rank = counts_E.view(place.ranks, -1).sum(1)
-        found.append([float(own.max() / own.mean()) for own in (by_rank, counts_E)])
+        counts_1E = counts_of(load, place, tokens, phase).sum(1)
+        found.append([load_max(counts_1E, parts).item() for parts in (place.ranks, place.num_experts)])
     of = middle if load.kind == "recorded" else max
     ranks, experts = (of(own) for own in zip(*found, strict=True))
     return {

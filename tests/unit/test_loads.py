@@ -173,6 +173,9 @@ def test_an_impossible_load_is_refused_in_one_sentence(text, says, capsys):
 def test_a_recording_of_other_experts_is_refused(tmp_path):
     load = load_of(recording(tmp_path, 1))
     assert "recordings of 16 experts" in str(why_impossible(load, Place(16, 1, 2), 4))
+    write_routing(Recorded([0], [torch.tensor([[[5], [8], [8]]])], EXPERTS, 1), tmp_path / "padding.safetensors")
+    padding = load_of(f"recorded:{tmp_path / 'padding.safetensors'}")
+    assert "with 2 ranks: recordings with a token for each" in str(why_impossible(padding, Place(EXPERTS, 1, 2), 4))
     with pytest.raises(ConfigError, match="allowed as step: 0, 10"):
         load_of(recording(tmp_path, 1) + ":7")
 
