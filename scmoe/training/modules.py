@@ -64,7 +64,7 @@ class MoEModule(LightningModule):
         self.accumulated = 1  # batches of a step
         self.recent: dict[str, deque[Tensor]] = {}  # values of the last batches of a step
         self.val_load_sums: Tensor | None = None
-        self.step_sums_LE2: Tensor | None = None  # integer sums of the routers over the batches of a step
+        self.step_sums_LE2: Tensor | None = None  # the routers' integer sums over the batches of a step, so far
         self.validated_step: int | None = None
 
     @classmethod
@@ -114,7 +114,7 @@ class MoEModule(LightningModule):
         means = self.parallel_context.sum_over_ranks(torch.stack([*shown.values()])) / world_size
         for name, mean in zip(shown, means, strict=True):
             self.log_of_step(name, mean, prog_bar=name == "train/loss")
-        return {"loss": loss, "load_sums_LE2": load_sums_LE2}
+        return {"loss": loss, "step_sums_LE2": self.step_sums_LE2}
 
     def log_of_step(self, name: str, value: Tensor, **how: Any) -> None:
         """Log the mean over the batches that a step accumulates. Lightning keeps the value of the last one."""

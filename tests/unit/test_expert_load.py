@@ -45,7 +45,7 @@ def sums(step: int) -> torch.Tensor:
 def train(callback: ExpertLoad, first: int, last: int) -> None:
     callback.on_train_start(trainer(first), MODULE)
     for step in range(first, last):
-        callback.on_train_batch_end(trainer(step + 1), MODULE, {"load_sums_LE2": sums(step)}, None, step)
+        callback.on_train_batch_end(trainer(step + 1), MODULE, {"step_sums_LE2": sums(step)}, None, step)
 
 
 def rows(folder: Path) -> list[list[str]]:
@@ -72,8 +72,8 @@ def test_the_load_of_a_step_is_that_of_all_its_batches():
     """Two batches of a step are uneven the other way round, so the step is even; the second step is not."""
     LOGGED.clear()
     callback, (left, right) = ExpertLoad(), torch.tensor([[[6, 3, 0, 9, 0]], [[0, 3, 6, 9, 9]]])
-    for batch, sums_LE2 in enumerate((left, right, left, left)):
-        callback.on_train_batch_end(trainer(batch // 2, 2), MODULE, {"load_sums_LE2": sums_LE2}, None, batch)
+    for batch, sums_LE2 in enumerate((left, left + right, left, left + left)):  # so far in the step
+        callback.on_train_batch_end(trainer(batch // 2, 2), MODULE, {"step_sums_LE2": sums_LE2}, None, batch)
     (row,) = LOGGED
     assert [row[f"moe/{name}"].item() for name in SINGLE_STEPS] == [1.5, 2.0, 1.5, 2.0, 0.25, 0.5]
     assert row["moe/load_max"] == 1.5 and row["moe/drop_share"] == 0.25

@@ -52,7 +52,6 @@ class ExpertLoad(Callback):
     def __init__(self, folder: Path | None = None) -> None:
         self.table = folder and folder / "expert_load.csv"
         self.picture = folder and folder / "expert_load.png"
-        self.of_step: list[Tensor] = []  # the integer sums of each batch
         self.sums_LE2: Tensor | None = None
         self.steps: list[Tensor] = []  # the load of each step since the last log
         self.last: list[list[int]] = []  # the integer sums of the last log
@@ -62,7 +61,6 @@ class ExpertLoad(Callback):
         """Keep the rows of a resumed run before the step that it continues from."""
         blocks = enumerate(moe_blocks_of(module))
         self.alarm = CollapseAlarm({layer for layer, block in blocks if isinstance(block, DoubleGateBlock)})
-        self.of_step = []
         if self.table is not None and self.table.exists():
             with self.table.open(newline="") as file:
                 rows = list(csv.reader(file))
@@ -73,12 +71,9 @@ class ExpertLoad(Callback):
             try_to_write(self.table, lambda path: path.write_text(as_csv(kept)))
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if outputs["load_sums_LE2"] is None:
+        sums_LE2 = outputs["step_sums_LE2"]
+        if sums_LE2 is None or not ends_step(trainer, batch_idx):
             return
-        self.of_step.append(outputs["load_sums_LE2"])
-        if not ends_step(trainer, batch_idx):
-            return
-        sums_LE2, self.of_step = torch.stack(self.of_step).sum(0), []
         self.steps.append(step_load(sums_LE2, module.parallel_context.ep_size))
         self.sums_LE2 = sums_LE2 if self.sums_LE2 is None else self.sums_LE2 + sums_LE2
         if logs_now(trainer, batch_idx):
@@ -317,7 +312,7 @@ class RecordRouting(Callback):
         if self.probe is None:
             return
         probe, self.probe = self.probe, None
-        own = probe.result(len(outputs["load_sums_LE2"]))
+        own = probe.result(len(outputs["step_sums_LE2"]))
         of_ranks = module.parallel_context.gather_on_rank_zero(own)
         if of_ranks is not None and self.folder is not None:
             ids = [torch.cat(layer)[None] for layer in zip(*of_ranks, strict=True)]
