@@ -7,8 +7,8 @@ rate gives prefill a share of communication.
     auto      the way that the plan of inference takes
 
 The models are dropless. Their experts get equal shares, or with `--load` those of uneven routing (loads.py), measured
-beside the balanced one. Ratios are to sequential top-2 in the same shape, taken
-round by round, medians. A row's limit is its own time without transfers.
+beside the balanced one. Ratios are to sequential top-2 in the same shape, taken round by round, medians. A row's limit
+is its own time without transfers.
 """
 
 import sys

@@ -129,7 +129,7 @@ class Bench:
 
     @property
     def x(self) -> Tensor:
-        """This rank's input of a block, for the load of now."""
+        """This rank's input of a block, at the present load."""
         return self.inputs[self.now.load.name]
 
     def time(self) -> tuple[float, float]:

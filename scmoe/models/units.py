@@ -53,11 +53,9 @@ def _entries(module: nn.Module) -> Iterator[nn.Module]:
 
 def exact_parameters(module: nn.Module) -> set[nn.Parameter]:
     """Return what stays in float32 where matrices are gathered in bfloat16: routers (without selection biases, which
-    nothing gathers), and vectors (norms, biases, scales
-    of heads)."""
-    return (
-        router_parameters(module) | {p for p in module.parameters() if math.prod(p.shape[1:]) == 1}
-    ) - whole_parameters(module)
+    nothing gathers), and vectors (norms, biases, scales of heads)."""
+    vectors = {p for p in module.parameters() if math.prod(p.shape[1:]) == 1}
+    return (router_parameters(module) | vectors) - whole_parameters(module)
 
 
 def router_parameters(module: nn.Module) -> set[nn.Parameter]:
