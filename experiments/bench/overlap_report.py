@@ -61,7 +61,7 @@ def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
     name = f"{'uneven' if setting.loads else 'overlap'}-{setting.compute}-{setting.level}-{machine}-{at}"
     if setting.loads:
         control = found[BALANCED], report
-        report = uneven.joined([summary(setting, ranks, found[load], control) for load in setting.loads])
+        report = {"loads": [summary(setting, ranks, found[load], control) for load in setting.loads]}
     write_json(out / f"{name}.json", report)
     (uneven.show if setting.loads else show)(report)
     (uneven.draw if setting.loads else draw)(report, out / f"{name}.png")

@@ -28,7 +28,7 @@ from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.experiments.bench.loads import BALANCED, Now, Place, deal, imbalance, load_of, why_impossible
+from scmoe.experiments.bench.loads import BALANCED, Now, Place, deal, imbalance, kinds_of, load_of, why_impossible
 from scmoe.experiments.bench.overlap import Bench, find_rate
 from scmoe.experiments.bench.pairs import Setting, pair_of
 from scmoe.experiments.bench.speed_chart import name_of
@@ -137,7 +137,7 @@ def bench_train(
             over = middle(times[row, "links"][0] / times[row, EVEN][0])
             own |= {"over_balanced": over, "dropped": middle(times[row, "links"][3]), **uneven[row]}
     table_of(report).show()
-    name = out / f"{'' if routing is None else 'uneven-'}train-share-{share:g}"
+    name = out / f"train-share-{share:g}{kinds_of([] if routing is None else [routing])}"
     draw(report, name.with_name(f"{name.name}.png"))
     write_json(name.with_name(f"{name.name}.json"), report)
     return report

@@ -69,15 +69,6 @@ def window_s(schedule: Schedule, times: OperatorTimes, load: Load, place: Place,
     return max(map(elapsed, play_ranks(operators, per_chunk(schedule, times.backward), own, starts=starts)))
 
 
-def joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the only report, or {"loads": several of one run}."""
-    return reports[0] if len(reports) == 1 else {"loads": list(reports)}
-
-
-def reports_of(report: dict[str, Any]) -> list[dict[str, Any]]:
-    return report.get("loads", [report])
-
-
 def tables(report: dict[str, Any]) -> list[Report]:
     """Return a table for each load."""
     columns = {
@@ -94,7 +85,7 @@ def tables(report: dict[str, Any]) -> list[Report]:
     of_layout = {"dropped": "{dropped:.1%}", "peak, MB": "{peak_mb:.0f}"}
     return [
         Report(words_of(own), own["rows"], columns if own["layout"] == "dropless" else columns | of_layout)
-        for own in reports_of(report)
+        for own in report["loads"]
     ]
 
 
@@ -117,7 +108,7 @@ def show(report: dict[str, Any]) -> None:
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw the time of a training step over the balanced one against the load of the busiest rank: a line a row."""
-    reports = sorted(reports_of(report), key=lambda own: own["load"]["max_over_mean_ranks"])
+    reports = sorted(report["loads"], key=lambda own: own["load"]["max_over_mean_ranks"])
     found = {row: [own["rows"][row] for own in reports] for row in reports[0]["rows"]}
     lines = {
         row: [(own["max_over_mean_ranks"], own["over_balanced_train"], own["over_balanced_quartiles"]) for own in every]

@@ -94,10 +94,8 @@ def check_upcycling(model: Any, checkpoint: Checkpoint) -> None:
             if any(name.endswith(".f.w_in.bias") for name in checkpoint.weights):
                 raise ValueError("experts have no biases, but the checkpoint's MLPs do; a shared expert may have them")
         elif not isinstance(block, (SharedExpertBlock, ShortcutBlock)):
-            raise ValueError(
-                "a dense checkpoint into an MoE requires moe.architecture top_k, shared_expert or scmoe, and "
-                "moe.leading_dense=[]"
-            )
+            wanted = "moe.architecture top_k, shared_expert or scmoe, and moe.leading_dense=[]"
+            raise ValueError(f"a dense checkpoint into an MoE requires {wanted}")
 
 
 def dense_name(name: str, model: Any) -> str | None:

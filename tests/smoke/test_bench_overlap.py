@@ -131,7 +131,7 @@ def test_a_layout_drops_what_a_load_has_above_it(layout, dropped, tiny_on_loopba
     """Of 1.5 times its share a rank takes one: it drops a third of three quarters of all copies."""
     words = ("--rows", "scmoe_pos3", "--rounds", "2", "--load", "hot_rank:1.5", "--layout", layout)
     assert call("bench", "overlap", *words, "--out", str(tmp_path)) == 0
-    (row,) = json.loads(capsys.readouterr().out)["rows"].values()
+    (row,) = json.loads(capsys.readouterr().out)["loads"][0]["rows"].values()
     assert row["dropped"] == dropped and row["measured_over_model"] is None
 
 
