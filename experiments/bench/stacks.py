@@ -71,11 +71,11 @@ def rows_of_layout(setting: Setting) -> Rows:
     try:
         if kind == "dropless" and not number:
             return Dropless()
-        if kind in ("capacity", "buffers") and float(number) > 0:
+        if kind in ("capacity", "buffers") and 0 < float(number) <= 1e6:
             return Capacity(float(number)) if kind == "capacity" else Buffers(float(number))
     except ValueError:
         pass
-    raise ConfigError(f"--layout is {setting.layout}, allowed: dropless | capacity:F | buffers:C, F and C above 0")
+    raise ConfigError(f"--layout is {setting.layout}, allowed: dropless | capacity:F | buffers:C, 0 < F, C <= 1e6")
 
 
 def make_step(stack: Sequence[nn.Module], setting: Setting, group: Any, link: Link) -> Step:

@@ -5,7 +5,7 @@
     straggler       what of it is computation of the busiest rank: T_free(load) / T_free(balanced) - 1
     model           T_free(balanced) and what the timeline of all ranks (schedule/play.py) adds to it, from the times
                     of the operators at the balanced load and the rows of each rank. There is none where rows are
-                    dropped, nor where ranks have different numbers of tokens
+                    dropped, where ranks have different numbers of tokens, or where they share a node's card
 
 Speed-ups are over sequential top-2 at the same load, and hidden shares have T_sequential and T_free at the same load.
 """
@@ -35,7 +35,7 @@ def beside_balanced(
     block, own, even = ROWS[row][0], found.times[found.best[row]], found.times[control.best[row]]
     schedule, load = found.best[row].schedule, load_of(found.load)
     modelled = None
-    if load.kind != "ragged" and setting.layout in (None, "dropless"):
+    if load.kind != "ragged" and setting.layout in (None, "dropless") and setting.nodes == 1:
         place, times = (
             Place(setting.num_experts, TOP_K.get(block, 1), ranks),
             control.choices[row].times[schedule.chunks],

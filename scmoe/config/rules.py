@@ -246,8 +246,8 @@ def _moe(config: Config) -> Refusals:
     if moe.top_k > moe.num_experts:
         yield "moe.top_k", f"at most moe.num_experts, {moe.num_experts}"
     others = model.layers - len(moe.leading_dense)
-    if others < moe.every or min(moe.leading_dense, default=1) < 1:
-        yield "moe.leading_dense", f"widths of 1 or more, at most {model.layers - moe.every} of model.layers"
+    if others < moe.every or not all(1 <= width <= 2**17 for width in moe.leading_dense):
+        yield "moe.leading_dense", f"widths of 1 to 2^17, at most {model.layers - moe.every} of model.layers"
     if others % moe.every:
         without = " plus the number of moe.leading_dense" if moe.leading_dense else ""
         yield "model.layers", f"a multiple of moe.every, {moe.every}{without}"
