@@ -185,11 +185,18 @@ class Bench:
     def choose(self, block: str, chunk_counts: Sequence[int], load: str = BALANCED) -> LayerChoice:
         """The planner's choice, made from training steps as in a run."""
         step = self.set(Variant(block, default_schedule(block), load=load))
-        planner = Planner(self.stacks[block], None, self.device, chunk_counts)
+        batches = self.setting.accumulate
+        planner = Planner(self.stacks[block], None, self.device, chunk_counts, batches=batches)
         while not planner.has_chosen:
-            planner.begin_step()
-            step.train(self.x)
-            planner.end_step()
+            for batch in range(1, batches + 1):
+                planner.begin_step()
+                with step.wrapped.no_sync() if batch < batches else nullcontext():
+                    y = step.model(self.x)
+                    step.backward(y, torch.ones_like(y))
+                if batch == batches:
+                    step.update()
+                    step.zero_grad()
+                planner.end_step()
             self.now.step += 1
         return planner.choices[0]
 

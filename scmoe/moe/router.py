@@ -49,10 +49,10 @@ class Router(nn.Module):
         self.num_experts, self.top_k, self.deal, self.scoring = num_experts, top_k, deal, scoring
         self.num_ids = num_experts + zero_experts  # which is also the id that means none
         self.normalise = scoring.normalise and top_k > 1
-        self.gate = nn.Linear(dim, self.num_ids, bias=False)
-        self.noise = nn.Linear(dim, self.num_ids, bias=False) if noisy else None
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)  # the default may be bfloat16
+        self.gate = nn.Linear(dim, self.num_ids, bias=False, dtype=wide)
+        self.noise = nn.Linear(dim, self.num_ids, bias=False, dtype=wide) if noisy else None
         self.bias = None if scoring.rule is None else SelectionBias(num_experts, zero_experts, scoring)
-        self.to(torch.promote_types(self.gate.weight.dtype, torch.float32))  # the default may be bfloat16
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         return super()._apply(lambda tensor: _wide(tensor, fn(tensor)), recurse)

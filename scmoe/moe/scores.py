@@ -74,9 +74,10 @@ class SelectionBias(nn.Module):
         super().__init__()
         assert scoring.rule is not None
         self.num_experts, self.rule = num_experts, scoring.rule
-        equal = torch.zeros(num_experts + zero_experts, device="cpu")  # the number below is read, on meta too
-        self.step = scoring.rate * scoring.score(equal.double()).mean().item()
-        self.weight = nn.Parameter(torch.zeros(len(equal)), requires_grad=False)
+        equal = torch.zeros(num_experts + zero_experts, dtype=torch.float64, device="cpu")  # the next line reads it
+        self.step = scoring.rate * scoring.score(equal).mean().item()
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.weight = nn.Parameter(torch.zeros(len(equal), dtype=wide), requires_grad=False)
 
     def forward(self, scores_TE: Tensor) -> Tensor:
         return scores_TE.detach() + self.weight

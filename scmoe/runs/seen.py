@@ -4,7 +4,7 @@ import csv
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -103,15 +103,20 @@ class SeenRun:
         return [((row["step"] + 1) * per_step, row[metric]) for row in self.metrics if metric in row]
 
 
+NO_FIELDS = ("callbacks", "options", "trainer.extra")  # of which users choose the keys
+
+
 def flat(text: str) -> dict[str, str]:
     """Return dotted keys and texts of a config.yaml of any version of this project."""
-    found: dict[str, str] = {}
-    for key, value in parse_yaml(text, "config.yaml").items():
-        if isinstance(value, dict) and key not in ("callbacks", "options"):  # they have no fields
-            found |= {f"{key}.{k}": str(v) for k, v in value.items()}
+    return {key: str(value) for key, value in _leaves(parse_yaml(text, "config.yaml"))}
+
+
+def _leaves(tree: dict[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and section + key not in NO_FIELDS:
+            yield from _leaves(value, f"{section}{key}.")
         else:
-            found[key] = str(value)
-    return found
+            yield section + key, value
 
 
 DEFAULTS = flat(to_yaml(Config()))

@@ -20,6 +20,7 @@ from scmoe.moe.activation import Activation
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Buffers, Capacity, Dropless, Rows, rows_of
 from scmoe.moe.router import Router
+from scmoe.moe.scores import THE_PAPERS
 from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import Routing
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
@@ -74,7 +75,7 @@ DIM, FFN, EXPERTS, TOKENS = 16, 24, 8, 12  # FFN: features between an expert's t
 class Given(torch.nn.Module):
     """This router returns the choices that it is given."""
 
-    num_experts, top_k = EXPERTS, 2
+    num_experts, num_ids, top_k, scoring = EXPERTS, EXPERTS, 2, THE_PAPERS
 
     def __init__(self, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> None:
         super().__init__()

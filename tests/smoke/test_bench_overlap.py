@@ -144,6 +144,7 @@ def test_timeline(tiny_on_loopback, tmp_path):
     assert {f"scmoe/{operator}" for operator in operators} <= names
 
 
+@pytest.mark.faults
 def test_bench_growth(tiny_on_loopback, tmp_path, capsys):
     small = ("--points", "256", "512", "--rounds", "2", "--out", str(tmp_path))
     assert call("bench", "growth", "--of", "tokens", *small) == 0

@@ -92,7 +92,7 @@ def scenario(folder: Path) -> None:
         described |= {"WANDB_PROJECT": "elsewhere", "WANDB_RUN_GROUP": "many", "WANDB_NAME": "named"}
         os.environ |= described
         there = folder / "described"
-        draw_load([[1, 2], [2, 1]], there / "load.png")
+        draw_load([[1, 2], [2, 1]], there / "load.png", {})
         for i, words in enumerate(([], ["logger.notes=given", "logger.project=here", "logger.entity=team"])):
             run_dir = there / str(i)
             run_dir.mkdir()

@@ -13,6 +13,7 @@ LEAVES = {leaf.key: leaf for leaf in leaves(Config())}
 # trainer.compile: a compiler takes longer than a case may. The others: cases keep to their folder and to the limits.
 NOT_DRAWN = {"trainer.compile", "runs_dir", "data.cache_dir"}
 NOT_DRAWN |= {"trainer.max_steps", "trainer.max_memory_gib", "trainer.max_step_s"}
+NOT_DRAWN |= {key for key in LEAVES if key.startswith("model.latent.")}  # each alone is refused
 MOST = {"model.layers": 16, "data.workers": 2}  # below the ends of their ranges, which take minutes to build or start
 NUMBERS = ["0", "-1", "1", "2", "3", "7", "8", "1e-30", "0.5", "1e300", "-1e300", "nan", "inf", "1e400", "10" * 30]
 ODD = ["", "null", "true", "yes", "[]", "[1, 2]", "{a: 1}", "${oc.env:HOME}", "???", "!!python/name:os.system", "&a b"]

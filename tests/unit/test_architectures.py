@@ -10,6 +10,7 @@ from scmoe.config.load import load
 from scmoe.config.registry import ARCHITECTURES
 from tests.support import cases
 from tests.support.architectures import (
+    BETWEEN_BLOCKS,
     EVERY_BLOCK,
     LANGUAGE_WITH_ORACLE,
     SWIN_ON_RANKS,
@@ -35,7 +36,7 @@ def test_every_row_of_the_tables_is_listed_exactly_once():
 def test_every_choice_of_the_config_is_in_a_row(field):
     choices = next(leaf.choices for leaf in leaves(Config()) if leaf.key == f"moe.{field}")
     choices = ARCHITECTURES.built_in if field == "architecture" else choices  # other tests register more
-    seen = {getattr(load(None, overrides(words)).moe, field) for words in TABLES.values()}
+    seen = {getattr(load(None, overrides(words)).moe, field) for words in (TABLES | BETWEEN_BLOCKS).values()}
     assert seen == set(choices) - {"dense"}
 
 

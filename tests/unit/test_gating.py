@@ -110,7 +110,7 @@ def test_a_tap_in_the_preceding_block_is_read_there():
     probe = GatingProbe(model)
     model(tiny_batch(config)[0])
     for block, preceding, current, sums in zip(model.blocks, seen[::2], seen[1::2], probe.sums, strict=True):
-        assert_close(sums, gating_sums(current, preceding, block.moe.router.gate.weight))
+        assert_close(sums, gating_sums(current, preceding, block.moe.router))
 
 
 def test_equal_representations_repeat_all_selections():
