@@ -88,8 +88,8 @@ def check_upcycling(model: Any, checkpoint: Checkpoint) -> None:
         if isinstance(block, TopKBlock):
             if not block.moe.router.normalise or block.moe.router.scoring.scale != 1:
                 raise ValueError(
-                    "a dense checkpoint into a top_k MoE requires moe.top_k >= 2 and moe.renormalise (or "
-                    "moe.router=deepseek), and moe.router_scale=1, so that weights sum to one"
+                    "a dense checkpoint into a top_k MoE requires moe.top_k >= 2 and weights that sum to one: "
+                    "moe.renormalise or moe.router=deepseek, and moe.router_scale=1"
                 )
             if any(name.endswith(".f.w_in.bias") for name in checkpoint.weights):
                 raise ValueError("experts have no biases, but the checkpoint's MLPs do; a shared expert may have them")
