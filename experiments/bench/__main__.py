@@ -241,12 +241,10 @@ def inference(
         load: uneven routing (bench/loads.py), measured beside the balanced one; each --load is one more
     """
     given = locals()
-    from scmoe.experiments.bench.decoding import cached_over_uncached
     from scmoe.experiments.bench.inference import bench_inference
 
     links.require()
-    report = bench_inference(**given)
-    print(json.dumps(report | {"cached_over_uncached": cached_over_uncached(4, 32, 256, rounds=3)}))
+    print(json.dumps(bench_inference(**given)))
 
 
 @main.command

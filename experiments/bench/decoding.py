@@ -86,16 +86,6 @@ def bench_generation(batches: Sequence[int], prompt: int, tokens: int, threads: 
     return by_batch[batches[-1]] | {"by_batch": by_batch}
 
 
-def cached_over_uncached(batch: int, prompt: int, tokens: int, rounds: int) -> float:
-    """Return the time of a generation without a cache over that with one, of one thread."""
-    torch.set_num_threads(1)
-    config = load(CONFIG, [f"data.seq_len={prompt + tokens}"])
-    model = build_model(config, ParallelContext()).eval()
-    kinds = cache_kinds(model, drawn(config, batch, prompt), tokens, [])
-    times = in_turn({name: kinds[name] for name in ("cached", "uncached")}, rounds, warm_up=0)
-    return middle(times["uncached"][0] / times["cached"][0])
-
-
 def drawn(config: Config, batch: int, prompt: int) -> Tensor:
     """Return prompts of random tokens."""
     return torch.randint(config.data.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
