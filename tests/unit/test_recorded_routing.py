@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from scmoe.experiments.bench.routing_study import KEPT, KEPT_STEPS, SHOWN, drops
 from scmoe.moe.balance import load_max
 from scmoe.moe.layout import count
 from scmoe.moe.router import Router
+from scmoe.parallel.mesh import ParallelContext
 from scmoe.probes.routing import Recorded, RoutingProbe, read_routing, selected, shape_of, write_routing
+from scmoe.training.callbacks.analysis import RecordRouting
 from tests.support.models import hooks, tiny, tiny_batch, tiny_model
 
 FIGURES = Path(__file__).parents[2] / "docs" / "figures"
@@ -146,6 +149,17 @@ def test_what_is_no_recorded_routing_is_refused_in_one_sentence(spoil, words, tm
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no recorded routing\. Record one with"):
         read_routing(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_ends_no_training(tmp_path, capsys):
+    (tmp_path / "analysis").write_text("a file")
+    callback = RecordRouting(1, tmp_path / "analysis")
+    callback.on_train_start(SimpleNamespace(global_step=0), None)
+    callback.step, callback.probe = 0, SimpleNamespace(result=lambda _: [torch.zeros(2, 1)], num_experts=2)
+    callback.on_train_batch_end(
+        None, SimpleNamespace(parallel_context=ParallelContext()), {"step_sums_LE2": [0]}, None, 0
+    )
+    assert "step-00000000.safetensors is not written" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- what the bench says of it

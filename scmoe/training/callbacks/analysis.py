@@ -13,6 +13,7 @@ while the disk is full, their values are kept in memory.
 
 import csv
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -295,7 +296,8 @@ class RecordRouting(Callback):
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
         """Keep what a resumed run recorded before the step that it continues from."""
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # each write warns
+                self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.glob("step-*.safetensors"):
                 if int(path.stem.removeprefix("step-")) >= trainer.global_step:
                     path.unlink()
