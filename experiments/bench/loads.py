@@ -3,7 +3,7 @@
     p_e                share of the T K copies of a step that go to expert e; a rank has E / R neighbouring experts
     balanced           1 / E
     zipf:A             (e + 1)^-A over the sum of these: the hot experts are neighbours
-    spread:A           the same heat, dealt to the ranks there and back, hottest first
+    spread:A           the same heat, dealt to the ranks in the order 0, 1, 1, 0, .., hottest first
     hot_expert:X       X / E for expert 0; the others have equal parts of the rest
     hot_rank:X         X / E for each expert of rank 0; the others have equal parts of the rest
     empty_rank         0 for each expert of the last rank; the others have equal parts
@@ -177,7 +177,7 @@ def zipf(load: Load, place: Place) -> list[float]:
     shares_E = [own / sum(heat) for own in heat]
     if load.kind == "zipf":
         return shares_E
-    # expert i of the heat's order goes to the ranks there and back, as their next expert
+    # expert i of the heat's order goes to rank 0, 1, 1, 0, .. as its next expert
     places = [(ranks - 1 - i % ranks if i // ranks % 2 else i % ranks, i // ranks) for i in range(experts)]
     return [shares_E[places.index((e // (experts // ranks), e % (experts // ranks)))] for e in range(experts)]
 
