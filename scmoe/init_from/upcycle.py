@@ -83,7 +83,7 @@ def check_upcycling(model: Any, checkpoint: Checkpoint) -> None:
     for block in model.blocks:
         if isinstance(block, MoEBlock) and any(True for _ in block.after.parameters()):
             raise ValueError("a dense checkpoint into an MoE requires moe.after_norm=false: no norm follows its MLPs")
-        if isinstance(block, MoEBlock) and block.moe.router.num_ids > block.moe.router.num_experts:
+        if isinstance(block, MoEBlock) and block.moe.router.zero_experts:
             raise ValueError("a dense checkpoint into an MoE requires moe.zero_experts=0: these add their input")
         if isinstance(block, TopKBlock):
             if not block.moe.router.normalise or block.moe.router.scoring.scale != 1:

@@ -47,7 +47,7 @@ class Router(nn.Module):
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k is {top_k}, allowed: 1..num_experts ({num_experts})")
         self.num_experts, self.top_k, self.deal, self.scoring = num_experts, top_k, deal, scoring
-        self.num_ids = num_experts + zero_experts  # which is also the id that means none
+        self.zero_experts, self.num_ids = zero_experts, num_experts + zero_experts  # the second also means none
         self.normalise = scoring.normalise and top_k > 1
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)  # the default may be bfloat16
         self.gate = nn.Linear(dim, self.num_ids, bias=False, dtype=wide)

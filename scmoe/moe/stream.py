@@ -68,7 +68,7 @@ class MoEStream(Operators):
         sent = [self.operator("dispatch", self.dispatcher.dispatch, *chunk) for chunk in rows]
         in_flight, receipts = [pending for pending, _ in sent], [receipt for _, receipt in sent]
         stats = self.sums(routing, layout, mask_T, tap_BSD.shape) if self.rows.sums else None
-        kept_TD = x_TD if self.router.num_ids > self.router.num_experts else None
+        kept_TD = x_TD if self.router.zero_experts else None
         return StreamState(tap_BSD.shape, routing, layout, stats, in_flight, receipts, kept_TD)
 
     @torch.compiler.disable
@@ -101,9 +101,9 @@ class MoEStream(Operators):
     ) -> tuple[Routing, Layout]:
         """Where each token goes, and which row each of its copies takes."""
         routing = self.router(x_TD, mask_T, excluded_T1)
-        ids_TK, num_experts, zero_experts = routing.topk_ids_TK, self.router.num_experts, 0
-        if self.router.num_ids > num_experts:
-            ids_TK, zero_experts = ids_TK.clamp(max=num_experts), self.router.num_ids - num_experts
+        ids_TK, num_experts, zero_experts = routing.topk_ids_TK, self.router.num_experts, self.router.zero_experts
+        if zero_experts:
+            ids_TK = ids_TK.clamp(max=num_experts)
         layout = self.rows.arrange(ids_TK, mask_T, num_experts, self.num_ranks, chunks, self.training, zero_experts)
         return routing, layout
 

@@ -75,7 +75,7 @@ DIM, FFN, EXPERTS, TOKENS = 16, 24, 8, 12  # FFN: features between an expert's t
 class Given(torch.nn.Module):
     """This router returns the choices that it is given."""
 
-    num_experts, num_ids, top_k, scoring = EXPERTS, EXPERTS, 2, THE_PAPERS
+    num_experts, zero_experts, top_k, scoring = EXPERTS, 0, 2, THE_PAPERS
 
     def __init__(self, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> None:
         super().__init__()
