@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import docs.examples.my_architecture  # noqa: F401  else the fixture would forget what it registers
+from scmoe.blocks.farskip import FarSkipBlock
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.config.help import catalogue
 from scmoe.config.leaves import ConfigError
@@ -119,6 +120,17 @@ def test_an_architecture_may_reuse_pairs_and_bring_a_router():
     assert not torch.equal(logits["turned"], logits["scmoe"])
     own, scmoes = (Counter(kind for kind, *_ in parts_of(models[name])) for name in ("turned", "scmoe"))
     assert own == scmoes and own["gates"] > 0, "a router of one's own counts as a gate"
+
+
+def test_a_subclass_of_farskips_block_gets_its_parts():
+    class Skips(FarSkipBlock):
+        pass
+
+    ARCHITECTURES.register("skips")(lambda config, context, parts: moe_blocks(Skips, config, context, parts))
+    words = (*TINY, "moe.every=1", "moe.leading_dense=[16]")
+    own, ours = (build_model(load(None, [*words, f"moe.architecture={name}"])) for name in ("skips", "farskip"))
+    tokens = torch.arange(8)[None]
+    assert torch.equal(own.eval()(tokens)[0], ours.eval()(tokens)[0])
 
 
 def test_a_family_puts_its_model_around_any_architecture():

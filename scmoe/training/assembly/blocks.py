@@ -152,7 +152,7 @@ def moe_blocks(
     """Return leading dense blocks, then blocks with an MoE each: one for each layer (every=1), or pairs of Block-MLP
     and Block-MoE (every=2)."""
     every, widths = config.moe.every, config.moe.leading_dense
-    dense = Parts.farskip_dense_block if block is FarSkipBlock else Parts.dense_block
+    dense = Parts.farskip_dense_block if issubclass(block, FarSkipBlock) else Parts.dense_block
     leading = [dense(layer, width) for layer, width in zip(parts, widths, strict=False)]
     starts = range(len(widths), len(parts), every)
     return leading + [moe_block(block, config, context, parts[i : i + every], first=i == starts[0]) for i in starts]
@@ -176,7 +176,7 @@ def moe_block(
         tap_norm = sublayers[len(sublayers) - schedule.sublayers_after_tap].norm  # of the sub-layer after the tap
     if "shared_expert" in schedule.window:
         shared_expert = parts.mlp()
-        coefficient = None if block is FarSkipBlock else COEFFICIENT_GATES[moe.combine](parts.dim)
+        coefficient = None if issubclass(block, FarSkipBlock) else COEFFICIENT_GATES[moe.combine](parts.dim)
     after = parts.after()
     if moe.after_norm:
         after = nn.Sequential(OrderedDict(norm=parts.norm(), after=after))
