@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from scmoe.blocks.kv_cache import KVCache
+from scmoe.blocks.sublayers import is_parted
 from scmoe.moe.dispatcher import Dispatcher
 from scmoe.moe.operators import Operators, Recorder
 from scmoe.moe.stream import MoEStream, StreamState
@@ -79,18 +80,16 @@ class MoEBlock(Operators):
         """ValueError: the schedule runs experts inside an attention that has no two parts."""
         if schedule.inside_attention and not is_parted(attention := self.after_tap()[schedule.slot]):
             name = type(getattr(attention, "f", attention)).__name__
-            raise ValueError(f"schedule.inside_attention is True, allowed where attention is {name}: False")
+            raise ValueError(f"schedule.inside_attention is True, allowed for attention by {name}: False")
 
     @property
     def divided(self) -> Schedule:
-        """The schedule at the slot where most of its operators can be timed: inside the first attention that has two
-        parts. Without one, the schedule as it is."""
-        inside = [
-            replace(self.schedule, expert_slot=slot, inside_attention=True)
-            for slot, sublayer in enumerate(self.after_tap())
-            if self.schedule.window[slot] == "attention" and is_parted(sublayer)
-        ]
-        return inside[0] if inside else self.schedule
+        """The schedule at the slot where all its operators can be timed: inside the window's first attention, if every
+        attention there has two parts. Else the schedule as it is."""
+        slots, sublayers = self.schedule.attentions, self.after_tap()
+        if not slots or not all(is_parted(sublayers[slot]) for slot in slots):
+            return self.schedule
+        return replace(self.schedule, expert_slot=slots[0], inside_attention=True)
 
     def before_tap(self, x_BSD: Tensor, *cache: KVCache) -> Tensor:
         for name, sublayer in zip(SUBLAYERS, list(self.sublayers)[: self.tap], strict=False):
@@ -120,11 +119,6 @@ class MoEBlock(Operators):
     def after_tap(self) -> list[nn.Module]:
         """The sub-layers of the window, in order: sub-layer i runs right after slot i."""
         return list(self.sublayers)[self.tap :]
-
-
-def is_parted(sublayer: nn.Module) -> bool:
-    """Whether a sub-layer can be called in two parts, as a Residual around a PartedAttention."""
-    return getattr(sublayer, "parted", False) is True
 
 
 def moe_blocks_of(model: nn.Module) -> list[MoEBlock]:

@@ -141,15 +141,20 @@ class Residual(nn.Module):
 
     @property
     def parted(self) -> bool:
-        """Whether it can be called in two parts: `core`, then forward with its result."""
         return isinstance(self.f, PartedAttention)
 
     def core(self, x_BSD: Tensor, *cache: KVCache) -> Tensor:
+        """The first part of an attention sub-layer; forward with the result is the second."""
         return self.f.core(self.norm(x_BSD), *cache)
 
     def forward(self, x_BSD: Tensor, *cache: KVCache, onto: Tensor | None = None, core: Tensor | None = None) -> Tensor:
         y_BSD = self.f(self.norm(x_BSD), *cache) if core is None else self.f.out(core)
         return (x_BSD if onto is None else onto) + self.after(y_BSD)
+
+
+def is_parted(sublayer: nn.Module) -> bool:
+    """Whether a sub-layer can be called in two parts, as a Residual of a PartedAttention can."""
+    return getattr(sublayer, "parted", False) is True
 
 
 def outermost(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:
@@ -178,7 +183,7 @@ def recompute_activations(model: nn.Module) -> None:
     """
     for module in outermost(model, (Residual, MLP, Experts)):
         module.forward = recomputed(module.forward)
-        if getattr(module, "parted", False):
+        if is_parted(module):
             module.core = recomputed(module.core)
 
 

@@ -286,14 +286,13 @@ def _schedule(config: Config) -> Refusals:
     elif moe.architecture in ARCHITECTURES.built_in:
         for position in taps(config) if moe.architecture in SHORTCUTS else (None,):
             each = Schedule(SHORTCUTS.get(moe.architecture, moe.architecture), position)
-            attentions = [str(slot) for slot, operator in enumerate(each.window) if operator == "attention"]
             if schedule.slot is not None and schedule.slot > len(each.window):
                 yield "schedule.slot", f"0 to {len(each.window)} for {each.name}"
-            elif schedule.inside_attention and not attentions:
-                yield "schedule.inside_attention", f"false for {each.name}, as no attention hides its transfers"
-            elif schedule.inside_attention and schedule.slot is not None and str(schedule.slot) not in attentions:
-                allowed = f"{' | '.join(attentions)} | null for {each.name} where schedule.inside_attention=true"
-                yield "schedule.slot", f"{allowed}, as an attention follows"
+            elif schedule.inside_attention and not each.attentions:
+                yield "schedule.inside_attention", f"false for {each.name}, as its window has no attention"
+            elif schedule.inside_attention and schedule.slot not in (None, *each.attentions):
+                allowed = " | ".join(map(str, each.attentions))
+                yield "schedule.slot", f"{allowed} | null for {each.name} where schedule.inside_attention=true"
 
 
 def _ranks(config: Config) -> Refusals:

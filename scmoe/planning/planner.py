@@ -203,9 +203,9 @@ class Planner:
         dist.broadcast(first, group_src=0, group=self.group)
         if not torch.equal(first, mine):
             raise RuntimeError(
-                f"rank {dist.get_rank()} chose (slot, inside attention, chunks) {mine.tolist()}, rank 0 {first.tolist()}; "
-                "allowed: the same on all ranks; set schedule.slot, schedule.inside_attention and schedule.chunks "
-                "instead of schedule.auto"
+                f"rank {dist.get_rank()} chose (slot, inside attention, chunks) {mine.tolist()}, rank 0 "
+                f"{first.tolist()}; allowed: the same on all ranks; set schedule.slot, schedule.inside_attention and "
+                "schedule.chunks instead of schedule.auto"
             )
         return choices
 

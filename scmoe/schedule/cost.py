@@ -55,12 +55,9 @@ def mismatch(schedule: Schedule, times: OperatorTimes) -> float:
 
 def slots(schedule: Schedule) -> list[Schedule]:
     """The same schedule at every slot of its window, and inside each attention of it, in the order of the window."""
-    places = []
-    for slot, operator in enumerate((*schedule.window, "")):
-        places.append(replace(schedule, expert_slot=slot, inside_attention=False))
-        if operator == "attention":
-            places.append(replace(schedule, expert_slot=slot, inside_attention=True))
-    return places
+    whole = [(slot, False) for slot in range(len(schedule.window) + 1)]
+    inside = [(slot, True) for slot in schedule.attentions]
+    return [replace(schedule, expert_slot=slot, inside_attention=part) for slot, part in sorted(whole + inside)]
 
 
 def best_schedule(choices: Iterable[Schedule], times: Mapping[int, OperatorTimes]) -> Schedule:

@@ -63,19 +63,16 @@ class Schedule:
         if self.position not in allowed:
             names = ", ".join(map(str, allowed))
             raise ValueError(f"position is {self.position!r}, allowed for {self.architecture}: {names}")
-        attentions = [slot for slot, operator in enumerate(self.window) if operator == "attention"]
-        if self.inside_attention and not attentions:
-            raise ValueError(f"schedule.inside_attention is True, allowed for {self.name}: False, it hides behind none")
+        if self.inside_attention and not self.attentions:
+            raise ValueError(f"schedule.inside_attention is True, allowed for {self.name}: False")
         if self.expert_slot is None:
-            slot = attentions[-1] if self.inside_attention else len(self.window) // 2
+            slot = self.attentions[-1] if self.inside_attention else len(self.window) // 2
             object.__setattr__(self, "expert_slot", slot)
         if not 0 <= self.slot <= len(self.window):
             raise ValueError(f"schedule.slot is {self.slot}, allowed for {self.name}: 0..{len(self.window)}")
-        if self.inside_attention and self.slot not in attentions:
-            raise ValueError(
-                f"schedule.slot is {self.slot}, allowed for {self.name} with schedule.inside_attention: "
-                f"{' | '.join(map(str, attentions))}, the slots before an attention"
-            )
+        if self.inside_attention and self.slot not in self.attentions:
+            allowed = f"allowed for {self.name} with schedule.inside_attention: {' | '.join(map(str, self.attentions))}"
+            raise ValueError(f"schedule.slot is {self.slot}, {allowed}, as an attention follows")
         if self.chunks < 1:
             raise ValueError(f"schedule.chunks is {self.chunks}, allowed: 1 or more")
 
@@ -105,6 +102,11 @@ class Schedule:
         sublayers = SUBLAYERS[len(SUBLAYERS) - self.sublayers_after_tap :]
         has_shared_expert = self.architecture in ("shared_expert", "scmoe", "farskip")
         return (*sublayers, "shared_expert") if has_shared_expert else sublayers
+
+    @cached_property
+    def attentions(self) -> tuple[int, ...]:
+        """The slots that an attention follows, inside of which experts can run."""
+        return tuple(slot for slot, operator in enumerate(self.window) if operator == "attention")
 
     @property
     def after_window(self) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ ROWS = ("--rows", "top2", "scmoe_pos2_pipelined", "--rounds", "2")
 TOP = {"comm_share", "link_mbit", "ranks", "device", "compute", "level", "rounds", "rows"}
 ROW = {
     *("forward_ms", "train_ms", "forward_speedup", "train_speedup", "overlap_forward", "overlap_backward"),
+    *("inside_attention", "auto_inside_attention"),
     *("slot", "chunks", "auto_slot", "auto_chunks", "peak_mb", "links", "compute"),
 }
 
