@@ -181,6 +181,7 @@ def recompute_activations(model: nn.Module) -> None:
     Routing, layout and transfers are not repeated in backward: a second routing could differ (noise, ties), and a
     second transfer would cost the time that the shortcut hides.
     """
+    module: Any
     for module in outermost(model, (Residual, MLP, Experts)):
         module.forward = recomputed(module.forward)
         if is_parted(module):

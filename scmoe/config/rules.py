@@ -283,7 +283,7 @@ def _schedule(config: Config) -> Refusals:
     if moe.architecture == "dense":
         if schedule.chunks not in (None, 1):
             yield "schedule.chunks", "1 or null, as moe.architecture=dense has no MoE stream"
-    elif moe.architecture in ARCHITECTURES.built_in:
+    elif (schedule.slot is not None or schedule.inside_attention) and moe.architecture in ARCHITECTURES.built_in:
         for position in taps(config) if moe.architecture in SHORTCUTS else (None,):
             each = Schedule(SHORTCUTS.get(moe.architecture, moe.architecture), position)
             if schedule.slot is not None and schedule.slot > len(each.window):

@@ -6,8 +6,7 @@ passes in place of steps, up to `price`.
     warm up     as configured
     measure     transfers one at a time (`Blocking`), some steps with each number of chunks in turn: the time of every
                 operator and transfer, forward and backward
-    price       every slot, also inside attention, with each number of chunks, by the times of the slowest rank
-                (pricing.py)
+    price       all of cost.slots with each number of chunks, by the times of the slowest rank (pricing.py)
     try         whole training steps with the candidates of low price in turn, round after round, until one is left:
                 only a step shows what chunks cost in parallel with computation, and how rows and gradients share a link
     agree       every rank chooses; rank 0's choice is broadcast, and each rank compares it with its own

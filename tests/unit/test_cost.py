@@ -64,7 +64,7 @@ def test_the_best_schedule_is_the_first_of_the_fastest():
 
 
 def test_inside_attention_is_the_best_where_it_divides_the_window_by_the_transfers():
-    """Pos-1, 3 + 1 units of window for transfers of 2.45 each: forward exposes 1.45 at slot 1, and 0.05 + 0.85 inside."""
+    """Pos-1 has a window of 3 + 1 units for transfers of 2.45: 1.45 are exposed at slot 1, and 0.05 + 0.85 inside."""
     times = dict.fromkeys(OPERATORS, 1.0) | {"dispatch": 2.45, "combine": 2.45}
     of_chunks = {1: OperatorTimes(times | {"attention": 3.0, "attention_core": 2.4, "attention_out": 0.6})}
     best = best_schedule(slots(Schedule("scmoe", "pos1")), of_chunks)
