@@ -187,7 +187,7 @@ def _unused(config: Config) -> Refusals:
         (moe.architecture == "dgmoe_share", "two pairs share one MoE module", "schedule.auto"),
         (config.schedule.auto, "schedule.auto=true chooses it", "schedule.slot", "schedule.inside_attention"),
         (trainer.compile, "trainer.compile=true makes one graph of attention", "schedule.inside_attention"),
-        (images and family in FAMILIES.built_in, f"{family}'s attention is one operator", "schedule.inside_attention"),
+        (family == "swin", "model.family=swin has an attention that is one operator", "schedule.inside_attention"),
         (data.name in ("sotu", "synthetic", "digits"), f"{name} reads no path", "data.path"),
         (data.name != "hf", f"{name} has no subsets", "data.subset"),
         (no_files, f"{name} has no files that could be left out", "data.on_error"),
