@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scmoe.blocks.kv_cache import KVCache
-from scmoe.blocks.sublayers import Rotary, SelfAttention
+from scmoe.blocks.sublayers import PartedAttention, Rotary
 
 LATENT_EPS = 1e-6  # of both norms, in every published model
 
@@ -37,7 +37,7 @@ class LatentSizes(NamedTuple):
     value_dim: int
 
 
-class LatentAttention(SelfAttention):
+class LatentAttention(PartedAttention):
     """Causal. scaled: the latents are multiplied by sqrt(dim / rank). gated: the heads' results by a sigmoid of x."""
 
     def __init__(
@@ -58,7 +58,7 @@ class LatentAttention(SelfAttention):
         self.gate = nn.Linear(dim, heads * value, bias=False) if gated else None
         self.out = nn.Linear(heads * value, dim, bias=False)
 
-    def forward(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
+    def core(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
         """cache: has the latents of the tokens before x; those of x are appended."""
         positions = None if cache is None else cache.positions_BS[:, None]
         q_BHSn, q_BHSr = self.queries(x_BSD)
@@ -71,7 +71,7 @@ class LatentAttention(SelfAttention):
         attend = self.of_latents if "is_causal" in seen else self.in_latents
         y_BHSv = attend(q_BHSn, q_BHSr, c_B1Sc, k_B1Sr, seen)
         y_BSv = y_BHSv.transpose(1, 2).flatten(2)
-        return self.out(y_BSv if self.gate is None else y_BSv * self.gate(x_BSD).sigmoid())
+        return y_BSv if self.gate is None else y_BSv * self.gate(x_BSD).sigmoid()
 
     def queries(self, x_BSD: Tensor) -> list[Tensor]:
         """[B, H, S, nope] and [B, H, S, rope], which is not turned yet."""

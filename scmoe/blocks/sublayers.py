@@ -58,7 +58,19 @@ class SelfAttention(nn.Module):
         raise NotImplementedError
 
 
-class Attention(SelfAttention):
+class PartedAttention(SelfAttention):
+    """Attention in two parts, between which a schedule can run experts."""
+
+    def core(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The heads' results of each row: all up to the output projection. cache: has what it keeps of the tokens
+        before x; that of x is appended."""
+        raise NotImplementedError
+
+    def forward(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
+        return self.out(self.core(x_BSD, cache))
+
+
+class Attention(PartedAttention):
     """Causal multi-head self-attention, softmax(Q K^T / sqrt(D/H)) V. Flash attention where torch has it.
 
     kv_heads: heads of K and V, each read by heads / kv_heads of Q (grouped-query attention); None: as many as heads.
@@ -79,7 +91,7 @@ class Attention(SelfAttention):
         self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * (dim // heads), bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
 
-    def forward(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
+    def core(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
         """cache: has the keys and values of the tokens before x; those of x are appended."""
         if x_BSD.dim() != 3:
             raise ValueError(f"x has the shape {tuple(x_BSD.shape)}, allowed: (batch, sequence, {self.dim})")
@@ -93,7 +105,7 @@ class Attention(SelfAttention):
             k_BHSd, v_BHSd, seen = cache.extend(self, k_BHSd, v_BHSd)
         grouped = self.kv_heads < self.heads
         y_BHSd = F.scaled_dot_product_attention(q_BHSd, k_BHSd, v_BHSd, **seen, enable_gqa=grouped)
-        return self.out(y_BHSd.transpose(1, 2).flatten(2))
+        return y_BHSd.transpose(1, 2).flatten(2)
 
     def context(self, seq_len: int) -> int:
         return seq_len
@@ -118,14 +130,31 @@ class MLP(nn.Module):
 class Residual(nn.Module):
     """x + after(f(norm(x))). Pre-norm: a norm, and dropout after. Post-norm: no norm before, and the norm after.
 
-    onto: what the result is added to instead of x (FarSkip)."""
+    onto: what the result is added to instead of x (FarSkip).
+    core: the result of `core` for x; what is left to compute is attention's output projection, and the sum."""
+
+    f: Any
 
     def __init__(self, norm: nn.Module, f: nn.Module, after: nn.Module | None = None) -> None:
         super().__init__()
         self.norm, self.f, self.after = norm, f, after or nn.Identity()
 
-    def forward(self, x_BSD: Tensor, *cache: KVCache, onto: Tensor | None = None) -> Tensor:
-        return (x_BSD if onto is None else onto) + self.after(self.f(self.norm(x_BSD), *cache))
+    @property
+    def parted(self) -> bool:
+        return isinstance(self.f, PartedAttention)
+
+    def core(self, x_BSD: Tensor, *cache: KVCache) -> Tensor:
+        """The first part of an attention sub-layer; forward with the result is the second."""
+        return self.f.core(self.norm(x_BSD), *cache)
+
+    def forward(self, x_BSD: Tensor, *cache: KVCache, onto: Tensor | None = None, core: Tensor | None = None) -> Tensor:
+        y_BSD = self.f(self.norm(x_BSD), *cache) if core is None else self.f.out(core)
+        return (x_BSD if onto is None else onto) + self.after(y_BSD)
+
+
+def is_parted(sublayer: nn.Module) -> bool:
+    """Whether a sub-layer can be called in two parts, as a Residual of a PartedAttention can."""
+    return getattr(sublayer, "parted", False) is True
 
 
 def outermost(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:
@@ -152,8 +181,11 @@ def recompute_activations(model: nn.Module) -> None:
     Routing, layout and transfers are not repeated in backward: a second routing could differ (noise, ties), and a
     second transfer would cost the time that the shortcut hides.
     """
+    module: Any
     for module in outermost(model, (Residual, MLP, Experts)):
         module.forward = recomputed(module.forward)
+        if is_parted(module):
+            module.core = recomputed(module.core)
 
 
 def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -94,6 +94,9 @@ class MoEConfig:
 class ScheduleConfig:
     auto: bool = option(False, "measure operators in the first steps, then choose. Short form: schedule=auto")
     slot: int | None = option(None, "backbone operators before the experts; null: half of the window", Range(0, 64))
+    inside_attention: bool = option(
+        False, "run the experts inside the attention after the slot, before its output projection; slot null: the last"
+    )
     chunks: int | None = option(None, "pipelined chunks of the MoE stream; null: 1 or auto's choice", Range(1, 1024))
 
 

@@ -18,12 +18,12 @@ TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 # A room may import itself and what stands above it. The laboratory imports the library, never the other way.
 LIBRARY = {  # room: lines at most
     "scmoe/files": 100,
-    "scmoe/schedule": 340,
-    "scmoe/config": 1270,
+    "scmoe/schedule": 375,
+    "scmoe/config": 1280,
     "scmoe/moe": 1540,
-    "scmoe/blocks": 700,
+    "scmoe/blocks": 765,
     "scmoe/models": 370,
-    "scmoe/planning": 620,
+    "scmoe/planning": 630,
     "scmoe/probes": 580,
     "scmoe/inference": 955,
     "scmoe/footprint": 480,
@@ -41,7 +41,7 @@ LABORATORY = {
     "experiments/engine": 1070,
     "experiments/faults": 520,
     "experiments/dryrun": 630,
-    "experiments/bench": 4470,
+    "experiments/bench": 4530,
     "experiments/studies": 2770,
     "experiments/figures": 720,
     "experiments": 840,  # the entries: a file for each verb

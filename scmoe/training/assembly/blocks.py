@@ -168,7 +168,8 @@ def moe_block(
         sublayers += [layers[0].mlp_sublayer(), parts.attention_sublayer()]
     moe = config.moe
     tap = taps(config)[0 if first else 1] if block.architecture in SHORTCUTS else None
-    schedule = Schedule(block.architecture, tap, config.schedule.slot, config.schedule.chunks or 1)
+    given = config.schedule
+    schedule = Schedule(block.architecture, tap, given.slot, given.chunks or 1, given.inside_attention)
     tap_norm = shared_expert = coefficient = None
     if tap is not None and moe.tap_norm == "own":
         tap_norm = parts.norm()
