@@ -237,6 +237,7 @@ def written(family: str, config: Config) -> dict[str, Any]:
         content |= {"moe_intermediate_size": width, "shared_expert_intermediate_size": width}
         content["norm_topk_prob"] = config.moe.renormalise and config.moe.top_k > 1
     if family == "deepseek_v3":
+        content["num_key_value_heads"] = model.heads
         content |= {"first_k_dense_replace": len(dense), "intermediate_size": (dense or [given["model.ffn_dim"]])[0]}
         content |= {"n_shared_experts": given["model.ffn_dim"] // given["moe.ffn_dim"], "num_nextn_predict_layers": 0}
     if family == "longcat_flash":
