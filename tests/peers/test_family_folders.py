@@ -70,6 +70,7 @@ OUR_DEEPSEEK = (
     "moe.router_scale=2.5",
 )
 SHARED_EXPERT = ("moe.architecture=shared_expert", "moe.combine=direct_add")
+TURNED = ("model.rope_theta=10000", "model.latent.yarn_factor=40")
 WORDS = {
     "longcat": OUR_LONGCAT,
     "longcat, zero experts": (*OUR_LONGCAT, "moe.zero_experts=4", "model.latent.yarn_factor=40"),
@@ -224,13 +225,13 @@ def test_further_modules_are_not_read(tmp_path):
         ("longcat", {}, ("model.rope_theta=10000",), "model.rope_theta is 10000.0, allowed: 10000000.0"),
         ("deepseek", {"n_group": 8, "topk_group": 4}, (), "n_group is 8, allowed: 1; topk_group is 4, allowed: 1"),
         ("deepseek", {"architectures": ["KimiForCausalLM"]}, (), "architectures is ['KimiForCausalLM'], allowed: "),
-        ("deepseek", {"rope_parameters": YARN | {"beta_fast": 16}}, (), "beta_fast is 16, allowed: 32"),
-        ("deepseek", {"rope_parameters": YARN | {"mscale": None}}, (), "mscale is None, allowed: 1.0"),
+        ("deepseek", {"rope_parameters": YARN | {"beta_fast": 16}}, TURNED, "beta_fast is 16, allowed: 32"),
+        ("deepseek", {"rope_parameters": YARN | {"mscale": None}}, TURNED, "mscale is None, allowed: 1.0"),
         (
             "instella",
             {"architectures": ["DeepseekV3ForCausalLM"]},
             SHARED_EXPERT,
-            "self_attn.gate_proj.weight is unknown",
+            "model.latent.gated is True, allowed: False",
         ),
         ("instella", {"farskip_end_idx": 2}, (), "farskip_end_idx is 2, allowed: num_hidden_layers or more"),
         ("instella", {}, SHARED_EXPERT, "moe.architecture is 'shared_expert', allowed: 'farskip'"),
