@@ -99,9 +99,8 @@ def is_unread(family: str, config: Mapping[str, Any], name: str) -> bool:
     if family == "longcat_flash":
         expert = re.fullmatch(r"layers\.\d+\.mlp\.experts\.(\d+)\..+", name)
         return name.startswith("mtp.") or (expert is not None and int(expert[1]) >= config["n_routed_experts"])
-    layer = re.match(r"layers\.(\d+)\.", name)
-    further = family in ("deepseek_v3", "instella_moe") and layer is not None
-    return further and int(layer[1]) >= config["num_hidden_layers"]
+    layer = re.match(r"layers\.(\d+)\.", name) if family in ("deepseek_v3", "instella_moe") else None
+    return layer is not None and int(layer[1]) >= config["num_hidden_layers"]
 
 
 def zero_expert_names(ours: str, their_names: list[str], settings: Mapping[str, Any]) -> list[str]:

@@ -36,6 +36,8 @@ class Checkpoint(NamedTuple):
 def read_export(file: Path) -> Checkpoint:
     """Read a file of `make export`, dense or MoE. Raises ValueError for any other file."""
     settings, stored = read_settings(file), stored_in([file])
+    if settings.get("model.family") == "llama":  # version 0.2.0 had these values only, and no keys for them
+        settings = {"model.norm_eps": 1e-5, "model.rope_theta": 10000.0, **settings}
     weights = {name: tensor.on_meta for name, tensor in stored.items()}
     return Checkpoint(weights, lambda name, e: stored[name].read(e), {name: name for name in stored}, settings, [])
 

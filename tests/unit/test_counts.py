@@ -30,7 +30,7 @@ def test_totals_equal_the_papers(preset, architecture, millions):
 
 
 def test_totals_of_the_shortcut_family_are_the_published_ones(capsys):
-    """LongCat-Flash: 560B, of which 18.6B to 31.3B are active, by the zero experts of a token and without embeddings."""
+    """LongCat-Flash: 560B, of which 18.6B to 31.3B are active without embeddings, by a token's zero experts."""
     names = ("longcat_flash", "instella_moe", "nvidia_shortcut", "nous")
     assert call("params", *names) == 0
     counts = last_line(capsys)
