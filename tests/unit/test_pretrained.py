@@ -210,8 +210,12 @@ def test_other_sources_and_the_link_to_the_newest_run_are_refused(value, tmp_pat
 @pytest.mark.parametrize(
     ("family", "words", "said"),
     [
-        ("llama", "architecture=top_k top_k=1", "requires moe.top_k >= 2 and moe.renormalise"),
-        ("llama", "architecture=top_k top_k=2 renormalise=false", "requires moe.top_k >= 2 and moe.renormalise"),
+        ("llama", "architecture=top_k top_k=1", "requires moe.top_k >= 2 and weights that sum to one"),
+        (
+            "llama",
+            "architecture=top_k top_k=2 renormalise=false",
+            "requires moe.top_k >= 2 and weights that sum to one",
+        ),
         ("gpt", "architecture=top_k top_k=2", "experts have no biases, but the checkpoint's MLPs do"),
         ("llama", "architecture=dgmoe", "moe.architecture top_k, shared_expert or scmoe"),
     ],
