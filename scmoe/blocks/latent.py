@@ -11,10 +11,11 @@ A cache holds c and turn(r) of each token instead of keys and values of all head
 W_kvb is applied to queries and results instead of to every latent of the cache: q_h (W_k c) = (q_h W_k) c.
 
 s_q, s_kv: sqrt(D / rank) in LongCat-Flash, else 1. The gate is Instella's. The norms have an epsilon of their own. The
-turned features are adjacent pairs. YaRN is left out.
+turned features are adjacent pairs. With YaRN the scores are multiplied by (0.1 ln factor + 1)^2, as in DeepSeek-V3.
 Letters of dims here: c latent, n nope, r rope, v value, L tokens in the cache.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,7 @@ class LatentAttention(PartedAttention):
         if rope % 2:
             raise ValueError(f"rope_dim is {rope}, allowed: even numbers, as positions turn pairs of features")
         self.dim, self.heads, self.sizes, self.rotary = dim, heads, sizes, rotary
+        self.scale = (nope + rope) ** -0.5 * (0.1 * math.log(rotary.yarn_factor) + 1) ** 2
         self.q_scale, self.kv_scale = ((dim / rank) ** 0.5 if scaled and rank else 1.0 for rank in (q_rank, kv_rank))
         self.q_down = None if q_rank is None else nn.Linear(dim, q_rank, bias=False)
         self.q_norm = None if q_rank is None else nn.RMSNorm(q_rank, LATENT_EPS)
@@ -87,18 +89,19 @@ class LatentAttention(PartedAttention):
         kv_BHSd = self.kv_up(c_B1Sc[:, 0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_BHSn, v_BHSv = kv_BHSd.split([self.sizes.nope_dim, self.sizes.value_dim], -1)
         k_BHSd = torch.cat([k_BHSn, k_B1Sr.expand(-1, self.heads, -1, -1)], -1)
-        return F.scaled_dot_product_attention(torch.cat([q_BHSn, q_BHSr], -1), k_BHSd, v_BHSv, **seen)
+        q_BHSd = torch.cat([q_BHSn, q_BHSr], -1)
+        return F.scaled_dot_product_attention(q_BHSd, k_BHSd, v_BHSv, **seen, scale=self.scale)
 
     def in_latents(
         self, q_BHSn: Tensor, q_BHSr: Tensor, c_B1Lc: Tensor, k_B1Lr: Tensor, seen: dict[str, Any]
     ) -> Tensor:
         """The same without keys and values of the L tokens: queries meet latents, and the results are multiplied."""
-        nope, rope, value = self.sizes[2:]
+        nope, _, value = self.sizes[2:]
         w_Hnc, w_Hvc = self.kv_up.weight.unflatten(0, (self.heads, -1)).split([nope, value], 1)
         q_BHSd = torch.cat([q_BHSn @ w_Hnc, q_BHSr], -1)
         k_BHLd = torch.cat([c_B1Lc, k_B1Lr], -1).expand(-1, self.heads, -1, -1)
-        c_BHLc, scale = c_B1Lc.expand(-1, self.heads, -1, -1), (nope + rope) ** -0.5
-        y_BHSc = F.scaled_dot_product_attention(q_BHSd, k_BHLd, c_BHLc, **seen, scale=scale)
+        c_BHLc = c_B1Lc.expand(-1, self.heads, -1, -1)
+        y_BHSc = F.scaled_dot_product_attention(q_BHSd, k_BHLd, c_BHLc, **seen, scale=self.scale)
         return y_BHSc @ w_Hvc.mT
 
     def turn(self, x_Sd: Tensor, positions_S: Tensor | None) -> Tensor:

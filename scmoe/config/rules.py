@@ -67,8 +67,9 @@ OF_GATES = ("offload.way", "analysis.gating_every", "analysis.record_routing")
 OWN_WEIGHTS = ("deepseek", "longcat")  # routers whose weights do not depend on moe.renormalise
 OF_LATENTS = (
     *("model.latent.q_rank", "model.latent.kv_rank", "model.latent.nope_dim", "model.latent.rope_dim"),
-    *("model.latent.value_dim", "model.latent.scaled", "model.latent.gated"),
+    *("model.latent.value_dim", "model.latent.scaled", "model.latent.gated", "model.latent.yarn_factor"),
 )
+OF_LLAMA = ("model.norm_eps", "model.rope_theta")
 Refusals = Iterator[tuple[str, str]]  # a key, and what is allowed for it
 
 
@@ -175,6 +176,7 @@ def _unused(config: Config) -> Refusals:
         (not latent, "only model.attention=latent has latents", *OF_LATENTS),
         (latent, "model.attention=latent has one latent for all heads", "model.kv_heads"),
         (family in FAMILIES.built_in and family != "llama", f"model.family={family} has full heads", "model.attention"),
+        (family in FAMILIES.built_in and family != "llama", f"model.family={family} fixes it", *OF_LLAMA),
         (moe.capacity_factor is not None, "only moe.capacity_factor=null is dropless", "moe.dropless_ceiling"),
         (moe.rows != "buffers", "only moe.rows=buffers has buffers", "moe.overflow"),
         (moe.top_k == 1, "moe.top_k=1 always keeps the raw probability", "moe.renormalise"),

@@ -29,11 +29,11 @@ LIBRARY = {  # room: lines at most
     "scmoe/footprint": 480,
     "scmoe/parallel": 2680,
     "scmoe/api.py": 140,
-    "scmoe/init_from": 510,
+    "scmoe/init_from": 730,
     "scmoe/lightning": 1160,
     "datamodules": 1320,
     "scmoe/training": 3370,
-    "scmoe/runs": 1840,
+    "scmoe/runs": 1860,
     "scmoe/hf.py": 160,
     "scmoe/__init__.py": 125,
 }
@@ -44,7 +44,7 @@ LABORATORY = {
     "experiments/bench": 4530,
     "experiments/studies": 2770,
     "experiments/figures": 720,
-    "experiments": 840,  # the entries: a file for each verb
+    "experiments": 850,  # the entries: a file for each verb
 }
 ROOMS = [*LIBRARY, *LABORATORY]
 FILE_LINES, ENTRY_LINES = 400, 100
