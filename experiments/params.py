@@ -1,6 +1,8 @@
-"""`scmoe params` counts parameters of presets and architectures, and shows the totals of the paper's Table 8 and A.7.
+"""`scmoe params` counts parameters of presets and architectures, and shows the published totals beside them.
 
-Presets are the files of configs/model. Models are built on the meta device, so they need no memory.
+Presets are the files of configs/model. Those of the paper have a row for each architecture (Table 8 and A.7); a preset
+of another publication, which names its router, has the one of its own. Models are built on the meta device, so they
+need no memory.
 """
 
 import json
@@ -24,18 +26,20 @@ ARCHITECTURES = {
     "dgmoe": "moe.architecture=dgmoe moe.top_k=1",
     "dgmoe_share": "moe.architecture=dgmoe_share moe.top_k=1",
 }
-PAPER = {  # Table 8's totals are those of standard top-2
+PUBLISHED = {  # Table 8's totals are those of standard top-2
     ("gpt2_moe_small", "top_2"): "323M",
     ("gpt2_moe_medium", "top_2"): "1.7B",
     ("gpt3_moe_xl", "top_2"): "4.1B",
     ("llama2_moe", "top_2"): "6.7B",
     ("swinv2_moe_s", "dgmoe"): "157M",
     ("swinv2_moe_s", "dgmoe_share"): "124M",
+    ("longcat_flash", "scmoe"): "560B",
+    ("instella_moe", "farskip"): "15,862,789,248",
 }
 
 
 def main(*presets: str) -> None:
-    """Count the parameters of presets and architectures, and show the paper's totals beside them.
+    """Count the parameters of presets and architectures, and show the published totals beside them.
 
     Standard output is JSON: {preset: {architecture: {"total": ..., "active": ...}}}; active parameters
     are those that one token uses.
@@ -46,28 +50,34 @@ def main(*presets: str) -> None:
     from scmoe.training.run.printout import console
 
     names = presets or sorted(path.stem for path in PRESETS.glob("*.yaml"))
-    counts = {name: {architecture: count(name, architecture) for architecture in ARCHITECTURES} for name in names}
+    counts = {name: {row: count(name, words) for row, words in rows(name).items()} for name in names}
     console().print(parameters_table(counts))
     print(json.dumps(counts))
 
 
-def count(preset: str, architecture: str) -> dict[str, int]:
-    """Return all parameters, and those that one token uses."""
+def rows(preset: str) -> dict[str, str]:
+    """Return the architectures in which a preset is counted, each with its overrides."""
+    moe = load(f"configs/model/{preset}.yaml").moe
+    return ARCHITECTURES if moe.router == "softmax" else {moe.architecture: ""}
+
+
+def count(preset: str, words: str) -> dict[str, int]:
+    """Return all parameters, and those that one token uses. words: overrides."""
     from scmoe.training.assembly.model import build_model_on_meta
     from scmoe.training.run.printout import count_parameters, total_and_active
 
-    config = load(f"configs/model/{preset}.yaml", ARCHITECTURES[architecture].split())
+    config = load(f"configs/model/{preset}.yaml", words.split())
     total, active = total_and_active(count_parameters(build_model_on_meta(config)))
     return {"total": total, "active": active}
 
 
 def parameters_table(counts: dict[str, dict[str, dict[str, int]]]) -> Table:
-    numbers = [Column(name, justify="right") for name in ("total", "active per token", "paper")]
+    numbers = [Column(name, justify="right") for name in ("total", "active per token", "published")]
     made = Table("preset", "architecture", *numbers, title="parameters", title_justify="left", title_style="bold")
-    for preset, rows in counts.items():
-        for i, (architecture, sizes) in enumerate(rows.items()):
-            paper, name = PAPER.get((preset, architecture), ""), preset if i == 0 else ""
-            made.add_row(name, architecture, f"{sizes['total']:,}", f"{sizes['active']:,}", paper)
+    for preset, each in counts.items():
+        for i, (architecture, sizes) in enumerate(each.items()):
+            published, name = PUBLISHED.get((preset, architecture), ""), preset if i == 0 else ""
+            made.add_row(name, architecture, f"{sizes['total']:,}", f"{sizes['active']:,}", published)
         made.add_section()
     return made
 

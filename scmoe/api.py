@@ -69,12 +69,14 @@ def ScMoEBlock(
     dropout: float = 0.0,
     expert_slot: int | None = None,
     chunks: int = 1,
+    inside_attention: bool = False,
     group: Any = None,
 ) -> ShortcutBlock:
     """Return a pair of Transformer blocks, causal and pre-norm, whose experts read the tap (Eq. 7-10).
 
     It is called as y, stats = block(x) for x of [batch, sequence, dim].
-    position: pos1 | pos2 | pos3. combine: direct_add | cg1 | cg2. expert_slot, chunks: those of `Schedule`.
+    position: pos1 | pos2 | pos3. combine: direct_add | cg1 | cg2. expert_slot, chunks,
+    inside_attention: those of `Schedule`.
     """
     if position not in POSITIONS:  # the others need a block before
         raise ValueError(f"position is {position!r}, allowed: {' | '.join(POSITIONS)}")
@@ -86,7 +88,7 @@ def ScMoEBlock(
         [Residual(nn.LayerNorm(dim), parts[name](), nn.Dropout(dropout)) for name in SUBLAYERS],
         nn.LayerNorm(dim),
         MoE(dim, num_experts, top_k, ffn_dim=ffn_dim, capacity_factor=capacity_factor, group=group),
-        Schedule("scmoe", position, expert_slot, chunks),
+        Schedule("scmoe", position, expert_slot, chunks, inside_attention),
         nn.Dropout(dropout),
         tap_norm=nn.LayerNorm(dim),
         shared_expert=MLP(dim, ffn_dim),

@@ -266,6 +266,7 @@ def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) ->
             "gain": middle(times[block, shape, "sequential"] / times[block, shape, auto]),
             "ways": {name: middle(ratios[name]) for name in WAYS},
             "slots": {name: schedules[block, shape, name].slot for name in OVERLAPPED},
+            "inside_attention": {name: schedules[block, shape, name].inside_attention for name in OVERLAPPED},
         }
 
     def row(block: str) -> dict[str, Any]:

@@ -255,7 +255,7 @@ def say(line: str) -> None:
 class Measured(NamedTuple):
     """What was measured at one load. rate: Bench.set_rate's, None without one. By row: the planner's choice, the best
     variant, the planner's, and the memory of a step in MB. times: of each variant, of all loads. gradients: by block
-    (Bench.gradients). iterations: timed in all. dropped: share of copies, by row."""
+    (Bench.gradients). iterations: timed in all. dropped: share of copies, by row. finalists: by row."""
 
     rate: float | None
     choices: dict[str, LayerChoice]
@@ -267,6 +267,7 @@ class Measured(NamedTuple):
     iterations: int
     load: str = BALANCED
     dropped: Mapping[str, float] = {}
+    finalists: Mapping[str, Sequence[Variant]] = {}
 
 
 def way_of(found: Measured, block: str, way: str, load: str | None = None) -> Seconds:
@@ -298,6 +299,9 @@ def measure_loads(rank: int, world_size: int, setting: Setting) -> dict[str, Mea
     chosen = {at: Variant(ROWS[at[1]][0], choice.schedule, load=at[0]) for at, choice in choices.items()}
     tried = bench.rounds(chain(*candidates.values()), TRIALS, "trying every schedule: ")
     finalists = {at: [*nearest(variants, tried), chosen[at]] for at, variants in candidates.items()}
+    for at, variants in candidates.items():
+        for own in of_each_kind(variants):
+            finalists[at] += nearest(own, tried)[:1]
     ways = ("sequential", "free", "alone") if setting.level == "iteration" else ("sequential", "free")
     blocks = [(block, default_schedule(block)) for block in bench.stacks]
     references = [Variant(*block, way, load) for load in bench.inputs for block in blocks for way in ways]
@@ -325,9 +329,18 @@ def measure_loads(rank: int, world_size: int, setting: Setting) -> dict[str, Mea
             bench.iterations,
             load,
             of(load, dropped),
+            of(load, finalists),
         )
         for load in bench.inputs
     }
+
+
+def of_each_kind(variants: Iterable[Variant]) -> list[list[Variant]]:
+    """The variants whose experts run between operators, and those inside attention, if there are any."""
+    kinds: dict[bool, list[Variant]] = {}
+    for variant in variants:
+        kinds.setdefault(variant.schedule.inside_attention, []).append(variant)
+    return [kinds[inside] for inside in sorted(kinds)]
 
 
 def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> list[Variant]:

@@ -16,7 +16,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench import uneven
 from scmoe.experiments.bench.exchange import why_no_nodes
 from scmoe.experiments.bench.loads import BALANCED, Place, imbalance, kinds_of, load_of, why_impossible
-from scmoe.experiments.bench.overlap import Measured, measure_loads, through_link, way_of
+from scmoe.experiments.bench.overlap import Measured, measure_loads, of_each_kind, through_link, way_of
 from scmoe.experiments.bench.pairs import ROWS, TOP_K, USUAL_RATIO, Setting
 from scmoe.experiments.bench.speed_chart import draw, ranks_of
 from scmoe.experiments.bench.stacks import rows_of_layout
@@ -204,8 +204,11 @@ def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str
         "overlap_forward": middle(overlap_efficiency(own.forward, sequential.forward, free.forward)),
         "overlap_backward": middle(overlap_efficiency(own.backward, sequential.backward, free.backward)),
         "slot": schedule.slot,
+        "inside_attention": schedule.inside_attention,
         "chunks": schedule.chunks,
         "auto_slot": chosen.schedule.slot,
+        "auto_inside_attention": chosen.schedule.inside_attention,
+        "inside_gain": inside_gain(found, name),
         "auto_chunks": chosen.schedule.chunks,
         "auto_over_best": middle(found.times[chosen].train / own.train),
         "measured_over_model": middle(own.train) / (middle(free.train) + exposed),
@@ -220,6 +223,21 @@ def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str
         least = least_times(setting, ranks, found, block)
         row |= {"limit_train": middle(top2.train / least), "of_limit": middle(least / own.train)}
     return row
+
+
+def inside_gain(found: Measured, row: str) -> dict[str, Any] | None:
+    """Return what experts inside attention gain: the time of the row's best schedule between operators over that of its
+    best one inside, as quartiles with the median between them. None: the window has no attention."""
+    kinds = of_each_kind(found.finalists.get(row, ()))
+    if len(kinds) < 2:
+        return None
+    whole, inside = (min(own, key=lambda v: middle(found.times[v].train)) for own in kinds)
+    return {
+        "forward": all_quartiles(found.times[whole].forward / found.times[inside].forward),
+        "train": all_quartiles(found.times[whole].train / found.times[inside].train),
+        "between": f"{whole.schedule.place} x {whole.schedule.chunks}",
+        "inside": f"{inside.schedule.place} x {inside.schedule.chunks}",
+    }
 
 
 def has_limit(setting: Setting, found: Measured) -> bool:
@@ -283,7 +301,9 @@ def show(report: dict[str, Any]) -> None:
         "hidden fwd": "{overlap_forward:.0%}",
         "bwd": "{overlap_backward:.0%}",
         "slot x chunks": "{slot} x {chunks}",
+        "inside": "{inside_attention}",
         "auto": "{auto_slot} x {auto_chunks}",
+        "auto inside": "{auto_inside_attention}",
         "/ best": "{auto_over_best:.3f}",
         "/ model": "{measured_over_model:.3f}",
         "peak": "{peak_mb:.0f} MB",

@@ -12,7 +12,7 @@ from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP, Attention, Residual
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench.emulated import EmulatedExperts, EmulatedOperator
+from scmoe.experiments.bench.emulated import EmulatedAttention, EmulatedExperts, EmulatedOperator
 from scmoe.experiments.bench.loads import Now, Place, deal
 from scmoe.experiments.bench.pairs import TOP_K, Setting, default_schedule
 from scmoe.experiments.engine.step import Step
@@ -37,7 +37,7 @@ def make_block(name: str, setting: Setting, group: Any, now: Now) -> MoEBlock:
 
     def attention() -> nn.Module:
         weights = weighs * 4 * s.dim**2
-        return EmulatedOperator(s.attention_ms, weights, s.tokens) if emulated else Attention(s.dim, s.heads)
+        return EmulatedAttention(s.attention_ms, weights, s.tokens) if emulated else Attention(s.dim, s.heads)
 
     def mlp() -> nn.Module:
         weights = weighs * 2 * s.dim * s.ffn_dim

@@ -66,7 +66,7 @@ def draw_plan(run_dir: Path) -> dict[str, Any]:
         rows = {}
         for layer, choice in enumerate(choices, 1):
             schedule = choice.schedule
-            title = f"MoE layer {layer}: {schedule.name}, slot {schedule.slot}, {schedule.chunks} chunk(s)"
+            title = f"MoE layer {layer}: {schedule.name}, {schedule.place}, {schedule.chunks} chunk(s)"
             rows[f"MoE layer {layer}, sequential"] = planned_spans(choice, direction, sequential=True)
             rows[title] = planned_spans(choice, direction, sequential=False)
         picture = run_dir / "analysis" / f"plan-{direction}.png"

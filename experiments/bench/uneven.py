@@ -25,7 +25,10 @@ from scmoe.schedule.cost import OperatorTimes, elapsed_time, exposed_time, per_c
 from scmoe.schedule.play import elapsed, play_ranks, shares
 from scmoe.schedule.schedule import Schedule
 
-KEPT = ("overlap_forward", "overlap_backward", "forward_speedup", "train_speedup", "slot", "chunks")  # of the balanced
+KEPT = (  # of the balanced
+    *("overlap_forward", "overlap_backward", "forward_speedup", "train_speedup"),
+    *("slot", "inside_attention", "chunks"),
+)
 
 
 def beside_balanced(

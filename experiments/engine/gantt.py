@@ -5,6 +5,7 @@ from pathlib import Path
 
 from scmoe.probes.charts import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, SMALL, chart, heading
 from scmoe.schedule.play import Span, elapsed
+from scmoe.schedule.schedule import PARTS
 
 COLORS = {"attention": BLUE, "mlp": SKY, "shared_expert": GREEN, "experts": ORANGE, "dispatch": RED, "combine": PURPLE}
 OTHER = "#bab0ac"
@@ -19,7 +20,8 @@ def draw(timelines: Mapping[str, Sequence[Span]], path: Path, words: str, unit: 
         for i, (name, spans) in enumerate(timelines.items()):
             for span in spans:
                 row, length = -(3 * i + (1 if span.is_transfer else 0)), span.end - span.start
-                color = COLORS.get(span.operator, OTHER)
+                whole = "attention" if span.operator in PARTS else span.operator
+                color = COLORS.get(whole, OTHER)
                 axis.barh(row, length, left=span.start, height=0.9, color=color, edgecolor="white")
                 label = span.operator.replace("_", "\n")
                 if length > 0.0155 * end * (1 + max(map(len, label.split("\n")))):  # room for the letters

@@ -33,10 +33,7 @@ class DoubleGateBlock(MoEBlock):
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
         x_BSD = self.before_tap(x_BSD, *cache)
         preceding = self.moe.begin(self.tap_norm(x_BSD), mask_BS, self.schedule.chunks)
-        for slot, sublayer in enumerate(self.after_tap()):
-            if slot == self.schedule.slot:
-                preceding = self.moe.run_experts(preceding)
-            x_BSD = self.operator(self.schedule.window[slot], sublayer, x_BSD, *cache)
+        x_BSD, preceding = self.through_window(x_BSD, preceding, *cache)
         if self.schedule.slot == len(self.schedule.window):
             preceding = self.moe.run_experts(preceding)
         arguments = self.norm(x_BSD), mask_BS, self.schedule.chunks, preceding.routing.topk_ids_TK

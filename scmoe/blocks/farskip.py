@@ -51,10 +51,13 @@ class FarSkipBlock(MoEBlock):
         """carry: Y_l, the stream without the preceding routed output; None: in the first block, X_0."""
         u_BSD, (attention,) = self.norm(x_BSD), self.after_tap()
         state = self.moe.begin(u_BSD, mask_BS, self.schedule.chunks)
-        if self.schedule.slot == 0:
-            state = self.moe.run_experts(state)
-        attend = partial(attention, onto=x_BSD)
-        h_BSD = self.operator("attention", attend, x_BSD if carry is None else carry, *cache)
+        routed_free_BSD = x_BSD if carry is None else carry
+        if self.schedule.inside_attention:
+            h_BSD, state = self.around_experts(attention, routed_free_BSD, state, *cache, onto=x_BSD)
+        else:
+            if self.schedule.slot == 0:
+                state = self.moe.run_experts(state)
+            h_BSD = self.operator("attention", partial(attention, onto=x_BSD), routed_free_BSD, *cache)
         if self.schedule.slot == 1:
             state = self.moe.run_experts(state)
         y_BSD = h_BSD + self.after(self.operator("shared_expert", self.shared_expert, u_BSD))

@@ -11,10 +11,11 @@ A cache holds c and turn(r) of each token instead of keys and values of all head
 W_kvb is applied to queries and results instead of to every latent of the cache: q_h (W_k c) = (q_h W_k) c.
 
 s_q, s_kv: sqrt(D / rank) in LongCat-Flash, else 1. The gate is Instella's. The norms have an epsilon of their own. The
-turned features are adjacent pairs. YaRN is left out.
+turned features are adjacent pairs. With YaRN the scores are multiplied by (0.1 ln factor + 1)^2, as in DeepSeek-V3.
 Letters of dims here: c latent, n nope, r rope, v value, L tokens in the cache.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scmoe.blocks.kv_cache import KVCache
-from scmoe.blocks.sublayers import Rotary, SelfAttention
+from scmoe.blocks.sublayers import PartedAttention, Rotary
 
 LATENT_EPS = 1e-6  # of both norms, in every published model
 
@@ -37,7 +38,7 @@ class LatentSizes(NamedTuple):
     value_dim: int
 
 
-class LatentAttention(SelfAttention):
+class LatentAttention(PartedAttention):
     """Causal. scaled: the latents are multiplied by sqrt(dim / rank). gated: the heads' results by a sigmoid of x."""
 
     def __init__(
@@ -48,6 +49,7 @@ class LatentAttention(SelfAttention):
         if rope % 2:
             raise ValueError(f"rope_dim is {rope}, allowed: even numbers, as positions turn pairs of features")
         self.dim, self.heads, self.sizes, self.rotary = dim, heads, sizes, rotary
+        self.scale = (nope + rope) ** -0.5 * (0.1 * math.log(rotary.yarn_factor) + 1) ** 2
         self.q_scale, self.kv_scale = ((dim / rank) ** 0.5 if scaled and rank else 1.0 for rank in (q_rank, kv_rank))
         self.q_down = None if q_rank is None else nn.Linear(dim, q_rank, bias=False)
         self.q_norm = None if q_rank is None else nn.RMSNorm(q_rank, LATENT_EPS)
@@ -58,7 +60,7 @@ class LatentAttention(SelfAttention):
         self.gate = nn.Linear(dim, heads * value, bias=False) if gated else None
         self.out = nn.Linear(heads * value, dim, bias=False)
 
-    def forward(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
+    def core(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
         """cache: has the latents of the tokens before x; those of x are appended."""
         positions = None if cache is None else cache.positions_BS[:, None]
         q_BHSn, q_BHSr = self.queries(x_BSD)
@@ -71,7 +73,7 @@ class LatentAttention(SelfAttention):
         attend = self.of_latents if "is_causal" in seen else self.in_latents
         y_BHSv = attend(q_BHSn, q_BHSr, c_B1Sc, k_B1Sr, seen)
         y_BSv = y_BHSv.transpose(1, 2).flatten(2)
-        return self.out(y_BSv if self.gate is None else y_BSv * self.gate(x_BSD).sigmoid())
+        return y_BSv if self.gate is None else y_BSv * self.gate(x_BSD).sigmoid()
 
     def queries(self, x_BSD: Tensor) -> list[Tensor]:
         """[B, H, S, nope] and [B, H, S, rope], which is not turned yet."""
@@ -87,18 +89,19 @@ class LatentAttention(SelfAttention):
         kv_BHSd = self.kv_up(c_B1Sc[:, 0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_BHSn, v_BHSv = kv_BHSd.split([self.sizes.nope_dim, self.sizes.value_dim], -1)
         k_BHSd = torch.cat([k_BHSn, k_B1Sr.expand(-1, self.heads, -1, -1)], -1)
-        return F.scaled_dot_product_attention(torch.cat([q_BHSn, q_BHSr], -1), k_BHSd, v_BHSv, **seen)
+        q_BHSd = torch.cat([q_BHSn, q_BHSr], -1)
+        return F.scaled_dot_product_attention(q_BHSd, k_BHSd, v_BHSv, **seen, scale=self.scale)
 
     def in_latents(
         self, q_BHSn: Tensor, q_BHSr: Tensor, c_B1Lc: Tensor, k_B1Lr: Tensor, seen: dict[str, Any]
     ) -> Tensor:
         """The same without keys and values of the L tokens: queries meet latents, and the results are multiplied."""
-        nope, rope, value = self.sizes[2:]
+        nope, _, value = self.sizes[2:]
         w_Hnc, w_Hvc = self.kv_up.weight.unflatten(0, (self.heads, -1)).split([nope, value], 1)
         q_BHSd = torch.cat([q_BHSn @ w_Hnc, q_BHSr], -1)
         k_BHLd = torch.cat([c_B1Lc, k_B1Lr], -1).expand(-1, self.heads, -1, -1)
-        c_BHLc, scale = c_B1Lc.expand(-1, self.heads, -1, -1), (nope + rope) ** -0.5
-        y_BHSc = F.scaled_dot_product_attention(q_BHSd, k_BHLd, c_BHLc, **seen, scale=scale)
+        c_BHLc = c_B1Lc.expand(-1, self.heads, -1, -1)
+        y_BHSc = F.scaled_dot_product_attention(q_BHSd, k_BHLd, c_BHLc, **seen, scale=self.scale)
         return y_BHSc @ w_Hvc.mT
 
     def turn(self, x_Sd: Tensor, positions_S: Tensor | None) -> Tensor:

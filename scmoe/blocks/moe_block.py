@@ -6,14 +6,17 @@ Each architecture's forward fills this line with its own terms: standard.py, sho
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from scmoe.blocks.kv_cache import KVCache
+from scmoe.blocks.sublayers import is_parted
 from scmoe.moe.dispatcher import Dispatcher
 from scmoe.moe.operators import Operators, Recorder
-from scmoe.moe.stream import MoEStream
-from scmoe.schedule.schedule import SUBLAYERS, Schedule
+from scmoe.moe.stream import MoEStream, StreamState
+from scmoe.schedule.schedule import PARTS, SUBLAYERS, Schedule
 
 
 class MoEBlock(Operators):
@@ -64,17 +67,54 @@ class MoEBlock(Operators):
         self.moe, self.after = moe, after or nn.Identity()
         self.schedule, self.coefficient_reads_tap = schedule, coefficient_reads_tap
         self.tap = len(sublayers) - after_tap  # index of the sub-layer after the tap; without a tap, their number
+        self.check(schedule)
 
     def run_as(self, schedule: Schedule, dispatcher: Dispatcher, recorder: Recorder | None = None) -> None:
         """Sets how the block runs: slot and chunks, how rows travel, and what notes the operators' times."""
         assert schedule.name == self.schedule.name, "a block keeps its architecture and its tap"
+        self.check(schedule)
         self.schedule, self.recorder = schedule, recorder
         self.moe.dispatcher, self.moe.recorder = dispatcher, recorder
+
+    def check(self, schedule: Schedule) -> None:
+        """ValueError: the schedule runs experts inside an attention that has no two parts."""
+        if schedule.inside_attention and not is_parted(attention := self.after_tap()[schedule.slot]):
+            name = type(getattr(attention, "f", attention)).__name__
+            raise ValueError(f"schedule.inside_attention is True, allowed for attention by {name}: False")
+
+    @property
+    def divided(self) -> Schedule:
+        """The schedule at the slot where all its operators can be timed: inside the window's first attention, if every
+        attention there has two parts. Else the schedule as it is."""
+        slots, sublayers = self.schedule.attentions, self.after_tap()
+        if not slots or not all(is_parted(sublayers[slot]) for slot in slots):
+            return self.schedule
+        return replace(self.schedule, expert_slot=slots[0], inside_attention=True)
 
     def before_tap(self, x_BSD: Tensor, *cache: KVCache) -> Tensor:
         for name, sublayer in zip(SUBLAYERS, list(self.sublayers)[: self.tap], strict=False):
             x_BSD = self.operator(name, sublayer, x_BSD, *cache)
         return x_BSD
+
+    def through_window(self, x_BSD: Tensor, state: StreamState, *cache: KVCache) -> tuple[Tensor, StreamState]:
+        """Run the sub-layers after the tap; and the experts, where their slot is before or inside one of these."""
+        for slot, sublayer in enumerate(self.after_tap()):
+            if slot == self.schedule.slot and self.schedule.inside_attention:
+                x_BSD, state = self.around_experts(sublayer, x_BSD, state, *cache)
+                continue
+            if slot == self.schedule.slot:
+                state = self.moe.run_experts(state)
+            x_BSD = self.operator(self.schedule.window[slot], sublayer, x_BSD, *cache)
+        return x_BSD, state
+
+    def around_experts(
+        self, attention: Any, x_BSD: Tensor, state: StreamState, *cache: KVCache, onto: Tensor | None = None
+    ) -> tuple[Tensor, StreamState]:
+        """Run an attention sub-layer in two parts, and the experts between them. onto: as Residual's."""
+        core, out = PARTS
+        core_BSv = self.operator(core, attention.core, x_BSD, *cache)
+        state = self.moe.run_experts(state)
+        return self.operator(out, lambda core_BSv: attention(x_BSD, onto=onto, core=core_BSv), core_BSv), state
 
     def after_tap(self) -> list[nn.Module]:
         """The sub-layers of the window, in order: sub-layer i runs right after slot i."""

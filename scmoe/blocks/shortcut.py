@@ -48,10 +48,7 @@ class ShortcutBlock(MoEBlock):
             raise ValueError(f"carry is {type(carry).__name__}, allowed for {self.schedule.name}: {allowed}")
         tap_BSD = self.tap_norm(x_BSD if carry is None else carry)
         state = self.moe.begin(tap_BSD, mask_BS, self.schedule.chunks)
-        for slot, sublayer in enumerate(self.after_tap()):
-            if slot == self.schedule.slot:
-                state = self.moe.run_experts(state)
-            x_BSD = self.operator(self.schedule.window[slot], sublayer, x_BSD, *cache)
+        x_BSD, state = self.through_window(x_BSD, state, *cache)
         u_BSD = self.norm(x_BSD)
         if self.schedule.slot == len(self.schedule.window) - 1:
             state = self.moe.run_experts(state)

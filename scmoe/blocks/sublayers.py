@@ -1,5 +1,6 @@
 """The parts of a Transformer block: attention with rotary positions, MLP, and the residual sub-layer around each."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ from scmoe.blocks.kv_cache import KVCache
 from scmoe.moe.activation import ACTIVATIONS
 from scmoe.moe.experts import Experts
 
+YARN_POSITIONS, MOST_TURNS = 4096, 32  # in every published model with YaRN that we read
+
 
 class Rotary(nn.Module):
     """Rotary position embedding (RoPE) in LLaMA's form: features i and i + d/2 of a head are turned as one plane.
@@ -21,22 +24,38 @@ class Rotary(nn.Module):
     So the product of a query and a key depends on their distance only. It turns [..., S, d] with an even d, and has no
     weights. Each call computes the angles again, in float32 or wider: no buffer exists that a change of dtype could
     round.
+
+    yarn_factor: above 1, planes that turn less than once in 4096 positions turn as many times slower, planes that turn
+    32 times or more are as before, and those between are interpolated (YaRN, arXiv 2309.00071, section 3.2).
     """
 
-    def __init__(self, theta: float = 10000.0) -> None:
+    def __init__(self, theta: float = 10000.0, yarn_factor: float = 1.0) -> None:
         super().__init__()
-        self.theta = theta
+        self.theta, self.yarn_factor = theta, yarn_factor
 
     def forward(self, x_Sd: Tensor, positions_S: Tensor | None = None) -> Tensor:
         """positions_S: may have dimensions before S, as x; None: 0 to S - 1."""
         seq_len, size = x_Sd.shape[-2:]
         wide = torch.promote_types(x_Sd.dtype, torch.float32)
         powers_d = torch.arange(0, size, 2, device=x_Sd.device).to(wide) / size
+        speeds_d = self.theta**-powers_d
+        if self.yarn_factor != 1:
+            speeds_d = speeds_d * (1 - self.slowed(size, speeds_d) * (1 - 1 / self.yarn_factor))
         positions_S = torch.arange(seq_len, device=x_Sd.device) if positions_S is None else positions_S
-        angles_Sd = positions_S.to(wide)[..., None] * self.theta**-powers_d
+        angles_Sd = positions_S.to(wide)[..., None] * speeds_d
         cos_Sd, sin_Sd = angles_Sd.cos(), angles_Sd.sin()
         a_Sd, b_Sd = x_Sd.chunk(2, dim=-1)
         return torch.cat([a_Sd * cos_Sd - b_Sd * sin_Sd, b_Sd * cos_Sd + a_Sd * sin_Sd], dim=-1).to(x_Sd.dtype)
+
+    def slowed(self, size: int, speeds_d: Tensor) -> Tensor:
+        """How far each plane is slowed down, 0 to 1: a ramp from the plane that turns 32 times to that of one turn."""
+
+        def plane(turns: int) -> float:
+            return size * math.log(YARN_POSITIONS / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        first = max(math.floor(plane(MOST_TURNS)), 0)
+        last = max(min(math.ceil(plane(1)), size - 1), first + 0.001)  # the ramp may be a step
+        return ((torch.arange(size // 2, device=speeds_d.device) - first) / (last - first)).clamp(0, 1).to(speeds_d)
 
 
 class SelfAttention(nn.Module):
@@ -58,7 +77,19 @@ class SelfAttention(nn.Module):
         raise NotImplementedError
 
 
-class Attention(SelfAttention):
+class PartedAttention(SelfAttention):
+    """Attention in two parts, between which a schedule can run experts."""
+
+    def core(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The heads' results of each row: all up to the output projection. cache: has what it keeps of the tokens
+        before x; that of x is appended."""
+        raise NotImplementedError
+
+    def forward(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
+        return self.out(self.core(x_BSD, cache))
+
+
+class Attention(PartedAttention):
     """Causal multi-head self-attention, softmax(Q K^T / sqrt(D/H)) V. Flash attention where torch has it.
 
     kv_heads: heads of K and V, each read by heads / kv_heads of Q (grouped-query attention); None: as many as heads.
@@ -79,7 +110,7 @@ class Attention(SelfAttention):
         self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * (dim // heads), bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
 
-    def forward(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
+    def core(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
         """cache: has the keys and values of the tokens before x; those of x are appended."""
         if x_BSD.dim() != 3:
             raise ValueError(f"x has the shape {tuple(x_BSD.shape)}, allowed: (batch, sequence, {self.dim})")
@@ -93,7 +124,7 @@ class Attention(SelfAttention):
             k_BHSd, v_BHSd, seen = cache.extend(self, k_BHSd, v_BHSd)
         grouped = self.kv_heads < self.heads
         y_BHSd = F.scaled_dot_product_attention(q_BHSd, k_BHSd, v_BHSd, **seen, enable_gqa=grouped)
-        return self.out(y_BHSd.transpose(1, 2).flatten(2))
+        return y_BHSd.transpose(1, 2).flatten(2)
 
     def context(self, seq_len: int) -> int:
         return seq_len
@@ -118,14 +149,31 @@ class MLP(nn.Module):
 class Residual(nn.Module):
     """x + after(f(norm(x))). Pre-norm: a norm, and dropout after. Post-norm: no norm before, and the norm after.
 
-    onto: what the result is added to instead of x (FarSkip)."""
+    onto: what the result is added to instead of x (FarSkip).
+    core: the result of `core` for x; what is left to compute is attention's output projection, and the sum."""
+
+    f: Any
 
     def __init__(self, norm: nn.Module, f: nn.Module, after: nn.Module | None = None) -> None:
         super().__init__()
         self.norm, self.f, self.after = norm, f, after or nn.Identity()
 
-    def forward(self, x_BSD: Tensor, *cache: KVCache, onto: Tensor | None = None) -> Tensor:
-        return (x_BSD if onto is None else onto) + self.after(self.f(self.norm(x_BSD), *cache))
+    @property
+    def parted(self) -> bool:
+        return isinstance(self.f, PartedAttention)
+
+    def core(self, x_BSD: Tensor, *cache: KVCache) -> Tensor:
+        """The first part of an attention sub-layer; forward with the result is the second."""
+        return self.f.core(self.norm(x_BSD), *cache)
+
+    def forward(self, x_BSD: Tensor, *cache: KVCache, onto: Tensor | None = None, core: Tensor | None = None) -> Tensor:
+        y_BSD = self.f(self.norm(x_BSD), *cache) if core is None else self.f.out(core)
+        return (x_BSD if onto is None else onto) + self.after(y_BSD)
+
+
+def is_parted(sublayer: nn.Module) -> bool:
+    """Whether a sub-layer can be called in two parts, as a Residual of a PartedAttention can."""
+    return getattr(sublayer, "parted", False) is True
 
 
 def outermost(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:
@@ -152,8 +200,11 @@ def recompute_activations(model: nn.Module) -> None:
     Routing, layout and transfers are not repeated in backward: a second routing could differ (noise, ties), and a
     second transfer would cost the time that the shortcut hides.
     """
+    module: Any
     for module in outermost(model, (Residual, MLP, Experts)):
         module.forward = recomputed(module.forward)
+        if is_parted(module):
+            module.core = recomputed(module.core)
 
 
 def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -25,6 +25,7 @@ class LatentConfig:
     value_dim: int = option(128, "features of a head's values", WIDTH)
     scaled: bool = option(False, "multiply the latents by sqrt(dim / rank), as LongCat-Flash does")
     gated: bool = option(False, "multiply the heads' results by a sigmoid of the input, as Instella does")
+    yarn_factor: float = option(1.0, "slow down positions for longer texts than 4096 tokens (YaRN)", Range(1, 1000))
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class ModelConfig:
     activation: Literal["gelu", "gelu_tanh", "swiglu"] | None = option(
         None, "activation in MLPs and experts; gelu_tanh: as in GPT-2; null: swiglu for llama, else gelu"
     )
+    norm_eps: float = option(1e-5, "llama: epsilon of the norms, except those of latents", Range(0, 1, "least"))
+    rope_theta: float = option(10000.0, "llama: base of the angles of rotary positions (theta)", Range(1, 1e9, "least"))
     dropout: float = option(0.0, "dropout probability after each sub-layer and on the embeddings", BELOW_1)
     patch_size: int = option(4, "swin: width of a patch in pixels", PIXELS)
     window: int = option(12, "swin: width of an attention window in tokens, at most the feature map's", PIXELS)
@@ -94,6 +97,9 @@ class MoEConfig:
 class ScheduleConfig:
     auto: bool = option(False, "measure operators in the first steps, then choose. Short form: schedule=auto")
     slot: int | None = option(None, "backbone operators before the experts; null: half of the window", Range(0, 64))
+    inside_attention: bool = option(
+        False, "run the experts inside the attention after the slot, before its output projection; slot null: the last"
+    )
     chunks: int | None = option(None, "pipelined chunks of the MoE stream; null: 1 or auto's choice", Range(1, 1024))
 
 

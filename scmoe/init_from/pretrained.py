@@ -18,7 +18,8 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import flatten, leaves, show
 from scmoe.config.registry import ARCHITECTURES, FAMILIES
 from scmoe.config.rules import ACTIVATIONS, SHORTCUTS
-from scmoe.init_from.families import READERS, in_our_layout
+from scmoe.init_from.families import READERS, family_of
+from scmoe.init_from.names import in_our_layout, is_unread
 from scmoe.parallel.checkpoint.export import read_settings
 
 
@@ -35,6 +36,8 @@ class Checkpoint(NamedTuple):
 def read_export(file: Path) -> Checkpoint:
     """Read a file of `make export`, dense or MoE. Raises ValueError for any other file."""
     settings, stored = read_settings(file), stored_in([file])
+    if settings.get("model.family") == "llama":  # version 0.2.0 had these values only, and no keys for them
+        settings = {"model.norm_eps": 1e-5, "model.rope_theta": 10000.0, **settings}
     weights = {name: tensor.on_meta for name, tensor in stored.items()}
     return Checkpoint(weights, lambda name, e: stored[name].read(e), {name: name for name in stored}, settings, [])
 
@@ -45,18 +48,16 @@ def read_hf(folder: Path) -> Checkpoint:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} has no weights in *.safetensors; other formats are not read")
-    family, stored = config["model_type"], stored_in(files)
+    family, stored = family_of(config), stored_in(files)
     try:
         settings, problems, names = READERS[family](config)
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{folder}: config.json is not that of a {family}: {error!r}") from error
     theirs = {name.removeprefix("transformer.").removeprefix("model."): tensor for name, tensor in stored.items()}
     wanted = {part for parts in names.values() for part in parts}
-    unused: tuple[str, ...] = ("attn.bias", "attn.masked_bias", "rotary_emb.inv_freq")  # masks and angles in old files
-    if config.get("tie_word_embeddings", family == "gpt2"):
-        unused += ("lm_head.weight",)
     problems += [f"{name} is missing" for name in sorted(wanted - theirs.keys())]
-    problems += [f"{name} is unknown" for name in sorted(theirs.keys() - wanted) if not name.endswith(unused)]
+    further = sorted(theirs.keys() - wanted)
+    problems += [f"{name} is unknown" for name in further if not is_unread(family, config, name)]
     experts = settings.get("moe.num_experts", 0)
 
     def read(ours: str, expert: int | None) -> Tensor:
@@ -79,10 +80,10 @@ def read_hf(folder: Path) -> Checkpoint:
 
 
 def read_config(folder: Path, families: tuple[str, ...]) -> dict[str, Any]:
-    """Return the content of config.json. ValueError: there is none, or its model_type is none of these families."""
+    """Return the content of config.json. ValueError: there is none, or its model is of none of these families."""
     try:
         content: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        family = content["model_type"]
+        family = family_of(content)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder}: config.json cannot be read: {error!r}") from error
     if family not in families:
@@ -145,6 +146,8 @@ def model_settings(config: Config) -> dict[str, Any]:
         keys += ["model.patch_size", "model.window", "data.image_size", "data.num_classes"]
     else:
         keys += ["model.kv_heads", "model.ffn_dim", "model.activation", "data.vocab_size"]
+    if config.model.family == "llama":
+        keys += ["model.norm_eps", "model.rope_theta"]
     keys.append("moe.architecture")
     if config.model.attention == "latent":
         keys += ["model.attention", *(leaf.key for leaf in leaves(config.model.latent, "model.latent."))]

@@ -112,14 +112,17 @@ class GPT(Decoder):
         self.head.weight = self.tokens.weight
 
 
-NORM_EPS = 1e-5  # of every RMSNorm
-
-
 class Llama(Decoder):
     """LLaMA-2: no position embeddings, RMSNorm, output weights of its own, no biases. Rotary positions and
     grouped-query attention are in the blocks (blocks/sublayers.py), SwiGLU in MLPs and experts."""
 
     def __init__(
-        self, vocab_size: int, max_seq_len: int, dim: int, blocks: Sequence[nn.Module], dropout: float = 0.0
+        self,
+        vocab_size: int,
+        max_seq_len: int,
+        dim: int,
+        blocks: Sequence[nn.Module],
+        dropout: float = 0.0,
+        norm_eps: float = 1e-5,
     ) -> None:
-        super().__init__(vocab_size, max_seq_len, dim, blocks, nn.RMSNorm(dim, NORM_EPS), dropout)
+        super().__init__(vocab_size, max_seq_len, dim, blocks, nn.RMSNorm(dim, norm_eps), dropout)

@@ -1,9 +1,10 @@
 """The operators of a block under their names, and a recorder that notes when each one runs.
 
 Operators are what the schedule moves and the planner prices: route, encode, dispatch, experts, combine, decode,
-attention, mlp, shared_expert, current. In a profile they are called scmoe/<name>. With a recorder, an operator runs
-between two edges: identity functions that note the time, in forward when they are passed, in backward when all their
-gradients have arrived. Nothing waits for a device, and results stay bit-identical.
+attention (or its parts attention_core, attention_out), mlp, shared_expert, current. In a profile they are called
+scmoe/<name>. With a recorder, an operator runs between two edges: identity functions that note the time, in forward
+when they are passed, in backward when all their gradients have arrived. Nothing waits for a device, and results stay
+bit-identical.
 """
 
 import threading

@@ -49,7 +49,7 @@ class InferencePlan:
 
     def __str__(self) -> str:
         """One line for `what ran`: the way, and the times by which it was chosen."""
-        slots = sorted({f"slot {schedule.slot} x {schedule.chunks}" for schedule in self.schedules})
+        slots = sorted({f"{schedule.place} x {schedule.chunks}" for schedule in self.schedules})
         way = f"overlapped, {', '.join(slots)} (slot x chunks)" if self.overlapped else "sequential"
         return f"{way}; a pass takes " + ", ".join(f"{1e3 * s:.1f} ms {name}" for name, s in self.seconds.items())
 

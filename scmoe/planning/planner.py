@@ -6,7 +6,7 @@ passes in place of steps, up to `price`.
     warm up     as configured
     measure     transfers one at a time (`Blocking`), some steps with each number of chunks in turn: the time of every
                 operator and transfer, forward and backward
-    price       every slot with each number of chunks, by the times of the slowest rank (pricing.py)
+    price       all of cost.slots with each number of chunks, by the times of the slowest rank (pricing.py)
     try         whole training steps with the candidates of low price in turn, round after round, until one is left:
                 only a step shows what chunks cost in parallel with computation, and how rows and gradients share a link
     agree       every rank chooses; rank 0's choice is broadcast, and each rank compares it with its own
@@ -79,6 +79,7 @@ class Planner:
         self.blocks, self.group, self.device, self.fixed = list(blocks), group, device, fixed
         self.ep_size, self.directions, self.batches = ep_size, directions, batches
         self.own = [block.schedule for block in blocks]
+        self.timed = self.own if fixed else [block.divided for block in blocks]  # what measured steps run, but chunks
         self.chunk_counts = sorted({s.chunks for s in self.own} if fixed else set(chunk_counts))
         assert len(self.chunk_counts) == 1 or not fixed
         self.dispatchers = [block.moe.dispatcher for block in blocks]
@@ -142,7 +143,7 @@ class Planner:
         what, which = self.doing
         schedules = [block.schedule for block in self.blocks]
         if what == "measure":
-            schedules = [replace(schedule, chunks=which) for schedule in self.own]
+            schedules = [replace(schedule, chunks=which) for schedule in self.timed]
         elif what != "warm up":
             choices = self.candidates[which] if what == "try" else self.choices
             schedules = [choice.schedule for choice in choices]
@@ -195,13 +196,15 @@ class Planner:
 
     def agree(self, choices: list[LayerChoice]) -> list[LayerChoice]:
         """Returns the choices, which are the same on every rank. Raises RuntimeError if ranks chose differently."""
-        mine = torch.tensor([[c.schedule.slot, c.schedule.chunks] for c in choices], device=self.device)
+        own = [[c.schedule.slot, c.schedule.inside_attention, c.schedule.chunks] for c in choices]
+        mine = torch.tensor(own, dtype=torch.long, device=self.device)
         first = mine.clone()
         dist.broadcast(first, group_src=0, group=self.group)
         if not torch.equal(first, mine):
             raise RuntimeError(
-                f"rank {dist.get_rank()} chose (slot, chunks) {mine.tolist()}, rank 0 {first.tolist()}; allowed: the "
-                "same on all ranks; set schedule.slot and schedule.chunks instead of schedule.auto"
+                f"rank {dist.get_rank()} chose (slot, inside attention, chunks) {mine.tolist()}, rank 0 "
+                f"{first.tolist()}; allowed: the same on all ranks; set schedule.slot, schedule.inside_attention and "
+                "schedule.chunks instead of schedule.auto"
             )
         return choices
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from scmoe.moe.operators import Direction, Mark, Recorder
 from scmoe.schedule.cost import PER_CHUNK, OperatorTimes, elapsed_time, exposed_time, mismatch, slots
 from scmoe.schedule.play import TRANSFERS, Span
-from scmoe.schedule.schedule import Schedule
+from scmoe.schedule.schedule import PARTS, Schedule
 
 STREAM = ("route", "encode", "dispatch", "experts", "combine", "decode")
-OPERATORS = (*STREAM, "attention", "mlp", "shared_expert", "current")
+OPERATORS = (*STREAM, "attention", *PARTS, "mlp", "shared_expert", "current")
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 ALIKE = 0.98  # of a price: layers that gain less by slots of their own differ by noise
 
@@ -48,8 +48,9 @@ class LayerChoice:
 
     @property
     def eq11(self) -> Schedule:
-        """The schedule at the slot that Eq. 11 would choose."""
-        return min(slots(self.schedule), key=lambda s: mismatch(s, self.times[s.chunks]))
+        """The schedule at the slot that Eq. 11 would choose, which knows whole operators only."""
+        whole = [schedule for schedule in slots(self.schedule) if not schedule.inside_attention]
+        return min(whole, key=lambda s: mismatch(s, self.times[s.chunks]))
 
     @property
     def free(self) -> tuple[float, float]:
@@ -85,9 +86,9 @@ def measured(
     directions: Sequence[Direction] = DIRECTIONS,
 ) -> Tensor:
     """[L, directions, OPERATORS + 2] seconds, equal on all ranks: the time of each operator between the tap and the end
-    of the block, summed over chunks; the time from the tap to the end, had no experts run while a peer still received;
-    and that time as it was. Of the slowest rank as above, the mean over EP groups. Every rank must call it, and
-    `start_clocks` before the operators run.
+    of the block, summed over chunks, and that of the whole attention where it ran in two parts; the time from the tap
+    to the end, had no experts run while a peer still received; and that time as it was. Of the slowest rank as above,
+    the mean over EP groups. Every rank must call it, and `start_clocks` before the operators run.
 
     ep_size: consecutive ranks of `group` that exchange rows; None: all. directions: forward alone is inference."""
     own = [noted(recorder, schedule, directions) for recorder, schedule in zip(recorders, schedules, strict=True)]
@@ -125,6 +126,8 @@ def seconds_of(times_GRdN2: Tensor, schedule: Schedule) -> Tensor:
     for operator in OPERATORS:
         own = took_dN[:, [name == operator for name in names_of(schedule)]]
         seconds.append(own.sum(1) if operator in PER_CHUNK else own.sum(1) / max(1, own.shape[1]))
+    if schedule.inside_attention:
+        seconds[OPERATORS.index("attention")] = sum(seconds[OPERATORS.index(part)] for part in PARTS)
     elapsed_d = (end_GdN.amax(-1) - begin_GdN.amin(-1)).mean(0)
     return torch.stack([*seconds, elapsed_d + hidden_d, elapsed_d], 1)
 
@@ -171,14 +174,17 @@ def price(
 def price_layer(
     chunk_counts: Sequence[int], seconds_C2O: Tensor, own: Schedule, fixed: bool
 ) -> dict[int, list[LayerChoice]]:
-    """The choices of one layer by number of chunks, in the order of slots."""
+    """The choices of one layer by number of chunks, in the order of slots: inside attention too, where its parts were
+    measured."""
     times = {}
     for chunks, directions in zip(chunk_counts, seconds_C2O.tolist(), strict=True):
         times[chunks] = OperatorTimes(*(dict(zip(OPERATORS, seconds, strict=False)) for seconds in directions))
     sequential = tuple(seconds_C2O[0, :, -2].tolist())  # with the fewest chunks
     choices = {}
     for chunks in chunk_counts:
-        schedules = [own] if fixed else slots(replace(own, chunks=chunks))
+        in_parts = times[chunks].forward[PARTS[0]] > 0
+        every = [each for each in slots(replace(own, chunks=chunks)) if in_parts or not each.inside_attention]
+        schedules = [own] if fixed else every
         choices[chunks] = [LayerChoice(schedule, times, sequential) for schedule in schedules]
     return choices
 
@@ -192,7 +198,8 @@ def plan_to_json(choices: Sequence[LayerChoice], conditions: dict[str, Any], ste
     """Return the plan of a run as JSON values, with times in seconds. step: after which it was chosen.
 
     {"step": 27, "conditions": {"ranks": 2, "ep_size": 2, ...},
-     "layers": [{"schedule": {"architecture": "scmoe", "position": "pos2", "expert_slot": 1, "chunks": 2},
+     "layers": [{"schedule": {"architecture": "scmoe", "position": "pos2", "expert_slot": 1, "chunks": 2,
+                   "inside_attention": false},
                  "predicted_s": 0.041, "exposed_s": 0.003, "eq11_slot": 2,
                  "times_s": {"2": {"forward": {"attention": 0.004, ...}, "backward": {...}}},
                  "sequential_s": [0.02, 0.05]}]}

@@ -200,7 +200,7 @@ def passes_of(
     passes = Passes(context.true_on_all_ranks, request.piece)
     blocks = moe_blocks_of(model)
     if not request.plan:
-        as_set = sorted({f"{b.schedule.name}, slot {b.schedule.slot} x {b.schedule.chunks}" for b in blocks})
+        as_set = sorted({f"{b.schedule.name}, {b.schedule.place} x {b.schedule.chunks}" for b in blocks})
         return passes, dict.fromkeys(("prefill", "decode"), "as configured: " + (", ".join(as_set) or "dense"))
     longest = max(map(len, prompts))
     prompt = min(longest, request.piece or longest)

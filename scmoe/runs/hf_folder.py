@@ -10,8 +10,12 @@ config.json is that of transformers' own model where there is an equal one, else
     dense GPT, dense LLaMA                                 gpt2, llama
     LLaMA, top-k in every block, top_k >= 2, renormalised  mixtral
     LLaMA, shared-expert, CG-1                             qwen2_moe
+    LLaMA, shared-expert, latent attention, router deepseek, MoE in every block but leading ones
+                                                           deepseek_v3
+    LLaMA, ScMoE Pos-2, latent attention, router longcat   longcat_flash
     ScMoE, DGMoE and everything else                       scmoe: the classes that `import scmoe.hf` registers
 
+A model is equal where its config.json, read back, gives our settings.
 transformers' models drop no token. So `dropless` is what a folder's configuration means (decision 28).
 """
 
@@ -21,6 +25,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor
 
@@ -28,9 +33,9 @@ from scmoe.config.fields import Config
 from scmoe.config.load import load_text
 from scmoe.config.registry import ARCHITECTURES
 from scmoe.files.replacing import replacing, write_durably
-from scmoe.init_from.families import ALWAYS, KEYS, READERS, in_their_layout
-from scmoe.init_from.pretrained import settings_of
-from scmoe.models.decoder import NORM_EPS
+from scmoe.init_from.families import ALWAYS, KEYS, READERS, YARN, family_of
+from scmoe.init_from.names import in_their_layout, zero_expert_names
+from scmoe.init_from.pretrained import model_settings, settings_of
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import check_same_model, read_named, tensors_of
 from scmoe.parallel.checkpoint.saving import write_whole
@@ -42,6 +47,16 @@ NATIVE = {
     "llama": "LlamaForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "longcat_flash": "LongcatFlashForCausalLM",
+}
+CANDIDATES = {  # model.family, model.attention, moe.architecture: the model_type that may be equal
+    ("gpt", "full", "dense"): "gpt2",
+    ("llama", "full", "dense"): "llama",
+    ("llama", "full", "top_k"): "mixtral",
+    ("llama", "full", "shared_expert"): "qwen2_moe",
+    ("llama", "latent", "shared_expert"): "deepseek_v3",
+    ("llama", "latent", "scmoe"): "longcat_flash",
 }
 GPT2_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 SHARD_BYTES = 5 * 10**9
@@ -137,7 +152,9 @@ def renamed(content: dict[str, Any], ours: str, weight: Tensor) -> Iterator[tupl
         return
     settings, _, names = READERS[family](content)
     parts = in_their_layout(family, ours, weight, names[ours], settings)
-    for name, part in zip(names[ours], parts, strict=True):
+    further = zero_expert_names(ours, names[ours], settings)
+    parts += [torch.zeros_like(parts[0]) for _ in further]
+    for name, part in zip(names[ours] + further, parts, strict=True):
         yield name if name == "lm_head.weight" else f"{'transformer' if family == 'gpt2' else 'model'}.{name}", part
 
 
@@ -179,12 +196,24 @@ def hf_config(config: Config, end_of_text: int | None) -> dict[str, Any]:
 
 def native_config(config: Config) -> dict[str, Any] | None:
     """Return the config.json of transformers' own equal model; None where it has none."""
-    given, model = settings_of(config), config.model
-    activation, family = given["model.activation"], native_family(config)
-    if family is None:
+    moe = config.moe
+    family = CANDIDATES.get((config.model.family, config.model.attention, moe.architecture))
+    has_unsaid_parts = moe.balanced_routing or (moe.router == "softmax" and moe.bias_rate is not None)
+    if family is None or has_unsaid_parts:
         return None
+    content = written(family, config)
+    if READERS[family](content)[1]:
+        return None
+    read = our_config(content, "config.json")
+    return content if model_settings(read) == model_settings(replace(config, extensions=[])) else None
+
+
+def written(family: str, config: Config) -> dict[str, Any]:
+    """Return a config.json of this model_type with all settings that it has words for."""
+    given, model, dense = settings_of(config), config.model, config.moe.leading_dense
     content: dict[str, Any] = {"model_type": family, "architectures": [NATIVE[family]]}
     content |= {theirs: given[ours] for ours, theirs in KEYS[family].items()}
+    activation = given["model.activation"]
     if family == "gpt2":
         return content | {
             "resid_pdrop": model.dropout,
@@ -192,41 +221,28 @@ def native_config(config: Config) -> dict[str, Any] | None:
             "attn_pdrop": 0.0,
             "n_positions": config.data.seq_len,
             "layer_norm_epsilon": 1e-5,
-            "activation_function": GPT2_ACTIVATIONS[activation],
+            "activation_function": GPT2_ACTIVATIONS.get(activation, activation),
         }
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
+    if model.latent.yarn_factor != 1:
+        rope |= {"rope_type": "yarn", "factor": model.latent.yarn_factor, **YARN}
     content |= ALWAYS[family] | {
         "max_position_embeddings": config.data.seq_len,
-        "rms_norm_eps": NORM_EPS,
-        "rope_theta": 10000.0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "hidden_act": "silu",
+        "rope_parameters": rope,
+        "hidden_act": "silu" if activation == "swiglu" else activation,
         "tie_word_embeddings": False,
     }
     if family == "qwen2_moe":
-        width = given["model.ffn_dim"]
+        width = given["moe.ffn_dim"]
         content |= {"moe_intermediate_size": width, "shared_expert_intermediate_size": width}
         content["norm_topk_prob"] = config.moe.renormalise and config.moe.top_k > 1
+    if family == "deepseek_v3":
+        content["num_key_value_heads"] = model.heads
+        content |= {"first_k_dense_replace": len(dense), "intermediate_size": (dense or [given["model.ffn_dim"]])[0]}
+        content |= {"n_shared_experts": given["model.ffn_dim"] // given["moe.ffn_dim"], "num_nextn_predict_layers": 0}
+    if family == "longcat_flash":
+        content |= {"num_layers": model.layers // 2, "head_dim": model.latent.rope_dim}
     return content
-
-
-def native_family(config: Config) -> str | None:
-    """Return the model_type of transformers' own equal model; None where it has none."""
-    moe, given = config.moe, settings_of(config)
-    activation, dense = given["model.activation"], moe.architecture == "dense"
-    if config.model.attention != "full" or moe.after_norm:
-        return None
-    if config.model.family == "gpt":
-        equal = dense and given["model.kv_heads"] == config.model.heads and activation in GPT2_ACTIVATIONS
-        return "gpt2" if equal else None
-    if dense:
-        return "llama" if activation == "swiglu" else None
-    other_router = moe.noisy or moe.balanced_routing or moe.router != "softmax" or moe.router_scale != 1
-    other_shapes = moe.zero_experts or moe.leading_dense or given["moe.ffn_dim"] != given["model.ffn_dim"]
-    if activation != "swiglu" or other_router or moe.bias_rate is not None or other_shapes:
-        return None
-    if moe.architecture == "top_k" and moe.every == 1 and moe.top_k > 1 and moe.renormalise:
-        return "mixtral"
-    return "qwen2_moe" if moe.architecture == "shared_expert" and moe.combine == "cg1" else None
 
 
 def own_config(config: Config) -> dict[str, Any]:
@@ -254,7 +270,7 @@ def our_config(content: dict[str, Any], source: str) -> Config:
     """Return our configuration for a config.json. ValueError: it has a setting that our models do not support."""
     if content.get("model_type") == OURS:
         return load_text(json.dumps(content["scmoe"]), source)
-    given, problems, _ = READERS[content["model_type"]](content)
+    given, problems, _ = READERS[family_of(content)](content)
     if problems:
         raise ValueError(f"{source}: {'; '.join(problems)}")
     length = content.get("n_positions") or content.get("max_position_embeddings")
@@ -276,6 +292,7 @@ def model_card(config: Config, content: dict[str, Any], step: int, parameters: i
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")' if has_tokenizer else "",
     ]
+    zero = f" + {moe.zero_experts} zero-computation" if moe.zero_experts else ""
     how = {"precision": trainer.precision, "gradient_clip": trainer.gradient_clip, "accumulate": trainer.accumulate}
     sections = {"model": asdict(config.model), "moe": asdict(moe), "optim": asdict(config.optim)}
     return CARD.format(
@@ -288,7 +305,7 @@ def model_card(config: Config, content: dict[str, Any], step: int, parameters: i
         batch=data.global_batch_size,
         seq_len=data.seq_len,
         data=f"the data set {data.path}" if of_hub else f"data.name={data.name}",
-        moe="" if dense else f" Each token goes to {moe.top_k} of {moe.num_experts} experts; none is dropped.",
+        moe="" if dense else f" Each token goes to {moe.top_k} of {moe.num_experts}{zero} experts; none is dropped.",
         loading="".join(f"{line}\n" for line in loading if line),
         settings=yaml.safe_dump({**sections, "trainer": how, "seed": config.seed}, sort_keys=False),
     )

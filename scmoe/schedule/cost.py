@@ -39,21 +39,25 @@ def per_chunk(schedule: Schedule, times: Mapping[str, float]) -> dict[str, float
 
 def exposed_time(schedule: Schedule, times: OperatorTimes) -> float:
     """Part of the elapsed time in which the processor waits for a transfer: all but the time of the computation."""
-    operators = ("route", "encode", *schedule.window, *schedule.after_window, "experts", "decode")
+    before, after = schedule.around_experts
+    operators = ("route", "encode", *before, *after, *schedule.after_window, "experts", "decode")
     computing = sum(direction.get(op, 0.0) for direction in (times.forward, times.backward) for op in operators)
     return elapsed_time(schedule, times) - computing
 
 
 def mismatch(schedule: Schedule, times: OperatorTimes) -> float:
     """Eq. 11's objective for the schedule's slot; it depends on forward times only."""
-    before = sum(times.forward.get(op, 0.0) for op in schedule.window[: schedule.slot])
-    after = sum(times.forward.get(op, 0.0) for op in schedule.window[schedule.slot :] + schedule.after_window)
+    own_before, own_after = schedule.around_experts
+    before = sum(times.forward.get(op, 0.0) for op in own_before)
+    after = sum(times.forward.get(op, 0.0) for op in own_after + schedule.after_window)
     return abs(before - times.forward["dispatch"]) + abs(after - times.forward["combine"])
 
 
 def slots(schedule: Schedule) -> list[Schedule]:
-    """The same schedule at every slot of its window."""
-    return [replace(schedule, expert_slot=slot) for slot in range(len(schedule.window) + 1)]
+    """The same schedule at every slot of its window, and inside each attention of it, in the order of the window."""
+    whole = [(slot, False) for slot in range(len(schedule.window) + 1)]
+    inside = [(slot, True) for slot in schedule.attentions]
+    return [replace(schedule, expert_slot=slot, inside_attention=part) for slot, part in sorted(whole + inside)]
 
 
 def best_schedule(choices: Iterable[Schedule], times: Mapping[int, OperatorTimes]) -> Schedule:

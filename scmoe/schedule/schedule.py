@@ -14,7 +14,9 @@ tap, then the shared expert where the architecture has one (section 3.1):
     shared_expert    shared_expert                                 slots 0..1
     top_k            nothing                                       slot 0
 
-At slot k the experts run after k operators of the window.
+At slot k the experts run after k operators of the window. Where the next operator is attention, they may also run
+inside it: between its core (norm, projections, softmax) and its output projection. Megatron's ShortcutMoE, FarSkip and
+LongCat-Flash's serving cut their windows there.
 
 With an MoE in every block, the tap of Pos-2 lies in the preceding block, which hands it on (`carried`). The first block
 has no preceding one and taps its own sub-layers' output (`first`).
@@ -26,6 +28,7 @@ from functools import cached_property
 SUBLAYERS = ("attention", "mlp", "attention")  # of a pair, in order; a block with an MoE in every block has the first
 POSITIONS = {"pos1": 1, "pos2": 2, "pos3": 3}  # sub-layers between the tap and the end of the block
 BETWEEN_BLOCKS = {"carried": 1, "first": 0}  # the same for taps at Pos-2 with an MoE in every block
+PARTS = ("attention_core", "attention_out")  # of an attention that the experts run inside of
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "top_k": (),
     "shared_expert": (),
@@ -40,8 +43,10 @@ class Schedule:
     """When the experts run, and in how many chunks. It changes when operators run, never their results.
 
     position: where the tap is; None for the architectures without a shortcut.
-    expert_slot: number of operators of the window that run before the experts; None: the middle of the window.
+    expert_slot: number of operators of the window that run before the experts; None: the middle of the window, or its
+    last attention where they run inside one.
     chunks: pieces that the rows are cut into, so that one chunk's experts hide another's transfer.
+    inside_attention: the experts run inside the attention after the slot, between its two PARTS.
     Raises ValueError for a combination that does not exist.
     """
 
@@ -49,6 +54,7 @@ class Schedule:
     position: str | None = None
     expert_slot: int | None = None
     chunks: int = 1
+    inside_attention: bool = False
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
@@ -57,10 +63,16 @@ class Schedule:
         if self.position not in allowed:
             names = ", ".join(map(str, allowed))
             raise ValueError(f"position is {self.position!r}, allowed for {self.architecture}: {names}")
+        if self.inside_attention and not self.attentions:
+            raise ValueError(f"schedule.inside_attention is True, allowed for {self.name}: False")
         if self.expert_slot is None:
-            object.__setattr__(self, "expert_slot", len(self.window) // 2)
+            slot = self.attentions[-1] if self.inside_attention else len(self.window) // 2
+            object.__setattr__(self, "expert_slot", slot)
         if not 0 <= self.slot <= len(self.window):
             raise ValueError(f"schedule.slot is {self.slot}, allowed for {self.name}: 0..{len(self.window)}")
+        if self.inside_attention and self.slot not in self.attentions:
+            allowed = f"allowed for {self.name} with schedule.inside_attention: {' | '.join(map(str, self.attentions))}"
+            raise ValueError(f"schedule.slot is {self.slot}, {allowed}, as an attention follows")
         if self.chunks < 1:
             raise ValueError(f"schedule.chunks is {self.chunks}, allowed: 1 or more")
 
@@ -75,6 +87,11 @@ class Schedule:
         return self.expert_slot
 
     @property
+    def place(self) -> str:
+        """The slot, for messages."""
+        return f"slot {self.slot}{' inside attention' if self.inside_attention else ''}"
+
+    @property
     def sublayers_after_tap(self) -> int:
         if self.position is None:
             return 1 if self.architecture == "farskip" else 0
@@ -86,16 +103,31 @@ class Schedule:
         has_shared_expert = self.architecture in ("shared_expert", "scmoe", "farskip")
         return (*sublayers, "shared_expert") if has_shared_expert else sublayers
 
+    @cached_property
+    def attentions(self) -> tuple[int, ...]:
+        """The slots that an attention follows, inside of which experts can run."""
+        return tuple(slot for slot, operator in enumerate(self.window) if operator == "attention")
+
     @property
     def after_window(self) -> tuple[str, ...]:
         """Computation after the last slot that can still hide combine: DGMoE's current half."""
         return ("current",) if self.architecture == "dgmoe" else ()
 
+    @cached_property
+    def around_experts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The operators of the window before the experts, and those after them."""
+        before, after = self.window[: self.slot], self.window[self.slot :]
+        if self.inside_attention:
+            core, out = PARTS
+            return (*before, core), (out, *after[1:])
+        return before, after
+
     def operators(self) -> tuple[str, ...]:
         """Names of all operators in the order a rank starts them, from the tap to the end of the block."""
         begin = ("route", "encode") + ("dispatch",) * self.chunks
         experts = ("experts", "combine") * self.chunks
-        return begin + self.window[: self.slot] + experts + self.window[self.slot :] + self.after_window + ("decode",)
+        before, after = self.around_experts
+        return begin + before + experts + after + self.after_window + ("decode",)
 
     def backward_operators(self) -> tuple[str, ...]:
         """The same for backward, the mirror of forward: the gradients of combine travel first, those of dispatch last.
@@ -105,4 +137,5 @@ class Schedule:
         """
         begin = ("decode",) + ("combine",) * self.chunks + self.after_window
         experts = ("experts", "dispatch") * self.chunks
-        return begin + self.window[self.slot :][::-1] + experts + self.window[: self.slot][::-1] + ("encode", "route")
+        before, after = self.around_experts
+        return begin + after[::-1] + experts + before[::-1] + ("encode", "route")

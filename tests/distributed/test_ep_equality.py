@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scmoe.config.fields import Config
 from scmoe.experiments.engine.ranks import run_ranks
-from tests.support.cases import ARCHITECTURES, CHUNKED, CLIP, FOUR, ONE, OTHERS, SLOTS, SLOTS_ON_FOUR, TWO
+from tests.support.cases import ARCHITECTURES, CHUNKED, CLIP, FOUR, ONE, OTHERS, PARTED, SLOTS, SLOTS_ON_FOUR, TWO
 from tests.support.comparison import MOMENTS, TOLERANCE, assemble, assert_same, assert_same_bits, difference, smallest
 from tests.support.trainings import train_cases
 
@@ -77,6 +77,13 @@ def test_a_slot_of_farskip_changes_no_bit(two):
     """Its default is slot 1."""
     for slot in (0, 2):
         assert_same_bits(two[f"farskip, slot {slot}"], two["farskip, EP 2"])
+    assert_same_bits(two["farskip, inside attention"], two["farskip, EP 2"])
+
+
+@pytest.mark.parametrize("position, chunks", PARTED)
+def test_experts_inside_attention_change_no_bit(position, chunks, two):
+    sequential = two[f"{position}, sequential, chunks {chunks}"]
+    assert_same_bits(two[f"{position}, inside attention, chunks {chunks}"], sequential)
 
 
 def test_a_slot_changes_no_bit_on_four_ranks(four):

@@ -21,12 +21,11 @@ from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.datamodules.tokenizer import make_tokenizer
 from scmoe.moe.balance import integer_sums, load_balance_loss
-from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.checkpoint.saving import write_whole
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.hf_folder import write_folder
 from scmoe.training.assembly.model import build_model_to_train
-from tests.support.architectures import LATENT_ATTENTION, overrides
+from tests.support.architectures import LATENT, LATENT_ATTENTION, overrides
+from tests.support.exports import write_checkpoint
 from tests.support.models import assert_close, tiny_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")
@@ -34,6 +33,11 @@ pytestmark = pytest.mark.peers
 
 LLAMA = "model.family=llama model.kv_heads=2"
 INSTELLA = " ".join(["model.family=llama", *overrides(LATENT_ATTENTION["instella"])])
+LONGCAT = " ".join(["model.family=llama", *overrides(LATENT_ATTENTION["longcat"])])
+DEEPSEEK = " ".join(
+    ["model.family=llama", *overrides(f"architecture=shared_expert combine=direct_add every=1 top_k=2 {LATENT}")]
+)
+DEEPSEEK += " moe.router=deepseek moe.router_scale=2.5"
 KINDS = {  # words: model_type
     "moe.architecture=dense model.activation=gelu_tanh": "gpt2",
     "moe.architecture=dense": "gpt2",
@@ -58,6 +62,13 @@ KINDS = {  # words: model_type
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.after_norm=true": "scmoe",  # Mixtral has no such norm
     INSTELLA: "scmoe",
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.balanced_routing=true": "scmoe",
+    f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 model.norm_eps=1e-6 model.rope_theta=1e6": "mixtral",
+    f"{LONGCAT} moe.router=longcat moe.router_scale=6 moe.zero_experts=2 moe.ffn_dim=32": "longcat_flash",
+    f"{LONGCAT} moe.router=longcat moe.position=pos1": "scmoe",
+    f"{LONGCAT} moe.router=deepseek": "scmoe",
+    f"{DEEPSEEK} moe.ffn_dim=8 moe.leading_dense=[40,40] model.latent.yarn_factor=4": "deepseek_v3",
+    f"{DEEPSEEK} moe.ffn_dim=16": "scmoe",  # the shared expert is as wide as 1.5 of them
+    f"{DEEPSEEK} moe.leading_dense=[40,48]": "scmoe",
 }
 LENGTH = 12
 TEXT = "My fellow citizens, the state of the union: naïve 🙂 \n\n  two  spaces."
@@ -70,13 +81,9 @@ def config_of(words: str) -> Config:
 
 
 def checkpoint_of(config: Config, folder: Path) -> torch.nn.Module:
-    """Writes a checkpoint with only a network's weights, and returns the network."""
+    """Writes a checkpoint of a network with random weights, and returns the network."""
     model = tiny_model(config, torch.float32).eval()
-    partial = durable.partial_path(folder, "0" * 8)
-    partial.mkdir()
-    weights = {f"model.model.{name}": p.detach().clone() for name, p in model.named_parameters()}
-    write_whole(weights, partial / "all.safetensors")
-    durable.commit(partial, folder, 3, {"all.safetensors": durable.fingerprint(partial / "all.safetensors")})
+    write_checkpoint(model, folder, step=3)
     return model
 
 

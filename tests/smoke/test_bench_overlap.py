@@ -26,6 +26,7 @@ ROWS = ("--rows", "top2", "scmoe_pos2_pipelined", "--rounds", "2")
 TOP = {"comm_share", "link_mbit", "ranks", "device", "compute", "level", "rounds", "rows"}
 ROW = {
     *("forward_ms", "train_ms", "forward_speedup", "train_speedup", "overlap_forward", "overlap_backward"),
+    *("inside_attention", "auto_inside_attention"),
     *("slot", "chunks", "auto_slot", "auto_chunks", "peak_mb", "links", "compute"),
 }
 
@@ -35,7 +36,8 @@ def check(report: dict[str, Any]) -> None:
     assert all(row.keys() >= ROW and row["auto_over_best"] >= 0.5 for row in report["rows"].values())
     pipelined = report["rows"]["scmoe_pos2_pipelined"]
     assert pipelined["chunks"] in (2, 4) and pipelined["auto_chunks"] in (2, 4) and 0 <= pipelined["auto_slot"] <= 3
-    assert report["rows"]["top2"]["peak_mb"] > 0
+    assert report["rows"]["top2"]["peak_mb"] > 0 and report["rows"]["top2"]["inside_gain"] is None
+    assert "inside attention" in pipelined["inside_gain"]["inside"] and min(pipelined["inside_gain"]["train"]) > 0
 
 
 def test_bench_overlap(tmp_path):

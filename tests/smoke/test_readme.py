@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = (
     *("runs", "inference", "offload", "hugging-face", "configuration", "studies", "strategy", "tests"),
     *("index", "quickstart", "how-to/data", "how-to/evaluate", "how-to/export", "how-to/model", "how-to/resume"),
-    *("how-to/sweep", "extending"),
+    *("how-to/sweep", "how-to/longcat", "extending"),
 )
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 NOT_RUN = {
@@ -60,6 +60,12 @@ ELSEWHERE = {  # command: the test that makes its run
 SHORT = {
     "make train": ["make", "train", f"ARGS={QUICK}"],
     'make resume ARGS="trainer.max_steps=400"': ["make", "resume", "ARGS=trainer.max_steps=5"],
+    **{
+        f"make train CONFIG=configs/quickstart_{name}.yaml": [
+            *("make", "train", f"CONFIG=configs/quickstart_{name}.yaml", f"ARGS={QUICK}")
+        ]
+        for name in ("longcat", "instella")
+    },
     "make evaluate": ["make", "evaluate", "ARGS=--limit 5 --stride 256 --text docs/concepts.md"],
     "make fig13": ["make", "fig13", "ARGS=--quick --architectures scmoe_pos2 --tokens 4"],
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': [
@@ -70,6 +76,9 @@ SAYS = {
     "make train": '"steps": 3',
     'make resume ARGS="trainer.max_steps=400"': '"steps": 5',
     "make evaluate": '"tasks": {"cloze": ',
+    "make train CONFIG=configs/quickstart_longcat.yaml": '"steps": 3',
+    "make train CONFIG=configs/quickstart_instella.yaml": '"steps": 3',
+    ".venv/bin/python docs/examples/longcat_roundtrip.py": "model_type longcat_flash",
     "make fig13": '"equal_bits": true',
     "make list": "configs/quickstart.yaml",
     'make train CONFIG=docs/examples/my_architecture.yaml ARGS="trainer.devices=2"': "step 4: between",

@@ -35,6 +35,8 @@ SLOTS = {  # (position, slot, chunks): its words
     for position, slots in (("pos1", 3), ("pos2", 4), ("pos3", 5))
     for slot in range(slots)
 }
+INSIDE = "schedule.inside_attention=true"
+PARTED = (("pos1", 1), ("pos2", 2), ("pos3", 1))  # positions and chunks of those that run experts inside attention
 SEQUENTIAL = {(p, c): f"position={p} schedule.chunks={c} sequential" for p in ("pos1", "pos2", "pos3") for c in (1, 2)}
 CHUNKED = {  # these are in float32; in float64, TWO compares all slots and chunks with one process
     (position, chunks): f"position={position} schedule.chunks={chunks} trainer.precision=32-true {EP2}"
@@ -57,7 +59,11 @@ TWO = {
     **{f"buffers, chunks {c}": ("pos2", f"position=pos2 {EP2} {BUFFERS}=2 schedule.chunks={c}") for c in (1, 3)},
     "buffers, top-2": ("top-2", f"architecture=top_k top_k=2 {EP2} {BUFFERS}=2 moe.overflow=refuse"),
     "buffers, starved": ("starved", f"position=pos2 starved {EP2} {BUFFERS}=2"),
+    **{
+        f"{p}, inside attention, chunks {c}": (p, f"position={p} {INSIDE} schedule.chunks={c} {EP2}") for p, c in PARTED
+    },
     **{f"farskip, slot {s}": ("farskip", f"{ONE['farskip']} {EP2} schedule.slot={s}") for s in (0, 2)},
+    "farskip, inside attention": ("farskip", f"{ONE['farskip']} {EP2} {INSIDE}"),
     "buffers, dgmoe": ("dgmoe", f"{ONE['dgmoe']} {EP2} {BUFFERS}=2"),
 }
 SLOTS_ON_FOUR = {key: words for key, words in SLOTS.items() if key[0] == "pos3" and key[2] == 2}  # the longest window

@@ -1,4 +1,4 @@
-"""This module makes configs of dense models and writes models of random weights as `make export` does."""
+"""This module makes configs of dense models, and writes models as `make export` and as a training does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 
 from scmoe.config.fields import Config
 from scmoe.init_from.pretrained import model_settings
+from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.export import FORMAT_VERSION
+from scmoe.parallel.checkpoint.saving import write_whole
 from tests.support.models import tiny, tiny_model
 
 FAMILIES = {"gpt": (), "llama": ("model.family=llama", "model.kv_heads=1")}
@@ -27,3 +29,12 @@ def export(config: Config, file: Path) -> torch.nn.Module:
     header = {"format_version": FORMAT_VERSION, "settings": json.dumps(model_settings(config))}
     save_file(weights, file, metadata=header)
     return model
+
+
+def write_checkpoint(model: torch.nn.Module, folder: Path, step: int) -> None:
+    """Writes a checkpoint that holds a network's weights and nothing else."""
+    partial = durable.partial_path(folder, "0" * 8)
+    partial.mkdir()
+    weights = {f"model.model.{name}": p.detach().clone() for name, p in model.named_parameters()}
+    write_whole(weights, partial / "all.safetensors")
+    durable.commit(partial, folder, step, {"all.safetensors": durable.fingerprint(partial / "all.safetensors")})

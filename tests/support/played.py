@@ -28,7 +28,14 @@ def operator_ms(schedule: Schedule, ranks: int, latency_ms: float = 0.0) -> Oper
     """Returns the times of all operators with even rows. latency_ms: of each chunk's transfer."""
     top_k = 2 if schedule.architecture == "top_k" else 1
     transfer = top_k * 1024 * (1 - 1 / ranks) * ROW_MS + latency_ms * schedule.chunks
-    forward = {"attention": 90.0, "mlp": 30.0, "shared_expert": 30.0, "experts": 30.0 * top_k}
+    forward = {
+        "attention": 90.0,
+        "attention_core": 72.0,
+        "attention_out": 18.0,
+        "mlp": 30.0,
+        "shared_expert": 30.0,
+        "experts": 30.0 * top_k,
+    }
     backward = {operator: 2 * ms for operator, ms in forward.items()}
     return OperatorTimes(*(times | dict.fromkeys(TRANSFERS, transfer) for times in (forward, backward)))
 

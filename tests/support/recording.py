@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd import Function
 
 from scmoe.blocks.shortcut import ShortcutBlock
-from scmoe.blocks.sublayers import MLP
+from scmoe.blocks.sublayers import MLP, is_parted
 from scmoe.moe.dispatcher import Announced, ChunkCounts, Dispatcher, LocalDispatcher, Pending, Receipt
 from scmoe.schedule.schedule import Schedule
 from tests.support.models import DIM, FFN, randomise, tiny_shortcut, tiny_stream, tiny_sublayers
@@ -41,12 +43,24 @@ class Log:
 class Recorded(nn.Module):
     """This module runs `inner`, with a mark before and after it."""
 
-    def __init__(self, name: str, inner: nn.Module, log: Log) -> None:
+    def __init__(self, name: str, inner: Any, log: Log) -> None:
         super().__init__()
         self.name, self.inner, self.log = name, inner, log
 
-    def forward(self, x: Tensor, *rest) -> Tensor:
-        return self.log.mark(self.inner(self.log.mark(x, f"{self.name} begin"), *rest), f"{self.name} end")
+    @property
+    def parted(self) -> bool:
+        return is_parted(self.inner)
+
+    def core(self, x: Tensor) -> Tensor:
+        return self.marked(f"{self.name}_core", self.inner.core, x)
+
+    def forward(self, x: Tensor, *rest, onto: Tensor | None = None, core: Tensor | None = None) -> Tensor:
+        if core is None:
+            return self.marked(self.name, lambda x: self.inner(x, *rest), x)
+        return self.marked(f"{self.name}_out", lambda core: self.inner(x, onto=onto, core=core), core)
+
+    def marked(self, name: str, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return self.log.mark(f(self.log.mark(x, f"{name} begin")), f"{name} end")
 
 
 @dataclass(frozen=True)

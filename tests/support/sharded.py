@@ -28,7 +28,7 @@ FOUR = {
     "norm, recompute, hybrid, EP 1": ("norm", f"{ONE['norm']} trainer.recompute=true {words('hybrid', 1, 4)}"),
     "dgmoe-share, EP 4": ("dgmoe-share", f"{ONE['dgmoe-share']} {words('sharded', 4, 4)}"),
     "pos2-every-block, EP 1": ("pos2-every-block", f"{ONE['pos2-every-block']} {words('sharded', 1, 4)}"),
-    "instella, EP 2": ("instella", f"{ONE['instella']} schedule.slot=2 {words('hybrid', 2, 4)}"),
+    "instella, EP 2": ("instella", f"{ONE['instella']} schedule.inside_attention=true {words('hybrid', 2, 4)}"),
     "pos3, slot 1": ("pos3", f"position=pos3 schedule.slot=1 schedule.chunks=2 {words('sharded', 2, 4)}"),
     "pos3, sequential": ("pos3", f"position=pos3 schedule.chunks=2 sequential {words('sharded', 2, 4)}"),
 }

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from scmoe.moe.dispatcher import Blocking
+from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import POSITIONS, Schedule
 from tests.support.models import DIM
 from tests.support.recording import Log, between, recorded_shortcut_block
@@ -19,7 +20,7 @@ every_position = pytest.mark.parametrize("position", POSITIONS)
 
 
 def schedules(position: str) -> list[Schedule]:
-    return [Schedule("scmoe", position, slot, n) for slot in range(POSITIONS[position] + 2) for n in (1, 2)]
+    return [schedule for n in (1, 2) for schedule in slots(Schedule("scmoe", position, chunks=n))]
 
 
 def run(schedule: Schedule, capacity_factor: float | None, blocking=None) -> Log:
@@ -38,16 +39,16 @@ def test_backward_runs_the_nodes_of_forward_in_reverse(position, capacity_factor
     for schedule in schedules(position):
         log = run(schedule, capacity_factor)
         assert log.backward == log.forward[::-1], schedule
-        # marks of transfers, of experts and of four operators of the backbone
-        assert len(log.forward) == 4 * schedule.chunks + 2 * schedule.chunks + 2 * 4, schedule
+        # marks of transfers, of experts and of four operators of the backbone, five where an attention has two parts
+        backbone = 4 + schedule.inside_attention
+        assert len(log.forward) == 4 * schedule.chunks + 2 * schedule.chunks + 2 * backbone, schedule
         last = schedule.chunks - 1
         dispatch = between(log.forward, f"dispatch {last} start", f"dispatch {last} wait")
         combine = between(log.forward, "combine 0 start", "combine 0 wait")
         assert between(log.backward, f"dispatch {last} wait", f"dispatch {last} start") == dispatch[::-1], schedule
         assert between(log.backward, "combine 0 wait", "combine 0 start") == combine[::-1], schedule
         if schedule.chunks == 1:
-            assert dispatch == list(schedule.window[: schedule.slot]), schedule
-            assert combine == list(schedule.window[schedule.slot :]), schedule
+            assert (dispatch, combine) == tuple(map(list, schedule.around_experts)), schedule
         else:
             assert dispatch[-1] == "experts" == combine[0], schedule
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from scmoe.blocks.latent import LatentAttention, LatentSizes
+from scmoe.blocks.sublayers import Rotary
 from scmoe.config.load import load
 from scmoe.moe.router import Router
 from scmoe.training.assembly.data import build_datamodule
@@ -96,6 +97,19 @@ def test_latents_are_those_of_the_config():
         assert found and all(m.sizes == LatentSizes(**sizes) for m in found)
         assert all((m.q_scale != 1, m.kv_scale != 1, m.gate is not None) == (scaled, scaled, gated) for m in found)
     assert all(isinstance(block.after.norm, nn.RMSNorm) for block in model.blocks)
+
+
+@pytest.mark.parametrize("attention", ("full", "latent"))
+def test_norms_and_rotary_positions_are_those_of_the_config(attention):
+    words = ["model.family=llama", f"model.attention={attention}", "model.norm_eps=1e-3", "model.rope_theta=5e4"]
+    latent = ["model.latent.yarn_factor=4"] if attention == "latent" else []
+    model = build_model(tiny(*words, *latent))
+    rotary = [m for m in model.modules() if isinstance(m, Rotary)]
+    assert len(rotary) == 2 and all((m.theta, m.yarn_factor) == (5e4, 4 if latent else 1) for m in rotary)
+    norms = {name: m.eps for name, m in model.named_modules() if isinstance(m, nn.RMSNorm)}
+    of_latents = {name: eps for name, eps in norms.items() if name.endswith("kv_norm")}
+    assert len(of_latents) == 2 * len(latent) and set(of_latents.values()) <= {1e-6}
+    assert len(norms) > 4 and {norms[name] for name in norms.keys() - of_latents.keys()} == {1e-3}
 
 
 @pytest.mark.parametrize("architecture", ("top_k", "scmoe", "dense"))

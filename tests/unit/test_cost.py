@@ -15,11 +15,11 @@ from scmoe.schedule.cost import (
     slots,
 )
 from scmoe.schedule.play import play
-from scmoe.schedule.schedule import ARCHITECTURES, Schedule
+from scmoe.schedule.schedule import ARCHITECTURES, PARTS, Schedule
 
 OPERATORS = (
     *("route", "encode", "dispatch", "experts", "combine", "decode"),
-    *("attention", "mlp", "shared_expert", "current"),
+    *("attention", *PARTS, "mlp", "shared_expert", "current"),
 )
 TIMES = st.fixed_dictionaries({op: st.floats(0.1, 10.0) for op in OPERATORS})
 NAMES = [(name, position) for name, positions in ARCHITECTURES.items() for position in positions or (None,)]
@@ -32,8 +32,10 @@ def test_exposed_time_is_what_the_backbone_does_not_cover(schedule, times):
 
     Backward combine's gradient travels in parallel with the operators after the experts, dispatch's with those before.
     """
-    before = sum(times[op] for op in schedule.window[: schedule.slot])
-    after = sum(times[op] for op in schedule.window[schedule.slot :] + schedule.after_window)
+    operators = schedule.operators()
+    experts = operators.index("experts")
+    before = sum(times[op] for op in operators[3:experts])
+    after = sum(times[op] for op in operators[experts + 2 : -1])
     expected = max(0, times["dispatch"] - before) + max(0, times["combine"] - after)
     for direction in (OperatorTimes(times), OperatorTimes({}, times)):
         assert exposed_time(schedule, direction) == pytest.approx(expected, abs=1e-9)
@@ -51,13 +53,24 @@ def test_a_mismatch_counts_no_time_for_an_operator_that_has_none():
 
 def test_the_best_schedule_is_the_first_of_the_fastest():
     one, two = (slots(Schedule("scmoe", "pos2", chunks=chunks)) for chunks in (1, 2))
-    assert [choice.expert_slot for choice in one] == list(range(len(one[0].window) + 1))
-    times = dict.fromkeys(OPERATORS, 1.0) | {"dispatch": 3.0, "combine": 3.0}
+    places = [(choice.slot, choice.inside_attention) for choice in one]
+    assert places == [(0, False), (1, False), (1, True), (2, False), (3, False)]
+    times = dict.fromkeys(OPERATORS, 1.0) | {"attention": 2.0, "dispatch": 3.0, "combine": 3.0}
     slower = {op: 2 * time for op, time in times.items()}
     by_chunks = {1: OperatorTimes(times), 2: OperatorTimes(slower)}
     fastest = min(elapsed_time(choice, by_chunks[1]) for choice in one)
     equal = [choice for choice in one if elapsed_time(choice, by_chunks[1]) == fastest]
     assert len(equal) > 1 and best_schedule([*two, *one], by_chunks) == equal[0]
+
+
+def test_inside_attention_is_the_best_where_it_divides_the_window_by_the_transfers():
+    """Pos-1 has a window of 3 + 1 units for transfers of 2.45: 1.45 are exposed at slot 1, and 0.05 + 0.85 inside."""
+    times = dict.fromkeys(OPERATORS, 1.0) | {"dispatch": 2.45, "combine": 2.45}
+    of_chunks = {1: OperatorTimes(times | {"attention": 3.0, "attention_core": 2.4, "attention_out": 0.6})}
+    best = best_schedule(slots(Schedule("scmoe", "pos1")), of_chunks)
+    assert best == Schedule("scmoe", "pos1", inside_attention=True)
+    assert exposed_time(best, of_chunks[1]) == pytest.approx(0.9)
+    assert exposed_time(Schedule("scmoe", "pos1"), of_chunks[1]) == pytest.approx(1.45)
 
 
 @pytest.mark.parametrize(("overlapped", "efficiency"), [(10, 1), (15, 0.5), (20, 0), (22, -0.2)])

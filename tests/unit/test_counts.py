@@ -26,20 +26,43 @@ def last_line(capsys) -> dict:
 def test_totals_equal_the_papers(preset, architecture, millions):
     if preset.startswith("swin"):
         pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
-    assert round(parameters.count(preset, architecture)["total"] / 1e6) == millions
+    assert round(parameters.count(preset, parameters.ARCHITECTURES[architecture])["total"] / 1e6) == millions
+
+
+def test_totals_of_the_shortcut_family_are_the_published_ones(capsys):
+    """LongCat-Flash: 560B, of which 18.6B to 31.3B are active without embeddings, by a token's zero experts."""
+    names = ("longcat_flash", "instella_moe", "nvidia_shortcut", "nous")
+    assert call("params", *names) == 0
+    counts = last_line(capsys)
+    assert {name: list(rows) for name, rows in counts.items()} == {
+        name: ["farskip" if name == "instella_moe" else "scmoe"] for name in names
+    }
+    longcat, instella = counts["longcat_flash"]["scmoe"], counts["instella_moe"]["farskip"]
+    assert instella["total"] == 15_862_789_248 and round(instella["active"] / 1e9, 1) == 2.8
+    expert, embedding = 28 * 3 * 6144 * 2048, 131072 * 6144
+    least = longcat["total"] - 512 * expert - embedding
+    assert longcat["total"] // 10**9 == 560
+    assert (least // 10**8, (least + 12 * expert) // 10**8) == (186, 313)
+    assert longcat["active"] == least + embedding + 8 * expert, "the mean is 12 x 512 / 768 experts"
+    tap_norms = 26 * 2048  # that the two others have beside Instella's weights
+    assert counts["nous"]["scmoe"]["total"] == instella["total"] + tap_norms
+    assert counts["nvidia_shortcut"]["scmoe"]["total"] == instella["total"] + 2 * tap_norms
 
 
 def test_dgmoe_share_differs_from_the_paper_by_one_expert_per_shared_pair():
     """The paper's 124M fits if each of four second pairs keeps one expert (docs/decisions/0016-parameter-counts.md)."""
     pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
-    ours, without = (parameters.count("swinv2_moe_s", name)["total"] for name in ("dgmoe_share", "dgmoe"))
+    words = (parameters.ARCHITECTURES[name] for name in ("dgmoe_share", "dgmoe"))
+    ours, without = (parameters.count("swinv2_moe_s", each)["total"] for each in words)
     expert, gate = 2 * 384 * 1536, 384 * 8
     assert without - ours == 4 * (8 * expert + gate)
     assert round((ours + 4 * expert) / 1e6) == 124
 
 
 def test_params_prints_json_for_the_given_preset(capsys):
-    assert {path.stem for path in Path("configs/model").glob("*.yaml")} >= {preset for preset, _ in parameters.PAPER}
+    assert {path.stem for path in Path("configs/model").glob("*.yaml")} >= {
+        preset for preset, _ in parameters.PUBLISHED
+    }
     assert call("params", "gpt2_moe_small_tiny") == 0
     counts = last_line(capsys)
     assert counts.keys() == {"gpt2_moe_small_tiny"}

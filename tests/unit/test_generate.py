@@ -26,7 +26,10 @@ ARCHITECTURES = {"dense": "architecture=dense", **TABLES, **EVERY_BLOCK, **BETWE
 FAMILIES = {"gpt": (), "llama": ("model.family=llama", "model.kv_heads=1"), "latent": ("model.family=llama",)}
 CASES = [("gpt", name) for name in ARCHITECTURES]
 ARCHITECTURES |= LATENT_ATTENTION
-CASES += [("latent", name) for name in LATENT_ATTENTION]
+INSIDE = {name: f"{ARCHITECTURES[name]} schedule.inside_attention=true" for name in ("pos3", "instella")}
+ARCHITECTURES |= {f"{name} inside attention": text for name, text in INSIDE.items()}
+CASES += [("latent", name) for name in (*LATENT_ATTENTION, "instella inside attention")]
+CASES += [("gpt", "pos3 inside attention")]
 CASES += [("llama", name) for name in ("dense", "top-2", "shared-cg1", "pos1", "pos2", "pos3", "dgmoe-share")]
 PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [60, 61, 62, 63, 2]]  # 3, 1, 11 and 5 tokens
 

@@ -18,22 +18,22 @@ TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 # A room may import itself and what stands above it. The laboratory imports the library, never the other way.
 LIBRARY = {  # room: lines at most
     "scmoe/files": 100,
-    "scmoe/schedule": 340,
-    "scmoe/config": 1270,
+    "scmoe/schedule": 375,
+    "scmoe/config": 1280,
     "scmoe/moe": 1540,
-    "scmoe/blocks": 700,
+    "scmoe/blocks": 765,
     "scmoe/models": 370,
-    "scmoe/planning": 620,
+    "scmoe/planning": 630,
     "scmoe/probes": 580,
     "scmoe/inference": 955,
     "scmoe/footprint": 480,
     "scmoe/parallel": 2680,
     "scmoe/api.py": 140,
-    "scmoe/init_from": 510,
+    "scmoe/init_from": 730,
     "scmoe/lightning": 1160,
     "datamodules": 1320,
     "scmoe/training": 3370,
-    "scmoe/runs": 1840,
+    "scmoe/runs": 1860,
     "scmoe/hf.py": 160,
     "scmoe/__init__.py": 125,
 }
@@ -41,10 +41,10 @@ LABORATORY = {
     "experiments/engine": 1070,
     "experiments/faults": 520,
     "experiments/dryrun": 630,
-    "experiments/bench": 4470,
+    "experiments/bench": 4530,
     "experiments/studies": 2770,
     "experiments/figures": 720,
-    "experiments": 840,  # the entries: a file for each verb
+    "experiments": 850,  # the entries: a file for each verb
 }
 ROOMS = [*LIBRARY, *LABORATORY]
 FILE_LINES, ENTRY_LINES = 400, 100

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from scmoe.schedule.cost import slots
 from scmoe.schedule.play import EVEN, TRANSFERS, elapsed, play, play_ranks, shares
-from scmoe.schedule.schedule import ARCHITECTURES, Schedule
+from scmoe.schedule.schedule import ARCHITECTURES, PARTS, Schedule
 from tests.support.played import hot_rank, step_ms
 
 OPERATORS = (
     *("route", "encode", "dispatch", "experts", "combine", "decode"),
-    *("attention", "mlp", "shared_expert", "current"),
+    *("attention", *PARTS, "mlp", "shared_expert", "current"),
 )
 TIMES = st.fixed_dictionaries({op: st.floats(0.1, 10.0) for op in OPERATORS})
 NAMES = [(name, position) for name, positions in ARCHITECTURES.items() for position in positions or (None,)]

@@ -1,7 +1,10 @@
-"""The models of Tables 8 and 9 have the right sizes, and build with every architecture of Tables 1 to 7 that fits."""
+"""The models of Tables 8 and 9 have the right sizes, and build with every architecture of Tables 1 to 7 that fits.
+
+Those of LongCat-Flash, Instella-MoE, NVIDIA and NousResearch have one architecture each."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,12 +26,14 @@ AT_POS1 = {  # with an MoE in every block there is no other position
     if "pos1" not in name and "pos3" not in name
 }
 FIRST_OF_A_FAMILY = ("gpt2_moe_small", "llama2_moe", "swinv2_moe_s")
+FAMILY = ("longcat_flash", "instella_moe", "nvidia_shortcut", "nous")
 CASES = [  # every architecture at one size of each family, and three at its other sizes
     (name, architecture, words)
     for name in NAMES
     for architecture, words in (AT_POS1 if name == "llama2_moe" else TABLES).items()
     if name in FIRST_OF_A_FAMILY or architecture in ("top-2", "pos2", "dgmoe-share")
 ]
+CASES += [(name, "own", "") for name in FAMILY]
 
 
 def preset(name: str, words: str):
@@ -54,7 +59,7 @@ def test_architecture_builds_and_its_twin_learns(name, architecture, words):
         inputs = torch.randint(512, (1, 32), generator=generator)
     logits, stats = twin(inputs)
     (logits.square().mean() + sum(s.score_sums_E.square().sum() for s in stats)).backward()
-    assert not [parameter for parameter, p in twin.named_parameters() if p.grad is None]
+    assert not [parameter for parameter, p in twin.named_parameters() if p.requires_grad and p.grad is None]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,6 +68,20 @@ def test_a_twin_keeps_heads_experts_and_frequency(name):
     for key in ("family", "heads", "kv_heads", "activation"):
         assert getattr(whole.model, key) == getattr(twin.model, key), key
     assert whole.moe == twin.moe
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_twin_of_the_family_differs_in_sizes_only(name):
+    """It keeps the share of zero experts too, and an expert narrower than the MLPs."""
+    whole, twin = preset(name, ""), preset(f"{name}_tiny", "")
+    sizes = ("num_experts", "zero_experts", "top_k", "ffn_dim", "leading_dense")
+    assert replace(whole.moe, **{key: getattr(twin.moe, key) for key in sizes}) == twin.moe
+    for moe in (whole.moe, twin.moe):
+        assert moe.zero_experts * 2 in (0, moe.num_experts)
+    for key in ("scaled", "gated", "yarn_factor"):
+        assert getattr(whole.model.latent, key) == getattr(twin.model.latent, key), key
+    for key in ("family", "attention", "norm_eps", "rope_theta", "activation"):
+        assert getattr(whole.model, key) == getattr(twin.model, key), key
 
 
 @pytest.mark.parametrize(

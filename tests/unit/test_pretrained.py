@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
@@ -122,10 +122,10 @@ def test_a_tensor_of_other_dimensions_is_refused_by_name(words, shape, tmp_path)
         ({"num_key_value_heads": 2}, ("data.vocab_size=65",), "model.kv_heads is 1, allowed: 2; data.vocab_size is 65"),
         ({}, ("model.activation=gelu",), "model.activation is 'gelu', allowed: 'swiglu'"),
         ({}, ("model.family=gpt",), "model.family is 'gpt', allowed: 'llama'"),
-        ({"rope_theta": 500000.0}, (), "rope_theta is 500000.0, allowed: 10000.0"),
+        ({"rope_theta": 500000.0}, (), "model.rope_theta is 10000.0, allowed: 500000.0"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, (), "rope_type is 'llama3'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, (), "rope_type is 'linear', allowed: 'default'"),
-        ({"rms_norm_eps": 1e-6}, (), "rms_norm_eps is 1e-06, allowed: 1e-05"),
+        ({"rms_norm_eps": 1e-6}, (), "model.norm_eps is 1e-05, allowed: 1e-06"),
         ({"attention_bias": True}, (), "attention_bias is True, allowed: False"),
         ({"model_type": "mistral"}, (), "model_type is 'mistral', allowed: gpt2, llama"),
         ({"num_hidden_layers": None}, (), "config.json is not that of a llama"),
@@ -190,6 +190,18 @@ def test_settings_that_do_not_define_the_model_may_differ(tmp_path):
     file, top_2 = tmp_path / "model.safetensors", ("moe.architecture=top_k", "moe.top_k=2")
     export(tiny(*top_2), file)
     start(tiny(*top_2, "moe.position=pos1", "moe.capacity_factor=null", "model.dropout=0.1", f"init_from=scmoe:{file}"))
+
+
+@pytest.mark.parametrize("word", ("model.norm_eps=1e-6", "model.rope_theta=5e4"))
+def test_an_export_without_newer_settings_has_the_values_of_its_time(word, tmp_path):
+    file = tmp_path / "model.safetensors"
+    export(dense("llama"), file)
+    settings = read_export(file).settings
+    older = {key: value for key, value in settings.items() if key not in ("model.norm_eps", "model.rope_theta")}
+    header = {"format_version": FORMAT_VERSION, "settings": json.dumps(older)}
+    save_file(load_file(file), file, metadata=header)
+    start(dense("llama", f"init_from=scmoe:{file}"))
+    assert word.partition("=")[0] in refusal(dense("llama", word, f"init_from=scmoe:{file}"))
 
 
 def test_an_moe_does_not_become_dense(tmp_path):

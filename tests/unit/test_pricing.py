@@ -20,6 +20,8 @@ from scmoe.schedule.schedule import Schedule
 
 MS = {
     "attention": 60.0,
+    "attention_core": 48.0,
+    "attention_out": 12.0,
     "mlp": 20.0,
     "shared_expert": 20.0,
     "experts": 20.0,
@@ -30,6 +32,7 @@ MS = {
 TRANSFER = 50.0  # ms, of even rows
 SKEW = pytest.mark.parametrize(("ranks", "load"), [(r, load) for r in (2, 4) for load in (1.0, 1.3, 1.7)])
 PAIRS = [Schedule("scmoe", "pos2", 1), Schedule("scmoe", "pos3", 2), Schedule("scmoe", "pos2", 1, chunks=2)]
+PAIRS.append(Schedule("scmoe", "pos2", 1, inside_attention=True))
 
 
 def step(

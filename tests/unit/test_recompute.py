@@ -10,6 +10,11 @@ from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model
 
 TINY = "model.dim=32 model.heads=2 model.layers=4 moe.num_experts=4 moe.top_k=2 moe.noisy=true model.dropout=0.1"
+INSIDE = "schedule.inside_attention=true"
+ARCHITECTURES = (
+    *("top_k", "shared_expert", "scmoe", f"scmoe {INSIDE}"),
+    *(f"farskip moe.every=1 model.layers=2{words}" for words in ("", f" {INSIDE}")),
+)
 SIZES = "data.name=synthetic data.vocab_size=64 data.seq_len=16"
 
 
@@ -44,7 +49,7 @@ def step(architecture, recompute, monkeypatch):
     return [logits, *(p.grad for p in model.parameters())], activations, len(routed)
 
 
-@pytest.mark.parametrize("architecture", ("top_k", "shared_expert", "scmoe", "farskip moe.every=1 model.layers=2"))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_recomputing_changes_no_bit_and_keeps_less(architecture, monkeypatch):
     plain, kept, routed = step(architecture, False, monkeypatch)
     again, kept_again, routed_again = step(architecture, True, monkeypatch)

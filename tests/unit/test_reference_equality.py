@@ -131,26 +131,27 @@ def test_dense_equals_oracle(family):
     check_against_oracle(tiny("moe.architecture=dense", *family))
 
 
-SCHEDULED = {
-    "shared_expert": ("architecture=shared_expert top_k=2", 1),
-    "pos1": ("position=pos1 top_k=2", 2),
-    "pos2": ("position=pos2 top_k=2", 3),
-    "pos3": ("position=pos3 top_k=2", 4),
-    "every-block": ("position=pos1 every=1", 2),
-    "pos2-every-block": ("position=pos2 every=1 top_k=2", 1),  # the first block's last slot
-    "farskip": (LANGUAGE_WITH_ORACLE["farskip"], 2),
-    "dgmoe": ("architecture=dgmoe position=pos3", 3),
-    "dgmoe-share": ("architecture=dgmoe_share position=pos2 model.layers=4", 2),
+SCHEDULED = {  # case: (words, last slot, slots before an attention)
+    "shared_expert": ("architecture=shared_expert top_k=2", 1, ()),
+    "pos1": ("position=pos1 top_k=2", 2, (0,)),
+    "pos2": ("position=pos2 top_k=2", 3, (1,)),
+    "pos3": ("position=pos3 top_k=2", 4, (0, 2)),
+    "every-block": ("position=pos1 every=1", 2, (0,)),
+    "pos2-every-block": ("position=pos2 every=1 top_k=2", 1, ()),  # the first block's, which has no attention
+    "farskip": (LANGUAGE_WITH_ORACLE["farskip"], 2, (0,)),
+    "instella": (f"{LATENT_ATTENTION['instella']} model.family=llama", 2, (0,)),
+    "dgmoe": ("architecture=dgmoe position=pos3", 3, (0, 2)),
+    "dgmoe-share": ("architecture=dgmoe_share position=pos2 model.layers=4", 2, (1,)),
 }
 
 
 @pytest.mark.parametrize("capacity", ("null", "1.0"))
 @pytest.mark.parametrize("case", SCHEDULED)
 def test_schedule_changes_no_bit_over_slots_and_rounding_over_chunks(case, capacity):
-    text, last_slot = SCHEDULED[case]
+    text, last_slot, attentions = SCHEDULED[case]
 
-    def outcome(slot: int, chunks: int) -> dict[str, torch.Tensor]:
-        schedule = f"schedule.slot={slot}", f"schedule.chunks={chunks}"
+    def outcome(slot: int, chunks: int, inside: bool = False) -> dict[str, torch.Tensor]:
+        schedule = f"schedule.slot={slot}", f"schedule.chunks={chunks}", f"schedule.inside_attention={inside}"
         values, grads, _, _ = run(config_of(text, f"moe.capacity_factor={capacity}", *schedule))
         return values | grads
 
@@ -160,9 +161,10 @@ def test_schedule_changes_no_bit_over_slots_and_rounding_over_chunks(case, capac
         for name, value in first.items():
             # chunks split the sums over an expert's tokens and may change their rounding; slots may not
             assert_close(value, whole[name], 1e-12, f"{name}, chunks {chunks}")
-        for slot in range(1, last_slot + 1):
-            other = outcome(slot, chunks)
-            assert all(torch.equal(other[name], value) for name, value in first.items()), (slot, chunks)
+        others = [(slot, False) for slot in range(1, last_slot + 1)] + [(slot, True) for slot in attentions]
+        for slot, inside in others:
+            other = outcome(slot, chunks, inside)
+            assert all(torch.equal(other[name], value) for name, value in first.items()), (slot, inside, chunks)
 
 
 @pytest.mark.parametrize("architecture", ("top-2", "shared-cg2", "pos1", "pos2", "pos3", "scmoe-every-block", "dgmoe"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -16,7 +17,8 @@ from scmoe.blocks.sublayers import MLP
 from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.schedule.cost import slots
-from scmoe.schedule.schedule import ARCHITECTURES, SUBLAYERS, Schedule
+from scmoe.schedule.play import TRANSFERS
+from scmoe.schedule.schedule import ARCHITECTURES, PARTS, SUBLAYERS, Schedule
 from tests.support.models import DIM, FFN, tiny_shortcut, tiny_stream, tiny_sublayers
 
 EVERY_WINDOW = [Schedule(name, position) for name, each in ARCHITECTURES.items() for position in each or (None,)]
@@ -40,7 +42,9 @@ def test_windows_are_the_papers():
         "dgmoe pos2": ["attention", "mlp"],
         "dgmoe pos3": ["attention", "attention", "mlp"],
     }
-    assert [len(slots(Schedule("scmoe", p))) for p in ("pos1", "pos2", "pos3")] == [3, 4, 5]  # section 3.2
+    every = [slots(Schedule("scmoe", p)) for p in ("pos1", "pos2", "pos3")]
+    assert [sum(not s.inside_attention for s in own) for own in every] == [3, 4, 5]  # section 3.2
+    assert [len(own) for own in every] == [4, 5, 7]
 
 
 def test_a_window_holds_the_sublayers_after_the_tap_in_their_order():
@@ -60,19 +64,38 @@ def test_operators_by_hand():
         *("experts", "dispatch", "experts", "dispatch"),
         *("mlp", "encode", "route"),
     )
+    inside = Schedule("scmoe", "pos2", 1, inside_attention=True)
+    assert inside.operators() == (
+        *("route", "encode", "dispatch", "mlp", "attention_core", "experts", "combine"),
+        *("attention_out", "shared_expert", "decode"),
+    )
+    assert inside.backward_operators() == (
+        *("decode", "combine", "shared_expert", "attention_out", "experts", "dispatch"),
+        *("attention_core", "mlp", "encode", "route"),
+    )
     assert Schedule("top_k").operators() == ("route", "encode", "dispatch", "experts", "combine", "decode")
 
 
 def test_every_slot_has_the_same_operators_in_the_backbones_order():
     for schedule in EVERY_SLOT:
-        operators, first = (replace(schedule, expert_slot=s, chunks=3).operators() for s in (schedule.slot, 0))
-        assert sorted(operators) == sorted(first), schedule
+        schedule = replace(schedule, chunks=3)
+        operators = whole(schedule.operators())
+        assert sorted(operators) == sorted(replace(schedule, expert_slot=0, inside_attention=False).operators())
         assert tuple(o for o in operators if o in schedule.window) == schedule.window, schedule
+
+
+def test_backward_computes_in_the_reverse_order_of_forward():
+    for schedule in EVERY_SLOT:
+        both = schedule.operators(), schedule.backward_operators()
+        forward, backward = ([op for op in own if op not in TRANSFERS] for own in both)
+        assert backward == forward[::-1], schedule
 
 
 def test_default_slot_is_the_middle():
     middle = {"scmoe pos1": 1, "scmoe pos2": 1, "scmoe pos3": 2, "shared_expert": 0, "top_k": 0}
     assert {s.name: s.slot for s in EVERY_WINDOW if s.name in middle} == middle
+    inside = [Schedule("scmoe", position, inside_attention=True).slot for position in ("pos1", "pos2", "pos3")]
+    assert inside == [0, 1, 2]  # the last attention
 
 
 def test_a_schedule_is_a_value():
@@ -95,6 +118,11 @@ def test_a_schedule_is_a_value():
         (("scmoe", "pos1", -1), r"schedule.slot is -1, allowed for scmoe pos1: 0\.\.2"),
         (("dgmoe", "pos3", 4), r"schedule.slot is 4, allowed for dgmoe pos3: 0\.\.3"),
         (("top_k", None, 1), r"schedule.slot is 1, allowed for top_k: 0\.\.0"),
+        (
+            ("scmoe", "pos2", 0, 1, True),
+            "schedule.slot is 0, allowed for scmoe pos2 with schedule.inside_attention: 1,",
+        ),
+        (("scmoe", "first", 0, 1, True), "inside_attention is True, allowed for scmoe first: False"),
         (("scmoe", "pos2", 1, 0), "chunks is 0, allowed: 1 or more"),
     ],
 )
@@ -114,6 +142,17 @@ def test_impossible_blocks_are_refused():
         DoubleGateBlock(tiny_sublayers(), norm, tiny_stream(2), twice, tap_norm=tap_norm)
 
 
+def test_experts_run_inside_an_attention_that_has_two_parts_only():
+    inside = Schedule("scmoe", "pos1", inside_attention=True)
+    whole_only = [*tiny_sublayers()[:2], nn.Sequential(tiny_sublayers()[2])]
+    with pytest.raises(ValueError, match="inside_attention is True, allowed for attention by Sequential: False"):
+        tiny_shortcut(tiny_stream(), inside, whole_only)
+    block = tiny_shortcut(tiny_stream(), Schedule("scmoe", "pos1"), whole_only)
+    assert block.divided == block.schedule
+    with pytest.raises(ValueError, match="inside_attention is True, allowed for attention by Sequential: False"):
+        block.run_as(inside, block.moe.dispatcher)
+
+
 @pytest.mark.parametrize(("position", "carry", "given"), [("carried", None, "NoneType"), ("pos1", 0, "int")])
 def test_a_tap_in_the_preceding_block_must_be_handed_on(position, carry, given):
     block = tiny_shortcut(tiny_stream(), Schedule("scmoe", position)).double()
@@ -122,6 +161,11 @@ def test_a_tap_in_the_preceding_block_must_be_handed_on(position, carry, given):
 
 
 # The order in which the blocks run
+
+
+def whole(operators: Sequence[str]) -> tuple[str, ...]:
+    """Returns the operators with each attention as one, where its output projection is."""
+    return tuple("attention" if op == "attention_out" else op for op in operators if op != "attention_core")
 
 
 class LoggingDispatcher(LocalDispatcher):
@@ -156,7 +200,9 @@ def executed(schedule: Schedule, capacity_factor: float | None, monkeypatch) -> 
         strict=True,
     )
     for name, module in named:
-        module.register_forward_pre_hook(lambda *_, name=name: log.append(name))
+        parts = [(module.f.qkv, "attention_core"), (module.f.out, "attention_out")] if name == "attention" else []
+        for part, of_part in parts or [(module, name)]:
+            part.register_forward_pre_hook(lambda *_, name=of_part: log.append(name))
     if schedule.architecture == "top_k":
         block = TopKBlock(sublayers, norm, stream, schedule)
     elif schedule.architecture == "shared_expert":
@@ -171,6 +217,9 @@ def executed(schedule: Schedule, capacity_factor: float | None, monkeypatch) -> 
     x_BSD = torch.randn(2, 5, DIM, dtype=torch.float64)
     carried = {"carry": x_BSD} if schedule.position == "carried" else {}
     block.double()(x_BSD, **carried)
+    for i in range(len(log) - 2, -1, -1):  # an attention that is not interrupted is one operator
+        if tuple(log[i : i + 2]) == PARTS:
+            log[i : i + 2] = ["attention"]
     if schedule.architecture == "farskip":
         return tuple(log)
     before_tap = 3 - schedule.sublayers_after_tap

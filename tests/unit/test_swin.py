@@ -164,6 +164,8 @@ def test_a_model_requires_its_own_kind_of_data():
     for words, key in (("data.image_size=40", "image_size"), ("model.window=3", "model.window")):
         with pytest.raises(ValueError, match=key):
             tiny("", words)
+    with pytest.raises(ValueError, match=r"inside_attention is .* attention that is one operator"):
+        tiny("", "schedule.inside_attention=true")
     with pytest.raises(ValueError, match=r"data\.mixup is .* has (no )?images"):
         load(None, ["data.mixup=0.5"])
     with pytest.raises(ValueError, match=r"global_batch_size is 30, allowed: a multiple of 4"):

@@ -132,7 +132,7 @@ def offload_experts(
     gates = [(names[block.moe.experts], block.moe.router) for block in blocks]
     for block, (layer, _), following in zip(blocks, gates, [*gates[1:], None], strict=True):
         fetching = Fetching(cache, layer, following if way == "speculative" else None)
-        last = replace(block.schedule, expert_slot=len(block.schedule.window), chunks=1)
+        last = replace(block.schedule, expert_slot=len(block.schedule.window), chunks=1, inside_attention=False)
         block.run_as(last, Blocking(fetching) if way == "blocking" else fetching)
     for name, experts in layers.items():
         stream: Any = model.get_submodule(name.rpartition(".")[0])

@@ -21,7 +21,6 @@ from scmoe.blocks.sublayers import MLP, Attention, Residual, Rotary
 from scmoe.config.fields import Config
 from scmoe.config.registry import ARCHITECTURES
 from scmoe.config.rules import ACTIVATIONS, SHORTCUTS, resolve_ep_size, taps
-from scmoe.models.decoder import NORM_EPS
 from scmoe.moe.coefficient import COEFFICIENT_GATES
 from scmoe.moe.dispatcher import Narrowed
 from scmoe.moe.experts import Experts
@@ -73,7 +72,8 @@ def decoder_parts(
             return Attention(dim, model.heads, bias=bias, kv_heads=model.kv_heads, rotary=rotary())
         given = model.latent
         sizes = LatentSizes(given.q_rank, given.kv_rank, given.nope_dim, given.rope_dim, given.value_dim)
-        return LatentAttention(dim, model.heads, sizes, Rotary(), given.scaled, given.gated)
+        turning = Rotary(model.rope_theta, given.yarn_factor)
+        return LatentAttention(dim, model.heads, sizes, turning, given.scaled, given.gated)
 
     return Parts(
         dim,
@@ -86,15 +86,15 @@ def decoder_parts(
     )
 
 
+def llama_parts(config: Config) -> Parts:
+    model = config.model
+    norm, rotary = partial(nn.RMSNorm, eps=model.norm_eps), partial(Rotary, model.rope_theta)
+    return decoder_parts(config, norm, ACTIVATIONS["llama"], bias=False, rotary=rotary)
+
+
 PARTS: dict[str, Callable[[Config], Parts]] = {
     "gpt": partial(decoder_parts, norm=nn.LayerNorm, activation=ACTIVATIONS["gpt"]),
-    "llama": partial(
-        decoder_parts,
-        norm=partial(nn.RMSNorm, eps=NORM_EPS),
-        activation=ACTIVATIONS["llama"],
-        bias=False,
-        rotary=Rotary,
-    ),
+    "llama": llama_parts,
 }
 register_architecture = ARCHITECTURES.register
 
@@ -168,7 +168,8 @@ def moe_block(
         sublayers += [layers[0].mlp_sublayer(), parts.attention_sublayer()]
     moe = config.moe
     tap = taps(config)[0 if first else 1] if block.architecture in SHORTCUTS else None
-    schedule = Schedule(block.architecture, tap, config.schedule.slot, config.schedule.chunks or 1)
+    given = config.schedule
+    schedule = Schedule(block.architecture, tap, given.slot, given.chunks or 1, given.inside_attention)
     tap_norm = shared_expert = coefficient = None
     if tap is not None and moe.tap_norm == "own":
         tap_norm = parts.norm()

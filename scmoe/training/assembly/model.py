@@ -104,7 +104,7 @@ def build_gpt(config: Config, context: ParallelContext) -> Any:
 
 @register_family("llama")
 def build_llama(config: Config, context: ParallelContext) -> Any:
-    return build_decoder(Llama, config, context)
+    return build_decoder(partial(Llama, norm_eps=config.model.norm_eps), config, context)
 
 
 def build_decoder(decoder: Callable[..., Any], config: Config, context: ParallelContext) -> Any:

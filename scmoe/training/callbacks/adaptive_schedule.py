@@ -125,7 +125,7 @@ def plan_lines(choices: list[LayerChoice]) -> list[str]:
         (first, choice), *rest = group
         layers = f"MoE layers {first} to {rest[-1][0]}" if rest else f"MoE layer {first}"
         lines.append(
-            f"plan: {layers}: {schedule.name}, slot {schedule.slot} of 0 to {len(schedule.window)}, "
+            f"plan: {layers}: {schedule.name}, {schedule.place} of 0 to {len(schedule.window)}, "
             f"{schedule.chunks} chunk(s): {1e3 * choice.predicted:.1f} ms forward and backward, of which "
             f"{1e3 * choice.exposed:.1f} ms wait for transfers (Eq. 11 would choose slot {choice.eq11.slot})"
         )
@@ -133,7 +133,7 @@ def plan_lines(choices: list[LayerChoice]) -> list[str]:
 
 
 def what_ran(choices: list[LayerChoice], overlap: Overlap, backend: str) -> str:
-    ran = sorted({f"slot {c.schedule.slot} x {c.schedule.chunks}" for c in choices})
+    ran = sorted({f"{c.schedule.place} x {c.schedule.chunks}" for c in choices})
     predicted, measured = (1e3 * sum(seconds) for seconds in ((c.predicted for c in choices), overlap.seconds))
     hidden = []
     for direction, share, part in zip(("forward", "backward"), overlap.shares, overlap.efficiency, strict=True):
