@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
-from scmoe.config.fields import Config, TrainerConfig
+from scmoe.config.fields import Config, LatentConfig, TrainerConfig
 from scmoe.config.leaves import ConfigError, flatten, leaves, plain, show
 from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, IMAGES, TEXTS
 from scmoe.schedule.schedule import Schedule
@@ -65,11 +65,8 @@ ONLY_FOR_IMAGES = (
 )
 OF_GATES = ("offload.way", "analysis.gating_every", "analysis.record_routing")
 OWN_WEIGHTS = ("deepseek", "longcat")  # routers whose weights do not depend on moe.renormalise
-OF_LATENTS = (
-    *("model.latent.q_rank", "model.latent.kv_rank", "model.latent.nope_dim", "model.latent.rope_dim"),
-    *("model.latent.value_dim", "model.latent.scaled", "model.latent.gated", "model.latent.yarn_factor"),
-)
-OF_LLAMA = ("model.norm_eps", "model.rope_theta")
+OF_LATENTS = tuple(leaf.key for leaf in leaves(LatentConfig(), "model.latent."))
+OF_LLAMA = ("model.attention", "model.norm_eps", "model.rope_theta")
 Refusals = Iterator[tuple[str, str]]  # a key, and what is allowed for it
 
 
@@ -162,8 +159,9 @@ def _unused(config: Config) -> Refusals:
     unread = (
         # condition, why, fields
         (dense, f"{wiring} has no experts", "moe.dropless_ceiling", "moe.rows", "schedule.slot", "schedule.auto"),
+        (dense, f"{wiring} has no experts", *OF_GATES, "moe.after_norm", "moe.ffn_dim", "moe.leading_dense"),
+        (dense, f"{wiring} has no experts", "moe.router", "moe.router_scale", "moe.bias_rate", "moe.zero_experts"),
         (dense, f"{wiring} has no experts", "schedule.inside_attention"),
-        (dense, f"{wiring} has no experts", *OF_GATES, "moe.after_norm"),
         (extension, f"{wiring} is an extension's, which the planner cannot price", "schedule.auto"),
         (extension, f"{wiring} is an extension's, whose gates are not known", *OF_GATES),
         (extension, f"{wiring} is an extension's, whose taps are not known", "analysis.similarity_every"),
@@ -175,14 +173,11 @@ def _unused(config: Config) -> Refusals:
         (farskip, f"the experts of {wiring} read one representation", "analysis.gating_every"),
         (not latent, "only model.attention=latent has latents", *OF_LATENTS),
         (latent, "model.attention=latent has one latent for all heads", "model.kv_heads"),
-        (family in FAMILIES.built_in and family != "llama", f"model.family={family} has full heads", "model.attention"),
         (family in FAMILIES.built_in and family != "llama", f"model.family={family} fixes it", *OF_LLAMA),
         (moe.capacity_factor is not None, "only moe.capacity_factor=null is dropless", "moe.dropless_ceiling"),
         (moe.rows != "buffers", "only moe.rows=buffers has buffers", "moe.overflow"),
         (moe.top_k == 1, "moe.top_k=1 always keeps the raw probability", "moe.renormalise"),
         (moe.router in OWN_WEIGHTS, f"moe.router={moe.router} fixes it", "moe.renormalise"),
-        (dense, f"{wiring} has no experts", "moe.router", "moe.router_scale", "moe.bias_rate", "moe.zero_experts"),
-        (dense, f"{wiring} has no experts", "moe.ffn_dim", "moe.leading_dense"),
         (moe.balanced_routing, "moe.balanced_routing=true ignores the gate's choice", "moe.bias_rate"),
         (moe.balanced_routing, "moe.balanced_routing=true deals to other experts only", "moe.zero_experts"),
         (moe.num_experts == 1, "the gate has no choice with moe.num_experts=1", "analysis.gating_every"),
