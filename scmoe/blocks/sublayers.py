@@ -157,10 +157,7 @@ class Residual(nn.Module):
     def __init__(self, norm: nn.Module, f: nn.Module, after: nn.Module | None = None) -> None:
         super().__init__()
         self.norm, self.f, self.after = norm, f, after or nn.Identity()
-
-    @property
-    def parted(self) -> bool:
-        return isinstance(self.f, PartedAttention)
+        self.parted = isinstance(f, PartedAttention)
 
     def core(self, x_BSD: Tensor, *cache: KVCache) -> Tensor:
         """The first part of an attention sub-layer; forward with the result is the second."""
@@ -188,9 +185,10 @@ def compile_sublayers(model: nn.Module) -> int:
     A whole block cannot be one graph: the MoE stream's layout and transfers are not compiled, and each of them would be
     a graph break. Sub-layers of equal shape share one graph.
     """
-    parts = list(outermost(model, (Residual, MLP)))
+    parts: list[Any] = list(outermost(model, (Residual, MLP)))
     for part in parts:
         part.compile()
+        part.parted = False  # it is one graph
     return len(parts)
 
 

@@ -13,7 +13,7 @@ import scmoe.moe.stream
 from scmoe.blocks.double_gate import DoubleGateBlock
 from scmoe.blocks.farskip import FarSkipBlock
 from scmoe.blocks.standard import SharedExpertBlock, TopKBlock
-from scmoe.blocks.sublayers import MLP
+from scmoe.blocks.sublayers import MLP, compile_sublayers
 from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.schedule.cost import slots
@@ -149,6 +149,10 @@ def test_experts_run_inside_an_attention_that_has_two_parts_only():
         tiny_shortcut(tiny_stream(), inside, whole_only)
     block = tiny_shortcut(tiny_stream(), Schedule("scmoe", "pos1"), whole_only)
     assert block.divided == block.schedule
+    compiled = tiny_shortcut(tiny_stream(), Schedule("scmoe", "pos1"))
+    assert compiled.divided.inside_attention
+    compile_sublayers(compiled)  # a planner would measure attention without its graph, and round otherwise
+    assert compiled.divided == compiled.schedule
     with pytest.raises(ValueError, match="inside_attention is True, allowed for attention by Sequential: False"):
         block.run_as(inside, block.moe.dispatcher)
 
