@@ -175,6 +175,7 @@ def make_equal(module: nn.Module, context: ParallelContext) -> None:
 
     The parts differ if the ranks' generators differed when the module was built."""
     groups = {p: context.edp_group for _, p in expert_parameters(module) if context.edp_size > 1}
+    groups |= dict.fromkeys(whole_parameters(module), dist.group.WORLD if context.world_size > 1 else None)
     for p in module.parameters():
         if isinstance(p, DTensor):
             group = p.device_mesh.get_group("copies") if copies(p) > 1 else None

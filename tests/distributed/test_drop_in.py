@@ -20,6 +20,7 @@ from torch import nn
 import scmoe
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.experts import Experts
+from scmoe.moe.scores import Scoring, SelectionBias, by_sign
 from scmoe.parallel.dense import local, make_equal, shard, with_dense_mesh
 from scmoe.parallel.mesh import ParallelContext, build_context
 from scmoe.training.assembly.blocks import build_blocks
@@ -142,12 +143,16 @@ def drawn_apart(rank: int, world_size: int, how: str) -> list[torch.Tensor]:
     device, timeout = torch.device("cpu"), timedelta(seconds=60)
     context = build_context(1, device, timeout)
     torch.manual_seed(rank)
-    module = nn.Sequential(nn.Linear(16, 16), scmoe.MoE(16, 4, ffn_dim=32))
+    moe = scmoe.MoE(16, 4, ffn_dim=32)
+    moe.router.bias = SelectionBias(4, 0, Scoring(rule=by_sign))
+    nn.init.constant_(moe.router.bias.weight, rank)
+    module = nn.Sequential(nn.Linear(16, 16), moe)
     if how == "hybrid":
         context = with_dense_mesh(context, how, 2, device, timeout)
         shard(module, context, "32-true")
     make_equal(module, context)
     names = ["0.weight"] if how == "hybrid" else ["1.experts.w_in_eDF", "1.experts.w_out_eFD"]
+    names.append("1.router.bias.weight")
     return [local(module.get_parameter(name)).detach().clone() for name in names]
 
 
