@@ -205,6 +205,8 @@ def read_longcat_flash(config: dict[str, Any]) -> Reading:
     zero_experts, pairs = config.get("zero_expert_num") or 0, config["num_layers"]
     given = {**config, "num_hidden_layers": 2 * pairs, "zero_expert_num": zero_experts}
     settings, problems = latent_settings("longcat_flash", given)
+    if pairs < 1 or settings["model.latent.q_rank"] is None:
+        problems.append(f"num_layers is {pairs}, q_lora_rank is {config['q_lora_rank']}, allowed: 1 or more each")
     settings |= {
         **{"model.latent.scaled": True, "moe.architecture": "scmoe", "moe.every": 2, "moe.position": "pos2"},
         **{"moe.first_position": "pos2", "moe.tap_norm": "shared", "moe.combine": "direct_add"},
