@@ -47,6 +47,8 @@ class Spec(NamedTuple):
     router_scale: float = 1.0
     leading_dense: tuple[int, ...] = ()
     scaled_latents: bool = False
+    rope_theta: float = 10000.0
+    yarn_factor: float = 1.0
 
 
 class Routed(NamedTuple):
@@ -101,18 +103,31 @@ def mlp(w: Weights, name: str, x: Tensor) -> Tensor:
     return linear(w, f"{name}.w_out", activate(linear(w, f"{name}.w_in", x), width))
 
 
-def rotate(x: Tensor) -> Tensor:
-    """Adds rotary positions to x [S, d]: features i and i + d/2, one complex number, turn by s 10000^(-2i/d)."""
+def turning(i: int, half: int, theta: float, yarn_factor: float) -> float:
+    """Returns by how much feature pair i of `half` turns from one position to the next: theta^(-i/half).
+
+    YaRN divides it by its factor where it turns less than once in 4096 positions, leaves it where it turns 32 times,
+    and interpolates between the two pairs where that is so.
+    """
+    speed = theta ** (-i / half)
+    once, often = (half * math.log(4096 / (2 * math.pi * turns)) / math.log(theta) for turns in (1, 32))
+    first, last = max(math.floor(often), 0), min(math.ceil(once), 2 * half - 1)
+    slowed = min(max((i - first) / max(last - first, 0.001), 0), 1)
+    return slowed * speed / yarn_factor + (1 - slowed) * speed
+
+
+def rotate(x: Tensor, theta: float = 10000.0, yarn_factor: float = 1.0) -> Tensor:
+    """Adds rotary positions to x [S, d]: features i and i + d/2, one complex number, turn by s times `turning`."""
     seq_len, half = x.shape[0], x.shape[1] // 2
     z = torch.complex(x[:, :half], x[:, half:])
-    angles = [[s * 10000 ** (-i / half) for i in range(half)] for s in range(seq_len)]
+    angles = [[s * turning(i, half, theta, yarn_factor) for i in range(half)] for s in range(seq_len)]
     z = z * torch.exp(1j * torch.tensor(angles, dtype=x.dtype))
     return torch.cat([z.real, z.imag], -1)
 
 
-def rotate_pairs(x: Tensor) -> Tensor:
+def rotate_pairs(x: Tensor, spec: Spec) -> Tensor:
     """As rotate, but features 2 i and 2 i + 1 are one complex number."""
-    return rotate(torch.cat([x[:, 0::2], x[:, 1::2]], -1))
+    return rotate(torch.cat([x[:, 0::2], x[:, 1::2]], -1), spec.rope_theta, spec.yarn_factor)
 
 
 def latent_attention(w: Weights, name: str, x: Tensor, spec: Spec) -> Tensor:
@@ -132,14 +147,15 @@ def latent_attention(w: Weights, name: str, x: Tensor, spec: Spec) -> Tensor:
         down = linear(w, f"{name}.kv_down", sequence)
         latent = layer_norm(w, f"{name}.kv_norm", down[:, :kv_rank], 1e-6)
         latent = latent * math.sqrt(dim / kv_rank if spec.scaled_latents else 1)
-        shared_key = rotate_pairs(down[:, kv_rank:])
+        shared_key = rotate_pairs(down[:, kv_rank:], spec)
         queries, keys_values = linear(w, f"{name}.q_up", query), linear(w, f"{name}.kv_up", latent)
         outputs = []
         for h in range(heads):
             q = queries[:, h * (nope + rope) : (h + 1) * (nope + rope)]
             kv = keys_values[:, h * (nope + value) : (h + 1) * (nope + value)]
-            match = q[:, :nope] @ kv[:, :nope].T + rotate_pairs(q[:, nope:]) @ shared_key.T
-            match = (match / math.sqrt(nope + rope)).masked_fill(future, -math.inf)
+            match = q[:, :nope] @ kv[:, :nope].T + rotate_pairs(q[:, nope:], spec) @ shared_key.T
+            match = match / math.sqrt(nope + rope) * (0.1 * math.log(spec.yarn_factor) + 1) ** 2
+            match = match.masked_fill(future, -math.inf)
             outputs.append(match.softmax(-1) @ kv[:, nope:])
         y = torch.cat(outputs, -1)
         if f"{name}.gate.weight" in w:
@@ -165,7 +181,7 @@ def attention(w: Weights, name: str, x: Tensor, spec: Spec) -> Tensor:
             kv = h // (heads // kv_heads)
             q, k, v = (qkv[:, i * size : (i + 1) * size] for i in (h, heads + kv, heads + kv_heads + kv))
             if "positions.weight" not in w:
-                q, k = rotate(q), rotate(k)
+                q, k = rotate(q, spec.rope_theta), rotate(k, spec.rope_theta)
             match = (q @ k.T / math.sqrt(size)).masked_fill(future, -math.inf)
             outputs.append(match.softmax(-1) @ v)
         sequences.append(linear(w, f"{name}.out", torch.cat(outputs, -1)))

@@ -83,7 +83,7 @@ ALWAYS: dict[str, dict[str, Any]] = {  # values that our models have
 }
 PLAIN_ROUTER = {"moe.router": "softmax", "moe.router_scale": 1.0, "moe.noisy": False}
 ALWAYS["instella_moe"] |= {"attn_only_farskip": False, "mlp_only_farskip": False}
-ALWAYS["longcat_flash"] |= {"mla_scale_q_lora": True, "mla_scale_kv_lora": True}
+ALWAYS["longcat_flash"] |= {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "norm_topk_prob": False}
 DEFAULTS = {  # of transformers, where a config.json leaves them out
     "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
     "longcat_flash": {"rms_norm_eps": 1e-5, "rope_theta": 1e7},
@@ -92,13 +92,16 @@ YARN = {  # beside the factor
     **{"original_max_position_embeddings": YARN_POSITIONS, "beta_fast": MOST_TURNS, "beta_slow": 1},
     **{"mscale": 1.0, "mscale_all_dim": 1.0},
 }
-INSTELLA = "InstellaMoEForCausalLM"
+INSTELLA, LONGCAT = "InstellaMoEForCausalLM", "LongcatFlashForCausalLM"
 
 
 def family_of(config: Mapping[str, Any]) -> Any:
-    """Return the name of the reader of a config.json: its model_type, but for Instella-MoE, which declares that of
-    DeepSeek-V3 and names its class."""
-    return "instella_moe" if INSTELLA in (config.get("architectures") or ()) else config["model_type"]
+    """Return the name of the reader of a config.json. It is the model_type, but Instella-MoE declares that of
+    DeepSeek-V3, and some folders of LongCat-Flash declare none: there the class decides. KeyError: none is declared."""
+    classes = config.get("architectures") or ()
+    if INSTELLA in classes:
+        return "instella_moe"
+    return config.get("model_type", "longcat_flash") if LONGCAT in classes else config["model_type"]
 
 
 def read_gpt2(config: dict[str, Any]) -> Reading:
@@ -206,6 +209,8 @@ def read_longcat_flash(config: dict[str, Any]) -> Reading:
     zero_experts, pairs = config.get("zero_expert_num") or 0, config["num_layers"]
     given = {**config, "num_hidden_layers": 2 * pairs, "zero_expert_num": zero_experts}
     settings, problems = latent_settings("longcat_flash", given)
+    if pairs < 1 or settings["model.latent.q_rank"] is None:
+        problems.append(f"num_layers is {pairs}, q_lora_rank is {config['q_lora_rank']}, allowed: 1 or more each")
     settings |= {
         **{"model.latent.scaled": True, "moe.architecture": "scmoe", "moe.every": 2, "moe.position": "pos2"},
         **{"moe.first_position": "pos2", "moe.tap_norm": "shared", "moe.combine": "direct_add"},

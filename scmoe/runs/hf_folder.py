@@ -10,9 +10,8 @@ config.json is that of transformers' own model where there is an equal one, else
     dense GPT, dense LLaMA                                 gpt2, llama
     LLaMA, top-k in every block, top_k >= 2, renormalised  mixtral
     LLaMA, shared-expert, CG-1                             qwen2_moe
-    LLaMA, shared-expert, latent attention, router deepseek, MoE in every block but leading ones
-                                                           deepseek_v3
-    LLaMA, ScMoE Pos-2, latent attention, router longcat   longcat_flash
+    LLaMA, shared-expert, latents, router deepseek         deepseek_v3
+    LLaMA, ScMoE Pos-2, scaled latents, router longcat     longcat_flash
     ScMoE, DGMoE and everything else                       scmoe: the classes that `import scmoe.hf` registers
 
 A model is equal where its config.json, read back, gives our settings.
@@ -198,8 +197,8 @@ def native_config(config: Config) -> dict[str, Any] | None:
     """Return the config.json of transformers' own equal model; None where it has none."""
     moe = config.moe
     family = CANDIDATES.get((config.model.family, config.model.attention, moe.architecture))
-    has_unsaid_parts = moe.balanced_routing or (moe.router == "softmax" and moe.bias_rate is not None)
-    if family is None or has_unsaid_parts:
+    # neither an added bias nor a deal is among the settings of a model
+    if family is None or moe.balanced_routing or (moe.router == "softmax" and moe.bias_rate is not None):
         return None
     content = written(family, config)
     if READERS[family](content)[1]:

@@ -65,7 +65,7 @@ def load_folder(folder: Path) -> Any:
     """Return the model of a folder of Hugging Face's form, written by `make export` or by transformers."""
     content = read_config(folder, (OURS, *READERS))
     model = build(our_config(content, str(folder / "config.json")))
-    if content["model_type"] != OURS:
+    if content.get("model_type") != OURS:
         fill(model, read_hf(folder))
         return model
     own, stored = dict(model.named_parameters()), stored_in(sorted(folder.glob("*.safetensors")))

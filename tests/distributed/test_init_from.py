@@ -1,21 +1,26 @@
-"""An upcycled dense checkpoint trains on expert-parallel ranks from the dense model's loss, and resumes without it."""
+"""An upcycled dense checkpoint trains on expert-parallel ranks from the dense model's loss, and resumes without it. A
+folder of LongCat-Flash gives every number of ranks the same first loss."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from scmoe.config.load import load
 from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.runs.hf_folder import write_folder
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.bookkeeping import DataPosition
 from scmoe.training.run.resume import resumption
 from scmoe.training.run.train import train
-from tests.support.exports import dense, export
+from tests.support.architectures import LATENT_ATTENTION, overrides
+from tests.support.exports import dense, export, write_checkpoint
+from tests.support.models import tiny_model
 
 pytestmark = pytest.mark.dist
 
@@ -30,14 +35,19 @@ CASES = {
     "top-2": ("llama", "moe.architecture=top_k moe.top_k=2"),
     "pos2": ("gpt", "moe.position=pos2"),
     "dense gpt": ("gpt", "moe.architecture=dense"),
+    "longcat": (
+        "longcat",
+        " ".join(overrides(LATENT_ATTENTION["longcat"])) + " moe.router=longcat moe.zero_experts=2 moe.ffn_dim=32",
+    ),
 }
 
 
-def config_of(case: str, world_size: int, folder: Path, *overrides: str):
-    family, words = CASES[case]
-    words += f" model.family={family} trainer.devices={world_size} init_from=scmoe:{folder}/{family}.safetensors"
-    words += " model.kv_heads=1" if family == "llama" else ""
-    return load(None, [*TRAINED, *words.split(), *overrides])
+def config_of(case: str, world_size: int, folder: Path, *further: str):
+    source, words = CASES[case]
+    weights = f"hf:{folder}/longcat" if source == "longcat" else f"scmoe:{folder}/{source}.safetensors"
+    words += f" model.family={'gpt' if source == 'gpt' else 'llama'} trainer.devices={world_size} init_from={weights}"
+    words += " model.kv_heads=1" if source == "llama" else ""
+    return load(None, [*TRAINED, *words.split(), *further])
 
 
 def first_losses(rank: int, world_size: int, folder: Path, cases: list[str]) -> dict[str, float]:
@@ -54,17 +64,21 @@ def first_losses(rank: int, world_size: int, folder: Path, cases: list[str]) -> 
 def folder(tmp_path) -> Path:
     for family in ("gpt", "llama"):
         export(dense(family), tmp_path / f"{family}.safetensors")
+    config = config_of("longcat", 1, tmp_path)
+    write_checkpoint(tiny_model(config, torch.float32), tmp_path / "step=0.ckpt", step=0)
+    assert write_folder(tmp_path / "step=0.ckpt", tmp_path / "longcat", config) == "longcat_flash"
     return tmp_path
 
 
 def test_two_ranks_start_with_the_dense_models_loss(folder):
     """Float64 sums in another order differ by about 1e-12 of a loss of about 6."""
     (one,) = run_ranks(first_losses, 1, folder, list(CASES))
-    for two in run_ranks(first_losses, 2, folder, ["top-2", "pos2"]):
+    for two in run_ranks(first_losses, 2, folder, ["top-2", "pos2", "longcat"]):
+        assert abs(two["longcat"] - one["longcat"]) < 1e-11
         for case, expected in (("top-2", "dense"), ("pos2", "dense gpt")):
             for losses in (one, two):
                 assert abs(losses[case] - one[expected]) < 1e-11, case
-    assert abs(one["dense"] - one["dense gpt"]) > 1e-3
+    assert min(abs(one[case] - one["dense gpt"]) for case in ("dense", "longcat")) > 1e-3
 
 
 def start_and_resume(rank: int, world_size: int, folder: Path) -> tuple[int, int]:

@@ -202,6 +202,15 @@ def test_a_rank_reads_only_its_own_experts(tmp_path, monkeypatch):
         assert torch.equal(p, expected[2:] if ".experts." in name else expected), name
 
 
+def test_the_class_decides_where_no_type_is_declared(tmp_path):
+    their_model("longcat").save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["model_type"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    build_model_to_train(config_of("longcat", tmp_path), ParallelContext())
+    assert scmoe.load(tmp_path).max_seq_len == LENGTH
+
+
 def test_further_modules_are_not_read(tmp_path):
     """Published folders have modules that predict further tokens, which are neither read nor refused."""
     for case, name in (("longcat", "model.mtp.norm.weight"), ("deepseek", "model.layers.3.eh_proj.weight")):
@@ -217,6 +226,7 @@ def test_further_modules_are_not_read(tmp_path):
     [
         ("longcat", {"router_bias": True}, (), "router_bias is True, allowed: False"),
         ("longcat", {"zero_expert_type": "copy"}, (), "zero_expert_type is 'copy', allowed: 'identity'"),
+        ("longcat", {"norm_topk_prob": True}, (), "norm_topk_prob is True, allowed: False"),
         ("longcat", {"head_dim": 8}, (), "head_dim is 8, allowed: 4"),
         ("longcat", {}, ("model.layers=2",), "model.layers is 2, allowed: 4"),
         ("longcat", {}, ("moe.zero_experts=2",), "moe.zero_experts is 2, allowed: 0"),

@@ -66,6 +66,8 @@ KINDS = {  # words: model_type
     f"{LONGCAT} moe.router=longcat moe.router_scale=6 moe.zero_experts=2 moe.ffn_dim=32": "longcat_flash",
     f"{LONGCAT} moe.router=longcat moe.position=pos1": "scmoe",
     f"{LONGCAT} moe.router=deepseek": "scmoe",
+    f"{LONGCAT} moe.router=longcat model.latent.q_rank=null": "scmoe",
+    f"{LONGCAT} moe.router=longcat moe.tap_norm=own moe.every=1 moe.position=pos1 model.layers=1": "scmoe",
     f"{DEEPSEEK} moe.ffn_dim=8 moe.leading_dense=[40,40] model.latent.yarn_factor=4": "deepseek_v3",
     f"{DEEPSEEK} moe.ffn_dim=16": "scmoe",  # the shared expert is as wide as 1.5 of them
     f"{DEEPSEEK} moe.leading_dense=[40,48]": "scmoe",

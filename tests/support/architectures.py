@@ -43,7 +43,8 @@ LATENT_ATTENTION = {  # LLaMA alone has it
     "latent": f"position=pos2 {LATENT}",
     "longcat": f"position=pos2 top_k=2 tap_norm=shared combine=direct_add {LATENT} model.latent.q_rank=7 "
     "model.latent.scaled=true",
-    "instella": f"architecture=farskip every=1 top_k=2 {LATENT} model.latent.gated=true",
+    "instella": f"architecture=farskip every=1 top_k=2 {LATENT} model.latent.gated=true "
+    "model.latent.yarn_factor=40 model.rope_theta=5e4",
     "latent-dense": f"architecture=dense {LATENT} model.latent.q_rank=8 model.latent.gated=true",
 }
 AFTER_NORM = {

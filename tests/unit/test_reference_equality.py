@@ -61,6 +61,8 @@ def oracle(config: Config, model: torch.nn.Module) -> tuple[dict, dict, referenc
         moe.router_scale,
         tuple(moe.leading_dense),
         config.model.latent.scaled,
+        config.model.rope_theta,
+        config.model.latent.yarn_factor,
     )
     answer = reference.gpt(weights, spec, *tiny_batch(config))
     values = {name: getattr(answer, name) for name in ("logits", "token_loss", "load_balance_loss", "z_loss")}
