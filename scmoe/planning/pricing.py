@@ -127,7 +127,8 @@ def seconds_of(times_GRdN2: Tensor, schedule: Schedule) -> Tensor:
         own = took_dN[:, [name == operator for name in names_of(schedule)]]
         seconds.append(own.sum(1) if operator in PER_CHUNK else own.sum(1) / max(1, own.shape[1]))
     if schedule.inside_attention:
-        seconds[OPERATORS.index("attention")] = sum(seconds[OPERATORS.index(part)] for part in PARTS)
+        core_d, out_d = (seconds[OPERATORS.index(part)] for part in PARTS)
+        seconds[OPERATORS.index("attention")] = core_d + out_d
     elapsed_d = (end_GdN.amax(-1) - begin_GdN.amin(-1)).mean(0)
     return torch.stack([*seconds, elapsed_d + hidden_d, elapsed_d], 1)
 

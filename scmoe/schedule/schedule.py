@@ -71,8 +71,8 @@ class Schedule:
         if not 0 <= self.slot <= len(self.window):
             raise ValueError(f"schedule.slot is {self.slot}, allowed for {self.name}: 0..{len(self.window)}")
         if self.inside_attention and self.slot not in self.attentions:
-            allowed = f"allowed for {self.name} with schedule.inside_attention: {' | '.join(map(str, self.attentions))}"
-            raise ValueError(f"schedule.slot is {self.slot}, {allowed}, as an attention follows")
+            inside = f"{self.name} with schedule.inside_attention: {' | '.join(map(str, self.attentions))}"
+            raise ValueError(f"schedule.slot is {self.slot}, allowed for {inside}, as an attention follows")
         if self.chunks < 1:
             raise ValueError(f"schedule.chunks is {self.chunks}, allowed: 1 or more")
 
