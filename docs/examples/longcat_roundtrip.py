@@ -16,9 +16,11 @@ import scmoe
 from scmoe.experiments.export import main as export
 from scmoe.training.run.train import train
 
-SIZES = {"vocab_size": 512, "hidden_size": 64, "num_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 128}
-LATENTS = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
-EXPERTS = {"n_routed_experts": 8, "zero_expert_num": 4, "moe_topk": 3, "expert_ffn_hidden_size": 32}
+SIZES: dict[str, Any] = {
+    **{"vocab_size": 512, "hidden_size": 64, "num_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 128},
+    **{"q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
+    **{"n_routed_experts": 8, "zero_expert_num": 4, "moe_topk": 3, "expert_ffn_hidden_size": 32, "head_dim": 8},
+}
 PRESET = "configs/model/longcat_flash_tiny.yaml"  # the wiring; the folder's sizes replace the preset's
 WORDS = [
     *("model.layers=4", "model.dim=64", "model.heads=4", "model.ffn_dim=128"),  # a layer of theirs is a pair of ours
@@ -34,7 +36,7 @@ def main() -> None:
     ids = torch.randint(512, (2, 64))
     with tempfile.TemporaryDirectory() as place:
         first, last = Path(place) / "first", Path(place) / "last"
-        theirs = LongcatFlashForCausalLM(LongcatFlashConfig(**SIZES, **LATENTS, **EXPERTS, head_dim=8)).eval()
+        theirs = LongcatFlashForCausalLM(LongcatFlashConfig(**SIZES)).eval()
         theirs.save_pretrained(first)
         compare("read", scmoe.load(first), theirs, ids)
 
