@@ -81,6 +81,7 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     accepts_loss_kwargs = True  # transformers' Trainer gives num_items_in_batch, and does not divide the loss itself
     _tied_weights_keys = {"model.head.weight": "model.tokens.weight"}  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012
 
     def __init__(self, config: ScMoEConfig) -> None:
         super().__init__(config)

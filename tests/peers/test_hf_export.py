@@ -99,10 +99,10 @@ def exported(words: str, folder: Path, **how: Any) -> tuple[torch.nn.Module, str
     return model, write_folder(folder / "step=3.ckpt", folder / "hf", config, **how)
 
 
-def theirs(folder: Path) -> Any:
+def theirs(folder: Path, **how: Any) -> Any:
     import scmoe.hf  # noqa: F401
 
-    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **how).eval()
 
 
 @pytest.mark.parametrize("words", KINDS)
@@ -189,6 +189,15 @@ def test_the_registered_class_is_saved_and_refuses_what_it_does_not_read(tmp_pat
     again = scmoe.load(tmp_path / "again")
     for name, p in model.model.named_parameters():
         assert torch.equal(p, again.get_parameter(name)), name
+
+
+def test_routers_stay_in_float32_in_a_model_of_bfloat16(tmp_path):
+    """As in a training: bfloat16 would round steps of a selection bias away, and choices would differ."""
+    exported("moe.architecture=scmoe moe.router=deepseek", tmp_path)
+    model = theirs(tmp_path / "hf", dtype=torch.bfloat16)
+    of_routers = {name: p.dtype for name, p in model.named_parameters() if ".router." in name}
+    assert len(of_routers) > 1 and {*of_routers.values()} == {torch.float32}
+    assert model.model.tokens.weight.dtype == torch.bfloat16 and model(ids()).logits.isfinite().all()
 
 
 def test_weights_that_a_folder_lacks_are_drawn_as_for_a_training(tmp_path):
