@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from scmoe.config.fields import Config, LatentConfig, TrainerConfig
 from scmoe.config.leaves import ConfigError, flatten, leaves, plain, show
@@ -156,7 +157,7 @@ def _unused(config: Config) -> Refusals:
     no_files = data.name in DATASETS.built_in and data.name not in ("text", "image_folder")
     images = data.name in IMAGES
     fits = family in FAMILIES.built_in and images == (family in FAMILIES.images)  # else data.name is refused
-    unread = (
+    unread: tuple[tuple[Any, ...], ...] = (
         # condition, why, fields
         (dense, f"{wiring} has no experts", "moe.dropless_ceiling", "moe.rows", "schedule.slot", "schedule.auto"),
         (dense, f"{wiring} has no experts", *OF_GATES, "moe.after_norm", "moe.ffn_dim", "moe.leading_dense"),

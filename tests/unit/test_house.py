@@ -19,7 +19,7 @@ TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 LIBRARY = {  # room: lines at most
     "scmoe/files": 100,
     "scmoe/schedule": 375,
-    "scmoe/config": 1280,
+    "scmoe/config": 1290,
     "scmoe/moe": 1540,
     "scmoe/blocks": 790,
     "scmoe/models": 370,
