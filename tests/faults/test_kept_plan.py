@@ -48,7 +48,7 @@ def test_a_resumed_run_goes_on_with_the_plan_of_its_directory(run_dir):
     path = run_dir / "plan.json"
     plan = json.loads(path.read_text())
     assert plan["step"] <= CHOSEN and plan["conditions"]["ranks"] == 2
-    plan["layers"][0]["schedule"] |= {"expert_slot": 3, "chunks": 4}
+    plan["layers"][0]["schedule"] |= {"expert_slot": 3, "inside_attention": False, "chunks": 4}
     path.write_text(json.dumps(plan))
     said = resume(run_dir, 2)
     assert said.startswith("plan: MoE layer 1: scmoe pos2, slot 3 of 0 to 3, 4 chunk(s)")

@@ -106,6 +106,7 @@ def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path, capsys):
     assert report["gradient_mb"] == report["rows"]["top2"]["gradient_mb"] == 2 * pair * 4 / 2**20
 
 
+@pytest.mark.faults
 def test_bench_overlap_at_two_loads(tiny_on_loopback, tmp_path, capsys):
     """The loads are measured beside the balanced one, and a rank that gets all rows says so."""
     loads = ("--load", "hot_rank:2", "--load", "burst:1.5:1")
@@ -137,6 +138,7 @@ def test_a_layout_drops_what_a_load_has_above_it(layout, dropped, tiny_on_loopba
     assert row["dropped"] == dropped and row["measured_over_model"] is None
 
 
+@pytest.mark.faults
 def test_timeline(tiny_on_loopback, tmp_path):
     assert call("bench", "timeline", "--share", "0.3", "--out", str(tmp_path)) == 0
     assert {path.name for path in tmp_path.glob("*.png")} == {"forward.png", "backward.png"}

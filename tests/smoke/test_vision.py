@@ -61,6 +61,7 @@ def test_missing_data_is_an_error(tmp_path):
     assert line.startswith("error: ") and "dataset-fashion-mnist" in line and "data.name=digits" in line
 
 
+@pytest.mark.faults
 def test_images_are_evaluated_on_the_whole_split_and_refuse_tasks(trained):
     run_dir = trained[0].summary["run_dir"]
     alone = command_in_ranks("evaluate", 1, run_dir).summary
