@@ -163,7 +163,7 @@ def shares(load: Load, place: Place, phase: int = 0) -> list[float]:
     else:
         hot = load.kind in ("hot_rank", "rotating", "hot_expert")
     if load.kind == "empty_rank":
-        return [1 / (experts - own)] * (experts - own) + [0.0] * own
+        return [1 / (experts - own) if e < experts - own else 0.0 for e in range(experts)]
     if not hot or own == experts:
         return [1 / experts] * experts
     first, size = (0, 1) if load.kind == "hot_expert" else (phase * own, own)

@@ -244,26 +244,29 @@ def arrange_buffers(topk_ids_TK: Tensor, num_experts: int, num_ranks: int, size:
 # ---------------------------------------------------------------------- which copies have a row
 
 
+class Target(NamedTuple):
+    """What the copies are sent to.
+
+    num_ranks: ranks that share the experts. training: every rank has equally many tokens. zero_experts: their copies
+    have the id num_experts here, which means none; the fair share of a capacity is one in num_experts + zero_experts.
+    Which copies these are depends on the data, so the host must read the number of rows.
+    """
+
+    num_experts: int
+    num_ranks: int = 1
+    chunks: int = 1
+    training: bool = True
+    zero_experts: int = 0
+
+
 class Rows(Protocol):
     """sums: whether the router's sums are computed, which losses and metrics read."""
 
     @property
     def sums(self) -> bool: ...
 
-    def arrange(
-        self,
-        ids_TK: Tensor,
-        mask_T: Tensor | None,
-        num_experts: int,
-        num_ranks: int,
-        chunks: int,
-        training: bool,
-        zero_experts: int = 0,
-    ) -> Layout:
-        """Chooses the row of each copy of this rank's tokens. mask_T False: padding, which takes no row. num_ranks:
-        ranks that share the experts. training: every rank has equally many tokens. zero_experts: take copies away from
-        the experts, which have id num_experts (none) here; the fair share of a capacity is one in num_experts +
-        zero_experts. Which copies they are is data, so the host must read the number of rows."""
+    def arrange(self, ids_TK: Tensor, mask_T: Tensor | None, target: Target) -> Layout:
+        """Chooses the row of each copy of this rank's tokens. mask_T False: padding, which takes no row."""
 
     def dropless(self, num_experts: int) -> "Rows":
         """The arrangement for inference: it drops nothing, fits the same dispatcher, and computes no sums."""
@@ -273,17 +276,9 @@ class Rows(Protocol):
 class Dropless:
     sums: bool = True
 
-    def arrange(
-        self,
-        ids_TK: Tensor,
-        mask_T: Tensor | None,
-        num_experts: int,
-        num_ranks: int,
-        chunks: int,
-        training: bool,
-        zero_experts: int = 0,
-    ) -> Layout:
-        return arrange_filled(ids_TK, num_experts, chunks, padded=mask_T is not None or zero_experts > 0)
+    def arrange(self, ids_TK: Tensor, mask_T: Tensor | None, target: Target) -> Layout:
+        padded = mask_T is not None or target.zero_experts > 0
+        return arrange_filled(ids_TK, target.num_experts, target.chunks, padded)
 
     def dropless(self, num_experts: int) -> Rows:
         return Dropless(sums=False)
@@ -302,26 +297,18 @@ class Capacity:
         if not 0 < self.factor <= 1e6:
             raise ValueError(f"capacity_factor is {self.factor}, allowed: None, or above 0 and at most 1e6")
 
-    def arrange(
-        self,
-        ids_TK: Tensor,
-        mask_T: Tensor | None,
-        num_experts: int,
-        num_ranks: int,
-        chunks: int,
-        training: bool,
-        zero_experts: int = 0,
-    ) -> Layout:
+    def arrange(self, ids_TK: Tensor, mask_T: Tensor | None, target: Target) -> Layout:
         """Outside training ranks may have different numbers of tokens, and therefore of slots: they announce the
         filled ones."""
         num_tokens, top_k = ids_TK.shape
-        capacity = expert_capacity(num_tokens, num_experts + zero_experts, top_k, self.factor)
+        num_experts, shares = target.num_experts, target.num_experts + target.zero_experts
+        capacity = expert_capacity(num_tokens, shares, top_k, self.factor)
         room: int | Tensor = capacity
         if mask_T is not None:  # padding adds no capacity: its slots stay empty, so that shapes depend on no data
-            room = rounded_up(self.factor * mask_T.sum().double() * top_k / (num_experts + zero_experts))
-        if self.filled or (not training and num_ranks > 1):
-            return arrange_filled(drop_beyond(ids_TK, num_experts, room), num_experts, chunks)
-        return arrange_slots(ids_TK, num_experts, capacity, chunks, room)
+            room = rounded_up(self.factor * mask_T.sum().double() * top_k / shares)
+        if self.filled or (not target.training and target.num_ranks > 1):
+            return arrange_filled(drop_beyond(ids_TK, num_experts, room), num_experts, target.chunks)
+        return arrange_slots(ids_TK, num_experts, capacity, target.chunks, room)
 
     def dropless(self, num_experts: int) -> Rows:
         return Dropless(sums=False)
@@ -334,21 +321,12 @@ class Buffers:
     ceiling: float
     sums: bool = True
 
-    def arrange(
-        self,
-        ids_TK: Tensor,
-        mask_T: Tensor | None,
-        num_experts: int,
-        num_ranks: int,
-        chunks: int,
-        training: bool,
-        zero_experts: int = 0,
-    ) -> Layout:
-        if num_ranks == 1:
-            return Dropless().arrange(ids_TK, mask_T, num_experts, num_ranks, chunks, training, zero_experts)
+    def arrange(self, ids_TK: Tensor, mask_T: Tensor | None, target: Target) -> Layout:
+        if target.num_ranks == 1:
+            return Dropless().arrange(ids_TK, mask_T, target)
         num_tokens, top_k = ids_TK.shape
-        size = buffer_size(num_tokens, top_k, num_ranks, self.ceiling)
-        return arrange_buffers(ids_TK, num_experts, num_ranks, size, chunks)
+        size = buffer_size(num_tokens, top_k, target.num_ranks, self.ceiling)
+        return arrange_buffers(ids_TK, target.num_experts, target.num_ranks, size, target.chunks)
 
     def dropless(self, num_experts: int) -> Rows:
         """Every rank must use the same layout, so buffers remain, with room for every copy."""

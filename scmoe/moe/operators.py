@@ -114,7 +114,7 @@ class Operators(nn.Module):
     def operator(self, name: str, f: Callable[..., Any], *inputs: Any) -> Any:
         if self.recorder is not None:
             f, inputs = self.recorder.around, (name, f, *inputs)
-        if not torch.autograd._profiler_enabled():  # a range that nobody reads would cost as much as a small operator
+        if not torch.autograd._profiler_enabled():  # nobody would read the range, and it takes time
             return f(*inputs)
         with record_function(f"scmoe/{name}"):
             return f(*inputs)

@@ -13,10 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scmoe.moe.scores import THE_PAPERS, Scoring, SelectionBias
+from scmoe.moe.scores import LEAST, THE_PAPERS, Scoring, SelectionBias
 from scmoe.moe.tokens import Routing
-
-LEAST = 1e-20  # of the sum of a token's kept scores: a selection bias may choose experts whose scores are 0
 
 
 class Router(nn.Module):

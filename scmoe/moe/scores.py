@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 Score = Callable[[Tensor], Tensor]
 Rule = Callable[[Tensor], Tensor]
+LEAST = 1e-20  # of a sum of scores by which others are divided: sigmoid scores may all be 0
 softmax: Score = partial(torch.softmax, dim=-1)
 
 
@@ -57,7 +58,7 @@ class Scoring:
 
     def shares(self, scores_TE: Tensor) -> Tensor:
         """The scores of each token as a distribution over the experts."""
-        return scores_TE if self.sums_to_one else scores_TE / scores_TE.sum(-1, keepdim=True)
+        return scores_TE if self.sums_to_one else scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=LEAST)
 
 
 THE_PAPERS = Scoring()  # Eq. 2-5

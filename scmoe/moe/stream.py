@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from scmoe.moe.balance import router_stats
 from scmoe.moe.dispatcher import Dispatcher, Pending, Receipt
 from scmoe.moe.experts import Experts
-from scmoe.moe.layout import Dropless, Layout, Rows, decode, encode
+from scmoe.moe.layout import Dropless, Layout, Rows, Target, decode, encode
 from scmoe.moe.operators import Operators
 from scmoe.moe.router import Router
 from scmoe.moe.tokens import MoEOutput, RouterStats, Routing
@@ -101,11 +101,11 @@ class MoEStream(Operators):
     ) -> tuple[Routing, Layout]:
         """Where each token goes, and which row each of its copies takes."""
         routing = self.router(x_TD, mask_T, excluded_T1)
-        ids_TK, num_experts, zero_experts = routing.topk_ids_TK, self.router.num_experts, self.router.zero_experts
-        if zero_experts:
-            ids_TK = ids_TK.clamp(max=num_experts)
-        layout = self.rows.arrange(ids_TK, mask_T, num_experts, self.num_ranks, chunks, self.training, zero_experts)
-        return routing, layout
+        ids_TK, router = routing.topk_ids_TK, self.router
+        if router.zero_experts:
+            ids_TK = ids_TK.clamp(max=router.num_experts)
+        target = Target(router.num_experts, self.num_ranks, chunks, self.training, router.zero_experts)
+        return routing, self.rows.arrange(ids_TK, mask_T, target)
 
     def sums(self, routing: Routing, layout: Layout, mask_T: Tensor | None, shape: torch.Size) -> RouterStats:
         """The sums of which losses and metrics are computed."""
@@ -143,8 +143,8 @@ def move_biases(model: nn.Module, sums_LE2: Tensor) -> None:
         return
     if len(routers) != len(sums_LE2):
         raise ValueError(
-            f"the blocks hold {len(routers)} MoE modules and return the sums of {len(sums_LE2)}, allowed: as many, in "
-            "the same order, where a router has a selection bias; moe.router=softmax has none without moe.bias_rate"
+            f"The blocks hold {len(routers)} MoE modules and return the sums of {len(sums_LE2)}. A selection bias "
+            "needs the sums of each module, in the order of the modules; moe.router=softmax alone has no bias."
         )
     for router in dict.fromkeys(routers):
         sums_E2 = torch.stack([row for row, other in zip(sums_LE2, routers, strict=True) if other is router]).sum(0)

@@ -32,7 +32,7 @@ from scmoe.schedule.schedule import Schedule
 WARMUP_STEPS, STEPS_EACH = 3, 3  # the second: with each number of chunks
 NEAR, CANDIDATES = 1.1, 6  # tried: the best price of each number of chunks, and others up to NEAR times the lowest
 FEWEST_ROUNDS, MOST_TRIES = 5, 48  # the second: steps of all candidates together
-LOSS = 0.01  # of a step: trials need not tell candidates apart that differ by less
+LOSS = 0.01  # of a step: a smaller difference between candidates need not be decided
 REFERENCES = ("sequential", "free")  # times of a choice: each transfer waited for at once, and without transfers
 LEAST_SHARE = 0.1  # of communication: below it, its hidden part is smaller than the noise of the times
 NOISE = 0.05  # of a hidden part: further below 0 or above 1, the step was disturbed

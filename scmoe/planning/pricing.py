@@ -25,7 +25,7 @@ from scmoe.schedule.schedule import PARTS, Schedule
 STREAM = ("route", "encode", "dispatch", "experts", "combine", "decode")
 OPERATORS = (*STREAM, "attention", *PARTS, "mlp", "shared_expert", "current")
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
-ALIKE = 0.98  # of a price: layers that gain less by slots of their own differ by noise
+WORTH_OWN_SLOTS = 0.98  # of a price: a smaller gain from different slots in each layer is within the noise
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ def price(
 ) -> dict[int, list[list[LayerChoice]]]:
     """Candidates by number of chunks, those of the lowest price first; equal on all ranks, as the samples are.
 
-    A candidate has one slot for all layers (where a window is shorter, its last). Where layers differ so much that the
-    best slot of each has a price below ALIKE times that, this is the first candidate.
+    A candidate has one slot for all layers; a layer that lacks it takes the one before it. Where the best slot of each
+    layer together have a price below WORTH_OWN_SLOTS times the best of these, they are the first candidate.
 
     samples: by number of chunks, ascending, what `measured` returned for each step.
     own: the configured schedule of each layer. fixed: it is the only choice.
@@ -164,11 +164,12 @@ def price(
     candidates = {}
     for chunks in samples:
         by_slot = [layer[chunks] for layer in layers]
-        most = max(map(len, by_slot))
-        alike = [[choices[min(slot, len(choices) - 1)] for choices in by_slot] for slot in range(most)]
-        alike.sort(key=predicted)
+        places = sorted({place_of(choice) for choices in by_slot for choice in choices})
+        at_places = [[at_place(choices, place) for choices in by_slot] for place in places]
+        same_slot = sorted({tuple(map(place_of, own)): own for own in at_places}.values(), key=predicted)
         best = [min(choices, key=lambda choice: choice.predicted) for choices in by_slot]
-        candidates[chunks] = [best, *alike] if predicted(best) < ALIKE * predicted(alike[0]) else alike
+        gains = predicted(best) < WORTH_OWN_SLOTS * predicted(same_slot[0])
+        candidates[chunks] = [best, *same_slot] if gains else same_slot
     return candidates
 
 
@@ -188,6 +189,16 @@ def price_layer(
         schedules = [own] if fixed else every
         choices[chunks] = [LayerChoice(schedule, times, sequential) for schedule in schedules]
     return choices
+
+
+def place_of(choice: LayerChoice) -> tuple[int, bool]:
+    """The slot, and whether it is inside the attention after it; in the order of the window."""
+    return choice.schedule.slot, choice.schedule.inside_attention
+
+
+def at_place(choices: Sequence[LayerChoice], place: tuple[int, bool]) -> LayerChoice:
+    """The choice of a layer at this place, or at the last one before it. choices: in the order of the window."""
+    return [choice for choice in choices if place_of(choice) <= place or choice is choices[0]][-1]
 
 
 def predicted(choices: Sequence[LayerChoice]) -> float:

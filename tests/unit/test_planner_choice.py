@@ -165,7 +165,7 @@ def test_what_is_tried_are_the_best_of_each_number_of_chunks_and_those_near_the_
         ({0: [1.0] * 5, 1: [1.1] * 5}, [0]),
         ({0: [1.0] * 5, 1: [1.0] * 5}, [0]),  # there is nothing to gain
         ({0: [1.0, 2.0, 1.1, 1.0, 3.0], 1: [0.9, 1.8, 0.99, 0.9, 2.7]}, [1]),  # what disturbs a round disturbs both
-        ({0: [1.0, 1.2, 0.9, 1.1, 1.0], 1: [1.1, 1.0, 1.0, 1.0, 1.2]}, [0, 1]),  # not told apart
+        ({0: [1.0, 1.2, 0.9, 1.1, 1.0], 1: [1.1, 1.0, 1.0, 1.0, 1.2]}, [0, 1]),  # not decided yet
         ({0: [1.0] * 5, 1: [1.2] * 4 + [0.2]}, [0, 1]),  # perhaps one step was short by chance
     ],
 )

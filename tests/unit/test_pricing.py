@@ -14,7 +14,8 @@ import torch
 from scmoe.moe.operators import Direction, Mark, Recorder
 from scmoe.planning import pricing
 from scmoe.planning.planner import hidden_part
-from scmoe.planning.pricing import DIRECTIONS, OPERATORS, LayerChoice, measured, noted, price
+from scmoe.planning.pricing import DIRECTIONS, OPERATORS, LayerChoice, at_place, measured, noted, place_of, price
+from scmoe.schedule.cost import slots
 from scmoe.schedule.play import TRANSFERS
 from scmoe.schedule.schedule import Schedule
 
@@ -156,3 +157,19 @@ def test_each_ep_group_has_prices_of_its_own_and_their_mean_counts():
 )
 def test_a_disturbed_step_has_no_hidden_part(overlapped, part):
     assert hidden_part(overlapped, sequential=20.0, free=10.0) == (part if part is None else pytest.approx(part))
+
+
+def test_layers_with_different_windows_share_a_slot_and_not_an_index():
+    """Slots inside attention stand at different indices of the two windows."""
+    short, long = (
+        [LayerChoice(schedule, {}, ()) for schedule in slots(Schedule("scmoe", position))]
+        for position in ("pos1", "pos2")
+    )
+    assert [place_of(at_place(short, place_of(choice))) for choice in long] == [
+        (0, False),
+        (1, False),
+        (1, False),  # no attention follows there
+        (2, False),
+        (2, False),
+    ]
+    assert place_of(at_place(long, (0, True))) == (0, False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from scmoe.moe.balance import integer_sums
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Experts
-from scmoe.moe.layout import Buffers, Capacity, rows_of
+from scmoe.moe.layout import Buffers, Capacity, Target, rows_of
 from scmoe.moe.router import Router
 from scmoe.moe.scores import Scoring
 from scmoe.moe.stream import MoEStream
@@ -48,8 +48,8 @@ def test_in_use_no_buffer_drops_a_token():
     """All tokens choose one expert, whose rank has room for its fair share of them in training."""
     ids_TK, num_ranks = torch.zeros(9, 1, dtype=torch.long), EXPERTS // 2
     rows = Buffers(1.0)
-    assert rows.arrange(ids_TK, None, EXPERTS, num_ranks, 1, True).num_dropped == 9 - 9 * 2 // EXPERTS
-    assert rows.dropless(EXPERTS).arrange(ids_TK, None, EXPERTS, num_ranks, 1, False).num_dropped == 0
+    assert rows.arrange(ids_TK, None, Target(EXPERTS, num_ranks)).num_dropped == 9 - 9 * 2 // EXPERTS
+    assert rows.dropless(EXPERTS).arrange(ids_TK, None, Target(EXPERTS, num_ranks, training=False)).num_dropped == 0
 
 
 # ---------------------------------------------------------------------- zero experts
