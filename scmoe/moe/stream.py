@@ -144,7 +144,7 @@ def move_biases(model: nn.Module, sums_LE2: Tensor) -> None:
     if len(routers) != len(sums_LE2):
         raise ValueError(
             f"The blocks hold {len(routers)} MoE modules and return the sums of {len(sums_LE2)}. A selection bias "
-            "needs the sums of each module, in the order of the modules; moe.router=softmax alone has no bias."
+            "needs the sums of each module, in their order; moe.router=softmax has no bias unless moe.bias_rate is set."
         )
     for router in dict.fromkeys(routers):
         sums_E2 = torch.stack([row for row, other in zip(sums_LE2, routers, strict=True) if other is router]).sum(0)
