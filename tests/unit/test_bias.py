@@ -165,3 +165,8 @@ def test_a_bias_evens_the_load_of_a_gate_that_prefers_one_expert():
         busiest.append(counts.max().item() / 100)
         router.bias.move(counts, torch.tensor(600))
     assert busiest[0] > 2 and max(busiest[-20:]) < 1.3
+
+
+def test_scores_that_are_all_0_have_shares_of_0():
+    scoring = Scoring(torch.sigmoid, sums_to_one=False)
+    assert torch.equal(scoring.shares(torch.sigmoid(torch.full((2, 4), -200.0))), torch.zeros(2, 4))
