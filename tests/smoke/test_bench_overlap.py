@@ -106,10 +106,32 @@ def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path, capsys):
     assert report["gradient_mb"] == report["rows"]["top2"]["gradient_mb"] == 2 * pair * 4 / 2**20
 
 
+@pytest.mark.parametrize("compute", ["emulated", pytest.param("real", marks=pytest.mark.faults)])
+def test_bench_overlap_of_an_iteration_with_an_moe_in_every_block(compute, tiny_on_loopback, tmp_path, capsys):
+    """Of four blocks the first has a shorter window at Nous' tap."""
+    words = ("--every", "1", "--level", "iteration", "--ffn-dim", "128", "--rounds", "2", "--out", str(tmp_path))
+    assert call("bench", "overlap", "--rows", "scmoe_pos2", "farskip_pipelined", "--compute", compute, *words) == 0
+    report = json.loads(capsys.readouterr().out)
+    nous, farskip = report["rows"]["scmoe_pos2"], report["rows"]["farskip_pipelined"]
+    assert (
+        len(nous["auto_slots"]) == 4 and nous["auto_slots"][0] in ("slot 0", "slot 1") and farskip["chunks"] in (2, 4)
+    )
+    assert min(row["of_limit"] for row in (nous, farskip)) > 0
+    # each of four top-2 blocks has a norm of attention and one of the MoE, a gate, and attention, here without biases
+    block, shared = 2 * 2 * 32 + 8 * 32 + 4 * 32 * 32, 2 * 32 * 128
+    biases = 4 * 32 if compute == "real" else 0
+    assert report["gradient_mb"] == 4 * (block + biases) * 4 / 2**20
+    of_farskip = block + biases + shared + (32 + 128 if compute == "real" else 0)
+    assert farskip["gradient_mb"] == 4 * of_farskip * 4 / 2**20
+    (picture,) = tmp_path.glob("*.png")
+    assert picture.stem == f"overlap-{compute}-iteration-2-ranks-share-0.52-every-1"
+
+
 @pytest.mark.faults
-def test_bench_overlap_at_two_loads(tiny_on_loopback, tmp_path, capsys):
+@pytest.mark.parametrize("every", ["2", "1"])
+def test_bench_overlap_at_two_loads(every, tiny_on_loopback, tmp_path, capsys):
     """The loads are measured beside the balanced one, and a rank that gets all rows says so."""
-    loads = ("--load", "hot_rank:2", "--load", "burst:1.5:1")
+    loads = ("--load", "hot_rank:2", "--load", "burst:1.5:1", "--every", every)
     assert call("bench", "overlap", *ROWS, *loads, "--compute", "real", "--out", str(tmp_path)) == 0
     reports = json.loads(capsys.readouterr().out)["loads"]
     assert [report["load"]["name"] for report in reports] == ["hot_rank:2", "burst:1.5:1"]
