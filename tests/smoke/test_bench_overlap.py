@@ -113,9 +113,8 @@ def test_bench_overlap_of_an_iteration_with_an_moe_in_every_block(compute, tiny_
     assert call("bench", "overlap", "--rows", "scmoe_pos2", "farskip_pipelined", "--compute", compute, *words) == 0
     report = json.loads(capsys.readouterr().out)
     nous, farskip = report["rows"]["scmoe_pos2"], report["rows"]["farskip_pipelined"]
-    assert (
-        len(nous["auto_slots"]) == 4 and nous["auto_slots"][0] in ("slot 0", "slot 1") and farskip["chunks"] in (2, 4)
-    )
+    assert len(nous["auto_slots"]) == 4 and nous["auto_slots"][0] in ("slot 0", "slot 1")
+    assert farskip["chunks"] in (2, 4)
     assert min(row["of_limit"] for row in (nous, farskip)) > 0
     # each of four top-2 blocks has a norm of attention and one of the MoE, a gate, and attention, here without biases
     block, shared = 2 * 2 * 32 + 8 * 32 + 4 * 32 * 32, 2 * 32 * 128

@@ -115,16 +115,13 @@ def test_a_row_with_an_moe_in_every_block_is_wired_as_its_preset(block, preset):
 
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_a_planners_choice_runs_in_every_block_as_chosen(chunks):
-    """The first block's window is shorter. A choice of one place for both is among the variants that are tried, so it is
-    not measured twice."""
+    """The first block's window is shorter. A choice of one place for both is a variant that is tried, so it is not
+    measured twice."""
     first, carried = (slots(Schedule("scmoe", tap, chunks=chunks)) for tap in ("first", "carried"))
-    tried = {
-        Variant("nous", schedule): Variant("nous", schedule).of_blocks((first[0], carried[0])) for schedule in carried
-    }
+    variants = [Variant("nous", schedule) for schedule in carried]
+    tried = {variant: variant.of_blocks((first[0], carried[0])) for variant in variants}
     for schedules in ([a, b] for a in first for b in carried):
         chosen = chosen_by([LayerChoice(schedule, {}, ()) for schedule in schedules], "nous", "balanced")
         assert chosen.of_blocks((first[0], carried[0])) == schedules
         assert (chosen in tried) == (schedules in tried.values())
-    assert [schedule.slot for schedule, _ in tried.values()] == [0, 0, 1, 1], (
-        "of its own slots the last up to the place"
-    )
+    assert [schedule.slot for schedule, _ in tried.values()] == [0, 0, 1, 1], "the last slot up to the place"
