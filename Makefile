@@ -115,8 +115,9 @@ KEEP := $(PY) -m experiments.bench
 REPORTS := $(addprefix $(KEPT)/, $(addsuffix .json, \
   overlap-real-block-2-ranks-share-0.52 overlap-real-block-2-ranks-share-0.15 overlap-real-iteration-2-ranks-share-0.52 \
   overlap-real-iteration-2-ranks-share-0.52-ratio-0.5 \
-  overlap-emulated-block-2-ranks-share-0.52 overlap-emulated-block-2-ranks-share-0.35 \
-  overlap-emulated-block-2-ranks-share-0.52-every-1 overlap-emulated-block-4-ranks-share-0.35 growth routing inference-2-ranks-share-0.52 inference-2-ranks-share-0.15 \
+  overlap-emulated-block-2-ranks-share-0.52 overlap-emulated-block-2-ranks-share-0.52-every-1 \
+  overlap-emulated-block-2-ranks-share-0.35 overlap-emulated-block-4-ranks-share-0.35 \
+  growth routing inference-2-ranks-share-0.52 inference-2-ranks-share-0.15 \
   $(addprefix uneven-, emulated-block-2-ranks-share-0.52-hot_rank emulated-block-4-ranks-share-0.49-hot_rank \
   real-block-2-ranks-share-0.52-hot_rank real-iteration-2-ranks-share-0.52-hot_rank inference-2-ranks-share-0.52-hot_rank)))
 
