@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from scmoe.blocks.kv_cache import KVCache
-from scmoe.blocks.sublayers import PartedAttention
 from scmoe.moe.dispatcher import Ready, Traffic
 from scmoe.parallel.wire.all_to_all import Exchange, Work
 
@@ -38,7 +36,7 @@ class _Sleep(Function):
 
 
 class EmulatedOperator(nn.Module):
-    """Replaces an MLP or a shared expert: the identity, after `ms` milliseconds.
+    """Replaces a sub-layer or a shared expert: the identity, after `ms` milliseconds.
 
     num_weights: weights that change nothing and get gradients of 0, which travel like any other.
     tokens: those that take `ms`; None: any number does."""
@@ -53,19 +51,20 @@ class EmulatedOperator(nn.Module):
         return _Sleep.apply(x_BSD, part * self.ms / 1e3, self.weight)
 
 
-class EmulatedAttention(PartedAttention):
-    """Replaces an attention in two parts: its output projection takes OUT_PART of `ms`, and its core the rest.
-    Arguments as above."""
+class EmulatedAttention(nn.Module):
+    """Replaces an attention sub-layer, which has two parts: its output projection takes OUT_PART of `ms`, and its core
+    the rest. Arguments as above. onto: as Residual's; None: the sub-layer is the identity."""
 
-    out: Any
+    parted = True
 
     def __init__(self, ms: float, num_weights: int = 0, tokens: int | None = None) -> None:
         super().__init__()
-        self.projections = EmulatedOperator((1 - OUT_PART) * ms, 3 * num_weights // 4, tokens)
+        self.core = EmulatedOperator((1 - OUT_PART) * ms, 3 * num_weights // 4, tokens)
         self.out = EmulatedOperator(OUT_PART * ms, num_weights // 4, tokens)
 
-    def core(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
-        return self.projections(x_BSD)
+    def forward(self, x_BSD: Tensor, onto: Tensor | None = None, core: Tensor | None = None) -> Tensor:
+        y_BSD = self.out(self.core(x_BSD) if core is None else core)
+        return y_BSD if onto is None else onto + y_BSD
 
 
 class EmulatedExperts(nn.Module):

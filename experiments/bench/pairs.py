@@ -63,8 +63,8 @@ class Setting:
     loads: of the experts (loads.py), beside the balanced one, which is always measured.
 
     Args:
-        every: blocks with an MoE: every second one, or each one
         link_mbit: rate of the links; by default it is searched for the share
+        every: blocks with an MoE: every second one, or each one
         nodes: on which the ranks are; the rate is that of the nodes' network cards
         exchange: between nodes
         layout: dropless | capacity:F | buffers:C (default: capacity:1, and dropless with --load)
@@ -73,10 +73,10 @@ class Setting:
     """
 
     share: Annotated[float, INNER] = 0.52
-    every: Literal[1, 2] = 2
     link_mbit: Positive | None = None
     compute: Annotated[str, INNER] = "emulated"
     level: Literal["block", "iteration"] = "block"
+    every: Literal[1, 2] = 2
     rounds: Rounds = 9
     dim: Annotated[int, INNER] = 512
     ffn_dim: Annotated[int, INNER] = 2048

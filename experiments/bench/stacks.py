@@ -51,7 +51,7 @@ def config_of(name: str, setting: Setting) -> Config:
 
 
 def emulated_parts(setting: Setting) -> Parts:
-    """Attention, MLPs and experts sleep; norms, sums and all else of a block are real."""
+    """Sub-layers, shared experts and routed experts sleep; all else of an MoE module is real."""
     s, mlp_ms = setting, setting.attention_ms / setting.attention_to_mlp
     weighs = s.level == "iteration"  # else no gradient travels
     return Parts(
@@ -61,6 +61,7 @@ def emulated_parts(setting: Setting) -> Parts:
         attention=partial(EmulatedAttention, s.attention_ms, weighs * 4 * s.dim**2, s.tokens),
         after=nn.Identity,
         experts=partial(EmulatedExperts, mlp_ms * 1e3 / s.tokens),
+        sublayer=lambda norm, operator, after: operator,
     )
 
 

@@ -42,12 +42,13 @@ class Parts:
     attention: Callable[[], nn.Module]
     after: Callable[[], nn.Module]  # applied to a sub-layer's output before it is added: dropout
     experts: Callable[[int, range], Any]  # of the number of all routed experts, and of the ids that this rank holds
+    sublayer: Callable[[nn.Module, nn.Module, nn.Module], Any] = Residual  # of a norm, an operator, and `after`
 
-    def attention_sublayer(self) -> Residual:
-        return Residual(self.norm(), self.attention(), self.after())
+    def attention_sublayer(self) -> Any:
+        return self.sublayer(self.norm(), self.attention(), self.after())
 
-    def mlp_sublayer(self, *ffn_dim: int) -> Residual:
-        return Residual(self.norm(), self.mlp(*ffn_dim), self.after())
+    def mlp_sublayer(self, *ffn_dim: int) -> Any:
+        return self.sublayer(self.norm(), self.mlp(*ffn_dim), self.after())
 
     def dense_block(self, *ffn_dim: int) -> DenseBlock:
         """ffn_dim: of its MLP, where it is another one than that of the other MLPs."""
