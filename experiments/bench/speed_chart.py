@@ -69,11 +69,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
         for axis, (word, groups) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
             grouped_bars(axis, groups)
             axis.set(title=word, xlabel="speed-up over\nsequential top-2")
-        what = "pair of blocks" if report["level"] == "block" else "iteration of two pairs"
+        what = "One pair of blocks" if report["level"] == "block" else "One iteration of two pairs"
         if report.get("every", 2) == 1:
-            what += ", an MoE in each block"
+            number = "Two" if report["level"] == "block" else "One iteration of four"
+            what = f"{number} blocks with an MoE each"
         share = f"{100 * report['comm_share']:.0f} % of top-2's inference is communication"
-        heading(figure, f"One {what}, {conditions(report)}: {share}")
+        heading(figure, f"{what}, {conditions(report)}: {share}")
         colors = {"one chunk": BLUE}
         if any(row.endswith(PIPELINED) for row in report["rows"]):
             colors["pipelined (2 or 4 chunks)"] = SKY
