@@ -165,7 +165,7 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
         "world_size": trainer.world_size,
         "drop_share": metrics.get("val/drop_share"),
         "load_max_ratio": metrics.get("val/load_max"),
-        **{name: metrics.get(f"moe/{name}") for name in ("step_load_max", "rank_load_max")},
+        **{name: metrics.get(f"moe/{name}") for name in ("step_load_max", "rank_load_max", "step_drop", "dead_experts")},
         "skipped": len(data.skipped) + sum(c.total(module) for c in callbacks if isinstance(c, SkippedImages)),
         **of_images,
     }
