@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from scmoe.blocks.kv_cache import KVCache
+from scmoe.blocks.sublayers import PartedAttention
 from scmoe.moe.dispatcher import Ready, Traffic
 from scmoe.parallel.wire.all_to_all import Exchange, Work
 
@@ -36,7 +38,7 @@ class _Sleep(Function):
 
 
 class EmulatedOperator(nn.Module):
-    """Replaces a sub-layer or a shared expert: the identity, after `ms` milliseconds.
+    """Replaces an MLP or a shared expert: the identity, after `ms` milliseconds.
 
     num_weights: weights that change nothing and get gradients of 0, which travel like any other.
     tokens: those that take `ms`; None: any number does."""
@@ -51,19 +53,19 @@ class EmulatedOperator(nn.Module):
         return _Sleep.apply(x_BSD, part * self.ms / 1e3, self.weight)
 
 
-class EmulatedAttention(nn.Module):
-    """Replaces an attention sub-layer, which has two parts: its output projection takes OUT_PART of `ms`, and its core
-    the rest. Arguments as above."""
+class EmulatedAttention(PartedAttention):
+    """Replaces an attention in two parts: its output projection takes OUT_PART of `ms`, and its core the rest.
+    Arguments as above."""
 
-    parted = True
+    out: Any
 
     def __init__(self, ms: float, num_weights: int = 0, tokens: int | None = None) -> None:
         super().__init__()
-        self.core = EmulatedOperator((1 - OUT_PART) * ms, 3 * num_weights // 4, tokens)
+        self.projections = EmulatedOperator((1 - OUT_PART) * ms, 3 * num_weights // 4, tokens)
         self.out = EmulatedOperator(OUT_PART * ms, num_weights // 4, tokens)
 
-    def forward(self, x_BSD: Tensor, onto: Tensor | None = None, core: Tensor | None = None) -> Tensor:
-        return self.out(self.core(x_BSD) if core is None else core)
+    def core(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
+        return self.projections(x_BSD)
 
 
 class EmulatedExperts(nn.Module):

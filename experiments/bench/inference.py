@@ -26,11 +26,12 @@ from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench import emulated
 from scmoe.experiments.bench.loads import BALANCED, Now, Place, imbalance, kinds_of, load_of, why_impossible
-from scmoe.experiments.bench.overlap import Variant, find_rate, say
+from scmoe.experiments.bench.overlap import find_rate, say
 from scmoe.experiments.bench.pairs import TOP_K, Setting, check_ranks, default_schedule
 from scmoe.experiments.bench.speed_chart import PAPERS, Printed, name_of
-from scmoe.experiments.bench.stacks import make_block
+from scmoe.experiments.bench.stacks import make_blocks
 from scmoe.experiments.bench.uneven import draw_lines
+from scmoe.experiments.bench.variants import Variant
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, quartiles
 from scmoe.experiments.engine.ranks import run_ranks
@@ -91,8 +92,8 @@ class InferenceBench:
         self.models: dict[str, Any] = {}
         self.now = Now(load_of(BALANCED))
         for name in BLOCKS:
-            block = make_block(name, setting, self.group, self.now)
-            self.models[name] = GPT(VOCABULARY, setting.seq_len + 1, setting.dim, [block]).eval()
+            blocks = make_blocks(name, setting, self.group, self.now)
+            self.models[name] = GPT(VOCABULARY, setting.seq_len + 1, setting.dim, blocks).eval()
         self.paid = AllToAllDispatcher(self.group, setting.num_experts)
         self.free = Free(AllToAllDispatcher(self.group, setting.num_experts, exchange=emulated.free))
         self.passes: dict[tuple[str, Shape], Any] = {}

@@ -12,7 +12,9 @@ NAMES = {
     "shared_expert": "Shared-expert",
     "scmoe2": "ScMoE-2",
     **{f"scmoe_pos{i}": f"ScMoE (Pos-{i})" for i in (1, 2, 3)},
+    "farskip": "FarSkip",
 }
+IN_EVERY_BLOCK = {"scmoe_pos1": "NVIDIA (Pos-1)", "scmoe_pos2": "Nous (Pos-2)"}  # wirings with an MoE in every block
 OTHER_WORK = ("top1", "top3", "scmoe2")  # rows of less or more computation than top-2
 KINDS = {"forward": "inference", "train": "training"}
 PIPELINED = "_pipelined"
@@ -48,20 +50,28 @@ PAPERS = {  # by the share of communication that emulates the machine
 }
 
 
-def name_of(row: str) -> str:
-    """Return the paper's name of a row's architecture, such as `ScMoE (Pos-2)` for scmoe_pos2_pipelined."""
-    return NAMES[row.removesuffix(PIPELINED)]
+def name_of(row: str, every: int = 2) -> str:
+    """Return the paper's name of a row's architecture, such as `ScMoE (Pos-2)` for scmoe_pos2_pipelined. every: blocks
+    with an MoE (pairs.py)."""
+    return (NAMES | IN_EVERY_BLOCK if every == 1 else NAMES)[row.removesuffix(PIPELINED)]
+
+
+def paper_of(report: dict[str, Any]) -> Printed | None:
+    """Return the paper's speed-ups on the machine that a report of `bench overlap` emulates: they are of pairs."""
+    return PAPERS.get(report["wanted_share"]) if report.get("every", 2) == 2 else None
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw a report of `bench overlap`: a panel for inference and one for training."""
-    paper = PAPERS.get(report["wanted_share"])
+    paper = paper_of(report)
     panels = {word: speed_bars(report, kind, paper) for kind, word in KINDS.items()}
     with chart(path, 2.3 + height_of(panels["training"])) as figure:
         for axis, (word, groups) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
             grouped_bars(axis, groups)
             axis.set(title=word, xlabel="speed-up over\nsequential top-2")
         what = "pair of blocks" if report["level"] == "block" else "iteration of two pairs"
+        if report.get("every", 2) == 1:
+            what += ", an MoE in each block"
         share = f"{100 * report['comm_share']:.0f} % of top-2's inference is communication"
         heading(figure, f"One {what}, {conditions(report)}: {share}")
         colors = {"one chunk": BLUE}
@@ -79,7 +89,7 @@ def speed_bars(report: dict[str, Any], kind: str, paper: Printed | None) -> dict
     for row, own in report["rows"].items():
         value, color = own[f"{kind}_speedup"], SKY if row.endswith(PIPELINED) else BLUE
         bar = Bar(value, color, f"{value:.2f}", own[f"{kind}_quartiles"], limit_of(report, row, kind))
-        groups.setdefault(name_of(row), []).append(bar)
+        groups.setdefault(name_of(row, report.get("every", 2)), []).append(bar)
     for row, values in paper.rows.items() if paper else ():
         if name_of(row) in groups:
             groups[name_of(row)].append(Bar(values[kind], PAPER, f"{values[kind]:.2f}"))

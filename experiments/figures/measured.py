@@ -98,6 +98,8 @@ def read_reports(sources: Sequence[Path]) -> Reports:
             raise ConfigError(f"{path} has the rows {', '.join(report['rows'])}, required: top2 and one of ScMoE")
         if level != "block":
             raise ConfigError(f"{path} is of --level {level}, allowed: block")
+        if report.get("every", 2) != 2:
+            raise ConfigError(f"{path} is of --every {report['every']}, allowed: 2, the paper's pairs")
         if scenario in found:
             one = "allowed: one of each; name the files in place of their folder"
             raise ConfigError(f"{path} is the second report at --share {scenario.pair_share:g}, {one}")

@@ -129,8 +129,8 @@ def page_and_data(name: str, said: dict[str, Any]) -> tuple[Path, dict[str, Any]
         return page, *of_a_table(said, data)
     if name == "figure-13":
         data["paper"] = offload.PAPERS
-    elif data.get("wanted_share") in speed_chart.PAPERS:
-        data["paper"] = speed_chart.PAPERS[data["wanted_share"]].rows
+    elif "wanted_share" in data and (printed := speed_chart.paper_of(data)):
+        data["paper"] = printed.rows
     return page, said, data
 
 
@@ -214,6 +214,8 @@ def overlap_tables(report: dict[str, Any]) -> list[Report]:
     if report["level"] == "iteration":  # its limit has the gradients, which differ from row to row
         columns |= {"gradients, MB": "{gradient_mb:.0f}", "limit": "{limit_train:.2f}", "of it": "{of_limit:.3f}"}
     columns["auto / best"] = "{auto_over_best:.3f}"
+    if report.get("every", 2) == 1:
+        title = f"Two blocks with an MoE each. {title}"
     return [Report(title.format_map(report), report["rows"], columns)]
 
 

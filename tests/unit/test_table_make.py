@@ -19,9 +19,9 @@ from scmoe.experiments.studies import batch
 from scmoe.experiments.studies.batch import Batch
 from scmoe.experiments.studies.jobs import Job, State, clock, lock_of
 from scmoe.experiments.studies.table import make
-from scmoe.experiments.studies.table.make import Evaluations, make_runs, measure_speeds
+from scmoe.experiments.studies.table.make import Evaluations, make_runs, measure_speeds, plan_table
 from scmoe.experiments.studies.table.results import read_speeds
-from scmoe.experiments.studies.table.table_file import Row, Scale, load_table
+from scmoe.experiments.studies.table.table_file import Options, Row, Scale, load_table
 from scmoe.experiments.studies.table.table_runs import Run, adopt, plan_runs, read_states
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +74,8 @@ class Fakes:
     def bench(self, words: tuple[str, ...]) -> None:
         share, out = (words[words.index(option) + 1] for option in ("--share", "--out"))
         Path(out).mkdir(parents=True, exist_ok=True)
-        path = Path(out) / f"overlap-emulated-block-2-ranks-share-{share}.json"
+        every = "-every-1" if "--every" in words else ""
+        path = Path(out) / f"overlap-emulated-block-2-ranks-share-{share}{every}.json"
         path.write_text(json.dumps({"words": words}))
         self.calls.append(f"bench {share}")
 
@@ -305,3 +306,14 @@ def test_speeds_are_measured_at_every_share_until_the_command_changes(fakes, tmp
     measure("--rounds", "2")
     assert fakes.calls == ["bench 0.15", "bench 0.52"]
     assert measure("--rounds", "5")[-1] == "5"
+    assert measure("--every", "1")[-1] == "1"
+    assert len(list((tmp_path / "speed").iterdir())) == 2, "speeds by an earlier command are removed"
+
+
+@pytest.mark.parametrize("words", [("--every", "1"), ("--every=1", "--rounds", "9")])
+def test_a_row_that_the_testbed_cannot_measure_is_refused_before_the_first_training(words):
+    scale = replace(TABLE3.scales["smoke"], bench=words)
+    with pytest.raises(ConfigError, match=r"speed of 'ScMoE Pos-3, CG-1' is 'scmoe_pos3', allowed: top2 \| .*farskip"):
+        plan_table(replace(TABLE3, scales={"smoke": scale}), Options(), ())
+    known = [row for row in TABLE3.rows if row.speed != "scmoe_pos3"]
+    assert plan_table(replace(TABLE3, rows=known, scales={"smoke": scale}), Options(), ()).runs

@@ -11,7 +11,7 @@ from random import Random
 import pytest
 from matplotlib.figure import Figure
 
-from scmoe.experiments.bench.pairs import USUAL_ROWS
+from scmoe.experiments.bench.pairs import usual_rows
 from scmoe.experiments.studies.jobs import State
 from scmoe.experiments.studies.table.make import make_table, plan_table
 from scmoe.experiments.studies.table.results import loss_at, results, step_reached
@@ -45,7 +45,7 @@ def state_of(loss: float, digest: str, **more: object) -> State:
 def write_speeds(folder: Path, share: float) -> None:
     """Writes a report of `bench overlap` with the speeds of SPEEDS."""
     row = {"links": "shaped", "compute": "emulated", "train_quartiles": [1.1, 1.9], "forward_quartiles": [1.1, 2.0]}
-    rows = {name: {**row, "train_speedup": SPEEDS.get(name, 1.0), "forward_speedup": 1.75} for name in USUAL_ROWS}
+    rows = {name: {**row, "train_speedup": SPEEDS.get(name, 1.0), "forward_speedup": 1.75} for name in usual_rows(2)}
     head = {"comm_share": share + 0.01, "link_mbit": 200.0, "ranks": 2, "compute": "emulated", "level": "block"}
     facts = {"rounds": 9, "limit_forward": 2.1, "limit_train": 1.8, "rows": rows}
     path = folder / f"speed/overlap-emulated-block-2-ranks-share-{share:g}.json"

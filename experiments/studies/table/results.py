@@ -44,8 +44,12 @@ Report = Mapping[str, Any]  # of `bench overlap`
 
 def read_speeds(folder: Path) -> dict[float, dict[str, Any]]:
     """Return the reports of `bench overlap` by share, as its files in <folder>/speed/ are named."""
-    reports = sorted((folder / "speed").glob("*-share-*.json"))
-    return {float(path.stem.rpartition("-share-")[2]): json.loads(path.read_text()) for path in reports}
+    return {share_of(path): json.loads(path.read_text()) for path in sorted((folder / "speed").glob("*-share-*.json"))}
+
+
+def share_of(path: Path) -> float:
+    """Return the share in the name of a report, which may have more after it, such as `-every-1`."""
+    return float(path.stem.rpartition("-share-")[2].partition("-")[0])
 
 
 def results(table: Table, scale: str, runs: Sequence[Run], command: str) -> dict[str, Any]:
@@ -187,7 +191,8 @@ def _circumstances(runs: Sequence[Run]) -> dict[str, Any]:
 def _of_testbed(report: Report) -> dict[str, Any]:
     """Return what a reader must know of a measurement of speeds."""
     names = ("comm_share", "link_mbit", "ranks", "compute", "level", "rounds", "limit_forward", "limit_train")
-    return {name: report[name] for name in names} | {"links": next(iter(report["rows"].values()))["links"]}
+    links = next(iter(report["rows"].values()))["links"]
+    return {name: report[name] for name in names} | {"links": links, "every": report.get("every", 2)}
 
 
 def at_equal_time(table: Table, done: Sequence[Run], speeds: Mapping[float, Report]) -> dict[str, dict[str, Any]]:

@@ -129,12 +129,16 @@ def _speeds(found: Results) -> list[str]:
     for share, speed in found["speeds"].items():
         lines += [
             "",
-            f"Speed-ups at a share of {share} ({speed['comm_share']:.2f} as measured): one pair of blocks over "
+            f"Speed-ups at a share of {share} ({speed['comm_share']:.2f} as measured): {_blocks(speed)} over "
             f"sequential top-2, {speed['compute']} compute, {speed['ranks']} ranks, {speed['links']} links, medians of "
             f"{speed['rounds']} rounds, [quartiles]; with all communication hidden {speed['limit_train']:.2f} in "
             f"training and {speed['limit_forward']:.2f} in inference.",
         ]
     return lines
+
+
+def _blocks(speed: Results) -> str:
+    return "two blocks with an MoE each" if speed.get("every", 2) == 1 else "one pair of blocks"
 
 
 def _equal_time(found: Results) -> list[str]:

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,12 +37,11 @@ class Parts:
     """What the blocks of a family are made of, at one width."""
 
     dim: int
-    ffn_dim: int  # of a routed expert
     norm: Callable[[], nn.Module]
     mlp: Callable[..., nn.Module]  # of Block-MLP and of the shared expert; ffn_dim: another width
     attention: Callable[[], nn.Module]
     after: Callable[[], nn.Module]  # applied to a sub-layer's output before it is added: dropout
-    activation: str = "gelu"  # of the routed experts
+    experts: Callable[[int, range], Any]  # of the number of all routed experts, and of the ids that this rank holds
 
     def attention_sublayer(self) -> Residual:
         return Residual(self.norm(), self.attention(), self.after())
@@ -77,12 +77,11 @@ def decoder_parts(
 
     return Parts(
         dim,
-        config.moe.ffn_dim or ffn_dim,
         norm=lambda: norm(dim),
         mlp=lambda ffn_dim=ffn_dim: MLP(dim, ffn_dim, bias=bias, activation=activation),
         attention=attention,
         after=lambda: nn.Dropout(model.dropout) if model.dropout else nn.Identity(),
-        activation=activation,
+        experts=partial(Experts, dim, config.moe.ffn_dim or ffn_dim, activation=activation),
     )
 
 
@@ -196,8 +195,7 @@ def moe_block(
 
 def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoEStream:
     moe, router = config.moe, build_router(config, parts.dim)
-    local = context.local_experts(moe.num_experts)
-    experts = Experts(parts.dim, parts.ffn_dim, moe.num_experts, local, parts.activation)
+    experts = parts.experts(moe.num_experts, context.local_experts(moe.num_experts))
     ep_size = max(context.ep_size, resolve_ep_size(config))  # an estimate for many ranks is made in one process
     filled = moe.rows == "filled" or (moe.rows == "auto" and config.trainer.accelerator == "cpu")
     rows = rows_of(moe.capacity_factor, filled)
