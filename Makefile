@@ -114,7 +114,8 @@ KEPT := docs/figures
 KEEP := $(PY) -m experiments.bench
 REPORTS := $(addprefix $(KEPT)/, $(addsuffix .json, \
   overlap-real-block-2-ranks-share-0.52 overlap-real-block-2-ranks-share-0.15 overlap-real-iteration-2-ranks-share-0.52 \
-  overlap-real-iteration-2-ranks-share-0.52-ratio-0.5 \
+  overlap-real-iteration-2-ranks-share-0.52-ratio-0.3 \
+  overlap-emulated-iteration-2-ranks-share-0.52 overlap-emulated-iteration-4-ranks-share-0.52 \
   overlap-emulated-block-2-ranks-share-0.52 overlap-emulated-block-2-ranks-share-0.52-every-1 \
   overlap-emulated-block-2-ranks-share-0.35 overlap-emulated-block-4-ranks-share-0.35 \
   growth routing inference-2-ranks-share-0.52 inference-2-ranks-share-0.15 \
@@ -130,8 +131,13 @@ $(KEPT)/overlap-real-block-2-ranks-share-0.15.json:  # 11 min
 ITERATION := --share 0.52 --compute real --level iteration --rows top2 shared_expert scmoe_pos2 scmoe_pos3
 $(KEPT)/overlap-real-iteration-2-ranks-share-0.52.json:  # 12 min
 	@$(KEEP) overlap --out $(KEPT) $(ITERATION) --rounds 15
-$(KEPT)/overlap-real-iteration-2-ranks-share-0.52-ratio-0.5.json:  # 18 min
-	@$(KEEP) overlap --out $(KEPT) $(ITERATION) --dim 512 --heads 8 --rows-per-gradient 0.5
+$(KEPT)/overlap-real-iteration-2-ranks-share-0.52-ratio-0.3.json:  # 5 min
+	@$(KEEP) overlap --out $(KEPT) $(ITERATION) --rows-per-gradient 0.3 --seq-len 64
+SLEEPING := --share 0.52 --level iteration --rows top2 shared_expert scmoe_pos2 scmoe_pos3
+$(KEPT)/overlap-emulated-iteration-2-ranks-share-0.52.json:  # 11 min
+	@$(KEEP) overlap --out $(KEPT) $(SLEEPING) --attention-ms 60
+$(KEPT)/overlap-emulated-iteration-4-ranks-share-0.52.json:  # 16 min
+	@$(KEEP) overlap --out $(KEPT) $(SLEEPING) --attention-ms 90 --ranks 4
 $(KEPT)/overlap-emulated-block-2-ranks-share-0.52.json:  # 9 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.52
 EVERY_1 := --every 1 --rows top2 shared_expert scmoe_pos1 scmoe_pos2 farskip

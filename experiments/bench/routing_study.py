@@ -2,7 +2,7 @@
 
 Each training runs in a process of its own, with analysis.record_routing=1. Load is the copies of the busiest expert, or
 of the busiest of 2 or 4 expert-parallel ranks, over the fair share; the ids give it for any number of ranks, whatever
-the training had. Of some steps of two trainings the ids themselves are kept, for benches to replay.
+the training had. Of some steps of three trainings the ids themselves are kept, for benches to replay.
 
     start, early, end    the first 25 steps, the 50 after them, the last 75
     sums                 the same of ten steps together, which is what moe/load_max shows
@@ -33,13 +33,20 @@ RUNS = {  # a training's name: its config, and what it changes
     "quickstart": ("quickstart",),
     "no balance loss": ("quickstart", "moe.load_balance_coef=0"),
     "z-loss 0.001 too": ("quickstart", "moe.z_loss_coef=0.001"),
+    "bias by sign": ("quickstart", "moe.load_balance_coef=0", "moe.bias_rate=0.02"),
+    "bias in proportion": ("quickstart", "moe.load_balance_coef=0", "moe.router=longcat"),
+    "sequence-wise loss": ("quickstart", "moe.router=deepseek", "moe.bias_rate=0"),
     "top-2": ("quickstart", *TOP_2),
     "Table 3, top-2": (*TWIN, "optim.lr=6e-3", *TOP_2),
     "Table 3, shared expert": (*TWIN, "optim.lr=1.2e-2", "moe.architecture=shared_expert", "moe.combine=cg2"),
     "Table 3, Pos-2": (*TWIN, "optim.lr=1.2e-2"),
 }
 SHOWN = "quickstart"  # in the picture
-KEPT = {"quickstart": "routing-quickstart", "top-2": "routing-quickstart-top2"}  # whose ids are kept, and their files
+KEPT = {  # whose ids are kept, and their files
+    "quickstart": "routing-quickstart",
+    "top-2": "routing-quickstart-top2",
+    "Table 3, top-2": "routing-table3-top2",
+}
 KEPT_STEPS = (0, 10, 25, 50, 75, 100, 125, 150, 200, 250, 300, 349)
 WINDOWS = {"start": slice(0, 25), "early": slice(25, 75), "end": slice(-75, None)}
 SUMMED, FACTOR = 10, 2.0

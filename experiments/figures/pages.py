@@ -66,7 +66,9 @@ def pictures() -> dict[str, Callable[[Path], None]]:
     if any(FIGURE_8.glob("*.json")):
         scenarios = read_reports([FIGURE_8])
         found |= {"figure-1": partial(draw_shares, scenarios), "figure-8": partial(draw_speeds, scenarios)}
-    for path in sorted(RESULTS.glob("table[1-7]-*/results.json")):
+    for path in sorted(RESULTS.glob("*/results.json")):
+        if "_lr-" in path.parent.name:  # a search for learning rates has no picture
+            continue
         results = read(path)
         found[path.parent.name] = partial(draw_differences, results)
         if len(results["equal_time"]) > 1:

@@ -132,11 +132,11 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
     What only a validation finds is None in a run without one (trainer.limit_val_batches=0). The bits of the unigram are
     those of the whole split: None where a validation reads a part of it.
     """
-    steps = trainer.global_step
+    steps, of_training = trainer.global_step, dict(trainer.callback_metrics)  # a validation of its own removes these
     if module.validated_step != steps and trainer.limit_val_batches != 0:
         count_steps_from(trainer, steps - 1)  # the row is that of the last step, which is counted from 0
         trainer.validate(module, data, verbose=False)
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = {name: float(value) for name, value in (of_training | trainer.callback_metrics).items()}
     total, active = total_and_active(count_parameters(module.model))
     callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
     throughput = next(c for c in callbacks if isinstance(c, Throughput))
@@ -165,7 +165,7 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
         "world_size": trainer.world_size,
         "drop_share": metrics.get("val/drop_share"),
         "load_max_ratio": metrics.get("val/load_max"),
-        **{name: metrics.get(f"moe/{name}") for name in ("step_load_max", "rank_load_max")},
+        **{name: metrics.get(f"moe/{name}") for name in ("step_load_max", "rank_load_max", "step_drop", "dead_experts")},
         "skipped": len(data.skipped) + sum(c.total(module) for c in callbacks if isinstance(c, SkippedImages)),
         **of_images,
     }
