@@ -158,8 +158,8 @@ UNEVEN := --load hot_rank:1.3 --load hot_rank:1.7
 UNEVEN_ROWS := --rows top2 shared_expert scmoe_pos2 scmoe_pos2_pipelined scmoe_pos3
 $(KEPT)/uneven-emulated-block-2-ranks-share-0.52-hot_rank.json:  # 15 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.52 --load hot_rank:1.7 --rows top2 shared_expert scmoe_pos2_pipelined scmoe_pos3
-$(KEPT)/uneven-emulated-block-4-ranks-share-0.49-hot_rank.json:  # 25 min
-	@$(KEEP) overlap --out $(KEPT) --share 0.49 --attention-ms 90 --ranks 4 $(UNEVEN) --load hot_rank:2.5 $(UNEVEN_ROWS)
+$(KEPT)/uneven-emulated-block-4-ranks-share-0.49-hot_rank.json:  # 15 min
+	@$(KEEP) overlap --out $(KEPT) --share 0.49 --attention-ms 90 --ranks 4 --load hot_rank:1.7 $(UNEVEN_ROWS) --rounds 7
 $(KEPT)/uneven-real-block-2-ranks-share-0.52-hot_rank.json:  # 20 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.52 --compute real $(UNEVEN) --load hot_rank:2 $(UNEVEN_ROWS) scmoe_pos3_pipelined
 $(KEPT)/uneven-real-iteration-2-ranks-share-0.52-hot_rank.json:  # 20 min
