@@ -7,7 +7,8 @@
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,18 @@ def write_json(path: Path, report: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write a report into a file, whose folder need not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1))
+
+
+def publish(
+    report: Mapping[str, Any], tables: Sequence[Report], draw: Callable[[Any, Path], None], name: Path
+) -> None:
+    """Print a report's tables, and write it and its chart: the files NAME.json and NAME.png, whose folder need not
+    exist."""
+    for table in tables:
+        table.show()
+    write_json(Path(f"{name}.json"), report)
+    draw(report, Path(f"{name}.png"))
+    print(f"chart and figures: {name}.png, .json", file=sys.stderr)
 
 
 def bullets_and_tables(value: Any) -> list[str]:
