@@ -63,9 +63,7 @@ def write_json(path: Path, report: Mapping[str, Any] | Sequence[Any]) -> None:
     path.write_text(json.dumps(report, indent=1))
 
 
-def publish(
-    report: Mapping[str, Any], tables: Sequence[Report], draw: Callable[[Any, Path], None], name: Path
-) -> None:
+def publish(report: Mapping[str, Any], tables: Sequence[Report], draw: Callable[[Any, Path], None], name: Path) -> None:
     """Print a report's tables, and write it and its chart: the files NAME.json and NAME.png, whose folder need not
     exist."""
     for table in tables:
