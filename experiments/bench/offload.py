@@ -307,13 +307,6 @@ def tables(found: dict[str, Any]) -> list[Report]:
     ]
 
 
-def more_latency(case: dict[str, Any]) -> dict[str, float]:
-    """Return the latency of a block in each way over that with resident experts, less 1; empty where no time was
-    kept."""
-    ways = case["ways"]
-    return {way: ways[way]["latency_ms"] / ways[RESIDENT]["latency_ms"] - 1 for way in COLORS if way in ways}
-
-
 def draw(found: dict[str, Any], path: Path) -> None:
     """Draw a panel for each rate, latency over that of resident experts, and one for the memory."""
     report, tokens = found["architectures"], min(found["setting"]["tokens"])
@@ -340,8 +333,9 @@ def latency_bars(report: dict[str, Any], rate: float, model: str) -> dict[str, l
     groups = {model: [percent(share, PAPER, f" {way}") for way, share in printed.items()]}
     for architecture, own in report.items():
         case = next(case for case in own["cases"] if case["rate_mb_s"] == rate)
-        if more := more_latency(case):
-            groups[name_of(architecture)] = [percent(share, COLORS[way]) for way, share in more.items()]
+        if ways := case["ways"]:  # else no time was kept
+            over = {way: ways[way]["latency_ms"] / ways[RESIDENT]["latency_ms"] - 1 for way in COLORS}
+            groups[name_of(architecture)] = [percent(share, COLORS[way]) for way, share in over.items()]
     return groups
 
 

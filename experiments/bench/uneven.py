@@ -39,10 +39,8 @@ def beside_balanced(
     schedule, load = found.best[row].schedule, load_of(found.load)
     modelled = None
     if load.kind != "ragged" and setting.layout in (None, "dropless") and setting.nodes == 1:
-        place, times = (
-            Place(setting.num_experts, TOP_K.get(block, 1), ranks),
-            control.choices[row].times[schedule.chunks],
-        )
+        place = Place(setting.num_experts, TOP_K.get(block, 1), ranks)
+        times = control.choices[row].times[schedule.chunks]
         computing = elapsed_time(schedule, times) - exposed_time(schedule, times)
         window = [window_s(schedule, times, load, place, setting.tokens, step) for step in range(setting.rounds)]
         modelled = middle(way_of(found, block, "free", BALANCED).train) + setting.pairs * (middle(window) - computing)
