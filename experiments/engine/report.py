@@ -15,7 +15,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
+LONG = 60  # letters of a cell that may be broken
 WIDTH = 170  # columns of the widest table, also where a terminal has fewer
 
 
@@ -34,10 +36,13 @@ class Report:
 
     def show(self) -> None:
         """Print a table on standard error."""
-        numbers = (Column(heading, justify="right", no_wrap=True) for heading in self.columns)
-        table = Table(Column(self.first, no_wrap=True), *numbers, title=self.title, title_justify="left")
+        columns: list[Column] = []
+        for heading, *cells in zip([self.first, *self.columns], *self.cells(), strict=True):
+            short = max(map(len, cells), default=0) < LONG
+            columns.append(Column(heading, justify="right" if columns else "left", no_wrap=short))
+        table = Table(*columns, title=self.title, title_justify="left")
         for cells in self.cells():
-            table.add_row(*cells)
+            table.add_row(*map(Text, cells))  # a text may hold brackets
         console(WIDTH).print(table)
 
     def markdown(self) -> str:
