@@ -1,5 +1,3 @@
-"""`scmoe estimate` says what a training costs."""
-
 import json
 import sys
 from collections.abc import Sequence

@@ -1,5 +1,3 @@
-"""`scmoe sweep` searches over parameters."""
-
 import json
 import sys
 from typing import Any

@@ -216,10 +216,8 @@ def trained(
             return {}
         run = SeenRun(Path(summary["run_dir"]))
         rates = [row["time/tokens_per_s"] for row in run.metrics if "time/tokens_per_s" in row]
-        tokens, curve = (
-            int(run.config["data.global_batch_size"]) * int(run.config["data.seq_len"]),
-            run.curve("val/loss"),
-        )
+        tokens = int(run.config["data.global_batch_size"]) * int(run.config["data.seq_len"])
+        curve = run.curve("val/loss")
         step_s, waited = tokens / middle(rates[len(rates) // 2 :]), middle(WAITED or [0.0])
         dropped = middle([row["moe/drop_share"] for row in run.metrics if "moe/drop_share" in row] or [0.0])
         found = {"step_s": step_s, "exposed_rows_s": waited, "val_loss": curve[-1][1], "dropped": dropped}

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench.pairs import ROWS
 from scmoe.experiments.studies.table.make import plan_table
 from scmoe.experiments.studies.table.table_file import Options, load_table
 from scmoe.experiments.studies.table.table_runs import plan_runs
@@ -26,7 +25,6 @@ def test_every_row_builds_and_every_metric_is_made(name, tmp_path):
     table = load_table(name, CONFIGS)
     assert {"smoke", "small"} <= table.scales.keys()
     assert "paper" in table.scales or name.endswith("_lr"), "a search is for models of one size"
-    assert {row.speed for row in table.rows} <= {None, *ROWS}
     keys = [key for metric in table.metrics_from("evaluation") for key in metric.keys]
     for scale in table.scales.values():
         runs = plan_runs(table, scale, tmp_path, 1)

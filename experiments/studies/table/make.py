@@ -19,7 +19,6 @@ from typing import IO, Any
 from scmoe.config import registry
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.experiments.bench.pairs import ROWS
 from scmoe.experiments.studies.batch import Batch, Watch
 from scmoe.experiments.studies.checks import refusal
 from scmoe.experiments.studies.jobs import Job, State, clock, lock_of
@@ -101,9 +100,6 @@ def plan_table(table: Table, options: Options, overrides: Sequence[str]) -> Plan
 
     Where the scale's data set is not on this machine, the plan is that of another scale, if the table names one.
     """
-    for row in table.rows:
-        if row.speed is not None and row.speed not in ROWS:
-            raise refusal(f"{table.name}: speed of {row.name!r}", row.speed, " | ".join(ROWS))
     for folder in options.from_:
         if not any(folder.glob("*/states/*.json")):
             allowed = "a folder of tables that has <table>-<scale>/states/, such as docs/results"
@@ -273,8 +269,7 @@ class Evaluations:
         name, study = f"{run.job.name}-evaluation", run.job.study
         title = f"evaluation of {run.row.name}, seed {run.seed}"
         words = [str(run.state.run_dir), *registry.words(run.config.extensions, {}), *self.words]
-        home = study / "no-run-of-an-evaluation"
-        self.jobs.append(Job(name, title, study, home, words, EVALUATE, judge=partial(self.judge, run=run)))
+        self.jobs.append(Job(name, title, study, None, words, EVALUATE, judge=partial(self.judge, run=run)))
         return self.jobs[-1]
 
     def judge(self, job: Job, run: Run) -> None:
@@ -303,9 +298,9 @@ def measure_speeds(table: Table, scale: Scale, folder: Path, lock: IO[str]) -> t
     rows = dict.fromkeys(["top2", *(row.speed for row in table.rows if row.speed)])
     jobs = []
     for share in table.shares if scale.shares is None else scale.shares:
-        name, title, home = f"speed-{share:g}", f"speed at a share of {share:g}", folder / "no-run-of-a-measurement"
+        name, title = f"speed-{share:g}", f"speed at a share of {share:g}"
         words = ["overlap", "--share", f"{share:g}", "--rows", *rows, "--out", str(folder / "speed"), *scale.bench]
-        job = Job(name, title, folder, home, words, BENCH, judge=judge)
+        job = Job(name, title, folder, None, words, BENCH, judge=judge)
         if job.read().results != {"command": words} or share not in read_speeds(folder):
             job.state.status = "waiting"
             for old in (folder / "speed").glob(f"*-share-{share:g}.*"):  # its name holds what was measured

@@ -19,6 +19,7 @@ from cyclopts import Parameter
 
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import SHIPPED, find, parse_yaml
+from scmoe.experiments.bench.pairs import ROWS
 from scmoe.experiments.engine.command_line import OneEach
 from scmoe.experiments.studies.checks import LIST, MAPPING, TEXT, Rule, check, one_of, refusal
 
@@ -245,7 +246,8 @@ METRIC: dict[str, Rule] = {
     "times": NUMBER,
 }
 ROW: dict[str, Rule] = {
-    **dict.fromkeys(("name", "baseline", "speed", "setting"), TEXT),
+    **dict.fromkeys(("name", "baseline", "setting"), TEXT),
+    "speed": one_of(*ROWS),
     "groups": LIST,
     **dict.fromkeys(("paper", "overrides"), VALUES),
 }
