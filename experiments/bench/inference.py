@@ -37,7 +37,7 @@ from scmoe.experiments.engine.report import Report, publish
 from scmoe.inference.passes import Shape
 from scmoe.inference.planned import PASSES, a_pass
 from scmoe.models.decoder import GPT
-from scmoe.moe.dispatcher import Blocking, Dispatcher, Pending, Ready, Receipt
+from scmoe.moe.dispatcher import Blocking, Pending, Ready, Receipt
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher, ReadByHost
 from scmoe.planning.inference_planner import InferencePlan, best_schedules, pass_seconds, plan_inference
 from scmoe.probes.charts import BLUE, PAPER, RED, Bar, bar_legend, chart, grouped_bars, heading, height_of
@@ -106,28 +106,18 @@ class InferenceBench:
     def seconds(self, way: Way) -> float:
         self.now.load = load_of(way.load)
         dispatcher: Any = self.paid if way.name.startswith("overlapped") else Blocking(self.paid)
-        self.run_as(way.block, way.schedule, self.free if way.name == "free" else dispatcher)
+        self.models[way.block].blocks[0].run_as(way.schedule, self.free if way.name == "free" else dispatcher)
         return pass_seconds(self.passes[way.block, way.shape], self.group, CPU, PASSES[way.shape])
 
-    def run_as(self, name: str, schedule: Schedule, dispatcher: Dispatcher) -> list[Any]:
-        """Sets how a model's block runs. Returns its blocks: this one."""
-        (block,) = self.models[name].blocks
-        block.run_as(schedule, dispatcher)
-        return [block]
-
-    def ways(self, block: str, shape: Shape, load: str) -> list[Way]:
-        """All ways of a model in one shape, at the best slots for it at this load."""
+    def plan(self, block: str, shape: Shape, load: str) -> tuple[InferencePlan, list[Way]]:
+        """The plan of a model in one shape at a load, and all its ways, at the best slots."""
         self.now.load = load_of(load)
-        schedule = default_schedule(block)
-        blocks = self.run_as(block, schedule, self.paid)
-        best = best_schedules(blocks, self.passes[block, shape], self.group, CPU, CHUNKS)
+        schedule, blocks, run = default_schedule(block), self.models[block].blocks, self.passes[block, shape]
+        blocks[0].run_as(schedule, self.paid)
+        plan = plan_inference(blocks, run, self.group, CPU, CHUNKS, PASSES[shape])
+        best = best_schedules(blocks, run, self.group, CPU, CHUNKS)
         overlapped = [Way(block, shape, f"overlapped x {chunks}", best[chunks][0], load) for chunks in CHUNKS]
-        return [*(Way(block, shape, way, schedule, load) for way in ("sequential", "free")), *overlapped]
-
-    def plan(self, block: str, shape: Shape, load: str) -> InferencePlan:
-        self.now.load = load_of(load)
-        blocks = self.run_as(block, default_schedule(block), self.paid)
-        return plan_inference(blocks, self.passes[block, shape], self.group, CPU, CHUNKS, PASSES[shape])
+        return plan, [*(Way(block, shape, way, schedule, load) for way in ("sequential", "free")), *overlapped]
 
 
 def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[str, dict[str, Any]]:
@@ -144,8 +134,8 @@ def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[st
             for block in BLOCKS:
                 say(f"planning {block}" + (f" at {load}" if setting.loads else ""))
                 for shape in SHAPES:
-                    plans[load][block, shape] = bench.plan(block, shape, load)
-                    ways += bench.ways(block, shape, load)
+                    plans[load][block, shape], of_shape = bench.plan(block, shape, load)
+                    ways += of_shape
         runs = {way: partial(bench.seconds, way) for way in ways}
         times = in_turn(runs, setting.rounds, over_ranks=True, say=say)
         own = {load: {way: seconds for way, seconds in times.items() if way.load == load} for load in plans}
