@@ -51,7 +51,10 @@ TINY_MODEL = (
     *("model.layers=2", "model.dim=48", "model.heads=6", "data.vocab_size=512", "data.seq_len=32"),
     *("data.global_batch_size=4", "optim.warmup_steps=4", "trainer.max_steps=30"),
 )
-QUIET = ("trainer.log_every=1", "trainer.progress=false", "logger.mode=disabled", "analysis.expert_load=false")
+QUIET = (
+    *("trainer.log_every=1", "trainer.limit_val_batches=0", "trainer.progress=false"),
+    *("logger.mode=disabled", "analysis.expert_load=false"),
+)
 WARM_UP = 3  # steps
 SAMPLES = 8  # of a profiled step
 PHASES = ("forward", "backward", "update")
@@ -186,8 +189,8 @@ def train(place: Place) -> dict[str, Any]:
     of the training. RuntimeError: it has not fallen by LEAST_FALL."""
     with tempfile.TemporaryDirectory() as folder:
         words = ("data.name=text", f"data.path={ROOT / 'docs'}", f"data.cache_dir={folder}", f"runs_dir={folder}")
-        words += (f"trainer.accelerator={'gpu' if place.device == 'cuda' else 'cpu'}", "trainer.limit_val_batches=0")
-        config = config_of(place, "quickstart.yaml", *words, *QUIET)
+        accelerator = f"trainer.accelerator={'gpu' if place.device == 'cuda' else 'cpu'}"
+        config = config_of(place, "quickstart.yaml", *words, accelerator, *QUIET)
         start = time.perf_counter()
         summary = run_training(config)
         taken_s = time.perf_counter() - start

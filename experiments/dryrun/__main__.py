@@ -80,9 +80,9 @@ def main(config: str, /, *words: KeyValue) -> None:
     world = settings.trainer.devices * settings.trainer.num_nodes
     print(f"one step of rank 0 of {world:,} ranks is run on tensors without numbers", file=sys.stderr, flush=True)
     run = dry_run(settings)
-    rows = {name: {"number": number} for name, number in numbers(run).items()}
+    lines = {name: {"number": number} for name, number in numbers(run).items()}
     title = f"dry run of rank 0 of {world}, dense weights {settings.strategy.dense}"
-    Report(title, rows, {"number": "{number:,.4g}"}, "of rank 0").show()
+    Report(title, lines, {"number": "{number:,.4g}"}, "of rank 0").show()
     print(json.dumps(facts_of(run)))
 
 
