@@ -86,7 +86,7 @@ def tables(report: dict[str, list[dict[str, Any]]]) -> list[Report]:
     found = []
     for of, points in report.items():
         rows = {f"{point[of]} {of}": point for point in points}
-        found.append(Report(f"{points[0]['compute'].capitalize()} compute. {words}", rows, columns, of))
+        found.append(Report(f"{points[0]['compute'].capitalize()} compute. {words}", rows, columns, "point"))
     return found
 
 
