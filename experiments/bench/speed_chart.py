@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scmoe.experiments.engine.report import Report
 from scmoe.probes.charts import BLUE, PAPER, SKY, Bar, bar_legend, chart, grouped_bars, heading, height_of
 
 NAMES = {
@@ -82,6 +83,25 @@ def draw(report: dict[str, Any], path: Path) -> None:
             colors[paper.where] = PAPER
         quartiles = f"quartiles of {report['rounds']} rounds"
         bar_legend(figure, colors, quartiles, "limit: all communication hidden", ncols=1)
+
+
+def tables(report: dict[str, Any]) -> list[Report]:
+    title = (
+        "Links of {link_mbit:.0f} Mbit/s, {ranks} ranks, {compute} compute, communication share {comm_share:.3f}, "
+        "limit {limit_forward:.2f} forward and {limit_train:.2f} training, {rounds} rounds, {iterations} iterations:"
+    )
+    columns = {
+        "forward": "{forward_speedup:.2f}",
+        "training": "{train_speedup:.2f} [{train_quartiles[0]:.2f}, {train_quartiles[1]:.2f}]",
+        "hidden forward, backward": "{overlap_forward:.0%}, {overlap_backward:.0%}",
+        "slot x chunks": "{slot} x {chunks}",
+    }
+    if report["level"] == "iteration":  # its limit has the gradients, which differ from row to row
+        columns |= {"gradients, MB": "{gradient_mb:.0f}", "limit": "{limit_train:.2f}", "of it": "{of_limit:.3f}"}
+    columns["auto / best"] = "{auto_over_best:.3f}"
+    if report.get("every", 2) == 1:
+        title = f"Two blocks with an MoE each. {title}"
+    return [Report(title.format_map(report), report["rows"], columns)]
 
 
 def speed_bars(report: dict[str, Any], kind: str, paper: Printed | None) -> dict[str, list[Bar]]:

@@ -108,35 +108,26 @@ def show(report: dict[str, Any]) -> None:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Draw the time of a training step over the balanced one against the load of the busiest rank: a line a row."""
-    reports = sorted(report["loads"], key=lambda own: own["load"]["max_over_mean_ranks"])
-    found = {row: [own["rows"][row] for own in reports] for row in reports[0]["rows"]}
-    lines = {
-        row: [(own["max_over_mean_ranks"], own["over_balanced_train"], own["over_balanced_quartiles"]) for own in every]
-        for row, every in found.items()
-    }
-    first = reports[0]
+    """Draw the time of a training step over the balanced one."""
+    first = report["loads"][0]
     share = f"communication share {first['balanced_share']:.2f}"
     words = f"Uneven routing, {first['compute']} compute, {ranks_of(first)}, {share}"
-    draw_lines(lines, path, words, "training step over its balanced one", first.get("every", 2))
+    draw_lines(report["loads"], "over_balanced_train", path, words, "training step over its balanced one")
 
 
-def draw_lines(
-    lines: Mapping[str, Sequence[tuple[float, float, Sequence[float]]]],
-    path: Path,
-    words: str,
-    what: str,
-    every: int = 2,
-) -> None:
-    """lines: for each row the imbalances, and at each the time over the balanced one and its quartiles. every: blocks
-    with an MoE (pairs.py)."""
+def draw_lines(reports: Sequence[Mapping[str, Any]], over: str, path: Path, words: str, what: str) -> None:
+    """Draw a time over its balanced one against the load of the busiest rank, a line for each row. reports: of each
+    load. over: the key of that ratio in a row; its quartiles are `over_balanced_quartiles`."""
+    reports = sorted(reports, key=lambda own: own["load"]["max_over_mean_ranks"])
     with chart(path, 4.2) as figure:
         axis = figure.subplots()
-        for row, points in lines.items():
-            label = name_of(row, every) + (", pipelined" if row.endswith("_pipelined") else "")
-            at, over, quartiles = zip(*points, strict=True)
-            (line,) = axis.plot([1.0, *at], [1.0, *over], marker="o", label=label)
-            axis.vlines(at, *zip(*quartiles, strict=True), color=line.get_color())
+        for row in reports[0]["rows"]:
+            label = name_of(row, reports[0].get("every", 2)) + (", pipelined" if row.endswith("_pipelined") else "")
+            points = [own["rows"][row] for own in reports]
+            at = [own["max_over_mean_ranks"] for own in points]
+            (line,) = axis.plot([1.0, *at], [1.0, *(own[over] for own in points)], marker="o", label=label)
+            quartiles = zip(*(own["over_balanced_quartiles"] for own in points), strict=True)
+            axis.vlines(at, *quartiles, color=line.get_color())
         axis.set(xlabel="rows of the busiest rank over the mean", ylabel=what)
         axis.grid(axis="y")
         axis.legend()

@@ -58,9 +58,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA d
         ("growth --of ranks --points 1", "--points has 1, allowed: 2 or more"),
         ("timeline --ranks 3", "--ranks is 3, allowed: divisors of the 8 experts from 2 on"),
         ("timeline --share 1.5", "--share"),
-        ("exchange --between-mbit 0", "--between-mbit"),
         ("dense --ranks 3", "--ranks is 3"),
-        ("dense --rounds 0", "--rounds"),
         ("generation --tokens 1", "--tokens is 1"),
     ],
 )

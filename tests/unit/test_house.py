@@ -38,7 +38,7 @@ LIBRARY = {  # room: lines at most
     "scmoe/__init__.py": 125,
 }
 LABORATORY = {
-    "experiments/engine": 1070,
+    "experiments/engine": 1100,
     "experiments/faults": 520,
     "experiments/dryrun": 630,
     "experiments/bench": 4625,

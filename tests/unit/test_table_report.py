@@ -223,18 +223,6 @@ def test_speeds_stand_beside_the_papers_and_a_missing_one_says_why(tmp_path):
     assert row in markdown(found)
 
 
-def test_sizes_are_compared_with_their_own_baseline(tmp_path):
-    table, runs = planned_of("table6", tmp_path, 2)
-    for run in runs:
-        large = run.config.model.dim == 16
-        run.job.state = state_of(5.0, run.digest, val_accuracy=0.6 if large else 0.5)
-    found, rows = of(table, runs)
-    assert {rows[f"ScMoE Pos-2, {size}"]["minus_baseline"]["mean"] for size in "SB"} == {0.0}
-    assert rows["ScMoE Pos-2, B"]["paper"]["difference"] == pytest.approx(80.56 - 80.48)
-    assert rows["DGMoE-Share Pos-2, S"]["paper"]["difference"] == pytest.approx(78.45 - 79.33)
-    assert found["comparisons"] == 9
-
-
 def test_the_order_of_a_table_with_two_models_is_that_of_differences(tmp_path):
     """Medium is better than Small in both; within each the order is the reverse of the paper's."""
     table, runs = planned_of("table7", tmp_path, 2)

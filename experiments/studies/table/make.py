@@ -276,8 +276,7 @@ class Evaluations:
         name, study = f"{run.job.name}-evaluation", run.job.study
         title = f"evaluation of {run.row.name}, seed {run.seed}"
         words = [str(run.state.run_dir), *registry.words(run.config.extensions, {}), *self.words]
-        home = study / "no-run-of-an-evaluation"
-        self.jobs.append(Job(name, title, study, home, words, EVALUATE, judge=partial(self.judge, run=run)))
+        self.jobs.append(Job(name, title, study, None, words, EVALUATE, judge=partial(self.judge, run=run)))
         return self.jobs[-1]
 
     def judge(self, job: Job, run: Run) -> None:
@@ -311,9 +310,9 @@ def measure_speeds(table: Table, scale: Scale, folder: Path, lock: IO[str]) -> t
     rows = dict.fromkeys(["top2", *(row.speed for row in table.rows if row.speed)])
     jobs = []
     for share in table.shares if scale.shares is None else scale.shares:
-        name, title, home = f"speed-{share:g}", f"speed at a share of {share:g}", folder / "no-run-of-a-measurement"
+        name, title = f"speed-{share:g}", f"speed at a share of {share:g}"
         words = ["overlap", "--share", f"{share:g}", "--rows", *rows, "--out", str(folder / "speed"), *scale.bench]
-        job = Job(name, title, folder, home, words, BENCH, judge=judge)
+        job = Job(name, title, folder, None, words, BENCH, judge=judge)
         if job.read().results != {"command": words} or share not in read_speeds(folder):
             job.state.status = "waiting"
             for old in (folder / "speed").glob("*-share-*.*"):  # its name holds what was measured

@@ -22,9 +22,9 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import pairwise, permutations
+from itertools import permutations
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any
 
 import numpy
@@ -242,10 +242,9 @@ def step_reached(steps: int, speed: float, fastest: float) -> float:
 
 def loss_at(curve: Sequence[Sequence[float]], step: float) -> float | None:
     """Return the loss at a step, between two points of the curve on a straight line; None outside the curve."""
-    for (before, earlier), (after, later) in pairwise(curve):
-        if before <= step <= after:
-            return earlier + (later - earlier) * (step - before) / (after - before)
-    return next((loss for at, loss in curve if at == step), None)
+    if not curve or not curve[0][0] <= step <= curve[-1][0]:
+        return None
+    return float(numpy.interp(step, *zip(*curve, strict=True)))
 
 
 def describe(values: Mapping[int, float]) -> dict[str, Any]:
@@ -256,13 +255,12 @@ def describe(values: Mapping[int, float]) -> dict[str, Any]:
     n, all_values = len(values), list(values.values())
     if n == 0:
         return {"mean": None, "std": None, "n": 0, "median": None, "range": None, "far": 0}
-    mean, middle = math.fsum(all_values) / n, median(all_values)
-    squares = math.fsum((value - mean) ** 2 for value in all_values)
+    middle = median(all_values)
     distances = [abs(value - middle) for value in all_values]
     allowed = max(FAR_DEVIATIONS * median(distances), FAR_SHARE * abs(middle))
     return {
-        "mean": mean,
-        "std": math.sqrt(squares / (n - 1)) if n > 1 else None,
+        "mean": fmean(all_values),
+        "std": stdev(all_values) if n > 1 else None,
         "n": n,
         "median": middle,
         "range": [min(all_values), max(all_values)],
