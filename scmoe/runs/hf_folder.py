@@ -32,12 +32,12 @@ from scmoe.config.fields import Config
 from scmoe.config.load import load_text
 from scmoe.config.registry import ARCHITECTURES
 from scmoe.files.replacing import replacing, write_durably
+from scmoe.files.tensors import write_in_turn
 from scmoe.init_from.families import ALWAYS, KEYS, READERS, YARN, family_of
 from scmoe.init_from.names import in_their_layout, zero_expert_names
 from scmoe.init_from.pretrained import model_settings, settings_of
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import check_same_model, read_named, tensors_of
-from scmoe.parallel.checkpoint.saving import write_whole
 from scmoe.training.assembly.model import build_model_on_meta
 
 OURS = "scmoe"
@@ -136,7 +136,7 @@ def write_weights(checkpoint: Path, folder: Path, content: dict[str, Any], shard
         read = read_named(checkpoint, [STORED + name for name in group])
         theirs = {name: t for ours in group for name, t in renamed(content, ours, read.pop(STORED + ours))}
         with replacing(folder / file) as partial:
-            write_whole(theirs, partial, {"format": "pt"})
+            write_in_turn(theirs, theirs.__getitem__, partial, {"format": "pt"})
         places |= dict.fromkeys(theirs, file)
         total += sum(t.nbytes for t in theirs.values())
     if len(shards) > 1:

@@ -47,8 +47,8 @@ MUTANTS = (
     .caught_by(f"{UNIT}/test_durable.py::test_the_name_of_a_replaced_checkpoint_is_never_missing"),
     Mutant("full-file-lacks-moments", f"{CHECKPOINT}/saving.py")
     .replaces(
-        "    write_whole(read_whole(folder), folder / FULL)\n",
-        '    write_whole(read_whole(folder, "model."), folder / FULL)\n',
+        "read_whole(folder)\n",
+        'read_whole(folder, "model.")\n',
     )
     .caught_by(f"{FAULTS}/test_checkpoint_content.py::test_one_full_file_is_read_at_any_ep_degree[False]"),
     Mutant("unshared-folder-accepted", f"{CHECKPOINT}/saving.py")

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -20,7 +18,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.optim import Optimizer
 
-from scmoe.files.replacing import sync, write_durably
+from scmoe.files.replacing import write_durably
+from scmoe.files.tensors import write_in_turn
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_checkpoint, read_whole
 from scmoe.parallel.checkpoint.state import FULL, META, set_rng_states, split, to_text
@@ -178,18 +177,9 @@ class _ShardWriter(HuggingFaceStorageWriter):
         return written
 
 
-def write_whole(tensors: dict[str, Tensor], path: Path, header: dict[str, str] | None = None) -> None:
-    """Write one durable file. OSError: for example, the disk is full."""
-    try:
-        save_file(tensors, path, metadata=header)
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
-    sync(path)
-
-
 def _merge(folder: Path) -> None:
     """Merge the shards into one file. DCP's own `enable_consolidation` accepts no integers, such as random states."""
-    shards = list(folder.glob("*.safetensors"))
-    write_whole(read_whole(folder), folder / FULL)
+    shards, tensors = list(folder.glob("*.safetensors")), read_whole(folder)
+    write_in_turn(tensors, tensors.__getitem__, folder / FULL)
     for shard in shards:
         shard.unlink()
