@@ -46,10 +46,7 @@ MUTANTS = (
     .replaces("    elif not exchange(partial, path):\n", "    else:\n")
     .caught_by(f"{UNIT}/test_durable.py::test_the_name_of_a_replaced_checkpoint_is_never_missing"),
     Mutant("full-file-lacks-moments", f"{CHECKPOINT}/saving.py")
-    .replaces(
-        "read_whole(folder)\n",
-        'read_whole(folder, "model.")\n',
-    )
+    .replaces("read_whole(folder)\n", 'read_whole(folder, "model.")\n')
     .caught_by(f"{FAULTS}/test_checkpoint_content.py::test_one_full_file_is_read_at_any_ep_degree[False]"),
     Mutant("unshared-folder-accepted", f"{CHECKPOINT}/saving.py")
     .replaces("if not file.exists() or file", "if file.exists() and file")
