@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from scmoe.api import MoE
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.moe.activation import Activation
-from scmoe.moe.experts import Experts
+from scmoe.moe.experts import Activation, Experts
 from scmoe.moe.layout import Buffers, Capacity, Dropless, Rows, rows_of
 from scmoe.moe.router import Router
 from scmoe.moe.scores import THE_PAPERS

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from scmoe.moe.activation import ACTIVATIONS
+from scmoe.moe.experts import ACTIVATIONS
 from tests import reference
 from tests.support.models import assert_close
 
