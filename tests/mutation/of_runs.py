@@ -149,7 +149,7 @@ MUTANTS = (
     .replaces("    if context.world_size == 1:\n", "    if context.world_size > 1:\n")
     .caught_by(f"{FAULTS}/test_batches.py::test_each_loader_is_counted"),
     # ------------------------------------------------------------------ ranks that fail, wait or differ
-    Mutant("roll-call-omits-missing-ranks", f"{LIGHTNING}/roll_call.py")
+    Mutant("roll-call-omits-missing-ranks", f"{LIGHTNING}/lockstep.py")
     .replaces(
         "        except RuntimeError:\n            absent.append(rank)\n    return",
         "        except RuntimeError:\n            pass\n    return",
