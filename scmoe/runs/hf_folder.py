@@ -31,8 +31,7 @@ from torch import Tensor
 from scmoe.config.fields import Config
 from scmoe.config.load import load_text
 from scmoe.config.registry import ARCHITECTURES
-from scmoe.files.replacing import replacing, write_durably
-from scmoe.files.tensors import write_in_turn
+from scmoe.files.writing import replacing, write_durably, write_in_turn
 from scmoe.init_from.families import ALWAYS, KEYS, READERS, YARN, family_of
 from scmoe.init_from.names import in_their_layout, zero_expert_names
 from scmoe.init_from.pretrained import model_settings, settings_of

@@ -83,9 +83,9 @@ ONLY_IN = {  # outer module: where it may be used
 ONCE = {  # what exists in one place: a pattern, and the files where it may stand
     r"\bDistributedDataParallel\(": ("scmoe/parallel/update/wrap.py",),
     r"\bfully_shard\(": ("scmoe/parallel/dense.py",),
-    r'"data_offsets": ': ("scmoe/files/tensors.py",),
+    r'"data_offsets": ': ("scmoe/files/writing.py",),
     r"\bos\.(replace|rename)\(|\bpartial\.replace\(": (
-        *("scmoe/files/replacing.py", "scmoe/parallel/checkpoint/durable.py"),
+        *("scmoe/files/writing.py", "scmoe/parallel/checkpoint/durable.py"),
         *("datamodules/text.py", "scmoe/training/run/directory.py"),  # a folder, a link
     ),
 }

@@ -9,8 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from scmoe.files.replacing import replacing
-from scmoe.files.tensors import write_in_turn
+from scmoe.files.writing import replacing, write_in_turn
 from scmoe.moe.experts import Experts
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import check_same_model, read_named, tensors_of

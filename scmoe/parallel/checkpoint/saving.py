@@ -18,8 +18,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.optim import Optimizer
 
-from scmoe.files.replacing import write_durably
-from scmoe.files.tensors import write_in_turn
+from scmoe.files.writing import write_durably, write_in_turn
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_checkpoint, read_whole
 from scmoe.parallel.checkpoint.state import FULL, META, set_rng_states, split, to_text
