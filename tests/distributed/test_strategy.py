@@ -29,7 +29,7 @@ from scmoe.experiments.engine.ranks import RankError, run_ranks
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.mesh import ParallelContext, build_context, expert_parameters
 from scmoe.parallel.update.pacing import PIECE_MB, Pacer
-from scmoe.parallel.update.reducer import ExpertGradientReducer
+from scmoe.parallel.update.wrap import ExpertGradientReducer
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model
 from scmoe.training.modules import LanguageModel
