@@ -6,7 +6,7 @@ An architecture is a function (config, context, parts of each layer) -> blocks, 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, update_wrapper
 
 import torch
 from torch import nn
@@ -114,38 +114,6 @@ def dense(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> l
     return [layer.dense_block() for layer in parts]
 
 
-@register_architecture("top_k")
-def top_k(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    return moe_blocks(TopKBlock, config, context, parts)
-
-
-@register_architecture("shared_expert")
-def shared_expert(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    return moe_blocks(SharedExpertBlock, config, context, parts)
-
-
-@register_architecture("scmoe")
-def scmoe(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    return moe_blocks(ShortcutBlock, config, context, parts)
-
-
-@register_architecture("farskip")
-def farskip(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    return moe_blocks(FarSkipBlock, config, context, parts)
-
-
-@register_architecture("dgmoe")
-def dgmoe(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    return moe_blocks(DoubleGateBlock, config, context, parts)
-
-
-@register_architecture("dgmoe_share")
-def dgmoe_share(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    blocks = dgmoe(config, context, parts)
-    share_moe([block for block in blocks if isinstance(block, MoEBlock)])
-    return blocks
-
-
 def moe_blocks(
     block: type[MoEBlock], config: Config, context: ParallelContext, parts: Sequence[Parts]
 ) -> list[nn.Module]:
@@ -156,6 +124,17 @@ def moe_blocks(
     leading = [dense(layer, width) for layer, width in zip(parts, widths, strict=False)]
     starts = range(len(widths), len(parts), every)
     return leading + [moe_block(block, config, context, parts[i : i + every], first=i == starts[0]) for i in starts]
+
+
+for block in (TopKBlock, SharedExpertBlock, ShortcutBlock, FarSkipBlock, DoubleGateBlock):
+    register_architecture(block.architecture)(update_wrapper(partial(moe_blocks, block), moe_blocks))
+
+
+@register_architecture("dgmoe_share")
+def dgmoe_share(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    blocks = moe_blocks(DoubleGateBlock, config, context, parts)
+    share_moe([block for block in blocks if isinstance(block, MoEBlock)])
+    return blocks
 
 
 def moe_block(
