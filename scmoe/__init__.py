@@ -23,10 +23,9 @@ if TYPE_CHECKING:  # the table NAMES, for type checkers and editors
     from scmoe.lightning.strategy import ExpertParallelStrategy
     from scmoe.parallel.mesh import ParallelContext
     from scmoe.runs.trained import load_trained as load
-    from scmoe.training.assembly.blocks import register_architecture
+    from scmoe.training.assembly.blocks import register_architecture, register_router
     from scmoe.training.assembly.data import register_dataset
     from scmoe.training.assembly.model import build_model, register_family, register_optimizer
-    from scmoe.training.assembly.routers import register_router
     from scmoe.training.assembly.trainer import register_callback
 
 __version__ = "0.2.0"
@@ -66,7 +65,7 @@ NAMES = {  # name: module and the name there
     "register_dataset": ("scmoe.training.assembly.data", "register_dataset"),
     "register_family": ("scmoe.training.assembly.model", "register_family"),
     "register_optimizer": ("scmoe.training.assembly.model", "register_optimizer"),
-    "register_router": ("scmoe.training.assembly.routers", "register_router"),
+    "register_router": ("scmoe.training.assembly.blocks", "register_router"),
     "load": ("scmoe.runs.trained", "load_trained"),
     "generate": ("scmoe.inference.generate", "generate"),
     "stream": ("scmoe.inference.generate", "stream"),
