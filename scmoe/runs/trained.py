@@ -52,7 +52,7 @@ def load_trained(path: str | Path, which: Which = "last") -> Any:
         raise ValueError(f"{path} holds no model. {give}")
     checkpoint = find_checkpoint(path, which)
     model = build(config_of(path, checkpoint))
-    load_model(checkpoint, model, prefix="model.")
+    load_model(checkpoint, model)
     return model
 
 
@@ -137,4 +137,4 @@ def load_offloaded(
 
 def reader(source: Path, model: nn.Module) -> Read:
     """Return a function that reads a parameter of `model` by name. ValueError: the source belongs to another model."""
-    return weights_by_name(source, model, "model.") if source.is_dir() else exported_by_name(source, model)
+    return weights_by_name(source, model) if source.is_dir() else exported_by_name(source, model)

@@ -69,7 +69,7 @@ def test_a_run_of_two_ranks_is_loaded_from_any_form(run_dir):
         assert int(file.metadata()["step"]) == verify(newest_good(run_dir / "checkpoints"))
     assert call("export", str(run_dir), "--format", "hf") == 0
     fresh, expected = model(run_dir), model(run_dir)
-    load_model(newest_good(run_dir / "checkpoints"), expected, prefix="model.")
+    load_model(newest_good(run_dir / "checkpoints"), expected)
     assert any(not torch.equal(p, fresh.get_parameter(n)) for n, p in expected.named_parameters()), "nothing was read"
     ids = torch.randint(64, (1, 16))
     outputs = []
