@@ -56,7 +56,6 @@ SMALL_FILES = {
     "experiments/table.py": "an entry; reproduce calls it",
     "scmoe/blocks/farskip.py": "a wiring of its own, beside those that others import too",
     "scmoe/lightning/known_to_lightning.py": "runs while Lightning is imported",
-    "scmoe/schedule/limit.py": "the least time of a training step is an idea of its own",
 }
 CLOSURES = {"scmoe/moe/stream.py": 14, "scmoe/lightning/strategy.py": 33, "scmoe/training/run/train.py": 93}  # files
 HASATTR = 2

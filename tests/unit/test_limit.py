@@ -2,7 +2,7 @@
 
 import pytest
 
-from scmoe.schedule.limit import in_parallel, least_time
+from scmoe.experiments.bench.overlap_report import in_parallel, least_time
 
 
 @pytest.mark.parametrize(
