@@ -4,6 +4,7 @@ Ratios are to sequential top-2, taken round by round, medians.
 """
 
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
