@@ -12,9 +12,9 @@ import pytest
 from torch import Tensor
 
 from scmoe.config.leaves import ConfigError
+from scmoe.experiments.dryrun.estimated import rank_parameters
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.experiments.faults import damaged, restored, tiny_run
-from scmoe.footprint.model_cost import rank_parameters
 from scmoe.lightning.lockstep import EXIT_CODE
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.checkpoint import durable
