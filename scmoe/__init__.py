@@ -6,7 +6,7 @@ after Lightning is imported. It imports neither Lightning nor torch: the names o
 
 import sys
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -95,24 +95,16 @@ class AfterLightning(MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = ThenTeach(spec.loader)
+        loader: Any = spec and spec.loader
+        if loader is not None:
+            run = loader.exec_module
+
+            def run_and_teach(module: ModuleType) -> None:
+                run(module)
+                teach_lightning()
+
+            loader.exec_module = run_and_teach
         return spec
-
-
-class ThenTeach(Loader):
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        teach_lightning()
-
-    def __getattr__(self, name: str) -> Any:  # resources, source lines
-        return getattr(self.loader, name)
 
 
 if "lightning.pytorch" in sys.modules:
