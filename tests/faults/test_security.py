@@ -234,13 +234,6 @@ def test_nothing_in_a_yaml_is_executed(text, tmp_path, monkeypatch):
 
 
 @pytest.mark.representative
-@pytest.mark.parametrize("text", ["${oc.env:HOME}", "!!python/name:os.system", "${oc.create:x}"])
-def test_nothing_on_the_command_line_is_executed(text):
-    with pytest.raises(ConfigError):
-        load(None, [f"data.tokenizer={text}"])
-
-
-@pytest.mark.representative
 def test_no_value_of_a_config_names_a_class():
     """A value is a text, a number or a list of its field's type. A registered name is one too."""
     assert not [key for key in vars(Config()) if key.startswith("_")]
