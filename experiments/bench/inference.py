@@ -37,11 +37,10 @@ from scmoe.experiments.engine.clock import CPU, in_turn, middle, quartiles
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.experiments.engine.report import Report, write_json
 from scmoe.inference.passes import Shape
-from scmoe.inference.planned import PASSES, a_pass
+from scmoe.inference.planned import PASSES, InferencePlan, a_pass, best_schedules, pass_seconds, plan_inference
 from scmoe.models.decoder import GPT
 from scmoe.moe.dispatcher import Blocking, Dispatcher, Pending, Ready, Receipt
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher, ReadByHost
-from scmoe.planning.inference_planner import InferencePlan, best_schedules, pass_seconds, plan_inference
 from scmoe.probes.charts import BLUE, PAPER, RED, chart, heading
 from scmoe.schedule.schedule import POSITIONS, Schedule
 
