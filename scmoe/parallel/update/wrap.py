@@ -164,19 +164,13 @@ class PacedScatter:
 
 
 class Wrapped:
-    """A wrapped model: call `module` instead of the model, and `backward` instead of the loss's own. `close` ends it.
+    """A wrapped model: call `module` in place of the model, and `backward` in place of the loss's. `close` ends it."""
 
-    reducer: that of the experts; None where weights are split. scatters: sums of split weights, where they are paced.
-    """
+    reducer: ExpertGradientReducer | None = None  # of the experts; None where weights are split
+    scatters: PacedScatter | None = None  # sums of split weights, where they are paced
 
-    def __init__(
-        self,
-        module: nn.Module,
-        world_size: int,
-        reducer: ExpertGradientReducer | None = None,
-        scatters: PacedScatter | None = None,
-    ) -> None:
-        self.module, self.world_size, self.reducer, self.scatters = module, world_size, reducer, scatters
+    def __init__(self, module: nn.Module, world_size: int) -> None:
+        self.module, self.world_size = module, world_size
         self.at_close = ExitStack()
 
     def own_part(self, loss: Tensor) -> Tensor:
