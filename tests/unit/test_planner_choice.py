@@ -1,7 +1,7 @@
 """The planner's choice on played ranks: close to the best schedule at every load, and kept while the busy rank moves.
 
-Ranks are those of tests/support/played.py, with 1 ms of latency for each transfer, so that chunks are not free. What ran is
-printed once.
+Ranks are those of tests/support/played.py, with 1 ms of latency for each transfer, so that chunks are not free.
+What ran is printed once.
 """
 
 from __future__ import annotations
