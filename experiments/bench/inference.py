@@ -32,16 +32,16 @@ from scmoe.experiments.bench.stacks import make_blocks
 from scmoe.experiments.bench.uneven import draw_lines
 from scmoe.experiments.bench.variants import Variant
 from scmoe.experiments.engine import links
+from scmoe.experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, quartiles
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.experiments.engine.report import Report, publish
 from scmoe.inference.passes import Shape
-from scmoe.inference.planned import PASSES, a_pass
+from scmoe.inference.planned import PASSES, InferencePlan, a_pass, best_schedules, pass_seconds, plan_inference
 from scmoe.models.decoder import GPT
 from scmoe.moe.dispatcher import Blocking, Pending, Ready, Receipt
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher, ReadByHost
-from scmoe.planning.inference_planner import InferencePlan, best_schedules, pass_seconds, plan_inference
-from scmoe.probes.charts import BLUE, PAPER, RED, Bar, bar_legend, chart, grouped_bars, heading, height_of
+from scmoe.probes.charts import BLUE, PAPER, RED, chart, heading
 from scmoe.schedule.schedule import POSITIONS, Schedule
 
 BLOCKS = ("top2", "top1", "shared_expert", "pos1", "pos2", "pos3")

@@ -30,6 +30,7 @@ from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.extras import require
 from scmoe.config.load import load
 from scmoe.experiments.bench.speed_chart import name_of
+from scmoe.experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
 from scmoe.experiments.engine.clock import CPU, middle, undisturbed
 from scmoe.experiments.engine.profiles import anonymous_mb, peak_mb
 from scmoe.experiments.engine.report import Report, publish
@@ -38,7 +39,7 @@ from scmoe.inference.offload.migration import WAYS, offload_experts
 from scmoe.inference.offload.store import expert_layers, write_store
 from scmoe.moe.operators import Recorder
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.probes.charts import BLUE, PAPER, RED, SKY, Bar, bar_legend, chart, grouped_bars, heading, height_of, title
+from scmoe.probes.charts import BLUE, PAPER, RED, SKY, chart, heading, title
 from scmoe.training.assembly.model import build_model
 
 ARCHITECTURES = {  # in the order of measuring: the first one gives the rates

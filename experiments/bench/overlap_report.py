@@ -4,6 +4,7 @@ Ratios are to sequential top-2, taken round by round, medians.
 """
 
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from scmoe.experiments.engine.clock import middle, quartiles
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.experiments.engine.report import Report, write_json
 from scmoe.schedule.cost import OperatorTimes, exposed_time, overlap_efficiency
-from scmoe.schedule.limit import least_time
 
 PAYLOAD = 1448 / 1514  # of what a link carries; the rest is headers of TCP, IP and Ethernet
 OF_EMULATED = ("attention_ms", "attention_to_mlp")
@@ -275,9 +275,33 @@ def all_quartiles(values: Any) -> list[float]:
     return [first, middle(values), third]
 
 
+def in_parallel(computation: float, transfers: Iterable[tuple[float, float]]) -> float:
+    """Return the shortest time in which a computation and all transfers can end; the transfers take turns on one link.
+
+    transfers: for each, its earliest start, counted from the start of the computation, and its duration.
+    """
+    end, after = computation, 0.0
+    for ready, duration in sorted(transfers, reverse=True):
+        after += duration  # the link carries all of this after `ready`
+        end = max(end, ready + after)
+    return end
+
+
+def least_time(
+    forward: float, backward: float, update: float, rows: float, gradients: Iterable[tuple[float, float]]
+) -> float:
+    """Return a lower bound on the time of an iteration whose links also carry gradients: only waits that cannot be
+    avoided count. A transfer of rows can start at any time of its direction, and all computation of this direction can
+    hide it; a gradient can be sent when it is computed; the update needs all of them.
+
+    forward, backward, update: computation alone. rows: time of the transfers of a direction. gradients: when in
+    backward each can start, and how long its sum over the ranks takes."""
+    return max(forward, rows) + in_parallel(backward, [(0.0, rows), *gradients]) + update
+
+
 def least_times(setting: Setting, ranks: int, found: Measured, block: str) -> Any:
-    """Return the least time of an iteration in each round, by schedule/limit.py, from its times without transfers. A
-    ring sends 2 (ranks - 1) / ranks of the gradients' bytes, all of them beside the last batch's backward."""
+    """Return the least time of an iteration in each round, from its times without transfers. A ring sends
+    2 (ranks - 1) / ranks of the gradients' bytes, all of them beside the last batch's backward."""
     assert found.rate is not None
     alone, batches = way_of(found, block, "alone"), setting.accumulate
     bytes_per_s = found.rate * 1e6 / 8 * PAYLOAD

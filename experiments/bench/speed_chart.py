@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scmoe.experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
 from scmoe.experiments.engine.report import Report
-from scmoe.probes.charts import BLUE, PAPER, SKY, Bar, bar_legend, chart, grouped_bars, heading, height_of
+from scmoe.probes.charts import BLUE, PAPER, SKY, chart, heading
 
 NAMES = {
     "top2": "Standard top-2",

@@ -22,7 +22,7 @@ from typing import IO, Any
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import to_yaml
-from scmoe.files.replacing import replacing, write_durably
+from scmoe.files.writing import replacing, write_durably
 from scmoe.runs.seen import DEFAULTS, flat
 
 TRAIN = (sys.executable, "-m", "scmoe.experiments.train")

@@ -11,7 +11,7 @@ import torch
 
 from scmoe.config.load import load
 from scmoe.experiments.bench.overlap import Seconds, nearest, through_link
-from scmoe.experiments.bench.overlap_report import PAYLOAD, least_times, rows_over_gradients
+from scmoe.experiments.bench.overlap_report import PAYLOAD, in_parallel, least_time, least_times, rows_over_gradients
 from scmoe.experiments.bench.pairs import Setting, tokens_for
 from scmoe.experiments.bench.stacks import config_of
 from scmoe.experiments.bench.variants import Variant, chosen_by
@@ -123,3 +123,26 @@ def test_a_planners_choice_runs_in_every_block_as_chosen(chunks):
         assert chosen.of_blocks((first[0], carried[0])) == schedules
         assert (chosen in tried) == (schedules in tried.values())
     assert [schedule.slot for schedule, _ in tried.values()] == [0, 0, 1, 1], "the last slot up to the place"
+
+
+# ---------------------------------------------------------------------- the least time of an iteration
+
+
+@pytest.mark.parametrize(
+    ("transfers", "end"),
+    [
+        ([], 10.0),
+        ([(0.0, 4.0), (3.0, 5.0)], 10.0),  # all of it hides
+        ([(0.0, 4.0), (0.0, 9.0)], 13.0),  # the link is busy from the start
+        ([(2.0, 9.0), (2.0, 4.0)], 15.0),  # the link is idle until there is something to send
+        ([(9.5, 2.0), (0.0, 1.0)], 11.5),  # the last gradient is sent after the computation
+        ([(0.0, 8.0), (4.0, 1.0), (6.0, 5.0)], 14.0),  # the backlog at 6 is 3 long
+    ],
+)
+def test_transfers_take_turns_beside_the_computation(transfers, end):
+    assert in_parallel(10.0, transfers) == end
+
+
+def test_an_iteration_has_no_gradients_in_forward_and_updates_after_the_last():
+    assert least_time(5.0, 10.0, 1.0, rows=2.0, gradients=[(1.0, 3.0)]) == 16.0
+    assert least_time(5.0, 10.0, 1.0, rows=7.0, gradients=[(1.0, 6.0)]) == 7.0 + 13.0 + 1.0
