@@ -39,10 +39,10 @@ class Report:
         columns: list[Column] = []
         for heading, *cells in zip([self.first, *self.columns], *self.cells(), strict=True):
             short = max(map(len, cells), default=0) < LONG
-            columns.append(Column(heading, justify="right" if columns else "left", no_wrap=short))
-        table = Table(*columns, title=self.title, title_justify="left")
+            columns.append(Column(Text(heading), justify="right" if columns else "left", no_wrap=short))
+        table = Table(*columns, title=Text(self.title), title_justify="left")
         for cells in self.cells():
-            table.add_row(*map(Text, cells))  # a text may hold brackets
+            table.add_row(*map(Text, cells))  # as Text, brackets are no markup
         console(WIDTH).print(table)
 
     def markdown(self) -> str:

@@ -244,7 +244,8 @@ def loss_at(curve: Sequence[Sequence[float]], step: float) -> float | None:
     """Return the loss at a step, between two points of the curve on a straight line; None outside the curve."""
     if not curve or not curve[0][0] <= step <= curve[-1][0]:
         return None
-    return float(numpy.interp(step, *zip(*curve, strict=True)))
+    steps, losses = zip(*curve, strict=True)
+    return float(numpy.interp(step, steps, losses))
 
 
 def describe(values: Mapping[int, float]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def load_checkpoint(
     """
     context.together(lambda: durable.verify(path, slice(context.rank, None, context.world_size)))
     meta = WithoutTensors(read_meta(path))
-    stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    stored: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     wanted: dict[str, Tensor] = {f"model.{name}": t for name, t in model_state(module, context).items()}
     there = {name: tuple(entry.size) for name, entry in stored.items() if name.startswith("model.")}
     if not strict:
