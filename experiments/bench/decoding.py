@@ -163,6 +163,7 @@ def timed_ms(write: Callable[[], Tensor], expected_BS: Tensor) -> float:
     return ms
 
 
+@torch.inference_mode()  # as in `scmoe generate`
 def cached(
     model: Any, ids_BS: Tensor, tokens: int, recorder: Recorder | None = None
 ) -> tuple[Tensor, list[float], list[dict[str, float]]]:
