@@ -3,6 +3,8 @@
     uncached      each token is a pass over the whole text so far; logits of its last token alone, as with a cache
     operators     those of the blocks and the vocabulary's product, timed in place; the rest of a step is norms, sums of
                   residuals, masks, choosing tokens, and Python
+    cache_limit   what a cache would gain on this machine if passes were operators alone: a step reads as many weights
+                  for a few rows as a pass does for many, so it is far from the ratio of their multiplications
     transformers  `generate` of its GPT-2, which has the weights of our dense model
 
 All kinds run in turn, round after round, on the same prompts, and ratios are taken within a round. The models have the
@@ -12,6 +14,7 @@ quickstart's sizes and random weights; a document's end does not stop them.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from statistics import mean
 from typing import Any
 
 import torch
@@ -33,8 +36,10 @@ from scmoe.training.assembly.model import build_model
 
 CONFIG = "configs/quickstart.yaml"
 USUAL = (4, 32, 256)  # batch, prompt, new tokens for which the first limit holds
+EVERY = 8  # the operators of one in so many passes without a cache are recorded
 ROWS = {  # of the table: words, limit
     "cached_over_uncached": ("without a cache over with one", "at least 9 for 4 texts"),
+    "cache_limit": ("the same of the operators alone", ""),
     "decode_over_operators": ("a decoding step over the sum of its operators", "at most 1.15"),
     "over_transformers": ("our dense GPT-2 over transformers', whole texts", "at most 1.2"),
     "tpot_ms": ("a decoding step, ms", ""),
@@ -65,11 +70,11 @@ def bench_generation(batches: Sequence[int], prompt: int, tokens: int, threads: 
 
     def of(batch: int) -> dict[str, float]:
         total_ms, tpot_ms, ttft_ms = numbers[batch, "cached"]
-        uncached_ms, over_operators, dense_ms, transformers_ms = (
-            numbers[batch, kind][0] for kind in ("uncached", "recorded", "dense", "transformers")
-        )
+        over_operators, limit = numbers[batch, "recorded"]
+        uncached_ms, dense_ms, transformers_ms = (numbers[batch, n][0] for n in ("uncached", "dense", "transformers"))
         found = {
             "cached_over_uncached": uncached_ms / total_ms,
+            "cache_limit": limit,
             "decode_over_operators": over_operators,
             "over_transformers": dense_ms / transformers_ms,
             "tpot_ms": tpot_ms,
@@ -92,10 +97,12 @@ def drawn(config: Config, batch: int, prompt: int) -> Tensor:
 
 
 def cache_kinds(model: Any, ids_BS: Tensor, tokens: int, operators: list[dict[str, float]]) -> dict[str, Kind]:
-    """Return generation with a cache, without, and with its operators recorded. Each returns times in ms: of all, a
-    step, the first token; of all; and a step over its operators, whose times it appends to `operators`."""
+    """Return generation with a cache, without, and with its operators recorded. The first two return times in ms: of
+    all, a step, the first token; of all. The third returns a step over its operators, whose times it appends to
+    `operators`, and the operators of all passes without a cache over those with one."""
     expected_BS = cached(model, ids_BS, tokens)[0]  # the first calls of a process are slower
     uncached(model, ids_BS, 2)
+    some = range((tokens - 1) % EVERY // 2, tokens, EVERY)
 
     def with_cache() -> list[float]:
         _, steps_ms, _ = cached(model, ids_BS, tokens)
@@ -107,8 +114,11 @@ def cache_kinds(model: Any, ids_BS: Tensor, tokens: int, operators: list[dict[st
     def recorded_steps() -> list[float]:
         with recorded(model) as recorder:
             _, steps_ms, own = cached(model, ids_BS, tokens, recorder)
+            longer = [uncached_operators(model, expected_BS[:, : ids_BS.shape[1] + n], recorder) for n in some]
         operators.extend(own[1:])
-        return [middle([ms / sum(of_step.values()) for ms, of_step in zip(steps_ms[1:], own[1:], strict=True)])]
+        totals_ms = [sum(of_step.values()) for of_step in own]
+        over_operators = [ms / total_ms for ms, total_ms in zip(steps_ms[1:], totals_ms[1:], strict=True)]
+        return [middle(over_operators), mean(longer) / mean(totals_ms)]
 
     return {"cached": with_cache, "uncached": without, "recorded": recorded_steps}
 
@@ -153,22 +163,34 @@ def timed_ms(write: Callable[[], Tensor], expected_BS: Tensor) -> float:
     return ms
 
 
+@torch.inference_mode()  # as in `scmoe generate`
 def cached(
     model: Any, ids_BS: Tensor, tokens: int, recorder: Recorder | None = None
 ) -> tuple[Tensor, list[float], list[dict[str, float]]]:
     """Return the texts [B, S + tokens], and the times in ms of each step and, if it is recorded, of its operators."""
     steps = stream(model, ids_BS.tolist(), Stopping(tokens), GREEDY)
-    columns: list[Tensor] = []
+    columns: list[Any] = []
     times_ms, operators_ms = [], []
     for _ in range(tokens):
-        times_ms.append(1e3 * seconds(lambda: columns.append(torch.tensor(next(steps).ids))))
+        times_ms.append(1e3 * seconds(lambda: columns.append(next(steps).ids)))
         if recorder is not None:
-            own: dict[str, float] = {}
-            for span in recorder.spans("forward"):
-                own[span.operator] = own.get(span.operator, 0.0) + 1e3 * (span.end - span.start)
-            operators_ms.append(own)
-            recorder.marks.clear()
-    return torch.cat([ids_BS, torch.stack(columns, 1)], 1), times_ms, operators_ms
+            operators_ms.append(taken_ms(recorder))
+    return torch.cat([ids_BS, torch.tensor(columns).T], 1), times_ms, operators_ms
+
+
+def taken_ms(recorder: Recorder) -> dict[str, float]:
+    """Return the times of the operators that are recorded, and forget them."""
+    own: dict[str, float] = {}
+    for span in recorder.spans("forward"):
+        own[span.operator] = own.get(span.operator, 0.0) + 1e3 * (span.end - span.start)
+    recorder.marks.clear()
+    return own
+
+
+def uncached_operators(model: Any, ids_BS: Tensor, recorder: Recorder) -> float:
+    """Return the time in ms of the operators of one pass over these texts."""
+    uncached(model, ids_BS, 1)
+    return sum(taken_ms(recorder).values())
 
 
 @torch.inference_mode()

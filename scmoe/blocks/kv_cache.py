@@ -25,13 +25,13 @@ class KVCache:
     """
 
     def __init__(self, batch_size: int, capacity: int, device: torch.device | None = None) -> None:
-        self.batch_size, self.capacity = batch_size, capacity
+        self.capacity = capacity
         self.lengths, self.longest = [0] * batch_size, 0
         self.positions_BS: Tensor
-        self.buffers: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # [B (capacity + 1), H, d]: keys, values
+        self.buffers: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # [B, H, capacity + 1, d]: keys, values
         self._places_L = torch.arange(capacity, device=device)
-        self._rows_B1 = torch.arange(batch_size, device=device)[:, None] * (capacity + 1)
-        self._slots_N: Tensor  # row of the buffers for each expected token; padding's is the text's spare one, the last
+        self._ends_B1 = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)  # the lengths, on the device
+        self._slots_B1S1: Tensor  # place of each expected token; padding's is the text's spare one, the last
         self._seen: dict[str, Any]
 
     def expect(self, new: Sequence[int], seq_len: int) -> None:
@@ -39,19 +39,19 @@ class KVCache:
 
         new: tokens of each text, at most seq_len; what follows them in a row of seq_len tokens is padding, which is not
         kept. Raises ValueError where a text would exceed the capacity."""
-        starts_B1 = torch.tensor(self.lengths, device=self._places_L.device)[:, None]
         is_first, self.lengths = self.longest == 0, [old + n for old, n in zip(self.lengths, new, strict=True)]
         self.longest = max(self.lengths)
         if self.longest > self.capacity:
             raise ValueError(f"a text has {self.longest} tokens, allowed: up to {self.capacity}, the cache's capacity")
-        steps_S = torch.arange(seq_len, device=starts_B1.device)
-        self.positions_BS = starts_B1 + steps_S
-        slots_BS = self._rows_B1 + self.positions_BS
+        steps_S = torch.arange(seq_len, device=self._ends_B1.device)
+        self.positions_BS = slots_BS = self._ends_B1 + steps_S
+        new_B1: int | Tensor = seq_len
         if min(new) < seq_len:
-            is_token_BS = steps_S < torch.tensor(new, device=steps_S.device)[:, None]
-            self.positions_BS = self.positions_BS.where(is_token_BS, 0)
-            slots_BS = slots_BS.where(is_token_BS, self._rows_B1 + self.capacity)
-        self._slots_N = slots_BS.flatten()
+            new_B1 = torch.tensor(new, device=steps_S.device)[:, None]
+            self.positions_BS = self.positions_BS.where(steps_S < new_B1, 0)
+            slots_BS = slots_BS.where(steps_S < new_B1, self.capacity)
+        self._ends_B1 = self._ends_B1 + new_B1
+        self._slots_B1S1 = slots_BS[:, None, :, None]
         if is_first:
             self._seen = {"is_causal": True}
         elif seq_len == 1 and min(self.lengths) == self.longest and min(new) == 1:
@@ -64,12 +64,12 @@ class KVCache:
 
         Their sizes d may differ."""
         if attention not in self.buffers:
-            (_, heads, _, size), rows = k_BHSd.shape, self.batch_size * (self.capacity + 1)
-            values = v_BHSd.new_zeros(rows, heads, v_BHSd.shape[-1])
-            self.buffers[attention] = k_BHSd.new_zeros(rows, heads, size), values
-        for buffer_NHd, new_BHSd in zip(self.buffers[attention], (k_BHSd, v_BHSd), strict=True):
-            buffer_NHd.index_copy_(0, self._slots_N, new_BHSd.transpose(1, 2).flatten(0, 1))
+            (B, H), places = k_BHSd.shape[:2], self.capacity + 1
+            keys_BHLd = k_BHSd.new_zeros(B, H, places, k_BHSd.shape[3])
+            self.buffers[attention] = keys_BHLd, v_BHSd.new_zeros(B, H, places, v_BHSd.shape[3])
+        keys_BHLd, values_BHLd = self.buffers[attention]
+        keys_BHLd.scatter_(2, self._slots_B1S1.expand_as(k_BHSd), k_BHSd)
+        values_BHLd.scatter_(2, self._slots_B1S1.expand_as(v_BHSd), v_BHSd)
         if "is_causal" in self._seen:
             return k_BHSd, v_BHSd, self._seen
-        keys, values = (b.unflatten(0, (self.batch_size, -1))[:, : self.longest] for b in self.buffers[attention])
-        return keys.transpose(1, 2), values.transpose(1, 2), self._seen
+        return keys_BHLd[:, :, : self.longest], values_BHLd[:, :, : self.longest], self._seen

@@ -117,7 +117,8 @@ class Attention(PartedAttention):
         q_BHSd, k_BHSd, v_BHSd = all_BHSd.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         if self.rotary is not None:
             positions = None if cache is None else cache.positions_BS[:, None]
-            q_BHSd, k_BHSd = self.rotary(q_BHSd, positions), self.rotary(k_BHSd, positions)
+            turned_BHSd = self.rotary(all_BHSd[:, : -self.kv_heads], positions)
+            q_BHSd, k_BHSd = turned_BHSd.split([self.heads, self.kv_heads], dim=1)
         seen: dict[str, Any] = {"is_causal": True}
         if cache is not None:
             k_BHSd, v_BHSd, seen = cache.extend(self, k_BHSd, v_BHSd)

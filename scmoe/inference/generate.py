@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.inference.passes import ALONE, Passes, decode, read_prompts
@@ -23,7 +23,7 @@ from scmoe.inference.sampling import Sampling, choose
 from scmoe.inference.stopping import Reason, Stopping
 from scmoe.models.decoder import Decoder
 from scmoe.moe.layout import Buffers
-from scmoe.moe.stream import MoEStream, dropless
+from scmoe.moe.stream import dropless
 
 
 class Step(NamedTuple):
@@ -83,8 +83,8 @@ def stream(
     seeds = range(len(prompts)) if seeds is None else seeds
     if model.training:
         raise ValueError("the model is in training mode, allowed: evaluation mode; call model.eval()")
-    moe = nn.ModuleList(module for module in model.modules() if isinstance(module, MoEStream))
-    if any(isinstance(module.rows, Buffers) for module in moe) and passes.all_ranks is not bool:
+    inside = dropless(model)
+    if any(isinstance(moe.rows, Buffers) for moe in inside.streams) and passes.all_ranks is not bool:
         raise ValueError(
             "moe.rows is buffers, which needs equally many tokens on every rank, "
             "allowed for texts of several ranks: filled"
@@ -96,7 +96,7 @@ def stream(
             raise ValueError(f"prompt {row} has ids {min(prompt)} to {max(prompt)}, allowed: 0 to {vocab_size - 1}")
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds are given, allowed: one for each of the {len(prompts)} prompts")
-    return _steps(model, moe, prompts, stopping, sampling or Sampling(), seeds, passes)
+    return _steps(model, inside, prompts, stopping, sampling or Sampling(), seeds, passes)
 
 
 def check_length(length: int, max_tokens: int, context: int, name: str) -> None:
@@ -111,10 +111,9 @@ def check_length(length: int, max_tokens: int, context: int, name: str) -> None:
         )
 
 
-@torch.no_grad()  # not inference mode, in which FSDP cannot begin
 def _steps(
     model: Decoder,
-    moe: nn.Module,
+    inside: dropless,
     prompts: Sequence[Sequence[int]],
     stopping: Stopping,
     sampling: Sampling,
@@ -130,14 +129,14 @@ def _steps(
     going = [True] * len(prompts)
     cache = KVCache(batch_size, longest + stopping.max_tokens - 1, device)
     passes.begin("prefill")
-    with dropless(moe):  # for passes only: between two steps the model is the caller's
+    with inside:  # for passes only: between two steps the model is the caller's
         logits_BV = read_prompts(model, ids_BS, mask_BS, cache, passes)
     passes.begin("decode")
     ended = passes.all_ranks(not going)
     while not ended:
         ids_B = choose(logits_BV, sampling, had_BV, generators)
         step = Step([None] * len(prompts), [None] * len(prompts))
-        for row, token in enumerate(ids_B[: len(prompts)].tolist()):
+        for row, token in enumerate(ids_B.tolist()[: len(prompts)]):
             if going[row]:
                 written[row].append(token)
                 step.ids[row], step.reasons[row] = token, stopping.reason(written[row])
@@ -147,7 +146,7 @@ def _steps(
         if not ended:
             if sampling.repetition_penalty != 1:  # else nothing reads it
                 had_BV.scatter_(1, ids_B[:, None], True)
-            with dropless(moe):
+            with inside:
                 logits_BV = decode(model, ids_B, going or [False], cache)
 
 

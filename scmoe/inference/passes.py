@@ -1,4 +1,7 @@
-"""The passes of a generation: prefill reads prompts, whole or in pieces; decode reads one token of each text."""
+"""The passes of a generation: prefill reads prompts, whole or in pieces; decode reads one token of each text.
+
+They run without gradients, and not in inference mode, in which FSDP cannot begin.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -94,8 +94,9 @@ class LocalDispatcher:
 
     def announce(self, counts_PE: Tensor) -> Announced:
         """The host reads the numbers of rows only where there are several chunks to split."""
-        sizes = [None] if len(counts_PE) == 1 else counts_PE.sum(1).tolist()
-        return Ready([ChunkCounts(size, counts_E[None]) for size, counts_E in zip(sizes, counts_PE, strict=True)])
+        chunks = counts_PE.chunk(counts_PE.shape[0])
+        sizes = [None] if len(chunks) == 1 else counts_PE.sum(1).tolist()
+        return Ready([ChunkCounts(size, counts_1E) for size, counts_1E in zip(sizes, chunks, strict=True)])
 
     def dispatch(self, rows_RD: Tensor, counts: ChunkCounts | None) -> tuple[Pending, Receipt]:
         return Ready(rows_RD), Receipt(None if counts is None else counts.counts_from_e[0])

@@ -13,12 +13,15 @@ import functools
 import hashlib
 from collections.abc import Callable
 from functools import partial
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+
+from scmoe.moe.operators import without_autocast
 
 
 class Activation(NamedTuple):
@@ -118,7 +121,7 @@ class Experts(nn.Module):
         last expert's are empty: what is returned for them has no meaning."""
         w_in_eDF, w_out_eFD = self.w_in_eDF.to(rows_RD.dtype), self.w_out_eFD.to(rows_RD.dtype)
         mlps = choose_mlps(rows_RD, counts_e)
-        with torch.autocast(rows_RD.device.type, enabled=False):
+        with without_autocast(rows_RD.device.type):
             return mlps(rows_RD, w_in_eDF, w_out_eFD, counts_e, self.act)
 
     @torch.no_grad()
@@ -210,10 +213,11 @@ def _in_turn(
     y_RD, most = torch.empty_like(rows_RD), max(counts)
     hidden_RF = rows_RD.new_empty(rows_RD.shape[0] if keep else most, w_in_eDF.shape[2])
     a_RF = rows_RD.new_empty(most if keep else 0, w_out_eFD.shape[1])
-    hs = hidden_RF.split(counts) if keep else [hidden_RF[:n] for n in counts]
+    hs = hidden_RF.split(counts) if keep else repeat(hidden_RF, len(counts))
     experts = zip(rows_RD.split(counts), hs, y_RD.split(counts), w_in_eDF.unbind(), w_out_eFD.unbind(), strict=True)
     for n, (x, h, y, w_in_DF, w_out_FD) in zip(counts, experts, strict=True):
         if n > 0:  # few tokens leave most experts without rows
+            h = h[:n]
             torch.mm(x, w_in_DF, out=h)
             a = act.into(h, a_RF[:n]) if keep else act.in_place(h)
             torch.mm(a, w_out_FD, out=y)

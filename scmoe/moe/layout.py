@@ -90,8 +90,7 @@ def arrange_filled(topk_ids_TK: Tensor, num_experts: int, num_chunks: int = 1, p
     counts_PE = count(group_N, P * E).view(P, E)
     num_rows = int(counts_PE.sum()) if padded else T * K
     order_N = group_N.argsort(stable=True)
-    rows_N = torch.empty_like(order_N)
-    rows_N[order_N] = torch.arange(T * K, device=order_N.device)
+    rows_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(T * K, device=order_N.device))
     copies_R = order_N[:num_rows]
     complete = num_rows == T * K
     rows_TK = (rows_N if complete else rows_N.clamp(max=num_rows)).view(T, K)

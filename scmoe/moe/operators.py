@@ -10,6 +10,7 @@ bit-identical.
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -118,6 +119,11 @@ class Operators(nn.Module):
             return f(*inputs)
         with record_function(f"scmoe/{name}"):
             return f(*inputs)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Returns a context without autocast; where there is none already, one that costs nothing."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def _edge(recorder: Recorder, name: str, begins: bool, value: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scmoe.moe.operators import without_autocast
 from scmoe.moe.scores import LEAST, THE_PAPERS, Scoring, SelectionBias
 from scmoe.moe.tokens import Routing
 
@@ -60,7 +61,7 @@ class Router(nn.Module):
 
         excluded_T1: an expert that each token must not go to (num_ids: none); requires top_k = 1."""
         x_TD = x_TD.view_as(x_TD)  # the gradients of gate and noise are added up first, so all sums have a fixed order
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD.device.type):
             logits_TE = self.logits(x_TD)
             scores_TE = self.scoring.score(logits_TE)
             topk_ids_TK = self.choose(x_TD, self.preference(logits_TE, scores_TE), excluded_T1)

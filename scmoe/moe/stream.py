@@ -12,8 +12,6 @@ Backward is the mirror: finish's backward starts the gradient's transfer, begin'
 In a compiled block the verbs themselves are not compiled, because their shapes depend on the data.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -115,21 +113,25 @@ class MoEStream(Operators):
         return router_stats(routing, layout, mask_T, self.router.num_experts, seq_len)
 
 
-@contextmanager
-def dropless(model: nn.Module) -> Iterator[None]:
+class dropless:
     """Run the model dropless inside, whatever its rows. With a capacity a token's result depends on its batch.
 
     For inference, not for training: the routers' sums are not computed, and stats are None. It holds for MoE modules in
-    blocks of users too, which know nothing of it."""
-    streams = [module for module in model.modules() if isinstance(module, MoEStream)]
-    before = [stream.rows for stream in streams]
-    try:
-        for stream in streams:
-            stream.rows = stream.rows.dropless(stream.router.num_experts)
-        yield
-    finally:
-        for stream, rows in zip(streams, before, strict=True):
-            stream.rows = rows
+    blocks of users too, which know nothing of it. Generation enters one at each token, so entering it is cheap."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.streams = [module for module in model.modules() if isinstance(module, MoEStream)]
+        self.rows = [stream.rows.dropless(stream.router.num_experts) for stream in self.streams]  # of outside, inside
+
+    def __enter__(self) -> None:
+        self.swap()
+
+    def __exit__(self, *error: object) -> None:
+        self.swap()
+
+    def swap(self) -> None:
+        for i, stream in enumerate(self.streams):
+            stream.rows, self.rows[i] = self.rows[i], stream.rows
 
 
 def move_biases(model: nn.Module, sums_LE2: Tensor) -> None:

@@ -14,7 +14,7 @@ def test_a_small_bench_prints_a_table_and_json(capsys):
     assert call("bench", "generation", "--prompt", "8", "--tokens", "6", "--rounds", "2", "--batch", "1", "2") == 0
     out, tables = capsys.readouterr()
     found = json.loads(out)
-    assert found["decode_over_operators"] > 1 and found["cached_over_uncached"] > 0
+    assert found["decode_over_operators"] > 1 and found["cached_over_uncached"] > 0 and found["cache_limit"] > 0
     assert found["tpot_ms"] > 0 and found["ttft_ms"] > 0 and found["over_transformers"] > 0
     assert found["batch"] == 2 and found["tpot_ms"] == found["by_batch"]["2"]["tpot_ms"] and "1" in found["by_batch"]
     assert "shared_expert" in tables and "head" in tables

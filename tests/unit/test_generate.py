@@ -113,14 +113,14 @@ def test_padding_leaves_no_trace_in_the_cache():
 def test_the_cache_holds_the_heads_of_keys_only():
     model, cache = model_of(family="llama"), KVCache(1, 5)
     prefill(model, torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool), cache)
-    assert {buffer.shape for pair in cache.buffers.values() for buffer in pair} == {(6, 1, 8)}  # not 2 heads
+    assert {buffer.shape for pair in cache.buffers.values() for buffer in pair} == {(1, 1, 6, 8)}  # not 2 heads
 
 
 def test_the_cache_of_latent_attention_holds_one_latent_and_one_key():
     model, cache = model_of(LATENT, "latent"), KVCache(1, 5)
     prefill(model, torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool), cache)
     shapes = [[tuple(buffer.shape) for buffer in pair] for pair in cache.buffers.values()]
-    assert shapes == [[(6, 1, 8), (6, 1, 4)]] * 2  # not 2 heads of 10 and 5 features
+    assert shapes == [[(1, 1, 6, 8), (1, 1, 6, 4)]] * 2  # not 2 heads of 10 and 5 features
 
 
 def test_a_model_is_unchanged_between_the_passes_of_two_texts():
