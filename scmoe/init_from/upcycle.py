@@ -106,8 +106,8 @@ def with_zero_experts(checkpoint: Checkpoint, zero_experts: int, output: str, se
 def with_rows(weight: Tensor, further: int, name: str) -> Tensor:
     """Return a router's weight [E, D] or bias [E] with further rows, which depend on the old ones and on `name` alone.
 
-    Rows are drawn with the mean and variance that the old ones have in each feature, so that a new expert is chosen
-    about as often as an old one. A bias of zero experts does not move, so it is the mean for each of them.
+    Rows are drawn with the mean and variance that the old ones have in each feature, so that new experts compete with
+    old ones from the start. A bias of zero experts does not move, so it is the mean for each of them.
     """
     old = weight.double()
     spread = old.std(0, correction=0) if weight.dim() > 1 else old.new_zeros(())
